@@ -1,0 +1,39 @@
+"""What a run is: YAML in, one frozen ``Config`` out. Loads neither torch nor ray."""
+
+from eopd.config.load import ConfigError, dump_config, load_config
+from eopd.config.loss import LossConfig
+from eopd.config.sections import (
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    EvaluationConfig,
+    FlowConfig,
+    LearnerConfig,
+    PromptsConfig,
+    RolloutConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    TelemetryConfig,
+    WeightsConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "ConfigError",
+    "EvaluationConfig",
+    "FlowConfig",
+    "LearnerConfig",
+    "LossConfig",
+    "PromptsConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TelemetryConfig",
+    "WeightsConfig",
+    "dump_config",
+    "load_config",
+]

@@ -1,0 +1,216 @@
+"""Every knob of a run. A room receives its own section; only ``runtime/`` and ``cli/`` see the whole."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from eopd.config.base import NativeOptions, Section
+from eopd.config.loss import LossConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class RunConfig(Section):
+    """The run itself: ``directory/name`` is where everything it writes goes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    directory: Path = Path("runs")
+    seed: int = Field(0, ge=0)
+    batches: int = Field(ge=1)
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.directory / self.name
+
+
+class StudentConfig(Section):
+    """The model that learns: a Hugging Face directory. ``dtype`` is that of the learner and of the engines."""
+
+    model: Path
+    dtype: Dtype = "bfloat16"
+
+
+class TeacherConfig(Section):
+    """A model that reads along. ``head_dtype: float32`` keeps a float32 copy of the head and is exact;
+    ``model`` projects in the model's own precision. ``vllm`` goes to the engine untouched."""
+
+    name: str = "teacher"
+    model: Path
+    dtype: Dtype = "bfloat16"
+    head_dtype: Literal["float32", "model"] = "float32"
+    temperature: float = Field(1.0, gt=0.0)
+    cpus: float = Field(1.0, ge=0.0)
+    gpus: float = Field(0.0, ge=0.0)
+    threads: int = Field(1, ge=1)
+    vllm: NativeOptions = {}
+
+
+class PromptsConfig(Section):
+    """Training and held-out rows: JSONL, Parquet, or a ``datasets`` name.
+
+    ``template``: ``chat`` renders rows with the student's chat template, ``none`` takes ``prompt`` as it is.
+    ``suffix`` is appended to the (last) user text before either.
+    """
+
+    data: str
+    held_out: str
+    template: Literal["chat", "none"] = "chat"
+    suffix: str = ""
+    max_tokens: int = Field(1024, ge=1)
+    overlong: Literal["error", "drop"] = "error"
+
+
+class RolloutConfig(Section):
+    """The engines that write. Training samples come from the plain softmax at ``temperature``; the learner uses the same."""
+
+    engines: int = Field(1, ge=1)
+    cpus: float = Field(1.0, ge=0.0)
+    gpus: float = Field(0.0, ge=0.0)
+    threads: int = Field(1, ge=1)
+    samples_per_prompt: int = Field(1, ge=1)
+    max_response_tokens: int = Field(1024, ge=1)
+    temperature: float = Field(1.0, gt=0.0)
+    vllm: NativeOptions = {}
+
+
+class FlowConfig(Section):
+    """``max_staleness`` 0 is synchronous. ``lookahead`` lets a batch take trajectories out of issue order (see ``buffer.py``)."""
+
+    batch_prompts: int = Field(ge=1)
+    max_staleness: int = Field(0, ge=0)
+    lookahead: int = Field(0, ge=0)
+    max_attempts: int = Field(3, ge=1)
+
+    @model_validator(mode="after")
+    def _lookahead_fits(self) -> Self:
+        if self.lookahead > self.max_staleness:
+            raise ValueError(
+                f"lookahead {self.lookahead} is above max_staleness {self.max_staleness}: "
+                "out-of-order taking costs that many versions"
+            )
+        return self
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed gang. ``deepspeed`` goes to the engine untouched; keys this project must own are refused there."""
+
+    ranks: int = Field(1, ge=1)
+    cpus: float = Field(1.0, ge=0.0)
+    gpus: float = Field(0.0, ge=0.0)
+    threads: int = Field(1, ge=1)
+    optimizer_steps_per_batch: int = Field(1, ge=1)
+    token_budget: int = Field(8192, ge=1)
+    logit_chunk_tokens: int = Field(256, ge=1)
+    lr: float = Field(1e-6, gt=0.0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_batches: int = Field(0, ge=0)
+    weight_decay: float = Field(0.01, ge=0.0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    activation_checkpointing: bool = False
+    deepspeed: NativeOptions = {}
+
+    @model_validator(mode="after")
+    def _ours_stay_ours(self) -> Self:
+        ours = {
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "optimizer",
+            "scheduler",
+            "bf16",
+            "fp16",
+        }
+        if taken := sorted(ours & self.deepspeed.keys()):
+            raise ValueError(f"{', '.join(taken)}: set by other keys of learner and student, not here")
+        return self
+
+
+class WeightsConfig(Section):
+    """The wire from learner to engines: ``gloo`` through host memory, ``nccl`` between GPUs."""
+
+    backend: Literal["gloo", "nccl"] = "gloo"
+    bucket_bytes: int = Field(64 * 1024 * 1024, ge=1024)
+    timeout_s: float = Field(120.0, gt=0.0)
+
+
+class CheckpointConfig(Section):
+    """``every`` batches and at the end of the run; the newest ``keep_last`` are kept."""
+
+    every: int = Field(50, ge=1)
+    keep_last: int = Field(2, ge=1)
+
+
+class EvaluationConfig(Section):
+    """Held-out measurement before the first and after the last batch: T 1, fixed seeds."""
+
+    prompts: int = Field(64, ge=1)
+    max_response_tokens: int = Field(1024, ge=1)
+    seed: int = Field(1234, ge=0)
+    samples: int = Field(3, ge=0)
+
+
+class TelemetryConfig(Section):
+    """Where Prometheus scrapes the driver; port 0 takes a free one, null switches the endpoint off."""
+
+    host: str = "127.0.0.1"
+    port: int | None = Field(0, ge=0, le=65535)
+
+
+class ClusterConfig(Section):
+    """``address`` joins a running Ray cluster (as RAY_ADDRESS does); otherwise Ray is started here."""
+
+    address: str | None = None
+    cpus: float | None = Field(None, gt=0.0)
+    start_timeout_s: float = Field(600.0, gt=0.0)
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig
+    student: StudentConfig
+    teachers: tuple[TeacherConfig, ...] = Field(min_length=1, max_length=1)
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    flow: FlowConfig
+    loss: LossConfig = LossConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        """The one teacher."""
+        return self.teachers[0]
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest prompt and response together, in training or in evaluation."""
+        return self.prompts.max_tokens + max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens)
+
+    @property
+    def batch_trajectories(self) -> int:
+        """Trajectories in one training batch."""
+        return self.flow.batch_prompts * self.rollout.samples_per_prompt
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        if self.learner.token_budget < self.max_sequence_tokens:
+            raise ValueError(
+                f"learner.token_budget {self.learner.token_budget} is below prompts.max_tokens + max_response_tokens "
+                f"= {self.max_sequence_tokens}: the longest trajectory would fit no micro-batch"
+            )
+        if self.batch_trajectories < self.learner.optimizer_steps_per_batch * self.learner.ranks:
+            raise ValueError(
+                f"a batch of {self.batch_trajectories} trajectories cannot be cut into "
+                f"{self.learner.optimizer_steps_per_batch} optimiser steps on {self.learner.ranks} ranks"
+            )
+        return self

@@ -1,0 +1,68 @@
+"""The verbs: every contract between rooms, on one screen.
+
+``pipeline.py`` knows only these. Real implementations live in their rooms and are wrapped as actors in ``runtime/``;
+tests drive the pipeline with fakes of ten lines.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from eopd.types import (
+    EvalStats,
+    LearnerStats,
+    LostTrajectory,
+    PackedBatch,
+    PolicyVersion,
+    PromptSample,
+    PublishStats,
+    Sampling,
+    ScoredTrajectory,
+    Stored,
+    Trajectory,
+)
+
+
+class RolloutEngine(Protocol):
+    """Writes responses with the student."""
+
+    async def generate(
+        self, prompt: PromptSample, sample_index: int, sampling: Sampling
+    ) -> Stored[Trajectory] | LostTrajectory:
+        """Sample one response; a failure is a value."""
+        ...
+
+
+class TeacherScorer(Protocol):
+    """Reads along: log-probabilities and entropy of the teacher for every response token."""
+
+    async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
+        """Score one trajectory; a failure is a value."""
+        ...
+
+
+class Learner(Protocol):
+    """Pulls the student towards the teacher."""
+
+    async def step(self, batch: PackedBatch) -> LearnerStats:
+        """One update from one batch; raises on a broken batch, never skips silently."""
+        ...
+
+    async def evaluate(self, batch: PackedBatch) -> EvalStats:
+        """Measure student against teacher without an update."""
+        ...
+
+    async def save(self, directory: Path) -> None:
+        """Write everything ``load`` needs to continue bit-equal."""
+        ...
+
+    async def load(self, directory: Path) -> None:
+        """Continue from what ``save`` wrote."""
+        ...
+
+
+class WeightChannel(Protocol):
+    """Brings the learner's weights to every rollout engine."""
+
+    async def publish(self, version: PolicyVersion) -> PublishStats:
+        """Return when every live engine serves ``version``."""
+        ...

@@ -1,0 +1,259 @@
+"""The nouns: what travels between the rooms, frozen, numpy only, no field that a later stage fills in.
+
+Alignment, stated once: every per-token array is indexed by *response position*. Index r speaks about
+``response_ids[r]``, which a model predicts from its hidden state at sequence position ``P + r - 1``
+(P = prompt length). ``loss_mask`` is data, set where tokens are made; it is never inferred from pad ids.
+
+Worked example: prompt ``[5, 6]``, response ``[7, 8, 2]`` where 2 is the end token. P = 2, R = 3;
+``rollout_logprobs[0]`` is log b(7 | 5 6), and the hidden state at sequence position 1 predicts it.
+
+Entropies and KL are in nats, durations end in ``_s``, sizes in ``_tokens`` or ``_bytes``.
+Axes: P prompt, R response, K teacher candidates.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic, NamedTuple, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+T = TypeVar("T", covariant=True)
+
+
+class TrajectoryKey(NamedTuple):
+    """Names one trajectory for the whole life of a run."""
+
+    epoch: int
+    prompt_id: str
+    sample_index: int
+
+
+class PolicyVersion(NamedTuple):
+    """Weights of the student: completed ``Learner.step`` calls, under one incarnation of the learner.
+
+    After a roll-back the incarnation grows, so that no label ever means two sets of weights.
+    """
+
+    incarnation: int
+    step: int
+
+    @property
+    def label(self) -> str:
+        """The text the engines carry, e.g. ``"0.7"``."""
+        return f"{self.incarnation}.{self.step}"
+
+    @classmethod
+    def parse(cls, label: str) -> Self:
+        """Read a label; raises ValueError on anything that ``label`` did not write."""
+        incarnation, _, step = label.partition(".")
+        return cls(int(incarnation), int(step))
+
+
+class StopReason(StrEnum):
+    """Why a response ended."""
+
+    END_TOKEN = "end_token"
+    LENGTH = "length"
+
+
+class LossReason(StrEnum):
+    """Why a trajectory was lost; a metric label, so the set stays small."""
+
+    ROLLOUT_FAILED = "rollout_failed"
+    TEACHER_FAILED = "teacher_failed"
+    TOO_STALE = "too_stale"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSample:
+    """One prompt of one epoch. ``source`` routes to a teacher and labels metrics."""
+
+    epoch: int
+    prompt_id: str
+    source: str
+    token_ids: Int32Array  # [P]
+    reference_answer: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a response is sampled: from the plain softmax at ``temperature`` (so that the recorded
+    log-probability is the policy's own), with a seed of its own."""
+
+    temperature: float
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """A response as it was sampled: the end token is part of it."""
+
+    prompt: PromptSample
+    sample_index: int
+    response_ids: Int32Array  # [R]
+    loss_mask: BoolArray  # [R]
+    rollout_logprobs: Float32Array  # [R], at the sampling temperature
+    policy_versions: Int32Array  # [R], PolicyVersion.step of the weights that sampled the token
+    stop_reason: StopReason
+
+    @property
+    def key(self) -> TrajectoryKey:
+        """The trajectory's name."""
+        return TrajectoryKey(self.prompt.epoch, self.prompt.prompt_id, self.sample_index)
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Teacher entropy from the full softmax."""
+
+    entropy: Float32Array  # [R]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Certified bounds on the teacher entropy, where only top-k log-probabilities are known."""
+
+    low: Float32Array  # [R]
+    high: Float32Array  # [R]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSignal:
+    """What a teacher says of every response token, at the teacher's temperature."""
+
+    teacher: str
+    token_logprobs: Float32Array  # [R], log q(response_ids[r])
+    entropy: Exact | Bounds
+    topk_ids: Int32Array  # [R, K], most likely first
+    topk_logprobs: Float32Array  # [R, K]
+    tail_logprobs: Float32Array  # [R], log of the mass outside the top k; -inf where k = V
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredTrajectory:
+    """A trajectory the teacher has read."""
+
+    trajectory: Trajectory
+    signal: TeacherSignal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """All the driver ever sees of a trajectory.
+
+    ``sums`` are summed over response tokens or are seconds spent, e.g. ``{"generate_s": 1.2}``; metrics are made of them.
+    """
+
+    key: TrajectoryKey
+    source: str
+    num_prompt_tokens: int
+    num_response_tokens: int
+    num_loss_tokens: int
+    stop_reason: StopReason
+    oldest_version: int
+    newest_version: int
+    sums: Mapping[str, float]
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response together: what the trajectory costs a token budget."""
+        return self.num_prompt_tokens + self.num_response_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Stored(Generic[T]):
+    """A header and a body of type T.
+
+    The body is opaque to the driver: a Ray object reference in ``runtime/``, the object itself in fakes.
+    """
+
+    header: Header
+    body: object
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostTrajectory:
+    """Failure as a value: counted, and issued again."""
+
+    key: TrajectoryKey
+    reason: LossReason
+    detail: str
+
+
+MicroBatch = tuple[Stored[ScoredTrajectory], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerStep:
+    """One optimiser step: ``ranks[r]`` are the micro-batches of rank r, equally many on every rank (a short
+    rank gets empty, all-masked ones). ``num_loss_tokens`` is the denominator over all ranks."""
+
+    num_loss_tokens: int
+    ranks: tuple[tuple[MicroBatch, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """A batch, cut for the learner ranks."""
+
+    steps: tuple[OptimizerStep, ...]
+    alpha: float
+
+    def share(self, rank: int) -> Self:
+        """The part of one rank; denominators stay global."""
+        steps = tuple(OptimizerStep(num_loss_tokens=s.num_loss_tokens, ranks=(s.ranks[rank],)) for s in self.steps)
+        return type(self)(steps=steps, alpha=self.alpha)
+
+    def stored(self) -> Sequence[Stored[ScoredTrajectory]]:
+        """Every trajectory, in the order of the micro-batches."""
+        return [stored for step in self.steps for rank in step.ranks for micro in rank for stored in micro]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerStats:
+    """What one ``Learner.step`` did, already reduced over ranks. Keys of ``metrics`` are catalogue names."""
+
+    version: PolicyVersion
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean and its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalStats:
+    """Student against teacher on held-out prompts, per response token; no update.
+
+    reverse_kl is the mean of log p(y) - log q(y) over sampled tokens; forward_kl the ``tail`` form; top1_agreement the share of
+    positions with equal argmax. Standard errors are clustered by trajectory (tokens of one response are not independent).
+    """
+
+    reverse_kl: Estimate
+    forward_kl: Estimate
+    student_entropy: Estimate
+    teacher_entropy: Estimate
+    top1_agreement: Estimate
+    num_trajectories: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishStats:
+    """One completed weight sync: every live engine serves ``version``."""
+
+    version: PolicyVersion
+    transfer_s: float
+    pause_s: float
+    num_bytes: int
