@@ -1,0 +1,63 @@
+"""Headers to balanced micro-batches: trajectories are dealt to optimiser steps, ranks and token budgets; bodies are never touched.
+
+Left out: padding. Micro-batches are packed sequences, and their attention is block-diagonal through position ids.
+"""
+
+from collections.abc import Sequence
+
+from eopd.types import Header, MicroBatch, OptimizerStep, PackedBatch, ScoredTrajectory, Stored
+
+Scored = Stored[ScoredTrajectory]
+
+# Attention is quadratic in the sequence, everything else linear: at this many tokens both cost about the same.
+QUADRATIC_TOKENS = 8192
+
+
+def estimated_cost(header: Header) -> float:
+    """Relative learner cost of one trajectory."""
+    tokens = header.num_tokens
+    return tokens * (1.0 + tokens / QUADRATIC_TOKENS)
+
+
+def pack(batch: Sequence[Scored], *, steps: int, ranks: int, token_budget: int, alpha: float) -> PackedBatch:
+    """Cut a batch: optimiser steps in the order given, ranks balanced by cost, micro-batches below the token budget.
+
+    Every rank gets the same number of micro-batches in a step; a short rank gets empty ones.
+
+    Raises:
+        ValueError: a trajectory is longer than the budget.
+    """
+    size = -(-len(batch) // steps)
+    parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+    return PackedBatch(steps=tuple(_pack_step(part, ranks, token_budget) for part in parts), alpha=alpha)
+
+
+def _pack_step(part: Sequence[Scored], ranks: int, token_budget: int) -> OptimizerStep:
+    shares: list[list[Scored]] = [[] for _ in range(ranks)]
+    costs = [0.0] * ranks
+    for stored in sorted(part, key=lambda s: estimated_cost(s.header), reverse=True):
+        lightest = costs.index(min(costs))
+        shares[lightest].append(stored)
+        costs[lightest] += estimated_cost(stored.header)
+    micro = [_first_fit(share, token_budget) for share in shares]
+    longest = max(len(m) for m in micro)
+    even = tuple(tuple(m + [()] * (longest - len(m))) for m in micro)
+    return OptimizerStep(num_loss_tokens=sum(s.header.num_loss_tokens for s in part), ranks=even)
+
+
+def _first_fit(share: Sequence[Scored], token_budget: int) -> list[MicroBatch]:
+    """First-fit-decreasing bins of at most ``token_budget`` tokens; ``share`` comes longest first."""
+    bins: list[list[Scored]] = []
+    free: list[int] = []
+    for stored in share:
+        tokens = stored.header.num_tokens
+        if tokens > token_budget:
+            raise ValueError(f"trajectory {stored.header.key} has {tokens} tokens, token_budget is {token_budget}")
+        fits = next((i for i, room in enumerate(free) if room >= tokens), None)
+        if fits is None:
+            bins.append([stored])
+            free.append(token_budget - tokens)
+        else:
+            bins[fits].append(stored)
+            free[fits] -= tokens
+    return [tuple(b) for b in bins]

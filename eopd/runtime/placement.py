@@ -1,0 +1,82 @@
+"""Config to resources and environment, pure: what each actor asks of Ray, and what its processes see.
+
+Thread counts are set explicitly: Ray's CPU numbers are admission, not affinity, and may be fractional.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from eopd.config import Config, ConfigError
+
+# What every process of ours sees: no phone-home, no hub look-ups at start, quiet libraries.
+COMMON_ENV: Mapping[str, str] = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleResources:
+    """What one actor of a role asks for."""
+
+    role: str
+    actors: int
+    cpus: float
+    gpus: float
+    env: Mapping[str, str]
+
+
+def vllm_env(threads: int) -> dict[str, str]:
+    """Environment of an actor that hosts a vLLM engine; its engine and worker processes inherit it (vLLM 0.32.0)."""
+    return dict(COMMON_ENV) | {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share a machine
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "eopd",
+    }
+
+
+def learner_env(threads: int, *, gpu: bool) -> dict[str, str]:
+    """Environment of a learner rank."""
+    env = dict(COMMON_ENV) | {"OMP_NUM_THREADS": str(threads), "LOCAL_RANK": "0"}
+    return env if gpu else env | {"DS_ACCELERATOR": "cpu"}
+
+
+def plan(config: Config) -> tuple[RoleResources, ...]:
+    """What the run asks for, role by role: learner, rollout, teacher."""
+    learner, rollout, teacher = config.learner, config.rollout, config.teacher
+    return (
+        RoleResources(
+            role="learner",
+            actors=learner.ranks,
+            cpus=learner.cpus,
+            gpus=learner.gpus,
+            env=learner_env(learner.threads, gpu=learner.gpus > 0),
+        ),
+        RoleResources(
+            role="rollout",
+            actors=rollout.engines,
+            cpus=rollout.cpus,
+            gpus=rollout.gpus,
+            env=vllm_env(rollout.threads),
+        ),
+        RoleResources(
+            role="teacher", actors=1, cpus=teacher.cpus, gpus=teacher.gpus, env=vllm_env(teacher.threads)
+        ),
+    )
+
+
+def require_capacity(roles: tuple[RoleResources, ...], cpus: float, gpus: float) -> None:
+    """Compare the sum of all roles with the cluster.
+
+    Raises:
+        ConfigError: together they ask for more than there is.
+    """
+    for resource, available in (("cpus", cpus), ("gpus", gpus)):
+        asked = sum(role.actors * getattr(role, resource) for role in roles)
+        if asked > available + 1e-6:
+            parts = ", ".join(f"{r.role} {r.actors} x {getattr(r, resource):g}" for r in roles)
+            raise ConfigError(f"the roles ask for {asked:g} {resource} ({parts}); the cluster has {available:g}")

@@ -1,0 +1,82 @@
+"""How parameters are laid into buckets: both ends of a wire cut the same list the same way."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterMeta:
+    """Name, dtype and full shape of one parameter, as a checkpoint would hold it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the wire."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch knows it."""
+        dtype = getattr(torch, self.dtype)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"parameter {self.name}: {self.dtype} is no torch dtype")
+        return dtype
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor, shape: Sequence[int]) -> Self:
+        """Describe a tensor; ``shape`` is the full one (under ZeRO-3 the tensor itself is empty)."""
+        return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(shape))
+
+
+Bucket = tuple[ParameterMeta, ...]
+
+
+def cut_into_buckets(parameters: Sequence[ParameterMeta], bucket_bytes: int) -> tuple[Bucket, ...]:
+    """Fill buckets in order up to ``bucket_bytes``; a parameter larger than that gets a bucket of its own."""
+    buckets: list[list[ParameterMeta]] = [[]]
+    filled = 0
+    for parameter in parameters:
+        if buckets[-1] and filled + parameter.num_bytes > bucket_bytes:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(parameter)
+        filled += parameter.num_bytes
+    return tuple(tuple(bucket) for bucket in buckets if bucket)
+
+
+def bucket_num_bytes(bucket: Bucket) -> int:
+    """Bytes of one bucket on the wire."""
+    return sum(parameter.num_bytes for parameter in bucket)
+
+
+def pack(tensors: Sequence[torch.Tensor], into_B: torch.Tensor) -> None:
+    """Copy tensors one after the other into a uint8 buffer of exactly their size."""
+    offset = 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1).view(torch.uint8) if tensor.is_contiguous() else _bytes_of_strided(tensor)
+        into_B[offset : offset + flat.numel()].copy_(flat)
+        offset += flat.numel()
+    if offset != into_B.numel():
+        raise ValueError(f"packed {offset} bytes into a bucket of {into_B.numel()}")
+
+
+def unpack(buffer_B: torch.Tensor, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+    """Views into the buffer, by name; copies where the offset is not aligned to the dtype."""
+    offset = 0
+    for parameter in bucket:
+        flat = buffer_B[offset : offset + parameter.num_bytes]
+        if offset % parameter.torch_dtype.itemsize:
+            flat = flat.clone()
+        yield parameter.name, flat.view(parameter.torch_dtype).view(parameter.shape)
+        offset += parameter.num_bytes
+
+
+def _bytes_of_strided(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

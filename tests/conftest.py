@@ -1,0 +1,36 @@
+"""Shared by all tests: environment of real engines, and tiny models made once a session."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eopd.runtime.placement import vllm_env
+
+os.environ.update(vllm_env(threads=1))
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+TEXTS = [
+    "The river runs past the old mill and under the bridge.",
+    "Add 3 and 4, then take away 2: the answer is 5.",
+    "Name three fruits that are red. Apples, cherries and strawberries are red.",
+    "Why is the sky blue? Because air scatters short waves of light more than long ones.",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make (once) a tiny model directory: ``tiny_model("qwen3", seed=1, scale=0.2)``."""
+    from eopd.models.tiny import build_model, train_tokenizer, write_model
+
+    tokenizer = train_tokenizer(TEXTS, 320)
+    root = tmp_path_factory.mktemp("models")
+
+    def make(family: str, *, seed: int, scale: float = 0.02) -> Path:
+        directory = root / f"{family}-{seed}-{scale}"
+        if not directory.exists():
+            write_model(directory, build_model(family, tokenizer, seed=seed, scale=scale), tokenizer)
+        return directory
+
+    return make

@@ -1,0 +1,113 @@
+"""The rollout engine and the weight channel on real vLLM: recorded log-probabilities are the policy's, versions are the weights'."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eopd.config import RolloutConfig, StudentConfig
+from eopd.rollout.engine import VllmRolloutEngine
+from eopd.types import PolicyVersion, PromptSample, Sampling, StopReason
+from eopd.weights.channel import BroadcastChannel
+from eopd.weights.source import ModelSource
+from eopd.weights.transfer import WeightSender
+from eopd.weights.vllm_engine import ENGINE_NAME
+
+
+class InProcessSender:
+    """``SenderLink`` over a ``WeightSender`` in this process."""
+
+    def __init__(self, model: torch.nn.Module, bucket_bytes: int) -> None:
+        self.sender = WeightSender(
+            ModelSource(model, rank=0, zero_stage=0),
+            rank=0,
+            backend="gloo",
+            address="127.0.0.1",
+            bucket_bytes=bucket_bytes,
+            timeout_s=60.0,
+        )
+
+    async def open(self, engine_workers):
+        return self.sender.open(engine_workers)
+
+    async def accept(self):
+        await asyncio.to_thread(self.sender.accept)
+
+    async def send(self):
+        return await asyncio.to_thread(self.sender.send)
+
+
+def prompt(token_ids: list[int]) -> PromptSample:
+    return PromptSample(
+        epoch=0, prompt_id="p", source="test", token_ids=np.array(token_ids, np.int32), reference_answer=None
+    )
+
+
+def logprobs_of(model: torch.nn.Module, prompt_ids: list[int], response_ids: np.ndarray, temperature: float) -> np.ndarray:
+    """Oracle: transformers, float32, full forward."""
+    ids = torch.tensor([prompt_ids + response_ids.tolist()])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prompt_ids) - 1 : -1].double() / temperature
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(response_ids)[:, None].long())[:, 0].numpy()
+
+
+async def start(directory: Path, **vllm: object) -> VllmRolloutEngine:
+    return await VllmRolloutEngine.start(
+        StudentConfig(model=directory, dtype="float32"),
+        RolloutConfig(vllm={"kv_cache_memory_bytes": 64 << 20, **vllm}),
+        max_sequence_tokens=512,
+        weight_backend=ENGINE_NAME,
+        version=PolicyVersion(0, 0),
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+async def test_weights_move_in_flight_and_every_token_names_its_version(tiny_model, family):
+    old_dir, new_dir = tiny_model(family, seed=1, scale=0.2), tiny_model(family, seed=2, scale=0.2)
+    old, new = (AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32) for d in (old_dir, new_dir))
+    engine = await start(old_dir)
+    try:
+        channel = BroadcastChannel(InProcessSender(new, bucket_bytes=50_000), [engine], workers_per_engine=1)
+        await channel.connect()
+        ids = [5, 80, 90, 33]
+        long = asyncio.create_task(engine.generate(prompt(ids), 0, Sampling(temperature=0.7, max_tokens=400, seed=11)))
+        await asyncio.sleep(0.3)
+        stats = await channel.publish(PolicyVersion(0, 1))
+        spanning = (await long).body
+        after = (await engine.generate(prompt(ids), 1, Sampling(temperature=0.7, max_tokens=40, seed=12))).body
+    finally:
+        await engine.close()
+
+    assert stats.num_bytes == sum(p.numel() * 4 for p in new.parameters())
+    assert (after.policy_versions == 1).all()
+    np.testing.assert_allclose(after.rollout_logprobs, logprobs_of(new, ids, after.response_ids, 0.7), atol=2e-4)
+
+    versions = spanning.policy_versions
+    assert set(versions.tolist()) == {0, 1} and (np.diff(versions) >= 0).all()
+    assert len(versions) == len(spanning.response_ids) == len(spanning.rollout_logprobs)
+    before = int((versions == 0).sum())
+    oracle_old = logprobs_of(old, ids, spanning.response_ids, 0.7)
+    oracle_new = logprobs_of(new, ids, spanning.response_ids, 0.7)
+    np.testing.assert_allclose(spanning.rollout_logprobs[:before], oracle_old[:before], atol=2e-4)
+    np.testing.assert_allclose(spanning.rollout_logprobs[before:], oracle_new[before:], atol=2e-4)
+
+
+async def test_a_seed_names_a_response_and_the_end_token_belongs_to_it(tiny_model):
+    engine = await start(tiny_model("qwen3", seed=1))
+    try:
+        sampling = Sampling(temperature=1.0, max_tokens=300, seed=5)
+        twice = await asyncio.gather(*(engine.generate(prompt([7, 8, 9]), i, sampling) for i in (0, 1)))
+        other = await engine.generate(prompt([7, 8, 9]), 2, Sampling(temperature=1.0, max_tokens=300, seed=6))
+    finally:
+        await engine.close()
+    first, second = (stored.body for stored in twice)
+    assert first.response_ids.tolist() == second.response_ids.tolist() != other.body.response_ids.tolist()
+    for stored in (*twice, other):
+        ended = stored.header.stop_reason is StopReason.END_TOKEN
+        assert (stored.body.response_ids[-1] == 2) == ended  # 2 is the end token of the tiny tokenizer
+        assert 2 not in stored.body.response_ids[:-1]
+        assert stored.header.num_response_tokens == len(stored.body.response_ids)
+        assert ended or len(stored.body.response_ids) == 300
