@@ -39,6 +39,7 @@ class Buffer:
     next_unconsumed: int = 0
     consumed_ahead: set[int] = field(default_factory=set)
     num_in_flight: int = 0
+    closed: bool = False
     _ready: dict[int, _Offer] = field(init=False, default_factory=dict)
     _changed: asyncio.Condition = field(init=False, default_factory=asyncio.Condition)
 
@@ -71,14 +72,25 @@ class Buffer:
         return await offer.consumed
 
     async def take(self, version: int) -> list[Taken]:
-        """Wait for a full batch at learner version ``version``; too stale ones are turned away first."""
+        """Wait for a full batch at learner version ``version``; too stale ones are turned away first.
+
+        Returns:
+            A full batch, or nothing once the buffer is closed.
+        """
         async with self._changed:
-            while True:
+            while not self.closed:
                 self._turn_away_stale(version)
                 candidates = sorted(self._ready)[: self.batch]
                 if len(candidates) == self.batch and self._leaves_nothing_overdue(candidates):
                     return [self._consume(issue) for issue in candidates]
                 await self._changed.wait()
+            return []
+
+    async def close(self) -> None:
+        """Give out no further batch; whoever waits for one gets nothing."""
+        async with self._changed:
+            self.closed = True
+            self._changed.notify_all()
 
     async def release(self, count: int) -> None:
         """Free the slots of a batch, once the weights it made are published."""

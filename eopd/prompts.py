@@ -116,7 +116,9 @@ class PromptSet:
                 )
             )
         if not prompts:
-            raise ConfigError(f"prompts: {spec}: all {dropped} rows are longer than prompts.max_tokens {config.max_tokens}")
+            raise ConfigError(
+                f"prompts: {spec}: all {dropped} rows are longer than prompts.max_tokens {config.max_tokens}"
+            )
         return cls(prompts=tuple(prompts), num_dropped=dropped)
 
 
@@ -144,7 +146,9 @@ def _messages(row: Row, where: str, suffix: str) -> list[dict[str, str]]:
 
 
 def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )
 
 
 def _not_empty(token_ids: list[int], where: str) -> list[int]:
@@ -183,7 +187,7 @@ class PromptOrder:
         )
         return sample, sample_index
 
-    def sampling(self, issue: int, *, temperature: float, max_tokens: int, attempt: int = 0) -> Sampling:
-        """A seed of its own for every issue (and attempt), the same in every run with this seed."""
-        seed = np.random.SeedSequence([self._seed, issue, attempt]).generate_state(1)[0]
+    def sampling(self, issue: int, *, temperature: float, max_tokens: int) -> Sampling:
+        """A seed of its own for every issue, the same in every run with this seed."""
+        seed = np.random.SeedSequence([self._seed, issue]).generate_state(1)[0]
         return Sampling(temperature=temperature, max_tokens=max_tokens, seed=int(seed) & 0x7FFFFFFF)

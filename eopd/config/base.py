@@ -1,9 +1,14 @@
 """The base of every config section."""
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+from typing import Annotated
 
-JsonScalar = str | int | float | bool | None
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
 NativeOptions = dict[str, object]
+
+# Absolute from here on: actors may run in another working directory. ``~`` is the home directory.
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
 class Section(BaseModel):

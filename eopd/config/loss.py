@@ -17,19 +17,43 @@ class HardGate(Section):
     tau: float = Field(0.8, ge=0.0)
 
 
+class QuantileGate(Section):
+    """g = 1 on the share ``top`` of the batch's loss tokens at which the teacher is least sure."""
+
+    kind: Literal["quantile"] = "quantile"
+    top: float = Field(0.2, gt=0.0, le=1.0)
+
+
+class SigmoidGate(Section):
+    """g = 1 / (1 + exp(-(H - tau) / scale)); ``tau`` and ``scale`` in nats."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    tau: float = Field(0.8, ge=0.0)
+    scale: float = Field(0.1, gt=0.0)
+
+
+class RandomGate(Section):
+    """g = 1 on a share ``rate`` of the tokens, whatever the teacher says: the control at a matched rate."""
+
+    kind: Literal["random"] = "random"
+    rate: float = Field(0.2, ge=0.0, le=1.0)
+
+
 class AlwaysGate(Section):
     """g = 1 on every token."""
 
-    kind: Literal["always"]
+    kind: Literal["always"] = "always"
 
 
 class NeverGate(Section):
     """g = 0 on every token: plain on-policy distillation."""
 
-    kind: Literal["never"]
+    kind: Literal["never"] = "never"
 
 
-Gate = Annotated[HardGate | AlwaysGate | NeverGate, Field(discriminator="kind")]
+Gate = Annotated[
+    HardGate | QuantileGate | SigmoidGate | RandomGate | AlwaysGate | NeverGate, Field(discriminator="kind")
+]
 
 
 class RenormalizedForwardKl(Section):
@@ -41,10 +65,16 @@ class RenormalizedForwardKl(Section):
 class TailForwardKl(Section):
     """KL over k + 1 outcomes: the rest of the vocabulary is one bucket. The teacher is its minimum."""
 
-    kind: Literal["tail"]
+    kind: Literal["tail"] = "tail"
 
 
-ForwardKl = Annotated[RenormalizedForwardKl | TailForwardKl, Field(discriminator="kind")]
+class TruncatedForwardKl(Section):
+    """The top-k part of the full KL, neither renormalised nor completed: no KL, may be negative; a control."""
+
+    kind: Literal["truncated"] = "truncated"
+
+
+ForwardKl = Annotated[RenormalizedForwardKl | TailForwardKl | TruncatedForwardKl, Field(discriminator="kind")]
 
 
 class SampledReverseKl(Section):
@@ -55,6 +85,21 @@ class SampledReverseKl(Section):
     importance_cap: float = Field(2.0, ge=1.0)
 
 
+class TopkTailReverseKl(Section):
+    """KL of the student to the teacher over the teacher's top k and the rest as one bucket: no sampling noise."""
+
+    kind: Literal["topk_tail"] = "topk_tail"
+
+
+class NoReverseKl(Section):
+    """Forward KL alone."""
+
+    kind: Literal["none"] = "none"
+
+
+ReverseKl = Annotated[SampledReverseKl | TopkTailReverseKl | NoReverseKl, Field(discriminator="kind")]
+
+
 class AlphaWarmup(Section):
     """alpha grows linearly from ``start`` x alpha to alpha over the first ``batches`` batches."""
 
@@ -63,12 +108,15 @@ class AlphaWarmup(Section):
 
 
 class LossConfig(Section):
-    """L = w max(-A r, -A clip(r)) + alpha g FKL, per token, over all loss tokens of an optimiser step."""
+    """Per token L = RKL + alpha g FKL, a mean over all loss tokens of an optimiser step.
+
+    ``top_k`` is the number of teacher candidates, for every form.
+    """
 
     top_k: int = Field(16, ge=1, le=256)
     gate: Gate = HardGate()
     forward_kl: ForwardKl = RenormalizedForwardKl()
-    reverse_kl: SampledReverseKl = SampledReverseKl()
+    reverse_kl: ReverseKl = SampledReverseKl()
     alpha: float = Field(1.0, ge=0.0)
     alpha_warmup: AlphaWarmup = AlphaWarmup()
 

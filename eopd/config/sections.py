@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from eopd.config.base import NativeOptions, Section
+from eopd.config.base import AbsolutePath, NativeOptions, Section
 from eopd.config.loss import LossConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -15,7 +15,7 @@ class RunConfig(Section):
     """The run itself: ``directory/name`` is where everything it writes goes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    directory: Path = Path("runs")
+    directory: AbsolutePath = Path("runs")
     seed: int = Field(0, ge=0)
     batches: int = Field(ge=1)
 
@@ -28,7 +28,7 @@ class RunConfig(Section):
 class StudentConfig(Section):
     """The model that learns: a Hugging Face directory. ``dtype`` is that of the learner and of the engines."""
 
-    model: Path
+    model: AbsolutePath
     dtype: Dtype = "bfloat16"
 
 
@@ -37,7 +37,7 @@ class TeacherConfig(Section):
     ``model`` projects in the model's own precision. ``vllm`` goes to the engine untouched."""
 
     name: str = "teacher"
-    model: Path
+    model: AbsolutePath
     dtype: Dtype = "bfloat16"
     head_dtype: Literal["float32", "model"] = "float32"
     temperature: float = Field(1.0, gt=0.0)

@@ -1,0 +1,1 @@
+"""One update of the student from one batch: packed forward, entropy-aware objective, DeepSpeed step."""

@@ -75,7 +75,9 @@ class VllmRolloutEngine:
 
     async def _warm_up(self) -> None:
         """One throw-away token: a pause must never wait for a first step that still compiles."""
-        params = SamplingParams(max_tokens=2, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        params = SamplingParams(
+            max_tokens=2, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
         async for _ in self._llm.generate(TokensPrompt(prompt_token_ids=[1]), params, uuid4().hex):
             pass
 

@@ -3,10 +3,10 @@
 Thread counts are set explicitly: Ray's CPU numbers are admission, not affinity, and may be fractional.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eopd.config import Config, ConfigError
+from eopd.config import Config, ConfigError, RolloutConfig
 
 # What every process of ours sees: no phone-home, no hub look-ups at start, quiet libraries.
 COMMON_ENV: Mapping[str, str] = {
@@ -45,9 +45,9 @@ def learner_env(threads: int, *, gpu: bool) -> dict[str, str]:
     return env if gpu else env | {"DS_ACCELERATOR": "cpu"}
 
 
-def plan(config: Config) -> tuple[RoleResources, ...]:
-    """What the run asks for, role by role: learner, rollout, teacher."""
-    learner, rollout, teacher = config.learner, config.rollout, config.teacher
+def plan(config: Config) -> tuple[RoleResources, RoleResources, RoleResources]:
+    """What a training run asks for: learner, rollout, teacher."""
+    learner, teacher = config.learner, config.teacher
     return (
         RoleResources(
             role="learner",
@@ -56,20 +56,18 @@ def plan(config: Config) -> tuple[RoleResources, ...]:
             gpus=learner.gpus,
             env=learner_env(learner.threads, gpu=learner.gpus > 0),
         ),
-        RoleResources(
-            role="rollout",
-            actors=rollout.engines,
-            cpus=rollout.cpus,
-            gpus=rollout.gpus,
-            env=vllm_env(rollout.threads),
-        ),
-        RoleResources(
-            role="teacher", actors=1, cpus=teacher.cpus, gpus=teacher.gpus, env=vllm_env(teacher.threads)
-        ),
+        plan_rollout(config.rollout),
+        RoleResources(role="teacher", actors=1, cpus=teacher.cpus, gpus=teacher.gpus, env=vllm_env(teacher.threads)),
     )
 
 
-def require_capacity(roles: tuple[RoleResources, ...], cpus: float, gpus: float) -> None:
+def plan_rollout(rollout: RolloutConfig) -> RoleResources:
+    """What the rollout engines ask for."""
+    env = vllm_env(rollout.threads)
+    return RoleResources(role="rollout", actors=rollout.engines, cpus=rollout.cpus, gpus=rollout.gpus, env=env)
+
+
+def require_capacity(roles: Sequence[RoleResources], cpus: float, gpus: float) -> None:
     """Compare the sum of all roles with the cluster.
 
     Raises:

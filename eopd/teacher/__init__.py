@@ -1,0 +1,1 @@
+"""The teacher reads along: a scoring head inside vLLM, its engine, its signal, and whose tokens are whose."""

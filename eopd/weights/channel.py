@@ -1,10 +1,10 @@
 """The driver's view of the wire: brings every engine to a version, in two phases.
 
-    sender (learner ranks)                       engines (generation goes on)
-      open ──────────── InitInfo ──────────────▶ connect_weights          once, and again when the set of engines changes
-      send ──────────── buckets ───────────────▶ receive_weights          phase one: into host memory
-                                                 install_weights          phase two: pause, load, label, resume
-                                                 version                  asked back from every engine
+sender (learner ranks)                       engines (generation goes on)
+  open ──────────── InitInfo ──────────────▶ connect_weights          once, and again when the set of engines changes
+  send ──────────── buckets ───────────────▶ receive_weights          phase one: into host memory
+                                             install_weights          phase two: pause, load, label, resume
+                                             version                  asked back from every engine
 """
 
 import asyncio

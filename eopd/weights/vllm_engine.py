@@ -99,10 +99,15 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
 def _repack_tied_heads(model: torch.nn.Module) -> None:
     """On CPU a head multiplies with a packed copy of its weight, made when the head itself is loaded. A tied head never is: its weight
     changed with the embedding, its packed copy did not (vLLM 0.32.0, ``dispatch_cpu_unquantized_gemm``)."""
-    embeddings = {m.weight.data_ptr() for m in model.modules() if type(m) is VocabParallelEmbedding}
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead) and module.weight.data_ptr() in embeddings:
+    modules = list(model.modules())
+    embeddings = {_address(module) for module in modules if type(module) is VocabParallelEmbedding}
+    for module in modules:
+        if isinstance(module, ParallelLMHead) and _address(module) in embeddings:
             module.quant_method.process_weights_after_loading(module)
+
+
+def _address(module: torch.nn.Module) -> int:
+    return module.get_parameter("weight").data_ptr()
 
 
 def register() -> None:

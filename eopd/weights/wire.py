@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Literal, Protocol
 
 import torch
-from torch.distributed import BarrierOptions, BroadcastOptions, ProcessGroupGloo, TCPStore
+from torch._C._distributed_c10d import BarrierOptions, BroadcastOptions, ProcessGroupGloo, TCPStore
 
 Backend = Literal["gloo", "nccl"]
 
@@ -57,18 +57,18 @@ class GlooWire:
     """Through host memory, over TCP."""
 
     def __init__(self, store: TCPStore, rendezvous: Rendezvous, timeout: timedelta) -> None:
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timeout
         options._devices = [ProcessGroupGloo.create_device(hostname=_own_address(rendezvous))]
         self._group = ProcessGroupGloo(store, rendezvous.rank, rendezvous.world_size, options)
 
     def broadcast(self, buffer_B: torch.Tensor) -> None:
         """See ``Wire``."""
-        self._group.broadcast([buffer_B], BroadcastOptions()).wait()
+        self._group.broadcast([buffer_B], BroadcastOptions()).wait()  # type: ignore[attr-defined]
 
     def barrier(self) -> None:
         """See ``Wire``."""
-        self._group.barrier(BarrierOptions()).wait()
+        self._group.barrier(BarrierOptions()).wait()  # type: ignore[attr-defined]
 
 
 class NcclWire:
@@ -82,12 +82,10 @@ class NcclWire:
         from vllm.distributed.utils import StatelessProcessGroup
 
         self._device = torch.device("cuda", torch.cuda.current_device())
-        group = StatelessProcessGroup(
-            rank=rendezvous.rank, world_size=rendezvous.world_size, store=store
-        )
+        group = StatelessProcessGroup(rank=rendezvous.rank, world_size=rendezvous.world_size, store=store)
         self._communicator = PyNcclCommunicator(group, device=self._device)
         self._is_sender = rendezvous.rank == 0
-        self._stream = torch.cuda.Stream(self._device)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._staging_B = torch.empty(0, dtype=torch.uint8, device=self._device)
 
     def broadcast(self, buffer_B: torch.Tensor) -> None:

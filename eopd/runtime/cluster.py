@@ -1,0 +1,43 @@
+"""Ray itself: start it here or join a cluster, and find out what it has."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from eopd.config import ClusterConfig, ConfigError
+
+
+@contextmanager
+def connect(config: ClusterConfig) -> Iterator[None]:
+    """Join ``config.address`` or ``RAY_ADDRESS``, or else start Ray on this machine; leave it on the way out.
+
+    Under ``ray job submit`` the address is set by the job server, and so is the working directory: neither is set again here.
+
+    Raises:
+        ConfigError: the cluster cannot be reached.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    local = {"num_cpus": config.cpus, "include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"cluster.address: {address} cannot be joined: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def capacity() -> tuple[float, float]:
+    """CPUs and GPUs of the whole cluster."""
+    resources = ray.cluster_resources()
+    return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+
+
+def is_job_copy(directory: Path) -> bool:
+    """Whether a directory lies in the copy of a working directory that ``ray job submit`` made; it goes away with the job."""
+    return "working_dir_files" in directory.parts

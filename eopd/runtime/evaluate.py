@@ -1,0 +1,61 @@
+"""A benchmark on rollout engines: model directory and JSONL in, avg@n and pass@k out."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig
+from eopd.evaluation.benchmarks import BenchmarkResult, run_benchmark
+from eopd.evaluation.graders import GraderName, open_grader
+from eopd.prompts import PromptSet
+from eopd.runtime import cluster
+from eopd.runtime.placement import plan_rollout, require_capacity
+from eopd.runtime.supervisor import fetch, rollout_engines
+from eopd.teacher.vocabulary import load_tokenizer
+from eopd.types import Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """What to ask and how to grade it."""
+
+    prompts: PromptsConfig
+    grader: GraderName
+    samples: int
+    ks: Sequence[int]
+    seed: int
+
+
+def evaluate(
+    student: StudentConfig, rollout: RolloutConfig, benchmark: Benchmark, config: ClusterConfig
+) -> BenchmarkResult:
+    """Run one benchmark.
+
+    Raises:
+        ConfigError: the model or the data is missing, or a row has no answer.
+    """
+    if not (student.model / "config.json").is_file():
+        raise ConfigError(f"{student.model} is no Hugging Face model directory (it has no config.json)")
+    tokenizer = load_tokenizer(student.model)
+    data = PromptSet.load(benchmark.prompts.data, benchmark.prompts, tokenizer)
+    if unanswered := [p.prompt_id for p in data.prompts if p.reference_answer is None]:
+        raise ConfigError(f"{benchmark.prompts.data}: rows without an answer cannot be graded: {unanswered[:5]}")
+    sampling = Sampling(temperature=rollout.temperature, max_tokens=rollout.max_response_tokens, seed=benchmark.seed)
+
+    async def run() -> BenchmarkResult:
+        longest = benchmark.prompts.max_tokens + rollout.max_response_tokens
+        async with rollout_engines(student, rollout, max_sequence_tokens=longest) as engines:
+            return await run_benchmark(
+                engines,
+                data.prompts,
+                lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+                grader,
+                fetch=fetch,
+                samples=benchmark.samples,
+                sampling=sampling,
+                ks=benchmark.ks,
+            )
+
+    with open_grader(benchmark.grader) as grader, cluster.connect(config):
+        require_capacity([plan_rollout(rollout)], *cluster.capacity())
+        return asyncio.run(run())

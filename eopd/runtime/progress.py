@@ -1,0 +1,77 @@
+"""How far a run is: what ``summary.json`` and a checkpoint say of it."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from eopd.checkpoint import DriverState
+from eopd.ledger import Ledger
+from eopd.telemetry.catalog import Row
+from eopd.telemetry.console import Measurement, Summary
+
+STAGES = ("generate", "score", "train", "weights", "wait")
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts steps. Seconds and rates are those of this process; steps, tokens and wall time those of the whole run."""
+
+    step: int = 0
+    tokens: int = 0
+    trajectories: int = 0
+    wall_before_s: float = 0.0
+    before: Mapping[str, Measurement] | None = None
+    after: Mapping[str, Measurement] | None = None
+    _started: float = field(default_factory=time.monotonic)
+    _rows: int = 0
+    _tokens_here: int = 0
+    _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("step", *STAGES), 0.0))
+
+    @classmethod
+    def resume(cls, state: DriverState, summary: Summary) -> "Progress":
+        """Where a checkpoint left off; the measurement before training is kept."""
+        return cls(
+            step=state.step,
+            tokens=state.tokens,
+            trajectories=state.trajectories,
+            wall_before_s=state.wall_s,
+            before=summary["held_out"]["before"],
+        )
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of the run so far, over all its processes."""
+        return self.wall_before_s + time.monotonic() - self._started
+
+    def count(self, row: Row) -> None:
+        """Take in one completed step."""
+        tokens = int(row["eopd_response_tokens_total"])
+        self._tokens_here += tokens - self.tokens
+        self._rows += 1
+        self.step, self.tokens = int(row["eopd_step"]), tokens
+        self.trajectories = int(row["eopd_trajectories_total"])
+        for stage in self._seconds:
+            self._seconds[stage] += row[f"eopd_{stage}_seconds"]
+
+    def state(self, ledger: Ledger) -> DriverState:
+        """The driver's part of a checkpoint."""
+        return DriverState(
+            step=self.step,
+            tokens=self.tokens,
+            trajectories=self.trajectories,
+            wall_s=self.wall_s,
+            ledger=ledger.state(),
+        )
+
+    def summary(self, status: str) -> Summary:
+        """What ``summary.json`` holds."""
+        rows = max(self._rows, 1)
+        return {
+            "status": status,
+            "steps": self.step,
+            "tokens": self.tokens,
+            "wall_s": round(self.wall_s, 3),
+            "tokens_per_s": self._tokens_here / self._seconds["step"] if self._rows else 0.0,
+            "step_seconds": {stage: self._seconds[stage] / rows for stage in STAGES},
+            "held_out": {"before": self.before, "after": self.after},
+        }

@@ -1,0 +1,124 @@
+"""Brings the actors of a run up and down. Whatever happens, nothing is left running."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from eopd.config import Config, RolloutConfig, StudentConfig
+from eopd.rollout.pool import EnginePool
+from eopd.runtime.actors import LearnerActor, LearnerGang, RemoteEngine, RemoteTeacher, RolloutActor, TeacherActor
+from eopd.runtime.placement import RoleResources, plan, plan_rollout
+from eopd.types import PolicyVersion, Stored
+from eopd.weights.channel import BroadcastChannel
+
+T = TypeVar("T")
+_Spawn = Callable[..., list[ActorHandle]]
+
+CLOSE_TIMEOUT_S = 20.0
+MAX_CONCURRENT_REQUESTS = 10_000  # of one engine actor; the buffer's slots are the real limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """Everything of a run that lives in actors, as roles."""
+
+    engines: EnginePool
+    teacher: RemoteTeacher
+    learner: LearnerGang
+    channel: BroadcastChannel
+
+
+@asynccontextmanager
+async def crew(config: Config) -> AsyncIterator[Crew]:
+    """Every actor of a training run, started all at the same time."""
+    learner_plan, rollout_plan, teacher_plan = plan(config)
+    async with _actors() as spawn:
+        gang = LearnerGang(spawn(LearnerActor, learner_plan))
+        rollouts = spawn(RolloutActor, rollout_plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
+        (teacher,) = spawn(TeacherActor, teacher_plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
+        longest = config.max_sequence_tokens
+        async with asyncio.timeout(config.cluster.start_timeout_s):
+            await asyncio.gather(
+                gang.start(config),
+                *(_start_engine(actor, config.student, config.rollout, longest) for actor in rollouts),
+                teacher.start.remote(config.teacher, config.loss.top_k, longest),
+            )
+        engines = [RemoteEngine(actor) for actor in rollouts]
+        yield Crew(
+            engines=EnginePool(engines),
+            teacher=RemoteTeacher(teacher),
+            learner=gang,
+            channel=BroadcastChannel(gang, engines, workers_per_engine=_workers(config.rollout)),
+        )
+
+
+@asynccontextmanager
+async def rollout_engines(
+    student: StudentConfig, rollout: RolloutConfig, *, max_sequence_tokens: int
+) -> AsyncIterator[list[RemoteEngine]]:
+    """Rollout engines alone, for benchmarks."""
+    async with _actors() as spawn:
+        actors = spawn(RolloutActor, plan_rollout(rollout), max_concurrency=MAX_CONCURRENT_REQUESTS)
+        await asyncio.gather(*(_start_engine(actor, student, rollout, max_sequence_tokens) for actor in actors))
+        yield [RemoteEngine(actor) for actor in actors]
+
+
+def _start_engine(
+    actor: ActorHandle, student: StudentConfig, rollout: RolloutConfig, max_sequence_tokens: int
+) -> Awaitable[None]:
+    started: Awaitable[None] = actor.start.remote(student, rollout, max_sequence_tokens, PolicyVersion(0, 0))
+    return started
+
+
+@asynccontextmanager
+async def _actors() -> AsyncIterator[_Spawn]:
+    """A function that spawns actors; on the way out all of them are closed and killed, whatever happened."""
+    spawned: list[ActorHandle] = []
+
+    def spawn(role: type, resources: RoleResources, **options: object) -> list[ActorHandle]:
+        remote = ray.remote(role).options(
+            num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env={"env_vars": dict(resources.env)}, **options
+        )
+        actors = [remote.remote() for _ in range(resources.actors)]
+        spawned.extend(actors)
+        return actors
+
+    try:
+        yield spawn
+    finally:
+        await _close(spawned)
+        for actor in spawned:
+            ray.kill(actor)
+
+
+async def fetch(stored: Stored[T]) -> T:
+    """The body behind a reference, for the few that the driver does read."""
+    body: T = await stored.body  # type: ignore[misc]
+    return body
+
+
+async def _close(actors: Sequence[ActorHandle]) -> None:
+    """Ask engines to stop their own processes; one that is dead already, or does not answer, is killed all the same."""
+    closing = [asyncio.ensure_future(_ask_to_close(actor)) for actor in actors]
+    await asyncio.wait(closing, timeout=CLOSE_TIMEOUT_S)
+    for task in closing:
+        task.cancel()
+
+
+async def _ask_to_close(actor: ActorHandle) -> None:
+    try:
+        await actor.close.remote()
+    except RayError:  # it never started, or died: the cause is already on its way up
+        return
+
+
+def _workers(rollout: RolloutConfig) -> int:
+    """vLLM workers of one rollout engine: each takes part in the weight transfer."""
+    options = rollout.vllm
+    return int(str(options.get("tensor_parallel_size", 1))) * int(str(options.get("pipeline_parallel_size", 1)))

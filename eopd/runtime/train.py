@@ -1,0 +1,229 @@
+"""One training run from config to summary: check, start, measure, train, measure again, export."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Literal
+
+from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
+from eopd.config import Config
+from eopd.evaluation.held_out import measure
+from eopd.ledger import Ledger
+from eopd.pipeline import Pipeline, Plan
+from eopd.preflight import Prepared, check
+from eopd.prompts import PromptOrder
+from eopd.runtime import cluster
+from eopd.runtime.placement import plan, require_capacity
+from eopd.runtime.progress import Progress
+from eopd.runtime.run_directory import RunDirectory, held_out_record
+from eopd.runtime.supervisor import Crew, crew, fetch
+from eopd.teacher.vocabulary import load_tokenizer
+from eopd.telemetry.console import Console, Summary
+from eopd.telemetry.prometheus import PrometheusSink
+from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry
+from eopd.telemetry.step import Totals
+from eopd.types import ScoredTrajectory, Stored
+
+
+def train(config: Config, *, resume: bool) -> tuple[Summary, RunDirectory]:
+    """Run (or continue) what ``config`` describes.
+
+    Returns:
+        The summary; its ``status`` is ``completed``, or ``interrupted`` after Ctrl-C or SIGTERM.
+
+    Raises:
+        ConfigError: the user's mistake, found before any worker starts.
+    """
+    prepared = check(config)
+    with cluster.connect(config.cluster):
+        require_capacity(plan(config), *cluster.capacity())
+        run = TrainingRun.resume(config, prepared) if resume else TrainingRun.new(config, prepared)
+        return asyncio.run(run.main()), run.directory
+
+
+class TrainingRun:
+    """One process's part of a run: all of it, or from a checkpoint on."""
+
+    def __init__(
+        self, config: Config, prepared: Prepared, directory: RunDirectory, progress: Progress, ledger: Ledger
+    ) -> None:
+        self.directory = directory
+        self._config = config
+        self._prepared = prepared
+        self._progress = progress
+        self._ledger = ledger
+        self._interrupted = False
+        self._stop_softly: Callable[[], Coroutine[object, object, None]] | None = None
+
+    @classmethod
+    def new(cls, config: Config, prepared: Prepared) -> "TrainingRun":
+        """A run from the beginning."""
+        return cls(config, prepared, RunDirectory.create(config), Progress(), Ledger())
+
+    @classmethod
+    def resume(cls, config: Config, prepared: Prepared) -> "TrainingRun":
+        """A run from its newest checkpoint on."""
+        directory = RunDirectory.reopen(config)
+        state = DriverState.read(list_checkpoints(directory.checkpoints)[-1])
+        directory.drop_rows_after(state.step)
+        progress = Progress.resume(state, directory.read_summary())
+        return cls(config, prepared, directory, progress, Ledger.restore(**state.ledger))  # type: ignore[arg-type]
+
+    async def main(self) -> Summary:
+        """Run, and write the status whatever happens."""
+        status = "failed"
+        try:
+            with _signals(self._interrupt, asyncio.current_task()):
+                async with self._telemetry() as telemetry:
+                    await self._run(telemetry)
+            status = "interrupted" if self._interrupted else "completed"
+        except asyncio.CancelledError:
+            status = "interrupted"
+            if not self._interrupted:
+                raise
+        finally:
+            summary = self._progress.summary(status)
+            self.directory.write_summary(summary)
+        return summary
+
+    async def _run(self, telemetry: Telemetry) -> None:
+        self._console.message("starting the learner, the rollout engines and the teacher")
+        async with crew(self._config) as members:
+            if checkpoints := list_checkpoints(self.directory.checkpoints):
+                await members.learner.load(checkpoints[-1] / "learner")
+            await members.channel.connect()
+            await members.channel.publish(await members.learner.version())
+            if self._progress.before is None:
+                await self._measure(members, "before")
+            await self._train(members, telemetry)
+            if not self._interrupted:
+                await self._measure(members, "after")
+            await members.learner.export(self.directory.hf)
+
+    async def _train(self, members: Crew, telemetry: Telemetry) -> None:
+        pipeline = self._pipeline(members)
+        self._stop_softly = pipeline.buffer.close
+        saved = self._progress.step
+        async for row in pipeline.steps(self._progress.step):
+            telemetry.write(row)
+            self._progress.count(row)
+            if self._progress.step % self._config.checkpoint.every == 0:
+                await self._save(members)
+                saved = self._progress.step
+        self._stop_softly = None
+        if self._progress.step > saved:
+            await self._save(members)
+
+    async def _save(self, members: Crew) -> None:
+        await write_checkpoint(
+            self.directory.checkpoints,
+            self._progress.state(self._ledger),
+            members.learner.save,
+            keep_last=self._config.checkpoint.keep_last,
+        )
+        self.directory.write_summary(self._progress.summary("running"))
+
+    async def _measure(self, members: Crew, phase: Literal["before", "after"]) -> None:
+        self._console.message(f"measuring on held-out prompts, {phase} training")
+        evaluation, learner = self._config.evaluation, self._config.learner
+        stats, scored = await measure(
+            members.engines,
+            members.teacher,
+            members.learner,
+            self._prepared.held_out.prompts[: evaluation.prompts],
+            max_tokens=evaluation.max_response_tokens,
+            seed=evaluation.seed,
+            ranks=learner.ranks,
+            token_budget=learner.token_budget,
+        )
+        if phase == "before":
+            self._progress.before = held_out_record(stats)
+        else:
+            self._progress.after = held_out_record(stats)
+        self.directory.add_samples(phase, self._progress.step, await self._texts(scored[: evaluation.samples]))
+        self.directory.write_summary(self._progress.summary("running"))
+
+    async def _texts(self, scored: Sequence[Stored[ScoredTrajectory]]) -> list[dict[str, str]]:
+        tokenizer = load_tokenizer(self._config.student.model)
+        trajectories = [(await fetch(stored)).trajectory for stored in scored]
+        return [
+            {
+                "prompt_id": trajectory.prompt.prompt_id,
+                "prompt": tokenizer.decode(trajectory.prompt.token_ids, skip_special_tokens=True),
+                "response": tokenizer.decode(trajectory.response_ids, skip_special_tokens=True),
+            }
+            for trajectory in trajectories
+        ]
+
+    def _pipeline(self, members: Crew) -> Pipeline:
+        config = self._config
+        numbers = Plan(
+            batch=config.batch_trajectories,
+            batches=config.run.batches,
+            max_staleness=config.flow.max_staleness,
+            lookahead=config.flow.lookahead,
+            max_attempts=config.flow.max_attempts,
+            temperature=config.rollout.temperature,
+            max_response_tokens=config.rollout.max_response_tokens,
+            ranks=config.learner.ranks,
+            optimizer_steps=config.learner.optimizer_steps_per_batch,
+            token_budget=config.learner.token_budget,
+            alpha_at=config.loss.alpha_at,
+        )
+        prompts, samples = self._prepared.train.prompts, config.rollout.samples_per_prompt
+        return Pipeline(
+            numbers,
+            members.engines,
+            members.teacher,
+            members.learner,
+            members.channel,
+            PromptOrder(prompts, samples_per_prompt=samples, seed=config.run.seed),
+            self._ledger,
+            Totals(tokens=self._progress.tokens, trajectories=self._progress.trajectories),
+        )
+
+    @asynccontextmanager
+    async def _telemetry(self) -> AsyncIterator[Telemetry]:
+        run, telemetry = self._config.run, self._config.telemetry
+        sinks: list[Sink] = [JsonlSink(self.directory.metrics)]
+        notes = [f"run directory {self.directory.path}"]
+        if telemetry.port is not None:
+            prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
+            sinks.append(prometheus)
+            notes.append(f"metrics at http://{prometheus.address}/metrics")
+        if self._prepared.train.num_dropped:
+            notes.append(f"{self._prepared.train.num_dropped} prompts longer than prompts.max_tokens left out")
+        if cluster.is_job_copy(self.directory.path):
+            notes.append("this is Ray's copy of the working directory: set run.directory to keep what the run writes")
+        self._console = Console(run=run.name, batches=run.batches)
+        fan_out = Telemetry([*sinks, self._console])
+        try:
+            for note in notes:
+                self._console.message(note)
+            yield fan_out
+        finally:
+            fan_out.close()
+
+    def _interrupt(self) -> bool:
+        """Take a signal; False means that nothing can end softly now."""
+        first, self._interrupted = not self._interrupted, True
+        if not first or self._stop_softly is None:
+            return False
+        self._console.message("stopping after the step under way, with a checkpoint; once more to stop at once")
+        self._stopping = asyncio.create_task(self._stop_softly())  # kept: the loop holds tasks weakly
+        return True
+
+
+@contextmanager
+def _signals(interrupt: Callable[[], bool], main: "asyncio.Task[object] | None") -> Iterator[None]:
+    """SIGTERM is treated as Ctrl-C: ``interrupt`` first, and the main task is cancelled where that says False."""
+    assert main is not None
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, lambda: interrupt() or main.cancel())
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,160 @@
+"""The teacher's engine: vLLM ``AsyncLLM`` with the scoring head, behind the ``TeacherScorer`` role.
+
+In: a trajectory. Out: the same trajectory with the teacher's signal for every response token. Requests are
+independent: score many at once and vLLM batches them.
+Left out: prefix caching, since a re-scored response would be read from the cache and its rows would never reach the
+head.
+
+vLLM internals used here were checked against 0.32.0: the pooling runner, ``hf_overrides``, ``additional_config``,
+``extra_kwargs``. Threads and quiet logs come with the environment of the process that hosts the engine.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Self, cast
+from uuid import uuid4
+
+import numpy as np
+from vllm import AsyncEngineArgs, PoolingParams, TokensPrompt
+from vllm.exceptions import VLLMClientError
+from vllm.outputs import PoolingRequestOutput
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineGenerateError
+
+from eopd.config import ConfigError, TeacherConfig
+from eopd.teacher import head
+from eopd.teacher.signal import SignalError, read_signal
+from eopd.types import (
+    Exact,
+    Int32Array,
+    LossReason,
+    LostTrajectory,
+    ScoredTrajectory,
+    Stored,
+    TeacherSignal,
+    Trajectory,
+)
+
+
+class VllmTeacherScorer:
+    """One vLLM engine serving one teacher. Make it with ``start``; ``score`` is safe to call concurrently."""
+
+    def __init__(self, llm: AsyncLLM, *, name: str, top_k: int) -> None:
+        self._llm = llm
+        self._name = name
+        self._top_k = top_k
+        self._vocab_size: int = llm.model_config.get_vocab_size()
+
+    @classmethod
+    async def start(cls, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> Self:
+        """Start the engine and score one made-up token, so that a scorer that is there works.
+
+        Args:
+            config: the teacher; its ``vllm`` options win over ours.
+            top_k: K, candidates per response token.
+            max_sequence_tokens: the longest prompt and response together.
+
+        Raises:
+            ConfigError: the model's directory names no architecture.
+        """
+        args = AsyncEngineArgs(**engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens))
+        scorer = cls(AsyncLLM.from_engine_args(args), name=config.name, top_k=top_k)
+        token = np.zeros(1, np.int32)
+        await scorer._signal(token, token)
+        return scorer
+
+    async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
+        """Score one trajectory, whose body is the ``Trajectory`` itself.
+
+        Returns:
+            The scored trajectory; its header's sums gain ``score_s`` (seconds, waiting included), and
+            ``teacher_logprob`` and ``teacher_entropy`` (nats, summed over response tokens). A request that fails is a
+            ``LostTrajectory``.
+
+        Raises:
+            EngineDeadError: vLLM's, when the engine is gone.
+        """
+        started = time.monotonic()
+        trajectory = cast(Trajectory, stored.body)
+        try:
+            signal = await self._signal(trajectory.prompt.token_ids, trajectory.response_ids)
+        except (EngineGenerateError, VLLMClientError, SignalError) as error:
+            return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error))
+        gained = {
+            "score_s": time.monotonic() - started,
+            "teacher_logprob": float(signal.token_logprobs.sum(dtype=np.float64)),
+            "teacher_entropy": float(cast(Exact, signal.entropy).entropy.sum(dtype=np.float64)),
+        }
+        header = replace(stored.header, sums={**stored.header.sums, **gained})
+        return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
+
+    async def close(self) -> None:
+        """Stop the engine's processes."""
+        self._llm.shutdown()
+
+    async def _signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
+        token_ids = np.concatenate((prompt_ids, response_ids))
+        if (
+            token_ids.min() < 0 or token_ids.max() >= self._vocab_size
+        ):  # inside the engine it would be fatal to all requests
+            raise SignalError(
+                f"teacher {self._name}: token id {token_ids.max()} is outside its vocabulary of {self._vocab_size}"
+            )
+        request = TokensPrompt(prompt_token_ids=token_ids.tolist())
+        params = PoolingParams(task=head.TASK, extra_kwargs={head.RESPONSE_TOKENS: len(response_ids)})
+        outputs: list[PoolingRequestOutput] = [
+            output async for output in self._llm.encode(request, params, uuid4().hex)
+        ]
+        raw = outputs[-1].outputs.data.numpy()
+        return read_signal(raw, teacher=self._name, num_response_tokens=len(response_ids), top_k=self._top_k)
+
+
+def engine_options(config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> dict[str, object]:
+    """``AsyncEngineArgs`` of a teacher: our defaults, then ``config.vllm``; its two nested sections are merged with
+    ours.
+
+    Raises:
+        ConfigError: the model's directory names no architecture.
+    """
+    native = dict(config.vllm)
+    overrides = {"architectures": [head.PREFIX + _architecture(config.model)], "head_dtype": config.head_dtype}
+    scoring = {head.OPTIONS: {"top_k": top_k, "temperature": config.temperature}}
+    options: dict[str, object] = {
+        "model": str(config.model),
+        "dtype": config.dtype,
+        "runner": "pooling",
+        "max_model_len": max_sequence_tokens,
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if current_platform.is_cpu():
+        options |= {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+    merged = {
+        "hf_overrides": _section(native, "hf_overrides") | overrides,
+        "additional_config": _section(native, "additional_config") | scoring,
+    }
+    return options | native | merged
+
+
+def _section(native: Mapping[str, object], name: str) -> dict[str, object]:
+    section = native.get(name, {})
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"teachers.vllm.{name}: must be a mapping (is {section!r})")
+    return dict(section)
+
+
+def _architecture(model: Path) -> str:
+    """The first architecture of ``config.json``: the one vLLM takes."""
+    path = model / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"teachers.model: {model} has no config.json")
+    architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+    if not architectures:
+        raise ConfigError(f"teachers.model: {path} names no architecture")
+    return str(architectures[0])

@@ -1,0 +1,238 @@
+"""Every metric once: its name, kind, unit, labels, meaning and healthy range.
+
+The same name is the key in a row, in ``metrics.jsonl``, in Prometheus and on the dashboards. A *row* is what one
+training step reports: a mapping from series to number. A series is a metric's name, with its labels where it has any::
+
+    {"eopd_step": 3.0, "eopd_loss": 1.25, 'eopd_lost_trajectories_total{reason="too_stale"}': 2.0}
+
+Names follow Prometheus: base units, ``_total`` for what only grows (in a row: the total so far). Terms of the objective
+are means over the loss tokens of the batch. Left out: histograms, since a row carries numbers only.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Literal
+
+Row = Mapping[str, float]
+Kind = Literal["gauge", "counter"]
+Unit = Literal[
+    "nats",
+    "ratio",
+    "seconds",
+    "bytes",
+    "tokens",
+    "tokens per second",
+    "trajectories",
+    "steps",
+    "versions",
+    "dimensionless",
+]
+
+
+class MetricError(ValueError):
+    """A row that the catalogue does not know: a mistake in the code that made it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric. ``healthy`` says in words what a sound run shows; ``labels`` come beside ``run``, which all have."""
+
+    kind: Kind
+    unit: Unit
+    name: str
+    meaning: str
+    healthy: str
+    labels: tuple[str, ...] = ()
+
+
+_nats = partial(Metric, "gauge", "nats")
+_ratio = partial(Metric, "gauge", "ratio")
+_seconds = partial(Metric, "gauge", "seconds")
+_number = partial(Metric, "gauge", "dimensionless")
+
+_OBJECTIVE: Final = (
+    _nats(
+        "eopd_loss",
+        "The objective: clipped reverse KL plus alpha times the gated forward KL.",
+        "Falls, then levels off; finite always.",
+    ),
+    _nats(
+        "eopd_reverse_kl_nats",
+        "Mean log p_old(y) - log q(y): how much surer of its own text the student is than the teacher.",
+        "Falls towards 0; a rise together with the response length is the length run-away.",
+    ),
+    _nats(
+        "eopd_forward_kl_nats",
+        "Forward KL on the teacher's top k, gated or not.",
+        "Falls, and is never negative.",
+    ),
+    _nats(
+        "eopd_forward_kl_gated_nats",
+        "Forward KL where the gate is open, over these tokens; 0 where there are none.",
+        "Falls: this is the part that the forward term trains.",
+    ),
+    _nats(
+        "eopd_forward_kl_ungated_nats",
+        "Forward KL where the gate is shut, over these tokens; 0 where there are none.",
+        "Small, and falls with the reverse KL.",
+    ),
+    _ratio(
+        "eopd_gate_ratio",
+        "Mean gate value: the share of tokens on which the forward KL acts.",
+        "0.15 to 0.20 in the paper's setting once training settles; 0 means that the gate is shut.",
+    ),
+    _number("eopd_alpha_ratio", "Alpha of this batch, warm-up included.", "Reaches loss.alpha when the warm-up ends."),
+    Metric("gauge", "tokens", "eopd_loss_tokens", "Tokens of the batch that enter the loss.", "Steady; never 0."),
+)
+
+_DISTRIBUTIONS: Final = (
+    _nats(
+        "eopd_teacher_entropy_nats",
+        "Teacher entropy over the whole vocabulary.",
+        "Steady; a fall together with the gate share is the first sign of collapse.",
+    ),
+    _nats(
+        "eopd_student_entropy_nats",
+        "Student entropy over the whole vocabulary.",
+        "Comes to the teacher's; far below it, diversity is being lost.",
+    ),
+    _ratio("eopd_teacher_topk_mass_ratio", "Teacher probability on its top k.", "Above 0.9; lower, k is too small."),
+    _ratio("eopd_student_topk_mass_ratio", "Student probability on the teacher's top k.", "Rises to the teacher's."),
+    _ratio("eopd_topk_overlap_ratio", "Share of the teacher's top k that is in the student's top k.", "Rises."),
+)
+
+_OPTIMISATION: Final = (
+    _number(
+        "eopd_importance_weight_mean",
+        "Mean truncated weight of the current policy against the one that sampled.",
+        "Near 1; far from it, rollouts are stale or engine and trainer disagree.",
+    ),
+    _ratio("eopd_importance_capped_ratio", "Share of tokens whose importance weight is capped.", "Below 0.05."),
+    _nats(
+        "eopd_logprob_gap_nats",
+        "Mean |log p_old - log b| of the sampled tokens: staleness, and the numeric gap of engine and trainer.",
+        "Below 0.05 at staleness 0; more points to a precision or weight-sync fault.",
+    ),
+    _ratio(
+        "eopd_clipped_ratio", "Share of tokens whose policy ratio is clipped.", "0 at one optimiser step; below 0.2."
+    ),
+    _number("eopd_grad_norm", "Gradient norm before clipping.", "Steady; spikes are rare."),
+    _number("eopd_learning_rate", "Learning rate of the last optimiser step.", "Follows learner.schedule."),
+)
+
+_FLOW: Final = (
+    Metric("gauge", "steps", "eopd_step", "Completed batches, which is also the policy's version.", "Grows."),
+    Metric(
+        "gauge",
+        "tokens",
+        "eopd_response_tokens_mean",
+        "Mean response length of the batch.",
+        "Steady; a climb to the limit is the length run-away.",
+    ),
+    _ratio(
+        "eopd_end_token_ratio",
+        "Share of the batch's responses that ended by themselves.",
+        "High where the length limit is generous; a fall is collapse.",
+    ),
+    _ratio(
+        "eopd_truncated_ratio", "Share of the batch's responses cut by the length limit.", "Low; a rise is collapse."
+    ),
+    Metric("gauge", "versions", "eopd_staleness_mean", "Mean age of the batch when consumed.", "0 when synchronous."),
+    Metric("gauge", "versions", "eopd_staleness_max", "Oldest token of the batch.", "At most flow.max_staleness."),
+    Metric(
+        "gauge",
+        "trajectories",
+        "eopd_in_flight_trajectories",
+        "Trajectories being written or scored now.",
+        "Never 0 for long: engines would idle.",
+    ),
+    Metric(
+        "gauge",
+        "trajectories",
+        "eopd_ready_trajectories",
+        "Scored trajectories in the buffer that wait for the learner.",
+        "About a batch when asynchronous; 0 means that the learner is the one who waits.",
+    ),
+    Metric(
+        "gauge",
+        "tokens per second",
+        "eopd_response_tokens_per_second",
+        "Response tokens of the batch over the seconds of the step.",
+        "Steady.",
+    ),
+    Metric("counter", "tokens", "eopd_response_tokens_total", "Response tokens trained on.", "Grows."),
+    Metric("counter", "trajectories", "eopd_trajectories_total", "Trajectories trained on.", "Grows."),
+    Metric(
+        "counter",
+        "trajectories",
+        "eopd_lost_trajectories_total",
+        "Trajectories lost and issued again.",
+        "Flat; a few after an engine or teacher was replaced.",
+        ("reason",),
+    ),
+)
+
+_TIME: Final = (
+    _seconds("eopd_step_seconds", "From the end of one step to the end of the next.", "Steady after the first steps."),
+    _seconds("eopd_generate_seconds", "Time to write one response, mean over the batch.", "Follows the length."),
+    _seconds(
+        "eopd_score_seconds", "Time for the teacher to read one response, mean over the batch.", "Below generation."
+    ),
+    _seconds("eopd_wait_seconds", "Time the learner waited for a full batch.", "Small when asynchronous."),
+    _seconds("eopd_train_seconds", "Time of the learner's update.", "Steady."),
+    _seconds("eopd_weights_seconds", "From the update's end until every engine serves its weights.", "Below training."),
+    _seconds("eopd_weight_transfer_seconds", "Time the new weights travelled, while engines wrote on.", "Steady."),
+    _seconds("eopd_weight_pause_seconds", "Longest time an engine stood still to load them.", "Below one second."),
+    Metric("gauge", "bytes", "eopd_weight_bytes", "Bytes sent for one weight sync, per engine.", "Constant."),
+)
+
+CATALOG: Final[Mapping[str, Metric]] = {
+    metric.name: metric for metric in (*_OBJECTIVE, *_DISTRIBUTIONS, *_OPTIMISATION, *_FLOW, *_TIME)
+}
+
+_SERIES = re.compile(r'(?P<name>\w+)(?:\{(?P<labels>\w+="\w+"(?:,\w+="\w+")*)\})?')
+
+
+def series(name: str, **labels: str) -> str:
+    """The row key of a metric, e.g. ``series("eopd_lost_trajectories_total", reason="too_stale")``.
+
+    Raises:
+        MetricError: no such metric, or not its labels.
+    """
+    inner = ",".join(f'{label}="{value}"' for label, value in labels.items())
+    key = f"{name}{{{inner}}}" if labels else name
+    parse_series(key)
+    return key
+
+
+def parse_series(key: str) -> tuple[Metric, Mapping[str, str]]:
+    """The metric and the label values that a row key names.
+
+    Raises:
+        MetricError: no such metric, or not its labels.
+    """
+    match = _SERIES.fullmatch(key)
+    metric = CATALOG.get(match["name"]) if match else None
+    if match is None or metric is None:
+        close = difflib.get_close_matches(key, CATALOG, n=1)
+        hint = f"did you mean {close[0]}?" if close else "add it to eopd/telemetry/catalog.py"
+        raise MetricError(f"{key}: no metric of this name; {hint}")
+    labels = dict(re.findall(r'(\w+)="(\w+)"', match["labels"] or ""))
+    if set(labels) != set(metric.labels):
+        raise MetricError(f"{key}: its labels must be {metric.labels}, are {tuple(labels)}")
+    return metric, labels
+
+
+def check_row(row: Row) -> None:
+    """Let a row pass that names catalogue series only, and its step.
+
+    Raises:
+        MetricError: an unknown series, or no ``eopd_step``.
+    """
+    for key in row:
+        parse_series(key)
+    if "eopd_step" not in row:
+        raise MetricError(f"eopd_step: missing in a row of {sorted(row)}; every row names its step")

@@ -1,0 +1,300 @@
+"""A run on the terminal: a calm live view, plain lines where there is no terminal, and the table at the end.
+
+``Console`` is a sink: it shows the newest row. The remaining time is honest: it is made of the gaps between the last
+rows, so that checkpoints and waits count; it knows nothing before the second row, since the first step warms everything
+up; and it stands still while a step takes longer than the ones before it.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypedDict
+
+import rich.console
+from rich.constrain import Constrain
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from eopd.telemetry.catalog import CATALOG, Row, Unit
+
+MAX_WIDTH: Final = 100
+PACE_WINDOW: Final = 20
+SAMPLE_CHARACTERS: Final = 200
+
+Cell = tuple[str, tuple[str, ...]]
+
+# Three columns of the live view: a label, and the metrics shown beside it.
+COLUMNS: Final[tuple[tuple[Cell, ...], ...]] = (
+    (
+        ("step", ("eopd_step_seconds",)),
+        ("  wait", ("eopd_wait_seconds",)),
+        ("  train", ("eopd_train_seconds",)),
+        ("  weights", ("eopd_weights_seconds",)),
+        ("tokens/s", ("eopd_response_tokens_per_second",)),
+    ),
+    (
+        ("reverse KL (nats)", ("eopd_reverse_kl_nats",)),
+        ("forward KL (nats)", ("eopd_forward_kl_nats",)),
+        ("teacher entropy (nats)", ("eopd_teacher_entropy_nats",)),
+        ("student entropy (nats)", ("eopd_student_entropy_nats",)),
+        ("gate open", ("eopd_gate_ratio",)),
+    ),
+    (
+        ("response tokens", ("eopd_response_tokens_mean",)),
+        ("ended by itself", ("eopd_end_token_ratio",)),
+        ("in flight / ready", ("eopd_in_flight_trajectories", "eopd_ready_trajectories")),
+        ("staleness / max", ("eopd_staleness_mean", "eopd_staleness_max")),
+    ),
+)
+
+# What a plain line says of a step, after its time.
+LINE: Final[tuple[Cell, ...]] = (
+    ("KL reverse / forward", ("eopd_reverse_kl_nats", "eopd_forward_kl_nats")),
+    ("entropy teacher / student", ("eopd_teacher_entropy_nats", "eopd_student_entropy_nats")),
+    ("gate", ("eopd_gate_ratio",)),
+    ("length", ("eopd_response_tokens_mean",)),
+    ("in flight / ready", ("eopd_in_flight_trajectories", "eopd_ready_trajectories")),
+    ("staleness", ("eopd_staleness_max",)),
+)
+
+_FORMATS: Final[Mapping[Unit, str]] = {
+    "seconds": "{:.2f} s",
+    "nats": "{:.3f}",
+    "ratio": "{:.0%}",
+    "tokens": "{:.1f}",
+    "tokens per second": "{:.1f}",
+    "trajectories": "{:.0f}",
+    "versions": "{:.3g}",
+}
+
+_HELD_OUT: Final = {
+    "reverse_kl": "reverse KL (nats)",
+    "forward_kl": "forward KL (nats)",
+    "student_entropy": "student entropy (nats)",
+    "top1_agreement": "top-1 agreement",
+}
+
+
+class Measurement(TypedDict):
+    """A mean and its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+class HeldOut(TypedDict):
+    """``reverse_kl``, ``forward_kl``, ``student_entropy``, ``top1_agreement``; None where not measured."""
+
+    before: Mapping[str, Measurement] | None
+    after: Mapping[str, Measurement] | None
+
+
+class Summary(TypedDict):
+    """What ``summary.json`` holds. ``step_seconds``: mean seconds of generate, score, train, weights, wait."""
+
+    status: str
+    steps: int
+    tokens: int
+    wall_s: float
+    tokens_per_s: float
+    step_seconds: Mapping[str, float]
+    held_out: HeldOut
+
+
+class Sample(TypedDict):
+    """A held-out prompt, and what the student wrote before and after."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """What the view shows, replaced as one: the live view is drawn in a thread of its own."""
+
+    row: Row
+    at: float
+    step_s: float | None
+
+    def step(self) -> int:
+        return int(self.row.get("eopd_step", 0.0))
+
+    def left_s(self, now: float, batches: int) -> float | None:
+        if self.step_s is None:
+            return None
+        return self.step_s * (batches - self.step()) - min(now - self.at, self.step_s)
+
+
+class Console:
+    """The live view from construction to ``close``; one plain line a step where the output is no terminal."""
+
+    def __init__(self, *, run: str, batches: int, output: rich.console.Console | None = None) -> None:
+        self._output = output or rich.console.Console()
+        self._run = run
+        self._batches = batches
+        self._start = self._output.get_time()
+        self._rows_at: deque[float] = deque(maxlen=PACE_WINDOW + 1)
+        self._progress = _Progress(row={}, at=self._start, step_s=None)
+        self._live: Live | None = None
+        if self._output.is_interactive:
+            self._live = Live(self, console=self._output, refresh_per_second=2)
+            self._live.start()
+
+    def write(self, row: Row) -> None:
+        """Show the row of a completed step."""
+        now = self._output.get_time()
+        self._rows_at.append(now)
+        gaps = len(self._rows_at) - 1
+        step_s = (now - self._rows_at[0]) / gaps if gaps else None
+        self._progress = _Progress(row=dict(row), at=now, step_s=step_s)
+        if self._live is None:
+            self.message(self._line())
+        else:
+            self._live.refresh()
+
+    def message(self, text: str) -> None:
+        """Say something above the live view; brackets in it are not markup."""
+        self._output.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the last view on the screen."""
+        if self._live is not None:
+            self._live.stop()
+
+    def __rich__(self) -> Constrain:
+        step = self._progress.step()
+        head = Table.grid(padding=(0, 2), expand=True)
+        head.add_column(no_wrap=True, overflow="ellipsis", max_width=24)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        head.add_row(
+            Text(self._run, style="bold"),
+            ProgressBar(total=self._batches, completed=step, complete_style="cyan", finished_style="green"),
+            Text(f"{step}/{self._batches}"),
+            Text(_clock(self._output.get_time() - self._start), style="dim"),
+            Text(self._remaining()),
+        )
+        frame = Table.grid(expand=True)
+        frame.add_row(head)
+        if self._progress.row:
+            frame.add_row(_cells(self._progress.row))
+        return Constrain(frame, MAX_WIDTH)
+
+    def _remaining(self) -> str:
+        left = self._progress.left_s(self._output.get_time(), self._batches)
+        if self._progress.step() >= self._batches:
+            return "done"
+        return "" if left is None else f"{_clock(left)} left"
+
+    def _line(self) -> str:
+        row = self._progress.row
+        shares = ", ".join(f"{name} {_show(row, f'eopd_{name}_seconds')}" for name in ("wait", "train", "weights"))
+        parts = [
+            f"step {self._progress.step()}/{self._batches}",
+            f"{_show(row, 'eopd_step_seconds')} ({shares})",
+            *(f"{label} {_value(row, names)}" for label, names in LINE),
+            self._remaining(),
+        ]
+        return " | ".join(part for part in parts if part)
+
+
+def print_summary(
+    summary: Summary, samples: Sequence[Sample], run_directory: Path, output: rich.console.Console | None = None
+) -> None:
+    """The table at the end of a run: rate, where the time went, held-out numbers and texts before and after."""
+    output = output or rich.console.Console()
+    output.print()
+    output.print(
+        f"{summary['status']}: {summary['steps']} steps, {summary['tokens']:,} response tokens "
+        f"in {_clock(summary['wall_s'])}, {summary['tokens_per_s']:.1f} response tokens/s",
+        style="bold",
+        markup=False,
+        highlight=False,
+    )
+    output.print()
+    output.print(_time_table(summary["step_seconds"]))
+    output.print()
+    output.print(_held_out_table(summary["held_out"]))
+    for sample in samples:
+        output.print()
+        output.print(_sample_table(sample))
+    output.print()
+    output.print(f"run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _time_table(step_seconds: Mapping[str, float]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("mean seconds per step", header_style="dim")
+    for stage in step_seconds:
+        table.add_column(stage, justify="right", header_style="dim")
+    table.add_row("", *(f"{seconds:.2f}" for seconds in step_seconds.values()))
+    return table
+
+
+def _held_out_table(held_out: HeldOut) -> Table:
+    before, after = held_out["before"] or {}, held_out["after"] or {}
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("held out, per response token", header_style="dim")
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right", header_style="dim")
+    for name, label in _HELD_OUT.items():
+        change = "-"
+        if name in before and name in after:
+            change = f"{after[name]['mean'] - before[name]['mean']:+.3f}"
+        table.add_row(label, _measured(before, name), _measured(after, name), change)
+    return table
+
+
+def _measured(measurements: Mapping[str, Measurement], name: str) -> str:
+    if name not in measurements:
+        return "-"
+    return f"{measurements[name]['mean']:.3f} ± {measurements[name]['standard_error']:.3f}"
+
+
+def _sample_table(sample: Sample) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("prompt", Text(_printable(sample["prompt"]), style="bold"))
+    table.add_row("before", Text(_printable(sample["before"])))
+    table.add_row("after", Text(_printable(sample["after"])))
+    return table
+
+
+def _printable(text: str) -> str:
+    """One paragraph of bounded length: a model's text may hold anything, escape sequences of a terminal included."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return line if len(line) <= SAMPLE_CHARACTERS else line[:SAMPLE_CHARACTERS] + "…"
+
+
+def _cells(row: Row) -> Table:
+    table = Table.grid(padding=(0, 1), expand=True)
+    for _ in COLUMNS:
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(ratio=1)
+    for index in range(max(len(column) for column in COLUMNS)):
+        cells: list[str] = []
+        for column in COLUMNS:
+            label, names = column[index] if index < len(column) else ("", ())
+            cells += [label, _value(row, names), ""]
+        table.add_row(*cells)
+    return table
+
+
+def _value(row: Row, names: Sequence[str]) -> str:
+    return " / ".join(_show(row, name) for name in names)
+
+
+def _show(row: Row, name: str) -> str:
+    return _FORMATS[CATALOG[name].unit].format(row[name]) if name in row else "-"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

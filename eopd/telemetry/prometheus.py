@@ -1,0 +1,72 @@
+"""The newest row at ``http://host:port/metrics``, for Prometheus to scrape.
+
+A scrape reads the row as it was last written, so nothing is counted twice: counters in a row are totals already. The
+registry is the sink's own, which keeps several runs in one process, and their tests, apart.
+"""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from eopd.config import ConfigError
+from eopd.telemetry.catalog import Row, parse_series
+
+_FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
+
+
+class PrometheusSink:
+    """Serves the newest row from construction to ``close``; every series carries the label ``run``."""
+
+    def __init__(self, host: str, port: int, *, run: str) -> None:
+        """Start serving; port 0 takes a free one.
+
+        Raises:
+            ConfigError: the address cannot be served.
+        """
+        self._latest = _LatestRow(run)
+        registry = CollectorRegistry()
+        registry.register(self._latest)
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise ConfigError(
+                f"telemetry.host, telemetry.port: {host}:{port} cannot be served ({error.strerror}); "
+                "port 0 takes a free one, null serves no metrics"
+            ) from None
+
+    @property
+    def address(self) -> str:
+        """``host:port`` as it is served."""
+        host, port = self._server.server_address[:2]
+        return f"{host!s}:{port}"
+
+    def write(self, row: Row) -> None:
+        """Show this row from now on."""
+        self._latest.row = dict(row)
+
+    def close(self) -> None:
+        """Stop serving and free the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _LatestRow(Collector):
+    """Turns the newest row into metric families at each scrape, in the server's thread: it reads ``row`` once."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self.row: Row = {}
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+        for key, value in self.row.items():
+            metric, labels = parse_series(key)
+            if metric.name not in families:
+                make = _FAMILIES[metric.kind]
+                help_text = f"{metric.meaning} Unit: {metric.unit}."
+                families[metric.name] = make(metric.name, help_text, labels=("run", *metric.labels))
+            families[metric.name].add_metric([self._run, *(labels[name] for name in metric.labels)], value)
+        yield from families.values()

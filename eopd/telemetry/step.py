@@ -1,0 +1,93 @@
+"""One step's row: from headers, the learner's numbers and clocks. Metrics are returned values; the pipeline's caller publishes them."""
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from eopd.telemetry.catalog import Row, series
+from eopd.types import Header, LearnerStats, LossReason, PublishStats, StopReason
+
+
+class BusyClock:
+    """Wall seconds during which at least one of something was under way; enter it around each."""
+
+    def __init__(self) -> None:
+        self._active = 0
+        self._since = 0.0
+        self._seconds = 0.0
+
+    def __enter__(self) -> None:
+        if self._active == 0:
+            self._since = time.monotonic()
+        self._active += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._active -= 1
+        if self._active == 0:
+            self._seconds += time.monotonic() - self._since
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.monotonic()
+        seconds = self._seconds + (now - self._since if self._active else 0.0)
+        self._seconds, self._since = 0.0, now
+        return seconds
+
+
+class Totals:
+    """What only grows, over the life of the run."""
+
+    def __init__(self, *, tokens: int = 0, trajectories: int = 0) -> None:
+        self.tokens = tokens
+        self.trajectories = trajectories
+
+    def add(self, headers: Sequence[Header]) -> None:
+        """Count a trained batch."""
+        self.tokens += sum(h.num_response_tokens for h in headers)
+        self.trajectories += len(headers)
+
+
+def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
+    """Lengths, endings and staleness of a batch consumed at learner version ``version``."""
+    count = len(headers)
+    staleness = [version - h.oldest_version for h in headers]
+    ended = sum(h.stop_reason is StopReason.END_TOKEN for h in headers)
+    return {
+        "eopd_response_tokens_mean": sum(h.num_response_tokens for h in headers) / count,
+        "eopd_end_token_ratio": ended / count,
+        "eopd_truncated_ratio": 1.0 - ended / count,
+        "eopd_staleness_mean": sum(staleness) / count,
+        "eopd_staleness_max": float(max(staleness)),
+    }
+
+
+def step_row(
+    headers: Sequence[Header],
+    stats: LearnerStats,
+    published: PublishStats,
+    *,
+    seconds: Mapping[str, float],
+    totals: Totals,
+    lost: Mapping[LossReason, int],
+    in_flight: int,
+    ready: int,
+) -> Row:
+    """The row of one completed step. ``seconds`` has step, generate, score, wait, train and weights."""
+    row = dict(stats.metrics) | batch_row(headers, stats.version.step - 1)
+    row |= {f"eopd_{stage}_seconds": spent for stage, spent in seconds.items()}
+    row |= {
+        "eopd_step": float(stats.version.step),
+        "eopd_in_flight_trajectories": float(in_flight),
+        "eopd_ready_trajectories": float(ready),
+        "eopd_response_tokens_per_second": sum(h.num_response_tokens for h in headers) / seconds["step"],
+        "eopd_response_tokens_total": float(totals.tokens),
+        "eopd_trajectories_total": float(totals.trajectories),
+        "eopd_weight_transfer_seconds": published.transfer_s,
+        "eopd_weight_pause_seconds": published.pause_s,
+        "eopd_weight_bytes": float(published.num_bytes),
+    }
+    return row | {
+        series("eopd_lost_trajectories_total", reason=reason.value): float(lost.get(reason, 0)) for reason in LossReason
+    }

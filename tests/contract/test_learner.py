@@ -1,0 +1,517 @@
+"""The learner on real DeepSpeed, against plain torch on dense logits, one trajectory at a time.
+
+This file is also the program of a rank: ``python test_learner.py RANK WORLD_SIZE PORT DIRECTORY`` runs every case and
+writes what it saw as JSON. The tests compare that with the oracle below, which knows neither packing nor DeepSpeed nor
+chunks.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eopd.config import LearnerConfig, LossConfig, StudentConfig
+from eopd.models.tiny import build_model, train_tokenizer, write_model
+from eopd.types import (
+    Exact,
+    Header,
+    OptimizerStep,
+    PackedBatch,
+    PolicyVersion,
+    PromptSample,
+    ScoredTrajectory,
+    StopReason,
+    Stored,
+    TeacherSignal,
+    Trajectory,
+    TrajectoryKey,
+)
+
+TOP_K, NUM_TRAJECTORIES, NUM_BATCHES, LR, SEED = 4, 8, 5, 3e-3, 7
+BAD_BATCH, BAD_TRAJECTORY = 2, 2  # where a NaN is slipped in, before this batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of the learner, run under several ZeRO stages."""
+
+    family: str
+    stages: tuple[int, ...]
+    dtype: str = "float32"
+    temperature: float = 1.0
+    learner: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    schedule_factors: tuple[float, ...] = (1.0,) * NUM_BATCHES
+
+    @property
+    def steps_per_batch(self) -> int:
+        return self.learner.get("optimizer_steps_per_batch", 1)
+
+
+CLIPPED = {"max_grad_norm": 0.05, "schedule": "cosine", "warmup_batches": 2}
+CASES = {
+    "tied": Case(
+        family="qwen3",
+        stages=(0, 1, 2, 3),
+        learner=CLIPPED,
+        loss={"gate": {"kind": "hard", "tau": 2.0}},
+        schedule_factors=(0.5, 1.0, 1.0, 0.8535534, 0.5),
+    ),
+    "untied": Case(
+        family="llama",
+        stages=(0, 1, 2, 3),
+        temperature=0.7,
+        learner={"max_grad_norm": 1e3},
+        loss={"gate": {"kind": "quantile", "top": 0.3}, "forward_kl": {"kind": "tail"}, "alpha": 0.5},
+    ),
+    "several_steps": Case(
+        family="qwen3",
+        stages=(1, 3),
+        learner={"optimizer_steps_per_batch": 2, "max_grad_norm": 1e3},
+        loss={"reverse_kl": {"kind": "sampled", "clip": 0.02, "importance_cap": 1.2}},
+    ),
+    "recomputed": Case(
+        family="qwen3",
+        stages=(1, 3),
+        learner=CLIPPED | {"activation_checkpointing": True},
+        loss={"gate": {"kind": "hard", "tau": 2.0}},
+        schedule_factors=(0.5, 1.0, 1.0, 0.8535534, 0.5),
+    ),
+    "half": Case(
+        family="qwen3",
+        stages=(0, 1, 2, 3),
+        dtype="bfloat16",
+        learner=CLIPPED,
+        loss={"gate": {"kind": "hard", "tau": 2.0}},
+        schedule_factors=(0.5, 1.0, 1.0, 0.8535534, 0.5),
+    ),
+}
+RUNS = [(name, stage) for name, case in CASES.items() for stage in case.stages]
+RESUMES = [("tied", 0), ("tied", 2), ("untied", 3), ("half", 1)]
+
+
+# ---- data --------------------------------------------------------------------------------------------------
+
+
+def make_trajectory(batch: int, index: int, vocab_size: int) -> ScoredTrajectory:
+    rng = np.random.default_rng((batch, index))
+    prompt_length, length = int(rng.integers(1, 8)), int(rng.integers(2, 12))
+    sharpness = rng.choice([0.5, 3.0, 12.0], size=(length, 1))
+    logprobs = torch.from_numpy(rng.normal(size=(length, vocab_size)) * sharpness).log_softmax(-1)
+    top = logprobs.topk(TOP_K)
+    response = rng.integers(0, vocab_size, length)
+    rest = logprobs.scatter(1, top.indices, -torch.inf)
+    return ScoredTrajectory(
+        trajectory=Trajectory(
+            prompt=PromptSample(
+                epoch=batch,
+                prompt_id=f"prompt-{index}",
+                source="test",
+                token_ids=rng.integers(0, vocab_size, prompt_length).astype(np.int32),
+                reference_answer=None,
+            ),
+            sample_index=0,
+            response_ids=response.astype(np.int32),
+            loss_mask=np.arange(length) != 1,
+            rollout_logprobs=(rng.normal(size=length) * 0.3 - math.log(vocab_size)).astype(np.float32),
+            policy_versions=np.zeros(length, np.int32),
+            stop_reason=StopReason.LENGTH,
+        ),
+        signal=TeacherSignal(
+            teacher="teacher",
+            token_logprobs=logprobs.numpy()[np.arange(length), response].astype(np.float32),
+            entropy=Exact(-(logprobs.exp() * logprobs).sum(-1).float().numpy()),
+            topk_ids=top.indices.int().numpy(),
+            topk_logprobs=top.values.float().numpy(),
+            tail_logprobs=rest.logsumexp(-1).float().numpy(),
+        ),
+    )
+
+
+def make_batch(batch: int, vocab_size: int) -> list[ScoredTrajectory]:
+    return [make_trajectory(batch, index, vocab_size) for index in range(NUM_TRAJECTORIES)]
+
+
+def spoil(batch: list[ScoredTrajectory]) -> list[ScoredTrajectory]:
+    signal = batch[BAD_TRAJECTORY].signal
+    broken = dataclasses.replace(signal, token_logprobs=np.full_like(signal.token_logprobs, np.nan))
+    return [
+        dataclasses.replace(scored, signal=broken) if index == BAD_TRAJECTORY else scored
+        for index, scored in enumerate(batch)
+    ]
+
+
+def cut(batch: Sequence[ScoredTrajectory], *, world_size: int, steps: int, alpha: float) -> PackedBatch:
+    """Uneven on purpose: with two ranks the second one has an empty micro-batch."""
+
+    def step_of(part: Sequence[ScoredTrajectory]) -> OptimizerStep:
+        stored = [store(scored) for scored in part]
+        ranks = [[stored[:3], stored[3:]]] if world_size == 1 else [[stored[:1], stored[1:2]], [stored[2:], []]]
+        return OptimizerStep(
+            num_loss_tokens=sum(int(scored.trajectory.loss_mask.sum()) for scored in part),
+            ranks=tuple(tuple(tuple(micro) for micro in rank) for rank in ranks),
+        )
+
+    size = len(batch) // steps
+    return PackedBatch(steps=tuple(step_of(batch[i * size : (i + 1) * size]) for i in range(steps)), alpha=alpha)
+
+
+def store(scored: ScoredTrajectory) -> Stored[ScoredTrajectory]:
+    trajectory = scored.trajectory
+    header = Header(
+        key=trajectory.key,
+        source="test",
+        num_prompt_tokens=trajectory.prompt.token_ids.size,
+        num_response_tokens=trajectory.response_ids.size,
+        num_loss_tokens=int(trajectory.loss_mask.sum()),
+        stop_reason=trajectory.stop_reason,
+        oldest_version=0,
+        newest_version=0,
+        sums={},
+    )
+    return Stored(header, scored)
+
+
+# ---- the program of a rank ---------------------------------------------------------------------------------
+
+
+def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
+    from eopd.learner.learner import LearnerRank, NonFiniteUpdateError
+
+    vocab_size = len(AutoTokenizer.from_pretrained(directory / "qwen3"))
+
+    def learner_of(case: Case, stage: int) -> LearnerRank:
+        return LearnerRank(
+            StudentConfig(model=directory / case.family, dtype=case.dtype),
+            LearnerConfig(lr=LR, weight_decay=0.1, zero_stage=stage, logit_chunk_tokens=16, **case.learner),
+            LossConfig(top_k=TOP_K, **case.loss),
+            temperature=case.temperature,
+            total_batches=NUM_BATCHES + 1,
+            seed=SEED,
+            rank=rank,
+            world_size=world_size,
+            master_address="127.0.0.1",
+            master_port=port,
+        )
+
+    def share_of(case: Case, batch: Sequence[ScoredTrajectory]) -> PackedBatch:
+        alpha = case.loss.get("alpha", 1.0)
+        return cut(batch, world_size=world_size, steps=case.steps_per_batch, alpha=alpha).share(rank)
+
+    def train(learner: LearnerRank, case: Case, batches: Sequence[int]) -> list[dict[str, float]]:
+        stats = [learner.step(share_of(case, make_batch(batch, vocab_size))) for batch in batches]
+        return [dict(one.metrics) for one in stats]
+
+    seen: dict[str, Any] = {}
+    for name, stage in RUNS:
+        case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
+        learner = learner_of(case, stage)
+        before = train(learner, case, range(BAD_BATCH))
+        with pytest.raises(NonFiniteUpdateError) as refused:
+            learner.step(share_of(case, spoil(make_batch(BAD_BATCH, vocab_size))))
+        if (name, stage) in RESUMES:
+            learner.save(run_directory / "checkpoint")
+        after = train(learner, case, range(BAD_BATCH, NUM_BATCHES))
+        found = learner.evaluate(share_of(case, make_batch(NUM_BATCHES, vocab_size)))
+        learner.export(run_directory / "hf")
+        seen[f"{name}-{stage}"] = {
+            "metrics": before + after,
+            "refused": str(refused.value),
+            "version": learner.version,
+            "evaluation": dataclasses.asdict(found),
+        }
+        if (name, stage) in RESUMES:
+            resumed = learner_of(case, stage)
+            resumed.load(run_directory / "checkpoint")
+            metrics = train(resumed, case, range(BAD_BATCH, NUM_BATCHES))
+            seen[f"{name}-{stage}"]["resumed"] = {"metrics": metrics, "version": resumed.version}
+        if stage < 3 and rank == 0:
+            ids = torch.arange(9)[None]
+            torch.save(learner.model(input_ids=ids).logits, run_directory / "logits.pt")
+    (directory / f"seen-{world_size}-{rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("learner")
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 3], 300)
+    for family in ("qwen3", "llama"):
+        write_model(root / family, build_model(family, tokenizer, seed=3, scale=0.1), tokenizer)
+    return root
+
+
+@pytest.fixture(scope="module")
+def seen(directory: Path) -> dict[int, list[dict[str, Any]]]:
+    """By world size, what every rank saw."""
+    return {world_size: run_gang(directory, world_size) for world_size in (1, 2)}
+
+
+def run_gang(directory: Path, world_size: int) -> list[dict[str, Any]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (directory / f"log-{world_size}").open("w+")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(world_size), str(port), str(directory)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        codes = [rank.wait(timeout=240) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    log.seek(0)
+    assert codes == [0] * world_size, log.read()[-5000:]
+    log.close()
+    return [json.loads((directory / f"seen-{world_size}-{rank}.json").read_text()) for rank in range(world_size)]
+
+
+# ---- the oracle: plain torch -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Expected:
+    losses: list[float]
+    norms: list[float]  # before clipping, the mean over the optimiser steps of a batch
+    model: torch.nn.Module
+
+
+def dense_logprobs(model: Any, scored: ScoredTrajectory, temperature: float) -> torch.Tensor:
+    """The student's log-probabilities [R, V], from a run of this trajectory alone."""
+    prompt, response = scored.trajectory.prompt.token_ids, scored.trajectory.response_ids
+    sequence = torch.tensor(np.concatenate([prompt, response]).astype(np.int64))[None]
+    logits = model(input_ids=sequence).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1)
+
+
+def sampled(logprobs: torch.Tensor, scored: ScoredTrajectory) -> torch.Tensor:
+    return logprobs[range(len(logprobs)), scored.trajectory.response_ids]
+
+
+def token_losses(
+    logprobs: torch.Tensor, old: torch.Tensor, scored: ScoredTrajectory, gate: torch.Tensor, case: Case
+) -> torch.Tensor:
+    """METHOD: w max(-A r, -A clip(r)) + alpha g FKL, for every response token."""
+    config, signal = LossConfig(top_k=TOP_K, **case.loss), scored.signal
+    ratio = (sampled(logprobs, scored) - old).exp()
+    advantage = torch.tensor(signal.token_logprobs) - old
+    weight = (old - torch.tensor(scored.trajectory.rollout_logprobs)).exp().clamp(max=config.reverse_kl.importance_cap)
+    clip = config.reverse_kl.clip
+    reverse = weight * torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+    ids, top = torch.tensor(signal.topk_ids).long(), torch.tensor(signal.topk_logprobs)
+    student_top = logprobs.gather(1, ids)
+    if config.forward_kl.kind == "renormalized":
+        top = top.log_softmax(-1)
+        forward = (top.exp() * (top - student_top)).sum(-1)
+    else:
+        rest, teacher_rest = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1), torch.tensor(signal.tail_logprobs)
+        forward = (top.exp() * (top - student_top)).sum(-1) + teacher_rest.exp() * (teacher_rest - rest)
+    return reverse + config.alpha * gate * forward
+
+
+def gates_of(batch: Sequence[ScoredTrajectory], case: Case) -> list[torch.Tensor]:
+    gate = case.loss.get("gate", {"kind": "hard", "tau": 0.8})
+    threshold = gate.get("tau")
+    if gate["kind"] == "quantile":
+        pooled = sorted(
+            (
+                h
+                for s in batch
+                for h, kept in zip(s.signal.entropy.entropy, s.trajectory.loss_mask, strict=True)
+                if kept
+            ),
+            reverse=True,
+        )
+        threshold = pooled[round(gate["top"] * len(pooled)) - 1] - 1e-6
+    return [torch.tensor(scored.signal.entropy.entropy > threshold).float() for scored in batch]
+
+
+@cache
+def oracle(name: str, root: Path) -> Expected:
+    case = CASES[name]
+    model = AutoModelForCausalLM.from_pretrained(root / case.family, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
+    losses, norms = [], []
+    for number in range(NUM_BATCHES):
+        batch = make_batch(number, model.config.vocab_size)
+        gates = gates_of(batch, case)
+        with torch.no_grad():
+            old = [sampled(dense_logprobs(model, scored, case.temperature), scored) for scored in batch]
+        masks = [torch.tensor(scored.trajectory.loss_mask) for scored in batch]
+        total, step_norms, size = 0.0, [], len(batch) // case.steps_per_batch
+        for group in optimizer.param_groups:
+            group["lr"] = LR * case.schedule_factors[number]
+        for start in range(0, len(batch), size):
+            part = range(start, start + size)
+            values = [
+                token_losses(dense_logprobs(model, batch[i], case.temperature), old[i], batch[i], gates[i], case)[
+                    masks[i]
+                ]
+                for i in part
+            ]
+            loss = torch.cat(values).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            limit = case.learner["max_grad_norm"]
+            step_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item())
+            optimizer.step()
+            total += torch.cat(values).sum().item()
+        losses.append(total / sum(int(mask.sum()) for mask in masks))
+        norms.append(sum(step_norms) / len(step_norms))
+    return Expected(losses, norms, model)
+
+
+# ---- tests -------------------------------------------------------------------------------------------------
+
+EXACT_RUNS = [(name, stage) for name, stage in RUNS if CASES[name].dtype == "float32"]
+every_world = pytest.mark.parametrize("world_size", [1, 2])
+
+
+def column(run: dict[str, Any], metric: str) -> list[float]:
+    return [metrics[metric] for metrics in run["metrics"]]
+
+
+@every_world
+@pytest.mark.parametrize(("name", "stage"), EXACT_RUNS)
+def test_losses_and_gradient_norms_are_those_of_plain_torch(seen, directory, name, stage, world_size):
+    run, expected = seen[world_size][0][f"{name}-{stage}"], oracle(name, directory)
+    assert column(run, "eopd_loss") == pytest.approx(expected.losses, abs=1e-4)
+    assert column(run, "eopd_grad_norm") == pytest.approx(expected.norms, rel=1e-3)
+    assert expected.losses[0] - expected.losses[-1] != pytest.approx(0, abs=1e-2)
+
+
+@every_world
+@pytest.mark.parametrize("stage", CASES["half"].stages)
+def test_bfloat16_stays_near(seen, directory, stage, world_size):
+    run, expected = seen[world_size][0][f"half-{stage}"], oracle("half", directory)
+    assert column(run, "eopd_loss") == pytest.approx(expected.losses, rel=0.02)
+    assert column(run, "eopd_grad_norm") == pytest.approx(expected.norms, rel=0.05)
+
+
+def test_clipping_was_active_and_was_not(directory):
+    assert min(oracle("tied", directory).norms) > 2 * CLIPPED["max_grad_norm"]
+    assert max(oracle("untied", directory).norms) < CASES["untied"].learner["max_grad_norm"]
+
+
+@every_world
+@pytest.mark.parametrize(("name", "stage"), RUNS)
+def test_all_ranks_return_the_same(seen, name, stage, world_size):
+    first, *others = [of_rank[f"{name}-{stage}"] for of_rank in seen[world_size]]
+    assert len(others) == world_size - 1
+    assert all(other == first for other in others)
+
+
+@every_world
+@pytest.mark.parametrize(("name", "stage"), RUNS)
+def test_the_schedule_and_the_counts_are_reported(seen, name, stage, world_size):
+    run, case = seen[world_size][0][f"{name}-{stage}"], CASES[name]
+    assert column(run, "eopd_learning_rate") == pytest.approx([LR * f for f in case.schedule_factors])
+    assert column(run, "eopd_alpha_ratio") == [case.loss.get("alpha", 1.0)] * NUM_BATCHES
+    counts = [sum(int(s.trajectory.loss_mask.sum()) for s in make_batch(b, 300)) for b in range(NUM_BATCHES)]
+    assert column(run, "eopd_loss_tokens") == counts
+    assert run["version"] == list(PolicyVersion(0, NUM_BATCHES))
+
+
+@every_world
+@pytest.mark.parametrize(("name", "stage"), RUNS)
+def test_a_non_finite_loss_names_its_micro_batch_and_changes_nothing(seen, name, stage, world_size):
+    # That it changed nothing is shown by the losses after it, which are the oracle's, and it never saw the bad batch.
+    message = seen[world_size][0][f"{name}-{stage}"]["refused"]
+    part = cut(spoil(make_batch(BAD_BATCH, 300)), world_size=world_size, steps=CASES[name].steps_per_batch, alpha=1.0)
+    micros = [micro for step in part.steps for rank in step.ranks for micro in rank]
+    bad = TrajectoryKey(BAD_BATCH, f"prompt-{BAD_TRAJECTORY}", 0)
+    for micro in micros:
+        keys = [stored.header.key for stored in micro]
+        assert all((str(tuple(key)) in message) == (bad in keys) for key in keys)
+
+
+@every_world
+@pytest.mark.parametrize(("name", "stage"), RESUMES)
+def test_a_loaded_checkpoint_continues_bit_equal_as_a_new_incarnation(seen, name, stage, world_size):
+    run = seen[world_size][0][f"{name}-{stage}"]
+    assert run["resumed"]["metrics"] == run["metrics"][BAD_BATCH:]
+    assert run["resumed"]["version"] == list(PolicyVersion(1, NUM_BATCHES))
+
+
+@every_world
+@pytest.mark.parametrize(("name", "stage"), EXACT_RUNS)
+def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_size):
+    case, model = CASES[name], oracle(name, directory).model
+    found = seen[world_size][0][f"{name}-{stage}"]["evaluation"]
+    tokens: dict[str, list[np.ndarray]] = {}
+    for scored in make_batch(NUM_BATCHES, model.config.vocab_size):
+        signal, kept = scored.signal, scored.trajectory.loss_mask
+        with torch.no_grad():
+            logprobs = dense_logprobs(model, scored, case.temperature)
+        ids, top = torch.tensor(signal.topk_ids).long(), torch.tensor(signal.topk_logprobs)
+        rest, teacher_rest = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1), torch.tensor(signal.tail_logprobs)
+        values = {
+            "reverse_kl": sampled(logprobs, scored) - torch.tensor(signal.token_logprobs),
+            "forward_kl": (top.exp() * (top - logprobs.gather(1, ids))).sum(-1)
+            + teacher_rest.exp() * (teacher_rest - rest),
+            "student_entropy": -(logprobs.exp() * logprobs).sum(-1),
+            "teacher_entropy": torch.tensor(signal.entropy.entropy),
+            "top1_agreement": (logprobs.argmax(-1) == ids[:, 0]).float(),
+        }
+        for metric, value in values.items():
+            tokens.setdefault(metric, []).append(value.double().numpy()[kept])
+    for metric, clusters in tokens.items():
+        mean = np.concatenate(clusters).mean()
+        size = np.mean([len(one) for one in clusters])
+        residuals = [(one.sum() - mean * len(one)) / size for one in clusters]
+        error = np.std(residuals, ddof=1) / math.sqrt(len(clusters))
+        assert found[metric]["mean"] == pytest.approx(mean, rel=2e-3, abs=2e-4), metric
+        assert found[metric]["standard_error"] == pytest.approx(error, rel=2e-3, abs=2e-4), metric
+    assert found["num_trajectories"] == NUM_TRAJECTORIES
+    assert found["num_tokens"] == sum(len(one) for one in tokens["reverse_kl"])
+
+
+@every_world
+@pytest.mark.parametrize(("name", "stage"), EXACT_RUNS)
+def test_an_export_is_the_trained_student(seen, directory, name, stage, world_size):
+    hf = directory / f"{name}-{stage}-{world_size}" / "hf"
+    exported = AutoModelForCausalLM.from_pretrained(hf)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        actual, expected = exported(input_ids=ids).logits, oracle(name, directory).model(input_ids=ids).logits
+    assert torch.allclose(actual, expected, atol=1e-3)
+    assert not list(hf.parent.glob(".hf*"))
+    tokenizer, source = AutoTokenizer.from_pretrained(hf), AutoTokenizer.from_pretrained(directory / CASES[name].family)
+    assert tokenizer.get_vocab() == source.get_vocab()
+    assert tokenizer.chat_template == source.chat_template
+    assert exported.generation_config.eos_token_id == source.eos_token_id
+
+
+@every_world
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name, stage in RUNS if stage < 3])
+def test_an_export_has_the_very_weights_and_dtype(seen, directory, name, stage, world_size):
+    run_directory = directory / f"{name}-{stage}-{world_size}"
+    exported = AutoModelForCausalLM.from_pretrained(run_directory / "hf", dtype="auto")
+    assert exported.dtype == getattr(torch, CASES[name].dtype)
+    with torch.no_grad():
+        logits = exported(input_ids=torch.arange(9)[None]).logits
+    assert torch.equal(logits, torch.load(run_directory / "logits.pt"))

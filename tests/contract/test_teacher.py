@@ -1,0 +1,271 @@
+"""The teacher on real vLLM, against a float64 full-vocabulary oracle made with transformers."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+from transformers import AutoModelForCausalLM
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+from eopd.config import ConfigError, TeacherConfig
+from eopd.teacher import head
+from eopd.teacher.head import score_logits
+from eopd.teacher.scorer import VllmTeacherScorer, engine_options
+from eopd.teacher.signal import num_columns, read_signal
+from eopd.types import (
+    Exact,
+    Header,
+    LossReason,
+    LostTrajectory,
+    PromptSample,
+    StopReason,
+    Stored,
+    TeacherSignal,
+    Trajectory,
+)
+
+MAX_TOKENS = 160
+LENGTHS = [(1, 1), (3, 40), (70, 2), (1, 90), (40, 120), (17, 23), (64, 64), (2, 130)]  # prompt, response
+SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 4}
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def trajectory(prompt_ids: list[int], response_ids: list[int]) -> Stored[Trajectory]:
+    prompt = PromptSample(
+        epoch=1,
+        prompt_id=str(len(prompt_ids)),
+        source="test",
+        token_ids=np.array(prompt_ids, np.int32),
+        reference_answer=None,
+    )
+    size = len(response_ids)
+    body = Trajectory(
+        prompt=prompt,
+        sample_index=size,
+        response_ids=np.array(response_ids, np.int32),
+        loss_mask=np.ones(size, bool),
+        rollout_logprobs=np.zeros(size, np.float32),
+        policy_versions=np.zeros(size, np.int32),
+        stop_reason=StopReason.LENGTH,
+    )
+    header = Header(
+        key=body.key,
+        source="test",
+        num_prompt_tokens=len(prompt_ids),
+        num_response_tokens=size,
+        num_loss_tokens=size,
+        stop_reason=StopReason.LENGTH,
+        oldest_version=0,
+        newest_version=0,
+        sums={"generate_s": 1.5},
+    )
+    return Stored(header, body)
+
+
+def mixed_batch(vocab_size: int) -> list[Stored[Trajectory]]:
+    rng = np.random.default_rng(7)
+    draw = [(rng.integers(vocab_size, size=p).tolist(), rng.integers(vocab_size, size=r).tolist()) for p, r in LENGTHS]
+    return [trajectory(prompt, response) for prompt, response in draw]
+
+
+def oracle(model: torch.nn.Module, body: Trajectory, temperature: float) -> np.ndarray:
+    """Log-probabilities float64 [R, V] of every token at every response position."""
+    ids = torch.tensor([[*body.prompt.token_ids.tolist(), *body.response_ids.tolist()]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(body.prompt.token_ids) - 1 : -1].double()
+    return torch.log_softmax(logits / temperature, -1).numpy()
+
+
+def deviations(signal: TeacherSignal, response_ids: np.ndarray, logprobs: np.ndarray) -> dict[str, float]:
+    """Largest absolute error of every part of a signal, in nats; candidates are compared with the oracle's by value,
+    and by the oracle's value at their ids, so that a tie may fall either way."""
+    assert isinstance(signal.entropy, Exact)
+    k = signal.topk_ids.shape[1]
+    ordered = -np.sort(-logprobs, axis=1)
+    outside = np.logaddexp.reduce(ordered[:, k:], axis=1) if k < logprobs.shape[1] else np.full(len(ordered), -np.inf)
+    with np.errstate(invalid="ignore"):  # -inf minus -inf
+        tail = np.where(outside == signal.tail_logprobs, 0.0, np.abs(outside - signal.tail_logprobs))
+    return {
+        "entropy": float(np.abs(signal.entropy.entropy + (np.exp(logprobs) * logprobs).sum(1)).max()),
+        "token": float(np.abs(signal.token_logprobs - logprobs[range(len(logprobs)), response_ids]).max()),
+        "topk": float(np.abs(signal.topk_logprobs - ordered[:, :k]).max()),
+        "ids": float(np.abs(np.take_along_axis(logprobs, signal.topk_ids, 1) - ordered[:, :k]).max()),
+        "tail": float(tail.max()),
+    }
+
+
+async def worst_deviations(
+    scorer: VllmTeacherScorer, directory: Path, dtype: torch.dtype, temperature: float
+) -> tuple[dict[str, float], list[TeacherSignal]]:
+    """Score the mixed batch concurrently; the largest error of every part over all trajectories."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).double()
+    batch = mixed_batch(model.config.vocab_size)
+    scored = await asyncio.gather(*(scorer.score(stored) for stored in batch))
+    worst: dict[str, float] = {}
+    signals = []
+    for stored, result in zip(batch, scored, strict=True):
+        assert isinstance(result, Stored)
+        signal = result.body.signal
+        errors = deviations(signal, stored.body.response_ids, oracle(model, stored.body, temperature))
+        worst = {name: max(error, worst.get(name, 0.0)) for name, error in errors.items()}
+        signals.append(signal)
+    return worst, signals
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def chunked(tiny_model):
+    """Tied head, few candidates, temperature 0.7, prefills cut into pieces of at most 48 tokens."""
+    config = TeacherConfig(
+        model=tiny_model("qwen3", seed=3, scale=0.2),
+        dtype="float32",
+        temperature=0.7,
+        vllm={**SMALL, "enable_chunked_prefill": True, "max_num_batched_tokens": 48},
+    )
+    scorer = await VllmTeacherScorer.start(config, top_k=8, max_sequence_tokens=MAX_TOKENS)
+    yield scorer, config
+    await scorer.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def whole(tiny_model):
+    """Untied head, the whole vocabulary as candidates, whole prefills."""
+    model = tiny_model("llama", seed=4, scale=0.2)
+    config = TeacherConfig(
+        model=model,
+        dtype="float32",
+        vllm={**SMALL, "enable_chunked_prefill": False, "max_num_batched_tokens": 2 * MAX_TOKENS},
+    )
+    top_k = AutoModelForCausalLM.from_pretrained(model).config.vocab_size
+    scorer = await VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS)
+    yield scorer, config
+    await scorer.close()
+
+
+async def test_float32_signal_equals_the_oracle_when_prefills_are_cut(chunked):
+    scorer, config = chunked
+    worst, _ = await worst_deviations(scorer, config.model, torch.float32, config.temperature)
+    assert max(worst.values()) < 1e-4, worst
+
+
+async def test_float32_signal_equals_the_oracle_when_prefills_are_whole(whole):
+    scorer, config = whole
+    worst, _ = await worst_deviations(scorer, config.model, torch.float32, config.temperature)
+    assert max(worst.values()) < 1e-4, worst
+
+
+async def test_the_header_gains_sums_over_response_tokens(chunked):
+    scorer, _ = chunked
+    stored = trajectory([5, 6, 7], [8, 9, 10])
+    result = await scorer.score(stored)
+    signal = result.body.signal
+    assert result.body.trajectory is stored.body
+    assert signal.teacher == "teacher"
+    sums = dict(result.header.sums)
+    assert sums.pop("score_s") > 0.0
+    assert sums == pytest.approx(
+        {
+            "generate_s": 1.5,
+            "teacher_logprob": float(signal.token_logprobs.sum()),
+            "teacher_entropy": float(signal.entropy.entropy.sum()),
+        }
+    )
+    assert replace(result.header, sums=stored.header.sums) == stored.header
+
+
+@pytest.mark.parametrize(
+    ("response", "detail"),
+    [([5] * MAX_TOKENS, "maximum context length"), ([5, 1 << 20], "outside its vocabulary")],
+    ids=["too long", "unknown token"],
+)
+async def test_a_request_that_fails_is_a_value_and_the_engine_lives_on(chunked, response, detail):
+    scorer, _ = chunked
+    bad = trajectory([5, 6, 7], response)
+    lost, scored = await asyncio.gather(scorer.score(bad), scorer.score(trajectory([5], [6])))
+    assert isinstance(lost, LostTrajectory)
+    assert (lost.key, lost.reason) == (bad.header.key, LossReason.TEACHER_FAILED)
+    assert detail in lost.detail
+    assert isinstance(scored, Stored)
+
+
+@pytest.mark.parametrize("head_dtype", ["float32", "model"])
+async def test_a_bfloat16_teacher_is_near_the_oracle_and_its_head_has_the_precision_asked_for(tiny_model, head_dtype):
+    config = TeacherConfig(
+        model=tiny_model("qwen3", seed=3, scale=0.2), dtype="bfloat16", head_dtype=head_dtype, vllm=SMALL
+    )
+    scorer = await VllmTeacherScorer.start(config, top_k=32, max_sequence_tokens=MAX_TOKENS)
+    try:
+        worst, signals = await worst_deviations(scorer, config.model, torch.bfloat16, 1.0)
+    finally:
+        await scorer.close()
+    assert max(worst.values()) < 0.5, worst
+    # Eight significant bits make equal logits common among 32 candidates; twenty-four make them rare.
+    ties = np.concatenate([np.diff(signal.topk_logprobs, axis=1) == 0.0 for signal in signals]).mean()
+    assert (ties > 0.05) if head_dtype == "model" else (ties < 0.001), ties
+
+
+LOGITS = {
+    "ordinary": lambda rng: rng.normal(size=(9, 50)) * 3,
+    "uniform": lambda rng: np.zeros((2, 50)),
+    "far above zero": lambda rng: rng.normal(size=(9, 50)) + 80,
+    "a leader far ahead of the tail": lambda rng: np.where(np.arange(50) < 3, 300.0, 0.0) + rng.normal(size=(9, 50)),
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.parametrize("top_k", [1, 3, 49, 50])
+async def test_the_arithmetic_is_exact_at_any_depth(name, top_k):
+    logits = LOGITS[name](np.random.default_rng(top_k)).astype(np.float32)
+    targets = np.arange(len(logits))
+    out = torch.empty(len(logits), num_columns(top_k))
+    score_logits(torch.tensor(logits), torch.tensor(targets), top_k, out=out)
+    signal = read_signal(out.numpy(), teacher="t", num_response_tokens=len(logits), top_k=top_k)
+    logprobs = torch.log_softmax(torch.tensor(logits).double(), -1).numpy()
+    worst = deviations(signal, targets, logprobs)
+    assert max(worst.values()) < 1e-4, worst
+    assert np.isfinite(signal.tail_logprobs).all() == (top_k < 50)
+
+
+async def test_missing_rows_raise_and_warm_up_does_not():
+    from vllm import PoolingParams
+
+    hidden, ids = torch.zeros(4, 2), torch.arange(4)
+    rows, targets = head._response_rows(hidden, ids, PoolingParams(extra_kwargs={head.RESPONSE_TOKENS: 3}))
+    assert (len(rows), targets.tolist()) == (3, [1, 2, 3])
+    with pytest.raises(RuntimeError, match="needs one more"):
+        head._response_rows(hidden, ids, PoolingParams(extra_kwargs={head.RESPONSE_TOKENS: 4}))
+    rows, targets = head._response_rows(hidden, ids[:1], PoolingParams())
+    assert (len(rows), len(targets)) == (1, 1)
+
+
+async def test_twins_exist_once_and_keep_config_hooks():
+    head.register()
+    head.register()
+    twins = [name for name in MODELS_CONFIG_MAP if name.startswith(head.PREFIX)]
+    assert "EopdScoringGptOssForCausalLM" in twins
+    assert all(MODELS_CONFIG_MAP[twin] is MODELS_CONFIG_MAP[twin.removeprefix(head.PREFIX)] for twin in twins)
+    with pytest.raises(TypeError, match="no language model"):
+        getattr(head, "EopdScoringBertModel")  # noqa: B009
+    with pytest.raises(AttributeError):
+        getattr(head, "Nonsense")  # noqa: B009
+
+
+async def test_native_options_win_and_nested_ones_are_merged(tiny_model):
+    config = TeacherConfig(
+        model=tiny_model("llama", seed=4, scale=0.2),
+        head_dtype="model",
+        vllm={"enforce_eager": False, "hf_overrides": {"rope_theta": 5.0}},
+    )
+    options = engine_options(config, top_k=5, max_sequence_tokens=64)
+    assert options["enforce_eager"] is False
+    assert options["hf_overrides"] == {
+        "rope_theta": 5.0,
+        "architectures": ["EopdScoringLlamaForCausalLM"],
+        "head_dtype": "model",
+    }
+    with pytest.raises(ConfigError, match="config.json"):
+        engine_options(TeacherConfig(model=Path("/nowhere")), top_k=5, max_sequence_tokens=64)

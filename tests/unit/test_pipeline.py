@@ -1,0 +1,168 @@
+"""The loop on fakes: what is trained, in which order, under which weights, and what happens when things fail."""
+
+import asyncio
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from eopd.ledger import Ledger
+from eopd.pipeline import Pipeline, Plan, TrajectoryLostError
+from eopd.prompts import PromptOrder
+from eopd.telemetry.step import Totals
+from eopd.types import (
+    Header,
+    LearnerStats,
+    LossReason,
+    LostTrajectory,
+    PolicyVersion,
+    PromptSample,
+    PublishStats,
+    StopReason,
+    Stored,
+    TrajectoryKey,
+)
+
+
+class FakeWorld:
+    """Engine, teacher, learner and channel in one: answers after random delays, remembers what it saw."""
+
+    def __init__(self, seed: int = 0, lose: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.served = self.version = 0
+        self.trained: list[list[TrajectoryKey]] = []
+        self.staleness: list[int] = []
+        self.lose = lose
+        self.concurrent = self.most_concurrent = 0
+
+    async def generate(self, prompt, sample_index, sampling):
+        version = self.served
+        self.concurrent += 1
+        self.most_concurrent = max(self.most_concurrent, self.concurrent)
+        await asyncio.sleep(self.random.expovariate(1000))
+        self.concurrent -= 1
+        key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
+        if self.lose:
+            self.lose -= 1
+            return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail="fake")
+        header = Header(
+            key=key,
+            source=prompt.source,
+            num_prompt_tokens=2,
+            num_response_tokens=4,
+            num_loss_tokens=4,
+            stop_reason=StopReason.END_TOKEN,
+            oldest_version=version,
+            newest_version=version,
+            sums={},
+        )
+        return Stored(header, body=sampling.seed)
+
+    async def score(self, stored):
+        await asyncio.sleep(self.random.expovariate(2000))
+        return stored
+
+    async def step(self, batch):
+        self.trained.append(sorted(s.header.key for s in batch.stored()))
+        self.staleness += [self.version - s.header.oldest_version for s in batch.stored()]
+        await asyncio.sleep(0.001)
+        self.version += 1
+        return LearnerStats(version=PolicyVersion(0, self.version), metrics={"eopd_loss": 1.0})
+
+    async def publish(self, version):
+        self.served = version.step
+        return PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
+
+
+def pipeline(world, *, staleness=0, lookahead=0, batches=12, ledger=None, prompts=5, samples=2, attempts=3) -> Pipeline:
+    plan = Plan(
+        batch=4,
+        batches=batches,
+        max_staleness=staleness,
+        lookahead=lookahead,
+        max_attempts=attempts,
+        temperature=1.0,
+        max_response_tokens=4,
+        ranks=2,
+        optimizer_steps=1,
+        token_budget=16,
+        alpha_at=lambda batch: 1.0,
+    )
+    rows = [
+        PromptSample(epoch=0, prompt_id=f"p{i}", source="s", token_ids=np.zeros(2, np.int32), reference_answer=None)
+        for i in range(prompts)
+    ]
+    order = PromptOrder(rows, samples_per_prompt=samples, seed=3)
+    return Pipeline(plan, world, world, world, world, order, ledger or Ledger(), Totals())
+
+
+async def run(line: Pipeline, start: int = 0) -> list[dict[str, float]]:
+    return [dict(row) async for row in line.steps(start)]
+
+
+async def test_synchronous_trains_in_issue_order_with_staleness_zero():
+    world = FakeWorld()
+    rows = await run(pipeline(world))
+    assert set(world.staleness) == {0} and world.most_concurrent == 4
+    assert [row["eopd_step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["eopd_response_tokens_total"] == 12 * 4 * 4
+    issued = [TrajectoryKey(s.epoch, s.prompt_id, k) for s, k in map(pipeline(world).order.at, range(48))]
+    assert [key for batch in world.trained for key in batch] == [
+        key for start in range(0, 48, 4) for key in sorted(issued[start : start + 4])
+    ]
+
+
+@pytest.mark.parametrize(("staleness", "lookahead"), [(1, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize("seed", range(4))
+async def test_asynchronous_stays_within_the_bound_and_trains_everything_once(staleness, lookahead, seed):
+    world = FakeWorld(seed)
+    await run(pipeline(world, staleness=staleness, lookahead=lookahead))
+    assert 0 < max(world.staleness) <= staleness
+    counts = Counter(key for batch in world.trained for key in batch)
+    assert set(counts.values()) == {1} and len(counts) == 48
+
+
+async def test_an_epoch_holds_every_prompt_and_sample_once():
+    world = FakeWorld()
+    await run(pipeline(world, batches=5))  # 20 trajectories: two epochs of 5 prompts x 2 samples
+    counts = Counter(key for batch in world.trained for key in batch)
+    assert counts == Counter(TrajectoryKey(e, f"p{i}", k) for e in (0, 1) for i in range(5) for k in (0, 1))
+
+
+async def test_lost_trajectories_are_issued_again_and_counted():
+    world = FakeWorld(lose=3)
+    rows = await run(pipeline(world, attempts=4))
+    assert rows[-1]['eopd_lost_trajectories_total{reason="rollout_failed"}'] == 3
+    assert sum(len(batch) for batch in world.trained) == 48
+
+
+async def test_a_trajectory_that_is_always_lost_ends_the_run_with_its_reason():
+    with pytest.raises(ExceptionGroup) as caught:
+        await run(pipeline(FakeWorld(lose=1000)))
+    assert caught.group_contains(TrajectoryLostError, match="lost 3 times, last: rollout_failed: fake")
+
+
+async def test_a_learner_that_raises_ends_the_run_and_leaves_no_task_behind():
+    class Broken(FakeWorld):
+        async def step(self, batch):
+            raise ArithmeticError("not finite")
+
+    with pytest.raises(ArithmeticError, match="not finite"):
+        await run(pipeline(Broken(), staleness=2))
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_stopping_and_resuming_trains_what_an_undisturbed_run_trains():
+    undisturbed, first, second = FakeWorld(), FakeWorld(), FakeWorld(seed=9)
+    await run(pipeline(undisturbed, staleness=2, lookahead=1))
+    line = pipeline(first, staleness=2, lookahead=1)
+    steps = line.steps(0)
+    for _ in range(5):
+        await anext(steps)
+    await steps.aclose()
+    ledger = Ledger.restore(**line.ledger.state())
+    second.version = second.served = 5
+    await run(pipeline(second, staleness=2, lookahead=1, ledger=ledger), start=5)
+    resumed = Counter(key for world in (first, second) for batch in world.trained for key in batch)
+    assert resumed == Counter(key for batch in undisturbed.trained for key in batch)

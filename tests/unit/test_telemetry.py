@@ -1,0 +1,218 @@
+"""Rows: what the catalogue lets pass, and how they reach files and a real HTTP endpoint."""
+
+import json
+import logging
+import math
+import re
+import socket
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from eopd.config import ConfigError
+from eopd.telemetry.catalog import CATALOG, MetricError, Row, check_row, parse_series, series
+from eopd.telemetry.prometheus import PrometheusSink
+from eopd.telemetry.sinks import JsonlSink, Telemetry, append_jsonl
+
+LOST = 'eopd_lost_trajectories_total{reason="too_stale"}'
+
+
+def every_series() -> Row:
+    """A row that holds every metric of the catalogue, each with a value of its own."""
+    keys = [series(m.name, **dict.fromkeys(m.labels, "too_stale")) for m in CATALOG.values()]
+    return {key: float(i) for i, key in enumerate(keys, start=1)}
+
+
+class RecordingSink:
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.closed = False
+
+    def write(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class BrokenSink:
+    def __init__(self) -> None:
+        self.attempts = 0
+
+    def write(self, row: Row) -> None:
+        self.attempts += 1
+        raise RuntimeError("disk full")
+
+    def close(self) -> None:
+        raise OSError("gone")
+
+
+# --- catalogue
+
+
+def test_names_carry_their_unit_and_kind() -> None:
+    suffixes = {"seconds": "_seconds", "bytes": "_bytes", "nats": "_nats", "ratio": "_ratio"}
+    for name, metric in CATALOG.items():
+        assert re.fullmatch(r"eopd_[a-z0-9_]+", name)
+        assert (metric.kind == "counter") == name.endswith("_total"), name
+        if metric.unit in suffixes and name != "eopd_loss":
+            assert name.endswith(suffixes[metric.unit]), name
+        assert metric.meaning.endswith(".") and metric.healthy.endswith("."), name
+
+
+def test_a_series_names_its_metric_and_labels() -> None:
+    assert series("eopd_lost_trajectories_total", reason="too_stale") == LOST
+    metric, labels = parse_series(LOST)
+    assert (metric.name, dict(labels)) == ("eopd_lost_trajectories_total", {"reason": "too_stale"})
+    assert parse_series("eopd_loss") == (CATALOG["eopd_loss"], {})
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("eopd_los", "did you mean eopd_loss?"),
+        ("temperature", "add it to eopd/telemetry/catalog.py"),
+        ("eopd_loss{", "no metric of this name"),
+        ("eopd_lost_trajectories_total", "labels must be ('reason',)"),
+        ('eopd_loss{reason="too_stale"}', "labels must be ()"),
+        ('eopd_lost_trajectories_total{cause="too_stale"}', "labels must be ('reason',)"),
+    ],
+)
+def test_an_unknown_series_is_refused(key: str, message: str) -> None:
+    with pytest.raises(MetricError, match=re.escape(message)):
+        check_row({"eopd_step": 1.0, key: 1.0})
+
+
+def test_a_row_names_its_step() -> None:
+    check_row(every_series())
+    with pytest.raises(MetricError, match="eopd_step: missing"):
+        check_row({"eopd_loss": 1.0})
+
+
+# --- fan-out and files
+
+
+def test_a_failing_sink_is_logged_once_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    broken, recording = BrokenSink(), RecordingSink()
+    telemetry = Telemetry([broken, recording])
+    with caplog.at_level(logging.INFO):
+        for step in (1.0, 2.0, 3.0):
+            telemetry.write({"eopd_step": step})
+        telemetry.close()
+    assert [row["eopd_step"] for row in recording.rows] == [1.0, 2.0, 3.0]
+    assert recording.closed
+    assert broken.attempts == 3
+    (record,) = caplog.records
+    assert "BrokenSink" in record.getMessage()
+    assert record.exc_info is not None and "disk full" in str(record.exc_info[1])
+
+
+def test_every_failing_sink_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    Telemetry([BrokenSink(), BrokenSink()]).write({"eopd_step": 1.0})
+    assert len(caplog.records) == 2
+
+
+def test_a_wrong_row_reaches_no_sink() -> None:
+    recording = RecordingSink()
+    with pytest.raises(MetricError):
+        Telemetry([recording]).write({"eopd_step": 1.0, "eopd_los": 1.0})
+    assert recording.rows == []
+
+
+def test_jsonl_is_one_strict_json_object_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    sink = JsonlSink(path)
+    sink.write({"eopd_step": 2.0, LOST: 3.0, "eopd_loss": math.nan, "eopd_grad_norm": math.inf})
+    sink.write({"eopd_step": 3.0})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    first, second, third = (json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines())
+    assert first == {"step": 1}
+    assert list(second) == ["step", "time", "eopd_step", LOST, "eopd_loss", "eopd_grad_norm"]
+    assert (second["step"], second[LOST], second["eopd_loss"], second["eopd_grad_norm"]) == (2, 3.0, None, None)
+    assert isinstance(second["step"], int)
+    assert 1.7e9 < second["time"] <= third["time"]
+
+
+def test_append_jsonl_keeps_text_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    append_jsonl(path, {"prompt": "Grüß\ndich", "tokens": [1, 2]})
+    append_jsonl(path, {"prompt": "次"})
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["Grüß\ndich", "次"]
+    assert "次" in lines[1]
+
+
+# --- Prometheus
+
+
+def scrape(sink: PrometheusSink, accept: str = "text/plain") -> str:
+    request = urllib.request.Request(f"http://{sink.address}/metrics", headers={"Accept": accept})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return str(response.read().decode())
+
+
+def test_a_scrape_shows_the_newest_row_of_its_run() -> None:
+    first, second = PrometheusSink("127.0.0.1", 0, run="a"), PrometheusSink("127.0.0.1", 0, run="b")
+    try:
+        first.write({"eopd_step": 1.0, "eopd_trajectories_total": 8.0, LOST: 0.0})
+        first.write({"eopd_step": 2.0, "eopd_trajectories_total": 16.0, LOST: 1.0})
+        second.write({"eopd_step": 7.0})
+        lines = [line for line in scrape(first).splitlines() if not line.startswith("#")]
+        assert sorted(lines) == [
+            'eopd_lost_trajectories_total{reason="too_stale",run="a"} 1.0',
+            'eopd_step{run="a"} 2.0',
+            'eopd_trajectories_total{run="a"} 16.0',
+        ]
+        assert "# TYPE eopd_trajectories_total counter" in scrape(first)
+        assert 'eopd_step{run="b"} 7.0' in scrape(second)
+    finally:
+        first.close()
+        second.close()
+
+
+def test_the_whole_catalogue_is_valid_open_metrics() -> None:
+    row = every_series()
+    sink = PrometheusSink("127.0.0.1", 0, run="all")
+    try:
+        sink.write(row)
+        text = scrape(sink, "application/openmetrics-text; version=1.0.0")
+    finally:
+        sink.close()
+    families = list(text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
+    samples = {sample.name: sample for family in families for sample in family.samples}
+    assert {name: samples[name].value for name in samples} == {parse_series(key)[0].name: row[key] for key in row}
+    assert all(sample.labels["run"] == "all" for sample in samples.values())
+
+
+def test_a_row_changed_by_its_owner_is_not_served() -> None:
+    sink = PrometheusSink("127.0.0.1", 0, run="a")
+    try:
+        row = {"eopd_step": 1.0}
+        sink.write(row)
+        row["eopd_step"] = 5.0
+        assert 'eopd_step{run="a"} 1.0' in scrape(sink)
+    finally:
+        sink.close()
+
+
+def test_a_taken_port_is_a_users_mistake() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"telemetry.port: 127.0.0.1:{port} cannot be served"):
+            PrometheusSink("127.0.0.1", port, run="a")
+
+
+def test_close_frees_the_port() -> None:
+    sink = PrometheusSink("127.0.0.1", 0, run="a")
+    port = int(sink.address.rpartition(":")[2])
+    sink.close()
+    again = PrometheusSink("127.0.0.1", port, run="a")
+    again.close()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=1)
