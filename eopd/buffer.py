@@ -1,12 +1,14 @@
 """Admission slots and take order: staleness bounded by construction.
 
-A trajectory holds one of ``B (1 + s - L)`` slots from its admission until the batch that consumed it is *published* (B batch size, s ``max_staleness``,
-L ``lookahead``). Batch number k takes the B ready trajectories with the lowest issue numbers, and may be taken only when it leaves no number below ``B (k + 1 - L)``
-behind: 0 is strict order, L lets a slow trajectory be overtaken for L batches and no longer.
+A trajectory holds one of ``B (1 + s - L)`` slots from its admission until the batch that consumed it is *published* (B
+batch size, s ``max_staleness``, L ``lookahead``). Batch number k takes the B ready trajectories with the lowest issue
+numbers, and may be taken only when it leaves no number below ``B (k + 1 - L)`` behind: 0 is strict order, L lets a slow
+trajectory be overtaken for L batches and no longer.
 
-Bound: trajectory n is consumed by batch ``floor(n / B) + L`` at the latest, when the learner is at that version. It was admitted when fewer than ``B (1 + s - L)``
-numbers up to n were unpublished, so at version ``floor(n / B) + L - s`` at the earliest. Its staleness is at most s.
-Slots alone do not bound staleness: with an unbounded take order one slow trajectory can be overtaken for ever.
+Bound: trajectory n is consumed by batch ``floor(n / B) + L`` at the latest, when the learner is at that version. It was
+admitted when fewer than ``B (1 + s - L)`` numbers up to n were unpublished, so at version ``floor(n / B) + L - s`` at
+the earliest. Its staleness is at most s. Slots alone do not bound staleness: with an unbounded take order one slow
+trajectory can be overtaken for ever.
 """
 
 import asyncio

@@ -3,7 +3,8 @@
     runs/<name>/checkpoints/step-000050/
         learner/      what the learner ranks write: weights, optimiser, schedule, random state
         state.json    what the driver knows: completed batches, ledger, totals
-A checkpoint is written beside its place and renamed when complete, so that a directory of that name is always one to resume from.
+A checkpoint is written beside its place and renamed when complete, so that a directory of that name is always one to
+resume from.
 """
 
 import json

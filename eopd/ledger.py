@@ -1,7 +1,8 @@
 """Which trajectories are issued and trained: exactly once, through crash and resume.
 
-Trajectories are known by *issue number*: number i is a pure function of the seed (``prompts.PromptOrder``), so the ledger's whole memory is
-"everything below ``floor`` is trained, and these few above it". Numbers that were issued but never trained are issued again after a resume.
+Trajectories are known by *issue number*: number i is a pure function of the seed (``prompts.PromptOrder``), so the
+ledger's whole memory is "everything below ``floor`` is trained, and these few above it". Numbers that were issued but
+never trained are issued again after a resume.
 """
 
 from collections import Counter

@@ -1,4 +1,5 @@
-"""Headers to balanced micro-batches: trajectories are dealt to optimiser steps, ranks and token budgets; bodies are never touched.
+"""Headers to balanced micro-batches: trajectories are dealt to optimiser steps, ranks and token budgets; bodies are
+never touched.
 
 Left out: padding. Micro-batches are packed sequences, and their attention is block-diagonal through position ids.
 """

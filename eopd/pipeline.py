@@ -7,8 +7,9 @@
                        then learner.step, then channel.publish, then buffer.release: in this order, so that whatever is
                        admitted next is written by weights at most max_staleness versions behind its batch
 
-One loop serves both modes: ``max_staleness`` 0 gives a batch's worth of slots, so nothing is admitted before the weights it made are published.
-A trajectory that is lost, or too stale by accident, is sampled again by the same task under the same number: nothing is skipped, nothing is trained twice.
+One loop serves both modes: ``max_staleness`` 0 gives a batch's worth of slots, so nothing is admitted before the
+weights it made are published. A trajectory that is lost, or too stale by accident, is sampled again by the same task
+under the same number: nothing is skipped, nothing is trained twice.
 """
 
 import asyncio

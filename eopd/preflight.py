@@ -20,7 +20,8 @@ def check(config: Config) -> Prepared:
     """Check a run's inputs and load its prompts.
 
     Raises:
-        ConfigError: a model directory or data file is missing, vocabularies differ, top_k is larger than the vocabulary, or prompts do not fit.
+        ConfigError: a model directory or data file is missing, vocabularies differ, top_k is larger than the
+        vocabulary, or prompts do not fit.
     """
     _require_model("student.model", config.student.model)
     _require_model(f"teachers.{config.teacher.name}.model", config.teacher.model)

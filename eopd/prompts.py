@@ -1,7 +1,9 @@
-"""Data sets to ``PromptSample``: JSONL, Parquet or a ``datasets`` name in; seeded, epoch-exact, random-access prompts out.
+"""Data sets to ``PromptSample``: JSONL, Parquet or a ``datasets`` name in; seeded, epoch-exact, random-access prompts
+out.
 
-A row has ``prompt`` (text) or ``messages`` (chat), and optionally ``id``, ``answer`` and ``source``. Nothing is consumed: sample number i of a run is a pure
-function of the seed and i, so that resuming needs no state beyond a number.
+A row has ``prompt`` (text) or ``messages`` (chat), and optionally ``id``, ``answer`` and ``source``. Nothing is
+consumed: sample number i of a run is a pure function of the seed and i, so that resuming needs no state beyond a
+number.
 """
 
 import json
@@ -28,7 +30,8 @@ class Tokenizer(Protocol):
 
 
 def read_rows(spec: str) -> list[Row]:
-    """Rows of a ``.jsonl`` or ``.parquet`` file, or of a ``datasets`` name (``name`` or ``name:split``, split ``train`` by default).
+    """Rows of a ``.jsonl`` or ``.parquet`` file, or of a ``datasets`` name (``name`` or ``name:split``, split ``train``
+    by default).
 
     Raises:
         ConfigError: the file is missing, unreadable or empty.
@@ -88,7 +91,8 @@ class PromptSet:
         """Read, render and tokenise.
 
         Raises:
-            ConfigError: a row is malformed, an id stands twice, a prompt is too long under ``overlong: error``, or none is left.
+            ConfigError: a row is malformed, an id stands twice, a prompt is too long under ``overlong: error``, or none
+            is left.
         """
         prompts, seen, dropped = [], set[str](), 0
         for number, row in enumerate(read_rows(spec)):
@@ -160,7 +164,8 @@ def _not_empty(token_ids: list[int], where: str) -> list[int]:
 class PromptOrder:
     """Which sample comes when: issue number -> prompt of an epoch, and how it is sampled.
 
-    An epoch holds every (prompt, sample_index) once, in an order of its own; the samples of one prompt follow each other.
+    An epoch holds every (prompt, sample_index) once, in an order of its own; the samples of one prompt follow each
+    other.
     """
 
     def __init__(self, prompts: Sequence[PromptSample], *, samples_per_prompt: int, seed: int) -> None:

@@ -84,7 +84,8 @@ class PromptSample:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How a response is sampled: from the plain softmax at ``temperature`` (so that the recorded
-    log-probability is the policy's own), with a seed of its own."""
+    log-probability is the policy's own), with a seed of its own.
+    """
 
     temperature: float
     max_tokens: int
@@ -148,7 +149,8 @@ class ScoredTrajectory:
 class Header:
     """All the driver ever sees of a trajectory.
 
-    ``sums`` are summed over response tokens or are seconds spent, e.g. ``{"generate_s": 1.2}``; metrics are made of them.
+    ``sums`` are summed over response tokens or are seconds spent, e.g. ``{"generate_s": 1.2}``; metrics are made of
+    them.
     """
 
     key: TrajectoryKey
@@ -193,7 +195,8 @@ MicroBatch = tuple[Stored[ScoredTrajectory], ...]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerStep:
     """One optimiser step: ``ranks[r]`` are the micro-batches of rank r, equally many on every rank (a short
-    rank gets empty, all-masked ones). ``num_loss_tokens`` is the denominator over all ranks."""
+    rank gets empty, all-masked ones). ``num_loss_tokens`` is the denominator over all ranks.
+    """
 
     num_loss_tokens: int
     ranks: tuple[tuple[MicroBatch, ...], ...]
@@ -236,8 +239,9 @@ class Estimate:
 class EvalStats:
     """Student against teacher on held-out prompts, per response token; no update.
 
-    reverse_kl is the mean of log p(y) - log q(y) over sampled tokens; forward_kl the ``tail`` form; top1_agreement the share of
-    positions with equal argmax. Standard errors are clustered by trajectory (tokens of one response are not independent).
+    reverse_kl is the mean of log p(y) - log q(y) over sampled tokens; forward_kl the ``tail`` form; top1_agreement the
+    share of positions with equal argmax. Standard errors are clustered by trajectory (tokens of one response are not
+    independent).
     """
 
     reverse_kl: Estimate

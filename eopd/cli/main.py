@@ -1,4 +1,6 @@
-"""The command line: verbs only; every one hands its work to a room and turns a user's mistake into one message and exit code 2."""
+"""The command line: verbs only; every one hands its work to a room and turns a user's mistake into one message and exit
+code 2.
+"""
 
 import sys
 from pathlib import Path

@@ -34,7 +34,8 @@ class StudentConfig(Section):
 
 class TeacherConfig(Section):
     """A model that reads along. ``head_dtype: float32`` keeps a float32 copy of the head and is exact;
-    ``model`` projects in the model's own precision. ``vllm`` goes to the engine untouched."""
+    ``model`` projects in the model's own precision. ``vllm`` goes to the engine untouched.
+    """
 
     name: str = "teacher"
     model: AbsolutePath
@@ -63,7 +64,9 @@ class PromptsConfig(Section):
 
 
 class RolloutConfig(Section):
-    """The engines that write. Training samples come from the plain softmax at ``temperature``; the learner uses the same."""
+    """The engines that write. Training samples come from the plain softmax at ``temperature``; the learner uses the
+    same.
+    """
 
     engines: int = Field(1, ge=1)
     cpus: float = Field(1.0, ge=0.0)
@@ -76,7 +79,9 @@ class RolloutConfig(Section):
 
 
 class FlowConfig(Section):
-    """``max_staleness`` 0 is synchronous. ``lookahead`` lets a batch take trajectories out of issue order (see ``buffer.py``)."""
+    """``max_staleness`` 0 is synchronous. ``lookahead`` lets a batch take trajectories out of issue order (see
+    ``buffer.py``).
+    """
 
     batch_prompts: int = Field(ge=1)
     max_staleness: int = Field(0, ge=0)

@@ -1,4 +1,6 @@
-"""Student against teacher on held-out prompts: the student writes at T 1 with fixed seeds, the teacher reads, the learner measures."""
+"""Student against teacher on held-out prompts: the student writes at T 1 with fixed seeds, the teacher reads, the
+learner measures.
+"""
 
 import asyncio
 from collections.abc import Sequence

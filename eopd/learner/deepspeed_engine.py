@@ -69,6 +69,10 @@ class Engine:
             lr_scheduler=lambda basic: LambdaLR(basic, factor),
             config=native_config(config, dtype),
         )
+        if config.zero_stage == 0 and dtype == "bfloat16":
+            # This wrapper has already stepped once, on zero gradients: forget its moments and its weight decay.
+            self._engine.optimizer.refresh_fp32_params()
+            optimizer.state.clear()
         self.student = student
         self._keeps_no_norm = config.zero_stage == 0 and dtype == "float32"
         if config.zero_stage == 3:

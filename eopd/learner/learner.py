@@ -58,7 +58,7 @@ class Projection(TypedDict):
 
 
 class NonFiniteUpdateError(RuntimeError):
-    """A loss or gradient was not finite: the optimiser step was not applied, on any rank; earlier ones of its batch were."""
+    """A loss or gradient was not finite. Its optimiser step was applied on no rank; earlier ones of the batch were."""
 
 
 class LearnerRank:
@@ -302,7 +302,7 @@ def _explain(step: OptimizerStep, losses: Sequence[Tensor]) -> str:
     broken = [name for micro, loss in zip(names, losses, strict=True) if not loss.isfinite() for name in micro]
     every_broken, every_name = _gather_all(broken), _gather_all([name for micro in names for name in micro])
     what = "loss" if every_broken else "gradient"
-    return f"the {what} is not finite; this optimiser step was not applied. Trajectories: {', '.join(every_broken or every_name)}"
+    return f"the {what} is not finite, nothing was applied; trajectories: {', '.join(every_broken or every_name)}"
 
 
 def _gather_all(mine: list[T]) -> list[T]:

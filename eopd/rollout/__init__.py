@@ -1,0 +1,1 @@
+"""The engine that writes, and several of them as one."""

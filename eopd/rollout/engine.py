@@ -1,10 +1,12 @@
 """The engine that writes: vLLM ``AsyncLLM`` behind the ``RolloutEngine`` role.
 
 In: a prompt and how to sample it. Out: the response with the log-probability and the policy version of every token.
-Weights arrive in flight (``EngineLink`` of ``weights/channel.py``): running requests are frozen, not aborted, and go on under the new weights.
-Left out: any sampling transform (top-p, penalties), since the recorded log-probability would not be the policy's own.
+Weights arrive in flight (``EngineLink`` of ``weights/channel.py``): running requests are frozen, not aborted, and go on
+under the new weights. Left out: any sampling transform (top-p, penalties), since the recorded log-probability would not
+be the policy's own.
 
-vLLM internals used here were checked against 0.32.0: ``weight_versions`` spans, ``logprobs_mode``, the weight-transfer calls.
+vLLM internals used here were checked against 0.32.0: ``weight_versions`` spans, ``logprobs_mode``, the weight-transfer
+calls.
 """
 
 import time

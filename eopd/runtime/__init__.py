@@ -1,0 +1,1 @@
+"""The only room that knows Ray: placement, actors, and the life of a run."""

@@ -1,8 +1,9 @@
 """The actors, and what the driver sees of them.
 
-Every pair below is a plain class that Ray runs in a process of its own, and a proxy in the driver that implements a role. Bodies never pass through the
-proxies: ``num_returns=2`` splits header from body, so that the driver owns a reference to the body, and the body goes from node to node.
-Heavy libraries are imported inside the actors, never in the driver.
+Every pair below is a plain class that Ray runs in a process of its own, and a proxy in the driver that implements a
+role. Bodies never pass through the proxies: ``num_returns=2`` splits header from body, so that the driver owns a
+reference to the body, and the body goes from node to node. Heavy libraries are imported inside the actors, never in the
+driver.
 """
 
 import asyncio

@@ -15,7 +15,8 @@ from eopd.config import ClusterConfig, ConfigError
 def connect(config: ClusterConfig) -> Iterator[None]:
     """Join ``config.address`` or ``RAY_ADDRESS``, or else start Ray on this machine; leave it on the way out.
 
-    Under ``ray job submit`` the address is set by the job server, and so is the working directory: neither is set again here.
+    Under ``ray job submit`` the address is set by the job server, and so is the working directory: neither is set again
+    here.
 
     Raises:
         ConfigError: the cluster cannot be reached.
@@ -39,5 +40,7 @@ def capacity() -> tuple[float, float]:
 
 
 def is_job_copy(directory: Path) -> bool:
-    """Whether a directory lies in the copy of a working directory that ``ray job submit`` made; it goes away with the job."""
+    """Whether a directory lies in the copy of a working directory that ``ray job submit`` made; it goes away with the
+    job.
+    """
     return "working_dir_files" in directory.parts

@@ -119,6 +119,6 @@ async def _ask_to_close(actor: ActorHandle) -> None:
 
 
 def _workers(rollout: RolloutConfig) -> int:
-    """vLLM workers of one rollout engine: each takes part in the weight transfer."""
+    """VLLM workers of one rollout engine: each takes part in the weight transfer."""
     options = rollout.vllm
     return int(str(options.get("tensor_parallel_size", 1))) * int(str(options.get("pipeline_parallel_size", 1)))

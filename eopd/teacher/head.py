@@ -39,7 +39,7 @@ OPTIONS: Final = "eopd_scoring"  # key of vLLM's additional_config
 RESPONSE_TOKENS: Final = "eopd_response_tokens"  # key of PoolingParams.extra_kwargs
 
 # Rows projected at once. On CPU the chunk's logits should stay near the cache; a GPU needs enough rows to be busy.
-_CHUNK_ROWS: Final = 64 if current_platform.is_cpu() else 256
+_CHUNK_ROWS: Final = 128 if current_platform.is_cpu() else 256
 
 
 def register() -> None:

@@ -1,4 +1,6 @@
-"""One step's row: from headers, the learner's numbers and clocks. Metrics are returned values; the pipeline's caller publishes them."""
+"""One step's row: from headers, the learner's numbers and clocks. Metrics are returned values; the pipeline's caller
+publishes them.
+"""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """The learner's parameters as checkpoint tensors, whatever the ZeRO stage.
 
-Under ZeRO-1 and 2 rank 0 has all weights; under ZeRO-3 a bucket is gathered by all ranks together and copied out on rank 0, so that nothing is
-transmitted while parameters are held. Checked against DeepSpeed 0.19.8.
+Under ZeRO-1 and 2 rank 0 has all weights; under ZeRO-3 a bucket is gathered by all ranks together and copied out on
+rank 0, so that nothing is transmitted while parameters are held. Checked against DeepSpeed 0.19.8.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class ModelSource:
     def metadata(self) -> Sequence[ParameterMeta]:
         """Full shapes, also where ZeRO-3 has emptied the tensor."""
         return [
-            ParameterMeta.of(name, tensor, getattr(tensor, "ds_shape") if self._sharded else tensor.shape)
+            ParameterMeta.of(name, tensor, tensor.ds_shape if self._sharded else tensor.shape)
             for name, tensor in self._parameters.items()
         ]
 

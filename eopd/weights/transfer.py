@@ -1,7 +1,8 @@
-"""Sender and receiver of one transfer: the learner's parameters, bucket by bucket, into host memory of every engine worker.
+"""Sender and receiver of one transfer: the learner's parameters, bucket by bucket, into host memory of every engine
+worker.
 
-Phase one (here): buckets travel while generation goes on; the receiver keeps them in host memory, loads nothing, and can be thrown away.
-Phase two (``weights/vllm_engine.py``): the engine pauses and loads what is already in its memory.
+Phase one (here): buckets travel while generation goes on; the receiver keeps them in host memory, loads nothing, and
+can be thrown away. Phase two (``weights/vllm_engine.py``): the engine pauses and loads what is already in its memory.
 Messages are one broadcast a bucket, one barrier a transfer.
 """
 

@@ -7,8 +7,8 @@ vLLM's handshake, as it is used here (checked against 0.32.0):
     ... pause_generation ...
     update_weights({"phase": "load"})          layer-wise reload from host memory
     finish_weight_update(version)              repack layers, set the label
-On CPU, linear weights are repacked after loading and the original parameters emptied, so ``model.load_weights`` must run between
-``initialize_layerwise_reload`` and ``finalize_layerwise_reload``.
+On CPU, linear weights are repacked after loading and the original parameters emptied, so ``model.load_weights`` must
+run between ``initialize_layerwise_reload`` and ``finalize_layerwise_reload``.
 """
 
 from dataclasses import dataclass
@@ -97,8 +97,9 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
 
 
 def _repack_tied_heads(model: torch.nn.Module) -> None:
-    """On CPU a head multiplies with a packed copy of its weight, made when the head itself is loaded. A tied head never is: its weight
-    changed with the embedding, its packed copy did not (vLLM 0.32.0, ``dispatch_cpu_unquantized_gemm``)."""
+    """On CPU a head multiplies with a packed copy of its weight, made when the head itself is loaded. A tied head never
+    is: its weight changed with the embedding, its packed copy did not (vLLM 0.32.0, ``dispatch_cpu_unquantized_gemm``).
+    """
     modules = list(model.modules())
     embeddings = {_address(module) for module in modules if type(module) is VocabParallelEmbedding}
     for module in modules:

@@ -1,7 +1,7 @@
 """The wires: how bytes get from the learner's rank 0 to every engine worker, ``gloo`` or ``nccl``.
 
-A wire is one process group made by hand over a TCP store of its own: no default group is touched, so it cannot clash with DeepSpeed's
-or with vLLM's. Both ends of each wire stand side by side here.
+A wire is one process group made by hand over a TCP store of its own: no default group is touched, so it cannot clash
+with DeepSpeed's or with vLLM's. Both ends of each wire stand side by side here.
 """
 
 import socket
@@ -72,7 +72,8 @@ class GlooWire:
 
 
 class NcclWire:
-    """Between GPUs, through one device buffer of the largest bucket so far; the host keeps the weights until they are loaded.
+    """Between GPUs, through one device buffer of the largest bucket so far; the host keeps the weights until they are
+    loaded.
 
     Uses vLLM's own NCCL communicator (``PyNcclCommunicator`` over ``StatelessProcessGroup``, vLLM 0.32.0).
     """

@@ -1,8 +1,10 @@
-"""Memory and time of the chunked objective beside a dense one: ``python tests/bench/bench_loss.py [--full] [--dtype bfloat16]``.
+"""Memory and time of the chunked objective beside a dense one: ``python tests/bench/bench_loss.py [--full] [--dtype
+bfloat16]``.
 
-Every measurement is a process of its own. Extra memory is the peak resident size of forward and backward, less what was resident before and
-less the returned gradients. The dense loss is the leanest that autograd gives: one log-softmax of [T, V] float32 logits, gathers, no diagnostics.
-Time is the better of two runs. The targets: extra memory flat in T within 10 %, at least 10x under the dense loss, at most 1.25x its time.
+Every measurement is a process of its own. Extra memory is the peak resident size of forward and backward, less what
+was resident before and less the returned gradients. The dense loss is the leanest that autograd gives: one
+log-softmax of [T, V] float32 logits, gathers, no diagnostics. Time is the better of two runs. The targets: extra
+memory flat in T within 10 %, at least 10x under the dense loss, at most 1.25x its time.
 """
 
 import argparse
@@ -79,7 +81,7 @@ def measure(kind: str, v: int, t: int, dtype: torch.dtype) -> tuple[Measurement,
             loss = dense(hidden, weight, tokens, config)
         else:
             loss, _ = objective(hidden, weight, tokens, config, num_loss_tokens=t, alpha=1.0)
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss.item()
 
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of making the inputs

@@ -21,11 +21,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.hyperclovax import HyperCLOVAXConfig
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
+from eopd.learner.student import Head, Student, load_student
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.types import (
+    Estimate,
     Exact,
     Header,
     OptimizerStep,
@@ -40,6 +54,7 @@ from eopd.types import (
     TrajectoryKey,
 )
 
+VOCABULARY = 280  # that of the tokenizer, checked where it is trained
 TOP_K, NUM_TRAJECTORIES, NUM_BATCHES, LR, SEED = 4, 8, 5, 3e-3, 7
 BAD_BATCH, BAD_TRAJECTORY = 2, 2  # where a NaN is slipped in, before this batch
 
@@ -100,19 +115,19 @@ CASES = {
     ),
 }
 RUNS = [(name, stage) for name, case in CASES.items() for stage in case.stages]
-RESUMES = [("tied", 0), ("tied", 2), ("untied", 3), ("half", 1)]
+RESUMES = [("tied", 0), ("tied", 2), ("untied", 3), ("half", 0), ("half", 1)]
 
 
 # ---- data --------------------------------------------------------------------------------------------------
 
 
-def make_trajectory(batch: int, index: int, vocab_size: int) -> ScoredTrajectory:
+def make_trajectory(batch: int, index: int) -> ScoredTrajectory:
     rng = np.random.default_rng((batch, index))
     prompt_length, length = int(rng.integers(1, 8)), int(rng.integers(2, 12))
     sharpness = rng.choice([0.5, 3.0, 12.0], size=(length, 1))
-    logprobs = torch.from_numpy(rng.normal(size=(length, vocab_size)) * sharpness).log_softmax(-1)
+    logprobs = torch.from_numpy(rng.normal(size=(length, VOCABULARY)) * sharpness).log_softmax(-1)
     top = logprobs.topk(TOP_K)
-    response = rng.integers(0, vocab_size, length)
+    response = rng.integers(0, VOCABULARY, length)
     rest = logprobs.scatter(1, top.indices, -torch.inf)
     return ScoredTrajectory(
         trajectory=Trajectory(
@@ -120,13 +135,13 @@ def make_trajectory(batch: int, index: int, vocab_size: int) -> ScoredTrajectory
                 epoch=batch,
                 prompt_id=f"prompt-{index}",
                 source="test",
-                token_ids=rng.integers(0, vocab_size, prompt_length).astype(np.int32),
+                token_ids=rng.integers(0, VOCABULARY, prompt_length).astype(np.int32),
                 reference_answer=None,
             ),
             sample_index=0,
             response_ids=response.astype(np.int32),
             loss_mask=np.arange(length) != 1,
-            rollout_logprobs=(rng.normal(size=length) * 0.3 - math.log(vocab_size)).astype(np.float32),
+            rollout_logprobs=(rng.normal(size=length) * 0.3 - math.log(VOCABULARY)).astype(np.float32),
             policy_versions=np.zeros(length, np.int32),
             stop_reason=StopReason.LENGTH,
         ),
@@ -141,8 +156,8 @@ def make_trajectory(batch: int, index: int, vocab_size: int) -> ScoredTrajectory
     )
 
 
-def make_batch(batch: int, vocab_size: int) -> list[ScoredTrajectory]:
-    return [make_trajectory(batch, index, vocab_size) for index in range(NUM_TRAJECTORIES)]
+def make_batch(batch: int) -> list[ScoredTrajectory]:
+    return [make_trajectory(batch, index) for index in range(NUM_TRAJECTORIES)]
 
 
 def spoil(batch: list[ScoredTrajectory]) -> list[ScoredTrajectory]:
@@ -191,8 +206,6 @@ def store(scored: ScoredTrajectory) -> Stored[ScoredTrajectory]:
 def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
     from eopd.learner.learner import LearnerRank, NonFiniteUpdateError
 
-    vocab_size = len(AutoTokenizer.from_pretrained(directory / "qwen3"))
-
     def learner_of(case: Case, stage: int) -> LearnerRank:
         return LearnerRank(
             StudentConfig(model=directory / case.family, dtype=case.dtype),
@@ -212,20 +225,22 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
         return cut(batch, world_size=world_size, steps=case.steps_per_batch, alpha=alpha).share(rank)
 
     def train(learner: LearnerRank, case: Case, batches: Sequence[int]) -> list[dict[str, float]]:
-        stats = [learner.step(share_of(case, make_batch(batch, vocab_size))) for batch in batches]
+        stats = [learner.step(share_of(case, make_batch(batch))) for batch in batches]
         return [dict(one.metrics) for one in stats]
 
     seen: dict[str, Any] = {}
     for name, stage in RUNS:
         case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
         learner = learner_of(case, stage)
+        with pytest.raises(FileNotFoundError):
+            learner.load(run_directory / "checkpoint")
         before = train(learner, case, range(BAD_BATCH))
         with pytest.raises(NonFiniteUpdateError) as refused:
-            learner.step(share_of(case, spoil(make_batch(BAD_BATCH, vocab_size))))
+            learner.step(share_of(case, spoil(make_batch(BAD_BATCH))))
         if (name, stage) in RESUMES:
             learner.save(run_directory / "checkpoint")
         after = train(learner, case, range(BAD_BATCH, NUM_BATCHES))
-        found = learner.evaluate(share_of(case, make_batch(NUM_BATCHES, vocab_size)))
+        found = learner.evaluate(share_of(case, make_batch(NUM_BATCHES)))
         learner.export(run_directory / "hf")
         seen[f"{name}-{stage}"] = {
             "metrics": before + after,
@@ -252,7 +267,8 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("learner")
-    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 3], 300)
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 3], VOCABULARY)
+    assert len(tokenizer) == VOCABULARY
     for family in ("qwen3", "llama"):
         write_model(root / family, build_model(family, tokenizer, seed=3, scale=0.1), tokenizer)
     return root
@@ -357,7 +373,7 @@ def oracle(name: str, root: Path) -> Expected:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
     losses, norms = [], []
     for number in range(NUM_BATCHES):
-        batch = make_batch(number, model.config.vocab_size)
+        batch = make_batch(number)
         gates = gates_of(batch, case)
         with torch.no_grad():
             old = [sampled(dense_logprobs(model, scored, case.temperature), scored) for scored in batch]
@@ -408,8 +424,8 @@ def test_losses_and_gradient_norms_are_those_of_plain_torch(seen, directory, nam
 @pytest.mark.parametrize("stage", CASES["half"].stages)
 def test_bfloat16_stays_near(seen, directory, stage, world_size):
     run, expected = seen[world_size][0][f"half-{stage}"], oracle("half", directory)
-    assert column(run, "eopd_loss") == pytest.approx(expected.losses, rel=0.02)
-    assert column(run, "eopd_grad_norm") == pytest.approx(expected.norms, rel=0.05)
+    assert column(run, "eopd_loss") == pytest.approx(expected.losses, rel=0.01)
+    assert column(run, "eopd_grad_norm") == pytest.approx(expected.norms, rel=0.02)
 
 
 def test_clipping_was_active_and_was_not(directory):
@@ -431,7 +447,7 @@ def test_the_schedule_and_the_counts_are_reported(seen, name, stage, world_size)
     run, case = seen[world_size][0][f"{name}-{stage}"], CASES[name]
     assert column(run, "eopd_learning_rate") == pytest.approx([LR * f for f in case.schedule_factors])
     assert column(run, "eopd_alpha_ratio") == [case.loss.get("alpha", 1.0)] * NUM_BATCHES
-    counts = [sum(int(s.trajectory.loss_mask.sum()) for s in make_batch(b, 300)) for b in range(NUM_BATCHES)]
+    counts = [sum(int(s.trajectory.loss_mask.sum()) for s in make_batch(b)) for b in range(NUM_BATCHES)]
     assert column(run, "eopd_loss_tokens") == counts
     assert run["version"] == list(PolicyVersion(0, NUM_BATCHES))
 
@@ -441,7 +457,7 @@ def test_the_schedule_and_the_counts_are_reported(seen, name, stage, world_size)
 def test_a_non_finite_loss_names_its_micro_batch_and_changes_nothing(seen, name, stage, world_size):
     # That it changed nothing is shown by the losses after it, which are the oracle's, and it never saw the bad batch.
     message = seen[world_size][0][f"{name}-{stage}"]["refused"]
-    part = cut(spoil(make_batch(BAD_BATCH, 300)), world_size=world_size, steps=CASES[name].steps_per_batch, alpha=1.0)
+    part = cut(spoil(make_batch(BAD_BATCH)), world_size=world_size, steps=CASES[name].steps_per_batch, alpha=1.0)
     micros = [micro for step in part.steps for rank in step.ranks for micro in rank]
     bad = TrajectoryKey(BAD_BATCH, f"prompt-{BAD_TRAJECTORY}", 0)
     for micro in micros:
@@ -463,7 +479,7 @@ def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_
     case, model = CASES[name], oracle(name, directory).model
     found = seen[world_size][0][f"{name}-{stage}"]["evaluation"]
     tokens: dict[str, list[np.ndarray]] = {}
-    for scored in make_batch(NUM_BATCHES, model.config.vocab_size):
+    for scored in make_batch(NUM_BATCHES):
         signal, kept = scored.signal, scored.trajectory.loss_mask
         with torch.no_grad():
             logprobs = dense_logprobs(model, scored, case.temperature)
@@ -515,3 +531,113 @@ def test_an_export_has_the_very_weights_and_dtype(seen, directory, name, stage, 
     with torch.no_grad():
         logits = exported(input_ids=torch.arange(9)[None]).logits
     assert torch.equal(logits, torch.load(run_directory / "logits.pt"))
+
+
+# ---- the student alone -----------------------------------------------------------------------------------------------
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def tiny_student(config: PreTrainedConfig, directory: Path, dtype: str = "float32") -> Student:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return load_student(StudentConfig(model=directory, dtype=dtype), activation_checkpointing=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale", "softcap", "attention"),
+    [
+        (LlamaConfig(**TINY), 1.0, None, "sdpa"),
+        (Qwen2Config(**TINY), 1.0, None, "sdpa"),
+        (Qwen3Config(**TINY, head_dim=32), 1.0, None, "sdpa"),
+        (Gemma2Config(**TINY, head_dim=32, final_logit_softcapping=5.0), 1.0, 5.0, "eager"),
+        (CohereConfig(**TINY, logit_scale=0.25), 0.25, None, "sdpa"),
+        (GraniteConfig(**TINY, logits_scaling=8.0), 0.125, None, "sdpa"),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else None,
+)
+def test_packed_logits_are_those_of_each_sequence_alone(tmp_path, config, scale, softcap, attention):
+    student = tiny_student(config, tmp_path)
+    sequences = [torch.tensor([5, 9, 2, 250]), torch.tensor([7]), torch.tensor([7, 8, 9, 10, 11, 12])]
+
+    def logits_of(hidden_TD: torch.Tensor, head: Head) -> torch.Tensor:
+        assert (head.logit_scale, head.logit_softcap) == (scale, softcap)
+        return head.logits(hidden_TD)
+
+    with torch.no_grad():
+        alone = torch.cat([student.model(input_ids=ids[None]).logits[0] for ids in sequences])
+        positions = torch.cat([torch.arange(len(ids)) for ids in sequences])
+        packed = student(torch.cat(sequences), positions, logits_of)
+    assert torch.allclose(packed, alone, atol=1e-5)
+    assert student.model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_unknown_way_to_logits_is_refused(tmp_path, dtype):
+    config = HyperCLOVAXConfig(**TINY, logits_scaling=8.0)  # multiplies, where Granite divides by the same key
+    with pytest.raises(ValueError, match="HyperCLOVAXForCausalLM makes its logits in a way"):
+        tiny_student(config, tmp_path, dtype)
+
+
+def test_a_state_that_leaks_between_packed_sequences_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="FalconH1ForCausalLM sees other sequences"):
+        tiny_student(FalconH1Config(**TINY, mamba_d_ssm=64, mamba_n_heads=8), tmp_path)
+
+
+# ---- options and schedule ---------------------------------------------------------------------------------------------
+
+
+def test_native_options_are_merged_section_by_section_and_win():
+    from eopd.learner.deepspeed_engine import native_config
+
+    native = {
+        "zero_optimization": {"reduce_bucket_size": 10},
+        "communication_data_type": "bf16",
+        "wall_clock_breakdown": 1,
+    }
+    merged = native_config(LearnerConfig(zero_stage=2, max_grad_norm=0.5, deepspeed=native), "bfloat16")
+    assert merged["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 10}
+    assert (merged["communication_data_type"], merged["wall_clock_breakdown"]) == ("bf16", 1)
+    assert (merged["gradient_clipping"], merged["bf16"]) == (0.5, {"enabled": True})
+    with pytest.raises(ValueError, match=r"stage: is set by learner\.zero_stage"):
+        native_config(LearnerConfig(deepspeed={"zero_optimization": {"stage": 2}}), "float32")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, 1.0, 0.85355, 0.5, 0.14645]),
+    ],
+)
+def test_the_schedule_counts_optimiser_steps(kind, expected):
+    from eopd.learner.deepspeed_engine import schedule
+
+    factor = schedule(LearnerConfig(schedule=kind, warmup_batches=2, optimizer_steps_per_batch=2), total_steps=8)
+    assert [factor(step) for step in range(8)] == pytest.approx(expected, abs=1e-5)
+
+
+def test_float16_is_refused(tmp_path):
+    from eopd.learner.deepspeed_engine import Engine
+
+    student = tiny_student(LlamaConfig(**TINY), tmp_path)
+    with pytest.raises(ValueError, match="float16"):
+        Engine(student, LearnerConfig(), dtype="float16", total_steps=1)
+
+
+def test_one_trajectory_shows_no_spread():
+    from eopd.learner.learner import cluster_estimate
+
+    assert cluster_estimate(np.array([6.0]), np.array([4.0])) == Estimate(mean=1.5, standard_error=math.inf)

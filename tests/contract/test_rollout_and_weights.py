@@ -1,4 +1,6 @@
-"""The rollout engine and the weight channel on real vLLM: recorded log-probabilities are the policy's, versions are the weights'."""
+"""The rollout engine and the weight channel on real vLLM: recorded log-probabilities are the policy's, versions are the
+weights'.
+"""
 
 import asyncio
 from pathlib import Path

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,24 @@ from torch import Tensor
 from eopd.config import LossConfig
 from eopd.loss.chunked import LossTokens
 from eopd.loss.objective import LossTerms, objective
+
+METRICS = [
+    "loss",
+    "reverse_kl_nats",
+    "forward_kl_nats",
+    "forward_kl_gated_nats",
+    "forward_kl_ungated_nats",
+    "gate_ratio",
+    "teacher_entropy_nats",
+    "student_entropy_nats",
+    "teacher_topk_mass_ratio",
+    "student_topk_mass_ratio",
+    "topk_overlap_ratio",
+    "importance_weight_mean",
+    "importance_capped_ratio",
+    "logprob_gap_nats",
+    "clipped_ratio",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +45,7 @@ class Case:
     def leaves(self) -> list[Tensor]:
         return [x.detach().clone().requires_grad_() for x in (self.hidden, self.weight, self.bias) if x is not None]
 
-    def with_tokens(self, **changes: object) -> "Case":
+    def with_tokens(self, **changes: Any) -> "Case":
         return replace(self, tokens=replace(self.tokens, **changes))
 
 
@@ -52,9 +71,19 @@ def teacher_signal(logits: Tensor, k: int, targets: Tensor) -> dict[str, Tensor]
 
 
 def random_case(
-    seed: int, *, t: int = 7, v: int = 11, d: int = 3, k: int = 4, scale: float = 1.0, softcap: float | None = None,
-    temperature: float = 1.0, bias: bool = False, old: bool = False, bonus: bool = False,
-) -> Case:  # fmt: skip
+    seed: int,
+    *,
+    t: int = 7,
+    v: int = 11,
+    d: int = 3,
+    k: int = 4,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    bias: bool = False,
+    old: bool = False,
+    bonus: bool = False,
+) -> Case:
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -71,9 +100,14 @@ def random_case(
         **teacher_signal(2.0 * randn(t, v), k, targets),
     )
     return Case(
-        hidden=randn(t, d), weight=randn(v, d), bias=randn(v) if bias else None, tokens=tokens,
-        scale=scale, softcap=softcap, temperature=temperature,
-    )  # fmt: skip
+        hidden=randn(t, d),
+        weight=randn(v, d),
+        bias=randn(v) if bias else None,
+        tokens=tokens,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
+    )
 
 
 def evaluate(
@@ -82,10 +116,18 @@ def evaluate(
     """The code under test, with its gradients by (hidden, weight[, bias]); ``num`` is only the loss's denominator."""
     hidden, weight, *bias = case.leaves()
     loss, terms = objective(
-        hidden, weight, case.tokens, config, num_loss_tokens=num, alpha=alpha,
-        head_bias_V=bias[0] if bias else None, logit_scale=case.scale, logit_softcap=case.softcap,
-        temperature=case.temperature, chunk_tokens=chunk_tokens,
-    )  # fmt: skip
+        hidden,
+        weight,
+        case.tokens,
+        config,
+        num_loss_tokens=num,
+        alpha=alpha,
+        head_bias_V=bias[0] if bias else None,
+        logit_scale=case.scale,
+        logit_softcap=case.softcap,
+        temperature=case.temperature,
+        chunk_tokens=chunk_tokens,
+    )
     gradients = torch.autograd.grad(loss, [hidden, weight, *bias])
     return Result(
         loss=loss.detach(), gradients=list(gradients), metrics=terms.metrics(int(case.tokens.loss_mask_T.sum()))
@@ -143,6 +185,7 @@ def row_reverse(
 def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int = 20) -> Result:
     hidden, weight, *bias = case.leaves()
     tokens, rows = case.tokens, case.tokens.loss_mask_T.nonzero()[:, 0].tolist()
+    entropy = torch.zeros(len(hidden)) if tokens.teacher_entropy_T is None else tokens.teacher_entropy_T
     total = 0.0 * (hidden.double().sum() + weight.double().sum() + sum(x.double().sum() for x in bias))
     seen: list[list[float]] = []
     log_p_TV = logits_of(case, hidden, weight, bias[0] if bias else None).log_softmax(-1)
@@ -164,22 +207,29 @@ def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int 
         loss = reverse + alpha * gate * forward
         total = total + loss
         favourites = log_p.topk(tokens.teacher_topk_ids_TK.shape[1]).indices.tolist()
-        seen.append([
-            loss.item(), row["old"] - row["teacher"], forward.item(), gate * forward.item(), (1 - gate) * forward.item(),
-            gate, float(tokens.teacher_entropy_T[t]), float(-(fixed.exp() * fixed).sum()),
-            sum(math.exp(x) for x in log_q), float(fixed[ids].exp().sum()),
-            len(set(ids) & set(favourites)) / len(favourites), importance, capped, abs(float(fixed[y]) - row["rollout"]),
-            clipped,
-        ])  # fmt: skip
-    sums = [sum(column) for column in zip(*seen, strict=True)] if seen else [0.0] * 15
+        seen.append(
+            [
+                loss.item(),
+                row["old"] - row["teacher"],
+                forward.item(),
+                gate * forward.item(),
+                (1 - gate) * forward.item(),
+                gate,
+                float(entropy[t]),
+                float(-(fixed.exp() * fixed).sum()),
+                sum(math.exp(x) for x in log_q),
+                float(fixed[ids].exp().sum()),
+                len(set(ids) & set(favourites)) / len(favourites),
+                importance,
+                capped,
+                abs(float(fixed[y]) - row["rollout"]),
+                clipped,
+            ]
+        )
+    sums = [sum(column) for column in zip(*seen, strict=True)] if seen else [0.0] * len(METRICS)
     count, gate_sum = max(len(rows), 1), sums[5]
     denominators = [count, count, count, gate_sum or 1.0, (count - gate_sum) or 1.0] + [count] * 10
-    names = (
-        "loss reverse_kl_nats forward_kl_nats forward_kl_gated_nats forward_kl_ungated_nats gate_ratio"
-        " teacher_entropy_nats student_entropy_nats teacher_topk_mass_ratio student_topk_mass_ratio"
-        " topk_overlap_ratio importance_weight_mean importance_capped_ratio logprob_gap_nats clipped_ratio"
-    ).split()
-    metrics = {f"eopd_{n}": s / d for n, s, d in zip(names, sums, denominators, strict=True)}
+    metrics = {f"eopd_{n}": s / d for n, s, d in zip(METRICS, sums, denominators, strict=True)}
     gradients = torch.autograd.grad(total / num, [hidden, weight, *bias])
     return Result(loss=total.detach() / num, gradients=list(gradients), metrics=metrics)
 

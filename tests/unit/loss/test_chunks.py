@@ -1,5 +1,6 @@
 """The cut changes nothing, masked rows cost nothing, no [T, V] tensor exists, and autograd is served in every mode."""
 
+import itertools
 from dataclasses import fields, replace
 
 import pytest
@@ -30,9 +31,8 @@ def padded(case, count):
         value = getattr(tokens, f.name)
         if value is not None:
             junk = False if value.dtype == torch.bool else (float("nan") if value.is_floating_point() else 10**6)
-            poison[f.name] = torch.cat(
-                [torch.full_like(value[:1], junk).repeat(count, *[1] * (value.dim() - 1)), value]
-            )
+            front = torch.full((count, *value.shape[1:]), junk, dtype=value.dtype)
+            poison[f.name] = torch.cat([front, value])
     nan = torch.full((count, case.hidden.shape[1]), float("nan"), dtype=case.hidden.dtype)
     return replace(case, hidden=torch.cat([nan, case.hidden]), tokens=LossTokens(**poison))
 
@@ -52,7 +52,7 @@ def test_the_cut_changes_nothing(kind, case, run):
     num = int(mask.sum())
     reference, terms = run(whole, config, num=num, chunk_tokens=64)
     for cut in ([0, 30], [0, 1, 2, 17, 30], [0, 10, 20, 30], [0, 0, 29, 30, 30]):
-        pairs = list(zip(cut[:-1], cut[1:], strict=True))
+        pairs = list(itertools.pairwise(cut))
         parts = [run(padded(rows_of(whole, a, b), a % 3), config, num=num, chunk_tokens=1 + a) for a, b in pairs]
         losses = sum(part.loss for part, _ in parts)
         assert losses.item() == pytest.approx(reference.loss.item(), rel=1e-6)
@@ -158,7 +158,13 @@ def test_autocast_does_not_lower_the_precision(case, run):
 @pytest.mark.parametrize("head", [{}, {"scale": 0.5, "softcap": 2.0, "temperature": 0.7, "bias": True}])
 def test_token_statistics(head, case):
     random = case(8, t=12, v=14, k=5, **head)
-    keywords = {"head_bias_V": random.bias, "logit_scale": random.scale, "logit_softcap": random.softcap, "temperature": random.temperature, "chunk_tokens": 4}  # fmt: skip
+    keywords = {
+        "head_bias_V": random.bias,
+        "logit_scale": random.scale,
+        "logit_softcap": random.softcap,
+        "temperature": random.temperature,
+        "chunk_tokens": 4,
+    }
     found = token_statistics(random.hidden, random.weight, random.tokens, **keywords)
     logits = random.hidden @ random.weight.T * random.scale + (0.0 if random.bias is None else random.bias)
     logits = logits if random.softcap is None else random.softcap * (logits / random.softcap).tanh()
@@ -173,7 +179,13 @@ def test_token_statistics(head, case):
         log_q, log_rest = tokens.teacher_topk_logprobs_TK[t], tokens.teacher_tail_logprobs_T[t]
         kl = (log_q.exp() * (log_q - log_p[t, ids])).sum() + log_rest.exp() * (log_rest - rest.logsumexp(0))
         sampled = log_p[t, tokens.target_ids_T[t]]
-        expected = [sampled, -(log_p[t].exp() * log_p[t]).sum(), sampled - tokens.teacher_logprobs_T[t], kl, log_p[t].argmax() == ids[0]]  # fmt: skip
+        expected = [
+            sampled,
+            -(log_p[t].exp() * log_p[t]).sum(),
+            sampled - tokens.teacher_logprobs_T[t],
+            kl,
+            log_p[t].argmax() == ids[0],
+        ]
         assert row == pytest.approx([float(x) for x in expected])
     assert (student_logprobs(random.hidden, random.weight, tokens, **keywords) == found.student_logprobs_T).all()
 

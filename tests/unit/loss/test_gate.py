@@ -63,7 +63,8 @@ def test_draws_depend_on_the_name_alone():
 
 def test_draws_are_uniform():
     draws = random_draws(0, TrajectoryKey(0, "p", 0), 20_000)
-    assert 0.0 <= draws.min() and draws.max() < 1.0
+    assert draws.min() >= 0.0
+    assert draws.max() < 1.0
     counts = torch.histc(draws, 10, 0.0, 1.0)
     assert (counts - 2000).abs().max() < 200  # 4.7 standard deviations
     assert gate_weights(draws, RandomGate(rate=0.2), draws_T=draws).mean().item() == pytest.approx(0.2, abs=0.015)

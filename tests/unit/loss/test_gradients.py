@@ -80,7 +80,9 @@ def test_sampled_reverse_kl_in_expectation_is_the_full_kl(case, signal, run):
     assert full.abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("forward", "reverse"), [*((f, "none") for f in FORWARD), ("tail", "sampled"), ("tail", "topk_tail")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("forward", "reverse"), [*((f, "none") for f in FORWARD), ("tail", "sampled"), ("tail", "topk_tail")]
+)
 def test_changing_the_teacher_changes_the_gradient(forward, reverse, case, signal, run):
     student, teacher = two_models()
     alpha = 1.0 if reverse == "none" else 0.0
@@ -150,13 +152,16 @@ def test_freed_slots_are_ignored_whatever_their_id(case, run, oracle):
     ids, logprobs = full.tokens.teacher_topk_ids_TK, full.tokens.teacher_topk_logprobs_TK
     merged = torch.logaddexp(logprobs[:, 1], logprobs[:, 4])
     fewer = full.with_tokens(
-        teacher_topk_ids_TK=ids[:, :4], teacher_topk_logprobs_TK=logprobs[:, :4].index_copy(1, torch.tensor([1]), merged[:, None])
-    )  # fmt: skip
+        teacher_topk_ids_TK=ids[:, :4],
+        teacher_topk_logprobs_TK=logprobs[:, :4].index_copy(1, torch.tensor([1]), merged[:, None]),
+    )
     for freed in (ids[:, 1], torch.full((8,), -1), torch.full((8,), 999)):
         slots = full.with_tokens(
             teacher_topk_ids_TK=torch.cat([fewer.tokens.teacher_topk_ids_TK, freed[:, None]], 1),
-            teacher_topk_logprobs_TK=torch.cat([fewer.tokens.teacher_topk_logprobs_TK, torch.full((8, 1), -torch.inf)], 1),
-        )  # fmt: skip
+            teacher_topk_logprobs_TK=torch.cat(
+                [fewer.tokens.teacher_topk_logprobs_TK, torch.full((8, 1), -torch.inf)], 1
+            ),
+        )
         for forward, reverse in (("renormalized", "sampled"), ("tail", "topk_tail"), ("truncated", "none")):
             one, other = run(slots, config(forward, reverse))[0], run(fewer, config(forward, reverse))[0]
             torch.testing.assert_close(one.loss, other.loss)

@@ -1,0 +1,60 @@
+# Every verb makes the virtual environment first, when it is missing or older than the lock file.
+VENV   := .venv
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+BIN    := $(VENV)/bin
+LOCK   ?= cluster/requirements-cpu.lock
+PYTEST := $(BIN)/python -m pytest
+RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo tiny test unit check format bench dashboards lock clean
+
+help: ## print these verbs
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/ready ## make the virtual environment from the lock file
+
+$(VENV)/ready: $(VENV)/locked pyproject.toml
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/locked: $(LOCK) cluster/setup.sh
+	PYTHON=$(PYTHON) cluster/setup.sh $(VENV) $(LOCK)
+	touch $@
+
+demo: setup ## distil a real language model on this machine, about ten minutes
+	$(BIN)/eopd models demo
+	$(BIN)/eopd train configs/demo.yaml --set run.name=$(RUN)
+
+tiny: setup ## the whole loop on tiny models, about two minutes
+	$(BIN)/eopd models tiny
+	$(BIN)/eopd train configs/tiny.yaml --set run.name=tiny-$(RUN)
+
+test: setup ## every test: unit, contract and system
+	$(PYTEST) tests/house tests/unit tests/contract tests/system
+
+unit: setup ## the quick tests alone
+	$(PYTEST) tests/house tests/unit
+
+check: setup ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## rewrite the code in its one format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## measure memory and time of the loss
+	$(BIN)/python tests/bench/bench_loss.py
+
+dashboards: setup ## make the Grafana dashboard again
+	$(BIN)/python dashboards/build.py
+
+lock: ## rewrite both lock files (needs uv; options in cluster/lock.sh)
+	cluster/lock.sh --torch-backend cpu
+
+clean: ## remove what tests and tools leave behind; runs and models stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	find eopd tests -name __pycache__ -type d -prune -exec rm -rf {} +
