@@ -595,7 +595,7 @@ def test_a_state_that_leaks_between_packed_sequences_is_refused(tmp_path):
         tiny_student(FalconH1Config(**TINY, mamba_d_ssm=64, mamba_n_heads=8), tmp_path)
 
 
-# ---- options and schedule ---------------------------------------------------------------------------------------------
+# ---- options and schedule -------------------------------------------------------------------------------------------
 
 
 def test_native_options_are_merged_section_by_section_and_win():

@@ -1,0 +1,77 @@
+"""YAML and overrides to a checked config: a mistake is one message that names key, value and what is allowed."""
+
+import pytest
+import yaml
+
+from eopd.config import ConfigError, dump_config, load_config
+
+MINIMAL = """
+run: {name: r, batches: 2}
+student: {model: models/s}
+teachers: [{model: models/t}]
+prompts: {data: a.jsonl, held_out: b.jsonl, max_tokens: 100}
+rollout: {max_response_tokens: 100}
+evaluation: {max_response_tokens: 50}
+flow: {batch_prompts: 8}
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(MINIMAL)
+    return file
+
+
+def test_the_resolved_config_loads_back_equal(path, tmp_path):
+    config = load_config(path, ["loss.gate={kind: always}", "teachers.0.temperature=0.7", "rollout.vllm.seed=3"])
+    assert config.loss.gate.kind == "always"
+    assert config.teacher.temperature == 0.7
+    assert config.rollout.vllm == {"seed": 3}
+    assert config.student.model.is_absolute() and config.run.path.is_absolute()
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+def test_alpha_grows_linearly_over_its_warm_up(path):
+    loss = load_config(path, ["loss.alpha=2.0", "loss.alpha_warmup={start: 0.5, batches: 4}"]).loss
+    assert [loss.alpha_at(b) for b in (0, 2, 4, 9)] == [1.0, 1.5, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.engine=2", "rollout.engine: unknown key; did you mean engines?"),
+        ("loss.gate={kind: hard, taw: 1}", "loss.gate.hard.taw: unknown key; did you mean tau?"),
+        ("teachers.0.modle=x", "teachers.0.modle: unknown key; did you mean model?"),
+        ("lerner={}", "lerner: unknown key; did you mean learner?"),
+        ("learner.lr=-1", r"learner.lr: Input should be greater than 0 \(is -1\)"),
+        ("loss.gate={kind: soft}", "loss.gate: .*'hard'.*"),
+        ("learner.token_budget=150", "learner.token_budget 150 is below .* = 200"),
+        ("flow.lookahead=1", "lookahead 1 is above max_staleness 0"),
+        ("learner.ranks=9", "a batch of 8 trajectories cannot be cut into 1 optimiser steps on 9 ranks"),
+        ("learner.deepspeed={train_batch_size: 4}", "train_batch_size: set by other keys"),
+        ("run.name=a/b", "run.name: .*"),
+        ("flow.batch_prompts", "must be section.key=value"),
+        ("teachers.1.model=x", "must be an index below 1"),
+        ("run.name.x=1", "run.name is a value, it has no key x"),
+        ("run.seed=[", "the value is not YAML"),
+    ],
+)
+def test_a_mistake_names_key_value_and_what_is_allowed(path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, [override])
+
+
+def test_a_missing_key_and_a_broken_file_are_named(path, tmp_path):
+    tree = yaml.safe_load(MINIMAL)
+    del tree["student"]["model"]
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"student.model: is required"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot be read \(No such file or directory\)"):
+        load_config(tmp_path / "nowhere.yaml")
+    path.write_text("- 1")
+    with pytest.raises(ConfigError, match="must be a mapping of sections, is list"):
+        load_config(path)

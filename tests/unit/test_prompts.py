@@ -1,0 +1,110 @@
+"""Rows to prompts, and issue numbers to samples."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from eopd.config import ConfigError, PromptsConfig
+from eopd.prompts import PromptOrder, PromptSet, read_rows
+
+
+class WordTokenizer:
+    """A tokenizer of whole words: ids are lengths."""
+
+    def encode(self, text, *, add_special_tokens=True):
+        return [len(word) for word in text.split()]
+
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
+        return " ".join(f"<{m['role']}> {m['content']}" for m in conversation) + " <assistant>"
+
+
+def config(**changes):
+    return PromptsConfig(**({"data": "", "held_out": "", "max_tokens": 6} | changes))
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return str(path)
+
+
+def load(tmp_path, *rows, **changes):
+    return PromptSet.load(write(tmp_path, *rows), config(**changes), WordTokenizer())
+
+
+def test_prompts_and_chats_are_rendered_with_suffix_id_source_and_answer(tmp_path):
+    found = load(
+        tmp_path,
+        {"prompt": "a bb", "id": "x", "answer": 7, "source": "math"},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "ccc"}]},
+        suffix=" end",
+    ).prompts
+    assert [p.token_ids.tolist() for p in found] == [[6, 1, 2, 3, 11], [8, 1, 6, 3, 3, 11]]
+    assert [(p.prompt_id, p.source, p.reference_answer) for p in found] == [("x", "math", "7"), ("1", "default", None)]
+
+
+def test_parquet_holds_the_same_rows(tmp_path):
+    import datasets
+
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list([{"prompt": "a bb", "id": "x"}]).to_parquet(str(path))
+    assert [dict(row) for row in read_rows(str(path))] == [{"prompt": "a bb", "id": "x"}]
+
+
+def test_overlong_prompts_are_an_error_or_dropped_and_counted(tmp_path):
+    rows = {"prompt": "short"}, {"prompt": "one two three four five six seven"}
+    with pytest.raises(ConfigError, match=r"row 1 has 9 tokens, prompts.max_tokens is 6"):
+        load(tmp_path, *rows)
+    kept = load(tmp_path, *rows, overlong="drop")
+    assert len(kept.prompts) == 1 and kept.num_dropped == 1
+    with pytest.raises(ConfigError, match="all 1 rows are longer"):
+        load(tmp_path, rows[1], overlong="drop")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((), "has no rows"),
+        (("{",), r"rows.jsonl:1: is not JSON"),
+        (("[1]",), r"rows.jsonl:1: must be an object, is list"),
+        (({"question": "?"},), "needs either `prompt`"),
+        (({"prompt": "a", "messages": []},), "needs either `prompt`"),
+        (({"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}), "id '1' stands twice"),
+    ],
+)
+def test_bad_rows_are_one_clear_error(tmp_path, rows, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, *rows)
+
+
+def test_missing_files_and_unknown_kinds_are_one_clear_error(tmp_path):
+    for spec, message in (
+        (str(tmp_path / "no.jsonl"), "cannot be read"),
+        (str(tmp_path / "no.parquet"), "cannot be read"),
+        ("rows.csv", "must be .jsonl, .parquet or the name of a data set"),
+        (str(tmp_path / "nothing-here"), "cannot be loaded"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_rows(spec)
+
+
+def test_a_chat_needs_the_chat_template(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(ConfigError, match="a chat of 2 messages needs"):
+        load(tmp_path, chat, template="none")
+    assert load(tmp_path, {"prompt": "a bb"}, template="none").prompts[0].token_ids.tolist() == [1, 2]
+
+
+def test_order_is_a_pure_function_of_seed_and_number_and_every_epoch_is_whole(tmp_path):
+    prompts = load(tmp_path, *({"prompt": "w" * i} for i in range(1, 8))).prompts
+    order, again = (PromptOrder(prompts, samples_per_prompt=3, seed=5) for _ in range(2))
+    first = [order.at(i) for i in range(42)]
+    assert [(s.epoch, s.prompt_id, k) for s, k in map(again.at, range(41, -1, -1))] == [
+        (s.epoch, s.prompt_id, k) for s, k in reversed(first)
+    ]
+    names = [(s.epoch, s.prompt_id, k) for s, k in first]
+    assert Counter(names) == Counter((e, str(i), k) for e in (0, 1) for i in range(7) for k in range(3))
+    assert [n[1] for n in names[:21]] != [n[1] for n in names[21:]]
+    seeds = [order.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
+    assert len(set(seeds)) == 42 and seeds == [again.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
