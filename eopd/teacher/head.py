@@ -20,10 +20,12 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.model_executor.layers.pooler.tokwise import get_tok_pooling_method
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
@@ -37,6 +39,8 @@ PREFIX: Final = "EopdScoring"
 TASK: Final = "token_classify"
 OPTIONS: Final = "eopd_scoring"  # key of vLLM's additional_config
 RESPONSE_TOKENS: Final = "eopd_response_tokens"  # key of PoolingParams.extra_kwargs
+
+_PLAIN_METHODS: Final = (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)
 
 # Rows projected at once. On CPU the chunk's logits should stay near the cache; a GPU needs enough rows to be busy.
 _CHUNK_ROWS: Final = 128 if current_platform.is_cpu() else 256
@@ -103,27 +107,26 @@ class Float32Head:
 
     def __call__(self, processor: nn.Module, args: tuple[object, ...]) -> tuple[object, ...] | None:
         """Replace the head among the arguments ``(head, hidden_states, ...)``; None leaves them as they are."""
-        head, hidden_states, *rest = args
-        dtype = cast(Tensor, hidden_states).dtype
-        if processor.head_dtype != torch.float32 or dtype == torch.float32 or current_platform.is_cuda_alike():
-            return None
+        head, hidden_states = cast(tuple[nn.Module, Tensor], args[:2])
+        casts = processor.head_dtype == torch.float32 and hidden_states.dtype != torch.float32
+        if not casts or current_platform.is_cuda_alike() or not isinstance(head.quant_method, _PLAIN_METHODS):
+            return None  # a quantised head is refused by vLLM, which says why
         if self._copy is None:
-            module = cast(nn.Module, head)
-            weight = cast(Tensor, module.weight)
-            self._copy = _PlainHead(weight.float(), cast(object, module.quant_method), cast(int, module.tp_size))
-        return (self._copy, hidden_states, *rest)
+            weight = cast(Tensor, head.weight)
+            self._copy = _PlainHead(weight.float(), head.quant_method, cast(int, head.tp_size))
+        return (self._copy, *args[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class _PlainHead:
-    """What ``LogitsProcessor`` asks of a head it casts; by ``quant_method`` it refuses one that is quantised."""
+    """What ``LogitsProcessor`` asks of a head it casts."""
 
     weight: Tensor
     quant_method: object
     tp_size: int
 
 
-class ScoringHead(Pooler):  # type: ignore[misc]  # vLLM carries no types
+class ScoringHead(Pooler):
     """Scores the response rows of every finished request, in chunks cut across requests."""
 
     def __init__(self, compute_logits: ComputeLogits, vllm_config: VllmConfig) -> None:

@@ -1,5 +1,4 @@
-"""Memory and time of the chunked objective beside a dense one: ``python tests/bench/bench_loss.py [--full] [--dtype
-bfloat16]``.
+"""Memory and time of the chunked objective beside a dense one: ``python tests/bench/bench_loss.py [--full]``.
 
 Every measurement is a process of its own. Extra memory is the peak resident size of forward and backward, less what
 was resident before and less the returned gradients. The dense loss is the leanest that autograd gives: one

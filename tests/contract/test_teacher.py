@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 from eopd.config import ConfigError, TeacherConfig
@@ -230,6 +231,25 @@ async def test_the_arithmetic_is_exact_at_any_depth(name, top_k):
     assert np.isfinite(signal.tail_logprobs).all() == (top_k < 50)
 
 
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16])
+async def test_the_float32_copy_of_a_head_is_made_once_and_only_where_it_saves_a_cast(asked):
+    linear = torch.nn.Linear(2, 3, bias=False, dtype=torch.bfloat16)
+    linear.quant_method, linear.tp_size = UnquantizedEmbeddingMethod(), 1
+    processor = torch.nn.Identity()
+    processor.head_dtype = asked
+    hook = head.Float32Head()
+    half = torch.ones(1, 2, dtype=torch.bfloat16)
+    assert hook(processor, (linear, half.float())) is None
+    if asked == torch.bfloat16:
+        assert hook(processor, (linear, half)) is None
+        return
+    first, second = hook(processor, (linear, half, "bias")), hook(processor, (linear, half))
+    assert first[1:] == (half, "bias")
+    assert second[0] is first[0]
+    assert torch.equal(first[0].weight, linear.weight.float())
+    assert (first[0].weight.dtype, linear.weight.dtype) == (torch.float32, torch.bfloat16)
+
+
 async def test_missing_rows_raise_and_warm_up_does_not():
     from vllm import PoolingParams
 
@@ -267,5 +287,5 @@ async def test_native_options_win_and_nested_ones_are_merged(tiny_model):
         "architectures": ["EopdScoringLlamaForCausalLM"],
         "head_dtype": "model",
     }
-    with pytest.raises(ConfigError, match="config.json"):
+    with pytest.raises(ConfigError, match="no config"):
         engine_options(TeacherConfig(model=Path("/nowhere")), top_k=5, max_sequence_tokens=64)

