@@ -81,9 +81,10 @@ def _read_datasets(path: Path, spec: str) -> list[Row]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """Rendered and tokenised prompts; ``num_dropped`` were too long and left out."""
+    """Rendered and tokenised prompts, and the last message of each as text; ``num_dropped`` were too long."""
 
     prompts: tuple[PromptSample, ...]
+    texts: Mapping[str, str]
     num_dropped: int
 
     @classmethod
@@ -94,13 +95,15 @@ class PromptSet:
             ConfigError: a row is malformed, an id stands twice, a prompt is too long under ``overlong: error``, or none
             is left.
         """
-        prompts, seen, dropped = [], set[str](), 0
+        prompts, texts, dropped = [], dict[str, str](), 0
         for number, row in enumerate(read_rows(spec)):
             prompt_id = str(row.get("id", number))
-            if prompt_id in seen:
+            if prompt_id in texts:
                 raise ConfigError(f"prompts: {spec}: id {prompt_id!r} stands twice")
-            seen.add(prompt_id)
-            token_ids = _tokenise(row, f"{spec}: row {prompt_id}", config, tokenizer)
+            where = f"{spec}: row {prompt_id}"
+            messages = _messages(row, where, config.suffix)
+            texts[prompt_id] = messages[-1]["content"]
+            token_ids = _tokenise(messages, where, config, tokenizer)
             if len(token_ids) > config.max_tokens:
                 if config.overlong == "error":
                     raise ConfigError(
@@ -123,11 +126,12 @@ class PromptSet:
             raise ConfigError(
                 f"prompts: {spec}: all {dropped} rows are longer than prompts.max_tokens {config.max_tokens}"
             )
-        return cls(prompts=tuple(prompts), num_dropped=dropped)
+        return cls(prompts=tuple(prompts), texts=texts, num_dropped=dropped)
 
 
-def _tokenise(row: Row, where: str, config: PromptsConfig, tokenizer: Tokenizer) -> list[int]:
-    messages = _messages(row, where, config.suffix)
+def _tokenise(
+    messages: Sequence[Mapping[str, str]], where: str, config: PromptsConfig, tokenizer: Tokenizer
+) -> list[int]:
     if config.template == "none":
         if len(messages) != 1:
             raise ConfigError(f"prompts: {where}: a chat of {len(messages)} messages needs prompts.template: chat")

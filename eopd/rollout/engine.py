@@ -69,7 +69,13 @@ class VllmRolloutEngine:
             "generation_config": "auto",
         }
         if rollout.gpus == 0:
-            options |= {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+            options |= {
+                "kv_cache_memory_bytes": 1 << 30,
+                "enforce_eager": True,
+                # A seeded request whose prefill is cut rewinds its generator, which CPU generators cannot (0.32.0).
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(2048, max_sequence_tokens),
+            }
         engine = cls(AsyncLLM.from_engine_args(AsyncEngineArgs(**(options | dict(rollout.vllm)))))
         await engine._llm.update_weight_version(version.label)
         await engine._warm_up()

@@ -150,7 +150,7 @@ class TrainingRun:
         return [
             {
                 "prompt_id": trajectory.prompt.prompt_id,
-                "prompt": tokenizer.decode(trajectory.prompt.token_ids, skip_special_tokens=True),
+                "prompt": self._prepared.held_out.texts[trajectory.prompt.prompt_id],
                 "response": tokenizer.decode(trajectory.response_ids, skip_special_tokens=True),
             }
             for trajectory in trajectories

@@ -105,8 +105,12 @@ async def test_a_seed_names_a_response_and_the_end_token_belongs_to_it(tiny_mode
         sampling = Sampling(temperature=1.0, max_tokens=300, seed=5)
         twice = await asyncio.gather(*(engine.generate(prompt([7, 8, 9]), i, sampling) for i in (0, 1)))
         other = await engine.generate(prompt([7, 8, 9]), 2, Sampling(temperature=1.0, max_tokens=300, seed=6))
+        crowd = await asyncio.gather(  # more prompt tokens than one engine step takes
+            *(engine.generate(prompt([9] * 100), i, Sampling(temperature=1.0, max_tokens=2, seed=i)) for i in range(30))
+        )
     finally:
         await engine.close()
+    assert [stored.header.key.sample_index for stored in crowd] == list(range(30))
     first, second = (stored.body for stored in twice)
     assert first.response_ids.tolist() == second.response_ids.tolist() != other.body.response_ids.tolist()
     for stored in (*twice, other):

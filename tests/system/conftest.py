@@ -1,0 +1,64 @@
+"""Runs the program as a user does, and finds what it left running."""
+
+import os
+import subprocess
+import sys
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Program:
+    """``eopd`` as a process of its own; whatever it starts inherits ``mark`` in its environment."""
+
+    models: Path
+    runs: Path
+    mark: str = field(default_factory=lambda: f"EOPD_TEST_{uuid.uuid4().hex}")
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        command = [str(Path(sys.executable).with_name("eopd")), *arguments]
+        env = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")} | {self.mark: "1"}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=pipe, stderr=pipe, start_new_session=True)
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=400)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def train(self, name: str, *overrides: str, config: str = "configs/tiny.yaml") -> list[str]:
+        settings = [
+            f"run.name={name}",
+            f"run.directory={self.runs}",
+            f"student.model={self.models / 'student'}",
+            f"teachers.0.model={self.models / 'teacher'}",
+            "cluster.cpus=2",
+            *overrides,
+        ]
+        return ["train", config, *(part for setting in settings for part in ("--set", setting))]
+
+    def left_behind(self) -> list[str]:
+        """Processes that still carry the mark."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if self.mark in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(" ".join(process.cmdline()))
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory) -> Program:
+    from eopd.models.tiny import write_tiny_pair
+
+    root = tmp_path_factory.mktemp("system")
+    write_tiny_pair(root / "models", family=os.environ.get("EOPD_TEST_FAMILY", "qwen3"))
+    return Program(models=root / "models", runs=root / "runs")

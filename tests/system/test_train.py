@@ -1,0 +1,144 @@
+"""The whole program on real Ray, vLLM and DeepSpeed: two rollout engines, a teacher, two learner ranks."""
+
+import json
+import signal
+import time
+
+import pytest
+import yaml
+
+PARAMETERS = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
+
+
+def rows(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def synchronous(program):
+    """One run from beginning to end; shared."""
+    done = program.run(*program.train("synchronous"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return program.runs / "synchronous", done.stdout
+
+
+def test_held_out_reverse_kl_at_least_halves(synchronous):
+    directory, _ = synchronous
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["steps"] == 30 and summary["wall_s"] > 0
+    assert summary["tokens"] == rows(directory)[-1]["eopd_response_tokens_total"]
+    before, after = summary["held_out"]["before"], summary["held_out"]["after"]
+    for name in PARAMETERS:
+        for measured in (before[name], after[name]):
+            assert 0 < measured["standard_error"] < 0.5 * max(1.0, abs(measured["mean"]))
+    assert after["reverse_kl"]["mean"] < 0.5 * before["reverse_kl"]["mean"]
+    assert after["forward_kl"]["mean"] < 0.5 * before["forward_kl"]["mean"]
+    assert after["top1_agreement"]["mean"] > before["top1_agreement"]["mean"]
+
+
+def test_every_token_was_sampled_by_the_weights_the_learner_held(synchronous):
+    """The learner recomputes each token's log-probability before its update. Were an engine one version behind, or its
+    weights not those that were sent, the gap would be that of a step (here: above 0.02 nats), not of float32."""
+    directory, _ = synchronous
+    found = rows(directory)
+    assert [row["step"] for row in found] == list(range(1, 31))
+    for row in found:
+        assert row["eopd_staleness_max"] == row["eopd_staleness_mean"] == 0
+        assert row["eopd_logprob_gap_nats"] < 1e-3
+        assert row["eopd_importance_weight_mean"] == pytest.approx(1.0, abs=1e-3)
+        assert row["eopd_weight_bytes"] > 100_000
+
+
+def test_the_run_directory_is_the_contract(synchronous):
+    directory, output = synchronous
+    assert {p.name for p in directory.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "samples.jsonl",
+        "checkpoints",
+        "hf",
+    }
+    assert [p.name for p in sorted((directory / "checkpoints").iterdir())] == ["step-000020", "step-000030"]
+    assert yaml.safe_load((directory / "config.yaml").read_text())["learner"]["ranks"] == 2
+    samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+    assert [s["phase"] for s in samples] == ["before"] * 3 + ["after"] * 3
+    assert [s["prompt_id"] for s in samples[:3]] == [s["prompt_id"] for s in samples[3:]]
+    assert "step 30/30" in output and "top-1 agreement" in output and str(directory) in output
+
+
+def test_the_exported_student_is_the_trained_one(synchronous, program):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory, _ = synchronous
+    trained = AutoModelForCausalLM.from_pretrained(directory / "hf", dtype=torch.float32)
+    initial = AutoModelForCausalLM.from_pretrained(program.models / "student", dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(program.models / "teacher", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory / "hf")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    with torch.no_grad():
+        ids = teacher.generate(ids, max_new_tokens=12, do_sample=False)
+        kls = [
+            torch.nn.functional.kl_div(m(ids).logits.log_softmax(-1), teacher(ids).logits.softmax(-1), reduction="sum")
+            for m in (initial, trained)
+        ]
+    assert kls[1] < 0.5 * kls[0]
+
+
+def test_the_exported_student_answers_a_benchmark(synchronous, program, tmp_path):
+    directory, _ = synchronous
+    answers = tmp_path / "answers.jsonl"
+    data = "configs/prompts/arithmetic.jsonl"
+    settings = ["--n", "2", "--k", "2", "--max-response-tokens", "16", "--dtype", "float32", "--threads", "1"]
+    done = program.run("eval", str(directory / "hf"), data, *settings, "--grader", "math", "--output", str(answers))
+    assert done.returncode == 0, done.stderr
+    assert "avg@2" in done.stdout and "pass@2" in done.stdout and "40 prompts" in done.stdout
+    assert len(answers.read_text().splitlines()) == 40
+
+
+def test_an_asynchronous_run_survives_ctrl_c_and_resumes(program):
+    arguments = program.train("asynchronous", "run.batches=16", "flow.max_staleness=1", "checkpoint.every=100")
+    directory = program.runs / "asynchronous"
+    process = program.start(*arguments)
+    deadline = time.monotonic() + 300
+    while not (directory / "metrics.jsonl").exists() or len(rows(directory)) < 4:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    assert "Traceback" not in err
+    assert program.left_behind() == []
+    stopped = json.loads((directory / "summary.json").read_text())
+    assert stopped["status"] == "interrupted" and 4 <= stopped["steps"] < 16
+    assert [p.name for p in (directory / "checkpoints").iterdir()] == [f"step-{stopped['steps']:06d}"]
+
+    done = program.run(*arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["steps"] == 16
+    assert summary["held_out"]["before"] == stopped["held_out"]["before"]
+    found = rows(directory)
+    assert [row["step"] for row in found] == list(range(1, 17))
+    assert {row["eopd_staleness_max"] for row in found} == {0, 1}
+    assert found[-1]["eopd_trajectories_total"] == 16 * 8
+    assert program.left_behind() == []
+
+
+def test_a_failure_leaves_no_process_and_says_failed(program):
+    done = program.run(*program.train("broken", "teachers.0.vllm={kv_cache_memory_bytes: 1}"))
+    assert done.returncode == 1
+    assert json.loads((program.runs / "broken" / "summary.json").read_text())["status"] == "failed"
+    assert program.left_behind() == []
+
+
+def test_asking_for_more_than_the_machine_has_is_one_message(program):
+    done = program.run(*program.train("greedy", "learner.cpus=4"))
+    assert done.returncode == 2
+    assert "error: the roles ask for 8.75 cpus (learner 2 x 4, rollout 2 x 0.25, teacher 1 x 0.25)" in done.stderr
+    assert "Traceback" not in done.stderr and not (program.runs / "greedy").exists()
+    assert program.left_behind() == []

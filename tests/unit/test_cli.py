@@ -1,0 +1,65 @@
+"""Bad input: one message that names the key, exit code 2, no traceback, before any worker starts."""
+
+import json
+import sys
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from eopd.cli.main import main
+from eopd.models.tiny import build_model, train_tokenizer, write_model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    tokenizer = train_tokenizer(["a few words to cut into pieces"], 270)
+    other = train_tokenizer(["entirely different text, and more of it"], 280)
+    write_model(root / "model", build_model("qwen3", tokenizer, seed=0, layers=1), tokenizer)
+    write_model(root / "other", build_model("qwen3", other, seed=0, layers=1), other)
+    words = Tokenizer(WordLevel({"<eos>": 0, "few": 1, "words": 2}, unk_token="<eos>"))
+    small = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", bos_token="<eos>", pad_token="<eos>")
+    write_model(root / "small", build_model("qwen3", small, seed=0, layers=1), small)
+    (root / "rows.jsonl").write_text(json.dumps({"prompt": "a few words"}) + "\n")
+    (root / "empty.jsonl").write_text("\n")
+    (root / "c.yaml").write_text(
+        f"run: {{name: r, batches: 1, directory: {root}/runs}}\nstudent: {{model: {root}/model}}\n"
+        f"teachers: [{{model: {root}/model}}]\nprompts: {{data: {root}/rows.jsonl, held_out: {root}/rows.jsonl}}\n"
+        "flow: {batch_prompts: 1}\n"
+    )
+    return root
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("rollout.engine=2", "error: {root}/c.yaml: rollout.engine: unknown key; did you mean engines?"),
+        ("student.model={root}/no", "error: student.model: {root}/no is no Hugging Face model directory"),
+        ("teachers.0.model={root}/no", "error: teachers.teacher.model: {root}/no is no Hugging Face model directory"),
+        ("prompts.data={root}/no.jsonl", "error: prompts: {root}/no.jsonl cannot be read (No such file or directory)"),
+        ("prompts.held_out={root}/empty.jsonl", "error: prompts: {root}/empty.jsonl has no rows"),
+        ("prompts.max_tokens=3", "prompts.max_tokens is 3; shorten it, raise the limit, or set prompts.overlong: drop"),
+        ("learner.token_budget=64", "learner.token_budget 64 is below prompts.max_tokens + max_response_tokens = 2048"),
+        ("teachers.0.model={root}/other", "{root}/other"),
+        (
+            "student.model={root}/small teachers.0.model={root}/small loss.top_k=4",
+            "error: loss.top_k: 4 is larger than the vocabulary of 3 tokens",
+        ),
+        (
+            "student.model={root}/small teachers.0.model={root}/small loss.top_k=2",
+            "error: prompts.template: chat, but the tokenizer of {root}/small has no chat template; set it to none",
+        ),
+        ("loss.top_k=300", "loss.top_k: Input should be less than or equal to 256 (is 300)"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(files, overrides, message, capsys, monkeypatch):
+    arguments = ["train", "{root}/c.yaml", *(part for one in overrides.split() for part in ("--set", one))]
+    monkeypatch.setattr(sys, "argv", ["eopd", *(a.format(root=files) for a in arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    shown = capsys.readouterr().err
+    assert message.format(root=files) in shown and "Traceback" not in shown
+    assert not (files / "runs").exists()
