@@ -23,7 +23,7 @@ class ModelSource:
     def metadata(self) -> Sequence[ParameterMeta]:
         """Full shapes, also where ZeRO-3 has emptied the tensor."""
         return [
-            ParameterMeta.of(name, tensor, tensor.ds_shape if self._sharded else tensor.shape)
+            ParameterMeta.of(name, tensor, tensor.ds_shape if self._sharded else tensor.shape)  # type: ignore[attr-defined]
             for name, tensor in self._parameters.items()
         ]
 
