@@ -263,7 +263,9 @@ class LearnerRank:
         assert entropy_T is not None  # collate sets it
 
         def statistics(hidden_TD: Tensor, head: Head) -> Tensor:
-            found = token_statistics(hidden_TD, head.weight_VD, tokens, **self._projection(head))
+            projection = self._projection(head)
+            projection["temperature"] = 1.0  # held-out responses are sampled at 1, whatever training samples at
+            found = token_statistics(hidden_TD, head.weight_VD, tokens, **projection)
             columns = [found.reverse_kl_T, found.forward_kl_T, found.student_entropy_T, entropy_T * mask_T]
             return torch.stack([column.double() for column in (*columns, found.top1_agreement_T, mask_T)])
 

@@ -177,10 +177,8 @@ _FLOW: Final = (
 
 _TIME: Final = (
     _seconds("eopd_step_seconds", "From the end of one step to the end of the next.", "Steady after the first steps."),
-    _seconds("eopd_generate_seconds", "Time to write one response, mean over the batch.", "Follows the length."),
-    _seconds(
-        "eopd_score_seconds", "Time for the teacher to read one response, mean over the batch.", "Below generation."
-    ),
+    _seconds("eopd_generate_seconds", "Time of the step with a response being written.", "Follows the length."),
+    _seconds("eopd_score_seconds", "Time of the step with a response being scored.", "Below generation."),
     _seconds("eopd_wait_seconds", "Time the learner waited for a full batch.", "Small when asynchronous."),
     _seconds("eopd_train_seconds", "Time of the learner's update.", "Steady."),
     _seconds("eopd_weights_seconds", "From the update's end until every engine serves its weights.", "Below training."),
