@@ -476,7 +476,7 @@ def test_a_loaded_checkpoint_continues_bit_equal_as_a_new_incarnation(seen, name
 @every_world
 @pytest.mark.parametrize(("name", "stage"), EXACT_RUNS)
 def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_size):
-    case, model = CASES[name], oracle(name, directory).model
+    model = oracle(name, directory).model
     found = seen[world_size][0][f"{name}-{stage}"]["evaluation"]
     tokens: dict[str, list[np.ndarray]] = {}
     for scored in make_batch(NUM_BATCHES):
