@@ -58,7 +58,7 @@ def evaluate(
     engines: Annotated[int, typer.Option(min=1)] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one engine.")] = 2,
     gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of one engine.")] = 0.0,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "bfloat16",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="Write every answer and verdict as JSONL.")] = None,
 ) -> None:

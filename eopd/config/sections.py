@@ -29,7 +29,7 @@ class StudentConfig(Section):
     """The model that learns: a Hugging Face directory. ``dtype`` is that of the learner and of the engines."""
 
     model: AbsolutePath
-    dtype: Dtype = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
 class TeacherConfig(Section):
@@ -132,6 +132,9 @@ class LearnerConfig(Section):
         }
         if taken := sorted(ours & self.deepspeed.keys()):
             raise ValueError(f"{', '.join(taken)}: set by other keys of learner and student, not here")
+        zero = self.deepspeed.get("zero_optimization")
+        if isinstance(zero, dict) and "stage" in zero:
+            raise ValueError("deepspeed.zero_optimization.stage: set by zero_stage, not here")
         return self
 
 
