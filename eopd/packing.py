@@ -5,6 +5,7 @@ Left out: padding. Micro-batches are packed sequences, and their attention is bl
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from eopd.types import Header, MicroBatch, OptimizerStep, PackedBatch, ScoredTrajectory, Stored
 
@@ -28,8 +29,8 @@ def pack(batch: Sequence[Scored], *, steps: int, ranks: int, token_budget: int, 
     Raises:
         ValueError: a trajectory is longer than the budget.
     """
-    size = -(-len(batch) // steps)
-    parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+    cuts = [len(batch) * step // steps for step in range(steps + 1)]
+    parts = (batch[start:end] for start, end in pairwise(cuts))
     return PackedBatch(steps=tuple(_pack_step(part, ranks, token_budget) for part in parts), alpha=alpha)
 
 

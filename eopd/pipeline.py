@@ -96,6 +96,8 @@ class Pipeline:
         if not taken:
             return None
         full = time.monotonic()
+        ready = self.buffer.num_ready
+        in_flight = self.buffer.num_in_flight - len(taken) - ready
         plan = self.plan
         batch = pack(
             [t.stored for t in taken],
@@ -127,8 +129,8 @@ class Pipeline:
             seconds=seconds,
             totals=self.totals,
             lost=self.ledger.lost,
-            in_flight=self.buffer.num_in_flight,
-            ready=self.buffer.num_ready,
+            in_flight=in_flight,
+            ready=ready,
         )
 
     async def _issue(self) -> None:
@@ -141,8 +143,8 @@ class Pipeline:
 
     async def _produce(self, issue: int) -> None:
         """Write and score one trajectory, until a batch consumes it."""
-        for _ in range(self.plan.max_attempts):
-            result = await self._write_and_score(issue)
+        for attempt in range(self.plan.max_attempts):
+            result = await self._write_and_score(issue, attempt)
             if not isinstance(result, LostTrajectory):
                 if await self.buffer.offer(issue, result):
                     return
@@ -154,10 +156,12 @@ class Pipeline:
             f"trajectory {lost.key} was lost {self.plan.max_attempts} times, last: {lost.reason.value}: {lost.detail}"
         )
 
-    async def _write_and_score(self, issue: int) -> Stored[ScoredTrajectory] | LostTrajectory:
+    async def _write_and_score(self, issue: int, attempt: int) -> Stored[ScoredTrajectory] | LostTrajectory:
         prompt, sample_index = self.order.at(issue)
         plan = self.plan
-        sampling = self.order.sampling(issue, temperature=plan.temperature, max_tokens=plan.max_response_tokens)
+        sampling = self.order.sampling(
+            issue, temperature=plan.temperature, max_tokens=plan.max_response_tokens, attempt=attempt
+        )
         with self._generating:
             written = await self.engines.generate(prompt, sample_index, sampling)
         if isinstance(written, LostTrajectory):

@@ -1,5 +1,6 @@
 """What is checked before any worker starts: models, vocabularies, prompts. Every failure is one ``ConfigError``."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,26 +24,37 @@ def check(config: Config) -> Prepared:
         ConfigError: a model directory or data file is missing, vocabularies differ, top_k is larger than the
         vocabulary, or prompts do not fit.
     """
-    _require_model("student.model", config.student.model)
-    _require_model(f"teachers.{config.teacher.name}.model", config.teacher.model)
+    for key, directory in (
+        ("student.model", config.student.model),
+        (f"teachers.{config.teacher.name}.model", config.teacher.model),
+    ):
+        require_model(key, directory, num_tokens=config.max_sequence_tokens)
     require_same_vocabulary(config.student.model, config.teacher.model)
     size = vocab_size(config.student.model)
     if config.loss.top_k > size:
         raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {size} tokens")
     tokenizer = load_tokenizer(config.student.model)
-    if config.prompts.template == "chat" and not tokenizer.chat_template:
-        raise ConfigError(
-            f"prompts.template: chat, but the tokenizer of {config.student.model} has no chat template; set it to none"
-        )
     return Prepared(
         train=PromptSet.load(config.prompts.data, config.prompts, tokenizer),
         held_out=PromptSet.load(config.prompts.held_out, config.prompts, tokenizer),
     )
 
 
-def _require_model(key: str, directory: Path) -> None:
+def require_model(key: str, directory: Path, *, num_tokens: int) -> None:
+    """A model directory with configuration and weights, for sequences of ``num_tokens``.
+
+    Raises:
+        ConfigError: something is missing, or the model's positions do not reach that far.
+    """
     if not (directory / "config.json").is_file():
         raise ConfigError(
             f"{key}: {directory} is no Hugging Face model directory (it has no config.json); "
             "`eopd models --help` makes the ones the shipped configs use"
+        )
+    if not any(weights for pattern in ("*.safetensors", "*.bin") for weights in directory.glob(pattern)):
+        raise ConfigError(f"{key}: {directory} has no weights (*.safetensors or *.bin)")
+    positions = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    if positions is not None and num_tokens > positions:
+        raise ConfigError(
+            f"{key}: {directory} has {positions} positions; prompts.max_tokens + max_response_tokens is {num_tokens}"
         )

@@ -8,10 +8,11 @@ number.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import jinja2
 import numpy as np
 
 from eopd.config import ConfigError, PromptsConfig
@@ -22,6 +23,8 @@ Row = Mapping[str, object]
 
 class Tokenizer(Protocol):
     """What rendering needs of a Hugging Face tokenizer."""
+
+    chat_template: str | None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...  # noqa: D102
     def apply_chat_template(  # noqa: D102
@@ -50,9 +53,11 @@ def read_rows(spec: str) -> list[Row]:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028 inside a string
     except OSError as error:
         raise ConfigError(f"prompts: {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompts: {path} is not UTF-8: {error.reason} at byte {error.start}") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -95,9 +100,13 @@ class PromptSet:
             ConfigError: a row is malformed, an id stands twice, a prompt is too long under ``overlong: error``, or none
             is left.
         """
+        if config.template == "chat" and not tokenizer.chat_template:
+            raise ConfigError(
+                "prompts.template: chat, but the student's tokenizer has no chat template; set it to none"
+            )
         prompts, texts, dropped = [], dict[str, str](), 0
         for number, row in enumerate(read_rows(spec)):
-            prompt_id = str(row.get("id", number))
+            prompt_id = str(number if row.get("id") is None else row["id"])
             if prompt_id in texts:
                 raise ConfigError(f"prompts: {spec}: id {prompt_id!r} stands twice")
             where = f"{spec}: row {prompt_id}"
@@ -136,7 +145,10 @@ def _tokenise(
         if len(messages) != 1:
             raise ConfigError(f"prompts: {where}: a chat of {len(messages)} messages needs prompts.template: chat")
         return _not_empty(tokenizer.encode(messages[0]["content"]), where)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"prompts: {where}: the chat template refuses it: {error}") from None
     return _not_empty(tokenizer.encode(text, add_special_tokens=False), where)
 
 
@@ -187,16 +199,9 @@ class PromptOrder:
             generator = np.random.default_rng([self._seed, epoch])
             self._epoch, self._permutation = epoch, generator.permutation(len(self._prompts)).tolist()
         prompt = self._prompts[self._permutation[position]]
-        sample = PromptSample(
-            epoch=epoch,
-            prompt_id=prompt.prompt_id,
-            source=prompt.source,
-            token_ids=prompt.token_ids,
-            reference_answer=prompt.reference_answer,
-        )
-        return sample, sample_index
+        return replace(prompt, epoch=epoch), sample_index
 
-    def sampling(self, issue: int, *, temperature: float, max_tokens: int) -> Sampling:
-        """A seed of its own for every issue, the same in every run with this seed."""
-        seed = np.random.SeedSequence([self._seed, issue]).generate_state(1)[0]
+    def sampling(self, issue: int, *, temperature: float, max_tokens: int, attempt: int = 0) -> Sampling:
+        """A seed of its own for every issue and attempt, the same in every run with this seed."""
+        seed = np.random.SeedSequence([self._seed, issue, attempt]).generate_state(1)[0]
         return Sampling(temperature=temperature, max_tokens=max_tokens, seed=int(seed) & 0x7FFFFFFF)

@@ -54,6 +54,8 @@ def evaluate(
     k: Annotated[list[int] | None, typer.Option("--k", help="Report pass@k; may be given more than once.")] = None,
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
     max_response_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    template: Annotated[Literal["chat", "none"], typer.Option(help="How prompts are rendered.")] = "chat",
+    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     suffix: Annotated[str, typer.Option(help="Appended to every prompt.")] = "",
     engines: Annotated[int, typer.Option(min=1)] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one engine.")] = 2,
@@ -66,6 +68,8 @@ def evaluate(
     ks = k or sorted({1, n})
     if wrong := [value for value in ks if not 1 <= value <= n]:
         raise ConfigError(f"--k {wrong[0]}: must be between 1 and --n {n}")
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no directory {output.parent}")
     from eopd.runtime.evaluate import Benchmark
     from eopd.runtime.evaluate import evaluate as run
 
@@ -80,7 +84,13 @@ def evaluate(
             max_response_tokens=max_response_tokens,
         ),
         Benchmark(
-            prompts=PromptsConfig(data=data, held_out=data, suffix=suffix), grader=grader, samples=n, ks=ks, seed=seed
+            prompts=PromptsConfig(
+                data=data, held_out=data, template=template, max_tokens=max_prompt_tokens, suffix=suffix
+            ),
+            grader=grader,
+            samples=n,
+            ks=ks,
+            seed=seed,
         ),
         ClusterConfig(),
     )

@@ -1,5 +1,6 @@
 """The base of every config section."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,26 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 NativeOptions = dict[str, object]
 
 # Absolute from here on: actors may run in another working directory. ``~`` is the home directory.
+DATA_SUFFIXES = (".jsonl", ".parquet")
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+# A file becomes absolute like any path; anything else is the name of a data set.
+DataSpec = Annotated[
+    str,
+    AfterValidator(
+        lambda spec: str(Path(spec).expanduser().absolute()) if Path(spec).suffix in DATA_SUFFIXES else spec
+    ),
+]
+
+
+def refuse(where: str, options: NativeOptions, owned: Collection[str]) -> None:
+    """Refuse native options that this project must set itself, since its numbers rest on them.
+
+    Raises:
+        ValueError: names them.
+    """
+    if taken := sorted(options.keys() & set(owned)):
+        raise ValueError(f"{where}: {', '.join(taken)} cannot be set here: other keys, or the method, decide")
 
 
 class Section(BaseModel):

@@ -1,14 +1,30 @@
 """Every knob of a run. A room receives its own section; only ``runtime/`` and ``cli/`` see the whole."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from eopd.config.base import AbsolutePath, NativeOptions, Section
+from eopd.config.base import AbsolutePath, DataSpec, NativeOptions, Section, refuse
 from eopd.config.loss import LossConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+OWNED_BY_LEARNER = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+)
+OWNED_BY_ENGINES = ("model", "dtype", "max_model_len", "enable_prefix_caching")
+OWNED_BY_ROLLOUT = (*OWNED_BY_ENGINES, "logprobs_mode", "weight_transfer_config", "generation_config")
+OWNED_BY_TEACHER = (*OWNED_BY_ENGINES, "runner", "skip_tokenizer_init")
 
 
 class RunConfig(Section):
@@ -47,6 +63,11 @@ class TeacherConfig(Section):
     threads: int = Field(1, ge=1)
     vllm: NativeOptions = {}
 
+    @model_validator(mode="after")
+    def _ours_stay_ours(self) -> Self:
+        refuse("vllm", self.vllm, OWNED_BY_TEACHER)
+        return self
+
 
 class PromptsConfig(Section):
     """Training and held-out rows: JSONL, Parquet, or a ``datasets`` name.
@@ -55,8 +76,8 @@ class PromptsConfig(Section):
     ``suffix`` is appended to the (last) user text before either.
     """
 
-    data: str
-    held_out: str
+    data: DataSpec
+    held_out: DataSpec
     template: Literal["chat", "none"] = "chat"
     suffix: str = ""
     max_tokens: int = Field(1024, ge=1)
@@ -76,6 +97,11 @@ class RolloutConfig(Section):
     max_response_tokens: int = Field(1024, ge=1)
     temperature: float = Field(1.0, gt=0.0)
     vllm: NativeOptions = {}
+
+    @model_validator(mode="after")
+    def _ours_stay_ours(self) -> Self:
+        refuse("vllm", self.vllm, OWNED_BY_ROLLOUT)
+        return self
 
 
 class FlowConfig(Section):
@@ -112,7 +138,7 @@ class LearnerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_batches: int = Field(0, ge=0)
     weight_decay: float = Field(0.01, ge=0.0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0.0)
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: bool = False
@@ -120,18 +146,7 @@ class LearnerConfig(Section):
 
     @model_validator(mode="after")
     def _ours_stay_ours(self) -> Self:
-        ours = {
-            "train_batch_size",
-            "train_micro_batch_size_per_gpu",
-            "gradient_accumulation_steps",
-            "gradient_clipping",
-            "optimizer",
-            "scheduler",
-            "bf16",
-            "fp16",
-        }
-        if taken := sorted(ours & self.deepspeed.keys()):
-            raise ValueError(f"{', '.join(taken)}: set by other keys of learner and student, not here")
+        refuse("deepspeed", self.deepspeed, OWNED_BY_LEARNER)
         zero = self.deepspeed.get("zero_optimization")
         if isinstance(zero, dict) and "stage" in zero:
             raise ValueError("deepspeed.zero_optimization.stage: set by zero_stage, not here")
@@ -216,6 +231,8 @@ class Config(Section):
                 f"learner.token_budget {self.learner.token_budget} is below prompts.max_tokens + max_response_tokens "
                 f"= {self.max_sequence_tokens}: the longest trajectory would fit no micro-batch"
             )
+        if self.weights.backend == "nccl" and not (self.learner.gpus and self.rollout.gpus):
+            raise ValueError("weights.backend nccl moves weights between GPUs: learner.gpus and rollout.gpus are 0")
         if self.batch_trajectories < self.learner.optimizer_steps_per_batch * self.learner.ranks:
             raise ValueError(
                 f"a batch of {self.batch_trajectories} trajectories cannot be cut into "

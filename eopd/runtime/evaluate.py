@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig
 from eopd.evaluation.benchmarks import BenchmarkResult, run_benchmark
 from eopd.evaluation.graders import GraderName, open_grader
+from eopd.preflight import require_model
 from eopd.prompts import PromptSet
 from eopd.runtime import cluster
 from eopd.runtime.placement import plan_rollout, require_capacity
@@ -34,8 +35,8 @@ def evaluate(
     Raises:
         ConfigError: the model or the data is missing, or a row has no answer.
     """
-    if not (student.model / "config.json").is_file():
-        raise ConfigError(f"{student.model} is no Hugging Face model directory (it has no config.json)")
+    longest = benchmark.prompts.max_tokens + rollout.max_response_tokens
+    require_model("MODEL", student.model, num_tokens=longest)
     tokenizer = load_tokenizer(student.model)
     data = PromptSet.load(benchmark.prompts.data, benchmark.prompts, tokenizer)
     if unanswered := [p.prompt_id for p in data.prompts if p.reference_answer is None]:
@@ -43,7 +44,6 @@ def evaluate(
     sampling = Sampling(temperature=rollout.temperature, max_tokens=rollout.max_response_tokens, seed=benchmark.seed)
 
     async def run() -> BenchmarkResult:
-        longest = benchmark.prompts.max_tokens + rollout.max_response_tokens
         async with rollout_engines(student, rollout, max_sequence_tokens=longest) as engines:
             return await run_benchmark(
                 engines,

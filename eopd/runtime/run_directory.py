@@ -10,6 +10,7 @@ runs/<name>/config.yaml     resolved
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Self
 
@@ -38,20 +39,22 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: Config) -> Self:
-        """A new run.
+        """A new run; one of this name that never finished a step is replaced.
 
         Raises:
             ConfigError: there is one of this name already, or the directory cannot be made.
         """
-        path = config.run.path
-        if path.exists():
+        directory = cls(config.run.path)
+        path = directory.path
+        if directory.metrics.exists() or (path.exists() and not (path / "config.yaml").exists()):
             raise ConfigError(f"run.name: {path} exists; continue it with --resume or choose another name")
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
+            directory._samples.unlink(missing_ok=True)
+            (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run.directory: {path} cannot be made ({error.strerror})") from None
-        (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        return cls(path)
+        return directory
 
     @classmethod
     def reopen(cls, config: Config) -> Self:
@@ -79,7 +82,7 @@ class RunDirectory:
     def write_summary(self, summary: Summary) -> None:
         """Replace ``summary.json``, whole or not at all."""
         partial = self._summary.with_suffix(".partial")
-        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         partial.rename(self._summary)
 
     def read_summary(self) -> Summary:
@@ -96,7 +99,7 @@ class RunDirectory:
         """Prompts with the text before and after, where there are both."""
         if not self._samples.exists():
             return []
-        rows = [json.loads(line) for line in self._samples.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in self._samples.read_text(encoding="utf-8").split("\n") if line]
         texts = {(row["phase"], row["prompt_id"]): row for row in rows}
         return [
             {"prompt": row["prompt"], "before": texts["before", prompt_id]["response"], "after": row["response"]}
@@ -109,7 +112,7 @@ def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
     """An ``EvalStats`` as ``summary.json`` keeps it: every estimate with its mean and standard error."""
     estimates = ((name, getattr(stats, name)) for name in stats.__dataclass_fields__)
     return {
-        name: {"mean": value.mean, "standard_error": value.standard_error}
+        name: {"mean": value.mean, "standard_error": value.standard_error if isfinite(value.standard_error) else None}
         for name, value in estimates
         if isinstance(value, Estimate)
     }

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -92,9 +92,11 @@ async def _actors() -> AsyncIterator[_Spawn]:
     try:
         yield spawn
     finally:
-        await _close(spawned)
-        for actor in spawned:
-            ray.kill(actor)
+        try:
+            await _close(spawned)
+        finally:  # also when a second signal cancels the closing
+            for actor in spawned:
+                ray.kill(actor)
 
 
 async def fetch(stored: Stored[T]) -> T:
@@ -105,10 +107,9 @@ async def fetch(stored: Stored[T]) -> T:
 
 async def _close(actors: Sequence[ActorHandle]) -> None:
     """Ask engines to stop their own processes; one that is dead already, or does not answer, is killed all the same."""
-    closing = [asyncio.ensure_future(_ask_to_close(actor)) for actor in actors]
-    await asyncio.wait(closing, timeout=CLOSE_TIMEOUT_S)
-    for task in closing:
-        task.cancel()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await asyncio.gather(*(_ask_to_close(actor) for actor in actors))
 
 
 async def _ask_to_close(actor: ActorHandle) -> None:

@@ -111,9 +111,9 @@ class TrainingRun:
             if self._progress.step % self._config.checkpoint.every == 0:
                 await self._save(members)
                 saved = self._progress.step
-        self._stop_softly = None
         if self._progress.step > saved:
             await self._save(members)
+        self._stop_softly = None
 
     async def _save(self, members: Crew) -> None:
         await write_checkpoint(
@@ -209,6 +209,7 @@ class TrainingRun:
         """Take a signal; False means that nothing can end softly now."""
         first, self._interrupted = not self._interrupted, True
         if not first or self._stop_softly is None:
+            self._console.message("stopping now")
             return False
         self._console.message("stopping after the step under way, with a checkpoint; once more to stop at once")
         self._stopping = asyncio.create_task(self._stop_softly())  # kept: the loop holds tasks weakly

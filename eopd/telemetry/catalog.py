@@ -146,8 +146,8 @@ _FLOW: Final = (
         "gauge",
         "trajectories",
         "eopd_in_flight_trajectories",
-        "Trajectories being written or scored now.",
-        "Never 0 for long: engines would idle.",
+        "Trajectories being written or scored when the batch was taken.",
+        "0 when synchronous; otherwise 0 means that engines idle while the learner trains.",
     ),
     Metric(
         "gauge",
@@ -176,7 +176,11 @@ _FLOW: Final = (
 )
 
 _TIME: Final = (
-    _seconds("eopd_step_seconds", "From the end of one step to the end of the next.", "Steady after the first steps."),
+    _seconds(
+        "eopd_step_seconds",
+        "From waiting for a batch to its published weights; checkpoints apart.",
+        "Steady after the first steps.",
+    ),
     _seconds("eopd_generate_seconds", "Time of the step with a response being written.", "Follows the length."),
     _seconds("eopd_score_seconds", "Time of the step with a response being scored.", "Below generation."),
     _seconds("eopd_wait_seconds", "Time the learner waited for a full batch.", "Small when asynchronous."),

@@ -79,10 +79,10 @@ _HELD_OUT: Final = {
 
 
 class Measurement(TypedDict):
-    """A mean and its standard error."""
+    """A mean and its standard error; None where one trajectory shows no spread."""
 
     mean: float
-    standard_error: float
+    standard_error: float | None
 
 
 class HeldOut(TypedDict):
@@ -252,7 +252,8 @@ def _held_out_table(held_out: HeldOut) -> Table:
 def _measured(measurements: Mapping[str, Measurement], name: str) -> str:
     if name not in measurements:
         return "-"
-    return f"{measurements[name]['mean']:.3f} ± {measurements[name]['standard_error']:.3f}"
+    error = measurements[name]["standard_error"]
+    return f"{measurements[name]['mean']:.3f} ± {'-' if error is None else f'{error:.3f}'}"
 
 
 def _sample_table(sample: Sample) -> Table:

@@ -23,7 +23,7 @@ def stored(index: int, tokens: int) -> Stored:
     return Stored(header, body=index)
 
 
-@given(lengths=st.lists(st.integers(2, 100), min_size=6, max_size=40), steps=st.integers(1, 3), ranks=st.integers(1, 3))
+@given(lengths=st.lists(st.integers(2, 100), min_size=6, max_size=40), steps=st.integers(1, 6), ranks=st.integers(1, 3))
 def test_a_pack_is_a_partition_within_the_budget_and_in_step(lengths, steps, ranks):
     batch = [stored(i, n) for i, n in enumerate(lengths)]
     packed = pack(batch, steps=steps, ranks=ranks, token_budget=100, alpha=0.5)

@@ -12,6 +12,8 @@ from eopd.prompts import PromptOrder, PromptSet, read_rows
 class WordTokenizer:
     """A tokenizer of whole words: ids are lengths."""
 
+    chat_template = "words"
+
     def encode(self, text, *, add_special_tokens=True):
         return [len(word) for word in text.split()]
 

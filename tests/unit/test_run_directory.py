@@ -54,7 +54,10 @@ async def test_a_checkpoint_that_failed_half_way_is_none_and_the_old_one_stays(t
 
 
 async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
-    directory = RunDirectory.create(config())
+    RunDirectory.create(config()).add_samples("before", 0, [{"prompt_id": "p", "prompt": "?", "response": "a"}])
+    directory = RunDirectory.create(config("learner.lr=1.0e-6"))  # no step yet: begun again
+    assert not (directory.path / "samples.jsonl").exists()
+    directory.metrics.write_text("")
     with pytest.raises(ConfigError, match=r"run.name: .* exists; continue it with --resume"):
         RunDirectory.create(config())
     with pytest.raises(ConfigError, match="holds no checkpoint"):
@@ -87,11 +90,11 @@ def test_summary_and_samples_come_back_as_written(config):
     resumed = Progress.resume(state(4), read)
     assert resumed.before == read["held_out"]["before"] and resumed.wall_s > 1.5
 
-    text = {"prompt_id": "p", "prompt": "?"}
+    text = {"prompt_id": "p", "prompt": "?\u2028\x85"}  # separators that str.splitlines() cuts at
     directory.add_samples("before", 0, [text | {"response": "a"}])
     assert directory.samples() == []
     directory.add_samples("after", 4, [text | {"response": "b"}])
-    assert directory.samples() == [{"prompt": "?", "before": "a", "after": "b"}]
+    assert directory.samples() == [{"prompt": "?\u2028\x85", "before": "a", "after": "b"}]
 
 
 def test_progress_counts_this_process_for_rates_and_the_run_for_totals():
