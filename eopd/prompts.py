@@ -101,9 +101,7 @@ class PromptSet:
             is left.
         """
         if config.template == "chat" and not tokenizer.chat_template:
-            raise ConfigError(
-                "prompts.template: chat, but the student's tokenizer has no chat template; set it to none"
-            )
+            raise ConfigError("prompts.template: chat, but the tokenizer has no chat template; set it to none")
         prompts, texts, dropped = [], dict[str, str](), 0
         for number, row in enumerate(read_rows(spec)):
             prompt_id = str(number if row.get("id") is None else row["id"])

@@ -12,13 +12,14 @@ NativeOptions = dict[str, object]
 DATA_SUFFIXES = (".jsonl", ".parquet")
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
+
 # A file becomes absolute like any path; anything else is the name of a data set.
-DataSpec = Annotated[
-    str,
-    AfterValidator(
-        lambda spec: str(Path(spec).expanduser().absolute()) if Path(spec).suffix in DATA_SUFFIXES else spec
-    ),
-]
+def _resolve_file(spec: str) -> str:
+    path = Path(spec)
+    return str(path.expanduser().absolute()) if path.suffix in DATA_SUFFIXES else spec
+
+
+DataSpec = Annotated[str, AfterValidator(_resolve_file)]
 
 
 def refuse(where: str, options: NativeOptions, owned: Collection[str]) -> None:

@@ -178,7 +178,7 @@ _FLOW: Final = (
 _TIME: Final = (
     _seconds(
         "eopd_step_seconds",
-        "From waiting for a batch to its published weights; checkpoints apart.",
+        "From waiting for a batch to its weights being served.",
         "Steady after the first steps.",
     ),
     _seconds("eopd_generate_seconds", "Time of the step with a response being written.", "Follows the length."),

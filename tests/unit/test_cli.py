@@ -49,7 +49,7 @@ def files(tmp_path_factory):
         ),
         (
             "student.model={root}/small teachers.0.model={root}/small loss.top_k=2",
-            "error: prompts.template: chat, but the student's tokenizer has no chat template; set it to none",
+            "error: prompts.template: chat, but the tokenizer has no chat template; set it to none",
         ),
         ("prompts.max_tokens=3000 learner.token_budget=9000", "{root}/model has 2048 positions; prompts.max_tokens + "),
         ("loss.top_k=300", "loss.top_k: Input should be less than or equal to 256 (is 300)"),
