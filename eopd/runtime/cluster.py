@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 
 from eopd.config import ClusterConfig, ConfigError
+from eopd.runtime.placement import Capacity
 
 
 @contextmanager
@@ -22,6 +23,8 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         ConfigError: the cluster cannot be reached.
     """
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    if config.cpus is not None and address != "local":
+        raise ConfigError(f"cluster.cpus: {config.cpus:g} is for Ray started here; {address} has its own")
     local = {"num_cpus": config.cpus, "include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
@@ -33,10 +36,19 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def capacity() -> tuple[float, float]:
-    """CPUs and GPUs of the whole cluster."""
-    resources = ray.cluster_resources()
-    return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+def capacity() -> tuple[Capacity, Capacity]:
+    """What the whole cluster has, and what its largest node has: an actor lives on one node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total, largest = (
+        {kind: pick(node.get(ray_name, 0.0) for node in nodes) for kind, ray_name in (("cpus", "CPU"), ("gpus", "GPU"))}
+        for pick in (sum, max)
+    )
+    return Capacity(**total), Capacity(**largest)
+
+
+def log_directory() -> str:
+    """Where Ray keeps what the actors of this session wrote, below its folder for temporary files (/tmp/ray)."""
+    return f"{ray.get_runtime_context().get_session_name()}/logs"
 
 
 def is_job_copy(directory: Path) -> bool:

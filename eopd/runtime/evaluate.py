@@ -44,7 +44,9 @@ def evaluate(
     sampling = Sampling(temperature=rollout.temperature, max_tokens=rollout.max_response_tokens, seed=benchmark.seed)
 
     async def run() -> BenchmarkResult:
-        async with rollout_engines(student, rollout, max_sequence_tokens=longest) as engines:
+        async with rollout_engines(
+            student, rollout, max_sequence_tokens=longest, timeout_s=config.start_timeout_s
+        ) as engines:
             return await run_benchmark(
                 engines,
                 data.prompts,

@@ -18,6 +18,14 @@ COMMON_ENV: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """CPUs and GPUs of a cluster or a node."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoleResources:
     """What one actor of a role asks for."""
 
@@ -67,14 +75,19 @@ def plan_rollout(rollout: RolloutConfig) -> RoleResources:
     return RoleResources(role="rollout", actors=rollout.engines, cpus=rollout.cpus, gpus=rollout.gpus, env=env)
 
 
-def require_capacity(roles: Sequence[RoleResources], cpus: float, gpus: float) -> None:
-    """Compare the sum of all roles with the cluster.
+def require_capacity(roles: Sequence[RoleResources], total: Capacity, largest_node: Capacity) -> None:
+    """Compare the sum of all roles with the cluster, and each actor with its largest node.
 
     Raises:
-        ConfigError: together they ask for more than there is.
+        ConfigError: together they ask for more than there is, or one for more than any node has.
     """
-    for resource, available in (("cpus", cpus), ("gpus", gpus)):
+    for resource in ("cpus", "gpus"):
         asked = sum(role.actors * getattr(role, resource) for role in roles)
+        available, on_a_node = getattr(total, resource), getattr(largest_node, resource)
         if asked > available + 1e-6:
             parts = ", ".join(f"{r.role} {r.actors} x {getattr(r, resource):g}" for r in roles)
             raise ConfigError(f"the roles ask for {asked:g} {resource} ({parts}); the cluster has {available:g}")
+        for role in roles:
+            if getattr(role, resource) > on_a_node:
+                wanted = f"{role.role}.{resource}: one actor asks for {getattr(role, resource):g}"
+                raise ConfigError(f"{wanted}; the largest node has {on_a_node:g}")

@@ -1,7 +1,7 @@
 """Brings the actors of a run up and down. Whatever happens, nothing is left running."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 from eopd.config import Config, RolloutConfig, StudentConfig
 from eopd.rollout.pool import EnginePool
 from eopd.runtime.actors import LearnerActor, LearnerGang, RemoteEngine, RemoteTeacher, RolloutActor, TeacherActor
+from eopd.runtime.cluster import log_directory
 from eopd.runtime.placement import RoleResources, plan, plan_rollout
 from eopd.types import PolicyVersion, Stored
 from eopd.weights.channel import BroadcastChannel
@@ -43,12 +44,15 @@ async def crew(config: Config) -> AsyncIterator[Crew]:
         rollouts = spawn(RolloutActor, rollout_plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
         (teacher,) = spawn(TeacherActor, teacher_plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
         longest = config.max_sequence_tokens
-        async with asyncio.timeout(config.cluster.start_timeout_s):
-            await asyncio.gather(
-                gang.start(config),
-                *(_start_engine(actor, config.student, config.rollout, longest) for actor in rollouts),
-                teacher.start.remote(config.teacher, config.loss.top_k, longest),
-            )
+        starting = {
+            "learner": gang.start(config),
+            **{
+                f"rollout engine {index}": _start_engine(actor, config.student, config.rollout, longest)
+                for index, actor in enumerate(rollouts)
+            },
+            "teacher": teacher.start.remote(config.teacher, config.loss.top_k, longest),
+        }
+        await _all_up(starting, config.cluster.start_timeout_s)
         engines = [RemoteEngine(actor) for actor in rollouts]
         yield Crew(
             engines=EnginePool(engines),
@@ -60,13 +64,41 @@ async def crew(config: Config) -> AsyncIterator[Crew]:
 
 @asynccontextmanager
 async def rollout_engines(
-    student: StudentConfig, rollout: RolloutConfig, *, max_sequence_tokens: int
+    student: StudentConfig, rollout: RolloutConfig, *, max_sequence_tokens: int, timeout_s: float
 ) -> AsyncIterator[list[RemoteEngine]]:
     """Rollout engines alone, for benchmarks."""
     async with _actors() as spawn:
         actors = spawn(RolloutActor, plan_rollout(rollout), max_concurrency=MAX_CONCURRENT_REQUESTS)
-        await asyncio.gather(*(_start_engine(actor, student, rollout, max_sequence_tokens) for actor in actors))
+        starting = {
+            f"rollout engine {index}": _start_engine(actor, student, rollout, max_sequence_tokens)
+            for index, actor in enumerate(actors)
+        }
+        await _all_up(starting, timeout_s)
         yield [RemoteEngine(actor) for actor in actors]
+
+
+class StartError(RuntimeError):
+    """An actor did not come up; names it."""
+
+
+async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float) -> None:
+    """Wait until everybody has started.
+
+    Raises:
+        StartError: somebody failed, or did not come up in time; its cause is what the actor raised.
+    """
+    tasks = {asyncio.ensure_future(started): name for name, started in starting.items()}
+    done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+    for task in pending:
+        task.cancel()
+    for task in done:
+        if error := task.exception():
+            raise StartError(f"the {tasks[task]} did not start; its log is in {log_directory()} of Ray") from error
+    if pending:
+        names = ", ".join(tasks[task] for task in pending)
+        raise StartError(
+            f"not up within cluster.start_timeout_s = {timeout_s:g}: {names}; logs in {log_directory()} of Ray"
+        )
 
 
 def _start_engine(

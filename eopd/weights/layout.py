@@ -60,7 +60,7 @@ def pack(tensors: Sequence[torch.Tensor], into_B: torch.Tensor) -> None:
     """Copy tensors one after the other into a uint8 buffer of exactly their size."""
     offset = 0
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1).view(torch.uint8) if tensor.is_contiguous() else _bytes_of_strided(tensor)
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         into_B[offset : offset + flat.numel()].copy_(flat)
         offset += flat.numel()
     if offset != into_B.numel():
@@ -76,7 +76,3 @@ def unpack(buffer_B: torch.Tensor, bucket: Bucket) -> Iterator[tuple[str, torch.
             flat = flat.clone()
         yield parameter.name, flat.view(parameter.torch_dtype).view(parameter.shape)
         offset += parameter.num_bytes
-
-
-def _bytes_of_strided(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

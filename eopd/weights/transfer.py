@@ -17,6 +17,9 @@ from eopd.weights.layout import Bucket, ParameterMeta, bucket_num_bytes, cut_int
 from eopd.weights.wire import Backend, Rendezvous, Wire, open_store, open_wire
 
 
+SETTLE_S = 1.0  # a transfer that the sender has finished ends on the receiver within moments
+
+
 class ParameterSource(Protocol):
     """The learner's parameters as checkpoint tensors (``weights/source.py``); every rank walks it in step."""
 
@@ -142,7 +145,13 @@ class WeightReceiver:
         self._transfer: _Transfer | None = None
 
     def start(self) -> None:
-        """Begin to receive; returns at once. A transfer that was never taken is thrown away."""
+        """Begin to receive; returns at once. What was received and never taken is thrown away.
+
+        Raises:
+            RuntimeError: an earlier transfer is still on its way.
+        """
+        if self._transfer is not None and not self._transfer.ends_within(SETTLE_S):
+            raise RuntimeError("a weight transfer is still on its way")
         self._transfer = _Transfer.start(self._wire, self._buckets)
 
     def take(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -182,9 +191,12 @@ class _Transfer:
         except RuntimeError as error:  # what gloo and nccl raise; handed to whoever takes the result
             self._error = error
 
-    def result(self, timeout_s: float) -> list[torch.Tensor]:
+    def ends_within(self, timeout_s: float) -> bool:
         self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        return not self._thread.is_alive()
+
+    def result(self, timeout_s: float) -> list[torch.Tensor]:
+        if not self.ends_within(timeout_s):
             raise RuntimeError(f"weight transfer did not end within {timeout_s} s")
         if self._error is not None:
             raise RuntimeError(f"weight transfer failed: {self._error}") from self._error

@@ -5,6 +5,7 @@ with DeepSpeed's or with vLLM's. Both ends of each wire stand side by side here.
 """
 
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol
@@ -86,6 +87,7 @@ class NcclWire:
         group = StatelessProcessGroup(rank=rendezvous.rank, world_size=rendezvous.world_size, store=store)
         self._communicator = PyNcclCommunicator(group, device=self._device)
         self._is_sender = rendezvous.rank == 0
+        self._timeout_s = rendezvous.timeout_s
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._staging_B = torch.empty(0, dtype=torch.uint8, device=self._device)
 
@@ -99,14 +101,23 @@ class NcclWire:
                 staged_B.copy_(buffer_B)
             self._communicator.broadcast(staged_B, src=0, stream=self._stream)
             if not self._is_sender:
-                buffer_B.copy_(staged_B)
-        self._stream.synchronize()
+                buffer_B.copy_(staged_B, non_blocking=True)
+        self._wait()
 
     def barrier(self) -> None:
         """See ``Wire``: an all-reduce of one element that every member must enter."""
         with torch.cuda.stream(self._stream):
             self._communicator.all_reduce(torch.zeros(1, device=self._device), stream=self._stream)
-        self._stream.synchronize()
+        self._wait()
+
+    def _wait(self) -> None:
+        """Until the stream is done; a peer that never enters the collective costs one time-out."""
+        event = self._stream.record_event()
+        deadline = time.monotonic() + self._timeout_s
+        while not event.query():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"NCCL did not answer within {self._timeout_s:g} s")
+            time.sleep(0.001)
 
 
 def _own_address(rendezvous: Rendezvous) -> str:

@@ -21,9 +21,13 @@ class Program:
     runs: Path
     mark: str = field(default_factory=lambda: f"EOPD_TEST_{uuid.uuid4().hex}")
 
+    def environment(self) -> dict[str, str]:
+        """A user's environment, marked."""
+        return {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "RAY_"))} | {self.mark: "1"}
+
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         command = [str(Path(sys.executable).with_name("eopd")), *arguments]
-        env = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")} | {self.mark: "1"}
+        env = self.environment()
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=pipe, stderr=pipe, start_new_session=True)
 

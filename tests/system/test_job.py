@@ -24,10 +24,10 @@ def free_port() -> str:
 
 
 @pytest.fixture
-def head(tmp_path):
+def head(tmp_path, program):
     """A Ray head of our own, stopped by its own process; yields the environment of its clients."""
     dashboard, temporary = free_port(), Path("/tmp") / f"ray-{secrets.token_hex(4)}"  # a socket's path must be short
-    env = dict(os.environ) | {
+    env = program.environment() | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -44,7 +44,7 @@ def head(tmp_path):
 
 
 def test_a_submitted_job_trains(program, head):
-    settings = program.train("job", "run.batches=3", "evaluation.prompts=4")
+    settings = program.train("job", "run.batches=3", "evaluation.prompts=4", "cluster.cpus=null")
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "eopd", *settings]
     deadline = time.monotonic() + 60
     while subprocess.run([BIN / "ray", "job", "list"], env=head, cwd=ROOT, capture_output=True).returncode:

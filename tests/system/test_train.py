@@ -1,6 +1,7 @@
 """The whole program on real Ray, vLLM and DeepSpeed: two rollout engines, a teacher, two learner ranks."""
 
 import json
+import os
 import signal
 import time
 
@@ -110,7 +111,7 @@ def test_an_asynchronous_run_survives_ctrl_c_and_resumes(program):
     while not (directory / "metrics.jsonl").exists() or len(rows(directory)) < 4:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches every process of the group
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
     assert "Traceback" not in err
@@ -134,6 +135,7 @@ def test_an_asynchronous_run_survives_ctrl_c_and_resumes(program):
 def test_a_failure_leaves_no_process_and_says_failed(program):
     done = program.run(*program.train("broken", "teachers.0.vllm={kv_cache_memory_bytes: 1}"))
     assert done.returncode == 1
+    assert "StartError: the teacher did not start; its log is in" in done.stderr
     assert json.loads((program.runs / "broken" / "summary.json").read_text())["status"] == "failed"
     assert program.left_behind() == []
 
