@@ -125,13 +125,14 @@ class TrainingRun:
         self.directory.write_summary(self._progress.summary("running"))
 
     async def _measure(self, members: Crew, phase: Literal["before", "after"]) -> None:
-        self._console.message(f"measuring on held-out prompts, {phase} training")
         evaluation, learner = self._config.evaluation, self._config.learner
+        prompts = self._prepared.held_out.prompts[: evaluation.prompts]
+        self._console.message(f"measuring on {len(prompts)} held-out prompts, {phase} training")
         stats, scored = await measure(
             members.engines,
             members.teacher,
             members.learner,
-            self._prepared.held_out.prompts[: evaluation.prompts],
+            prompts,
             max_tokens=evaluation.max_response_tokens,
             seed=evaluation.seed,
             ranks=learner.ranks,
@@ -192,8 +193,9 @@ class TrainingRun:
             prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
             sinks.append(prometheus)
             notes.append(f"metrics at http://{prometheus.address}/metrics")
-        if self._prepared.train.num_dropped:
-            notes.append(f"{self._prepared.train.num_dropped} prompts longer than prompts.max_tokens left out")
+        for name, data in (("training", self._prepared.train), ("held-out", self._prepared.held_out)):
+            if data.num_dropped:
+                notes.append(f"{data.num_dropped} {name} prompts longer than prompts.max_tokens left out")
         if cluster.is_job_copy(self.directory.path):
             notes.append("this is Ray's copy of the working directory: set run.directory to keep what the run writes")
         self._console = Console(run=run.name, batches=run.batches)

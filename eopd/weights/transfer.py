@@ -16,7 +16,6 @@ import torch
 from eopd.weights.layout import Bucket, ParameterMeta, bucket_num_bytes, cut_into_buckets, pack, unpack
 from eopd.weights.wire import Backend, Rendezvous, Wire, open_store, open_wire
 
-
 SETTLE_S = 1.0  # a transfer that the sender has finished ends on the receiver within moments
 
 
