@@ -57,8 +57,6 @@ class Engine:
     """A student, its optimiser and its schedule, sharded by ZeRO."""
 
     def __init__(self, student: Student, config: LearnerConfig, *, dtype: str, total_steps: int) -> None:
-        if dtype == "float16":
-            raise ValueError("student.dtype float16: the learner trains in bfloat16 or float32 (no loss scaling)")
         optimizer = torch.optim.AdamW(
             student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -163,8 +161,6 @@ def native_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
             ours["data_types"] = {"grad_accum_dtype": "fp32"}
             ours["communication_data_type"] = "fp32"
     for key, value in config.deepspeed.items():
-        if key == "zero_optimization" and isinstance(value, dict) and "stage" in value:
-            raise ValueError("learner.deepspeed.zero_optimization.stage: is set by learner.zero_stage")
         both_sections = isinstance(value, dict) and isinstance(ours.get(key), dict)
         ours[key] = {**ours[key], **value} if both_sections else value  # type: ignore[dict-item]
     return ours
