@@ -190,6 +190,10 @@ class LearnerRank:
             partial_directory.rename(directory)
         dist.barrier()
 
+    def close(self) -> None:
+        """Leave the gang; its threads must not outlive the interpreter."""
+        dist.destroy_process_group()
+
     def _pack(self, share: PackedBatch) -> list[list[Packed]]:
         """The micro-batches of every optimiser step, with gates that were computed before the cut."""
         gates = dict(zip((stored.header.key for stored in share.stored()), self._gates(share), strict=True))

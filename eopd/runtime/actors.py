@@ -204,8 +204,8 @@ class LearnerActor:
     def send_weights(self) -> int:  # noqa: D102
         return self._sender.send()
 
-    def close(self) -> None:
-        """Nothing outlives the process."""
+    def close(self) -> None:  # noqa: D102
+        self._rank.close()
 
 
 class LearnerGang:

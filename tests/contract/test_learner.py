@@ -261,7 +261,8 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
 
 if __name__ == "__main__":
     run_rank(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    sys.exit()
+    sys.stdout.flush()
+    os._exit(0)  # torch's threads sometimes abort the interpreter while it is being torn down
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +48,14 @@ class Program:
         ]
         return ["train", config, *(part for setting in settings for part in ("--set", setting))]
 
-    def left_behind(self) -> list[str]:
-        """Processes that still carry the mark."""
+    def left_behind(self, grace_s: float = 20.0) -> list[str]:
+        """Processes that still carry the mark; those that are on their way out get a moment."""
+        deadline = time.monotonic() + grace_s
+        while (found := self._marked()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return found
+
+    def _marked(self) -> list[str]:
         found = []
         for process in psutil.process_iter():
             try:
