@@ -47,7 +47,7 @@ def capacity() -> tuple[Capacity, Capacity]:
 
 
 def log_directory() -> str:
-    """Where Ray keeps what the actors of this session wrote, below its folder for temporary files (/tmp/ray)."""
+    """Where Ray keeps what the actors wrote, below its folder for temporary files."""
     return f"{ray.get_runtime_context().get_session_name()}/logs"
 
 
