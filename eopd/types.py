@@ -149,8 +149,7 @@ class ScoredTrajectory:
 class Header:
     """All the driver ever sees of a trajectory.
 
-    ``sums`` are summed over response tokens or are seconds spent, e.g. ``{"generate_s": 1.2}``; metrics are made of
-    them.
+    ``sums`` are summed over response tokens or are seconds spent, e.g. ``{"generate_s": 1.2}``.
     """
 
     key: TrajectoryKey

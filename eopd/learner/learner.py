@@ -27,7 +27,7 @@ from eopd.config.loss import QuantileGate, RandomGate
 from eopd.learner.collate import Packed, collate, teacher_entropy
 from eopd.learner.deepspeed_engine import Engine, join
 from eopd.learner.student import Head, load_student
-from eopd.loss.chunked import student_logprobs, token_statistics
+from eopd.loss.chunked import token_statistics
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
 from eopd.loss.objective import LossTerms, objective
 from eopd.types import (
@@ -224,7 +224,8 @@ class LearnerRank:
         on_device = packed.to(self._device)
 
         def logprobs(hidden_TD: Tensor, head: Head) -> Tensor:
-            return student_logprobs(hidden_TD, head.weight_VD, on_device.tokens, **self._projection(head))
+            found = token_statistics(hidden_TD, head.weight_VD, on_device.tokens, **self._projection(head))
+            return found.student_logprobs_T
 
         with torch.no_grad():
             old_logprobs_T = self._engine.run(on_device, logprobs)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from eopd.config import StudentConfig
 
@@ -90,8 +91,20 @@ def load_student(config: StudentConfig, *, activation_checkpointing: bool) -> St
     _prove_packing(student)
     _prove_head(student)
     if activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute_layers(model)
     return student
+
+
+def _recompute_layers(model: PreTrainedModel) -> None:
+    """Keep only the inputs of every layer for backward.
+
+    transformers (5.19) does so for layers in training mode, while a loaded model is in evaluation mode: only the
+    layers' own flag is raised, so that dropout inside them stays off.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def _head_form(text_config: Mapping[str, object]) -> tuple[float, float | None]:

@@ -277,7 +277,7 @@ def chunked_sums(
 class TokenStatistics:
     """Student against teacher, per token: float64 [T], 0 where masked. KL and entropy in nats."""
 
-    student_logprobs_T: Tensor
+    student_logprobs_T: Tensor  # what ``old_logprobs_T`` is made of
     student_entropy_T: Tensor
     reverse_kl_T: Tensor  # log p(y) - log q(y)
     forward_kl_T: Tensor  # the ``tail`` form
@@ -308,30 +308,6 @@ def token_statistics(
         for rows, _, chunk, reading in _Sweep(student_hidden_TD, head, tokens, chunk_tokens).chunks():
             columns[:, rows] = _statistics(reading, chunk)
     return TokenStatistics(*columns)
-
-
-def student_logprobs(
-    student_hidden_TD: Tensor,
-    head_weight_VD: Tensor,
-    tokens: LossTokens,
-    *,
-    head_bias_V: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    temperature: float = 1.0,
-    chunk_tokens: int = 256,
-) -> Tensor:
-    """Log-probabilities of the sampled tokens, float64 [T], 0 where masked: what ``old_logprobs_T`` is made of."""
-    return token_statistics(
-        student_hidden_TD,
-        head_weight_VD,
-        tokens,
-        head_bias_V=head_bias_V,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        temperature=temperature,
-        chunk_tokens=chunk_tokens,
-    ).student_logprobs_T
 
 
 def _statistics(reading: Reading, tokens: LossTokens) -> Tensor:

@@ -556,6 +556,23 @@ def tiny_student(config: PreTrainedConfig, directory: Path, dtype: str = "float3
     return load_student(StudentConfig(model=directory, dtype=dtype), activation_checkpointing=False)
 
 
+@pytest.mark.parametrize(("checkpointed", "times"), [(False, 1), (True, 2)])
+def test_activation_checkpointing_runs_every_layer_again_in_backward(checkpointed, times, tmp_path):
+    tiny_student(LlamaConfig(**TINY, attention_dropout=0.5), tmp_path)
+    config = StudentConfig(model=tmp_path, dtype="float32")
+    student = load_student(config, activation_checkpointing=checkpointed)
+    runs: list[int] = []
+    for layer in student.model.base_model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    ids = torch.arange(6)
+    hidden = student(ids, ids, lambda hidden_TD, _head: hidden_TD)
+    again = student(ids, ids, lambda hidden_TD, _head: hidden_TD.detach())
+    runs_before = len(runs)
+    hidden.sum().backward()
+    assert len(runs) - runs_before == (times - 1) * TINY["num_hidden_layers"]
+    assert torch.equal(hidden, again)  # dropout stays off
+
+
 @pytest.mark.parametrize(
     ("config", "scale", "softcap", "attention"),
     [

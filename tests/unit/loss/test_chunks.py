@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eopd.config import LossConfig
-from eopd.loss.chunked import LossTokens, student_logprobs, token_statistics
+from eopd.loss.chunked import LossTokens, token_statistics
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
 from eopd.loss.objective import objective
 from eopd.types import TrajectoryKey
@@ -149,10 +149,10 @@ def test_autocast_does_not_lower_the_precision(case, run):
     plain = run(random, DEFAULT)[0]
     with torch.autocast("cpu", torch.bfloat16):
         inside = run(random, DEFAULT)[0]
-        inside_logprobs = student_logprobs(random.hidden, random.weight, random.tokens)
+        inside_logprobs = token_statistics(random.hidden, random.weight, random.tokens).student_logprobs_T
     assert inside.loss == plain.loss
     torch.testing.assert_close(inside.gradients, plain.gradients, rtol=0.0, atol=0.0)
-    assert (inside_logprobs == student_logprobs(random.hidden, random.weight, random.tokens)).all()
+    assert (inside_logprobs == token_statistics(random.hidden, random.weight, random.tokens).student_logprobs_T).all()
 
 
 @pytest.mark.parametrize("head", [{}, {"scale": 0.5, "softcap": 2.0, "temperature": 0.7, "bias": True}])
@@ -187,7 +187,6 @@ def test_token_statistics(head, case):
             log_p[t].argmax() == ids[0],
         ]
         assert row == pytest.approx([float(x) for x in expected])
-    assert (student_logprobs(random.hidden, random.weight, tokens, **keywords) == found.student_logprobs_T).all()
 
 
 def test_top1_agreement_needs_equal_argmax(case, signal):
@@ -206,7 +205,7 @@ def test_old_logprobs_of_the_same_weights_give_ratio_one(case, run):
     """The pass without gradient reads bit-equal numbers, so a first optimiser step is neither clipped nor moved."""
     random = case(5, t=20, v=30, d=8)
     random = replace(random, hidden=random.hidden.float(), weight=random.weight.float())
-    old = student_logprobs(random.hidden, random.weight, random.tokens)
+    old = token_statistics(random.hidden, random.weight, random.tokens).student_logprobs_T
     with_old, without = run(random.with_tokens(old_logprobs_T=old), DEFAULT), run(random, DEFAULT)
     assert with_old[0].loss.item() == pytest.approx(without[0].loss.item(), rel=1e-6)
     torch.testing.assert_close(with_old[0].gradients, without[0].gradients)
