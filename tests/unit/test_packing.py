@@ -30,6 +30,8 @@ def test_a_pack_is_a_partition_within_the_budget_and_in_step(lengths, steps, ran
     assert len(packed.steps) == steps and packed.alpha == 0.5
     assert sorted(s.body for s in packed.stored()) == list(range(len(lengths)))
     assert sum(step.num_loss_tokens for step in packed.steps) == sum(n - 1 for n in lengths)
+    sizes = [sum(len(micro) for rank in step.ranks for micro in rank) for step in packed.steps]
+    assert max(sizes) - min(sizes) <= 1
     for step in packed.steps:
         assert len(step.ranks) == ranks
         assert len({len(rank) for rank in step.ranks}) == 1

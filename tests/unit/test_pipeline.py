@@ -35,9 +35,11 @@ class FakeWorld:
         self.staleness: list[int] = []
         self.lose = lose
         self.concurrent = self.most_concurrent = 0
+        self.seeds: list[int] = []
 
     async def generate(self, prompt, sample_index, sampling):
         version = self.served
+        self.seeds.append(sampling.seed)
         self.concurrent += 1
         self.most_concurrent = max(self.most_concurrent, self.concurrent)
         await asyncio.sleep(self.random.expovariate(1000))
@@ -107,6 +109,7 @@ async def test_synchronous_trains_in_issue_order_with_staleness_zero():
     assert set(world.staleness) == {0} and world.most_concurrent == 4
     assert [row["eopd_step"] for row in rows] == list(range(1, 13))
     assert rows[-1]["eopd_response_tokens_total"] == 12 * 4 * 4
+    assert all(row["eopd_in_flight_trajectories"] == row["eopd_ready_trajectories"] == 0 for row in rows)
     issued = [TrajectoryKey(s.epoch, s.prompt_id, k) for s, k in map(pipeline(world).order.at, range(48))]
     assert [key for batch in world.trained for key in batch] == [
         key for start in range(0, 48, 4) for key in sorted(issued[start : start + 4])
@@ -117,7 +120,9 @@ async def test_synchronous_trains_in_issue_order_with_staleness_zero():
 @pytest.mark.parametrize("seed", range(4))
 async def test_asynchronous_stays_within_the_bound_and_trains_everything_once(staleness, lookahead, seed):
     world = FakeWorld(seed)
-    await run(pipeline(world, staleness=staleness, lookahead=lookahead))
+    rows = await run(pipeline(world, staleness=staleness, lookahead=lookahead))
+    waiting = [row["eopd_in_flight_trajectories"] + row["eopd_ready_trajectories"] for row in rows]
+    assert max(waiting) == 4 * (staleness - lookahead)  # all slots but those of the batch that was just taken
     assert 0 < max(world.staleness) <= staleness
     counts = Counter(key for batch in world.trained for key in batch)
     assert set(counts.values()) == {1} and len(counts) == 48
@@ -133,6 +138,7 @@ async def test_an_epoch_holds_every_prompt_and_sample_once():
 async def test_lost_trajectories_are_issued_again_and_counted():
     world = FakeWorld(lose=3)
     rows = await run(pipeline(world, attempts=4))
+    assert len(set(world.seeds)) == len(world.seeds) == 48 + 3  # the same sample again might be lost again
     assert rows[-1]['eopd_lost_trajectories_total{reason="rollout_failed"}'] == 3
     assert sum(len(batch) for batch in world.trained) == 48
 
