@@ -22,6 +22,7 @@ class DriverState:
     step: int
     tokens: int
     trajectories: int
+    skipped_steps: int
     wall_s: float
     ledger: Mapping[str, object]
 

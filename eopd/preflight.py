@@ -22,7 +22,7 @@ def check(config: Config) -> Prepared:
 
     Raises:
         ConfigError: a model directory or data file is missing, vocabularies differ, top_k is larger than the
-        vocabulary, or prompts do not fit.
+        vocabulary, prompts do not fit, or a verifier has no answers to compare with.
     """
     for key, directory in (
         ("student.model", config.student.model),
@@ -34,10 +34,23 @@ def check(config: Config) -> Prepared:
     if config.loss.top_k > size:
         raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {size} tokens")
     tokenizer = load_tokenizer(config.student.model)
+    train = PromptSet.load(config.prompts.data, config.prompts, tokenizer)
+    if config.loss.reward is not None:
+        require_answers(config.prompts.data, train)
     return Prepared(
-        train=PromptSet.load(config.prompts.data, config.prompts, tokenizer),
+        train=train,
         held_out=PromptSet.load(config.prompts.held_out, config.prompts, tokenizer),
     )
+
+
+def require_answers(where: str, data: PromptSet) -> None:
+    """Every prompt must have a reference answer.
+
+    Raises:
+        ConfigError: names prompts without.
+    """
+    if unanswered := [prompt.prompt_id for prompt in data.prompts if prompt.reference_answer is None]:
+        raise ConfigError(f"{where}: rows without an answer cannot be graded: {unanswered[:5]}")
 
 
 def require_model(key: str, directory: Path, *, num_tokens: int) -> None:

@@ -161,6 +161,7 @@ class Header:
     oldest_version: int
     newest_version: int
     sums: Mapping[str, float]
+    reward: float | None = None  # a verifier's, where the run has one
 
     @property
     def num_tokens(self) -> int:

@@ -9,6 +9,8 @@ from pydantic import Field
 
 from eopd.config.base import Section
 
+GraderName = Literal["exact", "math"]
+
 
 class HardGate(Section):
     """g = 1 where the teacher's entropy is above ``tau`` nats (the paper)."""
@@ -77,12 +79,24 @@ class TruncatedForwardKl(Section):
 ForwardKl = Annotated[RenormalizedForwardKl | TailForwardKl | TruncatedForwardKl, Field(discriminator="kind")]
 
 
+class Reward(Section):
+    """A verifier's advantage, added to the teacher's on every token of a response.
+
+    ``weight`` (nats) x (reward - mean reward of the prompt's other samples); the reward is 1 where ``grader`` finds
+    the answer correct, else 0.
+    """
+
+    grader: GraderName
+    weight: float = Field(1.0, gt=0.0)
+
+
 class SampledReverseKl(Section):
     """Clipped policy gradient on the sampled token (the paper), with a truncated importance weight."""
 
     kind: Literal["sampled"] = "sampled"
     clip: float = Field(0.2, gt=0.0, lt=1.0)
     importance_cap: float = Field(2.0, ge=1.0)
+    reward: Reward | None = None
 
 
 class TopkTailReverseKl(Section):
@@ -119,6 +133,11 @@ class LossConfig(Section):
     reverse_kl: ReverseKl = SampledReverseKl()
     alpha: float = Field(1.0, ge=0.0)
     alpha_warmup: AlphaWarmup = AlphaWarmup()
+
+    @property
+    def reward(self) -> Reward | None:
+        """The verifier's part, where the reverse KL has one."""
+        return self.reverse_kl.reward if isinstance(self.reverse_kl, SampledReverseKl) else None
 
     def alpha_at(self, batch: int) -> float:
         """Alpha of batch number ``batch``, counted from 0."""

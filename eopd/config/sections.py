@@ -10,6 +10,7 @@ from eopd.config.loss import LossConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+EntropyBound = Literal["low", "high", "mid"]
 
 
 OWNED_BY_LEARNER = (
@@ -50,7 +51,8 @@ class StudentConfig(Section):
 
 class TeacherConfig(Section):
     """A model that reads along. ``head_dtype: float32`` keeps a float32 copy of the head and is exact;
-    ``model`` projects in the model's own precision. ``vllm`` goes to the engine untouched.
+    ``model`` projects in the model's own precision. ``entropy_bound`` is what the gate reads where only bounds on the
+    entropy are known. ``vllm`` goes to the engine untouched.
     """
 
     name: str = "teacher"
@@ -58,6 +60,7 @@ class TeacherConfig(Section):
     dtype: Dtype = "bfloat16"
     head_dtype: Literal["float32", "model"] = "float32"
     temperature: float = Field(1.0, gt=0.0)
+    entropy_bound: EntropyBound = "mid"
     cpus: float = Field(1.0, ge=0.0)
     gpus: float = Field(0.0, ge=0.0)
     threads: int = Field(1, ge=1)
@@ -125,7 +128,10 @@ class FlowConfig(Section):
 
 
 class LearnerConfig(Section):
-    """The DeepSpeed gang. ``deepspeed`` goes to the engine untouched; keys this project must own are refused there."""
+    """The DeepSpeed gang. ``max_skipped_steps`` optimiser steps of a run may be skipped for a loss or gradient that is
+    not finite; the next one ends the run. ``deepspeed`` goes to the engine untouched; keys this project must own are
+    refused there.
+    """
 
     ranks: int = Field(1, ge=1)
     cpus: float = Field(1.0, ge=0.0)
@@ -140,6 +146,7 @@ class LearnerConfig(Section):
     weight_decay: float = Field(0.01, ge=0.0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0.0)
+    max_skipped_steps: int = Field(3, ge=0)
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: bool = False
     deepspeed: NativeOptions = {}
@@ -233,6 +240,12 @@ class Config(Section):
             )
         if self.weights.backend == "nccl" and not (self.learner.gpus and self.rollout.gpus):
             raise ValueError("weights.backend nccl moves weights between GPUs: learner.gpus and rollout.gpus are 0")
+        if self.loss.reward is not None and (self.rollout.samples_per_prompt < 2 or self.flow.lookahead):
+            raise ValueError(
+                "loss.reverse_kl.reward compares a prompt's samples within one batch: it needs "
+                f"rollout.samples_per_prompt of 2 or more (is {self.rollout.samples_per_prompt}) and flow.lookahead 0 "
+                f"(is {self.flow.lookahead})"
+            )
         if self.batch_trajectories < self.learner.optimizer_steps_per_batch * self.learner.ranks:
             raise ValueError(
                 f"a batch of {self.batch_trajectories} trajectories cannot be cut into "

@@ -19,9 +19,9 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import Literal, get_args
+from typing import get_args
 
-GraderName = Literal["exact", "math"]
+from eopd.config.loss import GraderName
 
 _BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 

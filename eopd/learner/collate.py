@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from eopd.loss.chunked import LossTokens
-from eopd.types import Exact, Float32Array, ScoredTrajectory, TeacherSignal
+from eopd.types import ScoredTrajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighting:
+    """How the tokens of one trajectory enter the loss."""
+
+    entropy_R: Tensor  # the teacher's, in nats, as the gate reads it
+    gate_R: Tensor  # in [0, 1]
+    gate_uncertain: float  # how far it would move between the bounds on the entropy, summed over loss tokens
+    advantage_bonus: float | None  # on every token; None without a verifier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,26 +56,19 @@ class Packed:
         )
 
 
-def teacher_entropy(signal: TeacherSignal) -> Float32Array:
-    """Teacher entropy [R] in nats; the middle of the bounds where only bounds are known."""
-    if isinstance(signal.entropy, Exact):
-        return signal.entropy.entropy
-    return signal.entropy.low + (signal.entropy.high - signal.entropy.low) * np.float32(0.5)
-
-
-def collate(trajectories: Sequence[ScoredTrajectory], gates: Sequence[Tensor]) -> Packed:
+def collate(trajectories: Sequence[ScoredTrajectory], weightings: Sequence[Weighting]) -> Packed:
     """Pack one micro-batch, on the CPU.
 
     Args:
         trajectories: any number, also none; each with a prompt and a response of at least one token.
-        gates: the gate [R] of every trajectory, in [0, 1].
+        weightings: how each enters the loss; all with an advantage bonus, or none.
 
     Raises:
         ValueError: a trajectory has an empty prompt, from which nothing can be predicted.
     """
     if not trajectories:
         return _masked_row()
-    columns = [_columns(scored, gate) for scored, gate in zip(trajectories, gates, strict=True)]
+    columns = [_columns(scored, weighting) for scored, weighting in zip(trajectories, weightings, strict=True)]
     packed = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
     rows, start = [], 0
     for scored in trajectories:
@@ -75,7 +78,7 @@ def collate(trajectories: Sequence[ScoredTrajectory], gates: Sequence[Tensor]) -
     return _packed(packed, tuple(rows))
 
 
-def _columns(scored: ScoredTrajectory, gate_R: Tensor) -> dict[str, npt.NDArray[np.generic]]:
+def _columns(scored: ScoredTrajectory, weighting: Weighting) -> dict[str, npt.NDArray[np.generic]]:
     """All columns [P + R - 1, ...] of one trajectory."""
     trajectory, signal = scored.trajectory, scored.signal
     num_prompt_tokens = trajectory.prompt.token_ids.size
@@ -84,17 +87,19 @@ def _columns(scored: ScoredTrajectory, gate_R: Tensor) -> dict[str, npt.NDArray[
             f"trajectory {tuple(trajectory.key)}: the prompt is empty, its first response token has no predictor"
         )
     inputs = np.concatenate([trajectory.prompt.token_ids, trajectory.response_ids[:-1]])
-    response = {
+    response: dict[str, npt.NDArray[np.generic]] = {
         "target_ids_T": trajectory.response_ids.astype(np.int64),
         "loss_mask_T": trajectory.loss_mask,
         "rollout_logprobs_T": trajectory.rollout_logprobs,
-        "gate_T": gate_R.numpy(),
+        "gate_T": weighting.gate_R.numpy(),
         "teacher_logprobs_T": signal.token_logprobs,
-        "teacher_entropy_T": teacher_entropy(signal),
+        "teacher_entropy_T": weighting.entropy_R.numpy(),
         "teacher_topk_ids_TK": signal.topk_ids.astype(np.int64),
         "teacher_topk_logprobs_TK": signal.topk_logprobs,
         "teacher_tail_logprobs_T": signal.tail_logprobs,
     }
+    if weighting.advantage_bonus is not None:
+        response["advantage_bonus_T"] = np.full(trajectory.response_ids.size, weighting.advantage_bonus, np.float32)
     shifted = {name: _behind_prompt(values, num_prompt_tokens) for name, values in response.items()}
     return {"input_ids_T": inputs.astype(np.int64), "position_ids_T": np.arange(inputs.size), **shifted}
 
@@ -126,5 +131,5 @@ def _masked_row() -> Packed:
 def _packed(columns: Mapping[str, npt.NDArray[np.generic]], rows: tuple[slice, ...]) -> Packed:
     tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
     input_ids_T, position_ids_T = tensors.pop("input_ids_T"), tensors.pop("position_ids_T")
-    tokens = LossTokens(old_logprobs_T=None, advantage_bonus_T=None, **tensors)
+    tokens = LossTokens(**tensors)
     return Packed(input_ids_T=input_ids_T, position_ids_T=position_ids_T, tokens=tokens, rows=rows)

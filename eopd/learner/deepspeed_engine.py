@@ -53,6 +53,13 @@ def join(*, rank: int, world_size: int, master_address: str, master_port: int) -
     return torch.device("cuda:0" if on_gpu else "cpu")
 
 
+def gather_all(mine: list[T]) -> list[T]:
+    """The items of all ranks, in the order of the ranks; collective."""
+    of_ranks: list[list[T]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    return [item for of_rank in of_ranks for item in of_rank]
+
+
 class Engine:
     """A student, its optimiser and its schedule, sharded by ZeRO."""
 

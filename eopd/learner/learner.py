@@ -1,6 +1,6 @@
 """One rank of the learner: one update of the student from one batch.
 
-    share of a PackedBatch -> gates -> packed micro-batches -> forward and backward of each -> optimiser step -> metrics
+    share of a PackedBatch -> weightings -> packed micro-batches -> forward, backward of each -> optimiser step
 
 All methods are collective: every rank calls the same method with its share of the same batch. Denominators, gates and
 metrics are those of the whole batch, so that neither the cut into micro-batches nor the number of ranks changes the
@@ -10,7 +10,7 @@ result. What was left out: fetching bodies and running as an actor (``runtime/``
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, TypeVar, cast
@@ -23,12 +23,14 @@ from torch import distributed as dist
 from transformers import AutoTokenizer, PreTrainedModel
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
-from eopd.config.loss import QuantileGate, RandomGate
-from eopd.learner.collate import Packed, collate, teacher_entropy
-from eopd.learner.deepspeed_engine import Engine, join
+from eopd.config.loss import NeverGate
+from eopd.config.sections import EntropyBound
+from eopd.learner.batch import Weigher, batch_metrics
+from eopd.learner.broken import NonFiniteUpdateError, dump, explain, find_rows, write_rows
+from eopd.learner.collate import Packed, Weighting, collate
+from eopd.learner.deepspeed_engine import Engine, gather_all, join
 from eopd.learner.student import Head, load_student
 from eopd.loss.chunked import token_statistics
-from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
 from eopd.loss.objective import LossTerms, objective
 from eopd.types import (
     Estimate,
@@ -57,10 +59,6 @@ class Projection(TypedDict):
     chunk_tokens: int
 
 
-class NonFiniteUpdateError(RuntimeError):
-    """A loss or gradient was not finite. Its optimiser step was applied on no rank; earlier ones of the batch were."""
-
-
 class LearnerRank:
     """One of ``world_size`` ranks; the roles' ``Learner`` is the gang of them.
 
@@ -71,6 +69,8 @@ class LearnerRank:
         temperature: that of the rollouts; the student's logits are divided by it.
         total_batches: length of the learning-rate schedule.
         seed: that of the run; names the draws of the random gate.
+        entropy_bounds: by teacher, what the gate reads where only bounds on its entropy are known.
+        broken: directory for optimiser steps that were not finite.
         rank: of this process, from 0.
         world_size: number of ranks.
         master_address: where rank 0 runs.
@@ -86,6 +86,8 @@ class LearnerRank:
         temperature: float,
         total_batches: int,
         seed: int,
+        entropy_bounds: Mapping[str, EntropyBound],
+        broken: Path,
         rank: int,
         world_size: int,
         master_address: str,
@@ -93,7 +95,10 @@ class LearnerRank:
     ) -> None:
         torch.set_num_threads(learner.threads)
         torch.manual_seed(seed)
-        self._source, self._loss, self._seed, self._rank = student.model, loss, seed, rank
+        self._source, self._loss, self._rank, self._broken = student.model, loss, rank, broken
+        self._weigh = Weigher(loss=loss, entropy_bounds=entropy_bounds, seed=seed)
+        self._weigh_nothing = replace(self._weigh, loss=LossConfig(gate=NeverGate()))  # to measure, not to train
+        self._max_skipped, self._num_skipped = learner.max_skipped_steps, 0
         self._temperature, self._chunk_tokens = temperature, learner.logit_chunk_tokens
         self._device = join(rank=rank, world_size=world_size, master_address=master_address, master_port=master_port)
         self._engine = Engine(
@@ -117,44 +122,55 @@ class LearnerRank:
     def step(self, share: PackedBatch) -> LearnerStats:
         """One update from one batch, in as many optimiser steps as it is cut into.
 
+        An optimiser step whose loss or gradient is not finite is applied on no rank: what it was made of is written
+        to ``broken``, and at most ``learner.max_skipped_steps`` of a run are skipped so.
+
         Args:
             share: this rank's part: ``steps[i].ranks`` holds its micro-batches alone, as many as every other rank's.
 
         Returns:
-            The metrics of the batch over all ranks: means over loss tokens, the mean gradient norm before clipping,
-            and the learning rate of the last optimiser step.
+            The metrics of the batch over all ranks: means over the loss tokens of the steps applied, the mean gradient
+            norm before clipping, and the learning rate of the last optimiser step. Without any step applied only
+            counts are left.
 
         Raises:
-            NonFiniteUpdateError: a loss or the gradient is not finite; names the trajectories, on all ranks alike.
+            NonFiniteUpdateError: one step too many was not finite; names the rows, on all ranks alike.
         """
-        steps = self._pack(share)
+        steps, weightings = self._pack(share, self._weigh)
         if len(steps) > 1:  # one optimiser step is its own "policy at the start of the batch"
             steps = [[self._with_old_logprobs(packed) for packed in step] for step in steps]
-        terms, norms = [], []
-        for packs, step in zip(steps, share.steps, strict=True):
+        terms, norms, num_loss_tokens = [], [], 0
+        for number, (packs, step) in enumerate(zip(steps, share.steps, strict=True)):
             learning_rate = self._engine.learning_rate
-            sums, norm = self._update(step, packs, share.alpha)
-            terms.append(sums)
+            losses, sums_N = self._accumulate(step, packs, share.alpha)
+            norm = self._engine.step()
+            if not math.isfinite(norm):
+                self._skip(number, step, packs, losses)
+                continue
+            terms.append(sums_N)
             norms.append(norm)
-        total = torch.stack(terms).sum(0)
-        dist.all_reduce(total)
+            num_loss_tokens += step.num_loss_tokens
         self._version = PolicyVersion(self._version.incarnation, self._version.step + 1)
-        num_loss_tokens = sum(step.num_loss_tokens for step in share.steps)
-        metrics = LossTerms.from_vector(total).metrics(num_loss_tokens) | {
-            "eopd_grad_norm": sum(norms) / len(norms),
-            "eopd_learning_rate": learning_rate,
-            "eopd_alpha_ratio": share.alpha,
-            "eopd_loss_tokens": float(num_loss_tokens),
-        }
+        metrics = {"eopd_loss_tokens": float(num_loss_tokens), "eopd_skipped_steps_total": float(self._num_skipped)}
+        if terms:
+            metrics |= _means(terms, num_loss_tokens) | batch_metrics(
+                [stored.header for stored in share.stored()], weightings
+            )
+            metrics |= {
+                "eopd_grad_norm": sum(norms) / len(norms),
+                "eopd_learning_rate": learning_rate,
+                "eopd_alpha_ratio": share.alpha,
+            }
         return LearnerStats(version=self._version, metrics=metrics)
 
     def evaluate(self, share: PackedBatch) -> EvalStats:
         """Student against teacher over the loss tokens of all ranks, without an update; see ``EvalStats``."""
         sums: list[list[float]] = []
-        for packed in (packed for step in self._pack(share) for packed in step):
+        steps, _ = self._pack(share, self._weigh_nothing)
+        for packed in (packed for step in steps for packed in step):
             columns = self._statistics(packed.to(self._device))
             sums += [columns[:, rows].sum(1).tolist() for rows in packed.rows]
-        sums_MS = np.array(_gather_all(sums))
+        sums_MS = np.array(gather_all(sums))
         counts_M = sums_MS[:, -1]
         return EvalStats(
             **{name: cluster_estimate(sums_MS[:, i], counts_M) for i, name in enumerate(_ESTIMATES)},
@@ -164,7 +180,7 @@ class LearnerRank:
 
     def save(self, directory: Path) -> None:
         """Write weights, optimiser, schedule, random state and version, for ``load`` under the same stage and ranks."""
-        self._engine.save(directory, self._version._asdict())
+        self._engine.save(directory, self._version._asdict() | {"num_skipped": self._num_skipped})
 
     def load(self, directory: Path) -> None:
         """Continue from what ``save`` wrote, under a new incarnation: engines may know later versions of the old one.
@@ -174,6 +190,7 @@ class LearnerRank:
         """
         saved = self._engine.load(directory)
         self._version = PolicyVersion(saved["incarnation"] + 1, saved["step"])
+        self._num_skipped = saved["num_skipped"]
 
     def export(self, directory: Path) -> None:
         """Write the student as a plain Hugging Face directory, whole or not at all; replaces an older one."""
@@ -194,33 +211,24 @@ class LearnerRank:
         """Leave the gang; its threads must not outlive the interpreter."""
         dist.destroy_process_group()
 
-    def _pack(self, share: PackedBatch) -> list[list[Packed]]:
-        """The micro-batches of every optimiser step, with gates that were computed before the cut."""
-        gates = dict(zip((stored.header.key for stored in share.stored()), self._gates(share), strict=True))
-        return [
-            [
-                collate([_body(stored) for stored in micro], [gates[stored.header.key] for stored in micro])
-                for micro in micros
-            ]
+    def _pack(self, share: PackedBatch, weigh: Weigher) -> tuple[list[list[Packed]], list[Weighting]]:
+        """The micro-batches of every optimiser step, and the weightings of all trajectories of this rank."""
+        stored = share.stored()
+        weightings = weigh([one.header for one in stored], [_body(one) for one in stored])
+        of_key = {one.header.key: weighting for one, weighting in zip(stored, weightings, strict=True)}
+        steps = [
+            [collate([_body(one) for one in micro], [of_key[one.header.key] for one in micro]) for micro in micros]
             for (micros,) in (step.ranks for step in share.steps)
         ]
-
-    def _gates(self, share: PackedBatch) -> list[Tensor]:
-        """The gate [R] of each of this rank's trajectories; a quantile is taken over the loss tokens of all ranks."""
-        gate, trajectories = self._loss.gate, [_body(stored) for stored in share.stored()]
-        entropies = [torch.from_numpy(teacher_entropy(scored.signal).copy()) for scored in trajectories]
-        threshold = None
-        if isinstance(gate, QuantileGate):
-            mine = [e[torch.tensor(s.trajectory.loss_mask)] for e, s in zip(entropies, trajectories, strict=True)]
-            threshold = quantile_threshold(torch.cat(_gather_all(mine)), gate.top)
-        draws = [
-            random_draws(self._seed, s.trajectory.key, len(e)) if isinstance(gate, RandomGate) else None
-            for e, s in zip(entropies, trajectories, strict=True)
-        ]
-        return [gate_weights(e, gate, threshold=threshold, draws_T=d) for e, d in zip(entropies, draws, strict=True)]
+        return steps, weightings
 
     def _with_old_logprobs(self, packed: Packed) -> Packed:
         """The same micro-batch, with the student's log-probabilities before the first optimiser step."""
+        old_logprobs_T = self._student_logprobs(packed).cpu()
+        return replace(packed, tokens=replace(packed.tokens, old_logprobs_T=old_logprobs_T))
+
+    def _student_logprobs(self, packed: Packed) -> Tensor:
+        """Log-probabilities of the sampled tokens [T], 0 where masked, without gradient."""
         on_device = packed.to(self._device)
 
         def logprobs(hidden_TD: Tensor, head: Head) -> Tensor:
@@ -228,21 +236,38 @@ class LearnerRank:
             return found.student_logprobs_T
 
         with torch.no_grad():
-            old_logprobs_T = self._engine.run(on_device, logprobs)
-        return replace(packed, tokens=replace(packed.tokens, old_logprobs_T=old_logprobs_T.cpu()))
+            return self._engine.run(on_device, logprobs)
 
-    def _update(self, step: OptimizerStep, packs: Sequence[Packed], alpha: float) -> tuple[Tensor, float]:
-        """One optimiser step: this rank's sums of the loss terms [N], and the gradient norm of all ranks."""
+    def _accumulate(self, step: OptimizerStep, packs: Sequence[Packed], alpha: float) -> tuple[list[Tensor], Tensor]:
+        """Gradients of one optimiser step: this rank's losses, one per micro-batch, and sums [N] of the terms."""
         losses, sums = [], []
         for index, packed in enumerate(packs):
             loss, terms_N = self._loss_of(packed.to(self._device), step.num_loss_tokens, alpha)
             self._engine.accumulate(loss, last=index == len(packs) - 1)
             losses.append(loss.detach())
             sums.append(terms_N)
-        norm = self._engine.step()
-        if not math.isfinite(norm):
-            raise NonFiniteUpdateError(_explain(step, losses))
-        return torch.stack(sums).sum(0), norm
+        return losses, torch.stack(sums).sum(0)
+
+    def _skip(self, number: int, step: OptimizerStep, packs: Sequence[Packed], losses: Sequence[Tensor]) -> None:
+        """Write down an optimiser step that was refused; raises when too many were. Collective."""
+        what = "gradient" if all(gather_all([bool(loss.isfinite()) for loss in losses])) else "loss"
+        (micros,) = step.ranks
+        keys = [[stored.header.key for stored in micro] for micro in micros]
+        rows = []
+        for packed, names in zip(packs, keys, strict=True):
+            student_logprobs_T = self._student_logprobs(packed).cpu()
+            rows += list(find_rows(packed, names, student_logprobs_T))
+        every_row, every_key = gather_all(rows), gather_all([key for names in keys for key in names])
+        directory = self._broken / f"batch-{self._version.step:06d}-step-{number}"
+        dump(directory, rank=self._rank, packs=packs)
+        if self._rank == 0:
+            write_rows(directory, what, every_row, every_key)
+        self._num_skipped += 1
+        if self._num_skipped > self._max_skipped:
+            raise NonFiniteUpdateError(
+                f"{explain(what, every_row, every_key, directory)} "
+                f"(learner.max_skipped_steps is {self._max_skipped}, and they are used up)"
+            )
 
     def _loss_of(self, packed: Packed, num_loss_tokens: int, alpha: float) -> tuple[Tensor, Tensor]:
         """A micro-batch's share of the loss, with gradient, and its sums [N] of the loss terms."""
@@ -302,21 +327,11 @@ def cluster_estimate(sums_M: Float64Array, counts_M: Float64Array) -> Estimate:
     return Estimate(mean=float(mean), standard_error=float(np.sqrt(spread) / counts_M.sum()))
 
 
-def _explain(step: OptimizerStep, losses: Sequence[Tensor]) -> str:
-    """Name the trajectories of micro-batches whose loss is not finite, or all, when only the gradient is not."""
-    (micros,) = step.ranks
-    names = [[str(tuple(stored.header.key)) for stored in micro] for micro in micros]
-    broken = [name for micro, loss in zip(names, losses, strict=True) if not loss.isfinite() for name in micro]
-    every_broken, every_name = _gather_all(broken), _gather_all([name for micro in names for name in micro])
-    what = "loss" if every_broken else "gradient"
-    return f"the {what} is not finite, nothing was applied; trajectories: {', '.join(every_broken or every_name)}"
-
-
-def _gather_all(mine: list[T]) -> list[T]:
-    """The items of all ranks, in the order of the ranks."""
-    of_ranks: list[list[T]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
-    return [item for of_rank in of_ranks for item in of_rank]
+def _means(terms: Sequence[Tensor], num_loss_tokens: int) -> dict[str, float]:
+    """The loss terms of all ranks, as means over loss tokens."""
+    total = torch.stack(list(terms)).sum(0)
+    dist.all_reduce(total)
+    return LossTerms.from_vector(total).metrics(num_loss_tokens)
 
 
 def _body(stored: Stored[ScoredTrajectory]) -> ScoredTrajectory:

@@ -9,13 +9,16 @@ driver.
 import asyncio
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import ray
 from ray.actor import ActorHandle
 
 from eopd.config import Config, RolloutConfig, StudentConfig, TeacherConfig
+from eopd.config.loss import GraderName
+from eopd.runtime.run_directory import RunDirectory
 from eopd.types import (
     EvalStats,
     Header,
@@ -32,6 +35,7 @@ from eopd.types import (
 )
 
 if TYPE_CHECKING:
+    from eopd.evaluation.verifier import Verifier
     from eopd.learner.learner import LearnerRank
     from eopd.rollout.engine import VllmRolloutEngine
     from eopd.teacher.scorer import VllmTeacherScorer
@@ -46,13 +50,20 @@ def _split(result: Stored[Trajectory] | Stored[ScoredTrajectory] | LostTrajector
 
 
 class RolloutActor:
-    """Hosts a ``VllmRolloutEngine``."""
+    """Hosts a ``VllmRolloutEngine``, and the verifier of what it writes."""
 
     _engine: "VllmRolloutEngine"
+    _verifier: "Verifier | None"
 
     async def start(  # noqa: D102
-        self, student: StudentConfig, rollout: RolloutConfig, max_sequence_tokens: int, version: PolicyVersion
+        self,
+        student: StudentConfig,
+        rollout: RolloutConfig,
+        max_sequence_tokens: int,
+        version: PolicyVersion,
+        grader: GraderName | None,
     ) -> None:
+        from eopd.evaluation.verifier import Verifier
         from eopd.rollout.engine import VllmRolloutEngine
         from eopd.weights.vllm_engine import ENGINE_NAME
 
@@ -63,9 +74,14 @@ class RolloutActor:
             weight_backend=ENGINE_NAME,
             version=version,
         )
+        self._verifier = None if grader is None else Verifier(grader, student.model)
 
     async def generate(self, prompt: PromptSample, sample_index: int, sampling: Sampling) -> Split:  # noqa: D102
-        return _split(await self._engine.generate(prompt, sample_index, sampling))
+        written = await self._engine.generate(prompt, sample_index, sampling)
+        if self._verifier is None or isinstance(written, LostTrajectory):
+            return _split(written)
+        reward = await self._verifier.reward(cast(Trajectory, written.body))
+        return replace(written.header, reward=reward), written.body
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None:  # noqa: D102
         await self._engine.connect_weights(init_info)
@@ -80,6 +96,8 @@ class RolloutActor:
         return await self._engine.version()
 
     async def close(self) -> None:  # noqa: D102
+        if self._verifier is not None:
+            self._verifier.close()
         await self._engine.close()
 
 
@@ -162,6 +180,8 @@ class LearnerActor:
             temperature=config.rollout.temperature,
             total_batches=config.run.batches,
             seed=config.run.seed,
+            entropy_bounds={teacher.name: teacher.entropy_bound for teacher in config.teachers},
+            broken=RunDirectory(config.run.path).broken,
             rank=rank,
             world_size=config.learner.ranks,
             master_address=address,

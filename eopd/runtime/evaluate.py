@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig
+from eopd.config import ClusterConfig, PromptsConfig, RolloutConfig, StudentConfig
+from eopd.config.loss import GraderName
 from eopd.evaluation.benchmarks import BenchmarkResult, run_benchmark
-from eopd.evaluation.graders import GraderName, open_grader
-from eopd.preflight import require_model
+from eopd.evaluation.graders import open_grader
+from eopd.preflight import require_answers, require_model
 from eopd.prompts import PromptSet
 from eopd.runtime import cluster
 from eopd.runtime.placement import plan_rollout, require_capacity
@@ -39,8 +40,7 @@ def evaluate(
     require_model("MODEL", student.model, num_tokens=longest)
     tokenizer = load_tokenizer(student.model)
     data = PromptSet.load(benchmark.prompts.data, benchmark.prompts, tokenizer)
-    if unanswered := [p.prompt_id for p in data.prompts if p.reference_answer is None]:
-        raise ConfigError(f"{benchmark.prompts.data}: rows without an answer cannot be graded: {unanswered[:5]}")
+    require_answers(benchmark.prompts.data, data)
     sampling = Sampling(temperature=rollout.temperature, max_tokens=rollout.max_response_tokens, seed=benchmark.seed)
 
     async def run() -> BenchmarkResult:

@@ -19,6 +19,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     trajectories: int = 0
+    skipped_steps: int = 0
     wall_before_s: float = 0.0
     before: Mapping[str, Measurement] | None = None
     after: Mapping[str, Measurement] | None = None
@@ -34,6 +35,7 @@ class Progress:
             step=state.step,
             tokens=state.tokens,
             trajectories=state.trajectories,
+            skipped_steps=state.skipped_steps,
             wall_before_s=state.wall_s,
             before=summary["held_out"]["before"],
         )
@@ -50,6 +52,7 @@ class Progress:
         self._rows += 1
         self.step, self.tokens = int(row["eopd_step"]), tokens
         self.trajectories = int(row["eopd_trajectories_total"])
+        self.skipped_steps = int(row["eopd_skipped_steps_total"])
         for stage in self._seconds:
             self._seconds[stage] += row[f"eopd_{stage}_seconds"]
 
@@ -59,6 +62,7 @@ class Progress:
             step=self.step,
             tokens=self.tokens,
             trajectories=self.trajectories,
+            skipped_steps=self.skipped_steps,
             wall_s=self.wall_s,
             ledger=ledger.state(),
         )
@@ -70,6 +74,7 @@ class Progress:
             "status": status,
             "steps": self.step,
             "tokens": self.tokens,
+            "skipped_steps": self.skipped_steps,
             "wall_s": round(self.wall_s, 3),
             "tokens_per_s": self._tokens_here / self._seconds["step"] if self._rows else 0.0,
             "step_seconds": {stage: self._seconds[stage] / rows for stage in STAGES},

@@ -5,6 +5,7 @@ runs/<name>/config.yaml     resolved
             samples.jsonl   held-out prompts and texts, before and after
             summary.json    status, steps, tokens, times, held-out numbers
             checkpoints/    step-NNNNNN/, complete or absent
+            broken/         optimiser steps that were not finite, if any
             hf/             the trained student as a Hugging Face directory
 """
 
@@ -34,6 +35,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.hf = path / "hf"
+        self.broken = path / "broken"
         self._summary = path / "summary.json"
         self._samples = path / "samples.jsonl"
 

@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from eopd.config import Config, RolloutConfig, StudentConfig
+from eopd.config.loss import GraderName
 from eopd.rollout.pool import EnginePool
 from eopd.runtime.actors import LearnerActor, LearnerGang, RemoteEngine, RemoteTeacher, RolloutActor, TeacherActor
 from eopd.runtime.cluster import log_directory
@@ -44,10 +45,11 @@ async def crew(config: Config) -> AsyncIterator[Crew]:
         rollouts = spawn(RolloutActor, rollout_plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
         (teacher,) = spawn(TeacherActor, teacher_plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
         longest = config.max_sequence_tokens
+        grader = config.loss.reward.grader if config.loss.reward else None
         starting = {
             "learner": gang.start(config),
             **{
-                f"rollout engine {index}": _start_engine(actor, config.student, config.rollout, longest)
+                f"rollout engine {index}": _start_engine(actor, config.student, config.rollout, longest, grader)
                 for index, actor in enumerate(rollouts)
             },
             "teacher": teacher.start.remote(config.teacher, config.loss.top_k, longest),
@@ -70,7 +72,7 @@ async def rollout_engines(
     async with _actors() as spawn:
         actors = spawn(RolloutActor, plan_rollout(rollout), max_concurrency=MAX_CONCURRENT_REQUESTS)
         starting = {
-            f"rollout engine {index}": _start_engine(actor, student, rollout, max_sequence_tokens)
+            f"rollout engine {index}": _start_engine(actor, student, rollout, max_sequence_tokens, None)
             for index, actor in enumerate(actors)
         }
         await _all_up(starting, timeout_s)
@@ -102,9 +104,14 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float) -> 
 
 
 def _start_engine(
-    actor: ActorHandle, student: StudentConfig, rollout: RolloutConfig, max_sequence_tokens: int
+    actor: ActorHandle,
+    student: StudentConfig,
+    rollout: RolloutConfig,
+    max_sequence_tokens: int,
+    grader: GraderName | None,
 ) -> Awaitable[None]:
-    started: Awaitable[None] = actor.start.remote(student, rollout, max_sequence_tokens, PolicyVersion(0, 0))
+    version = PolicyVersion(0, 0)
+    started: Awaitable[None] = actor.start.remote(student, rollout, max_sequence_tokens, version, grader)
     return started
 
 

@@ -19,6 +19,7 @@ from eopd.runtime.progress import Progress
 from eopd.runtime.run_directory import RunDirectory, held_out_record
 from eopd.runtime.supervisor import Crew, crew, fetch
 from eopd.teacher.vocabulary import load_tokenizer
+from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Console, Summary
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry
@@ -107,13 +108,22 @@ class TrainingRun:
         saved = self._progress.step
         async for row in pipeline.steps(self._progress.step):
             telemetry.write(row)
-            self._progress.count(row)
+            self._count(row)
             if self._progress.step % self._config.checkpoint.every == 0:
                 await self._save(members)
                 saved = self._progress.step
         if self._progress.step > saved:
             await self._save(members)
         self._stop_softly = None
+
+    def _count(self, row: Row) -> None:
+        skipped_before = self._progress.skipped_steps
+        self._progress.count(row)
+        if (skipped := self._progress.skipped_steps) > skipped_before:
+            self._console.message(
+                f"step {self._progress.step}: loss or gradient not finite, optimiser step skipped "
+                f"({skipped} of at most {self._config.learner.max_skipped_steps}); see {self.directory.broken}"
+            )
 
     async def _save(self, members: Crew) -> None:
         await write_checkpoint(

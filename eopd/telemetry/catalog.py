@@ -84,6 +84,16 @@ _OBJECTIVE: Final = (
         "Mean gate value: the share of tokens on which the forward KL acts.",
         "0.15 to 0.20 in the paper's setting once training settles; 0 means that the gate is shut.",
     ),
+    _ratio(
+        "eopd_gate_uncertain_ratio",
+        "How far the gate would move between the bounds on the teacher's entropy; 0 where the entropy is exact.",
+        "0 with a teacher of ours; above 0.1 a stock server's candidates are too few for the gate.",
+    ),
+    _number(
+        "eopd_reward_mean",
+        "Mean reward of the batch's responses, where loss.reverse_kl.reward is set.",
+        "Rises; 0 or 1 throughout leaves no advantage to learn from.",
+    ),
     _number("eopd_alpha_ratio", "Alpha of this batch, warm-up included.", "Reaches loss.alpha when the warm-up ends."),
     Metric("gauge", "tokens", "eopd_loss_tokens", "Tokens of the batch that enter the loss.", "Steady; never 0."),
 )
@@ -121,6 +131,13 @@ _OPTIMISATION: Final = (
     ),
     _number("eopd_grad_norm", "Gradient norm before clipping.", "Steady; spikes are rare."),
     _number("eopd_learning_rate", "Learning rate of the last optimiser step.", "Follows learner.schedule."),
+    Metric(
+        "counter",
+        "steps",
+        "eopd_skipped_steps_total",
+        "Optimiser steps skipped because their loss or gradient was not finite; runs/<name>/broken/ has them.",
+        "0; above learner.max_skipped_steps the run ends.",
+    ),
 )
 
 _FLOW: Final = (

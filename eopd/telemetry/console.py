@@ -98,6 +98,7 @@ class Summary(TypedDict):
     status: str
     steps: int
     tokens: int
+    skipped_steps: int
     wall_s: float
     tokens_per_s: float
     step_seconds: Mapping[str, float]

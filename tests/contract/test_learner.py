@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -51,12 +52,11 @@ from eopd.types import (
     Stored,
     TeacherSignal,
     Trajectory,
-    TrajectoryKey,
 )
 
 VOCABULARY = 280  # that of the tokenizer, checked where it is trained
 TOP_K, NUM_TRAJECTORIES, NUM_BATCHES, LR, SEED = 4, 8, 5, 3e-3, 7
-BAD_BATCH, BAD_TRAJECTORY = 2, 2  # where a NaN is slipped in, before this batch
+BAD_BATCH, BAD_TRAJECTORIES = 2, (2, 6)  # where NaNs are slipped in, before this batch: one in each half
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,12 @@ def make_batch(batch: int) -> list[ScoredTrajectory]:
     return [make_trajectory(batch, index) for index in range(NUM_TRAJECTORIES)]
 
 
-def spoil(batch: list[ScoredTrajectory]) -> list[ScoredTrajectory]:
-    signal = batch[BAD_TRAJECTORY].signal
-    broken = dataclasses.replace(signal, token_logprobs=np.full_like(signal.token_logprobs, np.nan))
-    return [
-        dataclasses.replace(scored, signal=broken) if index == BAD_TRAJECTORY else scored
-        for index, scored in enumerate(batch)
-    ]
+def spoil(batch: list[ScoredTrajectory], *bad: int) -> list[ScoredTrajectory]:
+    def broken(scored: ScoredTrajectory) -> ScoredTrajectory:
+        logprobs = np.full_like(scored.signal.token_logprobs, np.nan)
+        return dataclasses.replace(scored, signal=dataclasses.replace(scored.signal, token_logprobs=logprobs))
+
+    return [broken(scored) if index in bad else scored for index, scored in enumerate(batch)]
 
 
 def cut(batch: Sequence[ScoredTrajectory], *, world_size: int, steps: int, alpha: float) -> PackedBatch:
@@ -206,14 +205,23 @@ def store(scored: ScoredTrajectory) -> Stored[ScoredTrajectory]:
 def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
     from eopd.learner.learner import LearnerRank, NonFiniteUpdateError
 
-    def learner_of(case: Case, stage: int) -> LearnerRank:
+    def learner_of(case: Case, stage: int, broken: Path) -> LearnerRank:
         return LearnerRank(
             StudentConfig(model=directory / case.family, dtype=case.dtype),
-            LearnerConfig(lr=LR, weight_decay=0.1, zero_stage=stage, logit_chunk_tokens=16, **case.learner),
+            LearnerConfig(
+                lr=LR,
+                weight_decay=0.1,
+                zero_stage=stage,
+                logit_chunk_tokens=16,
+                max_skipped_steps=2 * case.steps_per_batch + 1,
+                **case.learner,
+            ),
             LossConfig(top_k=TOP_K, **case.loss),
             temperature=case.temperature,
             total_batches=NUM_BATCHES + 1,
             seed=SEED,
+            entropy_bounds={"teacher": "mid"},
+            broken=broken,
             rank=rank,
             world_size=world_size,
             master_address="127.0.0.1",
@@ -228,34 +236,47 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
         stats = [learner.step(share_of(case, make_batch(batch))) for batch in batches]
         return [dict(one.metrics) for one in stats]
 
+    def poisoned_step(learner: LearnerRank, share: PackedBatch) -> dict[str, float]:
+        """A step on a sound batch in which one gradient on rank 0 alone is not finite."""
+        parameter = next(p for name, p in learner.model.named_parameters() if "down_proj" in name)
+        hook = parameter.register_hook(lambda gradient: gradient * math.nan if rank == 0 else gradient)
+        stats = learner.step(share)
+        hook.remove()
+        return dict(stats.metrics)
+
     seen: dict[str, Any] = {}
     for name, stage in RUNS:
         case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
-        learner = learner_of(case, stage)
+        learner = learner_of(case, stage, run_directory / "broken")
         with pytest.raises(FileNotFoundError):
             learner.load(run_directory / "checkpoint")
         before = train(learner, case, range(BAD_BATCH))
-        with pytest.raises(NonFiniteUpdateError) as refused:
-            learner.step(share_of(case, spoil(make_batch(BAD_BATCH))))
+        bad_batch = spoil(make_batch(BAD_BATCH), *BAD_TRAJECTORIES)
+        skipped = dict(learner.step(share_of(case, bad_batch)).metrics)
+        broken_gradient = poisoned_step(learner, share_of(case, make_batch(BAD_BATCH)))
         if (name, stage) in RESUMES:
             learner.save(run_directory / "checkpoint")
         after = train(learner, case, range(BAD_BATCH, NUM_BATCHES))
         found = learner.evaluate(share_of(case, make_batch(NUM_BATCHES)))
         learner.export(run_directory / "hf")
+        if stage < 3 and rank == 0:
+            ids = torch.arange(9)[None]
+            torch.save(learner.model(input_ids=ids).logits, run_directory / "logits.pt")
+        half_bad = learner.step(share_of(case, spoil(make_batch(BAD_BATCH), BAD_TRAJECTORIES[0])))
+        with pytest.raises(NonFiniteUpdateError) as refused:
+            learner.step(share_of(case, bad_batch))
         seen[f"{name}-{stage}"] = {
             "metrics": before + after,
+            "skipped": [skipped, broken_gradient, dict(half_bad.metrics)],
             "refused": str(refused.value),
             "version": learner.version,
             "evaluation": dataclasses.asdict(found),
         }
         if (name, stage) in RESUMES:
-            resumed = learner_of(case, stage)
+            resumed = learner_of(case, stage, run_directory / "broken-again")
             resumed.load(run_directory / "checkpoint")
             metrics = train(resumed, case, range(BAD_BATCH, NUM_BATCHES))
             seen[f"{name}-{stage}"]["resumed"] = {"metrics": metrics, "version": resumed.version}
-        if stage < 3 and rank == 0:
-            ids = torch.arange(9)[None]
-            torch.save(learner.model(input_ids=ids).logits, run_directory / "logits.pt")
     (directory / f"seen-{world_size}-{rank}.json").write_text(json.dumps(seen))
 
 
@@ -450,20 +471,72 @@ def test_the_schedule_and_the_counts_are_reported(seen, name, stage, world_size)
     assert column(run, "eopd_alpha_ratio") == [case.loss.get("alpha", 1.0)] * NUM_BATCHES
     counts = [sum(int(s.trajectory.loss_mask.sum()) for s in make_batch(b)) for b in range(NUM_BATCHES)]
     assert column(run, "eopd_loss_tokens") == counts
-    assert run["version"] == list(PolicyVersion(0, NUM_BATCHES))
+    assert run["version"] == list(PolicyVersion(0, NUM_BATCHES + 3))  # three more batches had steps that were skipped
+
+
+def bad_rows(*bad: int) -> list[dict[str, Any]]:
+    """The loss rows of spoilt trajectories, as ``rows.json`` names them."""
+    batch = make_batch(BAD_BATCH)
+    return [
+        {"trajectory": list(batch[i].trajectory.key), "position": int(r), "columns": ["teacher_logprobs_T"]}
+        for i in bad
+        for r in np.flatnonzero(batch[i].trajectory.loss_mask)
+    ]
+
+
+def read_rows(directory: Path) -> dict[str, Any]:
+    record = json.loads((directory / "rows.json").read_text())
+    return record | {"rows": sorted(record["rows"], key=lambda row: (row["trajectory"], row["position"]))}
 
 
 @every_world
 @pytest.mark.parametrize(("name", "stage"), RUNS)
-def test_a_non_finite_loss_names_its_micro_batch_and_changes_nothing(seen, name, stage, world_size):
-    # That it changed nothing is shown by the losses after it, which are the oracle's, and it never saw the bad batch.
+def test_a_non_finite_loss_or_gradient_is_skipped_by_all_ranks(seen, directory, name, stage, world_size):
+    # That nothing of it was applied is shown by the losses after it: they are the oracle's, which never saw it.
+    run, steps = seen[world_size][0][f"{name}-{stage}"], CASES[name].steps_per_batch
+    of_loss, of_gradient, half = run["skipped"]
+    assert of_loss == {"eopd_loss_tokens": 0.0, "eopd_skipped_steps_total": steps}
+    assert of_gradient == {"eopd_loss_tokens": 0.0, "eopd_skipped_steps_total": 2 * steps}
+    assert half["eopd_skipped_steps_total"] == 2 * steps + 1
+    second = make_batch(BAD_BATCH)[NUM_TRAJECTORIES // steps :]
+    assert half["eopd_loss_tokens"] == sum(int(scored.trajectory.loss_mask.sum()) for scored in second)
+    assert ("eopd_loss" in half) == (steps > 1)
+    broken = directory / f"{name}-{stage}-{world_size}" / "broken"
+    records = {step: read_rows(broken / f"batch-{BAD_BATCH + 1:06d}-step-{step}") for step in range(steps)}
+    assert all((record["what"], record["rows"]) == ("gradient", []) for record in records.values())
+
+
+@every_world
+@pytest.mark.parametrize(("name", "stage"), RUNS)
+def test_a_skipped_step_is_written_down_whole(seen, directory, name, stage, world_size):
+    steps = CASES[name].steps_per_batch
+    part = cut(make_batch(BAD_BATCH), world_size=world_size, steps=steps, alpha=1.0)
+    for number, step in enumerate(part.steps):
+        broken = directory / f"{name}-{stage}-{world_size}" / "broken" / f"batch-{BAD_BATCH:06d}-step-{number}"
+        record = read_rows(broken)
+        assert record["what"] == "loss"
+        assert record["rows"] == bad_rows(*BAD_TRAJECTORIES[number::steps])
+        keys = [stored.header.key for rank in step.ranks for micro in rank for stored in micro]
+        assert record["trajectories"] == [list(key) for key in keys]
+        for rank, micros in enumerate(step.ranks):
+            written = load_file(broken / f"rank-{rank}.safetensors")
+            for index, micro in enumerate(micros):
+                ids = [stored.body.trajectory.response_ids for stored in micro]
+                mask = written[f"{index}.loss_mask_T"]
+                masks = [stored.body.trajectory.loss_mask for stored in micro]
+                expected = np.concatenate(ids)[np.concatenate(masks)].tolist() if micro else []
+                assert written[f"{index}.target_ids_T"][mask].tolist() == expected
+                assert (f"{index}.old_logprobs_T" in written) == (steps > 1)
+
+
+@every_world
+@pytest.mark.parametrize(("name", "stage"), RUNS)
+def test_one_skipped_step_too_many_ends_it_and_names_rows(seen, name, stage, world_size):
     message = seen[world_size][0][f"{name}-{stage}"]["refused"]
-    part = cut(spoil(make_batch(BAD_BATCH)), world_size=world_size, steps=CASES[name].steps_per_batch, alpha=1.0)
-    micros = [micro for step in part.steps for rank in step.ranks for micro in rank]
-    bad = TrajectoryKey(BAD_BATCH, f"prompt-{BAD_TRAJECTORY}", 0)
-    for micro in micros:
-        keys = [stored.header.key for stored in micro]
-        assert all((str(tuple(key)) in message) == (bad in keys) for key in keys)
+    first = str(tuple(make_batch(BAD_BATCH)[BAD_TRAJECTORIES[0]].trajectory.key))
+    assert message.startswith("the loss is not finite, nothing was applied; rows: ")
+    assert f"{first} token 0 (teacher_logprobs_T)" in message
+    assert "max_skipped_steps" in message
 
 
 @every_world
@@ -471,7 +544,7 @@ def test_a_non_finite_loss_names_its_micro_batch_and_changes_nothing(seen, name,
 def test_a_loaded_checkpoint_continues_bit_equal_as_a_new_incarnation(seen, name, stage, world_size):
     run = seen[world_size][0][f"{name}-{stage}"]
     assert run["resumed"]["metrics"] == run["metrics"][BAD_BATCH:]
-    assert run["resumed"]["version"] == list(PolicyVersion(1, NUM_BATCHES))
+    assert run["resumed"]["version"] == list(PolicyVersion(1, NUM_BATCHES + 2))
 
 
 @every_world

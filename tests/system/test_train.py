@@ -104,7 +104,15 @@ def test_the_exported_student_answers_a_benchmark(synchronous, program, tmp_path
 
 
 def test_an_asynchronous_run_survives_ctrl_c_and_resumes(program):
-    arguments = program.train("asynchronous", "run.batches=16", "flow.max_staleness=1", "checkpoint.every=100")
+    rewarded = ["loss.reverse_kl={kind: sampled, reward: {grader: math, weight: 0.1}}", "rollout.samples_per_prompt=2"]
+    arguments = program.train(
+        "asynchronous",
+        "run.batches=16",
+        "flow={batch_prompts: 4, max_staleness: 1}",
+        "prompts.data=configs/prompts/arithmetic.jsonl",
+        "checkpoint.every=100",
+        *rewarded,
+    )
     directory = program.runs / "asynchronous"
     process = program.start(*arguments)
     deadline = time.monotonic() + 300
@@ -129,6 +137,7 @@ def test_an_asynchronous_run_survives_ctrl_c_and_resumes(program):
     assert [row["step"] for row in found] == list(range(1, 17))
     assert {row["eopd_staleness_max"] for row in found} == {0, 1}
     assert found[-1]["eopd_trajectories_total"] == 16 * 8
+    assert all(0.0 <= row["eopd_reward_mean"] <= 1.0 for row in found)
     assert program.left_behind() == []
 
 

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eopd.learner.collate import collate, teacher_entropy
-from eopd.types import Bounds, Exact, PromptSample, ScoredTrajectory, StopReason, TeacherSignal, Trajectory
+from eopd.learner.collate import Weighting, collate
+from eopd.types import Exact, PromptSample, ScoredTrajectory, StopReason, TeacherSignal, Trajectory
 
 K = 3
 
@@ -42,13 +42,19 @@ def scored(
     )
 
 
-def gate_of(one: ScoredTrajectory) -> torch.Tensor:
-    return torch.arange(one.trajectory.response_ids.size, dtype=torch.float32) / 10
+def weighting(gate: list[float], *, bonus: float | None = None) -> Weighting:
+    """An entropy of gate + 3 tells the two columns apart."""
+    gate_R = torch.tensor(gate)
+    return Weighting(entropy_R=gate_R + 3, gate_R=gate_R, gate_uncertain=0.0, advantage_bonus=bonus)
+
+
+def weighting_of(one: ScoredTrajectory, bonus: float | None = None) -> Weighting:
+    return weighting([position / 10 for position in range(one.trajectory.response_ids.size)], bonus=bonus)
 
 
 def test_the_worked_example():
     one = scored([5, 6], [7, 8, 2])
-    packed = collate([one], [torch.tensor([0.25, 0.5, 0.75])])
+    packed = collate([one], [weighting([0.25, 0.5, 0.75])])
     assert packed.input_ids_T.tolist() == [5, 6, 7, 8]
     assert packed.position_ids_T.tolist() == [0, 1, 2, 3]
     assert packed.tokens.loss_mask_T.tolist() == [False, True, True, True]
@@ -58,7 +64,7 @@ def test_the_worked_example():
 
 
 def test_a_response_position_that_is_masked_stays_masked():
-    packed = collate([scored([5], [7, 8, 9], mask=[True, False, True])], [torch.ones(3)])
+    packed = collate([scored([5], [7, 8, 9], mask=[True, False, True])], [weighting([1.0] * 3)])
     assert packed.tokens.loss_mask_T.tolist() == [True, False, True]
 
 
@@ -69,9 +75,9 @@ def test_every_row_says_what_its_sequence_position_says(lengths):
         scored(rng.integers(0, 50, p).tolist(), rng.integers(0, 50, r).tolist(), seed=i)
         for i, (p, r) in enumerate(lengths)
     ]
-    packed = collate(batch, [gate_of(one) for one in batch])
+    packed = collate(batch, [weighting_of(one, bonus=float(i)) for i, one in enumerate(batch)])
     seen = 0
-    for one, rows in zip(batch, packed.rows, strict=True):
+    for number, (one, rows) in enumerate(zip(batch, packed.rows, strict=True)):
         trajectory, signal = one.trajectory, one.signal
         sequence = [*trajectory.prompt.token_ids.tolist(), *trajectory.response_ids.tolist()]
         assert rows.stop - rows.start == trajectory.response_ids.size
@@ -87,7 +93,8 @@ def test_every_row_says_what_its_sequence_position_says(lengths):
             assert packed.tokens.gate_T[row] == pytest.approx(response_position / 10)
             assert packed.tokens.rollout_logprobs_T[row] == trajectory.rollout_logprobs[response_position]
             assert packed.tokens.teacher_logprobs_T[row] == signal.token_logprobs[response_position]
-            assert packed.tokens.teacher_entropy_T[row] == signal.entropy.entropy[response_position]
+            assert packed.tokens.teacher_entropy_T[row] == pytest.approx(response_position / 10 + 3)
+            assert packed.tokens.advantage_bonus_T[row] == number
             assert packed.tokens.teacher_topk_ids_TK[row].tolist() == signal.topk_ids[response_position].tolist()
             assert (
                 packed.tokens.teacher_topk_logprobs_TK[row].tolist() == signal.topk_logprobs[response_position].tolist()
@@ -107,20 +114,8 @@ def test_an_empty_micro_batch_is_one_masked_row():
 
 def test_an_empty_prompt_is_refused_by_name():
     with pytest.raises(ValueError, match=r"\(0, 'p', 0\).*prompt is empty"):
-        collate([scored([], [7])], [torch.ones(1)])
+        collate([scored([], [7])], [weighting([1.0])])
 
 
-def test_bounds_give_their_middle():
-    one = scored([5], [7, 8])
-    bounds = Bounds(low=np.array([0.0, 1.0], np.float32), high=np.array([1.0, 4.0], np.float32))
-    signal = TeacherSignal(
-        teacher="t",
-        token_logprobs=one.signal.token_logprobs,
-        entropy=bounds,
-        topk_ids=one.signal.topk_ids,
-        topk_logprobs=one.signal.topk_logprobs,
-        tail_logprobs=one.signal.tail_logprobs,
-    )
-    packed = collate([ScoredTrajectory(trajectory=one.trajectory, signal=signal)], [torch.ones(2)])
-    assert teacher_entropy(signal).tolist() == [0.5, 2.5]
-    assert packed.tokens.teacher_entropy_T.tolist() == [0.5, 2.5]
+def test_without_a_verifier_there_is_no_bonus():
+    assert collate([scored([5], [7])], [weighting([1.0])]).tokens.advantage_bonus_T is None

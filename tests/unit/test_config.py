@@ -57,6 +57,11 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ("learner.betas=[0.9, 2]", "learner.betas.1: Input should be less than 1"),
         ("weights.backend=nccl", "weights.backend nccl moves weights between GPUs"),
         ("learner.deepspeed={zero_optimization: {stage: 3}}", "zero_optimization.stage: set by zero_stage"),
+        (
+            "loss.reverse_kl={kind: sampled, reward: {grader: math}}",
+            r"needs rollout.samples_per_prompt of 2 or more \(is 1\)",
+        ),
+        ("loss.reverse_kl={kind: none, reward: {grader: math}}", "reverse_kl.none.reward: unknown key"),
         ("student.dtype=float16", "student.dtype: Input should be 'float32' or 'bfloat16'"),
         ("loss.alpha=.inf", "loss.alpha: Input should be a finite number"),
         ("run.name=a/b", "run.name: .*"),
@@ -69,6 +74,14 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
 def test_a_mistake_names_key_value_and_what_is_allowed(path, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(path, [override])
+
+
+def test_a_reward_compares_samples_of_one_batch(path):
+    sampled = ["loss.reverse_kl={kind: sampled, reward: {grader: exact}}", "rollout.samples_per_prompt=2"]
+    assert load_config(path, sampled).loss.reward.weight == 1.0
+    assert load_config(path, ["loss.reverse_kl={kind: topk_tail}"]).loss.reward is None
+    with pytest.raises(ConfigError, match=r"flow.lookahead 0 \(is 1\)"):
+        load_config(path, [*sampled, "flow={batch_prompts: 8, max_staleness: 1, lookahead: 1}"])
 
 
 def test_a_missing_key_and_a_broken_file_are_named(path, tmp_path):

@@ -143,6 +143,7 @@ SUMMARY: Summary = {
     "status": "finished",
     "steps": 50,
     "tokens": 12800,
+    "skipped_steps": 0,
     "wall_s": 3726.4,
     "tokens_per_s": 56.54,
     "step_seconds": {"generate": 1.234, "score": 0.4, "train": 2.1, "weights": 0.31, "wait": 1.8},

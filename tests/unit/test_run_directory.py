@@ -13,7 +13,9 @@ from eopd.types import Estimate, EvalStats
 
 
 def state(step: int) -> DriverState:
-    return DriverState(step=step, tokens=3, trajectories=2, wall_s=1.5, ledger=Ledger(floor=step).state())
+    return DriverState(
+        step=step, tokens=3, trajectories=2, skipped_steps=1, wall_s=1.5, ledger=Ledger(floor=step).state()
+    )
 
 
 async def save(directory):
@@ -102,7 +104,9 @@ def test_progress_counts_this_process_for_rates_and_the_run_for_totals():
     seconds = {f"eopd_{stage}_seconds": 2.0 for stage in ("step", "generate", "score", "wait", "train", "weights")}
     for step, tokens in ((11, 1100), (12, 1300)):
         totals = {"eopd_step": step, "eopd_response_tokens_total": tokens, "eopd_trajectories_total": step}
+        totals["eopd_skipped_steps_total"] = 2
         progress.count(seconds | totals)
     summary = progress.summary("completed")
     assert summary["tokens"] == 1300 and summary["tokens_per_s"] == 300 / 4
+    assert summary["skipped_steps"] == 2
     assert summary["step_seconds"]["train"] == 2.0

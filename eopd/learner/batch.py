@@ -1,0 +1,112 @@
+"""What only the whole batch can say of a trajectory: its gate and its advantage, before anything is cut.
+
+The share of every rank goes in, thresholds and baselines are taken over all ranks, one ``Weighting`` per trajectory
+comes out; no result depends on how the batch is cut or spread.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eopd.config import LossConfig
+from eopd.config.loss import QuantileGate, RandomGate
+from eopd.config.sections import EntropyBound
+from eopd.learner.collate import Weighting
+from eopd.learner.deepspeed_engine import gather_all
+from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
+from eopd.types import Exact, Header, ScoredTrajectory, TeacherSignal, TrajectoryKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weigher:
+    """Computes weightings; ``entropy_bounds`` says by teacher what its gate reads where only bounds are known."""
+
+    loss: LossConfig
+    entropy_bounds: Mapping[str, EntropyBound]
+    seed: int
+
+    def __call__(self, headers: Sequence[Header], bodies: Sequence[ScoredTrajectory]) -> list[Weighting]:
+        """One weighting per trajectory of this rank; collective."""
+        gate, bounds = self.loss.gate, [entropy_bounds(scored.signal) for scored in bodies]
+        entropies = [self._read(scored.signal.teacher, *pair) for scored, pair in zip(bodies, bounds, strict=True)]
+        threshold = None
+        if isinstance(gate, QuantileGate):
+            kept = [h[torch.from_numpy(s.trajectory.loss_mask)] for h, s in zip(entropies, bodies, strict=True)]
+            threshold = quantile_threshold(torch.cat(gather_all(kept)), gate.top)
+        bonuses = self._bonuses(headers)
+        weightings = []
+        for header, scored, (low, high), entropy in zip(headers, bodies, bounds, entropies, strict=True):
+            draws = random_draws(self.seed, header.key, len(entropy)) if isinstance(gate, RandomGate) else None
+            at_low, at_high, here = (
+                gate_weights(h, gate, threshold=threshold, draws_T=draws) for h in (low, high, entropy)
+            )
+            weightings.append(
+                Weighting(
+                    entropy_R=entropy,
+                    gate_R=here,
+                    gate_uncertain=float((at_high - at_low)[torch.from_numpy(scored.trajectory.loss_mask)].sum()),
+                    advantage_bonus=bonuses.get(header.key),
+                )
+            )
+        return weightings
+
+    def _read(self, teacher: str, low_R: Tensor, high_R: Tensor) -> Tensor:
+        match self.entropy_bounds[teacher]:
+            case "low":
+                return low_R
+            case "high":
+                return high_R
+            case "mid":
+                return low_R + (high_R - low_R) * 0.5
+
+    def _bonuses(self, headers: Sequence[Header]) -> Mapping[TrajectoryKey, float]:
+        if self.loss.reward is None:
+            return {}
+        rewards = dict(gather_all([(header.key, _reward(header)) for header in headers]))
+        return {key: self.loss.reward.weight * value for key, value in advantages(rewards).items()}
+
+
+def batch_metrics(headers: Sequence[Header], weightings: Sequence[Weighting]) -> dict[str, float]:
+    """Means over the batch of all ranks: how far bounds leave the gate open, and the reward; collective."""
+    mine = [(w.gate_uncertain, h.num_loss_tokens, h.reward) for h, w in zip(headers, weightings, strict=True)]
+    uncertain, counts, rewards = zip(*gather_all(mine), strict=True)
+    metrics = {"eopd_gate_uncertain_ratio": sum(uncertain) / max(sum(counts), 1)}
+    given = [reward for reward in rewards if reward is not None]
+    return metrics | ({"eopd_reward_mean": sum(given) / len(given)} if given else {})
+
+
+def entropy_bounds(signal: TeacherSignal) -> tuple[Tensor, Tensor]:
+    """Lowest and highest teacher entropy, each [R] in nats; equal where it is exact."""
+    known = signal.entropy
+    low, high = (known.entropy, known.entropy) if isinstance(known, Exact) else (known.low, known.high)
+    return torch.tensor(low), torch.tensor(high)
+
+
+def advantages(rewards: Mapping[TrajectoryKey, float]) -> dict[TrajectoryKey, float]:
+    """Reward less the mean reward of the prompt's other samples: unbiased, since no sample is in its own baseline.
+
+    (REINFORCE leave-one-out, Ahmadian et al., arXiv 2402.14740.) Rewards 1, 0, 0 give 1, -1/2, -1/2.
+
+    Raises:
+        ValueError: a prompt has one sample only.
+    """
+    groups: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+    for key, reward in rewards.items():
+        groups[key.epoch, key.prompt_id].append(reward)
+    if alone := [name for name, group in groups.items() if len(group) == 1]:
+        raise ValueError(f"no baseline for the reward of {alone[0]}: it has one sample in this batch")
+
+    def advantage(key: TrajectoryKey, reward: float) -> float:
+        group = groups[key.epoch, key.prompt_id]
+        return reward - (sum(group) - reward) / (len(group) - 1)
+
+    return {key: advantage(key, reward) for key, reward in rewards.items()}
+
+
+def _reward(header: Header) -> float:
+    if header.reward is None:
+        raise ValueError(f"trajectory {tuple(header.key)}: has no reward, though loss.reverse_kl.reward is set")
+    return header.reward

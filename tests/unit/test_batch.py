@@ -1,0 +1,158 @@
+"""Weightings: what other ranks hold counts, how a batch is cut does not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from eopd.config import LossConfig
+from eopd.learner import batch
+from eopd.learner.batch import Weigher, advantages, batch_metrics
+from eopd.types import (
+    Bounds,
+    Exact,
+    Header,
+    PromptSample,
+    ScoredTrajectory,
+    StopReason,
+    TeacherSignal,
+    Trajectory,
+    TrajectoryKey,
+)
+
+
+def scored(prompt_id: str, entropy: Exact | Bounds, mask: list[bool], sample_index: int = 0) -> ScoredTrajectory:
+    length = len(mask)
+    zeros = np.zeros(length, np.float32)
+    prompt = PromptSample(
+        epoch=0, prompt_id=prompt_id, source="s", token_ids=np.array([1], np.int32), reference_answer=None
+    )
+    return ScoredTrajectory(
+        trajectory=Trajectory(
+            prompt=prompt,
+            sample_index=sample_index,
+            response_ids=np.arange(length, dtype=np.int32),
+            loss_mask=np.array(mask),
+            rollout_logprobs=zeros,
+            policy_versions=np.zeros(length, np.int32),
+            stop_reason=StopReason.LENGTH,
+        ),
+        signal=TeacherSignal(
+            teacher="t",
+            token_logprobs=zeros,
+            entropy=entropy,
+            topk_ids=np.zeros((length, 1), np.int32),
+            topk_logprobs=zeros[:, None],
+            tail_logprobs=zeros,
+        ),
+    )
+
+
+def header_of(one: ScoredTrajectory, reward: float | None = None) -> Header:
+    trajectory = one.trajectory
+    return Header(
+        key=trajectory.key,
+        source="s",
+        num_prompt_tokens=1,
+        num_response_tokens=len(trajectory.response_ids),
+        num_loss_tokens=int(trajectory.loss_mask.sum()),
+        stop_reason=trajectory.stop_reason,
+        oldest_version=0,
+        newest_version=0,
+        sums={},
+        reward=reward,
+    )
+
+
+def exact(*entropy: float) -> Exact:
+    return Exact(np.array(entropy, np.float32))
+
+
+def bounds(low: list[float], high: list[float]) -> Bounds:
+    return Bounds(low=np.array(low, np.float32), high=np.array(high, np.float32))
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> list[list]:
+    """What another rank adds, one list for each gathering in turn."""
+    queue: list[list] = []
+    monkeypatch.setattr(batch, "gather_all", lambda mine: [*mine, *(queue.pop(0) if queue else [])])
+    return queue
+
+
+def weigh(bodies, *, bound="mid", rewards=None, **loss):
+    headers = [header_of(one, reward) for one, reward in zip(bodies, rewards or [None] * len(bodies), strict=True)]
+    weigher = Weigher(loss=LossConfig(**loss), entropy_bounds={"t": bound}, seed=3)
+    return headers, weigher(headers, bodies)
+
+
+@pytest.mark.parametrize(
+    ("bound", "gates", "entropies"),
+    [("low", [0, 0, 1], [0.1, 0.5, 1.0]), ("mid", [0, 1, 1], [0.2, 1.0, 1.5]), ("high", [0, 1, 1], [0.3, 1.5, 2.0])],
+)
+def test_the_policy_decides_between_the_bounds_and_the_uncertain_share_is_reported(others, bound, gates, entropies):
+    # tau = 0.8 lies between the bounds of the second token alone; the fourth is masked.
+    known = bounds([0.1, 0.5, 1.0, 0.0], [0.3, 1.5, 2.0, 9.0])
+    headers, (weighting,) = weigh([scored("a", known, [True, True, True, False])], bound=bound)
+    assert weighting.gate_R[:3].tolist() == gates
+    assert weighting.entropy_R[:3].tolist() == pytest.approx(entropies)
+    assert batch_metrics(headers, [weighting]) == {"eopd_gate_uncertain_ratio": pytest.approx(1 / 3)}
+
+
+def test_an_unsure_sigmoid_counts_by_how_far_it_may_move(others):
+    known = bounds([0.8, 0.8], [0.8, 1.0])
+    _, (weighting,) = weigh([scored("a", known, [True, True])], gate={"kind": "sigmoid", "tau": 0.8, "scale": 0.1})
+    assert weighting.gate_uncertain == pytest.approx(1 / (1 + np.exp(-2)) - 0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["always", "never", "random"])
+def test_gates_that_do_not_read_the_entropy_are_certain(others, kind):
+    _, (weighting,) = weigh([scored("a", bounds([0.0] * 9, [5.0] * 9), [True] * 9)], gate={"kind": kind})
+    assert weighting.gate_uncertain == 0.0
+
+
+def test_a_quantile_is_taken_over_all_ranks(others):
+    others.append([torch.tensor([5.0, 6.0, 7.0])])
+    one = scored("a", exact(1.0, 4.0, 2.0, 9.0), [True, True, True, False])
+    _, (weighting,) = weigh([one], gate={"kind": "quantile", "top": 4 / 6})
+    assert weighting.gate_R[:3].tolist() == [0, 1, 0]  # here alone it would be open on two of three
+
+
+def test_an_unknown_teacher_is_an_error(others):
+    strange = scored("a", exact(1.0), [True])
+    strange = dataclasses.replace(strange, signal=dataclasses.replace(strange.signal, teacher="stranger"))
+    with pytest.raises(KeyError, match="stranger"):
+        weigh([strange])
+
+
+# ---- reward --------------------------------------------------------------------------------------------------
+
+
+REWARD = {"reverse_kl": {"kind": "sampled", "reward": {"grader": "exact", "weight": 0.5}}}
+
+
+def test_the_advantage_leaves_its_own_sample_out():
+    keys = [TrajectoryKey(0, "a", i) for i in range(3)] + [TrajectoryKey(1, "a", i) for i in range(2)]
+    found = advantages(dict(zip(keys, [1.0, 0.0, 0.0, 0.0, 1.0], strict=True)))
+    assert [found[key] for key in keys] == [1.0, -0.5, -0.5, -1.0, 1.0]
+
+
+def test_a_lone_sample_has_no_baseline():
+    with pytest.raises(ValueError, match=r"\(0, 'a'\): it has one sample"):
+        advantages({TrajectoryKey(0, "a", 0): 1.0})
+
+
+def test_rewards_of_other_ranks_are_part_of_the_baseline(others):
+    others.append([(TrajectoryKey(0, "a", 1), 0.0), (TrajectoryKey(0, "a", 2), 1.0)])
+    bodies = [scored("a", exact(1.0), [True])]
+    headers, (weighting,) = weigh(bodies, rewards=[1.0], **REWARD)
+    assert weighting.advantage_bonus == pytest.approx(0.5 * (1.0 - 0.5))
+    assert batch_metrics(headers, [weighting])["eopd_reward_mean"] == 1.0
+
+
+def test_without_a_verifier_there_is_no_bonus_and_with_one_every_trajectory_has_a_reward(others):
+    bodies = [scored("a", exact(1.0), [True], sample_index=i) for i in range(2)]
+    assert [w.advantage_bonus for w in weigh(bodies)[1]] == [None, None]
+    with pytest.raises(ValueError, match=r"\(0, 'a', 1\): has no reward"):
+        weigh(bodies, rewards=[1.0, None], **REWARD)

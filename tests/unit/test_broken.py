@@ -1,0 +1,80 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eopd.learner.broken import BrokenRow, explain, find_rows
+from eopd.learner.collate import Packed
+from eopd.loss.chunked import LossTokens
+from eopd.types import TrajectoryKey
+
+KEYS = [TrajectoryKey(0, "a", 0), TrajectoryKey(0, "b", 1)]
+T, K = 7, 2
+
+
+@pytest.fixture
+def packed() -> Packed:
+    """Trajectory a: prompt 2, response 3 (rows 1 to 3); b: prompt 1, response 3 (rows 4 to 6), its second masked."""
+    mask = torch.tensor([False, True, True, True, True, False, True])
+    return Packed(
+        input_ids_T=torch.zeros(T, dtype=torch.int64),
+        position_ids_T=torch.zeros(T, dtype=torch.int64),
+        tokens=LossTokens(
+            target_ids_T=torch.zeros(T, dtype=torch.int64),
+            loss_mask_T=mask,
+            rollout_logprobs_T=torch.zeros(T),
+            gate_T=torch.zeros(T),
+            teacher_logprobs_T=torch.zeros(T),
+            teacher_topk_ids_TK=torch.zeros(T, K, dtype=torch.int64),
+            teacher_topk_logprobs_TK=torch.zeros(T, K),
+            teacher_tail_logprobs_T=torch.zeros(T),
+        ),
+        rows=(slice(1, 4), slice(4, 7)),
+    )
+
+
+def with_values(packed: Packed, **values: tuple[int | tuple[int, int], float]) -> Packed:
+    columns = {name: getattr(packed.tokens, name).clone() for name in values}
+    for name, (where, value) in values.items():
+        columns[name][where] = value
+    return replace(packed, tokens=replace(packed.tokens, **columns))
+
+
+def test_rows_are_named_by_response_position_and_column(packed):
+    broken = with_values(
+        packed, rollout_logprobs_T=(2, torch.inf), teacher_topk_logprobs_TK=((6, 1), torch.nan), gate_T=(6, torch.nan)
+    )
+    assert list(find_rows(broken, KEYS, torch.zeros(T))) == [
+        BrokenRow(trajectory=KEYS[0], position=1, columns=("rollout_logprobs_T",)),
+        BrokenRow(trajectory=KEYS[1], position=2, columns=("gate_T", "teacher_topk_logprobs_TK")),
+    ]
+
+
+def test_the_student_may_be_to_blame(packed):
+    logprobs = torch.zeros(T).index_fill(0, torch.tensor([3]), torch.nan)
+    assert list(find_rows(packed, KEYS, logprobs)) == [
+        BrokenRow(trajectory=KEYS[0], position=2, columns=("student_logprobs_T",))
+    ]
+
+
+def test_a_freed_slot_an_empty_tail_and_masked_rows_are_not_to_blame(packed):
+    sound = with_values(
+        packed,
+        teacher_topk_logprobs_TK=((1, 0), -torch.inf),
+        teacher_tail_logprobs_T=(2, -torch.inf),
+        teacher_logprobs_T=(5, torch.nan),
+    )
+    assert not list(find_rows(sound, KEYS, torch.zeros(T)))
+
+
+def test_an_impossible_token_is_to_blame(packed):
+    broken = with_values(packed, teacher_logprobs_T=(1, -torch.inf))
+    assert [row.columns for row in find_rows(broken, KEYS, torch.zeros(T))] == [("teacher_logprobs_T",)]
+
+
+def test_the_message_names_a_few_rows_and_where_the_rest_is(tmp_path):
+    rows = [BrokenRow(trajectory=KEYS[0], position=r, columns=("gate_T",)) for r in range(7)]
+    message = explain("loss", rows, KEYS, tmp_path)
+    assert "(0, 'a', 0) token 4 (gate_T) and 2 more" in message and "token 5" not in message
+    assert str(tmp_path) in message
+    assert "trajectories: (0, 'a', 0), (0, 'b', 1);" in explain("gradient", [], KEYS, tmp_path)
