@@ -11,8 +11,8 @@ in one sweep of three matrix products, forward; backward only scales what it lef
 cancel. Of half-precision inputs the logits are float32 too, and the two gradient products take half-precision
 operands, as those of a half-precision linear layer do.
 
-Extra memory: two chunk buffers (three under a soft-cap), one float32 [V, D] gradient, and for half-precision heads on
-CPU a float32 copy of the head.
+Extra memory: one chunk buffer (two under a soft-cap; half of one more for half-precision heads) and one float32
+[V, D] gradient. What needs a second copy of logits, or the head in another dtype, works in blocks that fit a cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +27,9 @@ from eopd.loss.forward_kl import outcomes, tail
 
 # Added to the candidates' logits to take them out of the tail: far below any logit, yet finite, since 0 x inf is NaN.
 _REMOVED = -1e30
+
+# Rows to a block that stays in a CPU's cache: of logits, and of the head (whole on CUDA, where launches cost more).
+_LOGIT_ROWS, _HEAD_ROWS = 16, 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,12 +118,15 @@ class _Sweep:
         # Two operands of one dtype are multiplied as they are; otherwise both are brought to the working dtype.
         self.operand_dtype = weight.dtype if weight.dtype == hidden_TD.dtype else self.dtype
         self.operand_VD = weight.to(self.operand_dtype)
-        # Only CUDA multiplies half-precision operands straight into float32; elsewhere the head is copied once.
-        self.mixed = weight.is_cuda and self.operand_dtype != self.dtype
-        self.weight_VD = weight if self.mixed else self.operand_VD.to(self.dtype)
+        half = self.operand_dtype != self.dtype
+        # Only CUDA multiplies half-precision operands straight into float32; elsewhere blocks of the head are copied.
+        self.mixed = weight.is_cuda and half
+        num_rows = len(weight) if weight.is_cuda else _HEAD_ROWS
+        self.head_blocks = [slice(start, start + num_rows) for start in range(0, len(weight), num_rows)]
         shape = (min(chunk_tokens, len(self.rows_L)), len(weight))
         self.logits = torch.empty(shape, dtype=self.dtype, device=weight.device)
-        self.probs = torch.empty_like(self.logits)
+        self.shifted = torch.empty_like(self.logits[:_LOGIT_ROWS])
+        self.operand = torch.empty_like(self.logits, dtype=self.operand_dtype) if half else None
         self.capped = None if head.logit_softcap is None else torch.empty_like(self.logits)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, LossTokens, Reading]]:
@@ -143,10 +149,9 @@ class _Sweep:
         logits.scatter_add_(1, self.ids_CK, kept.to(self.dtype) * _REMOVED)
         rivals = logits.topk(num_candidates).values
         peak = rivals[:, :1]
-        probs = torch.exp(logits.sub_(peak), out=self.probs[: len(logits)])
-        self.total_C1 = probs.sum(-1, keepdim=True)
+        self.total_C1, weighted_C1 = self._exponentiate(logits, peak)
         total = self.total_C1.squeeze(1).double()
-        mean_logit = logits.mul_(probs).sum(-1).double() / total
+        mean_logit = weighted_C1.squeeze(1).double() / total
         best = torch.cat([candidates, rivals], dim=1).topk(num_candidates)
         nothing_left = kept.sum(-1) == logits.shape[1]
         return Reading(
@@ -161,7 +166,7 @@ class _Sweep:
     def logit_gradient(self, target_C: Tensor, topk_CK: Tensor, tail_C: Tensor) -> Tensor:
         """From derivatives by what was read last to those by ``hidden @ weight^T * logit_scale + bias``, [C, V]."""
         target, topk, tail = (part.to(self.dtype) / self.head.temperature for part in (target_C, topk_CK, tail_C))
-        gradient = self.probs[: len(target)].mul_(tail.unsqueeze(1) / self.total_C1)
+        gradient = self.logits[: len(target)].mul_(tail.unsqueeze(1) / self.total_C1)
         gradient.scatter_add_(1, self.ids_CK, topk)
         gradient.scatter_add_(1, self.targets_C1, target.unsqueeze(1))
         if self.capped is not None:
@@ -175,20 +180,38 @@ class _Sweep:
             bias_sum.add_(logit_gradient_CV.sum(0))
         if self.head.logit_scale != 1.0:
             logit_gradient_CV.mul_(self.head.logit_scale)
-        operand = logit_gradient_CV.to(self.operand_dtype)
+        operand, hidden_CD = logit_gradient_CV, hidden_CD.to(self.operand_dtype)
+        if self.operand is not None:
+            operand = self.operand[: len(rows)].copy_(logit_gradient_CV)
         if hidden_sum is not None:
             hidden_sum[rows] = (operand @ self.operand_VD).to(hidden_sum.dtype)
-        if weight_sum is not None and self.operand_dtype == self.dtype:
-            weight_sum.addmm_(operand.t(), hidden_CD.to(self.dtype))
-        elif weight_sum is not None:
-            weight_sum.add_(operand.t() @ hidden_CD)
+        if weight_sum is None:
+            return
+        for block in self.head_blocks:
+            if self.operand is None:
+                weight_sum[block].addmm_(operand[:, block].t(), hidden_CD)
+            else:
+                weight_sum[block].add_(operand[:, block].t() @ hidden_CD)
+
+    def _exponentiate(self, logits: Tensor, peak_C1: Tensor) -> tuple[Tensor, Tensor]:
+        """``exp(logits - peak)``, in place; row sums of it, and of it times its logarithm, each [C, 1]."""
+        total_C1, weighted_C1 = torch.empty_like(peak_C1), torch.empty_like(peak_C1)
+        for start in range(0, len(logits), _LOGIT_ROWS):
+            rows = slice(start, start + _LOGIT_ROWS)
+            probs = logits[rows]
+            shifted = torch.sub(probs, peak_C1[rows], out=self.shifted[: len(probs)])
+            total_C1[rows] = torch.exp(shifted, out=probs).sum(-1, keepdim=True)
+            weighted_C1[rows] = shifted.mul_(probs).sum(-1, keepdim=True)
+        return total_C1, weighted_C1
 
     def _project(self, hidden_CD: Tensor) -> Tensor:
         head, logits = self.head, self.logits[: len(hidden_CD)]
-        if self.mixed:
-            torch.mm(hidden_CD, self.weight_VD.t(), out_dtype=self.dtype, out=logits)
-        else:
-            torch.mm(hidden_CD.to(self.dtype), self.weight_VD.t(), out=logits)
+        for block in self.head_blocks:
+            weight = self.operand_VD[block]
+            if self.mixed:
+                torch.mm(hidden_CD, weight.t(), out_dtype=self.dtype, out=logits[:, block])
+            else:
+                torch.mm(hidden_CD.to(self.dtype), weight.to(self.dtype).t(), out=logits[:, block])
         if head.logit_scale != 1.0:
             logits.mul_(head.logit_scale)
         if head.bias_V is not None:

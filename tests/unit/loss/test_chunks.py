@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eopd.config import LossConfig
+from eopd.loss import chunked
 from eopd.loss.chunked import LossTokens, token_statistics
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
 from eopd.loss.objective import objective
@@ -64,6 +65,20 @@ def test_the_cut_changes_nothing(kind, case, run):
         for _, more in parts[1:]:
             total = total + more
         assert total.metrics(num) == pytest.approx(terms.metrics(num), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blocks_of_any_size_change_nothing(dtype, case, run, monkeypatch):
+    random = case(4, t=20, v=50, d=8, bias=True, softcap=3.0)
+    random = replace(random, **{name: getattr(random, name).to(dtype) for name in ("hidden", "weight", "bias")})
+    whole, blocks = [], []
+    for found, logit_rows, head_rows in ((whole, 64, 64), (blocks, 3, 7)):
+        monkeypatch.setattr(chunked, "_LOGIT_ROWS", logit_rows)
+        monkeypatch.setattr(chunked, "_HEAD_ROWS", head_rows)
+        result, _ = run(random, DEFAULT, chunk_tokens=8)
+        found += [result.loss, *result.gradients, torch.tensor(list(result.metrics.values()))]
+    for one, other in zip(blocks, whole, strict=True):
+        assert (one - other).abs().max() <= 4 * torch.finfo(dtype).eps * other.abs().max()
 
 
 @pytest.mark.parametrize("t", [0, 6])
