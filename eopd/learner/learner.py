@@ -102,7 +102,7 @@ class LearnerRank:
         self._temperature, self._chunk_tokens = temperature, learner.logit_chunk_tokens
         self._device = join(rank=rank, world_size=world_size, master_address=master_address, master_port=master_port)
         self._engine = Engine(
-            load_student(student, activation_checkpointing=learner.activation_checkpointing),
+            load_student(student, activation_checkpointing=learner.activation_checkpointing, device=self._device),
             learner,
             dtype=student.dtype,
             total_steps=total_batches * learner.optimizer_steps_per_batch,

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import is_flash_attn_2_available
 
 from eopd.config import StudentConfig
 
@@ -74,25 +76,55 @@ class Student(nn.Module):
         return use_head(output.last_hidden_state[0], self.head)
 
 
-def load_student(config: StudentConfig, *, activation_checkpointing: bool) -> Student:
-    """Load ``config.model`` in ``config.dtype`` on the CPU, and prove that packing and head are understood.
-
-    A model with a soft-cap in its attention runs eager, since SDPA drops the soft-cap silently.
+def load_student(
+    config: StudentConfig, *, activation_checkpointing: bool, device: str | torch.device = "cpu"
+) -> Student:
+    """Load ``config.model`` in ``config.dtype`` onto ``device``, and prove there that packing and head are understood.
 
     Raises:
         ValueError: packed sequences see each other, or the model makes its logits in an unknown way.
     """
-    text_config = AutoConfig.from_pretrained(config.model).get_text_config().to_dict()
-    attention = "sdpa" if text_config.get("attn_logit_softcapping") is None else "eager"
+    known = AutoConfig.from_pretrained(config.model)
+    attention = choose_attention(
+        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(known), None),
+        known.get_text_config().to_dict(),
+        dtype=config.dtype,
+        device_type=torch.device(device).type,
+        flash_installed=is_flash_attn_2_available(),
+    )
     model = AutoModelForCausalLM.from_pretrained(
         config.model, dtype=getattr(torch, config.dtype), attn_implementation=attention
-    )
+    ).to(device)
     student = Student(model)
     _prove_packing(student)
     _prove_head(student)
     if activation_checkpointing:
         _recompute_layers(model)
     return student
+
+
+def choose_attention(
+    family: type[PreTrainedModel] | None,
+    text_config: Mapping[str, object],
+    *,
+    dtype: str,
+    device_type: str,
+    flash_installed: bool,
+) -> str:
+    """The ``attn_implementation`` to load with.
+
+    ``eager`` under a soft-cap: SDPA drops it silently, as FlashAttention below 2.6 does (transformers 5.19).
+    ``flash_attention_2`` on GPUs in half precision, where it is installed and the model class takes it; some take only
+    other kernels, since it knows no attention sinks. It never ran here, for want of a GPU: the checks on load are its
+    first test. ``sdpa`` otherwise, which transformers itself replaces by ``eager`` for model classes without it.
+    """
+    if text_config.get("attn_logit_softcapping") is not None:
+        return "eager"
+    if family is None or device_type != "cuda" or dtype == "float32" or not flash_installed:
+        return "sdpa"
+    others = getattr(family, "_compatible_flash_implementations", None)
+    takes_flash = family._supports_flash_attn and (others is None or "flash_attention_2" in others)
+    return "flash_attention_2" if takes_flash else "sdpa"
 
 
 def _recompute_layers(model: PreTrainedModel) -> None:
@@ -120,8 +152,8 @@ def _head_form(text_config: Mapping[str, object]) -> tuple[float, float | None]:
 @torch.no_grad()
 def _prove_packing(student: Student) -> None:
     """The second sequence of a packed pair must not change when the first one does."""
-    ids, positions = torch.arange(12) % student.head.weight_VD.shape[0], torch.arange(12) % 7
-    first = torch.arange(12) < 7
+    row = torch.arange(12, device=student.model.device)
+    ids, positions, first = row % student.head.weight_VD.shape[0], row % 7, row < 7
     hidden, hidden_of_other = (
         student(torch.where(first, other, ids), positions, _hidden) for other in (ids, ids.flip(0))
     )
@@ -134,8 +166,9 @@ def _prove_packing(student: Student) -> None:
 @torch.no_grad()
 def _prove_head(student: Student) -> None:
     """``Head.logits`` must equal the model's logits, also where they are large: a soft-cap is invisible near zero."""
-    ids = torch.arange(5) % student.head.weight_VD.shape[0]
-    hidden_TD = student(ids, torch.arange(5), _hidden)
+    row = torch.arange(5, device=student.model.device)
+    ids = row % student.head.weight_VD.shape[0]
+    hidden_TD = student(ids, row, _hidden)
     entered: list[Tensor] = []
 
     def enlarge(_layer: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
