@@ -22,7 +22,7 @@ def check(config: Config) -> Prepared:
 
     Raises:
         ConfigError: a model directory or data file is missing, vocabularies differ, top_k is larger than the
-        vocabulary, prompts do not fit, or a verifier has no answers to compare with.
+        vocabulary, the student has no such layers to adapt, prompts do not fit, or a verifier has no answers.
     """
     for key, directory in (
         ("student.model", config.student.model),
@@ -33,6 +33,10 @@ def check(config: Config) -> Prepared:
     size = vocab_size(config.student.model)
     if config.loss.top_k > size:
         raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {size} tokens")
+    if config.student.lora is not None:
+        from eopd.learner.lora import check_targets
+
+        check_targets(config.student.model, config.student.lora)
     tokenizer = load_tokenizer(config.student.model)
     train = PromptSet.load(config.prompts.data, config.prompts, tokenizer)
     if config.loss.reward is not None:

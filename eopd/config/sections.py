@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from eopd.config.base import AbsolutePath, DataSpec, NativeOptions, Section, refuse
 from eopd.config.loss import LossConfig
@@ -11,6 +11,8 @@ from eopd.config.loss import LossConfig
 Dtype = Literal["float32", "bfloat16", "float16"]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 EntropyBound = Literal["low", "high", "mid"]
+# One name may stand for a list of one.
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 OWNED_BY_LEARNER = (
@@ -42,11 +44,26 @@ class RunConfig(Section):
         return self.directory / self.name
 
 
+class LoraConfig(Section):
+    """Low-rank adapters, scaled by ``alpha / rank``; everything else is frozen.
+
+    ``target_modules`` name linear layers by the end of their path; ``all-linear`` is all but the output head.
+    """
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0.0)
+    target_modules: Names = Field(("all-linear",), min_length=1)
+
+
 class StudentConfig(Section):
-    """The model that learns: a Hugging Face directory. ``dtype`` is that of the learner and of the engines."""
+    """The model that learns: a Hugging Face directory. ``dtype`` is that of the learner and of the engines.
+
+    ``lora`` trains adapters instead of the whole model.
+    """
 
     model: AbsolutePath
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    lora: LoraConfig | None = None
 
 
 class TeacherConfig(Section):

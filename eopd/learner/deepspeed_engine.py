@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eopd.config import LearnerConfig
 from eopd.learner.collate import Packed
+from eopd.learner.lora import whole_tensors
 from eopd.learner.student import Head, Student
 
 if not torch.cuda.is_available():
@@ -64,8 +65,9 @@ class Engine:
     """A student, its optimiser and its schedule, sharded by ZeRO."""
 
     def __init__(self, student: Student, config: LearnerConfig, *, dtype: str, total_steps: int) -> None:
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         factor = schedule(config, total_steps)
         self._engine, *_ = deepspeed.initialize(
@@ -135,14 +137,13 @@ class Engine:
         return dict(state)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the Hugging Face model, once, whole, one after the other; collective, in lockstep."""
-        seen: set[int] = set()
-        for name, tensor in self.student.model.state_dict(keep_vars=True).items():
-            if id(tensor) in seen:  # a tied head
-                continue
-            seen.add(id(tensor))
-            with deepspeed.zero.GatheredParameters([tensor]):
-                yield name, tensor.detach()
+        """Every tensor of the Hugging Face model, once, whole, one after the other; collective, in lockstep.
+
+        Under their plain names, adapters merged.
+        """
+        for name, recipe in whole_tensors(self.student.model).items():
+            with deepspeed.zero.GatheredParameters(recipe.parts):
+                yield name, recipe.whole()
 
 
 def native_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:

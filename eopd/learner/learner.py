@@ -68,7 +68,7 @@ class LearnerRank:
         loss: the objective.
         temperature: that of the rollouts; the student's logits are divided by it.
         total_batches: length of the learning-rate schedule.
-        seed: that of the run; names the draws of the random gate.
+        seed: that of the run; names the draws of the random gate and the first adapters.
         entropy_bounds: by teacher, what the gate reads where only bounds on its entropy are known.
         broken: directory for optimiser steps that were not finite.
         rank: of this process, from 0.
@@ -102,7 +102,12 @@ class LearnerRank:
         self._temperature, self._chunk_tokens = temperature, learner.logit_chunk_tokens
         self._device = join(rank=rank, world_size=world_size, master_address=master_address, master_port=master_port)
         self._engine = Engine(
-            load_student(student, activation_checkpointing=learner.activation_checkpointing, device=self._device),
+            load_student(
+                student,
+                activation_checkpointing=learner.activation_checkpointing,
+                device=self._device,
+                seed=seed,
+            ),
             learner,
             dtype=student.dtype,
             total_steps=total_batches * learner.optimizer_steps_per_batch,
@@ -193,7 +198,10 @@ class LearnerRank:
         self._num_skipped = saved["num_skipped"]
 
     def export(self, directory: Path) -> None:
-        """Write the student as a plain Hugging Face directory, whole or not at all; replaces an older one."""
+        """Write the student as a plain Hugging Face directory, whole or not at all; replaces an older one.
+
+        With LoRA that is the merged model.
+        """
         weights: dict[str, Tensor] = {}
         for name, tensor in self._engine.whole_weights():
             if self._rank == 0:

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
 from eopd.config import StudentConfig
+from eopd.learner.lora import add_adapters
 
 T = TypeVar("T")
 
@@ -77,12 +78,14 @@ class Student(nn.Module):
 
 
 def load_student(
-    config: StudentConfig, *, activation_checkpointing: bool, device: str | torch.device = "cpu"
+    config: StudentConfig, *, activation_checkpointing: bool, device: str | torch.device = "cpu", seed: int = 0
 ) -> Student:
-    """Load ``config.model`` in ``config.dtype`` onto ``device``, and prove there that packing and head are understood.
+    """Load ``config.model`` in ``config.dtype`` onto ``device``, prove there that packing and head are understood, and
+    add adapters, drawn from ``seed``, where the config has them.
 
     Raises:
         ValueError: packed sequences see each other, or the model makes its logits in an unknown way.
+        ConfigError: ``lora.target_modules`` cannot be adapted.
     """
     known = AutoConfig.from_pretrained(config.model)
     attention = choose_attention(
@@ -98,6 +101,8 @@ def load_student(
     student = Student(model)
     _prove_packing(student)
     _prove_head(student)
+    if config.lora is not None:
+        add_adapters(model, config.lora, seed=seed)
     if activation_checkpointing:
         _recompute_layers(model)
     return student

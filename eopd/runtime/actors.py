@@ -170,6 +170,7 @@ class LearnerActor:
 
     def start(self, config: Config, rank: int, address: str, port: int) -> None:  # noqa: D102
         from eopd.learner.learner import LearnerRank
+        from eopd.learner.lora import whole_tensors
         from eopd.weights.source import ModelSource
         from eopd.weights.transfer import WeightSender
 
@@ -188,7 +189,7 @@ class LearnerActor:
             master_port=port,
         )
         self._sender = WeightSender(
-            ModelSource(self._rank.model, rank=rank, zero_stage=config.learner.zero_stage),
+            ModelSource(whole_tensors(self._rank.model), rank=rank, zero_stage=config.learner.zero_stage),
             rank=rank,
             backend=config.weights.backend,
             address=address,

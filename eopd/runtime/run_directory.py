@@ -6,7 +6,7 @@ runs/<name>/config.yaml     resolved
             summary.json    status, steps, tokens, times, held-out numbers
             checkpoints/    step-NNNNNN/, complete or absent
             broken/         optimiser steps that were not finite, if any
-            hf/             the trained student as a Hugging Face directory
+            hf/             the trained student as a Hugging Face directory; with LoRA merged
 """
 
 import json

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eopd.config import RolloutConfig, StudentConfig
+from eopd.learner.lora import whole_tensors
 from eopd.rollout.engine import VllmRolloutEngine
 from eopd.types import PolicyVersion, PromptSample, Sampling, StopReason
 from eopd.weights.channel import BroadcastChannel
@@ -24,7 +25,7 @@ class InProcessSender:
 
     def __init__(self, model: torch.nn.Module, bucket_bytes: int) -> None:
         self.sender = WeightSender(
-            ModelSource(model, rank=0, zero_stage=0),
+            ModelSource(whole_tensors(model), rank=0, zero_stage=0),
             rank=0,
             backend="gloo",
             address="127.0.0.1",

@@ -52,6 +52,10 @@ def files(tmp_path_factory):
             "error: prompts.template: chat, but the tokenizer has no chat template; set it to none",
         ),
         ("prompts.max_tokens=3000 learner.token_budget=9000", "{root}/model has 2048 positions; prompts.max_tokens + "),
+        (
+            "student.lora.target_modules=q_prj",
+            "error: student.lora.target_modules: 'q_prj' matches no layer of Qwen3ForCausalLM; its linear ",
+        ),
         ("loss.top_k=300", "loss.top_k: Input should be less than or equal to 256 (is 300)"),
     ],
 )

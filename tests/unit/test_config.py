@@ -34,6 +34,17 @@ def test_the_resolved_config_loads_back_equal(path, tmp_path):
     assert load_config(again) == config
 
 
+def test_without_lora_there_are_no_adapters_and_a_single_target_is_a_list_of_one(path, tmp_path):
+    assert load_config(path).student.lora is None
+    whole = load_config(path, ["student.lora={}"])
+    assert whole.student.lora.target_modules == ("all-linear",)
+    one = load_config(path, ["student.lora.target_modules=q_proj"])
+    assert one.student.lora.target_modules == ("q_proj",)
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump_config(one))
+    assert load_config(again) == one
+
+
 def test_alpha_grows_linearly_over_its_warm_up(path):
     loss = load_config(path, ["loss.alpha=2.0", "loss.alpha_warmup={start: 0.5, batches: 4}"]).loss
     assert [loss.alpha_at(b) for b in (0, 2, 4, 9)] == [1.0, 1.5, 2.0, 2.0]
@@ -63,6 +74,10 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         ("loss.reverse_kl={kind: none, reward: {grader: math}}", "reverse_kl.none.reward: unknown key"),
         ("student.dtype=float16", "student.dtype: Input should be 'float32' or 'bfloat16'"),
+        ("student.lora.rank=0", r"student.lora.rank: Input should be greater than or equal to 1 \(is 0\)"),
+        ("student.lora={alpha: 0}", "student.lora.alpha: Input should be greater than 0"),
+        ("student.lora={ranks: 4}", "student.lora.ranks: unknown key; did you mean rank?"),
+        ("student.lora.target_modules=[]", "student.lora.target_modules: Tuple should have at least 1 item"),
         ("loss.alpha=.inf", "loss.alpha: Input should be a finite number"),
         ("run.name=a/b", "run.name: .*"),
         ("flow.batch_prompts", "must be section.key=value"),

@@ -1,0 +1,136 @@
+"""Low-rank adapters: they alone are trained, and whatever leaves the learner has them merged.
+
+    y = W x + scale B (A x)                 in the learner; scale = alpha / rank, W frozen, B zero at first
+    W + scale B A, under W's plain name     on the wire to the engines, and in the exported model
+
+The only file that knows peft (checked against 0.21.2). Left out: dropout, under which the log-probabilities that the
+objective compares would be those of a random subnetwork, not of the policy that sampled.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from eopd.config import ConfigError, LoraConfig
+
+_ALL_LINEAR, _ADAPTER = "all-linear", "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A tensor as it leaves the learner, and the parameters it is made of: the first has its shape and dtype."""
+
+    parts: tuple[Tensor, ...]
+    make: Callable[..., Tensor] = Tensor.detach
+
+    def whole(self) -> Tensor:
+        """The tensor: a parameter's own where it is the only part. Under ZeRO-3 all parts must be gathered."""
+        return self.make(*self.parts)
+
+
+def check_targets(directory: Path, config: LoraConfig) -> None:
+    """Find out on a model without weights whether ``target_modules`` can be adapted.
+
+    Raises:
+        ConfigError: see ``add_adapters``.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+        add_adapters(model, config, seed=0)
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
+    """Put adapters into ``model``, in its dtype, and freeze the rest. Equal seeds give equal adapters.
+
+    Raises:
+        ConfigError: a target matches nothing, the embedding, the output head, or what is no linear layer; or peft
+            adapts something else (the fused experts that carry the name of another layer, as in DeepSeek-V3).
+    """
+    wanted = _target_layers(model, config)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=config.rank, lora_alpha=config.alpha, target_modules=wanted)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            peft.inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
+        except ValueError as error:
+            raise ConfigError(f"student.lora.target_modules: {error}") from None
+    found = {name for name, _ in _adapted(model)}
+    if found != set(wanted):
+        raise ConfigError(
+            f"student.lora.target_modules: peft takes {_last_names(set(wanted) - found)} of {type(model).__name__} for "
+            "something else; name other layers"
+        )
+
+
+def whole_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
+    """Every tensor of ``model`` without adapters, by its plain name; a tied one once, adapted ones merged."""
+    layers = dict(_adapted(model))
+    seen = {id(parameter) for parameter in _adapters(model).values()}
+    recipes: dict[str, Recipe] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        owner, _, leaf = name.rpartition(".base_layer.")
+        layer = layers.get(owner)
+        if layer is None:
+            recipes[name] = Recipe((tensor,))
+        elif leaf == "weight":
+            adapter = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+            recipes[f"{owner}.{leaf}"] = Recipe((tensor, *adapter), partial(_merge, scale=layer.scaling[_ADAPTER]))
+        else:
+            recipes[f"{owner}.{leaf}"] = Recipe((tensor,))
+    return recipes
+
+
+def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, lora.LoraLayer))
+
+
+def _adapters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{part}.{_ADAPTER}.weight": getattr(layer, part)[_ADAPTER].weight
+        for name, layer in _adapted(model)
+        for part in ("lora_A", "lora_B")
+    }
+
+
+@torch.no_grad()
+def _merge(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
+    """``weight + scale b a``, computed in float32, in the weight's dtype."""
+    return torch.addmm(weight_OI.float(), b_OR.float(), a_RI.float(), alpha=scale).to(weight_OI.dtype)
+
+
+def _target_layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Paths of the layers that ``target_modules`` name, in the model's order."""
+    special = (model.get_input_embeddings(), model.get_output_embeddings())
+    layers = dict(model.named_modules())
+    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear) and layer not in special]
+    chosen: set[str] = set()
+    for target in config.target_modules:
+        found = linear if target == _ALL_LINEAR else [name for name in layers if f".{name}".endswith(f".{target}")]
+        where = f"student.lora.target_modules: {target!r}"
+        if not found:
+            known = f"its linear layers are {_last_names(linear)}" if linear else "it has no linear layers"
+            raise ConfigError(f"{where} matches no layer of {type(model).__name__}; {known}")
+        for layer in (layers[name] for name in found):
+            if layer in special:
+                raise ConfigError(
+                    f"{where} is the embedding or the output head; they take no adapter, since the loss reads the head"
+                )
+            if not isinstance(layer, nn.Linear):
+                raise ConfigError(f"{where} is a {type(layer).__name__}; only linear layers can be adapted")
+        chosen.update(found)
+    return [name for name in linear if name in chosen]
+
+
+def _last_names(paths: Iterable[str]) -> str:
+    return ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
