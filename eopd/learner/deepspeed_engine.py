@@ -13,7 +13,7 @@ Three properties of DeepSpeed 0.19 shape this file.
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eopd.config import LearnerConfig
 from eopd.learner.collate import Packed
-from eopd.learner.lora import whole_tensors
+from eopd.learner.lora import Recipe, adapter_tensors, whole_tensors
 from eopd.learner.student import Head, Student
 
 if not torch.cuda.is_available():
@@ -141,7 +141,14 @@ class Engine:
 
         Under their plain names, adapters merged.
         """
-        for name, recipe in whole_tensors(self.student.model).items():
+        return self._gathered(whole_tensors(self.student.model))
+
+    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the adapters, whole, one after the other; none without LoRA; collective, in lockstep."""
+        return self._gathered(adapter_tensors(self.student.model))
+
+    def _gathered(self, recipes: Mapping[str, Recipe]) -> Iterator[tuple[str, Tensor]]:
+        for name, recipe in recipes.items():
             with deepspeed.zero.GatheredParameters(recipe.parts):
                 yield name, recipe.whole()
 

@@ -29,6 +29,7 @@ from eopd.learner.batch import Weigher, batch_metrics
 from eopd.learner.broken import NonFiniteUpdateError, dump, explain, find_rows, write_rows
 from eopd.learner.collate import Packed, Weighting, collate
 from eopd.learner.deepspeed_engine import Engine, gather_all, join
+from eopd.learner.lora import save_adapter
 from eopd.learner.student import Head, load_student
 from eopd.loss.chunked import token_statistics
 from eopd.loss.objective import LossTerms, objective
@@ -200,7 +201,7 @@ class LearnerRank:
     def export(self, directory: Path) -> None:
         """Write the student as a plain Hugging Face directory, whole or not at all; replaces an older one.
 
-        With LoRA that is the merged model.
+        With LoRA that is the merged model, and ``adapter`` beside it is the adapter in peft's format.
         """
         weights: dict[str, Tensor] = {}
         for name, tensor in self._engine.whole_weights():
@@ -213,6 +214,9 @@ class LearnerRank:
             AutoTokenizer.from_pretrained(self._source).save_pretrained(partial_directory)
             shutil.rmtree(directory, ignore_errors=True)
             partial_directory.rename(directory)
+        adapter = {name: tensor.to("cpu", copy=True) for name, tensor in self._engine.adapter_weights()}
+        if adapter and self._rank == 0:
+            save_adapter(directory.with_name("adapter"), self.model, adapter, source=self._source)
         dist.barrier()
 
     def close(self) -> None:

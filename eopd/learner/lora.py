@@ -2,12 +2,15 @@
 
     y = W x + scale B (A x)                 in the learner; scale = alpha / rank, W frozen, B zero at first
     W + scale B A, under W's plain name     on the wire to the engines, and in the exported model
+    A and B, in peft's own files            in the exported adapter
 
 The only file that knows peft (checked against 0.21.2). Left out: dropout, under which the log-probabilities that the
 objective compares would be those of a random subnetwork, not of the policy that sampled.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,8 @@ from typing import Any
 import peft
 import torch
 from peft.tuners import lora
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -89,6 +94,33 @@ def whole_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
         else:
             recipes[f"{owner}.{leaf}"] = Recipe((tensor,))
     return recipes
+
+
+def adapter_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
+    """The adapters' tensors, by their names in ``model``."""
+    return {name: Recipe((parameter,)) for name, parameter in _adapters(model).items()}
+
+
+def save_adapter(directory: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor], *, source: Path) -> None:
+    """Write the adapter as ``peft.PeftModel.from_pretrained`` reads it, whole or not at all; replaces an older one.
+
+    Args:
+        directory: where to write.
+        model: what the adapter belongs to.
+        tensors: whole tensors on the CPU, by the names of ``adapter_tensors``.
+        source: the directory of the model that was adapted.
+    """
+    settings = copy.copy(model.peft_config[_ADAPTER])
+    settings.base_model_name_or_path, settings.inference_mode = str(source), True
+    settings.target_modules = sorted(settings.target_modules)
+    named = peft.get_peft_model_state_dict(model, dict(tensors), adapter_name=_ADAPTER, save_embedding_layers=False)
+    partial_directory = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial_directory, ignore_errors=True)
+    settings.save_pretrained(partial_directory)
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in named.items()}
+    save_file(prefixed, partial_directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    shutil.rmtree(directory, ignore_errors=True)
+    partial_directory.rename(directory)
 
 
 def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ runs/<name>/config.yaml     resolved
             checkpoints/    step-NNNNNN/, complete or absent
             broken/         optimiser steps that were not finite, if any
             hf/             the trained student as a Hugging Face directory; with LoRA merged
+            adapter/        with LoRA, the adapter as peft reads it
 """
 
 import json

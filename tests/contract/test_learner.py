@@ -303,14 +303,14 @@ def seen(directory: Path) -> dict[int, list[dict[str, Any]]]:
     return {world_size: run_gang(directory, world_size) for world_size in (1, 2)}
 
 
-def run_gang(directory: Path, world_size: int) -> list[dict[str, Any]]:
+def run_gang(directory: Path, world_size: int, program: str = __file__) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = (directory / f"log-{world_size}").open("w+")
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world_size), str(port), str(directory)],
+            [sys.executable, program, str(rank), str(world_size), str(port), str(directory)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
