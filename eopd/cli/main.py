@@ -45,6 +45,30 @@ def train(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
+    step: Annotated[int | None, typer.Option(min=1, help="Of which checkpoint; else the newest.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write; else RUN/hf-step-NNNNNN.")] = None,
+) -> None:
+    """Write the student of a checkpoint as a Hugging Face directory, here, without starting Ray."""
+    from eopd.runtime.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    config, checkpoint = directory.config(), directory.checkpoint(step)
+    target = output or run / f"hf-{checkpoint.name}"
+    if target.exists():
+        raise ConfigError(f"--output {target}: exists; remove it or name another")
+    if not target.parent.is_dir():
+        raise ConfigError(f"--output {target}: there is no directory {target.parent}")
+    from eopd.learner.export import export_checkpoint
+    from eopd.preflight import require_model
+
+    require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
+    export_checkpoint(config.student, checkpoint / "learner", target)
+    typer.echo(target)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory, e.g. runs/NAME/hf.")],

@@ -11,9 +11,11 @@ Three properties of DeepSpeed 0.19 shape this file.
   float32 has no such check, and gets it here.
 """
 
+import io
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +32,7 @@ from eopd.learner.student import Head, Student
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read while deepspeed is imported
 import deepspeed
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 # DeepSpeed compiles what it takes for useful here, on CPU its shared-memory reduction: a minute, and a compiler needed.
 deepspeed.ops.__compatible_ops__ = {}
@@ -151,6 +154,29 @@ class Engine:
         for name, recipe in recipes.items():
             with deepspeed.zero.GatheredParameters(recipe.parts):
                 yield name, recipe.whole()
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """The student's state dict from what ``Engine.save`` wrote, on the CPU and without a process group.
+
+    Under ZeRO-3 these are the float32 master weights that the student's own are rounded from.
+
+    Raises:
+        FileNotFoundError: the directory holds no checkpoint.
+    """
+    of_rank_0 = directory / _TAG / "mp_rank_00_model_states.pt"
+    if of_rank_0.exists():  # ZeRO-0 to 2, where every rank holds all weights
+        weights: dict[str, Tensor] = torch.load(of_rank_0, map_location="cpu", mmap=True, weights_only=False)["module"]
+        return weights
+    with _silence():
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=_TAG))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """DeepSpeed's tools print and draw bars; what is wrong they raise."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
 
 
 def native_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:

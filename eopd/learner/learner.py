@@ -9,7 +9,6 @@ result. What was left out: fetching bodies and running as an actor (``runtime/``
 """
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.config.loss import NeverGate
@@ -29,6 +28,7 @@ from eopd.learner.batch import Weigher, batch_metrics
 from eopd.learner.broken import NonFiniteUpdateError, dump, explain, find_rows, write_rows
 from eopd.learner.collate import Packed, Weighting, collate
 from eopd.learner.deepspeed_engine import Engine, gather_all, join
+from eopd.learner.export import write_student
 from eopd.learner.lora import save_adapter
 from eopd.learner.student import Head, load_student
 from eopd.loss.chunked import token_statistics
@@ -208,12 +208,7 @@ class LearnerRank:
             if self._rank == 0:
                 weights[name] = tensor.to("cpu", copy=True)
         if self._rank == 0:
-            partial_directory = directory.with_name(f".{directory.name}.partial")
-            shutil.rmtree(partial_directory, ignore_errors=True)
-            self.model.save_pretrained(partial_directory, state_dict=weights)
-            AutoTokenizer.from_pretrained(self._source).save_pretrained(partial_directory)
-            shutil.rmtree(directory, ignore_errors=True)
-            partial_directory.rename(directory)
+            write_student(directory, self.model, weights, source=self._source)
         adapter = {name: tensor.to("cpu", copy=True) for name, tensor in self._engine.adapter_weights()}
         if adapter and self._rank == 0:
             save_adapter(directory.with_name("adapter"), self.model, adapter, source=self._source)

@@ -8,6 +8,7 @@ runs/<name>/config.yaml     resolved
             broken/         optimiser steps that were not finite, if any
             hf/             the trained student as a Hugging Face directory; with LoRA merged
             adapter/        with LoRA, the adapter as peft reads it
+            hf-step-NNNNNN/ the student of a checkpoint, where asked for
 """
 
 import json
@@ -75,6 +76,32 @@ class RunDirectory:
         _require_same(load_config(saved), config)
         saved.write_text(dump_config(config), encoding="utf-8")
         return directory
+
+    def config(self) -> Config:
+        """What the run was started with.
+
+        Raises:
+            ConfigError: this directory holds no run.
+        """
+        saved = self.path / "config.yaml"
+        if not saved.is_file():
+            raise ConfigError(f"{self.path} holds no run (it has no config.yaml)")
+        return load_config(saved)
+
+    def checkpoint(self, step: int | None) -> Path:
+        """The checkpoint of a step, or the newest.
+
+        Raises:
+            ConfigError: there is none; names those there are.
+        """
+        found = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(self.checkpoints)}
+        if not found:
+            raise ConfigError(f"{self.path} holds no checkpoint")
+        if step is None:
+            return found[max(found)]
+        if step not in found:
+            raise ConfigError(f"--step {step}: {self.path} has checkpoints of step {', '.join(map(str, found))} only")
+        return found[step]
 
     def drop_rows_after(self, step: int) -> None:
         """Forget what was measured after the checkpoint that the run continues from."""

@@ -1,6 +1,7 @@
 """Bad input: one message that names the key, exit code 2, no traceback, before any worker starts."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -68,3 +69,50 @@ def test_a_mistake_is_one_message_and_exit_code_2(files, overrides, message, cap
     shown = capsys.readouterr().err
     assert message.format(root=files) in shown and "Traceback" not in shown
     assert not (files / "runs").exists()
+
+
+@pytest.fixture
+def run(files, tmp_path):
+    """A run directory with checkpoints of steps 2 and 10, and one that is not whole."""
+    directory = tmp_path / "run"
+    for name in ("step-000002", "step-000010", ".step-000012.partial"):
+        (directory / "checkpoints" / name).mkdir(parents=True)
+    shutil.copy(files / "c.yaml", directory / "config.yaml")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "new").mkdir()
+    shutil.copy(files / "c.yaml", tmp_path / "new" / "config.yaml")
+    (directory / "hf-step-000010").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("{root}/no", "error: {root}/no holds no run (it has no config.yaml)"),
+        ("{root}/empty", "error: {root}/empty holds no run (it has no config.yaml)"),
+        ("{root}/new", "error: {root}/new holds no checkpoint"),
+        ("{root}/run --step 7", "error: --step 7: {root}/run has checkpoints of step 2, 10 only"),
+        ("{root}/run --step 12", "error: --step 12: {root}/run has checkpoints of step 2, 10 only"),
+        ("{root}/run", "error: --output {root}/run/hf-step-000010: exists; remove it or name another"),
+        ("{root}/run --output {root}/empty", "error: --output {root}/empty: exists; remove it or name another"),
+        ("{root}/run --output {root}/a/b", "error: --output {root}/a/b: there is no directory {root}/a"),
+    ],
+)
+def test_a_mistaken_export_is_one_message_and_writes_nothing(run, arguments, message, capsys, monkeypatch):
+    before = sorted(run.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["eopd", "export", *arguments.format(root=run).split()])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == message.format(root=run) + "\n"
+    assert sorted(run.rglob("*")) == before
+
+
+def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkeypatch):
+    config = run / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(f"student: {{model: {files}/model}}", "student: {model: /gone}"))
+    monkeypatch.setattr(sys, "argv", ["eopd", "export", str(run / "run"), "--step", "2"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "error: student.model: /gone is no Hugging Face model directory" in capsys.readouterr().err

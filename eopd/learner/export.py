@@ -1,0 +1,53 @@
+"""The student as a plain Hugging Face directory: from a live model, or from a checkpoint, which needs no process group,
+no Ray and no GPU.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from eopd.config import StudentConfig
+from eopd.learner.deepspeed_engine import read_weights
+from eopd.learner.lora import adapter_tensors, save_adapter, whole_tensors
+from eopd.learner.student import load_student
+
+
+def export_checkpoint(student: StudentConfig, checkpoint: Path, directory: Path) -> None:
+    """Write the student as it was when ``LearnerRank.save`` wrote ``checkpoint``; bit-equal to an export at that time.
+
+    Args:
+        student: the run's, whose ``model`` gives architecture and tokenizer.
+        checkpoint: the learner's part of a checkpoint, of any ZeRO stage and number of ranks.
+        directory: where to write; an older one is replaced. With LoRA it is the merged model, and the adapter is
+            written beside it, to ``<directory>-adapter``.
+    """
+    loaded = load_student(student, activation_checkpointing=False)
+    loaded.load_state_dict(read_weights(checkpoint))
+    model = loaded.model
+    weights = {name: recipe.whole() for name, recipe in whole_tensors(model).items()}
+    write_student(directory, model, weights, source=student.model)
+    if adapter := {name: recipe.whole() for name, recipe in adapter_tensors(model).items()}:
+        save_adapter(directory.with_name(f"{directory.name}-adapter"), model, adapter, source=student.model)
+
+
+def write_student(directory: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], *, source: Path) -> None:
+    """Write a Hugging Face directory, whole or not at all; replaces an older one.
+
+    Args:
+        directory: where to write.
+        model: what the weights belong to; its own may be partitioned.
+        weights: whole tensors by the model's names, on the CPU; of tied ones, any or all.
+        source: the directory whose tokenizer goes with it.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial, state_dict=dict(weights))
+        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
