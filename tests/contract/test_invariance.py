@@ -1,0 +1,402 @@
+"""The learner on real DeepSpeed: neither the cut of a batch nor ranks nor ZeRO stage change what is learnt.
+
+DeepSpeed averages gradients over ranks, and AdamW hides a constant factor, so losses alone prove nothing: here the
+gradient itself is read. Ranks run with an optimiser that puts the gradient it is handed where the weight was, and
+the weight back in its next step (``Handed``). DeepSpeed then spreads the gradient as it spreads weights, so that after
+a step the model *is* the whole gradient, after reduction, averaging and clipping, in the same way under ZeRO-0, -1, -2
+and -3, and to the last bit. (DeepSpeed's own ``safe_get_full_grad`` knows no clipping, and must be called between
+backward and step.) Unclipped gradients are those under a limit that no norm reaches.
+
+This file is also the program of a rank: ``python test_invariance.py RANK WORLD_SIZE PORT DIRECTORY`` runs everything
+and saves what it saw.
+"""
+
+import itertools
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from gang import TOP_K, VOCABULARY, run_gang, scored_trajectory, store
+from plain_torch import dense_logprobs, gates_of, sampled, token_losses
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from eopd.config import LearnerConfig, LossConfig, StudentConfig
+from eopd.models.tiny import Family, build_model, train_tokenizer, write_model
+from eopd.packing import pack
+from eopd.types import OptimizerStep, PackedBatch, ScoredTrajectory
+
+SEED, TEMPERATURE, ALPHA = 7, 0.7, 1.5
+STAGES, WORLD_SIZES, TRAINING_WORLD_SIZES = (0, 1, 2, 3), (1, 2, 3), (1, 2)
+FAMILIES: tuple[Family, ...] = ("qwen3", "llama")  # with a tied head, and without
+
+# ---- gradients of one batch, in many cuts -----------------------------------------------------------------------
+
+GATES: dict[str, dict[str, Any]] = {
+    "hard": {"kind": "hard", "tau": 2.0},
+    "quantile": {"kind": "quantile", "top": 0.3},
+    "sigmoid": {"kind": "sigmoid", "tau": 2.0, "scale": 0.5},
+    "random": {"kind": "random", "rate": 0.4},
+    "always": {"kind": "always"},
+    "never": {"kind": "never"},
+}
+# Model, and limit of the gradient norm, which only the second one reaches.
+CLIPPING: dict[str, tuple[Family, float]] = {"free": ("qwen3", 1e6), "clipped": ("llama", 0.5)}
+SETTINGS = list(itertools.product(GATES, CLIPPING))
+# Every gate, clipped or not, under one stage, and one gate under all.
+RUNS = [
+    (gate, clipping, stage)
+    for (number, (gate, clipping)), stage in itertools.product(enumerate(SETTINGS), STAGES)
+    if gate == "quantile" or stage == number % len(STAGES)
+]
+
+# Prompt and response tokens, and how sharp the teacher is: its entropy rises from trajectory to trajectory, so that no
+# rank's quantile is that of the batch.
+SHAPES = [
+    *((3, 30, 6.0), (1, 2, 6.0), (6, 38, 5.0), (2, 5, 4.0), (5, 1, 4.0), (1, 18, 3.0)),
+    *((4, 9, 3.0), (6, 24, 2.0), (2, 3, 2.0), (7, 12, 1.0), (1, 27, 1.0), (3, 1, 0.5)),
+]
+UNHEARD = 6  # a trajectory without a single loss token
+
+# Micro-batches of every rank, some of them empty; the second of three ranks has nothing at all.
+BY_HAND = {
+    1: [[[4, 0], [], [7, 9], [8, 1, 2, 6, 3, 5, 11, 10]]],
+    2: [[[0, 6], [5, 4]], [[8, 1, 2, 3, 10, 11, 7, 9], []]],
+    3: [[[7, 3], [0, 6]], [[], []], [[8], [5, 4, 2, 11, 1, 9, 10]]],
+}
+TOKEN_BUDGETS = (44, 75, 300)
+
+
+def make_batch() -> list[ScoredTrajectory]:
+    return [
+        scored_trajectory(
+            np.random.default_rng((SEED, index)),
+            epoch=0,
+            index=index,
+            prompt_length=prompt_length,
+            loss_mask=(np.arange(length) % 4 != 2) & (index != UNHEARD),
+            sharpness=np.full((length, 1), sharpness),
+        )
+        for index, (prompt_length, length, sharpness) in enumerate(SHAPES)
+    ]
+
+
+def cut_by_hand(ranks: Sequence[Sequence[Sequence[int]]]) -> PackedBatch:
+    batch = [store(scored) for scored in make_batch()]
+    chosen = [stored for rank in ranks for micro in rank for stored in (batch[i] for i in micro)]
+    step = OptimizerStep(
+        num_loss_tokens=sum(stored.header.num_loss_tokens for stored in chosen),
+        ranks=tuple(tuple(tuple(batch[i] for i in micro) for micro in rank) for rank in ranks),
+    )
+    return PackedBatch(steps=(step,), alpha=ALPHA)
+
+
+def cuts(world_size: int) -> dict[str, PackedBatch]:
+    """Cuts of the batch for so many ranks; ``alone`` is the unpacked one."""
+    batch = [store(scored) for scored in make_batch()]
+    packed = {
+        f"pack {budget}": pack(batch, steps=1, ranks=world_size, token_budget=budget, alpha=ALPHA)
+        for budget in TOKEN_BUDGETS
+    }
+    alone = {"alone": cut_by_hand([[[index] for index in range(len(batch))]])} if world_size == 1 else {}
+    return packed | alone | {"by hand": cut_by_hand(BY_HAND[world_size])}
+
+
+def loss_config(gate: str) -> LossConfig:
+    return LossConfig(top_k=TOP_K, gate=GATES[gate], alpha=ALPHA)
+
+
+# ---- a training of twenty steps ---------------------------------------------------------------------------------
+
+TRAINED: Family = "qwen3"
+NUM_STEPS, NUM_WARMUP, LR = 20, 3, 5e-3
+TRAINING = {"lr": LR, "weight_decay": 0.1, "warmup_batches": NUM_WARMUP, "schedule": "cosine", "max_grad_norm": 1.0}
+
+
+def training_batch(step: int) -> list[ScoredTrajectory]:
+    """Four batches, taken in turns."""
+    rng = np.random.default_rng((SEED, step % 4))
+    lengths = rng.integers(2, 14, 6)
+    return [
+        scored_trajectory(
+            rng,
+            epoch=step,
+            index=index,
+            prompt_length=1 + index,
+            loss_mask=np.arange(length) != 1,
+            sharpness=rng.choice([0.5, 3.0, 12.0], size=(length, 1)),
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+# ---- the program of a rank --------------------------------------------------------------------------------------
+
+
+class Handed(torch.optim.AdamW):
+    """Each step exchanges weights for the gradients that came with them; the next one undoes it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.weights: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if parameter in self.weights:
+                parameter.copy_(self.weights.pop(parameter))
+            else:
+                self.weights[parameter] = parameter.clone()
+                parameter.copy_(parameter.grad)
+
+
+def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
+    import deepspeed
+
+    from eopd.learner.learner import LearnerRank
+
+    def learner_of(family: Family, config: LearnerConfig, loss: LossConfig) -> LearnerRank:
+        return LearnerRank(
+            StudentConfig(model=directory / family, dtype="float32"),
+            config,
+            loss,
+            temperature=TEMPERATURE,
+            total_batches=NUM_STEPS,
+            seed=SEED,
+            rank=rank,
+            world_size=world_size,
+            master_address="127.0.0.1",
+            master_port=port,
+        )
+
+    def whole(learner: LearnerRank) -> Tensor:
+        parameters = list(learner.model.parameters())
+        with deepspeed.zero.GatheredParameters(parameters):
+            return flat(parameters)
+
+    def gradients(gate: str, clipping: str, stage: int) -> dict[str, Any]:
+        family, limit = CLIPPING[clipping]
+        with mock.patch("torch.optim.AdamW", Handed):
+            config = LearnerConfig(zero_stage=stage, max_grad_norm=limit, logit_chunk_tokens=16)
+            learner = learner_of(family, config, loss_config(gate))
+        weights, found = whole(learner), {}
+        one_token = cut_by_hand([[[4]], *[[[]]] * (world_size - 1)]).share(rank)
+        for name, cut in cuts(world_size).items():
+            metrics = dict(learner.step(cut.share(rank)).metrics)
+            found[name] = {"metrics": metrics, "gradient": whole(learner)}
+            learner.step(one_token)
+            assert torch.equal(whole(learner), weights)  # ready for the next cut
+        return found
+
+    def training(stage: int) -> list[dict[str, float]]:
+        config = LearnerConfig(zero_stage=stage, logit_chunk_tokens=16, **TRAINING)
+        learner = learner_of(TRAINED, config, loss_config("quantile"))
+        metrics = []
+        for step in range(NUM_STEPS):
+            batch = [store(scored) for scored in training_batch(step)]
+            packed = pack(batch, steps=1, ranks=world_size, token_budget=48, alpha=ALPHA)
+            metrics.append(dict(learner.step(packed.share(rank)).metrics))
+        return metrics
+
+    seen = {
+        "gradients": {run: gradients(*run) for run in RUNS},
+        "training": {stage: training(stage) for stage in STAGES if world_size in TRAINING_WORLD_SIZES},
+    }
+    torch.save(seen, directory / f"seen-{world_size}-{rank}.pt")
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    sys.stdout.flush()
+    os._exit(0)  # torch's threads sometimes abort the interpreter while it is being torn down
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("invariance")
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 3], VOCABULARY)
+    assert len(tokenizer) == VOCABULARY
+    for family in FAMILIES:
+        write_model(root / family, build_model(family, tokenizer, seed=3, layers=1, hidden=32, scale=0.1), tokenizer)
+    return root
+
+
+@pytest.fixture(scope="module")
+def seen(directory: Path) -> dict[int, list[dict[str, Any]]]:
+    """By world size, what every rank saw."""
+    with ThreadPoolExecutor() as gangs:
+        list(gangs.map(partial(run_gang, directory, program=__file__), WORLD_SIZES))
+    return {size: [torch.load(directory / f"seen-{size}-{rank}.pt") for rank in range(size)] for size in WORLD_SIZES}
+
+
+# ---- the oracle: plain torch ------------------------------------------------------------------------------------
+
+
+def batch_loss(logprobs: Sequence[Tensor], batch: Sequence[ScoredTrajectory], config: LossConfig) -> Tensor:
+    """The mean over all loss tokens, from the student's log-probabilities [R, V] of every trajectory."""
+    gates = gates_of(batch, config, seed=SEED)
+    losses = [
+        token_losses(student, sampled(student, scored).detach(), scored, gate, config)
+        for student, scored, gate in zip(logprobs, batch, gates, strict=True)
+    ]
+    masks = [torch.tensor(scored.trajectory.loss_mask) for scored in batch]
+    return torch.cat(losses)[torch.cat(masks)].mean()
+
+
+def padded_logprobs(model: Any, batch: Sequence[ScoredTrajectory]) -> list[Tensor]:
+    """As ``dense_logprobs`` for every trajectory, from one padded run with an attention mask."""
+    prompts = [len(scored.trajectory.prompt.token_ids) for scored in batch]
+    sequences = [
+        torch.tensor(np.concatenate([s.trajectory.prompt.token_ids, s.trajectory.response_ids])).long() for s in batch
+    ]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=5)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    logits = model(input_ids=ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long()).logits
+    return [
+        (row[prompt - 1 : length - 1] / TEMPERATURE).log_softmax(-1)
+        for row, prompt, length in zip(logits, prompts, lengths.tolist(), strict=True)
+    ]
+
+
+@cache
+def expected(gate: str, family: Family, padded: bool, root: Path) -> tuple[float, Tensor]:
+    """Loss and gradient before clipping, in float64 (norms and rotations are float32 in any dtype)."""
+    model = AutoModelForCausalLM.from_pretrained(root / family, dtype=torch.float64)
+    batch = make_batch()
+    if padded:
+        logprobs = padded_logprobs(model, batch)
+    else:
+        logprobs = [dense_logprobs(model, scored, TEMPERATURE) for scored in batch]
+    loss = batch_loss(logprobs, batch, loss_config(gate))
+    loss.backward()
+    return loss.item(), flat(parameter.grad for parameter in model.parameters())
+
+
+@cache
+def expected_training(root: Path) -> dict[str, list[float]]:
+    model = AutoModelForCausalLM.from_pretrained(root / TRAINED, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=TRAINING["weight_decay"])
+    columns: dict[str, list[float]] = {"eopd_loss": [], "eopd_grad_norm": [], "eopd_learning_rate": []}
+    for step in range(NUM_STEPS):
+        cosine = (1 + math.cos(math.pi * (step - NUM_WARMUP) / (NUM_STEPS - NUM_WARMUP))) / 2
+        rate = LR * ((step + 1) / NUM_WARMUP if step < NUM_WARMUP else cosine)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = training_batch(step)
+        logprobs = [dense_logprobs(model, scored, TEMPERATURE) for scored in batch]
+        loss = batch_loss(logprobs, batch, loss_config("quantile"))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING["max_grad_norm"])
+        optimizer.step()
+        for column, value in zip(columns.values(), (loss.item(), norm.item(), rate), strict=True):
+            column.append(value)
+    return columns
+
+
+# ---- tests ------------------------------------------------------------------------------------------------------
+
+every_setting = pytest.mark.parametrize(("gate", "clipping"), SETTINGS)
+
+
+def found(seen: dict[int, list[dict[str, Any]]], gate: str, clipping: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Metrics [N] and gradients [N, W], float64, over stages, world sizes and cuts."""
+    cut_results = [
+        result
+        for ranks in seen.values()
+        for (a_gate, a_clipping, _), results in ranks[0]["gradients"].items()
+        for result in results.values()
+        if (a_gate, a_clipping) == (gate, clipping)
+    ]
+    names = cut_results[0]["metrics"]
+    metrics = {n: torch.tensor([r["metrics"][n] for r in cut_results], dtype=torch.float64) for n in names}
+    return metrics, torch.stack([result["gradient"] for result in cut_results]).double()
+
+
+def spread(values: Tensor) -> float:
+    """How far the rows [N, ...] are apart, relative to the largest entry."""
+    return ((values.amax(0) - values.amin(0)).max() / values.abs().max()).item()
+
+
+@every_setting
+def test_loss_gradient_and_norm_do_not_depend_on_cut_ranks_or_stage(seen, gate, clipping):
+    metrics, gradients = found(seen, gate, clipping)
+    assert len(gradients) == 13 * (len(STAGES) if gate == "quantile" else 1)
+    assert spread(metrics["eopd_loss"]) < 1e-6
+    assert spread(metrics["eopd_grad_norm"]) < 1e-6
+    assert len(set(metrics["eopd_gate_ratio"].tolist())) == 1
+    assert spread(gradients) < 1e-5
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["alone", "padded"])
+@every_setting
+def test_loss_gradient_and_norm_are_those_of_plain_torch(seen, directory, gate, clipping, padded):
+    metrics, gradients = found(seen, gate, clipping)
+    family, limit = CLIPPING[clipping]
+    loss, gradient = expected(gate, family, padded, directory)
+    norm = gradient.norm()
+    assert ((metrics["eopd_loss"] - loss).abs() < 1e-6 * abs(loss)).all()
+    assert ((metrics["eopd_grad_norm"] - norm).abs() < 1e-6 * norm).all()  # before clipping
+    handed = gradient * min(1.0, limit / norm.item())
+    assert (gradients - handed).abs().max() < 1e-5 * handed.abs().max()
+
+
+@every_setting
+def test_what_reaches_the_optimiser_is_clipped(seen, directory, gate, clipping):
+    metrics, gradients = found(seen, gate, clipping)
+    limit = CLIPPING[clipping][1]
+    assert (metrics["eopd_grad_norm"] > limit).all() == (clipping == "clipped")
+    expected_norms = metrics["eopd_grad_norm"].clamp(max=limit)
+    assert torch.allclose(gradients.norm(dim=1), expected_norms, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_ranks_saw_the_same(seen, world_size):
+    first, *others = seen[world_size]
+    for run, results in first["gradients"].items():
+        for name, result in results.items():
+            twins = [other["gradients"][run][name] for other in others]
+            assert all(twin["metrics"] == result["metrics"] for twin in twins)
+            assert all(torch.equal(twin["gradient"], result["gradient"]) for twin in twins)
+    assert all(other["training"] == first["training"] for other in others)
+
+
+def test_the_data_tell_gates_and_ranks_apart(directory):
+    gradients = [expected(gate, "qwen3", False, directory)[1] for gate in GATES]
+    assert all(spread(torch.stack(pair)) > 0.01 for pair in itertools.combinations(gradients, 2))
+    config, batch = loss_config("quantile"), make_batch()
+    gates = dict(zip((s.trajectory.key for s in batch), gates_of(batch, config, seed=SEED), strict=True))
+    for cut in (cut for world_size in (2, 3) for cut in cuts(world_size).values()):
+        ranks = [[stored.body for micro in rank for stored in micro] for rank in cut.steps[0].ranks]
+        counts = [sum(int(scored.trajectory.loss_mask.sum()) for scored in rank) for rank in ranks]
+        assert len(set(counts)) > 1
+        for rank in (rank for rank, count in zip(ranks, counts, strict=True) if count):
+            of_rank = torch.cat(gates_of(rank, config, seed=SEED))
+            assert not torch.equal(of_rank, torch.cat([gates[scored.trajectory.key] for scored in rank]))
+
+
+def test_twenty_steps_are_the_same_under_every_stage_and_world_size(seen, directory):
+    plain = expected_training(directory)
+    runs = [metrics for size in TRAINING_WORLD_SIZES for metrics in seen[size][0]["training"].values()]
+    assert len(runs) == 8
+    losses = torch.tensor([[step["eopd_loss"] for step in run] for run in runs] + [plain["eopd_loss"]])
+    assert (losses.amax(0) - losses.amin(0)).max() < 1e-4
+    for run in runs:
+        assert [step["eopd_grad_norm"] for step in run] == pytest.approx(plain["eopd_grad_norm"], rel=1e-3)
+        assert [step["eopd_learning_rate"] for step in run] == pytest.approx(plain["eopd_learning_rate"])
+    # The loss falls, and all the way the gradient is clipped.
+    assert losses[:, -4:].mean() < losses[:, :4].mean() / 2
+    assert min(plain["eopd_grad_norm"]) > TRAINING["max_grad_norm"]
