@@ -1,11 +1,13 @@
 """Shared by the learner's contract tests: made-up trajectories, and the launch of one process per rank."""
 
+import json
 import math
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -107,3 +109,8 @@ def run_gang(directory: Path, world_size: int, program: str) -> None:
     log.seek(0)
     assert codes == [0] * world_size, log.read()[-5000:]
     log.close()
+
+
+def read_seen(directory: Path, world_size: int) -> list[dict[str, Any]]:
+    """What every rank wrote to ``seen-WORLD_SIZE-RANK.json``."""
+    return [json.loads((directory / f"seen-{world_size}-{rank}.json").read_text()) for rank in range(world_size)]

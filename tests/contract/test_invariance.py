@@ -172,6 +172,8 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
             temperature=TEMPERATURE,
             total_batches=NUM_STEPS,
             seed=SEED,
+            entropy_bounds={"teacher": "mid"},
+            broken=directory / "broken",
             rank=rank,
             world_size=world_size,
             master_address="127.0.0.1",

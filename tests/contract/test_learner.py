@@ -1,16 +1,13 @@
 """The learner on real DeepSpeed, against plain torch on dense logits, one trajectory at a time.
 
 This file is also the program of a rank: ``python test_learner.py RANK WORLD_SIZE PORT DIRECTORY`` runs every case and
-writes what it saw as JSON. The tests compare that with the oracle below, which knows neither packing nor DeepSpeed nor
-chunks.
+writes what it saw as JSON. The tests compare that with an oracle that knows neither packing nor DeepSpeed nor chunks.
 """
 
 import dataclasses
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gang import TOP_K, VOCABULARY, read_seen, run_gang, scored_trajectory, store
+from plain_torch import dense_logprobs, gates_of, sampled, token_losses
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -42,21 +41,13 @@ from eopd.learner.student import Head, Student, load_student
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.types import (
     Estimate,
-    Exact,
-    Header,
     OptimizerStep,
     PackedBatch,
     PolicyVersion,
-    PromptSample,
     ScoredTrajectory,
-    StopReason,
-    Stored,
-    TeacherSignal,
-    Trajectory,
 )
 
-VOCABULARY = 280  # that of the tokenizer, checked where it is trained
-TOP_K, NUM_TRAJECTORIES, NUM_BATCHES, LR, SEED = 4, 8, 5, 3e-3, 7
+NUM_TRAJECTORIES, NUM_BATCHES, LR, SEED = 8, 5, 3e-3, 7
 BAD_BATCH, BAD_TRAJECTORIES = 2, (2, 6)  # where NaNs are slipped in, before this batch: one in each half
 
 
@@ -125,35 +116,13 @@ RESUMES = [("tied", 0), ("tied", 2), ("untied", 3), ("half", 0), ("half", 1)]
 def make_trajectory(batch: int, index: int) -> ScoredTrajectory:
     rng = np.random.default_rng((batch, index))
     prompt_length, length = int(rng.integers(1, 8)), int(rng.integers(2, 12))
-    sharpness = rng.choice([0.5, 3.0, 12.0], size=(length, 1))
-    logprobs = torch.from_numpy(rng.normal(size=(length, VOCABULARY)) * sharpness).log_softmax(-1)
-    top = logprobs.topk(TOP_K)
-    response = rng.integers(0, VOCABULARY, length)
-    rest = logprobs.scatter(1, top.indices, -torch.inf)
-    return ScoredTrajectory(
-        trajectory=Trajectory(
-            prompt=PromptSample(
-                epoch=batch,
-                prompt_id=f"prompt-{index}",
-                source="test",
-                token_ids=rng.integers(0, VOCABULARY, prompt_length).astype(np.int32),
-                reference_answer=None,
-            ),
-            sample_index=0,
-            response_ids=response.astype(np.int32),
-            loss_mask=np.arange(length) != 1,
-            rollout_logprobs=(rng.normal(size=length) * 0.3 - math.log(VOCABULARY)).astype(np.float32),
-            policy_versions=np.zeros(length, np.int32),
-            stop_reason=StopReason.LENGTH,
-        ),
-        signal=TeacherSignal(
-            teacher="teacher",
-            token_logprobs=logprobs.numpy()[np.arange(length), response].astype(np.float32),
-            entropy=Exact(-(logprobs.exp() * logprobs).sum(-1).float().numpy()),
-            topk_ids=top.indices.int().numpy(),
-            topk_logprobs=top.values.float().numpy(),
-            tail_logprobs=rest.logsumexp(-1).float().numpy(),
-        ),
+    return scored_trajectory(
+        rng,
+        epoch=batch,
+        index=index,
+        prompt_length=prompt_length,
+        loss_mask=np.arange(length) != 1,
+        sharpness=rng.choice([0.5, 3.0, 12.0], size=(length, 1)),
     )
 
 
@@ -182,22 +151,6 @@ def cut(batch: Sequence[ScoredTrajectory], *, world_size: int, steps: int, alpha
 
     size = len(batch) // steps
     return PackedBatch(steps=tuple(step_of(batch[i * size : (i + 1) * size]) for i in range(steps)), alpha=alpha)
-
-
-def store(scored: ScoredTrajectory) -> Stored[ScoredTrajectory]:
-    trajectory = scored.trajectory
-    header = Header(
-        key=trajectory.key,
-        source="test",
-        num_prompt_tokens=trajectory.prompt.token_ids.size,
-        num_response_tokens=trajectory.response_ids.size,
-        num_loss_tokens=int(trajectory.loss_mask.sum()),
-        stop_reason=trajectory.stop_reason,
-        oldest_version=0,
-        newest_version=0,
-        sums={},
-    )
-    return Stored(header, scored)
 
 
 # ---- the program of a rank ---------------------------------------------------------------------------------
@@ -300,33 +253,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def seen(directory: Path) -> dict[int, list[dict[str, Any]]]:
     """By world size, what every rank saw."""
-    return {world_size: run_gang(directory, world_size) for world_size in (1, 2)}
-
-
-def run_gang(directory: Path, world_size: int, program: str = __file__) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (directory / f"log-{world_size}").open("w+")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, program, str(rank), str(world_size), str(port), str(directory)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        codes = [rank.wait(timeout=240) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    log.seek(0)
-    assert codes == [0] * world_size, log.read()[-5000:]
-    log.close()
-    return [json.loads((directory / f"seen-{world_size}-{rank}.json").read_text()) for rank in range(world_size)]
+    for world_size in (1, 2):
+        run_gang(directory, world_size, __file__)
+    return {world_size: read_seen(directory, world_size) for world_size in (1, 2)}
 
 
 # ---- the oracle: plain torch -------------------------------------------------------------------------------
@@ -339,65 +268,16 @@ class Expected:
     model: torch.nn.Module
 
 
-def dense_logprobs(model: Any, scored: ScoredTrajectory, temperature: float) -> torch.Tensor:
-    """The student's log-probabilities [R, V], from a run of this trajectory alone."""
-    prompt, response = scored.trajectory.prompt.token_ids, scored.trajectory.response_ids
-    sequence = torch.tensor(np.concatenate([prompt, response]).astype(np.int64))[None]
-    logits = model(input_ids=sequence).logits[0, len(prompt) - 1 : -1]
-    return (logits / temperature).log_softmax(-1)
-
-
-def sampled(logprobs: torch.Tensor, scored: ScoredTrajectory) -> torch.Tensor:
-    return logprobs[range(len(logprobs)), scored.trajectory.response_ids]
-
-
-def token_losses(
-    logprobs: torch.Tensor, old: torch.Tensor, scored: ScoredTrajectory, gate: torch.Tensor, case: Case
-) -> torch.Tensor:
-    """METHOD: w max(-A r, -A clip(r)) + alpha g FKL, for every response token."""
-    config, signal = LossConfig(top_k=TOP_K, **case.loss), scored.signal
-    ratio = (sampled(logprobs, scored) - old).exp()
-    advantage = torch.tensor(signal.token_logprobs) - old
-    weight = (old - torch.tensor(scored.trajectory.rollout_logprobs)).exp().clamp(max=config.reverse_kl.importance_cap)
-    clip = config.reverse_kl.clip
-    reverse = weight * torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
-    ids, top = torch.tensor(signal.topk_ids).long(), torch.tensor(signal.topk_logprobs)
-    student_top = logprobs.gather(1, ids)
-    if config.forward_kl.kind == "renormalized":
-        top = top.log_softmax(-1)
-        forward = (top.exp() * (top - student_top)).sum(-1)
-    else:
-        rest, teacher_rest = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1), torch.tensor(signal.tail_logprobs)
-        forward = (top.exp() * (top - student_top)).sum(-1) + teacher_rest.exp() * (teacher_rest - rest)
-    return reverse + config.alpha * gate * forward
-
-
-def gates_of(batch: Sequence[ScoredTrajectory], case: Case) -> list[torch.Tensor]:
-    gate = case.loss.get("gate", {"kind": "hard", "tau": 0.8})
-    threshold = gate.get("tau")
-    if gate["kind"] == "quantile":
-        pooled = sorted(
-            (
-                h
-                for s in batch
-                for h, kept in zip(s.signal.entropy.entropy, s.trajectory.loss_mask, strict=True)
-                if kept
-            ),
-            reverse=True,
-        )
-        threshold = pooled[round(gate["top"] * len(pooled)) - 1] - 1e-6
-    return [torch.tensor(scored.signal.entropy.entropy > threshold).float() for scored in batch]
-
-
 @cache
 def oracle(name: str, root: Path) -> Expected:
     case = CASES[name]
+    config = LossConfig(top_k=TOP_K, **case.loss)
     model = AutoModelForCausalLM.from_pretrained(root / case.family, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
     losses, norms = [], []
     for number in range(NUM_BATCHES):
         batch = make_batch(number)
-        gates = gates_of(batch, case)
+        gates = gates_of(batch, config, seed=SEED)
         with torch.no_grad():
             old = [sampled(dense_logprobs(model, scored, case.temperature), scored) for scored in batch]
         masks = [torch.tensor(scored.trajectory.loss_mask) for scored in batch]
@@ -407,7 +287,7 @@ def oracle(name: str, root: Path) -> Expected:
         for start in range(0, len(batch), size):
             part = range(start, start + size)
             values = [
-                token_losses(dense_logprobs(model, batch[i], case.temperature), old[i], batch[i], gates[i], case)[
+                token_losses(dense_logprobs(model, batch[i], case.temperature), old[i], batch[i], gates[i], config)[
                     masks[i]
                 ]
                 for i in part

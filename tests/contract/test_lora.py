@@ -16,21 +16,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from gang import TOP_K, VOCABULARY, read_seen, run_gang
+from plain_torch import dense_logprobs, gates_of, sampled, token_losses
 from safetensors.torch import load_file
-from test_learner import (
-    NUM_BATCHES,
-    SEED,
-    TOP_K,
-    VOCABULARY,
-    Case,
-    cut,
-    dense_logprobs,
-    gates_of,
-    make_batch,
-    run_gang,
-    sampled,
-    token_losses,
-)
+from test_learner import NUM_BATCHES, SEED, Case, cut, make_batch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -96,6 +85,8 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
             temperature=1.0,
             total_batches=NUM_BATCHES,
             seed=SEED,
+            entropy_bounds={"teacher": "mid"},
+            broken=directory / "broken",
             rank=rank,
             world_size=world_size,
             master_address="127.0.0.1",
@@ -183,7 +174,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(directory: Path) -> dict[int, list[dict[str, Any]]]:
-    return {world_size: run_gang(directory, world_size, __file__) for world_size in (1, 2)}
+    for world_size in (1, 2):
+        run_gang(directory, world_size, __file__)
+    return {world_size: read_seen(directory, world_size) for world_size in (1, 2)}
 
 
 # ---- the oracle: plain torch -------------------------------------------------------------------------------
@@ -231,7 +224,7 @@ class Expected:
 @cache
 def oracle(name: str, root: Path) -> Expected:
     """Trains from the A that the learner began with under ZeRO-1; that all begin with it is tested by itself."""
-    case = CASES[name]
+    case, config = CASES[name], LossConfig(top_k=TOP_K)
     adapters = read_adapter(root / f"{name}-1-1" / "start" / "adapter")
     model = Adapted(base_of(case, root).requires_grad_(False), adapters)
     matrices = [matrix.requires_grad_() for pair in adapters.values() for matrix in pair]
@@ -239,7 +232,7 @@ def oracle(name: str, root: Path) -> Expected:
     losses, norms = [], []
     for number in range(NUM_BATCHES):
         batch = make_batch(number)
-        gates = gates_of(batch, case)
+        gates = gates_of(batch, config, seed=SEED)
         with torch.no_grad():
             old = [sampled(dense_logprobs(model, scored, 1.0), scored) for scored in batch]
         total, count, step_norms, size = 0.0, 0, [], len(batch) // case.steps_per_batch
@@ -247,7 +240,7 @@ def oracle(name: str, root: Path) -> Expected:
             part = range(start, start + size)
             values = torch.cat(
                 [
-                    token_losses(dense_logprobs(model, batch[i], 1.0), old[i], batch[i], gates[i], case)[
+                    token_losses(dense_logprobs(model, batch[i], 1.0), old[i], batch[i], gates[i], config)[
                         torch.tensor(batch[i].trajectory.loss_mask)
                     ]
                     for i in part
