@@ -176,6 +176,16 @@ class LearnerConfig(Section):
             raise ValueError("deepspeed.zero_optimization.stage: set by zero_stage, not here")
         return self
 
+    @property
+    def ranks_may_change(self) -> bool:
+        """Whether another number of ranks may continue a checkpoint.
+
+        Not under ``round_robin_gradients``: DeepSpeed 0.19.8 shards in one order of the parameters and writes down
+        another (``_link_all_hp_params`` in stage_1_and_2.py).
+        """
+        zero = self.deepspeed.get("zero_optimization")
+        return not (self.zero_stage in (1, 2) and isinstance(zero, dict) and zero.get("round_robin_gradients"))
+
 
 class WeightsConfig(Section):
     """The wire from learner to engines: ``gloo`` through host memory, ``nccl`` between GPUs."""

@@ -14,6 +14,8 @@ Three properties of DeepSpeed 0.19 shape this file.
 import io
 import math
 import os
+import shutil
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -32,6 +34,7 @@ from eopd.learner.student import Head, Student
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read while deepspeed is imported
 import deepspeed
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 # DeepSpeed compiles what it takes for useful here, on CPU its shared-memory reduction: a minute, and a compiler needed.
@@ -84,6 +87,7 @@ class Engine:
             self._engine.optimizer.refresh_fp32_params()
             optimizer.state.clear()
         self.student = student
+        self._config = config
         self._keeps_no_norm = config.zero_stage == 0 and dtype == "float32"
         if config.zero_stage == 3:
             deepspeed.zero.register_external_parameter(student, student.head.weight_VD)
@@ -128,15 +132,43 @@ class Engine:
         dist.barrier()
 
     def load(self, directory: Path) -> dict[str, int]:
-        """Continue from ``save`` with as many ranks and the same stage; returns ``state``. Collective.
+        """Continue from ``save`` under the same stage; returns ``state``. Collective.
+
+        With as many ranks as saved it is bit-equal. With another number only their random states are not: rank r takes
+        that of saved rank r modulo their number, and nothing draws from it.
 
         Raises:
             FileNotFoundError: the directory holds no checkpoint.
+            ValueError: it is that of another number of ranks, and ``LearnerConfig.ranks_may_change`` is false.
         """
         if not (directory / _TAG).is_dir():
             raise FileNotFoundError(f"{directory}: holds no learner checkpoint")
-        _, state = self._engine.load_checkpoint(str(directory), tag=_TAG)
-        torch.set_rng_state(torch.load(directory / f"rng-{dist.get_rank()}.pt"))
+        saved_ranks = len(list(directory.glob("rng-*.pt")))
+        if saved_ranks == dist.get_world_size() or self._config.zero_stage == 0:
+            _, state = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        elif not self._config.ranks_may_change:
+            raise ValueError(f"{directory}: is of {saved_ranks} ranks, which round_robin_gradients does not let change")
+        else:
+            state = self._load_universal(directory)
+        torch.set_rng_state(torch.load(directory / f"rng-{dist.get_rank() % saved_ranks}.pt"))
+        return dict(state)
+
+    def _load_universal(self, directory: Path) -> dict[str, Any]:
+        """Load through DeepSpeed's universal format, which knows no ranks: rank 0 converts, beside the checkpoint."""
+        universal = directory.with_name(f".{directory.name}.universal")
+        if dist.get_rank() == 0:
+            shutil.rmtree(universal, ignore_errors=True)
+            _convert(directory / _TAG, universal / _TAG)
+        dist.barrier()
+        self._engine._config.load_universal_checkpoint = True  # its key checkpoint.load_universal, for one call
+        _, state = self._engine.load_checkpoint(str(universal), tag=_TAG)
+        self._engine._config.load_universal_checkpoint = False
+        for weights, moments in self._engine.basic_optimizer.state.items():
+            # Loaded on the CPU, and under ZeRO-3 as one tensor in all groups, which each of them would count up.
+            moments["step"] = moments["step"].to(weights.device, copy=True)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(universal)
         return dict(state)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -170,6 +202,20 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         return weights
     with _silence():
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=_TAG))
+
+
+def _convert(sharded: Path, universal: Path) -> None:
+    arguments = Namespace(
+        input_folder=str(sharded),
+        output_folder=str(universal),
+        num_extract_workers=1,  # in this process: it holds a process group and threads
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with _silence():
+        ds_to_universal.main(arguments)
 
 
 @contextmanager

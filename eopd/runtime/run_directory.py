@@ -25,8 +25,16 @@ from eopd.telemetry.console import Measurement, Sample, Summary
 from eopd.telemetry.sinks import append_jsonl
 from eopd.types import Estimate, EvalStats
 
-# What a resumed run may change; everything else would make it another run.
-MAY_CHANGE = ("checkpoint", "telemetry", "cluster")
+# Sections and keys that a resumed run may change; everything else would make it another run.
+MAY_CHANGE = (
+    "checkpoint",
+    "telemetry",
+    "cluster",
+    "learner.ranks",
+    "learner.cpus",
+    "learner.gpus",
+    "learner.threads",
+)
 
 
 class RunDirectory:
@@ -149,12 +157,14 @@ def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
 
 
 def _require_same(saved: Config, given: Config) -> None:
+    may_change = [name for name in MAY_CHANGE if name != "learner.ranks" or given.learner.ranks_may_change]
     before, now = (_flatten(yaml.safe_load(dump_config(config))) for config in (saved, given))
     for key in sorted(before.keys() | now.keys()):
-        if key.split(".")[0] not in MAY_CHANGE and before.get(key) != now.get(key):
+        may = any(key == name or key.startswith(f"{name}.") for name in may_change)
+        if not may and before.get(key) != now.get(key):
             raise ConfigError(
                 f"--resume: {key} was {before.get(key)!r} and is {now.get(key)!r}; "
-                f"only {', '.join(MAY_CHANGE)} may change"
+                f"only {', '.join(may_change)} may change"
             )
 
 

@@ -1,8 +1,9 @@
-"""Checkpoints of the learner on real DeepSpeed: exported without it.
+"""Checkpoints of the learner on real DeepSpeed: exported without it, and continued by another number of ranks.
 
-This file is also the program of a rank: ``python test_checkpoints.py RANK WORLD_SIZE PORT DIRECTORY``.
+This file is also the program of a rank: ``python test_checkpoints.py RANK WORLD_SIZE PORT DIRECTORY GANG``.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -33,8 +34,19 @@ from eopd.types import (
     Trajectory,
 )
 
-VOCABULARY, TOP_K = 277, 4  # no size of the model is a multiple of three: shards are padded
+VOCABULARY, TOP_K = 277, 4  # no weight has a multiple of three entries: shards are padded
 SAVED_AT, LAST = 2, 7  # batches: a checkpoint after each, and five steps between
+
+# A run is named by the ranks that held it in turn. By gang: its ranks, and the runs it holds, each begun or continued
+# from another's first checkpoint.
+GANGS = {
+    "a": (1, {"1": None}),
+    "b": (2, {"2": None, "1-2": "1"}),
+    "c": (3, {"2-3": "2", "1-2-3": "1-2"}),
+    "d": (1, {"2-1": "2", "1-2-3-1": "1-2-3"}),
+}
+FIRST = Path("checkpoints", f"step-{SAVED_AT:06d}", "learner")
+CONTINUED = {run: source for _, runs in GANGS.values() for run, source in runs.items() if source}
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ def make_stored(rng: np.random.Generator, number: int, index: int) -> Stored[Sco
 # ---- the program of a rank ---------------------------------------------------------------------------------
 
 
-def run_rank(rank: int, world_size: int, port: int, root: Path) -> None:
+def run_rank(rank: int, world_size: int, port: int, root: Path, gang: str) -> None:
     from eopd.learner.learner import LearnerRank
 
     def learner_of(case: Case) -> LearnerRank:
@@ -144,6 +156,8 @@ def run_rank(rank: int, world_size: int, port: int, root: Path) -> None:
             temperature=1.0,
             total_batches=LAST + 3,
             seed=7,
+            entropy_bounds={"teacher": "mid"},
+            broken=root / "broken",
             rank=rank,
             world_size=world_size,
             master_address="127.0.0.1",
@@ -153,34 +167,41 @@ def run_rank(rank: int, world_size: int, port: int, root: Path) -> None:
     def train(learner: LearnerRank, first: int, last: int) -> list[dict[str, float]]:
         return [dict(learner.step(make_batch(n, world_size).share(rank)).metrics) for n in range(first, last)]
 
-    seen: dict[str, list[dict[str, float]]] = {}
-    for case in CASES:
-        run, learner = run_of(root, case, world_size), learner_of(case)
-        for first, last in ((0, SAVED_AT), (SAVED_AT, LAST)):
-            seen[f"{case.name} {last}"] = train(learner, first, last)
-            learner.save(run / f"checkpoints/step-{last:06d}/learner")
-            learner.export(run / f"expected-{last}")
-    (root / f"seen-{world_size}-{rank}.json").write_text(json.dumps(seen))
-
-
-def run_of(root: Path, case: Case, world_size: int) -> Path:
-    return root / "runs" / f"{case.name}-{world_size}"
+    seen: dict[str, Any] = {}
+    for case, (name, source) in itertools.product(CASES, GANGS[gang][1].items()):
+        learner, run = learner_of(case), root / "runs" / f"{case.name}-{name}"
+        metrics: list[dict[str, float]] = []
+        if source is None:
+            metrics += train(learner, 0, SAVED_AT)
+            torch.rand(rank + 1)  # so that the ranks' random states differ
+        else:
+            learner.load(root / "runs" / f"{case.name}-{source}" / FIRST)
+        learner.save(run / FIRST)
+        learner.export(run / f"expected-{SAVED_AT}")
+        draw = torch.rand(1).item()
+        metrics += train(learner, SAVED_AT, LAST)
+        learner.save(run / f"checkpoints/step-{LAST:06d}/learner")
+        learner.export(run / f"expected-{LAST}")
+        seen[f"{case.name}-{name}"] = {"metrics": metrics, "draw": draw, "version": learner.version}
+    (root / f"seen-{gang}-{rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    run_rank(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])
     sys.stdout.flush()
     os._exit(0)  # torch's threads sometimes abort the interpreter while it is being torn down
 
 
-def run_gang(root: Path, world_size: int) -> None:
+def run_gang(root: Path, gang: str) -> list[dict[str, Any]]:
+    """What every rank saw, by case and run."""
+    world_size = GANGS[gang][0]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with (root / f"log-{world_size}").open("w+") as log:
+    with (root / f"log-{gang}").open("w+") as log:
         ranks = [
             subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(world_size), str(port), str(root)],
+                [sys.executable, __file__, str(rank), str(world_size), str(port), str(root), gang],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -195,21 +216,27 @@ def run_gang(root: Path, world_size: int) -> None:
                 rank.wait()
         log.seek(0)
         assert codes == [0] * world_size, log.read()[-5000:]
+    return [json.loads((root / f"seen-{gang}-{rank}.json").read_text()) for rank in range(world_size)]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, and the runs of every case under one and two ranks."""
     root = tmp_path_factory.mktemp("checkpoints")
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 3], VOCABULARY)
     assert len(tokenizer) == VOCABULARY
     for family in ("qwen3", "llama"):
         write_model(root / family, build_model(family, tokenizer, seed=3, hidden=62, scale=0.1), tokenizer)
-    for world_size in (1, 2):
-        run_gang(root, world_size)
     return root
 
 
+@pytest.fixture(scope="module")
+def seen(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """By case and run, what every rank saw; every gang is launched once."""
+    of_gangs = [run_gang(root, gang) for gang in GANGS]
+    return {run: [of_rank[run] for of_rank in of_gang] for of_gang in of_gangs for run in of_gang[0]}
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 # ---- exported without a process group ----------------------------------------------------------------------
 
 
@@ -224,11 +251,11 @@ def run_export(run: Path, *arguments: str) -> None:
     assert done.value.code == 0
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_an_exported_checkpoint_is_what_the_learner_exported_then(root, case, world_size, monkeypatch, capfd):
+@pytest.mark.parametrize("ranks", ["1", "2", "1-2-3"])
+@every_case
+def test_an_exported_checkpoint_is_what_the_learner_exported_then(seen, root, case, ranks, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", [])
-    run = run_of(root, case, world_size)
+    run = root / "runs" / f"{case.name}-{ranks}"
     config = {
         "run": {"name": "r", "batches": LAST},
         "student": {"model": str(root / case.family), "dtype": case.dtype},
@@ -259,3 +286,49 @@ def test_an_export_that_fails_leaves_what_was_there(root, tmp_path):
     assert list(files_of(tmp_path / "hf")) == ["older"]
     write_student(tmp_path / "hf", model, model.state_dict(), source=root / "qwen3")
     assert "older" not in files_of(tmp_path / "hf")
+
+
+# ---- continued by another number of ranks ------------------------------------------------------------------
+
+
+def column(seen: dict[str, list[dict[str, Any]]], case: Case, run: str, metric: str) -> list[float]:
+    """The five steps after the checkpoint."""
+    return [metrics[metric] for metrics in seen[f"{case.name}-{run}"][0]["metrics"][SAVED_AT - LAST :]]
+
+
+@pytest.mark.parametrize(("run", "unchanged"), [("1-2", "1"), ("2-1", "2"), ("2-3", "2")])
+@every_case
+def test_another_number_of_ranks_goes_on_as_if_it_had_not_changed(seen, case, run, unchanged):
+    loss = {"abs": 1e-4} if case.dtype == "float32" else {"rel": 0.01}  # bfloat16 rounds by the packing
+    norm = {"rel": 1e-4} if case.dtype == "float32" else {"rel": 0.03}
+    actual, expected = (
+        [column(seen, case, name, f"eopd_{metric}") for metric in ("loss", "grad_norm", "learning_rate")]
+        for name in (run, unchanged)
+    )
+    assert actual[0] == pytest.approx(expected[0], **loss)
+    assert actual[1] == pytest.approx(expected[1], **norm)
+    assert actual[2] == expected[2]
+
+
+@every_case
+def test_one_rank_goes_on_bit_equal_after_two_and_three_have_held_the_checkpoint(seen, case):
+    assert seen[f"{case.name}-1-2-3-1"][0]["metrics"] == seen[f"{case.name}-1"][0]["metrics"][SAVED_AT:]
+    assert seen[f"{case.name}-1-2-3-1"][0]["version"] == [3, LAST]
+
+
+@pytest.mark.parametrize("run", CONTINUED)
+@every_case
+def test_the_loaded_weights_are_those_that_were_saved(seen, root, case, run):
+    loaded, saved = (root / "runs" / f"{case.name}-{name}" / f"expected-{SAVED_AT}" for name in (run, CONTINUED[run]))
+    assert files_of(loaded) == files_of(saved)
+
+
+@pytest.mark.parametrize("run", CONTINUED)
+@every_case
+def test_new_ranks_take_the_random_states_of_old_ones_in_turn(seen, case, run):
+    loaded, saved = ([rank["draw"] for rank in seen[f"{case.name}-{name}"]] for name in (run, CONTINUED[run]))
+    assert loaded == [saved[rank % len(saved)] for rank in range(len(loaded))]
+
+
+def test_the_conversion_leaves_nothing_behind(seen, root):
+    assert {path.name for path in root.glob("runs/*/checkpoints/*/*")} == {"learner"}

@@ -65,11 +65,49 @@ async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         RunDirectory.reopen(config())
     await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
-    with pytest.raises(ConfigError, match=r"learner.lr was 1e-06 and is 0.1; only checkpoint, telemetry, cluster may"):
+    refusal = (
+        r"learner.lr was 1e-06 and is 0.1; only checkpoint, telemetry, cluster, "
+        r"learner.ranks, learner.cpus, learner.gpus, learner.threads may change"
+    )
+    with pytest.raises(ConfigError, match=refusal):
         RunDirectory.reopen(config("learner.lr=0.1"))
     assert RunDirectory.reopen(config("checkpoint.every=7")).path == directory.path
     with pytest.raises(ConfigError, match="holds no run"):
         RunDirectory.reopen(config("run.name=other"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ("learner.ranks=2 learner.cpus=0.5 learner.gpus=1 learner.threads=3", None),
+        ("checkpoint.keep_last=1 telemetry.port=null cluster.cpus=3", None),
+        ("learner.zero_stage=2", "learner.zero_stage was 1 and is 2"),
+        ("learner.token_budget=9000", "learner.token_budget was 8192 and is 9000"),
+        ("learner.deepspeed.ranks=2", "learner.deepspeed.ranks was None and is 2"),
+        ("rollout.cpus=2", "rollout.cpus was 1.0 and is 2"),
+        ("run.batches=3", "run.batches was 2 and is 3"),
+    ],
+)
+async def test_a_resumed_run_may_change_its_place_and_nothing_else(config, changes, refused):
+    directory = RunDirectory.create(config())
+    await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
+    changed = config(*changes.split())
+    if refused is None:
+        RunDirectory.reopen(changed)
+        assert load_config(directory.path / "config.yaml") == changed
+    else:
+        with pytest.raises(ConfigError, match=refused):
+            RunDirectory.reopen(changed)
+        assert load_config(directory.path / "config.yaml") == config()
+
+
+async def test_round_robin_gradients_fix_the_number_of_ranks(config):
+    native = "learner.deepspeed={zero_optimization: {round_robin_gradients: true}}"
+    directory = RunDirectory.create(config(native))
+    await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
+    RunDirectory.reopen(config(native, "learner.threads=2"))
+    with pytest.raises(ConfigError, match=r"learner.ranks was 1 and is 2; only .*cluster, learner.cpus, .* may change"):
+        RunDirectory.reopen(config(native, "learner.ranks=2"))
 
 
 def test_rows_after_the_checkpoint_are_dropped(config):
