@@ -46,8 +46,10 @@ format: setup ## rewrite the code in its one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## measure memory and time of the loss
+bench: setup ## memory and time of the loss, and the learner beside a bare loop
 	$(BIN)/python tests/bench/bench_loss.py
+	$(BIN)/eopd models demo
+	$(BIN)/python tests/bench/bench_learner.py
 
 dashboards: setup ## make the Grafana dashboard again
 	$(BIN)/python dashboards/build.py

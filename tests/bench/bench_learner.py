@@ -1,0 +1,162 @@
+"""Learner tokens/s beside a bare transformers + AdamW loop with a dense cross-entropy on the same loss tokens.
+
+Both run in one process, a step of the one after a step of the other, on the same packed tokens, under the same
+attention and dtype, with clipping; the bare loop has no teacher, no importance weights, no metrics, and in bfloat16 no
+float32 master weights. Tokens are packed input tokens; a time is the median of all steps after the first. The target:
+at least 0.9x. Needs the demo's student: ``eopd models demo``.
+"""
+
+import argparse
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from eopd.config import LearnerConfig, LossConfig, StudentConfig
+from eopd.learner.learner import LearnerRank
+from eopd.packing import pack
+from eopd.types import (
+    Exact,
+    Header,
+    PackedBatch,
+    PromptSample,
+    ScoredTrajectory,
+    StopReason,
+    Stored,
+    TeacherSignal,
+    Trajectory,
+)
+
+STUDENT = Path("~/.cache/eopd/models/smollm2-99m-pruned").expanduser()
+SHAPES = {"8 x (32 + 32)": (8, 32, 32), "4 x (128 + 384)": (4, 128, 384)}  # trajectories, prompt, response
+V, K, BAR = 49_152, 16, 0.9
+
+
+def make_scored(rng: np.random.Generator, index: int, num_prompt: int, num_response: int) -> Stored[ScoredTrajectory]:
+    outcomes = torch.from_numpy(3.0 * rng.normal(size=(num_response, K + 1))).log_softmax(-1).float().numpy()
+    trajectory = Trajectory(
+        prompt=PromptSample(
+            epoch=0,
+            prompt_id=str(index),
+            source="bench",
+            token_ids=rng.integers(0, V, num_prompt).astype(np.int32),
+            reference_answer=None,
+        ),
+        sample_index=0,
+        response_ids=rng.integers(0, V, num_response).astype(np.int32),
+        loss_mask=np.ones(num_response, np.bool_),
+        rollout_logprobs=rng.normal(size=num_response).astype(np.float32) - 5.0,
+        policy_versions=np.zeros(num_response, np.int32),
+        stop_reason=StopReason.LENGTH,
+    )
+    signal = TeacherSignal(
+        teacher="teacher",
+        token_logprobs=rng.normal(size=num_response).astype(np.float32) - 5.0,
+        entropy=Exact(rng.uniform(0.0, 3.0, num_response).astype(np.float32)),
+        topk_ids=((rng.integers(0, V, (num_response, 1)) + 97 * np.arange(K)) % V).astype(np.int32),
+        topk_logprobs=outcomes[:, :K],
+        tail_logprobs=outcomes[:, K],
+    )
+    header = Header(
+        key=trajectory.key,
+        source="bench",
+        num_prompt_tokens=num_prompt,
+        num_response_tokens=num_response,
+        num_loss_tokens=num_response,
+        stop_reason=trajectory.stop_reason,
+        oldest_version=0,
+        newest_version=0,
+        sums={},
+    )
+    return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
+
+
+def bare_step(dtype: str, batch: Sequence[Stored[ScoredTrajectory]]) -> Callable[[], object]:
+    model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    pairs = [(s.body.trajectory.prompt.token_ids, s.body.trajectory.response_ids) for s in batch]  # type: ignore[attr-defined]
+    inputs = torch.from_numpy(np.concatenate([np.concatenate([p, r[:-1]]) for p, r in pairs]).astype(np.int64))
+    positions = torch.cat([torch.arange(len(p) + len(r) - 1) for p, r in pairs])
+    rows = torch.cat([torch.arange(len(p) + len(r) - 1) >= len(p) - 1 for p, r in pairs])
+    targets = torch.from_numpy(np.concatenate([r for _, r in pairs]).astype(np.int64))
+
+    def step() -> None:
+        logits = model(input_ids=inputs[None], position_ids=positions[None], use_cache=False).logits[0]
+        functional.cross_entropy(logits[rows].float(), targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_step(dtype: str, stage: int, threads: int, batch: PackedBatch) -> Callable[[], object]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    learner = LearnerRank(
+        StudentConfig(model=STUDENT, dtype=dtype),
+        LearnerConfig(threads=threads, zero_stage=stage, lr=1e-6),
+        LossConfig(top_k=K),
+        temperature=1.0,
+        total_batches=100,
+        seed=0,
+        entropy_bounds={"teacher": "mid"},
+        broken=Path(tempfile.gettempdir()) / "eopd-bench-broken",
+        rank=0,
+        world_size=1,
+        master_address="127.0.0.1",
+        master_port=port,
+    )
+    share = batch.share(0)
+    return lambda: learner.step(share)
+
+
+def measure(steps: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Median seconds of each, alternating."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(rounds + 1):
+        for step, mine in zip(steps, seconds, strict=True):
+            start = time.perf_counter()
+            step()
+            mine.append(time.perf_counter() - start)
+    return [statistics.median(mine[1:]) for mine in seconds]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    parser.add_argument("--zero-stage", type=int, default=0, choices=[0, 1, 2, 3])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    if not STUDENT.is_dir():
+        sys.exit(f"{STUDENT} is missing; make it with: eopd models demo")
+    torch.set_num_threads(options.threads)
+    sys.stdout.write(f"ZeRO-{options.zero_stage}, {options.threads} threads\n")
+    sys.stdout.write("| dtype | trajectories | ours, tokens/s | bare, tokens/s | ratio |\n" + "|---" * 5 + "|\n")
+    for dtype in options.dtype:
+        for name, (count, num_prompt, num_response) in SHAPES.items():
+            rng = np.random.default_rng(0)
+            batch = [make_scored(rng, index, num_prompt, num_response) for index in range(count)]
+            packed = pack(batch, steps=1, ranks=1, token_budget=8192, alpha=1.0)
+            ours = our_step(dtype, options.zero_stage, options.threads, packed)
+            found, bare = measure([ours, bare_step(dtype, batch)], options.rounds)
+            num_tokens = count * (num_prompt + num_response - 1)
+            ratio = bare / found
+            verdict = "pass" if ratio >= BAR else "MISS"
+            rates = f"{num_tokens / found:,.0f} | {num_tokens / bare:,.0f}"
+            sys.stdout.write(f"| {dtype} | {name} | {rates} | {ratio:.2f} (at least {BAR}: {verdict}) |\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
