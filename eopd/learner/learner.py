@@ -185,14 +185,17 @@ class LearnerRank:
         )
 
     def save(self, directory: Path) -> None:
-        """Write weights, optimiser, schedule, random state and version, for ``load`` under the same stage and ranks."""
+        """Write weights, optimiser, schedule, random state and version, for ``load`` under the same stage."""
         self._engine.save(directory, self._version._asdict() | {"num_skipped": self._num_skipped})
 
     def load(self, directory: Path) -> None:
         """Continue from what ``save`` wrote, under a new incarnation: engines may know later versions of the old one.
 
+        Bit-equal with as many ranks as saved; with another number up to the rounding of sums over ranks.
+
         Raises:
             FileNotFoundError: the directory holds no checkpoint.
+            ValueError: it is that of another number of ranks, and the options do not let that change.
         """
         saved = self._engine.load(directory)
         self._version = PolicyVersion(saved["incarnation"] + 1, saved["step"])
