@@ -117,6 +117,8 @@ def loss_config(gate: str) -> LossConfig:
 
 # ---- a training of twenty steps ---------------------------------------------------------------------------------
 
+SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # else ZeRO-3 keeps tiny parameters whole
+
 TRAINED: Family = "qwen3"
 NUM_STEPS, NUM_WARMUP, LR = 20, 3, 5e-3
 TRAINING = {"lr": LR, "weight_decay": 0.1, "warmup_batches": NUM_WARMUP, "schedule": "cosine", "max_grad_norm": 1.0}
@@ -188,7 +190,7 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
     def gradients(gate: str, clipping: str, stage: int) -> dict[str, Any]:
         family, limit = CLIPPING[clipping]
         with mock.patch("torch.optim.AdamW", Handed):
-            config = LearnerConfig(zero_stage=stage, max_grad_norm=limit, logit_chunk_tokens=16)
+            config = LearnerConfig(zero_stage=stage, max_grad_norm=limit, logit_chunk_tokens=16, deepspeed=SHARDED)
             learner = learner_of(family, config, loss_config(gate))
         weights, found = whole(learner), {}
         one_token = cut_by_hand([[[4]], *[[[]]] * (world_size - 1)]).share(rank)
@@ -200,7 +202,7 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
         return found
 
     def training(stage: int) -> list[dict[str, float]]:
-        config = LearnerConfig(zero_stage=stage, logit_chunk_tokens=16, **TRAINING)
+        config = LearnerConfig(zero_stage=stage, logit_chunk_tokens=16, deepspeed=SHARDED, **TRAINING)
         learner = learner_of(TRAINED, config, loss_config("quantile"))
         metrics = []
         for step in range(NUM_STEPS):

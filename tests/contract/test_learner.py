@@ -168,6 +168,8 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
                 zero_stage=stage,
                 logit_chunk_tokens=16,
                 max_skipped_steps=2 * case.steps_per_batch + 1,
+                # else ZeRO-3 keeps parameters as small as these whole
+                deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
                 **case.learner,
             ),
             LossConfig(top_k=TOP_K, **case.loss),
