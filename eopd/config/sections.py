@@ -174,6 +174,8 @@ class LearnerConfig(Section):
         zero = self.deepspeed.get("zero_optimization")
         if isinstance(zero, dict) and "stage" in zero:
             raise ValueError("deepspeed.zero_optimization.stage: set by zero_stage, not here")
+        if isinstance(zero, dict):
+            _refuse_offload(zero, self.zero_stage)
         return self
 
     @property
@@ -185,6 +187,25 @@ class LearnerConfig(Section):
         """
         zero = self.deepspeed.get("zero_optimization")
         return not (self.zero_stage in (1, 2) and isinstance(zero, dict) and zero.get("round_robin_gradients"))
+
+
+def _refuse_offload(zero: NativeOptions, zero_stage: int) -> None:
+    """Refuse offloading that DeepSpeed 0.19.8 ignores, does with its own Adam alone, or leaves out of checkpoints.
+
+    Raises:
+        ValueError: names the option and what to write.
+    """
+    where = "deepspeed.zero_optimization"
+    for name, lowest_stage in (("offload_optimizer", 1), ("offload_param", 3)):
+        options = zero.get(name) or {}
+        device = options.get("device", "none") if isinstance(options, dict) else options
+        if device not in ("none", "cpu"):
+            raise ValueError(f"{where}.{name}: must be {{device: cpu}} or {{device: none}} (is {device!r})")
+        if device == "cpu" and zero_stage < lowest_stage:
+            raise ValueError(f"{where}.{name}: needs zero_stage {lowest_stage} or more (is {zero_stage})")
+        if isinstance(options, dict):
+            refuse(f"{where}.{name}", options, ("ratio", "super_offload"))
+    refuse(where, zero, ("cpu_offload", "cpu_offload_param"))
 
 
 class WeightsConfig(Section):

@@ -123,7 +123,13 @@ class Engine:
                 self._engine.zero_grad()
                 return norm
         self._engine.step()
-        return norm if self._keeps_no_norm else float(self._engine.get_global_grad_norm())
+        if not self._keeps_no_norm:
+            norm = float(self._engine.get_global_grad_norm())
+        if not math.isfinite(norm) and self._engine.zero_cpu_offload():
+            # In bfloat16 under ZeRO-1 and 2 DeepSpeed keeps the refused gradient, and adds all later ones to it.
+            gradients = self._engine.optimizer.averaged_gradients
+            gradients.update(dict.fromkeys(gradients))
+        return norm
 
     def save(self, directory: Path, state: dict[str, int]) -> None:
         """Weights, optimiser, schedule and ``state``, plus this rank's random state; collective."""

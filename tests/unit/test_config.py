@@ -99,6 +99,33 @@ def test_a_reward_compares_samples_of_one_batch(path):
         load_config(path, [*sampled, "flow={batch_prompts: 8, max_staleness: 1, lookahead: 1}"])
 
 
+ZERO = "learner.deepspeed.zero_optimization"
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "message"),
+    [
+        (0, "offload_optimizer.device=cpu", r"learner: deepspeed.*_optimizer: needs zero_stage 1 or more \(is 0\)"),
+        (2, "offload_param.device=cpu", r"learner: deepspeed.*offload_param: needs zero_stage 3 or more \(is 2\)"),
+        (3, "offload_optimizer.device=nvme", r"offload_optimizer: must be {device: cpu} or .* \(is 'nvme'\)"),
+        (3, "offload_param={device: nvme, nvme_path: /f}", r"offload_param: must be {device: cpu} or .* \(is 'nvme'\)"),
+        (3, "offload_param=true", r"offload_param: must be {device: cpu} or {device: none} \(is True\)"),
+        (3, "offload_optimizer={device: cpu, ratio: 0.5}", "zero_optimization.offload_optimizer: ratio cannot be set"),
+        (3, "cpu_offload=true", "zero_optimization: cpu_offload cannot be set here"),
+        (0, "offload_optimizer.device=none", None),
+        (1, "offload_optimizer.device=cpu", None),
+        (3, "offload_param={device: cpu, pin_memory: false}", None),
+    ],
+)
+def test_offloading_that_cannot_work_is_refused(path, stage, override, message):
+    overrides = [f"learner.zero_stage={stage}", f"{ZERO}.{override}"]
+    if message is None:
+        load_config(path, overrides)
+        return
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, overrides)
+
+
 def test_a_missing_key_and_a_broken_file_are_named(path, tmp_path):
     tree = yaml.safe_load(MINIMAL)
     del tree["student"]["model"]
