@@ -7,9 +7,6 @@ This file is also the program of a rank: ``python test_checkpoints.py RANK WORLD
 import dataclasses
 import itertools
 import json
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,24 +16,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gang import TOP_K, read_seen, run_as_rank, run_gang, scored_trajectory, store, write_models
 
 from eopd.cli.main import main
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
-from eopd.models.tiny import build_model, train_tokenizer, write_model
-from eopd.types import (
-    Exact,
-    Header,
-    OptimizerStep,
-    PackedBatch,
-    PromptSample,
-    ScoredTrajectory,
-    StopReason,
-    Stored,
-    TeacherSignal,
-    Trajectory,
-)
+from eopd.types import OptimizerStep, PackedBatch, ScoredTrajectory, Stored
 
-VOCABULARY, TOP_K = 277, 4  # no weight has a multiple of three entries: shards are padded
+VOCABULARY = 277  # no weight has a multiple of three entries: shards are padded
 SAVED_AT, LAST = 2, 7  # batches: a checkpoint after each, and five steps between
 
 # A run is named by the ranks that held it in turn. By gang: its ranks, and the runs it holds, each begun or continued
@@ -116,46 +102,17 @@ def make_batch(number: int, world_size: int, *, spoiled: bool = False) -> Packed
 
 
 def make_stored(rng: np.random.Generator, number: int, index: int) -> Stored[ScoredTrajectory]:
-    length = int(rng.integers(3, 9))
-    logprobs = torch.from_numpy(rng.normal(size=(length, VOCABULARY)) * 3.0).log_softmax(-1)
-    top = logprobs.topk(TOP_K)
-    response = rng.integers(0, VOCABULARY, length).astype(np.int32)
-    prompt = PromptSample(
-        epoch=number,
-        prompt_id=f"prompt-{index}",
-        source="test",
-        token_ids=rng.integers(0, VOCABULARY, 4).astype(np.int32),
-        reference_answer=None,
+    return store(
+        scored_trajectory(
+            rng,
+            epoch=number,
+            index=index,
+            prompt_length=4,
+            loss_mask=np.ones(int(rng.integers(3, 9)), bool),
+            sharpness=3.0,
+            vocabulary=VOCABULARY,
+        )
     )
-    trajectory = Trajectory(
-        prompt=prompt,
-        sample_index=0,
-        response_ids=response,
-        loss_mask=np.ones(length, bool),
-        rollout_logprobs=np.full(length, -np.log(VOCABULARY), np.float32),
-        policy_versions=np.zeros(length, np.int32),
-        stop_reason=StopReason.LENGTH,
-    )
-    signal = TeacherSignal(
-        teacher="teacher",
-        token_logprobs=logprobs.numpy()[np.arange(length), response].astype(np.float32),
-        entropy=Exact(-(logprobs.exp() * logprobs).sum(-1).float().numpy()),
-        topk_ids=top.indices.int().numpy(),
-        topk_logprobs=top.values.float().numpy(),
-        tail_logprobs=np.log1p(-top.values.exp().sum(-1).numpy()).astype(np.float32),
-    )
-    header = Header(
-        key=trajectory.key,
-        source="test",
-        num_prompt_tokens=4,
-        num_response_tokens=length,
-        num_loss_tokens=length,
-        stop_reason=trajectory.stop_reason,
-        oldest_version=0,
-        newest_version=0,
-        sums={},
-    )
-    return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
 
 
 # ---- the program of a rank ---------------------------------------------------------------------------------
@@ -218,52 +175,22 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, gang: str) -> No
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])
-    sys.stdout.flush()
-    os._exit(0)  # torch's threads sometimes abort the interpreter while it is being torn down
-
-
-def run_gang(root: Path, gang: str) -> list[dict[str, Any]]:
-    """What every rank saw, by case and run."""
-    world_size = GANGS[gang][0]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (root / f"log-{gang}").open("w+") as log:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(world_size), str(port), str(root), gang],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            codes = [rank.wait(timeout=240) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-        log.seek(0)
-        assert codes == [0] * world_size, log.read()[-5000:]
-    return [json.loads((root / f"seen-{gang}-{rank}.json").read_text()) for rank in range(world_size)]
+    run_as_rank(run_rank)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("checkpoints")
-    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 3], VOCABULARY)
-    assert len(tokenizer) == VOCABULARY
-    for family in ("qwen3", "llama"):
-        write_model(root / family, build_model(family, tokenizer, seed=3, layers=1, hidden=62, scale=0.1), tokenizer)
-    return root
+    return write_models(
+        tmp_path_factory.mktemp("checkpoints"), "qwen3", "llama", vocabulary=VOCABULARY, layers=1, hidden=62
+    )
 
 
 @pytest.fixture(scope="module")
 def seen(root: Path) -> dict[str, list[dict[str, Any]]]:
     """By case and run, what every rank saw; every gang is launched once."""
-    of_gangs = [run_gang(root, gang) for gang in GANGS]
+    for gang, (world_size, _) in GANGS.items():
+        run_gang(root, world_size, __file__, gang)
+    of_gangs = [read_seen(root, world_size, gang) for gang, (world_size, _) in GANGS.items()]
     return {run: [of_rank[run] for of_rank in of_gang] for of_gang in of_gangs for run in of_gang[0]}
 
 

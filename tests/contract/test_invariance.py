@@ -13,8 +13,6 @@ and saves what it saw.
 
 import itertools
 import math
-import os
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -25,13 +23,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from gang import TOP_K, VOCABULARY, run_gang, scored_trajectory, store
+from gang import TOP_K, run_as_rank, run_gang, scored_trajectory, store, write_models
 from plain_torch import dense_logprobs, gates_of, sampled, token_losses
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
-from eopd.models.tiny import Family, build_model, train_tokenizer, write_model
+from eopd.models.tiny import Family
 from eopd.packing import pack
 from eopd.types import OptimizerStep, PackedBatch, ScoredTrajectory
 
@@ -223,19 +221,12 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    sys.stdout.flush()
-    os._exit(0)  # torch's threads sometimes abort the interpreter while it is being torn down
+    run_as_rank(run_rank)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("invariance")
-    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 3], VOCABULARY)
-    assert len(tokenizer) == VOCABULARY
-    for family in FAMILIES:
-        write_model(root / family, build_model(family, tokenizer, seed=3, layers=1, hidden=32, scale=0.1), tokenizer)
-    return root
+    return write_models(tmp_path_factory.mktemp("invariance"), *FAMILIES, layers=1, hidden=32)
 
 
 @pytest.fixture(scope="module")

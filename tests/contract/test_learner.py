@@ -7,8 +7,6 @@ writes what it saw as JSON. The tests compare that with an oracle that knows nei
 import dataclasses
 import json
 import math
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gang import TOP_K, VOCABULARY, read_seen, run_gang, scored_trajectory, store
+from gang import TOP_K, read_seen, run_as_rank, run_gang, scored_trajectory, store, write_models
 from plain_torch import dense_logprobs, gates_of, sampled, token_losses
 from safetensors.torch import load_file
 from transformers import (
@@ -38,7 +36,6 @@ from transformers.models.hyperclovax import HyperCLOVAXConfig
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.learner.student import Head, Student, load_student
-from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.types import (
     Estimate,
     OptimizerStep,
@@ -237,19 +234,12 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    sys.stdout.flush()
-    os._exit(0)  # torch's threads sometimes abort the interpreter while it is being torn down
+    run_as_rank(run_rank)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("learner")
-    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 3], VOCABULARY)
-    assert len(tokenizer) == VOCABULARY
-    for family in ("qwen3", "llama"):
-        write_model(root / family, build_model(family, tokenizer, seed=3, scale=0.1), tokenizer)
-    return root
+    return write_models(tmp_path_factory.mktemp("learner"), "qwen3", "llama")
 
 
 @pytest.fixture(scope="module")

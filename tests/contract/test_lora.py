@@ -5,8 +5,6 @@ This file is also the program of a rank, like ``test_learner.py``, from which tr
 
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,7 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from gang import TOP_K, VOCABULARY, read_seen, run_gang
+from gang import TOP_K, read_seen, run_as_rank, run_gang, write_models
 from plain_torch import dense_logprobs, gates_of, sampled, token_losses
 from safetensors.torch import load_file
 from test_learner import NUM_BATCHES, SEED, Case, cut, make_batch
@@ -25,7 +23,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.learner.lora import whole_tensors
-from eopd.models.tiny import build_model, train_tokenizer, write_model
 
 RANK, ALPHA, LR, WEIGHT_DECAY, SAVED_AT = 4, 12.0, 1e-2, 0.1, 2
 SCALE = 3.0  # ALPHA / RANK
@@ -158,18 +155,12 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    sys.stdout.flush()
-    os._exit(0)  # torch's threads sometimes abort the interpreter while it is being torn down
+    run_as_rank(run_rank)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("lora")
-    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 3], VOCABULARY)
-    for family in ("qwen3", "llama"):
-        write_model(root / family, build_model(family, tokenizer, seed=3, scale=0.1), tokenizer)
-    return root
+    return write_models(tmp_path_factory.mktemp("lora"), "qwen3", "llama")
 
 
 @pytest.fixture(scope="module")
