@@ -235,9 +235,6 @@ def native_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
     """Our options merged with ``learner.deepspeed``, which wins, section by section.
 
     In bfloat16 gradients are accumulated and reduced in float32; ZeRO-0 cannot, and does both in bfloat16.
-
-    Raises:
-        ValueError: ``learner.deepspeed`` sets the stage, which is ``learner.zero_stage``.
     """
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,

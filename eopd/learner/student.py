@@ -121,7 +121,7 @@ def choose_attention(
     ``eager`` under a soft-cap: SDPA drops it silently, as FlashAttention below 2.6 does (transformers 5.19).
     ``flash_attention_2`` on GPUs in half precision, where it is installed and the model class takes it; some take only
     other kernels, since it knows no attention sinks. It never ran here, for want of a GPU: the checks on load are its
-    first test. ``sdpa`` otherwise, which transformers itself replaces by ``eager`` for model classes without it.
+    first test. ``sdpa`` otherwise; transformers raises ValueError for model classes without it.
     """
     if text_config.get("attn_logit_softcapping") is not None:
         return "eager"

@@ -290,6 +290,8 @@ def test_the_conversion_leaves_nothing_behind(seen, root):
 
 @pytest.mark.parametrize("run", ["1", "2"])
 @pytest.mark.parametrize("case", OFFLOADED_CASES, ids=lambda case: case.name)
-def test_offloaded_states_train_as_those_that_are_not(seen, case, run):
+def test_offloaded_states_train_as_those_that_are_not(seen, root, case, run):
+    saved = next((root / "runs" / f"{case.name}-{run}" / FIRST).glob("deepspeed/*_model_states.pt"))
+    assert torch.load(saved, weights_only=False)["ds_config"]["zero_optimization"].items() >= case.zero.items()
     rows, rows_of_others = (seen[f"{name}-{run}"][0]["metrics"] for name in (case.name, f"{case.dtype}-{case.stage}"))
     require_close(rows, rows_of_others, case)

@@ -52,6 +52,20 @@ def test_ranks_are_balanced_by_cost():
     assert max(costs) / min(costs) < 1.15
 
 
+def test_micro_batches_are_filled_first_fit_decreasing_up_to_the_budget():
+    packed = pack([stored(i, n) for i, n in enumerate([60, 40, 50, 50])], steps=1, ranks=1, token_budget=100, alpha=1)
+    (micros,) = packed.steps[0].ranks
+    assert [[s.header.num_tokens for s in micro] for micro in micros] == [[60, 40], [50, 50]]
+
+
+def test_a_long_trajectory_costs_more_than_as_many_tokens_in_short_ones():
+    # By tokens alone the last one would join the long one: 8192 stand against 2 x 4096.
+    batch = [stored(i, n) for i, n in enumerate([8192, 4096, 4096, 4096])]
+    packed = pack(batch, steps=1, ranks=2, token_budget=8192, alpha=1)
+    lengths = [sorted(s.header.num_tokens for micro in rank for s in micro) for rank in packed.steps[0].ranks]
+    assert lengths == [[8192], [4096, 4096, 4096]]
+
+
 def test_optimiser_steps_keep_the_order_of_the_batch():
     packed = pack([stored(i, 10) for i in range(6)], steps=3, ranks=1, token_budget=100, alpha=1)
     assert [sorted(s.body for micro in step.ranks[0] for s in micro) for step in packed.steps] == [
