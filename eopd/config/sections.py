@@ -23,6 +23,7 @@ OWNED_BY_LEARNER = (
     "optimizer",
     "scheduler",
     "bf16",
+    "bfloat16",  # its old name, which DeepSpeed still reads
     "fp16",
 )
 OWNED_BY_ENGINES = ("model", "dtype", "max_model_len", "enable_prefix_caching")

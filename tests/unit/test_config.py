@@ -63,6 +63,7 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ("flow.lookahead=1", "lookahead 1 is above max_staleness 0"),
         ("learner.ranks=9", "a batch of 8 trajectories cannot be cut into 1 optimiser steps on 9 ranks"),
         ("learner.deepspeed={train_batch_size: 4}", "train_batch_size cannot be set here"),
+        ("learner.deepspeed={bfloat16: {enabled: true}}", "bfloat16 cannot be set here"),
         ("rollout.vllm={logprobs_mode: raw_logprobs}", "rollout: vllm: logprobs_mode cannot be set here"),
         ("teachers.0.vllm={runner: generate}", "teachers.0: vllm: runner cannot be set here"),
         ("learner.betas=[0.9, 2]", "learner.betas.1: Input should be less than 1"),
