@@ -8,8 +8,7 @@ their tail). So a chunk is
 
 in one sweep of three matrix products, forward; backward only scales what it left. Work on the vocabulary is float32
 (float64 for float64 inputs), on the K + 2 numbers float64: that costs nothing, and in nearly certain rows they
-cancel. Of half-precision inputs the logits are float32 too, and the two gradient products take half-precision
-operands, as those of a half-precision linear layer do.
+cancel. Of half-precision inputs the logits are float32 too; the two gradient products take half-precision operands.
 
 Extra memory: one chunk buffer (two under a soft-cap; half of one more for half-precision heads) and one float32
 [V, D] gradient. What needs a second copy of logits, or the head in another dtype, works in blocks that fit a cache.
@@ -140,7 +139,7 @@ class _Sweep:
         """Project a chunk and read it; leaves the softmax over the tail, unnormalised, for ``logit_gradient``."""
         logits = self._project(hidden_CD)
         kept = tokens.teacher_topk_logprobs_TK != -torch.inf
-        self.ids_CK = tokens.teacher_topk_ids_TK.long().masked_fill(~kept, 0)
+        self.kept_CK, self.ids_CK = kept, tokens.teacher_topk_ids_TK.long().masked_fill(~kept, 0)
         self.targets_C1 = tokens.target_ids_T.long().unsqueeze(1)
         num_candidates = self.ids_CK.shape[1]
         target = logits.gather(1, self.targets_C1).squeeze(1)
@@ -165,7 +164,10 @@ class _Sweep:
 
     def logit_gradient(self, target_C: Tensor, topk_CK: Tensor, tail_C: Tensor) -> Tensor:
         """From derivatives by what was read last to those by ``hidden @ weight^T * logit_scale + bias``, [C, V]."""
-        target, topk, tail = (part.to(self.dtype) / self.head.temperature for part in (target_C, topk_CK, tail_C))
+        # In float64: of a nearly certain candidate that was sampled, 1 - p would be lost in float32.
+        among_CK = self.kept_CK & (self.ids_CK == self.targets_C1)
+        merged = (target_C * ~among_CK.any(1), topk_CK + among_CK * target_C.unsqueeze(1), tail_C)
+        target, topk, tail = (part.to(self.dtype) / self.head.temperature for part in merged)
         gradient = self.logits[: len(target)].mul_(tail.unsqueeze(1) / self.total_C1)
         gradient.scatter_add_(1, self.ids_CK, topk)
         gradient.scatter_add_(1, self.targets_C1, target.unsqueeze(1))
