@@ -57,8 +57,10 @@ def export(
     directory = RunDirectory(run)
     config, checkpoint = directory.config(), directory.checkpoint(step)
     target = output or run / f"hf-{checkpoint.name}"
-    if target.exists():
-        raise ConfigError(f"--output {target}: exists; remove it or name another")
+    adapter = [target.with_name(f"{target.name}-adapter")] if config.student.lora else []
+    for written in (target, *adapter):
+        if written.exists():
+            raise ConfigError(f"--output {written}: exists; remove it or name another")
     if not target.parent.is_dir():
         raise ConfigError(f"--output {target}: there is no directory {target.parent}")
     from eopd.learner.export import export_checkpoint

@@ -25,6 +25,8 @@ OWNED_BY_LEARNER = (
     "bf16",
     "bfloat16",  # its old name, which DeepSpeed still reads
     "fp16",
+    "torch_autocast",  # student.dtype says it
+    "checkpoint",
 )
 OWNED_BY_ENGINES = ("model", "dtype", "max_model_len", "enable_prefix_caching")
 OWNED_BY_ROLLOUT = (*OWNED_BY_ENGINES, "logprobs_mode", "weight_transfer_config", "generation_config")

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,9 @@ class Weigher:
         entropies = [self._read(scored.signal.teacher, *pair) for scored, pair in zip(bodies, bounds, strict=True)]
         threshold = None
         if isinstance(gate, QuantileGate):
-            kept = [h[torch.from_numpy(s.trajectory.loss_mask)] for h, s in zip(entropies, bodies, strict=True)]
+            kept = [
+                h[torch.tensor(s.trajectory.loss_mask) & h.isfinite()] for h, s in zip(entropies, bodies, strict=True)
+            ]
             threshold = quantile_threshold(torch.cat(gather_all(kept)), gate.top)
         bonuses = self._bonuses(headers)
         weightings = []
@@ -46,8 +49,8 @@ class Weigher:
             weightings.append(
                 Weighting(
                     entropy_R=entropy,
-                    gate_R=here,
-                    gate_uncertain=float((at_high - at_low)[torch.from_numpy(scored.trajectory.loss_mask)].sum()),
+                    gate_R=here.masked_fill(~_sound(scored, entropy), torch.nan),
+                    gate_uncertain=float((at_high - at_low)[torch.tensor(scored.trajectory.loss_mask)].sum()),
                     advantage_bonus=bonuses.get(header.key),
                 )
             )
@@ -69,9 +72,20 @@ class Weigher:
         return {key: self.loss.reward.weight * value for key, value in advantages(rewards).items()}
 
 
-def batch_metrics(headers: Sequence[Header], weightings: Sequence[Weighting]) -> dict[str, float]:
-    """Means over the batch of all ranks: how far bounds leave the gate open, and the reward; collective."""
-    mine = [(w.gate_uncertain, h.num_loss_tokens, h.reward) for h, w in zip(headers, weightings, strict=True)]
+def _sound(scored: ScoredTrajectory, entropy_R: Tensor) -> Tensor:
+    """Where sampler and teacher gave numbers, bool [R]; of a candidate or the tail, "impossible" is one.
+
+    Elsewhere the gate is NaN: the step is then refused and the row named, whichever of them the loss reads.
+    """
+    signal = scored.signal
+    outcomes_RO = np.column_stack([signal.topk_logprobs, signal.tail_logprobs])
+    numbers = np.isfinite(scored.trajectory.rollout_logprobs) & np.isfinite(signal.token_logprobs)
+    return torch.from_numpy(numbers & (outcomes_RO < np.inf).all(1)) & entropy_R.isfinite()
+
+
+def batch_metrics(headers: Sequence[Header], weightings: Mapping[TrajectoryKey, Weighting]) -> dict[str, float]:
+    """Means over these trajectories, on all ranks: how far bounds leave the gate open, and the reward; collective."""
+    mine = [(weightings[header.key].gate_uncertain, header.num_loss_tokens, header.reward) for header in headers]
     uncertain, counts, rewards = zip(*gather_all(mine), strict=True)
     metrics = {"eopd_gate_uncertain_ratio": sum(uncertain) / max(sum(counts), 1)}
     given = [reward for reward in rewards if reward is not None]

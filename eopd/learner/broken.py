@@ -48,6 +48,7 @@ def find_rows(packed: Packed, keys: Sequence[TrajectoryKey], student_logprobs_T:
     """
     bad = {name: _not_finite(name, column) for name, column in _columns(packed).items() if column.is_floating_point()}
     bad["student_logprobs_T"] = ~student_logprobs_T.isfinite()
+    del bad["gate_T"]  # NaN where something else is to blame
     for key, rows in zip(keys, packed.rows, strict=True):
         for position, row in enumerate(range(rows.start, rows.stop)):
             names = tuple(name for name, wrong_T in bad.items() if wrong_T[row])
@@ -55,8 +56,25 @@ def find_rows(packed: Packed, keys: Sequence[TrajectoryKey], student_logprobs_T:
                 yield BrokenRow(trajectory=key, position=position, columns=names)
 
 
-def dump(directory: Path, *, rank: int, packs: Sequence[Packed]) -> None:
-    """Write what a rank's micro-batches held."""
+def dump(
+    directory: Path,
+    what: str,
+    rows: Sequence[BrokenRow],
+    keys: Sequence[TrajectoryKey],
+    *,
+    rank: int,
+    packs: Sequence[Packed],
+) -> None:
+    """Write what a rank's micro-batches held; rank 0 also writes ``rows.json``.
+
+    Args:
+        directory: of the optimiser step.
+        what: was not finite: loss or gradient.
+        rows: of all ranks that are to blame.
+        keys: all trajectories of the step.
+        rank: of this process.
+        packs: its micro-batches.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{index}.{name}": column.clone(memory_format=torch.contiguous_format)
@@ -64,10 +82,8 @@ def dump(directory: Path, *, rank: int, packs: Sequence[Packed]) -> None:
         for name, column in (_columns(packed) | _inputs(packed)).items()
     }
     save_file(tensors, directory / f"rank-{rank}.safetensors")
-
-
-def write_rows(directory: Path, what: str, rows: Sequence[BrokenRow], keys: Sequence[TrajectoryKey]) -> None:
-    """Write ``rows.json``: what was not finite (loss or gradient), the rows, and all trajectories of the step."""
+    if rank > 0:
+        return
     record = {"what": what, "rows": [asdict(row) for row in rows], "trajectories": [list(key) for key in keys]}
     (directory / "rows.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

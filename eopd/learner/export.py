@@ -22,7 +22,7 @@ def export_checkpoint(student: StudentConfig, checkpoint: Path, directory: Path)
         student: the run's, whose ``model`` gives architecture and tokenizer.
         checkpoint: the learner's part of a checkpoint, of any ZeRO stage and number of ranks.
         directory: where to write; an older one is replaced. With LoRA it is the merged model, and the adapter is
-            written beside it, to ``<directory>-adapter``.
+            written beside it, to ``<directory>-adapter``, which is replaced too.
     """
     loaded = load_student(student, activation_checkpointing=False)
     loaded.load_state_dict(read_weights(checkpoint))

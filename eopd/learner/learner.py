@@ -25,7 +25,7 @@ from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.config.loss import NeverGate
 from eopd.config.sections import EntropyBound
 from eopd.learner.batch import Weigher, batch_metrics
-from eopd.learner.broken import NonFiniteUpdateError, dump, explain, find_rows, write_rows
+from eopd.learner.broken import NonFiniteUpdateError, dump, explain, find_rows
 from eopd.learner.collate import Packed, Weighting, collate
 from eopd.learner.deepspeed_engine import Engine, gather_all, join
 from eopd.learner.export import write_student
@@ -42,6 +42,7 @@ from eopd.types import (
     PolicyVersion,
     ScoredTrajectory,
     Stored,
+    TrajectoryKey,
 )
 
 T = TypeVar("T")
@@ -135,9 +136,8 @@ class LearnerRank:
             share: this rank's part: ``steps[i].ranks`` holds its micro-batches alone, as many as every other rank's.
 
         Returns:
-            The metrics of the batch over all ranks: means over the loss tokens of the steps applied, the mean gradient
-            norm before clipping, and the learning rate of the last optimiser step. Without any step applied only
-            counts are left.
+            The metrics of the optimiser steps applied, over all ranks: means over their loss tokens, the mean gradient
+            norm before clipping, the last learning rate. Without any step applied only counts are left.
 
         Raises:
             NonFiniteUpdateError: one step too many was not finite; names the rows, on all ranks alike.
@@ -145,9 +145,9 @@ class LearnerRank:
         steps, weightings = self._pack(share, self._weigh)
         if len(steps) > 1:  # one optimiser step is its own "policy at the start of the batch"
             steps = [[self._with_old_logprobs(packed) for packed in step] for step in steps]
-        terms, norms, num_loss_tokens = [], [], 0
+        terms, norms, rates, headers, num_loss_tokens = [], [], [], [], 0
         for number, (packs, step) in enumerate(zip(steps, share.steps, strict=True)):
-            learning_rate = self._engine.learning_rate
+            rate = self._engine.learning_rate
             losses, sums_N = self._accumulate(step, packs, share.alpha)
             norm = self._engine.step()
             if not math.isfinite(norm):
@@ -155,16 +155,16 @@ class LearnerRank:
                 continue
             terms.append(sums_N)
             norms.append(norm)
+            rates.append(rate)
+            headers += [stored.header for micro in step.ranks[0] for stored in micro]
             num_loss_tokens += step.num_loss_tokens
         self._version = PolicyVersion(self._version.incarnation, self._version.step + 1)
         metrics = {"eopd_loss_tokens": float(num_loss_tokens), "eopd_skipped_steps_total": float(self._num_skipped)}
         if terms:
-            metrics |= _means(terms, num_loss_tokens) | batch_metrics(
-                [stored.header for stored in share.stored()], weightings
-            )
+            metrics |= _means(terms, num_loss_tokens) | batch_metrics(headers, weightings)
             metrics |= {
                 "eopd_grad_norm": sum(norms) / len(norms),
-                "eopd_learning_rate": learning_rate,
+                "eopd_learning_rate": rates[-1],
                 "eopd_alpha_ratio": share.alpha,
             }
         return LearnerStats(version=self._version, metrics=metrics)
@@ -221,7 +221,7 @@ class LearnerRank:
         """Leave the gang; its threads must not outlive the interpreter."""
         dist.destroy_process_group()
 
-    def _pack(self, share: PackedBatch, weigh: Weigher) -> tuple[list[list[Packed]], list[Weighting]]:
+    def _pack(self, share: PackedBatch, weigh: Weigher) -> tuple[list[list[Packed]], dict[TrajectoryKey, Weighting]]:
         """The micro-batches of every optimiser step, and the weightings of all trajectories of this rank."""
         stored = share.stored()
         weightings = weigh([one.header for one in stored], [_body(one) for one in stored])
@@ -230,7 +230,7 @@ class LearnerRank:
             [collate([_body(one) for one in micro], [of_key[one.header.key] for one in micro]) for micro in micros]
             for (micros,) in (step.ranks for step in share.steps)
         ]
-        return steps, weightings
+        return steps, of_key
 
     def _with_old_logprobs(self, packed: Packed) -> Packed:
         """The same micro-batch, with the student's log-probabilities before the first optimiser step."""
@@ -269,15 +269,15 @@ class LearnerRank:
             rows += list(find_rows(packed, names, student_logprobs_T))
         every_row, every_key = gather_all(rows), gather_all([key for names in keys for key in names])
         directory = self._broken / f"batch-{self._version.step:06d}-step-{number}"
-        dump(directory, rank=self._rank, packs=packs)
-        if self._rank == 0:
-            write_rows(directory, what, every_row, every_key)
+        message = explain(what, every_row, every_key, directory)
+        try:
+            dump(directory, what, every_row, every_key, rank=self._rank, packs=packs)
+        except OSError as error:
+            raise NonFiniteUpdateError(f"{message}, which could not be written: {error}") from error
         self._num_skipped += 1
         if self._num_skipped > self._max_skipped:
-            raise NonFiniteUpdateError(
-                f"{explain(what, every_row, every_key, directory)} "
-                f"(learner.max_skipped_steps is {self._max_skipped}, and they are used up)"
-            )
+            why = f"learner.max_skipped_steps is {self._max_skipped}, and they are used up"
+            raise NonFiniteUpdateError(f"{message} ({why})")
 
     def _loss_of(self, packed: Packed, num_loss_tokens: int, alpha: float) -> tuple[Tensor, Tensor]:
         """A micro-batch's share of the loss, with gradient, and its sums [N] of the loss terms."""
@@ -306,7 +306,8 @@ class LearnerRank:
             projection = self._projection(head)
             projection["temperature"] = 1.0  # held-out responses are sampled at 1, whatever training samples at
             found = token_statistics(hidden_TD, head.weight_VD, tokens, **projection)
-            columns = [found.reverse_kl_T, found.forward_kl_T, found.student_entropy_T, entropy_T * mask_T]
+            entropy = torch.where(mask_T, entropy_T, 0.0)
+            columns = [found.reverse_kl_T, found.forward_kl_T, found.student_entropy_T, entropy]
             return torch.stack([column.double() for column in (*columns, found.top1_agreement_T, mask_T)])
 
         with torch.no_grad():

@@ -84,7 +84,8 @@ def load_student(
     add adapters, drawn from ``seed``, where the config has them.
 
     Raises:
-        ValueError: packed sequences see each other, or the model makes its logits in an unknown way.
+        ValueError: packed sequences see each other, the model makes its logits in an unknown way, or recomputed layers
+            would drop out activations.
         ConfigError: ``lora.target_modules`` cannot be adapted.
     """
     known = AutoConfig.from_pretrained(config.model)
@@ -105,6 +106,7 @@ def load_student(
         add_adapters(model, config.lora, seed=seed)
     if activation_checkpointing:
         _recompute_layers(model)
+        _prove_no_dropout(student)
     return student
 
 
@@ -165,6 +167,18 @@ def _prove_packing(student: Student) -> None:
     if not _close(hidden[7:], hidden_of_other[7:]):
         raise ValueError(
             f"student.model: {_name(student)} sees other sequences of a packed batch; it cannot be trained packed"
+        )
+
+
+@torch.no_grad()
+def _prove_no_dropout(student: Student) -> None:
+    """Layers that drop out by their own training flag (Doge) cannot be recomputed: it would be switched on."""
+    row = torch.arange(12, device=student.model.device)
+    ids = row % student.head.weight_VD.shape[0]
+    if not _close(student(ids, row, _hidden), student(ids, row, _hidden)):
+        raise ValueError(
+            f"student.model: {_name(student)} drops out activations while its layers are recomputed; "
+            "set its dropout to 0, or learner.activation_checkpointing to false"
         )
 
 

@@ -10,8 +10,8 @@ in one sweep of three matrix products, forward; backward only scales what it lef
 (float64 for float64 inputs), on the K + 2 numbers float64: that costs nothing, and in nearly certain rows they
 cancel. Of half-precision inputs the logits are float32 too; the two gradient products take half-precision operands.
 
-Extra memory: one chunk buffer (two under a soft-cap; half of one more for half-precision heads) and one float32
-[V, D] gradient. What needs a second copy of logits, or the head in another dtype, works in blocks that fit a cache.
+Extra memory: one chunk buffer (two under a soft-cap; half of one more for half-precision heads), one float32 [V, D]
+gradient, and a float32 head where it differs in dtype from the hidden states. All else works in cache-sized blocks.
 """
 
 from collections.abc import Callable, Iterator
@@ -150,14 +150,13 @@ class _Sweep:
         peak = rivals[:, :1]
         self.total_C1, weighted_C1 = self._exponentiate(logits, peak)
         total = self.total_C1.squeeze(1).double()
-        mean_logit = weighted_C1.squeeze(1).double() / total
         best = torch.cat([candidates, rivals], dim=1).topk(num_candidates)
         nothing_left = kept.sum(-1) == logits.shape[1]
         return Reading(
             target_logits_C=target.double(),
             topk_logits_CK=candidates.double(),
             tail_logits_C=(peak.squeeze(1).double() + total.log()).masked_fill(nothing_left, -torch.inf),
-            tail_entropy_C=total.log() - mean_logit,
+            tail_entropy_C=total.log() - weighted_C1.squeeze(1).double() / total,
             top_logits_C=best.values[:, 0].double(),
             topk_overlap_C=(best.indices < num_candidates).double().mean(-1),
         )
@@ -203,6 +202,8 @@ class _Sweep:
             probs = logits[rows]
             shifted = torch.sub(probs, peak_C1[rows], out=self.shifted[: len(probs)])
             total_C1[rows] = torch.exp(shifted, out=probs).sum(-1, keepdim=True)
+            if self.head.bias_V is not None:
+                shifted.clamp_(min=_REMOVED)  # a bias of -inf makes tokens impossible, and 0 x inf is NaN
             weighted_C1[rows] = shifted.mul_(probs).sum(-1, keepdim=True)
         return total_C1, weighted_C1
 
@@ -246,8 +247,7 @@ class _ChunkedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sweep = _Sweep(hidden_TD, head, tokens, chunk_tokens)
         wanted = ctx.needs_input_grad[:3]
-        # The head's gradients grow over chunks, in the working dtype. Sums are divided by the number of tokens only in
-        # backward, so that float16 does not underflow.
+        # In the working dtype, and divided by the number of tokens only in backward: float16 would underflow.
         gradients: _Gradients = (
             torch.zeros_like(hidden_TD) if wanted[0] else None,
             torch.zeros_like(weight_VD, dtype=sweep.dtype) if wanted[1] else None,

@@ -31,7 +31,10 @@ def renormalized(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def tail(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL over the K + 1 outcomes: never negative, and 0 exactly where student and teacher agree on all of them."""
+    """KL over the K + 1 outcomes: 0 exactly where student and teacher agree on all of them, else positive.
+
+    Up to rounding: a float32 teacher's outcomes add up to 1 only nearly, which may leave it negative by as much.
+    """
     return divergence(log_q, log_p)
 
 

@@ -44,9 +44,6 @@ class LossTerms:
     logprob_gap: Tensor
     clipped: Tensor
 
-    def __add__(self, other: Self) -> Self:
-        return self.from_vector(self.vector() + other.vector())
-
     def vector(self) -> Tensor:
         """All terms in the order of the fields, float64 [N], to be reduced over ranks at once."""
         return torch.stack([getattr(self, field.name).double() for field in fields(self)])

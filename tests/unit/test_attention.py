@@ -1,8 +1,8 @@
-"""Which attention the student is loaded with, and that a soft-cap in it survives."""
+"""Which attention the student is loaded with, that a soft-cap in it survives, that recomputing it drops nothing out."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, VaultGemmaConfig
+from transformers import AutoModelForCausalLM, DogeConfig, Gemma2Config, VaultGemmaConfig
 from transformers.models.doge.modeling_doge import DogeForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
@@ -63,3 +63,19 @@ def test_a_soft_cap_in_the_attention_is_not_dropped(config_class, tmp_path):
         )
     assert torch.equal(loaded, eager)
     assert (eager - sdpa).abs().max() > 1e-2  # what would be lost
+
+
+def test_layers_that_would_drop_out_when_recomputed_are_refused(tmp_path):
+    config = DogeConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_dropout=0.5,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    student = StudentConfig(model=tmp_path, dtype="float32")
+    load_student(student, activation_checkpointing=False)
+    with pytest.raises(ValueError, match="drops out activations"):
+        load_student(student, activation_checkpointing=True)

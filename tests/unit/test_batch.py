@@ -97,7 +97,8 @@ def test_the_policy_decides_between_the_bounds_and_the_uncertain_share_is_report
     headers, (weighting,) = weigh([scored("a", known, [True, True, True, False])], bound=bound)
     assert weighting.gate_R[:3].tolist() == gates
     assert weighting.entropy_R[:3].tolist() == pytest.approx(entropies)
-    assert batch_metrics(headers, [weighting]) == {"eopd_gate_uncertain_ratio": pytest.approx(1 / 3)}
+    found = batch_metrics(headers, {headers[0].key: weighting})
+    assert found == {"eopd_gate_uncertain_ratio": pytest.approx(1 / 3)}
 
 
 def test_an_unsure_sigmoid_counts_by_how_far_it_may_move(others):
@@ -117,6 +118,57 @@ def test_a_quantile_is_taken_over_all_ranks(others):
     one = scored("a", exact(1.0, 4.0, 2.0, 9.0), [True, True, True, False])
     _, (weighting,) = weigh([one], gate={"kind": "quantile", "top": 4 / 6})
     assert weighting.gate_R[:3].tolist() == [0, 1, 0]  # here alone it would be open on two of three
+
+
+def test_a_quantile_follows_the_bound_that_the_policy_reads(others):
+    known = bounds([0.0, 1.0, 2.0], [9.0, 2.0, 2.5])
+    opened = {
+        bound: weigh([scored("a", known, [True] * 3)], bound=bound, gate={"kind": "quantile", "top": 1 / 3})
+        for bound in ("low", "high", "mid")
+    }
+    assert {bound: one[0].gate_R.tolist() for bound, (_, one) in opened.items()} == {
+        "low": [0, 0, 1], "high": [1, 0, 0], "mid": [1, 0, 0]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("entropy", np.nan),
+        ("entropy", np.inf),
+        ("rollout_logprobs", -np.inf),
+        ("rollout_logprobs", np.nan),
+        ("token_logprobs", -np.inf),
+        ("topk_logprobs", np.inf),
+        ("topk_logprobs", np.nan),
+        ("tail_logprobs", np.nan),
+    ],
+)
+@pytest.mark.parametrize("kind", ["hard", "quantile", "sigmoid", "random", "always", "never"])
+def test_a_token_without_numbers_has_no_gate_and_takes_no_place_in_a_quantile(others, kind, column, value):
+    entropy, wrong = np.array([3.0, 1.0, 2.0], np.float32), np.zeros(3, np.float32)
+    wrong[0] = value
+    one = scored("a", Exact(np.where(wrong == 0, entropy, wrong) if column == "entropy" else entropy), [True] * 3)
+    if column == "rollout_logprobs":
+        one = dataclasses.replace(one, trajectory=dataclasses.replace(one.trajectory, rollout_logprobs=wrong))
+    elif column != "entropy":
+        column_of = {column: wrong[:, None] if column == "topk_logprobs" else wrong}
+        one = dataclasses.replace(one, signal=dataclasses.replace(one.signal, **column_of))
+    _, (weighting,) = weigh([one], gate={"kind": kind})
+    assert weighting.gate_R.isnan().tolist() == [True, False, False]
+    if column == "entropy" and kind == "quantile":  # the top fifth of two tokens is one
+        assert weighting.gate_R[1:].tolist() == [0, 1]
+
+
+def test_a_freed_slot_and_an_empty_tail_are_numbers(others):
+    one = scored("a", exact(1.0, 1.0), [True, True])
+    signal = dataclasses.replace(
+        one.signal,
+        topk_logprobs=np.array([[-np.inf], [0.0]], np.float32),
+        tail_logprobs=np.array([0.0, -np.inf], np.float32),
+    )
+    _, (weighting,) = weigh([dataclasses.replace(one, signal=signal)])
+    assert weighting.gate_R.tolist() == [1, 1]
 
 
 def test_an_unknown_teacher_is_an_error(others):
@@ -148,7 +200,7 @@ def test_rewards_of_other_ranks_are_part_of_the_baseline(others):
     bodies = [scored("a", exact(1.0), [True])]
     headers, (weighting,) = weigh(bodies, rewards=[1.0], **REWARD)
     assert weighting.advantage_bonus == pytest.approx(0.5 * (1.0 - 0.5))
-    assert batch_metrics(headers, [weighting])["eopd_reward_mean"] == 1.0
+    assert batch_metrics(headers, {headers[0].key: weighting})["eopd_reward_mean"] == 1.0
 
 
 def test_without_a_verifier_there_is_no_bonus_and_with_one_every_trajectory_has_a_reward(others):

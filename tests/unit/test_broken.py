@@ -1,9 +1,11 @@
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from eopd.learner.broken import BrokenRow, explain, find_rows
+from eopd.learner.broken import BrokenRow, dump, explain, find_rows
 from eopd.learner.collate import Packed
 from eopd.loss.chunked import LossTokens
 from eopd.types import TrajectoryKey
@@ -42,19 +44,24 @@ def with_values(packed: Packed, **values: tuple[int | tuple[int, int], float]) -
 
 def test_rows_are_named_by_response_position_and_column(packed):
     broken = with_values(
-        packed, rollout_logprobs_T=(2, torch.inf), teacher_topk_logprobs_TK=((6, 1), torch.nan), gate_T=(6, torch.nan)
+        packed,
+        rollout_logprobs_T=(2, torch.inf),
+        teacher_topk_logprobs_TK=((6, 1), torch.nan),
+        gate_T=(6, torch.nan),
+        teacher_logprobs_T=(6, torch.nan),
     )
     assert list(find_rows(broken, KEYS, torch.zeros(T))) == [
         BrokenRow(trajectory=KEYS[0], position=1, columns=("rollout_logprobs_T",)),
-        BrokenRow(trajectory=KEYS[1], position=2, columns=("gate_T", "teacher_topk_logprobs_TK")),
+        BrokenRow(trajectory=KEYS[1], position=2, columns=("teacher_logprobs_T", "teacher_topk_logprobs_TK")),
     ]
 
 
 def test_the_student_may_be_to_blame(packed):
-    logprobs = torch.zeros(T).index_fill(0, torch.tensor([3]), torch.nan)
-    assert list(find_rows(packed, KEYS, logprobs)) == [
-        BrokenRow(trajectory=KEYS[0], position=2, columns=("student_logprobs_T",))
-    ]
+    for value in (torch.nan, -torch.inf):
+        logprobs = torch.zeros(T).index_fill(0, torch.tensor([3]), value)
+        assert list(find_rows(packed, KEYS, logprobs)) == [
+            BrokenRow(trajectory=KEYS[0], position=2, columns=("student_logprobs_T",))
+        ]
 
 
 def test_a_freed_slot_an_empty_tail_and_masked_rows_are_not_to_blame(packed):
@@ -68,8 +75,26 @@ def test_a_freed_slot_an_empty_tail_and_masked_rows_are_not_to_blame(packed):
 
 
 def test_an_impossible_token_is_to_blame(packed):
-    broken = with_values(packed, teacher_logprobs_T=(1, -torch.inf))
-    assert [row.columns for row in find_rows(broken, KEYS, torch.zeros(T))] == [("teacher_logprobs_T",)]
+    for name, where, value in [
+        ("teacher_logprobs_T", 1, -torch.inf),
+        ("teacher_topk_logprobs_TK", (1, 0), torch.inf),
+        ("teacher_tail_logprobs_T", 1, torch.inf),
+    ]:
+        broken = with_values(packed, **{name: (where, value)})
+        assert [row.columns for row in find_rows(broken, KEYS, torch.zeros(T))] == [(name,)]
+
+
+def test_the_dump_of_a_step_is_whole(packed, tmp_path):
+    row = BrokenRow(trajectory=KEYS[0], position=1, columns=("gate_T",))
+    for rank in (0, 1):
+        dump(tmp_path / "step", "loss", [row], KEYS, rank=rank, packs=[packed, packed])
+    assert sorted(path.name for path in (tmp_path / "step").iterdir()) == [
+        "rank-0.safetensors", "rank-1.safetensors", "rows.json"
+    ]  # fmt: skip
+    record = json.loads((tmp_path / "step" / "rows.json").read_text())
+    assert record["what"] == "loss" and record["rows"][0]["position"] == 1
+    assert record["trajectories"] == [[0, "a", 0], [0, "b", 1]]
+    assert torch.equal(load_file(tmp_path / "step" / "rank-1.safetensors")["1.loss_mask_T"], packed.tokens.loss_mask_T)
 
 
 def test_the_message_names_a_few_rows_and_where_the_rest_is(tmp_path):

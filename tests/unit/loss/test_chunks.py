@@ -11,7 +11,7 @@ from eopd.config import LossConfig
 from eopd.loss import chunked
 from eopd.loss.chunked import LossTokens, token_statistics
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
-from eopd.loss.objective import objective
+from eopd.loss.objective import LossTerms, objective
 from eopd.types import TrajectoryKey
 
 GATES = ("hard", "quantile", "sigmoid", "random", "always", "never")
@@ -61,9 +61,7 @@ def test_the_cut_changes_nothing(kind, case, run):
         weight = sum(part.gradients[1] for part, _ in parts)
         for one, other in zip((hidden, weight), reference.gradients, strict=True):
             assert (one - other).abs().max() <= 1e-5 * other.abs().max()
-        total = parts[0][1]
-        for _, more in parts[1:]:
-            total = total + more
+        total = LossTerms.from_vector(sum(part_terms.vector() for _, part_terms in parts))
         assert total.metrics(num) == pytest.approx(terms.metrics(num), rel=1e-5, abs=1e-7)
 
 
@@ -202,6 +200,21 @@ def test_token_statistics(head, case):
             log_p[t].argmax() == ids[0],
         ]
         assert row == pytest.approx([float(x) for x in expected])
+
+
+def test_tokens_that_a_bias_makes_impossible_leave_the_rest_as_it_was(case, run):
+    """Padded vocabularies: -inf in float32 and float64, in the value, the gradients and the diagnostics."""
+    random = case(5, t=9, v=12, k=3, bias=True)
+    wider = replace(
+        random,
+        weight=torch.cat([random.weight, torch.randn(4, 3, dtype=torch.float64)]),
+        bias=torch.cat([random.bias, torch.full((4,), -torch.inf, dtype=torch.float64)]),
+    )
+    plain, padded = run(random, DEFAULT)[0], run(wider, DEFAULT)[0]
+    assert padded.metrics == pytest.approx(plain.metrics, rel=1e-12)
+    for found, expected in zip(padded.gradients, plain.gradients, strict=True):
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-10, atol=1e-12)
+        assert not found[len(expected) :].any()
 
 
 def test_top1_agreement_needs_equal_argmax(case, signal):

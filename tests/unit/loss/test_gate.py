@@ -57,6 +57,7 @@ def test_draws_depend_on_the_name_alone():
     draws = random_draws(7, key, 50)
     assert (random_draws(7, key, 20) == draws[:20]).all()
     others = [(8, key), (7, key._replace(epoch=2)), (7, key._replace(prompt_id="x")), (7, key._replace(sample_index=1))]
+    others += [(71, key._replace(epoch=0)), (7, TrajectoryKey(10, "prompt", 0)), (7, TrajectoryKey(1, "0prompt", 0))]
     assert all((random_draws(seed, other, 50) != draws).all() for seed, other in others)
     assert random_draws(7, key, 0).shape == (0,)
 

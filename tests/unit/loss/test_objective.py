@@ -139,11 +139,10 @@ def test_finite_differences(case, run):
             assert gradient.flatten()[i].item() == pytest.approx((up - down).item() / (2 * step), rel=1e-5, abs=1e-8)
 
 
-def test_terms_add_up_and_survive_the_wire(case, run):
-    one, other = run(case(0), config())[1], run(case(1), config())[1]
+def test_terms_survive_the_wire(case, run):
+    one = run(case(0), config())[1]
     assert one.vector().dtype == torch.float64
     assert one.vector().shape == (len(fields(LossTerms)),)
-    torch.testing.assert_close((one + other).vector(), one.vector() + other.vector())
     again = LossTerms.from_vector(one.vector())
     assert again.metrics(5) == one.metrics(5)
     assert again.topk_overlap == one.topk_overlap
