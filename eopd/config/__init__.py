@@ -14,10 +14,10 @@ from eopd.config.sections import (
     RolloutConfig,
     RunConfig,
     StudentConfig,
-    TeacherConfig,
     TelemetryConfig,
     WeightsConfig,
 )
+from eopd.config.teacher import ServerConfig, TeacherConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -32,6 +32,7 @@ __all__ = [
     "PromptsConfig",
     "RolloutConfig",
     "RunConfig",
+    "ServerConfig",
     "StudentConfig",
     "TeacherConfig",
     "TelemetryConfig",

@@ -3,17 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from eopd.config.base import AbsolutePath, DataSpec, NativeOptions, Section, refuse
 from eopd.config.loss import LossConfig
+from eopd.config.teacher import OWNED_BY_ENGINES, Names, TeacherConfig
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-EntropyBound = Literal["low", "high", "mid"]
-# One name may stand for a list of one.
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-
 
 OWNED_BY_LEARNER = (
     "train_batch_size",
@@ -28,9 +24,7 @@ OWNED_BY_LEARNER = (
     "torch_autocast",  # student.dtype says it
     "checkpoint",
 )
-OWNED_BY_ENGINES = ("model", "dtype", "max_model_len", "enable_prefix_caching")
 OWNED_BY_ROLLOUT = (*OWNED_BY_ENGINES, "logprobs_mode", "weight_transfer_config", "generation_config")
-OWNED_BY_TEACHER = (*OWNED_BY_ENGINES, "runner", "skip_tokenizer_init")
 
 
 class RunConfig(Section):
@@ -67,29 +61,6 @@ class StudentConfig(Section):
     model: AbsolutePath
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     lora: LoraConfig | None = None
-
-
-class TeacherConfig(Section):
-    """A model that reads along. ``head_dtype: float32`` keeps a float32 copy of the head and is exact;
-    ``model`` projects in the model's own precision. ``entropy_bound`` is what the gate reads where only bounds on the
-    entropy are known. ``vllm`` goes to the engine untouched.
-    """
-
-    name: str = "teacher"
-    model: AbsolutePath
-    dtype: Dtype = "bfloat16"
-    head_dtype: Literal["float32", "model"] = "float32"
-    temperature: float = Field(1.0, gt=0.0)
-    entropy_bound: EntropyBound = "mid"
-    cpus: float = Field(1.0, ge=0.0)
-    gpus: float = Field(0.0, ge=0.0)
-    threads: int = Field(1, ge=1)
-    vllm: NativeOptions = {}
-
-    @model_validator(mode="after")
-    def _ours_stay_ours(self) -> Self:
-        refuse("vllm", self.vllm, OWNED_BY_TEACHER)
-        return self
 
 
 class PromptsConfig(Section):
@@ -255,7 +226,7 @@ class Config(Section):
 
     run: RunConfig
     student: StudentConfig
-    teachers: tuple[TeacherConfig, ...] = Field(min_length=1, max_length=1)
+    teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
     prompts: PromptsConfig
     rollout: RolloutConfig = RolloutConfig()
     flow: FlowConfig
@@ -281,6 +252,17 @@ class Config(Section):
     def batch_trajectories(self) -> int:
         """Trajectories in one training batch."""
         return self.flow.batch_prompts * self.rollout.samples_per_prompt
+
+    @model_validator(mode="after")
+    def _teachers_differ(self) -> Self:
+        names = [teacher.name for teacher in self.teachers]
+        sources = [source for teacher in self.teachers for source in teacher.sources]
+        for what, values in (("name", names), ("source", sources)):
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"teachers: {what} {twice[0]!r} is there twice")
+        if len(defaults := [teacher.name for teacher in self.teachers if not teacher.sources]) > 1:
+            raise ValueError(f"teachers: {' and '.join(defaults)} name no sources; only one can be the default")
+        return self
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

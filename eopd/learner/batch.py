@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eopd.config import LossConfig
 from eopd.config.loss import QuantileGate, RandomGate
-from eopd.config.sections import EntropyBound
+from eopd.config.teacher import EntropyBound
 from eopd.learner.collate import Weighting
 from eopd.learner.deepspeed_engine import gather_all
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.config.loss import NeverGate
-from eopd.config.sections import EntropyBound
+from eopd.config.teacher import EntropyBound
 from eopd.learner.batch import Weigher, batch_metrics
 from eopd.learner.broken import NonFiniteUpdateError, dump, explain, find_rows
 from eopd.learner.collate import Packed, Weighting, collate
