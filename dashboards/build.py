@@ -98,6 +98,13 @@ OVERVIEW: Final[dict[str, tuple[Panel, ...]]] = {
         Panel("Loss tokens", ("eopd_loss_tokens",)),
         Panel("Skipped optimiser steps", ("eopd_skipped_steps_total",)),
     ),
+    "Teachers": (
+        Panel("Tokens scored", ("eopd_teacher_tokens_total",)),
+        Panel("In flight", ("eopd_teacher_in_flight_trajectories",)),
+        Panel("Replicas that take work", ("eopd_teacher_replicas_up",)),
+        Panel("Failures", ("eopd_teacher_failures_total",), width=3),
+        Panel("Replacements", ("eopd_teacher_replacements_total",), width=3),
+    ),
     "Weight sync": (
         Panel("Transfer", ("eopd_weight_transfer_seconds",), width=8),
         Panel("Pause", ("eopd_weight_pause_seconds",), width=8),

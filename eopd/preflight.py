@@ -24,12 +24,10 @@ def check(config: Config) -> Prepared:
         ConfigError: a model directory or data file is missing, vocabularies differ, top_k is larger than the
         vocabulary, the student has no such layers to adapt, prompts do not fit, or a verifier has no answers.
     """
-    for key, directory in (
-        ("student.model", config.student.model),
-        (f"teachers.{config.teacher.name}.model", config.teacher.model),
-    ):
-        require_model(key, directory, num_tokens=config.max_sequence_tokens)
-    require_same_vocabulary(config.student.model, config.teacher.model)
+    require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
+    for teacher in config.teachers:
+        require_model(f"teachers.{teacher.name}.model", teacher.model, num_tokens=config.max_sequence_tokens)
+        require_same_vocabulary(config.student.model, teacher.model)
     size = vocab_size(config.student.model)
     if config.loss.top_k > size:
         raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {size} tokens")

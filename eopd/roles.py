@@ -32,11 +32,15 @@ class RolloutEngine(Protocol):
         ...
 
 
+class TeacherDownError(RuntimeError):
+    """The teacher behind a scorer cannot answer: nothing is wrong with the trajectory, and the scorer may be lost."""
+
+
 class TeacherScorer(Protocol):
     """Reads along: log-probabilities and entropy of the teacher for every response token."""
 
     async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
-        """Score one trajectory; a failure is a value."""
+        """Score one trajectory; a failure is a value, ``TeacherDownError`` says that there is no one to ask."""
         ...
 
 

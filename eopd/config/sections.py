@@ -239,11 +239,6 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
 
     @property
-    def teacher(self) -> TeacherConfig:
-        """The one teacher."""
-        return self.teachers[0]
-
-    @property
     def max_sequence_tokens(self) -> int:
         """The longest prompt and response together, in training or in evaluation."""
         return self.prompts.max_tokens + max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, cast
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from eopd.config import Config, RolloutConfig, StudentConfig, TeacherConfig
 from eopd.config.loss import GraderName
+from eopd.roles import TeacherDownError
 from eopd.runtime.run_directory import RunDirectory
 from eopd.types import (
     EvalStats,
@@ -128,7 +130,7 @@ class RemoteEngine:
 
 
 class TeacherActor:
-    """Hosts a ``VllmTeacherScorer``."""
+    """Hosts one replica of a teacher."""
 
     _scorer: "VllmTeacherScorer"
 
@@ -152,7 +154,10 @@ class RemoteTeacher:
 
     async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:  # noqa: D102
         head, body = self._actor.score.options(num_returns=2).remote(stored.header, stored.body)
-        header = await head
+        try:
+            header = await head
+        except RayActorError as error:
+            raise TeacherDownError(f"its actor died: {error}") from error
         return header if isinstance(header, LostTrajectory) else Stored(header, body)
 
 

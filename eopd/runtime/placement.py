@@ -6,7 +6,7 @@ Thread counts are set explicitly: Ray's CPU numbers are admission, not affinity,
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eopd.config import Config, ConfigError, RolloutConfig
+from eopd.config import Config, ConfigError, LearnerConfig, RolloutConfig, TeacherConfig
 
 # What every process of ours sees: no phone-home, no hub look-ups at start, quiet libraries.
 COMMON_ENV: Mapping[str, str] = {
@@ -53,19 +53,25 @@ def learner_env(threads: int, *, gpu: bool) -> dict[str, str]:
     return env if gpu else env | {"DS_ACCELERATOR": "cpu"}
 
 
-def plan(config: Config) -> tuple[RoleResources, RoleResources, RoleResources]:
-    """What a training run asks for: learner, rollout, teacher."""
-    learner, teacher = config.learner, config.teacher
-    return (
-        RoleResources(
-            role="learner",
-            actors=learner.ranks,
-            cpus=learner.cpus,
-            gpus=learner.gpus,
-            env=learner_env(learner.threads, gpu=learner.gpus > 0),
-        ),
-        plan_rollout(config.rollout),
-        RoleResources(role="teacher", actors=1, cpus=teacher.cpus, gpus=teacher.gpus, env=vllm_env(teacher.threads)),
+def plan(config: Config) -> tuple[RoleResources, ...]:
+    """What a training run asks for: learner, rollout, and every teacher."""
+    return (plan_learner(config.learner), plan_rollout(config.rollout), *map(plan_teacher, config.teachers))
+
+
+def plan_learner(learner: LearnerConfig) -> RoleResources:
+    """What the learner ranks ask for."""
+    env = learner_env(learner.threads, gpu=learner.gpus > 0)
+    return RoleResources(role="learner", actors=learner.ranks, cpus=learner.cpus, gpus=learner.gpus, env=env)
+
+
+def plan_teacher(teacher: TeacherConfig) -> RoleResources:
+    """What a teacher's replicas ask for; each of a served one is a client."""
+    return RoleResources(
+        role=f"teacher {teacher.name}",
+        actors=teacher.replicas,
+        cpus=teacher.cpus,
+        gpus=teacher.gpus,
+        env=vllm_env(teacher.threads),
     )
 
 

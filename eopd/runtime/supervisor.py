@@ -1,7 +1,7 @@
 """Brings the actors of a run up and down. Whatever happens, nothing is left running."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,17 +13,16 @@ from ray.exceptions import RayError
 from eopd.config import Config, RolloutConfig, StudentConfig
 from eopd.config.loss import GraderName
 from eopd.rollout.pool import EnginePool
-from eopd.runtime.actors import LearnerActor, LearnerGang, RemoteEngine, RemoteTeacher, RolloutActor, TeacherActor
+from eopd.runtime.actors import LearnerActor, LearnerGang, RemoteEngine, RolloutActor
 from eopd.runtime.cluster import log_directory
-from eopd.runtime.placement import RoleResources, plan, plan_rollout
+from eopd.runtime.placement import RoleResources, plan_learner, plan_rollout
+from eopd.runtime.teachers import MAX_CONCURRENT_REQUESTS, Spawn, TeacherFleet, route
+from eopd.teacher.pool import TeacherRouter
 from eopd.types import PolicyVersion, Stored
 from eopd.weights.channel import BroadcastChannel
 
 T = TypeVar("T")
-_Spawn = Callable[..., list[ActorHandle]]
-
 CLOSE_TIMEOUT_S = 20.0
-MAX_CONCURRENT_REQUESTS = 10_000  # of one engine actor; the buffer's slots are the real limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +30,7 @@ class Crew:
     """Everything of a run that lives in actors, as roles."""
 
     engines: EnginePool
-    teacher: RemoteTeacher
+    teacher: TeacherRouter
     learner: LearnerGang
     channel: BroadcastChannel
 
@@ -39,12 +38,14 @@ class Crew:
 @asynccontextmanager
 async def crew(config: Config) -> AsyncIterator[Crew]:
     """Every actor of a training run, started all at the same time."""
-    learner_plan, rollout_plan, teacher_plan = plan(config)
+    longest = config.max_sequence_tokens
     async with _actors() as spawn:
-        gang = LearnerGang(spawn(LearnerActor, learner_plan))
-        rollouts = spawn(RolloutActor, rollout_plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
-        (teacher,) = spawn(TeacherActor, teacher_plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
-        longest = config.max_sequence_tokens
+        gang = LearnerGang(spawn(LearnerActor, plan_learner(config.learner)))
+        rollouts = spawn(RolloutActor, plan_rollout(config.rollout), max_concurrency=MAX_CONCURRENT_REQUESTS)
+        fleets = [
+            TeacherFleet(spawn, teacher, top_k=config.loss.top_k, max_sequence_tokens=longest)
+            for teacher in config.teachers
+        ]
         grader = config.loss.reward.grader if config.loss.reward else None
         starting = {
             "learner": gang.start(config),
@@ -52,16 +53,20 @@ async def crew(config: Config) -> AsyncIterator[Crew]:
                 f"rollout engine {index}": _start_engine(actor, config.student, config.rollout, longest, grader)
                 for index, actor in enumerate(rollouts)
             },
-            "teacher": teacher.start.remote(config.teacher, config.loss.top_k, longest),
+            **{name: started for fleet in fleets for name, started in fleet.start().items()},
         }
         await _all_up(starting, config.cluster.start_timeout_s)
         engines = [RemoteEngine(actor) for actor in rollouts]
-        yield Crew(
-            engines=EnginePool(engines),
-            teacher=RemoteTeacher(teacher),
-            learner=gang,
-            channel=BroadcastChannel(gang, engines, workers_per_engine=_workers(config.rollout)),
-        )
+        teacher = route(fleets, max_attempts=config.flow.max_attempts)
+        try:
+            yield Crew(
+                engines=EnginePool(engines),
+                teacher=teacher,
+                learner=gang,
+                channel=BroadcastChannel(gang, engines, workers_per_engine=_workers(config.rollout)),
+            )
+        finally:
+            await teacher.close()
 
 
 @asynccontextmanager
@@ -116,7 +121,7 @@ def _start_engine(
 
 
 @asynccontextmanager
-async def _actors() -> AsyncIterator[_Spawn]:
+async def _actors() -> AsyncIterator[Spawn]:
     """A function that spawns actors; on the way out all of them are closed and killed, whatever happened."""
     spawned: list[ActorHandle] = []
 

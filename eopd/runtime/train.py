@@ -107,7 +107,7 @@ class TrainingRun:
         self._stop_softly = pipeline.buffer.close
         saved = self._progress.step
         async for row in pipeline.steps(self._progress.step):
-            telemetry.write(row)
+            telemetry.write({**row, **members.teacher.metrics()})
             self._count(row)
             if self._progress.step % self._config.checkpoint.every == 0:
                 await self._save(members)

@@ -23,9 +23,10 @@ from vllm.exceptions import VLLMClientError
 from vllm.outputs import PoolingRequestOutput
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from eopd.config import ConfigError, TeacherConfig
+from eopd.roles import TeacherDownError
 from eopd.teacher import head
 from eopd.teacher.signal import SignalError, read_signal
 from eopd.types import (
@@ -76,7 +77,7 @@ class VllmTeacherScorer:
             ``LostTrajectory``.
 
         Raises:
-            EngineDeadError: vLLM's, when the engine is gone.
+            TeacherDownError: the engine is gone.
         """
         started = time.monotonic()
         trajectory = cast(Trajectory, stored.body)
@@ -84,6 +85,8 @@ class VllmTeacherScorer:
             signal = await self._signal(trajectory.prompt.token_ids, trajectory.response_ids)
         except (EngineGenerateError, VLLMClientError, SignalError) as error:
             return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error))
+        except EngineDeadError as error:
+            raise TeacherDownError(f"its engine died: {error}") from None
         gained = {
             "score_s": time.monotonic() - started,
             "teacher_logprob": float(signal.token_logprobs.sum(dtype=np.float64)),

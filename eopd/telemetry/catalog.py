@@ -52,6 +52,7 @@ _nats = partial(Metric, "gauge", "nats")
 _ratio = partial(Metric, "gauge", "ratio")
 _seconds = partial(Metric, "gauge", "seconds")
 _number = partial(Metric, "gauge", "dimensionless")
+_counter = partial(Metric, "counter", "dimensionless")
 
 _OBJECTIVE: Final = (
     _nats(
@@ -192,6 +193,30 @@ _FLOW: Final = (
     ),
 )
 
+_TEACHERS: Final = (
+    Metric("counter", "tokens", "eopd_teacher_tokens_total", "Response tokens scored.", "Grows.", ("teacher",)),
+    Metric(
+        "counter",
+        "trajectories",
+        "eopd_teacher_failures_total",
+        "Times a replica did not answer, and the trajectory was tried again.",
+        "Flat.",
+        ("teacher",),
+    ),
+    _counter(
+        "eopd_teacher_replacements_total", "Replicas started in the place of one that was lost.", "Flat.", ("teacher",)
+    ),
+    _number("eopd_teacher_replicas_up", "Replicas that take work.", "All of them.", ("teacher",)),
+    Metric(
+        "gauge",
+        "trajectories",
+        "eopd_teacher_in_flight_trajectories",
+        "Trajectories being scored.",
+        "Below the batch; steadily high where the teacher is the slowest part.",
+        ("teacher",),
+    ),
+)
+
 _TIME: Final = (
     _seconds(
         "eopd_step_seconds",
@@ -209,10 +234,10 @@ _TIME: Final = (
 )
 
 CATALOG: Final[Mapping[str, Metric]] = {
-    metric.name: metric for metric in (*_OBJECTIVE, *_DISTRIBUTIONS, *_OPTIMISATION, *_FLOW, *_TIME)
+    metric.name: metric for metric in (*_OBJECTIVE, *_DISTRIBUTIONS, *_OPTIMISATION, *_FLOW, *_TEACHERS, *_TIME)
 }
 
-_SERIES = re.compile(r'(?P<name>\w+)(?:\{(?P<labels>\w+="\w+"(?:,\w+="\w+")*)\})?')
+_SERIES = re.compile(r'(?P<name>\w+)(?:\{(?P<labels>\w+="[\w.-]+"(?:,\w+="[\w.-]+")*)\})?')
 
 
 def series(name: str, **labels: str) -> str:
@@ -239,7 +264,7 @@ def parse_series(key: str) -> tuple[Metric, Mapping[str, str]]:
         close = difflib.get_close_matches(key, CATALOG, n=1)
         hint = f"did you mean {close[0]}?" if close else "add it to eopd/telemetry/catalog.py"
         raise MetricError(f"{key}: no metric of this name; {hint}")
-    labels = dict(re.findall(r'(\w+)="(\w+)"', match["labels"] or ""))
+    labels = dict(re.findall(r'(\w+)="([\w.-]+)"', match["labels"] or ""))
     if set(labels) != set(metric.labels):
         raise MetricError(f"{key}: its labels must be {metric.labels}, are {tuple(labels)}")
     return metric, labels

@@ -1,0 +1,67 @@
+"""The teachers of a run as actors: started together, replaced one by one, routed to by source."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from eopd.config import TeacherConfig
+from eopd.runtime.actors import RemoteTeacher, TeacherActor
+from eopd.runtime.placement import plan_teacher
+from eopd.teacher.pool import TeacherPool, TeacherRouter
+
+Spawn = Callable[..., list[ActorHandle]]
+
+MAX_CONCURRENT_REQUESTS = 10_000  # of one engine actor; the buffer's slots are the real limit
+_CLOSE_TIMEOUT_S, _START_TIMEOUT_S = 10.0, 600.0
+
+
+class TeacherFleet:
+    """The replicas of one teacher; ``spawn`` makes their actors and answers for their end."""
+
+    def __init__(self, spawn: Spawn, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> None:
+        self.config = config
+        self._spawn = spawn
+        self._plan = plan_teacher(config)
+        self._arguments = (config, top_k, max_sequence_tokens)
+        self._actors = spawn(TeacherActor, self._plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
+
+    def start(self) -> Mapping[str, Awaitable[None]]:
+        """Start all replicas; one awaitable for each, by name."""
+        return {
+            f"teacher {self.config.name}, replica {index}": actor.start.remote(*self._arguments)
+            for index, actor in enumerate(self._actors)
+        }
+
+    def pool(self, *, max_attempts: int) -> TeacherPool:
+        """The replicas as one scorer."""
+        return TeacherPool(
+            self.config.name,
+            [RemoteTeacher(actor) for actor in self._actors],
+            replace=self._replace,
+            timeout_s=self.config.timeout_s,
+            max_attempts=max_attempts,
+        )
+
+    async def _replace(self, index: int) -> RemoteTeacher:
+        """End the actor of a replica for certain, its engine's processes too, and start another."""
+        with suppress(RayError, TimeoutError):  # it may be dead, or hang: then it is killed as it is
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await self._actors[index].close.remote()
+        ray.kill(self._actors[index])
+        (actor,) = self._spawn(TeacherActor, replace(self._plan, actors=1), max_concurrency=MAX_CONCURRENT_REQUESTS)
+        self._actors[index] = actor
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            await actor.start.remote(*self._arguments)
+        return RemoteTeacher(actor)
+
+
+def route(fleets: Sequence[TeacherFleet], *, max_attempts: int) -> TeacherRouter:
+    """One scorer for all sources."""
+    pools = [(fleet.config.sources, fleet.pool(max_attempts=max_attempts)) for fleet in fleets]
+    by_source = {source: pool for sources, pool in pools for source in sources}
+    return TeacherRouter(by_source, next((pool for sources, pool in pools if not sources), None))
