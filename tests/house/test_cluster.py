@@ -137,7 +137,7 @@ def test_entrypoint_is_a_valid_command_on_an_existing_config(rayjob):
     assert program in scripts and verb == "train"
     assert set(options[::2]) == {"--set"}
     resolved = load_config(ROOT / config, options[1::2])
-    shared = [resolved.run.directory, resolved.student.model, resolved.teacher.model]
+    shared = [resolved.run.directory, resolved.student.model, resolved.teachers[0].model]
     assert all(path.is_relative_to("/shared") for path in shared), "what nodes share lies on the shared volume"
 
 
@@ -167,4 +167,4 @@ def test_the_readme_s_gpu_settings_are_valid(rayjob):
     config = shlex.split(rayjob["spec"]["entrypoint"])[2]
     resolved = load_config(ROOT / config, settings)
     assert resolved.weights.backend == "nccl"
-    assert min(resolved.rollout.gpus, resolved.teacher.gpus, resolved.learner.gpus) > 0
+    assert min(resolved.rollout.gpus, resolved.teachers[0].gpus, resolved.learner.gpus) > 0

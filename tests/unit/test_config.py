@@ -26,7 +26,7 @@ def path(tmp_path):
 def test_the_resolved_config_loads_back_equal(path, tmp_path):
     config = load_config(path, ["loss.gate={kind: always}", "teachers.0.temperature=0.7", "rollout.vllm.seed=3"])
     assert config.loss.gate.kind == "always"
-    assert config.teacher.temperature == 0.7
+    assert config.teachers[0].temperature == 0.7
     assert config.rollout.vllm == {"seed": 3}
     assert config.student.model.is_absolute() and config.run.path.is_absolute()
     again = tmp_path / "resolved.yaml"
