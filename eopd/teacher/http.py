@@ -1,0 +1,160 @@
+"""The HTTP client of teachers that are served elsewhere: pooled, bounded, patient, and silent about its key.
+
+Every request has one deadline and up to ``max_attempts`` attempts. An answer that may be better later (429, 500, 502,
+503, 504), a broken connection and a missed deadline are tried again after a pause: exponential with full jitter, so
+that clients of a server that came back do not meet again, and on top of what ``Retry-After`` asks. Any other refusal
+is final. Requests must be safe to repeat: scoring is.
+
+Left out: ``Retry-After`` as a date, redirects, streamed bodies.
+"""
+
+import asyncio
+import os
+import random
+import re
+from collections.abc import Mapping
+from typing import Final
+
+import httpx
+
+from eopd.config import ConfigError, ServerConfig
+
+_LATER: Final = frozenset({429, 500, 502, 503, 504})
+_FIRST_PAUSE_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 30.0
+_QUOTE: Final = 300  # characters of a server's message
+
+
+class TeacherUnavailableError(RuntimeError):
+    """Every attempt failed; the message names the last cause."""
+
+
+class TeacherRefusedError(RuntimeError):
+    """The server answered that it will not do this, now or later; the message quotes it."""
+
+
+class ServerClient:
+    """Speaks to one server, with at most ``max_connections`` requests in flight; the others wait their turn, which no
+    deadline counts.
+    """
+
+    def __init__(self, config: ServerConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        """Open nothing yet.
+
+        Args:
+            config: where, and how patiently.
+            transport: another way to the server than the network.
+
+        Raises:
+            ConfigError: the environment variable of the key is missing, or holds what no header can.
+        """
+        self._key = _read_key(config.api_key_env)
+        self._timeout_s = config.timeout_s
+        self._max_attempts = config.max_attempts
+        self._slots = asyncio.Semaphore(config.max_connections)
+        self._client = httpx.AsyncClient(
+            base_url=config.url,
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
+            timeout=None,  # one deadline for the whole request, ours
+            limits=httpx.Limits(
+                max_connections=config.max_connections, max_keepalive_connections=config.max_connections
+            ),
+            transport=transport,
+        )
+
+    async def get(self, path: str) -> httpx.Response:
+        """Like ``post``, of a thing that is only read."""
+        return await self._send(self._client.build_request("GET", path))
+
+    async def post(
+        self,
+        path: str,
+        *,
+        json: object | None = None,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        """Send ``json`` or ``content`` until it is answered well.
+
+        Args:
+            path: below the server's url, e.g. ``/v1/completions``.
+            json: a body to encode, or
+            content: a body as it is.
+            headers: besides our own.
+
+        Returns:
+            A complete answer of status 2xx.
+
+        Raises:
+            TeacherUnavailableError: all attempts failed.
+            TeacherRefusedError: any other status.
+        """
+        return await self._send(self._client.build_request("POST", path, json=json, content=content, headers=headers))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        where = f"{request.method} {request.url}"
+        cause = ""
+        for attempt in range(self._max_attempts):
+            asked_s = 0.0
+            try:
+                async with self._slots, asyncio.timeout(self._timeout_s):
+                    response = await self._client.send(request)
+            except TimeoutError:
+                cause = f"no answer within {self._timeout_s:g} s"
+            except httpx.TransportError as error:
+                cause = f"{type(error).__name__}: {error}"
+            else:
+                if response.is_success:
+                    return response
+                cause = self._quote(response)
+                if response.status_code not in _LATER:
+                    raise TeacherRefusedError(f"{where}: {cause}")
+                asked_s = _retry_after_s(response)
+            if attempt + 1 < self._max_attempts:
+                await asyncio.sleep(_pause_s(attempt, asked_s))
+        raise TeacherUnavailableError(f"{where}: {self._max_attempts} attempts failed, the last one with {cause}")
+
+    def _quote(self, response: httpx.Response) -> str:
+        """Status and message in one short line; some servers repeat the key they refuse."""
+        text = _message(response)
+        if self._key:
+            text = text.replace(self._key, "***")
+        return f"{response.status_code} {response.reason_phrase}: {' '.join(text.split())[:_QUOTE]}"
+
+
+def _read_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(f"teachers.server.api_key_env: the environment variable {variable} is not set")
+    if not re.fullmatch(r"[!-~]+", key):  # httpx and h11 would show it in their error
+        raise ConfigError(f"teachers.server.api_key_env: {variable} holds characters that no key has")
+    return key
+
+
+def _message(response: httpx.Response) -> str:
+    """The sentence within the usual JSON of an error, or the whole body."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text
+    match body:
+        case {"error": {"message": str(text)}} | {"message": str(text)} | {"detail": str(text)}:
+            return text
+        case _:
+            return response.text
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    asked = response.headers.get("Retry-After", "")
+    return min(float(asked), _LONGEST_PAUSE_S) if re.fullmatch(r"\d+(\.\d+)?", asked) else 0.0
+
+
+def _pause_s(attempt: int, asked_s: float) -> float:
+    """Seconds before attempt ``attempt + 1``, counted from 0: what was asked, and a random part of 1, 2, 4, ... 30."""
+    return asked_s + random.uniform(0.0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**attempt))
