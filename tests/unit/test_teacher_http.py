@@ -207,12 +207,12 @@ def hurried(monkeypatch) -> None:
 
 
 async def test_connections_are_bounded_and_used_again_and_waiting_for_one_is_not_late(hurried):
-    async with Server(delay_s=0.05) as server:
-        client = ServerClient(ServerConfig(url=server.url, max_connections=3, timeout_s=0.3, max_attempts=1))
-        answers = await asyncio.gather(*(client.get("/") for _ in range(30)))
+    async with Server(delay_s=0.02) as server:
+        client = ServerClient(ServerConfig(url=server.url, max_connections=3, timeout_s=0.8, max_attempts=1))
+        answers = await asyncio.gather(*(client.get("/") for _ in range(150)))
         await client.close()
-    assert [answer.text for answer in answers] == ["ok"] * 30
-    assert (server.most_busy, server.connections, server.requests) == (3, 3, 30)
+    assert [answer.text for answer in answers] == ["ok"] * 150
+    assert (server.most_busy, server.connections, server.requests) == (3, 3, 150)
 
 
 async def test_a_deadline_missed_is_tried_again_on_a_new_connection(hurried):
