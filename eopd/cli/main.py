@@ -10,11 +10,13 @@ import rich.console
 import typer
 
 from eopd import __version__
+from eopd.cli.teacher import teacher
 from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, load_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models = typer.Typer(no_args_is_help=True, help="Make the models that the shipped configs use.")
 app.add_typer(models, name="models")
+app.add_typer(teacher, name="teacher")
 
 MODELS = Path("~/.cache/eopd/models")
 EXIT_INTERRUPTED = 130

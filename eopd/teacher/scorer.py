@@ -9,6 +9,7 @@ vLLM internals used here were checked against 0.32.0: the pooling runner, ``hf_o
 ``extra_kwargs``. Threads and quiet logs come with the environment of the process that hosts the engine.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import Mapping
@@ -26,9 +27,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from eopd.config import ConfigError, TeacherConfig
-from eopd.roles import TeacherDownError
 from eopd.teacher import head
-from eopd.teacher.signal import SignalError, read_signal
+from eopd.teacher.signal import SignalError, TeacherGoneError, read_signal
 from eopd.types import (
     Exact,
     Int32Array,
@@ -52,7 +52,8 @@ class VllmTeacherScorer:
 
     @classmethod
     async def start(cls, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> Self:
-        """Start the engine and score one made-up token, so that a scorer that is there works.
+        """Start the engine and score one made-up token, so that a scorer that is there works. The event loop stays free
+        while the engine loads.
 
         Args:
             config: the teacher; its ``vllm`` options win over ours.
@@ -63,10 +64,16 @@ class VllmTeacherScorer:
             ConfigError: the model's directory names no architecture.
         """
         args = AsyncEngineArgs(**engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens))
-        scorer = cls(AsyncLLM.from_engine_args(args), name=config.name, top_k=top_k)
+        llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args)
+        scorer = cls(llm, name=config.name, top_k=top_k)
         token = np.zeros(1, np.int32)
-        await scorer._signal(token, token)
+        await scorer.signal(token, token)
         return scorer
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine lives. One that died never comes back."""
+        return not self._llm.errored
 
     async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
         """Score one trajectory, whose body is the ``Trajectory`` itself.
@@ -77,16 +84,14 @@ class VllmTeacherScorer:
             ``LostTrajectory``.
 
         Raises:
-            TeacherDownError: the engine is gone.
+            TeacherGoneError: the engine is gone.
         """
         started = time.monotonic()
         trajectory = cast(Trajectory, stored.body)
         try:
-            signal = await self._signal(trajectory.prompt.token_ids, trajectory.response_ids)
-        except (EngineGenerateError, VLLMClientError, SignalError) as error:
+            signal = await self.signal(trajectory.prompt.token_ids, trajectory.response_ids)
+        except SignalError as error:
             return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error))
-        except EngineDeadError as error:
-            raise TeacherDownError(f"its engine died: {error}") from None
         gained = {
             "score_s": time.monotonic() - started,
             "teacher_logprob": float(signal.token_logprobs.sum(dtype=np.float64)),
@@ -99,7 +104,17 @@ class VllmTeacherScorer:
         """Stop the engine's processes."""
         self._llm.shutdown()
 
-    async def _signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
+    async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
+        """What the teacher says of a response.
+
+        Args:
+            prompt_ids: [P], P > 0.
+            response_ids: [R], R > 0.
+
+        Raises:
+            SignalError: the request failed, or an id is outside the vocabulary; other requests go on.
+            TeacherGoneError: the engine is gone.
+        """
         token_ids = np.concatenate((prompt_ids, response_ids))
         if (
             token_ids.min() < 0 or token_ids.max() >= self._vocab_size
@@ -109,9 +124,14 @@ class VllmTeacherScorer:
             )
         request = TokensPrompt(prompt_token_ids=token_ids.tolist())
         params = PoolingParams(task=head.TASK, extra_kwargs={head.RESPONSE_TOKENS: len(response_ids)})
-        outputs: list[PoolingRequestOutput] = [
-            output async for output in self._llm.encode(request, params, uuid4().hex)
-        ]
+        try:
+            outputs: list[PoolingRequestOutput] = [
+                output async for output in self._llm.encode(request, params, uuid4().hex)
+            ]
+        except (EngineGenerateError, VLLMClientError) as error:
+            raise SignalError(f"teacher {self._name}: {error}") from error
+        except EngineDeadError as error:
+            raise TeacherGoneError(f"teacher {self._name}: its engine died") from error
         raw = outputs[-1].outputs.data.numpy()
         return read_signal(raw, teacher=self._name, num_response_tokens=len(response_ids), top_k=self._top_k)
 

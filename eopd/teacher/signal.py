@@ -1,7 +1,7 @@
 """From the scoring head's raw rows to a checked ``TeacherSignal``: pure numpy, and the one place that knows the layout.
 
 In: float32 [R, 3 + 2 K], one row per response token, in the columns named below. Out: arrays aligned by response
-position.
+position. ``write_signal`` is the way back, for a signal that travels.
 Left out: any repair. A row that is no distribution is an error, never clamped into one.
 """
 
@@ -22,6 +22,10 @@ _SLACK: Final = 1e-3  # nats, or probability: far above float32 noise, far below
 
 class SignalError(ValueError):
     """The raw rows are not what a teacher can have said."""
+
+
+class TeacherGoneError(RuntimeError):
+    """A teacher's engine is gone, or not there yet: no request can be answered."""
 
 
 def num_columns(top_k: int) -> int:
@@ -66,6 +70,18 @@ def read_signal(raw: Float32Array, *, teacher: str, num_response_tokens: int, to
         topk_logprobs=logprobs.copy(),
         tail_logprobs=tail.copy(),
     )
+
+
+def write_signal(signal: TeacherSignal) -> Float32Array:
+    """The raw rows that ``read_signal`` reads: float32 [R, 3 + 2 K], a new array.
+
+    Raises:
+        TypeError: the entropy is known only within bounds, for which there are no columns.
+    """
+    if not isinstance(signal.entropy, Exact):
+        raise TypeError(f"teacher {signal.teacher}: a signal with entropy bounds has no raw rows")
+    columns = (signal.entropy.entropy, signal.token_logprobs, signal.tail_logprobs)
+    return np.column_stack((*columns, signal.topk_logprobs, signal.topk_ids.astype(np.float32)))
 
 
 def _only_tail_is_empty(raw: Float32Array) -> BoolArray:

@@ -1,0 +1,87 @@
+"""``eopd teacher``: a teacher of a run's config as a server of its own."""
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eopd.config import ConfigError, TeacherConfig, load_config
+
+teacher = typer.Typer(no_args_is_help=True, help="Serve a teacher to other clusters.")
+
+
+@teacher.callback()
+def _teacher() -> None:
+    """Keeps ``serve`` a verb of its own, although it is the only one."""
+
+
+@teacher.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="The YAML file of a run; its students may live elsewhere.")],
+    name: Annotated[str | None, typer.Option("--teacher", help="Which of its teachers; else the first.")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8400,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="The environment variable that holds the bearer token.")
+    ] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="More in flight are refused with 503.")] = 256,
+) -> None:
+    """Offer a teacher's exact scores over HTTP, until Ctrl-C or SIGTERM."""
+    run = load_config(config)
+    chosen = _choose(run.teachers, name)
+    token = _token(api_key_env, host)
+    from eopd.preflight import require_model
+    from eopd.runtime.placement import vllm_env
+    from eopd.teacher.signal import TeacherGoneError
+    from eopd.teacher.vocabulary import vocab_size
+
+    require_model(f"teachers.{chosen.name}.model", chosen.model, num_tokens=run.max_sequence_tokens)
+    if run.loss.top_k > (size := vocab_size(chosen.model)):
+        raise ConfigError(f"loss.top_k: {run.loss.top_k} is larger than the vocabulary of {size} tokens")
+    os.environ |= vllm_env(chosen.threads)
+    from eopd.teacher import serving
+
+    try:
+        serving.serve(
+            chosen,
+            top_k=run.loss.top_k,
+            max_sequence_tokens=run.max_sequence_tokens,
+            host=host,
+            port=port,
+            token=token,
+            max_requests=max_requests,
+        )
+    except TeacherGoneError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _choose(teachers: tuple[TeacherConfig, ...], name: str | None) -> TeacherConfig:
+    named = {teacher.name: teacher for teacher in teachers}
+    if name is not None and name not in named:
+        raise ConfigError(f"--teacher {name}: there is no such teacher; there is {', '.join(named)}")
+    chosen = teachers[0] if name is None else named[name]
+    if chosen.backend != "vllm":
+        raise ConfigError(f"teachers.{chosen.name}.backend: is {chosen.backend}, served already; here it must be vllm")
+    return chosen
+
+
+def _token(variable: str | None, host: str) -> str | None:
+    """The token in the environment; without one, nobody outside this machine is let in."""
+    if variable is not None:
+        token = os.environ.get(variable, "")
+        if not token or not token.isascii() or not token.isprintable() or " " in token:
+            raise ConfigError(f"--api-key-env {variable}: must hold a token of printable ASCII, without spaces")
+        return token
+    if not _is_loopback(host):
+        raise ConfigError(f"--host {host}: needs --api-key-env; without a token only this machine is served")
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,166 @@
+"""A served teacher as a process: its engine, uvicorn, and how both come and go.
+
+Two tasks share the event loop:
+
+* the engine's (``_Engine.keep``) starts it and watches it, and ends the server when it dies;
+* uvicorn answers from the first moment on, ``/ready`` and ``/v1/score`` with 503 until the engine is up.
+
+SIGTERM or Ctrl-C: no new connections, requests in flight are finished, then the engine is stopped.
+"""
+
+import asyncio
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Final
+
+import uvicorn
+
+from eopd.config import ConfigError, TeacherConfig
+from eopd.teacher.server import Limits, TeacherInfo, create_app
+from eopd.teacher.signal import TeacherGoneError
+from eopd.teacher.vocabulary import vocab_size
+from eopd.types import Int32Array, TeacherSignal
+
+if TYPE_CHECKING:
+    from eopd.teacher.scorer import VllmTeacherScorer
+
+_WATCH_S: Final = 0.5
+_KEEP_ALIVE_S: Final = 75  # longer than clients keep an idle connection, so that none is closed under a request
+
+logger = logging.getLogger("uvicorn.error")  # one log for everything the process says
+
+
+class _Engine:
+    """A scorer that is not there at first, and may die."""
+
+    def __init__(self, name: str, start: Callable[[], Coroutine[object, object, "VllmTeacherScorer"]]) -> None:
+        self._name = name
+        self._start = start
+        self._scorer: VllmTeacherScorer | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has started, and lives."""
+        return self._scorer is not None and self._scorer.ready
+
+    async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
+        """Score a response; see ``SignalScorer``."""
+        if self._scorer is None:
+            raise TeacherGoneError(f"teacher {self._name}: its engine has not started")
+        return await self._scorer.signal(prompt_ids, response_ids)
+
+    async def keep(self, server: uvicorn.Server) -> None:
+        """Start, watch, and end the server with the engine: a process without one is of no use.
+
+        Raises:
+            TeacherGoneError: the engine died.
+        """
+        try:
+            self._scorer = await self._start()
+            logger.info("teacher %s is ready", self._name)
+            while self._scorer.ready:
+                await asyncio.sleep(_WATCH_S)
+            raise TeacherGoneError(f"teacher {self._name}: its engine died; what vLLM says of it is above")
+        finally:
+            server.should_exit = True
+
+    async def stop(self, keeping: "asyncio.Task[None]") -> None:
+        """Stop the engine, also one that is being started; nothing is left running."""
+        while self._scorer is None and not keeping.done():
+            for process in multiprocessing.active_children():
+                process.kill()  # until it is up, vLLM's process puts off every other signal
+            await asyncio.wait((keeping,), timeout=_WATCH_S)
+        keeping.cancel()
+        if self._scorer is not None:
+            await self._scorer.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with signals left to ``_run``: after serving, an engine has to be stopped."""
+
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        """Capture none."""
+        return nullcontext()
+
+
+def serve(
+    config: TeacherConfig,
+    *,
+    top_k: int,
+    max_sequence_tokens: int,
+    host: str,
+    port: int,
+    token: str | None,
+    max_requests: int,
+) -> None:
+    """Serve a teacher until SIGTERM or Ctrl-C.
+
+    Args:
+        config: the teacher, whose engine runs here.
+        top_k: K, candidates per response token.
+        max_sequence_tokens: the longest prompt and response together.
+        host: the address to listen on.
+        port: 0 takes a free one, which the log names.
+        token: what clients must bear; None lets everyone in who reaches the address.
+        max_requests: how many may be in flight.
+
+    Raises:
+        ConfigError: the address cannot be served, or the model's directory is no model.
+        TeacherGoneError: the engine died.
+    """
+    from eopd.teacher.scorer import VllmTeacherScorer
+
+    # A forked engine would inherit the server's sockets and threads.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    info = TeacherInfo(
+        name=config.name,
+        top_k=top_k,
+        vocab_size=vocab_size(config.model),
+        temperature=config.temperature,
+        max_sequence_tokens=max_sequence_tokens,
+        head_dtype=config.head_dtype,
+    )
+    engine = _Engine(
+        config.name,
+        lambda: VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens),
+    )
+    app = create_app(engine, info, Limits.of(max_requests, info), token)
+    settings = uvicorn.Config(
+        app,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(config.timeout_s),  # no client of ours waits any longer
+    )
+    with _listen(host, port) as listener:
+        logger.info("teacher %s is served at http://%s:%d, its engine starts", config.name, *listener.getsockname()[:2])
+        asyncio.run(_run(_Server(settings), engine, listener))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: cannot be served ({error.strerror})") from None
+
+
+async def _run(server: _Server, engine: _Engine, listener: socket.socket) -> None:
+    """Serve until a signal comes or the engine dies, whose error is raised."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.handle_exit, number, None)
+    keeping = asyncio.create_task(engine.keep(server))
+    await server.serve(sockets=[listener])
+    failed = keeping.done()
+    await engine.stop(keeping)
+    if failed:
+        await keeping

@@ -1,0 +1,212 @@
+"""``eopd teacher serve`` as a process of its own, on real vLLM, against a float32 oracle made with transformers."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from eopd.teacher import wire
+from eopd.teacher.signal import write_signal
+
+TOP_K, LONGEST, TEMPERATURE = 8, 96, 0.7
+VARIABLE, TOKEN = "EOPD_TEST_TOKEN", "correct-horse"
+START_S = 90.0
+
+CONFIG = """
+run: {{name: served, batches: 1}}
+student: {{model: /nowhere}}
+teachers:
+  - {{name: other, model: /nowhere, sources: other}}
+  - {{name: maths, model: {model}, dtype: float32, temperature: {temperature},
+      vllm: {{kv_cache_memory_bytes: 67108864, max_num_seqs: 4}}}}
+prompts: {{data: none, held_out: none, max_tokens: 32}}
+rollout: {{max_response_tokens: 64}}
+evaluation: {{max_response_tokens: 64}}
+flow: {{batch_prompts: 1}}
+loss: {{top_k: {top_k}}}
+"""
+
+
+class Served:
+    """The process, its log, and a client."""
+
+    def __init__(self, config: Path, log: Path) -> None:
+        command = [sys.executable, "-c", "from eopd.cli.main import main; main()", "teacher", "serve", str(config)]
+        options = ["--teacher", "maths", "--port", "0", "--api-key-env", VARIABLE]
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*command, *options], stdout=output, stderr=output, env=os.environ | {VARIABLE: TOKEN}
+            )
+        address = self.wait_for(lambda: re.search(r"served at (http://\S+:\d+)", log.read_text()))
+        self.client = httpx.Client(base_url=address[1], headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30.0)
+
+    def wait_for(self, condition):
+        end = time.monotonic() + START_S
+        while not (found := condition()):
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.05)
+        return found
+
+    def wait_until_ready(self) -> None:
+        self.wait_for(lambda: self.client.get("/ready").status_code == 200)
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def engines(self) -> list[psutil.Process]:
+        return [child for child in self.descendants() if "spawn_main" in " ".join(child.cmdline())]
+
+    def listens(self) -> bool:
+        return any(c.status == psutil.CONN_LISTEN for c in psutil.Process(self.process.pid).net_connections("tcp"))
+
+    def close(self) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model("qwen3", seed=3, scale=0.2)
+
+
+@pytest.fixture(scope="module")
+def config(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("served") / "config.yaml"
+    path.write_text(CONFIG.format(model=model, temperature=TEMPERATURE, top_k=TOP_K))
+    return path
+
+
+@pytest.fixture
+def start(config, tmp_path):
+    """Start it (a test does so once), and stop what a failing test left."""
+    started = []
+
+    def make() -> Served:
+        started.append(Served(config, tmp_path / "log"))
+        return started[-1]
+
+    yield make
+    for served in started:
+        served.close()
+
+
+def oracle(model: Path, prompt_ids: list[int], response_ids: list[int]) -> np.ndarray:
+    """Log-probabilities [R, V] from a float32 forward pass."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        logits = network(torch.tensor([[*prompt_ids, *response_ids]])).logits[0, len(prompt_ids) - 1 : -1]
+    return torch.log_softmax(logits.double() / TEMPERATURE, -1).numpy()
+
+
+def worst_error(signal, response_ids: list[int], logprobs: np.ndarray) -> float:
+    ordered = -np.sort(-logprobs, axis=1)
+    errors = (
+        signal.entropy.entropy + (np.exp(logprobs) * logprobs).sum(1),
+        signal.token_logprobs - logprobs[range(len(logprobs)), response_ids],
+        signal.topk_logprobs - ordered[:, :TOP_K],
+        np.take_along_axis(logprobs, signal.topk_ids, 1) - ordered[:, :TOP_K],
+        signal.tail_logprobs - np.logaddexp.reduce(ordered[:, TOP_K:], axis=1),
+    )
+    return max(float(np.abs(error).max()) for error in errors)
+
+
+def score(client: httpx.Client, prompt_ids: list[int], response_ids: list[int]):
+    """Score through both forms: the binary signal and the raw bits of both."""
+    body = wire.encode_request(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
+    binary = client.post("/v1/score", content=body, headers={"Content-Type": wire.MEDIA_TYPE})
+    text = client.post("/v1/score", json={"prompt_ids": prompt_ids, "response_ids": response_ids})
+    assert (binary.status_code, text.status_code) == (200, 200), (binary.text, text.text)
+    size = len(response_ids)
+    signal = wire.decode_answer(binary.content, teacher="maths", num_response_tokens=size, top_k=TOP_K)
+    answer = text.json()
+    rows = np.column_stack(
+        [answer[name] for name in ("entropy", "token_logprobs", "tail_logprobs", "topk_logprobs", "topk_ids")]
+    )
+    return signal, write_signal(signal).tobytes(), rows.astype(np.float32).tobytes()
+
+
+def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(start, model):
+    served = start()
+    assert served.client.get("/health").json() == {"status": "alive"}
+    early = served.client.get("/ready")
+    assert (early.status_code, early.headers["Retry-After"]) == (503, "1")
+    served.wait_until_ready()
+    info = served.client.get("/v1/info").json()
+    vocab = info["vocab_size"]
+    assert info == {
+        "name": "maths",
+        "top_k": TOP_K,
+        "vocab_size": AutoModelForCausalLM.from_pretrained(model).config.vocab_size,
+        "temperature": TEMPERATURE,
+        "max_sequence_tokens": LONGEST,
+        "head_dtype": "float32",
+        "wire_version": 1,
+    }
+    rng = np.random.default_rng(7)
+    for num_prompt, num_response in [(1, 1), (30, 40), (32, 64)]:
+        prompt_ids, response_ids = (rng.integers(vocab, size=n).tolist() for n in (num_prompt, num_response))
+        found, binary_bits, json_bits = score(served.client, prompt_ids, response_ids)
+        assert worst_error(found, response_ids, oracle(model, prompt_ids, response_ids)) < 5e-5
+        assert binary_bits == json_bits
+
+    def refused(**request) -> int:
+        return served.client.post("/v1/score", **request).status_code
+
+    assert refused(json={"prompt_ids": [1] * 33, "response_ids": [1] * 64}) == 422
+    assert refused(json={"prompt_ids": [1], "response_ids": [vocab]}) == 422
+    assert refused(content=(b" " * 1000 for _ in range(1000)), headers={"Content-Type": "application/json"}) == 413
+    assert httpx.get(served.client.base_url.join("/v1/info")).status_code == 401
+    assert 'eopd_teacher_scored_tokens_total{teacher="maths"} 210.0' in served.client.get("/metrics").text
+
+    request = {"prompt_ids": [5] * 32, "response_ids": [6] * 64}
+    descendants, engines = served.descendants(), served.engines()
+    for engine in engines:
+        engine.suspend()
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(served.client.post, "/v1/score", json=request) for _ in range(8)]
+        served.wait_for(lambda: 'in_flight_requests{teacher="maths"} 8.0' in served.client.get("/metrics").text)
+        served.process.send_signal(signal.SIGTERM)
+        served.wait_for(lambda: not served.listens())
+        for engine in engines:
+            engine.resume()
+        assert {answer.result().status_code for answer in answers} == {200}
+    assert served.process.wait(30) == 0
+    assert psutil.wait_procs(descendants, timeout=5)[1] == []
+
+
+def test_a_stop_while_the_engine_starts_leaves_nothing(start):
+    served = start()
+    served.wait_for(served.engines)
+    assert served.client.get("/ready").status_code == 503
+    descendants = served.descendants()
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(15) == 0
+    assert psutil.wait_procs(descendants, timeout=5)[1] == []
+
+
+def test_the_process_ends_with_an_error_when_its_engine_dies(start):
+    served = start()
+    served.wait_until_ready()
+    request = {"prompt_ids": [5], "response_ids": [6]}
+    assert served.client.post("/v1/score", json=request).status_code == 200
+    for engine in served.engines():
+        engine.kill()
+    with pytest.raises(httpx.TransportError):
+        while (answer := served.client.post("/v1/score", json=request)).status_code == 503:
+            assert answer.headers["Retry-After"] == "1"
+    assert served.process.wait(30) == 1
+    assert "error: teacher maths: its engine died" in served.log.read_text()
