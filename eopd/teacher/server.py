@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictInt, ValidationError
 from starlette.requests import ClientDisconnect
 
 from eopd import __version__
@@ -71,13 +71,17 @@ class Limits:
         return cls(max_requests=max_requests, max_body_bytes=1024 + bytes_per_id * info.max_sequence_tokens)
 
 
+# JSON has one kind of number: 5.0 is 5. Text and truth values are no ids.
+TokenId = Annotated[StrictInt, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
+
+
 class ScoreRequest(BaseModel):
     """A prompt and its response."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt_ids: list[StrictInt]
-    response_ids: list[StrictInt]
+    prompt_ids: list[TokenId]
+    response_ids: list[TokenId]
 
 
 class ScoreAnswer(BaseModel):

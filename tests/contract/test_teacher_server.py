@@ -66,7 +66,8 @@ class Served:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def engines(self) -> list[psutil.Process]:
-        return [child for child in self.descendants() if "spawn_main" in " ".join(child.cmdline())]
+        """vLLM's processes: Python's name for them until they have given themselves one."""
+        return [child for child in self.descendants() if re.search("spawn_main|VLLM::", " ".join(child.cmdline()))]
 
     def listens(self) -> bool:
         return any(c.status == psutil.CONN_LISTEN for c in psutil.Process(self.process.pid).net_connections("tcp"))
@@ -174,6 +175,7 @@ def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(st
 
     request = {"prompt_ids": [5] * 32, "response_ids": [6] * 64}
     descendants, engines = served.descendants(), served.engines()
+    assert engines
     for engine in engines:
         engine.suspend()
     with ThreadPoolExecutor(8) as pool:
@@ -203,7 +205,9 @@ def test_the_process_ends_with_an_error_when_its_engine_dies(start):
     served.wait_until_ready()
     request = {"prompt_ids": [5], "response_ids": [6]}
     assert served.client.post("/v1/score", json=request).status_code == 200
-    for engine in served.engines():
+    engines = served.engines()
+    assert engines
+    for engine in engines:
         engine.kill()
     with pytest.raises(httpx.TransportError):
         while (answer := served.client.post("/v1/score", json=request)).status_code == 503:
