@@ -31,7 +31,7 @@ def serve(
     """Offer a teacher's exact scores over HTTP, until Ctrl-C or SIGTERM."""
     run = load_config(config)
     chosen = _choose(run.teachers, name)
-    token = _token(api_key_env, host)
+    token = token_for(api_key_env, host)
     from eopd.preflight import require_model
     from eopd.runtime.placement import vllm_env
     from eopd.teacher.signal import TeacherGoneError
@@ -68,7 +68,7 @@ def _choose(teachers: tuple[TeacherConfig, ...], name: str | None) -> TeacherCon
     return chosen
 
 
-def _token(variable: str | None, host: str) -> str | None:
+def token_for(variable: str | None, host: str) -> str | None:
     """The token in the environment; without one, nobody outside this machine is let in."""
     if variable is not None:
         token = os.environ.get(variable, "")

@@ -114,10 +114,6 @@ def serve(
         ConfigError: the address cannot be served, or the model's directory is no model.
         TeacherGoneError: the engine died.
     """
-    from eopd.teacher.scorer import VllmTeacherScorer
-
-    # A forked engine would inherit the server's sockets and threads.
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     info = TeacherInfo(
         name=config.name,
         top_k=top_k,
@@ -126,26 +122,35 @@ def serve(
         max_sequence_tokens=max_sequence_tokens,
         head_dtype=config.head_dtype,
     )
-    engine = _Engine(
-        config.name,
-        lambda: VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens),
-    )
-    app = create_app(engine, info, Limits.of(max_requests, info), token)
-    settings = uvicorn.Config(
-        app,
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(config.timeout_s),  # no client of ours waits any longer
-    )
-    with _listen(host, port) as listener:
-        logger.info("teacher %s is served at http://%s:%d, its engine starts", config.name, *listener.getsockname()[:2])
+    # A forked engine would inherit the server's sockets and threads.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    with listen(host, port) as listener:
+        from eopd.teacher.scorer import VllmTeacherScorer  # takes seconds: a mistaken address is told before
+
+        engine = _Engine(
+            config.name,
+            lambda: VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens),
+        )
+        settings = uvicorn.Config(
+            create_app(engine, info, Limits.of(max_requests, info), token),
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=math.ceil(config.timeout_s),  # no client of ours waits any longer
+        )
+        address = "[{}]:{}" if ":" in host else "{}:{}"
+        logger.info("teacher %s is served at http://%s", config.name, address.format(*listener.getsockname()))
         asyncio.run(_run(_Server(settings), engine, listener))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the address is taken, or is none of this machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)

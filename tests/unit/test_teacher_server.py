@@ -326,6 +326,6 @@ described = schemathesis.openapi.from_asgi(
 
 
 @described.parametrize()
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_is_sent_is_answered_as_described(case):
     case.call_and_validate(headers={"Authorization": f"Bearer {TOKEN}"})
