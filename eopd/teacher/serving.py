@@ -17,6 +17,7 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
@@ -77,12 +78,20 @@ class _Engine:
                 process.kill()  # until it is up, vLLM's process puts off every other signal
             await asyncio.wait((keeping,), timeout=_WATCH_S)
         keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
         if self._scorer is not None:
             await self._scorer.close()
 
 
 class _Server(uvicorn.Server):
     """uvicorn, with signals left to ``_run``: after serving, an engine has to be stopped."""
+
+    asked_to_stop = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop serving; a second Ctrl-C does not wait for requests in flight."""
+        self.asked_to_stop = True
+        super().handle_exit(sig, frame)
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """Capture none."""
@@ -159,13 +168,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def _run(server: _Server, engine: _Engine, listener: socket.socket) -> None:
-    """Serve until a signal comes or the engine dies, whose error is raised."""
+    """Serve until a signal comes, or until the engine fails, whose error is raised.
+
+    Ctrl-C in a terminal reaches vLLM's processes too: what they say once a stop was asked for is no failure.
+    """
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.handle_exit, number, None)
     keeping = asyncio.create_task(engine.keep(server))
     await server.serve(sockets=[listener])
-    failed = keeping.done()
     await engine.stop(keeping)
-    if failed:
+    if not server.asked_to_stop:
         await keeping

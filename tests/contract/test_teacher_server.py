@@ -47,7 +47,11 @@ class Served:
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [*command, *options], stdout=output, stderr=output, env=os.environ | {VARIABLE: TOKEN}
+                [*command, *options],
+                stdout=output,
+                stderr=output,
+                env=os.environ | {VARIABLE: TOKEN},
+                start_new_session=True,
             )
         address = self.wait_for(lambda: re.search(r"served at (http://\S+:\d+)", log.read_text()))
         self.client = httpx.Client(base_url=address[1], headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30.0)
@@ -195,7 +199,7 @@ def test_a_stop_while_the_engine_starts_leaves_nothing(start):
     served.wait_for(served.engines)
     assert served.client.get("/ready").status_code == 503
     descendants = served.descendants()
-    served.process.send_signal(signal.SIGINT)
+    os.killpg(served.process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C: to vLLM's processes too
     assert served.process.wait(15) == 0
     assert psutil.wait_procs(descendants, timeout=5)[1] == []
 
