@@ -27,7 +27,6 @@ from eopd.teacher.signal import SignalError, TeacherGoneError
 from eopd.types import Exact, Int32Array, TeacherSignal
 
 RETRY_AFTER_S: Final = 1
-_HUNG_UP: Final = HTTPException(499, "the client hung up")
 _BUCKETS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _JSON: Final = "application/json"
 
@@ -170,7 +169,7 @@ def create_app(scorer: SignalScorer, info: TeacherInfo, limits: Limits, token: s
     """The HTTP interface of one teacher; ``/openapi.json`` describes it.
 
     Args:
-        scorer: scores; may be asked before it is ready, and then is not.
+        scorer: scores; while it is not ready, it is not asked.
         info: told to clients, and what requests are checked against.
         limits: of load and size.
         token: what clients of ``/v1`` must bear; None lets everyone in.
@@ -227,7 +226,7 @@ def create_app(scorer: SignalScorer, info: TeacherInfo, limits: Limits, token: s
 
 
 _TEXT: Final = {"type": "string"}
-_BINARY: Final = {"type": "string", "format": "binary", "description": "See eopd/teacher/wire.py."}
+_BINARY: Final = {"type": "string", "format": "binary", "description": "See docs/teacher-server.md."}
 _BINARY_ANSWER: Final[dict[int | str, dict[str, object]]] = {200: {"content": {wire.MEDIA_TYPE: {"schema": _BINARY}}}}
 _REFUSALS: Final = {
     401: "No bearer token, or a wrong one.",
@@ -278,6 +277,11 @@ def _busy(detail: str) -> HTTPException:
     return HTTPException(503, detail, {"Retry-After": str(RETRY_AFTER_S)})
 
 
+def _hung_up() -> HTTPException:
+    """Nobody reads it; it is counted."""
+    return HTTPException(499, "the client hung up")
+
+
 def _require_ready(scorer: SignalScorer) -> None:
     if not scorer.ready:
         raise _busy("the engine is not up")
@@ -292,7 +296,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
             if len(body) > max_bytes:
                 raise HTTPException(413, f"the body is larger than {max_bytes} bytes")
     except ClientDisconnect:
-        raise _HUNG_UP from None
+        raise _hung_up() from None
     return bytes(body)
 
 
@@ -329,7 +333,7 @@ async def _score(request: Request, scoring: Coroutine[object, object, TeacherSig
     try:
         await asyncio.wait((task, hung_up), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise _HUNG_UP
+            raise _hung_up()
         return await task
     except SignalError as error:
         raise HTTPException(500, str(error)) from error
