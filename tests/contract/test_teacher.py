@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from teacher_oracle import MAX_TOKENS, deviations, mixed_batch, oracle, trajectory
 from transformers import AutoModelForCausalLM
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -17,87 +18,11 @@ from eopd.teacher import head
 from eopd.teacher.head import score_logits
 from eopd.teacher.scorer import VllmTeacherScorer, engine_options
 from eopd.teacher.signal import num_columns, read_signal
-from eopd.types import (
-    Exact,
-    Header,
-    LossReason,
-    LostTrajectory,
-    PromptSample,
-    StopReason,
-    Stored,
-    TeacherSignal,
-    Trajectory,
-)
+from eopd.types import LossReason, LostTrajectory, Stored, TeacherSignal
 
-MAX_TOKENS = 160
-LENGTHS = [(1, 1), (3, 40), (70, 2), (1, 90), (40, 120), (17, 23), (64, 64), (2, 130)]  # prompt, response
 SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 4}
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-def trajectory(prompt_ids: list[int], response_ids: list[int]) -> Stored[Trajectory]:
-    prompt = PromptSample(
-        epoch=1,
-        prompt_id=str(len(prompt_ids)),
-        source="test",
-        token_ids=np.array(prompt_ids, np.int32),
-        reference_answer=None,
-    )
-    size = len(response_ids)
-    body = Trajectory(
-        prompt=prompt,
-        sample_index=size,
-        response_ids=np.array(response_ids, np.int32),
-        loss_mask=np.ones(size, bool),
-        rollout_logprobs=np.zeros(size, np.float32),
-        policy_versions=np.zeros(size, np.int32),
-        stop_reason=StopReason.LENGTH,
-    )
-    header = Header(
-        key=body.key,
-        source="test",
-        num_prompt_tokens=len(prompt_ids),
-        num_response_tokens=size,
-        num_loss_tokens=size,
-        stop_reason=StopReason.LENGTH,
-        oldest_version=0,
-        newest_version=0,
-        sums={"generate_s": 1.5},
-    )
-    return Stored(header, body)
-
-
-def mixed_batch(vocab_size: int) -> list[Stored[Trajectory]]:
-    rng = np.random.default_rng(7)
-    draw = [(rng.integers(vocab_size, size=p).tolist(), rng.integers(vocab_size, size=r).tolist()) for p, r in LENGTHS]
-    return [trajectory(prompt, response) for prompt, response in draw]
-
-
-def oracle(model: torch.nn.Module, body: Trajectory, temperature: float) -> np.ndarray:
-    """Log-probabilities float64 [R, V] of every token at every response position."""
-    ids = torch.tensor([[*body.prompt.token_ids.tolist(), *body.response_ids.tolist()]])
-    with torch.no_grad():
-        logits = model(ids).logits[0, len(body.prompt.token_ids) - 1 : -1].double()
-    return torch.log_softmax(logits / temperature, -1).numpy()
-
-
-def deviations(signal: TeacherSignal, response_ids: np.ndarray, logprobs: np.ndarray) -> dict[str, float]:
-    """Largest absolute error of every part of a signal, in nats; candidates are compared with the oracle's by value,
-    and by the oracle's value at their ids, so that a tie may fall either way."""
-    assert isinstance(signal.entropy, Exact)
-    k = signal.topk_ids.shape[1]
-    ordered = -np.sort(-logprobs, axis=1)
-    outside = np.logaddexp.reduce(ordered[:, k:], axis=1) if k < logprobs.shape[1] else np.full(len(ordered), -np.inf)
-    with np.errstate(invalid="ignore"):  # -inf minus -inf
-        tail = np.where(outside == signal.tail_logprobs, 0.0, np.abs(outside - signal.tail_logprobs))
-    return {
-        "entropy": float(np.abs(signal.entropy.entropy + (np.exp(logprobs) * logprobs).sum(1)).max()),
-        "token": float(np.abs(signal.token_logprobs - logprobs[range(len(logprobs)), response_ids]).max()),
-        "topk": float(np.abs(signal.topk_logprobs - ordered[:, :k]).max()),
-        "ids": float(np.abs(np.take_along_axis(logprobs, signal.topk_ids, 1) - ordered[:, :k]).max()),
-        "tail": float(tail.max()),
-    }
 
 
 async def worst_deviations(
@@ -287,5 +212,8 @@ async def test_native_options_win_and_nested_ones_are_merged(tiny_model):
         "architectures": ["EopdScoringLlamaForCausalLM"],
         "head_dtype": "model",
     }
+    native = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "quantization": "fp8", "kv_cache_dtype": "fp8"}
+    through = engine_options(config.model_copy(update={"vllm": native}), top_k=5, max_sequence_tokens=64)
+    assert {name: through[name] for name in native} == native
     with pytest.raises(ConfigError, match="no config"):
         engine_options(TeacherConfig(model=Path("/nowhere")), top_k=5, max_sequence_tokens=64)

@@ -62,8 +62,13 @@ def test_the_result_keeps_nothing_of_the_engine_buffer(raw):
     assert all(np.isfinite(a).all() for a in (signal.token_logprobs, signal.topk_logprobs, signal.tail_logprobs))
 
 
-def test_width_of_a_row_at_k_16_is_at_most_140_bytes():
-    assert num_columns(16) * 4 <= 140
+def test_a_response_token_at_k_16_is_at_most_140_bytes():
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(32), size=5)
+    signal = read(raw_rows(probabilities, [0, 6, 2, 2, 3], top_k=16), top_k=16)
+    arrays = (signal.token_logprobs, signal.entropy.entropy, signal.tail_logprobs)
+    arrays += (signal.topk_ids, signal.topk_logprobs)
+    assert sum(array.nbytes for array in arrays) <= 140 * 5
+    assert all(array.base is None for array in arrays)  # a view would carry the engine's whole buffer along
 
 
 @pytest.mark.parametrize("column", range(num_columns(3)))
