@@ -42,8 +42,10 @@ RESPONSE_TOKENS: Final = "eopd_response_tokens"  # key of PoolingParams.extra_kw
 
 _PLAIN_METHODS: Final = (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)
 
-# Rows projected at once. On CPU the chunk's logits should stay near the cache; a GPU needs enough rows to be busy.
+# Rows projected at once: enough to read the head's weight seldom. And rows of logits scored at once: on CPU so few that
+# every pass over them but the first stays in the cache.
 _CHUNK_ROWS: Final = 128 if current_platform.is_cpu() else 256
+_SCORE_ROWS: Final = 16 if current_platform.is_cpu() else _CHUNK_ROWS
 
 
 def register() -> None:
@@ -180,8 +182,9 @@ class ScoringHead(Pooler):
         targets = torch.cat([ids for _, ids in requests]).to(hidden.device, torch.int64, non_blocking=True)
         out = hidden.new_empty((len(hidden), num_columns(self._top_k)), dtype=torch.float32)
         for rows, ids, chunk in zip(*(torch.split(t, _CHUNK_ROWS) for t in (hidden, targets, out)), strict=True):
-            logits = self._compute_logits(rows).float()
-            score_logits(logits.div_(self._temperature), ids, self._top_k, out=chunk)
+            logits = self._compute_logits(rows)
+            for part in zip(*(torch.split(t, _SCORE_ROWS) for t in (logits, ids, chunk)), strict=True):
+                score_logits(part[0].float().div_(self._temperature), part[1], self._top_k, out=part[2])
         return torch.split(out, [len(rows) for rows, _ in requests])
 
 

@@ -118,6 +118,19 @@ async def test_a_request_that_fails_is_a_value_and_the_engine_lives_on(chunked, 
     assert isinstance(scored, Stored)
 
 
+async def test_a_teacher_cut_in_two_by_tensor_parallelism_equals_the_oracle(tiny_model):
+    """Vocabulary and attention heads lie on two workers; either one's head scores all of it."""
+    config = TeacherConfig(
+        model=tiny_model("llama", seed=4, scale=0.2), dtype="float32", vllm={**SMALL, "tensor_parallel_size": 2}
+    )
+    scorer = await VllmTeacherScorer.start(config, top_k=16, max_sequence_tokens=MAX_TOKENS)
+    try:
+        worst, _ = await worst_deviations(scorer, config.model, torch.float32, 1.0)
+    finally:
+        await scorer.close()
+    assert max(worst.values()) < 5e-5, worst
+
+
 @pytest.mark.parametrize("head_dtype", ["float32", "model"])
 async def test_a_bfloat16_teacher_is_near_the_oracle_and_its_head_has_the_precision_asked_for(tiny_model, head_dtype):
     config = TeacherConfig(

@@ -3,6 +3,7 @@
 Engines run inside the test's process, so that one costs a second or two and the rows of its head can be counted.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from teacher_oracle import MAX_TOKENS, deviations, mixed_batch, oracle
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
-    GemmaConfig,
     GPT2Config,
     GPTJConfig,
     GraniteConfig,
@@ -27,7 +28,7 @@ from transformers import (
     Qwen3Config,
     Starcoder2Config,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from vllm import LLM, PoolingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -71,7 +72,6 @@ CASES = {
     "qwen2": Case(Qwen2Config(**SIZES, tie_word_embeddings=False)),
     "qwen2 tied": Case(Qwen2Config(**SIZES, tie_word_embeddings=True), vllm=CUT),
     "qwen3": Case(Qwen3Config(**SIZES, tie_word_embeddings=False), top_k=VOCAB - 1),
-    "gemma": Case(GemmaConfig(**SIZES)),
     "gemma2, soft-capped": Case(Gemma2Config(**GEMMA, final_logit_softcapping=5.0), temperature=0.7, vllm=CUT),
     "gemma3": Case(Gemma3TextConfig(**GEMMA, final_logit_softcapping=5.0)),
     "gpt2": Case(GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=2, n_positions=512, initializer_range=0.2)),
@@ -177,23 +177,77 @@ def test_a_float32_twin_equals_its_family_and_projects_response_rows_only(tmp_pa
     assert sum(len(rows) for rows in seen) == sum(len(stored.body.response_ids) for stored in batch)
 
 
+def head_logprobs(model: torch.nn.Module, hidden: torch.Tensor, body: Trajectory, temperature: float) -> np.ndarray:
+    """What transformers' own head says in float64 of the hidden states that reached the engine's."""
+    assert len(body.prompt.token_ids) == 1  # every row but the last predicts a response token
+    rows = torch.nn.functional.pad(hidden.double(), (0, 0, 0, 1))
+    output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows[None])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.base_model, "forward", lambda *_args, **_kwargs: output)
+        return oracle(model, body, temperature)
+
+
+def one_token_prompt() -> Stored[Trajectory]:
+    return next(stored for stored in mixed_batch(VOCAB) if len(stored.body.response_ids) == 90)
+
+
 @pytest.mark.parametrize("name", ["llama tied", "gemma2, soft-capped", "gpt2", "gptj, biased head", "cohere, scaled"])
 def test_a_bfloat16_twin_projects_its_hidden_states_in_float32(tmp_path, name):
-    """What reached the head goes through transformers' own head, in float64."""
-    case = CASES[name]
+    case, stored = CASES[name], one_token_prompt()
     config = TeacherConfig(model=write(case, tmp_path), temperature=case.temperature, vllm=SMALL | case.vllm)
-    stored = next(stored for stored in mixed_batch(VOCAB) if len(stored.body.response_ids) == 90)
-    assert len(stored.body.prompt.token_ids) == 1  # every row but the last predicts a response token
     with engine(config, case.top_k) as llm:
         seen = watch_head(llm)
         signals = score(llm, [stored], case.top_k)
     hidden = torch.cat(seen)
     assert hidden.dtype == torch.bfloat16
     model = load(config.model, torch.bfloat16)
-    output = BaseModelOutputWithPast(last_hidden_state=torch.nn.functional.pad(hidden.double(), (0, 0, 0, 1))[None])
-    model.base_model.forward = lambda *_args, **_kwargs: output
-    found = worst_errors(signals, [stored], [oracle(model, stored.body, case.temperature)])
+    found = worst_errors(signals, [stored], [head_logprobs(model, hidden, stored.body, case.temperature)])
     assert max(found.values()) < 5e-5, found
+
+
+def quantize(directory: Path, group: int = 32) -> dict[str, torch.Tensor]:
+    """Rewrite a Llama as a symmetric four-bit GPTQ checkpoint; the weights it then stands for, by name."""
+    path, restored = directory / "model.safetensors", {}
+    weights = load_file(path)
+    for name in [name for name in weights if name.endswith("proj.weight")]:
+        weight = weights.pop(name).t()  # [in, out]
+        groups = weight.unflatten(0, (-1, group))
+        scales = (groups.abs().amax(1) / 7).bfloat16()
+        steps = (groups / scales[:, None].float()).round().clamp(-8, 7)
+        restored[name] = (steps * scales[:, None].float()).flatten(0, 1).t()
+        nibbles = (steps.flatten(0, 1).long() + 8).unflatten(0, (-1, 8))
+        stem = name.removesuffix("weight")
+        weights[stem + "qweight"] = (nibbles << torch.arange(0, 32, 4)[:, None]).sum(1).to(torch.int32)
+        weights[stem + "qzeros"] = torch.full((len(scales), weight.shape[1] // 8), 0x77777777, dtype=torch.int32)
+        weights[stem + "scales"] = scales
+        weights[stem + "g_idx"] = torch.arange(len(weight), dtype=torch.int32) // group
+    save_file(weights, path, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    method = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": True}
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+    return restored
+
+
+def test_a_quantized_teacher_scores_with_its_quantized_weights_and_an_exact_head(tmp_path):
+    case, stored = CASES["llama"], one_token_prompt()
+    config = TeacherConfig(model=write(case, tmp_path), vllm=SMALL)
+    original = load(config.model, torch.bfloat16)
+    restored = load(config.model, torch.bfloat16)
+    missing, unexpected = restored.load_state_dict(quantize(config.model), strict=False)
+    assert missing and not unexpected
+    with engine(config, 16) as llm:
+        seen = watch_head(llm)
+        signals = score(llm, [stored], 16)
+    exact, near, far = (
+        worst_errors(signals, [stored], [logprobs])
+        for logprobs in (
+            head_logprobs(original, torch.cat(seen), stored.body, 1.0),
+            oracle(restored, stored.body, 1.0),
+            oracle(original, stored.body, 1.0),
+        )
+    )
+    assert max(exact.values()) < 5e-5, exact
+    assert max(near.values()) < 0.5 < far["token"], (near, far)
 
 
 def test_a_prefill_preempted_in_the_middle_gives_the_same_signal(tmp_path, monkeypatch):
