@@ -183,8 +183,8 @@ class ScoringHead(Pooler):
         out = hidden.new_empty((len(hidden), num_columns(self._top_k)), dtype=torch.float32)
         for rows, ids, chunk in zip(*(torch.split(t, _CHUNK_ROWS) for t in (hidden, targets, out)), strict=True):
             logits = self._compute_logits(rows)
-            for part in zip(*(torch.split(t, _SCORE_ROWS) for t in (logits, ids, chunk)), strict=True):
-                score_logits(part[0].float().div_(self._temperature), part[1], self._top_k, out=part[2])
+            for few, few_ids, few_out in zip(*(torch.split(t, _SCORE_ROWS) for t in (logits, ids, chunk)), strict=True):
+                score_logits(few.float().div_(self._temperature), few_ids, self._top_k, out=few_out)
         return torch.split(out, [len(rows) for rows, _ in requests])
 
 
