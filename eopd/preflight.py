@@ -1,36 +1,36 @@
 """What is checked before any worker starts: models, vocabularies, prompts. Every failure is one ``ConfigError``."""
 
 import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eopd.config import Config, ConfigError
+from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.prompts import PromptSet
-from eopd.teacher.vocabulary import load_tokenizer, require_same_vocabulary, vocab_size
+from eopd.teacher.vocabulary import SharedVocabulary, load_tokenizer, require_same_vocabulary
+from eopd.types import PromptSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """The checked inputs of a run."""
+    """The checked inputs of a run; ``vocabularies`` by name of the teacher."""
 
     train: PromptSet
     held_out: PromptSet
+    vocabularies: Mapping[str, SharedVocabulary]
 
 
 def check(config: Config) -> Prepared:
     """Check a run's inputs and load its prompts.
 
     Raises:
-        ConfigError: a model directory or data file is missing, vocabularies differ, top_k is larger than the
-        vocabulary, the student has no such layers to adapt, prompts do not fit, or a verifier has no answers.
+        ConfigError: a model directory or data file is missing, vocabularies or end tokens differ, top_k is larger than
+        a vocabulary, the student has no such layers to adapt, prompts do not fit or have no teacher, or a verifier has
+        no answers.
     """
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
-    for teacher in config.teachers:
-        require_model(f"teachers.{teacher.name}.model", teacher.model, num_tokens=config.max_sequence_tokens)
-        require_same_vocabulary(config.student.model, teacher.model)
-    size = vocab_size(config.student.model)
-    if config.loss.top_k > size:
-        raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {size} tokens")
+    vocabularies = {teacher.name: _check_teacher(config, teacher) for teacher in config.teachers}
     if config.student.lora is not None:
         from eopd.learner.lora import check_targets
 
@@ -39,10 +39,69 @@ def check(config: Config) -> Prepared:
     train = PromptSet.load(config.prompts.data, config.prompts, tokenizer)
     if config.loss.reward is not None:
         require_answers(config.prompts.data, train)
-    return Prepared(
-        train=train,
-        held_out=PromptSet.load(config.prompts.held_out, config.prompts, tokenizer),
-    )
+    held_out = PromptSet.load(config.prompts.held_out, config.prompts, tokenizer)
+    for where, data in ((config.prompts.data, train), (config.prompts.held_out, held_out)):
+        count_prompts(where, data.prompts, config.teachers)
+    return Prepared(train=train, held_out=held_out, vocabularies=vocabularies)
+
+
+def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
+    key = f"teachers.{teacher.name}"
+    local = teacher.backend == "vllm"
+    require_model(f"{key}.model", teacher.model, num_tokens=config.max_sequence_tokens, weights=local)
+    try:
+        shared = require_same_vocabulary(config.student.model, teacher.model, teacher.eos_remap)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    smaller = min(shared.student_rows, shared.teacher_rows)
+    if config.loss.top_k > smaller:
+        raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {smaller} tokens")
+    return shared
+
+
+def count_prompts(where: str, prompts: Sequence[PromptSample], teachers: Sequence[TeacherConfig]) -> Mapping[str, int]:
+    """Prompts by name of the teacher: of the one that names their source, or of the one that names none.
+
+    Raises:
+        ConfigError: nobody teaches a source.
+    """
+    by_source = {source: teacher.name for teacher in teachers for source in teacher.sources}
+    default = next((teacher.name for teacher in teachers if not teacher.sources), None)
+    counts = Counter(prompt.source for prompt in prompts)
+    if untaught := sorted(source for source in counts if by_source.get(source, default) is None):
+        told = ", ".join(f"{source!r} ({counts[source]} prompts)" for source in untaught)
+        raise ConfigError(
+            f"{where}: nobody teaches source {told}; teachers.sources are {', '.join(map(repr, sorted(by_source)))}; "
+            "name it there, or leave one teacher without sources"
+        )
+    taught = {teacher.name: 0 for teacher in teachers}
+    for source, number in counts.items():
+        taught[by_source.get(source) or str(default)] += number
+    return taught
+
+
+def report(config: Config, prepared: Prepared) -> Iterator[str]:
+    """What was checked, line by line, for a person to read."""
+    data = ((config.prompts.data, prepared.train), (config.prompts.held_out, prepared.held_out))
+    taught, held_out = (count_prompts(where, found.prompts, config.teachers) for where, found in data)
+    yield f"student {config.student.model}"
+    for teacher in config.teachers:
+        shared = prepared.vocabularies[teacher.name]
+        ends, other_ends = shared.student_ends, shared.teacher_ends
+        remap = (f"{own} {ends[own]} -> {theirs} {other_ends[theirs]}" for own, theirs in teacher.eos_remap.items())
+        where = teacher.server.url if teacher.server else f"{teacher.replicas} x {teacher.backend}"
+        yield f"teacher {teacher.name}: {teacher.model} ({where})"
+        yield f"  vocabulary  {shared.num_tokens} tokens; {shared.student_rows} and {shared.teacher_rows} rows"
+        yield f"  end tokens  student {_listed(ends)}; teacher {_listed(other_ends)}"
+        yield f"  eos_remap   {', '.join(remap) or 'none'}"
+        yield f"  prompts     {taught[teacher.name]} to train, {held_out[teacher.name]} held out"
+        yield from (f"  note        {note}" for note in shared.notes)
+    if dropped := prepared.train.num_dropped + prepared.held_out.num_dropped:
+        yield f"dropped {dropped} prompts of more than {config.prompts.max_tokens} tokens"
+
+
+def _listed(ends: Mapping[int, str]) -> str:
+    return ", ".join(f"{token_id} {token}" for token_id, token in ends.items())
 
 
 def require_answers(where: str, data: PromptSet) -> None:
@@ -55,8 +114,8 @@ def require_answers(where: str, data: PromptSet) -> None:
         raise ConfigError(f"{where}: rows without an answer cannot be graded: {unanswered[:5]}")
 
 
-def require_model(key: str, directory: Path, *, num_tokens: int) -> None:
-    """A model directory with configuration and weights, for sequences of ``num_tokens``.
+def require_model(key: str, directory: Path, *, num_tokens: int, weights: bool = True) -> None:
+    """A model directory with configuration, and ``weights`` unless they are elsewhere, for sequences of ``num_tokens``.
 
     Raises:
         ConfigError: something is missing, or the model's positions do not reach that far.
@@ -66,7 +125,7 @@ def require_model(key: str, directory: Path, *, num_tokens: int) -> None:
             f"{key}: {directory} is no Hugging Face model directory (it has no config.json); "
             "`eopd models --help` makes the ones the shipped configs use"
         )
-    if not any(weights for pattern in ("*.safetensors", "*.bin") for weights in directory.glob(pattern)):
+    if weights and not any(file for pattern in ("*.safetensors", "*.bin") for file in directory.glob(pattern)):
         raise ConfigError(f"{key}: {directory} has no weights (*.safetensors or *.bin)")
     positions = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
     if positions is not None and num_tokens > positions:

@@ -48,6 +48,19 @@ def train(
 
 
 @app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=value.")] = None,
+) -> None:
+    """Check models, vocabularies, end tokens and prompts, and say what was found; start nothing."""
+    resolved = load_config(config, overrides or [])
+    from eopd import preflight
+
+    for line in preflight.report(resolved, preflight.check(resolved)):
+        typer.echo(line)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
     step: Annotated[int | None, typer.Option(min=1, help="Of which checkpoint; else the newest.")] = None,

@@ -1,16 +1,20 @@
 """Do student and teacher speak of the same tokens? Checked from their directories, before anything starts.
 
-The loss compares probabilities id by id, so every id must mean the same token on both sides, every id a teacher can
-name must have a row in the student's head, and both must end a response with the same token. Only transformers'
-tokenizers are loaded, and only when a function is called.
-Left out: mapping one end token to the other; a pair that would need it is refused.
+The loss compares probabilities id by id, so every id must mean the same token on both sides, every token a teacher can
+name must have a row in the student's head, and both must end a response with the same tokens, once the teacher's
+``eos_remap`` is applied. Only transformers' tokenizers are loaded, when a function is called, and once a process.
+Left out: bringing together tokenizers that differ in anything else.
 """
 
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.config import ConfigError
+from eopd.teacher.end_tokens import inverse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,8 +23,9 @@ if TYPE_CHECKING:
 _PROBE = "  It's 3.14159 = \u03c0,\n\tna\u00efve \u4f60\u597d \u041f\u0440\u0438\u0432\u0435\u0442 def f(x):"
 
 
+@cache
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a Hugging Face directory; never looks anything up on the network.
+    """The tokenizer of a Hugging Face directory, shared by all who ask; never looks anything up on the network.
 
     Raises:
         ConfigError: there is no such directory, or no tokenizer in it.
@@ -66,41 +71,144 @@ def end_token_ids(directory: Path) -> tuple[int, ...]:
     return tuple(found)
 
 
-def require_same_vocabulary(student: Path, teacher: Path) -> None:
-    """Refuse a pair whose token ids cannot be compared.
-
-    Equal tokenizers are required, equally sized heads are not: heads are padded, and a student's spare rows do no
-    harm. A teacher's spare rows would, since its top k could name an id that the student's head lacks.
+def num_tokens(directory: Path) -> int:
+    """One above the highest id that names a token; rows of the head from there on are padding.
 
     Raises:
-        ConfigError: one message, naming the first token that differs, or the two sizes, or the two sets of end tokens.
+        ConfigError: there is no tokenizer.
     """
-    student_tokenizer, teacher_tokenizer = load_tokenizer(student), load_tokenizer(teacher)
-    _require_same_tokens(student, student_tokenizer.get_vocab(), teacher, teacher_tokenizer.get_vocab())
-    encoded = student_tokenizer(_PROBE)["input_ids"], teacher_tokenizer(_PROBE)["input_ids"]
+    ids: dict[str, int] = load_tokenizer(directory).get_vocab()
+    return 1 + max(ids.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedVocabulary:
+    """What a student and a teacher that can be compared have in common, and what a user may want to know of it.
+
+    ``notes`` are differences that do no harm.
+    """
+
+    num_tokens: int
+    student_rows: int
+    teacher_rows: int
+    student_ends: Mapping[int, str]
+    teacher_ends: Mapping[int, str]
+    notes: tuple[str, ...]
+
+
+def require_same_vocabulary(student: Path, teacher: Path, remap: Mapping[int, int]) -> SharedVocabulary:
+    """Refuse a pair whose token ids cannot be compared.
+
+    Equal tokenizers are required, equally sized heads are not: heads are padded, a student's spare rows do no harm, and
+    a teacher's spare rows count as tail as long as none of them is a token. Once ``remap`` (student end id to teacher
+    end id) is applied, both must end a response on the same tokens.
+
+    Raises:
+        ConfigError: one message, naming the first token that differs, or the first that the student's head lacks, or
+            the two sets of end tokens and what to write to bring them together.
+    """
+    tokenizers = load_tokenizer(student), load_tokenizer(teacher)
+    vocabularies = tokenizers[0].get_vocab(), tokenizers[1].get_vocab()
+    _require_same_tokens(student, vocabularies[0], teacher, vocabularies[1])
+    encoded = tokenizers[0](_PROBE)["input_ids"], tokenizers[1](_PROBE)["input_ids"]
     if encoded[0] != encoded[1]:
         raise ConfigError(
             f"student {student} and teacher {teacher} have the same tokens but cut text differently: {_PROBE!r} "
             f"becomes {encoded[0]} for the student and {encoded[1]} for the teacher"
         )
-    sizes = vocab_size(student), vocab_size(teacher)
-    if sizes[1] > sizes[0]:
+    names = {token_id: token for token, token_id in vocabularies[0].items()}
+    rows = vocab_size(student), vocab_size(teacher)
+    if missing := sorted(token_id for token_id in names if rows[0] <= token_id < rows[1]):
         raise ConfigError(
-            f"teacher {teacher} has a head of {sizes[1]} rows, student {student} one of {sizes[0]}: the teacher's top "
-            "k could name a token the student does not have; pad the student's head"
+            f"teacher {teacher} has a head of {rows[1]} rows, student {student} one of {rows[0]}: the teacher's top "
+            f"k could name token {missing[0]} {names[missing[0]]!r}, which the student does not have; pad its head"
         )
-    ends = end_token_ids(student), end_token_ids(teacher)
-    if ends[0] != ends[1]:
-        names = [_ids_and_tokens(ids, student_tokenizer.convert_ids_to_tokens(list(ids))) for ids in ends]
+    ends = [{token_id: names.get(token_id, "") for token_id in end_token_ids(model)} for model in (student, teacher)]
+    try:
+        _require_same_ends(ends[0], ends[1], remap, usual=(tokenizers[0].eos_token_id, tokenizers[1].eos_token_id))
+    except ConfigError as error:
+        raise ConfigError(f"student {student}, teacher {teacher}: {error}") from None
+    return SharedVocabulary(
+        num_tokens=len(names),
+        student_rows=rows[0],
+        teacher_rows=rows[1],
+        student_ends=ends[0],
+        teacher_ends=ends[1],
+        notes=tuple(_harmless(*tokenizers)),
+    )
+
+
+def _harmless(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> Iterator[str]:
+    """Differences that do not matter, since only the student's tokenizer is used."""
+    if student.chat_template != teacher.chat_template:
+        yield "chat templates differ; prompts are rendered with the student's"
+    roles = student.special_tokens_map, teacher.special_tokens_map
+    for role in sorted(roles[0].keys() | roles[1].keys()):
+        if role != "eos_token" and (names := [tokens.get(role) for tokens in roles])[0] != names[1]:
+            yield f"{role} is {names[0]!r} for the student and {names[1]!r} for the teacher"
+
+
+Ends = Mapping[int, str]  # ids that end a response, and their tokens
+
+
+def _require_same_ends(own: Ends, theirs: Ends, remap: Mapping[int, int], *, usual: tuple[object, object]) -> None:
+    """Refuse end tokens that ``remap`` does not bring together.
+
+    Args:
+        own: the student's.
+        theirs: the teacher's.
+        remap: student id to teacher id.
+        usual: the end tokens of the two tokenizers, the likeliest to be a pair.
+    """
+    try:
+        inverse(remap)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for who, ends, named in (("student", own, remap.keys()), ("teacher", theirs, remap.values())):
+        if strangers := [token_id for token_id in named if token_id not in ends]:
+            raise ConfigError(f"eos_remap: the {who} ends no response with {strangers[0]}, but with {_listed(ends)}")
+    if not _agree(own, theirs, remap):
         raise ConfigError(
-            f"student {student} ends a response with {names[0]}, teacher {teacher} with {names[1]}: such a teacher "
-            "makes the student never stop; make eos_token_id equal in both generation configs and tokenizers"
+            f"the student ends a response with {_listed(own)}, the teacher with {_listed(theirs)}: such a teacher "
+            f"makes the student never stop; {_advice(own, theirs, usual)}"
         )
 
 
-def _ids_and_tokens(ids: tuple[int, ...], tokens: list[str]) -> str:
+def _agree(own: Ends, theirs: Ends, remap: Mapping[int, int]) -> bool:
+    """Whether every end token of either side is one of the other's, no two the same."""
+    there = [remap.get(token_id, token_id) for token_id in own]
+    return not any(_lonely(own, theirs, remap)) and len(set(there)) == len(there)
+
+
+def _lonely(own: Ends, theirs: Ends, remap: Mapping[int, int]) -> tuple[Ends, Ends]:
+    """End tokens of the student, and of the teacher, that end nothing on the other side."""
+    back = inverse(remap)
+    return (
+        {token_id: token for token_id, token in own.items() if remap.get(token_id, token_id) not in theirs},
+        {token_id: token for token_id, token in theirs.items() if back.get(token_id, token_id) not in own},
+    )
+
+
+def _advice(own: Ends, theirs: Ends, usual: tuple[object, object]) -> str:
+    """What to write so that the two agree; the remap, where one helps, last and as YAML."""
+    if nameless := [token_id for ends in (own, theirs) for token_id, token in ends.items() if not token]:
+        return f"{nameless[0]} is no token of their tokenizer; mend eos_token_id in generation_config.json"
+    alone = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
+    pairs = [(alone[0][0], alone[1][0])] if len(alone[0]) == len(alone[1]) == 1 else []
+    pairs += [(a, b) for a in own for b in alone[1] if (a, b) == usual]
+    remap = next((dict([pair]) for pair in pairs if _agree(own, theirs, dict([pair]))), dict(pairs[:1]))
+    spare, missing = (_listed(ends) for ends in _lonely(own, theirs, remap))
+    steps = [
+        f"take {spare} out of eos_token_id in the student's generation config and tokenizer" if spare else "",
+        f"add {missing} to eos_token_id in the student's generation_config.json" if missing else "",
+        *(f"write eos_remap: {{{a}: {b}}}  # {own[a]!r} -> {theirs[b]!r}" for a, b in remap.items()),
+    ]
+    return ", and ".join(step for step in steps if step)
+
+
+def _listed(ends: Ends) -> str:
     """``151643 '<|endoftext|>', 151645 '<|im_end|>'``."""
-    return ", ".join(f"{token_id} {token!r}" for token_id, token in zip(ids, tokens, strict=True))
+    return ", ".join(f"{token_id} {token!r}" for token_id, token in ends.items())
 
 
 def _require_same_tokens(

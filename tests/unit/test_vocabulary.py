@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from eopd.config import ConfigError
 from eopd.models.tiny import train_tokenizer
-from eopd.teacher.vocabulary import end_token_ids, load_tokenizer, require_same_vocabulary, vocab_size
+from eopd.teacher.vocabulary import end_token_ids, load_tokenizer, num_tokens, require_same_vocabulary, vocab_size
 
 TEXTS = ["The river runs past the old mill.", "Add 3 and 4: the answer is 7."]
 SIZE = 280
@@ -30,18 +31,29 @@ def student(tmp_path):
 
 
 def test_equal_directories_pass(student, tmp_path):
-    require_same_vocabulary(student, model_directory(tmp_path / "teacher"))
+    require_same_vocabulary(student, model_directory(tmp_path / "teacher"), {})
 
 
 def test_a_student_with_spare_rows_passes(tmp_path):
     student = model_directory(tmp_path / "student", rows=SIZE + 40)
-    require_same_vocabulary(student, model_directory(tmp_path / "teacher"))
+    require_same_vocabulary(student, model_directory(tmp_path / "teacher"), {})
 
 
-def test_a_teacher_with_spare_rows_is_refused(student, tmp_path):
-    teacher = model_directory(tmp_path / "teacher", rows=SIZE + 40)
-    with pytest.raises(ConfigError, match=rf"{SIZE + 40} rows.*{SIZE}"):
-        require_same_vocabulary(student, teacher)
+def test_a_teacher_s_spare_rows_are_padding_when_they_name_no_token(student, tmp_path):
+    shared = require_same_vocabulary(student, model_directory(tmp_path / "teacher", rows=SIZE + 40), {})
+    assert (shared.student_rows, shared.teacher_rows) == (SIZE, SIZE + 40)
+    assert shared.num_tokens == num_tokens(student) == max(load_tokenizer(student).get_vocab().values()) + 1 <= SIZE
+
+
+def test_a_token_that_only_the_teacher_s_head_has_is_named(tmp_path):
+    student = model_directory(tmp_path / "student")
+    last = num_tokens(student) - 1
+    student = model_directory(tmp_path / "student", rows=last)
+    token = load_tokenizer(student).convert_ids_to_tokens(last)
+    with pytest.raises(ConfigError, match=rf"head of {SIZE} rows.* one of {last}") as refused:
+        require_same_vocabulary(student, model_directory(tmp_path / "teacher"), {})
+    assert f"token {last} {token!r}" in str(refused.value)
+    require_same_vocabulary(student, model_directory(tmp_path / "small", rows=last), {})  # neither can name it
 
 
 def test_the_first_differing_token_and_both_sizes_are_named(student, tmp_path):
@@ -52,7 +64,7 @@ def test_the_first_differing_token_and_both_sizes_are_named(student, tmp_path):
     names = [next((token for token, i in vocab.items() if i == first), None) for vocab in tokens]
     assert None not in names and names[0] != names[1]
     with pytest.raises(ConfigError) as refused:
-        require_same_vocabulary(student, teacher)
+        require_same_vocabulary(student, teacher, {})
     message = str(refused.value)
     assert f"id {first} is {names[0]!r} for the student and {names[1]!r} for the teacher" in message
     assert f"({len(tokens[0])} and {len(tokens[1])} tokens)" in message
@@ -64,7 +76,7 @@ def test_an_added_token_counts(student, tmp_path):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
     tokenizer.save_pretrained(teacher)
     with pytest.raises(ConfigError, match=r"is no token for the student and '<think>' for the teacher"):
-        require_same_vocabulary(student, teacher)
+        require_same_vocabulary(student, teacher, {})
 
 
 def test_equal_tokens_under_other_rules_are_refused(student, tmp_path):
@@ -74,7 +86,16 @@ def test_equal_tokens_under_other_rules_are_refused(student, tmp_path):
     rules["normalizer"] = {"type": "Lowercase"}
     path.write_text(json.dumps(rules))
     with pytest.raises(ConfigError, match="cut text differently"):
-        require_same_vocabulary(student, teacher)
+        require_same_vocabulary(student, teacher, {})
+
+
+END, IM_START, IM_END = 0, 1, 2
+NAMES = {END: "<|endoftext|>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}
+
+
+def ending(path: Path, *ids: int) -> Path:
+    """A model whose tokenizer ends on the first id, and whose generation config names all."""
+    return model_directory(path, eos=NAMES[ids[0]], generation_eos=list(ids))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +106,84 @@ def test_equal_tokens_under_other_rules_are_refused(student, tmp_path):
 def test_other_end_tokens_are_refused(student, tmp_path, changed):
     teacher = model_directory(tmp_path / "teacher", **changed)
     with pytest.raises(ConfigError, match=r"2 '<\|im_end\|>'.*0 '<\|endoftext\|>'"):
-        require_same_vocabulary(student, teacher)
+        require_same_vocabulary(student, teacher, {})
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "remap"),
+    [
+        ((END,), (IM_END,), {END: IM_END}),
+        ((END,), (IM_END, END), {END: IM_END}),  # Qwen3-Base and Qwen3
+        ((END, IM_START), (IM_END, IM_START), {END: IM_END}),
+        ((IM_START, END), (IM_START, IM_END), {END: IM_END}),
+    ],
+)
+def test_the_remap_a_pair_needs_is_proposed_and_then_accepted(tmp_path, own, theirs, remap):
+    student, teacher = ending(tmp_path / "student", *own), ending(tmp_path / "teacher", *theirs)
+    with pytest.raises(ConfigError) as refused:
+        require_same_vocabulary(student, teacher, {})
+    message = str(refused.value)
+    assert message.endswith("; write eos_remap: {0: 2}  # '<|endoftext|>' -> '<|im_end|>'"), message
+    assert yaml.safe_load(message[message.index("eos_remap:") :]) == {"eos_remap": remap}
+    shared = require_same_vocabulary(student, teacher, remap)
+    assert shared.student_ends == {token_id: NAMES[token_id] for token_id in sorted(own)}
+    assert shared.teacher_ends == {token_id: NAMES[token_id] for token_id in sorted(theirs)}
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "advice"),
+    [
+        (
+            (END,),
+            (IM_END, IM_START, END),  # Llama-3.2 and its Instruct
+            "add 1 '<|im_start|>' to eos_token_id in the student's generation_config.json, and write eos_remap: {0: 2}",
+        ),
+        ((IM_END,), (IM_END, END), "add 0 '<|endoftext|>' to eos_token_id in the student's generation_config.json"),
+        ((END, IM_END), (IM_END,), "take 0 '<|endoftext|>' out of eos_token_id"),
+        ((END,), (IM_END, 9999), "9999 is no token of their tokenizer"),
+    ],
+)
+def test_what_a_remap_alone_cannot_mend_is_said(tmp_path, own, theirs, advice):
+    student, teacher = ending(tmp_path / "student", *own), ending(tmp_path / "teacher", *theirs)
+    with pytest.raises(ConfigError) as refused:
+        require_same_vocabulary(student, teacher, {})
+    assert f"never stop; {advice}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "remap", "message"),
+    [
+        ((END,), (IM_END,), {IM_START: IM_END}, "the student ends no response with 1, but with 0 '<|endoftext|>'"),
+        ((END,), (IM_END,), {END: IM_START}, "the teacher ends no response with 1, but with 2 '<|im_end|>'"),
+        ((END, IM_START), (IM_END,), {END: IM_END, IM_START: IM_END}, "0 and 1 both become 2"),
+        ((IM_END,), (IM_END,), {END: IM_END}, "the student ends no response with 0"),
+        ((END, IM_END), (IM_END,), {END: IM_END}, "makes the student never stop"),  # two of one
+        ((END, IM_START), (IM_END,), {END: IM_END}, "take 1 '<|im_start|>' out of"),
+    ],
+)
+def test_a_wrong_remap_is_refused(tmp_path, own, theirs, remap, message):
+    student, teacher = ending(tmp_path / "student", *own), ending(tmp_path / "teacher", *theirs)
+    with pytest.raises(ConfigError) as refused:
+        require_same_vocabulary(student, teacher, remap)
+    assert message in str(refused.value)
+    assert str(student) in str(refused.value) and str(teacher) in str(refused.value)
+
+
+def test_harmless_differences_are_notes(student, tmp_path):
+    teacher = model_directory(tmp_path / "teacher")
+    assert require_same_vocabulary(student, teacher, {}).notes == ()
+    other = model_directory(tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<|im_end|>"}))
+    assert require_same_vocabulary(student, other, {}).notes == (
+        "chat templates differ; prompts are rendered with the student's",
+        "pad_token is '<|endoftext|>' for the student and '<|im_end|>' for the teacher",
+    )
+
+
+def test_a_tokenizer_is_loaded_once(student):
+    assert load_tokenizer(student) is load_tokenizer(student)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""What `eopd check` finds before anything starts: several teachers, their prompts, and the report of it."""
+
+import json
+import sys
+
+import pytest
+
+from eopd.cli.main import main
+from eopd.models.tiny import build_model, train_tokenizer, write_model
+
+ROWS = [("a", "math"), ("b", "math"), ("c", "code"), ("d", "poems")]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("check")
+    for name, end in (("student", "<|endoftext|>"), ("chat", "<|im_end|>"), ("base", "<|endoftext|>")):
+        tokenizer = train_tokenizer(["a few words to cut into pieces"], 270)
+        tokenizer.eos_token = end
+        write_model(root / name, build_model("qwen3", tokenizer, seed=0, layers=1), tokenizer)
+    (root / "chat" / "chat_template.jinja").write_text("{{ messages }}<think>")
+    for weights in (root / "base").glob("*.safetensors"):
+        weights.unlink()
+    lines = [json.dumps({"prompt": prompt, "source": source}) + "\n" for prompt, source in ROWS]
+    (root / "train.jsonl").write_text("".join([*lines, json.dumps({"prompt": "word " * 99, "source": "math"})]))
+    (root / "held_out.jsonl").write_text(lines[0])
+    (root / "c.yaml").write_text(
+        f"run: {{name: r, batches: 1, directory: {root}/runs}}\nstudent: {{model: {root}/student}}\n"
+        f"teachers:\n"
+        f"  - {{name: chat, model: {root}/chat, replicas: 2, eos_remap: {{0: 2}}, sources: [math, poems]}}\n"
+        f"  - {{name: far, model: {root}/base, backend: eopd, server: {{url: 'http://far:8000'}}}}\n"
+        f"prompts: {{data: {root}/train.jsonl, held_out: {root}/held_out.jsonl, max_tokens: 64, overlong: drop}}\n"
+        "flow: {batch_prompts: 1}\n"
+    )
+    return root
+
+
+@pytest.fixture
+def check(files, monkeypatch, capsys):
+    def run(*overrides: str) -> tuple[int, str]:
+        arguments = [part for one in overrides for part in ("--set", one.format(root=files))]
+        monkeypatch.setattr(sys, "argv", ["eopd", "check", str(files / "c.yaml"), *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        shown = capsys.readouterr()
+        assert not (files / "runs").exists()
+        assert bool(shown.out) != bool(shown.err)
+        return int(caught.value.code or 0), (shown.out or shown.err).replace(str(files), "")
+
+    return run
+
+
+def test_the_report_says_what_every_teacher_shares_and_teaches(check):
+    code, shown = check()
+    assert code == 0
+    tokens = shown.split("vocabulary  ")[1].split(" tokens")[0]
+    assert shown.splitlines() == [
+        "student /student",
+        "teacher chat: /chat (2 x vllm)",
+        f"  vocabulary  {tokens} tokens; {tokens} and {tokens} rows",
+        "  end tokens  student 0 <|endoftext|>; teacher 2 <|im_end|>",
+        "  eos_remap   0 <|endoftext|> -> 2 <|im_end|>",
+        "  prompts     3 to train, 1 held out",
+        "  note        chat templates differ; prompts are rendered with the student's",
+        "teacher far: /base (http://far:8000)",
+        f"  vocabulary  {tokens} tokens; {tokens} and {tokens} rows",
+        "  end tokens  student 0 <|endoftext|>; teacher 0 <|endoftext|>",
+        "  eos_remap   none",
+        "  prompts     1 to train, 0 held out",
+        "dropped 1 prompts of more than 64 tokens",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teachers.0.eos_remap={{}}"], "error: teachers.chat: student /student, teacher /chat: the student ends a "),
+        (["teachers.0.eos_remap={{}}"], "write eos_remap: {0: 2}  # '<|endoftext|>' -> '<|im_end|>'\n"),
+        (["teachers.1.eos_remap={{0: 2}}"], "error: teachers.far: student /student, teacher /base: eos_remap: the "),
+        (["teachers.0.eos_remap={{0: 2, 1: 2}}"], "0 and 1 both become 2"),
+        (["teachers.1.model={root}/no"], "error: teachers.far.model: /no is no Hugging Face model directory"),
+        (
+            ["teachers.1.backend=vllm", "teachers.1.server=null"],
+            "error: teachers.far.model: /base has no weights",
+        ),
+        (
+            ["teachers.1.sources=[logic]"],
+            "error: /train.jsonl: nobody teaches source 'code' (1 prompts); teachers.sources are 'logic', 'math', "
+            "'poems'; name it there, or leave one teacher without sources",
+        ),
+        (
+            ["teachers.1.sources=[logic]", "prompts.held_out={root}/train.jsonl", "prompts.data={root}/held_out.jsonl"],
+            "error: /train.jsonl: nobody teaches source 'code'",
+        ),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(check, overrides, message):
+    code, shown = check(*overrides)
+    assert code == 2
+    assert message in shown
+    assert shown.count("\n") == 1 and "Traceback" not in shown
