@@ -1,0 +1,225 @@
+"""The live self-test: does a running teacher say what a teacher can say, and do its replicas agree?
+
+In: replicas of one teacher, behind the ``TeacherScorer`` role, and a prompt. Out: a ``SelfTestReport``, or the first
+check that failed. Everything is seen from outside, so any backend can be tested. The first replica builds a greedy
+continuation, one request a token; every replica scores it twice, and once more with another first token:
+
+    mass         candidates are sorted and distinct; they and the tail add up to probability one
+    entropy      lies between the bounds that candidates and tail leave: all are of one distribution, one temperature
+    alignment    every token is the first candidate of its own position: a row is not about a later one
+    context      another first token moves the second row, and not its own: a row is not about an earlier one
+    repeat       the second time says the same as the first
+    replicas     every replica says the same as the first one
+
+Left out: whether the temperature is the one that was asked for. A teacher answers at its own only, and from one
+temperature that cannot be told.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, cast
+
+import numpy as np
+
+from eopd.roles import TeacherScorer
+from eopd.types import (
+    Exact,
+    Float32Array,
+    Header,
+    Int32Array,
+    LostTrajectory,
+    PromptSample,
+    ScoredTrajectory,
+    StopReason,
+    Stored,
+    TeacherSignal,
+    Trajectory,
+)
+
+CONTINUATION_TOKENS: Final = 8
+TOLERANCE: Final[Mapping[str, float]] = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}  # nats, same request
+ALIGNMENT: Final = 0.05  # nats: another prefill may break a tie another way
+_ROUNDING: Final = 1e-3  # nats, or probability: float32 sums over a vocabulary
+
+
+class TeacherSelfTestError(RuntimeError):
+    """A replica failed a check; names the replica, the check and the numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfTestReport:
+    """What was seen. ``worst`` has the largest deviation of every check: nats, of ``mass`` probability."""
+
+    teacher: str
+    replicas: int
+    continuation: tuple[int, ...]
+    worst: Mapping[str, float]
+
+
+async def self_test(
+    replicas: Sequence[TeacherScorer], *, prompt_ids: Int32Array, vocab_size: int, dtype: str
+) -> SelfTestReport:
+    """Test a teacher that runs.
+
+    Args:
+        replicas: one or more of one teacher; the body they take and give is the object itself.
+        prompt_ids: [P], any text; better one of the run's own prompts.
+        vocab_size: V, rows of the teacher's head.
+        dtype: the teacher's, for the tolerance: 1e-4 nats in float32, 0.05 in half precision.
+
+    Raises:
+        TeacherSelfTestError: names replica, check and numbers.
+    """
+    continuation = await _continue(replicas[0], prompt_ids)
+    elsewhere = continuation.copy()
+    elsewhere[0] = (continuation[0] + 1) % vocab_size
+    worst: dict[str, float] = {}
+    first: TeacherSignal | None = None
+    for number, replica in enumerate(replicas):
+        signal, again, moved = [
+            await _score(replica, number, prompt_ids, response) for response in (continuation, continuation, elsewhere)
+        ]
+        first = first or signal
+        same = TOLERANCE[dtype]
+        found = {
+            "mass": (_mass_error(signal), _ROUNDING),
+            "entropy": (_entropy_error(signal, vocab_size), _ROUNDING),
+            "alignment": (float(_gap(signal.topk_logprobs[:, 0], signal.token_logprobs).max()), ALIGNMENT),
+            "context": (_context_error(signal, moved, same), same),
+            "repeat": (_difference(signal, again), same),
+            "replicas": (_difference(first, signal), same),
+        }
+        for check, (deviation, allowed) in found.items():
+            worst[check] = max(deviation, worst.get(check, 0.0))
+            if not deviation <= allowed:  # NaN fails
+                raise TeacherSelfTestError(_failure(number, check, deviation, allowed, continuation, signal))
+    assert first is not None, "there is a replica"
+    return SelfTestReport(
+        teacher=first.teacher, replicas=len(replicas), continuation=tuple(continuation.tolist()), worst=worst
+    )
+
+
+_EXPLANATIONS: Final = {
+    "mass": "candidates must be sorted and distinct, and add up to one with the tail",
+    "entropy": "it must lie between what candidates and tail leave open; is it taken at another temperature?",
+    "alignment": "greedy tokens must be their own first candidates; are rows shifted?",
+    "context": "the first token must move the second row and not the first; are rows shifted?",
+    "repeat": "the same request must have the same answer",
+    "replicas": "all replicas must say the same as replica 0; do they serve one model in one precision?",
+}
+
+
+def _failure(
+    number: int, check: str, deviation: float, allowed: float, continuation: Int32Array, signal: TeacherSignal
+) -> str:
+    said = np.round(signal.token_logprobs, 3).tolist()
+    best = list(zip(signal.topk_ids[:, 0].tolist(), np.round(signal.topk_logprobs[:, 0], 3).tolist(), strict=True))
+    return (
+        f"teacher {signal.teacher}, replica {number}: {check} is off by {deviation:.4g}, allowed is {allowed:g}: "
+        f"{_EXPLANATIONS[check]} (tokens {continuation.tolist()} have log-probabilities {said}, first candidates are "
+        f"{best})"
+    )
+
+
+async def _continue(scorer: TeacherScorer, prompt_ids: Int32Array) -> Int32Array:
+    """The teacher's own greedy continuation: the last row of a scored response is about what follows the rest of it,
+    whatever its last token is.
+    """
+    continuation = prompt_ids[-1:]
+    for _ in range(CONTINUATION_TOKENS):
+        signal = await _score(scorer, 0, prompt_ids, continuation)
+        continuation = np.insert(continuation, len(continuation) - 1, signal.topk_ids[-1, 0])
+    return continuation[:-1]
+
+
+async def _score(scorer: TeacherScorer, number: int, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
+    result = await scorer.score(_stored(prompt_ids, response_ids))
+    if isinstance(result, LostTrajectory):
+        raise TeacherSelfTestError(f"replica {number}: it does not answer: {result.detail}")
+    return cast(ScoredTrajectory, result.body).signal
+
+
+def _mass_error(signal: TeacherSignal) -> float:
+    """How far a row is from probability one; infinite where candidates are unsorted or stand twice."""
+    candidates = signal.topk_logprobs
+    twice = [len(set(ids[kept])) < kept.sum() for ids, kept in zip(signal.topk_ids, candidates > -np.inf, strict=True)]
+    if np.any(candidates[:, 1:] > candidates[:, :-1]) or any(twice):
+        return math.inf
+    mass = np.exp(_outcomes(signal)).sum(axis=1)
+    return float(np.abs(mass - 1.0).max())
+
+
+def _entropy_error(signal: TeacherSignal, vocab_size: int) -> float:
+    """How far an entropy lies outside what candidates and tail leave: at least that of the outcomes, at most that with
+    the tail spread evenly (and a merged end token in halves, where a slot is free).
+    """
+    outcomes = _outcomes(signal)
+    known = outcomes > -np.inf
+    lowest = -np.where(known, np.exp(outcomes) * np.where(known, outcomes, 0.0), 0.0).sum(axis=1)
+    num_known = known[:, :-1].sum(axis=1)
+    highest = lowest + np.exp(outcomes[:, -1]) * np.log(np.maximum(vocab_size - num_known, 1))
+    highest += math.log(2.0) * (num_known < known.shape[1] - 1)
+    low, high = _entropies(signal)
+    return float(np.max([lowest - high, low - highest, low - high]))
+
+
+def _context_error(signal: TeacherSignal, moved: TeacherSignal, same: float) -> float:
+    """How much another first token moves the row about itself; infinite where it does not move the next row."""
+    rows = [_gap(one[:2], other[:2]) for one, other in zip(_compared(signal), _compared(moved), strict=True)]
+    still = max(row[0] for row in rows[1:])  # the first token's own log-probability is of another token now
+    return float(still if max(row[1] for row in rows) > same else np.inf)
+
+
+def _outcomes(signal: TeacherSignal) -> np.ndarray:
+    """Candidates and tail, float64 [R, K + 1]."""
+    return np.column_stack((signal.topk_logprobs, signal.tail_logprobs)).astype(np.float64)
+
+
+def _entropies(signal: TeacherSignal) -> tuple[Float32Array, Float32Array]:
+    """Lowest and highest, each [R]."""
+    known = signal.entropy
+    return (known.entropy, known.entropy) if isinstance(known, Exact) else (known.low, known.high)
+
+
+def _difference(one: TeacherSignal, other: TeacherSignal) -> float:
+    return float(max(_gap(a, b).max() for a, b in zip(_compared(one), _compared(other), strict=True)))
+
+
+def _compared(signal: TeacherSignal) -> tuple[Float32Array, ...]:
+    """Sampled tokens, first candidates, entropies: what rounding moves least."""
+    return (signal.token_logprobs, signal.topk_logprobs[:, 0], *_entropies(signal))
+
+
+def _gap(one: Float32Array, other: Float32Array) -> Float32Array:
+    gap: Float32Array = np.abs(one - other)
+    return gap
+
+
+def _stored(prompt_ids: Int32Array, response_ids: Int32Array) -> Stored[Trajectory]:
+    """A response that was cut, so that no end token is mapped."""
+    size = len(response_ids)
+    prompt = PromptSample(
+        epoch=0, prompt_id="self-test", source="self-test", token_ids=prompt_ids, reference_answer=None
+    )
+    trajectory = Trajectory(
+        prompt=prompt,
+        sample_index=size,
+        response_ids=response_ids,
+        loss_mask=np.ones(size, np.bool_),
+        rollout_logprobs=np.zeros(size, np.float32),
+        policy_versions=np.zeros(size, np.int32),
+        stop_reason=StopReason.LENGTH,
+    )
+    header = Header(
+        key=trajectory.key,
+        source=prompt.source,
+        num_prompt_tokens=len(prompt_ids),
+        num_response_tokens=size,
+        num_loss_tokens=size,
+        stop_reason=trajectory.stop_reason,
+        oldest_version=0,
+        newest_version=0,
+        sums={},
+    )
+    return Stored(header, trajectory)
