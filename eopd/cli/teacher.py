@@ -33,8 +33,8 @@ def serve(
     chosen = _choose(run.teachers, name)
     token = token_for(api_key_env, host)
     from eopd.preflight import require_model
+    from eopd.roles import TeacherDownError
     from eopd.runtime.placement import vllm_env
-    from eopd.teacher.signal import TeacherGoneError
     from eopd.teacher.vocabulary import vocab_size
 
     require_model(f"teachers.{chosen.name}.model", chosen.model, num_tokens=run.max_sequence_tokens)
@@ -53,7 +53,7 @@ def serve(
             token=token,
             max_requests=max_requests,
         )
-    except TeacherGoneError as error:
+    except TeacherDownError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
 

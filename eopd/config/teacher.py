@@ -22,7 +22,7 @@ class ServerConfig(Section):
     ``timeout_s`` is that of one request, ``max_attempts`` of a trajectory's, with growing pauses between them.
     """
 
-    url: str = Field(pattern=r"^https?://[^/?#]+(/[^?#]*)?$")
+    url: str = Field(pattern=r"^https?://[^/?#@]+(/[^?#]*)?$")
     model: str | None = None
     api_key_env: str | None = None
     max_connections: int = Field(32, ge=1)

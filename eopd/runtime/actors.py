@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from eopd.evaluation.verifier import Verifier
     from eopd.learner.learner import LearnerRank
     from eopd.rollout.engine import VllmRolloutEngine
-    from eopd.teacher.scorer import VllmTeacherScorer
+    from eopd.teacher.scoring import SignalScorer
     from eopd.weights.transfer import WeightSender
 
 Split = tuple[Header | LostTrajectory, object]
@@ -132,12 +132,17 @@ class RemoteEngine:
 class TeacherActor:
     """Hosts one replica of a teacher."""
 
-    _scorer: "VllmTeacherScorer"
+    _scorer: "SignalScorer"
 
     async def start(self, teacher: TeacherConfig, top_k: int, max_sequence_tokens: int) -> None:  # noqa: D102
-        from eopd.teacher.scorer import VllmTeacherScorer
-
-        self._scorer = await VllmTeacherScorer.start(teacher, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
+        match teacher.backend:
+            case "vllm":
+                from eopd.teacher.scorer import VllmTeacherScorer as Scorer
+            case "openai":
+                from eopd.teacher.remote import OpenAITeacherScorer as Scorer  # type: ignore[assignment]
+            case "eopd":
+                from eopd.teacher.client import EopdTeacherScorer as Scorer  # type: ignore[assignment]
+        self._scorer = await Scorer.start(teacher, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
 
     async def score(self, header: Header, trajectory: Trajectory) -> Split:  # noqa: D102
         return _split(await self._scorer.score(Stored(header, trajectory)))

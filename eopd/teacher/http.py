@@ -18,6 +18,7 @@ from typing import Final
 import httpx
 
 from eopd.config import ConfigError, ServerConfig
+from eopd.roles import TeacherDownError
 
 _LATER: Final = frozenset({429, 500, 502, 503, 504})
 _FIRST_PAUSE_S: Final = 1.0
@@ -25,7 +26,7 @@ _LONGEST_PAUSE_S: Final = 30.0
 _QUOTE: Final = 300  # characters of a server's message
 
 
-class TeacherUnavailableError(RuntimeError):
+class TeacherUnavailableError(TeacherDownError):
     """Every attempt failed; the message names the last cause."""
 
 

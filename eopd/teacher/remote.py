@@ -11,28 +11,22 @@ written -9999. Such requests never read the server's prefix cache.
 """
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final, Self, TypeVar, cast
+from typing import Final, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, TeacherConfig
 from eopd.teacher.bounds import entropy_bounds, tail_logprobs
-from eopd.teacher.http import ServerClient, TeacherRefusedError, TeacherUnavailableError
+from eopd.teacher.http import ServerClient, TeacherRefusedError
+from eopd.teacher.scoring import SignalScorer
 from eopd.teacher.signal import SignalError, read_signal
 from eopd.teacher.vocabulary import vocab_size
 from eopd.types import (
-    Bounds,
     Int32Array,
-    LossReason,
-    LostTrajectory,
-    ScoredTrajectory,
-    Stored,
     TeacherSignal,
-    Trajectory,
 )
 
 _MINUS_INFINITY: Final = -9999.0
@@ -40,6 +34,7 @@ _MINUS_INFINITY: Final = -9999.0
 
 class _Model(BaseModel):
     id: str
+    max_model_len: int | None = None  # vLLM's; other servers tell none
 
 
 class _Models(BaseModel):
@@ -64,23 +59,23 @@ class _Completion(BaseModel):
 Answer = TypeVar("Answer", bound=BaseModel)
 
 
-class OpenAITeacherScorer:
-    """One served model as a teacher. Make it with ``start``; ``score`` is safe to call concurrently."""
+class OpenAITeacherScorer(SignalScorer):
+    """One served model as a teacher. Make it with ``start``."""
 
-    def __init__(self, client: ServerClient, *, served_model: str, name: str, top_k: int, vocab_size: int) -> None:
-        self._client = client
-        self._served_model = served_model
-        self._name = name
-        self._top_k = top_k
-        self._vocab_size = vocab_size
+    def __init__(
+        self, client: ServerClient, config: TeacherConfig, *, served_model: str, top_k: int, vocab_size: int
+    ) -> None:
+        super().__init__(config, top_k=top_k, vocab_size=vocab_size)
+        self._client, self._served_model = client, served_model
 
     @classmethod
-    async def start(cls, config: TeacherConfig, *, top_k: int) -> Self:
+    async def start(cls, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> Self:
         """Ask the server what it serves and score one made-up token, so that a scorer that is there works.
 
         Args:
             config: the teacher; ``model`` is the directory whose ``config.json`` tells V.
             top_k: K, candidates per response token.
+            max_sequence_tokens: the longest prompt and response together.
 
         Raises:
             ConfigError: the key is missing; another model is served; K is above V, or above what the server allows;
@@ -92,63 +87,42 @@ class OpenAITeacherScorer:
         if top_k > size:
             raise ConfigError(f"loss.top_k {top_k} is above the vocabulary of {size} of teacher {config.name}")
         client = ServerClient(config.server)
-        scorer = cls(client, served_model=config.server.model, name=config.name, top_k=top_k, vocab_size=size)
+        scorer = cls(client, config, served_model=config.server.model, top_k=top_k, vocab_size=size)
         try:
-            await scorer._require_working()
+            await scorer._require_working(max_sequence_tokens)
         except BaseException:
             await client.close()
             raise
         return scorer
 
-    async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
-        """Score one trajectory, whose body is the ``Trajectory`` itself.
-
-        Returns:
-            The scored trajectory, its entropy within ``Bounds``; its header's sums gain ``score_s`` (seconds, waiting
-            included), ``teacher_logprob``, and ``teacher_entropy`` (nats, summed over response tokens; the middle of
-            the bounds). A request that is refused, stays unanswered through all attempts, or brings no distribution is
-            a ``LostTrajectory``.
-        """
-        started = time.monotonic()
-        trajectory = cast(Trajectory, stored.body)
-        try:
-            signal = await self._signal(trajectory.prompt.token_ids, trajectory.response_ids)
-        except (TeacherUnavailableError, TeacherRefusedError, SignalError) as error:
-            return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error))
-        entropy = cast(Bounds, signal.entropy)
-        gained = {
-            "score_s": time.monotonic() - started,
-            "teacher_logprob": float(signal.token_logprobs.sum(dtype=np.float64)),
-            "teacher_entropy": float((entropy.low + entropy.high).sum(dtype=np.float64)) / 2.0,
-        }
-        header = replace(stored.header, sums={**stored.header.sums, **gained})
-        return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
-
     async def close(self) -> None:
         """Close the connections; the server goes on."""
         await self._client.close()
 
-    async def _require_working(self) -> None:
+    async def _require_working(self, max_sequence_tokens: int) -> None:
         try:
             listed = _parse(_Models, (await self._client.get("/v1/models")).content, self._name)
-            served = [model.id for model in listed.data]
+            served = {model.id: model.max_model_len for model in listed.data}
             if self._served_model not in served:
                 raise ConfigError(
                     f"teachers.server.model: {self._served_model} is not served there; {', '.join(served)} is"
                 )
+            longest = served[self._served_model]
+            if longest is not None and longest <= max_sequence_tokens:
+                raise ConfigError(
+                    f"teachers.server: {self._served_model} is served up to {longest} tokens; this run needs one above "
+                    f"its longest prompt and response, {max_sequence_tokens + 1} (--max-model-len)"
+                )
             token = np.zeros(1, np.int32)
-            await self._signal(token, token)
+            await self.signal(token, token)
         except (TeacherRefusedError, SignalError) as error:
             raise ConfigError(
                 f"teachers.server: {self._name} cannot score with loss.top_k {self._top_k}: {error}"
             ) from None
 
-    async def _signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
-        token_ids = np.concatenate((prompt_ids, response_ids))
-        if token_ids.min() < 0 or token_ids.max() >= self._vocab_size:
-            raise SignalError(
-                f"teacher {self._name}: token id {token_ids.max()} is outside its vocabulary of {self._vocab_size}"
-            )
+    async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
+        """See ``SignalScorer``; the entropy is bounded. A refusal or an answer of another form is a ``SignalError``."""
+        token_ids = self._join(prompt_ids, response_ids)
         request = {
             "model": self._served_model,
             "prompt": token_ids.tolist(),
@@ -156,7 +130,10 @@ class OpenAITeacherScorer:
             "temperature": 0.0,
             "prompt_logprobs": self._top_k,
         }
-        answer = await self._client.post("/v1/completions", json=request)
+        try:
+            answer = await self._client.post("/v1/completions", json=request)
+        except TeacherRefusedError as error:
+            raise SignalError(f"teacher {self._name}: {error}") from error
         logprobs = _parse(_Completion, answer.content, self._name).choices[0].prompt_logprobs
         if len(logprobs) != len(token_ids):
             raise SignalError(f"teacher {self._name}: {len(token_ids)} tokens were sent, {len(logprobs)} came back")

@@ -11,11 +11,9 @@ vLLM internals used here were checked against 0.32.0: the pooling runner, ``hf_o
 
 import asyncio
 import json
-import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Self, cast
+from typing import Self
 from uuid import uuid4
 
 import numpy as np
@@ -27,28 +25,22 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from eopd.config import ConfigError, TeacherConfig
+from eopd.roles import TeacherDownError
 from eopd.teacher import head
-from eopd.teacher.signal import SignalError, TeacherGoneError, read_signal
+from eopd.teacher.scoring import SignalScorer
+from eopd.teacher.signal import SignalError, read_signal
 from eopd.types import (
-    Exact,
     Int32Array,
-    LossReason,
-    LostTrajectory,
-    ScoredTrajectory,
-    Stored,
     TeacherSignal,
-    Trajectory,
 )
 
 
-class VllmTeacherScorer:
-    """One vLLM engine serving one teacher. Make it with ``start``; ``score`` is safe to call concurrently."""
+class VllmTeacherScorer(SignalScorer):
+    """One vLLM engine serving one teacher. Make it with ``start``."""
 
-    def __init__(self, llm: AsyncLLM, *, name: str, top_k: int) -> None:
+    def __init__(self, llm: AsyncLLM, config: TeacherConfig, *, top_k: int) -> None:
+        super().__init__(config, top_k=top_k, vocab_size=llm.model_config.get_vocab_size())
         self._llm = llm
-        self._name = name
-        self._top_k = top_k
-        self._vocab_size: int = llm.model_config.get_vocab_size()
 
     @classmethod
     async def start(cls, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> Self:
@@ -65,7 +57,7 @@ class VllmTeacherScorer:
         """
         args = AsyncEngineArgs(**engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens))
         llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args)
-        scorer = cls(llm, name=config.name, top_k=top_k)
+        scorer = cls(llm, config, top_k=top_k)
         token = np.zeros(1, np.int32)
         await scorer.signal(token, token)
         return scorer
@@ -75,54 +67,13 @@ class VllmTeacherScorer:
         """Whether the engine lives. One that died never comes back."""
         return not self._llm.errored
 
-    async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
-        """Score one trajectory, whose body is the ``Trajectory`` itself.
-
-        Returns:
-            The scored trajectory; its header's sums gain ``score_s`` (seconds, waiting included), and
-            ``teacher_logprob`` and ``teacher_entropy`` (nats, summed over response tokens). A request that fails is a
-            ``LostTrajectory``.
-
-        Raises:
-            TeacherGoneError: the engine is gone.
-        """
-        started = time.monotonic()
-        trajectory = cast(Trajectory, stored.body)
-        try:
-            signal = await self.signal(trajectory.prompt.token_ids, trajectory.response_ids)
-        except SignalError as error:
-            return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error))
-        gained = {
-            "score_s": time.monotonic() - started,
-            "teacher_logprob": float(signal.token_logprobs.sum(dtype=np.float64)),
-            "teacher_entropy": float(cast(Exact, signal.entropy).entropy.sum(dtype=np.float64)),
-        }
-        header = replace(stored.header, sums={**stored.header.sums, **gained})
-        return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
-
     async def close(self) -> None:
         """Stop the engine's processes."""
         self._llm.shutdown()
 
     async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
-        """What the teacher says of a response.
-
-        Args:
-            prompt_ids: [P], P > 0.
-            response_ids: [R], R > 0.
-
-        Raises:
-            SignalError: the request failed, or an id is outside the vocabulary; other requests go on.
-            TeacherGoneError: the engine is gone.
-        """
-        token_ids = np.concatenate((prompt_ids, response_ids))
-        if (
-            token_ids.min() < 0 or token_ids.max() >= self._vocab_size
-        ):  # inside the engine it would be fatal to all requests
-            raise SignalError(
-                f"teacher {self._name}: token id {token_ids.max()} is outside its vocabulary of {self._vocab_size}"
-            )
-        request = TokensPrompt(prompt_token_ids=token_ids.tolist())
+        """See ``SignalScorer``; requests are independent: ask for many at once and vLLM batches them."""
+        request = TokensPrompt(prompt_token_ids=self._join(prompt_ids, response_ids).tolist())
         params = PoolingParams(task=head.TASK, extra_kwargs={head.RESPONSE_TOKENS: len(response_ids)})
         try:
             outputs: list[PoolingRequestOutput] = [
@@ -131,7 +82,7 @@ class VllmTeacherScorer:
         except (EngineGenerateError, VLLMClientError) as error:
             raise SignalError(f"teacher {self._name}: {error}") from error
         except EngineDeadError as error:
-            raise TeacherGoneError(f"teacher {self._name}: its engine died") from error
+            raise TeacherDownError(f"teacher {self._name}: its engine died") from error
         raw = outputs[-1].outputs.data.numpy()
         return read_signal(raw, teacher=self._name, num_response_tokens=len(response_ids), top_k=self._top_k)
 

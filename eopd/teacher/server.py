@@ -22,8 +22,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictInt, Validati
 from starlette.requests import ClientDisconnect
 
 from eopd import __version__
+from eopd.roles import TeacherDownError
 from eopd.teacher import wire
-from eopd.teacher.signal import SignalError, TeacherGoneError
+from eopd.teacher.signal import SignalError
 from eopd.types import Exact, Int32Array, TeacherSignal
 
 RETRY_AFTER_S: Final = 1
@@ -40,7 +41,7 @@ class SignalScorer(Protocol):
         ...
 
     async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
-        """Score a response; raises ``SignalError`` for this request, ``TeacherGoneError`` for all."""
+        """Score a response; raises ``SignalError`` for this request, ``TeacherDownError`` for all."""
         ...
 
 
@@ -337,7 +338,7 @@ async def _score(request: Request, scoring: Coroutine[object, object, TeacherSig
         return await task
     except SignalError as error:
         raise HTTPException(500, str(error)) from error
-    except TeacherGoneError as error:
+    except TeacherDownError as error:
         raise _busy(str(error)) from error
     finally:
         task.cancel()

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Final
 import uvicorn
 
 from eopd.config import ConfigError, TeacherConfig
+from eopd.roles import TeacherDownError
 from eopd.teacher.server import Limits, TeacherInfo, create_app
-from eopd.teacher.signal import TeacherGoneError
 from eopd.teacher.vocabulary import vocab_size
 from eopd.types import Int32Array, TeacherSignal
 
@@ -53,21 +53,21 @@ class _Engine:
     async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
         """Score a response; see ``SignalScorer``."""
         if self._scorer is None:
-            raise TeacherGoneError(f"teacher {self._name}: its engine has not started")
+            raise TeacherDownError(f"teacher {self._name}: its engine has not started")
         return await self._scorer.signal(prompt_ids, response_ids)
 
     async def keep(self, server: uvicorn.Server) -> None:
         """Start, watch, and end the server with the engine: a process without one is of no use.
 
         Raises:
-            TeacherGoneError: the engine died.
+            TeacherDownError: the engine died.
         """
         try:
             self._scorer = await self._start()
             logger.info("teacher %s is ready", self._name)
             while self._scorer.ready:
                 await asyncio.sleep(_WATCH_S)
-            raise TeacherGoneError(f"teacher {self._name}: its engine died; what vLLM says of it is above")
+            raise TeacherDownError(f"teacher {self._name}: its engine died; what vLLM says of it is above")
         finally:
             server.should_exit = True
 
@@ -121,7 +121,7 @@ def serve(
 
     Raises:
         ConfigError: the address cannot be served, or the model's directory is no model.
-        TeacherGoneError: the engine died.
+        TeacherDownError: the engine died.
     """
     info = TeacherInfo(
         name=config.name,

@@ -24,10 +24,6 @@ class SignalError(ValueError):
     """The raw rows are not what a teacher can have said."""
 
 
-class TeacherGoneError(RuntimeError):
-    """A teacher's engine is gone, or not there yet: no request can be answered."""
-
-
 def num_columns(top_k: int) -> int:
     """Width of a raw row: entropy, sampled token, tail, and ``top_k`` pairs."""
     return TOPK + 2 * top_k

@@ -126,7 +126,7 @@ def start(tmp_path, monkeypatch):
         monkeypatch.setattr(remote, "ServerClient", client)
         server = ServerConfig(url="http://teacher.test/x", model=model)
         config = TeacherConfig(backend="openai", model=tmp_path, server=server)
-        return await OpenAITeacherScorer.start(config, top_k=top_k)
+        return await OpenAITeacherScorer.start(config, top_k=top_k, max_sequence_tokens=8)
 
     return started
 

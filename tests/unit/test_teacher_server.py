@@ -9,9 +9,10 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from eopd.roles import TeacherDownError
 from eopd.teacher import wire
 from eopd.teacher.server import Limits, TeacherInfo, create_app
-from eopd.teacher.signal import SignalError, TeacherGoneError
+from eopd.teacher.signal import SignalError
 from eopd.types import Exact, TeacherSignal
 
 VOCAB, LONGEST, TOP_K = 50, 40, 3
@@ -255,7 +256,7 @@ async def test_load_beyond_the_limit_is_shed_and_the_rest_is_answered(client, sc
 
 @pytest.mark.parametrize(
     ("failure", "code", "headers"),
-    [(SignalError("row 3 is bad"), 500, {}), (TeacherGoneError("the engine died"), 503, {"retry-after": "1"})],
+    [(SignalError("row 3 is bad"), 500, {}), (TeacherDownError("the engine died"), 503, {"retry-after": "1"})],
 )
 async def test_a_failing_engine_is_not_the_client_s_mistake(client, scorer, failure, code, headers):
     scorer.failure = failure

@@ -1,0 +1,88 @@
+"""A teacher behind ``eopd teacher serve``: as exact as one in the cluster, in the bytes of ``wire.py``."""
+
+from typing import Self
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from eopd.config import ConfigError, TeacherConfig
+from eopd.teacher import wire
+from eopd.teacher.http import ServerClient, TeacherRefusedError
+from eopd.teacher.scoring import SignalScorer
+from eopd.teacher.signal import SignalError
+from eopd.teacher.vocabulary import vocab_size
+from eopd.types import Int32Array, TeacherSignal
+
+
+class _Info(BaseModel):
+    """What the server must agree with us on."""
+
+    top_k: int
+    vocab_size: int
+    temperature: float
+    max_sequence_tokens: int
+    wire_version: int
+
+
+class EopdTeacherScorer(SignalScorer):
+    """One of our own servers as a teacher. Make it with ``start``."""
+
+    def __init__(self, client: ServerClient, config: TeacherConfig, *, top_k: int) -> None:
+        super().__init__(config, top_k=top_k, vocab_size=vocab_size(config.model))
+        self._client = client
+
+    @classmethod
+    async def start(cls, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> Self:
+        """Compare the server's terms with ours, and score one made-up token.
+
+        Raises:
+            ConfigError: the key is missing or wrong, this is no such server, or it serves something else.
+            TeacherUnavailableError: no attempt reached the server.
+        """
+        assert config.server is not None, "the config of backend eopd"
+        client = ServerClient(config.server)
+        scorer = cls(client, config, top_k=top_k)
+        try:
+            await scorer._require_agreement(max_sequence_tokens)
+        except BaseException:
+            await client.close()
+            raise
+        return scorer
+
+    async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
+        """See ``SignalScorer``; a request that is refused, or answered with what is no signal, is a ``SignalError``."""
+        self._join(prompt_ids, response_ids)
+        body, form = wire.encode_request(prompt_ids, response_ids), {"Content-Type": wire.MEDIA_TYPE}
+        try:
+            answer = await self._client.post("/v1/score", content=body, headers=form)
+            return wire.decode_answer(
+                answer.content, teacher=self._name, num_response_tokens=len(response_ids), top_k=self._top_k
+            )
+        except (TeacherRefusedError, wire.WireError) as error:
+            raise SignalError(f"teacher {self._name}: {error}") from error
+
+    async def close(self) -> None:
+        """Close the connections; the server goes on."""
+        await self._client.close()
+
+    async def _require_agreement(self, max_sequence_tokens: int) -> None:
+        where = f"teachers.{self._name}.server"
+        try:
+            info = _Info.model_validate_json((await self._client.get("/v1/info")).content)
+        except (TeacherRefusedError, ValidationError) as error:
+            raise ConfigError(f"{where}: is no teacher's server, or lets nobody in: {error}") from None
+        ours = {
+            "top_k": self._top_k,
+            "vocab_size": self._vocab_size,
+            "temperature": self._config.temperature,
+            "wire_version": wire.VERSION,
+        }
+        for name, wanted in ours.items():
+            if (found := getattr(info, name)) != wanted:
+                raise ConfigError(f"{where}: has {name} {found}, this run needs {wanted}")
+        if info.max_sequence_tokens < max_sequence_tokens:
+            raise ConfigError(
+                f"{where}: takes sequences of {info.max_sequence_tokens} tokens, this run's have {max_sequence_tokens}"
+            )
+        token = np.zeros(1, np.int32)
+        await self.signal(token, token)

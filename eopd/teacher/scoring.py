@@ -1,0 +1,107 @@
+"""What every teacher does to a trajectory, wherever its signal is computed.
+
+    response -> teacher's copy (end tokens) -> signal -> student's vocabulary -> header's sums
+
+In the cluster (``scorer.py``), behind a stock server (``remote.py``) or behind our own (``client.py``): each only says
+how a signal is come by.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+
+from eopd.config import TeacherConfig
+from eopd.teacher.end_tokens import to_student, to_teacher
+from eopd.teacher.signal import SignalError
+from eopd.teacher.vocabulary import num_tokens
+from eopd.types import (
+    Exact,
+    Int32Array,
+    LossReason,
+    LostTrajectory,
+    ScoredTrajectory,
+    Stored,
+    TeacherSignal,
+    Trajectory,
+)
+
+
+class SignalScorer(ABC):
+    """A ``TeacherScorer`` whose bodies are the ``Trajectory`` itself.
+
+    Args:
+        config: the teacher.
+        top_k: K, candidates per response token.
+        vocab_size: V, rows of its head.
+    """
+
+    def __init__(self, config: TeacherConfig, *, top_k: int, vocab_size: int) -> None:
+        self._config, self._name = config, config.name
+        self._top_k, self._vocab_size = top_k, vocab_size
+
+    @cached_property
+    def _num_tokens(self) -> int:
+        return num_tokens(self._config.model)
+
+    @abstractmethod
+    async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
+        """What the teacher says of a response, in its own vocabulary.
+
+        Args:
+            prompt_ids: [P], P > 0.
+            response_ids: [R], R > 0.
+
+        Raises:
+            SignalError: this request failed; others go on.
+            TeacherDownError: no request can be answered.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of engine or connections."""
+
+    async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
+        """Score one trajectory; safe to call concurrently.
+
+        Returns:
+            The scored trajectory; its header's sums gain ``score_s`` (seconds, waiting included), and
+            ``teacher_logprob`` and ``teacher_entropy`` (nats, summed over response tokens; of bounds the middle). A
+            request that fails is a ``LostTrajectory``.
+
+        Raises:
+            TeacherDownError: no request can be answered.
+        """
+        started = time.monotonic()
+        trajectory, remap = cast(Trajectory, stored.body), self._config.eos_remap
+        try:
+            copy = to_teacher(trajectory.response_ids, trajectory.stop_reason, remap)
+            said = await self.signal(trajectory.prompt.token_ids, copy)
+        except SignalError as error:
+            return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error))
+        signal = to_student(said, trajectory.response_ids, remap, num_tokens=self._num_tokens)
+        known = signal.entropy
+        entropy = known.entropy if isinstance(known, Exact) else (known.low + known.high) / 2
+        gained = {
+            "score_s": time.monotonic() - started,
+            "teacher_logprob": float(signal.token_logprobs.sum(dtype=np.float64)),
+            "teacher_entropy": float(entropy.sum(dtype=np.float64)),
+        }
+        header = replace(stored.header, sums={**stored.header.sums, **gained})
+        return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
+
+    def _join(self, prompt_ids: Int32Array, response_ids: Int32Array) -> Int32Array:
+        """The sequence [P + R].
+
+        Raises:
+            SignalError: an id is outside the vocabulary, which would be fatal to a whole engine.
+        """
+        ids = np.concatenate((prompt_ids, response_ids))
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise SignalError(
+                f"teacher {self._name}: token id {ids.max()} is outside its vocabulary of {self._vocab_size}"
+            )
+        return ids
