@@ -96,7 +96,7 @@ def scoring(server, model, monkeypatch):
     async def opened(*, top_k: int, port: int = server.port, model_name: str = "tiny", **options: object):
         where = {"url": f"http://127.0.0.1:{port}", "model": model_name, "api_key_env": "TEACHER_KEY"}
         config = TeacherConfig(backend="openai", model=model, server=ServerConfig(**where | options))
-        scorer = await OpenAITeacherScorer.start(config, top_k=top_k)
+        scorer = await OpenAITeacherScorer.start(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS - 1)
         try:
             yield scorer
         finally:

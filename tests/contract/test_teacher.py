@@ -14,12 +14,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 from eopd.config import ConfigError, TeacherConfig
+from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.teacher import head
 from eopd.teacher.head import score_logits
 from eopd.teacher.scorer import VllmTeacherScorer, engine_options
+from eopd.teacher.selftest import TeacherSelfTestError, self_test
 from eopd.teacher.signal import num_columns, read_signal
-from eopd.types import LossReason, LostTrajectory, Stored, TeacherSignal
+from eopd.teacher.vocabulary import vocab_size
+from eopd.types import LossReason, LostTrajectory, StopReason, Stored, TeacherSignal
 
+OWN_END, THEIR_END, PADDING_ROWS = 0, 2, 7
 SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 4}
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -67,6 +71,24 @@ async def whole(tiny_model):
         vllm={**SMALL, "enable_chunked_prefill": False, "max_num_batched_tokens": 2 * MAX_TOKENS},
     )
     top_k = AutoModelForCausalLM.from_pretrained(model).config.vocab_size
+    scorer = await VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS)
+    yield scorer, config
+    await scorer.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mapped(tmp_path_factory):
+    """A chat teacher for a base student, with rows that name no token; all rows are candidates."""
+    tokenizer = train_tokenizer(["The river runs past the old mill."], 280)
+    model = build_model("llama", tokenizer, seed=5, scale=0.2)
+    model.resize_token_embeddings(len(tokenizer) + PADDING_ROWS)
+    config = TeacherConfig(
+        model=write_model(tmp_path_factory.mktemp("mapped"), model, tokenizer),
+        dtype="float32",
+        eos_remap={OWN_END: THEIR_END},
+        vllm=SMALL,
+    )
+    top_k = len(tokenizer) + PADDING_ROWS
     scorer = await VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS)
     yield scorer, config
     await scorer.close()
@@ -129,6 +151,67 @@ async def test_a_teacher_cut_in_two_by_tensor_parallelism_equals_the_oracle(tiny
     finally:
         await scorer.close()
     assert max(worst.values()) < 5e-5, worst
+
+
+@pytest.mark.parametrize("stop", StopReason)
+async def test_the_teacher_reads_its_own_end_token_and_answers_with_the_students(mapped, stop):
+    scorer, config = mapped
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).double()
+    stored = trajectory([5, 6, 7], [8, 9, 10, OWN_END])
+    stored = replace(stored, body=replace(stored.body, stop_reason=stop))
+    result = await scorer.score(stored)
+    assert result.body.trajectory is stored.body
+    read = [8, 9, 10, THEIR_END if stop is StopReason.END_TOKEN else OWN_END]
+    probs = np.exp(oracle(model, trajectory([5, 6, 7], read).body, 1.0))
+    num_tokens = probs.shape[1] - PADDING_ROWS
+    expected = probs[:, :num_tokens].copy()
+    expected[:, OWN_END] += expected[:, THEIR_END]
+    expected[:, THEIR_END] = 0.0
+    signal = result.body.signal
+    got = np.zeros_like(probs)
+    np.add.at(got, (np.arange(4)[:, None], signal.topk_ids), np.exp(signal.topk_logprobs))
+    np.testing.assert_allclose(got[:, :num_tokens], expected, atol=1e-6)
+    np.testing.assert_allclose(np.exp(signal.tail_logprobs), probs[:, num_tokens:].sum(1), atol=1e-6)
+    targets = expected[range(4), stored.body.response_ids]
+    np.testing.assert_allclose(np.exp(signal.token_logprobs), targets, atol=1e-6)
+    np.testing.assert_allclose(signal.entropy.entropy, -(probs * np.log(probs)).sum(1), atol=1e-4)
+
+
+async def test_a_good_teacher_passes_its_self_test(chunked):
+    scorer, config = chunked
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    prompt_ids, size = np.array([5, 6, 7, 8], np.int32), model.config.vocab_size
+    report = await self_test([scorer, scorer], prompt_ids=prompt_ids, vocab_size=size, dtype="float32")
+    greedy = model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    assert report.continuation == tuple(greedy[0, 4:].tolist())
+
+
+async def test_a_good_teacher_with_a_remap_passes_its_self_test(mapped):
+    scorer, config = mapped
+    report = await self_test(
+        [scorer], prompt_ids=np.array([5, 6, 7, 8], np.int32), vocab_size=vocab_size(config.model), dtype="float32"
+    )
+    assert OWN_END in report.continuation, "the greedy continuation went through an end token"
+    assert THEIR_END not in report.continuation
+
+
+@pytest.mark.parametrize(("shift", "check"), [(1, "alignment"), (-1, "context")])
+async def test_a_head_one_row_off_fails_its_self_test(tiny_model, monkeypatch, shift, check):
+    """The engine's process is forked, and takes the fault along."""
+    right = head._response_rows
+
+    def shifted(hidden, token_ids, params):
+        rows, targets = right(hidden, token_ids, params)
+        return hidden.roll(-shift, 0)[-len(rows) - 1 : -1] if params.extra_kwargs else rows, targets
+
+    monkeypatch.setattr(head, "_response_rows", shifted)
+    config = TeacherConfig(model=tiny_model("qwen3", seed=3, scale=0.2), dtype="float32", vllm=SMALL)
+    scorer = await VllmTeacherScorer.start(config, top_k=8, max_sequence_tokens=MAX_TOKENS)
+    try:
+        with pytest.raises(TeacherSelfTestError, match=f"replica 0: {check} is off by"):
+            await self_test([scorer], prompt_ids=np.array([5, 6, 7, 8], np.int32), vocab_size=320, dtype="float32")
+    finally:
+        await scorer.close()
 
 
 @pytest.mark.parametrize("head_dtype", ["float32", "model"])

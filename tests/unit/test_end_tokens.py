@@ -142,6 +142,8 @@ def test_end_tokens_that_change_places_do_so_at_once():
     row = {0: 0.5, 2: 0.3, 9: 0.2}
     swapped = to_student(signal_of([row], 3, [9]), ids(9), {0: 2, 2: 0}, num_tokens=VOCAB)
     assert candidates(swapped) == {2: 0.5, 0: 0.3, 9: 0.2}
+    stop = to_student(signal_of([row], 3, [0]), ids(2), {0: 2, 2: 0}, num_tokens=VOCAB)
+    assert math.exp(stop.token_logprobs[0]) == pytest.approx(0.5), "the student's stop, not one given away"
     chained = to_student(signal_of([{**row, 9: 0.1, 5: 0.1}], 4, [9]), ids(9), {0: 2, 2: 5}, num_tokens=VOCAB)
     assert candidates(chained) == {0: 0.8, 9: 0.1, 2: 0.1}
 

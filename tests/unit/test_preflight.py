@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from eopd import preflight
 from eopd.cli.main import main
+from eopd.config import ConfigError, load_config
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 
 ROWS = [("a", "math"), ("b", "math"), ("c", "code"), ("d", "poems")]
@@ -88,10 +90,6 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
             "error: /train.jsonl: nobody teaches source 'code' (1 prompts); teachers.sources are 'logic', 'math', "
             "'poems'; name it there, or leave one teacher without sources",
         ),
-        (
-            ["teachers.1.sources=[logic]", "prompts.held_out={root}/train.jsonl", "prompts.data={root}/held_out.jsonl"],
-            "error: /train.jsonl: nobody teaches source 'code'",
-        ),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(check, overrides, message):
@@ -99,3 +97,10 @@ def test_a_mistake_is_one_message_and_exit_code_2(check, overrides, message):
     assert code == 2
     assert message in shown
     assert shown.count("\n") == 1 and "Traceback" not in shown
+
+
+def test_held_out_prompts_need_a_teacher_too(files):
+    swapped = [f"prompts.held_out={files}/train.jsonl", f"prompts.data={files}/held_out.jsonl"]
+    preflight.check(load_config(files / "c.yaml", swapped))
+    with pytest.raises(ConfigError, match=r"train\.jsonl: nobody teaches source 'code'"):
+        preflight.check(load_config(files / "c.yaml", [*swapped, "teachers.1.sources=[logic]"]))

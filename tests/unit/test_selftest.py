@@ -109,7 +109,7 @@ BROKEN: dict[str, tuple[str, Change]] = {
     "not a number": ("mass", lambda s: replace(s, tail_logprobs=s.tail_logprobs * np.nan)),
     "an entropy of two temperatures": ("entropy", lambda s: replace(s, entropy=Exact(s.entropy.entropy * 2.0 + 1.0))),
     "an entropy below its candidates'": ("entropy", lambda s: replace(s, entropy=Exact(s.entropy.entropy * 0.0))),
-    "bounds the wrong way round": ("entropy", lambda s: bounded(s, 0.1, -0.1)),
+    "bounds the wrong way round": ("entropy", lambda s: bounded(s, 0.003, -0.003)),
     "tokens of another temperature": ("alignment", lambda s: replace(s, token_logprobs=s.token_logprobs * 0.5)),
 }
 
