@@ -51,13 +51,20 @@ def train(
 def check(
     config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=value.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Start the teachers too, and test what they answer.")] = False,
 ) -> None:
-    """Check models, vocabularies, end tokens and prompts, and say what was found; start nothing."""
+    """Check models, vocabularies, end tokens and prompts, and say what was found."""
     resolved = load_config(config, overrides or [])
     from eopd import preflight
 
-    for line in preflight.report(resolved, preflight.check(resolved)):
+    prepared = preflight.check(resolved)
+    for line in preflight.report(resolved, prepared):
         typer.echo(line)
+    if live:
+        from eopd.runtime.check import check_live
+
+        for report in check_live(resolved, prepared):
+            typer.echo(report)
 
 
 @app.command()

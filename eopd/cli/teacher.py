@@ -20,6 +20,7 @@ def _teacher() -> None:
 @teacher.command()
 def serve(
     config: Annotated[Path, typer.Argument(help="The YAML file of a run; its students may live elsewhere.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=value.")] = None,
     name: Annotated[str | None, typer.Option("--teacher", help="Which of its teachers; else the first.")] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8400,
@@ -29,7 +30,7 @@ def serve(
     max_requests: Annotated[int, typer.Option(min=1, help="More in flight are refused with 503.")] = 256,
 ) -> None:
     """Offer a teacher's exact scores over HTTP, until Ctrl-C or SIGTERM."""
-    run = load_config(config)
+    run = load_config(config, overrides or [])
     chosen = _choose(run.teachers, name)
     token = token_for(api_key_env, host)
     from eopd.preflight import require_model

@@ -31,6 +31,7 @@ class Crew:
 
     engines: EnginePool
     teacher: TeacherRouter
+    fleets: Sequence[TeacherFleet]
     learner: LearnerGang
     channel: BroadcastChannel
 
@@ -62,6 +63,7 @@ async def crew(config: Config) -> AsyncIterator[Crew]:
             yield Crew(
                 engines=EnginePool(engines),
                 teacher=teacher,
+                fleets=fleets,
                 learner=gang,
                 channel=BroadcastChannel(gang, engines, workers_per_engine=_workers(config.rollout)),
             )
@@ -82,6 +84,20 @@ async def rollout_engines(
         }
         await _all_up(starting, timeout_s)
         yield [RemoteEngine(actor) for actor in actors]
+
+
+@asynccontextmanager
+async def teachers(config: Config) -> AsyncIterator[list[TeacherFleet]]:
+    """The teachers of a run alone, for a check."""
+    longest = config.max_sequence_tokens
+    async with _actors() as spawn:
+        fleets = [
+            TeacherFleet(spawn, teacher, top_k=config.loss.top_k, max_sequence_tokens=longest)
+            for teacher in config.teachers
+        ]
+        starting = {name: started for fleet in fleets for name, started in fleet.start().items()}
+        await _all_up(starting, config.cluster.start_timeout_s)
+        yield fleets
 
 
 class StartError(RuntimeError):

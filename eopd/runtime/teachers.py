@@ -13,6 +13,9 @@ from eopd.config import TeacherConfig
 from eopd.runtime.actors import RemoteTeacher, TeacherActor
 from eopd.runtime.placement import plan_teacher
 from eopd.teacher.pool import TeacherPool, TeacherRouter
+from eopd.teacher.selftest import SelfTestReport, self_test
+from eopd.teacher.vocabulary import vocab_size
+from eopd.types import Int32Array, LostTrajectory, ScoredTrajectory, Stored, Trajectory
 
 Spawn = Callable[..., list[ActorHandle]]
 
@@ -47,6 +50,22 @@ class TeacherFleet:
             max_attempts=max_attempts,
         )
 
+    async def self_test(self, prompt_ids: Int32Array) -> SelfTestReport:
+        """Test all replicas, which must have started.
+
+        Args:
+            prompt_ids: [P], any prompt of the run.
+
+        Raises:
+            TeacherSelfTestError: one of them does not say what a teacher can say, or they differ.
+        """
+        return await self_test(
+            [_WithBodies(RemoteTeacher(actor)) for actor in self._actors],
+            prompt_ids=prompt_ids,
+            vocab_size=vocab_size(self.config.model),
+            dtype=self.config.dtype,
+        )
+
     async def _replace(self, index: int) -> RemoteTeacher:
         """End the actor of a replica for certain, its engine's processes too, and start another."""
         with suppress(RayError, TimeoutError):  # it may be dead, or hang: then it is killed as it is
@@ -58,6 +77,17 @@ class TeacherFleet:
         async with asyncio.timeout(_START_TIMEOUT_S):
             await actor.start.remote(*self._arguments)
         return RemoteTeacher(actor)
+
+
+class _WithBodies:
+    """A ``TeacherScorer`` whose answers have the body itself, fetched: for the self-test's few short ones."""
+
+    def __init__(self, teacher: RemoteTeacher) -> None:
+        self._teacher = teacher
+
+    async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
+        scored = await self._teacher.score(stored)
+        return scored if isinstance(scored, LostTrajectory) else Stored(scored.header, await scored.body)  # type: ignore[misc]
 
 
 def route(fleets: Sequence[TeacherFleet], *, max_attempts: int) -> TeacherRouter:

@@ -93,6 +93,8 @@ class TrainingRun:
         async with crew(self._config) as members:
             if checkpoints := list_checkpoints(self.directory.checkpoints):
                 await members.learner.load(checkpoints[-1] / "learner")
+            for fleet in members.fleets:
+                self._console.message(str(await fleet.self_test(self._prepared.train.prompts[0].token_ids)))
             await members.channel.connect()
             await members.channel.publish(await members.learner.version())
             if self._progress.before is None:

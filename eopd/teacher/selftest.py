@@ -56,6 +56,10 @@ class SelfTestReport:
     continuation: tuple[int, ...]
     worst: Mapping[str, float]
 
+    def __str__(self) -> str:
+        worst = ", ".join(f"{check} {deviation:.2g}" for check, deviation in self.worst.items())
+        return f"teacher {self.teacher}: {self.replicas} tested; off by at most {worst}"
+
 
 async def self_test(
     replicas: Sequence[TeacherScorer], *, prompt_ids: Int32Array, vocab_size: int, dtype: str

@@ -1,5 +1,6 @@
 """``eopd teacher serve`` as a process of its own, on real vLLM, against a float32 oracle made with transformers."""
 
+import asyncio
 import os
 import re
 import signal
@@ -16,8 +17,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from eopd.config import ConfigError, ServerConfig, TeacherConfig
 from eopd.teacher import wire
-from eopd.teacher.signal import write_signal
+from eopd.teacher.client import EopdTeacherScorer
+from eopd.teacher.signal import SignalError, write_signal
 
 TOP_K, LONGEST, TEMPERATURE = 8, 96, 0.7
 VARIABLE, TOKEN = "EOPD_TEST_TOKEN", "correct-horse"
@@ -144,6 +147,29 @@ def score(client: httpx.Client, prompt_ids: list[int], response_ids: list[int]):
     return signal, write_signal(signal).tobytes(), rows.astype(np.float32).tobytes()
 
 
+async def check_client(served, model, prompt_ids, response_ids, expected: bytes) -> None:
+    """Through the role, as a run does; and what it does not agree on is the user's mistake."""
+    server = {"url": str(served.client.base_url), "api_key_env": VARIABLE}
+    config = TeacherConfig(name="m", backend="eopd", model=model, temperature=TEMPERATURE, server=server)
+    scorer = await EopdTeacherScorer.start(config, top_k=TOP_K, max_sequence_tokens=LONGEST)
+    found = await scorer.signal(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
+    assert found.teacher == "m" and write_signal(found).tobytes() == expected
+    with pytest.raises(SignalError, match=r"teacher m: POST .*/v1/score: 422"):
+        await scorer.signal(np.ones(LONGEST, np.int32), np.ones(1, np.int32))
+    await scorer.close()
+    for wrong, arguments, message in [
+        ({}, {"top_k": TOP_K + 1}, f"has top_k {TOP_K}, this run needs {TOP_K + 1}"),
+        ({"temperature": 1.0}, {}, f"has temperature {TEMPERATURE}, this run needs 1.0"),
+        ({}, {"max_sequence_tokens": LONGEST + 1}, f"takes sequences of {LONGEST} tokens"),
+        ({"server": ServerConfig(url=server["url"])}, {}, "lets nobody in: .*401"),
+        ({"server": ServerConfig(url=server["url"] + "/no", api_key_env=VARIABLE)}, {}, "is no teacher's server"),
+    ]:
+        with pytest.raises(ConfigError, match=rf"teachers\.m\.server: .*{message}"):
+            await EopdTeacherScorer.start(
+                config.model_copy(update=wrong), **{"top_k": TOP_K, "max_sequence_tokens": LONGEST} | arguments
+            )
+
+
 def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(start, model):
     served = start()
     assert served.client.get("/health").json() == {"status": "alive"}
@@ -168,6 +194,8 @@ def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(st
         assert worst_error(found, response_ids, oracle(model, prompt_ids, response_ids)) < 5e-5
         assert binary_bits == json_bits
 
+    asyncio.run(check_client(served, model, prompt_ids, response_ids, binary_bits))
+
     def refused(**request) -> int:
         return served.client.post("/v1/score", **request).status_code
 
@@ -175,7 +203,7 @@ def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(st
     assert refused(json={"prompt_ids": [1], "response_ids": [vocab]}) == 422
     assert refused(content=(b" " * 1000 for _ in range(1000)), headers={"Content-Type": "application/json"}) == 413
     assert httpx.get(served.client.base_url.join("/v1/info")).status_code == 401
-    assert 'eopd_teacher_scored_tokens_total{teacher="maths"} 210.0' in served.client.get("/metrics").text
+    assert 'eopd_teacher_scored_tokens_total{teacher="maths"} 275.0' in served.client.get("/metrics").text
 
     request = {"prompt_ids": [5] * 32, "response_ids": [6] * 64}
     descendants, engines = served.descendants(), served.engines()

@@ -3,9 +3,13 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -89,3 +93,72 @@ def test_an_engine_that_dies_is_replaced_while_the_run_goes_on(program, argument
     tokens = [of_teacher(last, "tokens_total", name) for name in ("exact-1", "other")]
     assert sum(tokens) > last["eopd_response_tokens_total"]  # and the held-out ones
     assert 1.2 < tokens[0] / tokens[1] < 3.5  # two sources of three
+
+
+def serve(program, port: int, log: Path) -> "subprocess.Popen[bytes]":
+    """A teacher's server, once it answers."""
+    settings = [f"teachers.0.model={program.models / 'teacher'}", f"student.model={program.models / 'student'}"]
+    command = [
+        str(Path(sys.executable).with_name("eopd")),
+        "teacher",
+        "serve",
+        "configs/tiny.yaml",
+        "--port",
+        str(port),
+    ]
+    for setting in settings:
+        command += ["--set", setting]
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=program.environment(), stdout=output, stderr=output)
+    deadline = time.monotonic() + 120
+    while not answers(f"http://127.0.0.1:{port}/ready"):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    return process
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_run_outlives_its_teacher_s_server(program, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = serve(program, port, tmp_path / "log")
+    directory = program.runs / "served"
+    process = program.start(
+        *program.train(
+            "served",
+            "teachers.0.backend=eopd",
+            "teachers.0.vllm={}",
+            f"teachers.0.server={{url: 'http://127.0.0.1:{port}', max_attempts: 2}}",
+            "run.batches=3000",
+            "rollout.engines=1",
+            "learner.ranks=1",
+            "evaluation.prompts=8",
+        )
+    )
+    try:
+        before = wait_for(process, directory, lambda found: len(found) >= 3)
+        assert all(row["eopd_gate_uncertain_ratio"] == 0.0 for row in before)
+        for child in psutil.Process(server.pid).children(recursive=True):
+            child.kill()
+        server.kill()
+        server.wait()
+        time.sleep(5.0)  # longer than its two attempts
+        server = serve(program, port, tmp_path / "log")
+        wait_for(process, directory, lambda found: len(found) >= len(before) + 10)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        server.terminate()
+        server.wait(60)
+    assert process.returncode == 130, out + err
+    assert program.left_behind() == []
+    last = rows(directory)[-1]
+    assert of_teacher(last, "failures_total", "teacher") > 0
+    assert sum(value for name, value in last.items() if name.startswith("eopd_lost_trajectories_total")) == 0

@@ -1,0 +1,29 @@
+"""The live part of a check: the teachers of a run, started alone and tested."""
+
+import asyncio
+
+from eopd.config import Config
+from eopd.preflight import Prepared
+from eopd.runtime import cluster
+from eopd.runtime.placement import plan_teacher, require_capacity
+from eopd.runtime.supervisor import teachers
+from eopd.teacher.selftest import SelfTestReport
+
+
+def check_live(config: Config, prepared: Prepared) -> list[SelfTestReport]:
+    """Start every replica of every teacher on the run's cluster, test them, and stop them.
+
+    Raises:
+        ConfigError: the cluster is too small.
+        StartError: a replica did not start.
+        TeacherSelfTestError: a teacher does not say what a teacher can say, or its replicas differ.
+    """
+    prompt_ids = prepared.train.prompts[0].token_ids
+
+    async def run() -> list[SelfTestReport]:
+        async with teachers(config) as fleets:
+            return [await fleet.self_test(prompt_ids) for fleet in fleets]
+
+    with cluster.connect(config.cluster):
+        require_capacity([plan_teacher(teacher) for teacher in config.teachers], *cluster.capacity())
+        return asyncio.run(run())
