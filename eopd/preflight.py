@@ -2,12 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eopd.config import Config, ConfigError, TeacherConfig
-from eopd.prompts import PromptSet
+from eopd.prompts import PromptSet, TeacherView
 from eopd.teacher.vocabulary import SharedVocabulary, load_tokenizer, require_same_vocabulary
 from eopd.types import PromptSample
 
@@ -36,10 +36,10 @@ def check(config: Config) -> Prepared:
 
         check_targets(config.student.model, config.student.lora)
     tokenizer = load_tokenizer(config.student.model)
-    train = PromptSet.load(config.prompts.data, config.prompts, tokenizer)
+    train = PromptSet.load(config.prompts.data, config.prompts, tokenizer, _views(config))
     if config.loss.reward is not None:
         require_answers(config.prompts.data, train)
-    held_out = PromptSet.load(config.prompts.held_out, config.prompts, tokenizer)
+    held_out = PromptSet.load(config.prompts.held_out, config.prompts, tokenizer, _views(config))
     for where, data in ((config.prompts.data, train), (config.prompts.held_out, held_out)):
         count_prompts(where, data.prompts, config.teachers)
     return Prepared(train=train, held_out=held_out, vocabularies=vocabularies)
@@ -48,7 +48,7 @@ def check(config: Config) -> Prepared:
 def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
     key = f"teachers.{teacher.name}"
     local = teacher.backend == "vllm"
-    require_model(f"{key}.model", teacher.model, num_tokens=config.max_sequence_tokens, weights=local)
+    require_model(f"{key}.model", teacher.model, num_tokens=config.max_teacher_tokens(teacher), weights=local)
     try:
         shared = require_same_vocabulary(config.student.model, teacher.model, teacher.eos_remap)
     except ConfigError as error:
@@ -57,6 +57,24 @@ def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
     if config.loss.top_k > smaller:
         raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {smaller} tokens")
     return shared
+
+
+def _views(config: Config) -> Callable[[str], TeacherView | None]:
+    """By source, how its teacher reads a prompt; None where it reads the student's."""
+    views = {
+        teacher.name: TeacherView(
+            name=teacher.name,
+            template=teacher.template,
+            tokenizer=load_tokenizer(teacher.model),
+            options=teacher.template_options,
+            max_tokens=teacher.max_prompt_tokens or config.prompts.max_tokens,
+        )
+        for teacher in config.teachers
+        if teacher.template is not None
+    }
+    teacher_of = {source: teacher.name for teacher in config.teachers for source in teacher.sources}
+    default = next((teacher.name for teacher in config.teachers if not teacher.sources), "")
+    return lambda source: views.get(teacher_of.get(source, default))
 
 
 def count_prompts(where: str, prompts: Sequence[PromptSample], teachers: Sequence[TeacherConfig]) -> Mapping[str, int]:

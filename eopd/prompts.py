@@ -7,13 +7,15 @@ number.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import jinja2
 import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from eopd.config import ConfigError, PromptsConfig
 from eopd.types import PromptSample, Sampling
@@ -28,8 +30,57 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...  # noqa: D102
     def apply_chat_template(  # noqa: D102
-        self, conversation: Sequence[Mapping[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: Sequence[Mapping[str, str]],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        **options: object,
     ) -> str: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherView:
+    """How a teacher reads a row of the data when it has a prompt of its own.
+
+    Args:
+        name: of the teacher.
+        template: Jinja for the text of the last message: the columns of the row, and ``prompt``, the student's text.
+        tokenizer: the teacher's; its chat template renders the messages.
+        options: of that chat template.
+        max_tokens: the longest such prompt.
+    """
+
+    name: str
+    template: str
+    tokenizer: Tokenizer
+    options: Mapping[str, object]
+    max_tokens: int
+
+    def token_ids(
+        self, row: Row, messages: Sequence[Mapping[str, str]], where: str, config: PromptsConfig
+    ) -> list[int]:
+        """The teacher's prompt.
+
+        Raises:
+            ConfigError: the template is broken or names a column the row lacks, or its prompt is too long.
+        """
+        try:
+            template = _TEMPLATES.from_string(self.template)
+            text = template.render({**row, "prompt": messages[-1]["content"]})
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"teachers.{self.name}.template: {where}: {error}") from None
+        chat = [*messages[:-1], {**messages[-1], "content": text}]
+        found = _tokenise(chat, where, config, self.tokenizer, self.options)
+        if len(found) > self.max_tokens:
+            raise ConfigError(
+                f"teachers.{self.name}: {where} has {len(found)} tokens in its template, max_prompt_tokens is "
+                f"{self.max_tokens}"
+            )
+        return found
+
+
+_TEMPLATES = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 
 
 def read_rows(spec: str) -> list[Row]:
@@ -93,12 +144,18 @@ class PromptSet:
     num_dropped: int
 
     @classmethod
-    def load(cls, spec: str, config: PromptsConfig, tokenizer: Tokenizer) -> "PromptSet":
-        """Read, render and tokenise.
+    def load(
+        cls,
+        spec: str,
+        config: PromptsConfig,
+        tokenizer: Tokenizer,
+        view_of: Callable[[str], TeacherView | None] = lambda source: None,
+    ) -> "PromptSet":
+        """Read, render and tokenise; ``view_of`` a source is how its teacher reads, where that is another way.
 
         Raises:
-            ConfigError: a row is malformed, an id stands twice, a prompt is too long under ``overlong: error``, or none
-            is left.
+            ConfigError: a row is malformed, an id stands twice, a prompt is too long under ``overlong: error`` or for
+            its teacher, or none is left.
         """
         if config.template == "chat" and not tokenizer.chat_template:
             raise ConfigError("prompts.template: chat, but the tokenizer has no chat template; set it to none")
@@ -119,14 +176,18 @@ class PromptSet:
                     )
                 dropped += 1
                 continue
-            answer = row.get("answer")
+            answer, source = row.get("answer"), str(row.get("source", "default"))
+            view = view_of(source)
             prompts.append(
                 PromptSample(
                     epoch=0,
                     prompt_id=prompt_id,
-                    source=str(row.get("source", "default")),
+                    source=source,
                     token_ids=np.asarray(token_ids, dtype=np.int32),
                     reference_answer=None if answer is None else str(answer),
+                    teacher_token_ids=None
+                    if view is None
+                    else np.asarray(view.token_ids(row, messages, where, config), dtype=np.int32),
                 )
             )
         if not prompts:
@@ -137,14 +198,18 @@ class PromptSet:
 
 
 def _tokenise(
-    messages: Sequence[Mapping[str, str]], where: str, config: PromptsConfig, tokenizer: Tokenizer
+    messages: Sequence[Mapping[str, str]],
+    where: str,
+    config: PromptsConfig,
+    tokenizer: Tokenizer,
+    options: Mapping[str, object] = MappingProxyType({}),
 ) -> list[int]:
     if config.template == "none":
         if len(messages) != 1:
             raise ConfigError(f"prompts: {where}: a chat of {len(messages)} messages needs prompts.template: chat")
         return _not_empty(tokenizer.encode(messages[0]["content"]), where)
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except jinja2.TemplateError as error:
         raise ConfigError(f"prompts: {where}: the chat template refuses it: {error}") from None
     return _not_empty(tokenizer.encode(text, add_special_tokens=False), where)

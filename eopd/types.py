@@ -72,13 +72,17 @@ class LossReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSample:
-    """One prompt of one epoch. ``source`` routes to a teacher and labels metrics."""
+    """One prompt of one epoch. ``source`` routes to a teacher and labels metrics.
+
+    ``teacher_token_ids`` [P'] is the prompt as that teacher reads it, where it has one of its own.
+    """
 
     epoch: int
     prompt_id: str
     source: str
     token_ids: Int32Array  # [P]
     reference_answer: str | None
+    teacher_token_ids: Int32Array | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ def serve(
     from eopd.runtime.placement import vllm_env
     from eopd.teacher.vocabulary import vocab_size
 
-    require_model(f"teachers.{chosen.name}.model", chosen.model, num_tokens=run.max_sequence_tokens)
+    require_model(f"teachers.{chosen.name}.model", chosen.model, num_tokens=run.max_teacher_tokens(chosen))
     if run.loss.top_k > (size := vocab_size(chosen.model)):
         raise ConfigError(f"loss.top_k: {run.loss.top_k} is larger than the vocabulary of {size} tokens")
     os.environ |= vllm_env(chosen.threads)
@@ -48,7 +48,7 @@ def serve(
         serving.serve(
             chosen,
             top_k=run.loss.top_k,
-            max_sequence_tokens=run.max_sequence_tokens,
+            max_sequence_tokens=run.max_teacher_tokens(chosen),
             host=host,
             port=port,
             token=token,

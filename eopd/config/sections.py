@@ -239,9 +239,18 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
 
     @property
+    def max_response_tokens(self) -> int:
+        """The longest response, in training or in evaluation."""
+        return max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens)
+
+    @property
     def max_sequence_tokens(self) -> int:
-        """The longest prompt and response together, in training or in evaluation."""
-        return self.prompts.max_tokens + max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens)
+        """The longest prompt and response together."""
+        return self.prompts.max_tokens + self.max_response_tokens
+
+    def max_teacher_tokens(self, teacher: TeacherConfig) -> int:
+        """The same as ``teacher`` reads it."""
+        return (teacher.max_prompt_tokens or self.prompts.max_tokens) + self.max_response_tokens
 
     @property
     def batch_trajectories(self) -> int:

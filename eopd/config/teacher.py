@@ -37,9 +37,10 @@ class TeacherConfig(Section):
     ``model`` is its Hugging Face directory; a served one needs no weights there, only configuration and tokenizer.
     ``sources`` are the sources of prompts it teaches; without any it teaches those that no other teacher does.
     ``head_dtype: float32`` keeps a float32 copy of the head and is exact; ``model`` projects in the model's own
-    precision. ``entropy_bound`` is what the gate reads where only bounds on the entropy are known. ``eos_remap`` maps
-    the student's end tokens to the teacher's. A trajectory not scored within ``timeout_s`` is lost. ``vllm`` goes to
-    the engine untouched.
+    precision. ``template`` makes of a row of the data a prompt that only this teacher sees: Jinja for the text of the
+    last message; ``template_options`` go to its chat template. ``entropy_bound`` is what the gate reads where only
+    bounds on the entropy are known. ``eos_remap`` maps the student's end tokens to the teacher's. A trajectory not
+    scored within ``timeout_s`` is tried elsewhere. ``vllm`` goes to the engine untouched.
     """
 
     name: str = Field("teacher", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -53,6 +54,9 @@ class TeacherConfig(Section):
     temperature: float = Field(1.0, gt=0.0)
     entropy_bound: EntropyBound = "mid"
     eos_remap: dict[int, int] = {}
+    template: str | None = None
+    template_options: NativeOptions = {}
+    max_prompt_tokens: int | None = Field(None, ge=1)
     timeout_s: float = Field(600.0, gt=0.0)
     cpus: float = Field(1.0, ge=0.0)
     gpus: float = Field(0.0, ge=0.0)
@@ -75,6 +79,8 @@ class TeacherConfig(Section):
             raise ValueError(
                 f"temperature {self.temperature:g}: prompt log-probabilities of a stock server are always those at 1"
             )
+        if self.template is None and (self.template_options or self.max_prompt_tokens):
+            raise ValueError("template_options, max_prompt_tokens: are of a teacher with a template")
         if self.server is not None and self.backend == "openai" and self.server.model is None:
             raise ValueError("server.model: backend openai needs the name the model is served under")
         return self

@@ -43,10 +43,7 @@ async def crew(config: Config) -> AsyncIterator[Crew]:
     async with _actors() as spawn:
         gang = LearnerGang(spawn(LearnerActor, plan_learner(config.learner)))
         rollouts = spawn(RolloutActor, plan_rollout(config.rollout), max_concurrency=MAX_CONCURRENT_REQUESTS)
-        fleets = [
-            TeacherFleet(spawn, teacher, top_k=config.loss.top_k, max_sequence_tokens=longest)
-            for teacher in config.teachers
-        ]
+        fleets = _fleets(spawn, config)
         grader = config.loss.reward.grader if config.loss.reward else None
         starting = {
             "learner": gang.start(config),
@@ -89,12 +86,8 @@ async def rollout_engines(
 @asynccontextmanager
 async def teachers(config: Config) -> AsyncIterator[list[TeacherFleet]]:
     """The teachers of a run alone, for a check."""
-    longest = config.max_sequence_tokens
     async with _actors() as spawn:
-        fleets = [
-            TeacherFleet(spawn, teacher, top_k=config.loss.top_k, max_sequence_tokens=longest)
-            for teacher in config.teachers
-        ]
+        fleets = _fleets(spawn, config)
         starting = {name: started for fleet in fleets for name, started in fleet.start().items()}
         await _all_up(starting, config.cluster.start_timeout_s)
         yield fleets
@@ -122,6 +115,13 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float) -> 
         raise StartError(
             f"not up within cluster.start_timeout_s = {timeout_s:g}: {names}; logs in {log_directory()} of Ray"
         )
+
+
+def _fleets(spawn: Spawn, config: Config) -> list[TeacherFleet]:
+    return [
+        TeacherFleet(spawn, teacher, top_k=config.loss.top_k, max_sequence_tokens=config.max_teacher_tokens(teacher))
+        for teacher in config.teachers
+    ]
 
 
 def _start_engine(

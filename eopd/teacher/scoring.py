@@ -79,7 +79,7 @@ class SignalScorer(ABC):
         trajectory, remap = cast(Trajectory, stored.body), self._config.eos_remap
         try:
             copy = to_teacher(trajectory.response_ids, trajectory.stop_reason, remap)
-            said = await self.signal(trajectory.prompt.token_ids, copy)
+            said = await self.signal(_prompt_of(trajectory), copy)
         except SignalError as error:
             return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error))
         signal = to_student(said, trajectory.response_ids, remap, num_tokens=self._num_tokens)
@@ -105,3 +105,9 @@ class SignalScorer(ABC):
                 f"teacher {self._name}: token id {ids.max()} is outside its vocabulary of {self._vocab_size}"
             )
         return ids
+
+
+def _prompt_of(trajectory: Trajectory) -> Int32Array:
+    """What the teacher reads before the response: alignment is by response, so any prompt will do."""
+    own = trajectory.prompt.teacher_token_ids
+    return trajectory.prompt.token_ids if own is None else own

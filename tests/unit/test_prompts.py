@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from eopd.config import ConfigError, PromptsConfig
-from eopd.prompts import PromptOrder, PromptSet, read_rows
+from eopd.prompts import PromptOrder, PromptSet, TeacherView, read_rows
 
 
 class WordTokenizer:
@@ -110,3 +110,53 @@ def test_order_is_a_pure_function_of_seed_and_number_and_every_epoch_is_whole(tm
     assert [n[1] for n in names[:21]] != [n[1] for n in names[21:]]
     seeds = [order.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
     assert len(set(seeds)) == 42 and seeds == [again.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
+
+
+# ---- prompts that only the teacher sees ---------------------------------------------------------------------------
+
+
+class LoudTokenizer(WordTokenizer):
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, mark=""):
+        return super().apply_chat_template(
+            conversation, tokenize=tokenize, add_generation_prompt=add_generation_prompt
+        ) + mark  # fmt: skip
+
+
+def view(template="hint {{ solution }} for {{ prompt }}", **changes):
+    values = {"name": "t", "template": template, "tokenizer": LoudTokenizer(), "options": {}, "max_tokens": 20}
+    return TeacherView(**(values | changes))
+
+
+def load_for(tmp_path, teacher, *rows, **changes):
+    taught = {"math": teacher}
+    return PromptSet.load(write(tmp_path, *rows), config(**changes), WordTokenizer(), taught.get).prompts
+
+
+def test_a_teacher_reads_its_own_prompt_and_the_student_does_not(tmp_path):
+    rows = {"prompt": "a bb", "source": "math", "solution": "ssss"}, {"prompt": "a bb", "solution": "ssss"}
+    taught, other = load_for(tmp_path, view(options={"mark": "!!"}), *rows, suffix=" end")
+    assert taught.token_ids.tolist() == other.token_ids.tolist() == [6, 1, 2, 3, 11]
+    assert taught.teacher_token_ids.tolist() == [6, 4, 4, 3, 1, 2, 3, 13]  # hint ssss for a bb end <assistant>!!
+    assert other.teacher_token_ids is None
+
+
+def test_earlier_messages_stay_and_plain_prompts_stay_plain(tmp_path):
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "ccc"}]
+    (found,) = load_for(tmp_path, view("{{ prompt }} {{ answer }}"), {"messages": chat, "answer": 7, "source": "math"})
+    assert found.teacher_token_ids.tolist() == [8, 1, 6, 3, 1, 11]
+    (plain,) = load_for(tmp_path, view("see {{ prompt }}"), {"prompt": "a", "source": "math"}, template="none")
+    assert plain.teacher_token_ids.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"teachers.t.template: .*rows.jsonl: row 0: 'solution' is undefined"),
+        ({"template": "{{ prompt"}, "teachers.t.template: .*unexpected end of template"),
+        ({"template": "{{ prompt.__class__.__mro__ }}"}, "teachers.t.template: .*unsafe"),
+        ({"template": "one two", "max_tokens": 3}, "teachers.t: .*row 0 has 4 tokens in its template"),
+    ],
+)
+def test_a_template_that_cannot_be_filled_is_the_user_s_mistake(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_for(tmp_path, view(**changes), {"prompt": "a", "source": "math"})
