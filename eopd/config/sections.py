@@ -226,7 +226,7 @@ class Config(Section):
 
     run: RunConfig
     student: StudentConfig
-    teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
+    teachers: tuple[TeacherConfig, ...]
     prompts: PromptsConfig
     rollout: RolloutConfig = RolloutConfig()
     flow: FlowConfig
@@ -259,6 +259,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _teachers_differ(self) -> Self:
+        if not self.teachers:
+            raise ValueError("teachers: there must be at least one")
         names = [teacher.name for teacher in self.teachers]
         sources = [source for teacher in self.teachers for source in teacher.sources]
         for what, values in (("name", names), ("source", sources)):
