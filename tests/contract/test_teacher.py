@@ -195,17 +195,29 @@ async def test_a_good_teacher_with_a_remap_passes_its_self_test(mapped):
     assert THEIR_END not in report.continuation
 
 
+FAULT = """
+from eopd.teacher import head
+
+right = head._response_rows
+
+def off(hidden, token_ids, params):
+    rows, targets = right(hidden, token_ids, params)
+    return (hidden.roll(-({shift}), 0)[-len(rows) - 1 : -1] if params.extra_kwargs else rows), targets
+
+head._response_rows = off
+
+class Nothing:
+    pass
+"""
+
+
 @pytest.mark.parametrize(("shift", "check"), [(1, "alignment"), (-1, "context")])
-async def test_a_head_one_row_off_fails_its_self_test(tiny_model, monkeypatch, shift, check):
-    """The engine's process is forked, and takes the fault along."""
-    right = head._response_rows
-
-    def shifted(hidden, token_ids, params):
-        rows, targets = right(hidden, token_ids, params)
-        return hidden.roll(-shift, 0)[-len(rows) - 1 : -1] if params.extra_kwargs else rows, targets
-
-    monkeypatch.setattr(head, "_response_rows", shifted)
-    config = TeacherConfig(model=tiny_model("qwen3", seed=3, scale=0.2), dtype="float32", vllm=SMALL)
+async def test_a_head_one_row_off_fails_its_self_test(tiny_model, tmp_path, monkeypatch, shift, check):
+    """The fault is brought into the engine's own process as an extension of vLLM's worker."""
+    (tmp_path / "off.py").write_text(FAULT.format(shift=shift))
+    monkeypatch.syspath_prepend(tmp_path)
+    faulty = {**SMALL, "worker_extension_cls": "off.Nothing"}
+    config = TeacherConfig(model=tiny_model("llama", seed=4, scale=0.2), dtype="float32", vllm=faulty)
     scorer = await VllmTeacherScorer.start(config, top_k=8, max_sequence_tokens=MAX_TOKENS)
     try:
         with pytest.raises(TeacherSelfTestError, match=f"replica 0: {check} is off by"):
