@@ -72,6 +72,9 @@ def _views(config: Config) -> Callable[[str], TeacherView | None]:
         for teacher in config.teachers
         if teacher.template is not None
     }
+    for view in views.values():
+        if config.prompts.template == "chat" and not view.tokenizer.chat_template:
+            raise ConfigError(f"teachers.{view.name}.template: its tokenizer has no chat template to render it with")
     teacher_of = {source: teacher.name for teacher in config.teachers for source in teacher.sources}
     default = next((teacher.name for teacher in config.teachers if not teacher.sources), "")
     return lambda source: views.get(teacher_of.get(source, default))

@@ -68,7 +68,7 @@ class TeacherView:
         try:
             template = _TEMPLATES.from_string(self.template)
             text = template.render({**row, "prompt": messages[-1]["content"]})
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise ConfigError(f"teachers.{self.name}.template: {where}: {error}") from None
         chat = [*messages[:-1], {**messages[-1], "content": text}]
         found = _tokenise(chat, where, config, self.tokenizer, self.options)

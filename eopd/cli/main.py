@@ -12,6 +12,7 @@ import typer
 from eopd import __version__
 from eopd.cli.teacher import teacher
 from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, load_config
+from eopd.teacher.selftest import TeacherSelfTestError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models = typer.Typer(no_args_is_help=True, help="Make the models that the shipped configs use.")
@@ -180,3 +181,6 @@ def main() -> None:
     except ConfigError as error:
         rich.console.Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except TeacherSelfTestError as error:
+        rich.console.Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

@@ -285,6 +285,8 @@ class Config(Section):
                 f"rollout.samples_per_prompt of 2 or more (is {self.rollout.samples_per_prompt}) and flow.lookahead 0 "
                 f"(is {self.flow.lookahead})"
             )
+        if self.prompts.template == "none" and any(teacher.template_options for teacher in self.teachers):
+            raise ValueError("teachers.template_options: go to a chat template; prompts.template is none")
         if self.batch_trajectories < self.learner.optimizer_steps_per_batch * self.learner.ranks:
             raise ValueError(
                 f"a batch of {self.batch_trajectories} trajectories cannot be cut into "

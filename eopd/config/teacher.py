@@ -66,6 +66,7 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _ours_stay_ours(self) -> Self:
         refuse("vllm", self.vllm, OWNED_BY_TEACHER)
+        refuse("template_options", self.template_options, ("conversation", "tokenize", "add_generation_prompt"))
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnschedulableError, ObjectLostError, OutOfMemoryError, RayActorError
 
 from eopd.config import Config, RolloutConfig, StudentConfig, TeacherConfig
 from eopd.config.loss import GraderName
@@ -25,6 +25,7 @@ from eopd.types import (
     EvalStats,
     Header,
     LearnerStats,
+    LossReason,
     LostTrajectory,
     OptimizerStep,
     PackedBatch,
@@ -161,8 +162,14 @@ class RemoteTeacher:
         head, body = self._actor.score.options(num_returns=2).remote(stored.header, stored.body)
         try:
             header = await head
-        except RayActorError as error:
+        except asyncio.CancelledError:  # asked too late: what is not read any more must not keep the engine busy
+            ray.cancel(head)
+            raise
+        except (RayActorError, OutOfMemoryError, ActorUnschedulableError) as error:
             raise TeacherDownError(f"its actor died: {error}") from error
+        except ObjectLostError as error:
+            detail = f"its body was lost: {error}"
+            return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=detail)
         return header if isinstance(header, LostTrajectory) else Stored(header, body)
 
 

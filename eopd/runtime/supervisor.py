@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-from eopd.config import Config, RolloutConfig, StudentConfig
+from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
 from eopd.config.loss import GraderName
 from eopd.rollout.pool import EnginePool
 from eopd.runtime.actors import LearnerActor, LearnerGang, RemoteEngine, RolloutActor
@@ -101,6 +101,7 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float) -> 
     """Wait until everybody has started.
 
     Raises:
+        ConfigError: somebody found the user's mistake.
         StartError: somebody failed, or did not come up in time; its cause is what the actor raised.
     """
     tasks = {asyncio.ensure_future(started): name for name, started in starting.items()}
@@ -108,7 +109,10 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float) -> 
     for task in pending:
         task.cancel()
     for task in done:
-        if error := task.exception():
+        error = task.exception()
+        if isinstance(error, ConfigError) and isinstance(error, RayTaskError):  # what only the worker could find out
+            raise ConfigError(f"{tasks[task]}: {error.cause}") from None  # type: ignore[attr-defined]
+        if error is not None:
             raise StartError(f"the {tasks[task]} did not start; its log is in {log_directory()} of Ray") from error
     if pending:
         names = ", ".join(tasks[task] for task in pending)
@@ -119,7 +123,13 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float) -> 
 
 def _fleets(spawn: Spawn, config: Config) -> list[TeacherFleet]:
     return [
-        TeacherFleet(spawn, teacher, top_k=config.loss.top_k, max_sequence_tokens=config.max_teacher_tokens(teacher))
+        TeacherFleet(
+            spawn,
+            teacher,
+            top_k=config.loss.top_k,
+            max_sequence_tokens=config.max_teacher_tokens(teacher),
+            start_timeout_s=config.cluster.start_timeout_s,
+        )
         for teacher in config.teachers
     ]
 

@@ -10,26 +10,30 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from eopd.config import TeacherConfig
+from eopd.roles import TeacherDownError
 from eopd.runtime.actors import RemoteTeacher, TeacherActor
 from eopd.runtime.placement import plan_teacher
 from eopd.teacher.pool import TeacherPool, TeacherRouter
-from eopd.teacher.selftest import SelfTestReport, self_test
+from eopd.teacher.selftest import CONTINUATION_TOKENS, SelfTestReport, TeacherSelfTestError, self_test
 from eopd.teacher.vocabulary import vocab_size
 from eopd.types import Int32Array, LostTrajectory, ScoredTrajectory, Stored, Trajectory
 
 Spawn = Callable[..., list[ActorHandle]]
 
 MAX_CONCURRENT_REQUESTS = 10_000  # of one engine actor; the buffer's slots are the real limit
-_CLOSE_TIMEOUT_S, _START_TIMEOUT_S = 10.0, 600.0
+_CLOSE_TIMEOUT_S = 10.0
 
 
 class TeacherFleet:
     """The replicas of one teacher; ``spawn`` makes their actors and answers for their end."""
 
-    def __init__(self, spawn: Spawn, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> None:
+    def __init__(
+        self, spawn: Spawn, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int, start_timeout_s: float
+    ) -> None:
         self.config = config
         self._spawn = spawn
         self._plan = plan_teacher(config)
+        self._start_timeout_s = start_timeout_s
         self._arguments = (config, top_k, max_sequence_tokens)
         self._actors = spawn(TeacherActor, self._plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
 
@@ -59,12 +63,18 @@ class TeacherFleet:
         Raises:
             TeacherSelfTestError: one of them does not say what a teacher can say, or they differ.
         """
-        return await self_test(
-            [_WithBodies(RemoteTeacher(actor)) for actor in self._actors],
-            prompt_ids=prompt_ids,
-            vocab_size=vocab_size(self.config.model),
-            dtype=self.config.dtype,
-        )
+        longest = self._arguments[2] - CONTINUATION_TOKENS - 1
+        try:
+            async with asyncio.timeout(self.config.timeout_s):
+                return await self_test(
+                    [_WithBodies(RemoteTeacher(actor)) for actor in self._actors],
+                    prompt_ids=prompt_ids[: max(1, longest)],
+                    vocab_size=vocab_size(self.config.model),
+                    dtype=self.config.dtype,
+                )
+        except (TimeoutError, TeacherDownError) as error:
+            reason = str(error) or f"no answer within timeout_s = {self.config.timeout_s:g}"
+            raise TeacherSelfTestError(f"teacher {self.config.name}: {reason}") from error
 
     async def _replace(self, index: int) -> RemoteTeacher:
         """End the actor of a replica for certain, its engine's processes too, and start another."""
@@ -74,7 +84,7 @@ class TeacherFleet:
         ray.kill(self._actors[index])
         (actor,) = self._spawn(TeacherActor, replace(self._plan, actors=1), max_concurrency=MAX_CONCURRENT_REQUESTS)
         self._actors[index] = actor
-        async with asyncio.timeout(_START_TIMEOUT_S):
+        async with asyncio.timeout(self._start_timeout_s):
             await actor.start.remote(*self._arguments)
         return RemoteTeacher(actor)
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, TeacherConfig
 from eopd.teacher import wire
-from eopd.teacher.http import ServerClient, TeacherRefusedError
+from eopd.teacher.http import ServerClient, TeacherRefusedError, explain
 from eopd.teacher.scoring import SignalScorer
 from eopd.teacher.signal import SignalError
 from eopd.teacher.vocabulary import vocab_size
@@ -69,8 +69,10 @@ class EopdTeacherScorer(SignalScorer):
         where = f"teachers.{self._name}.server"
         try:
             info = _Info.model_validate_json((await self._client.get("/v1/info")).content)
-        except (TeacherRefusedError, ValidationError) as error:
+        except TeacherRefusedError as error:
             raise ConfigError(f"{where}: is no teacher's server, or lets nobody in: {error}") from None
+        except ValidationError as error:
+            raise ConfigError(f"{where}: is no teacher's server: {explain(error)}") from None
         ours = {
             "top_k": self._top_k,
             "vocab_size": self._vocab_size,
@@ -85,4 +87,7 @@ class EopdTeacherScorer(SignalScorer):
                 f"{where}: takes sequences of {info.max_sequence_tokens} tokens, this run's have {max_sequence_tokens}"
             )
         token = np.zeros(1, np.int32)
-        await self.signal(token, token)
+        try:
+            await self.signal(token, token)
+        except SignalError as error:
+            raise ConfigError(f"{where}: cannot score: {error}") from None

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Final
 
 import httpx
+from pydantic import ValidationError
 
 from eopd.config import ConfigError, ServerConfig
 from eopd.roles import TeacherDownError
@@ -88,7 +89,7 @@ class ServerClient:
 
         Raises:
             TeacherUnavailableError: all attempts failed.
-            TeacherRefusedError: any other status.
+            TeacherRefusedError: any other status, or 500 to the last.
         """
         return await self._send(self._client.build_request("POST", path, json=json, content=content, headers=headers))
 
@@ -98,26 +99,32 @@ class ServerClient:
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         where = f"{request.method} {request.url}"
-        cause = ""
+        cause, status = "", 0
         for attempt in range(self._max_attempts):
             asked_s = 0.0
+            if self._client.is_closed:
+                raise TeacherUnavailableError(f"{where}: the connections were closed")
             try:
                 async with self._slots, asyncio.timeout(self._timeout_s):
                     response = await self._client.send(request)
             except TimeoutError:
+                status = 0
                 cause = f"no answer within {self._timeout_s:g} s"
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
+                status = 0
                 cause = f"{type(error).__name__}: {error}"
             else:
                 if response.is_success:
                     return response
-                cause = self._quote(response)
-                if response.status_code not in _LATER:
+                cause, status = self._quote(response), response.status_code
+                if status not in _LATER:
                     raise TeacherRefusedError(f"{where}: {cause}")
                 asked_s = _retry_after_s(response)
             if attempt + 1 < self._max_attempts:
                 await asyncio.sleep(_pause_s(attempt, asked_s))
-        raise TeacherUnavailableError(f"{where}: {self._max_attempts} attempts failed, the last one with {cause}")
+        # A server that fails on a request time and again may well answer others.
+        failure = TeacherRefusedError if status == 500 else TeacherUnavailableError
+        raise failure(f"{where}: {self._max_attempts} attempts failed, the last one with {cause}")
 
     def _quote(self, response: httpx.Response) -> str:
         """Status and message in one short line; some servers repeat the key they refuse."""
@@ -125,6 +132,13 @@ class ServerClient:
         if self._key:
             text = text.replace(self._key, "***")
         return f"{response.status_code} {response.reason_phrase}: {' '.join(text.split())[:_QUOTE]}"
+
+
+def explain(error: ValidationError) -> str:
+    """Where an answer has another form than expected, without what it holds: servers may repeat the key."""
+    first = error.errors(include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the whole"
+    return f"unexpected answer of the server, at {place}: {first['msg']}"
 
 
 def _read_key(variable: str | None) -> str | None:

@@ -11,7 +11,7 @@ A replica is one of
     half open  takes one request, on probation         -> closed when it is answered, replaced when it is not
     replaced   gone; another one is being started      -> closed
 
-A ``TeacherDownError`` is told apart from a trajectory that cannot be scored: it costs the replica, not the trajectory.
+A ``TeacherDownError`` costs the replica at once. The trajectory is tried again, but not for ever: it may be what kills.
 """
 
 import asyncio
@@ -73,6 +73,7 @@ class TeacherPool:
         self._replacing: set[asyncio.Task[None]] = set()
         self._ended: BaseException | None = None  # why a replica could not be replaced
         self._counts: Counter[str] = Counter()
+        self._closed = False
 
     async def score(self, stored: Stored[Trajectory]) -> Outcome:
         """Score on the least loaded replica that takes work, again elsewhere when that fails.
@@ -116,6 +117,7 @@ class TeacherPool:
 
     async def close(self) -> None:
         """Stop replacing."""
+        self._closed = True
         for task in self._replacing:
             task.cancel()
         await asyncio.gather(*self._replacing, return_exceptions=True)
@@ -125,7 +127,7 @@ class TeacherPool:
             now = time.monotonic()
             if free := [replica for replica in self._replicas if replica.takes_work(now)]:
                 return min(free, key=lambda replica: (any(replica is one for one in tried), replica.in_flight))
-            if self._ended is not None and not self._replacing:
+            if all(replica.replaced for replica in self._replicas) and not self._replacing:
                 raise TeacherDownError(f"teacher {self._name}: no replica is left") from self._ended
             await asyncio.sleep(_POLL_S)
 
@@ -143,7 +145,7 @@ class TeacherPool:
             return
         replica.failures += 1
         replica.open_until = time.monotonic() + _OPEN_S
-        if hopeless:
+        if hopeless and not self._closed:
             replica.replaced = True
             task = asyncio.create_task(self._put_another_in_place_of(replica))
             self._replacing.add(task)

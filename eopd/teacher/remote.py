@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, TeacherConfig
 from eopd.teacher.bounds import entropy_bounds, tail_logprobs
-from eopd.teacher.http import ServerClient, TeacherRefusedError
+from eopd.teacher.http import ServerClient, TeacherRefusedError, explain
 from eopd.teacher.scoring import SignalScorer
 from eopd.teacher.signal import SignalError, read_signal
 from eopd.teacher.vocabulary import vocab_size
@@ -190,6 +190,4 @@ def _parse(form: type[Answer], content: bytes, teacher: str) -> Answer:
     try:
         return form.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise SignalError(f"teacher {teacher}: unexpected answer of the server, at {place}: {first['msg']}") from None
+        raise SignalError(f"teacher {teacher}: {explain(error)}") from None

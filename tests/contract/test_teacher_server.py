@@ -170,7 +170,8 @@ async def check_client(served, model, prompt_ids, response_ids, expected: bytes)
             )
 
 
-def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(start, model):
+def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(start, model, monkeypatch):
+    monkeypatch.setenv(VARIABLE, TOKEN)
     served = start()
     assert served.client.get("/health").json() == {"status": "alive"}
     early = served.client.get("/ready")

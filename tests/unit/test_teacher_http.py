@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, ServerConfig
 from eopd.teacher import http
-from eopd.teacher.http import ServerClient, TeacherRefusedError, TeacherUnavailableError
+from eopd.teacher.http import ServerClient, TeacherRefusedError, TeacherUnavailableError, explain
 
 URL = "http://teacher.test:8000/prefix"
 Answers = Callable[..., tuple[ServerClient, list[httpx.Request]]]
@@ -110,7 +111,7 @@ async def test_after_the_last_attempt_the_last_cause_is_told(answering, pauses):
 async def test_pauses_grow_with_full_jitter_up_to_a_limit(answering, pauses, monkeypatch):
     drawn: list[tuple[float, float]] = []
     monkeypatch.setattr(http.random, "uniform", lambda low, high: drawn.append((low, high)) or high / 4)
-    client, _ = answering(*[httpx.Response(500)] * 8, max_attempts=8)
+    client, _ = answering(*[httpx.Response(503)] * 8, max_attempts=8)
     with pytest.raises(TeacherUnavailableError):
         await client.get("/v1/models")
     assert drawn == [(0.0, most) for most in (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)]
@@ -252,3 +253,33 @@ async def test_cancelling_gives_the_slot_back(hurried):
         with pytest.raises(asyncio.CancelledError):
             await hanging
         await client.close()
+
+
+async def test_a_server_that_fails_on_one_request_time_and_again_is_not_away(answering, pauses):
+    client, _ = answering(httpx.Response(503), *[httpx.Response(500, text="row 3")] * 2, max_attempts=3)
+    with pytest.raises(TeacherRefusedError, match=r"3 attempts failed, the last one with 500 .*row 3"):
+        await client.get("/v1/models")
+    client, _ = answering(httpx.Response(500), httpx.ConnectError("refused"), max_attempts=2)
+    with pytest.raises(TeacherUnavailableError, match="refused"):
+        await client.get("/v1/models")
+
+
+async def test_a_client_that_was_closed_is_away(answering):
+    client, _ = answering(httpx.Response(503), httpx.Response(200))
+    task = asyncio.create_task(client.get("/v1/models"))
+    await asyncio.sleep(0.01)  # in the pause before its second attempt
+    await client.close()
+    with pytest.raises(TeacherUnavailableError, match="closed"):
+        await task
+
+
+def test_an_unexpected_answer_is_explained_without_what_it_holds():
+    class Form(BaseModel):
+        count: int
+
+    with pytest.raises(ValidationError) as raised:
+        Form.model_validate({"count": "Bearer secret"})
+    assert explain(raised.value).startswith(
+        "unexpected answer of the server, at count: Input should be a valid integer"
+    )
+    assert "secret" not in explain(raised.value)

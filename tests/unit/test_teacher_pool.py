@@ -10,7 +10,7 @@ from eopd.teacher.pool import TeacherPool, TeacherRouter
 from eopd.telemetry.catalog import series
 from eopd.types import Header, LossReason, LostTrajectory, StopReason, Stored, TrajectoryKey
 
-TIMEOUT_S = 0.05
+TIMEOUT_S = 0.25
 
 
 def stored(index: int = 0, source: str = "s") -> Stored:
@@ -140,7 +140,7 @@ async def test_a_trajectory_that_no_one_can_score_is_lost_with_its_reason():
     assert lost.key == TrajectoryKey(0, "7", 0) and lost.reason is LossReason.TEACHER_FAILED
     assert lost.detail.startswith("teacher t, 3 attempts, last: bad on ")
     slow = await pool_of(Fake("a", "slow"), max_attempts=2).score(stored())
-    assert slow.detail == "teacher t, 2 attempts, last: no answer within 0.05 s"
+    assert slow.detail == "teacher t, 2 attempts, last: no answer within 0.25 s"
 
 
 async def test_without_a_replica_that_could_be_started_it_ends():
@@ -154,6 +154,24 @@ async def test_a_replica_that_cannot_be_replaced_leaves_its_work_to_the_others()
     pool = pool_of(Fake("a", "down"), Fake("b", delay_s=0.001), spare=[OSError("no memory")] * 3)
     results = [await pool.score(stored(i)) for i in range(20)]
     assert {result.body for result in results} == {"b"}
+
+
+async def test_an_open_breaker_is_waited_for_also_after_a_replacement_that_failed_at_first():
+    new = Fake("new", "slow")
+    pool = pool_of(Fake("a", "down"), spare=[OSError("no memory"), new], max_attempts=4)
+    assert isinstance(await pool.score(stored()), LostTrajectory)  # down once, then three times too late
+    new.mood = "well"
+    assert (await pool.score(stored())).body == "new"
+
+
+async def test_nothing_is_replaced_once_it_is_closed():
+    dead = Fake("a", "down", delay_s=0.02)
+    pool = pool_of(dead, spare=[])
+    late = asyncio.create_task(pool.score(stored()))
+    await asyncio.sleep(0.01)
+    await pool.close()
+    await asyncio.wait_for(late, 2.0)
+    assert not pool._replacing and metric(pool, "replacements_total") == 0.0
 
 
 async def test_a_mistake_in_the_code_is_loud():
