@@ -41,7 +41,7 @@ def check(config: Config) -> Prepared:
         require_answers(config.prompts.data, train)
     held_out = PromptSet.load(config.prompts.held_out, config.prompts, tokenizer, _views(config))
     for where, data in ((config.prompts.data, train), (config.prompts.held_out, held_out)):
-        count_prompts(where, data.prompts, config.teachers)
+        count_prompts(where, data.prompts, config)
     return Prepared(train=train, held_out=held_out, vocabularies=vocabularies)
 
 
@@ -75,36 +75,40 @@ def _views(config: Config) -> Callable[[str], TeacherView | None]:
     for view in views.values():
         if config.prompts.template == "chat" and not view.tokenizer.chat_template:
             raise ConfigError(f"teachers.{view.name}.template: its tokenizer has no chat template to render it with")
-    teacher_of = {source: teacher.name for teacher in config.teachers for source in teacher.sources}
-    default = next((teacher.name for teacher in config.teachers if not teacher.sources), "")
-    return lambda source: views.get(teacher_of.get(source, default))
+
+    def view_of(source: str) -> TeacherView | None:
+        teacher = config.teacher_of(source)
+        return None if teacher is None else views.get(teacher.name)
+
+    return view_of
 
 
-def count_prompts(where: str, prompts: Sequence[PromptSample], teachers: Sequence[TeacherConfig]) -> Mapping[str, int]:
+def count_prompts(where: str, prompts: Sequence[PromptSample], config: Config) -> Mapping[str, int]:
     """Prompts by name of the teacher: of the one that names their source, or of the one that names none.
 
     Raises:
         ConfigError: nobody teaches a source.
     """
-    by_source = {source: teacher.name for teacher in teachers for source in teacher.sources}
-    default = next((teacher.name for teacher in teachers if not teacher.sources), None)
     counts = Counter(prompt.source for prompt in prompts)
-    if untaught := sorted(source for source in counts if by_source.get(source, default) is None):
-        told = ", ".join(f"{source!r} ({counts[source]} prompts)" for source in untaught)
+    taught, untaught = {teacher.name: 0 for teacher in config.teachers}, []
+    for source, number in sorted(counts.items()):
+        if (teacher := config.teacher_of(source)) is not None:
+            taught[teacher.name] += number
+        else:
+            untaught.append(f"{source!r} ({number} prompts)")
+    if untaught:
+        named = sorted(source for teacher in config.teachers for source in teacher.sources)
         raise ConfigError(
-            f"{where}: nobody teaches source {told}; teachers.sources are {', '.join(map(repr, sorted(by_source)))}; "
-            "name it there, or leave one teacher without sources"
+            f"{where}: nobody teaches source {', '.join(untaught)}; teachers.sources are "
+            f"{', '.join(map(repr, named))}; name it there, or leave one teacher without sources"
         )
-    taught = {teacher.name: 0 for teacher in teachers}
-    for source, number in counts.items():
-        taught[by_source.get(source) or str(default)] += number
     return taught
 
 
 def report(config: Config, prepared: Prepared) -> Iterator[str]:
     """What was checked, line by line, for a person to read."""
     data = ((config.prompts.data, prepared.train), (config.prompts.held_out, prepared.held_out))
-    taught, held_out = (count_prompts(where, found.prompts, config.teachers) for where, found in data)
+    taught, held_out = (count_prompts(where, found.prompts, config) for where, found in data)
     yield f"student {config.student.model}"
     for teacher in config.teachers:
         shared = prepared.vocabularies[teacher.name]

@@ -238,6 +238,11 @@ class Config(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    def teacher_of(self, source: str) -> TeacherConfig | None:
+        """Who teaches a source of prompts: the teacher that names it, else the one that names none."""
+        named = (teacher for teacher in self.teachers if source in teacher.sources)
+        return next(named, next((teacher for teacher in self.teachers if not teacher.sources), None))
+
     @property
     def max_response_tokens(self) -> int:
         """The longest response, in training or in evaluation."""

@@ -14,7 +14,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import teacher_oracle
 import torch
+from teacher_oracle import trajectory
 from transformers import AutoModelForCausalLM
 
 from eopd.config import ConfigError, ServerConfig, TeacherConfig
@@ -22,7 +24,7 @@ from eopd.teacher import http
 from eopd.teacher.http import TeacherUnavailableError
 from eopd.teacher.remote import OpenAITeacherScorer
 from eopd.teacher.vocabulary import vocab_size
-from eopd.types import Header, LossReason, LostTrajectory, PromptSample, StopReason, Stored, Trajectory
+from eopd.types import LossReason, LostTrajectory, Stored, Trajectory
 
 MAX_TOKENS = 160
 KEY = "sk-teacher"
@@ -105,36 +107,10 @@ def scoring(server, model, monkeypatch):
     return opened
 
 
-def trajectory(prompt_ids: np.ndarray, response_ids: np.ndarray) -> Stored[Trajectory]:
-    size = len(response_ids)
-    prompt = PromptSample(epoch=1, prompt_id="p", source="test", token_ids=prompt_ids, reference_answer=None)
-    body = Trajectory(
-        prompt=prompt,
-        sample_index=size,
-        response_ids=response_ids,
-        loss_mask=np.ones(size, bool),
-        rollout_logprobs=np.zeros(size, np.float32),
-        policy_versions=np.zeros(size, np.int32),
-        stop_reason=StopReason.LENGTH,
-    )
-    header = Header(
-        key=body.key,
-        source="test",
-        num_prompt_tokens=len(prompt_ids),
-        num_response_tokens=size,
-        num_loss_tokens=size,
-        stop_reason=body.stop_reason,
-        oldest_version=0,
-        newest_version=0,
-        sums={"generate_s": 1.5},
-    )
-    return Stored(header, body)
-
-
 @pytest.fixture(scope="module")
 def batch(model) -> list[Stored[Trajectory]]:
     rng, size = np.random.default_rng(7), vocab_size(model)
-    draw = [[rng.integers(size, size=n, dtype=np.int32) for n in lengths] for lengths in LENGTHS]
+    draw = [[rng.integers(size, size=n).tolist() for n in lengths] for lengths in LENGTHS]
     return [trajectory(prompt, response) for prompt, response in draw]
 
 
@@ -143,13 +119,7 @@ def oracle(model, batch) -> list[np.ndarray]:
     """Log-probabilities float64 [R, V] of every token at every response position, of every trajectory."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).double()
 
-    @torch.no_grad()
-    def read(body: Trajectory) -> np.ndarray:
-        ids = torch.tensor(np.concatenate((body.prompt.token_ids, body.response_ids)))[None].long()
-        logits = network(ids).logits[0, len(body.prompt.token_ids) - 1 : -1]
-        return torch.log_softmax(logits, -1).numpy()
-
-    return [read(stored.body) for stored in batch]
+    return [teacher_oracle.oracle(network, stored.body, 1.0) for stored in batch]
 
 
 @pytest.mark.parametrize("less_than_all", [False, True])
@@ -198,7 +168,7 @@ async def test_the_header_gains_sums_over_response_tokens(scoring, batch):
     ids=["no room for the token that is always written", "too long", "unknown token"],
 )
 async def test_a_request_that_fails_is_a_value_and_the_server_lives_on(scoring, batch, response, detail):
-    bad = trajectory(np.array([5], np.int32), np.array(response, np.int32))
+    bad = trajectory([5], response)
     async with scoring(top_k=4) as scorer:
         lost, scored = await asyncio.gather(scorer.score(bad), scorer.score(batch[0]))
     assert isinstance(lost, LostTrajectory)
