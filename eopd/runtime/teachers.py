@@ -40,7 +40,7 @@ class TeacherFleet:
     def start(self) -> Mapping[str, Awaitable[None]]:
         """Start all replicas; one awaitable for each, by name."""
         return {
-            f"teacher {self.config.name}, replica {index}": actor.start.remote(*self._arguments)
+            f"replica {index} of teacher {self.config.name}": actor.start.remote(*self._arguments)
             for index, actor in enumerate(self._actors)
         }
 

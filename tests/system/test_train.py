@@ -144,7 +144,7 @@ def test_an_asynchronous_run_survives_ctrl_c_and_resumes(program):
 def test_a_failure_leaves_no_process_and_says_failed(program):
     done = program.run(*program.train("broken", "teachers.0.vllm={kv_cache_memory_bytes: 1}"))
     assert done.returncode == 1
-    assert "StartError: the teacher did not start; its log is in" in done.stderr
+    assert "StartError: the replica 0 of teacher teacher did not start; its log is in" in done.stderr
     assert json.loads((program.runs / "broken" / "summary.json").read_text())["status"] == "failed"
     assert program.left_behind() == []
 
@@ -152,6 +152,8 @@ def test_a_failure_leaves_no_process_and_says_failed(program):
 def test_asking_for_more_than_the_machine_has_is_one_message(program):
     done = program.run(*program.train("greedy", "learner.cpus=4"))
     assert done.returncode == 2
-    assert "error: the roles ask for 8.75 cpus (learner 2 x 4, rollout 2 x 0.25, teacher 1 x 0.25)" in done.stderr
+    assert (
+        "error: the roles ask for 8.75 cpus (learner 2 x 4, rollout 2 x 0.25, teacher teacher 1 x 0.25)" in done.stderr
+    )
     assert "Traceback" not in done.stderr and not (program.runs / "greedy").exists()
     assert program.left_behind() == []
