@@ -32,7 +32,7 @@ _BUCKETS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _JSON: Final = "application/json"
 
 
-class SignalScorer(Protocol):
+class ServedScorer(Protocol):
     """What the server needs of a teacher."""
 
     @property
@@ -166,7 +166,7 @@ class _Meters:
             self._requests.labels(self._teacher, code).inc()
 
 
-def create_app(scorer: SignalScorer, info: TeacherInfo, limits: Limits, token: str | None = None) -> FastAPI:
+def create_app(scorer: ServedScorer, info: TeacherInfo, limits: Limits, token: str | None = None) -> FastAPI:
     """The HTTP interface of one teacher; ``/openapi.json`` describes it.
 
     Args:
@@ -283,7 +283,7 @@ def _hung_up() -> HTTPException:
     return HTTPException(499, "the client hung up")
 
 
-def _require_ready(scorer: SignalScorer) -> None:
+def _require_ready(scorer: ServedScorer) -> None:
     if not scorer.ready:
         raise _busy("the engine is not up")
 

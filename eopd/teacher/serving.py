@@ -51,7 +51,7 @@ class _Engine:
         return self._scorer is not None and self._scorer.ready
 
     async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
-        """Score a response; see ``SignalScorer``."""
+        """Score a response; see ``ServedScorer``."""
         if self._scorer is None:
             raise TeacherDownError(f"teacher {self._name}: its engine has not started")
         return await self._scorer.signal(prompt_ids, response_ids)
