@@ -167,6 +167,22 @@ class Header:
     sums: Mapping[str, float]
     reward: float | None = None  # a verifier's, where the run has one
 
+    @classmethod
+    def of(cls, trajectory: Trajectory, sums: Mapping[str, float], reward: float | None = None) -> Self:
+        """The header of a trajectory of at least one response token."""
+        return cls(
+            key=trajectory.key,
+            source=trajectory.prompt.source,
+            num_prompt_tokens=len(trajectory.prompt.token_ids),
+            num_response_tokens=len(trajectory.response_ids),
+            num_loss_tokens=int(trajectory.loss_mask.sum()),
+            stop_reason=trajectory.stop_reason,
+            oldest_version=int(trajectory.policy_versions.min()),
+            newest_version=int(trajectory.policy_versions.max()),
+            sums=sums,
+            reward=reward,
+        )
+
     @property
     def num_tokens(self) -> int:
         """Prompt and response together: what the trajectory costs a token budget."""

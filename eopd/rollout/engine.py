@@ -114,7 +114,9 @@ class VllmRolloutEngine:
             reason = final.outputs[0].finish_reason if final else "no output"
             return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail=f"finish reason {reason}")
         trajectory = _trajectory(prompt, sample_index, final.outputs[0])
-        return Stored(_header(trajectory, time.monotonic() - started), trajectory)
+        spent = time.monotonic() - started
+        sums = {"generate_s": spent, "rollout_logprob": float(trajectory.rollout_logprobs.sum())}
+        return Stored(Header.of(trajectory, sums), trajectory)
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None:
         """Join the transfer group of the sender (blocks until the sender has joined too)."""
@@ -169,17 +171,3 @@ def _versions(spans: Sequence[WeightVersionSpan], num_tokens: int) -> Int32Array
     if (versions < 0).any():
         raise ValueError(f"weight versions {spans} do not cover {num_tokens} tokens")
     return versions
-
-
-def _header(trajectory: Trajectory, seconds: float) -> Header:
-    return Header(
-        key=trajectory.key,
-        source=trajectory.prompt.source,
-        num_prompt_tokens=len(trajectory.prompt.token_ids),
-        num_response_tokens=len(trajectory.response_ids),
-        num_loss_tokens=int(trajectory.loss_mask.sum()),
-        stop_reason=trajectory.stop_reason,
-        oldest_version=int(trajectory.policy_versions.min()),
-        newest_version=int(trajectory.policy_versions.max()),
-        sums={"generate_s": seconds, "rollout_logprob": float(trajectory.rollout_logprobs.sum())},
-    )

@@ -215,15 +215,4 @@ def _stored(prompt_ids: Int32Array, response_ids: Int32Array) -> Stored[Trajecto
         policy_versions=np.zeros(size, np.int32),
         stop_reason=StopReason.LENGTH,
     )
-    header = Header(
-        key=trajectory.key,
-        source=prompt.source,
-        num_prompt_tokens=len(prompt_ids),
-        num_response_tokens=size,
-        num_loss_tokens=size,
-        stop_reason=trajectory.stop_reason,
-        oldest_version=0,
-        newest_version=0,
-        sums={},
-    )
-    return Stored(header, trajectory)
+    return Stored(Header.of(trajectory, {}), trajectory)

@@ -66,18 +66,7 @@ def make_scored(rng: np.random.Generator, index: int, num_prompt: int, num_respo
         topk_logprobs=outcomes[:, :K],
         tail_logprobs=outcomes[:, K],
     )
-    header = Header(
-        key=trajectory.key,
-        source="bench",
-        num_prompt_tokens=num_prompt,
-        num_response_tokens=num_response,
-        num_loss_tokens=num_response,
-        stop_reason=trajectory.stop_reason,
-        oldest_version=0,
-        newest_version=0,
-        sums={},
-    )
-    return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
+    return Stored(Header.of(trajectory, {}), ScoredTrajectory(trajectory=trajectory, signal=signal))
 
 
 def bare_step(dtype: str, batch: Sequence[Stored[ScoredTrajectory]]) -> Callable[[], object]:

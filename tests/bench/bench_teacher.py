@@ -49,18 +49,7 @@ def trajectory(ids: list[int], num_response: int) -> Stored[Trajectory]:
         policy_versions=np.zeros(num_response, np.int32),
         stop_reason=StopReason.LENGTH,
     )
-    header = Header(
-        key=body.key,
-        source="bench",
-        num_prompt_tokens=split,
-        num_response_tokens=num_response,
-        num_loss_tokens=num_response,
-        stop_reason=body.stop_reason,
-        oldest_version=0,
-        newest_version=0,
-        sums={},
-    )
-    return Stored(header, body)
+    return Stored(Header.of(body, {}), body)
 
 
 async def start_ours(head_dtype: str) -> VllmTeacherScorer:

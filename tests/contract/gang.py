@@ -74,18 +74,7 @@ def scored_trajectory(
 
 def store(scored: ScoredTrajectory) -> Stored[ScoredTrajectory]:
     trajectory = scored.trajectory
-    header = Header(
-        key=trajectory.key,
-        source="test",
-        num_prompt_tokens=trajectory.prompt.token_ids.size,
-        num_response_tokens=trajectory.response_ids.size,
-        num_loss_tokens=int(trajectory.loss_mask.sum()),
-        stop_reason=trajectory.stop_reason,
-        oldest_version=0,
-        newest_version=0,
-        sums={},
-    )
-    return Stored(header, scored)
+    return Stored(Header.of(trajectory, {}), scored)
 
 
 def write_models(root: Path, *families: Family, vocabulary: int = VOCABULARY, **shape: int) -> Path:

@@ -27,18 +27,7 @@ def trajectory(prompt_ids: list[int], response_ids: list[int]) -> Stored[Traject
         policy_versions=np.zeros(size, np.int32),
         stop_reason=StopReason.LENGTH,
     )
-    header = Header(
-        key=body.key,
-        source="test",
-        num_prompt_tokens=len(prompt_ids),
-        num_response_tokens=size,
-        num_loss_tokens=size,
-        stop_reason=StopReason.LENGTH,
-        oldest_version=0,
-        newest_version=0,
-        sums={"generate_s": 1.5},
-    )
-    return Stored(header, body)
+    return Stored(Header.of(body, {"generate_s": 1.5}), body)
 
 
 def mixed_batch(vocab_size: int) -> list[Stored[Trajectory]]:

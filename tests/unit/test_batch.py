@@ -50,19 +50,7 @@ def scored(prompt_id: str, entropy: Exact | Bounds, mask: list[bool], sample_ind
 
 
 def header_of(one: ScoredTrajectory, reward: float | None = None) -> Header:
-    trajectory = one.trajectory
-    return Header(
-        key=trajectory.key,
-        source="s",
-        num_prompt_tokens=1,
-        num_response_tokens=len(trajectory.response_ids),
-        num_loss_tokens=int(trajectory.loss_mask.sum()),
-        stop_reason=trajectory.stop_reason,
-        oldest_version=0,
-        newest_version=0,
-        sums={},
-        reward=reward,
-    )
+    return Header.of(one.trajectory, {}, reward)
 
 
 def exact(*entropy: float) -> Exact:

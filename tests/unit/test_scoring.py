@@ -74,18 +74,7 @@ def stored(response, stop=StopReason.END_TOKEN, teacher_prompt=None):
         policy_versions=np.zeros(size, np.int32),
         stop_reason=stop,
     )
-    header = Header(
-        key=trajectory.key,
-        source="s",
-        num_prompt_tokens=2,
-        num_response_tokens=size,
-        num_loss_tokens=size,
-        stop_reason=stop,
-        oldest_version=0,
-        newest_version=0,
-        sums={"generate_s": 1.0},
-    )
-    return Stored(header, trajectory)
+    return Stored(Header.of(trajectory, {"generate_s": 1.0}), trajectory)
 
 
 async def test_the_teacher_reads_its_copy_and_its_candidates_come_back_in_the_student_s_words():
