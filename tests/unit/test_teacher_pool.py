@@ -84,11 +84,12 @@ async def test_the_least_loaded_replica_is_asked():
 
 
 async def test_a_dead_replica_costs_no_trajectory_and_is_replaced():
-    dead, new = Fake("dead", "down"), Fake("new")
-    pool = pool_of(dead, spare=[OSError("no memory"), new])
+    dead, new, unused = Fake("dead", "down"), Fake("new"), Fake("unused")
+    spare = [OSError("no memory"), new, unused]
+    pool = pool_of(dead, spare=spare)
     results = await asyncio.gather(*(pool.score(stored(i)) for i in range(5)))
     assert [result.body for result in results] == ["new"] * 5
-    assert dead.asked == 5  # all were in flight when it died; one replacement, not five
+    assert dead.asked == 5 and spare == [unused]  # all were in flight when it died; one replacement, not five
     assert metric(pool, "replacements_total") == 1.0 and metric(pool, "failures_total") == 5.0
     assert metric(pool, "replicas_up") == 1.0
 
