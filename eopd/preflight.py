@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eopd.config import Config, ConfigError, TeacherConfig
+from eopd.config.base import DATA_SUFFIXES
 from eopd.prompts import PromptSet, TeacherView
+from eopd.remember import remembered
 from eopd.teacher.vocabulary import SharedVocabulary, load_tokenizer, require_same_vocabulary
 from eopd.types import PromptSample
 
@@ -22,13 +24,23 @@ class Prepared:
 
 
 def check(config: Config) -> Prepared:
-    """Check a run's inputs and load its prompts.
+    """Check a run's inputs and load its prompts; what was checked before, and is the same still, is remembered.
 
     Raises:
         ConfigError: a model directory or data file is missing, vocabularies or end tokens differ, top_k is larger than
         a vocabulary, the student has no such layers to adapt, prompts do not fit or have no teacher, or a verifier has
         no answers.
     """
+    data = [Path(spec) for spec in (config.prompts.data, config.prompts.held_out)]
+    if not all(path.suffix in DATA_SUFFIXES for path in data):  # a data set by name may change without a sign here
+        return _check(config)
+    models = {config.student.model, *(teacher.model for teacher in config.teachers)}
+    files = [file for model in models for file in (*model.glob("*"), *model.glob("additional_chat_templates/*"))]
+    question = config.model_dump_json(exclude={"run", "cluster", "telemetry", "checkpoint"})
+    return remembered(question, [*data, *files], lambda: _check(config))
+
+
+def _check(config: Config) -> Prepared:
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
     vocabularies = {teacher.name: _check_teacher(config, teacher) for teacher in config.teachers}
     if config.student.lora is not None:

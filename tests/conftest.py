@@ -34,3 +34,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remember_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests in this process compute stays out of the user's cache."""
+    from eopd import remember
+
+    remember.DIRECTORY = tmp_path_factory.mktemp("remembered")

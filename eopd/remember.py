@@ -1,0 +1,58 @@
+"""What was computed from files, remembered until one of them changes.
+
+An answer is found again by the contents of all it came from: the question, the files, the code of this package and the
+libraries that took part. Left out: sharing between users; what stands in the directory was pickled by this user.
+"""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, TypeVar
+
+import eopd
+
+T = TypeVar("T")
+
+DIRECTORY = Path("~/.cache/eopd/remembered").expanduser()
+KEEP: Final = 16  # answers
+LIBRARIES: Final = ("transformers", "tokenizers", "pydantic", "numpy")
+WEIGHTS: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"})
+
+
+def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -> T:
+    """``compute()``, or what it answered when ``question`` and every file (of weights: their names) were the same.
+
+    A directory that cannot be read or written costs the memory, never the answer. What ``compute`` raises is raised,
+    and not remembered.
+    """
+    kept = DIRECTORY / _digest(question, files)
+    with suppress(Exception):  # not there, or not readable by what is installed now: computed again
+        answer: T = pickle.loads(kept.read_bytes())
+        os.utime(kept)
+        return answer
+    answer = compute()
+    with suppress(OSError):
+        DIRECTORY.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}.partial")
+        partial.write_bytes(pickle.dumps(answer))
+        partial.replace(kept)
+        for old in sorted(DIRECTORY.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-KEEP]:
+            old.unlink(missing_ok=True)
+    return answer
+
+
+def _digest(question: str, files: Iterable[Path]) -> str:
+    digest = hashlib.sha256(question.encode())
+    for library in LIBRARIES:
+        digest.update(f"\0{library} {version(library)}".encode())
+    code = sorted(Path(eopd.__file__).parent.rglob("*.py"))
+    for path in [*code, *sorted(files)]:
+        digest.update(f"\0{path}\0".encode())
+        if path.is_file() and path.suffix not in WEIGHTS:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

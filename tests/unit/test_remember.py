@@ -1,0 +1,130 @@
+"""What was computed is remembered by contents, and by nothing else."""
+
+import pickle
+import shutil
+
+import pytest
+
+from eopd import preflight, remember
+from eopd.config import load_config
+from eopd.remember import remembered
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(remember, "DIRECTORY", tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """Asks about two files, and says how often the answer was computed."""
+    text, weights = tmp_path / "a.json", tmp_path / "b.safetensors"
+    text.write_text("one")
+    weights.write_text("1")
+    computed = []
+
+    def ask(question="q", *more):
+        def compute():
+            computed.append(question)
+            return text.read_text()
+
+        return remembered(question, [text, weights, *more], compute), len(computed)
+
+    ask.text, ask.weights = text, weights
+    return ask
+
+
+def test_an_answer_is_computed_once(ask):
+    assert ask() == ("one", 1)
+    assert ask() == ("one", 1)
+
+
+def test_another_question_another_text_or_another_library_is_computed(ask, monkeypatch):
+    ask()
+    assert ask("another") == ("one", 2)
+    ask.text.write_text("two")
+    assert ask() == ("two", 3)
+    ask.text.write_text("one")
+    assert ask() == ("one", 3)
+    monkeypatch.setattr(remember, "version", lambda library: "99")
+    assert ask() == ("one", 4)
+
+
+def test_of_weights_the_names_count(ask, tmp_path):
+    ask()
+    ask.weights.write_text("2")
+    assert ask() == ("one", 1)
+    assert ask("q", tmp_path / "c.safetensors") == ("one", 2)
+
+
+def test_this_package_s_own_code_counts(ask, monkeypatch, tmp_path):
+    monkeypatch.setattr(remember.eopd, "__file__", str(tmp_path / "code" / "__init__.py"))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "check.py").write_text("old")
+    ask()
+    (tmp_path / "code" / "check.py").write_text("new")
+    assert ask() == ("one", 2)
+
+
+def test_a_broken_memory_costs_the_memory_alone(ask, directory):
+    ask()
+    (kept,) = directory.iterdir()
+    kept.write_bytes(b"no pickle")
+    assert ask() == ("one", 2)
+    assert pickle.loads(kept.read_bytes()) == "one"
+    kept.unlink()
+    directory.rmdir()
+    directory.write_text("a file where the directory should be")
+    assert ask() == ("one", 3)
+
+
+def test_what_fails_is_not_remembered(ask, directory):
+    ask.text.unlink()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            ask()
+    assert not directory.exists()
+
+
+def test_the_oldest_answers_are_forgotten(ask, directory, monkeypatch):
+    monkeypatch.setattr(remember, "KEEP", 2)
+    ask("a"), ask("b")
+    ask("a")  # used again
+    ask("c")
+    assert len(list(directory.iterdir())) == 2
+    assert ask("a")[1] == 3
+    assert ask("b")[1] == 4
+
+
+def test_a_check_is_remembered_until_a_prompt_or_a_tokenizer_changes(tiny_config, directory, monkeypatch):
+    config, paths = tiny_config
+    calls = []
+    check = preflight._check
+    monkeypatch.setattr(preflight, "_check", lambda config: calls.append(1) or check(config))
+    first = preflight.check(config)
+    again = preflight.check(config)
+    assert len(calls) == 1
+    assert [p.token_ids.tolist() for p in again.train.prompts] == [p.token_ids.tolist() for p in first.train.prompts]
+    assert again.vocabularies == first.vocabularies
+    for path in paths:
+        path.write_text(path.read_text() + "\n")
+        preflight.check(config)
+    assert len(calls) == 1 + len(paths)
+
+
+@pytest.fixture
+def tiny_config(tiny_model, tmp_path):
+    for name, seed in (("student", 1), ("teacher", 2)):
+        shutil.copytree(tiny_model("qwen3", seed=seed), tmp_path / name)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "one"}\n')
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "two"}\n')
+    (tmp_path / "c.yaml").write_text(
+        f"run: {{name: r, batches: 1}}\nstudent: {{model: {tmp_path}/student}}\n"
+        f"teachers: [{{model: {tmp_path}/teacher}}]\n"
+        f"prompts: {{data: {tmp_path}/data.jsonl, held_out: {tmp_path}/held_out.jsonl, template: none}}\n"
+        "flow: {batch_prompts: 1}\n"
+    )
+    files = [tmp_path / name for name in ("data.jsonl", "held_out.jsonl")]
+    files += [tmp_path / model / "tokenizer.json" for model in ("student", "teacher")]
+    return load_config(tmp_path / "c.yaml", ["prompts.max_tokens=64", "rollout.max_response_tokens=16"]), files
