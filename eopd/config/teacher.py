@@ -26,7 +26,7 @@ class ServerConfig(Section):
     model: str | None = None
     api_key_env: str | None = None
     max_connections: int = Field(32, ge=1)
-    timeout_s: float = Field(120.0, gt=0.0)
+    timeout_s: float = Field(90.0, gt=0.0)
     max_attempts: int = Field(6, ge=1)
 
 
@@ -85,3 +85,8 @@ class TeacherConfig(Section):
         if self.server is not None and self.backend == "openai" and self.server.model is None:
             raise ValueError("server.model: backend openai needs the name the model is served under")
         return self
+
+    @property
+    def logits_are_rounded(self) -> bool:
+        """Whether the head answers in the model's own precision, as stock servers do."""
+        return self.backend == "openai" or self.head_dtype == "model"

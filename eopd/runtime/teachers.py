@@ -71,6 +71,7 @@ class TeacherFleet:
                     prompt_ids=prompt_ids[: max(1, longest)],
                     vocab_size=vocab_size(self.config.model),
                     dtype=self.config.dtype,
+                    rounded_logits=self.config.logits_are_rounded,
                 )
         except (TimeoutError, TeacherDownError) as error:
             reason = str(error) or f"no answer within timeout_s = {self.config.timeout_s:g}"

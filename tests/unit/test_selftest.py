@@ -7,6 +7,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
+from eopd.config import TeacherConfig
 from eopd.teacher.end_tokens import to_student
 from eopd.teacher.selftest import CONTINUATION_TOKENS, TeacherSelfTestError, self_test
 from eopd.types import (
@@ -66,8 +67,8 @@ class Bigram:
         return Stored(stored.header, ScoredTrajectory(trajectory=trajectory, signal=self.change(signal)))
 
 
-async def run(*replicas: object, dtype: str = "float32"):
-    return await self_test(replicas, prompt_ids=PROMPT, vocab_size=VOCAB, dtype=dtype)
+async def run(*replicas: object, dtype: str = "float32", rounded: bool = False):
+    return await self_test(replicas, prompt_ids=PROMPT, vocab_size=VOCAB, dtype=dtype, rounded_logits=rounded)
 
 
 async def test_a_good_teacher_passes_and_the_report_has_its_greedy_continuation():
@@ -128,9 +129,11 @@ async def test_shifted_rows_are_noticed_either_way(shift, check):
 
 
 class Fickle(Bigram):
+    by = 0.01
+
     async def score(self, stored):
         scored = await super().score(stored)
-        noise = np.float32(0.01 * (self.calls % 2))
+        noise = np.float32(self.by * (self.calls % 2))
         signal = replace(scored.body.signal, token_logprobs=scored.body.signal.token_logprobs - noise)
         return Stored(scored.header, replace(scored.body, signal=signal))
 
@@ -140,6 +143,31 @@ async def test_an_answer_that_changes_is_within_half_precision_only():
         await run(Fickle(logits_of()))
     report = await run(Fickle(logits_of()), dtype="bfloat16")
     assert report.worst["repeat"] == pytest.approx(0.01, abs=1e-5)
+
+
+class Rounded(Fickle):
+    by = 0.125
+
+
+async def test_one_step_of_a_bfloat16_logit_is_allowed_where_logits_are_bfloat16():
+    for dtype, rounded in (("bfloat16", False), ("float16", True), ("float32", True)):
+        with pytest.raises(TeacherSelfTestError, match=r"is off by 0\.125"):
+            await run(Rounded(logits_of()), dtype=dtype, rounded=rounded)
+    report = await run(Rounded(logits_of()), dtype="bfloat16", rounded=True)
+    assert report.worst["repeat"] == report.worst["alignment"] == pytest.approx(0.125, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "rounded"),
+    [
+        ({}, False),
+        ({"head_dtype": "model"}, True),
+        ({"backend": "openai", "server": {"url": "http://a", "model": "m"}}, True),
+        ({"backend": "eopd", "server": {"url": "http://a"}}, False),
+    ],
+)
+def test_heads_of_the_model_s_own_precision_round_logits(options, rounded):
+    assert TeacherConfig(model="/m", **options).logits_are_rounded == rounded
 
 
 async def test_a_replica_with_slightly_other_weights_is_named():
