@@ -105,6 +105,12 @@ OVERVIEW: Final[dict[str, tuple[Panel, ...]]] = {
         Panel("Failures", ("eopd_teacher_failures_total",), width=3),
         Panel("Replacements", ("eopd_teacher_replacements_total",), width=3),
     ),
+    "Faults": (
+        Panel("Engines that take work", ("eopd_engines_up",)),
+        Panel("Failures and replacements of engines", ("eopd_engine_failures_total", "eopd_engine_replacements_total")),
+        Panel("Learner restarts", ("eopd_learner_restarts_total",)),
+        Panel("Failed weight transfers", ("eopd_weight_failures_total",)),
+    ),
     "Weight sync": (
         Panel("Transfer", ("eopd_weight_transfer_seconds",), width=8),
         Panel("Pause", ("eopd_weight_pause_seconds",), width=8),

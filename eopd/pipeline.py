@@ -14,7 +14,7 @@ under the same number: nothing is skipped, nothing is trained twice.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -74,7 +74,7 @@ class Pipeline:
             consumed_ahead=set(self.ledger.trained_ahead),
         )
 
-    async def steps(self, start: int) -> AsyncIterator[Row]:
+    async def steps(self, start: int) -> AsyncGenerator[Row, None]:
         """Run batches ``start`` to ``plan.batches``, yielding the row of each once its weights are published.
 
         Closing the iterator between two steps stops every task; closing ``buffer`` ends it after the step under way.

@@ -22,18 +22,30 @@ from eopd.types import (
 )
 
 
+class WorkerDownError(RuntimeError):
+    """Whoever plays a role cannot answer: nothing is wrong with what was asked, and the worker may be lost."""
+
+
+class EngineDownError(WorkerDownError):
+    """A rollout engine is gone, or of no use."""
+
+
+class TeacherDownError(WorkerDownError):
+    """The teacher behind a scorer is."""
+
+
+class LearnerDownError(WorkerDownError):
+    """A learner rank is, and with it the whole gang."""
+
+
 class RolloutEngine(Protocol):
     """Writes responses with the student."""
 
     async def generate(
         self, prompt: PromptSample, sample_index: int, sampling: Sampling
     ) -> Stored[Trajectory] | LostTrajectory:
-        """Sample one response; a failure is a value."""
+        """Sample one response; a failure is a value, ``EngineDownError`` says that there is no one to ask."""
         ...
-
-
-class TeacherDownError(RuntimeError):
-    """The teacher behind a scorer cannot answer: nothing is wrong with the trajectory, and the scorer may be lost."""
 
 
 class TeacherScorer(Protocol):
@@ -48,7 +60,11 @@ class Learner(Protocol):
     """Pulls the student towards the teacher."""
 
     async def step(self, batch: PackedBatch) -> LearnerStats:
-        """One update from one batch; raises on a broken batch, never skips silently."""
+        """One update from one batch; raises on a broken batch, never skips silently.
+
+        Raises:
+            LearnerDownError: a rank is lost; the whole gang must start again from a checkpoint.
+        """
         ...
 
     async def evaluate(self, batch: PackedBatch) -> EvalStats:

@@ -80,7 +80,7 @@ class PromptsConfig(Section):
 
 class RolloutConfig(Section):
     """The engines that write. Training samples come from the plain softmax at ``temperature``; the learner uses the
-    same.
+    same. An engine that does not finish a response within ``timeout_s`` has failed; the response is tried elsewhere.
     """
 
     engines: int = Field(1, ge=1)
@@ -90,6 +90,7 @@ class RolloutConfig(Section):
     samples_per_prompt: int = Field(1, ge=1)
     max_response_tokens: int = Field(1024, ge=1)
     temperature: float = Field(1.0, gt=0.0)
+    timeout_s: float = Field(1800.0, gt=0.0)
     vllm: NativeOptions = {}
 
     @model_validator(mode="after")
@@ -120,7 +121,8 @@ class FlowConfig(Section):
 
 class LearnerConfig(Section):
     """The DeepSpeed gang. ``max_skipped_steps`` optimiser steps of a run may be skipped for a loss or gradient that is
-    not finite; the next one ends the run. ``deepspeed`` goes to the engine untouched; keys this project must own are
+    not finite; the next one ends the run. Ranks that do not answer within ``timeout_s`` are started again from the last
+    checkpoint. ``deepspeed`` goes to the engine untouched; keys this project must own are
     refused there.
     """
 
@@ -140,6 +142,7 @@ class LearnerConfig(Section):
     max_skipped_steps: int = Field(3, ge=0)
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: bool = False
+    timeout_s: float = Field(3600.0, gt=0.0)
     deepspeed: NativeOptions = {}
 
     @model_validator(mode="after")
@@ -214,11 +217,17 @@ class TelemetryConfig(Section):
 
 
 class ClusterConfig(Section):
-    """``address`` joins a running Ray cluster (as RAY_ADDRESS does); otherwise Ray is started here."""
+    """``address`` joins a running Ray cluster (as RAY_ADDRESS does); otherwise Ray is started here.
+
+    Engines, teachers and learner ranks that are lost are started again, unless that happens more than ``max_restarts``
+    times within ``restart_window_s``.
+    """
 
     address: str | None = None
     cpus: float | None = Field(None, gt=0.0)
     start_timeout_s: float = Field(600.0, gt=0.0)
+    max_restarts: int = Field(10, ge=0)
+    restart_window_s: float = Field(3600.0, gt=0.0)
 
 
 class Config(Section):

@@ -114,12 +114,7 @@ class LearnerRank:
             dtype=student.dtype,
             total_steps=total_batches * learner.optimizer_steps_per_batch,
         )
-        self._version = PolicyVersion(0, 0)
-
-    @property
-    def version(self) -> PolicyVersion:
-        """The weights held now: completed ``step`` calls."""
-        return self._version
+        self.version = PolicyVersion(0, 0)  # of the weights held now; who restarts ranks owns the incarnation
 
     @property
     def model(self) -> PreTrainedModel:
@@ -158,7 +153,7 @@ class LearnerRank:
             rates.append(rate)
             headers += [stored.header for micro in step.ranks[0] for stored in micro]
             num_loss_tokens += step.num_loss_tokens
-        self._version = PolicyVersion(self._version.incarnation, self._version.step + 1)
+        self.version = PolicyVersion(self.version.incarnation, self.version.step + 1)
         metrics = {"eopd_loss_tokens": float(num_loss_tokens), "eopd_skipped_steps_total": float(self._num_skipped)}
         if terms:
             metrics |= _means(terms, num_loss_tokens) | batch_metrics(headers, weightings)
@@ -167,7 +162,7 @@ class LearnerRank:
                 "eopd_learning_rate": rates[-1],
                 "eopd_alpha_ratio": share.alpha,
             }
-        return LearnerStats(version=self._version, metrics=metrics)
+        return LearnerStats(version=self.version, metrics=metrics)
 
     def evaluate(self, share: PackedBatch) -> EvalStats:
         """Student against teacher over the loss tokens of all ranks, without an update; see ``EvalStats``."""
@@ -186,7 +181,7 @@ class LearnerRank:
 
     def save(self, directory: Path) -> None:
         """Write weights, optimiser, schedule, random state and version, for ``load`` under the same stage."""
-        self._engine.save(directory, self._version._asdict() | {"num_skipped": self._num_skipped})
+        self._engine.save(directory, self.version._asdict() | {"num_skipped": self._num_skipped})
 
     def load(self, directory: Path) -> None:
         """Continue from what ``save`` wrote, under a new incarnation: engines may know later versions of the old one.
@@ -198,7 +193,7 @@ class LearnerRank:
             ValueError: it is that of another number of ranks, and the options do not let that change.
         """
         saved = self._engine.load(directory)
-        self._version = PolicyVersion(saved["incarnation"] + 1, saved["step"])
+        self.version = PolicyVersion(saved["incarnation"] + 1, saved["step"])
         self._num_skipped = saved["num_skipped"]
 
     def export(self, directory: Path) -> None:
@@ -268,7 +263,7 @@ class LearnerRank:
             student_logprobs_T = self._student_logprobs(packed).cpu()
             rows += list(find_rows(packed, names, student_logprobs_T))
         every_row, every_key = gather_all(rows), gather_all([key for names in keys for key in names])
-        directory = self._broken / f"batch-{self._version.step:06d}-step-{number}"
+        directory = self._broken / f"batch-{self.version.step:06d}-step-{number}"
         message = explain(what, every_row, every_key, directory)
         try:
             dump(directory, what, every_row, every_key, rank=self._rank, packs=packs)

@@ -21,9 +21,10 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from eopd.config import RolloutConfig, StudentConfig
+from eopd.roles import EngineDownError
 from eopd.types import (
     Header,
     Int32Array,
@@ -92,7 +93,11 @@ class VllmRolloutEngine:
     async def generate(
         self, prompt: PromptSample, sample_index: int, sampling: Sampling
     ) -> Stored[Trajectory] | LostTrajectory:
-        """Sample one response. A request that fails is a ``LostTrajectory``; a dead engine raises."""
+        """Sample one response. A request that fails is a ``LostTrajectory``.
+
+        Raises:
+            EngineDownError: the engine's processes died.
+        """
         started = time.monotonic()
         params = SamplingParams(
             temperature=sampling.temperature,
@@ -108,6 +113,8 @@ class VllmRolloutEngine:
         try:
             async for output in self._llm.generate(request, params, uuid4().hex):
                 final = output
+        except EngineDeadError as error:
+            raise EngineDownError("its engine died") from error
         except EngineGenerateError as error:
             return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail=str(error))
         if final is None or final.outputs[0].finish_reason not in FINISH_REASONS:
@@ -124,8 +131,8 @@ class VllmRolloutEngine:
 
     async def receive_weights(self) -> None:
         """Start taking new weights into host memory; generation goes on. Returns at once."""
-        await self._llm.start_weight_update()
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"phase": "receive"}))
+        await self._update("receive")
+        await self._llm.finish_weight_update()
 
     async def install_weights(self, version: PolicyVersion) -> float:
         """Pause, load what was received, label it, resume.
@@ -135,10 +142,17 @@ class VllmRolloutEngine:
         """
         started = time.monotonic()
         await self._llm.pause_generation(mode="keep", clear_cache=True)
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"phase": "load"}))
+        await self._update("load")
         await self._llm.finish_weight_update(weight_version=version.label)
         await self._llm.resume_generation()
         return time.monotonic() - started
+
+    async def _update(self, phase: str) -> None:
+        """One phase as an update of its own: one that spanned both would stay active after a transfer that was given
+        up, and vLLM (0.32.0) would start no other.
+        """
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"phase": phase}))
 
     async def version(self) -> PolicyVersion:
         """The label of the weights that serve now."""

@@ -8,18 +8,19 @@ driver.
 
 import asyncio
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnschedulableError, ObjectLostError, OutOfMemoryError, RayActorError
+from ray.exceptions import ActorUnschedulableError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
 from eopd.config import Config, RolloutConfig, StudentConfig, TeacherConfig
 from eopd.config.loss import GraderName
-from eopd.roles import TeacherDownError
+from eopd.roles import EngineDownError, TeacherDownError, WorkerDownError
 from eopd.runtime.run_directory import RunDirectory
 from eopd.types import (
     EvalStats,
@@ -44,12 +45,44 @@ if TYPE_CHECKING:
     from eopd.teacher.scoring import SignalScorer
     from eopd.weights.transfer import WeightSender
 
+Spawn = Callable[..., list[ActorHandle]]
+
+MAX_CONCURRENT_REQUESTS = 10_000  # of one engine actor; the buffer's slots are the real limit
+CLOSE_TIMEOUT_S = 10.0
+
 Split = tuple[Header | LostTrajectory, object]
 
 
 def _split(result: Stored[Trajectory] | Stored[ScoredTrajectory] | LostTrajectory) -> Split:
     """Two return values for Ray: what the driver reads, and what it only passes on."""
     return (result, None) if isinstance(result, LostTrajectory) else (result.header, result.body)
+
+
+@contextmanager
+def dies_as(error_type: type[WorkerDownError]) -> Iterator[None]:
+    """What Ray says of a dead actor, as the roles say it."""
+    try:
+        yield
+    except (RayActorError, OutOfMemoryError, ActorUnschedulableError) as error:
+        raise error_type(f"its actor died: {error}") from error
+
+
+async def _or_cancel(head: "ray.ObjectRef[Header | LostTrajectory]") -> Header | LostTrajectory:
+    """Await; what is not awaited any more must not keep the engine busy."""
+    try:
+        header: Header | LostTrajectory = await head
+        return header
+    except asyncio.CancelledError:
+        ray.cancel(head)
+        raise
+
+
+async def end(actor: ActorHandle) -> None:
+    """End an actor for certain, its engine's processes too; it may be dead, or hang."""
+    with suppress(RayError, TimeoutError):
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await actor.close.remote()
+    ray.kill(actor)
 
 
 class RolloutActor:
@@ -114,20 +147,25 @@ class RemoteEngine:
         self, prompt: PromptSample, sample_index: int, sampling: Sampling
     ) -> Stored[Trajectory] | LostTrajectory:
         head, body = self._actor.generate.options(num_returns=2).remote(prompt, sample_index, sampling)
-        header = await head
+        with dies_as(EngineDownError):
+            header = await _or_cancel(head)
         return header if isinstance(header, LostTrajectory) else Stored(header, body)
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None:  # noqa: D102
-        await self._actor.connect_weights.remote(init_info)
+        with dies_as(EngineDownError):
+            await self._actor.connect_weights.remote(init_info)
 
     async def receive_weights(self) -> None:  # noqa: D102
-        await self._actor.receive_weights.remote()
+        with dies_as(EngineDownError):
+            await self._actor.receive_weights.remote()
 
     async def install_weights(self, version: PolicyVersion) -> float:  # noqa: D102
-        return float(await self._actor.install_weights.remote(version))
+        with dies_as(EngineDownError):
+            return float(await self._actor.install_weights.remote(version))
 
     async def version(self) -> PolicyVersion:  # noqa: D102
-        return PolicyVersion(*await self._actor.version.remote())
+        with dies_as(EngineDownError):
+            return PolicyVersion(*await self._actor.version.remote())
 
 
 class TeacherActor:
@@ -161,12 +199,8 @@ class RemoteTeacher:
     async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:  # noqa: D102
         head, body = self._actor.score.options(num_returns=2).remote(stored.header, stored.body)
         try:
-            header = await head
-        except asyncio.CancelledError:  # asked too late: what is not read any more must not keep the engine busy
-            ray.cancel(head)
-            raise
-        except (RayActorError, OutOfMemoryError, ActorUnschedulableError) as error:
-            raise TeacherDownError(f"its actor died: {error}") from error
+            with dies_as(TeacherDownError):
+                header = await _or_cancel(head)
         except ObjectLostError as error:
             detail = f"its body was lost: {error}"
             return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=detail)
@@ -185,7 +219,7 @@ class LearnerActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, config: Config, rank: int, address: str, port: int) -> None:  # noqa: D102
+    def start(self, config: Config, rank: int, address: str, port: int, incarnation: int) -> None:  # noqa: D102
         from eopd.learner.learner import LearnerRank
         from eopd.learner.lora import whole_tensors
         from eopd.weights.source import ModelSource
@@ -205,6 +239,8 @@ class LearnerActor:
             master_address=address,
             master_port=port,
         )
+        self._incarnation = incarnation
+        self._rank.version = PolicyVersion(incarnation, 0)
         self._sender = WeightSender(
             ModelSource(whole_tensors(self._rank.model), rank=rank, zero_stage=config.learner.zero_stage),
             rank=rank,
@@ -216,16 +252,17 @@ class LearnerActor:
 
     def step(self, share: PackedBatch, *bodies: object) -> LearnerStats:
         """``bodies`` are this rank's, in the order of ``share.stored()``; Ray has fetched them."""
-        return self._rank.step(_with_bodies(share, bodies))
+        return self._rank.step(with_bodies(share, bodies))
 
     def evaluate(self, share: PackedBatch, *bodies: object) -> EvalStats:  # noqa: D102
-        return self._rank.evaluate(_with_bodies(share, bodies))
+        return self._rank.evaluate(with_bodies(share, bodies))
 
     def save(self, directory: Path) -> None:  # noqa: D102
         self._rank.save(directory)
 
     def load(self, directory: Path) -> None:  # noqa: D102
         self._rank.load(directory)
+        self._rank.version = PolicyVersion(self._incarnation, self._rank.version.step)
 
     def version(self) -> PolicyVersion:  # noqa: D102
         return self._rank.version
@@ -246,61 +283,7 @@ class LearnerActor:
         self._rank.close()
 
 
-class LearnerGang:
-    """A ``Learner`` and a ``SenderLink``: all learner actors, called together."""
-
-    def __init__(self, actors: Sequence[ActorHandle]) -> None:
-        self._actors = actors
-
-    async def start(self, config: Config) -> None:
-        """Bring up all ranks: they meet at rank 0."""
-        address, port = await self._actors[0].rendezvous.remote()
-        await asyncio.gather(
-            *(actor.start.remote(config, rank, address, port) for rank, actor in enumerate(self._actors))
-        )
-
-    async def step(self, batch: PackedBatch) -> LearnerStats:  # noqa: D102
-        return (await self._each_share("step", batch))[0]  # type: ignore[return-value]
-
-    async def evaluate(self, batch: PackedBatch) -> EvalStats:  # noqa: D102
-        return (await self._each_share("evaluate", batch))[0]  # type: ignore[return-value]
-
-    async def save(self, directory: Path) -> None:  # noqa: D102
-        await self._each("save", directory)
-
-    async def load(self, directory: Path) -> None:  # noqa: D102
-        await self._each("load", directory)
-
-    async def export(self, directory: Path) -> None:
-        """Write the student as a Hugging Face directory."""
-        await self._each("export", directory)
-
-    async def version(self) -> PolicyVersion:
-        """The weights the ranks hold."""
-        return PolicyVersion(*(await self._each("version"))[0])  # type: ignore[misc]
-
-    async def open(self, engine_workers: Sequence[int]) -> Sequence[Mapping[str, object]]:  # noqa: D102
-        return (await self._each("open_wire", engine_workers))[0]  # type: ignore[return-value]
-
-    async def accept(self) -> None:  # noqa: D102
-        await self._each("accept_engines")
-
-    async def send(self) -> int:  # noqa: D102
-        return (await self._each("send_weights"))[0]  # type: ignore[return-value]
-
-    async def _each(self, method: str, *arguments: object) -> list[object]:
-        return list(await asyncio.gather(*(getattr(actor, method).remote(*arguments) for actor in self._actors)))
-
-    async def _each_share(self, method: str, batch: PackedBatch) -> list[object]:
-        shares = [batch.share(rank) for rank in range(len(self._actors))]
-        calls = (
-            getattr(actor, method).remote(_with_bodies(share), *(stored.body for stored in share.stored()))
-            for actor, share in zip(self._actors, shares, strict=True)
-        )
-        return list(await asyncio.gather(*calls))
-
-
-def _with_bodies(share: PackedBatch, bodies: Sequence[object] | None = None) -> PackedBatch:
+def with_bodies(share: PackedBatch, bodies: Sequence[object] | None = None) -> PackedBatch:
     """The same batch with other bodies, in order; with none, bare headers that travel as they are."""
     source = iter(bodies) if bodies is not None else None
     return PackedBatch(

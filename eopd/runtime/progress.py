@@ -20,6 +20,8 @@ class Progress:
     tokens: int = 0
     trajectories: int = 0
     skipped_steps: int = 0
+    incarnation: int = 0
+    learner_restarts: int = 0
     wall_before_s: float = 0.0
     before: Mapping[str, Measurement] | None = None
     after: Mapping[str, Measurement] | None = None
@@ -30,8 +32,9 @@ class Progress:
 
     @classmethod
     def resume(cls, state: DriverState, summary: Summary) -> "Progress":
-        """Where a checkpoint left off; the measurement before training is kept."""
+        """Where a checkpoint left off, under a new incarnation; the measurement before training is kept."""
         return cls(
+            incarnation=summary["incarnation"] + 1,
             step=state.step,
             tokens=state.tokens,
             trajectories=state.trajectories,
@@ -39,6 +42,15 @@ class Progress:
             wall_before_s=state.wall_s,
             before=summary["held_out"]["before"],
         )
+
+    def roll_back(self, state: DriverState | None) -> None:
+        """Back to a checkpoint, or to the beginning, under a new incarnation. Time spent stays spent."""
+        self.step = state.step if state else 0
+        self.tokens = state.tokens if state else 0
+        self.trajectories = state.trajectories if state else 0
+        self.skipped_steps = state.skipped_steps if state else 0
+        self.incarnation += 1
+        self.learner_restarts += 1
 
     @property
     def wall_s(self) -> float:
@@ -75,8 +87,14 @@ class Progress:
             "steps": self.step,
             "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
+            "incarnation": self.incarnation,
             "wall_s": round(self.wall_s, 3),
             "tokens_per_s": self._tokens_here / self._seconds["step"] if self._rows else 0.0,
             "step_seconds": {stage: self._seconds[stage] / rows for stage in STAGES},
             "held_out": {"before": self.before, "after": self.after},
         }
+
+
+def first_line(error: BaseException) -> str:
+    """What a person needs of an error that carries a worker's traceback."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -34,6 +34,8 @@ MAY_CHANGE = (
     "learner.cpus",
     "learner.gpus",
     "learner.threads",
+    "learner.timeout_s",
+    "rollout.timeout_s",
 )
 
 

@@ -11,14 +11,16 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
-from eopd.config.loss import GraderName
 from eopd.rollout.pool import EnginePool
-from eopd.runtime.actors import LearnerActor, LearnerGang, RemoteEngine, RolloutActor
+from eopd.runtime.actors import MAX_CONCURRENT_REQUESTS, RemoteEngine, RolloutActor, Spawn
 from eopd.runtime.cluster import log_directory
-from eopd.runtime.placement import RoleResources, plan_learner, plan_rollout
-from eopd.runtime.teachers import MAX_CONCURRENT_REQUESTS, Spawn, TeacherFleet, route
+from eopd.runtime.engines import EngineFleet, start_engine
+from eopd.runtime.gang import LearnerGang
+from eopd.runtime.placement import RoleResources, plan_rollout
+from eopd.runtime.restarts import RestartBudget
+from eopd.runtime.teachers import TeacherFleet, route
 from eopd.teacher.pool import TeacherRouter
-from eopd.types import PolicyVersion, Stored
+from eopd.types import Stored
 from eopd.weights.channel import BroadcastChannel
 
 T = TypeVar("T")
@@ -34,37 +36,35 @@ class Crew:
     fleets: Sequence[TeacherFleet]
     learner: LearnerGang
     channel: BroadcastChannel
+    restarts: RestartBudget
 
 
 @asynccontextmanager
-async def crew(config: Config) -> AsyncIterator[Crew]:
+async def crew(config: Config, incarnation: int) -> AsyncIterator[Crew]:
     """Every actor of a training run, started all at the same time."""
-    longest = config.max_sequence_tokens
+    restarts = RestartBudget(config.cluster.max_restarts, config.cluster.restart_window_s)
     async with _actors() as spawn:
-        gang = LearnerGang(spawn(LearnerActor, plan_learner(config.learner)))
-        rollouts = spawn(RolloutActor, plan_rollout(config.rollout), max_concurrency=MAX_CONCURRENT_REQUESTS)
-        fleets = _fleets(spawn, config)
-        grader = config.loss.reward.grader if config.loss.reward else None
+        gang = LearnerGang(spawn, config)
+        rollouts = EngineFleet(spawn, config, restarts)
+        fleets = _fleets(spawn, config, restarts)
         starting = {
-            "learner": gang.start(config),
-            **{
-                f"rollout engine {index}": _start_engine(actor, config.student, config.rollout, longest, grader)
-                for index, actor in enumerate(rollouts)
-            },
+            "learner": gang.start(incarnation),
+            **rollouts.start(),
             **{name: started for fleet in fleets for name, started in fleet.start().items()},
         }
         await _all_up(starting, config.cluster.start_timeout_s)
-        engines = [RemoteEngine(actor) for actor in rollouts]
         teacher = route(fleets, max_attempts=config.flow.max_attempts)
         try:
             yield Crew(
-                engines=EnginePool(engines),
+                engines=EnginePool(rollouts.replicas, max_attempts=config.flow.max_attempts),
                 teacher=teacher,
                 fleets=fleets,
                 learner=gang,
-                channel=BroadcastChannel(gang, engines, workers_per_engine=_workers(config.rollout)),
+                channel=rollouts.connect(gang),
+                restarts=restarts,
             )
         finally:
+            await rollouts.replicas.close()
             await teacher.close()
 
 
@@ -76,7 +76,7 @@ async def rollout_engines(
     async with _actors() as spawn:
         actors = spawn(RolloutActor, plan_rollout(rollout), max_concurrency=MAX_CONCURRENT_REQUESTS)
         starting = {
-            f"rollout engine {index}": _start_engine(actor, student, rollout, max_sequence_tokens, None)
+            f"rollout engine {index}": start_engine(actor, student, rollout, max_sequence_tokens, None)
             for index, actor in enumerate(actors)
         }
         await _all_up(starting, timeout_s)
@@ -87,7 +87,7 @@ async def rollout_engines(
 async def teachers(config: Config) -> AsyncIterator[list[TeacherFleet]]:
     """The teachers of a run alone, for a check."""
     async with _actors() as spawn:
-        fleets = _fleets(spawn, config)
+        fleets = _fleets(spawn, config, RestartBudget(0, 0.0))
         starting = {name: started for fleet in fleets for name, started in fleet.start().items()}
         await _all_up(starting, config.cluster.start_timeout_s)
         yield fleets
@@ -121,29 +121,18 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float) -> 
         )
 
 
-def _fleets(spawn: Spawn, config: Config) -> list[TeacherFleet]:
+def _fleets(spawn: Spawn, config: Config, restarts: RestartBudget) -> list[TeacherFleet]:
     return [
         TeacherFleet(
             spawn,
             teacher,
+            restarts,
             top_k=config.loss.top_k,
             max_sequence_tokens=config.max_teacher_tokens(teacher),
             start_timeout_s=config.cluster.start_timeout_s,
         )
         for teacher in config.teachers
     ]
-
-
-def _start_engine(
-    actor: ActorHandle,
-    student: StudentConfig,
-    rollout: RolloutConfig,
-    max_sequence_tokens: int,
-    grader: GraderName | None,
-) -> Awaitable[None]:
-    version = PolicyVersion(0, 0)
-    started: Awaitable[None] = actor.start.remote(student, rollout, max_sequence_tokens, version, grader)
-    return started
 
 
 @asynccontextmanager
@@ -187,9 +176,3 @@ async def _ask_to_close(actor: ActorHandle) -> None:
         await actor.close.remote()
     except RayError:  # it never started, or died: the cause is already on its way up
         return
-
-
-def _workers(rollout: RolloutConfig) -> int:
-    """VLLM workers of one rollout engine: each takes part in the weight transfer."""
-    options = rollout.vllm
-    return int(str(options.get("tensor_parallel_size", 1))) * int(str(options.get("pipeline_parallel_size", 1)))

@@ -1,37 +1,36 @@
 """The teachers of a run as actors: started together, replaced one by one, routed to by source."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
-
-import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayError
 
 from eopd.config import TeacherConfig
 from eopd.roles import TeacherDownError
-from eopd.runtime.actors import RemoteTeacher, TeacherActor
+from eopd.runtime.actors import MAX_CONCURRENT_REQUESTS, RemoteTeacher, Spawn, TeacherActor, end
 from eopd.runtime.placement import plan_teacher
+from eopd.runtime.restarts import RestartBudget
 from eopd.teacher.pool import TeacherPool, TeacherRouter
 from eopd.teacher.selftest import CONTINUATION_TOKENS, SelfTestReport, TeacherSelfTestError, self_test
 from eopd.teacher.vocabulary import vocab_size
 from eopd.types import Int32Array, LostTrajectory, ScoredTrajectory, Stored, Trajectory
-
-Spawn = Callable[..., list[ActorHandle]]
-
-MAX_CONCURRENT_REQUESTS = 10_000  # of one engine actor; the buffer's slots are the real limit
-_CLOSE_TIMEOUT_S = 10.0
 
 
 class TeacherFleet:
     """The replicas of one teacher; ``spawn`` makes their actors and answers for their end."""
 
     def __init__(
-        self, spawn: Spawn, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int, start_timeout_s: float
+        self,
+        spawn: Spawn,
+        config: TeacherConfig,
+        restarts: RestartBudget,
+        *,
+        top_k: int,
+        max_sequence_tokens: int,
+        start_timeout_s: float,
     ) -> None:
         self.config = config
         self._spawn = spawn
+        self._restarts = restarts
         self._plan = plan_teacher(config)
         self._start_timeout_s = start_timeout_s
         self._arguments = (config, top_k, max_sequence_tokens)
@@ -77,12 +76,10 @@ class TeacherFleet:
             reason = str(error) or f"no answer within timeout_s = {self.config.timeout_s:g}"
             raise TeacherSelfTestError(f"teacher {self.config.name}: {reason}") from error
 
-    async def _replace(self, index: int) -> RemoteTeacher:
-        """End the actor of a replica for certain, its engine's processes too, and start another."""
-        with suppress(RayError, TimeoutError):  # it may be dead, or hang: then it is killed as it is
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                await self._actors[index].close.remote()
-        ray.kill(self._actors[index])
+    async def _replace(self, index: int, reason: str) -> RemoteTeacher:
+        """End a replica, and start another in its place."""
+        self._restarts.spend(f"teacher {self.config.name}, replica {index}: {reason}")
+        await end(self._actors[index])
         (actor,) = self._spawn(TeacherActor, replace(self._plan, actors=1), max_concurrency=MAX_CONCURRENT_REQUESTS)
         self._actors[index] = actor
         async with asyncio.timeout(self._start_timeout_s):

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Literal
 
 from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
@@ -13,9 +13,10 @@ from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
 from eopd.preflight import Prepared, check
 from eopd.prompts import PromptOrder
+from eopd.roles import LearnerDownError
 from eopd.runtime import cluster
 from eopd.runtime.placement import plan, require_capacity
-from eopd.runtime.progress import Progress
+from eopd.runtime.progress import Progress, first_line
 from eopd.runtime.run_directory import RunDirectory, held_out_record
 from eopd.runtime.supervisor import Crew, crew, fetch
 from eopd.teacher.vocabulary import load_tokenizer
@@ -90,33 +91,74 @@ class TrainingRun:
 
     async def _run(self, telemetry: Telemetry) -> None:
         self._console.message("starting the learner, the rollout engines and the teacher")
-        async with crew(self._config) as members:
-            if checkpoints := list_checkpoints(self.directory.checkpoints):
-                await members.learner.load(checkpoints[-1] / "learner")
-            for fleet in members.fleets:
-                self._console.message(str(await fleet.self_test(self._prepared.train.prompts[0].token_ids)))
-            await members.channel.connect()
-            await members.channel.publish(await members.learner.version())
-            if self._progress.before is None:
-                await self._measure(members, "before")
-            await self._train(members, telemetry)
-            if not self._interrupted:
-                await self._measure(members, "after")
-            await members.learner.export(self.directory.hf)
+        async with crew(self._config, self._progress.incarnation) as members:
+            await members.restarts.guard(self._outlive_learners(members, telemetry))
+
+    async def _outlive_learners(self, members: Crew, telemetry: Telemetry) -> None:
+        """The whole run; from the newest checkpoint on, under a new incarnation, whenever the learner is lost."""
+        for fleet in members.fleets:
+            self._console.message(str(await fleet.self_test(self._prepared.train.prompts[0].token_ids)))
+        lost: LearnerDownError | None = None
+        while True:
+            try:
+                if lost is not None:
+                    await self._restart_learner(members, lost)
+                await self._from_checkpoint_to_end(members, telemetry)
+                return
+            except LearnerDownError as error:
+                lost = error
+                members.restarts.spend(f"learner: {error}")
+
+    async def _from_checkpoint_to_end(self, members: Crew, telemetry: Telemetry) -> None:
+        if checkpoints := list_checkpoints(self.directory.checkpoints):
+            await members.learner.load(checkpoints[-1] / "learner")
+        await members.channel.publish(await members.learner.version())
+        if self._progress.before is None:
+            await self._measure(members, "before")
+        await self._train(members, telemetry)
+        if not self._interrupted:
+            await self._measure(members, "after")
+        await members.learner.export(self.directory.hf)
+
+    async def _restart_learner(self, members: Crew, lost: LearnerDownError) -> None:
+        """Forget what came after the newest checkpoint: it is issued again."""
+        self._stop_softly = None
+        checkpoints = list_checkpoints(self.directory.checkpoints)
+        state = DriverState.read(checkpoints[-1]) if checkpoints else None
+        self._progress.roll_back(state)
+        self._ledger = Ledger.restore(**state.ledger) if state else Ledger()  # type: ignore[arg-type]
+        self.directory.drop_rows_after(self._progress.step)
+        self.directory.write_summary(self._progress.summary("running"))
+        self._console.message(
+            f"the learner was lost ({first_line(lost)}); another one goes on from step {self._progress.step}, as "
+            f"incarnation {self._progress.incarnation}"
+        )
+        await members.learner.start(self._progress.incarnation)
+        members.channel.disconnect()
 
     async def _train(self, members: Crew, telemetry: Telemetry) -> None:
         pipeline = self._pipeline(members)
         self._stop_softly = pipeline.buffer.close
         saved = self._progress.step
-        async for row in pipeline.steps(self._progress.step):
-            telemetry.write({**row, **members.teacher.metrics()})
-            self._count(row)
-            if self._progress.step % self._config.checkpoint.every == 0:
-                await self._save(members)
-                saved = self._progress.step
+        async with aclosing(pipeline.steps(saved)) as steps:  # whatever ends it, nothing of it stays in flight
+            async for row in steps:
+                telemetry.write({**row, **self._faults(members)})
+                self._count(row)
+                if self._progress.step % self._config.checkpoint.every == 0:
+                    await self._save(members)
+                    saved = self._progress.step
+        self._stop_softly = None
         if self._progress.step > saved:
             await self._save(members)
-        self._stop_softly = None
+
+    def _faults(self, members: Crew) -> Row:
+        """Who was lost and replaced so far."""
+        return {
+            **members.teacher.metrics(),
+            **members.engines.metrics(),
+            "eopd_learner_restarts_total": float(self._progress.learner_restarts),
+            "eopd_weight_failures_total": float(members.channel.num_failures),
+        }
 
     def _count(self, row: Row) -> None:
         skipped_before = self._progress.skipped_steps

@@ -217,6 +217,14 @@ _TEACHERS: Final = (
     ),
 )
 
+_FAULTS: Final = (
+    _number("eopd_engines_up", "Rollout engines that take work.", "All of them."),
+    _counter("eopd_engine_failures_total", "Times a rollout engine did not answer, and another was asked.", "Flat."),
+    _counter("eopd_engine_replacements_total", "Rollout engines started in the place of lost ones.", "Flat."),
+    _counter("eopd_learner_restarts_total", "Times all learner ranks were started again from a checkpoint.", "Flat."),
+    _counter("eopd_weight_failures_total", "Weight transfers that failed and were repaired.", "Flat."),
+)
+
 _TIME: Final = (
     _seconds(
         "eopd_step_seconds",
@@ -234,7 +242,8 @@ _TIME: Final = (
 )
 
 CATALOG: Final[Mapping[str, Metric]] = {
-    metric.name: metric for metric in (*_OBJECTIVE, *_DISTRIBUTIONS, *_OPTIMISATION, *_FLOW, *_TEACHERS, *_TIME)
+    metric.name: metric
+    for metric in (*_OBJECTIVE, *_DISTRIBUTIONS, *_OPTIMISATION, *_FLOW, *_TEACHERS, *_FAULTS, *_TIME)
 }
 
 _SERIES = re.compile(r'(?P<name>\w+)(?:\{(?P<labels>\w+="[\w.-]+"(?:,\w+="[\w.-]+")*)\})?')

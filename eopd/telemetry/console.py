@@ -99,6 +99,7 @@ class Summary(TypedDict):
     steps: int
     tokens: int
     skipped_steps: int
+    incarnation: int
     wall_s: float
     tokens_per_s: float
     step_seconds: Mapping[str, float]

@@ -2,11 +2,11 @@
 
 vLLM's handshake, as it is used here (checked against 0.32.0):
     init_weight_transfer_engine(InitInfo)      join the wire
-    start_weight_update()                      nothing yet: generation goes on
-    update_weights({"phase": "receive"})       start the receiving thread, return at once
+    update {"phase": "receive"}                start the receiving thread, return at once: generation goes on
     ... pause_generation ...
-    update_weights({"phase": "load"})          layer-wise reload from host memory
-    finish_weight_update(version)              repack layers, set the label
+    update {"phase": "load"}                   layer-wise reload from host memory, repack layers, set the label
+Each is a start_weight_update, an update_weights, and a finish_weight_update.
+
 On CPU, linear weights are repacked after loading and the original parameters emptied, so ``model.load_weights`` must
 run between ``initialize_layerwise_reload`` and ``finalize_layerwise_reload``.
 """

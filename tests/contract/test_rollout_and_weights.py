@@ -3,6 +3,7 @@ weights'.
 """
 
 import asyncio
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,14 @@ class InProcessSender:
             timeout_s=60.0,
         )
 
+        self.held = PolicyVersion(0, 0)
+
+    def reserved(self):
+        return nullcontext()
+
+    async def version(self):
+        return self.held
+
     async def open(self, engine_workers):
         return self.sender.open(engine_workers)
 
@@ -41,6 +50,10 @@ class InProcessSender:
 
     async def send(self):
         return await asyncio.to_thread(self.sender.send)
+
+
+def condemned(number: int, reason: str) -> None:
+    pytest.fail(f"engine {number}: {reason}")
 
 
 def prompt(token_ids: list[int]) -> PromptSample:
@@ -75,12 +88,13 @@ async def test_weights_move_in_flight_and_every_token_names_its_version(tiny_mod
     old, new = (AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32) for d in (old_dir, new_dir))
     engine = await start(old_dir)
     try:
-        channel = BroadcastChannel(InProcessSender(new, bucket_bytes=50_000), [engine], workers_per_engine=1)
-        await channel.connect()
+        sender = InProcessSender(new, bucket_bytes=50_000)
+        channel = BroadcastChannel(sender, {0: engine}, workers_per_engine=1, condemn=condemned, timeout_s=60.0)
         ids = [5, 80, 90, 33]
         long = asyncio.create_task(engine.generate(prompt(ids), 0, Sampling(temperature=0.7, max_tokens=400, seed=11)))
         await asyncio.sleep(0.3)
-        stats = await channel.publish(PolicyVersion(0, 1))
+        sender.held = PolicyVersion(0, 1)
+        stats = await channel.publish(sender.held)
         spanning = (await long).body
         after = (await engine.generate(prompt(ids), 1, Sampling(temperature=0.7, max_tokens=40, seed=12))).body
     finally:

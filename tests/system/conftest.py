@@ -26,11 +26,12 @@ class Program:
         """A user's environment, marked."""
         return {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "RAY_"))} | {self.mark: "1"}
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+    def start(self, *arguments: str, log: Path | None = None) -> "subprocess.Popen[str]":
+        """``log`` takes the output of a long run: a pipe that nobody reads fills, and then the run stands still."""
         command = [str(Path(sys.executable).with_name("eopd")), *arguments]
         env = self.environment()
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=pipe, stderr=pipe, start_new_session=True)
+        out, err = (subprocess.PIPE, subprocess.PIPE) if log is None else (log.open("w"), subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=out, stderr=err, start_new_session=True)
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         process = self.start(*arguments)

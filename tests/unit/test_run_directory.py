@@ -67,7 +67,7 @@ async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
     await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
     refusal = (
         r"learner.lr was 1e-06 and is 0.1; only checkpoint, telemetry, cluster, "
-        r"learner.ranks, learner.cpus, learner.gpus, learner.threads may change"
+        r"learner.ranks, learner.cpus, learner.gpus, learner.threads, learner.timeout_s, rollout.timeout_s may change"
     )
     with pytest.raises(ConfigError, match=refusal):
         RunDirectory.reopen(config("learner.lr=0.1"))

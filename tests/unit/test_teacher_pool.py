@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from eopd.roles import TeacherDownError
-from eopd.teacher import pool as module
+from eopd import replicas as module
+from eopd.roles import TeacherDownError, WorkerDownError
 from eopd.teacher.pool import TeacherPool, TeacherRouter
 from eopd.telemetry.catalog import series
 from eopd.types import Header, LossReason, LostTrajectory, StopReason, Stored, TrajectoryKey
@@ -61,7 +61,7 @@ def pool_of(*fakes: Fake, spare: list | None = None, max_attempts: int = 3, name
     """``spare`` are the replacements, in turn: a fake, or an exception that keeps it from starting."""
     spares = spare or []
 
-    async def replace(index: int) -> Fake:
+    async def replace(index: int, reason: str) -> Fake:
         found = spares.pop(0)
         if isinstance(found, Exception):
             raise found
@@ -146,7 +146,7 @@ async def test_a_trajectory_that_no_one_can_score_is_lost_with_its_reason():
 
 async def test_without_a_replica_that_could_be_started_it_ends():
     pool = pool_of(Fake("a", "down"), spare=[OSError("no memory")] * 3)
-    with pytest.raises(TeacherDownError, match="teacher t: no replica is left") as raised:
+    with pytest.raises(WorkerDownError, match="teacher t: no replica is left") as raised:
         await pool.score(stored())
     assert str(raised.value.__cause__) == "no memory"
 
@@ -172,7 +172,7 @@ async def test_nothing_is_replaced_once_it_is_closed():
     await asyncio.sleep(0.01)
     await pool.close()
     await asyncio.wait_for(late, 2.0)
-    assert not pool._replacing and metric(pool, "replacements_total") == 0.0
+    assert not pool._replicas._replacing and metric(pool, "replacements_total") == 0.0
 
 
 async def test_a_mistake_in_the_code_is_loud():
@@ -189,7 +189,7 @@ async def test_closing_stops_a_replacement():
     module._PAUSES_S = (3600.0,)
     await asyncio.gather(*(pool.score(stored(i)) for i in range(2)))
     await asyncio.wait_for(pool.close(), 1.0)
-    assert not pool._replacing
+    assert not pool._replicas._replacing
 
 
 async def test_sources_have_their_teachers_and_the_rest_the_default():

@@ -1,0 +1,88 @@
+"""The rollout engines of a run as actors: started together, replaced one by one, and brought to the learner's version
+before they get work.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+from dataclasses import replace
+
+from ray.actor import ActorHandle
+
+from eopd.config import Config, RolloutConfig, StudentConfig
+from eopd.config.loss import GraderName
+from eopd.replicas import Replicas
+from eopd.roles import RolloutEngine
+from eopd.runtime.actors import MAX_CONCURRENT_REQUESTS, RemoteEngine, RolloutActor, Spawn, end
+from eopd.runtime.placement import plan_rollout
+from eopd.runtime.restarts import RestartBudget
+from eopd.types import PolicyVersion
+from eopd.weights.channel import BroadcastChannel, SenderLink
+
+
+class EngineFleet:
+    """The engines of one run; ``spawn`` makes their actors and answers for their end."""
+
+    channel: BroadcastChannel
+
+    def __init__(self, spawn: Spawn, config: Config, restarts: RestartBudget) -> None:
+        self._spawn = spawn
+        self._config = config
+        self._restarts = restarts
+        self._plan = plan_rollout(config.rollout)
+        self._actors = spawn(RolloutActor, self._plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
+        self._remotes = [RemoteEngine(actor) for actor in self._actors]
+        self.replicas: Replicas[RolloutEngine] = Replicas(
+            "rollout", self._remotes, replace=self._replace, timeout_s=config.rollout.timeout_s
+        )
+
+    def start(self) -> Mapping[str, Awaitable[None]]:
+        """Start all engines; one awaitable for each, by name."""
+        return {f"rollout engine {index}": self._start(actor) for index, actor in enumerate(self._actors)}
+
+    def connect(self, sender: SenderLink) -> BroadcastChannel:
+        """The channel from ``sender`` to all engines, those to come included."""
+        self.channel = BroadcastChannel(
+            sender,
+            dict(enumerate(self._remotes)),
+            workers_per_engine=_workers(self._config.rollout),
+            condemn=self.replicas.condemn,
+            timeout_s=self._config.weights.timeout_s + 10.0,
+        )
+        return self.channel
+
+    def _start(self, actor: ActorHandle) -> Awaitable[None]:
+        config = self._config
+        grader = config.loss.reward.grader if config.loss.reward else None
+        return start_engine(actor, config.student, config.rollout, config.max_sequence_tokens, grader)
+
+    async def _replace(self, index: int, reason: str) -> RemoteEngine:
+        """End an engine, start another in its place, and bring that to the learner's version."""
+        self._restarts.spend(f"rollout engine {index}: {reason}")
+        self.channel.leave(index)
+        await end(self._actors[index])
+        (actor,) = self._spawn(RolloutActor, replace(self._plan, actors=1), max_concurrency=MAX_CONCURRENT_REQUESTS)
+        self._actors[index] = actor
+        async with asyncio.timeout(self._config.cluster.start_timeout_s):
+            await self._start(actor)
+        engine = RemoteEngine(actor)
+        await self.channel.join(index, engine)
+        return engine
+
+
+def start_engine(
+    actor: ActorHandle,
+    student: StudentConfig,
+    rollout: RolloutConfig,
+    max_sequence_tokens: int,
+    grader: GraderName | None,
+) -> Awaitable[None]:
+    """Start the engine of an actor, with the student as it was given."""
+    version = PolicyVersion(0, 0)
+    started: Awaitable[None] = actor.start.remote(student, rollout, max_sequence_tokens, version, grader)
+    return started
+
+
+def _workers(rollout: RolloutConfig) -> int:
+    """VLLM workers of one rollout engine: each takes part in the weight transfer."""
+    options = rollout.vllm
+    return int(str(options.get("tensor_parallel_size", 1))) * int(str(options.get("pipeline_parallel_size", 1)))

@@ -1,0 +1,127 @@
+"""The learner ranks as one: they start together, answer together, and are lost together."""
+
+import asyncio
+from collections.abc import Awaitable, Mapping, Sequence
+from pathlib import Path
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+from eopd.config import Config
+from eopd.roles import LearnerDownError
+from eopd.runtime.actors import LearnerActor, Spawn, dies_as, with_bodies
+from eopd.runtime.placement import plan_learner
+from eopd.types import EvalStats, LearnerStats, PackedBatch, PolicyVersion
+
+_DEAD = (RayActorError, OutOfMemoryError)
+_PING_S = 5.0
+
+
+class LearnerGang:
+    """A ``Learner`` and a ``SenderLink``: all learner actors, called together.
+
+    A rank that dies or does not answer within ``learner.timeout_s`` is the loss of all: every call raises
+    ``LearnerDownError`` until ``start`` has brought up another gang.
+    """
+
+    def __init__(self, spawn: Spawn, config: Config) -> None:
+        self._spawn = spawn
+        self._config = config
+        self._timeout_s = config.learner.timeout_s
+        self._reserved = asyncio.Lock()
+        self._actors: list[ActorHandle] = []
+
+    async def start(self, incarnation: int) -> None:
+        """Bring up all ranks, in place of those there were: they meet at rank 0, with the student as it was given.
+
+        Raises:
+            LearnerDownError: one of them died.
+        """
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = self._spawn(LearnerActor, plan_learner(self._config.learner))
+        with dies_as(LearnerDownError):
+            address, port = await self._actors[0].rendezvous.remote()
+        await self._all(
+            [
+                actor.start.remote(self._config, rank, address, port, incarnation)
+                for rank, actor in enumerate(self._actors)
+            ]
+        )
+
+    def reserved(self) -> asyncio.Lock:
+        """Held over a transfer, so that no update comes between its calls; every other call waits for it."""
+        return self._reserved
+
+    async def step(self, batch: PackedBatch) -> LearnerStats:  # noqa: D102
+        async with self._reserved:
+            return (await self._each_share("step", batch))[0]  # type: ignore[return-value]
+
+    async def evaluate(self, batch: PackedBatch) -> EvalStats:  # noqa: D102
+        async with self._reserved:
+            return (await self._each_share("evaluate", batch))[0]  # type: ignore[return-value]
+
+    async def save(self, directory: Path) -> None:  # noqa: D102
+        async with self._reserved:
+            await self._each("save", directory)
+
+    async def load(self, directory: Path) -> None:  # noqa: D102
+        async with self._reserved:
+            await self._each("load", directory)
+
+    async def export(self, directory: Path) -> None:
+        """Write the student as a Hugging Face directory."""
+        async with self._reserved:
+            await self._each("export", directory)
+
+    async def version(self) -> PolicyVersion:
+        """The weights the ranks hold."""
+        return PolicyVersion(*(await self._each("version"))[0])  # type: ignore[misc]
+
+    async def open(self, engine_workers: Sequence[int]) -> Sequence[Mapping[str, object]]:  # noqa: D102
+        return (await self._each("open_wire", engine_workers))[0]  # type: ignore[return-value]
+
+    async def accept(self) -> None:  # noqa: D102
+        await self._each("accept_engines")
+
+    async def send(self) -> int:  # noqa: D102
+        return (await self._each("send_weights"))[0]  # type: ignore[return-value]
+
+    async def _each(self, method: str, *arguments: object) -> list[object]:
+        return await self._all([getattr(actor, method).remote(*arguments) for actor in self._actors])
+
+    async def _each_share(self, method: str, batch: PackedBatch) -> list[object]:
+        shares = [batch.share(rank) for rank in range(len(self._actors))]
+        return await self._all(
+            [
+                getattr(actor, method).remote(with_bodies(share), *(stored.body for stored in share.stored()))
+                for actor, share in zip(self._actors, shares, strict=True)
+            ]
+        )
+
+    async def _all(self, calls: Sequence[Awaitable[object]]) -> list[object]:
+        """Await the same call on every rank.
+
+        Raises:
+            LearnerDownError: a rank is dead, or does not answer.
+        """
+        try:
+            with dies_as(LearnerDownError):
+                async with asyncio.timeout(self._timeout_s):
+                    return list(await asyncio.gather(*calls))
+        except TimeoutError:
+            raise LearnerDownError(f"no answer within learner.timeout_s = {self._timeout_s:g}") from None
+        except RayTaskError as error:  # what a rank says when a peer dies comes before the news of that death
+            if (rank := await self._dead_rank()) is None:
+                raise
+            raise LearnerDownError(f"rank {rank} died") from error
+
+    async def _dead_rank(self) -> int | None:
+        """The first rank whose actor is dead. The others may be at work, and not answer."""
+        pings = [asyncio.ensure_future(actor.version.remote()) for actor in self._actors]
+        await asyncio.wait(pings, timeout=_PING_S)
+        for ping in pings:
+            ping.cancel()
+        dead = [ping.done() and not ping.cancelled() and isinstance(ping.exception(), _DEAD) for ping in pings]
+        return dead.index(True) if any(dead) else None

@@ -1,0 +1,193 @@
+"""Weights reach every engine that is alive, whoever dies in whichever phase; on fakes."""
+
+import asyncio
+from contextlib import nullcontext
+
+import pytest
+
+from eopd.roles import EngineDownError, LearnerDownError
+from eopd.types import PolicyVersion
+from eopd.weights import channel as module
+from eopd.weights.channel import BroadcastChannel, WeightSyncError
+
+NEW = PolicyVersion(0, 7)
+
+
+class FakeSender:
+    """Fails ``failures`` transfers, then sends; raises ``error`` for good where there is one."""
+
+    def __init__(self, failures: int = 0, error: Exception | None = None) -> None:
+        self.failures, self.error = failures, error
+        self.held, self.groups = NEW, []
+
+    def reserved(self):
+        return nullcontext()
+
+    async def version(self):
+        return self.held
+
+    async def open(self, engine_workers):
+        self.groups.append(list(engine_workers))
+        return [{"rank": rank} for rank in range(len(engine_workers))]
+
+    async def accept(self):
+        pass
+
+    async def send(self):
+        if self.error is not None:
+            raise self.error
+        self.failures -= 1
+        if self.failures >= 0:
+            raise RuntimeError("connection closed by peer")
+        return 100
+
+
+class FakeEngine:
+    """``dies_in`` is the call it dies in; ``wrong`` labels the weights it says it serves."""
+
+    def __init__(self, dies_in: str = "", wrong: PolicyVersion | None = None) -> None:
+        self.dies_in, self.wrong = dies_in, wrong
+        self.dead, self.serves, self.calls = False, PolicyVersion(0, 0), []
+
+    async def _call(self, name):
+        self.calls.append(name)
+        self.dead = self.dead or name == self.dies_in
+        if self.dead:
+            raise EngineDownError(f"died in {name}")
+
+    async def connect_weights(self, init_info):
+        await self._call("connect")
+
+    async def receive_weights(self):
+        await self._call("receive")
+
+    async def install_weights(self, version):
+        await self._call("install")
+        self.serves = self.wrong or version
+        return 0.25
+
+    async def version(self):
+        await self._call("version")
+        return self.serves
+
+
+def channel_of(sender, *engines, condemned=None):
+    told = [] if condemned is None else condemned
+    return BroadcastChannel(
+        sender,
+        dict(enumerate(engines)),
+        workers_per_engine=2,
+        condemn=lambda number, reason: told.append((number, reason)),
+        timeout_s=0.2,
+    )
+
+
+async def test_the_group_is_built_once_and_every_engine_serves_the_version():
+    sender, engines = FakeSender(), [FakeEngine(), FakeEngine()]
+    channel = channel_of(sender, *engines)
+    for _ in range(2):
+        stats = await channel.publish(NEW)
+    assert (stats.version, stats.num_bytes, stats.pause_s) == (NEW, 100, 0.25)
+    assert sender.groups == [[2, 2]] and channel.num_failures == 0
+    assert [engine.serves for engine in engines] == [NEW, NEW]
+
+
+@pytest.mark.parametrize("phase", ["connect", "receive"])
+async def test_an_engine_that_dies_in_phase_one_is_left_out_and_the_others_are_served(phase):
+    sender, condemned = FakeSender(), []
+    engines = [FakeEngine(), FakeEngine(dies_in=phase), FakeEngine()]
+    channel = channel_of(sender, *engines, condemned=condemned)
+    await channel.publish(NEW)
+    assert [number for number, _ in condemned] == [1] and f"died in {phase}" in condemned[0][1]
+    assert sender.groups == [[2, 2, 2], [2, 2]]
+    assert [engine.serves.step for engine in engines] == [7, 0, 7]
+    assert channel.num_failures == 1
+
+
+async def test_an_engine_that_dies_while_it_loads_is_condemned_and_the_others_go_on():
+    sender, condemned = FakeSender(), []
+    engines = [FakeEngine(dies_in="install"), FakeEngine()]
+    channel = channel_of(sender, *engines, condemned=condemned)
+    await channel.publish(NEW)
+    assert condemned == [(0, "installing weights failed: died in install")]
+    assert engines[1].serves == NEW and sender.groups == [[2, 2]]
+    await channel.publish(NEW)
+    assert sender.groups == [[2, 2], [2]]
+
+
+async def test_an_engine_that_serves_another_version_is_condemned():
+    condemned = []
+    await channel_of(FakeSender(), FakeEngine(wrong=PolicyVersion(0, 6)), condemned=condemned).publish(NEW)
+    assert condemned == [(0, "installing weights failed: it serves 0.6 after 0.7 was installed")]
+
+
+async def test_an_engine_that_hangs_costs_one_time_out(monkeypatch):
+    monkeypatch.setattr(module, "PING_S", 0.05)
+
+    class Stopped(FakeEngine):
+        async def _call(self, name):
+            await asyncio.sleep(3600)
+
+    condemned, other = [], FakeEngine()
+    channel = channel_of(FakeSender(), Stopped(), other, condemned=condemned)
+    async with asyncio.timeout(2.0):
+        await channel.publish(NEW)
+    assert [number for number, _ in condemned] == [0] and other.serves == NEW
+
+
+async def test_a_transfer_that_fails_with_everybody_alive_is_sent_again_and_not_for_ever():
+    sender, engine = FakeSender(failures=2), FakeEngine()
+    channel = channel_of(sender, engine)
+    await channel.publish(NEW)
+    assert engine.serves == NEW and len(sender.groups) == 3 and channel.num_failures == 2
+    broken = channel_of(FakeSender(failures=1000), FakeEngine())
+    with pytest.raises(WeightSyncError, match=r"5 transfers of 0\.7 failed, last: connection closed by peer"):
+        await broken.publish(NEW)
+
+
+async def test_a_lost_learner_is_not_the_engines_fault():
+    condemned = []
+    channel = channel_of(FakeSender(error=LearnerDownError("rank 1 died")), FakeEngine(), condemned=condemned)
+    with pytest.raises(LearnerDownError, match="rank 1"):
+        await channel.publish(NEW)
+    assert condemned == []
+
+
+async def test_a_newcomer_is_brought_to_the_learner_s_version():
+    sender, old, new = FakeSender(), FakeEngine(), FakeEngine()
+    channel = channel_of(sender, old)
+    await channel.publish(NEW)
+    sender.held = PolicyVersion(0, 8)
+    await channel.join(1, new)
+    assert old.serves == new.serves == sender.held and sender.groups == [[2], [2, 2]]
+
+
+async def test_a_newcomer_that_dies_is_told_to_who_started_it():
+    condemned, old = [], FakeEngine()
+    channel = channel_of(FakeSender(), old, condemned=condemned)
+    with pytest.raises(EngineDownError, match="rollout engine 1 did not take the weights"):
+        await channel.join(1, FakeEngine(dies_in="receive"))
+    assert condemned == [] and old.serves == NEW
+
+
+async def test_without_engines_a_version_is_published_at_once_and_the_first_newcomer_gets_it():
+    channel, new = channel_of(FakeSender(), FakeEngine(dies_in="receive")), FakeEngine()
+    assert (await channel.publish(NEW)).num_bytes == 0
+    await channel.join(0, new)
+    assert new.serves == NEW
+
+
+async def test_an_engine_that_left_takes_no_part_and_another_sender_is_connected_to():
+    sender, gone, here = FakeSender(), FakeEngine(), FakeEngine()
+    channel = channel_of(sender, gone, here)
+    await channel.publish(NEW)
+    channel.leave(0)
+    await channel.publish(NEW)
+    channel.disconnect()
+    await channel.publish(NEW)
+    assert sender.groups == [[2, 2], [2], [2]] and gone.calls.count("receive") == 1
+
+
+async def test_publishing_what_the_learner_does_not_hold_is_an_error():
+    with pytest.raises(WeightSyncError, match=r"0\.9 was to be published, the learner holds 0\.7"):
+        await channel_of(FakeSender(), FakeEngine()).publish(PolicyVersion(0, 9))
