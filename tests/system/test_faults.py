@@ -101,7 +101,7 @@ def test_a_killed_learner_rank_brings_the_gang_back_from_the_last_checkpoint(run
     assert after["step"] > before["step"] - 5
     summary = json.loads((run.directory / "summary.json").read_text())
     assert summary["incarnation"] == rank + 1 and summary["status"] == "running"
-    assert all(row["eopd_logprob_gap_nats"] < 0.1 for row in run.rows()[-8:])  # those of other weights: above 1
+    assert all(row["eopd_logprob_gap_nats"] < 0.1 for row in run.rows()[-8:])  # a few versions apart: up to 0.75
 
 
 def test_after_all_that_every_step_is_there_once_and_nothing_is_left_running(run):
