@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import resource
 import socket
 import urllib.request
 from pathlib import Path
@@ -137,6 +138,20 @@ def test_jsonl_is_one_strict_json_object_a_line(tmp_path: Path) -> None:
     assert (second["step"], second[LOST], second["eopd_loss"], second["eopd_grad_norm"]) == (2, 3.0, None, None)
     assert isinstance(second["step"], int)
     assert 1.7e9 < second["time"] <= third["time"]
+
+
+def test_append_jsonl_leaves_no_part_of_a_line_on_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # the kernel takes the first bytes of the next line
+    try:
+        with pytest.raises(OSError, match="No space left on device"):
+            append_jsonl(path, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    append_jsonl(path, {"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 def test_append_jsonl_keeps_text_as_it_is(tmp_path: Path) -> None:
