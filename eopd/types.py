@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, NamedTuple, Self, TypeVar
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -153,7 +154,8 @@ class ScoredTrajectory:
 class Header:
     """All the driver ever sees of a trajectory.
 
-    ``sums`` are summed over response tokens or are seconds spent, e.g. ``{"generate_s": 1.2}``.
+    ``sums`` are summed over response tokens or are seconds spent, e.g. ``{"generate_s": 1.2}``. ``response_crc32`` is
+    of the bytes of ``response_ids``: equal where two runs sampled the same tokens.
     """
 
     key: TrajectoryKey
@@ -164,6 +166,7 @@ class Header:
     stop_reason: StopReason
     oldest_version: int
     newest_version: int
+    response_crc32: int
     sums: Mapping[str, float]
     reward: float | None = None  # a verifier's, where the run has one
 
@@ -179,6 +182,7 @@ class Header:
             stop_reason=trajectory.stop_reason,
             oldest_version=int(trajectory.policy_versions.min()),
             newest_version=int(trajectory.policy_versions.max()),
+            response_crc32=crc32(trajectory.response_ids.tobytes()),
             sums=sums,
             reward=reward,
         )

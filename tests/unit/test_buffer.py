@@ -20,6 +20,7 @@ def stored(issue: int, version: int) -> Stored:
         stop_reason=StopReason.LENGTH,
         oldest_version=version,
         newest_version=version,
+        response_crc32=0,
         sums={},
     )
     return Stored(header, body=None)

@@ -203,6 +203,7 @@ def stored_response(prompt, sample_index, ids, stop_reason=StopReason.END_TOKEN)
         stop_reason=stop_reason,
         oldest_version=0,
         newest_version=0,
+        response_crc32=0,
         sums={},
     )
     return Stored(header, trajectory)

@@ -18,6 +18,7 @@ def stored(index: int, tokens: int) -> Stored:
         stop_reason=StopReason.LENGTH,
         oldest_version=0,
         newest_version=0,
+        response_crc32=0,
         sums={},
     )
     return Stored(header, body=index)

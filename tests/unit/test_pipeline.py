@@ -57,6 +57,7 @@ class FakeWorld:
             stop_reason=StopReason.END_TOKEN,
             oldest_version=version,
             newest_version=version,
+            response_crc32=0,
             sums={},
         )
         return Stored(header, body=sampling.seed)

@@ -23,6 +23,7 @@ def stored(index: int = 0, source: str = "s") -> Stored:
         stop_reason=StopReason.END_TOKEN,
         oldest_version=0,
         newest_version=0,
+        response_crc32=0,
         sums={},
     )
     return Stored(header, None)

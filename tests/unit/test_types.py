@@ -28,6 +28,7 @@ def test_a_header_is_that_of_its_trajectory():
         stop_reason=StopReason.END_TOKEN,
         oldest_version=3,
         newest_version=6,
+        response_crc32=0xB6AE1255,  # of 16 bytes: 5, 6, 7, 8 as int32, lowest byte first
         sums={"generate_s": 1.0},
         reward=0.5,
     )
