@@ -14,7 +14,7 @@ under the same number: nothing is skipped, nothing is trained twice.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ from eopd.prompts import PromptOrder
 from eopd.roles import Learner, RolloutEngine, TeacherScorer, WeightChannel
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.step import BusyClock, Totals, step_row
-from eopd.types import LossReason, LostTrajectory, ScoredTrajectory, Stored
+from eopd.types import Header, LossReason, LostTrajectory, ScoredTrajectory, Stored
 
 
 class TrajectoryLostError(RuntimeError):
@@ -62,6 +62,7 @@ class Pipeline:
     ledger: Ledger
     totals: Totals
     buffer: Buffer = field(init=False)
+    trained: Mapping[int, Header] = field(init=False, default_factory=dict)  # by issue, of the row yielded last
     _generating: BusyClock = field(init=False, default_factory=BusyClock)
     _scoring: BusyClock = field(init=False, default_factory=BusyClock)
 
@@ -109,8 +110,9 @@ class Pipeline:
         stats = await self.learner.step(batch)
         trained = time.monotonic()
         published = await self.channel.publish(stats.version)
-        self.ledger.train(t.issue for t in taken)
-        headers = [t.stored.header for t in taken]
+        self.trained = {t.issue: t.stored.header for t in taken}
+        self.ledger.train(self.trained)
+        headers = list(self.trained.values())
         self.totals.add(headers)
         await self.buffer.release(len(taken))
         ended = time.monotonic()

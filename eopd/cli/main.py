@@ -10,6 +10,7 @@ import rich.console
 import typer
 
 from eopd import __version__
+from eopd.checkpoint import StorageError
 from eopd.cli.teacher import teacher
 from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, load_config
 from eopd.teacher.selftest import TeacherSelfTestError
@@ -79,6 +80,8 @@ def export(
 
     directory = RunDirectory(run)
     config, checkpoint = directory.config(), directory.checkpoint(step)
+    for message in directory.passed_over() if step is None else ():
+        typer.echo(message, err=True)
     target = output or run / f"hf-{checkpoint.name}"
     adapter = [target.with_name(f"{target.name}-adapter")] if config.student.lora else []
     for written in (target, *adapter):
@@ -181,6 +184,6 @@ def main() -> None:
     except ConfigError as error:
         rich.console.Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except TeacherSelfTestError as error:
+    except (StorageError, TeacherSelfTestError) as error:
         rich.console.Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -132,9 +132,19 @@ class Engine:
         return norm
 
     def save(self, directory: Path, state: dict[str, int]) -> None:
-        """Weights, optimiser, schedule and ``state``, plus this rank's random state; collective."""
-        self._engine.save_checkpoint(str(directory), tag=_TAG, client_state=state, save_latest=False)
-        torch.save(torch.get_rng_state(), directory / f"rng-{dist.get_rank()}.pt")
+        """Weights, optimiser, schedule and ``state``, plus this rank's random state; collective.
+
+        Raises:
+            OSError: the disk did not take it.
+        """
+        try:
+            self._engine.save_checkpoint(str(directory), tag=_TAG, client_state=state, save_latest=False)
+            torch.save(torch.get_rng_state(), directory / f"rng-{dist.get_rank()}.pt")
+        except RuntimeError as error:
+            # All that torch's writer says of a full disk: "[enforce fail at inline_container.cc:672] . unexpected pos"
+            if "inline_container.cc" not in str(error):
+                raise
+            raise OSError(f"torch could not write all of it; is the disk full? ({error})") from error
         dist.barrier()
 
     def load(self, directory: Path) -> dict[str, int]:

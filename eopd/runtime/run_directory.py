@@ -2,28 +2,34 @@
 
 runs/<name>/config.yaml     resolved
             metrics.jsonl   one row a step
+            trained.jsonl   what each step trained on: issue numbers, and a checksum of each response's token ids
             samples.jsonl   held-out prompts and texts, before and after
             summary.json    status, steps, tokens, times, held-out numbers
-            checkpoints/    step-NNNNNN/, complete or absent
+            checkpoints/    step-NNNNNN/, each with a manifest that says whether it is whole
             broken/         optimiser steps that were not finite, if any
             hf/             the trained student as a Hugging Face directory; with LoRA merged
             adapter/        with LoRA, the adapter as peft reads it
             hf-step-NNNNNN/ the student of a checkpoint, where asked for
+
+``trained.jsonl`` is a proof that a user can check. Issue number i is a pure function of the seed (``PromptOrder``), so
+the ``issues`` of all rows hold every number once, whatever the run went through; and the ``crc32`` of two runs that
+sampled the same tokens are equal. Rows after the checkpoint that a run continues from are dropped, as in
+``metrics.jsonl``.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Self
 
 import yaml
 
-from eopd.checkpoint import list_checkpoints
+from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, remove_partial, step_of, write_whole
 from eopd.config import Config, ConfigError, dump_config, load_config
 from eopd.telemetry.console import Measurement, Sample, Summary
 from eopd.telemetry.sinks import append_jsonl
-from eopd.types import Estimate, EvalStats
+from eopd.types import Estimate, EvalStats, Header
 
 # Sections and keys that a resumed run may change; everything else would make it another run.
 MAY_CHANGE = (
@@ -45,6 +51,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self.trained = path / "trained.jsonl"
         self.checkpoints = path / "checkpoints"
         self.hf = path / "hf"
         self.broken = path / "broken"
@@ -60,7 +67,8 @@ class RunDirectory:
         """
         directory = cls(config.run.path)
         path = directory.path
-        if directory.metrics.exists() or (path.exists() and not (path / "config.yaml").exists()):
+        taken = any(made.exists() for made in (directory.metrics, directory.trained, directory.checkpoints))
+        if taken or (path.exists() and not (path / "config.yaml").exists()):
             raise ConfigError(f"run.name: {path} exists; continue it with --resume or choose another name")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -72,19 +80,24 @@ class RunDirectory:
 
     @classmethod
     def reopen(cls, config: Config) -> Self:
-        """A run to continue; rows of ``metrics.jsonl`` beyond its newest checkpoint are dropped.
+        """A run to continue, from the newest checkpoint that is whole.
 
         Raises:
-            ConfigError: there is no such run or checkpoint, or the config is not the one it was started with.
+            ConfigError: there is no such run, no whole checkpoint (names what is wrong with each), or the config is
+                not the one it was started with.
         """
         directory = cls(config.run.path)
         saved = directory.path / "config.yaml"
         if not saved.exists():
             raise ConfigError(f"--resume: {directory.path} holds no run")
         if not list_checkpoints(directory.checkpoints):
-            raise ConfigError(f"--resume: {directory.path} holds no checkpoint; start it under another run.name")
+            broken = broken_checkpoints(directory.checkpoints)
+            faults = "; ".join(f"{checkpoint.name}: {why}" for checkpoint, why in broken.items())
+            which = f"no checkpoint that is whole: {faults}" if broken else "no checkpoint"
+            raise ConfigError(f"--resume: {directory.path} holds {which}; start it under another run.name")
         _require_same(load_config(saved), config)
-        saved.write_text(dump_config(config), encoding="utf-8")
+        remove_partial(directory.checkpoints)
+        write_whole(saved, dump_config(config))
         return directory
 
     def config(self) -> Config:
@@ -99,12 +112,15 @@ class RunDirectory:
         return load_config(saved)
 
     def checkpoint(self, step: int | None) -> Path:
-        """The checkpoint of a step, or the newest.
+        """The checkpoint of a step, or the newest that is whole.
 
         Raises:
-            ConfigError: there is none; names those there are.
+            ConfigError: there is none, or it is not whole; names those there are, or what is wrong.
         """
-        found = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(self.checkpoints)}
+        for path, why in broken_checkpoints(self.checkpoints).items():
+            if step == step_of(path):
+                raise ConfigError(f"--step {step}: {path} is not whole: {why}")
+        found = {step_of(path): path for path in list_checkpoints(self.checkpoints)}
         if not found:
             raise ConfigError(f"{self.path} holds no checkpoint")
         if step is None:
@@ -113,17 +129,38 @@ class RunDirectory:
             raise ConfigError(f"--step {step}: {self.path} has checkpoints of step {', '.join(map(str, found))} only")
         return found[step]
 
+    def passed_over(self) -> list[str]:
+        """A message for every checkpoint that is newer than the newest whole one."""
+        newest = list_checkpoints(self.checkpoints)[-1:]
+        return [
+            f"passing over {broken}: {why}; the newest that is whole is {whole.name}"
+            for whole in newest
+            for broken, why in broken_checkpoints(self.checkpoints).items()
+            if step_of(broken) > step_of(whole)
+        ]
+
     def drop_rows_after(self, step: int) -> None:
-        """Forget what was measured after the checkpoint that the run continues from."""
-        if self.metrics.exists():
-            rows = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.metrics.write_text("".join(r for r in rows if json.loads(r)["step"] <= step), encoding="utf-8")
+        """Forget what was measured and trained after the checkpoint that the run continues from."""
+        for path in (self.metrics, self.trained):
+            if path.exists():
+                rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                write_whole(path, "".join(row for row in rows if _step_of(row) <= step))
+
+    def add_trained(self, step: int, trained: Mapping[int, Header]) -> None:
+        """Append to ``trained.jsonl`` which trajectories, by issue number, a step trained on.
+
+        Raises:
+            StorageError: the disk did not take it.
+        """
+        checksums = [header.response_crc32 for header in trained.values()]
+        try:
+            append_jsonl(self.trained, {"step": step, "issues": list(trained), "crc32": checksums})
+        except OSError as error:
+            raise StorageError.of(self.trained, error, "Free some space, then continue with --resume.") from error
 
     def write_summary(self, summary: Summary) -> None:
         """Replace ``summary.json``, whole or not at all."""
-        partial = self._summary.with_suffix(".partial")
-        partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        partial.rename(self._summary)
+        write_whole(self._summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def read_summary(self) -> Summary:
         """The summary as it was last written."""
@@ -152,10 +189,21 @@ def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
     """An ``EvalStats`` as ``summary.json`` keeps it: every estimate with its mean and standard error."""
     estimates = ((name, getattr(stats, name)) for name in stats.__dataclass_fields__)
     return {
-        name: {"mean": value.mean, "standard_error": value.standard_error if isfinite(value.standard_error) else None}
+        name: {
+            "mean": value.mean,
+            "standard_error": value.standard_error if math.isfinite(value.standard_error) else None,
+        }
         for name, value in estimates
         if isinstance(value, Estimate)
     }
+
+
+def _step_of(row: str) -> float:
+    """The step of a row; beyond all others where the row was cut short, by a machine that lost its power."""
+    try:
+        return float(json.loads(row)["step"])
+    except ValueError:
+        return math.inf
 
 
 def _require_same(saved: Config, given: Config) -> None:

@@ -144,6 +144,7 @@ class TrainingRun:
             async for row in steps:
                 telemetry.write({**row, **self._faults(members)})
                 self._count(row)
+                self.directory.add_trained(self._progress.step, pipeline.trained)
                 if self._progress.step % self._config.checkpoint.every == 0:
                     await self._save(members)
                     saved = self._progress.step
@@ -242,7 +243,7 @@ class TrainingRun:
     async def _telemetry(self) -> AsyncIterator[Telemetry]:
         run, telemetry = self._config.run, self._config.telemetry
         sinks: list[Sink] = [JsonlSink(self.directory.metrics)]
-        notes = [f"run directory {self.directory.path}"]
+        notes = [f"run directory {self.directory.path}", *self.directory.passed_over()]
         if telemetry.port is not None:
             prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
             sinks.append(prometheus)

@@ -1,14 +1,17 @@
 """Bad input: one message that names the key, exit code 2, no traceback, before any worker starts."""
 
+import asyncio
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from eopd.checkpoint import DriverState, StorageError, write_checkpoint
 from eopd.cli.main import main
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 
@@ -71,12 +74,19 @@ def test_a_mistake_is_one_message_and_exit_code_2(files, overrides, message, cap
     assert not (files / "runs").exists()
 
 
+async def _save_nothing(learner: Path) -> None:
+    learner.mkdir()
+
+
 @pytest.fixture
 def run(files, tmp_path):
-    """A run directory with checkpoints of steps 2 and 10, and one that is not whole."""
+    """A run directory with checkpoints of steps 2 and 10, one that lost a file, and one that was never finished."""
     directory = tmp_path / "run"
-    for name in ("step-000002", "step-000010", ".step-000012.partial"):
-        (directory / "checkpoints" / name).mkdir(parents=True)
+    for step in (2, 10, 11):
+        numbers = DriverState(step=step, tokens=0, trajectories=0, skipped_steps=0, wall_s=0.0, ledger={})
+        asyncio.run(write_checkpoint(directory / "checkpoints", numbers, _save_nothing, keep_last=3))
+    (directory / "checkpoints" / "step-000011" / "state.json").unlink()
+    (directory / "checkpoints" / ".step-000012.partial").mkdir()
     shutil.copy(files / "c.yaml", directory / "config.yaml")
     (tmp_path / "empty").mkdir()
     (tmp_path / "new").mkdir()
@@ -92,10 +102,21 @@ def run(files, tmp_path):
         ("{root}/empty", "error: {root}/empty holds no run (it has no config.yaml)"),
         ("{root}/new", "error: {root}/new holds no checkpoint"),
         ("{root}/run --step 7", "error: --step 7: {root}/run has checkpoints of step 2, 10 only"),
+        (
+            "{root}/run --step 11",
+            "error: --step 11: {root}/run/checkpoints/step-000011 is not whole: state.json is missing",
+        ),
         ("{root}/run --step 12", "error: --step 12: {root}/run has checkpoints of step 2, 10 only"),
-        ("{root}/run", "error: --output {root}/run/hf-step-000010: exists; remove it or name another"),
-        ("{root}/run --output {root}/empty", "error: --output {root}/empty: exists; remove it or name another"),
-        ("{root}/run --output {root}/a/b", "error: --output {root}/a/b: there is no directory {root}/a"),
+        (
+            "{root}/run",
+            "passing over {root}/run/checkpoints/step-000011: state.json is missing; the newest that is whole is "
+            "step-000010\nerror: --output {root}/run/hf-step-000010: exists; remove it or name another",
+        ),
+        (
+            "{root}/run --step 2 --output {root}/empty",
+            "error: --output {root}/empty: exists; remove it or name another",
+        ),
+        ("{root}/run --step 2 --output {root}/a/b", "error: --output {root}/a/b: there is no directory {root}/a"),
     ],
 )
 def test_a_mistaken_export_is_one_message_and_writes_nothing(run, arguments, message, capsys, monkeypatch):
@@ -106,6 +127,18 @@ def test_a_mistaken_export_is_one_message_and_writes_nothing(run, arguments, mes
     assert caught.value.code == 2
     assert capsys.readouterr().err == message.format(root=run) + "\n"
     assert sorted(run.rglob("*")) == before
+
+
+def test_a_disk_that_takes_no_more_is_one_message(run, capsys, monkeypatch):
+    def full(*arguments, **options):
+        raise StorageError("here could not be written: [Errno 28] No space left on device; 0 bytes were free there.")
+
+    monkeypatch.setattr("eopd.runtime.train.train", full)
+    monkeypatch.setattr(sys, "argv", ["eopd", "train", str(run / "run" / "config.yaml")])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("error: here could not be written: [Errno 28] No space left on device; 0")
 
 
 def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkeypatch):

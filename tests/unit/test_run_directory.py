@@ -1,15 +1,15 @@
-"""Checkpoints are whole or absent; a run directory is neither overwritten nor continued as something else."""
+"""A run is neither overwritten nor continued as something else, and goes on from a checkpoint that is whole."""
 
 import json
 
 import pytest
 
-from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
-from eopd.config import ConfigError, load_config
+from eopd.checkpoint import DriverState, StorageError, write_checkpoint
+from eopd.config import Config, ConfigError, load_config
 from eopd.ledger import Ledger
 from eopd.runtime.progress import Progress
 from eopd.runtime.run_directory import RunDirectory, held_out_record
-from eopd.types import Estimate, EvalStats
+from eopd.types import Estimate, EvalStats, Header, StopReason, TrajectoryKey
 
 
 def state(step: int) -> DriverState:
@@ -31,28 +31,6 @@ def config(tmp_path):
         "prompts: {data: a, held_out: b}\nflow: {batch_prompts: 8}"
     )
     return lambda *overrides: load_config(path, overrides)
-
-
-async def test_the_newest_checkpoints_are_kept_and_read_back(tmp_path):
-    for step in (1, 2, 3):
-        await write_checkpoint(tmp_path, state(step), save, keep_last=2)
-    assert [c.name for c in list_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
-    assert DriverState.read(list_checkpoints(tmp_path)[-1]) == state(3)
-    assert (tmp_path / "step-000003/learner/weights").read_text() == "w"
-
-
-async def test_a_checkpoint_that_failed_half_way_is_none_and_the_old_one_stays(tmp_path):
-    await write_checkpoint(tmp_path, state(1), save, keep_last=1)
-
-    async def broken(directory):
-        await save(directory)
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        await write_checkpoint(tmp_path, state(2), broken, keep_last=1)
-    assert [c.name for c in list_checkpoints(tmp_path)] == ["step-000001"]
-    await write_checkpoint(tmp_path, state(2), save, keep_last=1)
-    assert [c.name for c in tmp_path.iterdir()] == ["step-000002"]
 
 
 async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
@@ -79,25 +57,42 @@ async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
-        ("learner.ranks=2 learner.cpus=0.5 learner.gpus=1 learner.threads=3", None),
-        ("checkpoint.keep_last=1 telemetry.port=null cluster.cpus=3", None),
+        ("learner.ranks=2; learner.cpus=0.5; learner.gpus=1; learner.threads=3", None),
+        ("checkpoint.keep_last=1; telemetry.port=null; cluster.cpus=3", None),
+        ("run.batches=3", "run.batches was 2 and is 3"),
+        ("run.seed=1", "run.seed was 0 and is 1"),
+        ("student.dtype=float32", "student.dtype was 'bfloat16' and is 'float32'"),
+        ("student.lora={rank: 4}", "student.lora.alpha was None and is 32.0"),
+        ("teachers.0.temperature=2", "teachers.0.temperature was 1.0 and is 2.0"),
+        (
+            "teachers=[{model: t, name: a, sources: [x]}, {model: t, name: b}]",
+            "teachers.0.name was 'teacher' and is 'a'",
+        ),
+        ("prompts.held_out=c", "prompts.held_out was 'b' and is 'c'"),
+        ("rollout.cpus=2", "rollout.cpus was 1.0 and is 2.0"),
+        ("rollout.vllm={seed: 3}", "rollout.vllm.seed was None and is 3"),
+        ("flow.max_staleness=1", "flow.max_staleness was 0 and is 1"),
+        ("loss.top_k=7", "loss.top_k was 16 and is 7"),
         ("learner.zero_stage=2", "learner.zero_stage was 1 and is 2"),
         ("learner.token_budget=9000", "learner.token_budget was 8192 and is 9000"),
         ("learner.deepspeed.ranks=2", "learner.deepspeed.ranks was None and is 2"),
-        ("rollout.cpus=2", "rollout.cpus was 1.0 and is 2"),
-        ("run.batches=3", "run.batches was 2 and is 3"),
+        ("weights.timeout_s=9", "weights.timeout_s was 120.0 and is 9.0"),
+        ("evaluation.seed=9", "evaluation.seed was 1234 and is 9"),
     ],
 )
 async def test_a_resumed_run_may_change_its_place_and_nothing_else(config, changes, refused):
     directory = RunDirectory.create(config())
     await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
-    changed = config(*changes.split())
+    changed = config(*changes.split("; "))
     if refused is None:
         RunDirectory.reopen(changed)
         assert load_config(directory.path / "config.yaml") == changed
     else:
-        with pytest.raises(ConfigError, match=refused):
+        with pytest.raises(ConfigError) as caught:
             RunDirectory.reopen(changed)
+        message = str(caught.value)
+        listed = "checkpoint, telemetry, cluster, learner.ranks, learner.cpus, learner.gpus, learner.threads"
+        assert message.startswith(f"--resume: {refused}") and message.endswith(f"; only {listed} may change")
         assert load_config(directory.path / "config.yaml") == config()
 
 
@@ -110,11 +105,87 @@ async def test_round_robin_gradients_fix_the_number_of_ranks(config):
         RunDirectory.reopen(config(native, "learner.ranks=2"))
 
 
+def test_every_section_of_the_config_is_either_fixed_or_listed():
+    """A new section must be put on one side or the other, and tested above."""
+    tested = {"run", "student", "teachers", "prompts", "rollout", "flow", "loss", "weights", "evaluation", "learner"}
+    assert tested | {"checkpoint", "telemetry", "cluster"} == set(Config.model_fields)
+
+
+async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):
+    directory = RunDirectory.create(config())
+    for step in (9, 10, 11):
+        await write_checkpoint(directory.checkpoints, state(step), save, keep_last=9)
+    whole, cut, half = (directory.checkpoints / f"step-{step:06d}" for step in (9, 10, 11))
+    (cut / "learner/weights").write_text("")
+    (half / "manifest.json").unlink()
+    (directory.checkpoints / ".step-000012.partial").mkdir()
+    reopened = RunDirectory.reopen(config())
+    instead = "; the newest that is whole is step-000009"
+    assert reopened.passed_over() == [
+        f"passing over {cut}: learner/weights has 0 bytes instead of 1{instead}",
+        f"passing over {half}: manifest.json cannot be read (No such file or directory){instead}",
+    ]
+    assert reopened.checkpoint(None) == whole
+    assert not (directory.checkpoints / ".step-000012.partial").exists()
+    with pytest.raises(ConfigError, match=r"--step 10: .*step-000010 is not whole: learner/weights has 0 bytes"):
+        reopened.checkpoint(10)
+    await write_checkpoint(directory.checkpoints, state(10), save, keep_last=9)
+    assert [message.split(":")[0] for message in reopened.passed_over()] == [f"passing over {half}"]
+    await write_checkpoint(directory.checkpoints, state(12), save, keep_last=9)
+    assert reopened.passed_over() == []  # older than the one to continue from: nobody asks
+
+
+async def test_without_a_whole_checkpoint_the_fault_of_each_is_named(config):
+    directory = RunDirectory.create(config())
+    for step in (1, 2):
+        await write_checkpoint(directory.checkpoints, state(step), save, keep_last=2)
+    for checkpoint in directory.checkpoints.iterdir():
+        (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(ConfigError) as caught:
+        RunDirectory.reopen(config())
+    message = str(caught.value)
+    assert message.startswith(
+        f"--resume: {directory.path} holds no checkpoint that is whole: step-000001: state.json has"
+    )
+    assert "step-000002: state.json has 2 bytes instead of" in message
+    assert message.endswith("start it under another run.name")
+
+
+def header(response_crc32: int) -> Header:
+    return Header(
+        key=TrajectoryKey(0, "p", 0),
+        source="s",
+        num_prompt_tokens=1,
+        num_response_tokens=1,
+        num_loss_tokens=1,
+        stop_reason=StopReason.LENGTH,
+        oldest_version=0,
+        newest_version=0,
+        response_crc32=response_crc32,
+        sums={},
+    )
+
+
 def test_rows_after_the_checkpoint_are_dropped(config):
     directory = RunDirectory.create(config())
-    directory.metrics.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)))
+    directory.metrics.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 1')
+    for step in (1, 2, 3):
+        directory.add_trained(step, {2 * step: header(7), 2 * step + 1: header(8)})
     directory.drop_rows_after(2)
     assert [json.loads(line)["step"] for line in directory.metrics.read_text().splitlines()] == [1, 2]
+    assert [json.loads(line) for line in directory.trained.read_text().splitlines()] == [
+        {"step": 1, "issues": [2, 3], "crc32": [7, 8]},
+        {"step": 2, "issues": [4, 5], "crc32": [7, 8]},
+    ]
+
+
+def test_a_run_that_cannot_say_what_it_trained_ends(config):
+    directory = RunDirectory.create(config())
+    directory.trained.symlink_to("/dev/full")
+    with pytest.raises(
+        StorageError, match=r"trained.jsonl could not be written: \[Errno 28\] .*continue with --resume"
+    ):
+        directory.add_trained(1, {0: header(7)})
 
 
 def test_summary_and_samples_come_back_as_written(config):
