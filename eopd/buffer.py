@@ -12,6 +12,7 @@ trajectory can be overtaken for ever.
 """
 
 import asyncio
+import itertools
 from dataclasses import dataclass, field
 
 from eopd.types import ScoredTrajectory, Stored
@@ -33,7 +34,10 @@ class Taken:
 
 @dataclass(slots=True)
 class Buffer:
-    """Between scoring and training. ``next_unconsumed`` and ``consumed_ahead`` start where a ledger left off."""
+    """Between scoring and training. ``next_unconsumed`` and ``consumed_ahead`` start where a ledger left off.
+
+    An offer costs the same however many are ready: the learner is woken when a batch is full, not to look for one.
+    """
 
     batch: int
     max_staleness: int
@@ -43,7 +47,14 @@ class Buffer:
     num_in_flight: int = 0
     closed: bool = False
     _ready: dict[int, _Offer] = field(init=False, default_factory=dict)
-    _changed: asyncio.Condition = field(init=False, default_factory=asyncio.Condition)
+    _ready_by_version: dict[int, set[int]] = field(init=False, default_factory=dict)  # the oldest that wrote in it
+    _next_missing: int = field(init=False)  # nothing below is missing: all is consumed or ready
+    _oldest_allowed: int = field(init=False, default=0)
+    _slot_freed: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+    _take_may_go_on: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._next_missing = self.next_unconsumed
 
     @property
     def num_slots(self) -> int:
@@ -57,9 +68,10 @@ class Buffer:
 
     async def admit(self) -> None:
         """Wait for a free slot and hold it."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.num_in_flight < self.num_slots)
-            self.num_in_flight += 1
+        while self.num_in_flight >= self.num_slots:
+            self._slot_freed.clear()
+            await self._slot_freed.wait()
+        self.num_in_flight += 1
 
     async def offer(self, issue: int, stored: Stored[ScoredTrajectory]) -> bool:
         """Hand in a scored trajectory and wait for its fate.
@@ -67,10 +79,14 @@ class Buffer:
         Returns:
             True when a batch consumed it; False when it was too stale: the slot is still held, sample it again.
         """
+        version = stored.header.oldest_version
+        if version < self._oldest_allowed:
+            return False
         offer = _Offer(stored, asyncio.get_running_loop().create_future())
-        async with self._changed:
-            self._ready[issue] = offer
-            self._changed.notify_all()
+        self._ready[issue] = offer
+        self._ready_by_version.setdefault(version, set()).add(issue)
+        if self._is_full():
+            self._take_may_go_on.set()
         return await offer.consumed
 
     async def take(self, version: int) -> list[Taken]:
@@ -79,42 +95,54 @@ class Buffer:
         Returns:
             A full batch, or nothing once the buffer is closed.
         """
-        async with self._changed:
-            while not self.closed:
-                self._turn_away_stale(version)
-                candidates = sorted(self._ready)[: self.batch]
-                if len(candidates) == self.batch and self._leaves_nothing_overdue(candidates):
-                    return [self._consume(issue) for issue in candidates]
-                await self._changed.wait()
-            return []
+        self._turn_away_older_than(version - self.max_staleness)
+        while not self.closed:
+            if self._is_full():
+                ready = filter(self._ready.__contains__, itertools.count(self.next_unconsumed))
+                return [self._consume(issue) for issue in list(itertools.islice(ready, self.batch))]
+            self._take_may_go_on.clear()
+            await self._take_may_go_on.wait()
+        return []
 
     async def close(self) -> None:
         """Give out no further batch; whoever waits for one gets nothing."""
-        async with self._changed:
-            self.closed = True
-            self._changed.notify_all()
+        self.closed = True
+        self._take_may_go_on.set()
 
     async def release(self, count: int) -> None:
         """Free the slots of a batch, once the weights it made are published."""
-        async with self._changed:
-            self.num_in_flight -= count
-            self._changed.notify_all()
+        self.num_in_flight -= count
+        self._slot_freed.set()
 
-    def _leaves_nothing_overdue(self, candidates: list[int]) -> bool:
+    def _is_full(self) -> bool:
+        """Whether a batch is ready that leaves nothing overdue behind."""
+        if len(self._ready) < self.batch:
+            return False
+        while self._next_missing in self._ready or self._next_missing in self.consumed_ahead:
+            self._next_missing += 1
         number = (self.next_unconsumed + len(self.consumed_ahead)) // self.batch
-        due = range(self.next_unconsumed, self.batch * (number + 1 - self.lookahead))
-        return self.consumed_ahead.union(candidates).issuperset(due)
+        return self._next_missing >= self.batch * (number + 1 - self.lookahead)
 
     def _consume(self, issue: int) -> Taken:
-        offer = self._ready.pop(issue)
-        offer.consumed.set_result(True)
+        stored = self._withdraw(issue, consumed=True)
         self.consumed_ahead.add(issue)
         while self.next_unconsumed in self.consumed_ahead:
             self.consumed_ahead.remove(self.next_unconsumed)
             self.next_unconsumed += 1
-        return Taken(issue, offer.stored)
+        return Taken(issue, stored)
 
-    def _turn_away_stale(self, version: int) -> None:
-        oldest = version - self.max_staleness
-        for issue in [i for i, offer in self._ready.items() if offer.stored.header.oldest_version < oldest]:
-            self._ready.pop(issue).consumed.set_result(False)
+    def _turn_away_older_than(self, oldest_allowed: int) -> None:
+        self._oldest_allowed = oldest_allowed
+        for version in [v for v in self._ready_by_version if v < oldest_allowed]:
+            for issue in list(self._ready_by_version[version]):
+                self._withdraw(issue, consumed=False)
+                self._next_missing = min(self._next_missing, issue)
+
+    def _withdraw(self, issue: int, *, consumed: bool) -> Stored[ScoredTrajectory]:
+        offer = self._ready.pop(issue)
+        version = offer.stored.header.oldest_version
+        self._ready_by_version[version].remove(issue)
+        if not self._ready_by_version[version]:
+            del self._ready_by_version[version]
+        offer.consumed.set_result(consumed)
+        return offer.stored

@@ -3,10 +3,11 @@
 import asyncio
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from eopd.buffer import Buffer
+from eopd.buffer import Buffer, Taken
 from eopd.types import Header, StopReason, Stored, TrajectoryKey
 
 
@@ -26,52 +27,140 @@ def stored(issue: int, version: int) -> Stored:
     return Stored(header, body=None)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    batch=st.integers(1, 4),
-    max_staleness=st.integers(0, 3),
-    lookahead=st.integers(0, 3),
-    choices=st.lists(st.integers(0, 1_000), min_size=40, max_size=120),
-)
-def test_no_order_of_events_breaks_the_bound_or_deadlocks(batch, max_staleness, lookahead, choices):
-    lookahead = min(lookahead, max_staleness)
-    worst = asyncio.run(_drive(batch, max_staleness, lookahead, choices))
-    assert worst <= max_staleness
+class Driving(RuleBasedStateMachine):
+    """Everything that can happen to a buffer, in any order, beside an oracle that sorts and searches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+
+    @initialize(batch=st.integers(1, 4), max_staleness=st.integers(0, 3), lookahead=st.integers(0, 3))
+    def start(self, batch: int, max_staleness: int, lookahead: int) -> None:
+        self.buffer = Buffer(batch=batch, max_staleness=max_staleness, lookahead=min(lookahead, max_staleness))
+        self.version = self.next_issue = 0
+        self.running: dict[int, int] = {}  # issue -> version that writes it
+        self.offers: dict[int, tuple[int, asyncio.Task[bool]]] = {}  # scored, and no fate yet
+        self.consumed: list[int] = []
+        self.taking: asyncio.Task[list[Taken]] | None = None
+        self.unpublished: list[Taken] = []
+
+    def settle(self) -> None:
+        """Let everything go on that can; then look at what became of offers and of the learner's wait."""
+        self.loop.run_until_complete(_turns(4))
+        if self.taking and self.taking.done():
+            self.unpublished, self.taking = self.taking.result(), None
+            self.consumed += [taken.issue for taken in self.unpublished]
+            staleness = [self.version - taken.stored.header.oldest_version for taken in self.unpublished]
+            assert len(staleness) == self.buffer.batch and max(staleness) <= self.buffer.max_staleness
+        for issue, (_, offer) in list(self.offers.items()):
+            if offer.done():
+                del self.offers[issue]
+                assert offer.result() == (issue in self.consumed)
+                if not offer.result():
+                    self.running[issue] = self.version  # it keeps its slot and is sampled again
+
+    @precondition(lambda self: self.buffer.num_in_flight < self.buffer.num_slots)
+    @rule(most=st.integers(1, 12))
+    def admit(self, most: int) -> None:
+        for _ in range(min(most, self.buffer.num_slots - self.buffer.num_in_flight)):
+            self.loop.run_until_complete(self.buffer.admit())
+            while self.next_issue in self.consumed:
+                self.next_issue += 1
+            self.running[self.next_issue] = self.version
+            self.next_issue += 1
+
+    @precondition(lambda self: self.running)
+    @rule(choices=st.lists(st.integers(0, 1_000), min_size=1, max_size=6))
+    def finish(self, choices: list[int]) -> None:
+        for choice in choices[: len(self.running)]:
+            issue = sorted(self.running)[choice % len(self.running)]
+            self.offer(issue, self.running.pop(issue))
+
+    @precondition(lambda self: self.running)
+    @rule(choice=st.integers(0, 1_000), age=st.integers(0, 6))
+    def finish_under_weights_that_are_too_old_by_accident(self, choice: int, age: int) -> None:
+        issue = sorted(self.running)[choice % len(self.running)]
+        del self.running[issue]
+        self.offer(issue, self.version - age)
+
+    def offer(self, issue: int, version: int) -> None:
+        self.offers[issue] = version, self.loop.create_task(self.buffer.offer(issue, stored(issue, version)))
+        self.settle()
+
+    @precondition(lambda self: self.running)
+    @rule(choice=st.integers(0, 1_000))
+    def lose(self, choice: int) -> None:
+        self.running[sorted(self.running)[choice % len(self.running)]] = self.version
+
+    @precondition(lambda self: self.taking is None and not self.unpublished)
+    @rule()
+    def take(self) -> None:
+        self.taking = self.loop.create_task(self.buffer.take(self.version))
+        self.settle()
+
+    @precondition(lambda self: self.unpublished)
+    @rule()
+    def publish(self) -> None:
+        self.loop.run_until_complete(self.buffer.release(len(self.unpublished)))
+        self.unpublished = []
+        self.version += 1
+
+    @precondition(lambda self: not self.unpublished)
+    @rule()
+    def crash_and_resume(self) -> None:
+        self.teardown(close=False)
+        self.buffer = Buffer(
+            batch=self.buffer.batch,
+            max_staleness=self.buffer.max_staleness,
+            lookahead=self.buffer.lookahead,
+            next_unconsumed=self.buffer.next_unconsumed,
+            consumed_ahead=set(self.buffer.consumed_ahead),
+        )
+        self.running, self.offers, self.taking = {}, {}, None
+        self.next_issue = self.buffer.next_unconsumed
+
+    @invariant()
+    def slots_bound_everything(self) -> None:
+        held = len(self.running) + len(self.offers) + len(self.unpublished)
+        assert self.buffer.num_in_flight == held <= self.buffer.num_slots
+        assert self.buffer.num_ready == len(self.offers)
+        assert len(self.buffer.consumed_ahead) <= self.buffer.batch * self.buffer.lookahead
+
+    @invariant()
+    def nothing_is_consumed_twice_and_order_is_kept(self) -> None:
+        assert (
+            len(set(self.consumed)) == len(self.consumed) == self.buffer.batch * (self.version + bool(self.unpublished))
+        )
+        if self.buffer.lookahead == 0:
+            assert self.consumed == list(range(len(self.consumed)))
+
+    @invariant()
+    def the_learner_waits_only_while_no_batch_is_full_and_one_can_be(self) -> None:
+        if self.taking is None:
+            return
+        oldest_allowed = self.version - self.buffer.max_staleness
+        assert all(version >= oldest_allowed for version, _ in self.offers.values())
+        batch = sorted(self.offers)[: self.buffer.batch]
+        due = set(range(self.buffer.batch * (self.version + 1 - self.buffer.lookahead))) - set(self.consumed)
+        assert len(batch) < self.buffer.batch or not due <= set(batch), f"{batch} is a batch that nobody takes"
+        can_go_on = self.running or self.buffer.num_in_flight < self.buffer.num_slots
+        assert can_go_on, "every slot is taken and nothing can be consumed: deadlock"
+
+    def teardown(self, close: bool = True) -> None:
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        self.loop.run_until_complete(_turns(2))
+        if close:
+            self.loop.close()
 
 
-async def _drive(batch: int, max_staleness: int, lookahead: int, choices: list[int]) -> int:
-    """Play a random schedule: which running trajectory finishes next is drawn; the learner takes whenever it can."""
-    buffer = Buffer(batch=batch, max_staleness=max_staleness, lookahead=lookahead)
-    running: dict[int, int] = {}  # issue -> version at admission
-    version = issue = worst = 0
-    consumed: list[int] = []
-    offers: list[asyncio.Task[bool]] = []
-    for choice in choices:
-        while buffer.num_in_flight < buffer.num_slots:
-            await buffer.admit()
-            running[issue] = version
-            issue += 1
-        assert running, "every slot is taken and nothing can be consumed: deadlock"
-        finished = sorted(running)[choice % len(running)]
-        offers.append(asyncio.create_task(buffer.offer(finished, stored(finished, running.pop(finished)))))
-        taking = asyncio.create_task(buffer.take(version))
-        for _ in range(4):
-            await asyncio.sleep(0)
-        if not taking.done():
-            taking.cancel()
-            continue
-        taken = taking.result()
-        assert len(taken) == batch
-        consumed += [t.issue for t in taken]
-        worst = max(worst, *(version - t.stored.header.oldest_version for t in taken))
-        version += 1
-        await buffer.release(batch)
-    assert len(consumed) == len(set(consumed))
-    if lookahead == 0:
-        assert consumed == list(range(len(consumed)))
-    for offer in offers:
-        offer.cancel()
-    return worst
+async def _turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+class TestAnyOrderOfEvents(Driving.TestCase):
+    settings = settings(max_examples=150, stateful_step_count=80, deadline=None)
 
 
 async def test_synchronous_means_no_admission_before_the_release():
