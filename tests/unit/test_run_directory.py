@@ -57,7 +57,10 @@ async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
-        ("learner.ranks=2; learner.cpus=0.5; learner.gpus=1; learner.threads=3", None),
+        (
+            "learner.ranks=2; learner.cpus=0.5; learner.gpus=1; learner.threads=3; learner.timeout_s=9; rollout.timeout_s=9",
+            None,
+        ),
         ("checkpoint.keep_last=1; telemetry.port=null; cluster.cpus=3", None),
         ("run.batches=3", "run.batches was 2 and is 3"),
         ("run.seed=1", "run.seed was 0 and is 1"),
@@ -92,6 +95,7 @@ async def test_a_resumed_run_may_change_its_place_and_nothing_else(config, chang
             RunDirectory.reopen(changed)
         message = str(caught.value)
         listed = "checkpoint, telemetry, cluster, learner.ranks, learner.cpus, learner.gpus, learner.threads"
+        listed += ", learner.timeout_s, rollout.timeout_s"
         assert message.startswith(f"--resume: {refused}") and message.endswith(f"; only {listed} may change")
         assert load_config(directory.path / "config.yaml") == config()
 
