@@ -111,6 +111,9 @@ def test_after_all_that_every_step_is_there_once_and_nothing_is_left_running(run
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     assert [row["eopd_trajectories_total"] for row in found] == [8 * row["step"] for row in found]
     assert all(row["eopd_staleness_max"] <= 1 for row in found)
+    trained = [json.loads(line) for line in (run.directory / "trained.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in trained] == [row["step"] for row in found]
+    assert sorted(issue for row in trained for issue in row["issues"]) == list(range(8 * len(found)))  # exactly once
     assert sum(value for name, value in found[-1].items() if name.startswith("eopd_lost_trajectories_total")) == 0
     assert len(re.findall("the learner was lost", out)) == 2
 

@@ -57,11 +57,14 @@ def test_the_run_directory_is_the_contract(synchronous):
         "metrics.jsonl",
         "summary.json",
         "samples.jsonl",
+        "trained.jsonl",
         "checkpoints",
         "hf",
     }
     assert [p.name for p in sorted((directory / "checkpoints").iterdir())] == ["step-000020", "step-000030"]
     assert yaml.safe_load((directory / "config.yaml").read_text())["learner"]["ranks"] == 2
+    trained = [json.loads(line) for line in (directory / "trained.jsonl").read_text().splitlines()]
+    assert [row["issues"] for row in trained] == [list(range(8 * step, 8 * step + 8)) for step in range(30)]
     samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
     assert [s["phase"] for s in samples] == ["before"] * 3 + ["after"] * 3
     assert [s["prompt_id"] for s in samples[:3]] == [s["prompt_id"] for s in samples[3:]]

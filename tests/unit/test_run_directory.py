@@ -58,7 +58,8 @@ async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
     ("changes", "refused"),
     [
         (
-            "learner.ranks=2; learner.cpus=0.5; learner.gpus=1; learner.threads=3; learner.timeout_s=9; rollout.timeout_s=9",
+            "learner.ranks=2; learner.cpus=0.5; learner.gpus=1; learner.threads=3; learner.timeout_s=9; "
+            "rollout.timeout_s=9",
             None,
         ),
         ("checkpoint.keep_last=1; telemetry.port=null; cluster.cpus=3", None),
