@@ -98,8 +98,9 @@ class Buffer:
         self._turn_away_older_than(version - self.max_staleness)
         while not self.closed:
             if self._is_full():
-                ready = filter(self._ready.__contains__, itertools.count(self.next_unconsumed))
-                return [self._consume(issue) for issue in list(itertools.islice(ready, self.batch))]
+                numbers = range(self.next_unconsumed, max(self._ready) + 1)
+                lowest = itertools.islice(filter(self._ready.__contains__, numbers), self.batch)
+                return [self._consume(issue) for issue in list(lowest)]
             self._take_may_go_on.clear()
             await self._take_may_go_on.wait()
         return []
