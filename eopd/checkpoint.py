@@ -76,7 +76,7 @@ async def write_checkpoint(
         partial.mkdir(parents=True)
         await save(partial / "learner")
         (partial / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        await asyncio.to_thread(_seal, partial)  # gigabytes on their way to a disk: generation goes on meanwhile
+        await asyncio.to_thread(seal, partial)  # gigabytes on their way to a disk: generation goes on meanwhile
         shutil.rmtree(final, ignore_errors=True)  # one of this step is a broken one: training went back before it
         partial.rename(final)
         _force(root)
@@ -148,7 +148,7 @@ def _named(root: Path) -> list[Path]:
     return sorted((path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=step_of)
 
 
-def _seal(directory: Path) -> None:
+def seal(directory: Path) -> None:
     """Force every file to disk, then write and force the manifest, then the directories that name them."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     for path in files:
