@@ -122,8 +122,7 @@ class FlowConfig(Section):
 class LearnerConfig(Section):
     """The DeepSpeed gang. ``max_skipped_steps`` optimiser steps of a run may be skipped for a loss or gradient that is
     not finite; the next one ends the run. Ranks that do not answer within ``timeout_s`` are started again from the last
-    checkpoint. ``deepspeed`` goes to the engine untouched; keys this project must own are
-    refused there.
+    checkpoint. ``deepspeed`` goes to the engine untouched; keys this project must own are refused there.
     """
 
     ranks: int = Field(1, ge=1)

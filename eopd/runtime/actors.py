@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 Spawn = Callable[..., list[ActorHandle]]
 
 MAX_CONCURRENT_REQUESTS = 10_000  # of one engine actor; the buffer's slots are the real limit
-CLOSE_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 20.0
 
 Split = tuple[Header | LostTrajectory, object]
 
@@ -78,7 +78,7 @@ async def _or_cancel(head: "ray.ObjectRef[Header | LostTrajectory]") -> Header |
 
 
 async def end(actor: ActorHandle) -> None:
-    """End an actor for certain, its engine's processes too; it may be dead, or hang."""
+    """Let an actor stop its engine's processes, then kill it for certain; it may be dead, or hang."""
     with suppress(RayError, TimeoutError):
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await actor.close.remote()

@@ -2,17 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
 from eopd.rollout.pool import EnginePool
-from eopd.runtime.actors import MAX_CONCURRENT_REQUESTS, RemoteEngine, RolloutActor, Spawn
+from eopd.runtime.actors import MAX_CONCURRENT_REQUESTS, RemoteEngine, RolloutActor, Spawn, end
 from eopd.runtime.cluster import log_directory
 from eopd.runtime.engines import EngineFleet, start_engine
 from eopd.runtime.gang import LearnerGang
@@ -24,7 +24,6 @@ from eopd.types import Stored
 from eopd.weights.channel import BroadcastChannel
 
 T = TypeVar("T")
-CLOSE_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +151,7 @@ async def _actors() -> AsyncIterator[Spawn]:
         yield spawn
     finally:
         try:
-            await _close(spawned)
+            await asyncio.gather(*(end(actor) for actor in spawned))
         finally:  # also when a second signal cancels the closing
             for actor in spawned:
                 ray.kill(actor)
@@ -162,17 +161,3 @@ async def fetch(stored: Stored[T]) -> T:
     """The body behind a reference, for the few that the driver does read."""
     body: T = await stored.body  # type: ignore[misc]
     return body
-
-
-async def _close(actors: Sequence[ActorHandle]) -> None:
-    """Ask engines to stop their own processes; one that is dead already, or does not answer, is killed all the same."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await asyncio.gather(*(_ask_to_close(actor) for actor in actors))
-
-
-async def _ask_to_close(actor: ActorHandle) -> None:
-    try:
-        await actor.close.remote()
-    except RayError:  # it never started, or died: the cause is already on its way up
-        return

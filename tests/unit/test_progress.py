@@ -1,0 +1,18 @@
+"""Where a run goes back to when its learner is lost."""
+
+from eopd.checkpoint import DriverState
+from eopd.ledger import Ledger
+from eopd.runtime.progress import Progress
+
+
+def test_a_lost_learner_rolls_back_to_a_checkpoint_or_to_the_beginning_as_another_incarnation():
+    progress = Progress(step=9, tokens=90, trajectories=72, skipped_steps=2, wall_before_s=100.0)
+    state = DriverState(step=5, tokens=50, trajectories=40, skipped_steps=1, wall_s=3.0, ledger=Ledger().state())
+    progress.roll_back(state)
+    assert (progress.step, progress.tokens, progress.trajectories, progress.skipped_steps) == (5, 50, 40, 1)
+    assert (progress.incarnation, progress.learner_restarts) == (1, 1)
+    progress.roll_back(None)
+    assert (progress.step, progress.tokens, progress.trajectories, progress.skipped_steps) == (0, 0, 0, 0)
+    assert (progress.incarnation, progress.learner_restarts) == (2, 2)
+    assert progress.wall_s >= 100.0 and progress.summary("running")["incarnation"] == 2
+    assert Progress.resume(state, progress.summary("running")).incarnation == 3
