@@ -1,8 +1,8 @@
 """The scoring head that lives inside vLLM: what a teacher says of every response token, and [T, V] is never held.
 
-In: hidden states of finished prefills, and in ``PoolingParams.extra_kwargs`` the number R of response tokens. Out:
-per request float32 [R, 3 + 2 K] in the layout of ``signal.py``: exact entropy, log-probability of the sampled token,
-exact log of the tail mass, top-k log-probabilities and ids, all at the teacher's temperature.
+In: hidden states of finished prefills, and in ``PoolingParams.extra_kwargs`` the number R of response tokens and, if
+it is not the teacher's, a temperature. Out: per request float32 [R, 3 + 2 K] in the layout of ``signal.py``: exact
+entropy, log-probability of the sampled token, exact log of the tail mass, top-k log-probabilities and ids.
 
 ``register`` gives every architecture vLLM knows a scoring twin ``EopdScoring<Architecture>``. The twin is a subclass
 of the model's own class, made when it is loaded, so that logit scales, soft-caps, quantised and sharded heads are the
@@ -38,7 +38,8 @@ from eopd.teacher.signal import ENTROPY, MAX_EXACT_ID, TAIL, TOKEN, TOPK, num_co
 PREFIX: Final = "EopdScoring"
 TASK: Final = "token_classify"
 OPTIONS: Final = "eopd_scoring"  # key of vLLM's additional_config
-RESPONSE_TOKENS: Final = "eopd_response_tokens"  # key of PoolingParams.extra_kwargs
+RESPONSE_TOKENS: Final = "eopd_response_tokens"  # keys of PoolingParams.extra_kwargs
+TEMPERATURE: Final = "eopd_temperature"
 
 _PLAIN_METHODS: Final = (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)
 
@@ -169,23 +170,27 @@ class ScoringHead(Pooler):
         gathered = self._gather(hidden_states, pooling_metadata)
         token_ids = pooling_metadata.get_prompt_token_ids_cpu()
         selected = [
-            None if hidden is None else _response_rows(hidden, ids, params)
+            None if hidden is None else (*_response_rows(hidden, ids, params), self._temperature_of(params))
             for hidden, ids, params in zip(gathered, token_ids, pooling_metadata.pooling_params, strict=True)
         ]
-        scored = iter(self._score([pair for pair in selected if pair is not None]))
-        return [None if pair is None else next(scored) for pair in selected]
+        scored = iter(self._score([request for request in selected if request is not None]))
+        return [None if request is None else next(scored) for request in selected]
 
-    def _score(self, requests: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+    def _temperature_of(self, params: PoolingParams) -> float:
+        return float((params.extra_kwargs or {}).get(TEMPERATURE, self._temperature))
+
+    def _score(self, requests: Sequence[tuple[Tensor, Tensor, float]]) -> Sequence[Tensor]:
         if not requests:
             return []
-        hidden = torch.cat([rows for rows, _ in requests])
-        targets = torch.cat([ids for _, ids in requests]).to(hidden.device, torch.int64, non_blocking=True)
+        hidden = torch.cat([rows for rows, _, _ in requests])
+        targets = torch.cat([ids for _, ids, _ in requests]).to(hidden.device, torch.int64, non_blocking=True)
+        heat = torch.cat([torch.full((len(ids), 1), temperature) for _, ids, temperature in requests]).to(hidden.device)
         out = hidden.new_empty((len(hidden), num_columns(self._top_k)), dtype=torch.float32)
-        for rows, ids, chunk in zip(*(torch.split(t, _CHUNK_ROWS) for t in (hidden, targets, out)), strict=True):
-            logits = self._compute_logits(rows)
-            for few, few_ids, few_out in zip(*(torch.split(t, _SCORE_ROWS) for t in (logits, ids, chunk)), strict=True):
-                score_logits(few.float().div_(self._temperature), few_ids, self._top_k, out=few_out)
-        return torch.split(out, [len(rows) for rows, _ in requests])
+        for rows, *chunk in zip(*(torch.split(t, _CHUNK_ROWS) for t in (hidden, targets, heat, out)), strict=True):
+            parts = (self._compute_logits(rows), *chunk)
+            for few, ids, by, into in zip(*(torch.split(t, _SCORE_ROWS) for t in parts), strict=True):
+                score_logits(few.float().div_(by), ids, self._top_k, out=into)
+        return torch.split(out, [len(rows) for rows, _, _ in requests])
 
 
 def _response_rows(hidden: Tensor, token_ids: Tensor, params: PoolingParams) -> tuple[Tensor, Tensor]:

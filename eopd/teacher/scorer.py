@@ -28,11 +28,14 @@ from eopd.config import ConfigError, TeacherConfig
 from eopd.roles import TeacherDownError
 from eopd.teacher import head
 from eopd.teacher.scoring import SignalScorer
+from eopd.teacher.selftest import TeacherSelfTestError, check_temperature
 from eopd.teacher.signal import SignalError, read_signal
 from eopd.types import (
     Int32Array,
     TeacherSignal,
 )
+
+_MADE_UP_TOKENS = 8
 
 
 class VllmTeacherScorer(SignalScorer):
@@ -44,8 +47,8 @@ class VllmTeacherScorer(SignalScorer):
 
     @classmethod
     async def start(cls, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> Self:
-        """Start the engine and score one made-up token, so that a scorer that is there works. The event loop stays free
-        while the engine loads.
+        """Start the engine and score a few made-up tokens at its own temperature and another, so that a scorer that is
+        there works, and as hot as it should. The event loop stays free while the engine loads.
 
         Args:
             config: the teacher; its ``vllm`` options win over ours.
@@ -54,12 +57,19 @@ class VllmTeacherScorer(SignalScorer):
 
         Raises:
             ConfigError: the model's directory names no architecture.
+            TeacherSelfTestError: it scores at another temperature than it was asked for.
         """
         args = AsyncEngineArgs(**engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens))
         llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args)
         scorer = cls(llm, config, top_k=top_k)
-        token = np.zeros(1, np.int32)
-        await scorer.signal(token, token)
+        tokens = np.arange(min(_MADE_UP_TOKENS, max_sequence_tokens, scorer._vocab_size), dtype=np.int32)
+        own = await scorer.signal(tokens[:1], tokens[1:])
+        other = await scorer.signal(tokens[:1], tokens[1:], temperature=2 * config.temperature)
+        try:
+            check_temperature(own, other, 2 * config.temperature, expected=config.temperature)
+        except TeacherSelfTestError:
+            await scorer.close()
+            raise
         return scorer
 
     @property
@@ -71,10 +81,13 @@ class VllmTeacherScorer(SignalScorer):
         """Stop the engine's processes."""
         self._llm.shutdown()
 
-    async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
-        """See ``SignalScorer``; requests are independent: ask for many at once and vLLM batches them."""
+    async def signal(
+        self, prompt_ids: Int32Array, response_ids: Int32Array, *, temperature: float | None = None
+    ) -> TeacherSignal:
+        """See ``SignalScorer``; ``temperature`` is the teacher's, unless another is given."""
         request = TokensPrompt(prompt_token_ids=self._join(prompt_ids, response_ids).tolist())
-        params = PoolingParams(task=head.TASK, extra_kwargs={head.RESPONSE_TOKENS: len(response_ids)})
+        asked = {} if temperature is None else {head.TEMPERATURE: temperature}
+        params = PoolingParams(task=head.TASK, extra_kwargs={head.RESPONSE_TOKENS: len(response_ids), **asked})
         try:
             outputs: list[PoolingRequestOutput] = [
                 output async for output in self._llm.encode(request, params, uuid4().hex)

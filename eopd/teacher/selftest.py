@@ -11,8 +11,8 @@ continuation, one request a token; every replica scores it twice, and once more 
     repeat       the second time says the same as the first
     replicas     every replica says the same as the first one
 
-Left out: whether the temperature is the one that was asked for. A teacher answers at its own only, and from one
-temperature that cannot be told.
+From one temperature's answers the temperature cannot be told, so an engine of ours looks at it where it can ask for
+another (``check_temperature``): when it starts. Left out: that of a stock server, which must be 1 and is not stated.
 """
 
 import math
@@ -41,6 +41,7 @@ CONTINUATION_TOKENS: Final = 8
 TOLERANCE: Final[Mapping[str, float]] = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}  # nats, same request
 ALIGNMENT: Final = 0.05  # nats: another prefill may break a tie another way
 LOGIT_STEP: Final = 0.25  # nats: between 32 and 64 two bfloat16 logits differ by this or not at all
+TEMPERATURE: Final = 1e-2  # relative: both answers are of the same two sequences, divided in float32
 _ROUNDING: Final = 1e-3  # nats, or probability: float32 sums over a vocabulary
 
 
@@ -110,6 +111,27 @@ async def self_test(
     return SelfTestReport(
         teacher=first.teacher, replicas=len(replicas), continuation=tuple(continuation.tolist()), worst=worst
     )
+
+
+def check_temperature(own: TeacherSignal, other: TeacherSignal, temperature: float, *, expected: float) -> None:
+    """Tell a teacher's temperature from what tokens lack to the first candidate, which it divides.
+
+    Args:
+        own: of any response, at the teacher's own temperature.
+        other: of the same response, at ``temperature`` on request.
+        temperature: another one than ``expected``.
+        expected: the teacher's, as configured.
+
+    Raises:
+        TeacherSelfTestError: the teacher's answers are of another temperature; names both.
+    """
+    lack, other_lack = (float((s.topk_logprobs[:, 0] - s.token_logprobs).max()) for s in (own, other))
+    found = temperature * other_lack / lack if lack else math.nan
+    if not math.isclose(found, expected, rel_tol=TEMPERATURE):
+        raise TeacherSelfTestError(
+            f"teacher {own.teacher}: it scores at temperature {found:.4g} where {expected:g} is configured (a token is "
+            f"{lack:.4g} nats below the first candidate, and {other_lack:.4g} when asked for {temperature:g})"
+        )
 
 
 _EXPLANATIONS: Final = {

@@ -1,6 +1,7 @@
 """The teacher on real vLLM, against a float64 full-vocabulary oracle made with transformers."""
 
 import asyncio
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -224,6 +225,32 @@ async def test_a_head_one_row_off_fails_its_self_test(tiny_model, tmp_path, monk
             await self_test([scorer], prompt_ids=np.array([5, 6, 7, 8], np.int32), vocab_size=320, dtype="float32")
     finally:
         await scorer.close()
+
+
+DEAF = """
+from eopd.teacher import head
+
+head.ScoringHead._temperature_of = lambda self, params: 0.7
+
+class Nothing:
+    pass
+"""
+
+
+async def test_an_engine_that_scores_at_another_temperature_than_asked_does_not_start(
+    tiny_model, tmp_path, monkeypatch
+):
+    (tmp_path / "deaf.py").write_text(DEAF)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = TeacherConfig(
+        model=tiny_model("llama", seed=4, scale=0.2),
+        dtype="float32",
+        vllm={**SMALL, "worker_extension_cls": "deaf.Nothing"},
+    )
+    before = set(multiprocessing.active_children())
+    with pytest.raises(TeacherSelfTestError, match="it scores at temperature 2 where 1 is configured"):
+        await VllmTeacherScorer.start(config, top_k=8, max_sequence_tokens=MAX_TOKENS)
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.parametrize("head_dtype", ["float32", "model"])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from eopd.config import TeacherConfig
+from eopd.teacher import selftest
 from eopd.teacher.end_tokens import to_student
-from eopd.teacher.selftest import CONTINUATION_TOKENS, TeacherSelfTestError, self_test
+from eopd.teacher.selftest import CONTINUATION_TOKENS, TeacherSelfTestError, check_temperature, self_test
 from eopd.types import (
     Bounds,
     Exact,
@@ -184,3 +185,14 @@ async def test_a_teacher_that_does_not_answer_is_named():
 
     with pytest.raises(TeacherSelfTestError, match="replica 1: it does not answer: no route to host"):
         await run(Bigram(logits_of()), Silent())
+
+
+async def at(temperature: float) -> TeacherSignal:
+    return await selftest._score(Bigram(logits_of() / temperature), 0, PROMPT, PROMPT)
+
+
+async def test_a_temperature_is_told_from_another_one():
+    check_temperature(await at(0.7), await at(1.4), 1.4, expected=0.7)
+    for own, other in ((0.7, 0.7), (1.4, 1.4), (1.0, 1.4), (1 / 0.7, 1 / 1.4)):
+        with pytest.raises(TeacherSelfTestError, match=r"t: it scores at temperature [\d.]+ where 0.7 is configured"):
+            check_temperature(await at(own), await at(other), 1.4, expected=0.7)
