@@ -192,6 +192,12 @@ def test_only_whole_checkpoints_count_as_kept(tmp_path):
     assert names(tmp_path) == whole(tmp_path) == ["step-000005"]
 
 
+def test_the_one_just_written_is_kept_also_where_newer_ones_lie(tmp_path):
+    write(tmp_path, 2, 5)
+    write(tmp_path, 3, keep_last=1)
+    assert whole(tmp_path) == ["step-000003", "step-000005"]
+
+
 def test_a_broken_one_before_the_kept_goes_too(tmp_path):
     write(tmp_path, 1, 2)
     (tmp_path / "step-000001/state.json").unlink()
@@ -211,5 +217,7 @@ def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path):
     with files_of_at_most(100), pytest.raises(StorageError, match=r"summary.json could not be written: .* --resume"):
         write_whole(path, "n" * 101)
     assert path.read_text() == "old" and names(tmp_path) == ["summary.json"]
+    with pytest.raises(StorageError, match=r"gone/too/summary.json could not be written"):
+        write_whole(tmp_path / "gone" / "too" / "summary.json", "new")
     write_whole(path, "new")
     assert path.read_text() == "new"
