@@ -40,7 +40,7 @@ BATCH, BATCHES, EVERY, PROMPTS, SAMPLES = 4, 11, 3, 5, 2
 MODES = [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
 LONGEST_LIFE = 500  # callbacks; an undisturbed run takes about 650
 
-pytestmark = pytest.mark.timeout(120)  # a ledger that skips a number waits for it for ever
+pytestmark = pytest.mark.timeout(60)  # a ledger that skips a number waits for it for ever
 
 
 class Killed(SystemExit):
