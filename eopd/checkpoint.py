@@ -93,6 +93,18 @@ async def write_checkpoint(
     return final
 
 
+def seal(directory: Path) -> None:
+    """Force every file to disk, then write and force the manifest, then the directories that name them."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    for path in files:
+        _force(path)
+    entries = {str(path.relative_to(directory)): _entry(path) for path in files}
+    (directory / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
+    _force(directory / MANIFEST)
+    for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory):
+        _force(path)
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Those that are whole, oldest first."""
     return [path for path in _named(root) if fault(path) is None]
@@ -146,18 +158,6 @@ def write_whole(path: Path, text: str) -> None:
 
 def _named(root: Path) -> list[Path]:
     return sorted((path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=step_of)
-
-
-def seal(directory: Path) -> None:
-    """Force every file to disk, then write and force the manifest, then the directories that name them."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    for path in files:
-        _force(path)
-    entries = {str(path.relative_to(directory)): _entry(path) for path in files}
-    (directory / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
-    _force(directory / MANIFEST)
-    for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory):
-        _force(path)
 
 
 def _entry(path: Path) -> dict[str, object]:

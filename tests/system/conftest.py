@@ -74,3 +74,11 @@ def program(tmp_path_factory) -> Program:
     root = tmp_path_factory.mktemp("system")
     write_tiny_pair(root / "models", family=os.environ.get("EOPD_TEST_FAMILY", "qwen3"))
     return Program(models=root / "models", runs=root / "runs")
+
+
+@pytest.fixture(scope="session")
+def synchronous(program):
+    """One run from beginning to end; shared."""
+    done = program.run(*program.train("synchronous"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return program.runs / "synchronous", done.stdout

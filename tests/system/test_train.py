@@ -15,14 +15,6 @@ def rows(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def synchronous(program):
-    """One run from beginning to end; shared."""
-    done = program.run(*program.train("synchronous"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return program.runs / "synchronous", done.stdout
-
-
 def test_held_out_reverse_kl_at_least_halves(synchronous):
     directory, _ = synchronous
     summary = json.loads((directory / "summary.json").read_text())

@@ -1,0 +1,103 @@
+"""One run undisturbed, and once with its driver killed and its newest checkpoint cut short: equal to the token."""
+
+import json
+import random
+import subprocess
+import time
+
+import pytest
+
+from eopd.checkpoint import list_checkpoints
+
+CONTINUED_FROM, COMPARED = 10, 15  # steps
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def killed(program):
+    """The settings of ``synchronous``, and a driver killed after its second checkpoint; with what was left running."""
+    directory = program.runs / "killed"
+    log = program.runs.parent / "killed.log"
+    process = program.start(*program.train("killed"), log=log)
+    deadline = time.monotonic() + 300
+    while len(rows(directory / "metrics.jsonl")) < 21:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
+    time.sleep(random.uniform(0, 1))  # anywhere in a step
+    process.kill()
+    process.wait()
+    return directory, program.left_behind(grace_s=60)
+
+
+@pytest.fixture(scope="module")
+def resumed(program, killed):
+    """The same, continued, after its newest checkpoint lost its last byte."""
+    directory, _ = killed
+    older, newest = list_checkpoints(directory / "checkpoints")
+    assert older.name == f"step-{CONTINUED_FROM:06d}"
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    with largest.open("rb+") as file:
+        file.truncate(largest.stat().st_size - 1)
+    done = program.run(*program.train("killed"), "--resume")
+    return directory, done, older, newest
+
+
+def test_nothing_outlives_a_driver_that_was_killed(killed):
+    _, left = killed
+    assert left == []
+
+
+def test_the_newest_checkpoint_that_is_whole_is_resumed_and_the_other_is_named(resumed):
+    directory, done, older, newest = resumed
+    assert done.returncode == 0, done.stdout + done.stderr
+    message = f"passing over {newest}: learner/"
+    assert message in done.stdout.replace("\n", "") and f"the newest that is whole is {older.name}" in done.stdout
+    assert json.loads((directory / "summary.json").read_text())["status"] == "completed"
+    assert [path.name for path in list_checkpoints(directory / "checkpoints")] == ["step-000020", "step-000030"]
+    assert len(list((directory / "checkpoints").iterdir())) == 2
+
+
+def test_it_trains_every_number_once_in_order_and_the_same_tokens(resumed, synchronous):
+    directory, undisturbed = resumed[0], synchronous[0]
+    trained, expected = rows(directory / "trained.jsonl"), rows(undisturbed / "trained.jsonl")
+    assert [row["step"] for row in trained] == list(range(1, 31))
+    assert [row["issues"] for row in trained] == [list(range(8 * step, 8 * step + 8)) for step in range(30)]
+    assert trained[:COMPARED] == expected[:COMPARED]  # token by token, with the checksums of the responses
+    assert len({tuple(row["crc32"]) for row in trained}) == 30
+
+
+def test_its_losses_are_those_of_an_undisturbed_run(resumed, synchronous):
+    directory, undisturbed = resumed[0], synchronous[0]
+    found, expected = rows(directory / "metrics.jsonl"), rows(undisturbed / "metrics.jsonl")
+    assert [row["step"] for row in found] == list(range(1, 31))
+    for name in ("eopd_loss", "eopd_grad_norm", "eopd_learning_rate", "eopd_response_tokens_total"):
+        ours, theirs = ([row[name] for row in of_run[:COMPARED]] for of_run in (found, expected))
+        assert ours == pytest.approx(theirs, abs=1e-3), name
+
+
+@pytest.fixture
+def small_disk(tmp_path, synchronous):
+    """A file system with room for one checkpoint of the tiny student, not for two."""
+    directory, _ = synchronous
+    size = sum(path.stat().st_size for path in (directory / "checkpoints/step-000030").rglob("*"))
+    options = f"size={size * 8 // 5}"
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path], capture_output=True)
+    if mount.returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_older_checkpoint(program, small_disk):
+    settings = ("run.batches=9", "checkpoint.every=1", "evaluation.prompts=8", f"run.directory={small_disk}")
+    done = program.run(*program.train("full", *settings))
+    assert done.returncode == 1, done.stdout + done.stderr
+    checkpoints = small_disk / "full" / "checkpoints"
+    assert done.stderr.startswith(f"error: {checkpoints}/step-000002 could not be written: ")
+    assert "bytes were free there. step-000001 is whole and kept. Free some space" in done.stderr
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000001"] and list_checkpoints(checkpoints)
+    assert json.loads((small_disk / "full" / "summary.json").read_text())["status"] == "failed"
+    assert program.left_behind() == []
