@@ -7,10 +7,12 @@ This file is also the program of a rank: ``python test_checkpoints.py RANK WORLD
 import dataclasses
 import itertools
 import json
+import resource
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -298,3 +300,19 @@ def test_offloaded_states_train_as_those_that_are_not(seen, root, case, run):
     assert torch.load(saved, weights_only=False)["ds_config"]["zero_optimization"].items() >= case.zero.items()
     rows, rows_of_others = (seen[f"{name}-{run}"][0]["metrics"] for name in (case.name, f"{case.dtype}-{case.stage}"))
     require_close(rows, rows_of_others, case)
+
+
+def test_what_torch_says_of_a_full_disk_becomes_an_oserror(tmp_path):
+    from eopd.learner.deepspeed_engine import Engine
+
+    def save_checkpoint(directory, **options):
+        torch.save(torch.zeros(100_000), f"{directory}/weights.pt")
+
+    engine = cast(Engine, SimpleNamespace(_engine=SimpleNamespace(save_checkpoint=save_checkpoint)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the kernel takes the first part, as a full disk does
+    try:
+        with pytest.raises(OSError, match="torch could not write all of it; is the disk full"):
+            Engine.save(engine, tmp_path, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
