@@ -49,6 +49,14 @@ def _stat(title: str, metric: str) -> Panel:
     return Panel(title, (metric,), kind="stat", width=4)
 
 
+# What a step is made of, one after the other.
+LEARNERS_STEP: Final = (
+    "eopd_wait_rollout_seconds",
+    "eopd_wait_teacher_seconds",
+    "eopd_train_seconds",
+    "eopd_weights_seconds",
+)
+
 OVERVIEW: Final[dict[str, tuple[Panel, ...]]] = {
     "Is it healthy": (
         _stat("Step", "eopd_step"),
@@ -62,8 +70,8 @@ OVERVIEW: Final[dict[str, tuple[Panel, ...]]] = {
         Panel("Gate open", ("eopd_gate_ratio",), width=8),
     ),
     "Where the time goes": (
-        Panel("Step", ("eopd_step_seconds",)),
-        Panel("Learner's step", ("eopd_wait_seconds", "eopd_train_seconds", "eopd_weights_seconds"), stacked=True),
+        Panel("Step, and the wait in it", ("eopd_step_seconds", "eopd_wait_seconds")),
+        Panel("Learner's step", LEARNERS_STEP, stacked=True),
         Panel("One trajectory", ("eopd_generate_seconds", "eopd_score_seconds")),
         Panel("Response tokens per second", ("eopd_response_tokens_per_second",)),
     ),

@@ -65,6 +65,7 @@ class Pipeline:
     trained: Mapping[int, Header] = field(init=False, default_factory=dict)  # by issue, of the row yielded last
     _generating: BusyClock = field(init=False, default_factory=BusyClock)
     _scoring: BusyClock = field(init=False, default_factory=BusyClock)
+    _written_at: dict[int, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.buffer = Buffer(
@@ -97,6 +98,7 @@ class Pipeline:
         if not taken:
             return None
         full = time.monotonic()
+        written = max(started, *(self._written_at.pop(t.issue) for t in taken))
         ready = self.buffer.num_ready
         in_flight = self.buffer.num_in_flight - len(taken) - ready
         plan = self.plan
@@ -121,6 +123,8 @@ class Pipeline:
             "generate": self._generating.lap(),
             "score": self._scoring.lap(),
             "wait": full - started,
+            "wait_rollout": written - started,
+            "wait_teacher": full - written,
             "train": trained - full,
             "weights": ended - trained,
         }
@@ -168,6 +172,7 @@ class Pipeline:
             written = await self.engines.generate(prompt, sample_index, sampling)
         if isinstance(written, LostTrajectory):
             return written
+        self._written_at[issue] = time.monotonic()
         with self._scoring:
             return await self.teacher.score(written)
 

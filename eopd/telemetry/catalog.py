@@ -234,6 +234,16 @@ _TIME: Final = (
     _seconds("eopd_generate_seconds", "Time of the step with a response being written.", "Follows the length."),
     _seconds("eopd_score_seconds", "Time of the step with a response being scored.", "Below generation."),
     _seconds("eopd_wait_seconds", "Time the learner waited for a full batch.", "Small when asynchronous."),
+    _seconds(
+        "eopd_wait_rollout_seconds",
+        "The part of that wait until the last response of the batch was written.",
+        "Small when asynchronous; most of the wait where the engines are the slowest part.",
+    ),
+    _seconds(
+        "eopd_wait_teacher_seconds",
+        "The rest of that wait: the whole batch was written, and some of it not scored.",
+        "Small; most of the wait where the teachers are the slowest part.",
+    ),
     _seconds("eopd_train_seconds", "Time of the learner's update.", "Steady."),
     _seconds("eopd_weights_seconds", "From the update's end until every engine serves its weights.", "Below training."),
     _seconds("eopd_weight_transfer_seconds", "Time the new weights travelled, while engines wrote on.", "Steady."),

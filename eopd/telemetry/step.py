@@ -76,7 +76,7 @@ def step_row(
     in_flight: int,
     ready: int,
 ) -> Row:
-    """The row of one completed step. ``seconds`` has step, generate, score, wait, train and weights."""
+    """The row of one completed step. ``seconds`` has step, generate, score, wait, its two parts, train and weights."""
     row = dict(stats.metrics) | batch_row(headers, stats.version.step - 1)
     row |= {f"eopd_{stage}_seconds": spent for stage, spent in seconds.items()}
     row |= {
