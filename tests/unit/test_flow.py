@@ -1,0 +1,161 @@
+"""Ten thousand trajectories through the loop: the driver's memory is flat, its queues are bounded by the slots, and the
+learner's wait is told apart.
+"""
+
+import asyncio
+import gc
+import random
+import tracemalloc
+from collections.abc import Sized
+
+import numpy as np
+import pytest
+
+from eopd.ledger import Ledger
+from eopd.pipeline import Pipeline, Plan
+from eopd.prompts import PromptOrder
+from eopd.telemetry.step import Totals
+from eopd.types import (
+    Header,
+    LearnerStats,
+    LossReason,
+    LostTrajectory,
+    PolicyVersion,
+    PromptSample,
+    PublishStats,
+    StopReason,
+    Stored,
+    TrajectoryKey,
+)
+
+
+class QuickWorld:
+    """Every role: answers after the given seconds, or within a few turns of the loop; counts what it holds."""
+
+    def __init__(self, *, write_s: float = 0.0, score_s: float = 0.0, lose: float = 0.0) -> None:
+        self.random = random.Random(0)
+        self.write_s, self.score_s, self.lose = write_s, score_s, lose
+        self.served = self.held = self.most_held = 0
+
+    async def work(self, seconds: float) -> None:
+        self.held += 1
+        self.most_held = max(self.most_held, self.held)
+        for _ in range(self.random.randrange(4)):
+            await asyncio.sleep(0)
+        if seconds:
+            await asyncio.sleep(seconds)
+        self.held -= 1
+
+    async def generate(self, prompt, sample_index, sampling):
+        version = self.served
+        await self.work(self.write_s)
+        key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
+        if self.random.random() < self.lose:
+            return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail="fake")
+        header = Header(
+            key=key,
+            source=prompt.source,
+            num_prompt_tokens=2,
+            num_response_tokens=4,
+            num_loss_tokens=4,
+            stop_reason=StopReason.END_TOKEN,
+            oldest_version=version,
+            newest_version=version,
+            sums={},
+        )
+        return Stored(header, body=None)
+
+    async def score(self, stored):
+        await self.work(self.score_s)
+        return stored
+
+    async def step(self, batch):
+        return LearnerStats(version=PolicyVersion(0, self.served + 1), metrics={})
+
+    async def publish(self, version):
+        self.served = version.step
+        return PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
+
+
+def pipeline(world: QuickWorld, *, batch: int, batches: int, max_staleness: int, lookahead: int = 0) -> Pipeline:
+    plan = Plan(
+        batch=batch,
+        batches=batches,
+        max_staleness=max_staleness,
+        lookahead=lookahead,
+        max_attempts=9,
+        temperature=1.0,
+        max_response_tokens=4,
+        ranks=2,
+        optimizer_steps=1,
+        token_budget=24,
+        alpha_at=lambda batch: 1.0,
+    )
+    prompts = [
+        PromptSample(epoch=0, prompt_id=f"p{i}", source="s", token_ids=np.zeros(2, np.int32), reference_answer=None)
+        for i in range(100)
+    ]
+    order = PromptOrder(prompts, samples_per_prompt=4, seed=3)
+    return Pipeline(plan, world, world, world, world, order, Ledger(), Totals())
+
+
+def queues(line: Pipeline) -> dict[str, int]:
+    """Everything in the driver that has a length, by name."""
+    return {
+        f"{type(part).__name__}.{name}": len(value)
+        for part in (line, line.buffer, line.ledger)
+        for name in type(part).__slots__
+        if isinstance(value := getattr(part, name), Sized) and name != "lost"
+    }
+
+
+async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_bounded_by_the_slots():
+    batch, early, late = 50, 40, 200
+    batches = late + 4  # so that as much is in flight at the second look as at the first
+    world = QuickWorld(lose=0.01)
+    line = pipeline(world, batch=batch, batches=batches, max_staleness=3, lookahead=1)
+    slots = line.buffer.num_slots
+    assert slots == 150
+    memory, objects, most = {}, {}, dict.fromkeys(queues(line), 0)
+    tracemalloc.start()
+    try:
+        async for row in line.steps(0):
+            step = int(row["eopd_step"])
+            most = {name: max(most[name], length) for name, length in queues(line).items()}
+            assert len(asyncio.all_tasks()) <= slots + batch + 2  # a batch that was just consumed has yet to end
+            if step in (early, late):
+                gc.collect()
+                memory[step], objects[step] = tracemalloc.get_traced_memory()[0], len(gc.get_objects())
+    finally:
+        tracemalloc.stop()
+    assert line.ledger.floor == line.totals.trajectories == batch * batches
+    assert 0 < line.ledger.lost[LossReason.ROLLOUT_FAILED] < 200
+    assert memory[late] - memory[early] < 20_000  # bytes, over 8,000 trajectories
+    assert objects[late] - objects[early] < 100
+    assert batch < world.most_held <= slots and max(most.values()) <= slots, most
+    assert {"Buffer._ready", "Buffer.consumed_ahead", "Pipeline._written_at", "Ledger.trained_ahead"} <= set(most)
+    assert not any(queues(line).values()) and line.buffer.num_in_flight == world.held == 0, queues(line)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.parametrize(
+    ("slow", "waited_for", "other"), [("write_s", "rollout", "teacher"), ("score_s", "teacher", "rollout")]
+)
+async def test_the_wait_of_a_step_is_put_down_to_who_was_waited_for(slow, waited_for, other):
+    line = pipeline(QuickWorld(**{slow: 0.05}), batch=4, batches=3, max_staleness=0)
+    async for row in line.steps(0):
+        parts = {name: row[f"eopd_wait_{name}_seconds"] for name in ("rollout", "teacher")}
+        assert sum(parts.values()) == pytest.approx(row["eopd_wait_seconds"])
+        assert parts[waited_for] > 0.04 > parts[other] >= 0.0
+
+
+async def test_a_batch_that_is_ready_when_the_learner_comes_was_not_waited_for():
+    class SlowLearner(QuickWorld):
+        async def step(self, batch):
+            await asyncio.sleep(0.05)
+            return await super().step(batch)
+
+    rows = [row async for row in pipeline(SlowLearner(), batch=4, batches=4, max_staleness=1).steps(0)]
+    for row in rows[1:]:
+        assert row["eopd_wait_rollout_seconds"] == 0.0 <= row["eopd_wait_teacher_seconds"] < 0.02
