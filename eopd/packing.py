@@ -50,16 +50,18 @@ def _pack_step(part: Sequence[Scored], ranks: int, token_budget: int) -> Optimiz
 def _first_fit(share: Sequence[Scored], token_budget: int) -> list[MicroBatch]:
     """First-fit-decreasing bins of at most ``token_budget`` tokens; ``share`` comes longest first."""
     bins: list[list[Scored]] = []
-    free: list[int] = []
+    room: dict[int, int] = {}  # of bins that can still take the shortest: else each trajectory would look at all bins
+    shortest = min((stored.header.num_tokens for stored in share), default=0)
     for stored in share:
         tokens = stored.header.num_tokens
         if tokens > token_budget:
             raise ValueError(f"trajectory {stored.header.key} has {tokens} tokens, token_budget is {token_budget}")
-        fits = next((i for i, room in enumerate(free) if room >= tokens), None)
-        if fits is None:
-            bins.append([stored])
-            free.append(token_budget - tokens)
-        else:
-            bins[fits].append(stored)
-            free[fits] -= tokens
+        fits = next((i for i, free in room.items() if free >= tokens), len(bins))
+        if fits == len(bins):
+            bins.append([])
+            room[fits] = token_budget
+        bins[fits].append(stored)
+        room[fits] -= tokens
+        if room[fits] < shortest:
+            del room[fits]
     return [tuple(b) for b in bins]
