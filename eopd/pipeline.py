@@ -87,13 +87,12 @@ class Pipeline:
         """
         async with _background(self._issue()) as failed:
             for number in range(start, self.plan.batches):
-                row = await _unless(failed, self._step(number))
+                row = await _unless(failed, self._step(number, time.monotonic()))
                 if row is None:
                     return
                 yield row
 
-    async def _step(self, number: int) -> Row | None:
-        started = time.monotonic()
+    async def _step(self, number: int, started: float) -> Row | None:
         taken = await self.buffer.take(version=number)
         if not taken:
             return None
