@@ -98,9 +98,7 @@ class Buffer:
         self._turn_away_older_than(version - self.max_staleness)
         while not self.closed:
             if self._is_full():
-                numbers = range(self.next_unconsumed, max(self._ready) + 1)
-                lowest = itertools.islice(filter(self._ready.__contains__, numbers), self.batch)
-                return [self._consume(issue) for issue in list(lowest)]
+                return [self._consume(issue) for issue in self._lowest()]
             self._take_may_go_on.clear()
             await self._take_may_go_on.wait()
         return []
@@ -123,6 +121,11 @@ class Buffer:
             self._next_missing += 1
         number = (self.next_unconsumed + len(self.consumed_ahead)) // self.batch
         return self._next_missing >= self.batch * (number + 1 - self.lookahead)
+
+    def _lowest(self) -> list[int]:
+        admitted = self.num_slots + len(self.consumed_ahead)  # from next_unconsumed on, each with a slot or consumed
+        numbers = range(self.next_unconsumed, self.next_unconsumed + admitted)
+        return list(itertools.islice(filter(self._ready.__contains__, numbers), self.batch))
 
     def _consume(self, issue: int) -> Taken:
         stored = self._withdraw(issue, consumed=True)
