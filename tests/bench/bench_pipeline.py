@@ -78,6 +78,7 @@ class Roles:
             oldest_version=version,
             newest_version=version,
             sums={},
+            response_crc32=0,
         )
         return Stored(header, None)
 

@@ -62,6 +62,7 @@ class QuickWorld:
             oldest_version=version,
             newest_version=version,
             sums={},
+            response_crc32=0,
         )
         return Stored(header, body=None)
 
