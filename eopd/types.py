@@ -285,3 +285,7 @@ class PublishStats:
     transfer_s: float
     pause_s: float
     num_bytes: int
+
+
+class WeightTransferError(RuntimeError):
+    """New weights did not reach an engine whole. Nothing of them was loaded: the old ones serve on."""

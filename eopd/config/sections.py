@@ -185,10 +185,14 @@ def _refuse_offload(zero: NativeOptions, zero_stage: int) -> None:
 
 
 class WeightsConfig(Section):
-    """The wire from learner to engines: ``gloo`` through host memory, ``nccl`` between GPUs."""
+    """The wire from learner to engines: ``gloo`` through host memory, ``nccl`` between GPUs.
+
+    ``connect_timeout_s`` is for all engines to join, ``timeout_s`` for one bucket to reach them all.
+    """
 
     backend: Literal["gloo", "nccl"] = "gloo"
     bucket_bytes: int = Field(64 * 1024 * 1024, ge=1024)
+    connect_timeout_s: float = Field(60.0, gt=0.0)
     timeout_s: float = Field(120.0, gt=0.0)
 
 

@@ -10,7 +10,7 @@ calls.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Self
 from uuid import uuid4
 
@@ -37,6 +37,7 @@ from eopd.types import (
     Stored,
     Trajectory,
     TrajectoryKey,
+    WeightTransferError,
 )
 
 FINISH_REASONS = {"stop": StopReason.END_TOKEN, "length": StopReason.LENGTH}
@@ -126,33 +127,52 @@ class VllmRolloutEngine:
         return Stored(Header.of(trajectory, sums), trajectory)
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None:
-        """Join the transfer group of the sender (blocks until the sender has joined too)."""
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(init_info)))
+        """Leave the transfer group there was, and join the sender's (blocks until all members have joined).
+
+        Raises:
+            WeightTransferError: they have not in time. The engine serves its old weights and may connect again.
+        """
+        await _transfer(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(init_info))))
 
     async def receive_weights(self) -> None:
-        """Start taking new weights into host memory; generation goes on. Returns at once."""
-        await self._update("receive")
-        await self._llm.finish_weight_update()
+        """Start taking new weights into host memory; generation goes on. Returns at once.
+
+        Raises:
+            WeightTransferError: the engine is in no group, or the group has failed: connect again.
+        """
+        await _transfer(self._update("receive"))
+
+    async def check_weights(self) -> None:
+        """After the sender's ``send``: everything arrived, and every bucket has the hash it was sent with.
+
+        Raises:
+            WeightTransferError: it does not; nothing was loaded. After a wrong hash the group is whole and the next
+                ``receive_weights`` may follow, after any other failure ``connect_weights`` must.
+        """
+        await _transfer(self._update("check"))
 
     async def install_weights(self, version: PolicyVersion) -> float:
-        """Pause, load what was received, label it, resume.
+        """Check what was received; pause, load it, label it, resume.
 
         Returns:
             Seconds for which no engine step ran.
+
+        Raises:
+            WeightTransferError: as ``check_weights``, before the pause. Anything else is raised after it, and leaves
+                the engine with weights of which nothing is known: replace it.
         """
+        await self.check_weights()
         started = time.monotonic()
         await self._llm.pause_generation(mode="keep", clear_cache=True)
-        await self._update("load")
-        await self._llm.finish_weight_update(weight_version=version.label)
+        await self._update("load", version)
         await self._llm.resume_generation()
         return time.monotonic() - started
 
-    async def _update(self, phase: str) -> None:
-        """One phase as an update of its own: one that spanned both would stay active after a transfer that was given
-        up, and vLLM (0.32.0) would start no other.
-        """
+    async def _update(self, phase: str, version: PolicyVersion | None = None) -> None:
+        """One phase of ``weights/vllm_engine.py``, as one session of vLLM."""
         await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"phase": phase}))
+        await self._llm.finish_weight_update(weight_version=version.label if version else None)
 
     async def version(self) -> PolicyVersion:
         """The label of the weights that serve now."""
@@ -161,6 +181,16 @@ class VllmRolloutEngine:
     async def close(self) -> None:
         """Stop the engine's processes."""
         self._llm.shutdown()
+
+
+async def _transfer(call: Awaitable[None]) -> None:
+    """Name the failure of a call that loads nothing: across processes vLLM keeps its words, and not its type."""
+    try:
+        await call
+    except EngineDeadError:
+        raise
+    except Exception as error:
+        raise WeightTransferError(str(error)) from error
 
 
 def _trajectory(prompt: PromptSample, sample_index: int, output: CompletionOutput) -> Trajectory:

@@ -1,4 +1,7 @@
-"""How parameters are laid into buckets: both ends of a wire cut the same list the same way."""
+"""How parameters are laid into buckets: both ends of a wire cut the same list the same way.
+
+A bucket travels as one message: its bytes, and the hash of its bytes behind them.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,6 +9,12 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import xxhash
+
+from eopd.types import WeightTransferError
+
+# xxh3_128 finds accidents, not attackers, at 28 GB/s a core; sha256, the next best of hashlib, at 1.8 (measured).
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +63,30 @@ def cut_into_buckets(parameters: Sequence[ParameterMeta], bucket_bytes: int) -> 
 def bucket_num_bytes(bucket: Bucket) -> int:
     """Bytes of one bucket on the wire."""
     return sum(parameter.num_bytes for parameter in bucket)
+
+
+class BucketHashError(WeightTransferError):
+    """A bucket that arrived is not the bucket that was sent."""
+
+
+def seal(bucket_B: torch.Tensor, digest_D: torch.Tensor) -> None:
+    """Write the hash of a bucket's bytes into the ``DIGEST_BYTES`` behind them; both are uint8 on the host."""
+    digest_D.copy_(torch.frombuffer(bytearray(_digest(bucket_B)), dtype=torch.uint8))
+
+
+def verify(bucket_B: torch.Tensor, digest_D: torch.Tensor, name: str) -> None:
+    """Hash what arrived.
+
+    Raises:
+        BucketHashError: it is not what the sender hashed; names the bucket and both hashes.
+    """
+    sent, arrived = bytes(digest_D.numpy()), _digest(bucket_B)
+    if sent != arrived:
+        raise BucketHashError(f"{name} was sent as {sent.hex()} and arrived as {arrived.hex()} (xxh3_128)")
+
+
+def _digest(bytes_B: torch.Tensor) -> bytes:
+    return xxhash.xxh3_128_digest(bytes_B.numpy().data)
 
 
 def pack(tensors: Sequence[torch.Tensor], into_B: torch.Tensor) -> None:

@@ -1,11 +1,14 @@
 """The engine's end inside vLLM: a registered ``WeightTransferEngine`` that loads what ``WeightReceiver`` took.
 
 vLLM's handshake, as it is used here (checked against 0.32.0):
-    init_weight_transfer_engine(InitInfo)      join the wire
-    update {"phase": "receive"}                start the receiving thread, return at once: generation goes on
+    init_weight_transfer_engine(InitInfo)      leave the old group, join the new one
+    session {"phase": "receive"}               start the receiving thread, return at once: generation goes on
+    session {"phase": "check"}                 raise unless everything arrived whole
     ... pause_generation ...
-    update {"phase": "load"}                   layer-wise reload from host memory, repack layers, set the label
-Each is a start_weight_update, an update_weights, and a finish_weight_update.
+    session {"phase": "load"}                  layer-wise reload from host memory, repack, set the label
+A session is start_weight_update, update_weights, finish_weight_update. Each phase is a session of its own, because the
+worker refuses to start one while another is active: one that spanned phases would stay active after a transfer that
+was given up, and no engine would ever take weights again.
 
 On CPU, linear weights are repacked after loading and the original parameters emptied, so ``model.load_weights`` must
 run between ``initialize_layerwise_reload`` and ``finalize_layerwise_reload``.
@@ -24,6 +27,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from eopd.types import WeightTransferError
 from eopd.weights.transfer import InitInfo, WeightReceiver
 
 ENGINE_NAME = "eopd"
@@ -36,13 +40,14 @@ class _VllmInitInfo(WeightTransferInitInfo):
     port: int
     rank: int
     world_size: int
+    connect_timeout_s: float
     timeout_s: float
     buckets: list[list[dict[str, object]]]
 
 
 @dataclass
 class _VllmUpdateInfo(WeightTransferUpdateInfo):
-    phase: Literal["receive", "load"]
+    phase: Literal["receive", "check", "load"]
 
 
 class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdateInfo]):
@@ -56,7 +61,12 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
     _loaded = False
 
     def init_transfer_engine(self, init_info: _VllmInitInfo) -> None:
-        """Join the sender's group."""
+        """Leave the group there was and join the sender's; the thread of a transfer under way ends by itself.
+
+        Raises:
+            WeightTransferError: not all members have joined in time.
+        """
+        self.shutdown()
         self._receiver = WeightReceiver(InitInfo(**vars(init_info)), worker=self.parallel_config.rank)
 
     def start_weight_update(self) -> None:
@@ -68,15 +78,18 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: _VllmUpdateInfo) -> None:
-        """Start receiving, or load what was received.
+        """Start receiving, check or load what was received.
 
         Raises:
-            RuntimeError: no sender has been joined, or the transfer failed.
+            WeightTransferError: no sender has been joined, or the transfer failed. Nothing was loaded.
         """
         if self._receiver is None:
-            raise RuntimeError("update_weights before init_weight_transfer_engine")
+            raise WeightTransferError("in no weight transfer group: connect first")
         if update_info.phase == "receive":
             self._receiver.start()
+            return
+        if update_info.phase == "check":
+            self._receiver.check()
             return
         received = self._receiver.take()
         initialize_layerwise_reload(self.model)
@@ -84,7 +97,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
         self._loaded = True
 
     def finish_weight_update(self) -> None:
-        """Repack the layers; nothing to do for an update that was given up before its load."""
+        """Repack the layers; nothing to do after a phase that loads nothing."""
         if not self._loaded:
             return
         finalize_layerwise_reload(self.model, self.model_config)
@@ -93,6 +106,8 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
 
     def shutdown(self) -> None:
         """Leave the group."""
+        if self._receiver is not None:
+            self._receiver.close()
         self._receiver = None
 
 

@@ -2,40 +2,71 @@
 
 A wire is one process group made by hand over a TCP store of its own: no default group is touched, so it cannot clash
 with DeepSpeed's or with vLLM's. Both ends of each wire stand side by side here.
+
+A wire that fails closes itself, and its lifelines with it (``weights/lifeline.py``): so all members fail within moments
+of the first. A closed wire stays closed: the group is built again.
 """
 
 import socket
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol
 
 import torch
-from torch._C._distributed_c10d import BarrierOptions, BroadcastOptions, ProcessGroupGloo, TCPStore
+from torch._C._distributed_c10d import BarrierOptions, BroadcastOptions, ProcessGroupGloo, TCPStore, Work
+
+from eopd.types import WeightTransferError
+from eopd.weights.lifeline import Lifeline
 
 Backend = Literal["gloo", "nccl"]
+
+POLL_S = 0.001  # between two looks at a message under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
-    """Where and as whom to join. Rank 0 is the sender."""
+    """Where and as whom to join. Rank 0 is the sender.
+
+    ``connect_timeout_s`` is that of the handshake, ``timeout_s`` of each message afterwards.
+    """
 
     address: str
     port: int
     rank: int
     world_size: int
+    connect_timeout_s: float
     timeout_s: float
 
 
+class WireError(WeightTransferError):
+    """A member is gone, or did not answer in time. The wire is closed."""
+
+
 class Wire(Protocol):
-    """What sender and receiver need of a group."""
+    """What sender and receiver need of a group. One thread at a time sends or receives."""
+
+    @property
+    def is_open(self) -> bool:
+        """False once it failed or was closed."""
+        ...
 
     def broadcast(self, buffer_B: torch.Tensor) -> None:
-        """Send (rank 0) or receive (others) a uint8 host buffer; raises after the time-out."""
+        """Send (rank 0) or receive (others) a uint8 host buffer.
+
+        Raises:
+            WireError: a member is gone, or did not answer within the time-out.
+        """
         ...
 
     def barrier(self) -> None:
-        """Return when every member has arrived; raises after the time-out."""
+        """Return when every member has arrived; raises as ``broadcast`` does."""
+        ...
+
+    def close(self) -> None:
+        """Leave; the others' messages fail. A message under way in another thread ends first."""
         ...
 
 
@@ -45,31 +76,99 @@ def open_store(address: str, timeout_s: float) -> TCPStore:
 
 
 def open_wire(backend: Backend, rendezvous: Rendezvous, store: TCPStore | None = None) -> Wire:
-    """Join the group; blocks until all members have. The sender hands in the store it opened."""
-    timeout = timedelta(seconds=rendezvous.timeout_s)
-    if store is None:
-        store = TCPStore(rendezvous.address, rendezvous.port, is_master=False, timeout=timeout)
-    if backend == "gloo":
-        return GlooWire(store, rendezvous, timeout)
-    return NcclWire(store, rendezvous)
+    """Join the group; blocks until all members have. The sender hands in the store it opened.
+
+    Raises:
+        WireError: not all have joined within ``connect_timeout_s``.
+    """
+    lifeline: Lifeline | None = None
+    try:
+        if store is None:
+            timeout = timedelta(seconds=rendezvous.connect_timeout_s)
+            store = TCPStore(rendezvous.address, rendezvous.port, is_master=False, timeout=timeout)
+        lifeline = Lifeline.lay(
+            store, address=rendezvous.address, rank=rendezvous.rank, timeout_s=rendezvous.connect_timeout_s
+        )
+        make = GlooWire if backend == "gloo" else NcclWire
+        wire = make(store, rendezvous, lifeline)
+        lifeline.fasten(rendezvous.world_size)
+        return wire
+    except (RuntimeError, OSError) as error:
+        if lifeline is not None:
+            lifeline.close()
+        where = f"{rendezvous.address}:{rendezvous.port}, as rank {rendezvous.rank} of {rendezvous.world_size}"
+        limit = f"connect_timeout_s = {rendezvous.connect_timeout_s:g}"
+        raise WireError(f"weight transfer: no group at {where}, within {limit}: {error}") from error
 
 
 class GlooWire:
     """Through host memory, over TCP."""
 
-    def __init__(self, store: TCPStore, rendezvous: Rendezvous, timeout: timedelta) -> None:
+    def __init__(self, store: TCPStore, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = timeout
+        options._timeout = timedelta(seconds=rendezvous.connect_timeout_s)
         options._devices = [ProcessGroupGloo.create_device(hostname=_own_address(rendezvous))]
-        self._group = ProcessGroupGloo(store, rendezvous.rank, rendezvous.world_size, options)
+        self._timeout = timedelta(seconds=rendezvous.timeout_s)
+        self._lifeline = lifeline
+        self._work: list[Work] = []
+        self._group = [ProcessGroupGloo(store, rendezvous.rank, rendezvous.world_size, options)]
+
+    @property
+    def is_open(self) -> bool:
+        """See ``Wire``."""
+        return bool(self._group)
 
     def broadcast(self, buffer_B: torch.Tensor) -> None:
         """See ``Wire``."""
-        self._group.broadcast([buffer_B], BroadcastOptions()).wait()  # type: ignore[attr-defined]
+        options = BroadcastOptions()
+        options.timeout = self._timeout
+        self._wait(lambda group: group.broadcast([buffer_B], options))  # type: ignore[attr-defined]
 
     def barrier(self) -> None:
         """See ``Wire``."""
-        self._group.barrier(BarrierOptions()).wait()  # type: ignore[attr-defined]
+        options = BarrierOptions()
+        options.timeout = self._timeout
+        self._wait(lambda group: group.barrier(options))  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """See ``Wire``. The last reference to the group closes its sockets, and waits for a message under way;
+        ``abort`` and ``shutdown`` end none (torch 2.13). So a thread that may sleep keeps both until the message ends.
+        """
+        self._lifeline.close()
+        held, self._group, self._work = (self._group, self._work), [], []
+        if all(work.is_completed() for work in held[1]):
+            _let_go(*held)
+        else:
+            threading.Thread(target=_let_go, args=held, name="gloo-close", daemon=True).start()
+
+    def _wait(self, begin: Callable[[ProcessGroupGloo], Work]) -> None:
+        if not self._group:
+            raise WireError("the wire is closed: connect again")
+        try:
+            self._work = [begin(self._group[0])]
+            self._poll(self._work)
+            return
+        except RuntimeError as error:
+            failure = str(error)
+        self.close()
+        raise WireError(failure)  # out here: a traceback that held group or message would keep the sockets open
+
+    def _poll(self, message: list[Work]) -> None:
+        """Until the message has ended, or cannot end any more, or ``close`` was called in another thread."""
+        while message and not message[0].is_completed():
+            if lost := self._lifeline.lost():
+                raise RuntimeError(lost)
+            time.sleep(POLL_S)
+        if not message:
+            raise RuntimeError("the wire was closed")
+        message[0].wait()
+
+
+def _let_go(group: list[ProcessGroupGloo], message: list[Work]) -> None:
+    while message and not message[0].is_completed():
+        time.sleep(0.05)
+    message.clear()
+    group.clear()
 
 
 class NcclWire:
@@ -79,7 +178,7 @@ class NcclWire:
     Uses vLLM's own NCCL communicator (``PyNcclCommunicator`` over ``StatelessProcessGroup``, vLLM 0.32.0).
     """
 
-    def __init__(self, store: TCPStore, rendezvous: Rendezvous) -> None:
+    def __init__(self, store: TCPStore, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
         from vllm.distributed.utils import StatelessProcessGroup
 
@@ -88,11 +187,19 @@ class NcclWire:
         self._communicator = PyNcclCommunicator(group, device=self._device)
         self._is_sender = rendezvous.rank == 0
         self._timeout_s = rendezvous.timeout_s
+        self._lifeline = lifeline
+        self._open = True
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._staging_B = torch.empty(0, dtype=torch.uint8, device=self._device)
 
+    @property
+    def is_open(self) -> bool:
+        """See ``Wire``."""
+        return self._open
+
     def broadcast(self, buffer_B: torch.Tensor) -> None:
         """See ``Wire``."""
+        self._must_be_open()
         with torch.cuda.stream(self._stream):
             if self._staging_B.numel() < buffer_B.numel():
                 self._staging_B = torch.empty(buffer_B.numel(), dtype=torch.uint8, device=self._device)
@@ -106,18 +213,36 @@ class NcclWire:
 
     def barrier(self) -> None:
         """See ``Wire``: an all-reduce of one element that every member must enter."""
+        self._must_be_open()
         with torch.cuda.stream(self._stream):
             self._communicator.all_reduce(torch.zeros(1, device=self._device), stream=self._stream)
         self._wait()
 
+    def close(self) -> None:
+        """See ``Wire``: aborts the communicator, so that a kernel that waits for a dead peer ends."""
+        if self._open:
+            self._open = False
+            self._lifeline.close()
+            self._communicator.destroy()
+
+    def _must_be_open(self) -> None:
+        if not self._open:
+            raise WireError("the wire is closed: connect again")
+
     def _wait(self) -> None:
-        """Until the stream is done; a peer that never enters the collective costs one time-out."""
+        """Until the stream is done; a peer that is there and never enters the collective costs one time-out."""
         event = self._stream.record_event()
         deadline = time.monotonic() + self._timeout_s
-        while not event.query():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"NCCL did not answer within {self._timeout_s:g} s")
-            time.sleep(0.001)
+        failure: str | None = None
+        while failure is None and not event.query():
+            time.sleep(POLL_S)
+            if lost := self._lifeline.lost():
+                failure = lost
+            elif time.monotonic() > deadline:
+                failure = f"NCCL did not answer within {self._timeout_s:g} s"
+        if failure is not None:
+            self.close()
+            raise WireError(failure)
 
 
 def _own_address(rendezvous: Rendezvous) -> str:

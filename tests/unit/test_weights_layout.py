@@ -1,12 +1,14 @@
 """Both ends of the wire cut and read buckets alike, and the two ends together move every byte."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from eopd.weights.layout import ParameterMeta, bucket_num_bytes, cut_into_buckets, pack, unpack
+from eopd.types import WeightTransferError
+from eopd.weights.layout import BucketHashError, ParameterMeta, bucket_num_bytes, cut_into_buckets, pack, unpack
 from eopd.weights.transfer import InitInfo, WeightReceiver, WeightSender
+from eopd.weights.wire import WireError
 
 
 class DictSource:
@@ -51,43 +53,132 @@ def test_a_wrong_sized_bucket_is_loud():
         pack([torch.zeros(3)], torch.empty(13, dtype=torch.uint8))
 
 
+def make_sender(source, **options):
+    options = {"bucket_bytes": 100, "timeout_s": 20.0} | options
+    return WeightSender(source, rank=0, backend="gloo", address="127.0.0.1", **options)
+
+
+def connect(sender, num_receivers):
+    """``open``, ``accept``, and so many receivers, each in its own thread."""
+    infos = sender.open([1] * num_receivers)
+    with ThreadPoolExecutor() as pool:
+        accepting = pool.submit(sender.accept)
+        joining = [pool.submit(WeightReceiver, InitInfo(**info), 0) for info in infos]
+        receivers = [future.result() for future in joining]
+        accepting.result()
+    return receivers
+
+
+class CorruptingWire:
+    """The sender's wire, with one bit flipped in one bucket on its way."""
+
+    def __init__(self, wire, bucket):
+        self.wire, self.countdown = wire, bucket
+
+    def __getattr__(self, name):
+        return getattr(self.wire, name)
+
+    def broadcast(self, buffer):
+        if self.countdown == 0:
+            buffer[5] ^= 1
+        self.countdown -= 1
+        self.wire.broadcast(buffer)
+
+
 def test_two_receivers_take_the_same_weights_twice_and_an_untaken_transfer_is_thrown_away():
     source = DictSource(tensors())
-    sender = WeightSender(source, rank=0, backend="gloo", address="127.0.0.1", bucket_bytes=100, timeout_s=20.0)
-    infos = sender.open([1, 1])
-    accepting = threading.Thread(target=sender.accept)
-    accepting.start()
-    receivers = [None, None]
-    joining = [
-        threading.Thread(target=lambda i=i: receivers.__setitem__(i, WeightReceiver(InitInfo(**infos[i]), 0)))
-        for i in (0, 1)
-    ]
-    for thread in joining:
-        thread.start()
-    for thread in (*joining, accepting):
-        thread.join()
+    sender = make_sender(source)
+    receivers = connect(sender, 2)
     for _ in range(2):
         for receiver in receivers:
             receiver.start()
         source.tensors = {name: t + 1 for name, t in source.tensors.items()}
         assert sender.send() == sum(t.numel() * t.itemsize for t in source.tensors.values())
     for receiver in receivers:
+        receiver.check()
         received = dict(receiver.take())
         assert received.keys() == source.tensors.keys()
         assert all(torch.equal(received[name], source.tensors[name]) for name in received)
-        with pytest.raises(RuntimeError, match="no weight transfer was started"):
-            dict(receiver.take())
+        with pytest.raises(WeightTransferError, match="no weight transfer was started"):
+            receiver.take()
+
+
+def test_a_bucket_with_another_hash_is_named_and_the_group_takes_the_next_transfer():
+    source = DictSource(tensors())
+    sender = make_sender(source)
+    receivers = connect(sender, 2)
+    whole = sender._wire
+    for receiver in receivers:
+        receiver.start()
+    sender._wire = CorruptingWire(whole, bucket=1)
+    sender.send()
+    for receiver in receivers:
+        with pytest.raises(
+            BucketHashError, match=r"bucket 2 of 4 \(wide to wide\) was sent as ([0-9a-f]{32}) and arrived as (?!\1)"
+        ):
+            receiver.check()
+        with pytest.raises(BucketHashError):
+            receiver.take()
+    sender._wire = whole
+    for receiver in receivers:
+        receiver.start()
+    sender.send()
+    for receiver in receivers:
+        receiver.check()
+        assert all(torch.equal(tensor, source.tensors[name]) for name, tensor in receiver.take())
 
 
 def test_a_sender_that_never_sends_costs_one_time_out():
-    sender = WeightSender(
-        DictSource(tensors()), rank=0, backend="gloo", address="127.0.0.1", bucket_bytes=100, timeout_s=2.0
-    )
-    (info,) = sender.open([1])
-    accepting = threading.Thread(target=sender.accept)
-    accepting.start()
-    receiver = WeightReceiver(InitInfo(**info), 0)
-    accepting.join()
+    sender = make_sender(DictSource(tensors()), timeout_s=1.0, connect_timeout_s=60.0)
+    (receiver,) = connect(sender, 1)
     receiver.start()
-    with pytest.raises(RuntimeError, match="weight transfer"):
-        list(receiver.take())
+    with pytest.raises(WeightTransferError, match=r"did not end within 1 s|failed: .* Timed out waiting 1000ms"):
+        receiver.take()
+    with pytest.raises(WireError, match="connect again"):
+        receiver.start()
+
+
+def test_an_engine_that_never_connects_costs_the_time_out_of_the_handshake():
+    source = DictSource(tensors())
+    sender = make_sender(source, timeout_s=3600.0, connect_timeout_s=1.0)
+    present, _ = sender.open([1, 1])
+    with ThreadPoolExecutor() as pool:
+        joining = pool.submit(WeightReceiver, InitInfo(**present), 0)
+        with pytest.raises(WireError, match=r"as rank 0 of 3, within connect_timeout_s = 1: "):
+            sender.accept()
+        with pytest.raises(WireError, match=r"as rank 1 of 3, within connect_timeout_s = 1: "):
+            joining.result()
+    (receiver,) = connect(sender, 1)
+    receiver.start()
+    sender.send()
+    assert len(list(receiver.take())) == len(source.tensors)
+
+
+def test_after_a_failure_the_source_is_walked_to_its_end_for_the_other_ranks():
+    source = DictSource(tensors())
+    sender = make_sender(source)
+    gathered = []
+    source.gather = lambda bucket: gathered.append(bucket) or [source.tensors[p.name] for p in bucket]
+    with pytest.raises(WireError, match="open, accept"):
+        sender.send()
+    assert len(gathered) == 4
+    (receiver,) = connect(sender, 1)
+    receiver.start()
+    sender._wire.close()
+    with pytest.raises(WireError, match="closed"):
+        sender.send()
+    assert len(gathered) == 8
+    with pytest.raises(WeightTransferError, match=r"the sender at .* has left"):
+        receiver.take()
+
+
+def test_a_source_that_fails_ends_the_receivers_transfer_at_once():
+    source = DictSource(tensors())
+    sender = make_sender(source, timeout_s=3600.0)
+    (receiver,) = connect(sender, 1)
+    receiver.start()
+    del source.tensors["large"]
+    with pytest.raises(KeyError, match="large"):
+        sender.send()
+    with pytest.raises(WeightTransferError, match=r"the sender at .* has left"):
+        receiver.take()
