@@ -26,6 +26,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from eopd.config import RolloutConfig, StudentConfig
 from eopd.roles import EngineDownError
 from eopd.types import (
+    Float32Array,
     Header,
     Int32Array,
     LossReason,
@@ -177,6 +178,30 @@ class VllmRolloutEngine:
     async def version(self) -> PolicyVersion:
         """The label of the weights that serve now."""
         return PolicyVersion.parse(await self._llm.get_weight_version())
+
+    async def probe(self, token_ids: Int32Array) -> Float32Array:
+        """What the weights that serve now give to a fixed text, for ``weights/probe.py``.
+
+        Prompt log-probabilities know neither temperature nor any other transform, whatever ``logprobs_mode`` is, and
+        never come from the prefix cache (vLLM 0.32.0).
+
+        Args:
+            token_ids: int32[N], 2 to ``max_sequence_tokens`` - 1 tokens.
+
+        Returns:
+            float32[N - 1], log-probabilities in nats of token_ids[1:], each given all tokens before it.
+        """
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,  # the token of the text only
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        ids = token_ids.tolist()
+        outputs = [out async for out in self._llm.generate(TokensPrompt(prompt_token_ids=ids), params, uuid4().hex)]
+        entries = outputs[-1].prompt_logprobs[1:]  # the first token has no context, and None
+        return np.array([entry[i].logprob for entry, i in zip(entries, ids[1:], strict=True)], np.float32)
 
     async def close(self) -> None:
         """Stop the engine's processes."""

@@ -1,0 +1,35 @@
+"""The comparison of an engine's probe with the learner's."""
+
+import numpy as np
+import pytest
+
+from eopd.weights.probe import ProbeError, compare_probe
+
+LEARNER = np.array([-0.5, -3.0, -11.0, -0.01], np.float32)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.1)])
+def test_the_mean_absolute_difference_decides(dtype, tolerance):
+    signs = np.array([1, -1, 1, -1], np.float32)  # a mean of signed differences would be zero
+    assert compare_probe(LEARNER + 0.9 * tolerance * signs, LEARNER, dtype=dtype) == pytest.approx(
+        0.9 * tolerance, rel=1e-2
+    )
+    with pytest.raises(ProbeError, match=f"more than {tolerance:g} in {dtype}"):
+        compare_probe(LEARNER + 1.1 * tolerance * signs, LEARNER, dtype=dtype)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_what_is_no_number_is_refused(bad):
+    engine = LEARNER.copy()
+    engine[1] = bad
+    with pytest.raises(ProbeError):
+        compare_probe(engine, LEARNER, dtype="bfloat16")
+    with pytest.raises(ProbeError):
+        compare_probe(LEARNER, engine, dtype="bfloat16")
+
+
+def test_probes_of_other_lengths_are_no_probe():
+    with pytest.raises(ValueError, match=r"\(3,\) and \(4,\)"):
+        compare_probe(LEARNER[:3], LEARNER, dtype="float32")
+    with pytest.raises(ValueError, match=r"\(0,\)"):
+        compare_probe(LEARNER[:0], LEARNER[:0], dtype="float32")
