@@ -46,12 +46,13 @@ format: setup ## rewrite the code in its one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## loss, driver and overlap; the learner and the teacher beside what others do
+bench: setup ## loss, driver, overlap, a weight sync; the learner and the teacher beside what others do
 	$(BIN)/python tests/bench/bench_loss.py
 	$(BIN)/eopd models demo
 	$(BIN)/python tests/bench/bench_learner.py
 	$(BIN)/python tests/bench/bench_teacher.py
 	$(BIN)/python tests/bench/bench_pipeline.py
+	$(BIN)/python tests/bench/bench_weights.py
 
 dashboards: setup ## make the Grafana dashboard again
 	$(BIN)/python dashboards/build.py

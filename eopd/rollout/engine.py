@@ -156,7 +156,9 @@ class VllmRolloutEngine:
         """Check what was received; pause, load it, label it, resume.
 
         Returns:
-            Seconds for which no engine step ran.
+            Seconds from asking for the pause, which the step under way ends first, to the resumption: the time between
+            two engine steps, and the rest of the first. The step after it reads all running responses again, under the
+            new weights, and may take far longer than the pause.
 
         Raises:
             WeightTransferError: as ``check_weights``, before the pause. Anything else is raised after it, and leaves
