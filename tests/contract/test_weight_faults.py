@@ -20,7 +20,7 @@ from eopd.weights.layout import ParameterMeta
 from eopd.weights.transfer import InitInfo, WeightReceiver, WeightSender
 from eopd.weights.wire import WireError
 
-NUM_BUCKETS, BUCKET_FLOATS = 6, 1 << 20  # 4 MiB: more than a socket takes, so that a message meets the fault half-way
+NUM_BUCKETS, BUCKET_FLOATS = 6, 4 << 20  # 16 MiB: more than sockets take, so that a message meets the fault half-way
 HOUR = 3600.0
 
 
