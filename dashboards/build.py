@@ -122,6 +122,7 @@ OVERVIEW: Final[dict[str, tuple[Panel, ...]]] = {
     "Weight sync": (
         Panel("Transfer", ("eopd_weight_transfer_seconds",), width=8),
         Panel("Pause", ("eopd_weight_pause_seconds",), width=8),
+        Panel("Engine against learner", ("eopd_weight_probe_nats",), width=8),
         Panel("Size", ("eopd_weight_bytes",), width=8),
     ),
 }

@@ -279,12 +279,16 @@ class EvalStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishStats:
-    """One completed weight sync: every live engine serves ``version``."""
+    """One completed weight sync: every live engine serves ``version``.
+
+    ``probe_nats`` is how far engines were from the learner on the probe, where they were asked (``weights/probe.py``).
+    """
 
     version: PolicyVersion
     transfer_s: float
     pause_s: float
     num_bytes: int
+    probe_nats: float | None = None
 
 
 class WeightTransferError(RuntimeError):

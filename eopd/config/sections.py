@@ -187,13 +187,15 @@ def _refuse_offload(zero: NativeOptions, zero_stage: int) -> None:
 class WeightsConfig(Section):
     """The wire from learner to engines: ``gloo`` through host memory, ``nccl`` between GPUs.
 
-    ``connect_timeout_s`` is for all engines to join, ``timeout_s`` for one bucket to reach them all.
+    ``connect_timeout_s`` is for all engines to join, ``timeout_s`` for one bucket to reach them all. At the first and
+    every ``verify_every``-th sync each engine must give a fixed text the learner's log-probabilities; 0 never asks.
     """
 
     backend: Literal["gloo", "nccl"] = "gloo"
     bucket_bytes: int = Field(64 * 1024 * 1024, ge=1024)
     connect_timeout_s: float = Field(60.0, gt=0.0)
     timeout_s: float = Field(120.0, gt=0.0)
+    verify_every: int = Field(10, ge=0)
 
 
 class CheckpointConfig(Section):

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from eopd.loss.chunked import LossTokens
-from eopd.types import ScoredTrajectory
+from eopd.types import Int32Array, ScoredTrajectory
+
+Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,22 +112,35 @@ def _behind_prompt(values_R: npt.NDArray[np.generic], num_prompt_tokens: int) ->
     return np.concatenate([prompt_rows, values_R])
 
 
+def collate_text(token_ids: Int32Array) -> Packed:
+    """A text of int32[N], N > 1, that no one scored: N - 1 rows, for the student's own log-probabilities."""
+    ids = token_ids.astype(np.int64)
+    return _unscored(ids[:-1], ids[1:], np.ones(ids.size - 1, np.bool_), (slice(0, ids.size - 1),))
+
+
 def _masked_row() -> Packed:
-    ids, floats = np.zeros(1, np.int64), np.zeros(1, np.float32)
+    row = np.zeros(1, np.int64)
+    return _unscored(row, row, np.zeros(1, np.bool_), ())
+
+
+def _unscored(
+    input_ids: Int64Array, target_ids: Int64Array, mask: npt.NDArray[np.bool_], rows: tuple[slice, ...]
+) -> Packed:
+    floats = np.zeros(len(mask), np.float32)
     columns: dict[str, npt.NDArray[np.generic]] = {
-        "input_ids_T": ids,
-        "position_ids_T": ids,
-        "target_ids_T": ids,
-        "loss_mask_T": np.zeros(1, np.bool_),
+        "input_ids_T": input_ids,
+        "position_ids_T": np.arange(len(mask)),
+        "target_ids_T": target_ids,
+        "loss_mask_T": mask,
         "rollout_logprobs_T": floats,
         "gate_T": floats,
         "teacher_logprobs_T": floats,
         "teacher_entropy_T": floats,
-        "teacher_topk_ids_TK": ids[:, None],
+        "teacher_topk_ids_TK": np.zeros((len(mask), 1), np.int64),
         "teacher_topk_logprobs_TK": floats[:, None],
         "teacher_tail_logprobs_T": floats,
     }
-    return _packed(columns, ())
+    return _packed(columns, rows)
 
 
 def _packed(columns: Mapping[str, npt.NDArray[np.generic]], rows: tuple[slice, ...]) -> Packed:

@@ -26,7 +26,7 @@ from eopd.config.loss import NeverGate
 from eopd.config.teacher import EntropyBound
 from eopd.learner.batch import Weigher, batch_metrics
 from eopd.learner.broken import NonFiniteUpdateError, dump, explain, find_rows
-from eopd.learner.collate import Packed, Weighting, collate
+from eopd.learner.collate import Packed, Weighting, collate, collate_text
 from eopd.learner.deepspeed_engine import Engine, gather_all, join
 from eopd.learner.export import write_student
 from eopd.learner.lora import save_adapter
@@ -36,6 +36,8 @@ from eopd.loss.objective import LossTerms, objective
 from eopd.types import (
     Estimate,
     EvalStats,
+    Float32Array,
+    Int32Array,
     LearnerStats,
     OptimizerStep,
     PackedBatch,
@@ -179,6 +181,10 @@ class LearnerRank:
             num_tokens=round(counts_M.sum()),
         )
 
+    def probe(self, token_ids: Int32Array) -> Float32Array:
+        """Log-probabilities of a text int32[N] at temperature 1, float32[N - 1] in nats, as engines are asked for."""
+        return cast(Float32Array, self._student_logprobs(collate_text(token_ids), 1.0).float().cpu().numpy())
+
     def save(self, directory: Path) -> None:
         """Write weights, optimiser, schedule, random state and version, for ``load`` under the same stage."""
         self._engine.save(directory, self.version._asdict() | {"num_skipped": self._num_skipped})
@@ -232,13 +238,13 @@ class LearnerRank:
         old_logprobs_T = self._student_logprobs(packed).cpu()
         return replace(packed, tokens=replace(packed.tokens, old_logprobs_T=old_logprobs_T))
 
-    def _student_logprobs(self, packed: Packed) -> Tensor:
-        """Log-probabilities of the sampled tokens [T], 0 where masked, without gradient."""
+    def _student_logprobs(self, packed: Packed, temperature: float | None = None) -> Tensor:
+        """Log-probabilities of the tokens [T], 0 where masked, without gradient; as hot as rollouts by default."""
         on_device = packed.to(self._device)
 
         def logprobs(hidden_TD: Tensor, head: Head) -> Tensor:
-            found = token_statistics(hidden_TD, head.weight_VD, on_device.tokens, **self._projection(head))
-            return found.student_logprobs_T
+            projection = self._projection(head, temperature)
+            return token_statistics(hidden_TD, head.weight_VD, on_device.tokens, **projection).student_logprobs_T
 
         with torch.no_grad():
             return self._engine.run(on_device, logprobs)
@@ -298,8 +304,7 @@ class LearnerRank:
         assert entropy_T is not None  # collate sets it
 
         def statistics(hidden_TD: Tensor, head: Head) -> Tensor:
-            projection = self._projection(head)
-            projection["temperature"] = 1.0  # held-out responses are sampled at 1, whatever training samples at
+            projection = self._projection(head, 1.0)  # held-out responses are sampled at 1, whatever training's are
             found = token_statistics(hidden_TD, head.weight_VD, tokens, **projection)
             entropy = torch.where(mask_T, entropy_T, 0.0)
             columns = [found.reverse_kl_T, found.forward_kl_T, found.student_entropy_T, entropy]
@@ -308,12 +313,12 @@ class LearnerRank:
         with torch.no_grad():
             return self._engine.run(packed, statistics)
 
-    def _projection(self, head: Head) -> Projection:
+    def _projection(self, head: Head, temperature: float | None = None) -> Projection:
         return {
             "head_bias_V": head.bias_V,
             "logit_scale": head.logit_scale,
             "logit_softcap": head.logit_softcap,
-            "temperature": self._temperature,
+            "temperature": self._temperature if temperature is None else temperature,
             "chunk_tokens": self._chunk_tokens,
         }
 

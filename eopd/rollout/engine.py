@@ -10,7 +10,8 @@ calls.
 """
 
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Self
 from uuid import uuid4
 
@@ -67,6 +68,7 @@ class VllmRolloutEngine:
             "max_model_len": max_sequence_tokens,
             "logprobs_mode": "processed_logprobs",  # include the temperature
             "weight_transfer_config": WeightTransferConfig(backend=weight_backend),
+            "scheduling_policy": "priority",  # the probe's; all other requests are equal, and come in turn
             "enable_prefix_caching": False,  # cached prefixes of old weights must serve no new request
             "disable_log_stats": True,
             "generation_config": "auto",
@@ -113,10 +115,9 @@ class VllmRolloutEngine:
         key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
         final: RequestOutput | None = None
         try:
-            async for output in self._llm.generate(request, params, uuid4().hex):
-                final = output
-        except EngineDeadError as error:
-            raise EngineDownError("its engine died") from error
+            with _dies_as_down():
+                async for output in self._llm.generate(request, params, uuid4().hex):
+                    final = output
         except EngineGenerateError as error:
             return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail=str(error))
         if final is None or final.outputs[0].finish_reason not in FINISH_REASONS:
@@ -178,11 +179,16 @@ class VllmRolloutEngine:
         await self._llm.finish_weight_update(weight_version=version.label if version else None)
 
     async def version(self) -> PolicyVersion:
-        """The label of the weights that serve now."""
-        return PolicyVersion.parse(await self._llm.get_weight_version())
+        """The label of the weights that serve now.
+
+        Raises:
+            EngineDownError: the engine's processes died.
+        """
+        with _dies_as_down():
+            return PolicyVersion.parse(await self._llm.get_weight_version())
 
     async def probe(self, token_ids: Int32Array) -> Float32Array:
-        """What the weights that serve now give to a fixed text, for ``weights/probe.py``.
+        """What the weights that serve now give to a fixed text, for ``weights/probe.py``; before all work that waits.
 
         Prompt log-probabilities know neither temperature nor any other transform, whatever ``logprobs_mode`` is, and
         never come from the prefix cache (vLLM 0.32.0).
@@ -192,6 +198,9 @@ class VllmRolloutEngine:
 
         Returns:
             float32[N - 1], log-probabilities in nats of token_ids[1:], each given all tokens before it.
+
+        Raises:
+            EngineDownError: the engine's processes died.
         """
         params = SamplingParams(
             max_tokens=1,
@@ -201,7 +210,9 @@ class VllmRolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         ids = token_ids.tolist()
-        outputs = [out async for out in self._llm.generate(TokensPrompt(prompt_token_ids=ids), params, uuid4().hex)]
+        request = self._llm.generate(TokensPrompt(prompt_token_ids=ids), params, uuid4().hex, priority=-1)
+        with _dies_as_down():
+            outputs = [output async for output in request]
         entries = outputs[-1].prompt_logprobs[1:]  # the first token has no context, and None
         return np.array([entry[i].logprob for entry, i in zip(entries, ids[1:], strict=True)], np.float32)
 
@@ -213,11 +224,20 @@ class VllmRolloutEngine:
 async def _transfer(call: Awaitable[None]) -> None:
     """Name the failure of a call that loads nothing: across processes vLLM keeps its words, and not its type."""
     try:
-        await call
-    except EngineDeadError:
+        with _dies_as_down():
+            await call
+    except EngineDownError:
         raise
     except Exception as error:
         raise WeightTransferError(str(error)) from error
+
+
+@contextmanager
+def _dies_as_down() -> Iterator[None]:
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDownError("its engine died") from error
 
 
 def _trajectory(prompt: PromptSample, sample_index: int, output: CompletionOutput) -> Trajectory:

@@ -24,7 +24,9 @@ from eopd.roles import EngineDownError, TeacherDownError, WorkerDownError
 from eopd.runtime.run_directory import RunDirectory
 from eopd.types import (
     EvalStats,
+    Float32Array,
     Header,
+    Int32Array,
     LearnerStats,
     LossReason,
     LostTrajectory,
@@ -125,8 +127,14 @@ class RolloutActor:
     async def receive_weights(self) -> None:  # noqa: D102
         await self._engine.receive_weights()
 
+    async def check_weights(self) -> None:  # noqa: D102
+        await self._engine.check_weights()
+
     async def install_weights(self, version: PolicyVersion) -> float:  # noqa: D102
         return await self._engine.install_weights(version)
+
+    async def probe(self, token_ids: Int32Array) -> Float32Array:  # noqa: D102
+        return await self._engine.probe(token_ids)
 
     async def version(self) -> PolicyVersion:  # noqa: D102
         return await self._engine.version()
@@ -158,6 +166,14 @@ class RemoteEngine:
     async def receive_weights(self) -> None:  # noqa: D102
         with dies_as(EngineDownError):
             await self._actor.receive_weights.remote()
+
+    async def check_weights(self) -> None:  # noqa: D102
+        with dies_as(EngineDownError):
+            await self._actor.check_weights.remote()
+
+    async def probe(self, token_ids: Int32Array) -> Float32Array:  # noqa: D102
+        with dies_as(EngineDownError):
+            return cast(Float32Array, await self._actor.probe.remote(token_ids))
 
     async def install_weights(self, version: PolicyVersion) -> float:  # noqa: D102
         with dies_as(EngineDownError):
@@ -248,6 +264,7 @@ class LearnerActor:
             address=address,
             bucket_bytes=config.weights.bucket_bytes,
             timeout_s=config.weights.timeout_s,
+            connect_timeout_s=config.weights.connect_timeout_s,
         )
 
     def step(self, share: PackedBatch, *bodies: object) -> LearnerStats:
@@ -269,6 +286,9 @@ class LearnerActor:
 
     def export(self, directory: Path) -> None:  # noqa: D102
         self._rank.export(directory)
+
+    def probe(self, token_ids: Int32Array) -> Float32Array:  # noqa: D102
+        return self._rank.probe(token_ids)
 
     def open_wire(self, engine_workers: Sequence[int]) -> list[dict[str, object]]:  # noqa: D102
         return self._sender.open(engine_workers)

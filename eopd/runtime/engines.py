@@ -15,8 +15,11 @@ from eopd.roles import RolloutEngine
 from eopd.runtime.actors import MAX_CONCURRENT_REQUESTS, RemoteEngine, RolloutActor, Spawn, end
 from eopd.runtime.placement import plan_rollout
 from eopd.runtime.restarts import RestartBudget
-from eopd.types import PolicyVersion
+from eopd.types import Int32Array, PolicyVersion
 from eopd.weights.channel import BroadcastChannel, SenderLink
+from eopd.weights.probe import Probe
+
+_GRACE_S = 10.0  # the wire's own time-outs come first: they say what is wrong
 
 
 class EngineFleet:
@@ -39,14 +42,21 @@ class EngineFleet:
         """Start all engines; one awaitable for each, by name."""
         return {f"rollout engine {index}": self._start(actor) for index, actor in enumerate(self._actors)}
 
-    def connect(self, sender: SenderLink) -> BroadcastChannel:
-        """The channel from ``sender`` to all engines, those to come included."""
+    def connect(self, sender: SenderLink, text: Int32Array) -> BroadcastChannel:
+        """The channel from ``sender`` to all engines, those to come included; ``text`` is what they are probed with."""
+        config, weights = self._config, self._config.weights
         self.channel = BroadcastChannel(
             sender,
             dict(enumerate(self._remotes)),
-            workers_per_engine=_workers(self._config.rollout),
+            workers_per_engine=_workers(config.rollout),
+            probe=Probe(
+                token_ids=text[: config.max_sequence_tokens - 1],
+                dtype=config.student.dtype,
+                every=weights.verify_every,
+            ),
             condemn=self.replicas.condemn,
-            timeout_s=self._config.weights.timeout_s + 10.0,
+            connect_timeout_s=weights.connect_timeout_s + _GRACE_S,
+            timeout_s=weights.timeout_s + _GRACE_S,
         )
         return self.channel
 

@@ -12,7 +12,7 @@ from eopd.config import Config
 from eopd.roles import LearnerDownError
 from eopd.runtime.actors import LearnerActor, Spawn, dies_as, with_bodies
 from eopd.runtime.placement import plan_learner
-from eopd.types import EvalStats, LearnerStats, PackedBatch, PolicyVersion
+from eopd.types import EvalStats, Float32Array, Int32Array, LearnerStats, PackedBatch, PolicyVersion
 
 _DEAD = (RayActorError, OutOfMemoryError)
 _PING_S = 5.0
@@ -87,6 +87,10 @@ class LearnerGang:
 
     async def send(self) -> int:  # noqa: D102
         return (await self._each("send_weights"))[0]  # type: ignore[return-value]
+
+    async def probe(self, token_ids: Int32Array) -> Float32Array:
+        """What the student gives to a fixed text, as ``weights/probe.py`` has it."""
+        return (await self._each("probe", token_ids))[0]  # type: ignore[return-value]
 
     async def _each(self, method: str, *arguments: object) -> list[object]:
         return await self._all([getattr(actor, method).remote(*arguments) for actor in self._actors])

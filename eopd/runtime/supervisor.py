@@ -20,7 +20,7 @@ from eopd.runtime.placement import RoleResources, plan_rollout
 from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.teachers import TeacherFleet, route
 from eopd.teacher.pool import TeacherRouter
-from eopd.types import Stored
+from eopd.types import Int32Array, Stored
 from eopd.weights.channel import BroadcastChannel
 
 T = TypeVar("T")
@@ -39,8 +39,8 @@ class Crew:
 
 
 @asynccontextmanager
-async def crew(config: Config, incarnation: int) -> AsyncIterator[Crew]:
-    """Every actor of a training run, started all at the same time."""
+async def crew(config: Config, incarnation: int, text: Int32Array) -> AsyncIterator[Crew]:
+    """Every actor of a training run, started all at the same time; engines are probed with ``text``, int32[N]."""
     restarts = RestartBudget(config.cluster.max_restarts, config.cluster.restart_window_s)
     async with _actors() as spawn:
         gang = LearnerGang(spawn, config)
@@ -59,7 +59,7 @@ async def crew(config: Config, incarnation: int) -> AsyncIterator[Crew]:
                 teacher=teacher,
                 fleets=fleets,
                 learner=gang,
-                channel=rollouts.connect(gang),
+                channel=rollouts.connect(gang, text),
                 restarts=restarts,
             )
         finally:

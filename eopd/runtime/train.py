@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Literal
 
+import numpy as np
+
 from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
 from eopd.config import Config
 from eopd.evaluation.held_out import measure
@@ -26,6 +28,8 @@ from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry
 from eopd.telemetry.step import Totals
 from eopd.types import ScoredTrajectory, Stored
+
+_PROBE_TOKENS = 256  # of prompts, which the student finds probable
 
 
 def train(config: Config, *, resume: bool) -> tuple[Summary, RunDirectory]:
@@ -91,7 +95,8 @@ class TrainingRun:
 
     async def _run(self, telemetry: Telemetry) -> None:
         self._console.message("starting the learner, the rollout engines and the teacher")
-        async with crew(self._config, self._progress.incarnation) as members:
+        text = np.concatenate([prompt.token_ids for prompt in self._prepared.train.prompts[:_PROBE_TOKENS]])
+        async with crew(self._config, self._progress.incarnation, text[:_PROBE_TOKENS]) as members:
             await members.restarts.guard(self._outlive_learners(members, telemetry))
 
     async def _outlive_learners(self, members: Crew, telemetry: Telemetry) -> None:

@@ -90,6 +90,8 @@ def step_row(
         "eopd_weight_pause_seconds": published.pause_s,
         "eopd_weight_bytes": float(published.num_bytes),
     }
+    if published.probe_nats is not None:
+        row["eopd_weight_probe_nats"] = published.probe_nats
     return row | {
         series("eopd_lost_trajectories_total", reason=reason.value): float(lost.get(reason, 0)) for reason in LossReason
     }

@@ -3,23 +3,29 @@
 sender (learner ranks)                       engines (generation goes on)
   open ──────────── InitInfo ──────────────▶ connect_weights          whenever the set of engines has changed
   send ──────────── buckets ───────────────▶ receive_weights          phase one: into host memory
+                                             check_weights            all there, every hash right
                                              install_weights          phase two: pause, load, label, resume
                                              version                  asked back from every engine
+  probe ─────── log-probabilities ─────────▶ probe                    now and then: does it compute with them?
 
 A transfer that fails in phase one is given up, and nothing is lost: whoever does not answer is condemned, the group is
-built again of those alive, and the version is sent again. An engine that fails in phase two may hold half of the
-weights, so it is condemned. A condemned engine's replacement comes in through ``join``. A publish without any engine
-is done at once: whoever joins later is brought to the learner's version.
+built again of those alive, and the version is sent again. A wrong hash or a wrong probe is first repaired by sending
+again; an engine that is wrong twice is condemned. One that fails in phase two may hold half of the weights, so it is
+condemned. A condemned engine's replacement comes in through ``join``. A publish without any engine is done at once:
+whoever joins later is brought to the learner's version.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from eopd.roles import EngineDownError, LearnerDownError
-from eopd.types import PolicyVersion, PublishStats
+from eopd.types import Float32Array, Int32Array, PolicyVersion, PublishStats, WeightTransferError
+from eopd.weights.probe import Probe, ProbeError, compare_probe
+
+T = TypeVar("T")
 
 PING_S = 10.0  # an engine that does not say its version within this is condemned
 MAX_ROUNDS = 5  # of one publish; every failed one costs a time-out
@@ -37,6 +43,7 @@ class SenderLink(Protocol):
     async def open(self, engine_workers: Sequence[int]) -> Sequence[Mapping[str, object]]: ...  # noqa: D102
     async def accept(self) -> None: ...  # noqa: D102
     async def send(self) -> int: ...  # noqa: D102
+    async def probe(self, token_ids: Int32Array) -> Float32Array: ...  # noqa: D102
 
 
 class EngineLink(Protocol):
@@ -44,7 +51,9 @@ class EngineLink(Protocol):
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None: ...  # noqa: D102
     async def receive_weights(self) -> None: ...  # noqa: D102
+    async def check_weights(self) -> None: ...  # noqa: D102
     async def install_weights(self, version: PolicyVersion) -> float: ...  # noqa: D102
+    async def probe(self, token_ids: Int32Array) -> Float32Array: ...  # noqa: D102
     async def version(self) -> PolicyVersion: ...  # noqa: D102
 
 
@@ -55,8 +64,10 @@ class BroadcastChannel:
         sender: the learner gang.
         engines: by number.
         workers_per_engine: each takes part in the transfer.
+        probe: what engines and learner are compared on.
         condemn: told the number of an engine that is of no use, and why.
-        timeout_s: of each phase, as long as the wire's own and a little longer.
+        connect_timeout_s: until all have joined.
+        timeout_s: of every other call to an engine. The sender keeps its own time, bucket by bucket.
     """
 
     def __init__(
@@ -65,16 +76,21 @@ class BroadcastChannel:
         engines: Mapping[int, EngineLink],
         *,
         workers_per_engine: int,
+        probe: Probe,
         condemn: Callable[[int, str], None],
+        connect_timeout_s: float,
         timeout_s: float,
     ) -> None:
         self._sender = sender
         self._engines = dict(engines)
         self._workers = workers_per_engine
+        self._probe = probe
         self._condemn = condemn
+        self._connect_timeout_s = connect_timeout_s
         self._timeout_s = timeout_s
         self._connected = False
         self._lock = asyncio.Lock()
+        self._num_published = 0
         self.num_failures = 0
 
     async def publish(self, version: PolicyVersion) -> PublishStats:
@@ -85,7 +101,9 @@ class BroadcastChannel:
             LearnerDownError: the sender is lost.
         """
         async with self._lock:
-            stats = await self._bring_up_to_date()
+            every = self._probe.every
+            stats = await self._bring_up_to_date(verify=every > 0 and self._num_published % every == 0)
+            self._num_published += 1
         if stats.version != version:
             raise WeightSyncError(f"{version.label} was to be published, the learner holds {stats.version.label}")
         return stats
@@ -98,7 +116,7 @@ class BroadcastChannel:
         """
         async with self._lock:
             self._engines[number], self._connected = engine, False
-            await self._bring_up_to_date(newcomer=number)
+            await self._bring_up_to_date(verify=self._probe.every > 0, newcomer=number)
         if number not in self._engines:
             raise EngineDownError(f"rollout engine {number} did not take the weights")
 
@@ -111,88 +129,131 @@ class BroadcastChannel:
         """Build the group again before the next transfer: there is another sender."""
         self._connected = False
 
-    async def _bring_up_to_date(self, newcomer: int | None = None) -> PublishStats:
-        started, cause = time.monotonic(), ""
+    async def _bring_up_to_date(self, *, verify: bool, newcomer: int | None = None) -> PublishStats:
         async with self._sender.reserved():
-            version = await self._sender.version()
+            sync = _Sync(await self._sender.version(), newcomer)
             for _ in range(MAX_ROUNDS):
                 if not self._engines:
-                    return PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
-                sent = await self._transfer_or_repair(newcomer)
-                if isinstance(sent, int):
-                    transfer_s = time.monotonic() - started
-                    pause_s = await self._install(version, newcomer)
-                    return PublishStats(version=version, transfer_s=transfer_s, pause_s=pause_s, num_bytes=sent)
-                cause = sent
-        raise WeightSyncError(f"{MAX_ROUNDS} transfers of {version.label} failed, last: {cause}")
+                    return PublishStats(version=sync.version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
+                num_bytes = await self._transfer_or_repair(sync)
+                if num_bytes is None:
+                    continue
+                transfer_s = time.monotonic() - sync.started
+                pause_s = await self._install(sync)
+                gap = await self._verify(sync) if verify else None
+                if not (verify and gap is None):
+                    return PublishStats(
+                        version=sync.version,
+                        transfer_s=transfer_s,
+                        pause_s=pause_s,
+                        num_bytes=num_bytes,
+                        probe_nats=gap,
+                    )
+        raise WeightSyncError(f"{MAX_ROUNDS} transfers of {sync.version.label} failed, last: {sync.cause}")
 
-    async def _transfer_or_repair(self, newcomer: int | None) -> int | str:
-        """Bytes sent; or why not, once the dead are condemned and the group is to be built again."""
+    async def _transfer_or_repair(self, sync: "_Sync") -> int | None:
+        """Bytes sent; None once the dead are condemned and the group is to be built again."""
         try:
-            return await self._transfer()
-        except LearnerDownError:
-            raise
-        except (RuntimeError, TimeoutError, OSError) as error:
-            cause = str(error) or type(error).__name__
+            return await self._transfer(sync)
+        except (WeightTransferError, EngineDownError, TimeoutError, OSError) as error:
+            sync.cause = str(error) or type(error).__name__
         self.num_failures += 1
         self._connected = False
-        await self._drop_the_dead(cause, newcomer)
-        return cause
+        for number, answer in (await self._each(lambda engine: engine.version(), PING_S)).items():
+            if isinstance(answer, BaseException):
+                self._drop(sync, number, f"a weight transfer failed ({sync.cause}), and it does not answer")
+        return None
 
-    async def _transfer(self) -> int:
+    async def _transfer(self, sync: "_Sync") -> int:
         """Phase one; connects first where the set of engines is a new one. Returns the bytes sent."""
         if not self._connected:
             infos = await self._sender.open([self._workers] * len(self._engines))
             joins = (engine.connect_weights(info) for engine, info in zip(self._engines.values(), infos, strict=True))
-            await self._together(self._sender.accept(), *joins)
+            await _together(self._connect_timeout_s, self._sender.accept(), *joins)
             self._connected = True
-        await self._together(*(engine.receive_weights() for engine in self._engines.values()))
-        async with asyncio.timeout(self._timeout_s):
-            return await self._sender.send()
-
-    async def _together(self, *calls: Awaitable[object]) -> None:
-        """Await all, also after a failure: a call that is still under way would meet the next round's."""
-        async with asyncio.timeout(self._timeout_s):
-            results = await asyncio.gather(*calls, return_exceptions=True)
-        errors = [result for result in results if isinstance(result, BaseException)]
-        for error in sorted(errors, key=lambda error: not isinstance(error, LearnerDownError)):
+        await _together(self._timeout_s, *(engine.receive_weights() for engine in self._engines.values()))
+        num_bytes = await self._sender.send()
+        checks = await self._each(lambda engine: engine.check_weights(), self._timeout_s)
+        wrong = {number: answer for number, answer in checks.items() if isinstance(answer, BaseException)}
+        for number, error in wrong.items():
+            if isinstance(error, WeightTransferError):
+                self._suspect(sync, number, f"it did not receive the weights: {error}")
+        for error in wrong.values():
             raise error
+        return num_bytes
 
-    async def _install(self, version: PolicyVersion, newcomer: int | None) -> float:
+    async def _install(self, sync: "_Sync") -> float:
         """Phase two, and the proof of it. Returns the longest pause in seconds."""
 
-        async def one(engine: EngineLink) -> float:
-            async with asyncio.timeout(self._timeout_s):
-                pause_s = await engine.install_weights(version)
-                if (serves := await engine.version()) != version:
-                    raise RuntimeError(f"it serves {serves.label} after {version.label} was installed")
-                return pause_s
+        async def install(engine: EngineLink) -> float:
+            pause_s = await engine.install_weights(sync.version)
+            if (serves := await engine.version()) != sync.version:
+                raise RuntimeError(f"it serves {serves.label} after {sync.version.label} was installed")
+            return pause_s
 
-        engines = dict(self._engines)
-        results = await asyncio.gather(*(one(engine) for engine in engines.values()), return_exceptions=True)
         pauses = [0.0]
-        for number, result in zip(engines, results, strict=True):
-            if isinstance(result, BaseException):
+        for number, pause_s in (await self._each(install, self._timeout_s)).items():
+            if isinstance(pause_s, BaseException):
                 self.num_failures += 1
-                self._drop(number, f"installing weights failed: {result or type(result).__name__}", newcomer)
+                self._drop(sync, number, f"installing weights failed: {pause_s or type(pause_s).__name__}")
             else:
-                pauses.append(result)
+                pauses.append(pause_s)
         return max(pauses)
 
-    async def _drop_the_dead(self, cause: str, newcomer: int | None) -> None:
-        """Condemn every engine that does not answer any more."""
+    async def _verify(self, sync: "_Sync") -> float | None:
+        """How far the engines are from the learner, nats; None where one is to be sent the weights once more."""
+        token_ids = self._probe.token_ids
+        expected = await self._sender.probe(token_ids)
+        gaps, repair = [0.0], False
+        for number, logprobs in (await self._each(lambda engine: engine.probe(token_ids), self._timeout_s)).items():
+            if isinstance(logprobs, BaseException):
+                self._drop(sync, number, f"it did not answer the probe: {logprobs or type(logprobs).__name__}")
+                continue
+            try:
+                gaps.append(compare_probe(logprobs, expected, dtype=self._probe.dtype))
+            except ProbeError as error:
+                self.num_failures += 1
+                repair = self._suspect(sync, number, str(error)) or repair
+        return None if repair else max(gaps)
 
-        async def ping(engine: EngineLink) -> None:
-            async with asyncio.timeout(PING_S):
-                await engine.version()
+    async def _each(self, call: Callable[[EngineLink], Awaitable[T]], timeout_s: float) -> dict[int, T | BaseException]:
+        """The same call to every engine, each with its own deadline; what came of it, by number."""
+
+        async def one(engine: EngineLink) -> T:
+            async with asyncio.timeout(timeout_s):
+                return await call(engine)
 
         engines = dict(self._engines)
-        results = await asyncio.gather(*(ping(engine) for engine in engines.values()), return_exceptions=True)
-        for number, result in zip(engines, results, strict=True):
-            if isinstance(result, BaseException):
-                self._drop(number, f"a weight transfer failed ({cause}), and it does not answer", newcomer)
+        answers = await asyncio.gather(*(one(engine) for engine in engines.values()), return_exceptions=True)
+        return dict(zip(engines, answers, strict=True))
 
-    def _drop(self, number: int, reason: str, newcomer: int | None) -> None:
+    def _suspect(self, sync: "_Sync", number: int, reason: str) -> bool:
+        """Whether an engine with wrong weights gets them once more: it does the first time."""
+        sync.cause = f"rollout engine {number}: {reason}"
+        first = number not in sync.suspects
+        sync.suspects.add(number)
+        if not first:
+            self._drop(sync, number, f"twice with the same weights: {reason}")
+        return first
+
+    def _drop(self, sync: "_Sync", number: int, reason: str) -> None:
         self.leave(number)
-        if number != newcomer:  # whoever started that one is told by ``join``
+        if number != sync.newcomer:  # whoever started that one is told by ``join``
             self._condemn(number, reason)
+
+
+class _Sync:
+    """One version on its way: ``newcomer`` joins with it, ``suspects`` had its weights wrong once."""
+
+    def __init__(self, version: PolicyVersion, newcomer: int | None) -> None:
+        self.version, self.newcomer = version, newcomer
+        self.started, self.cause, self.suspects = time.monotonic(), "", set[int]()
+
+
+async def _together(timeout_s: float, *calls: Awaitable[object]) -> None:
+    """Await all, also after a failure: a call that is still under way would meet the next round's."""
+    async with asyncio.timeout(timeout_s):
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    errors = [result for result in results if isinstance(result, BaseException)]
+    for error in sorted(errors, key=lambda error: not isinstance(error, LearnerDownError)):
+        raise error

@@ -98,15 +98,15 @@ class WeightSender:
         backend: Backend,
         address: str,
         bucket_bytes: int,
+        connect_timeout_s: float,
         timeout_s: float,
-        connect_timeout_s: float | None = None,
     ) -> None:
         self._source = source
         self._is_sender = rank == 0
         self._backend = backend
         self._address = address
         self._timeout_s = timeout_s
-        self._connect_timeout_s = connect_timeout_s or timeout_s
+        self._connect_timeout_s = connect_timeout_s
         self._buckets = cut_into_buckets(source.metadata(), bucket_bytes)
         self._store: TCPStore | None = None
         self._wire: Wire | None = None

@@ -122,7 +122,13 @@ async def measure(rounds: int) -> tuple[dict[str, list[float]], int]:
     )
     source = ModelSource(whole_tensors(model), rank=0, zero_stage=0)
     sender = WeightSender(
-        source, rank=0, backend="gloo", address="127.0.0.1", bucket_bytes=BUCKET_BYTES, timeout_s=120.0
+        source,
+        rank=0,
+        backend="gloo",
+        address="127.0.0.1",
+        bucket_bytes=BUCKET_BYTES,
+        connect_timeout_s=60.0,
+        timeout_s=120.0,
     )
     (info,) = sender.open([1])
     await asyncio.gather(asyncio.to_thread(sender.accept), engine.connect_weights(info))

@@ -16,6 +16,7 @@ from eopd.learner.lora import whole_tensors
 from eopd.rollout.engine import VllmRolloutEngine
 from eopd.types import PolicyVersion, PromptSample, Sampling, StopReason
 from eopd.weights.channel import BroadcastChannel
+from eopd.weights.probe import Probe
 from eopd.weights.source import ModelSource
 from eopd.weights.transfer import WeightSender
 from eopd.weights.vllm_engine import ENGINE_NAME
@@ -31,6 +32,7 @@ class InProcessSender:
             backend="gloo",
             address="127.0.0.1",
             bucket_bytes=bucket_bytes,
+            connect_timeout_s=60.0,
             timeout_s=60.0,
         )
 
@@ -89,7 +91,15 @@ async def test_weights_move_in_flight_and_every_token_names_its_version(tiny_mod
     engine = await start(old_dir)
     try:
         sender = InProcessSender(new, bucket_bytes=50_000)
-        channel = BroadcastChannel(sender, {0: engine}, workers_per_engine=1, condemn=condemned, timeout_s=60.0)
+        channel = BroadcastChannel(
+            sender,
+            {0: engine},
+            workers_per_engine=1,
+            probe=Probe(token_ids=np.zeros(2, np.int32), dtype="float32", every=0),
+            condemn=condemned,
+            connect_timeout_s=60.0,
+            timeout_s=60.0,
+        )
         ids = [5, 80, 90, 33]
         long = asyncio.create_task(engine.generate(prompt(ids), 0, Sampling(temperature=0.7, max_tokens=400, seed=11)))
         await asyncio.sleep(0.3)

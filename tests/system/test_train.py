@@ -40,6 +40,8 @@ def test_every_token_was_sampled_by_the_weights_the_learner_held(synchronous):
         assert row["eopd_logprob_gap_nats"] < 1e-3
         assert row["eopd_importance_weight_mean"] == pytest.approx(1.0, abs=1e-3)
         assert row["eopd_weight_bytes"] > 100_000
+    probed = {row["step"]: row["eopd_weight_probe_nats"] for row in found if "eopd_weight_probe_nats" in row}
+    assert list(probed) == [10, 20, 30] and 0 < max(probed.values()) < 1e-4
 
 
 def test_the_run_directory_is_the_contract(synchronous):

@@ -3,12 +3,14 @@
 import asyncio
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 
 from eopd.roles import EngineDownError, LearnerDownError
-from eopd.types import PolicyVersion
+from eopd.types import PolicyVersion, WeightTransferError
 from eopd.weights import channel as module
 from eopd.weights.channel import BroadcastChannel, WeightSyncError
+from eopd.weights.probe import Probe
 
 NEW = PolicyVersion(0, 7)
 
@@ -18,7 +20,7 @@ class FakeSender:
 
     def __init__(self, failures: int = 0, error: Exception | None = None) -> None:
         self.failures, self.error = failures, error
-        self.held, self.groups = NEW, []
+        self.held, self.groups, self.probed = NEW, [], 0
 
     def reserved(self):
         return nullcontext()
@@ -38,15 +40,23 @@ class FakeSender:
             raise self.error
         self.failures -= 1
         if self.failures >= 0:
-            raise RuntimeError("connection closed by peer")
+            raise WeightTransferError("connection closed by peer")
         return 100
+
+    async def probe(self, token_ids):
+        self.probed += 1
+        return np.zeros(len(token_ids) - 1, np.float32)
 
 
 class FakeEngine:
-    """``dies_in`` is the call it dies in; ``wrong`` labels the weights it says it serves."""
+    """``dies_in`` is the call it dies in; ``wrong`` labels the weights it says it serves. The first ``bad_hashes``
+    transfers do not arrive whole, the first ``bad_loads`` are loaded wrong.
+    """
 
-    def __init__(self, dies_in: str = "", wrong: PolicyVersion | None = None) -> None:
-        self.dies_in, self.wrong = dies_in, wrong
+    def __init__(
+        self, dies_in: str = "", wrong: PolicyVersion | None = None, bad_hashes: int = 0, bad_loads: int = 0
+    ) -> None:
+        self.dies_in, self.wrong, self.bad_hashes, self.bad_loads = dies_in, wrong, bad_hashes, bad_loads
         self.dead, self.serves, self.calls = False, PolicyVersion(0, 0), []
 
     async def _call(self, name):
@@ -61,6 +71,17 @@ class FakeEngine:
     async def receive_weights(self):
         await self._call("receive")
 
+    async def check_weights(self):
+        await self._call("check")
+        self.bad_hashes -= 1
+        if self.bad_hashes >= 0:
+            raise WeightTransferError("bucket 2 of 3 is not what was sent")
+
+    async def probe(self, token_ids):
+        await self._call("probe")
+        self.bad_loads -= 1
+        return np.full(len(token_ids) - 1, -1.0 if self.bad_loads >= 0 else 0.0, np.float32)
+
     async def install_weights(self, version):
         await self._call("install")
         self.serves = self.wrong or version
@@ -71,13 +92,15 @@ class FakeEngine:
         return self.serves
 
 
-def channel_of(sender, *engines, condemned=None):
+def channel_of(sender, *engines, condemned=None, every=0):
     told = [] if condemned is None else condemned
     return BroadcastChannel(
         sender,
         dict(enumerate(engines)),
         workers_per_engine=2,
         condemn=lambda number, reason: told.append((number, reason)),
+        probe=Probe(token_ids=np.arange(5, dtype=np.int32), dtype="float32", every=every),
+        connect_timeout_s=0.2,
         timeout_s=0.2,
     )
 
@@ -92,7 +115,7 @@ async def test_the_group_is_built_once_and_every_engine_serves_the_version():
     assert [engine.serves for engine in engines] == [NEW, NEW]
 
 
-@pytest.mark.parametrize("phase", ["connect", "receive"])
+@pytest.mark.parametrize("phase", ["connect", "receive", "check"])
 async def test_an_engine_that_dies_in_phase_one_is_left_out_and_the_others_are_served(phase):
     sender, condemned = FakeSender(), []
     engines = [FakeEngine(), FakeEngine(dies_in=phase), FakeEngine()]
@@ -191,3 +214,50 @@ async def test_an_engine_that_left_takes_no_part_and_another_sender_is_connected
 async def test_publishing_what_the_learner_does_not_hold_is_an_error():
     with pytest.raises(WeightSyncError, match=r"0\.9 was to be published, the learner holds 0\.7"):
         await channel_of(FakeSender(), FakeEngine()).publish(PolicyVersion(0, 9))
+
+
+@pytest.mark.parametrize("fault", ["bad_hashes", "bad_loads"])
+async def test_wrong_weights_are_sent_once_more_and_nobody_installs_before_all_have_checked(fault):
+    sender, condemned, engine, other = FakeSender(), [], FakeEngine(**{fault: 1}), FakeEngine()
+    channel = channel_of(sender, engine, other, condemned=condemned, every=1)
+    stats = await channel.publish(NEW)
+    assert condemned == [] and engine.serves == other.serves == NEW
+    assert stats.probe_nats == 0.0 and channel.num_failures == 1
+    assert other.calls.count("install") == (1 if fault == "bad_hashes" else 2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("bad_hashes", "it did not receive the weights: bucket 2 of 3"),
+        ("bad_loads", "the engine's log-probabilities of the probe are 1 nats"),
+    ],
+)
+async def test_an_engine_that_has_the_same_weights_wrong_twice_is_condemned_and_the_others_serve_them(fault, reason):
+    sender, condemned, other = FakeSender(), [], FakeEngine()
+    channel = channel_of(sender, FakeEngine(**{fault: 2}), other, condemned=condemned, every=1)
+    await channel.publish(NEW)
+    ((number, told),) = condemned
+    assert number == 0 and told.startswith(f"twice with the same weights: {reason}")
+    assert other.serves == NEW and sender.groups[-1] == ([2] if fault == "bad_hashes" else [2, 2])
+    condemned.clear()
+    await channel.publish(NEW)
+    assert condemned == [] and sender.groups[-1] == [2]
+
+
+async def test_an_engine_that_does_not_answer_the_probe_is_condemned():
+    condemned = []
+    await channel_of(FakeSender(), FakeEngine(dies_in="probe"), condemned=condemned, every=1).publish(NEW)
+    assert condemned == [(0, "it did not answer the probe: died in probe")]
+
+
+async def test_every_so_many_syncs_are_probed_and_so_is_every_newcomer():
+    sender = FakeSender()
+    channel = channel_of(sender, FakeEngine(), every=3)
+    stats = [await channel.publish(NEW) for _ in range(7)]
+    assert [one.probe_nats for one in stats] == [0.0, None, None, 0.0, None, None, 0.0]
+    await channel.join(1, FakeEngine())
+    assert sender.probed == 4
+    never = FakeSender()
+    await channel_of(never, FakeEngine(), every=0).publish(NEW)
+    assert never.probed == 0

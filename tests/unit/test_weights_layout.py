@@ -54,7 +54,7 @@ def test_a_wrong_sized_bucket_is_loud():
 
 
 def make_sender(source, **options):
-    options = {"bucket_bytes": 100, "timeout_s": 20.0} | options
+    options = {"bucket_bytes": 100, "connect_timeout_s": 20.0, "timeout_s": 20.0} | options
     return WeightSender(source, rank=0, backend="gloo", address="127.0.0.1", **options)
 
 

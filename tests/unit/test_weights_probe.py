@@ -8,7 +8,7 @@ from eopd.weights.probe import ProbeError, compare_probe
 LEARNER = np.array([-0.5, -3.0, -11.0, -0.01], np.float32)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.2)])
 def test_the_mean_absolute_difference_decides(dtype, tolerance):
     signs = np.array([1, -1, 1, -1], np.float32)  # a mean of signed differences would be zero
     assert compare_probe(LEARNER + 0.9 * tolerance * signs, LEARNER, dtype=dtype) == pytest.approx(
