@@ -66,6 +66,13 @@ class Buffer:
         """Scored and waiting."""
         return len(self._ready)
 
+    @property
+    def next_missing(self) -> int:
+        """The lowest issue number that is neither consumed nor ready."""
+        while self._next_missing in self._ready or self._next_missing in self.consumed_ahead:
+            self._next_missing += 1
+        return self._next_missing
+
     async def admit(self) -> None:
         """Wait for a free slot and hold it."""
         while self.num_in_flight >= self.num_slots:
@@ -117,10 +124,8 @@ class Buffer:
         """Whether a batch is ready that leaves nothing overdue behind."""
         if len(self._ready) < self.batch:
             return False
-        while self._next_missing in self._ready or self._next_missing in self.consumed_ahead:
-            self._next_missing += 1
         number = (self.next_unconsumed + len(self.consumed_ahead)) // self.batch
-        return self._next_missing >= self.batch * (number + 1 - self.lookahead)
+        return self.next_missing >= self.batch * (number + 1 - self.lookahead)
 
     def _lowest(self) -> list[int]:
         admitted = self.num_slots + len(self.consumed_ahead)  # from next_unconsumed on, each with a slot or consumed

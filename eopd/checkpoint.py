@@ -26,12 +26,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from eopd.types import RunFailedError
+
 STATE = "state.json"
 MANIFEST = "manifest.json"
 DIGEST_BYTES = 1 << 20
 
 
-class StorageError(RuntimeError):
+class StorageError(RunFailedError):
     """The disk did not take what a run cannot go on without: says what, how much room there was, and what to do."""
 
     @classmethod

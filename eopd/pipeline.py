@@ -63,6 +63,7 @@ class Pipeline:
     totals: Totals
     buffer: Buffer = field(init=False)
     trained: Mapping[int, Header] = field(init=False, default_factory=dict)  # by issue, of the row yielded last
+    doing: str = field(init=False, default="starting")  # for people: what the next row waits for
     _generating: BusyClock = field(init=False, default_factory=BusyClock)
     _scoring: BusyClock = field(init=False, default_factory=BusyClock)
     _written_at: dict[int, float] = field(init=False, default_factory=dict)
@@ -92,7 +93,16 @@ class Pipeline:
                     return
                 yield row
 
+    def status(self) -> str:
+        """What the loop waits for, for people."""
+        buffer = self.buffer
+        return (
+            f"{self.doing}; {buffer.num_ready} of {self.plan.batch} trajectories ready, the lowest missing is issue "
+            f"{buffer.next_missing}, {buffer.num_in_flight} of {buffer.num_slots} slots taken"
+        )
+
     async def _step(self, number: int, started: float) -> Row | None:
+        self.doing = "waiting for a batch"
         taken = await self.buffer.take(version=number)
         if not taken:
             return None
@@ -108,7 +118,9 @@ class Pipeline:
             token_budget=plan.token_budget,
             alpha=plan.alpha_at(number),
         )
+        self.doing = "training"
         stats = await self.learner.step(batch)
+        self.doing = "bringing the weights to the engines"
         trained = time.monotonic()
         published = await self.channel.publish(stats.version)
         self.trained = {t.issue: t.stored.header for t in taken}

@@ -6,14 +6,16 @@ Least loaded first, a deadline for every request, another one in the place of a 
     open       takes none for a while                  -> half open
     half open  takes one request, on probation         -> closed when it is answered, replaced when it is not
     replaced   gone; another one is being started      -> closed
+    draining   takes no more work                      -> gone, once it has done what it has
 
-A ``WorkerDownError`` costs the replica at once. Left out: how often a request is tried, since it may be what kills.
+A ``WorkerDownError`` costs the replica at once. Replicas may come and go (``add``, ``drain``). Left out: how often a
+request is tried, since it may be what kills.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from eopd.roles import WorkerDownError
@@ -34,15 +36,30 @@ class ReplicaFailedError(RuntimeError):
 @dataclass(slots=True)
 class _Replica(Generic[W]):
     worker: W
-    in_flight: int = 0
+    started: dict[object, float] = field(default_factory=dict)  # when, of every request in flight; the oldest first
     failures: int = 0  # in a row
     open_until: float = 0.0
     replaced: bool = False
+    draining: bool = False
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.started)
 
     def takes_work(self, now: float) -> bool:
-        if self.replaced:
+        if self.replaced or self.draining:
             return False
-        return self.failures < _BREAKER or (now >= self.open_until and self.in_flight == 0)
+        return self.failures < _BREAKER or (now >= self.open_until and not self.started)
+
+    def status(self, now: float) -> str:
+        if self.replaced:
+            return "gone, another one is being started"
+        waits = f"{self.in_flight} in flight" + "".join(
+            f", the oldest for {now - since:.0f} s" for since in list(self.started.values())[:1]
+        )
+        return (
+            waits if self.takes_work(now) else f"{waits}, takes no work ({'draining' if self.draining else 'failed'})"
+        )
 
 
 class Replicas(Generic[W]):
@@ -65,7 +82,7 @@ class Replicas(Generic[W]):
     ) -> None:
         self.name = name
         self.num_failures = self.num_replacements = 0
-        self._replicas = [_Replica(worker) for worker in workers]
+        self._replicas = {index: _Replica(worker) for index, worker in enumerate(workers)}
         self._replace = replace
         self._timeout_s = timeout_s
         self._replacing: set[asyncio.Task[None]] = set()
@@ -75,12 +92,12 @@ class Replicas(Generic[W]):
     @property
     def num_up(self) -> int:
         """How many take work now."""
-        return sum(replica.takes_work(time.monotonic()) for replica in self._replicas)
+        return sum(replica.takes_work(time.monotonic()) for replica in self._replicas.values())
 
     @property
     def num_in_flight(self) -> int:
         """Requests that wait for an answer."""
-        return sum(replica.in_flight for replica in self._replicas)
+        return sum(replica.in_flight for replica in self._replicas.values())
 
     async def attempt(self, work: Callable[[W], Awaitable[R]], tried: list[int]) -> R:
         """Do ``work`` on the least loaded replica that takes some, better on one that is not in ``tried``.
@@ -93,26 +110,46 @@ class Replicas(Generic[W]):
             ReplicaFailedError: the replica did not answer; another attempt may succeed.
             WorkerDownError: no replica is left, and none could be started.
         """
-        replica = await self._least_loaded(tried)
-        tried.append(self._replicas.index(replica))
+        index, replica = await self._least_loaded(tried)
+        tried.append(index)
         on_probation = replica.failures >= _BREAKER
-        replica.in_flight += 1
+        request = object()
+        replica.started[request] = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s):
                 done = await work(replica.worker)
         except (WorkerDownError, TimeoutError) as error:
             detail = str(error) or f"no answer within {self._timeout_s:g} s"
             self.num_failures += 1
-            self._blame(replica, detail, hopeless=on_probation or isinstance(error, WorkerDownError))
+            self._blame(index, replica, detail, hopeless=on_probation or isinstance(error, WorkerDownError))
             raise ReplicaFailedError(detail) from error
         finally:
-            replica.in_flight -= 1
+            del replica.started[request]
         replica.failures = 0
         return done
 
     def condemn(self, index: int, reason: str) -> None:
         """Replace number ``index``, which somebody else found to be of no use."""
-        self._blame(self._replicas[index], reason, hopeless=True)
+        self._blame(index, self._replicas[index], reason, hopeless=True)
+
+    def add(self, index: int, worker: W) -> None:
+        """Take in one more, under a number that is free."""
+        self._replicas[index] = _Replica(worker)
+
+    async def drain(self, index: int) -> None:
+        """Give number ``index`` no more work; returns once it is gone, with nothing left in flight."""
+        while self._replicas[index].replaced and self._replacing:  # the one in its place drains instead
+            await asyncio.sleep(_POLL_S)
+        replica = self._replicas[index]
+        replica.draining = True
+        while replica.started:
+            await asyncio.sleep(_POLL_S)
+        del self._replicas[index]
+
+    def status(self) -> list[str]:
+        """What each does now, for people."""
+        now = time.monotonic()
+        return [f"{self.name} {index}: {replica.status(now)}" for index, replica in self._replicas.items()]
 
     async def close(self) -> None:
         """Stop replacing."""
@@ -121,29 +158,29 @@ class Replicas(Generic[W]):
             task.cancel()
         await asyncio.gather(*self._replacing, return_exceptions=True)
 
-    async def _least_loaded(self, tried: Sequence[int]) -> _Replica[W]:
+    async def _least_loaded(self, tried: Sequence[int]) -> tuple[int, _Replica[W]]:
         while True:
             now = time.monotonic()
-            free = [(i in tried, r.in_flight, i) for i, r in enumerate(self._replicas) if r.takes_work(now)]
+            free = [(i in tried, r.in_flight, i) for i, r in self._replicas.items() if r.takes_work(now)]
             if free:
-                return self._replicas[min(free)[-1]]
-            if all(replica.replaced for replica in self._replicas) and not self._replacing:
+                index = min(free)[-1]
+                return index, self._replicas[index]
+            if all(replica.replaced for replica in self._replicas.values()) and not self._replacing:
                 raise WorkerDownError(f"{self.name}: no replica is left") from self._ended
             await asyncio.sleep(_POLL_S)
 
-    def _blame(self, replica: _Replica[W], reason: str, *, hopeless: bool) -> None:
+    def _blame(self, index: int, replica: _Replica[W], reason: str, *, hopeless: bool) -> None:
         if replica.replaced:  # others were in flight on it too
             return
         replica.failures += 1
         replica.open_until = time.monotonic() + _OPEN_S
-        if hopeless and not self._closed:
+        if hopeless and not self._closed and not replica.draining:
             replica.replaced = True
-            task = asyncio.create_task(self._put_another_in_place_of(replica, reason))
+            task = asyncio.create_task(self._put_another_in_place_of(index, reason))
             self._replacing.add(task)
             task.add_done_callback(self._replacing.discard)
 
-    async def _put_another_in_place_of(self, replica: _Replica[W], reason: str) -> None:
-        index = self._replicas.index(replica)
+    async def _put_another_in_place_of(self, index: int, reason: str) -> None:
         for pause in _PAUSES_S:
             await asyncio.sleep(pause)
             try:

@@ -291,5 +291,9 @@ class PublishStats:
     probe_nats: float | None = None
 
 
+class RunFailedError(RuntimeError):
+    """A run ends, and the message is all that a person needs: it is shown without a traceback, exit code 1."""
+
+
 class WeightTransferError(RuntimeError):
     """New weights did not reach an engine whole. Nothing of them was loaded: the old ones serve on."""

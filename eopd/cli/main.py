@@ -10,10 +10,9 @@ import rich.console
 import typer
 
 from eopd import __version__
-from eopd.checkpoint import StorageError
 from eopd.cli.teacher import teacher
 from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, load_config
-from eopd.teacher.selftest import TeacherSelfTestError
+from eopd.types import RunFailedError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models = typer.Typer(no_args_is_help=True, help="Make the models that the shipped configs use.")
@@ -95,6 +94,18 @@ def export(
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
     export_checkpoint(config.student, checkpoint / "learner", target)
     typer.echo(target)
+
+
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="The directory of a run that is running, e.g. runs/NAME.")],
+    engines: Annotated[int, typer.Option(min=1, help="How many rollout engines it shall have.")],
+) -> None:
+    """Add rollout engines to a running job, or let some finish what they have and end."""
+    from eopd.runtime.run_directory import RunDirectory
+
+    RunDirectory(run).ask_for_engines(engines)
+    typer.echo(f"asked for {engines} rollout engines; the job says when they are there (metric eopd_engines_up)")
 
 
 @app.command("eval")
@@ -184,6 +195,6 @@ def main() -> None:
     except ConfigError as error:
         rich.console.Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except (StorageError, TeacherSelfTestError) as error:
+    except RunFailedError as error:
         rich.console.Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

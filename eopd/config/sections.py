@@ -28,12 +28,17 @@ OWNED_BY_ROLLOUT = (*OWNED_BY_ENGINES, "logprobs_mode", "weight_transfer_config"
 
 
 class RunConfig(Section):
-    """The run itself: ``directory/name`` is where everything it writes goes."""
+    """The run itself: ``directory/name`` is where everything it writes goes.
+
+    When no step has finished for ``stall_after_s``, the run says who waits for whom; ``on_stall: end`` ends it too.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     directory: AbsolutePath = Path("runs")
     seed: int = Field(0, ge=0)
     batches: int = Field(ge=1)
+    stall_after_s: float = Field(1800.0, gt=0.0)
+    on_stall: Literal["report", "end"] = "report"
 
     @property
     def path(self) -> Path:

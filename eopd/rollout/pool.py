@@ -37,6 +37,10 @@ class EnginePool:
         detail = f"{self._max_attempts} engines did not answer, last: {detail}"
         return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail=detail)
 
+    def status(self) -> list[str]:
+        """What each engine does now, for people."""
+        return self._engines.status()
+
     def metrics(self) -> Row:
         """What became of the engines so far."""
         return {

@@ -1,5 +1,5 @@
-"""The rollout engines of a run as actors: started together, replaced one by one, and brought to the learner's version
-before they get work.
+"""The rollout engines of a run as actors: started together, replaced one by one, more or fewer on request, and brought
+to the learner's version before they get work.
 """
 
 import asyncio
@@ -32,15 +32,16 @@ class EngineFleet:
         self._config = config
         self._restarts = restarts
         self._plan = plan_rollout(config.rollout)
-        self._actors = spawn(RolloutActor, self._plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
-        self._remotes = [RemoteEngine(actor) for actor in self._actors]
+        actors = spawn(RolloutActor, self._plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
+        self._actors = dict(enumerate(actors))
+        self._remotes = [RemoteEngine(actor) for actor in actors]
         self.replicas: Replicas[RolloutEngine] = Replicas(
-            "rollout", self._remotes, replace=self._replace, timeout_s=config.rollout.timeout_s
+            "rollout engine", self._remotes, replace=self._replace, timeout_s=config.rollout.timeout_s
         )
 
     def start(self) -> Mapping[str, Awaitable[None]]:
         """Start all engines; one awaitable for each, by name."""
-        return {f"rollout engine {index}": self._start(actor) for index, actor in enumerate(self._actors)}
+        return {f"rollout engine {index}": self._start(actor) for index, actor in self._actors.items()}
 
     def connect(self, sender: SenderLink, text: Int32Array) -> BroadcastChannel:
         """The channel from ``sender`` to all engines, those to come included; ``text`` is what they are probed with."""
@@ -65,11 +66,40 @@ class EngineFleet:
         grader = config.loss.reward.grader if config.loss.reward else None
         return start_engine(actor, config.student, config.rollout, config.max_sequence_tokens, grader)
 
+    @property
+    def num_engines(self) -> int:
+        """Those that run or are being replaced."""
+        return len(self._actors)
+
+    async def scale(self, num_engines: int) -> None:
+        """Start more engines, or let the last ones finish what they have and end; the run goes on meanwhile.
+
+        Raises:
+            TimeoutError: a new one did not start within ``cluster.start_timeout_s``: the cluster may have no room.
+            WorkerDownError: it died, or the learner is lost; those that came up before it stay.
+        """
+        for index in sorted(self._actors, reverse=True)[: self.num_engines - num_engines]:
+            await self.replicas.drain(index)
+            self.channel.leave(index)
+            await end(self._actors.pop(index))
+        while self.num_engines < num_engines:
+            index = max(self._actors) + 1
+            try:
+                engine = await self._start_another(index)
+            except BaseException:
+                await end(self._actors.pop(index))
+                raise
+            self.replicas.add(index, engine)
+
     async def _replace(self, index: int, reason: str) -> RemoteEngine:
-        """End an engine, start another in its place, and bring that to the learner's version."""
+        """End an engine, and start another in its place."""
         self._restarts.spend(f"rollout engine {index}: {reason}")
         self.channel.leave(index)
         await end(self._actors[index])
+        return await self._start_another(index)
+
+    async def _start_another(self, index: int) -> RemoteEngine:
+        """Start an engine and bring it to the learner's version."""
         (actor,) = self._spawn(RolloutActor, replace(self._plan, actors=1), max_concurrency=MAX_CONCURRENT_REQUESTS)
         self._actors[index] = actor
         async with asyncio.timeout(self._config.cluster.start_timeout_s):

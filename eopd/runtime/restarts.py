@@ -4,12 +4,14 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Coroutine
-from typing import TypeVar
+from typing import Any, Never, TypeVar
+
+from eopd.types import RunFailedError
 
 T = TypeVar("T")
 
 
-class TooManyRestartsError(RuntimeError):
+class TooManyRestartsError(RunFailedError):
     """More failures within the window than a run may have; names their causes."""
 
 
@@ -43,19 +45,23 @@ class RestartBudget:
                 self._exceeded.exception()  # seen: ``error`` is raised here too
             raise error
 
-    async def guard(self, work: Coroutine[object, object, T]) -> T:
-        """Await ``work``, unless there is one restart too many first, wherever it is counted.
+    async def guard(self, work: Coroutine[object, object, T], *beside: Coroutine[object, object, Never]) -> T:
+        """Await ``work``, unless there is one restart too many first, wherever it is counted, or something that goes on
+        ``beside`` it raises.
 
         Raises:
-            TooManyRestartsError: then ``work`` is cancelled.
+            TooManyRestartsError: then all of these are cancelled.
         """
         working = asyncio.create_task(work)
+        others = [asyncio.create_task(one) for one in beside]
+        ends: list[asyncio.Future[Any]] = [self._exceeded, *others, working]
         try:
-            both: set[asyncio.Future[object]] = {self._exceeded, working}  # type: ignore[arg-type]
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if self._exceeded.done():
-                await self._exceeded
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for ended in ends[:-1]:
+                if ended.done():
+                    await ended
             return await working
         finally:
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
+            for task in (working, *others):
+                task.cancel()
+            await asyncio.gather(working, *others, return_exceptions=True)

@@ -10,6 +10,7 @@ runs/<name>/config.yaml     resolved
             hf/             the trained student as a Hugging Face directory; with LoRA merged
             adapter/        with LoRA, the adapter as peft reads it
             hf-step-NNNNNN/ the student of a checkpoint, where asked for
+            scale.json      how many rollout engines ``eopd scale`` asks for; forgotten when a process takes up the run
 
 ``trained.jsonl`` is a proof that a user can check. Issue number i is a pure function of the seed (``PromptOrder``), so
 the ``issues`` of all rows hold every number once, whatever the run went through; and the ``crc32`` of two runs that
@@ -41,7 +42,13 @@ MAY_CHANGE = (
     "learner.gpus",
     "learner.threads",
     "learner.timeout_s",
+    "rollout.engines",
     "rollout.timeout_s",
+    "run.stall_after_s",
+    "run.on_stall",
+    "weights.connect_timeout_s",
+    "weights.timeout_s",
+    "weights.verify_every",
 )
 
 
@@ -57,6 +64,7 @@ class RunDirectory:
         self.broken = path / "broken"
         self._summary = path / "summary.json"
         self._samples = path / "samples.jsonl"
+        self._scale = path / "scale.json"
 
     @classmethod
     def create(cls, config: Config) -> Self:
@@ -73,6 +81,7 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             directory._samples.unlink(missing_ok=True)
+            directory._scale.unlink(missing_ok=True)
             (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run.directory: {path} cannot be made ({error.strerror})") from None
@@ -97,6 +106,7 @@ class RunDirectory:
             raise ConfigError(f"--resume: {directory.path} holds {which}; start it under another run.name")
         _require_same(load_config(saved), config)
         remove_partial(directory.checkpoints)
+        directory._scale.unlink(missing_ok=True)
         write_whole(saved, dump_config(config))
         return directory
 
@@ -157,6 +167,24 @@ class RunDirectory:
             append_jsonl(self.trained, {"step": step, "issues": list(trained), "crc32": checksums})
         except OSError as error:
             raise StorageError.of(self.trained, error, "Free some space, then continue with --resume.") from error
+
+    def ask_for_engines(self, num_engines: int) -> None:
+        """Ask the process that runs this run for so many rollout engines.
+
+        Raises:
+            ConfigError: this is no run, or it is not running.
+        """
+        self.config()
+        status = self.read_summary()["status"] if self._summary.exists() else "being started"
+        if status != "running":
+            raise ConfigError(f"{self.path} is {status}: only a run that is running can be scaled")
+        write_whole(self._scale, json.dumps({"engines": num_engines}) + "\n")
+
+    def engines_asked_for(self) -> int | None:
+        """How many rollout engines were asked for since this process took up the run; None if nobody did."""
+        if not self._scale.exists():
+            return None
+        return int(json.loads(self._scale.read_text(encoding="utf-8"))["engines"])
 
     def write_summary(self, summary: Summary) -> None:
         """Replace ``summary.json``, whole or not at all."""

@@ -31,6 +31,7 @@ class Crew:
     """Everything of a run that lives in actors, as roles."""
 
     engines: EnginePool
+    rollouts: EngineFleet
     teacher: TeacherRouter
     fleets: Sequence[TeacherFleet]
     learner: LearnerGang
@@ -56,6 +57,7 @@ async def crew(config: Config, incarnation: int, text: Int32Array) -> AsyncItera
         try:
             yield Crew(
                 engines=EnginePool(rollouts.replicas, max_attempts=config.flow.max_attempts),
+                rollouts=rollouts,
                 teacher=teacher,
                 fleets=fleets,
                 learner=gang,

@@ -17,6 +17,7 @@ from eopd.preflight import Prepared, check
 from eopd.prompts import PromptOrder
 from eopd.roles import LearnerDownError
 from eopd.runtime import cluster
+from eopd.runtime.beside import Watchdog, scale_on_request
 from eopd.runtime.placement import plan, require_capacity
 from eopd.runtime.progress import Progress, first_line
 from eopd.runtime.run_directory import RunDirectory, held_out_record
@@ -61,6 +62,7 @@ class TrainingRun:
         self._ledger = ledger
         self._interrupted = False
         self._stop_softly: Callable[[], Coroutine[object, object, None]] | None = None
+        self._pipeline: Pipeline | None = None
 
     @classmethod
     def new(cls, config: Config, prepared: Prepared) -> "TrainingRun":
@@ -97,7 +99,24 @@ class TrainingRun:
         self._console.message("starting the learner, the rollout engines and the teacher")
         text = np.concatenate([prompt.token_ids for prompt in self._prepared.train.prompts[:_PROBE_TOKENS]])
         async with crew(self._config, self._progress.incarnation, text[:_PROBE_TOKENS]) as members:
-            await members.restarts.guard(self._outlive_learners(members, telemetry))
+            run = self._config.run
+            self._watchdog = Watchdog(run.stall_after_s, run.on_stall, lambda: self._report(members))
+            tell = self._console.message
+            await members.restarts.guard(
+                self._outlive_learners(members, telemetry),
+                self._watchdog.watch(tell),
+                scale_on_request(self.directory, members.rollouts, tell),
+            )
+
+    def _report(self, members: Crew) -> list[str]:
+        """Who waits for whom."""
+        loop = "not training" if self._pipeline is None else self._pipeline.status()
+        return [
+            f"loop: {loop}",
+            f"weights: {members.channel.status()}",
+            *members.engines.status(),
+            *members.teacher.status(),
+        ]
 
     async def _outlive_learners(self, members: Crew, telemetry: Telemetry) -> None:
         """The whole run; from the newest checkpoint on, under a new incarnation, whenever the learner is lost."""
@@ -127,7 +146,7 @@ class TrainingRun:
 
     async def _restart_learner(self, members: Crew, lost: LearnerDownError) -> None:
         """Forget what came after the newest checkpoint: it is issued again."""
-        self._stop_softly = None
+        self._stop_softly = self._pipeline = None
         checkpoints = list_checkpoints(self.directory.checkpoints)
         state = DriverState.read(checkpoints[-1]) if checkpoints else None
         self._progress.roll_back(state)
@@ -142,18 +161,19 @@ class TrainingRun:
         members.channel.disconnect()
 
     async def _train(self, members: Crew, telemetry: Telemetry) -> None:
-        pipeline = self._pipeline(members)
+        self._pipeline = pipeline = self._make_pipeline(members)
         self._stop_softly = pipeline.buffer.close
         saved = self._progress.step
         async with aclosing(pipeline.steps(saved)) as steps:  # whatever ends it, nothing of it stays in flight
             async for row in steps:
+                self._watchdog.step()
                 telemetry.write({**row, **self._faults(members)})
                 self._count(row)
                 self.directory.add_trained(self._progress.step, pipeline.trained)
                 if self._progress.step % self._config.checkpoint.every == 0:
                     await self._save(members)
                     saved = self._progress.step
-        self._stop_softly = None
+        self._stop_softly = self._pipeline = None
         if self._progress.step > saved:
             await self._save(members)
 
@@ -188,6 +208,7 @@ class TrainingRun:
         evaluation, learner = self._config.evaluation, self._config.learner
         prompts = self._prepared.held_out.prompts[: evaluation.prompts]
         self._console.message(f"measuring on {len(prompts)} held-out prompts, {phase} training")
+        self._watchdog.step()
         stats, scored = await measure(
             members.engines,
             members.teacher,
@@ -217,7 +238,7 @@ class TrainingRun:
             for trajectory in trajectories
         ]
 
-    def _pipeline(self, members: Crew) -> Pipeline:
+    def _make_pipeline(self, members: Crew) -> Pipeline:
         config = self._config
         numbers = Plan(
             batch=config.batch_trajectories,

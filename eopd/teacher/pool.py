@@ -73,6 +73,10 @@ class TeacherPool:
         }
         return {series(name, teacher=self._name): float(value) for name, value in values.items()}
 
+    def status(self) -> list[str]:
+        """What each replica does now, for people."""
+        return self._replicas.status()
+
     async def close(self) -> None:
         """Stop replacing."""
         await self._replicas.close()
@@ -103,6 +107,10 @@ class TeacherRouter:
     def metrics(self) -> Row:
         """Those of all teachers."""
         return {name: value for pool in self._pools() for name, value in pool.metrics().items()}
+
+    def status(self) -> list[str]:
+        """What each replica of each teacher does now, for people."""
+        return [line for pool in self._pools() for line in pool.status()]
 
     async def close(self) -> None:
         """Stop replacing."""

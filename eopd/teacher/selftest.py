@@ -30,6 +30,7 @@ from eopd.types import (
     Int32Array,
     LostTrajectory,
     PromptSample,
+    RunFailedError,
     ScoredTrajectory,
     StopReason,
     Stored,
@@ -45,7 +46,7 @@ TEMPERATURE: Final = 1e-2  # relative: both answers are of the same two sequence
 _ROUNDING: Final = 1e-3  # nats, or probability: float32 sums over a vocabulary
 
 
-class TeacherSelfTestError(RuntimeError):
+class TeacherSelfTestError(RunFailedError):
     """A replica failed a check; names the replica, the check and the numbers."""
 
 

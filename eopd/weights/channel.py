@@ -92,6 +92,11 @@ class BroadcastChannel:
         self._lock = asyncio.Lock()
         self._num_published = 0
         self.num_failures = 0
+        self._doing = ""
+
+    def status(self) -> str:
+        """What goes on, for people."""
+        return f"{self._doing if self._lock.locked() else 'idle'}, {len(self._engines)} engines"
 
     async def publish(self, version: PolicyVersion) -> PublishStats:
         """Bring every engine to ``version``, which the learner holds.
@@ -130,6 +135,7 @@ class BroadcastChannel:
         self._connected = False
 
     async def _bring_up_to_date(self, *, verify: bool, newcomer: int | None = None) -> PublishStats:
+        self._doing = "waiting for the learner"
         async with self._sender.reserved():
             sync = _Sync(await self._sender.version(), newcomer)
             for _ in range(MAX_ROUNDS):
@@ -167,12 +173,15 @@ class BroadcastChannel:
     async def _transfer(self, sync: "_Sync") -> int:
         """Phase one; connects first where the set of engines is a new one. Returns the bytes sent."""
         if not self._connected:
+            self._doing = "building the group"
             infos = await self._sender.open([self._workers] * len(self._engines))
             joins = (engine.connect_weights(info) for engine, info in zip(self._engines.values(), infos, strict=True))
             await _together(self._connect_timeout_s, self._sender.accept(), *joins)
             self._connected = True
+        self._doing = "sending"
         await _together(self._timeout_s, *(engine.receive_weights() for engine in self._engines.values()))
         num_bytes = await self._sender.send()
+        self._doing = "checking what arrived"
         checks = await self._each(lambda engine: engine.check_weights(), self._timeout_s)
         wrong = {number: answer for number, answer in checks.items() if isinstance(answer, BaseException)}
         for number, error in wrong.items():
@@ -191,6 +200,7 @@ class BroadcastChannel:
                 raise RuntimeError(f"it serves {serves.label} after {sync.version.label} was installed")
             return pause_s
 
+        self._doing = "installing"
         pauses = [0.0]
         for number, pause_s in (await self._each(install, self._timeout_s)).items():
             if isinstance(pause_s, BaseException):
@@ -202,6 +212,7 @@ class BroadcastChannel:
 
     async def _verify(self, sync: "_Sync") -> float | None:
         """How far the engines are from the learner, nats; None where one is to be sent the weights once more."""
+        self._doing = "probing"
         token_ids = self._probe.token_ids
         expected = await self._sender.probe(token_ids)
         gaps, repair = [0.0], False

@@ -106,7 +106,7 @@ def queues(line: Pipeline) -> dict[str, int]:
         f"{type(part).__name__}.{name}": len(value)
         for part in (line, line.buffer, line.ledger)
         for name in type(part).__slots__
-        if isinstance(value := getattr(part, name), Sized) and name != "lost"
+        if isinstance(value := getattr(part, name), Sized) and name not in ("lost", "doing")
     }
 
 

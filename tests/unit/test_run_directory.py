@@ -8,7 +8,7 @@ from eopd.checkpoint import DriverState, StorageError, write_checkpoint
 from eopd.config import Config, ConfigError, load_config
 from eopd.ledger import Ledger
 from eopd.runtime.progress import Progress
-from eopd.runtime.run_directory import RunDirectory, held_out_record
+from eopd.runtime.run_directory import MAY_CHANGE, RunDirectory, held_out_record
 from eopd.types import Estimate, EvalStats, Header, StopReason, TrajectoryKey
 
 
@@ -43,10 +43,7 @@ async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         RunDirectory.reopen(config())
     await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
-    refusal = (
-        r"learner.lr was 1e-06 and is 0.1; only checkpoint, telemetry, cluster, "
-        r"learner.ranks, learner.cpus, learner.gpus, learner.threads, learner.timeout_s, rollout.timeout_s may change"
-    )
+    refusal = rf"learner.lr was 1e-06 and is 0.1; only {', '.join(MAY_CHANGE)} may change"
     with pytest.raises(ConfigError, match=refusal):
         RunDirectory.reopen(config("learner.lr=0.1"))
     assert RunDirectory.reopen(config("checkpoint.every=7")).path == directory.path
@@ -59,7 +56,7 @@ async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
     [
         (
             "learner.ranks=2; learner.cpus=0.5; learner.gpus=1; learner.threads=3; learner.timeout_s=9; "
-            "rollout.timeout_s=9",
+            "rollout.timeout_s=9; rollout.engines=3; run.stall_after_s=9; run.on_stall=end",
             None,
         ),
         ("checkpoint.keep_last=1; telemetry.port=null; cluster.cpus=3", None),
@@ -80,7 +77,8 @@ async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
         ("learner.zero_stage=2", "learner.zero_stage was 1 and is 2"),
         ("learner.token_budget=9000", "learner.token_budget was 8192 and is 9000"),
         ("learner.deepspeed.ranks=2", "learner.deepspeed.ranks was None and is 2"),
-        ("weights.timeout_s=9", "weights.timeout_s was 120.0 and is 9.0"),
+        ("weights.timeout_s=9; weights.connect_timeout_s=9; weights.verify_every=0", None),
+        ("weights.bucket_bytes=9000", "weights.bucket_bytes was 67108864 and is 9000"),
         ("evaluation.seed=9", "evaluation.seed was 1234 and is 9"),
     ],
 )
@@ -96,7 +94,8 @@ async def test_a_resumed_run_may_change_its_place_and_nothing_else(config, chang
             RunDirectory.reopen(changed)
         message = str(caught.value)
         listed = "checkpoint, telemetry, cluster, learner.ranks, learner.cpus, learner.gpus, learner.threads"
-        listed += ", learner.timeout_s, rollout.timeout_s"
+        listed += ", learner.timeout_s, rollout.engines, rollout.timeout_s, run.stall_after_s, run.on_stall"
+        listed += ", weights.connect_timeout_s, weights.timeout_s, weights.verify_every"
         assert message.startswith(f"--resume: {refused}") and message.endswith(f"; only {listed} may change")
         assert load_config(directory.path / "config.yaml") == config()
 

@@ -208,8 +208,8 @@ def hurried(monkeypatch) -> None:
 
 
 async def test_connections_are_bounded_and_used_again_and_waiting_for_one_is_not_late(hurried):
-    async with Server(delay_s=0.02) as server:
-        client = ServerClient(ServerConfig(url=server.url, max_connections=3, timeout_s=0.8, max_attempts=1))
+    async with Server(delay_s=0.05) as server:  # 2.5 s for all
+        client = ServerClient(ServerConfig(url=server.url, max_connections=3, timeout_s=2.0, max_attempts=1))
         answers = await asyncio.gather(*(client.get("/") for _ in range(150)))
         await client.close()
     assert [answer.text for answer in answers] == ["ok"] * 150
