@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tiny test unit check format bench dashboards lock clean
+.PHONY: help setup demo tiny test unit check format bench soak dashboards lock clean
 
 help: ## print these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: setup ## loss, driver, overlap, a weight sync; the learner and the teache
 	$(BIN)/python tests/bench/bench_teacher.py
 	$(BIN)/python tests/bench/bench_pipeline.py
 	$(BIN)/python tests/bench/bench_weights.py
+
+soak: setup ## half an hour of training with a kill every minute: what is lost, what leaks
+	$(BIN)/python tests/system/soak.py
 
 dashboards: setup ## make the Grafana dashboard again
 	$(BIN)/python dashboards/build.py

@@ -118,6 +118,7 @@ OVERVIEW: Final[dict[str, tuple[Panel, ...]]] = {
         Panel("Failures and replacements of engines", ("eopd_engine_failures_total", "eopd_engine_replacements_total")),
         Panel("Learner restarts", ("eopd_learner_restarts_total",)),
         Panel("Failed weight transfers", ("eopd_weight_failures_total",)),
+        Panel("Object store", ("eopd_object_store_bytes",)),
     ),
     "Weight sync": (
         Panel("Transfer", ("eopd_weight_transfer_seconds",), width=8),

@@ -46,6 +46,12 @@ def capacity() -> tuple[Capacity, Capacity]:
     return Capacity(**total), Capacity(**largest)
 
 
+def object_store_bytes() -> float:
+    """What all nodes' object stores hold now."""
+    name = "object_store_memory"
+    return float(ray.cluster_resources().get(name, 0.0) - ray.available_resources().get(name, 0.0))
+
+
 def log_directory() -> str:
     """Where Ray keeps what the actors wrote, below its folder for temporary files."""
     return f"{ray.get_runtime_context().get_session_name()}/logs"

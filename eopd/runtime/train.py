@@ -167,7 +167,7 @@ class TrainingRun:
         async with aclosing(pipeline.steps(saved)) as steps:  # whatever ends it, nothing of it stays in flight
             async for row in steps:
                 self._watchdog.step()
-                telemetry.write({**row, **self._faults(members)})
+                telemetry.write({**row, **self._state_of(members)})
                 self._count(row)
                 self.directory.add_trained(self._progress.step, pipeline.trained)
                 if self._progress.step % self._config.checkpoint.every == 0:
@@ -177,13 +177,14 @@ class TrainingRun:
         if self._progress.step > saved:
             await self._save(members)
 
-    def _faults(self, members: Crew) -> Row:
-        """Who was lost and replaced so far."""
+    def _state_of(self, members: Crew) -> Row:
+        """Who was lost and replaced so far, and what is held."""
         return {
             **members.teacher.metrics(),
             **members.engines.metrics(),
             "eopd_learner_restarts_total": float(self._progress.learner_restarts),
             "eopd_weight_failures_total": float(members.channel.num_failures),
+            "eopd_object_store_bytes": cluster.object_store_bytes(),
         }
 
     def _count(self, row: Row) -> None:

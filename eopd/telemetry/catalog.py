@@ -223,6 +223,7 @@ _FAULTS: Final = (
     _counter("eopd_engine_replacements_total", "Rollout engines started in the place of lost ones.", "Flat."),
     _counter("eopd_learner_restarts_total", "Times all learner ranks were started again from a checkpoint.", "Flat."),
     _counter("eopd_weight_failures_total", "Weight transfers that failed and were repaired.", "Flat."),
+    Metric("gauge", "bytes", "eopd_object_store_bytes", "What the object stores of all nodes hold.", "Flat."),
 )
 
 _TIME: Final = (

@@ -6,52 +6,8 @@ import re
 import signal
 import time
 
-import psutil
 import pytest
-
-STEP_S = 300
-
-
-class Run:
-    """A run under way, and its processes."""
-
-    def __init__(self, program, name: str, *overrides: str) -> None:
-        self.program, self.directory = program, program.runs / name
-        self.log = program.runs.parent / f"{name}.log"
-        self.process = program.start(*program.train(name, *overrides), log=self.log)
-
-    def rows(self):
-        path = self.directory / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def actors(self, role: str) -> list[psutil.Process]:
-        """Processes of the actors of a role, in the order they were started."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.name().startswith(f"ray::{role}"[:15]) and self.program.mark in process.environ():
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return sorted(found, key=lambda process: process.create_time())
-
-    def wait(self, ready):
-        """The last row, once ``ready`` of it."""
-        deadline = time.monotonic() + STEP_S
-        while not ((found := self.rows()) and ready(found[-1])):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.1)
-        return found[-1]
-
-    def goes_on(self, steps: int = 3):
-        """Wait for some more steps than there are."""
-        step = self.rows()[-1]["step"]
-        return self.wait(lambda row: row["step"] >= step + steps)
-
-    def interrupt(self) -> str:
-        os.killpg(self.process.pid, signal.SIGINT)
-        assert self.process.wait(timeout=120) == 130, self.log.read_text()[-3000:]
-        return self.log.read_text()
+from program import Run, engine_of
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +19,14 @@ def run(program):
         "flow={batch_prompts: 8, max_staleness: 1}",
         "checkpoint.every=5",
         "evaluation.prompts=8",
-        "weights.timeout_s=20",
+        "weights.timeout_s=10",
+        "weights.connect_timeout_s=10",
     )
     run.wait(lambda row: row["step"] >= 3)
     yield run
     if run.process.poll() is None:
         os.killpg(run.process.pid, signal.SIGINT)
         run.process.wait(timeout=120)
-
-
-def engine_of(actor: psutil.Process) -> psutil.Process:
-    return next(child for child in actor.children(recursive=True) if "EngineCore" in child.name())
 
 
 def replaced(run, number: int):
@@ -90,6 +43,37 @@ def test_an_engine_whose_actor_is_killed_is_replaced(run):
 def test_an_engine_whose_process_is_killed_is_replaced(run):
     engine_of(run.actors("RolloutActor")[0]).kill()
     replaced(run, 2)
+
+
+def stuck(run):
+    """Wait until no step finishes any more: all wait for the one that stands still, in a weight transfer."""
+    step = -1
+    while step != (step := run.rows()[-1]["step"]):
+        time.sleep(5.0)
+
+
+def test_an_engine_killed_in_a_weight_transfer_costs_that_transfer(run):
+    engine = engine_of(run.actors("RolloutActor")[0])
+    failed = run.rows()[-1]["eopd_weight_failures_total"]
+    engine.suspend()
+    stuck(run)
+    engine.kill()
+    replaced(run, 3)
+    assert run.rows()[-1]["eopd_weight_failures_total"] > failed
+
+
+def test_an_engine_that_stands_still_costs_one_time_out(run):
+    engine_of(run.actors("RolloutActor")[0]).suspend()
+    replaced(run, 4)
+
+
+def test_engines_come_and_go_on_request(run):
+    for number in (3, 2):
+        done = run.program.run("scale", str(run.directory), "--engines", str(number))
+        assert done.returncode == 0 and f"asked for {number} rollout engines" in done.stdout
+        run.wait(lambda row, number=number: row["eopd_engines_up"] == number)
+        run.goes_on()
+    assert len(run.actors("RolloutActor")) == 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -46,9 +46,7 @@ async def test_a_stall_is_told_once_per_interval_and_a_step_ends_it():
 async def test_a_stall_ends_the_run_where_it_is_told_to():
     watchdog = Watchdog(0.1, "end", lambda: ["weights: sending, 2 engines"])
     budget = RestartBudget(0, 1.0)
-    with pytest.raises(
-        StallError, match=r"for 0 s:\n  weights: sending, 2 engines\n  run.on_stall"
-    ):
+    with pytest.raises(StallError, match=r"for 0 s:\n  weights: sending, 2 engines\n  run.on_stall"):
         await asyncio.wait_for(budget.guard(asyncio.sleep(3600), watchdog.watch(pytest.fail)), 5.0)
 
 

@@ -1,0 +1,117 @@
+"""The program as a user runs it, what it left running, and a run whose processes can be found and killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+STEP_S = 300
+
+
+@dataclass
+class Program:
+    """``eopd`` as a process of its own; whatever it starts inherits ``mark`` in its environment."""
+
+    models: Path
+    runs: Path
+    mark: str = field(default_factory=lambda: f"EOPD_TEST_{uuid.uuid4().hex}")
+
+    def environment(self) -> dict[str, str]:
+        """A user's environment, marked."""
+        return {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "RAY_"))} | {self.mark: "1"}
+
+    def start(self, *arguments: str, log: Path | None = None) -> "subprocess.Popen[str]":
+        """``log`` takes the output of a long run: a pipe that nobody reads fills, and then the run stands still."""
+        command = [str(Path(sys.executable).with_name("eopd")), *arguments]
+        env = self.environment()
+        out, err = (subprocess.PIPE, subprocess.PIPE) if log is None else (log.open("w"), subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=out, stderr=err, start_new_session=True)
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=400)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def train(self, name: str, *overrides: str, config: str = "configs/tiny.yaml") -> list[str]:
+        settings = [
+            f"run.name={name}",
+            f"run.directory={self.runs}",
+            f"student.model={self.models / 'student'}",
+            f"teachers.0.model={self.models / 'teacher'}",
+            "cluster.cpus=2",
+            *overrides,
+        ]
+        return ["train", config, *(part for setting in settings for part in ("--set", setting))]
+
+    def left_behind(self, grace_s: float = 20.0) -> list[str]:
+        """Processes that still carry the mark; those that are on their way out get a moment."""
+        deadline = time.monotonic() + grace_s
+        while self.marked() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return [" ".join(process.cmdline()) for process in self.marked() if process.is_running()]
+
+    def marked(self) -> list[psutil.Process]:
+        """Processes that carry the mark."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if self.mark in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+
+class Run:
+    """A run under way, and its processes."""
+
+    def __init__(self, program, name: str, *overrides: str) -> None:
+        self.program, self.directory = program, program.runs / name
+        self.log = program.runs.parent / f"{name}.log"
+        self.process = program.start(*program.train(name, *overrides), log=self.log)
+
+    def rows(self):
+        path = self.directory / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def actors(self, role: str) -> list[psutil.Process]:
+        """Processes of the actors of a role, in the order they were started."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.name().startswith(f"ray::{role}"[:15]) and self.program.mark in process.environ():
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return sorted(found, key=lambda process: process.create_time())
+
+    def wait(self, ready):
+        """The last row, once ``ready`` of it."""
+        deadline = time.monotonic() + STEP_S
+        while not ((found := self.rows()) and ready(found[-1])):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.1)
+        return found[-1]
+
+    def goes_on(self, steps: int = 3):
+        """Wait for some more steps than there are."""
+        step = self.rows()[-1]["step"]
+        return self.wait(lambda row: row["step"] >= step + steps)
+
+    def interrupt(self) -> str:
+        """Ctrl-C; what the run has said."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        assert self.process.wait(timeout=120) == 130, self.log.read_text()[-3000:]
+        return self.log.read_text()
+
+
+def engine_of(actor: psutil.Process) -> psutil.Process:
+    return next(child for child in actor.children(recursive=True) if "EngineCore" in child.name())
