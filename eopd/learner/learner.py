@@ -190,7 +190,7 @@ class LearnerRank:
         self._engine.save(directory, self.version._asdict() | {"num_skipped": self._num_skipped})
 
     def load(self, directory: Path) -> None:
-        """Continue from what ``save`` wrote, under a new incarnation: engines may know later versions of the old one.
+        """Continue from what ``save`` wrote, under the incarnation that ``version`` has now.
 
         Bit-equal with as many ranks as saved; with another number up to the rounding of sums over ranks.
 
@@ -199,7 +199,7 @@ class LearnerRank:
             ValueError: it is that of another number of ranks, and the options do not let that change.
         """
         saved = self._engine.load(directory)
-        self.version = PolicyVersion(saved["incarnation"] + 1, saved["step"])
+        self.version = PolicyVersion(self.version.incarnation, saved["step"])
         self._num_skipped = saved["num_skipped"]
 
     def export(self, directory: Path) -> None:

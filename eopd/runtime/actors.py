@@ -255,7 +255,6 @@ class LearnerActor:
             master_address=address,
             master_port=port,
         )
-        self._incarnation = incarnation
         self._rank.version = PolicyVersion(incarnation, 0)
         self._sender = WeightSender(
             ModelSource(whole_tensors(self._rank.model), rank=rank, zero_stage=config.learner.zero_stage),
@@ -279,7 +278,6 @@ class LearnerActor:
 
     def load(self, directory: Path) -> None:  # noqa: D102
         self._rank.load(directory)
-        self._rank.version = PolicyVersion(self._incarnation, self._rank.version.step)
 
     def version(self) -> PolicyVersion:  # noqa: D102
         return self._rank.version

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from eopd.config import Config
 from eopd.roles import LearnerDownError
@@ -36,19 +36,24 @@ class LearnerGang:
         """Bring up all ranks, in place of those there were: they meet at rank 0, with the student as it was given.
 
         Raises:
-            LearnerDownError: one of them died.
+            LearnerDownError: one of them died, or they are not up within ``cluster.start_timeout_s``.
         """
         for actor in self._actors:
             ray.kill(actor)
         self._actors = self._spawn(LearnerActor, plan_learner(self._config.learner))
-        with dies_as(LearnerDownError):
-            address, port = await self._actors[0].rendezvous.remote()
-        await self._all(
-            [
-                actor.start.remote(self._config, rank, address, port, incarnation)
-                for rank, actor in enumerate(self._actors)
-            ]
-        )
+        limit_s = self._config.cluster.start_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                with dies_as(LearnerDownError):
+                    address, port = await self._actors[0].rendezvous.remote()
+                await self._all(
+                    [
+                        actor.start.remote(self._config, rank, address, port, incarnation)
+                        for rank, actor in enumerate(self._actors)
+                    ]
+                )
+        except TimeoutError:
+            raise LearnerDownError(f"not up within cluster.start_timeout_s = {limit_s:g}") from None
 
     def reserved(self) -> asyncio.Lock:
         """Held over a transfer, so that no update comes between its calls; every other call waits for it."""
@@ -108,7 +113,8 @@ class LearnerGang:
         """Await the same call on every rank.
 
         Raises:
-            LearnerDownError: a rank is dead, or does not answer.
+            LearnerDownError: a rank is dead, does not answer, or could not fetch its trajectories: these are gone with
+                the node that wrote them, and are issued again from the last checkpoint on.
         """
         try:
             with dies_as(LearnerDownError):
@@ -116,6 +122,8 @@ class LearnerGang:
                     return list(await asyncio.gather(*calls))
         except TimeoutError:
             raise LearnerDownError(f"no answer within learner.timeout_s = {self._timeout_s:g}") from None
+        except ObjectLostError as error:
+            raise LearnerDownError(f"a trajectory was lost before it was trained on: {error}") from error
         except RayTaskError as error:  # what a rank says when a peer dies comes before the news of that death
             if (rank := await self._dead_rank()) is None:
                 raise

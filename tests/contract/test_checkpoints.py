@@ -23,7 +23,7 @@ from gang import TOP_K, read_seen, run_as_rank, run_gang, scored_trajectory, sto
 from eopd.checkpoint import seal
 from eopd.cli.main import main
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
-from eopd.types import OptimizerStep, PackedBatch, ScoredTrajectory, Stored
+from eopd.types import OptimizerStep, PackedBatch, PolicyVersion, ScoredTrajectory, Stored
 
 VOCABULARY = 277  # no weight has a multiple of three entries: shards are padded
 SAVED_AT, LAST = 2, 7  # batches: a checkpoint after each, and five steps between
@@ -162,6 +162,7 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, gang: str) -> No
             metrics += train(learner, 0, SAVED_AT)
             torch.rand(rank + 1)  # so that the ranks' random states differ
         else:
+            learner.version = PolicyVersion(name.count("-"), 0)
             learner.load(root / "runs" / f"{case.name}-{source}" / FIRST)
         learner.save(run / FIRST)
         learner.export(run / f"expected-{SAVED_AT}")

@@ -1,0 +1,71 @@
+"""A node is lost with the trajectories it holds: the teacher's is one trajectory lost, the learner's is its gang."""
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from eopd.config import load_config
+from eopd.roles import LearnerDownError
+from eopd.runtime.actors import RemoteTeacher
+from eopd.runtime.gang import LearnerGang
+from eopd.types import Header, LossReason, LostTrajectory, StopReason, Stored, TrajectoryKey
+
+HEADER = Header(
+    key=TrajectoryKey(0, "p", 1),
+    source="s",
+    num_prompt_tokens=2,
+    num_response_tokens=3,
+    num_loss_tokens=3,
+    stop_reason=StopReason.LENGTH,
+    oldest_version=0,
+    newest_version=0,
+    sums={},
+    response_crc32=0,
+)
+
+
+class Actor:
+    def make(self):
+        return np.zeros(1 << 20)
+
+    def take(self, body):
+        return len(body)
+
+    def score(self, header, body):
+        return header, body
+
+
+@pytest.fixture
+def cluster():
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        far = cluster.add_node(num_cpus=1, resources={"far": 1})
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster, far
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.timeout(240)
+async def test_trajectories_of_a_lost_node(cluster, tmp_path):
+    cluster, far = cluster
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "run: {name: r, batches: 2}\nstudent: {model: s}\nteachers: [{model: t}]\n"
+        "prompts: {data: a, held_out: b}\nflow: {batch_prompts: 8}"
+    )
+    gang = LearnerGang(pytest.fail, load_config(path))
+    actor = ray.remote(Actor)
+    writer = actor.options(resources={"far": 1}).remote()
+    reader = actor.options(resources={"node:__internal_head__": 0.01}).remote()
+    bodies = [writer.make.remote() for _ in range(2)]
+    ray.wait(bodies, num_returns=2, fetch_local=False)
+    assert await gang._all([reader.take.remote(np.zeros(3))]) == [3]
+    cluster.remove_node(far, allow_graceful=False)
+    lost = await RemoteTeacher(reader).score(Stored(HEADER, bodies[0]))
+    assert isinstance(lost, LostTrajectory) and (lost.key, lost.reason) == (HEADER.key, LossReason.TEACHER_FAILED)
+    assert lost.detail.startswith("its body was lost")
+    with pytest.raises(LearnerDownError, match="a trajectory was lost before it was trained on"):
+        await gang._all([reader.take.remote(bodies[1])])
