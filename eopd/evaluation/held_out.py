@@ -18,6 +18,7 @@ async def measure(
     *,
     max_tokens: int,
     seed: int,
+    max_attempts: int,
     ranks: int,
     token_budget: int,
 ) -> tuple[EvalStats, Sequence[Stored[ScoredTrajectory]]]:
@@ -27,16 +28,19 @@ async def measure(
         The statistics, and the scored trajectories in the order of ``prompts``.
 
     Raises:
-        RuntimeError: a trajectory was lost: a number over fewer prompts would not be the same number.
+        RuntimeError: a trajectory was lost ``max_attempts`` times: a number over fewer prompts would not be the same
+            number.
     """
 
     async def one(index: int, prompt: PromptSample) -> Stored[ScoredTrajectory]:
         sampling = Sampling(temperature=1.0, max_tokens=max_tokens, seed=seed + index)
-        written = await engines.generate(prompt, 0, sampling)
-        scored = written if isinstance(written, LostTrajectory) else await teacher.score(written)
-        if isinstance(scored, LostTrajectory):
-            raise RuntimeError(f"held-out trajectory {scored.key} was lost: {scored.reason.value}: {scored.detail}")
-        return scored
+        for _ in range(max_attempts):  # with the same seed, so that it is the same response
+            written = await engines.generate(prompt, 0, sampling)
+            scored = written if isinstance(written, LostTrajectory) else await teacher.score(written)
+            if isinstance(scored, Stored):
+                return scored
+            last = f"{scored.reason.value}: {scored.detail}"
+        raise RuntimeError(f"held-out prompt {prompt.prompt_id} was lost {max_attempts} times, last: {last}")
 
     scored = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
     batch = pack(scored, steps=1, ranks=ranks, token_budget=token_budget, alpha=1.0)

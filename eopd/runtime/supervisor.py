@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
 from eopd.rollout.pool import EnginePool
@@ -20,10 +20,12 @@ from eopd.runtime.placement import RoleResources, plan_rollout
 from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.teachers import TeacherFleet, route
 from eopd.teacher.pool import TeacherRouter
-from eopd.types import Int32Array, Stored
+from eopd.types import Int32Array, LossReason, LostTrajectory, Stored
 from eopd.weights.channel import BroadcastChannel
 
 T = TypeVar("T")
+
+FETCH_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +161,12 @@ async def _actors() -> AsyncIterator[Spawn]:
                 ray.kill(actor)
 
 
-async def fetch(stored: Stored[T]) -> T:
-    """The body behind a reference, for the few that the driver does read."""
-    body: T = await stored.body  # type: ignore[misc]
-    return body
+async def fetch(stored: Stored[T]) -> T | LostTrajectory:
+    """The body behind a reference, for the few that the driver does read; its node may be lost, or not answer."""
+    try:
+        async with asyncio.timeout(FETCH_TIMEOUT_S):
+            body: T = await stored.body  # type: ignore[misc]
+            return body
+    except (ObjectLostError, TimeoutError) as error:
+        detail = f"its body was lost: {error or 'no answer'}"
+        return LostTrajectory(key=stored.header.key, reason=LossReason.ROLLOUT_FAILED, detail=detail)

@@ -28,7 +28,7 @@ from eopd.telemetry.console import Console, Summary
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry
 from eopd.telemetry.step import Totals
-from eopd.types import ScoredTrajectory, Stored
+from eopd.types import LostTrajectory, ScoredTrajectory, Stored
 
 _PROBE_TOKENS = 256  # of prompts, which the student finds probable
 
@@ -217,6 +217,7 @@ class TrainingRun:
             prompts,
             max_tokens=evaluation.max_response_tokens,
             seed=evaluation.seed,
+            max_attempts=self._config.flow.max_attempts,
             ranks=learner.ranks,
             token_budget=learner.token_budget,
         )
@@ -229,7 +230,8 @@ class TrainingRun:
 
     async def _texts(self, scored: Sequence[Stored[ScoredTrajectory]]) -> list[dict[str, str]]:
         tokenizer = load_tokenizer(self._config.student.model)
-        trajectories = [(await fetch(stored)).trajectory for stored in scored]
+        bodies = await asyncio.gather(*map(fetch, scored))
+        trajectories = [body.trajectory for body in bodies if not isinstance(body, LostTrajectory)]
         return [
             {
                 "prompt_id": trajectory.prompt.prompt_id,
