@@ -53,6 +53,7 @@ bench: setup ## loss, driver, overlap, a weight sync; the learner and the teache
 	$(BIN)/python tests/bench/bench_teacher.py
 	$(BIN)/python tests/bench/bench_pipeline.py
 	$(BIN)/python tests/bench/bench_weights.py
+	$(BIN)/python tests/bench/bench_overlap.py
 
 soak: setup ## half an hour of training with a kill every minute: what is lost, what leaks
 	$(BIN)/python tests/system/soak.py

@@ -73,10 +73,10 @@ class Program:
 class Run:
     """A run under way, and its processes."""
 
-    def __init__(self, program, name: str, *overrides: str) -> None:
+    def __init__(self, program: Program, name: str, *overrides: str, config: str = "configs/tiny.yaml") -> None:
         self.program, self.directory = program, program.runs / name
         self.log = program.runs.parent / f"{name}.log"
-        self.process = program.start(*program.train(name, *overrides), log=self.log)
+        self.process = program.start(*program.train(name, *overrides, config=config), log=self.log)
 
     def rows(self):
         path = self.directory / "metrics.jsonl"
