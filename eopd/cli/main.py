@@ -108,6 +108,18 @@ def scale(
     typer.echo(f"asked for {engines} rollout engines; the job says when they are there (metric eopd_engines_up)")
 
 
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")]) -> None:
+    """Say how far a run is, whether it is running or has ended."""
+    from eopd.runtime.run_directory import RunDirectory
+    from eopd.telemetry.console import PACE_WINDOW, print_status
+
+    directory = RunDirectory(run)
+    settings = directory.config().run
+    summary, rows = directory.read_summary(), directory.last_rows(PACE_WINDOW + 1)
+    print_status(settings.name, summary, rows, batches=settings.batches)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory, e.g. runs/NAME/hf.")],

@@ -20,6 +20,7 @@ sampled the same tokens are equal. Rows after the checkpoint that a run continue
 
 import json
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -28,6 +29,7 @@ import yaml
 
 from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, remove_partial, step_of, write_whole
 from eopd.config import Config, ConfigError, dump_config, load_config
+from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Measurement, Sample, Summary
 from eopd.telemetry.sinks import append_jsonl
 from eopd.types import Estimate, EvalStats, Header
@@ -175,7 +177,8 @@ class RunDirectory:
             ConfigError: this is no run, or it is not running.
         """
         self.config()
-        status = self.read_summary()["status"] if self._summary.exists() else "being started"
+        summary = self.read_summary()
+        status = summary["status"] if summary else "being started"
         if status != "running":
             raise ConfigError(f"{self.path} is {status}: only a run that is running can be scaled")
         write_whole(self._scale, json.dumps({"engines": num_engines}) + "\n")
@@ -190,10 +193,22 @@ class RunDirectory:
         """Replace ``summary.json``, whole or not at all."""
         write_whole(self._summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
-    def read_summary(self) -> Summary:
-        """The summary as it was last written."""
+    def read_summary(self) -> Summary | None:
+        """The summary as it was last written; None in the first minutes of a run."""
+        if not self._summary.exists():
+            return None
         summary: Summary = json.loads(self._summary.read_text(encoding="utf-8"))
         return summary
+
+    def last_rows(self, count: int) -> list[Row]:
+        """At most ``count`` of the newest rows of ``metrics.jsonl``, with their ``time`` (seconds since 1970); what was
+        no number is left out.
+        """
+        if not self.metrics.exists():
+            return []
+        with self.metrics.open("rb") as file:
+            rows = [json.loads(line) for line in deque(file, maxlen=count)]
+        return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
     def add_samples(self, phase: str, step: int, texts: Sequence[Mapping[str, str]]) -> None:
         """Append texts (``prompt_id``, ``prompt``, ``response``) of one held-out measurement."""

@@ -75,7 +75,9 @@ class TrainingRun:
         directory = RunDirectory.reopen(config)
         state = DriverState.read(list_checkpoints(directory.checkpoints)[-1])
         directory.drop_rows_after(state.step)
-        progress = Progress.resume(state, directory.read_summary())
+        summary = directory.read_summary()
+        assert summary is not None, "it is written before the first checkpoint"
+        progress = Progress.resume(state, summary)
         return cls(config, prepared, directory, progress, Ledger.restore(**state.ledger))  # type: ignore[arg-type]
 
     async def main(self) -> Summary:

@@ -5,6 +5,7 @@ rows, so that checkpoints and waits count; it knows nothing before the second ro
 up; and it stands still while a step takes longer than the ones before it.
 """
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,14 @@ LINE: Final[tuple[Cell, ...]] = (
     ("staleness", ("eopd_staleness_max",)),
 )
 
+# What was lost and replaced.
+FAULTS: Final[tuple[Cell, ...]] = (
+    ("engines up / replaced", ("eopd_engines_up", "eopd_engine_replacements_total")),
+    ("learner restarts", ("eopd_learner_restarts_total",)),
+    ("failed weight transfers", ("eopd_weight_failures_total",)),
+    ("skipped steps", ("eopd_skipped_steps_total",)),
+)
+
 _FORMATS: Final[Mapping[Unit, str]] = {
     "seconds": "{:.2f} s",
     "nats": "{:.3f}",
@@ -68,6 +77,8 @@ _FORMATS: Final[Mapping[Unit, str]] = {
     "tokens per second": "{:.1f}",
     "trajectories": "{:.0f}",
     "versions": "{:.3g}",
+    "steps": "{:.0f}",
+    "dimensionless": "{:.4g}",
 }
 
 _HELD_OUT: Final = {
@@ -226,6 +237,36 @@ def print_summary(
         output.print(_sample_table(sample))
     output.print()
     output.print(f"run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_status(
+    run: str, summary: Summary | None, rows: Sequence[Row], *, batches: int, output: rich.console.Console | None = None
+) -> None:
+    """A run at a glance, from its files: how far it is, what its last step looked like, what was lost and replaced.
+
+    Args:
+        run: its name.
+        summary: ``summary.json``; None before it is first written.
+        rows: the last of ``metrics.jsonl``, with their ``time``; the gaps between them tell the remaining time.
+        batches: of the whole run.
+        output: else the terminal.
+    """
+    output = output or rich.console.Console()
+    status = summary["status"] if summary else "starting"
+    step = int(rows[-1]["eopd_step"]) if rows else 0
+    head = f"{run}: {status}, step {step}/{batches}"
+    if rows and status == "running":
+        head += f", the last one {_clock(time.time() - rows[-1]['time'])} ago"
+        if len(rows) > 1:
+            pace_s = (rows[-1]["time"] - rows[0]["time"]) / (len(rows) - 1)
+            head += f", about {_clock(pace_s * (batches - step))} left"
+    output.print(head, style="bold", markup=False, highlight=False, soft_wrap=True)
+    if rows:
+        output.print(Constrain(_cells(rows[-1]), MAX_WIDTH))
+        faults = ", ".join(f"{label} {_value(rows[-1], names)}" for label, names in FAULTS)
+        output.print(faults, markup=False, highlight=False, soft_wrap=True)
+    if summary:
+        output.print(_held_out_table(summary["held_out"]))
 
 
 def _time_table(step_seconds: Mapping[str, float]) -> Table:

@@ -3,12 +3,13 @@
 import io
 import re
 import threading
+import time
 from pathlib import Path
 
 import rich.console
 
 from eopd.telemetry.catalog import CATALOG
-from eopd.telemetry.console import COLUMNS, Console, Measurement, Sample, Summary, print_summary
+from eopd.telemetry.console import COLUMNS, Console, Measurement, Sample, Summary, print_status, print_summary
 
 
 class Terminal:
@@ -200,3 +201,33 @@ def test_sampled_text_cannot_steer_the_terminal() -> None:
     assert "a\ufffd[31m b c\ufffd" in text
     after = text.split("after   ")[1].split("run directory")[0]
     assert after.count("word") == 40 and after.rstrip().endswith("…")
+
+
+def status_of(summary: Summary | None, rows: list[dict[str, float]]) -> list[str]:
+    terminal = Terminal(interactive=False)
+    print_status("demo", summary, rows, batches=40, output=terminal.output)
+    return terminal.lines()
+
+
+def test_the_status_of_a_run_is_made_of_its_files() -> None:
+    measured: dict[str, Measurement] = {"reverse_kl": {"mean": 2.5, "standard_error": 0.1}}
+    summary: Summary = {
+        "status": "running",
+        "steps": 10,
+        "tokens": 90,
+        "skipped_steps": 0,
+        "incarnation": 1,
+        "wall_s": 9.0,
+        "tokens_per_s": 1.0,
+        "step_seconds": {},
+        "held_out": {"before": measured, "after": None},
+    }
+    faults = {"eopd_engines_up": 2.0, "eopd_engine_replacements_total": 1.0, "eopd_skipped_steps_total": 3.0}
+    rows = [row_of(step) | faults | {"time": time.time() - 100 + 10 * step} for step in range(1, 5)]
+    lines = status_of(summary, rows)
+    assert lines[0] == "demo: running, step 4/40, the last one 1:00 ago, about 6:00 left"
+    assert "1.234" in " ".join(lines[1:6]) and "31%" in " ".join(lines[1:6])
+    assert lines[6] == "engines up / replaced 2 / 1, learner restarts -, failed weight transfers -, skipped steps 3"
+    assert any(line.startswith("reverse KL (nats)") and "2.500 ± 0.100" in line for line in lines)
+    assert status_of(summary | {"status": "completed"}, rows)[0] == "demo: completed, step 4/40"
+    assert status_of(None, []) == ["demo: starting, step 0/40"]

@@ -1,6 +1,8 @@
 """A run is neither overwritten nor continued as something else, and goes on from a checkpoint that is whole."""
 
 import json
+import math
+import time
 
 import pytest
 
@@ -9,6 +11,7 @@ from eopd.config import Config, ConfigError, load_config
 from eopd.ledger import Ledger
 from eopd.runtime.progress import Progress
 from eopd.runtime.run_directory import MAY_CHANGE, RunDirectory, held_out_record
+from eopd.telemetry.sinks import JsonlSink
 from eopd.types import Estimate, EvalStats, Header, StopReason, TrajectoryKey
 
 
@@ -198,6 +201,7 @@ def test_summary_and_samples_come_back_as_written(config):
     names = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
     stats = EvalStats(**dict.fromkeys(names, one), num_trajectories=2, num_tokens=9)
     progress = Progress(step=4, tokens=40, before=held_out_record(stats))
+    assert directory.read_summary() is None
     directory.write_summary(progress.summary("running"))
     read = directory.read_summary()
     assert read["held_out"]["before"]["reverse_kl"] == {"mean": 1.0, "standard_error": 0.1}
@@ -223,3 +227,14 @@ def test_progress_counts_this_process_for_rates_and_the_run_for_totals():
     assert summary["tokens"] == 1300 and summary["tokens_per_s"] == 300 / 4
     assert summary["skipped_steps"] == 2
     assert summary["step_seconds"]["train"] == 2.0
+
+
+def test_the_last_rows_are_those_of_the_newest_steps_without_what_was_no_number(config):
+    directory = RunDirectory.create(config())
+    assert directory.last_rows(3) == []
+    sink = JsonlSink(directory.metrics)
+    for step in range(1, 5):
+        sink.write({"eopd_step": float(step), "eopd_loss": math.nan if step == 4 else 0.5})
+    rows = directory.last_rows(2)
+    assert [(row["step"], row.get("eopd_loss")) for row in rows] == [(3, 0.5), (4, None)]
+    assert abs(rows[-1]["time"] - time.time()) < 60 and "eopd_loss" not in rows[-1]
