@@ -78,7 +78,7 @@ class EngineFleet:
             TimeoutError: a new one did not start within ``cluster.start_timeout_s``: the cluster may have no room.
             WorkerDownError: it died, or the learner is lost; those that came up before it stay.
         """
-        for index in sorted(self._actors, reverse=True)[: self.num_engines - num_engines]:
+        for index in sorted(self._actors)[num_engines:]:
             await self.replicas.drain(index)
             self.channel.leave(index)
             await end(self._actors.pop(index))

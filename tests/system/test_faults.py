@@ -68,12 +68,14 @@ def test_an_engine_that_stands_still_costs_one_time_out(run):
 
 
 def test_engines_come_and_go_on_request(run):
+    before = run.actors("RolloutActor")
     for number in (3, 2):
         done = run.program.run("scale", str(run.directory), "--engines", str(number))
         assert done.returncode == 0 and f"asked for {number} rollout engines" in done.stdout
         run.wait(lambda row, number=number: row["eopd_engines_up"] == number)
         run.goes_on()
-    assert len(run.actors("RolloutActor")) == 2
+        assert all(actor.is_running() for actor in before), "those that were there stay"
+    assert run.rows()[-1]["eopd_engine_replacements_total"] == 4
 
 
 @pytest.mark.parametrize("rank", [0, 1])
