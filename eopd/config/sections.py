@@ -220,10 +220,13 @@ class EvaluationConfig(Section):
 
 
 class TelemetryConfig(Section):
-    """Where Prometheus scrapes the driver; port 0 takes a free one, null switches the endpoint off."""
+    """Where Prometheus scrapes the driver; port 0 takes a free one, null switches the endpoint off. ``log_format`` is
+    that of the files in ``logs/``.
+    """
 
     host: str = "127.0.0.1"
     port: int | None = Field(0, ge=0, le=65535)
+    log_format: Literal["text", "json"] = "text"
 
 
 class ClusterConfig(Section):

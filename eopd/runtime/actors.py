@@ -87,7 +87,17 @@ async def end(actor: ActorHandle) -> None:
     ray.kill(actor)
 
 
-class RolloutActor:
+class _Actor:
+    """``name`` stands in logs and errors: Ray takes it from here."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+class RolloutActor(_Actor):
     """Hosts a ``VllmRolloutEngine``, and the verifier of what it writes."""
 
     _engine: "VllmRolloutEngine"
@@ -184,7 +194,7 @@ class RemoteEngine:
             return PolicyVersion(*await self._actor.version.remote())
 
 
-class TeacherActor:
+class TeacherActor(_Actor):
     """Hosts one replica of a teacher."""
 
     _scorer: "SignalScorer"
@@ -223,7 +233,7 @@ class RemoteTeacher:
         return header if isinstance(header, LostTrajectory) else Stored(header, body)
 
 
-class LearnerActor:
+class LearnerActor(_Actor):
     """Hosts one ``LearnerRank`` and its end of the weight channel."""
 
     _rank: "LearnerRank"

@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 
 from eopd.config import ClusterConfig, ConfigError
+from eopd.runtime import logs
 from eopd.runtime.placement import Capacity
 
 
@@ -27,9 +28,10 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         raise ConfigError(f"cluster.cpus: {config.cpus:g} is for Ray started here; {address} has its own")
     local = {"num_cpus": config.cpus, "include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
+        ray.init(address=address, logging_level=logging.WARNING, **local)
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"cluster.address: {address} cannot be joined: {error}") from None
+    logs.silence()
     try:
         yield
     finally:
@@ -53,8 +55,8 @@ def object_store_bytes() -> float:
 
 
 def log_directory() -> str:
-    """Where Ray keeps what the actors wrote, below its folder for temporary files."""
-    return f"{ray.get_runtime_context().get_session_name()}/logs"
+    """Where Ray keeps what actors wrote that belong to no run."""
+    return f"{ray.get_runtime_context().get_session_name()}/logs, below Ray's folder for temporary files"
 
 
 def is_job_copy(directory: Path) -> bool:

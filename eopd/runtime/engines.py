@@ -4,7 +4,6 @@ to the learner's version before they get work.
 
 import asyncio
 from collections.abc import Awaitable, Mapping
-from dataclasses import replace
 
 from ray.actor import ActorHandle
 
@@ -32,7 +31,7 @@ class EngineFleet:
         self._config = config
         self._restarts = restarts
         self._plan = plan_rollout(config.rollout)
-        actors = spawn(RolloutActor, self._plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
+        actors = spawn(RolloutActor, self._plan, range(self._plan.actors), max_concurrency=MAX_CONCURRENT_REQUESTS)
         self._actors = dict(enumerate(actors))
         self._remotes = [RemoteEngine(actor) for actor in actors]
         self.replicas: Replicas[RolloutEngine] = Replicas(
@@ -100,7 +99,7 @@ class EngineFleet:
 
     async def _start_another(self, index: int) -> RemoteEngine:
         """Start an engine and bring it to the learner's version."""
-        (actor,) = self._spawn(RolloutActor, replace(self._plan, actors=1), max_concurrency=MAX_CONCURRENT_REQUESTS)
+        (actor,) = self._spawn(RolloutActor, self._plan, [index], max_concurrency=MAX_CONCURRENT_REQUESTS)
         self._actors[index] = actor
         async with asyncio.timeout(self._config.cluster.start_timeout_s):
             await self._start(actor)

@@ -40,7 +40,7 @@ class LearnerGang:
         """
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = self._spawn(LearnerActor, plan_learner(self._config.learner))
+        self._actors = self._spawn(LearnerActor, plan_learner(self._config.learner), range(self._config.learner.ranks))
         limit_s = self._config.cluster.start_timeout_s
         try:
             async with asyncio.timeout(limit_s):

@@ -10,6 +10,7 @@ runs/<name>/config.yaml     resolved
             hf/             the trained student as a Hugging Face directory; with LoRA merged
             adapter/        with LoRA, the adapter as peft reads it
             hf-step-NNNNNN/ the student of a checkpoint, where asked for
+            logs/           what the driver and every actor wrote, a file each (``runtime/logs.py``)
             scale.json      how many rollout engines ``eopd scale`` asks for; forgotten when a process takes up the run
 
 ``trained.jsonl`` is a proof that a user can check. Issue number i is a pure function of the seed (``PromptOrder``), so
@@ -64,6 +65,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.hf = path / "hf"
         self.broken = path / "broken"
+        self.logs = path / "logs"
         self._summary = path / "summary.json"
         self._samples = path / "samples.jsonl"
         self._scale = path / "scale.json"

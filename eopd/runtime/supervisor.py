@@ -1,7 +1,7 @@
 """Brings the actors of a run up and down. Whatever happens, nothing is left running."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +18,7 @@ from eopd.runtime.engines import EngineFleet, start_engine
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.placement import RoleResources, plan_rollout
 from eopd.runtime.restarts import RestartBudget
+from eopd.runtime.run_directory import RunDirectory
 from eopd.runtime.teachers import TeacherFleet, route
 from eopd.teacher.pool import TeacherRouter
 from eopd.types import Int32Array, LossReason, LostTrajectory, Stored
@@ -54,7 +55,7 @@ async def crew(config: Config, incarnation: int, text: Int32Array) -> AsyncItera
             **rollouts.start(),
             **{name: started for fleet in fleets for name, started in fleet.start().items()},
         }
-        await _all_up(starting, config.cluster.start_timeout_s)
+        await _all_up(starting, config.cluster.start_timeout_s, logs=str(RunDirectory(config.run.path).logs))
         teacher = route(fleets, max_attempts=config.flow.max_attempts)
         try:
             yield Crew(
@@ -77,12 +78,13 @@ async def rollout_engines(
 ) -> AsyncIterator[list[RemoteEngine]]:
     """Rollout engines alone, for benchmarks."""
     async with _actors() as spawn:
-        actors = spawn(RolloutActor, plan_rollout(rollout), max_concurrency=MAX_CONCURRENT_REQUESTS)
+        plan = plan_rollout(rollout)
+        actors = spawn(RolloutActor, plan, range(plan.actors), max_concurrency=MAX_CONCURRENT_REQUESTS)
         starting = {
             f"rollout engine {index}": start_engine(actor, student, rollout, max_sequence_tokens, None)
             for index, actor in enumerate(actors)
         }
-        await _all_up(starting, timeout_s)
+        await _all_up(starting, timeout_s, logs=log_directory())
         yield [RemoteEngine(actor) for actor in actors]
 
 
@@ -92,7 +94,7 @@ async def teachers(config: Config) -> AsyncIterator[list[TeacherFleet]]:
     async with _actors() as spawn:
         fleets = _fleets(spawn, config, RestartBudget(0, 0.0))
         starting = {name: started for fleet in fleets for name, started in fleet.start().items()}
-        await _all_up(starting, config.cluster.start_timeout_s)
+        await _all_up(starting, config.cluster.start_timeout_s, logs=log_directory())
         yield fleets
 
 
@@ -100,7 +102,7 @@ class StartError(RuntimeError):
     """An actor did not come up; names it."""
 
 
-async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float) -> None:
+async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float, *, logs: str) -> None:
     """Wait until everybody has started.
 
     Raises:
@@ -116,12 +118,10 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float) -> 
         if isinstance(error, ConfigError) and isinstance(error, RayTaskError):  # what only the worker could find out
             raise ConfigError(f"{tasks[task]}: {error.cause}") from None  # type: ignore[attr-defined]
         if error is not None:
-            raise StartError(f"the {tasks[task]} did not start; its log is in {log_directory()} of Ray") from error
+            raise StartError(f"the {tasks[task]} did not start; its log is in {logs}") from error
     if pending:
         names = ", ".join(tasks[task] for task in pending)
-        raise StartError(
-            f"not up within cluster.start_timeout_s = {timeout_s:g}: {names}; logs in {log_directory()} of Ray"
-        )
+        raise StartError(f"not up within cluster.start_timeout_s = {timeout_s:g}: {names}; logs in {logs}")
 
 
 def _fleets(spawn: Spawn, config: Config, restarts: RestartBudget) -> list[TeacherFleet]:
@@ -143,11 +143,11 @@ async def _actors() -> AsyncIterator[Spawn]:
     """A function that spawns actors; on the way out all of them are closed and killed, whatever happened."""
     spawned: list[ActorHandle] = []
 
-    def spawn(role: type, resources: RoleResources, **options: object) -> list[ActorHandle]:
+    def spawn(role: type, resources: RoleResources, numbers: Iterable[int], **options: object) -> list[ActorHandle]:
         remote = ray.remote(role).options(
             num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env={"env_vars": dict(resources.env)}, **options
         )
-        actors = [remote.remote() for _ in range(resources.actors)]
+        actors = [remote.remote(f"{resources.role.replace(' ', '-')}-{number}") for number in numbers]
         spawned.extend(actors)
         return actors
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import replace
 
 from eopd.config import TeacherConfig
 from eopd.roles import TeacherDownError
@@ -34,7 +33,9 @@ class TeacherFleet:
         self._plan = plan_teacher(config)
         self._start_timeout_s = start_timeout_s
         self._arguments = (config, top_k, max_sequence_tokens)
-        self._actors = spawn(TeacherActor, self._plan, max_concurrency=MAX_CONCURRENT_REQUESTS)
+        self._actors = spawn(
+            TeacherActor, self._plan, range(self._plan.actors), max_concurrency=MAX_CONCURRENT_REQUESTS
+        )
 
     def start(self) -> Mapping[str, Awaitable[None]]:
         """Start all replicas; one awaitable for each, by name."""
@@ -80,7 +81,7 @@ class TeacherFleet:
         """End a replica, and start another in its place."""
         self._restarts.spend(f"teacher {self.config.name}, replica {index}: {reason}")
         await end(self._actors[index])
-        (actor,) = self._spawn(TeacherActor, replace(self._plan, actors=1), max_concurrency=MAX_CONCURRENT_REQUESTS)
+        (actor,) = self._spawn(TeacherActor, self._plan, [index], max_concurrency=MAX_CONCURRENT_REQUESTS)
         self._actors[index] = actor
         async with asyncio.timeout(self._start_timeout_s):
             await actor.start.remote(*self._arguments)

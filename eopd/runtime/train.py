@@ -18,6 +18,7 @@ from eopd.prompts import PromptOrder
 from eopd.roles import LearnerDownError
 from eopd.runtime import cluster
 from eopd.runtime.beside import Watchdog, scale_on_request
+from eopd.runtime.logs import collect, logger
 from eopd.runtime.placement import plan, require_capacity
 from eopd.runtime.progress import Progress, first_line
 from eopd.runtime.run_directory import RunDirectory, held_out_record
@@ -84,7 +85,10 @@ class TrainingRun:
         """Run, and write the status whatever happens."""
         status = "failed"
         try:
-            with _signals(self._interrupt, asyncio.current_task()):
+            with (
+                _signals(self._interrupt, asyncio.current_task()),
+                collect(self.directory.logs, self._config.telemetry.log_format),
+            ):
                 async with self._telemetry() as telemetry:
                     await self._run(telemetry)
             status = "interrupted" if self._interrupted else "completed"
@@ -97,13 +101,17 @@ class TrainingRun:
             self.directory.write_summary(summary)
         return summary
 
+    def _say(self, text: str) -> None:
+        self._console.message(text)
+        logger.info(text)
+
     async def _run(self, telemetry: Telemetry) -> None:
-        self._console.message("starting the learner, the rollout engines and the teacher")
+        self._say("starting the learner, the rollout engines and the teacher")
         text = np.concatenate([prompt.token_ids for prompt in self._prepared.train.prompts[:_PROBE_TOKENS]])
         async with crew(self._config, self._progress.incarnation, text[:_PROBE_TOKENS]) as members:
             run = self._config.run
             self._watchdog = Watchdog(run.stall_after_s, run.on_stall, lambda: self._report(members))
-            tell = self._console.message
+            tell = self._say
             await members.restarts.guard(
                 self._outlive_learners(members, telemetry),
                 self._watchdog.watch(tell),
@@ -123,7 +131,7 @@ class TrainingRun:
     async def _outlive_learners(self, members: Crew, telemetry: Telemetry) -> None:
         """The whole run; from the newest checkpoint on, under a new incarnation, whenever the learner is lost."""
         for fleet in members.fleets:
-            self._console.message(str(await fleet.self_test(self._prepared.train.prompts[0].token_ids)))
+            self._say(str(await fleet.self_test(self._prepared.train.prompts[0].token_ids)))
         lost: LearnerDownError | None = None
         while True:
             try:
@@ -155,7 +163,7 @@ class TrainingRun:
         self._ledger = Ledger.restore(**state.ledger) if state else Ledger()  # type: ignore[arg-type]
         self.directory.drop_rows_after(self._progress.step)
         self.directory.write_summary(self._progress.summary("running"))
-        self._console.message(
+        self._say(
             f"the learner was lost ({first_line(lost)}); another one goes on from step {self._progress.step}, as "
             f"incarnation {self._progress.incarnation}"
         )
@@ -193,7 +201,7 @@ class TrainingRun:
         skipped_before = self._progress.skipped_steps
         self._progress.count(row)
         if (skipped := self._progress.skipped_steps) > skipped_before:
-            self._console.message(
+            self._say(
                 f"step {self._progress.step}: loss or gradient not finite, optimiser step skipped "
                 f"({skipped} of at most {self._config.learner.max_skipped_steps}); see {self.directory.broken}"
             )
@@ -210,7 +218,7 @@ class TrainingRun:
     async def _measure(self, members: Crew, phase: Literal["before", "after"]) -> None:
         evaluation, learner = self._config.evaluation, self._config.learner
         prompts = self._prepared.held_out.prompts[: evaluation.prompts]
-        self._console.message(f"measuring on {len(prompts)} held-out prompts, {phase} training")
+        self._say(f"measuring on {len(prompts)} held-out prompts, {phase} training")
         self._watchdog.step()
         stats, scored = await measure(
             members.engines,
@@ -288,7 +296,7 @@ class TrainingRun:
         fan_out = Telemetry([*sinks, self._console])
         try:
             for note in notes:
-                self._console.message(note)
+                self._say(note)
             yield fan_out
         finally:
             fan_out.close()
@@ -297,9 +305,9 @@ class TrainingRun:
         """Take a signal; False means that nothing can end softly now."""
         first, self._interrupted = not self._interrupted, True
         if not first or self._stop_softly is None:
-            self._console.message("stopping now")
+            self._say("stopping now")
             return False
-        self._console.message("stopping after the step under way, with a checkpoint; once more to stop at once")
+        self._say("stopping after the step under way, with a checkpoint; once more to stop at once")
         self._stopping = asyncio.create_task(self._stop_softly())  # kept: the loop holds tasks weakly
         return True
 

@@ -54,7 +54,12 @@ def test_the_run_directory_is_the_contract(synchronous):
         "trained.jsonl",
         "checkpoints",
         "hf",
+        "logs",
     }
+    logs = {path.stem: path.read_text().splitlines() for path in (directory / "logs").iterdir()}
+    assert {"driver", "rollout-0", "rollout-1", "teacher-teacher-0"} <= set(logs)
+    assert all(line.split(" ")[1] == role for role, lines in logs.items() for line in lines)
+    assert any("measuring on 32 held-out prompts, after training" in line for line in logs["driver"])
     assert [p.name for p in sorted((directory / "checkpoints").iterdir())] == ["step-000020", "step-000030"]
     assert yaml.safe_load((directory / "config.yaml").read_text())["learner"]["ranks"] == 2
     trained = [json.loads(line) for line in (directory / "trained.jsonl").read_text().splitlines()]
@@ -142,6 +147,7 @@ def test_a_failure_leaves_no_process_and_says_failed(program):
     done = program.run(*program.train("broken", "teachers.0.vllm={kv_cache_memory_bytes: 1}"))
     assert done.returncode == 1
     assert "StartError: the replica 0 of teacher teacher did not start; its log is in" in done.stderr
+    assert "KV cache" in (program.runs / "broken" / "logs" / "teacher-teacher-0.log").read_text()
     assert json.loads((program.runs / "broken" / "summary.json").read_text())["status"] == "failed"
     assert program.left_behind() == []
 

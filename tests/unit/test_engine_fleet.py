@@ -43,8 +43,8 @@ async def fleet(tmp_path, monkeypatch):
         one.start = SimpleNamespace(remote=start)
         return one
 
-    def spawn(role, plan, **options):
-        new = [actor() for _ in range(plan.actors)]
+    def spawn(role, plan, numbers, **options):
+        new = [actor() for _ in numbers]
         spawned.extend(new)
         return new
 
