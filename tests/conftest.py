@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from eopd.runtime.placement import vllm_env
 
 os.environ.update(vllm_env(threads=1))
 os.environ["DS_ACCELERATOR"] = "cpu"
+settings.register_profile("eopd", deadline=None)  # an example may take long on a busy machine
+settings.load_profile("eopd")
 
 TEXTS = [
     "The river runs past the old mill and under the bridge.",
