@@ -31,7 +31,7 @@ tiny: setup ## the whole loop on tiny models, about two minutes
 	$(BIN)/eopd train configs/tiny.yaml --set run.name=tiny-$(RUN)
 
 test: setup ## every test: unit, contract and system
-	$(PYTEST) tests/house tests/unit tests/contract tests/system
+	$(PYTEST) --durations=20 --durations-min=20 tests/house tests/unit tests/contract tests/system
 
 unit: setup ## the quick tests alone
 	$(PYTEST) tests/house tests/unit

@@ -92,8 +92,8 @@ def small_disk(tmp_path, synchronous):
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_older_checkpoint(program, small_disk):
-    settings = ("run.batches=9", "checkpoint.every=1", "evaluation.prompts=8", f"run.directory={small_disk}")
-    done = program.run(*program.train("full", *settings))
+    settings = ("run.batches=9", "checkpoint.every=1", "evaluation.prompts=8", "rollout.engines=1")
+    done = program.run(*program.train("full", *settings, f"run.directory={small_disk}"))
     assert done.returncode == 1, done.stdout + done.stderr
     checkpoints = small_disk / "full" / "checkpoints"
     message = done.stderr.splitlines()[-1]

@@ -113,6 +113,8 @@ def test_an_asynchronous_run_survives_ctrl_c_and_resumes(program):
         "flow={batch_prompts: 4, max_staleness: 1}",
         "prompts.data=configs/prompts/arithmetic.jsonl",
         "checkpoint.every=100",
+        "rollout.engines=1",
+        "learner.ranks=1",
         *rewarded,
     )
     directory = program.runs / "asynchronous"
@@ -144,7 +146,7 @@ def test_an_asynchronous_run_survives_ctrl_c_and_resumes(program):
 
 
 def test_a_failure_leaves_no_process_and_says_failed(program):
-    done = program.run(*program.train("broken", "teachers.0.vllm={kv_cache_memory_bytes: 1}"))
+    done = program.run(*program.train("broken", "teachers.0.vllm={kv_cache_memory_bytes: 1}", "rollout.engines=1"))
     assert done.returncode == 1
     assert "StartError: the replica 0 of teacher teacher did not start; its log is in" in done.stderr
     assert "KV cache" in (program.runs / "broken" / "logs" / "teacher-teacher-0.log").read_text()
