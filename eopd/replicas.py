@@ -85,7 +85,7 @@ class Replicas(Generic[W]):
         self._replicas = {index: _Replica(worker) for index, worker in enumerate(workers)}
         self._replace = replace
         self._timeout_s = timeout_s
-        self._replacing: set[asyncio.Task[None]] = set()
+        self._replacing: dict[int, asyncio.Task[None]] = {}
         self._ended: BaseException | None = None  # why a replica could not be replaced
         self._closed = False
 
@@ -129,22 +129,28 @@ class Replicas(Generic[W]):
         return done
 
     def condemn(self, index: int, reason: str) -> None:
-        """Replace number ``index``, which somebody else found to be of no use."""
-        self._blame(index, self._replicas[index], reason, hopeless=True)
+        """Replace number ``index``, which somebody else found to be of no use; nothing, if it is gone already."""
+        if index in self._replicas:
+            self._blame(index, self._replicas[index], reason, hopeless=True)
+
+    def is_up(self, index: int) -> bool:
+        """Whether number ``index`` takes work now."""
+        return self._replicas[index].takes_work(time.monotonic())
 
     def add(self, index: int, worker: W) -> None:
         """Take in one more, under a number that is free."""
         self._replicas[index] = _Replica(worker)
 
     async def drain(self, index: int) -> None:
-        """Give number ``index`` no more work; returns once it is gone, with nothing left in flight."""
-        while self._replicas[index].replaced and self._replacing:  # the one in its place drains instead
-            await asyncio.sleep(_POLL_S)
+        """Give number ``index`` no more work; returns once it is done, or lost. It is nobody's from then on."""
         replica = self._replicas[index]
         replica.draining = True
-        while replica.started:
+        if index in self._replacing:  # nobody needs another one in its place
+            self._replacing[index].cancel()
+            await asyncio.gather(self._replacing[index], return_exceptions=True)
+        while replica.started and not replica.replaced:
             await asyncio.sleep(_POLL_S)
-        del self._replicas[index]
+        self._replicas.pop(index)
 
     def status(self) -> list[str]:
         """What each does now, for people."""
@@ -154,9 +160,10 @@ class Replicas(Generic[W]):
     async def close(self) -> None:
         """Stop replacing."""
         self._closed = True
-        for task in self._replacing:
+        tasks = list(self._replacing.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._replacing, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _least_loaded(self, tried: Sequence[int]) -> tuple[int, _Replica[W]]:
         while True:
@@ -174,11 +181,13 @@ class Replicas(Generic[W]):
             return
         replica.failures += 1
         replica.open_until = time.monotonic() + _OPEN_S
-        if hopeless and not self._closed and not replica.draining:
-            replica.replaced = True
+        if not hopeless or self._closed:
+            return
+        replica.replaced = True
+        if not replica.draining:
             task = asyncio.create_task(self._put_another_in_place_of(index, reason))
-            self._replacing.add(task)
-            task.add_done_callback(self._replacing.discard)
+            self._replacing[index] = task
+            task.add_done_callback(lambda _: self._replacing.pop(index))
 
     async def _put_another_in_place_of(self, index: int, reason: str) -> None:
         for pause in _PAUSES_S:

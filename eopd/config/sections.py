@@ -24,7 +24,13 @@ OWNED_BY_LEARNER = (
     "torch_autocast",  # student.dtype says it
     "checkpoint",
 )
-OWNED_BY_ROLLOUT = (*OWNED_BY_ENGINES, "logprobs_mode", "weight_transfer_config", "generation_config")
+OWNED_BY_ROLLOUT = (
+    *OWNED_BY_ENGINES,
+    "scheduling_policy",
+    "logprobs_mode",
+    "weight_transfer_config",
+    "generation_config",
+)
 
 
 class RunConfig(Section):

@@ -154,18 +154,15 @@ class VllmRolloutEngine:
         await _transfer(self._update("check"))
 
     async def install_weights(self, version: PolicyVersion) -> float:
-        """Check what was received; pause, load it, label it, resume.
+        """Pause, load what ``check_weights`` has found whole, label it, resume.
 
         Returns:
             Seconds from asking for the pause, which the step under way ends first, to the resumption: the time between
             two engine steps, and the rest of the first. The step after it reads all running responses again, under the
             new weights, and may take far longer than the pause.
 
-        Raises:
-            WeightTransferError: as ``check_weights``, before the pause. Anything else is raised after it, and leaves
-                the engine with weights of which nothing is known: replace it.
+        Whatever is raised leaves an engine that pauses, with weights of which nothing is known: replace it.
         """
-        await self.check_weights()
         started = time.monotonic()
         await self._llm.pause_generation(mode="keep", clear_cache=True)
         await self._update("load", version)

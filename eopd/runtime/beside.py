@@ -10,6 +10,7 @@ from eopd.runtime.engines import EngineFleet
 from eopd.runtime.progress import first_line
 from eopd.runtime.run_directory import RunDirectory
 from eopd.types import RunFailedError
+from eopd.weights.channel import WeightSyncError
 
 POLL_S = 1.0
 RETRY_S = 30.0  # after engines did not start
@@ -68,7 +69,7 @@ async def scale_on_request(directory: RunDirectory, fleet: EngineFleet, tell: Te
         tell(f"from {fleet.num_engines} rollout engines to {wanted}")
         try:
             await fleet.scale(wanted)
-        except (WorkerDownError, TimeoutError) as error:
+        except (WorkerDownError, WeightSyncError, TimeoutError) as error:
             tell(f"{fleet.num_engines} rollout engines, no more: {first_line(error)}; trying again in {RETRY_S:.0f} s")
             await asyncio.sleep(RETRY_S)
         else:

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Mapping
 
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from eopd.config import Config, RolloutConfig, StudentConfig
 from eopd.config.loss import GraderName
 from eopd.replicas import Replicas
-from eopd.roles import RolloutEngine
+from eopd.roles import EngineDownError, LearnerDownError, RolloutEngine
 from eopd.runtime.actors import MAX_CONCURRENT_REQUESTS, RemoteEngine, RolloutActor, Spawn, end
 from eopd.runtime.placement import plan_rollout
 from eopd.runtime.restarts import RestartBudget
@@ -18,6 +19,7 @@ from eopd.types import Int32Array, PolicyVersion
 from eopd.weights.channel import BroadcastChannel, SenderLink
 from eopd.weights.probe import Probe
 
+_JOIN_AGAIN_S = 1.0
 _GRACE_S = 10.0  # the wire's own time-outs come first: they say what is wrong
 
 
@@ -71,15 +73,17 @@ class EngineFleet:
         return len(self._actors)
 
     async def scale(self, num_engines: int) -> None:
-        """Start more engines, or let the last ones finish what they have and end; the run goes on meanwhile.
+        """Start more engines, or let some finish what they have and end, those first that take no work, then the last;
+        the run goes on meanwhile.
 
         Raises:
             TimeoutError: a new one did not start within ``cluster.start_timeout_s``: the cluster may have no room.
-            WorkerDownError: it died, or the learner is lost; those that came up before it stay.
+            EngineDownError: it died; those that came up before it stay.
         """
-        for index in sorted(self._actors)[num_engines:]:
+        too_many = max(0, self.num_engines - num_engines)
+        for index in sorted(self._actors, key=lambda index: (self.replicas.is_up(index), -index))[:too_many]:
             await self.replicas.drain(index)
-            self.channel.leave(index)
+            await self.channel.part(index)
             await end(self._actors.pop(index))
         while self.num_engines < num_engines:
             index = max(self._actors) + 1
@@ -101,11 +105,18 @@ class EngineFleet:
         """Start an engine and bring it to the learner's version."""
         (actor,) = self._spawn(RolloutActor, self._plan, [index], max_concurrency=MAX_CONCURRENT_REQUESTS)
         self._actors[index] = actor
-        async with asyncio.timeout(self._config.cluster.start_timeout_s):
-            await self._start(actor)
         engine = RemoteEngine(actor)
-        await self.channel.join(index, engine)
-        return engine
+        async with asyncio.timeout(self._config.cluster.start_timeout_s):
+            try:
+                await self._start(actor)
+            except RayError as error:
+                raise EngineDownError(f"it did not start: {error}") from error
+            while True:
+                try:
+                    await self.channel.join(index, engine)
+                    return engine
+                except LearnerDownError:  # another one is being started
+                    await asyncio.sleep(_JOIN_AGAIN_S)
 
 
 def start_engine(

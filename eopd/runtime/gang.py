@@ -39,7 +39,11 @@ class LearnerGang:
             LearnerDownError: one of them died, or they are not up within ``cluster.start_timeout_s``.
         """
         for actor in self._actors:
-            ray.kill(actor)
+            ray.kill(actor)  # so that whoever still holds the gang fails at once
+        async with self._reserved:
+            await self._start(incarnation)
+
+    async def _start(self, incarnation: int) -> None:
         self._actors = self._spawn(LearnerActor, plan_learner(self._config.learner), range(self._config.learner.ranks))
         limit_s = self._config.cluster.start_timeout_s
         try:

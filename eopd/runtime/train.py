@@ -140,6 +140,8 @@ class TrainingRun:
                 await self._from_checkpoint_to_end(members, telemetry)
                 return
             except LearnerDownError as error:
+                if self._interrupted:  # a signal reaches the ranks too: the newest checkpoint stands
+                    return
                 lost = error
                 members.restarts.spend(f"learner: {error}")
 
@@ -157,6 +159,7 @@ class TrainingRun:
     async def _restart_learner(self, members: Crew, lost: LearnerDownError) -> None:
         """Forget what came after the newest checkpoint: it is issued again."""
         self._stop_softly = self._pipeline = None
+        self._watchdog.step()
         checkpoints = list_checkpoints(self.directory.checkpoints)
         state = DriverState.read(checkpoints[-1]) if checkpoints else None
         self._progress.roll_back(state)

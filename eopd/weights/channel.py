@@ -27,6 +27,7 @@ from eopd.weights.probe import Probe, ProbeError, compare_probe
 
 T = TypeVar("T")
 
+PROBE_S = 30.0  # a full engine may have no seat for the probe: then it is not compared this time
 PING_S = 10.0  # an engine that does not say its version within this is condemned
 MAX_ROUNDS = 5  # of one publish; every failed one costs a time-out
 
@@ -118,10 +119,16 @@ class BroadcastChannel:
 
         Raises:
             EngineDownError: it was lost on the way.
+            LearnerDownError: the sender was; the newcomer is left out again.
+            WeightSyncError: as ``publish``, likewise.
         """
         async with self._lock:
             self._engines[number], self._connected = engine, False
-            await self._bring_up_to_date(verify=self._probe.every > 0, newcomer=number)
+            try:
+                await self._bring_up_to_date(verify=self._probe.every > 0, newcomer=number)
+            except BaseException:
+                self.leave(number)
+                raise
         if number not in self._engines:
             raise EngineDownError(f"rollout engine {number} did not take the weights")
 
@@ -129,6 +136,11 @@ class BroadcastChannel:
         """Leave out an engine that is gone."""
         if self._engines.pop(number, None) is not None:
             self._connected = False
+
+    async def part(self, number: int) -> None:
+        """Leave out an engine that is well, once no transfer is under way with it."""
+        async with self._lock:
+            self.leave(number)
 
     def disconnect(self) -> None:
         """Build the group again before the next transfer: there is another sender."""
@@ -146,14 +158,13 @@ class BroadcastChannel:
                     continue
                 transfer_s = time.monotonic() - sync.started
                 pause_s = await self._install(sync)
-                gap = await self._verify(sync) if verify else None
-                if not (verify and gap is None):
+                if not verify or await self._verify(sync):
                     return PublishStats(
                         version=sync.version,
                         transfer_s=transfer_s,
                         pause_s=pause_s,
                         num_bytes=num_bytes,
-                        probe_nats=gap,
+                        probe_nats=max(sync.gaps, default=None),
                     )
         raise WeightSyncError(f"{MAX_ROUNDS} transfers of {sync.version.label} failed, last: {sync.cause}")
 
@@ -210,22 +221,24 @@ class BroadcastChannel:
                 pauses.append(pause_s)
         return max(pauses)
 
-    async def _verify(self, sync: "_Sync") -> float | None:
-        """How far the engines are from the learner, nats; None where one is to be sent the weights once more."""
+    async def _verify(self, sync: "_Sync") -> bool:
+        """Whether all engines are near the learner; False where one is to be sent the weights once more."""
         self._doing = "probing"
         token_ids = self._probe.token_ids
         expected = await self._sender.probe(token_ids)
-        gaps, repair = [0.0], False
-        for number, logprobs in (await self._each(lambda engine: engine.probe(token_ids), self._timeout_s)).items():
+        repair, sync.gaps = False, []
+        for number, logprobs in (await self._each(lambda engine: engine.probe(token_ids), PROBE_S)).items():
+            if isinstance(logprobs, TimeoutError):
+                continue
             if isinstance(logprobs, BaseException):
                 self._drop(sync, number, f"it did not answer the probe: {logprobs or type(logprobs).__name__}")
                 continue
             try:
-                gaps.append(compare_probe(logprobs, expected, dtype=self._probe.dtype))
+                sync.gaps.append(compare_probe(logprobs, expected, dtype=self._probe.dtype))
             except ProbeError as error:
                 self.num_failures += 1
                 repair = self._suspect(sync, number, str(error)) or repair
-        return None if repair else max(gaps)
+        return not repair
 
     async def _each(self, call: Callable[[EngineLink], Awaitable[T]], timeout_s: float) -> dict[int, T | BaseException]:
         """The same call to every engine, each with its own deadline; what came of it, by number."""
@@ -248,17 +261,21 @@ class BroadcastChannel:
         return first
 
     def _drop(self, sync: "_Sync", number: int, reason: str) -> None:
+        stayed = number in self._engines  # else it was taken out meanwhile, by whoever replaces or ends it
         self.leave(number)
-        if number != sync.newcomer:  # whoever started that one is told by ``join``
+        if stayed and number != sync.newcomer:  # whoever started that one is told by ``join``
             self._condemn(number, reason)
 
 
 class _Sync:
-    """One version on its way: ``newcomer`` joins with it, ``suspects`` had its weights wrong once."""
+    """One version on its way. ``newcomer`` joins with it, ``suspects`` had it wrong once, ``gaps`` (nats) are those of
+    the last probe.
+    """
 
     def __init__(self, version: PolicyVersion, newcomer: int | None) -> None:
         self.version, self.newcomer = version, newcomer
         self.started, self.cause, self.suspects = time.monotonic(), "", set[int]()
+        self.gaps: list[float] = []
 
 
 async def _together(timeout_s: float, *calls: Awaitable[object]) -> None:

@@ -272,6 +272,7 @@ class _Transfer:
         self._buckets = buckets
         self._messages = [_message(bucket) for bucket in buckets]
         self._error: RuntimeError | None = None
+        self._arrived = False  # all of it, whatever may end the thread before
         self._thread = threading.Thread(target=self._receive, name="weight-receiver", daemon=True)
 
     @classmethod
@@ -287,6 +288,7 @@ class _Transfer:
                 self._wire.broadcast(self._messages[index])
                 self._verify(index)
             self._wire.barrier()
+            self._arrived = True
         except RuntimeError as error:  # what the wires, gloo and nccl raise; handed to whoever takes the result
             self._error = error
 
@@ -309,6 +311,8 @@ class _Transfer:
             raise self._error
         if self._error is not None:
             raise WeightTransferError(f"weight transfer failed: {self._error}") from self._error
+        if not self._arrived:
+            raise WeightTransferError("weight transfer failed: its thread has ended; its error is in the log")
         return [_parts(message_B)[0] for message_B in self._messages]
 
 

@@ -23,6 +23,7 @@ from eopd.weights.lifeline import Lifeline
 
 Backend = Literal["gloo", "nccl"]
 
+ALL_HERE = "eopd/all-here"
 POLL_S = 0.001  # between two looks at a message under way
 
 
@@ -78,6 +79,9 @@ def open_store(address: str, timeout_s: float) -> TCPStore:
 def open_wire(backend: Backend, rendezvous: Rendezvous, store: TCPStore | None = None) -> Wire:
     """Join the group; blocks until all members have. The sender hands in the store it opened.
 
+    Nobody makes the group before everybody is there: NCCL has no time-out of its own for that, and a member that is
+    lost in that moment hangs the others until ``learner.timeout_s``.
+
     Raises:
         WireError: not all have joined within ``connect_timeout_s``.
     """
@@ -89,10 +93,13 @@ def open_wire(backend: Backend, rendezvous: Rendezvous, store: TCPStore | None =
         lifeline = Lifeline.lay(
             store, address=rendezvous.address, rank=rendezvous.rank, timeout_s=rendezvous.connect_timeout_s
         )
-        make = GlooWire if backend == "gloo" else NcclWire
-        wire = make(store, rendezvous, lifeline)
         lifeline.fasten(rendezvous.world_size)
-        return wire
+        if rendezvous.rank == 0:
+            store.set(ALL_HERE, "1")
+        else:
+            store.wait([ALL_HERE], timedelta(seconds=rendezvous.connect_timeout_s))
+        make = GlooWire if backend == "gloo" else NcclWire
+        return make(store, rendezvous, lifeline)
     except (RuntimeError, OSError) as error:
         if lifeline is not None:
             lifeline.close()
@@ -155,13 +162,14 @@ class GlooWire:
 
     def _poll(self, message: list[Work]) -> None:
         """Until the message has ended, or cannot end any more, or ``close`` was called in another thread."""
-        while message and not message[0].is_completed():
+        (work,) = message
+        while message and not work.is_completed():
             if lost := self._lifeline.lost():
                 raise RuntimeError(lost)
             time.sleep(POLL_S)
         if not message:
             raise RuntimeError("the wire was closed")
-        message[0].wait()
+        work.wait()
 
 
 def _let_go(group: list[ProcessGroupGloo], message: list[Work]) -> None:

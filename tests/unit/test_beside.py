@@ -115,6 +115,19 @@ async def test_a_worker_that_dies_while_it_drains_is_not_replaced():
     assert replicas.status() == ["engine 0: 0 in flight"]
 
 
+async def test_a_worker_that_hangs_while_it_drains_is_let_go_once_it_is_condemned():
+    replicas = Replicas("engine", ["a", "b"], replace=never, timeout_s=3600.0)
+    hanging = asyncio.create_task(replicas.attempt(lambda worker: asyncio.sleep(3600), [0]))
+    await asyncio.sleep(0)
+    draining = asyncio.create_task(replicas.drain(1))
+    await asyncio.sleep(0.01)
+    replicas.condemn(1, "it does not answer")
+    await asyncio.wait_for(draining, 2.0)
+    hanging.cancel()
+    replicas.condemn(1, "again, and it is gone")
+    assert replicas.status() == ["engine 0: 0 in flight"]
+
+
 @pytest.fixture
 def directory(tmp_path):
     path = tmp_path / "c.yaml"

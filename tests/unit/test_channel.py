@@ -261,3 +261,64 @@ async def test_every_so_many_syncs_are_probed_and_so_is_every_newcomer():
     never = FakeSender()
     await channel_of(never, FakeEngine(), every=0).publish(NEW)
     assert never.probed == 0
+
+
+class Slow(FakeEngine):
+    """Waits in the call it is told to, until ``gate`` opens; ``dies`` then."""
+
+    def __init__(self, waits_in: str, dies: bool = False) -> None:
+        super().__init__()
+        self.waits_in, self.dies, self.reached, self.gate = waits_in, dies, asyncio.Event(), asyncio.Event()
+
+    async def _call(self, name):
+        if name == self.waits_in:
+            self.reached.set()
+            await self.gate.wait()
+            self.dead = self.dies
+        await super()._call(name)
+
+
+async def test_an_engine_that_is_well_parts_only_when_no_transfer_is_under_way():
+    engine, condemned = Slow("install"), []
+    channel = channel_of(FakeSender(), engine, FakeEngine(), condemned=condemned)
+    publishing = asyncio.create_task(channel.publish(NEW))
+    await engine.reached.wait()
+    parting = asyncio.create_task(channel.part(0))
+    await asyncio.sleep(0.01)
+    assert not parting.done()
+    engine.gate.set()
+    await publishing
+    await parting
+    assert engine.serves == NEW and condemned == [] and channel.num_failures == 0
+
+
+async def test_an_engine_that_was_taken_out_meanwhile_is_not_condemned_again():
+    engine, condemned = Slow("install", dies=True), []
+    channel = channel_of(FakeSender(), engine, FakeEngine(), condemned=condemned)
+    publishing = asyncio.create_task(channel.publish(NEW))
+    await engine.reached.wait()
+    channel.leave(0)
+    engine.gate.set()
+    await publishing
+    assert condemned == []
+
+
+async def test_a_newcomer_that_met_a_lost_learner_is_left_out_again():
+    sender, condemned = FakeSender(), []
+    channel = channel_of(sender, FakeEngine(), condemned=condemned)
+    await channel.publish(NEW)
+    sender.error = LearnerDownError("rank 1 died")
+    with pytest.raises(LearnerDownError):
+        await channel.join(1, FakeEngine())
+    sender.error = None
+    await channel.publish(NEW)
+    assert condemned == [] and sender.groups[-1] == [2]
+
+
+async def test_an_engine_that_has_no_seat_for_the_probe_is_not_compared_and_stays(monkeypatch):
+    monkeypatch.setattr(module, "PROBE_S", 0.02)
+    condemned = []
+    stats = await channel_of(FakeSender(), Slow("probe"), condemned=condemned, every=1).publish(NEW)
+    assert condemned == [] and stats.probe_nats is None
+    stats = await channel_of(FakeSender(), Slow("probe"), FakeEngine(), condemned=condemned, every=1).publish(NEW)
+    assert condemned == [] and stats.probe_nats == 0.0

@@ -4,9 +4,10 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from eopd.config import load_config
-from eopd.roles import EngineDownError
+from eopd.roles import EngineDownError, LearnerDownError
 from eopd.runtime import engines as module
 from eopd.runtime.engines import EngineFleet
 from eopd.runtime.restarts import RestartBudget
@@ -14,14 +15,14 @@ from eopd.runtime.restarts import RestartBudget
 
 class Channel:
     def __init__(self) -> None:
-        self.joined, self.refuses = {0, 1}, False
+        self.joined, self.errors = {0, 1}, []
 
-    def leave(self, number):
+    async def part(self, number):
         self.joined.discard(number)
 
     async def join(self, number, engine):
-        if self.refuses:
-            raise EngineDownError("it did not take the weights")
+        if self.errors:
+            raise self.errors.pop()
         self.joined.add(number)
 
 
@@ -35,10 +36,12 @@ async def fleet(tmp_path, monkeypatch):
     spawned, ended = [], []
 
     def actor():
-        one = SimpleNamespace(hangs=False)
+        one = SimpleNamespace(start_s=0.0, error=None)
 
         async def start(*arguments):
-            await asyncio.sleep(3600 if one.hangs else 0)
+            await asyncio.sleep(one.start_s)
+            if one.error:
+                raise one.error
 
         one.start = SimpleNamespace(remote=start)
         return one
@@ -69,18 +72,41 @@ async def test_those_that_were_there_stay_when_more_come_and_the_last_ones_go_fi
 
 
 async def test_an_engine_that_does_not_start_is_ended_and_the_others_stay(fleet):
-    fleet.channel.refuses = True
+    fleet.channel.errors = [EngineDownError("it did not take the weights")]
     with pytest.raises(EngineDownError):
         await fleet.scale(3)
     assert (fleet.ended, fleet.num_engines, fleet.replicas.num_up) == ([2], 2, 2)
     spawn = fleet._spawn
+    for faults, error in (
+        ({"start_s": 3600.0}, TimeoutError),
+        ({"error": OutOfMemoryError("killed by the node's memory monitor")}, EngineDownError),
+    ):
 
-    def hanging(*arguments, **options):
-        (one,) = spawn(*arguments, **options)
-        one.hangs = True
-        return [one]
+        def spoiled(*arguments, faults=faults, **options):
+            (one,) = spawn(*arguments, **options)
+            vars(one).update(faults)
+            return [one]
 
-    fleet._spawn = hanging
-    with pytest.raises(TimeoutError):
-        await fleet.scale(3)
-    assert (fleet.ended, fleet.num_engines, fleet.replicas.num_up) == ([2, 3], 2, 2)
+        fleet._spawn = spoiled
+        with pytest.raises(error):
+            await fleet.scale(3)
+    assert (fleet.ended, fleet.num_engines, fleet.replicas.num_up) == ([2, 3, 4], 2, 2)
+
+
+async def test_a_new_engine_waits_for_a_learner_that_is_being_started_again(fleet, monkeypatch):
+    monkeypatch.setattr(module, "_JOIN_AGAIN_S", 0.01)
+    fleet.channel.errors = [LearnerDownError("rank 0 died")] * 3
+    await fleet.scale(3)
+    assert (fleet.ended, fleet.channel.joined, len(fleet.spawned)) == ([], {0, 1, 2}, 3)
+
+
+async def test_an_engine_that_is_of_no_use_goes_first(fleet, monkeypatch):
+    hang = asyncio.Event()
+
+    async def never(index, reason):
+        await hang.wait()
+
+    fleet.replicas._replace = never
+    fleet.replicas.condemn(0, "its node is gone")
+    await fleet.scale(1)
+    assert (fleet.ended, fleet.channel.joined, fleet.replicas.num_up) == ([0], {1}, 1)
