@@ -45,7 +45,8 @@ def open_grader(name: GraderName, *, time_limit_s: float = 10.0) -> Iterator[Gra
 
     Args:
         name: ``exact`` or ``math``.
-        time_limit_s: What one ``math`` judgement may take before it is a ``TIMEOUT``.
+        time_limit_s: CPU time that one ``math`` judgement may take before it is a ``TIMEOUT``: a busy machine changes
+            no verdict.
 
     Raises:
         ValueError: there is no such grader.
@@ -136,7 +137,7 @@ class _MathProcess:
         if reply:
             return Verdict(reply.strip())
         self.close()
-        return Verdict.TIMEOUT if process.returncode == -signal.SIGALRM else Verdict.ERROR
+        return Verdict.TIMEOUT if process.returncode == -signal.SIGPROF else Verdict.ERROR
 
     def _start(self) -> subprocess.Popen[str]:
         # A session of its own: Ctrl-C in the terminal is for the parent, whose end closes the child's input.
@@ -156,7 +157,7 @@ def _serve(time_limit_s: float) -> None:
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable()  # math-verify warns that its time-outs are off
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     replies, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no reply
 
     extraction = [LatexExtractionConfig(boxed_match_priority=0)]
@@ -175,9 +176,9 @@ def _serve(time_limit_s: float) -> None:
     replies.write("ready\n")
     replies.flush()
     for question in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+        signal.setitimer(signal.ITIMER_PROF, time_limit_s)
         verdict = judge(*json.loads(question))
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
         replies.write(f"{verdict}\n")
         replies.flush()
 
