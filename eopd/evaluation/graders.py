@@ -5,7 +5,7 @@ counted by its own name, so that a benchmark cannot hide answers that were never
 
 ``math`` runs in a process of its own. A short answer can keep sympy busy for hours, and math-verify's own time-outs
 raise from a Python handler of SIGALRM: they work in the main thread only, and not before a long C call has returned.
-Here they are off, and SIGALRM keeps its default action: the kernel ends the process at the limit, whatever it is doing,
+Here they are off, and SIGPROF keeps its default action: the kernel ends the process at the limit, whatever it is doing,
 and the next question starts a new one.
 """
 
