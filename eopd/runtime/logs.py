@@ -13,6 +13,7 @@ is Ray's own (``ray._private.ray_logging``), checked against 2.60.
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class RunLogs(logging.Handler):
     def _write(self, role: str, lines: Sequence[str], *, node: str, pid: str) -> None:
         """Append; a disk that does not take it costs these lines, never the run."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S")
+        lines = [part for line in lines for part in re.split("[\r\n]+", line)]  # a progress bar is many lines
         if self._json:
             records = [{"time": now, "role": role, "node": node, "pid": int(pid), "text": line} for line in lines]
             texts = [json.dumps(record, ensure_ascii=False) for record in records]

@@ -22,18 +22,18 @@ def batch(name: str, *lines: str) -> dict[str, object]:
 def test_every_actor_has_a_file_and_every_line_its_role(tmp_path):
     with collect(tmp_path / "logs", "text"):
         dispatcher.emit(batch("rollout-0", "one", "two \u2028 three"))
-        dispatcher.emit(batch("rollout-1", "other"))
+        dispatcher.emit(batch("rollout-1", "other", "0%\r100%"))
         dispatcher.emit(batch("", "what Ray's own processes say"))
         dispatcher.emit(batch("rollout-0", "again"))
-        logger.info("from the driver")
+        logger.info("from the driver\n  in two lines")
         logging.getLogger("eopd.telemetry").warning("a sink failed")
     dispatcher.emit(batch("rollout-0", "too late"))
     logger.warning("too late")
     texts = {path.name: path.read_text().split("\n")[:-1] for path in (tmp_path / "logs").iterdir()}
     assert {name: [line.split(" ", 1)[1] for line in lines] for name, lines in texts.items()} == {
         "rollout-0.log": ["rollout-0 one", "rollout-0 two \u2028 three", "rollout-0 again"],
-        "rollout-1.log": ["rollout-1 other"],
-        "driver.log": ["driver from the driver", "driver a sink failed"],
+        "rollout-1.log": ["rollout-1 other", "rollout-1 0%", "rollout-1 100%"],
+        "driver.log": ["driver from the driver", "driver   in two lines", "driver a sink failed"],
     }
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ", line) for lines in texts.values() for line in lines)
 
