@@ -7,7 +7,7 @@ import torch
 
 from eopd.types import WeightTransferError
 from eopd.weights.layout import BucketHashError, ParameterMeta, bucket_num_bytes, cut_into_buckets, pack, unpack
-from eopd.weights.transfer import InitInfo, WeightReceiver, WeightSender
+from eopd.weights.transfer import InitInfo, WeightReceiver, WeightSender, _Transfer
 from eopd.weights.wire import WireError
 
 
@@ -182,3 +182,14 @@ def test_a_source_that_fails_ends_the_receivers_transfer_at_once():
         sender.send()
     with pytest.raises(WeightTransferError, match=r"the sender at .* has left"):
         receiver.take()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_receiver_thread_that_ends_early_has_received_nothing():
+    class Wire:
+        def broadcast(self, message):
+            raise IndexError("a fault of ours")
+
+    buckets = cut_into_buckets([ParameterMeta("p", "float32", (4,))], 100)
+    with pytest.raises(WeightTransferError, match="its thread has ended"):
+        _Transfer.start(Wire(), buckets).result(5.0)
