@@ -178,7 +178,8 @@ class BroadcastChannel:
         self._connected = False
         for number, answer in (await self._each(lambda engine: engine.version(), PING_S)).items():
             if isinstance(answer, BaseException):
-                self._drop(sync, number, f"a weight transfer failed ({sync.cause}), and it does not answer")
+                found = str(answer) or "it does not answer"
+                self._drop(sync, number, f"{found} (after a weight transfer failed: {sync.cause})")
         return None
 
     async def _transfer(self, sync: "_Sync") -> int:

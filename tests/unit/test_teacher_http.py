@@ -264,13 +264,15 @@ async def test_a_server_that_fails_on_one_request_time_and_again_is_not_away(ans
         await client.get("/v1/models")
 
 
-async def test_a_client_that_was_closed_is_away(answering):
+async def test_a_client_that_was_closed_in_the_pause_before_its_second_attempt_is_away(answering, monkeypatch):
     client, _ = answering(httpx.Response(503), httpx.Response(200))
-    task = asyncio.create_task(client.get("/v1/models"))
-    await asyncio.sleep(0.01)  # in the pause before its second attempt
-    await client.close()
+
+    async def close(_pause_s):
+        await client.close()
+
+    monkeypatch.setattr("eopd.teacher.http.asyncio.sleep", close)
     with pytest.raises(TeacherUnavailableError, match="closed"):
-        await task
+        await client.get("/v1/models")
 
 
 def test_an_unexpected_answer_is_explained_without_what_it_holds():
