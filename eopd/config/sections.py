@@ -29,6 +29,7 @@ OWNED_BY_ROLLOUT = (
     "scheduling_policy",
     "logprobs_mode",
     "weight_transfer_config",
+    "worker_extension_cls",
     "generation_config",
 )
 

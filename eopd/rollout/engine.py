@@ -17,7 +17,6 @@ from uuid import uuid4
 
 import numpy as np
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
-from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
 from vllm.sampling_params import RequestOutputKind
@@ -58,20 +57,22 @@ class VllmRolloutEngine:
         rollout: RolloutConfig,
         *,
         max_sequence_tokens: int,
-        weight_backend: str,
+        weight_options: Mapping[str, object],
         version: PolicyVersion,
     ) -> Self:
-        """Start the engine, warm it up, and label its weights ``version``."""
+        """Start the engine, warm it up, and label its weights ``version``; ``weight_options`` are those it takes new
+        weights with (``weights/vllm_engine.py``).
+        """
         options: dict[str, object] = {
             "model": str(student.model),
             "dtype": student.dtype,
             "max_model_len": max_sequence_tokens,
             "logprobs_mode": "processed_logprobs",  # include the temperature
-            "weight_transfer_config": WeightTransferConfig(backend=weight_backend),
             "scheduling_policy": "priority",  # the probe's; all other requests are equal, and come in turn
             "enable_prefix_caching": False,  # cached prefixes of old weights must serve no new request
             "disable_log_stats": True,
             "generation_config": "auto",
+            **weight_options,
         }
         if rollout.gpus == 0:
             options |= {
@@ -134,7 +135,8 @@ class VllmRolloutEngine:
         Raises:
             WeightTransferError: they have not in time. The engine serves its old weights and may connect again.
         """
-        await _transfer(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(init_info))))
+        request = WeightTransferInitRequest(init_info=dict(init_info))
+        await self._transfer(self._llm.init_weight_transfer_engine(request))
 
     async def receive_weights(self) -> None:
         """Start taking new weights into host memory; generation goes on. Returns at once.
@@ -142,7 +144,7 @@ class VllmRolloutEngine:
         Raises:
             WeightTransferError: the engine is in no group, or the group has failed: connect again.
         """
-        await _transfer(self._update("receive"))
+        await self._transfer(self._update("receive"))
 
     async def check_weights(self) -> None:
         """After the sender's ``send``: everything arrived, and every bucket has the hash it was sent with.
@@ -151,7 +153,7 @@ class VllmRolloutEngine:
             WeightTransferError: it does not; nothing was loaded. After a wrong hash the group is whole and the next
                 ``receive_weights`` may follow, after any other failure ``connect_weights`` must.
         """
-        await _transfer(self._update("check"))
+        await self._transfer(self._update("check"))
 
     async def install_weights(self, version: PolicyVersion) -> float:
         """Pause, load what ``check_weights`` has found whole, label it, resume.
@@ -168,6 +170,19 @@ class VllmRolloutEngine:
         await self._update("load", version)
         await self._llm.resume_generation()
         return time.monotonic() - started
+
+    async def _transfer(self, call: Awaitable[None]) -> None:
+        """Make a call that loads nothing, and ask every worker of the engine what became of it."""
+        try:
+            with _dies_as_down():
+                await call
+                failures = await self._llm.collective_rpc("weight_failure")
+        except EngineDownError:
+            raise
+        except Exception as error:  # across processes vLLM keeps its words, and not its type
+            raise WeightTransferError(str(error)) from error
+        if any(failures):
+            raise WeightTransferError("; ".join(dict.fromkeys(filter(None, failures))))
 
     async def _update(self, phase: str, version: PolicyVersion | None = None) -> None:
         """One phase of ``weights/vllm_engine.py``, as one session of vLLM."""
@@ -216,17 +231,6 @@ class VllmRolloutEngine:
     async def close(self) -> None:
         """Stop the engine's processes."""
         self._llm.shutdown()
-
-
-async def _transfer(call: Awaitable[None]) -> None:
-    """Name the failure of a call that loads nothing: across processes vLLM keeps its words, and not its type."""
-    try:
-        with _dies_as_down():
-            await call
-    except EngineDownError:
-        raise
-    except Exception as error:
-        raise WeightTransferError(str(error)) from error
 
 
 @contextmanager

@@ -113,13 +113,13 @@ class RolloutActor(_Actor):
     ) -> None:
         from eopd.evaluation.verifier import Verifier
         from eopd.rollout.engine import VllmRolloutEngine
-        from eopd.weights.vllm_engine import ENGINE_NAME
+        from eopd.weights.vllm_engine import engine_options
 
         self._engine = await VllmRolloutEngine.start(
             student,
             rollout,
             max_sequence_tokens=max_sequence_tokens,
-            weight_backend=ENGINE_NAME,
+            weight_options=engine_options(),
             version=version,
         )
         self._verifier = None if grader is None else Verifier(grader, student.model)

@@ -3,21 +3,29 @@
 vLLM's handshake, as it is used here (checked against 0.32.0):
     init_weight_transfer_engine(InitInfo)      leave the old group, join the new one
     session {"phase": "receive"}               start the receiving thread, return at once: generation goes on
-    session {"phase": "check"}                 raise unless everything arrived whole
+    session {"phase": "check"}                 fail unless everything arrived whole
     ... pause_generation ...
     session {"phase": "load"}                  layer-wise reload from host memory, repack, set the label
 A session is start_weight_update, update_weights, finish_weight_update. Each phase is a session of its own, because the
 worker refuses to start one while another is active: one that spanned phases would stay active after a transfer that
 was given up, and no engine would ever take weights again.
 
+What may fail without harm, all but the load, raises nothing here and is asked for afterwards (``WeightWorker``): vLLM
+stops reading replies at the first worker that raises, and takes the replies of the others for those of its next call
+(0.32.0, ``MultiprocExecutor.collective_rpc``).
+
 On CPU, linear weights are repacked after loading and the original parameters emptied, so ``model.load_weights`` must
 run between ``initialize_layerwise_reload`` and ``finalize_layerwise_reload``.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -31,6 +39,7 @@ from eopd.types import WeightTransferError
 from eopd.weights.transfer import InitInfo, WeightReceiver
 
 ENGINE_NAME = "eopd"
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,17 +66,15 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
     update_info_cls = _VllmUpdateInfo
     supports_draft_weight_update = False
 
+    failure = ""  # of the last call
     _receiver: WeightReceiver | None = None
     _loaded = False
 
     def init_transfer_engine(self, init_info: _VllmInitInfo) -> None:
-        """Leave the group there was and join the sender's; the thread of a transfer under way ends by itself.
-
-        Raises:
-            WeightTransferError: not all members have joined in time.
-        """
+        """Leave the group there was and join the sender's; the thread of a transfer under way ends by itself."""
         self.shutdown()
-        self._receiver = WeightReceiver(InitInfo(**vars(init_info)), worker=self.parallel_config.rank)
+        with self._keeps_failure():
+            self._receiver = WeightReceiver(InitInfo(**vars(init_info)), worker=self.parallel_config.rank)
 
     def start_weight_update(self) -> None:
         """Nothing is touched before the load."""
@@ -81,20 +88,33 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
         """Start receiving, check or load what was received.
 
         Raises:
-            WeightTransferError: no sender has been joined, or the transfer failed. Nothing was loaded.
+            WeightTransferError: what is to be loaded is not there.
         """
+        if update_info.phase == "receive":
+            with self._keeps_failure():
+                self._joined().start()
+        elif update_info.phase == "check":
+            with self._keeps_failure():
+                self._joined().check()
+        else:
+            received = self._joined().take()
+            initialize_layerwise_reload(self.model)
+            self.model.load_weights(received)
+            self._loaded = True
+
+    def _joined(self) -> WeightReceiver:
         if self._receiver is None:
             raise WeightTransferError("in no weight transfer group: connect first")
-        if update_info.phase == "receive":
-            self._receiver.start()
-            return
-        if update_info.phase == "check":
-            self._receiver.check()
-            return
-        received = self._receiver.take()
-        initialize_layerwise_reload(self.model)
-        self.model.load_weights(received)
-        self._loaded = True
+        return self._receiver
+
+    @contextmanager
+    def _keeps_failure(self) -> Iterator[None]:
+        self.failure = ""
+        try:
+            yield
+        except Exception as error:
+            self.failure = str(error) or type(error).__name__
+            logger.warning("weights: %s", self.failure, exc_info=not isinstance(error, WeightTransferError))
 
     def finish_weight_update(self) -> None:
         """Repack the layers; nothing to do after a phase that loads nothing."""
@@ -111,6 +131,16 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
         self._receiver = None
 
 
+class WeightWorker:
+    """What vLLM's worker can be asked besides, through ``collective_rpc``."""
+
+    weight_transfer_engine: StagedWeightTransferEngine
+
+    def weight_failure(self) -> str:
+        """Why the last call of a weight transfer failed on this worker; empty where it did not."""
+        return self.weight_transfer_engine.failure
+
+
 def _repack_tied_heads(model: torch.nn.Module) -> None:
     """On CPU a head multiplies with a packed copy of its weight, made when the head itself is loaded. A tied head never
     is: its weight changed with the embedding, its packed copy did not (vLLM 0.32.0, ``dispatch_cpu_unquantized_gemm``).
@@ -124,6 +154,14 @@ def _repack_tied_heads(model: torch.nn.Module) -> None:
 
 def _address(module: torch.nn.Module) -> int:
     return module.get_parameter("weight").data_ptr()
+
+
+def engine_options() -> dict[str, object]:
+    """What an engine that takes weights is started with."""
+    return {
+        "weight_transfer_config": WeightTransferConfig(backend=ENGINE_NAME),
+        "worker_extension_cls": f"{__name__}.{WeightWorker.__name__}",
+    }
 
 
 def register() -> None:

@@ -32,7 +32,7 @@ from eopd.types import PolicyVersion
 from eopd.weights.layout import DIGEST_BYTES, bucket_num_bytes, pack, seal
 from eopd.weights.source import ModelSource
 from eopd.weights.transfer import WeightSender
-from eopd.weights.vllm_engine import ENGINE_NAME
+from eopd.weights.vllm_engine import engine_options
 
 STUDENT = Path("~/.cache/eopd/models/smollm2-99m-pruned").expanduser()
 REQUESTS, PROMPT, RESPONSE, BUCKET_BYTES = 8, 64, 900, 64 << 20
@@ -117,7 +117,7 @@ async def measure(rounds: int) -> tuple[dict[str, list[float]], int]:
         StudentConfig(model=STUDENT, dtype="bfloat16"),
         RolloutConfig(),
         max_sequence_tokens=PROMPT + RESPONSE,
-        weight_backend=ENGINE_NAME,
+        weight_options=engine_options(),
         version=PolicyVersion(0, 0),
     )
     source = ModelSource(whole_tensors(model), rank=0, zero_stage=0)

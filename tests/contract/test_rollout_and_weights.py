@@ -19,7 +19,7 @@ from eopd.weights.channel import BroadcastChannel
 from eopd.weights.probe import Probe
 from eopd.weights.source import ModelSource
 from eopd.weights.transfer import WeightSender
-from eopd.weights.vllm_engine import ENGINE_NAME
+from eopd.weights.vllm_engine import engine_options
 
 
 class InProcessSender:
@@ -79,7 +79,7 @@ async def start(directory: Path, **vllm: object) -> VllmRolloutEngine:
         StudentConfig(model=directory, dtype="float32"),
         RolloutConfig(vllm={"kv_cache_memory_bytes": 64 << 20, **vllm}),
         max_sequence_tokens=512,
-        weight_backend=ENGINE_NAME,
+        weight_options=engine_options(),
         version=PolicyVersion(0, 0),
     )
 

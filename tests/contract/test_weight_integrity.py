@@ -17,7 +17,7 @@ from eopd.weights.channel import BroadcastChannel
 from eopd.weights.probe import Probe
 from eopd.weights.source import ModelSource
 from eopd.weights.transfer import WeightSender
-from eopd.weights.vllm_engine import ENGINE_NAME
+from eopd.weights.vllm_engine import engine_options
 
 PROBE = np.random.default_rng(3).integers(3, 320, 60).astype(np.int32)
 
@@ -88,12 +88,12 @@ def oracle(model: PreTrainedModel) -> np.ndarray:
     return logprobs.gather(1, ids[1:, None])[:, 0].numpy().astype(np.float32)
 
 
-async def start(directory: Path, **vllm: object) -> VllmRolloutEngine:
+async def start(directory: Path, weight_options: dict[str, object] | None = None, **vllm: object) -> VllmRolloutEngine:
     return await VllmRolloutEngine.start(
         StudentConfig(model=directory, dtype="float32"),
         RolloutConfig(vllm={"kv_cache_memory_bytes": 64 << 20, **vllm}),
         max_sequence_tokens=512,
-        weight_backend=ENGINE_NAME,
+        weight_options=weight_options or engine_options(),
         version=PolicyVersion(0, 0),
     )
 
@@ -106,8 +106,8 @@ async def assert_serves(engine: VllmRolloutEngine, model: PreTrainedModel, versi
     assert set(written.policy_versions.tolist()) == {version.step}
 
 
-async def connect(engine: VllmRolloutEngine, sender: Sender) -> None:
-    (info,) = await sender.open([1])
+async def connect(engine: VllmRolloutEngine, sender: Sender, workers: int) -> None:
+    (info,) = await sender.open([workers])
     await asyncio.gather(sender.accept(), engine.connect_weights(info))
 
 
@@ -128,14 +128,16 @@ def channel_of(sender: Sender, engine: VllmRolloutEngine, condemned: list[str]) 
     )
 
 
-async def test_a_transfer_that_fails_leaves_the_old_weights_in_service_and_the_next_one_is_taken(tiny_model):
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_transfer_that_fails_leaves_the_old_weights_in_service_and_the_next_one_is_taken(tiny_model, workers):
+    """Two workers fail together: what one says must not be taken for the other's next answer."""
     old_dir, new_dir = tiny_model("qwen3", seed=1, scale=0.2), tiny_model("qwen3", seed=2, scale=0.2)
     old, new = load(old_dir), load(new_dir)
-    engine, sender = await start(old_dir), Sender(new)
+    engine, sender = await start(old_dir, tensor_parallel_size=workers), Sender(new)
     try:
         with pytest.raises(WeightTransferError, match="in no weight transfer group"):
             await engine.receive_weights()
-        await connect(engine, sender)
+        await connect(engine, sender, workers)
         sender.corrupts = True
         await transfer(engine, sender)
         with pytest.raises(WeightTransferError, match=r"bucket 1 of \d+ .* was sent as (\w{32}) and arrived as (?!\1)"):
@@ -155,7 +157,7 @@ async def test_a_transfer_that_fails_leaves_the_old_weights_in_service_and_the_n
         with pytest.raises(WeightTransferError, match="connect again"):
             await engine.receive_weights()
         await assert_serves(engine, new, PolicyVersion(0, 2))
-        await connect(engine, sender)
+        await connect(engine, sender, workers)
         sender.sender._source.fails = False
         await transfer(engine, sender)
         await engine.install_weights(PolicyVersion(0, 3))
@@ -188,11 +190,9 @@ async def test_a_corrupted_bucket_is_sent_again_and_the_probe_is_answered_before
 
 FAULT = """
 from eopd.weights import vllm_engine
+from eopd.weights.vllm_engine import WeightWorker
 
 vllm_engine._repack_tied_heads = lambda model: None
-
-class Nothing:
-    pass
 """
 
 
@@ -201,7 +201,8 @@ async def test_the_probe_notices_a_tied_head_that_keeps_its_old_copy(tiny_model,
     (tmp_path / "stale_head.py").write_text(FAULT)
     monkeypatch.syspath_prepend(tmp_path)
     new, condemned = load(tiny_model("qwen3", seed=2, scale=0.2)), []
-    engine = await start(tiny_model("qwen3", seed=1, scale=0.2), worker_extension_cls="stale_head.Nothing")
+    faulty = engine_options() | {"worker_extension_cls": "stale_head.WeightWorker"}
+    engine = await start(tiny_model("qwen3", seed=1, scale=0.2), faulty)
     try:
         channel = channel_of(Sender(new), engine, condemned)
         await channel.publish(PolicyVersion(0, 1))
