@@ -32,4 +32,5 @@ def test_an_actor_must_fit_on_one_node():
 
 def test_threads_are_explicit():
     assert vllm_env(3)["OMP_NUM_THREADS"] == learner_env(3, gpu=True)["OMP_NUM_THREADS"] == "3"
+    assert vllm_env(3)["OMP_WAIT_POLICY"] == learner_env(3, gpu=False)["OMP_WAIT_POLICY"] == "PASSIVE"
     assert "DS_ACCELERATOR" not in learner_env(1, gpu=True)
