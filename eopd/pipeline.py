@@ -14,7 +14,7 @@ under the same number: nothing is skipped, nothing is trained twice.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -24,7 +24,7 @@ from eopd.packing import pack
 from eopd.prompts import PromptOrder
 from eopd.roles import Learner, RolloutEngine, TeacherScorer, WeightChannel
 from eopd.telemetry.catalog import Row
-from eopd.telemetry.step import BusyClock, Totals, step_row
+from eopd.telemetry.step import BusyClock, Span, Totals, step_row
 from eopd.types import Header, LossReason, LostTrajectory, ScoredTrajectory, Stored
 
 
@@ -63,6 +63,7 @@ class Pipeline:
     totals: Totals
     buffer: Buffer = field(init=False)
     trained: Mapping[int, Header] = field(init=False, default_factory=dict)  # by issue, of the row yielded last
+    busy: Mapping[str, Sequence[Span]] = field(init=False, default_factory=dict)  # of that row, from its step's start
     doing: str = field(init=False, default="starting")  # for people: what the next row waits for
     _generating: BusyClock = field(init=False, default_factory=BusyClock)
     _scoring: BusyClock = field(init=False, default_factory=BusyClock)
@@ -129,10 +130,11 @@ class Pipeline:
         self.totals.add(headers)
         await self.buffer.release(len(taken))
         ended = time.monotonic()
+        spans = {"generate": self._generating.lap(), "score": self._scoring.lap()}
+        self.busy = {stage: [(a - started, b - started) for a, b in of_stage] for stage, of_stage in spans.items()}
         seconds = {
+            **{stage: sum(b - a for a, b in of_stage) for stage, of_stage in spans.items()},
             "step": ended - started,
-            "generate": self._generating.lap(),
-            "score": self._scoring.lap(),
             "wait": full - started,
             "wait_rollout": written - started,
             "wait_teacher": full - written,

@@ -26,6 +26,9 @@ BoolArray = npt.NDArray[np.bool_]
 
 T = TypeVar("T", covariant=True)
 
+ENTROPY_BIN_NATS = 0.2  # the paper's threshold, 0.8 nats, is an edge
+NUM_ENTROPY_BINS = 60  # to 12 nats: the logarithm of a vocabulary of 162,754
+
 
 class TrajectoryKey(NamedTuple):
     """Names one trajectory for the whole life of a run."""
@@ -265,7 +268,8 @@ class EvalStats:
 
     reverse_kl is the mean of log p(y) - log q(y) over sampled tokens; forward_kl the ``tail`` form; top1_agreement the
     share of positions with equal argmax. Standard errors are clustered by trajectory (tokens of one response are not
-    independent).
+    independent). The counts are a histogram of the loss tokens by entropy: ``NUM_ENTROPY_BINS`` bins, each
+    ``ENTROPY_BIN_NATS`` wide from 0 on, the last one open above.
     """
 
     reverse_kl: Estimate
@@ -273,6 +277,8 @@ class EvalStats:
     student_entropy: Estimate
     teacher_entropy: Estimate
     top1_agreement: Estimate
+    student_entropy_counts: tuple[int, ...]
+    teacher_entropy_counts: tuple[int, ...]
     num_trajectories: int
     num_tokens: int
 

@@ -123,3 +123,14 @@ def _sections(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [section for argument in typing.get_args(annotation) for section in _sections(argument)]
+
+
+def flatten(tree: object, prefix: str = "") -> dict[str, object]:
+    """Leaves of a tree by dotted name; items of lists by their number."""
+    if isinstance(tree, Mapping):
+        items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list):
+        items = [(f"{prefix}.{index}", value) for index, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    return {key: leaf for name, value in items for key, leaf in flatten(value, name).items()}

@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, TypeVar, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -28,13 +26,13 @@ from eopd.learner.batch import Weigher, batch_metrics
 from eopd.learner.broken import NonFiniteUpdateError, dump, explain, find_rows
 from eopd.learner.collate import Packed, Weighting, collate, collate_text
 from eopd.learner.deepspeed_engine import Engine, gather_all, join
+from eopd.learner.estimates import entropy_counts, eval_stats
 from eopd.learner.export import write_student
 from eopd.learner.lora import save_adapter
 from eopd.learner.student import Head, load_student
 from eopd.loss.chunked import token_statistics
 from eopd.loss.objective import LossTerms, objective
 from eopd.types import (
-    Estimate,
     EvalStats,
     Float32Array,
     Int32Array,
@@ -48,9 +46,6 @@ from eopd.types import (
 )
 
 T = TypeVar("T")
-Float64Array = npt.NDArray[np.float64]
-
-_ESTIMATES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
 class Projection(TypedDict):
@@ -169,17 +164,13 @@ class LearnerRank:
     def evaluate(self, share: PackedBatch) -> EvalStats:
         """Student against teacher over the loss tokens of all ranks, without an update; see ``EvalStats``."""
         sums: list[list[float]] = []
+        counts: list[list[list[int]]] = []
         steps, _ = self._pack(share, self._weigh_nothing)
         for packed in (packed for step in steps for packed in step):
             columns = self._statistics(packed.to(self._device))
             sums += [columns[:, rows].sum(1).tolist() for rows in packed.rows]
-        sums_MS = np.array(gather_all(sums))
-        counts_M = sums_MS[:, -1]
-        return EvalStats(
-            **{name: cluster_estimate(sums_MS[:, i], counts_M) for i, name in enumerate(_ESTIMATES)},
-            num_trajectories=len(counts_M),
-            num_tokens=round(counts_M.sum()),
-        )
+            counts.append(entropy_counts(columns))
+        return eval_stats(gather_all(sums), gather_all(counts))
 
     def probe(self, token_ids: Int32Array) -> Float32Array:
         """Log-probabilities of a text int32[N] at temperature 1, float32[N - 1] in nats, as engines are asked for."""
@@ -298,7 +289,7 @@ class LearnerRank:
         return self._engine.run(packed, loss_and_terms)
 
     def _statistics(self, packed: Packed) -> Tensor:
-        """Rows of ``_ESTIMATES`` and, last, the loss mask: float64 [6, T], zeros where masked."""
+        """Rows of ``ESTIMATES`` and, last, the loss mask: float64 [6, T], zeros where masked."""
         tokens = packed.tokens
         mask_T, entropy_T = tokens.loss_mask_T, tokens.teacher_entropy_T
         assert entropy_T is not None  # collate sets it
@@ -321,21 +312,6 @@ class LearnerRank:
             "temperature": self._temperature if temperature is None else temperature,
             "chunk_tokens": self._chunk_tokens,
         }
-
-
-def cluster_estimate(sums_M: Float64Array, counts_M: Float64Array) -> Estimate:
-    """Mean per token and its standard error, where the tokens of a trajectory are one cluster.
-
-    The ratio estimator: mean = sum s / sum n, and se = sqrt(m / (m - 1) sum (s_i - mean n_i)^2) / sum n for m
-    trajectories with sums s_i over n_i tokens (Cochran, Sampling Techniques, chapter 6). Infinite for one trajectory,
-    which shows no spread.
-    """
-    mean = sums_M.sum() / counts_M.sum()
-    num_clusters = len(counts_M)
-    if num_clusters < 2:
-        return Estimate(mean=float(mean), standard_error=math.inf)
-    spread = np.sum((sums_M - mean * counts_M) ** 2) * num_clusters / (num_clusters - 1)
-    return Estimate(mean=float(mean), standard_error=float(np.sqrt(spread) / counts_M.sum()))
 
 
 def _means(terms: Sequence[Tensor], num_loss_tokens: int) -> dict[str, float]:

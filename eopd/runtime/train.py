@@ -1,8 +1,9 @@
 """One training run from config to summary: check, start, measure, train, measure again, export."""
 
 import asyncio
+import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
 from eopd.config import Config
 from eopd.evaluation.held_out import measure
+from eopd.evaluation.samples import sample_record
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
 from eopd.preflight import Prepared, check
@@ -27,9 +29,12 @@ from eopd.teacher.vocabulary import load_tokenizer
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Console, Summary
 from eopd.telemetry.prometheus import PrometheusSink
-from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry
-from eopd.telemetry.step import Totals
+from eopd.telemetry.report.page import write_report
+from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry, TimelineSink
+from eopd.telemetry.step import Span, Totals
 from eopd.types import LostTrajectory, ScoredTrajectory, Stored
+
+logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 256  # of prompts, which the student finds probable
 
@@ -99,6 +104,7 @@ class TrainingRun:
         finally:
             summary = self._progress.summary(status)
             self.directory.write_summary(summary)
+            _report(self.directory)
         return summary
 
     def _say(self, text: str) -> None:
@@ -238,20 +244,18 @@ class TrainingRun:
             self._progress.before = held_out_record(stats)
         else:
             self._progress.after = held_out_record(stats)
-        self.directory.add_samples(phase, self._progress.step, await self._texts(scored[: evaluation.samples]))
+        samples = await self._samples(scored[: evaluation.samples])
+        self.directory.add_samples(phase, self._progress.step, samples)
+        self.directory.add_held_out(phase, self._progress.step, stats, samples)
         self.directory.write_summary(self._progress.summary("running"))
 
-    async def _texts(self, scored: Sequence[Stored[ScoredTrajectory]]) -> list[dict[str, str]]:
-        tokenizer = load_tokenizer(self._config.student.model)
+    async def _samples(self, scored: Sequence[Stored[ScoredTrajectory]]) -> list[dict[str, object]]:
+        tokenizer, texts = load_tokenizer(self._config.student.model), self._prepared.held_out.texts
         bodies = await asyncio.gather(*map(fetch, scored))
-        trajectories = [body.trajectory for body in bodies if not isinstance(body, LostTrajectory)]
         return [
-            {
-                "prompt_id": trajectory.prompt.prompt_id,
-                "prompt": self._prepared.held_out.texts[trajectory.prompt.prompt_id],
-                "response": tokenizer.decode(trajectory.response_ids, skip_special_tokens=True),
-            }
-            for trajectory in trajectories
+            sample_record(body, texts[body.trajectory.prompt.prompt_id], tokenizer)
+            for body in bodies
+            if not isinstance(body, LostTrajectory)
         ]
 
     def _make_pipeline(self, members: Crew) -> Pipeline:
@@ -284,7 +288,7 @@ class TrainingRun:
     @asynccontextmanager
     async def _telemetry(self) -> AsyncIterator[Telemetry]:
         run, telemetry = self._config.run, self._config.telemetry
-        sinks: list[Sink] = [JsonlSink(self.directory.metrics)]
+        sinks: list[Sink] = [JsonlSink(self.directory.metrics), TimelineSink(self.directory.timeline, self._busy)]
         notes = [f"run directory {self.directory.path}", *self.directory.passed_over()]
         if telemetry.port is not None:
             prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
@@ -304,6 +308,9 @@ class TrainingRun:
         finally:
             fan_out.close()
 
+    def _busy(self) -> Mapping[str, Sequence[Span]]:
+        return {} if self._pipeline is None else self._pipeline.busy
+
     def _interrupt(self) -> bool:
         """Take a signal; False means that nothing can end softly now."""
         first, self._interrupted = not self._interrupted, True
@@ -313,6 +320,16 @@ class TrainingRun:
         self._say("stopping after the step under way, with a checkpoint; once more to stop at once")
         self._stopping = asyncio.create_task(self._stop_softly())  # kept: the loop holds tasks weakly
         return True
+
+
+def _report(directory: RunDirectory) -> None:
+    """Write the report of a run that has something to report: whatever happens to it, the run has ended as it has."""
+    if not directory.metrics.exists():
+        return
+    try:
+        write_report([directory.path], directory.report)
+    except Exception:
+        logger.warning("%s could not be written", directory.report, exc_info=True)
 
 
 @contextmanager

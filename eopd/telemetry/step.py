@@ -10,13 +10,16 @@ from eopd.telemetry.catalog import Row, series
 from eopd.types import Header, LearnerStats, LossReason, PublishStats, StopReason
 
 
+Span = tuple[float, float]
+
+
 class BusyClock:
-    """Wall seconds during which at least one of something was under way; enter it around each."""
+    """When at least one of something was under way; enter it around each."""
 
     def __init__(self) -> None:
         self._active = 0
         self._since = 0.0
-        self._seconds = 0.0
+        self._spans: list[Span] = []
 
     def __enter__(self) -> None:
         if self._active == 0:
@@ -28,14 +31,14 @@ class BusyClock:
     ) -> None:
         self._active -= 1
         if self._active == 0:
-            self._seconds += time.monotonic() - self._since
+            self._spans.append((self._since, time.monotonic()))
 
-    def lap(self) -> float:
-        """Seconds since the last lap."""
+    def lap(self) -> list[Span]:
+        """The spans since the last lap, from and to, in seconds of the monotonic clock."""
         now = time.monotonic()
-        seconds = self._seconds + (now - self._since if self._active else 0.0)
-        self._seconds, self._since = 0.0, now
-        return seconds
+        spans = [*self._spans, (self._since, now)] if self._active else self._spans
+        self._spans, self._since = [], now
+        return spans
 
 
 class Totals:

@@ -450,6 +450,12 @@ def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_
         error = np.std(residuals, ddof=1) / math.sqrt(len(clusters))
         assert found[metric]["mean"] == pytest.approx(mean, rel=2e-3, abs=2e-4), metric
         assert found[metric]["standard_error"] == pytest.approx(error, rel=2e-3, abs=2e-4), metric
+    edges = [*(0.2 * np.arange(60)), np.inf]
+    for metric in ("student_entropy", "teacher_entropy"):
+        counts = np.histogram(np.concatenate(tokens[metric]), edges)[0]
+        moved = np.abs(np.cumsum(found[f"{metric}_counts"]) - np.cumsum(counts)).max()  # past an edge, by rounding
+        assert moved <= 1 and len(found[f"{metric}_counts"]) == 60, metric
+        assert sum(found[f"{metric}_counts"]) == counts.sum() > 0
     assert found["num_trajectories"] == NUM_TRAJECTORIES
     assert found["num_tokens"] == sum(len(one) for one in tokens["reverse_kl"])
 
@@ -594,6 +600,6 @@ def test_the_schedule_counts_optimiser_steps(kind, expected):
 
 
 def test_one_trajectory_shows_no_spread():
-    from eopd.learner.learner import cluster_estimate
+    from eopd.learner.estimates import cluster_estimate
 
     assert cluster_estimate(np.array([6.0]), np.array([4.0])) == Estimate(mean=1.5, standard_error=math.inf)

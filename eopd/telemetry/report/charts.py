@@ -1,0 +1,212 @@
+"""Numbers to inline SVG. Every colour is a class of the page's style sheet, every line also has its own dashes.
+
+A chart is a picture and, beside it, its numbers as JSON, which the page's script shows under the pointer.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 360, 190
+LEFT, RIGHT, TOP, BOTTOM = 44, 8, 8, 22
+NUM_COLORS, NUM_DASHES = 6, 3
+_STEPS: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve; a point that is None, or not finite, is a gap. ``color`` and ``dash`` count from 0."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float | None]
+    color: int = 0
+    dash: int = 0
+
+    def points(self) -> list[tuple[float, float]]:
+        """Those that can be drawn."""
+        return [(x, y) for x, y in zip(self.xs, self.ys, strict=True) if y is not None and math.isfinite(y)]
+
+
+class Frame:
+    """Data to picture: x over the whole width, y from 0 (or the lowest value below it) to the highest."""
+
+    def __init__(self, points: Sequence[tuple[float, float]], y_max: float | None = None) -> None:
+        xs, ys = [x for x, _ in points] or [0.0], [y for _, y in points] or [0.0]
+        self.x_min, self.x_max = min(xs), max(*xs, min(xs) + 1.0)
+        self.y_min, self.y_max = min(0.0, *ys), max(0.0, *ys) if y_max is None else y_max
+        if self.y_max <= self.y_min:
+            self.y_max = self.y_min + 1.0
+
+    def x(self, value: float) -> float:
+        """Pixels from the left."""
+        return round(LEFT + (value - self.x_min) / (self.x_max - self.x_min) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        """Pixels from the top."""
+        return round(TOP + (self.y_max - value) / (self.y_max - self.y_min) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def axes(self, percent: bool = False) -> str:
+        """Grid lines and their labels."""
+        parts = []
+        for tick in ticks(self.y_min, self.y_max, 4):
+            y = self.y(tick)
+            label = f"{100 * tick:.4g}%" if percent else f"{tick:.4g}"
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+            parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{label}</text>')
+        for tick in ticks(self.x_min, self.x_max, 5):
+            x = min(self.x(tick), WIDTH - RIGHT - 6)
+            parts.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">{tick:.6g}</text>')
+        return "".join(parts)
+
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        """``d`` of a polyline."""
+        return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
+
+
+def ticks(low: float, high: float, number: int) -> list[float]:
+    """About ``number`` round values between two, both included where they are round."""
+    rough = (high - low) / number
+    scale = 10.0 ** math.floor(math.log10(rough))
+    step = next(scale * factor for factor in _STEPS if scale * factor >= rough * 0.999)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def thinned(line: Line, num_points: int) -> Line:
+    """The same curve with at most so many points, each the mean of its neighbours."""
+    size = math.ceil(len(line.xs) / num_points)
+    points = line.points()
+    cuts = [points[i : i + size] for i in range(0, len(points), size)]
+    xs = [cut[-1][0] for cut in cuts]
+    return Line(line.label, xs, [sum(y for _, y in cut) / len(cut) for cut in cuts], line.color, line.dash)
+
+
+def smoothed(line: Line) -> Line:
+    """A centred running mean over a tenth of the curve."""
+    half = len(line.xs) // 20
+    ys = [y or 0.0 for y in line.ys]
+    means = [sum(part) / len(part) for i in range(len(ys)) if (part := ys[max(0, i - half) : i + half + 1])]
+    return Line(line.label, line.xs, means, line.color, line.dash)
+
+
+def curves(title: str, lines: Sequence[Line], *, percent: bool = False) -> Markup:
+    """Lines over steps: what was measured, faint, and its running mean. Lines must be thinned, without gaps."""
+    frame = Frame([point for line in lines for point in line.points()])
+    parts = [frame.axes(percent)]
+    for line in lines:
+        if points := line.points():
+            names = f"c{line.color % NUM_COLORS} d{line.dash % NUM_DASHES}"
+            parts.append(f'<path class="raw {names}" d="{frame.path(points)}"/>')
+            usual = smoothed(line).points()
+            parts.append(f'<path class="line {names}" d="{frame.path(usual)}"/>')
+            x, y = usual[-1]
+            parts.append(f'<circle class="dot {names}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="2.5"/>')
+    return _svg(title, parts, lines, frame, percent=percent)
+
+
+def stacked(title: str, lines: Sequence[Line], classes: Sequence[str]) -> Markup:
+    """Areas on top of each other; all lines have the same steps, and ``classes`` fill them from below."""
+    floors = [0.0] * len(lines[0].xs)
+    edges = [floors]
+    for line in lines:
+        floors = [floor + (y or 0.0) for floor, y in zip(floors, line.ys, strict=True)]
+        edges.append(floors)
+    frame = Frame([(x, y) for x, y in zip(lines[0].xs, floors, strict=True)])
+    parts = [frame.axes()]
+    for line, (below, above), name in zip(lines, itertools.pairwise(edges), classes, strict=True):
+        xs = [*line.xs, *reversed(line.xs)]
+        outline = frame.path(list(zip(xs, [*above, *reversed(below)], strict=True)))
+        parts.append(f'<path class="area {name}" d="{outline}Z"/>')
+    return _svg(title, parts, lines, frame)
+
+
+def histogram(title: str, lines: Sequence[Line], bin_width: float, threshold: float | None) -> Markup:
+    """Shares of tokens by bin, as steps; ``ys`` are shares, ``xs`` left edges of the bins."""
+    points = [point for line in lines for point in line.points()]
+    used = [x for x, y in points if y > 0.0]
+    right = max([*used, 1.0]) + bin_width
+    lines = [
+        Line(line.label, *_until(line, right), line.color, line.dash) for line in lines
+    ]
+    frame = Frame([(right, 0.0), *((x, y) for x, y in points if x < right)])
+    parts = [frame.axes(percent=True)]
+    for line in lines:
+        outline = [(line.xs[0], 0.0)] if line.xs else []
+        for x, y in line.points():
+            outline += [(x, y), (x + bin_width, y)]
+        names = f"c{line.color % NUM_COLORS} d{line.dash % NUM_DASHES}"
+        parts.append(f'<path class="bars {names}" d="{frame.path([*outline, (right, 0.0)])}"/>')
+    if threshold is not None and threshold < right:
+        x = frame.x(threshold)
+        parts.append(f'<line class="threshold" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text class="threshold" x="{x + 4}" y="{TOP + 9}">gate opens</text>')
+    return _svg(title, parts, lines, frame, percent=True)
+
+
+def _until(line: Line, right: float) -> tuple[list[float], list[float | None]]:
+    kept = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if x < right - 1e-9]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+def _svg(title: str, parts: Sequence[str], lines: Sequence[Line], frame: Frame, *, percent: bool = False) -> Markup:
+    numbers = {
+        "from": frame.x_min,
+        "to": frame.x_max,
+        "percent": percent,
+        "lines": [
+            {"label": line.label, "class": f"c{line.color % NUM_COLORS} d{line.dash % NUM_DASHES}", "points": points}
+            for line in lines
+            if (points := [[x, float(f"{y:.4g}")] for x, y in line.points()])
+        ],
+    }
+    says = "; ".join(f"{one['label']}: {one['points'][0][1]:g} to {one['points'][-1][1]:g}" for one in numbers["lines"])  # type: ignore[attr-defined,index]
+    picture = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+        WIDTH, HEIGHT, f"{title}. {says or 'no numbers yet'}"
+    )
+    return picture + Markup("".join(parts)) + Markup("</svg>") + as_json(numbers)
+
+
+def as_json(value: object) -> Markup:
+    """A script element that holds data; no text in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return Markup('<script type="application/json">') + Markup(safe) + Markup("</script>")
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One row of a timeline: ``spans`` of (from, to, class, what), in seconds."""
+
+    label: str
+    spans: Sequence[tuple[float, float, str, str]]
+
+
+def timeline(title: str, lanes: Sequence[Lane], seconds: float) -> Markup:
+    """Who did what when, from 0 to ``seconds``. Positions are shares of the width, so that text keeps its size."""
+    row = 46
+    height = row * len(lanes) + 24
+    parts = []
+    for index, lane in enumerate(lanes):
+        y = index * row
+        parts.append(Markup('<text x="0" y="{}" class="lane">{}</text>').format(y + 14, lane.label))
+        parts.append(Markup('<rect x="0" width="100%" y="{}" height="18" class="idle"/>').format(y + 20))
+        for start, stop, name, what in lane.spans:
+            start, stop = max(start, 0.0), min(stop, seconds)
+            shape = Markup(
+                '<rect x="{:.3f}%" width="{:.3f}%" y="{}" height="18" class="{}"><title>{}</title></rect>'
+            )
+            share, width = 100 * start / seconds, 100 * max(stop - start, 0.0) / seconds
+            parts.append(shape.format(share, width, y + 20, name, f"{what}: {start:.2f} to {stop:.2f} s"))
+    for tick in ticks(0.0, seconds, 4):
+        share = 100 * tick / seconds
+        anchor = "start" if share < 5 else "end" if share > 95 else "middle"
+        parts.append(
+            Markup('<text x="{:.2f}%" y="{}" text-anchor="{}">{:g} s</text>').format(share, height - 4, anchor, tick)
+        )
+    opening = Markup('<svg class="timeline" width="100%" height="{}" role="img" aria-label="{}">')
+    return opening.format(height, title) + Markup("").join(parts) + Markup("</svg>")

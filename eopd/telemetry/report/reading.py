@@ -1,0 +1,114 @@
+"""What a run directory holds, read for people: also of a run that is under way, that failed, or was cut off.
+
+Lines that cannot be read are left out and counted; the page says so. The files are described in
+``runtime/run_directory.py``.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from eopd.config import ConfigError
+from eopd.config.load import flatten
+
+Record: TypeAlias = Mapping[str, Any]  # one object of a JSON file of ours
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run. ``rows`` are those of ``metrics.jsonl``, null for what was not finite; at least one."""
+
+    name: str
+    config_text: str
+    config: Mapping[str, object]  # by dotted key
+    rows: Sequence[Record]
+    summary: Record
+    held_out: Mapping[str, Record]  # by phase
+    timeline: Mapping[int, Record]  # by step
+    versions: Mapping[str, str]
+    notes: Sequence[str]
+
+    @cached_property
+    def threshold(self) -> float | None:
+        """The teacher entropy in nats above which the gate opens; None where it is no such gate."""
+        tau = self.config.get("loss.gate.tau")
+        return float(tau) if self.config.get("loss.gate.kind") == "hard" and isinstance(tau, int | float) else None
+
+    def column(self, name: str) -> list[float | None]:
+        """One metric over all rows; None where a row lacks it."""
+        return [row.get(name) for row in self.rows]
+
+
+def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
+    """Read run directories. Runs are told apart by their directories where two have one name.
+
+    Raises:
+        ConfigError: one is no run directory, or no step was completed in it.
+    """
+    names = [directory.resolve().name for directory in directories]
+    unique = len(set(names)) == len(names)
+    return [
+        _read_run(directory, name if unique else str(directory))
+        for directory, name in zip(directories, names, strict=True)
+    ]
+
+
+def _read_run(directory: Path, name: str) -> RunRecord:
+    saved = directory / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"{directory} holds no run (it has no config.yaml)")
+    notes: list[str] = []
+    rows = _lines(directory / "metrics.jsonl", notes)
+    if not rows:
+        raise ConfigError(f"{directory}: no step was completed yet (metrics.jsonl has no rows)")
+    text = saved.read_text(encoding="utf-8", errors="replace")
+    return RunRecord(
+        name=name,
+        config_text=text,
+        config=flatten(_yaml(text, notes)),
+        rows=rows,
+        summary=_object(directory / "summary.json", notes),
+        held_out={line["phase"]: line for line in _lines(directory / "held_out.jsonl", notes)},
+        timeline={line["step"]: line for line in _lines(directory / "timeline.jsonl", notes)},
+        versions=_object(directory / "versions.json", notes),
+        notes=notes,
+    )
+
+
+def _lines(path: Path, notes: list[str]) -> list[Record]:
+    """The objects of a file of JSON lines; none where there is no file, since not every run has come that far."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
+    found = [record for line in lines if (record := _parsed(line)) and "step" in record]
+    if unread := len(lines) - len(found):
+        notes.append(f"{unread} of {len(lines)} lines of {path.name} could not be read")
+    return found
+
+
+def _object(path: Path, notes: list[str]) -> Record:
+    found = _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
+    if found is None:
+        notes.append(f"{path.name} is missing or cannot be read")
+    return found or {}
+
+
+def _parsed(text: str) -> Record | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _yaml(text: str, notes: list[str]) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        notes.append("config.yaml cannot be read")
+        return {}
