@@ -43,7 +43,7 @@ def train(
     from eopd.telemetry.console import print_summary
 
     summary, directory = run(resolved, resume=resume)
-    print_summary(summary, directory.samples(), directory.path)
+    print_summary(summary, directory.samples(), directory.path, directory.report)
     if summary["status"] != "completed":
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -93,6 +93,21 @@ def export(
 
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
     export_checkpoint(config.student, checkpoint / "learner", target)
+    typer.echo(target)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, e.g. runs/NAME; several are shown together.")],
+    output: Annotated[Path | None, typer.Option(help="Else RUN/report.html, or ./report.html of several.")] = None,
+) -> None:
+    """Write what runs did, also one under way, into one HTML file that opens anywhere."""
+    target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    if not target.absolute().parent.is_dir():
+        raise ConfigError(f"--output {target}: there is no directory {target.parent}")
+    from eopd.telemetry.report.page import write_report
+
+    write_report(runs, target)
     typer.echo(target)
 
 

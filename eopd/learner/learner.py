@@ -163,7 +163,7 @@ class LearnerRank:
 
     def evaluate(self, share: PackedBatch) -> EvalStats:
         """Student against teacher over the loss tokens of all ranks, without an update; see ``EvalStats``."""
-        sums: list[list[float]] = []
+        sums: list[Sequence[float]] = []
         counts: list[list[list[int]]] = []
         steps, _ = self._pack(share, self._weigh_nothing)
         for packed in (packed for step in steps for packed in step):

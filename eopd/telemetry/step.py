@@ -9,7 +9,6 @@ from types import TracebackType
 from eopd.telemetry.catalog import Row, series
 from eopd.types import Header, LearnerStats, LossReason, PublishStats, StopReason
 
-
 Span = tuple[float, float]
 
 

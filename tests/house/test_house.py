@@ -223,7 +223,8 @@ def test_the_readme_s_tree_names_exactly_what_exists():
     assert len(trees) == 1, "README.md holds one fenced tree whose first line is eopd/"
     named, bare = tree_entries(trees[0])
     package = ROOT / "eopd"
-    files = {path.relative_to(package) for path in SOURCES if path.name != "__init__.py"}
+    data = [path for kind in ("html", "css", "js") for path in package.rglob(f"*.{kind}")]
+    files = {path.relative_to(package) for path in [*SOURCES, *data] if path.name != "__init__.py"}
     rooms = {path.parent.relative_to(package) for path in SOURCES} - {Path()}
     assert named == {str(path) for path in files} | {f"{room}/" for room in rooms}
     assert bare == [], "every entry is described in a few words"

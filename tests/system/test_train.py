@@ -52,6 +52,10 @@ def test_the_run_directory_is_the_contract(synchronous):
         "summary.json",
         "samples.jsonl",
         "trained.jsonl",
+        "timeline.jsonl",
+        "held_out.jsonl",
+        "versions.json",
+        "report.html",
         "checkpoints",
         "hf",
         "logs",
@@ -67,7 +71,31 @@ def test_the_run_directory_is_the_contract(synchronous):
     samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
     assert [s["phase"] for s in samples] == ["before"] * 3 + ["after"] * 3
     assert [s["prompt_id"] for s in samples[:3]] == [s["prompt_id"] for s in samples[3:]]
-    assert "step 30/30" in output and "top-1 agreement" in output and str(directory) in output
+    assert "step 30/30" in output and "top-1 agreement" in output and f"report: {directory}/report.html" in output
+
+
+def test_a_step_s_timeline_and_the_held_out_tokens_fit_what_was_measured(synchronous):
+    directory, _ = synchronous
+    timeline = [json.loads(line) for line in (directory / "timeline.jsonl").read_text().splitlines()]
+    for row, spans in zip(rows(directory), timeline, strict=True):
+        assert spans["step"] == row["step"]
+        for stage in ("generate", "score"):
+            assert sum(b - a for a, b in spans[stage]) == pytest.approx(row[f"eopd_{stage}_seconds"], abs=0.01)
+    summary = json.loads((directory / "summary.json").read_text())["held_out"]
+    measured = [json.loads(line) for line in (directory / "held_out.jsonl").read_text().splitlines()]
+    assert [one["phase"] for one in measured] == ["before", "after"]
+    for one in measured:
+        for who in ("student", "teacher"):
+            counts = one[f"{who}_entropy_counts"]
+            mean = sum(0.2 * (i + 0.5) * count for i, count in enumerate(counts)) / sum(counts)
+            assert mean == pytest.approx(summary[one["phase"]][f"{who}_entropy"]["mean"], abs=0.1)
+        for sample in one["samples"]:
+            assert "".join(sample["texts"][str(i)] for i in sample["ids"]).startswith(sample["response"][:1])
+            assert sample["entropy_low"] == sample["entropy_high"] and min(sample["entropy_low"]) >= 0
+            for i, ids in enumerate(sample["topk_ids"]):
+                if (token := sample["ids"][i]) in ids:
+                    listed = sample["topk_logprobs"][i][ids.index(token)]
+                    assert listed == pytest.approx(sample["teacher_logprobs"][i], abs=1e-3)
 
 
 def test_the_exported_student_is_the_trained_one(synchronous, program):

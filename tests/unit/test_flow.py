@@ -14,7 +14,7 @@ import pytest
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
 from eopd.prompts import PromptOrder
-from eopd.telemetry.step import Totals
+from eopd.telemetry.step import BusyClock, Totals
 from eopd.types import (
     Header,
     LearnerStats,
@@ -136,7 +136,8 @@ async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_
     assert batch < world.most_held <= slots and max(most.values()) <= slots, most
     assert {"Buffer._ready", "Buffer.consumed_ahead", "Pipeline._written_at", "Ledger.trained_ahead"} <= set(most)
     assert len(line.trained) == batch, "what the last step trained, and no more"
-    left = {name: length for name, length in queues(line).items() if name != "Pipeline.trained"}
+    kept = {"Pipeline.trained", "Pipeline.busy"}  # for whoever reads the row
+    left = {name: length for name, length in queues(line).items() if name not in kept}
     assert not any(left.values()) and line.buffer.num_in_flight == world.held == 0, left
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -151,6 +152,28 @@ async def test_the_wait_of_a_step_is_put_down_to_who_was_waited_for(slow, waited
         parts = {name: row[f"eopd_wait_{name}_seconds"] for name in ("rollout", "teacher")}
         assert sum(parts.values()) == pytest.approx(row["eopd_wait_seconds"])
         assert parts[waited_for] > 0.04 > parts[other] >= 0.0
+
+
+async def test_a_step_tells_when_somebody_wrote_and_when_somebody_scored():
+    line = pipeline(QuickWorld(write_s=0.03, score_s=0.02), batch=4, batches=3, max_staleness=0)
+    async for row in line.steps(0):
+        for stage in ("generate", "score"):
+            spans = line.busy[stage]
+            assert spans == sorted(spans) and all(start < stop for start, stop in spans)
+            assert sum(stop - start for start, stop in spans) == pytest.approx(row[f"eopd_{stage}_seconds"])
+        assert line.busy["generate"][-1][1] == pytest.approx(row["eopd_wait_rollout_seconds"], abs=0.01)
+        assert line.busy["score"][-1][1] == pytest.approx(row["eopd_wait_seconds"], abs=0.01)
+
+
+async def test_what_is_under_way_when_a_step_ends_is_told_in_two_parts():
+    clock = BusyClock()
+    with clock:
+        first = clock.lap()
+        with clock:
+            await asyncio.sleep(0.01)
+    second = clock.lap()
+    assert [len(first), len(second)] == [1, 1] and first[0][1] == second[0][0]
+    assert second[0][1] - second[0][0] >= 0.01 and clock.lap() == []
 
 
 async def test_a_batch_that_is_ready_when_the_learner_comes_was_not_waited_for():

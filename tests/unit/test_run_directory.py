@@ -1,11 +1,13 @@
 """A run is neither overwritten nor continued as something else, and goes on from a checkpoint that is whole."""
 
+import importlib.metadata
 import json
 import math
 import time
 
 import pytest
 
+import eopd
 from eopd.checkpoint import DriverState, StorageError, write_checkpoint
 from eopd.config import Config, ConfigError, load_config
 from eopd.ledger import Ledger
@@ -13,6 +15,15 @@ from eopd.runtime.progress import Progress
 from eopd.runtime.run_directory import MAY_CHANGE, RunDirectory, held_out_record
 from eopd.telemetry.sinks import JsonlSink
 from eopd.types import Estimate, EvalStats, Header, StopReason, TrajectoryKey
+
+NAMES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+STATS = EvalStats(
+    **dict.fromkeys(NAMES, Estimate(mean=1.0, standard_error=0.1)),
+    student_entropy_counts=(2, 7),
+    teacher_entropy_counts=(9, 0),
+    num_trajectories=2,
+    num_tokens=9,
+)
 
 
 def state(step: int) -> DriverState:
@@ -37,9 +48,12 @@ def config(tmp_path):
 
 
 async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
-    RunDirectory.create(config()).add_samples("before", 0, [{"prompt_id": "p", "prompt": "?", "response": "a"}])
+    sample = {"prompt_id": "p", "prompt": "?", "response": "a"}
+    first = RunDirectory.create(config())
+    first.add_samples("before", 0, [sample])
+    first.add_held_out("before", 0, STATS, [sample])
     directory = RunDirectory.create(config("learner.lr=1.0e-6"))  # no step yet: begun again
-    assert not (directory.path / "samples.jsonl").exists()
+    assert {path.name for path in directory.path.iterdir()} == {"config.yaml", "versions.json"}
     directory.metrics.write_text("")
     with pytest.raises(ConfigError, match=r"run.name: .* exists; continue it with --resume"):
         RunDirectory.create(config())
@@ -176,10 +190,12 @@ def header(response_crc32: int) -> Header:
 def test_rows_after_the_checkpoint_are_dropped(config):
     directory = RunDirectory.create(config())
     directory.metrics.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 1')
+    directory.timeline.write_text(directory.metrics.read_text())
     for step in (1, 2, 3):
         directory.add_trained(step, {2 * step: header(7), 2 * step + 1: header(8)})
     directory.drop_rows_after(2)
-    assert [json.loads(line)["step"] for line in directory.metrics.read_text().splitlines()] == [1, 2]
+    for path in (directory.metrics, directory.timeline):
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     assert [json.loads(line) for line in directory.trained.read_text().splitlines()] == [
         {"step": 1, "issues": [2, 3], "crc32": [7, 8]},
         {"step": 2, "issues": [4, 5], "crc32": [7, 8]},
@@ -197,10 +213,7 @@ def test_a_run_that_cannot_say_what_it_trained_ends(config):
 
 def test_summary_and_samples_come_back_as_written(config):
     directory = RunDirectory.create(config())
-    one = Estimate(mean=1.0, standard_error=0.1)
-    names = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
-    stats = EvalStats(**dict.fromkeys(names, one), num_trajectories=2, num_tokens=9)
-    progress = Progress(step=4, tokens=40, before=held_out_record(stats))
+    progress = Progress(step=4, tokens=40, before=held_out_record(STATS))
     assert directory.read_summary() is None
     directory.write_summary(progress.summary("running"))
     read = directory.read_summary()
@@ -210,10 +223,31 @@ def test_summary_and_samples_come_back_as_written(config):
     assert resumed.before == read["held_out"]["before"] and resumed.wall_s > 1.5
 
     text = {"prompt_id": "p", "prompt": "?\u2028\x85"}  # separators that str.splitlines() cuts at
-    directory.add_samples("before", 0, [text | {"response": "a"}])
+    directory.add_samples("before", 0, [text | {"response": "a", "ids": [7]}])
     assert directory.samples() == []
     directory.add_samples("after", 4, [text | {"response": "b"}])
     assert directory.samples() == [{"prompt": "?\u2028\x85", "before": "a", "after": "b"}]
+
+
+def test_a_measurement_is_kept_for_people(config):
+    directory = RunDirectory.create(config())
+    directory.add_held_out("after", 4, STATS, [{"prompt_id": "p", "ids": [7]}])
+    assert json.loads((directory.path / "held_out.jsonl").read_text()) == {
+        "phase": "after",
+        "step": 4,
+        "entropy_bin_nats": 0.2,
+        "student_entropy_counts": [2, 7],
+        "teacher_entropy_counts": [9, 0],
+        "samples": [{"prompt_id": "p", "ids": [7]}],
+    }
+
+
+def test_a_run_names_the_versions_it_was_run_with(config):
+    directory = RunDirectory.create(config())
+    versions = json.loads((directory.path / "versions.json").read_text())
+    assert versions["torch"] == importlib.metadata.version("torch") and versions["eopd"] == eopd.__version__
+    assert {"python", "ray", "transformers", "deepspeed", "numpy"} < versions.keys()
+    assert any(name.startswith("vllm") for name in versions)
 
 
 def test_progress_counts_this_process_for_rates_and_the_run_for_totals():

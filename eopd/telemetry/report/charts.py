@@ -1,4 +1,5 @@
-"""Numbers to inline SVG. Every colour is a class of the page's style sheet, every line also has its own dashes.
+"""Numbers to inline SVG. Every colour is a class of the page's style sheet, and never alone: a mark of its own shape
+ends each line, and dashes tell apart what one run has two of.
 
 A chart is a picture and, beside it, its numbers as JSON, which the page's script shows under the pointer.
 """
@@ -14,7 +15,14 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 8, 22
-NUM_COLORS, NUM_DASHES = 6, 3
+MARKS: Final = (
+    "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
+    "M-3-3h6v6h-6z",
+    "M0-4L4 3H-4z",
+    "M0-4L4 0L0 4L-4 0z",
+    "M0 4L4-3H-4z",
+)
+NUM_COLORS, NUM_DASHES = len(MARKS), 3
 _STEPS: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
@@ -105,7 +113,8 @@ def curves(title: str, lines: Sequence[Line], *, percent: bool = False) -> Marku
             usual = smoothed(line).points()
             parts.append(f'<path class="line {names}" d="{frame.path(usual)}"/>')
             x, y = usual[-1]
-            parts.append(f'<circle class="dot {names}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="2.5"/>')
+            mark = MARKS[line.color % NUM_COLORS]
+            parts.append(f'<path class="mark {names}" transform="translate({frame.x(x)} {frame.y(y)})" d="{mark}"/>')
     return _svg(title, parts, lines, frame, percent=percent)
 
 
@@ -130,9 +139,7 @@ def histogram(title: str, lines: Sequence[Line], bin_width: float, threshold: fl
     points = [point for line in lines for point in line.points()]
     used = [x for x, y in points if y > 0.0]
     right = max([*used, 1.0]) + bin_width
-    lines = [
-        Line(line.label, *_until(line, right), line.color, line.dash) for line in lines
-    ]
+    lines = [Line(line.label, *_until(line, right), line.color, line.dash) for line in lines]
     frame = Frame([(right, 0.0), *((x, y) for x, y in points if x < right)])
     parts = [frame.axes(percent=True)]
     for line in lines:
@@ -145,7 +152,7 @@ def histogram(title: str, lines: Sequence[Line], bin_width: float, threshold: fl
         x = frame.x(threshold)
         parts.append(f'<line class="threshold" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text class="threshold" x="{x + 4}" y="{TOP + 9}">gate opens</text>')
-    return _svg(title, parts, lines, frame, percent=True)
+    return _svg(title, parts, lines, frame, percent=True, x="nats from")
 
 
 def _until(line: Line, right: float) -> tuple[list[float], list[float | None]]:
@@ -153,8 +160,12 @@ def _until(line: Line, right: float) -> tuple[list[float], list[float | None]]:
     return [x for x, _ in kept], [y for _, y in kept]
 
 
-def _svg(title: str, parts: Sequence[str], lines: Sequence[Line], frame: Frame, *, percent: bool = False) -> Markup:
+def _svg(
+    title: str, parts: Sequence[str], lines: Sequence[Line], frame: Frame, *, percent: bool = False, x: str = "step"
+) -> Markup:
     numbers = {
+        "x": x,
+        "box": (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
         "from": frame.x_min,
         "to": frame.x_max,
         "percent": percent,
@@ -164,7 +175,7 @@ def _svg(title: str, parts: Sequence[str], lines: Sequence[Line], frame: Frame, 
             if (points := [[x, float(f"{y:.4g}")] for x, y in line.points()])
         ],
     }
-    says = "; ".join(f"{one['label']}: {one['points'][0][1]:g} to {one['points'][-1][1]:g}" for one in numbers["lines"])  # type: ignore[attr-defined,index]
+    says = "; ".join(f"{one['label']}: {one['points'][0][1]:g} to {one['points'][-1][1]:g}" for one in numbers["lines"])  # type: ignore[attr-defined]
     picture = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
         WIDTH, HEIGHT, f"{title}. {says or 'no numbers yet'}"
     )
@@ -197,9 +208,7 @@ def timeline(title: str, lanes: Sequence[Lane], seconds: float) -> Markup:
         parts.append(Markup('<rect x="0" width="100%" y="{}" height="18" class="idle"/>').format(y + 20))
         for start, stop, name, what in lane.spans:
             start, stop = max(start, 0.0), min(stop, seconds)
-            shape = Markup(
-                '<rect x="{:.3f}%" width="{:.3f}%" y="{}" height="18" class="{}"><title>{}</title></rect>'
-            )
+            shape = Markup('<rect x="{:.3f}%" width="{:.3f}%" y="{}" height="18" class="{}"><title>{}</title></rect>')
             share, width = 100 * start / seconds, 100 * max(stop - start, 0.0) / seconds
             parts.append(shape.format(share, width, y + 20, name, f"{what}: {start:.2f} to {stop:.2f} s"))
     for tick in ticks(0.0, seconds, 4):

@@ -102,23 +102,24 @@
   };
 
   const watch = (chart) => {
-    const { from, to, percent: shares, lines } = JSON.parse(chart.nextElementSibling.textContent);
+    const { x: name, box: [left, top, right, bottom], from, to, percent: shares, lines } = JSON.parse(chart.nextElementSibling.textContent);
     const cross = document.createElementNS(SVG, "line");
     cross.setAttribute("class", "cross");
-    cross.setAttribute("y1", 8);
-    cross.setAttribute("y2", 168);
+    cross.setAttribute("y1", top);
+    cross.setAttribute("y2", bottom);
     cross.style.display = "none";
     chart.append(cross);
     const hide = () => { cross.style.display = "none"; readout.hidden = true; };
     chart.addEventListener("pointerleave", hide);
     chart.addEventListener("pointermove", (event) => {
       const box = chart.getBoundingClientRect();
-      const share = ((event.clientX - box.left) / box.width * 360 - 44) / (360 - 44 - 8);
+      const at = (event.clientX - box.left) / box.width * chart.viewBox.baseVal.width;
+      const share = (at - left) / (right - left);
       if (share < 0 || share > 1 || !lines.length) return hide();
       const x = from + share * (to - from);
       cross.style.display = "";
-      for (const end of ["x1", "x2"]) cross.setAttribute(end, 44 + share * (360 - 44 - 8));
-      readout.replaceChildren(make("b", (Math.round(x * 10) / 10).toString()), ...lines.map((line) => {
+      for (const end of ["x1", "x2"]) cross.setAttribute(end, at);
+      readout.replaceChildren(make("b", name + " " + nearest(lines[0].points, x)[0]), ...lines.map((line) => {
         const row = make("div");
         const y = nearest(line.points, x)[1];
         row.append(make("span", line.label), make("b", shares ? (100 * y).toFixed(1) + "%" : String(y)));

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.report import charts
-from eopd.telemetry.report.charts import NUM_COLORS, Lane, Line
+from eopd.telemetry.report.charts import MARKS, Lane, Line
 from eopd.telemetry.report.reading import Record, RunRecord, read_runs
 from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, prompts_of
 
@@ -34,7 +34,7 @@ CURVES: Final[Sequence[tuple[str, Mapping[str, str]]]] = (
     ("Ended by themselves (share of responses)", {"eopd_end_token_ratio": "ended"}),
     ("Staleness (versions)", {"eopd_staleness_mean": "mean", "eopd_staleness_max": "oldest token"}),
     ("Top k in common (share)", {"eopd_topk_overlap_ratio": "overlap"}),
-    ("Engine against learner (nats)", {"eopd_logprob_gap_nats": "|log p − log b|"}),
+    ("Engine against learner (nats)", {"eopd_logprob_gap_nats": "|log p - log b|"}),
     ("Gradient norm", {"eopd_grad_norm": "norm"}),
     ("Response tokens per second", {"eopd_response_tokens_per_second": "rate"}),
 )
@@ -85,7 +85,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         script=Markup((_FOLDER / "page.js").read_text(encoding="utf-8")),
         made=time.strftime("%Y-%m-%d %H:%M"),
         runs=runs,
-        num_colors=NUM_COLORS,
+        marks=MARKS,
         headlines=[_headline(run) for run in runs],
         prompts=prompts_of(runs),
         thresholds=sorted({run.threshold for run in runs if run.threshold is not None}),
@@ -145,7 +145,7 @@ def _curves(title: str, metrics: Mapping[str, str], runs: Sequence[RunRecord]) -
         charts.thinned(
             Line(
                 label=f"{run.name}, {label}" if many else label,
-                xs=run.column("step"),  # type: ignore[arg-type]
+                xs=run.steps,
                 ys=run.column(name),
                 color=color if many else dash,
                 dash=dash,
@@ -178,11 +178,11 @@ def _histogram(run: RunRecord, phase: str, record: Record) -> Figure:
 
 
 def _split(run: RunRecord) -> Figure:
-    steps = run.column("step")
     lines = [
-        charts.smoothed(charts.thinned(Line(label, steps, [row.get(f"eopd_{part}_seconds") or 0.0 for row in run.rows]), 200))  # type: ignore[arg-type]
+        Line(label, run.steps, [row.get(f"eopd_{part}_seconds") or 0.0 for row in run.rows])
         for part, (label, _) in PARTS.items()
     ]
+    lines = [charts.smoothed(charts.thinned(line, 200)) for line in lines]
     title = f"{run.name}: seconds of a step"
     return Figure(title, charts.stacked(title, lines, [name for _, name in PARTS.values()]), "", {})
 

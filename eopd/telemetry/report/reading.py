@@ -39,6 +39,11 @@ class RunRecord:
         tau = self.config.get("loss.gate.tau")
         return float(tau) if self.config.get("loss.gate.kind") == "hard" and isinstance(tau, int | float) else None
 
+    @property
+    def steps(self) -> list[int]:
+        """The step of every row."""
+        return [row["step"] for row in self.rows]
+
     def column(self, name: str) -> list[float | None]:
         """One metric over all rows; None where a row lacks it."""
         return [row.get(name) for row in self.rows]

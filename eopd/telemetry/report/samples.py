@@ -123,7 +123,7 @@ class Token:
 
     @property
     def kl(self) -> float:
-        """log p - log q; infinite where the teacher rules the token out."""
+        """Log p - log q; infinite where the teacher rules the token out."""
         if self.teacher_logprob is None or self.student_logprob is None:
             return math.inf
         return self.student_logprob - self.teacher_logprob

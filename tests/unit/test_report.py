@@ -1,0 +1,355 @@
+"""Made-up run directories in, numbers on the page out."""
+
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from eopd.cli.main import main
+from eopd.config import ConfigError
+from eopd.telemetry.report.charts import Frame, Line, curves, histogram, smoothed, stacked, thinned, ticks
+from eopd.telemetry.report.page import write_report
+from eopd.telemetry.report.reading import read_runs
+from eopd.telemetry.report.samples import prompts_of
+
+CONFIG = "run: {name: r, batches: 10}\nloss:\n  gate: {kind: hard, tau: 0.8}\n"
+ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def row(step, **numbers):
+    seconds = {"step": 8.0, "wait_rollout": 2.0, "wait_teacher": 1.0, "train": 4.0, "weights": 1.0}
+    named = {f"eopd_{name}_seconds": value for name, value in seconds.items()}
+    return {"step": step, "time": 1.7e9, "eopd_response_tokens_total": 400.0 * step, **named, **numbers}
+
+
+def sample(prompt="Why?", num_tokens=3, texts=("sky", " is", " blue"), **changes):
+    """Entropies 0.05, 1.0 and 3.0, and so on again; the student is surer than the teacher by 1 nat."""
+    ids = [r % 3 for r in range(num_tokens)]
+    found = {
+        "prompt_id": prompt,
+        "prompt": prompt,
+        "ids": ids,
+        "loss_mask": [1] * num_tokens,
+        "student_logprobs": [-0.5] * num_tokens,
+        "teacher_logprobs": [-1.5] * num_tokens,
+        "entropy_low": [(0.05, 1.0, 3.0)[i] for i in ids],
+        "entropy_high": [(0.05, 1.0, 3.0)[i] for i in ids],
+        "topk_ids": [[0, 2]] * num_tokens,
+        "topk_logprobs": [[math.log(0.75), math.log(0.125)]] * num_tokens,
+        "texts": dict(zip("012", texts, strict=True)),
+    }
+    return found | changes
+
+
+def held_out(phase, *samples, step=0):
+    counts = {"student_entropy_counts": [6, 2, 0, 0, 2, 0], "teacher_entropy_counts": [5, 1, 0, 0, 0, 4]}
+    return {"phase": phase, "step": step, "entropy_bin_nats": 0.2, "samples": samples, **counts}
+
+
+def measured(mean):
+    return {"mean": mean, "standard_error": 0.1}
+
+
+SUMMARY = {
+    "status": "completed",
+    "wall_s": 3725.4,
+    "held_out": {"before": {"reverse_kl": measured(4.0)}, "after": {"reverse_kl": measured(1.0)}},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Make a run directory: ``run("name", rows=[...])``; a file given as None is left out."""
+
+    def make(name="first", rows=None, **files):
+        directory = tmp_path / name
+        directory.mkdir(parents=True)
+        texts = {
+            "config.yaml": CONFIG,
+            "metrics.jsonl": rows or [row(1), row(2), row(3)],
+            "summary.json": json.dumps(SUMMARY),
+            "held_out.jsonl": [held_out("before", sample()), held_out("after", sample(), step=3)],
+            "timeline.jsonl": [{"step": s, "generate": [[-1.0, 2.0]], "score": [[1.0, 3.0]]} for s in (1, 2, 3)],
+            "versions.json": json.dumps({"python": "3.11.9", "torch": "2.13.0"}),
+            **files,
+        }
+        for file, content in texts.items():
+            if content is not None:
+                lines = content if isinstance(content, str) else "".join(json.dumps(one) + "\n" for one in content)
+                (directory / file).write_text(lines)
+        return directory
+
+    return make
+
+
+class Parsed(HTMLParser):
+    """Every element with its attributes, all text outside of script and style, and the data of the charts."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.text, self.data, self._inside = [], "", [], None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self._inside = tag
+
+    def handle_endtag(self, tag):
+        self._inside = None
+        self.text += " "
+
+    def handle_data(self, data):
+        if self._inside == "script" and self.elements[-1][1].get("type") == "application/json":
+            self.data.append(json.loads(data))
+        elif self._inside not in ("script", "style"):
+            self.text += data
+
+    def chart(self, title):
+        """The lines of a chart by label."""
+        charts = [a["aria-label"] for tag, a in self.elements if tag == "svg" and a.get("class") == "chart"]
+        numbers = [one for one in self.data if "lines" in one]
+        (found,) = [n for label, n in zip(charts, numbers, strict=True) if label.startswith(title)]
+        return {line["label"]: line["points"] for line in found["lines"]}
+
+
+@pytest.fixture
+def page(tmp_path):
+    def make(*directories):
+        output = tmp_path / "report.html"
+        write_report(directories, output)
+        return Parsed(output.read_text(encoding="utf-8"))
+
+    return make
+
+
+# ---- what is on the page -------------------------------------------------------------------------------------------
+
+
+def test_the_headline_has_the_numbers_of_the_run(run, page):
+    text = " ".join(page(run()).text.split())
+    for expected in ("first completed", "steps 3 of 10", "response tokens 1,200", "tokens per second 50.0", "1:02:05"):
+        assert expected in text
+    assert "reverse KL nats 4.000 ± 0.100 1.000 ± 0.100 -3.000" in text
+    assert "torch 2.13.0" in text and "loss.gate.tau 0.8" in text
+
+
+def test_a_curve_has_the_values_of_the_rows_and_gaps_where_there_are_none(run, page):
+    values = [4.0, None, float("nan"), 2.5]
+    found = page(run(rows=[row(i + 1, eopd_reverse_kl_nats=value) for i, value in enumerate(values)]))
+    assert found.chart("Reverse KL") == {"reverse KL": [[1, 4.0], [4, 2.5]]}
+    assert found.chart("Gate open") == {}
+
+
+def test_runs_are_overlaid_and_what_differs_comes_first(run, page):
+    first = run("first", rows=[row(1, eopd_gate_ratio=0.2), row(2, eopd_gate_ratio=0.3)])
+    config = CONFIG.replace("hard, tau: 0.8", "always")
+    second = run("second", rows=[row(1, eopd_gate_ratio=1.0)], **{"config.yaml": config})
+    found = page(first, second)
+    assert found.chart("Gate open") == {"first, gate": [[1, 0.2], [2, 0.3]], "second, gate": [[1, 1.0]]}
+    assert "loss.gate.kind differs hard always" in " ".join(found.text.split())
+    labels = [a["aria-label"] for tag, a in found.elements if a.get("class") == "timeline"]
+    assert labels == ["first: step 2, 8.00 s", "second: step 1, 8.00 s"]
+
+
+def test_two_runs_of_one_name_are_told_apart(run):
+    directories = [run("a/same"), run("b/same")]
+    assert [one.name for one in read_runs(directories)] == [str(directory) for directory in directories]
+
+
+def test_histograms_say_how_many_tokens_are_above_the_paper_s_threshold(run, page):
+    found = page(run())
+    assert "Tokens above 0.8 nats: teacher 40.0%, student 20.0%. 10 tokens." in found.text
+    assert found.chart("first: after training")["teacher"][:2] == [[0.0, 0.5], [0.2, 0.1]]
+
+
+def test_the_timeline_shows_one_step_from_its_start(run, page):
+    found = page(run())
+    start = next(i for i, (_, a) in enumerate(found.elements) if a.get("class") == "timeline")
+    drawn = [(a["class"], a["x"], a["width"]) for tag, a in found.elements[start:] if tag == "rect" and "%" in a["x"]]
+    assert drawn[:6] == [
+        ("f-rollout", "0.000%", "25.000%"),  # began a second before the step
+        ("f-teacher", "12.500%", "25.000%"),
+        ("f-wait-rollout", "0.000%", "25.000%"),
+        ("f-wait-teacher", "25.000%", "12.500%"),
+        ("f-train", "37.500%", "50.000%"),
+        ("f-weights", "87.500%", "12.500%"),
+    ]
+    assert "Learner, waits 38%" in found.text and "Teachers, busy 25%" in found.text
+
+
+# ---- samples -------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_coloured_by_entropy_and_kl_and_carry_the_alternatives(run):
+    (prompt,) = prompts_of(read_runs([run()]))
+    before, after = prompt.responses
+    assert (before.phase, before.step, after.phase, after.step) == ("before", 0, "after", 3)
+    assert before.spans == (
+        '<span class="e0 k5 shut">sky</span><span class="e3 k5 open"> is</span><span class="e5 k5 open"> blue</span>'
+    )
+    data = Parsed(before.data).data[0]
+    assert [data["texts"][token[0]] for token in data["tokens"]] == ["sky", " is", " blue"]
+    _, token_id, student, teacher, low, high, gate, candidates, chances, rest = data["tokens"][1]
+    assert (token_id, student, teacher, low, high, gate) == (1, -0.5, -1.5, 1.0, 1.0, "open")
+    assert [data["texts"][one] for one in candidates] == ["sky", " blue"]
+    assert (chances, rest) == ([75.0, 12.5], 12.5)
+    assert before.teacher_entropy == pytest.approx(1.35) and before.reverse_kl == 1.0
+    assert before.gate_ratio == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "classes"),
+    [
+        ({"entropy_low": [0.7], "entropy_high": [0.9]}, CONFIG, "e3 k5 unsure"),
+        ({"entropy_low": [0.8], "entropy_high": [0.8]}, CONFIG, "e3 k5 shut"),  # the gate opens above the threshold
+        ({}, CONFIG.replace("hard, tau: 0.8", "always"), "e0 k5"),
+        ({"loss_mask": [0]}, CONFIG, "masked"),
+        ({"teacher_logprobs": [None]}, CONFIG, "e0 k7 shut"),
+        ({"student_logprobs": [-4.5]}, CONFIG, "e0 k0 shut"),
+    ],
+)
+def test_a_token_s_classes(run, changes, config, classes):
+    lines = [held_out("before", sample(num_tokens=1, **changes))]
+    (prompt,) = prompts_of(read_runs([run(**{"held_out.jsonl": lines, "config.yaml": config})]))
+    assert prompt.responses[0].spans == f'<span class="{classes}">sky</span>'
+
+
+def test_a_candidate_without_probability_is_left_out(run):
+    one = sample(num_tokens=1, topk_logprobs=[[0.0, None]])
+    (prompt,) = prompts_of(read_runs([run(**{"held_out.jsonl": [held_out("before", one)]})]))
+    assert Parsed(prompt.responses[0].data).data[0]["tokens"][0][-3:] == [[0], [100.0], 0.0]
+
+
+def test_text_of_a_model_can_neither_become_markup_nor_steer_the_page(run, page):
+    spoilt = sample(prompt=ATTACK, texts=(ATTACK, "\x00\u202e\n", ""))
+    config = f"{CONFIG}prompts: {{suffix: '{ATTACK}'}}\n"
+    found = page(run(**{"held_out.jsonl": [held_out("before", spoilt)], "config.yaml": config}))
+    tags = [tag for tag, _ in found.elements]
+    assert "img" not in tags and [a for tag, a in found.elements if tag == "script" and not a] == [{}]
+    assert not [name for _, a in found.elements for name in a if name.startswith("on")]
+    assert ATTACK in found.text and "\ufffd\ufffd↵\n" in found.text and "⟨2⟩" in found.text
+    assert not {"\x00", "\u202e"} & set(found.text)
+
+
+# ---- runs that are not whole -----------------------------------------------------------------------------------------
+
+
+def test_a_run_under_way_is_reported_with_what_there_is(run, page):
+    bare = dict.fromkeys(("summary.json", "held_out.jsonl", "timeline.jsonl", "versions.json"))
+    found = page(run(rows=[row(1)], **bare))
+    for expected in ("unknown", "summary.json is missing or cannot be read", "No samples yet", "Not measured yet."):
+        assert expected in found.text
+    assert "Rollout engines, busy 0%" in found.text
+
+
+def test_lines_and_files_that_cannot_be_read_are_counted(run, page):
+    rows = json.dumps(row(1)) + "\n[1]\n" + json.dumps(row(2))[:-9]
+    found = page(run(**{"metrics.jsonl": rows, "config.yaml": "a: [", "summary.json": "{"}))
+    for expected in ("2 of 3 lines of metrics.jsonl", "config.yaml cannot", "summary.json is missing", "1 of ?"):
+        assert expected in found.text
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.yaml": None}, "error: {run} holds no run (it has no config.yaml)"),
+        ({"metrics.jsonl": None}, "error: {run}: no step was completed yet (metrics.jsonl has no rows)"),
+        ({"metrics.jsonl": "{"}, "error: {run}: no step was completed yet (metrics.jsonl has no rows)"),
+    ],
+)
+def test_no_run_or_no_rows_is_one_message_and_exit_code_2(run, files, message, capsys, monkeypatch):
+    directory = run(**files)
+    monkeypatch.setattr(sys, "argv", ["eopd", "report", str(directory)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == message.format(run=directory) + "\n"
+    assert not (directory / "report.html").exists()
+
+
+def test_the_verb_writes_beside_the_run_or_where_it_is_told(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = str(run("first")), str(run("second"))
+    calls = [[first], [first, second], [first, "--output", "x.html"], [first, "--output", "no/x.html"]]
+    for arguments in calls:
+        monkeypatch.setattr(sys, "argv", ["eopd", "report", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+    shown = capsys.readouterr()
+    assert shown.out.split() == [f"{first}/report.html", "report.html", "x.html"]
+    assert shown.err == "error: --output no/x.html: there is no directory no\n"
+    assert "second" in (tmp_path / "report.html").read_text()
+
+
+# ---- one small file --------------------------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing(run, page, tmp_path):
+    found = page(run())
+    links = [a[name] for _, a in found.elements for name in ("src", "href", "action", "data") if name in a]
+    assert links and all(link.startswith(("#", "data:,")) for link in links)
+    styles = re.findall(r"(?:url\(|@import)([^)]*)", (tmp_path / "report.html").read_text())
+    assert styles and all(target.startswith("#") for target in styles)
+
+
+def test_long_runs_with_long_samples_stay_under_5_mb(run, page, tmp_path):
+    many = dict.fromkeys(("eopd_reverse_kl_nats", "eopd_gate_ratio", "eopd_grad_norm", "eopd_staleness_max"), 1.0 / 3)
+    rows = [row(step, **many) for step in range(1, 2001)]
+    texts = tuple(c * 100 for c in "\u6587\u5b57\u5316")
+    wide = {"topk_ids": [[0, 1, 2] * 5] * 2000, "topk_logprobs": [[-2.5] * 15] * 2000}
+    samples = [sample(prompt=f"{n}" * 9000, num_tokens=2000, texts=texts, **wide) for n in range(20)]
+    lines = [held_out(phase, *samples) for phase in ("before", "after")]
+    found = page(*(run(name, rows=rows, **{"held_out.jsonl": lines}) for name in ("first", "second")))
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+    assert len(found.chart("Reverse KL")["first, reverse KL"]) == 286
+    assert "2000 tokens, the first 166 shown" in found.text
+
+
+# ---- charts ----------------------------------------------------------------------------------------------------------
+
+
+def test_ticks_are_round_and_inside():
+    assert ticks(0.0, 1.0, 4) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert ticks(-3.0, 7.0, 4) == [-2.5, 0.0, 2.5, 5.0]
+    assert ticks(1, 80, 5) == [20.0, 40.0, 60.0, 80.0]
+
+
+def test_a_frame_spans_the_data_and_zero():
+    frame = Frame([(1.0, 2.0), (5.0, 4.0)])
+    assert [(frame.x(x), frame.y(y)) for x, y in ((1.0, 4.0), (5.0, 0.0), (3.0, 2.0))] == [
+        (44.0, 8.0),
+        (352.0, 168.0),
+        (198.0, 88.0),
+    ]
+
+
+def test_thinning_and_smoothing_are_means():
+    line = Line("l", range(10), [0, 2, None, 4, 6, math.inf, 8, 10, 12, 20])
+    short = thinned(line, 5)
+    assert (list(short.xs), list(short.ys)) == ([1, 4, 7, 9], [1.0, 5.0, 9.0, 16.0])
+    assert thinned(line, 10).points() == line.points()
+    flat = smoothed(Line("l", range(40), [0.0] * 20 + [10.0] * 20))
+    assert list(flat.ys)[16:24] == [0.0, 0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 10.0]
+
+
+@pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [-1.0, 2.0], [None, math.nan], [1e-9, 1e9]])
+def test_every_coordinate_is_finite_and_inside(values):
+    line = Line("l", range(len(values)), values)
+    counts = [abs(y) if y is not None and math.isfinite(y) else 0.0 for y in values]
+    pictures = [
+        curves("c", [thinned(line, 300)]),
+        stacked("s", [Line("l", range(len(counts)), counts)], ["f-train"]),
+        histogram("h", [Line("l", range(len(counts)), counts)], 1.0, 0.8),
+    ]
+    for picture in pictures:
+        for path in re.findall(r' d="M([^"]*)"', picture.split("<script")[0]):
+            numbers = [float(n) for n in re.findall(r"-?[\d.]+|nan|inf", path)]
+            assert all(math.isfinite(n) and -7 <= n <= 360 for n in numbers), path
+
+
+def test_the_message_of_a_mistake_names_the_run_of_several(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere holds no run"):
+        read_runs([run(), tmp_path / "nowhere"])
