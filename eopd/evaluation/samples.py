@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from eopd.types import Exact, ScoredTrajectory
+from eopd.types import Bounds, Exact, ScoredTrajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,8 +22,11 @@ def sample_record(scored: ScoredTrajectory, prompt: str, tokenizer: "PreTrainedT
     exact. ``texts`` has the text of every token id that occurs.
     """
     trajectory, signal = scored.trajectory, scored.signal
-    exact = isinstance(signal.entropy, Exact)
-    low, high = (signal.entropy.entropy,) * 2 if exact else (signal.entropy.low, signal.entropy.high)  # type: ignore[union-attr]
+    match signal.entropy:
+        case Exact(entropy):
+            low = high = entropy
+        case Bounds(low, high):
+            pass
     ids = sorted({*trajectory.response_ids.tolist(), *signal.topk_ids.ravel().tolist()})
     return {
         "prompt_id": trajectory.prompt.prompt_id,

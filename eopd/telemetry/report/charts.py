@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from markupsafe import Markup
@@ -36,6 +36,11 @@ class Line:
     color: int = 0
     dash: int = 0
 
+    @property
+    def classes(self) -> str:
+        """What the style sheet draws it by."""
+        return f"c{self.color % NUM_COLORS} d{self.dash % NUM_DASHES}"
+
     def points(self) -> list[tuple[float, float]]:
         """Those that can be drawn."""
         return [(x, y) for x, y in zip(self.xs, self.ys, strict=True) if y is not None and math.isfinite(y)]
@@ -44,12 +49,12 @@ class Line:
 class Frame:
     """Data to picture: x over the whole width, y from 0 (or the lowest value below it) to the highest."""
 
-    def __init__(self, points: Sequence[tuple[float, float]], y_max: float | None = None) -> None:
-        xs, ys = [x for x, _ in points] or [0.0], [y for _, y in points] or [0.0]
+    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+        xs, ys = [x for x, _ in points] or [0.0], [0.0, *(y for _, y in points)]
         self.x_min, self.x_max = min(xs), max(*xs, min(xs) + 1.0)
-        self.y_min, self.y_max = min(0.0, *ys), max(0.0, *ys) if y_max is None else y_max
-        if self.y_max <= self.y_min:
-            self.y_max = self.y_min + 1.0
+        self.y_min, self.y_max = min(ys), max(ys)
+        if self.y_max == self.y_min:
+            self.y_max += 1.0
 
     def x(self, value: float) -> float:
         """Pixels from the left."""
@@ -96,36 +101,38 @@ def thinned(line: Line, num_points: int) -> Line:
 
 def smoothed(line: Line) -> Line:
     """A centred running mean over a tenth of the curve."""
-    half = len(line.xs) // 20
-    ys = [y or 0.0 for y in line.ys]
-    means = [sum(part) / len(part) for i in range(len(ys)) if (part := ys[max(0, i - half) : i + half + 1])]
-    return Line(line.label, line.xs, means, line.color, line.dash)
+    points = line.points()
+    half = len(points) // 20
+    parts = [points[max(0, i - half) : i + half + 1] for i in range(len(points))]
+    means = [sum(y for _, y in part) / len(part) for part in parts]
+    return Line(line.label, [x for x, _ in points], means, line.color, line.dash)
 
 
 def curves(title: str, lines: Sequence[Line], *, percent: bool = False) -> Markup:
-    """Lines over steps: what was measured, faint, and its running mean. Lines must be thinned, without gaps."""
+    """Lines over steps: what was measured, faint, and its running mean."""
     frame = Frame([point for line in lines for point in line.points()])
     parts = [frame.axes(percent)]
     for line in lines:
         if points := line.points():
-            names = f"c{line.color % NUM_COLORS} d{line.dash % NUM_DASHES}"
-            parts.append(f'<path class="raw {names}" d="{frame.path(points)}"/>')
+            parts.append(f'<path class="raw {line.classes}" d="{frame.path(points)}"/>')
             usual = smoothed(line).points()
-            parts.append(f'<path class="line {names}" d="{frame.path(usual)}"/>')
+            parts.append(f'<path class="line {line.classes}" d="{frame.path(usual)}"/>')
             x, y = usual[-1]
             mark = MARKS[line.color % NUM_COLORS]
-            parts.append(f'<path class="mark {names}" transform="translate({frame.x(x)} {frame.y(y)})" d="{mark}"/>')
+            parts.append(
+                f'<path class="mark {line.classes}" transform="translate({frame.x(x)} {frame.y(y)})" d="{mark}"/>'
+            )
     return _svg(title, parts, lines, frame, percent=percent)
 
 
 def stacked(title: str, lines: Sequence[Line], classes: Sequence[str]) -> Markup:
-    """Areas on top of each other; all lines have the same steps, and ``classes`` fill them from below."""
+    """Areas on top of each other; lines have the same steps and no gaps, and ``classes`` fill them from below."""
     floors = [0.0] * len(lines[0].xs)
     edges = [floors]
     for line in lines:
-        floors = [floor + (y or 0.0) for floor, y in zip(floors, line.ys, strict=True)]
+        floors = [floor + y for floor, (_, y) in zip(floors, line.points(), strict=True)]
         edges.append(floors)
-    frame = Frame([(x, y) for x, y in zip(lines[0].xs, floors, strict=True)])
+    frame = Frame(list(zip(lines[0].xs, floors, strict=True)))
     parts = [frame.axes()]
     for line, (below, above), name in zip(lines, itertools.pairwise(edges), classes, strict=True):
         xs = [*line.xs, *reversed(line.xs)]
@@ -136,28 +143,19 @@ def stacked(title: str, lines: Sequence[Line], classes: Sequence[str]) -> Markup
 
 def histogram(title: str, lines: Sequence[Line], bin_width: float, threshold: float | None) -> Markup:
     """Shares of tokens by bin, as steps; ``ys`` are shares, ``xs`` left edges of the bins."""
-    points = [point for line in lines for point in line.points()]
-    used = [x for x, y in points if y > 0.0]
-    right = max([*used, 1.0]) + bin_width
-    lines = [Line(line.label, *_until(line, right), line.color, line.dash) for line in lines]
-    frame = Frame([(right, 0.0), *((x, y) for x, y in points if x < right)])
+    right = bin_width + max([1.0, *(x for line in lines for x, y in line.points() if y > 0.0)])
+    kept = round(right / bin_width)
+    lines = [replace(line, xs=line.xs[:kept], ys=line.ys[:kept]) for line in lines]
+    frame = Frame([(right, 0.0), *(point for line in lines for point in line.points())])
     parts = [frame.axes(percent=True)]
     for line in lines:
-        outline = [(line.xs[0], 0.0)] if line.xs else []
-        for x, y in line.points():
-            outline += [(x, y), (x + bin_width, y)]
-        names = f"c{line.color % NUM_COLORS} d{line.dash % NUM_DASHES}"
-        parts.append(f'<path class="bars {names}" d="{frame.path([*outline, (right, 0.0)])}"/>')
+        outline = [corner for x, y in line.points() for corner in ((x, y), (x + bin_width, y))]
+        parts.append(f'<path class="bars {line.classes}" d="{frame.path([(0.0, 0.0), *outline, (right, 0.0)])}"/>')
     if threshold is not None and threshold < right:
         x = frame.x(threshold)
         parts.append(f'<line class="threshold" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text class="threshold" x="{x + 4}" y="{TOP + 9}">gate opens</text>')
     return _svg(title, parts, lines, frame, percent=True, x="nats from")
-
-
-def _until(line: Line, right: float) -> tuple[list[float], list[float | None]]:
-    kept = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if x < right - 1e-9]
-    return [x for x, _ in kept], [y for _, y in kept]
 
 
 def _svg(
@@ -170,7 +168,7 @@ def _svg(
         "to": frame.x_max,
         "percent": percent,
         "lines": [
-            {"label": line.label, "class": f"c{line.color % NUM_COLORS} d{line.dash % NUM_DASHES}", "points": points}
+            {"label": line.label, "points": points}
             for line in lines
             if (points := [[x, float(f"{y:.4g}")] for x, y in line.points()])
         ],

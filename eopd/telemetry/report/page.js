@@ -10,7 +10,7 @@
   const dataAfter = (element) => JSON.parse(element.parentElement.querySelector("script").textContent);
   const nats = (value) => (value === null ? "−∞" : value.toFixed(3));
   const chance = (logprob) => (logprob === null ? "0%" : percent(100 * Math.exp(logprob)));
-  const percent = (value) => (value >= 10 ? value.toFixed(1) : value.toPrecision(2).replace(/e.*/, "")) + "%";
+  const percent = (value) => (value < 0.01 ? "below 0.01" : value < 10 ? value.toPrecision(2) : value.toFixed(1)) + "%";
 
   for (const input of document.querySelectorAll(".controls input"))
     input.addEventListener("change", () => document.body.classList.toggle("by-kl", input.value === "kl" && input.checked));
@@ -64,7 +64,12 @@
     span.classList.add("here");
     fill(data, data.tokens[Array.prototype.indexOf.call(text.children, span)]);
     card.hidden = false;
-    const box = span.getClientRects()[0] || span.getBoundingClientRect();
+    place();
+  };
+
+  const place = () => {
+    if (!here) return;
+    const box = here.getClientRects()[0];
     const left = Math.max(8, Math.min(box.left, innerWidth - card.offsetWidth - 8));
     const below = box.bottom + 8;
     const top = below + card.offsetHeight < innerHeight ? below : Math.max(8, box.top - card.offsetHeight - 8);
@@ -86,7 +91,7 @@
       show(text.children[Math.max(0, Math.min(at, text.children.length - 1))]);
     });
   }
-  addEventListener("scroll", leave, { passive: true });
+  addEventListener("scroll", place, { passive: true });
 
   // --- charts
   const readout = document.getElementById("readout");

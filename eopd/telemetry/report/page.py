@@ -52,9 +52,8 @@ HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
     "student_entropy": ("student entropy", "nats"),
     "teacher_entropy": ("teacher entropy", "nats"),
 }
-_FOLDER = Path(__file__).parent
 _ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    loader=jinja2.PackageLoader(__name__, ""), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
 )
 
 
@@ -81,8 +80,6 @@ def write_report(directories: Sequence[Path], output: Path) -> None:
 def render(runs: Sequence[RunRecord]) -> str:
     """The whole page."""
     return _ENVIRONMENT.get_template("page.html").render(
-        css=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
-        script=Markup((_FOLDER / "page.js").read_text(encoding="utf-8")),
         made=time.strftime("%Y-%m-%d %H:%M"),
         runs=runs,
         marks=MARKS,
@@ -95,7 +92,8 @@ def render(runs: Sequence[RunRecord]) -> str:
         histograms=[_histogram(run, phase, record) for run in runs for phase, record in run.held_out.items()],
         splits=[_split(run) for run in runs],
         timelines=[_timeline(run) for run in runs],
-        parts=PARTS,
+        stages={"engines write": "f-rollout", "teachers read": "f-teacher"}
+        | {f"learner {does}": name for does, name in PARTS.values()},
         settings=_table([run.config for run in runs]),
         versions=_table([run.versions for run in runs]),
     )
@@ -104,8 +102,8 @@ def render(runs: Sequence[RunRecord]) -> str:
 def _headline(run: RunRecord) -> Mapping[str, object]:
     """What a person wants to know first."""
     last = run.rows[-1]
-    seconds = sum(value for value in run.column("eopd_step_seconds") if value is not None)
-    tokens = last.get("eopd_response_tokens_total") or 0.0
+    seconds = sum(row["eopd_step_seconds"] for row in run.rows)
+    tokens = last["eopd_response_tokens_total"]
     held_out = run.summary.get("held_out", {})
     return {
         "name": run.name,
@@ -114,9 +112,9 @@ def _headline(run: RunRecord) -> Mapping[str, object]:
         "facts": {
             "steps": f"{last['step']} of {run.config.get('run.batches', '?')}",
             "response tokens": f"{tokens:,.0f}",
-            "tokens per second": f"{tokens / seconds:.1f}" if seconds else "-",
+            "tokens per second": f"{tokens / seconds:.1f}",
             "wall time": _clock(run.summary.get("wall_s", seconds)),
-            "last step": time.strftime("%Y-%m-%d %H:%M", time.localtime(last.get("time", 0.0))),
+            "last step": time.strftime("%Y-%m-%d %H:%M", time.localtime(last["time"])),
         },
         "held_out": [
             _change(label, unit, (held_out.get("before") or {}).get(name), (held_out.get("after") or {}).get(name))
@@ -189,9 +187,9 @@ def _split(run: RunRecord) -> Figure:
 
 def _timeline(run: RunRecord) -> Figure:
     """The step of median length among the later half: what is usual once everything is warm."""
-    later = [row for row in run.rows[len(run.rows) // 2 :] if row.get("eopd_step_seconds")]
-    row = sorted(later or run.rows, key=lambda row: row.get("eopd_step_seconds") or 0.0)[len(later) // 2]
-    seconds = row.get("eopd_step_seconds") or 1.0
+    later = sorted(run.rows[len(run.rows) // 2 :], key=lambda row: float(row["eopd_step_seconds"]))
+    row = later[len(later) // 2]
+    seconds = row["eopd_step_seconds"]
     busy = run.timeline.get(row["step"], {})
     lanes = [
         Lane(

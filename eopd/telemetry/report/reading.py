@@ -7,7 +7,6 @@ Lines that cannot be read are left out and counted; the page says so. The files 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +18,7 @@ from eopd.config.load import flatten
 Record: TypeAlias = Mapping[str, Any]  # one object of a JSON file of ours
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """One run. ``rows`` are those of ``metrics.jsonl``, null for what was not finite; at least one."""
 
@@ -33,7 +32,7 @@ class RunRecord:
     versions: Mapping[str, str]
     notes: Sequence[str]
 
-    @cached_property
+    @property
     def threshold(self) -> float | None:
         """The teacher entropy in nats above which the gate opens; None where it is no such gate."""
         tau = self.config.get("loss.gate.tau")
