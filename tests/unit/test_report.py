@@ -298,14 +298,19 @@ def test_the_page_loads_nothing(run, page, tmp_path):
 def test_long_runs_with_long_samples_stay_under_5_mb(run, page, tmp_path):
     many = dict.fromkeys(("eopd_reverse_kl_nats", "eopd_gate_ratio", "eopd_grad_norm", "eopd_staleness_max"), 1.0 / 3)
     rows = [row(step, **many) for step in range(1, 2001)]
-    texts = tuple(c * 100 for c in "\u6587\u5b57\u5316")
-    wide = {"topk_ids": [[0, 1, 2] * 5] * 2000, "topk_logprobs": [[-2.5] * 15] * 2000}
-    samples = [sample(prompt=f"{n}" * 9000, num_tokens=2000, texts=texts, **wide) for n in range(20)]
+    texts = {str(i): f"{i}" + "\u6587" * 50 for i in range(1200)}  # no two tokens are alike
+    wide = {
+        "ids": list(range(120)),
+        "texts": texts,
+        "topk_ids": [list(range(120 + 9 * r, 129 + 9 * r)) for r in range(120)],
+        "topk_logprobs": [[-2.5] * 9] * 120,
+    }
+    samples = [sample(prompt=f"{n:03}" * 3000, num_tokens=120) | wide for n in range(14)]
     lines = [held_out(phase, *samples) for phase in ("before", "after")]
     found = page(*(run(name, rows=rows, **{"held_out.jsonl": lines}) for name in ("first", "second")))
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
     assert len(found.chart("Reverse KL")["first, reverse KL"]) == 286
-    assert "2000 tokens, the first 166 shown" in found.text
+    assert "120 tokens, the first 104 shown" in found.text
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------

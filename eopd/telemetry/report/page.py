@@ -31,7 +31,7 @@ CURVES: Final[Sequence[tuple[str, Mapping[str, str]]]] = (
         {"eopd_teacher_topk_mass_ratio": "teacher", "eopd_student_topk_mass_ratio": "student"},
     ),
     ("Response length (tokens)", {"eopd_response_tokens_mean": "length"}),
-    ("Ended by themselves (share of responses)", {"eopd_end_token_ratio": "ended"}),
+    ("Ended by itself (share)", {"eopd_end_token_ratio": "ended"}),
     ("Staleness (versions)", {"eopd_staleness_mean": "mean", "eopd_staleness_max": "oldest token"}),
     ("Top k in common (share)", {"eopd_topk_overlap_ratio": "overlap"}),
     ("Engine against learner (nats)", {"eopd_logprob_gap_nats": "|log p - log b|"}),

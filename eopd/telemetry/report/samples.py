@@ -11,8 +11,8 @@ from markupsafe import Markup
 from eopd.telemetry.report.charts import as_json
 from eopd.telemetry.report.reading import Record, RunRecord
 
-MAX_TOKENS, MAX_PROMPTS, MAX_ALTERNATIVES = 8000, 12, 8  # of the whole page, which stays small
-MAX_TEXT = 40  # characters of one token
+MAX_TOKENS, MAX_PROMPTS, MAX_ALTERNATIVES = 5000, 12, 8  # of the whole page, which stays small
+MAX_TEXT, MAX_ALTERNATIVE = 40, 16  # characters of a token and of a candidate
 
 ENTROPY_EDGES: Final = (0.1, 0.4, 0.8, 1.5, 2.5, 4.0)
 KL_EDGES: Final = (-2.0, -0.5, -0.1, 0.1, 0.5, 2.0, 5.0)
@@ -138,19 +138,19 @@ class Token:
 
 
 def _tokens(sample: Record, threshold: float | None) -> Iterator[Token]:
-    def text(token_id: int) -> str:
-        return visible(sample["texts"][str(token_id)])[:MAX_TEXT] or f"⟨{token_id}⟩"
+    def text(token_id: int, most: int) -> str:
+        return visible(sample["texts"][str(token_id)])[:most] or f"⟨{token_id}⟩"
 
     for r, token_id in enumerate(sample["ids"]):
         low, high = sample["entropy_low"][r], sample["entropy_high"][r]
         best = [
-            (text(one), logprob)
+            (text(one, MAX_ALTERNATIVE), logprob)
             for one, logprob in zip(sample["topk_ids"][r], sample["topk_logprobs"][r], strict=True)
             if logprob is not None
         ]
         shown = best[:MAX_ALTERNATIVES]
         yield Token(
-            text=text(token_id),
+            text=text(token_id, MAX_TEXT),
             token_id=token_id,
             counts=bool(sample["loss_mask"][r]),
             student_logprob=sample["student_logprobs"][r],
