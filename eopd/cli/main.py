@@ -102,12 +102,13 @@ def report(
     output: Annotated[Path | None, typer.Option(help="Else RUN/report.html, or ./report.html of several.")] = None,
 ) -> None:
     """Write what runs did, also one under way, into one HTML file that opens anywhere."""
-    target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    if not target.absolute().parent.is_dir():
-        raise ConfigError(f"--output {target}: there is no directory {target.parent}")
     from eopd.telemetry.report.page import write_report
 
-    write_report(runs, target)
+    target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    try:
+        write_report(runs, target)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}") from None
     typer.echo(target)
 
 

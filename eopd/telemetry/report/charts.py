@@ -205,9 +205,8 @@ def timeline(title: str, lanes: Sequence[Lane], seconds: float) -> Markup:
         parts.append(Markup('<text x="0" y="{}" class="lane">{}</text>').format(y + 14, lane.label))
         parts.append(Markup('<rect x="0" width="100%" y="{}" height="18" class="idle"/>').format(y + 20))
         for start, stop, name, what in lane.spans:
-            start, stop = max(start, 0.0), min(stop, seconds)
             shape = Markup('<rect x="{:.3f}%" width="{:.3f}%" y="{}" height="18" class="{}"><title>{}</title></rect>')
-            share, width = 100 * start / seconds, 100 * max(stop - start, 0.0) / seconds
+            share, width = 100 * start / seconds, 100 * (stop - start) / seconds
             parts.append(shape.format(share, width, y + 20, name, f"{what}: {start:.2f} to {stop:.2f} s"))
     for tick in ticks(0.0, seconds, 4):
         share = 100 * tick / seconds

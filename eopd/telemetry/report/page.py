@@ -190,17 +190,15 @@ def _timeline(run: RunRecord) -> Figure:
     later = sorted(run.rows[len(run.rows) // 2 :], key=lambda row: float(row["eopd_step_seconds"]))
     row = later[len(later) // 2]
     seconds = row["eopd_step_seconds"]
-    busy = run.timeline.get(row["step"], {})
-    lanes = [
-        Lane(
-            f"{who}, busy {sum(b - a for a, b in busy.get(stage, [])) / seconds:.0%}",
-            [(a, b, name, does) for a, b in busy.get(stage, [])],
-        )
-        for stage, who, does, name in (
-            ("generate", "Rollout engines", "some write", "f-rollout"),
-            ("score", "Teachers", "some read", "f-teacher"),
-        )
-    ]
+    lanes = []
+    for stage, who, does, name in (
+        ("generate", "Rollout engines", "some write", "f-rollout"),
+        ("score", "Teachers", "some read", "f-teacher"),
+    ):
+        # what began before the step, between it and the one before, is drawn from the step's start
+        busy = [(max(a, 0.0), b) for a, b in run.timeline.get(row["step"], {}).get(stage, []) if b > 0.0]
+        label = f"{who}, busy {sum(b - a for a, b in busy) / seconds:.0%}"
+        lanes.append(Lane(label, [(a, b, name, does) for a, b in busy]))
     spans, start = [], 0.0
     for part, (label, name) in PARTS.items():
         stop = start + (row.get(f"eopd_{part}_seconds") or 0.0)
