@@ -158,6 +158,7 @@ def test_an_asynchronous_run_survives_ctrl_c_and_resumes(program):
     assert program.left_behind() == []
     stopped = json.loads((directory / "summary.json").read_text())
     assert stopped["status"] == "interrupted" and 4 <= stopped["steps"] < 16
+    assert ">interrupted</span>" in (directory / "report.html").read_text()
     assert [p.name for p in (directory / "checkpoints").iterdir()] == [f"step-{stopped['steps']:06d}"]
 
     done = program.run(*arguments, "--resume")
