@@ -43,7 +43,9 @@ def train(
     from eopd.telemetry.console import print_summary
 
     summary, directory = run(resolved, resume=resume)
-    print_summary(summary, directory.samples(), directory.path, directory.report)
+    print_summary(summary, directory.samples(), directory.path)
+    if directory.report.exists():
+        typer.echo(f"report: {directory.report}")
     if summary["status"] != "completed":
         raise typer.Exit(EXIT_INTERRUPTED)
 

@@ -1,7 +1,6 @@
 """One training run from config to summary: check, start, measure, train, measure again, export."""
 
 import asyncio
-import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -29,12 +28,10 @@ from eopd.teacher.vocabulary import load_tokenizer
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Console, Summary
 from eopd.telemetry.prometheus import PrometheusSink
-from eopd.telemetry.report.page import write_report
+from eopd.telemetry.report.page import report_of_ended
 from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry, TimelineSink
 from eopd.telemetry.step import Span, Totals
 from eopd.types import LostTrajectory, ScoredTrajectory, Stored
-
-logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 256  # of prompts, which the student finds probable
 
@@ -104,7 +101,7 @@ class TrainingRun:
         finally:
             summary = self._progress.summary(status)
             self.directory.write_summary(summary)
-            _report(self.directory)
+            report_of_ended(self.directory.path, self.directory.report)
         return summary
 
     def _say(self, text: str) -> None:
@@ -320,16 +317,6 @@ class TrainingRun:
         self._say("stopping after the step under way, with a checkpoint; once more to stop at once")
         self._stopping = asyncio.create_task(self._stop_softly())  # kept: the loop holds tasks weakly
         return True
-
-
-def _report(directory: RunDirectory) -> None:
-    """Write the report of a run that has something to report: whatever happens to it, the run has ended as it has."""
-    if not directory.metrics.exists():
-        return
-    try:
-        write_report([directory.path], directory.report)
-    except Exception:
-        logger.warning("%s could not be written", directory.report, exc_info=True)
 
 
 @contextmanager

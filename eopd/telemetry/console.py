@@ -216,16 +216,9 @@ class Console:
 
 
 def print_summary(
-    summary: Summary,
-    samples: Sequence[Sample],
-    run_directory: Path,
-    report: Path,
-    output: rich.console.Console | None = None,
+    summary: Summary, samples: Sequence[Sample], run_directory: Path, output: rich.console.Console | None = None
 ) -> None:
-    """The table at the end of a run: rate, where the time went, held-out numbers and texts before and after.
-
-    ``report`` is named where it is there.
-    """
+    """The table at the end of a run: rate, where the time went, held-out numbers and texts before and after."""
     output = output or rich.console.Console()
     output.print()
     output.print(
@@ -244,8 +237,6 @@ def print_summary(
         output.print(_sample_table(sample))
     output.print()
     output.print(f"run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True)
-    if report.exists():
-        output.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_status(

@@ -11,7 +11,7 @@ import pytest
 from eopd.cli.main import main
 from eopd.config import ConfigError
 from eopd.telemetry.report.charts import Frame, Line, curves, histogram, smoothed, stacked, thinned, ticks
-from eopd.telemetry.report.page import write_report
+from eopd.telemetry.report.page import report_of_ended, write_report
 from eopd.telemetry.report.reading import read_runs
 from eopd.telemetry.report.samples import prompts_of
 
@@ -269,6 +269,14 @@ def test_no_run_or_no_rows_is_one_message_and_exit_code_2(run, files, message, c
     assert caught.value.code == 2
     assert capsys.readouterr().err == message.format(run=directory) + "\n"
     assert not (directory / "report.html").exists()
+
+
+def test_a_report_that_fails_does_not_fail_the_run(run, tmp_path, caplog):
+    report_of_ended(run("empty", **{"metrics.jsonl": None}), tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()
+    report_of_ended(run("spoilt", **{"held_out.jsonl": [{"step": 0}]}), tmp_path / "x.html")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [f"{tmp_path}/x.html could not be written"]
 
 
 def test_the_verb_writes_beside_the_run_or_where_it_is_told(run, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Runs to one HTML file: what goes where on the page. Its text, style and script are the files beside this one."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from typing import Final
 import jinja2
 from markupsafe import Markup
 
+from eopd.config import ConfigError
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.report import charts
 from eopd.telemetry.report.charts import MARKS, Lane, Line
 from eopd.telemetry.report.reading import Record, RunRecord, read_runs
 from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, prompts_of
+
+logger = logging.getLogger(__name__)
 
 POINTS = 1200  # of one metric over all runs
 
@@ -75,6 +79,16 @@ def write_report(directories: Sequence[Path], output: Path) -> None:
         OSError: ``output`` cannot be written.
     """
     output.write_text(render(read_runs(directories)), encoding="utf-8")
+
+
+def report_of_ended(directory: Path, output: Path) -> None:
+    """The report of a run that has ended as it has: a report that fails changes nothing, and is logged."""
+    try:
+        write_report([directory], output)
+    except ConfigError as nothing_to_show:
+        logger.info("no report: %s", nothing_to_show)
+    except Exception:
+        logger.warning("%s could not be written", output, exc_info=True)
 
 
 def render(runs: Sequence[RunRecord]) -> str:
