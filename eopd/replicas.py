@@ -95,9 +95,9 @@ class Replicas(Generic[W]):
         return sum(replica.takes_work(time.monotonic()) for replica in self._replicas.values())
 
     @property
-    def num_in_flight(self) -> int:
-        """Requests that wait for an answer."""
-        return sum(replica.in_flight for replica in self._replicas.values())
+    def in_flight(self) -> dict[int, int]:
+        """Requests that wait for an answer, by the number of the replica."""
+        return {index: replica.in_flight for index, replica in self._replicas.items()}
 
     async def attempt(self, work: Callable[[W], Awaitable[R]], tried: list[int]) -> R:
         """Do ``work`` on the least loaded replica that takes some, better on one that is not in ``tried``.

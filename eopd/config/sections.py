@@ -134,7 +134,8 @@ class FlowConfig(Section):
 class LearnerConfig(Section):
     """The DeepSpeed gang. ``max_skipped_steps`` optimiser steps of a run may be skipped for a loss or gradient that is
     not finite; the next one ends the run. Ranks that do not answer within ``timeout_s`` are started again from the last
-    checkpoint. ``deepspeed`` goes to the engine untouched; keys this project must own are refused there.
+    checkpoint. ``peak_flops`` is what the device of one rank can do in a second at best: with it there is an MFU.
+    ``deepspeed`` goes to the engine untouched; keys this project must own are refused there.
     """
 
     ranks: int = Field(1, ge=1)
@@ -154,6 +155,7 @@ class LearnerConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: bool = False
     timeout_s: float = Field(3600.0, gt=0.0)
+    peak_flops: float | None = Field(None, gt=0.0)
     deepspeed: NativeOptions = {}
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ comes out; no result depends on how the batch is cut or spread.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,10 @@ from eopd.config.teacher import EntropyBound
 from eopd.learner.collate import Weighting
 from eopd.learner.deepspeed_engine import gather_all
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
-from eopd.types import Exact, Header, ScoredTrajectory, TeacherSignal, TrajectoryKey
+from eopd.telemetry.catalog import series
+from eopd.types import Exact, Header, Int32Array, ScoredTrajectory, Stored, TeacherSignal, TrajectoryKey
+
+_ENTROPY_LEVELS: Final = (0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,13 +87,39 @@ def _sound(scored: ScoredTrajectory, entropy_R: Tensor) -> Tensor:
     return torch.from_numpy(numbers & (outcomes_RO < np.inf).all(1)) & entropy_R.isfinite()
 
 
-def batch_metrics(headers: Sequence[Header], weightings: Mapping[TrajectoryKey, Weighting]) -> dict[str, float]:
-    """Means over these trajectories, on all ranks: how far bounds leave the gate open, and the reward; collective."""
-    mine = [(weightings[header.key].gate_uncertain, header.num_loss_tokens, header.reward) for header in headers]
-    uncertain, counts, rewards = zip(*gather_all(mine), strict=True)
-    metrics = {"eopd_gate_uncertain_ratio": sum(uncertain) / max(sum(counts), 1)}
+def batch_metrics(
+    applied: Sequence[Stored[ScoredTrajectory]], weightings: Mapping[TrajectoryKey, Weighting]
+) -> dict[str, float]:
+    """Of these trajectories, on all ranks: how far bounds leave the gate open, how the teacher's entropy spreads over
+    loss tokens, how much responses repeat themselves, and the reward; collective, 4 bytes a token.
+    """
+    mine = []
+    for stored in applied:
+        header, trajectory = stored.header, cast(ScoredTrajectory, stored.body).trajectory
+        weighting = weightings[header.key]
+        entropy = weighting.entropy_R[torch.tensor(trajectory.loss_mask)].numpy()
+        mine.append((weighting.gate_uncertain, entropy, repetition(trajectory.response_ids), header.reward))
+    uncertain, entropies, repeated, rewards = zip(*gather_all(mine), strict=True)
+    entropy = np.concatenate(entropies)
+    metrics = {
+        "eopd_gate_uncertain_ratio": sum(uncertain) / max(len(entropy), 1),
+        "eopd_repetition_ratio": sum(repeated) / len(repeated),
+    }
+    if len(entropy):
+        for level, value in zip(_ENTROPY_LEVELS, np.quantile(entropy, _ENTROPY_LEVELS), strict=True):
+            metrics[series("eopd_teacher_entropy_quantile_nats", quantile=str(level))] = float(value)
     given = [reward for reward in rewards if reward is not None]
     return metrics | ({"eopd_reward_mean": sum(given) / len(given)} if given else {})
+
+
+def repetition(response_ids_R: Int32Array) -> float:
+    """Share of the response's runs of four tokens that occur in it before; 0 below four tokens.
+
+    For example 1 2 1 2 1 2 1 has the runs 1212, 2121, 1212, 2121: two of four are repeated.
+    """
+    ids = response_ids_R.tolist()
+    runs = list(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
+    return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def entropy_bounds(signal: TeacherSignal) -> tuple[Tensor, Tensor]:

@@ -137,7 +137,7 @@ class LearnerRank:
         steps, weightings = self._pack(share, self._weigh)
         if len(steps) > 1:  # one optimiser step is its own "policy at the start of the batch"
             steps = [[self._with_old_logprobs(packed) for packed in step] for step in steps]
-        terms, norms, rates, headers, num_loss_tokens = [], [], [], [], 0
+        terms, norms, rates, applied, num_loss_tokens = [], [], [], [], 0
         for number, (packs, step) in enumerate(zip(steps, share.steps, strict=True)):
             rate = self._engine.learning_rate
             losses, sums_N = self._accumulate(step, packs, share.alpha)
@@ -148,12 +148,12 @@ class LearnerRank:
             terms.append(sums_N)
             norms.append(norm)
             rates.append(rate)
-            headers += [stored.header for micro in step.ranks[0] for stored in micro]
+            applied += [stored for micro in step.ranks[0] for stored in micro]
             num_loss_tokens += step.num_loss_tokens
         self.version = PolicyVersion(self.version.incarnation, self.version.step + 1)
         metrics = {"eopd_loss_tokens": float(num_loss_tokens), "eopd_skipped_steps_total": float(self._num_skipped)}
         if terms:
-            metrics |= _means(terms, num_loss_tokens) | batch_metrics(headers, weightings)
+            metrics |= _means(terms, num_loss_tokens) | batch_metrics(applied, weightings)
             metrics |= {
                 "eopd_grad_norm": sum(norms) / len(norms),
                 "eopd_learning_rate": rates[-1],

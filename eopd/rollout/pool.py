@@ -2,7 +2,7 @@
 
 from eopd.replicas import ReplicaFailedError, Replicas
 from eopd.roles import RolloutEngine
-from eopd.telemetry.catalog import Row
+from eopd.telemetry.catalog import Row, series
 from eopd.types import LossReason, LostTrajectory, PromptSample, Sampling, Stored, Trajectory, TrajectoryKey
 
 
@@ -42,9 +42,12 @@ class EnginePool:
         return self._engines.status()
 
     def metrics(self) -> Row:
-        """What became of the engines so far."""
+        """What became of the engines so far, and what each writes now."""
         return {
             "eopd_engine_failures_total": float(self._engines.num_failures),
             "eopd_engine_replacements_total": float(self._engines.num_replacements),
             "eopd_engines_up": float(self._engines.num_up),
+        } | {
+            series("eopd_engine_in_flight_trajectories", engine=str(index)): float(count)
+            for index, count in self._engines.in_flight.items()
         }

@@ -8,6 +8,7 @@ driver.
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -42,6 +43,7 @@ from eopd.types import (
 
 if TYPE_CHECKING:
     from eopd.evaluation.verifier import Verifier
+    from eopd.learner.cost import Cost
     from eopd.learner.learner import LearnerRank
     from eopd.rollout.engine import VllmRolloutEngine
     from eopd.teacher.scoring import SignalScorer
@@ -237,6 +239,7 @@ class LearnerActor(_Actor):
     """Hosts one ``LearnerRank`` and its end of the weight channel."""
 
     _rank: "LearnerRank"
+    _cost: "Cost"
     _sender: "WeightSender"
 
     def rendezvous(self) -> tuple[str, int]:
@@ -246,6 +249,7 @@ class LearnerActor(_Actor):
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, config: Config, rank: int, address: str, port: int, incarnation: int) -> None:  # noqa: D102
+        from eopd.learner.cost import Cost
         from eopd.learner.learner import LearnerRank
         from eopd.learner.lora import whole_tensors
         from eopd.weights.source import ModelSource
@@ -266,6 +270,7 @@ class LearnerActor(_Actor):
             master_port=port,
         )
         self._rank.version = PolicyVersion(incarnation, 0)
+        self._cost = Cost(self._rank.model, config.learner.peak_flops)
         self._sender = WeightSender(
             ModelSource(whole_tensors(self._rank.model), rank=rank, zero_stage=config.learner.zero_stage),
             rank=rank,
@@ -277,8 +282,11 @@ class LearnerActor(_Actor):
         )
 
     def step(self, share: PackedBatch, *bodies: object) -> LearnerStats:
-        """``bodies`` are this rank's, in the order of ``share.stored()``; Ray has fetched them."""
-        return self._rank.step(with_bodies(share, bodies))
+        """``bodies`` are this rank's, in the order of ``share.stored()``; Ray has fetched them. So are the costs."""
+        started = time.monotonic()
+        stats = self._rank.step(with_bodies(share, bodies))
+        num_tokens = sum(stored.header.num_tokens for stored in share.stored())
+        return replace(stats, metrics={**stats.metrics, **self._cost.row(num_tokens, time.monotonic() - started)})
 
     def evaluate(self, share: PackedBatch, *bodies: object) -> EvalStats:  # noqa: D102
         return self._rank.evaluate(with_bodies(share, bodies))

@@ -1,8 +1,10 @@
 """The learner ranks as one: they start together, answer together, and are lost together."""
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import ray
 from ray.actor import ActorHandle
@@ -14,6 +16,12 @@ from eopd.runtime.actors import LearnerActor, Spawn, dies_as, with_bodies
 from eopd.runtime.placement import plan_learner
 from eopd.types import EvalStats, Float32Array, Int32Array, LearnerStats, PackedBatch, PolicyVersion
 
+# What each rank says of itself, and how it becomes one number; the other metrics are of all ranks already.
+_COSTS: Mapping[str, Callable[[list[float]], float]] = {
+    "eopd_learner_flops_per_second": fmean,
+    "eopd_learner_mfu_ratio": fmean,
+    "eopd_learner_memory_bytes": max,
+}
 _DEAD = (RayActorError, OutOfMemoryError)
 _PING_S = 5.0
 
@@ -65,7 +73,7 @@ class LearnerGang:
 
     async def step(self, batch: PackedBatch) -> LearnerStats:  # noqa: D102
         async with self._reserved:
-            return (await self._each_share("step", batch))[0]  # type: ignore[return-value]
+            return with_costs(await self._each_share("step", batch))  # type: ignore[arg-type]
 
     async def evaluate(self, batch: PackedBatch) -> EvalStats:  # noqa: D102
         async with self._reserved:
@@ -141,3 +149,14 @@ class LearnerGang:
             ping.cancel()
         dead = [ping.done() and not ping.cancelled() and isinstance(ping.exception(), _DEAD) for ping in pings]
         return dead.index(True) if any(dead) else None
+
+
+def with_costs(of_ranks: Sequence[LearnerStats]) -> LearnerStats:
+    """What the first rank says, with the costs of all ranks: mean rates, and the most memory."""
+    first = of_ranks[0]
+    costs = {
+        name: reduce([stats.metrics[name] for stats in of_ranks])
+        for name, reduce in _COSTS.items()
+        if name in first.metrics
+    }
+    return replace(first, metrics={**first.metrics, **costs})

@@ -30,7 +30,7 @@ from eopd.telemetry.console import Console, Summary
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
 from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry, TimelineSink
-from eopd.telemetry.step import Span, Totals
+from eopd.telemetry.step import Span, Totals, driver_row
 from eopd.types import LostTrajectory, ScoredTrajectory, Stored
 
 _PROBE_TOKENS = 256  # of prompts, which the student finds probable
@@ -201,6 +201,8 @@ class TrainingRun:
             "eopd_learner_restarts_total": float(self._progress.learner_restarts),
             "eopd_weight_failures_total": float(members.channel.num_failures),
             "eopd_object_store_bytes": cluster.object_store_bytes(),
+            "eopd_staleness_bound": float(self._config.flow.max_staleness),
+            **driver_row(),
         }
 
     def _count(self, row: Row) -> None:

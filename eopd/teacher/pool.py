@@ -69,7 +69,7 @@ class TeacherPool:
             "eopd_teacher_failures_total": self._replicas.num_failures,
             "eopd_teacher_replacements_total": self._replicas.num_replacements,
             "eopd_teacher_replicas_up": self._replicas.num_up,
-            "eopd_teacher_in_flight_trajectories": self._replicas.num_in_flight,
+            "eopd_teacher_in_flight_trajectories": sum(self._replicas.in_flight.values()),
         }
         return {series(name, teacher=self._name): float(value) for name, value in values.items()}
 

@@ -25,6 +25,7 @@ Unit = Literal[
     "bytes",
     "tokens",
     "tokens per second",
+    "FLOP per second",
     "trajectories",
     "steps",
     "versions",
@@ -51,6 +52,9 @@ class Metric:
 _nats = partial(Metric, "gauge", "nats")
 _ratio = partial(Metric, "gauge", "ratio")
 _seconds = partial(Metric, "gauge", "seconds")
+_bytes = partial(Metric, "gauge", "bytes")
+_versions = partial(Metric, "gauge", "versions")
+_trajectories = partial(Metric, "gauge", "trajectories")
 _number = partial(Metric, "gauge", "dimensionless")
 _counter = partial(Metric, "counter", "dimensionless")
 
@@ -65,11 +69,7 @@ _OBJECTIVE: Final = (
         "Mean log p_old(y) - log q(y): how much surer of its own text the student is than the teacher.",
         "Falls towards 0; a rise together with the response length is the length run-away.",
     ),
-    _nats(
-        "eopd_forward_kl_nats",
-        "Forward KL on the teacher's top k, gated or not.",
-        "Falls, and is never negative.",
-    ),
+    _nats("eopd_forward_kl_nats", "Forward KL on the teacher's top k, gated or not.", "Falls, and is never negative."),
     _nats(
         "eopd_forward_kl_gated_nats",
         "Forward KL where the gate is open, over these tokens; 0 where there are none.",
@@ -104,6 +104,12 @@ _DISTRIBUTIONS: Final = (
         "eopd_teacher_entropy_nats",
         "Teacher entropy over the whole vocabulary.",
         "Steady; a fall together with the gate share is the first sign of collapse.",
+    ),
+    _nats(
+        "eopd_teacher_entropy_quantile_nats",
+        "Quantiles of the teacher entropy over the batch's loss tokens.",
+        "A median near 0 under a 0.9 quantile above the gate's threshold; all near 0 is collapse.",
+        ("quantile",),
     ),
     _nats(
         "eopd_student_entropy_nats",
@@ -158,18 +164,26 @@ _FLOW: Final = (
     _ratio(
         "eopd_truncated_ratio", "Share of the batch's responses cut by the length limit.", "Low; a rise is collapse."
     ),
-    Metric("gauge", "versions", "eopd_staleness_mean", "Mean age of the batch when consumed.", "0 when synchronous."),
-    Metric("gauge", "versions", "eopd_staleness_max", "Oldest token of the batch.", "At most flow.max_staleness."),
-    Metric(
-        "gauge",
-        "trajectories",
+    _ratio(
+        "eopd_repetition_ratio",
+        "Mean share of a response's runs of four tokens that it has written before.",
+        "Steady and low; a rise with the response length is collapse.",
+    ),
+    _versions("eopd_staleness_mean", "Mean age of the batch when consumed.", "0 when synchronous."),
+    _versions("eopd_staleness_max", "Oldest token of the batch.", "At most eopd_staleness_bound."),
+    _versions("eopd_staleness_bound", "flow.max_staleness of the run.", "Constant."),
+    _ratio(
+        "eopd_staleness_ratio",
+        "Share of the batch's trajectories that were so many versions old when consumed.",
+        "All at 0 when synchronous; none above eopd_staleness_bound.",
+        ("versions",),
+    ),
+    _trajectories(
         "eopd_in_flight_trajectories",
         "Trajectories being written or scored when the batch was taken.",
         "0 when synchronous; otherwise 0 means that engines idle while the learner trains.",
     ),
-    Metric(
-        "gauge",
-        "trajectories",
+    _trajectories(
         "eopd_ready_trajectories",
         "Scored trajectories in the buffer that wait for the learner.",
         "About a batch when asynchronous; 0 means that the learner is the one who waits.",
@@ -207,9 +221,7 @@ _TEACHERS: Final = (
         "eopd_teacher_replacements_total", "Replicas started in the place of one that was lost.", "Flat.", ("teacher",)
     ),
     _number("eopd_teacher_replicas_up", "Replicas that take work.", "All of them.", ("teacher",)),
-    Metric(
-        "gauge",
-        "trajectories",
+    _trajectories(
         "eopd_teacher_in_flight_trajectories",
         "Trajectories being scored.",
         "Below the batch; steadily high where the teacher is the slowest part.",
@@ -219,11 +231,23 @@ _TEACHERS: Final = (
 
 _FAULTS: Final = (
     _number("eopd_engines_up", "Rollout engines that take work.", "All of them."),
+    _trajectories(
+        "eopd_engine_in_flight_trajectories",
+        "Trajectories that a rollout engine was writing when the step ended.",
+        "0 when synchronous; otherwise alike on all engines: one far above the rest is slow.",
+        ("engine",),
+    ),
     _counter("eopd_engine_failures_total", "Times a rollout engine did not answer, and another was asked.", "Flat."),
     _counter("eopd_engine_replacements_total", "Rollout engines started in the place of lost ones.", "Flat."),
     _counter("eopd_learner_restarts_total", "Times all learner ranks were started again from a checkpoint.", "Flat."),
     _counter("eopd_weight_failures_total", "Weight transfers that failed and were repaired.", "Flat."),
-    Metric("gauge", "bytes", "eopd_object_store_bytes", "What the object stores of all nodes hold.", "Flat."),
+    _bytes("eopd_object_store_bytes", "What the object stores of all nodes hold.", "Flat."),
+    _bytes("eopd_driver_memory_bytes", "Resident memory of the driver.", "Flat."),
+    _bytes(
+        "eopd_learner_memory_bytes",
+        "The most memory a learner rank has held: tensors on its GPU, or its process without one.",
+        "Flat after the longest batch; near the device's size, lower learner.token_budget.",
+    ),
 )
 
 _TIME: Final = (
@@ -231,6 +255,11 @@ _TIME: Final = (
         "eopd_step_seconds",
         "From waiting for a batch to its weights being served.",
         "Steady after the first steps.",
+    ),
+    _seconds(
+        "eopd_last_step_timestamp_seconds",
+        "When the last step ended, in seconds since 1970.",
+        "Less than a few eopd_step_seconds ago.",
     ),
     _seconds("eopd_generate_seconds", "Time of the step with a response being written.", "Follows the length."),
     _seconds("eopd_score_seconds", "Time of the step with a response being scored.", "Below generation."),
@@ -246,17 +275,27 @@ _TIME: Final = (
         "Small; most of the wait where the teachers are the slowest part.",
     ),
     _seconds("eopd_train_seconds", "Time of the learner's update.", "Steady."),
+    Metric(
+        "gauge",
+        "FLOP per second",
+        "eopd_learner_flops_per_second",
+        "Mean rate of a learner rank's update, by the formula of eopd/learner/cost.py.",
+        "Steady.",
+    ),
+    _ratio(
+        "eopd_learner_mfu_ratio",
+        "That rate over learner.peak_flops, where it is set: model FLOPs utilisation.",
+        "Steady; PaLM reports 0.46 for its training.",
+    ),
     _seconds("eopd_weights_seconds", "From the update's end until every engine serves its weights.", "Below training."),
     _seconds("eopd_weight_transfer_seconds", "Time the new weights travelled, while engines wrote on.", "Steady."),
     _seconds("eopd_weight_pause_seconds", "Longest time an engine stood still to load them.", "Below one second."),
-    Metric(
-        "gauge",
-        "nats",
+    _nats(
         "eopd_weight_probe_nats",
         "How far an engine's log-probabilities of a fixed text were from the learner's when last asked, on average.",
         "Below 0.001 in float32, below 0.2 in bfloat16.",
     ),
-    Metric("gauge", "bytes", "eopd_weight_bytes", "Bytes sent for one weight sync, per engine.", "Constant."),
+    _bytes("eopd_weight_bytes", "Bytes sent for one weight sync, per engine.", "Constant."),
 )
 
 CATALOG: Final[Mapping[str, Metric]] = {

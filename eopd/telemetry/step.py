@@ -2,13 +2,17 @@
 publishes them.
 """
 
+import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 from eopd.telemetry.catalog import Row, series
 from eopd.types import Header, LearnerStats, LossReason, PublishStats, StopReason
 
+STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")
 Span = tuple[float, float]
 
 
@@ -57,6 +61,7 @@ def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
     """Lengths, endings and staleness of a batch consumed at learner version ``version``."""
     count = len(headers)
     staleness = [version - h.oldest_version for h in headers]
+    ages = [STALENESS_AGES[min(age, len(STALENESS_AGES) - 1)] for age in staleness]
     ended = sum(h.stop_reason is StopReason.END_TOKEN for h in headers)
     return {
         "eopd_response_tokens_mean": sum(h.num_response_tokens for h in headers) / count,
@@ -64,6 +69,15 @@ def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
         "eopd_truncated_ratio": 1.0 - ended / count,
         "eopd_staleness_mean": sum(staleness) / count,
         "eopd_staleness_max": float(max(staleness)),
+    } | {series("eopd_staleness_ratio", versions=age): ages.count(age) / count for age in STALENESS_AGES}
+
+
+def driver_row() -> Row:
+    """When the step ended, and what this process holds in memory."""
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "eopd_last_step_timestamp_seconds": time.time(),
+        "eopd_driver_memory_bytes": float(resident_pages * os.sysconf("SC_PAGE_SIZE")),
     }
 
 

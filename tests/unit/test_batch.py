@@ -8,7 +8,7 @@ import torch
 
 from eopd.config import LossConfig
 from eopd.learner import batch
-from eopd.learner.batch import Weigher, advantages, batch_metrics
+from eopd.learner.batch import Weigher, advantages, batch_metrics, repetition
 from eopd.types import (
     Bounds,
     Exact,
@@ -16,6 +16,7 @@ from eopd.types import (
     PromptSample,
     ScoredTrajectory,
     StopReason,
+    Stored,
     TeacherSignal,
     Trajectory,
     TrajectoryKey,
@@ -82,11 +83,32 @@ def weigh(bodies, *, bound="mid", rewards=None, **loss):
 def test_the_policy_decides_between_the_bounds_and_the_uncertain_share_is_reported(others, bound, gates, entropies):
     # tau = 0.8 lies between the bounds of the second token alone; the fourth is masked.
     known = bounds([0.1, 0.5, 1.0, 0.0], [0.3, 1.5, 2.0, 9.0])
-    headers, (weighting,) = weigh([scored("a", known, [True, True, True, False])], bound=bound)
+    bodies = [scored("a", known, [True, True, True, False])]
+    headers, (weighting,) = weigh(bodies, bound=bound)
     assert weighting.gate_R[:3].tolist() == gates
     assert weighting.entropy_R[:3].tolist() == pytest.approx(entropies)
-    found = batch_metrics(headers, {headers[0].key: weighting})
-    assert found == {"eopd_gate_uncertain_ratio": pytest.approx(1 / 3)}
+    found = batch_metrics([Stored(headers[0], bodies[0])], {headers[0].key: weighting})
+    assert found["eopd_gate_uncertain_ratio"] == pytest.approx(1 / 3)
+
+
+def test_quantiles_of_the_entropy_are_over_the_loss_tokens_of_all_ranks(others):
+    bodies = [scored("a", exact(0.0, 99.0, 1.0), [True, False, True])]
+    headers, (weighting,) = weigh(bodies)
+    others.append([(0.0, np.arange(2.0, 11.0), 0.5, None)])  # with ours: 0 to 10
+    found = batch_metrics([Stored(headers[0], bodies[0])], {headers[0].key: weighting})
+    assert {key: value for key, value in found.items() if "quantile" in key} == {
+        'eopd_teacher_entropy_quantile_nats{quantile="0.5"}': pytest.approx(5.0),
+        'eopd_teacher_entropy_quantile_nats{quantile="0.9"}': pytest.approx(9.0),
+        'eopd_teacher_entropy_quantile_nats{quantile="0.99"}': pytest.approx(9.9),
+    }
+    assert found["eopd_repetition_ratio"] == pytest.approx((0.0 + 0.5) / 2)
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"), [([7] * 10, 6 / 7), ([1, 2, 1, 2, 1, 2, 1], 0.5), ([1, 2, 3, 4, 5], 0.0), ([1, 1, 1], 0.0)]
+)
+def test_repetition_is_the_share_of_runs_that_were_there_before(ids, share):
+    assert repetition(np.array(ids, np.int32)) == pytest.approx(share)
 
 
 def test_an_unsure_sigmoid_counts_by_how_far_it_may_move(others):
@@ -188,7 +210,8 @@ def test_rewards_of_other_ranks_are_part_of_the_baseline(others):
     bodies = [scored("a", exact(1.0), [True])]
     headers, (weighting,) = weigh(bodies, rewards=[1.0], **REWARD)
     assert weighting.advantage_bonus == pytest.approx(0.5 * (1.0 - 0.5))
-    assert batch_metrics(headers, {headers[0].key: weighting})["eopd_reward_mean"] == 1.0
+    found = batch_metrics([Stored(headers[0], bodies[0])], {headers[0].key: weighting})
+    assert found["eopd_reward_mean"] == 1.0
 
 
 def test_without_a_verifier_there_is_no_bonus_and_with_one_every_trajectory_has_a_reward(others):

@@ -41,6 +41,8 @@ async def test_a_prompt_of_a_dead_engine_is_written_elsewhere_with_the_same_seed
         "eopd_engine_failures_total": 1.0,
         "eopd_engine_replacements_total": 1.0,
         "eopd_engines_up": 2.0,
+        'eopd_engine_in_flight_trajectories{engine="0"}': 0.0,
+        'eopd_engine_in_flight_trajectories{engine="1"}': 0.0,
     }
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import resource
 import socket
+import time
 import urllib.request
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from eopd.config import ConfigError
 from eopd.telemetry.catalog import CATALOG, MetricError, Row, check_row, parse_series, series
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.sinks import JsonlSink, Telemetry, TimelineSink, append_jsonl
+from eopd.telemetry.step import STALENESS_AGES, batch_row, driver_row
+from eopd.types import Header, StopReason, TrajectoryKey
 
 LOST = 'eopd_lost_trajectories_total{reason="too_stale"}'
 
@@ -90,6 +93,37 @@ def test_a_row_names_its_step() -> None:
     check_row(every_series())
     with pytest.raises(MetricError, match="eopd_step: missing"):
         check_row({"eopd_loss": 1.0})
+
+
+# --- rows
+
+
+def test_a_batch_is_told_by_age() -> None:
+    def header(oldest: int) -> Header:
+        return Header(
+            key=TrajectoryKey(0, "p", 0),
+            source="s",
+            num_prompt_tokens=1,
+            num_response_tokens=2,
+            num_loss_tokens=2,
+            stop_reason=StopReason.LENGTH,
+            oldest_version=oldest,
+            newest_version=9,
+            response_crc32=0,
+            sums={},
+        )
+
+    row = batch_row([header(oldest) for oldest in (9, 9, 8, 4, 1)], version=9)
+    shares = {age: row[series("eopd_staleness_ratio", versions=age)] for age in STALENESS_AGES}
+    assert shares == {"0": 0.4, "1": 0.2, "2": 0.0, "3": 0.0, "4_or_more": 0.4}
+    assert (row["eopd_staleness_mean"], row["eopd_staleness_max"]) == (14 / 5, 8)
+
+
+def test_the_driver_tells_the_time_and_its_memory() -> None:
+    before, row = time.time(), driver_row()
+    assert before <= row["eopd_last_step_timestamp_seconds"] <= time.time()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert row["eopd_driver_memory_bytes"] == pytest.approx(int(status["VmRSS"].split()[0]) * 1024, rel=0.1)
 
 
 # --- fan-out and files
