@@ -4,7 +4,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Literal
+from typing import Literal, Never
 
 import numpy as np
 
@@ -30,9 +30,10 @@ from eopd.telemetry.console import Console, Summary
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
 from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry, TimelineSink
-from eopd.telemetry.step import Span, Totals, driver_row
+from eopd.telemetry.step import Span, Totals, resident_bytes
 from eopd.types import LostTrajectory, ScoredTrajectory, Stored
 
+_STATE_S = 5.0  # how often Prometheus sees who is up
 _PROBE_TOKENS = 256  # of prompts, which the student finds probable
 
 
@@ -66,6 +67,7 @@ class TrainingRun:
         self._interrupted = False
         self._stop_softly: Callable[[], Coroutine[object, object, None]] | None = None
         self._pipeline: Pipeline | None = None
+        self._prometheus: PrometheusSink | None = None
 
     @classmethod
     def new(cls, config: Config, prepared: Prepared) -> "TrainingRun":
@@ -119,6 +121,7 @@ class TrainingRun:
                 self._outlive_learners(members, telemetry),
                 self._watchdog.watch(tell),
                 scale_on_request(self.directory, members.rollouts, tell),
+                self._show_state(members),
             )
 
     def _report(self, members: Crew) -> list[str]:
@@ -202,8 +205,15 @@ class TrainingRun:
             "eopd_weight_failures_total": float(members.channel.num_failures),
             "eopd_object_store_bytes": cluster.object_store_bytes(),
             "eopd_staleness_bound": float(self._config.flow.max_staleness),
-            **driver_row(),
+            "eopd_driver_memory_bytes": resident_bytes(),
         }
+
+    async def _show_state(self, members: Crew) -> Never:
+        """Let Prometheus see who is up also while no step ends: that is when it matters."""
+        while True:
+            await asyncio.sleep(_STATE_S)
+            if self._prometheus is not None:
+                self._prometheus.refresh(self._state_of(members))
 
     def _count(self, row: Row) -> None:
         skipped_before = self._progress.skipped_steps
@@ -290,9 +300,9 @@ class TrainingRun:
         sinks: list[Sink] = [JsonlSink(self.directory.metrics), TimelineSink(self.directory.timeline, self._busy)]
         notes = [f"run directory {self.directory.path}", *self.directory.passed_over()]
         if telemetry.port is not None:
-            prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
-            sinks.append(prometheus)
-            notes.append(f"metrics at http://{prometheus.address}/metrics")
+            self._prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
+            sinks.append(self._prometheus)
+            notes.append(f"metrics at http://{self._prometheus.address}/metrics")
         for name, data in (("training", self._prepared.train), ("held-out", self._prepared.held_out)):
             if data.num_dropped:
                 notes.append(f"{data.num_dropped} {name} prompts longer than prompts.max_tokens left out")

@@ -233,8 +233,8 @@ _FAULTS: Final = (
     _number("eopd_engines_up", "Rollout engines that take work.", "All of them."),
     _trajectories(
         "eopd_engine_in_flight_trajectories",
-        "Trajectories that a rollout engine was writing when the step ended.",
-        "0 when synchronous; otherwise alike on all engines: one far above the rest is slow.",
+        "Trajectories that a rollout engine is writing.",
+        "Alike on all engines: one far above the rest is slow.",
         ("engine",),
     ),
     _counter("eopd_engine_failures_total", "Times a rollout engine did not answer, and another was asked.", "Flat."),

@@ -1,7 +1,8 @@
-"""The newest row at ``http://host:port/metrics``, for Prometheus to scrape.
+"""The newest row, and what has changed since, at ``http://host:port/metrics``, for Prometheus to scrape.
 
-A scrape reads the row as it was last written, so nothing is counted twice: counters in a row are totals already. The
-registry is the sink's own, which keeps several runs in one process, and their tests, apart.
+A scrape reads the row as it was last written, with the state as refreshed between steps, so nothing is counted twice:
+counters in a row are totals already. The registry is the sink's own, which keeps several runs in one process, and their
+tests, apart.
 """
 
 from collections.abc import Iterator
@@ -45,6 +46,10 @@ class PrometheusSink:
     def write(self, row: Row) -> None:
         """Show this row from now on."""
         self._latest.row = dict(row)
+
+    def refresh(self, row: Row) -> None:
+        """Show these series as they are now, and the others as they were: state goes on when steps do not."""
+        self._latest.row = {**self._latest.row, **row}
 
     def close(self) -> None:
         """Stop serving and free the port."""

@@ -72,13 +72,10 @@ def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
     } | {series("eopd_staleness_ratio", versions=age): ages.count(age) / count for age in STALENESS_AGES}
 
 
-def driver_row() -> Row:
-    """When the step ended, and what this process holds in memory."""
-    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "eopd_last_step_timestamp_seconds": time.time(),
-        "eopd_driver_memory_bytes": float(resident_pages * os.sysconf("SC_PAGE_SIZE")),
-    }
+def resident_bytes() -> float:
+    """What this process holds in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def step_row(
@@ -97,6 +94,7 @@ def step_row(
     row |= {f"eopd_{stage}_seconds": spent for stage, spent in seconds.items()}
     row |= {
         "eopd_step": float(stats.version.step),
+        "eopd_last_step_timestamp_seconds": time.time(),
         "eopd_in_flight_trajectories": float(in_flight),
         "eopd_ready_trajectories": float(ready),
         "eopd_response_tokens_per_second": sum(h.num_response_tokens for h in headers) / seconds["step"],

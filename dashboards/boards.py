@@ -1,0 +1,225 @@
+"""What the dashboards show, as data: boards of rows of lines of panels. ``build.py`` makes Grafana's JSON of it.
+
+A panel is a title and the catalogue's metrics that it draws, all of one unit. The panels of a line share its width
+equally; units, descriptions and healthy ranges come from the catalogue.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from eopd.telemetry.catalog import CATALOG, Unit
+
+Kind = Literal["timeseries", "stat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """``query`` wraps each metric's selector, e.g. ``rate({}[$__rate_interval])``; ``result`` is its unit then."""
+
+    title: str
+    metrics: tuple[str, ...]
+    kind: Kind = "timeseries"
+    stacked: bool = False
+    query: str = "{}"
+    result: Unit | None = None
+
+    @property
+    def unit(self) -> Unit:
+        """What the panel is drawn in."""
+        (unit,) = {CATALOG[name].unit for name in self.metrics}
+        return self.result or unit
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """One dashboard. ``rows`` are lines of panels by heading."""
+
+    uid: str
+    title: str
+    description: str
+    rows: dict[str, tuple[tuple[Panel, ...], ...]]
+
+
+def _one(title: str, *metrics: str) -> Panel:
+    return Panel(title, metrics)
+
+
+def _stat(title: str, metric: str) -> Panel:
+    query = "sum by (run) ({})" if CATALOG[metric].labels else "{}"
+    return Panel(title, (metric,), kind="stat", query=query)
+
+
+# What a step is made of, one after the other.
+STEP: Final = (
+    "eopd_wait_rollout_seconds",
+    "eopd_wait_teacher_seconds",
+    "eopd_train_seconds",
+    "eopd_weights_seconds",
+)
+
+OVERVIEW: Final = Board(
+    "eopd-overview",
+    "eopd / Overview",
+    "Is the run healthy, and where does the time go?",
+    {
+        "Is it healthy": (
+            (
+                _stat("Step", "eopd_step"),
+                _stat("Last step", "eopd_last_step_timestamp_seconds"),
+                _stat("Reverse KL", "eopd_reverse_kl_nats"),
+                _stat("Gate open", "eopd_gate_ratio"),
+                _stat("Ended by itself", "eopd_end_token_ratio"),
+                _stat("Lost trajectories", "eopd_lost_trajectories_total"),
+            ),
+            (
+                _one("Loss", "eopd_loss"),
+                _one("KL", "eopd_reverse_kl_nats", "eopd_forward_kl_nats"),
+                _one("Entropy", "eopd_teacher_entropy_nats", "eopd_student_entropy_nats"),
+            ),
+            (
+                _one("Response length", "eopd_response_tokens_mean"),
+                _one("How responses end", "eopd_end_token_ratio", "eopd_truncated_ratio"),
+                _one("Repetition", "eopd_repetition_ratio"),
+            ),
+        ),
+        "Where the time goes": (
+            (
+                Panel("Learner's step", STEP, stacked=True),
+                _one("Step, and the wait in it", "eopd_step_seconds", "eopd_wait_seconds"),
+                _one("Response tokens per second", "eopd_response_tokens_per_second"),
+            ),
+        ),
+    },
+)
+
+DISTILLATION: Final = Board(
+    "eopd-distillation",
+    "eopd / Distillation",
+    "Does the student come to the teacher, and where does the gate let the forward KL act?",
+    {
+        "Gate": (
+            (
+                _one("Gate open", "eopd_gate_ratio"),
+                _one("Gate left open by bounds", "eopd_gate_uncertain_ratio"),
+                _one("Teacher entropy, quantiles", "eopd_teacher_entropy_quantile_nats"),
+                _one("Entropy", "eopd_teacher_entropy_nats", "eopd_student_entropy_nats"),
+            ),
+        ),
+        "Divergences": (
+            (
+                _one("Reverse KL", "eopd_reverse_kl_nats"),
+                _one("Forward KL", "eopd_forward_kl_nats"),
+                _one("Forward KL by gate", "eopd_forward_kl_gated_nats", "eopd_forward_kl_ungated_nats"),
+            ),
+            (
+                _one("Mass on the teacher's top k", "eopd_teacher_topk_mass_ratio", "eopd_student_topk_mass_ratio"),
+                _one("Top-k overlap", "eopd_topk_overlap_ratio"),
+                _one("Reward", "eopd_reward_mean"),
+            ),
+        ),
+        "Optimisation": (
+            (
+                _one("Gradient norm", "eopd_grad_norm"),
+                _one("Learning rate", "eopd_learning_rate"),
+                _one("Alpha", "eopd_alpha_ratio"),
+                _one("Loss tokens", "eopd_loss_tokens"),
+            ),
+            (
+                _one("Importance weight", "eopd_importance_weight_mean"),
+                _one("Capped and clipped tokens", "eopd_importance_capped_ratio", "eopd_clipped_ratio"),
+                _one("Log-probability gap", "eopd_logprob_gap_nats"),
+            ),
+        ),
+        "Teachers": (
+            (
+                Panel(
+                    "Tokens scored per second",
+                    ("eopd_teacher_tokens_total",),
+                    query="rate({}[$__rate_interval])",
+                    result="tokens per second",
+                ),
+                _one("In flight", "eopd_teacher_in_flight_trajectories"),
+                _one("Replicas that take work", "eopd_teacher_replicas_up"),
+                _one("Failures", "eopd_teacher_failures_total"),
+            ),
+        ),
+    },
+)
+
+THROUGHPUT: Final = Board(
+    "eopd-throughput",
+    "eopd / Throughput and staleness",
+    "Who is the slowest part, who idles, and how old is what the learner reads?",
+    {
+        "Throughput": (
+            (
+                _one("Response tokens per second", "eopd_response_tokens_per_second"),
+                _one("Trajectories trained on", "eopd_trajectories_total"),
+                _one("Response tokens trained on", "eopd_response_tokens_total"),
+            ),
+            (
+                _one("Busy", "eopd_generate_seconds", "eopd_score_seconds", "eopd_train_seconds"),
+                _one("Wait for engines and teachers", "eopd_wait_rollout_seconds", "eopd_wait_teacher_seconds"),
+                _one("Learner rank", "eopd_learner_flops_per_second"),
+                _one("Model FLOPs utilisation", "eopd_learner_mfu_ratio"),
+            ),
+        ),
+        "Queues": (
+            (
+                _one("When a batch was taken", "eopd_in_flight_trajectories", "eopd_ready_trajectories"),
+                _one("In flight by engine", "eopd_engine_in_flight_trajectories"),
+                _one("In flight by teacher", "eopd_teacher_in_flight_trajectories"),
+            ),
+        ),
+        "Staleness": (
+            (
+                _one("Age of the batch", "eopd_staleness_mean", "eopd_staleness_max", "eopd_staleness_bound"),
+                Panel("Shares by age", ("eopd_staleness_ratio",), stacked=True),
+                _one("Log-probability gap", "eopd_logprob_gap_nats"),
+            ),
+        ),
+    },
+)
+
+FAULTS: Final = Board(
+    "eopd-faults",
+    "eopd / Weights and faults",
+    "Do new weights reach every engine, and who was lost?",
+    {
+        "Weight sync": (
+            (
+                _one("Until all engines serve them", "eopd_weights_seconds"),
+                _one("Transfer", "eopd_weight_transfer_seconds"),
+                _one("Pause", "eopd_weight_pause_seconds"),
+            ),
+            (
+                _one("Engine against learner", "eopd_weight_probe_nats"),
+                _one("Failed transfers", "eopd_weight_failures_total"),
+                _one("Size", "eopd_weight_bytes"),
+            ),
+        ),
+        "Faults": (
+            (
+                _one("Engines that take work", "eopd_engines_up"),
+                _one("Teacher replicas that take work", "eopd_teacher_replicas_up"),
+                _one("Lost trajectories by reason", "eopd_lost_trajectories_total"),
+                _one("Skipped optimiser steps", "eopd_skipped_steps_total"),
+            ),
+            (
+                _one("Engine failures", "eopd_engine_failures_total"),
+                _one("Teacher failures", "eopd_teacher_failures_total"),
+                _one("Replacements", "eopd_engine_replacements_total", "eopd_teacher_replacements_total"),
+                _one("Learner restarts", "eopd_learner_restarts_total"),
+            ),
+        ),
+        "Memory": (
+            (
+                _one("Driver", "eopd_driver_memory_bytes"),
+                _one("Learner rank, at most", "eopd_learner_memory_bytes"),
+                _one("Object stores", "eopd_object_store_bytes"),
+            ),
+        ),
+    },
+)
+
+BOARDS: Final = (OVERVIEW, DISTILLATION, THROUGHPUT, FAULTS)
