@@ -58,7 +58,7 @@ bench: setup ## loss, driver, overlap, a weight sync; the learner and the teache
 soak: setup ## half an hour of training with a kill every minute: what is lost, what leaks
 	$(BIN)/python tests/system/soak.py
 
-dashboards: setup ## make the Grafana dashboard again
+dashboards: setup ## make the Grafana dashboards again
 	$(BIN)/python dashboards/build.py
 
 lock: ## rewrite both lock files (needs uv; options in cluster/lock.sh)

@@ -6,7 +6,7 @@ under the new weights. Left out: any sampling transform (top-p, penalties), sinc
 be the policy's own.
 
 vLLM internals used here were checked against 0.32.0: ``weight_versions`` spans, ``logprobs_mode``, the weight-transfer
-calls.
+calls, the logger that hands vLLM's metrics to Ray (with ``rollout.vllm: {disable_log_stats: false}``).
 """
 
 import time
@@ -22,6 +22,7 @@ from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from eopd.config import RolloutConfig, StudentConfig
 from eopd.roles import EngineDownError
@@ -82,7 +83,9 @@ class VllmRolloutEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(2048, max_sequence_tokens),
             }
-        engine = cls(AsyncLLM.from_engine_args(AsyncEngineArgs(**(options | dict(rollout.vllm)))))
+        arguments = AsyncEngineArgs(**(options | dict(rollout.vllm)))
+        loggers = None if arguments.disable_log_stats else [RayPrometheusStatLogger]  # beside Ray's own: ray_vllm_*
+        engine = cls(AsyncLLM.from_engine_args(arguments, stat_loggers=loggers))
         await engine._llm.update_weight_version(version.label)
         await engine._warm_up()
         return engine

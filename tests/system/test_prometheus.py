@@ -37,6 +37,7 @@ def run(program):
         "rollout.samples_per_prompt=2",
         "weights.verify_every=1",
         "learner.peak_flops=1.0e+12",
+        "rollout.vllm={kv_cache_memory_bytes: 67108864, disable_log_stats: false}",
     )
     run.wait(lambda row: row["step"] >= 3)
     yield run
@@ -52,6 +53,8 @@ def query(run, tmp_path_factory):
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(RULES)]
     config["scrape_configs"][0]["static_configs"] = [{"targets": [address]}]
+    (folder / "ray.json").write_text(json.dumps([{"targets": [f"127.0.0.1:{_ray_port(run)}"]}]))
+    config["scrape_configs"][1]["file_sd_configs"] = [{"files": [str(folder / "ray.json")]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -75,6 +78,14 @@ def query(run, tmp_path_factory):
         finally:
             process.terminate()
             process.wait(timeout=30)
+
+
+def _ray_port(run):
+    """Where Ray's agent serves metrics; without a dashboard Ray writes no file for Prometheus."""
+    (raylet,) = [process for process in run.program.marked() if process.name() == "raylet"]
+    (session,) = set(re.findall(r"/\S+/session_[\d_-]+", " ".join(raylet.cmdline())))
+    (port,) = Path(session).glob("metrics_export_port_*")
+    return int(port.read_text())
 
 
 def _ready(get):
@@ -123,6 +134,10 @@ def test_prometheus_knows_the_step_of_the_run_and_sees_it_going_on(query, run):
     while step() <= first:
         assert time.monotonic() < deadline
         time.sleep(0.5)
+
+
+def test_engines_hand_their_own_metrics_to_ray(query):
+    assert unanswered(query, ["ray_vllm_num_requests_running", "ray_vllm_generation_tokens_total > 0"]) == []
 
 
 def test_a_metric_that_is_not_there_has_no_data(query):
