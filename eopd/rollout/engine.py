@@ -22,7 +22,6 @@ from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from eopd.config import RolloutConfig, StudentConfig
 from eopd.roles import EngineDownError
@@ -84,7 +83,11 @@ class VllmRolloutEngine:
                 "max_num_batched_tokens": max(2048, max_sequence_tokens),
             }
         arguments = AsyncEngineArgs(**(options | dict(rollout.vllm)))
-        loggers = None if arguments.disable_log_stats else [RayPrometheusStatLogger]  # beside Ray's own: ray_vllm_*
+        loggers = None
+        if not arguments.disable_log_stats:
+            from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger  # loads ray.serve
+
+            loggers = [RayPrometheusStatLogger]  # beside Ray's own: ray_vllm_*
         engine = cls(AsyncLLM.from_engine_args(arguments, stat_loggers=loggers))
         await engine._llm.update_weight_version(version.label)
         await engine._warm_up()

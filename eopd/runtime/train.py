@@ -186,7 +186,11 @@ class TrainingRun:
         async with aclosing(pipeline.steps(saved)) as steps:  # whatever ends it, nothing of it stays in flight
             async for row in steps:
                 self._watchdog.step()
-                telemetry.write({**row, **self._state_of(members)})
+                held = {
+                    "eopd_object_store_bytes": cluster.object_store_bytes(),
+                    "eopd_driver_memory_bytes": resident_bytes(),
+                }
+                telemetry.write({**row, **self._state_of(members), **held})
                 self._count(row)
                 self.directory.add_trained(self._progress.step, pipeline.trained)
                 if self._progress.step % self._config.checkpoint.every == 0:
@@ -197,15 +201,13 @@ class TrainingRun:
             await self._save(members)
 
     def _state_of(self, members: Crew) -> Row:
-        """Who was lost and replaced so far, and what is held."""
+        """Who is up and at work now, and who was lost so far; nobody is asked."""
         return {
             **members.teacher.metrics(),
             **members.engines.metrics(),
             "eopd_learner_restarts_total": float(self._progress.learner_restarts),
             "eopd_weight_failures_total": float(members.channel.num_failures),
-            "eopd_object_store_bytes": cluster.object_store_bytes(),
             "eopd_staleness_bound": float(self._config.flow.max_staleness),
-            "eopd_driver_memory_bytes": resident_bytes(),
         }
 
     async def _show_state(self, members: Crew) -> Never:
