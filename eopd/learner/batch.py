@@ -107,7 +107,7 @@ def batch_metrics(
     }
     if len(entropy):
         for level, value in zip(_ENTROPY_LEVELS, np.quantile(entropy, _ENTROPY_LEVELS), strict=True):
-            metrics[series("eopd_teacher_entropy_quantile_nats", quantile=str(level))] = float(value)
+            metrics[series("eopd_teacher_entropy_quantile_nats", q=str(level))] = float(value)
     given = [reward for reward in rewards if reward is not None]
     return metrics | ({"eopd_reward_mean": sum(given) / len(given)} if given else {})
 

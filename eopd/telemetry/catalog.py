@@ -109,7 +109,7 @@ _DISTRIBUTIONS: Final = (
         "eopd_teacher_entropy_quantile_nats",
         "Quantiles of the teacher entropy over the batch's loss tokens.",
         "A median near 0 under a 0.9 quantile above the gate's threshold; all near 0 is collapse.",
-        ("quantile",),
+        ("q",),
     ),
     _nats(
         "eopd_student_entropy_nats",

@@ -97,9 +97,9 @@ def test_quantiles_of_the_entropy_are_over_the_loss_tokens_of_all_ranks(others):
     others.append([(0.0, np.arange(2.0, 11.0), 0.5, None)])  # with ours: 0 to 10
     found = batch_metrics([Stored(headers[0], bodies[0])], {headers[0].key: weighting})
     assert {key: value for key, value in found.items() if "quantile" in key} == {
-        'eopd_teacher_entropy_quantile_nats{quantile="0.5"}': pytest.approx(5.0),
-        'eopd_teacher_entropy_quantile_nats{quantile="0.9"}': pytest.approx(9.0),
-        'eopd_teacher_entropy_quantile_nats{quantile="0.99"}': pytest.approx(9.9),
+        'eopd_teacher_entropy_quantile_nats{q="0.5"}': pytest.approx(5.0),
+        'eopd_teacher_entropy_quantile_nats{q="0.9"}': pytest.approx(9.0),
+        'eopd_teacher_entropy_quantile_nats{q="0.99"}': pytest.approx(9.9),
     }
     assert found["eopd_repetition_ratio"] == pytest.approx((0.0 + 0.5) / 2)
 

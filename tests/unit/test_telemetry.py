@@ -5,7 +5,9 @@ import logging
 import math
 import re
 import resource
+import shutil
 import socket
+import subprocess
 import urllib.request
 from pathlib import Path
 
@@ -252,6 +254,17 @@ def test_the_whole_catalogue_is_valid_open_metrics() -> None:
     samples = {sample.name: sample for family in families for sample in family.samples}
     assert {name: samples[name].value for name in samples} == {parse_series(key)[0].name: row[key] for key in row}
     assert all(sample.labels["run"] == "all" for sample in samples.values())
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Debian's prometheus")
+def test_promtool_finds_every_name_and_label_conventional() -> None:
+    sink = PrometheusSink("127.0.0.1", 0, run="all")
+    try:
+        sink.write(every_series())
+        done = subprocess.run(["promtool", "check", "metrics"], input=scrape(sink), capture_output=True, text=True)
+    finally:
+        sink.close()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_row_changed_by_its_owner_is_not_served() -> None:
