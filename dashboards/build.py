@@ -31,7 +31,7 @@ UNITS: Final[dict[Unit, str]] = {
     "bytes": "bytes",
     "tokens": "short",
     "tokens per second": "suffix:tokens/s",
-    "FLOP per second": "SI:FLOP/s",
+    "FLOP per second": "flops",
     "trajectories": "short",
     "steps": "none",
     "versions": "none",
