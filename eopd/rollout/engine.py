@@ -6,7 +6,7 @@ under the new weights. Left out: any sampling transform (top-p, penalties), sinc
 be the policy's own.
 
 vLLM internals used here were checked against 0.32.0: ``weight_versions`` spans, ``logprobs_mode``, the weight-transfer
-calls, the logger that hands vLLM's metrics to Ray (with ``rollout.vllm: {disable_log_stats: false}``).
+calls.
 """
 
 import time
@@ -82,13 +82,7 @@ class VllmRolloutEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(2048, max_sequence_tokens),
             }
-        arguments = AsyncEngineArgs(**(options | dict(rollout.vllm)))
-        loggers = None
-        if not arguments.disable_log_stats:
-            from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger  # loads ray.serve
-
-            loggers = [RayPrometheusStatLogger]  # beside Ray's own: ray_vllm_*
-        engine = cls(AsyncLLM.from_engine_args(arguments, stat_loggers=loggers))
+        engine = cls(AsyncLLM.from_engine_args(AsyncEngineArgs(**(options | dict(rollout.vllm)))))
         await engine._llm.update_weight_version(version.label)
         await engine._warm_up()
         return engine

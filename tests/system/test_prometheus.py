@@ -37,7 +37,6 @@ def run(program):
         "rollout.samples_per_prompt=2",
         "weights.verify_every=1",
         "learner.peak_flops=1.0e+12",
-        "rollout.vllm={kv_cache_memory_bytes: 67108864, disable_log_stats: false}",
     )
     run.wait(lambda row: row["step"] >= 3)
     yield run
@@ -136,8 +135,8 @@ def test_prometheus_knows_the_step_of_the_run_and_sees_it_going_on(query, run):
         time.sleep(0.5)
 
 
-def test_engines_hand_their_own_metrics_to_ray(query):
-    assert unanswered(query, ["ray_vllm_num_requests_running", "ray_vllm_generation_tokens_total > 0"]) == []
+def test_rays_own_metrics_are_scraped_as_a_job_of_their_own(query):
+    assert unanswered(query, ['ray_node_mem_used{job="ray"}', 'ray_object_store_memory{job="ray"}']) == []
 
 
 def test_a_metric_that_is_not_there_has_no_data(query):
