@@ -22,6 +22,7 @@ from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.config import RolloutConfig, StudentConfig
 from eopd.roles import EngineDownError
@@ -59,9 +60,10 @@ class VllmRolloutEngine:
         max_sequence_tokens: int,
         weight_options: Mapping[str, object],
         version: PolicyVersion,
+        stat_loggers: Sequence[StatLoggerFactory] = (),
     ) -> Self:
         """Start the engine, warm it up, and label its weights ``version``; ``weight_options`` are those it takes new
-        weights with (``weights/vllm_engine.py``).
+        weights with (``weights/vllm_engine.py``). Without ``stat_loggers`` vLLM counts nothing.
         """
         options: dict[str, object] = {
             "model": str(student.model),
@@ -70,7 +72,7 @@ class VllmRolloutEngine:
             "logprobs_mode": "processed_logprobs",  # include the temperature
             "scheduling_policy": "priority",  # the probe's; all other requests are equal, and come in turn
             "enable_prefix_caching": False,  # cached prefixes of old weights must serve no new request
-            "disable_log_stats": True,
+            "disable_log_stats": not stat_loggers,
             "generation_config": "auto",
             **weight_options,
         }
@@ -82,7 +84,8 @@ class VllmRolloutEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(2048, max_sequence_tokens),
             }
-        engine = cls(AsyncLLM.from_engine_args(AsyncEngineArgs(**(options | dict(rollout.vllm)))))
+        args = AsyncEngineArgs(**(options | dict(rollout.vllm)))
+        engine = cls(AsyncLLM.from_engine_args(args, stat_loggers=list(stat_loggers)))
         await engine._llm.update_weight_version(version.label)
         await engine._warm_up()
         return engine

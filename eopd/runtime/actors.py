@@ -9,9 +9,10 @@ driver.
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -115,6 +116,7 @@ class RolloutActor(_Actor):
     ) -> None:
         from eopd.evaluation.verifier import Verifier
         from eopd.rollout.engine import VllmRolloutEngine
+        from eopd.runtime.engine_metrics import stat_loggers
         from eopd.weights.vllm_engine import engine_options
 
         self._engine = await VllmRolloutEngine.start(
@@ -123,6 +125,7 @@ class RolloutActor(_Actor):
             max_sequence_tokens=max_sequence_tokens,
             weight_options=engine_options(),
             version=version,
+            stat_loggers=stat_loggers(self._name),
         )
         self._verifier = None if grader is None else Verifier(grader, student.model)
 
@@ -202,14 +205,22 @@ class TeacherActor(_Actor):
     _scorer: "SignalScorer"
 
     async def start(self, teacher: TeacherConfig, top_k: int, max_sequence_tokens: int) -> None:  # noqa: D102
+        start: Callable[..., Awaitable[SignalScorer]]
         match teacher.backend:
             case "vllm":
-                from eopd.teacher.scorer import VllmTeacherScorer as Scorer
+                from eopd.runtime.engine_metrics import stat_loggers
+                from eopd.teacher.scorer import VllmTeacherScorer
+
+                start = partial(VllmTeacherScorer.start, stat_loggers=stat_loggers(self._name))
             case "openai":
-                from eopd.teacher.remote import OpenAITeacherScorer as Scorer  # type: ignore[assignment]
+                from eopd.teacher.remote import OpenAITeacherScorer
+
+                start = OpenAITeacherScorer.start
             case "eopd":
-                from eopd.teacher.client import EopdTeacherScorer as Scorer  # type: ignore[assignment]
-        self._scorer = await Scorer.start(teacher, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
+                from eopd.teacher.client import EopdTeacherScorer
+
+                start = EopdTeacherScorer.start
+        self._scorer = await start(teacher, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
 
     async def score(self, header: Header, trajectory: Trajectory) -> Split:  # noqa: D102
         return _split(await self._scorer.score(Stored(header, trajectory)))

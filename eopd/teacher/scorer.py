@@ -11,7 +11,7 @@ vLLM internals used here were checked against 0.32.0: the pooling runner, ``hf_o
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 from uuid import uuid4
@@ -23,6 +23,7 @@ from vllm.outputs import PoolingRequestOutput
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.config import ConfigError, TeacherConfig
 from eopd.roles import TeacherDownError
@@ -46,7 +47,14 @@ class VllmTeacherScorer(SignalScorer):
         self._llm = llm
 
     @classmethod
-    async def start(cls, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> Self:
+    async def start(
+        cls,
+        config: TeacherConfig,
+        *,
+        top_k: int,
+        max_sequence_tokens: int,
+        stat_loggers: Sequence[StatLoggerFactory] = (),
+    ) -> Self:
         """Start the engine and score a few made-up tokens at its own temperature and another, so that a scorer that is
         there works, and as hot as it should. The event loop stays free while the engine loads.
 
@@ -54,13 +62,16 @@ class VllmTeacherScorer(SignalScorer):
             config: the teacher; its ``vllm`` options win over ours.
             top_k: K, candidates per response token.
             max_sequence_tokens: the longest prompt and response together.
+            stat_loggers: where vLLM's own metrics go; without one it counts nothing.
 
         Raises:
             ConfigError: the model's directory names no architecture.
             TeacherSelfTestError: it scores at another temperature than it was asked for.
         """
-        args = AsyncEngineArgs(**engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens))
-        llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args)
+        counts = {"disable_log_stats": not stat_loggers}
+        options = counts | engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
+        args = AsyncEngineArgs(**options)
+        llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=list(stat_loggers))
         scorer = cls(llm, config, top_k=top_k)
         tokens = np.arange(min(_MADE_UP_TOKENS, max_sequence_tokens, scorer._vocab_size), dtype=np.int32)
         own = await scorer.signal(tokens[:1], tokens[1:])
@@ -117,7 +128,6 @@ def engine_options(config: TeacherConfig, *, top_k: int, max_sequence_tokens: in
         "max_model_len": max_sequence_tokens,
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
-        "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
     if current_platform.is_cpu():

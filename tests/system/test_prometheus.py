@@ -139,6 +139,13 @@ def test_rays_own_metrics_are_scraped_as_a_job_of_their_own(query):
     assert unanswered(query, ['ray_node_mem_used{job="ray"}', 'ray_object_store_memory{job="ray"}']) == []
 
 
+@pytest.mark.parametrize("role", ["rollout-0", "teacher-.+-0"])
+def test_vllms_metrics_of_an_engine_are_among_rays(query, role):
+    """What only a working engine counts, and a gauge."""
+    which = f'{{job="ray",ReplicaId=~"{role}"}}'
+    assert unanswered(query, [f"ray_vllm_prompt_tokens_total{which} > 0", f"ray_vllm_kv_cache_usage_perc{which}"]) == []
+
+
 def test_a_metric_that_is_not_there_has_no_data(query):
     assert query("eopd_no_such_metric") == []
 
