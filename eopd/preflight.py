@@ -11,6 +11,7 @@ from eopd.config.base import DATA_SUFFIXES
 from eopd.prompts import PromptSet, TeacherView
 from eopd.remember import remembered
 from eopd.teacher.vocabulary import SharedVocabulary, load_tokenizer, require_same_vocabulary
+from eopd.telemetry.trackers import require_trackers
 from eopd.types import PromptSample
 
 
@@ -28,9 +29,10 @@ def check(config: Config) -> Prepared:
 
     Raises:
         ConfigError: a model directory or data file is missing, vocabularies or end tokens differ, top_k is larger than
-        a vocabulary, the student has no such layers to adapt, prompts do not fit or have no teacher, or a verifier has
-        no answers.
+        a vocabulary, the student has no such layers to adapt, prompts do not fit or have no teacher, a verifier has no
+        answers, or a tracker cannot be used.
     """
+    require_trackers(config.telemetry.trackers)
     data = [Path(spec) for spec in (config.prompts.data, config.prompts.held_out)]
     if not all(path.suffix in DATA_SUFFIXES for path in data):  # a data set by name may change without a sign here
         return _check(config)

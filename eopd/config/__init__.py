@@ -15,6 +15,7 @@ from eopd.config.sections import (
     RunConfig,
     StudentConfig,
     TelemetryConfig,
+    TrackerName,
     WeightsConfig,
 )
 from eopd.config.teacher import ServerConfig, TeacherConfig
@@ -36,6 +37,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TelemetryConfig",
+    "TrackerName",
     "WeightsConfig",
     "dump_config",
     "load_config",

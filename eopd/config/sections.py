@@ -9,6 +9,7 @@ from eopd.config.base import AbsolutePath, DataSpec, NativeOptions, Section, ref
 from eopd.config.loss import LossConfig
 from eopd.config.teacher import OWNED_BY_ENGINES, Names, TeacherConfig
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 OWNED_BY_LEARNER = (
@@ -230,12 +231,13 @@ class EvaluationConfig(Section):
 
 class TelemetryConfig(Section):
     """Where Prometheus scrapes the driver; port 0 takes a free one, null switches the endpoint off. ``log_format`` is
-    that of the files in ``logs/``.
+    that of the files in ``logs/``. ``trackers`` get every row too.
     """
 
     host: str = "127.0.0.1"
     port: int | None = Field(0, ge=0, le=65535)
     log_format: Literal["text", "json"] = "text"
+    trackers: list[TrackerName] = []
 
 
 class ClusterConfig(Section):

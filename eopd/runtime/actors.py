@@ -7,33 +7,25 @@ driver.
 """
 
 import asyncio
-import socket
-import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnschedulableError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
 
-from eopd.config import Config, RolloutConfig, StudentConfig, TeacherConfig
+from eopd.config import RolloutConfig, StudentConfig, TeacherConfig
 from eopd.config.loss import GraderName
 from eopd.roles import EngineDownError, TeacherDownError, WorkerDownError
-from eopd.runtime.run_directory import RunDirectory
 from eopd.types import (
-    EvalStats,
     Float32Array,
     Header,
     Int32Array,
-    LearnerStats,
     LossReason,
     LostTrajectory,
-    OptimizerStep,
-    PackedBatch,
     PolicyVersion,
     PromptSample,
     Sampling,
@@ -44,11 +36,8 @@ from eopd.types import (
 
 if TYPE_CHECKING:
     from eopd.evaluation.verifier import Verifier
-    from eopd.learner.cost import Cost
-    from eopd.learner.learner import LearnerRank
     from eopd.rollout.engine import VllmRolloutEngine
     from eopd.teacher.scoring import SignalScorer
-    from eopd.weights.transfer import WeightSender
 
 Spawn = Callable[..., list[ActorHandle]]
 
@@ -90,7 +79,7 @@ async def end(actor: ActorHandle) -> None:
     ray.kill(actor)
 
 
-class _Actor:
+class Actor:
     """``name`` stands in logs and errors: Ray takes it from here."""
 
     def __init__(self, name: str) -> None:
@@ -100,7 +89,7 @@ class _Actor:
         return self._name
 
 
-class RolloutActor(_Actor):
+class RolloutActor(Actor):
     """Hosts a ``VllmRolloutEngine``, and the verifier of what it writes."""
 
     _engine: "VllmRolloutEngine"
@@ -199,7 +188,7 @@ class RemoteEngine:
             return PolicyVersion(*await self._actor.version.remote())
 
 
-class TeacherActor(_Actor):
+class TeacherActor(Actor):
     """Hosts one replica of a teacher."""
 
     _scorer: "SignalScorer"
@@ -244,108 +233,3 @@ class RemoteTeacher:
             detail = f"its body was lost: {error}"
             return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=detail)
         return header if isinstance(header, LostTrajectory) else Stored(header, body)
-
-
-class LearnerActor(_Actor):
-    """Hosts one ``LearnerRank`` and its end of the weight channel."""
-
-    _rank: "LearnerRank"
-    _cost: "Cost"
-    _sender: "WeightSender"
-
-    def rendezvous(self) -> tuple[str, int]:
-        """This node's address and a free port on it, for the gang to meet at."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
-
-    def start(self, config: Config, rank: int, address: str, port: int, incarnation: int) -> None:  # noqa: D102
-        from eopd.learner.cost import Cost
-        from eopd.learner.learner import LearnerRank
-        from eopd.learner.lora import whole_tensors
-        from eopd.weights.source import ModelSource
-        from eopd.weights.transfer import WeightSender
-
-        self._rank = LearnerRank(
-            config.student,
-            config.learner,
-            config.loss,
-            temperature=config.rollout.temperature,
-            total_batches=config.run.batches,
-            seed=config.run.seed,
-            entropy_bounds={teacher.name: teacher.entropy_bound for teacher in config.teachers},
-            broken=RunDirectory(config.run.path).broken,
-            rank=rank,
-            world_size=config.learner.ranks,
-            master_address=address,
-            master_port=port,
-        )
-        self._rank.version = PolicyVersion(incarnation, 0)
-        self._cost = Cost(self._rank.model, config.learner.peak_flops)
-        self._sender = WeightSender(
-            ModelSource(whole_tensors(self._rank.model), rank=rank, zero_stage=config.learner.zero_stage),
-            rank=rank,
-            backend=config.weights.backend,
-            address=address,
-            bucket_bytes=config.weights.bucket_bytes,
-            timeout_s=config.weights.timeout_s,
-            connect_timeout_s=config.weights.connect_timeout_s,
-        )
-
-    def step(self, share: PackedBatch, *bodies: object) -> LearnerStats:
-        """``bodies`` are this rank's, in the order of ``share.stored()``; Ray has fetched them. So are the costs."""
-        started = time.monotonic()
-        stats = self._rank.step(with_bodies(share, bodies))
-        num_tokens = sum(stored.header.num_tokens for stored in share.stored())
-        return replace(stats, metrics={**stats.metrics, **self._cost.row(num_tokens, time.monotonic() - started)})
-
-    def evaluate(self, share: PackedBatch, *bodies: object) -> EvalStats:  # noqa: D102
-        return self._rank.evaluate(with_bodies(share, bodies))
-
-    def save(self, directory: Path) -> None:  # noqa: D102
-        self._rank.save(directory)
-
-    def load(self, directory: Path) -> None:  # noqa: D102
-        self._rank.load(directory)
-
-    def version(self) -> PolicyVersion:  # noqa: D102
-        return self._rank.version
-
-    def export(self, directory: Path) -> None:  # noqa: D102
-        self._rank.export(directory)
-
-    def probe(self, token_ids: Int32Array) -> Float32Array:  # noqa: D102
-        return self._rank.probe(token_ids)
-
-    def open_wire(self, engine_workers: Sequence[int]) -> list[dict[str, object]]:  # noqa: D102
-        return self._sender.open(engine_workers)
-
-    def accept_engines(self) -> None:  # noqa: D102
-        self._sender.accept()
-
-    def send_weights(self) -> int:  # noqa: D102
-        return self._sender.send()
-
-    def close(self) -> None:  # noqa: D102
-        self._rank.close()
-
-
-def with_bodies(share: PackedBatch, bodies: Sequence[object] | None = None) -> PackedBatch:
-    """The same batch with other bodies, in order; with none, bare headers that travel as they are."""
-    source = iter(bodies) if bodies is not None else None
-    return PackedBatch(
-        steps=tuple(
-            OptimizerStep(
-                num_loss_tokens=step.num_loss_tokens,
-                ranks=tuple(
-                    tuple(
-                        tuple(Stored(stored.header, next(source) if source else None) for stored in micro)
-                        for micro in rank
-                    )
-                    for rank in step.ranks
-                ),
-            )
-            for step in share.steps
-        ),
-        alpha=share.alpha,
-    )

@@ -12,7 +12,8 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, Ray
 
 from eopd.config import Config
 from eopd.roles import LearnerDownError
-from eopd.runtime.actors import LearnerActor, Spawn, dies_as, with_bodies
+from eopd.runtime.actors import Spawn, dies_as
+from eopd.runtime.learner_actor import LearnerActor, with_bodies
 from eopd.runtime.placement import plan_learner
 from eopd.types import EvalStats, Float32Array, Int32Array, LearnerStats, PackedBatch, PolicyVersion
 

@@ -1,15 +1,15 @@
 """One training run from config to summary: check, start, measure, train, measure again, export."""
 
 import asyncio
-import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Literal, Never
 
 import numpy as np
 
 from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
 from eopd.config import Config
+from eopd.config.load import flatten
 from eopd.evaluation.held_out import measure
 from eopd.evaluation.samples import sample_record
 from eopd.ledger import Ledger
@@ -23,6 +23,7 @@ from eopd.runtime.logs import collect, logger
 from eopd.runtime.placement import plan, require_capacity
 from eopd.runtime.progress import Progress, first_line
 from eopd.runtime.run_directory import RunDirectory, held_out_record
+from eopd.runtime.signals import caught
 from eopd.runtime.supervisor import Crew, crew, fetch
 from eopd.teacher.vocabulary import load_tokenizer
 from eopd.telemetry.catalog import Row
@@ -31,6 +32,7 @@ from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
 from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry, TimelineSink
 from eopd.telemetry.step import Span, Totals, resident_bytes
+from eopd.telemetry.trackers import tracker
 from eopd.types import LostTrajectory, ScoredTrajectory, Stored
 
 _STATE_S = 5.0  # how often Prometheus sees who is up
@@ -90,7 +92,7 @@ class TrainingRun:
         status = "failed"
         try:
             with (
-                _signals(self._interrupt, asyncio.current_task()),
+                caught(self._interrupt, asyncio.current_task()),
                 collect(self.directory.logs, self._config.telemetry.log_format),
             ):
                 async with self._telemetry() as telemetry:
@@ -305,6 +307,8 @@ class TrainingRun:
             self._prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
             sinks.append(self._prometheus)
             notes.append(f"metrics at http://{self._prometheus.address}/metrics")
+        settings = flatten(self._config.model_dump(mode="json"))
+        sinks += [tracker(name, self.directory.path, run.name, settings) for name in telemetry.trackers]
         for name, data in (("training", self._prepared.train), ("held-out", self._prepared.held_out)):
             if data.num_dropped:
                 notes.append(f"{data.num_dropped} {name} prompts longer than prompts.max_tokens left out")
@@ -331,17 +335,3 @@ class TrainingRun:
         self._say("stopping after the step under way, with a checkpoint; once more to stop at once")
         self._stopping = asyncio.create_task(self._stop_softly())  # kept: the loop holds tasks weakly
         return True
-
-
-@contextmanager
-def _signals(interrupt: Callable[[], bool], main: "asyncio.Task[object] | None") -> Iterator[None]:
-    """SIGTERM is treated as Ctrl-C: ``interrupt`` first, and the main task is cancelled where that says False."""
-    assert main is not None
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, lambda: interrupt() or main.cancel())
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
