@@ -1,5 +1,8 @@
 """What is checked before any worker starts: models, vocabularies, prompts. Every failure is one ``ConfigError``."""
 
+import ast
+import difflib
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +32,8 @@ def check(config: Config) -> Prepared:
 
     Raises:
         ConfigError: a model directory or data file is missing, vocabularies or end tokens differ, top_k is larger than
-        a vocabulary, the student has no such layers to adapt, prompts do not fit or have no teacher, a verifier has no
-        answers, or a tracker cannot be used.
+            a vocabulary, vLLM knows no such option, the student has no such layers to adapt, prompts do not fit or have
+            no teacher, a verifier has no answers, or a tracker cannot be used.
     """
     require_trackers(config.telemetry.trackers)
     data = [Path(spec) for spec in (config.prompts.data, config.prompts.held_out)]
@@ -43,6 +46,7 @@ def check(config: Config) -> Prepared:
 
 
 def _check(config: Config) -> Prepared:
+    require_vllm_options("rollout.vllm", config.rollout.vllm)
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
     vocabularies = {teacher.name: _check_teacher(config, teacher) for teacher in config.teachers}
     if config.student.lora is not None:
@@ -59,9 +63,30 @@ def _check(config: Config) -> Prepared:
     return Prepared(train=train, held_out=held_out, vocabularies=vocabularies)
 
 
+def require_vllm_options(key: str, options: Mapping[str, object]) -> None:
+    """Compare ``options`` with the names in the installed vLLM's source (0.32.0): importing it would take seconds.
+
+    Raises:
+        ConfigError: it has no such option.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if not options or spec is None or spec.origin is None:  # a cluster's driver may be without
+        return
+    tree = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text(encoding="utf-8"))
+    kinds = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("EngineArgs")]
+    fields = [node.target for kind in kinds for node in kind.body if isinstance(node, ast.AnnAssign)]
+    known = [field.id for field in fields if isinstance(field, ast.Name)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{key}: vLLM has no option {name}{hint}")
+
+
 def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
     key = f"teachers.{teacher.name}"
     local = teacher.backend == "vllm"
+    require_vllm_options(f"{key}.vllm", teacher.vllm)
     require_model(f"{key}.model", teacher.model, num_tokens=config.max_teacher_tokens(teacher), weights=local)
     try:
         shared = require_same_vocabulary(config.student.model, teacher.model, teacher.eos_remap)

@@ -16,12 +16,14 @@ from eopd.runtime.actors import MAX_CONCURRENT_REQUESTS, RemoteEngine, RolloutAc
 from eopd.runtime.cluster import log_directory
 from eopd.runtime.engines import EngineFleet, start_engine
 from eopd.runtime.gang import LearnerGang
+from eopd.runtime.logs import logger
 from eopd.runtime.placement import RoleResources, plan_rollout
+from eopd.runtime.progress import first_line
 from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.run_directory import RunDirectory
 from eopd.runtime.teachers import TeacherFleet, route
 from eopd.teacher.pool import TeacherRouter
-from eopd.types import Int32Array, LossReason, LostTrajectory, Stored
+from eopd.types import Int32Array, LossReason, LostTrajectory, RunFailedError, Stored
 from eopd.weights.channel import BroadcastChannel
 
 T = TypeVar("T")
@@ -98,8 +100,8 @@ async def teachers(config: Config) -> AsyncIterator[list[TeacherFleet]]:
         yield fleets
 
 
-class StartError(RuntimeError):
-    """An actor did not come up; names it."""
+class StartError(RunFailedError):
+    """An actor did not come up: which, why, and where its log is."""
 
 
 async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float, *, logs: str) -> None:
@@ -107,7 +109,7 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float, *, 
 
     Raises:
         ConfigError: somebody found the user's mistake.
-        StartError: somebody failed, or did not come up in time; its cause is what the actor raised.
+        StartError: somebody failed, or did not come up in time; the driver's log has the worker's traceback.
     """
     tasks = {asyncio.ensure_future(started): name for name, started in starting.items()}
     done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -118,7 +120,10 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float, *, 
         if isinstance(error, ConfigError) and isinstance(error, RayTaskError):  # what only the worker could find out
             raise ConfigError(f"{tasks[task]}: {error.cause}") from None  # type: ignore[attr-defined]
         if error is not None:
-            raise StartError(f"the {tasks[task]} did not start; its log is in {logs}") from error
+            logger.error("the %s did not start", tasks[task], exc_info=error)
+            cause = getattr(error, "cause", None) or error  # Ray's error carries the worker's traceback
+            reason = f"{type(cause).__name__}: {first_line(cause)}"
+            raise StartError(f"the {tasks[task]} did not start: {reason}; its log is in {logs}")
     if pending:
         names = ", ".join(tasks[task] for task in pending)
         raise StartError(f"not up within cluster.start_timeout_s = {timeout_s:g}: {names}; logs in {logs}")

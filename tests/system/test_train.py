@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -177,7 +178,9 @@ def test_an_asynchronous_run_survives_ctrl_c_and_resumes(program):
 def test_a_failure_leaves_no_process_and_says_failed(program):
     done = program.run(*program.train("broken", "teachers.0.vllm={kv_cache_memory_bytes: 1}", "rollout.engines=1"))
     assert done.returncode == 1
-    assert "StartError: the replica 0 of teacher teacher did not start; its log is in" in done.stderr
+    said = r"^error: the replica 0 of teacher teacher did not start: \w+: .+; its log is in .+/broken/logs$"
+    assert re.search(said, done.stderr, re.M) and "Traceback" not in done.stderr
+    assert "Traceback" in (program.runs / "broken" / "logs" / "driver.log").read_text()
     assert (
         "No available memory for the cache blocks"
         in (program.runs / "broken" / "logs" / "teacher-teacher-0.log").read_text()

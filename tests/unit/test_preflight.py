@@ -86,6 +86,12 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
             "error: teachers.far.model: /base has no weights",
         ),
         (
+            ["rollout.vllm={{max_num_seq: 4}}"],
+            "error: rollout.vllm: vLLM has no option max_num_seq; did you mean max_num_",
+        ),
+        (["teachers.0.vllm={{zeal: 4}}"], "error: teachers.chat.vllm: vLLM has no option zeal\n"),
+        (["telemetry.trackers=[mlflow]"], "error: telemetry.trackers: mlflow needs a server: set MLFLOW_TRACKING_URI"),
+        (
             ["teachers.1.sources=[logic]"],
             "error: /train.jsonl: nobody teaches source 'code' (1 prompts); teachers.sources are 'logic', 'math', "
             "'poems'; name it there, or leave one teacher without sources",
