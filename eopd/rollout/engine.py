@@ -63,7 +63,7 @@ class VllmRolloutEngine:
         stat_loggers: Sequence[StatLoggerFactory] = (),
     ) -> Self:
         """Start the engine, warm it up, and label its weights ``version``; ``weight_options`` are those it takes new
-        weights with (``weights/vllm_engine.py``). Without ``stat_loggers`` vLLM counts nothing.
+        weights with (``weights/vllm_engine.py``). ``stat_loggers`` take vLLM's metrics where its options ask for them.
         """
         options: dict[str, object] = {
             "model": str(student.model),
@@ -72,7 +72,7 @@ class VllmRolloutEngine:
             "logprobs_mode": "processed_logprobs",  # include the temperature
             "scheduling_policy": "priority",  # the probe's; all other requests are equal, and come in turn
             "enable_prefix_caching": False,  # cached prefixes of old weights must serve no new request
-            "disable_log_stats": not stat_loggers,
+            "disable_log_stats": True,
             "generation_config": "auto",
             **weight_options,
         }

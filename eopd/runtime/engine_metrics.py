@@ -2,6 +2,7 @@
 
 vLLM has a logger that writes to Ray's metrics (checked against 0.32.0, ``vllm/v1/metrics/ray_wrappers.py``). It imports
 them together with Ray Serve, which it asks for the name of a replica, and which is not installed: it is given both.
+A step of an engine that counts takes 3 ms longer on two cores: engines do where ``disable_log_stats`` is false alone.
 """
 
 from collections.abc import Sequence

@@ -62,15 +62,13 @@ class VllmTeacherScorer(SignalScorer):
             config: the teacher; its ``vllm`` options win over ours.
             top_k: K, candidates per response token.
             max_sequence_tokens: the longest prompt and response together.
-            stat_loggers: where vLLM's own metrics go; without one it counts nothing.
+            stat_loggers: where vLLM's own metrics go, if ``config.vllm`` switches them on.
 
         Raises:
             ConfigError: the model's directory names no architecture.
             TeacherSelfTestError: it scores at another temperature than it was asked for.
         """
-        counts = {"disable_log_stats": not stat_loggers}
-        options = counts | engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
-        args = AsyncEngineArgs(**options)
+        args = AsyncEngineArgs(**engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens))
         llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=list(stat_loggers))
         scorer = cls(llm, config, top_k=top_k)
         tokens = np.arange(min(_MADE_UP_TOKENS, max_sequence_tokens, scorer._vocab_size), dtype=np.int32)
@@ -128,6 +126,7 @@ def engine_options(config: TeacherConfig, *, top_k: int, max_sequence_tokens: in
         "max_model_len": max_sequence_tokens,
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
+        "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
     if current_platform.is_cpu():

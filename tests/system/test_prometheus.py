@@ -37,6 +37,8 @@ def run(program):
         "rollout.samples_per_prompt=2",
         "weights.verify_every=1",
         "learner.peak_flops=1.0e+12",
+        "rollout.vllm={kv_cache_memory_bytes: 67108864, disable_log_stats: false}",
+        "teachers.0.vllm={kv_cache_memory_bytes: 67108864, disable_log_stats: false}",
     )
     run.wait(lambda row: row["step"] >= 3)
     yield run
