@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from eopd.config import Config, ConfigError, LearnerConfig, RolloutConfig, TeacherConfig
 
-# What every process of ours sees: no phone-home, no hub look-ups at start, quiet libraries. OpenMP's threads sleep where
-# they wait for each other: where roles share cores, a thread that spins keeps off the one it waits for, and took half of
-# all tokens/s (tests/bench/bench_overlap.py).
+# What every process of ours sees: no phone-home, no hub look-ups at start, quiet libraries. Threads of OpenMP that wait
+# for each other sleep: where roles share cores, one that spins keeps off the one it waits for, which took half of all
+# tokens/s (tests/bench/bench_overlap.py).
 COMMON_ENV: Mapping[str, str] = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
