@@ -5,6 +5,7 @@ rows, so that checkpoints and waits count; it knows nothing before the second ro
 up; and it stands still while a step takes longer than the ones before it.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from rich.text import Text
 
 from eopd.telemetry.catalog import CATALOG, Row, Unit
 
+logger = logging.getLogger(__name__)
 MAX_WIDTH: Final = 100
 PACE_WINDOW: Final = 20
 SAMPLE_CHARACTERS: Final = 200
@@ -143,7 +145,7 @@ class _Progress:
 
 
 class Console:
-    """The live view from construction to ``close``; one plain line a step where the output is no terminal."""
+    """The live view from construction to ``close``; one plain line a step in the log, and where there is no terminal."""
 
     def __init__(self, *, run: str, batches: int, output: rich.console.Console | None = None) -> None:
         self._output = output or rich.console.Console()
@@ -164,8 +166,10 @@ class Console:
         gaps = len(self._rows_at) - 1
         step_s = (now - self._rows_at[0]) / gaps if gaps else None
         self._progress = _Progress(row=dict(row), at=now, step_s=step_s)
+        line = self._line()
+        logger.info(line)
         if self._live is None:
-            self.message(self._line())
+            self.message(line)
         else:
             self._live.refresh()
 

@@ -53,6 +53,15 @@ def row_of(step: int) -> dict[str, float]:
     }
 
 
+def test_the_log_has_a_line_of_each_step_also_beside_a_live_view(caplog) -> None:
+    caplog.set_level("INFO", "eopd")
+    console = Console(run="demo", batches=10, output=Terminal(interactive=True).output)
+    for step in (1, 2):
+        console.write(row_of(step))
+    console.close()
+    assert [message.split(" | ")[0] for message in caplog.messages] == ["step 1/10", "step 2/10"]
+
+
 def test_without_a_terminal_each_step_is_one_plain_line() -> None:
     terminal = Terminal(interactive=False)
     console = Console(run="demo", batches=10, output=terminal.output)
