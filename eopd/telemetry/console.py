@@ -145,7 +145,7 @@ class _Progress:
 
 
 class Console:
-    """The live view from construction to ``close``; one plain line a step in the log, and where there is no terminal."""
+    """The live view until ``close``, or plain lines where there is no terminal; the log gets those too."""
 
     def __init__(self, *, run: str, batches: int, output: rich.console.Console | None = None) -> None:
         self._output = output or rich.console.Console()
