@@ -64,7 +64,7 @@ OVERVIEW: Final = Board(
     {
         "Is it healthy": (
             (
-                _stat("Step", "eopd_step"),
+                _one("Step, and the last one", "eopd_step", "eopd_batches"),
                 _stat("Last step", "eopd_last_step_timestamp_seconds"),
                 _stat("Reverse KL", "eopd_reverse_kl_nats"),
                 _stat("Gate open", "eopd_gate_ratio"),
@@ -101,7 +101,7 @@ DISTILLATION: Final = Board(
             (
                 _one("Gate open", "eopd_gate_ratio"),
                 _one("Gate left open by bounds", "eopd_gate_uncertain_ratio"),
-                _one("Teacher entropy, quantiles", "eopd_teacher_entropy_quantile_nats"),
+                _one("Teacher entropy, and the gate", "eopd_teacher_entropy_quantile_nats", "eopd_gate_threshold_nats"),
                 _one("Entropy", "eopd_teacher_entropy_nats", "eopd_student_entropy_nats"),
             ),
         ),
@@ -138,6 +138,10 @@ DISTILLATION: Final = Board(
                     query="rate({}[$__rate_interval])",
                     result="tokens per second",
                 ),
+                _one("Gate open", "eopd_gate_by_teacher_ratio"),
+                _one("Entropy", "eopd_entropy_by_teacher_nats"),
+            ),
+            (
                 _one("In flight", "eopd_teacher_in_flight_trajectories"),
                 _one("Replicas that take work", "eopd_teacher_replicas_up"),
                 _one("Failures", "eopd_teacher_failures_total"),

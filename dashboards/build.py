@@ -73,7 +73,7 @@ def _run() -> grafana.QueryVariable:
         grafana.QueryVariable("run")
         .label("Run")
         .datasource(DATASOURCE)
-        .query("label_values(eopd_step, run)")
+        .query("label_values(eopd_batches, run)")
         .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(models.VariableSort.ALPHABETICAL_DESC)
         .multi(True)

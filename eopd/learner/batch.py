@@ -19,7 +19,7 @@ from eopd.config.teacher import EntropyBound
 from eopd.learner.collate import Weighting
 from eopd.learner.deepspeed_engine import gather_all
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
-from eopd.telemetry.catalog import series
+from eopd.telemetry.rows import series
 from eopd.types import Exact, Header, Int32Array, ScoredTrajectory, Stored, TeacherSignal, TrajectoryKey
 
 _ENTROPY_LEVELS: Final = (0.5, 0.9, 0.99)
@@ -90,21 +90,29 @@ def _sound(scored: ScoredTrajectory, entropy_R: Tensor) -> Tensor:
 def batch_metrics(
     applied: Sequence[Stored[ScoredTrajectory]], weightings: Mapping[TrajectoryKey, Weighting]
 ) -> dict[str, float]:
-    """Of these trajectories, on all ranks: how far bounds leave the gate open, how the teacher's entropy spreads over
-    loss tokens, how much responses repeat themselves, and the reward; collective, 4 bytes a token.
+    """Of these trajectories, on all ranks: how far bounds leave the gate open, gate and entropy by teacher, how the
+    entropy spreads over loss tokens, how much responses repeat themselves, and the reward; collective, 4 bytes a token.
     """
     mine = []
     for stored in applied:
-        header, trajectory = stored.header, cast(ScoredTrajectory, stored.body).trajectory
-        weighting = weightings[header.key]
-        entropy = weighting.entropy_R[torch.tensor(trajectory.loss_mask)].numpy()
-        mine.append((weighting.gate_uncertain, entropy, repetition(trajectory.response_ids), header.reward))
-    uncertain, entropies, repeated, rewards = zip(*gather_all(mine), strict=True)
+        header, scored = stored.header, cast(ScoredTrajectory, stored.body)
+        weighting, mask = weightings[header.key], torch.tensor(scored.trajectory.loss_mask)
+        gate, entropy = float(weighting.gate_R[mask].sum()), weighting.entropy_R[mask].numpy()
+        repeated = repetition(scored.trajectory.response_ids)
+        mine.append((scored.signal.teacher, gate, weighting.gate_uncertain, entropy, repeated, header.reward))
+    everybody = gather_all(mine)
+    teachers, gates, uncertain, entropies, repetitions, rewards = zip(*everybody, strict=True)
     entropy = np.concatenate(entropies)
     metrics = {
         "eopd_gate_uncertain_ratio": sum(uncertain) / max(len(entropy), 1),
-        "eopd_repetition_ratio": sum(repeated) / len(repeated),
+        "eopd_repetition_ratio": sum(repetitions) / len(repetitions),
     }
+    for teacher in sorted(set(teachers)):
+        of_teacher = [(gate, h) for name, gate, h in zip(teachers, gates, entropies, strict=True) if name == teacher]
+        if num_tokens := sum(len(h) for _, h in of_teacher):
+            gate, total = sum(gate for gate, _ in of_teacher), sum(float(h.sum()) for _, h in of_teacher)
+            metrics[series("eopd_gate_by_teacher_ratio", teacher=teacher)] = gate / num_tokens
+            metrics[series("eopd_entropy_by_teacher_nats", teacher=teacher)] = total / num_tokens
     if len(entropy):
         for level, value in zip(_ENTROPY_LEVELS, np.quantile(entropy, _ENTROPY_LEVELS), strict=True):
             metrics[series("eopd_teacher_entropy_quantile_nats", q=str(level))] = float(value)

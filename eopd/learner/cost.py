@@ -1,39 +1,62 @@
 """What one rank's update costs: floating-point operations by a formula, memory as measured.
 
 A token costs 6 FLOP for every weight it is multiplied with: 2 forward, 2 back to its input, 2 to the weight's gradient,
-which a frozen weight (``student.lora``) does not have (Kaplan et al., arXiv 2001.08361, section 2.1). Counted is what
-the update needs, as in model FLOPs utilisation (Chowdhery et al., arXiv 2204.02311, appendix B). Left out: attention
-scores, small beside the rest at up to a few thousand tokens; activations computed again; the extra forward pass of
-several optimiser steps. So the estimate is low.
+which a frozen weight (``student.lora``) does not have (Kaplan et al., arXiv 2001.08361, section 2.1). The head is
+multiplied with loss tokens alone, an expert with the tokens that are sent to it. Attention costs 12 FLOP for every
+layer, dimension of all heads, and pair of a token with one before it, half of all pairs (Chowdhery et al., arXiv
+2204.02311, appendix B, for all pairs). Counted is what the update needs, as in their model FLOPs utilisation. Left out:
+activations computed again; the extra forward pass of several optimiser steps; that windows cut attention short.
 """
 
 import resource
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from eopd.telemetry.catalog import Row
+from eopd.types import Header
 
 
 class Cost:
     """Of a model's updates; ``peak_flops`` is what this rank's device does in a second at best, where that is known."""
 
     def __init__(self, model: PreTrainedModel, peak_flops: float | None) -> None:
-        self._flop_per_token = flop_per_token(model)
+        self._flop = Flop(model)
         self._peak_flops = peak_flops
 
-    def row(self, num_tokens: int, seconds: float) -> Row:
-        """Of an update on ``num_tokens`` prompt and response tokens that took so long, on this rank."""
-        rate = self._flop_per_token * num_tokens / seconds
+    def row(self, headers: Iterable[Header], seconds: float) -> Row:
+        """Of an update on these trajectories that took so long, on this rank."""
+        rate = sum(map(self._flop, headers)) / seconds
         row = {"eopd_learner_flops_per_second": rate, "eopd_learner_memory_bytes": float(_most_memory_bytes())}
         return row if self._peak_flops is None else row | {"eopd_learner_mfu_ratio": rate / self._peak_flops}
 
 
-def flop_per_token(model: PreTrainedModel) -> int:
-    """FLOP of an update for a token. An input embedding is looked up, not multiplied, unless it is the head as well."""
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    multiplied = [weight for weight in model.parameters() if weight is head or weight is not embedding]
-    return sum((6 if weight.requires_grad else 4) * _numel(weight) for weight in multiplied)
+class Flop:
+    """FLOP of an update for a trajectory. An input embedding is looked up, and costs nothing."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config: Any = model.config.get_text_config()
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+        sent = config.num_experts_per_tok / experts if experts else 1.0
+        self._body: float = sum(
+            _flop_per_token(weight) * (sent if ".experts." in name else 1.0)
+            for name, weight in model.named_parameters()
+            if weight is not head and weight is not embedding
+        )
+        self._head = _flop_per_token(head)
+        dimensions = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._attention: int = 6 * config.num_hidden_layers * config.num_attention_heads * dimensions
+
+    def __call__(self, header: Header) -> float:  # noqa: D102
+        length = header.num_tokens
+        return self._body * length + self._head * header.num_loss_tokens + self._attention * length**2
+
+
+def _flop_per_token(weight: torch.Tensor) -> int:
+    return (6 if weight.requires_grad else 4) * _numel(weight)
 
 
 def _numel(weight: torch.Tensor) -> int:

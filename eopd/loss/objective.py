@@ -25,8 +25,8 @@ __all__ = ["LossTerms", "LossTokens", "objective"]
 class LossTerms:
     """Sums over loss tokens, float64 []: they add up over micro-batches and ranks. Means come last, from ``metrics``.
 
-    ``reverse_kl`` is log p_old(y) - log q(y), ``logprob_gap`` |log p(y) - log b(y)|; nats, except for gates, shares and
-    weights.
+    ``reverse_kl`` is log p_old(y) - log q(y), ``logprob_gap`` |log p_old(y) - log b(y)|; nats, except for gates, shares
+    and weights.
     """
 
     loss: Tensor
@@ -169,7 +169,7 @@ def _terms(reading: Reading, tokens: LossTokens, config: LossConfig, alpha: floa
         topk_overlap=reading.topk_overlap_C.sum(),
         importance_weight=reverse.importance_T.sum(),
         importance_capped=reverse.capped_T.double().sum(),
-        logprob_gap=(current - sampled.rollout_logprobs_T).abs().sum(),
+        logprob_gap=(sampled.old_logprobs_T - sampled.rollout_logprobs_T).abs().sum(),
         clipped=reverse.clipped_T.double().sum(),
     )
 

@@ -2,7 +2,8 @@
 
 from eopd.replicas import ReplicaFailedError, Replicas
 from eopd.roles import RolloutEngine
-from eopd.telemetry.catalog import Row, series
+from eopd.telemetry.catalog import Row
+from eopd.telemetry.rows import series
 from eopd.types import LossReason, LostTrajectory, PromptSample, Sampling, Stored, Trajectory, TrajectoryKey
 
 

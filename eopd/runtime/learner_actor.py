@@ -82,8 +82,8 @@ class LearnerActor(Actor):
         """``bodies`` are this rank's, in the order of ``share.stored()``; Ray has fetched them. So are the costs."""
         started = time.monotonic()
         stats = self._rank.step(with_bodies(share, bodies))
-        num_tokens = sum(stored.header.num_tokens for stored in share.stored())
-        return replace(stats, metrics={**stats.metrics, **self._cost.row(num_tokens, time.monotonic() - started)})
+        costs = self._cost.row((stored.header for stored in share.stored()), time.monotonic() - started)
+        return replace(stats, metrics={**stats.metrics, **costs})
 
     def evaluate(self, share: PackedBatch, *bodies: object) -> EvalStats:  # noqa: D102
         return self._rank.evaluate(with_bodies(share, bodies))

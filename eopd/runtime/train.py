@@ -31,7 +31,7 @@ from eopd.telemetry.console import Console, Summary
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
 from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry, TimelineSink
-from eopd.telemetry.step import Span, Totals, resident_bytes
+from eopd.telemetry.step import Span, Totals, config_row, resident_bytes
 from eopd.telemetry.trackers import tracker
 from eopd.types import LostTrajectory, ScoredTrajectory, Stored
 
@@ -192,7 +192,7 @@ class TrainingRun:
                     "eopd_object_store_bytes": cluster.object_store_bytes(),
                     "eopd_driver_memory_bytes": resident_bytes(),
                 }
-                telemetry.write({**row, **self._state_of(members), **held})
+                telemetry.write({**self._state_of(members), **row, **held})
                 self._count(row)
                 self.directory.add_trained(self._progress.step, pipeline.trained)
                 if self._progress.step % self._config.checkpoint.every == 0:
@@ -209,7 +209,8 @@ class TrainingRun:
             **members.engines.metrics(),
             "eopd_learner_restarts_total": float(self._progress.learner_restarts),
             "eopd_weight_failures_total": float(members.channel.num_failures),
-            "eopd_staleness_bound": float(self._config.flow.max_staleness),
+            "eopd_skipped_steps_total": float(self._progress.skipped_steps),
+            **config_row(self._config),
         }
 
     async def _show_state(self, members: Crew) -> Never:
@@ -217,7 +218,7 @@ class TrainingRun:
         while True:
             await asyncio.sleep(_STATE_S)
             if self._prometheus is not None:
-                self._prometheus.refresh(self._state_of(members))
+                self._prometheus.write(self._state_of(members))
 
     def _count(self, row: Row) -> None:
         skipped_before = self._progress.skipped_steps

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from eopd.replicas import ReplicaFailedError, Replicas
 from eopd.roles import TeacherScorer
-from eopd.telemetry.catalog import Row, series
+from eopd.telemetry.catalog import Row
+from eopd.telemetry.rows import series
 from eopd.types import LossReason, LostTrajectory, ScoredTrajectory, Stored, Trajectory
 
 Outcome = Stored[ScoredTrajectory] | LostTrajectory

@@ -9,8 +9,6 @@ Names follow Prometheus: base units, ``_total`` for what only grows (in a row: t
 are means over the loss tokens of the batch. Left out: histograms, since a row carries numbers only.
 """
 
-import difflib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +56,8 @@ _trajectories = partial(Metric, "gauge", "trajectories")
 _number = partial(Metric, "gauge", "dimensionless")
 _counter = partial(Metric, "counter", "dimensionless")
 
+ROLLED_BACK: Final = "With a learner that was lost, and with --resume, it goes back to the checkpoint's."
+
 _OBJECTIVE: Final = (
     _nats(
         "eopd_loss",
@@ -86,6 +86,17 @@ _OBJECTIVE: Final = (
         "0.15 to 0.20 in the paper's setting once training settles; 0 means that the gate is shut.",
     ),
     _ratio(
+        "eopd_gate_by_teacher_ratio",
+        "The same by teacher of the batch's trajectories.",
+        "Near each other, unless one teacher is surer.",
+        ("teacher",),
+    ),
+    _nats(
+        "eopd_gate_threshold_nats",
+        "loss.gate.tau, where the gate has one.",
+        "Constant, and below the teacher entropy's 0.9 quantile.",
+    ),
+    _ratio(
         "eopd_gate_uncertain_ratio",
         "How far the gate would move between the bounds on the teacher's entropy; 0 where the entropy is exact.",
         "0 with a teacher of ours; above 0.1 a stock server's candidates are too few for the gate.",
@@ -106,6 +117,12 @@ _DISTRIBUTIONS: Final = (
         "Steady; a fall together with the gate share is the first sign of collapse.",
     ),
     _nats(
+        "eopd_entropy_by_teacher_nats",
+        "The same by teacher of the batch's trajectories.",
+        "As the mean of all; a fall of one is the collapse of what it teaches.",
+        ("teacher",),
+    ),
+    _nats(
         "eopd_teacher_entropy_quantile_nats",
         "Quantiles of the teacher entropy over the batch's loss tokens.",
         "A median near 0 under a 0.9 quantile above the gate's threshold; all near 0 is collapse.",
@@ -124,7 +141,7 @@ _DISTRIBUTIONS: Final = (
 _OPTIMISATION: Final = (
     _number(
         "eopd_importance_weight_mean",
-        "Mean truncated weight of the current policy against the one that sampled.",
+        "Mean truncated weight of the policy before the update against the one that sampled.",
         "Near 1; far from it, rollouts are stale or engine and trainer disagree.",
     ),
     _ratio("eopd_importance_capped_ratio", "Share of tokens whose importance weight is capped.", "Below 0.05."),
@@ -142,13 +159,15 @@ _OPTIMISATION: Final = (
         "counter",
         "steps",
         "eopd_skipped_steps_total",
-        "Optimiser steps skipped because their loss or gradient was not finite; runs/<name>/broken/ has them.",
+        "Optimiser steps skipped because their loss or gradient was not finite; runs/<name>/broken/ has them. "
+        + ROLLED_BACK,
         "0; above learner.max_skipped_steps the run ends.",
     ),
 )
 
 _FLOW: Final = (
     Metric("gauge", "steps", "eopd_step", "Completed batches, which is also the policy's version.", "Grows."),
+    Metric("gauge", "steps", "eopd_batches", "run.batches: the step that ends the run.", "Constant."),
     Metric(
         "gauge",
         "tokens",
@@ -195,8 +214,8 @@ _FLOW: Final = (
         "Response tokens of the batch over the seconds of the step.",
         "Steady.",
     ),
-    Metric("counter", "tokens", "eopd_response_tokens_total", "Response tokens trained on.", "Grows."),
-    Metric("counter", "trajectories", "eopd_trajectories_total", "Trajectories trained on.", "Grows."),
+    Metric("counter", "tokens", "eopd_response_tokens_total", f"Response tokens trained on. {ROLLED_BACK}", "Grows."),
+    Metric("counter", "trajectories", "eopd_trajectories_total", f"Trajectories trained on. {ROLLED_BACK}", "Grows."),
     Metric(
         "counter",
         "trajectories",
@@ -302,47 +321,3 @@ CATALOG: Final[Mapping[str, Metric]] = {
     metric.name: metric
     for metric in (*_OBJECTIVE, *_DISTRIBUTIONS, *_OPTIMISATION, *_FLOW, *_TEACHERS, *_FAULTS, *_TIME)
 }
-
-_SERIES = re.compile(r'(?P<name>\w+)(?:\{(?P<labels>\w+="[\w.-]+"(?:,\w+="[\w.-]+")*)\})?')
-
-
-def series(name: str, **labels: str) -> str:
-    """The row key of a metric, e.g. ``series("eopd_lost_trajectories_total", reason="too_stale")``.
-
-    Raises:
-        MetricError: no such metric, or not its labels.
-    """
-    inner = ",".join(f'{label}="{value}"' for label, value in labels.items())
-    key = f"{name}{{{inner}}}" if labels else name
-    parse_series(key)
-    return key
-
-
-def parse_series(key: str) -> tuple[Metric, Mapping[str, str]]:
-    """The metric and the label values that a row key names.
-
-    Raises:
-        MetricError: no such metric, or not its labels.
-    """
-    match = _SERIES.fullmatch(key)
-    metric = CATALOG.get(match["name"]) if match else None
-    if match is None or metric is None:
-        close = difflib.get_close_matches(key, CATALOG, n=1)
-        hint = f"did you mean {close[0]}?" if close else "add it to eopd/telemetry/catalog.py"
-        raise MetricError(f"{key}: no metric of this name; {hint}")
-    labels = dict(re.findall(r'(\w+)="([\w.-]+)"', match["labels"] or ""))
-    if set(labels) != set(metric.labels):
-        raise MetricError(f"{key}: its labels must be {metric.labels}, are {tuple(labels)}")
-    return metric, labels
-
-
-def check_row(row: Row) -> None:
-    """Let a row pass that names catalogue series only, and its step.
-
-    Raises:
-        MetricError: an unknown series, or no ``eopd_step``.
-    """
-    for key in row:
-        parse_series(key)
-    if "eopd_step" not in row:
-        raise MetricError(f"eopd_step: missing in a row of {sorted(row)}; every row names its step")

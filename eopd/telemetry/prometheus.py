@@ -1,8 +1,7 @@
 """The newest row, and what has changed since, at ``http://host:port/metrics``, for Prometheus to scrape.
 
-A scrape reads the row as it was last written, with the state as refreshed between steps, so nothing is counted twice:
-counters in a row are totals already. The registry is the sink's own, which keeps several runs in one process, and their
-tests, apart.
+A scrape reads every series as it was last written, so nothing is counted twice: counters in a row are totals already.
+The registry is the sink's own, which keeps several runs in one process, and their tests, apart.
 """
 
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from eopd.config import ConfigError
-from eopd.telemetry.catalog import Row, parse_series
+from eopd.telemetry.catalog import Row
+from eopd.telemetry.rows import parse_series
 
 _FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 
@@ -44,11 +44,9 @@ class PrometheusSink:
         return f"{host!s}:{port}"
 
     def write(self, row: Row) -> None:
-        """Show this row from now on."""
-        self._latest.row = dict(row)
-
-    def refresh(self, row: Row) -> None:
-        """Show these series as they are now, and the others as they were: state goes on when steps do not."""
+        """Show these series as they are now, and the others as they were last: not every step has them all, and state
+        goes on when steps do not.
+        """
         self._latest.row = {**self._latest.row, **row}
 
     def close(self) -> None:

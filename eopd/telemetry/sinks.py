@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from eopd.telemetry.catalog import Row, check_row
+from eopd.telemetry.catalog import Row
+from eopd.telemetry.rows import check_row
 from eopd.telemetry.step import Span
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from eopd.telemetry.catalog import Row, series
+from eopd.config import Config
+from eopd.config.loss import HardGate, SigmoidGate
+from eopd.telemetry.catalog import Row
+from eopd.telemetry.rows import series
 from eopd.types import Header, LearnerStats, LossReason, PublishStats, StopReason
 
 STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")
@@ -70,6 +73,13 @@ def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
         "eopd_staleness_mean": sum(staleness) / count,
         "eopd_staleness_max": float(max(staleness)),
     } | {series("eopd_staleness_ratio", versions=age): ages.count(age) / count for age in STALENESS_AGES}
+
+
+def config_row(config: Config) -> Row:
+    """What rules and dashboards compare a run with."""
+    row = {"eopd_batches": float(config.run.batches), "eopd_staleness_bound": float(config.flow.max_staleness)}
+    gate = config.loss.gate
+    return row | ({"eopd_gate_threshold_nats": gate.tau} if isinstance(gate, HardGate | SigmoidGate) else {})
 
 
 def resident_bytes() -> float:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import ConfigError, TrackerName
-from eopd.telemetry.catalog import Row, parse_series
+from eopd.telemetry.catalog import Row
+from eopd.telemetry.rows import parse_series
 from eopd.telemetry.sinks import Sink, Telemetry
 
 QUEUE_ROWS: Final = 1000

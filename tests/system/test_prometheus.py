@@ -35,7 +35,7 @@ def run(program):
         "prompts.data=configs/prompts/arithmetic.jsonl",
         "loss.reverse_kl={kind: sampled, reward: {grader: math, weight: 0.1}}",
         "rollout.samples_per_prompt=2",
-        "weights.verify_every=1",
+        "weights.verify_every=2",
         "learner.peak_flops=1.0e+12",
         "rollout.vllm={kv_cache_memory_bytes: 67108864, disable_log_stats: false}",
         "teachers.0.vllm={kv_cache_memory_bytes: 67108864, disable_log_stats: false}",
@@ -153,7 +153,4 @@ def test_a_metric_that_is_not_there_has_no_data(query):
 
 
 def test_a_healthy_run_raises_no_alert_of_a_fault(query):
-    firing = {one["metric"]["alertname"] for one in query('ALERTS{alertstate="firing"}')}
-    assert (
-        firing & {"EopdDown", "EopdStalled", "EopdTeacherDown", "EopdStalenessOverBound", "EopdStepsSkipped"} == set()
-    )
+    assert query("ALERTS") == []  # nor is any pending

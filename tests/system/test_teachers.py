@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eopd.telemetry.catalog import series
+from eopd.telemetry.rows import series
 
 ROOT = Path(__file__).parents[2]
 

@@ -94,7 +94,7 @@ def test_the_policy_decides_between_the_bounds_and_the_uncertain_share_is_report
 def test_quantiles_of_the_entropy_are_over_the_loss_tokens_of_all_ranks(others):
     bodies = [scored("a", exact(0.0, 99.0, 1.0), [True, False, True])]
     headers, (weighting,) = weigh(bodies)
-    others.append([(0.0, np.arange(2.0, 11.0), 0.5, None)])  # with ours: 0 to 10
+    others.append([("t", 0.0, 0.0, np.arange(2.0, 11.0), 0.5, None)])  # with ours: 0 to 10
     found = batch_metrics([Stored(headers[0], bodies[0])], {headers[0].key: weighting})
     assert {key: value for key, value in found.items() if "quantile" in key} == {
         'eopd_teacher_entropy_quantile_nats{q="0.5"}': pytest.approx(5.0),
@@ -102,6 +102,21 @@ def test_quantiles_of_the_entropy_are_over_the_loss_tokens_of_all_ranks(others):
         'eopd_teacher_entropy_quantile_nats{q="0.99"}': pytest.approx(9.9),
     }
     assert found["eopd_repetition_ratio"] == pytest.approx((0.0 + 0.5) / 2)
+
+
+def test_gate_and_entropy_are_told_by_teacher(others):
+    bodies = [scored("a", exact(0.5, 99.0, 1.5), [True, False, True])]  # tau = 0.8: one token of two
+    headers, (weighting,) = weigh(bodies)
+    others.append(
+        [("u", 3.0, 0.0, np.array([1.0, 2.0, 3.0]), 0.0, None), ("t", 2.0, 0.0, np.array([2.0, 4.0]), 0.0, None)]
+    )
+    found = batch_metrics([Stored(headers[0], bodies[0])], {headers[0].key: weighting})
+    assert {key: value for key, value in found.items() if "by_teacher" in key} == {
+        'eopd_gate_by_teacher_ratio{teacher="t"}': pytest.approx(3 / 4),
+        'eopd_entropy_by_teacher_nats{teacher="t"}': pytest.approx(8 / 4),
+        'eopd_gate_by_teacher_ratio{teacher="u"}': pytest.approx(1.0),
+        'eopd_entropy_by_teacher_nats{teacher="u"}': pytest.approx(2.0),
+    }
 
 
 @pytest.mark.parametrize(

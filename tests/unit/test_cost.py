@@ -5,59 +5,84 @@ import resource
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from eopd.learner.cost import Cost, flop_per_token
+from eopd.learner.cost import Cost, Flop
 from eopd.runtime.gang import with_costs
-from eopd.types import LearnerStats, PolicyVersion
+from eopd.types import Header, LearnerStats, PolicyVersion, StopReason, TrajectoryKey
 
-TOKENS = 12
+TOKENS, PROMPT = 12, 5
+LOSS_TOKENS = TOKENS - PROMPT
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "attn_implementation": "eager",
+}
 
 
 def model(*, tied: bool) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=tied,
-            attn_implementation="eager",
-        )
+    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=24, tie_word_embeddings=tied))
+
+
+def header(prompt: int = PROMPT, response: int = LOSS_TOKENS) -> Header:
+    return Header(
+        key=TrajectoryKey(0, "p", 0),
+        source="s",
+        num_prompt_tokens=prompt,
+        num_response_tokens=response,
+        num_loss_tokens=response,
+        stop_reason=StopReason.LENGTH,
+        oldest_version=0,
+        newest_version=0,
+        response_crc32=0,
+        sums={},
     )
 
 
-def counted(student: LlamaForCausalLM) -> int:
-    """FLOP of linear layers, forward and backward, as torch counts them; bmm is attention, which the formula omits."""
+def counted(student: PreTrainedModel) -> float:
+    """FLOP forward and backward as torch counts them, the head on loss tokens alone; eager attention computes the pairs
+    with later tokens too, which the formula leaves out.
+    """
     ids = torch.arange(TOKENS)[None]
     embedded = student.get_input_embeddings()(ids).detach().requires_grad_()  # so that the first layer goes back to it
     with FlopCounterMode(display=False) as counter:
-        student(inputs_embeds=embedded).logits.sum().backward()
+        hidden = student.base_model(inputs_embeds=embedded).last_hidden_state
+        student.get_output_embeddings()(hidden[:, PROMPT:]).sum().backward()
     by_operation = counter.get_flop_counts()["Global"]
-    return sum(flop for operation, flop in by_operation.items() if "bmm" not in str(operation))
+    return sum(flop / 2 if "bmm" in str(operation) else flop for operation, flop in by_operation.items())
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_formula_is_what_the_matrix_products_take(tied: bool) -> None:
     student = model(tied=tied)
     norms = sum(weight.numel() for name, weight in student.named_parameters() if "norm" in name)
-    assert flop_per_token(student) * TOKENS == counted(student) + 6 * norms * TOKENS
+    assert Flop(student)(header()) == counted(student) + 6 * norms * TOKENS
+
+
+def test_experts_cost_where_tokens_are_sent_to_them() -> None:
+    sizes = {**SIZES, "intermediate_size": 24, "moe_intermediate_size": 24, "num_experts": 8, "head_dim": 8}
+    sparse = Flop(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_experts_per_tok=2)))(header())
+    dense = Flop(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_experts_per_tok=8)))(header())
+    of_an_expert = 6 * 3 * 16 * 24 * TOKENS * 2  # three matrices, two layers
+    assert dense - sparse == pytest.approx(6 * of_an_expert)
 
 
 def test_frozen_weights_have_no_gradient_to_pay_for() -> None:
     student = model(tied=True)
-    trained = flop_per_token(student)
-    assert flop_per_token(student.requires_grad_(False)) * 6 == trained * 4
+    trained, attention = Flop(student)(header()), 6 * 2 * 16 * TOKENS**2
+    frozen = Flop(student.requires_grad_(False))(header())
+    assert (frozen - attention) * 6 == (trained - attention) * 4
 
 
 def test_a_rate_becomes_a_utilisation_where_the_peak_is_known() -> None:
     student = model(tied=False)
-    row = Cost(student, 1e9).row(num_tokens=100, seconds=2.0)
-    assert row["eopd_learner_flops_per_second"] == flop_per_token(student) * 50
+    row = Cost(student, 1e9).row([header(), header(3, 4)], seconds=2.0)
+    assert row["eopd_learner_flops_per_second"] == (Flop(student)(header()) + Flop(student)(header(3, 4))) / 2
     assert row["eopd_learner_mfu_ratio"] == row["eopd_learner_flops_per_second"] / 1e9
-    assert "eopd_learner_mfu_ratio" not in Cost(student, None).row(100, 2.0)
+    assert "eopd_learner_mfu_ratio" not in Cost(student, None).row([header()], 2.0)
     if not torch.cuda.is_available():
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         assert 100e6 < row["eopd_learner_memory_bytes"] <= most  # torch alone takes more

@@ -7,7 +7,7 @@ import pytest
 from eopd import replicas as module
 from eopd.roles import TeacherDownError, WorkerDownError
 from eopd.teacher.pool import TeacherPool, TeacherRouter
-from eopd.telemetry.catalog import series
+from eopd.telemetry.rows import series
 from eopd.types import Header, LossReason, LostTrajectory, StopReason, Stored, TrajectoryKey
 
 TIMEOUT_S = 0.25

@@ -15,8 +15,9 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from eopd.config import ConfigError
-from eopd.telemetry.catalog import CATALOG, MetricError, Row, check_row, parse_series, series
+from eopd.telemetry.catalog import CATALOG, MetricError, Row
 from eopd.telemetry.prometheus import PrometheusSink
+from eopd.telemetry.rows import check_row, parse_series, series
 from eopd.telemetry.sinks import JsonlSink, Telemetry, TimelineSink, append_jsonl
 from eopd.telemetry.step import STALENESS_AGES, batch_row, resident_bytes
 from eopd.types import Header, StopReason, TrajectoryKey
@@ -235,7 +236,7 @@ def test_state_goes_on_between_steps() -> None:
     sink = PrometheusSink("127.0.0.1", 0, run="a")
     try:
         sink.write({"eopd_step": 1.0, "eopd_engines_up": 2.0})
-        sink.refresh({"eopd_engines_up": 0.0})
+        sink.write({"eopd_engines_up": 0.0})
         lines = [line for line in scrape(sink).splitlines() if not line.startswith("#")]
         assert sorted(lines) == ['eopd_engines_up{run="a"} 0.0', 'eopd_step{run="a"} 1.0']
     finally:

@@ -222,7 +222,7 @@ def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int 
                 len(set(ids) & set(favourites)) / len(favourites),
                 importance,
                 capped,
-                abs(float(fixed[y]) - row["rollout"]),
+                abs(row["old"] - row["rollout"]),
                 clipped,
             ]
         )

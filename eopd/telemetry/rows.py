@@ -1,0 +1,51 @@
+"""Keys of a row: series of the catalogue's metrics, made, read and checked."""
+
+import difflib
+import re
+from collections.abc import Mapping
+
+from eopd.telemetry.catalog import CATALOG, Metric, MetricError, Row
+
+_SERIES = re.compile(r'(?P<name>\w+)(?:\{(?P<labels>\w+="[\w.-]+"(?:,\w+="[\w.-]+")*)\})?')
+
+
+def series(name: str, **labels: str) -> str:
+    """The row key of a metric, e.g. ``series("eopd_lost_trajectories_total", reason="too_stale")``.
+
+    Raises:
+        MetricError: no such metric, or not its labels.
+    """
+    inner = ",".join(f'{label}="{value}"' for label, value in labels.items())
+    key = f"{name}{{{inner}}}" if labels else name
+    parse_series(key)
+    return key
+
+
+def parse_series(key: str) -> tuple[Metric, Mapping[str, str]]:
+    """The metric and the label values that a row key names.
+
+    Raises:
+        MetricError: no such metric, or not its labels.
+    """
+    match = _SERIES.fullmatch(key)
+    metric = CATALOG.get(match["name"]) if match else None
+    if match is None or metric is None:
+        close = difflib.get_close_matches(key, CATALOG, n=1)
+        hint = f"did you mean {close[0]}?" if close else "add it to eopd/telemetry/catalog.py"
+        raise MetricError(f"{key}: no metric of this name; {hint}")
+    labels = dict(re.findall(r'(\w+)="([\w.-]+)"', match["labels"] or ""))
+    if set(labels) != set(metric.labels):
+        raise MetricError(f"{key}: its labels must be {metric.labels}, are {tuple(labels)}")
+    return metric, labels
+
+
+def check_row(row: Row) -> None:
+    """Let a row pass that names catalogue series only, and its step.
+
+    Raises:
+        MetricError: an unknown series, or no ``eopd_step``.
+    """
+    for key in row:
+        parse_series(key)
+    if "eopd_step" not in row:
+        raise MetricError(f"eopd_step: missing in a row of {sorted(row)}; every row names its step")
