@@ -36,6 +36,9 @@ def check(config: Config) -> Prepared:
             no teacher, a verifier has no answers, or a tracker cannot be used.
     """
     require_trackers(config.telemetry.trackers)
+    require_vllm_options("rollout.vllm", config.rollout.vllm)
+    for teacher in config.teachers:
+        require_vllm_options(f"teachers.{teacher.name}.vllm", teacher.vllm)
     data = [Path(spec) for spec in (config.prompts.data, config.prompts.held_out)]
     if not all(path.suffix in DATA_SUFFIXES for path in data):  # a data set by name may change without a sign here
         return _check(config)
@@ -46,7 +49,6 @@ def check(config: Config) -> Prepared:
 
 
 def _check(config: Config) -> Prepared:
-    require_vllm_options("rollout.vllm", config.rollout.vllm)
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
     vocabularies = {teacher.name: _check_teacher(config, teacher) for teacher in config.teachers}
     if config.student.lora is not None:
@@ -86,7 +88,6 @@ def require_vllm_options(key: str, options: Mapping[str, object]) -> None:
 def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
     key = f"teachers.{teacher.name}"
     local = teacher.backend == "vllm"
-    require_vllm_options(f"{key}.vllm", teacher.vllm)
     require_model(f"{key}.model", teacher.model, num_tokens=config.max_teacher_tokens(teacher), weights=local)
     try:
         shared = require_same_vocabulary(config.student.model, teacher.model, teacher.eos_remap)

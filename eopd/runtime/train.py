@@ -26,14 +26,14 @@ from eopd.runtime.run_directory import RunDirectory, held_out_record
 from eopd.runtime.signals import caught
 from eopd.runtime.supervisor import Crew, crew, fetch
 from eopd.teacher.vocabulary import load_tokenizer
+from eopd.telemetry import trackers
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Console, Summary
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
 from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry, TimelineSink
 from eopd.telemetry.step import Span, Totals, config_row, resident_bytes
-from eopd.telemetry.trackers import tracker
-from eopd.types import LostTrajectory, ScoredTrajectory, Stored
+from eopd.types import EvalStats, LostTrajectory, ScoredTrajectory, Stored
 
 _STATE_S = 5.0  # how often Prometheus sees who is up
 _PROBE_TOKENS = 256  # of prompts, which the student finds probable
@@ -69,6 +69,7 @@ class TrainingRun:
         self._interrupted = False
         self._stop_softly: Callable[[], Coroutine[object, object, None]] | None = None
         self._pipeline: Pipeline | None = None
+        self._trackers: list[trackers.BackgroundSink] = []
         self._prometheus: PrometheusSink | None = None
 
     @classmethod
@@ -89,7 +90,7 @@ class TrainingRun:
 
     async def main(self) -> Summary:
         """Run, and write the status whatever happens."""
-        status = "failed"
+        status: trackers.Status = "failed"
         try:
             with (
                 caught(self._interrupt, asyncio.current_task()),
@@ -106,6 +107,7 @@ class TrainingRun:
             summary = self._progress.summary(status)
             self.directory.write_summary(summary)
             report_of_ended(self.directory.path, self.directory.report)
+            trackers.end(self._trackers, status)
         return summary
 
     def _say(self, text: str) -> None:
@@ -258,19 +260,21 @@ class TrainingRun:
             self._progress.before = held_out_record(stats)
         else:
             self._progress.after = held_out_record(stats)
-        samples = await self._samples(scored[: evaluation.samples])
-        self.directory.add_samples(phase, self._progress.step, samples)
-        self.directory.add_held_out(phase, self._progress.step, stats, samples)
         self.directory.write_summary(self._progress.summary("running"))
+        try:
+            await self._keep_samples(phase, stats, scored[: evaluation.samples])
+        except Exception:  # noqa: BLE001 - for people to look at: nothing else may be lost with them
+            logger.warning("the samples of this measurement were not kept", exc_info=True)
 
-    async def _samples(self, scored: Sequence[Stored[ScoredTrajectory]]) -> list[dict[str, object]]:
+    async def _keep_samples(self, phase: str, stats: EvalStats, scored: Sequence[Stored[ScoredTrajectory]]) -> None:
         tokenizer, texts = load_tokenizer(self._config.student.model), self._prepared.held_out.texts
-        bodies = await asyncio.gather(*map(fetch, scored))
-        return [
-            sample_record(body, texts[body.trajectory.prompt.prompt_id], tokenizer)
-            for body in bodies
+        samples = [
+            await asyncio.to_thread(sample_record, body, texts[body.trajectory.prompt.prompt_id], tokenizer)
+            for body in await asyncio.gather(*map(fetch, scored))
             if not isinstance(body, LostTrajectory)
         ]
+        self.directory.add_samples(phase, self._progress.step, samples)
+        self.directory.add_held_out(phase, self._progress.step, stats, samples)
 
     def _make_pipeline(self, members: Crew) -> Pipeline:
         config = self._config
@@ -309,7 +313,10 @@ class TrainingRun:
             sinks.append(self._prometheus)
             notes.append(f"metrics at http://{self._prometheus.address}/metrics")
         settings = flatten(self._config.model_dump(mode="json"))
-        sinks += [tracker(name, self.directory.path, run.name, settings) for name in telemetry.trackers]
+        self._trackers = [
+            trackers.tracker(name, self.directory.path, run.name, settings) for name in telemetry.trackers
+        ]
+        sinks += self._trackers
         for name, data in (("training", self._prepared.train), ("held-out", self._prepared.held_out)):
             if data.num_dropped:
                 notes.append(f"{data.num_dropped} {name} prompts longer than prompts.max_tokens left out")

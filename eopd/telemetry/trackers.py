@@ -1,6 +1,6 @@
 """Rows for the services where people keep their runs: TensorBoard, Weights & Biases, MLflow; each is an optional extra.
 
-    Telemetry --row--> BackgroundSink --queue--> its thread --row--> one tracker
+    Telemetry --row--> BackgroundSink --queue--> its thread --row--> Tracker
 
 A tracker may import for seconds and wait for a network for minutes: it lives in a thread of its own, and training never
 waits for it. Where it goes, and with which key, its own environment variables say (``WANDB_PROJECT``, ``WANDB_MODE``,
@@ -8,26 +8,26 @@ waits for it. Where it goes, and with which key, its own environment variables s
 left out.
 """
 
-import contextlib
 import importlib.util
 import logging
 import math
 import os
-import queue
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, Protocol
 
 from eopd.config import ConfigError, TrackerName
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.rows import parse_series
-from eopd.telemetry.sinks import Sink, Telemetry
 
+Status = Literal["completed", "interrupted", "failed"]
 QUEUE_ROWS: Final = 1000
-CLOSE_S: Final = 60.0
+END_S: Final = 60.0
+RUN_ID: Final = "run-id"  # the file that keeps it
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +40,19 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
         raise ConfigError("telemetry.trackers: mlflow needs a server: set MLFLOW_TRACKING_URI")
 
 
-def tracker(name: TrackerName, directory: Path, run: str, settings: Mapping[str, object]) -> Sink:
+class Tracker(Protocol):
+    """Takes rows from its construction until ``end``."""
+
+    def write(self, row: Row) -> None:
+        """Take the row of one completed step."""
+        ...
+
+    def end(self, status: Status) -> None:
+        """Say how the run ended, and let go."""
+        ...
+
+
+def tracker(name: TrackerName, directory: Path, run: str, settings: Mapping[str, object]) -> "BackgroundSink":
     """The sink of a tracker, which starts in the background.
 
     Args:
@@ -49,7 +61,7 @@ def tracker(name: TrackerName, directory: Path, run: str, settings: Mapping[str,
         run: the name of the run.
         settings: the config, flat, shown beside the curves.
     """
-    kinds: Mapping[TrackerName, Callable[[Path, str, Mapping[str, object]], Sink]] = {
+    kinds: Mapping[TrackerName, Callable[[Path, str, Mapping[str, object]], Tracker]] = {
         "tensorboard": _TensorBoard,
         "wandb": _WeightsAndBiases,
         "mlflow": _MLflow,
@@ -57,47 +69,79 @@ def tracker(name: TrackerName, directory: Path, run: str, settings: Mapping[str,
     return BackgroundSink(name, lambda: kinds[name](directory / name, run, settings))
 
 
-class BackgroundSink:
-    """Hands rows to a sink that is made, written to and closed in a thread of its own, whatever it takes.
+def end(trackers: Sequence["BackgroundSink"], status: Status) -> None:
+    """Give all together ``END_S`` for what is queued, and tell them how the run ended."""
+    deadline = time.monotonic() + END_S
+    for one in trackers:
+        one.end(status)
+    for one in trackers:
+        one.join(deadline - time.monotonic())
 
-    Up to ``QUEUE_ROWS`` rows wait for it. Beyond that they are dropped, which is said once.
+
+class BackgroundSink:
+    """A sink that hands rows to a tracker, which is made, written to and ended in a thread of its own.
+
+    Up to ``QUEUE_ROWS`` rows wait for it. Beyond that they are dropped, which is said once, as is a failure.
     """
 
-    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
+    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self._name = name
-        self._rows: queue.Queue[Row | None] = queue.Queue(QUEUE_ROWS)
-        self._dropped = 0
+        self._rows: deque[Row] = deque()
+        self._wake = threading.Condition()
+        self._status: Status | None = None
+        self._said: set[str] = set()
         self._thread = threading.Thread(target=self._run, args=(make,), name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
     def write(self, row: Row) -> None:
         """Queue a row; never blocks."""
-        try:
-            self._rows.put_nowait(row)
-        except queue.Full:
-            self._dropped += 1
-            if self._dropped == 1:
-                logger.warning("%s is behind by %d steps: later ones are missing there", self._name, QUEUE_ROWS)
+        with self._wake:
+            if len(self._rows) < QUEUE_ROWS:
+                self._rows.append(row)
+            else:
+                self._say(f"is behind by {QUEUE_ROWS} steps: later ones are missing there")
+            self._wake.notify()
 
     def close(self) -> None:
-        """Give what is queued up to ``CLOSE_S`` to get there."""
-        deadline = time.monotonic() + CLOSE_S
-        with contextlib.suppress(queue.Full):
-            self._rows.put(None, timeout=CLOSE_S)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            logger.warning("%s did not take all steps within %g s: some are missing there", self._name, CLOSE_S)
+        """Nothing yet: how a run ended is known, and waited for, once its own files are whole (``end``)."""
 
-    def _run(self, make: Callable[[], Sink]) -> None:
+    def end(self, status: Status) -> None:
+        """No row comes any more."""
+        with self._wake:
+            self._status = status
+            self._wake.notify()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the tracker to take what is queued."""
+        self._thread.join(max(0.0, timeout_s))
+        if self._thread.is_alive():
+            self._say(f"did not take all steps within {END_S:g} s: some are missing there")
+
+    def _next(self) -> Row | None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._rows or self._status is not None)
+            return self._rows.popleft() if self._rows else None
+
+    def _run(self, make: Callable[[], Tracker]) -> None:
         try:
-            sinks = [make()]
-        except Exception:
-            logger.warning("%s cannot be used: this run will be missing there", self._name, exc_info=True)
-            sinks = []
-        telemetry = Telemetry(sinks)
-        for row in iter(self._rows.get, None):
-            telemetry.write(row)
-        telemetry.close()
+            made = make()
+        except Exception:  # noqa: BLE001 - said, whatever it is; the run goes on
+            self._say("cannot be used: this run will be missing there", exc_info=True)
+            return
+        while (row := self._next()) is not None:
+            self._try(lambda row=row: made.write(row))  # type: ignore[misc]
+        self._try(lambda: made.end(self._status or "failed"))
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception:  # noqa: BLE001 - likewise
+            self._say("failed: steps may be missing there", exc_info=True)
+
+    def _say(self, text: str, *, exc_info: bool = False) -> None:
+        if text not in self._said:
+            logger.warning("%s %s", self._name, text, exc_info=exc_info)
+        self._said.add(text)
 
 
 class _TensorBoard:
@@ -114,7 +158,8 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, int(row["eopd_step"]))
         self._writer.flush()
 
-    def close(self) -> None:
+    def end(self, status: Status) -> None:
+        del status
         self._writer.close()
 
 
@@ -128,7 +173,7 @@ class _WeightsAndBiases:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "eopd"),
             name=run,
-            id=_kept(directory / "run-id", lambda: uuid.uuid4().hex[:12]),
+            id=_kept(directory / RUN_ID, lambda: uuid.uuid4().hex[:12]),
             resume="allow",
             dir=str(directory),
             config=dict(settings),
@@ -139,8 +184,8 @@ class _WeightsAndBiases:
     def write(self, row: Row) -> None:
         self._run.log(dict(_numbers(row)))
 
-    def close(self) -> None:
-        self._run.finish()
+    def end(self, status: Status) -> None:
+        self._run.finish(exit_code=int(status == "failed"))
 
 
 class _MLflow:
@@ -153,7 +198,7 @@ class _MLflow:
         directory.mkdir(exist_ok=True)
         self._metric = Metric
         self._client = client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-        self._run_id = _kept(directory / "run-id", lambda: self._create(run))
+        self._run_id = _kept(directory / RUN_ID, lambda: self._create(run))
         known = client.get_run(self._run_id).data.params
         new = [Param(key, str(value)[:500]) for key, value in settings.items() if key not in known]
         client.log_batch(self._run_id, params=new)
@@ -169,8 +214,9 @@ class _MLflow:
         now, step = int(1000 * time.time()), int(row["eopd_step"])
         self._client.log_batch(self._run_id, [self._metric(name, value, now, step) for name, value in _numbers(row)])
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run_id)
+    def end(self, status: Status) -> None:
+        ends: Mapping[Status, str] = {"completed": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+        self._client.set_terminated(self._run_id, ends[status])
 
 
 def _numbers(row: Row) -> Iterator[tuple[str, float]]:

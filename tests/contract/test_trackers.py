@@ -7,7 +7,7 @@ import pytest
 
 from eopd.config import ConfigError
 from eopd.telemetry import trackers
-from eopd.telemetry.trackers import BackgroundSink, require_trackers, tracker
+from eopd.telemetry.trackers import BackgroundSink, end, require_trackers, tracker
 
 LOST = 'eopd_lost_trajectories_total{reason="too_stale"}'
 SETTINGS = {"run.seed": 0, "teachers.0.name": "big"}
@@ -17,11 +17,12 @@ def row(step: int) -> dict[str, float]:
     return {"eopd_step": step, "eopd_loss": 1.0 / step, LOST: 2.0 * step, "eopd_grad_norm": float("nan")}
 
 
-def write(name, directory, *steps: int) -> None:
+def write(name, directory, *steps: int, status="completed") -> None:
     sink = tracker(name, directory, "my-run", SETTINGS)
     for step in steps:
         sink.write(row(step))
     sink.close()
+    end([sink], status)
 
 
 def test_tensorboard_holds_every_number_at_its_step(tmp_path):
@@ -42,9 +43,11 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a server's stand-in
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path / 'server'}")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    write("mlflow", tmp_path, 1, 2)
-    write("mlflow", tmp_path, 3)
     client = MlflowClient()
+    for status, shown in (("interrupted", "KILLED"), ("failed", "FAILED")):
+        write("mlflow", tmp_path, 1 if status == "interrupted" else 2, status=status)
+        assert client.get_run((tmp_path / "mlflow" / "run-id").read_text()).info.status == shown
+    write("mlflow", tmp_path, 3)
     (run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     assert (run.info.run_name, run.info.status) == ("my-run", "FINISHED")
     assert run.data.params == {"run.seed": "0", "teachers.0.name": "big"}
@@ -78,14 +81,14 @@ class Slow:
     """A service that does not answer until it is let."""
 
     def __init__(self) -> None:
-        self.may_answer, self.rows, self.closed = threading.Event(), [], False
+        self.may_answer, self.rows, self.status = threading.Event(), [], None
 
     def write(self, row):
         self.may_answer.wait()
         self.rows.append(row)
 
-    def close(self):
-        self.closed = True
+    def end(self, status):
+        self.status = status
 
 
 def test_a_service_that_does_not_answer_holds_nobody_up_and_loses_what_does_not_fit(monkeypatch, caplog):
@@ -97,19 +100,23 @@ def test_a_service_that_does_not_answer_holds_nobody_up_and_loses_what_does_not_
         sink.write({"eopd_step": float(step)})
     assert time.monotonic() - started < 1.0
     slow.may_answer.set()
-    sink.close()
-    assert slow.closed and 3 <= len(slow.rows) <= 4
+    end([sink], "interrupted")
+    assert slow.status == "interrupted" and 3 <= len(slow.rows) <= 4
     assert [record.message for record in caplog.records] == ["slow is behind by 3 steps: later ones are missing there"]
 
 
-def test_a_close_that_takes_too_long_is_given_up_and_said(monkeypatch, caplog):
-    monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
+def test_an_end_that_takes_too_long_is_given_up_for_all_together_and_said(monkeypatch, caplog):
+    monkeypatch.setattr(trackers, "END_S", 0.3)
     slow = Slow()
-    sink = BackgroundSink("slow", lambda: slow)
-    sink.write({"eopd_step": 1.0})
-    sink.close()
+    sinks = [BackgroundSink(name, lambda: slow) for name in ("first", "second")]
+    for sink in sinks:
+        sink.write({"eopd_step": 1.0})
+    started = time.monotonic()
+    end(sinks, "completed")
+    assert 0.3 <= time.monotonic() - started < 0.6
     slow.may_answer.set()
-    assert "slow did not take all steps within 0.2 s" in caplog.text
+    for name in ("first", "second"):
+        assert f"{name} did not take all steps within 0.3 s" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["start", "write"])
@@ -118,7 +125,7 @@ def test_a_tracker_that_fails_is_reported_once(where, caplog):
         def write(self, row):
             raise OSError("no such host")
 
-        def close(self):
+        def end(self, status):
             pass
 
     def make():
@@ -129,6 +136,6 @@ def test_a_tracker_that_fails_is_reported_once(where, caplog):
     sink = BackgroundSink("broken", make)
     for step in (1.0, 2.0):
         sink.write({"eopd_step": step})
-    sink.close()
+    end([sink], "completed")
     assert [record.levelname for record in caplog.records if record.levelno >= 30] == ["WARNING"]
     assert "no such host" in caplog.text

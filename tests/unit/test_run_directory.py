@@ -47,6 +47,14 @@ def config(tmp_path):
     return lambda *overrides: load_config(path, overrides)
 
 
+def test_a_run_that_is_begun_again_is_another_one_to_trackers(config):
+    made = RunDirectory.create(config()).path / "mlflow"
+    made.mkdir()
+    (made / "run-id").write_text("abc")
+    RunDirectory.create(config("learner.lr=1.0e-6"))
+    assert not (made / "run-id").exists()
+
+
 async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
     sample = {"prompt_id": "p", "prompt": "?", "response": "a"}
     first = RunDirectory.create(config())
