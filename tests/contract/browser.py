@@ -60,12 +60,12 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def point_at(self, selector):
-        """Move the mouse over the first element of a selector."""
+    def point_at(self, selector, share=0.5):
+        """Move the mouse over the first element of a selector, at a share of its width."""
         element = f"document.querySelector({json.dumps(selector)})"
         self.value(f"{element}.scrollIntoView({{block: 'center'}})")
         self.value("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        x, y = self.value(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({element}.getClientRects()[0])")
+        x, y = self.value(f"(b => [b.x + b.width * {share}, b.y + b.height / 2])({element}.getClientRects()[0])")
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def press(self, key):

@@ -13,7 +13,7 @@ WORDS = ["The", " sky", " is", " blue", ",", " <b>", "\n", "</script>"]
 
 
 def rows(offset):
-    for step in range(1, 61):
+    for step in range(1, 21 + 40 * offset):  # the first run is the shorter one
         value = offset + math.exp(-step / 20)
         names = (
             "reverse_kl_nats",
@@ -190,8 +190,16 @@ def test_arrow_keys_move_from_token_to_token(page, report):
 
 def test_a_chart_under_the_pointer_shows_the_value_of_every_run(page, report):
     page.open(report)
+    shown = "[...document.querySelectorAll('#readout b')].map(e => e.textContent)"
+    page.point_at("#curves svg.chart", 0.25)
+    head, *values = page.value(shown)
+    step = int(head.removeprefix("step "))
+    assert 5 <= step <= 15
+    assert [float(text) for text in values] == pytest.approx([o + math.exp(-step / 20) for o in (0, 1)], rel=1e-3)
     page.point_at("#curves svg.chart")
-    shown = page.value("[...document.querySelectorAll('#readout b')].map(e => e.textContent)")
-    step = int(shown[0].removeprefix("step "))
-    assert 25 <= step <= 35
-    assert [float(text) for text in shown[1:]] == pytest.approx([o + math.exp(-step / 20) for o in (0, 1)], rel=1e-3)
+    head, of_ended, of_longer = page.value(shown)
+    step = int(head.removeprefix("step "))
+    assert 25 <= step <= 35 and of_ended == "–"
+    assert float(of_longer) == pytest.approx(1 + math.exp(-step / 20), rel=1e-3)
+    page.point_at("#entropy svg.chart", 0.3)
+    assert page.value(shown) == ["nats from 0.2", "6.7%", "26.7%"]

@@ -155,14 +155,21 @@ def histogram(title: str, lines: Sequence[Line], bin_width: float, threshold: fl
         x = frame.x(threshold)
         parts.append(f'<line class="threshold" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text class="threshold" x="{x + 4}" y="{TOP + 9}">gate opens</text>')
-    return _svg(title, parts, lines, frame, percent=True, x="nats from")
+    return _svg(title, parts, lines, frame, percent=True, bin_width=bin_width)
 
 
 def _svg(
-    title: str, parts: Sequence[str], lines: Sequence[Line], frame: Frame, *, percent: bool = False, x: str = "step"
+    title: str,
+    parts: Sequence[str],
+    lines: Sequence[Line],
+    frame: Frame,
+    *,
+    percent: bool = False,
+    bin_width: float | None = None,
 ) -> Markup:
     numbers = {
-        "x": x,
+        "x": "nats from" if bin_width else "step",
+        "grid": bin_width or 1,
         "box": (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
         "from": frame.x_min,
         "to": frame.x_max,

@@ -98,6 +98,7 @@
   const SVG = "http://www.w3.org/2000/svg";
 
   const nearest = (points, x) => {
+    if (x < points[0][0] || x > points[points.length - 1][0]) return null;
     let low = 0, high = points.length - 1;
     while (low < high) {
       const middle = (low + high) >> 1;
@@ -107,7 +108,7 @@
   };
 
   const watch = (chart) => {
-    const { x: name, box: [left, top, right, bottom], from, to, percent: shares, lines } = JSON.parse(chart.nextElementSibling.textContent);
+    const { x: name, grid, box: [left, top, right, bottom], from, to, percent: shares, lines } = JSON.parse(chart.nextElementSibling.textContent);
     const cross = document.createElementNS(SVG, "line");
     cross.setAttribute("class", "cross");
     cross.setAttribute("y1", top);
@@ -121,13 +122,15 @@
       const at = (event.clientX - box.left) / box.width * chart.viewBox.baseVal.width;
       const share = (at - left) / (right - left);
       if (share < 0 || share > 1 || !lines.length) return hide();
-      const x = from + share * (to - from);
+      const cell = (from + share * (to - from)) / grid;
+      const x = Number((grid * (name === "step" ? Math.round(cell) : Math.floor(cell))).toPrecision(6)); // bins: their left edge
       cross.style.display = "";
       for (const end of ["x1", "x2"]) cross.setAttribute(end, at);
-      readout.replaceChildren(make("b", name + " " + nearest(lines[0].points, x)[0]), ...lines.map((line) => {
+      readout.replaceChildren(make("b", name + " " + x), ...lines.map((line) => {
         const row = make("div");
-        const y = nearest(line.points, x)[1];
-        row.append(make("span", line.label), make("b", shares ? (100 * y).toFixed(1) + "%" : String(y)));
+        const point = nearest(line.points, x);
+        const y = point && point[1];
+        row.append(make("span", line.label), make("b", !point ? "–" : shares ? (100 * y).toFixed(1) + "%" : String(y)));
         return row;
       }));
       readout.hidden = false;
