@@ -199,7 +199,7 @@ def test_a_chart_under_the_pointer_shows_the_value_of_every_run(page, report):
     page.point_at("#curves svg.chart")
     head, of_ended, of_longer = page.value(shown)
     step = int(head.removeprefix("step "))
-    assert 25 <= step <= 35 and of_ended == "–"
+    assert 25 <= step <= 35 and of_ended == "\u2013"
     assert float(of_longer) == pytest.approx(1 + math.exp(-step / 20), rel=1e-3)
     page.point_at("#entropy svg.chart", 0.3)
     assert page.value(shown) == ["nats from 0.2", "6.7%", "26.7%"]

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeAlias
 
 from markupsafe import Markup
 
@@ -26,6 +26,11 @@ NUM_COLORS, NUM_DASHES = len(MARKS), 3
 _STEPS: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
+def look(index: int) -> tuple[str, str]:
+    """Class of the colour, and mark, that tell a run: 25 pairs, before one comes again."""
+    return f"c{index % NUM_COLORS}", MARKS[(index + index // NUM_COLORS) % NUM_COLORS]
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One curve; a point that is None, or not finite, is a gap. ``color`` and ``dash`` count from 0."""
@@ -39,11 +44,21 @@ class Line:
     @property
     def classes(self) -> str:
         """What the style sheet draws it by."""
-        return f"c{self.color % NUM_COLORS} d{self.dash % NUM_DASHES}"
+        return f"{look(self.color)[0]} d{self.dash % NUM_DASHES}"
+
+    def pieces(self) -> list[list[tuple[float, float]]]:
+        """The points that can be drawn, from gap to gap."""
+        found: list[list[tuple[float, float]]] = [[]]
+        for x, y in zip(self.xs, self.ys, strict=True):
+            if y is not None and math.isfinite(y):
+                found[-1].append((x, y))
+            elif found[-1]:
+                found.append([])
+        return [piece for piece in found if piece]
 
     def points(self) -> list[tuple[float, float]]:
         """Those that can be drawn."""
-        return [(x, y) for x, y in zip(self.xs, self.ys, strict=True) if y is not None and math.isfinite(y)]
+        return list(itertools.chain(*self.pieces()))
 
 
 class Frame:
@@ -78,8 +93,8 @@ class Frame:
         return "".join(parts)
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
-        """``d`` of a polyline."""
-        return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
+        """``d`` of a polyline; of one point, a dot."""
+        return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points) + ("h0" if len(points) == 1 else "")
 
 
 def ticks(low: float, high: float, number: int) -> list[float]:
@@ -90,49 +105,78 @@ def ticks(low: float, high: float, number: int) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def extremes(line: Line, num_points: int) -> Line:
+    """The same curve with about so many points: its ends, and the lowest and highest of every stretch, as they came."""
+    if len(line.xs) <= num_points:
+        return line
+    size = math.ceil(2 * len(line.xs) / max(num_points - 2, 1))
+    ys = [math.nan if y is None else y for y in line.ys]
+    drawn = [i for i, y in enumerate(ys) if math.isfinite(y)]
+    kept = {*drawn[:1], *drawn[-1:], *(i for i, y in enumerate(ys) if not math.isfinite(y))}
+    for _, group in itertools.groupby(drawn, key=lambda i: i // size):
+        stretch = list(group)
+        kept |= {min(stretch, key=ys.__getitem__), max(stretch, key=ys.__getitem__)}
+    order = sorted(kept)
+    return replace(line, xs=[line.xs[i] for i in order], ys=[line.ys[i] for i in order])
+
+
 def thinned(line: Line, num_points: int) -> Line:
-    """The same curve with at most so many points, each the mean of its neighbours."""
-    size = math.ceil(len(line.xs) / num_points)
-    points = line.points()
-    cuts = [points[i : i + size] for i in range(0, len(points), size)]
-    xs = [cut[-1][0] for cut in cuts]
-    return Line(line.label, xs, [sum(y for _, y in cut) / len(cut) for cut in cuts], line.color, line.dash)
+    """The same curve with at most so many points, each the mean of its neighbours; a gap where none can be drawn."""
+    size = max(1, math.ceil(len(line.xs) / num_points))
+    cuts = [replace(line, xs=line.xs[i : i + size], ys=line.ys[i : i + size]) for i in range(0, len(line.xs), size)]
+    return replace(line, xs=[cut.xs[-1] for cut in cuts], ys=[_mean(cut) for cut in cuts])
 
 
 def smoothed(line: Line) -> Line:
-    """A centred running mean over a tenth of the curve."""
+    """A centred running mean over a tenth of the curve; gaps stay."""
+    half = len(line.points()) // 20
+    parts = [slice(max(0, i - half), i + half + 1) for i in range(len(line.xs))]
+    means = [_mean(replace(line, xs=line.xs[part], ys=line.ys[part])) for part in parts]
+    gaps = [y is None or not math.isfinite(y) for y in line.ys]
+    return replace(line, ys=[None if gap else mean for gap, mean in zip(gaps, means, strict=True)])
+
+
+def _mean(line: Line) -> float | None:
     points = line.points()
-    half = len(points) // 20
-    parts = [points[max(0, i - half) : i + half + 1] for i in range(len(points))]
-    means = [sum(y for _, y in part) / len(part) for part in parts]
-    return Line(line.label, [x for x, _ in points], means, line.color, line.dash)
+    return sum(y for _, y in points) / len(points) if points else None
 
 
-def curves(title: str, lines: Sequence[Line], *, percent: bool = False) -> Markup:
-    """Lines over steps: what was measured, faint, and its running mean."""
-    frame = Frame([point for line in lines for point in line.points()])
+def curves(title: str, lines: Sequence[Line], *, percent: bool = False, num_points: int = 300) -> Markup:
+    """Lines over steps: what was measured, faint, and its running mean. ``num_points`` of a line are drawn at most."""
+    raw = [extremes(line, num_points) for line in lines]
+    frame = Frame([point for line in raw for point in line.points()])
     parts = [frame.axes(percent)]
-    for line in lines:
-        if points := line.points():
-            parts.append(f'<path class="raw {line.classes}" d="{frame.path(points)}"/>')
-            usual = smoothed(line).points()
-            parts.append(f'<path class="line {line.classes}" d="{frame.path(usual)}"/>')
-            x, y = usual[-1]
-            mark = MARKS[line.color % NUM_COLORS]
-            parts.append(
-                f'<path class="mark {line.classes}" transform="translate({frame.x(x)} {frame.y(y)})" d="{mark}"/>'
-            )
-    return _svg(title, parts, lines, frame, percent=percent)
+    for line, measured in zip(lines, raw, strict=True):
+        usual = smoothed(thinned(line, num_points))
+        for name, drawn in (("raw", measured), ("line", usual)):
+            if pieces := drawn.pieces():
+                path = "".join(frame.path(piece) for piece in pieces)
+                parts.append(f'<path class="{name} {line.classes}" d="{path}"/>')
+        for x, y in usual.points()[-1:]:
+            place = f"translate({frame.x(x)} {frame.y(y)})"
+            parts.append(f'<path class="mark {line.classes}" transform="{place}" d="{look(line.color)[1]}"/>')
+    return _svg(title, parts, raw, frame, percent=percent)
 
 
-def stacked(title: str, lines: Sequence[Line], classes: Sequence[str]) -> Markup:
-    """Areas on top of each other; lines have the same steps and no gaps, and ``classes`` fill them from below."""
+Points: TypeAlias = Sequence[tuple[float, float]]
+
+
+def totals(lines: Sequence[Line]) -> Points:
+    """The sum of lines that have the same steps and no gaps."""
+    return [(x, sum(y or 0.0 for y in ys)) for x, *ys in zip(lines[0].xs, *(line.ys for line in lines), strict=True)]
+
+
+def stacked(title: str, lines: Sequence[Line], classes: Sequence[str], reach: Points = ()) -> Markup:
+    """Areas on top of each other; lines have the same steps and no gaps, and ``classes`` fill them from below.
+
+    The axes hold the points of ``reach`` too: what the pictures beside this one show.
+    """
     floors = [0.0] * len(lines[0].xs)
     edges = [floors]
     for line in lines:
         floors = [floor + y for floor, (_, y) in zip(floors, line.points(), strict=True)]
         edges.append(floors)
-    frame = Frame(list(zip(lines[0].xs, floors, strict=True)))
+    frame = Frame([*reach, *totals(lines)])
     parts = [frame.axes()]
     for line, (below, above), name in zip(lines, itertools.pairwise(edges), classes, strict=True):
         xs = [*line.xs, *reversed(line.xs)]
@@ -141,12 +185,15 @@ def stacked(title: str, lines: Sequence[Line], classes: Sequence[str]) -> Markup
     return _svg(title, parts, lines, frame)
 
 
-def histogram(title: str, lines: Sequence[Line], bin_width: float, threshold: float | None) -> Markup:
-    """Shares of tokens by bin, as steps; ``ys`` are shares, ``xs`` left edges of the bins."""
-    right = bin_width + max([1.0, *(x for line in lines for x, y in line.points() if y > 0.0)])
+def histogram(
+    title: str, lines: Sequence[Line], bin_width: float, threshold: float | None, reach: Points = ()
+) -> Markup:
+    """Shares of tokens by bin, as steps; ``ys`` are shares, ``xs`` left edges of the bins; ``reach`` as above."""
+    filled = [(x, y) for x, y in [*reach, *(point for line in lines for point in line.points())] if y > 0.0]
+    right = bin_width + max([1.0, *(x for x, _ in filled)])
     kept = round(right / bin_width)
     lines = [replace(line, xs=line.xs[:kept], ys=line.ys[:kept]) for line in lines]
-    frame = Frame([(right, 0.0), *(point for line in lines for point in line.points())])
+    frame = Frame([(0.0, 0.0), (right, 0.0), *filled])
     parts = [frame.axes(percent=True)]
     for line in lines:
         outline = [corner for x, y in line.points() for corner in ((x, y), (x + bin_width, y))]
@@ -167,6 +214,7 @@ def _svg(
     percent: bool = False,
     bin_width: float | None = None,
 ) -> Markup:
+    drawn = [(line.label, points) for line in lines if (points := [(x, float(f"{y:.4g}")) for x, y in line.points()])]
     numbers = {
         "x": "nats from" if bin_width else "step",
         "grid": bin_width or 1,
@@ -174,13 +222,9 @@ def _svg(
         "from": frame.x_min,
         "to": frame.x_max,
         "percent": percent,
-        "lines": [
-            {"label": line.label, "points": points}
-            for line in lines
-            if (points := [[x, float(f"{y:.4g}")] for x, y in line.points()])
-        ],
+        "lines": [{"label": label, "points": points} for label, points in drawn],
     }
-    says = "; ".join(f"{one['label']}: {one['points'][0][1]:g} to {one['points'][-1][1]:g}" for one in numbers["lines"])  # type: ignore[attr-defined]
+    says = "; ".join(f"{label}: {points[0][1]:g} to {points[-1][1]:g}" for label, points in drawn)
     picture = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
         WIDTH, HEIGHT, f"{title}. {says or 'no numbers yet'}"
     )
@@ -196,10 +240,10 @@ def as_json(value: object) -> Markup:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One row of a timeline: ``spans`` of (from, to, class, what), in seconds."""
+    """One row of a timeline: ``spans`` of (from, to, class, what), in seconds; None where nobody knows."""
 
     label: str
-    spans: Sequence[tuple[float, float, str, str]]
+    spans: Sequence[tuple[float, float, str, str]] | None
 
 
 def timeline(title: str, lanes: Sequence[Lane], seconds: float) -> Markup:
@@ -210,8 +254,9 @@ def timeline(title: str, lanes: Sequence[Lane], seconds: float) -> Markup:
     for index, lane in enumerate(lanes):
         y = index * row
         parts.append(Markup('<text x="0" y="{}" class="lane">{}</text>').format(y + 14, lane.label))
-        parts.append(Markup('<rect x="0" width="100%" y="{}" height="18" class="idle"/>').format(y + 20))
-        for start, stop, name, what in lane.spans:
+        if lane.spans is not None:
+            parts.append(Markup('<rect x="0" width="100%" y="{}" height="18" class="idle"/>').format(y + 20))
+        for start, stop, name, what in lane.spans or ():
             shape = Markup('<rect x="{:.3f}%" width="{:.3f}%" y="{}" height="18" class="{}"><title>{}</title></rect>')
             share, width = 100 * start / seconds, 100 * (stop - start) / seconds
             parts.append(shape.format(share, width, y + 20, name, f"{what}: {start:.2f} to {stop:.2f} s"))

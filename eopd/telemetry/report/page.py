@@ -1,6 +1,7 @@
 """Runs to one HTML file: what goes where on the page. Its text, style and script are the files beside this one."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from markupsafe import Markup
 from eopd.config import ConfigError
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.report import charts
-from eopd.telemetry.report.charts import MARKS, Lane, Line
-from eopd.telemetry.report.reading import Record, RunRecord, read_runs
+from eopd.telemetry.report.charts import Lane, Line, look
+from eopd.telemetry.report.reading import Record, RunRecord, headline, read_runs
 from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, prompts_of
 
 logger = logging.getLogger(__name__)
@@ -49,13 +50,7 @@ PARTS: Final[Mapping[str, tuple[str, str]]] = {
     "train": ("trains", "f-train"),
     "weights": ("sends weights", "f-weights"),
 }
-HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
-    "reverse_kl": ("reverse KL", "nats"),
-    "forward_kl": ("forward KL", "nats"),
-    "top1_agreement": ("top-1 agreement", "ratio"),
-    "student_entropy": ("student entropy", "nats"),
-    "teacher_entropy": ("teacher entropy", "nats"),
-}
+PAPER_TAU: Final = 0.8  # nats
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader(__name__, ""), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
 )
@@ -96,16 +91,16 @@ def render(runs: Sequence[RunRecord]) -> str:
     return _ENVIRONMENT.get_template("page.html").render(
         made=time.strftime("%Y-%m-%d %H:%M"),
         runs=runs,
-        marks=MARKS,
-        headlines=[_headline(run) for run in runs],
+        look=look,
+        headlines=[headline(run) for run in runs],
         prompts=prompts_of(runs),
         thresholds=sorted({run.threshold for run in runs if run.threshold is not None}),
         entropy_edges=ENTROPY_EDGES,
         kl_edges=KL_EDGES,
         curves=[_curves(title, metrics, runs) for title, metrics in CURVES],
-        histograms=[_histogram(run, phase, record) for run in runs for phase, record in run.held_out.items()],
-        splits=[_split(run) for run in runs],
-        timelines=[_timeline(run) for run in runs],
+        histograms=_histograms(runs),
+        splits=_splits(runs),
+        timelines=_timelines(runs),
         stages={"engines write": "f-rollout", "teachers read": "f-teacher"}
         | {f"learner {does}": name for does, name in PARTS.values()},
         settings=_table([run.config for run in runs]),
@@ -113,56 +108,16 @@ def render(runs: Sequence[RunRecord]) -> str:
     )
 
 
-def _headline(run: RunRecord) -> Mapping[str, object]:
-    """What a person wants to know first."""
-    last = run.rows[-1]
-    seconds = sum(row["eopd_step_seconds"] for row in run.rows)
-    tokens = last["eopd_response_tokens_total"]
-    held_out = run.summary.get("held_out", {})
-    return {
-        "name": run.name,
-        "status": run.summary.get("status", "unknown"),
-        "notes": run.notes,
-        "facts": {
-            "steps": f"{last['step']} of {run.config.get('run.batches', '?')}",
-            "response tokens": f"{tokens:,.0f}",
-            "tokens per second": f"{tokens / seconds:.1f}",
-            "wall time": _clock(run.summary.get("wall_s", seconds)),
-            "last step": time.strftime("%Y-%m-%d %H:%M", time.localtime(last["time"])),
-        },
-        "held_out": [
-            _change(label, unit, (held_out.get("before") or {}).get(name), (held_out.get("after") or {}).get(name))
-            for name, (label, unit) in HELD_OUT.items()
-        ],
-    }
-
-
-def _change(label: str, unit: str, before: Record | None, after: Record | None) -> Mapping[str, str]:
-    difference = "" if before is None or after is None else f"{after['mean'] - before['mean']:+.3f}"
-    return {"label": label, "unit": unit, "before": _measured(before), "after": _measured(after), "change": difference}
-
-
-def _measured(found: Record | None) -> str:
-    if found is None:
-        return "-"
-    error = found["standard_error"]
-    return f"{found['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-
 def _curves(title: str, metrics: Mapping[str, str], runs: Sequence[RunRecord]) -> Figure:
     """Colours tell runs apart, or metrics where there is one run; dashes tell metrics apart."""
-    room = max(POINTS // len(runs), 40)
     many = len(runs) > 1
     lines = [
-        charts.thinned(
-            Line(
-                label=f"{run.name}, {label}" if many else label,
-                xs=run.steps,
-                ys=run.column(name),
-                color=color if many else dash,
-                dash=dash,
-            ),
-            min(room, 300),
+        Line(
+            label=f"{run.name}, {label}" if many else label,
+            xs=run.steps,
+            ys=run.column(name),
+            color=color if many else dash,
+            dash=dash,
         )
         for color, run in enumerate(runs)
         for dash, (name, label) in enumerate(metrics.items())
@@ -170,58 +125,114 @@ def _curves(title: str, metrics: Mapping[str, str], runs: Sequence[RunRecord]) -
     percent = all(CATALOG[name].unit == "ratio" for name in metrics)
     legend = {f"c{'n' if many else dash} d{dash}": label for dash, label in enumerate(metrics.values())}
     note = " ".join(dict.fromkeys(CATALOG[name].healthy for name in metrics))
-    return Figure(title, charts.curves(title, lines, percent=percent), note, legend if len(metrics) > 1 else {})
+    picture = charts.curves(title, lines, percent=percent, num_points=min(max(POINTS // len(runs), 40), 300))
+    return Figure(title, picture, note, legend if len(metrics) > 1 else {})
 
 
-def _histogram(run: RunRecord, phase: str, record: Record) -> Figure:
-    width = record["entropy_bin_nats"]
-    lines, shares = [], []
+def _histograms(runs: Sequence[RunRecord]) -> list[Figure]:
+    """Entropy of teacher and student, of each run and phase."""
+    records = [(run, phase, record, _shares(record)) for run in runs for phase, record in run.held_out.items()]
+    reach = [point for *_, lines in records for line in lines for point in line.points()]
+    return [_histogram(run, phase, record, lines, reach) for run, phase, record, lines in records]
+
+
+def _shares(record: Record) -> list[Line]:
+    lines = []
     for index, who in enumerate(("teacher", "student")):
         counts = record[f"{who}_entropy_counts"]
-        total = max(sum(counts), 1)
-        edges = [round(i * width, 6) for i in range(len(counts))]
-        lines.append(Line(who, edges, [count / total for count in counts], index, index))
-        above = sum(count for edge, count in zip(edges, counts, strict=True) if edge >= 0.8 - 1e-9)
-        shares.append(f"{who} {above / total:.1%}")
+        edges = [round(i * record["entropy_bin_nats"], 6) for i in range(len(counts))]
+        lines.append(Line(who, edges, [count / max(sum(counts), 1) for count in counts], index, index))
+    return lines
+
+
+def _histogram(run: RunRecord, phase: str, record: Record, lines: Sequence[Line], reach: charts.Points) -> Figure:
+    width = record["entropy_bin_nats"]
+    tau = run.config.get("loss.gate.tau")
+    # the first edge of a bin that is no lower: what a bin holds below it cannot be told apart
+    edge = math.ceil((tau if isinstance(tau, int | float) else PAPER_TAU) / width - 1e-9) * width
+    shares = [f"{line.label} {sum(y for x, y in line.points() if x >= edge - 1e-6):.1%}" for line in lines]
     title = f"{run.name}: {phase} training (step {record['step']})"
-    note = f"Tokens above 0.8 nats: {', '.join(shares)}. {sum(record['teacher_entropy_counts']):,} tokens."
-    picture = charts.histogram(title, lines, width, run.threshold)
+    note = f"Tokens above {edge:.3g} nats: {', '.join(shares)}. {sum(record['teacher_entropy_counts']):,} tokens."
+    picture = charts.histogram(title, lines, width, run.threshold, reach)
     return Figure(title, picture, note, {"c0 d0": "teacher", "c1 d1": "student"})
 
 
-def _split(run: RunRecord) -> Figure:
-    lines = [
-        Line(label, run.steps, [row.get(f"eopd_{part}_seconds") or 0.0 for row in run.rows])
-        for part, (label, _) in PARTS.items()
-    ]
-    lines = [charts.smoothed(charts.thinned(line, 200)) for line in lines]
+def _splits(runs: Sequence[RunRecord]) -> list[Figure]:
+    """The seconds of a step over each run."""
+    parts = [_seconds(run) for run in runs]
+    reach = [point for of_run in parts if of_run for point in charts.totals(list(of_run.values()))]
+    return [_split(run, of_run, reach) for run, of_run in zip(runs, parts, strict=True)]
+
+
+def _seconds(run: RunRecord) -> dict[str, Line]:
+    """The parts of a step that a run has recorded, at the steps that have all of them."""
+    found = [part for part in PARTS if any(seconds is not None for seconds in run.column(f"eopd_{part}_seconds"))]
+    names = {part: f"eopd_{part}_seconds" for part in found}
+    rows = [row for row in run.rows if all(row.get(name) is not None for name in names.values())]
+    steps = [row["step"] for row in rows]
+    lines = {part: Line(PARTS[part][0], steps, [row[name] for row in rows]) for part, name in names.items()}
+    return {part: charts.smoothed(charts.thinned(line, 200)) for part, line in lines.items()} if rows else {}
+
+
+def _split(run: RunRecord, parts: Mapping[str, Line], reach: charts.Points) -> Figure:
     title = f"{run.name}: seconds of a step"
-    return Figure(title, charts.stacked(title, lines, [name for _, name in PARTS.values()]), "", {})
+    missing = [label for part, (label, _) in PARTS.items() if part not in parts]
+    note = f"Not recorded: {', '.join(missing)}." if missing else ""
+    classes = [PARTS[part][1] for part in parts]
+    picture = charts.stacked(title, list(parts.values()), classes, reach) if parts else Markup("")
+    return Figure(title, picture, note, {})
 
 
-def _timeline(run: RunRecord) -> Figure:
-    """The step of median length among the later half: what is usual once everything is warm."""
-    later = sorted(run.rows[len(run.rows) // 2 :], key=lambda row: float(row["eopd_step_seconds"]))
-    row = later[len(later) // 2]
+def _timelines(runs: Sequence[RunRecord]) -> list[Figure]:
+    """Who worked and who waited in a usual step of each run."""
+    rows = [_usual(run) for run in runs]
+    seconds = max(row["eopd_step_seconds"] for row in rows)
+    return [_timeline(run, row, seconds) for run, row in zip(runs, rows, strict=True)]
+
+
+def _usual(run: RunRecord) -> Record:
+    """The step of median length among the later half, once everything is warm, of those that have a timeline."""
+    later = run.rows[len(run.rows) // 2 :]
+    known = [[row for row in rows if row["step"] in run.timeline] for rows in (later, run.rows)]
+    rows = sorted(known[0] or known[1] or later, key=lambda row: float(row["eopd_step_seconds"]))
+    return rows[len(rows) // 2]
+
+
+def _timeline(run: RunRecord, row: Record, longest: float) -> Figure:
+    """One step, on an axis of ``longest`` seconds."""
     seconds = row["eopd_step_seconds"]
     lanes = []
     for stage, who, does, name in (
         ("generate", "Rollout engines", "some write", "f-rollout"),
         ("score", "Teachers", "some read", "f-teacher"),
     ):
+        spans = run.timeline.get(row["step"], {}).get(stage)
+        if spans is None:
+            lanes.append(Lane(f"{who}: not recorded", None))
+            continue
         # what began before the step, between it and the one before, is drawn from the step's start
-        busy = [(max(a, 0.0), b) for a, b in run.timeline.get(row["step"], {}).get(stage, []) if b > 0.0]
+        busy = [(max(a, 0.0), b) for a, b in spans if b > 0.0]
         label = f"{who}, busy {sum(b - a for a, b in busy) / seconds:.0%}"
         lanes.append(Lane(label, [(a, b, name, does) for a, b in busy]))
-    spans, start = [], 0.0
-    for part, (label, name) in PARTS.items():
-        stop = start + (row.get(f"eopd_{part}_seconds") or 0.0)
-        spans.append((start, stop, name, label))
-        start = stop
-    waited = sum(stop - start for start, stop, name, _ in spans if "wait" in name)
-    lanes.append(Lane(f"Learner, waits {waited / seconds:.0%}", spans))
+    lanes.append(_learner(row))
     title = f"{run.name}: step {row['step']}, {seconds:.2f} s"
-    return Figure(title, charts.timeline(title, lanes, seconds), "", {})
+    return Figure(title, charts.timeline(title, lanes, longest), "", {})
+
+
+def _learner(row: Record) -> Lane:
+    """What the learner did, one after the other; where its waits were not recorded, the rest up to the step's end."""
+    took = {part: row.get(f"eopd_{part}_seconds") for part in PARTS}
+    known = {part: seconds for part, seconds in took.items() if seconds is not None}
+    step = row["eopd_step_seconds"]
+    start = 0.0 if len(known) == len(took) else max(0.0, step - sum(known.values()))
+    spans = []
+    for part, seconds in known.items():
+        label, name = PARTS[part]
+        spans.append((start, start + seconds, name, label))
+        start += seconds
+    waits = [known[part] for part in ("wait_rollout", "wait_teacher") if part in known]
+    label = f"Learner, waits {sum(waits) / step:.0%}" if len(waits) == 2 else "Learner: waits not recorded"
+    return Lane(label, spans)
 
 
 def _table(columns: Sequence[Mapping[str, object]]) -> list[tuple[str, list[str], bool]]:
@@ -230,9 +241,3 @@ def _table(columns: Sequence[Mapping[str, object]]) -> list[tuple[str, list[str]
     rows = [(key, [str(column.get(key, "-")) for column in columns]) for key in keys]
     told = [(key, values, len(set(values)) > 1) for key, values in rows]
     return sorted(told, key=lambda row: not row[2])
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}"

@@ -5,10 +5,11 @@ Lines that cannot be read are left out and counted; the page says so. The files 
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import yaml
 
@@ -16,6 +17,14 @@ from eopd.config import ConfigError
 from eopd.config.load import flatten
 
 Record: TypeAlias = Mapping[str, Any]  # one object of a JSON file of ours
+
+HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
+    "reverse_kl": ("reverse KL", "nats"),
+    "forward_kl": ("forward KL", "nats"),
+    "top1_agreement": ("top-1 agreement", "ratio"),
+    "student_entropy": ("student entropy", "nats"),
+    "teacher_entropy": ("teacher entropy", "nats"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +125,45 @@ def _yaml(text: str, notes: list[str]) -> object:
     except yaml.YAMLError:
         notes.append("config.yaml cannot be read")
         return {}
+
+
+def headline(run: RunRecord) -> Mapping[str, object]:
+    """What a person wants to know first."""
+    last = run.rows[-1]
+    seconds = sum(row["eopd_step_seconds"] for row in run.rows)
+    tokens = last["eopd_response_tokens_total"]
+    held_out = run.summary.get("held_out", {})
+    return {
+        "name": run.name,
+        "status": run.summary.get("status", "unknown"),
+        "notes": run.notes,
+        "facts": {
+            "steps": f"{last['step']} of {run.config.get('run.batches', '?')}",
+            "response tokens": f"{tokens:,.0f}",
+            "tokens per second": f"{tokens / seconds:.1f}",
+            "wall time": _clock(run.summary.get("wall_s", seconds)),
+            "last step": time.strftime("%Y-%m-%d %H:%M", time.localtime(last["time"])),
+        },
+        "held_out": [
+            _change(label, unit, (held_out.get("before") or {}).get(name), (held_out.get("after") or {}).get(name))
+            for name, (label, unit) in HELD_OUT.items()
+        ],
+    }
+
+
+def _change(label: str, unit: str, before: Record | None, after: Record | None) -> Mapping[str, str]:
+    difference = "" if before is None or after is None else f"{after['mean'] - before['mean']:+.3f}"
+    return {"label": label, "unit": unit, "before": _measured(before), "after": _measured(after), "change": difference}
+
+
+def _measured(found: Record | None) -> str:
+    if found is None:
+        return "-"
+    error = found["standard_error"]
+    return f"{found['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}"
