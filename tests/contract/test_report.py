@@ -9,7 +9,7 @@ from browser import chromium
 from eopd.telemetry.report.page import write_report
 
 CONFIG = "run: {name: r, batches: 60}\nloss:\n  gate: {kind: hard, tau: 0.8}\n"
-WORDS = ["The", " sky", " is", " blue", ",", " <b>", "\n", "</script>"]
+WORDS = ["The", " sky", " is", " blue", ",", " <b>", "\n", "</script>", " blue"]  # two tokens of one text
 
 
 def rows(offset):
@@ -33,7 +33,7 @@ def rows(offset):
 
 
 def measured(phase):
-    ids = [r % len(WORDS) for r in range(40)]
+    ids = [r % 8 for r in range(40)]
     sample = {
         "prompt_id": "p",
         "prompt": "Why is the sky blue, and " + "so " * 40 + "x" * 200 + "?",
@@ -43,7 +43,7 @@ def measured(phase):
         "teacher_logprobs": [-0.2 * i for i in ids],
         "entropy_low": [0.6 * i for i in ids],
         "entropy_high": [0.6 * i for i in ids],
-        "topk_ids": [[1, 3, 5]] * len(ids),
+        "topk_ids": [[1, 3, 8]] * len(ids),
         "topk_logprobs": [[math.log(p) for p in (0.5, 0.25, 0.125)]] * len(ids),
         "texts": {str(i): word for i, word in enumerate(WORDS)},
     }
@@ -165,7 +165,7 @@ def test_the_token_under_the_pointer_shows_what_the_teacher_would_have_written(p
     assert candidates == [
         ["", "␣sky", "50.0%"],
         ["taken", "␣blue", "25.0%"],
-        ["", "␣<b>", "12.5%"],
+        ["", "␣blue", "12.5%"],
         ["", "all others", "12.5%"],
     ]
     numbers = page.value("[...document.querySelectorAll('#card dd')].map(e => e.textContent)")

@@ -238,10 +238,11 @@ def test_tokens_are_coloured_by_entropy_and_kl_and_carry_the_alternatives(run):
     )
     data = Parsed(before.data).data[0]
     assert [data["texts"][token[0]] for token in data["tokens"]] == ["sky", " is", " blue"]
-    _, token_id, student, teacher, low, high, gate, candidates, chances, rest = data["tokens"][1]
+    _, token_id, student, teacher, low, high, gate, candidates, chances, rest, rank = data["tokens"][1]
     assert (token_id, student, teacher, low, high, gate) == (1, -0.5, -1.5, 1.0, 1.0, "open")
     assert [data["texts"][one] for one in candidates] == ["sky", " blue"]
     assert (chances, rest) == ([75.0, 12.5], 12.5)
+    assert (rank, [token[-1] for token in data["tokens"]]) == (-1, [0, -1, 1])
     assert before.teacher_entropy == pytest.approx(1.35) and before.reverse_kl == 1.0
     assert before.gate_ratio == pytest.approx(2 / 3)
 
@@ -266,7 +267,38 @@ def test_a_token_s_classes(run, changes, config, classes):
 def test_a_candidate_without_probability_is_left_out(run):
     one = sample(num_tokens=1, topk_logprobs=[[0.0, None]])
     (prompt,) = prompts_of(read_runs([run(**{"held_out.jsonl": [held_out("before", one)]})]))
-    assert Parsed(prompt.responses[0].data).data[0]["tokens"][0][-3:] == [[0], [100.0], 0.0]
+    assert Parsed(prompt.responses[0].data).data[0]["tokens"][0][-4:] == [[0], [100.0], 0.0, 0]
+
+
+def test_prompts_of_all_runs_come_first_and_every_run_is_shown(run, page):
+    both = [sample(prompt=f"both {n}") for n in range(4)]
+    runs = [
+        run(name, **{"held_out.jsonl": [held_out("after", *(sample(prompt=f"{name} {n}") for n in range(9)), *both)]})
+        for name in ("first", "second")
+    ]
+    shown = [prompt.text for prompt in prompts_of(read_runs(runs))]
+    assert shown[:4] == [f"both {n}" for n in range(4)]
+    assert shown[4:] == [f"{name} {n}" for n in range(4) for name in ("first", "second")]
+    assert "12 of 22 prompts shown" in page(*runs).text
+    assert "prompts shown" not in page(run("third")).text
+
+
+def test_what_is_cut_ends_in_an_ellipsis(run):
+    texts = ("a" * 40, "b" * 41, "c" * 17)
+    lines = [held_out("before", sample(prompt="p" * 2001, texts=texts))]
+    (prompt,) = prompts_of(read_runs([run(**{"held_out.jsonl": lines})]))
+    assert prompt.text == "p" * 1999 + "…"
+    found = Parsed(prompt.responses[0].spans).text.split()
+    assert found == ["a" * 40, "b" * 39 + "…", "c" * 17]
+    assert "c" * 15 + "…" in Parsed(prompt.responses[0].data).data[0]["texts"]
+
+
+def test_the_mean_of_a_response_leaves_out_what_is_infinite_and_counts_it(run, page):
+    some = sample(teacher_logprobs=[-1.5, None, -2.5])
+    none = sample(prompt="How?", teacher_logprobs=[None] * 3)
+    found = page(run(**{"held_out.jsonl": [held_out("before", some, none)]}))
+    assert "log p \u2212 log q +1.50 nats (without 1 infinite)" in found.text
+    assert "log p \u2212 log q \u2013 (without 3 infinite)" in found.text
 
 
 def test_text_of_a_model_can_neither_become_markup_nor_steer_the_page(run, page):

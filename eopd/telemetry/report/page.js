@@ -21,7 +21,7 @@
   let here = null;
 
   const fill = (data, row) => {
-    const [text, id, student, teacher, low, high, gate, candidates, chances, rest] = row;
+    const [text, id, student, teacher, low, high, gate, candidates, chances, rest, rank] = row;
     const name = data.texts[text];
     const numbers = make("dl");
     const say = (label, value) => numbers.append(make("dt", label), make("dd", value));
@@ -33,7 +33,7 @@
     if (gate) say("gate", gate);
     const list = make("ol");
     candidates.forEach((candidate, i) => {
-      const item = make("li", undefined, candidate === text ? "taken" : "");
+      const item = make("li", undefined, i === rank ? "taken" : "");
       const bar = make("i");
       bar.style.width = chances[i] + "%";
       item.append(make("code", data.texts[candidate].replace(/^ | $/g, "␣")), bar, make("b", percent(chances[i])));

@@ -16,7 +16,7 @@ from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.report import charts
 from eopd.telemetry.report.charts import Lane, Line, look
 from eopd.telemetry.report.reading import Record, RunRecord, headline, read_runs
-from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, prompts_of
+from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, count_prompts, prompts_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         look=look,
         headlines=[headline(run) for run in runs],
         prompts=prompts_of(runs),
+        num_prompts=count_prompts(runs),
         thresholds=sorted({run.threshold for run in runs if run.threshold is not None}),
         entropy_edges=ENTROPY_EDGES,
         kl_edges=KL_EDGES,

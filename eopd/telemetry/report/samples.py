@@ -1,5 +1,6 @@
 """Held-out samples token by token: coloured text, and what the page shows of the token under the pointer."""
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from eopd.telemetry.report.charts import as_json
 from eopd.telemetry.report.reading import Record, RunRecord
 
 MAX_TOKENS, MAX_PROMPTS, MAX_ALTERNATIVES = 5000, 12, 8  # of the whole page, which stays small
-MAX_TEXT, MAX_ALTERNATIVE = 40, 16  # characters of a token and of a candidate
+MAX_PROMPT, MAX_TEXT, MAX_ALTERNATIVE = 2000, 40, 16  # characters of a prompt, a token, a candidate
 
 ENTROPY_EDGES: Final = (0.1, 0.4, 0.8, 1.5, 2.5, 4.0)
 KL_EDGES: Final = (-2.0, -0.5, -0.1, 0.1, 0.5, 2.0, 5.0)
@@ -29,7 +30,8 @@ class Response:
     num_tokens: int
     shown_tokens: int
     teacher_entropy: float
-    reverse_kl: float
+    reverse_kl: float  # over the tokens where it is finite; nan where there are none
+    num_infinite: int
     gate_ratio: float | None
     spans: Markup
     data: Markup
@@ -50,15 +52,37 @@ def prompts_of(runs: Sequence[RunRecord]) -> list[Prompt]:
         for measured in run.held_out.values():
             for sample in measured["samples"]:
                 found.setdefault(sample["prompt"], []).append((color, measured, sample))
-    shown = list(found.items())[:MAX_PROMPTS]
-    room = MAX_TOKENS // max(sum(len(of_prompt) for _, of_prompt in shown), 1)
+    shown = _chosen(
+        [[text for text, of in found.items() if i in {color for color, *_ in of}] for i in range(len(runs))]
+    )
+    room = MAX_TOKENS // max(sum(len(found[text]) for text in shown), 1)
     return [
         Prompt(
-            text=visible(text[:2000]),
-            responses=[_response(runs[color], color, measured, sample, room) for color, measured, sample in of_prompt],
+            text=_cut(visible(text), MAX_PROMPT),
+            responses=[
+                _response(runs[color], color, measured, sample, room) for color, measured, sample in found[text]
+            ],
         )
-        for text, of_prompt in shown
+        for text in shown
     ]
+
+
+def count_prompts(runs: Sequence[RunRecord]) -> int:
+    """How many prompts there are samples of, shown or not."""
+    measured = [one for run in runs for one in run.held_out.values()]
+    return len({sample["prompt"] for one in measured for sample in one["samples"]})
+
+
+def _chosen(texts: Sequence[Sequence[str]]) -> list[str]:
+    """Prompts (of each run) to show: those that all runs have, then one of each run in turn."""
+    common = set.intersection(*map(set, texts))
+    own = [[text for text in of_run if text not in common] for of_run in texts]
+    turns = [text for turn in itertools.zip_longest(*own) for text in turn if text is not None]
+    return list(dict.fromkeys([text for text in texts[0] if text in common] + turns))[:MAX_PROMPTS]
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def visible(text: str) -> str:
@@ -87,10 +111,12 @@ def _response(run: RunRecord, color: int, measured: Record, sample: Record, room
             [number[text] for text, _ in token.candidates],
             [round(100 * math.exp(logprob), 2) for _, logprob in token.candidates],
             round(100 * token.rest, 2),
+            token.rank,
         ]
         for token in tokens[:room]
     ]
     kept = [token for token in tokens if token.counts] or tokens
+    finite = [token.kl for token in kept if math.isfinite(token.kl)]
     return Response(
         run=run.name,
         color=color,
@@ -99,7 +125,8 @@ def _response(run: RunRecord, color: int, measured: Record, sample: Record, room
         num_tokens=len(tokens),
         shown_tokens=min(len(tokens), room),
         teacher_entropy=_mean([(token.low + token.high) / 2 for token in kept]),
-        reverse_kl=_mean([token.kl for token in kept]),
+        reverse_kl=_mean(finite) if finite else math.nan,
+        num_infinite=len(kept) - len(finite),
         gate_ratio=None if run.threshold is None else _mean([float(token.gate == "open") for token in kept]),
         spans=spans,
         data=as_json({"texts": [text.replace("\n", "↵") for text in texts], "tokens": rows}),
@@ -108,7 +135,10 @@ def _response(run: RunRecord, color: int, measured: Record, sample: Record, room
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token; nats, and (text, log-probability) of the teacher's candidates, most likely first."""
+    """One token; nats, and (text, log-probability) of the teacher's candidates, most likely first.
+
+    ``rank`` is where the token itself is among all of them, -1 where it is not.
+    """
 
     text: str
     token_id: int
@@ -120,6 +150,7 @@ class Token:
     gate: str
     candidates: Sequence[tuple[str, float]]
     rest: float
+    rank: int
 
     @property
     def kl(self) -> float:
@@ -139,16 +170,14 @@ class Token:
 
 def _tokens(sample: Record, threshold: float | None) -> Iterator[Token]:
     def text(token_id: int, most: int) -> str:
-        return visible(sample["texts"][str(token_id)])[:most] or f"⟨{token_id}⟩"
+        return _cut(visible(sample["texts"][str(token_id)]), most) or f"⟨{token_id}⟩"
 
     for r, token_id in enumerate(sample["ids"]):
         low, high = sample["entropy_low"][r], sample["entropy_high"][r]
-        best = [
-            (text(one, MAX_ALTERNATIVE), logprob)
-            for one, logprob in zip(sample["topk_ids"][r], sample["topk_logprobs"][r], strict=True)
-            if logprob is not None
-        ]
-        shown = best[:MAX_ALTERNATIVES]
+        both = zip(sample["topk_ids"][r], sample["topk_logprobs"][r], strict=True)
+        best = [(one, logprob) for one, logprob in both if logprob is not None]
+        ids = [one for one, _ in best]
+        shown = [(text(one, MAX_ALTERNATIVE), logprob) for one, logprob in best[:MAX_ALTERNATIVES]]
         yield Token(
             text=text(token_id, MAX_TEXT),
             token_id=token_id,
@@ -160,6 +189,7 @@ def _tokens(sample: Record, threshold: float | None) -> Iterator[Token]:
             gate=_gate(low, high, threshold),
             candidates=shown,
             rest=max(0.0, 1.0 - sum(math.exp(logprob) for _, logprob in shown)),
+            rank=ids.index(token_id) if token_id in ids else -1,
         )
 
 
