@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -145,6 +146,36 @@ def test_the_headline_has_the_numbers_of_the_run(run, page):
         assert expected in text
     assert "reverse KL nats 4.000 ± 0.100 1.000 ± 0.100 -3.000" in text
     assert "torch 2.13.0" in text and "loss.gate.tau 0.8" in text
+
+
+def test_a_run_under_way_has_the_wall_time_of_its_rows_and_the_age_of_the_last(run, page):
+    now = time.time()
+    rows = [row(1, time=now - 7300.0), row(2, time=now - 100.0)]
+    found = page(run(rows=rows, **{"summary.json": json.dumps(SUMMARY | {"status": "running", "wall_s": 9.0})}))
+    text = " ".join(found.text.split())
+    assert "wall time 2:00:08" in text and re.search(r"since then 0:01:4\d", text)
+    ended = page(run("ended", rows=rows))
+    assert "wall time 1:02:05" in " ".join(ended.text.split()) and "since then" not in ended.text
+
+
+def test_runs_are_compared_by_their_final_numbers(run, page):
+    held_out_after = {"held_out": {"after": {"reverse_kl": measured(2.0), "top1_agreement": measured(0.5)}}}
+    first, second = run("first"), run("second", **{"summary.json": json.dumps(SUMMARY | held_out_after)})
+    found = page(first, second)
+    text = " ".join(found.text.split())
+    for expected in (
+        "held-out reverse KL, after 1.000 ± 0.100 2.000 ± 0.100",
+        "held-out top-1 agreement, after - 0.500 ± 0.100",
+        "wall time 1:02:05 1:02:05 tokens per second 50.0 50.0",
+    ):
+        assert expected in text
+    assert "do not compare" not in text and "Side by side" not in page(first).text
+
+
+def test_runs_that_were_measured_differently_are_said_not_to_compare(run, page):
+    texts = ("teachers: [{model: a}]\nevaluation: {seed: 1}\n", "teachers: [{model: b}]\nevaluation: {seed: 1}\n")
+    runs = [run(f"r{i}", **{"config.yaml": CONFIG + text}) for i, text in enumerate(texts)]
+    assert "do not compare: their teachers differ." in page(*runs).text
 
 
 def test_a_curve_has_the_values_of_the_rows_and_gaps_where_there_are_none(run, page):

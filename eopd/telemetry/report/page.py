@@ -15,7 +15,7 @@ from eopd.config import ConfigError
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.report import charts
 from eopd.telemetry.report.charts import Lane, Line, look
-from eopd.telemetry.report.reading import Record, RunRecord, headline, read_runs
+from eopd.telemetry.report.reading import Record, RunRecord, comparison, headline, measured_differently, read_runs
 from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, count_prompts, prompts_of
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,8 @@ def render(runs: Sequence[RunRecord]) -> str:
         runs=runs,
         look=look,
         headlines=[headline(run) for run in runs],
+        comparison=comparison(runs),
+        differently=measured_differently(runs),
         prompts=prompts_of(runs),
         num_prompts=count_prompts(runs),
         thresholds=sorted({run.threshold for run in runs if run.threshold is not None}),

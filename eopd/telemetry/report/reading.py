@@ -127,22 +127,28 @@ def _yaml(text: str, notes: list[str]) -> object:
         return {}
 
 
-def headline(run: RunRecord) -> Mapping[str, object]:
+def headline(run: RunRecord) -> Mapping[str, Any]:
     """What a person wants to know first."""
     last = run.rows[-1]
     seconds = sum(row["eopd_step_seconds"] for row in run.rows)
     tokens = last["eopd_response_tokens_total"]
     held_out = run.summary.get("held_out", {})
+    status = run.summary.get("status", "unknown")
+    wall = run.summary.get("wall_s", 0.0)
+    if status in ("running", "unknown"):  # then the summary is as old as the last checkpoint
+        wall = max(wall, last["time"] - run.rows[0]["time"] + run.rows[0]["eopd_step_seconds"])
+    age = {"since then": _clock(max(0.0, time.time() - last["time"]))} if status == "running" else {}
     return {
         "name": run.name,
-        "status": run.summary.get("status", "unknown"),
+        "status": status,
         "notes": run.notes,
         "facts": {
             "steps": f"{last['step']} of {run.config.get('run.batches', '?')}",
             "response tokens": f"{tokens:,.0f}",
             "tokens per second": f"{tokens / seconds:.1f}",
-            "wall time": _clock(run.summary.get("wall_s", seconds)),
+            "wall time": _clock(wall),
             "last step": time.strftime("%Y-%m-%d %H:%M", time.localtime(last["time"])),
+            **age,
         },
         "held_out": [
             _change(label, unit, (held_out.get("before") or {}).get(name), (held_out.get("after") or {}).get(name))
@@ -154,6 +160,27 @@ def headline(run: RunRecord) -> Mapping[str, object]:
 def _change(label: str, unit: str, before: Record | None, after: Record | None) -> Mapping[str, str]:
     difference = "" if before is None or after is None else f"{after['mean'] - before['mean']:+.3f}"
     return {"label": label, "unit": unit, "before": _measured(before), "after": _measured(after), "change": difference}
+
+
+def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """(what, its value in each run): what runs are compared by."""
+    after = [(run.summary.get("held_out", {}).get("after") or {}) for run in runs]
+    facts = [headline(run)["facts"] for run in runs]
+    names = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
+    rows = [(f"held-out {HELD_OUT[name][0]}, after", [_measured(one.get(name)) for one in after]) for name in names]
+    return rows + [
+        (name, [one[name] for one in facts]) for name in ("response tokens", "wall time", "tokens per second")
+    ]
+
+
+def measured_differently(runs: Sequence[RunRecord]) -> list[str]:
+    """The parts of the configs by which held-out numbers of the runs do not compare."""
+
+    def part(run: RunRecord, name: str) -> dict[str, object]:
+        return {key: value for key, value in run.config.items() if f"{key}.".startswith(f"{name}.")}
+
+    names = ("teachers", "prompts.held_out", "evaluation")
+    return [name for name in names if any(part(run, name) != part(runs[0], name) for run in runs)]
 
 
 def _measured(found: Record | None) -> str:
