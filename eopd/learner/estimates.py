@@ -19,10 +19,13 @@ _ENTROPIES: Final = slice(2, 4)
 
 
 def entropy_counts(columns: Tensor) -> list[list[int]]:
-    """Unmasked tokens by student and by teacher entropy, [2, NUM_ENTROPY_BINS]; from statistics [6, T]."""
-    kept = columns[:, columns[-1] > 0]
-    bins = (kept[_ENTROPIES] / ENTROPY_BIN_NATS).clamp(0, NUM_ENTROPY_BINS - 1).long()
-    return [torch.bincount(row, minlength=NUM_ENTROPY_BINS).tolist() for row in bins]
+    """Unmasked tokens by student and by teacher entropy, [2, NUM_ENTROPY_BINS]; from statistics [6, T].
+
+    A token of no number is in no bin.
+    """
+    kept = columns[_ENTROPIES, columns[-1] > 0] / ENTROPY_BIN_NATS
+    rows = [row[~row.isnan()].clamp(0, NUM_ENTROPY_BINS - 1).long() for row in kept]
+    return [torch.bincount(row, minlength=NUM_ENTROPY_BINS).tolist() for row in rows]
 
 
 def eval_stats(sums: Sequence[Sequence[float]], counts: Sequence[list[list[int]]]) -> EvalStats:
