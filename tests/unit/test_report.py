@@ -185,6 +185,22 @@ def test_a_curve_has_the_values_of_the_rows_and_gaps_where_there_are_none(run, p
     assert found.chart("Gate open") == {}
 
 
+def test_what_only_some_runs_have_is_drawn_where_it_is(run, page):
+    lost = {
+        'eopd_lost_trajectories_total{reason="too_stale"}': 2.0,
+        'eopd_lost_trajectories_total{reason="failed"}': 0.0,
+    }
+    some = {"eopd_loss": 1.5, "eopd_clipped_ratio": 0.25, "eopd_repetition_ratio": 0.5, "eopd_reward_mean": 0.75}
+    found = page(run(rows=[row(1, **some, **lost)]))
+    assert found.chart("Loss") == {"loss": [[1, 1.5]]}
+    assert found.chart("Clipped") == {"ratio clipped": [[1, 0.25]]}
+    assert found.chart("Written before") == {"repetition": [[1, 0.5]]}
+    assert found.chart("Reward") == {"reward": [[1, 0.75]]}
+    assert found.chart("Lost") == {"too_stale": [[1, 2.0]]}
+    bare = page(run("bare", rows=[row(1, eopd_reward_mean=None, **dict.fromkeys(lost, 0.0))])).text
+    assert not [title for title in ("Loss", "Clipped", "Written before", "Reward", "Lost") if title in bare]
+
+
 def test_runs_are_overlaid_and_what_differs_comes_first(run, page):
     first = run("first", rows=[row(1, eopd_gate_ratio=0.2), row(2, eopd_gate_ratio=0.3)])
     config = CONFIG.replace("hard, tau: 0.8", "always")

@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from eopd.config import ConfigError
-from eopd.telemetry.catalog import CATALOG
+from eopd.telemetry.catalog import parse_series
 from eopd.telemetry.report import charts
 from eopd.telemetry.report.charts import Lane, Line, look
 from eopd.telemetry.report.reading import Record, RunRecord, comparison, headline, measured_differently, read_runs
@@ -42,6 +42,16 @@ CURVES: Final[Sequence[tuple[str, Mapping[str, str]]]] = (
     ("Engine against learner (nats)", {"eopd_logprob_gap_nats": "|log p - log b|"}),
     ("Gradient norm", {"eopd_grad_norm": "norm"}),
     ("Response tokens per second", {"eopd_response_tokens_per_second": "rate"}),
+)
+# The same, drawn only where the rows have them.
+MORE_CURVES: Final[Sequence[tuple[str, Mapping[str, str]]]] = (
+    ("Loss (nats)", {"eopd_loss": "loss"}),
+    (
+        "Clipped and capped (share of tokens)",
+        {"eopd_clipped_ratio": "ratio clipped", "eopd_importance_capped_ratio": "weight capped"},
+    ),
+    ("Written before (share of runs of four tokens)", {"eopd_repetition_ratio": "repetition"}),
+    ("Reward", {"eopd_reward_mean": "reward"}),
 )
 # How a step's seconds are split, in their order, with the class of its colour.
 PARTS: Final[Mapping[str, tuple[str, str]]] = {
@@ -100,7 +110,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         thresholds=sorted({run.threshold for run in runs if run.threshold is not None}),
         entropy_edges=ENTROPY_EDGES,
         kl_edges=KL_EDGES,
-        curves=[_curves(title, metrics, runs) for title, metrics in CURVES],
+        curves=[_curves(title, metrics, runs) for title, metrics in [*CURVES, *_more(runs)]],
         histograms=_histograms(runs),
         splits=_splits(runs),
         timelines=_timelines(runs),
@@ -109,6 +119,21 @@ def render(runs: Sequence[RunRecord]) -> str:
         settings=_table([run.config for run in runs]),
         versions=_table([run.versions for run in runs]),
     )
+
+
+def _more(runs: Sequence[RunRecord]) -> list[tuple[str, Mapping[str, str]]]:
+    """Those of ``MORE_CURVES`` that some row has, and by their reasons the trajectories that were lost, if any."""
+    highest: dict[str, float] = {}
+    for name, value in ((name, value) for run in runs for row in run.rows for name, value in row.items()):
+        if value is not None:
+            highest[name] = max(value, highest.get(name, value))
+    lost = {
+        name: parse_series(name)[1]["reason"]
+        for name, value in sorted(highest.items())
+        if name.startswith("eopd_lost_trajectories_total") and value > 0
+    }
+    found = [(title, {name: what for name, what in of.items() if name in highest}) for title, of in MORE_CURVES]
+    return [(title, metrics) for title, metrics in [*found, ("Lost trajectories", lost)] if metrics]
 
 
 def _curves(title: str, metrics: Mapping[str, str], runs: Sequence[RunRecord]) -> Figure:
@@ -125,9 +150,10 @@ def _curves(title: str, metrics: Mapping[str, str], runs: Sequence[RunRecord]) -
         for color, run in enumerate(runs)
         for dash, (name, label) in enumerate(metrics.items())
     ]
-    percent = all(CATALOG[name].unit == "ratio" for name in metrics)
+    known = [parse_series(name)[0] for name in metrics]
+    percent = all(metric.unit == "ratio" for metric in known)
     legend = {f"c{'n' if many else dash} d{dash}": label for dash, label in enumerate(metrics.values())}
-    note = " ".join(dict.fromkeys(CATALOG[name].healthy for name in metrics))
+    note = " ".join(dict.fromkeys(metric.healthy for metric in known))
     picture = charts.curves(title, lines, percent=percent, num_points=min(max(POINTS // len(runs), 40), 300))
     return Figure(title, picture, note, legend if len(metrics) > 1 else {})
 
