@@ -173,9 +173,12 @@ def test_runs_are_compared_by_their_final_numbers(run, page):
 
 
 def test_runs_that_were_measured_differently_are_said_not_to_compare(run, page):
-    texts = ("teachers: [{model: a}]\nevaluation: {seed: 1}\n", "teachers: [{model: b}]\nevaluation: {seed: 1}\n")
+    texts = (
+        "teachers: [{model: a}]\nevaluation: {seed: 1}\n",
+        "teachers: [{model: b}]\nevaluation: {seed: 1, samples: 9}\n",
+    )
     runs = [run(f"r{i}", **{"config.yaml": CONFIG + text}) for i, text in enumerate(texts)]
-    assert "do not compare: their teachers differ." in page(*runs).text
+    assert "do not compare, since their configs differ in teachers." in page(*runs).text
 
 
 def test_a_curve_has_the_values_of_the_rows_and_gaps_where_there_are_none(run, page):

@@ -177,7 +177,8 @@ def measured_differently(runs: Sequence[RunRecord]) -> list[str]:
     """The parts of the configs by which held-out numbers of the runs do not compare."""
 
     def part(run: RunRecord, name: str) -> dict[str, object]:
-        return {key: value for key, value in run.config.items() if f"{key}.".startswith(f"{name}.")}
+        kept = (key for key in run.config if key != "evaluation.samples")  # how many are shown changes no number
+        return {key: run.config[key] for key in kept if f"{key}.".startswith(f"{name}.")}
 
     names = ("teachers", "prompts.held_out", "evaluation")
     return [name for name in names if any(part(run, name) != part(runs[0], name) for run in runs)]
