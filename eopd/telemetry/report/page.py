@@ -12,11 +12,11 @@ import jinja2
 from markupsafe import Markup
 
 from eopd.config import ConfigError
-from eopd.telemetry.catalog import parse_series
 from eopd.telemetry.report import charts
 from eopd.telemetry.report.charts import Lane, Line, look
 from eopd.telemetry.report.reading import Record, RunRecord, comparison, headline, measured_differently, read_runs
 from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, count_prompts, prompts_of
+from eopd.telemetry.rows import parse_series
 
 logger = logging.getLogger(__name__)
 
