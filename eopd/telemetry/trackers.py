@@ -18,7 +18,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, TypeVar
 
 from eopd.config import ConfigError, TrackerName
 from eopd.telemetry.catalog import Row
@@ -28,6 +28,7 @@ Status = Literal["completed", "interrupted", "failed"]
 QUEUE_ROWS: Final = 1000
 END_S: Final = 60.0
 RUN_ID: Final = "run-id"  # the file that keeps it
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -129,12 +130,13 @@ class BackgroundSink:
             self._say("cannot be used: this run will be missing there", exc_info=True)
             return
         while (row := self._next()) is not None:
-            self._try(lambda row=row: made.write(row))  # type: ignore[misc]
-        self._try(lambda: made.end(self._status or "failed"))
+            self._try(made.write, row)
+        assert self._status is not None, "what ends the rows"
+        self._try(made.end, self._status)
 
-    def _try(self, act: Callable[[], None]) -> None:
+    def _try(self, act: Callable[[T], None], what: T) -> None:
         try:
-            act()
+            act(what)
         except Exception:  # noqa: BLE001 - likewise
             self._say("failed: steps may be missing there", exc_info=True)
 
