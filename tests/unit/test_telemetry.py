@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from eopd.config import ConfigError
+from eopd.config import ConfigError, load_config
 from eopd.telemetry.catalog import CATALOG, MetricError, Row
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.rows import check_row, parse_series, series
 from eopd.telemetry.sinks import JsonlSink, Telemetry, TimelineSink, append_jsonl
-from eopd.telemetry.step import STALENESS_AGES, batch_row, resident_bytes
+from eopd.telemetry.step import STALENESS_AGES, batch_row, config_row, resident_bytes
 from eopd.types import Header, StopReason, TrajectoryKey
 
 LOST = 'eopd_lost_trajectories_total{reason="too_stale"}'
@@ -294,3 +294,18 @@ def test_close_frees_the_port() -> None:
     again.close()
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("gate", "threshold"),
+    [("{kind: hard, tau: 0.5}", 0.5), ("{kind: sigmoid, tau: 0.7}", 0.7), ("{kind: never}", None)],
+)
+def test_the_gates_threshold_is_shown_where_it_has_one(tmp_path: Path, gate: str, threshold: float | None) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"run: {{name: r, batches: 9}}\nstudent: {{model: s}}\nteachers: [{{model: t}}]\nloss: {{gate: {gate}}}\n"
+        "prompts: {data: a, held_out: b}\nflow: {batch_prompts: 8, max_staleness: 2}"
+    )
+    row = dict(config_row(load_config(path, [])))
+    assert row.pop("eopd_gate_threshold_nats", None) == threshold
+    assert row == {"eopd_batches": 9.0, "eopd_staleness_bound": 2.0}
