@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from eopd import preflight, remember
+from eopd import remember
 from eopd.config import load_config
+from eopd.preflight import inputs
 from eopd.remember import remembered
 
 
@@ -100,16 +101,16 @@ def test_the_oldest_answers_are_forgotten(ask, directory, monkeypatch):
 def test_a_check_is_remembered_until_a_prompt_or_a_tokenizer_changes(tiny_config, directory, monkeypatch):
     config, paths = tiny_config
     calls = []
-    check = preflight._check
-    monkeypatch.setattr(preflight, "_check", lambda config: calls.append(1) or check(config))
-    first = preflight.check(config)
-    again = preflight.check(config)
+    check = inputs._check
+    monkeypatch.setattr(inputs, "_check", lambda config: calls.append(1) or check(config))
+    first = inputs.check(config)
+    again = inputs.check(config)
     assert len(calls) == 1
     assert [p.token_ids.tolist() for p in again.train.prompts] == [p.token_ids.tolist() for p in first.train.prompts]
     assert again.vocabularies == first.vocabularies
     for path in paths:
         path.write_text(path.read_text() + "\n")
-        preflight.check(config)
+        inputs.check(config)
     assert len(calls) == 1 + len(paths)
 
 

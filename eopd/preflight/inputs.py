@@ -1,9 +1,5 @@
 """What is checked before any worker starts: models, vocabularies, prompts. Every failure is one ``ConfigError``."""
 
-import ast
-import difflib
-import importlib.util
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +7,8 @@ from pathlib import Path
 
 from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
+from eopd.preflight.models import require_model
+from eopd.preflight.options import require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
 from eopd.remember import remembered
 from eopd.teacher.vocabulary import SharedVocabulary, load_tokenizer, require_same_vocabulary
@@ -63,26 +61,6 @@ def _check(config: Config) -> Prepared:
     for where, data in ((config.prompts.data, train), (config.prompts.held_out, held_out)):
         count_prompts(where, data.prompts, config)
     return Prepared(train=train, held_out=held_out, vocabularies=vocabularies)
-
-
-def require_vllm_options(key: str, options: Mapping[str, object]) -> None:
-    """Compare ``options`` with the names in the installed vLLM's source (0.32.0): importing it would take seconds.
-
-    Raises:
-        ConfigError: it has no such option.
-    """
-    spec = importlib.util.find_spec("vllm")
-    if not options or spec is None or spec.origin is None:  # a cluster's driver may be without
-        return
-    tree = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text(encoding="utf-8"))
-    kinds = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("EngineArgs")]
-    fields = [node.target for kind in kinds for node in kind.body if isinstance(node, ast.AnnAssign)]
-    known = [field.id for field in fields if isinstance(field, ast.Name)]
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{key}: vLLM has no option {name}{hint}")
 
 
 def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
@@ -177,23 +155,3 @@ def require_answers(where: str, data: PromptSet) -> None:
     """
     if unanswered := [prompt.prompt_id for prompt in data.prompts if prompt.reference_answer is None]:
         raise ConfigError(f"{where}: rows without an answer cannot be graded: {unanswered[:5]}")
-
-
-def require_model(key: str, directory: Path, *, num_tokens: int, weights: bool = True) -> None:
-    """A model directory with configuration, and ``weights`` unless they are elsewhere, for sequences of ``num_tokens``.
-
-    Raises:
-        ConfigError: something is missing, or the model's positions do not reach that far.
-    """
-    if not (directory / "config.json").is_file():
-        raise ConfigError(
-            f"{key}: {directory} is no Hugging Face model directory (it has no config.json); "
-            "`eopd models --help` makes the ones the shipped configs use"
-        )
-    if weights and not any(file for pattern in ("*.safetensors", "*.bin") for file in directory.glob(pattern)):
-        raise ConfigError(f"{key}: {directory} has no weights (*.safetensors or *.bin)")
-    positions = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-    if positions is not None and num_tokens > positions:
-        raise ConfigError(
-            f"{key}: {directory} has {positions} positions; prompts.max_tokens + max_response_tokens is {num_tokens}"
-        )
