@@ -10,6 +10,7 @@ import rich.console
 import typer
 
 from eopd import __version__
+from eopd.cli.init import recipe_names, write_recipe
 from eopd.cli.teacher import teacher
 from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, load_config
 from eopd.types import RunFailedError
@@ -29,6 +30,19 @@ def _eopd(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.command()
+def init(
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipe_names())}.")],
+) -> None:
+    """Write a recipe and its prompts into configs/ of the current folder; nothing is overwritten."""
+    written, command = write_recipe(recipe, Path())
+    for path in written:
+        typer.echo(f"wrote {path}")
+    if not written:
+        typer.echo("everything is there already")
+    typer.echo(f"next: {command}")
 
 
 @app.command()
