@@ -1,7 +1,7 @@
 """``eopd init``: a shipped recipe and its prompts, written into the current folder.
 
-The recipes are the files of ``configs/``, which the package carries as ``eopd/recipes``. They keep their names and their
-place below ``configs/``, so that paths inside a recipe, and the command in its header, hold as they are.
+The recipes are the files of ``configs/``, which the package carries as ``eopd/recipes``. They keep their names and
+their place below ``configs/``, so that paths inside a recipe, and the command in its header, hold as they are.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ def recipe_names() -> list[str]:
 
 
 def write_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
-    """Write ``configs/NAME.yaml`` and the prompts it names below ``folder``; leave files alone that are the same already.
+    """Write ``configs/NAME.yaml`` and the prompts it names below ``folder``; leave alone what is there already.
 
     Returns:
         The files that were written, and the command that runs the recipe.

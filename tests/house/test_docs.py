@@ -110,7 +110,7 @@ def unknown_keys(text: str) -> list[str]:
     beginnings = {".".join(name.split(".")[:length]) for name in known for length in range(1, name.count(".") + 2)}
     native = ("rollout.vllm.", "teachers.vllm.", "learner.deepspeed.", "teachers.template_options.")
     unknown = []
-    for name in re.findall(r"`((?:%s)(?:\[\])?\.[\w.\[\]]+)" % "|".join(SECTIONS), text):
+    for name in re.findall(rf"`((?:{'|'.join(SECTIONS)})(?:\[\])?\.[\w.\[\]]+)", text):
         plain = re.sub(r"\.\d+\b", "", name.replace("[]", "")).rstrip(".")
         if plain.rpartition(".")[2] not in FILE_SUFFIXES and plain not in beginnings and not plain.startswith(native):
             unknown.append(name)
@@ -129,7 +129,7 @@ def test_every_key_is_described():
 
 
 def parents(name: str) -> list[str]:
-    """A key and the sections of three or more names around it, one of which has the row: ``loss.gate`` of ``loss.gate.tau``."""
+    """The keys whose row may describe a key: ``loss.gate``, ``loss.gate.tau`` for the latter."""
     names = name.split(".")
     return [".".join(names[:length]) for length in range(2, len(names) + 1)]
 

@@ -39,7 +39,9 @@ def folder(tmp_path_factory) -> Path:
 
 def eopd(folder: Path, environment: dict[str, str], *arguments: str) -> str:
     command = [sys.executable, "-m", "eopd", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
