@@ -46,6 +46,7 @@ def eopd(folder: Path, environment: dict[str, str], *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_wheel_starts_from_an_empty_folder(folder, environment):
     where = "import eopd; print(eopd.__file__)"
     found = subprocess.check_output([sys.executable, "-c", where], cwd=folder, env=environment, text=True)
