@@ -1,7 +1,7 @@
-"""Make the pictures of the README from the report of a finished run: ``python docs/pictures.py runs/NAME``.
+"""Make the pictures of the README from a finished run: ``python docs/pictures.py runs/NAME``.
 
-Needs Debian's ``chromium`` and the packages of the ``dev`` extra. Pictures come from real runs alone: this program
-draws nothing itself, it cuts two pieces out of ``report.html``.
+Needs Debian's ``chromium`` and the packages of the ``dev`` extra. Pictures come from real runs
+alone: this program draws nothing itself, it cuts two pieces out of ``report.html``.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def picture_tokens(page: Page, prompt: int, target: Path) -> None:
-    """Cut out the scale and one prompt with its answers, while the pointer is on a token at which the gate is open."""
+    """Cut out the scale and one prompt with its answers, the pointer on a token with an open gate."""
     page.value(f"document.querySelectorAll('#tokens .prompt').forEach((one, i) => one.hidden = i !== {prompt - 1})")
     page.value("document.querySelector('#tokens').style.marginBottom = '600px'")  # room for the card
     article = "#tokens .prompt:not([hidden])"

@@ -1,7 +1,8 @@
 """``eopd init``: a shipped recipe and its prompts, written into the current folder.
 
-The recipes are the files of ``configs/``, which the package carries as ``eopd/recipes``. They keep their names and
-their place below ``configs/``, so that paths inside a recipe, and the command in its header, hold as they are.
+The recipes are the files of ``configs/``, which the package carries as ``eopd/recipes``. They keep
+their names and their place below ``configs/``, so that paths inside a recipe, and the command in its
+header, hold as they are.
 """
 
 from pathlib import Path
@@ -21,22 +22,26 @@ def recipe_names() -> list[str]:
 
 
 def write_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
-    """Write ``configs/NAME.yaml`` and the prompts it names below ``folder``; leave alone what is there already.
+    """Write ``configs/NAME.yaml`` and the prompts it names below ``folder``.
+
+    Files that are there already, with the same contents, are left alone.
 
     Returns:
         The files that were written, and the command that runs the recipe.
 
     Raises:
-        ConfigError: there is no such recipe, a file with other contents is in the way (then nothing is written), or the
-            folder cannot be written to.
+        ConfigError: there is no such recipe, a file with other contents is in the way (then nothing
+            is written), or the folder cannot be written to.
     """
-    if name not in recipe_names():
-        raise ConfigError(f"init {name}: there is no such recipe; choose one of {', '.join(recipe_names())}")
+    if name not in (known := recipe_names()):
+        raise ConfigError(f"init {name}: there is no such recipe; choose one of {', '.join(known)}")
+
     text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
-    missing = [path for path in _files(name, text) if not _is_there(folder / _FOLDER / path, RECIPES / path)]
+    target = folder / _FOLDER
+    missing = [path for path in _files(name, text) if not _is_there(target / path, RECIPES / path)]
 
     for path in missing:
-        _copy(RECIPES / path, folder / _FOLDER / path)
+        _copy(RECIPES / path, target / path)
     return [Path(_FOLDER) / path for path in missing], _command(text)
 
 

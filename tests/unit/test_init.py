@@ -1,10 +1,12 @@
 """``eopd init``: a recipe and its prompts in an empty folder, never over what is there."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import eopd
 from eopd.cli.init import RECIPES, recipe_names, write_recipe
 from eopd.cli.main import main
 from eopd.config import ConfigError, load_config
@@ -16,6 +18,11 @@ def init(monkeypatch, folder: Path, *arguments: str) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["eopd", "init", *arguments])
     main()
+
+
+def test_the_package_runs_as_a_program():
+    said = subprocess.check_output([sys.executable, "-m", "eopd", "--version"], text=True)
+    assert said.strip() == eopd.__version__
 
 
 def contents(folder: Path) -> dict[str, bytes]:
