@@ -101,6 +101,20 @@ def test_relative_links_lead_somewhere(page):
     assert broken_links(page, page.read_text(encoding="utf-8")) == []
 
 
+FOLDERS = ("eopd", "tests", "docs", "cluster", "configs", "dashboards")
+
+
+def missing_files(text: str) -> list[str]:
+    """Files and folders of the repository that a page names in backticks and that are not there."""
+    named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`", text)
+    return [name for name in named if not (ROOT / name).exists()]
+
+
+@pages
+def test_files_in_backticks_exist(page):
+    assert missing_files(page.read_text(encoding="utf-8")) == []
+
+
 # --- configuration keys ----------------------------------------------------------------------------------------------
 
 
@@ -148,6 +162,7 @@ def test_the_checks_find_what_they_are_for(tmp_path):
         "b.md",
         "page.md#no",
     ]
+    assert missing_files("`eopd/types.py`, `eopd/type.py`, `configs/` and `configs/*.yaml`") == ["eopd/type.py"]
     assert unknown_keys("`flow.max_stalenes` and `learner.lr: 1`, `teachers[].eos_remap`, `loss.gate.kind: hard`") == [
         "flow.max_stalenes"
     ]
