@@ -26,6 +26,12 @@ PIECE = """(() => {
   return [Math.min(...seen.map((box) => box.top)), Math.max(...seen.map((box) => box.bottom))].map((y) => y + scrollY);
 })()"""
 
+# Mark the last token at which the gate is open, or else the last one.
+LAST_OPEN_TOKEN = """(() => {
+  const tokens = [...document.querySelectorAll(%s)];
+  (tokens.findLast((token) => token.classList.contains("open")) ?? tokens.at(-1)).dataset.pictured = "";
+})()"""
+
 
 def main() -> None:
     """Write ``docs/pictures/tokens.png`` and ``docs/pictures/curves.png``."""
@@ -49,9 +55,8 @@ def picture_tokens(page: Page, prompt: int, target: Path) -> None:
     page.value(f"document.querySelectorAll('#tokens .prompt').forEach((one, i) => one.hidden = i !== {prompt - 1})")
     page.value("document.querySelector('#tokens').style.marginBottom = '600px'")  # room for the card
     article = "#tokens .prompt:not([hidden])"
-    answer = f"{article} .response:last-child .tokens span"
-    has_open = page.value(f"document.querySelector({json.dumps(answer + '.open')}) !== null")
-    page.point_at(f"{answer}.open" if has_open else answer)
+    page.value(LAST_OPEN_TOKEN % json.dumps(f"{article} .response:last-child .tokens span"))
+    page.point_at("[data-pictured]")
     cut(page, ["#tokens .scale.by-entropy-only", article, "#card"], target)
 
 
