@@ -33,6 +33,8 @@ case $lock in
     if [ -n "$version" ] && ! "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
         lacks "libnuma.so.1, which vLLM's CPU build loads (Debian: libnuma1)"
     fi
+    # On a CPU, vLLM 0.32.0 compiles its count of likelier tokens (v1/sample/ops/logprobs.py) even with enforce_eager.
+    command -v "${CXX:-g++}" >/dev/null || lacks "a C++ compiler, which vLLM uses while it runs (Debian: g++)"
     ;;
 *)
     gigabytes=20 # an estimate: this lock has never been installed

@@ -105,11 +105,13 @@ def setup(tmp_path):
         path.chmod(0o755)
         return path
 
-    def run(*, version="3.11.9", ctypes=0, free_kb=99_000_000, pip="exit 0"):
+    def run(*, version="3.11.9", ctypes=0, free_kb=99_000_000, compiler="g++", pip="exit 0"):
         fake_pip = program("pip", f"#!/bin/sh\necho 'WARNING: a location is ignored' >&2\n{pip}\n")
         python = program("python", PYTHON.format(version=version, ctypes=ctypes, pip=fake_pip))
+        program("g++", "#!/bin/sh\n")
         program("df", f"#!/bin/sh\necho header\necho /dev/x 1 1 {free_kb} 1% /\n")
         environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": str(python)}
+        environment["CXX"] = compiler
         command = [CLUSTER / "setup.sh", tmp_path / "venv", "cluster/requirements-cpu.lock"]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -121,6 +123,7 @@ def setup(tmp_path):
     [
         ({"version": "3.12.1"}, "Python 3.11: {bin}/python is 3.12.1; name another with: make setup PYTHON=/path/to/"),
         ({"ctypes": 1}, "libnuma.so.1, which vLLM's CPU build loads (Debian: libnuma1)"),
+        ({"compiler": "no-such-compiler"}, "a C++ compiler, which vLLM uses while it runs (Debian: g++)"),
         ({"free_kb": 3_200_000}, "disk space: 6 GB are needed in {venv}, 3 GB are free"),
     ],
 )
@@ -133,7 +136,7 @@ def test_setup_says_what_a_machine_lacks_before_it_downloads(machine, lacks, set
 
 
 def test_setup_names_everything_that_is_missing_at_once(setup):
-    assert setup(version="3.10.1", ctypes=1, free_kb=1).stderr.count("  * ") == 3
+    assert setup(version="3.10.1", ctypes=1, free_kb=1, compiler="none").stderr.count("  * ") == 4
 
 
 def test_setup_has_a_line_for_each_stage_and_no_warnings_of_pip(setup):
