@@ -167,7 +167,9 @@ def evaluate(
     engines: Annotated[int, typer.Option(min=1)] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one engine.")] = 2,
     gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of one engine.")] = 0.0,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "bfloat16",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: what this machine is fast in.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="Write every answer and verdict as JSONL.")] = None,
 ) -> None:
@@ -177,11 +179,12 @@ def evaluate(
         raise ConfigError(f"--k {wrong[0]}: must be between 1 and --n {n}")
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no directory {output.parent}")
+    from eopd.config.processor import chosen
     from eopd.runtime.evaluate import Benchmark
     from eopd.runtime.evaluate import evaluate as run
 
     result = run(
-        StudentConfig(model=model, dtype=dtype),
+        chosen(StudentConfig(model=model, dtype=dtype), gpus=gpus),
         RolloutConfig(
             engines=engines,
             cpus=1.0,

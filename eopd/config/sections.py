@@ -66,14 +66,23 @@ class LoraConfig(Section):
 
 
 class StudentConfig(Section):
-    """The model that learns: a Hugging Face directory. ``dtype`` is that of the learner and of the engines.
+    """The model that learns: a Hugging Face directory. ``dtype`` is that of the learner and of the engines; ``auto``
+    is chosen when the config is loaded, and ``dtype_reason`` says why.
 
     ``lora`` trains adapters instead of the whole model.
     """
 
     model: AbsolutePath
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype_reason: str | None = None
     lora: LoraConfig | None = None
+
+    @property
+    def chosen_dtype(self) -> Literal["float32", "bfloat16"]:
+        """``dtype`` of a config that was loaded, where nothing is ``auto`` any more."""
+        if self.dtype == "auto":
+            raise ValueError("student.dtype: auto is chosen by load_config")
+        return self.dtype
 
 
 class PromptsConfig(Section):

@@ -108,7 +108,7 @@ class LearnerRank:
                 seed=seed,
             ),
             learner,
-            dtype=student.dtype,
+            dtype=student.chosen_dtype,
             total_steps=total_batches * learner.optimizer_steps_per_batch,
         )
         self.version = PolicyVersion(0, 0)  # of the weights held now; who restarts ranks owns the incarnation

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
+from eopd.config.processor import dtype_notes
 from eopd.preflight.models import require_model
 from eopd.preflight.options import require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
@@ -139,6 +140,7 @@ def report(config: Config, prepared: Prepared) -> Iterator[str]:
         yield f"  eos_remap   {', '.join(remap) or 'none'}"
         yield f"  prompts     {taught[teacher.name]} to train, {held_out[teacher.name]} held out"
         yield from (f"  note        {note}" for note in shared.notes)
+    yield from dtype_notes(config)
     if dropped := prepared.train.num_dropped + prepared.held_out.num_dropped:
         yield f"dropped {dropped} prompts of more than {config.prompts.max_tokens} tokens"
 

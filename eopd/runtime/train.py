@@ -10,6 +10,7 @@ import numpy as np
 from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
 from eopd.config import Config
 from eopd.config.load import flatten
+from eopd.config.processor import dtype_notes
 from eopd.evaluation.held_out import measure
 from eopd.evaluation.samples import sample_record
 from eopd.ledger import Ledger
@@ -307,7 +308,7 @@ class TrainingRun:
     async def _telemetry(self) -> AsyncIterator[Telemetry]:
         run, telemetry = self._config.run, self._config.telemetry
         sinks: list[Sink] = [JsonlSink(self.directory.metrics), TimelineSink(self.directory.timeline, self._busy)]
-        notes = [f"run directory {self.directory.path}", *self.directory.passed_over()]
+        notes = [f"run directory {self.directory.path}", *self.directory.passed_over(), *dtype_notes(self._config)]
         if telemetry.port is not None:
             self._prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
             sinks.append(self._prometheus)

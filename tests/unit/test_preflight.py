@@ -27,10 +27,11 @@ def files(tmp_path_factory):
     (root / "train.jsonl").write_text("".join([*lines, json.dumps({"prompt": "word " * 99, "source": "math"})]))
     (root / "held_out.jsonl").write_text(lines[0])
     (root / "c.yaml").write_text(
-        f"run: {{name: r, batches: 1, directory: {root}/runs}}\nstudent: {{model: {root}/student}}\n"
+        f"run: {{name: r, batches: 1, directory: {root}/runs}}\nstudent: {{model: {root}/student, dtype: float32}}\n"
         f"teachers:\n"
-        f"  - {{name: chat, model: {root}/chat, replicas: 2, eos_remap: {{0: 2}}, sources: [math, poems]}}\n"
-        f"  - {{name: far, model: {root}/base, backend: eopd, server: {{url: 'http://far:8000'}}}}\n"
+        f"  - {{name: chat, model: {root}/chat, replicas: 2, dtype: float32, eos_remap: {{0: 2}}, "
+        "sources: [math, poems]}\n"
+        f"  - {{name: far, model: {root}/base, backend: eopd, dtype: float32, server: {{url: 'http://far:8000'}}}}\n"
         f"prompts: {{data: {root}/train.jsonl, held_out: {root}/held_out.jsonl, max_tokens: 64, overlong: drop}}\n"
         "flow: {batch_prompts: 1}\n"
     )
@@ -71,6 +72,14 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
         "  prompts     1 to train, 0 held out",
         "dropped 1 prompts of more than 64 tokens",
     ]
+
+
+def test_the_report_says_which_precision_was_chosen_and_why(check):
+    _, shown = check("student.dtype=auto", "teachers.1.dtype=auto")
+    told = [line for line in shown.splitlines() if "dtype" in line]
+    assert len(told) == 2
+    assert told[0].startswith(("student.dtype: float32 (auto: ", "student.dtype: bfloat16 (auto: "))
+    assert told[1] == "teachers.far.dtype: bfloat16 (auto: what most servers compute in)"
 
 
 @pytest.mark.parametrize(
