@@ -13,6 +13,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isi
 
 OWNED_BY_ENGINES = ("model", "dtype", "max_model_len", "enable_prefix_caching")
 OWNED_BY_TEACHER = (*OWNED_BY_ENGINES, "runner", "skip_tokenizer_init")
+OWNED_BY_ROWS = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt")  # of a chat template
 
 
 class ServerConfig(Section):
@@ -66,7 +67,7 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _ours_stay_ours(self) -> Self:
         refuse("vllm", self.vllm, OWNED_BY_TEACHER)
-        refuse("template_options", self.template_options, ("conversation", "tokenize", "add_generation_prompt"))
+        refuse("template_options", self.template_options, OWNED_BY_ROWS)
         return self
 
     @model_validator(mode="after")
