@@ -16,8 +16,8 @@ TOLD = {
     Verdict.CORRECT: "right",
     Verdict.WRONG: "wrong",
     Verdict.NO_ANSWER: "without an answer",
-    Verdict.TIMEOUT: "timed out in grading",
-    Verdict.ERROR: "not graded (the grader failed, or cannot read the accepted answer)",
+    Verdict.TIMEOUT: "timed out",
+    Verdict.ERROR: "not graded",
 }
 IDS_SHOWN = 5
 
@@ -94,8 +94,8 @@ def _lines(result: BenchmarkResult, n: int) -> Sequence[str]:
         f"{len(result.prompts)} prompts, {result.mean_response_tokens:.1f} tokens an answer, "
         f"{result.truncation_rate:.1%} truncated, {result.num_lost} lost"
     )
-    lines.append(f"{sum(result.num_verdicts.values())} answers:")
-    lines += [f"  {number:>6} {TOLD[verdict]}" for verdict, number in result.num_verdicts.items()]
+    counts = ", ".join(f"{number} {TOLD[verdict]}" for verdict, number in result.num_verdicts.items())
+    lines.append(f"{sum(result.num_verdicts.values())} answers: {counts}")
 
     failed = [
         prompt.prompt_id
@@ -104,5 +104,8 @@ def _lines(result: BenchmarkResult, n: int) -> Sequence[str]:
     ]
     if failed:
         more = f" and {len(failed) - IDS_SHOWN} more" if len(failed) > IDS_SHOWN else ""
-        lines.append(f"not graded: prompts {', '.join(failed[:IDS_SHOWN])}{more}; see their answers in the data")
+        lines.append(
+            f"not graded: prompts {', '.join(failed[:IDS_SHOWN])}{more}: the grader failed, or cannot read the "
+            "accepted answer; these count as wrong"
+        )
     return lines

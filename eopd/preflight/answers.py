@@ -1,15 +1,12 @@
 """Answers that a grader needs: is there one in every row, and can the grader read it?"""
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Sequence
 
 from eopd.config import ConfigError
 from eopd.config.loss import GraderName
 from eopd.evaluation.graders import Verdict, open_grader
-from eopd.prompts import PromptSet
+from eopd.prompts import PromptSet, listed
 from eopd.types import PromptSample
-
-SHOWN: Final = 5
 
 
 def require_answers(data: PromptSet) -> None:
@@ -20,7 +17,7 @@ def require_answers(data: PromptSet) -> None:
     """
     if unanswered := [prompt for prompt in data.prompts if prompt.reference_answer is None]:
         raise ConfigError(
-            f"{_listed(data, unanswered)}: has no `answer`, so that nothing can be graded; write an accepted answer "
+            f"{_where(data, unanswered)}: has no `answer`, so that nothing can be graded; write an accepted answer "
             "(text, a number, or a list of these) into every row"
         )
 
@@ -33,7 +30,7 @@ def require_readable_answers(data: PromptSet, grader: GraderName) -> None:
     """
     if unreadable := list(_unreadable(data, grader)):
         raise ConfigError(
-            f"{_listed(data, unreadable)}: answer: the grader {grader} can read nothing in it: "
+            f"{_where(data, unreadable)}: answer: the grader {grader} can read nothing in it: "
             f"{unreadable[0].reference_answer!r}; write the final answer alone, in \\boxed{{}}, or behind ####"
         )
 
@@ -46,7 +43,5 @@ def _unreadable(data: PromptSet, grader: GraderName) -> Iterator[PromptSample]:
                 yield prompt
 
 
-def _listed(data: PromptSet, prompts: list[PromptSample]) -> str:
-    """``prompts.data: rows.jsonl:3 (and 7 more rows)``."""
-    more = len(prompts) - 1
-    return data.places[prompts[0].prompt_id] + (f" (and {more} more row{'s' if more > 1 else ''})" if more else "")
+def _where(data: PromptSet, prompts: Sequence[PromptSample]) -> str:
+    return listed([data.places[prompt.prompt_id] for prompt in prompts])

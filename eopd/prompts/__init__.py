@@ -7,6 +7,6 @@ number i of a run is a pure function of the seed and i, so that resuming needs n
 
 from eopd.prompts.files import Row, read_rows
 from eopd.prompts.order import PromptOrder
-from eopd.prompts.prompt_set import PromptSet, TeacherView
+from eopd.prompts.prompt_set import PromptSet, TeacherView, listed
 
-__all__ = ["PromptOrder", "PromptSet", "Row", "TeacherView", "read_rows"]
+__all__ = ["PromptOrder", "PromptSet", "Row", "TeacherView", "listed", "read_rows"]

@@ -114,7 +114,7 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
     try:
         row = json.loads(line, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-        raise ConfigError(f"{where}: is not JSON: {error}") from None
+        raise ConfigError(f"{where}: is not JSON (every line must be one object): {error}") from None
     if not isinstance(row, dict):
         raise ConfigError(f'{where}: must be an object such as {{"prompt": "..."}}, is {json.dumps(row)[:40]}')
     return row

@@ -1,7 +1,7 @@
 """A data set as the prompts of a run: read, rendered for the student and, where it reads otherwise, for its teacher."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,6 +16,7 @@ from eopd.prompts.rows import Question, read_question
 from eopd.types import PromptSample
 
 FAULTS_SHOWN: Final = 5
+_ROW: Final = "\0"  # stands for a place in a message
 _TEMPLATES: Final = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 
 
@@ -60,6 +61,12 @@ class TeacherView:
         return found, notes
 
 
+def listed(places: Sequence[str]) -> str:
+    """``prompts.data: rows.jsonl:3 (and 7 more rows)``."""
+    more = len(places) - 1
+    return places[0] + (f" (and {more} more row{'s' if more > 1 else ''})" if more else "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
     """Rendered and tokenised prompts; ``num_dropped`` of the data were too long.
@@ -94,23 +101,14 @@ class PromptSet:
             key: The key of the config that names the data set, for messages.
 
         Raises:
-            ConfigError: rows are malformed (the first few are named), an id stands twice, a prompt is too long under
-                ``overlong: error`` or for its teacher, or none is left.
+            ConfigError: rows are malformed (the first few kinds of fault are named), an id stands twice, a prompt is
+                too long under ``overlong: error`` or for its teacher, or none is left.
         """
         if config.template == "chat" and not tokenizer.chat_template:
             raise ConfigError("prompts.template: chat, but the tokenizer has no chat template; set it to none")
         loading = _Loading(config, tokenizer, view_of)
-        rows, faults = read_rows(spec, key), list[str]()
-        for row in rows:
-            try:
-                loading.add(row)
-            except ConfigError as error:
-                faults.append(str(error))
-            if len(faults) == FAULTS_SHOWN:
-                faults.append(f"these are the first {FAULTS_SHOWN} faults")
-                break
-        if faults:
-            raise ConfigError("\n".join(faults))
+        rows = read_rows(spec, key)
+        loading.add_all(rows)
         if not loading.prompts:
             raise ConfigError(
                 f"{key}: {spec}: all {len(rows)} rows are longer than prompts.max_tokens {config.max_tokens}"
@@ -138,12 +136,24 @@ class _Loading:
     num_dropped: int = 0
     notes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, row: Row) -> None:
-        """One row more.
+    def add_all(self, rows: Sequence[Row]) -> None:
+        """Make a prompt of every row.
 
         Raises:
-            ConfigError: it cannot be a prompt.
+            ConfigError: some cannot be one; every kind of fault is named once, with the first row that has it.
         """
+        faults: dict[str, list[str]] = {}  # by what is wrong, the rows in question
+        for row in rows:
+            try:
+                self._add(row)
+            except ConfigError as error:
+                faults.setdefault(str(error).replace(row.where, _ROW), []).append(row.where)
+            if len(faults) == FAULTS_SHOWN:
+                break
+        if faults:
+            raise ConfigError("\n".join(fault.replace(_ROW, listed(places)) for fault, places in faults.items()))
+
+    def _add(self, row: Row) -> None:
         config = self.config
         question = read_question(row, config.suffix)
         self._name(question, row)

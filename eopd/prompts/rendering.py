@@ -133,9 +133,9 @@ class Rendering:
             return False
 
     def _unread(self) -> Iterator[str]:
-        source = str(self.tokenizer.chat_template)
+        source = str(self.options.get("chat_template", self.tokenizer.chat_template))
         for name in self.options:
-            if name not in source:
+            if name not in source and name != "chat_template":
                 yield f"the {self.whose}'s chat template does not know the template option {name}"
 
     def _render(self, chat: Sequence[Message], tools: Sequence[Tool], where: str) -> str:

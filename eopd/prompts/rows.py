@@ -131,6 +131,7 @@ def _message(row: Row, field: str, value: object) -> Message:
     if "tool_calls" in rest:
         rest["tool_calls"] = _tool_calls(row, f"{field}, tool_calls", rest["tool_calls"])
     for name, one in rest.items():
+        _clean(row, field, name)
         _require_clean(row, f"{field}, {name}", one)
     content = _content(row, f"{field}, content", value.get("content"), may_lack=role == "assistant" and bool(rest))
     return {"role": role, "content": content, **rest}

@@ -209,11 +209,6 @@ def test_eval_prints_scores_and_every_verdict(files, capsys, monkeypatch):
         "avg@2   0.2500 +- 0.1250",
         "pass@1  0.2500 +- 0.1250",
         "2 prompts, 4.0 tokens an answer, 100.0% truncated, 0 lost",
-        "4 answers:",
-        "       1 right",
-        "       0 wrong",
-        "       1 without an answer",
-        "       0 timed out in grading",
-        "       2 not graded (the grader failed, or cannot read the accepted answer)",
-        "not graded: prompts 2; see their answers in the data",
+        "4 answers: 1 right, 0 wrong, 1 without an answer, 0 timed out, 2 not graded",
+        "not graded: prompts 2: the grader failed, or cannot read the accepted answer; these count as wrong",
     ]

@@ -205,12 +205,22 @@ def test_a_teacher_s_hint_goes_to_the_last_text_of_the_user_and_it_sees_the_tool
     assert shown.startswith("<|im_start|><tool>get_weather<user>Weather in Bonn? It is cold.<assistant>")
 
 
-def test_the_first_five_faults_are_told_at_once(tmp_path):
+def test_every_kind_of_fault_is_told_once_with_its_first_row(tmp_path):
+    empty, wordless = {"prompt": ""}, {"question": "a"}
     with pytest.raises(ConfigError) as refused:
-        load(tmp_path, {"prompt": "a"}, *({"prompt": ""} for _ in range(7)))
-    lines = str(refused.value).splitlines()
-    assert [line.split("rows.jsonl:")[-1][:1] for line in lines[:-1]] == ["2", "3", "4", "5", "6"]
-    assert lines[-1] == "these are the first 5 faults"
+        load(tmp_path, {"prompt": "a"}, empty, wordless, empty, {"prompt": "b", "id": "x", "source": 1}, empty)
+    told = str(refused.value).replace(str(tmp_path), "")
+    assert [line[:60] for line in told.splitlines()] == [
+        "prompts.data: /rows.jsonl:2 (and 2 more rows): prompt: the u",
+        "prompts.data: /rows.jsonl:3: needs either `prompt` (text, or",
+        'prompts.data: /rows.jsonl:5 (id "x"): source: must be text, ',
+    ]
+
+
+def test_only_the_first_kinds_of_fault_are_told(tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path, *({"prompt": number} for number in range(9)))
+    assert str(refused.value).count("\n") == 4
 
 
 @pytest.mark.parametrize(
