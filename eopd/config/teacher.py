@@ -38,8 +38,8 @@ class TeacherConfig(Section):
     ``model`` is its Hugging Face directory; a served one needs no weights there, only configuration and tokenizer.
     ``sources`` are the sources of prompts it teaches; without any it teaches those that no other teacher does.
     ``head_dtype: float32`` keeps a float32 copy of the head and is exact; ``model`` projects in the model's own
-    precision. ``template`` makes of a row of the data a prompt that only this teacher sees: Jinja for the text of the
-    last message; ``template_options`` go to its chat template. ``entropy_bound`` is what the gate reads where only
+    precision. ``template`` makes of a row of the data a prompt that only this teacher sees: Jinja for the last
+    text of the user; ``template_options`` go to its chat template. ``entropy_bound`` is what the gate reads where only
     bounds on the entropy are known. ``eos_remap`` maps the student's end tokens to the teacher's. A trajectory not
     scored within ``timeout_s`` is tried elsewhere. ``vllm`` goes to the engine untouched.
     """

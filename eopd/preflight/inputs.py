@@ -151,12 +151,6 @@ def notes_on_data(config: Config, prepared: Prepared) -> Iterator[str]:
     if dropped := prepared.train.num_dropped + prepared.held_out.num_dropped:
         yield f"dropped {dropped} prompts of more than {config.prompts.max_tokens} tokens"
     yield from (f"note: {note}" for note in (*prepared.train.notes, *prepared.held_out.notes))
-    seen = {prompt.token_ids.tobytes() for prompt in prepared.train.prompts}
-    if shared_prompts := sum(prompt.token_ids.tobytes() in seen for prompt in prepared.held_out.prompts):
-        yield (
-            f"note: prompts.held_out: {shared_prompts} of {len(prepared.held_out.prompts)} prompts are in prompts.data "
-            "too: the student is measured on what it was trained on"
-        )
 
 
 def _listed(ends: Mapping[int, str]) -> str:
