@@ -21,7 +21,15 @@ _TOKENS: Final = re.compile(
     re.VERBOSE | re.DOTALL | re.MULTILINE,
 )
 _MARK: Final = re.compile(r"\s*####(?!#)\s*(.*)")
-_PAIRS: Final = (("**", "**"), ("*", "*"), ("`", "`"), (r"\(", r"\)"), (r"\[", r"\]"))
+_PAIRS: Final = (
+    ("**", "**"),
+    ("*", "*"),
+    ("`", "`"),
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+)
 _TEXT: Final = re.compile(r"\\(?:text|textbf|textit|emph|mathbf|mathrm|mbox)\s*\{([^{}]*)\}")
 _SPELT: Final = {
     **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),
@@ -73,7 +81,8 @@ def as_text(answer: str) -> str:
 
     Superscripts, fractions and circled digits stay what they are: ``10\u00b2`` is not ``102``.
     """
-    return _unwrapped(" ".join(_spelt(answer).casefold().split()))
+    text = _unwrapped(" ".join(_spelt(answer).casefold().split()))
+    return _unwrapped(text.strip("$ "))  # also a sign of maths, or of money, on one side
 
 
 def as_latex(answer: str) -> str:
@@ -110,13 +119,17 @@ def _plain(character: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Without enclosing ``$``, emphasis and maths delimiters, and without closing full stops."""
+    """Without enclosing emphasis and signs of maths, and without closing full stops."""
     while True:
-        shorter = text.rstrip(". ").strip("$ ")
+        shorter = text.strip().rstrip(". ")
+        if shorter.endswith(r"\right"):  # the full stop is its delimiter
+            shorter += "."
         for begin, end in _PAIRS:
-            if shorter.startswith(begin) and shorter.endswith(end) and len(shorter) > len(begin) + len(end):
-                shorter = shorter[len(begin) : -len(end)]
-        shorter = _TEXT.sub(r"\1", shorter) if _TEXT.fullmatch(shorter) else shorter
+            inner = shorter[len(begin) : len(shorter) - len(end)]
+            if shorter == f"{begin}{inner}{end}" and inner and begin not in inner and end not in inner:
+                shorter = inner
+        if enclosed := _TEXT.fullmatch(shorter):
+            shorter = enclosed[1]
         if shorter == text:
             return text
         text = shorter

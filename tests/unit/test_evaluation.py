@@ -107,6 +107,7 @@ def test_last_boxed_of_a_runaway_response_takes_one_pass():
     assert last_boxed(r"\boxed{" * 200_000) is None  # quadratic work would take minutes
     assert last_boxed(r"\boxed 1{" * 100_000) == "1"
     assert last_boxed(r"\boxed " + "{" * 200_000) is None
+    assert grade_exact("." * 200_000 + "x" + "*`" * 200_000, "5") is Verdict.WRONG
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,8 @@ GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nTogether 48+24 = <<48+
         ("\u2460", "1", Verdict.WRONG),  # 1 in a circle
         ("H\u2082O", "H2O", Verdict.WRONG),
         ("e\u0301te\u0301", "\u00e9t\u00e9", Verdict.CORRECT),
+        ("*a* and *b*", "a* and *b", Verdict.WRONG),
+        ("**$5$.**", "$$5$$", Verdict.CORRECT),
         ("lyon", ("Paris", "Lyon"), Verdict.CORRECT),
         ("Nice", ("Paris", "Lyon"), Verdict.WRONG),
         ("Nice", "", Verdict.ERROR),  # nothing to compare with
@@ -217,6 +220,9 @@ def math_grader():
         (r"\boxed{0.5}", ("3", r"\frac{1}{2}"), Verdict.CORRECT),
         (r"\boxed{0.5}", ("3", "4"), Verdict.WRONG),
         (r"\boxed{New York}", "new york", Verdict.CORRECT),
+        (r"\boxed{5\$}", "5", Verdict.CORRECT),
+        (r"\boxed{$x^2$}", r"\(x \cdot x\)", Verdict.CORRECT),
+        (r"\boxed{\left. x^2 \right.}", r"\left. x^2 \right.", Verdict.CORRECT),
     ],
 )
 def test_math_grader(math_grader, response, reference, verdict):
