@@ -29,7 +29,10 @@ def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -
     A directory that cannot be read or written costs the memory, never the answer. What ``compute`` raises is raised,
     and not remembered.
     """
-    kept = DIRECTORY / _digest(question, files)
+    try:
+        kept = DIRECTORY / _digest(question, files)
+    except OSError:  # a file that cannot be read: whoever computes says so
+        return compute()
     with suppress(Exception):  # not there, or not readable by what is installed now: computed again
         answer: T = pickle.loads(kept.read_bytes())
         os.utime(kept)

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from eopd.config.base import AbsolutePath, DataSpec, NativeOptions, Section, refuse
 from eopd.config.loss import LossConfig
-from eopd.config.teacher import OWNED_BY_ENGINES, Names, TeacherConfig
+from eopd.config.teacher import OWNED_BY_ENGINES, OWNED_BY_ROWS, Names, TeacherConfig
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -89,15 +89,23 @@ class PromptsConfig(Section):
     """Training and held-out rows: JSONL, Parquet, or a ``datasets`` name.
 
     ``template``: ``chat`` renders rows with the student's chat template, ``none`` takes ``prompt`` as it is.
-    ``suffix`` is appended to the (last) user text before either.
+    ``template_options`` go to that template. ``suffix`` is appended to the last user text before either.
     """
 
     data: DataSpec
     held_out: DataSpec
     template: Literal["chat", "none"] = "chat"
+    template_options: NativeOptions = {}
     suffix: str = ""
     max_tokens: int = Field(1024, ge=1)
     overlong: Literal["error", "drop"] = "error"
+
+    @model_validator(mode="after")
+    def _options_reach_a_template(self) -> Self:
+        refuse("template_options", self.template_options, OWNED_BY_ROWS)
+        if self.template == "none" and self.template_options:
+            raise ValueError("template_options: go to a chat template; template is none")
+        return self
 
 
 class RolloutConfig(Section):

@@ -13,6 +13,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isi
 
 OWNED_BY_ENGINES = ("model", "dtype", "max_model_len", "enable_prefix_caching")
 OWNED_BY_TEACHER = (*OWNED_BY_ENGINES, "runner", "skip_tokenizer_init")
+OWNED_BY_ROWS = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt")  # of a chat template
 
 
 class ServerConfig(Section):
@@ -38,8 +39,8 @@ class TeacherConfig(Section):
     ``sources`` are the sources of prompts it teaches; without any it teaches those that no other teacher does.
     ``dtype: auto`` is chosen when the config is loaded, and ``dtype_reason`` says why.
     ``head_dtype: float32`` keeps a float32 copy of the head and is exact; ``model`` projects in the model's own
-    precision. ``template`` makes of a row of the data a prompt that only this teacher sees: Jinja for the text of the
-    last message; ``template_options`` go to its chat template. ``entropy_bound`` is what the gate reads where only
+    precision. ``template`` makes of a row of the data a prompt that only this teacher sees: Jinja for the last
+    text of the user; ``template_options`` go to its chat template. ``entropy_bound`` is what the gate reads where only
     bounds on the entropy are known. ``eos_remap`` maps the student's end tokens to the teacher's. A trajectory not
     scored within ``timeout_s`` is tried elsewhere. ``vllm`` goes to the engine untouched.
     """
@@ -68,7 +69,7 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _ours_stay_ours(self) -> Self:
         refuse("vllm", self.vllm, OWNED_BY_TEACHER)
-        refuse("template_options", self.template_options, ("conversation", "tokenize", "add_generation_prompt"))
+        refuse("template_options", self.template_options, OWNED_BY_ROWS)
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from eopd.evaluation.held_out import measure
 from eopd.evaluation.samples import sample_record
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
-from eopd.preflight import Prepared, check
+from eopd.preflight import Prepared, check, notes_on_data
 from eopd.prompts import PromptOrder
 from eopd.roles import LearnerDownError
 from eopd.runtime import cluster
@@ -318,9 +318,7 @@ class TrainingRun:
             trackers.tracker(name, self.directory.path, run.name, settings) for name in telemetry.trackers
         ]
         sinks += self._trackers
-        for name, data in (("training", self._prepared.train), ("held-out", self._prepared.held_out)):
-            if data.num_dropped:
-                notes.append(f"{data.num_dropped} {name} prompts longer than prompts.max_tokens left out")
+        notes += notes_on_data(self._config, self._prepared)
         if cluster.is_job_copy(self.directory.path):
             notes.append("this is Ray's copy of the working directory: set run.directory to keep what the run writes")
         self._console = Console(run=run.name, batches=run.batches)

@@ -119,3 +119,41 @@ def test_held_out_prompts_need_a_teacher_too(files):
     preflight.check(load_config(files / "c.yaml", swapped))
     with pytest.raises(ConfigError, match=r"train\.jsonl: nobody teaches source 'code'"):
         preflight.check(load_config(files / "c.yaml", [*swapped, "teachers.1.sources=[logic]"]))
+
+
+# ---- answers that a grader needs ------------------------------------------------------------------------------------
+
+REWARD = ["loss.reverse_kl={{kind: sampled, reward: {{grader: math}}}}", "rollout.samples_per_prompt=2"]
+
+
+@pytest.fixture
+def graded(files, check):
+    def run(*answers):
+        rows = [{"prompt": "a", "source": "math"} | answer for answer in answers]
+        (files / "graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return check("prompts.data={root}/graded.jsonl", *REWARD)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([{"answer": 5}, {}, {"answer": None}], "/graded.jsonl:2 (and 1 more row): has no `answer`, so that nothing"),
+        (
+            [{"answer": 5}, {"answer": " "}],
+            "/graded.jsonl:2: answer: the grader math can read nothing in it: ' '; write",
+        ),
+        (
+            [{"answer": "He sold half as many clips in May."}],
+            "/graded.jsonl:1: answer: the grader math can read nothing",
+        ),
+    ],
+)
+def test_a_reward_needs_answers_that_its_grader_can_read(graded, answers, message):
+    code, shown = graded(*answers)
+    assert code == 2 and f"error: prompts.data: {message}" in shown
+
+
+def test_several_answers_and_whole_solutions_are_fine_for_a_reward(graded):
+    assert graded({"answer": [5, "five"]}, {"answer": "2 + 3 = 5\n#### 5"}, {"answer": r"So \boxed{5}."})[0] == 0

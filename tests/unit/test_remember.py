@@ -52,6 +52,16 @@ def test_another_question_another_text_or_another_library_is_computed(ask, monke
     assert ask() == ("one", 4)
 
 
+def test_a_file_that_cannot_be_read_is_left_to_whoever_computes(ask, directory, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr(remember.hashlib, "file_digest", refuse)
+    assert ask() == ("one", 1)
+    assert ask() == ("one", 2)
+    assert not directory.exists()
+
+
 def test_of_weights_the_names_count(ask, tmp_path):
     ask()
     ask.weights.write_text("2")
