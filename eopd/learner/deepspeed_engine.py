@@ -150,7 +150,7 @@ class Engine:
         dist.barrier()
 
     def load(self, directory: Path) -> dict[str, int]:
-        """Continue from ``save`` under the same stage; returns ``state``. Collective.
+        """Continue from ``save`` under the same stage (1 and 2 are alike); returns ``state``. Collective.
 
         Learning rate, schedule, betas, weight decay and clipping are those of the config, not of the checkpoint.
 

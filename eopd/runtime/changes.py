@@ -9,12 +9,12 @@ The longest entry that a key begins with decides; a key without any is ``said``.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import yaml
 
-from eopd.config import Config
+from eopd.config import Config, LearnerConfig
 
 Kind = Literal["always", "said", "contents", "never"]
 
@@ -37,6 +37,8 @@ _VLLM_MEMORY: Final = (
 _ZERO_MEMORY: Final = (
     "allgather_bucket_size",
     "contiguous_gradients",
+    "offload_optimizer",
+    "offload_param",
     "overlap_comm",
     "reduce_bucket_size",
     "reduce_scatter",
@@ -135,13 +137,18 @@ def changes(before: Config, after: Config) -> list[Change]:
         else:
             was, becomes = old[name].model_dump(mode="json"), new[name].model_dump(mode="json")
             found += _differences(f"{key}.", was, becomes, knob="teachers[].")
-    fixed = before.learner.ranks_may_change and after.learner.ranks_may_change
-    return [
-        Change(change.key, change.before, change.after, "never")
-        if change.key == "learner.ranks" and not fixed
-        else change
-        for change in found
-    ]
+    kinds = _of_learner(before.learner, after.learner)
+    return [replace(change, kind=kinds.get(change.key, change.kind)) for change in found]
+
+
+def _of_learner(before: LearnerConfig, after: LearnerConfig) -> dict[str, Kind]:
+    """What the table cannot know: which checkpoints DeepSpeed loads."""
+    ranks_may_change = before.ranks_may_change and after.ranks_may_change
+    same_shards = {before.zero_stage, after.zero_stage} == {1, 2}
+    return {
+        "learner.ranks": "always" if ranks_may_change else "never",
+        "learner.zero_stage": "always" if same_shards else "never",
+    }
 
 
 def _differences(

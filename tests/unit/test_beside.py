@@ -180,7 +180,8 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
 def test_only_a_run_that_is_running_can_be_scaled_and_a_wish_is_forgotten_with_its_process(
     directory, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("eopd.runtime.run_directory.holder", lambda path: Holder(host="h", pid=7, since=0.0))
+    me = Holder(host="h", pid=7, since=0.0)
+    monkeypatch.setattr("eopd.runtime.run_directory.holder", lambda path: me if path.exists() else None)
     with pytest.raises(ConfigError, match="is starting: only a run that is running can be scaled"):
         directory.ask_for_engines(3)
     with pytest.raises(ConfigError, match="holds no run"):

@@ -95,6 +95,22 @@ def test_changes_are_named_in_the_words_of_the_config(config, overrides, found):
     assert [f"{change}: {change.kind}" for change in changes(config(), config(overrides))] == found
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "kind"), [(1, 2, "always"), (2, 1, "always"), (1, 3, "never"), (0, 1, "never")]
+)
+def test_zero_1_and_2_shard_alike(config, before, after, kind):
+    stages = (config(f"learner.zero_stage={stage}") for stage in (before, after))
+    (change,) = changes(*stages)
+    assert (change.key, change.kind) == ("learner.zero_stage", kind)
+
+
+def test_states_may_be_offloaded(config):
+    native = "learner.deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"
+    (change,) = changes(config(), config(native))
+    assert str(change) == "learner.deepspeed.zero_optimization.offload_optimizer.device null -> cpu"
+    assert change.kind == "always"
+
+
 def test_round_robin_gradients_fix_the_number_of_ranks(config):
     native = "learner.deepspeed={zero_optimization: {round_robin_gradients: true}}"
     (change,) = changes(config(native), config(native, "learner.ranks=2"))
