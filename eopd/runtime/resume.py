@@ -68,8 +68,8 @@ class TakenUp:
             return
         step = step_of(self.checkpoint)
         remove_partial(self.directory.checkpoints)
-        for later in self.directory.checkpoints.glob("step-*"):
-            if later.name.removeprefix("step-").isdecimal() and step_of(later) > step:
+        for later in list_checkpoints(self.directory.checkpoints):
+            if step_of(later) > step:
                 shutil.rmtree(later)
         self.directory.drop_rows_after(step)
         self.directory.go_on(self.config, step, self.changes)

@@ -191,6 +191,8 @@ async def test_a_broken_newest_checkpoint_is_passed_over_with_a_message(config):
     assert taken_up.state.step == 5
     assert taken_up.notes == directory.passed_over() and "step-000010: learner/weights has 0" in taken_up.notes[0]
     assert "step-000010 is not whole" in refusal(config(), "yes", 10)
+    taken_up.carry_out()
+    assert (directory.checkpoints / "step-000010").exists(), "a person may want to mend it"
 
 
 # --- what may change
