@@ -167,6 +167,11 @@ THROUGHPUT: Final = Board(
                 _one("Learner rank", "eopd_learner_flops_per_second"),
                 _one("Model FLOPs utilisation", "eopd_learner_mfu_ratio"),
             ),
+            (
+                _one("Newest checkpoint took", "eopd_checkpoint_seconds"),
+                _one("Step of the newest checkpoint", "eopd_checkpoint_step"),
+                _one("Settings changed by --resume", "eopd_config_changes_total"),
+            ),
         ),
         "Queues": (
             (

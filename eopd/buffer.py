@@ -3,7 +3,8 @@
 A trajectory holds one of ``B (1 + s - L)`` slots from its admission until the batch that consumed it is *published* (B
 batch size, s ``max_staleness``, L ``lookahead``). Batch number k takes the B ready trajectories with the lowest issue
 numbers, and may be taken only when it leaves no number below ``B (k + 1 - L)`` behind: 0 is strict order, L lets a slow
-trajectory be overtaken for L batches and no longer.
+trajectory be overtaken for L batches and no longer. (A run that goes on with another B counts from what it has consumed
+so far, which stands for ``B k``.)
 
 Bound: trajectory n is consumed by batch ``floor(n / B) + L`` at the latest, when the learner is at that version. It was
 admitted when fewer than ``B (1 + s - L)`` numbers up to n were unpublished, so at version ``floor(n / B) + L - s`` at
@@ -124,8 +125,8 @@ class Buffer:
         """Whether a batch is ready that leaves nothing overdue behind."""
         if len(self._ready) < self.batch:
             return False
-        number = (self.next_unconsumed + len(self.consumed_ahead)) // self.batch
-        return self.next_missing >= self.batch * (number + 1 - self.lookahead)
+        num_consumed = self.next_unconsumed + len(self.consumed_ahead)
+        return self.next_missing >= num_consumed + self.batch * (1 - self.lookahead)
 
     def _lowest(self) -> list[int]:
         admitted = self.num_slots + len(self.consumed_ahead)  # from next_unconsumed on, each with a slot or consumed

@@ -46,7 +46,9 @@ class StorageError(RunFailedError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverState:
-    """The driver's part of a checkpoint."""
+    """The driver's part of a checkpoint. ``inputs`` are digests of what the config's paths stood for, by key; None in
+    checkpoints of before they were kept.
+    """
 
     step: int
     tokens: int
@@ -54,6 +56,7 @@ class DriverState:
     skipped_steps: int
     wall_s: float
     ledger: Mapping[str, object]
+    inputs: Mapping[str, str] | None = None
 
     @classmethod
     def read(cls, checkpoint: Path) -> Self:
@@ -153,7 +156,7 @@ def write_whole(path: Path, text: str) -> None:
         partial.rename(path)
         _force(path.parent)
     except OSError as error:
-        told = StorageError.of(path, error, "Free some space, then continue the run with --resume.")
+        told = StorageError.of(path, error, "Free some space, then continue the run with --resume auto.")
         partial.unlink(missing_ok=True)
         raise told from error
 
@@ -198,7 +201,7 @@ def _free_bytes(path: Path) -> int:
 def _what_is_left(root: Path) -> str:
     whole = list_checkpoints(root)
     if not whole:
-        return "There is no older checkpoint. Free some space or name another run.directory, and start again."
+        return "There is no older checkpoint. Free some space or name another run.directory; start with --resume auto."
     return (
         f"{whole[-1].name} is whole and kept. Free some space (or lower checkpoint.keep_last), then continue from it "
         "with --resume."

@@ -87,7 +87,7 @@ class Pipeline:
         Raises:
             TrajectoryLostError: see there.
         """
-        async with _background(self._issue()) as failed:
+        async with _background(self._issue((self.plan.batches - start) * self.plan.batch)) as failed:
             for number in range(start, self.plan.batches):
                 row = await _unless(failed, self._step(number, time.monotonic()))
                 if row is None:
@@ -152,11 +152,11 @@ class Pipeline:
             ready=ready,
         )
 
-    async def _issue(self) -> None:
-        """Admit trajectories as slots come free, each a task of its own."""
-        total = self.plan.batches * self.plan.batch
+    async def _issue(self, count: int) -> None:
+        """Admit so many trajectories as slots come free, each a task of its own."""
         async with asyncio.TaskGroup() as producers:
-            while (issue := self.ledger.issue()) < total:
+            for _ in range(count):
+                issue = self.ledger.issue()
                 await self.buffer.admit()
                 producers.create_task(self._produce(issue))
 

@@ -2,12 +2,15 @@
 code 2.
 """
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import rich.console
 import typer
+import typer.core
 
 from eopd import __version__
 from eopd.cli.evaluate import evaluate
@@ -47,23 +50,61 @@ def init(
     typer.echo(f"next: {command}")
 
 
-@app.command()
+class _Train(typer.core.TyperCommand):
+    """``--resume`` may stand alone, and then means ``--resume=yes``; the word after it may be the config."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        for index, argument in enumerate(args):
+            if argument == "--resume" and args[index + 1 : index + 2] != ["auto"]:
+                args[index] = "--resume=yes"
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_Train)
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=value.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue the run from its newest checkpoint.")] = False,
+    resume: Annotated[
+        Literal["no", "yes", "auto"],
+        typer.Option(
+            metavar="[auto]",
+            show_default=False,
+            help="Continue the run from its newest checkpoint; with auto, start it where there is none, and do nothing "
+            "where it is complete: one command for a scheduler to repeat.",
+        ),
+    ] = "no",
+    step: Annotated[
+        int | None, typer.Option(min=1, help="With --resume: go back to the checkpoint of this step.")
+    ] = None,
 ) -> None:
     """Train a student, on this machine or on a Ray cluster."""
+    if step is not None and resume != "yes":
+        raise ConfigError(f"--step {step}: goes with --resume alone; repeated, it would go back every time")
     resolved = load_config(config, overrides or [])
     from eopd.runtime.train import train as run
     from eopd.telemetry.console import print_summary
 
-    summary, directory = run(resolved, resume=resume)
+    try:
+        outcome = run(resolved, resume=resume, step=step)
+    except RunFailedError:
+        typer.echo(f"continue with: {_command(config, overrides or [], ['--resume', 'auto'])}")
+        raise
+    summary, directory = outcome.summary, outcome.directory
+    if not outcome.trained:
+        batches = resolved.run.batches
+        typer.echo(f"{directory.path} is complete: {batches} of {batches} steps; raise run.batches to train it further")
     print_summary(summary, directory.samples(), directory.path)
     if directory.report.exists():
         typer.echo(f"report: {directory.report}")
     if summary["status"] != "completed":
+        typer.echo(f"continue with: {_command(config, overrides or [], directory.resume_options())}")
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _command(config: Path, overrides: Sequence[str], options: Sequence[str]) -> str:
+    """``eopd train`` as a line for the shell."""
+    settings = [part for override in overrides for part in ("--set", override)]
+    return shlex.join(["eopd", "train", str(config), *settings, *options])
 
 
 @app.command()
@@ -146,12 +187,18 @@ def scale(
 def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")]) -> None:
     """Say how far a run is, whether it is running or has ended."""
     from eopd.runtime.run_directory import RunDirectory
-    from eopd.telemetry.console import PACE_WINDOW, print_status
+    from eopd.telemetry.console import PACE_WINDOW
+    from eopd.telemetry.status import print_status
 
     directory = RunDirectory(run)
-    settings = directory.config().run
+    settings, status = directory.config().run, directory.status()
     summary, rows = directory.read_summary(), directory.last_rows(PACE_WINDOW + 1)
-    print_status(settings.name, summary, rows, batches=settings.batches)
+    stopped = status.split()[0] in ("dead", "interrupted", "failed")
+    here = run.resolve()
+    moved = [] if settings.path.resolve() == here else [f"run.directory={here.parent}", f"run.name={here.name}"]
+    again = _command(run / "config.yaml", moved, directory.resume_options())
+    advice = f"continue with: {again}" if stopped else None
+    print_status(settings.name, status, summary, rows, batches=settings.batches, advice=advice)
 
 
 @models.command("demo")

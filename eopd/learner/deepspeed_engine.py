@@ -50,6 +50,7 @@ deepspeed.ops.__compatible_ops__ = {}
 T = TypeVar("T")
 
 _TAG = "deepspeed"
+_STEPS = "optimizer_steps_per_batch"  # under which a checkpoint was written
 
 
 def join(*, rank: int, world_size: int, master_address: str, master_port: int) -> torch.device:
@@ -82,7 +83,7 @@ class Engine:
         optimizer = torch.optim.AdamW(
             trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        factor = schedule(config, total_steps)
+        self._factor = factor = schedule(config, total_steps)
         self._engine, *_ = deepspeed.initialize(
             model=student,
             optimizer=optimizer,
@@ -145,7 +146,8 @@ class Engine:
             OSError: the disk did not take it.
         """
         try:
-            self._engine.save_checkpoint(str(directory), tag=_TAG, client_state=state, save_latest=False)
+            client_state = state | {_STEPS: self._config.optimizer_steps_per_batch}
+            self._engine.save_checkpoint(str(directory), tag=_TAG, client_state=client_state, save_latest=False)
             torch.save(torch.get_rng_state(), directory / f"rng-{dist.get_rank()}.pt")
         except RuntimeError as error:
             # All that torch's writer says of a full disk: "[enforce fail at inline_container.cc:672] . unexpected pos"
@@ -155,7 +157,9 @@ class Engine:
         dist.barrier()
 
     def load(self, directory: Path) -> dict[str, int]:
-        """Continue from ``save`` under the same stage; returns ``state``. Collective.
+        """Continue from ``save`` under the same stage (1 and 2 are alike); returns ``state``. Collective.
+
+        Learning rate, schedule, betas, weight decay and clipping are those of the config, not of the checkpoint.
 
         With as many ranks as saved it is bit-equal. With another number only their random states are not: rank r takes
         that of saved rank r modulo their number, and nothing draws from it.
@@ -174,7 +178,26 @@ class Engine:
         else:
             state = self._load_universal(directory)
         torch.set_rng_state(torch.load(directory / f"rng-{dist.get_rank() % saved_ranks}.pt"))
-        return dict(state)
+        steps = self._config.optimizer_steps_per_batch
+        self._as_configured(steps_before=state.get(_STEPS, steps))
+        return {name: value for name, value in state.items() if name != _STEPS}
+
+    def _as_configured(self, *, steps_before: int) -> None:
+        """Set what a run may change when it goes on; torch and DeepSpeed (0.19.8) restore it from the checkpoint.
+
+        Args:
+            steps_before: optimiser steps of a batch that the schedule has counted so far.
+        """
+        config, scheduler = self._config, self._engine.lr_scheduler
+        done = scheduler.last_epoch * config.optimizer_steps_per_batch // steps_before
+        rate = config.lr * self._factor(done)
+        groups = scheduler.optimizer.param_groups
+        for group in groups:
+            group.update(lr=rate, initial_lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        scheduler.last_epoch, scheduler.base_lrs = done, [config.lr] * len(groups)
+        scheduler._last_lr = [rate] * len(groups)
+        if not self._keeps_no_norm:  # ZeRO-0 in float32 clips by DeepSpeed's config alone
+            self._engine.optimizer.clip_grad = config.max_grad_norm
 
     def _load_universal(self, directory: Path) -> dict[str, Any]:
         """Load through DeepSpeed's universal format, which knows no ranks: rank 0 converts, beside the checkpoint."""

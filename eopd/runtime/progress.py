@@ -22,6 +22,9 @@ class Progress:
     skipped_steps: int = 0
     incarnation: int = 0
     learner_restarts: int = 0
+    config_changes: int = 0
+    checkpoint_step: int | None = None
+    checkpoint_s: float | None = None
     wall_before_s: float = 0.0
     before: Mapping[str, Measurement] | None = None
     after: Mapping[str, Measurement] | None = None
@@ -39,6 +42,7 @@ class Progress:
             tokens=state.tokens,
             trajectories=state.trajectories,
             skipped_steps=state.skipped_steps,
+            checkpoint_step=state.step,
             wall_before_s=state.wall_s,
             before=summary["held_out"]["before"],
         )
@@ -49,6 +53,7 @@ class Progress:
         self.tokens = state.tokens if state else 0
         self.trajectories = state.trajectories if state else 0
         self.skipped_steps = state.skipped_steps if state else 0
+        self.checkpoint_step = state.step if state else None
         self.incarnation += 1
         self.learner_restarts += 1
 
@@ -68,7 +73,20 @@ class Progress:
         for stage in self._seconds:
             self._seconds[stage] += row[f"eopd_{stage}_seconds"]
 
-    def state(self, ledger: Ledger) -> DriverState:
+    def row(self) -> Row:
+        """What every row says of the run so far."""
+        row = {
+            "eopd_learner_restarts_total": float(self.learner_restarts),
+            "eopd_skipped_steps_total": float(self.skipped_steps),
+            "eopd_config_changes_total": float(self.config_changes),
+        }
+        if self.checkpoint_step is not None:
+            row["eopd_checkpoint_step"] = float(self.checkpoint_step)
+        if self.checkpoint_s is not None:
+            row["eopd_checkpoint_seconds"] = self.checkpoint_s
+        return row
+
+    def state(self, ledger: Ledger, inputs: Mapping[str, str]) -> DriverState:
         """The driver's part of a checkpoint."""
         return DriverState(
             step=self.step,
@@ -77,6 +95,7 @@ class Progress:
             skipped_steps=self.skipped_steps,
             wall_s=self.wall_s,
             ledger=ledger.state(),
+            inputs=inputs,
         )
 
     def summary(self, status: str) -> Summary:

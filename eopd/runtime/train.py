@@ -1,8 +1,11 @@
 """One training run from config to summary: check, start, measure, train, measure again, export."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Never
 
 import numpy as np
@@ -11,22 +14,23 @@ from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
 from eopd.config import Config
 from eopd.config.load import flatten
 from eopd.config.processor import dtype_notes
-from eopd.evaluation.held_out import measure
-from eopd.evaluation.samples import sample_record
 from eopd.ledger import Ledger
-from eopd.pipeline import Pipeline, Plan
+from eopd.pipeline import Pipeline
 from eopd.preflight import Prepared, check, notes_on_data
-from eopd.prompts import PromptOrder
 from eopd.roles import LearnerDownError
 from eopd.runtime import cluster
 from eopd.runtime.beside import Watchdog, scale_on_request
+from eopd.runtime.inputs import digests
+from eopd.runtime.lock import held
 from eopd.runtime.logs import collect, logger
+from eopd.runtime.loop import make_pipeline
+from eopd.runtime.measurement import keep_samples, measure_held_out
 from eopd.runtime.placement import plan, require_capacity
 from eopd.runtime.progress import Progress, first_line
+from eopd.runtime.resume import Resume, TakenUp, take_up
 from eopd.runtime.run_directory import RunDirectory, held_out_record
-from eopd.runtime.signals import caught
-from eopd.runtime.supervisor import Crew, crew, fetch
-from eopd.teacher.vocabulary import load_tokenizer
+from eopd.runtime.signals import caught, ignored_by_children
+from eopd.runtime.supervisor import Crew, crew
 from eopd.telemetry import trackers
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Console, Summary
@@ -34,60 +38,70 @@ from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
 from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry, TimelineSink
 from eopd.telemetry.step import Span, Totals, config_row, resident_bytes
-from eopd.types import EvalStats, LostTrajectory, ScoredTrajectory, Stored
 
 _STATE_S = 5.0  # how often Prometheus sees who is up
 _PROBE_TOKENS = 256  # of prompts, which the student finds probable
 
 
-def train(config: Config, *, resume: bool) -> tuple[Summary, RunDirectory]:
-    """Run (or continue) what ``config`` describes.
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a run. ``trained`` is false where it was complete already, and nothing was done."""
+
+    summary: Summary
+    directory: RunDirectory
+    trained: bool = True
+
+
+def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> Outcome:
+    """Run (or continue) what ``config`` describes, as the only process that does.
+
+    Args:
+        config: the run.
+        resume: whether it goes on from a checkpoint; see ``runtime/resume.py``.
+        step: of that checkpoint; else the newest that is whole.
 
     Returns:
-        The summary; its ``status`` is ``completed``, or ``interrupted`` after Ctrl-C or SIGTERM.
+        The outcome; the summary's ``status`` is ``completed``, or ``interrupted`` after a signal that asked for it.
 
     Raises:
         ConfigError: the user's mistake, found before any worker starts.
     """
     prepared = check(config)
-    with cluster.connect(config.cluster):
+    directory = RunDirectory(config.run.path)
+    directory.require_no_stranger()
+    with ExitStack() as stack:
+        lock_notes = stack.enter_context(held(directory.path))
+        taken_up = take_up(config, digests(config, prepared), resume, step)
+        if taken_up.complete:
+            assert taken_up.summary is not None
+            return Outcome(taken_up.summary, directory, trained=False)
+        with ignored_by_children():
+            stack.enter_context(cluster.connect(config.cluster))
         require_capacity(plan(config), *cluster.capacity())
-        run = TrainingRun.resume(config, prepared) if resume else TrainingRun.new(config, prepared)
-        return asyncio.run(run.main()), run.directory
+        taken_up.begin()
+        summary = asyncio.run(TrainingRun(prepared, taken_up, lock_notes).main())
+        return Outcome(summary, directory)
 
 
 class TrainingRun:
     """One process's part of a run: all of it, or from a checkpoint on."""
 
-    def __init__(
-        self, config: Config, prepared: Prepared, directory: RunDirectory, progress: Progress, ledger: Ledger
-    ) -> None:
-        self.directory = directory
-        self._config = config
+    def __init__(self, prepared: Prepared, taken_up: TakenUp, notes: Sequence[str] = ()) -> None:
+        self.directory = taken_up.directory
+        self._config = taken_up.config
         self._prepared = prepared
-        self._progress = progress
-        self._ledger = ledger
+        self._taken_up = taken_up
+        self._gone_on = taken_up.checkpoint is None  # whether what it continues from has been put into effect
+        self._notes = [*notes, *taken_up.notes]
+        state, summary = taken_up.state, taken_up.summary
+        self._progress = Progress.resume(state, summary) if state and summary else Progress()
+        self._progress.config_changes = taken_up.total_changes
+        self._ledger = _ledger_of(state)
         self._interrupted = False
         self._stop_softly: Callable[[], Coroutine[object, object, None]] | None = None
         self._pipeline: Pipeline | None = None
         self._trackers: list[trackers.BackgroundSink] = []
         self._prometheus: PrometheusSink | None = None
-
-    @classmethod
-    def new(cls, config: Config, prepared: Prepared) -> "TrainingRun":
-        """A run from the beginning."""
-        return cls(config, prepared, RunDirectory.create(config), Progress(), Ledger())
-
-    @classmethod
-    def resume(cls, config: Config, prepared: Prepared) -> "TrainingRun":
-        """A run from its newest checkpoint on."""
-        directory = RunDirectory.reopen(config)
-        state = DriverState.read(list_checkpoints(directory.checkpoints)[-1])
-        directory.drop_rows_after(state.step)
-        summary = directory.read_summary()
-        assert summary is not None, "it is written before the first checkpoint"
-        progress = Progress.resume(state, summary)
-        return cls(config, prepared, directory, progress, Ledger.restore(**state.ledger))  # type: ignore[arg-type]
 
     async def main(self) -> Summary:
         """Run, and write the status whatever happens."""
@@ -106,7 +120,8 @@ class TrainingRun:
                 raise
         finally:
             summary = self._progress.summary(status)
-            self.directory.write_summary(summary)
+            if self._gone_on:  # else the run stands as it stood
+                self.directory.write_summary(summary)
             report_of_ended(self.directory.path, self.directory.report)
             trackers.end(self._trackers, status)
         return summary
@@ -157,9 +172,10 @@ class TrainingRun:
                 members.restarts.spend(f"learner: {error}")
 
     async def _from_checkpoint_to_end(self, members: Crew, telemetry: Telemetry) -> None:
-        if checkpoints := list_checkpoints(self.directory.checkpoints):
-            await members.learner.load(checkpoints[-1] / "learner")
+        if (checkpoint := self._checkpoint()) is not None:
+            await members.learner.load(checkpoint / "learner")
         await members.channel.publish(await members.learner.version())
+        self._go_on()
         if self._progress.before is None:
             await self._measure(members, "before")
         await self._train(members, telemetry)
@@ -167,16 +183,30 @@ class TrainingRun:
             await self._measure(members, "after")
         await members.learner.export(self.directory.hf)
 
+    def _checkpoint(self) -> Path | None:
+        """What a learner starts from."""
+        if not self._gone_on:
+            return self._taken_up.checkpoint
+        return next(reversed(list_checkpoints(self.directory.checkpoints)), None)
+
+    def _go_on(self) -> None:
+        """The run is about to go on from its checkpoint: from here on that cannot be taken back."""
+        if not self._gone_on:
+            self._taken_up.carry_out()
+            self._gone_on = True
+            self.directory.write_summary(self._progress.summary("running"))
+
     async def _restart_learner(self, members: Crew, lost: LearnerDownError) -> None:
         """Forget what came after the newest checkpoint: it is issued again."""
         self._stop_softly = self._pipeline = None
         self._watchdog.step()
-        checkpoints = list_checkpoints(self.directory.checkpoints)
-        state = DriverState.read(checkpoints[-1]) if checkpoints else None
+        checkpoint = self._checkpoint()
+        state = DriverState.read(checkpoint) if checkpoint else None
         self._progress.roll_back(state)
-        self._ledger = Ledger.restore(**state.ledger) if state else Ledger()  # type: ignore[arg-type]
-        self.directory.drop_rows_after(self._progress.step)
-        self.directory.write_summary(self._progress.summary("running"))
+        self._ledger = _ledger_of(state)
+        if self._gone_on:
+            self.directory.drop_rows_after(self._progress.step)
+            self.directory.write_summary(self._progress.summary("running"))
         self._say(
             f"the learner was lost ({first_line(lost)}); another one goes on from step {self._progress.step}, as "
             f"incarnation {self._progress.incarnation}"
@@ -185,7 +215,8 @@ class TrainingRun:
         members.channel.disconnect()
 
     async def _train(self, members: Crew, telemetry: Telemetry) -> None:
-        self._pipeline = pipeline = self._make_pipeline(members)
+        totals = Totals(tokens=self._progress.tokens, trajectories=self._progress.trajectories)
+        self._pipeline = pipeline = make_pipeline(self._config, self._prepared, members, self._ledger, totals)
         self._stop_softly = pipeline.buffer.close
         saved = self._progress.step
         async with aclosing(pipeline.steps(saved)) as steps:  # whatever ends it, nothing of it stays in flight
@@ -210,9 +241,8 @@ class TrainingRun:
         return {
             **members.teacher.metrics(),
             **members.engines.metrics(),
-            "eopd_learner_restarts_total": float(self._progress.learner_restarts),
+            **self._progress.row(),
             "eopd_weight_failures_total": float(members.channel.num_failures),
-            "eopd_skipped_steps_total": float(self._progress.skipped_steps),
             **config_row(self._config),
         }
 
@@ -233,82 +263,35 @@ class TrainingRun:
             )
 
     async def _save(self, members: Crew) -> None:
+        started = time.monotonic()
         await write_checkpoint(
             self.directory.checkpoints,
-            self._progress.state(self._ledger),
+            self._progress.state(self._ledger, self._taken_up.inputs),
             members.learner.save,
             keep_last=self._config.checkpoint.keep_last,
         )
+        self._progress.checkpoint_s = time.monotonic() - started
+        self._progress.checkpoint_step = self._progress.step
         self.directory.write_summary(self._progress.summary("running"))
 
     async def _measure(self, members: Crew, phase: Literal["before", "after"]) -> None:
-        evaluation, learner = self._config.evaluation, self._config.learner
-        prompts = self._prepared.held_out.prompts[: evaluation.prompts]
-        self._say(f"measuring on {len(prompts)} held-out prompts, {phase} training")
+        count = min(self._config.evaluation.prompts, len(self._prepared.held_out.prompts))
+        self._say(f"measuring on {count} held-out prompts, {phase} training")
         self._watchdog.step()
-        stats, scored = await measure(
-            members.engines,
-            members.teacher,
-            members.learner,
-            prompts,
-            max_tokens=evaluation.max_response_tokens,
-            seed=evaluation.seed,
-            max_attempts=self._config.flow.max_attempts,
-            ranks=learner.ranks,
-            token_budget=learner.token_budget,
-        )
+        measured = await measure_held_out(members, self._config, self._prepared)
         if phase == "before":
-            self._progress.before = held_out_record(stats)
+            self._progress.before = held_out_record(measured[0])
         else:
-            self._progress.after = held_out_record(stats)
+            self._progress.after = held_out_record(measured[0])
         self.directory.write_summary(self._progress.summary("running"))
-        try:
-            await self._keep_samples(phase, stats, scored[: evaluation.samples])
-        except Exception:  # noqa: BLE001 - for people to look at: nothing else may be lost with them
-            logger.warning("the samples of this measurement were not kept", exc_info=True)
-
-    async def _keep_samples(self, phase: str, stats: EvalStats, scored: Sequence[Stored[ScoredTrajectory]]) -> None:
-        tokenizer, texts = load_tokenizer(self._config.student.model), self._prepared.held_out.texts
-        samples = [
-            await asyncio.to_thread(sample_record, body, texts[body.trajectory.prompt.prompt_id], tokenizer)
-            for body in await asyncio.gather(*map(fetch, scored))
-            if not isinstance(body, LostTrajectory)
-        ]
-        self.directory.add_samples(phase, self._progress.step, samples)
-        self.directory.add_held_out(phase, self._progress.step, stats, samples)
-
-    def _make_pipeline(self, members: Crew) -> Pipeline:
-        config = self._config
-        numbers = Plan(
-            batch=config.batch_trajectories,
-            batches=config.run.batches,
-            max_staleness=config.flow.max_staleness,
-            lookahead=config.flow.lookahead,
-            max_attempts=config.flow.max_attempts,
-            temperature=config.rollout.temperature,
-            max_response_tokens=config.rollout.max_response_tokens,
-            ranks=config.learner.ranks,
-            optimizer_steps=config.learner.optimizer_steps_per_batch,
-            token_budget=config.learner.token_budget,
-            alpha_at=config.loss.alpha_at,
-        )
-        prompts, samples = self._prepared.train.prompts, config.rollout.samples_per_prompt
-        return Pipeline(
-            numbers,
-            members.engines,
-            members.teacher,
-            members.learner,
-            members.channel,
-            PromptOrder(prompts, samples_per_prompt=samples, seed=config.run.seed),
-            self._ledger,
-            Totals(tokens=self._progress.tokens, trajectories=self._progress.trajectories),
-        )
+        step = self._progress.step
+        await keep_samples(self.directory, self._config, self._prepared, phase=phase, step=step, measured=measured)
 
     @asynccontextmanager
     async def _telemetry(self) -> AsyncIterator[Telemetry]:
         run, telemetry = self._config.run, self._config.telemetry
         sinks: list[Sink] = [JsonlSink(self.directory.metrics), TimelineSink(self.directory.timeline, self._busy)]
-        notes = [f"run directory {self.directory.path}", *self.directory.passed_over(), *dtype_notes(self._config)]
+        notes = [f"run directory {self.directory.path}", *self._notes]
         if telemetry.port is not None:
             self._prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
             sinks.append(self._prometheus)
@@ -318,7 +301,7 @@ class TrainingRun:
             trackers.tracker(name, self.directory.path, run.name, settings) for name in telemetry.trackers
         ]
         sinks += self._trackers
-        notes += notes_on_data(self._config, self._prepared)
+        notes += [*dtype_notes(self._config), *notes_on_data(self._config, self._prepared)]
         if cluster.is_job_copy(self.directory.path):
             notes.append("this is Ray's copy of the working directory: set run.directory to keep what the run writes")
         self._console = Console(run=run.name, batches=run.batches)
@@ -342,3 +325,7 @@ class TrainingRun:
         self._say("stopping after the step under way, with a checkpoint; once more to stop at once")
         self._stopping = asyncio.create_task(self._stop_softly())  # kept: the loop holds tasks weakly
         return True
+
+
+def _ledger_of(state: DriverState | None) -> Ledger:
+    return Ledger.restore(**state.ledger) if state else Ledger()  # type: ignore[arg-type]

@@ -259,6 +259,12 @@ _FAULTS: Final = (
     _counter("eopd_engine_failures_total", "Times a rollout engine did not answer, and another was asked.", "Flat."),
     _counter("eopd_engine_replacements_total", "Rollout engines started in the place of lost ones.", "Flat."),
     _counter("eopd_learner_restarts_total", "Times all learner ranks were started again from a checkpoint.", "Flat."),
+    _counter(
+        "eopd_config_changes_total",
+        "Keys that change what is computed, changed by --resume so far; runs/<name>/changes.jsonl has them. "
+        + ROLLED_BACK,
+        "0, or what was changed on purpose.",
+    ),
     _counter("eopd_weight_failures_total", "Weight transfers that failed and were repaired.", "Flat."),
     _bytes("eopd_object_store_bytes", "What the object stores of all nodes hold.", "Flat."),
     _bytes("eopd_driver_memory_bytes", "Resident memory of the driver.", "Flat."),
@@ -313,6 +319,18 @@ _TIME: Final = (
         "eopd_weight_probe_nats",
         "How far an engine's log-probabilities of a fixed text were from the learner's when last asked, on average.",
         "Below 0.001 in float32, below 0.2 in bfloat16.",
+    ),
+    _seconds(
+        "eopd_checkpoint_seconds",
+        "Time to write the newest checkpoint of this process; no step ends meanwhile.",
+        "Steady, and small beside checkpoint.every steps.",
+    ),
+    Metric(
+        "gauge",
+        "steps",
+        "eopd_checkpoint_step",
+        "Step of the newest checkpoint: what a run that is killed goes on from.",
+        "At most checkpoint.every below eopd_step.",
     ),
     _bytes("eopd_weight_bytes", "Bytes sent for one weight sync, per engine.", "Constant."),
 )

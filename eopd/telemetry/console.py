@@ -6,7 +6,6 @@ up; and it stands still while a step takes longer than the ones before it.
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,68 +19,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from eopd.telemetry.catalog import CATALOG, Row, Unit
+from eopd.telemetry.catalog import Row
+from eopd.telemetry.cells import LINE, cells, show, value
 
 logger = logging.getLogger(__name__)
 MAX_WIDTH: Final = 100
 PACE_WINDOW: Final = 20
 SAMPLE_CHARACTERS: Final = 200
-
-Cell = tuple[str, tuple[str, ...]]
-
-# Three columns of the live view: a label, and the metrics shown beside it.
-COLUMNS: Final[tuple[tuple[Cell, ...], ...]] = (
-    (
-        ("step", ("eopd_step_seconds",)),
-        ("  wait", ("eopd_wait_seconds",)),
-        ("  train", ("eopd_train_seconds",)),
-        ("  weights", ("eopd_weights_seconds",)),
-        ("tokens/s", ("eopd_response_tokens_per_second",)),
-    ),
-    (
-        ("reverse KL (nats)", ("eopd_reverse_kl_nats",)),
-        ("forward KL (nats)", ("eopd_forward_kl_nats",)),
-        ("teacher entropy (nats)", ("eopd_teacher_entropy_nats",)),
-        ("student entropy (nats)", ("eopd_student_entropy_nats",)),
-        ("gate open", ("eopd_gate_ratio",)),
-    ),
-    (
-        ("response tokens", ("eopd_response_tokens_mean",)),
-        ("ended by itself", ("eopd_end_token_ratio",)),
-        ("in flight / ready", ("eopd_in_flight_trajectories", "eopd_ready_trajectories")),
-        ("staleness / max", ("eopd_staleness_mean", "eopd_staleness_max")),
-    ),
-)
-
-# What a plain line says of a step, after its time.
-LINE: Final[tuple[Cell, ...]] = (
-    ("KL reverse / forward", ("eopd_reverse_kl_nats", "eopd_forward_kl_nats")),
-    ("entropy teacher / student", ("eopd_teacher_entropy_nats", "eopd_student_entropy_nats")),
-    ("gate", ("eopd_gate_ratio",)),
-    ("length", ("eopd_response_tokens_mean",)),
-    ("in flight / ready", ("eopd_in_flight_trajectories", "eopd_ready_trajectories")),
-    ("staleness", ("eopd_staleness_max",)),
-)
-
-# What was lost and replaced.
-FAULTS: Final[tuple[Cell, ...]] = (
-    ("engines up / replaced", ("eopd_engines_up", "eopd_engine_replacements_total")),
-    ("learner restarts", ("eopd_learner_restarts_total",)),
-    ("failed weight transfers", ("eopd_weight_failures_total",)),
-    ("skipped steps", ("eopd_skipped_steps_total",)),
-)
-
-_FORMATS: Final[Mapping[Unit, str]] = {
-    "seconds": "{:.2f} s",
-    "nats": "{:.3f}",
-    "ratio": "{:.0%}",
-    "tokens": "{:.1f}",
-    "tokens per second": "{:.1f}",
-    "trajectories": "{:.0f}",
-    "versions": "{:.3g}",
-    "steps": "{:.0f}",
-    "dimensionless": "{:.4g}",
-}
 
 _HELD_OUT: Final = {
     "reverse_kl": "reverse KL (nats)",
@@ -192,28 +136,28 @@ class Console:
             Text(self._run, style="bold"),
             ProgressBar(total=self._batches, completed=step, complete_style="cyan", finished_style="green"),
             Text(f"{step}/{self._batches}"),
-            Text(_clock(self._output.get_time() - self._start), style="dim"),
+            Text(clock(self._output.get_time() - self._start), style="dim"),
             Text(self._remaining()),
         )
         frame = Table.grid(expand=True)
         frame.add_row(head)
         if self._progress.row:
-            frame.add_row(_cells(self._progress.row))
+            frame.add_row(cells(self._progress.row))
         return Constrain(frame, MAX_WIDTH)
 
     def _remaining(self) -> str:
         left = self._progress.left_s(self._output.get_time(), self._batches)
         if self._progress.step() >= self._batches:
             return "done"
-        return "" if left is None else f"{_clock(left)} left"
+        return "" if left is None else f"{clock(left)} left"
 
     def _line(self) -> str:
         row = self._progress.row
-        shares = ", ".join(f"{name} {_show(row, f'eopd_{name}_seconds')}" for name in ("wait", "train", "weights"))
+        shares = ", ".join(f"{name} {show(row, f'eopd_{name}_seconds')}" for name in ("wait", "train", "weights"))
         parts = [
             f"step {self._progress.step()}/{self._batches}",
-            f"{_show(row, 'eopd_step_seconds')} ({shares})",
-            *(f"{label} {_value(row, names)}" for label, names in LINE),
+            f"{show(row, 'eopd_step_seconds')} ({shares})",
+            *(f"{label} {value(row, names)}" for label, names in LINE),
             self._remaining(),
         ]
         return " | ".join(part for part in parts if part)
@@ -227,7 +171,7 @@ def print_summary(
     output.print()
     output.print(
         f"{summary['status']}: {summary['steps']} steps, {summary['tokens']:,} response tokens "
-        f"in {_clock(summary['wall_s'])}, {summary['tokens_per_s']:.1f} response tokens/s",
+        f"in {clock(summary['wall_s'])}, {summary['tokens_per_s']:.1f} response tokens/s",
         style="bold",
         markup=False,
         highlight=False,
@@ -235,42 +179,12 @@ def print_summary(
     output.print()
     output.print(_time_table(summary["step_seconds"]))
     output.print()
-    output.print(_held_out_table(summary["held_out"]))
+    output.print(held_out_table(summary["held_out"]))
     for sample in samples:
         output.print()
         output.print(_sample_table(sample))
     output.print()
     output.print(f"run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True)
-
-
-def print_status(
-    run: str, summary: Summary | None, rows: Sequence[Row], *, batches: int, output: rich.console.Console | None = None
-) -> None:
-    """A run at a glance, from its files: how far it is, what its last step looked like, what was lost and replaced.
-
-    Args:
-        run: its name.
-        summary: ``summary.json``; None before it is first written.
-        rows: the last of ``metrics.jsonl``, with their ``time``; the gaps between them tell the remaining time.
-        batches: of the whole run.
-        output: else the terminal.
-    """
-    output = output or rich.console.Console()
-    status = summary["status"] if summary else "starting"
-    step = int(rows[-1]["eopd_step"]) if rows else 0
-    head = f"{run}: {status}, step {step}/{batches}"
-    if rows and status == "running":
-        head += f", the last one {_clock(time.time() - rows[-1]['time'])} ago"
-        if len(rows) > 1:
-            pace_s = (rows[-1]["time"] - rows[0]["time"]) / (len(rows) - 1)
-            head += f", about {_clock(pace_s * (batches - step))} left"
-    output.print(head, style="bold", markup=False, highlight=False, soft_wrap=True)
-    if rows:
-        output.print(Constrain(_cells(rows[-1]), MAX_WIDTH))
-        faults = ", ".join(f"{label} {_value(rows[-1], names)}" for label, names in FAULTS)
-        output.print(faults, markup=False, highlight=False, soft_wrap=True)
-    if summary:
-        output.print(_held_out_table(summary["held_out"]))
 
 
 def _time_table(step_seconds: Mapping[str, float]) -> Table:
@@ -282,7 +196,8 @@ def _time_table(step_seconds: Mapping[str, float]) -> Table:
     return table
 
 
-def _held_out_table(held_out: HeldOut) -> Table:
+def held_out_table(held_out: HeldOut) -> Table:
+    """Held-out numbers before and after training."""
     before, after = held_out["before"] or {}, held_out["after"] or {}
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("held out, per response token", header_style="dim")
@@ -319,30 +234,8 @@ def _printable(text: str) -> str:
     return line if len(line) <= SAMPLE_CHARACTERS else line[:SAMPLE_CHARACTERS] + "…"
 
 
-def _cells(row: Row) -> Table:
-    table = Table.grid(padding=(0, 1), expand=True)
-    for _ in COLUMNS:
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(justify="right", no_wrap=True)
-        table.add_column(ratio=1)
-    for index in range(max(len(column) for column in COLUMNS)):
-        cells: list[str] = []
-        for column in COLUMNS:
-            label, names = column[index] if index < len(column) else ("", ())
-            cells += [label, _value(row, names), ""]
-        table.add_row(*cells)
-    return table
-
-
-def _value(row: Row, names: Sequence[str]) -> str:
-    return " / ".join(_show(row, name) for name in names)
-
-
-def _show(row: Row, name: str) -> str:
-    return _FORMATS[CATALOG[name].unit].format(row[name]) if name in row else "-"
-
-
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any: ``1:02:03``."""
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -10,6 +10,7 @@ from eopd.replicas import ReplicaFailedError, Replicas
 from eopd.roles import EngineDownError
 from eopd.runtime import beside
 from eopd.runtime.beside import StallError, Watchdog, scale_on_request
+from eopd.runtime.lock import Holder
 from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.run_directory import RunDirectory
 
@@ -161,6 +162,7 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
     await asyncio.sleep(0.05)
     assert told == [], "nobody asked"
     directory.write_summary({"status": "running"})
+    monkeypatch.setattr("eopd.runtime.run_directory.holder", lambda path: Holder(host="h", pid=7, since=0.0))
     directory.ask_for_engines(4)
     await asyncio.sleep(0.3)
     assert fleet.num_engines == 4 and told == [
@@ -175,8 +177,12 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
     following.cancel()
 
 
-def test_only_a_run_that_is_running_can_be_scaled_and_a_wish_is_forgotten_with_its_process(directory, tmp_path):
-    with pytest.raises(ConfigError, match="is being started: only a run that is running can be scaled"):
+def test_only_a_run_that_is_running_can_be_scaled_and_a_wish_is_forgotten_with_its_process(
+    directory, tmp_path, monkeypatch
+):
+    me = Holder(host="h", pid=7, since=0.0)
+    monkeypatch.setattr("eopd.runtime.run_directory.holder", lambda path: me if path.exists() else None)
+    with pytest.raises(ConfigError, match="is starting: only a run that is running can be scaled"):
         directory.ask_for_engines(3)
     with pytest.raises(ConfigError, match="holds no run"):
         RunDirectory(tmp_path / "elsewhere").ask_for_engines(3)

@@ -256,3 +256,15 @@ async def test_lookahead_lets_a_slow_trajectory_be_overtaken_once_and_no_more():
     assert [t.issue for t in await buffer.take(1)] == [0]
     assert await fast and await slow
     faster.cancel()
+
+
+async def test_a_batch_of_another_size_leaves_nothing_behind_that_is_overdue():
+    buffer = Buffer(batch=8, max_staleness=1, lookahead=0, next_unconsumed=10)
+    offers = [asyncio.create_task(buffer.offer(issue, stored(issue, 0))) for issue in (*range(10, 16), 17, 18)]
+    taking = asyncio.create_task(buffer.take(version=0))
+    await _turns(4)
+    assert not taking.done(), "number 16 would be left behind"
+    offers.append(asyncio.create_task(buffer.offer(16, stored(16, 0))))
+    assert [taken.issue for taken in await taking] == list(range(10, 18))
+    for offer in offers:
+        offer.cancel()

@@ -16,6 +16,8 @@ from eopd.cli.main import main
 from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.evaluation.graders import Verdict
 from eopd.models.tiny import build_model, train_tokenizer, write_model
+from eopd.runtime.run_directory import RunDirectory
+from eopd.runtime.train import Outcome
 from eopd.types import Estimate, StopReason
 
 
@@ -142,6 +144,108 @@ def test_a_disk_that_takes_no_more_is_one_message(run, capsys, monkeypatch):
         main()
     assert caught.value.code == 1
     assert capsys.readouterr().err.startswith("error: here could not be written: [Errno 28] No space left on device; 0")
+
+
+RAN = {
+    "status": "completed",
+    "steps": 1,
+    "tokens": 9,
+    "skipped_steps": 0,
+    "incarnation": 0,
+    "wall_s": 1.0,
+    "tokens_per_s": 1.0,
+    "step_seconds": {},
+    "held_out": {"before": None, "after": None},
+}
+
+
+@pytest.fixture
+def train(run, capsys, monkeypatch):
+    """``eopd train`` with a run that does nothing: its exit code, what it was asked for, and what was shown."""
+
+    def command(arguments, status="completed", trained=True, error=None):
+        asked = {}
+
+        def pretended(config, **options):
+            asked.update(options)
+            if error is not None:
+                raise error
+            return Outcome({**RAN, "status": status}, RunDirectory(run / "run"), trained)
+
+        monkeypatch.setattr("eopd.runtime.train.train", pretended)
+        config = str(run / "run" / "config.yaml")
+        monkeypatch.setattr(
+            sys, "argv", ["eopd", "train", *(config if a == "CONFIG" else a for a in arguments.split())]
+        )
+        with pytest.raises(SystemExit) as caught:
+            main()
+        shown = capsys.readouterr()
+        return int(caught.value.code or 0), asked, (shown.out + shown.err).replace(config, "CONFIG")
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        ("CONFIG", {"resume": "no", "step": None}),
+        ("CONFIG --resume", {"resume": "yes", "step": None}),
+        ("--resume CONFIG", {"resume": "yes", "step": None}),
+        ("CONFIG --resume --set run.batches=2", {"resume": "yes", "step": None}),
+        ("CONFIG --resume auto", {"resume": "auto", "step": None}),
+        ("--resume auto CONFIG", {"resume": "auto", "step": None}),
+        ("CONFIG --resume=auto --set run.batches=2", {"resume": "auto", "step": None}),
+        ("CONFIG --resume --step 7", {"resume": "yes", "step": 7}),
+        ("CONFIG --step 7 --resume", {"resume": "yes", "step": 7}),
+    ],
+)
+def test_resume_stands_alone_or_takes_auto(train, arguments, asked):
+    assert train(arguments)[:2] == (0, asked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("CONFIG --step 7", "error: --step 7: goes with --resume alone"),
+        ("CONFIG --resume auto --step 7", "error: --step 7: goes with --resume alone"),
+        ("CONFIG --resume often", "often"),
+        ("CONFIG --resume=often", "Invalid value for '--resume'"),
+    ],
+)
+def test_a_mistaken_resume_is_exit_code_2(train, arguments, message):
+    code, asked, shown = train(arguments)
+    assert code == 2 and asked == {} and message in shown
+
+
+@pytest.mark.parametrize("arguments", ["CONFIG --set run.batches=2", "--set run.batches=2 --resume --step 2 CONFIG"])
+def test_an_interrupted_run_says_what_continues_it(train, arguments):
+    code, _, shown = train(arguments, status="interrupted")
+    assert code == 130
+    assert shown.splitlines()[-1] == "continue with: eopd train CONFIG --set run.batches=2 --resume"
+
+
+def test_a_failed_run_says_what_continues_it(train):
+    code, _, shown = train("CONFIG --set run.name=a", error=StorageError("full"))
+    assert code == 1
+    assert shown.splitlines() == ["continue with: eopd train CONFIG --set run.name=a --resume auto", "error: full"]
+
+
+def test_a_complete_run_says_so_and_is_exit_code_0(train, run):
+    code, _, shown = train("CONFIG --resume auto", trained=False)
+    assert code == 0
+    assert f"{run / 'run'} is complete: 1 of 1 steps; raise run.batches to train it further" in shown
+
+
+def test_the_status_of_a_run_that_was_killed_says_what_continues_it(run, capsys, monkeypatch):
+    directory = RunDirectory(run / "run")
+    directory.write_summary({**RAN, "status": "running"})
+    monkeypatch.setattr(sys, "argv", ["eopd", "status", str(directory.path)])
+    with pytest.raises(SystemExit):
+        main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "r: dead (the process that ran it, is gone), step 0/1"
+    moved = f"--set run.directory={run} --set run.name=run"  # by the fixture, which has copied the config
+    assert lines[-1] == f"continue with: eopd train {directory.path}/config.yaml {moved} --resume"
 
 
 def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkeypatch):

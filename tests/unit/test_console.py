@@ -9,7 +9,9 @@ from pathlib import Path
 import rich.console
 
 from eopd.telemetry.catalog import CATALOG
-from eopd.telemetry.console import COLUMNS, Console, Measurement, Sample, Summary, print_status, print_summary
+from eopd.telemetry.cells import COLUMNS
+from eopd.telemetry.console import Console, Measurement, Sample, Summary, print_summary
+from eopd.telemetry.status import print_status
 
 
 class Terminal:
@@ -212,9 +214,11 @@ def test_sampled_text_cannot_steer_the_terminal() -> None:
     assert after.count("word") == 40 and after.rstrip().endswith("…")
 
 
-def status_of(summary: Summary | None, rows: list[dict[str, float]]) -> list[str]:
+def status_of(
+    status: str, summary: Summary | None, rows: list[dict[str, float]], advice: str | None = None
+) -> list[str]:
     terminal = Terminal(interactive=False)
-    print_status("demo", summary, rows, batches=40, output=terminal.output)
+    print_status("demo", status, summary, rows, batches=40, advice=advice, output=terminal.output)
     return terminal.lines()
 
 
@@ -233,10 +237,14 @@ def test_the_status_of_a_run_is_made_of_its_files() -> None:
     }
     faults = {"eopd_engines_up": 2.0, "eopd_engine_replacements_total": 1.0, "eopd_skipped_steps_total": 3.0}
     rows = [row_of(step) | faults | {"time": time.time() - 100 + 10 * step} for step in range(1, 5)]
-    lines = status_of(summary, rows)
+    lines = status_of("running", summary, rows)
     assert lines[0] == "demo: running, step 4/40, the last one 1:00 ago, about 6:00 left"
     assert "1.234" in " ".join(lines[1:6]) and "31%" in " ".join(lines[1:6])
     assert lines[6] == "engines up / replaced 2 / 1, learner restarts -, failed weight transfers -, skipped steps 3"
     assert any(line.startswith("reverse KL (nats)") and "2.500 ± 0.100" in line for line in lines)
-    assert status_of(summary | {"status": "completed"}, rows)[0] == "demo: completed, step 4/40"
-    assert status_of(None, []) == ["demo: starting, step 0/40"]
+    assert status_of("completed", summary, rows)[0] == "demo: completed, step 4/40"
+    assert status_of("starting", None, []) == ["demo: starting, step 0/40"]
+    dead = status_of("dead (process 7 on h, is gone)", summary, rows, "continue with: eopd train c.yaml --resume")
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(rows[-1]["time"]))
+    assert dead[0] == f"demo: dead (process 7 on h, is gone), step 4/40, the last one at {at} (1:00 ago)"
+    assert dead[-1] == "continue with: eopd train c.yaml --resume"

@@ -78,9 +78,11 @@ class FakeWorld:
         return PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
 
 
-def pipeline(world, *, staleness=0, lookahead=0, batches=12, ledger=None, prompts=5, samples=2, attempts=3) -> Pipeline:
+def pipeline(
+    world, *, staleness=0, lookahead=0, batches=12, ledger=None, prompts=5, samples=2, attempts=3, batch=4
+) -> Pipeline:
     plan = Plan(
-        batch=4,
+        batch=batch,
         batches=batches,
         max_staleness=staleness,
         lookahead=lookahead,
@@ -173,3 +175,26 @@ async def test_stopping_and_resuming_trains_what_an_undisturbed_run_trains():
     await run(pipeline(second, staleness=2, lookahead=1, ledger=ledger), start=5)
     resumed = Counter(key for world in (first, second) for batch in world.trained for key in batch)
     assert resumed == Counter(key for batch in undisturbed.trained for key in batch)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 7])
+@pytest.mark.parametrize("modes", [((0, 0), (0, 0)), ((2, 1), (2, 1)), ((3, 2), (0, 0)), ((0, 0), (3, 1))])
+async def test_a_run_may_go_on_with_another_size_of_batch_and_another_staleness(batch, modes):
+    first, second = FakeWorld(), FakeWorld(seed=9)
+    (staleness, lookahead), (staleness_after, lookahead_after) = modes
+    line = pipeline(first, staleness=staleness, lookahead=lookahead)
+    steps = line.steps(0)
+    for _ in range(5):
+        await anext(steps)
+    await steps.aclose()
+    second.version = second.served = 5
+    ledger = Ledger.restore(**line.ledger.state())
+    mode = {"staleness": staleness_after, "lookahead": lookahead_after}
+    async with asyncio.timeout(10):
+        rows = await run(pipeline(second, batch=batch, ledger=ledger, **mode), start=5)
+    assert [row["eopd_step"] for row in rows] == [float(step) for step in range(6, 13)]
+    assert [len(taken) for taken in second.trained] == [batch] * 7
+    assert max(second.staleness) <= staleness_after
+    total = 5 * 4 + 7 * batch
+    issued = [TrajectoryKey(s.epoch, s.prompt_id, k) for s, k in map(line.order.at, range(total))]
+    assert sorted(key for world in (first, second) for taken in world.trained for key in taken) == sorted(issued)

@@ -188,6 +188,17 @@ def test_a_curve_has_the_values_of_the_rows_and_gaps_where_there_are_none(run, p
     assert found.chart("Gate open") == {}
 
 
+def test_what_was_changed_is_told_and_marked_from_its_step_on(run, page):
+    changes = [{"from_step": 2, "time": 1.7e9, "changes": {"learner.lr": [1e-4, 5e-5], "a.b": [None, True]}}]
+    changed = page(run("changed", rows=[row(s, eopd_loss=1.0) for s in (1, 2, 3)], **{"changes.jsonl": changes}))
+    assert "From step 2: learner.lr 0.0001 → 5e-05; a.b null → true" in changed.text
+    (mark,) = [found for tag, found in changed.elements if tag == "line" and found.get("class") == "changed"]
+    assert mark["x1"] == mark["x2"] == str(Frame([(1.0, 0.0), (3.0, 1.0)]).x(2))
+    same = page(run("same"))
+    assert "From step" not in same.text
+    assert not [tag for tag, attributes in same.elements if attributes.get("class") == "changed"]
+
+
 def test_what_only_some_runs_have_is_drawn_where_it_is(run, page):
     lost = {
         'eopd_lost_trajectories_total{reason="too_stale"}': 2.0,

@@ -3,16 +3,19 @@
 import importlib.metadata
 import json
 import math
+import re
 import time
 
 import pytest
 
 import eopd
 from eopd.checkpoint import DriverState, StorageError, write_checkpoint
-from eopd.config import Config, ConfigError, load_config
+from eopd.config import ConfigError, load_config
 from eopd.ledger import Ledger
+from eopd.runtime.changes import Change
+from eopd.runtime.lock import held
 from eopd.runtime.progress import Progress
-from eopd.runtime.run_directory import MAY_CHANGE, RunDirectory, held_out_record
+from eopd.runtime.run_directory import RunDirectory, held_out_record
 from eopd.telemetry.sinks import JsonlSink
 from eopd.types import Estimate, EvalStats, Header, StopReason, TrajectoryKey
 
@@ -55,89 +58,33 @@ def test_a_run_that_is_begun_again_is_another_one_to_trackers(config):
     assert not (made / "run-id").exists()
 
 
-async def test_a_run_is_not_overwritten_and_resumes_only_as_itself(config):
+async def test_a_run_that_begins_keeps_nothing_of_one_of_its_name(config):
     sample = {"prompt_id": "p", "prompt": "?", "response": "a"}
-    first = RunDirectory.create(config())
-    first.add_samples("before", 0, [sample])
-    first.add_held_out("before", 0, STATS, [sample])
-    directory = RunDirectory.create(config("learner.lr=1.0e-6"))  # no step yet: begun again
-    assert {path.name for path in directory.path.iterdir()} == {"config.yaml", "versions.json"}
-    directory.metrics.write_text("")
-    with pytest.raises(ConfigError, match=r"run.name: .* exists; continue it with --resume"):
-        RunDirectory.create(config())
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
-        RunDirectory.reopen(config())
-    await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
-    refusal = rf"learner.lr was 1e-06 and is 0.1; only {', '.join(MAY_CHANGE)} may change"
-    with pytest.raises(ConfigError, match=refusal):
-        RunDirectory.reopen(config("learner.lr=0.1"))
-    assert RunDirectory.reopen(config("checkpoint.every=7")).path == directory.path
-    with pytest.raises(ConfigError, match="holds no run"):
-        RunDirectory.reopen(config("run.name=other"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "refused"),
-    [
-        (
-            "learner.ranks=2; learner.cpus=0.5; learner.gpus=1; learner.threads=3; learner.timeout_s=9; "
-            "rollout.timeout_s=9; rollout.engines=3; run.stall_after_s=9; run.on_stall=end",
-            None,
-        ),
-        ("checkpoint.keep_last=1; telemetry.port=null; cluster.cpus=3", None),
-        ("run.batches=3", "run.batches was 2 and is 3"),
-        ("run.seed=1", "run.seed was 0 and is 1"),
-        ("student.dtype=float32", "student.dtype was 'bfloat16' and is 'float32'"),
-        ("student.lora={rank: 4}", "student.lora.alpha was None and is 32.0"),
-        ("teachers.0.temperature=2", "teachers.0.temperature was 1.0 and is 2.0"),
-        (
-            "teachers=[{model: t, name: a, sources: [x]}, {model: t, name: b}]",
-            "teachers.0.name was 'teacher' and is 'a'",
-        ),
-        ("prompts.held_out=c", "prompts.held_out was 'b' and is 'c'"),
-        ("rollout.cpus=2", "rollout.cpus was 1.0 and is 2.0"),
-        ("rollout.vllm={seed: 3}", "rollout.vllm.seed was None and is 3"),
-        ("flow.max_staleness=1", "flow.max_staleness was 0 and is 1"),
-        ("loss.top_k=7", "loss.top_k was 16 and is 7"),
-        ("learner.zero_stage=2", "learner.zero_stage was 1 and is 2"),
-        ("learner.token_budget=9000", "learner.token_budget was 8192 and is 9000"),
-        ("learner.deepspeed.ranks=2", "learner.deepspeed.ranks was None and is 2"),
-        ("weights.timeout_s=9; weights.connect_timeout_s=9; weights.verify_every=0", None),
-        ("weights.bucket_bytes=9000", "weights.bucket_bytes was 67108864 and is 9000"),
-        ("evaluation.seed=9", "evaluation.seed was 1234 and is 9"),
-    ],
-)
-async def test_a_resumed_run_may_change_its_place_and_nothing_else(config, changes, refused):
     directory = RunDirectory.create(config())
+    directory.add_samples("before", 0, [sample])
+    directory.add_held_out("before", 0, STATS, [sample])
+    directory.write_summary(Progress().summary("running"))
+    directory.add_trained(1, {0: header(7)})
+    directory.broken.mkdir()
+    directory.report.write_text("old")
+    for file in (directory.metrics, directory.timeline):
+        file.write_text('{"step": 1}\n')
     await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
-    changed = config(*changes.split("; "))
-    if refused is None:
-        RunDirectory.reopen(changed)
-        assert load_config(directory.path / "config.yaml") == changed
-    else:
-        with pytest.raises(ConfigError) as caught:
-            RunDirectory.reopen(changed)
-        message = str(caught.value)
-        listed = "checkpoint, telemetry, cluster, learner.ranks, learner.cpus, learner.gpus, learner.threads"
-        listed += ", learner.timeout_s, rollout.engines, rollout.timeout_s, run.stall_after_s, run.on_stall"
-        listed += ", weights.connect_timeout_s, weights.timeout_s, weights.verify_every"
-        assert message.startswith(f"--resume: {refused}") and message.endswith(f"; only {listed} may change")
-        assert load_config(directory.path / "config.yaml") == config()
+    directory.go_on(config("learner.lr=0.1"), 1, [Change("learner.lr", 1e-6, 0.1, "said")])
+    RunDirectory.create(config())
+    assert {path.name for path in directory.path.iterdir()} == {"config.yaml", "versions.json"}
 
 
-async def test_round_robin_gradients_fix_the_number_of_ranks(config):
-    native = "learner.deepspeed={zero_optimization: {round_robin_gradients: true}}"
-    directory = RunDirectory.create(config(native))
-    await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
-    RunDirectory.reopen(config(native, "learner.threads=2"))
-    with pytest.raises(ConfigError, match=r"learner.ranks was 1 and is 2; only .*cluster, learner.cpus, .* may change"):
-        RunDirectory.reopen(config(native, "learner.ranks=2"))
-
-
-def test_every_section_of_the_config_is_either_fixed_or_listed():
-    """A new section must be put on one side or the other, and tested above."""
-    tested = {"run", "student", "teachers", "prompts", "rollout", "flow", "loss", "weights", "evaluation", "learner"}
-    assert tested | {"checkpoint", "telemetry", "cluster"} == set(Config.model_fields)
+def test_a_directory_of_somebody_else_is_left_alone(config):
+    directory = RunDirectory(config().run.path)
+    directory.require_no_stranger()
+    directory.path.mkdir(parents=True)
+    directory.require_no_stranger()
+    (directory.path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"run.name: .*/runs/r exists and holds no run; choose another name"):
+        directory.require_no_stranger()
+    (directory.path / "config.yaml").write_text("")
+    directory.require_no_stranger()
 
 
 async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):
@@ -147,37 +94,19 @@ async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):
     whole, cut, half = (directory.checkpoints / f"step-{step:06d}" for step in (9, 10, 11))
     (cut / "learner/weights").write_text("")
     (half / "manifest.json").unlink()
-    (directory.checkpoints / ".step-000012.partial").mkdir()
-    reopened = RunDirectory.reopen(config())
+    reopened = RunDirectory(config().run.path)
     instead = "; the newest that is whole is step-000009"
     assert reopened.passed_over() == [
         f"passing over {cut}: learner/weights has 0 bytes instead of 1{instead}",
         f"passing over {half}: manifest.json cannot be read (No such file or directory){instead}",
     ]
     assert reopened.checkpoint(None) == whole
-    assert not (directory.checkpoints / ".step-000012.partial").exists()
     with pytest.raises(ConfigError, match=r"--step 10: .*step-000010 is not whole: learner/weights has 0 bytes"):
         reopened.checkpoint(10)
     await write_checkpoint(directory.checkpoints, state(10), save, keep_last=9)
     assert [message.split(":")[0] for message in reopened.passed_over()] == [f"passing over {half}"]
     await write_checkpoint(directory.checkpoints, state(12), save, keep_last=9)
     assert reopened.passed_over() == []  # older than the one to continue from: nobody asks
-
-
-async def test_without_a_whole_checkpoint_the_fault_of_each_is_named(config):
-    directory = RunDirectory.create(config())
-    for step in (1, 2):
-        await write_checkpoint(directory.checkpoints, state(step), save, keep_last=2)
-    for checkpoint in directory.checkpoints.iterdir():
-        (checkpoint / "state.json").write_text("{}")
-    with pytest.raises(ConfigError) as caught:
-        RunDirectory.reopen(config())
-    message = str(caught.value)
-    assert message.startswith(
-        f"--resume: {directory.path} holds no checkpoint that is whole: step-000001: state.json has"
-    )
-    assert "step-000002: state.json has 2 bytes instead of" in message
-    assert message.endswith("start it under another run.name")
 
 
 def header(response_crc32: int) -> Header:
@@ -201,7 +130,15 @@ def test_rows_after_the_checkpoint_are_dropped(config):
     directory.timeline.write_text(directory.metrics.read_text())
     for step in (1, 2, 3):
         directory.add_trained(step, {2 * step: header(7), 2 * step + 1: header(8)})
+    for step in (0, 2, 3):
+        directory.add_samples("after", step, [{"prompt_id": "p", "prompt": "?\u2028", "response": "a"}])
+        directory.add_held_out("after", step, STATS, [])
+    assert directory.num_steps() == 3
     directory.drop_rows_after(2)
+    for name in ("samples", "held_out"):
+        lines = (directory.path / f"{name}.jsonl").read_text().split("\n")
+        assert [json.loads(line)["step"] for line in lines if line] == [0, 2]
+    assert directory.num_steps() == 2
     for path in (directory.metrics, directory.timeline):
         assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
     assert [json.loads(line) for line in directory.trained.read_text().splitlines()] == [
@@ -280,3 +217,52 @@ def test_the_last_rows_are_those_of_the_newest_steps_without_what_was_no_number(
     rows = directory.last_rows(2)
     assert [(row["step"], row.get("eopd_loss")) for row in rows] == [(3, 0.5), (4, None)]
     assert abs(rows[-1]["time"] - time.time()) < 60 and "eopd_loss" not in rows[-1]
+
+
+def test_the_status_is_held_against_whoever_runs_the_run(config):
+    with (
+        held(config().run.path),
+        pytest.raises(ConfigError, match=r"is being started by process \d+ on .*; look again"),
+    ):
+        RunDirectory(config().run.path).status()
+    directory = RunDirectory.create(config())
+    assert directory.status() == "dead (the process that ran it, is gone)"
+    with held(directory.path):
+        assert directory.status() == "starting"
+        directory.write_summary(Progress().summary("running"))
+        assert directory.status() == "running"
+        directory.write_summary(Progress().summary("interrupted"))
+        assert re.fullmatch(r"interrupted \(and being taken up, or left, by process \d+ on .*\)", directory.status())
+    assert directory.status() == "interrupted"
+    (directory.path / "run.lock").write_text('{"host": "h", "pid": 7, "since": 0}')
+    directory.write_summary(Progress().summary("running"))
+    assert re.fullmatch(r"dead \(process 7 on h, since 19.*, is gone\)", directory.status())
+    with pytest.raises(ConfigError, match=r"is dead \(process 7 on h.*only a run that is running can be scaled"):
+        directory.ask_for_engines(2)
+
+
+async def test_what_continues_a_run_depends_on_whether_it_has_a_checkpoint(config):
+    directory = RunDirectory.create(config())
+    assert directory.resume_options() == ["--resume", "auto"]
+    await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
+    assert directory.resume_options() == ["--resume"]
+
+
+def test_a_run_remembers_which_config_held_when(config):
+    directory = RunDirectory.create(config())
+    lr = Change("learner.lr", 1e-6, 0.1, "said")
+    directory.go_on(config("learner.lr=0.1"), 10, [lr])
+    directory.go_on(config("learner.lr=0.1", "run.batches=40"), 20, [Change("run.batches", 2, 40, "said")])
+    assert [directory.config_at(step).learner.lr for step in (9, 10, 11, 20, 21)] == [1e-6, 1e-6, 0.1, 0.1, 0.1]
+    assert [directory.config_at(step).run.batches for step in (10, 20, 21)] == [2, 2, 40]
+    assert [directory.num_changes(step) for step in (10, 11, 20, 21)] == [0, 1, 1, 2]
+    rows = [json.loads(line) for line in (directory.path / "changes.jsonl").read_text().splitlines()]
+    assert [(row["from_step"], row["changes"]) for row in rows] == [
+        (11, {"learner.lr": [1e-6, 0.1]}),
+        (21, {"run.batches": [2, 40]}),
+    ]
+    directory.go_on(config("learner.lr=0.2"), 10, [Change("learner.lr", 1e-6, 0.2, "said")])
+    assert directory.config_at(10) == config() and directory.config() == config("learner.lr=0.2")
+    assert (directory.num_changes(10), directory.num_changes(99)) == (0, 1)
+    directory.go_on(config(), 10, [])
+    assert directory.config() == directory.config_at(10) == config() and directory.num_changes(99) == 0

@@ -141,11 +141,18 @@ def _mean(line: Line) -> float | None:
     return sum(y for _, y in points) / len(points) if points else None
 
 
-def curves(title: str, lines: Sequence[Line], *, percent: bool = False, num_points: int = 300) -> Markup:
-    """Lines over steps: what was measured, faint, and its running mean. ``num_points`` of a line are drawn at most."""
+def curves(
+    title: str, lines: Sequence[Line], *, percent: bool = False, num_points: int = 300, marks: Sequence[float] = ()
+) -> Markup:
+    """Lines over steps: what was measured, faint, and its running mean. ``num_points`` of a line are drawn at most.
+
+    ``marks`` are steps at which something changed.
+    """
     raw = [extremes(line, num_points) for line in lines]
     frame = Frame([point for line in raw for point in line.points()])
     parts = [frame.axes(percent)]
+    for x in (frame.x(step) for step in marks if frame.x_min <= step <= frame.x_max):
+        parts.append(f'<line class="changed" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     for line, measured in zip(lines, raw, strict=True):
         usual = smoothed(thinned(line, num_points))
         for name, drawn in (("raw", measured), ("line", usual)):

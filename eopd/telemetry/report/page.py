@@ -52,6 +52,7 @@ MORE_CURVES: Final[Sequence[tuple[str, Mapping[str, str]]]] = (
     ),
     ("Written before (share of runs of four tokens)", {"eopd_repetition_ratio": "repetition"}),
     ("Reward", {"eopd_reward_mean": "reward"}),
+    ("Checkpoint (seconds)", {"eopd_checkpoint_seconds": "newest"}),
 )
 # How a step's seconds are split, in their order, with the class of its colour.
 PARTS: Final[Mapping[str, tuple[str, str]]] = {
@@ -110,6 +111,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         thresholds=sorted({run.threshold for run in runs if run.threshold is not None}),
         entropy_edges=ENTROPY_EDGES,
         kl_edges=KL_EDGES,
+        changed=any(run.changes for run in runs),
         curves=[_curves(title, metrics, runs) for title, metrics in [*CURVES, *_more(runs)]],
         histograms=_histograms(runs),
         splits=_splits(runs),
@@ -154,7 +156,9 @@ def _curves(title: str, metrics: Mapping[str, str], runs: Sequence[RunRecord]) -
     percent = all(metric.unit == "ratio" for metric in known)
     legend = {f"c{'n' if many else dash} d{dash}": label for dash, label in enumerate(metrics.values())}
     note = " ".join(dict.fromkeys(metric.healthy for metric in known))
-    picture = charts.curves(title, lines, percent=percent, num_points=min(max(POINTS // len(runs), 40), 300))
+    num_points = min(max(POINTS // len(runs), 40), 300)
+    marks = sorted({change["from_step"] for run in runs for change in run.changes})
+    picture = charts.curves(title, lines, percent=percent, num_points=num_points, marks=marks)
     return Figure(title, picture, note, legend if len(metrics) > 1 else {})
 
 

@@ -39,6 +39,7 @@ class RunRecord:
     held_out: Mapping[str, Record]  # by phase
     timeline: Mapping[int, Record]  # by step
     versions: Mapping[str, str]
+    changes: Sequence[Record]  # what --resume changed, oldest first
     notes: Sequence[str]
 
     @property
@@ -89,16 +90,17 @@ def _read_run(directory: Path, name: str) -> RunRecord:
         held_out={line["phase"]: line for line in _lines(directory / "held_out.jsonl", notes)},
         timeline={line["step"]: line for line in _lines(directory / "timeline.jsonl", notes)},
         versions=_object(directory / "versions.json", notes),
+        changes=_lines(directory / "changes.jsonl", notes, key="from_step"),
         notes=notes,
     )
 
 
-def _lines(path: Path, notes: list[str]) -> list[Record]:
+def _lines(path: Path, notes: list[str], key: str = "step") -> list[Record]:
     """The objects of a file of JSON lines; none where there is no file, since not every run has come that far."""
     if not path.exists():
         return []
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
-    found = [record for line in lines if (record := _parsed(line)) and "step" in record]
+    found = [record for line in lines if (record := _parsed(line)) and key in record]
     if unread := len(lines) - len(found):
         notes.append(f"{unread} of {len(lines)} lines of {path.name} could not be read")
     return found
@@ -142,6 +144,7 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
         "name": run.name,
         "status": status,
         "notes": run.notes,
+        "changes": [_changed(change) for change in run.changes],
         "facts": {
             "steps": f"{last['step']} of {run.config.get('run.batches', '?')}",
             "response tokens": f"{tokens:,.0f}",
@@ -155,6 +158,16 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
             for name, (label, unit) in HELD_OUT.items()
         ],
     }
+
+
+def _changed(change: Record) -> str:
+    """From which step what was set to what."""
+    pairs = [(key, *map(_plain, values)) for key, values in change.get("changes", {}).items()]
+    return f"From step {change['from_step']}: {'; '.join(f'{key} {old} → {new}' for key, old, new in pairs)}"
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _change(label: str, unit: str, before: Record | None, after: Record | None) -> Mapping[str, str]:

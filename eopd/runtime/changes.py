@@ -1,0 +1,179 @@
+"""What may change when a run goes on, and what did: one table for every key of the config.
+
+``always``    changes nothing that is computed: resources, memory, time-outs, paths, what is reported
+``said``      changes what is computed from then on: said at the start, kept in ``changes.jsonl``, marked in the report
+``contents``  stands for files: what they hold decides (``runtime/inputs.py``), not how they are named
+``never``     makes another run: a checkpoint could not be loaded, or the numbers of its prompts would be others
+
+The longest entry that a key begins with decides; a key without any is ``said``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+import yaml
+
+from eopd.config import Config, LearnerConfig
+
+Kind = Literal["always", "said", "contents", "never"]
+
+OTHER_CONTENTS: Final = "other contents"
+
+_VLLM_MEMORY: Final = (
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "cpu_offload_gb",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "enforce_eager",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "distributed_executor_backend",
+    "disable_custom_all_reduce",
+    "disable_log_stats",
+)
+_ZERO_MEMORY: Final = (
+    "allgather_bucket_size",
+    "contiguous_gradients",
+    "offload_optimizer",
+    "offload_param",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+)
+
+TABLE: Final[Mapping[str, Kind]] = {
+    "checkpoint": "always",
+    "cluster": "always",
+    "evaluation.samples": "always",
+    "flow.max_attempts": "always",
+    "learner.activation_checkpointing": "always",
+    "learner.cpus": "always",
+    "learner.gpus": "always",
+    "learner.logit_chunk_tokens": "always",
+    "learner.max_skipped_steps": "always",
+    "learner.peak_flops": "always",
+    "learner.ranks": "always",
+    "learner.threads": "always",
+    "learner.timeout_s": "always",
+    "learner.token_budget": "always",
+    **{f"learner.deepspeed.zero_optimization.{name}": "always" for name in _ZERO_MEMORY},
+    "learner.deepspeed.zero_optimization.round_robin_gradients": "never",
+    "learner.deepspeed.zero_optimization.sub_group_size": "never",
+    "learner.zero_stage": "never",
+    "prompts": "contents",
+    "rollout.cpus": "always",
+    "rollout.engines": "always",
+    "rollout.gpus": "always",
+    "rollout.samples_per_prompt": "never",
+    "rollout.threads": "always",
+    "rollout.timeout_s": "always",
+    **{f"rollout.vllm.{name}": "always" for name in _VLLM_MEMORY},
+    "run.directory": "always",
+    "run.name": "always",
+    "run.on_stall": "always",
+    "run.seed": "never",
+    "run.stall_after_s": "always",
+    "student.dtype": "never",
+    "student.dtype_reason": "always",
+    "student.lora": "never",
+    "student.lora.alpha": "said",
+    "student.model": "contents",
+    "teachers[].cpus": "always",
+    "teachers[].dtype_reason": "always",
+    "teachers[].gpus": "always",
+    "teachers[].replicas": "always",
+    "teachers[].server.api_key_env": "always",
+    "teachers[].server.max_attempts": "always",
+    "teachers[].server.max_connections": "always",
+    "teachers[].server.timeout_s": "always",
+    "teachers[].server.url": "always",
+    "teachers[].threads": "always",
+    "teachers[].timeout_s": "always",
+    **{f"teachers[].vllm.{name}": "always" for name in _VLLM_MEMORY},
+    "telemetry": "always",
+    "weights": "always",
+}
+
+
+def kind_of(knob: str) -> Kind:
+    """What becomes of a change to a key, e.g. ``learner.lr`` or ``teachers[].vllm.seed``."""
+    parts = knob.split(".")
+    beginnings = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((TABLE[name] for name in beginnings if name in TABLE), "said")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A key whose value is another one than before; a list is one value, and None is no value.
+
+    Of a path that does not hold what it held, ``before`` is ``OTHER_CONTENTS``.
+    """
+
+    key: str
+    before: object
+    after: object
+    kind: Kind
+
+    def __str__(self) -> str:
+        if self.before == OTHER_CONTENTS:
+            return f"{self.key}: {self.after} does not hold what it held"
+        return f"{self.key} {_yaml(self.before)} -> {_yaml(self.after)}"
+
+
+def changes(before: Config, after: Config) -> list[Change]:
+    """Every key that differs, teachers by name: ``teachers.b.temperature``."""
+    found = list(_differences("", _plain(before), _plain(after)))
+    old, new = ({teacher.name: teacher for teacher in config.teachers} for config in (before, after))
+    for name in sorted(old.keys() | new.keys()):
+        key = f"teachers.{name}"
+        if name not in old:
+            found.append(Change(key, None, str(new[name].model), "said"))
+        elif name not in new:
+            found.append(Change(key, str(old[name].model), None, "said"))
+        else:
+            was, becomes = old[name].model_dump(mode="json"), new[name].model_dump(mode="json")
+            found += _differences(f"{key}.", was, becomes, knob="teachers[].")
+    kinds = _of_learner(before.learner, after.learner)
+    return [replace(change, kind=kinds.get(change.key, change.kind)) for change in found]
+
+
+def _of_learner(before: LearnerConfig, after: LearnerConfig) -> dict[str, Kind]:
+    """What the table cannot know: which checkpoints DeepSpeed loads."""
+    ranks_may_change = before.ranks_may_change and after.ranks_may_change
+    same_shards = {before.zero_stage, after.zero_stage} == {1, 2}
+    return {
+        "learner.ranks": "always" if ranks_may_change else "never",
+        "learner.zero_stage": "always" if same_shards else "never",
+    }
+
+
+def _differences(
+    prefix: str, before: Mapping[str, object], after: Mapping[str, object], knob: str | None = None
+) -> Iterator[Change]:
+    """Leaves that differ. ``knob`` is the prefix of the keys in the table, where it is another than ``prefix``."""
+    old, new = _leaves(before), _leaves(after)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            kind = kind_of(f"{prefix if knob is None else knob}{key}")
+            yield Change(f"{prefix}{key}", old.get(key), new.get(key), kind)
+
+
+def _leaves(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _plain(config: Config) -> dict[str, object]:
+    return config.model_dump(mode="json", exclude={"teachers"})
+
+
+def _yaml(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("\n...").strip()

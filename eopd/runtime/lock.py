@@ -1,0 +1,141 @@
+"""One process at a time runs a run: it holds a lock in the run directory for as long as it lives.
+
+The lock is ``flock`` on ``run.lock``, which the kernel gives back when its holder ends, however that ends. The file
+says who holds it: host, process id, since when. A holder that leaves in order empties it.
+
+What is known of other hosts: on NFS Linux turns ``flock`` into a lock of the server, which all hosts see unless the
+mount says ``nolock`` or ``local_lock``; Lustre needs the mount option ``flock``; some file systems have no locks. Where
+another host's lock may not be seen, ``held`` says so, with what the file tells.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from eopd.config import ConfigError
+
+LOCK: Final = "run.lock"
+_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+_TRIES: Final = 5  # whoever only looks at a lock holds it for a moment
+_PAUSE_S: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """The process that runs a run, or was the last to. ``since`` is in seconds since 1970."""
+
+    host: str
+    pid: int
+    since: float
+
+    def __str__(self) -> str:
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"process {self.pid} on {self.host}, since {started}"
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[list[str]]:
+    """Hold the lock of a run directory, which is made where there is none, and removed if it stays empty.
+
+    Yields:
+        What a person should know: nothing, where the lock is sure to keep others out.
+
+    Raises:
+        ConfigError: another process holds it; names that process. Or the directory cannot be made.
+    """
+    path = directory / LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor, notes = _take(path)
+    except OSError as error:
+        raise ConfigError(f"run.directory: {directory} cannot be made ({error.strerror})") from None
+    try:
+        here = Holder(host=socket.gethostname(), pid=os.getpid(), since=time.time())
+        before = _read(path)
+        if before is not None and before.host != here.host:
+            notes.append(
+                f"{path} names {before}, which did not leave in order. If it still runs (not every shared file "
+                "system shows the locks of other hosts), stop one of the two"
+            )
+        _write(descriptor, json.dumps(asdict(here)))
+        yield notes
+    finally:
+        _write(descriptor, "")
+        if directory.is_dir() and os.listdir(directory) == [LOCK]:  # nothing was begun
+            path.unlink()
+            directory.rmdir()
+        os.close(descriptor)
+
+
+def holder(directory: Path) -> Holder | None:
+    """The process that runs a run now; None where none does. Without locks, the one that has not left in order."""
+    path = directory / LOCK
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _read(path)
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def last_holder(directory: Path) -> Holder | None:
+    """The process that ran a run last and did not leave in order; None where it did, or nobody ran it."""
+    return _read(directory / LOCK)
+
+
+def _take(path: Path) -> tuple[int, list[str]]:
+    """The descriptor that holds the lock, and what to say of it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            notes = _lock(descriptor, path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor, notes
+        os.close(descriptor)  # its holder has just removed it: nothing was begun there
+
+
+def _lock(descriptor: int, path: Path) -> list[str]:
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PAUSE_S)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return [f"the file system of {path.parent} has no locks: nothing keeps a second process out of this run"]
+        else:
+            return []
+    raise ConfigError(
+        f"run.name: {path.parent} is being run by {_read(path) or 'another process'}. Wait for it, stop it (Ctrl-C, or "
+        "SIGTERM to that process), or choose another run.name"
+    )
+
+
+def _read(path: Path) -> Holder | None:
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # gone, empty, or not yet written
+        return None
+
+
+def _write(descriptor: int, text: str) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)

@@ -1,0 +1,29 @@
+"""The pipeline of a run: its config's numbers, its crew in their roles."""
+
+from eopd.config import Config
+from eopd.ledger import Ledger
+from eopd.pipeline import Pipeline, Plan
+from eopd.preflight import Prepared
+from eopd.prompts import PromptOrder
+from eopd.runtime.supervisor import Crew
+from eopd.telemetry.step import Totals
+
+
+def make_pipeline(config: Config, prepared: Prepared, members: Crew, ledger: Ledger, totals: Totals) -> Pipeline:
+    """The loop of a run, from where ``ledger`` and ``totals`` stand."""
+    numbers = Plan(
+        batch=config.batch_trajectories,
+        batches=config.run.batches,
+        max_staleness=config.flow.max_staleness,
+        lookahead=config.flow.lookahead,
+        max_attempts=config.flow.max_attempts,
+        temperature=config.rollout.temperature,
+        max_response_tokens=config.rollout.max_response_tokens,
+        ranks=config.learner.ranks,
+        optimizer_steps=config.learner.optimizer_steps_per_batch,
+        token_budget=config.learner.token_budget,
+        alpha_at=config.loss.alpha_at,
+    )
+    samples = config.rollout.samples_per_prompt
+    order = PromptOrder(prepared.train.prompts, samples_per_prompt=samples, seed=config.run.seed)
+    return Pipeline(numbers, members.engines, members.teacher, members.learner, members.channel, order, ledger, totals)

@@ -1,0 +1,213 @@
+"""How a process takes up a run: from the beginning, from a checkpoint, or not at all; decided before anything starts.
+
+    what the run directory holds          without --resume   --resume              --resume auto
+    nothing                               begins             refused               begins
+    no finished step                      begins             refused               begins
+    steps, and no checkpoint              refused            refused               begins again, and says so
+    checkpoints of which none is whole    refused            refused               refused
+    a whole checkpoint                    refused            goes on from it       goes on from it
+    the same, complete                    refused            measured again        nothing to do
+
+``take_up`` only reads. What stands there of steps after the checkpoint, and the old config, is given up by
+``TakenUp.carry_out``, which the run calls once its actors have loaded the checkpoint: a start that fails costs nothing.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal
+
+from eopd.checkpoint import DriverState, broken_checkpoints, list_checkpoints, remove_partial, step_of
+from eopd.config import Config, ConfigError
+from eopd.runtime.changes import OTHER_CONTENTS, Change, changes
+from eopd.runtime.run_directory import RunDirectory
+from eopd.telemetry.console import Summary
+
+Resume = Literal["no", "yes", "auto"]
+
+MUST_BE_THE_SAME: Final = ("prompts.data", "student.model")  # of what inputs.py compares
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakenUp:
+    """A run that a process takes up. ``checkpoint``, its ``state`` and the ``summary`` are None at the beginning.
+
+    Args:
+        directory: that of the run.
+        config: the one given.
+        inputs: the digests of what the config's paths stand for.
+        checkpoint: where it goes on from.
+        state: what the driver knew there.
+        summary: as it was last written.
+        changes: what is computed in another way from here on.
+        total_changes: the number of such changes in the life of the run.
+        complete: nothing is left to do.
+        notes: what a person should know.
+    """
+
+    directory: RunDirectory
+    config: Config
+    inputs: Mapping[str, str]
+    checkpoint: Path | None = None
+    state: DriverState | None = None
+    summary: Summary | None = None
+    changes: Sequence[Change] = ()
+    total_changes: int = 0
+    complete: bool = False
+    notes: Sequence[str] = ()
+
+    def begin(self) -> None:
+        """Make a new run's files, where it is one."""
+        if self.checkpoint is None:
+            RunDirectory.create(self.config)
+
+    def carry_out(self) -> None:
+        """Go on from the checkpoint: forget what came after it, and keep the new config."""
+        if self.checkpoint is None:
+            return
+        step = step_of(self.checkpoint)
+        remove_partial(self.directory.checkpoints)
+        for later in list_checkpoints(self.directory.checkpoints):
+            if step_of(later) > step:
+                shutil.rmtree(later)
+        self.directory.drop_rows_after(step)
+        self.directory.go_on(self.config, step, self.changes)
+
+
+def take_up(config: Config, inputs: Mapping[str, str], resume: Resume = "no", step: int | None = None) -> TakenUp:
+    """Decide how the run of a config is taken up; the caller holds its lock.
+
+    Args:
+        config: what was given now.
+        inputs: see ``inputs.digests``.
+        resume: as on the command line.
+        step: of the checkpoint to go on from; else the newest that is whole.
+
+    Raises:
+        ConfigError: it cannot be taken up so; names what can be done.
+    """
+    directory = RunDirectory(config.run.path)
+    checkpoints = list_checkpoints(directory.checkpoints)
+    new = TakenUp(directory=directory, config=config, inputs=inputs)
+    if not checkpoints:
+        require_no_broken(directory)
+        return replace(new, notes=_begin(directory, resume))
+    last = step_of(checkpoints[-1])
+    if resume == "no":
+        raise ConfigError(
+            f"run.name: {directory.path} exists, with checkpoints up to step {last}; continue it with --resume, or "
+            "choose another name"
+        )
+    summary = directory.read_summary()
+    if summary is None:
+        raise ConfigError(f"--resume: {directory.path} has lost its summary.json, which every run with checkpoints has")
+    if resume == "auto" and summary["status"] == "completed" and summary["steps"] == last == config.run.batches:
+        return replace(new, summary=summary, complete=True)
+    checkpoint = directory.checkpoint(step)
+    if step_of(checkpoint) > config.run.batches:
+        raise ConfigError(
+            f"run.batches: {config.run.batches} is below step {step_of(checkpoint)}, which the run goes on from; raise "
+            "it, or go back to an older checkpoint with --resume --step"
+        )
+    state = DriverState.read(checkpoint)
+    found = what_changed(directory, config, state, inputs)
+    return replace(
+        new,
+        checkpoint=checkpoint,
+        state=state,
+        summary=summary,
+        changes=found,
+        total_changes=directory.num_changes(state.step) + len(found),
+        notes=_notes(directory, checkpoint, checkpoints, found, named=step is not None),
+    )
+
+
+def require_no_broken(directory: RunDirectory) -> None:
+    """Raises ConfigError where there are checkpoints, and none is whole: a person may want to mend one."""
+    if broken := broken_checkpoints(directory.checkpoints):
+        faults = "; ".join(f"{checkpoint.name}: {why}" for checkpoint, why in broken.items())
+        raise ConfigError(
+            f"run.name: {directory.path} holds no checkpoint that is whole: {faults}. Put the missing files back, or "
+            f"choose another name; to give these checkpoints up, remove {directory.checkpoints} and start with "
+            "--resume auto"
+        )
+
+
+def _begin(directory: RunDirectory, resume: Resume) -> list[str]:
+    """What to say of a run that begins, there being no checkpoint."""
+    path, steps = directory.path, directory.num_steps()
+    if not directory.holds_a_run():
+        if resume == "yes":
+            raise ConfigError(f"--resume: {path} holds no run; start it without --resume, or with --resume auto")
+        return []
+    if resume == "auto":
+        return [f"starting over: {path} holds {steps} steps and no checkpoint; they are forgotten"]
+    if resume == "yes" or steps:
+        option = "--resume" if resume == "yes" else "run.name"
+        raise ConfigError(
+            f"{option}: {path} holds {steps} steps and no checkpoint to continue from; start it over with --resume "
+            "auto, or choose another run.name"
+        )
+    return []
+
+
+def _notes(
+    directory: RunDirectory, checkpoint: Path, whole: Sequence[Path], found: Sequence[Change], *, named: bool
+) -> list[str]:
+    step = step_of(checkpoint)
+    notes = [] if named else directory.passed_over()
+    later = [path.name for path in whole if step_of(path) > step]
+    rows = directory.num_steps() - step
+    if later:
+        notes.append(
+            f"going back to step {step}: once training goes on, {', '.join(later)} and the rows of {rows} later steps "
+            "are removed"
+        )
+    return [*notes, *(f"from step {step + 1}: {change}" for change in found)]
+
+
+def what_changed(
+    directory: RunDirectory, config: Config, state: DriverState, inputs: Mapping[str, str]
+) -> list[Change]:
+    """What is computed in another way after a checkpoint.
+
+    Raises:
+        ConfigError: something changed that makes it another run; names all of it, and the way out.
+    """
+    differences = changes(directory.config_at(state.step), config)
+    if state.inputs is None or state.inputs.get("made_as") != inputs.get("made_as"):  # nothing to compare with
+        contents = [replace(change, kind="said") for change in differences if change.kind == "contents"]
+    else:
+        contents = _contents(config, state.inputs, inputs)
+    found = [change for change in differences if change.kind != "contents"]
+    found += [change for change in contents if change.key not in {one.key for one in found}]
+    refused = [change for change in found if change.kind == "never"]
+    if refused:
+        causes = [change for change in differences if change.kind == "contents" and "prompts" in change.key]
+        of_prompts = any(change.key == "prompts.data" for change in refused)
+        _refuse(directory, [*refused, *(cause for cause in causes if of_prompts and cause.key != "prompts.data")])
+    return [change for change in found if change.kind == "said"]
+
+
+def _contents(config: Config, before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:
+    """Paths that stand for something else than they did, by what they hold."""
+    paths = {f"teachers.{teacher.name}.model": str(teacher.model) for teacher in config.teachers}
+    paths |= {
+        "prompts.data": config.prompts.data,
+        "prompts.held_out": config.prompts.held_out,
+        "student.model": str(config.student.model),
+    }
+    return [
+        Change(key, OTHER_CONTENTS, path, "never" if key in MUST_BE_THE_SAME else "said")
+        for key, path in paths.items()
+        if key in before and before[key] != after[key]
+    ]
+
+
+def _refuse(directory: RunDirectory, refused: Sequence[Change]) -> None:
+    raise ConfigError(
+        f"--resume: {'; '.join(map(str, refused))}. That would be another run. Put it back as it was; or write the "
+        f"student of this one with `eopd export {directory.path}`, and start a new run from it (student.model, and "
+        "another run.name)"
+    )

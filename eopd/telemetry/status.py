@@ -1,0 +1,57 @@
+"""``eopd status``: a run at a glance, from its files."""
+
+import time
+from collections.abc import Sequence
+
+import rich.console
+from rich.constrain import Constrain
+
+from eopd.telemetry.catalog import Row
+from eopd.telemetry.cells import FAULTS, cells, value
+from eopd.telemetry.console import MAX_WIDTH, Summary, clock, held_out_table
+
+
+def print_status(
+    run: str,
+    status: str,
+    summary: Summary | None,
+    rows: Sequence[Row],
+    *,
+    batches: int,
+    advice: str | None = None,
+    output: rich.console.Console | None = None,
+) -> None:
+    """A run at a glance: how far it is, what its last step looked like, what was lost and replaced.
+
+    Args:
+        run: its name.
+        status: how it stands, see ``RunDirectory.status``.
+        summary: ``summary.json``; None before it is first written.
+        rows: the last of ``metrics.jsonl``, with their ``time``; the gaps between them tell the remaining time.
+        batches: of the whole run.
+        advice: a last line: what to do.
+        output: else the terminal.
+    """
+    output = output or rich.console.Console()
+    step = int(rows[-1]["eopd_step"]) if rows else 0
+    head = f"{run}: {status}, step {step}/{batches}"
+    if rows and status != "completed":
+        head += _since(rows[-1]["time"], running=status == "running")
+    if len(rows) > 1 and status == "running":
+        pace_s = (rows[-1]["time"] - rows[0]["time"]) / (len(rows) - 1)
+        head += f", about {clock(pace_s * (batches - step))} left"
+    output.print(head, style="bold", markup=False, highlight=False, soft_wrap=True)
+    if rows:
+        output.print(Constrain(cells(rows[-1]), MAX_WIDTH))
+        faults = ", ".join(f"{label} {value(rows[-1], names)}" for label, names in FAULTS)
+        output.print(faults, markup=False, highlight=False, soft_wrap=True)
+    if summary:
+        output.print(held_out_table(summary["held_out"]))
+    if advice is not None:
+        output.print(advice, markup=False, highlight=False, soft_wrap=True)
+
+
+def _since(moment: float, *, running: bool) -> str:
+    ago = f"{clock(time.time() - moment)} ago"
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+    return f", the last one {ago}" if running else f", the last one at {at} ({ago})"

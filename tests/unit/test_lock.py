@@ -1,0 +1,124 @@
+"""One process runs a run; the second is told who does."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from eopd.config import ConfigError
+from eopd.runtime import lock
+from eopd.runtime.lock import held, holder, last_holder
+
+HOLD = (
+    "import pathlib, sys, time\n"
+    "from eopd.runtime.lock import held\n"
+    "with held(pathlib.Path(sys.argv[1])):\n"
+    "    print('held', flush=True); time.sleep(60)"
+)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    path = tmp_path / "runs" / "r"
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text("")
+    return path
+
+
+@pytest.fixture
+def other(directory):
+    """Another process that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(directory)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_the_second_process_is_refused_and_told_of_the_first(directory, other):
+    who = rf"process {other.pid} on {re.escape(socket.gethostname())}, since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d"
+    message = rf"run.name: {directory} is being run by {who}. Wait for it, stop it"
+    with pytest.raises(ConfigError, match=message), held(directory):
+        raise AssertionError("held twice")
+    assert holder(directory).pid == other.pid, "the refused one has not taken its name away"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_killed_leaves_its_name_and_no_lock(directory, other, how):
+    os.kill(other.pid, how)
+    other.wait()
+    assert holder(directory) is None and last_holder(directory).pid == other.pid
+    with held(directory) as notes:
+        assert notes == [] and holder(directory).pid == os.getpid()
+    assert holder(directory) is None and last_holder(directory) is None
+
+
+def test_a_directory_in_which_nothing_was_begun_does_not_stay(tmp_path):
+    path = tmp_path / "runs" / "r"
+    with held(path):
+        assert [file.name for file in path.iterdir()] == ["run.lock"]
+    assert not path.exists() and holder(path) is None
+    with pytest.raises(RuntimeError), held(path):
+        (path / "config.yaml").write_text("")
+        raise RuntimeError
+    assert sorted(file.name for file in path.iterdir()) == ["config.yaml", "run.lock"]
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_taken_anew(directory, monkeypatch):
+    flock, removed = fcntl.flock, []
+
+    def late(descriptor, operation):
+        flock(descriptor, operation)
+        if not removed:
+            removed.append(os.unlink(directory / "run.lock"))
+            (directory / "run.lock").touch()  # by a third one, who will hold another file of this name
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with held(directory):
+        assert removed and holder(directory).pid == os.getpid()
+
+
+def test_a_process_of_another_host_that_did_not_leave_is_named(directory):
+    record = {"host": "elsewhere", "pid": 7, "since": time.time()}
+    (directory / "run.lock").write_text(json.dumps(record))
+    with held(directory) as notes:
+        (note,) = notes
+    assert "run.lock names process 7 on elsewhere, since 20" in note and "If it still runs" in note
+
+
+def test_a_file_system_without_locks_is_said(directory, monkeypatch):
+    def none(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with held(directory) as notes:
+        assert notes == [f"the file system of {directory} has no locks: nothing keeps a second process out of this run"]
+        assert holder(directory).pid == os.getpid()
+    assert holder(directory) is None
+
+
+def test_whoever_looks_at_a_lock_for_a_moment_does_not_keep_a_run_from_it(directory, monkeypatch):
+    monkeypatch.setattr(lock, "_PAUSE_S", 0.01)
+    (directory / "run.lock").write_text("")
+    looking = os.open(directory / "run.lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+    with held(directory):
+        assert holder(directory) is not None
+    os.close(looking)
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = r"run.directory: .*/file/r cannot be made \(Not a directory\)"
+    with pytest.raises(ConfigError, match=message), held(tmp_path / "file" / "r"):
+        raise AssertionError

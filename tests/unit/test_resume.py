@@ -1,0 +1,301 @@
+"""How a run is taken up: begun, continued as itself, or refused with a word on what can be done."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
+from eopd.config import ConfigError, load_config
+from eopd.ledger import Ledger
+from eopd.runtime.progress import Progress
+from eopd.runtime.resume import take_up
+from eopd.runtime.run_directory import RunDirectory
+
+ROOT = Path(__file__).parents[2]
+INPUTS = {"prompts.data": "1", "prompts.held_out": "2", "student.model": "3", "teachers.teacher.model": "4"}
+
+
+def state(step, inputs=INPUTS):
+    ledger = Ledger(floor=8 * step).state()
+    return DriverState(step=step, tokens=3, trajectories=2, skipped_steps=1, wall_s=1.5, ledger=ledger, inputs=inputs)
+
+
+async def save(directory):
+    directory.mkdir()
+    (directory / "weights").write_text("w")
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"run: {{name: r, batches: 20, directory: {tmp_path}/runs}}\nstudent: {{model: /s}}\n"
+        "teachers: [{model: /t}]\nprompts: {data: a, held_out: b}\nflow: {batch_prompts: 8}\n"
+        "learner: {token_budget: 9000}"
+    )
+    return lambda *overrides: load_config(path, overrides)
+
+
+async def run_of(config, *steps, status="interrupted", inputs=INPUTS):
+    """A run with rows and checkpoints up to some steps."""
+    directory = RunDirectory.create(config)
+    add_rows(directory, range(1, max(steps, default=0) + 1))
+    for step in steps:
+        await write_checkpoint(directory.checkpoints, state(step, inputs), save, keep_last=9)
+    directory.write_summary(Progress(step=max(steps, default=0)).summary(status))
+    return directory
+
+
+def add_rows(directory, steps):
+    with directory.metrics.open("a") as file:
+        file.writelines(json.dumps({"step": step}) + "\n" for step in steps)
+
+
+def rows(directory):
+    return [json.loads(line)["step"] for line in directory.metrics.read_text().splitlines()]
+
+
+def refusal(config, *arguments, inputs=INPUTS):
+    with pytest.raises(ConfigError) as caught:
+        take_up(config, inputs, *arguments)
+    return str(caught.value)
+
+
+def test_where_there_is_nothing_a_run_begins_unless_it_must_be_continued(config):
+    for resume in ("no", "auto"):
+        taken_up = take_up(config(), INPUTS, resume)
+        assert taken_up.checkpoint is None and not taken_up.complete and taken_up.notes == []
+    taken_up.begin()
+    assert taken_up.directory.config() == config()
+    path = config("run.name=other").run.path
+    assert refusal(config("run.name=other"), "yes") == (
+        f"--resume: {path} holds no run; start it without --resume, or with --resume auto"
+    )
+
+
+async def test_a_run_that_was_killed_before_its_first_checkpoint_is_started_over(config):
+    directory = RunDirectory.create(config())
+    assert take_up(config(), INPUTS, "no").notes == []  # no step yet: nothing to lose
+    assert "holds 0 steps and no checkpoint to continue from" in refusal(config(), "yes")
+    add_rows(directory, [1, 2, 3])
+    works = "start it over with --resume auto, or choose another run.name"
+    message = f"{directory.path} holds 3 steps and no checkpoint to continue from; {works}"
+    assert refusal(config(), "no") == f"run.name: {message}"
+    assert refusal(config(), "yes") == f"--resume: {message}"
+    taken_up = take_up(config("learner.lr=0.1"), INPUTS, "auto")
+    assert taken_up.notes == [f"starting over: {directory.path} holds 3 steps and no checkpoint; they are forgotten"]
+    assert rows(directory) == [1, 2, 3], "nothing is lost before it begins"
+    taken_up.begin()
+    assert not directory.metrics.exists() and directory.config().learner.lr == 0.1
+
+
+async def test_a_run_with_checkpoints_goes_on_from_the_newest_and_is_not_overwritten(config):
+    directory = await run_of(config(), 5, 10)
+    add_rows(directory, [11, 12])
+    assert refusal(config(), "no") == (
+        f"run.name: {directory.path} exists, with checkpoints up to step 10; continue it with --resume, or choose "
+        "another name"
+    )
+    for resume in ("yes", "auto"):
+        taken_up = take_up(config(), INPUTS, resume)
+        assert (taken_up.checkpoint.name, taken_up.state.step) == ("step-000010", 10)
+        assert taken_up.notes == [] and taken_up.changes == []
+    assert rows(directory)[-1] == 12
+    (directory.path / "scale.json").write_text("{}")
+    (directory.checkpoints / ".step-000012.partial").mkdir()
+    taken_up.begin()
+    taken_up.carry_out()
+    assert rows(directory) == list(range(1, 11)) and not (directory.path / "scale.json").exists()
+    assert [path.name for path in directory.checkpoints.iterdir()] == ["step-000005", "step-000010"]
+
+
+async def test_going_back_costs_nothing_until_training_goes_on(config):
+    directory = await run_of(config(), 5, 10, 15)
+    before = sorted(directory.path.rglob("*"))
+    taken_up = take_up(config("learner.lr=0.1"), INPUTS, "yes", 5)
+    assert taken_up.notes == [
+        "going back to step 5: once training goes on, step-000010, step-000015 and the rows of 10 later steps are "
+        "removed",
+        "from step 6: learner.lr 1.0e-06 -> 0.1",
+    ]
+    taken_up.begin()
+    assert sorted(directory.path.rglob("*")) == before and directory.config() == config()
+    taken_up.carry_out()
+    assert [path.name for path in list_checkpoints(directory.checkpoints)] == ["step-000005"]
+    assert rows(directory) == [1, 2, 3, 4, 5] and directory.config().learner.lr == 0.1
+    assert "--step 7: " in refusal(config(), "yes", 7)
+
+
+async def test_going_back_behind_a_change_compares_with_what_held_there(config):
+    await run_of(config(), 5, 10)
+    take_up(config("learner.lr=0.1"), INPUTS, "yes").carry_out()
+    again = take_up(config("learner.lr=0.1"), INPUTS, "yes")
+    assert [str(change) for change in again.changes] == ["learner.lr 1.0e-06 -> 0.1"] and again.total_changes == 1
+    assert take_up(config(), INPUTS, "yes", 5).changes == []
+    directory = again.directory
+    await write_checkpoint(directory.checkpoints, state(15), save, keep_last=9)
+    later = take_up(config("learner.lr=0.1", "run.batches=40"), INPUTS, "yes")
+    assert [str(change) for change in later.changes] == ["run.batches 20 -> 40"] and later.total_changes == 2
+    later.carry_out()
+    back = take_up(config("learner.lr=0.2"), INPUTS, "yes", 10)
+    assert [str(change) for change in back.changes] == ["learner.lr 1.0e-06 -> 0.2"] and back.total_changes == 1
+    back.carry_out()
+    lines = [json.loads(line) for line in (directory.path / "changes.jsonl").read_text().splitlines()]
+    assert [(line["from_step"], line["changes"]) for line in lines] == [(11, {"learner.lr": [1e-6, 0.2]})]
+
+
+async def test_a_complete_run_is_nothing_to_do_and_can_be_extended(config):
+    directory = await run_of(config(), 10, 20, status="completed")
+    done = take_up(config("learner.lr=0.1"), INPUTS, "auto")
+    assert done.complete and done.summary["status"] == "completed"
+    assert not take_up(config(), INPUTS, "yes").complete
+    for resume in ("yes", "auto"):
+        longer = take_up(config("run.batches=30"), INPUTS, resume)
+        assert longer.state.step == 20 and longer.notes == ["from step 21: run.batches 20 -> 30"]
+    progress = Progress.resume(longer.state, longer.summary)
+    assert progress.step == 20 and progress.after is None
+    assert refusal(config("run.batches=15"), "yes").startswith("run.batches: 15 is below step 20, which the run goes")
+    assert take_up(config("run.batches=15"), INPUTS, "yes", 10).state.step == 10
+    directory.write_summary(Progress(step=20).summary("failed"))  # while it was measured after its last step
+    assert not take_up(config(), INPUTS, "auto").complete
+
+
+async def test_a_run_directory_may_be_moved_and_renamed(config, tmp_path):
+    directory = await run_of(config(), 10)
+    (tmp_path / "moved").mkdir()
+    directory.path.rename(tmp_path / "moved" / "new")
+    moved = config(f"run.directory={tmp_path}/moved", "run.name=new")
+    taken_up = take_up(moved, INPUTS, "yes")
+    assert taken_up.changes == [] and taken_up.notes == []
+    taken_up.carry_out()
+    assert taken_up.directory.config() == moved
+
+
+async def test_without_a_whole_checkpoint_the_fault_of_each_is_named(config):
+    directory = await run_of(config(), 1, 2)
+    for checkpoint in directory.checkpoints.iterdir():
+        (checkpoint / "state.json").write_text("{}")
+    for resume in ("no", "yes", "auto"):
+        message = refusal(config(), resume)
+        start = f"run.name: {directory.path} holds no checkpoint that is whole: step-000001: state.json has 2 bytes"
+        assert message.startswith(start) and "step-000002: state.json has 2 bytes instead of" in message
+        assert message.endswith(f"remove {directory.checkpoints} and start with --resume auto")
+
+
+async def test_a_broken_newest_checkpoint_is_passed_over_with_a_message(config):
+    directory = await run_of(config(), 5, 10)
+    (directory.checkpoints / "step-000010" / "learner/weights").write_text("")
+    taken_up = take_up(config(), INPUTS, "auto")
+    assert taken_up.state.step == 5
+    assert taken_up.notes == directory.passed_over() and "step-000010: learner/weights has 0" in taken_up.notes[0]
+    assert "step-000010 is not whole" in refusal(config(), "yes", 10)
+    taken_up.carry_out()
+    assert (directory.checkpoints / "step-000010").exists(), "a person may want to mend it"
+
+
+# --- what may change
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("prompts.data", "prompts.data: a does not hold what it held"),
+        ("student.model", "student.model: /s does not hold what it held"),
+    ],
+)
+async def test_other_data_or_another_student_is_refused(config, key, message):
+    directory = await run_of(config(), 5)
+    found = refusal(config(), "yes", inputs=INPUTS | {key: "other"})
+    assert found == (
+        f"--resume: {message}. That would be another run. Put it back as it was; or write the student of this one with "
+        f"`eopd export {directory.path}`, and start a new run from it (student.model, and another run.name)"
+    )
+
+
+async def test_the_key_that_made_other_prompts_is_named(config):
+    await run_of(config(), 5)
+    message = refusal(config("prompts.suffix=Think."), "yes", inputs=INPUTS | {"prompts.data": "other"})
+    assert "prompts.suffix '' -> Think." in message
+
+
+@pytest.mark.parametrize("key", ["prompts.held_out", "teachers.teacher.model"])
+async def test_other_held_out_prompts_and_another_teacher_are_said(config, key):
+    await run_of(config(), 5)
+    (change,) = take_up(config(), INPUTS | {key: "other"}, "yes").changes
+    assert change.key == key and str(change).endswith(" does not hold what it held")
+
+
+async def test_the_same_data_under_another_path_is_the_same_run(config):
+    await run_of(config(), 5)
+    moved = config("prompts.data=c", "prompts.held_out=d", "student.model=/elsewhere", "prompts.max_tokens=1000")
+    assert take_up(moved, INPUTS, "yes").changes == []
+
+
+@pytest.mark.parametrize("inputs", [None, {**INPUTS, "prompts.data": "other", "made_as": "0"}])
+async def test_a_checkpoint_without_digests_or_with_those_of_another_making_is_accepted(config, inputs):
+    await run_of(config(), 5, inputs=inputs)
+    assert take_up(config(), INPUTS, "yes").changes == []
+    assert take_up(config("prompts.data=c"), INPUTS, "yes").notes == ["from step 6: prompts.data a -> c"]
+
+
+def test_a_state_without_digests_can_be_read(tmp_path):
+    known = {"step": 1, "tokens": 3, "trajectories": 2, "skipped_steps": 1, "wall_s": 1.5, "ledger": {}}
+    (tmp_path / "state.json").write_text(json.dumps(known))
+    assert DriverState.read(tmp_path).inputs is None
+
+
+async def test_all_that_would_make_another_run_is_named_at_once(config):
+    await run_of(config(), 5)
+    message = refusal(config("run.seed=1", "student.lora={}", "learner.lr=0.1"), "yes")
+    assert message.startswith("--resume: run.seed 0 -> 1; student.lora.rank null -> 16; ")
+    assert "learner.lr" not in message
+
+
+# --- the runbook
+
+CURES = {
+    "cluster.start_timeout_s": "cluster.start_timeout_s=900",
+    "evaluation.prompts": "evaluation.prompts=8",
+    "flow.max_staleness": "flow.max_staleness=1",
+    "learner.lr": "learner.lr=1.0e-7",
+    "learner.max_skipped_steps": "learner.max_skipped_steps=9",
+    "learner.timeout_s": "learner.timeout_s=900",
+    "learner.token_budget": "learner.token_budget=3000",
+    "loss.alpha_warmup": "loss.alpha_warmup={batches: 50, start: 0.1}",
+    "loss.gate": "loss.gate={kind: quantile, top: 0.2}",
+    "loss.gate.tau": "loss.gate={kind: hard, tau: 0.4}",
+    "rollout.max_response_tokens": "rollout.max_response_tokens=900",
+    "rollout.timeout_s": "rollout.timeout_s=900",
+    "run.on_stall": "run.on_stall=end",
+    "run.stall_after_s": "run.stall_after_s=900",
+    "rollout.vllm": "rollout.vllm={gpu_memory_utilization: 0.5}",
+    "checkpoint.keep_last": "checkpoint.keep_last=9",
+    "teachers[].entropy_bound": "teachers.0.entropy_bound=low",
+    "teachers[].eos_remap": "teachers.0.eos_remap={1: 2}",
+    "teachers[].replicas": "teachers.0.replicas=2",
+    "teachers[].timeout_s": "teachers.0.timeout_s=900",
+    "weights.connect_timeout_s": "weights.connect_timeout_s=90",
+    "weights.timeout_s": "weights.timeout_s=900",
+}  # fmt: skip
+
+
+def keys_of_the_runbook():
+    text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+    knobs = (ROOT / "tests" / "house" / "knobs.txt").read_text(encoding="utf-8").split()
+    quoted = {found.split(":")[0] for found in re.findall(r"`([^`\n]+)`", text)}
+    return sorted(key for key in quoted if any(f"{knob}.".startswith(f"{key}.") for knob in knobs))
+
+
+@pytest.mark.parametrize("key", keys_of_the_runbook())
+async def test_every_cure_of_the_runbook_can_be_carried_out(config, key):
+    directory = await run_of(config(), 5)
+    cured = config(CURES[key])
+    taken_up = take_up(cured, INPUTS, "yes")
+    taken_up.carry_out()
+    assert directory.config() == cured != config()
+
+
+def test_the_runbook_names_keys():
+    assert len(keys_of_the_runbook()) > 10

@@ -1,0 +1,51 @@
+"""Which signals end a run softly, and who else sees them."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from eopd.runtime.signals import ASK_TO_END, OF_THE_DRIVER, caught, ignored_by_children
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+async def test_every_signal_that_asks_to_end_is_taken_softly_first(number):
+    taken = []
+    with caught(lambda: not taken.append(number), asyncio.current_task()):
+        os.kill(os.getpid(), number)
+        await asyncio.sleep(0.05)
+    assert taken == [number]
+
+
+@pytest.mark.parametrize("number", ASK_TO_END)
+async def test_where_nothing_can_end_softly_the_run_is_cancelled(number):
+    async def main():
+        with caught(lambda: False, asyncio.current_task()):
+            os.kill(os.getpid(), number)
+            await asyncio.sleep(10)
+
+    with pytest.raises(asyncio.CancelledError):
+        await main()
+
+
+async def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with caught(lambda: pytest.fail("taken"), asyncio.current_task()):
+            os.kill(os.getpid(), signal.SIGHUP)
+            await asyncio.sleep(0.05)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_processes_started_within_ignore_what_is_for_the_driver_and_so_do_theirs():
+    tell = "import signal; print(*(signal.getsignal(n).name for n in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)))"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {tell!r}])"
+    with ignored_by_children():
+        within = subprocess.run([sys.executable, "-c", nested], capture_output=True, text=True, check=True)
+    assert within.stdout.split() == ["SIG_IGN", "SIG_IGN", "SIG_DFL"]
+    assert all(signal.getsignal(number) is signal.SIG_DFL for number in OF_THE_DRIVER)
