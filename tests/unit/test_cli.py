@@ -45,7 +45,7 @@ def files(tmp_path_factory):
         ("prompts.data={root}/no.jsonl", "error: prompts: {root}/no.jsonl cannot be read (No such file or directory)"),
         ("prompts.held_out={root}/empty.jsonl", "error: prompts: {root}/empty.jsonl has no rows"),
         ("prompts.max_tokens=3", "prompts.max_tokens is 3; shorten it, raise the limit, or set prompts.overlong: drop"),
-        ("learner.token_budget=64", "learner.token_budget 64 is below prompts.max_tokens + max_response_tokens = 2048"),
+        ("learner.token_budget=64", "learner.token_budget: 64 is below prompts.max_tokens + max_response_tokens = 204"),
         ("teachers.0.model={root}/other", "{root}/other"),
         (
             "student.model={root}/small teachers.0.model={root}/small loss.top_k=4",
@@ -60,7 +60,7 @@ def files(tmp_path_factory):
             "student.lora.target_modules=q_prj",
             "error: student.lora.target_modules: 'q_prj' matches no layer of Qwen3ForCausalLM; its linear ",
         ),
-        ("loss.top_k=300", "loss.top_k: Input should be less than or equal to 256 (is 300)"),
+        ("loss.top_k=300", "loss.top_k: must be a whole number from 1 to 256 (is 300)"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(files, overrides, message, capsys, monkeypatch):
