@@ -16,6 +16,7 @@ from eopd.evaluation.samples import sample_record
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
 from eopd.preflight import Prepared, check
+from eopd.preflight import notes as odd_settings
 from eopd.prompts import PromptOrder
 from eopd.roles import LearnerDownError
 from eopd.runtime import cluster
@@ -321,6 +322,7 @@ class TrainingRun:
         for name, data in (("training", self._prepared.train), ("held-out", self._prepared.held_out)):
             if data.num_dropped:
                 notes.append(f"{data.num_dropped} {name} prompts longer than prompts.max_tokens left out")
+        notes += odd_settings(self._config, self._prepared)
         if cluster.is_job_copy(self.directory.path):
             notes.append("this is Ray's copy of the working directory: set run.directory to keep what the run writes")
         self._console = Console(run=run.name, batches=run.batches)
