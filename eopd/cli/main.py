@@ -12,15 +12,34 @@ import typer
 from eopd import __version__
 from eopd.cli.init import recipe_names, write_recipe
 from eopd.cli.teacher import teacher
-from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, load_config
+from eopd.config import (
+    ClusterConfig,
+    ConfigError,
+    PromptsConfig,
+    RolloutConfig,
+    StudentConfig,
+    dump_config,
+    load_config,
+    make_section,
+)
+from eopd.config.base import MAX_TOKENS
 from eopd.types import RunFailedError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
 models = typer.Typer(no_args_is_help=True, help="Make the models that the shipped configs use.")
 app.add_typer(models, name="models")
 app.add_typer(teacher, name="teacher")
 
 MODELS = Path("~/.cache/eopd/models")
+CONFIG_HELP = "A YAML file, e.g. configs/tiny.yaml; its keys are described in docs/configuration.md."
+SET_HELP = "Override one key; may be given more than once. See the end of this help."
+SET_EPILOG = (
+    "--set takes section.key=value; the value is YAML, and an item of a list is named by its number: "
+    "--set learner.lr=1e-5 --set loss.gate=always --set teachers.0.temperature=0.7 "
+    "--set 'rollout.vllm={max_num_seqs: 64}'. Every key is described in docs/configuration.md; "
+    "`eopd config CONFIG` prints them all with their values."
+)
 EXIT_INTERRUPTED = 130
 
 
@@ -45,10 +64,10 @@ def init(
     typer.echo(f"next: {command}")
 
 
-@app.command()
+@app.command(epilog=SET_EPILOG)
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=value.")] = None,
+    config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
     resume: Annotated[bool, typer.Option(help="Continue the run from its newest checkpoint.")] = False,
 ) -> None:
     """Train a student, on this machine or on a Ray cluster."""
@@ -64,10 +83,10 @@ def train(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-@app.command()
+@app.command(epilog=SET_EPILOG)
 def check(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=value.")] = None,
+    config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
     live: Annotated[bool, typer.Option("--live", help="Start the teachers too, and test what they answer.")] = False,
 ) -> None:
     """Check models, vocabularies, end tokens and prompts, and say what was found."""
@@ -82,6 +101,15 @@ def check(
 
         for report in check_live(resolved, prepared):
             typer.echo(report)
+
+
+@app.command("config", epilog=SET_EPILOG)
+def show_config(
+    config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
+) -> None:
+    """Print a config with every default written out, as the run directory keeps it."""
+    typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
 
 
 @app.command()
@@ -162,7 +190,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
     max_response_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     template: Annotated[Literal["chat", "none"], typer.Option(help="How prompts are rendered.")] = "chat",
-    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS)] = 1024,
     suffix: Annotated[str, typer.Option(help="Appended to every prompt.")] = "",
     engines: Annotated[int, typer.Option(min=1)] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one engine.")] = 2,
@@ -184,8 +212,9 @@ def evaluate(
     from eopd.runtime.evaluate import evaluate as run
 
     result = run(
-        chosen(StudentConfig(model=model, dtype=dtype), gpus=gpus),
-        RolloutConfig(
+        chosen(make_section(StudentConfig, model=model, dtype=dtype), gpus=gpus),
+        make_section(
+            RolloutConfig,
             engines=engines,
             cpus=1.0,
             gpus=gpus,
@@ -194,8 +223,8 @@ def evaluate(
             max_response_tokens=max_response_tokens,
         ),
         Benchmark(
-            prompts=PromptsConfig(
-                data=data, held_out=data, template=template, max_tokens=max_prompt_tokens, suffix=suffix
+            prompts=make_section(
+                PromptsConfig, data=data, held_out=data, template=template, max_tokens=max_prompt_tokens, suffix=suffix
             ),
             grader=grader,
             samples=n,

@@ -153,7 +153,10 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "loss.reverse_kl={kind: none, reward: {grader: math}}",
             "loss.reverse_kl.reward: unknown key; allowed here: kind",
         ),
-        ("student.dtype=float16", "student.dtype: must be auto, float32 or bfloat16 (is float16); did you mean bfloat16?"),
+        (
+            "student.dtype=float16",
+            "student.dtype: must be auto, float32 or bfloat16 (is float16); did you mean bfloat16?",
+        ),
         ("student.lora.rank=0", "student.lora.rank: must be a whole number from 1 to 4096 (is 0)"),
         ("student.lora={alpha: 0}", "student.lora.alpha: must be a number above 0, at most 1e+06 (is 0)"),
         ("student.lora={ranks: 4}", "student.lora.ranks: unknown key; did you mean rank?"),
