@@ -94,6 +94,9 @@ def _apply(tree: dict[str, object], override: str) -> None:
     *parents, last = dotted.split(".")
     if not equals:
         raise ConfigError(f"--set {override}: must be section.key=value")
+    if "[" in dotted:
+        numbered = dotted.replace("[", ".").replace("]", "")
+        raise ConfigError(f"--set {override}: an item of a list is named by its number: {numbered}=...")
     if not all((*parents, last)):
         raise ConfigError(f"--set {override}: must be section.key=value; a part of the key is empty")
     try:

@@ -20,6 +20,7 @@ from eopd.config.base import (
 
 _ONE_NODE: Final = "an engine lives in one process group on one node; raise the number of engines instead"
 _CONTEXT: Final = "an engine answers for whole sequences; only tensor and pipeline parallelism work"
+_SOFTMAX: Final = "samples come from the plain softmax at rollout.temperature"
 OWNED_BY_ENGINES: Final = {
     "model": "the key model beside vllm says it",
     "dtype": "the key dtype says it",
@@ -51,7 +52,10 @@ OWNED_BY_ROLLOUT: Final = {
     "logprobs_mode": "the learner needs the probabilities that were sampled from",
     "weight_transfer_config": "the weights section says it",
     "worker_extension_cls": "weights arrive through it",
-    "generation_config": "samples come from the plain softmax at rollout.temperature",
+    "generation_config": _SOFTMAX,
+    "override_generation_config": _SOFTMAX,
+    "logits_processors": _SOFTMAX,
+    "runner": "a rollout engine writes",
 }
 
 

@@ -52,12 +52,17 @@ def check(config: Config) -> Prepared:
     return remembered(question, [*data, *files], lambda: _check(config))
 
 
+def _runs_here(config: Config) -> bool:
+    """Whether the run starts Ray on this machine, rather than join a cluster of others."""
+    return (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
 def _keys_not_set(config: Config) -> list[tuple[str, str]]:
     """Keys of servers that a run on this machine would miss, with the variables that should hold them.
 
     They are read where the teacher's client runs: on a cluster that is another node, which has its own variables.
     """
-    if (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") != "local":
+    if not _runs_here(config):
         return []
     named = [(teacher.name, teacher.server.api_key_env) for teacher in config.teachers if teacher.server]
     unset = [(name, variable) for name, variable in named if variable and not os.environ.get(variable, "").strip()]
@@ -185,7 +190,18 @@ def notes(config: Config, prepared: Prepared) -> list[str]:
     found += [
         f"teachers.{name}: teaches nothing: no row has its sources" for name, count in taught.items() if not count
     ]
-    return found
+    return found + _notes_on_threads(config)
+
+
+def _notes_on_threads(config: Config) -> list[str]:
+    """Threads of one actor beyond the cores of this machine, where the run is here."""
+    threads = {"learner": config.learner.threads, "rollout": config.rollout.threads}
+    threads |= {f"teachers.{teacher.name}": teacher.threads for teacher in config.teachers}
+    cores = os.cpu_count() or 1
+    many = {name: number for name, number in threads.items() if number > cores and _runs_here(config)}
+    return [
+        f"{name}.threads: {number} on a machine of {cores} cores, which share its time" for name, number in many.items()
+    ]
 
 
 def _listed(ends: Mapping[int, str]) -> str:

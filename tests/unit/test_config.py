@@ -375,6 +375,12 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "learner.deepspeed.zero_optimization.offload_param: must be {device: cpu} or {device: none} (is true)",
         ),
         ("telemetry.host=''", "telemetry.host: must be the name or number of a host (is '')"),
+        (
+            "teachers[0].model=x",
+            "--set teachers[0].model=x: an item of a list is named by its number: teachers.0.model=...",
+        ),
+        ("teachers.-1.model=x", "--set teachers.-1.model=x: teachers.-1 must be an index below 1"),
+        ("rollout.vllm={runner: pooling}", "rollout.vllm.runner: cannot be set here: a rollout engine writes"),
         ("cluster.address=none", "cluster.address: none is text in YAML: write null, or 'none' in quotes"),
         ("rollout.vllm={a: None}", "rollout.vllm.a: None is text in YAML: write null, or 'None' in quotes"),
         (

@@ -1,6 +1,7 @@
 """What `eopd check` finds before anything starts: several teachers, their prompts, and the report of it."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -96,6 +97,15 @@ def test_notes_compare_the_config_with_the_data(check):
         "note: prompts.held_out: 1 of its 1 prompts are in prompts.data too",
         "note: teachers.chat: teaches nothing: no row has its sources",
     ]
+
+
+def test_threads_are_compared_with_the_cores_of_a_run_that_is_local(check, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    note = "note: learner.threads: 5 on a machine of 4 cores, which share its time"
+    assert note in check("learner.threads=5")[1]
+    assert ".threads" not in check("learner.threads=4")[1]
+    assert ".threads" not in check("learner.threads=5", "cluster.address=auto")[1]
 
 
 SERVED = "teachers.1.server={{url: 'http://far:8000', api_key_env: EOPD_TEST_KEY}}"
