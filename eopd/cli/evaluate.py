@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 import yaml
-from pydantic import ValidationError
 
-from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig
+from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, make_section
 from eopd.config.processor import chosen
 from eopd.evaluation.benchmarks import BenchmarkResult
 from eopd.evaluation.graders import Verdict
@@ -62,8 +61,8 @@ def evaluate(
     from eopd.runtime.evaluate import evaluate as run
 
     result = run(
-        chosen(StudentConfig(model=model, dtype=dtype), gpus=gpus),
-        RolloutConfig.model_validate({"engines": engines, "gpus": gpus, "threads": threads, **rollout}),
+        chosen(make_section(StudentConfig, model=model, dtype=dtype), gpus=gpus),
+        make_section(RolloutConfig, engines=engines, gpus=gpus, threads=threads, **rollout),
         Benchmark(prompts=prompts_config, grader=grader, samples=n, ks=ks, seed=seed),
         ClusterConfig(),
         lambda note: typer.echo(note, err=True),
@@ -81,11 +80,7 @@ def _prompts(data: str, options: str, values: Mapping[str, object]) -> PromptsCo
         chosen = None
     if not isinstance(chosen, dict):
         raise ConfigError(f"--template-options {options}: must be a YAML mapping, e.g. {{enable_thinking: false}}")
-    try:
-        return PromptsConfig.model_validate({"data": data, "held_out": data, "template_options": chosen, **values})
-    except ValidationError as error:
-        told = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"--template-options {options}: {told}") from None
+    return make_section(PromptsConfig, data=data, held_out=data, template_options=chosen, **values)
 
 
 def _lines(result: BenchmarkResult, n: int) -> Sequence[str]:

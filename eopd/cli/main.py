@@ -16,16 +16,25 @@ from eopd import __version__
 from eopd.cli.evaluate import evaluate
 from eopd.cli.init import recipe_names, write_recipe
 from eopd.cli.teacher import teacher
-from eopd.config import ConfigError, load_config
+from eopd.config import ConfigError, dump_config, load_config
 from eopd.types import RunFailedError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
 models = typer.Typer(no_args_is_help=True, help="Make the models that the shipped configs use.")
 app.add_typer(models, name="models")
 app.add_typer(teacher, name="teacher")
 app.command("eval")(evaluate)
 
 MODELS = Path("~/.cache/eopd/models")
+CONFIG_HELP = "A YAML file, e.g. configs/tiny.yaml; its keys are described in docs/configuration.md."
+SET_HELP = "Override one key; may be given more than once. See the end of this help."
+SET_EPILOG = (
+    "--set takes section.key=value; the value is YAML, and an item of a list is named by its number: "
+    "--set learner.lr=1e-5 --set loss.gate=always --set teachers.0.temperature=0.7 "
+    "--set 'rollout.vllm={max_num_seqs: 64}'. Every key is described in docs/configuration.md; "
+    "`eopd config CONFIG` prints them all with their values."
+)
 EXIT_INTERRUPTED = 130
 
 
@@ -60,10 +69,10 @@ class _Train(typer.core.TyperCommand):
         return super().parse_args(ctx, args)
 
 
-@app.command(cls=_Train)
+@app.command(cls=_Train, epilog=SET_EPILOG)
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=value.")] = None,
+    config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
     resume: Annotated[
         Literal["no", "yes", "auto"],
         typer.Option(
@@ -107,10 +116,10 @@ def _command(config: Path, overrides: Sequence[str], options: Sequence[str]) -> 
     return shlex.join(["eopd", "train", str(config), *settings, *options])
 
 
-@app.command()
+@app.command(epilog=SET_EPILOG)
 def check(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=value.")] = None,
+    config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
     live: Annotated[bool, typer.Option("--live", help="Start the teachers too, and test what they answer.")] = False,
 ) -> None:
     """Check models, vocabularies, end tokens and prompts, and say what was found."""
@@ -125,6 +134,15 @@ def check(
 
         for report in check_live(resolved, prepared):
             typer.echo(report)
+
+
+@app.command("config", epilog=SET_EPILOG)
+def show_config(
+    config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
+) -> None:
+    """Print a config with every default written out, as the run directory keeps it."""
+    typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
 
 
 @app.command()

@@ -1,17 +1,17 @@
 """What a run is: YAML in, one frozen ``Config`` out. Loads neither torch nor ray."""
 
-from eopd.config.load import ConfigError, dump_config, load_config
+from eopd.config.learner import LearnerConfig
+from eopd.config.load import ConfigError, dump_config, load_config, make_section
 from eopd.config.loss import LossConfig
+from eopd.config.rollout import RolloutConfig
 from eopd.config.sections import (
     CheckpointConfig,
     ClusterConfig,
     Config,
     EvaluationConfig,
     FlowConfig,
-    LearnerConfig,
     LoraConfig,
     PromptsConfig,
-    RolloutConfig,
     RunConfig,
     StudentConfig,
     TelemetryConfig,
@@ -41,4 +41,5 @@ __all__ = [
     "WeightsConfig",
     "dump_config",
     "load_config",
+    "make_section",
 ]

@@ -1,35 +1,123 @@
-"""The base of every config section."""
+"""The base of every config section, and the values that several sections share with their bounds."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 NativeOptions = dict[str, object]
 
-# Absolute from here on: actors may run in another working directory. ``~`` is the home directory.
 DATA_SUFFIXES = (".jsonl", ".parquet")
-AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+# Bounds are far beyond what anybody runs: what lies outside was written by mistake.
+MAX_COUNT: Final = 1_000_000_000
+MAX_TOKENS: Final = 10_000_000
+MAX_ACTORS: Final = 4096
+MAX_GPUS_OF_AN_ACTOR: Final = 64
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Actors = Annotated[int, Field(ge=1, le=MAX_ACTORS)]
+Threads = Annotated[int, Field(ge=1, le=512)]
+Cpus = Annotated[float, Field(ge=0.0, le=1024.0)]
+Seconds = Annotated[float, Field(ge=0.001, le=1e8)]  # to three years: a time-out that is never reached
+Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]  # what ``torch.manual_seed`` takes
+# vLLM samples at 0.01 when asked for less; then the learner's probabilities are not the engine's.
+Temperature = Annotated[float, Field(ge=0.01, le=100.0)]
 
 
-# A file becomes absolute like any path; anything else is the name of a data set.
-def _resolve_file(spec: str) -> str:
-    path = Path(spec)
-    return str(path.expanduser().absolute()) if path.suffix in DATA_SUFFIXES else spec
+def _whole_or_share(gpus: float) -> float:
+    if gpus > 1.0 and not gpus.is_integer():
+        raise ValueError(f"{gpus:g} is neither a whole number of GPUs nor, below 1, a share of one")
+    return gpus
 
 
-DataSpec = Annotated[str, AfterValidator(_resolve_file)]
+Gpus = Annotated[float, Field(ge=0.0, le=float(MAX_GPUS_OF_AN_ACTOR)), AfterValidator(_whole_or_share)]
 
 
-def refuse(where: str, options: NativeOptions, owned: Collection[str]) -> None:
-    """Refuse native options that this project must set itself, since its numbers rest on them.
+def _resolve(path: Path) -> Path:
+    """Absolute from here on: actors may run in another working directory. ``~`` is the home directory."""
+    text = str(path)
+    if "\0" in text:
+        raise ValueError("a path holds no NUL character")
+    if text.startswith("$"):
+        raise ValueError(f"{text}: variables are not filled in; write the path out, or begin it with ~")
+    if "://" in text or text.partition("/")[0].endswith(":"):
+        raise ValueError(f"{text} is an address; it must be a path on a disk that every node reads")
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{text}: there is no such user, or no home directory") from None
+
+
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("must be a path (is ''); . is the working directory")
+    return value
+
+
+AbsolutePath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_resolve)]
+
+
+def _resolve_data(spec: str) -> str:
+    """A file becomes absolute like any path; anything else is the name of a data set."""
+    if "\0" in spec:
+        raise ValueError("a path holds no NUL character")
+    return str(_resolve(Path(spec))) if Path(spec).suffix in DATA_SUFFIXES else spec
+
+
+DataSpec = Annotated[str, AfterValidator(_resolve_data)]
+
+
+def _one_is_a_list(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
+
+
+def refuse(where: str, options: Mapping[str, object], owned: Mapping[str, str]) -> None:
+    """Refuse native options that this project must set itself; ``owned`` says what decides each.
 
     Raises:
         ValueError: names them.
     """
-    if taken := sorted(options.keys() & set(owned)):
-        raise ValueError(f"{where}: {', '.join(taken)} cannot be set here: other keys, or the method, decide")
+    if taken := [name for name in options if name in owned]:
+        raise ValueError("; ".join(f"{where}.{name}: cannot be set here: {owned[name]}" for name in taken))
+
+
+def require_gpus_for_workers(gpus: float, vllm: Mapping[str, object]) -> None:
+    """Compare the GPUs of one engine with the workers that its ``vllm`` options start, one GPU each.
+
+    Raises:
+        ValueError: they differ, or the workers are more than a node has.
+    """
+    names = ("tensor_parallel_size", "pipeline_parallel_size")
+    sizes = {name: size for name in names if type(size := vllm.get(name, 1)) is int}
+    workers = 1
+    for name, size in sizes.items():
+        workers *= size
+        if size < 1 or workers > MAX_GPUS_OF_AN_ACTOR:
+            raise ValueError(f"vllm.{name}: must be from 1 to {MAX_GPUS_OF_AN_ACTOR} (is {size})")
+    if gpus == 0.0 or (workers == 1 and gpus <= 1.0) or gpus == workers:
+        return
+    asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    if asked:
+        raise ValueError(f"gpus: must be {workers} for vllm.{asked} (is {gpus:g})")
+    raise ValueError(f"gpus: the engine would use one of {gpus:g}; add vllm: {{tensor_parallel_size: {gpus:g}}}")
+
+
+def each_once(what: str) -> Callable[[list[str]], list[str]]:
+    """A check that no value of a list stands there twice; ``what`` names one of them."""
+
+    def check(values: list[str]) -> list[str]:
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{what} {twice[0]} stands twice")
+        return values
+
+    return check
 
 
 class Section(BaseModel):

@@ -1,17 +1,20 @@
 """YAML and ``--set a.b=c`` to a checked ``Config``; every mistake is one ``ConfigError`` that names the key."""
 
-import difflib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
+from eopd.config.document import DocumentError, read_tree, read_value, show, write_tree
+from eopd.config.messages import explain
 from eopd.config.processor import with_dtypes
 from eopd.config.sections import Config
+from eopd.config.shape import shape
+
+SectionT = typing.TypeVar("SectionT", bound=BaseModel)
+
+_HOLDER = "x-"  # begins the name of a top-level key that only holds anchors
 
 
 class ConfigError(Exception):
@@ -26,106 +29,113 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Every ``dtype: auto`` is chosen for this machine.
     """
-    tree = _read_yaml(path)
+    tree = _expanded(_read(path))
     for override in overrides:
         _apply(tree, override)
+
+    shaped, faults = shape(tree, Config)
+    mistakes = {place: f"{'.'.join(place)}: {fault}" for place, fault in faults.items()}
     try:
-        return with_dtypes(Config.model_validate(tree))
+        config = Config.model_validate(shaped)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise ConfigError(f"{path}: " + "\n".join(lines)) from None
+        for detail in error.errors(include_url=False):
+            place, line = explain(detail, Config)
+            mistakes.setdefault(place, line)
+        raise ConfigError(f"{path}: " + "\n".join(mistakes.values())) from None
+    if mistakes:
+        raise ConfigError(f"{path}: " + "\n".join(mistakes.values()))
+    return with_dtypes(config)
+
+
+def make_section(section: type[SectionT], **options: object) -> SectionT:
+    """A section of what options of the command line say, each under the name of its key.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+    try:
+        return section.model_validate(options)
+    except ValidationError as error:
+        lines = [explain(detail, section)[1] for detail in error.errors(include_url=False)]
+        named = [f"--{line.partition(':')[0].replace('_', '-')}:{line.partition(':')[2]}" for line in lines]
+        raise ConfigError("\n".join(named)) from None
 
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML: loading it again gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return write_tree(config.model_dump())
 
 
-def _read_yaml(path: Path) -> dict[str, object]:
+def _read(path: Path) -> dict[str, object]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_tree(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start + 1} is no UTF-8; save it as UTF-8 text"
+        raise ConfigError(f"{path}: is not YAML: {where}") from None
+    except DocumentError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections, is {type(tree).__name__}")
-    return tree
+        what = "is empty" if tree is None else f"is {show(tree)}"
+        raise ConfigError(f"{path}: must be a mapping of sections ({what})")
+    return {key: value for key, value in tree.items() if not key.startswith(_HOLDER)}
+
+
+def _expanded(tree: dict[str, object]) -> dict[str, object]:
+    """The tree with short forms written out, so that an override can name what they stand for."""
+    expanded, _ = shape(tree, Config)
+    return typing.cast(dict[str, object], expanded)
 
 
 def _apply(tree: dict[str, object], override: str) -> None:
     """Set one key in place; list items are named by index (``teachers.0.model=...``)."""
     dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise ConfigError(f"--set {override}: must be section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not YAML") from None
     *parents, last = dotted.split(".")
+    if not equals:
+        raise ConfigError(f"--set {override}: must be section.key=value")
+    if "[" in dotted:
+        numbered = dotted.replace("[", ".").replace("]", "")
+        raise ConfigError(f"--set {override}: an item of a list is named by its number: {numbered}=...")
+    if not all((*parents, last)):
+        raise ConfigError(f"--set {override}: must be section.key=value; a part of the key is empty")
+    try:
+        value = read_value(text)
+    except DocumentError as error:
+        what = str(error).replace("line 1: ", "")
+        quoted = f"put YAML's quotes around a text: --set '{dotted}=\"...\"'"
+        raise ConfigError(f"--set {override}: {what}; {quoted}") from None
+
     node: object = tree
-    for part in parents:
-        if isinstance(node, dict):
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-        else:
-            node = _item(node, part, override)
+    for depth, part in enumerate(parents):
+        node = _below(node, part, parents[:depth], override)
     if isinstance(node, dict):
         node[last] = value
     elif isinstance(node, list):
-        _item(node, last, override)
-        node[int(last)] = value
+        node[_index(node, last, parents, override)] = value
     else:
         raise ConfigError(f"--set {override}: {'.'.join(parents)} is a value, it has no key {last}")
 
 
-def _item(node: object, index: str, override: str) -> object:
-    if not isinstance(node, list):
-        raise ConfigError(f"--set {override}: {index} lies below a value that has no keys")
-    if not index.isdigit() or int(index) >= len(node):
-        raise ConfigError(f"--set {override}: {index} must be an index below {len(node)}")
-    return typing.cast(object, node[int(index)])
+def _below(node: object, part: str, above: Sequence[str], override: str) -> object:
+    if isinstance(node, list):
+        return typing.cast(object, node[_index(node, part, above, override)])
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {override}: {'.'.join(above)} is a value, it has no key {part}")
+    if node.get(part) in (None, ""):
+        node[part] = {}
+    return typing.cast(object, node[part])
 
 
-def _explain(detail: ErrorDetails) -> str:
-    """One line: key, value, what is allowed."""
-    location = [str(part) for part in detail["loc"]]
-    key = ".".join(location) or "config"
-    if detail["type"] == "extra_forbidden":
-        allowed = sorted(_fields_at(Config, location[:-1]))
-        close = difflib.get_close_matches(location[-1], allowed, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"allowed here: {', '.join(allowed)}"
-        return f"{key}: unknown key; {hint}"
-    if detail["type"] == "missing":
-        return f"{key}: is required"
-    message = detail["msg"].removeprefix("Value error, ")
-    if isinstance(detail["input"], Mapping):
-        return f"{key}: {message}"
-    return f"{key}: {message} (is {detail['input']!r})"
-
-
-def _fields_at(model: type[BaseModel], location: Sequence[str]) -> set[str]:
-    """Keys allowed at ``location``: follows sections, list indices and the tags of unions."""
-    candidates: list[type[BaseModel]] = [model]
-    for part in location:
-        fields = [candidate.model_fields[part] for candidate in candidates if part in candidate.model_fields]
-        if fields:
-            candidates = [section for field in fields for section in _sections(field.annotation)]
-        else:  # a list index, or the tag pydantic adds for a member of a union
-            tagged = [c for c in candidates if "kind" in c.model_fields and _tag(c) == part]
-            candidates = tagged or candidates
-    return {name for candidate in candidates for name in candidate.model_fields}
-
-
-def _tag(model: type[BaseModel]) -> object:
-    return typing.get_args(model.model_fields["kind"].annotation)[0]
-
-
-def _sections(annotation: object) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [section for argument in typing.get_args(annotation) for section in _sections(argument)]
+def _index(node: Sequence[object], part: str, above: Sequence[str], override: str) -> int:
+    if part.isascii() and part.isdigit() and len(part) <= len(str(len(node))) and int(part) < len(node):
+        return int(part)
+    where = ".".join(above)
+    if not node:
+        raise ConfigError(f"--set {override}: {where} is an empty list; set all of it: {where}=[...]")
+    if not part.lstrip("-").isdigit():
+        raise ConfigError(f"--set {override}: {where} is a list; write {where}.0.{part} for its first item")
+    raise ConfigError(f"--set {override}: {where}.{part} must be an index below {len(node)}")
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, object]:

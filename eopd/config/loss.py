@@ -7,16 +7,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from eopd.config.base import Section
+from eopd.config.base import Count, Section
 
 GraderName = Literal["exact", "math"]
+Nats = Annotated[float, Field(ge=0.0, le=100.0)]  # an entropy; that of 2^32 even tokens is 22
 
 
 class HardGate(Section):
     """g = 1 where the teacher's entropy is above ``tau`` nats (the paper)."""
 
     kind: Literal["hard"] = "hard"
-    tau: float = Field(0.8, ge=0.0)
+    tau: Nats = 0.8
 
 
 class QuantileGate(Section):
@@ -30,8 +31,8 @@ class SigmoidGate(Section):
     """g = 1 / (1 + exp(-(H - tau) / scale)); ``tau`` and ``scale`` in nats."""
 
     kind: Literal["sigmoid"] = "sigmoid"
-    tau: float = Field(0.8, ge=0.0)
-    scale: float = Field(0.1, gt=0.0)
+    tau: Nats = 0.8
+    scale: float = Field(0.1, ge=1e-4, le=100.0)
 
 
 class RandomGate(Section):
@@ -87,7 +88,7 @@ class Reward(Section):
     """
 
     grader: GraderName
-    weight: float = Field(1.0, gt=0.0)
+    weight: float = Field(1.0, gt=0.0, le=1e6)
 
 
 class SampledReverseKl(Section):
@@ -95,7 +96,7 @@ class SampledReverseKl(Section):
 
     kind: Literal["sampled"] = "sampled"
     clip: float = Field(0.2, gt=0.0, lt=1.0)
-    importance_cap: float = Field(2.0, ge=1.0)
+    importance_cap: float = Field(2.0, ge=1.0, le=1e6)
     reward: Reward | None = None
 
 
@@ -118,7 +119,7 @@ class AlphaWarmup(Section):
     """alpha grows linearly from ``start`` x alpha to alpha over the first ``batches`` batches."""
 
     start: float = Field(1.0, ge=0.0, le=1.0)
-    batches: int = Field(0, ge=0)
+    batches: Count = 0
 
 
 class LossConfig(Section):
@@ -131,13 +132,20 @@ class LossConfig(Section):
     gate: Gate = HardGate()
     forward_kl: ForwardKl = RenormalizedForwardKl()
     reverse_kl: ReverseKl = SampledReverseKl()
-    alpha: float = Field(1.0, ge=0.0)
+    alpha: float = Field(1.0, ge=0.0, le=1e6)
     alpha_warmup: AlphaWarmup = AlphaWarmup()
 
     @property
     def reward(self) -> Reward | None:
         """The verifier's part, where the reverse KL has one."""
         return self.reverse_kl.reward if isinstance(self.reverse_kl, SampledReverseKl) else None
+
+    @property
+    def forward_counts(self) -> bool:
+        """Whether the forward KL has any weight: alpha is not 0, and the gate can open."""
+        gate = self.gate
+        shut = isinstance(gate, NeverGate) or (isinstance(gate, RandomGate) and gate.rate == 0.0)
+        return self.alpha > 0.0 and not shut
 
     def alpha_at(self, batch: int) -> float:
         """Alpha of batch number ``batch``, counted from 0."""

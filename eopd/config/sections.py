@@ -3,36 +3,29 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from eopd.config.base import AbsolutePath, DataSpec, NativeOptions, Section, refuse
-from eopd.config.loss import LossConfig
-from eopd.config.teacher import OWNED_BY_ENGINES, OWNED_BY_ROWS, Names, TeacherConfig
+from eopd.config.base import (
+    AbsolutePath,
+    Count,
+    DataSpec,
+    Names,
+    NativeOptions,
+    Positive,
+    Seconds,
+    Section,
+    Seed,
+    Tokens,
+    each_once,
+    refuse,
+)
+from eopd.config.document import show
+from eopd.config.learner import LearnerConfig
+from eopd.config.loss import LossConfig, NoReverseKl
+from eopd.config.rollout import RolloutConfig
+from eopd.config.teacher import NAME, NAME_WORDS, OWNED_BY_TEMPLATE, TeacherConfig
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-OWNED_BY_LEARNER = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "bfloat16",  # its old name, which DeepSpeed still reads
-    "fp16",
-    "torch_autocast",  # student.dtype says it
-    "checkpoint",
-)
-OWNED_BY_ROLLOUT = (
-    *OWNED_BY_ENGINES,
-    "scheduling_policy",
-    "logprobs_mode",
-    "weight_transfer_config",
-    "worker_extension_cls",
-    "generation_config",
-)
 
 
 class RunConfig(Section):
@@ -41,11 +34,11 @@ class RunConfig(Section):
     When no step has finished for ``stall_after_s``, the run says who waits for whom; ``on_stall: end`` ends it too.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME, max_length=200, description=NAME_WORDS)
     directory: AbsolutePath = Path("runs")
-    seed: int = Field(0, ge=0)
-    batches: int = Field(ge=1)
-    stall_after_s: float = Field(1800.0, gt=0.0)
+    seed: Seed = 0
+    batches: Positive
+    stall_after_s: Seconds = 1800.0
     on_stall: Literal["report", "end"] = "report"
 
     @property
@@ -60,8 +53,8 @@ class LoraConfig(Section):
     ``target_modules`` name linear layers by the end of their path; ``all-linear`` is all but the output head.
     """
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0.0)
+    rank: int = Field(16, ge=1, le=4096)
+    alpha: float = Field(32.0, gt=0.0, le=1e6)
     target_modules: Names = Field(("all-linear",), min_length=1)
 
 
@@ -97,35 +90,14 @@ class PromptsConfig(Section):
     template: Literal["chat", "none"] = "chat"
     template_options: NativeOptions = {}
     suffix: str = ""
-    max_tokens: int = Field(1024, ge=1)
+    max_tokens: Tokens = 1024
     overlong: Literal["error", "drop"] = "error"
 
     @model_validator(mode="after")
     def _options_reach_a_template(self) -> Self:
-        refuse("template_options", self.template_options, OWNED_BY_ROWS)
+        refuse("template_options", self.template_options, OWNED_BY_TEMPLATE)
         if self.template == "none" and self.template_options:
             raise ValueError("template_options: go to a chat template; template is none")
-        return self
-
-
-class RolloutConfig(Section):
-    """The engines that write. Training samples come from the plain softmax at ``temperature``; the learner uses the
-    same. An engine that does not finish a response within ``timeout_s`` has failed; the response is tried elsewhere.
-    """
-
-    engines: int = Field(1, ge=1)
-    cpus: float = Field(1.0, ge=0.0)
-    gpus: float = Field(0.0, ge=0.0)
-    threads: int = Field(1, ge=1)
-    samples_per_prompt: int = Field(1, ge=1)
-    max_response_tokens: int = Field(1024, ge=1)
-    temperature: float = Field(1.0, gt=0.0)
-    timeout_s: float = Field(1800.0, gt=0.0)
-    vllm: NativeOptions = {}
-
-    @model_validator(mode="after")
-    def _ours_stay_ours(self) -> Self:
-        refuse("vllm", self.vllm, OWNED_BY_ROLLOUT)
         return self
 
 
@@ -134,86 +106,19 @@ class FlowConfig(Section):
     ``buffer.py``).
     """
 
-    batch_prompts: int = Field(ge=1)
-    max_staleness: int = Field(0, ge=0)
-    lookahead: int = Field(0, ge=0)
-    max_attempts: int = Field(3, ge=1)
+    batch_prompts: int = Field(ge=1, le=1_000_000)
+    max_staleness: int = Field(0, ge=0, le=1_000_000)
+    lookahead: int = Field(0, ge=0, le=1_000_000)
+    max_attempts: int = Field(3, ge=1, le=1_000_000)
 
     @model_validator(mode="after")
     def _lookahead_fits(self) -> Self:
         if self.lookahead > self.max_staleness:
             raise ValueError(
-                f"lookahead {self.lookahead} is above max_staleness {self.max_staleness}: "
-                "out-of-order taking costs that many versions"
+                f"lookahead: {self.lookahead} is above flow.max_staleness {self.max_staleness}; "
+                "a batch that overtakes makes the others that much staler"
             )
         return self
-
-
-class LearnerConfig(Section):
-    """The DeepSpeed gang. ``max_skipped_steps`` optimiser steps of a run may be skipped for a loss or gradient that is
-    not finite; the next one ends the run. Ranks that do not answer within ``timeout_s`` are started again from the last
-    checkpoint. ``peak_flops`` is what the device of one rank can do in a second at best: with it there is an MFU.
-    ``deepspeed`` goes to the engine untouched; keys this project must own are refused there.
-    """
-
-    ranks: int = Field(1, ge=1)
-    cpus: float = Field(1.0, ge=0.0)
-    gpus: float = Field(0.0, ge=0.0)
-    threads: int = Field(1, ge=1)
-    optimizer_steps_per_batch: int = Field(1, ge=1)
-    token_budget: int = Field(8192, ge=1)
-    logit_chunk_tokens: int = Field(256, ge=1)
-    lr: float = Field(1e-6, gt=0.0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_batches: int = Field(0, ge=0)
-    weight_decay: float = Field(0.01, ge=0.0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    max_grad_norm: float = Field(1.0, gt=0.0)
-    max_skipped_steps: int = Field(3, ge=0)
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    activation_checkpointing: bool = False
-    timeout_s: float = Field(3600.0, gt=0.0)
-    peak_flops: float | None = Field(None, gt=0.0)
-    deepspeed: NativeOptions = {}
-
-    @model_validator(mode="after")
-    def _ours_stay_ours(self) -> Self:
-        refuse("deepspeed", self.deepspeed, OWNED_BY_LEARNER)
-        zero = self.deepspeed.get("zero_optimization")
-        if isinstance(zero, dict) and "stage" in zero:
-            raise ValueError("deepspeed.zero_optimization.stage: set by zero_stage, not here")
-        if isinstance(zero, dict):
-            _refuse_offload(zero, self.zero_stage)
-        return self
-
-    @property
-    def ranks_may_change(self) -> bool:
-        """Whether another number of ranks may continue a checkpoint.
-
-        Not under ``round_robin_gradients``: DeepSpeed 0.19.8 shards in one order of the parameters and writes down
-        another (``_link_all_hp_params`` in stage_1_and_2.py).
-        """
-        zero = self.deepspeed.get("zero_optimization")
-        return not (self.zero_stage in (1, 2) and isinstance(zero, dict) and zero.get("round_robin_gradients"))
-
-
-def _refuse_offload(zero: NativeOptions, zero_stage: int) -> None:
-    """Refuse offloading that DeepSpeed 0.19.8 ignores, does with its own Adam alone, or leaves out of checkpoints.
-
-    Raises:
-        ValueError: names the option and what to write.
-    """
-    where = "deepspeed.zero_optimization"
-    for name, lowest_stage in (("offload_optimizer", 1), ("offload_param", 3)):
-        options = zero.get(name) or {}
-        device = options.get("device", "none") if isinstance(options, dict) else options
-        if device not in ("none", "cpu"):
-            raise ValueError(f"{where}.{name}: must be {{device: cpu}} or {{device: none}} (is {device!r})")
-        if device == "cpu" and zero_stage < lowest_stage:
-            raise ValueError(f"{where}.{name}: needs zero_stage {lowest_stage} or more (is {zero_stage})")
-        if isinstance(options, dict):
-            refuse(f"{where}.{name}", options, ("ratio", "super_offload"))
-    refuse(where, zero, ("cpu_offload", "cpu_offload_param"))
 
 
 class WeightsConfig(Section):
@@ -224,26 +129,26 @@ class WeightsConfig(Section):
     """
 
     backend: Literal["gloo", "nccl"] = "gloo"
-    bucket_bytes: int = Field(64 * 1024 * 1024, ge=1024)
-    connect_timeout_s: float = Field(60.0, gt=0.0)
-    timeout_s: float = Field(120.0, gt=0.0)
-    verify_every: int = Field(10, ge=0)
+    bucket_bytes: int = Field(64 * 1024 * 1024, ge=1024, le=2**40)
+    connect_timeout_s: Seconds = 60.0
+    timeout_s: Seconds = 120.0
+    verify_every: Count = 10
 
 
 class CheckpointConfig(Section):
     """``every`` batches and at the end of the run; the newest ``keep_last`` are kept."""
 
-    every: int = Field(50, ge=1)
-    keep_last: int = Field(2, ge=1)
+    every: Positive = 50
+    keep_last: Positive = 2
 
 
 class EvaluationConfig(Section):
     """Held-out measurement before the first and after the last batch: T 1, fixed seeds."""
 
-    prompts: int = Field(64, ge=1)
-    max_response_tokens: int = Field(1024, ge=1)
-    seed: int = Field(1234, ge=0)
-    samples: int = Field(3, ge=0)
+    prompts: Positive = 64
+    max_response_tokens: Tokens = 1024
+    seed: Seed = 1234
+    samples: Count = 3
 
 
 class TelemetryConfig(Section):
@@ -251,10 +156,10 @@ class TelemetryConfig(Section):
     that of the files in ``logs/``. ``trackers`` get every row too.
     """
 
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", pattern=r"^[^\s/]+$", description="the name or number of a host")
     port: int | None = Field(0, ge=0, le=65535)
     log_format: Literal["text", "json"] = "text"
-    trackers: list[TrackerName] = []
+    trackers: Annotated[list[TrackerName], AfterValidator(each_once("tracker"))] = []
 
 
 class ClusterConfig(Section):
@@ -264,11 +169,11 @@ class ClusterConfig(Section):
     times within ``restart_window_s``.
     """
 
-    address: str | None = None
-    cpus: float | None = Field(None, gt=0.0)
-    start_timeout_s: float = Field(600.0, gt=0.0)
-    max_restarts: int = Field(10, ge=0)
-    restart_window_s: float = Field(3600.0, gt=0.0)
+    address: str | None = Field(None, min_length=1)
+    cpus: float | None = Field(None, gt=0.0, le=100_000.0)
+    start_timeout_s: Seconds = 600.0
+    max_restarts: Count = 10
+    restart_window_s: Seconds = 3600.0
 
 
 class Config(Section):
@@ -315,36 +220,55 @@ class Config(Section):
     @model_validator(mode="after")
     def _teachers_differ(self) -> Self:
         if not self.teachers:
-            raise ValueError("teachers: there must be at least one")
+            raise ValueError("teachers: there must be at least one; write - {model: ...} below it")
         names = [teacher.name for teacher in self.teachers]
         sources = [source for teacher in self.teachers for source in teacher.sources]
         for what, values in (("name", names), ("source", sources)):
             if twice := [value for value in values if values.count(value) > 1]:
-                raise ValueError(f"teachers: {what} {twice[0]!r} is there twice")
+                raise ValueError(f"teachers: the {what} {show(twice[0])} stands twice")
         if len(defaults := [teacher.name for teacher in self.teachers if not teacher.sources]) > 1:
             raise ValueError(f"teachers: {' and '.join(defaults)} name no sources; only one can be the default")
         return self
 
     @model_validator(mode="after")
-    def _sections_fit(self) -> Self:
+    def _there_is_data(self) -> Self:
+        for name, data in (("data", self.prompts.data), ("held_out", self.prompts.held_out)):
+            if not data.strip():
+                raise ValueError(f"prompts.{name}: must be a .jsonl or .parquet file, or a data set's name (is '')")
+        return self
+
+    @model_validator(mode="after")
+    def _a_batch_can_be_trained(self) -> Self:
         if self.learner.token_budget < self.max_sequence_tokens:
             raise ValueError(
-                f"learner.token_budget {self.learner.token_budget} is below prompts.max_tokens + max_response_tokens "
-                f"= {self.max_sequence_tokens}: the longest trajectory would fit no micro-batch"
+                f"learner.token_budget: {self.learner.token_budget} is below prompts.max_tokens + max_response_tokens "
+                f"= {self.max_sequence_tokens}; the longest trajectory would fit no micro-batch"
             )
-        if self.weights.backend == "nccl" and not (self.learner.gpus and self.rollout.gpus):
-            raise ValueError("weights.backend nccl moves weights between GPUs: learner.gpus and rollout.gpus are 0")
+        if self.batch_trajectories < self.learner.optimizer_steps_per_batch * self.learner.ranks:
+            raise ValueError(
+                f"flow.batch_prompts: a batch of {self.batch_trajectories} trajectories cannot be cut into "
+                f"{self.learner.optimizer_steps_per_batch} optimiser steps on {self.learner.ranks} ranks"
+            )
         if self.loss.reward is not None and (self.rollout.samples_per_prompt < 2 or self.flow.lookahead):
             raise ValueError(
-                "loss.reverse_kl.reward compares a prompt's samples within one batch: it needs "
+                "loss.reverse_kl.reward: compares a prompt's samples within one batch; it needs "
                 f"rollout.samples_per_prompt of 2 or more (is {self.rollout.samples_per_prompt}) and flow.lookahead 0 "
                 f"(is {self.flow.lookahead})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        learner, rollout = self.learner.gpus, self.rollout.gpus
+        if self.weights.backend == "nccl" and not (learner.is_integer() and rollout.is_integer() and learner * rollout):
+            raise ValueError(
+                "weights.backend: nccl moves weights between GPUs that are not shared; it needs "
+                f"learner.gpus 1 (is {learner:g}) and rollout.gpus of 1 or more (is {rollout:g}); else write gloo"
+            )
+        if isinstance(self.loss.reverse_kl, NoReverseKl) and not self.loss.forward_counts:
+            raise ValueError(
+                "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or loss.gate never opens"
+            )
         if self.prompts.template == "none" and any(teacher.template_options for teacher in self.teachers):
             raise ValueError("teachers.template_options: go to a chat template; prompts.template is none")
-        if self.batch_trajectories < self.learner.optimizer_steps_per_batch * self.learner.ranks:
-            raise ValueError(
-                f"a batch of {self.batch_trajectories} trajectories cannot be cut into "
-                f"{self.learner.optimizer_steps_per_batch} optimiser steps on {self.learner.ranks} ranks"
-            )
         return self

@@ -1,5 +1,6 @@
 """What is checked before any worker starts: models, vocabularies, prompts. Every failure is one ``ConfigError``."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,10 +8,11 @@ from pathlib import Path
 
 from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
+from eopd.config.notes import notes as notes_of_config
 from eopd.config.processor import dtype_notes
 from eopd.preflight.answers import require_answers, require_readable_answers
 from eopd.preflight.models import require_model
-from eopd.preflight.options import require_vllm_options
+from eopd.preflight.options import require_deepspeed_options, require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
 from eopd.remember import remembered
 from eopd.teacher.vocabulary import SharedVocabulary, load_tokenizer, require_same_vocabulary
@@ -32,13 +34,16 @@ def check(config: Config) -> Prepared:
 
     Raises:
         ConfigError: a model directory or data file is missing, vocabularies or end tokens differ, top_k is larger than
-            a vocabulary, vLLM knows no such option, the student has no such layers to adapt, prompts do not fit or have
-            no teacher, a verifier has no answers, or a tracker cannot be used.
+            a vocabulary, vLLM or DeepSpeed take no such option, the student has no such layers to adapt, prompts do not
+            fit or have no teacher, a verifier has no answers, a tracker cannot be used, or a server's key is not set.
     """
     require_trackers(config.telemetry.trackers)
     require_vllm_options("rollout.vllm", config.rollout.vllm)
+    require_deepspeed_options("learner.deepspeed", config.learner.deepspeed)
     for teacher in config.teachers:
         require_vllm_options(f"teachers.{teacher.name}.vllm", teacher.vllm)
+    if unset := _keys_not_set(config):
+        raise ConfigError("\n".join(f"{where}: the environment variable {name} is not set" for where, name in unset))
     data = [Path(spec) for spec in (config.prompts.data, config.prompts.held_out)]
     if not all(path.suffix in DATA_SUFFIXES for path in data):  # a data set by name may change without a sign here
         return _check(config)
@@ -46,6 +51,23 @@ def check(config: Config) -> Prepared:
     files = [file for model in models for file in (*model.glob("*"), *model.glob("additional_chat_templates/*"))]
     question = config.model_dump_json(exclude={"run", "cluster", "telemetry", "checkpoint"})
     return remembered(question, [*data, *files], lambda: _check(config))
+
+
+def _runs_here(config: Config) -> bool:
+    """Whether the run starts Ray on this machine, rather than join a cluster of others."""
+    return (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
+def _keys_not_set(config: Config) -> list[tuple[str, str]]:
+    """Keys of servers that a run on this machine would miss, with the variables that should hold them.
+
+    They are read where the teacher's client runs: on a cluster that is another node, which has its own variables.
+    """
+    if not _runs_here(config):
+        return []
+    named = [(teacher.name, teacher.server.api_key_env) for teacher in config.teachers if teacher.server]
+    unset = [(name, variable) for name, variable in named if variable and not os.environ.get(variable, "").strip()]
+    return [(f"teachers.{name}.server.api_key_env", variable) for name, variable in unset]
 
 
 def _check(config: Config) -> Prepared:
@@ -152,7 +174,44 @@ def notes_on_data(config: Config, prepared: Prepared) -> Iterator[str]:
     """What a user may want to know of the prompts before they are trained on."""
     if dropped := prepared.train.num_dropped + prepared.held_out.num_dropped:
         yield f"dropped {dropped} prompts of more than {config.prompts.max_tokens} tokens"
-    yield from (f"note: {note}" for note in (*prepared.train.notes, *prepared.held_out.notes))
+    data = (*prepared.train.notes, *prepared.held_out.notes)
+    yield from (f"note: {note}" for note in (*data, *_oddities(config, prepared)))
+
+
+def _oddities(config: Config, prepared: Prepared) -> list[str]:
+    """What is odd and can be meant, in the config alone and beside the data that it names."""
+    train, held_out = prepared.train.prompts, prepared.held_out.prompts
+    found = notes_of_config(config)
+    if config.flow.batch_prompts > len(train):
+        found.append(
+            f"flow.batch_prompts: {config.flow.batch_prompts} is above the {len(train)} prompts of prompts.data; "
+            "a batch holds some of them more than once"
+        )
+    if config.evaluation.prompts > len(held_out):
+        found.append(
+            f"evaluation.prompts: {config.evaluation.prompts} is above the {len(held_out)} prompts of "
+            "prompts.held_out; all of them are used"
+        )
+    seen = {prompt.token_ids.tobytes() for prompt in train}
+    shared = sum(prompt.token_ids.tobytes() in seen for prompt in held_out)
+    if shared and config.prompts.data != config.prompts.held_out:
+        found.append(f"prompts.held_out: {shared} of its {len(held_out)} prompts are in prompts.data too")
+    taught = count_prompts(config.prompts.data, train, config)
+    found += [
+        f"teachers.{name}: teaches nothing: no row has its sources" for name, count in taught.items() if not count
+    ]
+    return found + _notes_on_threads(config)
+
+
+def _notes_on_threads(config: Config) -> list[str]:
+    """Threads of one actor beyond the cores of this machine, where the run is here."""
+    threads = {"learner": config.learner.threads, "rollout": config.rollout.threads}
+    threads |= {f"teachers.{teacher.name}": teacher.threads for teacher in config.teachers}
+    cores = os.cpu_count() or 1
+    many = {name: number for name, number in threads.items() if number > cores and _runs_here(config)}
+    return [
+        f"{name}.threads: {number} on a machine of {cores} cores, which share its time" for name, number in many.items()
+    ]
 
 
 def _listed(ends: Mapping[int, str]) -> str:

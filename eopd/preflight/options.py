@@ -1,29 +1,107 @@
-"""Native options of the engines, checked by name before an engine starts."""
+"""Native options of the engines, checked by name, type and bounds before an engine starts.
 
-import ast
-import difflib
+The types are those that the installed libraries declare in their source (checked against vLLM
+0.32.0 and DeepSpeed 0.19.8); a driver that has them not checks nothing. Left out: options that are
+mappings of vLLM's own, such as ``compilation_config``, which go on as they are.
+"""
+
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError
+from eopd.config.messages import explain
+from eopd.preflight.declared import Declarations, options_model
+
+_Dtype = Literal["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"]
+_Level = Literal["debug", "info", "warning", "error", "critical"]
+# What DeepSpeed reads one by one from its options (runtime/config.py), without a class for them all,
+# and what is left of it here: batches, precision, optimiser and checkpoints are not its to say.
+_DEEPSPEED_KEYS: Final[Mapping[str, object]] = {
+    "steps_per_print": int | None,
+    "dump_state": bool,
+    "disable_python_gc": bool,
+    "disable_allgather": bool,
+    "communication_data_type": _Dtype | None,
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": float,
+    "zero_allow_untested_optimizer": bool,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "log_level": _Level | None,
+    "vocabulary_size": int | None,
+    "activation_checkpointing": dict[str, object],
+    "flops_profiler": dict[str, object],
+    "aio": dict[str, object],
+    "timers": dict[str, object],
+    "data_types": dict[str, object],
+}
+_DEEPSPEED_CLASSES: Final[Mapping[str, str]] = {
+    "zero_optimization": "DeepSpeedZeroConfig",
+    "comms_logger": "CommsLoggerConfig",
+    "compile": "CompileConfig",
+    "tensorboard": "TensorBoardConfig",
+    "wandb": "WandbConfig",
+    "csv_monitor": "CSVConfig",
+    "comet": "CometConfig",
+}
+_DEEPSPEED_BASE: Final = "DeepSpeedConfigModel"
 
 
 def require_vllm_options(key: str, options: Mapping[str, object]) -> None:
-    """Compare ``options`` with the names in the installed vLLM's source (0.32.0): importing it would take seconds.
+    """Compare ``options`` with what the installed vLLM's engine takes.
 
     Raises:
-        ConfigError: it has no such option.
+        ConfigError: it has no such option, or takes other values.
     """
-    spec = importlib.util.find_spec("vllm")
-    if not options or spec is None or spec.origin is None:  # a cluster's driver may be without
+    root = _source("vllm")
+    if not options or root is None:
         return
-    tree = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text(encoding="utf-8"))
-    kinds = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("EngineArgs")]
-    fields = [node.target for kind in kinds for node in kind.body if isinstance(node, ast.AnnAssign)]
-    known = [field.id for field in fields if isinstance(field, ast.Name)]
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{key}: vLLM has no option {name}{hint}")
+    files = [root / "engine" / "arg_utils.py", *(root / "config").glob("*.py")]
+    declared = Declarations.read(files)
+    _require(key, options, declared.model("EngineArgs", "AsyncEngineArgs", only=options))
+
+
+def require_deepspeed_options(key: str, options: Mapping[str, object]) -> None:
+    """Compare ``options`` with what the installed DeepSpeed takes; it ignores what it does not know.
+
+    Raises:
+        ConfigError: it has no such option, or takes other values.
+    """
+    root = _source("deepspeed")
+    if not options or root is None:
+        return
+    files = [file for file in root.rglob("*.py") if "config" in file.stem]
+    declared = Declarations.read(files)
+    sections = {name: declared.model(kind, nested=_DEEPSPEED_BASE) for name, kind in _DEEPSPEED_CLASSES.items()}
+    model = options_model("DeepSpeed", {**_DEEPSPEED_KEYS, **sections})
+    _require(key, _as_deepspeed_reads(options), model)
+
+
+def _source(library: str) -> Path | None:
+    """Where a library's source lies, found without importing it."""
+    spec = importlib.util.find_spec(library)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _as_deepspeed_reads(options: Mapping[str, object]) -> dict[str, object]:
+    """``5e8`` is a whole number, and what is ``auto`` is left out."""
+    return {name: _whole(value) for name, value in options.items() if value != "auto"}
+
+
+def _whole(value: object) -> object:
+    if isinstance(value, Mapping):
+        return _as_deepspeed_reads(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _require(key: str, options: Mapping[str, object], model: type[BaseModel]) -> None:
+    try:
+        model.model_validate_json(json.dumps(options))
+    except ValidationError as error:
+        lines = [explain(detail, model)[1] for detail in error.errors(include_url=False)]
+        raise ConfigError("\n".join(f"{key}.{line}" for line in dict.fromkeys(lines))) from None

@@ -234,7 +234,7 @@ def test_only_the_gpu_group_asks_for_gpus_and_runs_the_gpu_image(rayjob):
 
 def test_the_readme_s_gpu_settings_are_valid(rayjob):
     readme = (CLUSTER / "README.md").read_text(encoding="utf-8")
-    settings = re.findall(r"--set (\S+)", readme)
+    settings = [os.path.expandvars(one) for one in re.findall(r"--set (\S+)", readme)]  # as the shell does
     assert settings
     config = shlex.split(rayjob["spec"]["entrypoint"])[2]
     resolved = load_config(ROOT / config, settings)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eopd.checkpoint import DriverState, StorageError, write_checkpoint
 from eopd.cli.main import main
+from eopd.config import load_config
 from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.evaluation.graders import Verdict
 from eopd.models.tiny import build_model, train_tokenizer, write_model
@@ -50,7 +51,7 @@ def files(tmp_path_factory):
         ("prompts.data={root}/no.jsonl", "error: prompts.data: {root}/no.jsonl cannot be read (No such file or "),
         ("prompts.held_out={root}/empty.jsonl", "error: prompts.held_out: {root}/empty.jsonl has no rows"),
         ("prompts.max_tokens=3", "prompts.max_tokens is 3; shorten it, raise the limit (--max-prompt-tokens of eopd "),
-        ("learner.token_budget=64", "learner.token_budget 64 is below prompts.max_tokens + max_response_tokens = 2048"),
+        ("learner.token_budget=64", "learner.token_budget: 64 is below prompts.max_tokens + max_response_tokens = 204"),
         ("teachers.0.model={root}/other", "{root}/other"),
         (
             "student.model={root}/small teachers.0.model={root}/small loss.top_k=4",
@@ -65,7 +66,7 @@ def files(tmp_path_factory):
             "student.lora.target_modules=q_prj",
             "error: student.lora.target_modules: 'q_prj' matches no layer of Qwen3ForCausalLM; its linear ",
         ),
-        ("loss.top_k=300", "loss.top_k: Input should be less than or equal to 256 (is 300)"),
+        ("loss.top_k=300", "loss.top_k: must be a whole number from 1 to 256 (is 300)"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(files, overrides, message, capsys, monkeypatch):
@@ -77,6 +78,38 @@ def test_a_mistake_is_one_message_and_exit_code_2(files, overrides, message, cap
     shown = capsys.readouterr().err
     assert message.format(root=files) in shown and "Traceback" not in shown
     assert not (files / "runs").exists()
+
+
+def test_a_config_is_printed_with_every_default_and_loads_again(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eopd", "config", str(files / "c.yaml"), "--set", "loss.gate=always"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0 and "max_skipped_steps: 3" in shown
+    (tmp_path / "whole.yaml").write_text(shown)
+    assert load_config(tmp_path / "whole.yaml") == load_config(files / "c.yaml", ["loss.gate=always"])
+
+
+@pytest.mark.parametrize("verb", ["train", "check", "config"])
+def test_help_gives_an_example_of_an_override(verb, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eopd", verb, "-h"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    assert "--set learner.lr=1e-5" in shown and "docs/configuration.md" in shown
+
+
+def test_options_of_eval_have_the_bounds_of_their_keys(capsys, monkeypatch):
+    arguments = ["eval", "model", "rows.jsonl", "--threads", "1000", "--gpus", "1.5"]
+    monkeypatch.setattr(sys, "argv", ["eopd", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: --gpus: 1.5 is neither a whole number of GPUs nor, below 1, a share of one\n"
+        "--threads: must be a whole number from 1 to 512 (is 1000)\n"
+    )
 
 
 async def _save_nothing(learner: Path) -> None:
@@ -269,7 +302,7 @@ def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkey
         ([{"question": "few"}], [], "error: DATA: {root}/graded.jsonl:1: needs either `prompt`"),
         ([], ["--template-options", "["], "error: --template-options [: must be a YAML mapping, e.g. {{enable_"),
         ([], ["--template-options", "yes"], "error: --template-options yes: must be a YAML mapping, e.g. {{enable_"),
-        ([], ["--template-options", "tools: 1"], "error: --template-options tools: 1: template_options: tools cannot"),
+        ([], ["--template-options", "tools: 1"], "error: --template-options.tools: cannot be set here"),
         ([], ["--k", "9"], "error: --k 9: must be between 1 and --n 8"),
     ],
 )

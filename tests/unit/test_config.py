@@ -1,9 +1,15 @@
 """YAML and overrides to a checked config: a mistake is one message that names key, value and what is allowed."""
 
+import re
+from pathlib import Path
+
+import hypothesis.strategies as st
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
 
-from eopd.config import ConfigError, dump_config, load_config
+from eopd.config import Config, ConfigError, dump_config, load_config
+from eopd.config.notes import notes
 
 MINIMAL = """
 run: {name: r, batches: 2}
@@ -54,63 +60,350 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
     ("override", "message"),
     [
         ("rollout.engine=2", "rollout.engine: unknown key; did you mean engines?"),
-        ("loss.gate={kind: hard, taw: 1}", "loss.gate.hard.taw: unknown key; did you mean tau?"),
+        ("loss.gate={kind: hard, taw: 1}", "loss.gate.taw: unknown key; did you mean tau?"),
         ("teachers.0.modle=x", "teachers.0.modle: unknown key; did you mean model?"),
         ("lerner={}", "lerner: unknown key; did you mean learner?"),
-        ("learner.lr=-1", r"learner.lr: Input should be greater than 0 \(is -1\)"),
-        ("loss.gate={kind: soft}", "loss.gate: .*'hard'.*"),
-        ("learner.token_budget=150", "learner.token_budget 150 is below .* = 200"),
-        ("flow.lookahead=1", "lookahead 1 is above max_staleness 0"),
-        ("learner.ranks=9", "a batch of 8 trajectories cannot be cut into 1 optimiser steps on 9 ranks"),
-        ("learner.deepspeed={train_batch_size: 4}", "train_batch_size cannot be set here"),
-        ("learner.deepspeed={bfloat16: {enabled: true}}", "bfloat16 cannot be set here"),
-        ("rollout.vllm={logprobs_mode: raw_logprobs}", "rollout: vllm: logprobs_mode cannot be set here"),
-        ("teachers=[]", "teachers: there must be at least one"),
-        ("teachers=[{model: a}, {model: b}]", "teachers: name 'teacher' is there twice"),
-        ("teachers=[{model: a, name: a}, {model: b, name: b}]", "a and b name no sources; only one can be the default"),
+        ("learner.lr=-1", "learner.lr: must be a number above 0, at most 1 (is -1)"),
+        (
+            "loss.gate={kind: soft}",
+            "loss.gate.kind: soft is unknown; kinds are hard, quantile, sigmoid, random, always and never",
+        ),
+        (
+            "learner.token_budget=150",
+            "learner.token_budget: 150 is below prompts.max_tokens + max_response_tokens = 200; "
+            "the longest trajectory would fit no micro-batch",
+        ),
+        (
+            "flow.lookahead=1",
+            "flow.lookahead: 1 is above flow.max_staleness 0; a batch that overtakes makes the others that much staler",
+        ),
+        (
+            "learner.ranks=9",
+            "flow.batch_prompts: a batch of 8 trajectories cannot be cut into 1 optimiser steps on 9 ranks",
+        ),
+        (
+            "learner.deepspeed={train_batch_size: 4}",
+            "learner.deepspeed.train_batch_size: cannot be set here: learner.token_budget and "
+            ".optimizer_steps_per_batch cut the batches",
+        ),
+        (
+            "learner.deepspeed={bfloat16: {enabled: true}}",
+            "learner.deepspeed.bfloat16: cannot be set here: student.dtype says it",
+        ),
+        (
+            "rollout.vllm={logprobs_mode: raw_logprobs}",
+            "rollout.vllm.logprobs_mode: cannot be set here: the learner needs the probabilities "
+            "that were sampled from",
+        ),
+        ("teachers=[]", "teachers: there must be at least one; write - {model: ...} below it"),
+        ("teachers=[{model: a}, {model: b}]", "teachers: the name teacher stands twice"),
+        (
+            "teachers=[{model: a, name: a}, {model: b, name: b}]",
+            "teachers: a and b name no sources; only one can be the default",
+        ),
         (
             "teachers=[{model: a, name: a, sources: [x, y]}, {model: b, name: b, sources: x}]",
-            "teachers: source 'x' is there twice",
+            "teachers: the source x stands twice",
         ),
-        ("teachers.0.backend=eopd", "teachers.0: backend eopd: needs a server section"),
-        ("teachers.0.server={url: 'http://h'}", "teachers.0: backend vllm: takes no server section"),
-        ("teachers.0={model: a, backend: eopd, server: {url: 'h:80'}}", "teachers.0.server.url: "),
-        ("teachers.0={model: a, backend: eopd, server: {url: 'http://me:key@h'}}", "teachers.0.server.url: "),
+        ("teachers.0.backend=eopd", "teachers.0.backend: eopd needs a server section"),
+        ("teachers.0.server={url: 'http://h'}", "teachers.0.backend: vllm takes no server section"),
+        (
+            "teachers.0={model: a, backend: eopd, server: {url: 'h:80'}}",
+            "teachers.0.server.url: must be the root of a server, as http://host:8000, without user, key, ? or # "
+            "(is h:80)",
+        ),
+        (
+            "teachers.0={model: a, backend: eopd, server: {url: 'http://me:key@h'}}",
+            "teachers.0.server.url: must be the root of a server, as http://host:8000, without user, key, ? or #",
+        ),
         (
             "teachers.0={model: a, backend: eopd, server: {url: 'http://h'}, vllm: {seed: 1}}",
-            "teachers.0: backend eopd: takes no vllm options",
+            "teachers.0.vllm: must be empty with backend eopd, whose server has its own options",
         ),
-        ("teachers.0={model: a, backend: openai, server: {url: 'http://h'}}", "server.model: backend openai needs"),
+        (
+            "teachers.0={model: a, backend: openai, server: {url: 'http://h'}}",
+            "teachers.0.server.model: is required with backend openai: the name the model is served under",
+        ),
         (
             "teachers.0={model: a, backend: openai, temperature: 0.7, server: {url: 'http://h', model: m}}",
-            "prompt log-probabilities of a stock server are always those at 1",
+            "teachers.0.temperature: must be 1 with backend openai (is 0.7); the prompt "
+            "log-probabilities of a stock server are always those at 1",
         ),
-        ("teachers.0.max_prompt_tokens=5", "are of a teacher with a template"),
-        ("teachers.0.vllm={runner: generate}", "teachers.0: vllm: runner cannot be set here"),
-        ("learner.betas=[0.9, 2]", "learner.betas.1: Input should be less than 1"),
-        ("weights.backend=nccl", "weights.backend nccl moves weights between GPUs"),
-        ("learner.deepspeed={zero_optimization: {stage: 3}}", "zero_optimization.stage: set by zero_stage"),
+        ("teachers.0.max_prompt_tokens=5", "teachers.0.max_prompt_tokens: is of a teacher with a template"),
+        (
+            "teachers.0.vllm={runner: generate}",
+            "teachers.0.vllm.runner: cannot be set here: a teacher reads and does not write",
+        ),
+        ("learner.betas=[0.9, 2]", "learner.betas.1: must be a number of 0 or more, below 1 (is 2)"),
+        (
+            "weights.backend=nccl",
+            "weights.backend: nccl moves weights between GPUs that are not shared; it needs "
+            "learner.gpus 1 (is 0) and rollout.gpus of 1 or more (is 0); else write gloo",
+        ),
+        (
+            "learner.deepspeed={zero_optimization: {stage: 3}}",
+            "learner.deepspeed.zero_optimization.stage: cannot be set here: learner.zero_stage says it",
+        ),
         (
             "loss.reverse_kl={kind: sampled, reward: {grader: math}}",
-            r"needs rollout.samples_per_prompt of 2 or more \(is 1\)",
+            "loss.reverse_kl.reward: compares a prompt's samples within one batch; it needs "
+            "rollout.samples_per_prompt of 2 or more (is 1) and flow.lookahead 0 (is 0)",
         ),
-        ("loss.reverse_kl={kind: none, reward: {grader: math}}", "reverse_kl.none.reward: unknown key"),
-        ("student.dtype=float16", "student.dtype: Input should be 'auto', 'float32' or 'bfloat16'"),
-        ("student.lora.rank=0", r"student.lora.rank: Input should be greater than or equal to 1 \(is 0\)"),
-        ("student.lora={alpha: 0}", "student.lora.alpha: Input should be greater than 0"),
+        (
+            "loss.reverse_kl={kind: none, reward: {grader: math}}",
+            "loss.reverse_kl.reward: unknown key; allowed here: kind",
+        ),
+        (
+            "student.dtype=float16",
+            "student.dtype: must be auto, float32 or bfloat16 (is float16); did you mean bfloat16?",
+        ),
+        ("student.lora.rank=0", "student.lora.rank: must be a whole number from 1 to 4096 (is 0)"),
+        ("student.lora={alpha: 0}", "student.lora.alpha: must be a number above 0, at most 1e+06 (is 0)"),
         ("student.lora={ranks: 4}", "student.lora.ranks: unknown key; did you mean rank?"),
-        ("student.lora.target_modules=[]", "student.lora.target_modules: Tuple should have at least 1 item"),
-        ("loss.alpha=.inf", "loss.alpha: Input should be a finite number"),
-        ("run.name=a/b", "run.name: .*"),
-        ("flow.batch_prompts", "must be section.key=value"),
-        ("teachers.1.model=x", "must be an index below 1"),
-        ("run.name.x=1", "run.name is a value, it has no key x"),
-        ("run.seed=[", "the value is not YAML"),
+        (
+            "student.lora.target_modules=[]",
+            "student.lora.target_modules: must be a list of at least one, each text (is [])",
+        ),
+        ("loss.alpha=.inf", "loss.alpha: must be a number from 0 to 1e+06 (is .inf)"),
+        (
+            "run.name=a/b",
+            "run.name: must be letters, digits, '.', '_' and '-', of which the first is a letter or digit (is a/b)",
+        ),
+        ("flow.batch_prompts", "--set flow.batch_prompts: must be section.key=value"),
+        ("teachers.1.model=x", "--set teachers.1.model=x: teachers.1 must be an index below 1"),
+        ("run.name.x=1", "--set run.name.x=1: run.name is a value, it has no key x"),
+        (
+            "run.seed=[",
+            "--set run.seed=[: is not YAML: while parsing a flow node, "
+            "expected the node content, but found '<stream end>'; put YAML's quotes around a "
+            "text: --set 'run.seed=\"...\"'",
+        ),
+        ("learner.lr=true", "learner.lr: must be a number above 0, at most 1 (is true)"),
+        ("run.batches=true", "run.batches: must be a whole number from 1 to 1000000000 (is true)"),
+        ("run.batches=1:30", "run.batches: 1:30 is a number of base 60 in YAML 1.1: write it in digits alone"),
+        ("run.batches=010", "run.batches: 010 is octal in YAML 1.1, for its leading zero: write it without"),
+        ("run.batches=2.5", "run.batches: must be a whole number from 1 to 1000000000 (is 2.5)"),
+        ("run.batches=1e30", "run.batches: must be a whole number from 1 to 1000000000 (is 1.0e+30)"),
+        ("run.batches=null", "run.batches: must be a whole number from 1 to 1000000000 (is null)"),
+        ("run.batches=", "run.batches: must be a whole number from 1 to 1000000000 (is null)"),
+        ("learner.lr=9", "learner.lr: must be a number above 0, at most 1 (is 9)"),
+        ("learner.lr=abc", "learner.lr: must be a number above 0, at most 1 (is abc)"),
+        ("learner.lr=.nan", "learner.lr: must be a number above 0, at most 1 (is .nan)"),
+        (
+            "run.name=my run",
+            "run.name: must be letters, digits, '.', '_' and '-', of which the first is a letter or digit (is my run)",
+        ),
+        (
+            "run.name=null",
+            "run.name: must be letters, digits, '.', '_' and '-', of which the first is a letter or digit (is null)",
+        ),
+        (
+            "run.seed=18446744073709551616",
+            "run.seed: must be a whole number from 0 to 18446744073709551615 (is 18446744073709551616)",
+        ),
+        (
+            "evaluation.seed=123456789012345678901234567890",
+            "evaluation.seed: must be a whole number from 0 to 18446744073709551615 (is "
+            "123456789012345678901234567890)",
+        ),
+        ("learner=[1]", "learner: must be a mapping of its keys (ranks, cpus, gpus, threads, ...) (is [1])"),
+        ("learner=5", "learner: must be a mapping of its keys (ranks, cpus, gpus, threads, ...) (is 5)"),
+        (
+            "loss.gate=hrad",
+            "loss.gate.kind: hrad is unknown; did you mean hard? kinds are hard, quantile, "
+            "sigmoid, random, always and never",
+        ),
+        (
+            "loss.gate={tau: 0.8}",
+            "loss.gate.kind: is required; kinds are hard, quantile, sigmoid, random, always and never",
+        ),
+        (
+            "loss.gate={kind: hrad}",
+            "loss.gate.kind: hrad is unknown; did you mean hard? kinds are hard, quantile, "
+            "sigmoid, random, always and never",
+        ),
+        (
+            "loss.gate=null",
+            "loss.gate: must be {kind: hard}, {kind: quantile}, {kind: sigmoid}, {kind: random}, "
+            "{kind: always} or {kind: never} (is null)",
+        ),
+        (
+            "loss.gate=[hard]",
+            "loss.gate: must be {kind: hard}, {kind: quantile}, {kind: sigmoid}, {kind: random}, "
+            "{kind: always} or {kind: never} (is [hard])",
+        ),
+        ("loss.gate=5", "loss.gate.kind: 5 is unknown; kinds are hard, quantile, sigmoid, random, always and never"),
+        (
+            "loss.forward_kl=renormalised",
+            "loss.forward_kl.kind: renormalised is unknown; did you mean renormalized? kinds are "
+            "renormalized, tail and truncated",
+        ),
+        (
+            "loss={reverse_kl: none, alpha: 0}",
+            "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or loss.gate never opens",
+        ),
+        (
+            "loss={reverse_kl: none, gate: never}",
+            "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or loss.gate never opens",
+        ),
+        (
+            "loss={reverse_kl: none, gate: {kind: random, rate: 0}}",
+            "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or loss.gate never opens",
+        ),
+        ("student.lora={rank: 100000}", "student.lora.rank: must be a whole number from 1 to 4096 (is 100000)"),
+        ("student.lora=8", "student.lora: must be a mapping of its keys (rank, alpha, target_modules), or null (is 8)"),
+        (
+            "telemetry.trackers=wandbb",
+            "telemetry.trackers.0: must be tensorboard, wandb or mlflow (is wandbb); did you mean wandb?",
+        ),
+        ("telemetry.trackers=[wandb, wandb]", "telemetry.trackers: tracker wandb stands twice"),
+        ("telemetry.port=none", "telemetry.port: must be a whole number from 0 to 65535, or null (is none)"),
+        ("telemetry.port=99999", "telemetry.port: must be a whole number from 0 to 65535, or null (is 99999)"),
+        ("teachers=null", "teachers: there must be at least one; write - {model: ...} below it"),
+        ("teachers=x", "teachers.0: must be a mapping of its keys (name, backend, model, server, ...) (is x)"),
+        ("teachers=[null]", "teachers.0.model: is required"),
+        ("teachers.model=x", "--set teachers.model=x: teachers is a list; write teachers.0.model for its first item"),
+        ("teachers.3.model=x", "--set teachers.3.model=x: teachers.3 must be an index below 1"),
+        ("learner.betas=0.9", "learner.betas: must be a list of 2, each a number of 0 or more, below 1 (is [0.9])"),
+        ("learner.betas=[0.9]", "learner.betas: must be a list of 2, each a number of 0 or more, below 1 (is [0.9])"),
+        ("learner.zero_stage=4", "learner.zero_stage: must be 0, 1, 2 or 3 (is 4)"),
+        ("learner.zero_stage=true", "learner.zero_stage: must be 0, 1, 2 or 3 (is true)"),
+        ("student.dtype=bf16", "student.dtype: must be auto, float32 or bfloat16 (is bf16); did you mean bfloat16?"),
+        ("student.model=", "student.model: must be a path (is null)"),
+        ("student.model=''", "student.model: must be a path (is ''); . is the working directory"),
+        ("student.model=~nosuchuser/x", "student.model: ~nosuchuser/x: there is no such user, or no home directory"),
+        (
+            "student.model=$HOME/x",
+            "student.model: $HOME/x: variables are not filled in; write the path out, or begin it with ~",
+        ),
+        (
+            "student.model=s3://bucket/x",
+            "student.model: s3:/bucket/x is an address; it must be a path on a disk that every node reads",
+        ),
+        ('student.model="a\\0b"', "student.model: a path holds no NUL character"),
+        ("prompts.data=''", "prompts.data: must be a .jsonl or .parquet file, or a data set's name (is '')"),
+        ('prompts.data="a\\0b.jsonl"', "prompts.data: a path holds no NUL character"),
+        (
+            "prompts.suffix=#1 answer",
+            "--set prompts.suffix=#1 answer: ends at #, where a comment of YAML "
+            "begins; put YAML's quotes around a text: --set 'prompts.suffix=\"...\"'",
+        ),
+        (
+            "prompts.suffix=: x",
+            "--set prompts.suffix=: x: is not YAML: while parsing a block "
+            "mapping, expected <block end>, but found ':'; put YAML's quotes around a text: "
+            "--set 'prompts.suffix=\"...\"'",
+        ),
+        (".run=x", "--set .run=x: must be section.key=value; a part of the key is empty"),
+        ("run..name=x", "--set run..name=x: must be section.key=value; a part of the key is empty"),
+        ("run.lr=1e-4", "run.lr: unknown key; did you mean learner.lr?"),
+        ("run.seeed=1", "run.seeed: unknown key; did you mean seed?"),
+        (
+            "foo=1",
+            "foo: unknown key; allowed here: checkpoint, cluster, evaluation, flow, learner, "
+            "loss, prompts, rollout, run, student, teachers, telemetry, weights",
+        ),
+        ("learner.threads=1000", "learner.threads: must be a whole number from 1 to 512 (is 1000)"),
+        (
+            "learner.token_budget=1000000000000",
+            "learner.token_budget: must be a whole number from 1 to 100000000 (is 1000000000000)",
+        ),
+        ("rollout.engines=1000000", "rollout.engines: must be a whole number from 1 to 4096 (is 1000000)"),
+        ("rollout.temperature=1e-30", "rollout.temperature: must be a number from 0.01 to 100 (is 1.0e-30)"),
+        ("rollout.temperature=0", "rollout.temperature: must be a number from 0.01 to 100 (is 0)"),
+        ("learner.gpus=2", "learner.gpus: one rank uses one GPU (is 2); raise learner.ranks for more"),
+        (
+            "learner={gpus: 0.5, ranks: 2}",
+            "learner.gpus: 2 ranks may not share a GPU, since NCCL joins them (is 0.5); write 1, or ranks: 1",
+        ),
+        ("rollout.gpus=1.5", "rollout.gpus: 1.5 is neither a whole number of GPUs nor, below 1, a share of one"),
+        (
+            "rollout={max_response_tokens: 100, gpus: 1, vllm: {tensor_parallel_size: 4}}",
+            "rollout.gpus: must be 4 for vllm.tensor_parallel_size 4 (is 1)",
+        ),
+        (
+            "rollout={max_response_tokens: 100, gpus: 2}",
+            "rollout.gpus: the engine would use one of 2; add vllm: {tensor_parallel_size: 2}",
+        ),
+        (
+            "rollout.vllm={data_parallel_size: 2}",
+            "rollout.vllm.data_parallel_size: cannot be set here: an engine lives in one process "
+            "group on one node; raise the number of engines instead",
+        ),
+        (
+            "rollout.vllm={enable_lora: true, model: x}",
+            "rollout.vllm.enable_lora: cannot be set here: engines get whole weights; "
+            "student.lora trains adapters; vllm.model: cannot be set here: student.model says it",
+        ),
+        (
+            "rollout.vllm={enforce_eager: yes}",
+            "rollout.vllm.enforce_eager: yes is true in YAML 1.1 and text in YAML 1.2: write true, or 'yes' in quotes",
+        ),
+        (
+            "rollout.vllm={seed: 010}",
+            "rollout.vllm.seed: 010 is octal in YAML 1.1, for its leading zero: write it "
+            "without, or quote it if it is text",
+        ),
+        ("rollout.vllm={x: .nan}", "rollout.vllm.x: must be a finite number (is .nan)"),
+        ("rollout.vllm=[a]", "rollout.vllm: must be a mapping of options (is [a])"),
+        (
+            "teachers.0={model: x, backend: openai, server: {url: 'http://h/v1', model: m}}",
+            "teachers.0.server.url: must be the root of the server: leave /v1 off",
+        ),
+        (
+            "teachers.0={model: x, backend: openai, server: {url: 'http://h:99999', model: m}}",
+            "teachers.0.server.url: names no host and port; write it as http://host:8000",
+        ),
+        (
+            "teachers.0={model: x, backend: openai, server: {url: 'http://h', model: m, api_key_env: sk-123}}",
+            "teachers.0.server.api_key_env: must be the name of an environment variable, which "
+            "holds the key, and not the key itself",
+        ),
+        (
+            "teachers.0={model: x, backend: openai, server: {url: 'http://me:key@h', model: m}}",
+            "teachers.0.server.url: must be the root of a server, as http://host:8000, without user, key, ? or #",
+        ),
+        ("teachers.0.eos_remap={a: b}", "teachers.0.eos_remap.a: keys must be whole numbers here"),
+        ("teachers.0.eos_remap={1: 2, 0x1: 3}", "teachers.0.eos_remap.0x1: stands twice, written in two ways"),
+        ("teachers.0.eos_remap=5", "teachers.0.eos_remap: must be a mapping of whole numbers (is 5)"),
+        (
+            "learner.activation_checkpointing=maybe",
+            "learner.activation_checkpointing: must be true or false (is maybe)",
+        ),
+        (
+            "learner.deepspeed={zero_optimization: {offload_param: true}}",
+            "learner.deepspeed.zero_optimization.offload_param: must be {device: cpu} or {device: none} (is true)",
+        ),
+        ("telemetry.host=''", "telemetry.host: must be the name or number of a host (is '')"),
+        (
+            "teachers[0].model=x",
+            "--set teachers[0].model=x: an item of a list is named by its number: teachers.0.model=...",
+        ),
+        ("teachers.-1.model=x", "--set teachers.-1.model=x: teachers.-1 must be an index below 1"),
+        ("rollout.vllm={runner: pooling}", "rollout.vllm.runner: cannot be set here: a rollout engine writes"),
+        ("cluster.address=none", "cluster.address: none is text in YAML: write null, or 'none' in quotes"),
+        ("rollout.vllm={a: None}", "rollout.vllm.a: None is text in YAML: write null, or 'None' in quotes"),
+        (
+            "student.lora=none",
+            "student.lora: must be a mapping of its keys (rank, alpha, target_modules), or null (is none)",
+        ),
+        ("learner.lr=1" + "0" * 399, "learner.lr: must be a number above 0, at most 1 (is 1" + "0" * 79 + " ...)"),
+        (
+            "run.batches=1" + "0" * 399,
+            "run.batches: must be a whole number from 1 to 1000000000 (is 1" + "0" * 79 + " ...)",
+        ),
+        (
+            "run.batches=1" + "0" * 5000,
+            "run.batches: must be a whole number from 1 to 1000000000 (is 1" + "0" * 79 + " ...)",
+        ),
+        ("cluster.cpus=-1", "cluster.cpus: must be a number above 0, at most 100000, or null (is -1)"),
+        ("learner.peak_flops=989", "learner.peak_flops: must be a number from 1e+09 to 1e+18, or null (is 989)"),
     ],
 )
 def test_a_mistake_names_key_value_and_what_is_allowed(path, override, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as caught:
         load_config(path, [override])
+    assert str(caught.value).removeprefix(f"{path}: ") == message
 
 
 def test_a_reward_compares_samples_of_one_batch(path):
@@ -127,13 +420,17 @@ ZERO = "learner.deepspeed.zero_optimization"
 @pytest.mark.parametrize(
     ("stage", "override", "message"),
     [
-        (0, "offload_optimizer.device=cpu", r"learner: deepspeed.*_optimizer: needs zero_stage 1 or more \(is 0\)"),
-        (2, "offload_param.device=cpu", r"learner: deepspeed.*offload_param: needs zero_stage 3 or more \(is 2\)"),
-        (3, "offload_optimizer.device=nvme", r"offload_optimizer: must be {device: cpu} or .* \(is 'nvme'\)"),
-        (3, "offload_param={device: nvme, nvme_path: /f}", r"offload_param: must be {device: cpu} or .* \(is 'nvme'\)"),
-        (3, "offload_param=true", r"offload_param: must be {device: cpu} or {device: none} \(is True\)"),
-        (3, "offload_optimizer={device: cpu, ratio: 0.5}", "zero_optimization.offload_optimizer: ratio cannot be set"),
-        (3, "cpu_offload=true", "zero_optimization: cpu_offload cannot be set here"),
+        (0, "offload_optimizer.device=cpu", "offload_optimizer: needs zero_stage 1 or more (is 0)"),
+        (2, "offload_param.device=cpu", "offload_param: needs zero_stage 3 or more (is 2)"),
+        (3, "offload_optimizer.device=nvme", "offload_optimizer: must be {device: cpu} or {device: none} (is nvme)"),
+        (
+            3,
+            "offload_param={device: nvme, nvme_path: /f}",
+            "offload_param: must be {device: cpu} or {device: none} (is nvme)",
+        ),
+        (3, "offload_param=true", "offload_param: must be {device: cpu} or {device: none} (is true)"),
+        (3, "offload_optimizer={device: cpu, ratio: 0.5}", "offload_optimizer.ratio: cannot be set here: "),
+        (3, "cpu_offload=true", "cpu_offload: cannot be set here: write offload_optimizer: {device: cpu} or "),
         (0, "offload_optimizer.device=none", None),
         (1, "offload_optimizer.device=cpu", None),
         (3, "offload_param={device: cpu, pin_memory: false}", None),
@@ -144,7 +441,7 @@ def test_offloading_that_cannot_work_is_refused(path, stage, override, message):
     if message is None:
         load_config(path, overrides)
         return
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: {ZERO}.{message}")):
         load_config(path, overrides)
 
 
@@ -157,5 +454,281 @@ def test_a_missing_key_and_a_broken_file_are_named(path, tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot be read \(No such file or directory\)"):
         load_config(tmp_path / "nowhere.yaml")
     path.write_text("- 1")
-    with pytest.raises(ConfigError, match="must be a mapping of sections, is list"):
+    with pytest.raises(ConfigError, match=r"must be a mapping of sections \(is \[1\]\)"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("run.batches=1_000", 1000),
+        ("run.batches=1e3", 1000),
+        ("run.batches=0x10", 16),
+        ("learner.lr=1e-5", 1e-5),
+        ("run.name=12345", "12345"),
+        ("run.name=2024_01", "2024_01"),
+        ("run.name=1.10", "1.10"),
+        ("run.name=010", "010"),
+        ("prompts.suffix=1:30", "1:30"),
+        ("run.name=no", "no"),
+        ("run.name=true", "true"),
+        ("run.name=2024-01-05", "2024-01-05"),
+        ("run.seed=18446744073709551615", 2**64 - 1),
+        ('prompts.suffix=": x"', ": x"),
+        ("prompts.suffix='#1'", "#1"),
+        ("student.lora.rank=4", 4),
+        ("telemetry.trackers=wandb", ["wandb"]),
+        ("telemetry.trackers=", []),
+        ("learner.betas=[0.9, 0.95]", (0.9, 0.95)),
+        ("learner.zero_stage=2", 2),
+        ("learner.activation_checkpointing=yes", True),
+        ("learner.activation_checkpointing=Off", False),
+        ("teachers.0.sources=math", ("math",)),
+        ("teachers.0.sources=[1, no, x]", ("1", "no", "x")),
+        ("teachers.0.eos_remap={0x10: 1_0}", {16: 10}),
+        ("rollout.vllm=", {}),
+        (
+            "rollout.vllm={a: {3: 1e-3, b: 2024-01-01, c: '1e-3', d: null}}",
+            {"a": {3: 1e-3, "b": "2024-01-01", "c": "1e-3", "d": None}},
+        ),
+    ],
+)
+def test_a_value_is_read_as_its_key_means_it(path, tmp_path, override, value):
+    config = load_config(path, [override])
+    found = config
+    for part in override.partition("=")[0].split("."):
+        found = found[int(part)] if part.isdigit() else getattr(found, part)
+    assert (found, type(found)) == (value, type(value))
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("short", "whole"),
+    [
+        ("loss.gate=quantile", "loss.gate={kind: quantile}"),
+        ("loss.gate=", "loss.gate={kind: hard}"),
+        ("loss.forward_kl=tail", "loss.forward_kl={kind: tail}"),
+        ("loss.reverse_kl=none", "loss.reverse_kl={kind: none}"),
+        ("student.lora=true", "student.lora={}"),
+        ("student.lora=false", "student.lora=null"),
+        ("teachers={model: x}", "teachers=[{model: x}]"),
+        ("learner=null", "learner={}"),
+    ],
+)
+def test_a_short_form_is_the_whole_one(path, short, whole):
+    assert load_config(path, [short]) == load_config(path, [whole])
+
+
+def test_an_override_reaches_into_a_short_form(path, tmp_path):
+    path.write_text(MINIMAL.replace("[{model: models/t}]", "{model: models/t}") + "loss: {gate: hard}\nlearner:\n")
+    config = load_config(path, ["loss.gate.tau=0.5", "teachers.0.name=n", "learner.lr=1e-4", "student.lora.rank=2"])
+    assert (config.loss.gate.tau, config.teachers[0].name) == (0.5, "n")
+    assert (config.learner.lr, config.student.lora.rank) == (1e-4, 2)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ("flow: {batch_prompts: 1}", "flow stands twice (lines 8 and 9): remove one"),
+        ("learner: {lr: 0.1,\n  lr: 0.2}", "learner.lr stands twice (lines 9 and 10): remove one"),
+        ("learner: {lr: 0.1, lr: 0.1}", "learner.lr stands twice (both in line 9): remove one"),
+        (
+            "learner: {deepspeed: {a: [{b: 1, b: 2}]}}",
+            "learner.deepspeed.a.0.b stands twice (both in line 9): remove one",
+        ),
+        ("x-held: {a: 1, a: 2}", "x-held.a stands twice (both in line 9): remove one"),
+        ("learner: &l {deepspeed: {a: *l}}", "line 9: learner.deepspeed.a contains itself"),
+        ("learner: " + "[" * 1500, "is nested more than 64 levels deep"),
+        ("learner: !!set {a}", "line 9: the tag !!set means nothing here"),
+        ("learner: !!python/name:os.system x", "line 9: the tag !!python/name:os.system means nothing here"),
+        ("? [a]\n: 1", "line 9: a list or mapping cannot be a key; quote a text that begins with { or ["),
+        ("learner: {lr: *none}", "is not YAML: line 9: found undefined alias 'none'"),
+        (
+            "learner:\n\tlr: 1",
+            "is not YAML: line 10: while scanning for the next token, found character '\\t' that "
+            "cannot start any token; indent with spaces",
+        ),
+        ('learner: "\\ud800"', "line 9: a \\u escape there is half a character"),
+        ('learner: "\\U00ffffff"', "is not YAML: chr() arg not in range(0x110000)"),
+        ("learner: {<<: 1}", "line 9: << merges mappings; write <<: *name or <<: [*a, *b]"),
+        (
+            "3: 4",
+            "3: unknown key; allowed here: checkpoint, cluster, evaluation, flow, learner, loss, "
+            "prompts, rollout, run, student, teachers, telemetry, weights",
+        ),
+        (
+            "'[key]': 1",
+            "[key]: unknown key; allowed here: checkpoint, cluster, evaluation, flow, learner, "
+            "loss, prompts, rollout, run, student, teachers, telemetry, weights",
+        ),
+        ("loss: {gate: {kind: hard, hard: 1}}", "loss.gate.hard: unknown key; allowed here: kind, tau"),
+        ("learner.lr: 1e-4", "learner.lr: unknown key; names with dots are for --set; here write learner: {lr: ...}"),
+        ("---\na: 1", "is not YAML: line 9: expected a single document in the stream, but found another document"),
+    ],
+)
+def test_a_file_that_is_no_tree_says_where(path, added, message):
+    path.write_text(f"{MINIMAL}{added}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).removeprefix(f"{path}: ") == message
+
+
+def test_aliases_that_grow_without_end_are_a_message(path):
+    levels = [f"x-{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(9)]
+    path.write_text("\n".join([MINIMAL, "x-0: &a0 lol", *levels]))
+    with pytest.raises(ConfigError, match="its aliases expand to more than 100000 values"):
+        load_config(path)
+
+
+def test_anchors_and_merge_keys_are_resolved_and_their_holders_ignored(path):
+    path.write_text(
+        f"x-cheap: &cheap {{cpus: 0.25, threads: 2}}\nx-more: &more {{cpus: 9, timeout_s: 5}}\n{MINIMAL}"
+        "learner: {<<: [*cheap, *more], threads: 3}\n"
+    )
+    learner = load_config(path).learner
+    assert (learner.cpus, learner.threads, learner.timeout_s) == (0.25, 3, 5.0)
+
+
+def test_every_mistake_is_said_at_once(path):
+    path.write_text(MINIMAL.replace("batches: 2", "batches: 010") + "learner: {lr: fast}\nx: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["loss.gate=hrad"])
+    keys = [line.partition(": ")[0] for line in str(caught.value).removeprefix(f"{path}: ").splitlines()]
+    assert sorted(keys) == ["learner.lr", "loss.gate.kind", "run.batches", "x"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must be a mapping of sections (is empty)"),
+        (b"# nothing\n", "must be a mapping of sections (is empty)"),
+        (b"run", "must be a mapping of sections (is run)"),
+        (b"run: \xff", "is not YAML: byte 6 is no UTF-8; save it as UTF-8 text"),
+        (b"\0", "is not YAML: unacceptable character #x0000: special characters are not allowed"),
+    ],
+)
+def test_a_file_that_is_no_yaml_mapping_says_what_it_is(path, content, message):
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_a_byte_order_mark_is_no_mistake(path):
+    path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert load_config(path).run.name == "r"
+
+
+def test_a_secret_written_where_its_name_belongs_is_not_repeated(path):
+    server = "{url: 'http://h', model: m, api_key_env: sk-123}"
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [f"teachers.0={{model: x, backend: openai, server: {server}}}"])
+    assert "sk-123" not in str(caught.value).replace(server, "")
+
+
+# --- whatever stands in the file --------------------------------------------------------------------
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["hard", "none", "1:30", "010", "no", "1_000", ".nan", "~", "<<", "kind", "0x1", "-"]),
+)
+KEYS = st.one_of(st.sampled_from([*Config.model_fields, "x-a", "kind", "name", "model"]), st.text(max_size=5))
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.integers(0, 9), inner, max_size=4),
+    max_leaves=12,
+)
+KNOBS = [line.replace("[]", ".0") for line in (Path(__file__).parents[1] / "house/knobs.txt").read_text().splitlines()]
+MANY = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def loads_or_is_refused(folder, text):
+    """Whether a text is a config; one that is loads again from what it is written as."""
+    file, again = folder / "any.yaml", folder / "again.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        config = load_config(file)
+    except ConfigError:
+        return False
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+    return True
+
+
+@MANY
+@given(st.text(st.sampled_from("{}[]:,&*!?|>-#'\"%@` \n\tab01_.<") | st.characters(), max_size=40))
+def test_any_text_is_a_config_or_one_message(tmp_path_factory, text):
+    loads_or_is_refused(tmp_path_factory.getbasetemp(), text)
+
+
+@MANY
+@given(st.sampled_from(KNOBS), TREES)
+def test_any_value_of_any_key_is_taken_or_one_message(tmp_path_factory, knob, value):
+    tree = yaml.safe_load(MINIMAL)
+    *parents, last = knob.split(".")
+    node = tree
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    node[last] = value
+    loads_or_is_refused(tmp_path_factory.getbasetemp(), yaml.safe_dump(tree, allow_unicode=True))
+
+
+@MANY
+@given(st.dictionaries(KEYS, TREES, max_size=13))
+def test_any_tree_is_a_config_or_one_message(tmp_path_factory, tree):
+    loads_or_is_refused(tmp_path_factory.getbasetemp(), yaml.safe_dump(tree, allow_unicode=True))
+
+
+def test_the_property_itself_sees_a_config(tmp_path):
+    assert loads_or_is_refused(tmp_path, MINIMAL)
+    assert not loads_or_is_refused(tmp_path, "run: 1")
+
+
+# --- notes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "note"),
+    [
+        ("run.batches=10_000_000", "run.batches: 10000000 are 116 days at a batch a second"),
+        (
+            "learner.warmup_batches=60",
+            "learner.warmup_batches: 60 is not below run.batches 60; learner.lr is reached at the end or never",
+        ),
+        (
+            "loss.alpha_warmup={start: 0.1, batches: 99}",
+            "loss.alpha_warmup.batches: 99 is not below run.batches 60; loss.alpha is reached at the end or never",
+        ),
+        (
+            "loss.alpha_warmup.start=0.1",
+            "loss.alpha_warmup.start: has no effect while loss.alpha_warmup.batches is 0",
+        ),
+        ("checkpoint.every=61", "checkpoint.every: 61 is above run.batches 60; the only one is at the end"),
+        ("learner.lr=0.2", "learner.lr: 0.2 moves every weight by about as much in each step"),
+        ("learner.betas=[0.99, 0.9]", "learner.betas: 0.99 before 0.9; the first is usually the smaller"),
+        ("loss.top_k=1", "loss.top_k: the forward KL compares the teacher's first candidate alone"),
+        ("loss.alpha=0", "loss.gate: has no effect while loss.alpha is 0"),
+        (
+            "teachers.0.temperature=0.5",
+            "teachers.teacher.temperature: 0.5 differs from rollout.temperature 1; the student learns a sharper or "
+            "flatter distribution than its own",
+        ),
+        (
+            "flow.max_staleness=65",
+            "flow.max_staleness: trajectories may be 65 versions behind what is trained",
+        ),
+        (
+            "prompts.held_out=a.jsonl",
+            "prompts.held_out: is prompts.data; held-out numbers are then those of training",
+        ),
+    ],
+)
+def test_what_is_odd_and_can_be_meant_is_a_note(path, override, note):
+    assert notes(load_config(path, ["run.batches=60"])) == []
+    assert notes(load_config(path, ["run.batches=60", override])) == [note]

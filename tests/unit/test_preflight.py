@@ -1,14 +1,18 @@
 """What `eopd check` finds before anything starts: several teachers, their prompts, and the report of it."""
 
 import json
+import os
 import sys
 
 import pytest
+from pydantic import ValidationError
 
 from eopd import preflight
 from eopd.cli.main import main
 from eopd.config import ConfigError, load_config
 from eopd.models.tiny import build_model, train_tokenizer, write_model
+from eopd.preflight.declared import Declarations
+from eopd.preflight.options import require_deepspeed_options, require_vllm_options
 
 ROWS = [("a", "math"), ("b", "math"), ("c", "code"), ("d", "poems")]
 
@@ -71,6 +75,9 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
         "  eos_remap   none",
         "  prompts     1 to train, 0 held out",
         "dropped 1 prompts of more than 64 tokens",
+        "note: checkpoint.every: 50 is above run.batches 1; the only one is at the end",
+        "note: evaluation.prompts: 64 is above the 1 prompts of prompts.held_out; all of them are used",
+        "note: prompts.held_out: 1 of its 1 prompts are in prompts.data too",
     ]
 
 
@@ -80,6 +87,203 @@ def test_the_report_says_which_precision_was_chosen_and_why(check):
     assert len(told) == 2
     assert told[0].startswith(("student.dtype: float32 (auto: ", "student.dtype: bfloat16 (auto: "))
     assert told[1] == "teachers.far.dtype: bfloat16 (auto: what most servers compute in)"
+
+
+def test_notes_compare_the_config_with_the_data(check):
+    _, shown = check("flow.batch_prompts=5", "checkpoint.every=1", "teachers.0.sources=[verse]")
+    assert [line for line in shown.splitlines() if line.startswith("note")] == [
+        "note: flow.batch_prompts: 5 is above the 4 prompts of prompts.data; a batch holds some of them more than once",
+        "note: evaluation.prompts: 64 is above the 1 prompts of prompts.held_out; all of them are used",
+        "note: prompts.held_out: 1 of its 1 prompts are in prompts.data too",
+        "note: teachers.chat: teaches nothing: no row has its sources",
+    ]
+
+
+def test_threads_are_compared_with_the_cores_of_a_run_that_is_local(check, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    note = "note: learner.threads: 5 on a machine of 4 cores, which share its time"
+    assert note in check("learner.threads=5")[1]
+    assert ".threads" not in check("learner.threads=4")[1]
+    assert ".threads" not in check("learner.threads=5", "cluster.address=auto")[1]
+
+
+SERVED = "teachers.1.server={{url: 'http://far:8000', api_key_env: EOPD_TEST_KEY}}"
+
+
+def test_the_key_of_a_server_must_be_set_where_the_run_is_local(check, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("EOPD_TEST_KEY", " ")
+    code, shown = check(SERVED)
+    assert (code, shown) == (
+        2,
+        "error: teachers.far.server.api_key_env: the environment variable EOPD_TEST_KEY is not set\n",
+    )
+    assert check(SERVED, "cluster.address=auto")[0] == 0
+    monkeypatch.setenv("EOPD_TEST_KEY", "a")
+    assert check(SERVED)[0] == 0
+
+
+def options_of_vllm(options):
+    require_vllm_options("rollout.vllm", options)
+
+
+def options_of_deepspeed(options):
+    require_deepspeed_options("learner.deepspeed", options)
+
+
+@pytest.mark.parametrize(
+    ("require", "options", "message"),
+    [
+        (options_of_vllm, {"max_num_seq": 4}, ".max_num_seq: unknown key; did you mean max_num_seqs?"),
+        (options_of_vllm, {"zeal": 4}, ".zeal: unknown key; no known key is like it"),
+        (
+            options_of_vllm,
+            {"tensor_parallel_size": "two"},
+            ".tensor_parallel_size: must be a whole number of 1 or more (is two)",
+        ),
+        (
+            options_of_vllm,
+            {"gpu_memory_utilization": 5},
+            ".gpu_memory_utilization: must be a number above 0, at most 1 (is 5)",
+        ),
+        (options_of_vllm, {"block_size": -1}, ".block_size: must be a whole number above 0, or null (is -1)"),
+        (options_of_vllm, {"enforce_eager": 1}, ".enforce_eager: must be true or false (is 1)"),
+        (
+            options_of_vllm,
+            {"max_num_seqs": True},
+            ".max_num_seqs: must be a whole number of 1 or more, or null (is true)",
+        ),
+        (options_of_vllm, {"tokenizer_mode": []}, ".tokenizer_mode: must be "),
+        (
+            options_of_vllm,
+            {"mamba_cache_mode": "alike"},
+            ".mamba_cache_mode: must be align or none (is alike); did you ",
+        ),
+        (
+            options_of_vllm,
+            {"served_model_name": 3},
+            ".served_model_name: must be text, a list, each text, or null (is 3)",
+        ),
+        (
+            options_of_deepspeed,
+            {"zero_optimisation": {"overlap_comm": True}},
+            ".zero_optimisation: unknown key; did you mean zero_optimization?",
+        ),
+        (
+            options_of_deepspeed,
+            {"overlap_comm": True},
+            ".overlap_comm: unknown key; did you mean zero_optimization.overlap_",
+        ),
+        (
+            options_of_deepspeed,
+            {"zero_optimization": {"overlap_com": True}},
+            ".zero_optimization.overlap_com: unknown key; did you mean overlap_comm?",
+        ),
+        (
+            options_of_deepspeed,
+            {"zero_optimization": {"reduce_bucket_size": "lots"}},
+            ".zero_optimization.reduce_bucket_size: must be a whole number above 0 (is lots)",
+        ),
+        (
+            options_of_deepspeed,
+            {"zero_optimization": {"offload_param": {"device": "cpu", "pin": True}}},
+            ".zero_optimization.offload_param.pin: unknown key; ",
+        ),
+        (
+            options_of_deepspeed,
+            {"zero_optimization": [1]},
+            ".zero_optimization: must be a mapping of its keys (stage, ",
+        ),
+        (
+            options_of_deepspeed,
+            {"wall_clock_breakdown": "yes"},
+            ".wall_clock_breakdown: must be true or false (is 'yes')",
+        ),
+    ],
+)
+def test_native_options_have_the_names_types_and_bounds_of_their_library(require, options, message):
+    with pytest.raises(ConfigError) as caught:
+        require(options)
+    key = "rollout.vllm" if require is options_of_vllm else "learner.deepspeed"
+    assert str(caught.value).startswith(key + message)
+
+
+@pytest.mark.parametrize(
+    ("require", "options"),
+    [
+        (
+            options_of_vllm,
+            {
+                "kv_cache_memory_bytes": 1 << 26,
+                "cpu_offload_gb": 1,
+                "kv_cache_dtype": "fp8",
+                "quantization": "gptq",
+                "compilation_config": {"level": 0},
+                "limit_mm_per_prompt": {"image": 1},
+                "attention_backend": "FLASH_ATTN",
+                "max_num_batched_tokens": None,
+            },
+        ),
+        (
+            options_of_deepspeed,
+            {
+                "zero_optimization": {
+                    "reduce_bucket_size": 5e8,
+                    "overlap_comm": "auto",
+                    "stage3_prefetch_bucket_size": 10,
+                    "offload_optimizer": {"device": "cpu", "pin_memory": False},
+                },
+                "steps_per_print": 10,
+                "comms_logger": {"enabled": True},
+            },
+        ),
+    ],
+)
+def test_native_options_that_the_libraries_take_are_taken(require, options):
+    require(options)
+
+
+def test_types_are_read_from_source_as_far_as_they_are_plain(tmp_path):
+    (tmp_path / "a.py").write_text(
+        "Mode = Literal['a', 'b']\n"
+        "Wide = Literal[Mode, 'c']\n"
+        "class Device(str, Enum):\n    cpu = 'cpu'\n"
+        "class Base: ...\n"
+        "class Inner(Base):\n    n: int = Field(1, ge=0, alias='inner_n')\n"
+        "class Other:\n    share: float = Field(default=0.5, gt=0, lt=1)\n"
+        "class Options:\n"
+        "    wide: Wide = 'a'\n"
+        "    device: Device = 'cpu'\n"
+        "    inner: 'Optional[Inner]' = None\n"
+        "    share: float = Other.share\n"
+        "    many: list[int] | None = None\n"
+        "    code: Callable[[int], int] | int = 1\n"
+        "    _hidden: int = 1\n"
+    )
+    model = Declarations.read([tmp_path / "a.py"]).model("Options", nested="Base")
+    assert sorted(model.model_fields) == ["code", "device", "inner", "many", "share", "wide"]
+    for right in (
+        {"wide": "c"},
+        {"device": "cpu"},
+        {"inner": {"n": 0}},
+        {"inner": {"inner_n": 0}},
+        {"share": 0.1},
+        {"many": [1]},
+        {"code": "x"},
+    ):
+        model.model_validate_json(json.dumps(right))
+    for wrong in (
+        {"wide": "d"},
+        {"device": "gpu"},
+        {"inner": {"n": -1}},
+        {"inner": {"m": 0}},
+        {"share": 1.0},
+        {"many": ["1"]},
+        {"hidden": 1},
+    ):
+        with pytest.raises(ValidationError):
+            model.model_validate_json(json.dumps(wrong))
 
 
 @pytest.mark.parametrize(
@@ -96,9 +300,13 @@ def test_the_report_says_which_precision_was_chosen_and_why(check):
         ),
         (
             ["rollout.vllm={{max_num_seq: 4}}"],
-            "error: rollout.vllm: vLLM has no option max_num_seq; did you mean max_num_",
+            "error: rollout.vllm.max_num_seq: unknown key; did you mean max_num_seqs?\n",
         ),
-        (["teachers.0.vllm={{zeal: 4}}"], "error: teachers.chat.vllm: vLLM has no option zeal\n"),
+        (["teachers.0.vllm={{zeal: 4}}"], "error: teachers.chat.vllm.zeal: unknown key; no known key is like it\n"),
+        (
+            ["learner.deepspeed={{zero_optimization: {{overlap_com: true}}}}"],
+            "error: learner.deepspeed.zero_optimization.overlap_com: unknown key; did you mean overlap_comm?\n",
+        ),
         (["telemetry.trackers=[mlflow]"], "error: telemetry.trackers: mlflow needs a server: set MLFLOW_TRACKING_URI"),
         (
             ["teachers.1.sources=[logic]"],

@@ -1,0 +1,158 @@
+"""What pydantic found wrong, in the words of YAML: the key, the value, and what may stand there."""
+
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from eopd.config.document import show
+from eopd.config.shape import Place, item_of, kinds_of, members, section_of
+from eopd.config.words import expected, listed, literals
+
+_MOST_PLACES: Final = 3
+_MOST_LISTED: Final = 40
+_KEY: Final = "[key]"  # pydantic's word for the key of a mapping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Spot:
+    """Where a mistake is: its place for the user, the section around it, the field, and the type there.
+
+    ``inside`` says where within the field, if that is a list or mapping of values.
+    """
+
+    place: Place
+    owner: type[BaseModel]
+    field: FieldInfo | None
+    inside: Place
+    annotation: object
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.place)
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(kinds_of(self.annotation))
+
+
+def explain(detail: ErrorDetails, model: type[BaseModel]) -> tuple[Place, str]:
+    """The place of a mistake in the user's tree, and one line about it."""
+    location = [str(part) for part in detail["loc"]]
+    is_key = location[-1:] == [_KEY] and detail["type"] != "extra_forbidden"
+    spot = _find(model, location[:-1] if is_key else location)
+    value, key = detail["input"], spot.key
+    match detail["type"]:
+        case "missing" if spot.inside:  # one of a list of so many
+            spot = _find(model, spot.place[:-1])
+            line = f"{spot.key}: {_mismatch(spot, value)}"
+        case "missing":
+            line = f"{key}: is required"
+        case "extra_forbidden":
+            line = f"{key}: unknown key; {_hint(model, spot)}"
+        case "value_error":
+            line = _joined(spot, detail["msg"].removeprefix("Value error, "))
+        case "union_tag_not_found" if isinstance(value, Mapping):
+            line = f"{key}.kind: is required; kinds are {listed(spot.kinds)}"
+        case "union_tag_invalid":
+            kind = str(value["kind"])
+            line = f"{key}.kind: {kind} is unknown; {_close(kind, spot.kinds)}kinds are {listed(spot.kinds)}"
+        case _ if is_key:
+            line = f"{key}: keys must be whole numbers here"
+        case _:
+            line = f"{key}: {_mismatch(spot, value)}"
+    return spot.place, line
+
+
+def _mismatch(spot: _Spot, value: object) -> str:
+    if not spot.place:
+        return f"must be a mapping of sections (is {show(value)})"
+    described = spot.field.description if spot.field and not spot.inside else None
+    bounds = spot.field.metadata if spot.field and not spot.inside else ()
+    wanted = described or expected(spot.annotation, bounds)
+    shown = "" if _may_be_secret(spot.place[-1], value) else f" (is {show(value)})"
+    close = _close(value, literals(spot.annotation)) if isinstance(value, str) else ""
+    return f"must be {wanted}{shown}{'; ' if close else ''}{close.strip()}"
+
+
+def _may_be_secret(name: str, value: object) -> bool:
+    """Whether somebody may have written a key where its variable or a server's address belongs."""
+    return name == "api_key_env" or (name == "url" and any(mark in str(value) for mark in "@?"))
+
+
+def _inside(annotation: object) -> object:
+    """The type of a list's items or of a mapping's values."""
+    inner = typing.get_args(members(annotation)[0])
+    item = item_of(annotation)
+    return (inner[-1] if inner else object) if item is None else item
+
+
+def _close(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def _find(model: type[BaseModel], location: Sequence[str]) -> _Spot:
+    """Follow pydantic's location, without the members of unions that it names: the user wrote none."""
+    owner, field, place, inside = model, None, list[str](), list[str]()
+    annotation: object = model
+    for part in location:
+        if part in (kinds := kinds_of(annotation)):
+            annotation = kinds[part]
+            continue
+        if len(members(annotation)) > 1:
+            break
+        place.append(part)
+        if section := section_of(annotation):
+            owner, field, inside = section, section.model_fields.get(part), []
+            annotation = field.annotation if field else object
+        else:
+            inside.append(part)
+            annotation = _inside(annotation)
+    return _Spot(
+        place=tuple(place),
+        owner=section_of(annotation) or owner,
+        field=field,
+        inside=tuple(inside),
+        annotation=annotation,
+    )
+
+
+def _joined(spot: _Spot, message: str) -> str:
+    """``key.name: ...`` where the message of a section begins with a key of its own."""
+    first = message.partition(":")[0].partition(".")[0]
+    if not spot.place:
+        return message
+    return f"{spot.key}.{message}" if first in spot.owner.model_fields else f"{spot.key}: {message}"
+
+
+def _hint(model: type[BaseModel], spot: _Spot) -> str:
+    """What may have been meant by an unknown key: one close by, or the same one elsewhere."""
+    name = spot.place[-1]
+    if "." in name:
+        first, _, rest = name.partition(".")
+        return f"names with dots are for --set; here write {first}: {{{rest}: ...}}"
+    allowed = sorted(spot.owner.model_fields)
+    if close := _close(name.replace("-", "_"), allowed):
+        return close.strip()
+    elsewhere = [key for key in _every_key(model) if key.rpartition(".")[2] == name]
+    if 0 < len(elsewhere) <= _MOST_PLACES:
+        return f"did you mean {listed(elsewhere, last='or')}?"
+    return f"allowed here: {', '.join(allowed)}" if len(allowed) <= _MOST_LISTED else "no known key is like it"
+
+
+def _every_key(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        item = item_of(field.annotation)
+        sections = [section_of(field.annotation if item is None else item)]
+        sections = list(kinds_of(field.annotation).values()) or sections
+        key = f"{prefix}{name}" + ("[]" if item is not None and sections[0] else "")
+        for section in sections:
+            keys += _every_key(section, f"{key}.") if section else [key]
+    return list(dict.fromkeys(keys))

@@ -1,0 +1,214 @@
+"""From the tree of a document to the values that a section wants: every scalar by the key it is for.
+
+Short forms become whole ones where they can mean one thing: ``gate: hard`` is ``{kind: hard}``, one
+item is a list of one, an empty section has its defaults. What cannot be read is left as it stands,
+for pydantic to refuse; what can be read in two ways is a fault of its own.
+"""
+
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from eopd.config.scalars import (
+    NULLS,
+    OLD_TRUTHS,
+    TRUTHS,
+    Plain,
+    meant_number,
+    native,
+    number,
+    two_readings,
+    unclear,
+)
+
+Place = tuple[str, ...]
+Faults = dict[Place, str]
+
+
+def members(annotation: object) -> tuple[object, ...]:
+    """The types of a union but None, without what is annotated to them; else the type alone."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return members(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return (annotation,)
+    parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    return tuple(member for part in parts for member in members(part))
+
+
+def may_be_null(annotation: object) -> bool:
+    """Whether a type takes null."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return may_be_null(typing.get_args(annotation)[0])
+    return types.NoneType in typing.get_args(annotation)
+
+
+def section_of(annotation: object) -> type[BaseModel] | None:
+    """The section that a type is, if it is a single one."""
+    (first, *more) = members(annotation)
+    if more or not isinstance(first, type) or isinstance(first, types.GenericAlias):
+        return None
+    return first if issubclass(first, BaseModel) else None
+
+
+def kinds_of(annotation: object) -> dict[str, type[BaseModel]]:
+    """The sections of a union by their ``kind``; none if it is no such union."""
+    sections = [section_of(member) for member in members(annotation)]
+    found = [section for section in sections if section and "kind" in section.model_fields]
+    if len(found) < 2:
+        return {}
+    tags = (typing.get_args(section.model_fields["kind"].annotation)[0] for section in found)
+    return dict(zip(tags, found, strict=True))
+
+
+def item_of(annotation: object) -> object | None:
+    """The type of a list's items, or None if a type is no list; tuples are lists of YAML."""
+    (only, *more) = members(annotation)
+    if more or typing.get_origin(only) not in (tuple, list):
+        return None
+    return typing.cast(object, typing.get_args(only)[0])
+
+
+def shape(tree: object, model: type[BaseModel]) -> tuple[object, Faults]:
+    """The tree with values in the place of scalars, and by place what can be read in two ways."""
+    shaper = _Shaper()
+    return shaper.section(tree, model, ()), shaper.faults
+
+
+class _Shaper:
+    def __init__(self) -> None:
+        self.faults: Faults = {}
+
+    def section(self, tree: object, model: type[BaseModel], where: Place) -> object:
+        if not isinstance(tree, Mapping):
+            return tree
+        shaped: dict[str, object] = {}
+        for key, value in tree.items():
+            field = model.model_fields.get(key)
+            inside = (*where, str(key))
+            if field is None:
+                shaped[str(key)] = value
+            elif not _stands_for_default(value, field):
+                shaped[str(key)] = self._value(value, field.annotation, inside)
+        return shaped
+
+    def _value(self, value: object, annotation: object, where: Place) -> object:
+        if isinstance(value, Plain) and value in NULLS and may_be_null(annotation):
+            return None
+        if kinds := kinds_of(annotation):
+            return self._union(value, kinds, where)
+        if section := section_of(annotation):
+            return self._one_section(value, section, annotation, where)
+        if (item := item_of(annotation)) is not None:
+            return self._list(value, item, where)
+        (wanted, *_) = members(annotation)
+        if wanted is str and may_be_null(annotation) and isinstance(value, Plain) and value.lower() == "none":
+            self.faults[where] = f"{value} is text in YAML: write null, or '{value}' in quotes"
+            return value
+        if typing.get_origin(wanted) is dict:
+            return self._mapping(value, typing.get_args(wanted), where)
+        return self._scalar(value, wanted, where) if isinstance(value, Plain) else value
+
+    def _union(self, value: object, kinds: Mapping[str, type[BaseModel]], where: Place) -> object:
+        if isinstance(value, str) and value not in NULLS:
+            return {"kind": str(value)}
+        if not isinstance(value, Mapping):
+            return _null(value)
+        section = kinds.get(str(value.get("kind")))
+        if section is not None:
+            return self.section(value, section, where)
+        return dict(value) | ({"kind": str(value["kind"])} if "kind" in value else {})
+
+    def _one_section(self, value: object, section: type[BaseModel], annotation: object, where: Place) -> object:
+        if isinstance(value, Plain) and value in NULLS:
+            return {}
+        if isinstance(value, Plain) and value in TRUTHS and may_be_null(annotation):
+            return {} if TRUTHS[value] else None
+        return self.section(value, section, where)
+
+    def _list(self, value: object, item: object, where: Place) -> object:
+        if isinstance(value, Plain) and value in NULLS:
+            return []
+        if isinstance(value, Mapping) and section_of(item) is None:
+            return value
+        items = value if isinstance(value, list) else [value]
+        return [self._value(one, item, (*where, str(index))) for index, one in enumerate(items)]
+
+    def _mapping(self, value: object, types_: tuple[object, ...], where: Place) -> object:
+        if isinstance(value, Plain) and value in NULLS:
+            return {}
+        if types_ == (str, object):
+            return self._native(value, where) if isinstance(value, Mapping) else value
+        if not isinstance(value, Mapping):
+            return value
+        key_type, value_type = types_
+        shaped: dict[object, object] = {}
+        for key, one in value.items():
+            inside = (*where, str(key))
+            read = self._scalar(key, key_type, inside) if isinstance(key, Plain) else key
+            if read in shaped:
+                self.faults[inside] = "stands twice, written in two ways"
+                return value
+            shaped[read] = self._value(one, value_type, inside)
+        return shaped
+
+    def _native(self, value: object, where: Place) -> object:
+        """An option that somebody else reads: what is not quoted must be clear by itself."""
+        if isinstance(value, Mapping):
+            items = value.items()
+            return {_key(key): self._native(one, (*where, str(key))) for key, one in items}
+        if isinstance(value, list):
+            return [self._native(one, (*where, str(i))) for i, one in enumerate(value)]
+        if not isinstance(value, Plain):
+            return value
+        if reason := unclear(value):
+            self.faults[where] = reason
+            return value
+        read = native(value)
+        if isinstance(read, float) and not abs(read) < float("inf"):
+            self.faults[where] = f"must be a finite number (is {value})"
+            return value
+        return read
+
+    def _scalar(self, value: Plain, wanted: object, where: Place) -> object:
+        if value in NULLS:
+            return None
+        if wanted is bool:
+            return (TRUTHS | OLD_TRUTHS).get(value, value)
+        if wanted in (int, float) or _is_literal_of_numbers(wanted):
+            if reason := two_readings(value):
+                self.faults[where] = reason
+                return value
+            read = meant_number(value)
+            return value if read is None else read
+        return str(value) if wanted in (str, Path) else value
+
+
+def _stands_for_default(value: object, field: FieldInfo) -> bool:
+    """Whether a key without a value leaves the default in place: of sections and lists, not of a number."""
+    if field.is_required() or may_be_null(field.annotation):
+        return False
+    return isinstance(value, Plain) and value == "" and bool(kinds_of(field.annotation))
+
+
+def _is_literal(wanted: object) -> bool:
+    return typing.get_origin(wanted) is typing.Literal
+
+
+def _is_literal_of_numbers(wanted: object) -> bool:
+    return _is_literal(wanted) and all(isinstance(one, int) for one in typing.get_args(wanted))
+
+
+def _null(value: object) -> object:
+    return None if isinstance(value, Plain) else value
+
+
+def _key(key: object) -> object:
+    """A key of a native option: a whole number or text."""
+    if not isinstance(key, Plain):
+        return key
+    read = number(key)
+    return read if isinstance(read, int) else str(key)
