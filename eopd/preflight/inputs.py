@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
-from eopd.preflight.models import require_model
+from eopd.preflight.models import require_model, require_served, require_student
 from eopd.preflight.options import require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
 from eopd.remember import remembered
@@ -48,6 +48,7 @@ def check(config: Config) -> Prepared:
 
 def _check(config: Config) -> Prepared:
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
+    require_student(config)
     vocabularies = {teacher.name: _check_teacher(config, teacher) for teacher in config.teachers}
     if config.student.lora is not None:
         from eopd.learner.lora import check_targets
@@ -66,7 +67,10 @@ def _check(config: Config) -> Prepared:
 def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
     key = f"teachers.{teacher.name}"
     local = teacher.backend == "vllm"
-    require_model(f"{key}.model", teacher.model, num_tokens=config.max_teacher_tokens(teacher), weights=local)
+    weights = local and "load_format" not in teacher.vllm  # a format of vLLM's own has files of its own
+    require_model(f"{key}.model", teacher.model, num_tokens=config.max_teacher_tokens(teacher), weights=weights)
+    if local:
+        require_served(f"{key}.model", teacher.model)
     try:
         shared = require_same_vocabulary(config.student.model, teacher.model, teacher.eos_remap)
     except ConfigError as error:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Scripts, digits, spaces and markup on which tokenizers of equal vocabulary but other rules part ways.
 _PROBE = "  It's 3.14159 = \u03c0,\n\tna\u00efve \u4f60\u597d \u041f\u0440\u0438\u0432\u0435\u0442 def f(x):"
 
+# Without any of these transformers (5.19) makes up an empty tokenizer for some families.
+_VOCABULARY_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab*", "tekken.json")
+
 
 @cache
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
@@ -34,10 +37,12 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
     if not directory.is_dir():
         raise ConfigError(f"{directory}: there is no such model directory")
+    if not any(file for pattern in _VOCABULARY_FILES for file in directory.glob(pattern)):
+        raise ConfigError(f"{directory}: has no tokenizer ({', '.join(_VOCABULARY_FILES)})")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # `tokenizers` raises bare ones, of a file that a newer release wrote
+        reason = " ".join(str(error).split())
         raise ConfigError(f"{directory}: its tokenizer cannot be loaded: {reason}") from error
 
 
@@ -47,7 +52,7 @@ def vocab_size(directory: Path) -> int:
     Raises:
         ConfigError: the file or the key is missing.
     """
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     size = config.get("vocab_size", _mapping(config.get("text_config")).get("vocab_size"))
     if not isinstance(size, int):
         raise ConfigError(f"{directory / 'config.json'}: names no vocab_size")
@@ -62,7 +67,7 @@ def end_token_ids(directory: Path) -> tuple[int, ...]:
         ConfigError: there is none, so that no response would ever end.
     """
     path = directory / "generation_config.json"
-    named = _read_json(path if path.is_file() else directory / "config.json").get("eos_token_id")
+    named = read_json(path if path.is_file() else directory / "config.json").get("eos_token_id")
     ids = set(named if isinstance(named, list) else [named])
     ids.add(load_tokenizer(directory).eos_token_id)
     found = sorted(token for token in ids if isinstance(token, int))
@@ -226,13 +231,21 @@ def _require_same_tokens(
     )
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file of a model directory.
+
+    Raises:
+        ConfigError: there is no such file, or it is none.
+    """
     try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold a JSON object, is {type(tree).__name__}")
+    return tree
 
 
 def _mapping(value: object) -> dict[str, object]:

@@ -227,7 +227,7 @@ def test_missing_files_are_one_clear_message(student, tmp_path):
     with pytest.raises(ConfigError, match="no such model directory"):
         load_tokenizer(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="tokenizer cannot be loaded"):
+    with pytest.raises(ConfigError, match="has no tokenizer"):
         load_tokenizer(tmp_path / "empty")
     (student / "config.json").unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
