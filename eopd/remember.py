@@ -26,8 +26,9 @@ WEIGHTS: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5
 def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -> T:
     """``compute()``, or what it answered when ``question`` and every file were the same.
 
-    Files are the same by their contents, weights by name, size and time: they would take minutes to read. A directory that cannot be read or written costs the memory, never the answer. What ``compute`` raises is raised,
-    and not remembered.
+    Files are the same by their contents, weights by name, size and time: they would take minutes to read. A directory
+    that cannot be read or written costs the memory, never the answer. What ``compute`` raises is raised, and not
+    remembered.
     """
     kept = DIRECTORY / _digest(question, files)
     with suppress(Exception):  # not there, or not readable by what is installed now: computed again

@@ -50,18 +50,35 @@ class Head:
 
 
 class Student(nn.Module):
-    """A Hugging Face causal language model behind a packing-aware forward."""
+    """A Hugging Face causal language model behind a packing-aware forward.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: the model.
+        num_tokens: rows of the head from here on name no token, and are left out; None: there are none.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, num_tokens: int | None = None) -> None:
         super().__init__()
         self.model = model
+        padded = num_tokens is not None and num_tokens < model.config.get_text_config().vocab_size
+        self._num_tokens = num_tokens if padded else None
         self.logit_scale, self.logit_softcap = _head_form(model.config.get_text_config().to_dict())
 
     @property
     def head(self) -> Head:
-        """The head; its weight is whole only inside ``forward`` under ZeRO-3."""
+        """The head over the V ids that are tokens; its weight is whole only inside ``forward`` under ZeRO-3."""
         layer = self.model.get_output_embeddings()
-        return Head(layer.weight, layer.bias, self.logit_scale, self.logit_softcap)
+        weight_VD, bias_V = layer.weight, layer.bias
+        if self._num_tokens is not None:
+            weight_VD = weight_VD[: self._num_tokens]
+            bias_V = None if bias_V is None else bias_V[: self._num_tokens]
+        return Head(weight_VD, bias_V, self.logit_scale, self.logit_softcap)
+
+    @property
+    def whole_head_VD(self) -> nn.Parameter:
+        """The head's weight as a parameter, padding included."""
+        weight: nn.Parameter = self.model.get_output_embeddings().weight
+        return weight
 
     def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, use_head: Callable[[Tensor, Head], T]) -> T:
         """Run the backbone on packed tokens and return ``use_head(hidden_TD, head)``.
@@ -78,10 +95,15 @@ class Student(nn.Module):
 
 
 def load_student(
-    config: StudentConfig, *, activation_checkpointing: bool, device: str | torch.device = "cpu", seed: int = 0
+    config: StudentConfig,
+    *,
+    activation_checkpointing: bool,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    num_tokens: int | None = None,
 ) -> Student:
     """Load ``config.model`` in ``config.dtype`` onto ``device``, prove there that packing and head are understood, and
-    add adapters, drawn from ``seed``, where the config has them.
+    add adapters, drawn from ``seed``, where the config has them. ``num_tokens`` is that of ``Student``.
 
     Raises:
         ValueError: packed sequences see each other, the model makes its logits in an unknown way, or recomputed layers
@@ -99,7 +121,7 @@ def load_student(
     model = AutoModelForCausalLM.from_pretrained(
         config.model, dtype=getattr(torch, config.dtype), attn_implementation=attention
     ).to(device)
-    student = Student(model)
+    student = Student(model, num_tokens=num_tokens)
     _prove_packing(student)
     _prove_head(student)
     if config.lora is not None:
@@ -196,7 +218,7 @@ def _prove_head(student: Student) -> None:
 
     gain = 50.0 / functional.linear(hidden_TD, student.head.weight_VD).abs().max().item()
     handle = student.model.get_output_embeddings().register_forward_pre_hook(enlarge)
-    logits_TV = student.model(input_ids=ids[None], use_cache=False).logits[0]
+    logits_TV = student.model(input_ids=ids[None], use_cache=False).logits[0, :, : len(student.head.weight_VD)]
     handle.remove()
     if not (_close(entered[0], hidden_TD) and _close(student.head.logits(hidden_TD * gain), logits_TV)):
         raise ValueError(

@@ -75,9 +75,8 @@ def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
         shared = require_same_vocabulary(config.student.model, teacher.model, teacher.eos_remap)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
-    smaller = min(shared.student_rows, shared.teacher_rows)
-    if config.loss.top_k > smaller:
-        raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {smaller} tokens")
+    if config.loss.top_k > shared.num_ids:
+        raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {shared.num_ids} tokens")
     return shared
 
 

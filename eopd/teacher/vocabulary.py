@@ -77,23 +77,25 @@ def end_token_ids(directory: Path) -> tuple[int, ...]:
 
 
 def num_tokens(directory: Path) -> int:
-    """One above the highest id that names a token; rows of the head from there on are padding.
+    """One above the highest id that names a token and has a row in the head; rows from there on are padding.
 
     Raises:
-        ConfigError: there is no tokenizer.
+        ConfigError: there is no tokenizer, or no ``vocab_size``.
     """
     ids: dict[str, int] = load_tokenizer(directory).get_vocab()
-    return 1 + max(ids.values())
+    return min(1 + max(ids.values()), vocab_size(directory))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedVocabulary:
     """What a student and a teacher that can be compared have in common, and what a user may want to know of it.
 
+    ``num_ids`` is one above the highest token that both heads have: what the student's distribution is over.
     ``notes`` are differences that do no harm.
     """
 
     num_tokens: int
+    num_ids: int
     student_rows: int
     teacher_rows: int
     student_ends: Mapping[int, str]
@@ -104,13 +106,13 @@ class SharedVocabulary:
 def require_same_vocabulary(student: Path, teacher: Path, remap: Mapping[int, int]) -> SharedVocabulary:
     """Refuse a pair whose token ids cannot be compared.
 
-    Equal tokenizers are required, equally sized heads are not: heads are padded, a student's spare rows do no harm, and
-    a teacher's spare rows count as tail as long as none of them is a token. Once ``remap`` (student end id to teacher
+    Equal tokenizers are required, equally sized heads are not, as long as both have the same tokens: a student's spare
+    rows are left out of sampling and of the loss, a teacher's count as tail. Once ``remap`` (student end id to teacher
     end id) is applied, both must end a response on the same tokens.
 
     Raises:
-        ConfigError: one message, naming the first token that differs, or the first that the student's head lacks, or
-            the two sets of end tokens and what to write to bring them together.
+        ConfigError: one message, naming the first token that differs, or the first that one of the heads lacks, or the
+            two sets of end tokens and what to write to bring them together.
     """
     tokenizers = load_tokenizer(student), load_tokenizer(teacher)
     vocabularies = tokenizers[0].get_vocab(), tokenizers[1].get_vocab()
@@ -128,6 +130,11 @@ def require_same_vocabulary(student: Path, teacher: Path, remap: Mapping[int, in
             f"teacher {teacher} has a head of {rows[1]} rows, student {student} one of {rows[0]}: the teacher's top "
             f"k could name token {missing[0]} {names[missing[0]]!r}, which the student does not have; pad its head"
         )
+    if missing := sorted(token_id for token_id in names if rows[1] <= token_id < rows[0]):
+        raise ConfigError(
+            f"student {student} has a head of {rows[0]} rows, teacher {teacher} one of {rows[1]}: the student could "
+            f"write token {missing[0]} {names[missing[0]]!r}, which the teacher does not have; pad its head"
+        )
     ends = [{token_id: names.get(token_id, "") for token_id in end_token_ids(model)} for model in (student, teacher)]
     try:
         _require_same_ends(ends[0], ends[1], remap, usual=(tokenizers[0].eos_token_id, tokenizers[1].eos_token_id))
@@ -135,12 +142,21 @@ def require_same_vocabulary(student: Path, teacher: Path, remap: Mapping[int, in
         raise ConfigError(f"student {student}, teacher {teacher}: {error}") from None
     return SharedVocabulary(
         num_tokens=len(names),
+        num_ids=min(1 + max(names), *rows),
         student_rows=rows[0],
         teacher_rows=rows[1],
         student_ends=ends[0],
         teacher_ends=ends[1],
-        notes=tuple(_harmless(*tokenizers)),
+        notes=(*_padding(min(1 + max(names), *rows), *rows), *_harmless(*tokenizers)),
     )
+
+
+def _padding(num_ids: int, student_rows: int, teacher_rows: int) -> Iterator[str]:
+    """What becomes of rows that name no token."""
+    if student_rows > num_ids:
+        yield f"the student's rows from {num_ids} on are padding: never sampled, and left out of the loss"
+    if teacher_rows > num_ids:
+        yield f"the teacher's rows from {num_ids} on are padding: their probability counts as outside the top k"
 
 
 def _harmless(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> Iterator[str]:
