@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from eopd.config import ConfigError
+from eopd.learner.stored import require_separable
 
 _CHUNK_BYTES: Final = 1 << 22
 _SHOWN: Final = 3
@@ -81,7 +82,7 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -
         ConfigError: some are missing or of another shape, or tied ones differ.
     """
     stored = {name: torch.empty(info.shape, device="meta") for name, info in tensors.items()}
-    _, found = type(model).from_pretrained(
+    loaded, found = type(model).from_pretrained(
         None,
         config=model.config,
         state_dict=stored,
@@ -99,6 +100,13 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -
         raise ConfigError(
             f"{where}: {key} has shape {tuple(in_file)}, and config.json makes it {tuple(in_model)} "
             f"({len(mismatched)} differ)"
+        )
+    sent = require_separable(loaded, loaded.state_dict().keys() - loaded.all_tied_weights_keys.keys())
+    prefix = f"{loaded.base_model_prefix}."  # vLLM, too, does without where a family's checkpoints do (GPT-2)
+    if unknown := sorted(name for name in sent if not {name, name.removeprefix(prefix)} & tensors.keys()):
+        raise ConfigError(
+            f"{where}: the trained weights would be sent to rollout engines as {_some(unknown)}, and the weights that "
+            f"engines load first have no such names; save the model again with transformers"
         )
     for tied, source in model.all_tied_weights_keys.items():
         if tied in tensors and source in tensors and not _equal(tensors[tied], tensors[source]):

@@ -174,7 +174,7 @@ def _shard_start(head: object) -> int:
     """The first id of a rank's share of the head, where its logits stay with it."""
     if not isinstance(head, VocabParallelEmbedding):
         raise TypeError(f"{type(head).__name__} is no sharded head")
-    return head.shard_indices.org_vocab_start_index
+    return int(head.shard_indices.org_vocab_start_index)
 
 
 def _repack_tied_heads(model: torch.nn.Module) -> None:
