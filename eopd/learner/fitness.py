@@ -160,8 +160,8 @@ def _require_fixed_rotation(file: Path, kind: str, parameters: Mapping[str, obje
     if kind == "longrope" and isinstance(threshold, int) and num_tokens > threshold:
         raise ConfigError(
             f"{file}: its rotary embedding (longrope) changes above {threshold} tokens, in training by the length of "
-            f"the sequence and in vLLM for all; prompts.max_tokens + rollout.max_response_tokens is {num_tokens}, and "
-            f"may be {threshold} at most"
+            f"the sequence and in vLLM for all; prompts.max_tokens + max_response_tokens is {num_tokens}, and may be "
+            f"{threshold} at most"
         )
 
 

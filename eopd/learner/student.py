@@ -29,6 +29,10 @@ T = TypeVar("T")
 # Config keys that scale the logits, and the power they enter with (Cohere, Muse; Granite divides).
 _SCALE_POWERS = {"logit_scale": 1, "output_multiplier": 1, "logits_scaling": -1}
 
+# Config keys of attention that sees only a part of its sequence; lengths up to which that is tried on load.
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+_LONGEST_PROOF = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -180,13 +184,19 @@ def _head_form(text_config: Mapping[str, object]) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def _prove_packing(student: Student) -> None:
-    """The second sequence of a packed pair must not change when the first one does."""
-    row = torch.arange(12, device=student.model.device)
-    ids, positions, first = row % student.head.weight_VD.shape[0], row % 7, row < 7
+    """The second sequence of a packed pair must not change when the first one does.
+
+    The first is longer than every window and chunk of the attention that is not too large for a moment's work.
+    """
+    config = student.model.config.get_text_config().to_dict()
+    windows = [size for key in _WINDOWS if isinstance(size := config.get(key), int) and size < _LONGEST_PROOF]
+    length = max([6, *windows]) + 1
+    row = torch.arange(length + 5, device=student.model.device)
+    ids, positions, first = row % student.head.weight_VD.shape[0], row % length, row < length
     hidden, hidden_of_other = (
         student(torch.where(first, other, ids), positions, _hidden) for other in (ids, ids.flip(0))
     )
-    if not _close(hidden[7:], hidden_of_other[7:]):
+    if not _close(hidden[length:], hidden_of_other[length:]):
         raise ValueError(
             f"student.model: {_name(student)} sees other sequences of a packed batch; it cannot be trained packed"
         )
