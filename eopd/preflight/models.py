@@ -47,6 +47,7 @@ def require_model(key: str, directory: Path, *, num_tokens: int, weights: bool =
         with _blame(key), quiet():
             load_tokenizer(directory)
             end_token_ids(directory)
+            _require_generation_config(directory)
 
 
 def require_student(config: Config) -> None:
@@ -112,6 +113,20 @@ def _require_directory(key: str, directory: Path) -> None:
         raise ConfigError(f"{key}: {directory} is a file; name the Hugging Face model directory that holds it")
     if not (directory / "config.json").is_file():
         raise ConfigError(f"{key}: {directory} is no Hugging Face model directory (it has no config.json)")
+
+
+def _require_generation_config(directory: Path) -> None:
+    """Read it as the learner and every engine will."""
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+
+    if not (directory / GENERATION_CONFIG_NAME).exists():
+        return
+    try:
+        GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever its own checks raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{directory / GENERATION_CONFIG_NAME}: transformers cannot read it: {reason}") from error
 
 
 @contextmanager

@@ -61,6 +61,8 @@ def _read(key: str, directory: Path, *, standard_names: bool) -> Mapping[str, Te
     found = next((directory / name for name in _STANDARD if (directory / name).exists()), None)
     if found is not None and found.name.endswith(".index.json"):
         return _read_shards(found)
+    if found is not None and (index := directory / _STANDARD[1]).exists():
+        _read_shards(index)  # transformers passes over it, vLLM takes only the files that it names
     files = [found] if found is not None else [] if standard_names else _other_files(directory)
     if not files:
         raise ConfigError(f"{key}: {directory} has no weights ({_what_is_there(directory, standard_names)})")

@@ -89,6 +89,12 @@ def replace_by_directory(path: Path) -> None:
     path.mkdir()
 
 
+def test_a_greedy_generation_config_with_a_temperature_passes(directory, capfd):
+    edit(directory / "generation_config.json", do_sample=False, temperature=0.9, top_p=0.6)
+    models.require_model("student.model", directory, num_tokens=64)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -112,6 +118,14 @@ def replace_by_directory(path: Path) -> None:
         (lambda d: edit(d / "config.json", vocab_size=None), "DIR/config.json: names no vocab_size"),
         (lambda d: (d / "generation_config.json").write_text("{"), "DIR/generation_config.json: is not JSON"),
         (lambda d: (d / "generation_config.json").write_text("[]"), "must hold a JSON object, is list"),
+        (
+            lambda d: edit(d / "generation_config.json", cache_implementation="bogus"),
+            "DIR/generation_config.json: transformers cannot read it: Invalid `cache_implementation` (bogus)",
+        ),
+        (
+            lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-1.safetensors"}}'),
+            "DIR lacks 1 of the 1 files of its weights, the first is model-1.safetensors",
+        ),
         (lambda d: (d / "tokenizer.json").write_text(POINTER), "DIR/tokenizer.json is a Git LFS pointer"),
         (lambda d: cut(d / "tokenizer.json", 99), "DIR: its tokenizer cannot be loaded: "),
         (
