@@ -6,13 +6,15 @@ missing), whose tied weights differ, whose rotary embedding depends on the lengt
 transformers could not write again. Checked against transformers 5.19 and vLLM 0.32.0.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, __version__
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from eopd.config import ConfigError
@@ -69,8 +71,7 @@ def check_student(directory: Path, *, num_tokens: int) -> PreTrainedModel:
         raise ConfigError(f"{file}: its weights are quantised ({method}); a student is trained in float32 or bfloat16")
     for kind, parameters in _rotary_embeddings(config):
         _require_fixed_rotation(file, kind, parameters, num_tokens)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model = _without_weights(file, config)
     _require_writable(file, model.config)
     return model
 
@@ -118,10 +119,24 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -
 
 
 def _load_config(file: Path) -> PreTrainedConfig:
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"{file}: model_type is {kind!r}, which the installed transformers {__version__} does not know"
+        )
     try:
         return AutoConfig.from_pretrained(file.parent, local_files_only=True)
     except Exception as error:  # whatever the family's own checks raise
         raise ConfigError(f"{file}: transformers cannot read it: {' '.join(str(error).split())}") from error
+
+
+def _without_weights(file: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # sizes that do not fit each other
+        raise ConfigError(f"{file}: transformers can make no model of it: {' '.join(str(error).split())}") from error
+    return model
 
 
 def _require_causal(file: Path, config: PreTrainedConfig) -> None:

@@ -65,7 +65,7 @@ def _read(key: str, directory: Path, *, standard_names: bool) -> Mapping[str, Te
         _read_shards(index)  # transformers passes over it, vLLM takes only the files that it names
     files = [found] if found is not None else [] if standard_names else _other_files(directory)
     if not files:
-        raise ConfigError(f"{key}: {directory} has no weights ({_what_is_there(directory, standard_names)})")
+        raise ConfigError(f"{key}: {directory} has no weights: {_what_is_there(directory, standard_names)}")
     return _read_files(files)
 
 
@@ -79,7 +79,7 @@ def _what_is_there(directory: Path, standard_names: bool) -> str:
     wanted = ", ".join(_STANDARD) if standard_names else "*.safetensors, *.bin"
     suffixes = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
     other = sorted(file.name for file in directory.iterdir() if file.suffix in suffixes)
-    return f"{wanted}); it has {', '.join(other[:3])}, which are none (" if other else wanted
+    return f"it has none of {wanted}" + (f", but {', '.join(other[:3])}" if other else "")
 
 
 def _read_shards(index: Path) -> Mapping[str, TensorInfo] | None:

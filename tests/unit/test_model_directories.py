@@ -98,10 +98,10 @@ def test_a_greedy_generation_config_with_a_temperature_passes(directory, capfd):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / "model.safetensors").unlink(), "DIR has no weights (*.safetensors, *.bin)"),
+        (lambda d: (d / "model.safetensors").unlink(), "DIR has no weights: it has none of *.safetensors, *.bin"),
         (
             lambda d: (d / "model.safetensors").rename(d / "training_args.bin"),
-            "it has training_args.bin, which are none",
+            "DIR has no weights: it has none of *.safetensors, *.bin, but training_args.bin",
         ),
         (lambda d: (d / "model.safetensors").write_text(POINTER), "DIR/model.safetensors is a Git LFS pointer"),
         (lambda d: (d / "model.safetensors").write_text(""), "DIR/model.safetensors is empty"),
@@ -221,7 +221,13 @@ def student(directory: Path, num_tokens: int = 64) -> str:
             "DIR/config.json: architectures is none; a student of model_type llama is ",
         ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "write architectures: [LlamaForCausalLM] if that is"),
-        ({"model_type": "nonsense"}, "DIR/config.json: transformers cannot read it: "),
+        ({"model_type": "nonsense"}, "DIR/config.json: model_type is 'nonsense', which the installed transformers "),
+        ({"model_type": None}, "DIR/config.json: model_type is None"),
+        (
+            {"hidden_size": "64"},
+            "DIR/config.json: transformers cannot read it: Validation error for field 'hidden_size'",
+        ),
+        ({"vocab_size": 0}, "DIR/config.json: transformers can make no model of it: "),
         ({"model_type": "clip_vision_model"}, "DIR/config.json: model_type clip_vision_model is no causal language"),
         ({"num_hidden_layers": 3}, "DIR: the weights lack model.layers.2."),
         ({"intermediate_size": 96}, "DIR: model.layers.0.mlp.down_proj.weight has shape (64, 128), and config.json"),
@@ -293,7 +299,7 @@ def test_of_old_weights_only_names_are_unknown(directory):
 def test_a_student_s_weights_have_the_names_that_transformers_looks_for(directory):
     (directory / "model.safetensors").rename(directory / "weights.safetensors")
     models.require_model("teachers.t.model", directory, num_tokens=64)  # vLLM takes it
-    with pytest.raises(ConfigError, match=r"it has weights\.safetensors, which are none"):
+    with pytest.raises(ConfigError, match=r"it has none of model\.safetensors, .*, but weights\.safetensors"):
         models.read_weights("student.model", directory, standard_names=True)
 
 

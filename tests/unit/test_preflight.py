@@ -91,7 +91,7 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
         (["teachers.1.model={root}/no"], "error: teachers.far.model: there is no directory /no;"),
         (
             ["teachers.1.backend=vllm", "teachers.1.server=null"],
-            "error: teachers.far.model: /base has no weights",
+            "error: teachers.far.model: /base has no weights: ",
         ),
         (["student.model={root}/mute"], "error: student.model: /mute: has no tokenizer (tokenizer.json, "),
         (["teachers.0.model={root}/mute"], "error: teachers.chat.model: /mute: has no tokenizer (tokenizer.json, "),
