@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import Config, ConfigError
-from eopd.preflight.weights import read_weights, require_whole
+from eopd.preflight.weights import read_weights, require_no_pointer
 from eopd.teacher.vocabulary import end_token_ids, load_tokenizer, read_json, vocab_size
 
-_TEXTS: Final = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
+# What a run reads of a model directory besides the weights.
+_READ: Final = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "vocab*",
+    "merges.txt",
+    "*tokens*.json",
+    "chat_template*",
+)
 
 # The lists of vLLM's registry (0.32.0) whose models compute logits over a vocabulary.
 _LOGIT_MODELS: Final = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
@@ -30,11 +41,10 @@ def require_model(key: str, directory: Path, *, num_tokens: int, weights: bool =
     Raises:
         ConfigError: something is missing or cannot be read, or the model's positions do not reach that far.
     """
-    _require_directory(key, directory)
     with _blame(key):
-        for file in sorted(directory.iterdir()):
-            if file.suffix in _TEXTS and not file.name.endswith(".index.json"):
-                require_whole(file)
+        _require_directory(directory)
+        for file in sorted(file for pattern in _READ for file in directory.glob(pattern) if file.is_file()):
+            require_no_pointer(file)
         positions = read_json(directory / "config.json").get("max_position_embeddings")
         if isinstance(positions, int) and num_tokens > positions:
             raise ConfigError(
@@ -99,20 +109,20 @@ def _vllm_architectures() -> frozenset[str]:
     return frozenset(str(name.value) for name in keys)
 
 
-def _require_directory(key: str, directory: Path) -> None:
+def _require_directory(directory: Path) -> None:
     """Refuse what is no directory, with the command that makes one of a model on the Hub."""
     if not directory.exists():
         here = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else Path()
         name = str(here) if len(here.parts) == 2 else "OWNER/NAME"
         raise ConfigError(
-            f"{key}: there is no directory {directory}; models are read from directories and never downloaded: "
+            f"there is no directory {directory}; models are read from directories and never downloaded: "
             f"`hf download {name} --local-dir DIRECTORY` makes one of a model on the Hugging Face Hub, "
             "`eopd models --help` those of the shipped configs"
         )
     if not directory.is_dir():
-        raise ConfigError(f"{key}: {directory} is a file; name the Hugging Face model directory that holds it")
+        raise ConfigError(f"{directory} is a file; name the Hugging Face model directory that holds it")
     if not (directory / "config.json").is_file():
-        raise ConfigError(f"{key}: {directory} is no Hugging Face model directory (it has no config.json)")
+        raise ConfigError(f"{directory} is no Hugging Face model directory (it has no config.json)")
 
 
 def _require_generation_config(directory: Path) -> None:

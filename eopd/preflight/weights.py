@@ -123,14 +123,21 @@ def require_whole(file: Path) -> None:
     """
     if file.is_dir():
         raise ValueError(f"{file} is a directory; it must be a file")
-    with file.open("rb") as opened:
-        start = opened.read(len(POINTER))
-    if not start:
+    if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty")
-    if start == POINTER:
-        raise ValueError(
-            f"{file} is a Git LFS pointer, not the file itself; `git lfs pull` in its directory fetches it"
-        )
+    require_no_pointer(file)
+
+
+def require_no_pointer(file: Path) -> None:
+    """Refuse a file that Git left where a larger one belongs.
+
+    Raises:
+        ValueError: it is a Git LFS pointer.
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
 
 
 def _require_container(file: Path) -> None:

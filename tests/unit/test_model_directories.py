@@ -139,12 +139,20 @@ def test_one_thing_wrong_is_told_in_one_sentence(directory, damage, message):
     assert message in refused(directory)
 
 
-def test_a_file_that_may_not_be_read_is_named(directory, monkeypatch):
+@pytest.mark.parametrize("method", ["exists", "open", "read_text"])
+def test_what_may_not_be_read_is_named(directory, monkeypatch, method):
     def closed(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "open", closed)
+    monkeypatch.setattr(Path, method, closed)
     assert "cannot be read (Permission denied)" in refused(directory)
+
+
+def test_files_that_no_run_reads_do_not_matter(directory):
+    for name in ("trainer_state.json", "notes.txt", "optimizer.bin", "pytorch_model.bin"):
+        (directory / name).write_text(POINTER)
+    (directory / "requirements.txt").write_text("")
+    models.require_model("student.model", directory, num_tokens=64)
 
 
 def test_a_directory_without_a_vocabulary_has_no_tokenizer(directory):

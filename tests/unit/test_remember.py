@@ -93,6 +93,15 @@ def test_what_fails_is_not_remembered(ask, directory):
     assert not directory.exists()
 
 
+def test_a_file_that_cannot_be_read_is_left_to_whoever_needs_it(ask, monkeypatch):
+    def closed(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    assert ask() == ("one", 1)
+    monkeypatch.setattr(remember, "_contents", closed)
+    assert ask() == ("one", 2)
+
+
 def test_the_oldest_answers_are_forgotten(ask, directory, monkeypatch):
     monkeypatch.setattr(remember, "KEEP", 2)
     ask("a"), ask("b")
