@@ -140,14 +140,15 @@ def require_same_vocabulary(student: Path, teacher: Path, remap: Mapping[int, in
         _require_same_ends(ends[0], ends[1], remap, usual=(tokenizers[0].eos_token_id, tokenizers[1].eos_token_id))
     except ConfigError as error:
         raise ConfigError(f"student {student}, teacher {teacher}: {error}") from None
+    num_ids = min(1 + max(names), *rows)
     return SharedVocabulary(
         num_tokens=len(names),
-        num_ids=min(1 + max(names), *rows),
+        num_ids=num_ids,
         student_rows=rows[0],
         teacher_rows=rows[1],
         student_ends=ends[0],
         teacher_ends=ends[1],
-        notes=(*_padding(min(1 + max(names), *rows), *rows), *_harmless(*tokenizers)),
+        notes=(*_padding(num_ids, *rows), *_harmless(*tokenizers)),
     )
 
 
