@@ -14,11 +14,11 @@ from typing import Final, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, __version__
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from eopd.config import ConfigError
-from eopd.learner.stored import require_separable
 
 _CHUNK_BYTES: Final = 1 << 22
 _SHOWN: Final = 3
@@ -102,13 +102,7 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -
             f"{where}: {key} has shape {tuple(in_file)}, and config.json makes it {tuple(in_model)} "
             f"({len(mismatched)} differ)"
         )
-    sent = require_separable(loaded, loaded.state_dict().keys() - loaded.all_tied_weights_keys.keys())
-    prefix = f"{loaded.base_model_prefix}."  # vLLM, too, does without where a family's checkpoints do (GPT-2)
-    if unknown := sorted(name for name in sent if not {name, name.removeprefix(prefix)} & tensors.keys()):
-        raise ConfigError(
-            f"{where}: the trained weights would be sent to rollout engines as {_some(unknown)}, and the weights that "
-            f"engines load first have no such names; save the model again with transformers"
-        )
+    _require_plain_names(where, loaded)
     for tied, source in model.all_tied_weights_keys.items():
         if tied in tensors and source in tensors and not _equal(tensors[tied], tensors[source]):
             raise ConfigError(
@@ -116,6 +110,22 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -
                 "different tensors: vLLM would serve another model than is trained; write tie_word_embeddings: false "
                 f"in config.json, or take {tied} out of the weights"
             )
+
+
+def _require_plain_names(where: Path, model: PreTrainedModel) -> None:
+    """Refuse what transformers keeps in another form than checkpoints, and so than rollout engines: fused experts.
+
+    Weights are sent by the learner's names, and vLLM passes over those that no checkpoint has. Sent by the names of a
+    checkpoint, experts were taken and yet gave other log-probabilities than the learner's (vLLM 0.32.0 on CPU).
+    """
+    names, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
+    stored = revert_weight_conversion(model, dict(model.state_dict())).keys()
+    if changed := sorted(name for name in names if not {name, name.removeprefix(prefix)} & stored):
+        raise ConfigError(
+            f"{where}: transformers keeps {_some(changed)} of {type(model).__name__} in another form than a "
+            "checkpoint, which rollout engines do not take in flight; such a model (a mixture of experts) can teach, "
+            "and cannot be a student"
+        )
 
 
 def _load_config(file: Path) -> PreTrainedConfig:

@@ -49,7 +49,6 @@ class LearnerActor(Actor):
         from eopd.learner.cost import Cost
         from eopd.learner.learner import LearnerRank
         from eopd.learner.lora import whole_tensors
-        from eopd.learner.stored import as_stored
         from eopd.teacher.vocabulary import num_tokens
         from eopd.weights.source import ModelSource
         from eopd.weights.transfer import WeightSender
@@ -72,12 +71,7 @@ class LearnerActor(Actor):
         self._rank.version = PolicyVersion(incarnation, 0)
         self._cost = Cost(self._rank.model, config.learner.peak_flops)
         self._sender = WeightSender(
-            ModelSource(
-                whole_tensors(self._rank.model),
-                rank=rank,
-                zero_stage=config.learner.zero_stage,
-                as_stored=as_stored(self._rank.model),
-            ),
+            ModelSource(whole_tensors(self._rank.model), rank=rank, zero_stage=config.learner.zero_stage),
             rank=rank,
             backend=config.weights.backend,
             address=address,

@@ -291,11 +291,13 @@ def test_long_rotary_factors_are_refused_only_where_sequences_reach_them(tmp_pat
     assert "is 101, and may be 100 at most" in student(tmp_path, num_tokens=101)
 
 
-def test_experts_are_known_by_the_names_of_a_checkpoint(tmp_path):
+def test_experts_that_transformers_keeps_as_one_tensor_are_refused(tmp_path):
     config = Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
     assert any(".experts.3.down_proj." in name for name in load_file(tmp_path / "model.safetensors"))
-    assert student(tmp_path) == ""
+    said = student(tmp_path)
+    assert "transformers keeps model.layers.0.mlp.experts.down_proj, model.layers.0.mlp.experts.gate_up_proj, " in said
+    assert "(a mixture of experts) can teach, and cannot be a student" in said
 
 
 def test_of_old_weights_only_names_are_unknown(directory):
