@@ -12,10 +12,10 @@ RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
 help: ## print these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/ready ## make the virtual environment from the lock file
+setup: $(VENV)/ready ## make the virtual environment from the lock file (for GPUs: LOCK=cluster/requirements-gpu.lock)
 
 $(VENV)/ready: $(VENV)/locked pyproject.toml
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/locked: $(LOCK) cluster/setup.sh

@@ -30,7 +30,10 @@ def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -
     that cannot be read or written costs the memory, never the answer. What ``compute`` raises is raised, and not
     remembered.
     """
-    kept = DIRECTORY / _digest(question, files)
+    try:
+        kept = DIRECTORY / _digest(question, files)
+    except OSError:  # a file that cannot be read: whoever computes says so
+        return compute()
     with suppress(Exception):  # not there, or not readable by what is installed now: computed again
         answer: T = pickle.loads(kept.read_bytes())
         os.utime(kept)
@@ -53,8 +56,8 @@ def _digest(question: str, files: Iterable[Path]) -> str:
     code = sorted(Path(eopd.__file__).parent.rglob("*.py"))
     for path in [*code, *sorted(files)]:
         digest.update(f"\0{path}\0".encode())
-        with suppress(OSError):  # whoever reads it in earnest says so
-            digest.update(_contents(path) if path.is_file() else b"")
+        if path.is_file():
+            digest.update(_contents(path))
     return digest.hexdigest()
 
 

@@ -74,6 +74,9 @@ class LossReason(StrEnum):
     TOO_STALE = "too_stale"
 
 
+Reference = str | tuple[str, ...]  # the accepted answer, or several of which any one is right
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSample:
     """One prompt of one epoch. ``source`` routes to a teacher and labels metrics.
@@ -85,7 +88,7 @@ class PromptSample:
     prompt_id: str
     source: str
     token_ids: Int32Array  # [P]
-    reference_answer: str | None
+    reference_answer: Reference | None
     teacher_token_ids: Int32Array | None = None
 
 

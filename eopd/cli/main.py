@@ -10,14 +10,17 @@ import rich.console
 import typer
 
 from eopd import __version__
+from eopd.cli.evaluate import evaluate
+from eopd.cli.init import recipe_names, write_recipe
 from eopd.cli.teacher import teacher
-from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, load_config
+from eopd.config import ConfigError, load_config
 from eopd.types import RunFailedError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models = typer.Typer(no_args_is_help=True, help="Make the models that the shipped configs use.")
 app.add_typer(models, name="models")
 app.add_typer(teacher, name="teacher")
+app.command("eval")(evaluate)
 
 MODELS = Path("~/.cache/eopd/models")
 EXIT_INTERRUPTED = 130
@@ -29,6 +32,19 @@ def _eopd(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.command()
+def init(
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipe_names())}.")],
+) -> None:
+    """Write a recipe and its prompts into configs/ of the current folder; nothing is overwritten."""
+    written, command = write_recipe(recipe, Path())
+    for path in written:
+        typer.echo(f"wrote {path}")
+    if not written:
+        typer.echo("everything is there already")
+    typer.echo(f"next: {command}")
 
 
 @app.command()
@@ -136,64 +152,6 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
     settings = directory.config().run
     summary, rows = directory.read_summary(), directory.last_rows(PACE_WINDOW + 1)
     print_status(settings.name, summary, rows, batches=settings.batches)
-
-
-@app.command("eval")
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face directory, e.g. runs/NAME/hf.")],
-    data: Annotated[str, typer.Argument(help="JSONL rows with prompt (or messages) and answer.")],
-    grader: Annotated[Literal["exact", "math"], typer.Option(help="How an answer is judged.")] = "exact",
-    n: Annotated[int, typer.Option("--n", min=1, help="Samples per prompt.")] = 8,
-    k: Annotated[list[int] | None, typer.Option("--k", help="Report pass@k; may be given more than once.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
-    max_response_tokens: Annotated[int, typer.Option(min=1)] = 1024,
-    template: Annotated[Literal["chat", "none"], typer.Option(help="How prompts are rendered.")] = "chat",
-    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 1024,
-    suffix: Annotated[str, typer.Option(help="Appended to every prompt.")] = "",
-    engines: Annotated[int, typer.Option(min=1)] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of one engine.")] = 2,
-    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of one engine.")] = 0.0,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option()] = "bfloat16",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    output: Annotated[Path | None, typer.Option(help="Write every answer and verdict as JSONL.")] = None,
-) -> None:
-    """Sample answers and grade them: avg@n and pass@k, with standard errors."""
-    ks = k or sorted({1, n})
-    if wrong := [value for value in ks if not 1 <= value <= n]:
-        raise ConfigError(f"--k {wrong[0]}: must be between 1 and --n {n}")
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no directory {output.parent}")
-    from eopd.runtime.evaluate import Benchmark
-    from eopd.runtime.evaluate import evaluate as run
-
-    result = run(
-        StudentConfig(model=model, dtype=dtype),
-        RolloutConfig(
-            engines=engines,
-            cpus=1.0,
-            gpus=gpus,
-            threads=threads,
-            temperature=temperature,
-            max_response_tokens=max_response_tokens,
-        ),
-        Benchmark(
-            prompts=PromptsConfig(
-                data=data, held_out=data, template=template, max_tokens=max_prompt_tokens, suffix=suffix
-            ),
-            grader=grader,
-            samples=n,
-            ks=ks,
-            seed=seed,
-        ),
-        ClusterConfig(),
-    )
-    if output is not None:
-        result.write_prompts(output)
-    typer.echo(f"avg@{n}   {result.avg_at_n.mean:.4f} +- {result.avg_at_n.standard_error:.4f}")
-    for value, estimate in result.pass_at_k.items():
-        typer.echo(f"pass@{value}  {estimate.mean:.4f} +- {estimate.standard_error:.4f}")
-    typer.echo(f"{len(result.prompts)} prompts, {result.mean_response_tokens:.1f} tokens an answer, ", nl=False)
-    typer.echo(f"{result.truncation_rate:.1%} truncated, {result.num_lost} lost")
 
 
 @models.command("demo")

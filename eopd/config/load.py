@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from eopd.config.processor import with_dtypes
 from eopd.config.sections import Config
 
 
@@ -22,12 +23,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         ConfigError: the file is missing, is no YAML mapping, or a key or value is wrong.
+
+    Every ``dtype: auto`` is chosen for this machine.
     """
     tree = _read_yaml(path)
     for override in overrides:
         _apply(tree, override)
     try:
-        return Config.model_validate(tree)
+        return with_dtypes(Config.model_validate(tree))
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors()]
         raise ConfigError(f"{path}: " + "\n".join(lines)) from None

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from eopd.config.base import AbsolutePath, DataSpec, NativeOptions, Section, refuse
 from eopd.config.loss import LossConfig
-from eopd.config.teacher import OWNED_BY_ENGINES, Names, TeacherConfig
+from eopd.config.teacher import OWNED_BY_ENGINES, OWNED_BY_ROWS, Names, TeacherConfig
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -66,29 +66,46 @@ class LoraConfig(Section):
 
 
 class StudentConfig(Section):
-    """The model that learns: a Hugging Face directory. ``dtype`` is that of the learner and of the engines.
+    """The model that learns: a Hugging Face directory. ``dtype`` is that of the learner and of the engines; ``auto``
+    is chosen when the config is loaded, and ``dtype_reason`` says why.
 
     ``lora`` trains adapters instead of the whole model.
     """
 
     model: AbsolutePath
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype_reason: str | None = None
     lora: LoraConfig | None = None
+
+    @property
+    def chosen_dtype(self) -> Literal["float32", "bfloat16"]:
+        """``dtype`` of a config that was loaded, where nothing is ``auto`` any more."""
+        if self.dtype == "auto":
+            raise ValueError("student.dtype: auto is chosen by load_config")
+        return self.dtype
 
 
 class PromptsConfig(Section):
     """Training and held-out rows: JSONL, Parquet, or a ``datasets`` name.
 
     ``template``: ``chat`` renders rows with the student's chat template, ``none`` takes ``prompt`` as it is.
-    ``suffix`` is appended to the (last) user text before either.
+    ``template_options`` go to that template. ``suffix`` is appended to the last user text before either.
     """
 
     data: DataSpec
     held_out: DataSpec
     template: Literal["chat", "none"] = "chat"
+    template_options: NativeOptions = {}
     suffix: str = ""
     max_tokens: int = Field(1024, ge=1)
     overlong: Literal["error", "drop"] = "error"
+
+    @model_validator(mode="after")
+    def _options_reach_a_template(self) -> Self:
+        refuse("template_options", self.template_options, OWNED_BY_ROWS)
+        if self.template == "none" and self.template_options:
+            raise ValueError("template_options: go to a chat template; template is none")
+        return self
 
 
 class RolloutConfig(Section):

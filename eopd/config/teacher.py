@@ -6,13 +6,14 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from eopd.config.base import AbsolutePath, NativeOptions, Section, refuse
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 EntropyBound = Literal["low", "high", "mid"]
 # One name may stand for a list of one.
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 OWNED_BY_ENGINES = ("model", "dtype", "max_model_len", "enable_prefix_caching")
 OWNED_BY_TEACHER = (*OWNED_BY_ENGINES, "runner", "skip_tokenizer_init")
+OWNED_BY_ROWS = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt")  # of a chat template
 
 
 class ServerConfig(Section):
@@ -36,9 +37,10 @@ class TeacherConfig(Section):
 
     ``model`` is its Hugging Face directory; a served one needs no weights there, only configuration and tokenizer.
     ``sources`` are the sources of prompts it teaches; without any it teaches those that no other teacher does.
+    ``dtype: auto`` is chosen when the config is loaded, and ``dtype_reason`` says why.
     ``head_dtype: float32`` keeps a float32 copy of the head and is exact; ``model`` projects in the model's own
-    precision. ``template`` makes of a row of the data a prompt that only this teacher sees: Jinja for the text of the
-    last message; ``template_options`` go to its chat template. ``entropy_bound`` is what the gate reads where only
+    precision. ``template`` makes of a row of the data a prompt that only this teacher sees: Jinja for the last
+    text of the user; ``template_options`` go to its chat template. ``entropy_bound`` is what the gate reads where only
     bounds on the entropy are known. ``eos_remap`` maps the student's end tokens to the teacher's. A trajectory not
     scored within ``timeout_s`` is tried elsewhere. ``vllm`` goes to the engine untouched.
     """
@@ -49,7 +51,8 @@ class TeacherConfig(Section):
     server: ServerConfig | None = None
     sources: Names = ()
     replicas: int = Field(1, ge=1)
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
+    dtype_reason: str | None = None
     head_dtype: Literal["float32", "model"] = "float32"
     temperature: float = Field(1.0, gt=0.0)
     entropy_bound: EntropyBound = "mid"
@@ -66,7 +69,7 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _ours_stay_ours(self) -> Self:
         refuse("vllm", self.vllm, OWNED_BY_TEACHER)
-        refuse("template_options", self.template_options, ("conversation", "tokenize", "add_generation_prompt"))
+        refuse("template_options", self.template_options, OWNED_BY_ROWS)
         return self
 
     @model_validator(mode="after")

@@ -20,7 +20,17 @@ from pathlib import Path
 from eopd.evaluation.graders import Grader, Verdict
 from eopd.evaluation.passk import mean_over_prompts, pass_at_k
 from eopd.roles import RolloutEngine
-from eopd.types import Estimate, Int32Array, LostTrajectory, PromptSample, Sampling, StopReason, Stored, Trajectory
+from eopd.types import (
+    Estimate,
+    Int32Array,
+    LostTrajectory,
+    PromptSample,
+    Reference,
+    Sampling,
+    StopReason,
+    Stored,
+    Trajectory,
+)
 
 Decode = Callable[[Int32Array], str]  # response_ids [R] -> text without special tokens
 Fetch = Callable[[Stored[Trajectory]], Awaitable[Trajectory | LostTrajectory]]
@@ -43,7 +53,7 @@ class PromptResult:
 
     prompt_id: str
     source: str
-    reference_answer: str
+    reference_answer: Reference
     answers: tuple[Answer, ...]
     lost: tuple[LostTrajectory, ...]
 
@@ -154,7 +164,7 @@ def _check(engines: Sequence[RolloutEngine], prompts: Sequence[PromptSample], sa
         _reference(prompt)
 
 
-def _reference(prompt: PromptSample) -> str:
+def _reference(prompt: PromptSample) -> Reference:
     if prompt.reference_answer is None:
         raise ValueError(f"prompt {prompt.prompt_id}: has no reference answer to grade against")
     return prompt.reference_answer

@@ -12,18 +12,16 @@ and the next question starts a new one.
 import contextlib
 import json
 import logging
-import re
 import signal
 import subprocess
 import sys
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from typing import get_args
 
 from eopd.config.loss import GraderName
-
-_BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+from eopd.evaluation.final_answer import as_latex, as_text, final_answer, is_prose, last_line
+from eopd.types import Reference
 
 
 class Verdict(StrEnum):
@@ -36,7 +34,7 @@ class Verdict(StrEnum):
     ERROR = "error"  # the grader failed, or cannot read the reference
 
 
-Grader = Callable[[str, str], Verdict]  # (response, reference answer); one call at a time
+Grader = Callable[[str, Reference], Verdict]  # (response, accepted answers); one call at a time
 
 
 @contextlib.contextmanager
@@ -63,42 +61,39 @@ def open_grader(name: GraderName, *, time_limit_s: float = 10.0) -> Iterator[Gra
         raise ValueError(f"grader {name!r}: must be one of {', '.join(get_args(GraderName))}")
 
 
-def grade_exact(response: str, reference: str) -> Verdict:
-    r"""Final answers are the same text, up to case, spacing, Unicode form, enclosing ``$`` and closing full stops.
+def grade_exact(response: str, reference: Reference) -> Verdict:
+    r"""Final answers are the same text.
 
-    The final answer is the last ``\boxed{}``, or else the last line that is not empty; of the reference too.
+    Up to case, spacing, enclosing ``$`` or emphasis, closing full stops, the width of characters, the script of digits,
+    and the character that stands for minus. The final answer is the last box or a last line ``#### ...``, or else the
+    last line that is not empty; of a reference too.
     """
-    answer = _normalized(_final_answer(response))
+    answer = as_text(_last_said(response))
+    return _best(_compared(answer, as_text(_last_said(accepted))) for accepted in _each(reference))
+
+
+def _last_said(text: str) -> str:
+    found = final_answer(text)
+    return last_line(text) if found is None else found
+
+
+def _compared(answer: str, accepted: str) -> Verdict:
+    if not accepted:
+        return Verdict.ERROR
     if not answer:
         return Verdict.NO_ANSWER
-    return Verdict.CORRECT if answer == _normalized(_final_answer(reference)) else Verdict.WRONG
+    return Verdict.CORRECT if answer == accepted else Verdict.WRONG
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Content of the complete ``\boxed{...}`` that begins last; braces nest, ``\{`` and ``\}`` are text. One pass."""
-    last: tuple[int, int] | None = None
-    open_braces: list[tuple[bool, int]] = []  # (is a box, where its content begins)
-    for token in _BOX_TOKENS.finditer(text):
-        if token.group().endswith("{") and token.group() != r"\{":
-            open_braces.append((token.group() != "{", token.end()))
-        elif token.group() == "}" and open_braces:
-            is_box, begin = open_braces.pop()
-            if is_box and (last is None or begin > last[0]):
-                last = (begin, token.start())
-    return None if last is None else text[slice(*last)]
+def _each(reference: Reference) -> tuple[str, ...]:
+    return (reference,) if isinstance(reference, str) else reference
 
 
-def _final_answer(text: str) -> str:
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else ""
-
-
-def _normalized(answer: str) -> str:
-    text = " ".join(unicodedata.normalize("NFKC", answer).casefold().split())
-    return text.rstrip(". ").strip("$ ").rstrip(". ")
+def _best(verdicts: Iterable[Verdict]) -> Verdict:
+    """The verdict over several accepted answers: the first of these that any of them led to."""
+    found = list(verdicts)
+    order = (Verdict.CORRECT, Verdict.NO_ANSWER, Verdict.TIMEOUT, Verdict.WRONG, Verdict.ERROR)
+    return next(verdict for verdict in order if verdict in found)
 
 
 class _MathProcess:
@@ -108,18 +103,21 @@ class _MathProcess:
         self._command = [sys.executable, "-m", __name__, str(time_limit_s)]
         self._process: subprocess.Popen[str] | None = None
 
-    def grade(self, response: str, reference: str) -> Verdict:
-        r"""The last ``\boxed{}`` of the response and the reference are equal as mathematics (math-verify's ``verify``).
+    def grade(self, response: str, reference: Reference) -> Verdict:
+        r"""The final answer of the response and the reference are equal as mathematics (math-verify's ``verify``).
 
-        No box is ``NO_ANSWER``: in free text math-verify 0.9 reads ``3\sqrt{13}`` as 3. Where it fails to compare two
-        expressions they are ``WRONG``, as it decides itself.
+        The final answer is the last box or a last line ``#### ...``; a reference without is one as a whole. Without any
+        the verdict is ``NO_ANSWER``: in free text math-verify 0.9 reads ``3\sqrt{13}`` as 3. Where it fails to compare
+        two expressions they are ``WRONG``, as it decides itself.
         """
-        answer = last_boxed(response)
-        if answer is None or not answer.strip():
+        answer = as_latex(final_answer(response) or "")
+        if not answer:
             return Verdict.NO_ANSWER
-        boxed_reference = last_boxed(reference)
-        question = [answer, reference if boxed_reference is None else boxed_reference]
-        return self._ask(json.dumps(question))
+        return _best(self._compare(answer, accepted) for accepted in _each(reference))
+
+    def _compare(self, answer: str, accepted: str) -> Verdict:
+        found = final_answer(accepted)
+        return self._ask(json.dumps([answer, as_latex(accepted if found is None else found)]))
 
     def close(self) -> None:
         """End the process: it stops at the end of its input."""
@@ -167,7 +165,7 @@ def _serve(time_limit_s: float) -> None:
 
     def judge(answer: str, reference: str) -> Verdict:
         expected, found = expressions(reference), expressions(answer)
-        if not expected:
+        if not expected or is_prose(reference):  # math-verify 0.9 reads words as products of letters
             return Verdict.ERROR
         if not found:
             return Verdict.NO_ANSWER

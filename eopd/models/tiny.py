@@ -25,9 +25,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import eopd
+
 Family = Literal["llama", "qwen3"]
 
-PROMPTS = Path(__file__).resolve().parents[2] / "configs" / "prompts"
+PROMPTS = Path(eopd.__file__).with_name("recipes") / "prompts"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -1,6 +1,16 @@
 """What is checked before any worker starts: models, native options, prompts. Every failure is one ``ConfigError``."""
 
-from eopd.preflight.inputs import Prepared, check, report, require_answers
+from eopd.preflight.answers import require_answers, require_readable_answers
+from eopd.preflight.inputs import Prepared, check, notes_on_data, report
 from eopd.preflight.models import require_model, require_served
 
-__all__ = ["Prepared", "check", "report", "require_answers", "require_model", "require_served"]
+__all__ = [
+    "Prepared",
+    "check",
+    "notes_on_data",
+    "report",
+    "require_answers",
+    "require_model",
+    "require_readable_answers",
+    "require_served",
+]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
+from eopd.config.processor import dtype_notes
+from eopd.preflight.answers import require_answers, require_readable_answers
 from eopd.preflight.models import require_model, require_served, require_student
 from eopd.preflight.options import require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
@@ -57,8 +59,11 @@ def _check(config: Config) -> Prepared:
     tokenizer = load_tokenizer(config.student.model)
     train = PromptSet.load(config.prompts.data, config.prompts, tokenizer, _views(config))
     if config.loss.reward is not None:
-        require_answers(config.prompts.data, train)
-    held_out = PromptSet.load(config.prompts.held_out, config.prompts, tokenizer, _views(config))
+        require_answers(train)
+        require_readable_answers(train, config.loss.reward.grader)
+    held_out = PromptSet.load(
+        config.prompts.held_out, config.prompts, tokenizer, _views(config), key="prompts.held_out"
+    )
     for where, data in ((config.prompts.data, train), (config.prompts.held_out, held_out)):
         count_prompts(where, data.prompts, config)
     return Prepared(train=train, held_out=held_out, vocabularies=vocabularies)
@@ -142,19 +147,16 @@ def report(config: Config, prepared: Prepared) -> Iterator[str]:
         yield f"  eos_remap   {', '.join(remap) or 'none'}"
         yield f"  prompts     {taught[teacher.name]} to train, {held_out[teacher.name]} held out"
         yield from (f"  note        {note}" for note in shared.notes)
+    yield from dtype_notes(config)
+    yield from notes_on_data(config, prepared)
+
+
+def notes_on_data(config: Config, prepared: Prepared) -> Iterator[str]:
+    """What a user may want to know of the prompts before they are trained on."""
     if dropped := prepared.train.num_dropped + prepared.held_out.num_dropped:
         yield f"dropped {dropped} prompts of more than {config.prompts.max_tokens} tokens"
+    yield from (f"note: {note}" for note in (*prepared.train.notes, *prepared.held_out.notes))
 
 
 def _listed(ends: Mapping[int, str]) -> str:
     return ", ".join(f"{token_id} {token}" for token_id, token in ends.items())
-
-
-def require_answers(where: str, data: PromptSet) -> None:
-    """Every prompt must have a reference answer.
-
-    Raises:
-        ConfigError: names prompts without.
-    """
-    if unanswered := [prompt.prompt_id for prompt in data.prompts if prompt.reference_answer is None]:
-        raise ConfigError(f"{where}: rows without an answer cannot be graded: {unanswered[:5]}")

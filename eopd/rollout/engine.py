@@ -25,6 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.config import RolloutConfig, StudentConfig
+from eopd.engine_options import on_cpu
 from eopd.roles import EngineDownError
 from eopd.types import (
     Float32Array,
@@ -76,7 +77,7 @@ class VllmRolloutEngine:
         """
         options: dict[str, object] = {
             "model": str(student.model),
-            "dtype": student.dtype,
+            "dtype": student.chosen_dtype,
             "max_model_len": max_sequence_tokens,
             "logprobs_mode": "processed_logprobs",  # include the temperature
             "scheduling_policy": "priority",  # the probe's; all other requests are equal, and come in turn
@@ -87,8 +88,7 @@ class VllmRolloutEngine:
         }
         if rollout.gpus == 0:
             options |= {
-                "kv_cache_memory_bytes": 1 << 30,
-                "enforce_eager": True,
+                **on_cpu(rollout.vllm),
                 # A seeded request whose prefill is cut rewinds its generator, which CPU generators cannot (0.32.0).
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(2048, max_sequence_tokens),

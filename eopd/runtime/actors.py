@@ -20,6 +20,7 @@ from ray.exceptions import ActorUnschedulableError, ObjectLostError, OutOfMemory
 from eopd.config import RolloutConfig, StudentConfig, TeacherConfig
 from eopd.config.loss import GraderName
 from eopd.roles import EngineDownError, TeacherDownError, WorkerDownError
+from eopd.runtime import spawned
 from eopd.types import (
     Float32Array,
     Header,
@@ -84,6 +85,7 @@ class Actor:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        spawned.stand_in_for_main()
 
     def __repr__(self) -> str:
         return self._name

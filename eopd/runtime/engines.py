@@ -53,7 +53,7 @@ class EngineFleet:
             workers_per_engine=_workers(config.rollout),
             probe=Probe(
                 token_ids=text[: config.max_sequence_tokens - 1],
-                dtype=config.student.dtype,
+                dtype=config.student.chosen_dtype,
                 every=weights.verify_every,
             ),
             condemn=self.replicas.condemn,

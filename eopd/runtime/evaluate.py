@@ -1,7 +1,7 @@
 """A benchmark on rollout engines: model directory and JSONL in, avg@n and pass@k out."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from eopd.config import ClusterConfig, PromptsConfig, RolloutConfig, StudentConfig
@@ -29,9 +29,13 @@ class Benchmark:
 
 
 def evaluate(
-    student: StudentConfig, rollout: RolloutConfig, benchmark: Benchmark, config: ClusterConfig
+    student: StudentConfig,
+    rollout: RolloutConfig,
+    benchmark: Benchmark,
+    config: ClusterConfig,
+    say: Callable[[str], None],
 ) -> BenchmarkResult:
-    """Run one benchmark.
+    """Run one benchmark; ``say`` is told what a user may want to know of the data.
 
     Raises:
         ConfigError: the model or the data is missing, or a row has no answer.
@@ -39,8 +43,10 @@ def evaluate(
     longest = benchmark.prompts.max_tokens + rollout.max_response_tokens
     require_model("MODEL", student.model, num_tokens=longest)
     tokenizer = load_tokenizer(student.model)
-    data = PromptSet.load(benchmark.prompts.data, benchmark.prompts, tokenizer)
-    require_answers(benchmark.prompts.data, data)
+    data = PromptSet.load(benchmark.prompts.data, benchmark.prompts, tokenizer, key="DATA")
+    require_answers(data)
+    for note in data.notes:
+        say(f"note: {note}")
     sampling = Sampling(temperature=rollout.temperature, max_tokens=rollout.max_response_tokens, seed=benchmark.seed)
 
     async def run() -> BenchmarkResult:

@@ -10,11 +10,12 @@ import numpy as np
 from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
 from eopd.config import Config
 from eopd.config.load import flatten
+from eopd.config.processor import dtype_notes
 from eopd.evaluation.held_out import measure
 from eopd.evaluation.samples import sample_record
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
-from eopd.preflight import Prepared, check
+from eopd.preflight import Prepared, check, notes_on_data
 from eopd.prompts import PromptOrder
 from eopd.roles import LearnerDownError
 from eopd.runtime import cluster
@@ -307,7 +308,7 @@ class TrainingRun:
     async def _telemetry(self) -> AsyncIterator[Telemetry]:
         run, telemetry = self._config.run, self._config.telemetry
         sinks: list[Sink] = [JsonlSink(self.directory.metrics), TimelineSink(self.directory.timeline, self._busy)]
-        notes = [f"run directory {self.directory.path}", *self.directory.passed_over()]
+        notes = [f"run directory {self.directory.path}", *self.directory.passed_over(), *dtype_notes(self._config)]
         if telemetry.port is not None:
             self._prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
             sinks.append(self._prometheus)
@@ -317,9 +318,7 @@ class TrainingRun:
             trackers.tracker(name, self.directory.path, run.name, settings) for name in telemetry.trackers
         ]
         sinks += self._trackers
-        for name, data in (("training", self._prepared.train), ("held-out", self._prepared.held_out)):
-            if data.num_dropped:
-                notes.append(f"{data.num_dropped} {name} prompts longer than prompts.max_tokens left out")
+        notes += notes_on_data(self._config, self._prepared)
         if cluster.is_job_copy(self.directory.path):
             notes.append("this is Ray's copy of the working directory: set run.directory to keep what the run writes")
         self._console = Console(run=run.name, batches=run.batches)

@@ -26,6 +26,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.config import ConfigError, TeacherConfig
+from eopd.engine_options import on_cpu
 from eopd.roles import TeacherDownError
 from eopd.teacher import head
 from eopd.teacher.scoring import SignalScorer
@@ -130,7 +131,7 @@ def engine_options(config: TeacherConfig, *, top_k: int, max_sequence_tokens: in
         "use_tqdm_on_load": False,
     }
     if current_platform.is_cpu():
-        options |= {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+        options |= on_cpu(native)
     merged = {
         "hf_overrides": _section(native, "hf_overrides") | overrides,
         "additional_config": _section(native, "additional_config") | scoring,

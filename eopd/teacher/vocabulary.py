@@ -117,7 +117,7 @@ def require_same_vocabulary(student: Path, teacher: Path, remap: Mapping[int, in
     tokenizers = load_tokenizer(student), load_tokenizer(teacher)
     vocabularies = tokenizers[0].get_vocab(), tokenizers[1].get_vocab()
     _require_same_tokens(student, vocabularies[0], teacher, vocabularies[1])
-    encoded = tokenizers[0](_PROBE)["input_ids"], tokenizers[1](_PROBE)["input_ids"]
+    encoded = [tokenizer.encode(_PROBE, add_special_tokens=False) for tokenizer in tokenizers]
     if encoded[0] != encoded[1]:
         raise ConfigError(
             f"student {student} and teacher {teacher} have the same tokens but cut text differently: {_PROBE!r} "
@@ -162,6 +162,12 @@ def _padding(num_ids: int, student_rows: int, teacher_rows: int) -> Iterator[str
 
 def _harmless(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> Iterator[str]:
     """Differences that do not matter, since only the student's tokenizer is used."""
+    whole = [tokenizer.decode(tokenizer.encode("a")) for tokenizer in (student, teacher)]
+    if whole[0] != whole[1]:
+        yield (
+            f"of the text 'a' the student's tokenizer makes {whole[0]!r} and the teacher's {whole[1]!r}, with the "
+            "special tokens that each adds of itself; prompts are tokenised with the student's"
+        )
     if student.chat_template != teacher.chat_template:
         yield "chat templates differ; prompts are rendered with the student's"
     roles = student.special_tokens_map, teacher.special_tokens_map

@@ -1,5 +1,6 @@
 """Files of cluster/ agree with each other and with the repository."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -80,6 +81,77 @@ def test_the_lock_script_is_valid_shell_and_writes_these_locks():
     assert script.stat().st_mode & 0o111
     written = re.findall(r"cluster/requirements-(\w+)\.lock", script.read_text(encoding="utf-8"))
     assert sorted(written) == sorted(KINDS)
+
+
+# --- set-up ----------------------------------------------------------------------------------------------------------
+
+PYTHON = """#!/bin/sh
+case "$*" in
+*python_version*) echo {version} ;;
+*ctypes*) exit {ctypes} ;;
+"-m venv "*) mkdir -p "$4/bin" && cp {pip} "$4/bin/pip" ;;
+esac
+"""
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Run ``setup.sh`` with a Python, a pip and a ``df`` that only say what they are told to."""
+
+    def program(name: str, text: str) -> Path:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def run(*, version="3.11.9", ctypes=0, free_kb=99_000_000, compiler="g++", pip="exit 0"):
+        fake_pip = program("pip", f"#!/bin/sh\necho 'WARNING: a location is ignored' >&2\n{pip}\n")
+        python = program("python", PYTHON.format(version=version, ctypes=ctypes, pip=fake_pip))
+        program("g++", "#!/bin/sh\n")
+        program("df", f"#!/bin/sh\necho header\necho /dev/x 1 1 {free_kb} 1% /\n")
+        environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": str(python)}
+        environment["CXX"] = compiler
+        command = [CLUSTER / "setup.sh", tmp_path / "venv", "cluster/requirements-cpu.lock"]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("machine", "lacks"),
+    [
+        ({"version": "3.12.1"}, "Python 3.11: {bin}/python is 3.12.1; name another with: make setup PYTHON=/path/to/"),
+        ({"ctypes": 1}, "libnuma.so.1, which vLLM's CPU build loads (Debian: libnuma1)"),
+        ({"compiler": "no-such-compiler"}, "a C++ compiler, which vLLM uses while it runs (Debian: g++)"),
+        ({"free_kb": 3_200_000}, "disk space: 6 GB are needed in {venv}, 3 GB are free"),
+    ],
+)
+def test_setup_says_what_a_machine_lacks_before_it_downloads(machine, lacks, setup, tmp_path):
+    done = setup(**machine, pip=f"touch {tmp_path}/asked")
+    assert done.returncode == 1
+    assert done.stderr.startswith("setup: nothing was downloaded, since this machine lacks:\n  * ")
+    assert lacks.format(bin=tmp_path / "bin", venv=tmp_path) in done.stderr
+    assert not (tmp_path / "venv").exists() and not (tmp_path / "asked").exists()
+
+
+def test_setup_names_everything_that_is_missing_at_once(setup):
+    assert setup(version="3.10.1", ctypes=1, free_kb=1, compiler="none").stderr.count("  * ") == 4
+
+
+def test_setup_has_a_line_for_each_stage_and_no_warnings_of_pip(setup):
+    done = setup()
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line[:13] for line in lines] == ["setup: 1 of 3", "setup: 2 of 3", "setup: 3 of 3"]
+    assert all(re.search(r" \.\.\. \d+ s$", line) for line in lines)
+
+
+def test_setup_shows_what_pip_wrote_when_it_fails(setup):
+    done = setup(pip="echo 'ERROR: no such version' >&2; exit 1")
+    assert done.returncode == 1
+    assert "ERROR: no such version" in done.stderr and "WARNING: a location" in done.stderr
+    assert done.stdout.endswith("failed\n")
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from eopd.checkpoint import DriverState, StorageError, write_checkpoint
 from eopd.cli.main import main
+from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
+from eopd.evaluation.graders import Verdict
 from eopd.models.tiny import build_model, train_tokenizer, write_model
+from eopd.types import Estimate, StopReason
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +45,9 @@ def files(tmp_path_factory):
         ("rollout.engine=2", "error: {root}/c.yaml: rollout.engine: unknown key; did you mean engines?"),
         ("student.model={root}/no", "error: student.model: there is no directory {root}/no;"),
         ("teachers.0.model={root}/no", "error: teachers.teacher.model: there is no directory {root}/no;"),
-        ("prompts.data={root}/no.jsonl", "error: prompts: {root}/no.jsonl cannot be read (No such file or directory)"),
-        ("prompts.held_out={root}/empty.jsonl", "error: prompts: {root}/empty.jsonl has no rows"),
-        ("prompts.max_tokens=3", "prompts.max_tokens is 3; shorten it, raise the limit, or set prompts.overlong: drop"),
+        ("prompts.data={root}/no.jsonl", "error: prompts.data: {root}/no.jsonl cannot be read (No such file or "),
+        ("prompts.held_out={root}/empty.jsonl", "error: prompts.held_out: {root}/empty.jsonl has no rows"),
+        ("prompts.max_tokens=3", "prompts.max_tokens is 3; shorten it, raise the limit (--max-prompt-tokens of eopd "),
         ("learner.token_budget=64", "learner.token_budget 64 is below prompts.max_tokens + max_response_tokens = 2048"),
         ("teachers.0.model={root}/other", "{root}/other"),
         (
@@ -149,3 +152,63 @@ def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkey
         main()
     assert caught.value.code == 2
     assert "error: student.model: there is no directory /gone;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            [{"prompt": "few", "answer": 1}, {"prompt": "words", "id": "x"}],
+            [],
+            'error: DATA: {root}/graded.jsonl:2 (id "x"): has no `answer`, so that nothing can be graded; ',
+        ),
+        ([{"question": "few"}], [], "error: DATA: {root}/graded.jsonl:1: needs either `prompt`"),
+        ([], ["--template-options", "["], "error: --template-options [: must be a YAML mapping, e.g. {{enable_"),
+        ([], ["--template-options", "yes"], "error: --template-options yes: must be a YAML mapping, e.g. {{enable_"),
+        ([], ["--template-options", "tools: 1"], "error: --template-options tools: 1: template_options: tools cannot"),
+        ([], ["--k", "9"], "error: --k 9: must be between 1 and --n 8"),
+    ],
+)
+def test_a_mistaken_eval_is_one_message_before_an_engine_starts(files, rows, options, message, capsys, monkeypatch):
+    data = files / "graded.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["eopd", "eval", str(files / "model"), str(data), *options])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(message.format(root=files))
+
+
+def test_eval_prints_scores_and_every_verdict(files, capsys, monkeypatch):
+    def answer(verdict):
+        return Answer(
+            sample_index=0, response="", num_response_tokens=4, stop_reason=StopReason.LENGTH, verdict=verdict
+        )
+
+    verdicts = {"1": [Verdict.CORRECT, Verdict.NO_ANSWER], "2": [Verdict.ERROR, Verdict.ERROR]}
+    prompts = [
+        PromptResult(prompt_id=name, source="s", reference_answer="", answers=tuple(map(answer, found)), lost=())
+        for name, found in verdicts.items()
+    ]
+    score = Estimate(mean=0.25, standard_error=0.125)
+    result = BenchmarkResult(
+        avg_at_n=score,
+        pass_at_k={1: score},
+        mean_response_tokens=4.0,
+        truncation_rate=1.0,
+        num_lost=0,
+        num_verdicts={v: [*verdicts["1"], *verdicts["2"]].count(v) for v in Verdict},
+        prompts=tuple(prompts),
+    )
+    monkeypatch.setattr("eopd.runtime.evaluate.evaluate", lambda *arguments: result)
+    monkeypatch.setattr(sys, "argv", ["eopd", "eval", str(files / "model"), str(files / "rows.jsonl"), "--n", "2"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "avg@2   0.2500 +- 0.1250",
+        "pass@1  0.2500 +- 0.1250",
+        "2 prompts, 4.0 tokens an answer, 100.0% truncated, 0 lost",
+        "4 answers: 1 right, 0 wrong, 1 without an answer, 0 timed out, 2 not graded",
+        "not graded: prompts 2: the grader failed, or cannot read the accepted answer; these count as wrong",
+    ]

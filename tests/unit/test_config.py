@@ -95,7 +95,7 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             r"needs rollout.samples_per_prompt of 2 or more \(is 1\)",
         ),
         ("loss.reverse_kl={kind: none, reward: {grader: math}}", "reverse_kl.none.reward: unknown key"),
-        ("student.dtype=float16", "student.dtype: Input should be 'float32' or 'bfloat16'"),
+        ("student.dtype=float16", "student.dtype: Input should be 'auto', 'float32' or 'bfloat16'"),
         ("student.lora.rank=0", r"student.lora.rank: Input should be greater than or equal to 1 \(is 0\)"),
         ("student.lora={alpha: 0}", "student.lora.alpha: Input should be greater than 0"),
         ("student.lora={ranks: 4}", "student.lora.ranks: unknown key; did you mean rank?"),

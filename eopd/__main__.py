@@ -1,0 +1,5 @@
+"""``python -m eopd`` is the ``eopd`` command."""
+
+from eopd.cli.main import main
+
+main()

@@ -1,0 +1,114 @@
+"""``eopd eval``: sample answers, grade them, and print what came out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+import yaml
+from pydantic import ValidationError
+
+from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig
+from eopd.config.processor import chosen
+from eopd.evaluation.benchmarks import BenchmarkResult
+from eopd.evaluation.graders import Verdict
+
+TOLD = {
+    Verdict.CORRECT: "right",
+    Verdict.WRONG: "wrong",
+    Verdict.NO_ANSWER: "without an answer",
+    Verdict.TIMEOUT: "timed out",
+    Verdict.ERROR: "not graded",
+}
+IDS_SHOWN = 5
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory, e.g. runs/NAME/hf.")],
+    data: Annotated[
+        str, typer.Argument(help="Rows with prompt (or messages) and answer: .jsonl, .parquet, or a data set's name.")
+    ],
+    grader: Annotated[Literal["exact", "math"], typer.Option(help="How an answer is judged.")] = "exact",
+    n: Annotated[int, typer.Option("--n", min=1, help="Samples per prompt.")] = 8,
+    k: Annotated[list[int] | None, typer.Option("--k", help="Report pass@k; may be given more than once.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Samples come from the softmax at it.")] = 1.0,
+    max_response_tokens: Annotated[int, typer.Option(min=1, help="Longer answers are cut.")] = 1024,
+    template: Annotated[Literal["chat", "none"], typer.Option(help="How prompts are rendered.")] = "chat",
+    template_options: Annotated[
+        str, typer.Option(help="Options of the chat template as YAML, e.g. '{enable_thinking: false}'.")
+    ] = "{}",
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="A longer prompt is an error.")] = 1024,
+    suffix: Annotated[str, typer.Option(help="Appended to the last user text of every prompt.")] = "",
+    engines: Annotated[int, typer.Option(min=1, help="Engines that write side by side.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of one engine.")] = 2,
+    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of one engine.")] = 0.0,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="Precision; auto takes what the machine is fast in.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives every sample the same seed again.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write every answer and verdict as JSONL.")] = None,
+) -> None:
+    """Sample answers and grade them: avg@n and pass@k, with standard errors, and a count of every verdict."""
+    ks = k or sorted({1, n})
+    if wrong := [value for value in ks if not 1 <= value <= n]:
+        raise ConfigError(f"--k {wrong[0]}: must be between 1 and --n {n}")
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no directory {output.parent}")
+    prompts = {"template": template, "max_tokens": max_prompt_tokens, "suffix": suffix}
+    prompts_config = _prompts(data, template_options, prompts)
+    rollout = {"temperature": temperature, "max_response_tokens": max_response_tokens}
+
+    from eopd.runtime.evaluate import Benchmark
+    from eopd.runtime.evaluate import evaluate as run
+
+    result = run(
+        chosen(StudentConfig(model=model, dtype=dtype), gpus=gpus),
+        RolloutConfig.model_validate({"engines": engines, "gpus": gpus, "threads": threads, **rollout}),
+        Benchmark(prompts=prompts_config, grader=grader, samples=n, ks=ks, seed=seed),
+        ClusterConfig(),
+        lambda note: typer.echo(note, err=True),
+    )
+    if output is not None:
+        result.write_prompts(output)
+    for line in _lines(result, n):
+        typer.echo(line)
+
+
+def _prompts(data: str, options: str, values: Mapping[str, object]) -> PromptsConfig:
+    try:
+        chosen = yaml.safe_load(options)
+    except yaml.YAMLError:
+        chosen = None
+    if not isinstance(chosen, dict):
+        raise ConfigError(f"--template-options {options}: must be a YAML mapping, e.g. {{enable_thinking: false}}")
+    try:
+        return PromptsConfig.model_validate({"data": data, "held_out": data, "template_options": chosen, **values})
+    except ValidationError as error:
+        told = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"--template-options {options}: {told}") from None
+
+
+def _lines(result: BenchmarkResult, n: int) -> Sequence[str]:
+    """The table."""
+    width = len(f"pass@{max(result.pass_at_k, default=0)}")
+    scores = {f"avg@{n}": result.avg_at_n} | {f"pass@{k}": estimate for k, estimate in result.pass_at_k.items()}
+    lines = [f"{name:<{width}}  {score.mean:.4f} +- {score.standard_error:.4f}" for name, score in scores.items()]
+    lines.append(
+        f"{len(result.prompts)} prompts, {result.mean_response_tokens:.1f} tokens an answer, "
+        f"{result.truncation_rate:.1%} truncated, {result.num_lost} lost"
+    )
+    counts = ", ".join(f"{number} {TOLD[verdict]}" for verdict, number in result.num_verdicts.items())
+    lines.append(f"{sum(result.num_verdicts.values())} answers: {counts}")
+
+    failed = [
+        prompt.prompt_id
+        for prompt in result.prompts
+        if any(answer.verdict is Verdict.ERROR for answer in prompt.answers)
+    ]
+    if failed:
+        more = f" and {len(failed) - IDS_SHOWN} more" if len(failed) > IDS_SHOWN else ""
+        lines.append(
+            f"not graded: prompts {', '.join(failed[:IDS_SHOWN])}{more}: the grader failed, or cannot read the "
+            "accepted answer; these count as wrong"
+        )
+    return lines

@@ -1,0 +1,76 @@
+"""``eopd init``: a shipped recipe and its prompts, written into the current folder.
+
+The recipes are the files of ``configs/``, which the package carries as ``eopd/recipes``. They keep
+their names and their place below ``configs/``, so that paths inside a recipe, and the command in its
+header, hold as they are.
+"""
+
+from pathlib import Path
+
+import yaml
+
+import eopd
+from eopd.config import ConfigError
+
+RECIPES = Path(eopd.__file__).with_name("recipes")
+_FOLDER = "configs"
+
+
+def recipe_names() -> list[str]:
+    """Name every recipe that ``write_recipe`` knows."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def write_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
+    """Write ``configs/NAME.yaml`` and the prompts it names below ``folder``.
+
+    Files that are there already, with the same contents, are left alone.
+
+    Returns:
+        The files that were written, and the command that runs the recipe.
+
+    Raises:
+        ConfigError: there is no such recipe, a file with other contents is in the way (then nothing
+            is written), or the folder cannot be written to.
+    """
+    if name not in (known := recipe_names()):
+        raise ConfigError(f"init {name}: there is no such recipe; choose one of {', '.join(known)}")
+
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    target = folder / _FOLDER
+    missing = [path for path in _files(name, text) if not _is_there(target / path, RECIPES / path)]
+
+    for path in missing:
+        _copy(RECIPES / path, target / path)
+    return [Path(_FOLDER) / path for path in missing], _command(text)
+
+
+def _files(name: str, text: str) -> list[Path]:
+    """Where a recipe and its prompts lie, below ``configs/``."""
+    prompts = yaml.safe_load(text)["prompts"]
+    specs = dict.fromkeys((prompts["data"], prompts["held_out"]))
+    paths = [Path(spec).relative_to(_FOLDER) for spec in specs if spec.startswith(f"{_FOLDER}/")]
+    return [Path(f"{name}.yaml"), *paths]
+
+
+def _command(text: str) -> str:
+    """The line of the header that runs the recipe."""
+    lines = (line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    return next(line for line in lines if "eopd train" in line)
+
+
+def _is_there(target: Path, source: Path) -> bool:
+    if not target.exists():
+        return False
+    if not target.is_file() or target.read_bytes() != source.read_bytes():
+        raise ConfigError(f"{target}: exists and differs from the recipe's; rename it, or go to another folder")
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:  # never over a file that has just appeared
+            file.write(source.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written ({error.strerror})") from None

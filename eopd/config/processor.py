@@ -1,0 +1,106 @@
+"""Which precision a machine computes in: bfloat16 where its instructions are, float32 elsewhere.
+
+Without them bfloat16 is emulated. Forward and backward of a 99 M student on 512 tokens took 62 s in
+bfloat16 and 2.9 s in float32 on two cores with AVX2 alone.
+"""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from eopd.config.sections import Config, StudentConfig
+from eopd.config.teacher import TeacherConfig
+
+ChosenDtype = Literal["float32", "bfloat16"]
+Model = TypeVar("Model", StudentConfig, TeacherConfig)
+
+SLOWER = 20  # times, bfloat16 without its instructions
+
+_CPUINFO = Path("/proc/cpuinfo")
+_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # Intel and AMD; bf16 is Arm's
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # both imitate a lesser processor
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A precision and why it was taken, as half a sentence."""
+
+    dtype: ChosenDtype
+    reason: str
+
+
+def choose_dtype(*, gpus: float, flags: Collection[str], environment: Mapping[str, str]) -> Choice:
+    """The precision of a model by where it runs.
+
+    Args:
+        gpus: that one of its actors asks for.
+        flags: of the processor, as ``/proc/cpuinfo`` names them.
+        environment: of the process; ``ONEDNN_MAX_CPU_ISA`` and ``ATEN_CPU_CAPABILITY`` may hold instructions back.
+    """
+    if gpus:
+        return Choice("bfloat16", "runs on GPUs")
+    if held_back := [name for name in _LIMITS if _holds_back(environment.get(name, ""))]:
+        return Choice("float32", f"{held_back[0]}={environment[held_back[0]]} keeps bfloat16 instructions from use")
+    if found := [flag for flag in _BFLOAT16_FLAGS if flag in flags]:
+        return Choice("bfloat16", f"this processor has bfloat16 instructions ({found[0]})")
+    return Choice("float32", "this processor has no bfloat16 instructions (neither AVX-512 BF16 nor AMX)")
+
+
+def _holds_back(limit: str) -> bool:
+    """Whether a limit of either library lies below bfloat16 instructions (oneDNN 3, torch 2.13)."""
+    reaches = ("", "all", "default", "avx512_core_bf16", "avx512_core_fp16", "avx512_core_amx", "avx512")
+    return limit.lower() not in reaches and not limit.lower().startswith(("avx10", "avx512_core_amx"))
+
+
+def processor_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
+    """Flags of this machine's first processor; none where they cannot be read."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    listed = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(listed, "").split())
+
+
+def with_dtypes(config: Config) -> Config:
+    """The config with every ``dtype: auto`` chosen for this machine.
+
+    Learner and engines share the student's; it runs on GPUs when both do.
+    """
+    teachers = tuple(chosen(teacher, gpus=teacher.gpus) for teacher in config.teachers)
+    student = chosen(config.student, gpus=min(config.learner.gpus, config.rollout.gpus))
+    return config.model_copy(update={"student": student, "teachers": teachers})
+
+
+def chosen(model: Model, *, gpus: float) -> Model:
+    """A model's section with its ``dtype: auto`` chosen for this machine; one that names a dtype stays as it is."""
+    if model.dtype != "auto":
+        return model
+    if _runs_here(model):
+        choice = choose_dtype(gpus=gpus, flags=processor_flags(), environment=os.environ)
+    else:
+        choice = Choice("bfloat16", "what most servers compute in")
+    return model.model_copy(update={"dtype": choice.dtype, "dtype_reason": f"auto: {choice.reason}"})
+
+
+def dtype_notes(config: Config) -> list[str]:
+    """What a user should know of the precisions of a loaded config: those chosen and why, and those that are slow."""
+    models: list[tuple[str, StudentConfig | TeacherConfig, float]] = [
+        ("student.dtype", config.student, min(config.learner.gpus, config.rollout.gpus)),
+        *((f"teachers.{teacher.name}.dtype", teacher, teacher.gpus) for teacher in config.teachers),
+    ]
+    notes: dict[str, list[str]] = {}
+    for key, model, gpus in models:
+        here = choose_dtype(gpus=gpus, flags=processor_flags(), environment=os.environ)
+        if model.dtype_reason:
+            notes.setdefault(f"{model.dtype} ({model.dtype_reason})", []).append(key)
+        elif model.dtype != "float32" and here.dtype == "float32" and _runs_here(model):
+            slow = f"{model.dtype}, although {here.reason}: about {SLOWER} times as slow as float32"
+            notes.setdefault(f"{slow}; write auto, or float32", []).append(key)
+    return [f"{', '.join(keys)}: {text}" for text, keys in notes.items()]
+
+
+def _runs_here(model: StudentConfig | TeacherConfig) -> bool:
+    return isinstance(model, StudentConfig) or model.backend == "vllm"

@@ -1,0 +1,47 @@
+"""Answers that a grader needs: is there one in every row, and can the grader read it?"""
+
+from collections.abc import Iterator, Sequence
+
+from eopd.config import ConfigError
+from eopd.config.loss import GraderName
+from eopd.evaluation.graders import Verdict, open_grader
+from eopd.prompts import PromptSet, listed
+from eopd.types import PromptSample
+
+
+def require_answers(data: PromptSet) -> None:
+    """Every prompt must have an accepted answer.
+
+    Raises:
+        ConfigError: names rows without.
+    """
+    if unanswered := [prompt for prompt in data.prompts if prompt.reference_answer is None]:
+        raise ConfigError(
+            f"{_where(data, unanswered)}: has no `answer`, so that nothing can be graded; write an accepted answer "
+            "(text, a number, or a list of these) into every row"
+        )
+
+
+def require_readable_answers(data: PromptSet, grader: GraderName) -> None:
+    """The grader must be able to read every accepted answer there is, or every response to it would be wrong.
+
+    Raises:
+        ConfigError: names rows whose answer it cannot read.
+    """
+    if unreadable := list(_unreadable(data, grader)):
+        raise ConfigError(
+            f"{_where(data, unreadable)}: answer: the grader {grader} can read nothing in it: "
+            f"{unreadable[0].reference_answer!r}; write the final answer alone, in \\boxed{{}}, or behind ####"
+        )
+
+
+def _unreadable(data: PromptSet, grader: GraderName) -> Iterator[PromptSample]:
+    with open_grader(grader) as grade:
+        for prompt in data.prompts:
+            reference = prompt.reference_answer
+            if reference is not None and grade(r"\boxed{0}", reference) is Verdict.ERROR:
+                yield prompt
+
+
+def _where(data: PromptSet, prompts: Sequence[PromptSample]) -> str:
+    return listed([data.places[prompt.prompt_id] for prompt in prompts])

@@ -1,0 +1,164 @@
+"""Rows out of JSONL files, Parquet files, and data sets by name.
+
+A row leaves here as the columns it has, with the place where it stands, so that whoever refuses it can say where.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from eopd.config import ConfigError
+from eopd.config.base import DATA_SUFFIXES
+
+# Kinds of files that people have rows in, and that are not read here. Any other ending may be part of a name.
+# fmt: off
+OTHER_SUFFIXES: Final = frozenset({
+    ".arrow", ".avro", ".bz2", ".csv", ".feather", ".gz", ".h5", ".json", ".jsonlines",
+    ".ndjson", ".npy", ".npz", ".orc", ".pickle", ".pkl", ".pq", ".tar", ".tsv",
+    ".txt", ".xls", ".xlsx", ".xz", ".yaml", ".yml", ".zip", ".zst",
+})
+# fmt: on
+_PART: Final = re.compile(r":(?![^\[]*\])")  # a colon, but not that of the slice in ``train[:100]``
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of a data set.
+
+    ``number`` is its line in a JSONL file, and elsewhere its number, counted from 1. ``where`` names the key of the
+    config, the data set, and the row.
+    """
+
+    where: str
+    number: int
+    columns: Mapping[str, object]
+
+
+def read_rows(spec: str, key: str = "prompts.data") -> list[Row]:
+    """Read all rows of a ``.jsonl`` or ``.parquet`` file, or of a data set by name.
+
+    A name is ``NAME``, ``NAME:SPLIT`` or ``NAME:SUBSET:SPLIT``, e.g. ``openai/gsm8k:main:train``; the split is
+    ``train`` where none is named.
+
+    Args:
+        spec: The file or the name.
+        key: The key of the config that names it, for messages.
+
+    Raises:
+        ConfigError: it is missing, unreadable, empty, or of another kind.
+    """
+    if not spec.strip() or "\0" in spec:
+        raise ConfigError(f"{key}: must be a .jsonl or .parquet file or the name of a data set (is {spec!r})")
+
+    path = Path(spec)
+    if path.suffix in DATA_SUFFIXES and path.is_dir():
+        raise ConfigError(f"{key}: {spec} is a directory; name one file in it")
+
+    if path.suffix == ".jsonl":
+        rows = list(_read_jsonl(path, f"{key}: {spec}"))
+    elif path.suffix == ".parquet":
+        rows = _numbered(_read_parquet(path, f"{key}: {spec}"), f"{key}: {spec}")
+    elif path.suffix.lower() in {*OTHER_SUFFIXES, *DATA_SUFFIXES} or path.expanduser().is_file():
+        raise ConfigError(
+            f"{key}: {spec} must be .jsonl (a JSON object a line), .parquet, or the name of a data set; "
+            f"files that end in {path.suffix or 'nothing'} are not read"
+        )
+    else:
+        rows = _numbered(_read_named(spec, key), f"{key}: {spec}")
+
+    if not rows:
+        raise ConfigError(f"{key}: {spec} has no rows")
+    return rows
+
+
+def _row(where: str, number: int, columns: Mapping[str, object]) -> Row:
+    name = columns.get("id")
+    told = f" (id {json.dumps(name)[:60]})" if isinstance(name, str | int) else ""
+    return Row(where=where + told, number=number, columns=columns)
+
+
+def _read_jsonl(path: Path, where: str) -> Iterator[Row]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read ({error.strerror})") from None
+    try:
+        lines = content.decode("utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a string
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{where}:{line}: is not UTF-8: {error.reason} at byte {error.start} of the file") from None
+
+    for number, text in enumerate(lines, start=1):
+        if text.strip():
+            yield _row(f"{where}:{number}", number, _parse(text, f"{where}:{number}"))
+
+
+def _parse(line: str, where: str) -> Mapping[str, object]:
+    """One line as an object.
+
+    Raises:
+        ConfigError: it is none, or names a field twice.
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"{where}: names {twice!r} twice; which one counts?")
+        return found
+
+    try:
+        row = json.loads(line, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+        raise ConfigError(f"{where}: is not JSON (every line must be one object): {error}") from None
+    if not isinstance(row, dict):
+        raise ConfigError(f'{where}: must be an object such as {{"prompt": "..."}}, is {json.dumps(row)[:40]}')
+    return row
+
+
+def _read_parquet(path: Path, where: str) -> list[dict[str, object]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[dict[str, object]] = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{where} cannot be read ({error.strerror or 'No such file or directory'})") from None
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"{where} cannot be read: {error}") from None
+    return rows
+
+
+def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
+    import datasets
+
+    name, *parts = _PART.split(spec)
+    if len(parts) > 2 or not all((name, *parts)):
+        raise ConfigError(f"{key}: {spec} must be NAME, NAME:SPLIT or NAME:SUBSET:SPLIT")
+    split = parts[-1] if parts else "train"
+    subset = parts[0] if len(parts) == 2 else None
+    try:
+        return list(datasets.load_dataset(name, subset, split=split))
+    except Exception as error:  # noqa: BLE001 - a data set may run code of its own, which raises what it likes
+        hint = "; a subset is named as NAME:SUBSET:SPLIT" if len(parts) < 2 else ""
+        raise ConfigError(f"{key}: data set {spec} cannot be loaded: {error or type(error).__name__}{hint}") from None
+
+
+def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[Row]:
+    """Rows of Arrow tables. There every object of a column has every key; those without a value are no keys."""
+    return [
+        _row(f"{where}: row {number}", number, {name: _pruned(row[name]) for name in row})
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _pruned(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _pruned(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_pruned(inner) for inner in value]
+    return value

@@ -1,0 +1,298 @@
+"""What a row must hold: a prompt or a chat, and optionally tools, an id, a source, and an accepted answer.
+
+Every odd value is taken as what it plainly means, or refused with file, row, field and what is allowed. Nothing becomes
+text by accident: neither null, nor a list, nor half a character.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Final, NoReturn
+
+from eopd.config import ConfigError
+from eopd.prompts.files import Row
+from eopd.types import Reference
+
+Message = Mapping[str, object]  # role and content, both text, and whatever else a chat template may read
+Tool = Mapping[str, object]  # a JSON schema
+
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+_NO_TEXT: Final = re.compile("[\ud800-\udfff\0]")
+ANSWER_LEFT_OUT: Final = "the chat ends with the assistant's answer, which is left out: the prompt is what comes before"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A row that was read and found whole.
+
+    ``last_user`` is the position in ``chat`` of the last message of the user. ``columns`` are those of the row, for the
+    template of a teacher. ``notes`` say what was read otherwise than it stands there.
+    """
+
+    prompt_id: str
+    source: str
+    chat: Sequence[Message]
+    last_user: int
+    tools: Sequence[Tool]
+    reference_answer: Reference | None
+    columns: Mapping[str, object]
+    notes: Sequence[str]
+
+    @property
+    def text(self) -> str:
+        """What the user said last."""
+        return str(self.chat[self.last_user]["content"])
+
+    def with_text(self, text: str) -> Sequence[Message]:
+        """The chat with another last text of the user."""
+        changed = {**self.chat[self.last_user], "content": text}
+        return [*self.chat[: self.last_user], changed, *self.chat[self.last_user + 1 :]]
+
+
+def read_question(row: Row, suffix: str) -> Question:
+    """Read what a row holds, and add ``suffix`` to the last text of the user.
+
+    Raises:
+        ConfigError: names the row, the field, its value, and what is allowed.
+    """
+    try:
+        return _read(row, suffix)
+    except RecursionError:
+        raise ConfigError(f"{row.where}: is nested too deeply") from None
+
+
+def _read(row: Row, suffix: str) -> Question:
+    columns = row.columns
+    chat, notes = _chat(row)
+    last_user = max((i for i, message in enumerate(chat) if message["role"] == "user"), default=None)
+    if last_user is None:
+        _refuse(row, "messages", "none is the user's (role: user), so there is nothing to answer")
+    text = str(chat[last_user]["content"])
+    if not text.strip():
+        _refuse(row, "prompt" if isinstance(columns.get("prompt"), str) else "messages", "the user's text is empty")
+    chat[last_user] = {**chat[last_user], "content": text + suffix}
+
+    return Question(
+        prompt_id=_id(row),
+        source=_source(row),
+        chat=chat,
+        last_user=last_user,
+        tools=_tools(row),
+        reference_answer=_answer(row),
+        columns=columns,
+        notes=notes,
+    )
+
+
+def _refuse(row: Row, field: str, what: str) -> NoReturn:
+    raise ConfigError(f"{row.where}: {field}: {what}")
+
+
+def _chat(row: Row) -> tuple[list[Message], list[str]]:
+    """The messages up to the answer that is to be written, and a note where that answer was there already."""
+    prompt, messages = row.columns.get("prompt"), row.columns.get("messages")
+    if prompt is not None and messages is not None:
+        _refuse(row, "prompt, messages", "both are there; keep the one that is meant")
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": _clean(row, "prompt", prompt)}], []
+    if prompt is None and messages is None:
+        found = ", ".join(f"`{name}`" for name in row.columns) or "none"
+        raise ConfigError(
+            f"{row.where}: needs either `prompt` (text, or a list of messages) or `messages` (a list of messages, each "
+            f"with role and content); its fields are {found}"
+        )
+
+    field, value = ("prompt", prompt) if messages is None else ("messages", messages)
+    allowed = "text or a list of messages" if field == "prompt" else "a list of messages"
+    if not isinstance(value, list) or not value:
+        _refuse(row, field, f"must be {allowed}, is {told(value)}")
+    chat = [_message(row, f"{field}, number {number}", one) for number, one in enumerate(value, start=1)]
+
+    asked = len(chat)
+    while asked and chat[asked - 1]["role"] == "assistant":
+        asked -= 1
+    return chat[:asked], [ANSWER_LEFT_OUT] if asked < len(chat) else []
+
+
+def _message(row: Row, field: str, value: object) -> Message:
+    """One message as templates take it: its content is text, and what is empty is not there."""
+    if not isinstance(value, Mapping):
+        _refuse(row, field, f"must be an object with role and content, is {told(value)}")
+    role = value.get("role")
+    if role not in ROLES:
+        _refuse(row, f"{field}, role", f"must be one of {', '.join(ROLES)}; is {told(role)}")
+
+    rest = {
+        name: one for name, one in value.items() if name not in ("role", "content") and one not in (None, "", [], {})
+    }
+    if "tool_calls" in rest:
+        rest["tool_calls"] = _tool_calls(row, f"{field}, tool_calls", rest["tool_calls"])
+    for name, one in rest.items():
+        _clean(row, field, name)
+        _require_clean(row, f"{field}, {name}", one)
+    content = _content(row, f"{field}, content", value.get("content"), may_lack=role == "assistant" and bool(rest))
+    return {"role": role, "content": content, **rest}
+
+
+def _content(row: Row, field: str, value: object, *, may_lack: bool) -> str:
+    """The text of a message.
+
+    Several parts of text are joined by line ends, and null, which an assistant may have that calls a tool or only
+    thinks, is no text: vLLM's servers (0.32.0) read both this way.
+    """
+    if isinstance(value, str):
+        return _clean(row, field, value)
+    if value in (None, []) and may_lack:
+        return ""
+    if not isinstance(value, list) or not value:
+        _refuse(row, field, f"must be text or a list of parts of text, is {told(value)}")
+    texts = []
+    for part in value:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            _refuse(row, field, f'every part must be {{"type": "text", "text": "..."}}; one is {told(kind)}')
+        texts.append(_clean(row, field, text))
+    return "\n".join(texts)
+
+
+def _tool_calls(row: Row, field: str, calls: object) -> list[object]:
+    """Calls with their arguments as objects, which is how chat templates take them; OpenAI's API writes JSON text."""
+    if not isinstance(calls, list):
+        _refuse(row, field, f"must be a list, is {told(calls)}")
+    return [_tool_call(row, field, call) for call in calls]
+
+
+def _tool_call(row: Row, field: str, call: object) -> object:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        _refuse(row, field, 'each must be {"type": "function", "function": {"name": "...", "arguments": {...}}}')
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        arguments = _parsed(row, f"{field}, arguments", arguments)
+    if not isinstance(arguments, Mapping):
+        _refuse(row, f"{field}, arguments", f"must be an object, is {told(arguments)}")
+    whole = {**function, "arguments": arguments}
+    return {**call, "function": whole} if "function" in call else whole
+
+
+def _tools(row: Row) -> Sequence[Tool]:
+    """The JSON schemas under ``tools``, which may be JSON text as data sets keep it."""
+    tools = row.columns.get("tools") or []
+    if isinstance(tools, str):
+        tools = _parsed(row, "tools", tools)
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        _refuse(row, "tools", f"must be a list of JSON schemas (objects), is {told(tools)}")
+    _require_clean(row, "tools", tools)
+    return tools
+
+
+def _parsed(row: Row, field: str, text: str) -> object:
+    try:
+        found: object = json.loads(text)
+    except ValueError as error:
+        _refuse(row, field, f"is text that is not JSON: {error}")
+    return found
+
+
+def _id(row: Row) -> str:
+    """The row's own id, or its number where it has none."""
+    value = row.columns.get("id")
+    if value is None:
+        return str(row.number)
+    if isinstance(value, float) and value.is_integer():  # what a table makes of whole numbers of which some are missing
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        _refuse(row, "id", f"must be text or a whole number, is {told(value)}")
+    return _clean(row, "id", value)
+
+
+def _source(row: Row) -> str:
+    value = row.columns.get("source")
+    if value is None:
+        return "default"
+    if not isinstance(value, str) or not value.strip():
+        _refuse(row, "source", f"must be text, is {told(value)}")
+    return _clean(row, "source", value)
+
+
+def _answer(row: Row) -> Reference | None:
+    """The accepted answer, or several of which any one is right."""
+    value = row.columns.get("answer")
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        return _accepted(row, value)
+    if not value:
+        _refuse(row, "answer", "is an empty list; name an accepted answer, or leave the field out")
+    found = tuple(dict.fromkeys(_accepted(row, one) for one in value))
+    return found[0] if len(found) == 1 else found
+
+
+def _accepted(row: Row, value: object) -> str:
+    if isinstance(value, str):
+        return _clean(row, "answer", value)
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value):
+        return written(value)
+    _refuse(row, "answer", f"must be text, a number, or a list of these that are all right; is {told(value)}")
+
+
+def written(number: float | Decimal) -> str:
+    """A number as a person writes it: 72 for 72.0, 0.5, 0.0000001, never with an exponent."""
+    if number == 0:
+        return "0"
+    digits = f"{Decimal(str(number)):f}"
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def _clean(row: Row, field: str, text: str) -> str:
+    if fault := fault_of(text):
+        _refuse(row, field, fault)
+    return text
+
+
+def _require_clean(row: Row, field: str, value: object) -> None:
+    """Refuse text that cannot be tokenised, however deep it lies in ``value``."""
+    if isinstance(value, str):
+        _clean(row, field, value)
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            _clean(row, field, name)
+            _require_clean(row, field, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _require_clean(row, field, inner)
+
+
+def fault_of(text: str) -> str | None:
+    r"""What keeps ``text`` from being tokenised, or None.
+
+    JSON can write half of a character that UTF-16 needs two units for (``"\ud83d"``); no tokenizer takes it.
+    """
+    found = _NO_TEXT.search(text)
+    if found is None:
+        return None
+    if found.group() == "\0":
+        return f"holds the NUL character (\\u0000 at position {found.start()}), which is no text; take it out"
+    return (
+        f"holds half a character (\\u{ord(found.group()):04x} at position {found.start()}), which is no text; "
+        "write the whole character, or \\ufffd in its place"
+    )
+
+
+def told(value: object) -> str:
+    """A value in the words of JSON."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float | Decimal):
+        return f"the number {value}" if math.isfinite(value) else "a number that is not finite (NaN or Infinity)"
+    if isinstance(value, str):
+        return json.dumps(value)[:60] if value.strip() else "empty text"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "an object" if isinstance(value, Mapping) else f"a value of type {type(value).__name__}"

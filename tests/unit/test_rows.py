@@ -1,0 +1,310 @@
+"""Odd rows: each is taken as what it plainly means, or refused with file, row, field and what is allowed."""
+
+import json
+from decimal import Decimal
+
+import pytest
+
+from eopd.config import ConfigError
+from eopd.prompts import Row, read_rows
+from eopd.prompts.rows import ANSWER_LEFT_OUT, read_question, written
+
+ASK = {"role": "user", "content": "a?"}
+SAY = {"role": "assistant", "content": "b."}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def read(suffix="", **columns):
+    return read_question(Row(where="rows.jsonl:7", number=7, columns=columns), suffix)
+
+
+# ---- answer, id, source ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "taken"),
+    [
+        ("72", "72"),
+        ("", ""),  # whether a grader can read it is asked where one is used
+        (None, None),
+        (72, "72"),
+        (72.0, "72"),
+        (-0.0, "0"),
+        (0.5, "0.5"),
+        (1e-7, "0.0000001"),
+        (1e22, "10000000000000000000000"),
+        (Decimal("1.50"), "1.5"),
+        (["Paris", "paris", "Paris"], ("Paris", "paris")),
+        ([72], "72"),
+        ([0.5, "1/2"], ("0.5", "1/2")),
+    ],
+)
+def test_answers_are_text_numbers_or_several(answer, taken):
+    assert read(prompt="a", answer=answer).reference_answer == taken
+
+
+def test_a_number_is_written_as_a_person_writes_it():
+    assert [written(n) for n in (100, 1500.0, 2.50, 12345678901234567890)] == [
+        "100",
+        "1500",
+        "2.5",
+        "12345678901234567890",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "taken"),
+    [
+        ({"id": "x"}, "x"),
+        ({"id": 1}, "1"),
+        ({"id": 1.0}, "1"),  # a table with missing ids has these
+        ({"id": None}, "7"),
+        ({}, "7"),
+    ],
+)
+def test_ids_are_text_or_whole_numbers_and_the_row_s_number_where_there_is_none(columns, taken):
+    assert read(prompt="a", **columns).prompt_id == taken
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"answer": True}, "answer: must be text, a number, or a list of these that are all right; is true"),
+        ({"answer": float("nan")}, "answer: must be .*; is a number that is not finite"),
+        ({"answer": float("-inf")}, "answer: must be .*; is a number that is not finite"),
+        ({"answer": {"text": "5"}}, "answer: must be .*; is an object"),
+        ({"answer": []}, "answer: is an empty list"),
+        ({"answer": ["5", None]}, "answer: must be .*; is null"),
+        ({"answer": [["5"]]}, "answer: must be .*; is a list"),
+        ({"answer": "\udc00"}, r"answer: holds half a character \(\\udc00 at position 0\)"),
+        ({"answer": ["5", "\ud83d"]}, r"answer: holds half a character \(\\ud83d"),
+        ({"id": 1.5}, "id: must be text or a whole number, is the number 1.5"),
+        ({"id": False}, "id: must be text or a whole number, is false"),
+        ({"id": ["x"]}, "id: must be text or a whole number, is a list"),
+        ({"id": " "}, "id: must be text or a whole number, is empty text"),
+        ({"id": "a\ud83d"}, r"id: holds half a character \(\\ud83d at position 1\)"),
+        ({"source": 3}, "source: must be text, is the number 3"),
+        ({"source": ["math"]}, "source: must be text, is a list"),
+        ({"source": ""}, "source: must be text, is empty text"),
+        ({"source": "\udfff"}, "source: holds half a character"),
+        ({"source": "a\0"}, r"source: holds the NUL character \(\\u0000 at position 1\)"),
+        ({"tools": {"name": "f"}}, r"tools: must be a list of JSON schemas \(objects\), is an object"),
+        ({"tools": ["f"]}, "tools: must be a list of JSON schemas"),
+        ({"tools": "[{]"}, "tools: is text that is not JSON"),
+        ({"tools": [{"name": "\ud83d"}]}, "tools: holds half a character"),
+    ],
+)
+def test_a_field_that_means_nothing_is_refused(columns, message):
+    with pytest.raises(ConfigError, match=r"^rows.jsonl:7: " + message):
+        read(prompt="a", **columns)
+
+
+def test_a_missing_source_is_the_default_one():
+    assert read(prompt="a").source == read(prompt="a", source=None).source == "default"
+
+
+# ---- prompts and chats ----------------------------------------------------------------------------------------------
+
+
+def test_a_chat_may_stand_under_prompt():
+    assert read(prompt=[ASK]).chat == read(messages=[ASK]).chat == read(prompt="a?").chat == [ASK]
+
+
+def test_the_answer_at_the_end_of_a_chat_is_left_out_and_noted():
+    found = read(messages=[ASK, SAY, ASK, SAY, {**SAY, "content": "more"}], suffix=" Be brief.")
+    assert found.chat == [ASK, SAY, {"role": "user", "content": "a? Be brief."}]
+    assert found.notes == [ANSWER_LEFT_OUT]
+    assert read(messages=[ASK, SAY, ASK]).notes == []
+
+
+def test_the_suffix_goes_to_the_last_text_of_the_user():
+    result = {"role": "tool", "content": "12 C"}
+    found = read(messages=[ASK, {**SAY, "tool_calls": [CALL]}, result], suffix="!")
+    assert [message["content"] for message in found.chat] == ["a?!", "b.", "12 C"]
+    assert (found.text, found.last_user) == ("a?!", 0)
+    assert [m["content"] for m in found.with_text("other")] == ["other", "b.", "12 C"]
+
+
+def test_what_a_message_holds_beside_role_and_content_is_kept_and_what_is_empty_is_not():
+    turn = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [CALL], "name": None}
+    result = {"role": "tool", "content": "12 C", "tool_call_id": "a", "name": "f", "tool_calls": []}
+    assert read(messages=[ASK, turn, result]).chat[1:] == [
+        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [CALL]},
+        {"role": "tool", "content": "12 C", "tool_call_id": "a", "name": "f"},
+    ]
+
+
+@pytest.mark.parametrize("arguments", ['{"x": 1}', {"x": 1}])
+def test_arguments_of_a_call_become_an_object(arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    flat = {"name": "f", "arguments": arguments}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call, flat]}
+    assert read(messages=[ASK, turn, ASK]).chat[1]["tool_calls"] == [CALL, {"name": "f", "arguments": {"x": 1}}]
+
+
+def test_parts_of_text_are_one_text_a_line_each():
+    parts = [{"type": "text", "text": "look"}, {"type": "text", "text": "here"}]
+    assert read(messages=[{"role": "user", "content": parts}]).text == "look\nhere"
+
+
+def test_tools_may_be_json_text():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert read(prompt="a", tools=json.dumps(tools)).tools == read(prompt="a", tools=tools).tools == tools
+    assert not read(prompt="a", tools=None).tools
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"question": "a", "answer": "b"}, "needs either `prompt` .*; its fields are `question`, `answer`"),
+        ({"prompt": None}, "needs either `prompt`"),
+        ({"prompt": "a", "messages": [ASK]}, "prompt, messages: both are there"),
+        ({"prompt": 5}, "prompt: must be text or a list of messages, is the number 5"),
+        ({"prompt": ""}, "prompt: the user's text is empty"),
+        ({"prompt": " \n"}, "prompt: the user's text is empty"),
+        ({"prompt": "a\ud83d"}, r"prompt: holds half a character \(\\ud83d at position 1\)"),
+        ({"prompt": "a\0"}, "prompt: holds the NUL character"),
+        ({"messages": []}, "messages: must be a list of messages, is an empty list"),
+        ({"messages": "a"}, 'messages: must be a list of messages, is "a"'),
+        ({"messages": ["a"]}, "messages, number 1: must be an object with role and content, is"),
+        ({"messages": [SAY]}, r"messages: none is the user's"),
+        ({"messages": [{**ASK, "role": "system"}]}, r"messages: none is the user's"),
+        ({"messages": [{**ASK, "role": "human"}]}, 'messages, number 1, role: must be one of .*user.*; is "human"'),
+        ({"messages": [{"content": "a"}]}, "messages, number 1, role: must be one of .*; is null"),
+        ({"messages": [ASK, {**ASK, "content": None}]}, "messages, number 2, content: must be text .*, is null"),
+        ({"messages": [ASK, {**SAY, "content": None}, ASK]}, "messages, number 2, content: must be text .*, is null"),
+        ({"messages": [{**ASK, "content": ""}]}, "messages: the user's text is empty"),
+        (
+            {"messages": [{**ASK, "content": [{"type": "image"}]}]},
+            'messages, .*, content: every part .*; one is "image"',
+        ),
+        ({"messages": [{**ASK, "content": ["a"]}]}, "messages, number 1, content: every part must be"),
+        ({"messages": [{**ASK, "content": "\ud83d"}]}, "messages, number 1, content: holds half a character"),
+        ({"messages": [ASK, {**SAY, "thinking": "\ud83d"}, ASK]}, "messages, number 2, thinking: holds half"),
+        ({"messages": [ASK, {**SAY, "\ud83d": 1}, ASK]}, "messages, number 2: holds half a character"),
+        ({"messages": [ASK, {**SAY, "tool_calls": "f"}]}, 'messages, number 2, tool_calls: must be a list, is "f"'),
+        ({"messages": [ASK, {**SAY, "tool_calls": ["f"]}]}, "messages, number 2, tool_calls: each must be"),
+        (
+            {"messages": [ASK, {**SAY, "tool_calls": [{"name": "f", "arguments": "x: 1"}]}]},
+            "messages, number 2, tool_calls, arguments: is text that is not JSON",
+        ),
+    ],
+)
+def test_a_prompt_that_is_none_is_refused(columns, message):
+    with pytest.raises(ConfigError, match=r"^rows.jsonl:7: " + message):
+        read(**columns)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_counted_from_one_and_rows_say_where_they_stand(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n{"prompt": "b", "id": "x"}\n')  # with a byte order mark
+    first, second = read_rows(str(path), "prompts.held_out")
+    assert (first.number, first.where) == (1, f"prompts.held_out: {path}:1")
+    assert (second.number, second.where) == (3, f'prompts.held_out: {path}:3 (id "x")')
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"rows.jsonl:2: is not UTF-8: .* at byte 28"),
+        (b'{"prompt": "a", "prompt": "b"}\n', r"rows.jsonl:1: names 'prompt' twice"),
+        (b'{"answer": ' + b"9" * 5000 + b"}\n", r"rows.jsonl:1: is not JSON .*: Exceeds the limit"),
+        (b"[" * 100_000, r"rows.jsonl:1: is not JSON .*: maximum recursion depth"),
+        (b"null\n", r"rows.jsonl:1: must be an object such as .*, is null"),
+    ],
+)
+def test_a_file_that_is_no_jsonl_is_refused_with_its_line(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_rows(str(path))
+
+
+@pytest.mark.parametrize("spec", ["", " ", "a\0b.jsonl", "a\0b"])
+def test_a_name_that_names_nothing_is_refused(spec):
+    with pytest.raises(ConfigError, match=r"^prompts.data: must be a .jsonl or .parquet file or the name of a"):
+        read_rows(spec)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.jsonl.gz", "rows.JSONL", "rows.txt"])
+def test_other_kinds_of_files_are_named(tmp_path, name):
+    for spec in (name, str(tmp_path / name)):
+        with pytest.raises(ConfigError, match=r"must be .jsonl \(a JSON object a line\), .parquet, or the name"):
+            read_rows(spec)
+
+
+def test_a_file_without_an_ending_and_a_directory_with_one_are_refused(tmp_path):
+    (tmp_path / "rows").write_text("")
+    (tmp_path / "rows.parquet").mkdir()
+    with pytest.raises(ConfigError, match="files that end in nothing are not read"):
+        read_rows(str(tmp_path / "rows"))
+    with pytest.raises(ConfigError, match=r"rows.parquet is a directory"):
+        read_rows(str(tmp_path / "rows.parquet"))
+
+
+def test_broken_and_empty_parquet_files_are_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "broken.parquet").write_bytes(b"nothing of the kind")
+    with pytest.raises(ConfigError, match=r"broken.parquet cannot be read: .*Parquet"):
+        read_rows(str(tmp_path / "broken.parquet"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], "string")}), tmp_path / "empty.parquet")
+    with pytest.raises(ConfigError, match=r"empty.parquet has no rows"):
+        read_rows(str(tmp_path / "empty.parquet"))
+
+
+def test_what_an_arrow_table_fills_up_is_taken_out_again(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    chats = [[ASK, {**SAY, "name": "x"}], [ASK]]
+    table = pyarrow.Table.from_pylist([{"messages": chat, "id": None} for chat in chats])
+    assert table.to_pylist()[1]["messages"] == [{**ASK, "name": None}]
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    rows = read_rows(str(tmp_path / "rows.parquet"))
+    assert [row.columns["messages"] for row in rows] == chats
+    assert [row.where[-5:] for row in rows] == ["row 1", "row 2"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "arguments"),
+    [
+        ("gsm8k", ("gsm8k", None, "train")),
+        ("open-thoughts/OpenThoughts3-1.2M", ("open-thoughts/OpenThoughts3-1.2M", None, "train")),
+        ("a/b-1.5:test", ("a/b-1.5", None, "test")),
+        ("openai/gsm8k:main:train", ("openai/gsm8k", "main", "train")),
+        ("openai/gsm8k:main:train[10:20]", ("openai/gsm8k", "main", "train[10:20]")),
+        ("openai/gsm8k:train[:5%]", ("openai/gsm8k", None, "train[:5%]")),
+    ],
+)
+def test_a_data_set_is_named_with_subset_and_split(monkeypatch, spec, arguments):
+    import datasets
+
+    def load_dataset(name, subset, *, split):
+        assert (name, subset, split) == arguments
+        return [{"prompt": "a", "id": None}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (row,) = read_rows(spec)
+    assert row.columns == {"prompt": "a", "id": None} and row.where == f"prompts.data: {spec}: row 1"
+
+
+@pytest.mark.parametrize("spec", ["a:b:c:d", ":train", "a:", "a::b"])
+def test_a_data_set_with_too_many_or_empty_parts_is_refused(spec):
+    with pytest.raises(ConfigError, match="must be NAME, NAME:SPLIT or NAME:SUBSET:SPLIT"):
+        read_rows(spec)
+
+
+def test_whatever_a_data_set_raises_is_one_message(monkeypatch):
+    import datasets
+
+    def load_dataset(*arguments, **options):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ConfigError, match=r"a/b:main cannot be loaded: list index .*; a subset is named as NAME"):
+        read_rows("a/b:main")
