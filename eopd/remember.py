@@ -24,10 +24,11 @@ WEIGHTS: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5
 
 
 def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -> T:
-    """``compute()``, or what it answered when ``question`` and every file (of weights: their names) were the same.
+    """``compute()``, or what it answered when ``question`` and every file were the same.
 
-    A directory that cannot be read or written costs the memory, never the answer. What ``compute`` raises is raised,
-    and not remembered.
+    Files are the same by their contents, weights by name, size and time: they would take minutes to read. A directory
+    that cannot be read or written costs the memory, never the answer. What ``compute`` raises is raised, and not
+    remembered.
     """
     try:
         kept = DIRECTORY / _digest(question, files)
@@ -55,7 +56,14 @@ def _digest(question: str, files: Iterable[Path]) -> str:
     code = sorted(Path(eopd.__file__).parent.rglob("*.py"))
     for path in [*code, *sorted(files)]:
         digest.update(f"\0{path}\0".encode())
-        if path.is_file() and path.suffix not in WEIGHTS:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        if path.is_file():
+            digest.update(_contents(path))
     return digest.hexdigest()
+
+
+def _contents(path: Path) -> bytes:
+    if path.suffix in WEIGHTS:
+        found = path.stat()
+        return f"{found.st_size} {found.st_mtime_ns}".encode()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

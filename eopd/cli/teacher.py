@@ -33,12 +33,14 @@ def serve(
     run = load_config(config, overrides or [])
     chosen = _choose(run.teachers, name)
     token = token_for(api_key_env, host)
-    from eopd.preflight import require_model
+    from eopd.preflight import require_model, require_served
     from eopd.roles import TeacherDownError
     from eopd.runtime.placement import vllm_env
     from eopd.teacher.vocabulary import vocab_size
 
-    require_model(f"teachers.{chosen.name}.model", chosen.model, num_tokens=run.max_teacher_tokens(chosen))
+    key, longest = f"teachers.{chosen.name}.model", run.max_teacher_tokens(chosen)
+    require_model(key, chosen.model, num_tokens=longest, tokenizer=False)
+    require_served(key, chosen.model)
     if run.loss.top_k > (size := vocab_size(chosen.model)):
         raise ConfigError(f"loss.top_k: {run.loss.top_k} is larger than the vocabulary of {size} tokens")
     os.environ |= vllm_env(chosen.threads)
@@ -48,7 +50,7 @@ def serve(
         serving.serve(
             chosen,
             top_k=run.loss.top_k,
-            max_sequence_tokens=run.max_teacher_tokens(chosen),
+            max_sequence_tokens=longest,
             host=host,
             port=port,
             token=token,

@@ -98,7 +98,7 @@ class Engine:
         self._config = config
         self._keeps_no_norm = config.zero_stage == 0 and dtype == "float32"
         if config.zero_stage == 3:
-            deepspeed.zero.register_external_parameter(student, student.head.weight_VD)
+            deepspeed.zero.register_external_parameter(student, student.whole_head_VD)
 
     @property
     def learning_rate(self) -> float:

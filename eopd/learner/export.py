@@ -7,12 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from eopd.config import StudentConfig
 from eopd.learner.deepspeed_engine import read_weights
 from eopd.learner.lora import adapter_tensors, save_adapter, whole_tensors
 from eopd.learner.student import load_student
+
+# What a model directory holds besides config and weights, and training does not change: handed on byte by byte.
+_GIVEN = (
+    GENERATION_CONFIG_NAME,
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "vocab*",
+    "merges.txt",
+    "tekken.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
 
 
 def export_checkpoint(student: StudentConfig, checkpoint: Path, directory: Path) -> None:
@@ -40,14 +56,31 @@ def write_student(directory: Path, model: PreTrainedModel, weights: Mapping[str,
         directory: where to write.
         model: what the weights belong to; its own may be partitioned.
         weights: whole tensors by the model's names, on the CPU; of tied ones, any or all.
-        source: the directory whose tokenizer goes with it.
+        source: the directory that was trained; its tokenizer and generation config go with it, as they are.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        model.generation_config = GenerationConfig()  # its own may be one that transformers refuses to write
         model.save_pretrained(partial, state_dict=dict(weights))
-        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+        (partial / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
+        _copy_given(source, partial)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_given(source: Path, directory: Path) -> None:
+    """Copy generation config, tokenizer and chat templates as they were given.
+
+    Raises:
+        FileNotFoundError: there is nothing of the kind.
+    """
+    given = sorted(file for pattern in _GIVEN for file in source.glob(pattern) if file.is_file())
+    if not given:
+        raise FileNotFoundError(f"{source}: holds no tokenizer for the exported student")
+    for file in given:
+        target = directory / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)

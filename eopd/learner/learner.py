@@ -74,6 +74,7 @@ class LearnerRank:
         world_size: number of ranks.
         master_address: where rank 0 runs.
         master_port: a free port there.
+        num_tokens: ids from here on are padding of the head, and have no probability; None: there is none.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class LearnerRank:
         world_size: int,
         master_address: str,
         master_port: int,
+        num_tokens: int | None = None,
     ) -> None:
         torch.set_num_threads(learner.threads)
         torch.manual_seed(seed)
@@ -106,6 +108,7 @@ class LearnerRank:
                 activation_checkpointing=learner.activation_checkpointing,
                 device=self._device,
                 seed=seed,
+                num_tokens=num_tokens,
             ),
             learner,
             dtype=student.chosen_dtype,

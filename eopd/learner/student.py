@@ -29,6 +29,10 @@ T = TypeVar("T")
 # Config keys that scale the logits, and the power they enter with (Cohere, Muse; Granite divides).
 _SCALE_POWERS = {"logit_scale": 1, "output_multiplier": 1, "logits_scaling": -1}
 
+# Config keys of attention that sees only a part of its sequence; lengths up to which that is tried on load.
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+_LONGEST_PROOF = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -50,18 +54,35 @@ class Head:
 
 
 class Student(nn.Module):
-    """A Hugging Face causal language model behind a packing-aware forward."""
+    """A Hugging Face causal language model behind a packing-aware forward.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: the model.
+        num_tokens: rows of the head from here on name no token, and are left out; None: there are none.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, num_tokens: int | None = None) -> None:
         super().__init__()
         self.model = model
+        padded = num_tokens is not None and num_tokens < model.config.get_text_config().vocab_size
+        self._num_tokens = num_tokens if padded else None
         self.logit_scale, self.logit_softcap = _head_form(model.config.get_text_config().to_dict())
 
     @property
     def head(self) -> Head:
-        """The head; its weight is whole only inside ``forward`` under ZeRO-3."""
+        """The head over the V ids that are tokens; its weight is whole only inside ``forward`` under ZeRO-3."""
         layer = self.model.get_output_embeddings()
-        return Head(layer.weight, layer.bias, self.logit_scale, self.logit_softcap)
+        weight_VD, bias_V = layer.weight, layer.bias
+        if self._num_tokens is not None:
+            weight_VD = weight_VD[: self._num_tokens]
+            bias_V = None if bias_V is None else bias_V[: self._num_tokens]
+        return Head(weight_VD, bias_V, self.logit_scale, self.logit_softcap)
+
+    @property
+    def whole_head_VD(self) -> nn.Parameter:
+        """The head's weight as a parameter, padding included."""
+        weight: nn.Parameter = self.model.get_output_embeddings().weight
+        return weight
 
     def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, use_head: Callable[[Tensor, Head], T]) -> T:
         """Run the backbone on packed tokens and return ``use_head(hidden_TD, head)``.
@@ -78,10 +99,15 @@ class Student(nn.Module):
 
 
 def load_student(
-    config: StudentConfig, *, activation_checkpointing: bool, device: str | torch.device = "cpu", seed: int = 0
+    config: StudentConfig,
+    *,
+    activation_checkpointing: bool,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    num_tokens: int | None = None,
 ) -> Student:
     """Load ``config.model`` in ``config.dtype`` onto ``device``, prove there that packing and head are understood, and
-    add adapters, drawn from ``seed``, where the config has them.
+    add adapters, drawn from ``seed``, where the config has them. ``num_tokens`` is that of ``Student``.
 
     Raises:
         ValueError: packed sequences see each other, the model makes its logits in an unknown way, or recomputed layers
@@ -99,7 +125,7 @@ def load_student(
     model = AutoModelForCausalLM.from_pretrained(
         config.model, dtype=getattr(torch, config.chosen_dtype), attn_implementation=attention
     ).to(device)
-    student = Student(model)
+    student = Student(model, num_tokens=num_tokens)
     _prove_packing(student)
     _prove_head(student)
     if config.lora is not None:
@@ -158,13 +184,19 @@ def _head_form(text_config: Mapping[str, object]) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def _prove_packing(student: Student) -> None:
-    """The second sequence of a packed pair must not change when the first one does."""
-    row = torch.arange(12, device=student.model.device)
-    ids, positions, first = row % student.head.weight_VD.shape[0], row % 7, row < 7
+    """The second sequence of a packed pair must not change when the first one does.
+
+    The first is longer than every window and chunk of the attention that is not too large for a moment's work.
+    """
+    config = student.model.config.get_text_config().to_dict()
+    windows = [size for key in _WINDOWS if isinstance(size := config.get(key), int) and size < _LONGEST_PROOF]
+    length = max([6, *windows]) + 1
+    row = torch.arange(length + 5, device=student.model.device)
+    ids, positions, first = row % student.head.weight_VD.shape[0], row % length, row < length
     hidden, hidden_of_other = (
         student(torch.where(first, other, ids), positions, _hidden) for other in (ids, ids.flip(0))
     )
-    if not _close(hidden[7:], hidden_of_other[7:]):
+    if not _close(hidden[length:], hidden_of_other[length:]):
         raise ValueError(
             f"student.model: {_name(student)} sees other sequences of a packed batch; it cannot be trained packed"
         )
@@ -196,7 +228,7 @@ def _prove_head(student: Student) -> None:
 
     gain = 50.0 / functional.linear(hidden_TD, student.head.weight_VD).abs().max().item()
     handle = student.model.get_output_embeddings().register_forward_pre_hook(enlarge)
-    logits_TV = student.model(input_ids=ids[None], use_cache=False).logits[0]
+    logits_TV = student.model(input_ids=ids[None], use_cache=False).logits[0, :, : len(student.head.weight_VD)]
     handle.remove()
     if not (_close(entered[0], hidden_TD) and _close(student.head.logits(hidden_TD * gain), logits_TV)):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from eopd.preflight.answers import require_answers, require_readable_answers
 from eopd.preflight.inputs import Prepared, check, notes_on_data, report
-from eopd.preflight.models import require_model
+from eopd.preflight.models import require_model, require_served
 
 __all__ = [
     "Prepared",
@@ -12,4 +12,5 @@ __all__ = [
     "require_answers",
     "require_model",
     "require_readable_answers",
+    "require_served",
 ]

@@ -11,7 +11,7 @@ from eopd.config.base import DATA_SUFFIXES
 from eopd.config.notes import notes as notes_of_config
 from eopd.config.processor import dtype_notes
 from eopd.preflight.answers import require_answers, require_readable_answers
-from eopd.preflight.models import require_model
+from eopd.preflight.models import require_model, require_served, require_student
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
 from eopd.remember import remembered
@@ -72,6 +72,7 @@ def _keys_not_set(config: Config) -> list[tuple[str, str]]:
 
 def _check(config: Config) -> Prepared:
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
+    require_student(config)
     vocabularies = {teacher.name: _check_teacher(config, teacher) for teacher in config.teachers}
     if config.student.lora is not None:
         from eopd.learner.lora import check_targets
@@ -93,14 +94,16 @@ def _check(config: Config) -> Prepared:
 def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
     key = f"teachers.{teacher.name}"
     local = teacher.backend == "vllm"
-    require_model(f"{key}.model", teacher.model, num_tokens=config.max_teacher_tokens(teacher), weights=local)
+    weights = local and "load_format" not in teacher.vllm  # a format of vLLM's own has files of its own
+    require_model(f"{key}.model", teacher.model, num_tokens=config.max_teacher_tokens(teacher), weights=weights)
+    if local:
+        require_served(f"{key}.model", teacher.model)
     try:
         shared = require_same_vocabulary(config.student.model, teacher.model, teacher.eos_remap)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
-    smaller = min(shared.student_rows, shared.teacher_rows)
-    if config.loss.top_k > smaller:
-        raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {smaller} tokens")
+    if config.loss.top_k > shared.num_ids:
+        raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {shared.num_ids} tokens")
     return shared
 
 

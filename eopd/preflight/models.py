@@ -1,26 +1,168 @@
-"""Model directories, opened before a worker does: what is missing, and what does not fit."""
+"""Model directories, opened before a worker does: what is missing, broken, or does not fit."""
 
-import json
+import ast
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
-from eopd.config import ConfigError
+from eopd.config import Config, ConfigError
+from eopd.preflight.weights import read_weights, require_no_pointer
+from eopd.teacher.vocabulary import end_token_ids, load_tokenizer, read_json, vocab_size
+
+# What a run reads of a model directory besides the weights.
+_READ: Final = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "vocab*",
+    "merges.txt",
+    "*tokens*.json",
+    "chat_template*",
+)
+
+# The lists of vLLM's registry (0.32.0) whose models compute logits over a vocabulary.
+_LOGIT_MODELS: Final = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
 
 
-def require_model(key: str, directory: Path, *, num_tokens: int, weights: bool = True) -> None:
-    """A model directory with configuration, and ``weights`` unless they are elsewhere, for sequences of ``num_tokens``.
+def require_model(key: str, directory: Path, *, num_tokens: int, weights: bool = True, tokenizer: bool = True) -> None:
+    """Open everything in a model directory that a run will read.
+
+    Args:
+        key: the config key of the directory; every message begins with it.
+        directory: a Hugging Face model directory.
+        num_tokens: the longest sequence it must take.
+        weights: false where they are elsewhere, behind a server.
+        tokenizer: false where only token ids come and go, in a server.
 
     Raises:
-        ConfigError: something is missing, or the model's positions do not reach that far.
+        ConfigError: something is missing or cannot be read, or the model's positions do not reach that far.
     """
+    with _blame(key):
+        _require_directory(directory)
+        for file in sorted(file for pattern in _READ for file in directory.glob(pattern) if file.is_file()):
+            require_no_pointer(file)
+        positions = read_json(directory / "config.json").get("max_position_embeddings")
+        if isinstance(positions, int) and num_tokens > positions:
+            raise ConfigError(
+                f"{directory} has {positions} positions; prompts.max_tokens + max_response_tokens is {num_tokens}"
+            )
+        vocab_size(directory)
+    if weights:
+        read_weights(key, directory, standard_names=False)
+    if tokenizer:
+        with _blame(key), quiet():
+            load_tokenizer(directory)
+            end_token_ids(directory)
+            _require_generation_config(directory)
+
+
+def require_student(config: Config) -> None:
+    """Find out on a model without weights whether the learner can train what ``student.model`` holds.
+
+    Raises:
+        ConfigError: see ``eopd.learner.fitness``.
+    """
+    key, directory = "student.model", config.student.model
+    tensors = read_weights(key, directory, standard_names=True)
+    with _blame(key), quiet():
+        from eopd.learner.fitness import check_student, check_weights
+
+        model = check_student(directory, num_tokens=config.max_sequence_tokens)
+        if tensors is not None:
+            check_weights(model, tensors)
+
+
+def require_served(key: str, directory: Path) -> None:
+    """Look a teacher's architecture up in the source of the installed vLLM: importing it would take seconds.
+
+    Raises:
+        ConfigError: it has none, or none that computes logits.
+    """
+    named = read_json(directory / "config.json").get("architectures")
+    if not isinstance(named, list) or not named:
+        raise ConfigError(f"{key}: {directory / 'config.json'} names no architectures, by which vLLM would load it")
+    known = _vllm_architectures()
+    if known and named[0] not in known:
+        raise ConfigError(
+            f"{key}: {directory / 'config.json'} names architecture {named[0]}; the installed vLLM knows no language "
+            "model of that name, which a teacher must be"
+        )
+
+
+def _vllm_architectures() -> frozenset[str]:
+    """Empty where vLLM is not installed, as on a driver alone."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    source = Path(spec.origin).parent / "model_executor" / "models" / "registry.py"
+    lists = [
+        node.value
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        if isinstance(node.targets[0], ast.Name) and node.targets[0].id in _LOGIT_MODELS
+    ]
+    keys = [name for models in lists for name in models.keys if isinstance(name, ast.Constant)]
+    return frozenset(str(name.value) for name in keys)
+
+
+def _require_directory(directory: Path) -> None:
+    """Refuse what is no directory, with the command that makes one of a model on the Hub."""
+    if not directory.exists():
+        here = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else Path()
+        name = str(here) if len(here.parts) == 2 else "OWNER/NAME"
+        raise ConfigError(
+            f"there is no directory {directory}; models are read from directories and never downloaded: "
+            f"`hf download {name} --local-dir DIRECTORY` makes one of a model on the Hugging Face Hub, "
+            "`eopd models --help` those of the shipped configs"
+        )
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is a file; name the Hugging Face model directory that holds it")
     if not (directory / "config.json").is_file():
-        raise ConfigError(
-            f"{key}: {directory} is no Hugging Face model directory (it has no config.json); "
-            "`eopd models --help` makes the ones the shipped configs use"
-        )
-    if weights and not any(file for pattern in ("*.safetensors", "*.bin") for file in directory.glob(pattern)):
-        raise ConfigError(f"{key}: {directory} has no weights (*.safetensors or *.bin)")
-    positions = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-    if positions is not None and num_tokens > positions:
-        raise ConfigError(
-            f"{key}: {directory} has {positions} positions; prompts.max_tokens + max_response_tokens is {num_tokens}"
-        )
+        raise ConfigError(f"{directory} is no Hugging Face model directory (it has no config.json)")
+
+
+def _require_generation_config(directory: Path) -> None:
+    """Read it as the learner and every engine will."""
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+
+    if not (directory / GENERATION_CONFIG_NAME).exists():
+        return
+    try:
+        GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever its own checks raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{directory / GENERATION_CONFIG_NAME}: transformers cannot read it: {reason}") from error
+
+
+@contextmanager
+def _blame(key: str) -> Iterator[None]:
+    """Begin every message with the config key that the user has to look at."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{key}: {error.filename} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from warning and drawing bars meanwhile: what is wrong is told by exceptions."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -61,10 +61,19 @@ class VllmRolloutEngine:
         max_sequence_tokens: int,
         weight_options: Mapping[str, object],
         version: PolicyVersion,
+        num_tokens: int | None = None,
         stat_loggers: Sequence[StatLoggerFactory] = (),
     ) -> Self:
-        """Start the engine, warm it up, and label its weights ``version``; ``weight_options`` are those it takes new
-        weights with (``weights/vllm_engine.py``). ``stat_loggers`` take vLLM's metrics where its options ask for them.
+        """Start the engine and warm it up.
+
+        Args:
+            student: what it serves.
+            rollout: how; its ``vllm`` options win over ours.
+            max_sequence_tokens: the longest prompt and response together.
+            weight_options: those it takes new weights with, and their worker (``weights/vllm_engine.py``).
+            version: the label of its weights.
+            num_tokens: ids from here on are padding of the head, and get no probability; None: there is none.
+            stat_loggers: where vLLM's own metrics go, if its options ask for them.
         """
         options: dict[str, object] = {
             "model": str(student.model),
@@ -86,6 +95,8 @@ class VllmRolloutEngine:
             }
         args = AsyncEngineArgs(**(options | dict(rollout.vllm)))
         engine = cls(AsyncLLM.from_engine_args(args, stat_loggers=list(stat_loggers)))
+        if num_tokens is not None and num_tokens < engine._llm.model_config.get_vocab_size():
+            await engine._llm.collective_rpc("leave_out_padding", args=(num_tokens,))
         await engine._llm.update_weight_version(version.label)
         await engine._warm_up()
         return engine

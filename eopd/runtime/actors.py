@@ -108,6 +108,7 @@ class RolloutActor(Actor):
         from eopd.evaluation.verifier import Verifier
         from eopd.rollout.engine import VllmRolloutEngine
         from eopd.runtime.engine_metrics import stat_loggers
+        from eopd.teacher.vocabulary import num_tokens
         from eopd.weights.vllm_engine import engine_options
 
         self._engine = await VllmRolloutEngine.start(
@@ -116,6 +117,7 @@ class RolloutActor(Actor):
             max_sequence_tokens=max_sequence_tokens,
             weight_options=engine_options(),
             version=version,
+            num_tokens=num_tokens(student.model),
             stat_loggers=stat_loggers(self._name),
         )
         self._verifier = None if grader is None else Verifier(grader, student.model)

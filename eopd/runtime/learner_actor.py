@@ -49,6 +49,7 @@ class LearnerActor(Actor):
         from eopd.learner.cost import Cost
         from eopd.learner.learner import LearnerRank
         from eopd.learner.lora import whole_tensors
+        from eopd.teacher.vocabulary import num_tokens
         from eopd.weights.source import ModelSource
         from eopd.weights.transfer import WeightSender
 
@@ -57,6 +58,7 @@ class LearnerActor(Actor):
             config.learner,
             config.loss,
             temperature=config.rollout.temperature,
+            num_tokens=num_tokens(config.student.model),
             total_batches=config.run.batches,
             seed=config.run.seed,
             entropy_bounds={teacher.name: teacher.entropy_bound for teacher in config.teachers},

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Scripts, digits, spaces and markup on which tokenizers of equal vocabulary but other rules part ways.
 _PROBE = "  It's 3.14159 = \u03c0,\n\tna\u00efve \u4f60\u597d \u041f\u0440\u0438\u0432\u0435\u0442 def f(x):"
 
+# Without any of these transformers (5.19) makes up an empty tokenizer for some families.
+_VOCABULARY_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab*", "tekken.json")
+
 
 @cache
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
@@ -34,10 +37,12 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
     if not directory.is_dir():
         raise ConfigError(f"{directory}: there is no such model directory")
+    if not any(file for pattern in _VOCABULARY_FILES for file in directory.glob(pattern)):
+        raise ConfigError(f"{directory}: has no tokenizer ({', '.join(_VOCABULARY_FILES)})")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # `tokenizers` raises bare ones, of a file that a newer release wrote
+        reason = " ".join(str(error).split())
         raise ConfigError(f"{directory}: its tokenizer cannot be loaded: {reason}") from error
 
 
@@ -47,7 +52,7 @@ def vocab_size(directory: Path) -> int:
     Raises:
         ConfigError: the file or the key is missing.
     """
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     size = config.get("vocab_size", _mapping(config.get("text_config")).get("vocab_size"))
     if not isinstance(size, int):
         raise ConfigError(f"{directory / 'config.json'}: names no vocab_size")
@@ -62,7 +67,7 @@ def end_token_ids(directory: Path) -> tuple[int, ...]:
         ConfigError: there is none, so that no response would ever end.
     """
     path = directory / "generation_config.json"
-    named = _read_json(path if path.is_file() else directory / "config.json").get("eos_token_id")
+    named = read_json(path if path.is_file() else directory / "config.json").get("eos_token_id")
     ids = set(named if isinstance(named, list) else [named])
     ids.add(load_tokenizer(directory).eos_token_id)
     found = sorted(token for token in ids if isinstance(token, int))
@@ -72,23 +77,25 @@ def end_token_ids(directory: Path) -> tuple[int, ...]:
 
 
 def num_tokens(directory: Path) -> int:
-    """One above the highest id that names a token; rows of the head from there on are padding.
+    """One above the highest id that names a token and has a row in the head; rows from there on are padding.
 
     Raises:
-        ConfigError: there is no tokenizer.
+        ConfigError: there is no tokenizer, or no ``vocab_size``.
     """
     ids: dict[str, int] = load_tokenizer(directory).get_vocab()
-    return 1 + max(ids.values())
+    return min(1 + max(ids.values()), vocab_size(directory))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedVocabulary:
     """What a student and a teacher that can be compared have in common, and what a user may want to know of it.
 
+    ``num_ids`` is one above the highest token that both heads have: what the student's distribution is over.
     ``notes`` are differences that do no harm.
     """
 
     num_tokens: int
+    num_ids: int
     student_rows: int
     teacher_rows: int
     student_ends: Mapping[int, str]
@@ -99,13 +106,13 @@ class SharedVocabulary:
 def require_same_vocabulary(student: Path, teacher: Path, remap: Mapping[int, int]) -> SharedVocabulary:
     """Refuse a pair whose token ids cannot be compared.
 
-    Equal tokenizers are required, equally sized heads are not: heads are padded, a student's spare rows do no harm, and
-    a teacher's spare rows count as tail as long as none of them is a token. Once ``remap`` (student end id to teacher
+    Equal tokenizers are required, equally sized heads are not, as long as both have the same tokens: a student's spare
+    rows are left out of sampling and of the loss, a teacher's count as tail. Once ``remap`` (student end id to teacher
     end id) is applied, both must end a response on the same tokens.
 
     Raises:
-        ConfigError: one message, naming the first token that differs, or the first that the student's head lacks, or
-            the two sets of end tokens and what to write to bring them together.
+        ConfigError: one message, naming the first token that differs, or the first that one of the heads lacks, or the
+            two sets of end tokens and what to write to bring them together.
     """
     tokenizers = load_tokenizer(student), load_tokenizer(teacher)
     vocabularies = tokenizers[0].get_vocab(), tokenizers[1].get_vocab()
@@ -123,19 +130,34 @@ def require_same_vocabulary(student: Path, teacher: Path, remap: Mapping[int, in
             f"teacher {teacher} has a head of {rows[1]} rows, student {student} one of {rows[0]}: the teacher's top "
             f"k could name token {missing[0]} {names[missing[0]]!r}, which the student does not have; pad its head"
         )
+    if missing := sorted(token_id for token_id in names if rows[1] <= token_id < rows[0]):
+        raise ConfigError(
+            f"student {student} has a head of {rows[0]} rows, teacher {teacher} one of {rows[1]}: the student could "
+            f"write token {missing[0]} {names[missing[0]]!r}, which the teacher does not have; pad its head"
+        )
     ends = [{token_id: names.get(token_id, "") for token_id in end_token_ids(model)} for model in (student, teacher)]
     try:
         _require_same_ends(ends[0], ends[1], remap, usual=(tokenizers[0].eos_token_id, tokenizers[1].eos_token_id))
     except ConfigError as error:
         raise ConfigError(f"student {student}, teacher {teacher}: {error}") from None
+    num_ids = min(1 + max(names), *rows)
     return SharedVocabulary(
         num_tokens=len(names),
+        num_ids=num_ids,
         student_rows=rows[0],
         teacher_rows=rows[1],
         student_ends=ends[0],
         teacher_ends=ends[1],
-        notes=tuple(_harmless(*tokenizers)),
+        notes=(*_padding(num_ids, *rows), *_harmless(*tokenizers)),
     )
+
+
+def _padding(num_ids: int, student_rows: int, teacher_rows: int) -> Iterator[str]:
+    """What becomes of rows that name no token."""
+    if student_rows > num_ids:
+        yield f"the student's rows from {num_ids} on are padding: never sampled, and left out of the loss"
+    if teacher_rows > num_ids:
+        yield f"the teacher's rows from {num_ids} on are padding: their probability counts as outside the top k"
 
 
 def _harmless(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> Iterator[str]:
@@ -232,13 +254,21 @@ def _require_same_tokens(
     )
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file of a model directory.
+
+    Raises:
+        ConfigError: there is no such file, or it is none.
+    """
     try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold a JSON object, is {type(tree).__name__}")
+    return tree
 
 
 def _mapping(value: object) -> dict[str, object]:

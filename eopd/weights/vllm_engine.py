@@ -22,7 +22,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from vllm.config import WeightTransferConfig
@@ -32,6 +32,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -135,10 +136,45 @@ class WeightWorker:
     """What vLLM's worker can be asked besides, through ``collective_rpc``."""
 
     weight_transfer_engine: StagedWeightTransferEngine
+    model_runner: "_ModelRunner"
 
     def weight_failure(self) -> str:
         """Why the last call of a weight transfer failed on this worker; empty where it did not."""
         return self.weight_transfer_engine.failure
+
+    def leave_out_padding(self, num_tokens: int) -> None:
+        """Make ids from ``num_tokens`` on impossible, wherever this worker computes logits."""
+        leave_out_padding(self.model_runner.get_model(), num_tokens)
+
+
+class _ModelRunner(Protocol):
+    def get_model(self) -> torch.nn.Module: ...
+
+
+def leave_out_padding(model: torch.nn.Module, num_tokens: int) -> None:
+    """Set the logits of ids from ``num_tokens`` on to -inf: sampling and every log-probability are over the others.
+
+    Raises:
+        TypeError: the model computes its logits without vLLM's layer for it.
+    """
+
+    def mask(_: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object], logits: object) -> None:
+        if isinstance(logits, torch.Tensor):  # other ranks of a tensor-parallel group may have none
+            first = _shard_start(args[0]) if kwargs.get("skip_gather") else 0
+            logits[..., max(0, num_tokens - first) :] = -torch.inf
+
+    layers = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+    for layer in layers:
+        layer.register_forward_hook(mask, with_kwargs=True)
+    if not layers:
+        raise TypeError(f"{type(model).__name__} has no LogitsProcessor: its padding cannot be left out")
+
+
+def _shard_start(head: object) -> int:
+    """The first id of a rank's share of the head, where its logits stay with it."""
+    if not isinstance(head, VocabParallelEmbedding):
+        raise TypeError(f"{type(head).__name__} is no sharded head")
+    return int(head.shard_indices.org_vocab_start_index)
 
 
 def _repack_tied_heads(model: torch.nn.Module) -> None:

@@ -3,6 +3,7 @@ weights'.
 """
 
 import asyncio
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -74,13 +75,26 @@ def logprobs_of(
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(response_ids)[:, None].long())[:, 0].numpy()
 
 
-async def start(directory: Path, **vllm: object) -> VllmRolloutEngine:
+async def start(directory: Path, *, num_tokens: int | None = None, **vllm: object) -> VllmRolloutEngine:
     return await VllmRolloutEngine.start(
         StudentConfig(model=directory, dtype="float32"),
         RolloutConfig(vllm={"kv_cache_memory_bytes": 64 << 20, **vllm}),
         max_sequence_tokens=512,
         weight_options=engine_options(),
         version=PolicyVersion(0, 0),
+        num_tokens=num_tokens,
+    )
+
+
+def channel_of(sender: InProcessSender, engine: VllmRolloutEngine) -> BroadcastChannel:
+    return BroadcastChannel(
+        sender,
+        {0: engine},
+        workers_per_engine=1,
+        probe=Probe(token_ids=np.zeros(2, np.int32), dtype="float32", every=0),
+        condemn=condemned,
+        connect_timeout_s=60.0,
+        timeout_s=60.0,
     )
 
 
@@ -91,15 +105,7 @@ async def test_weights_move_in_flight_and_every_token_names_its_version(tiny_mod
     engine = await start(old_dir)
     try:
         sender = InProcessSender(new, bucket_bytes=50_000)
-        channel = BroadcastChannel(
-            sender,
-            {0: engine},
-            workers_per_engine=1,
-            probe=Probe(token_ids=np.zeros(2, np.int32), dtype="float32", every=0),
-            condemn=condemned,
-            connect_timeout_s=60.0,
-            timeout_s=60.0,
-        )
+        channel = channel_of(sender, engine)
         ids = [5, 80, 90, 33]
         long = asyncio.create_task(engine.generate(prompt(ids), 0, Sampling(temperature=0.7, max_tokens=400, seed=11)))
         await asyncio.sleep(0.3)
@@ -144,3 +150,37 @@ async def test_a_seed_names_a_response_and_the_end_token_belongs_to_it(tiny_mode
         assert 2 not in stored.body.response_ids[:-1]
         assert stored.header.num_response_tokens == len(stored.body.response_ids)
         assert ended or len(stored.body.response_ids) == 300
+
+
+async def test_padding_of_the_head_is_never_sampled_and_has_no_probability(tiny_model, tmp_path):
+    """Before and after new weights, in samples and in the probe."""
+    size, padding, ids = 320, 64, [5, 80, 90, 33]
+    padded = []
+    for seed in (1, 2):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model("qwen3", seed=seed, scale=0.2), dtype=torch.float32)
+        size = model.config.vocab_size
+        model.resize_token_embeddings(size + padding)
+        with torch.no_grad():
+            model.get_output_embeddings().weight[size:] = 2.0 * torch.randn(padding, 64)
+        padded.append(model)
+    shutil.copytree(tiny_model("qwen3", seed=1, scale=0.2), tmp_path / "model")
+    padded[0].save_pretrained(tmp_path / "model")
+    engine = await start(tmp_path / "model", num_tokens=size)
+    sampling, text = Sampling(temperature=1.5, max_tokens=200, seed=1), np.array(ids, np.int32)
+    try:
+        said = [((await engine.generate(prompt(ids), 0, sampling)).body, await engine.probe(text))]
+        sender = InProcessSender(padded[1], bucket_bytes=50_000)
+        sender.held = PolicyVersion(0, 1)
+        await channel_of(sender, engine).publish(sender.held)
+        said.append(((await engine.generate(prompt(ids), 0, sampling)).body, await engine.probe(text)))
+    finally:
+        await engine.close()
+    for model, (body, probed) in zip(padded, said, strict=True):
+        assert body.response_ids.max() < size
+        sampled = torch.tensor([ids + body.response_ids.tolist()])
+        with torch.no_grad():
+            logits = model(sampled).logits[0, :, :size].double()
+        own = torch.log_softmax(logits[len(ids) - 1 : -1] / 1.5, -1).gather(1, sampled[0, len(ids) :, None])[:, 0]
+        np.testing.assert_allclose(body.rollout_logprobs, own.numpy(), atol=2e-4)
+        prompts = torch.log_softmax(logits[: len(ids) - 1], -1).gather(1, sampled[0, 1 : len(ids), None])[:, 0]
+        np.testing.assert_allclose(probed, prompts.numpy(), atol=2e-4)

@@ -2,15 +2,23 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DogeConfig, Gemma2Config, VaultGemmaConfig
+from transformers import AutoModelForCausalLM, DogeConfig, Gemma2Config, MistralConfig, VaultGemmaConfig
 from transformers.models.doge.modeling_doge import DogeForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from eopd.config import StudentConfig
-from eopd.learner.student import choose_attention, load_student
+from eopd.learner.student import Student, choose_attention, load_student
 
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 SOFT = {"attn_logit_softcapping": 50.0}
 
 
@@ -63,6 +71,22 @@ def test_a_soft_cap_in_the_attention_is_not_dropped(config_class, tmp_path):
         )
     assert torch.equal(loaded, eager)
     assert (eager - sdpa).abs().max() > 1e-2  # what would be lost
+
+
+@pytest.mark.parametrize(("window", "longest"), [(9, 10), (300, 301), (4096, 7), (None, 7)])
+def test_packing_is_tried_beyond_the_window_of_the_attention(window, longest, tmp_path, monkeypatch):
+    config = MistralConfig(**SIZES, sliding_window=window)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    seen = []
+    forward = Student.forward
+
+    def spy(self, ids, positions, use_head):
+        seen.append(int(positions.max()) + 1)
+        return forward(self, ids, positions, use_head)
+
+    monkeypatch.setattr(Student, "forward", spy)
+    load_student(StudentConfig(model=tmp_path, dtype="float32"), activation_checkpointing=False)
+    assert max(seen) == longest
 
 
 def test_layers_that_would_drop_out_when_recomputed_are_refused(tmp_path):

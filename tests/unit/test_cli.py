@@ -46,8 +46,8 @@ def files(tmp_path_factory):
     ("overrides", "message"),
     [
         ("rollout.engine=2", "error: {root}/c.yaml: rollout.engine: unknown key; did you mean engines?"),
-        ("student.model={root}/no", "error: student.model: {root}/no is no Hugging Face model directory"),
-        ("teachers.0.model={root}/no", "error: teachers.teacher.model: {root}/no is no Hugging Face model directory"),
+        ("student.model={root}/no", "error: student.model: there is no directory {root}/no;"),
+        ("teachers.0.model={root}/no", "error: teachers.teacher.model: there is no directory {root}/no;"),
         ("prompts.data={root}/no.jsonl", "error: prompts.data: {root}/no.jsonl cannot be read (No such file or "),
         ("prompts.held_out={root}/empty.jsonl", "error: prompts.held_out: {root}/empty.jsonl has no rows"),
         ("prompts.max_tokens=3", "prompts.max_tokens is 3; shorten it, raise the limit (--max-prompt-tokens of eopd "),
@@ -288,7 +288,7 @@ def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkey
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
-    assert "error: student.model: /gone is no Hugging Face model directory" in capsys.readouterr().err
+    assert "error: student.model: there is no directory /gone;" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

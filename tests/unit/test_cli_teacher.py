@@ -28,7 +28,7 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     config = {"vocab_size": 20, "max_position_embeddings": 64, "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model" / "model.safetensors").touch()
+    (tmp_path / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     (tmp_path / "c.yaml").write_text(CONFIG.format(root=tmp_path, top_k=16))
     (tmp_path / "wide.yaml").write_text(CONFIG.format(root=tmp_path, top_k=21))
     monkeypatch.setenv("EMPTY", "")
@@ -43,7 +43,7 @@ def root(tmp_path, monkeypatch):
         ("{root}/no.yaml", "{root}/no.yaml: cannot be read (No such file or directory)"),
         ("{root}/c.yaml --teacher x", "--teacher x: there is no such teacher; there is first, gone, far"),
         ("{root}/c.yaml --teacher far", "teachers.far.backend: is eopd, served already; here it must be vllm"),
-        ("{root}/c.yaml --teacher gone", "teachers.gone.model: {root}/gone is no Hugging Face model directory"),
+        ("{root}/c.yaml --teacher gone", "teachers.gone.model: there is no directory {root}/gone;"),
         ("{root}/wide.yaml", "loss.top_k: 21 is larger than the vocabulary of 20 tokens"),
         ("{root}/c.yaml --host 0.0.0.0", "--host 0.0.0.0: needs --api-key-env; without a token only this machine"),
         ("{root}/c.yaml --host ::", "--host ::: needs --api-key-env"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -27,6 +28,13 @@ def files(tmp_path_factory):
     (root / "chat" / "chat_template.jinja").write_text("{{ messages }}<think>")
     for weights in (root / "base").glob("*.safetensors"):
         weights.unlink()
+    for name in ("mute", "lost"):
+        shutil.copytree(root / "student", root / name)
+    for file in (root / "mute").glob("*token*"):
+        file.unlink()
+    described = json.loads((root / "lost" / "config.json").read_text())
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    (root / "lost" / "config.json").write_text(json.dumps(described | layers))
     lines = [json.dumps({"prompt": prompt, "source": source}) + "\n" for prompt, source in ROWS]
     (root / "train.jsonl").write_text("".join([*lines, json.dumps({"prompt": "word " * 99, "source": "math"})]))
     (root / "held_out.jsonl").write_text(lines[0])
@@ -293,11 +301,14 @@ def test_types_are_read_from_source_as_far_as_they_are_plain(tmp_path):
         (["teachers.0.eos_remap={{}}"], "write eos_remap: {0: 2}  # '<|endoftext|>' -> '<|im_end|>'\n"),
         (["teachers.1.eos_remap={{0: 2}}"], "error: teachers.far: student /student, teacher /base: eos_remap: the "),
         (["teachers.0.eos_remap={{0: 2, 1: 2}}"], "0 and 1 both become 2"),
-        (["teachers.1.model={root}/no"], "error: teachers.far.model: /no is no Hugging Face model directory"),
+        (["teachers.1.model={root}/no"], "error: teachers.far.model: there is no directory /no;"),
         (
             ["teachers.1.backend=vllm", "teachers.1.server=null"],
-            "error: teachers.far.model: /base has no weights",
+            "error: teachers.far.model: /base has no weights: ",
         ),
+        (["student.model={root}/mute"], "error: student.model: /mute: has no tokenizer (tokenizer.json, "),
+        (["teachers.0.model={root}/mute"], "error: teachers.chat.model: /mute: has no tokenizer (tokenizer.json, "),
+        (["student.model={root}/lost"], "error: student.model: /lost: the weights lack model.layers.1."),
         (
             ["rollout.vllm={{max_num_seq: 4}}"],
             "error: rollout.vllm.max_num_seq: unknown key; did you mean max_num_seqs?\n",

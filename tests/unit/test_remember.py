@@ -1,5 +1,6 @@
 """What was computed is remembered by contents, and by nothing else."""
 
+import os
 import pickle
 import shutil
 
@@ -62,11 +63,15 @@ def test_a_file_that_cannot_be_read_is_left_to_whoever_computes(ask, directory, 
     assert not directory.exists()
 
 
-def test_of_weights_the_names_count(ask, tmp_path):
+def test_of_weights_name_size_and_time_count(ask, tmp_path):
     ask()
-    ask.weights.write_text("2")
     assert ask() == ("one", 1)
-    assert ask("q", tmp_path / "c.safetensors") == ("one", 2)
+    ask.weights.write_text("12")
+    assert ask() == ("one", 2)
+    os.utime(ask.weights, ns=(0, 1))
+    assert ask() == ("one", 3)
+    assert ask("q", tmp_path / "c.safetensors") == ("one", 4)
+    assert ask("q", tmp_path / "c.safetensors") == ("one", 4)
 
 
 def test_this_package_s_own_code_counts(ask, monkeypatch, tmp_path):

@@ -38,7 +38,12 @@ def test_equal_directories_pass(student, tmp_path):
 
 def test_a_student_with_spare_rows_passes(tmp_path):
     student = model_directory(tmp_path / "student", rows=SIZE + 40)
-    require_same_vocabulary(student, model_directory(tmp_path / "teacher"), {})
+    shared = require_same_vocabulary(student, model_directory(tmp_path / "teacher", rows=SIZE + 8), {})
+    assert shared.num_ids == num_tokens(student) <= SIZE
+    assert shared.notes == (
+        f"the student's rows from {shared.num_ids} on are padding: never sampled, and left out of the loss",
+        f"the teacher's rows from {shared.num_ids} on are padding: their probability counts as outside the top k",
+    )
 
 
 def test_a_teacher_s_spare_rows_are_padding_when_they_name_no_token(student, tmp_path):
@@ -55,7 +60,17 @@ def test_a_token_that_only_the_teacher_s_head_has_is_named(tmp_path):
     with pytest.raises(ConfigError, match=rf"head of {SIZE} rows.* one of {last}") as refused:
         require_same_vocabulary(student, model_directory(tmp_path / "teacher"), {})
     assert f"token {last} {token!r}" in str(refused.value)
-    require_same_vocabulary(student, model_directory(tmp_path / "small", rows=last), {})  # neither can name it
+    shared = require_same_vocabulary(student, model_directory(tmp_path / "small", rows=last), {})
+    assert shared.num_ids == num_tokens(student) == last  # neither can name it
+
+
+def test_a_token_that_only_the_student_s_head_has_is_named(student, tmp_path):
+    last = num_tokens(student) - 1
+    teacher = model_directory(tmp_path / "teacher", rows=last)
+    token = load_tokenizer(student).convert_ids_to_tokens(last)
+    with pytest.raises(ConfigError, match=rf"head of {SIZE} rows.* one of {last}: the student could write") as refused:
+        require_same_vocabulary(student, teacher, {})
+    assert f"token {last} {token!r}" in str(refused.value)
 
 
 def test_the_first_differing_token_and_both_sizes_are_named(student, tmp_path):
@@ -245,7 +260,7 @@ def test_missing_files_are_one_clear_message(student, tmp_path):
     with pytest.raises(ConfigError, match="no such model directory"):
         load_tokenizer(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="tokenizer cannot be loaded"):
+    with pytest.raises(ConfigError, match="has no tokenizer"):
         load_tokenizer(tmp_path / "empty")
     (student / "config.json").unlink()
     with pytest.raises(ConfigError, match="cannot be read"):

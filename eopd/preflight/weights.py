@@ -1,0 +1,174 @@
+"""What the weights of a model directory hold, read from the headers of their files; no tensor is read.
+
+A file that is missing, empty, cut short, or a Git LFS pointer is found here in milliseconds, and not by an engine after
+minutes. Files of the ``.bin`` format have no header: of them only the container is looked at.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from eopd.config import ConfigError
+
+POINTER: Final = b"version https://git-lfs.github.com/spec/"
+NO_WEIGHTS: Final = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "random_states.bin"})
+
+# What transformers (5.19) looks for, in its order; vLLM (0.32.0) takes whatever ends so.
+_STANDARD: Final = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
+_PICKLE: Final = b"\x80"  # how a .bin file of the oldest format begins
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a safetensors file: where its bytes are, and their format (``F32``, ``BF16``) and shape."""
+
+    file: Path
+    start: int
+    num_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_weights(key: str, directory: Path, *, standard_names: bool) -> Mapping[str, TensorInfo] | None:
+    """The tensors of a model directory by name; None where they are ``.bin`` files, which do not say.
+
+    Args:
+        key: the config key of the directory, for messages.
+        directory: where the files are.
+        standard_names: whether only the file names count that transformers looks for; vLLM takes others too.
+
+    Raises:
+        ConfigError: there are no weights, or one of their files is missing, cut short, or no file of its format.
+    """
+    try:
+        return _read(key, directory, standard_names=standard_names)
+    except OSError as error:
+        raise ConfigError(f"{key}: {error.filename or directory} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def _read(key: str, directory: Path, *, standard_names: bool) -> Mapping[str, TensorInfo] | None:
+    found = next((directory / name for name in _STANDARD if (directory / name).exists()), None)
+    if found is not None and found.name.endswith(".index.json"):
+        return _read_shards(found)
+    if found is not None and (index := directory / _STANDARD[1]).exists():
+        _read_shards(index)  # transformers passes over it, vLLM takes only the files that it names
+    files = [found] if found is not None else [] if standard_names else _other_files(directory)
+    if not files:
+        raise ConfigError(f"{key}: {directory} has no weights: {_what_is_there(directory, standard_names)}")
+    return _read_files(files)
+
+
+def _other_files(directory: Path) -> list[Path]:
+    """What vLLM takes besides: all safetensors files, or else all others that may be weights."""
+    safe = sorted(directory.glob("*.safetensors"))
+    return safe or sorted(file for file in directory.glob("*.bin") if file.name not in NO_WEIGHTS)
+
+
+def _what_is_there(directory: Path, standard_names: bool) -> str:
+    wanted = ", ".join(_STANDARD) if standard_names else "*.safetensors, *.bin"
+    suffixes = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+    other = sorted(file.name for file in directory.iterdir() if file.suffix in suffixes)
+    return f"it has none of {wanted}" + (f", but {', '.join(other[:3])}" if other else "")
+
+
+def _read_shards(index: Path) -> Mapping[str, TensorInfo] | None:
+    """The tensors of all shards, each in the shard where the index says it is."""
+    require_whole(index)
+    tree = json.loads(index.read_text(encoding="utf-8"))
+    shard_of = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise ValueError(f"{index} has no weight_map")
+    names = sorted({str(name) for name in shard_of.values()})
+    if missing := [name for name in names if not (index.parent / name).exists()]:
+        raise ValueError(
+            f"{index.parent} lacks {len(missing)} of the {len(names)} files of its weights, the first is {missing[0]}; "
+            f"{index.name} names it"
+        )
+    tensors = _read_files([index.parent / name for name in names])
+    if tensors is None:
+        return None
+    for tensor, name in shard_of.items():
+        if tensor not in tensors or tensors[tensor].file.name != name:
+            raise ValueError(f"{index.parent / name} holds no tensor {tensor}, which {index.name} says it does")
+    return tensors
+
+
+def _read_files(files: Sequence[Path]) -> Mapping[str, TensorInfo] | None:
+    for file in files:
+        require_whole(file)
+    if any(file.suffix != ".safetensors" for file in files):
+        for file in files:
+            _require_container(file)
+        return None
+    return {name: info for file in files for name, info in _header(file)}
+
+
+def require_whole(file: Path) -> None:
+    """Refuse what only stands for a file.
+
+    Raises:
+        ValueError: it is a directory, empty, or a Git LFS pointer.
+        OSError: it cannot be read.
+    """
+    if file.is_dir():
+        raise ValueError(f"{file} is a directory; it must be a file")
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty")
+    require_no_pointer(file)
+
+
+def require_no_pointer(file: Path) -> None:
+    """Refuse a file that Git left where a larger one belongs.
+
+    Raises:
+        ValueError: it is a Git LFS pointer.
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
+
+
+def _require_container(file: Path) -> None:
+    with file.open("rb") as opened:
+        start = opened.read(1)
+    if start != _PICKLE and not zipfile.is_zipfile(file):
+        raise ValueError(f"{file} is cut short, or no file that torch wrote; copy or download it again")
+
+
+def _header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+    """The tensors that a safetensors file describes, once its size is what they need."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        num_bytes = int.from_bytes(opened.read(8), "little")
+        if size < 8 or num_bytes > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"{file} is cut short, or no safetensors file; copy or download it again")
+        text = opened.read(num_bytes)
+    try:
+        tensors = list(_parse(file, text, start=8 + num_bytes))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{file} is no safetensors file: its header cannot be read") from None
+    end = max((info.start + info.num_bytes for _, info in tensors), default=8 + num_bytes)
+    if end != size:
+        raise ValueError(f"{file} has {size} bytes, and its tensors need {end}; copy or download it again")
+    yield from tensors
+
+
+def _parse(file: Path, text: bytes, *, start: int) -> Iterator[tuple[str, TensorInfo]]:
+    """``{name: {"dtype": ..., "shape": [...], "data_offsets": [first, last]}}``, offsets from ``start``."""
+    for name, info in json.loads(text).items():
+        if name != "__metadata__":
+            first, last = map(int, info["data_offsets"])
+            shape = tuple(map(int, info["shape"]))
+            yield name, TensorInfo(file, start + first, last - first, str(info["dtype"]), shape)

@@ -1,0 +1,69 @@
+"""An exported student: its own weights and config, and everything else as it was given."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eopd.config import StudentConfig
+from eopd.learner.export import write_student
+from eopd.learner.student import load_student
+from eopd.models.tiny import build_model, train_tokenizer, write_model
+
+
+@pytest.fixture
+def source(tmp_path):
+    tokenizer = train_tokenizer(["a few words to cut into pieces"], 280)
+    return write_model(tmp_path / "source", build_model("qwen3", tokenizer, seed=0), tokenizer)
+
+
+def export(source, target):
+    student = load_student(StudentConfig(model=source, dtype="float32"), activation_checkpointing=False)
+    weights = {name: tensor + 1.0 for name, tensor in student.model.state_dict().items()}
+    write_student(target, student.model, weights, source=source)
+    return weights
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 0]},  # transformers won't write it
+        {"eos_token_id": 2, "of_a_later_version": {"x": 1}},
+    ],
+)
+def test_the_generation_config_is_the_one_that_was_given(source, tmp_path, given):
+    path = source / "generation_config.json"
+    path.unlink()
+    if given is not None:
+        path.write_text(json.dumps(given, indent=7))
+    weights = export(source, tmp_path / "hf")
+    written = tmp_path / "hf" / "generation_config.json"
+    assert written.exists() == path.exists()
+    if given is not None:
+        assert written.read_bytes() == path.read_bytes()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    for name, tensor in exported.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+
+
+def test_tokenizer_and_templates_are_the_ones_that_were_given(source, tmp_path):
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    settings = source / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"of_a_later_version": 1}))
+    (source / "training_args.bin").write_text("of another training")
+    (source / "README.md").write_text("of another model")
+    export(source, tmp_path / "hf")
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+    ):
+        assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "hf" / "training_args.bin").exists()
+    assert not (tmp_path / "hf" / "README.md").exists()
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert loaded.get_vocab() == AutoTokenizer.from_pretrained(source).get_vocab()
