@@ -34,13 +34,17 @@ def serve(
     chosen = _choose(run.teachers, name)
     token = token_for(api_key_env, host)
     from eopd.preflight import require_model
+    from eopd.preflight.environment import require_packages
     from eopd.roles import TeacherDownError
     from eopd.runtime.placement import vllm_env
+    from eopd.runtime.process import settle
     from eopd.teacher.vocabulary import vocab_size
 
     require_model(f"teachers.{chosen.name}.model", chosen.model, num_tokens=run.max_teacher_tokens(chosen))
     if run.loss.top_k > (size := vocab_size(chosen.model)):
         raise ConfigError(f"loss.top_k: {run.loss.top_k} is larger than the vocabulary of {size} tokens")
+    require_packages()
+    settle(os.environ)
     os.environ |= vllm_env(chosen.threads)
     from eopd.teacher import serving
 

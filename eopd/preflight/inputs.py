@@ -9,6 +9,7 @@ from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
 from eopd.config.processor import dtype_notes
 from eopd.preflight.answers import require_answers, require_readable_answers
+from eopd.preflight.environment import environment_notes, require_environment
 from eopd.preflight.models import require_model
 from eopd.preflight.options import require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
@@ -33,8 +34,10 @@ def check(config: Config) -> Prepared:
     Raises:
         ConfigError: a model directory or data file is missing, vocabularies or end tokens differ, top_k is larger than
             a vocabulary, vLLM knows no such option, the student has no such layers to adapt, prompts do not fit or have
-            no teacher, a verifier has no answers, or a tracker cannot be used.
+            no teacher, a verifier has no answers, a tracker cannot be used, or the machine does not do
+            (``environment.py``).
     """
+    require_environment(config)
     require_trackers(config.telemetry.trackers)
     require_vllm_options("rollout.vllm", config.rollout.vllm)
     for teacher in config.teachers:
@@ -146,6 +149,7 @@ def report(config: Config, prepared: Prepared) -> Iterator[str]:
         yield from (f"  note        {note}" for note in shared.notes)
     yield from dtype_notes(config)
     yield from notes_on_data(config, prepared)
+    yield from environment_notes(config)
 
 
 def notes_on_data(config: Config, prepared: Prepared) -> Iterator[str]:
