@@ -3,6 +3,7 @@ weights'.
 """
 
 import asyncio
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from eopd.config import RolloutConfig, StudentConfig
 from eopd.learner.lora import whole_tensors
 from eopd.rollout.engine import VllmRolloutEngine
 from eopd.types import PolicyVersion, PromptSample, Sampling, StopReason
+from eopd.weights import vllm_engine
 from eopd.weights.channel import BroadcastChannel
 from eopd.weights.probe import Probe
 from eopd.weights.source import ModelSource
@@ -144,3 +146,20 @@ async def test_a_seed_names_a_response_and_the_end_token_belongs_to_it(tiny_mode
         assert 2 not in stored.body.response_ids[:-1]
         assert stored.header.num_response_tokens == len(stored.body.response_ids)
         assert ended or len(stored.body.response_ids) == 300
+
+
+def test_of_layers_that_no_sync_loads_only_the_unexpected_are_logged(caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    never_sent = vllm_engine._never_sent(model)
+    assert never_sent == {"Sequential", "ReLU"}
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+    assert logger.name == vllm_engine.finalize_layerwise_reload.__module__
+    logger.addHandler(caplog.handler)
+    for expecting in (vllm_engine._expecting(never_sent), nullcontext()):
+        with expecting:
+            for kind in ("ReLU", "Linear"):
+                logger.warning("%s: Failed to load weights", kind)
+            logger.warning("%s: something else", "ReLU")
+    logger.removeHandler(caplog.handler)
+    told = ["Linear: Failed to load weights", "ReLU: something else"]
+    assert caplog.messages == [*told, "ReLU: Failed to load weights", *told]
