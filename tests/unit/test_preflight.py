@@ -54,7 +54,7 @@ def check(files, monkeypatch, capsys):
 
 
 def test_the_report_says_what_every_teacher_shares_and_teaches(check):
-    code, shown = check()
+    code, shown = check("cluster.cpus=8")
     assert code == 0
     tokens = shown.split("vocabulary  ")[1].split(" tokens")[0]
     assert shown.splitlines() == [
@@ -80,6 +80,24 @@ def test_the_report_says_which_precision_was_chosen_and_why(check):
     assert len(told) == 2
     assert told[0].startswith(("student.dtype: float32 (auto: ", "student.dtype: bfloat16 (auto: "))
     assert told[1] == "teachers.far.dtype: bfloat16 (auto: what most servers compute in)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "note"),
+    [
+        (["rollout.engines=1000000"], "the roles ask for 1000004 cpus (learner 1 x 1, rollout 1000000 x 1, teacher "),
+        (["rollout.cpus=5000"], "the roles ask for 5004 cpus (learner 1 x 1, rollout 1 x 5000, teacher chat 2 x 1, "),
+        (["cluster.cpus=3.5"], "the roles ask for 5 cpus (learner 1 x 1, rollout 1 x 1, teacher chat 2 x 1, teacher "),
+        (["cluster.address=head:6379", "rollout.cpus=5000"], None),
+        (["rollout.gpus=8", "teachers.0.gpus=8", "cluster.cpus=9"], None),
+    ],
+)
+def test_what_this_machine_lacks_is_a_note_where_ray_is_started_here(check, overrides, note, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, shown = check(*overrides)
+    told = [line for line in shown.splitlines() if line.startswith("note: there is no room for it on this machine: ")]
+    assert code == 0 and len(told) == (note is not None)
+    assert note is None or note in told[0]
 
 
 @pytest.mark.parametrize(
