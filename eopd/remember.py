@@ -17,7 +17,7 @@ import eopd
 
 T = TypeVar("T")
 
-DIRECTORY = Path("~/.cache/eopd/remembered").expanduser()
+DIRECTORY = Path("~/.cache/eopd/remembered")
 KEEP: Final = 16  # answers
 LIBRARIES: Final = ("transformers", "tokenizers", "pydantic", "numpy")
 WEIGHTS: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"})
@@ -31,8 +31,9 @@ def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -
     remembered.
     """
     try:
-        kept = DIRECTORY / _digest(question, files)
-    except OSError:  # a file that cannot be read: whoever computes says so
+        directory = DIRECTORY.expanduser()
+        kept = directory / _digest(question, files)
+    except (OSError, RuntimeError):  # a file that cannot be read: whoever computes says so; or no home directory
         return compute()
     with suppress(Exception):  # not there, or not readable by what is installed now: computed again
         answer: T = pickle.loads(kept.read_bytes())
@@ -40,11 +41,11 @@ def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -
         return answer
     answer = compute()
     with suppress(OSError):
-        DIRECTORY.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}.partial")
         partial.write_bytes(pickle.dumps(answer))
         partial.replace(kept)
-        for old in sorted(DIRECTORY.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-KEEP]:
+        for old in sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-KEEP]:
             old.unlink(missing_ok=True)
     return answer
 

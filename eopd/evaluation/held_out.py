@@ -3,7 +3,8 @@ learner measures.
 """
 
 import asyncio
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 from eopd.packing import pack
 from eopd.roles import Learner, RolloutEngine, TeacherScorer
@@ -21,8 +22,10 @@ async def measure(
     max_attempts: int,
     ranks: int,
     token_budget: int,
+    tell: Callable[[int], None] = lambda done: None,
 ) -> tuple[EvalStats, Sequence[Stored[ScoredTrajectory]]]:
-    """One response a prompt; the same prompts, seeds and order at every call.
+    """One response a prompt; the same prompts, seeds and order at every call. ``tell`` hears how many were written and
+    read so far.
 
     Returns:
         The statistics, and the scored trajectories in the order of ``prompts``.
@@ -31,6 +34,7 @@ async def measure(
         RuntimeError: a trajectory was lost ``max_attempts`` times: a number over fewer prompts would not be the same
             number.
     """
+    done = itertools.count(1)
 
     async def one(index: int, prompt: PromptSample) -> Stored[ScoredTrajectory]:
         sampling = Sampling(temperature=1.0, max_tokens=max_tokens, seed=seed + index)
@@ -38,6 +42,7 @@ async def measure(
             written = await engines.generate(prompt, 0, sampling)
             scored = written if isinstance(written, LostTrajectory) else await teacher.score(written)
             if isinstance(scored, Stored):
+                tell(next(done))
                 return scored
             last = f"{scored.reason.value}: {scored.detail}"
         raise RuntimeError(f"held-out prompt {prompt.prompt_id} was lost {max_attempts} times, last: {last}")

@@ -11,6 +11,7 @@ from eopd.config.base import DATA_SUFFIXES
 from eopd.config.notes import notes as notes_of_config
 from eopd.config.processor import dtype_notes
 from eopd.preflight.answers import require_answers, require_readable_answers
+from eopd.preflight.environment import environment_notes, require_environment
 from eopd.preflight.models import require_model, require_served, require_student
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
@@ -35,8 +36,10 @@ def check(config: Config) -> Prepared:
     Raises:
         ConfigError: a model directory or data file is missing, vocabularies or end tokens differ, top_k is larger than
             a vocabulary, vLLM or DeepSpeed take no such option, the student has no such layers to adapt, prompts do not
-            fit or have no teacher, a verifier has no answers, a tracker cannot be used, or a server's key is not set.
+            fit or have no teacher, a verifier has no answers, a tracker cannot be used, a server's key is not set, or the
+            machine will not do (``environment.py``).
     """
+    require_environment(config)
     require_trackers(config.telemetry.trackers)
     require_vllm_options("rollout.vllm", config.rollout.vllm)
     require_deepspeed_options("learner.deepspeed", config.learner.deepspeed)
@@ -171,6 +174,7 @@ def report(config: Config, prepared: Prepared) -> Iterator[str]:
         yield from (f"  note        {note}" for note in shared.notes)
     yield from dtype_notes(config)
     yield from notes_on_data(config, prepared)
+    yield from environment_notes(config)
 
 
 def notes_on_data(config: Config, prepared: Prepared) -> Iterator[str]:

@@ -7,6 +7,7 @@ driver.
 """
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -21,6 +22,7 @@ from eopd.config import RolloutConfig, StudentConfig, TeacherConfig
 from eopd.config.loss import GraderName
 from eopd.roles import EngineDownError, TeacherDownError, WorkerDownError
 from eopd.runtime import spawned
+from eopd.runtime.process import settle
 from eopd.types import (
     Float32Array,
     Header,
@@ -81,10 +83,11 @@ async def end(actor: ActorHandle) -> None:
 
 
 class Actor:
-    """``name`` stands in logs and errors: Ray takes it from here."""
+    """``name`` stands in logs and errors: Ray takes it from here. The environment of its process is put right first."""
 
     def __init__(self, name: str) -> None:
         self._name = name
+        settle(os.environ)
         spawned.stand_in_for_main()
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ import asyncio
 from eopd.config import Config
 from eopd.preflight import Prepared
 from eopd.runtime import cluster
-from eopd.runtime.placement import plan_teacher, require_capacity
+from eopd.runtime.placement import plan_teacher
 from eopd.runtime.supervisor import teachers
 from eopd.teacher.selftest import SelfTestReport
 
@@ -25,5 +25,5 @@ def check_live(config: Config, prepared: Prepared) -> list[SelfTestReport]:
             return [await fleet.self_test(prompt_ids) for fleet in fleets]
 
     with cluster.connect(config.cluster):
-        require_capacity([plan_teacher(teacher) for teacher in config.teachers], *cluster.capacity())
+        cluster.require_room([plan_teacher(teacher) for teacher in config.teachers])
         return asyncio.run(run())

@@ -1,16 +1,34 @@
-"""Ray itself: start it here or join a cluster, and find out what it has."""
+"""Ray itself: start it here or join a cluster, and find out what is free there.
+
+What is used of Ray's internals was checked against 2.60: ``available_resources_per_node``; how a cluster that is
+started here comes by its token (``authentication_token_setup``); how often a driver tries to join
+(``Node._init_gcs_client``).
+"""
 
 import logging
 import os
-from collections.abc import Iterator
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import ray
+from ray._private.authentication import authentication_token_setup
+from ray._private.state import available_resources_per_node
+from ray.exceptions import AuthenticationError
 
 from eopd.config import ClusterConfig, ConfigError
+from eopd.preflight.environment import LOCAL, cluster_address, require_local_ray, split_address
 from eopd.runtime import logs
-from eopd.runtime.placement import Capacity
+from eopd.runtime.placement import Capacity, Node, RoleResources, require_capacity
+from eopd.runtime.process import takes_files
+
+REACH_S: Final = 5.0  # a cluster that runs answers at once
+SETTLE_S: Final = 5.0  # what an ended run held is free again within seconds
 
 
 @contextmanager
@@ -21,31 +39,96 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     here.
 
     Raises:
-        ConfigError: the cluster cannot be reached.
+        ConfigError: the cluster cannot be reached or joined, or Ray cannot be started here.
     """
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-    if config.cpus is not None and address != "local":
-        raise ConfigError(f"cluster.cpus: {config.cpus:g} is for Ray started here; {address} has its own")
-    local = {"num_cpus": config.cpus, "include_dashboard": False} if address == "local" else {}
+    address = cluster_address(config)
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)  # how to switch it off: not asked
+    local: dict[str, object] = {}
+    if address == LOCAL:
+        require_local_ray()
+        _make_token()
+        local = {"num_cpus": config.cpus, "include_dashboard": False}
+    else:
+        _require_answer(address)
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt, of 40 s, instead of twenty
     try:
-        ray.init(address=address, logging_level=logging.WARNING, **local)
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(f"cluster.address: {address} cannot be joined: {error}") from None
-    logs.silence()
-    try:
+        try:
+            ray.init(address=address, logging_level=logging.WARNING, **local)
+        except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"{_cannot(address)}: {_reason(error)}") from None
+        logs.silence()
         yield
     finally:
         ray.shutdown()
 
 
-def capacity() -> tuple[Capacity, Capacity]:
-    """What the whole cluster has, and what its largest node has: an actor lives on one node."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    total, largest = (
-        {kind: pick(node.get(ray_name, 0.0) for node in nodes) for kind, ray_name in (("cpus", "CPU"), ("gpus", "GPU"))}
-        for pick in (sum, max)
-    )
-    return Capacity(**total), Capacity(**largest)
+def require_room(roles: Sequence[RoleResources]) -> None:
+    """Compare what the roles ask for with what is free in the cluster.
+
+    Raises:
+        ConfigError: there is no room for all, and it was not made within ``SETTLE_S``.
+    """
+    idle = [replace(node, free=node.total) for node in _nodes()]
+    require_capacity(roles, idle)
+    until = time.monotonic() + SETTLE_S
+    while True:
+        try:
+            return require_capacity(roles, _nodes())
+        except ConfigError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.25)
+
+
+def _nodes() -> list[Node]:
+    """The machines of the cluster; one that has not yet said what is free has nothing free."""
+    free = available_resources_per_node()
+    return [
+        Node(total=_capacity(node["Resources"]), free=_capacity(free.get(node["NodeID"], {})))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _capacity(resources: dict[str, float]) -> Capacity:
+    return Capacity(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
+
+
+def _require_answer(address: str) -> None:
+    """Somebody listens at ``HOST:PORT``; what ``auto`` finds was written down by a cluster on this machine."""
+    if address == "auto":
+        return
+    try:
+        socket.create_connection(split_address("cluster.address", address, ""), timeout=REACH_S).close()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"{_cannot(address)}: nobody answers there ({getattr(error, 'strerror', '') or error})"
+        ) from None
+
+
+def _cannot(address: str) -> str:
+    if address == LOCAL:
+        return "Ray cannot be started on this machine"
+    return f"cluster.address or RAY_ADDRESS: {address} cannot be joined"
+
+
+def _reason(error: Exception) -> str:
+    """Ray's reason in one line, without the traceback it may hold; the one it was raised from says more."""
+    text = str(error.__cause__ or error).partition("Last connection error: Traceback")[0]
+    return " ".join(text.split())
+
+
+def _make_token() -> None:
+    """Let a cluster that is started here keep strangers out.
+
+    Ray does so by itself, with a token in the home directory. Where that takes no files, this cluster has a token of
+    its own, in the environment of its processes.
+    """
+    if os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        return
+    home = os.environ.get("HOME", "")
+    if not os.path.isabs(home) or not takes_files(Path(home)):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def object_store_bytes() -> float:

@@ -11,7 +11,7 @@ from eopd.evaluation.graders import open_grader
 from eopd.preflight import require_answers, require_model
 from eopd.prompts import PromptSet
 from eopd.runtime import cluster
-from eopd.runtime.placement import plan_rollout, require_capacity
+from eopd.runtime.placement import plan_rollout
 from eopd.runtime.supervisor import fetch, rollout_engines
 from eopd.teacher.vocabulary import load_tokenizer
 from eopd.types import Sampling
@@ -65,5 +65,5 @@ def evaluate(
             )
 
     with open_grader(benchmark.grader) as grader, cluster.connect(config):
-        require_capacity([plan_rollout(rollout)], *cluster.capacity())
+        cluster.require_room([plan_rollout(rollout)])
         return asyncio.run(run())

@@ -5,7 +5,9 @@
          learner-0.log    ...
 
 A line is ``2026-11-24T22:54:37 rollout-0 text``, or with ``telemetry.log_format: json`` an object with ``time``,
-``role``, ``node``, ``pid`` and ``text``. A replaced actor goes on in the file of the one before it.
+``role``, ``node``, ``pid`` and ``text``. A replaced actor goes on in the file of the one before it. A file that has
+grown to ``FULL_BYTES`` becomes ``rollout-0.log.1``, in place of the one before it: a role's newest lines are kept, and
+at most twice as many bytes.
 
 Ray's log monitors send all lines to the driver, within about half a second. The dispatcher that hands them out there
 is Ray's own (``ray._private.ray_logging``), checked against 2.60.
@@ -24,6 +26,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispa
 
 OURS: Final = "eopd_logs"
 LAG_S: Final = 1.0  # until the last lines have come
+FULL_BYTES: Final = 64 << 20
 
 logger = logging.getLogger("eopd")
 
@@ -57,15 +60,19 @@ class RunLogs(logging.Handler):
     def _write(self, role: str, lines: Sequence[str], *, node: str, pid: str) -> None:
         """Append; a disk that does not take it costs these lines, never the run."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S")
-        lines = [part for line in lines for part in re.split("[\r\n]+", line)]  # a progress bar is many lines
+        parts = (part for line in lines for part in re.split("[\r\n]+", line))  # a progress bar is many lines
+        lines = [part for part in parts if part.strip()]
         if self._json:
             records = [{"time": now, "role": role, "node": node, "pid": int(pid), "text": line} for line in lines]
             texts = [json.dumps(record, ensure_ascii=False) for record in records]
         else:
             texts = [f"{now} {role} {line}" for line in lines]
+        path = self._directory / f"{role}.log"
         try:
-            with (self._directory / f"{role}.log").open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write("".join(f"{text}\n" for text in texts))
+            if path.stat().st_size >= FULL_BYTES:
+                path.replace(path.with_name(f"{path.name}.1"))
         except OSError:
             return  # the run's own files meet the same disk, and say so
 

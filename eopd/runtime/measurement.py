@@ -1,7 +1,7 @@
 """Held-out measurements of a run, before and after training, with the samples that people look at."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from eopd.config import Config
 from eopd.evaluation.held_out import measure
@@ -15,9 +15,9 @@ from eopd.types import EvalStats, LostTrajectory, ScoredTrajectory, Stored
 
 
 async def measure_held_out(
-    members: Crew, config: Config, prepared: Prepared
+    members: Crew, config: Config, prepared: Prepared, *, tell: Callable[[int], None]
 ) -> tuple[EvalStats, Sequence[Stored[ScoredTrajectory]]]:
-    """Student against teacher on the held-out prompts, and what the student wrote."""
+    """Student against teacher on the held-out prompts, and what the student wrote; ``tell`` hears how far it is."""
     evaluation, learner = config.evaluation, config.learner
     return await measure(
         members.engines,
@@ -29,6 +29,7 @@ async def measure_held_out(
         max_attempts=config.flow.max_attempts,
         ranks=learner.ranks,
         token_budget=learner.token_budget,
+        tell=tell,
     )
 
 

@@ -3,6 +3,7 @@
 Thread counts are set explicitly: Ray's CPU numbers are admission, not affinity, and may be fractional.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,12 +21,23 @@ COMMON_ENV: Mapping[str, str] = {
 }
 
 
+ROUNDING = 1e-6  # of sums of fractions
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """CPUs and GPUs of a cluster or a node."""
+    """CPUs and GPUs."""
 
     cpus: float
     gpus: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One machine of a cluster: what it has, and what nobody holds of it now."""
+
+    total: Capacity
+    free: Capacity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,19 +96,65 @@ def plan_rollout(rollout: RolloutConfig) -> RoleResources:
     return RoleResources(role="rollout", actors=rollout.engines, cpus=rollout.cpus, gpus=rollout.gpus, env=env)
 
 
-def require_capacity(roles: Sequence[RoleResources], total: Capacity, largest_node: Capacity) -> None:
-    """Compare the sum of all roles with the cluster, and each actor with its largest node.
+def require_capacity(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> None:
+    """Compare what all roles ask for with what there is and what is free, and each actor with single nodes.
 
     Raises:
-        ConfigError: together they ask for more than there is, or one for more than any node has.
+        ConfigError: together they ask for more than there is or than is free, one for more than any node has or has
+            free, or what is free is scattered over too many nodes.
     """
     for resource in ("cpus", "gpus"):
-        asked = sum(role.actors * getattr(role, resource) for role in roles)
-        available, on_a_node = getattr(total, resource), getattr(largest_node, resource)
-        if asked > available + 1e-6:
-            parts = ", ".join(f"{r.role} {r.actors} x {getattr(r, resource):g}" for r in roles)
-            raise ConfigError(f"the roles ask for {asked:g} {resource} ({parts}); the cluster has {available:g}")
+        total = [getattr(node.total, resource) for node in nodes]
+        free = [getattr(node.free, resource) for node in nodes]
+        _require_sum(roles, resource, sum(total), sum(free))
         for role in roles:
-            if getattr(role, resource) > on_a_node:
-                wanted = f"{role.role}.{resource}: one actor asks for {getattr(role, resource):g}"
-                raise ConfigError(f"{wanted}; the largest node has {on_a_node:g}")
+            one = f"{_key(role)}.{resource}: one actor asks for {getattr(role, resource):g}"
+            if getattr(role, resource) > max(total) + ROUNDING:
+                raise ConfigError(f"{one}; the largest node has {max(total):g}")
+            if getattr(role, resource) > max(free) + ROUNDING:
+                raise ConfigError(f"{one}; no node has more than {max(free):g} free")
+    _require_places(roles, nodes)
+
+
+def room_here(config: Config, cpus: float) -> str | None:
+    """What a run lacks where Ray is started on a machine of so many CPUs; its GPUs are not counted."""
+    here = Capacity(cpus=config.cluster.cpus or cpus, gpus=math.inf)
+    try:
+        require_capacity(plan(config), [Node(total=here, free=here)])
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _require_sum(roles: Sequence[RoleResources], resource: str, total: float, free: float) -> None:
+    asked = sum(role.actors * getattr(role, resource) for role in roles)
+    parts = ", ".join(f"{role.role} {role.actors} x {getattr(role, resource):g}" for role in roles)
+    all_roles = f"the roles ask for {asked:.9g} {resource} ({parts})"
+    if asked > total + ROUNDING:
+        raise ConfigError(f"{all_roles}; the cluster has {total:g}")
+    if asked > free + ROUNDING:
+        raise ConfigError(f"{all_roles}; {free:g} of {total:g} are free ({total - free:g} are held by others)")
+
+
+def _require_places(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> None:
+    """Give every actor, the largest first, the first node that has room for it."""
+    left = [node.free for node in nodes]
+    for role in sorted(roles, key=lambda role: (role.gpus, role.cpus), reverse=True):
+        for _ in range(role.actors):
+            fits = (index for index, free in enumerate(left) if _fits(role, free))
+            if (index := next(fits, None)) is None:
+                free = ", ".join(f"{node.free.cpus:g} cpus and {node.free.gpus:g} gpus" for node in nodes)
+                raise ConfigError(
+                    f"{_key(role)}: {role.actors} x {role.cpus:g} cpus and {role.gpus:g} gpus find no room beside the "
+                    f"other roles; free on single nodes are {free}"
+                )
+            left[index] = Capacity(cpus=left[index].cpus - role.cpus, gpus=left[index].gpus - role.gpus)
+
+
+def _fits(role: RoleResources, free: Capacity) -> bool:
+    return role.cpus <= free.cpus + ROUNDING and role.gpus <= free.gpus + ROUNDING
+
+
+def _key(role: RoleResources) -> str:
+    """Where the role stands in the config."""
+    return role.role.replace("teacher ", "teachers.", 1)

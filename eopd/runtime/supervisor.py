@@ -112,9 +112,12 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float, *, 
         StartError: somebody failed, or did not come up in time; the driver's log has the worker's traceback.
     """
     tasks = {asyncio.ensure_future(started): name for name, started in starting.items()}
-    done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-    for task in pending:
-        task.cancel()
+    try:
+        done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+            task.add_done_callback(_hear)
     for task in done:
         error = task.exception()
         if isinstance(error, ConfigError) and isinstance(error, RayTaskError):  # what only the worker could find out
@@ -127,6 +130,12 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float, *, 
     if pending:
         names = ", ".join(tasks[task] for task in pending)
         raise StartError(f"not up within cluster.start_timeout_s = {timeout_s:g}: {names}; logs in {logs}")
+
+
+def _hear(task: asyncio.Future[None]) -> None:
+    """Take what a task ended with, so that asyncio does not print it: the first failure is the one that is told."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _fleets(spawn: Spawn, config: Config, restarts: RestartBudget) -> list[TeacherFleet]:
@@ -145,7 +154,10 @@ def _fleets(spawn: Spawn, config: Config, restarts: RestartBudget) -> list[Teach
 
 @asynccontextmanager
 async def _actors() -> AsyncIterator[Spawn]:
-    """A function that spawns actors; on the way out all of them are closed and killed, whatever happened."""
+    """A function that spawns actors; on the way out all of them are closed and killed, whatever happened.
+
+    Where some did not come up, or nobody waits any more, they are killed at once: what still starts does not listen.
+    """
     spawned: list[ActorHandle] = []
 
     def spawn(role: type, resources: RoleResources, numbers: Iterable[int], **options: object) -> list[ActorHandle]:
@@ -158,6 +170,10 @@ async def _actors() -> AsyncIterator[Spawn]:
 
     try:
         yield spawn
+    except (StartError, ConfigError, asyncio.CancelledError):
+        for actor in spawned:
+            ray.kill(actor)
+        raise
     finally:
         try:
             await asyncio.gather(*(end(actor) for actor in spawned))

@@ -25,7 +25,7 @@ from eopd.runtime.lock import held
 from eopd.runtime.logs import collect, logger
 from eopd.runtime.loop import make_pipeline
 from eopd.runtime.measurement import keep_samples, measure_held_out
-from eopd.runtime.placement import plan, require_capacity
+from eopd.runtime.placement import plan
 from eopd.runtime.progress import Progress, first_line
 from eopd.runtime.resume import Resume, TakenUp, take_up
 from eopd.runtime.run_directory import RunDirectory, held_out_record
@@ -77,7 +77,7 @@ def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> 
             return Outcome(taken_up.summary, directory, trained=False)
         with ignored_by_children():
             stack.enter_context(cluster.connect(config.cluster))
-        require_capacity(plan(config), *cluster.capacity())
+        cluster.require_room(plan(config))
         taken_up.begin()
         summary = asyncio.run(TrainingRun(prepared, taken_up, lock_notes).main())
         return Outcome(summary, directory)
@@ -247,9 +247,12 @@ class TrainingRun:
         }
 
     async def _show_state(self, members: Crew) -> Never:
-        """Let Prometheus see who is up also while no step ends: that is when it matters."""
+        """Let Prometheus and the terminal see what goes on also while no step ends: that is when it matters."""
         while True:
             await asyncio.sleep(_STATE_S)
+            if (pipeline := self._pipeline) is not None:
+                ready = f"{pipeline.buffer.num_ready} of {pipeline.plan.batch} trajectories ready"
+                self._console.doing(f"step {self._progress.step + 1}: {pipeline.doing}, {ready}")
             if self._prometheus is not None:
                 self._prometheus.write(self._state_of(members))
 
@@ -278,7 +281,12 @@ class TrainingRun:
         count = min(self._config.evaluation.prompts, len(self._prepared.held_out.prompts))
         self._say(f"measuring on {count} held-out prompts, {phase} training")
         self._watchdog.step()
-        measured = await measure_held_out(members, self._config, self._prepared)
+        measured = await measure_held_out(
+            members,
+            self._config,
+            self._prepared,
+            tell=lambda done: self._console.doing(f"held-out prompts written and read: {done}/{count}"),
+        )
         if phase == "before":
             self._progress.before = held_out_record(measured[0])
         else:

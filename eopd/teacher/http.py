@@ -5,13 +5,20 @@ Every request has one deadline and up to ``max_attempts`` attempts. An answer th
 that clients of a server that came back do not meet again, and on top of what ``Retry-After`` asks. Any other refusal
 is final. Requests must be safe to repeat: scoring is.
 
+A server inside the network is asked directly, whatever ``http_proxy`` and its like say: they are set for the internet,
+on machines whose ``no_proxy`` rarely knows the names within a cluster. Only one with a public address, or a name that
+does not resolve here, is asked through the proxy; its failures name the proxy then.
+
 Left out: ``Retry-After`` as a date, redirects, streamed bodies.
 """
 
 import asyncio
+import ipaddress
 import os
 import random
 import re
+import socket
+import urllib.request
 from collections.abc import Mapping
 from typing import Final
 
@@ -48,20 +55,19 @@ class ServerClient:
             transport: another way to the server than the network.
 
         Raises:
-            ConfigError: the environment variable of the key is missing, or holds what no header can.
+            ConfigError: the environment variable of the key is missing, or holds what no header can; the proxy of the
+                environment cannot be used.
         """
         self._key = _read_key(config.api_key_env)
         self._timeout_s = config.timeout_s
         self._max_attempts = config.max_attempts
         self._slots = asyncio.Semaphore(config.max_connections)
+        self._proxy = proxy_for(config.url)
         self._client = httpx.AsyncClient(
             base_url=config.url,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
             timeout=None,  # one deadline for the whole request, ours
-            limits=httpx.Limits(
-                max_connections=config.max_connections, max_keepalive_connections=config.max_connections
-            ),
-            transport=transport,
+            transport=transport or _network(self._proxy, config.max_connections),
         )
 
     async def get(self, path: str) -> httpx.Response:
@@ -98,7 +104,7 @@ class ServerClient:
         await self._client.aclose()
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
-        where = f"{request.method} {request.url}"
+        where = f"{request.method} {request.url}{_through(self._proxy)}"
         cause, status = "", 0
         for attempt in range(self._max_attempts):
             asked_s = 0.0
@@ -139,6 +145,44 @@ def explain(error: ValidationError) -> str:
     first = error.errors(include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"]) or "the whole"
     return f"unexpected answer of the server, at {place}: {first['msg']}"
+
+
+def proxy_for(url: str) -> str | None:
+    """The environment's proxy for ``url``; None where the server is asked directly.
+
+    ``http_proxy``, ``https_proxy``, ``all_proxy`` and ``no_proxy``, in either case, are read as Python reads them.
+    """
+    server = httpx.URL(url)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(server.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(server.netloc.decode()) or _is_inside(server.host):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _is_inside(host: str) -> bool:
+    """Whether every address of a host is private, of this machine, or of this link."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return not any(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global for *_, address in found)
+
+
+def _network(proxy: str | None, max_connections: int) -> httpx.AsyncHTTPTransport:
+    limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+    try:
+        return httpx.AsyncHTTPTransport(limits=limits, proxy=proxy)
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise ConfigError(
+            f"teachers.server.url: {_through(proxy).strip(' ()')}, which cannot be used ({error}); "
+            "set no_proxy to the server's host to ask it directly"
+        ) from None
+
+
+def _through(proxy: str | None) -> str:
+    """Says which proxy, without the password that its address may hold."""
+    return "" if proxy is None else f" (through the proxy {re.sub('//[^/]*@', '//', proxy)} of the environment)"
 
 
 def _read_key(variable: str | None) -> str | None:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 MAX_WIDTH: Final = 100
 PACE_WINDOW: Final = 20
 SAMPLE_CHARACTERS: Final = 200
+SILENCE_S: Final = 60.0  # of plain lines, until one says what is under way
 
 _HELD_OUT: Final = {
     "reverse_kl": "reverse KL (nats)",
@@ -98,6 +99,8 @@ class Console:
         self._start = self._output.get_time()
         self._rows_at: deque[float] = deque(maxlen=PACE_WINDOW + 1)
         self._progress = _Progress(row={}, at=self._start, step_s=None)
+        self._doing = ""
+        self._said_at = self._start
         self._live: Live | None = None
         if self._output.is_interactive:
             self._live = Live(self, console=self._output, refresh_per_second=2)
@@ -110,6 +113,7 @@ class Console:
         gaps = len(self._rows_at) - 1
         step_s = (now - self._rows_at[0]) / gaps if gaps else None
         self._progress = _Progress(row=dict(row), at=now, step_s=step_s)
+        self._doing = ""
         line = self._line()
         logger.info(line)
         if self._live is None:
@@ -119,7 +123,16 @@ class Console:
 
     def message(self, text: str) -> None:
         """Say something above the live view; brackets in it are not markup."""
+        self._said_at = self._output.get_time()
         self._output.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def doing(self, text: str) -> None:
+        """Show what is under way, and how far it is, until the next step: in the live view, or on a plain line after a
+        minute without any.
+        """
+        self._doing = text
+        if self._live is None and self._output.get_time() - self._said_at >= SILENCE_S:
+            self.message(text)
 
     def close(self) -> None:
         """Leave the last view on the screen."""
@@ -141,6 +154,8 @@ class Console:
         )
         frame = Table.grid(expand=True)
         frame.add_row(head)
+        if self._doing:
+            frame.add_row(Text(self._doing, style="dim", no_wrap=True, overflow="ellipsis"))
         if self._progress.row:
             frame.add_row(cells(self._progress.row))
         return Constrain(frame, MAX_WIDTH)
@@ -166,8 +181,14 @@ class Console:
 def print_summary(
     summary: Summary, samples: Sequence[Sample], run_directory: Path, output: rich.console.Console | None = None
 ) -> None:
-    """The table at the end of a run: rate, where the time went, held-out numbers and texts before and after."""
+    """The table at the end of a run: rate, where the time went, held-out numbers and texts before and after. Of a run
+    that did not get as far as any number, one line.
+    """
     output = output or rich.console.Console()
+    if not summary["steps"] and summary["held_out"]["before"] is None:
+        head = f"{summary['status']} before the first step, after {clock(summary['wall_s'])}"
+        output.print(f"{head}; run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True)
+        return
     output.print()
     output.print(
         f"{summary['status']}: {summary['steps']} steps, {summary['tokens']:,} response tokens "

@@ -4,6 +4,7 @@ A scrape reads every series as it was last written, so nothing is counted twice:
 The registry is the sink's own, which keeps several runs in one process, and their tests, apart.
 """
 
+import socket
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -15,6 +16,30 @@ from eopd.telemetry.catalog import Row
 from eopd.telemetry.rows import parse_series
 
 _FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
+
+
+def require_address(host: str, port: int) -> None:
+    """``PrometheusSink`` could serve there now.
+
+    Raises:
+        ConfigError: the name does not resolve, or the port is taken or not for this user.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_serve(host, port, error) from None
+
+
+def _cannot_serve(host: str, port: int, error: OSError | UnicodeError) -> ConfigError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ConfigError(
+        f"telemetry.host, telemetry.port: {host}:{port} cannot be served ({reason}); "
+        "port 0 takes a free one, null serves no metrics"
+    )
 
 
 class PrometheusSink:
@@ -32,10 +57,7 @@ class PrometheusSink:
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
-            raise ConfigError(
-                f"telemetry.host, telemetry.port: {host}:{port} cannot be served ({error.strerror}); "
-                "port 0 takes a free one, null serves no metrics"
-            ) from None
+            raise _cannot_serve(host, port, error) from None
 
     @property
     def address(self) -> str:

@@ -3,6 +3,7 @@ weights'.
 """
 
 import asyncio
+import logging
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from eopd.config import RolloutConfig, StudentConfig
 from eopd.learner.lora import whole_tensors
 from eopd.rollout.engine import VllmRolloutEngine
 from eopd.types import PolicyVersion, PromptSample, Sampling, StopReason
+from eopd.weights import vllm_engine
 from eopd.weights.channel import BroadcastChannel
 from eopd.weights.probe import Probe
 from eopd.weights.source import ModelSource
@@ -184,3 +186,20 @@ async def test_padding_of_the_head_is_never_sampled_and_has_no_probability(tiny_
         np.testing.assert_allclose(body.rollout_logprobs, own.numpy(), atol=2e-4)
         prompts = torch.log_softmax(logits[: len(ids) - 1], -1).gather(1, sampled[0, 1 : len(ids), None])[:, 0]
         np.testing.assert_allclose(probed, prompts.numpy(), atol=2e-4)
+
+
+def test_of_layers_that_no_sync_loads_only_the_unexpected_are_logged(caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    never_sent = vllm_engine._never_sent(model)
+    assert never_sent == {"Sequential", "ReLU"}
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+    assert logger.name == vllm_engine.finalize_layerwise_reload.__module__
+    logger.addHandler(caplog.handler)
+    for expecting in (vllm_engine._expecting(never_sent), nullcontext()):
+        with expecting:
+            for kind in ("ReLU", "Linear"):
+                logger.warning("%s: Failed to load weights", kind)
+            logger.warning("%s: something else", "ReLU")
+    logger.removeHandler(caplog.handler)
+    told = ["Linear: Failed to load weights", "ReLU: something else"]
+    assert caplog.messages == [*told, "ReLU: Failed to load weights", *told]

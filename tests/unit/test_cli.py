@@ -349,3 +349,26 @@ def test_eval_prints_scores_and_every_verdict(files, capsys, monkeypatch):
         "4 answers: 1 right, 0 wrong, 1 without an answer, 0 timed out, 2 not graded",
         "not graded: prompts 2: the grader failed, or cannot read the accepted answer; these count as wrong",
     ]
+
+
+def test_ctrl_c_before_anything_runs_is_one_line(files, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eopd.runtime.train.train", interrupted)
+    monkeypatch.setattr(sys, "argv", ["eopd", "train", str(files / "c.yaml")])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert (caught.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_models_for_a_user_without_a_home_need_a_directory(capsys, monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.setattr(sys, "argv", ["eopd", "models", "tiny"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    told = "error: DIRECTORY: ~/.cache/eopd/models/tiny: this user has no home directory; name another, or set HOME\n"
+    assert (caught.value.code, capsys.readouterr().err) == (2, told)

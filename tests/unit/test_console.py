@@ -64,6 +64,30 @@ def test_the_log_has_a_line_of_each_step_also_beside_a_live_view(caplog) -> None
     assert [message.split(" | ")[0] for message in caplog.messages] == ["step 1/10", "step 2/10"]
 
 
+def test_without_a_terminal_a_minute_of_silence_is_broken_by_what_is_under_way() -> None:
+    terminal = Terminal(interactive=False)
+    console = Console(run="demo", batches=10, output=terminal.output)
+    console.message("measuring on 64 held-out prompts")
+    for done in range(1, 15):
+        terminal.now += 10.0
+        console.doing(f"{done}/64")
+    console.close()
+    assert terminal.lines() == ["measuring on 64 held-out prompts", "6/64", "12/64"]
+
+
+def test_the_live_view_shows_what_is_under_way_until_the_next_step() -> None:
+    terminal = Terminal(interactive=True)
+    console = Console(run="demo", batches=10, output=terminal.output)
+    console.doing("held-out prompts written and read: 7/64 " + "x" * 100)
+    terminal.output.print(console)
+    shown = terminal.lines()
+    console.write(row_of(1))
+    console.close()
+    assert shown[-1].startswith("held-out prompts written and read: 7/64 xxx") and shown[-1].endswith("…")
+    assert len(shown[-1]) <= 80
+    assert "held-out" not in "".join(terminal.lines()[len(shown) :])
+
+
 def test_without_a_terminal_each_step_is_one_plain_line() -> None:
     terminal = Terminal(interactive=False)
     console = Console(run="demo", batches=10, output=terminal.output)
@@ -180,6 +204,14 @@ def summary_lines(summary: Summary, samples: list[Sample], width: int = 80) -> l
     terminal = Terminal(interactive=False, width=width)
     print_summary(summary, samples, Path("runs/demo"), terminal.output)
     return [line.rstrip() for line in terminal.lines()]
+
+
+def test_a_run_that_did_not_get_as_far_as_any_number_is_one_line() -> None:
+    nothing: Summary = {**SUMMARY, "status": "interrupted", "steps": 0, "held_out": {"before": None, "after": None}}
+    assert summary_lines({**nothing, "wall_s": 33.0}, [], width=200) == [
+        "interrupted before the first step, after 0:33; run directory: runs/demo"
+    ]
+    assert len(summary_lines({**nothing, "held_out": SUMMARY["held_out"]}, [])) > 5
 
 
 def test_the_summary_shows_rate_time_and_held_out_numbers() -> None:

@@ -49,8 +49,8 @@ class World:
         return "stats"
 
 
-async def run(world: World):
-    settings = {"max_tokens": 4, "seed": 40, "max_attempts": 3, "ranks": 2, "token_budget": 100}
+async def run(world: World, **more):
+    settings = {"max_tokens": 4, "seed": 40, "max_attempts": 3, "ranks": 2, "token_budget": 100, **more}
     return await measure(world, world, world, PROMPTS, **settings)
 
 
@@ -61,6 +61,12 @@ async def test_what_is_lost_is_written_again_with_the_same_seed():
     assert [stored.header.key.prompt_id for stored in scored] == ["a", "b", "c"]
     expected = [("a", 40, 1.0)] * 2 + [("b", 41, 1.0)] * 3 + [("c", 42, 1.0)]
     assert sorted(world.asked) == expected
+
+
+async def test_it_is_told_how_far_it_is():
+    told = []
+    await run(World(write_a=1, score_b=2), tell=told.append)
+    assert told == [1, 2, 3]
 
 
 async def test_a_prompt_that_is_always_lost_ends_the_measurement():

@@ -56,3 +56,21 @@ def test_a_disk_that_takes_nothing_costs_the_lines_and_not_the_run(tmp_path):
         dispatcher.emit(batch("rollout-0", "lost"))
         dispatcher.emit(batch("rollout-1", "kept"))
     assert (tmp_path / "logs" / "rollout-1.log").read_text().endswith(" rollout-1 kept\n")
+
+
+def test_blank_lines_between_progress_bars_are_left_out(tmp_path):
+    with collect(tmp_path / "logs", "text"):
+        dispatcher.emit(batch("rollout-0", "", "\rloading:  0%", "  ", "\rloading: 100%\n"))
+    lines = (tmp_path / "logs" / "rollout-0.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["loading:  0%", "loading: 100%"]
+
+
+def test_a_full_file_makes_room_and_its_newest_lines_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FULL_BYTES", 100)
+    with collect(tmp_path / "logs", "text"):
+        for number in range(8):
+            dispatcher.emit(batch("rollout-0", f"line {number}"))
+    kept = {path.name: path.read_text().splitlines() for path in (tmp_path / "logs").iterdir()}
+    assert [line[-1] for line in kept["rollout-0.log.1"]] == ["3", "4", "5"]
+    assert [line[-1] for line in kept["rollout-0.log"]] == ["6", "7"]
+    assert len(kept) == 2

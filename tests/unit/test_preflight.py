@@ -66,7 +66,7 @@ def check(files, monkeypatch, capsys):
 
 
 def test_the_report_says_what_every_teacher_shares_and_teaches(check):
-    code, shown = check()
+    code, shown = check("cluster.cpus=8")
     assert code == 0
     tokens = shown.split("vocabulary  ")[1].split(" tokens")[0]
     assert shown.splitlines() == [
@@ -98,7 +98,7 @@ def test_the_report_says_which_precision_was_chosen_and_why(check):
 
 
 def test_notes_compare_the_config_with_the_data(check):
-    _, shown = check("flow.batch_prompts=5", "checkpoint.every=1", "teachers.0.sources=[verse]")
+    _, shown = check("flow.batch_prompts=5", "checkpoint.every=1", "teachers.0.sources=[verse]", "cluster.cpus=9")
     assert [line for line in shown.splitlines() if line.startswith("note")] == [
         "note: flow.batch_prompts: 5 is above the 4 prompts of prompts.data; a batch holds some of them more than once",
         "note: evaluation.prompts: 64 is above the 1 prompts of prompts.held_out; all of them are used",
@@ -292,6 +292,24 @@ def test_types_are_read_from_source_as_far_as_they_are_plain(tmp_path):
     ):
         with pytest.raises(ValidationError):
             model.model_validate_json(json.dumps(wrong))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "note"),
+    [
+        (["rollout.engines=4000"], "the roles ask for 4004 cpus (learner 1 x 1, rollout 4000 x 1, teacher "),
+        (["rollout.cpus=1000"], "the roles ask for 1004 cpus (learner 1 x 1, rollout 1 x 1000, teacher chat 2 x 1, "),
+        (["cluster.cpus=3.5"], "the roles ask for 5 cpus (learner 1 x 1, rollout 1 x 1, teacher chat 2 x 1, teacher "),
+        (["cluster.address=head:6379", "rollout.cpus=1000"], None),
+        (["rollout.gpus=1", "teachers.0.gpus=1", "cluster.cpus=9"], None),
+    ],
+)
+def test_what_this_machine_lacks_is_a_note_where_ray_is_started_here(check, overrides, note, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, shown = check(*overrides)
+    told = [line for line in shown.splitlines() if line.startswith("note: there is no room for it on this machine: ")]
+    assert code == 0 and len(told) == (note is not None)
+    assert note is None or note in told[0]
 
 
 @pytest.mark.parametrize(

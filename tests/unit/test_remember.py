@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import pwd
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +95,18 @@ def test_a_broken_memory_costs_the_memory_alone(ask, directory):
     directory.rmdir()
     directory.write_text("a file where the directory should be")
     assert ask() == ("one", 3)
+
+
+def test_without_a_home_directory_nothing_is_remembered(ask, monkeypatch):
+    def nobody(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(remember, "DIRECTORY", Path("~/.cache"))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert [ask(), ask()] == [("one", 1), ("one", 2)]
+    monkeypatch.setenv("HOME", "/proc/none")
+    assert [ask(), ask()] == [("one", 3), ("one", 4)]
 
 
 def test_what_fails_is_not_remembered(ask, directory):

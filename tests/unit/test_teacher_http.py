@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import socket
 import traceback
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, ServerConfig
 from eopd.teacher import http
-from eopd.teacher.http import ServerClient, TeacherRefusedError, TeacherUnavailableError, explain
+from eopd.teacher.http import ServerClient, TeacherRefusedError, TeacherUnavailableError, explain, proxy_for
 
 URL = "http://teacher.test:8000/prefix"
 Answers = Callable[..., tuple[ServerClient, list[httpx.Request]]]
@@ -285,3 +286,99 @@ def test_an_unexpected_answer_is_explained_without_what_it_holds():
         "unexpected answer of the server, at count: Input should be a valid integer"
     )
     assert "secret" not in explain(raised.value)
+
+
+HOSTS = {
+    "teacher": ["10.0.0.7"],
+    "teacher.ml.svc": ["10.0.0.7", "fd00::7"],
+    "localhost": ["127.0.0.1", "::1"],
+    "pods": ["100.64.3.1"],
+    "link": ["fe80::1%eth0"],
+    "api.far": ["1.1.1.1"],
+    "mixed": ["10.0.0.7", "1.1.1.1"],
+}
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Names that resolve as ``HOSTS`` says, or not at all, and an environment with these proxies."""
+
+    def resolve(host, port, **options):
+        if host not in HOSTS and not host.replace(".", "").isdigit() and ":" not in host:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in HOSTS.get(host, [host])]
+
+    def set_proxies(**proxies: str) -> None:
+        for name in PROXIES:
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+        for name, proxy in proxies.items():
+            monkeypatch.setenv(name, proxy)
+
+    monkeypatch.setattr(http.socket, "getaddrinfo", resolve)
+    return set_proxies
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "[::1]",
+        "10.1.2.3",
+        "192.168.0.9",
+        "[fd00::1]",
+        *(h for h in HOSTS if h not in ("api.far", "mixed")),
+    ],
+)
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "ALL_PROXY"])
+def test_a_server_inside_is_asked_directly(host, variable, network):
+    network(**{variable: "socks5://proxy:9"})  # which could not be used
+    assert proxy_for(f"http://{host}:8000") is None
+    ServerClient(ServerConfig(url=f"http://{host}:8000"))
+
+
+@pytest.mark.parametrize(
+    ("url", "proxies", "expected"),
+    [
+        ("http://api.far:8000", {"http_proxy": "http://proxy:9"}, "http://proxy:9"),
+        ("http://api.far:8000", {"HTTP_PROXY": "proxy:9"}, "http://proxy:9"),
+        ("https://api.far", {"http_proxy": "http://proxy:9"}, None),
+        ("https://api.far", {"HTTPS_PROXY": "http://proxy:9", "all_proxy": "http://other:9"}, "http://proxy:9"),
+        ("https://api.far", {"ALL_PROXY": "http://other:9"}, "http://other:9"),
+        ("http://1.1.1.1", {"http_proxy": "http://proxy:9"}, "http://proxy:9"),
+        ("http://mixed", {"http_proxy": "http://proxy:9"}, "http://proxy:9"),
+        ("http://unknown.far", {"http_proxy": "http://proxy:9"}, "http://proxy:9"),
+        ("http://api.far:8000", {"http_proxy": "http://proxy:9", "no_proxy": "x, .far"}, None),
+        ("http://api.far:8000", {"http_proxy": "http://proxy:9", "NO_PROXY": "*"}, None),
+        ("http://api.far:8000", {"http_proxy": ""}, None),
+        ("http://api.far:8000", {}, None),
+    ],
+)
+def test_a_server_outside_is_asked_as_the_environment_says(url, proxies, expected, network):
+    network(**proxies)
+    assert proxy_for(url) == expected
+
+
+async def test_a_failure_names_the_proxy_and_not_its_password(network, pauses):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    network(http_proxy=f"http://me:secret@127.0.0.1:{port}")
+    client = ServerClient(ServerConfig(url="http://api.far:8000", max_attempts=1))
+    with pytest.raises(TeacherUnavailableError) as caught:
+        await client.get("/ready")
+    await client.close()
+    assert str(caught.value) == (
+        f"GET http://api.far:8000/ready (through the proxy http://127.0.0.1:{port} of the environment): "
+        "1 attempts failed, the last one with ConnectError: All connection attempts failed"
+    )
+
+
+@pytest.mark.parametrize("proxy", ["socks5://me:secret@proxy:9", "ftp://me:secret@proxy:9", "http://me:secret@:x"])
+def test_a_proxy_that_cannot_be_used_is_the_user_s_mistake(proxy, network):
+    network(ALL_PROXY=proxy)
+    with pytest.raises(
+        ConfigError, match=r"^teachers.server.url: through the proxy \w+://.+, which cannot be used"
+    ) as caught:
+        ServerClient(ServerConfig(url="http://api.far:8000"))
+    assert "secret" not in str(caught.value)

@@ -1,0 +1,154 @@
+"""Joining and starting Ray: what goes wrong is one message, and what others hold is not free."""
+
+import logging
+import os
+import socket
+import time
+
+import pytest
+from ray.exceptions import AuthenticationError
+
+from eopd.config import ClusterConfig, ConfigError
+from eopd.runtime import cluster
+from eopd.runtime.placement import RoleResources
+
+WAIT = "RAY_gcs_server_port_wait_time_s"
+
+
+class FakeRay:
+    """Ray as far as ``cluster`` uses it; ``free`` are the answers to come, the last for good."""
+
+    def __init__(self, failure: Exception | None = None, free: tuple[float, ...] = (2.0,)) -> None:
+        self.failure, self.free = failure, list(free)
+        self.asked: dict[str, object] = {}
+        self.shutdowns = 0
+
+    def init(self, **options: object) -> None:
+        self.asked = options
+        if self.failure is not None:
+            raise self.failure
+
+    def shutdown(self) -> None:
+        self.shutdowns += 1
+
+    def nodes(self):
+        resources = {"CPU": 2.0, "node:1.2.3.4": 1.0}
+        return [
+            {"NodeID": "a", "Alive": True, "Resources": resources},
+            {"NodeID": "b", "Alive": False, "Resources": resources},
+        ]
+
+    def available(self):
+        free = self.free.pop(0) if len(self.free) > 1 else self.free[0]
+        return {} if free < 0 else {"a": {"CPU": free}}
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    def install(*arguments, **options) -> FakeRay:
+        fake = FakeRay(*arguments, **options)
+        monkeypatch.setattr(cluster, "ray", fake)
+        monkeypatch.setattr(cluster, "available_resources_per_node", fake.available)
+        monkeypatch.setattr(cluster.logs, "silence", lambda: None)
+        return fake
+
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", WAIT):
+        monkeypatch.setenv(name, "")  # so that whatever is set meanwhile is taken back
+        monkeypatch.delenv(name)
+    return install
+
+
+def version_mismatch() -> Exception:
+    error = ConnectionError("Failed to connect to Ray cluster at 1.2.3.4:6379")
+    error.__cause__ = RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59\n    Python: 3.11\n")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (version_mismatch(), "Version mismatch: The cluster was started with: Ray: 2.59 Python: 3.11"),
+        (
+            AuthenticationError("Token authentication is enabled but no token"),
+            "Token authentication is enabled but no t",
+        ),
+        (
+            RuntimeError("Failed to connect to GCS. Last connection error: Traceback (most recent\n"),
+            "Failed to connect to GCS.",
+        ),
+        (ValueError("not this"), "not this"),
+        (RuntimeError("this node is not of the cluster"), "this node is not of the cluster"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_line_and_is_left(ray, failure, reason):
+    fake = ray(failure)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError) as caught, cluster.connect(ClusterConfig(address=address)):
+            pytest.fail("it was joined")
+    assert str(caught.value).startswith(f"cluster.address or RAY_ADDRESS: {address} cannot be joined: {reason}")
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    assert os.environ[WAIT] == "1"
+    assert fake.shutdowns == 1
+
+
+def test_an_address_at_which_nobody_answers_is_not_waited_for(ray):
+    fake = ray()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    started = time.monotonic()
+    for host, reason in (("127.0.0.1", "Connection refused"), ("no.such.host.invalid", "Name or service not known")):
+        told = rf"{host}:{port} cannot be joined: nobody answers there \({reason}\)"
+        with pytest.raises(ConfigError, match=told), cluster.connect(ClusterConfig(address=f"{host}:{port}")):
+            pytest.fail("it was joined")
+    assert time.monotonic() - started < cluster.REACH_S
+    assert fake.asked == {}
+
+
+def test_ray_that_does_not_start_here_is_one_line(ray):
+    ray(OSError("the disk is full"))
+    told = r"^Ray cannot be started on this machine: the disk is full$"
+    with pytest.raises(ConfigError, match=told), cluster.connect(ClusterConfig()):
+        pytest.fail("it was started")
+
+
+def test_a_cluster_started_here_keeps_strangers_out_without_a_word(ray, monkeypatch, tmp_path):
+    fake = ray()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with cluster.connect(ClusterConfig(cpus=3)):
+        assert fake.asked["address"] == "local" and fake.asked["num_cpus"] == 3
+        assert "RAY_AUTH_TOKEN" not in os.environ  # Ray keeps one in the home directory
+        assert not logging.getLogger(cluster.authentication_token_setup.__name__).isEnabledFor(logging.WARNING)
+    assert fake.shutdowns == 1
+    monkeypatch.setenv("HOME", "/proc/none")
+    with cluster.connect(ClusterConfig()):
+        assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    with cluster.connect(ClusterConfig()):
+        assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+ROLES = [RoleResources(role="rollout", actors=1, cpus=1.5, gpus=0.0, env={})]
+
+
+def test_what_others_hold_is_not_free(ray, monkeypatch):
+    ray(free=(0.5,))
+    monkeypatch.setattr(cluster, "SETTLE_S", 0.1)
+    with pytest.raises(ConfigError, match=r"ask for 1.5 cpus \(rollout 1 x 1.5\); 0.5 of 2 are free \(1.5 are held"):
+        cluster.require_room(ROLES)
+
+
+def test_what_an_ended_run_still_holds_is_waited_for(ray, monkeypatch):
+    fake = ray(free=(-1.0, 0.5, 2.0))
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
+    cluster.require_room(ROLES)
+    assert fake.free == [2.0]
+
+
+def test_what_no_wait_can_make_is_told_at_once(ray, monkeypatch):
+    ray(free=(0.0,))
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    roles = [RoleResources(role="rollout", actors=3, cpus=1.0, gpus=0.0, env={})]
+    with pytest.raises(ConfigError, match=r"ask for 3 cpus \(rollout 3 x 1\); the cluster has 2$"):
+        cluster.require_room(roles)
