@@ -13,6 +13,8 @@ from eopd.types import LossReason, LostTrajectory, Stored, TrajectoryKey
 
 TIMEOUT_S = 0.25
 
+pytestmark = pytest.mark.timeout(60)  # a replica that is waited for without end is what some of these tests are about
+
 
 def stored(index: int = 0, source: str = "s") -> Stored:
     return Stored(fakes.header(str(index), source=source, num_response=5), None)
