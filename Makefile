@@ -4,13 +4,15 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN    := $(VENV)/bin
 LOCK   ?= cluster/requirements-cpu.lock
 PYTEST := $(BIN)/python -m pytest
+TIMES  := --durations=20 --durations-min=10
+TESTS  := tests/house tests/unit tests/contract tests/system
 RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tiny test unit check format bench soak dashboards lock clean
+.PHONY: help setup demo tiny test test-all unit check format bench soak dashboards lock clean
 
 help: ## print these verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/ready ## make the virtual environment from the lock file (for GPUs: LOCK=cluster/requirements-gpu.lock)
 
@@ -30,8 +32,11 @@ tiny: setup ## the whole loop on tiny models, about two minutes
 	$(BIN)/eopd models tiny
 	$(BIN)/eopd train configs/tiny.yaml --set run.name=tiny-$(RUN)
 
-test: setup ## every test: unit, contract and system
-	$(PYTEST) --durations=20 --durations-min=20 tests/house tests/unit tests/contract tests/system
+test: setup ## the tests of every change, about ten minutes on two cores
+	$(PYTEST) $(TIMES) -m "not slow" $(TESTS)
+
+test-all: test ## and the slow ones: whole matrices, a Prometheus, a browser, a submitted job
+	$(PYTEST) $(TIMES) -m slow $(TESTS)
 
 unit: setup ## the quick tests alone
 	$(PYTEST) tests/house tests/unit

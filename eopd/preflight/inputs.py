@@ -34,10 +34,10 @@ def check(config: Config) -> Prepared:
     """Check a run's inputs and load its prompts; what was checked before, and is the same still, is remembered.
 
     Raises:
-        ConfigError: a model directory or data file is missing, vocabularies or end tokens differ, top_k is larger than
-            a vocabulary, vLLM or DeepSpeed take no such option, the student has no such layers to adapt, prompts do not
-            fit or have no teacher, a verifier has no answers, a tracker cannot be used, a server's key is not set, or the
-            machine will not do (``environment.py``).
+        ConfigError: a model directory or data file is missing, vocabularies or end tokens differ, top_k
+            is larger than a vocabulary, vLLM or DeepSpeed take no such option, the student has no such
+            layers to adapt, prompts do not fit or have no teacher, a verifier has no answers, a tracker
+            cannot be used, a server's key is not set, or the machine will not do (``environment.py``).
     """
     require_environment(config)
     require_trackers(config.telemetry.trackers)

@@ -17,6 +17,8 @@ from typing import Self
 from uuid import uuid4
 
 import numpy as np
+import torch
+import vllm._custom_ops  # noqa: F401  # fills torch.ops._C with what this machine's build of vLLM has
 from vllm import AsyncEngineArgs, PoolingParams, TokensPrompt
 from vllm.exceptions import VLLMClientError
 from vllm.outputs import PoolingRequestOutput
@@ -38,6 +40,7 @@ from eopd.types import (
 )
 
 _MADE_UP_TOKENS = 8
+_FOUR_BIT_METHODS = ("gptq", "awq", "auto-round")
 
 
 class VllmTeacherScorer(SignalScorer):
@@ -115,10 +118,15 @@ def engine_options(config: TeacherConfig, *, top_k: int, max_sequence_tokens: in
     ours.
 
     Raises:
-        ConfigError: the model's directory names no architecture.
+        ConfigError: the model's directory names no architecture, or this machine cannot run its quantised weights.
     """
     native = dict(config.vllm)
-    overrides = {"architectures": [head.PREFIX + _architecture(config.model)], "head_dtype": config.head_dtype}
+    declared = _declared(config.model)
+    _require_kernels(config.model, declared, native)
+    overrides = {
+        "architectures": [head.PREFIX + _architecture(config.model, declared)],
+        "head_dtype": config.head_dtype,
+    }
     scoring = {head.OPTIONS: {"top_k": top_k, "temperature": config.temperature}}
     options: dict[str, object] = {
         "model": str(config.model),
@@ -146,12 +154,36 @@ def _section(native: Mapping[str, object], name: str) -> dict[str, object]:
     return dict(section)
 
 
-def _architecture(model: Path) -> str:
-    """The first architecture of ``config.json``: the one vLLM takes."""
+def _declared(model: Path) -> Mapping[str, object]:
+    """What ``config.json`` says."""
     path = model / "config.json"
     if not path.is_file():
         raise ConfigError(f"teachers.model: {model} has no config.json")
-    architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures")
-    if not architectures:
-        raise ConfigError(f"teachers.model: {path} names no architecture")
+    declared: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
+    return declared
+
+
+def _architecture(model: Path, declared: Mapping[str, object]) -> str:
+    """The first architecture of ``config.json``: the one vLLM takes."""
+    architectures = declared.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise ConfigError(f"teachers.model: {model / 'config.json'} names no architecture")
     return str(architectures[0])
+
+
+def _require_kernels(model: Path, declared: Mapping[str, object], native: Mapping[str, object]) -> None:
+    """Refuse four-bit weights where vLLM cannot multiply with them: an engine would die at its first token.
+
+    vLLM's CPU package (0.32.0) holds one build per kind of processor. GPTQ, AWQ and packed weights of
+    compressed-tensors all go through ``cpu_gemm_wna16``, which the build for AVX2 lacks.
+    """
+    if not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        return
+    section = declared.get("quantization_config")
+    settings = section if isinstance(section, Mapping) else {}
+    method = str(native.get("quantization") or settings.get("quant_method") or "")
+    if any(name in method for name in _FOUR_BIT_METHODS) or settings.get("format") == "pack-quantized":
+        raise ConfigError(
+            f"teachers.model: {model} is quantised ({method}), and vLLM's CPU build for processors without AVX-512 "
+            "cannot run such weights; name the model in its own precision, or use a machine with AVX-512 or a GPU"
+        )

@@ -1,30 +1,37 @@
 """Shared by the learner's contract tests: tiny models, made-up trajectories, and the launch of one process per rank."""
 
+import importlib
 import json
 import math
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+import fakes
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 
 from eopd.models.tiny import Family, build_model, train_tokenizer, write_model
 from eopd.types import (
     Exact,
     Header,
-    PromptSample,
     ScoredTrajectory,
-    StopReason,
     Stored,
     TeacherSignal,
-    Trajectory,
 )
+
+# Ranks are forked from one process that has imported what they need, once for all modules of tests.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["eopd.learner.learner", "eopd.learner.lora", "gang", "plain_torch", "pytest"])
 
 VOCABULARY, TOP_K = 280, 4  # the vocabulary of the tokenizer, checked where it is trained
 
@@ -46,20 +53,11 @@ def scored_trajectory(
     response = rng.integers(0, vocabulary, length)
     rest = logprobs.scatter(1, top.indices, -torch.inf)
     return ScoredTrajectory(
-        trajectory=Trajectory(
-            prompt=PromptSample(
-                epoch=epoch,
-                prompt_id=f"prompt-{index}",
-                source="test",
-                token_ids=rng.integers(0, vocabulary, prompt_length).astype(np.int32),
-                reference_answer=None,
-            ),
-            sample_index=0,
-            response_ids=response.astype(np.int32),
-            loss_mask=loss_mask,
-            rollout_logprobs=(rng.normal(size=length) * 0.3 - math.log(vocabulary)).astype(np.float32),
-            policy_versions=np.zeros(length, np.int32),
-            stop_reason=StopReason.LENGTH,
+        trajectory=fakes.trajectory(
+            response,
+            of=fakes.prompt(f"prompt-{index}", rng.integers(0, vocabulary, prompt_length), epoch=epoch, source="test"),
+            mask=loss_mask,
+            logprobs=rng.normal(size=length) * 0.3 - math.log(vocabulary),
         ),
         signal=TeacherSignal(
             teacher="teacher",
@@ -73,8 +71,7 @@ def scored_trajectory(
 
 
 def store(scored: ScoredTrajectory) -> Stored[ScoredTrajectory]:
-    trajectory = scored.trajectory
-    return Stored(Header.of(trajectory, {}), scored)
+    return Stored(Header.of(scored.trajectory, {}), scored)
 
 
 def write_models(root: Path, *families: Family, vocabulary: int = VOCABULARY, **shape: int) -> Path:
@@ -86,37 +83,65 @@ def write_models(root: Path, *families: Family, vocabulary: int = VOCABULARY, **
     return root
 
 
-def run_gang(directory: Path, world_size: int, program: str, *name: str) -> None:
-    """Run ``python PROGRAM RANK WORLD_SIZE PORT DIRECTORY [NAME]`` for every rank; wait until all have ended well."""
+def asked_for(request: pytest.FixtureRequest, *names: str) -> list[tuple[Any, ...]]:
+    """What these parameters are in the module's selected tests, each once: a gang runs no case besides."""
+    found: list[tuple[Any, ...]] = []
+    for item in request.session.items:
+        if getattr(item, "module", None) is request.module and hasattr(item, "callspec"):
+            values = item.callspec.params
+            case = tuple(values.get(name) for name in names)
+            if values.keys() >= set(names) and case not in found:
+                found.append(case)
+    return found
+
+
+def run_gang(directory: Path, world_size: int, program: str, cases: Sequence[Any], *name: str) -> None:
+    """Call ``run_rank(rank, world_size, port, directory, cases, *name)`` of a test's file in a process per rank, and
+    wait until all have ended well.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with (directory / f"log-{'-'.join([*name, str(world_size)])}").open("w+") as log:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, program, str(rank), str(world_size), str(port), str(directory), *name],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            codes = [rank.wait(timeout=240) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-        log.seek(0)
-        assert codes == [0] * world_size, log.read()[-5000:]
+    log = directory / f"log-{'-'.join([*name, str(world_size)])}"
+    shared = (world_size, port, directory, cases, *name)
+    ranks = [PROCESSES.Process(target=_be_rank, args=(log, program, rank, *shared)) for rank in range(world_size)]
+    try:
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(timeout=480)
+        codes = [rank.exitcode for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    assert codes == [0] * world_size, log.read_text()[-5000:]
 
 
-def run_as_rank(run_rank: Callable[..., None]) -> NoReturn:
-    """Call ``run_rank(rank, world_size, port, directory, *name)`` with this process's arguments, and end it."""
-    rank, world_size, port, directory, *name = sys.argv[1:]
-    run_rank(int(rank), int(world_size), int(port), Path(directory), *name)
-    sys.stdout.flush()
-    os._exit(0)  # torch's threads sometimes abort the interpreter while it is being torn down
+def _be_rank(log: Path, program: str, *arguments: Any) -> NoReturn:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    code = 1
+    try:
+        importlib.import_module(Path(program).stem).run_rank(*arguments)
+        code = 0
+    finally:
+        if code:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # torch's threads sometimes abort the interpreter while it is being torn down
+
+
+def run_gangs(directory: Path, program: str, cases: Iterable[tuple[Any, ...]]) -> Iterable[int]:
+    """Run one gang per number of ranks, all at once; these numbers, which are the last entries of the cases."""
+    of_sizes: dict[int, list[Any]] = defaultdict(list)
+    for *case, world_size in cases:
+        of_sizes[world_size].append(case)
+    with ThreadPoolExecutor() as gangs:
+        list(gangs.map(lambda size: run_gang(directory, size, program, of_sizes[size]), of_sizes))
+    return of_sizes
 
 
 def read_seen(directory: Path, world_size: int, name: str | None = None) -> list[dict[str, Any]]:

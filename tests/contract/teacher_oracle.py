@@ -1,33 +1,18 @@
 """What a teacher should say, in float64 over the full vocabulary from transformers, and how far a signal is from it."""
 
+import fakes
 import numpy as np
 import torch
 
-from eopd.types import Exact, Header, PromptSample, StopReason, Stored, TeacherSignal, Trajectory
+from eopd.types import Exact, Stored, TeacherSignal, Trajectory
 
 MAX_TOKENS = 160
 LENGTHS = [(1, 1), (3, 40), (70, 2), (1, 90), (40, 120), (17, 23), (64, 64), (2, 130)]  # prompt, response
 
 
 def trajectory(prompt_ids: list[int], response_ids: list[int]) -> Stored[Trajectory]:
-    prompt = PromptSample(
-        epoch=1,
-        prompt_id=str(len(prompt_ids)),
-        source="test",
-        token_ids=np.array(prompt_ids, np.int32),
-        reference_answer=None,
-    )
-    size = len(response_ids)
-    body = Trajectory(
-        prompt=prompt,
-        sample_index=size,
-        response_ids=np.array(response_ids, np.int32),
-        loss_mask=np.ones(size, bool),
-        rollout_logprobs=np.zeros(size, np.float32),
-        policy_versions=np.zeros(size, np.int32),
-        stop_reason=StopReason.LENGTH,
-    )
-    return Stored(Header.of(body, {"generate_s": 1.5}), body)
+    prompt = fakes.prompt(str(len(prompt_ids)), prompt_ids)
+    return fakes.stored(fakes.trajectory(response_ids, of=prompt), {"generate_s": 1.5})
 
 
 def mixed_batch(vocab_size: int) -> list[Stored[Trajectory]]:

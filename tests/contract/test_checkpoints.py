@@ -1,7 +1,7 @@
 """Checkpoints of the learner on real DeepSpeed: exported without it, continued by another number of ranks, and the same
 for states that are offloaded.
 
-This file is also the program of a rank: ``python test_checkpoints.py RANK WORLD_SIZE PORT DIRECTORY GANG``.
+``run_rank`` is the program of a rank.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import itertools
 import json
 import resource
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from gang import TOP_K, read_seen, run_as_rank, run_gang, scored_trajectory, store, write_models
+from gang import TOP_K, asked_for, read_seen, run_gang, scored_trajectory, store, write_models
 
 from eopd.checkpoint import seal
 from eopd.cli.main import main
@@ -77,14 +78,32 @@ OFFLOADED_CASES = [
 
 
 def runs_of(case: Case) -> set[str]:
-    """Same ranks again is shown in ``test_learner.py`` for states that are not offloaded."""
-    return {"1", "2", "1-1", "1-2"} if case in OFFLOADED_CASES else SOURCES.keys() - {"1-1"}
+    return {"1", "2", "1-1", "1-2"} if case in OFFLOADED_CASES else set(SOURCES)
 
 
-def every_run(*names: str) -> pytest.MarkDecorator:
+# One kind of each stage and dtype, and ranks that become more and fewer; the rest of the matrix is slow.
+QUICK_CASES, QUICK_RUNS = {"float32-1", "bfloat16-3", "bfloat16-2-offloaded"}, {"1", "2", "1-1", "1-2", "2-1"}
+
+
+def every_run(*names: str, cases: Sequence[Case] = (*CASES, *OFFLOADED_CASES)) -> pytest.MarkDecorator:
     """Cases and those of their runs that are named."""
-    pairs = [(case, run) for case in CASES + OFFLOADED_CASES for run in names if run in runs_of(case)]
-    return pytest.mark.parametrize(("case", "run"), pairs, ids=[f"{case.name}-{run}" for case, run in pairs])
+    params = []
+    for case, run in itertools.product(cases, names):
+        if run in runs_of(case):
+            quick = case.name in QUICK_CASES and run in QUICK_RUNS
+            params.append(pytest.param(case, run, marks=() if quick else pytest.mark.slow, id=f"{case.name}-{run}"))
+    return pytest.mark.parametrize(("case", "run"), params)
+
+
+def needed(asked: Iterable[tuple[Case, str]]) -> list[tuple[str, str]]:
+    """Names of these cases and runs, of those they go on from, and of those that offloaded ones are compared with."""
+    found = set()
+    for case, last in asked:
+        run: str | None = last
+        while run is not None:
+            found |= {(case.name, run), (f"{case.dtype}-{case.stage}", run)}
+            run = SOURCES[run]
+    return sorted(found)  # a run stands after the one it goes on from
 
 
 def student_of(case: Case, root: Path) -> StudentConfig:
@@ -121,7 +140,7 @@ def make_stored(rng: np.random.Generator, number: int, index: int) -> Stored[Sco
 # ---- the program of a rank ---------------------------------------------------------------------------------
 
 
-def run_rank(rank: int, world_size: int, port: int, root: Path, gang: str) -> None:
+def run_rank(rank: int, world_size: int, port: int, root: Path, cases: list[list[str]], gang: str) -> None:
     from eopd.learner.learner import LearnerRank
 
     def learner_of(case: Case) -> LearnerRank:
@@ -153,9 +172,8 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, gang: str) -> No
         return [{k: v for k, v in one.metrics.items() if k != "eopd_skipped_steps_total"} for one in stats]
 
     seen: dict[str, Any] = {}
-    for case, (name, source) in itertools.product(CASES + OFFLOADED_CASES, GANGS[gang][1].items()):
-        if name not in runs_of(case):
-            continue
+    for case_name, name in cases:
+        case, source = next(one for one in CASES + OFFLOADED_CASES if one.name == case_name), SOURCES[name]
         learner, run = learner_of(case), root / "runs" / f"{case.name}-{name}"
         metrics: list[dict[str, float]] = []
         if source is None:
@@ -178,10 +196,6 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, gang: str) -> No
     (root / f"seen-{gang}-{rank}.json").write_text(json.dumps(seen))
 
 
-if __name__ == "__main__":
-    run_as_rank(run_rank)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_models(
@@ -190,12 +204,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def seen(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """By case and run, what every rank saw; every gang is launched once."""
-    for gang, (world_size, _) in GANGS.items():
-        run_gang(root, world_size, __file__, gang)
-    of_gangs = [read_seen(root, world_size, gang) for gang, (world_size, _) in GANGS.items()]
-    return {run: [of_rank[run] for of_rank in of_gang] for of_gang in of_gangs for run in of_gang[0]}
+def seen(request: pytest.FixtureRequest, root: Path) -> dict[str, list[dict[str, Any]]]:
+    """By case and run, what every rank saw; a gang is launched once."""
+    cases = needed(asked_for(request, "case", "run"))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for gang, (world_size, runs) in GANGS.items():
+        of_gang = [(case, run) for case, run in cases if run in runs]
+        if of_gang:
+            run_gang(root, world_size, __file__, of_gang, gang)
+            of_ranks = read_seen(root, world_size, gang)
+            found |= {run: [of_rank[run] for of_rank in of_ranks] for run in of_ranks[0]}
+    return found
 
 
 # ---- exported without a process group ----------------------------------------------------------------------
@@ -294,8 +313,7 @@ def test_the_conversion_leaves_nothing_behind(seen, root):
 # ---- offloaded ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", ["1", "2"])
-@pytest.mark.parametrize("case", OFFLOADED_CASES, ids=lambda case: case.name)
+@every_run("1", "2", cases=OFFLOADED_CASES)
 def test_offloaded_states_train_as_those_that_are_not(seen, root, case, run):
     saved = next((root / "runs" / f"{case.name}-{run}" / FIRST).glob("deepspeed/*_model_states.pt"))
     assert torch.load(saved, weights_only=False)["ds_config"]["zero_optimization"].items() >= case.zero.items()

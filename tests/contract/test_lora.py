@@ -1,6 +1,6 @@
 """Adapters on real DeepSpeed and peft, against plain torch that forms W + s B A by hand and trains A and B.
 
-This file is also the program of a rank, like ``test_learner.py``, from which trajectories and token losses come.
+``run_rank`` is the program of a rank, as in ``test_learner.py``, from which trajectories and token losses come.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from gang import TOP_K, read_seen, run_as_rank, run_gang, write_models
+from gang import TOP_K, asked_for, read_seen, run_gangs, write_models
 from plain_torch import dense_logprobs, gates_of, sampled, token_losses
 from safetensors.torch import load_file
 from test_learner import NUM_BATCHES, SEED, Case, cut, make_batch
@@ -49,13 +49,14 @@ CASES = {
     ),
     "half": LoraCase(family="qwen3", stages=(0, 1, 2, 3), dtype="bfloat16"),
 }
-RUNS = [(name, stage) for name, case in CASES.items() for stage in case.stages]
+RUNS = [(name, stage, world) for name, case in CASES.items() for stage in case.stages for world in (1, 2)]
+QUICK = {("all", 1, 1), ("all", 1, 2), ("half", 2, 2), ("some", 3, 2)}  # the others are slow
 
 
 # ---- the program of a rank ---------------------------------------------------------------------------------
 
 
-def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
+def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list[tuple[str, int]]) -> None:
     import deepspeed
 
     from eopd.learner.learner import LearnerRank
@@ -115,7 +116,7 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path) -> None:
             return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     seen: dict[str, Any] = {}
-    for name, stage in RUNS:
+    for name, stage in cases:
         case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
         learner = learner_of(case, stage)
         learner.export(run_directory / "start" / "hf")
@@ -154,20 +155,15 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return hashed.hexdigest()
 
 
-if __name__ == "__main__":
-    run_as_rank(run_rank)
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_models(tmp_path_factory.mktemp("lora"), "qwen3", "llama")
 
 
 @pytest.fixture(scope="module")
-def seen(directory: Path) -> dict[int, list[dict[str, Any]]]:
-    for world_size in (1, 2):
-        run_gang(directory, world_size, __file__)
-    return {world_size: read_seen(directory, world_size) for world_size in (1, 2)}
+def seen(request: pytest.FixtureRequest, directory: Path) -> dict[int, list[dict[str, Any]]]:
+    sizes = run_gangs(directory, __file__, asked_for(request, "name", "stage", "world_size"))
+    return {world_size: read_seen(directory, world_size) for world_size in sizes}
 
 
 # ---- the oracle: plain torch -------------------------------------------------------------------------------
@@ -205,6 +201,11 @@ def read_adapter(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
+def first_adapter(name: str, root: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """What one of the runs of a case began with."""
+    return read_adapter(min(root.glob(f"{name}-*/start/adapter")))
+
+
 @dataclass(frozen=True)
 class Expected:
     losses: list[float]
@@ -214,9 +215,9 @@ class Expected:
 
 @cache
 def oracle(name: str, root: Path) -> Expected:
-    """Trains from the A that the learner began with under ZeRO-1; that all begin with it is tested by itself."""
+    """Trains from the A that a learner began with; that all begin with the same one is tested by itself."""
     case, config = CASES[name], LossConfig(top_k=TOP_K)
-    adapters = read_adapter(root / f"{name}-1-1" / "start" / "adapter")
+    adapters = first_adapter(name, root)
     model = Adapted(base_of(case, root).requires_grad_(False), adapters)
     matrices = [matrix.requires_grad_() for pair in adapters.values() for matrix in pair]
     optimizer = torch.optim.AdamW(matrices, lr=LR, weight_decay=WEIGHT_DECAY)
@@ -249,10 +250,14 @@ def oracle(name: str, root: Path) -> Expected:
 
 # ---- tests -------------------------------------------------------------------------------------------------
 
-EXACT_RUNS = [(name, stage) for name, stage in RUNS if CASES[name].dtype == "float32"]
-every_run = pytest.mark.parametrize(("name", "stage"), RUNS)
-every_exact_run = pytest.mark.parametrize(("name", "stage"), EXACT_RUNS)
-every_world = pytest.mark.parametrize("world_size", [1, 2])
+
+def every(dtype: str | None = None) -> pytest.MarkDecorator:
+    """Every run, or those of one dtype."""
+    runs = [run for run in RUNS if dtype in (None, CASES[run[0]].dtype)]
+    params = [pytest.param(*run, marks=() if run in QUICK else pytest.mark.slow) for run in runs]
+    return pytest.mark.parametrize(("name", "stage", "world_size"), params)
+
+
 IDS = torch.arange(9)[None]
 
 
@@ -265,8 +270,7 @@ def logits_of(model: Any) -> Tensor:
         return model(input_ids=IDS).logits
 
 
-@every_world
-@every_exact_run
+@every("float32")
 def test_losses_and_gradient_norms_are_those_of_plain_torch(seen, directory, name, stage, world_size):
     run, expected = seen[world_size][0][f"{name}-{stage}"], oracle(name, directory)
     assert column(run, "eopd_loss") == pytest.approx(expected.losses, abs=1e-4)
@@ -276,19 +280,17 @@ def test_losses_and_gradient_norms_are_those_of_plain_torch(seen, directory, nam
     assert min(expected.norms) > 2 * limit or max(expected.norms) < limit
 
 
-@every_world
-@pytest.mark.parametrize("stage", CASES["half"].stages)
-def test_bfloat16_stays_near(seen, directory, stage, world_size):
-    run, expected = seen[world_size][0][f"half-{stage}"], oracle("half", directory)
+@every("bfloat16")
+def test_bfloat16_stays_near(seen, directory, name, stage, world_size):
+    run, expected = seen[world_size][0][f"{name}-{stage}"], oracle(name, directory)
     assert column(run, "eopd_loss") == pytest.approx(expected.losses, rel=0.01)
     assert column(run, "eopd_grad_norm") == pytest.approx(expected.norms, rel=0.03)
 
 
-@every_world
-@every_run
+@every()
 def test_the_first_adapters_are_kaiming_and_zero_whatever_the_stage(seen, directory, name, stage, world_size):
     adapter = read_adapter(directory / f"{name}-{stage}-{world_size}" / "start" / "adapter")
-    ours = read_adapter(directory / f"{name}-1-1" / "start" / "adapter")
+    ours = first_adapter(name, directory)
     assert {layer.rpartition(".")[2] for layer in adapter} == set(CASES[name].adapted)
     assert len(adapter) == 2 * len(CASES[name].adapted)  # the model has two layers
     for layer, (a, b) in adapter.items():
@@ -298,8 +300,7 @@ def test_the_first_adapters_are_kaiming_and_zero_whatever_the_stage(seen, direct
         assert torch.equal(a, ours[layer][0])
 
 
-@every_world
-@every_run
+@every()
 def test_nothing_but_the_adapters_is_trained_or_has_moments(seen, directory, name, stage, world_size):
     case, run = CASES[name], seen[world_size][0][f"{name}-{stage}"]
     _, frozen = torch.load(directory / f"{name}-{stage}-{world_size}" / "tensors.pt")
@@ -318,8 +319,7 @@ def test_nothing_but_the_adapters_is_trained_or_has_moments(seen, directory, nam
             assert num_trained <= sum(held) < 1.1 * num_trained  # padded
 
 
-@every_world
-@every_run
+@every()
 def test_published_weights_are_merged_and_plain(seen, directory, name, stage, world_size):
     case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
     published, _ = torch.load(run_directory / "tensors.pt")
@@ -337,8 +337,7 @@ def test_published_weights_are_merged_and_plain(seen, directory, name, stage, wo
     assert len(set(seen[world_size][0][f"{name}-{stage}"]["published"])) == 1  # to merge changes nothing
 
 
-@every_world
-@every_exact_run
+@every("float32")
 def test_published_weights_are_those_of_plain_torch(seen, directory, name, stage, world_size):
     published, _ = torch.load(directory / f"{name}-{stage}-{world_size}" / "tensors.pt")
     with torch.no_grad():
@@ -346,8 +345,7 @@ def test_published_weights_are_those_of_plain_torch(seen, directory, name, stage
     assert all(torch.allclose(published[n], tensor, atol=2e-5) for n, tensor in expected.items())
 
 
-@every_world
-@every_run
+@every()
 def test_an_export_is_the_merged_model_and_the_adapter_beside_it(seen, directory, name, stage, world_size):
     case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
     published, _ = torch.load(run_directory / "tensors.pt")
@@ -365,8 +363,7 @@ def test_an_export_is_the_merged_model_and_the_adapter_beside_it(seen, directory
         assert torch.allclose(logits_of(merged), logits_of(oracle(name, directory).model), atol=5e-3)
 
 
-@every_world
-@every_run
+@every()
 def test_before_training_the_merged_model_is_the_base(seen, directory, name, stage, world_size):
     case = CASES[name]
     merged = AutoModelForCausalLM.from_pretrained(
@@ -376,15 +373,13 @@ def test_before_training_the_merged_model_is_the_base(seen, directory, name, sta
     assert all(torch.equal(tensor, base[n]) for n, tensor in merged.state_dict().items())
 
 
-@every_world
-@every_run
+@every()
 def test_a_loaded_checkpoint_continues_bit_equal(seen, name, stage, world_size):
     run = seen[world_size][0][f"{name}-{stage}"]
     assert run["resumed"] == [run["metrics"][SAVED_AT:], run["published"][0]]
 
 
-@every_world
-@every_run
+@every()
 def test_all_ranks_hold_the_same_adapters_and_return_the_same(seen, name, stage, world_size):
     first, *others = [of_rank[f"{name}-{stage}"] for of_rank in seen[world_size]]
     assert len(others) == world_size - 1

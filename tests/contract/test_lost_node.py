@@ -1,5 +1,6 @@
 """A node is lost with the trajectories it holds: the teacher's is one trajectory lost, the learner's is its gang."""
 
+import fakes
 import numpy as np
 import pytest
 import ray
@@ -9,20 +10,9 @@ from eopd.config import load_config
 from eopd.roles import LearnerDownError
 from eopd.runtime.actors import RemoteTeacher
 from eopd.runtime.gang import LearnerGang
-from eopd.types import Header, LossReason, LostTrajectory, StopReason, Stored, TrajectoryKey
+from eopd.types import LossReason, LostTrajectory, Stored
 
-HEADER = Header(
-    key=TrajectoryKey(0, "p", 1),
-    source="s",
-    num_prompt_tokens=2,
-    num_response_tokens=3,
-    num_loss_tokens=3,
-    stop_reason=StopReason.LENGTH,
-    oldest_version=0,
-    newest_version=0,
-    sums={},
-    response_crc32=0,
-)
+HEADER = fakes.header(sample_index=1)
 
 
 class Actor:

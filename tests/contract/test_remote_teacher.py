@@ -97,7 +97,7 @@ def scoring(server, model, monkeypatch):
     @asynccontextmanager
     async def opened(*, top_k: int, port: int = server.port, model_name: str = "tiny", **options: object):
         where = {"url": f"http://127.0.0.1:{port}", "model": model_name, "api_key_env": "TEACHER_KEY"}
-        config = TeacherConfig(backend="openai", model=model, server=ServerConfig(**where | options))
+        config = TeacherConfig(backend="openai", model=model, dtype="float32", server=ServerConfig(**where | options))
         scorer = await OpenAITeacherScorer.start(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS - 1)
         try:
             yield scorer
@@ -234,6 +234,7 @@ async def test_answers_that_may_be_better_later_lose_nothing(server, scoring, ba
     assert set(faults) == set(FAULTS)
 
 
+@pytest.mark.slow  # a whole run outlives its servers in tests/system/test_teachers.py
 async def test_a_server_killed_and_started_again_loses_nothing(server, scoring, batch):
     async with scoring(top_k=4, max_attempts=1000, max_connections=2) as scorer:
         before = [await scorer.score(stored) for stored in batch]

@@ -8,6 +8,8 @@ from browser import chromium
 
 from eopd.telemetry.report.page import write_report
 
+pytestmark = pytest.mark.slow
+
 CONFIG = "run: {name: r, batches: 60}\nloss:\n  gate: {kind: hard, tau: 0.8}\n"
 WORDS = ["The", " sky", " is", " blue", ",", " <b>", "\n", "</script>", " blue"]  # two tokens of one text
 

@@ -62,17 +62,37 @@ async def chunked(tiny_model):
     await scorer.close()
 
 
+ROW_OFF = """
+from eopd.teacher import head
+
+right = head._response_rows
+
+
+class Worker:
+    def read_rows_off_by(self, shift):
+        def off(hidden, token_ids, params):
+            rows, targets = right(hidden, token_ids, params)
+            return (hidden.roll(-shift, 0)[-len(rows) - 1 : -1] if params.extra_kwargs else rows), targets
+
+        head._response_rows = off if shift else right
+"""
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def whole(tiny_model):
-    """Untied head, the whole vocabulary as candidates, whole prefills."""
-    model = tiny_model("llama", seed=4, scale=0.2)
+async def whole(tiny_model, tmp_path_factory):
+    """Untied head, the whole vocabulary as candidates, whole prefills. An extension of vLLM's worker can put the head
+    one row off in the engine's own process.
+    """
+    model, extension = tiny_model("llama", seed=4, scale=0.2), tmp_path_factory.mktemp("extension")
+    (extension / "row_off.py").write_text(ROW_OFF)
+    native = {"enable_chunked_prefill": False, "max_num_batched_tokens": 2 * MAX_TOKENS}
     config = TeacherConfig(
-        model=model,
-        dtype="float32",
-        vllm={**SMALL, "enable_chunked_prefill": False, "max_num_batched_tokens": 2 * MAX_TOKENS},
+        model=model, dtype="float32", vllm={**SMALL, **native, "worker_extension_cls": "row_off.Worker"}
     )
     top_k = AutoModelForCausalLM.from_pretrained(model).config.vocab_size
-    scorer = await VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(extension)
+        scorer = await VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS)
     yield scorer, config
     await scorer.close()
 
@@ -141,6 +161,7 @@ async def test_a_request_that_fails_is_a_value_and_the_engine_lives_on(chunked, 
     assert isinstance(scored, Stored)
 
 
+@pytest.mark.slow
 async def test_a_teacher_cut_in_two_by_tensor_parallelism_equals_the_oracle(tiny_model):
     """Vocabulary and attention heads lie on two workers; either one's head scores all of it."""
     config = TeacherConfig(
@@ -196,35 +217,15 @@ async def test_a_good_teacher_with_a_remap_passes_its_self_test(mapped):
     assert THEIR_END not in report.continuation
 
 
-FAULT = """
-from eopd.teacher import head
-
-right = head._response_rows
-
-def off(hidden, token_ids, params):
-    rows, targets = right(hidden, token_ids, params)
-    return (hidden.roll(-({shift}), 0)[-len(rows) - 1 : -1] if params.extra_kwargs else rows), targets
-
-head._response_rows = off
-
-class Nothing:
-    pass
-"""
-
-
 @pytest.mark.parametrize(("shift", "check"), [(1, "alignment"), (-1, "context")])
-async def test_a_head_one_row_off_fails_its_self_test(tiny_model, tmp_path, monkeypatch, shift, check):
-    """The fault is brought into the engine's own process as an extension of vLLM's worker."""
-    (tmp_path / "off.py").write_text(FAULT.format(shift=shift))
-    monkeypatch.syspath_prepend(tmp_path)
-    faulty = {**SMALL, "worker_extension_cls": "off.Nothing"}
-    config = TeacherConfig(model=tiny_model("llama", seed=4, scale=0.2), dtype="float32", vllm=faulty)
-    scorer = await VllmTeacherScorer.start(config, top_k=8, max_sequence_tokens=MAX_TOKENS)
+async def test_a_head_one_row_off_fails_its_self_test(whole, shift, check):
+    scorer, _ = whole
+    await scorer._llm.collective_rpc("read_rows_off_by", args=(shift,))
     try:
         with pytest.raises(TeacherSelfTestError, match=f"replica 0: {check} is off by"):
             await self_test([scorer], prompt_ids=np.array([5, 6, 7, 8], np.int32), vocab_size=320, dtype="float32")
     finally:
-        await scorer.close()
+        await scorer._llm.collective_rpc("read_rows_off_by", args=(0,))
 
 
 DEAF = """
@@ -250,10 +251,12 @@ async def test_an_engine_that_scores_at_another_temperature_than_asked_does_not_
     before = set(multiprocessing.active_children())
     with pytest.raises(TeacherSelfTestError, match="it scores at temperature 2 where 1 is configured"):
         await VllmTeacherScorer.start(config, top_k=8, max_sequence_tokens=MAX_TOKENS)
-    assert set(multiprocessing.active_children()) <= before
+    for process in set(multiprocessing.active_children()) - before:
+        process.join(timeout=30)  # vLLM kills, without waiting, what has not ended five seconds after it was asked to
+        assert process.exitcode is not None
 
 
-@pytest.mark.parametrize("head_dtype", ["float32", "model"])
+@pytest.mark.parametrize("head_dtype", ["float32", pytest.param("model", marks=pytest.mark.slow)])
 async def test_a_bfloat16_teacher_is_near_the_oracle_and_its_head_has_the_precision_asked_for(tiny_model, head_dtype):
     config = TeacherConfig(
         model=tiny_model("qwen3", seed=3, scale=0.2), dtype="bfloat16", head_dtype=head_dtype, vllm=SMALL

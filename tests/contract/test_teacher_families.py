@@ -4,10 +4,11 @@ Engines run inside the test's process, so that one costs a second or two and the
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from eopd.config import TeacherConfig
+from eopd.config import ConfigError, TeacherConfig
 from eopd.teacher import head
 from eopd.teacher.scorer import engine_options
 from eopd.teacher.signal import read_signal
@@ -160,7 +161,17 @@ def worst_errors(
     return {name: max(errors[name] for errors in found) for name in found[0]}
 
 
-@pytest.mark.parametrize("name", CASES)
+# Tied or not, chunked, soft-capped, scaled, biased: one family each; the others are slow.
+QUICK = ("llama tied", "qwen3", "gemma2, soft-capped", "gptj, biased head", "cohere, scaled")
+
+
+def families(names: Iterable[str], quick: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+    )
+
+
+@families(CASES, QUICK)
 def test_a_float32_twin_equals_its_family_and_projects_response_rows_only(tmp_path, name):
     case = CASES[name]
     config = TeacherConfig(
@@ -191,10 +202,12 @@ def one_token_prompt() -> Stored[Trajectory]:
     return next(stored for stored in mixed_batch(VOCAB) if len(stored.body.response_ids) == 90)
 
 
-@pytest.mark.parametrize("name", ["llama tied", "gemma2, soft-capped", "gpt2", "gptj, biased head", "cohere, scaled"])
+@families(["llama tied", "gemma2, soft-capped", "gpt2", "gptj, biased head", "cohere, scaled"], ["gptj, biased head"])
 def test_a_bfloat16_twin_projects_its_hidden_states_in_float32(tmp_path, name):
     case, stored = CASES[name], one_token_prompt()
-    config = TeacherConfig(model=write(case, tmp_path), temperature=case.temperature, vllm=SMALL | case.vllm)
+    config = TeacherConfig(
+        model=write(case, tmp_path), dtype="bfloat16", temperature=case.temperature, vllm=SMALL | case.vllm
+    )
     with engine(config, case.top_k) as llm:
         seen = watch_head(llm)
         signals = score(llm, [stored], case.top_k)
@@ -228,9 +241,12 @@ def quantize(directory: Path, group: int = 32) -> dict[str, torch.Tensor]:
     return restored
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.ops._C, "cpu_gemm_wna16"), reason="vLLM's build for AVX2 runs no four-bit weights, and is refused"
+)
 def test_a_quantized_teacher_scores_with_its_quantized_weights_and_an_exact_head(tmp_path):
     case, stored = CASES["llama"], one_token_prompt()
-    config = TeacherConfig(model=write(case, tmp_path), vllm=SMALL)
+    config = TeacherConfig(model=write(case, tmp_path), dtype="bfloat16", vllm=SMALL)
     original = load(config.model, torch.bfloat16)
     restored = load(config.model, torch.bfloat16)
     missing, unexpected = restored.load_state_dict(quantize(config.model), strict=False)
@@ -248,6 +264,15 @@ def test_a_quantized_teacher_scores_with_its_quantized_weights_and_an_exact_head
     )
     assert max(exact.values()) < 5e-5, exact
     assert max(near.values()) < 0.5 < far["token"], (near, far)
+
+
+def test_a_quantized_teacher_is_refused_where_vllm_has_no_kernel_for_it(tmp_path, monkeypatch):
+    config = TeacherConfig(model=write(CASES["llama"], tmp_path), vllm=SMALL)
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())  # as on a machine without AVX-512
+    assert engine_options(config, top_k=16, max_sequence_tokens=MAX_TOKENS)["model"] == str(tmp_path)
+    quantize(config.model)
+    with pytest.raises(ConfigError, match=r"is quantised \(gptq\), and vLLM's CPU build .* cannot run such weights"):
+        engine_options(config, top_k=16, max_sequence_tokens=MAX_TOKENS)
 
 
 def test_a_prefill_preempted_in_the_middle_gives_the_same_signal(tmp_path, monkeypatch):

@@ -150,7 +150,9 @@ def score(client: httpx.Client, prompt_ids: list[int], response_ids: list[int]):
 async def check_client(served, model, prompt_ids, response_ids, expected: bytes) -> None:
     """Through the role, as a run does; and what it does not agree on is the user's mistake."""
     server = {"url": str(served.client.base_url), "api_key_env": VARIABLE}
-    config = TeacherConfig(name="m", backend="eopd", model=model, temperature=TEMPERATURE, server=server)
+    config = TeacherConfig(
+        name="m", backend="eopd", model=model, dtype="float32", temperature=TEMPERATURE, server=server
+    )
     scorer = await EopdTeacherScorer.start(config, top_k=TOP_K, max_sequence_tokens=LONGEST)
     found = await scorer.signal(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
     assert found.teacher == "m" and write_signal(found).tobytes() == expected
@@ -223,6 +225,7 @@ def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(st
     assert psutil.wait_procs(descendants, timeout=5)[1] == []
 
 
+@pytest.mark.slow
 def test_a_stop_while_the_engine_starts_leaves_nothing(start):
     served = start()
     served.wait_for(served.engines)

@@ -3,7 +3,6 @@
 Where the others must be told at once, time-outs are an hour, and the test's own limit is what a slow answer meets.
 """
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
+from gang import PROCESSES
 
 from eopd.types import WeightTransferError
 from eopd.weights.layout import ParameterMeta
@@ -66,11 +66,10 @@ class Gang:
     """Receivers in processes of their own."""
 
     def __init__(self, num: int) -> None:
-        context = multiprocessing.get_context("spawn")
         self.members: list[tuple[BaseProcess, Connection]] = []
         for _ in range(num):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=receive, args=(theirs,), daemon=True)
+            ours, theirs = PROCESSES.Pipe()
+            process = PROCESSES.Process(target=receive, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self.members.append((process, ours))

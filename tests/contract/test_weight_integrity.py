@@ -1,107 +1,27 @@
 """New weights on a real engine, when something is wrong with them: the old ones serve on, or the probe tells."""
 
 import asyncio
+import logging
 from contextlib import nullcontext
-from pathlib import Path
 
+import fakes
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from moving_weights import PROBE, BrittleSource, Sender, channel_of, load, logprobs_of, start
+from transformers import PreTrainedModel
 
-from eopd.config import RolloutConfig, StudentConfig
 from eopd.learner.lora import whole_tensors
 from eopd.rollout.engine import VllmRolloutEngine
-from eopd.types import PolicyVersion, PromptSample, Sampling, WeightTransferError
-from eopd.weights.channel import BroadcastChannel
-from eopd.weights.probe import Probe
-from eopd.weights.source import ModelSource
-from eopd.weights.transfer import WeightSender
+from eopd.types import PolicyVersion, Sampling, WeightTransferError
+from eopd.weights import vllm_engine
 from eopd.weights.vllm_engine import engine_options
-
-PROBE = np.random.default_rng(3).integers(3, 320, 60).astype(np.int32)
-
-
-class BrittleSource(ModelSource):
-    """Fails on its second bucket while it is told to."""
-
-    fails = False
-
-    def gather(self, bucket):
-        if self.fails and "embed" not in bucket[0].name:
-            raise RuntimeError("no second bucket")
-        return super().gather(bucket)
-
-
-class Sender:
-    """``SenderLink`` over a ``WeightSender`` in this process, with a bit to flip in the next bucket on its way."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.source = BrittleSource(whole_tensors(model), rank=0, zero_stage=0)
-        self.sender = WeightSender(
-            self.source,
-            rank=0,
-            backend="gloo",
-            address="127.0.0.1",
-            bucket_bytes=50_000,
-            timeout_s=600.0,
-            connect_timeout_s=60.0,
-        )
-        self.model, self.corrupts, self.held = model, False, PolicyVersion(0, 1)
-
-    def reserved(self):
-        return nullcontext()
-
-    async def version(self):
-        return self.held
-
-    async def probe(self, token_ids):
-        return oracle(self.model)
-
-    async def open(self, engine_workers):
-        return self.sender.open(engine_workers)
-
-    async def accept(self):
-        await asyncio.to_thread(self.sender.accept)
-        right = self.sender._wire.broadcast
-
-        def broadcast(message):
-            message[7] ^= self.corrupts
-            self.corrupts = False
-            right(message)
-
-        self.sender._wire.broadcast = broadcast
-
-    async def send(self):
-        return await asyncio.to_thread(self.sender.send)
-
-
-def load(directory: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-
-
-def oracle(model: PreTrainedModel) -> np.ndarray:
-    """Transformers, float32, full forward: log-probabilities of ``PROBE[1:]``."""
-    ids = torch.from_numpy(PROBE).long()
-    with torch.no_grad():
-        logprobs = torch.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
-    return logprobs.gather(1, ids[1:, None])[:, 0].numpy().astype(np.float32)
-
-
-async def start(directory: Path, weight_options: dict[str, object] | None = None, **vllm: object) -> VllmRolloutEngine:
-    return await VllmRolloutEngine.start(
-        StudentConfig(model=directory, dtype="float32"),
-        RolloutConfig(vllm={"kv_cache_memory_bytes": 64 << 20, **vllm}),
-        max_sequence_tokens=512,
-        weight_options=weight_options or engine_options(),
-        version=PolicyVersion(0, 0),
-    )
 
 
 async def assert_serves(engine: VllmRolloutEngine, model: PreTrainedModel, version: PolicyVersion) -> None:
     assert await engine.version() == version
-    np.testing.assert_allclose(await engine.probe(PROBE), oracle(model), atol=2e-4)
-    prompt = PromptSample(epoch=0, prompt_id="p", source="test", token_ids=PROBE[:9], reference_answer=None)
+    np.testing.assert_allclose(await engine.probe(PROBE), logprobs_of(model, PROBE), atol=2e-4)
+    prompt = fakes.prompt("p", PROBE[:9])
     written = (await engine.generate(prompt, 0, Sampling(temperature=0.7, max_tokens=5, seed=1))).body
     assert set(written.policy_versions.tolist()) == {version.step}
 
@@ -116,19 +36,7 @@ async def transfer(engine: VllmRolloutEngine, sender: Sender) -> None:
     await sender.send()
 
 
-def channel_of(sender: Sender, engine: VllmRolloutEngine, condemned: list[str]) -> BroadcastChannel:
-    return BroadcastChannel(
-        sender,
-        {0: engine},
-        workers_per_engine=1,
-        probe=Probe(token_ids=PROBE, dtype="float32", every=1),
-        condemn=lambda number, reason: condemned.append(reason),
-        connect_timeout_s=60.0,
-        timeout_s=60.0,
-    )
-
-
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 async def test_a_transfer_that_fails_leaves_the_old_weights_in_service_and_the_next_one_is_taken(tiny_model, workers):
     """Two workers fail together: what one says must not be taken for the other's next answer."""
     old_dir, new_dir = tiny_model("qwen3", seed=1, scale=0.2), tiny_model("qwen3", seed=2, scale=0.2)
@@ -169,7 +77,7 @@ async def test_a_transfer_that_fails_leaves_the_old_weights_in_service_and_the_n
 async def test_a_corrupted_bucket_is_sent_again_and_the_probe_is_answered_before_work_that_waits(tiny_model):
     old_dir, new = tiny_model("qwen3", seed=1, scale=0.2), load(tiny_model("qwen3", seed=2, scale=0.2))
     engine, sender, condemned = await start(old_dir, max_num_seqs=1), Sender(new), []
-    prompt = PromptSample(epoch=0, prompt_id="p", source="test", token_ids=PROBE[:9], reference_answer=None)
+    prompt = fakes.prompt("p", PROBE[:9])
     writing = [
         asyncio.create_task(engine.generate(prompt, i, Sampling(temperature=1.0, max_tokens=400, seed=i)))
         for i in range(12)
@@ -189,6 +97,7 @@ async def test_a_corrupted_bucket_is_sent_again_and_the_probe_is_answered_before
 
 
 FAULT = """
+from eopd.weights import vllm_engine
 from eopd.weights import vllm_engine
 from eopd.weights.vllm_engine import WeightWorker
 
@@ -210,3 +119,20 @@ async def test_the_probe_notices_a_tied_head_that_keeps_its_old_copy(tiny_model,
         await engine.close()
     (reason,) = condemned
     assert "twice with the same weights" in reason and "does not compute with the weights" in reason
+
+
+def test_of_layers_that_no_sync_loads_only_the_unexpected_are_logged(caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    never_sent = vllm_engine._never_sent(model)
+    assert never_sent == {"Sequential", "ReLU"}
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+    assert logger.name == vllm_engine.finalize_layerwise_reload.__module__
+    logger.addHandler(caplog.handler)
+    for expecting in (vllm_engine._expecting(never_sent), nullcontext()):
+        with expecting:
+            for kind in ("ReLU", "Linear"):
+                logger.warning("%s: Failed to load weights", kind)
+            logger.warning("%s: something else", "ReLU")
+    logger.removeHandler(caplog.handler)
+    told = ["Linear: Failed to load weights", "ReLU: something else"]
+    assert caplog.messages == [*told, "ReLU: Failed to load weights", *told]

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -70,6 +72,16 @@ class Program:
         return found
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file that is being written, or is not there yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def lost(row: dict[str, Any]) -> float:
+    """How many trajectories a run had lost."""
+    return sum(value for name, value in row.items() if name.startswith("eopd_lost_trajectories_total"))
+
+
 class Run:
     """A run under way, and its processes."""
 
@@ -78,9 +90,11 @@ class Run:
         self.log = program.runs.parent / f"{name}.log"
         self.process = program.start(*program.train(name, *overrides, config=config), log=self.log)
 
-    def rows(self):
-        path = self.directory / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def rows(self) -> list[dict[str, Any]]:
+        return read_rows(self.directory / "metrics.jsonl")
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.directory / "summary.json").read_text())
 
     def actors(self, role: str) -> list[psutil.Process]:
         """Processes of the actors of a role, in the order they were started."""
@@ -93,7 +107,7 @@ class Run:
                 continue
         return sorted(found, key=lambda process: process.create_time())
 
-    def wait(self, ready):
+    def wait(self, ready: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The last row, once ``ready`` of it."""
         deadline = time.monotonic() + STEP_S
         while not ((found := self.rows()) and ready(found[-1])):
@@ -101,16 +115,26 @@ class Run:
             time.sleep(0.1)
         return found[-1]
 
-    def goes_on(self, steps: int = 3):
+    def goes_on(self, steps: int = 3) -> dict[str, Any]:
         """Wait for some more steps than there are."""
         step = self.rows()[-1]["step"]
         return self.wait(lambda row: row["step"] >= step + steps)
 
-    def interrupt(self) -> str:
-        """Ctrl-C; what the run has said."""
-        os.killpg(self.process.pid, signal.SIGINT)
-        assert self.process.wait(timeout=120) == 130, self.log.read_text()[-3000:]
+    def ended(self, code: int) -> str:
+        """Wait for its end; what the run has said."""
+        assert self.process.wait(timeout=120) == code, self.log.read_text()[-3000:]
         return self.log.read_text()
+
+    def interrupt(self) -> str:
+        """Ctrl-C, which a terminal sends to every process of the group; what the run has said."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.ended(130)
+
+    def close(self) -> None:
+        """Interrupt a run that a failing test left."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+            self.process.wait(timeout=120)
 
 
 def engine_of(actor: psutil.Process) -> psutil.Process:

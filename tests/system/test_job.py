@@ -43,6 +43,7 @@ def head(tmp_path, program):
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_a_submitted_job_trains(program, head):
     settings = program.train("job", "run.batches=3", "evaluation.prompts=4", "cluster.cpus=null")
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "eopd", *settings]

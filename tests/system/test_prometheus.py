@@ -18,7 +18,10 @@ DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 RULES = DASHBOARDS / "rules" / "eopd.yml"
 ANSWER_S = 60.0  # a rate needs two scrapes, a recorded rule an evaluation
 
-pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="Debian's prometheus is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="Debian's prometheus is not installed"),
+]
 
 
 @pytest.fixture(scope="module")

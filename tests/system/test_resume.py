@@ -6,30 +6,26 @@ import subprocess
 import time
 
 import pytest
+from program import Run, read_rows
 
 from eopd.checkpoint import list_checkpoints
 
 CONTINUED_FROM, COMPARED = 10, 15  # steps
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 @pytest.fixture(scope="module")
 def killed(program):
     """The settings of ``synchronous``, and a driver killed after its second checkpoint; with what was left running."""
-    directory = program.runs / "killed"
-    log = program.runs.parent / "killed.log"
-    process = program.start(*program.train("killed"), log=log)
-    deadline = time.monotonic() + 300
-    while len(rows(directory / "metrics.jsonl")) < 21:
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.05)
+    run = Run(program, "killed")
+    run.wait(lambda row: row["step"] >= 21)
     time.sleep(random.uniform(0, 1))  # anywhere in a step
-    process.kill()
-    process.wait()
-    return directory, program.left_behind(grace_s=60)
+    run.process.kill()
+    run.process.wait()
+    return run.directory, program.left_behind(grace_s=60)
+
+
+def measured_before(directory):
+    return json.loads((directory / "summary.json").read_text())["held_out"]["before"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +37,9 @@ def resumed(program, killed):
     largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
     with largest.open("rb+") as file:
         file.truncate(largest.stat().st_size - 1)
+    before = measured_before(directory)
     done = program.run(*program.train("killed"), "--resume")
+    assert measured_before(directory) == before, "the measurement before training is kept"
     return directory, done, older, newest
 
 
@@ -62,7 +60,7 @@ def test_the_newest_checkpoint_that_is_whole_is_resumed_and_the_other_is_named(r
 
 def test_it_trains_every_number_once_in_order_and_the_same_tokens(resumed, synchronous):
     directory, undisturbed = resumed[0], synchronous[0]
-    trained, expected = rows(directory / "trained.jsonl"), rows(undisturbed / "trained.jsonl")
+    trained, expected = read_rows(directory / "trained.jsonl"), read_rows(undisturbed / "trained.jsonl")
     assert [row["step"] for row in trained] == list(range(1, 31))
     assert [row["issues"] for row in trained] == [list(range(8 * step, 8 * step + 8)) for step in range(30)]
     assert trained[:COMPARED] == expected[:COMPARED]  # token by token, with the checksums of the responses
@@ -71,7 +69,7 @@ def test_it_trains_every_number_once_in_order_and_the_same_tokens(resumed, synch
 
 def test_its_losses_are_those_of_an_undisturbed_run(resumed, synchronous):
     directory, undisturbed = resumed[0], synchronous[0]
-    found, expected = rows(directory / "metrics.jsonl"), rows(undisturbed / "metrics.jsonl")
+    found, expected = read_rows(directory / "metrics.jsonl"), read_rows(undisturbed / "metrics.jsonl")
     assert [row["step"] for row in found] == list(range(1, 31))
     for name in ("eopd_loss", "eopd_grad_norm", "eopd_learning_rate", "eopd_response_tokens_total"):
         ours, theirs = ([row[name] for row in of_run[:COMPARED]] for of_run in (found, expected))
@@ -91,6 +89,7 @@ def small_disk(tmp_path, synchronous):
     subprocess.run(["umount", tmp_path], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_older_checkpoint(program, small_disk):
     settings = ("run.batches=9", "checkpoint.every=1", "evaluation.prompts=8", "rollout.engines=1")
     done = program.run(*program.train("full", *settings, f"run.directory={small_disk}"))

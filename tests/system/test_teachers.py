@@ -1,101 +1,22 @@
-"""Teachers in whole runs: engines and servers that die, servers that know bounds only, other ends and other prompts."""
+"""Teachers in whole runs: two servers that die, one of which knows bounds only; other ends and other prompts."""
 
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import torch
+from program import ROOT, Run, lost
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eopd.telemetry.rows import series
-
-ROOT = Path(__file__).parents[2]
-
-
-def rows(directory):
-    path = directory / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-@pytest.fixture(scope="module")
-def arguments(program, tmp_path_factory):
-    data = tmp_path_factory.mktemp("prompts") / "mixed.jsonl"
-    lines = (ROOT / "configs/prompts/demo_train.jsonl").read_text().splitlines()
-    mixed = [json.loads(line) | {"source": ("math", "code", "prose")[i % 3]} for i, line in enumerate(lines[:96])]
-    data.write_text("".join(json.dumps(row) + "\n" for row in mixed))
-    engine = "model: MODEL, dtype: float32, cpus: 0.2, vllm: {kv_cache_memory_bytes: 67108864}"
-    engine = engine.replace("MODEL", str(program.models / "teacher"))
-    teachers = f"[{{name: exact-1, sources: [math, code], replicas: 2, {engine}}}, {{name: other, {engine}}}]"
-    return program.train(
-        "teachers",
-        f"teachers={teachers}",
-        f"prompts.data={data}",
-        f"prompts.held_out={data}",
-        "run.batches=3000",
-        "rollout.engines=1",
-        "learner.ranks=1",
-        "evaluation.prompts=8",
-    )
-
-
-def engines_of_teachers(program):
-    """Engine processes of the teachers' actors."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.name().startswith("ray::Teacher") and program.mark in process.environ():
-                found += [child for child in process.children(recursive=True) if "EngineCore" in child.name()]
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
-def wait_for(process, directory, ready):
-    """The rows, once they are ``ready``."""
-    deadline = time.monotonic() + 300
-    while not ((found := rows(directory)) and ready(found)):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.2)
-    return found
-
-
-def of_teacher(row, name, teacher):
-    return row[series(f"eopd_teacher_{name}", teacher=teacher)]
-
-
-def test_an_engine_that_dies_is_replaced_while_the_run_goes_on(program, arguments):
-    directory = program.runs / "teachers"
-    process = program.start(*arguments)
-    wait_for(process, directory, lambda found: len(found) >= 3)
-    engines = engines_of_teachers(program)
-    assert len(engines) == 3
-    os.kill(engines[0].pid, signal.SIGKILL)
-    replaced = wait_for(
-        process,
-        directory,
-        lambda found: sum(of_teacher(found[-1], "replacements_total", name) for name in ("exact-1", "other")) == 1,
-    )
-    wait_for(process, directory, lambda found: len(found) >= len(replaced) + 3)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, out + err
-    assert program.left_behind() == []
-    found, last = rows(directory), rows(directory)[-1]
-    assert [row["step"] for row in found] == list(range(1, len(found) + 1))
-    assert sum(value for name, value in last.items() if name.startswith("eopd_lost_trajectories_total")) == 0
-    assert of_teacher(last, "replicas_up", "exact-1") == 2 and of_teacher(last, "replicas_up", "other") == 1
-    tokens = [of_teacher(last, "tokens_total", name) for name in ("exact-1", "other")]
-    assert sum(tokens) > last["eopd_response_tokens_total"]  # and the held-out ones
-    assert 1.2 < tokens[0] / tokens[1] < 3.5  # two sources of three
 
 
 def eopd_server(program, port: int) -> list[str]:
@@ -131,7 +52,7 @@ class Server:
         self._program = program
         self._command = command(program, self.port)
         self._log = log
-        self.start()
+        self._process = None
 
     def start(self) -> None:
         with self._log.open("ab") as log:
@@ -150,48 +71,100 @@ class Server:
             return False
 
     def kill(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
         for process in (*psutil.Process(self._process.pid).children(recursive=True), self._process):
             process.kill()
         self._process.wait()
 
 
-@pytest.mark.parametrize(
-    ("backend", "command", "ready", "name"),
-    [("eopd", eopd_server, "/ready", "null"), ("openai", stock_server, "/health", "tiny")],
-)
-def test_a_run_outlives_its_teacher_s_server(program, tmp_path, backend, command, ready, name):
-    directory = program.runs / backend
-    server = Server(program, command, ready, tmp_path / "log")
+@pytest.fixture(scope="module")
+def servers(program, tmp_path_factory):
+    """Our own server and a stock one, both up."""
+    logs = tmp_path_factory.mktemp("servers")
+    servers = [
+        Server(program, eopd_server, "/ready", logs / "eopd"),
+        Server(program, stock_server, "/health", logs / "stock"),
+    ]
     try:
-        where = f"url: 'http://127.0.0.1:{server.port}', model: {name}, max_attempts: 2"
-        process = program.start(
-            *program.train(
-                backend,
-                f"teachers.0.backend={backend}",
-                "teachers.0.vllm={}",
-                f"teachers.0.server={{{where}}}",
-                "run.batches=3000",
-                "rollout.engines=1",
-                "learner.ranks=1",
-                "evaluation.prompts=8",
-            )
-        )
-        before = wait_for(process, directory, lambda found: len(found) >= 3)
-        server.kill()
-        time.sleep(5.0)  # longer than its two attempts
-        server.start()
-        wait_for(process, directory, lambda found: len(found) >= len(before) + 10)
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        start(servers)
+        yield servers
     finally:
+        for server in servers:
+            server.kill()
+
+
+def start(servers: list[Server]) -> None:
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Server.start, servers))
+
+
+@pytest.fixture(scope="module")
+def run(program, servers, tmp_path_factory):
+    """Two sources of three are our server's, the third one the stock server's."""
+    data = tmp_path_factory.mktemp("prompts") / "mixed.jsonl"
+    lines = (ROOT / "configs/prompts/demo_train.jsonl").read_text().splitlines()
+    mixed = [json.loads(line) | {"source": ("math", "code", "prose")[i % 3]} for i, line in enumerate(lines[:96])]
+    data.write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    ours, stock = (f"url: 'http://127.0.0.1:{server.port}', max_attempts: 2" for server in servers)
+    model = f"model: {program.models / 'teacher'}, dtype: float32, cpus: 0.2"
+    teachers = (
+        f"[{{name: ours, backend: eopd, sources: [math, code], {model}, server: {{{ours}}}}},"
+        f" {{name: stock, backend: openai, {model}, server: {{{stock}, model: tiny}}}}]"
+    )
+    run = Run(
+        program,
+        "served",
+        f"teachers={teachers}",
+        f"prompts.data={data}",
+        f"prompts.held_out={data}",
+        "run.batches=3000",
+        "flow={batch_prompts: 16, max_staleness: 0}",  # of every source there is one in a batch
+        "cluster.max_restarts=100",  # a client is started anew while its server is away
+        "checkpoint.every=1000",
+        "rollout.engines=1",
+        "learner.ranks=1",
+        "evaluation.prompts=8",
+    )
+    yield run
+    run.close()
+
+
+def of_teachers(row: dict[str, float], name: str) -> list[float]:
+    return [row[series(f"eopd_teacher_{name}", teacher=teacher)] for teacher in ("ours", "stock")]
+
+
+def test_a_run_outlives_its_teachers_servers(run, servers):
+    before = run.wait(lambda row: row["step"] >= 3)
+    for server in servers:
         server.kill()
-    assert process.returncode == 130, out + err
-    assert program.left_behind() == []
-    found = rows(directory)
+    time.sleep(5.0)  # longer than their two attempts
+    start(servers)
+    last = run.wait(lambda row: row["step"] >= before["step"] + 10)
+    assert min(of_teachers(last, "failures_total")) > 0 and lost(last) == 0
+
+
+def test_each_source_goes_to_its_teacher_and_the_gate_is_uncertain_of_bounds_alone(run):
+    found = run.rows()
+    tokens = of_teachers(found[-1], "tokens_total")
+    assert sum(tokens) > found[-1]["eopd_response_tokens_total"]  # and the held-out ones
+    assert 1.2 < tokens[0] / tokens[1] < 3.5  # two sources of three
     uncertain = [row["eopd_gate_uncertain_ratio"] for row in found]
-    assert max(uncertain) < 0.5 and (max(uncertain) > 0.0) == (backend == "openai")  # bounds, or the exact entropy
-    assert of_teacher(found[-1], "failures_total", "teacher") > 0
-    assert sum(value for name, value in found[-1].items() if name.startswith("eopd_lost_trajectories_total")) == 0
+    assert 0.0 < max(uncertain) < 0.5
+
+
+def test_ctrl_c_ends_it_with_a_checkpoint_a_report_and_nothing_left_running(run, servers):
+    before = len(run.log.read_text())
+    said = run.interrupt()[before:]
+    for server in servers:
+        server.kill()
+    assert run.program.left_behind() == []
+    assert "Traceback" not in said
+    stopped, found = run.summary(), run.rows()
+    assert stopped["status"] == "interrupted" and stopped["steps"] == len(found)
+    assert [row["step"] for row in found] == list(range(1, len(found) + 1))
+    assert ">interrupted</span>" in (run.directory / "report.html").read_text()
+    assert [p.name for p in (run.directory / "checkpoints").iterdir()] == [f"step-{stopped['steps']:06d}"]
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +185,7 @@ def base_student(program, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_base_student_learns_to_end_like_a_chat_teacher_that_reads_another_prompt(program, base_student):
     tokenizer = AutoTokenizer.from_pretrained(base_student)
     end, chat_end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import fakes
 import numpy as np
 import pytest
 import torch
@@ -13,12 +14,9 @@ from eopd.types import (
     Bounds,
     Exact,
     Header,
-    PromptSample,
     ScoredTrajectory,
-    StopReason,
     Stored,
     TeacherSignal,
-    Trajectory,
     TrajectoryKey,
 )
 
@@ -26,18 +24,9 @@ from eopd.types import (
 def scored(prompt_id: str, entropy: Exact | Bounds, mask: list[bool], sample_index: int = 0) -> ScoredTrajectory:
     length = len(mask)
     zeros = np.zeros(length, np.float32)
-    prompt = PromptSample(
-        epoch=0, prompt_id=prompt_id, source="s", token_ids=np.array([1], np.int32), reference_answer=None
-    )
     return ScoredTrajectory(
-        trajectory=Trajectory(
-            prompt=prompt,
-            sample_index=sample_index,
-            response_ids=np.arange(length, dtype=np.int32),
-            loss_mask=np.array(mask),
-            rollout_logprobs=zeros,
-            policy_versions=np.zeros(length, np.int32),
-            stop_reason=StopReason.LENGTH,
+        trajectory=fakes.trajectory(
+            range(length), of=fakes.prompt(prompt_id, [1]), mask=mask, sample_index=sample_index
         ),
         signal=TeacherSignal(
             teacher="t",

@@ -2,29 +2,18 @@
 
 import asyncio
 
+import fakes
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from eopd.buffer import Buffer, Taken
-from eopd.types import Header, StopReason, Stored, TrajectoryKey
+from eopd.types import Stored
 
 
 def stored(issue: int, version: int) -> Stored:
-    header = Header(
-        key=TrajectoryKey(0, str(issue), 0),
-        source="test",
-        num_prompt_tokens=1,
-        num_response_tokens=1,
-        num_loss_tokens=1,
-        stop_reason=StopReason.LENGTH,
-        oldest_version=version,
-        newest_version=version,
-        response_crc32=0,
-        sums={},
-    )
-    return Stored(header, body=None)
+    return Stored(fakes.header(str(issue), oldest=version), body=None)
 
 
 CHOICES = st.lists(st.integers(0, 1_000), min_size=1, max_size=6)

@@ -1,3 +1,4 @@
+import fakes
 import numpy as np
 import pytest
 import torch
@@ -5,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eopd.learner.collate import Weighting, collate
-from eopd.types import Exact, PromptSample, ScoredTrajectory, StopReason, TeacherSignal, Trajectory
+from eopd.types import Exact, ScoredTrajectory, TeacherSignal
 
 K = 3
 
@@ -20,17 +21,7 @@ def scored(
         return rng.normal(size=shape).astype(np.float32)
 
     return ScoredTrajectory(
-        trajectory=Trajectory(
-            prompt=PromptSample(
-                epoch=0, prompt_id="p", source="s", token_ids=np.array(prompt, np.int32), reference_answer=None
-            ),
-            sample_index=0,
-            response_ids=np.array(response, np.int32),
-            loss_mask=np.array(mask or [True] * length),
-            rollout_logprobs=floats(length),
-            policy_versions=np.zeros(length, np.int32),
-            stop_reason=StopReason.END_TOKEN,
-        ),
+        trajectory=fakes.trajectory(response, of=fakes.prompt("p", prompt), mask=mask, logprobs=floats(length)),
         signal=TeacherSignal(
             teacher="t",
             token_logprobs=floats(length),

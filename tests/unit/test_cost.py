@@ -2,6 +2,7 @@
 
 import resource
 
+import fakes
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Mo
 
 from eopd.learner.cost import Cost, Flop
 from eopd.runtime.gang import with_costs
-from eopd.types import Header, LearnerStats, PolicyVersion, StopReason, TrajectoryKey
+from eopd.types import Header, LearnerStats, PolicyVersion
 
 TOKENS, PROMPT = 12, 5
 LOSS_TOKENS = TOKENS - PROMPT
@@ -28,18 +29,7 @@ def model(*, tied: bool) -> LlamaForCausalLM:
 
 
 def header(prompt: int = PROMPT, response: int = LOSS_TOKENS) -> Header:
-    return Header(
-        key=TrajectoryKey(0, "p", 0),
-        source="s",
-        num_prompt_tokens=prompt,
-        num_response_tokens=response,
-        num_loss_tokens=response,
-        stop_reason=StopReason.LENGTH,
-        oldest_version=0,
-        newest_version=0,
-        response_crc32=0,
-        sums={},
-    )
+    return fakes.header(num_prompt=prompt, num_response=response)
 
 
 def counted(student: PreTrainedModel) -> float:

@@ -2,10 +2,12 @@
 
 import asyncio
 
+import fakes
+
 from eopd.replicas import Replicas
 from eopd.roles import EngineDownError
 from eopd.rollout.pool import EnginePool
-from eopd.types import LossReason, LostTrajectory, PromptSample, Sampling
+from eopd.types import LossReason, LostTrajectory, Sampling
 
 
 class Engine:
@@ -26,7 +28,7 @@ def pool_of(*engines: Engine, attempts: int = 3) -> EnginePool:
     return EnginePool(Replicas("rollout", engines, replace=replace, timeout_s=1.0), max_attempts=attempts)
 
 
-PROMPT = PromptSample(epoch=1, prompt_id="p", source="s", token_ids=None, reference_answer=None)
+PROMPT = fakes.prompt(epoch=1)
 SAMPLING = Sampling(temperature=1.0, max_tokens=4, seed=11)
 
 

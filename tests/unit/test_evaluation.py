@@ -8,6 +8,7 @@ import statistics
 import threading
 import time
 
+import fakes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,15 +19,11 @@ from eopd.evaluation.final_answer import final_answer, last_boxed
 from eopd.evaluation.graders import Verdict, grade_exact, open_grader
 from eopd.evaluation.passk import mean_over_prompts, pass_at_k
 from eopd.types import (
-    Header,
     LossReason,
     LostTrajectory,
     PromptSample,
     Sampling,
     StopReason,
-    Stored,
-    Trajectory,
-    TrajectoryKey,
 )
 
 # --- pass@k and its standard error -----------------------------------------------------------------------------------
@@ -267,37 +264,6 @@ def prompt_sample(prompt_id, answer="7"):
     return PromptSample(epoch=0, prompt_id=prompt_id, source="maths", token_ids=token_ids, reference_answer=answer)
 
 
-def stored_response(prompt, sample_index, ids, stop_reason=StopReason.END_TOKEN):
-    size = len(ids)
-    trajectory = Trajectory(
-        prompt=prompt,
-        sample_index=sample_index,
-        response_ids=np.array(ids, dtype=np.int32),
-        loss_mask=np.ones(size, dtype=bool),
-        rollout_logprobs=np.zeros(size, dtype=np.float32),
-        policy_versions=np.zeros(size, dtype=np.int32),
-        stop_reason=stop_reason,
-    )
-    header = Header(
-        key=trajectory.key,
-        source=prompt.source,
-        num_prompt_tokens=len(prompt.token_ids),
-        num_response_tokens=size,
-        num_loss_tokens=size,
-        stop_reason=stop_reason,
-        oldest_version=0,
-        newest_version=0,
-        response_crc32=0,
-        sums={},
-    )
-    return Stored(header, trajectory)
-
-
-def lost_response(prompt, sample_index):
-    key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
-    return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail="engine died")
-
-
 class ScriptedEngine:
     """Answers from a script: (prompt id, sample index) -> response ids, or None for a loss."""
 
@@ -310,9 +276,9 @@ class ScriptedEngine:
         await asyncio.sleep(0)
         ids = self.script[prompt.prompt_id, sample_index]
         if ids is None:
-            return lost_response(prompt, sample_index)
+            return fakes.lost(prompt, sample_index, detail="engine died")
         reason = StopReason.LENGTH if len(ids) == sampling.max_tokens else StopReason.END_TOKEN
-        return stored_response(prompt, sample_index, ids, reason)
+        return fakes.stored(fakes.trajectory(ids, of=prompt, sample_index=sample_index, stop=reason))
 
 
 async def fetch(stored):

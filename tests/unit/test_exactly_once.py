@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from zlib import crc32
 
+import fakes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,23 +20,9 @@ from hypothesis import strategies as st
 
 from eopd.checkpoint import write_whole
 from eopd.ledger import Ledger
-from eopd.pipeline import Pipeline, Plan
 from eopd.prompts import PromptOrder
 from eopd.runtime.run_directory import RunDirectory
-from eopd.telemetry.step import Totals
-from eopd.types import (
-    Header,
-    LearnerStats,
-    LossReason,
-    LostTrajectory,
-    PolicyVersion,
-    PromptSample,
-    PublishStats,
-    StopReason,
-    Stored,
-    Trajectory,
-    TrajectoryKey,
-)
+from eopd.types import TrajectoryKey
 
 BATCH, BATCHES, EVERY, PROMPTS, SAMPLES = 4, 11, 3, 5, 2
 MODES = [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
@@ -71,10 +58,11 @@ class MortalLoop(asyncio.SelectorEventLoop):
             raise Killed
 
 
-class World:
-    """All roles in one; each answer takes a random number of turns of the loop. Now and then one is lost."""
+class World(fakes.World):
+    """Each answer takes a random number of turns of the loop. Now and then one is lost."""
 
     def __init__(self, seed: int, step: int) -> None:
+        super().__init__()
         self.random = random.Random(seed)
         self.version = self.served = step
         self.trained: dict[int, list[TrajectoryKey]] = {}
@@ -86,19 +74,10 @@ class World:
     async def generate(self, prompt, sample_index, sampling):
         version = self.served
         await self.turns(12)
-        key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
         if self.random.random() < 0.05:
-            return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail="fake")
-        trajectory = Trajectory(
-            prompt=prompt,
-            sample_index=sample_index,
-            response_ids=np.array([prompt.epoch, int(prompt.prompt_id), sample_index], np.int32),
-            loss_mask=np.ones(3, np.bool_),
-            rollout_logprobs=np.zeros(3, np.float32),
-            policy_versions=np.full(3, version, np.int32),
-            stop_reason=StopReason.LENGTH,
-        )
-        return Stored(Header.of(trajectory, {}), trajectory)
+            return fakes.lost(prompt, sample_index)
+        ids = [prompt.epoch, int(prompt.prompt_id), sample_index]
+        return fakes.stored(fakes.trajectory(ids, of=prompt, sample_index=sample_index, version=version))
 
     async def score(self, stored):
         await self.turns(6)
@@ -106,14 +85,12 @@ class World:
 
     async def step(self, batch):
         await self.turns(4)
-        self.version += 1
-        self.trained[self.version] = sorted(stored.header.key for stored in batch.stored())
-        return LearnerStats(version=PolicyVersion(0, self.version), metrics={})
+        self.trained[self.version + 1] = sorted(stored.header.key for stored in batch.stored())
+        return await super().step(batch)
 
     async def publish(self, version):
         await self.turns(4)
-        self.served = version.step
-        return PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
+        return await super().publish(version)
 
 
 class Run:
@@ -127,11 +104,7 @@ class Run:
         self.mode = staleness, lookahead
 
     def order(self) -> PromptOrder:
-        prompts = [
-            PromptSample(epoch=0, prompt_id=f"{i}", source="s", token_ids=np.zeros(2, np.int32), reference_answer=None)
-            for i in range(PROMPTS)
-        ]
-        return PromptOrder(prompts, samples_per_prompt=SAMPLES, seed=3)
+        return fakes.order(prompts=PROMPTS, samples=SAMPLES)
 
     def live(self, seed: int, life: int) -> bool:
         """Go on from the checkpoint until the end, or death; says whether it came to the end."""
@@ -165,20 +138,10 @@ class Run:
 
     async def _train(self, world: World, ledger: Ledger, start: int) -> None:
         staleness, lookahead = self.mode
-        plan = Plan(
-            batch=BATCH,
-            batches=BATCHES,
-            max_staleness=staleness,
-            lookahead=lookahead,
-            max_attempts=9,
-            temperature=1.0,
-            max_response_tokens=4,
-            ranks=2,
-            optimizer_steps=1,
-            token_budget=16,
-            alpha_at=lambda batch: 1.0,
+        plan = {"batch": BATCH, "batches": BATCHES, "max_attempts": 9, "token_budget": 16}
+        line = fakes.pipeline(
+            world, of=self.order(), ledger=ledger, max_staleness=staleness, lookahead=lookahead, **plan
         )
-        line = Pipeline(plan, world, world, world, world, self.order(), ledger, Totals())
         async for row in line.steps(start):
             step = int(row["eopd_step"])
             self.directory.add_trained(step, line.trained)

@@ -8,34 +8,23 @@ import random
 import tracemalloc
 from collections.abc import Sized
 
-import numpy as np
+import fakes
 import pytest
+from fakes import World
 
-from eopd.ledger import Ledger
-from eopd.pipeline import Pipeline, Plan
-from eopd.prompts import PromptOrder
-from eopd.telemetry.step import BusyClock, Totals
-from eopd.types import (
-    Header,
-    LearnerStats,
-    LossReason,
-    LostTrajectory,
-    PolicyVersion,
-    PromptSample,
-    PublishStats,
-    StopReason,
-    Stored,
-    TrajectoryKey,
-)
+from eopd.pipeline import Pipeline
+from eopd.telemetry.step import BusyClock
+from eopd.types import LossReason
 
 
-class QuickWorld:
-    """Every role: answers after the given seconds, or within a few turns of the loop; counts what it holds."""
+class QuickWorld(World):
+    """Answers after the given seconds, or within a few turns of the loop; counts what it holds."""
 
     def __init__(self, *, write_s: float = 0.0, score_s: float = 0.0, lose: float = 0.0) -> None:
+        super().__init__()
         self.random = random.Random(0)
         self.write_s, self.score_s, self.lose = write_s, score_s, lose
-        self.served = self.held = self.most_held = 0
+        self.held = self.most_held = 0
 
     async def work(self, seconds: float) -> None:
         self.held += 1
@@ -49,55 +38,17 @@ class QuickWorld:
     async def generate(self, prompt, sample_index, sampling):
         version = self.served
         await self.work(self.write_s)
-        key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
         if self.random.random() < self.lose:
-            return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail="fake")
-        header = Header(
-            key=key,
-            source=prompt.source,
-            num_prompt_tokens=2,
-            num_response_tokens=4,
-            num_loss_tokens=4,
-            stop_reason=StopReason.END_TOKEN,
-            oldest_version=version,
-            newest_version=version,
-            sums={},
-            response_crc32=0,
-        )
-        return Stored(header, body=None)
+            return fakes.lost(prompt, sample_index)
+        return self.write(prompt, sample_index, version)
 
     async def score(self, stored):
         await self.work(self.score_s)
         return stored
 
-    async def step(self, batch):
-        return LearnerStats(version=PolicyVersion(0, self.served + 1), metrics={})
 
-    async def publish(self, version):
-        self.served = version.step
-        return PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
-
-
-def pipeline(world: QuickWorld, *, batch: int, batches: int, max_staleness: int, lookahead: int = 0) -> Pipeline:
-    plan = Plan(
-        batch=batch,
-        batches=batches,
-        max_staleness=max_staleness,
-        lookahead=lookahead,
-        max_attempts=9,
-        temperature=1.0,
-        max_response_tokens=4,
-        ranks=2,
-        optimizer_steps=1,
-        token_budget=24,
-        alpha_at=lambda batch: 1.0,
-    )
-    prompts = [
-        PromptSample(epoch=0, prompt_id=f"p{i}", source="s", token_ids=np.zeros(2, np.int32), reference_answer=None)
-        for i in range(100)
-    ]
-    order = PromptOrder(prompts, samples_per_prompt=4, seed=3)
-    return Pipeline(plan, world, world, world, world, order, Ledger(), Totals())
+def pipeline(world: QuickWorld, **plan: object) -> Pipeline:
+    return fakes.pipeline(world, of=fakes.order(prompts=100, samples=4), max_attempts=9, **plan)
 
 
 def queues(line: Pipeline) -> dict[str, int]:

@@ -1,20 +1,19 @@
 """Held-out measurement: the same prompts with the same seeds, whatever is lost on the way."""
 
-import numpy as np
+import fakes
 import pytest
 
 from eopd.evaluation.held_out import measure
-from eopd.types import Header, LossReason, LostTrajectory, PromptSample, StopReason, Stored, TrajectoryKey
+from eopd.types import LossReason, LostTrajectory
 
-PROMPTS = [
-    PromptSample(epoch=0, prompt_id=name, source="s", token_ids=np.arange(2), reference_answer=None) for name in "abc"
-]
+PROMPTS = [fakes.prompt(name) for name in "abc"]
 
 
-class World:
-    """Every role; what is in ``loses`` is lost so many times."""
+class World(fakes.World):
+    """What is in ``loses`` is lost so many times."""
 
     def __init__(self, **loses: int) -> None:
+        super().__init__()
         self.loses, self.asked, self.measured = loses, [], None
 
     def lost(self, key, role):
@@ -26,20 +25,8 @@ class World:
 
     async def generate(self, prompt, sample_index, sampling):
         self.asked.append((prompt.prompt_id, sampling.seed, sampling.temperature))
-        key = TrajectoryKey(0, prompt.prompt_id, sample_index)
-        header = Header(
-            key=key,
-            source="s",
-            num_prompt_tokens=2,
-            num_response_tokens=4,
-            num_loss_tokens=4,
-            stop_reason=StopReason.LENGTH,
-            oldest_version=0,
-            newest_version=0,
-            sums={},
-            response_crc32=0,
-        )
-        return self.lost(key, "write") or Stored(header, None)
+        written = self.write(prompt, sample_index, 0)
+        return self.lost(written.header.key, "write") or written
 
     async def score(self, stored):
         return self.lost(stored.header.key, "score") or stored

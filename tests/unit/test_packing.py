@@ -1,27 +1,16 @@
 """Every trajectory lands in exactly one micro-batch, below the budget, and ranks stay in step."""
 
+import fakes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eopd.packing import estimated_cost, pack
-from eopd.types import Header, StopReason, Stored, TrajectoryKey
+from eopd.types import Stored
 
 
 def stored(index: int, tokens: int) -> Stored:
-    header = Header(
-        key=TrajectoryKey(0, str(index), 0),
-        source="s",
-        num_prompt_tokens=1,
-        num_response_tokens=tokens - 1,
-        num_loss_tokens=tokens - 1,
-        stop_reason=StopReason.LENGTH,
-        oldest_version=0,
-        newest_version=0,
-        response_crc32=0,
-        sums={},
-    )
-    return Stored(header, body=index)
+    return Stored(fakes.header(str(index), num_prompt=1, num_response=tokens - 1), body=index)
 
 
 @given(lengths=st.lists(st.integers(2, 100), min_size=6, max_size=40), steps=st.integers(1, 6), ranks=st.integers(1, 3))

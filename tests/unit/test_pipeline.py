@@ -4,33 +4,21 @@ import asyncio
 import random
 from collections import Counter
 
-import numpy as np
+import fakes
 import pytest
+from fakes import World
 
 from eopd.ledger import Ledger
-from eopd.pipeline import Pipeline, Plan, TrajectoryLostError
-from eopd.prompts import PromptOrder
-from eopd.telemetry.step import Totals
-from eopd.types import (
-    Header,
-    LearnerStats,
-    LossReason,
-    LostTrajectory,
-    PolicyVersion,
-    PromptSample,
-    PublishStats,
-    StopReason,
-    Stored,
-    TrajectoryKey,
-)
+from eopd.pipeline import Pipeline, TrajectoryLostError
+from eopd.types import TrajectoryKey
 
 
-class FakeWorld:
-    """Engine, teacher, learner and channel in one: answers after random delays, remembers what it saw."""
+class FakeWorld(World):
+    """Answers after random delays, remembers what it saw."""
 
     def __init__(self, seed: int = 0, lose: int = 0) -> None:
+        super().__init__()
         self.random = random.Random(seed)
-        self.served = self.version = 0
         self.trained: list[list[TrajectoryKey]] = []
         self.staleness: list[int] = []
         self.lose = lose
@@ -44,23 +32,10 @@ class FakeWorld:
         self.most_concurrent = max(self.most_concurrent, self.concurrent)
         await asyncio.sleep(self.random.expovariate(1000))
         self.concurrent -= 1
-        key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
         if self.lose:
             self.lose -= 1
-            return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail="fake")
-        header = Header(
-            key=key,
-            source=prompt.source,
-            num_prompt_tokens=2,
-            num_response_tokens=4,
-            num_loss_tokens=4,
-            stop_reason=StopReason.END_TOKEN,
-            oldest_version=version,
-            newest_version=version,
-            response_crc32=0,
-            sums={},
-        )
-        return Stored(header, body=sampling.seed)
+            return fakes.lost(prompt, sample_index)
+        return self.write(prompt, sample_index, version, body=sampling.seed)
 
     async def score(self, stored):
         await asyncio.sleep(self.random.expovariate(2000))
@@ -70,36 +45,11 @@ class FakeWorld:
         self.trained.append(sorted(s.header.key for s in batch.stored()))
         self.staleness += [self.version - s.header.oldest_version for s in batch.stored()]
         await asyncio.sleep(0.001)
-        self.version += 1
-        return LearnerStats(version=PolicyVersion(0, self.version), metrics={"eopd_loss": 1.0})
-
-    async def publish(self, version):
-        self.served = version.step
-        return PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
+        return await super().step(batch)
 
 
-def pipeline(
-    world, *, staleness=0, lookahead=0, batches=12, ledger=None, prompts=5, samples=2, attempts=3, batch=4
-) -> Pipeline:
-    plan = Plan(
-        batch=batch,
-        batches=batches,
-        max_staleness=staleness,
-        lookahead=lookahead,
-        max_attempts=attempts,
-        temperature=1.0,
-        max_response_tokens=4,
-        ranks=2,
-        optimizer_steps=1,
-        token_budget=16,
-        alpha_at=lambda batch: 1.0,
-    )
-    rows = [
-        PromptSample(epoch=0, prompt_id=f"p{i}", source="s", token_ids=np.zeros(2, np.int32), reference_answer=None)
-        for i in range(prompts)
-    ]
-    order = PromptOrder(rows, samples_per_prompt=samples, seed=3)
-    return Pipeline(plan, world, world, world, world, order, ledger or Ledger(), Totals())
+def pipeline(world: World, *, staleness: int = 0, **options: object) -> Pipeline:
+    return fakes.pipeline(world, max_staleness=staleness, token_budget=16, **options)
 
 
 async def run(line: Pipeline, start: int = 0) -> list[dict[str, float]]:
@@ -135,12 +85,12 @@ async def test_an_epoch_holds_every_prompt_and_sample_once():
     world = FakeWorld()
     await run(pipeline(world, batches=5))  # 20 trajectories: two epochs of 5 prompts x 2 samples
     counts = Counter(key for batch in world.trained for key in batch)
-    assert counts == Counter(TrajectoryKey(e, f"p{i}", k) for e in (0, 1) for i in range(5) for k in (0, 1))
+    assert counts == Counter(TrajectoryKey(e, f"{i}", k) for e in (0, 1) for i in range(5) for k in (0, 1))
 
 
 async def test_lost_trajectories_are_issued_again_and_counted():
     world = FakeWorld(lose=3)
-    rows = await run(pipeline(world, attempts=4))
+    rows = await run(pipeline(world, max_attempts=4))
     assert len(set(world.seeds)) == len(world.seeds) == 48 + 3  # the same sample again might be lost again
     assert rows[-1]['eopd_lost_trajectories_total{reason="rollout_failed"}'] == 3
     assert sum(len(batch) for batch in world.trained) == 48

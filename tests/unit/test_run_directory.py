@@ -6,6 +6,7 @@ import math
 import re
 import time
 
+import fakes
 import pytest
 
 import eopd
@@ -17,7 +18,7 @@ from eopd.runtime.lock import held
 from eopd.runtime.progress import Progress
 from eopd.runtime.run_directory import RunDirectory, held_out_record
 from eopd.telemetry.sinks import JsonlSink
-from eopd.types import Estimate, EvalStats, Header, StopReason, TrajectoryKey
+from eopd.types import Estimate, EvalStats
 
 NAMES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 STATS = EvalStats(
@@ -64,7 +65,7 @@ async def test_a_run_that_begins_keeps_nothing_of_one_of_its_name(config):
     directory.add_samples("before", 0, [sample])
     directory.add_held_out("before", 0, STATS, [sample])
     directory.write_summary(Progress().summary("running"))
-    directory.add_trained(1, {0: header(7)})
+    directory.add_trained(1, {0: fakes.header(crc32=7)})
     directory.broken.mkdir()
     directory.report.write_text("old")
     for file in (directory.metrics, directory.timeline):
@@ -109,27 +110,12 @@ async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):
     assert reopened.passed_over() == []  # older than the one to continue from: nobody asks
 
 
-def header(response_crc32: int) -> Header:
-    return Header(
-        key=TrajectoryKey(0, "p", 0),
-        source="s",
-        num_prompt_tokens=1,
-        num_response_tokens=1,
-        num_loss_tokens=1,
-        stop_reason=StopReason.LENGTH,
-        oldest_version=0,
-        newest_version=0,
-        response_crc32=response_crc32,
-        sums={},
-    )
-
-
 def test_rows_after_the_checkpoint_are_dropped(config):
     directory = RunDirectory.create(config())
     directory.metrics.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 1')
     directory.timeline.write_text(directory.metrics.read_text())
     for step in (1, 2, 3):
-        directory.add_trained(step, {2 * step: header(7), 2 * step + 1: header(8)})
+        directory.add_trained(step, {2 * step: fakes.header(crc32=7), 2 * step + 1: fakes.header(crc32=8)})
     for step in (0, 2, 3):
         directory.add_samples("after", step, [{"prompt_id": "p", "prompt": "?\u2028", "response": "a"}])
         directory.add_held_out("after", step, STATS, [])
@@ -153,7 +139,7 @@ def test_a_run_that_cannot_say_what_it_trained_ends(config):
     with pytest.raises(
         StorageError, match=r"trained.jsonl could not be written: \[Errno 28\] .*continue with --resume"
     ):
-        directory.add_trained(1, {0: header(7)})
+        directory.add_trained(1, {0: fakes.header(crc32=7)})
 
 
 def test_summary_and_samples_come_back_as_written(config):

@@ -2,10 +2,11 @@
 
 import json
 
+import fakes
 import numpy as np
 
 from eopd.evaluation.samples import sample_record, token_texts
-from eopd.types import Bounds, Exact, PromptSample, ScoredTrajectory, StopReason, TeacherSignal, Trajectory
+from eopd.types import Bounds, Exact, ScoredTrajectory, StopReason, TeacherSignal
 
 WORDS = {0: "<end>", 1: "\u2581the", 2: "\u2581sea", 3: "s"}
 
@@ -19,17 +20,8 @@ class Strips:
 
 
 def scored(entropy) -> ScoredTrajectory:
-    prompt = PromptSample(epoch=0, prompt_id="p", source="s", token_ids=np.arange(2), reference_answer=None)
     floats = np.array([-0.5, -1.25, -np.inf], np.float32)
-    trajectory = Trajectory(
-        prompt=prompt,
-        sample_index=0,
-        response_ids=np.array([1, 2, 0], np.int32),
-        loss_mask=np.array([True, False, True]),
-        rollout_logprobs=floats[::-1].copy(),
-        policy_versions=np.zeros(3, np.int32),
-        stop_reason=StopReason.END_TOKEN,
-    )
+    trajectory = fakes.trajectory([1, 2, 0], mask=[True, False, True], logprobs=floats[::-1], stop=StopReason.END_TOKEN)
     signal = TeacherSignal(
         teacher="t",
         token_logprobs=floats,

@@ -1,5 +1,6 @@
 """What every teacher does to a trajectory, on a teacher of ten lines."""
 
+import fakes
 import numpy as np
 import pytest
 
@@ -11,14 +12,10 @@ from eopd.teacher.signal import SignalError
 from eopd.types import (
     Bounds,
     Exact,
-    Header,
     LossReason,
     LostTrajectory,
-    PromptSample,
     StopReason,
-    Stored,
     TeacherSignal,
-    Trajectory,
 )
 
 OWN_END, THEIR_END = 1, 2
@@ -56,25 +53,8 @@ def _vocabulary(monkeypatch):
 
 
 def stored(response, stop=StopReason.END_TOKEN, teacher_prompt=None):
-    size = len(response)
-    prompt = PromptSample(
-        epoch=0,
-        prompt_id="p",
-        source="s",
-        token_ids=np.array([5, 6], np.int32),
-        reference_answer=None,
-        teacher_token_ids=None if teacher_prompt is None else np.array(teacher_prompt, np.int32),
-    )
-    trajectory = Trajectory(
-        prompt=prompt,
-        sample_index=0,
-        response_ids=np.array(response, np.int32),
-        loss_mask=np.ones(size, np.bool_),
-        rollout_logprobs=np.zeros(size, np.float32),
-        policy_versions=np.zeros(size, np.int32),
-        stop_reason=stop,
-    )
-    return Stored(Header.of(trajectory, {"generate_s": 1.0}), trajectory)
+    body = fakes.trajectory(response, of=fakes.prompt(for_teacher=teacher_prompt), stop=stop)
+    return fakes.stored(body, {"generate_s": 1.0})
 
 
 async def test_the_teacher_reads_its_copy_and_its_candidates_come_back_in_the_student_s_words():

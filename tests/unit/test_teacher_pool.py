@@ -2,31 +2,22 @@
 
 import asyncio
 
+import fakes
 import pytest
 
 from eopd import replicas as module
 from eopd.roles import TeacherDownError, WorkerDownError
 from eopd.teacher.pool import TeacherPool, TeacherRouter
 from eopd.telemetry.rows import series
-from eopd.types import Header, LossReason, LostTrajectory, StopReason, Stored, TrajectoryKey
+from eopd.types import LossReason, LostTrajectory, Stored, TrajectoryKey
 
 TIMEOUT_S = 0.25
 
+pytestmark = pytest.mark.timeout(60)  # a replica that is waited for without end is what some of these tests are about
+
 
 def stored(index: int = 0, source: str = "s") -> Stored:
-    header = Header(
-        key=TrajectoryKey(0, str(index), 0),
-        source=source,
-        num_prompt_tokens=2,
-        num_response_tokens=5,
-        num_loss_tokens=5,
-        stop_reason=StopReason.END_TOKEN,
-        oldest_version=0,
-        newest_version=0,
-        response_crc32=0,
-        sums={},
-    )
-    return Stored(header, None)
+    return Stored(fakes.header(str(index), source=source, num_response=5), None)
 
 
 class Fake:

@@ -11,6 +11,7 @@ import subprocess
 import urllib.request
 from pathlib import Path
 
+import fakes
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
@@ -20,7 +21,6 @@ from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.rows import check_row, parse_series, series
 from eopd.telemetry.sinks import JsonlSink, Telemetry, TimelineSink, append_jsonl
 from eopd.telemetry.step import STALENESS_AGES, batch_row, config_row, resident_bytes
-from eopd.types import Header, StopReason, TrajectoryKey
 
 LOST = 'eopd_lost_trajectories_total{reason="too_stale"}'
 
@@ -101,21 +101,7 @@ def test_a_row_names_its_step() -> None:
 
 
 def test_a_batch_is_told_by_age() -> None:
-    def header(oldest: int) -> Header:
-        return Header(
-            key=TrajectoryKey(0, "p", 0),
-            source="s",
-            num_prompt_tokens=1,
-            num_response_tokens=2,
-            num_loss_tokens=2,
-            stop_reason=StopReason.LENGTH,
-            oldest_version=oldest,
-            newest_version=9,
-            response_crc32=0,
-            sums={},
-        )
-
-    row = batch_row([header(oldest) for oldest in (9, 9, 8, 4, 1)], version=9)
+    row = batch_row([fakes.header(oldest=oldest, newest=9) for oldest in (9, 9, 8, 4, 1)], version=9)
     shares = {age: row[series("eopd_staleness_ratio", versions=age)] for age in STALENESS_AGES}
     assert shares == {"0": 0.4, "1": 0.2, "2": 0.0, "3": 0.0, "4_or_more": 0.4}
     assert (row["eopd_staleness_mean"], row["eopd_staleness_max"]) == (14 / 5, 8)

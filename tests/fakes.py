@@ -1,0 +1,166 @@
+"""What tests make up: prompts, trajectories and their headers, and a world that plays every role of the loop."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from eopd.ledger import Ledger
+from eopd.pipeline import Pipeline, Plan
+from eopd.prompts import PromptOrder
+from eopd.telemetry.step import Totals
+from eopd.types import (
+    Header,
+    LearnerStats,
+    LossReason,
+    LostTrajectory,
+    PackedBatch,
+    PolicyVersion,
+    PromptSample,
+    PublishStats,
+    Sampling,
+    StopReason,
+    Stored,
+    Trajectory,
+    TrajectoryKey,
+)
+
+
+def prompt(
+    prompt_id: str = "p",
+    token_ids: Sequence[int] = (5, 6),
+    *,
+    epoch: int = 0,
+    source: str = "s",
+    answer: str | None = None,
+    for_teacher: Sequence[int] | None = None,
+) -> PromptSample:
+    return PromptSample(
+        epoch=epoch,
+        prompt_id=prompt_id,
+        source=source,
+        token_ids=np.array(token_ids, np.int32),
+        reference_answer=answer,
+        teacher_token_ids=None if for_teacher is None else np.array(for_teacher, np.int32),
+    )
+
+
+def trajectory(
+    response_ids: Sequence[int],
+    *,
+    of: PromptSample | None = None,
+    sample_index: int = 0,
+    mask: Sequence[bool] | None = None,
+    logprobs: Sequence[float] | None = None,
+    version: int = 0,
+    stop: StopReason = StopReason.LENGTH,
+) -> Trajectory:
+    """A response to ``of``, all of it written under one version."""
+    size = len(response_ids)
+    return Trajectory(
+        prompt=prompt() if of is None else of,
+        sample_index=sample_index,
+        response_ids=np.array(response_ids, np.int32),
+        loss_mask=np.ones(size, np.bool_) if mask is None else np.array(mask, np.bool_),
+        rollout_logprobs=np.zeros(size, np.float32) if logprobs is None else np.array(logprobs, np.float32),
+        policy_versions=np.full(size, version, np.int32),
+        stop_reason=stop,
+    )
+
+
+def stored(body: Trajectory, sums: Mapping[str, float] | None = None) -> Stored[Trajectory]:
+    return Stored(Header.of(body, sums or {}), body)
+
+
+def header(
+    prompt_id: str = "p",
+    *,
+    epoch: int = 0,
+    sample_index: int = 0,
+    source: str = "s",
+    num_prompt: int = 2,
+    num_response: int = 4,
+    oldest: int = 0,
+    newest: int | None = None,
+    crc32: int = 0,
+) -> Header:
+    """The header of a trajectory that is not there; all its response tokens are loss tokens."""
+    return Header(
+        key=TrajectoryKey(epoch, prompt_id, sample_index),
+        source=source,
+        num_prompt_tokens=num_prompt,
+        num_response_tokens=num_response,
+        num_loss_tokens=num_response,
+        stop_reason=StopReason.LENGTH,
+        oldest_version=oldest,
+        newest_version=oldest if newest is None else newest,
+        response_crc32=crc32,
+        sums={},
+    )
+
+
+def lost(
+    of: PromptSample,
+    sample_index: int = 0,
+    *,
+    reason: LossReason = LossReason.ROLLOUT_FAILED,
+    detail: str = "fake",
+) -> LostTrajectory:
+    return LostTrajectory(key=TrajectoryKey(of.epoch, of.prompt_id, sample_index), reason=reason, detail=detail)
+
+
+class World:
+    """Engine, teacher, learner and channel in one, which all answer at once. Tests make it slow or lossy."""
+
+    def __init__(self) -> None:
+        self.served = self.version = 0
+
+    def write(self, of: PromptSample, sample_index: int, version: int, body: object = None) -> Stored[Trajectory]:
+        """The answer of an engine that served ``version`` when it was asked."""
+        key = {"epoch": of.epoch, "sample_index": sample_index, "source": of.source}
+        return Stored(header(of.prompt_id, **key, oldest=version), body)  # type: ignore[arg-type]
+
+    async def generate(self, of: PromptSample, sample_index: int, sampling: Sampling) -> object:
+        return self.write(of, sample_index, self.served)
+
+    async def score(self, stored: Stored[Trajectory]) -> object:
+        return stored
+
+    async def step(self, batch: PackedBatch) -> LearnerStats:
+        self.version += 1
+        return LearnerStats(version=PolicyVersion(0, self.version), metrics={"eopd_loss": 1.0})
+
+    async def publish(self, version: PolicyVersion) -> PublishStats:
+        self.served = version.step
+        return PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
+
+
+def order(*, prompts: int = 5, samples: int = 2) -> PromptOrder:
+    """``prompts`` prompts named by their number, ``samples`` responses each."""
+    return PromptOrder([prompt(f"{i}") for i in range(prompts)], samples_per_prompt=samples, seed=3)
+
+
+def pipeline(world: World, *, of: PromptOrder | None = None, ledger: Ledger | None = None, **plan: object) -> Pipeline:
+    """The loop on a world: four trajectories a batch, two ranks, and what else ``plan`` says of ``Plan``."""
+    settings: dict[str, object] = {
+        "batch": 4,
+        "batches": 12,
+        "max_staleness": 0,
+        "lookahead": 0,
+        "max_attempts": 3,
+        "temperature": 1.0,
+        "max_response_tokens": 4,
+        "ranks": 2,
+        "optimizer_steps": 1,
+        "token_budget": 24,
+        "alpha_at": lambda batch: 1.0,
+    }
+    return Pipeline(
+        Plan(**settings | plan),  # type: ignore[arg-type]
+        world,
+        world,
+        world,
+        world,
+        of or order(),
+        ledger or Ledger(),
+        Totals(),
+    )
