@@ -1,6 +1,6 @@
 """A checkpoint on real DeepSpeed, continued with other settings: those of the config hold, not those it was saved with.
 
-This file is also the program of a rank: ``python test_changed_settings.py RANK WORLD_SIZE PORT DIRECTORY``.
+``run_rank`` is the program of a rank.
 """
 
 import itertools
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gang import read_seen, run_as_rank, run_gang, write_models
+from gang import asked_for, read_seen, run_gang, write_models
 from test_checkpoints import CASES, LAST, OFFLOADED_CASES, SAVED_AT, VOCABULARY, Case, make_batch, student_of
 
 from eopd.config import LearnerConfig, LossConfig
@@ -19,6 +19,7 @@ CHANGED = {"lr": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.2, "max_grad_norm"
 STILL = {"lr": 1e-30}  # nothing moves
 HALVED = {"optimizer_steps_per_batch": 2}
 ALL = CASES + OFFLOADED_CASES
+QUICK = {"float32-1", "float32-1-offloaded", "bfloat16-3"}
 # Cases whose checkpoints another continues: the same state, held in another way.
 OTHERS = {
     "float32-1": ("float32-1-offloaded", "float32-2"),
@@ -32,7 +33,7 @@ OTHERS = {
 }
 
 
-def run_rank(rank: int, world_size: int, port: int, root: Path) -> None:
+def run_rank(rank: int, world_size: int, port: int, root: Path, names: list[str]) -> None:
     from eopd.learner.learner import LearnerRank
 
     def learner_of(case: Case, **settings: Any) -> LearnerRank:
@@ -66,7 +67,8 @@ def run_rank(rank: int, world_size: int, port: int, root: Path) -> None:
         return learner
 
     seen: dict[str, Any] = {}
-    for case in ALL:
+    cases = [case for case in ALL if case.name in names]
+    for case in cases:
         learner = learner_of(case)
         train(learner, 0, SAVED_AT)
         learner.save(root / case.name)
@@ -82,14 +84,10 @@ def run_rank(rank: int, world_size: int, port: int, root: Path) -> None:
         train(learner, SAVED_AT, SAVED_AT + 2)
         learner.export(root / f"{case.name}-after")
         seen[case.name]["halved"] = loaded(case, case, **HALVED)._engine._engine.lr_scheduler.last_epoch
-    for case, of in itertools.product(ALL, ALL):
+    for case, of in itertools.product(cases, cases):
         if case.name in OTHERS.get(of.name, ()):
             seen[of.name][case.name] = train(loaded(case, of), SAVED_AT, LAST)
     (root / f"seen-{world_size}-{rank}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    run_as_rank(run_rank)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +97,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def seen(root: Path) -> dict[str, Any]:
-    run_gang(root, 2, __file__)
+def seen(request: pytest.FixtureRequest, root: Path) -> dict[str, Any]:
+    names = {name for pair in asked_for(request, "of", "case") for name in pair}
+    run_gang(root, 2, __file__, sorted(names | {name for (name,) in asked_for(request, "case")}))
     return read_seen(root, 2)[0]
 
 
-every_case = pytest.mark.parametrize("case", [case.name for case in ALL])
+def slow_unless_quick(*names: str) -> Any:
+    return pytest.param(*names, marks=() if QUICK.issuperset(names) else pytest.mark.slow)
+
+
+every_case = pytest.mark.parametrize("case", [slow_unless_quick(case.name) for case in ALL])
 
 
 @every_case
@@ -119,7 +122,7 @@ def test_the_optimiser_goes_on_as_the_config_says(seen, case):
 
 
 @every_case
-def test_no_learning_rate_of_the_checkpoint_is_applied(root, case):
+def test_no_learning_rate_of_the_checkpoint_is_applied(seen, root, case):
     before, after = ((root / f"{case}-{when}" / "model.safetensors").read_bytes() for when in ("before", "after"))
     assert before == after
 
@@ -129,7 +132,9 @@ def test_a_schedule_counts_batches_whatever_the_steps_of_each(seen, case):
     assert seen[case]["halved"] == 2 * SAVED_AT
 
 
-@pytest.mark.parametrize(("of", "case"), [(of, case) for of, cases in OTHERS.items() for case in cases])
+@pytest.mark.parametrize(
+    ("of", "case"), [slow_unless_quick(of, case) for of, cases in OTHERS.items() for case in cases]
+)
 def test_a_state_may_be_held_in_another_way(seen, of, case):
     exact = of.startswith("float32")
     for metric, tolerance in {"eopd_loss": 1e-4 if exact else 0.01, "eopd_grad_norm": 1e-4 if exact else 0.03}.items():
