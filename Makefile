@@ -24,9 +24,9 @@ $(VENV)/locked: $(LOCK) cluster/setup.sh
 	PYTHON=$(PYTHON) cluster/setup.sh $(VENV) $(LOCK)
 	touch $@
 
-demo: setup ## distil a real language model on this machine, about ten minutes
+demo: setup ## distil a real language model on this machine, about ten minutes; ARM=never opens no gate
 	$(BIN)/eopd models demo
-	$(BIN)/eopd train configs/demo.yaml --set run.name=$(RUN)
+	$(BIN)/eopd train configs/demo.yaml --set run.name=$(RUN)$(ARM:%=-%) $(ARM:%=--set loss.gate=%)
 
 tiny: setup ## the whole loop on tiny models, about two minutes
 	$(BIN)/eopd models tiny

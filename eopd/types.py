@@ -266,13 +266,23 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartStats:
+    """Some of the tokens of a held-out measurement: their ``share`` of all, and the two divergences on them."""
+
+    share: float
+    reverse_kl: Estimate
+    forward_kl: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalStats:
     """Student against teacher on held-out prompts, per response token; no update.
 
     reverse_kl is the mean of log p(y) - log q(y) over sampled tokens; forward_kl the ``tail`` form; top1_agreement the
     share of positions with equal argmax. Standard errors are clustered by trajectory (tokens of one response are not
     independent). The counts are a histogram of the loss tokens by entropy: ``NUM_ENTROPY_BINS`` bins, each
-    ``ENTROPY_BIN_NATS`` wide from 0 on, the last one open above.
+    ``ENTROPY_BIN_NATS`` wide from 0 on, the last one open above. ``parts`` are tokens where the teacher is ``unsure``
+    (where the gate opens) or ``sure``, and tokens by ``source`` of the prompt, where there are several.
     """
 
     reverse_kl: Estimate
@@ -282,6 +292,7 @@ class EvalStats:
     top1_agreement: Estimate
     student_entropy_counts: tuple[int, ...]
     teacher_entropy_counts: tuple[int, ...]
+    parts: Mapping[str, PartStats]
     num_trajectories: int
     num_tokens: int
 

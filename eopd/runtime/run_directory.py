@@ -296,15 +296,21 @@ class RunDirectory:
 
 
 def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
-    """An ``EvalStats`` as ``summary.json`` keeps it: every estimate with its mean and standard error."""
+    """An ``EvalStats`` as ``summary.json`` keeps it: every estimate with its mean and standard error; those of a part
+    of the tokens, and its share of them, as ``reverse_kl: teacher unsure``.
+    """
     estimates = ((name, getattr(stats, name)) for name in stats.__dataclass_fields__)
+    found = {name: value for name, value in estimates if isinstance(value, Estimate)}
+    for part, of_part in stats.parts.items():
+        found[f"share: {part}"] = Estimate(mean=of_part.share, standard_error=math.inf)
+        found[f"reverse_kl: {part}"] = of_part.reverse_kl
+        found[f"forward_kl: {part}"] = of_part.forward_kl
     return {
         name: {
             "mean": value.mean,
             "standard_error": value.standard_error if math.isfinite(value.standard_error) else None,
         }
-        for name, value in estimates
-        if isinstance(value, Estimate)
+        for name, value in found.items()
     }
 
 

@@ -28,6 +28,7 @@ PACE_WINDOW: Final = 20
 SAMPLE_CHARACTERS: Final = 200
 SILENCE_S: Final = 60.0  # of plain lines, until one says what is under way
 
+_DIVERGENCES: Final = ("reverse_kl", "forward_kl")
 _HELD_OUT: Final = {
     "reverse_kl": "reverse KL (nats)",
     "forward_kl": "forward KL (nats)",
@@ -201,6 +202,9 @@ def print_summary(
     output.print(_time_table(summary["step_seconds"]))
     output.print()
     output.print(held_out_table(summary["held_out"]))
+    if (parts := parts_table(summary["held_out"])).rows:
+        output.print()
+        output.print(parts)
     for sample in samples:
         output.print()
         output.print(_sample_table(sample))
@@ -229,6 +233,23 @@ def held_out_table(held_out: HeldOut) -> Table:
         if name in before and name in after:
             change = f"{after[name]['mean'] - before[name]['mean']:+.3f}"
         table.add_row(label, _measured(before, name), _measured(after, name), change)
+    return table
+
+
+def parts_table(held_out: HeldOut) -> Table:
+    """The divergences where the teacher is sure and unsure, and by source of the prompts, before and after."""
+    phases = [measured for measured in (held_out["before"], held_out["after"]) if measured]
+    parts = {name.removeprefix("share: ") for phase in phases for name in phase if name.startswith("share: ")}
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("held out, by part of the tokens", header_style="dim")
+    for heading in ("share", "reverse KL", "forward KL"):
+        table.add_column(heading, justify="right", header_style="dim")
+
+    def cell(name: str, form: str) -> str:
+        return " → ".join(format(phase[name]["mean"], form) if name in phase else "-" for phase in phases)
+
+    for part in sorted(parts, reverse=True):
+        table.add_row(part, cell(f"share: {part}", ".0%"), *(cell(f"{kl}: {part}", ".3f") for kl in _DIVERGENCES))
     return table
 
 

@@ -35,7 +35,7 @@ from eopd.types import (
     Trajectory,
 )
 
-STUDENT = Path("~/.cache/eopd/models/smollm2-99m-pruned").expanduser()
+STUDENT = Path("~/.cache/eopd/models/smollm2-120m-pruned").expanduser()
 SHAPES = {"8 x (32 + 32)": (8, 32, 32), "4 x (128 + 384)": (4, 128, 384)}  # trajectories, prompt, response
 V, K, BAR = 49_152, 16, 0.9
 FASTER_STAGE = {"bfloat16": 1, "float32": 0}  # on one rank: 302 to 259 and 199 to 150 tokens/s, 8 x (32 + 32)

@@ -1,6 +1,6 @@
 """Seconds of a weight sync, phase by phase, on a vLLM engine that goes on writing.
 
-The demo's student (99 M parameters, bfloat16) is sent from this process into one engine with eight requests in flight.
+The demo's student (120 M parameters, bfloat16) is sent from this process into one engine with eight requests in flight.
 ``gap`` is measured outside, between two tokens of one response: the last under the old weights and the first under the
 new ones. It holds one step that reads all responses again, since cached keys and values of old weights are dropped;
 ``paused`` is what ``install_weights`` returns: the wait for the step under way, load, repack, label, resume. ``probe
@@ -34,7 +34,7 @@ from eopd.weights.source import ModelSource
 from eopd.weights.transfer import WeightSender
 from eopd.weights.vllm_engine import engine_options
 
-STUDENT = Path("~/.cache/eopd/models/smollm2-99m-pruned").expanduser()
+STUDENT = Path("~/.cache/eopd/models/smollm2-120m-pruned").expanduser()
 REQUESTS, PROMPT, RESPONSE, BUCKET_BYTES = 8, 64, 900, 64 << 20
 BAR_S = 0.5  # paused, at most
 

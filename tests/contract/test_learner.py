@@ -428,7 +428,7 @@ def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_
     for scored in make_batch(NUM_BATCHES):
         signal, kept = scored.signal, scored.trajectory.loss_mask
         with torch.no_grad():
-            logprobs = dense_logprobs(model, scored, 1.0)
+            logprobs = dense_logprobs(model, scored, CASES[name].temperature)
         ids, top = torch.tensor(signal.topk_ids).long(), torch.tensor(signal.topk_logprobs)
         rest, teacher_rest = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1), torch.tensor(signal.tail_logprobs)
         values = {

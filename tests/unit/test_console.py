@@ -226,6 +226,25 @@ def test_the_summary_shows_rate_time_and_held_out_numbers() -> None:
     assert lines[-1] == "run directory: runs/demo"
 
 
+def test_the_summary_tells_where_the_teacher_is_sure_and_which_prompts_are_near_it() -> None:
+    parts = {
+        "share: teacher unsure": (0.62, 0.44),
+        "reverse_kl: teacher unsure": (2.5, 0.75),
+        "forward_kl: teacher unsure": (1.5, 0.5),
+        "share: source lists": (0.3, 0.31),
+        "reverse_kl: source lists": (1.0, 0.2),
+        "forward_kl: source lists": (0.9, 0.1),
+    }
+    before, after = ({name: measured(pair[i], 0.1) for name, pair in parts.items()} for i in (0, 1))
+    lines = summary_lines({**SUMMARY, "held_out": {"before": before, "after": after}}, [])
+    assert max(len(line) for line in lines) <= 80
+    cells = [line.split() for line in lines]
+    unsure = ["teacher", "unsure", *["62%", "→", "44%", "2.500", "→", "0.750", "1.500", "→", "0.500"]]
+    lists = ["source", "lists", *["30%", "→", "31%", "1.000", "→", "0.200", "0.900", "→", "0.100"]]
+    assert cells.index(unsure) + 1 == cells.index(lists)
+    assert not any("by part" in line for line in summary_lines(SUMMARY, []))
+
+
 def test_the_summary_of_an_interrupted_run_has_no_after() -> None:
     summary: Summary = {
         **SUMMARY,

@@ -37,7 +37,15 @@ class World(fakes.World):
 
 
 async def run(world: World, **more):
-    settings = {"max_tokens": 4, "seed": 40, "max_attempts": 3, "ranks": 2, "token_budget": 100, **more}
+    settings = {
+        "temperature": 0.7,
+        "max_tokens": 4,
+        "seed": 40,
+        "max_attempts": 3,
+        "ranks": 2,
+        "token_budget": 100,
+        **more,
+    }
     return await measure(world, world, world, PROMPTS, **settings)
 
 
@@ -46,7 +54,7 @@ async def test_what_is_lost_is_written_again_with_the_same_seed():
     stats, scored = await run(world)
     assert stats == "stats" and world.measured == ["a", "b", "c"]
     assert [stored.header.key.prompt_id for stored in scored] == ["a", "b", "c"]
-    expected = [("a", 40, 1.0)] * 2 + [("b", 41, 1.0)] * 3 + [("c", 42, 1.0)]
+    expected = [("a", 40, 0.7)] * 2 + [("b", 41, 0.7)] * 3 + [("c", 42, 0.7)]
     assert sorted(world.asked) == expected
 
 

@@ -25,6 +25,7 @@ STATS = EvalStats(
     **dict.fromkeys(NAMES, Estimate(mean=1.0, standard_error=0.1)),
     student_entropy_counts=(2, 7),
     teacher_entropy_counts=(9, 0),
+    parts={},
     num_trajectories=2,
     num_tokens=9,
 )
