@@ -32,12 +32,14 @@ class RunConfig(Section):
     """The run itself: ``directory/name`` is where everything it writes goes.
 
     When no step has finished for ``stall_after_s``, the run says who waits for whom; ``on_stall: end`` ends it too.
+    A run that will take more than twice its ``expected_minutes`` says so after three steps, and what to change.
     """
 
     name: str = Field(pattern=NAME, max_length=200, description=NAME_WORDS)
     directory: AbsolutePath = Path("runs")
     seed: Seed = 0
     batches: Positive
+    expected_minutes: float | None = Field(None, gt=0.0, le=1e7)
     stall_after_s: Seconds = 1800.0
     on_stall: Literal["report", "end"] = "report"
 

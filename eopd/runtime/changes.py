@@ -75,6 +75,7 @@ TABLE: Final[Mapping[str, Kind]] = {
     "rollout.timeout_s": "always",
     **{f"rollout.vllm.{name}": "always" for name in _VLLM_MEMORY},
     "run.directory": "always",
+    "run.expected_minutes": "always",
     "run.name": "always",
     "run.on_stall": "always",
     "run.seed": "never",

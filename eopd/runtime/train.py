@@ -312,7 +312,7 @@ class TrainingRun:
         notes += [*dtype_notes(self._config), *notes_on_data(self._config, self._prepared)]
         if cluster.is_job_copy(self.directory.path):
             notes.append("this is Ray's copy of the working directory: set run.directory to keep what the run writes")
-        self._console = Console(run=run.name, batches=run.batches)
+        self._console = Console(run=run.name, batches=run.batches, expected_minutes=run.expected_minutes)
         fan_out = Telemetry([*sinks, self._console])
         try:
             for note in notes:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.cells import LINE, cells, show, value
+from eopd.telemetry.forecast import AFTER_STEPS, forecast
 
 logger = logging.getLogger(__name__)
 MAX_WIDTH: Final = 100
@@ -93,10 +94,19 @@ class _Progress:
 class Console:
     """The live view until ``close``, or plain lines where there is no terminal; the log gets those too."""
 
-    def __init__(self, *, run: str, batches: int, output: rich.console.Console | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        run: str,
+        batches: int,
+        expected_minutes: float | None = None,
+        output: rich.console.Console | None = None,
+    ) -> None:
         self._output = output or rich.console.Console()
         self._run = run
         self._batches = batches
+        self._expected_minutes = expected_minutes
+        self._num_rows = 0
         self._start = self._output.get_time()
         self._rows_at: deque[float] = deque(maxlen=PACE_WINDOW + 1)
         self._progress = _Progress(row={}, at=self._start, step_s=None)
@@ -121,6 +131,16 @@ class Console:
             self.message(line)
         else:
             self._live.refresh()
+        self._num_rows += 1
+        if self._num_rows == AFTER_STEPS and step_s is not None and self._progress.step() < self._batches:
+            self._foretell(row, now - self._start, step_s)
+
+    def _foretell(self, row: Row, spent_s: float, step_s: float) -> None:
+        told = forecast(
+            row, spent_s=spent_s, step_s=step_s, batches=self._batches, expected_minutes=self._expected_minutes
+        )
+        logger.info(told)
+        self.message(told)
 
     def message(self, text: str) -> None:
         """Say something above the live view; brackets in it are not markup."""

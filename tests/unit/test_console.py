@@ -106,6 +106,18 @@ def test_without_a_terminal_each_step_is_one_plain_line() -> None:
     assert second.startswith("step 2/10 |") and second.endswith("| 1:20 left")
 
 
+def test_after_three_steps_the_whole_run_is_foretold_once() -> None:
+    terminal = Terminal(interactive=False)
+    console = Console(run="demo", batches=10, expected_minutes=1, output=terminal.output)
+    for step in range(1, 6):
+        terminal.now += 60.0
+        console.write(row_of(step))
+    console.close()
+    told = [line for line in terminal.lines() if not line.startswith("step ")]
+    assert len(told) == 1 and terminal.lines().index(told[0]) == 3
+    assert told[0].startswith("this run will take about 10 minutes in all: 7 more steps of 60.0 s. It was written to")
+
+
 def test_the_remaining_time_follows_recent_steps_and_never_runs_dry() -> None:
     terminal = Terminal(interactive=True)
     console = Console(run="demo", batches=100, output=terminal.output)
