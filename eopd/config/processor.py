@@ -74,6 +74,14 @@ def with_dtypes(config: Config) -> Config:
     return config.model_copy(update={"student": student, "teachers": teachers})
 
 
+def with_student_dtype_of(before: Config, now: Config) -> Config:
+    """A config that goes on from another, in the other's precision where ``auto`` chose here: machines differ."""
+    if now.student.dtype_reason is None:
+        return now
+    kept = {"dtype": before.student.dtype, "dtype_reason": before.student.dtype_reason}
+    return now.model_copy(update={"student": now.student.model_copy(update=kept)})
+
+
 def chosen(model: Model, *, gpus: float) -> Model:
     """A model's section with its ``dtype: auto`` chosen for this machine; one that names a dtype stays as it is."""
     if model.dtype != "auto":

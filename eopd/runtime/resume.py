@@ -20,6 +20,7 @@ from typing import Final, Literal
 
 from eopd.checkpoint import DriverState, broken_checkpoints, list_checkpoints, remove_partial, step_of
 from eopd.config import Config, ConfigError
+from eopd.config.processor import with_student_dtype_of
 from eopd.runtime.changes import OTHER_CONTENTS, Change, changes
 from eopd.runtime.run_directory import RunDirectory
 from eopd.telemetry.console import Summary
@@ -111,9 +112,11 @@ def take_up(config: Config, inputs: Mapping[str, str], resume: Resume = "no", st
             "it, or go back to an older checkpoint with --resume --step"
         )
     state = DriverState.read(checkpoint)
+    config = with_student_dtype_of(directory.config_at(state.step), config)
     found = what_changed(directory, config, state, inputs)
     return replace(
         new,
+        config=config,
         checkpoint=checkpoint,
         state=state,
         summary=summary,

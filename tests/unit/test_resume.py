@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
-from eopd.config import ConfigError, load_config
+from eopd.config import ConfigError, load_config, processor
 from eopd.ledger import Ledger
 from eopd.runtime.progress import Progress
 from eopd.runtime.resume import take_up
@@ -160,6 +160,17 @@ async def test_a_complete_run_is_nothing_to_do_and_can_be_extended(config):
     assert take_up(config("run.batches=15"), INPUTS, "yes", 10).state.step == 10
     directory.write_summary(Progress(step=20).summary("failed"))  # while it was measured after its last step
     assert not take_up(config(), INPUTS, "auto").complete
+
+
+async def test_a_precision_that_was_chosen_is_kept_on_another_machine(config, monkeypatch):
+    monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"avx512_bf16"}))
+    await run_of(config(), 2)
+    monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"avx2"}))
+    here = config()
+    taken_up = take_up(here, INPUTS, "yes")
+    assert here.student.dtype == "float32"
+    assert taken_up.config.student.dtype == "bfloat16" and "avx512_bf16" in taken_up.config.student.dtype_reason
+    assert "student.dtype bfloat16 -> float32" in refusal(config("student.dtype=float32"), "yes")
 
 
 async def test_a_run_directory_may_be_moved_and_renamed(config, tmp_path):
