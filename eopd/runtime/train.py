@@ -157,7 +157,9 @@ class TrainingRun:
     async def _outlive_learners(self, members: Crew, telemetry: Telemetry) -> None:
         """The whole run; from the newest checkpoint on, under a new incarnation, whenever the learner is lost."""
         for fleet in members.fleets:
-            self._say(str(await fleet.self_test(self._prepared.train.prompts[0].token_ids)))
+            report = await fleet.self_test(self._prepared.train.prompts[0].token_ids)
+            self._say(report.verdict)
+            logger.info(str(report))
         lost: LearnerDownError | None = None
         while True:
             try:

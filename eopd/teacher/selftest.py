@@ -59,6 +59,12 @@ class SelfTestReport:
     continuation: tuple[int, ...]
     worst: Mapping[str, float]
 
+    @property
+    def verdict(self) -> str:
+        """One sentence for everybody; the deviations are in ``str`` of this."""
+        number = "its engine answers" if self.replicas == 1 else f"its {self.replicas} engines answer"
+        return f"teacher {self.teacher}: {number} as a teacher must"
+
     def __str__(self) -> str:
         worst = ", ".join(f"{check} {deviation:.2g}" for check, deviation in self.worst.items())
         return f"teacher {self.teacher}: {self.replicas} tested; off by at most {worst}"

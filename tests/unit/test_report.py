@@ -159,13 +159,15 @@ def test_a_run_under_way_has_the_wall_time_of_its_rows_and_the_age_of_the_last(r
 
 
 def test_runs_are_compared_by_their_final_numbers(run, page):
-    held_out_after = {"held_out": {"after": {"reverse_kl": measured(2.0), "top1_agreement": measured(0.5)}}}
+    after = {"reverse_kl": measured(2.0), "top1_agreement": measured(0.5), "reverse_kl: source lists": measured(3.0)}
+    held_out_after = {"held_out": {"after": after | {"share: source lists": measured(0.4)}}}
     first, second = run("first"), run("second", **{"summary.json": json.dumps(SUMMARY | held_out_after)})
     found = page(first, second)
     text = " ".join(found.text.split())
     for expected in (
         "held-out reverse KL, after 1.000 ± 0.100 2.000 ± 0.100",
         "held-out top-1 agreement, after - 0.500 ± 0.100",
+        "held-out reverse KL, source lists, after - 3.000 ± 0.100",
         "wall time 1:02:05 1:02:05 tokens per second 50.0 50.0",
     ):
         assert expected in text
@@ -175,10 +177,10 @@ def test_runs_are_compared_by_their_final_numbers(run, page):
 def test_runs_that_were_measured_differently_are_said_not_to_compare(run, page):
     texts = (
         "teachers: [{model: a}]\nevaluation: {seed: 1}\n",
-        "teachers: [{model: b}]\nevaluation: {seed: 1, samples: 9}\n",
+        "teachers: [{model: b}]\nevaluation: {seed: 1, samples: 9}\nrollout: {temperature: 0.7}\n",
     )
     runs = [run(f"r{i}", **{"config.yaml": CONFIG + text}) for i, text in enumerate(texts)]
-    assert "do not compare, since their configs differ in teachers." in page(*runs).text
+    assert "do not compare, since their configs differ in teachers, rollout.temperature." in page(*runs).text
 
 
 def test_a_curve_has_the_values_of_the_rows_and_gaps_where_there_are_none(run, page):

@@ -135,6 +135,7 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
     seconds = sum(row["eopd_step_seconds"] for row in run.rows)
     tokens = last["eopd_response_tokens_total"]
     held_out = run.summary.get("held_out", {})
+    named = {**HELD_OUT, **_parts([held_out.get("before"), held_out.get("after")])}
     status = run.summary.get("status", "unknown")
     wall = run.summary.get("wall_s", 0.0)
     if status in ("running", "unknown"):  # then the summary is as old as the last checkpoint
@@ -155,7 +156,7 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
         },
         "held_out": [
             _change(label, unit, (held_out.get("before") or {}).get(name), (held_out.get("after") or {}).get(name))
-            for name, (label, unit) in HELD_OUT.items()
+            for name, (label, unit) in named.items()
         ],
     }
 
@@ -175,12 +176,24 @@ def _change(label: str, unit: str, before: Record | None, after: Record | None) 
     return {"label": label, "unit": unit, "before": _measured(before), "after": _measured(after), "change": difference}
 
 
+def _parts(measured: Sequence[Record | None]) -> dict[str, tuple[str, str]]:
+    """Label and unit of what was measured on parts of the tokens, as ``reverse_kl: teacher unsure``."""
+    names = {name for one in measured for name in one or {} if ": " in name}
+    pairs = {name: name.split(": ", maxsplit=1) for name in sorted(names, reverse=True)}
+    return {
+        name: (f"{HELD_OUT[what][0]}, {part}", HELD_OUT[what][1])
+        for name, (what, part) in pairs.items()
+        if what in HELD_OUT
+    }
+
+
 def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """(what, its value in each run): what runs are compared by."""
     after = [(run.summary.get("held_out", {}).get("after") or {}) for run in runs]
     facts = [headline(run)["facts"] for run in runs]
     names = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
-    rows = [(f"held-out {HELD_OUT[name][0]}, after", [_measured(one.get(name)) for one in after]) for name in names]
+    labels = {name: HELD_OUT[name][0] for name in names} | {name: label for name, (label, _) in _parts(after).items()}
+    rows = [(f"held-out {label}, after", [_measured(one.get(name)) for one in after]) for name, label in labels.items()]
     return rows + [
         (name, [one[name] for one in facts]) for name in ("response tokens", "wall time", "tokens per second")
     ]
@@ -193,7 +206,7 @@ def measured_differently(runs: Sequence[RunRecord]) -> list[str]:
         kept = (key for key in run.config if key != "evaluation.samples")  # how many are shown changes no number
         return {key: run.config[key] for key in kept if f"{key}.".startswith(f"{name}.")}
 
-    names = ("teachers", "prompts.held_out", "evaluation")
+    names = ("teachers", "prompts.held_out", "evaluation", "rollout.temperature")
     return [name for name in names if any(part(run, name) != part(runs[0], name) for run in runs)]
 
 
