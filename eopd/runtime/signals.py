@@ -15,11 +15,13 @@ ASK_TO_END: Final = (signal.SIGINT, signal.SIGTERM, *OF_THE_DRIVER)
 def caught(interrupt: Callable[[], bool], main: "asyncio.Task[object] | None") -> Iterator[None]:
     """Each is treated as Ctrl-C: ``interrupt`` first, and the main task is cancelled where that says False.
 
-    One that is ignored stays ignored: so ``nohup`` lets a run outlive its terminal.
+    An ignored SIGHUP stays ignored: so ``nohup`` lets a run outlive its terminal. SIGINT is taken all the
+    same: shells let jobs in the background ignore it, and ``kill -INT`` is meant for the run.
     """
     assert main is not None
     loop = asyncio.get_running_loop()
-    numbers = [number for number in ASK_TO_END if signal.getsignal(number) is not signal.SIG_IGN]
+    outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = [number for number in ASK_TO_END if number != signal.SIGHUP or not outlives_terminal]
     for number in numbers:
         loop.add_signal_handler(number, lambda: interrupt() or main.cancel())
     try:

@@ -31,6 +31,17 @@ async def test_where_nothing_can_end_softly_the_run_is_cancelled(number):
         await main()
 
 
+async def test_a_job_in_the_background_of_a_script_can_be_interrupted():
+    before, taken = signal.signal(signal.SIGINT, signal.SIG_IGN), []
+    try:
+        with caught(lambda: not taken.append(True), asyncio.current_task()):
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert taken == [True]
+
+
 async def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
