@@ -327,7 +327,9 @@ def test_what_torch_says_of_a_full_disk_becomes_an_oserror(tmp_path):
     def save_checkpoint(directory, **options):
         torch.save(torch.zeros(100_000), f"{directory}/weights.pt")
 
-    engine = cast(Engine, SimpleNamespace(_engine=SimpleNamespace(save_checkpoint=save_checkpoint)))
+    engine = cast(
+        Engine, SimpleNamespace(_engine=SimpleNamespace(save_checkpoint=save_checkpoint), _config=LearnerConfig())
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the kernel takes the first part, as a full disk does
     try:

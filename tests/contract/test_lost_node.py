@@ -1,9 +1,12 @@
 """A node is lost with the trajectories it holds: the teacher's is one trajectory lost, the learner's is its gang."""
 
+import sys
+
 import fakes
 import numpy as np
 import pytest
 import ray
+from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from eopd.config import load_config
@@ -11,6 +14,8 @@ from eopd.roles import LearnerDownError
 from eopd.runtime.actors import RemoteTeacher
 from eopd.runtime.gang import LearnerGang
 from eopd.types import LossReason, LostTrajectory, Stored
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests' modules
 
 HEADER = fakes.header(sample_index=1)
 

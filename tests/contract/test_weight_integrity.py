@@ -121,18 +121,21 @@ async def test_the_probe_notices_a_tied_head_that_keeps_its_old_copy(tiny_model,
     assert "twice with the same weights" in reason and "does not compute with the weights" in reason
 
 
-def test_of_layers_that_no_sync_loads_only_the_unexpected_are_logged(caplog):
+def test_of_layers_that_no_sync_loads_only_the_unexpected_are_logged():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     never_sent = vllm_engine._never_sent(model)
     assert never_sent == {"Sequential", "ReLU"}
     logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
     assert logger.name == vllm_engine.finalize_layerwise_reload.__module__
-    logger.addHandler(caplog.handler)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
     for expecting in (vllm_engine._expecting(never_sent), nullcontext()):
         with expecting:
             for kind in ("ReLU", "Linear"):
                 logger.warning("%s: Failed to load weights", kind)
             logger.warning("%s: something else", "ReLU")
-    logger.removeHandler(caplog.handler)
+    logger.removeHandler(handler)
     told = ["Linear: Failed to load weights", "ReLU: something else"]
-    assert caplog.messages == [*told, "ReLU: Failed to load weights", *told]
+    assert said == [*told, "ReLU: Failed to load weights", *told]
