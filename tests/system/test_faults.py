@@ -113,7 +113,7 @@ def test_one_failure_too_many_ends_the_run_with_all_their_causes_and_leaves_noth
     assert f"{FAILURES + 1} failures within 3600 s, cluster.max_restarts is {FAILURES}:" in said
     causes = re.findall(r"^  (\d+) x (.+)$", said, re.M)
     assert sum(int(count) for count, _ in causes) == FAILURES + 1
-    assert any(re.fullmatch(r"rollout engine \d+: its actor died", cause) for _, cause in causes), causes
+    assert any(re.match(r"rollout engine \d+: its actor died", cause) for _, cause in causes), causes
     assert len(re.findall("the learner was lost", said)) == 2
     assert run.summary()["status"] == "failed"
 

@@ -58,6 +58,7 @@ def test_the_run_directory_is_the_contract(synchronous):
         "checkpoints",
         "hf",
         "logs",
+        "run.lock",  # stays; who runs the run holds it
     }
     logs = {path.stem: path.read_text().split("\n")[:-1] for path in (directory / "logs").iterdir()}
     assert {"driver", "rollout-0", "rollout-1", "teacher-teacher-0"} <= set(logs)
