@@ -24,7 +24,7 @@ $(VENV)/locked: $(LOCK) cluster/setup.sh
 	PYTHON=$(PYTHON) cluster/setup.sh $(VENV) $(LOCK)
 	touch $@
 
-demo: setup ## distil a real language model on this machine, about ten minutes; ARM=never opens no gate
+demo: setup ## distil a real language model on this machine, about 12 minutes; ARM=never opens no gate
 	$(BIN)/eopd models demo
 	$(BIN)/eopd train configs/demo.yaml --set run.name=$(RUN)$(ARM:%=-%) $(ARM:%=--set loss.gate=%)
 
@@ -32,7 +32,7 @@ tiny: setup ## the whole loop on tiny models, about two minutes
 	$(BIN)/eopd models tiny
 	$(BIN)/eopd train configs/tiny.yaml --set run.name=tiny-$(RUN)
 
-test: setup ## the tests of every change, about ten minutes on two cores
+test: setup ## the tests of every change, about twenty minutes on two cores
 	$(PYTEST) $(TIMES) -m "not slow" $(TESTS)
 
 test-all: test ## and the slow ones: whole matrices, a Prometheus, a browser, a submitted job
