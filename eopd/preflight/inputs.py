@@ -2,16 +2,14 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
-from eopd.config.notes import notes as notes_of_config
-from eopd.config.processor import dtype_notes
 from eopd.preflight.answers import require_answers, require_readable_answers
-from eopd.preflight.environment import environment_notes, require_environment
+from eopd.preflight.environment import require_environment
 from eopd.preflight.models import require_model, require_served, require_student
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
@@ -56,7 +54,7 @@ def check(config: Config) -> Prepared:
     return remembered(question, [*data, *files], lambda: _check(config))
 
 
-def _runs_here(config: Config) -> bool:
+def runs_here(config: Config) -> bool:
     """Whether the run starts Ray on this machine, rather than join a cluster of others."""
     return (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
 
@@ -66,7 +64,7 @@ def _keys_not_set(config: Config) -> list[tuple[str, str]]:
 
     They are read where the teacher's client runs: on a cluster that is another node, which has its own variables.
     """
-    if not _runs_here(config):
+    if not runs_here(config):
         return []
     named = [(teacher.name, teacher.server.api_key_env) for teacher in config.teachers if teacher.server]
     unset = [(name, variable) for name, variable in named if variable and not os.environ.get(variable, "").strip()]
@@ -154,72 +152,3 @@ def count_prompts(where: str, prompts: Sequence[PromptSample], config: Config) -
             f"{', '.join(map(repr, named))}; name it there, or leave one teacher without sources"
         )
     return taught
-
-
-def report(config: Config, prepared: Prepared) -> Iterator[str]:
-    """What was checked, line by line, for a person to read."""
-    data = ((config.prompts.data, prepared.train), (config.prompts.held_out, prepared.held_out))
-    taught, held_out = (count_prompts(where, found.prompts, config) for where, found in data)
-    yield f"student {config.student.model}"
-    for teacher in config.teachers:
-        shared = prepared.vocabularies[teacher.name]
-        ends, other_ends = shared.student_ends, shared.teacher_ends
-        remap = (f"{own} {ends[own]} -> {theirs} {other_ends[theirs]}" for own, theirs in teacher.eos_remap.items())
-        where = teacher.server.url if teacher.server else f"{teacher.replicas} x {teacher.backend}"
-        yield f"teacher {teacher.name}: {teacher.model} ({where})"
-        yield f"  vocabulary  {shared.num_tokens} tokens; {shared.student_rows} and {shared.teacher_rows} rows"
-        yield f"  end tokens  student {_listed(ends)}; teacher {_listed(other_ends)}"
-        yield f"  eos_remap   {', '.join(remap) or 'none'}"
-        yield f"  prompts     {taught[teacher.name]} to train, {held_out[teacher.name]} held out"
-        yield from (f"  note        {note}" for note in shared.notes)
-    yield from dtype_notes(config)
-    yield from notes_on_data(config, prepared)
-    yield from environment_notes(config)
-
-
-def notes_on_data(config: Config, prepared: Prepared) -> Iterator[str]:
-    """What a user may want to know of the prompts before they are trained on."""
-    if dropped := prepared.train.num_dropped + prepared.held_out.num_dropped:
-        yield f"dropped {dropped} prompts of more than {config.prompts.max_tokens} tokens"
-    data = (*prepared.train.notes, *prepared.held_out.notes)
-    yield from (f"note: {note}" for note in (*data, *_oddities(config, prepared)))
-
-
-def _oddities(config: Config, prepared: Prepared) -> list[str]:
-    """What is odd and can be meant, in the config alone and beside the data that it names."""
-    train, held_out = prepared.train.prompts, prepared.held_out.prompts
-    found = notes_of_config(config)
-    if config.flow.batch_prompts > len(train):
-        found.append(
-            f"flow.batch_prompts: {config.flow.batch_prompts} is above the {len(train)} prompts of prompts.data; "
-            "a batch holds some of them more than once"
-        )
-    if config.evaluation.prompts > len(held_out):
-        found.append(
-            f"evaluation.prompts: {config.evaluation.prompts} is above the {len(held_out)} prompts of "
-            "prompts.held_out; all of them are used"
-        )
-    seen = {prompt.token_ids.tobytes() for prompt in train}
-    shared = sum(prompt.token_ids.tobytes() in seen for prompt in held_out)
-    if shared and config.prompts.data != config.prompts.held_out:
-        found.append(f"prompts.held_out: {shared} of its {len(held_out)} prompts are in prompts.data too")
-    taught = count_prompts(config.prompts.data, train, config)
-    found += [
-        f"teachers.{name}: teaches nothing: no row has its sources" for name, count in taught.items() if not count
-    ]
-    return found + _notes_on_threads(config)
-
-
-def _notes_on_threads(config: Config) -> list[str]:
-    """Threads of one actor beyond the cores of this machine, where the run is here."""
-    threads = {"learner": config.learner.threads, "rollout": config.rollout.threads}
-    threads |= {f"teachers.{teacher.name}": teacher.threads for teacher in config.teachers}
-    cores = os.cpu_count() or 1
-    many = {name: number for name, number in threads.items() if number > cores and _runs_here(config)}
-    return [
-        f"{name}.threads: {number} on a machine of {cores} cores, which share its time" for name, number in many.items()
-    ]
-
-
-def _listed(ends: Mapping[int, str]) -> str:
-    return ", ".join(f"{token_id} {token}" for token_id, token in ends.items())

@@ -13,10 +13,10 @@ import numpy as np
 from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
 from eopd.config import Config
 from eopd.config.load import flatten
-from eopd.config.processor import dtype_notes
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline
-from eopd.preflight import Prepared, check, notes_on_data
+from eopd.preflight import Prepared, check
+from eopd.preflight import notes as notes_on
 from eopd.roles import LearnerDownError
 from eopd.runtime import cluster
 from eopd.runtime.beside import Watchdog, scale_on_request
@@ -311,7 +311,7 @@ class TrainingRun:
             trackers.tracker(name, self.directory.path, run.name, settings) for name in telemetry.trackers
         ]
         sinks += self._trackers
-        notes += [*dtype_notes(self._config), *notes_on_data(self._config, self._prepared)]
+        notes += notes_on(self._config, self._prepared)
         if cluster.is_job_copy(self.directory.path):
             notes.append("this is Ray's copy of the working directory: set run.directory to keep what the run writes")
         self._console = Console(run=run.name, batches=run.batches, expected_minutes=run.expected_minutes)

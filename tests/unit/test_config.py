@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 
 from eopd.config import Config, ConfigError, dump_config, load_config
-from eopd.config.notes import notes
+from eopd.preflight.report import oddities
 
 MINIMAL = """
 run: {name: r, batches: 2}
@@ -730,5 +730,5 @@ def test_the_property_itself_sees_a_config(tmp_path):
     ],
 )
 def test_what_is_odd_and_can_be_meant_is_a_note(path, override, note):
-    assert notes(load_config(path, ["run.batches=60"])) == []
-    assert notes(load_config(path, ["run.batches=60", override])) == [note]
+    assert list(oddities(load_config(path, ["run.batches=60"]))) == []
+    assert list(oddities(load_config(path, ["run.batches=60", override]))) == [note]
