@@ -3,9 +3,10 @@ VENV   := .venv
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN    := $(VENV)/bin
 LOCK   ?= cluster/requirements-cpu.lock
-PYTEST := $(BIN)/python -m pytest
-TIMES  := --durations=20 --durations-min=10
-TESTS  := tests/house tests/unit tests/contract tests/system
+PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=10
+ONE    := tests/house tests/unit tests/contract
+WHOLE  := tests/system
+PAIRED := -n 2 --dist loadfile
 RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
@@ -33,10 +34,12 @@ tiny: setup ## the whole loop on tiny models, about two minutes
 	$(BIN)/eopd train configs/tiny.yaml --set run.name=tiny-$(RUN)
 
 test: setup ## the tests of every change, about twenty minutes on two cores
-	$(PYTEST) $(TIMES) -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow" $(PAIRED) $(ONE)
+	$(PYTEST) -m "not slow" $(WHOLE)
 
 test-all: test ## and the slow ones: whole matrices, a Prometheus, a browser, a submitted job
-	$(PYTEST) $(TIMES) -m slow $(TESTS)
+	$(PYTEST) -m slow $(PAIRED) $(ONE)
+	$(PYTEST) -m slow $(WHOLE)
 
 unit: setup ## the quick tests alone
 	$(PYTEST) tests/house tests/unit

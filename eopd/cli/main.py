@@ -130,16 +130,18 @@ def check(
     prepared = preflight.check(resolved)
     for line in preflight.report(resolved, prepared):
         typer.echo(line)
-    from eopd.preflight.environment import LOCAL, cluster_address
+    from eopd.preflight.environment import LOCAL, cluster_address, gpus_here
     from eopd.runtime.placement import room_here
 
-    if cluster_address(resolved.cluster) == LOCAL and (lack := room_here(resolved, os.cpu_count() or 1)):
+    here = cluster_address(resolved.cluster) == LOCAL
+    if here and (lack := room_here(resolved, cpus=os.cpu_count() or 1, gpus=gpus_here())):
         typer.echo(f"note: there is no room for it on this machine: {lack}")
     if live:
         from eopd.runtime.check import check_live
 
         for report in check_live(resolved, prepared):
             typer.echo(report)
+    typer.echo("no mistake was found")
 
 
 @app.command("config", epilog=SET_EPILOG)
@@ -234,7 +236,7 @@ def demo_models(directory: Annotated[Path, typer.Argument()] = MODELS) -> None:
 
     directory = _expand(directory)
     teacher = write_teacher(directory / "smollm2-135m")
-    student = write_student(teacher, directory / "smollm2-120m-pruned")
+    student = write_student(teacher, directory / "smollm2-26-layers")
     typer.echo(f"{teacher}\n{student}")
 
 

@@ -11,9 +11,11 @@ from eopd.config.messages import explain
 from eopd.config.processor import with_dtypes
 from eopd.config.sections import Config
 from eopd.config.shape import shape
+from eopd.config.teacher import TeacherConfig
 
 SectionT = typing.TypeVar("SectionT", bound=BaseModel)
 
+DEFAULT_NAME = TeacherConfig.model_fields["name"].default
 _HOLDER = "x-"  # begins the name of a top-level key that only holds anchors
 
 
@@ -133,6 +135,9 @@ def _index(node: Sequence[object], part: str, above: Sequence[str], override: st
     where = ".".join(above)
     if not node:
         raise ConfigError(f"--set {override}: {where} is an empty list; set all of it: {where}=[...]")
+    names = [str(item.get("name", DEFAULT_NAME)) if isinstance(item, dict) else None for item in node]
+    if names.count(part) == 1:
+        return names.index(part)
     if not part.lstrip("-").isdigit():
         raise ConfigError(f"--set {override}: {where} is a list; write {where}.0.{part} for its first item")
     raise ConfigError(f"--set {override}: {where}.{part} must be an index below {len(node)}")

@@ -253,12 +253,12 @@ class Config(Section):
                 f"flow.batch_prompts: a batch of {self.batch_trajectories} trajectories cannot be cut into "
                 f"{self.learner.optimizer_steps_per_batch} optimiser steps on {self.learner.ranks} ranks"
             )
-        if self.loss.reward is not None and (self.rollout.samples_per_prompt < 2 or self.flow.lookahead):
-            raise ValueError(
-                "loss.reverse_kl.reward: compares a prompt's samples within one batch; it needs "
-                f"rollout.samples_per_prompt of 2 or more (is {self.rollout.samples_per_prompt}) and flow.lookahead 0 "
-                f"(is {self.flow.lookahead})"
-            )
+        if self.loss.reward is not None:
+            why = "loss.reverse_kl.reward: compares a prompt's samples within one batch; it needs"
+            if (samples := self.rollout.samples_per_prompt) < 2:
+                raise ValueError(f"{why} rollout.samples_per_prompt of 2 or more (is {samples})")
+            if self.flow.lookahead:
+                raise ValueError(f"{why} flow.lookahead 0 (is {self.flow.lookahead})")
         return self
 
     @model_validator(mode="after")

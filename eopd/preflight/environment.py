@@ -48,6 +48,11 @@ def environment_notes(config: Config) -> Iterator[str]:
         yield f"note: run.name: {path} holds a run already; `eopd train` takes it up with --resume only"
 
 
+def gpus_here() -> int:
+    """NVIDIA GPUs of this machine, by their device files."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def cluster_address(config: ClusterConfig) -> str:
     """Where Ray is: ``HOST:PORT`` or ``auto`` for a cluster that runs, ``local`` to start it here.
 

@@ -113,11 +113,12 @@ def _require_directory(directory: Path) -> None:
     """Refuse what is no directory, with the command that makes one of a model on the Hub."""
     if not directory.exists():
         here = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else Path()
-        name = str(here) if len(here.parts) == 2 else "OWNER/NAME"
+        is_hub_name = len(here.parts) == 2 and here.parts[0] != "models"
+        name = here if is_hub_name else f"OWNER/{directory.name}"
         raise ConfigError(
             f"there is no directory {directory}; models are read from directories and never downloaded: "
-            f"`hf download {name} --local-dir DIRECTORY` makes one of a model on the Hugging Face Hub, "
-            "`eopd models --help` those of the shipped configs"
+            f"`hf download {name} --local-dir {directory}` makes it of a model on the Hugging Face Hub, "
+            "`eopd models demo` and `eopd models tiny` those of the shipped configs"
         )
     if not directory.is_dir():
         raise ConfigError(f"{directory} is a file; name the Hugging Face model directory that holds it")

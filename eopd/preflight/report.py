@@ -28,7 +28,8 @@ def report(config: Config, prepared: Prepared) -> Iterator[str]:
         remap = (f"{own} {ends[own]} -> {theirs} {other_ends[theirs]}" for own, theirs in teacher.eos_remap.items())
         where = teacher.server.url if teacher.server else f"{teacher.replicas} x {teacher.backend}"
         yield f"teacher {teacher.name}: {teacher.model} ({where})"
-        yield f"  vocabulary  {shared.num_tokens} tokens; {shared.student_rows} and {shared.teacher_rows} rows"
+        rows = f"student {shared.student_rows}, teacher {shared.teacher_rows}"
+        yield f"  vocabulary  {shared.num_tokens} tokens; rows of the heads: {rows}"
         yield f"  end tokens  student {_listed(ends)}; teacher {_listed(other_ends)}"
         yield f"  eos_remap   {', '.join(remap) or 'none'}"
         yield f"  prompts     {taught[teacher.name]} to train, {held_out[teacher.name]} held out"

@@ -3,7 +3,6 @@
 Thread counts are set explicitly: Ray's CPU numbers are admission, not affinity, and may be fractional.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -116,9 +115,9 @@ def require_capacity(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> N
     _require_places(roles, nodes)
 
 
-def room_here(config: Config, cpus: float) -> str | None:
-    """What a run lacks where Ray is started on a machine of so many CPUs; its GPUs are not counted."""
-    here = Capacity(cpus=config.cluster.cpus or cpus, gpus=math.inf)
+def room_here(config: Config, *, cpus: float, gpus: float) -> str | None:
+    """What a run lacks where Ray is started on a machine of so many CPUs and GPUs."""
+    here = Capacity(cpus=config.cluster.cpus or cpus, gpus=gpus)
     try:
         require_capacity(plan(config), [Node(total=here, free=here)])
     except ConfigError as error:

@@ -38,7 +38,7 @@ from eopd.types import (
     Trajectory,
 )
 
-STUDENT = Path("~/.cache/eopd/models/smollm2-120m-pruned").expanduser()
+STUDENT = Path("~/.cache/eopd/models/smollm2-26-layers").expanduser()
 SHAPES = [(8, 32, 32), (4, 128, 384)]  # trajectories, prompt, response
 GPU_SHAPES = [(8, 64, 448), (4, 64, 1984)]
 K, BAR = 16, 0.9

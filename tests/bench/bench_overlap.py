@@ -62,7 +62,7 @@ def cpu_by_role(run: Run) -> Counter[str]:
 def measure(program: Program, staleness: int, batches: int) -> Seen:
     """Train, and look at the clocks after the warm-up and before the last step."""
     settings = [
-        f"student.model={MODELS / 'smollm2-120m-pruned'}",
+        f"student.model={MODELS / 'smollm2-26-layers'}",
         f"teachers.0.model={MODELS / 'smollm2-135m'}",
         f"flow={{batch_prompts: 8, max_staleness: {staleness}}}",
         "run.batches=10000",

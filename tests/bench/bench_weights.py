@@ -34,7 +34,7 @@ from eopd.weights.source import ModelSource
 from eopd.weights.transfer import WeightSender
 from eopd.weights.vllm_engine import engine_options
 
-STUDENT = Path("~/.cache/eopd/models/smollm2-120m-pruned").expanduser()
+STUDENT = Path("~/.cache/eopd/models/smollm2-26-layers").expanduser()
 REQUESTS, PROMPT, RESPONSE, BUCKET_BYTES = 8, 64, 900, 64 << 20
 BAR_S = 0.5  # paused, at most
 

@@ -147,7 +147,7 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         (
             "loss.reverse_kl={kind: sampled, reward: {grader: math}}",
             "loss.reverse_kl.reward: compares a prompt's samples within one batch; it needs "
-            "rollout.samples_per_prompt of 2 or more (is 1) and flow.lookahead 0 (is 0)",
+            "rollout.samples_per_prompt of 2 or more (is 1)",
         ),
         (
             "loss.reverse_kl={kind: none, reward: {grader: math}}",
@@ -404,6 +404,14 @@ def test_a_mistake_names_key_value_and_what_is_allowed(path, override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(path, [override])
     assert str(caught.value).removeprefix(f"{path}: ") == message
+
+
+def test_an_item_of_a_list_is_set_by_its_name_too(path):
+    assert load_config(path, ["teachers.teacher.dtype=bfloat16"]).teachers[0].dtype == "bfloat16"
+    named = ["teachers=[{name: a, model: t, sources: [x]}, {name: b, model: t}]", "teachers.b.replicas=3"]
+    assert [teacher.replicas for teacher in load_config(path, named).teachers] == [1, 3]
+    with pytest.raises(ConfigError, match=r"teachers is a list; write teachers.0.c for its first item"):
+        load_config(path, [*named, "teachers.c.replicas=3"])
 
 
 def test_a_reward_compares_samples_of_one_batch(path):

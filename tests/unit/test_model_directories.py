@@ -202,7 +202,7 @@ def test_a_name_of_the_hub_is_told_how_to_become_a_directory(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     message = refused(tmp_path / "Qwen" / "Qwen3-0.6B")
     assert "models are read from directories and never downloaded" in message
-    assert "`hf download Qwen/Qwen3-0.6B --local-dir DIRECTORY`" in message
+    assert "`hf download Qwen/Qwen3-0.6B --local-dir DIR`" in message
     (tmp_path / "file").write_text("")
     assert "is a file; name the Hugging Face model directory" in refused(tmp_path / "file")
 

@@ -12,6 +12,7 @@ from eopd import preflight
 from eopd.cli.main import main
 from eopd.config import ConfigError, load_config
 from eopd.models.tiny import build_model, train_tokenizer, write_model
+from eopd.preflight import environment
 from eopd.preflight.declared import Declarations
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
 
@@ -72,13 +73,13 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
     assert shown.splitlines() == [
         "student /student",
         "teacher chat: /chat (2 x vllm)",
-        f"  vocabulary  {tokens} tokens; {tokens} and {tokens} rows",
+        f"  vocabulary  {tokens} tokens; rows of the heads: student {tokens}, teacher {tokens}",
         "  end tokens  student 0 <|endoftext|>; teacher 2 <|im_end|>",
         "  eos_remap   0 <|endoftext|> -> 2 <|im_end|>",
         "  prompts     3 to train, 1 held out",
         "  note        chat templates differ; prompts are rendered with the student's",
         "teacher far: /base (http://far:8000)",
-        f"  vocabulary  {tokens} tokens; {tokens} and {tokens} rows",
+        f"  vocabulary  {tokens} tokens; rows of the heads: student {tokens}, teacher {tokens}",
         "  end tokens  student 0 <|endoftext|>; teacher 0 <|endoftext|>",
         "  eos_remap   none",
         "  prompts     1 to train, 0 held out",
@@ -301,11 +302,13 @@ def test_types_are_read_from_source_as_far_as_they_are_plain(tmp_path):
         (["rollout.cpus=1000"], "the roles ask for 1004 cpus (learner 1 x 1, rollout 1 x 1000, teacher chat 2 x 1, "),
         (["cluster.cpus=3.5"], "the roles ask for 5 cpus (learner 1 x 1, rollout 1 x 1, teacher chat 2 x 1, teacher "),
         (["cluster.address=head:6379", "rollout.cpus=1000"], None),
-        (["rollout.gpus=1", "teachers.0.gpus=1", "cluster.cpus=9"], None),
+        (["rollout.gpus=1", "teachers.0.gpus=1", "cluster.cpus=9"], "the roles ask for 3 gpus ("),
+        (["rollout.gpus=1", "cluster.address=head:6379"], None),
     ],
 )
 def test_what_this_machine_lacks_is_a_note_where_ray_is_started_here(check, overrides, note, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(environment, "gpus_here", lambda: 2)
     code, shown = check(*overrides)
     told = [line for line in shown.splitlines() if line.startswith("note: there is no room for it on this machine: ")]
     assert code == 0 and len(told) == (note is not None)
