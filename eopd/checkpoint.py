@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -128,7 +129,7 @@ def fault(checkpoint: Path) -> str | None:
         return next((found for found in faults if found), None)
     except OSError as error:
         return f"{MANIFEST} cannot be read ({error.strerror})"
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is not what was written"
 
 
@@ -141,6 +142,15 @@ def remove_partial(root: Path) -> None:
     """Remove what a driver that was killed while it saved left behind."""
     for path in root.glob(".step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_checkpoints(root: Path) -> None:
+    """Remove every checkpoint, and their directory where nothing else is in it."""
+    remove_partial(root)
+    for path in _named(root):
+        shutil.rmtree(path)
+    with suppress(OSError):  # it is not there, or not empty
+        root.rmdir()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import ConfigError
+from eopd.preflight.environment import LOCK
 
-LOCK: Final = "run.lock"
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 _TRIES: Final = 5  # whoever only looks at a lock holds it for a moment
 _PAUSE_S: Final = 0.2

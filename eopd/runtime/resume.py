@@ -89,6 +89,7 @@ def take_up(config: Config, inputs: Mapping[str, str], resume: Resume = "no", st
         ConfigError: it cannot be taken up so; names what can be done.
     """
     directory = RunDirectory(config.run.path)
+    directory.require_no_stranger()
     checkpoints = list_checkpoints(directory.checkpoints)
     new = TakenUp(directory=directory, config=config, inputs=inputs)
     if not checkpoints:
@@ -140,7 +141,7 @@ def require_no_broken(directory: RunDirectory) -> None:
 def _begin(directory: RunDirectory, resume: Resume) -> list[str]:
     """What to say of a run that begins, there being no checkpoint."""
     path, steps = directory.path, directory.num_steps()
-    if not directory.holds_a_run():
+    if not directory.holds_a_run() and not steps:
         if resume == "yes":
             raise ConfigError(f"--resume: {path} holds no run; start it without --resume, or with --resume auto")
         return []

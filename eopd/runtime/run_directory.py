@@ -37,10 +37,11 @@ from pathlib import Path
 from typing import Self, TypedDict
 
 from eopd import __version__
-from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, step_of, write_whole
+from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, remove_checkpoints, step_of, write_whole
 from eopd.config import Config, ConfigError, dump_config, load_config
+from eopd.preflight.environment import require_no_stranger
 from eopd.runtime.changes import Change
-from eopd.runtime.lock import LOCK, holder, last_holder
+from eopd.runtime.lock import holder, last_holder
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Measurement, Sample, Summary
 from eopd.telemetry.sinks import append_jsonl
@@ -72,7 +73,6 @@ class RunDirectory:
         self.logs = path / "logs"
         self._config = path / "config.yaml"
         self._changes = path / "changes.jsonl"
-        self._lock = path / LOCK
         self._summary = path / "summary.json"
         self.timeline = path / "timeline.jsonl"
         self.report = path / "report.html"
@@ -85,9 +85,10 @@ class RunDirectory:
         """A run from the beginning, in place of whatever one of this name did; who calls it has seen that it may.
 
         Raises:
-            ConfigError: the directory cannot be made.
+            ConfigError: the directory cannot be made, or holds something that is no run of eopd.
         """
         directory = cls(config.run.path)
+        directory.require_no_stranger()
         path = directory.path
         rows = (directory.metrics, directory.trained, directory.timeline, directory._samples, directory._held_out)
         left = (*rows, directory._changes, directory._summary, directory._scale, directory.report)
@@ -95,8 +96,8 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             for file in (*left, *path.glob(f"*/{RUN_ID}")):
                 file.unlink(missing_ok=True)
-            for folder in (directory.checkpoints, directory.broken):
-                shutil.rmtree(folder, ignore_errors=True)
+            remove_checkpoints(directory.checkpoints)
+            shutil.rmtree(directory.broken, ignore_errors=True)
             directory._write_versions()
             directory._config.write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
@@ -104,9 +105,8 @@ class RunDirectory:
         return directory
 
     def require_no_stranger(self) -> None:
-        """Raises ConfigError where the directory holds something, and that is no run."""
-        if self.path.exists() and not self.holds_a_run() and any(self.path.iterdir()) and not self._lock.exists():
-            raise ConfigError(f"run.name: {self.path} exists and holds no run; choose another name")
+        """Raises ConfigError where the directory holds something, and that is no run of eopd."""
+        require_no_stranger(self.path)
 
     def holds_a_run(self) -> bool:
         """Whether one was begun here."""
@@ -115,8 +115,8 @@ class RunDirectory:
     def num_steps(self) -> int:
         """The last step that a row tells of; 0 where none does."""
         files = (path for path in (self.metrics, self.trained) if path.exists())
-        lines = (line for path in files for line in path.read_text(encoding="utf-8").splitlines()[-2:])
-        return int(max((step for line in lines if (step := _step_of(line)) < math.inf), default=0))
+        lines = (line for path in files for line in _lines(path)[-3:])
+        return int(max((step for line in lines if math.isfinite(step := _step_of(line))), default=0))
 
     def go_on(self, config: Config, step: int, changes: Sequence[Change]) -> None:
         """Keep the config that holds from the step after ``step`` on, and what it changes of the one before."""
@@ -191,8 +191,7 @@ class RunDirectory:
         """Forget what was measured and trained after the checkpoint that the run continues from."""
         for path in (self.metrics, self.trained, self.timeline, self._samples, self._held_out):
             if path.exists():
-                rows = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut inside texts
-                write_whole(path, "".join(f"{row}\n" for row in rows if _step_of(row) <= step))
+                write_whole(path, "".join(f"{row}\n" for row in _lines(path) if _step_of(row) <= step))
 
     def add_trained(self, step: int, trained: Mapping[int, Header]) -> None:
         """Append to ``trained.jsonl`` which trajectories, by issue number, a step trained on.
@@ -314,9 +313,14 @@ def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
     }
 
 
+def _lines(path: Path) -> list[str]:
+    """Lines of a file of rows; splitlines() would cut inside texts."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")
+
+
 def _step_of(row: str) -> float:
     """The step of a row; beyond all others where the row was cut short, by a machine that lost its power."""
     try:
         return float(json.loads(row)["step"])
-    except ValueError:
+    except (ValueError, LookupError, TypeError, RecursionError):
         return math.inf
