@@ -27,11 +27,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from pydantic import TypeAdapter
+
+from eopd.config.saved import read_saved
 from eopd.types import RunFailedError
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
 DIGEST_BYTES = 1 << 20
+WITHOUT_IT = "Go on from an older checkpoint (--resume --step N), or begin another run (run.name)"
 
 
 class StorageError(RunFailedError):
@@ -61,8 +65,12 @@ class DriverState:
 
     @classmethod
     def read(cls, checkpoint: Path) -> Self:
-        """Read back what ``write_checkpoint`` wrote."""
-        return cls(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+        """Read back what ``write_checkpoint`` wrote.
+
+        Raises:
+            ConfigError: something of it is missing.
+        """
+        return read_saved(checkpoint / STATE, TypeAdapter(cls), WITHOUT_IT)
 
 
 async def write_checkpoint(
@@ -172,7 +180,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _named(root: Path) -> list[Path]:
-    return sorted((path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=step_of)
+    return sorted(
+        (path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal() and path.name.isascii()),
+        key=step_of,
+    )
 
 
 def _entry(path: Path) -> dict[str, object]:

