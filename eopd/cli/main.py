@@ -5,7 +5,8 @@ code 2.
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -170,7 +171,7 @@ def export(
     target = output or run / f"hf-{checkpoint.name}"
     adapter = [target.with_name(f"{target.name}-adapter")] if config.student.lora else []
     for written in (target, *adapter):
-        if written.exists():
+        if os.path.lexists(written):
             raise ConfigError(f"--output {written}: exists; remove it or name another")
     if not target.parent.is_dir():
         raise ConfigError(f"--output {target}: there is no directory {target.parent}")
@@ -178,7 +179,8 @@ def export(
     from eopd.preflight import require_model
 
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
-    export_checkpoint(config.student, checkpoint / "learner", target)
+    with _about(target):
+        export_checkpoint(config.student, checkpoint / "learner", target)
     typer.echo(target)
 
 
@@ -191,10 +193,8 @@ def report(
     from eopd.telemetry.report.page import write_report
 
     target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    try:
+    with _about(target):
         write_report(runs, target)
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}") from None
     typer.echo(target)
 
 
@@ -234,9 +234,9 @@ def demo_models(directory: Annotated[Path, typer.Argument()] = MODELS) -> None:
     _hush()
     from eopd.models.smollm2 import write_student, write_teacher
 
-    directory = _expand(directory)
-    teacher = write_teacher(directory / "smollm2-135m")
-    student = write_student(teacher, directory / "smollm2-26-layers")
+    with _made(directory) as made:
+        teacher = write_teacher(made / "smollm2-135m")
+        student = write_student(teacher, made / "smollm2-26-layers")
     typer.echo(f"{teacher}\n{student}")
 
 
@@ -249,7 +249,8 @@ def tiny_models(
     _hush()
     from eopd.models.tiny import write_tiny_pair
 
-    teacher, student = write_tiny_pair(_expand(directory), family=family)
+    with _made(directory) as made:
+        teacher, student = write_tiny_pair(made, family=family)
     typer.echo(f"{teacher}\n{student}")
 
 
@@ -262,14 +263,27 @@ def _hush() -> None:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
-def _expand(directory: Path) -> Path:
-    """With the home directory in place of ``~``."""
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """A file that cannot be read or written is the mistake of who named ``path``."""
     try:
-        return directory.expanduser()
+        yield
+    except OSError as error:
+        raise ConfigError(f"{error.filename or path}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _made(directory: Path) -> Iterator[Path]:
+    """A directory for models, with the home directory in place of ``~``; what is under way writes them there."""
+    try:
+        expanded = directory.expanduser()
     except RuntimeError:
         raise ConfigError(
             f"DIRECTORY: {directory}: this user has no home directory; name another, or set HOME"
         ) from None
+    with _about(expanded):
+        expanded.mkdir(parents=True, exist_ok=True)
+        yield expanded
 
 
 def main() -> None:

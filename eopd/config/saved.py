@@ -1,5 +1,6 @@
 """JSON that an earlier process wrote, read back: it may be of another version of eopd, or damaged since."""
 
+import os
 import typing
 from pathlib import Path
 
@@ -9,6 +10,20 @@ from pydantic_core import ErrorDetails
 from eopd.config.load import ConfigError
 
 SavedT = typing.TypeVar("SavedT")
+
+
+def require_directory(run: Path) -> None:
+    """What is to be read as a run is a directory that can be looked into, or is not there.
+
+    Raises:
+        ConfigError: it is a file, closed, or no possible name.
+    """
+    try:
+        os.listdir(run)
+    except FileNotFoundError:
+        return  # whoever reads it says that there is none
+    except OSError as error:
+        raise ConfigError(f"{run} is no run directory ({error.strerror})") from None
 
 
 def read_saved(path: Path, kind: TypeAdapter[SavedT], way_out: str) -> SavedT:

@@ -39,6 +39,7 @@ from typing import Self
 from eopd import __version__
 from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, remove_checkpoints, step_of, write_whole
 from eopd.config import Config, ConfigError, dump_config, load_config
+from eopd.config.saved import require_directory
 from eopd.preflight.environment import require_no_stranger
 from eopd.runtime.changes import Change
 from eopd.runtime.lock import holder, last_holder
@@ -138,8 +139,9 @@ class RunDirectory:
         """What the run was started with.
 
         Raises:
-            ConfigError: this directory holds no run.
+            ConfigError: this is no directory, or it cannot be read, or holds no run.
         """
+        require_directory(self.path)
         if not self.holds_a_run() and (starting := holder(self.path)):
             raise ConfigError(f"{self.path} is being started by {starting}; look again in a moment")
         if not self.holds_a_run():

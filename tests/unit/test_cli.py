@@ -362,6 +362,54 @@ def test_ctrl_c_before_anything_runs_is_one_line(files, capsys, monkeypatch):
     assert (caught.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
+@pytest.mark.parametrize("verb", ["status", "export", "scale", "report"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("c.yaml", "Not a directory"), ("c.yaml/run", "Not a directory"), ("x" * 256, "File name too long")],
+)
+def test_what_is_no_directory_is_no_run(files, verb, name, reason, capsys, monkeypatch):
+    options = {"scale": ["--engines", "2"], "report": ["--output", str(files / "report.html")]}
+    monkeypatch.setattr(sys, "argv", ["eopd", verb, str(files / name), *options.get(verb, [])])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert (caught.value.code, capsys.readouterr().err) == (
+        2,
+        f"error: {files / name} is no run directory ({reason})\n",
+    )
+
+
+@pytest.mark.parametrize("verb", ["status", "export", "scale", "report"])
+def test_a_run_in_a_closed_directory_is_one_message(files, verb, tmp_path, capsys, monkeypatch):
+    def closed(path, *arguments):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", closed)  # the superuser may read all
+    options = {"scale": ["--engines", "2"], "report": ["--output", str(files / "report.html")]}
+    monkeypatch.setattr(sys, "argv", ["eopd", verb, str(tmp_path), *options.get(verb, [])])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    told = f"error: {tmp_path} is no run directory (Permission denied)\n"
+    assert (caught.value.code, capsys.readouterr().err) == (2, told)
+
+
+@pytest.mark.parametrize(
+    ("directory", "reason"),
+    [
+        ("{root}/c.yaml", "File exists"),
+        ("/proc/x", "No such file or directory"),
+        ("{root}/c.yaml/m", "Not a directory"),
+    ],
+)
+@pytest.mark.parametrize("pair", ["tiny", "demo"])
+def test_models_are_made_where_a_directory_can_be(files, pair, directory, reason, capsys, monkeypatch):
+    named = directory.format(root=files)
+    monkeypatch.setattr(sys, "argv", ["eopd", "models", pair, named])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    told = f"error: {named}: {reason}\n"
+    assert (caught.value.code, capsys.readouterr().err) == (2, told)
+
+
 def test_models_for_a_user_without_a_home_need_a_directory(capsys, monkeypatch):
     def no_home(path):
         raise RuntimeError("Could not determine home directory.")

@@ -15,6 +15,7 @@ import yaml
 
 from eopd.config import ConfigError
 from eopd.config.load import flatten
+from eopd.config.saved import require_directory
 
 Record: TypeAlias = Mapping[str, Any]  # one object of a JSON file of ours
 
@@ -73,6 +74,7 @@ def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
 
 
 def _read_run(directory: Path, name: str) -> RunRecord:
+    require_directory(directory)
     saved = directory / "config.yaml"
     if not saved.is_file():
         raise ConfigError(f"{directory} holds no run (it has no config.yaml)")
