@@ -13,16 +13,34 @@ from typing import Annotated, Literal
 import rich.console
 import typer
 import typer.core
+from pydantic import ValidationError
 
 from eopd import __version__
 from eopd.cli.evaluate import evaluate
 from eopd.cli.init import recipe_names, write_recipe
 from eopd.cli.teacher import teacher
 from eopd.config import ConfigError, dump_config, load_config
+from eopd.config.messages import wrong_option
 from eopd.types import RunFailedError
 
+
+class _Verbs(typer.core.TyperGroup):
+    """Says of an option's wrong value what the config says of a key's."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if not isinstance(error.__cause__, ValidationError) or error.param is None:
+                raise
+            detail = error.__cause__.errors(include_url=False)[0]
+            raise ConfigError(f"{max(error.param.opts, key=len)}: {wrong_option(detail)}") from None
+
+
 HELP = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
+app = typer.Typer(
+    cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP
+)
 models = typer.Typer(no_args_is_help=True, help="Make the models that the shipped configs use.")
 app.add_typer(models, name="models")
 app.add_typer(teacher, name="teacher")

@@ -71,6 +71,23 @@ def explain(detail: ErrorDetails, model: type[BaseModel]) -> tuple[Place, str]:
     return spot.place, line
 
 
+def wrong_option(detail: ErrorDetails) -> str:
+    """One line about the value of an option of the command line."""
+    bounds = detail.get("ctx", {})
+    match detail["type"]:
+        case "int_parsing" | "int_parsing_size" | "int_from_float":
+            wanted = "must be a whole number"
+        case "float_parsing" | "finite_number":
+            wanted = "must be a number"
+        case "greater_than_equal":
+            wanted = f"must be {bounds['ge']} or more"
+        case "less_than_equal":
+            wanted = f"must be {bounds['le']} or less"
+        case _:
+            return detail["msg"].removeprefix("Value error, ").removesuffix(".")
+    return f"{wanted} (is {detail['input']})"
+
+
 def _mismatch(spot: _Spot, value: object) -> str:
     if not spot.place:
         return f"must be a mapping of sections (is {show(value)})"

@@ -242,7 +242,7 @@ def test_resume_stands_alone_or_takes_auto(train, arguments, asked):
         ("CONFIG --step 7", "error: --step 7: goes with --resume alone"),
         ("CONFIG --resume auto --step 7", "error: --step 7: goes with --resume alone"),
         ("CONFIG --resume often", "often"),
-        ("CONFIG --resume=often", "Invalid value for '--resume'"),
+        ("CONFIG --resume=often", "error: --resume: 'often' is not one of 'no', 'yes', 'auto'"),
     ],
 )
 def test_a_mistaken_resume_is_exit_code_2(train, arguments, message):
@@ -360,6 +360,26 @@ def test_ctrl_c_before_anything_runs_is_one_line(files, capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         main()
     assert (caught.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train c.yaml --step x", "--step: must be a whole number (is x)"),
+        ("train c.yaml --step 1.5", "--step: must be a whole number (is 1.5)"),
+        ("train c.yaml --step 0", "--step: must be 1 or more (is 0)"),
+        ("scale run --engines many", "--engines: must be a whole number (is many)"),
+        ("eval m d --gpus x", "--gpus: must be a number (is x)"),
+        ("eval m d --k x", "--k: must be a whole number (is x)"),
+        ("teacher serve c.yaml --port 99999", "--port: must be 65535 or less (is 99999)"),
+        ("models tiny --family gpt", "--family: 'gpt' is not one of 'llama', 'qwen3'"),
+    ],
+)
+def test_a_wrong_option_is_told_as_a_key_is(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eopd", *arguments.split()])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert (caught.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
 
 
 @pytest.mark.parametrize("verb", ["status", "export", "scale", "report"])
