@@ -65,7 +65,12 @@ def explain(detail: ErrorDetails, model: type[BaseModel]) -> tuple[Place, str]:
             kind = str(value["kind"])
             line = f"{key}.kind: {kind} is unknown; {_close(kind, spot.kinds)}kinds are {listed(spot.kinds)}"
         case _ if is_key:
-            line = f"{key}: keys must be whole numbers here"
+            wanted = (
+                f"text here: write '{value}' in quotes" if detail["type"] == "string_type" else "whole numbers here"
+            )
+            line = f"{key}: keys must be {wanted}"
+        case "string_too_long":
+            line = f"{key}: must have {detail['ctx']['max_length']} characters at most (has {len(value)})"
         case _:
             line = f"{key}: {_mismatch(spot, value)}"
     return spot.place, line

@@ -373,6 +373,10 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "teachers.0.server.url: must be the root of a server, as http://host:8000, without user, key, ? or #",
         ),
         ("teachers.0.eos_remap={a: b}", "teachers.0.eos_remap.a: keys must be whole numbers here"),
+        ("prompts.template_options={5: x}", "prompts.template_options.5: keys must be text here: write '5' in quotes"),
+        ("rollout.vllm={5: x}", "rollout.vllm.5: keys must be text here: write '5' in quotes"),
+        ("run.name=" + "a" * 201, "run.name: must have 200 characters at most (has 201)"),
+        ("teachers.0.name=" + "a" * 999, "teachers.0.name: must have 200 characters at most (has 999)"),
         ("teachers.0.eos_remap={1: 2, 0x1: 3}", "teachers.0.eos_remap.0x1: stands twice, written in two ways"),
         ("teachers.0.eos_remap=5", "teachers.0.eos_remap: must be a mapping of whole numbers (is 5)"),
         (
