@@ -360,6 +360,15 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "teachers.0.server.url: must be the root of the server: leave /v1 off",
         ),
         (
+            "teachers.0={model: x, backend: openai, server: {url: 'http://h:8000/at/v1/chat/completions/', model: m}}",
+            "teachers.0.server.url: must be the root of the server: leave /v1/chat/completions off",
+        ),
+        (
+            "teachers.0.vllm={tokenizer: /nope}",
+            "teachers.0.vllm.tokenizer: cannot be set here: the one of the model is used, since prompts go to an "
+            "engine as its token ids",
+        ),
+        (
             "teachers.0={model: x, backend: openai, server: {url: 'http://h:99999', model: m}}",
             "teachers.0.server.url: names no host and port; write it as http://host:8000",
         ),
