@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from eopd import __version__
 from eopd.cli.evaluate import evaluate
 from eopd.cli.init import recipe_names, write_recipe
+from eopd.cli.paths import about, require_place
 from eopd.cli.teacher import teacher
 from eopd.config import ConfigError, dump_config, load_config
 from eopd.config.messages import wrong_option
@@ -191,13 +192,12 @@ def export(
     for written in (target, *adapter):
         if os.path.lexists(written):
             raise ConfigError(f"--output {written}: exists; remove it or name another")
-    if not target.parent.is_dir():
-        raise ConfigError(f"--output {target}: there is no directory {target.parent}")
+        require_place("--output", written)
     from eopd.learner.export import export_checkpoint
     from eopd.preflight import require_model
 
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
-    with _about(target):
+    with about(target):
         export_checkpoint(config.student, checkpoint / "learner", target)
     typer.echo(target)
 
@@ -211,7 +211,7 @@ def report(
     from eopd.telemetry.report.page import write_report
 
     target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    with _about(target):
+    with about(target):
         write_report(runs, target)
     typer.echo(target)
 
@@ -282,15 +282,6 @@ def _hush() -> None:
 
 
 @contextmanager
-def _about(path: Path) -> Iterator[None]:
-    """A file that cannot be read or written is the mistake of who named ``path``."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{error.filename or path}: {error.strerror or error}") from None
-
-
-@contextmanager
 def _made(directory: Path) -> Iterator[Path]:
     """A directory for models, with the home directory in place of ``~``; what is under way writes them there."""
     try:
@@ -299,7 +290,7 @@ def _made(directory: Path) -> Iterator[Path]:
         raise ConfigError(
             f"DIRECTORY: {directory}: this user has no home directory; name another, or set HOME"
         ) from None
-    with _about(expanded):
+    with about(expanded):
         expanded.mkdir(parents=True, exist_ok=True)
         yield expanded
 

@@ -45,7 +45,7 @@ class _Summary:
     """``Summary``, of which an older version may not have written all."""
 
     status: str
-    steps: int
+    steps: int = 0
     tokens: int = 0
     skipped_steps: int = 0
     incarnation: int = 0

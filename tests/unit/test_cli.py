@@ -154,6 +154,14 @@ def run(files, tmp_path):
             "{root}/run --step 2 --output {root}/empty",
             "error: --output {root}/empty: exists; remove it or name another",
         ),
+        (
+            "{root}/run --step 2 --output {root}/" + "x" * 256,
+            "error: --output {root}/" + "x" * 256 + ": File name too long",
+        ),
+        (
+            "{root}/run --step 2 --output {root}/" + "x" * 256 + "/a",
+            "error: --output {root}/" + "x" * 256 + "/a: File name too long",
+        ),
         ("{root}/run --step 2 --output {root}/a/b", "error: --output {root}/a/b: there is no directory {root}/a"),
     ],
 )
