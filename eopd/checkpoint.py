@@ -22,15 +22,20 @@ import json
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from pydantic import TypeAdapter
+
+from eopd.config.saved import read_saved
 from eopd.types import RunFailedError
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
 DIGEST_BYTES = 1 << 20
+WITHOUT_IT = "Go on from an older checkpoint (--resume --step N), or begin another run (run.name)"
 
 
 class StorageError(RunFailedError):
@@ -60,8 +65,12 @@ class DriverState:
 
     @classmethod
     def read(cls, checkpoint: Path) -> Self:
-        """Read back what ``write_checkpoint`` wrote."""
-        return cls(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+        """Read back what ``write_checkpoint`` wrote.
+
+        Raises:
+            ConfigError: something of it is missing.
+        """
+        return read_saved(checkpoint / STATE, TypeAdapter(cls), WITHOUT_IT)
 
 
 async def write_checkpoint(
@@ -128,7 +137,7 @@ def fault(checkpoint: Path) -> str | None:
         return next((found for found in faults if found), None)
     except OSError as error:
         return f"{MANIFEST} cannot be read ({error.strerror})"
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is not what was written"
 
 
@@ -141,6 +150,15 @@ def remove_partial(root: Path) -> None:
     """Remove what a driver that was killed while it saved left behind."""
     for path in root.glob(".step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_checkpoints(root: Path) -> None:
+    """Remove every checkpoint, and their directory where nothing else is in it."""
+    remove_partial(root)
+    for path in _named(root):
+        shutil.rmtree(path)
+    with suppress(OSError):  # it is not there, or not empty
+        root.rmdir()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -162,7 +180,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _named(root: Path) -> list[Path]:
-    return sorted((path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=step_of)
+    return sorted(
+        (path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal() and path.name.isascii()),
+        key=step_of,
+    )
 
 
 def _entry(path: Path) -> dict[str, object]:

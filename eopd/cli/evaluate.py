@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 import yaml
 
+from eopd.cli.paths import require_place
 from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, make_section
 from eopd.config.processor import chosen
 from eopd.evaluation.benchmarks import BenchmarkResult
@@ -51,8 +52,8 @@ def evaluate(
     ks = k or sorted({1, n})
     if wrong := [value for value in ks if not 1 <= value <= n]:
         raise ConfigError(f"--k {wrong[0]}: must be between 1 and --n {n}")
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no directory {output.parent}")
+    if output is not None:
+        require_place("--output", output)
     prompts = {"template": template, "max_tokens": max_prompt_tokens, "suffix": suffix}
     prompts_config = _prompts(data, template_options, prompts)
     rollout = {"temperature": temperature, "max_response_tokens": max_response_tokens}

@@ -5,23 +5,43 @@ code 2.
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import rich.console
 import typer
 import typer.core
+from pydantic import ValidationError
 
 from eopd import __version__
 from eopd.cli.evaluate import evaluate
 from eopd.cli.init import recipe_names, write_recipe
+from eopd.cli.paths import about, require_place
 from eopd.cli.teacher import teacher
 from eopd.config import ConfigError, dump_config, load_config
+from eopd.config.messages import wrong_option
 from eopd.types import RunFailedError
 
+
+class _Verbs(typer.core.TyperGroup):
+    """Says of an option's wrong value what the config says of a key's."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if not isinstance(error.__cause__, ValidationError) or error.param is None:
+                raise
+            detail = error.__cause__.errors(include_url=False)[0]
+            raise ConfigError(f"{max(error.param.opts, key=len)}: {wrong_option(detail)}") from None
+
+
 HELP = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
+app = typer.Typer(
+    cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP
+)
 models = typer.Typer(no_args_is_help=True, help="Make the models that the shipped configs use.")
 app.add_typer(models, name="models")
 app.add_typer(teacher, name="teacher")
@@ -170,15 +190,15 @@ def export(
     target = output or run / f"hf-{checkpoint.name}"
     adapter = [target.with_name(f"{target.name}-adapter")] if config.student.lora else []
     for written in (target, *adapter):
-        if written.exists():
+        if os.path.lexists(written):
             raise ConfigError(f"--output {written}: exists; remove it or name another")
-    if not target.parent.is_dir():
-        raise ConfigError(f"--output {target}: there is no directory {target.parent}")
+        require_place("--output", written)
     from eopd.learner.export import export_checkpoint
     from eopd.preflight import require_model
 
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
-    export_checkpoint(config.student, checkpoint / "learner", target)
+    with about(target):
+        export_checkpoint(config.student, checkpoint / "learner", target)
     typer.echo(target)
 
 
@@ -191,10 +211,8 @@ def report(
     from eopd.telemetry.report.page import write_report
 
     target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    try:
+    with about(target):
         write_report(runs, target)
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}") from None
     typer.echo(target)
 
 
@@ -234,9 +252,9 @@ def demo_models(directory: Annotated[Path, typer.Argument()] = MODELS) -> None:
     _hush()
     from eopd.models.smollm2 import write_student, write_teacher
 
-    directory = _expand(directory)
-    teacher = write_teacher(directory / "smollm2-135m")
-    student = write_student(teacher, directory / "smollm2-26-layers")
+    with _made(directory) as made:
+        teacher = write_teacher(made / "smollm2-135m")
+        student = write_student(teacher, made / "smollm2-26-layers")
     typer.echo(f"{teacher}\n{student}")
 
 
@@ -249,7 +267,8 @@ def tiny_models(
     _hush()
     from eopd.models.tiny import write_tiny_pair
 
-    teacher, student = write_tiny_pair(_expand(directory), family=family)
+    with _made(directory) as made:
+        teacher, student = write_tiny_pair(made, family=family)
     typer.echo(f"{teacher}\n{student}")
 
 
@@ -262,14 +281,18 @@ def _hush() -> None:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
-def _expand(directory: Path) -> Path:
-    """With the home directory in place of ``~``."""
+@contextmanager
+def _made(directory: Path) -> Iterator[Path]:
+    """A directory for models, with the home directory in place of ``~``; what is under way writes them there."""
     try:
-        return directory.expanduser()
+        expanded = directory.expanduser()
     except RuntimeError:
         raise ConfigError(
             f"DIRECTORY: {directory}: this user has no home directory; name another, or set HOME"
         ) from None
+    with about(expanded):
+        expanded.mkdir(parents=True, exist_ok=True)
+        yield expanded
 
 
 def main() -> None:

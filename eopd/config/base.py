@@ -1,5 +1,6 @@
 """The base of every config section, and the values that several sections share with their bounds."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Final
@@ -15,6 +16,8 @@ MAX_COUNT: Final = 1_000_000_000
 MAX_TOKENS: Final = 10_000_000
 MAX_ACTORS: Final = 4096
 MAX_GPUS_OF_AN_ACTOR: Final = 64
+MAX_NAME_BYTES: Final = 255  # of what Linux and its file systems take
+MAX_PATH_BYTES: Final = 4095
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -47,9 +50,14 @@ def _resolve(path: Path) -> Path:
     if "://" in text or text.partition("/")[0].endswith(":"):
         raise ValueError(f"{text} is an address; it must be a path on a disk that every node reads")
     try:
-        return path.expanduser().absolute()
+        whole = path.expanduser().absolute()
     except RuntimeError:
         raise ValueError(f"{text}: there is no such user, or no home directory") from None
+    if (longest := max(len(os.fsencode(part)) for part in whole.parts)) > MAX_NAME_BYTES:
+        raise ValueError(f"a name in a path has {MAX_NAME_BYTES} bytes at most (has {longest})")
+    if (length := len(os.fsencode(whole))) > MAX_PATH_BYTES:
+        raise ValueError(f"a path has {MAX_PATH_BYTES} bytes at most (has {length})")
+    return whole
 
 
 def _not_empty(value: object) -> object:

@@ -11,6 +11,7 @@ from typing import Final
 import yaml
 
 from eopd.config.scalars import NULLS, Plain, native, unclear
+from eopd.config.syntax import explain_syntax
 
 _PLAIN: Final = "plain"
 _TAG: Final = "tag:yaml.org,2002:"
@@ -72,10 +73,7 @@ def _compose(text: str) -> tuple[yaml.Node | None, int]:
         composer = _Composer(text)
         node = composer.get_single_node()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        what = ", ".join(part for part in (error.context, error.problem) if part)
-        what += "; indent with spaces" if "'\\t'" in what else ""
-        raise DocumentError(f"is not YAML: line {mark.line + 1 if mark else 1}: {what}") from None
+        raise DocumentError(f"is not YAML: {explain_syntax(error, text)}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: \U of no character
         raise DocumentError(f"is not YAML: {str(error).partition(chr(10))[0]}") from None
     return node, 0 if node is None else node.end_mark.index

@@ -34,6 +34,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = _expanded(_read(path))
     for override in overrides:
         _apply(tree, override)
+        tree = _expanded(tree)  # the next one may name what a short form stands for
 
     shaped, faults = shape(tree, Config)
     mistakes = {place: f"{'.'.join(place)}: {fault}" for place, fault in faults.items()}

@@ -23,7 +23,8 @@ _KEY: Final = "[key]"  # pydantic's word for the key of a mapping
 class _Spot:
     """Where a mistake is: its place for the user, the section around it, the field, and the type there.
 
-    ``inside`` says where within the field, if that is a list or mapping of values.
+    ``inside`` says where within the field, if that is a list or mapping of values; ``siblings`` are the kinds that the
+    section is one of.
     """
 
     place: Place
@@ -31,6 +32,7 @@ class _Spot:
     field: FieldInfo | None
     inside: Place
     annotation: object
+    siblings: Mapping[str, type[BaseModel]]
 
     @property
     def key(self) -> str:
@@ -54,19 +56,41 @@ def explain(detail: ErrorDetails, model: type[BaseModel]) -> tuple[Place, str]:
         case "missing":
             line = f"{key}: is required"
         case "extra_forbidden":
-            line = f"{key}: unknown key; {_hint(model, spot)}"
+            line = f"{key}: {_of_another_kind(spot) or f'unknown key; {_hint(model, spot)}'}"
         case "value_error":
             line = _joined(spot, detail["msg"].removeprefix("Value error, "))
         case "union_tag_not_found" if isinstance(value, Mapping):
-            line = f"{key}.kind: is required; kinds are {listed(spot.kinds)}"
+            line = f"{key}.kind: is required; {_kinds_with(spot, value)}"
         case "union_tag_invalid":
             kind = str(value["kind"])
             line = f"{key}.kind: {kind} is unknown; {_close(kind, spot.kinds)}kinds are {listed(spot.kinds)}"
         case _ if is_key:
-            line = f"{key}: keys must be whole numbers here"
+            wanted = (
+                f"text here: write '{value}' in quotes" if detail["type"] == "string_type" else "whole numbers here"
+            )
+            line = f"{key}: keys must be {wanted}"
+        case "string_too_long":
+            line = f"{key}: must have {detail['ctx']['max_length']} characters at most (has {len(value)})"
         case _:
             line = f"{key}: {_mismatch(spot, value)}"
     return spot.place, line
+
+
+def wrong_option(detail: ErrorDetails) -> str:
+    """One line about the value of an option of the command line."""
+    bounds = detail.get("ctx", {})
+    match detail["type"]:
+        case "int_parsing" | "int_parsing_size" | "int_from_float":
+            wanted = "must be a whole number"
+        case "float_parsing" | "finite_number":
+            wanted = "must be a number"
+        case "greater_than_equal":
+            wanted = f"must be {bounds['ge']} or more"
+        case "less_than_equal":
+            wanted = f"must be {bounds['le']} or less"
+        case _:
+            return detail["msg"].removeprefix("Value error, ").removesuffix(".")
+    return f"{wanted} (is {detail['input']})"
 
 
 def _mismatch(spot: _Spot, value: object) -> str:
@@ -101,14 +125,16 @@ def _find(model: type[BaseModel], location: Sequence[str]) -> _Spot:
     """Follow pydantic's location, without the members of unions that it names: the user wrote none."""
     owner, field, place, inside = model, None, list[str](), list[str]()
     annotation: object = model
+    siblings: Mapping[str, type[BaseModel]] = {}
     for part in location:
         if part in (kinds := kinds_of(annotation)):
-            annotation = kinds[part]
+            annotation, siblings = kinds[part], kinds
             continue
         if len(members(annotation)) > 1:
             break
         place.append(part)
         if section := section_of(annotation):
+            siblings = siblings if section in siblings.values() else {}
             owner, field, inside = section, section.model_fields.get(part), []
             annotation = field.annotation if field else object
         else:
@@ -120,6 +146,7 @@ def _find(model: type[BaseModel], location: Sequence[str]) -> _Spot:
         field=field,
         inside=tuple(inside),
         annotation=annotation,
+        siblings=siblings,
     )
 
 
@@ -144,6 +171,25 @@ def _hint(model: type[BaseModel], spot: _Spot) -> str:
     if 0 < len(elsewhere) <= _MOST_PLACES:
         return f"did you mean {listed(elsewhere, last='or')}?"
     return f"allowed here: {', '.join(allowed)}" if len(allowed) <= _MOST_LISTED else "no known key is like it"
+
+
+def _of_another_kind(spot: _Spot) -> str | None:
+    """What to say of a key that other kinds of the section have."""
+    others = [kind for kind, section in spot.siblings.items() if spot.place[-1] in section.model_fields]
+    if not others:
+        return None
+    here = next(kind for kind, section in spot.siblings.items() if section is spot.owner)
+    return (
+        f"is of kind{'s' if len(others) > 1 else ''} {listed(others)}, and kind is {here}; leave it out, or change kind"
+    )
+
+
+def _kinds_with(spot: _Spot, given: Mapping[str, object]) -> str:
+    """The kinds that have the given keys, or else all."""
+    kinds = kinds_of(spot.annotation)
+    fit = [kind for kind, section in kinds.items() if given.keys() <= section.model_fields.keys()]
+    keys = f"{listed(list(given))} {'are' if len(given) > 1 else 'is'} of kind "
+    return keys + listed(fit, last="or") if fit else f"kinds are {listed(list(kinds))}"
 
 
 def _every_key(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -23,6 +23,7 @@ _CONTEXT: Final = "an engine answers for whole sequences; only tensor and pipeli
 _SOFTMAX: Final = "samples come from the plain softmax at rollout.temperature"
 OWNED_BY_ENGINES: Final = {
     "model": "the key model beside vllm says it",
+    "tokenizer": "the one of the model is used, since prompts go to an engine as its token ids",
     "dtype": "the key dtype says it",
     "max_model_len": "prompts.max_tokens and max_response_tokens say it",
     "enable_prefix_caching": "cached prefixes would hold numbers of other weights",

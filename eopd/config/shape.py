@@ -1,8 +1,9 @@
 """From the tree of a document to the values that a section wants: every scalar by the key it is for.
 
 Short forms become whole ones where they can mean one thing: ``gate: hard`` is ``{kind: hard}``, one
-item is a list of one, an empty section has its defaults. What cannot be read is left as it stands,
-for pydantic to refuse; what can be read in two ways is a fault of its own.
+item is a list of one, an empty section has its defaults, one without its ``kind`` the usual one.
+What cannot be read is left as it stands, for pydantic to refuse; what can be read in two ways is a
+fault of its own.
 """
 
 import types
@@ -92,14 +93,15 @@ class _Shaper:
             if field is None:
                 shaped[str(key)] = value
             elif not _stands_for_default(value, field):
-                shaped[str(key)] = self._value(value, field.annotation, inside)
+                usual = getattr(field.default, "kind", None)
+                shaped[str(key)] = self._value(value, field.annotation, inside, usual)
         return shaped
 
-    def _value(self, value: object, annotation: object, where: Place) -> object:
+    def _value(self, value: object, annotation: object, where: Place, usual: str | None = None) -> object:
         if isinstance(value, Plain) and value in NULLS and may_be_null(annotation):
             return None
         if kinds := kinds_of(annotation):
-            return self._union(value, kinds, where)
+            return self._union(value, kinds, where, usual)
         if section := section_of(annotation):
             return self._one_section(value, section, annotation, where)
         if (item := item_of(annotation)) is not None:
@@ -112,11 +114,14 @@ class _Shaper:
             return self._mapping(value, typing.get_args(wanted), where)
         return self._scalar(value, wanted, where) if isinstance(value, Plain) else value
 
-    def _union(self, value: object, kinds: Mapping[str, type[BaseModel]], where: Place) -> object:
+    def _union(self, value: object, kinds: Mapping[str, type[BaseModel]], where: Place, usual: str | None) -> object:
+        """One of several sections; without a ``kind`` it is the ``usual`` one, if that has all of its keys."""
         if isinstance(value, str) and value not in NULLS:
             return {"kind": str(value)}
         if not isinstance(value, Mapping):
             return _null(value)
+        if usual is not None and "kind" not in value and value.keys() <= kinds[usual].model_fields.keys():
+            value = {"kind": usual, **value}
         section = kinds.get(str(value.get("kind")))
         if section is not None:
             return self.section(value, section, where)

@@ -45,8 +45,9 @@ def _root_of_a_server(url: str) -> str:
         _ = parts.port
     except ValueError:
         raise ValueError("names no host and port; write it as http://host:8000") from None
-    if parts.path.rstrip("/").endswith("/v1"):
-        raise ValueError("must be the root of the server: leave /v1 off")
+    _, v1, rest = f"{parts.path}/".partition("/v1/")
+    if v1:
+        raise ValueError(f"must be the root of the server: leave {(v1 + rest).rstrip('/')} off")
     return url
 
 

@@ -55,13 +55,20 @@ class Declarations:
                         found.aliases.setdefault(name, value)
         return found
 
-    def model(self, *names: str, nested: str | None = None, only: Container[str] | None = None) -> type[BaseModel]:
+    def model(
+        self,
+        *names: str,
+        nested: str | None = None,
+        only: Container[str] | None = None,
+        instead: Mapping[str, object] | None = None,
+    ) -> type[BaseModel]:
         """Classes as one model in which nothing is required and nothing else allowed.
 
         Args:
             names: of the classes.
             nested: base of the classes that become models within it; others take anything.
             only: the fields whose types are wanted; others take anything.
+            instead: types of fields that are narrower than the declared ones.
         """
         fields: dict[str, object] = {}
         for node in (node for name in names for node in self._fields(name)):
@@ -72,7 +79,12 @@ class Declarations:
                 wanted = self._type(node.annotation, nested)
                 wanted = typing.Annotated[wanted, Field(**bounds)] if bounds else wanted
             fields |= {name: wanted for name in known if not name.startswith("_")}
-        return options_model(names[0], fields)
+        narrower = {name: wanted for name, wanted in (instead or {}).items() if name in fields}
+        return options_model(names[0], fields | narrower)
+
+    def alias(self, name: str) -> object:
+        """What a name of a type stands for, or null; anything, where there is no such name."""
+        return _union([self._type(self.aliases[name], None), None]) if name in self.aliases else object
 
     def _fields(self, name: str) -> list["_AnnotatedName"]:
         body = self.classes[name].body if name in self.classes else []

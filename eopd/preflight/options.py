@@ -5,13 +5,14 @@ The types are those that the installed libraries declare in their source (checke
 mappings of vLLM's own, such as ``compilation_config``, which go on as they are.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from eopd.config import ConfigError
 from eopd.config.messages import explain
@@ -34,11 +35,39 @@ _DEEPSPEED_KEYS: Final[Mapping[str, object]] = {
     "memory_breakdown": bool,
     "log_level": _Level | None,
     "vocabulary_size": int | None,
-    "activation_checkpointing": dict[str, object],
-    "flops_profiler": dict[str, object],
-    "aio": dict[str, object],
-    "timers": dict[str, object],
-    "data_types": dict[str, object],
+}
+_DEEPSPEED_SECTIONS: Final[Mapping[str, Mapping[str, object]]] = {  # read one by one too
+    "activation_checkpointing": {
+        "partition_activations": bool,
+        "number_checkpoints": int | None,
+        "contiguous_memory_optimization": bool,
+        "synchronize_checkpoint_boundary": bool,
+        "profile": bool,
+        "cpu_checkpointing": bool,
+    },
+    "flops_profiler": {
+        "enabled": bool,
+        "recompute_fwd_factor": float,
+        "profile_step": int,
+        "module_depth": int,
+        "top_modules": int,
+        "detailed": bool,
+        "output_file": str | None,
+    },
+    "aio": {
+        "block_size": int,
+        "queue_depth": int,
+        "intra_op_parallelism": int,
+        "single_submit": bool,
+        "overlap_events": bool,
+        "use_gds": bool,
+    },
+    "data_types": {
+        "grad_accum_dtype": _Dtype | None,
+        "param_dtype": _Dtype | None,
+        "buffer_dtype": _Dtype | None,
+        "keep_in_fp32_modules": list[str],
+    },
 }
 _DEEPSPEED_CLASSES: Final[Mapping[str, str]] = {
     "zero_optimization": "DeepSpeedZeroConfig",
@@ -62,8 +91,17 @@ def require_vllm_options(key: str, options: Mapping[str, object]) -> None:
     if not options or root is None:
         return
     files = [root / "engine" / "arg_utils.py", *(root / "config").glob("*.py")]
-    declared = Declarations.read(files)
-    _require(key, options, declared.model("EngineArgs", "AsyncEngineArgs", only=options))
+    declared = Declarations.read([*files, root / "model_executor" / "layers" / "quantization" / "__init__.py"])
+    narrower: dict[str, object] = {"kv_cache_memory_bytes": Annotated[int | None, Field(gt=0)]}
+    if not _vllm_plugins():
+        narrower["quantization"] = declared.alias("QuantizationMethods")
+    _require(key, options, declared.model("EngineArgs", "AsyncEngineArgs", only=options, instead=narrower))
+
+
+def _vllm_plugins() -> list[str]:
+    """Packages that may teach vLLM more than its source says, such as methods of quantization."""
+    found = importlib.metadata.entry_points(group="vllm.general_plugins")
+    return [plugin.value for plugin in found if plugin.value.split(".")[0] not in ("eopd", "vllm")]
 
 
 def require_deepspeed_options(key: str, options: Mapping[str, object]) -> None:
@@ -78,6 +116,10 @@ def require_deepspeed_options(key: str, options: Mapping[str, object]) -> None:
     files = [file for file in root.rglob("*.py") if "config" in file.stem]
     declared = Declarations.read(files)
     sections = {name: declared.model(kind, nested=_DEEPSPEED_BASE) for name, kind in _DEEPSPEED_CLASSES.items()}
+    sections |= {name: options_model(name, keys) for name, keys in _DEEPSPEED_SECTIONS.items()}
+    sections["timers"] = options_model(
+        "timers", {"throughput": declared.model("DeepSpeedThroughputTimerConfig", nested=_DEEPSPEED_BASE)}
+    )
     model = options_model("DeepSpeed", {**_DEEPSPEED_KEYS, **sections})
     _require(key, _as_deepspeed_reads(options), model)
 

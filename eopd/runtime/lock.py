@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
+
+from pydantic import Field, TypeAdapter
 
 from eopd.config import ConfigError
+from eopd.preflight.environment import LOCK
 
-LOCK: Final = "run.lock"
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 _TRIES: Final = 5  # whoever only looks at a lock holds it for a moment
 _PAUSE_S: Final = 0.2
@@ -34,7 +36,7 @@ class Holder:
 
     host: str
     pid: int
-    since: float
+    since: Annotated[float, Field(ge=0.0, le=1e11)]
 
     def __str__(self) -> str:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
@@ -131,8 +133,8 @@ def _lock(descriptor: int, path: Path) -> list[str]:
 
 def _read(path: Path) -> Holder | None:
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # gone, empty, or not yet written
+        return TypeAdapter(Holder).validate_json(path.read_bytes())
+    except (OSError, ValueError):  # gone, empty, or not yet written
         return None
 
 

@@ -18,11 +18,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from eopd.checkpoint import DriverState, broken_checkpoints, list_checkpoints, remove_partial, step_of
+from eopd.checkpoint import (
+    STATE,
+    WITHOUT_IT,
+    DriverState,
+    broken_checkpoints,
+    list_checkpoints,
+    remove_partial,
+    step_of,
+)
 from eopd.config import Config, ConfigError
 from eopd.config.processor import with_student_dtype_of
+from eopd.ledger import Ledger
 from eopd.runtime.changes import OTHER_CONTENTS, Change, changes
 from eopd.runtime.run_directory import RunDirectory
+from eopd.runtime.saved import instead_of_going_on
 from eopd.telemetry.console import Summary
 
 Resume = Literal["no", "yes", "auto"]
@@ -89,6 +99,7 @@ def take_up(config: Config, inputs: Mapping[str, str], resume: Resume = "no", st
         ConfigError: it cannot be taken up so; names what can be done.
     """
     directory = RunDirectory(config.run.path)
+    directory.require_no_stranger()
     checkpoints = list_checkpoints(directory.checkpoints)
     new = TakenUp(directory=directory, config=config, inputs=inputs)
     if not checkpoints:
@@ -102,7 +113,10 @@ def take_up(config: Config, inputs: Mapping[str, str], resume: Resume = "no", st
         )
     summary = directory.read_summary()
     if summary is None:
-        raise ConfigError(f"--resume: {directory.path} has lost its summary.json, which every run with checkpoints has")
+        raise ConfigError(
+            f"--resume: {directory.path} has lost its summary.json, which every run with checkpoints has. "
+            f"{instead_of_going_on(directory.path)}"
+        )
     if resume == "auto" and summary["status"] == "completed" and summary["steps"] == last == config.run.batches:
         return replace(new, summary=summary, complete=True)
     checkpoint = directory.checkpoint(step)
@@ -111,7 +125,7 @@ def take_up(config: Config, inputs: Mapping[str, str], resume: Resume = "no", st
             f"run.batches: {config.run.batches} is below step {step_of(checkpoint)}, which the run goes on from; raise "
             "it, or go back to an older checkpoint with --resume --step"
         )
-    state = DriverState.read(checkpoint)
+    state = _state_of(checkpoint)
     config = with_student_dtype_of(directory.config_at(state.step), config)
     found = what_changed(directory, config, state, inputs)
     return replace(
@@ -124,6 +138,23 @@ def take_up(config: Config, inputs: Mapping[str, str], resume: Resume = "no", st
         total_changes=directory.num_changes(state.step) + len(found),
         notes=_notes(directory, checkpoint, checkpoints, found, named=step is not None),
     )
+
+
+def _state_of(checkpoint: Path) -> DriverState:
+    """What the driver knew at a checkpoint.
+
+    Raises:
+        ConfigError: another version knew something else.
+    """
+    state = DriverState.read(checkpoint)
+    try:
+        Ledger.restore(**state.ledger)  # type: ignore[arg-type]
+    except (TypeError, ValueError, AttributeError):
+        raise ConfigError(
+            f"{checkpoint / STATE}: its ledger is not what was written; it was damaged, or written by another version "
+            f"of eopd. {WITHOUT_IT}"
+        ) from None
+    return state
 
 
 def require_no_broken(directory: RunDirectory) -> None:
@@ -140,7 +171,7 @@ def require_no_broken(directory: RunDirectory) -> None:
 def _begin(directory: RunDirectory, resume: Resume) -> list[str]:
     """What to say of a run that begins, there being no checkpoint."""
     path, steps = directory.path, directory.num_steps()
-    if not directory.holds_a_run():
+    if not directory.holds_a_run() and not steps:
         if resume == "yes":
             raise ConfigError(f"--resume: {path} holds no run; start it without --resume, or with --resume auto")
         return []

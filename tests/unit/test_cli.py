@@ -154,6 +154,14 @@ def run(files, tmp_path):
             "{root}/run --step 2 --output {root}/empty",
             "error: --output {root}/empty: exists; remove it or name another",
         ),
+        (
+            "{root}/run --step 2 --output {root}/" + "x" * 256,
+            "error: --output {root}/" + "x" * 256 + ": File name too long",
+        ),
+        (
+            "{root}/run --step 2 --output {root}/" + "x" * 256 + "/a",
+            "error: --output {root}/" + "x" * 256 + "/a: File name too long",
+        ),
         ("{root}/run --step 2 --output {root}/a/b", "error: --output {root}/a/b: there is no directory {root}/a"),
     ],
 )
@@ -242,7 +250,7 @@ def test_resume_stands_alone_or_takes_auto(train, arguments, asked):
         ("CONFIG --step 7", "error: --step 7: goes with --resume alone"),
         ("CONFIG --resume auto --step 7", "error: --step 7: goes with --resume alone"),
         ("CONFIG --resume often", "often"),
-        ("CONFIG --resume=often", "Invalid value for '--resume'"),
+        ("CONFIG --resume=often", "error: --resume: 'often' is not one of 'no', 'yes', 'auto'"),
     ],
 )
 def test_a_mistaken_resume_is_exit_code_2(train, arguments, message):
@@ -360,6 +368,74 @@ def test_ctrl_c_before_anything_runs_is_one_line(files, capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         main()
     assert (caught.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train c.yaml --step x", "--step: must be a whole number (is x)"),
+        ("train c.yaml --step 1.5", "--step: must be a whole number (is 1.5)"),
+        ("train c.yaml --step 0", "--step: must be 1 or more (is 0)"),
+        ("scale run --engines many", "--engines: must be a whole number (is many)"),
+        ("eval m d --gpus x", "--gpus: must be a number (is x)"),
+        ("eval m d --k x", "--k: must be a whole number (is x)"),
+        ("teacher serve c.yaml --port 99999", "--port: must be 65535 or less (is 99999)"),
+        ("models tiny --family gpt", "--family: 'gpt' is not one of 'llama', 'qwen3'"),
+    ],
+)
+def test_a_wrong_option_is_told_as_a_key_is(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eopd", *arguments.split()])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert (caught.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
+
+
+@pytest.mark.parametrize("verb", ["status", "export", "scale", "report"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("c.yaml", "Not a directory"), ("c.yaml/run", "Not a directory"), ("x" * 256, "File name too long")],
+)
+def test_what_is_no_directory_is_no_run(files, verb, name, reason, capsys, monkeypatch):
+    options = {"scale": ["--engines", "2"], "report": ["--output", str(files / "report.html")]}
+    monkeypatch.setattr(sys, "argv", ["eopd", verb, str(files / name), *options.get(verb, [])])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert (caught.value.code, capsys.readouterr().err) == (
+        2,
+        f"error: {files / name} is no run directory ({reason})\n",
+    )
+
+
+@pytest.mark.parametrize("verb", ["status", "export", "scale", "report"])
+def test_a_run_in_a_closed_directory_is_one_message(files, verb, tmp_path, capsys, monkeypatch):
+    def closed(path, *arguments):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", closed)  # the superuser may read all
+    options = {"scale": ["--engines", "2"], "report": ["--output", str(files / "report.html")]}
+    monkeypatch.setattr(sys, "argv", ["eopd", verb, str(tmp_path), *options.get(verb, [])])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    told = f"error: {tmp_path} is no run directory (Permission denied)\n"
+    assert (caught.value.code, capsys.readouterr().err) == (2, told)
+
+
+@pytest.mark.parametrize(
+    ("directory", "reason"),
+    [
+        ("{root}/c.yaml", "File exists"),
+        ("/proc/x", "No such file or directory"),
+        ("{root}/c.yaml/m", "Not a directory"),
+    ],
+)
+@pytest.mark.parametrize("pair", ["tiny", "demo"])
+def test_models_are_made_where_a_directory_can_be(files, pair, directory, reason, capsys, monkeypatch):
+    named = directory.format(root=files)
+    monkeypatch.setattr(sys, "argv", ["eopd", "models", pair, named])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    told = f"error: {named}: {reason}\n"
+    assert (caught.value.code, capsys.readouterr().err) == (2, told)
 
 
 def test_models_for_a_user_without_a_home_need_a_directory(capsys, monkeypatch):

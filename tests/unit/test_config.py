@@ -151,7 +151,7 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "loss.reverse_kl={kind: none, reward: {grader: math}}",
-            "loss.reverse_kl.reward: unknown key; allowed here: kind",
+            "loss.reverse_kl.reward: is of kind sampled, and kind is none; leave it out, or change kind",
         ),
         (
             "student.dtype=float16",
@@ -174,8 +174,7 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ("run.name.x=1", "--set run.name.x=1: run.name is a value, it has no key x"),
         (
             "run.seed=[",
-            "--set run.seed=[: is not YAML: while parsing a flow node, "
-            "expected the node content, but found '<stream end>'; put YAML's quotes around a "
+            "--set run.seed=[: is not YAML: a [ or { is never closed; put YAML's quotes around a "
             "text: --set 'run.seed=\"...\"'",
         ),
         ("learner.lr=true", "learner.lr: must be a number above 0, at most 1 (is true)"),
@@ -213,9 +212,19 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "loss.gate.kind: hrad is unknown; did you mean hard? kinds are hard, quantile, "
             "sigmoid, random, always and never",
         ),
+        ("loss.gate.top=0.3", "loss.gate.kind: is required; top is of kind quantile"),
+        ("loss.gate={tau: 0.8, scale: 0.1}", "loss.gate.kind: is required; tau and scale are of kind sigmoid"),
         (
-            "loss.gate={tau: 0.8}",
+            "loss.gate={tau: 0.8, top: 0.1}",
             "loss.gate.kind: is required; kinds are hard, quantile, sigmoid, random, always and never",
+        ),
+        (
+            "loss.gate={tau: 0.8, kind: quantile}",
+            "loss.gate.tau: is of kinds hard and sigmoid, and kind is quantile; leave it out, or change kind",
+        ),
+        (
+            "loss.gate={kind: always, rate: 0.8}",
+            "loss.gate.rate: is of kind random, and kind is always; leave it out, or change kind",
         ),
         (
             "loss.gate={kind: hrad}",
@@ -280,6 +289,9 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "student.model=s3://bucket/x",
             "student.model: s3:/bucket/x is an address; it must be a path on a disk that every node reads",
         ),
+        ("student.model=/" + "ä" * 128, "student.model: a name in a path has 255 bytes at most (has 256)"),
+        ("prompts.data=/" + "a" * 250 + ".jsonl", "prompts.data: a name in a path has 255 bytes at most (has 256)"),
+        ("run.directory=/" + "a/" * 2048, "run.directory: a path has 4095 bytes at most (has 4096)"),
         ('student.model="a\\0b"', "student.model: a path holds no NUL character"),
         ("prompts.data=''", "prompts.data: must be a .jsonl or .parquet file, or a data set's name (is '')"),
         ('prompts.data="a\\0b.jsonl"', "prompts.data: a path holds no NUL character"),
@@ -351,6 +363,15 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "teachers.0.server.url: must be the root of the server: leave /v1 off",
         ),
         (
+            "teachers.0={model: x, backend: openai, server: {url: 'http://h:8000/at/v1/chat/completions/', model: m}}",
+            "teachers.0.server.url: must be the root of the server: leave /v1/chat/completions off",
+        ),
+        (
+            "teachers.0.vllm={tokenizer: /nope}",
+            "teachers.0.vllm.tokenizer: cannot be set here: the one of the model is used, since prompts go to an "
+            "engine as its token ids",
+        ),
+        (
             "teachers.0={model: x, backend: openai, server: {url: 'http://h:99999', model: m}}",
             "teachers.0.server.url: names no host and port; write it as http://host:8000",
         ),
@@ -364,6 +385,10 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "teachers.0.server.url: must be the root of a server, as http://host:8000, without user, key, ? or #",
         ),
         ("teachers.0.eos_remap={a: b}", "teachers.0.eos_remap.a: keys must be whole numbers here"),
+        ("prompts.template_options={5: x}", "prompts.template_options.5: keys must be text here: write '5' in quotes"),
+        ("rollout.vllm={5: x}", "rollout.vllm.5: keys must be text here: write '5' in quotes"),
+        ("run.name=" + "a" * 201, "run.name: must have 200 characters at most (has 201)"),
+        ("teachers.0.name=" + "a" * 999, "teachers.0.name: must have 200 characters at most (has 999)"),
         ("teachers.0.eos_remap={1: 2, 0x1: 3}", "teachers.0.eos_remap.0x1: stands twice, written in two ways"),
         ("teachers.0.eos_remap=5", "teachers.0.eos_remap: must be a mapping of whole numbers (is 5)"),
         (
@@ -523,6 +548,10 @@ def test_a_value_is_read_as_its_key_means_it(path, tmp_path, override, value):
         ("student.lora=false", "student.lora=null"),
         ("teachers={model: x}", "teachers=[{model: x}]"),
         ("learner=null", "learner={}"),
+        ("loss.gate={tau: 0.5}", "loss.gate={kind: hard, tau: 0.5}"),
+        ("loss.gate.tau=0.5", "loss.gate={kind: hard, tau: 0.5}"),
+        ("loss.forward_kl={}", "loss.forward_kl={kind: renormalized}"),
+        ("loss.reverse_kl={clip: 0.1}", "loss.reverse_kl={kind: sampled, clip: 0.1}"),
     ],
 )
 def test_a_short_form_is_the_whole_one(path, short, whole):
@@ -534,6 +563,23 @@ def test_an_override_reaches_into_a_short_form(path, tmp_path):
     config = load_config(path, ["loss.gate.tau=0.5", "teachers.0.name=n", "learner.lr=1e-4", "student.lora.rank=2"])
     assert (config.loss.gate.tau, config.teachers[0].name) == (0.5, "n")
     assert (config.learner.lr, config.student.lora.rank) == (1e-4, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "whole"),
+    [
+        (["loss.gate=quantile", "loss.gate.top=0.3"], "loss.gate={kind: quantile, top: 0.3}"),
+        (["loss.gate.tau=0.3", "loss.gate.kind=sigmoid"], "loss.gate={kind: sigmoid, tau: 0.3}"),
+        (["loss.gate.top=0.3", "loss.gate.kind=quantile"], "loss.gate={kind: quantile, top: 0.3}"),
+        (["student.lora=true", "student.lora.rank=8"], "student.lora={rank: 8}"),
+        (["student.lora=false", "student.lora.rank=8"], "student.lora={rank: 8}"),
+        (["teachers={model: x}", "teachers.0.name=n"], "teachers=[{model: x, name: n}]"),
+        (["learner=", "learner.lr=0.1"], "learner={lr: 0.1}"),
+        (["rollout.vllm={seed: 1}", "rollout.vllm.block_size=16"], "rollout.vllm={seed: 1, block_size: 16}"),
+    ],
+)
+def test_an_override_reaches_into_the_short_form_of_another(path, overrides, whole):
+    assert load_config(path, overrides) == load_config(path, [whole])
 
 
 @pytest.mark.parametrize(
@@ -553,11 +599,23 @@ def test_an_override_reaches_into_a_short_form(path, tmp_path):
         ("learner: !!python/name:os.system x", "line 9: the tag !!python/name:os.system means nothing here"),
         ("? [a]\n: 1", "line 9: a list or mapping cannot be a key; quote a text that begins with { or ["),
         ("learner: {lr: *none}", "is not YAML: line 9: found undefined alias 'none'"),
+        ("learner:\n\tlr: 1", "is not YAML: line 10: a tab: indent with spaces"),
+        ("learner:\n  lr:0.1\n  ranks: 1", "is not YAML: line 10: no space after the colon"),
+        ("learner:\n  lr: 0.1\n  ranks:1\nloss:\n", "is not YAML: line 11: no space after the colon"),
+        ("learner:\n  lr: 0.1\n  ranks\nloss:\n", "is not YAML: line 11: no colon after the key"),
+        ("x-a:1\nx-b: 2", "is not YAML: line 9: no space after the colon"),
+        ("x-a: 'b\nx-c: d\nx-e: f", "is not YAML: line 9: a quote is never closed"),
+        ('x-a: "b\nx-c: d\nx-e: f', "is not YAML: line 9: a quote is never closed"),
+        ("x-a: [1, 2\nx-b: 3", "is not YAML: line 9: a [ is never closed, or a comma is missing in it"),
+        ("x-a: {b: 1, c: 2\n\n", "is not YAML: line 9: a { is never closed, or a comma is missing in it"),
+        ("x-a:\n  b: 1\n c: 2", "is not YAML: line 11: indented differently from the lines around it"),
+        ("x-a: 1\n  b: 2", "is not YAML: line 10: indented differently from the keys around it"),
+        ("x-a: b: c", "is not YAML: line 9: a second colon: quote a text that holds a colon and a space"),
         (
-            "learner:\n\tlr: 1",
-            "is not YAML: line 10: while scanning for the next token, found character '\\t' that "
-            "cannot start any token; indent with spaces",
+            "x-a: 'it's'",
+            "is not YAML: line 9: text after a closed quote: quote all of it, and write a quote within as two",
         ),
+        ("x-a: @b", "is not YAML: line 9: quote a text that begins with @"),
         ('learner: "\\ud800"', "line 9: a \\u escape there is half a character"),
         ('learner: "\\U00ffffff"', "is not YAML: chr() arg not in range(0x110000)"),
         ("learner: {<<: 1}", "line 9: << merges mappings; write <<: *name or <<: [*a, *b]"),

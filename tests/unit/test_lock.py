@@ -122,3 +122,11 @@ def test_a_place_that_cannot_be_written_is_one_message(tmp_path):
     message = r"run.directory: .*/file/r cannot be made \(Not a directory\)"
     with pytest.raises(ConfigError, match=message), held(tmp_path / "file" / "r"):
         raise AssertionError
+
+
+@pytest.mark.parametrize("since", ['"y"', "1e300", "-1", "null"])
+def test_a_lock_that_names_no_process_is_held_by_nobody_known(directory, since):
+    (directory / "run.lock").write_text(f'{{"host": "elsewhere", "pid": 1, "since": {since}}}')
+    assert last_holder(directory) is None
+    with held(directory) as notes:
+        assert notes == []

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from typing import Literal
 
 import pytest
 from pydantic import ValidationError
@@ -87,6 +88,7 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
         "note: checkpoint.every: 50 is above run.batches 1; the only one is at the end",
         "note: evaluation.prompts: 64 is above the 1 prompts of prompts.held_out; all of them are used",
         "note: prompts.held_out: 1 of its 1 prompts are in prompts.data too",
+        "no mistake was found",
     ]
 
 
@@ -205,6 +207,34 @@ def options_of_deepspeed(options):
             ".zero_optimization: must be a mapping of its keys (stage, ",
         ),
         (
+            options_of_vllm,
+            {"kv_cache_memory_bytes": -5},
+            ".kv_cache_memory_bytes: must be a whole number above 0, or null",
+        ),
+        (options_of_vllm, {"quantization": "nope"}, ".quantization: must be awq, "),
+        (options_of_vllm, {"quantization": "gptg"}, ".quantization: must be awq, "),
+        (
+            options_of_deepspeed,
+            {"flops_profiler": {"enabeld": True}},
+            ".flops_profiler.enabeld: unknown key; did you mean enabled?",
+        ),
+        (
+            options_of_deepspeed,
+            {"activation_checkpointing": {"cpu_checkpointing": 1}},
+            ".activation_checkpointing.cpu_checkpointing: must be true or false (is 1)",
+        ),
+        (options_of_deepspeed, {"aio": {"queue": 1}}, ".aio.queue: unknown key; did you mean queue_depth?"),
+        (
+            options_of_deepspeed,
+            {"timers": {"throughput": {"enable": True}}},
+            ".timers.throughput.enable: unknown key; did you mean enabled?",
+        ),
+        (
+            options_of_deepspeed,
+            {"data_types": {"grad_accum_dtype": "fp64"}},
+            ".data_types.grad_accum_dtype: must be fp32, fp16, bf16, float32, float16 or bfloat16, or null",
+        ),
+        (
             options_of_deepspeed,
             {"wall_clock_breakdown": "yes"},
             ".wall_clock_breakdown: must be true or false (is 'yes')",
@@ -245,6 +275,10 @@ def test_native_options_have_the_names_types_and_bounds_of_their_library(require
                 },
                 "steps_per_print": 10,
                 "comms_logger": {"enabled": True},
+                "flops_profiler": {"enabled": True, "recompute_fwd_factor": 0.0, "output_file": None},
+                "timers": {"throughput": {"enabled": False}},
+                "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": "auto"},
+                "aio": {"block_size": 1e6},
             },
         ),
     ],
@@ -270,7 +304,11 @@ def test_types_are_read_from_source_as_far_as_they_are_plain(tmp_path):
         "    code: Callable[[int], int] | int = 1\n"
         "    _hidden: int = 1\n"
     )
-    model = Declarations.read([tmp_path / "a.py"]).model("Options", nested="Base")
+    declared = Declarations.read([tmp_path / "a.py"])
+    assert declared.alias("Mode") == Literal["a", "b"] | None and declared.alias("Unknown") is object
+    narrow = declared.model("Options", instead={"many": int, "gone": int})
+    assert narrow.model_fields["many"].annotation is int and "gone" not in narrow.model_fields
+    model = declared.model("Options", nested="Base")
     assert sorted(model.model_fields) == ["code", "device", "inner", "many", "share", "wide"]
     for right in (
         {"wide": "c"},

@@ -398,6 +398,10 @@ def test_lines_and_files_that_cannot_be_read_are_counted(run, page):
     [
         ({"config.yaml": None}, "error: {run} holds no run (it has no config.yaml)"),
         ({"metrics.jsonl": None}, "error: {run}: no step was completed yet (metrics.jsonl has no rows)"),
+        (
+            {"metrics.jsonl": '{"step": 1, "loss": 2}'},
+            "error: {run}: no step was completed yet (metrics.jsonl has no rows)",
+        ),
         ({"metrics.jsonl": "{"}, "error: {run}: no step was completed yet (metrics.jsonl has no rows)"),
     ],
 )
@@ -414,7 +418,7 @@ def test_no_run_or_no_rows_is_one_message_and_exit_code_2(run, files, message, c
 def test_a_report_that_fails_does_not_fail_the_run(run, tmp_path, caplog):
     report_of_ended(run("empty", **{"metrics.jsonl": None}), tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
-    report_of_ended(run("spoilt", **{"held_out.jsonl": [{"step": 0}]}), tmp_path / "x.html")
+    report_of_ended(run("spoilt", **{"held_out.jsonl": [{"step": 0, "phase": "before"}]}), tmp_path / "x.html")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [f"{tmp_path}/x.html could not be written"]
 

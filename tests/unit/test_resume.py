@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
-from eopd.config import ConfigError, load_config, processor
+from eopd.checkpoint import DriverState, list_checkpoints, seal, write_checkpoint
+from eopd.config import Config, ConfigError, load_config, processor
 from eopd.ledger import Ledger
 from eopd.runtime.progress import Progress
 from eopd.runtime.resume import take_up
@@ -310,3 +310,92 @@ async def test_every_cure_of_the_runbook_can_be_carried_out(config, key):
 
 def test_the_runbook_names_keys():
     assert len(keys_of_the_runbook()) > 10
+
+
+STATE = {"step": 10, "tokens": 3, "trajectories": 2, "skipped_steps": 1, "wall_s": 1.5, "ledger": Ledger(80).state()}
+ANOTHER_VERSION = "; it was damaged, or written by another version of eopd. "
+OLDER = f"{ANOTHER_VERSION}Go on from an older checkpoint (--resume --step N), or begin another run (run.name)"
+NO_RECORD = "Remove changes.jsonl to go on without the record of what was changed"
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ("{", f"is not what was written{OLDER}"),
+        (json.dumps({"step": 10}), f"lacks tokens{OLDER}"),
+        (json.dumps({**STATE, "tokens": "many"}), f"tokens is not what was written{OLDER}"),
+        (json.dumps({**STATE, "ledger": {}}), f"its ledger is not what was written{OLDER}"),
+        (json.dumps({**STATE, "ledger": {**STATE["ledger"], "old": 1}}), f"its ledger is not what was written{OLDER}"),
+    ],
+)
+async def test_a_state_of_another_version_is_named_with_the_way_out(config, saved, message):
+    directory = await run_of(config(), 5, 10)
+    file = rewritten(directory.checkpoints / "step-000010", saved)
+    assert refusal(config(), "yes") == f"{file}: {message}"
+    assert take_up(config(), INPUTS, "yes", 5).state.step == 5
+
+
+async def test_a_state_may_hold_what_this_version_does_not_know(config):
+    directory = await run_of(config(), 10)
+    rewritten(directory.checkpoints / "step-000010", json.dumps({**STATE, "old": 1}))
+    assert take_up(config(), INPUTS, "yes").state == DriverState(**STATE)
+
+
+def rewritten(checkpoint, state):
+    """A checkpoint with another ``state.json``, as another version would have written it."""
+    (checkpoint / "state.json").write_text(state)
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint)
+    return checkpoint / "state.json"
+
+
+@pytest.mark.parametrize(
+    ("saved", "what"),
+    [
+        ("", "is not what was written"),
+        ("[]", "is not what was written"),
+        ("{}", "lacks status"),
+        ('{"status": "failed", "steps": "x"}', "steps is not what was written"),
+    ],
+)
+@pytest.mark.parametrize("resume", ["yes", "auto"])
+async def test_a_summary_that_was_damaged_is_named_with_the_way_out(config, saved, what, resume):
+    directory = await run_of(config(), 10)
+    (directory.path / "summary.json").write_text(saved)
+    way_out = (
+        f"Put it back from a copy; or write the student of this run with `eopd export {directory.path}`, and start a "
+        "new run from it (student.model, and another run.name)"
+    )
+    assert refusal(config(), resume) == f"{directory.path}/summary.json: {what}{ANOTHER_VERSION}{way_out}"
+    (directory.path / "summary.json").unlink()
+    assert refusal(config(), resume).endswith(f"summary.json, which every run with checkpoints has. {way_out}")
+
+
+async def test_a_summary_of_an_older_version_has_values_for_what_it_lacks(config):
+    directory = await run_of(config(), 10)
+    (directory.path / "summary.json").write_text('{"status": "interrupted", "steps": 10, "old": 1, "held_out": {}}')
+    taken_up = take_up(config(), INPUTS, "yes")
+    progress = Progress.resume(taken_up.state, taken_up.summary)
+    assert (progress.step, progress.incarnation, progress.before) == (10, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", f"line 1: is not what was written{ANOTHER_VERSION}{NO_RECORD}"),
+        ('{"from_step": 11}', f"line 1: lacks time{ANOTHER_VERSION}{NO_RECORD}"),
+        (
+            '{"from_step": 11, "time": 1, "changes": {}, "before": {"old": 1, "run": {"name": "r", "batches": 0}}}',
+            "the config from before step 11 cannot be read: run.batches: must be a whole number from 1 to 1000000000 "
+            "(is 0); student: is required; teachers: is required; prompts: is required; flow: is required; old: "
+            f"unknown key; allowed here: {', '.join(sorted(Config.model_fields))}. {NO_RECORD}",
+        ),
+    ],
+)
+async def test_a_record_of_changes_that_was_damaged_is_named_with_the_way_out(config, line, message):
+    directory = await run_of(config(), 10)
+    changes = directory.path / "changes.jsonl"
+    changes.write_text(f"{line}\n")
+    assert refusal(config(), "yes") == f"{changes}: {message}"
+    changes.write_text("\n")
+    assert take_up(config(), INPUTS, "yes").total_changes == 0

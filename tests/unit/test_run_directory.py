@@ -13,9 +13,11 @@ import eopd
 from eopd.checkpoint import DriverState, StorageError, write_checkpoint
 from eopd.config import ConfigError, load_config
 from eopd.ledger import Ledger
+from eopd.preflight.environment import require_environment
 from eopd.runtime.changes import Change
 from eopd.runtime.lock import held
 from eopd.runtime.progress import Progress
+from eopd.runtime.resume import take_up
 from eopd.runtime.run_directory import RunDirectory, held_out_record
 from eopd.telemetry.sinks import JsonlSink
 from eopd.types import Estimate, EvalStats
@@ -82,11 +84,58 @@ def test_a_directory_of_somebody_else_is_left_alone(config):
     directory.require_no_stranger()
     directory.path.mkdir(parents=True)
     directory.require_no_stranger()
-    (directory.path / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match=r"run.name: .*/runs/r exists and holds no run; choose another name"):
-        directory.require_no_stranger()
-    (directory.path / "config.yaml").write_text("")
+    (directory.path / "run.lock").write_text("")  # of a process that is about to begin here
     directory.require_no_stranger()
+    (directory.path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"run.name: .*/runs/r holds thesis.tex and is no run of eopd; name another"):
+        directory.require_no_stranger()
+    (directory.path / "versions.json").write_text('{"eopd": "0.1"}')  # killed as it began
+    directory.require_no_stranger()
+
+
+FOREIGN = {
+    "config.yaml": "trainer: {max_epochs: 3}\n",
+    "checkpoints/epoch=1.ckpt": "weights",
+    "metrics.jsonl": '{"loss": 1.0}\n',
+    "summary.json": "{}",
+    "versions.json": '{"python": "3.11"}',
+}
+
+
+@pytest.mark.parametrize("resume", ["no", "yes", "auto"])
+def test_a_run_of_another_program_is_refused_and_keeps_all_its_files(config, resume):
+    path = config().run.path
+    for name, text in FOREIGN.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    holds = "checkpoints, config.yaml, metrics.jsonl, ..."
+    message = f"run.name: {path} holds {holds} and is no run of eopd; name another run.name"
+    for refuses in (lambda: take_up(config(), {}, resume), lambda: RunDirectory.create(config())):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            refuses()
+    with pytest.raises(ConfigError, match=re.escape(message)):  # as `eopd check` has it
+        require_environment(config("telemetry.port=null"))
+    assert {name: (path / name).read_text() for name in FOREIGN} == FOREIGN
+    assert RunDirectory(path).num_steps() == 0
+
+
+def test_a_run_that_begins_removes_checkpoints_of_its_own_form_alone(config):
+    directory = RunDirectory.create(config())
+    for name in ("step-000001", ".step-000002.partial", "epoch=1.ckpt"):
+        (directory.checkpoints / name).mkdir(parents=True)
+    RunDirectory.create(config())
+    assert [path.name for path in directory.checkpoints.iterdir()] == ["epoch=1.ckpt"]
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"step": "x"}', '{"step": null}', '{"step": NaN}', "[" * 100_000])
+def test_a_line_that_is_no_row_has_no_step(config, line):
+    directory = RunDirectory.create(config())
+    directory.metrics.write_text(f'{{"step": 3}}\n{line}\n')
+    assert directory.num_steps() == 3
+    directory.drop_rows_after(3)
+    assert directory.metrics.read_text() == '{"step": 3}\n'
+    directory.metrics.write_bytes(b"\xff\xfe")
+    assert directory.num_steps() == 0
 
 
 async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):
@@ -253,3 +302,18 @@ def test_a_run_remembers_which_config_held_when(config):
     assert (directory.num_changes(10), directory.num_changes(99)) == (0, 1)
     directory.go_on(config(), 10, [])
     assert directory.config() == directory.config_at(10) == config() and directory.num_changes(99) == 0
+
+
+def test_a_row_that_was_cut_short_is_left_out(config):
+    directory = RunDirectory.create(config())
+    rows = [{"step": step, "time": float(step), "eopd_step": step} for step in (1, 2)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    for line in ('{"step": 3, "ti', "[1]\n", '{"loss": 1.0}\n', "[" * 100_000):
+        directory.metrics.write_text(whole + line)
+        assert directory.last_rows(9) == rows
+    sample = {"prompt_id": "p", "prompt": "?", "response": "a\u2028b"}
+    for phase in ("before", "after"):
+        directory.add_samples(phase, 0, [sample])
+    with (directory.path / "samples.jsonl").open("a") as file:
+        file.write('{"phase": "af')
+    assert directory.samples() == [{"prompt": "?", "before": "a\u2028b", "after": "a\u2028b"}]

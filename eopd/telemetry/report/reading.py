@@ -15,6 +15,9 @@ import yaml
 
 from eopd.config import ConfigError
 from eopd.config.load import flatten
+from eopd.config.saved import require_directory
+
+_OF_EVERY_ROW: Final = ("step", "time", "eopd_step_seconds", "eopd_response_tokens_total")
 
 Record: TypeAlias = Mapping[str, Any]  # one object of a JSON file of ours
 
@@ -73,11 +76,12 @@ def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
 
 
 def _read_run(directory: Path, name: str) -> RunRecord:
+    require_directory(directory)
     saved = directory / "config.yaml"
     if not saved.is_file():
         raise ConfigError(f"{directory} holds no run (it has no config.yaml)")
     notes: list[str] = []
-    rows = _lines(directory / "metrics.jsonl", notes)
+    rows = _lines(directory / "metrics.jsonl", notes, *_OF_EVERY_ROW)
     if not rows:
         raise ConfigError(f"{directory}: no step was completed yet (metrics.jsonl has no rows)")
     text = saved.read_text(encoding="utf-8", errors="replace")
@@ -87,20 +91,22 @@ def _read_run(directory: Path, name: str) -> RunRecord:
         config=flatten(_yaml(text, notes)),
         rows=rows,
         summary=_object(directory / "summary.json", notes),
-        held_out={line["phase"]: line for line in _lines(directory / "held_out.jsonl", notes)},
-        timeline={line["step"]: line for line in _lines(directory / "timeline.jsonl", notes)},
+        held_out={line["phase"]: line for line in _lines(directory / "held_out.jsonl", notes, "phase")},
+        timeline={line["step"]: line for line in _lines(directory / "timeline.jsonl", notes, "step")},
         versions=_object(directory / "versions.json", notes),
-        changes=_lines(directory / "changes.jsonl", notes, key="from_step"),
+        changes=_lines(directory / "changes.jsonl", notes, "from_step"),
         notes=notes,
     )
 
 
-def _lines(path: Path, notes: list[str], key: str = "step") -> list[Record]:
-    """The objects of a file of JSON lines; none where there is no file, since not every run has come that far."""
+def _lines(path: Path, notes: list[str], *keys: str) -> list[Record]:
+    """The objects of a file of JSON lines that have some keys; none where there is no file, since not every run has
+    come that far.
+    """
     if not path.exists():
         return []
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
-    found = [record for line in lines if (record := _parsed(line)) and key in record]
+    found = [record for line in lines if (record := _parsed(line)) and all(record.get(k) is not None for k in keys)]
     if unread := len(lines) - len(found):
         notes.append(f"{unread} of {len(lines)} lines of {path.name} could not be read")
     return found
@@ -116,7 +122,7 @@ def _object(path: Path, notes: list[str]) -> Record:
 def _parsed(text: str) -> Record | None:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -1,0 +1,124 @@
+"""What the files of a run directory hold when another process reads them: of any version, and whatever happened since.
+
+A row that a machine cut short when it lost its power is left out; what a run can go on without has a value of its own.
+"""
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from eopd.config import Config, ConfigError
+from eopd.config.messages import explain
+from eopd.config.saved import parse_saved, read_saved
+from eopd.telemetry.console import Summary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeRecord:
+    """A line of ``changes.jsonl``: ``changes`` has each key's value before and after, ``before`` the whole config."""
+
+    from_step: int
+    time: float
+    changes: dict[str, list[object]]
+    before: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measurement:
+    mean: float
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _HeldOut:
+    before: dict[str, _Measurement] | None = None
+    after: dict[str, _Measurement] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Summary:
+    """``Summary``, of which an older version may not have written all."""
+
+    status: str
+    steps: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    incarnation: int = 0
+    wall_s: float = 0.0
+    tokens_per_s: float = 0.0
+    step_seconds: dict[str, float] = field(default_factory=dict)
+    held_out: _HeldOut = _HeldOut()
+
+
+_SUMMARY: Final = TypeAdapter(_Summary)
+_CHANGE: Final = TypeAdapter(ChangeRecord)
+
+
+def instead_of_going_on(path: Path) -> str:
+    """What can be done with a run directory whose run cannot go on."""
+    return (
+        f"Put it back from a copy; or write the student of this run with `eopd export {path}`, and start a new run "
+        "from it (student.model, and another run.name)"
+    )
+
+
+def read_summary(path: Path) -> Summary | None:
+    """What ``summary.json`` holds; None where there is none.
+
+    Raises:
+        ConfigError: it does not say how the run stands.
+    """
+    if not path.exists():
+        return None
+    return cast(Summary, asdict(read_saved(path, _SUMMARY, instead_of_going_on(path.parent))))
+
+
+def read_changes(path: Path) -> list[ChangeRecord]:
+    """The lines of ``changes.jsonl``; none where there is no such file.
+
+    Raises:
+        ConfigError: a line is no change.
+    """
+    lines = enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1) if path.exists() else ()
+    return [
+        parse_saved(f"{path}: line {number}", line, _CHANGE, _without_changes(path)) for number, line in lines if line
+    ]
+
+
+def config_before(path: Path, change: ChangeRecord) -> Config:
+    """The config that a line of ``changes.jsonl`` found.
+
+    Raises:
+        ConfigError: this version reads no such config.
+    """
+    try:
+        return Config.model_validate(change.before)
+    except ValidationError as error:
+        lines = [explain(detail, Config)[1] for detail in error.errors(include_url=False)]
+        raise ConfigError(
+            f"{path}: the config from before step {change.from_step} cannot be read: {'; '.join(lines)}. "
+            f"{_without_changes(path)}"
+        ) from None
+
+
+def read_rows(path: Path, last: int | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file, or those of its last lines; what is no row is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in deque(file, maxlen=last):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def _without_changes(path: Path) -> str:
+    return f"Remove {path.name} to go on without the record of what was changed"
