@@ -99,6 +99,56 @@ def test_a_field_that_means_nothing_is_refused(columns, message):
         read(prompt="a", **columns)
 
 
+@pytest.mark.parametrize(
+    ("line", "field", "written", "meant"),
+    [
+        (r'{"prompt": "a", "answer": "\frac{1}{2}"}', "answer", r"\f (at position 0)", r"\\frac"),
+        (r'{"prompt": "a", "answer": "\boxed{5}"}', "answer", r"\b (at position 0)", r"\\boxed"),
+        (r'{"prompt": "a", "answer": ["5", "\theta"]}', "answer", r"\t (at position 0)", r"\\theta"),
+        (r'{"prompt": "a", "answer": "2\times 3"}', "answer", r"\t (at position 1)", r"\\times"),
+        (r'{"prompt": "a", "answer": "\text{yes}"}', "answer", r"\t (at position 0)", r"\\text"),
+        (r'{"prompt": "a", "answer": "\tan x"}', "answer", r"\t (at position 0)", r"\\tan"),
+        (r'{"prompt": "a", "answer": "x\to a"}', "answer", r"\t (at position 1)", r"\\to"),
+        (r'{"prompt": "put it in \boxed{}"}', "prompt", r"\b (at position 10)", r"\\boxed"),
+        (r'{"prompt": "lim x\to 0 of \\sin x"}', "prompt", r"\t (at position 5)", r"\\to"),
+        (r'{"prompt": "\tan(x) + \tan^2 x"}', "prompt", r"\t (at position 0)", r"\\tan"),
+        (r'{"prompt": "x \rightarrow y"}', "prompt", r"\r (at position 2)", r"\\rightarrow"),
+        (
+            r'{"messages": [{"role": "user", "content": "what is \frac12"}]}',
+            "messages, number 1, content",
+            r"\f (at position 8)",
+            r"\\frac",
+        ),
+    ],
+)
+def test_a_backslash_that_json_took_is_refused(line, field, written, meant):
+    with pytest.raises(ConfigError) as caught:
+        read(**json.loads(line))
+    assert str(caught.value) == (
+        f"rows.jsonl:7: {field}: holds the control character {written}, which JSON makes of {meant[1:]}; "
+        f"double the backslash: {meant}"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\tb",
+        "\tan apple",
+        "\tan 8-bit number",
+        "\text := path.Ext(name)",
+        "x\to\tx\no\tx\to",
+        "\to todo",
+        "\tau pain",
+        "a\r\nb",
+        "\neq",
+        r"\boxed{\theta}",
+    ],
+)
+def test_tabs_and_line_ends_of_prose_and_code_are_taken(text):
+    assert read(prompt=text).text == text
+
+
 def test_a_missing_source_is_the_default_one():
     assert read(prompt="a").source == read(prompt="a", source=None).source == "default"
 
