@@ -583,6 +583,32 @@ def test_a_file_that_is_no_tree_says_where(path, added, message):
     assert str(caught.value).removeprefix(f"{path}: ") == message
 
 
+@pytest.mark.parametrize(
+    ("text", "written", "meant"),
+    [
+        (r"in \boxed{}", r"\b (at position 3)", r"\boxed"),
+        (r"\frac", r"\f (at position 0)", r"\frac"),
+        (r"\0", r"\0 (at position 0)", r"\0"),
+        (r"\theta", r"\t (at position 0)", r"\theta"),
+        (r"\rightarrow", r"\r (at position 0)", r"\rightarrow"),
+        (r"\Nabla", r"\N (at position 0)", r"\Nabla"),
+        (r"\x01", r"\x01 (at position 0)", r"\x01"),
+    ],
+)
+@pytest.mark.parametrize("key", ["prompts.suffix", "teachers.0.template"])
+def test_a_backslash_that_double_quotes_took_is_refused(path, key, text, written, meant):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [f'{key}="{text}"'])
+    assert str(caught.value) == (
+        f"{path}: {key}: holds the control character {written}, which double quotes in YAML make of {meant}; "
+        f"double the backslash (\\{meant}), or write the text in single quotes"
+    )
+
+
+def test_line_ends_and_tabs_of_a_text_are_taken(path):
+    assert load_config(path, [r'prompts.suffix="\n\ta\r\n\\boxed{}"']).prompts.suffix == "\n\ta\r\n\\boxed{}"
+
+
 def test_aliases_that_grow_without_end_are_a_message(path):
     levels = [f"x-{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(9)]
     path.write_text("\n".join([MINIMAL, "x-0: &a0 lol", *levels]))
