@@ -388,6 +388,7 @@ def graded(files, check):
             [{"answer": "He sold half as many clips in May."}],
             "/graded.jsonl:1: answer: the grader math can read nothing",
         ),
+        ([{"answer": "12 34"}], "/graded.jsonl:1: answer: the grader math can read nothing in it: '12 34'; write"),
     ],
 )
 def test_a_reward_needs_answers_that_its_grader_can_read(graded, answers, message):
