@@ -12,6 +12,7 @@ from typing import Final
 
 from eopd.config import ConfigError
 from eopd.config.base import DATA_SUFFIXES
+from eopd.config.json_text import JsonError, parse_json
 
 # Kinds of files that people have rows in, and that are not read here. Any other ending may be part of a name.
 # fmt: off
@@ -112,9 +113,9 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
         return found
 
     try:
-        row = json.loads(line, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-        raise ConfigError(f"{where}: is not JSON (every line must be one object): {error}") from None
+        row = parse_json(line, once)
+    except JsonError as error:
+        raise ConfigError(f"{where}: {error}; every line must be one JSON object") from None
     if not isinstance(row, dict):
         raise ConfigError(f'{where}: must be an object such as {{"prompt": "..."}}, is {json.dumps(row)[:40]}')
     return row

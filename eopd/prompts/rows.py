@@ -4,16 +4,16 @@ Every odd value is taken as what it plainly means, or refused with file, row, fi
 text by accident: neither null, nor a list, nor half a character, nor what an escape left of a command of LaTeX.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeGuard
 
 from eopd.config import ConfigError
+from eopd.config.json_text import JsonError, parse_json, told
 from eopd.prompts.files import Row
-from eopd.prompts.text import fault_of_field, told
+from eopd.prompts.text import fault_of_field
 from eopd.types import Reference
 
 Message = Mapping[str, object]  # role and content, both text, and whatever else a chat template may read
@@ -191,10 +191,9 @@ def _tools(row: Row) -> Sequence[Tool]:
 
 def _parsed(row: Row, field: str, text: str) -> object:
     try:
-        found: object = json.loads(text)
-    except ValueError as error:
-        _refuse(row, field, f"is text that is not JSON: {error}")
-    return found
+        return parse_json(text)
+    except JsonError as error:
+        _refuse(row, field, f"is text, which {error}")
 
 
 def _id(row: Row) -> str:
@@ -236,16 +235,23 @@ def _answer(row: Row) -> Reference | None:
 def _accepted(row: Row, value: object) -> str:
     if isinstance(value, str):
         return _clean(row, "answer", value, formula=True)
-    if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value):
+    if _is_number(value):
         return written(value)
     _refuse(row, "answer", f"must be text, a number, or a list of these that are all right; is {told(value)}")
+
+
+def _is_number(value: object) -> TypeGuard[float | Decimal]:
+    """Whether a value is a number; whole ones of JSON may be beyond all floats."""
+    if isinstance(value, float | Decimal):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def written(number: float | Decimal) -> str:
     """A number as a person writes it: 72 for 72.0, 0.5, 0.0000001, never with an exponent."""
     if number == 0:
         return "0"
-    digits = f"{Decimal(str(number)):f}"
+    digits = f"{Decimal(number) if isinstance(number, int) else Decimal(str(number)):f}"
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
 

@@ -1,10 +1,6 @@
-"""Text that can be tokenised and was meant, and values in the words of JSON."""
+"""Text that can be tokenised and was meant."""
 
-import json
-import math
 import re
-from collections.abc import Mapping
-from decimal import Decimal
 from typing import Final
 
 from eopd.config.escapes import eaten_by_json
@@ -40,16 +36,3 @@ def fault_of_field(text: str, *, formula: bool = False) -> str | None:
     if found is None:
         return None
     return f"{found}, which JSON makes of {found.meant}; double the backslash: \\{found.meant}"
-
-
-def told(value: object) -> str:
-    """A value in the words of JSON."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int | float | Decimal):
-        return f"the number {value}" if math.isfinite(value) else "a number that is not finite (NaN or Infinity)"
-    if isinstance(value, str):
-        return json.dumps(value)[:60] if value.strip() else "empty text"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return "an object" if isinstance(value, Mapping) else f"a value of type {type(value).__name__}"
