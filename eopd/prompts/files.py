@@ -4,6 +4,7 @@ A row leaves here as the columns it has, with the place where it stands, so that
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -54,25 +55,30 @@ def read_rows(spec: str, key: str = "prompts.data") -> list[Row]:
     if not spec.strip() or "\0" in spec:
         raise ConfigError(f"{key}: must be a .jsonl or .parquet file or the name of a data set (is {spec!r})")
 
+    try:
+        rows = _read(spec, key)
+    except OSError as error:
+        raise ConfigError(f"{key}: {spec} cannot be read ({error.strerror or error})") from None
+    if not rows:
+        raise ConfigError(f"{key}: {spec} has no rows")
+    return rows
+
+
+def _read(spec: str, key: str) -> list[Row]:
     path = Path(spec)
     if path.suffix in DATA_SUFFIXES and path.is_dir():
         raise ConfigError(f"{key}: {spec} is a directory; name one file in it")
 
     if path.suffix == ".jsonl":
-        rows = list(_read_jsonl(path, f"{key}: {spec}"))
-    elif path.suffix == ".parquet":
-        rows = _numbered(_read_parquet(path, f"{key}: {spec}"), f"{key}: {spec}")
-    elif path.suffix.lower() in {*OTHER_SUFFIXES, *DATA_SUFFIXES} or path.expanduser().is_file():
+        return list(_read_jsonl(path, f"{key}: {spec}"))
+    if path.suffix == ".parquet":
+        return _numbered(_read_parquet(path, f"{key}: {spec}"), f"{key}: {spec}")
+    if path.suffix.lower() in {*OTHER_SUFFIXES, *DATA_SUFFIXES} or Path(os.path.expanduser(spec)).is_file():
         raise ConfigError(
             f"{key}: {spec} must be .jsonl (a JSON object a line), .parquet, or the name of a data set; "
             f"files that end in {path.suffix or 'nothing'} are not read"
         )
-    else:
-        rows = _numbered(_read_named(spec, key), f"{key}: {spec}")
-
-    if not rows:
-        raise ConfigError(f"{key}: {spec} has no rows")
-    return rows
+    return _numbered(_read_named(spec, key), f"{key}: {spec}")
 
 
 def _row(where: str, number: int, columns: Mapping[str, object]) -> Row:
@@ -82,10 +88,7 @@ def _row(where: str, number: int, columns: Mapping[str, object]) -> Row:
 
 
 def _read_jsonl(path: Path, where: str) -> Iterator[Row]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{where} cannot be read ({error.strerror})") from None
+    content = path.read_bytes()
     try:
         lines = content.decode("utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a string
     except UnicodeDecodeError as error:

@@ -354,6 +354,17 @@ def test_a_mistake_is_one_message_and_exit_code_2(check, overrides, message):
     assert shown.count("\n") == 1 and "Traceback" not in shown
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000], ids=["long", "deep"])
+@pytest.mark.parametrize(
+    ("key", "ending"),
+    [("student.model", ""), ("teachers.0.model", ""), ("prompts.data", ".jsonl"), ("prompts.data", "")],
+)
+def test_a_path_that_no_disk_takes_is_one_message(check, key, ending, name):
+    code, shown = check(f"{key}={{root}}/{name}{ending}")
+    where = "teachers.chat.model" if key == "teachers.0.model" else key
+    assert code == 2 and shown.startswith(f"error: {where}: ") and shown.endswith("(File name too long)\n")
+
+
 def test_held_out_prompts_need_a_teacher_too(files):
     swapped = [f"prompts.held_out={files}/train.jsonl", f"prompts.data={files}/held_out.jsonl"]
     preflight.check(load_config(files / "c.yaml", swapped))

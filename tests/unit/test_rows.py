@@ -2,6 +2,7 @@
 
 import json
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
@@ -303,6 +304,23 @@ def test_a_file_without_an_ending_and_a_directory_with_one_are_refused(tmp_path)
         read_rows(str(tmp_path / "rows"))
     with pytest.raises(ConfigError, match=r"rows.parquet is a directory"):
         read_rows(str(tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".csv", ""])
+@pytest.mark.parametrize("method", ["is_dir", "is_file", "read_bytes"])
+def test_what_may_not_be_read_is_one_message(tmp_path, monkeypatch, ending, method):
+    def closed(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    name = str(tmp_path / f"{'x' * 300}{ending}")
+    told = f"prompts.data: {name} "
+    with pytest.raises(ConfigError) as caught:
+        read_rows(name)
+    assert str(caught.value).startswith((f"{told}cannot be read (File name too long)", f"{told}must be .jsonl"))
+    monkeypatch.setattr(Path, method, closed)
+    (tmp_path / f"rows{ending}").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"^prompts.data: .*(cannot be read|must be .jsonl|has no rows)"):
+        read_rows(str(tmp_path / f"rows{ending}"))
 
 
 def test_broken_and_empty_parquet_files_are_refused(tmp_path):
