@@ -50,7 +50,10 @@ def files(tmp_path_factory):
         ("teachers.0.model={root}/no", "error: teachers.teacher.model: there is no directory {root}/no;"),
         ("prompts.data={root}/no.jsonl", "error: prompts.data: {root}/no.jsonl cannot be read (No such file or "),
         ("prompts.held_out={root}/empty.jsonl", "error: prompts.held_out: {root}/empty.jsonl has no rows"),
-        ("prompts.max_tokens=3", "prompts.max_tokens is 3; shorten it, raise the limit (--max-prompt-tokens of eopd "),
+        (
+            "prompts.max_tokens=3",
+            "longer than prompts.max_tokens 3; this is the longest, with 26 tokens: shorten what ",
+        ),
         ("learner.token_budget=64", "learner.token_budget: 64 is below prompts.max_tokens + max_response_tokens = 204"),
         ("teachers.0.model={root}/other", "{root}/other"),
         (
