@@ -9,7 +9,8 @@ from typing import Final
 
 from eopd.config import Config, ConfigError
 from eopd.config.json_text import told
-from eopd.preflight.weights import read_weights, require_no_pointer
+from eopd.config.pointer import require_no_pointer
+from eopd.preflight.weights import read_weights
 from eopd.teacher.vocabulary import end_token_ids, load_tokenizer, read_json, vocab_size
 
 # What a run reads of a model directory besides the weights.

@@ -13,8 +13,8 @@ from typing import Final
 
 from eopd.config import ConfigError
 from eopd.config.json_text import JsonError, parse_json, told
+from eopd.config.pointer import require_no_pointer
 
-POINTER: Final = b"version https://git-lfs.github.com/spec/"
 NO_WEIGHTS: Final = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "random_states.bin"})
 
 # What transformers (5.19) looks for, in its order; vLLM (0.32.0) takes whatever ends so.
@@ -143,18 +143,6 @@ def require_whole(file: Path) -> None:
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty")
     require_no_pointer(file)
-
-
-def require_no_pointer(file: Path) -> None:
-    """Refuse a file that Git left where a larger one belongs.
-
-    Raises:
-        ValueError: it is a Git LFS pointer.
-        OSError: it cannot be read.
-    """
-    with file.open("rb") as opened:
-        if opened.read(len(POINTER)) == POINTER:
-            raise ValueError(f"{file} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
 
 
 def _require_container(file: Path) -> None:

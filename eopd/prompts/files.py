@@ -14,6 +14,8 @@ from typing import Final
 from eopd.config import ConfigError
 from eopd.config.base import DATA_SUFFIXES
 from eopd.config.json_text import JsonError, parse_json
+from eopd.config.pointer import require_no_pointer
+from eopd.prompts.arrow import as_written, read_parquet
 
 # Kinds of files that people have rows in, and that are not read here. Any other ending may be part of a name.
 # fmt: off
@@ -69,10 +71,15 @@ def _read(spec: str, key: str) -> list[Row]:
     if path.suffix in DATA_SUFFIXES and path.is_dir():
         raise ConfigError(f"{key}: {spec} is a directory; name one file in it")
 
+    if path.suffix in DATA_SUFFIXES:
+        try:
+            require_no_pointer(path)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from None
     if path.suffix == ".jsonl":
         return list(_read_jsonl(path, f"{key}: {spec}"))
     if path.suffix == ".parquet":
-        return _numbered(_read_parquet(path, f"{key}: {spec}"), f"{key}: {spec}")
+        return _numbered(read_parquet(path, f"{key}: {spec}"), f"{key}: {spec}")
     if path.suffix.lower() in {*OTHER_SUFFIXES, *DATA_SUFFIXES} or Path(os.path.expanduser(spec)).is_file():
         raise ConfigError(
             f"{key}: {spec} must be .jsonl (a JSON object a line), .parquet, or the name of a data set; "
@@ -124,19 +131,6 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
     return row
 
 
-def _read_parquet(path: Path, where: str) -> list[dict[str, object]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[dict[str, object]] = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{where} cannot be read ({error.strerror or 'No such file or directory'})") from None
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise ConfigError(f"{where} cannot be read: {error}") from None
-    return rows
-
-
 def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
     import datasets
 
@@ -146,7 +140,12 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
     split = parts[-1] if parts else "train"
     subset = parts[0] if len(parts) == 2 else None
     try:
-        return list(datasets.load_dataset(name, subset, split=split))
+        found = datasets.load_dataset(name, subset, split=split)
+        kinds = {field.name: field.type for field in getattr(found, "features", datasets.Features()).arrow_schema}
+        return [
+            {name: as_written(value, kinds[name]) if name in kinds else value for name, value in row.items()}
+            for row in found
+        ]
     except Exception as error:  # noqa: BLE001 - a data set may run code of its own, which raises what it likes
         hint = "; a subset is named as NAME:SUBSET:SPLIT" if len(parts) < 2 else ""
         raise ConfigError(f"{key}: data set {spec} cannot be loaded: {error or type(error).__name__}{hint}") from None

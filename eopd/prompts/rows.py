@@ -98,6 +98,8 @@ def _chat(row: Row) -> tuple[list[Message], list[str]]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": _clean(row, "prompt", prompt)}], []
     if prompt is None and messages is None:
+        if nulls := [name for name in ("prompt", "messages") if name in row.columns]:
+            _refuse(row, ", ".join(nulls), "is null; write text, or a list of messages")
         found = ", ".join(f"`{name}`" for name in row.columns) or "none"
         raise ConfigError(
             f"{row.where}: needs either `prompt` (text, or a list of messages) or `messages` (a list of messages, each "

@@ -4,6 +4,7 @@ import json
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eopd.config import ConfigError
@@ -211,8 +212,9 @@ def test_tools_may_be_json_text():
     ("columns", "message"),
     [
         ({"question": "a", "answer": "b"}, "needs either `prompt` .*; its fields are `question`, `answer`"),
-        ({"prompt": None}, "needs either `prompt`"),
         ({"prompt": "a", "messages": [ASK]}, "prompt, messages: both are there"),
+        ({"prompt": None}, "prompt: is null; write text, or a list of messages"),
+        ({"prompt": None, "messages": None, "x": 1}, "prompt, messages: is null; write text"),
         ({"prompt": 5}, "prompt: must be text or a list of messages, is the number 5"),
         ({"prompt": ""}, "prompt: the user's text is empty"),
         ({"prompt": " \n"}, "prompt: the user's text is empty"),
@@ -333,6 +335,66 @@ def test_broken_and_empty_parquet_files_are_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], "string")}), tmp_path / "empty.parquet")
     with pytest.raises(ConfigError, match=r"empty.parquet has no rows"):
         read_rows(str(tmp_path / "empty.parquet"))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_git_lfs_pointer_is_named(tmp_path, ending):
+    path = tmp_path / f"rows.{ending}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 988097824\n")
+    with pytest.raises(ConfigError) as caught:
+        read_rows(str(path))
+    assert str(caught.value) == (
+        f"prompts.data: {path} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
+    )
+
+
+def parquet(tmp_path, names, columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(values, kind) for values, kind in columns], names=names)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    return str(tmp_path / "rows.parquet")
+
+
+def test_narrow_floats_are_the_shortest_numbers_that_they_are(tmp_path):
+    import pyarrow
+
+    single, half = pyarrow.float32(), pyarrow.float16()
+    nested = pyarrow.struct([("x", single)])
+    spec = parquet(
+        tmp_path,
+        ["answer", "half", "several", "inside", "double"],
+        [
+            ([0.1, 72.0, 1e-7, None], single),
+            (np.array([0.1, 2048, 0.5, 3], np.float16), half),
+            ([[0.1, 0.7], [], None, [3.5]], pyarrow.list_(single)),
+            ([{"x": 0.1}, {"x": None}, None, {"x": 16777216.0}], nested),
+            ([0.1, 0.30000000000000004, float(np.float32(0.1)), 1e22], pyarrow.float64()),
+        ],
+    )
+    first, second, third, fourth = (row.columns for row in read_rows(spec))
+    assert first == {"answer": 0.1, "half": 0.1, "several": [0.1, 0.7], "inside": {"x": 0.1}, "double": 0.1}
+    assert (second["answer"], third["answer"], fourth["answer"]) == (72.0, 1e-7, None)
+    assert (second["half"], second["inside"], fourth["inside"]) == (2048.0, {}, {"x": 16777216.0})
+    assert (second["double"], third["double"]) == (0.30000000000000004, 0.10000000149011612)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    spec = parquet(tmp_path, ["prompt", "prompt"], [(["a"], "string"), (["b"], "string")])
+    with pytest.raises(ConfigError, match=r"rows.parquet: has two columns named 'prompt'; which one counts\?$"):
+        read_rows(spec)
+
+
+@pytest.mark.parametrize(("when", "kind"), [(2**62, ("us", None)), (1, ("s", "Mars/X"))])
+def test_a_time_that_is_none_is_named_with_its_column(tmp_path, when, kind):
+    import pyarrow
+
+    spec = parquet(tmp_path, ["prompt", "when"], [(["a", "b"], "string"), ([0, when], pyarrow.timestamp(*kind))])
+    with pytest.raises(
+        ConfigError, match=r"rows.parquet: column when: row [12]: its timestamp.* cannot be read \(.*; take"
+    ):
+        read_rows(spec)
 
 
 def test_what_an_arrow_table_fills_up_is_taken_out_again(tmp_path):
