@@ -124,6 +124,7 @@ def _views(config: Config) -> Callable[[str], TeacherView | None]:
         if teacher.template is not None
     }
     for view in views.values():
+        view.require_text()
         if config.prompts.template == "chat" and not view.tokenizer.chat_template:
             raise ConfigError(f"teachers.{view.name}.template: its tokenizer has no chat template to render it with")
 

@@ -1,12 +1,17 @@
 """A data set as the prompts of a run: read, rendered for the student and, where it reads otherwise, for its teacher."""
 
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import jinja2
 import numpy as np
+from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from eopd.config import ConfigError, PromptsConfig
@@ -16,6 +21,8 @@ from eopd.prompts.rows import Question, read_question
 from eopd.types import PromptSample
 
 FAULTS_SHOWN: Final = 5
+# What Python's and LangChain's templates fill in; behind a command or an index of LaTeX braces are braces.
+_SINGLE_BRACES: Final = re.compile(r"(?<![\w\\^_{}%#\]])\{\s*([A-Za-z_]\w*)\s*\}(?!\})")
 _ROW: Final = "\0"  # stands for a place in a message
 _TEMPLATES: Final = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 
@@ -38,6 +45,21 @@ class TeacherView:
     options: Mapping[str, object]
     max_tokens: int
 
+    def require_text(self) -> None:
+        """The template is text, and not nothing or the name of the file that holds it.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        key = f"teachers.{self.name}.template"
+        if not self.template.strip():
+            raise ConfigError(
+                f"{key}: is empty; write {{{{ prompt }}}} and what the teacher reads besides, or take it out"
+            )
+        with suppress(OSError):  # no name that a disk takes is a name of no file
+            if Path(os.path.expanduser(self.template.strip())).is_file():
+                raise ConfigError(f"{key}: {self.template.strip()} is a file; write its text here, below `template: |`")
+
     def token_ids(self, question: Question, where: str, config: PromptsConfig) -> tuple[list[int], list[str]]:
         """The teacher's prompt, and notes on it.
 
@@ -45,8 +67,15 @@ class TeacherView:
             ConfigError: the template is broken or names a column the row lacks.
             _TooLong: its prompt is.
         """
+        for one in _SINGLE_BRACES.finditer(self.template):
+            if (name := one[1]) in (*question.columns, "prompt"):
+                raise ConfigError(
+                    f"teachers.{self.name}.template: {where}: {one[0]} is plain text there; write {{{{ {name} }}}} to "
+                    "have the column in its place"
+                )
         try:
             text = _TEMPLATES.from_string(self.template).render({**question.columns, "prompt": question.text})
+            columns = meta.find_undeclared_variables(_TEMPLATES.parse(self.template))
         except Exception as error:  # noqa: BLE001 - a template is a program of the user's, and raises what it likes
             raise ConfigError(f"teachers.{self.name}.template: {where}: {error or type(error).__name__}") from None
 
@@ -54,6 +83,8 @@ class TeacherView:
             whose=f"teacher {self.name}", tokenizer=self.tokenizer, template=config.template, options=self.options
         )
         found, notes = rendering.token_ids(question.with_text(text), question.tools, where)
+        if not columns:
+            notes.append(f"the template of teacher {self.name} uses no column, so that it asks the same in every row")
         if len(found) > self.max_tokens:
             raise _TooLong(
                 len(found),

@@ -340,6 +340,11 @@ def test_what_this_machine_lacks_is_a_note_where_ray_is_started_here(check, over
             "error: learner.deepspeed.zero_optimization.overlap_com: unknown key; did you mean overlap_comm?\n",
         ),
         (["telemetry.trackers=[mlflow]"], "error: telemetry.trackers: mlflow needs a server: set MLFLOW_TRACKING_URI"),
+        (["teachers.0.template=''"], "error: teachers.chat.template: is empty; write {{ prompt }} and"),
+        (
+            ["teachers.0.template={root}/c.yaml"],
+            "error: teachers.chat.template: /c.yaml is a file; write its text here",
+        ),
         (
             ["teachers.1.sources=[logic]"],
             "error: /train.jsonl: nobody teaches source 'code' (1 prompts); teachers.sources are 'logic', 'math', "

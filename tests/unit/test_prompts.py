@@ -1,6 +1,7 @@
 """Rows to prompts, and issue numbers to samples."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -154,6 +155,66 @@ def test_a_teacher_reads_its_own_prompt_and_the_student_does_not(tmp_path):
     assert taught.token_ids.tolist() == other.token_ids.tolist() == [6, 1, 2, 3, 11]
     assert taught.teacher_token_ids.tolist() == [6, 4, 4, 3, 1, 2, 3, 13]  # hint ssss for a bb end <assistant>!!
     assert other.teacher_token_ids is None
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{prompt}", "prompt"),
+        ("Hint: { solution } for {{ prompt }}", "solution"),
+        ("Q:{prompt}\nA:", "prompt"),
+    ],
+)
+def test_single_braces_around_a_column_are_refused(tmp_path, template, name):
+    rows = [{"prompt": "a", "source": "math", "solution": "s"}] * 2
+    with pytest.raises(ConfigError) as caught:
+        load_for(tmp_path, view(template), *rows)
+    assert re.fullmatch(
+        rf"teachers.t.template: prompts.data: .*rows.jsonl:1 \(and 1 more row\): \{{ ?{name} ?\}} is plain text there; "
+        rf"write \{{\{{ {name} \}}\}} to have the column in its place",
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        r"\boxed{prompt} {{ prompt }}",
+        "x_{prompt} {{ prompt }}",
+        "{other} {{ prompt }}",
+        "{% if prompt %}{{prompt}}{% endif %}",
+    ],
+)
+def test_other_braces_of_a_template_are_text(tmp_path, template):
+    load_for(tmp_path, view(template), {"prompt": "a", "source": "math"})
+
+
+def test_a_template_without_a_column_is_noted(tmp_path):
+    rows = [{"prompt": "a", "source": "math"}] * 2
+    for template, notes in (("say yes", 1), ("{{ prompt }}", 0), ("{% if prompt %}a{% endif %}", 0)):
+        taught = {"math": view(template)}
+        found = PromptSet.load(write(tmp_path, *rows), config(), WordTokenizer(), taught.get).notes
+        assert (
+            found
+            == (
+                "prompts.data: 2 of 2 rows: the template of teacher t uses no column, so that it asks the same "
+                "in every row",
+            )
+            * notes
+        )
+
+
+def test_a_template_is_text_and_no_file(tmp_path):
+    (tmp_path / "hint.jinja").write_text("{{ prompt }}")
+    for template, message in (
+        ("", "is empty; write {{ prompt }} and what"),
+        (" \n", "is empty"),
+        (f"{tmp_path}/hint.jinja", f"{tmp_path}/hint.jinja is a file; write its text here, below `template: |`"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"teachers.t.template: {message}")):
+            view(template).require_text()
+    for template in ("{{ prompt }}", "x" * 5000, "x/" * 3000, str(tmp_path)):
+        view(template).require_text()
 
 
 def test_what_is_too_long_for_a_teacher_is_one_line(tmp_path):
