@@ -114,7 +114,8 @@ class _Reader:
 
     def _comment(self, node: yaml.Node) -> str:
         """What stands behind a scalar in its line, if that is a comment."""
-        line = self._text[node.end_mark.index :].partition("\n")[0]
+        end = self._text.find("\n", node.end_mark.index)
+        line = self._text[node.end_mark.index : end if end >= 0 else None]
         behind = line.lstrip(" \t")
         return behind.rstrip() if behind.startswith("#") and behind != line else ""
 

@@ -21,6 +21,8 @@ def parse_json(text: str | bytes, hook: Callable[[Pairs], object] | None = None)
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        if decoded.startswith("\ufeff"):
+            raise JsonError("begins with a byte order mark, which JSON has not; save it as UTF-8 without one")
         value: object = json.loads(decoded, object_pairs_hook=hook)
     except UnicodeDecodeError as error:
         raise JsonError(f"is not UTF-8: {error.reason} at byte {error.start}") from None

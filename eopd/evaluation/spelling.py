@@ -15,7 +15,7 @@ _NO_DIGIT: Final = re.compile(r"\D")
 _MIXED: Final = re.compile(r"([-+]?\s*\d+)\s+(\d+)\s*/\s*(\d+)")
 _SCIENTIFIC: Final = re.compile(r"([-+]?(?:\d+(?:\.\d*)?|\.\d+))[eE]([-+]?\d{1,3})")
 _DEGREES: Final = re.compile(
-    r"\s*(?: \u00b0 | \^\s*\\circ(?![a-z]) | \^\s*\{\s*\\circ\s*\} | \\degree(?![a-z]) )"
+    r"(?<!\s)\s*(?: \u00b0 | \^\s*\\circ(?![a-z]) | \^\s*\{\s*\\circ\s*\} | \\degree(?![a-z]) )"
     r"(?: \s* (?: [CF](?![A-Za-z]) | \\(?:text|mathrm)\{\s*[CF]\s*\} ) )?"
     r" | (?<=\d) \s* (?: degrees?\b | \\text\{\s*degrees?\s*\} )",
     re.VERBOSE,

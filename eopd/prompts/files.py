@@ -125,7 +125,8 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
     try:
         row = parse_json(line, once)
     except JsonError as error:
-        raise ConfigError(f"{where}: {error}; every line must be one JSON object") from None
+        every = "; every line must be one object" if str(error).startswith("is not JSON") else ""
+        raise ConfigError(f"{where}: {error}{every}") from None
     if not isinstance(row, dict):
         raise ConfigError(f'{where}: must be an object such as {{"prompt": "..."}}, is {json.dumps(row)[:40]}')
     return row

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -75,7 +76,7 @@ class TeacherView:
                 )
         try:
             text = _TEMPLATES.from_string(self.template).render({**question.columns, "prompt": question.text})
-            columns = meta.find_undeclared_variables(_TEMPLATES.parse(self.template))
+            columns = _columns_of(self.template)
         except Exception as error:  # noqa: BLE001 - a template is a program of the user's, and raises what it likes
             raise ConfigError(f"teachers.{self.name}.template: {where}: {error or type(error).__name__}") from None
 
@@ -91,6 +92,12 @@ class TeacherView:
                 f"{{rows}} longer than teachers.{self.name}.max_prompt_tokens {self.max_tokens} in its template",
             )
         return found, notes
+
+
+@cache
+def _columns_of(template: str) -> frozenset[str]:
+    """What a template names that a row must have."""
+    return frozenset(meta.find_undeclared_variables(_TEMPLATES.parse(template)))
 
 
 class _TooLong(Exception):

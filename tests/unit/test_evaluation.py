@@ -18,6 +18,7 @@ from eopd.evaluation.benchmarks import run_benchmark, sample_seed
 from eopd.evaluation.final_answer import final_answer, last_boxed
 from eopd.evaluation.graders import Verdict, grade_exact, open_grader
 from eopd.evaluation.passk import mean_over_prompts, pass_at_k
+from eopd.evaluation.spelling import are_words_of_the_same_letters, stand_side_by_side, with_plain_numbers
 from eopd.types import (
     LossReason,
     LostTrajectory,
@@ -255,6 +256,15 @@ def math_grader():
 )
 def test_math_grader(math_grader, response, reference, verdict):
     assert math_grader(response, reference) is verdict
+
+
+def test_a_runaway_answer_is_spelt_in_one_pass():
+    for text in (" " * 100_000 + "x", "1" * 100_000, "1 " * 50_000, "a " * 50_000, "1 000 " * 20_000):
+        begin = time.process_time()
+        with_plain_numbers(text)
+        stand_side_by_side(text)
+        are_words_of_the_same_letters(text, text[::-1])
+        assert time.process_time() - begin < 1.0
 
 
 def test_math_grader_survives_an_endless_comparison_outside_the_main_thread(math_grader):

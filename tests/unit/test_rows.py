@@ -271,10 +271,14 @@ def test_lines_are_counted_from_one_and_rows_say_where_they_stand(tmp_path):
             b'{"answer": ' + b"9" * 5000 + b"}\n",
             r"rows.jsonl:1: holds a number of more than 4300 digits; write",
         ),
-        (b"[" * 100_000, r"rows.jsonl:1: is nested too deeply; every line must be one JSON object"),
+        (b"[" * 100_000, r"rows.jsonl:1: is nested too deeply$"),
         (
             b'{"answer": "\\sqrt{2}"}\n',
-            r"rows.jsonl:1: is not JSON: Invalid \\escape \(column 13\); a backslash of a text is written twice; every",
+            r"rows.jsonl:1: is not JSON: Invalid \\escape \(column 13\); a backslash of a text is written twice",
+        ),
+        (
+            b'{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}',
+            r"rows.jsonl:2: begins with a byte order mark, which JSON has",
         ),
         (b"null\n", r"rows.jsonl:1: must be an object such as .*, is null"),
     ],
