@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, cast
 
 import typer
-import yaml
 
-from eopd.cli.paths import require_place
 from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, make_section
+from eopd.config.document import DocumentError, read_value
 from eopd.config.processor import chosen
+from eopd.config.shape import shape
 from eopd.evaluation.benchmarks import BenchmarkResult
 from eopd.evaluation.graders import Verdict
 
@@ -21,6 +21,7 @@ TOLD = {
     Verdict.ERROR: "not graded",
 }
 IDS_SHOWN = 5
+NAMED: Final = {"model": "MODEL", "data": "DATA", "held_out": "DATA", "max_tokens": "--max-prompt-tokens"}
 
 
 def evaluate(
@@ -52,8 +53,10 @@ def evaluate(
     ks = k or sorted({1, n})
     if wrong := [value for value in ks if not 1 <= value <= n]:
         raise ConfigError(f"--k {wrong[0]}: must be between 1 and --n {n}")
+    if gpus > 1.0 and gpus.is_integer():
+        raise ConfigError(f"--gpus {gpus:g}: an engine here has one GPU at most; write --engines {gpus:g} --gpus 1")
     if output is not None:
-        require_place("--output", output)
+        _require_file(output)
     prompts = {"template": template, "max_tokens": max_prompt_tokens, "suffix": suffix}
     prompts_config = _prompts(data, template_options, prompts)
     rollout = {"temperature": temperature, "max_response_tokens": max_response_tokens}
@@ -62,26 +65,48 @@ def evaluate(
     from eopd.runtime.evaluate import evaluate as run
 
     result = run(
-        chosen(make_section(StudentConfig, model=model, dtype=dtype), gpus=gpus),
-        make_section(RolloutConfig, engines=engines, gpus=gpus, threads=threads, **rollout),
+        chosen(make_section(StudentConfig, NAMED, model=model, dtype=dtype), gpus=gpus),
+        make_section(RolloutConfig, NAMED, engines=engines, gpus=gpus, threads=threads, **rollout),
         Benchmark(prompts=prompts_config, grader=grader, samples=n, ks=ks, seed=seed),
         ClusterConfig(),
         lambda note: typer.echo(note, err=True),
     )
-    if output is not None:
-        result.write_prompts(output)
     for line in _lines(result, n):
         typer.echo(line)
+    if output is not None:
+        result.write_prompts(output)
+
+
+def _require_file(output: Path) -> None:
+    """Open the file that will be written, and leave nothing there.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        if not output.parent.is_dir():
+            raise ConfigError(f"--output {output}: there is no directory {output.parent}")
+        is_new = not output.exists()
+        output.open("a").close()
+        if is_new:
+            output.unlink()
+    except OSError as error:
+        raise ConfigError(f"--output {output}: cannot be written ({error.strerror}); name a file") from None
 
 
 def _prompts(data: str, options: str, values: Mapping[str, object]) -> PromptsConfig:
+    must = f"--template-options {options}: must be a YAML mapping, e.g. {{enable_thinking: false}}"
     try:
-        chosen = yaml.safe_load(options)
-    except yaml.YAMLError:
-        chosen = None
-    if not isinstance(chosen, dict):
-        raise ConfigError(f"--template-options {options}: must be a YAML mapping, e.g. {{enable_thinking: false}}")
-    return make_section(PromptsConfig, data=data, held_out=data, template_options=chosen, **values)
+        tree = read_value(options)
+    except DocumentError as error:
+        raise ConfigError(f"{must}; this {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(must)
+    shaped, faults = shape({"template_options": tree, **values}, PromptsConfig)
+    if faults:
+        named = [f"--template-options.{'.'.join(place[1:])}: {fault}" for place, fault in faults.items()]
+        raise ConfigError("\n".join(named))
+    return make_section(PromptsConfig, NAMED, data=data, held_out=data, **cast(Mapping[str, object], shaped))
 
 
 def _lines(result: BenchmarkResult, n: int) -> Sequence[str]:

@@ -7,6 +7,8 @@ from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from eopd.config.escapes import control_in
+
 NativeOptions = dict[str, object]
 
 DATA_SUFFIXES = (".jsonl", ".parquet")
@@ -77,6 +79,19 @@ def _resolve_data(spec: str) -> str:
 
 
 DataSpec = Annotated[str, AfterValidator(_resolve_data)]
+
+
+def _without_controls(text: str) -> str:
+    if found := control_in(text):
+        raise ValueError(
+            f"{found}, which double quotes in YAML make of {found.meant}; double the backslash (\\{found.meant}), or "
+            "write the text in single quotes"
+        )
+    return text
+
+
+# What is put into prompts: a control character in it was a backslash once.
+PromptText = Annotated[str, AfterValidator(_without_controls)]
 
 
 def _one_is_a_list(value: object) -> object:

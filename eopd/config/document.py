@@ -52,7 +52,7 @@ def read_tree(text: str) -> object:
         DocumentError: the text is not YAML, a key stands twice, or there is no end to the tree.
     """
     node, _ = _compose(text)
-    return None if node is None else _Reader().tree(node, ())
+    return None if node is None else _Reader(text).tree(node, ())
 
 
 def read_value(text: str) -> object:
@@ -64,7 +64,7 @@ def read_value(text: str) -> object:
     node, end = _compose(text)
     if text[end:].strip() or (node is None and text.strip()):
         raise DocumentError("ends at #, where a comment of YAML begins")
-    return Plain("") if node is None else _Reader().tree(node, ())
+    return Plain("") if node is None else _Reader(text).tree(node, ())
 
 
 def _compose(text: str) -> tuple[yaml.Node | None, int]:
@@ -82,7 +82,8 @@ def _compose(text: str) -> tuple[yaml.Node | None, int]:
 class _Reader:
     """Turns nodes into a tree; an alias is expanded wherever it stands, as long as that ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
+        self._text = text
         self._open: set[int] = set()
         self._count = 0
 
@@ -105,9 +106,16 @@ class _Reader:
                 items = enumerate(node.value)
                 return [self.tree(item, (*where, str(index))) for index, item in items]
             case yaml.ScalarNode():
-                return _scalar(node)
+                return _scalar(node, self._comment(node))
             case _:
                 raise DocumentError(f"line {_line(node)}: the tag {_tag(node)} means nothing here")
+
+    def _comment(self, node: yaml.Node) -> str:
+        """What stands behind a scalar in its line, if that is a comment."""
+        end = self._text.find("\n", node.end_mark.index)
+        line = self._text[node.end_mark.index : end if end >= 0 else None]
+        behind = line.lstrip(" \t")
+        return behind.rstrip() if behind.startswith("#") and behind != line else ""
 
     def _mapping(self, node: yaml.MappingNode, where: tuple[str, ...]) -> dict[str, object]:
         own: dict[str, object] = {}
@@ -128,12 +136,12 @@ class _Reader:
         return merged | own
 
 
-def _scalar(node: yaml.ScalarNode) -> str:
+def _scalar(node: yaml.ScalarNode, comment: str = "") -> str:
     text = str(node.value)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise DocumentError(f"line {_line(node)}: a \\u escape there is half a character")
     if node.tag == _PLAIN or node.tag in _SCALARS:
-        return Plain(text)
+        return Plain(text, comment)
     if node.tag != f"{_TAG}str":
         raise DocumentError(f"line {_line(node)}: the tag {_tag(node)} means nothing here")
     return text

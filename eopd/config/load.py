@@ -3,6 +3,7 @@
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import BaseModel, ValidationError
 
@@ -50,8 +51,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return with_dtypes(config)
 
 
-def make_section(section: type[SectionT], **options: object) -> SectionT:
+def make_section(
+    section: type[SectionT], named: Mapping[str, str] = MappingProxyType({}), **options: object
+) -> SectionT:
     """A section of what options of the command line say, each under the name of its key.
+
+    Args:
+        section: which one.
+        named: what the user calls a key where that is not ``--key``.
+        options: by key.
 
     Raises:
         ConfigError: a value is wrong.
@@ -60,8 +68,9 @@ def make_section(section: type[SectionT], **options: object) -> SectionT:
         return section.model_validate(options)
     except ValidationError as error:
         lines = [explain(detail, section)[1] for detail in error.errors(include_url=False)]
-        named = [f"--{line.partition(':')[0].replace('_', '-')}:{line.partition(':')[2]}" for line in lines]
-        raise ConfigError("\n".join(named)) from None
+        told = [line.partition(":") for line in lines]
+        told = [(named.get(key, f"--{key.replace('_', '-')}"), colon, what) for key, colon, what in told]
+        raise ConfigError("\n".join(dict.fromkeys("".join(parts) for parts in told))) from None
 
 
 def dump_config(config: Config) -> str:

@@ -5,13 +5,20 @@ the text that it is, ``Plain``, until the key that it belongs to says what is wa
 """
 
 import re
+import typing
 from typing import Final
 
 
 class Plain(str):
-    """The text of a scalar that stands without quotes."""
+    """The text of a scalar that stands without quotes; ``comment`` is what follows it in its line, from # on."""
 
-    __slots__ = ()
+    __slots__ = ("comment",)
+    comment: str
+
+    def __new__(cls, text: str, comment: str = "") -> typing.Self:  # noqa: D102
+        made = super().__new__(cls, text)
+        made.comment = comment
+        return made
 
 
 Native = bool | int | float | str | None
@@ -36,6 +43,8 @@ _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 _BINARY = re.compile(r"[-+]?0b[01_]+")
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _GROUPED = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?")
+_MARK = re.compile(r"####(?!#)")  # of a final answer, in GSM8K
+_SEVERAL = re.compile(r"##")
 
 
 def native(text: str) -> Native:
@@ -94,3 +103,20 @@ def unclear(text: str) -> str | None:
         plain = text.replace("_", "")
         return f"{text} is a number in YAML 1.1 and text in YAML 1.2: write {plain}, or '{text}' in quotes"
     return None
+
+
+def cut_short(text: Plain) -> str | None:
+    """Why the comment behind a text is surely meant to be more of it, or None.
+
+    A comment begins with one # as a rule. Several behind words, or in the place of a text, and the four of a final
+    answer behind anything, are what YAML takes away from a text without quotes.
+    """
+    in_words = not text or len(text.split()) > 1
+    if not (_MARK.match(text.comment) or (in_words and _SEVERAL.match(text.comment))):
+        return None
+    marks = text.comment[: len(text.comment) - len(text.comment.lstrip("#"))]
+    where = f"behind {text}" if text else "at its beginning"
+    return (
+        f"{marks} {where} begins a comment in YAML, so that the rest of the line is no part of the text; put quotes "
+        "around all of the text, or write the comment with one # if it is one"
+    )

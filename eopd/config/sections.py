@@ -12,6 +12,7 @@ from eopd.config.base import (
     Names,
     NativeOptions,
     Positive,
+    PromptText,
     Seconds,
     Section,
     Seed,
@@ -91,7 +92,7 @@ class PromptsConfig(Section):
     held_out: DataSpec
     template: Literal["chat", "none"] = "chat"
     template_options: NativeOptions = {}
-    suffix: str = ""
+    suffix: PromptText = ""
     max_tokens: Tokens = 1024
     overlong: Literal["error", "drop"] = "error"
 

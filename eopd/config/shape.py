@@ -19,6 +19,7 @@ from eopd.config.scalars import (
     OLD_TRUTHS,
     TRUTHS,
     Plain,
+    cut_short,
     meant_number,
     native,
     number,
@@ -98,6 +99,9 @@ class _Shaper:
         return shaped
 
     def _value(self, value: object, annotation: object, where: Place, usual: str | None = None) -> object:
+        if isinstance(value, Plain) and str in members(annotation) and (reason := cut_short(value)):
+            self.faults[where] = reason
+            return value
         if isinstance(value, Plain) and value in NULLS and may_be_null(annotation):
             return None
         if kinds := kinds_of(annotation):
@@ -169,10 +173,10 @@ class _Shaper:
             return [self._native(one, (*where, str(i))) for i, one in enumerate(value)]
         if not isinstance(value, Plain):
             return value
-        if reason := unclear(value):
+        read = native(value)
+        if reason := unclear(value) or (cut_short(value) if isinstance(read, str) else None):
             self.faults[where] = reason
             return value
-        read = native(value)
         if isinstance(read, float) and not abs(read) < float("inf"):
             self.faults[where] = f"must be a finite number (is {value})"
             return value

@@ -12,6 +12,7 @@ from eopd.config.base import (
     Gpus,
     Names,
     NativeOptions,
+    PromptText,
     Seconds,
     Section,
     Temperature,
@@ -104,7 +105,7 @@ class TeacherConfig(Section):
     temperature: Temperature = 1.0
     entropy_bound: EntropyBound = "mid"
     eos_remap: dict[int, int] = {}
-    template: str | None = None
+    template: PromptText | None = None
     template_options: NativeOptions = {}
     max_prompt_tokens: Tokens | None = None
     timeout_s: Seconds = 600.0

@@ -8,6 +8,8 @@ import re
 import unicodedata
 from typing import Final
 
+from eopd.evaluation.spelling import TEXT, with_plain_numbers
+
 _TOKENS: Final = re.compile(
     r"""
       (?P<box> \\ (?: boxed | fbox ) \s* \{ )
@@ -30,7 +32,6 @@ _PAIRS: Final = (
     (r"\(", r"\)"),
     (r"\[", r"\]"),
 )
-_TEXT: Final = re.compile(r"\\(?:text|textbf|textit|emph|mathbf|mathrm|mbox)\s*\{([^{}]*)\}")
 _SPELT: Final = {
     **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),
     **dict.fromkeys("\u200b\u2060\ufeff", ""),  # spaces without width
@@ -86,14 +87,18 @@ def as_text(answer: str) -> str:
 
 
 def as_latex(answer: str) -> str:
-    r"""An answer as LaTeX reads it: ``10\u00b2`` is ``10^{2}``, a one-character half ``\\frac{1}{2}``."""
+    r"""An answer as LaTeX reads it: ``10\u00b2`` is ``10^{2}``, a one-character half ``\\frac{1}{2}``.
+
+    Numbers are written plainly: see :func:`eopd.evaluation.spelling.with_plain_numbers`.
+    """
     text = _FRACTION.sub(_fraction, _unwrapped(_spelt(answer).strip()))
-    return _SUPERSCRIPT.sub(lambda run: f"^{{{_spelt(unicodedata.normalize('NFKC', run[0]))}}}", text)
+    text = _SUPERSCRIPT.sub(lambda run: f"^{{{_spelt(unicodedata.normalize('NFKC', run[0]))}}}", text)
+    return with_plain_numbers(text)
 
 
 def is_prose(answer: str) -> bool:
     """Whether an answer is a sentence and no expression or name: more than five words outside of LaTeX text."""
-    return len(_WORD.findall(_TEXT.sub("", answer))) > MOST_WORDS
+    return len(_WORD.findall(TEXT.sub("", answer))) > MOST_WORDS
 
 
 def _fraction(character: re.Match[str]) -> str:
@@ -128,7 +133,7 @@ def _unwrapped(text: str) -> str:
             inner = shorter[len(begin) : len(shorter) - len(end)]
             if shorter == f"{begin}{inner}{end}" and inner and begin not in inner and end not in inner:
                 shorter = inner
-        if enclosed := _TEXT.fullmatch(shorter):
+        if enclosed := TEXT.fullmatch(shorter):
             shorter = enclosed[1]
         if shorter == text:
             return text

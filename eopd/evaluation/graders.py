@@ -21,6 +21,7 @@ from typing import get_args
 
 from eopd.config.loss import GraderName
 from eopd.evaluation.final_answer import as_latex, as_text, final_answer, is_prose, last_line
+from eopd.evaluation.spelling import are_words_of_the_same_letters, stand_side_by_side
 from eopd.types import Reference
 
 
@@ -108,7 +109,7 @@ class _MathProcess:
 
         The final answer is the last box or a last line ``#### ...``; a reference without is one as a whole. Without any
         the verdict is ``NO_ANSWER``: in free text math-verify 0.9 reads ``3\sqrt{13}`` as 3. Where it fails to compare
-        two expressions they are ``WRONG``, as it decides itself.
+        two expressions they are ``WRONG``, as it decides itself. Two numbers side by side (``12 34``) are not read.
         """
         answer = as_latex(final_answer(response) or "")
         if not answer:
@@ -117,7 +118,14 @@ class _MathProcess:
 
     def _compare(self, answer: str, accepted: str) -> Verdict:
         found = final_answer(accepted)
-        return self._ask(json.dumps([answer, as_latex(accepted if found is None else found)]))
+        wanted = as_latex(accepted if found is None else found)
+        if stand_side_by_side(wanted):
+            return Verdict.ERROR
+        if stand_side_by_side(answer):
+            return Verdict.NO_ANSWER
+        if are_words_of_the_same_letters(answer, wanted):
+            return Verdict.WRONG
+        return self._ask(json.dumps([answer, wanted]))
 
     def close(self) -> None:
         """End the process: it stops at the end of its input."""

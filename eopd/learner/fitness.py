@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from eopd.config import ConfigError
+from eopd.config.json_text import told
 
 _CHUNK_BYTES: Final = 1 << 22
 _SHOWN: Final = 3
@@ -131,9 +132,9 @@ def _require_plain_names(where: Path, model: PreTrainedModel) -> None:
 
 def _load_config(file: Path) -> PreTrainedConfig:
     kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ConfigError(
-            f"{file}: model_type is {kind!r}, which the installed transformers {__version__} does not know"
+            f"{file}: model_type is {told(kind)}, which the installed transformers {__version__} does not know"
         )
     try:
         return AutoConfig.from_pretrained(file.parent, local_files_only=True)
@@ -156,7 +157,8 @@ def _require_causal(file: Path, config: PreTrainedConfig) -> None:
     if family is None:
         raise ConfigError(f"{file}: model_type {config.model_type} is no causal language model; a student must be one")
     if config.architectures != [family.__name__]:
-        named = ", ".join(config.architectures or ["none"])
+        named = config.architectures or ["none"]
+        named = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
         raise ConfigError(
             f"{file}: architectures is {named}; a student of model_type {config.model_type} is trained as "
             f"{family.__name__}: write architectures: [{family.__name__}] if that is what the weights are"

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from eopd.config import Config, ConfigError, TeacherConfig
@@ -49,9 +50,10 @@ def check(config: Config) -> Prepared:
     if not all(path.suffix in DATA_SUFFIXES for path in data):  # a data set by name may change without a sign here
         return _check(config)
     models = {config.student.model, *(teacher.model for teacher in config.teachers)}
-    files = [file for model in models for file in (*model.glob("*"), *model.glob("additional_chat_templates/*"))]
+    # One by one, as they are asked for: a directory that cannot be read is told of by the check, under its key.
+    files = (file for model in models for name in ("*", "additional_chat_templates/*") for file in model.glob(name))
     question = config.model_dump_json(exclude={"run", "cluster", "telemetry", "checkpoint"})
-    return remembered(question, [*data, *files], lambda: _check(config))
+    return remembered(question, chain(data, files), lambda: _check(config))
 
 
 def runs_here(config: Config) -> bool:
@@ -122,6 +124,7 @@ def _views(config: Config) -> Callable[[str], TeacherView | None]:
         if teacher.template is not None
     }
     for view in views.values():
+        view.require_text()
         if config.prompts.template == "chat" and not view.tokenizer.chat_template:
             raise ConfigError(f"teachers.{view.name}.template: its tokenizer has no chat template to render it with")
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import Config, ConfigError
-from eopd.preflight.weights import read_weights, require_no_pointer
+from eopd.config.json_text import told
+from eopd.config.pointer import require_no_pointer
+from eopd.preflight.weights import read_weights
 from eopd.teacher.vocabulary import end_token_ids, load_tokenizer, read_json, vocab_size
 
 # What a run reads of a model directory besides the weights.
@@ -45,7 +47,10 @@ def require_model(key: str, directory: Path, *, num_tokens: int, weights: bool =
         _require_directory(directory)
         for file in sorted(file for pattern in _READ for file in directory.glob(pattern) if file.is_file()):
             require_no_pointer(file)
-        positions = read_json(directory / "config.json").get("max_position_embeddings")
+        config = read_json(directory / "config.json")
+        if not isinstance(kind := config.get("model_type", ""), str | None):
+            raise ConfigError(f"{directory / 'config.json'}: model_type must be a name, is {told(kind)}")
+        positions = config.get("max_position_embeddings")
         if isinstance(positions, int) and num_tokens > positions:
             raise ConfigError(
                 f"{directory} has {positions} positions; prompts.max_tokens + max_response_tokens is {num_tokens}"
@@ -85,6 +90,8 @@ def require_served(key: str, directory: Path) -> None:
     named = read_json(directory / "config.json").get("architectures")
     if not isinstance(named, list) or not named:
         raise ConfigError(f"{key}: {directory / 'config.json'} names no architectures, by which vLLM would load it")
+    if not isinstance(named[0], str):
+        raise ConfigError(f"{key}: {directory / 'config.json'}: architectures must be names, has {told(named[0])}")
     known = _vllm_architectures()
     if known and named[0] not in known:
         raise ConfigError(

@@ -4,7 +4,7 @@ A file that is missing, empty, cut short, or a Git LFS pointer is found here in 
 minutes. Files of the ``.bin`` format have no header: of them only the container is looked at.
 """
 
-import json
+import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import ConfigError
+from eopd.config.json_text import JsonError, parse_json, told
+from eopd.config.pointer import require_no_pointer
 
-POINTER: Final = b"version https://git-lfs.github.com/spec/"
 NO_WEIGHTS: Final = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "random_states.bin"})
 
 # What transformers (5.19) looks for, in its order; vLLM (0.32.0) takes whatever ends so.
@@ -24,6 +25,13 @@ _STANDARD: Final = (
     "pytorch_model.bin.index.json",
 )
 _MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
+_LARGEST: Final = 2**62
+_BYTES: Final = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
 _PICKLE: Final = b"\x80"  # how a .bin file of the oldest format begins
 
 
@@ -85,11 +93,17 @@ def _what_is_there(directory: Path, standard_names: bool) -> str:
 def _read_shards(index: Path) -> Mapping[str, TensorInfo] | None:
     """The tensors of all shards, each in the shard where the index says it is."""
     require_whole(index)
-    tree = json.loads(index.read_text(encoding="utf-8"))
+    try:
+        tree = parse_json(index.read_bytes())
+    except JsonError as error:
+        raise ValueError(f"{index} {error}; copy or download it again") from None
     shard_of = tree.get("weight_map") if isinstance(tree, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(f"{index} has no weight_map")
-    names = sorted({str(name) for name in shard_of.values()})
+    for tensor, name in shard_of.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{index}: weight_map: {tensor}: must be the name of a file, is {told(name)}")
+    names = sorted(set(shard_of.values()))
     if missing := [name for name in names if not (index.parent / name).exists()]:
         raise ValueError(
             f"{index.parent} lacks {len(missing)} of the {len(names)} files of its weights, the first is {missing[0]}; "
@@ -111,7 +125,10 @@ def _read_files(files: Sequence[Path]) -> Mapping[str, TensorInfo] | None:
         for file in files:
             _require_container(file)
         return None
-    return {name: info for file in files for name, info in _header(file)}
+    tensors = {name: info for file in files for name, info in _header(file)}
+    if not tensors:
+        raise ValueError(f"{files[0]} holds no tensors; copy or download it again")
+    return tensors
 
 
 def require_whole(file: Path) -> None:
@@ -126,18 +143,6 @@ def require_whole(file: Path) -> None:
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty")
     require_no_pointer(file)
-
-
-def require_no_pointer(file: Path) -> None:
-    """Refuse a file that Git left where a larger one belongs.
-
-    Raises:
-        ValueError: it is a Git LFS pointer.
-        OSError: it cannot be read.
-    """
-    with file.open("rb") as opened:
-        if opened.read(len(POINTER)) == POINTER:
-            raise ValueError(f"{file} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
 
 
 def _require_container(file: Path) -> None:
@@ -157,8 +162,10 @@ def _header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
         text = opened.read(num_bytes)
     try:
         tensors = list(_parse(file, text, start=8 + num_bytes))
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (JsonError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise ValueError(f"{file} is no safetensors file: its header cannot be read") from None
+    for name, info in tensors:
+        _require_shape(file, name, info)
     end = max((info.start + info.num_bytes for _, info in tensors), default=8 + num_bytes)
     if end != size:
         raise ValueError(f"{file} has {size} bytes, and its tensors need {end}; copy or download it again")
@@ -167,8 +174,26 @@ def _header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
 
 def _parse(file: Path, text: bytes, *, start: int) -> Iterator[tuple[str, TensorInfo]]:
     """``{name: {"dtype": ..., "shape": [...], "data_offsets": [first, last]}}``, offsets from ``start``."""
-    for name, info in json.loads(text).items():
+    header = parse_json(text)
+    if not isinstance(header, dict):
+        raise TypeError("a header is an object")
+    for name, info in header.items():
         if name != "__metadata__":
             first, last = map(int, info["data_offsets"])
             shape = tuple(map(int, info["shape"]))
             yield name, TensorInfo(file, start + first, last - first, str(info["dtype"]), shape)
+
+
+def _require_shape(file: Path, name: str, info: TensorInfo) -> None:
+    """Refuse a shape that no tensor has, or that its bytes do not fill.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    needs = math.prod(info.shape) * _BYTES.get(info.dtype, 0)
+    wrong = info.num_bytes != needs if info.dtype in _BYTES else info.num_bytes < 0
+    if wrong or not all(0 <= size <= _LARGEST for size in info.shape):
+        raise ValueError(
+            f"{file} is no safetensors file: its tensor {name} of shape {list(info.shape)} and type {info.dtype} has "
+            f"{info.num_bytes} bytes; copy or download it again"
+        )

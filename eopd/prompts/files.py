@@ -4,6 +4,7 @@ A row leaves here as the columns it has, with the place where it stands, so that
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from typing import Final
 
 from eopd.config import ConfigError
 from eopd.config.base import DATA_SUFFIXES
+from eopd.config.json_text import JsonError, parse_json
+from eopd.config.pointer import require_no_pointer
+from eopd.prompts.arrow import as_written, read_parquet
 
 # Kinds of files that people have rows in, and that are not read here. Any other ending may be part of a name.
 # fmt: off
@@ -53,25 +57,35 @@ def read_rows(spec: str, key: str = "prompts.data") -> list[Row]:
     if not spec.strip() or "\0" in spec:
         raise ConfigError(f"{key}: must be a .jsonl or .parquet file or the name of a data set (is {spec!r})")
 
+    try:
+        rows = _read(spec, key)
+    except OSError as error:
+        raise ConfigError(f"{key}: {spec} cannot be read ({error.strerror or error})") from None
+    if not rows:
+        raise ConfigError(f"{key}: {spec} has no rows")
+    return rows
+
+
+def _read(spec: str, key: str) -> list[Row]:
     path = Path(spec)
     if path.suffix in DATA_SUFFIXES and path.is_dir():
         raise ConfigError(f"{key}: {spec} is a directory; name one file in it")
 
+    if path.suffix in DATA_SUFFIXES:
+        try:
+            require_no_pointer(path)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from None
     if path.suffix == ".jsonl":
-        rows = list(_read_jsonl(path, f"{key}: {spec}"))
-    elif path.suffix == ".parquet":
-        rows = _numbered(_read_parquet(path, f"{key}: {spec}"), f"{key}: {spec}")
-    elif path.suffix.lower() in {*OTHER_SUFFIXES, *DATA_SUFFIXES} or path.expanduser().is_file():
+        return list(_read_jsonl(path, f"{key}: {spec}"))
+    if path.suffix == ".parquet":
+        return _numbered(read_parquet(path, f"{key}: {spec}"), f"{key}: {spec}")
+    if path.suffix.lower() in {*OTHER_SUFFIXES, *DATA_SUFFIXES} or Path(os.path.expanduser(spec)).is_file():
         raise ConfigError(
             f"{key}: {spec} must be .jsonl (a JSON object a line), .parquet, or the name of a data set; "
             f"files that end in {path.suffix or 'nothing'} are not read"
         )
-    else:
-        rows = _numbered(_read_named(spec, key), f"{key}: {spec}")
-
-    if not rows:
-        raise ConfigError(f"{key}: {spec} has no rows")
-    return rows
+    return _numbered(_read_named(spec, key), f"{key}: {spec}")
 
 
 def _row(where: str, number: int, columns: Mapping[str, object]) -> Row:
@@ -81,10 +95,7 @@ def _row(where: str, number: int, columns: Mapping[str, object]) -> Row:
 
 
 def _read_jsonl(path: Path, where: str) -> Iterator[Row]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{where} cannot be read ({error.strerror})") from None
+    content = path.read_bytes()
     try:
         lines = content.decode("utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a string
     except UnicodeDecodeError as error:
@@ -112,25 +123,13 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
         return found
 
     try:
-        row = json.loads(line, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-        raise ConfigError(f"{where}: is not JSON (every line must be one object): {error}") from None
+        row = parse_json(line, once)
+    except JsonError as error:
+        every = "; every line must be one object" if str(error).startswith("is not JSON") else ""
+        raise ConfigError(f"{where}: {error}{every}") from None
     if not isinstance(row, dict):
         raise ConfigError(f'{where}: must be an object such as {{"prompt": "..."}}, is {json.dumps(row)[:40]}')
     return row
-
-
-def _read_parquet(path: Path, where: str) -> list[dict[str, object]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[dict[str, object]] = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{where} cannot be read ({error.strerror or 'No such file or directory'})") from None
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise ConfigError(f"{where} cannot be read: {error}") from None
-    return rows
 
 
 def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
@@ -142,7 +141,12 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
     split = parts[-1] if parts else "train"
     subset = parts[0] if len(parts) == 2 else None
     try:
-        return list(datasets.load_dataset(name, subset, split=split))
+        found = datasets.load_dataset(name, subset, split=split)
+        kinds = {field.name: field.type for field in getattr(found, "features", datasets.Features()).arrow_schema}
+        return [
+            {name: as_written(value, kinds[name]) if name in kinds else value for name, value in row.items()}
+            for row in found
+        ]
     except Exception as error:  # noqa: BLE001 - a data set may run code of its own, which raises what it likes
         hint = "; a subset is named as NAME:SUBSET:SPLIT" if len(parts) < 2 else ""
         raise ConfigError(f"{key}: data set {spec} cannot be loaded: {error or type(error).__name__}{hint}") from None

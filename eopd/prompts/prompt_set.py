@@ -1,12 +1,18 @@
 """A data set as the prompts of a run: read, rendered for the student and, where it reads otherwise, for its teacher."""
 
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Final
 
 import jinja2
 import numpy as np
+from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from eopd.config import ConfigError, PromptsConfig
@@ -16,6 +22,8 @@ from eopd.prompts.rows import Question, read_question
 from eopd.types import PromptSample
 
 FAULTS_SHOWN: Final = 5
+# What Python's and LangChain's templates fill in; behind a command or an index of LaTeX braces are braces.
+_SINGLE_BRACES: Final = re.compile(r"(?<![\w\\^_{}%#\]])\{\s*([A-Za-z_]\w*)\s*\}(?!\})")
 _ROW: Final = "\0"  # stands for a place in a message
 _TEMPLATES: Final = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 
@@ -38,14 +46,37 @@ class TeacherView:
     options: Mapping[str, object]
     max_tokens: int
 
+    def require_text(self) -> None:
+        """The template is text, and not nothing or the name of the file that holds it.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        key = f"teachers.{self.name}.template"
+        if not self.template.strip():
+            raise ConfigError(
+                f"{key}: is empty; write {{{{ prompt }}}} and what the teacher reads besides, or take it out"
+            )
+        with suppress(OSError):  # no name that a disk takes is a name of no file
+            if Path(os.path.expanduser(self.template.strip())).is_file():
+                raise ConfigError(f"{key}: {self.template.strip()} is a file; write its text here, below `template: |`")
+
     def token_ids(self, question: Question, where: str, config: PromptsConfig) -> tuple[list[int], list[str]]:
         """The teacher's prompt, and notes on it.
 
         Raises:
-            ConfigError: the template is broken or names a column the row lacks, or its prompt is too long.
+            ConfigError: the template is broken or names a column the row lacks.
+            _TooLong: its prompt is.
         """
+        for one in _SINGLE_BRACES.finditer(self.template):
+            if (name := one[1]) in (*question.columns, "prompt"):
+                raise ConfigError(
+                    f"teachers.{self.name}.template: {where}: {one[0]} is plain text there; write {{{{ {name} }}}} to "
+                    "have the column in its place"
+                )
         try:
             text = _TEMPLATES.from_string(self.template).render({**question.columns, "prompt": question.text})
+            columns = _columns_of(self.template)
         except Exception as error:  # noqa: BLE001 - a template is a program of the user's, and raises what it likes
             raise ConfigError(f"teachers.{self.name}.template: {where}: {error or type(error).__name__}") from None
 
@@ -53,12 +84,29 @@ class TeacherView:
             whose=f"teacher {self.name}", tokenizer=self.tokenizer, template=config.template, options=self.options
         )
         found, notes = rendering.token_ids(question.with_text(text), question.tools, where)
+        if not columns:
+            notes.append(f"the template of teacher {self.name} uses no column, so that it asks the same in every row")
         if len(found) > self.max_tokens:
-            raise ConfigError(
-                f"teachers.{self.name}: {where} has {len(found)} tokens in its template, max_prompt_tokens is "
-                f"{self.max_tokens}"
+            raise _TooLong(
+                len(found),
+                f"{{rows}} longer than teachers.{self.name}.max_prompt_tokens {self.max_tokens} in its template",
             )
         return found, notes
+
+
+@cache
+def _columns_of(template: str) -> frozenset[str]:
+    """What a template names that a row must have."""
+    return frozenset(meta.find_undeclared_variables(_TEMPLATES.parse(template)))
+
+
+class _TooLong(Exception):
+    """A prompt of more tokens than it may have; ``what`` says of which limit, with ``{rows}`` in place of its rows."""
+
+    def __init__(self, num_tokens: int, what: str) -> None:
+        super().__init__(what)
+        self.num_tokens = num_tokens
+        self.what = what
 
 
 def listed(places: Sequence[str]) -> str:
@@ -143,15 +191,21 @@ class _Loading:
             ConfigError: some cannot be one; every kind of fault is named once, with the first row that has it.
         """
         faults: dict[str, list[str]] = {}  # by what is wrong, the rows in question
+        overlong: dict[str, list[tuple[int, str]]] = {}  # by limit, tokens and place
         for row in rows:
             try:
                 self._add(row)
             except ConfigError as error:
                 faults.setdefault(str(error).replace(row.where, _ROW), []).append(row.where)
-            if len(faults) == FAULTS_SHOWN:
-                break
-        if faults:
-            raise ConfigError("\n".join(fault.replace(_ROW, listed(places)) for fault, places in faults.items()))
+            except _TooLong as error:
+                overlong.setdefault(error.what, []).append((error.num_tokens, row.where))
+        told = [fault.replace(_ROW, listed(places)) for fault, places in faults.items()]
+        if len(told) > FAULTS_SHOWN:
+            more = sum(map(len, [*faults.values()][FAULTS_SHOWN:]))
+            told[FAULTS_SHOWN:] = [f"{more} more row{'s have' if more > 1 else ' has'} other mistakes"]
+        told += [_told(what, found, len(rows)) for what, found in overlong.items()]
+        if told:
+            raise ConfigError("\n".join(told))
 
     def _add(self, row: Row) -> None:
         config = self.config
@@ -166,10 +220,7 @@ class _Loading:
             if config.overlong == "drop":
                 self.num_dropped += 1
                 return
-            raise ConfigError(
-                f"{row.where} has {len(token_ids)} tokens, prompts.max_tokens is {config.max_tokens}; shorten it, "
-                "raise the limit (--max-prompt-tokens of eopd eval), or set prompts.overlong: drop"
-            )
+            raise _TooLong(len(token_ids), f"{{rows}} longer than prompts.max_tokens {config.max_tokens}")
 
         view = self.view_of(question.source)
         as_teacher, more_notes = (None, []) if view is None else view.token_ids(question, row.where, config)
@@ -194,3 +245,14 @@ class _Loading:
             )
         self.places[prompt_id] = row.where
         self.texts[prompt_id] = question.text
+
+
+def _told(what: str, found: Sequence[tuple[int, str]], num_rows: int) -> str:
+    """How many rows are above a limit, and by how much at most: raising it once is enough."""
+    num_tokens, where = max(found, key=lambda one: one[0])
+    rows = f"{len(found)} of {num_rows} rows {'is' if len(found) == 1 else 'are'}"
+    raised = f"raise the limit to {num_tokens}"
+    ways = ["shorten what is too long", f"or {raised}"]
+    if "teachers." not in what:
+        ways[1:] = [f"{raised} (--max-prompt-tokens of eopd eval)", "or set prompts.overlong: drop"]
+    return f"{where}: {what.format(rows=rows)}; this is the longest, with {num_tokens} tokens: {', '.join(ways)}"

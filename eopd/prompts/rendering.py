@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
 from eopd.config import ConfigError
-from eopd.prompts.rows import Message, Tool, fault_of
+from eopd.prompts.rows import Message, Tool
+from eopd.prompts.text import fault_of
 
 MUST_SHOW: Final = frozenset({"tools", "tool_calls"})  # a prompt that lacks them asks something else
 

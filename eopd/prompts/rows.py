@@ -1,26 +1,25 @@
 """What a row must hold: a prompt or a chat, and optionally tools, an id, a source, and an accepted answer.
 
 Every odd value is taken as what it plainly means, or refused with file, row, field and what is allowed. Nothing becomes
-text by accident: neither null, nor a list, nor half a character.
+text by accident: neither null, nor a list, nor half a character, nor what an escape left of a command of LaTeX.
 """
 
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeGuard
 
 from eopd.config import ConfigError
+from eopd.config.json_text import JsonError, parse_json, told
 from eopd.prompts.files import Row
+from eopd.prompts.text import fault_of_field
 from eopd.types import Reference
 
 Message = Mapping[str, object]  # role and content, both text, and whatever else a chat template may read
 Tool = Mapping[str, object]  # a JSON schema
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
-_NO_TEXT: Final = re.compile("[\ud800-\udfff\0]")
 ANSWER_LEFT_OUT: Final = "the chat ends with the assistant's answer, which is left out: the prompt is what comes before"
 
 
@@ -99,6 +98,8 @@ def _chat(row: Row) -> tuple[list[Message], list[str]]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": _clean(row, "prompt", prompt)}], []
     if prompt is None and messages is None:
+        if nulls := [name for name in ("prompt", "messages") if name in row.columns]:
+            _refuse(row, ", ".join(nulls), "is null; write text, or a list of messages")
         found = ", ".join(f"`{name}`" for name in row.columns) or "none"
         raise ConfigError(
             f"{row.where}: needs either `prompt` (text, or a list of messages) or `messages` (a list of messages, each "
@@ -192,10 +193,9 @@ def _tools(row: Row) -> Sequence[Tool]:
 
 def _parsed(row: Row, field: str, text: str) -> object:
     try:
-        found: object = json.loads(text)
-    except ValueError as error:
-        _refuse(row, field, f"is text that is not JSON: {error}")
-    return found
+        return parse_json(text)
+    except JsonError as error:
+        _refuse(row, field, f"is text, which {error}")
 
 
 def _id(row: Row) -> str:
@@ -236,22 +236,29 @@ def _answer(row: Row) -> Reference | None:
 
 def _accepted(row: Row, value: object) -> str:
     if isinstance(value, str):
-        return _clean(row, "answer", value)
-    if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value):
+        return _clean(row, "answer", value, formula=True)
+    if _is_number(value):
         return written(value)
     _refuse(row, "answer", f"must be text, a number, or a list of these that are all right; is {told(value)}")
+
+
+def _is_number(value: object) -> TypeGuard[float | Decimal]:
+    """Whether a value is a number; whole ones of JSON may be beyond all floats."""
+    if isinstance(value, float | Decimal):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def written(number: float | Decimal) -> str:
     """A number as a person writes it: 72 for 72.0, 0.5, 0.0000001, never with an exponent."""
     if number == 0:
         return "0"
-    digits = f"{Decimal(str(number)):f}"
+    digits = f"{Decimal(number) if isinstance(number, int) else Decimal(str(number)):f}"
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
 
-def _clean(row: Row, field: str, text: str) -> str:
-    if fault := fault_of(text):
+def _clean(row: Row, field: str, text: str, *, formula: bool = False) -> str:
+    if fault := fault_of_field(text, formula=formula):
         _refuse(row, field, fault)
     return text
 
@@ -267,32 +274,3 @@ def _require_clean(row: Row, field: str, value: object) -> None:
     elif isinstance(value, list):
         for inner in value:
             _require_clean(row, field, inner)
-
-
-def fault_of(text: str) -> str | None:
-    r"""What keeps ``text`` from being tokenised, or None.
-
-    JSON can write half of a character that UTF-16 needs two units for (``"\ud83d"``); no tokenizer takes it.
-    """
-    found = _NO_TEXT.search(text)
-    if found is None:
-        return None
-    if found.group() == "\0":
-        return f"holds the NUL character (\\u0000 at position {found.start()}), which is no text; take it out"
-    return (
-        f"holds half a character (\\u{ord(found.group()):04x} at position {found.start()}), which is no text; "
-        "write the whole character, or \\ufffd in its place"
-    )
-
-
-def told(value: object) -> str:
-    """A value in the words of JSON."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int | float | Decimal):
-        return f"the number {value}" if math.isfinite(value) else "a number that is not finite (NaN or Infinity)"
-    if isinstance(value, str):
-        return json.dumps(value)[:60] if value.strip() else "empty text"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return "an object" if isinstance(value, Mapping) else f"a value of type {type(value).__name__}"

@@ -8,7 +8,7 @@ from eopd.config import ClusterConfig, PromptsConfig, RolloutConfig, StudentConf
 from eopd.config.loss import GraderName
 from eopd.evaluation.benchmarks import BenchmarkResult, run_benchmark
 from eopd.evaluation.graders import open_grader
-from eopd.preflight import require_answers, require_model
+from eopd.preflight import require_answers, require_model, require_readable_answers
 from eopd.prompts import PromptSet
 from eopd.runtime import cluster
 from eopd.runtime.placement import plan_rollout
@@ -38,13 +38,14 @@ def evaluate(
     """Run one benchmark; ``say`` is told what a user may want to know of the data.
 
     Raises:
-        ConfigError: the model or the data is missing, or a row has no answer.
+        ConfigError: the model or the data is missing, or a row has no answer that the grader can read.
     """
     longest = benchmark.prompts.max_tokens + rollout.max_response_tokens
     require_model("MODEL", student.model, num_tokens=longest)
     tokenizer = load_tokenizer(student.model)
     data = PromptSet.load(benchmark.prompts.data, benchmark.prompts, tokenizer, key="DATA")
     require_answers(data)
+    require_readable_answers(data, benchmark.grader)
     for note in data.notes:
         say(f"note: {note}")
     sampling = Sampling(temperature=rollout.temperature, max_tokens=rollout.max_response_tokens, seed=benchmark.seed)

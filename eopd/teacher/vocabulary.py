@@ -6,14 +6,14 @@ name must have a row in the student's head, and both must end a response with th
 Left out: bringing together tokenizers that differ in anything else.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from eopd.config import ConfigError
+from eopd.config.json_text import JsonError, parse_json, told
 from eopd.teacher.end_tokens import inverse
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ _PROBE = "  It's 3.14159 = \u03c0,\n\tna\u00efve \u4f60\u597d \u041f\u0440\u0438
 
 # Without any of these transformers (5.19) makes up an empty tokenizer for some families.
 _VOCABULARY_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab*", "tekken.json")
+_TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @cache
@@ -42,20 +43,45 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # `tokenizers` raises bare ones, of a file that a newer release wrote
+        _require_files_beside(directory, error)
         reason = " ".join(str(error).split())
         raise ConfigError(f"{directory}: its tokenizer cannot be loaded: {reason}") from error
+
+
+def _require_files_beside(directory: Path, error: Exception) -> None:
+    """Blame the file that kept a tokenizer from being loaded, if one did.
+
+    Raises:
+        ConfigError: a file is no JSON, or it is ``config.json`` that transformers cannot read.
+    """
+    from transformers import AutoConfig
+
+    for name in _TOKENIZER_FILES:
+        if (directory / name).is_file():
+            read_json(directory / name)
+    try:
+        AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as first:  # whatever the family's own checks raise
+        reason = " ".join(str(first).split())
+        if str(first) != str(error):
+            return
+        raise ConfigError(f"{directory / 'config.json'}: transformers cannot read it: {reason}") from first
 
 
 def vocab_size(directory: Path) -> int:
     """Rows of the model's head, padding included: ``vocab_size`` of ``config.json``.
 
     Raises:
-        ConfigError: the file or the key is missing.
+        ConfigError: the file or the key is missing, or no number of rows.
     """
     config = read_json(directory / "config.json")
     size = config.get("vocab_size", _mapping(config.get("text_config")).get("vocab_size"))
-    if not isinstance(size, int):
+    if size is None:
         raise ConfigError(f"{directory / 'config.json'}: names no vocab_size")
+    if not _is_whole(size) or size < 1:
+        raise ConfigError(
+            f"{directory / 'config.json'}: vocab_size must be a whole number of 1 or more, is {told(size)}"
+        )
     return size
 
 
@@ -64,13 +90,16 @@ def end_token_ids(directory: Path) -> tuple[int, ...]:
     ``config.json`` where a model has no generation config), and the tokenizer's end token.
 
     Raises:
-        ConfigError: there is none, so that no response would ever end.
+        ConfigError: there is none, so that no response would ever end, or one is no id.
     """
     path = directory / "generation_config.json"
-    named = read_json(path if path.is_file() else directory / "config.json").get("eos_token_id")
-    ids = set(named if isinstance(named, list) else [named])
-    ids.add(load_tokenizer(directory).eos_token_id)
-    found = sorted(token for token in ids if isinstance(token, int))
+    path = path if path.is_file() else directory / "config.json"
+    named = read_json(path).get("eos_token_id")
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    if wrong := [token for token in ids if not _is_whole(token)]:
+        raise ConfigError(f"{path}: eos_token_id must be the id of a token or a list of ids, has {told(wrong[0])}")
+    own = load_tokenizer(directory).eos_token_id
+    found = sorted({token for token in (*ids, own) if _is_whole(token)})
     if not found:
         raise ConfigError(f"{directory}: neither generation_config.json nor the tokenizer names an end token")
     return tuple(found)
@@ -261,14 +290,20 @@ def read_json(path: Path) -> dict[str, object]:
         ConfigError: there is no such file, or it is none.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
+    except JsonError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold a JSON object, is {type(tree).__name__}")
+        raise ConfigError(f"{path}: must hold a JSON object, is {told(tree)}")
     return tree
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _mapping(value: object) -> dict[str, object]:

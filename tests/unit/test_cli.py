@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eopd.checkpoint import DriverState, StorageError, write_checkpoint
 from eopd.cli.main import main
-from eopd.config import load_config
+from eopd.config import ConfigError, load_config
 from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.evaluation.graders import Verdict
 from eopd.models.tiny import build_model, train_tokenizer, write_model
@@ -50,7 +50,10 @@ def files(tmp_path_factory):
         ("teachers.0.model={root}/no", "error: teachers.teacher.model: there is no directory {root}/no;"),
         ("prompts.data={root}/no.jsonl", "error: prompts.data: {root}/no.jsonl cannot be read (No such file or "),
         ("prompts.held_out={root}/empty.jsonl", "error: prompts.held_out: {root}/empty.jsonl has no rows"),
-        ("prompts.max_tokens=3", "prompts.max_tokens is 3; shorten it, raise the limit (--max-prompt-tokens of eopd "),
+        (
+            "prompts.max_tokens=3",
+            "longer than prompts.max_tokens 3; this is the longest, with 26 tokens: shorten what ",
+        ),
         ("learner.token_budget=64", "learner.token_budget: 64 is below prompts.max_tokens + max_response_tokens = 204"),
         ("teachers.0.model={root}/other", "{root}/other"),
         (
@@ -312,16 +315,64 @@ def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkey
         ([], ["--template-options", "yes"], "error: --template-options yes: must be a YAML mapping, e.g. {{enable_"),
         ([], ["--template-options", "tools: 1"], "error: --template-options.tools: cannot be set here"),
         ([], ["--k", "9"], "error: --k 9: must be between 1 and --n 8"),
+        (
+            [{"prompt": "few", "answer": " "}],
+            ["--grader", "math"],
+            "error: DATA: {root}/graded.jsonl:1: answer: the grader math can read nothing in it: ' '",
+        ),
+        (
+            [],
+            ["--template-options", "{{a: 1, a: 2}}"],
+            "error: --template-options {{a: 1, a: 2}}: must be a YAML mapping, e.g. {{enable_thinking: false}}; this a "
+            "stands twice",
+        ),
+        ([], ["--template-options", "a: no"], "error: --template-options.a: no is false in YAML 1.1 and text in YAML"),
+        ([], ["--output", "{root}"], "error: --output {root}: cannot be written (Is a directory); name a file"),
+        ([], ["--output", "{root}/no/x"], "error: --output {root}/no/x: there is no directory {root}/no"),
+        ([], ["--output", "/proc/x"], "error: --output /proc/x: cannot be written ("),
+        (
+            [],
+            ["--output", "{root}/" + "x" * 300],
+            "error: --output {root}/" + "x" * 300 + ": cannot be written (File name",
+        ),
+        ([], ["--max-prompt-tokens", "99999999"], "error: --max-prompt-tokens: must be a whole number from 1 to 10"),
+        (
+            [],
+            ["--gpus", "2"],
+            "error: --gpus 2: an engine here has one GPU at most; write --engines 2 --gpus 1",
+        ),
+        ([], ["--suffix", "\boxed"], "error: --suffix: holds the control character "),
     ],
 )
 def test_a_mistaken_eval_is_one_message_before_an_engine_starts(files, rows, options, message, capsys, monkeypatch):
     data = files / "graded.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(sys, "argv", ["eopd", "eval", str(files / "model"), str(data), *options])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["eopd", "eval", str(files / "model"), str(data), *(option.format(root=files) for option in options)],
+    )
+    before = sorted(files.iterdir())
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(message.format(root=files))
+    assert sorted(files.iterdir()) == before
+
+
+def test_eval_writes_over_a_file_only_at_the_end(files, capsys, monkeypatch):
+    def fails(*arguments):
+        raise ConfigError("stop")
+
+    monkeypatch.setattr("eopd.runtime.evaluate.evaluate", fails)
+    (files / "old.jsonl").write_text("old")
+    for name in ("old.jsonl", "new.jsonl"):
+        arguments = ["eval", str(files / "model"), str(files / "rows.jsonl"), "--output", str(files / name)]
+        monkeypatch.setattr(sys, "argv", ["eopd", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        assert capsys.readouterr().err == "error: stop\n"
+    assert (files / "old.jsonl").read_text() == "old" and not (files / "new.jsonl").exists()
 
 
 def test_eval_prints_scores_and_every_verdict(files, capsys, monkeypatch):

@@ -28,7 +28,8 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     config = {"vocab_size": 20, "max_position_embeddings": 64, "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    header = b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'
+    (tmp_path / "model" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     (tmp_path / "c.yaml").write_text(CONFIG.format(root=tmp_path, top_k=16))
     (tmp_path / "wide.yaml").write_text(CONFIG.format(root=tmp_path, top_k=21))
     monkeypatch.setenv("EMPTY", "")

@@ -641,6 +641,77 @@ def test_a_file_that_is_no_tree_says_where(path, added, message):
     assert str(caught.value).removeprefix(f"{path}: ") == message
 
 
+@pytest.mark.parametrize(
+    ("text", "written", "meant"),
+    [
+        (r"in \boxed{}", r"\b (at position 3)", r"\boxed"),
+        (r"\frac", r"\f (at position 0)", r"\frac"),
+        (r"\0", r"\0 (at position 0)", r"\0"),
+        (r"\theta", r"\t (at position 0)", r"\theta"),
+        (r"\rightarrow", r"\r (at position 0)", r"\rightarrow"),
+        (r"\Nabla", r"\N (at position 0)", r"\Nabla"),
+        (r"\x01", r"\x01 (at position 0)", r"\x01"),
+    ],
+)
+@pytest.mark.parametrize("key", ["prompts.suffix", "teachers.0.template"])
+def test_a_backslash_that_double_quotes_took_is_refused(path, key, text, written, meant):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [f'{key}="{text}"'])
+    assert str(caught.value) == (
+        f"{path}: {key}: holds the control character {written}, which double quotes in YAML make of {meant}; "
+        f"double the backslash (\\{meant}), or write the text in single quotes"
+    )
+
+
+BLOCKS = MINIMAL.replace(
+    "prompts: {data: a.jsonl, held_out: b.jsonl, max_tokens: 100}",
+    "prompts:\n  data: a.jsonl\n  held_out: b.jsonl\n  max_tokens: 100\n  # more",
+).replace("teachers: [{model: models/t}]", "teachers:\n- model: models/t\n  # of it")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("suffix: End with a line #### and the number.", "prompts.suffix: #### behind End with a line"),
+        ("suffix: Answer #### N", "prompts.suffix: #### behind Answer"),
+        ("suffix: #### N", "prompts.suffix: #### at its beginning"),
+        ("suffix: End with\n    a line ## now", "prompts.suffix: ## behind End with a line"),
+        ("template_options: \n    note: Write a ## heading", "prompts.template_options.note: ## behind Write a"),
+    ],
+)
+def test_a_text_that_a_comment_cuts_short_is_refused(path, line, message):
+    path.write_text(BLOCKS.replace("# more", line))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == (
+        f"{path}: {message} begins a comment in YAML, so that the rest of the line is no part of the text; put quotes "
+        "around all of the text, or write the comment with one # if it is one"
+    )
+
+
+def test_a_template_that_is_all_comment_is_refused(path):
+    path.write_text(BLOCKS.replace("# of it", "template: ### {{ prompt }}"))
+    with pytest.raises(ConfigError, match=r"teachers.0.template: ### at its beginning begins a comment"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("comment", ["# why", "## why", "##### why #####", "#why"])
+def test_ordinary_comments_stay_comments(path, comment):
+    more = f"learner: {comment}\n  lr: 1e-5 {comment}\nloss: {comment}\ntelemetry:\n  host: a {comment}\n"
+    path.write_text(BLOCKS.replace("# more", f"suffix: 'a b' {comment}") + more)
+    config = load_config(path)
+    assert (config.telemetry.host, config.learner.lr, config.prompts.suffix) == ("a", 1e-5, "a b")
+
+
+def test_one_mark_behind_words_is_a_comment(path):
+    path.write_text(BLOCKS.replace("# more", "suffix: In one word. # short"))
+    assert load_config(path).prompts.suffix == "In one word."
+
+
+def test_line_ends_and_tabs_of_a_text_are_taken(path):
+    assert load_config(path, [r'prompts.suffix="\n\ta\r\n\\boxed{}"']).prompts.suffix == "\n\ta\r\n\\boxed{}"
+
+
 def test_aliases_that_grow_without_end_are_a_message(path):
     levels = [f"x-{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(9)]
     path.write_text("\n".join([MINIMAL, "x-0: &a0 lol", *levels]))

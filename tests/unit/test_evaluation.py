@@ -18,6 +18,7 @@ from eopd.evaluation.benchmarks import run_benchmark, sample_seed
 from eopd.evaluation.final_answer import final_answer, last_boxed
 from eopd.evaluation.graders import Verdict, grade_exact, open_grader
 from eopd.evaluation.passk import mean_over_prompts, pass_at_k
+from eopd.evaluation.spelling import are_words_of_the_same_letters, stand_side_by_side, with_plain_numbers
 from eopd.types import (
     LossReason,
     LostTrajectory,
@@ -220,10 +221,50 @@ def math_grader():
         (r"\boxed{5\$}", "5", Verdict.CORRECT),
         (r"\boxed{$x^2$}", r"\(x \cdot x\)", Verdict.CORRECT),
         (r"\boxed{\left. x^2 \right.}", r"\left. x^2 \right.", Verdict.CORRECT),
+        (r"\boxed{1000}", "1 000", Verdict.CORRECT),
+        (r"\boxed{0}", "1 000", Verdict.WRONG),
+        (r"\boxed{12345}", "12\u2009345", Verdict.CORRECT),
+        (r"\boxed{12345}", "12\u00a0345", Verdict.CORRECT),
+        (r"\boxed{12345}", r"12\,345", Verdict.CORRECT),
+        (r"\boxed{4140}", r"12\ 345", Verdict.WRONG),
+        (r"\boxed{12\,345.5}", "12 345.5", Verdict.CORRECT),
+        (r"\boxed{-10 000 000}", "-10000000", Verdict.CORRECT),
+        (r"\boxed{1{,}000}", "1 000 km", Verdict.CORRECT),
+        (r"\boxed{0.001}", "1e-3", Verdict.CORRECT),
+        (r"\boxed{-3}", "1e-3", Verdict.WRONG),
+        (r"\boxed{2.5E4}", "25000", Verdict.CORRECT),
+        (r"\boxed{90}", "90\u00b0", Verdict.CORRECT),
+        (r"\boxed{90}", r"90^\circ", Verdict.CORRECT),
+        (r"\boxed{90^{\circ}}", "90 degrees", Verdict.CORRECT),
+        (r"\boxed{91^\circ}", "90\u00b0", Verdict.WRONG),
+        (r"\boxed{25}", r"25^\circ\text{C}", Verdict.CORRECT),
+        (r"\boxed{3.5}", "3 1/2", Verdict.CORRECT),
+        (r"\boxed{-3.5}", "-3 1/2", Verdict.CORRECT),
+        (r"\boxed{1.5}", "3 1/2", Verdict.WRONG),
+        (r"\boxed{\frac 1 2}", r"\frac 1 2", Verdict.CORRECT),
+        (r"\boxed{3}", r"\log_2 8", Verdict.CORRECT),
+        (r"\boxed{408}", "12 34", Verdict.ERROR),
+        (r"\boxed{1}", r"30^\circ 15'", Verdict.ERROR),
+        (r"\boxed{12 34}", "408", Verdict.NO_ANSWER),
+        (r"\boxed{silent}", "listen", Verdict.WRONG),
+        (r"\boxed{\text{Pairs}}", "Paris", Verdict.WRONG),
+        (r"\boxed{\text{seat}}", r"\text{east}", Verdict.WRONG),
+        (r"\boxed{Listen}", "listen", Verdict.CORRECT),
+        (r"\boxed{cab}", "abc", Verdict.CORRECT),
+        (r"\boxed{yx}", "xy", Verdict.CORRECT),
     ],
 )
 def test_math_grader(math_grader, response, reference, verdict):
     assert math_grader(response, reference) is verdict
+
+
+def test_a_runaway_answer_is_spelt_in_one_pass():
+    for text in (" " * 100_000 + "x", "1" * 100_000, "1 " * 50_000, "a " * 50_000, "1 000 " * 20_000):
+        begin = time.process_time()
+        with_plain_numbers(text)
+        stand_side_by_side(text)
+        are_words_of_the_same_letters(text, text[::-1])
+        assert time.process_time() - begin < 1.0
 
 
 def test_math_grader_survives_an_endless_comparison_outside_the_main_thread(math_grader):

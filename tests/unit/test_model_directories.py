@@ -95,6 +95,23 @@ def test_a_greedy_generation_config_with_a_temperature_passes(directory, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+INDEX = "model.safetensors.index.json"
+
+
+def end(directory: Path, value: object) -> None:
+    edit(directory / "generation_config.json", eos_token_id=value)
+
+
+def tensor(shape: list[int], num_bytes: int) -> dict[str, object]:
+    return {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, num_bytes]}}
+
+
+def header(directory: Path, tree: object) -> None:
+    text = (tree if isinstance(tree, str) else json.dumps(tree)).encode()
+    body = bytes(max((one["data_offsets"][1] for one in tree.values()), default=0)) if isinstance(tree, dict) else b""
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -112,12 +129,12 @@ def test_a_greedy_generation_config_with_a_temperature_passes(directory, capfd):
         (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 999), "DIR/model.safetensors is cut short, or no"),
         (lambda d: replace_by_directory(d / "model.safetensors"), "DIR/model.safetensors is a directory"),
         (lambda d: cut(d / "config.json", 30), "DIR/config.json: is not JSON"),
-        (lambda d: (d / "config.json").write_text("[1]"), "DIR/config.json: must hold a JSON object, is list"),
+        (lambda d: (d / "config.json").write_text("[1]"), "DIR/config.json: must hold a JSON object, is a list"),
         (lambda d: (d / "config.json").write_text(POINTER), "DIR/config.json is a Git LFS pointer"),
         (lambda d: (d / "config.json").unlink(), "DIR is no Hugging Face model directory (it has no config.json)"),
         (lambda d: edit(d / "config.json", vocab_size=None), "DIR/config.json: names no vocab_size"),
         (lambda d: (d / "generation_config.json").write_text("{"), "DIR/generation_config.json: is not JSON"),
-        (lambda d: (d / "generation_config.json").write_text("[]"), "must hold a JSON object, is list"),
+        (lambda d: (d / "generation_config.json").write_text("[]"), "must hold a JSON object, is an empty list"),
         (
             lambda d: edit(d / "generation_config.json", cache_implementation="bogus"),
             "DIR/generation_config.json: transformers cannot read it: Invalid `cache_implementation` (bogus)",
@@ -127,7 +144,39 @@ def test_a_greedy_generation_config_with_a_temperature_passes(directory, capfd):
             "DIR lacks 1 of the 1 files of its weights, the first is model-1.safetensors",
         ),
         (lambda d: (d / "tokenizer.json").write_text(POINTER), "DIR/tokenizer.json is a Git LFS pointer"),
-        (lambda d: cut(d / "tokenizer.json", 99), "DIR: its tokenizer cannot be loaded: "),
+        (lambda d: cut(d / "tokenizer.json", 99), "DIR/tokenizer.json: is not JSON: "),
+        (
+            lambda d: (d / "tokenizer_config.json").write_text("[1]"),
+            "DIR/tokenizer_config.json: must hold a JSON",
+        ),
+        (lambda d: (d / "config.json").write_bytes(b'{"a": "\xe9"}'), "DIR/config.json: is not UTF-8: invalid"),
+        (lambda d: (d / "config.json").write_text("[" * 100_000), "DIR/config.json: is nested too deeply"),
+        (
+            lambda d: edit(d / "config.json", hidden_size="32"),
+            "DIR/config.json: transformers cannot read it: Validation error for field 'hidden_size'",
+        ),
+        (lambda d: edit(d / "config.json", vocab_size="280"), "config.json: vocab_size must be a whole number of 1 or"),
+        (lambda d: edit(d / "config.json", vocab_size=0), "config.json: vocab_size must be a whole number of 1 or"),
+        (
+            lambda d: end(d, [[2]]),
+            "DIR/generation_config.json: eos_token_id must be the id of a token or a",
+        ),
+        (lambda d: end(d, {}), "eos_token_id must be the id of a token or a list of ids, has an object"),
+        (lambda d: end(d, "2"), 'eos_token_id must be the id of a token or a list of ids, has "2"'),
+        (lambda d: end(d, True), "eos_token_id must be the id of a token or a list of ids, has true"),
+        (lambda d: header(d, {}), "DIR/model.safetensors holds no tensors"),
+        (lambda d: header(d, tensor([-1], 0)), "its tensor a of shape [-1] and type F32 has 0 bytes"),
+        (lambda d: header(d, tensor([10**30], 0)), "its tensor a of shape [1000"),
+        (lambda d: header(d, tensor([0, 10**30], 0)), "its tensor a of shape [0, 1000"),
+        (lambda d: header(d, tensor([9], 40)), "its tensor a of shape [9] and type F32 has 40 bytes"),
+        (lambda d: header(d, "[" * 100_000), "DIR/model.safetensors is no safetensors file: its header cannot be read"),
+        (lambda d: (d / INDEX).write_text('{"weight_map"'), f"DIR/{INDEX} is not JSON: Expecting ':' delimiter (col"),
+        (lambda d: (d / INDEX).write_bytes(b"\xff"), f"DIR/{INDEX} is not UTF-8: invalid start byte at byte 0"),
+        (lambda d: (d / INDEX).write_text("[" * 100_000), f"DIR/{INDEX} is nested too deeply"),
+        (
+            lambda d: (d / INDEX).write_text('{"weight_map": {"a": [1]}}'),
+            f"DIR/{INDEX}: weight_map: a: must be the name of a file, is a list",
+        ),
         (
             lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text().replace("BPE", "BPE2")),
             "DIR: its tokenizer cannot be loaded: ",
@@ -229,8 +278,11 @@ def student(directory: Path, num_tokens: int = 64) -> str:
             "DIR/config.json: architectures is none; a student of model_type llama is ",
         ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "write architectures: [LlamaForCausalLM] if that is"),
-        ({"model_type": "nonsense"}, "DIR/config.json: model_type is 'nonsense', which the installed transformers "),
-        ({"model_type": None}, "DIR/config.json: model_type is None"),
+        ({"model_type": "nonsense"}, 'DIR/config.json: model_type is "nonsense", which the installed transformers '),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is LlamaForCausalLM; a student of"),
+        ({"architectures": [["x"]]}, "architectures is ['x']; a student of"),
+        ({"model_type": ["llama"]}, "DIR/config.json: model_type is a list, which"),
+        ({"model_type": None}, "DIR/config.json: model_type is null"),
         (
             {"hidden_size": "64"},
             "DIR/config.json: transformers cannot read it: Validation error for field 'hidden_size'",
@@ -323,6 +375,8 @@ def test_a_student_s_weights_have_the_names_that_transformers_looks_for(director
         ([], "names no architectures"),
         (["LlamaForSequenceClassification"], "names architecture LlamaForSequenceClassification; the installed vLLM"),
         (["CLIPModel"], "which a teacher must be"),
+        ([["x"]], "architectures must be names, has a list"),
+        ([1], "architectures must be names, has the number 1"),
     ],
 )
 def test_a_teacher_is_a_language_model_that_vllm_knows(directory, architectures, message):

@@ -378,6 +378,11 @@ def test_what_this_machine_lacks_is_a_note_where_ray_is_started_here(check, over
             "error: learner.deepspeed.zero_optimization.overlap_com: unknown key; did you mean overlap_comm?\n",
         ),
         (["telemetry.trackers=[mlflow]"], "error: telemetry.trackers: mlflow needs a server: set MLFLOW_TRACKING_URI"),
+        (["teachers.0.template=''"], "error: teachers.chat.template: is empty; write {{ prompt }} and"),
+        (
+            ["teachers.0.template={root}/c.yaml"],
+            "error: teachers.chat.template: /c.yaml is a file; write its text here",
+        ),
         (
             ["teachers.1.sources=[logic]"],
             "error: /train.jsonl: nobody teaches source 'code' (1 prompts); teachers.sources are 'logic', 'math', "
@@ -390,6 +395,17 @@ def test_a_mistake_is_one_message_and_exit_code_2(check, overrides, message):
     assert code == 2
     assert message in shown
     assert shown.count("\n") == 1 and "Traceback" not in shown
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000], ids=["long", "deep"])
+@pytest.mark.parametrize(
+    ("key", "ending"),
+    [("student.model", ""), ("teachers.0.model", ""), ("prompts.data", ".jsonl"), ("prompts.data", "")],
+)
+def test_a_path_that_no_disk_takes_is_one_message(check, key, ending, name):
+    code, shown = check(f"{key}={{root}}/{name}{ending}")
+    where = "teachers.chat.model" if key == "teachers.0.model" else key
+    assert code == 2 and shown.startswith(f"error: {where}: ") and shown.endswith("(File name too long)\n")
 
 
 def test_held_out_prompts_need_a_teacher_too(files):
@@ -426,6 +442,7 @@ def graded(files, check):
             [{"answer": "He sold half as many clips in May."}],
             "/graded.jsonl:1: answer: the grader math can read nothing",
         ),
+        ([{"answer": "12 34"}], "/graded.jsonl:1: answer: the grader math can read nothing in it: '12 34'; write"),
     ],
 )
 def test_a_reward_needs_answers_that_its_grader_can_read(graded, answers, message):

@@ -1,6 +1,7 @@
 """Rows to prompts, and issue numbers to samples."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -61,12 +62,26 @@ def test_parquet_holds_the_same_rows(tmp_path):
 
 def test_overlong_prompts_are_an_error_or_dropped_and_counted(tmp_path):
     rows = {"prompt": "short"}, {"prompt": "one two three four five six seven"}
-    with pytest.raises(ConfigError, match=r"rows.jsonl:2 has 9 tokens, prompts.max_tokens is 6"):
+    with pytest.raises(
+        ConfigError, match=r"rows.jsonl:2: 1 of 2 rows is longer than prompts.max_tokens 6; this is the"
+    ):
         load(tmp_path, *rows)
     kept = load(tmp_path, *rows, overlong="drop")
     assert len(kept.prompts) == 1 and kept.num_dropped == 1
     with pytest.raises(ConfigError, match="all 1 rows are longer"):
         load(tmp_path, rows[1], overlong="drop")
+
+
+def test_overlong_prompts_are_one_line_with_the_longest(tmp_path):
+    rows = [{"prompt": " ".join(["word"] * number)} for number in (5, 9, 6, 1, 20, 7, 8)]
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, *rows)
+    assert str(caught.value) == (
+        f"prompts.data: {tmp_path}/rows.jsonl:5: 6 of 7 rows are longer than prompts.max_tokens 6; this is the "
+        "longest, with 22 tokens: shorten what is too long, raise the limit to 22 (--max-prompt-tokens of eopd "
+        "eval), or set prompts.overlong: drop"
+    )
+    load(tmp_path, *rows, max_tokens=22)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +157,84 @@ def test_a_teacher_reads_its_own_prompt_and_the_student_does_not(tmp_path):
     assert other.teacher_token_ids is None
 
 
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{prompt}", "prompt"),
+        ("Hint: { solution } for {{ prompt }}", "solution"),
+        ("Q:{prompt}\nA:", "prompt"),
+    ],
+)
+def test_single_braces_around_a_column_are_refused(tmp_path, template, name):
+    rows = [{"prompt": "a", "source": "math", "solution": "s"}] * 2
+    with pytest.raises(ConfigError) as caught:
+        load_for(tmp_path, view(template), *rows)
+    assert re.fullmatch(
+        rf"teachers.t.template: prompts.data: .*rows.jsonl:1 \(and 1 more row\): \{{ ?{name} ?\}} is plain text there; "
+        rf"write \{{\{{ {name} \}}\}} to have the column in its place",
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        r"\boxed{prompt} {{ prompt }}",
+        "x_{prompt} {{ prompt }}",
+        "{other} {{ prompt }}",
+        "{% if prompt %}{{prompt}}{% endif %}",
+    ],
+)
+def test_other_braces_of_a_template_are_text(tmp_path, template):
+    load_for(tmp_path, view(template), {"prompt": "a", "source": "math"})
+
+
+def test_a_template_without_a_column_is_noted(tmp_path):
+    rows = [{"prompt": "a", "source": "math"}] * 2
+    for template, notes in (("say yes", 1), ("{{ prompt }}", 0), ("{% if prompt %}a{% endif %}", 0)):
+        taught = {"math": view(template)}
+        found = PromptSet.load(write(tmp_path, *rows), config(), WordTokenizer(), taught.get).notes
+        assert (
+            found
+            == (
+                "prompts.data: 2 of 2 rows: the template of teacher t uses no column, so that it asks the same "
+                "in every row",
+            )
+            * notes
+        )
+
+
+def test_a_template_is_text_and_no_file(tmp_path):
+    (tmp_path / "hint.jinja").write_text("{{ prompt }}")
+    for template, message in (
+        ("", "is empty; write {{ prompt }} and what"),
+        (" \n", "is empty"),
+        (f"{tmp_path}/hint.jinja", f"{tmp_path}/hint.jinja is a file; write its text here, below `template: |`"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"teachers.t.template: {message}")):
+            view(template).require_text()
+    for template in ("{{ prompt }}", "x" * 5000, "x/" * 3000, str(tmp_path)):
+        view(template).require_text()
+
+
+def test_what_is_too_long_for_a_teacher_is_one_line(tmp_path):
+    rows = [{"prompt": " ".join(["word"] * number), "source": "math", "solution": "s"} for number in (1, 3, 4)]
+    with pytest.raises(ConfigError) as caught:
+        load_for(tmp_path, view(max_tokens=6), *rows)
+    assert str(caught.value) == (
+        f"prompts.data: {tmp_path}/rows.jsonl:3: 2 of 3 rows are longer than teachers.t.max_prompt_tokens 6 in its "
+        "template; this is the longest, with 9 tokens: shorten what is too long, or raise the limit to 9"
+    )
+
+
+def test_kinds_of_mistakes_beyond_the_first_five_are_counted(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, *({"prompt": "a", "source": number} for number in (1, 2, 3, 4, 5, 6, 6, 1)))
+    first, *_, last = told = str(caught.value).splitlines()
+    assert "rows.jsonl:1 (and 1 more row): source: must be text, is the number 1" in first
+    assert len(told) == 6 and last == "2 more rows have other mistakes"
+
+
 def test_earlier_messages_stay_and_plain_prompts_stay_plain(tmp_path):
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "ccc"}]
     (found,) = load_for(tmp_path, view("{{ prompt }} {{ answer }}"), {"messages": chat, "answer": 7, "source": "math"})
@@ -156,7 +249,7 @@ def test_earlier_messages_stay_and_plain_prompts_stay_plain(tmp_path):
         ({}, r"teachers.t.template: .*rows.jsonl:1: 'solution' is undefined"),
         ({"template": "{{ prompt"}, "teachers.t.template: .*unexpected end of template"),
         ({"template": "{{ prompt.__class__.__mro__ }}"}, "teachers.t.template: .*unsafe"),
-        ({"template": "one two", "max_tokens": 3}, "teachers.t: .*rows.jsonl:1 has 4 tokens in its template"),
+        ({"template": "one two", "max_tokens": 3}, "rows.jsonl:1: 1 of 1 rows is longer than teachers.t.max_prompt"),
     ],
 )
 def test_a_template_that_cannot_be_filled_is_the_user_s_mistake(tmp_path, changes, message):

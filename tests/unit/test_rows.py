@@ -2,7 +2,9 @@
 
 import json
 from decimal import Decimal
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eopd.config import ConfigError
@@ -33,6 +35,8 @@ def read(suffix="", **columns):
         (0.5, "0.5"),
         (1e-7, "0.0000001"),
         (1e22, "10000000000000000000000"),
+        (2**1100, str(2**1100)),
+        ([-(2**1100)], str(-(2**1100))),
         (Decimal("1.50"), "1.5"),
         (["Paris", "paris", "Paris"], ("Paris", "paris")),
         ([72], "72"),
@@ -83,6 +87,7 @@ def test_ids_are_text_or_whole_numbers_and_the_row_s_number_where_there_is_none(
         ({"id": ["x"]}, "id: must be text or a whole number, is a list"),
         ({"id": " "}, "id: must be text or a whole number, is empty text"),
         ({"id": "a\ud83d"}, r"id: holds half a character \(\\ud83d at position 1\)"),
+        ({"source": 2**20000}, "source: must be text, is a number of more than 60 digits"),
         ({"source": 3}, "source: must be text, is the number 3"),
         ({"source": ["math"]}, "source: must be text, is a list"),
         ({"source": ""}, "source: must be text, is empty text"),
@@ -90,13 +95,63 @@ def test_ids_are_text_or_whole_numbers_and_the_row_s_number_where_there_is_none(
         ({"source": "a\0"}, r"source: holds the NUL character \(\\u0000 at position 1\)"),
         ({"tools": {"name": "f"}}, r"tools: must be a list of JSON schemas \(objects\), is an object"),
         ({"tools": ["f"]}, "tools: must be a list of JSON schemas"),
-        ({"tools": "[{]"}, "tools: is text that is not JSON"),
+        ({"tools": "[{]"}, "tools: is text, which is not JSON: Expecting"),
         ({"tools": [{"name": "\ud83d"}]}, "tools: holds half a character"),
     ],
 )
 def test_a_field_that_means_nothing_is_refused(columns, message):
     with pytest.raises(ConfigError, match=r"^rows.jsonl:7: " + message):
         read(prompt="a", **columns)
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "written", "meant"),
+    [
+        (r'{"prompt": "a", "answer": "\frac{1}{2}"}', "answer", r"\f (at position 0)", r"\\frac"),
+        (r'{"prompt": "a", "answer": "\boxed{5}"}', "answer", r"\b (at position 0)", r"\\boxed"),
+        (r'{"prompt": "a", "answer": ["5", "\theta"]}', "answer", r"\t (at position 0)", r"\\theta"),
+        (r'{"prompt": "a", "answer": "2\times 3"}', "answer", r"\t (at position 1)", r"\\times"),
+        (r'{"prompt": "a", "answer": "\text{yes}"}', "answer", r"\t (at position 0)", r"\\text"),
+        (r'{"prompt": "a", "answer": "\tan x"}', "answer", r"\t (at position 0)", r"\\tan"),
+        (r'{"prompt": "a", "answer": "x\to a"}', "answer", r"\t (at position 1)", r"\\to"),
+        (r'{"prompt": "put it in \boxed{}"}', "prompt", r"\b (at position 10)", r"\\boxed"),
+        (r'{"prompt": "lim x\to 0 of \\sin x"}', "prompt", r"\t (at position 5)", r"\\to"),
+        (r'{"prompt": "\tan(x) + \tan^2 x"}', "prompt", r"\t (at position 0)", r"\\tan"),
+        (r'{"prompt": "x \rightarrow y"}', "prompt", r"\r (at position 2)", r"\\rightarrow"),
+        (
+            r'{"messages": [{"role": "user", "content": "what is \frac12"}]}',
+            "messages, number 1, content",
+            r"\f (at position 8)",
+            r"\\frac",
+        ),
+    ],
+)
+def test_a_backslash_that_json_took_is_refused(line, field, written, meant):
+    with pytest.raises(ConfigError) as caught:
+        read(**json.loads(line))
+    assert str(caught.value) == (
+        f"rows.jsonl:7: {field}: holds the control character {written}, which JSON makes of {meant[1:]}; "
+        f"double the backslash: {meant}"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\tb",
+        "\tan apple",
+        "\tan 8-bit number",
+        "\text := path.Ext(name)",
+        "x\to\tx\no\tx\to",
+        "\to todo",
+        "\tau pain",
+        "a\r\nb",
+        "\neq",
+        r"\boxed{\theta}",
+    ],
+)
+def test_tabs_and_line_ends_of_prose_and_code_are_taken(text):
+    assert read(prompt=text).text == text
 
 
 def test_a_missing_source_is_the_default_one():
@@ -157,8 +212,9 @@ def test_tools_may_be_json_text():
     ("columns", "message"),
     [
         ({"question": "a", "answer": "b"}, "needs either `prompt` .*; its fields are `question`, `answer`"),
-        ({"prompt": None}, "needs either `prompt`"),
         ({"prompt": "a", "messages": [ASK]}, "prompt, messages: both are there"),
+        ({"prompt": None}, "prompt: is null; write text, or a list of messages"),
+        ({"prompt": None, "messages": None, "x": 1}, "prompt, messages: is null; write text"),
         ({"prompt": 5}, "prompt: must be text or a list of messages, is the number 5"),
         ({"prompt": ""}, "prompt: the user's text is empty"),
         ({"prompt": " \n"}, "prompt: the user's text is empty"),
@@ -186,7 +242,7 @@ def test_tools_may_be_json_text():
         ({"messages": [ASK, {**SAY, "tool_calls": ["f"]}]}, "messages, number 2, tool_calls: each must be"),
         (
             {"messages": [ASK, {**SAY, "tool_calls": [{"name": "f", "arguments": "x: 1"}]}]},
-            "messages, number 2, tool_calls, arguments: is text that is not JSON",
+            "messages, number 2, tool_calls, arguments: is text, which is not JSON: Expecting value",
         ),
     ],
 )
@@ -211,8 +267,19 @@ def test_lines_are_counted_from_one_and_rows_say_where_they_stand(tmp_path):
     [
         (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"rows.jsonl:2: is not UTF-8: .* at byte 28"),
         (b'{"prompt": "a", "prompt": "b"}\n', r"rows.jsonl:1: names 'prompt' twice"),
-        (b'{"answer": ' + b"9" * 5000 + b"}\n", r"rows.jsonl:1: is not JSON .*: Exceeds the limit"),
-        (b"[" * 100_000, r"rows.jsonl:1: is not JSON .*: maximum recursion depth"),
+        (
+            b'{"answer": ' + b"9" * 5000 + b"}\n",
+            r"rows.jsonl:1: holds a number of more than 4300 digits; write",
+        ),
+        (b"[" * 100_000, r"rows.jsonl:1: is nested too deeply$"),
+        (
+            b'{"answer": "\\sqrt{2}"}\n',
+            r"rows.jsonl:1: is not JSON: Invalid \\escape \(column 13\); a backslash of a text is written twice",
+        ),
+        (
+            b'{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}',
+            r"rows.jsonl:2: begins with a byte order mark, which JSON has",
+        ),
         (b"null\n", r"rows.jsonl:1: must be an object such as .*, is null"),
     ],
 )
@@ -245,6 +312,23 @@ def test_a_file_without_an_ending_and_a_directory_with_one_are_refused(tmp_path)
         read_rows(str(tmp_path / "rows.parquet"))
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".csv", ""])
+@pytest.mark.parametrize("method", ["is_dir", "is_file", "read_bytes"])
+def test_what_may_not_be_read_is_one_message(tmp_path, monkeypatch, ending, method):
+    def closed(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    name = str(tmp_path / f"{'x' * 300}{ending}")
+    told = f"prompts.data: {name} "
+    with pytest.raises(ConfigError) as caught:
+        read_rows(name)
+    assert str(caught.value).startswith((f"{told}cannot be read (File name too long)", f"{told}must be .jsonl"))
+    monkeypatch.setattr(Path, method, closed)
+    (tmp_path / f"rows{ending}").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"^prompts.data: .*(cannot be read|must be .jsonl|has no rows)"):
+        read_rows(str(tmp_path / f"rows{ending}"))
+
+
 def test_broken_and_empty_parquet_files_are_refused(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -255,6 +339,66 @@ def test_broken_and_empty_parquet_files_are_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], "string")}), tmp_path / "empty.parquet")
     with pytest.raises(ConfigError, match=r"empty.parquet has no rows"):
         read_rows(str(tmp_path / "empty.parquet"))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_git_lfs_pointer_is_named(tmp_path, ending):
+    path = tmp_path / f"rows.{ending}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 988097824\n")
+    with pytest.raises(ConfigError) as caught:
+        read_rows(str(path))
+    assert str(caught.value) == (
+        f"prompts.data: {path} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
+    )
+
+
+def parquet(tmp_path, names, columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(values, kind) for values, kind in columns], names=names)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    return str(tmp_path / "rows.parquet")
+
+
+def test_narrow_floats_are_the_shortest_numbers_that_they_are(tmp_path):
+    import pyarrow
+
+    single, half = pyarrow.float32(), pyarrow.float16()
+    nested = pyarrow.struct([("x", single)])
+    spec = parquet(
+        tmp_path,
+        ["answer", "half", "several", "inside", "double"],
+        [
+            ([0.1, 72.0, 1e-7, None], single),
+            (np.array([0.1, 2048, 0.5, 3], np.float16), half),
+            ([[0.1, 0.7], [], None, [3.5]], pyarrow.list_(single)),
+            ([{"x": 0.1}, {"x": None}, None, {"x": 16777216.0}], nested),
+            ([0.1, 0.30000000000000004, float(np.float32(0.1)), 1e22], pyarrow.float64()),
+        ],
+    )
+    first, second, third, fourth = (row.columns for row in read_rows(spec))
+    assert first == {"answer": 0.1, "half": 0.1, "several": [0.1, 0.7], "inside": {"x": 0.1}, "double": 0.1}
+    assert (second["answer"], third["answer"], fourth["answer"]) == (72.0, 1e-7, None)
+    assert (second["half"], second["inside"], fourth["inside"]) == (2048.0, {}, {"x": 16777216.0})
+    assert (second["double"], third["double"]) == (0.30000000000000004, 0.10000000149011612)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    spec = parquet(tmp_path, ["prompt", "prompt"], [(["a"], "string"), (["b"], "string")])
+    with pytest.raises(ConfigError, match=r"rows.parquet: has two columns named 'prompt'; which one counts\?$"):
+        read_rows(spec)
+
+
+@pytest.mark.parametrize(("when", "kind"), [(2**62, ("us", None)), (1, ("s", "Mars/X"))])
+def test_a_time_that_is_none_is_named_with_its_column(tmp_path, when, kind):
+    import pyarrow
+
+    spec = parquet(tmp_path, ["prompt", "when"], [(["a", "b"], "string"), ([0, when], pyarrow.timestamp(*kind))])
+    with pytest.raises(
+        ConfigError, match=r"rows.parquet: column when: row [12]: its timestamp.* cannot be read \(.*; take"
+    ):
+        read_rows(spec)
 
 
 def test_what_an_arrow_table_fills_up_is_taken_out_again(tmp_path):
