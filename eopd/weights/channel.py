@@ -186,9 +186,12 @@ class BroadcastChannel:
         """Phase one; connects first where the set of engines is a new one. Returns the bytes sent."""
         if not self._connected:
             self._doing = "building the group"
-            infos = await self._sender.open([self._workers] * len(self._engines))
-            joins = (engine.connect_weights(info) for engine, info in zip(self._engines.values(), infos, strict=True))
+            members = dict(self._engines)  # one of them may leave meanwhile
+            infos = await self._sender.open([self._workers] * len(members))
+            joins = (engine.connect_weights(info) for engine, info in zip(members.values(), infos, strict=True))
             await _together(self._connect_timeout_s, self._sender.accept(), *joins)
+            if self._engines != members:
+                raise WeightTransferError("an engine left while the group was built")
             self._connected = True
         self._doing = "sending"
         await _together(self._timeout_s, *(engine.receive_weights() for engine in self._engines.values()))

@@ -236,6 +236,7 @@ def test_a_stop_while_the_engine_starts_leaves_nothing(start):
     assert psutil.wait_procs(descendants, timeout=5)[1] == []
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_an_error_when_its_engine_dies(start):
     served = start()
     served.wait_until_ready()

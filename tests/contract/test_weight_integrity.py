@@ -105,6 +105,7 @@ vllm_engine._repack_tied_heads = lambda model: None
 """
 
 
+@pytest.mark.slow
 async def test_the_probe_notices_a_tied_head_that_keeps_its_old_copy(tiny_model, tmp_path, monkeypatch):
     """The fault is brought into the engine's own process as an extension of vLLM's worker."""
     (tmp_path / "stale_head.py").write_text(FAULT)

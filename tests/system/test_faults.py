@@ -45,13 +45,11 @@ def replaced(run: Run, number: int) -> float:
     return row["eopd_weight_failures_total"]
 
 
-def test_an_engine_whose_actor_is_killed_is_replaced(run):
-    run.actors("RolloutActor")[0].kill()
-    replaced(run, 1)
-
-
-def test_an_engine_whose_process_is_killed_is_replaced(run):
-    engine_of(run.actors("RolloutActor")[0]).kill()
+def test_engines_are_replaced_also_when_both_are_lost_at_once(run):
+    """One with its actor, the other one with the engine's own process."""
+    first, second = run.actors("RolloutActor")
+    engine_of(second).kill()
+    first.kill()
     replaced(run, 2)
 
 

@@ -134,6 +134,7 @@ def of_teachers(row: dict[str, float], name: str) -> list[float]:
     return [row[series(f"eopd_teacher_{name}", teacher=teacher)] for teacher in ("ours", "stock")]
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_teachers_servers(run, servers):
     before = run.wait(lambda row: row["step"] >= 3)
     for server in servers:
@@ -144,6 +145,7 @@ def test_a_run_outlives_its_teachers_servers(run, servers):
     assert min(of_teachers(last, "failures_total")) > 0 and lost(last) == 0
 
 
+@pytest.mark.slow
 def test_each_source_goes_to_its_teacher_and_the_gate_is_uncertain_of_bounds_alone(run):
     found = run.rows()
     tokens = of_teachers(found[-1], "tokens_total")
@@ -153,6 +155,7 @@ def test_each_source_goes_to_its_teacher_and_the_gate_is_uncertain_of_bounds_alo
     assert 0.0 < max(uncertain) < 0.5
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_with_a_checkpoint_a_report_and_nothing_left_running(run, servers):
     before = len(run.log.read_text())
     said = run.interrupt()[before:]

@@ -211,6 +211,22 @@ async def test_an_engine_that_left_takes_no_part_and_another_sender_is_connected
     assert sender.groups == [[2, 2], [2], [2]] and gone.calls.count("receive") == 1
 
 
+@pytest.mark.parametrize("moment", ["open", "accept"])
+async def test_an_engine_that_leaves_while_the_group_is_built_costs_one_round(moment, monkeypatch):
+    sender, engines = FakeSender(), [FakeEngine(), FakeEngine()]
+    channel = channel_of(sender, *engines)
+    before = getattr(sender, moment)
+
+    async def and_one_leaves(*arguments):
+        channel.leave(0)
+        return await before(*arguments)
+
+    monkeypatch.setattr(sender, moment, and_one_leaves)
+    await channel.publish(NEW)
+    assert sender.groups == [[2, 2], [2]] and channel.num_failures == 1
+    assert [engine.serves.step for engine in engines] == [0, 7]
+
+
 async def test_publishing_what_the_learner_does_not_hold_is_an_error():
     with pytest.raises(WeightSyncError, match=r"0\.9 was to be published, the learner holds 0\.7"):
         await channel_of(FakeSender(), FakeEngine()).publish(PolicyVersion(0, 9))
