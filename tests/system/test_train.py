@@ -124,6 +124,7 @@ def test_the_exported_student_is_the_trained_one(synchronous, program):
     assert kls[1] < 0.5 * kls[0]
 
 
+@pytest.mark.slow
 def test_the_exported_student_answers_a_benchmark(synchronous, program, tmp_path):
     directory, _ = synchronous
     answers = tmp_path / "answers.jsonl"
