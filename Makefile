@@ -25,7 +25,7 @@ $(VENV)/locked: $(LOCK) cluster/setup.sh
 	PYTHON=$(PYTHON) cluster/setup.sh $(VENV) $(LOCK)
 	touch $@
 
-demo: setup ## distil a real language model on this machine, about ten minutes; ARM=never opens no gate
+demo: setup ## distil a real language model on this machine, about ten minutes with its models; ARM=never opens no gate
 	$(BIN)/eopd models demo
 	$(BIN)/eopd train configs/demo.yaml --set run.name=$(RUN)$(ARM:%=-%) $(ARM:%=--set loss.gate=%)
 
