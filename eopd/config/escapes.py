@@ -33,7 +33,8 @@ _LATEX: Final = r"""
 """
 _SHORT: Final = r"\t (?: anh? | au | op? ) (?![A-Za-z])"
 _CONTROLS: Final = re.compile(rf"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029] | {_LATEX}", re.VERBOSE)
-_OF_JSON: Final = re.compile(rf"[\b\f] | {_LATEX}", re.VERBOSE)
+# A form feed ends a page of many documents, and is meant there.
+_OF_JSON: Final = re.compile(rf"[\b] | \f (?: rac | orall | box | lat | rown ) | {_LATEX}", re.VERBOSE)
 _OF_A_FORMULA: Final = re.compile(rf"[\b\f] | {_SHORT} | {_LATEX}", re.VERBOSE)
 _REST: Final = re.compile(r"[A-Za-z]{0,20}")
 

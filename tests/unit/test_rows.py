@@ -145,6 +145,7 @@ def test_a_backslash_that_json_took_is_refused(line, field, written, meant):
         "x\to\tx\no\tx\to",
         "\to todo",
         "\tau pain",
+        "the end\fchapter two\f\fThe third",
         "a\r\nb",
         "\neq",
         r"\boxed{\theta}",
