@@ -73,8 +73,9 @@ class Program:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file that is being written, or is not there yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of a JSONL file that is being written, or is not there yet; half a line at its end is none."""
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def lost(row: dict[str, Any]) -> float:
