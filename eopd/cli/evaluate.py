@@ -6,6 +6,7 @@ from typing import Annotated, Final, Literal, cast
 
 import typer
 
+from eopd.cli.paths import require_file
 from eopd.config import ClusterConfig, ConfigError, PromptsConfig, RolloutConfig, StudentConfig, make_section
 from eopd.config.document import DocumentError, read_value
 from eopd.config.processor import chosen
@@ -56,7 +57,7 @@ def evaluate(
     if gpus > 1.0 and gpus.is_integer():
         raise ConfigError(f"--gpus {gpus:g}: an engine here has one GPU at most; write --engines {gpus:g} --gpus 1")
     if output is not None:
-        _require_file(output)
+        require_file("--output", output)
     prompts = {"template": template, "max_tokens": max_prompt_tokens, "suffix": suffix}
     prompts_config = _prompts(data, template_options, prompts)
     rollout = {"temperature": temperature, "max_response_tokens": max_response_tokens}
@@ -75,23 +76,6 @@ def evaluate(
         typer.echo(line)
     if output is not None:
         result.write_prompts(output)
-
-
-def _require_file(output: Path) -> None:
-    """Open the file that will be written, and leave nothing there.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    try:
-        if not output.parent.is_dir():
-            raise ConfigError(f"--output {output}: there is no directory {output.parent}")
-        is_new = not output.exists()
-        output.open("a").close()
-        if is_new:
-            output.unlink()
-    except OSError as error:
-        raise ConfigError(f"--output {output}: cannot be written ({error.strerror}); name a file") from None
 
 
 def _prompts(data: str, options: str, values: Mapping[str, object]) -> PromptsConfig:

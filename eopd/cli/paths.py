@@ -16,10 +16,25 @@ def require_place(option: str, path: Path) -> None:
     try:
         path.lstat()
     except FileNotFoundError:
-        if not path.parent.is_dir():
-            raise ConfigError(f"{option} {path}: there is no directory {path.parent}") from None
+        _require_directory_of(option, path)
     except OSError as error:
         raise ConfigError(f"{option} {path}: {error.strerror}") from None
+
+
+def require_file(option: str, path: Path) -> None:
+    """A file can be written at a path; opens it, and leaves nothing there.
+
+    Raises:
+        ConfigError: begins with the option.
+    """
+    try:
+        _require_directory_of(option, path)
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written ({error.strerror}); name a file") from None
 
 
 @contextmanager
@@ -29,3 +44,8 @@ def about(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{error.filename or path}: {error.strerror or error}") from None
+
+
+def _require_directory_of(option: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no directory {path.parent}") from None

@@ -6,16 +6,15 @@ its other machines look like (``runtime/process.py``).
 """
 
 import importlib.util
-import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from eopd.config import ClusterConfig, Config, ConfigError, load_config
+from eopd.config import ClusterConfig, Config, ConfigError
+from eopd.preflight.run_place import holds_rows, require_no_stranger, require_run_directory
 from eopd.telemetry.prometheus import require_address
 
 LOCAL: Final = "local"  # Ray is started here
@@ -25,9 +24,6 @@ PACKAGES: Final = ("datasets", "deepspeed", "httpx", "peft", "ray", "safetensors
 RAY_SOCKET: Final = "/ray/session_2026-11-26_01-18-19_123456_1234567/sockets/plasma_store"
 LONGEST_TEMPORARY: Final = 107 - len(RAY_SOCKET)
 SOME_BYTES: Final = 1 << 16
-MOST_SHOWN: Final = 3
-PROBE: Final = ".eopd-check-"
-LOCK: Final = "run.lock"
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(\d{1,5})")
 
@@ -49,7 +45,7 @@ def require_environment(config: Config) -> None:
 def environment_notes(config: Config) -> Iterator[str]:
     """What is no mistake, and good to know."""
     path = config.run.path
-    if any((path / name).exists() for name in ("metrics.jsonl", "trained.jsonl", "checkpoints")):
+    if holds_rows(path):
         yield f"note: run.name: {path} holds a run already; `eopd train` takes it up with --resume only"
 
 
@@ -149,62 +145,3 @@ def require_temporary_files() -> None:
             f"{name}: {directory} is too long for the sockets that Ray makes below it ({length} bytes of at most "
             f"{LONGEST_TEMPORARY}); set RAY_TMPDIR to a shorter directory, for example RAY_TMPDIR=/tmp"
         )
-
-
-def require_run_directory(path: Path) -> None:
-    """The run directory can be made and written; nothing is left there.
-
-    Raises:
-        ConfigError: it cannot, or there is a file in its place.
-    """
-    try:
-        with suppress(FileNotFoundError):
-            path.lstat()
-        there = next(directory for directory in (path, *path.parents) if os.path.lexists(directory))
-        with tempfile.TemporaryDirectory(dir=there, prefix=PROBE):
-            return
-    except OSError as error:
-        verb = "written" if os.path.isdir(path) else "made"
-        raise ConfigError(f"run.directory: {path} cannot be {verb} ({error.strerror})") from None
-
-
-def require_no_stranger(path: Path) -> None:
-    """The run directory is not there yet, holds nothing, or holds a run of eopd: a run that begins clears it.
-
-    What proves a run is its ``versions.json``, which is written first, its ``config.yaml`` or a checkpoint with its
-    manifest. The names of the two files prove nothing, since other programs use them too.
-
-    Raises:
-        ConfigError: it holds something else.
-    """
-    try:
-        names = sorted(os.listdir(path)) if os.path.lexists(path) else []
-    except OSError as error:
-        raise ConfigError(f"run.directory: {path} cannot be read ({error.strerror})") from None
-    if found := [name for name in names if name != LOCK and not name.startswith(PROBE)]:
-        if (
-            _names_versions_of_eopd(path / "versions.json")
-            or _is_config(path / "config.yaml")
-            or any(path.glob("checkpoints/step-*/manifest.json"))
-        ):
-            return
-        more = ", ..." if len(found) > MOST_SHOWN else ""
-        raise ConfigError(
-            f"run.name: {path} holds {', '.join(found[:MOST_SHOWN])}{more} and is no run of eopd; name another run.name"
-        )
-
-
-def _names_versions_of_eopd(path: Path) -> bool:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and "eopd" in found
-
-
-def _is_config(path: Path) -> bool:
-    try:
-        load_config(path)
-    except ConfigError:
-        return False
-    return True

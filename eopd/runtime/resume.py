@@ -32,7 +32,7 @@ from eopd.config.processor import with_student_dtype_of
 from eopd.ledger import Ledger
 from eopd.runtime.changes import OTHER_CONTENTS, Change, changes
 from eopd.runtime.run_directory import RunDirectory
-from eopd.runtime.saved import instead_of_going_on
+from eopd.runtime.run_files import instead_of_going_on
 from eopd.telemetry.console import Summary
 
 Resume = Literal["no", "yes", "auto"]

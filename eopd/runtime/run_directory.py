@@ -40,10 +40,10 @@ from eopd import __version__
 from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, remove_checkpoints, step_of, write_whole
 from eopd.config import Config, ConfigError, dump_config, load_config
 from eopd.config.saved import require_directory
-from eopd.preflight.environment import require_no_stranger
+from eopd.preflight.run_place import require_no_stranger
 from eopd.runtime.changes import Change
 from eopd.runtime.lock import holder, last_holder
-from eopd.runtime.saved import config_before, read_changes, read_rows, read_summary
+from eopd.runtime.run_files import config_before, read_changes, read_rows, read_summary
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Measurement, Sample, Summary
 from eopd.telemetry.sinks import append_jsonl

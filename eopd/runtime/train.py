@@ -68,7 +68,6 @@ def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> 
     """
     prepared = check(config)
     directory = RunDirectory(config.run.path)
-    directory.require_no_stranger()
     with ExitStack() as stack:
         lock_notes = stack.enter_context(held(directory.path))
         taken_up = take_up(config, digests(config, prepared), resume, step)

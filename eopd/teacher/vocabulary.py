@@ -43,12 +43,12 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # `tokenizers` raises bare ones, of a file that a newer release wrote
-        _require_files_beside(directory, error)
+        _blame_a_file(directory, error)
         reason = " ".join(str(error).split())
         raise ConfigError(f"{directory}: its tokenizer cannot be loaded: {reason}") from error
 
 
-def _require_files_beside(directory: Path, error: Exception) -> None:
+def _blame_a_file(directory: Path, error: Exception) -> None:
     """Blame the file that kept a tokenizer from being loaded, if one did.
 
     Raises:
@@ -290,11 +290,9 @@ def read_json(path: Path) -> dict[str, object]:
         ConfigError: there is no such file, or it is none.
     """
     try:
-        tree = parse_json(path.read_text(encoding="utf-8"))
+        tree = parse_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
     except JsonError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(tree, dict):

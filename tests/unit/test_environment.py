@@ -18,8 +18,8 @@ from eopd.preflight.environment import (
     environment_notes,
     require_environment,
     require_local_ray,
-    require_run_directory,
 )
+from eopd.preflight.run_place import require_run_directory
 from eopd.telemetry.prometheus import PrometheusSink, require_address
 
 

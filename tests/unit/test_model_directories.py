@@ -188,7 +188,7 @@ def test_one_thing_wrong_is_told_in_one_sentence(directory, damage, message):
     assert message in refused(directory)
 
 
-@pytest.mark.parametrize("method", ["exists", "open", "read_text"])
+@pytest.mark.parametrize("method", ["exists", "open", "read_bytes"])
 def test_what_may_not_be_read_is_named(directory, monkeypatch, method):
     def closed(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
