@@ -444,6 +444,16 @@ def test_a_data_set_with_too_many_or_empty_parts_is_refused(spec):
         read_rows(spec)
 
 
+def test_narrow_floats_of_a_named_data_set_are_the_shortest_numbers_too(monkeypatch):
+    import datasets
+
+    features = datasets.Features({"prompt": datasets.Value("string"), "answer": datasets.Value("float32")})
+    held = datasets.Dataset.from_dict({"prompt": ["a"], "answer": [0.1]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: held)
+    (row,) = read_rows("org/name")
+    assert row.columns == {"prompt": "a", "answer": 0.1}
+
+
 def test_whatever_a_data_set_raises_is_one_message(monkeypatch):
     import datasets
 
