@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from teacher_oracle import MAX_TOKENS, deviations, mixed_batch, oracle, trajectory
+from teacher_oracle import MAX_TOKENS, bfloat16_engines, deviations, mixed_batch, oracle, trajectory
 from transformers import AutoModelForCausalLM
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -256,6 +256,7 @@ async def test_an_engine_that_scores_at_another_temperature_than_asked_does_not_
         assert process.exitcode is not None
 
 
+@bfloat16_engines
 @pytest.mark.parametrize("head_dtype", ["float32", pytest.param("model", marks=pytest.mark.slow)])
 async def test_a_bfloat16_teacher_is_near_the_oracle_and_its_head_has_the_precision_asked_for(tiny_model, head_dtype):
     config = TeacherConfig(

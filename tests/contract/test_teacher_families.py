@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from teacher_oracle import MAX_TOKENS, deviations, mixed_batch, oracle
+from teacher_oracle import MAX_TOKENS, bfloat16_engines, deviations, mixed_batch, oracle
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -202,6 +202,7 @@ def one_token_prompt() -> Stored[Trajectory]:
     return next(stored for stored in mixed_batch(VOCAB) if len(stored.body.response_ids) == 90)
 
 
+@bfloat16_engines
 @families(["llama tied", "gemma2, soft-capped", "gpt2", "gptj, biased head", "cohere, scaled"], ["gptj, biased head"])
 def test_a_bfloat16_twin_projects_its_hidden_states_in_float32(tmp_path, name):
     case, stored = CASES[name], one_token_prompt()
@@ -241,6 +242,7 @@ def quantize(directory: Path, group: int = 32) -> dict[str, torch.Tensor]:
     return restored
 
 
+@bfloat16_engines
 @pytest.mark.skipif(
     not hasattr(torch.ops._C, "cpu_gemm_wna16"), reason="vLLM's build for AVX2 runs no four-bit weights, and is refused"
 )
