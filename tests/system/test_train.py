@@ -152,7 +152,8 @@ def test_a_failure_leaves_no_process_and_says_failed(program):
 
 
 @pytest.mark.slow
-def test_a_processor_without_bfloat16_computes_in_float32_and_trains(program, monkeypatch):
+def test_a_processor_without_bfloat16_computes_in_float32_and_trains(program, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # its keys know nothing of ATEN_CPU_CAPABILITY
     for name, value in AVX2_ALONE.items():
         monkeypatch.setenv(name, value)
     settings = ("student.dtype=auto", "teachers.0.dtype=auto", "rollout.engines=1", "learner.ranks=1")

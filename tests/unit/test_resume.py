@@ -163,6 +163,8 @@ async def test_a_complete_run_is_nothing_to_do_and_can_be_extended(config):
 
 
 async def test_a_precision_that_was_chosen_is_kept_on_another_machine(config, monkeypatch):
+    for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"avx512_bf16"}))
     await run_of(config(), 2)
     monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"avx2"}))
