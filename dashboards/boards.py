@@ -211,7 +211,9 @@ FAULTS: Final = Board(
             (
                 _one("Engines that take work", "eopd_engines_up"),
                 _one("Teacher replicas that take work", "eopd_teacher_replicas_up"),
-                _one("Lost trajectories by reason", "eopd_lost_trajectories_total"),
+                _one(
+                    "Lost and dropped trajectories", "eopd_lost_trajectories_total", "eopd_dropped_trajectories_total"
+                ),
                 _one("Skipped optimiser steps", "eopd_skipped_steps_total"),
             ),
             (

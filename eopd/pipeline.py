@@ -2,14 +2,16 @@
 
     task               consumes                     waits for              is unblocked by
     _issue             issue numbers (ledger)       a free slot            buffer.release, after a publish
-    _produce, many     one prompt                   engine, then teacher   their answers; then its batch: buffer.take
+    _produce, many     one prompt                   engine, then teacher   their answers
+                       then its batch               its fate               buffer.release (trained), or turned away
     steps (caller)     a full batch (buffer)        a full batch           _produce offering the last one missing
                        then learner.step, then channel.publish, then buffer.release: in this order, so that whatever is
                        admitted next is written by weights at most max_staleness versions behind its batch
 
 One loop serves both modes: ``max_staleness`` 0 gives a batch's worth of slots, so nothing is admitted before the
 weights it made are published. A trajectory that is lost, or too stale by accident, is sampled again by the same task
-under the same number: nothing is skipped, nothing is trained twice.
+under the same number: nothing is skipped, nothing is trained twice. One that is lost ``max_attempts`` times is dropped,
+and the task goes on with the next number in its slot.
 """
 
 import asyncio
@@ -18,18 +20,24 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from eopd.buffer import Buffer
+from eopd.buffer import Buffer, Taken
 from eopd.ledger import Ledger
 from eopd.packing import pack
 from eopd.prompts import PromptOrder
-from eopd.roles import Learner, RolloutEngine, TeacherScorer, WeightChannel
+from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer, WeightChannel
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.step import BusyClock, Span, Totals, step_row
-from eopd.types import Header, LossReason, LostTrajectory, ScoredTrajectory, Stored
+from eopd.types import Header, LearnerStats, LossReason, LostTrajectory, RunFailedError, ScoredTrajectory, Stored
 
 
-class TrajectoryLostError(RuntimeError):
-    """One trajectory failed ``max_attempts`` times: something is broken that sampling again does not mend."""
+class TooManyDroppedError(RunFailedError):
+    """More trajectories were dropped than a run may lose: something is broken that going on does not mend."""
+
+
+FATES = {
+    LossReason.TOO_STALE: "older than max_staleness when its batch was taken",
+    LossReason.BODY_LOST: "its body was lost with its node",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +49,7 @@ class Plan:
     max_staleness: int
     lookahead: int
     max_attempts: int
+    max_dropped: int
     temperature: float
     max_response_tokens: int
     ranks: int
@@ -49,9 +58,23 @@ class Plan:
     alpha_at: Callable[[int], float]
 
 
+@dataclass(frozen=True, slots=True)
+class _TrainedBatch:
+    """A batch and what the learner made of it; when it was full, and how much else was under way then."""
+
+    taken: Sequence[Taken]
+    stats: LearnerStats
+    full_at: float
+    in_flight: int
+    ready: int
+
+
 @dataclass(slots=True)
 class Pipeline:
-    """Everything between prompts and weights. Iterate ``steps`` to run it."""
+    """Everything between prompts and weights. Iterate ``steps`` to run it.
+
+    ``on_drop`` is told the issue number of every trajectory that is given up, and how it was lost last.
+    """
 
     plan: Plan
     engines: RolloutEngine
@@ -61,6 +84,7 @@ class Pipeline:
     order: PromptOrder
     ledger: Ledger
     totals: Totals
+    on_drop: Callable[[int, LostTrajectory], None] = lambda issue, lost: None
     buffer: Buffer = field(init=False)
     trained: Mapping[int, Header] = field(init=False, default_factory=dict)  # by issue, of the row yielded last
     busy: Mapping[str, Sequence[Span]] = field(init=False, default_factory=dict)  # of that row, from its step's start
@@ -74,8 +98,8 @@ class Pipeline:
             batch=self.plan.batch,
             max_staleness=self.plan.max_staleness,
             lookahead=self.plan.lookahead,
-            next_unconsumed=self.ledger.floor,
-            consumed_ahead=set(self.ledger.trained_ahead),
+            settled=self.ledger.settled,
+            dropped=self.ledger.dropped,
         )
 
     async def steps(self, start: int) -> AsyncGenerator[Row, None]:
@@ -85,7 +109,7 @@ class Pipeline:
         Whatever a task raises ends the iteration.
 
         Raises:
-            TrajectoryLostError: see there.
+            TooManyDroppedError: more than ``plan.max_dropped`` trajectories were dropped.
         """
         async with _background(self._issue((self.plan.batches - start) * self.plan.batch)) as failed:
             for number in range(start, self.plan.batches):
@@ -103,33 +127,23 @@ class Pipeline:
         )
 
     async def _step(self, number: int, started: float) -> Row | None:
-        self.doing = "waiting for a batch"
-        taken = await self.buffer.take(version=number)
-        if not taken:
+        batch = await self._train(number)
+        if batch is None:
             return None
-        full = time.monotonic()
-        written = max(started, *(self._written_at.pop(t.issue) for t in taken))
-        ready = self.buffer.num_ready
-        in_flight = self.buffer.num_in_flight - len(taken) - ready
-        plan = self.plan
-        batch = pack(
-            [t.stored for t in taken],
-            steps=plan.optimizer_steps,
-            ranks=plan.ranks,
-            token_budget=plan.token_budget,
-            alpha=plan.alpha_at(number),
-        )
-        self.doing = "training"
-        stats = await self.learner.step(batch)
+
+        stats, full = batch.stats, batch.full_at
         self.doing = "bringing the weights to the engines"
         trained = time.monotonic()
         published = await self.channel.publish(stats.version)
-        self.trained = {t.issue: t.stored.header for t in taken}
+
+        self.trained = {one.issue: one.stored.header for one in batch.taken}
         self.ledger.train(self.trained)
         headers = list(self.trained.values())
         self.totals.add(headers)
-        await self.buffer.release(len(taken))
+        self.buffer.release()
+
         ended = time.monotonic()
+        written = max(started, *(self._written_at.pop(issue) for issue in self.trained))
         spans = {"generate": self._generating.lap(), "score": self._scoring.lap()}
         self.busy = {stage: [(a - started, b - started) for a, b in of_stage] for stage, of_stage in spans.items()}
         seconds = {
@@ -148,32 +162,79 @@ class Pipeline:
             seconds=seconds,
             totals=self.totals,
             lost=self.ledger.lost,
-            in_flight=in_flight,
-            ready=ready,
+            dropped=len(self.ledger.dropped),
+            in_flight=batch.in_flight,
+            ready=batch.ready,
         )
+
+    async def _train(self, number: int) -> "_TrainedBatch | None":
+        """Take a batch and train on it; None once the buffer is closed."""
+        plan = self.plan
+        while True:
+            self.doing = "waiting for a batch"
+            taken = await self.buffer.take(version=number)
+            if not taken:
+                return None
+
+            full_at = time.monotonic()
+            ready = self.buffer.num_ready
+            in_flight = self.buffer.num_in_flight - len(taken) - ready
+            batch = pack(
+                [one.stored for one in taken],
+                steps=plan.optimizer_steps,
+                ranks=plan.ranks,
+                token_budget=plan.token_budget,
+                alpha=plan.alpha_at(number),
+            )
+            self.doing = "training"
+            try:
+                stats = await self.learner.step(batch)
+                return _TrainedBatch(taken, stats, full_at=full_at, in_flight=in_flight, ready=ready)
+            except BodiesLostError as error:
+                self.buffer.put_back({one.issue for one in taken if one.stored.header.key in error.keys})
 
     async def _issue(self, count: int) -> None:
         """Admit so many trajectories as slots come free, each a task of its own."""
-        async with asyncio.TaskGroup() as producers:
-            for _ in range(count):
-                issue = self.ledger.issue()
-                await self.buffer.admit()
-                producers.create_task(self._produce(issue))
+        try:
+            async with asyncio.TaskGroup() as producers:
+                for _ in range(count):
+                    await self.buffer.admit()
+                    producers.create_task(self._produce(self.ledger.issue()))
+        except ExceptionGroup as errors:
+            if (ends := errors.subgroup(RunFailedError)) is not None:
+                raise ends.exceptions[0] from None  # the first is what a person is told
+            raise
 
     async def _produce(self, issue: int) -> None:
-        """Write and score one trajectory, until a batch consumes it."""
-        for attempt in range(self.plan.max_attempts):
+        """Write and score one trajectory until a batch has trained it, or the next one that is not dropped."""
+        while (lost := await self._until_trained(issue)) is not None:
+            self.ledger.drop(issue)
+            self._written_at.pop(issue, None)
+            self.on_drop(issue, lost)
+            if len(self.ledger.dropped) > self.plan.max_dropped:
+                raise TooManyDroppedError(
+                    f"{len(self.ledger.dropped)} trajectories were dropped after flow.max_attempts = "
+                    f"{self.plan.max_attempts} attempts each, flow.max_dropped_ratio allows {self.plan.max_dropped} in "
+                    f"this run; the last one was {lost.key}: {lost.reason.value}: {lost.detail}"
+                )
+            self.buffer.skip(issue)
+            issue = self.ledger.issue()
+
+    async def _until_trained(self, issue: int) -> LostTrajectory | None:
+        """None once a batch has trained it; how it was lost the last time after ``max_attempts``."""
+        attempt = 0
+        while True:
             result = await self._write_and_score(issue, attempt)
-            if not isinstance(result, LostTrajectory):
-                if await self.buffer.offer(issue, result):
-                    return
-                detail = "older than max_staleness when its batch was taken"
-                result = LostTrajectory(key=result.header.key, reason=LossReason.TOO_STALE, detail=detail)
+            if isinstance(result, Stored):
+                reason = await self.buffer.offer(issue, result)
+                if reason is None:
+                    return None
+                result = LostTrajectory(key=result.header.key, reason=reason, detail=FATES[reason])
+
             self.ledger.lost[result.reason] += 1
-            lost = result
-        raise TrajectoryLostError(
-            f"trajectory {lost.key} was lost {self.plan.max_attempts} times, last: {lost.reason.value}: {lost.detail}"
-        )
+            attempt += result.reason is not LossReason.BODY_LOST  # which no sample is to blame for
+            if attempt == self.plan.max_attempts:
+                return result
 
     async def _write_and_score(self, issue: int, attempt: int) -> Stored[ScoredTrajectory] | LostTrajectory:
         prompt, sample_index = self.order.at(issue)

@@ -4,6 +4,7 @@
 tests drive the pipeline with fakes of ten lines.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from eopd.types import (
     ScoredTrajectory,
     Stored,
     Trajectory,
+    TrajectoryKey,
 )
 
 
@@ -36,6 +38,14 @@ class TeacherDownError(WorkerDownError):
 
 class LearnerDownError(WorkerDownError):
     """A learner rank is, and with it the whole gang."""
+
+
+class BodiesLostError(RuntimeError):
+    """Bodies of a batch are gone, with the node that held them: nothing was trained or measured, and nobody is lost."""
+
+    def __init__(self, keys: Collection[TrajectoryKey]) -> None:
+        super().__init__(f"the bodies of {len(keys)} trajectories were lost with their node")
+        self.keys = frozenset(keys)
 
 
 class RolloutEngine(Protocol):
@@ -63,12 +73,13 @@ class Learner(Protocol):
         """One update from one batch; raises on a broken batch, never skips silently.
 
         Raises:
+            BodiesLostError: some of it is gone; nothing was trained.
             LearnerDownError: a rank is lost; the whole gang must start again from a checkpoint.
         """
         ...
 
     async def evaluate(self, batch: PackedBatch) -> EvalStats:
-        """Measure student against teacher without an update."""
+        """Measure student against teacher without an update; raises as ``step`` does."""
         ...
 
     async def save(self, directory: Path) -> None:

@@ -11,7 +11,7 @@ Entropies and KL are in nats, durations end in ``_s``, sizes in ``_tokens`` or `
 Axes: P prompt, R response, K teacher candidates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, NamedTuple, Self, TypeVar
@@ -69,6 +69,7 @@ class StopReason(StrEnum):
 class LossReason(StrEnum):
     """Why a trajectory was lost; a metric label, so the set stays small."""
 
+    BODY_LOST = "body_lost"
     ROLLOUT_FAILED = "rollout_failed"
     TEACHER_FAILED = "teacher_failed"
     TOO_STALE = "too_stale"
@@ -95,12 +96,14 @@ class PromptSample:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How a response is sampled: from the plain softmax at ``temperature`` (so that the recorded
-    log-probability is the policy's own), with a seed of its own.
+    log-probability is the policy's own), with a seed of its own. Of two requests that wait for a worker the one with
+    the lower ``priority`` goes first.
     """
 
     temperature: float
     max_tokens: int
     seed: int
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,9 +178,12 @@ class Header:
     response_crc32: int
     sums: Mapping[str, float]
     reward: float | None = None  # a verifier's, where the run has one
+    priority: int = 0  # as in ``Sampling``
 
     @classmethod
-    def of(cls, trajectory: Trajectory, sums: Mapping[str, float], reward: float | None = None) -> Self:
+    def of(
+        cls, trajectory: Trajectory, sums: Mapping[str, float], reward: float | None = None, priority: int = 0
+    ) -> Self:
         """The header of a trajectory of at least one response token."""
         return cls(
             key=trajectory.key,
@@ -191,6 +197,7 @@ class Header:
             response_crc32=crc32(trajectory.response_ids.tobytes()),
             sums=sums,
             reward=reward,
+            priority=priority,
         )
 
     @property
@@ -282,7 +289,8 @@ class EvalStats:
     share of positions with equal argmax. Standard errors are clustered by trajectory (tokens of one response are not
     independent). The counts are a histogram of the loss tokens by entropy: ``NUM_ENTROPY_BINS`` bins, each
     ``ENTROPY_BIN_NATS`` wide from 0 on, the last one open above. ``parts`` are tokens where the teacher is ``unsure``
-    (where the gate opens) or ``sure``, and tokens by ``source`` of the prompt, where there are several.
+    (where the gate opens) or ``sure``, and tokens by ``source`` of the prompt, where there are several. ``num_dropped``
+    prompts could not be measured.
     """
 
     reverse_kl: Estimate
@@ -295,6 +303,7 @@ class EvalStats:
     parts: Mapping[str, PartStats]
     num_trajectories: int
     num_tokens: int
+    num_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,4 +325,11 @@ class RunFailedError(RuntimeError):
 
 
 class WeightTransferError(RuntimeError):
-    """New weights did not reach an engine whole. Nothing of them was loaded: the old ones serve on."""
+    """New weights did not reach an engine whole. Nothing of them was loaded: the old ones serve on.
+
+    ``ranks`` are the members of the group that are known to have caused it; the sender is rank 0.
+    """
+
+    def __init__(self, message: str, ranks: Collection[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)

@@ -1,6 +1,6 @@
 """What tests make up: prompts, trajectories and their headers, and a world that plays every role of the loop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -139,7 +139,14 @@ def order(*, prompts: int = 5, samples: int = 2) -> PromptOrder:
     return PromptOrder([prompt(f"{i}") for i in range(prompts)], samples_per_prompt=samples, seed=3)
 
 
-def pipeline(world: World, *, of: PromptOrder | None = None, ledger: Ledger | None = None, **plan: object) -> Pipeline:
+def pipeline(
+    world: World,
+    *,
+    of: PromptOrder | None = None,
+    ledger: Ledger | None = None,
+    on_drop: Callable[[int, LostTrajectory], None] = lambda issue, lost: None,
+    **plan: object,
+) -> Pipeline:
     """The loop on a world: four trajectories a batch, two ranks, and what else ``plan`` says of ``Plan``."""
     settings: dict[str, object] = {
         "batch": 4,
@@ -147,6 +154,7 @@ def pipeline(world: World, *, of: PromptOrder | None = None, ledger: Ledger | No
         "max_staleness": 0,
         "lookahead": 0,
         "max_attempts": 3,
+        "max_dropped": 0,
         "temperature": 1.0,
         "max_response_tokens": 4,
         "ranks": 2,
@@ -163,4 +171,5 @@ def pipeline(world: World, *, of: PromptOrder | None = None, ledger: Ledger | No
         of or order(),
         ledger or Ledger(),
         Totals(),
+        on_drop,
     )

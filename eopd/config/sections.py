@@ -106,13 +106,15 @@ class PromptsConfig(Section):
 
 class FlowConfig(Section):
     """``max_staleness`` 0 is synchronous. ``lookahead`` lets a batch take trajectories out of issue order (see
-    ``buffer.py``).
+    ``buffer.py``). A trajectory that is lost ``max_attempts`` times is dropped, and the next one takes its place; more
+    than ``max_dropped_ratio`` of the run's trajectories end it.
     """
 
     batch_prompts: int = Field(ge=1, le=1_000_000)
     max_staleness: int = Field(0, ge=0, le=1_000_000)
     lookahead: int = Field(0, ge=0, le=1_000_000)
     max_attempts: int = Field(3, ge=1, le=1_000_000)
+    max_dropped_ratio: float = Field(0.01, ge=0.0, le=1.0)
 
     @model_validator(mode="after")
     def _lookahead_fits(self) -> Self:
@@ -170,8 +172,9 @@ class TelemetryConfig(Section):
 class ClusterConfig(Section):
     """``address`` joins a running Ray cluster (as RAY_ADDRESS does); otherwise Ray is started here.
 
-    Engines, teachers and learner ranks that are lost are started again, unless that happens more than ``max_restarts``
-    times within ``restart_window_s``.
+    Engines, teachers and learner ranks that are lost are started again, unless more than ``max_restarts`` for every 8
+    of them are lost within ``restart_window_s``. With none of a kind left, and none up within ``start_timeout_s``, the
+    run ends.
     """
 
     address: str | None = Field(None, min_length=1)

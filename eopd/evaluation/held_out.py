@@ -5,10 +5,15 @@ seeds, the teacher reads, the learner measures.
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from eopd.packing import pack
-from eopd.roles import Learner, RolloutEngine, TeacherScorer
+from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer
 from eopd.types import EvalStats, LostTrajectory, PromptSample, Sampling, ScoredTrajectory, Stored
+
+
+class NothingMeasuredError(RuntimeError):
+    """A measurement without a single response; says how one was lost."""
 
 
 async def measure(
@@ -29,25 +34,36 @@ async def measure(
     read so far.
 
     Returns:
-        The statistics, and the scored trajectories in the order of ``prompts``.
+        The statistics, and the scored trajectories in the order of ``prompts``. A prompt that is lost ``max_attempts``
+        times is left out, and counted as ``num_dropped``.
 
     Raises:
-        RuntimeError: a trajectory was lost ``max_attempts`` times: a number over fewer prompts would not be the same
-            number.
+        NothingMeasuredError: every prompt was lost.
     """
     done = itertools.count(1)
 
-    async def one(index: int, prompt: PromptSample) -> Stored[ScoredTrajectory]:
-        sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed + index)
+    async def respond(index: int) -> Stored[ScoredTrajectory] | LostTrajectory:
+        sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed + index, priority=index)
         for _ in range(max_attempts):  # with the same seed, so that it is the same response
-            written = await engines.generate(prompt, 0, sampling)
+            written = await engines.generate(prompts[index], 0, sampling)
             scored = written if isinstance(written, LostTrajectory) else await teacher.score(written)
             if isinstance(scored, Stored):
                 tell(next(done))
-                return scored
-            last = f"{scored.reason.value}: {scored.detail}"
-        raise RuntimeError(f"held-out prompt {prompt.prompt_id} was lost {max_attempts} times, last: {last}")
+                break
+        return scored
 
-    scored = await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
-    batch = pack(scored, steps=1, ranks=ranks, token_budget=token_budget, alpha=1.0)
-    return await learner.evaluate(batch), scored
+    responses = await asyncio.gather(*map(respond, range(len(prompts))))
+    while True:
+        scored = [response for response in responses if isinstance(response, Stored)]
+        if not scored:
+            raise NothingMeasuredError(f"no held-out prompt could be measured, the last one: {responses[-1]}")
+
+        batch = pack(scored, steps=1, ranks=ranks, token_budget=token_budget, alpha=1.0)
+        try:
+            stats = await learner.evaluate(batch)
+            return replace(stats, num_dropped=len(prompts) - len(scored)), scored
+        except BodiesLostError as error:
+            keys = [response.header.key if isinstance(response, Stored) else None for response in responses]
+            lost = [index for index, key in enumerate(keys) if key in error.keys]
+            for index, response in zip(lost, await asyncio.gather(*map(respond, lost)), strict=True):
+                responses[index] = response

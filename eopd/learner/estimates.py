@@ -47,6 +47,7 @@ def eval_stats(sums: Sequence[Sequence[float]], sources: Sequence[str], counts: 
         parts=_parts(sums_MS[:, list(_OF_A_PART)], unsure_MS, np.array(sources)),
         num_trajectories=len(counts_M),
         num_tokens=round(counts_M.sum()),
+        num_dropped=0,
     )
 
 

@@ -33,6 +33,6 @@ class PromptOrder:
         return replace(prompt, epoch=epoch), sample_index
 
     def sampling(self, issue: int, *, temperature: float, max_tokens: int, attempt: int = 0) -> Sampling:
-        """A seed of its own for every issue and attempt, the same in every run with this seed."""
+        """A seed of its own for every issue and attempt, the same in every run with this seed; issues go in order."""
         seed = np.random.SeedSequence([self._seed, issue, attempt]).generate_state(1)[0]
-        return Sampling(temperature=temperature, max_tokens=max_tokens, seed=int(seed) & 0x7FFFFFFF)
+        return Sampling(temperature=temperature, max_tokens=max_tokens, seed=int(seed) & 0x7FFFFFFF, priority=issue)

@@ -101,6 +101,11 @@ class VllmRolloutEngine:
         await engine._warm_up()
         return engine
 
+    @property
+    def seats(self) -> int:
+        """How many responses it writes at a time; more would wait inside."""
+        return int(self._llm.vllm_config.scheduler_config.max_num_seqs)
+
     async def _warm_up(self) -> None:
         """One throw-away token: a pause must never wait for a first step that still compiles."""
         params = SamplingParams(
@@ -141,7 +146,7 @@ class VllmRolloutEngine:
         trajectory = _trajectory(prompt, sample_index, final.outputs[0])
         spent = time.monotonic() - started
         sums = {"generate_s": spent, "rollout_logprob": float(trajectory.rollout_logprobs.sum())}
-        return Stored(Header.of(trajectory, sums), trajectory)
+        return Stored(Header.of(trajectory, sums, priority=sampling.priority), trajectory)
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None:
         """Leave the transfer group there was, and join the sender's (blocks until all members have joined).

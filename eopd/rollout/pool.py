@@ -1,6 +1,7 @@
-"""Several engines as one: each request goes to the engine with the fewest in flight, and elsewhere when that dies."""
+"""Several engines as one: a ``RolloutEngine`` over a ``Pool``."""
 
-from eopd.replicas import ReplicaFailedError, Replicas
+from eopd.fleet import Fleet
+from eopd.pool import NoAnswerError
 from eopd.roles import RolloutEngine
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.rows import series
@@ -8,47 +9,39 @@ from eopd.types import LossReason, LostTrajectory, PromptSample, Sampling, Store
 
 
 class EnginePool:
-    """A ``RolloutEngine`` over several.
+    """A ``RolloutEngine`` over a fleet of them."""
 
-    A request whose engine died is written again, with the same seed, on another one; after ``max_attempts`` it is a
-    ``LostTrajectory``, since it may be what kills.
-    """
-
-    def __init__(self, engines: Replicas[RolloutEngine], *, max_attempts: int) -> None:
-        self._engines = engines
-        self._max_attempts = max_attempts
+    def __init__(self, fleet: Fleet[RolloutEngine]) -> None:
+        self._fleet = fleet
+        self._pool = fleet.pool
 
     async def generate(
         self, prompt: PromptSample, sample_index: int, sampling: Sampling
     ) -> Stored[Trajectory] | LostTrajectory:
-        """Generate on the least loaded engine.
+        """Sample one response on one engine; where that is lost, the same response on another one.
 
         Raises:
-            WorkerDownError: no engine is left, and none could be started.
+            RunFailedError: no engine is left.
         """
-        detail, tried = "", list[int]()
-        for _ in range(self._max_attempts):
-            try:
-                return await self._engines.attempt(
-                    lambda engine: engine.generate(prompt, sample_index, sampling), tried
-                )
-            except ReplicaFailedError as error:
-                detail = str(error)
-        key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
-        detail = f"{self._max_attempts} engines did not answer, last: {detail}"
-        return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail=detail)
+        try:
+            return await self._pool.run(
+                lambda engine: engine.generate(prompt, sample_index, sampling), sampling.priority
+            )
+        except NoAnswerError as error:
+            key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
+            return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail=str(error))
 
     def status(self) -> list[str]:
         """What each engine does now, for people."""
-        return self._engines.status()
+        return self._pool.status()
 
     def metrics(self) -> Row:
-        """What became of the engines so far, and what each writes now."""
-        return {
-            "eopd_engine_failures_total": float(self._engines.num_failures),
-            "eopd_engine_replacements_total": float(self._engines.num_replacements),
-            "eopd_engines_up": float(self._engines.num_up),
-        } | {
-            series("eopd_engine_in_flight_trajectories", engine=str(index)): float(count)
-            for index, count in self._engines.in_flight.items()
+        """What became of the engines so far, and how much each of them holds."""
+        row = {
+            "eopd_engine_failures_total": float(self._pool.num_failures),
+            "eopd_engine_replacements_total": float(self._fleet.num_replacements),
+            "eopd_engines_up": float(self._pool.num_up),
         }
+        for number, count in self._pool.in_flight.items():
+            row[series("eopd_engine_in_flight_trajectories", engine=str(number))] = float(count)
+        return row

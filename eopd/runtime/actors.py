@@ -44,8 +44,11 @@ if TYPE_CHECKING:
 
 Spawn = Callable[..., list[ActorHandle]]
 
-MAX_CONCURRENT_REQUESTS = 10_000  # of one engine actor; the buffer's slots are the real limit
 CLOSE_TIMEOUT_S = 20.0
+# A pool gives no actor more requests than this, and Ray runs some calls more: so weight calls never wait for requests.
+# (A concurrency group of Ray's has an event loop of its own, in which vLLM's engine cannot be called; Ray 2.60.)
+MAX_REQUESTS = 10_000
+MAX_CALLS = MAX_REQUESTS + 100
 
 Split = tuple[Header | LostTrajectory, object]
 
@@ -107,7 +110,7 @@ class RolloutActor(Actor):
         max_sequence_tokens: int,
         version: PolicyVersion,
         grader: GraderName | None,
-    ) -> None:
+    ) -> int:
         from eopd.evaluation.verifier import Verifier
         from eopd.rollout.engine import VllmRolloutEngine
         from eopd.runtime.engine_metrics import stat_loggers
@@ -124,6 +127,7 @@ class RolloutActor(Actor):
             stat_loggers=stat_loggers(self._name),
         )
         self._verifier = None if grader is None else Verifier(grader, student.model)
+        return min(self._engine.seats, MAX_REQUESTS)
 
     async def generate(self, prompt: PromptSample, sample_index: int, sampling: Sampling) -> Split:  # noqa: D102
         written = await self._engine.generate(prompt, sample_index, sampling)
@@ -200,7 +204,7 @@ class TeacherActor(Actor):
 
     _scorer: "SignalScorer"
 
-    async def start(self, teacher: TeacherConfig, top_k: int, max_sequence_tokens: int) -> None:  # noqa: D102
+    async def start(self, teacher: TeacherConfig, top_k: int, max_sequence_tokens: int) -> int:  # noqa: D102
         start: Callable[..., Awaitable[SignalScorer]]
         match teacher.backend:
             case "vllm":
@@ -217,6 +221,10 @@ class TeacherActor(Actor):
 
                 start = EopdTeacherScorer.start
         self._scorer = await start(teacher, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
+        return min(self._scorer.seats, MAX_REQUESTS)
+
+    async def ping(self) -> None:  # noqa: D102
+        await self._scorer.ping()
 
     async def score(self, header: Header, trajectory: Trajectory) -> Split:  # noqa: D102
         return _split(await self._scorer.score(Stored(header, trajectory)))
@@ -240,3 +248,8 @@ class RemoteTeacher:
             detail = f"its body was lost: {error}"
             return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=detail)
         return header if isinstance(header, LostTrajectory) else Stored(header, body)
+
+    async def ping(self) -> None:
+        """Return when the scorer answers."""
+        with dies_as(TeacherDownError):
+            await self._actor.ping.remote()

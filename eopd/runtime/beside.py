@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Literal, Never
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, Never, TypeVar
 
-from eopd.roles import WorkerDownError
-from eopd.runtime.engines import EngineFleet
+from eopd.fleet import Fleet
+from eopd.roles import RolloutEngine, WorkerDownError
 from eopd.runtime.progress import first_line
 from eopd.runtime.run_directory import RunDirectory
 from eopd.types import RunFailedError
@@ -15,6 +15,7 @@ from eopd.weights.channel import WeightSyncError
 POLL_S = 1.0
 RETRY_S = 30.0  # after engines did not start
 
+T = TypeVar("T")
 Tell = Callable[[str], None]
 
 
@@ -59,18 +60,35 @@ class Watchdog:
             tell(message)
 
 
-async def scale_on_request(directory: RunDirectory, fleet: EngineFleet, tell: Tell) -> Never:
+async def scale_on_request(directory: RunDirectory, fleet: Fleet[RolloutEngine], tell: Tell) -> Never:
     """Bring the run to as many engines as ``eopd scale`` asks for, again and again."""
     while True:
         await asyncio.sleep(POLL_S)
         wanted = directory.engines_asked_for()
-        if wanted is None or wanted == fleet.num_engines:
+        if wanted is None or wanted == fleet.size:
             continue
-        tell(f"from {fleet.num_engines} rollout engines to {wanted}")
+        tell(f"from {fleet.size} rollout engines to {wanted}")
         try:
             await fleet.scale(wanted)
         except (WorkerDownError, WeightSyncError, TimeoutError) as error:
-            tell(f"{fleet.num_engines} rollout engines, no more: {first_line(error)}; trying again in {RETRY_S:.0f} s")
+            tell(f"{fleet.size} rollout engines, no more: {first_line(error)}; trying again in {RETRY_S:.0f} s")
             await asyncio.sleep(RETRY_S)
         else:
             tell(f"{wanted} rollout engines")
+
+
+async def with_beside(work: Coroutine[object, object, T], *beside: Coroutine[object, object, Never]) -> T:
+    """Await ``work``, unless something that goes on ``beside`` it raises first: then all of these are cancelled."""
+    working = asyncio.create_task(work)
+    others = [asyncio.create_task(one) for one in beside]
+    ends: list[asyncio.Future[Any]] = [*others, working]
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for ended in others:
+            if ended.done():
+                await ended
+        return await working
+    finally:
+        for task in ends:
+            task.cancel()
+        await asyncio.gather(*ends, return_exceptions=True)

@@ -52,6 +52,7 @@ TABLE: Final[Mapping[str, Kind]] = {
     "cluster": "always",
     "evaluation.samples": "always",
     "flow.max_attempts": "always",
+    "flow.max_dropped_ratio": "always",
     "learner.activation_checkpointing": "always",
     "learner.cpus": "always",
     "learner.gpus": "always",

@@ -7,6 +7,7 @@ from eopd.preflight import Prepared
 from eopd.runtime import cluster
 from eopd.runtime.placement import plan_teacher
 from eopd.runtime.supervisor import teachers
+from eopd.runtime.teachers import self_test_replicas
 from eopd.teacher.selftest import SelfTestReport
 
 
@@ -22,7 +23,7 @@ def check_live(config: Config, prepared: Prepared) -> list[SelfTestReport]:
 
     async def run() -> list[SelfTestReport]:
         async with teachers(config) as fleets:
-            return [await fleet.self_test(prompt_ids) for fleet in fleets]
+            return await self_test_replicas(config, fleets, prompt_ids)
 
     with cluster.connect(config.cluster):
         cluster.require_room([plan_teacher(teacher) for teacher in config.teachers])

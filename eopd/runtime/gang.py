@@ -2,16 +2,17 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from eopd.config import Config
-from eopd.roles import LearnerDownError
+from eopd.roles import BodiesLostError, LearnerDownError
 from eopd.runtime.actors import Spawn, dies_as
 from eopd.runtime.learner_actor import LearnerActor, with_bodies
 from eopd.runtime.placement import plan_learner
@@ -24,7 +25,9 @@ _COSTS: Mapping[str, Callable[[list[float]], float]] = {
     "eopd_learner_memory_bytes": max,
 }
 _DEAD = (RayActorError, OutOfMemoryError)
-_PING_S = 5.0
+# How long the news of a rank that was lost with its node may take: Ray asks a node every 3 s, waits 10 s, and believes
+# the fifth failure (health_check_period_ms, _timeout_ms and _failure_threshold of Ray 2.60).
+_NEWS_S = 90.0
 
 
 class LearnerGang:
@@ -74,11 +77,13 @@ class LearnerGang:
 
     async def step(self, batch: PackedBatch) -> LearnerStats:  # noqa: D102
         async with self._reserved:
-            return with_costs(await self._each_share("step", batch))  # type: ignore[arg-type]
+            await self._hand_over(batch)
+            return with_costs(await self._each("step"))  # type: ignore[arg-type]
 
     async def evaluate(self, batch: PackedBatch) -> EvalStats:  # noqa: D102
         async with self._reserved:
-            return (await self._each_share("evaluate", batch))[0]  # type: ignore[return-value]
+            await self._hand_over(batch)
+            return (await self._each("evaluate"))[0]  # type: ignore[return-value]
 
     async def save(self, directory: Path) -> None:  # noqa: D102
         async with self._reserved:
@@ -97,8 +102,8 @@ class LearnerGang:
         """The weights the ranks hold."""
         return PolicyVersion(*(await self._each("version"))[0])  # type: ignore[misc]
 
-    async def open(self, engine_workers: Sequence[int]) -> Sequence[Mapping[str, object]]:  # noqa: D102
-        return (await self._each("open_wire", engine_workers))[0]  # type: ignore[return-value]
+    async def open(self, engine_workers: Sequence[int], secret: str) -> Sequence[Mapping[str, object]]:  # noqa: D102
+        return (await self._each("open_wire", engine_workers, secret))[0]  # type: ignore[return-value]
 
     async def accept(self) -> None:  # noqa: D102
         await self._each("accept_engines")
@@ -113,21 +118,32 @@ class LearnerGang:
     async def _each(self, method: str, *arguments: object) -> list[object]:
         return await self._all([getattr(actor, method).remote(*arguments) for actor in self._actors])
 
-    async def _each_share(self, method: str, batch: PackedBatch) -> list[object]:
+    async def _hand_over(self, batch: PackedBatch) -> None:
+        """Let every rank fetch its trajectories, before any of them begins.
+
+        Raises:
+            BodiesLostError: some are gone with their node; the ranks are as they were.
+        """
         shares = [batch.share(rank) for rank in range(len(self._actors))]
-        return await self._all(
+        lost = await self._all(
             [
-                getattr(actor, method).remote(with_bodies(share), *(stored.body for stored in share.stored()))
+                actor.take.remote(with_bodies(share), [stored.body for stored in share.stored()])
                 for actor, share in zip(self._actors, shares, strict=True)
             ]
         )
+        keys = [
+            share.stored()[position].header.key
+            for share, positions in zip(shares, lost, strict=True)
+            for position in positions  # type: ignore[attr-defined]
+        ]
+        if keys:
+            raise BodiesLostError(keys)
 
     async def _all(self, calls: Sequence[Awaitable[object]]) -> list[object]:
         """Await the same call on every rank.
 
         Raises:
-            LearnerDownError: a rank is dead, does not answer, or could not fetch its trajectories: these are gone with
-                the node that wrote them, and are issued again from the last checkpoint on.
+            LearnerDownError: a rank is dead, or does not answer.
         """
         try:
             with dies_as(LearnerDownError):
@@ -135,21 +151,27 @@ class LearnerGang:
                     return list(await asyncio.gather(*calls))
         except TimeoutError:
             raise LearnerDownError(f"no answer within learner.timeout_s = {self._timeout_s:g}") from None
-        except ObjectLostError as error:
-            raise LearnerDownError(f"a trajectory was lost before it was trained on: {error}") from error
         except RayTaskError as error:  # what a rank says when a peer dies comes before the news of that death
             if (rank := await self._dead_rank()) is None:
                 raise
             raise LearnerDownError(f"rank {rank} died") from error
 
     async def _dead_rank(self) -> int | None:
-        """The first rank whose actor is dead. The others may be at work, and not answer."""
-        pings = [asyncio.ensure_future(actor.version.remote()) for actor in self._actors]
-        await asyncio.wait(pings, timeout=_PING_S)
-        for ping in pings:
-            ping.cancel()
-        dead = [ping.done() and not ping.cancelled() and isinstance(ping.exception(), _DEAD) for ping in pings]
-        return dead.index(True) if any(dead) else None
+        """The first rank whose actor is dead, once that is known; None if all answer, or nothing is known in time."""
+
+        async def is_dead(rank: int, actor: ActorHandle) -> int | None:
+            try:
+                await actor.version.remote()
+            except _DEAD:
+                return rank
+            return None
+
+        pings = [is_dead(rank, actor) for rank, actor in enumerate(self._actors)]
+        with suppress(TimeoutError):
+            for ping in asyncio.as_completed(pings, timeout=_NEWS_S):
+                if (rank := await ping) is not None:
+                    return rank
+        return None
 
 
 def with_costs(of_ranks: Sequence[LearnerStats]) -> LearnerStats:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from eopd.config import Config
 from eopd.runtime.actors import Actor
@@ -38,6 +39,7 @@ class LearnerActor(Actor):
     _rank: "LearnerRank"
     _cost: "Cost"
     _sender: "WeightSender"
+    _share: PackedBatch
 
     def rendezvous(self) -> tuple[str, int]:
         """This node's address and a free port on it, for the gang to meet at."""
@@ -80,15 +82,32 @@ class LearnerActor(Actor):
             connect_timeout_s=config.weights.connect_timeout_s,
         )
 
-    def step(self, share: PackedBatch, *bodies: object) -> LearnerStats:
-        """``bodies`` are this rank's, in the order of ``share.stored()``; Ray has fetched them. So are the costs."""
-        started = time.monotonic()
-        stats = self._rank.step(with_bodies(share, bodies))
+    def take(self, share: PackedBatch, bodies: Sequence[ray.ObjectRef]) -> list[int]:
+        """Fetch this rank's part of a batch, for ``step`` or ``evaluate``.
+
+        Args:
+            share: the part, without bodies.
+            bodies: references to them, in the order of ``share.stored()``.
+
+        Returns:
+            The positions of those that are lost; empty once everything is here.
+        """
+        try:
+            self._share = with_bodies(share, ray.get(list(bodies)))
+        except ObjectLostError:
+            return [position for position, body in enumerate(bodies) if _is_lost(body)]
+        return []
+
+    def step(self) -> LearnerStats:
+        """One update from the part that was taken; the costs are this rank's."""
+        share, started = self._share, time.monotonic()
+        stats = self._rank.step(share)
         costs = self._cost.row((stored.header for stored in share.stored()), time.monotonic() - started)
         return replace(stats, metrics={**stats.metrics, **costs})
 
-    def evaluate(self, share: PackedBatch, *bodies: object) -> EvalStats:  # noqa: D102
-        return self._rank.evaluate(with_bodies(share, bodies))
+    def evaluate(self) -> EvalStats:
+        """Measure the part that was taken."""
+        return self._rank.evaluate(self._share)
 
     def save(self, directory: Path) -> None:  # noqa: D102
         self._rank.save(directory)
@@ -105,8 +124,8 @@ class LearnerActor(Actor):
     def probe(self, token_ids: Int32Array) -> Float32Array:  # noqa: D102
         return self._rank.probe(token_ids)
 
-    def open_wire(self, engine_workers: Sequence[int]) -> list[dict[str, object]]:  # noqa: D102
-        return self._sender.open(engine_workers)
+    def open_wire(self, engine_workers: Sequence[int], secret: str) -> list[dict[str, object]]:  # noqa: D102
+        return self._sender.open(engine_workers, secret)
 
     def accept_engines(self) -> None:  # noqa: D102
         self._sender.accept()
@@ -116,6 +135,14 @@ class LearnerActor(Actor):
 
     def close(self) -> None:  # noqa: D102
         self._rank.close()
+
+
+def _is_lost(body: ray.ObjectRef) -> bool:
+    try:
+        ray.get(body)
+    except ObjectLostError:
+        return True
+    return False
 
 
 def with_bodies(share: PackedBatch, bodies: Sequence[object] | None = None) -> PackedBatch:

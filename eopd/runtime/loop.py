@@ -1,5 +1,8 @@
 """The pipeline of a run: its config's numbers, its crew in their roles."""
 
+import math
+from collections.abc import Callable
+
 from eopd.config import Config
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
@@ -7,9 +10,17 @@ from eopd.preflight import Prepared
 from eopd.prompts import PromptOrder
 from eopd.runtime.supervisor import Crew
 from eopd.telemetry.step import Totals
+from eopd.types import LostTrajectory
 
 
-def make_pipeline(config: Config, prepared: Prepared, members: Crew, ledger: Ledger, totals: Totals) -> Pipeline:
+def make_pipeline(
+    config: Config,
+    prepared: Prepared,
+    members: Crew,
+    ledger: Ledger,
+    totals: Totals,
+    on_drop: Callable[[int, LostTrajectory], None],
+) -> Pipeline:
     """The loop of a run, from where ``ledger`` and ``totals`` stand."""
     numbers = Plan(
         batch=config.batch_trajectories,
@@ -17,6 +28,7 @@ def make_pipeline(config: Config, prepared: Prepared, members: Crew, ledger: Led
         max_staleness=config.flow.max_staleness,
         lookahead=config.flow.lookahead,
         max_attempts=config.flow.max_attempts,
+        max_dropped=math.ceil(config.flow.max_dropped_ratio * config.batch_trajectories * config.run.batches),
         temperature=config.rollout.temperature,
         max_response_tokens=config.rollout.max_response_tokens,
         ranks=config.learner.ranks,
@@ -26,4 +38,14 @@ def make_pipeline(config: Config, prepared: Prepared, members: Crew, ledger: Led
     )
     samples = config.rollout.samples_per_prompt
     order = PromptOrder(prepared.train.prompts, samples_per_prompt=samples, seed=config.run.seed)
-    return Pipeline(numbers, members.engines, members.teacher, members.learner, members.channel, order, ledger, totals)
+    return Pipeline(
+        plan=numbers,
+        engines=members.engines,
+        teacher=members.teacher,
+        learner=members.learner,
+        channel=members.channel,
+        order=order,
+        ledger=ledger,
+        totals=totals,
+        on_drop=on_drop,
+    )

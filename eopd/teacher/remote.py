@@ -95,6 +95,15 @@ class OpenAITeacherScorer(SignalScorer):
             raise
         return scorer
 
+    @property
+    def seats(self) -> int:
+        """See ``SignalScorer``: one for each connection."""
+        return self._client.max_connections
+
+    async def ping(self) -> None:
+        """See ``SignalScorer``."""
+        await self._client.get("/v1/models")
+
     async def close(self) -> None:
         """Close the connections; the server goes on."""
         await self._client.close()

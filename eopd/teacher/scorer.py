@@ -90,6 +90,18 @@ class VllmTeacherScorer(SignalScorer):
         """Whether the engine lives. One that died never comes back."""
         return not self._llm.errored
 
+    @property
+    def seats(self) -> int:
+        """See ``SignalScorer``."""
+        return int(self._llm.vllm_config.scheduler_config.max_num_seqs)
+
+    async def ping(self) -> None:
+        """See ``SignalScorer``: the engine's own process answers, between two steps."""
+        try:
+            await self._llm.collective_rpc("check_health")
+        except EngineDeadError as error:
+            raise TeacherDownError(f"teacher {self._name}: its engine died") from error
+
     async def close(self) -> None:
         """Stop the engine's processes."""
         self._llm.shutdown()

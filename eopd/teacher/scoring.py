@@ -60,6 +60,15 @@ class SignalScorer(ABC):
             TeacherDownError: no request can be answered.
         """
 
+    @property
+    @abstractmethod
+    def seats(self) -> int:
+        """How many trajectories it scores at a time; more would wait inside."""
+
+    @abstractmethod
+    async def ping(self) -> None:
+        """Return when whoever computes the signal answers; raises whatever else comes of it."""
+
     @abstractmethod
     async def close(self) -> None:
         """Let go of engine or connections."""

@@ -221,8 +221,15 @@ _FLOW: Final = (
         "trajectories",
         "eopd_lost_trajectories_total",
         "Trajectories lost and issued again.",
-        "Flat; a few after an engine or teacher was replaced.",
+        "Flat; a few after a node was lost.",
         ("reason",),
+    ),
+    Metric(
+        "counter",
+        "trajectories",
+        "eopd_dropped_trajectories_total",
+        f"Trajectories given up after flow.max_attempts attempts; dropped.jsonl names them. {ROLLED_BACK}",
+        "0; more than flow.max_dropped_ratio of a run ends it.",
     ),
 )
 
@@ -232,7 +239,7 @@ _TEACHERS: Final = (
         "counter",
         "trajectories",
         "eopd_teacher_failures_total",
-        "Times a replica did not answer, and the trajectory was tried again.",
+        "Trajectories that a replica did not answer, because it was lost or too slow.",
         "Flat.",
         ("teacher",),
     ),
@@ -256,7 +263,11 @@ _FAULTS: Final = (
         "Alike on all engines: one far above the rest is slow.",
         ("engine",),
     ),
-    _counter("eopd_engine_failures_total", "Times a rollout engine did not answer, and another was asked.", "Flat."),
+    _counter(
+        "eopd_engine_failures_total",
+        "Trajectories that a rollout engine did not answer, because it was lost or too slow.",
+        "Flat.",
+    ),
     _counter("eopd_engine_replacements_total", "Rollout engines started in the place of lost ones.", "Flat."),
     _counter("eopd_learner_restarts_total", "Times all learner ranks were started again from a checkpoint.", "Flat."),
     _counter(

@@ -96,6 +96,7 @@ def step_row(
     seconds: Mapping[str, float],
     totals: Totals,
     lost: Mapping[LossReason, int],
+    dropped: int,
     in_flight: int,
     ready: int,
 ) -> Row:
@@ -110,6 +111,7 @@ def step_row(
         "eopd_response_tokens_per_second": sum(h.num_response_tokens for h in headers) / seconds["step"],
         "eopd_response_tokens_total": float(totals.tokens),
         "eopd_trajectories_total": float(totals.trajectories),
+        "eopd_dropped_trajectories_total": float(dropped),
         "eopd_weight_transfer_seconds": published.transfer_s,
         "eopd_weight_pause_seconds": published.pause_s,
         "eopd_weight_bytes": float(published.num_bytes),

@@ -59,6 +59,7 @@ class InitInfo:
     port: int
     rank: int
     world_size: int
+    secret: str
     connect_timeout_s: float
     timeout_s: float
     buckets: Sequence[Sequence[Mapping[str, object]]]
@@ -70,6 +71,7 @@ class InitInfo:
             port=self.port,
             rank=self.rank + worker,
             world_size=self.world_size,
+            secret=self.secret,
             connect_timeout_s=self.connect_timeout_s,
             timeout_s=self.timeout_s,
         )
@@ -111,8 +113,8 @@ class WeightSender:
         self._store: TCPStore | None = None
         self._wire: Wire | None = None
 
-    def open(self, engine_workers: Sequence[int]) -> list[dict[str, object]]:
-        """Leave the group there was, and open a store for engines with so many workers each.
+    def open(self, engine_workers: Sequence[int], secret: str) -> list[dict[str, object]]:
+        """Leave the group there was, and open a store for engines with so many workers each, who know ``secret``.
 
         Returns:
             One ``InitInfo`` an engine, as a dict; empty on ranks that do not send.
@@ -122,6 +124,7 @@ class WeightSender:
             return []
         self._store = open_store(self._address, self._connect_timeout_s)
         self._world_size = 1 + sum(engine_workers)
+        self._secret = secret
         buckets = [[asdict(parameter) for parameter in bucket] for bucket in self._buckets]
         return [
             asdict(
@@ -131,6 +134,7 @@ class WeightSender:
                     port=self._store.port,
                     rank=1 + sum(engine_workers[:engine]),
                     world_size=self._world_size,
+                    secret=secret,
                     connect_timeout_s=self._connect_timeout_s,
                     timeout_s=self._timeout_s,
                     buckets=buckets,
@@ -155,6 +159,7 @@ class WeightSender:
             port=self._store.port,
             rank=0,
             world_size=self._world_size,
+            secret=self._secret,
             connect_timeout_s=self._connect_timeout_s,
             timeout_s=self._timeout_s,
         )

@@ -50,6 +50,7 @@ class _VllmInitInfo(WeightTransferInitInfo):
     port: int
     rank: int
     world_size: int
+    secret: str
     connect_timeout_s: float
     timeout_s: float
     buckets: list[list[dict[str, object]]]

@@ -7,6 +7,7 @@ A wire that fails closes itself, and its lifelines with it (``weights/lifeline.p
 of the first. A closed wire stays closed: the group is built again.
 """
 
+import hashlib
 import socket
 import threading
 import time
@@ -16,7 +17,15 @@ from datetime import timedelta
 from typing import Literal, Protocol
 
 import torch
-from torch._C._distributed_c10d import BarrierOptions, BroadcastOptions, ProcessGroupGloo, TCPStore, Work
+from torch._C._distributed_c10d import (
+    BarrierOptions,
+    BroadcastOptions,
+    PrefixStore,
+    ProcessGroupGloo,
+    Store,
+    TCPStore,
+    Work,
+)
 
 from eopd.types import WeightTransferError
 from eopd.weights.lifeline import Lifeline
@@ -24,12 +33,13 @@ from eopd.weights.lifeline import Lifeline
 Backend = Literal["gloo", "nccl"]
 
 ALL_HERE = "eopd/all-here"
+NCCL_ID = "eopd/nccl-id"
 POLL_S = 0.001  # between two looks at a message under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
-    """Where and as whom to join. Rank 0 is the sender.
+    """Where and as whom to join. Rank 0 is the sender; ``secret`` is what the members of this group alone know.
 
     ``connect_timeout_s`` is that of the handshake, ``timeout_s`` of each message afterwards.
     """
@@ -38,6 +48,7 @@ class Rendezvous:
     port: int
     rank: int
     world_size: int
+    secret: str
     connect_timeout_s: float
     timeout_s: float
 
@@ -72,8 +83,17 @@ class Wire(Protocol):
 
 
 def open_store(address: str, timeout_s: float) -> TCPStore:
-    """The sender's store on a free port; ``store.port`` tells which."""
-    return TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    """The sender's store on a free port of ``address`` alone; ``store.port`` tells which."""
+    listener = socket.create_server((address, 0), backlog=1024)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),  # else it would listen on all interfaces (torch 2.13)
+    )
 
 
 def open_wire(backend: Backend, rendezvous: Rendezvous, store: TCPStore | None = None) -> Wire:
@@ -83,35 +103,41 @@ def open_wire(backend: Backend, rendezvous: Rendezvous, store: TCPStore | None =
     lost in that moment hangs the others until ``learner.timeout_s``.
 
     Raises:
-        WireError: not all have joined within ``connect_timeout_s``.
+        WireError: not all have joined within ``connect_timeout_s``; the sender's names their ``ranks``.
     """
     lifeline: Lifeline | None = None
+    secret, timeout = rendezvous.secret, timedelta(seconds=rendezvous.connect_timeout_s)
     try:
         if store is None:
-            timeout = timedelta(seconds=rendezvous.connect_timeout_s)
             store = TCPStore(rendezvous.address, rendezvous.port, is_master=False, timeout=timeout)
+        ours = PrefixStore(hashlib.sha256(secret.encode()).hexdigest(), store)
         lifeline = Lifeline.lay(
-            store, address=rendezvous.address, rank=rendezvous.rank, timeout_s=rendezvous.connect_timeout_s
+            ours,
+            address=rendezvous.address,
+            rank=rendezvous.rank,
+            secret=secret,
+            timeout_s=rendezvous.connect_timeout_s,
         )
-        lifeline.fasten(rendezvous.world_size)
+        lifeline.fasten(rendezvous.world_size, secret)
         if rendezvous.rank == 0:
-            store.set(ALL_HERE, "1")
+            ours.set(ALL_HERE, "1")
         else:
-            store.wait([ALL_HERE], timedelta(seconds=rendezvous.connect_timeout_s))
+            ours.wait([ALL_HERE], timeout)
         make = GlooWire if backend == "gloo" else NcclWire
-        return make(store, rendezvous, lifeline)
+        return make(ours, rendezvous, lifeline)
     except (RuntimeError, OSError) as error:
         if lifeline is not None:
             lifeline.close()
         where = f"{rendezvous.address}:{rendezvous.port}, as rank {rendezvous.rank} of {rendezvous.world_size}"
         limit = f"connect_timeout_s = {rendezvous.connect_timeout_s:g}"
-        raise WireError(f"weight transfer: no group at {where}, within {limit}: {error}") from error
+        ranks = error.ranks if isinstance(error, WeightTransferError) else ()
+        raise WireError(f"weight transfer: no group at {where}, within {limit}: {error}", ranks) from error
 
 
 class GlooWire:
     """Through host memory, over TCP."""
 
-    def __init__(self, store: TCPStore, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
+    def __init__(self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=rendezvous.connect_timeout_s)
         options._devices = [ProcessGroupGloo.create_device(hostname=_own_address(rendezvous))]
@@ -156,16 +182,16 @@ class GlooWire:
             self._poll(self._work)
             return
         except RuntimeError as error:
-            failure = str(error)
+            failure, ranks = str(error), getattr(error, "ranks", ())
         self.close()
-        raise WireError(failure)  # out here: a traceback that held group or message would keep the sockets open
+        raise WireError(failure, ranks)  # out here: a traceback that held group or message would keep the sockets open
 
     def _poll(self, message: list[Work]) -> None:
         """Until the message has ended, or cannot end any more, or ``close`` was called in another thread."""
         (work,) = message
         while message and not work.is_completed():
             if lost := self._lifeline.lost():
-                raise RuntimeError(lost)
+                raise WeightTransferError(lost.words, [lost.rank] if lost.rank else ())
             time.sleep(POLL_S)
         if not message:
             raise RuntimeError("the wire was closed")
@@ -183,21 +209,27 @@ class NcclWire:
     """Between GPUs, through one device buffer of the largest bucket so far; the host keeps the weights until they are
     loaded.
 
-    Uses vLLM's own NCCL communicator (``PyNcclCommunicator`` over ``StatelessProcessGroup``, vLLM 0.32.0).
+    Uses vLLM's own NCCL communicator (``PyNcclCommunicator``, vLLM 0.32.0), made from an id that travels as plain
+    bytes: nothing that a store holds is unpickled.
     """
 
-    def __init__(self, store: TCPStore, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
+    def __init__(self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-        from vllm.distributed.utils import StatelessProcessGroup
+        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
         self._device = torch.device("cuda", torch.cuda.current_device())
-        group = StatelessProcessGroup(rank=rendezvous.rank, world_size=rendezvous.world_size, store=store)
-        self._communicator = PyNcclCommunicator(group, device=self._device)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if rendezvous.rank == 0:
+            store.set(NCCL_ID, bytes(NCCLLibrary().ncclGetUniqueId().internal).hex())
+        unique_id = bytes.fromhex(store.get(NCCL_ID).decode())
+        with torch.cuda.stream(self._stream):  # vLLM would make a stream of its own, and leave it the current one
+            self._communicator = PyNcclCommunicator.from_unique_id_bytes(
+                unique_id, rank=rendezvous.rank, world_size=rendezvous.world_size, device=self._device
+            )
         self._is_sender = rendezvous.rank == 0
         self._timeout_s = rendezvous.timeout_s
         self._lifeline = lifeline
         self._open = True
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._staging_B = torch.empty(0, dtype=torch.uint8, device=self._device)
 
     @property
@@ -241,16 +273,16 @@ class NcclWire:
         """Until the stream is done; a peer that is there and never enters the collective costs one time-out."""
         event = self._stream.record_event()
         deadline = time.monotonic() + self._timeout_s
-        failure: str | None = None
+        failure: WireError | None = None
         while failure is None and not event.query():
             time.sleep(POLL_S)
             if lost := self._lifeline.lost():
-                failure = lost
+                failure = WireError(lost.words, [lost.rank] if lost.rank else ())
             elif time.monotonic() > deadline:
-                failure = f"NCCL did not answer within {self._timeout_s:g} s"
+                failure = WireError(f"NCCL did not answer within {self._timeout_s:g} s")
         if failure is not None:
             self.close()
-            raise WireError(failure)
+            raise failure
 
 
 def _own_address(rendezvous: Rendezvous) -> str:

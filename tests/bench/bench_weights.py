@@ -130,7 +130,7 @@ async def measure(rounds: int) -> tuple[dict[str, list[float]], int]:
         connect_timeout_s=60.0,
         timeout_s=120.0,
     )
-    (info,) = sender.open([1])
+    (info,) = sender.open([1], "secret")
     await asyncio.gather(asyncio.to_thread(sender.accept), engine.connect_weights(info))
     watch = Stopwatch()
     for name, method in (

@@ -1,4 +1,4 @@
-"""A node is lost with the trajectories it holds: the teacher's is one trajectory lost, the learner's is its gang."""
+"""A node is lost with the trajectories it holds: these are sampled again, and nobody else is lost."""
 
 import sys
 
@@ -10,9 +10,11 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from eopd.config import load_config
-from eopd.roles import LearnerDownError
+from eopd.packing import pack
+from eopd.roles import BodiesLostError
 from eopd.runtime.actors import RemoteTeacher
 from eopd.runtime.gang import LearnerGang
+from eopd.runtime.learner_actor import LearnerActor
 from eopd.types import LossReason, LostTrajectory, Stored
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests' modules
@@ -23,9 +25,6 @@ HEADER = fakes.header(sample_index=1)
 class Actor:
     def make(self):
         return np.zeros(1 << 20)
-
-    def take(self, body):
-        return len(body)
 
     def score(self, header, body):
         return header, body
@@ -53,14 +52,22 @@ async def test_trajectories_of_a_lost_node(cluster, tmp_path):
     )
     gang = LearnerGang(pytest.fail, load_config(path))
     actor = ray.remote(Actor)
+    here = {"node:__internal_head__": 0.01}
     writer = actor.options(resources={"far": 1}).remote()
-    reader = actor.options(resources={"node:__internal_head__": 0.01}).remote()
+    reader = actor.options(resources=here).remote()
     bodies = [writer.make.remote() for _ in range(2)]
     ray.wait(bodies, num_returns=2, fetch_local=False)
-    assert await gang._all([reader.take.remote(np.zeros(3))]) == [3]
     cluster.remove_node(far, allow_graceful=False)
     lost = await RemoteTeacher(reader).score(Stored(HEADER, bodies[0]))
     assert isinstance(lost, LostTrajectory) and (lost.key, lost.reason) == (HEADER.key, LossReason.TEACHER_FAILED)
     assert lost.detail.startswith("its body was lost")
-    with pytest.raises(LearnerDownError, match="a trajectory was lost before it was trained on"):
-        await gang._all([reader.take.remote(bodies[1])])
+
+    gang._actors = [ray.remote(LearnerActor).options(num_cpus=0, resources=here).remote("rank") for _ in range(2)]
+    kept = [reader.make.remote() for _ in range(3)]
+    stored = [Stored(fakes.header(str(number)), body) for number, body in enumerate([kept[0], bodies[1], *kept[1:]])]
+    batch = pack(stored, steps=1, ranks=2, token_budget=100, alpha=1.0)
+    with pytest.raises(BodiesLostError) as lost_bodies:
+        await gang._hand_over(batch)
+    assert lost_bodies.value.keys == {stored[1].header.key}
+    del stored[1]
+    await gang._hand_over(pack(stored, steps=1, ranks=2, token_budget=100, alpha=1.0))

@@ -82,7 +82,7 @@ class Gang:
         return lambda: [pipe.recv() for _, pipe in self.members]
 
     def connect(self, sender: WeightSender) -> None:
-        answers = self.tell("connect", sender.open([1] * len(self.members)))
+        answers = self.tell("connect", sender.open([1] * len(self.members), "secret"))
         sender.accept()
         assert answers() == ["joined"] * len(self.members)
 
@@ -190,7 +190,7 @@ def test_an_engine_killed_between_two_transfers_fails_the_next():
 def test_a_group_in_which_one_never_joins_is_given_up_and_built_without_it():
     with gang(2, timeout_s=HOUR) as (them, sender, source):
         sender._connect_timeout_s = 2.0
-        answers = them.tell("connect", sender.open([1, 1, 1])[:2])
+        answers = them.tell("connect", sender.open([1, 1, 1], "secret")[:2])
         with pytest.raises(WireError, match="as rank 0 of 4"), ThreadPoolExecutor() as pool:
             pool.submit(sender.accept).result()
         assert all(answer.startswith("WireError: weight transfer: no group at") for answer in answers())

@@ -27,7 +27,7 @@ async def assert_serves(engine: VllmRolloutEngine, model: PreTrainedModel, versi
 
 
 async def connect(engine: VllmRolloutEngine, sender: Sender, workers: int) -> None:
-    (info,) = await sender.open([workers])
+    (info,) = await sender.open([workers], "secret")
     await asyncio.gather(sender.accept(), engine.connect_weights(info))
 
 

@@ -6,12 +6,9 @@ import json
 import pytest
 
 from eopd.config import ConfigError, load_config
-from eopd.replicas import ReplicaFailedError, Replicas
-from eopd.roles import EngineDownError
 from eopd.runtime import beside
-from eopd.runtime.beside import StallError, Watchdog, scale_on_request
+from eopd.runtime.beside import StallError, Watchdog, scale_on_request, with_beside
 from eopd.runtime.lock import Holder
-from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.run_directory import RunDirectory
 
 
@@ -46,9 +43,8 @@ async def test_a_stall_is_told_once_per_interval_and_a_step_ends_it():
 
 async def test_a_stall_ends_the_run_where_it_is_told_to():
     watchdog = Watchdog(0.1, "end", lambda: ["weights: sending, 2 engines"])
-    budget = RestartBudget(0, 1.0)
     with pytest.raises(StallError, match=r"for 0 s:\n  weights: sending, 2 engines\n  run.on_stall"):
-        await asyncio.wait_for(budget.guard(asyncio.sleep(3600), watchdog.watch(pytest.fail)), 5.0)
+        await asyncio.wait_for(with_beside(asyncio.sleep(3600), watchdog.watch(pytest.fail)), 5.0)
 
 
 async def test_what_goes_on_beside_ends_with_the_work():
@@ -60,73 +56,18 @@ async def test_what_goes_on_beside_ends_with_the_work():
         finally:
             ended.append(True)
 
-    assert await RestartBudget(0, 1.0).guard(asyncio.sleep(0.01, "done"), beside_it()) == "done"
+    assert await with_beside(asyncio.sleep(0.01, "done"), beside_it()) == "done"
     assert ended == [True]
 
 
-async def never(index, reason):
-    pytest.fail(f"replaced {index}: {reason}")
+async def test_work_that_fails_is_told_and_so_is_what_fails_beside_it():
+    async def fails():
+        raise ValueError("mine")
 
-
-async def test_a_worker_that_drains_ends_what_it_has_and_gets_no_more():
-    gate = asyncio.Event()
-
-    async def slow(worker):
-        await gate.wait()
-        return worker
-
-    async def quick(worker):
-        return worker
-
-    replicas = Replicas("engine", ["a", "b"], replace=never, timeout_s=5.0)
-    first, second = (asyncio.create_task(replicas.attempt(slow, [])) for _ in range(2))
-    await asyncio.sleep(0)
-    draining = asyncio.create_task(replicas.drain(1))
-    await asyncio.sleep(0.01)
-    assert replicas.status() == [
-        "engine 0: 1 in flight, the oldest for 0 s",
-        "engine 1: 1 in flight, the oldest for 0 s, takes no work (draining)",
-    ]
-    assert replicas.num_up == 1 and not draining.done()
-    assert [await replicas.attempt(quick, []) for _ in range(3)] == ["a"] * 3
-    gate.set()
-    assert {await first, await second} == {"a", "b"}
-    await draining
-    replicas.add(1, "c")
-    replicas.add(2, "d")
-    assert replicas.num_up == 3 and [await replicas.attempt(quick, [0, 1]) for _ in range(2)] == ["d", "d"]
-
-
-async def test_a_worker_that_dies_while_it_drains_is_not_replaced():
-    gate = asyncio.Event()
-
-    async def dies(worker):
-        await gate.wait()
-        raise EngineDownError("killed")
-
-    replicas = Replicas("engine", ["a", "b"], replace=never, timeout_s=5.0)
-    work = asyncio.create_task(replicas.attempt(dies, [0]))
-    await asyncio.sleep(0)
-    draining = asyncio.create_task(replicas.drain(1))
-    await asyncio.sleep(0.01)
-    gate.set()
-    with pytest.raises(ReplicaFailedError):
-        await work
-    await draining
-    assert replicas.status() == ["engine 0: 0 in flight"]
-
-
-async def test_a_worker_that_hangs_while_it_drains_is_let_go_once_it_is_condemned():
-    replicas = Replicas("engine", ["a", "b"], replace=never, timeout_s=3600.0)
-    hanging = asyncio.create_task(replicas.attempt(lambda worker: asyncio.sleep(3600), [0]))
-    await asyncio.sleep(0)
-    draining = asyncio.create_task(replicas.drain(1))
-    await asyncio.sleep(0.01)
-    replicas.condemn(1, "it does not answer")
-    await asyncio.wait_for(draining, 2.0)
-    hanging.cancel()
-    replicas.condemn(1, "again, and it is gone")
-    assert replicas.status() == ["engine 0: 0 in flight"]
+    with pytest.raises(ValueError, match="mine"):
+        await with_beside(fails(), asyncio.sleep(3600))
+    with pytest.raises(ValueError, match="mine"):
+        await with_beside(asyncio.sleep(3600), fails())
 
 
 @pytest.fixture
@@ -142,16 +83,16 @@ def directory(tmp_path):
 class Fleet:
     """Starts one engine at a time; those in ``fails`` do not start the first time."""
 
-    def __init__(self, num_engines: int, fails: set[int] = frozenset()) -> None:
-        self.num_engines, self.fails = num_engines, set(fails)
+    def __init__(self, size: int, fails: set[int] = frozenset()) -> None:
+        self.size, self.fails = size, set(fails)
 
-    async def scale(self, num_engines: int) -> None:
-        self.num_engines = min(self.num_engines, num_engines)
-        while self.num_engines < num_engines:
-            if self.num_engines in self.fails:
-                self.fails.remove(self.num_engines)
+    async def scale(self, size: int) -> None:
+        self.size = min(self.size, size)
+        while self.size < size:
+            if self.size in self.fails:
+                self.fails.remove(self.size)
                 raise TimeoutError
-            self.num_engines += 1
+            self.size += 1
 
 
 async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatch):
@@ -165,7 +106,7 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
     monkeypatch.setattr("eopd.runtime.run_directory.holder", lambda path: Holder(host="h", pid=7, since=0.0))
     directory.ask_for_engines(4)
     await asyncio.sleep(0.3)
-    assert fleet.num_engines == 4 and told == [
+    assert fleet.size == 4 and told == [
         "from 2 rollout engines to 4",
         "3 rollout engines, no more: TimeoutError; trying again in 0 s",
         "from 3 rollout engines to 4",
@@ -173,7 +114,7 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
     ]
     directory.ask_for_engines(1)
     await asyncio.sleep(0.1)
-    assert fleet.num_engines == 1 and told[-1] == "1 rollout engines"
+    assert fleet.size == 1 and told[-1] == "1 rollout engines"
     following.cancel()
 
 

@@ -1,6 +1,7 @@
 """Staleness is bounded by construction: a state machine drives the buffer through every order of events."""
 
 import asyncio
+import itertools
 
 import fakes
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from eopd.buffer import Buffer, Taken
-from eopd.types import Stored
+from eopd.ledger import Watermark
+from eopd.types import LossReason, Stored
 
 
 def stored(issue: int, version: int) -> Stored:
@@ -33,34 +35,46 @@ class Driving(RuleBasedStateMachine):
         period=st.integers(2, 12),
     )
     def start(self, batch: int, max_staleness: int, lookahead: int, period: int) -> None:
-        self.buffer = Buffer(batch=batch, max_staleness=max_staleness, lookahead=min(lookahead, max_staleness))
+        self.settled, self.dropped = Watermark(), set[int]()
+        self.mode = {"batch": batch, "max_staleness": max_staleness, "lookahead": min(lookahead, max_staleness)}
+        self.buffer = self.new_buffer()
         self.period = period
         self.version = self.next_issue = self.crashes = 0
         self.accidents: set[int] = set()  # may be turned away
         self.running: dict[int, int] = {}  # issue -> version that writes it
-        self.offers: dict[int, tuple[int, asyncio.Task[bool]]] = {}  # scored, and no fate yet
-        self.consumed: list[int] = []
+        self.offers: dict[int, tuple[int, asyncio.Task[LossReason | None]]] = {}  # scored, and no fate yet
+        self.trained: list[int] = []
         self.taking: asyncio.Task[list[Taken]] | None = None
-        self.unpublished: list[Taken] = []
+        self.taken: list[int] = []
+
+    def new_buffer(self) -> Buffer:
+        return Buffer(**self.mode, settled=self.settled, dropped=self.dropped)
+
+    def due(self) -> set[int]:
+        """What the batch of this version may leave behind none of: the first so many that are not dropped."""
+        count = self.buffer.batch * (self.version + 1 - self.buffer.lookahead)
+        numbers = (number for number in itertools.count() if number not in self.dropped)
+        return set(itertools.islice(numbers, max(0, count)))
 
     def settle(self) -> None:
         """Let everything go on that can; then look at what became of offers and of the learner's wait."""
         self.loop.run_until_complete(_turns(4))
         if self.taking and self.taking.done():
-            self.unpublished, self.taking = self.taking.result(), None
-            self.consumed += [taken.issue for taken in self.unpublished]
-            staleness = [self.version - taken.stored.header.oldest_version for taken in self.unpublished]
+            taken, self.taking = self.taking.result(), None
+            self.taken = [one.issue for one in taken]
+            staleness = [self.version - one.stored.header.oldest_version for one in taken]
             assert len(staleness) == self.buffer.batch and max(staleness) <= self.buffer.max_staleness
-            overdue = range(self.buffer.batch * (self.version + 1 - self.buffer.lookahead))
-            assert set(overdue) <= set(self.consumed)
+            assert self.due() <= {*self.trained, *self.taken}
         for issue, (_, offer) in list(self.offers.items()):
             if offer.done():
                 del self.offers[issue]
-                assert offer.result() == (issue in self.consumed)
-                if not offer.result():
-                    assert issue in self.accidents, "turned away although admission bounds staleness"
-                    self.accidents.remove(issue)
-                    self.running[issue] = self.version  # it keeps its slot and is sampled again
+                if offer.result() is None:
+                    assert issue in self.trained
+                    continue
+                assert offer.result() is LossReason.TOO_STALE
+                assert issue in self.accidents, "turned away although admission bounds staleness"
+                self.accidents.remove(issue)
+                self.running[issue] = self.version  # it keeps its slot and is sampled again
 
     @rule(most=st.integers(1, 16), choices=CHOICES)
     def go_on(self, most: int, choices: list[int]) -> None:
@@ -70,19 +84,22 @@ class Driving(RuleBasedStateMachine):
         if self.taking and self.running and not self.quick:
             slow = min(self.running)
             self.offer(slow, self.running.pop(slow))
-        if self.unpublished:
+        if self.taken:
             self.publish()
-        if not self.taking and not self.unpublished:
+        if not self.taking and not self.taken:
             self.take()
 
     @rule(most=st.integers(1, 16))
     def admit(self, most: int) -> None:
         for _ in range(min(most, self.buffer.num_slots - self.buffer.num_in_flight)):
             self.loop.run_until_complete(self.buffer.admit())
-            while self.next_issue in self.consumed:
-                self.next_issue += 1
-            self.running[self.next_issue] = self.version
+            self.issue()
+
+    def issue(self) -> None:
+        while self.next_issue in self.settled:
             self.next_issue += 1
+        self.running[self.next_issue] = self.version
+        self.next_issue += 1
 
     @property
     def quick(self) -> list[int]:
@@ -113,48 +130,73 @@ class Driving(RuleBasedStateMachine):
         issue = self.quick[choice % len(self.quick)]
         self.running[issue] = self.version
 
-    @precondition(lambda self: self.taking is None and not self.unpublished)
+    @precondition(lambda self: self.running)
+    @rule(choice=st.integers(0, 1_000))
+    def drop(self, choice: int) -> None:
+        """A trajectory is given up, and the next one takes its slot."""
+        issue = sorted(self.running)[choice % len(self.running)]
+        del self.running[issue]
+        self.settled.add(issue)
+        self.dropped.add(issue)
+        self.buffer.skip(issue)
+        self.issue()
+        self.settle()
+
+    @precondition(lambda self: self.taking is None and not self.taken)
     @rule()
     def take(self) -> None:
         self.taking = self.loop.create_task(self.buffer.take(self.version))
         self.settle()
 
-    @precondition(lambda self: self.unpublished)
+    @precondition(lambda self: self.taken)
     @rule()
     def publish(self) -> None:
-        self.loop.run_until_complete(self.buffer.release(len(self.unpublished)))
-        self.unpublished = []
+        for issue in self.taken:
+            self.settled.add(issue)
+        self.trained += self.taken
+        self.taken = []
+        self.buffer.release()
         self.version += 1
+        self.settle()
 
-    @precondition(lambda self: self.crashes < 2 and not self.unpublished)
+    @precondition(lambda self: self.taken)
+    @rule(choices=CHOICES)
+    def lose_bodies(self, choices: list[int]) -> None:
+        """The batch is not trained: some of it is sampled again, the rest waits again."""
+        lost = {self.taken[choice % len(self.taken)] for choice in choices}
+        self.taken = []
+        self.buffer.put_back(lost)
+        self.loop.run_until_complete(_turns(4))
+        for issue in lost:
+            _, offer = self.offers.pop(issue)
+            assert offer.result() is LossReason.BODY_LOST
+            self.running[issue] = self.version
+
+    @precondition(lambda self: self.crashes < 2 and not self.taken)
     @rule()
     def crash_and_resume(self) -> None:
         self.teardown(close=False)
-        self.buffer = Buffer(
-            batch=self.buffer.batch,
-            max_staleness=self.buffer.max_staleness,
-            lookahead=self.buffer.lookahead,
-            next_unconsumed=self.buffer.next_unconsumed,
-            consumed_ahead=set(self.buffer.consumed_ahead),
-        )
+        self.buffer = self.new_buffer()
         self.crashes += 1
         self.running, self.offers, self.taking, self.accidents = {}, {}, None, set()
-        self.next_issue = self.buffer.next_unconsumed
+        self.next_issue = self.settled.floor
 
     @invariant()
     def slots_bound_everything(self) -> None:
-        held = len(self.running) + len(self.offers) + len(self.unpublished)
+        held = len(self.running) + len(self.offers)
         assert self.buffer.num_in_flight == held <= self.buffer.num_slots
-        assert self.buffer.num_ready == len(self.offers)
-        assert len(self.buffer.consumed_ahead) <= self.buffer.batch * self.buffer.lookahead
+        assert self.buffer.num_ready == len(self.offers) - len(self.taken)
+        ahead = self.settled.ahead - self.dropped
+        assert len(ahead) <= self.buffer.batch * self.buffer.lookahead
 
     @invariant()
-    def nothing_is_consumed_twice_and_order_is_kept(self) -> None:
-        assert (
-            len(set(self.consumed)) == len(self.consumed) == self.buffer.batch * (self.version + bool(self.unpublished))
-        )
+    def nothing_is_trained_twice_and_order_is_kept(self) -> None:
+        assert len(set(self.trained)) == len(self.trained) == self.buffer.batch * self.version
+        assert not self.dropped & set(self.trained)
         if self.buffer.lookahead == 0:
-            assert self.consumed == list(range(len(self.consumed)))
+            assert self.trained == sorted(self.trained)
+            kept = (number for number in itertools.count() if number not in self.dropped)
+            assert self.trained == list(itertools.islice(kept, len(self.trained)))
 
     @invariant()
     def the_learner_waits_only_while_no_batch_is_full_and_one_can_be(self) -> None:
@@ -163,7 +205,7 @@ class Driving(RuleBasedStateMachine):
         oldest_allowed = self.version - self.buffer.max_staleness
         assert all(version >= oldest_allowed for version, _ in self.offers.values())
         batch = sorted(self.offers)[: self.buffer.batch]
-        due = set(range(self.buffer.batch * (self.version + 1 - self.buffer.lookahead))) - set(self.consumed)
+        due = self.due() - set(self.trained)
         assert len(batch) < self.buffer.batch or not due <= set(batch), f"{batch} is a batch that nobody takes"
         can_go_on = self.running or self.buffer.num_in_flight < self.buffer.num_slots
         assert can_go_on, "every slot is taken and nothing can be consumed: deadlock"
@@ -185,6 +227,12 @@ class TestAnyOrderOfEvents(Driving.TestCase):
     settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 
 
+def train(buffer: Buffer, *issues: int) -> None:
+    for issue in issues:
+        buffer.settled.add(issue)
+    buffer.release()
+
+
 async def test_synchronous_means_no_admission_before_the_release():
     buffer = Buffer(batch=2, max_staleness=0, lookahead=0)
     await buffer.admit()
@@ -194,9 +242,9 @@ async def test_synchronous_means_no_admission_before_the_release():
     assert [t.issue for t in await buffer.take(version=0)] == [0, 1]
     await asyncio.sleep(0)
     assert not third.done()
-    await buffer.release(2)
+    buffer.release()
     await third
-    assert await asyncio.gather(*offers) == [True, True]
+    assert await asyncio.gather(*offers) == [None, None]
 
 
 async def test_a_trajectory_that_is_too_stale_by_accident_is_turned_away_and_keeps_its_slot():
@@ -204,11 +252,12 @@ async def test_a_trajectory_that_is_too_stale_by_accident_is_turned_away_and_kee
     await buffer.admit()
     offer = asyncio.create_task(buffer.offer(0, stored(0, version=3)))
     taking = asyncio.create_task(buffer.take(version=5))
-    assert await offer is False
+    assert await offer is LossReason.TOO_STALE
     assert buffer.num_in_flight == 1 and not taking.done()
     again = asyncio.create_task(buffer.offer(0, stored(0, version=5)))
     assert [t.issue for t in await taking] == [0]
-    assert await again
+    buffer.release()
+    assert await again is None
 
 
 async def test_one_that_is_turned_away_while_it_waits_is_overdue_again():
@@ -217,16 +266,17 @@ async def test_one_that_is_turned_away_while_it_waits_is_overdue_again():
         await buffer.admit()
     offers = [asyncio.create_task(buffer.offer(i, stored(i, version=-i))) for i in (0, 1)]
     assert [t.issue for t in await buffer.take(version=0)] == [0]
-    await buffer.release(1)
+    train(buffer, 0)
     await buffer.admit()
     taking = asyncio.create_task(buffer.take(version=1))
-    assert await asyncio.gather(*offers) == [True, False]
+    assert await asyncio.gather(*offers) == [None, LossReason.TOO_STALE]
     later = asyncio.create_task(buffer.offer(2, stored(2, version=1)))
     await asyncio.sleep(0.01)
     assert not taking.done()
     again = asyncio.create_task(buffer.offer(1, stored(1, version=1)))
     assert [t.issue for t in await taking] == [1]
-    assert await again
+    train(buffer, 1)
+    assert await again is None
     later.cancel()
 
 
@@ -236,19 +286,20 @@ async def test_lookahead_lets_a_slow_trajectory_be_overtaken_once_and_no_more():
         await buffer.admit()
     fast = asyncio.create_task(buffer.offer(1, stored(1, 0)))
     assert [t.issue for t in await buffer.take(0)] == [1]
-    await buffer.release(1)
+    train(buffer, 1)
     await buffer.admit()
     faster = asyncio.create_task(buffer.offer(2, stored(2, 1)))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(buffer.take(1), 0.01)  # 0 is due now
     slow = asyncio.create_task(buffer.offer(0, stored(0, 0)))
     assert [t.issue for t in await buffer.take(1)] == [0]
-    assert await fast and await slow
+    train(buffer, 0)
+    assert await asyncio.gather(fast, slow) == [None, None]
     faster.cancel()
 
 
 async def test_a_batch_of_another_size_leaves_nothing_behind_that_is_overdue():
-    buffer = Buffer(batch=8, max_staleness=1, lookahead=0, next_unconsumed=10)
+    buffer = Buffer(batch=8, max_staleness=1, lookahead=0, settled=Watermark(10))
     offers = [asyncio.create_task(buffer.offer(issue, stored(issue, 0))) for issue in (*range(10, 16), 17, 18)]
     taking = asyncio.create_task(buffer.take(version=0))
     await _turns(4)
@@ -257,3 +308,31 @@ async def test_a_batch_of_another_size_leaves_nothing_behind_that_is_overdue():
     assert [taken.issue for taken in await taking] == list(range(10, 18))
     for offer in offers:
         offer.cancel()
+
+
+async def test_a_batch_whose_bodies_are_lost_in_part_is_taken_again_once_they_are_there():
+    buffer = Buffer(batch=2, max_staleness=0, lookahead=0)
+    offers = [asyncio.create_task(buffer.offer(issue, stored(issue, 0))) for issue in (0, 1)]
+    assert len(await buffer.take(version=0)) == 2
+    buffer.put_back({1})
+    assert await offers[1] is LossReason.BODY_LOST and not offers[0].done()
+    taking = asyncio.create_task(buffer.take(version=0))
+    await _turns(4)
+    assert not taking.done() and buffer.next_missing == 1
+    again = asyncio.create_task(buffer.offer(1, stored(1, 0)))
+    assert [taken.issue for taken in await taking] == [0, 1]
+    train(buffer, 0, 1)
+    assert await asyncio.gather(offers[0], again) == [None, None]
+
+
+async def test_a_number_that_is_dropped_later_holds_up_no_batch_before_it():
+    buffer = Buffer(batch=2, max_staleness=1, lookahead=0)
+    offers = [asyncio.create_task(buffer.offer(issue, stored(issue, 0))) for issue in (0, 1)]
+    buffer.settled.add(3)
+    buffer.skip(3)
+    assert [taken.issue for taken in await asyncio.wait_for(buffer.take(version=0), 1.0)] == [0, 1]
+    train(buffer, 0, 1)
+    offers += [asyncio.create_task(buffer.offer(issue, stored(issue, 0))) for issue in (2, 4)]
+    assert [taken.issue for taken in await asyncio.wait_for(buffer.take(version=1), 1.0)] == [2, 4]
+    train(buffer, 2, 4)
+    await asyncio.gather(*offers)

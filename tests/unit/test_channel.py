@@ -28,7 +28,7 @@ class FakeSender:
     async def version(self):
         return self.held
 
-    async def open(self, engine_workers):
+    async def open(self, engine_workers, secret):
         self.groups.append(list(engine_workers))
         return [{"rank": rank} for rank in range(len(engine_workers))]
 
@@ -98,7 +98,7 @@ def channel_of(sender, *engines, condemned=None, every=0):
         sender,
         dict(enumerate(engines)),
         workers_per_engine=2,
-        condemn=lambda number, reason: told.append((number, reason)),
+        lose=lambda number, reason: told.append((number, reason)),
         probe=Probe(token_ids=np.arange(5, dtype=np.int32), dtype="float32", every=every),
         connect_timeout_s=0.2,
         timeout_s=0.2,
@@ -182,7 +182,9 @@ async def test_a_newcomer_is_brought_to_the_learner_s_version():
     await channel.publish(NEW)
     sender.held = PolicyVersion(0, 8)
     await channel.join(1, new)
-    assert old.serves == new.serves == sender.held and sender.groups == [[2], [2, 2]]
+    assert (old.serves, new.serves) == (NEW, sender.held) and sender.groups == [[2], [2]]
+    await channel.publish(sender.held)
+    assert old.serves == sender.held and sender.groups[-1] == [2, 2]
 
 
 async def test_a_newcomer_that_dies_is_told_to_who_started_it():
@@ -190,6 +192,7 @@ async def test_a_newcomer_that_dies_is_told_to_who_started_it():
     channel = channel_of(FakeSender(), old, condemned=condemned)
     with pytest.raises(EngineDownError, match="rollout engine 1 did not take the weights"):
         await channel.join(1, FakeEngine(dies_in="receive"))
+    await channel.publish(NEW)
     assert condemned == [] and old.serves == NEW
 
 
@@ -204,7 +207,7 @@ async def test_an_engine_that_left_takes_no_part_and_another_sender_is_connected
     sender, gone, here = FakeSender(), FakeEngine(), FakeEngine()
     channel = channel_of(sender, gone, here)
     await channel.publish(NEW)
-    channel.leave(0)
+    await channel.leave(0)
     await channel.publish(NEW)
     channel.disconnect()
     await channel.publish(NEW)
@@ -218,7 +221,7 @@ async def test_an_engine_that_leaves_while_the_group_is_built_costs_one_round(mo
     before = getattr(sender, moment)
 
     async def and_one_leaves(*arguments):
-        channel.leave(0)
+        await channel.leave(0)
         return await before(*arguments)
 
     monkeypatch.setattr(sender, moment, and_one_leaves)
@@ -313,7 +316,7 @@ async def test_an_engine_that_was_taken_out_meanwhile_is_not_condemned_again():
     channel = channel_of(FakeSender(), engine, FakeEngine(), condemned=condemned)
     publishing = asyncio.create_task(channel.publish(NEW))
     await engine.reached.wait()
-    channel.leave(0)
+    await channel.leave(0)
     engine.gate.set()
     await publishing
     assert condemned == []
@@ -338,3 +341,102 @@ async def test_an_engine_that_has_no_seat_for_the_probe_is_not_compared_and_stay
     assert condemned == [] and stats.probe_nats is None
     stats = await channel_of(FakeSender(), Slow("probe"), FakeEngine(), condemned=condemned, every=1).publish(NEW)
     assert condemned == [] and stats.probe_nats == 0.0
+
+
+async def test_newcomers_share_one_transfer_and_nobody_else_is_sent_to_or_paused():
+    sender, old = FakeSender(), [FakeEngine() for _ in range(56)]
+    channel = channel_of(sender, *old)
+    await channel.publish(NEW)
+    before = [list(engine.calls) for engine in old]
+    new = [FakeEngine() for _ in range(8)]
+    first = Slow("connect")
+    joins = [asyncio.create_task(channel.join(56, first))]
+    await first.reached.wait()
+    joins += [asyncio.create_task(channel.join(57 + index, engine)) for index, engine in enumerate(new)]
+    await asyncio.sleep(0.01)
+    first.gate.set()
+    await asyncio.gather(*joins)
+    assert sender.groups[1:] == [[2], [2] * 8]
+    assert [engine.calls for engine in old] == before
+    assert {engine.serves for engine in new} == {NEW}
+    await channel.publish(NEW)
+    assert sender.groups[-1] == [2] * 65
+
+
+async def test_a_newcomer_that_fails_costs_those_that_come_with_it_nothing():
+    channel = channel_of(FakeSender(), FakeEngine())
+    gate = Slow("connect")
+    first = asyncio.create_task(channel.join(1, gate))
+    await gate.reached.wait()
+    well, ill = FakeEngine(), FakeEngine(dies_in="install")
+    joins = asyncio.gather(channel.join(2, well), channel.join(3, ill), return_exceptions=True)
+    await asyncio.sleep(0.01)
+    gate.gate.set()
+    await first
+    joined, refused = await joins
+    assert joined is None and well.serves == NEW
+    assert isinstance(refused, EngineDownError) and "installing weights failed: died in install" in str(refused)
+
+
+class Unconnectable(FakeEngine):
+    """Answers, and cannot connect, for a reason of its own."""
+
+    async def connect_weights(self, init_info):
+        await self._call("connect")
+        raise WeightTransferError("NCCL error: out of memory")
+
+
+class WaitsForAll(FakeSender):
+    """Accepts for a while, and says who has not come, as the sender's store does."""
+
+    def __init__(self, *missing: int) -> None:
+        super().__init__()
+        self.missing = missing
+
+    async def accept(self):
+        await asyncio.sleep(0.02)
+        if self.missing and len(self.groups[-1]) == 64:
+            raise WeightTransferError("ranks have not come", self.missing)
+
+
+@pytest.mark.parametrize("fault", ["connect", "silent"])
+async def test_one_of_many_engines_that_answers_and_cannot_join_is_lost_and_the_others_are_served(fault):
+    engines, condemned = [FakeEngine() for _ in range(64)], []
+    sender = WaitsForAll(2 * 5 + 1, 2 * 5 + 2)
+    if fault == "connect":
+        engines[5], sender.missing = Unconnectable(), ()
+    channel = channel_of(sender, *engines, condemned=condemned)
+    await channel.publish(NEW)
+    ((number, reason),) = condemned
+    assert number == 5 and ("could not connect" if fault == "connect" else "did not connect") in reason
+    assert [engine.serves for engine in engines].count(NEW) == 63 and len(sender.groups) == 3
+
+
+async def test_one_that_leaves_in_the_middle_of_a_transfer_twice_is_lost():
+    class Left(FakeSender):
+        async def send(self):
+            if len(self.groups[-1]) == 3:
+                raise WeightTransferError("rank 4 at host has left", [4])
+            return 100
+
+    condemned, sender = [], Left()
+    channel = channel_of(sender, *(FakeEngine() for _ in range(3)), condemned=condemned)
+    await channel.publish(NEW)
+    ((number, reason),) = condemned
+    assert number == 1 and reason.startswith("twice with the same weights: it left a weight transfer: rank 4")
+    assert sender.groups == [[2, 2, 2], [2, 2, 2], [2, 2]]
+
+
+async def test_a_group_has_a_secret_of_its_own():
+    secrets = []
+
+    class Noting(FakeSender):
+        async def open(self, engine_workers, secret):
+            secrets.append(secret)
+            return await super().open(engine_workers, secret)
+
+    channel = channel_of(Noting(), FakeEngine())
+    await channel.publish(NEW)
+    channel.disconnect()
+    await channel.publish(NEW)
+    assert len(set(secrets)) == 2 and min(map(len, secrets)) >= 32

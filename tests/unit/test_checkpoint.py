@@ -23,14 +23,14 @@ from eopd.checkpoint import (
     write_checkpoint,
     write_whole,
 )
-from eopd.ledger import Ledger
+from eopd.ledger import Ledger, Watermark
 
 FILES = ("learner/big", "learner/deep/small", "state.json", "manifest.json")
 
 
 def state(step: int) -> DriverState:
     return DriverState(
-        step=step, tokens=3, trajectories=2, skipped_steps=1, wall_s=1.5, ledger=Ledger(floor=step).state()
+        step=step, tokens=3, trajectories=2, skipped_steps=1, wall_s=1.5, ledger=Ledger(Watermark(step)).state()
     )
 
 

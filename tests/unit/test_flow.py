@@ -55,9 +55,9 @@ def queues(line: Pipeline) -> dict[str, int]:
     """Everything in the driver that has a length, by name."""
     return {
         f"{type(part).__name__}.{name}": len(value)
-        for part in (line, line.buffer, line.ledger)
+        for part in (line, line.buffer, line.ledger, line.ledger.settled)
         for name in type(part).__slots__
-        if isinstance(value := getattr(part, name), Sized) and name not in ("lost", "doing")
+        if isinstance(value := getattr(part, name), Sized) and name not in ("lost", "doing", "settled")
     }
 
 
@@ -80,12 +80,12 @@ async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_
                 memory[step], objects[step] = tracemalloc.get_traced_memory()[0], len(gc.get_objects())
     finally:
         tracemalloc.stop()
-    assert line.ledger.floor == line.totals.trajectories == batch * batches
+    assert line.ledger.settled.floor == line.totals.trajectories == batch * batches
     assert 0 < line.ledger.lost[LossReason.ROLLOUT_FAILED] < 200
     assert memory[late] - memory[early] < 20_000  # bytes, over 8,000 trajectories
     assert objects[late] - objects[early] < 100
     assert batch < world.most_held <= slots and max(most.values()) <= slots, most
-    assert {"Buffer._ready", "Buffer.consumed_ahead", "Pipeline._written_at", "Ledger.trained_ahead"} <= set(most)
+    assert {"Buffer._ready", "Buffer._taken", "Pipeline._written_at", "Watermark.ahead"} <= set(most)
     assert len(line.trained) == batch, "what the last step trained, and no more"
     kept = {"Pipeline.trained", "Pipeline.busy"}  # for whoever reads the row
     left = {name: length for name, length in queues(line).items() if name not in kept}

@@ -1,10 +1,27 @@
 """Held-out measurement: the same prompts with the same seeds, whatever is lost on the way."""
 
+from dataclasses import replace
+
 import fakes
 import pytest
 
-from eopd.evaluation.held_out import measure
-from eopd.types import LossReason, LostTrajectory
+from eopd.evaluation.held_out import NothingMeasuredError, measure
+from eopd.roles import BodiesLostError
+from eopd.types import Estimate, EvalStats, LossReason, LostTrajectory, TrajectoryKey
+
+ZERO = Estimate(mean=0.0, standard_error=0.0)
+STATS = EvalStats(
+    reverse_kl=ZERO,
+    forward_kl=ZERO,
+    student_entropy=ZERO,
+    teacher_entropy=ZERO,
+    top1_agreement=ZERO,
+    student_entropy_counts=(),
+    teacher_entropy_counts=(),
+    parts={},
+    num_trajectories=3,
+    num_tokens=9,
+)
 
 PROMPTS = [fakes.prompt(name) for name in "abc"]
 
@@ -14,7 +31,7 @@ class World(fakes.World):
 
     def __init__(self, **loses: int) -> None:
         super().__init__()
-        self.loses, self.asked, self.measured = loses, [], None
+        self.loses, self.asked, self.measured, self.gone = loses, [], None, ()
 
     def lost(self, key, role):
         name = f"{role}_{key.prompt_id}"
@@ -33,7 +50,10 @@ class World(fakes.World):
 
     async def evaluate(self, batch):
         self.measured = sorted(stored.header.key.prompt_id for stored in batch.stored())
-        return "stats"
+        if self.gone:
+            keys, self.gone = self.gone, ()
+            raise BodiesLostError(keys)
+        return STATS
 
 
 async def run(world: World, **more):
@@ -52,7 +72,7 @@ async def run(world: World, **more):
 async def test_what_is_lost_is_written_again_with_the_same_seed():
     world = World(write_a=1, score_b=2)
     stats, scored = await run(world)
-    assert stats == "stats" and world.measured == ["a", "b", "c"]
+    assert stats == STATS and world.measured == ["a", "b", "c"]
     assert [stored.header.key.prompt_id for stored in scored] == ["a", "b", "c"]
     expected = [("a", 40, 0.7)] * 2 + [("b", 41, 0.7)] * 3 + [("c", 42, 0.7)]
     assert sorted(world.asked) == expected
@@ -64,10 +84,21 @@ async def test_it_is_told_how_far_it_is():
     assert told == [1, 2, 3]
 
 
-async def test_a_prompt_that_is_always_lost_ends_the_measurement():
+async def test_a_prompt_that_is_always_lost_is_left_out_and_counted():
     world = World(score_c=3)
-    with pytest.raises(
-        RuntimeError, match="held-out prompt c was lost 3 times, last: teacher_failed: its body was lost"
-    ):
-        await run(world)
-    assert world.measured is None
+    stats, scored = await run(world)
+    assert world.measured == ["a", "b"] == [stored.header.key.prompt_id for stored in scored]
+    assert stats == replace(STATS, num_dropped=1)
+
+
+async def test_without_a_single_response_nothing_is_measured():
+    with pytest.raises(NothingMeasuredError, match="its body was lost"):
+        await run(World(score_a=3, write_b=3, score_c=3))
+
+
+async def test_bodies_that_are_lost_before_they_are_measured_are_written_again():
+    world = World()
+    world.gone = [TrajectoryKey(0, "b", 0)]
+    stats, scored = await run(world)
+    assert stats == STATS and [stored.header.key.prompt_id for stored in scored] == ["a", "b", "c"]
+    assert sorted(name for name, *_ in world.asked) == ["a", "b", "b", "c"]

@@ -20,7 +20,29 @@ def test_after_a_resume_every_number_is_trained_exactly_once(was_trained):
     after = [resumed.issue() for _ in range(len(issued) - len(before) + 5)]
     resumed.train(after)
     assert sorted(before + after) == list(range(len(before) + len(after)))
-    assert resumed.floor == len(before) + len(after) and not resumed.trained_ahead
+    assert resumed.settled.floor == len(before) + len(after) and not resumed.settled.ahead
+
+
+@given(st.lists(st.sampled_from(["trained", "dropped", "neither"]), min_size=1, max_size=60))
+def test_what_was_dropped_is_not_issued_again_either(fates):
+    ledger = Ledger()
+    issued = {ledger.issue(): fate for fate in fates}
+    for issue, fate in issued.items():
+        if fate == "trained":
+            ledger.train([issue])
+        elif fate == "dropped":
+            ledger.drop(issue)
+    resumed = Ledger.restore(**json.loads(json.dumps(ledger.state())))
+    left = [issue for issue, fate in issued.items() if fate == "neither"]
+    assert [resumed.issue() for _ in left] == left
+    assert resumed.dropped == ledger.dropped and resumed.settled == ledger.settled
+
+
+def test_what_was_dropped_after_the_checkpoint_is_not_tried_again():
+    ledger = Ledger.restore(floor=4, trained_ahead=[6], lost={}, dropped=[2])
+    ledger.forgo([2, 4, 6, 9])
+    assert [ledger.issue() for _ in range(4)] == [5, 7, 8, 10]
+    assert ledger.dropped == {2, 4, 9}
 
 
 def test_training_twice_or_something_never_issued_is_loud():
@@ -28,5 +50,6 @@ def test_training_twice_or_something_never_issued_is_loud():
     first = ledger.issue()
     ledger.train([first])
     for wrong in (first, 7):
-        with pytest.raises(ValueError, match="twice or never issued"):
-            ledger.train([wrong])
+        for settle in (lambda issue: ledger.train([issue]), ledger.drop):
+            with pytest.raises(ValueError, match="twice or never issued"):
+                settle(wrong)

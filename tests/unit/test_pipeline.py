@@ -9,8 +9,9 @@ import pytest
 from fakes import World
 
 from eopd.ledger import Ledger
-from eopd.pipeline import Pipeline, TrajectoryLostError
-from eopd.types import TrajectoryKey
+from eopd.pipeline import Pipeline, TooManyDroppedError
+from eopd.roles import BodiesLostError
+from eopd.types import LossReason, LostTrajectory, TrajectoryKey
 
 
 class FakeWorld(World):
@@ -96,10 +97,84 @@ async def test_lost_trajectories_are_issued_again_and_counted():
     assert sum(len(batch) for batch in world.trained) == 48
 
 
-async def test_a_trajectory_that_is_always_lost_ends_the_run_with_its_reason():
-    with pytest.raises(ExceptionGroup) as caught:
-        await run(pipeline(FakeWorld(lose=1000)))
-    assert caught.group_contains(TrajectoryLostError, match="lost 3 times, last: rollout_failed: fake")
+class Poisoned(FakeWorld):
+    """The teacher cannot score the prompts in ``poison``, whatever was written."""
+
+    def __init__(self, *poison: str) -> None:
+        super().__init__()
+        self.poison = poison
+        self.tried: Counter[TrajectoryKey] = Counter()
+
+    async def score(self, stored):
+        key = stored.header.key
+        if key.prompt_id in self.poison:
+            self.tried[key] += 1
+            return LostTrajectory(key=key, reason=LossReason.TEACHER_FAILED, detail="not finite")
+        return await super().score(stored)
+
+
+@pytest.mark.parametrize(("staleness", "lookahead"), [(0, 0), (2, 0), (2, 1)])
+async def test_a_poisonous_prompt_is_dropped_and_the_next_ones_take_its_place(staleness, lookahead):
+    world, dropped = Poisoned("3"), []
+    line = pipeline(
+        world,
+        staleness=staleness,
+        lookahead=lookahead,
+        max_dropped=99,
+        on_drop=lambda issue, lost: dropped.append((issue, lost.key, lost.reason)),
+    )
+    rows = await run(line)
+    assert [len(batch) for batch in world.trained] == [4] * 12 and max(world.staleness) <= staleness
+    assert set(world.tried.values()) == {3}
+    keys = [TrajectoryKey(s.epoch, s.prompt_id, k) for s, k in map(line.order.at, range(line.ledger.settled.floor))]
+    poisonous = [(issue, key) for issue, key in enumerate(keys) if key.prompt_id == "3"]
+    assert sorted(dropped) == [(issue, key, LossReason.TEACHER_FAILED) for issue, key in poisonous]
+    assert line.ledger.dropped == {issue for issue, _ in poisonous} and len(line.ledger.dropped) >= 10
+    assert sorted(key for batch in world.trained for key in batch) == sorted(k for k in keys if k.prompt_id != "3")
+    assert rows[-1]["eopd_dropped_trajectories_total"] == len(poisonous)
+
+
+async def test_more_dropped_than_a_run_may_lose_end_it_with_the_last_reason():
+    world = Poisoned("3")
+    with pytest.raises(TooManyDroppedError, match=r"3 trajectories were dropped after flow.max_attempts = 3 attempts"):
+        await run(pipeline(world, max_dropped=2))
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    with pytest.raises(TooManyDroppedError, match=r"prompt_id='3'.*: teacher_failed: not finite"):
+        await run(pipeline(Poisoned("3"), max_dropped=0))
+
+
+async def test_a_resumed_run_does_not_try_again_what_was_dropped():
+    first, second = Poisoned("3"), Poisoned("3")
+    line = pipeline(first, max_dropped=99)
+    steps = line.steps(0)
+    for _ in range(6):
+        await anext(steps)
+    await steps.aclose()
+    dropped = set(line.ledger.dropped)
+    ledger = Ledger.restore(**line.ledger.state())
+    second.version = second.served = 6
+    await run(pipeline(second, ledger=ledger, max_dropped=99), start=6)
+    assert dropped and not set(first.tried) & set(second.tried)
+    counts = Counter(key for world in (first, second) for batch in world.trained for key in batch)
+    assert len(counts) == 48 and set(counts.values()) == {1}
+
+
+async def test_bodies_that_are_lost_before_the_update_are_sampled_again_and_the_batch_is_trained():
+    class Forgetful(FakeWorld):
+        gone = 3
+
+        async def step(self, batch):
+            if self.gone:
+                self.gone -= 1
+                raise BodiesLostError([stored.header.key for stored in batch.stored()][:2])
+            return await super().step(batch)
+
+    world = Forgetful()
+    rows = await run(pipeline(world, max_attempts=1))
+    assert rows[-1]['eopd_lost_trajectories_total{reason="body_lost"}'] == 6
+    assert rows[-1]["eopd_dropped_trajectories_total"] == 0
+    counts = Counter(key for batch in world.trained for key in batch)
+    assert len(counts) == 48 and set(counts.values()) == {1}
 
 
 async def test_a_learner_that_raises_ends_the_run_and_leaves_no_task_behind():

@@ -8,7 +8,7 @@ import pytest
 
 from eopd.checkpoint import DriverState, list_checkpoints, seal, write_checkpoint
 from eopd.config import Config, ConfigError, load_config, processor
-from eopd.ledger import Ledger
+from eopd.ledger import Ledger, Watermark
 from eopd.runtime.progress import Progress
 from eopd.runtime.resume import take_up
 from eopd.runtime.run_directory import RunDirectory
@@ -18,7 +18,7 @@ INPUTS = {"prompts.data": "1", "prompts.held_out": "2", "student.model": "3", "t
 
 
 def state(step, inputs=INPUTS):
-    ledger = Ledger(floor=8 * step).state()
+    ledger = Ledger(Watermark(8 * step)).state()
     return DriverState(step=step, tokens=3, trajectories=2, skipped_steps=1, wall_s=1.5, ledger=ledger, inputs=inputs)
 
 
@@ -314,7 +314,14 @@ def test_the_runbook_names_keys():
     assert len(keys_of_the_runbook()) > 10
 
 
-STATE = {"step": 10, "tokens": 3, "trajectories": 2, "skipped_steps": 1, "wall_s": 1.5, "ledger": Ledger(80).state()}
+STATE = {
+    "step": 10,
+    "tokens": 3,
+    "trajectories": 2,
+    "skipped_steps": 1,
+    "wall_s": 1.5,
+    "ledger": Ledger(Watermark(80)).state(),
+}
 ANOTHER_VERSION = "; it was damaged, or written by another version of eopd. "
 OLDER = f"{ANOTHER_VERSION}Go on from an older checkpoint (--resume --step N), or begin another run (run.name)"
 NO_RECORD = "Remove changes.jsonl to go on without the record of what was changed"

@@ -12,7 +12,7 @@ import pytest
 import eopd
 from eopd.checkpoint import DriverState, StorageError, write_checkpoint
 from eopd.config import ConfigError, load_config
-from eopd.ledger import Ledger
+from eopd.ledger import Ledger, Watermark
 from eopd.preflight.environment import require_environment
 from eopd.runtime.changes import Change
 from eopd.runtime.lock import held
@@ -35,7 +35,7 @@ STATS = EvalStats(
 
 def state(step: int) -> DriverState:
     return DriverState(
-        step=step, tokens=3, trajectories=2, skipped_steps=1, wall_s=1.5, ledger=Ledger(floor=step).state()
+        step=step, tokens=3, trajectories=2, skipped_steps=1, wall_s=1.5, ledger=Ledger(Watermark(step)).state()
     )
 
 
@@ -216,6 +216,8 @@ def test_a_measurement_is_kept_for_people(config):
     assert json.loads((directory.path / "held_out.jsonl").read_text()) == {
         "phase": "after",
         "step": 4,
+        "num_trajectories": 2,
+        "num_dropped": 0,
         "entropy_bin_nats": 0.2,
         "student_entropy_counts": [2, 7],
         "teacher_entropy_counts": [9, 0],

@@ -29,6 +29,11 @@ class Fake(SignalScorer):
         super().__init__(config, top_k=1, vocab_size=10)
         self.entropy, self.error, self.asked = entropy, error, []
 
+    seats = 1
+
+    async def ping(self):
+        pass
+
     async def signal(self, prompt_ids, response_ids):
         self.asked.append(self._join(prompt_ids, response_ids).tolist())
         if self.error is not None:

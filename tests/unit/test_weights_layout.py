@@ -60,7 +60,7 @@ def make_sender(source, **options):
 
 def connect(sender, num_receivers):
     """``open``, ``accept``, and so many receivers, each in its own thread."""
-    infos = sender.open([1] * num_receivers)
+    infos = sender.open([1] * num_receivers, "secret")
     with ThreadPoolExecutor() as pool:
         accepting = pool.submit(sender.accept)
         joining = [pool.submit(WeightReceiver, InitInfo(**info), 0) for info in infos]
@@ -141,7 +141,7 @@ def test_a_sender_that_never_sends_costs_one_time_out():
 def test_an_engine_that_never_connects_costs_the_time_out_of_the_handshake():
     source = DictSource(tensors())
     sender = make_sender(source, timeout_s=3600.0, connect_timeout_s=1.0)
-    present, _ = sender.open([1, 1])
+    present, _ = sender.open([1, 1], "secret")
     with ThreadPoolExecutor() as pool:
         joining = pool.submit(WeightReceiver, InitInfo(**present), 0)
         with pytest.raises(WireError, match=r"as rank 0 of 3, within connect_timeout_s = 1: "):

@@ -1,0 +1,42 @@
+"""Where the rows of a run go, as its config has it; the console apart."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from eopd.config import Config
+from eopd.config.load import flatten
+from eopd.runtime import cluster
+from eopd.runtime.run_directory import RunDirectory
+from eopd.telemetry.prometheus import PrometheusSink
+from eopd.telemetry.sinks import JsonlSink, Sink, TimelineSink
+from eopd.telemetry.step import Span
+from eopd.telemetry.trackers import BackgroundSink, tracker
+
+
+def open_sinks(
+    config: Config, directory: RunDirectory, busy: Callable[[], Mapping[str, Sequence[Span]]]
+) -> tuple[list[Sink], PrometheusSink | None, list[BackgroundSink], list[str]]:
+    """Open every sink of a run.
+
+    Args:
+        config: the run's.
+        directory: where its files go.
+        busy: says when somebody generated and scored during the last step.
+
+    Returns:
+        All sinks, the one for Prometheus and the trackers among them, and what people are told of them.
+    """
+    telemetry, run = config.telemetry, config.run
+    sinks: list[Sink] = [JsonlSink(directory.metrics), TimelineSink(directory.timeline, busy)]
+    notes: list[str] = []
+
+    prometheus = None
+    if telemetry.port is not None:
+        prometheus = PrometheusSink(telemetry.host, telemetry.port, run=run.name)
+        sinks.append(prometheus)
+        notes.append(f"metrics at http://{prometheus.address}/metrics")
+
+    settings = flatten(config.model_dump(mode="json"))
+    trackers = [tracker(name, directory.path, run.name, settings) for name in telemetry.trackers]
+    if cluster.is_job_copy(directory.path):
+        notes.append("this is Ray's copy of the working directory: set run.directory to keep what the run writes")
+    return [*sinks, *trackers], prometheus, trackers, notes

@@ -1,0 +1,29 @@
+"""What the driver asks of the two ends of the wire while it brings weights from one to the other (``channel.py``)."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from eopd.types import Float32Array, Int32Array, PolicyVersion
+
+
+class SenderLink(Protocol):
+    """The learner gang's ``WeightSender``, seen from the driver."""
+
+    def reserved(self) -> AbstractAsyncContextManager[object]: ...  # noqa: D102 - no update comes between its calls
+    async def version(self) -> PolicyVersion: ...  # noqa: D102
+    async def open(self, engine_workers: Sequence[int], secret: str) -> Sequence[Mapping[str, object]]: ...  # noqa: D102
+    async def accept(self) -> None: ...  # noqa: D102
+    async def send(self) -> int: ...  # noqa: D102
+    async def probe(self, token_ids: Int32Array) -> Float32Array: ...  # noqa: D102
+
+
+class EngineLink(Protocol):
+    """A rollout engine's weight calls, seen from the driver (``rollout/engine.py``)."""
+
+    async def connect_weights(self, init_info: Mapping[str, object]) -> None: ...  # noqa: D102
+    async def receive_weights(self) -> None: ...  # noqa: D102
+    async def check_weights(self) -> None: ...  # noqa: D102
+    async def install_weights(self, version: PolicyVersion) -> float: ...  # noqa: D102
+    async def probe(self, token_ids: Int32Array) -> Float32Array: ...  # noqa: D102
+    async def version(self) -> PolicyVersion: ...  # noqa: D102

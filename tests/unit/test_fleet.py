@@ -1,0 +1,336 @@
+"""Workers that are started, lost, replaced, more or fewer: on bodies that are told what to do."""
+
+import asyncio
+
+import fakes
+import pytest
+
+from eopd import fleet as module
+from eopd.fleet import Fleet, NobodyLeftError
+from eopd.pool import Pool
+from eopd.roles import EngineDownError, TeacherDownError
+from eopd.rollout.pool import EnginePool
+from eopd.runtime.restarts import RestartBudget, TooManyRestartsError
+from eopd.teacher.pool import TeacherPool, TeacherRouter
+from eopd.telemetry.rows import series
+from eopd.types import LossReason, LostTrajectory, Sampling, Stored
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.01))
+
+
+class Body:
+    """Starts after ``start_s`` or raises ``error``; notes its end."""
+
+    def __init__(self, number: int) -> None:
+        self.worker, self.number = f"worker {number}", number
+        self.start_s, self.error, self.ended = 0.0, None, False
+
+    async def start(self) -> int:
+        await asyncio.sleep(self.start_s)
+        if self.error:
+            raise self.error
+        return 4
+
+    async def end(self) -> None:
+        self.ended = True
+
+
+class World:
+    """A fleet, its bodies in the order they were made, and what was said and spent."""
+
+    def __init__(self, size: int, *, max_restarts: int = 100, start_timeout_s: float = 0.2) -> None:
+        self.bodies: list[Body] = []
+        self.said: list[str] = []
+        self.spoil = lambda body: None  # what becomes of new bodies
+        self.budget = RestartBudget(max_restarts, 3600.0, lambda: self.fleet.size)
+        self.pool = Pool("engine", timeout_s=5.0, ping=lambda worker: asyncio.sleep(0))
+        self.fleet = Fleet(
+            "engine",
+            self.pool,
+            spawn=self.spawn,
+            size=size,
+            spend=self.budget.spend,
+            start_timeout_s=start_timeout_s,
+            say=self.said.append,
+        )
+
+    def spawn(self, numbers) -> list[Body]:
+        new = [Body(number) for number in numbers]
+        for body in new:
+            self.spoil(body)
+        self.bodies += new
+        return new
+
+    async def start(self) -> Fleet:
+        await asyncio.gather(*self.fleet.start().values())
+        return self.fleet
+
+    def alive(self) -> list[int]:
+        return sorted(body.number for body in self.bodies if not body.ended)
+
+
+async def name(worker: str) -> str:
+    return worker
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(5.0):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_a_lost_worker_is_ended_and_another_one_has_its_number():
+    world = World(2)
+    fleet = await world.start()
+    left, joined = [], []
+
+    async def leave(number):
+        left.append(number)
+
+    async def join(number, worker):
+        joined.append((number, worker))
+
+    fleet.leave, fleet.join = leave, join
+    world.pool.lose(1, "its actor died")
+    assert world.pool.num_up == 1 and fleet.size == 2
+    await until(lambda: world.pool.num_up == 2)
+    assert (left, joined, world.alive(), world.bodies[1].ended) == ([1], [(1, "worker 1")], [0, 1], True)
+    assert fleet.num_replacements == 1
+    assert world.said == [
+        "engine 1: its actor died; going on with 1 of 2 while another one is started",
+        "engine 1 is up again: 2 of 2",
+    ]
+
+
+async def test_a_node_that_is_lost_costs_as_many_losses_as_it_had_workers_and_its_return_is_taken():
+    """8 of 64, and no room for others until it is back."""
+    world = World(64, start_timeout_s=0.02)
+    fleet = await world.start()
+
+    def no_room(body):
+        body.start_s = 3600.0
+
+    world.spoil = no_room
+    for number in range(8):
+        world.pool.lose(number, "its node is gone")
+    await asyncio.sleep(0.3)
+    assert world.pool.num_up == 56 and fleet.size == 64 and fleet.num_replacements == 0
+    assert len(world.bodies) > 64 + 3 * 8, "it was tried again and again"
+    assert len(world.budget._causes) == 8, "attempts to start cost nothing"
+    assert await world.pool.run(name) != "worker 0"
+    assert sum("did not start" in text for text in world.said) == 8, "and are told once"
+    world.spoil = lambda body: None
+    await until(lambda: world.pool.num_up == 64)
+    assert len(world.alive()) == 64
+    await fleet.close()
+
+
+async def test_with_nobody_left_and_nobody_coming_all_who_wait_are_told_the_causes():
+    world = World(2, start_timeout_s=0.05)
+    fleet = await world.start()
+
+    def broken(body):
+        body.error = OSError("no memory")
+
+    world.spoil = broken
+    for number in range(2):
+        world.pool.lose(number, "its node is gone")
+    with pytest.raises(NobodyLeftError) as raised:
+        await asyncio.wait_for(world.pool.run(name), 2.0)
+    assert str(raised.value).splitlines() == [
+        "no engine is left, and none came up within cluster.start_timeout_s = 0.05:",
+        "  engine 0: its node is gone",
+        "  engine 1: its node is gone",
+        "  engine 0 did not start: no memory",
+        "  engine 1 did not start: no memory",
+    ]
+    await fleet.close()
+
+
+async def test_one_that_has_started_and_waits_for_the_learner_is_coming():
+    """A join may wait for a whole step of the learner, which is nobody's start time."""
+    world = World(1, start_timeout_s=0.05)
+    fleet, gate = await world.start(), asyncio.Event()
+
+    async def join(number, worker):
+        await gate.wait()
+
+    fleet.join = join
+    world.pool.lose(0, "died")
+    waiting = asyncio.create_task(world.pool.run(name))
+    await asyncio.sleep(0.3)
+    assert not waiting.done() and len(world.bodies) == 2 and len(world.budget._causes) == 1
+    gate.set()
+    assert await waiting == "worker 0"
+
+
+async def test_one_loss_too_many_is_told_to_all_who_wait():
+    world = World(2, max_restarts=1)
+    fleet = await world.start()
+    world.pool.lose(0, "died")
+    await until(lambda: world.pool.num_up == 2)
+    waiting = [asyncio.create_task(world.pool.run(lambda worker: asyncio.sleep(3600))) for _ in range(12)]
+    await asyncio.sleep(0.01)
+    world.pool.lose(1, "died too")
+    for request in waiting[8:]:
+        with pytest.raises(TooManyRestartsError, match="engine 1: died too"):
+            await request
+    for request in waiting[:8]:
+        request.cancel()
+    await fleet.close()
+
+
+async def test_those_that_were_there_stay_when_more_come_and_the_last_ones_go_first():
+    world = World(2)
+    fleet, parted = await world.start(), []
+
+    async def part(number):
+        parted.append(number)
+
+    fleet.part = part
+    await fleet.scale(4)
+    assert world.alive() == [0, 1, 2, 3] and fleet.size == world.pool.num_up == 4
+    await fleet.scale(1)
+    assert world.alive() == [0] and parted == [3, 2, 1] and fleet.size == world.pool.num_up == 1
+    await fleet.scale(2)
+    assert world.alive() == [0, 1] and len(world.bodies) == 5
+
+
+async def test_newcomers_of_one_wish_start_together():
+    world = World(1)
+    fleet = await world.start()
+
+    def slow(body):
+        body.start_s = 0.1
+
+    world.spoil = slow
+    await asyncio.wait_for(fleet.scale(9), 0.19)
+    assert world.pool.num_up == 9
+
+
+async def test_one_that_does_not_start_is_ended_and_the_others_stay():
+    world = World(2)
+    fleet = await world.start()
+
+    def spoil(body):
+        if body.number == 3:
+            body.error = EngineDownError("killed by the node's memory monitor")
+        if body.number == 4:
+            body.start_s = 3600.0
+
+    world.spoil = spoil
+    with pytest.raises(EngineDownError):
+        await fleet.scale(5)
+    assert world.alive() == [0, 1, 2] and fleet.size == world.pool.num_up == 3
+
+
+async def test_one_that_is_being_replaced_goes_first_and_nobody_comes_in_its_place():
+    world = World(3)
+    fleet = await world.start()
+
+    def slow(body):
+        body.start_s = 0.1
+
+    world.spoil = slow
+    world.pool.lose(1, "its node is gone")
+    await asyncio.sleep(0.01)
+    await fleet.scale(2)
+    await asyncio.sleep(0.2)
+    assert world.alive() == [0, 2] and fleet.size == world.pool.num_up == 2
+
+
+async def test_closing_stops_what_is_being_replaced():
+    world = World(1)
+    fleet = await world.start()
+
+    def slow(body):
+        body.start_s = 3600.0
+
+    world.spoil = slow
+    world.pool.lose(0, "died")
+    await asyncio.sleep(0.01)
+    await asyncio.wait_for(fleet.close(), 1.0)
+    assert fleet._tasks == {} and fleet.num_replacements == 0
+
+
+PROMPT = fakes.prompt(epoch=1)
+SAMPLING = Sampling(temperature=1.0, max_tokens=4, seed=11)
+
+
+async def one_of(worker, *, timeout_s: float = 0.05) -> Fleet:
+    """A fleet of one that is up."""
+    world = World(0)
+    world.fleet.pool = world.pool = Pool("it", timeout_s=timeout_s, ping=lambda worker: asyncio.sleep(0))
+    world.pool.add(0, worker, 8)
+    return world.fleet
+
+
+class Engine:
+    async def generate(self, prompt, sample_index, sampling):
+        if sampling.seed == 13:
+            await asyncio.sleep(3600)
+        return sampling.seed
+
+
+async def test_a_response_that_an_engine_does_not_end_in_time_is_lost_with_its_reason():
+    pool = EnginePool(await one_of(Engine()))
+    assert await pool.generate(PROMPT, 0, SAMPLING) == 11
+    found = await pool.generate(PROMPT, 3, Sampling(temperature=1.0, max_tokens=4, seed=13))
+    assert isinstance(found, LostTrajectory)
+    assert (found.key, found.reason) == ((1, "p", 3), LossReason.ROLLOUT_FAILED)
+    assert found.detail == "no answer of it 0 within 0.05 s"
+    assert pool.metrics() == {
+        "eopd_engine_failures_total": 1.0,
+        "eopd_engine_replacements_total": 0.0,
+        "eopd_engines_up": 1.0,
+        'eopd_engine_in_flight_trajectories{engine="0"}': 0.0,
+    }
+
+
+class Teacher:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def score(self, stored):
+        match stored.header.key.prompt_id:
+            case "bad":
+                return fakes.lost(PROMPT, reason=LossReason.TEACHER_FAILED, detail="not finite")
+            case "slow":
+                await asyncio.sleep(3600)
+            case "killed":
+                raise TeacherDownError("its engine died")
+        return Stored(stored.header, self.name)
+
+
+def stored(prompt_id: str = "p", source: str = "s") -> Stored:
+    return Stored(fakes.header(prompt_id, source=source, num_response=5), None)
+
+
+async def test_what_a_teacher_cannot_score_or_not_in_time_is_lost_at_once():
+    pool = TeacherPool("t", await one_of(Teacher("a")))
+    assert (await pool.score(stored())).body == "a"
+    assert (await pool.score(stored("bad"))).detail == "not finite"
+    slow = await pool.score(stored("slow"))
+    assert (slow.reason, slow.detail) == (LossReason.TEACHER_FAILED, "no answer of it 0 within 0.05 s")
+    metrics = {
+        name: pool.metrics()[series(f"eopd_teacher_{name}", teacher="t")]
+        for name in ("tokens_total", "failures_total", "replicas_up")
+    }
+    assert metrics == {"tokens_total": 5.0, "failures_total": 1.0, "replicas_up": 1.0}
+
+
+async def test_sources_have_their_teachers_and_the_rest_the_default():
+    maths = TeacherPool("m", await one_of(Teacher("m")))
+    rest = TeacherPool("r", await one_of(Teacher("r")))
+    router = TeacherRouter({"math": maths, "aime": maths}, rest)
+    found = [(await router.score(stored(source=source))).body for source in ("math", "aime", "code")]
+    assert found == ["m", "m", "r"]
+    names = [series("eopd_teacher_tokens_total", teacher=name) for name in ("m", "r")]
+    assert [router.metrics()[name] for name in names] == [10.0, 5.0]
+    with pytest.raises(KeyError, match="code"):
+        await TeacherRouter({"math": maths}, None).score(stored(source="code"))

@@ -1,0 +1,71 @@
+"""Ranks that are lost with their node: what a peer says of it comes before Ray's news."""
+
+import asyncio
+import time
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from eopd.config import load_config
+from eopd.roles import LearnerDownError
+from eopd.runtime import gang as module
+from eopd.runtime.gang import LearnerGang
+
+
+class Method:
+    def __init__(self, call) -> None:
+        self.remote = call
+
+
+class Rank:
+    """``step`` raises what a rank says whose peer is gone; ``version`` is answered, or dies, after a while."""
+
+    def __init__(self, *, lost_after_s: float | None = None, busy_s: float = 0.0) -> None:
+        self.lost_after_s, self.busy_s = lost_after_s, busy_s
+        self.step, self.version = Method(self._step), Method(self._version)
+
+    async def _step(self):
+        if self.lost_after_s is not None:
+            await asyncio.sleep(self.lost_after_s)
+            raise ActorDiedError
+        await asyncio.sleep(0.01)
+        raise RayTaskError("step", "Connection closed by peer", RuntimeError("Connection closed by peer"))
+
+    async def _version(self):
+        if self.lost_after_s is not None:
+            await asyncio.sleep(self.lost_after_s)
+            raise ActorDiedError
+        await asyncio.sleep(self.busy_s)
+        return (0, 0)
+
+
+@pytest.fixture
+def gang(tmp_path, monkeypatch):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "run: {name: r, batches: 2}\nstudent: {model: s}\nteachers: [{model: t}]\n"
+        "prompts: {data: a, held_out: b}\nflow: {batch_prompts: 8}"
+    )
+    monkeypatch.setattr(module, "_NEWS_S", module._NEWS_S / 100)  # seconds of these tests are hundredths
+    return LearnerGang(pytest.fail, load_config(path))
+
+
+@pytest.mark.parametrize("seconds", [2, 15, 60])
+async def test_a_rank_that_is_lost_with_its_node_is_the_gang_s_loss_however_late_the_news(gang, seconds):
+    gang._actors = [Rank(), Rank(lost_after_s=seconds / 100)]
+    with pytest.raises(LearnerDownError, match="rank 1 died"):
+        await gang._each("step")
+
+
+async def test_a_mistake_in_the_code_is_loud_at_once_when_all_ranks_answer(gang):
+    gang._actors = [Rank(), Rank()]
+    started = time.monotonic()
+    with pytest.raises(RayTaskError, match="Connection closed by peer"):
+        await gang._each("step")
+    assert time.monotonic() - started < 0.5
+
+
+async def test_and_after_a_while_when_one_of_them_is_busy(gang):
+    gang._actors = [Rank(), Rank(busy_s=3600)]
+    with pytest.raises(RayTaskError):
+        await asyncio.wait_for(gang._each("step"), 3.0)

@@ -1,0 +1,107 @@
+"""The weight channel and whoever knocks at it: no seat, no delay, no code without the group's secret."""
+
+import socket
+import threading
+import time
+
+import pytest
+from torch._C._distributed_c10d import HashStore, TCPStore
+
+from eopd.types import WeightTransferError
+from eopd.weights.lifeline import KEY, Lifeline
+from eopd.weights.wire import Rendezvous, WireError, open_store, open_wire
+
+SECRET = "0123456789abcdef"
+
+
+def listener(store, timeout_s: float = 5.0) -> Lifeline:
+    return Lifeline.lay(store, address="127.0.0.1", rank=0, secret=SECRET, timeout_s=timeout_s)
+
+
+def member(store, rank: int, secret: str = SECRET) -> Lifeline:
+    return Lifeline.lay(store, address="127.0.0.1", rank=rank, secret=secret, timeout_s=5.0)
+
+
+def knock(store, said: bytes = b"") -> socket.socket:
+    stranger = socket.create_connection(("127.0.0.1", int(store.get(KEY))), 5.0)
+    stranger.sendall(said)
+    return stranger
+
+
+def test_the_store_listens_on_the_address_it_is_given_and_on_no_other():
+    store = open_store("127.0.0.1", 5.0)
+    with open("/proc/net/tcp") as file, open("/proc/net/tcp6") as file6:
+        lines = [line.split() for line in [*file.readlines()[1:], *file6.readlines()[1:]]]
+    addresses = [line[1] for line in lines if line[3] == "0A" and int(line[1].rpartition(":")[2], 16) == store.port]
+    assert addresses == [f"0100007F:{store.port:04X}"]
+    with pytest.raises(OSError):
+        socket.create_connection((socket.gethostbyname(socket.gethostname()), store.port), 1.0).close()
+        pytest.skip("this host's name is its loopback address")
+
+
+def test_whoever_knows_no_secret_gets_no_seat_and_holds_up_nobody():
+    store = HashStore()
+    sender = listener(store)
+    strangers = [
+        knock(store),  # silent
+        knock(store, b"\x01\x00"),  # half a greeting
+        knock(store, b"\x01\x00\x00\x00"),  # a rank, as one was greeted with once
+        knock(store, b"x" * len(SECRET) + b"\x01\x00\x00\x00"),
+        knock(store, b"GET / HTTP/1.1\r\nHost: eopd\r\n\r\n"),
+    ]
+    gone = knock(store, SECRET.encode())
+    gone.close()
+    members = [member(store, rank) for rank in (2, 1)]
+    started = time.monotonic()
+    sender.fasten(3, SECRET)
+    assert time.monotonic() - started < 1.0
+    assert sender.lost() is None
+    for stranger in strangers:
+        stranger.close()
+    assert sender.lost() is None, "a stranger who hangs up is nobody's loss"
+    members[0].close()
+    lost = sender.lost()
+    assert lost.rank == 2 and "rank 2 at 127.0.0.1 has left" in lost.words
+
+
+def test_a_seat_is_given_once():
+    store = HashStore()
+    sender = listener(store, timeout_s=0.3)
+    member(store, 1), member(store, 1), member(store, 7)
+    with pytest.raises(WeightTransferError, match=r"ranks \[2\] have not come within 0.3 s") as missing:
+        sender.fasten(3, SECRET)
+    assert missing.value.ranks == (2,)
+
+
+def test_the_sender_names_who_has_not_come():
+    store = open_store("127.0.0.1", 5.0)
+    sender = Rendezvous(
+        address="127.0.0.1",
+        port=store.port,
+        rank=0,
+        world_size=4,
+        secret=SECRET,
+        connect_timeout_s=0.5,
+        timeout_s=5.0,
+    )
+    with pytest.raises(WireError) as missing:
+        open_wire("gloo", sender, store)
+    assert missing.value.ranks == (1, 2, 3)
+
+
+def test_what_a_stranger_writes_into_the_store_is_not_read():
+    """Keys of a group lie under a prefix that only its members can compute."""
+    store = open_store("127.0.0.1", 5.0)
+    stranger = TCPStore("127.0.0.1", store.port, is_master=False)
+    for key in (KEY, "eopd/all-here", "eopd/nccl-id", "broadcast_from/0/0"):
+        stranger.set(key, "1")
+    places = {"address": "127.0.0.1", "port": store.port, "world_size": 2, "secret": SECRET}
+    limits = {"connect_timeout_s": 10.0, "timeout_s": 10.0}
+    wires = []
+    joining = threading.Thread(target=lambda: wires.append(open_wire("gloo", Rendezvous(rank=1, **places, **limits))))
+    joining.start()
+    wires.append(open_wire("gloo", Rendezvous(rank=0, **places, **limits), store))
+    joining.join()
+    assert all(wire.is_open for wire in wires)
+    for wire in wires:
+        wire.close()
