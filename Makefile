@@ -63,7 +63,7 @@ bench: setup ## loss, driver, overlap, a weight sync; the learner and the teache
 	$(BIN)/python tests/bench/bench_weights.py
 	$(BIN)/python tests/bench/bench_overlap.py
 
-soak: setup ## half an hour of training with a kill every minute: what is lost, what leaks
+soak: setup ## half an hour of training with a fault every minute: what is lost, what leaks
 	$(BIN)/python tests/system/soak.py
 
 dashboards: setup ## make the Grafana dashboards again

@@ -1,7 +1,8 @@
-"""Half an hour of training with a kill every minute: what is lost, what leaks. Not a test of CI: ``make soak``.
+"""Half an hour of training with a fault every minute: what is lost, what leaks. Not a test of CI: ``make soak``.
 
 One process after the other is killed or stopped: engines, teachers and learner ranks, their actors or the processes
-these own. The driver lives through it all, so that what it holds at the end can be compared with the beginning.
+these own, and all but one of the engines at once, as if their node were gone. One prompt is poisonous: no teacher
+scores it. The driver lives through it all, so that what it holds at the end can be compared with the beginning.
 """
 
 import json
@@ -12,20 +13,24 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import psutil
 import typer
-from program import Program, Run, engine_of
+from program import ROOT, Program, Run, engine_of, read_rows
+from refusing_server import refusing_server, teachers
 
 from eopd.models.tiny import write_tiny_pair
 
 SAMPLE_S = 5.0
+POISON = {"id": "poison", "prompt": "Say nothing.", "source": "poison"}
 SETTINGS = (
     "run.batches=100000",
     "flow={batch_prompts: 8, max_staleness: 1}",
+    "rollout.engines=3",
     "checkpoint.every=10",
     "evaluation.prompts=8",
     "rollout.timeout_s=60",
@@ -42,10 +47,18 @@ ALLOWED = {
     "all RSS, MiB": 400.0,
 }
 
+
+def lose_node(run: Run) -> None:
+    """All engines but one die in the same moment."""
+    for actor in run.actors("RolloutActor")[1:]:
+        actor.kill()
+
+
 FAULTS: dict[str, Callable[[Run], None]] = {
     "engine's actor killed": lambda run: pick(run, "RolloutActor").kill(),
     "engine's process killed": lambda run: engine_of(pick(run, "RolloutActor")).kill(),
     "engine's process stopped": lambda run: engine_of(pick(run, "RolloutActor")).suspend(),
+    "node of two engines lost": lose_node,
     "teacher's actor killed": lambda run: pick(run, "TeacherActor").kill(),
     "teacher's process killed": lambda run: engine_of(pick(run, "TeacherActor")).kill(),
     "learner's rank killed": lambda run: pick(run, "LearnerActor").kill(),
@@ -110,6 +123,7 @@ class Soak:
         names = ("engine_replacements", "teacher_replacements", "learner_restarts", "weight_failures")
         for name in names:
             typer.echo(f"{name:24}{sum(v for k, v in rows[-1].items() if k.startswith(f'eopd_{name}_total')):14.0f}")
+        typer.echo(f"{'dropped trajectories':24}{rows[-1]['eopd_dropped_trajectories_total']:14.0f}")
         lost = sum(value for name, value in rows[-1].items() if name.startswith("eopd_lost_trajectories_total"))
         typer.echo(f"{'lost trajectories':24}{lost:14.0f}\n{'steps':24}{len(rows):14}")
         for fault, count in self.faults.items():
@@ -121,10 +135,15 @@ class Soak:
         path = self.run.directory / "trained.jsonl"
         trained = [json.loads(line) for line in path.read_text().splitlines()]
         wrong = []
+        dropped = read_rows(self.run.directory / "dropped.jsonl")
         if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
             wrong.append("metrics.jsonl does not hold every step once")
-        if sorted(issue for row in trained for issue in row["issues"]) != list(range(8 * len(rows))):
-            wrong.append("trained.jsonl does not hold every issue number once")
+        settled = [issue for row in trained for issue in row["issues"]]
+        settled += [row["issue"] for row in dropped if row["issue"] < max(settled)]
+        if sorted(settled) != list(range(len(settled))):
+            wrong.append("trained.jsonl and dropped.jsonl do not hold every issue number once")
+        if {row["prompt_id"] for row in dropped} != {POISON["id"]}:
+            wrong.append("another prompt than the poisonous one was dropped, or none")
         if max(row["eopd_staleness_max"] for row in rows) > 1:
             wrong.append("a trajectory was staler than max_staleness")
         return wrong
@@ -144,13 +163,19 @@ def main(
 ) -> None:
     """Train, kill, and report."""
     random.seed(seed)
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_tiny_pair(root / "models", family="qwen3")
         program = Program(models=root / "models", runs=root / "runs")
-        soak = Soak(Run(program, "soak", *SETTINGS))
+        config = json.loads((root / "models" / "teacher" / "config.json").read_text())
+        server = stack.enter_context(refusing_server(vocab_size=config["vocab_size"]))
+        data = root / "prompts.jsonl"
+        data.write_text((ROOT / "configs/prompts/demo_train.jsonl").read_text() + json.dumps(POISON) + "\n")
+        of_teachers = teachers(server, root / "models" / "teacher", replicas=1)
+        soak = Soak(Run(program, "soak", *SETTINGS, f"prompts.data={data}", of_teachers))
         try:
             soak.run.wait(lambda row: row["step"] >= 5)
+            server.refuses = True
             soak.bear(minutes, every)
             soak.run.goes_on()
             soak.run.interrupt()
