@@ -1,7 +1,8 @@
-"""What the dashboards show, as data: boards of rows of lines of panels. ``build.py`` makes Grafana's JSON of it.
+"""What the dashboards show, as data: boards of rows of lines of panels. ``build.py`` makes
+Grafana's JSON of it.
 
-A panel is a title and the catalogue's metrics that it draws, all of one unit. The panels of a line share its width
-equally; units, descriptions and healthy ranges come from the catalogue.
+A panel is a title and the catalogue's metrics that it draws, all of one unit. The panels of a line
+share its width equally; units, descriptions and healthy ranges come from the catalogue.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ Kind = Literal["timeseries", "stat"]
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """``query`` wraps each metric's selector, e.g. ``rate({}[$__rate_interval])``; ``result`` is its unit then."""
+    """``query`` wraps each metric's selector, e.g. ``rate({}[$__rate_interval])``; ``result``
+    is its unit then.
+    """
 
     title: str
     metrics: tuple[str, ...]
@@ -101,7 +104,11 @@ DISTILLATION: Final = Board(
             (
                 _one("Gate open", "eopd_gate_ratio"),
                 _one("Gate left open by bounds", "eopd_gate_uncertain_ratio"),
-                _one("Teacher entropy, and the gate", "eopd_teacher_entropy_quantile_nats", "eopd_gate_threshold_nats"),
+                _one(
+                    "Teacher entropy, and the gate",
+                    "eopd_teacher_entropy_quantile_nats",
+                    "eopd_gate_threshold_nats",
+                ),
                 _one("Entropy", "eopd_teacher_entropy_nats", "eopd_student_entropy_nats"),
             ),
         ),
@@ -109,10 +116,18 @@ DISTILLATION: Final = Board(
             (
                 _one("Reverse KL", "eopd_reverse_kl_nats"),
                 _one("Forward KL", "eopd_forward_kl_nats"),
-                _one("Forward KL by gate", "eopd_forward_kl_gated_nats", "eopd_forward_kl_ungated_nats"),
+                _one(
+                    "Forward KL by gate",
+                    "eopd_forward_kl_gated_nats",
+                    "eopd_forward_kl_ungated_nats",
+                ),
             ),
             (
-                _one("Mass on the teacher's top k", "eopd_teacher_topk_mass_ratio", "eopd_student_topk_mass_ratio"),
+                _one(
+                    "Mass on the teacher's top k",
+                    "eopd_teacher_topk_mass_ratio",
+                    "eopd_student_topk_mass_ratio",
+                ),
                 _one("Top-k overlap", "eopd_topk_overlap_ratio"),
                 _one("Reward", "eopd_reward_mean"),
             ),
@@ -126,7 +141,11 @@ DISTILLATION: Final = Board(
             ),
             (
                 _one("Importance weight", "eopd_importance_weight_mean"),
-                _one("Capped and clipped tokens", "eopd_importance_capped_ratio", "eopd_clipped_ratio"),
+                _one(
+                    "Capped and clipped tokens",
+                    "eopd_importance_capped_ratio",
+                    "eopd_clipped_ratio",
+                ),
                 _one("Log-probability gap", "eopd_logprob_gap_nats"),
             ),
         ),
@@ -163,7 +182,11 @@ THROUGHPUT: Final = Board(
             ),
             (
                 _one("Busy", "eopd_generate_seconds", "eopd_score_seconds", "eopd_train_seconds"),
-                _one("Wait for engines and teachers", "eopd_wait_rollout_seconds", "eopd_wait_teacher_seconds"),
+                _one(
+                    "Wait for engines and teachers",
+                    "eopd_wait_rollout_seconds",
+                    "eopd_wait_teacher_seconds",
+                ),
                 _one("Learner rank", "eopd_learner_flops_per_second"),
                 _one("Model FLOPs utilisation", "eopd_learner_mfu_ratio"),
             ),
@@ -175,14 +198,23 @@ THROUGHPUT: Final = Board(
         ),
         "Queues": (
             (
-                _one("When a batch was taken", "eopd_in_flight_trajectories", "eopd_ready_trajectories"),
+                _one(
+                    "When a batch was taken",
+                    "eopd_in_flight_trajectories",
+                    "eopd_ready_trajectories",
+                ),
                 _one("In flight by engine", "eopd_engine_in_flight_trajectories"),
                 _one("In flight by teacher", "eopd_teacher_in_flight_trajectories"),
             ),
         ),
         "Staleness": (
             (
-                _one("Age of the batch", "eopd_staleness_mean", "eopd_staleness_max", "eopd_staleness_bound"),
+                _one(
+                    "Age of the batch",
+                    "eopd_staleness_mean",
+                    "eopd_staleness_max",
+                    "eopd_staleness_bound",
+                ),
                 Panel("Shares by age", ("eopd_staleness_ratio",), stacked=True),
                 _one("Log-probability gap", "eopd_logprob_gap_nats"),
             ),
@@ -212,14 +244,20 @@ FAULTS: Final = Board(
                 _one("Engines that take work", "eopd_engines_up"),
                 _one("Teacher replicas that take work", "eopd_teacher_replicas_up"),
                 _one(
-                    "Lost and dropped trajectories", "eopd_lost_trajectories_total", "eopd_dropped_trajectories_total"
+                    "Lost and dropped trajectories",
+                    "eopd_lost_trajectories_total",
+                    "eopd_dropped_trajectories_total",
                 ),
                 _one("Skipped optimiser steps", "eopd_skipped_steps_total"),
             ),
             (
                 _one("Engine failures", "eopd_engine_failures_total"),
                 _one("Teacher failures", "eopd_teacher_failures_total"),
-                _one("Replacements", "eopd_engine_replacements_total", "eopd_teacher_replacements_total"),
+                _one(
+                    "Replacements",
+                    "eopd_engine_replacements_total",
+                    "eopd_teacher_replacements_total",
+                ),
                 _one("Learner restarts", "eopd_learner_restarts_total"),
             ),
         ),

@@ -49,7 +49,9 @@ def build(board: Board) -> str:
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
         .refresh("10s")
         .time("now-1h", "now")
-        .with_variable(grafana.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+        .with_variable(
+            grafana.DatasourceVariable("datasource").label("Prometheus").type("prometheus")
+        )
         .with_variable(_run())
         .link(
             grafana.DashboardLink("eopd")
@@ -60,11 +62,13 @@ def build(board: Board) -> str:
         )
     )
     ids = itertools.count(1)
+
     for heading, lines in board.rows.items():
         made.with_row(grafana.Row(heading).id(next(ids)))
         for line in lines:
             for panel in line:
                 made.with_panel(_panel(panel, WIDTH // len(line)).id(next(ids)))
+
     return json.dumps(made.build(), cls=JSONEncoder, indent=2) + "\n"
 
 
@@ -84,10 +88,20 @@ def _panel(panel: Panel, width: int) -> stat.Panel | timeseries.Panel:
     made = _stat() if panel.kind == "stat" else _lines(panel.stacked)
     for letter, name in zip(ascii_uppercase, panel.metrics, strict=False):
         made.with_target(_target(panel, name).ref_id(letter))
-    unit = "dateTimeFromNow" if panel.metrics == ("eopd_last_step_timestamp_seconds",) else UNITS[panel.unit]
+
+    unit = (
+        "dateTimeFromNow"
+        if panel.metrics == ("eopd_last_step_timestamp_seconds",)
+        else UNITS[panel.unit]
+    )
+
     return (
         made.title(panel.title)
-        .description("\n\n".join(f"`{n}`: {CATALOG[n].meaning} Healthy: {CATALOG[n].healthy}" for n in panel.metrics))
+        .description(
+            "\n\n".join(
+                f"`{n}`: {CATALOG[n].meaning} Healthy: {CATALOG[n].healthy}" for n in panel.metrics
+            )
+        )
         .datasource(DATASOURCE)
         .unit(unit)
         .span(width)
@@ -97,15 +111,24 @@ def _panel(panel: Panel, width: int) -> stat.Panel | timeseries.Panel:
 
 def _target(panel: Panel, name: str) -> prometheus.Dataquery:
     """A query and its legend; a stat is one number a run."""
-    factor = " * 1000" if panel.kind == "stat" and name.endswith("_timestamp_seconds") else ""  # Grafana's times are ms
+    # Grafana's times are ms
+    factor = " * 1000" if panel.kind == "stat" and name.endswith("_timestamp_seconds") else ""
     legend = ["{{run}}"]
     if panel.kind != "stat":
         legend += [
             *(f"{{{{{label}}}}}" for label in CATALOG[name].labels),
             name.removeprefix("eopd_").replace("_", " "),
         ]
+
     expression = panel.query.format(name + SELECTOR) + factor
-    return prometheus.Dataquery().expr(expression).legend_format(" ".join(legend)).range().datasource(DATASOURCE)
+
+    return (
+        prometheus.Dataquery()
+        .expr(expression)
+        .legend_format(" ".join(legend))
+        .range()
+        .datasource(DATASOURCE)
+    )
 
 
 def _stat() -> stat.Panel:

@@ -37,7 +37,9 @@ def main() -> None:
     """Write ``docs/pictures/tokens.png`` and ``docs/pictures/curves.png``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a finished run, e.g. runs/demo")
-    parser.add_argument("--prompt", type=int, default=1, help="which prompt of the report, counted from 1")
+    parser.add_argument(
+        "--prompt", type=int, default=1, help="which prompt of the report, counted from 1"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pictures")
     arguments = parser.parse_args()
 
@@ -51,9 +53,15 @@ def main() -> None:
 
 
 def picture_tokens(page: Page, prompt: int, target: Path) -> None:
-    """Cut out the scale and one prompt with its answers, the pointer on a token with an open gate."""
-    page.value(f"document.querySelectorAll('#tokens .prompt').forEach((one, i) => one.hidden = i !== {prompt - 1})")
-    page.value("document.querySelector('#tokens').style.marginBottom = '600px'")  # room for the card
+    """Cut out the scale and one prompt with its answers, the pointer on a token with an open
+    gate.
+    """
+    page.value(
+        "document.querySelectorAll('#tokens .prompt').forEach((one, i) => one.hidden "
+        f"= i !== {prompt - 1})"
+    )
+    # room for the card
+    page.value("document.querySelector('#tokens').style.marginBottom = '600px'")
     article = "#tokens .prompt:not([hidden])"
     page.value(LAST_OPEN_TOKEN % json.dumps(f"{article} .response:last-child .tokens span"))
     page.point_at("[data-pictured]")
@@ -71,7 +79,13 @@ def cut(page: Page, selectors: list[str], target: Path) -> None:
     """Write the part of the page that holds these elements as a PNG."""
     page.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     top, bottom = page.value(PIECE % json.dumps(", ".join(selectors)))
-    clip = {"x": 0, "y": top - MARGIN, "width": WIDTH, "height": bottom - top + 2 * MARGIN, "scale": 1}
+    clip = {
+        "x": 0,
+        "y": top - MARGIN,
+        "width": WIDTH,
+        "height": bottom - top + 2 * MARGIN,
+        "scale": 1,
+    }
     data = page.send("Page.captureScreenshot", clip=clip)["data"]
     target.write_bytes(base64.b64decode(data))
 

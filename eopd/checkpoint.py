@@ -1,4 +1,5 @@
-"""One directory is one resumable run: what a checkpoint holds, written whole or not at all, and known to be whole.
+"""One directory is one resumable run: what a checkpoint holds, written whole or not at all, and
+known to be whole.
 
     runs/<name>/checkpoints/step-000050/
         learner/        what the learner ranks write: weights, optimiser, schedule, random state
@@ -8,12 +9,13 @@ A checkpoint is written beside its place, forced to disk, and renamed when compl
 that broke off, a disk that was full, a file cut short) shows in its manifest: whoever asks for checkpoints gets those
 whose manifest holds.
 
-Left out: digests of files above ``DIGEST_BYTES``. A 7B student's checkpoint has some hundred gigabytes; reading all of
-them again at every save and every resume would hold up training for minutes, to notice what sizes already show. A big
-file that keeps its size and changes its bytes is the storage's to find.
+Left out: digests of files above ``DIGEST_BYTES``. A 7B student's checkpoint has some hundred
+gigabytes; reading all of them again at every save and every resume would hold up training for
+minutes, to notice what sizes already show. A big file that keeps its size and changes its bytes is
+the storage's to find.
 
-Files written by ranks on other nodes reach the driver through the shared file system; forcing them to disk from here
-is then as good as that file system makes it.
+Files written by ranks on other nodes reach the driver through the shared file system; forcing them
+to disk from here is then as good as that file system makes it.
 """
 
 import asyncio
@@ -39,20 +41,25 @@ WITHOUT_IT = "Go on from an older checkpoint (--resume --step N), or begin anoth
 
 
 class StorageError(RunFailedError):
-    """The disk did not take what a run cannot go on without: says what, how much room there was, and what to do."""
+    """The disk did not take what a run cannot go on without: says what, how much room there
+    was, and what to do.
+    """
 
     @classmethod
     def of(cls, path: Path, error: OSError, what_is_left: str) -> Self:
-        """``path`` could not be written; call it before anything is removed, so that it sees the disk as it was."""
-        cause: object = getattr(error, "cause", error)  # an actor's error is wrapped, and says its traceback
+        """``path`` could not be written; call it before anything is removed, so that it sees
+        the disk as it was.
+        """
+        # an actor's error is wrapped, and says its traceback
+        cause: object = getattr(error, "cause", error)
         free = f"{_free_bytes(path):,} bytes were free there"
         return cls(f"{path} could not be written: {cause}; {free}. {what_is_left}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverState:
-    """The driver's part of a checkpoint. ``inputs`` are digests of what the config's paths stood for, by key; None in
-    checkpoints of before they were kept.
+    """The driver's part of a checkpoint. ``inputs`` are digests of what the config's paths stood
+    for, by key; None in checkpoints of before they were kept.
     """
 
     step: int
@@ -78,40 +85,57 @@ async def write_checkpoint(
 ) -> Path:
     """Write ``root/step-NNNNNN``; ``save`` writes the learner's part.
 
-    Afterwards the newest ``keep_last`` whole ones are left, this one among them, and none before those.
+    Afterwards the newest ``keep_last`` whole ones are left, this one among them, and none before
+    those.
 
     Raises:
-        StorageError: the disk did not take it. Nothing of it is left, and the checkpoints before it are as they were.
+        StorageError: the disk did not take it. Nothing of it is left, and the checkpoints before it
+            are as they were.
     """
     final = root / f"step-{state.step:06d}"
     partial = root / f".{final.name}.partial"
     remove_partial(root)
+
     try:
         partial.mkdir(parents=True)
         await save(partial / "learner")
         (partial / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        await asyncio.to_thread(seal, partial)  # gigabytes on their way to a disk: generation goes on meanwhile
-        shutil.rmtree(final, ignore_errors=True)  # one of this step is a broken one: training went back before it
+        # gigabytes on their way to a disk: generation goes on meanwhile
+        await asyncio.to_thread(seal, partial)
+        # one of this step is a broken one: training went back before it
+        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _force(root)
     except BaseException as error:
-        told = StorageError.of(final, error, _what_is_left(root)) if isinstance(error, OSError) else None
+        told = (
+            StorageError.of(final, error, _what_is_left(root))
+            if isinstance(error, OSError)
+            else None
+        )
         shutil.rmtree(partial, ignore_errors=True)
         if told is not None:
             raise told from error
+
         raise
+
     kept = {*list_checkpoints(root)[-keep_last:], final}
+
     for old in _named(root):
         if step_of(old) < min(map(step_of, kept)):
-            shutil.rmtree(old, ignore_errors=True)  # one that stays is seen again after the next step that is saved
+            # one that stays is seen again after the next step that is saved
+            shutil.rmtree(old, ignore_errors=True)
+
     return final
 
 
 def seal(directory: Path) -> None:
-    """Force every file to disk, then write and force the manifest, then the directories that name them."""
+    """Force every file to disk, then write and force the manifest, then the directories that
+    name them.
+    """
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     for path in files:
         _force(path)
+
     entries = {str(path.relative_to(directory)): _entry(path) for path in files}
     (directory / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
     _force(directory / MANIFEST)
@@ -157,6 +181,7 @@ def remove_checkpoints(root: Path) -> None:
     remove_partial(root)
     for path in _named(root):
         shutil.rmtree(path)
+
     with suppress(OSError):  # it is not there, or not empty
         root.rmdir()
 
@@ -174,14 +199,20 @@ def write_whole(path: Path, text: str) -> None:
         partial.rename(path)
         _force(path.parent)
     except OSError as error:
-        told = StorageError.of(path, error, "Free some space, then continue the run with --resume auto.")
+        told = StorageError.of(
+            path, error, "Free some space, then continue the run with --resume auto."
+        )
         partial.unlink(missing_ok=True)
         raise told from error
 
 
 def _named(root: Path) -> list[Path]:
     return sorted(
-        (path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal() and path.name.isascii()),
+        (
+            path
+            for path in root.glob("step-*")
+            if path.name.removeprefix("step-").isdecimal() and path.name.isascii()
+        ),
         key=step_of,
     )
 
@@ -194,10 +225,13 @@ def _entry(path: Path) -> dict[str, object]:
 def _fault_of(path: Path, name: str, entry: Mapping[str, object]) -> str | None:
     if not path.is_file():
         return f"{name} is missing"
+
     if (size := path.stat().st_size) != entry["bytes"]:
         return f"{name} has {size} bytes instead of {entry['bytes']}"
+
     if "sha256" in entry and _sha256(path) != entry["sha256"]:
         return f"{name} has other bytes than were written"
+
     return None
 
 
@@ -222,8 +256,12 @@ def _free_bytes(path: Path) -> int:
 def _what_is_left(root: Path) -> str:
     whole = list_checkpoints(root)
     if not whole:
-        return "There is no older checkpoint. Free some space or name another run.directory; start with --resume auto."
+        return (
+            "There is no older checkpoint. Free some space or name another run.directory; "
+            "start with --resume auto."
+        )
+
     return (
-        f"{whole[-1].name} is whole and kept. Free some space (or lower checkpoint.keep_last), then continue from it "
-        "with --resume."
+        f"{whole[-1].name} is whole and kept. Free some space (or lower "
+        "checkpoint.keep_last), then continue from it with --resume."
     )

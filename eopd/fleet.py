@@ -1,4 +1,5 @@
-"""Workers of one kind by number: started together, replaced when they are lost, more or fewer on request.
+"""Workers of one kind by number: started together, replaced when they are lost, more or fewer on
+request.
 
     spawn ─▶ start ─▶ join ─▶ in the pool ─▶ lost ─▶ end ─▶ spawn again, under the same number
                                    └──────── drain ─▶ end                     (fewer on request)
@@ -6,12 +7,12 @@
     start   takes at most ``start_timeout_s``
     join    what a newcomer needs before it gets requests; waiting for others in it is not its own start
 
-A worker that is lost is counted once, however long it takes to start another: there may be no room until a node comes
-back, and the run goes on with the others meanwhile. With nobody left, and nobody started within ``start_timeout_s``,
-the fleet fails, with the causes.
+A worker that is lost is counted once, however long it takes to start another: there may be no room
+until a node comes back, and the run goes on with the others meanwhile. With nobody left, and nobody
+started within ``start_timeout_s``, the fleet fails, with the causes.
 
-Example: 64 engines, 8 of them on a node that is lost. The budget is 8 poorer, 56 write on, 8 starts are tried again
-and again, and succeed when the node is back.
+Example: 64 engines, 8 of them on a node that is lost. The budget is 8 poorer, 56 write on, 8 starts
+are tried again and again, and succeed when the node is back.
 """
 
 import asyncio
@@ -24,7 +25,8 @@ from eopd.types import RunFailedError
 W = TypeVar("W")
 W_co = TypeVar("W_co", covariant=True)
 
-PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # before each attempt to start another; the last one again and again
+# before each attempt to start another; the last one again and again
+PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class NobodyLeftError(RunFailedError):
@@ -83,7 +85,8 @@ class Fleet(Generic[W]):
         self._say = say
         self._start_timeout_s = start_timeout_s
         self._bodies = dict(enumerate(spawn(range(size))))
-        self._tasks: dict[int | None, asyncio.Task[None]] = {}  # by the number that is being replaced
+        # by the number that is being replaced
+        self._tasks: dict[int | None, asyncio.Task[None]] = {}
         self._causes: list[str] = []
         self._started = asyncio.Event()  # since somebody was last needed
         self._closed = False
@@ -100,14 +103,18 @@ class Fleet(Generic[W]):
         return {number: body.worker for number, body in self._bodies.items()}
 
     def start(self) -> Mapping[str, Awaitable[None]]:
-        """Start those there are at first; one awaitable for each, by name. Nobody is waited for to join."""
+        """Start those there are at first; one awaitable for each, by name. Nobody is waited
+        for to join.
+        """
         return {f"{self.name} {number}": self._start_first(number) for number in self._bodies}
 
     async def scale(self, size: int) -> None:
-        """Bring the fleet to another size: newcomers start together, those that take no requests go first.
+        """Bring the fleet to another size: newcomers start together, those that take no requests go
+        first.
 
         Raises:
-            TimeoutError: a newcomer did not start in time: there may be no room. Those that came up stay.
+            TimeoutError: a newcomer did not start in time: there may be no room. Those that came up
+                stay.
             WorkerDownError: one died.
         """
         by_use = sorted(self._bodies, key=lambda number: (number in self.pool, -number))
@@ -120,6 +127,7 @@ class Fleet(Generic[W]):
         for number, outcome in zip(numbers, outcomes, strict=True):
             if isinstance(outcome, BaseException):
                 await self._bodies.pop(number).end()
+
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -130,6 +138,7 @@ class Fleet(Generic[W]):
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
+
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _start_first(self, number: int) -> None:
@@ -142,6 +151,7 @@ class Fleet(Generic[W]):
         self._bodies[number] = body
         async with asyncio.timeout(self._start_timeout_s):
             seats = await body.start()
+
         self._started.set()
         await self.join(number, body.worker)
         self.pool.add(number, body.worker, seats)
@@ -150,6 +160,7 @@ class Fleet(Generic[W]):
         if number in self._tasks:  # nobody needs another one in its place
             self._tasks[number].cancel()
             await asyncio.gather(self._tasks[number], return_exceptions=True)
+
         await self.pool.drain(number)
         await self.part(number)
         await self._bodies.pop(number).end()
@@ -158,7 +169,8 @@ class Fleet(Generic[W]):
         if self._closed or number not in self._bodies:
             return
 
-        cause = f"{self.name} {number}: {reason}"
+        cause = f"{self.name} {number}: {reason.splitlines()[0]}"
+
         try:
             self._spend(cause)
         except RunFailedError as error:
@@ -166,7 +178,9 @@ class Fleet(Generic[W]):
             return
 
         self._causes.append(cause)
-        self._say(f"{cause}; going on with {self.pool.num_up} of {self.size} while another one is started")
+        self._say(
+            f"{cause}; going on with {self.pool.num_up} of {self.size} while another one is started"
+        )
         self._do(number, self._replace(number))
         self._expect_somebody()
 
@@ -175,6 +189,7 @@ class Fleet(Generic[W]):
         await self.leave(number)
         await self._bodies[number].end()
         attempt = 0
+
         while True:
             await asyncio.sleep(PAUSES_S[min(attempt, len(PAUSES_S) - 1)])
             try:
@@ -204,7 +219,11 @@ class Fleet(Generic[W]):
         except TimeoutError:
             causes = "\n".join(f"  {cause}" for cause in self._causes)
             limit = f"cluster.start_timeout_s = {self._start_timeout_s:g}"
-            self.pool.fail(NobodyLeftError(f"no {self.name} is left, and none came up within {limit}:\n{causes}"))
+            self.pool.fail(
+                NobodyLeftError(
+                    f"no {self.name} is left, and none came up within {limit}:\n{causes}"
+                )
+            )
 
     def _say_once(self, text: str) -> None:
         if text not in self._causes:
@@ -213,7 +232,9 @@ class Fleet(Generic[W]):
 
     def _do(self, key: int | None, work: Coroutine[object, object, None]) -> None:
         self._tasks[key] = task = asyncio.create_task(work)
-        task.add_done_callback(lambda _: self._tasks.pop(key) if self._tasks.get(key) is task else None)
+        task.add_done_callback(
+            lambda _: self._tasks.pop(key) if self._tasks.get(key) is task else None
+        )
 
 
 async def _nothing(*arguments: object) -> None:
@@ -221,6 +242,7 @@ async def _nothing(*arguments: object) -> None:
 
 
 def _words(error: Exception) -> str:
-    """The first line of an error, which may hold the traceback of a worker."""
-    text = str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
-    return text.splitlines()[0]
+    """The first line of an error; of one that was raised in a worker, without its traceback."""
+    cause = getattr(error, "cause", None) or error
+    text = str(cause) or ("no answer in time" if isinstance(error, TimeoutError) else "")
+    return text.splitlines()[0] if text else type(cause).__name__

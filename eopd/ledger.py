@@ -1,8 +1,10 @@
-"""Which trajectories are issued, and what becomes of each: trained or dropped, exactly once, through crash and resume.
+"""Which trajectories are issued, and what becomes of each: trained or dropped, exactly once,
+through crash and resume.
 
-Trajectories are known by *issue number*: number i is a pure function of the seed (``prompts.PromptOrder``), so the
-ledger's whole memory is a watermark: "everything below ``floor`` is settled, and these few ``ahead`` of it". Numbers
-that were issued and never settled are issued again after a resume.
+Trajectories are known by *issue number*: number i is a pure function of the seed
+(``prompts.PromptOrder``), so the ledger's whole memory is a watermark: "everything below ``floor``
+is settled, and these few ``ahead`` of it". Numbers that were issued and never settled are issued
+again after a resume.
 
 Example: 0, 1 and 3 were trained and 2 was dropped, since no teacher could score it.
 
@@ -42,7 +44,9 @@ class Watermark:
 
 @dataclass(slots=True)
 class Ledger:
-    """Issues numbers in order and remembers what was settled; ``lost`` counts failed attempts by reason."""
+    """Issues numbers in order and remembers what was settled; ``lost`` counts failed attempts
+    by reason.
+    """
 
     settled: Watermark = field(default_factory=Watermark)
     dropped: set[int] = field(default_factory=set)
@@ -56,6 +60,7 @@ class Ledger:
         """The next number that is neither settled nor issued."""
         while self._next in self.settled:
             self._next += 1
+
         self._next += 1
         return self._next - 1
 
@@ -78,7 +83,9 @@ class Ledger:
         self.dropped.add(issue)
 
     def forgo(self, issues: Iterable[int]) -> None:
-        """Drop what an earlier life of the run has dropped after the checkpoint that this one goes on from."""
+        """Drop what an earlier life of the run has dropped after the checkpoint that this one
+        goes on from.
+        """
         for issue in issues:
             if issue not in self.settled:
                 self.settled.add(issue)
@@ -95,13 +102,24 @@ class Ledger:
 
     @classmethod
     def restore(
-        cls, floor: int, trained_ahead: Sequence[int], lost: Mapping[str, int], dropped: Sequence[int] = ()
+        cls,
+        floor: int,
+        trained_ahead: Sequence[int],
+        lost: Mapping[str, int],
+        dropped: Sequence[int] = (),
     ) -> Self:
         """Continue from a checkpoint: everything not settled is issued (again)."""
-        settled = Watermark(floor, {*trained_ahead, *(issue for issue in dropped if issue >= floor)})
-        return cls(settled, set(dropped), Counter({LossReason(reason): count for reason, count in lost.items()}))
+        settled = Watermark(
+            floor, {*trained_ahead, *(issue for issue in dropped if issue >= floor)}
+        )
+        return cls(
+            settled,
+            set(dropped),
+            Counter({LossReason(reason): count for reason, count in lost.items()}),
+        )
 
     def _settle(self, issue: int) -> None:
         if issue in self.settled or issue >= self._next:
             raise ValueError(f"trajectory {issue} was settled twice or never issued")
+
         self.settled.add(issue)

@@ -8,10 +8,11 @@
                        then learner.step, then channel.publish, then buffer.release: in this order, so that whatever is
                        admitted next is written by weights at most max_staleness versions behind its batch
 
-One loop serves both modes: ``max_staleness`` 0 gives a batch's worth of slots, so nothing is admitted before the
-weights it made are published. A trajectory that is lost, or too stale by accident, is sampled again by the same task
-under the same number: nothing is skipped, nothing is trained twice. One that is lost ``max_attempts`` times is dropped,
-and the task goes on with the next number in its slot.
+One loop serves both modes: ``max_staleness`` 0 gives a batch's worth of slots, so nothing is
+admitted before the weights it made are published. A trajectory that is lost, or too stale by
+accident, is sampled again by the same task under the same number: nothing is skipped, nothing is
+trained twice. One that is lost ``max_attempts`` times is dropped, and the task goes on with the
+next number in its slot.
 """
 
 import asyncio
@@ -27,11 +28,21 @@ from eopd.prompts import PromptOrder
 from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer, WeightChannel
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.step import BusyClock, Span, Totals, step_row
-from eopd.types import Header, LearnerStats, LossReason, LostTrajectory, RunFailedError, ScoredTrajectory, Stored
+from eopd.types import (
+    Header,
+    LearnerStats,
+    LossReason,
+    LostTrajectory,
+    RunFailedError,
+    ScoredTrajectory,
+    Stored,
+)
 
 
 class TooManyDroppedError(RunFailedError):
-    """More trajectories were dropped than a run may lose: something is broken that going on does not mend."""
+    """More trajectories were dropped than a run may lose: something is broken that going on
+    does not mend.
+    """
 
 
 FATES = {
@@ -60,7 +71,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _TrainedBatch:
-    """A batch and what the learner made of it; when it was full, and how much else was under way then."""
+    """A batch and what the learner made of it; when it was full, and how much else was under
+    way then.
+    """
 
     taken: Sequence[Taken]
     stats: LearnerStats
@@ -73,7 +86,8 @@ class _TrainedBatch:
 class Pipeline:
     """Everything between prompts and weights. Iterate ``steps`` to run it.
 
-    ``on_drop`` is told the issue number of every trajectory that is given up, and how it was lost last.
+    ``on_drop`` is told the issue number of every trajectory that is given up, and how it was lost
+    last.
     """
 
     plan: Plan
@@ -86,8 +100,10 @@ class Pipeline:
     totals: Totals
     on_drop: Callable[[int, LostTrajectory], None] = lambda issue, lost: None
     buffer: Buffer = field(init=False)
-    trained: Mapping[int, Header] = field(init=False, default_factory=dict)  # by issue, of the row yielded last
-    busy: Mapping[str, Sequence[Span]] = field(init=False, default_factory=dict)  # of that row, from its step's start
+    # by issue, of the row yielded last
+    trained: Mapping[int, Header] = field(init=False, default_factory=dict)
+    # of that row, from its step's start
+    busy: Mapping[str, Sequence[Span]] = field(init=False, default_factory=dict)
     doing: str = field(init=False, default="starting")  # for people: what the next row waits for
     _generating: BusyClock = field(init=False, default_factory=BusyClock)
     _scoring: BusyClock = field(init=False, default_factory=BusyClock)
@@ -103,27 +119,32 @@ class Pipeline:
         )
 
     async def steps(self, start: int) -> AsyncGenerator[Row, None]:
-        """Run batches ``start`` to ``plan.batches``, yielding the row of each once its weights are published.
+        """Run batches ``start`` to ``plan.batches``, yielding the row of each once its weights are
+        published.
 
-        Closing the iterator between two steps stops every task; closing ``buffer`` ends it after the step under way.
-        Whatever a task raises ends the iteration.
+        Closing the iterator between two steps stops every task; closing ``buffer`` ends it after
+        the step under way. Whatever a task raises ends the iteration.
 
         Raises:
             TooManyDroppedError: more than ``plan.max_dropped`` trajectories were dropped.
         """
-        async with _background(self._issue((self.plan.batches - start) * self.plan.batch)) as failed:
+        async with _background(
+            self._issue((self.plan.batches - start) * self.plan.batch)
+        ) as failed:
             for number in range(start, self.plan.batches):
                 row = await _unless(failed, self._step(number, time.monotonic()))
                 if row is None:
                     return
+
                 yield row
 
     def status(self) -> str:
         """What the loop waits for, for people."""
         buffer = self.buffer
         return (
-            f"{self.doing}; {buffer.num_ready} of {self.plan.batch} trajectories ready, the lowest missing is issue "
-            f"{buffer.next_missing}, {buffer.num_in_flight} of {buffer.num_slots} slots taken"
+            f"{self.doing}; {buffer.num_ready} of {self.plan.batch} trajectories ready, the "
+            f"lowest missing is issue {buffer.next_missing}, {buffer.num_in_flight} of "
+            f"{buffer.num_slots} slots taken"
         )
 
     async def _step(self, number: int, started: float) -> Row | None:
@@ -145,7 +166,10 @@ class Pipeline:
         ended = time.monotonic()
         written = max(started, *(self._written_at.pop(issue) for issue in self.trained))
         spans = {"generate": self._generating.lap(), "score": self._scoring.lap()}
-        self.busy = {stage: [(a - started, b - started) for a, b in of_stage] for stage, of_stage in spans.items()}
+        self.busy = {
+            stage: [(a - started, b - started) for a, b in of_stage]
+            for stage, of_stage in spans.items()
+        }
         seconds = {
             **{stage: sum(b - a for a, b in of_stage) for stage, of_stage in spans.items()},
             "step": ended - started,
@@ -155,6 +179,7 @@ class Pipeline:
             "train": trained - full,
             "weights": ended - trained,
         }
+
         return step_row(
             headers,
             stats,
@@ -187,11 +212,16 @@ class Pipeline:
                 alpha=plan.alpha_at(number),
             )
             self.doing = "training"
+
             try:
                 stats = await self.learner.step(batch)
-                return _TrainedBatch(taken, stats, full_at=full_at, in_flight=in_flight, ready=ready)
+                return _TrainedBatch(
+                    taken, stats, full_at=full_at, in_flight=in_flight, ready=ready
+                )
             except BodiesLostError as error:
-                self.buffer.put_back({one.issue for one in taken if one.stored.header.key in error.keys})
+                self.buffer.put_back(
+                    {one.issue for one in taken if one.stored.header.key in error.keys}
+                )
 
     async def _issue(self, count: int) -> None:
         """Admit so many trajectories as slots come free, each a task of its own."""
@@ -203,25 +233,32 @@ class Pipeline:
         except ExceptionGroup as errors:
             if (ends := errors.subgroup(RunFailedError)) is not None:
                 raise ends.exceptions[0] from None  # the first is what a person is told
+
             raise
 
     async def _produce(self, issue: int) -> None:
-        """Write and score one trajectory until a batch has trained it, or the next one that is not dropped."""
+        """Write and score one trajectory until a batch has trained it, or the next one that
+        is not dropped.
+        """
         while (lost := await self._until_trained(issue)) is not None:
             self.ledger.drop(issue)
             self._written_at.pop(issue, None)
             self.on_drop(issue, lost)
             if len(self.ledger.dropped) > self.plan.max_dropped:
                 raise TooManyDroppedError(
-                    f"{len(self.ledger.dropped)} trajectories were dropped after flow.max_attempts = "
-                    f"{self.plan.max_attempts} attempts each, flow.max_dropped_ratio allows {self.plan.max_dropped} in "
-                    f"this run; the last one was {lost.key}: {lost.reason.value}: {lost.detail}"
+                    f"{len(self.ledger.dropped)} trajectories were dropped after "
+                    f"flow.max_attempts = {self.plan.max_attempts} attempts each, "
+                    f"flow.max_dropped_ratio allows {self.plan.max_dropped} in this run; the "
+                    f"last one was {lost.key}: {lost.reason.value}: {lost.detail}"
                 )
+
             self.buffer.skip(issue)
             issue = self.ledger.issue()
 
     async def _until_trained(self, issue: int) -> LostTrajectory | None:
-        """None once a batch has trained it; how it was lost the last time after ``max_attempts``."""
+        """None once a batch has trained it; how it was lost the last time after
+        ``max_attempts``.
+        """
         attempt = 0
         while True:
             result = await self._write_and_score(issue, attempt)
@@ -229,6 +266,7 @@ class Pipeline:
                 reason = await self.buffer.offer(issue, result)
                 if reason is None:
                     return None
+
                 result = LostTrajectory(key=result.header.key, reason=reason, detail=FATES[reason])
 
             self.ledger.lost[result.reason] += 1
@@ -236,16 +274,23 @@ class Pipeline:
             if attempt == self.plan.max_attempts:
                 return result
 
-    async def _write_and_score(self, issue: int, attempt: int) -> Stored[ScoredTrajectory] | LostTrajectory:
+    async def _write_and_score(
+        self, issue: int, attempt: int
+    ) -> Stored[ScoredTrajectory] | LostTrajectory:
         prompt, sample_index = self.order.at(issue)
         plan = self.plan
         sampling = self.order.sampling(
-            issue, temperature=plan.temperature, max_tokens=plan.max_response_tokens, attempt=attempt
+            issue,
+            temperature=plan.temperature,
+            max_tokens=plan.max_response_tokens,
+            attempt=attempt,
         )
         with self._generating:
             written = await self.engines.generate(prompt, sample_index, sampling)
+
         if isinstance(written, LostTrajectory):
             return written
+
         self._written_at[issue] = time.monotonic()
         with self._scoring:
             return await self.teacher.score(written)
@@ -262,13 +307,18 @@ async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[as
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _unless(failed: asyncio.Task[None], work: Coroutine[object, object, Row | None]) -> Row | None:
-    """Await ``work``, unless ``failed`` raises first: then its error is raised and ``work`` is cancelled."""
+async def _unless(
+    failed: asyncio.Task[None], work: Coroutine[object, object, Row | None]
+) -> Row | None:
+    """Await ``work``, unless ``failed`` raises first: then its error is raised and ``work``
+    is cancelled.
+    """
     working = asyncio.create_task(work)
     try:
         await asyncio.wait({failed, working}, return_when=asyncio.FIRST_COMPLETED)
         if failed.done() and not working.done():
             await failed  # raises; when everything was issued it returns, and work goes on
+
         return await working
     finally:
         working.cancel()

@@ -5,15 +5,16 @@
                   ▲                                    │
                   └── its worker is lost ◀─────────────┘
 
-What a worker holds is bounded by its seats, so its deadline runs only while it works. What happens to a request when
+What a worker holds is bounded by its seats, so its deadline runs only while it works. What happens
+to a request when
 
     its worker dies                           it goes to another worker, and keeps its place
     it misses the deadline, and the worker
         does not answer a ping                the worker is lost: as above, for all that it holds
         answers it                            the request failed: ``NoAnswerError``
 
-A lost worker costs a request nothing, however often. Who is started in the place of a lost worker is said in
-``fleet.py``.
+A lost worker costs a request nothing, however often. Who is started in the place of a lost worker
+is said in ``fleet.py``.
 """
 
 import asyncio
@@ -59,10 +60,13 @@ class Pool(Generic[W]):
     Args:
         name: of one of them, for messages: ``rollout engine``.
         timeout_s: an answer that takes longer is missed.
-        ping: asks a worker for any answer; what it raises or ``PING_S`` of silence tells that the worker is lost.
+        ping: asks a worker for any answer; what it raises or ``PING_S`` of silence tells that the
+            worker is lost.
     """
 
-    def __init__(self, name: str, *, timeout_s: float, ping: Callable[[W], Awaitable[object]]) -> None:
+    def __init__(
+        self, name: str, *, timeout_s: float, ping: Callable[[W], Awaitable[object]]
+    ) -> None:
         self.name = name
         self.num_failures = 0  # requests that came back without an answer
         self.on_loss: Callable[[int, str], None] = lambda number, reason: None
@@ -88,13 +92,17 @@ class Pool(Generic[W]):
         return number in self._members and not self._members[number].draining
 
     def add(self, number: int, worker: W, seats: int) -> None:
-        """Take in a worker that holds up to ``seats`` requests at a time, under a number that is free."""
+        """Take in a worker that holds up to ``seats`` requests at a time, under a number that
+        is free.
+        """
         lost = asyncio.get_running_loop().create_future()
         self._members[number] = _Member(number, worker, seats, lost)
         self._hand_out()
 
     def lose(self, number: int, reason: str) -> None:
-        """Give up worker ``number``, if it is still there: others get what it holds, and ``on_loss`` is told why."""
+        """Give up worker ``number``, if it is still there: others get what it holds, and
+        ``on_loss`` is told why.
+        """
         member = self._members.pop(number, None)
         if member is None:
             return
@@ -103,7 +111,9 @@ class Pool(Generic[W]):
         self.on_loss(number, reason)
 
     async def drain(self, number: int) -> None:
-        """Give worker ``number`` no more requests; returns once it holds none, or is lost, and is forgotten."""
+        """Give worker ``number`` no more requests; returns once it holds none, or is lost,
+        and is forgotten.
+        """
         member = self._members.get(number)
         if member is None:
             return
@@ -111,6 +121,7 @@ class Pool(Generic[W]):
         member.draining = True
         while member.started and not member.lost.done():
             await asyncio.sleep(0.1)
+
         self._members.pop(number, None)
 
     def fail(self, error: Exception) -> None:
@@ -119,6 +130,7 @@ class Pool(Generic[W]):
         for _, _, waiting in self._waiting:
             if not waiting.done():
                 waiting.set_exception(error)
+
         self._waiting = []
 
     async def run(self, work: Callable[[W], Awaitable[R]], priority: int = 0) -> R:
@@ -135,40 +147,51 @@ class Pool(Generic[W]):
         while True:
             request = asyncio.get_running_loop().create_future()
             member = await self._seat(place, request)
+
             try:
                 answer = await self._serve(member, work)
             finally:
                 member.started.pop(request, None)
                 self._hand_out()
+
             if answer is not None:
                 return answer[0]
+
             self.num_failures += 1
 
     def status(self) -> list[str]:
         """What each worker does now, for people."""
         lines = []
         now = time.monotonic()
+
         for number, member in sorted(self._members.items()):
             line = f"{self.name} {number}: {len(member.started)} of {member.seats} in flight"
             if member.started:
                 line += f", the oldest for {now - min(member.started.values()):.0f} s"
+
             lines.append(line + (", takes no more" if member.draining else ""))
+
         waiting = sum(not request.done() for _, _, request in self._waiting)
+
         return [*lines, f"{self.name}: {waiting} wait for one"] if waiting else lines
 
-    async def _seat(self, place: tuple[int, int], request: "asyncio.Future[_Member[W]]") -> _Member[W]:
+    async def _seat(
+        self, place: tuple[int, int], request: "asyncio.Future[_Member[W]]"
+    ) -> _Member[W]:
         """Wait in turn for a worker with a free seat; it is held for ``request``."""
         if self._error is not None:
             raise self._error
 
         heapq.heappush(self._waiting, (*place, request))
         self._hand_out()
+
         try:
             return await request
         except asyncio.CancelledError:
             if request.done() and not request.cancelled():  # given a seat in the same moment
                 request.result().started.pop(request, None)
                 self._hand_out()
+
             raise
 
     def _hand_out(self) -> None:
@@ -187,7 +210,9 @@ class Pool(Generic[W]):
             member.started[request] = time.monotonic()
             request.set_result(member)
 
-    async def _serve(self, member: _Member[W], work: Callable[[W], Awaitable[R]]) -> tuple[R] | None:
+    async def _serve(
+        self, member: _Member[W], work: Callable[[W], Awaitable[R]]
+    ) -> tuple[R] | None:
         """The answer of one worker; None if it is lost."""
         answer: asyncio.Future[Any] = asyncio.ensure_future(work(member.worker))
         try:
@@ -196,10 +221,14 @@ class Pool(Generic[W]):
             is_well = answer.done() or (not member.lost.done() and await self._is_well(member))
             if answer.done():
                 return (await answer,)
+
             if not is_well:
                 return None
+
             self.num_failures += 1
-            raise NoAnswerError(f"no answer of {self.name} {member.number} within {self._timeout_s:g} s")
+            raise NoAnswerError(
+                f"no answer of {self.name} {member.number} within {self._timeout_s:g} s"
+            )
         except WorkerDownError as error:
             self._lose(member, str(error))
             return None
@@ -208,13 +237,19 @@ class Pool(Generic[W]):
             await asyncio.gather(answer, return_exceptions=True)
 
     async def _is_well(self, member: _Member[W]) -> bool:
-        """Ping a worker that missed a deadline, once for all its requests; one that is silent is lost."""
+        """Ping a worker that missed a deadline, once for all its requests; one that is silent
+        is lost.
+        """
         if member.ping is None:
             member.ping = asyncio.create_task(self._answers(member.worker))
+
         answers = await asyncio.shield(member.ping)
         member.ping = None
         if not answers:
-            self._lose(member, f"no answer within {self._timeout_s:g} s, nor to a ping within {PING_S:g} s")
+            self._lose(
+                member, f"no answer within {self._timeout_s:g} s, nor to a ping within {PING_S:g} s"
+            )
+
         return answers
 
     async def _answers(self, worker: W) -> bool:
@@ -223,6 +258,7 @@ class Pool(Generic[W]):
                 await self._ping(worker)
         except (WorkerDownError, TimeoutError):
             return False
+
         return True
 
     def _lose(self, member: _Member[W], reason: str) -> None:

@@ -1,7 +1,8 @@
 """What was computed from files, remembered until one of them changes.
 
-An answer is found again by the contents of all it came from: the question, the files, the code of this package and the
-libraries that took part. Left out: sharing between users; what stands in the directory was pickled by this user.
+An answer is found again by the contents of all it came from: the question, the files, the code of
+this package and the libraries that took part. Left out: sharing between users; what stands in the
+directory was pickled by this user.
 """
 
 import hashlib
@@ -20,26 +21,34 @@ T = TypeVar("T")
 DIRECTORY = Path("~/.cache/eopd/remembered")
 KEEP: Final = 16  # answers
 LIBRARIES: Final = ("transformers", "tokenizers", "pydantic", "numpy")
-WEIGHTS: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"})
+WEIGHTS: Final = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+)
 
 
 def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -> T:
     """``compute()``, or what it answered when ``question`` and every file were the same.
 
-    Files are the same by their contents, weights by name, size and time: they would take minutes to read. A directory
-    that cannot be read or written costs the memory, never the answer. What ``compute`` raises is raised, and not
-    remembered.
+    Files are the same by their contents, weights by name, size and time: they would take minutes to
+    read. A directory that cannot be read or written costs the memory, never the answer. What
+    ``compute`` raises is raised, and not remembered.
     """
     try:
         directory = DIRECTORY.expanduser()
         kept = directory / _digest(question, files)
-    except (OSError, RuntimeError):  # a file that cannot be read: whoever computes says so; or no home directory
+    except (
+        OSError,
+        RuntimeError,
+    ):  # a file that cannot be read: whoever computes says so; or no home directory
         return compute()
+
     with suppress(Exception):  # not there, or not readable by what is installed now: computed again
         answer: T = pickle.loads(kept.read_bytes())
         os.utime(kept)
         return answer
+
     answer = compute()
+
     with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}.partial")
@@ -47,6 +56,7 @@ def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -
         partial.replace(kept)
         for old in sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-KEEP]:
             old.unlink(missing_ok=True)
+
     return answer
 
 
@@ -54,11 +64,14 @@ def _digest(question: str, files: Iterable[Path]) -> str:
     digest = hashlib.sha256(question.encode())
     for library in LIBRARIES:
         digest.update(f"\0{library} {version(library)}".encode())
+
     code = sorted(Path(eopd.__file__).parent.rglob("*.py"))
+
     for path in [*code, *sorted(files)]:
         digest.update(f"\0{path}\0".encode())
         if path.is_file():
             digest.update(_contents(path))
+
     return digest.hexdigest()
 
 
@@ -66,5 +79,6 @@ def _contents(path: Path) -> bytes:
     if path.suffix in WEIGHTS:
         found = path.stat()
         return f"{found.st_size} {found.st_mtime_ns}".encode()
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

@@ -1,7 +1,7 @@
 """The verbs: every contract between rooms, on one screen.
 
-``pipeline.py`` knows only these. Real implementations live in their rooms and are wrapped as actors in ``runtime/``;
-tests drive the pipeline with fakes of ten lines.
+``pipeline.py`` knows only these. Real implementations live in their rooms and are wrapped as actors
+in ``runtime/``; tests drive the pipeline with fakes of ten lines.
 """
 
 from collections.abc import Collection
@@ -25,7 +25,9 @@ from eopd.types import (
 
 
 class WorkerDownError(RuntimeError):
-    """Whoever plays a role cannot answer: nothing is wrong with what was asked, and the worker may be lost."""
+    """Whoever plays a role cannot answer: nothing is wrong with what was asked, and the
+    worker may be lost.
+    """
 
 
 class EngineDownError(WorkerDownError):
@@ -41,7 +43,9 @@ class LearnerDownError(WorkerDownError):
 
 
 class BodiesLostError(RuntimeError):
-    """Bodies of a batch are gone, with the node that held them: nothing was trained or measured, and nobody is lost."""
+    """Bodies of a batch are gone, with the node that held them: nothing was trained or
+    measured, and nobody is lost.
+    """
 
     def __init__(self, keys: Collection[TrajectoryKey]) -> None:
         super().__init__(f"the bodies of {len(keys)} trajectories were lost with their node")
@@ -54,7 +58,9 @@ class RolloutEngine(Protocol):
     async def generate(
         self, prompt: PromptSample, sample_index: int, sampling: Sampling
     ) -> Stored[Trajectory] | LostTrajectory:
-        """Sample one response; a failure is a value, ``EngineDownError`` says that there is no one to ask."""
+        """Sample one response; a failure is a value, ``EngineDownError`` says that there is
+        no one to ask.
+        """
         ...
 
 
@@ -62,7 +68,9 @@ class TeacherScorer(Protocol):
     """Reads along: log-probabilities and entropy of the teacher for every response token."""
 
     async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
-        """Score one trajectory; a failure is a value, ``TeacherDownError`` says that there is no one to ask."""
+        """Score one trajectory; a failure is a value, ``TeacherDownError`` says that there is
+        no one to ask.
+        """
         ...
 
 

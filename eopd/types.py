@@ -1,8 +1,10 @@
-"""The nouns: what travels between the rooms, frozen, numpy only, no field that a later stage fills in.
+"""The nouns: what travels between the rooms, frozen, numpy only, no field that a later stage fills
+in.
 
-Alignment, stated once: every per-token array is indexed by *response position*. Index r speaks about
-``response_ids[r]``, which a model predicts from its hidden state at sequence position ``P + r - 1``
-(P = prompt length). ``loss_mask`` is data, set where tokens are made; it is never inferred from pad ids.
+Alignment, stated once: every per-token array is indexed by *response position*. Index r speaks
+about ``response_ids[r]``, which a model predicts from its hidden state at sequence position ``P + r
+- 1`` (P = prompt length). ``loss_mask`` is data, set where tokens are made; it is never inferred
+from pad ids.
 
 Worked example: prompt ``[5, 6]``, response ``[7, 8, 2]`` where 2 is the end token. P = 2, R = 3;
 ``rollout_logprobs[0]`` is log b(7 | 5 6), and the hidden state at sequence position 1 predicts it.
@@ -39,7 +41,8 @@ class TrajectoryKey(NamedTuple):
 
 
 class PolicyVersion(NamedTuple):
-    """Weights of the student: completed ``Learner.step`` calls, under one incarnation of the learner.
+    """Weights of the student: completed ``Learner.step`` calls, under one incarnation of the
+    learner.
 
     After a roll-back the incarnation grows, so that no label ever means two sets of weights.
     """
@@ -96,8 +99,8 @@ class PromptSample:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How a response is sampled: from the plain softmax at ``temperature`` (so that the recorded
-    log-probability is the policy's own), with a seed of its own. Of two requests that wait for a worker the one with
-    the lower ``priority`` goes first.
+    log-probability is the policy's own), with a seed of its own. Of two requests that wait for a
+    worker the one with the lower ``priority`` goes first.
     """
 
     temperature: float
@@ -163,8 +166,9 @@ class ScoredTrajectory:
 class Header:
     """All the driver ever sees of a trajectory.
 
-    ``sums`` are summed over response tokens or are seconds spent, e.g. ``{"generate_s": 1.2}``. ``response_crc32`` is
-    of the bytes of ``response_ids``: equal where two runs sampled the same tokens.
+    ``sums`` are summed over response tokens or are seconds spent, e.g. ``{"generate_s": 1.2}``.
+    ``response_crc32`` is of the bytes of ``response_ids``: equal where two runs sampled the same
+    tokens.
     """
 
     key: TrajectoryKey
@@ -182,7 +186,11 @@ class Header:
 
     @classmethod
     def of(
-        cls, trajectory: Trajectory, sums: Mapping[str, float], reward: float | None = None, priority: int = 0
+        cls,
+        trajectory: Trajectory,
+        sums: Mapping[str, float],
+        reward: float | None = None,
+        priority: int = 0,
     ) -> Self:
         """The header of a trajectory of at least one response token."""
         return cls(
@@ -210,7 +218,8 @@ class Header:
 class Stored(Generic[T]):
     """A header and a body of type T.
 
-    The body is opaque to the driver: a Ray object reference in ``runtime/``, the object itself in fakes.
+    The body is opaque to the driver: a Ray object reference in ``runtime/``, the object itself in
+    fakes.
     """
 
     header: Header
@@ -231,8 +240,9 @@ MicroBatch = tuple[Stored[ScoredTrajectory], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerStep:
-    """One optimiser step: ``ranks[r]`` are the micro-batches of rank r, equally many on every rank (a short
-    rank gets empty, all-masked ones). ``num_loss_tokens`` is the denominator over all ranks.
+    """One optimiser step: ``ranks[r]`` are the micro-batches of rank r, equally many on every rank
+    (a short rank gets empty, all-masked ones). ``num_loss_tokens`` is the denominator over all
+    ranks.
     """
 
     num_loss_tokens: int
@@ -248,17 +258,28 @@ class PackedBatch:
 
     def share(self, rank: int) -> Self:
         """The part of one rank; denominators stay global."""
-        steps = tuple(OptimizerStep(num_loss_tokens=s.num_loss_tokens, ranks=(s.ranks[rank],)) for s in self.steps)
+        steps = tuple(
+            OptimizerStep(num_loss_tokens=s.num_loss_tokens, ranks=(s.ranks[rank],))
+            for s in self.steps
+        )
         return type(self)(steps=steps, alpha=self.alpha)
 
     def stored(self) -> Sequence[Stored[ScoredTrajectory]]:
         """Every trajectory, in the order of the micro-batches."""
-        return [stored for step in self.steps for rank in step.ranks for micro in rank for stored in micro]
+        return [
+            stored
+            for step in self.steps
+            for rank in step.ranks
+            for micro in rank
+            for stored in micro
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerStats:
-    """What one ``Learner.step`` did, already reduced over ranks. Keys of ``metrics`` are catalogue names."""
+    """What one ``Learner.step`` did, already reduced over ranks. Keys of ``metrics`` are
+    catalogue names.
+    """
 
     version: PolicyVersion
     metrics: Mapping[str, float]
@@ -274,7 +295,9 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartStats:
-    """Some of the tokens of a held-out measurement: their ``share`` of all, and the two divergences on them."""
+    """Some of the tokens of a held-out measurement: their ``share`` of all, and the two
+    divergences on them.
+    """
 
     share: float
     reverse_kl: Estimate
@@ -285,11 +308,12 @@ class PartStats:
 class EvalStats:
     """Student against teacher on held-out prompts, per response token; no update.
 
-    reverse_kl is the mean of log p(y) - log q(y) over sampled tokens; forward_kl the ``tail`` form; top1_agreement the
-    share of positions with equal argmax. Standard errors are clustered by trajectory (tokens of one response are not
-    independent). The counts are a histogram of the loss tokens by entropy: ``NUM_ENTROPY_BINS`` bins, each
-    ``ENTROPY_BIN_NATS`` wide from 0 on, the last one open above. ``parts`` are tokens where the teacher is ``unsure``
-    (where the gate opens) or ``sure``, and tokens by ``source`` of the prompt, where there are several. ``num_dropped``
+    reverse_kl is the mean of log p(y) - log q(y) over sampled tokens; forward_kl the ``tail`` form;
+    top1_agreement the share of positions with equal argmax. Standard errors are clustered by
+    trajectory (tokens of one response are not independent). The counts are a histogram of the loss
+    tokens by entropy: ``NUM_ENTROPY_BINS`` bins, each ``ENTROPY_BIN_NATS`` wide from 0 on, the last
+    one open above. ``parts`` are tokens where the teacher is ``unsure`` (where the gate opens) or
+    ``sure``, and tokens by ``source`` of the prompt, where there are several. ``num_dropped``
     prompts could not be measured.
     """
 
@@ -310,7 +334,8 @@ class EvalStats:
 class PublishStats:
     """One completed weight sync: every live engine serves ``version``.
 
-    ``probe_nats`` is how far engines were from the learner on the probe, where they were asked (``weights/probe.py``).
+    ``probe_nats`` is how far engines were from the learner on the probe, where they were asked
+    (``weights/probe.py``).
     """
 
     version: PolicyVersion
@@ -321,7 +346,9 @@ class PublishStats:
 
 
 class RunFailedError(RuntimeError):
-    """A run ends, and the message is all that a person needs: it is shown without a traceback, exit code 1."""
+    """A run ends, and the message is all that a person needs: it is shown without a
+    traceback, exit code 1.
+    """
 
 
 class WeightTransferError(RuntimeError):

@@ -1,4 +1,5 @@
-"""The ``vllm.general_plugins`` entry point: what must exist inside vLLM's engine and worker processes.
+"""The ``vllm.general_plugins`` entry point: what must exist inside vLLM's engine and worker
+processes.
 
 Registering in the parent process only would be lost in the spawned ones.
 """
@@ -8,6 +9,8 @@ from eopd.weights import vllm_engine
 
 
 def register() -> None:
-    """Register the scoring head and the weight-transfer engine; vLLM may call this more than once."""
+    """Register the scoring head and the weight-transfer engine; vLLM may call this more than
+    once.
+    """
     head.register()
     vllm_engine.register()

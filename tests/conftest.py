@@ -33,7 +33,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(family: str, *, seed: int, scale: float = 0.02) -> Path:
         directory = root / f"{family}-{seed}-{scale}"
         if not directory.exists():
-            write_model(directory, build_model(family, tokenizer, seed=seed, scale=scale), tokenizer)
+            write_model(
+                directory, build_model(family, tokenizer, seed=seed, scale=scale), tokenizer
+            )
+
         return directory
 
     return make

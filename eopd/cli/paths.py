@@ -8,7 +8,8 @@ from eopd.config import ConfigError
 
 
 def require_place(option: str, path: Path) -> None:
-    """A file or directory can be made at a path, as far as its name and the directory around it say.
+    """A file or directory can be made at a path, as far as its name and the directory around it
+    say.
 
     Raises:
         ConfigError: begins with the option.
@@ -34,7 +35,9 @@ def require_file(option: str, path: Path) -> None:
         if is_new:
             path.unlink()
     except OSError as error:
-        raise ConfigError(f"{option} {path}: cannot be written ({error.strerror}); name a file") from None
+        raise ConfigError(
+            f"{option} {path}: cannot be written ({error.strerror}); name a file"
+        ) from None
 
 
 @contextmanager

@@ -19,15 +19,23 @@ def _teacher() -> None:
 
 @teacher.command()
 def serve(
-    config: Annotated[Path, typer.Argument(help="The YAML file of a run; its students may live elsewhere.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=value.")] = None,
-    name: Annotated[str | None, typer.Option("--teacher", help="Which of its teachers; else the first.")] = None,
+    config: Annotated[
+        Path, typer.Argument(help="The YAML file of a run; its students may live elsewhere.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key: section.key=value.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--teacher", help="Which of its teachers; else the first.")
+    ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8400,
     api_key_env: Annotated[
         str | None, typer.Option(help="The environment variable that holds the bearer token.")
     ] = None,
-    max_requests: Annotated[int, typer.Option(min=1, help="More in flight are refused with 503.")] = 256,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="More in flight are refused with 503.")
+    ] = 256,
 ) -> None:
     """Offer a teacher's exact scores over HTTP, until Ctrl-C or SIGTERM."""
     run = load_config(config, overrides or [])
@@ -44,7 +52,10 @@ def serve(
     require_model(key, chosen.model, num_tokens=longest, tokenizer=False)
     require_served(key, chosen.model)
     if run.loss.top_k > (size := vocab_size(chosen.model)):
-        raise ConfigError(f"loss.top_k: {run.loss.top_k} is larger than the vocabulary of {size} tokens")
+        raise ConfigError(
+            f"loss.top_k: {run.loss.top_k} is larger than the vocabulary of {size} tokens"
+        )
+
     require_packages()
     settle(os.environ)
     os.environ |= vllm_env(chosen.threads)
@@ -68,10 +79,17 @@ def serve(
 def _choose(teachers: tuple[TeacherConfig, ...], name: str | None) -> TeacherConfig:
     named = {teacher.name: teacher for teacher in teachers}
     if name is not None and name not in named:
-        raise ConfigError(f"--teacher {name}: there is no such teacher; there is {', '.join(named)}")
+        raise ConfigError(
+            f"--teacher {name}: there is no such teacher; there is {', '.join(named)}"
+        )
+
     chosen = teachers[0] if name is None else named[name]
     if chosen.backend != "vllm":
-        raise ConfigError(f"teachers.{chosen.name}.backend: is {chosen.backend}, served already; here it must be vllm")
+        raise ConfigError(
+            f"teachers.{chosen.name}.backend: is {chosen.backend}, served "
+            "already; here it must be vllm"
+        )
+
     return chosen
 
 
@@ -80,10 +98,17 @@ def token_for(variable: str | None, host: str) -> str | None:
     if variable is not None:
         token = os.environ.get(variable, "")
         if not token or not token.isascii() or not token.isprintable() or " " in token:
-            raise ConfigError(f"--api-key-env {variable}: must hold a token of printable ASCII, without spaces")
+            raise ConfigError(
+                f"--api-key-env {variable}: must hold a token of printable ASCII, without spaces"
+            )
+
         return token
+
     if not _is_loopback(host):
-        raise ConfigError(f"--host {host}: needs --api-key-env; without a token only this machine is served")
+        raise ConfigError(
+            f"--host {host}: needs --api-key-env; without a token only this machine is served"
+        )
+
     return None
 
 

@@ -1,4 +1,6 @@
-"""The base of every config section, and the values that several sections share with their bounds."""
+"""The base of every config section, and the values that several sections share with their
+bounds.
+"""
 
 import os
 from collections.abc import Callable, Mapping
@@ -27,7 +29,8 @@ Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Actors = Annotated[int, Field(ge=1, le=MAX_ACTORS)]
 Threads = Annotated[int, Field(ge=1, le=512)]
 Cpus = Annotated[float, Field(ge=0.0, le=1024.0)]
-Seconds = Annotated[float, Field(ge=0.001, le=1e8)]  # to three years: a time-out that is never reached
+# to three years: a time-out that is never reached
+Seconds = Annotated[float, Field(ge=0.001, le=1e8)]
 Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]  # what ``torch.manual_seed`` takes
 # vLLM samples at 0.01 when asked for less; then the learner's probabilities are not the engine's.
 Temperature = Annotated[float, Field(ge=0.01, le=100.0)]
@@ -36,35 +39,49 @@ Temperature = Annotated[float, Field(ge=0.01, le=100.0)]
 def _whole_or_share(gpus: float) -> float:
     if gpus > 1.0 and not gpus.is_integer():
         raise ValueError(f"{gpus:g} is neither a whole number of GPUs nor, below 1, a share of one")
+
     return gpus
 
 
-Gpus = Annotated[float, Field(ge=0.0, le=float(MAX_GPUS_OF_AN_ACTOR)), AfterValidator(_whole_or_share)]
+Gpus = Annotated[
+    float, Field(ge=0.0, le=float(MAX_GPUS_OF_AN_ACTOR)), AfterValidator(_whole_or_share)
+]
 
 
 def _resolve(path: Path) -> Path:
-    """Absolute from here on: actors may run in another working directory. ``~`` is the home directory."""
+    """Absolute from here on: actors may run in another working directory. ``~`` is the home
+    directory.
+    """
     text = str(path)
     if "\0" in text:
         raise ValueError("a path holds no NUL character")
+
     if text.startswith("$"):
-        raise ValueError(f"{text}: variables are not filled in; write the path out, or begin it with ~")
+        raise ValueError(
+            f"{text}: variables are not filled in; write the path out, or begin it with ~"
+        )
+
     if "://" in text or text.partition("/")[0].endswith(":"):
         raise ValueError(f"{text} is an address; it must be a path on a disk that every node reads")
+
     try:
         whole = path.expanduser().absolute()
     except RuntimeError:
         raise ValueError(f"{text}: there is no such user, or no home directory") from None
+
     if (longest := max(len(os.fsencode(part)) for part in whole.parts)) > MAX_NAME_BYTES:
         raise ValueError(f"a name in a path has {MAX_NAME_BYTES} bytes at most (has {longest})")
+
     if (length := len(os.fsencode(whole))) > MAX_PATH_BYTES:
         raise ValueError(f"a path has {MAX_PATH_BYTES} bytes at most (has {length})")
+
     return whole
 
 
 def _not_empty(value: object) -> object:
     if value == "":
         raise ValueError("must be a path (is ''); . is the working directory")
+
     return value
 
 
@@ -75,6 +92,7 @@ def _resolve_data(spec: str) -> str:
     """A file becomes absolute like any path; anything else is the name of a data set."""
     if "\0" in spec:
         raise ValueError("a path holds no NUL character")
+
     return str(_resolve(Path(spec))) if Path(spec).suffix in DATA_SUFFIXES else spec
 
 
@@ -84,9 +102,10 @@ DataSpec = Annotated[str, AfterValidator(_resolve_data)]
 def _without_controls(text: str) -> str:
     if found := control_in(text):
         raise ValueError(
-            f"{found}, which double quotes in YAML make of {found.meant}; double the backslash (\\{found.meant}), or "
-            "write the text in single quotes"
+            f"{found}, which double quotes in YAML make of {found.meant}; double the "
+            f"backslash (\\{found.meant}), or write the text in single quotes"
         )
+
     return text
 
 
@@ -108,11 +127,14 @@ def refuse(where: str, options: Mapping[str, object], owned: Mapping[str, str]) 
         ValueError: names them.
     """
     if taken := [name for name in options if name in owned]:
-        raise ValueError("; ".join(f"{where}.{name}: cannot be set here: {owned[name]}" for name in taken))
+        raise ValueError(
+            "; ".join(f"{where}.{name}: cannot be set here: {owned[name]}" for name in taken)
+        )
 
 
 def require_gpus_for_workers(gpus: float, vllm: Mapping[str, object]) -> None:
-    """Compare the GPUs of one engine with the workers that its ``vllm`` options start, one GPU each.
+    """Compare the GPUs of one engine with the workers that its ``vllm`` options start, one GPU
+    each.
 
     Raises:
         ValueError: they differ, or the workers are more than a node has.
@@ -120,16 +142,22 @@ def require_gpus_for_workers(gpus: float, vllm: Mapping[str, object]) -> None:
     names = ("tensor_parallel_size", "pipeline_parallel_size")
     sizes = {name: size for name in names if type(size := vllm.get(name, 1)) is int}
     workers = 1
+
     for name, size in sizes.items():
         workers *= size
         if size < 1 or workers > MAX_GPUS_OF_AN_ACTOR:
             raise ValueError(f"vllm.{name}: must be from 1 to {MAX_GPUS_OF_AN_ACTOR} (is {size})")
+
     if gpus == 0.0 or (workers == 1 and gpus <= 1.0) or gpus == workers:
         return
+
     asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     if asked:
         raise ValueError(f"gpus: must be {workers} for vllm.{asked} (is {gpus:g})")
-    raise ValueError(f"gpus: the engine would use one of {gpus:g}; add vllm: {{tensor_parallel_size: {gpus:g}}}")
+
+    raise ValueError(
+        f"gpus: the engine would use one of {gpus:g}; add vllm: {{tensor_parallel_size: {gpus:g}}}"
+    )
 
 
 def each_once(what: str) -> Callable[[list[str]], list[str]]:
@@ -138,6 +166,7 @@ def each_once(what: str) -> Callable[[list[str]], list[str]]:
     def check(values: list[str]) -> list[str]:
         if twice := [value for value in values if values.count(value) > 1]:
             raise ValueError(f"{what} {twice[0]} stands twice")
+
         return values
 
     return check
@@ -146,4 +175,6 @@ def each_once(what: str) -> Callable[[list[str]], list[str]]:
 class Section(BaseModel):
     """Frozen; an unknown key is an error, never ignored; defaults are checked like values."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )

@@ -31,15 +31,19 @@ class _Composer(yaml.SafeLoader):
 
     depth = 0
 
-    def resolve(self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool] | bool | None) -> str:
+    def resolve(
+        self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool] | bool | None
+    ) -> str:
         if kind is yaml.ScalarNode:
             return _PLAIN if isinstance(implicit, tuple) and implicit[0] else f"{_TAG}str"
+
         return f"{_TAG}seq" if kind is yaml.SequenceNode else f"{_TAG}map"
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth += 1
         if self.depth > _DEEPEST:
             raise DocumentError(f"is nested more than {_DEEPEST} levels deep")
+
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -64,6 +68,7 @@ def read_value(text: str) -> object:
     node, end = _compose(text)
     if text[end:].strip() or (node is None and text.strip()):
         raise DocumentError("ends at #, where a comment of YAML begins")
+
     return Plain("") if node is None else _Reader(text).tree(node, ())
 
 
@@ -76,6 +81,7 @@ def _compose(text: str) -> tuple[yaml.Node | None, int]:
         raise DocumentError(f"is not YAML: {explain_syntax(error, text)}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: \U of no character
         raise DocumentError(f"is not YAML: {str(error).partition(chr(10))[0]}") from None
+
     return node, 0 if node is None else node.end_mark.index
 
 
@@ -91,11 +97,14 @@ class _Reader:
         self._count += 1
         if self._count > _MOST:
             raise DocumentError(f"its aliases expand to more than {_MOST} values")
+
         if id(node) in self._open:
             raise DocumentError(f"line {_line(node)}: {_dotted(where)} contains itself")
+
         self._open.add(id(node))
         tree = self._tree(node, where)
         self._open.remove(id(node))
+
         return tree
 
     def _tree(self, node: yaml.Node, where: tuple[str, ...]) -> object:
@@ -121,18 +130,25 @@ class _Reader:
         own: dict[str, object] = {}
         lines: dict[str, int] = {}
         merged: dict[str, object] = {}
+
         for key_node, value_node in node.value:
             key, line = _key(key_node), _line(key_node)
             inside = (*where, str(key))
             if key in lines:
-                at = f"both in line {line}" if lines[key] == line else f"lines {lines[key]} and {line}"
+                at = (
+                    f"both in line {line}"
+                    if lines[key] == line
+                    else f"lines {lines[key]} and {line}"
+                )
                 raise DocumentError(f"{_dotted(inside)} stands twice ({at}): remove one")
+
             lines[key] = line
             value = self.tree(value_node, inside)
             if key == "<<" and isinstance(key, Plain):
                 merged = _merged(value, line)
             else:
                 own[key] = value
+
         return merged | own
 
 
@@ -140,21 +156,27 @@ def _scalar(node: yaml.ScalarNode, comment: str = "") -> str:
     text = str(node.value)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise DocumentError(f"line {_line(node)}: a \\u escape there is half a character")
+
     if node.tag == _PLAIN or node.tag in _SCALARS:
         return Plain(text, comment)
+
     if node.tag != f"{_TAG}str":
         raise DocumentError(f"line {_line(node)}: the tag {_tag(node)} means nothing here")
+
     return text
 
 
 def _key(node: yaml.Node) -> str:
     if not isinstance(node, yaml.ScalarNode):
         raise DocumentError(
-            f"line {_line(node)}: a list or mapping cannot be a key; quote a text that begins with {{ or ["
+            f"line {_line(node)}: a list or mapping cannot be a key; quote a text that "
+            f"begins with {{ or ["
         )
+
     key = _scalar(node)
     if isinstance(key, Plain) and key == "":
         raise DocumentError(f"line {_line(node)}: there is no key before the colon")
+
     return key
 
 
@@ -162,10 +184,13 @@ def _merged(value: object, line: int) -> dict[str, object]:
     """The keys of ``<<``: of one mapping, or of several, of which the first that has a key wins."""
     parts = value if isinstance(value, list) else [value]
     merged: dict[str, object] = {}
+
     for part in reversed(parts):
         if not isinstance(part, dict):
             raise DocumentError(f"line {line}: << merges mappings; write <<: *name or <<: [*a, *b]")
+
         merged |= part
+
     return merged
 
 
@@ -196,6 +221,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 def _represent_plain(dumper: yaml.SafeDumper, text: Plain) -> yaml.Node:
     if text in NULLS:
         return dumper.represent_none(None)
+
     tag = dumper.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
     return yaml.ScalarNode(tag, str(text))
 
@@ -219,7 +245,10 @@ def show(value: object) -> str:
     if isinstance(value, Plain) and value not in NULLS:
         text = str(value)
     else:
-        text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=_WIDE)
+        text = yaml.dump(
+            value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=_WIDE
+        )
         text = text.removesuffix("\n").removesuffix("\n...")
+
     text = " ".join(text.split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

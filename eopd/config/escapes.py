@@ -1,8 +1,9 @@
-r"""Text in which an escape ate a backslash: JSON and double quotes of YAML read ``\boxed`` as a backspace and ``oxed``.
+r"""Text in which an escape ate a backslash: JSON and double quotes of YAML read ``\boxed`` as a
+backspace and ``oxed``.
 
-Control characters but tab and line ends are in no text that is meant. A tab or a carriage return is, unless a known
-command of LaTeX follows whose first letter it was (``\theta``, ``\right``). What begins with ``\n`` cannot be told from
-a line end.
+Control characters but tab and line ends are in no text that is meant. A tab or a carriage return
+is, unless a known command of LaTeX follows whose first letter it was (``\theta``, ``\right``). What
+begins with ``\n`` cannot be told from a line end.
 """
 
 import re
@@ -22,7 +23,8 @@ _NAMES: Final = {
     "\u2028": r"\L",
     "\u2029": r"\P",
 }
-# The short ones are words too (``an 8-bit number`` behind a tab): they count where a formula goes on.
+# The short ones are words too (``an 8-bit number`` behind a tab): they count where a formula goes
+# on.
 _LATEX: Final = r"""
     \t (?: (?: heta | imes | ilde | herefore | hickapprox | riangle[a-z]* ) (?![A-Za-z])
          | ext [a-z]{0,6} \s? \{
@@ -32,16 +34,22 @@ _LATEX: Final = r"""
   | \r (?: ight [a-z]* | ho (?![A-Za-z]) )
 """
 _SHORT: Final = r"\t (?: anh? | au | op? ) (?![A-Za-z])"
-_CONTROLS: Final = re.compile(rf"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029] | {_LATEX}", re.VERBOSE)
+_CONTROLS: Final = re.compile(
+    rf"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029] | {_LATEX}", re.VERBOSE
+)
 # A form feed ends a page of many documents, and is meant there.
-_OF_JSON: Final = re.compile(rf"[\b] | \f (?: rac | orall | box | lat | rown ) | {_LATEX}", re.VERBOSE)
+_OF_JSON: Final = re.compile(
+    rf"[\b] | \f (?: rac | orall | box | lat | rown ) | {_LATEX}", re.VERBOSE
+)
 _OF_A_FORMULA: Final = re.compile(rf"[\b\f] | {_SHORT} | {_LATEX}", re.VERBOSE)
 _REST: Final = re.compile(r"[A-Za-z]{0,20}")
 
 
 @dataclass(frozen=True, slots=True)
 class Escape:
-    r"""A character that an escape made: ``written`` is the escape (``\b``), ``meant`` what it began (``\boxed``)."""
+    r"""A character that an escape made: ``written`` is the escape (``\b``), ``meant`` what it
+    began (``\boxed``).
+    """
 
     written: str
     meant: str
@@ -57,7 +65,9 @@ def control_in(text: str) -> Escape | None:
 
 
 def eaten_by_json(text: str, *, formula: bool = False) -> Escape | None:
-    """The first escape of a text of a data set; ``formula`` says that it is short, and no prose behind tabs."""
+    """The first escape of a text of a data set; ``formula`` says that it is short, and no
+    prose behind tabs.
+    """
     return _first(_OF_A_FORMULA if formula else _OF_JSON, text)
 
 
@@ -65,6 +75,7 @@ def _first(pattern: re.Pattern[str], text: str) -> Escape | None:
     found = pattern.search(text)
     if found is None:
         return None
+
     character, position = text[found.start()], found.start()
     rest = _REST.match(text, position + 1)
     written = _NAMES.get(character, f"\\x{ord(character):02x}")

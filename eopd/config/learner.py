@@ -40,10 +40,11 @@ _OLD_OFFLOAD: Final = "write offload_optimizer: {device: cpu} or offload_param: 
 
 
 class LearnerConfig(Section):
-    """The DeepSpeed gang. ``max_skipped_steps`` optimiser steps of a run may be skipped for a loss or gradient that is
-    not finite; the next one ends the run. Ranks that do not answer within ``timeout_s`` are started again from the last
-    checkpoint. ``peak_flops`` is what the device of one rank can do in a second at best: with it there is an MFU.
-    ``deepspeed`` goes to the engine untouched; keys this project must own are refused there.
+    """The DeepSpeed gang. ``max_skipped_steps`` optimiser steps of a run may be skipped for a loss
+    or gradient that is not finite; the next one ends the run. Ranks that do not answer within
+    ``timeout_s`` are started again from the last checkpoint. ``peak_flops`` is what the device of
+    one rank can do in a second at best: with it there is an MFU. ``deepspeed`` goes to the engine
+    untouched; keys this project must own are refused there.
     """
 
     ranks: Actors = 1
@@ -73,32 +74,42 @@ class LearnerConfig(Section):
         if isinstance(zero, dict):
             refuse("deepspeed.zero_optimization", zero, {"stage": "learner.zero_stage says it"})
             _refuse_offload(zero, self.zero_stage)
+
         return self
 
     @model_validator(mode="after")
     def _one_gpu_is_of_one_rank(self) -> Self:
         if self.gpus > 1.0:
-            raise ValueError(f"gpus: one rank uses one GPU (is {self.gpus:g}); raise learner.ranks for more")
+            raise ValueError(
+                f"gpus: one rank uses one GPU (is {self.gpus:g}); raise learner.ranks for more"
+            )
+
         if 0.0 < self.gpus < 1.0 and self.ranks > 1:
             raise ValueError(
                 f"gpus: {self.ranks} ranks may not share a GPU, since NCCL joins them "
                 f"(is {self.gpus:g}); write 1, or ranks: 1"
             )
+
         return self
 
     @property
     def ranks_may_change(self) -> bool:
         """Whether another number of ranks may continue a checkpoint.
 
-        Not under ``round_robin_gradients``: DeepSpeed 0.19.8 shards in one order of the parameters and writes down
-        another (``_link_all_hp_params`` in stage_1_and_2.py).
+        Not under ``round_robin_gradients``: DeepSpeed 0.19.8 shards in one order of the parameters
+        and writes down another (``_link_all_hp_params`` in stage_1_and_2.py).
         """
         zero = self.deepspeed.get("zero_optimization")
-        return not (self.zero_stage in (1, 2) and isinstance(zero, dict) and zero.get("round_robin_gradients"))
+        return not (
+            self.zero_stage in (1, 2)
+            and isinstance(zero, dict)
+            and zero.get("round_robin_gradients")
+        )
 
 
 def _refuse_offload(zero: NativeOptions, zero_stage: int) -> None:
-    """Refuse offloading that DeepSpeed 0.19.8 ignores, does with its own Adam alone, or leaves out of checkpoints.
+    """Refuse offloading that DeepSpeed 0.19.8 ignores, does with its own Adam alone, or leaves out
+    of checkpoints.
 
     Raises:
         ValueError: names the option and what to write.
@@ -108,9 +119,16 @@ def _refuse_offload(zero: NativeOptions, zero_stage: int) -> None:
         options = zero.get(name) or {}
         device = options.get("device", "none") if isinstance(options, dict) else options
         if device not in ("none", "cpu"):
-            raise ValueError(f"{where}.{name}: must be {{device: cpu}} or {{device: none}} (is {show(device)})")
+            raise ValueError(
+                f"{where}.{name}: must be {{device: cpu}} or {{device: none}} (is {show(device)})"
+            )
+
         if device == "cpu" and zero_stage < lowest_stage:
-            raise ValueError(f"{where}.{name}: needs zero_stage {lowest_stage} or more (is {zero_stage})")
+            raise ValueError(
+                f"{where}.{name}: needs zero_stage {lowest_stage} or more (is {zero_stage})"
+            )
+
         if isinstance(options, dict):
             refuse(f"{where}.{name}", options, {"ratio": _OWN_ADAM, "super_offload": _OWN_ADAM})
+
     refuse(where, zero, {"cpu_offload": _OLD_OFFLOAD, "cpu_offload_param": _OLD_OFFLOAD})

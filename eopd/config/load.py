@@ -1,4 +1,6 @@
-"""YAML and ``--set a.b=c`` to a checked ``Config``; every mistake is one ``ConfigError`` that names the key."""
+"""YAML and ``--set a.b=c`` to a checked ``Config``; every mistake is one ``ConfigError`` that
+names the key.
+"""
 
 import typing
 from collections.abc import Mapping, Sequence
@@ -39,15 +41,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     shaped, faults = shape(tree, Config)
     mistakes = {place: f"{'.'.join(place)}: {fault}" for place, fault in faults.items()}
+
     try:
         config = Config.model_validate(shaped)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             place, line = explain(detail, Config)
             mistakes.setdefault(place, line)
+
         raise ConfigError(f"{path}: " + "\n".join(mistakes.values())) from None
+
     if mistakes:
         raise ConfigError(f"{path}: " + "\n".join(mistakes.values()))
+
     return with_dtypes(config)
 
 
@@ -69,7 +75,9 @@ def make_section(
     except ValidationError as error:
         lines = [explain(detail, section)[1] for detail in error.errors(include_url=False)]
         told = [line.partition(":") for line in lines]
-        told = [(named.get(key, f"--{key.replace('_', '-')}"), colon, what) for key, colon, what in told]
+        told = [
+            (named.get(key, f"--{key.replace('_', '-')}"), colon, what) for key, colon, what in told
+        ]
         raise ConfigError("\n".join(dict.fromkeys("".join(parts) for parts in told))) from None
 
 
@@ -88,9 +96,11 @@ def _read(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path}: is not YAML: {where}") from None
     except DocumentError as error:
         raise ConfigError(f"{path}: {error}") from None
+
     if not isinstance(tree, dict):
         what = "is empty" if tree is None else f"is {show(tree)}"
         raise ConfigError(f"{path}: must be a mapping of sections ({what})")
+
     return {key: value for key, value in tree.items() if not key.startswith(_HOLDER)}
 
 
@@ -106,11 +116,18 @@ def _apply(tree: dict[str, object], override: str) -> None:
     *parents, last = dotted.split(".")
     if not equals:
         raise ConfigError(f"--set {override}: must be section.key=value")
+
     if "[" in dotted:
         numbered = dotted.replace("[", ".").replace("]", "")
-        raise ConfigError(f"--set {override}: an item of a list is named by its number: {numbered}=...")
+        raise ConfigError(
+            f"--set {override}: an item of a list is named by its number: {numbered}=..."
+        )
+
     if not all((*parents, last)):
-        raise ConfigError(f"--set {override}: must be section.key=value; a part of the key is empty")
+        raise ConfigError(
+            f"--set {override}: must be section.key=value; a part of the key is empty"
+        )
+
     try:
         value = read_value(text)
     except DocumentError as error:
@@ -121,6 +138,7 @@ def _apply(tree: dict[str, object], override: str) -> None:
     node: object = tree
     for depth, part in enumerate(parents):
         node = _below(node, part, parents[:depth], override)
+
     if isinstance(node, dict):
         node[last] = value
     elif isinstance(node, list):
@@ -132,24 +150,42 @@ def _apply(tree: dict[str, object], override: str) -> None:
 def _below(node: object, part: str, above: Sequence[str], override: str) -> object:
     if isinstance(node, list):
         return typing.cast(object, node[_index(node, part, above, override)])
+
     if not isinstance(node, dict):
         raise ConfigError(f"--set {override}: {'.'.join(above)} is a value, it has no key {part}")
+
     if node.get(part) in (None, ""):
         node[part] = {}
+
     return typing.cast(object, node[part])
 
 
 def _index(node: Sequence[object], part: str, above: Sequence[str], override: str) -> int:
-    if part.isascii() and part.isdigit() and len(part) <= len(str(len(node))) and int(part) < len(node):
+    if (
+        part.isascii()
+        and part.isdigit()
+        and len(part) <= len(str(len(node)))
+        and int(part) < len(node)
+    ):
         return int(part)
+
     where = ".".join(above)
     if not node:
-        raise ConfigError(f"--set {override}: {where} is an empty list; set all of it: {where}=[...]")
-    names = [str(item.get("name", DEFAULT_NAME)) if isinstance(item, dict) else None for item in node]
+        raise ConfigError(
+            f"--set {override}: {where} is an empty list; set all of it: {where}=[...]"
+        )
+
+    names = [
+        str(item.get("name", DEFAULT_NAME)) if isinstance(item, dict) else None for item in node
+    ]
     if names.count(part) == 1:
         return names.index(part)
+
     if not part.lstrip("-").isdigit():
-        raise ConfigError(f"--set {override}: {where} is a list; write {where}.0.{part} for its first item")
+        raise ConfigError(
+            f"--set {override}: {where} is a list; write {where}.0.{part} for its first item"
+        )
+
     raise ConfigError(f"--set {override}: {where}.{part} must be an index below {len(node)}")
 
 
@@ -161,4 +197,5 @@ def flatten(tree: object, prefix: str = "") -> dict[str, object]:
         items = [(f"{prefix}.{index}", value) for index, value in enumerate(tree)]
     else:
         return {prefix: tree}
+
     return {key: leaf for name, value in items for key, leaf in flatten(value, name).items()}

@@ -1,6 +1,7 @@
 """The objective, in the YAML shape of its three parts: a gate, a forward KL, a reverse KL.
 
-Every form is chosen by ``kind`` and carries only its own options, so that an impossible pair cannot be written.
+Every form is chosen by ``kind`` and carries only its own options, so that an impossible pair cannot
+be written.
 """
 
 from typing import Annotated, Literal
@@ -36,7 +37,9 @@ class SigmoidGate(Section):
 
 
 class RandomGate(Section):
-    """g = 1 on a share ``rate`` of the tokens, whatever the teacher says: the control at a matched rate."""
+    """g = 1 on a share ``rate`` of the tokens, whatever the teacher says: the control at a
+    matched rate.
+    """
 
     kind: Literal["random"] = "random"
     rate: float = Field(0.2, ge=0.0, le=1.0)
@@ -55,7 +58,8 @@ class NeverGate(Section):
 
 
 Gate = Annotated[
-    HardGate | QuantileGate | SigmoidGate | RandomGate | AlwaysGate | NeverGate, Field(discriminator="kind")
+    HardGate | QuantileGate | SigmoidGate | RandomGate | AlwaysGate | NeverGate,
+    Field(discriminator="kind"),
 ]
 
 
@@ -66,25 +70,31 @@ class RenormalizedForwardKl(Section):
 
 
 class TailForwardKl(Section):
-    """KL over k + 1 outcomes: the rest of the vocabulary is one bucket. The teacher is its minimum."""
+    """KL over k + 1 outcomes: the rest of the vocabulary is one bucket. The teacher is its
+    minimum.
+    """
 
     kind: Literal["tail"] = "tail"
 
 
 class TruncatedForwardKl(Section):
-    """The top-k part of the full KL, neither renormalised nor completed: no KL, may be negative; a control."""
+    """The top-k part of the full KL, neither renormalised nor completed: no KL, may be
+    negative; a control.
+    """
 
     kind: Literal["truncated"] = "truncated"
 
 
-ForwardKl = Annotated[RenormalizedForwardKl | TailForwardKl | TruncatedForwardKl, Field(discriminator="kind")]
+ForwardKl = Annotated[
+    RenormalizedForwardKl | TailForwardKl | TruncatedForwardKl, Field(discriminator="kind")
+]
 
 
 class Reward(Section):
     """A verifier's advantage, added to the teacher's on every token of a response.
 
-    ``weight`` (nats) x (reward - mean reward of the prompt's other samples); the reward is 1 where ``grader`` finds
-    the answer correct, else 0.
+    ``weight`` (nats) x (reward - mean reward of the prompt's other samples); the reward is 1 where
+    ``grader`` finds the answer correct, else 0.
     """
 
     grader: GraderName
@@ -92,7 +102,9 @@ class Reward(Section):
 
 
 class SampledReverseKl(Section):
-    """Clipped policy gradient on the sampled token (the paper), with a truncated importance weight."""
+    """Clipped policy gradient on the sampled token (the paper), with a truncated importance
+    weight.
+    """
 
     kind: Literal["sampled"] = "sampled"
     clip: float = Field(0.2, gt=0.0, lt=1.0)
@@ -101,7 +113,9 @@ class SampledReverseKl(Section):
 
 
 class TopkTailReverseKl(Section):
-    """KL of the student to the teacher over the teacher's top k and the rest as one bucket: no sampling noise."""
+    """KL of the student to the teacher over the teacher's top k and the rest as one bucket:
+    no sampling noise.
+    """
 
     kind: Literal["topk_tail"] = "topk_tail"
 
@@ -112,7 +126,9 @@ class NoReverseKl(Section):
     kind: Literal["none"] = "none"
 
 
-ReverseKl = Annotated[SampledReverseKl | TopkTailReverseKl | NoReverseKl, Field(discriminator="kind")]
+ReverseKl = Annotated[
+    SampledReverseKl | TopkTailReverseKl | NoReverseKl, Field(discriminator="kind")
+]
 
 
 class AlphaWarmup(Section):
@@ -151,5 +167,6 @@ class LossConfig(Section):
         """Alpha of batch number ``batch``, counted from 0."""
         if batch >= self.alpha_warmup.batches:
             return self.alpha
+
         start = self.alpha_warmup.start
         return self.alpha * (start + (1.0 - start) * batch / self.alpha_warmup.batches)

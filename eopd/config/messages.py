@@ -21,10 +21,11 @@ _KEY: Final = "[key]"  # pydantic's word for the key of a mapping
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Spot:
-    """Where a mistake is: its place for the user, the section around it, the field, and the type there.
+    """Where a mistake is: its place for the user, the section around it, the field, and the type
+    there.
 
-    ``inside`` says where within the field, if that is a list or mapping of values; ``siblings`` are the kinds that the
-    section is one of.
+    ``inside`` says where within the field, if that is a list or mapping of values; ``siblings`` are
+    the kinds that the section is one of.
     """
 
     place: Place
@@ -49,6 +50,7 @@ def explain(detail: ErrorDetails, model: type[BaseModel]) -> tuple[Place, str]:
     is_key = location[-1:] == [_KEY] and detail["type"] != "extra_forbidden"
     spot = _find(model, location[:-1] if is_key else location)
     value, key = detail["input"], spot.key
+
     match detail["type"]:
         case "missing" if spot.inside:  # one of a list of so many
             spot = _find(model, spot.place[:-1])
@@ -63,16 +65,25 @@ def explain(detail: ErrorDetails, model: type[BaseModel]) -> tuple[Place, str]:
             line = f"{key}.kind: is required; {_kinds_with(spot, value)}"
         case "union_tag_invalid":
             kind = str(value["kind"])
-            line = f"{key}.kind: {kind} is unknown; {_close(kind, spot.kinds)}kinds are {listed(spot.kinds)}"
+            line = (
+                f"{key}.kind: {kind} is unknown; {_close(kind, spot.kinds)}kinds are "
+                f"{listed(spot.kinds)}"
+            )
         case _ if is_key:
             wanted = (
-                f"text here: write '{value}' in quotes" if detail["type"] == "string_type" else "whole numbers here"
+                f"text here: write '{value}' in quotes"
+                if detail["type"] == "string_type"
+                else "whole numbers here"
             )
             line = f"{key}: keys must be {wanted}"
         case "string_too_long":
-            line = f"{key}: must have {detail['ctx']['max_length']} characters at most (has {len(value)})"
+            line = (
+                f"{key}: must have {detail['ctx']['max_length']} characters at most (has "
+                f"{len(value)})"
+            )
         case _:
             line = f"{key}: {_mismatch(spot, value)}"
+
     return spot.place, line
 
 
@@ -90,17 +101,20 @@ def wrong_option(detail: ErrorDetails) -> str:
             wanted = f"must be {bounds['le']} or less"
         case _:
             return detail["msg"].removeprefix("Value error, ").removesuffix(".")
+
     return f"{wanted} (is {detail['input']})"
 
 
 def _mismatch(spot: _Spot, value: object) -> str:
     if not spot.place:
         return f"must be a mapping of sections (is {show(value)})"
+
     described = spot.field.description if spot.field and not spot.inside else None
     bounds = spot.field.metadata if spot.field and not spot.inside else ()
     wanted = described or expected(spot.annotation, bounds)
     shown = "" if _may_be_secret(spot.place[-1], value) else f" (is {show(value)})"
     close = _close(value, literals(spot.annotation)) if isinstance(value, str) else ""
+
     return f"must be {wanted}{shown}{'; ' if close else ''}{close.strip()}"
 
 
@@ -122,16 +136,21 @@ def _close(word: str, known: Sequence[str]) -> str:
 
 
 def _find(model: type[BaseModel], location: Sequence[str]) -> _Spot:
-    """Follow pydantic's location, without the members of unions that it names: the user wrote none."""
+    """Follow pydantic's location, without the members of unions that it names: the user wrote
+    none.
+    """
     owner, field, place, inside = model, None, list[str](), list[str]()
     annotation: object = model
     siblings: Mapping[str, type[BaseModel]] = {}
+
     for part in location:
         if part in (kinds := kinds_of(annotation)):
             annotation, siblings = kinds[part], kinds
             continue
+
         if len(members(annotation)) > 1:
             break
+
         place.append(part)
         if section := section_of(annotation):
             siblings = siblings if section in siblings.values() else {}
@@ -140,6 +159,7 @@ def _find(model: type[BaseModel], location: Sequence[str]) -> _Spot:
         else:
             inside.append(part)
             annotation = _inside(annotation)
+
     return _Spot(
         place=tuple(place),
         owner=section_of(annotation) or owner,
@@ -155,6 +175,7 @@ def _joined(spot: _Spot, message: str) -> str:
     first = message.partition(":")[0].partition(".")[0]
     if not spot.place:
         return message
+
     return f"{spot.key}.{message}" if first in spot.owner.model_fields else f"{spot.key}: {message}"
 
 
@@ -164,23 +185,35 @@ def _hint(model: type[BaseModel], spot: _Spot) -> str:
     if "." in name:
         first, _, rest = name.partition(".")
         return f"names with dots are for --set; here write {first}: {{{rest}: ...}}"
+
     allowed = sorted(spot.owner.model_fields)
     if close := _close(name.replace("-", "_"), allowed):
         return close.strip()
+
     elsewhere = [key for key in _every_key(model) if key.rpartition(".")[2] == name]
     if 0 < len(elsewhere) <= _MOST_PLACES:
         return f"did you mean {listed(elsewhere, last='or')}?"
-    return f"allowed here: {', '.join(allowed)}" if len(allowed) <= _MOST_LISTED else "no known key is like it"
+
+    return (
+        f"allowed here: {', '.join(allowed)}"
+        if len(allowed) <= _MOST_LISTED
+        else "no known key is like it"
+    )
 
 
 def _of_another_kind(spot: _Spot) -> str | None:
     """What to say of a key that other kinds of the section have."""
-    others = [kind for kind, section in spot.siblings.items() if spot.place[-1] in section.model_fields]
+    others = [
+        kind for kind, section in spot.siblings.items() if spot.place[-1] in section.model_fields
+    ]
     if not others:
         return None
+
     here = next(kind for kind, section in spot.siblings.items() if section is spot.owner)
+
     return (
-        f"is of kind{'s' if len(others) > 1 else ''} {listed(others)}, and kind is {here}; leave it out, or change kind"
+        f"is of kind{'s' if len(others) > 1 else ''} {listed(others)}, and kind is {here}; "
+        "leave it out, or change kind"
     )
 
 
@@ -201,4 +234,5 @@ def _every_key(model: type[BaseModel], prefix: str = "") -> list[str]:
         key = f"{prefix}{name}" + ("[]" if item is not None and sections[0] else "")
         for section in sections:
             keys += _every_key(section, f"{key}.") if section else [key]
+
     return list(dict.fromkeys(keys))

@@ -15,4 +15,6 @@ def require_no_pointer(file: Path) -> None:
     """
     with file.open("rb") as opened:
         if opened.read(len(POINTER)) == POINTER:
-            raise ValueError(f"{file} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
+            raise ValueError(
+                f"{file} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
+            )

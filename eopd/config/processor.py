@@ -37,21 +37,40 @@ def choose_dtype(*, gpus: float, flags: Collection[str], environment: Mapping[st
     Args:
         gpus: that one of its actors asks for.
         flags: of the processor, as ``/proc/cpuinfo`` names them.
-        environment: of the process; ``ONEDNN_MAX_CPU_ISA`` and ``ATEN_CPU_CAPABILITY`` may hold instructions back.
+        environment: of the process; ``ONEDNN_MAX_CPU_ISA`` and ``ATEN_CPU_CAPABILITY`` may hold
+            instructions back.
     """
     if gpus:
         return Choice("bfloat16", "runs on GPUs")
+
     if held_back := [name for name in _LIMITS if _holds_back(environment.get(name, ""))]:
-        return Choice("float32", f"{held_back[0]}={environment[held_back[0]]} keeps bfloat16 instructions from use")
+        return Choice(
+            "float32",
+            f"{held_back[0]}={environment[held_back[0]]} keeps bfloat16 instructions from use",
+        )
+
     if found := [flag for flag in _BFLOAT16_FLAGS if flag in flags]:
         return Choice("bfloat16", f"this processor has bfloat16 instructions ({found[0]})")
-    return Choice("float32", "this processor has no bfloat16 instructions (neither AVX-512 BF16 nor AMX)")
+
+    return Choice(
+        "float32", "this processor has no bfloat16 instructions (neither AVX-512 BF16 nor AMX)"
+    )
 
 
 def _holds_back(limit: str) -> bool:
     """Whether a limit of either library lies below bfloat16 instructions (oneDNN 3, torch 2.13)."""
-    reaches = ("", "all", "default", "avx512_core_bf16", "avx512_core_fp16", "avx512_core_amx", "avx512")
-    return limit.lower() not in reaches and not limit.lower().startswith(("avx10", "avx512_core_amx"))
+    reaches = (
+        "",
+        "all",
+        "default",
+        "avx512_core_bf16",
+        "avx512_core_fp16",
+        "avx512_core_amx",
+        "avx512",
+    )
+    return limit.lower() not in reaches and not limit.lower().startswith(
+        ("avx10", "avx512_core_amx")
+    )
 
 
 def processor_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
@@ -60,6 +79,7 @@ def processor_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
+
     listed = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
     return frozenset(next(listed, "").split())
 
@@ -75,31 +95,43 @@ def with_dtypes(config: Config) -> Config:
 
 
 def with_student_dtype_of(before: Config, now: Config) -> Config:
-    """A config that goes on from another, in the other's precision where ``auto`` chose here: machines differ."""
+    """A config that goes on from another, in the other's precision where ``auto`` chose here:
+    machines differ.
+    """
     if now.student.dtype_reason is None:
         return now
+
     kept = {"dtype": before.student.dtype, "dtype_reason": before.student.dtype_reason}
     return now.model_copy(update={"student": now.student.model_copy(update=kept)})
 
 
 def chosen(model: Model, *, gpus: float) -> Model:
-    """A model's section with its ``dtype: auto`` chosen for this machine; one that names a dtype stays as it is."""
+    """A model's section with its ``dtype: auto`` chosen for this machine; one that names a
+    dtype stays as it is.
+    """
     if model.dtype != "auto":
         return model
+
     if _runs_here(model):
         choice = choose_dtype(gpus=gpus, flags=processor_flags(), environment=os.environ)
     else:
         choice = Choice("bfloat16", "what most servers compute in")
-    return model.model_copy(update={"dtype": choice.dtype, "dtype_reason": f"auto: {choice.reason}"})
+
+    return model.model_copy(
+        update={"dtype": choice.dtype, "dtype_reason": f"auto: {choice.reason}"}
+    )
 
 
 def dtype_notes(config: Config) -> list[str]:
-    """What a user should know of the precisions of a loaded config: those chosen and why, and those that are slow."""
+    """What a user should know of the precisions of a loaded config: those chosen and why, and
+    those that are slow.
+    """
     models: list[tuple[str, StudentConfig | TeacherConfig, float]] = [
         ("student.dtype", config.student, min(config.learner.gpus, config.rollout.gpus)),
         *((f"teachers.{teacher.name}.dtype", teacher, teacher.gpus) for teacher in config.teachers),
     ]
     notes: dict[str, list[str]] = {}
+
     for key, model, gpus in models:
         here = choose_dtype(gpus=gpus, flags=processor_flags(), environment=os.environ)
         if model.dtype_reason:
@@ -107,6 +139,7 @@ def dtype_notes(config: Config) -> list[str]:
         elif model.dtype != "float32" and here.dtype == "float32" and _runs_here(model):
             slow = f"{model.dtype}, although {here.reason}: about {SLOWER} times as slow as float32"
             notes.setdefault(f"{slow}; write auto, or float32", []).append(key)
+
     return [f"{', '.join(keys)}: {text}" for text, keys in notes.items()]
 
 

@@ -18,7 +18,9 @@ from eopd.config.base import (
     require_gpus_for_workers,
 )
 
-_ONE_NODE: Final = "an engine lives in one process group on one node; raise the number of engines instead"
+_ONE_NODE: Final = (
+    "an engine lives in one process group on one node; raise the number of engines instead"
+)
 _CONTEXT: Final = "an engine answers for whole sequences; only tensor and pipeline parallelism work"
 _SOFTMAX: Final = "samples come from the plain softmax at rollout.temperature"
 OWNED_BY_ENGINES: Final = {
@@ -61,8 +63,9 @@ OWNED_BY_ROLLOUT: Final = {
 
 
 class RolloutConfig(Section):
-    """The engines that write. Training samples come from the plain softmax at ``temperature``; the learner uses the
-    same. An engine that does not finish a response within ``timeout_s`` has failed; the response is tried elsewhere.
+    """The engines that write. Training samples come from the plain softmax at ``temperature``; the
+    learner uses the same. An engine that does not finish a response within ``timeout_s`` has
+    failed; the response is tried elsewhere.
     """
 
     engines: Actors = 1

@@ -1,4 +1,6 @@
-"""JSON that an earlier process wrote, read back: it may be of another version of eopd, or damaged since."""
+"""JSON that an earlier process wrote, read back: it may be of another version of eopd, or
+damaged since.
+"""
 
 import os
 import typing
@@ -36,6 +38,7 @@ def read_saved(path: Path, kind: TypeAdapter[SavedT], way_out: str) -> SavedT:
         text = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). {way_out}") from None
+
     return parse_saved(str(path), text, kind, way_out)
 
 
@@ -54,4 +57,5 @@ def _fault(detail: ErrorDetails) -> str:
     key = ".".join(map(str, detail["loc"]))
     if detail["type"] == "missing":
         return f"lacks {key}"
+
     return f"{key} is not what was written" if key else "is not what was written"

@@ -10,7 +10,9 @@ from typing import Final
 
 
 class Plain(str):
-    """The text of a scalar that stands without quotes; ``comment`` is what follows it in its line, from # on."""
+    """The text of a scalar that stands without quotes; ``comment`` is what follows it in its
+    line, from # on.
+    """
 
     __slots__ = ("comment",)
     comment: str
@@ -51,8 +53,10 @@ def native(text: str) -> Native:
     """What a scalar is in YAML 1.2: null, true or false, a number, or else text."""
     if text in NULLS:
         return None
+
     if text in TRUTHS:
         return TRUTHS[text]
+
     value = number(text)
     return str(text) if value is None else value
 
@@ -61,14 +65,19 @@ def number(text: str) -> int | float | None:
     """The number that a scalar is in YAML 1.2, or None."""
     if len(text) > _MOST_DIGITS:
         return None
+
     if _INTEGER.fullmatch(text):
         return int(text)
+
     if based := _OTHER_BASE.fullmatch(text):
         return int(based[1] + based[2], 0)
+
     if _FLOAT.fullmatch(text):
         return float(text)
+
     if infinite := _NOT_FINITE.fullmatch(text):
         return float(f"{infinite[1] or ''}inf") if infinite[2] else float("nan")
+
     return None
 
 
@@ -76,6 +85,7 @@ def meant_number(text: str) -> int | float | None:
     """The number that is meant where one is wanted: digits may be grouped as in ``1_000``."""
     if "_" in text and _GROUPED.fullmatch(text) and not _OCTAL.fullmatch(text):
         return number(text.replace("_", ""))
+
     return number(text)
 
 
@@ -83,10 +93,13 @@ def two_readings(text: str) -> str | None:
     """What YAML 1.1 makes of a scalar that is another number in YAML 1.2, or None."""
     if _OCTAL.fullmatch(text):
         return f"{text} is octal in YAML 1.1, for its leading zero: write it without"
+
     if _BASE_60.fullmatch(text):
         return f"{text} is a number of base 60 in YAML 1.1: write it in digits alone"
+
     if _BINARY.fullmatch(text):
         return f"{text} is a number of base 2 in YAML 1.1: write it in base 10"
+
     return None
 
 
@@ -94,29 +107,42 @@ def unclear(text: str) -> str | None:
     """Why nobody can say what a scalar is where anything may stand, or None."""
     if text in OLD_TRUTHS:
         truth = str(OLD_TRUTHS[text]).lower()
-        return f"{text} is {truth} in YAML 1.1 and text in YAML 1.2: write {truth}, or '{text}' in quotes"
+        return (
+            f"{text} is {truth} in YAML 1.1 and text in YAML 1.2: write {truth}, or '{text}' "
+            "in quotes"
+        )
+
     if reason := two_readings(text):
         return f"{reason}, or quote it if it is text"
+
     if text == "None":
         return "None is text in YAML: write null, or 'None' in quotes"
+
     if "_" in text and _GROUPED.fullmatch(text):
         plain = text.replace("_", "")
-        return f"{text} is a number in YAML 1.1 and text in YAML 1.2: write {plain}, or '{text}' in quotes"
+        return (
+            f"{text} is a number in YAML 1.1 and text in YAML 1.2: write {plain}, or "
+            f"'{text}' in quotes"
+        )
+
     return None
 
 
 def cut_short(text: Plain) -> str | None:
     """Why the comment behind a text is surely meant to be more of it, or None.
 
-    A comment begins with one # as a rule. Several behind words, or in the place of a text, and the four of a final
-    answer behind anything, are what YAML takes away from a text without quotes.
+    A comment begins with one # as a rule. Several behind words, or in the place of a text, and the
+    four of a final answer behind anything, are what YAML takes away from a text without quotes.
     """
     in_words = not text or len(text.split()) > 1
     if not (_MARK.match(text.comment) or (in_words and _SEVERAL.match(text.comment))):
         return None
+
     marks = text.comment[: len(text.comment) - len(text.comment.lstrip("#"))]
     where = f"behind {text}" if text else "at its beginning"
+
     return (
-        f"{marks} {where} begins a comment in YAML, so that the rest of the line is no part of the text; put quotes "
-        "around all of the text, or write the comment with one # if it is one"
+        f"{marks} {where} begins a comment in YAML, so that the rest of the line is no part "
+        "of the text; put quotes around all of the text, or write the comment with one # if "
+        "it is one"
     )

@@ -1,4 +1,5 @@
-"""From the tree of a document to the values that a section wants: every scalar by the key it is for.
+"""From the tree of a document to the values that a section wants: every scalar by the key it is
+for.
 
 Short forms become whole ones where they can mean one thing: ``gate: hard`` is ``{kind: hard}``, one
 item is a list of one, an empty section has its defaults, one without its ``kind`` the usual one.
@@ -35,8 +36,10 @@ def members(annotation: object) -> tuple[object, ...]:
     """The types of a union but None, without what is annotated to them; else the type alone."""
     if typing.get_origin(annotation) is typing.Annotated:
         return members(typing.get_args(annotation)[0])
+
     if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
         return (annotation,)
+
     parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
     return tuple(member for part in parts for member in members(part))
 
@@ -45,6 +48,7 @@ def may_be_null(annotation: object) -> bool:
     """Whether a type takes null."""
     if typing.get_origin(annotation) is typing.Annotated:
         return may_be_null(typing.get_args(annotation)[0])
+
     return types.NoneType in typing.get_args(annotation)
 
 
@@ -53,6 +57,7 @@ def section_of(annotation: object) -> type[BaseModel] | None:
     (first, *more) = members(annotation)
     if more or not isinstance(first, type) or isinstance(first, types.GenericAlias):
         return None
+
     return first if issubclass(first, BaseModel) else None
 
 
@@ -62,6 +67,7 @@ def kinds_of(annotation: object) -> dict[str, type[BaseModel]]:
     found = [section for section in sections if section and "kind" in section.model_fields]
     if len(found) < 2:
         return {}
+
     tags = (typing.get_args(section.model_fields["kind"].annotation)[0] for section in found)
     return dict(zip(tags, found, strict=True))
 
@@ -71,6 +77,7 @@ def item_of(annotation: object) -> object | None:
     (only, *more) = members(annotation)
     if more or typing.get_origin(only) not in (tuple, list):
         return None
+
     return typing.cast(object, typing.get_args(only)[0])
 
 
@@ -87,7 +94,9 @@ class _Shaper:
     def section(self, tree: object, model: type[BaseModel], where: Place) -> object:
         if not isinstance(tree, Mapping):
             return tree
+
         shaped: dict[str, object] = {}
+
         for key, value in tree.items():
             field = model.model_fields.get(key)
             inside = (*where, str(key))
@@ -96,72 +105,111 @@ class _Shaper:
             elif not _stands_for_default(value, field):
                 usual = getattr(field.default, "kind", None)
                 shaped[str(key)] = self._value(value, field.annotation, inside, usual)
+
         return shaped
 
-    def _value(self, value: object, annotation: object, where: Place, usual: str | None = None) -> object:
+    def _value(
+        self, value: object, annotation: object, where: Place, usual: str | None = None
+    ) -> object:
         if isinstance(value, Plain) and str in members(annotation) and (reason := cut_short(value)):
             self.faults[where] = reason
             return value
+
         if isinstance(value, Plain) and value in NULLS and may_be_null(annotation):
             return None
+
         if kinds := kinds_of(annotation):
             return self._union(value, kinds, where, usual)
+
         if section := section_of(annotation):
             return self._one_section(value, section, annotation, where)
+
         if (item := item_of(annotation)) is not None:
             return self._list(value, item, where)
+
         (wanted, *_) = members(annotation)
-        if wanted is str and may_be_null(annotation) and isinstance(value, Plain) and value.lower() == "none":
+        if (
+            wanted is str
+            and may_be_null(annotation)
+            and isinstance(value, Plain)
+            and value.lower() == "none"
+        ):
             self.faults[where] = f"{value} is text in YAML: write null, or '{value}' in quotes"
             return value
+
         if typing.get_origin(wanted) is dict:
             return self._mapping(value, typing.get_args(wanted), where)
+
         return self._scalar(value, wanted, where) if isinstance(value, Plain) else value
 
-    def _union(self, value: object, kinds: Mapping[str, type[BaseModel]], where: Place, usual: str | None) -> object:
-        """One of several sections; without a ``kind`` it is the ``usual`` one, if that has all of its keys."""
+    def _union(
+        self, value: object, kinds: Mapping[str, type[BaseModel]], where: Place, usual: str | None
+    ) -> object:
+        """One of several sections; without a ``kind`` it is the ``usual`` one, if that has
+        all of its keys.
+        """
         if isinstance(value, str) and value not in NULLS:
             return {"kind": str(value)}
+
         if not isinstance(value, Mapping):
             return _null(value)
-        if usual is not None and "kind" not in value and value.keys() <= kinds[usual].model_fields.keys():
+
+        if (
+            usual is not None
+            and "kind" not in value
+            and value.keys() <= kinds[usual].model_fields.keys()
+        ):
             value = {"kind": usual, **value}
+
         section = kinds.get(str(value.get("kind")))
         if section is not None:
             return self.section(value, section, where)
+
         return dict(value) | ({"kind": str(value["kind"])} if "kind" in value else {})
 
-    def _one_section(self, value: object, section: type[BaseModel], annotation: object, where: Place) -> object:
+    def _one_section(
+        self, value: object, section: type[BaseModel], annotation: object, where: Place
+    ) -> object:
         if isinstance(value, Plain) and value in NULLS:
             return {}
+
         if isinstance(value, Plain) and value in TRUTHS and may_be_null(annotation):
             return {} if TRUTHS[value] else None
+
         return self.section(value, section, where)
 
     def _list(self, value: object, item: object, where: Place) -> object:
         if isinstance(value, Plain) and value in NULLS:
             return []
+
         if isinstance(value, Mapping) and section_of(item) is None:
             return value
+
         items = value if isinstance(value, list) else [value]
         return [self._value(one, item, (*where, str(index))) for index, one in enumerate(items)]
 
     def _mapping(self, value: object, types_: tuple[object, ...], where: Place) -> object:
         if isinstance(value, Plain) and value in NULLS:
             return {}
+
         if types_ == (str, object):
             return self._native(value, where) if isinstance(value, Mapping) else value
+
         if not isinstance(value, Mapping):
             return value
+
         key_type, value_type = types_
         shaped: dict[object, object] = {}
+
         for key, one in value.items():
             inside = (*where, str(key))
             read = self._scalar(key, key_type, inside) if isinstance(key, Plain) else key
             if read in shaped:
                 self.faults[inside] = "stands twice, written in two ways"
                 return value
+
             shaped[read] = self._value(one, value_type, inside)
+
         return shaped
 
     def _native(self, value: object, where: Place) -> object:
@@ -169,37 +217,49 @@ class _Shaper:
         if isinstance(value, Mapping):
             items = value.items()
             return {_key(key): self._native(one, (*where, str(key))) for key, one in items}
+
         if isinstance(value, list):
             return [self._native(one, (*where, str(i))) for i, one in enumerate(value)]
+
         if not isinstance(value, Plain):
             return value
+
         read = native(value)
         if reason := unclear(value) or (cut_short(value) if isinstance(read, str) else None):
             self.faults[where] = reason
             return value
+
         if isinstance(read, float) and not abs(read) < float("inf"):
             self.faults[where] = f"must be a finite number (is {value})"
             return value
+
         return read
 
     def _scalar(self, value: Plain, wanted: object, where: Place) -> object:
         if value in NULLS:
             return None
+
         if wanted is bool:
             return (TRUTHS | OLD_TRUTHS).get(value, value)
+
         if wanted in (int, float) or _is_literal_of_numbers(wanted):
             if reason := two_readings(value):
                 self.faults[where] = reason
                 return value
+
             read = meant_number(value)
             return value if read is None else read
+
         return str(value) if wanted in (str, Path) else value
 
 
 def _stands_for_default(value: object, field: FieldInfo) -> bool:
-    """Whether a key without a value leaves the default in place: of sections and lists, not of a number."""
+    """Whether a key without a value leaves the default in place: of sections and lists, not
+    of a number.
+    """
     if field.is_required() or may_be_null(field.annotation):
         return False
+
     return isinstance(value, Plain) and value == "" and bool(kinds_of(field.annotation))
 
 
@@ -219,5 +279,6 @@ def _key(key: object) -> object:
     """A key of a native option: a whole number or text."""
     if not isinstance(key, Plain):
         return key
+
     read = number(key)
     return read if isinstance(read, int) else str(key)

@@ -1,6 +1,8 @@
-"""What YAML's parser stumbled over, in the line where it was written and in words of somebody who wrote it.
+"""What YAML's parser stumbled over, in the line where it was written and in words of somebody who
+wrote it.
 
-The parser names the place where it could not go on, which is often the line after the mistake, or the last one.
+The parser names the place where it could not go on, which is often the line after the mistake, or
+the last one.
 """
 
 import re
@@ -20,6 +22,7 @@ def explain_syntax(error: yaml.MarkedYAMLError, text: str) -> str:
     for line, words in (_never_ended(error, begun, text), _out_of_place(error, at, text)):
         if words:
             return f"line {line}: {words}"
+
     return f"line {at}: {', '.join(part for part in (error.context, error.problem) if part)}"
 
 
@@ -28,12 +31,16 @@ def _never_ended(error: yaml.MarkedYAMLError, begun: int, text: str) -> tuple[in
     problem = error.problem or ""
     match error.context:
         case "while scanning a simple key":
-            return begun, "no space after the colon" if ":" in _text(text, begun) else "no colon after the key"
+            return begun, "no space after the colon" if ":" in _text(
+                text, begun
+            ) else "no colon after the key"
         case "while scanning a quoted scalar" if "end of stream" in problem:
             return begun, "a quote is never closed"
         case "while parsing a flow node" if "stream end" in problem:
             return begun, "a [ or { is never closed"
-        case "while parsing a flow sequence" | "while parsing a flow mapping" if "expected ','" in problem:
+        case "while parsing a flow sequence" | "while parsing a flow mapping" if (
+            "expected ','" in problem
+        ):
             return begun, f"a {_OPENED[error.context]} is never closed, or a comma is missing in it"
         case _:
             return begun, None
@@ -46,18 +53,27 @@ def _out_of_place(error: yaml.MarkedYAMLError, at: int, text: str) -> tuple[int,
         above = next((number for number in range(at - 1, 0, -1) if _text(text, number).strip()), at)
         if above < at and _NO_SPACE.match(_text(text, above)):
             return above, "no space after the colon"
+
         if line.count(": ") > 1:
             return at, "a second colon: quote a text that holds a colon and a space"
+
         return at, "indented differently from the keys around it"
+
     if "found '<scalar>'" in problem:
         return at, "text after a closed quote: quote all of it, and write a quote within as two"
+
     if "found '<block mapping start>'" in problem or (
         "found '?'" in problem and "block collection" in (error.context or "")
     ):
         return at, "indented differently from the lines around it"
+
     if found := _UNQUOTABLE.search(problem):
         tab = found[1] == "\\t"
-        return at, "a tab: indent with spaces" if tab else f"quote a text that begins with {found[1]}"
+        return (
+            at,
+            "a tab: indent with spaces" if tab else f"quote a text that begins with {found[1]}",
+        )
+
     return at, None
 
 

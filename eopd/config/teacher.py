@@ -46,9 +46,11 @@ def _root_of_a_server(url: str) -> str:
         _ = parts.port
     except ValueError:
         raise ValueError("names no host and port; write it as http://host:8000") from None
+
     _, v1, rest = f"{parts.path}/".partition("/v1/")
     if v1:
         raise ValueError(f"must be the root of the server: leave {(v1 + rest).rstrip('/')} off")
+
     return url
 
 
@@ -61,14 +63,17 @@ Url = Annotated[
     AfterValidator(_root_of_a_server),
 ]
 VARIABLE: Final = r"^[A-Za-z_][A-Za-z0-9_]*$"
-VARIABLE_WORDS: Final = "the name of an environment variable, which holds the key, and not the key itself"
+VARIABLE_WORDS: Final = (
+    "the name of an environment variable, which holds the key, and not the key itself"
+)
 
 
 class ServerConfig(Section):
     """Where a teacher is served over HTTP. ``model`` is the name it is served under.
 
-    ``api_key_env`` names the environment variable that holds the key, which is thus in no file and no log.
-    ``timeout_s`` is that of one request, ``max_attempts`` of a trajectory's, with growing pauses between them.
+    ``api_key_env`` names the environment variable that holds the key, which is thus in no file and
+    no log. ``timeout_s`` is that of one request, ``max_attempts`` of a trajectory's, with growing
+    pauses between them.
     """
 
     url: Url
@@ -80,17 +85,19 @@ class ServerConfig(Section):
 
 
 class TeacherConfig(Section):
-    """A model that reads along: ``vllm`` in the cluster, ``openai`` any server that returns ``prompt_logprobs``,
-    ``eopd`` the server of ``eopd teacher serve``.
+    """A model that reads along: ``vllm`` in the cluster, ``openai`` any server that returns
+    ``prompt_logprobs``, ``eopd`` the server of ``eopd teacher serve``.
 
-    ``model`` is its Hugging Face directory; a served one needs no weights there, only configuration and tokenizer.
-    ``sources`` are the sources of prompts it teaches; without any it teaches those that no other teacher does.
+    ``model`` is its Hugging Face directory; a served one needs no weights there, only configuration
+    and tokenizer. ``sources`` are the sources of prompts it teaches; without any it teaches those
+    that no other teacher does.
     ``dtype: auto`` is chosen when the config is loaded, and ``dtype_reason`` says why.
-    ``head_dtype: float32`` keeps a float32 copy of the head and is exact; ``model`` projects in the model's own
-    precision. ``template`` makes of a row of the data a prompt that only this teacher sees: Jinja for the last
-    text of the user; ``template_options`` go to its chat template. ``entropy_bound`` is what the gate reads where only
-    bounds on the entropy are known. ``eos_remap`` maps the student's end tokens to the teacher's. A trajectory not
-    scored within ``timeout_s`` is tried elsewhere. ``vllm`` goes to the engine untouched.
+    ``head_dtype: float32`` keeps a float32 copy of the head and is exact; ``model`` projects in the
+    model's own precision. ``template`` makes of a row of the data a prompt that only this teacher
+    sees: Jinja for the last text of the user; ``template_options`` go to its chat template.
+    ``entropy_bound`` is what the gate reads where only bounds on the entropy are known.
+    ``eos_remap`` maps the student's end tokens to the teacher's. A trajectory not scored within
+    ``timeout_s`` is tried elsewhere. ``vllm`` goes to the engine untouched.
     """
 
     name: str = Field("teacher", pattern=NAME, max_length=200, description=NAME_WORDS)
@@ -126,23 +133,35 @@ class TeacherConfig(Section):
         if (self.server is None) != (self.backend == "vllm"):
             needed = "needs a server section" if self.server is None else "takes no server section"
             raise ValueError(f"backend: {self.backend} {needed}")
+
         if self.backend != "vllm" and self.vllm:
-            raise ValueError(f"vllm: must be empty with backend {self.backend}, whose server has its own options")
+            raise ValueError(
+                f"vllm: must be empty with backend {self.backend}, whose server has its own options"
+            )
+
         if self.backend != "vllm" and self.gpus:
             raise ValueError(
-                f"gpus: must be 0 with backend {self.backend}, whose server has its own (is {self.gpus:g})"
+                f"gpus: must be 0 with backend {self.backend}, whose server has its own (is "
+                f"{self.gpus:g})"
             )
+
         if self.backend == "openai" and self.temperature != 1.0:
             raise ValueError(
-                f"temperature: must be 1 with backend openai (is {self.temperature:g}); the prompt log-probabilities "
-                "of a stock server are always those at 1"
+                f"temperature: must be 1 with backend openai (is {self.temperature:g}); the "
+                "prompt log-probabilities of a stock server are always those at 1"
             )
+
         if self.template is None and self.template_options:
             raise ValueError("template_options: are of a teacher with a template")
+
         if self.template is None and self.max_prompt_tokens:
             raise ValueError("max_prompt_tokens: is of a teacher with a template")
+
         if self.server is not None and self.backend == "openai" and self.server.model is None:
-            raise ValueError("server.model: is required with backend openai: the name the model is served under")
+            raise ValueError(
+                "server.model: is required with backend openai: the name the model is served under"
+            )
+
         return self
 
     @property

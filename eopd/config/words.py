@@ -19,13 +19,16 @@ def expected(annotation: object, metadata: Iterable[object] = ()) -> str:
     if typing.get_origin(annotation) is typing.Annotated:
         inner, *more = typing.get_args(annotation)
         return expected(inner, [*metadata, *more])
+
     if kinds := kinds_of(annotation):
         return listed([f"{{kind: {kind}}}" for kind in kinds], last="or")
+
     if typing.get_origin(annotation) in (None, typing.Literal, list, tuple, dict, set):
         return _one(annotation, _bounds(metadata))
 
     parts = [part for part in typing.get_args(annotation) if part is not type(None)]
     words = list(dict.fromkeys(expected(part, metadata) for part in parts))
+
     return f"{', '.join(words)}, or null" if may_be_null(annotation) else listed(words, last="or")
 
 
@@ -45,16 +48,22 @@ def _one(wanted: object, bounds: Sequence[object]) -> str:
         keys = list(section.model_fields)
         more = ", ..." if len(keys) > _MOST_KEYS else ""
         return f"a mapping of its keys ({', '.join(keys[:_MOST_KEYS])}{more})"
+
     if (item := item_of(wanted)) is not None:
         return f"a list{_length(wanted, bounds)}, each {expected(item)}"
+
     if typing.get_origin(wanted) is typing.Literal:
         return listed([show(value) for value in typing.get_args(wanted)], last="or")
+
     if wanted is dict or typing.get_origin(wanted) is dict:
         numbers = typing.get_args(wanted) == (int, int)
         return f"a mapping of {'whole numbers' if numbers else 'options'}"
+
     if wanted is set or typing.get_origin(wanted) is set:
         return "a list"
+
     name = _NAMES.get(typing.cast(type, wanted), "a path" if wanted is Path else "another value")
+
     return name + (_range(bounds) if wanted in (int, float) else "")
 
 
@@ -62,6 +71,7 @@ def _length(wanted: object, bounds: Sequence[object]) -> str:
     parts = typing.get_args(wanted)
     if typing.get_origin(wanted) is tuple and parts[-1] is not Ellipsis:
         return f" of {len(parts)}"
+
     return " of at least one" if _bound(bounds, "min_length") else ""
 
 
@@ -80,10 +90,12 @@ def _range(bounds: Sequence[object]) -> str:
     most, below = _bound(bounds, "le"), _bound(bounds, "lt")
     if least is not None and most is not None:
         return f" from {_short(least)} to {_short(most)}"
+
     lower = f" above {_short(above)}" if above is not None else ""
     lower = f" of {_short(least)} or more" if least is not None else lower
     upper = f" below {_short(below)}" if below is not None else ""
     upper = f" at most {_short(most)}" if most is not None else upper
+
     return f"{lower}{',' if lower and upper else ''}{upper}"
 
 

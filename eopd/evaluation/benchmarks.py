@@ -1,9 +1,10 @@
 """Runs a benchmark: n samples per prompt on every engine, graded, and summed up.
 
-Samples are handed out in turn, all at once: each engine gets the same number (plus or minus one) and batches them
-itself. A common queue would be more even in time, but an engine that fails fast would empty it; this way a failing
-engine loses its own share. Grading runs beside generation, one answer at a time. A lost trajectory is unanswered: it
-scores 0, is not sampled again, and is reported.
+Samples are handed out in turn, all at once: each engine gets the same number (plus or minus one)
+and batches them itself. A common queue would be more even in time, but an engine that fails fast
+would empty it; this way a failing engine loses its own share. Grading runs beside generation, one
+answer at a time. A lost trajectory is unanswered: it scores 0, is not sampled again, and is
+reported.
 """
 
 import asyncio
@@ -70,10 +71,11 @@ class PromptResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkResult:
-    """Scores over all samples, with standard errors clustered by prompt; lengths over the answered ones.
+    """Scores over all samples, with standard errors clustered by prompt; lengths over the answered
+    ones.
 
-    ``truncation_rate`` is the share of answers cut at the length limit. Without any answer it is nan, and so is
-    ``mean_response_tokens``.
+    ``truncation_rate`` is the share of answers cut at the length limit. Without any answer it is
+    nan, and so is ``mean_response_tokens``.
     """
 
     avg_at_n: Estimate
@@ -85,9 +87,13 @@ class BenchmarkResult:
     prompts: tuple[PromptResult, ...]
 
     def write_prompts(self, path: Path) -> None:
-        """JSONL, one prompt per line: its counts, each answer with text and verdict, each loss with its reason."""
+        """JSONL, one prompt per line: its counts, each answer with text and verdict, each
+        loss with its reason.
+        """
         with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(_row(prompt), allow_nan=False) + "\n" for prompt in self.prompts)
+            file.writelines(
+                json.dumps(_row(prompt), allow_nan=False) + "\n" for prompt in self.prompts
+            )
 
 
 async def run_benchmark(
@@ -110,56 +116,81 @@ async def run_benchmark(
         grader: Called from one thread, one answer at a time.
         fetch: Brings the body of a stored trajectory here.
         samples: n, samples per prompt.
-        sampling: Temperature, length limit, and the seed from which each sample's own seed is derived.
+        sampling: Temperature, length limit, and the seed from which each sample's own seed is
+            derived.
         ks: The k of every pass@k wanted, each in 1..n.
 
     Raises:
-        ValueError: engines or prompts are missing, a prompt has no reference answer, or a k is outside 1..n.
-        ExceptionGroup: an engine, ``fetch``, ``decode`` or the grader raised; the rest is cancelled.
+        ValueError: engines or prompts are missing, a prompt has no reference answer, or a k is
+            outside 1..n.
+        ExceptionGroup: an engine, ``fetch``, ``decode`` or the grader raised; the rest is
+            cancelled.
     """
     _check(engines, prompts, samples, ks)
     turns = itertools.cycle(engines)
+
     with ThreadPoolExecutor(max_workers=1) as grading:
 
-        async def sample(engine: RolloutEngine, prompt: PromptSample, index: int) -> Answer | LostTrajectory:
+        async def sample(
+            engine: RolloutEngine, prompt: PromptSample, index: int
+        ) -> Answer | LostTrajectory:
             seed = sample_seed(sampling.seed, prompt.prompt_id, index)
             stored = await engine.generate(prompt, index, replace(sampling, seed=seed))
             trajectory = stored if isinstance(stored, LostTrajectory) else await fetch(stored)
             if isinstance(trajectory, LostTrajectory):
                 return trajectory
+
             response = decode(trajectory.response_ids)
             loop = asyncio.get_running_loop()
             verdict = await loop.run_in_executor(grading, grader, response, _reference(prompt))
-            return Answer(
-                sample_index=index,
-                response=response,
-                num_response_tokens=len(trajectory.response_ids),
-                stop_reason=trajectory.stop_reason,
-                verdict=verdict,
-            )
+
+            return _answer(trajectory, response, verdict)
 
         async with asyncio.TaskGroup() as group:
             tasks = [
                 [group.create_task(sample(next(turns), prompt, index)) for index in range(samples)]
                 for prompt in prompts
             ]
-    results = [_collect(prompt, [task.result() for task in row]) for prompt, row in zip(prompts, tasks, strict=True)]
-    return _summarize(results, ks)
+
+    answers = [[task.result() for task in row] for row in tasks]
+    return _summarize([_collect(*pair) for pair in zip(prompts, answers, strict=True)], ks)
+
+
+def _answer(trajectory: Trajectory, response: str, verdict: Verdict) -> Answer:
+    return Answer(
+        sample_index=trajectory.sample_index,
+        response=response,
+        num_response_tokens=len(trajectory.response_ids),
+        stop_reason=trajectory.stop_reason,
+        verdict=verdict,
+    )
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
-    """The seed of one sample, in 0..2**63 - 1: a hash, so that neither engine nor order of work nor run changes it."""
+    """The seed of one sample, in 0..2**63 - 1: a hash, so that neither engine nor order of
+    work nor run changes it.
+    """
     digest = hashlib.blake2b(f"{seed}/{sample_index}/{prompt_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
-def _check(engines: Sequence[RolloutEngine], prompts: Sequence[PromptSample], samples: int, ks: Sequence[int]) -> None:
+def _check(
+    engines: Sequence[RolloutEngine],
+    prompts: Sequence[PromptSample],
+    samples: int,
+    ks: Sequence[int],
+) -> None:
     if not engines or not prompts:
         raise ValueError(
-            f"a benchmark needs engines and prompts; it has {len(engines)} engines, {len(prompts)} prompts"
+            f"a benchmark needs engines and prompts; it has {len(engines)} engines, "
+            f"{len(prompts)} prompts"
         )
+
     if wrong := [k for k in ks if not 1 <= k <= samples]:
-        raise ValueError(f"pass@k for k = {wrong}: must lie in 1..{samples}, the number of samples per prompt")
+        raise ValueError(
+            f"pass@k for k = {wrong}: must lie in 1..{samples}, the number of samples per prompt"
+        )
+
     for prompt in prompts:
         _reference(prompt)
 
@@ -167,6 +198,7 @@ def _check(engines: Sequence[RolloutEngine], prompts: Sequence[PromptSample], sa
 def _reference(prompt: PromptSample) -> Reference:
     if prompt.reference_answer is None:
         raise ValueError(f"prompt {prompt.prompt_id}: has no reference answer to grade against")
+
     return prompt.reference_answer
 
 
@@ -182,10 +214,13 @@ def _collect(prompt: PromptSample, outcomes: Sequence[Answer | LostTrajectory]) 
 
 def _summarize(prompts: Sequence[PromptResult], ks: Sequence[int]) -> BenchmarkResult:
     def passed(k: int) -> Estimate:
-        return mean_over_prompts([pass_at_k(prompt.num_samples, prompt.num_correct, k) for prompt in prompts])
+        return mean_over_prompts(
+            [pass_at_k(prompt.num_samples, prompt.num_correct, k) for prompt in prompts]
+        )
 
     answers = [answer for prompt in prompts for answer in prompt.answers]
     verdicts = Counter(answer.verdict for answer in answers)
+
     return BenchmarkResult(
         avg_at_n=passed(1),
         pass_at_k={k: passed(k) for k in ks},

@@ -1,7 +1,8 @@
 r"""Where a text says its final answer, and that answer in one spelling.
 
-A response boxes its answer (``\boxed{}``, ``\fbox{}``, ``\boxed 5``), or ends with a line ``#### 72`` as GSM8K's
-solutions do; so does a reference. What a text merely says in words is not searched for numbers.
+A response boxes its answer (``\boxed{}``, ``\fbox{}``, ``\boxed 5``), or ends with a line ``####
+72`` as GSM8K's solutions do; so does a reference. What a text merely says in words is not searched
+for numbers.
 """
 
 import re
@@ -43,10 +44,13 @@ _SUPERSCRIPT: Final = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207f\u2071]+
 
 
 def final_answer(text: str) -> str | None:
-    r"""The content of the last box, or else of a last line that begins with ``####``; None where there is neither."""
+    r"""The content of the last box, or else of a last line that begins with ``####``; None
+    where there is neither.
+    """
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
+
     marked = _MARK.fullmatch(last_line(text))
     return marked[1] if marked else None
 
@@ -58,13 +62,15 @@ def last_line(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the complete box that begins last; braces nest, ``\{`` and ``\}`` are text. One pass.
+    r"""Content of the complete box that begins last; braces nest, ``\{`` and ``\}`` are text. One
+    pass.
 
-    A box is ``\boxed{...}``, ``\fbox{...}``, or one of these before a number, a command or a single letter:
-    ``\boxed 5``, ``$\boxed5$``.
+    A box is ``\boxed{...}``, ``\fbox{...}``, or one of these before a number, a command or a single
+    letter: ``\boxed 5``, ``$\boxed5$``.
     """
     last: tuple[int, int] | None = None
     open_braces: list[tuple[bool, int]] = []  # (is a box, where its content begins)
+
     for token in _TOKENS.finditer(text):
         if token["bare"] is not None:
             last = token.span("bare")
@@ -74,11 +80,13 @@ def last_boxed(text: str) -> str | None:
             is_box, begin = open_braces.pop()
             if is_box and (last is None or begin > last[0]):
                 last = (begin, token.start())
+
     return None if last is None else text[slice(*last)]
 
 
 def as_text(answer: str) -> str:
-    """One spelling of an answer that is compared as text: see :func:`eopd.evaluation.graders.grade_exact`.
+    """One spelling of an answer that is compared as text: see
+    :func:`eopd.evaluation.graders.grade_exact`.
 
     Superscripts, fractions and circled digits stay what they are: ``10\u00b2`` is not ``102``.
     """
@@ -87,17 +95,22 @@ def as_text(answer: str) -> str:
 
 
 def as_latex(answer: str) -> str:
-    r"""An answer as LaTeX reads it: ``10\u00b2`` is ``10^{2}``, a one-character half ``\\frac{1}{2}``.
+    r"""An answer as LaTeX reads it: ``10\u00b2`` is ``10^{2}``, a one-character half
+    ``\\frac{1}{2}``.
 
     Numbers are written plainly: see :func:`eopd.evaluation.spelling.with_plain_numbers`.
     """
     text = _FRACTION.sub(_fraction, _unwrapped(_spelt(answer).strip()))
-    text = _SUPERSCRIPT.sub(lambda run: f"^{{{_spelt(unicodedata.normalize('NFKC', run[0]))}}}", text)
+    text = _SUPERSCRIPT.sub(
+        lambda run: f"^{{{_spelt(unicodedata.normalize('NFKC', run[0]))}}}", text
+    )
     return with_plain_numbers(text)
 
 
 def is_prose(answer: str) -> bool:
-    """Whether an answer is a sentence and no expression or name: more than five words outside of LaTeX text."""
+    """Whether an answer is a sentence and no expression or name: more than five words outside
+    of LaTeX text.
+    """
     return len(_WORD.findall(TEXT.sub("", answer))) > MOST_WORDS
 
 
@@ -107,19 +120,25 @@ def _fraction(character: re.Match[str]) -> str:
 
 
 def _spelt(text: str) -> str:
-    """Digits of every script as 0 to 9, full-width characters as narrow ones, one sign for minus."""
+    """Digits of every script as 0 to 9, full-width characters as narrow ones, one sign for
+    minus.
+    """
     return "".join(_plain(character) for character in unicodedata.normalize("NFC", text))
 
 
 def _plain(character: str) -> str:
     if character.isascii():
         return character
+
     if character in _SPELT:
         return _SPELT[character]
+
     digit = unicodedata.decimal(character, None)
     if digit is not None:
         return str(digit)
+
     kind, _, code = unicodedata.decomposition(character).partition(" ")
+
     return chr(int(code, 16)) if kind in ("<wide>", "<narrow>") else character
 
 
@@ -129,12 +148,21 @@ def _unwrapped(text: str) -> str:
         shorter = text.strip().rstrip(". ")
         if shorter.endswith(r"\right"):  # the full stop is its delimiter
             shorter += "."
+
         for begin, end in _PAIRS:
             inner = shorter[len(begin) : len(shorter) - len(end)]
-            if shorter == f"{begin}{inner}{end}" and inner and begin not in inner and end not in inner:
+            if (
+                shorter == f"{begin}{inner}{end}"
+                and inner
+                and begin not in inner
+                and end not in inner
+            ):
                 shorter = inner
+
         if enclosed := TEXT.fullmatch(shorter):
             shorter = enclosed[1]
+
         if shorter == text:
             return text
+
         text = shorter

@@ -1,12 +1,15 @@
-"""Is a response correct? ``exact`` compares text, ``math`` compares mathematics with the math-verify library.
+"""Is a response correct? ``exact`` compares text, ``math`` compares mathematics with the
+math-verify library.
 
-A grader turns (response, reference answer) into a ``Verdict``. Every verdict but ``CORRECT`` scores 0, and each is
-counted by its own name, so that a benchmark cannot hide answers that were never judged among wrong ones.
+A grader turns (response, reference answer) into a ``Verdict``. Every verdict but ``CORRECT`` scores
+0, and each is counted by its own name, so that a benchmark cannot hide answers that were never
+judged among wrong ones.
 
-``math`` runs in a process of its own. A short answer can keep sympy busy for hours, and math-verify's own time-outs
-raise from a Python handler of SIGALRM: they work in the main thread only, and not before a long C call has returned.
-Here they are off, and SIGPROF keeps its default action: the kernel ends the process at the limit, whatever it is doing,
-and the next question starts a new one.
+``math`` runs in a process of its own. A short answer can keep sympy busy for hours, and
+math-verify's own time-outs raise from a Python handler of SIGALRM: they work in the main thread
+only, and not before a long C call has returned. Here they are off, and SIGPROF keeps its default
+action: the kernel ends the process at the limit, whatever it is doing, and the next question starts
+a new one.
 """
 
 import contextlib
@@ -44,8 +47,8 @@ def open_grader(name: GraderName, *, time_limit_s: float = 10.0) -> Iterator[Gra
 
     Args:
         name: ``exact`` or ``math``.
-        time_limit_s: CPU time that one ``math`` judgement may take before it is a ``TIMEOUT``: a busy machine changes
-            no verdict.
+        time_limit_s: CPU time that one ``math`` judgement may take before it is a ``TIMEOUT``: a
+            busy machine changes no verdict.
 
     Raises:
         ValueError: there is no such grader.
@@ -65,9 +68,9 @@ def open_grader(name: GraderName, *, time_limit_s: float = 10.0) -> Iterator[Gra
 def grade_exact(response: str, reference: Reference) -> Verdict:
     r"""Final answers are the same text.
 
-    Up to case, spacing, enclosing ``$`` or emphasis, closing full stops, the width of characters, the script of digits,
-    and the character that stands for minus. The final answer is the last box or a last line ``#### ...``, or else the
-    last line that is not empty; of a reference too.
+    Up to case, spacing, enclosing ``$`` or emphasis, closing full stops, the width of characters,
+    the script of digits, and the character that stands for minus. The final answer is the last box
+    or a last line ``#### ...``, or else the last line that is not empty; of a reference too.
     """
     answer = as_text(_last_said(response))
     return _best(_compared(answer, as_text(_last_said(accepted))) for accepted in _each(reference))
@@ -81,8 +84,10 @@ def _last_said(text: str) -> str:
 def _compared(answer: str, accepted: str) -> Verdict:
     if not accepted:
         return Verdict.ERROR
+
     if not answer:
         return Verdict.NO_ANSWER
+
     return Verdict.CORRECT if answer == accepted else Verdict.WRONG
 
 
@@ -98,22 +103,27 @@ def _best(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 class _MathProcess:
-    """Asks a child process that runs ``_serve``; starts it when first needed, and again after it died."""
+    """Asks a child process that runs ``_serve``; starts it when first needed, and again after
+    it died.
+    """
 
     def __init__(self, time_limit_s: float) -> None:
         self._command = [sys.executable, "-m", __name__, str(time_limit_s)]
         self._process: subprocess.Popen[str] | None = None
 
     def grade(self, response: str, reference: Reference) -> Verdict:
-        r"""The final answer of the response and the reference are equal as mathematics (math-verify's ``verify``).
+        r"""The final answer of the response and the reference are equal as mathematics
+        (math-verify's ``verify``).
 
-        The final answer is the last box or a last line ``#### ...``; a reference without is one as a whole. Without any
-        the verdict is ``NO_ANSWER``: in free text math-verify 0.9 reads ``3\sqrt{13}`` as 3. Where it fails to compare
-        two expressions they are ``WRONG``, as it decides itself. Two numbers side by side (``12 34``) are not read.
+        The final answer is the last box or a last line ``#### ...``; a reference without is one as
+        a whole. Without any the verdict is ``NO_ANSWER``: in free text math-verify 0.9 reads
+        ``3\sqrt{13}`` as 3. Where it fails to compare two expressions they are ``WRONG``, as it
+        decides itself. Two numbers side by side (``12 34``) are not read.
         """
         answer = as_latex(final_answer(response) or "")
         if not answer:
             return Verdict.NO_ANSWER
+
         return _best(self._compare(answer, accepted) for accepted in _each(reference))
 
     def _compare(self, answer: str, accepted: str) -> Verdict:
@@ -121,10 +131,13 @@ class _MathProcess:
         wanted = as_latex(accepted if found is None else found)
         if stand_side_by_side(wanted):
             return Verdict.ERROR
+
         if stand_side_by_side(answer):
             return Verdict.NO_ANSWER
+
         if are_words_of_the_same_letters(answer, wanted):
             return Verdict.WRONG
+
         return self._ask(json.dumps([answer, wanted]))
 
     def close(self) -> None:
@@ -136,30 +149,45 @@ class _MathProcess:
     def _ask(self, question: str) -> Verdict:
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it died while idle: then there is no reply either
+        # it died while idle: then there is no reply either
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.write(question + "\n")
             process.stdin.flush()
+
         reply = process.stdout.readline()
         if reply:
             return Verdict(reply.strip())
+
         self.close()
+
         return Verdict.TIMEOUT if process.returncode == -signal.SIGPROF else Verdict.ERROR
 
     def _start(self) -> subprocess.Popen[str]:
-        # A session of its own: Ctrl-C in the terminal is for the parent, whose end closes the child's input.
+        # A session of its own: Ctrl-C in the terminal is for the parent, whose end closes the
+        # child's input.
         process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         assert process.stdout is not None
         if not process.stdout.readline():
             process.communicate()
-            raise RuntimeError(f"the math grader's process ended at start with code {process.returncode}")
+            raise RuntimeError(
+                f"the math grader's process ended at start with code {process.returncode}"
+            )
+
         self._process = process
+
         return process
 
 
 def _serve(time_limit_s: float) -> None:
-    """The child: one JSON pair (answer, reference) per line in, one verdict per line out, until the input ends."""
+    """The child: one JSON pair (answer, reference) per line in, one verdict per line out,
+    until the input ends.
+    """
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable()  # math-verify warns that its time-outs are off
@@ -173,14 +201,18 @@ def _serve(time_limit_s: float) -> None:
 
     def judge(answer: str, reference: str) -> Verdict:
         expected, found = expressions(reference), expressions(answer)
-        if not expected or is_prose(reference):  # math-verify 0.9 reads words as products of letters
+        # math-verify 0.9 reads words as products of letters
+        if not expected or is_prose(reference):
             return Verdict.ERROR
+
         if not found:
             return Verdict.NO_ANSWER
+
         return Verdict.CORRECT if verify(expected, found, timeout_seconds=None) else Verdict.WRONG
 
     replies.write("ready\n")
     replies.flush()
+
     for question in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, time_limit_s)
         verdict = judge(*json.loads(question))

@@ -4,12 +4,20 @@ seeds, the teacher reads, the learner measures.
 
 import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from eopd.packing import pack
 from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer
-from eopd.types import EvalStats, LostTrajectory, PromptSample, Sampling, ScoredTrajectory, Stored
+from eopd.types import (
+    EvalStats,
+    LostTrajectory,
+    PromptSample,
+    Sampling,
+    ScoredTrajectory,
+    Stored,
+    TrajectoryKey,
+)
 
 
 class NothingMeasuredError(RuntimeError):
@@ -30,12 +38,12 @@ async def measure(
     token_budget: int,
     tell: Callable[[int], None] = lambda done: None,
 ) -> tuple[EvalStats, Sequence[Stored[ScoredTrajectory]]]:
-    """One response a prompt; the same prompts, seeds and order at every call. ``tell`` hears how many were written and
-    read so far.
+    """One response a prompt; the same prompts, seeds and order at every call. ``tell`` hears how
+    many were written and read so far.
 
     Returns:
-        The statistics, and the scored trajectories in the order of ``prompts``. A prompt that is lost ``max_attempts``
-        times is left out, and counted as ``num_dropped``.
+        The statistics, and the scored trajectories in the order of ``prompts``. A prompt that is
+        lost ``max_attempts`` times is left out, and counted as ``num_dropped``.
 
     Raises:
         NothingMeasuredError: every prompt was lost.
@@ -43,27 +51,45 @@ async def measure(
     done = itertools.count(1)
 
     async def respond(index: int) -> Stored[ScoredTrajectory] | LostTrajectory:
-        sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed + index, priority=index)
+        sampling = Sampling(
+            temperature=temperature, max_tokens=max_tokens, seed=seed + index, priority=index
+        )
         for _ in range(max_attempts):  # with the same seed, so that it is the same response
             written = await engines.generate(prompts[index], 0, sampling)
-            scored = written if isinstance(written, LostTrajectory) else await teacher.score(written)
+            scored = (
+                written if isinstance(written, LostTrajectory) else await teacher.score(written)
+            )
             if isinstance(scored, Stored):
                 tell(next(done))
                 break
+
         return scored
 
     responses = await asyncio.gather(*map(respond, range(len(prompts))))
+
     while True:
         scored = [response for response in responses if isinstance(response, Stored)]
         if not scored:
-            raise NothingMeasuredError(f"no held-out prompt could be measured, the last one: {responses[-1]}")
+            raise NothingMeasuredError(
+                f"no held-out prompt could be measured, the last one: {responses[-1]}"
+            )
 
         batch = pack(scored, steps=1, ranks=ranks, token_budget=token_budget, alpha=1.0)
+
         try:
             stats = await learner.evaluate(batch)
             return replace(stats, num_dropped=len(prompts) - len(scored)), scored
         except BodiesLostError as error:
-            keys = [response.header.key if isinstance(response, Stored) else None for response in responses]
-            lost = [index for index, key in enumerate(keys) if key in error.keys]
-            for index, response in zip(lost, await asyncio.gather(*map(respond, lost)), strict=True):
-                responses[index] = response
+            for index in _positions(responses, error.keys):
+                responses[index] = await respond(index)
+
+
+def _positions(
+    responses: Sequence[Stored[ScoredTrajectory] | LostTrajectory], keys: Collection[TrajectoryKey]
+) -> list[int]:
+    """Where among responses those of ``keys`` stand."""
+    return [
+        index
+        for index, response in enumerate(responses)
+        if isinstance(response, Stored) and response.header.key in keys
+    ]

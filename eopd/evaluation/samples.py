@@ -1,4 +1,6 @@
-"""A held-out sample as people look at it: every token with what student and teacher thought of it."""
+"""A held-out sample as people look at it: every token with what student and teacher thought
+of it.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -14,12 +16,15 @@ if TYPE_CHECKING:
 _DECIMALS = 4
 
 
-def sample_record(scored: ScoredTrajectory, prompt: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, object]:
+def sample_record(
+    scored: ScoredTrajectory, prompt: str, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, object]:
     """One sample as ``held_out.jsonl`` keeps it.
 
-    Lists of R response tokens, and of K candidates for each, in nats; null is minus infinity. ``student_logprobs`` are
-    the engine's, which wrote at temperature 1. ``entropy_low`` and ``_high`` are equal where the teacher's entropy is
-    exact. ``texts`` has the text of every token id that occurs.
+    Lists of R response tokens, and of K candidates for each, in nats; null is minus infinity.
+    ``student_logprobs`` are the engine's, which wrote at temperature 1. ``entropy_low`` and
+    ``_high`` are equal where the teacher's entropy is exact. ``texts`` has the text of every token
+    id that occurs.
     """
     trajectory, signal = scored.trajectory, scored.signal
     match signal.entropy:
@@ -27,7 +32,9 @@ def sample_record(scored: ScoredTrajectory, prompt: str, tokenizer: "PreTrainedT
             low = high = entropy
         case Bounds(low, high):
             pass
+
     ids = sorted({*trajectory.response_ids.tolist(), *signal.topk_ids.ravel().tolist()})
+
     return {
         "prompt_id": trajectory.prompt.prompt_id,
         "prompt": prompt,
@@ -41,12 +48,16 @@ def sample_record(scored: ScoredTrajectory, prompt: str, tokenizer: "PreTrainedT
         "entropy_high": _numbers(high),
         "topk_ids": signal.topk_ids.tolist(),
         "topk_logprobs": [_numbers(row) for row in signal.topk_logprobs],
-        "texts": token_texts(ids, lambda some: str(tokenizer.decode(some, skip_special_tokens=False))),
+        "texts": token_texts(
+            ids, lambda some: str(tokenizer.decode(some, skip_special_tokens=False))
+        ),
     }
 
 
 def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> Mapping[int, str]:
-    """The text each token adds inside a text, e.g. ``" the"``: some tokenizers strip the space of a first token."""
+    """The text each token adds inside a text, e.g. ``" the"``: some tokenizers strip the
+    space of a first token.
+    """
     return {one: decode([one, one])[len(decode([one])) :] for one in ids}
 
 

@@ -1,6 +1,8 @@
-r"""Numbers and words as people write them, for a reader that takes what stands side by side as a product.
+r"""Numbers and words as people write them, for a reader that takes what stands side by side as a
+product.
 
-math-verify (0.9) reads ``1 000`` as 1 times 0, ``1e-3`` as e - 3, and ``listen`` as the letters of ``silent``.
+math-verify (0.9) reads ``1 000`` as 1 times 0, ``1e-3`` as e - 3, and ``listen`` as the letters of
+``silent``.
 """
 
 import re
@@ -29,24 +31,32 @@ _A_WORD: Final = re.compile(r"(?<![^\W\d_])(?:[^\W\d_]{4,}|[A-Z][a-z]{2,})(?![^\
 
 
 def with_plain_numbers(text: str) -> str:
-    r"""``1 000`` and ``1\,000`` are ``1000``, ``1e-3`` is ``1 \cdot 10^{-3}``, ``3 1/2`` ``3\frac{1}{2}``, and an angle
-    or a temperature in degrees is its number; under a sine degrees stay what they are.
+    r"""``1 000`` and ``1\,000`` are ``1000``, ``1e-3`` is ``1 \cdot 10^{-3}``, ``3 1/2``
+    ``3\frac{1}{2}``, and an angle or a temperature in degrees is its number; under a sine degrees
+    stay what they are.
     """
     text = _GROUPED.sub(_digits, text)
     alone = _GROUPED_BY_SPACES.search(text)
-    if alone and not re.search(r"\d", re.sub(r"^[.,]\d+", "", text[alone.end() :]) + text[: alone.start()]):
+    if alone and not re.search(
+        r"\d", re.sub(r"^[.,]\d+", "", text[alone.end() :]) + text[: alone.start()]
+    ):
         text = _GROUPED_BY_SPACES.sub(_digits, text)
+
     if not _OF_ANGLES.search(text):
         text = _DEGREES.sub(" ", text).strip()
+
     if found := _SCIENTIFIC.fullmatch(text):
         return rf"{found[1]} \cdot 10^{{{int(found[2])}}}"
+
     if (found := _MIXED.fullmatch(text)) and int(found[2]) < int(found[3]):
         return rf"{found[1]}\frac{{{found[2]}}}{{{found[3]}}}"
+
     return text
 
 
 def stand_side_by_side(text: str) -> bool:
-    r"""Whether two numbers have only a space between them: ``12 34`` may be one number, two, or a product.
+    r"""Whether two numbers have only a space between them: ``12 34`` may be one number, two, or a
+    product.
 
     Not so in ``\frac 1 2`` and ``\log_2 8``.
     """
@@ -54,13 +64,17 @@ def stand_side_by_side(text: str) -> bool:
 
 
 def are_words_of_the_same_letters(one: str, other: str) -> bool:
-    """Whether two answers are words, and other words, of the same letters: no product of letters is meant then.
+    """Whether two answers are words, and other words, of the same letters: no product of letters is
+    meant then.
 
     Words have four letters or begin with a capital: ``abc`` and ``cab`` are products.
     """
     words = [TEXT.sub(r"\1", text).strip(" .$") for text in (one, other)]
-    if not all(_WORDS.fullmatch(text) for text in words) or not any(_A_WORD.search(text) for text in words):
+    if not all(_WORDS.fullmatch(text) for text in words) or not any(
+        _A_WORD.search(text) for text in words
+    ):
         return False
+
     spelt = [re.findall(r"[^\W\d_]", text.casefold()) for text in words]
     return spelt[0] != spelt[1] and sorted(spelt[0]) == sorted(spelt[1])
 

@@ -12,7 +12,9 @@ from eopd.types import Trajectory
 
 
 class Verifier:
-    """Decodes responses with the tokenizer of ``model`` and grades them, one at a time, off the event loop."""
+    """Decodes responses with the tokenizer of ``model`` and grades them, one at a time, off
+    the event loop.
+    """
 
     def __init__(self, grader: GraderName, model: Path) -> None:
         self._open = ExitStack()
@@ -21,12 +23,18 @@ class Verifier:
         self._tokenizer = load_tokenizer(model)
 
     async def reward(self, trajectory: Trajectory) -> float | None:
-        """1 where the grader finds the response correct, else 0; None where the prompt has no reference answer."""
+        """1 where the grader finds the response correct, else 0; None where the prompt has no
+        reference answer.
+        """
         reference = trajectory.prompt.reference_answer
         if reference is None:
             return None
+
         response = self._tokenizer.decode(trajectory.response_ids, skip_special_tokens=True)
-        verdict = await asyncio.get_running_loop().run_in_executor(self._thread, self._grade, response, reference)
+        verdict = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._grade, response, reference
+        )
+
         return 1.0 if verdict is Verdict.CORRECT else 0.0
 
     def close(self) -> None:

@@ -1,1 +1,3 @@
-"""One update of the student from one batch: packed forward, entropy-aware objective, DeepSpeed step."""
+"""One update of the student from one batch: packed forward, entropy-aware objective,
+DeepSpeed step.
+"""

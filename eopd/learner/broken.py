@@ -1,4 +1,5 @@
-"""An optimiser step whose loss or gradient is not finite: which rows are to blame, and what the loss saw, on disk.
+"""An optimiser step whose loss or gradient is not finite: which rows are to blame, and what the
+loss saw, on disk.
 
 runs/<name>/broken/batch-000012-step-0/
     rows.json              what was not finite, and the rows of all ranks
@@ -23,7 +24,9 @@ _NAMED_ROWS = 5  # in the message; the file has all
 
 
 class NonFiniteUpdateError(RuntimeError):
-    """A loss or gradient was not finite, and no more optimiser steps may be skipped. It was applied on no rank."""
+    """A loss or gradient was not finite, and no more optimiser steps may be skipped. It was
+    applied on no rank.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,9 @@ class BrokenRow:
         return f"{tuple(self.trajectory)} token {self.position} ({', '.join(self.columns)})"
 
 
-def find_rows(packed: Packed, keys: Sequence[TrajectoryKey], student_logprobs_T: Tensor) -> Iterator[BrokenRow]:
+def find_rows(
+    packed: Packed, keys: Sequence[TrajectoryKey], student_logprobs_T: Tensor
+) -> Iterator[BrokenRow]:
     """Loss rows on which what the loss was given, or what the student says, is not finite.
 
     Args:
@@ -46,9 +51,14 @@ def find_rows(packed: Packed, keys: Sequence[TrajectoryKey], student_logprobs_T:
         keys: the names of its trajectories, in its order.
         student_logprobs_T: of the sampled tokens, 0 where masked.
     """
-    bad = {name: _not_finite(name, column) for name, column in _columns(packed).items() if column.is_floating_point()}
+    bad = {
+        name: _not_finite(name, column)
+        for name, column in _columns(packed).items()
+        if column.is_floating_point()
+    }
     bad["student_logprobs_T"] = ~student_logprobs_T.isfinite()
     del bad["gate_T"]  # NaN where something else is to blame
+
     for key, rows in zip(keys, packed.rows, strict=True):
         for position, row in enumerate(range(rows.start, rows.stop)):
             names = tuple(name for name, wrong_T in bad.items() if wrong_T[row])
@@ -84,12 +94,21 @@ def dump(
     save_file(tensors, directory / f"rank-{rank}.safetensors")
     if rank > 0:
         return
-    record = {"what": what, "rows": [asdict(row) for row in rows], "trajectories": [list(key) for key in keys]}
+
+    record = {
+        "what": what,
+        "rows": [asdict(row) for row in rows],
+        "trajectories": [list(key) for key in keys],
+    }
     (directory / "rows.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def explain(what: str, rows: Sequence[BrokenRow], keys: Sequence[TrajectoryKey], directory: Path) -> str:
-    """One line: what was not finite, the first rows (or trajectories, where no row shows it), where the rest is."""
+def explain(
+    what: str, rows: Sequence[BrokenRow], keys: Sequence[TrajectoryKey], directory: Path
+) -> str:
+    """One line: what was not finite, the first rows (or trajectories, where no row shows it),
+    where the rest is.
+    """
     names = [str(row) for row in rows] or [str(tuple(key)) for key in keys]
     more = f" and {len(names) - _NAMED_ROWS} more" if len(names) > _NAMED_ROWS else ""
     kind = "rows" if rows else "no row is to blame; trajectories"
@@ -110,4 +129,5 @@ def _not_finite(name: str, column: Tensor) -> Tensor:
     wrong = ~column.isfinite()
     if name in _MAY_BE_IMPOSSIBLE:
         wrong &= column != -torch.inf
+
     return wrong.reshape(len(column), -1).any(1)

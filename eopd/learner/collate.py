@@ -1,11 +1,12 @@
 """Trajectories to packed tensors: the only place in the project that shifts.
 
-Row t of a packed micro-batch is an input token, and what belongs to row t (its target, its mask, what the teacher
-said of the target) speaks about the *next* token of the same trajectory. So the last response token is never an
+Row t of a packed micro-batch is an input token, and what belongs to row t (its target, its mask,
+what the teacher said of the target) speaks about the *next* token of the same trajectory. So the
+last response token is never an
 input: nothing is predicted from it.
 
-Worked example: prompt ``[5, 6]``, response ``[7, 8, 2]`` gives four rows: inputs ``[5, 6, 7, 8]``, positions ``[0, 1,
-2, 3]``, targets ``[-, 7, 8, 2]`` where ``-`` is a masked row.
+Worked example: prompt ``[5, 6]``, response ``[7, 8, 2]`` gives four rows: inputs ``[5, 6, 7, 8]``,
+positions ``[0, 1, 2, 3]``, targets ``[-, 7, 8, 2]`` where ``-`` is a masked row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,8 @@ class Weighting:
 
     entropy_R: Tensor  # the teacher's, in nats, as the gate reads it
     gate_R: Tensor  # in [0, 1]
-    gate_uncertain: float  # how far it would move between the bounds on the entropy, summed over loss tokens
+    # how far it would move between the bounds on the entropy, summed over loss tokens
+    gate_uncertain: float
     advantage_bonus: float | None  # on every token; None without a verifier
 
 
@@ -37,8 +39,8 @@ class Weighting:
 class Packed:
     """One micro-batch: trajectories end to end, told apart by positions that restart at 0.
 
-    ``rows[i]`` are the rows that predict the response of trajectory i; none for an empty micro-batch, whose single
-    masked row only keeps every rank in the same forward and backward.
+    ``rows[i]`` are the rows that predict the response of trajectory i; none for an empty
+    micro-batch, whose single masked row only keeps every rank in the same forward and backward.
     """
 
     input_ids_T: Tensor
@@ -62,7 +64,8 @@ def collate(trajectories: Sequence[ScoredTrajectory], weightings: Sequence[Weigh
     """Pack one micro-batch, on the CPU.
 
     Args:
-        trajectories: any number, also none; each with a prompt and a response of at least one token.
+        trajectories: any number, also none; each with a prompt and a response of at least one
+            token.
         weightings: how each enters the loss; all with an advantage bonus, or none.
 
     Raises:
@@ -70,13 +73,24 @@ def collate(trajectories: Sequence[ScoredTrajectory], weightings: Sequence[Weigh
     """
     if not trajectories:
         return _masked_row()
-    columns = [_columns(scored, weighting) for scored, weighting in zip(trajectories, weightings, strict=True)]
+
+    columns = [
+        _columns(scored, weighting)
+        for scored, weighting in zip(trajectories, weightings, strict=True)
+    ]
     packed = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
     rows, start = [], 0
+
     for scored in trajectories:
-        stop = start + scored.trajectory.prompt.token_ids.size - 1 + scored.trajectory.response_ids.size
+        stop = (
+            start
+            + scored.trajectory.prompt.token_ids.size
+            - 1
+            + scored.trajectory.response_ids.size
+        )
         rows.append(slice(stop - scored.trajectory.response_ids.size, stop))
         start = stop
+
     return _packed(packed, tuple(rows))
 
 
@@ -86,8 +100,10 @@ def _columns(scored: ScoredTrajectory, weighting: Weighting) -> dict[str, npt.ND
     num_prompt_tokens = trajectory.prompt.token_ids.size
     if num_prompt_tokens == 0:
         raise ValueError(
-            f"trajectory {tuple(trajectory.key)}: the prompt is empty, its first response token has no predictor"
+            f"trajectory {tuple(trajectory.key)}: the prompt is empty, its first response "
+            "token has no predictor"
         )
+
     inputs = np.concatenate([trajectory.prompt.token_ids, trajectory.response_ids[:-1]])
     response: dict[str, npt.NDArray[np.generic]] = {
         "target_ids_T": trajectory.response_ids.astype(np.int64),
@@ -101,19 +117,33 @@ def _columns(scored: ScoredTrajectory, weighting: Weighting) -> dict[str, npt.ND
         "teacher_tail_logprobs_T": signal.tail_logprobs,
     }
     if weighting.advantage_bonus is not None:
-        response["advantage_bonus_T"] = np.full(trajectory.response_ids.size, weighting.advantage_bonus, np.float32)
+        response["advantage_bonus_T"] = np.full(
+            trajectory.response_ids.size, weighting.advantage_bonus, np.float32
+        )
+
     shifted = {name: _behind_prompt(values, num_prompt_tokens) for name, values in response.items()}
-    return {"input_ids_T": inputs.astype(np.int64), "position_ids_T": np.arange(inputs.size), **shifted}
+
+    return {
+        "input_ids_T": inputs.astype(np.int64),
+        "position_ids_T": np.arange(inputs.size),
+        **shifted,
+    }
 
 
-def _behind_prompt(values_R: npt.NDArray[np.generic], num_prompt_tokens: int) -> npt.NDArray[np.generic]:
-    """The shift: the hidden state at P + r - 1 predicts response token r, so P - 1 masked rows come first."""
+def _behind_prompt(
+    values_R: npt.NDArray[np.generic], num_prompt_tokens: int
+) -> npt.NDArray[np.generic]:
+    """The shift: the hidden state at P + r - 1 predicts response token r, so P - 1 masked
+    rows come first.
+    """
     prompt_rows = np.zeros((num_prompt_tokens - 1, *values_R.shape[1:]), values_R.dtype)
     return np.concatenate([prompt_rows, values_R])
 
 
 def collate_text(token_ids: Int32Array) -> Packed:
-    """A text of int32[N], N > 1, that no one scored: N - 1 rows, for the student's own log-probabilities."""
+    """A text of int32[N], N > 1, that no one scored: N - 1 rows, for the student's own
+    log-probabilities.
+    """
     ids = token_ids.astype(np.int64)
     return _unscored(ids[:-1], ids[1:], np.ones(ids.size - 1, np.bool_), (slice(0, ids.size - 1),))
 
@@ -124,7 +154,10 @@ def _masked_row() -> Packed:
 
 
 def _unscored(
-    input_ids: Int64Array, target_ids: Int64Array, mask: npt.NDArray[np.bool_], rows: tuple[slice, ...]
+    input_ids: Int64Array,
+    target_ids: Int64Array,
+    mask: npt.NDArray[np.bool_],
+    rows: tuple[slice, ...],
 ) -> Packed:
     floats = np.zeros(len(mask), np.float32)
     columns: dict[str, npt.NDArray[np.generic]] = {

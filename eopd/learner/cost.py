@@ -1,11 +1,12 @@
 """What one rank's update costs: floating-point operations by a formula, memory as measured.
 
-A token costs 6 FLOP for every weight it is multiplied with: 2 forward, 2 back to its input, 2 to the weight's gradient,
-which a frozen weight (``student.lora``) does not have (Kaplan et al., arXiv 2001.08361, section 2.1). The head is
-multiplied with loss tokens alone, an expert with the tokens that are sent to it. Attention costs 12 FLOP for every
-layer, dimension of all heads, and pair of a token with one before it, half of all pairs (Chowdhery et al., arXiv
-2204.02311, appendix B, for all pairs). Counted is what the update needs, as in their model FLOPs utilisation. Left out:
-activations computed again; the extra forward pass of several optimiser steps; that windows cut attention short.
+A token costs 6 FLOP for every weight it is multiplied with: 2 forward, 2 back to its input, 2 to
+the weight's gradient, which a frozen weight (``student.lora``) does not have (Kaplan et al., arXiv
+2001.08361, section 2.1). The head is multiplied with loss tokens alone, an expert with the tokens
+that are sent to it. Attention costs 12 FLOP for every layer, dimension of all heads, and pair of a
+token with one before it, half of all pairs (Chowdhery et al., arXiv 2204.02311, appendix B, for all
+pairs). Counted is what the update needs, as in their model FLOPs utilisation. Left out: activations
+computed again; the extra forward pass of several optimiser steps; that windows cut attention short.
 """
 
 import resource
@@ -20,7 +21,9 @@ from eopd.types import Header
 
 
 class Cost:
-    """Of a model's updates; ``peak_flops`` is what this rank's device does in a second at best, where that is known."""
+    """Of a model's updates; ``peak_flops`` is what this rank's device does in a second at
+    best, where that is known.
+    """
 
     def __init__(self, model: PreTrainedModel, peak_flops: float | None) -> None:
         self._flop = Flop(model)
@@ -29,8 +32,15 @@ class Cost:
     def row(self, headers: Iterable[Header], seconds: float) -> Row:
         """Of an update on these trajectories that took so long, on this rank."""
         rate = sum(map(self._flop, headers)) / seconds
-        row = {"eopd_learner_flops_per_second": rate, "eopd_learner_memory_bytes": float(_most_memory_bytes())}
-        return row if self._peak_flops is None else row | {"eopd_learner_mfu_ratio": rate / self._peak_flops}
+        row = {
+            "eopd_learner_flops_per_second": rate,
+            "eopd_learner_memory_bytes": float(_most_memory_bytes()),
+        }
+        return (
+            row
+            if self._peak_flops is None
+            else row | {"eopd_learner_mfu_ratio": rate / self._peak_flops}
+        )
 
 
 class Flop:
@@ -47,12 +57,18 @@ class Flop:
             if weight is not head and weight is not embedding
         )
         self._head = _flop_per_token(head)
-        dimensions = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._attention: int = 6 * config.num_hidden_layers * config.num_attention_heads * dimensions
+        dimensions = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        self._attention: int = (
+            6 * config.num_hidden_layers * config.num_attention_heads * dimensions
+        )
 
     def __call__(self, header: Header) -> float:  # noqa: D102
         length = header.num_tokens
-        return self._body * length + self._head * header.num_loss_tokens + self._attention * length**2
+        return (
+            self._body * length + self._head * header.num_loss_tokens + self._attention * length**2
+        )
 
 
 def _flop_per_token(weight: torch.Tensor) -> int:
@@ -68,4 +84,5 @@ def _most_memory_bytes() -> int:
     """The most that was held so far: by tensors on a GPU, by the process without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,14 +1,15 @@
-"""DeepSpeed, and nothing but DeepSpeed: process group, ZeRO, gradient accumulation, optimiser step, checkpoint.
+"""DeepSpeed, and nothing but DeepSpeed: process group, ZeRO, gradient accumulation, optimiser step,
+checkpoint.
 
 Three properties of DeepSpeed 0.19 shape this file.
 
-* It averages gradients over ranks, and under ZeRO-3 cannot do otherwise. The objective is already divided by the loss
-  tokens of all ranks, so ``accumulate`` multiplies by the world size.
-* ZeRO-2 and -3 reduce at every backward, so all ranks must run equally many; the boundary is set by hand, since the
-  number of micro-batches varies from step to step.
-* Every stage refuses an update whose global gradient norm is not finite, on all ranks together, and forgets its
-  gradients. ``accumulate`` turns a non-finite loss into non-finite gradients, so that one number decides; ZeRO-0 in
-  float32 has no such check, and gets it here.
+* It averages gradients over ranks, and under ZeRO-3 cannot do otherwise. The objective is already
+  divided by the loss tokens of all ranks, so ``accumulate`` multiplies by the world size.
+* ZeRO-2 and -3 reduce at every backward, so all ranks must run equally many; the boundary is set by
+  hand, since the number of micro-batches varies from step to step.
+* Every stage refuses an update whose global gradient norm is not finite, on all ranks together, and
+  forgets its gradients. ``accumulate`` turns a non-finite loss into non-finite gradients, so that
+  one number decides; ZeRO-0 in float32 has no such check, and gets it here.
 """
 
 import io
@@ -44,7 +45,8 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 if without_mlflow:
     del sys.modules["mlflow"]
 
-# DeepSpeed compiles what it takes for useful here, on CPU its shared-memory reduction: a minute, and a compiler needed.
+# DeepSpeed compiles what it takes for useful here, on CPU its shared-memory reduction: a minute,
+# and a compiler needed.
 deepspeed.ops.__compatible_ops__ = {}
 
 T = TypeVar("T")
@@ -54,7 +56,9 @@ _STEPS = "optimizer_steps_per_batch"  # under which a checkpoint was written
 
 
 def join(*, rank: int, world_size: int, master_address: str, master_port: int) -> torch.device:
-    """Enter the gang's process group (gloo on CPU, nccl on GPU) and return this rank's device: the only one it sees."""
+    """Enter the gang's process group (gloo on CPU, nccl on GPU) and return this rank's
+    device: the only one it sees.
+    """
     environment = {
         "RANK": rank,
         "WORLD_SIZE": world_size,
@@ -65,6 +69,7 @@ def join(*, rank: int, world_size: int, master_address: str, master_port: int) -
     os.environ.update({name: str(value) for name, value in environment.items()})
     on_gpu = torch.cuda.is_available()
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
+
     return torch.device("cuda:0" if on_gpu else "cpu")
 
 
@@ -78,7 +83,9 @@ def gather_all(mine: list[T]) -> list[T]:
 class Engine:
     """A student, its optimiser and its schedule, sharded by ZeRO."""
 
-    def __init__(self, student: Student, config: LearnerConfig, *, dtype: str, total_steps: int) -> None:
+    def __init__(
+        self, student: Student, config: LearnerConfig, *, dtype: str, total_steps: int
+    ) -> None:
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -91,9 +98,11 @@ class Engine:
             config=native_config(config, dtype),
         )
         if config.zero_stage == 0 and dtype == "bfloat16":
-            # This wrapper has already stepped once, on zero gradients: forget its moments and its weight decay.
+            # This wrapper has already stepped once, on zero gradients: forget its moments and its
+            # weight decay.
             self._engine.optimizer.refresh_fp32_params()
             optimizer.state.clear()
+
         self.student = student
         self._config = config
         self._keeps_no_norm = config.zero_stage == 0 and dtype == "float32"
@@ -111,7 +120,9 @@ class Engine:
         return result
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of this rank's share of the loss; ``last`` closes the optimiser step. Collective."""
+        """Add the gradient of this rank's share of the loss; ``last`` closes the optimiser
+        step. Collective.
+        """
         poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * poison * dist.get_world_size(), scale_wrt_gas=False)
@@ -120,8 +131,8 @@ class Engine:
         """Clip and apply what was accumulated, unless its norm is not finite; collective.
 
         Returns:
-            The norm of the gradient over all ranks, before clipping. When it is not finite nothing was applied, on
-            any rank.
+            The norm of the gradient over all ranks, before clipping. When it is not finite nothing
+            was applied, on any rank.
         """
         norm = math.nan
         if self._keeps_no_norm:
@@ -130,13 +141,17 @@ class Engine:
             if not math.isfinite(norm):
                 self._engine.zero_grad()
                 return norm
+
         self._engine.step()
         if not self._keeps_no_norm:
             norm = float(self._engine.get_global_grad_norm())
+
         if not math.isfinite(norm) and self._engine.zero_cpu_offload():
-            # In bfloat16 under ZeRO-1 and 2 DeepSpeed keeps the refused gradient, and adds all later ones to it.
+            # In bfloat16 under ZeRO-1 and 2 DeepSpeed keeps the refused gradient, and adds all
+            # later ones to it.
             gradients = self._engine.optimizer.averaged_gradients
             gradients.update(dict.fromkeys(gradients))
+
         return norm
 
     def save(self, directory: Path, state: dict[str, int]) -> None:
@@ -147,43 +162,60 @@ class Engine:
         """
         try:
             client_state = state | {_STEPS: self._config.optimizer_steps_per_batch}
-            self._engine.save_checkpoint(str(directory), tag=_TAG, client_state=client_state, save_latest=False)
+            self._engine.save_checkpoint(
+                str(directory), tag=_TAG, client_state=client_state, save_latest=False
+            )
             torch.save(torch.get_rng_state(), directory / f"rng-{dist.get_rank()}.pt")
         except RuntimeError as error:
-            # All that torch's writer says of a full disk: "[enforce fail at inline_container.cc:672] . unexpected pos"
+            # All that torch's writer says of a full disk: "[enforce fail at
+            # inline_container.cc:672] . unexpected pos"
             if "inline_container.cc" not in str(error):
                 raise
-            raise OSError(f"torch could not write all of it; is the disk full? ({error})") from error
+
+            raise OSError(
+                f"torch could not write all of it; is the disk full? ({error})"
+            ) from error
+
         dist.barrier()
 
     def load(self, directory: Path) -> dict[str, int]:
-        """Continue from ``save`` under the same stage (1 and 2 are alike); returns ``state``. Collective.
+        """Continue from ``save`` under the same stage (1 and 2 are alike); returns ``state``.
+        Collective.
 
-        Learning rate, schedule, betas, weight decay and clipping are those of the config, not of the checkpoint.
+        Learning rate, schedule, betas, weight decay and clipping are those of the config, not of
+        the checkpoint.
 
-        With as many ranks as saved it is bit-equal. With another number only their random states are not: rank r takes
-        that of saved rank r modulo their number, and nothing draws from it.
+        With as many ranks as saved it is bit-equal. With another number only their random states
+        are not: rank r takes that of saved rank r modulo their number, and nothing draws from it.
 
         Raises:
             FileNotFoundError: the directory holds no checkpoint.
-            ValueError: it is that of another number of ranks, and ``LearnerConfig.ranks_may_change`` is false.
+            ValueError: it is that of another number of ranks, and
+                ``LearnerConfig.ranks_may_change`` is false.
         """
         if not (directory / _TAG).is_dir():
             raise FileNotFoundError(f"{directory}: holds no learner checkpoint")
+
         saved_ranks = len(list(directory.glob("rng-*.pt")))
         if saved_ranks == dist.get_world_size() or self._config.zero_stage == 0:
             _, state = self._engine.load_checkpoint(str(directory), tag=_TAG)
         elif not self._config.ranks_may_change:
-            raise ValueError(f"{directory}: is of {saved_ranks} ranks, which round_robin_gradients does not let change")
+            raise ValueError(
+                f"{directory}: is of {saved_ranks} ranks, which "
+                "round_robin_gradients does not let change"
+            )
         else:
             state = self._load_universal(directory)
+
         torch.set_rng_state(torch.load(directory / f"rng-{dist.get_rank() % saved_ranks}.pt"))
         steps = self._config.optimizer_steps_per_batch
         self._as_configured(steps_before=state.get(_STEPS, steps))
+
         return {name: value for name, value in state.items() if name != _STEPS}
 
     def _as_configured(self, *, steps_before: int) -> None:
-        """Set what a run may change when it goes on; torch and DeepSpeed (0.19.8) restore it from the checkpoint.
+        """Set what a run may change when it goes on; torch and DeepSpeed (0.19.8) restore it from
+        the checkpoint.
 
         Args:
             steps_before: optimiser steps of a batch that the schedule has counted so far.
@@ -192,40 +224,55 @@ class Engine:
         done = scheduler.last_epoch * config.optimizer_steps_per_batch // steps_before
         rate = config.lr * self._factor(done)
         groups = scheduler.optimizer.param_groups
+
         for group in groups:
-            group.update(lr=rate, initial_lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+            group.update(
+                lr=rate, initial_lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            )
+
         scheduler.last_epoch, scheduler.base_lrs = done, [config.lr] * len(groups)
         scheduler._last_lr = [rate] * len(groups)
         if not self._keeps_no_norm:  # ZeRO-0 in float32 clips by DeepSpeed's config alone
             self._engine.optimizer.clip_grad = config.max_grad_norm
 
     def _load_universal(self, directory: Path) -> dict[str, Any]:
-        """Load through DeepSpeed's universal format, which knows no ranks: rank 0 converts, beside the checkpoint."""
+        """Load through DeepSpeed's universal format, which knows no ranks: rank 0 converts,
+        beside the checkpoint.
+        """
         universal = directory.with_name(f".{directory.name}.universal")
         if dist.get_rank() == 0:
             shutil.rmtree(universal, ignore_errors=True)
             _convert(directory / _TAG, universal / _TAG)
+
         dist.barrier()
-        self._engine._config.load_universal_checkpoint = True  # its key checkpoint.load_universal, for one call
+        # its key checkpoint.load_universal, for one call
+        self._engine._config.load_universal_checkpoint = True
         _, state = self._engine.load_checkpoint(str(universal), tag=_TAG)
         self._engine._config.load_universal_checkpoint = False
+
         for weights, moments in self._engine.basic_optimizer.state.items():
-            # Loaded on the CPU, and under ZeRO-3 as one tensor in all groups, which each of them would count up.
+            # Loaded on the CPU, and under ZeRO-3 as one tensor in all groups, which each of them
+            # would count up.
             moments["step"] = moments["step"].to(weights.device, copy=True)
+
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(universal)
+
         return dict(state)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the Hugging Face model, once, whole, one after the other; collective, in lockstep.
+        """Every tensor of the Hugging Face model, once, whole, one after the other; collective, in
+        lockstep.
 
         Under their plain names, adapters merged.
         """
         return self._gathered(whole_tensors(self.student.model))
 
     def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the adapters, whole, one after the other; none without LoRA; collective, in lockstep."""
+        """Every tensor of the adapters, whole, one after the other; none without LoRA;
+        collective, in lockstep.
+        """
         return self._gathered(adapter_tensors(self.student.model))
 
     def _gathered(self, recipes: Mapping[str, Recipe]) -> Iterator[tuple[str, Tensor]]:
@@ -235,7 +282,8 @@ class Engine:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """The student's state dict from what ``Engine.save`` wrote, on the CPU and without a process group.
+    """The student's state dict from what ``Engine.save`` wrote, on the CPU and without a process
+    group.
 
     Under ZeRO-3 these are the float32 master weights that the student's own are rounded from.
 
@@ -244,8 +292,11 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     """
     of_rank_0 = directory / _TAG / "mp_rank_00_model_states.pt"
     if of_rank_0.exists():  # ZeRO-0 to 2, where every rank holds all weights
-        weights: dict[str, Tensor] = torch.load(of_rank_0, map_location="cpu", mmap=True, weights_only=False)["module"]
+        weights: dict[str, Tensor] = torch.load(
+            of_rank_0, map_location="cpu", mmap=True, weights_only=False
+        )["module"]
         return weights
+
     with _silence():
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=_TAG))
 
@@ -274,7 +325,8 @@ def _silence() -> Iterator[None]:
 def native_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
     """Our options merged with ``learner.deepspeed``, which wins, section by section.
 
-    In bfloat16 gradients are accumulated and reduced in float32; ZeRO-0 cannot, and does both in bfloat16.
+    In bfloat16 gradients are accumulated and reduced in float32; ZeRO-0 cannot, and does both in
+    bfloat16.
     """
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -290,28 +342,34 @@ def native_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
         if config.zero_stage > 0:
             ours["data_types"] = {"grad_accum_dtype": "fp32"}
             ours["communication_data_type"] = "fp32"
+
     for key, value in config.deepspeed.items():
         both_sections = isinstance(value, dict) and isinstance(ours.get(key), dict)
         ours[key] = {**ours[key], **value} if both_sections else value  # type: ignore[dict-item]
+
     return ours
 
 
 def schedule(config: LearnerConfig, total_steps: int) -> Callable[[int], float]:
     """The factor on the learning rate at optimiser step s of ``total_steps``, counted from 0.
 
-    Warm-up rises linearly and never starts at zero: with 4 steps of it the factors are 1/4, 1/2, 3/4, 1. Then
-    ``constant`` stays, ``linear`` and ``cosine`` fall to zero at ``total_steps``, one step after the last.
+    Warm-up rises linearly and never starts at zero: with 4 steps of it the factors are 1/4, 1/2,
+    3/4, 1. Then ``constant`` stays, ``linear`` and ``cosine`` fall to zero at ``total_steps``, one
+    step after the last.
     """
     warmup = config.warmup_batches * config.optimizer_steps_per_batch
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
+
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         if config.schedule == "linear":
             return 1.0 - progress
+
         if config.schedule == "cosine":
             return 0.5 * (1.0 + math.cos(math.pi * progress))
+
         return 1.0
 
     return factor

@@ -1,4 +1,6 @@
-"""From sums over tokens to what a held-out measurement says: means, standard errors, entropy histograms."""
+"""From sums over tokens to what a held-out measurement says: means, standard errors, entropy
+histograms.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,13 +16,20 @@ from eopd.types import ENTROPY_BIN_NATS, NUM_ENTROPY_BINS, Estimate, EvalStats, 
 Float64Array = npt.NDArray[np.float64]
 
 # The rows of a micro-batch's statistics; below them is the loss mask.
-ESTIMATES: Final = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+ESTIMATES: Final = (
+    "reverse_kl",
+    "forward_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "top1_agreement",
+)
 _ENTROPIES: Final = slice(2, 4)
 _OF_A_PART: Final = (0, 1, 5)  # reverse KL, forward KL, loss mask
 
 
 def entropy_counts(columns: Tensor) -> list[list[int]]:
-    """Unmasked tokens by student and by teacher entropy, [2, NUM_ENTROPY_BINS]; from statistics [6, T].
+    """Unmasked tokens by student and by teacher entropy, [2, NUM_ENTROPY_BINS]; from statistics [6,
+    T].
 
     A token of no number is in no bin.
     """
@@ -30,16 +39,23 @@ def entropy_counts(columns: Tensor) -> list[list[int]]:
 
 
 def token_sums(columns: Tensor, gate_T: Tensor) -> list[float]:
-    """Of one trajectory: sums of its statistics [6, T], then of those in ``_OF_A_PART`` weighted by the gate."""
+    """Of one trajectory: sums of its statistics [6, T], then of those in ``_OF_A_PART``
+    weighted by the gate.
+    """
     weights_T = gate_T.to(columns).nan_to_num(0.0)
     return [*columns.sum(1).tolist(), *(columns[list(_OF_A_PART)] * weights_T).sum(1).tolist()]
 
 
-def eval_stats(sums: Sequence[Sequence[float]], sources: Sequence[str], counts: Sequence[list[list[int]]]) -> EvalStats:
-    """What all ranks found: ``token_sums`` and source of each trajectory, ``counts`` of each micro-batch, [2, B]."""
+def eval_stats(
+    sums: Sequence[Sequence[float]], sources: Sequence[str], counts: Sequence[list[list[int]]]
+) -> EvalStats:
+    """What all ranks found: ``token_sums`` and source of each trajectory, ``counts`` of each
+    micro-batch, [2, B].
+    """
     sums_MS, unsure_MS = np.split(np.array(sums), [len(ESTIMATES) + 1], axis=1)
     counts_M = sums_MS[:, -1]
     student, teacher = np.sum(counts, axis=0).tolist()
+
     return EvalStats(
         **{name: cluster_estimate(sums_MS[:, i], counts_M) for i, name in enumerate(ESTIMATES)},
         student_entropy_counts=tuple(student),
@@ -51,11 +67,16 @@ def eval_stats(sums: Sequence[Sequence[float]], sources: Sequence[str], counts: 
     )
 
 
-def _parts(sums_MS: Float64Array, unsure_MS: Float64Array, sources_M: npt.NDArray[np.str_]) -> dict[str, PartStats]:
-    """Sums of reverse KL, forward KL and tokens of each trajectory, of all tokens and of the unsure, to parts."""
+def _parts(
+    sums_MS: Float64Array, unsure_MS: Float64Array, sources_M: npt.NDArray[np.str_]
+) -> dict[str, PartStats]:
+    """Sums of reverse KL, forward KL and tokens of each trajectory, of all tokens and of the
+    unsure, to parts.
+    """
     parts = {"teacher unsure": unsure_MS, "teacher sure": sums_MS - unsure_MS}
     if len(names := np.unique(sources_M)) > 1:
         parts |= {f"source {name}": sums_MS * (sources_M == name)[:, None] for name in names}
+
     return {
         name: PartStats(
             share=float(part_MS[:, 2].sum() / sums_MS[:, 2].sum()),
@@ -70,13 +91,14 @@ def _parts(sums_MS: Float64Array, unsure_MS: Float64Array, sources_M: npt.NDArra
 def cluster_estimate(sums_M: Float64Array, counts_M: Float64Array) -> Estimate:
     """Mean per token and its standard error, where the tokens of a trajectory are one cluster.
 
-    The ratio estimator: mean = sum s / sum n, and se = sqrt(m / (m - 1) sum (s_i - mean n_i)^2) / sum n for m
-    trajectories with sums s_i over n_i tokens (Cochran, Sampling Techniques, chapter 6). Infinite for one trajectory,
-    which shows no spread.
+    The ratio estimator: mean = sum s / sum n, and se = sqrt(m / (m - 1) sum (s_i - mean n_i)^2) /
+    sum n for m trajectories with sums s_i over n_i tokens (Cochran, Sampling Techniques, chapter
+    6). Infinite for one trajectory, which shows no spread.
     """
     mean = sums_M.sum() / counts_M.sum()
     num_clusters = len(counts_M)
     if num_clusters < 2:
         return Estimate(mean=float(mean), standard_error=math.inf)
+
     spread = np.sum((sums_M - mean * counts_M) ** 2) * num_clusters / (num_clusters - 1)
     return Estimate(mean=float(mean), standard_error=float(np.sqrt(spread) / counts_M.sum()))

@@ -1,5 +1,5 @@
-"""The student as a plain Hugging Face directory: from a live model, or from a checkpoint, which needs no process group,
-no Ray and no GPU.
+"""The student as a plain Hugging Face directory: from a live model, or from a checkpoint, which
+needs no process group, no Ray and no GPU.
 """
 
 import shutil
@@ -15,7 +15,8 @@ from eopd.learner.deepspeed_engine import read_weights
 from eopd.learner.lora import adapter_tensors, save_adapter, whole_tensors
 from eopd.learner.student import load_student
 
-# What a model directory holds besides config and weights, and training does not change: handed on byte by byte.
+# What a model directory holds besides config and weights, and training does not change: handed on
+# byte by byte.
 _GIVEN = (
     GENERATION_CONFIG_NAME,
     "tokenizer*",
@@ -32,13 +33,14 @@ _GIVEN = (
 
 
 def export_checkpoint(student: StudentConfig, checkpoint: Path, directory: Path) -> None:
-    """Write the student as it was when ``LearnerRank.save`` wrote ``checkpoint``; bit-equal to an export at that time.
+    """Write the student as it was when ``LearnerRank.save`` wrote ``checkpoint``; bit-equal to an
+    export at that time.
 
     Args:
         student: the run's, whose ``model`` gives architecture and tokenizer.
         checkpoint: the learner's part of a checkpoint, of any ZeRO stage and number of ranks.
-        directory: where to write; an older one is replaced. With LoRA it is the merged model, and the adapter is
-            written beside it, to ``<directory>-adapter``, which is replaced too.
+        directory: where to write; an older one is replaced. With LoRA it is the merged model, and
+            the adapter is written beside it, to ``<directory>-adapter``, which is replaced too.
     """
     loaded = load_student(student, activation_checkpointing=False)
     loaded.load_state_dict(read_weights(checkpoint))
@@ -46,22 +48,29 @@ def export_checkpoint(student: StudentConfig, checkpoint: Path, directory: Path)
     weights = {name: recipe.whole() for name, recipe in whole_tensors(model).items()}
     write_student(directory, model, weights, source=student.model)
     if adapter := {name: recipe.whole() for name, recipe in adapter_tensors(model).items()}:
-        save_adapter(directory.with_name(f"{directory.name}-adapter"), model, adapter, source=student.model)
+        save_adapter(
+            directory.with_name(f"{directory.name}-adapter"), model, adapter, source=student.model
+        )
 
 
-def write_student(directory: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], *, source: Path) -> None:
+def write_student(
+    directory: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], *, source: Path
+) -> None:
     """Write a Hugging Face directory, whole or not at all; replaces an older one.
 
     Args:
         directory: where to write.
         model: what the weights belong to; its own may be partitioned.
         weights: whole tensors by the model's names, on the CPU; of tied ones, any or all.
-        source: the directory that was trained; its tokenizer and generation config go with it, as they are.
+        source: the directory that was trained; its tokenizer and generation config go with it, as
+            they are.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+
     try:
-        model.generation_config = GenerationConfig()  # its own may be one that transformers refuses to write
+        # its own may be one that transformers refuses to write
+        model.generation_config = GenerationConfig()
         model.save_pretrained(partial, state_dict=dict(weights))
         (partial / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
         _copy_given(source, partial)
@@ -80,6 +89,7 @@ def _copy_given(source: Path, directory: Path) -> None:
     given = sorted(file for pattern in _GIVEN for file in source.glob(pattern) if file.is_file())
     if not given:
         raise FileNotFoundError(f"{source}: holds no tokenizer for the exported student")
+
     for file in given:
         target = directory / file.relative_to(source)
         target.parent.mkdir(exist_ok=True)

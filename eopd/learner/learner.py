@@ -1,11 +1,12 @@
 """One rank of the learner: one update of the student from one batch.
 
-    share of a PackedBatch -> weightings -> packed micro-batches -> forward, backward of each -> optimiser step
+    share of a PackedBatch -> weightings -> packed micro-batches -> forward, backward of each ->
+    optimiser step
 
-All methods are collective: every rank calls the same method with its share of the same batch. Denominators, gates and
-metrics are those of the whole batch, so that neither the cut into micro-batches nor the number of ranks changes the
-result. What was left out: fetching bodies and running as an actor (``runtime/``), sending weights to the engines
-(``weights/``).
+All methods are collective: every rank calls the same method with its share of the same batch.
+Denominators, gates and metrics are those of the whole batch, so that neither the cut into
+micro-batches nor the number of ranks changes the result. What was left out: fetching bodies and
+running as an actor (``runtime/``), sending weights to the engines (``weights/``).
 """
 
 import math
@@ -74,7 +75,8 @@ class LearnerRank:
         world_size: number of ranks.
         master_address: where rank 0 runs.
         master_port: a free port there.
-        num_tokens: ids from here on are padding of the head, and have no probability; None: there is none.
+        num_tokens: ids from here on are padding of the head, and have no probability; None: there
+            is none.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class LearnerRank:
         self._weigh_to_measure = replace(self._weigh, loss=LossConfig(gate=_yardstick(loss.gate)))
         self._max_skipped, self._num_skipped = learner.max_skipped_steps, 0
         self._temperature, self._chunk_tokens = temperature, learner.logit_chunk_tokens
-        self._device = join(rank=rank, world_size=world_size, master_address=master_address, master_port=master_port)
+        self._device = join(
+            rank=rank, world_size=world_size, master_address=master_address, master_port=master_port
+        )
         self._engine = Engine(
             load_student(
                 student,
@@ -114,7 +118,8 @@ class LearnerRank:
             dtype=student.chosen_dtype,
             total_steps=total_batches * learner.optimizer_steps_per_batch,
         )
-        self.version = PolicyVersion(0, 0)  # of the weights held now; who restarts ranks owns the incarnation
+        # of the weights held now; who restarts ranks owns the incarnation
+        self.version = PolicyVersion(0, 0)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -124,23 +129,29 @@ class LearnerRank:
     def step(self, share: PackedBatch) -> LearnerStats:
         """One update from one batch, in as many optimiser steps as it is cut into.
 
-        An optimiser step whose loss or gradient is not finite is applied on no rank: what it was made of is written
-        to ``broken``, and at most ``learner.max_skipped_steps`` of a run are skipped so.
+        An optimiser step whose loss or gradient is not finite is applied on no rank: what it was
+        made of is written to ``broken``, and at most ``learner.max_skipped_steps`` of a run are
+        skipped so.
 
         Args:
-            share: this rank's part: ``steps[i].ranks`` holds its micro-batches alone, as many as every other rank's.
+            share: this rank's part: ``steps[i].ranks`` holds its micro-batches alone, as many as
+                every other rank's.
 
         Returns:
-            The metrics of the optimiser steps applied, over all ranks: means over their loss tokens, the mean gradient
-            norm before clipping, the last learning rate. Without any step applied only counts are left.
+            The metrics of the optimiser steps applied, over all ranks: means over their loss
+            tokens, the mean gradient norm before clipping, the last learning rate. Without any step
+            applied only counts are left.
 
         Raises:
-            NonFiniteUpdateError: one step too many was not finite; names the rows, on all ranks alike.
+            NonFiniteUpdateError: one step too many was not finite; names the rows, on all ranks
+                alike.
         """
         steps, weightings = self._pack(share, self._weigh)
         if len(steps) > 1:  # one optimiser step is its own "policy at the start of the batch"
             steps = [[self._with_old_logprobs(packed) for packed in step] for step in steps]
+
         terms, norms, rates, applied, num_loss_tokens = [], [], [], [], 0
+
         for number, (packs, step) in enumerate(zip(steps, share.steps, strict=True)):
             rate = self._engine.learning_rate
             losses, sums_N = self._accumulate(step, packs, share.alpha)
@@ -148,13 +159,18 @@ class LearnerRank:
             if not math.isfinite(norm):
                 self._skip(number, step, packs, losses)
                 continue
+
             terms.append(sums_N)
             norms.append(norm)
             rates.append(rate)
             applied += [stored for micro in step.ranks[0] for stored in micro]
             num_loss_tokens += step.num_loss_tokens
+
         self.version = PolicyVersion(self.version.incarnation, self.version.step + 1)
-        metrics = {"eopd_loss_tokens": float(num_loss_tokens), "eopd_skipped_steps_total": float(self._num_skipped)}
+        metrics = {
+            "eopd_loss_tokens": float(num_loss_tokens),
+            "eopd_skipped_steps_total": float(self._num_skipped),
+        }
         if terms:
             metrics |= _means(terms, num_loss_tokens) | batch_metrics(applied, weightings)
             metrics |= {
@@ -162,99 +178,146 @@ class LearnerRank:
                 "eopd_learning_rate": rates[-1],
                 "eopd_alpha_ratio": share.alpha,
             }
+
         return LearnerStats(version=self.version, metrics=metrics)
 
     def evaluate(self, share: PackedBatch) -> EvalStats:
-        """Student against teacher over the loss tokens of all ranks, without an update; see ``EvalStats``."""
+        """Student against teacher over the loss tokens of all ranks, without an update; see
+        ``EvalStats``.
+        """
         sums: list[Sequence[float]] = []
         counts: list[list[list[int]]] = []
         steps, _ = self._pack(share, self._weigh_to_measure)
+
         for packed in (packed for step in steps for packed in step):
-            columns, gate_T = self._statistics(packed.to(self._device)).cpu(), packed.tokens.gate_T.cpu()
+            columns, gate_T = (
+                self._statistics(packed.to(self._device)).cpu(),
+                packed.tokens.gate_T.cpu(),
+            )
             sums += [token_sums(columns[:, rows], gate_T[rows]) for rows in packed.rows]
             counts.append(entropy_counts(columns))
+
         sources = [stored.header.source for stored in share.stored()]
+
         return eval_stats(gather_all(sums), gather_all(sources), gather_all(counts))
 
     def probe(self, token_ids: Int32Array) -> Float32Array:
-        """Log-probabilities of a text int32[N] at temperature 1, float32[N - 1] in nats, as engines are asked for."""
-        return cast(Float32Array, self._student_logprobs(collate_text(token_ids), 1.0).float().cpu().numpy())
+        """Log-probabilities of a text int32[N] at temperature 1, float32[N - 1] in nats, as
+        engines are asked for.
+        """
+        return cast(
+            Float32Array, self._student_logprobs(collate_text(token_ids), 1.0).float().cpu().numpy()
+        )
 
     def save(self, directory: Path) -> None:
-        """Write weights, optimiser, schedule, random state and version, for ``load`` under the same stage."""
+        """Write weights, optimiser, schedule, random state and version, for ``load`` under
+        the same stage.
+        """
         self._engine.save(directory, self.version._asdict() | {"num_skipped": self._num_skipped})
 
     def load(self, directory: Path) -> None:
         """Continue from what ``save`` wrote, under the incarnation that ``version`` has now.
 
-        Bit-equal with as many ranks as saved; with another number up to the rounding of sums over ranks.
+        Bit-equal with as many ranks as saved; with another number up to the rounding of sums over
+        ranks.
 
         Raises:
             FileNotFoundError: the directory holds no checkpoint.
-            ValueError: it is that of another number of ranks, and the options do not let that change.
+            ValueError: it is that of another number of ranks, and the options do not let that
+                change.
         """
         saved = self._engine.load(directory)
         self.version = PolicyVersion(self.version.incarnation, saved["step"])
         self._num_skipped = saved["num_skipped"]
 
     def export(self, directory: Path) -> None:
-        """Write the student as a plain Hugging Face directory, whole or not at all; replaces an older one.
+        """Write the student as a plain Hugging Face directory, whole or not at all; replaces an
+        older one.
 
-        With LoRA that is the merged model, and ``adapter`` beside it is the adapter in peft's format.
+        With LoRA that is the merged model, and ``adapter`` beside it is the adapter in peft's
+        format.
         """
         weights: dict[str, Tensor] = {}
         for name, tensor in self._engine.whole_weights():
             if self._rank == 0:
                 weights[name] = tensor.to("cpu", copy=True)
+
         if self._rank == 0:
             write_student(directory, self.model, weights, source=self._source)
-        adapter = {name: tensor.to("cpu", copy=True) for name, tensor in self._engine.adapter_weights()}
+
+        adapter = {
+            name: tensor.to("cpu", copy=True) for name, tensor in self._engine.adapter_weights()
+        }
         if adapter and self._rank == 0:
             save_adapter(directory.with_name("adapter"), self.model, adapter, source=self._source)
+
         dist.barrier()
 
     def close(self) -> None:
         """Leave the gang; its threads must not outlive the interpreter."""
         dist.destroy_process_group()
 
-    def _pack(self, share: PackedBatch, weigh: Weigher) -> tuple[list[list[Packed]], dict[TrajectoryKey, Weighting]]:
-        """The micro-batches of every optimiser step, and the weightings of all trajectories of this rank."""
+    def _pack(
+        self, share: PackedBatch, weigh: Weigher
+    ) -> tuple[list[list[Packed]], dict[TrajectoryKey, Weighting]]:
+        """The micro-batches of every optimiser step, and the weightings of all trajectories
+        of this rank.
+        """
         stored = share.stored()
         weightings = weigh([one.header for one in stored], [_body(one) for one in stored])
-        of_key = {one.header.key: weighting for one, weighting in zip(stored, weightings, strict=True)}
+        of_key = {
+            one.header.key: weighting for one, weighting in zip(stored, weightings, strict=True)
+        }
         steps = [
-            [collate([_body(one) for one in micro], [of_key[one.header.key] for one in micro]) for micro in micros]
+            [
+                collate([_body(one) for one in micro], [of_key[one.header.key] for one in micro])
+                for micro in micros
+            ]
             for (micros,) in (step.ranks for step in share.steps)
         ]
+
         return steps, of_key
 
     def _with_old_logprobs(self, packed: Packed) -> Packed:
-        """The same micro-batch, with the student's log-probabilities before the first optimiser step."""
+        """The same micro-batch, with the student's log-probabilities before the first
+        optimiser step.
+        """
         old_logprobs_T = self._student_logprobs(packed).cpu()
         return replace(packed, tokens=replace(packed.tokens, old_logprobs_T=old_logprobs_T))
 
     def _student_logprobs(self, packed: Packed, temperature: float | None = None) -> Tensor:
-        """Log-probabilities of the tokens [T], 0 where masked, without gradient; as hot as rollouts by default."""
+        """Log-probabilities of the tokens [T], 0 where masked, without gradient; as hot as
+        rollouts by default.
+        """
         on_device = packed.to(self._device)
 
         def logprobs(hidden_TD: Tensor, head: Head) -> Tensor:
             projection = self._projection(head, temperature)
-            return token_statistics(hidden_TD, head.weight_VD, on_device.tokens, **projection).student_logprobs_T
+            return token_statistics(
+                hidden_TD, head.weight_VD, on_device.tokens, **projection
+            ).student_logprobs_T
 
         with torch.no_grad():
             return self._engine.run(on_device, logprobs)
 
-    def _accumulate(self, step: OptimizerStep, packs: Sequence[Packed], alpha: float) -> tuple[list[Tensor], Tensor]:
-        """Gradients of one optimiser step: this rank's losses, one per micro-batch, and sums [N] of the terms."""
+    def _accumulate(
+        self, step: OptimizerStep, packs: Sequence[Packed], alpha: float
+    ) -> tuple[list[Tensor], Tensor]:
+        """Gradients of one optimiser step: this rank's losses, one per micro-batch, and sums
+        [N] of the terms.
+        """
         losses, sums = [], []
         for index, packed in enumerate(packs):
             loss, terms_N = self._loss_of(packed.to(self._device), step.num_loss_tokens, alpha)
             self._engine.accumulate(loss, last=index == len(packs) - 1)
             losses.append(loss.detach())
             sums.append(terms_N)
+
         return losses, torch.stack(sums).sum(0)
 
-    def _skip(self, number: int, step: OptimizerStep, packs: Sequence[Packed], losses: Sequence[Tensor]) -> None:
+    def _skip(
+        self, number: int, step: OptimizerStep, packs: Sequence[Packed], losses: Sequence[Tensor]
+    ) -> None:
         """Write down an optimiser step that was refused; raises when too many were. Collective."""
         what = "gradient" if all(gather_all([bool(loss.isfinite()) for loss in losses])) else "loss"
         (micros,) = step.ranks
@@ -263,13 +326,19 @@ class LearnerRank:
         for packed, names in zip(packs, keys, strict=True):
             student_logprobs_T = self._student_logprobs(packed).cpu()
             rows += list(find_rows(packed, names, student_logprobs_T))
-        every_row, every_key = gather_all(rows), gather_all([key for names in keys for key in names])
+
+        every_row, every_key = (
+            gather_all(rows),
+            gather_all([key for names in keys for key in names]),
+        )
         directory = self._broken / f"batch-{self.version.step:06d}-step-{number}"
         message = explain(what, every_row, every_key, directory)
+
         try:
             dump(directory, what, every_row, every_key, rank=self._rank, packs=packs)
         except OSError as error:
             raise NonFiniteUpdateError(f"{message}, which could not be written: {error}") from error
+
         self._num_skipped += 1
         if self._num_skipped > self._max_skipped:
             why = f"learner.max_skipped_steps is {self._max_skipped}, and they are used up"
@@ -302,7 +371,9 @@ class LearnerRank:
             found = token_statistics(hidden_TD, head.weight_VD, tokens, **self._projection(head))
             entropy = torch.where(mask_T, entropy_T, 0.0)
             columns = [found.reverse_kl_T, found.forward_kl_T, found.student_entropy_T, entropy]
-            return torch.stack([column.double() for column in (*columns, found.top1_agreement_T, mask_T)])
+            return torch.stack(
+                [column.double() for column in (*columns, found.top1_agreement_T, mask_T)]
+            )
 
         with torch.no_grad():
             return self._engine.run(packed, statistics)
@@ -325,7 +396,9 @@ def _means(terms: Sequence[Tensor], num_loss_tokens: int) -> dict[str, float]:
 
 
 def _yardstick(gate: Gate) -> Gate:
-    """Where a measurement calls the teacher unsure: where the gate opens, or above 0.8 nats where it does not ask."""
+    """Where a measurement calls the teacher unsure: where the gate opens, or above 0.8 nats
+    where it does not ask.
+    """
     return gate if isinstance(gate, HardGate | QuantileGate | SigmoidGate) else HardGate()
 
 

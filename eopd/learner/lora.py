@@ -4,8 +4,9 @@
     W + scale B A, under W's plain name     on the wire to the engines, and in the exported model
     A and B, in peft's own files            in the exported adapter
 
-The only file that knows peft (checked against 0.21.2). Left out: dropout, under which the log-probabilities that the
-objective compares would be those of a random subnetwork, not of the policy that sampled.
+The only file that knows peft (checked against 0.21.2). Left out: dropout, under which the
+log-probabilities that the objective compares would be those of a random subnetwork, not of the
+policy that sampled.
 """
 
 import copy
@@ -31,13 +32,17 @@ _ALL_LINEAR, _ADAPTER = "all-linear", "default"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A tensor as it leaves the learner, and the parameters it is made of: the first has its shape and dtype."""
+    """A tensor as it leaves the learner, and the parameters it is made of: the first has its
+    shape and dtype.
+    """
 
     parts: tuple[Tensor, ...]
     make: Callable[..., Tensor] = Tensor.detach
 
     def whole(self) -> Tensor:
-        """The tensor: a parameter's own where it is the only part. Under ZeRO-3 all parts must be gathered."""
+        """The tensor: a parameter's own where it is the only part. Under ZeRO-3 all parts
+        must be gathered.
+        """
         return self.make(*self.parts)
 
 
@@ -53,36 +58,46 @@ def check_targets(directory: Path, config: LoraConfig) -> None:
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
-    """Put adapters into ``model``, in its dtype, and freeze the rest. Equal seeds give equal adapters.
+    """Put adapters into ``model``, in its dtype, and freeze the rest. Equal seeds give equal
+    adapters.
 
     Raises:
-        ConfigError: a target matches nothing, the embedding, the output head, or what is no linear layer; or peft
-            adapts something else (the fused experts that carry the name of another layer, as in DeepSeek-V3).
+        ConfigError: a target matches nothing, the embedding, the output head, or what is no linear
+            layer; or peft adapts something else (the fused experts that carry the name of another
+            layer, as in DeepSeek-V3).
     """
     wanted = _target_layers(model, config)
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=config.rank, lora_alpha=config.alpha, target_modules=wanted)
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=config.rank, lora_alpha=config.alpha, target_modules=wanted
+    )
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             peft.inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
         except ValueError as error:
             raise ConfigError(f"student.lora.target_modules: {error}") from None
+
     found = {name for name, _ in _adapted(model)}
     if found != set(wanted):
         raise ConfigError(
-            f"student.lora.target_modules: peft takes {_last_names(set(wanted) - found)} of {type(model).__name__} for "
-            "something else; name other layers"
+            f"student.lora.target_modules: peft takes {_last_names(set(wanted) - found)} of "
+            f"{type(model).__name__} for something else; name other layers"
         )
 
 
 def whole_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
-    """Every tensor of ``model`` without adapters, by its plain name; a tied one once, adapted ones merged."""
+    """Every tensor of ``model`` without adapters, by its plain name; a tied one once, adapted
+    ones merged.
+    """
     layers = dict(_adapted(model))
     seen = {id(parameter) for parameter in _adapters(model).values()}
     recipes: dict[str, Recipe] = {}
+
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen:
             continue
+
         seen.add(id(tensor))
         owner, _, leaf = name.rpartition(".base_layer.")
         layer = layers.get(owner)
@@ -90,9 +105,12 @@ def whole_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
             recipes[name] = Recipe((tensor,))
         elif leaf == "weight":
             adapter = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-            recipes[f"{owner}.{leaf}"] = Recipe((tensor, *adapter), partial(_merge, scale=layer.scaling[_ADAPTER]))
+            recipes[f"{owner}.{leaf}"] = Recipe(
+                (tensor, *adapter), partial(_merge, scale=layer.scaling[_ADAPTER])
+            )
         else:
             recipes[f"{owner}.{leaf}"] = Recipe((tensor,))
+
     return recipes
 
 
@@ -101,8 +119,11 @@ def adapter_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
     return {name: Recipe((parameter,)) for name, parameter in _adapters(model).items()}
 
 
-def save_adapter(directory: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor], *, source: Path) -> None:
-    """Write the adapter as ``peft.PeftModel.from_pretrained`` reads it, whole or not at all; replaces an older one.
+def save_adapter(
+    directory: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor], *, source: Path
+) -> None:
+    """Write the adapter as ``peft.PeftModel.from_pretrained`` reads it, whole or not at all;
+    replaces an older one.
 
     Args:
         directory: where to write.
@@ -113,7 +134,9 @@ def save_adapter(directory: Path, model: PreTrainedModel, tensors: Mapping[str, 
     settings = copy.copy(model.peft_config[_ADAPTER])
     settings.base_model_name_or_path, settings.inference_mode = str(source), True
     settings.target_modules = sorted(settings.target_modules)
-    named = peft.get_peft_model_state_dict(model, dict(tensors), adapter_name=_ADAPTER, save_embedding_layers=False)
+    named = peft.get_peft_model_state_dict(
+        model, dict(tensors), adapter_name=_ADAPTER, save_embedding_layers=False
+    )
     partial_directory = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial_directory, ignore_errors=True)
     settings.save_pretrained(partial_directory)
@@ -124,7 +147,9 @@ def save_adapter(directory: Path, model: PreTrainedModel, tensors: Mapping[str, 
 
 
 def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, lora.LoraLayer))
+    return (
+        (name, layer) for name, layer in model.named_modules() if isinstance(layer, lora.LoraLayer)
+    )
 
 
 def _adapters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -138,29 +163,51 @@ def _adapters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def _merge(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
     """``weight + scale b a``, computed in float32, in the weight's dtype."""
-    return torch.addmm(weight_OI.float(), b_OR.float(), a_RI.float(), alpha=scale).to(weight_OI.dtype)
+    return torch.addmm(weight_OI.float(), b_OR.float(), a_RI.float(), alpha=scale).to(
+        weight_OI.dtype
+    )
 
 
 def _target_layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     """Paths of the layers that ``target_modules`` name, in the model's order."""
     special = (model.get_input_embeddings(), model.get_output_embeddings())
     layers = dict(model.named_modules())
-    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear) and layer not in special]
+    linear = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Linear) and layer not in special
+    ]
     chosen: set[str] = set()
+
     for target in config.target_modules:
-        found = linear if target == _ALL_LINEAR else [name for name in layers if f".{name}".endswith(f".{target}")]
+        found = (
+            linear
+            if target == _ALL_LINEAR
+            else [name for name in layers if f".{name}".endswith(f".{target}")]
+        )
         where = f"student.lora.target_modules: {target!r}"
         if not found:
-            known = f"its linear layers are {_last_names(linear)}" if linear else "it has no linear layers"
+            known = (
+                f"its linear layers are {_last_names(linear)}"
+                if linear
+                else "it has no linear layers"
+            )
             raise ConfigError(f"{where} matches no layer of {type(model).__name__}; {known}")
+
         for layer in (layers[name] for name in found):
             if layer in special:
                 raise ConfigError(
-                    f"{where} is the embedding or the output head; they take no adapter, since the loss reads the head"
+                    f"{where} is the embedding or the output head; they take no adapter, "
+                    "since the loss reads the head"
                 )
+
             if not isinstance(layer, nn.Linear):
-                raise ConfigError(f"{where} is a {type(layer).__name__}; only linear layers can be adapted")
+                raise ConfigError(
+                    f"{where} is a {type(layer).__name__}; only linear layers can be adapted"
+                )
+
         chosen.update(found)
+
     return [name for name in linear if name in chosen]
 
 

@@ -1,12 +1,13 @@
-"""The student as the learner sees it: a backbone on packed tokens, and a head that is handed to whoever needs it.
+"""The student as the learner sees it: a backbone on packed tokens, and a head that is handed to
+whoever needs it.
 
-Logits are never made here. ``Student.forward`` runs the backbone and calls ``use_head(hidden_TD, head)``, so that the
-chunked objective reads the (possibly tied) head weight inside the forward of the wrapped module: under ZeRO-3 it
-exists nowhere else.
+Logits are never made here. ``Student.forward`` runs the backbone and calls ``use_head(hidden_TD,
+head)``, so that the chunked objective reads the (possibly tied) head weight inside the forward of
+the wrapped module: under ZeRO-3 it exists nowhere else.
 
-What a family does between head and logits (a scale, a soft-cap) is read from its config, and proved on load against
-the model's own logits: a family that does anything else is refused, because the student would then train as another
-model than the rollout engines serve.
+What a family does between head and logits (a scale, a soft-cap) is read from its config, and proved
+on load against the model's own logits: a family that does anything else is refused, because the
+student would then train as another model than the rollout engines serve.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +30,8 @@ T = TypeVar("T")
 # Config keys that scale the logits, and the power they enter with (Cohere, Muse; Granite divides).
 _SCALE_POWERS = {"logit_scale": 1, "output_multiplier": 1, "logits_scaling": -1}
 
-# Config keys of attention that sees only a part of its sequence; lengths up to which that is tried on load.
+# Config keys of attention that sees only a part of its sequence; lengths up to which that is tried
+# on load.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _LONGEST_PROOF = 512
 
@@ -48,8 +50,10 @@ class Head:
         logits_TV = functional.linear(hidden_TD, self.weight_VD) * self.logit_scale
         if self.bias_V is not None:
             logits_TV = logits_TV + self.bias_V
+
         if self.logit_softcap is None:
             return logits_TV
+
         return self.logit_softcap * torch.tanh(logits_TV / self.logit_softcap)
 
 
@@ -58,7 +62,8 @@ class Student(nn.Module):
 
     Args:
         model: the model.
-        num_tokens: rows of the head from here on name no token, and are left out; None: there are none.
+        num_tokens: rows of the head from here on name no token, and are left out; None: there are
+            none.
     """
 
     def __init__(self, model: PreTrainedModel, *, num_tokens: int | None = None) -> None:
@@ -70,12 +75,15 @@ class Student(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The head over the V ids that are tokens; its weight is whole only inside ``forward`` under ZeRO-3."""
+        """The head over the V ids that are tokens; its weight is whole only inside
+        ``forward`` under ZeRO-3.
+        """
         layer = self.model.get_output_embeddings()
         weight_VD, bias_V = layer.weight, layer.bias
         if self._num_tokens is not None:
             weight_VD = weight_VD[: self._num_tokens]
             bias_V = None if bias_V is None else bias_V[: self._num_tokens]
+
         return Head(weight_VD, bias_V, self.logit_scale, self.logit_softcap)
 
     @property
@@ -84,16 +92,23 @@ class Student(nn.Module):
         weight: nn.Parameter = self.model.get_output_embeddings().weight
         return weight
 
-    def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, use_head: Callable[[Tensor, Head], T]) -> T:
+    def forward(
+        self, input_ids_T: Tensor, position_ids_T: Tensor, use_head: Callable[[Tensor, Head], T]
+    ) -> T:
         """Run the backbone on packed tokens and return ``use_head(hidden_TD, head)``.
 
         Args:
             input_ids_T: int64, trajectories end to end.
-            position_ids_T: int64, restarting at 0 with every trajectory: attention never crosses a restart.
-            use_head: what to make of the hidden states: a tensor or a tuple of them (ZeRO-3 looks into the result).
+            position_ids_T: int64, restarting at 0 with every trajectory: attention never crosses a
+                restart.
+            use_head: what to make of the hidden states: a tensor or a tuple of them (ZeRO-3 looks
+                into the result).
         """
         output = self.model.base_model(
-            input_ids=input_ids_T[None], position_ids=position_ids_T[None], attention_mask=None, use_cache=False
+            input_ids=input_ids_T[None],
+            position_ids=position_ids_T[None],
+            attention_mask=None,
+            use_cache=False,
         )
         return use_head(output.last_hidden_state[0], self.head)
 
@@ -106,12 +121,13 @@ def load_student(
     seed: int = 0,
     num_tokens: int | None = None,
 ) -> Student:
-    """Load ``config.model`` in ``config.dtype`` onto ``device``, prove there that packing and head are understood, and
-    add adapters, drawn from ``seed``, where the config has them. ``num_tokens`` is that of ``Student``.
+    """Load ``config.model`` in ``config.dtype`` onto ``device``, prove there that packing and head
+    are understood, and add adapters, drawn from ``seed``, where the config has them. ``num_tokens``
+    is that of ``Student``.
 
     Raises:
-        ValueError: packed sequences see each other, the model makes its logits in an unknown way, or recomputed layers
-            would drop out activations.
+        ValueError: packed sequences see each other, the model makes its logits in an unknown way,
+            or recomputed layers would drop out activations.
         ConfigError: ``lora.target_modules`` cannot be adapted.
     """
     known = AutoConfig.from_pretrained(config.model)
@@ -130,9 +146,11 @@ def load_student(
     _prove_head(student)
     if config.lora is not None:
         add_adapters(model, config.lora, seed=seed)
+
     if activation_checkpointing:
         _recompute_layers(model)
         _prove_no_dropout(student)
+
     return student
 
 
@@ -146,15 +164,18 @@ def choose_attention(
 ) -> str:
     """The ``attn_implementation`` to load with.
 
-    ``eager`` under a soft-cap: SDPA drops it silently, as FlashAttention below 2.6 does (transformers 5.19).
-    ``flash_attention_2`` on GPUs in half precision, where it is installed and the model class takes it; some take only
-    other kernels, since it knows no attention sinks. It never ran here, for want of a GPU: the checks on load are its
-    first test. ``sdpa`` otherwise; transformers raises ValueError for model classes without it.
+    ``eager`` under a soft-cap: SDPA drops it silently, as FlashAttention below 2.6 does
+    (transformers 5.19). ``flash_attention_2`` on GPUs in half precision, where it is installed and
+    the model class takes it; some take only other kernels, since it knows no attention sinks. It
+    never ran here, for want of a GPU: the checks on load are its first test. ``sdpa`` otherwise;
+    transformers raises ValueError for model classes without it.
     """
     if text_config.get("attn_logit_softcapping") is not None:
         return "eager"
+
     if family is None or device_type != "cuda" or dtype == "float32" or not flash_installed:
         return "sdpa"
+
     others = getattr(family, "_compatible_flash_implementations", None)
     takes_flash = family._supports_flash_attn and (others is None or "flash_attention_2" in others)
     return "flash_attention_2" if takes_flash else "sdpa"
@@ -163,8 +184,8 @@ def choose_attention(
 def _recompute_layers(model: PreTrainedModel) -> None:
     """Keep only the inputs of every layer for backward.
 
-    transformers (5.19) does so for layers in training mode, while a loaded model is in evaluation mode: only the
-    layers' own flag is raised, so that dropout inside them stays off.
+    transformers (5.19) does so for layers in training mode, while a loaded model is in evaluation
+    mode: only the layers' own flag is raised, so that dropout inside them stays off.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
@@ -178,6 +199,7 @@ def _head_form(text_config: Mapping[str, object]) -> tuple[float, float | None]:
         value = text_config.get(key)
         if isinstance(value, int | float):
             scale *= float(value) ** power
+
     softcap = text_config.get("final_logit_softcapping")
     return scale, float(softcap) if isinstance(softcap, int | float) else None
 
@@ -186,10 +208,15 @@ def _head_form(text_config: Mapping[str, object]) -> tuple[float, float | None]:
 def _prove_packing(student: Student) -> None:
     """The second sequence of a packed pair must not change when the first one does.
 
-    The first is longer than every window and chunk of the attention that is not too large for a moment's work.
+    The first is longer than every window and chunk of the attention that is not too large for a
+    moment's work.
     """
     config = student.model.config.get_text_config().to_dict()
-    windows = [size for key in _WINDOWS if isinstance(size := config.get(key), int) and size < _LONGEST_PROOF]
+    windows = [
+        size
+        for key in _WINDOWS
+        if isinstance(size := config.get(key), int) and size < _LONGEST_PROOF
+    ]
     length = max([6, *windows]) + 1
     row = torch.arange(length + 5, device=student.model.device)
     ids, positions, first = row % student.head.weight_VD.shape[0], row % length, row < length
@@ -198,25 +225,30 @@ def _prove_packing(student: Student) -> None:
     )
     if not _close(hidden[length:], hidden_of_other[length:]):
         raise ValueError(
-            f"student.model: {_name(student)} sees other sequences of a packed batch; it cannot be trained packed"
+            f"student.model: {_name(student)} sees other sequences of a packed batch; it "
+            "cannot be trained packed"
         )
 
 
 @torch.no_grad()
 def _prove_no_dropout(student: Student) -> None:
-    """Layers that drop out by their own training flag (Doge) cannot be recomputed: it would be switched on."""
+    """Layers that drop out by their own training flag (Doge) cannot be recomputed: it would
+    be switched on.
+    """
     row = torch.arange(12, device=student.model.device)
     ids = row % student.head.weight_VD.shape[0]
     if not _close(student(ids, row, _hidden), student(ids, row, _hidden)):
         raise ValueError(
-            f"student.model: {_name(student)} drops out activations while its layers are recomputed; "
-            "set its dropout to 0, or learner.activation_checkpointing to false"
+            f"student.model: {_name(student)} drops out activations while its layers are "
+            "recomputed; set its dropout to 0, or learner.activation_checkpointing to false"
         )
 
 
 @torch.no_grad()
 def _prove_head(student: Student) -> None:
-    """``Head.logits`` must equal the model's logits, also where they are large: a soft-cap is invisible near zero."""
+    """``Head.logits`` must equal the model's logits, also where they are large: a soft-cap is
+    invisible near zero.
+    """
     row = torch.arange(5, device=student.model.device)
     ids = row % student.head.weight_VD.shape[0]
     hidden_TD = student(ids, row, _hidden)
@@ -228,9 +260,13 @@ def _prove_head(student: Student) -> None:
 
     gain = 50.0 / functional.linear(hidden_TD, student.head.weight_VD).abs().max().item()
     handle = student.model.get_output_embeddings().register_forward_pre_hook(enlarge)
-    logits_TV = student.model(input_ids=ids[None], use_cache=False).logits[0, :, : len(student.head.weight_VD)]
+    logits_TV = student.model(input_ids=ids[None], use_cache=False).logits[
+        0, :, : len(student.head.weight_VD)
+    ]
     handle.remove()
-    if not (_close(entered[0], hidden_TD) and _close(student.head.logits(hidden_TD * gain), logits_TV)):
+    if not (
+        _close(entered[0], hidden_TD) and _close(student.head.logits(hidden_TD * gain), logits_TV)
+    ):
         raise ValueError(
             f"student.model: {_name(student)} makes its logits in a way this learner does not know "
             f"(assumed scale {student.logit_scale}, soft-cap {student.logit_softcap})"
@@ -242,7 +278,9 @@ def _hidden(hidden_TD: Tensor, _head: Head) -> Tensor:
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
-    """Equal up to rounding: a part in 10^5 of the largest entry in float32, in 2^6 in half precision."""
+    """Equal up to rounding: a part in 10^5 of the largest entry in float32, in 2^6 in half
+    precision.
+    """
     tolerance = 1e-5 if expected.dtype == torch.float32 else 2.0**-6
     return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
 

@@ -1,8 +1,8 @@
 """Teacher to student: sum q log(q / p), over what the teacher sent of its distribution.
 
-Both sides are given as log-probabilities of K + 1 outcomes: the teacher's K candidates and, last, the rest of the
-vocabulary as one bucket. An outcome that either side calls impossible (-inf: the freed slot of a merged end token, the
-bucket where K = V) is left out.
+Both sides are given as log-probabilities of K + 1 outcomes: the teacher's K candidates and, last,
+the rest of the vocabulary as one bucket. An outcome that either side calls impossible (-inf: the
+freed slot of a merged end token, the bucket where K = V) is left out.
 """
 
 from typing import assert_never
@@ -14,7 +14,9 @@ from eopd.config.loss import ForwardKl, RenormalizedForwardKl, TailForwardKl, Tr
 
 
 def divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """``sum a log(a / b)`` over the last axis, in nats; outcomes at -inf on either side count 0 and get no gradient."""
+    """``sum a log(a / b)`` over the last axis, in nats; outcomes at -inf on either side count
+    0 and get no gradient.
+    """
     impossible = log_a.isinf() | log_b.isinf()
     # Masked before the product: 0 x inf would be NaN in value or gradient.
     log_a, log_b = log_a.masked_fill(impossible, 0.0), log_b.masked_fill(impossible, 0.0)
@@ -22,24 +24,30 @@ def divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def renormalized(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q~ || p), q~ the teacher renormalised on its candidates, p not: never negative (arXiv 2603.07079).
+    """KL(q~ || p), q~ the teacher renormalised on its candidates, p not: never negative (arXiv
+    2603.07079).
 
-    The teacher itself is no minimum of it: the gradient drives the student's whole mass into the candidates.
+    The teacher itself is no minimum of it: the gradient drives the student's whole mass into the
+    candidates.
     """
     candidates = log_q[..., :-1]
     return divergence(candidates - candidates.logsumexp(-1, keepdim=True), log_p[..., :-1])
 
 
 def tail(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL over the K + 1 outcomes: 0 exactly where student and teacher agree on all of them, else positive.
+    """KL over the K + 1 outcomes: 0 exactly where student and teacher agree on all of them, else
+    positive.
 
-    Up to rounding: a float32 teacher's outcomes add up to 1 only nearly, which may leave it negative by as much.
+    Up to rounding: a float32 teacher's outcomes add up to 1 only nearly, which may leave it
+    negative by as much.
     """
     return divergence(log_q, log_p)
 
 
 def truncated(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The candidates' part of the full KL alone: no KL, and negative where the student's mass on them is the larger."""
+    """The candidates' part of the full KL alone: no KL, and negative where the student's mass
+    on them is the larger.
+    """
     return divergence(log_q[..., :-1], log_p[..., :-1])
 
 

@@ -1,7 +1,8 @@
 """How much forward KL each token gets: g in [0, 1] from the teacher's entropy.
 
-Gates are computed once per batch, before it is cut into micro-batches, so that no gate depends on the cut: ``quantile``
-takes a threshold over the loss tokens of all ranks, ``random`` draws that depend on a token's name alone.
+Gates are computed once per batch, before it is cut into micro-batches, so that no gate depends on
+the cut: ``quantile`` takes a threshold over the loss tokens of all ranks, ``random`` draws that
+depend on a token's name alone.
 """
 
 import hashlib
@@ -10,7 +11,15 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from eopd.config.loss import AlwaysGate, Gate, HardGate, NeverGate, QuantileGate, RandomGate, SigmoidGate
+from eopd.config.loss import (
+    AlwaysGate,
+    Gate,
+    HardGate,
+    NeverGate,
+    QuantileGate,
+    RandomGate,
+    SigmoidGate,
+)
 from eopd.types import TrajectoryKey
 
 
@@ -37,12 +46,14 @@ def gate_weights(
         case QuantileGate():
             if threshold is None:
                 raise ValueError("the quantile gate needs the threshold of the whole batch")
+
             return (entropy_T >= threshold).float()
         case SigmoidGate():
             return torch.sigmoid((entropy_T - gate.tau) / gate.scale).float()
         case RandomGate():
             if draws_T is None:
                 raise ValueError("the random gate needs one draw per token")
+
             return (draws_T < gate.rate).float()
         case AlwaysGate():
             return torch.ones_like(entropy_T, dtype=torch.float32)
@@ -55,12 +66,13 @@ def gate_weights(
 def quantile_threshold(entropies_N: Tensor, top: float) -> float:
     """The entropy that opens the gate for a share ``top`` of the N loss tokens of a batch, in nats.
 
-    It is the round(top N)-th largest entropy (at least the largest), and the gate is open at it: tokens tied with it
-    open too.
-    ``[0.1, 2.0, 0.5, 1.0]`` with top 0.5 gives 1.0. A batch without loss tokens gives infinity.
+    It is the round(top N)-th largest entropy (at least the largest), and the gate is open at it:
+    tokens tied with it open too. ``[0.1, 2.0, 0.5, 1.0]`` with top 0.5 gives 1.0. A batch without
+    loss tokens gives infinity.
     """
     if entropies_N.numel() == 0:
         return float("inf")
+
     count = max(1, round(top * entropies_N.numel()))
     return entropies_N.kthvalue(entropies_N.numel() - count + 1).values.item()
 
@@ -68,11 +80,13 @@ def quantile_threshold(entropies_N: Tensor, top: float) -> float:
 def random_draws(seed: int, key: TrajectoryKey, num_tokens: int) -> Tensor:
     """Uniform numbers in [0, 1), float64 [R], for the tokens of one trajectory.
 
-    They depend on (seed, key, response position) alone: another batch order, packing or number of ranks gives the same
-    draws.
+    They depend on (seed, key, response position) alone: another batch order, packing or number of
+    ranks gives the same draws.
     """
     name = f"{seed}\n{key.epoch}\n{key.sample_index}\n{key.prompt_id}"
     # An extendable hash: position r owns bytes 8 r to 8 r + 8, however long the response is.
     digest = bytearray(hashlib.shake_128(name.encode()).digest(8 * num_tokens))
-    bits = torch.frombuffer(digest, dtype=torch.int64) if digest else torch.empty(0, dtype=torch.int64)
+    bits = (
+        torch.frombuffer(digest, dtype=torch.int64) if digest else torch.empty(0, dtype=torch.int64)
+    )
     return (bits & (2**53 - 1)).double() * 2.0**-53

@@ -2,9 +2,9 @@
 
     L_t = RKL_t + alpha g_t FKL_t,    loss = sum of L_t over loss tokens / num_loss_tokens
 
-The reverse KL stays on for every token; the gate g adds forward KL where the teacher is unsure. ``num_loss_tokens``
-counts *all* loss tokens of an optimiser step, over micro-batches and ranks, gated or not: then the result does not
-depend on how the batch was cut.
+The reverse KL stays on for every token; the gate g adds forward KL where the teacher is unsure.
+``num_loss_tokens`` counts *all* loss tokens of an optimiser step, over micro-batches and ranks,
+gated or not: then the result does not depend on how the batch was cut.
 """
 
 from dataclasses import dataclass, fields
@@ -23,10 +23,11 @@ __all__ = ["LossTerms", "LossTokens", "objective"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """Sums over loss tokens, float64 []: they add up over micro-batches and ranks. Means come last, from ``metrics``.
+    """Sums over loss tokens, float64 []: they add up over micro-batches and ranks. Means come last,
+    from ``metrics``.
 
-    ``reverse_kl`` is log p_old(y) - log q(y), ``logprob_gap`` |log p_old(y) - log b(y)|; nats, except for gates, shares
-    and weights.
+    ``reverse_kl`` is log p_old(y) - log q(y), ``logprob_gap`` |log p_old(y) - log b(y)|; nats,
+    except for gates, shares and weights.
     """
 
     loss: Tensor
@@ -57,12 +58,17 @@ class LossTerms:
     def metrics(self, num_loss_tokens: int) -> dict[str, float]:
         """Means over ``num_loss_tokens`` tokens, by catalogue name.
 
-        Gated and ungated forward KL are means weighted by g and 1 - g: over the open and the closed tokens of a gate
-        that is 0 or 1.
+        Gated and ungated forward KL are means weighted by g and 1 - g: over the open and the closed
+        tokens of a gate that is 0 or 1.
         """
-        sums = dict(zip((field.name for field in fields(self)), self.vector().tolist(), strict=True))
+        sums = dict(
+            zip((field.name for field in fields(self)), self.vector().tolist(), strict=True)
+        )
         mean = {name: _ratio(value, num_loss_tokens) for name, value in sums.items()}
-        ungated = _ratio(sums["forward_kl"] - sums["forward_kl_gated"], num_loss_tokens - sums["gate"])
+        ungated = _ratio(
+            sums["forward_kl"] - sums["forward_kl_gated"], num_loss_tokens - sums["gate"]
+        )
+
         return {
             "eopd_loss": mean["loss"],
             "eopd_reverse_kl_nats": mean["reverse_kl"],
@@ -98,15 +104,16 @@ def objective(
 ) -> tuple[Tensor, LossTerms]:
     """This micro-batch's share of the loss of an optimiser step.
 
-    Logits are ``softcap(hidden @ head^T * logit_scale + bias) / temperature``, computed for loss rows only,
-    ``chunk_tokens`` at a time, in float32 (float64 for float64 inputs). Head and hidden states may be in any floating
-    dtype; the head may be tied.
+    Logits are ``softcap(hidden @ head^T * logit_scale + bias) / temperature``, computed for loss
+    rows only, ``chunk_tokens`` at a time, in float32 (float64 for float64 inputs). Head and hidden
+    states may be in any floating dtype; the head may be tied.
 
     Args:
         student_hidden_TD: last hidden states; row t predicts ``tokens.target_ids_T[t]``.
         head_weight_VD: the output projection.
         tokens: what sampler and teacher said.
-        config: forms and options; ``config.alpha`` and the gate are already in ``alpha`` and ``tokens.gate_T``.
+        config: forms and options; ``config.alpha`` and the gate are already in ``alpha`` and
+            ``tokens.gate_T``.
         num_loss_tokens: loss tokens of the whole optimiser step, over all micro-batches and ranks.
         alpha: weight of the forward KL in this batch.
         head_bias_V: bias of the projection.
@@ -116,15 +123,16 @@ def objective(
         chunk_tokens: rows per chunk; the memory dial.
 
     Returns:
-        The loss [], float32 (float64 for float64 inputs), to be summed over micro-batches and ranks, whose backward
-        runs once and gives gradients (zeros where no row counts) to hidden states, head and bias; and this
-        micro-batch's sums.
+        The loss [], float32 (float64 for float64 inputs), to be summed over micro-batches and
+        ranks, whose backward runs once and gives gradients (zeros where no row counts) to hidden
+        states, head and bias; and this micro-batch's sums.
 
     Raises:
         ValueError: ``num_loss_tokens`` is below 1 though rows count.
     """
     if num_loss_tokens < 1 and bool(tokens.loss_mask_T.any()):
-        raise ValueError(f"num_loss_tokens is {num_loss_tokens}: it counts the loss tokens of the whole optimiser step")
+        raise ValueError(f"num_loss_tokens is {num_loss_tokens} for the whole step, and rows count")
+
     head = Head(
         weight_VD=head_weight_VD,
         bias_V=head_bias_V,
@@ -137,13 +145,17 @@ def objective(
         return _terms(reading, chunk, config, alpha).vector()
 
     loss, sums = chunked_sums(student_hidden_TD, head, tokens, measure, chunk_tokens)
-    dtype = torch.float64 if torch.float64 in (student_hidden_TD.dtype, head_weight_VD.dtype) else torch.float32
+    is_double = torch.float64 in (student_hidden_TD.dtype, head_weight_VD.dtype)
+    dtype = torch.float64 if is_double else torch.float32
     return (loss / max(num_loss_tokens, 1)).to(dtype), LossTerms.from_vector(sums)
 
 
 def _terms(reading: Reading, tokens: LossTokens, config: LossConfig, alpha: float) -> LossTerms:
     """Sums over one chunk; ``loss`` has gradients."""
-    student_logprobs, teacher_logprobs = reading.student_logprobs(), tokens.teacher_logprobs_T.double()
+    student_logprobs, teacher_logprobs = (
+        reading.student_logprobs(),
+        tokens.teacher_logprobs_T.double(),
+    )
     current = student_logprobs.detach()
     sampled = SampledTokens(
         student_logprobs_T=student_logprobs,
@@ -155,7 +167,10 @@ def _terms(reading: Reading, tokens: LossTokens, config: LossConfig, alpha: floa
     log_p, log_q = reading.student_outcomes(), tokens.teacher_outcomes()
     reverse = reverse_kl(config.reverse_kl, sampled, log_p, log_q)
     forward, gate = forward_kl(config.forward_kl, log_p, log_q), tokens.gate_T.double()
-    entropy = torch.zeros_like(gate) if tokens.teacher_entropy_T is None else tokens.teacher_entropy_T
+    entropy = (
+        torch.zeros_like(gate) if tokens.teacher_entropy_T is None else tokens.teacher_entropy_T
+    )
+
     return LossTerms(
         loss=(reverse.loss_T + alpha * gate * forward).sum(),
         reverse_kl=(sampled.old_logprobs_T - teacher_logprobs).sum(),

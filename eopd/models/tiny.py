@@ -1,9 +1,10 @@
-"""Tiny causal language models with a real tokenizer, made in a second, for tests and ``configs/tiny.yaml``.
+"""Tiny causal language models with a real tokenizer, made in a second, for tests and
+``configs/tiny.yaml``.
 
-Under one million parameters, but everything else is real: a byte-level BPE tokenizer trained on the text handed in,
-a chat template, end tokens, and a plain Hugging Face directory that vLLM and DeepSpeed load like any other.
-``build_model`` gives random weights, ``write_tiny_pair`` a teacher with something to say and a student that a few
-dozen updates bring close to it.
+Under one million parameters, but everything else is real: a byte-level BPE tokenizer trained on the
+text handed in, a chat template, end tokens, and a plain Hugging Face directory that vLLM and
+DeepSpeed load like any other. ``build_model`` gives random weights, ``write_tiny_pair`` a teacher
+with something to say and a student that a few dozen updates bring close to it.
 """
 
 import copy
@@ -38,7 +39,9 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens, of which 259 are the bytes and special tokens."""
+    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens, of which 259 are the bytes
+    and special tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,9 +53,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
     )
     fast.chat_template = CHAT_TEMPLATE
+
     return fast
 
 
@@ -67,7 +74,8 @@ def build_model(
 ) -> PreTrainedModel:
     """A randomly initialised model.
 
-    ``scale`` is the standard deviation of its weights: 0.02 is nearly uniform over the vocabulary, 0.2 is opinionated.
+    ``scale`` is the standard deviation of its weights: 0.02 is nearly uniform over the vocabulary,
+    0.2 is opinionated.
     """
     torch.manual_seed(seed)
     sizes = {
@@ -87,10 +95,13 @@ def build_model(
     }
     if family == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**sizes))
+
     return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
-def write_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
+def write_model(
+    directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> Path:
     """Save model and tokenizer as one Hugging Face directory."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(directory)
@@ -99,27 +110,36 @@ def write_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTo
 
 
 def write_tiny_pair(directory: Path, family: Family = "qwen3", seed: int = 0) -> tuple[Path, Path]:
-    """Make ``directory/teacher`` and ``directory/student`` in a few seconds; they share one tokenizer of 512 tokens.
+    """Make ``directory/teacher`` and ``directory/student`` in a few seconds; they share one
+    tokenizer of 512 tokens.
 
-    The teacher answers any prompt with one of 64 sentences and an end token. It is sure of most tokens and open at
-    three choices of four words (entropy log 4), so that an entropy gate opens on about a fifth of its tokens. The
-    student is the teacher under noise as large as its weights: far away at first, and yet quickly healed.
+    The teacher answers any prompt with one of 64 sentences and an end token. It is sure of most
+    tokens and open at three choices of four words (entropy log 4), so that an entropy gate opens on
+    about a fifth of its tokens. The student is the teacher under noise as large as its weights: far
+    away at first, and yet quickly healed.
 
     Equal arguments give equal files on one machine, whatever its thread settings.
     """
-    prompts = [_read_prompts(PROMPTS / name) for name in ("demo_train.jsonl", "demo_held_out.jsonl")]
+    prompts = [
+        _read_prompts(PROMPTS / name) for name in ("demo_train.jsonl", "demo_held_out.jsonl")
+    ]
     tokenizer = train_tokenizer(itertools.chain(*prompts), vocab_size=512)
     teacher = build_model(family, tokenizer, seed=seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of float sums depends on it
+
     try:
         _teach(teacher, tokenizer, prompts[0], random.Random(seed))
     finally:
         torch.set_num_threads(threads)
+
     student = copy.deepcopy(teacher)
     _disturb(student, torch.Generator().manual_seed(seed))
     pair = {"teacher": teacher, "student": student}
-    teacher_dir, student_dir = (write_model(directory / name, model, tokenizer) for name, model in pair.items())
+    teacher_dir, student_dir = (
+        write_model(directory / name, model, tokenizer) for name, model in pair.items()
+    )
+
     return teacher_dir, student_dir
 
 
@@ -128,7 +148,10 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def _teach(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], rng: random.Random
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    rng: random.Random,
 ) -> None:
     """Train ``model`` to answer with the sentences; the loss is over answer tokens only."""
     steps = 120
@@ -139,16 +162,27 @@ def _teach(
         for prompt in prompts
     ]
     words = itertools.product(
-        ("read", "sing", "walk", "rest"), ("sea", "lake", "fire", "road"), ("day", "night", "week", "year")
+        ("read", "sing", "walk", "rest"),
+        ("sea", "lake", "fire", "road"),
+        ("day", "night", "week", "year"),
     )
     answers = [
-        [*tokenizer(f"I like to {verb} by the {place} every {time}.").input_ids, tokenizer.eos_token_id]
+        [
+            *tokenizer(f"I like to {verb} by the {place} every {time}.").input_ids,
+            tokenizer.eos_token_id,
+        ]
         for verb, place, time in words
     ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps
+    )
+
     for _ in range(steps):
-        rows = [_lesson(rng.choice(questions), rng.choice(answers), len(tokenizer), rng) for _ in range(8)]
+        rows = [
+            _lesson(rng.choice(questions), rng.choice(answers), len(tokenizer), rng)
+            for _ in range(8)
+        ]
         ids, labels = (
             torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True, padding_value=-100)
             for part in zip(*rows, strict=True)
@@ -164,8 +198,8 @@ def _lesson(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels [T].
 
-    Some answer tokens are heard wrong, so that the teacher has an opinion on text that it would never write: a student
-    shows it little else.
+    Some answer tokens are heard wrong, so that the teacher has an opinion on text that it would
+    never write: a student shows it little else.
     """
     heard = [rng.randrange(vocab_size) if rng.random() < 0.15 else token for token in answer]
     return torch.tensor(question + heard), torch.tensor([-100] * len(question) + answer)

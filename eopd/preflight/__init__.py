@@ -1,4 +1,6 @@
-"""What is checked before any worker starts: models, native options, prompts. Every failure is one ``ConfigError``."""
+"""What is checked before any worker starts: models, native options, prompts. Every failure is
+one ``ConfigError``.
+"""
 
 from eopd.preflight.answers import require_answers, require_readable_answers
 from eopd.preflight.inputs import Prepared, check

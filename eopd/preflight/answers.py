@@ -17,21 +17,23 @@ def require_answers(data: PromptSet) -> None:
     """
     if unanswered := [prompt for prompt in data.prompts if prompt.reference_answer is None]:
         raise ConfigError(
-            f"{_where(data, unanswered)}: has no `answer`, so that nothing can be graded; write an accepted answer "
-            "(text, a number, or a list of these) into every row"
+            f"{_where(data, unanswered)}: has no `answer`, so that nothing can be graded; "
+            "write an accepted answer (text, a number, or a list of these) into every row"
         )
 
 
 def require_readable_answers(data: PromptSet, grader: GraderName) -> None:
-    """The grader must be able to read every accepted answer there is, or every response to it would be wrong.
+    """The grader must be able to read every accepted answer there is, or every response to it would
+    be wrong.
 
     Raises:
         ConfigError: names rows whose answer it cannot read.
     """
     if unreadable := list(_unreadable(data, grader)):
         raise ConfigError(
-            f"{_where(data, unreadable)}: answer: the grader {grader} can read nothing in it: "
-            f"{unreadable[0].reference_answer!r}; write the final answer alone, in \\boxed{{}}, or behind ####"
+            f"{_where(data, unreadable)}: answer: the grader {grader} can read nothing in "
+            f"it: {unreadable[0].reference_answer!r}; write the final answer alone, in "
+            f"\\boxed{{}}, or behind ####"
         )
 
 

@@ -1,7 +1,9 @@
-"""Types that the source of an installed library declares, read without importing it: vLLM takes ten seconds.
+"""Types that the source of an installed library declares, read without importing it: vLLM takes ten
+seconds.
 
-In: Python files. Out: pydantic models with the names, types and bounds of their classes. A type that
-is not made of plain ones (numbers, texts, literals, lists, mappings) becomes ``object``: anything.
+In: Python files. Out: pydantic models with the names, types and bounds of their classes. A type
+that is not made of plain ones (numbers, texts, literals, lists, mappings) becomes ``object``:
+anything.
 """
 
 import ast
@@ -53,6 +55,7 @@ class Declarations:
                         | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
                     ):
                         found.aliases.setdefault(name, value)
+
         return found
 
     def model(
@@ -78,13 +81,18 @@ class Declarations:
                 bounds = self._bounds(node.value) or self._bounds_by_name(node)
                 wanted = self._type(node.annotation, nested)
                 wanted = typing.Annotated[wanted, Field(**bounds)] if bounds else wanted
+
             fields |= {name: wanted for name in known if not name.startswith("_")}
+
         narrower = {name: wanted for name, wanted in (instead or {}).items() if name in fields}
+
         return options_model(names[0], fields | narrower)
 
     def alias(self, name: str) -> object:
         """What a name of a type stands for, or null; anything, where there is no such name."""
-        return _union([self._type(self.aliases[name], None), None]) if name in self.aliases else object
+        return (
+            _union([self._type(self.aliases[name], None), None]) if name in self.aliases else object
+        )
 
     def _fields(self, name: str) -> list["_AnnotatedName"]:
         body = self.classes[name].body if name in self.classes else []
@@ -112,28 +120,37 @@ class Declarations:
     def _named(self, name: str, nested: str | None) -> object:
         if name in _PLAIN:
             return _PLAIN[name]
+
         if name in _COLLECTIONS:
             return _COLLECTIONS[name]
+
         if name in self.aliases:
             return self._type(self.aliases[name], nested)
+
         if name not in self.classes:
             return object
+
         bases = [base.id for base in self.classes[name].bases if isinstance(base, ast.Name)]
         if "Enum" in bases:
             return _literal(self._members(name))
+
         return self.model(name, nested=nested) if nested in bases else object
 
     def _subscript(self, outer: str, inner: ast.expr, nested: str | None) -> object:
         parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
         if outer == "Literal":
             return _literal([word for part in parts for word in self._words(part)])
+
         inside = [self._type(part, nested) for part in parts]
         if outer == "Optional":
             return _union([*inside, None])
+
         if outer == "Union":
             return _union(inside)
+
         if outer in _COLLECTIONS:
             return types.GenericAlias(_COLLECTIONS[outer], tuple(inside))
+
         return object
 
     def _words(self, node: ast.expr) -> list[object]:
@@ -155,10 +172,14 @@ class Declarations:
         return [value.value for value in found if isinstance(value, ast.Constant)]
 
     def _bounds(self, default: ast.expr | None) -> dict[str, typing.Any]:
-        """Bounds in ``Field(default=1, ge=0)``, or of the other class's field that ``default`` names."""
+        """Bounds in ``Field(default=1, ge=0)``, or of the other class's field that
+        ``default`` names.
+        """
         match default:
             case ast.Call(func=ast.Name(id="Field"), keywords=keywords):
-                return {name: value for name, value in _constants(keywords).items() if name in _BOUNDS}
+                return {
+                    name: value for name, value in _constants(keywords).items() if name in _BOUNDS
+                }
             case (
                 ast.Attribute(value=ast.Name(id=owner), attr=name)
                 | ast.Call(
@@ -172,9 +193,12 @@ class Declarations:
                 return {}
 
     def _bounds_by_name(self, node: "_AnnotatedName") -> dict[str, typing.Any]:
-        """Bounds of an option that is null until it is set, if all fields of its name have the same."""
+        """Bounds of an option that is null until it is set, if all fields of its name have
+        the same.
+        """
         if not (isinstance(node.value, ast.Constant) and node.value.value is None):
             return {}
+
         fields = [field for name in self.classes for field in self._fields(name)]
         found = [self._bounds(field.value) for field in fields if field.target.id == node.target.id]
         bounds = [one for one in found if one]
@@ -202,16 +226,20 @@ def _alias(default: ast.expr | None) -> list[str]:
 
 def _constants(keywords: Iterable[ast.keyword]) -> dict[str, typing.Any]:
     """Arguments by name, of those that are given as numbers and texts."""
-    return {str(one.arg): one.value.value for one in keywords if isinstance(one.value, ast.Constant)}
+    return {
+        str(one.arg): one.value.value for one in keywords if isinstance(one.value, ast.Constant)
+    }
 
 
 def _union(parts: list[object]) -> object:
     if object in parts:
         return object
+
     return typing.Union[tuple(parts)]  # noqa: UP007 - of parts that are only known here
 
 
 def _literal(values: list[object]) -> object:
     if not values or object in values:
         return object
+
     return typing.Literal[tuple(values)]

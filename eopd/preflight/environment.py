@@ -1,8 +1,9 @@
-"""The machine around a run, looked at before anything starts: by ``eopd check``, and by every verb that starts Ray.
+"""The machine around a run, looked at before anything starts: by ``eopd check``, and by every verb
+that starts Ray.
 
-In: the config and this process's environment. Out: one ``ConfigError`` that names the key or the variable and says what
-to set instead. Left out: what only the cluster knows, such as how much of it is free (``runtime/cluster.py``), and what
-its other machines look like (``runtime/process.py``).
+In: the config and this process's environment. Out: one ``ConfigError`` that names the key or the
+variable and says what to set instead. Left out: what only the cluster knows, such as how much of it
+is free (``runtime/cluster.py``), and what its other machines look like (``runtime/process.py``).
 """
 
 import importlib.util
@@ -18,9 +19,19 @@ from eopd.preflight.run_place import holds_rows, require_no_stranger, require_ru
 from eopd.telemetry.prometheus import require_address
 
 LOCAL: Final = "local"  # Ray is started here
-PACKAGES: Final = ("datasets", "deepspeed", "httpx", "peft", "ray", "safetensors", "torch", "transformers")
+PACKAGES: Final = (
+    "datasets",
+    "deepspeed",
+    "httpx",
+    "peft",
+    "ray",
+    "safetensors",
+    "torch",
+    "transformers",
+)
 
-# The longest of Ray's sockets (2.60), below the directory for temporary files; the kernel takes 107 bytes.
+# The longest of Ray's sockets (2.60), below the directory for temporary files; the kernel takes 107
+# bytes.
 RAY_SOCKET: Final = "/ray/session_2026-11-26_01-18-19_123456_1234567/sockets/plasma_store"
 LONGEST_TEMPORARY: Final = 107 - len(RAY_SOCKET)
 SOME_BYTES: Final = 1 << 16
@@ -29,13 +40,15 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(\d{1,5})")
 
 
 def require_environment(config: Config) -> None:
-    """Check all that needs no Ray: packages, temporary files, where the run writes, and where it is scraped.
+    """Check all that needs no Ray: packages, temporary files, where the run writes, and where it is
+    scraped.
 
     Raises:
         ConfigError: something is missing, taken, malformed, or cannot be written.
     """
     if cluster_address(config.cluster) == LOCAL:
         require_local_ray()
+
     require_run_directory(config.run.path)
     require_no_stranger(config.run.path)
     if config.telemetry.port is not None:
@@ -46,7 +59,10 @@ def environment_notes(config: Config) -> Iterator[str]:
     """What is no mistake, and good to know."""
     path = config.run.path
     if holds_rows(path):
-        yield f"note: run.name: {path} holds a run already; `eopd train` takes it up with --resume only"
+        yield (
+            f"note: run.name: {path} holds a run already; `eopd train` takes it up with "
+            "--resume only"
+        )
 
 
 def gpus_here() -> int:
@@ -57,29 +73,42 @@ def gpus_here() -> int:
 def cluster_address(config: ClusterConfig) -> str:
     """Where Ray is: ``HOST:PORT`` or ``auto`` for a cluster that runs, ``local`` to start it here.
 
-    ``cluster.address`` comes before ``RAY_ADDRESS``, but ``auto`` means what that says, as Ray has it.
+    ``cluster.address`` comes before ``RAY_ADDRESS``, but ``auto`` means what that says, as Ray has
+    it.
 
     Raises:
-        ConfigError: the address is of another kind, or has no port; ``cluster.cpus`` does not go with it.
+        ConfigError: the address is of another kind, or has no port; ``cluster.cpus`` does not go
+            with it.
     """
     variable = os.environ.get("RAY_ADDRESS", "").strip()
     given = (config.address or "").strip()
-    key, address = ("cluster.address", given) if given not in ("", "auto") else ("RAY_ADDRESS", variable)
+    key, address = (
+        ("cluster.address", given) if given not in ("", "auto") else ("RAY_ADDRESS", variable)
+    )
     address = address or given or LOCAL
     if address == LOCAL:
         return address
+
     instead = (
-        "a run joins a cluster by its HOST:PORT (Ray's port is 6379 unless `ray start` was told another), or by `auto` "
-        "on one of its machines; leave it out to start Ray here"
+        "a run joins a cluster by its HOST:PORT (Ray's port is 6379 unless `ray start` was "
+        "told another), or by `auto` on one of its machines; leave it out to start Ray here"
     )
     if address.startswith(("http://", "https://")):
         raise ConfigError(f"{key}: {address} is the job server, for `ray job submit`; {instead}")
+
     if address.startswith("ray://"):
-        raise ConfigError(f"{key}: {address} is for Ray Client, which cannot drive a run; {instead}")
+        raise ConfigError(
+            f"{key}: {address} is for Ray Client, which cannot drive a run; {instead}"
+        )
+
     if address != "auto":
         split_address(key, address, instead)
+
     if config.cpus is not None:
-        raise ConfigError(f"cluster.cpus: {config.cpus:g} is for Ray started here; {address} has its own")
+        raise ConfigError(
+            f"cluster.cpus: {config.cpus:g} is for Ray started here; {address} has its own"
+        )
+
     return address
 
 
@@ -92,6 +121,7 @@ def split_address(key: str, address: str, instead: str) -> tuple[str, int]:
     match = _ADDRESS.fullmatch(address)
     if match is None or not 0 < int(match[2]) < 1 << 16:
         raise ConfigError(f"{key}: {address} is no HOST:PORT; {instead}")
+
     return match[1].strip("[]"), int(match[2])
 
 
@@ -113,8 +143,10 @@ def require_packages() -> None:
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigError(
-            f"{', '.join(missing)}: not installed for this Python; `pip install eopd` installs what it needs"
+            f"{', '.join(missing)}: not installed for this Python; `pip install eopd` "
+            "installs what it needs"
         )
+
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "vllm: not installed for this Python; `pip install 'eopd[gpu]'` installs it, and "
@@ -123,7 +155,8 @@ def require_packages() -> None:
 
 
 def require_temporary_files() -> None:
-    """``TMPDIR`` and ``RAY_TMPDIR`` take files, and the one that Ray uses is short enough for its sockets.
+    """``TMPDIR`` and ``RAY_TMPDIR`` take files, and the one that Ray uses is short enough for its
+    sockets.
 
     Raises:
         ConfigError: names the variable and what to set.
@@ -131,7 +164,10 @@ def require_temporary_files() -> None:
     given = {name: os.environ[name] for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ}
     for name, directory in (given or {"TMPDIR": "/tmp"}).items():
         if not os.path.isabs(directory):
-            raise ConfigError(f"{name}: {directory!r} is no absolute path; name a directory, or unset it for /tmp")
+            raise ConfigError(
+                f"{name}: {directory!r} is no absolute path; name a directory, or unset it for /tmp"
+            )
+
         try:
             with tempfile.TemporaryFile(dir=directory) as file:
                 file.write(bytes(SOME_BYTES))
@@ -139,9 +175,11 @@ def require_temporary_files() -> None:
             raise ConfigError(
                 f"{name}: {directory} takes no files ({error.strerror}); name a directory that does"
             ) from None
+
     name, directory = next(iter(given.items()), ("TMPDIR", "/tmp"))
     if (length := len(os.fsencode(directory.rstrip("/")))) > LONGEST_TEMPORARY:
         raise ConfigError(
-            f"{name}: {directory} is too long for the sockets that Ray makes below it ({length} bytes of at most "
-            f"{LONGEST_TEMPORARY}); set RAY_TMPDIR to a shorter directory, for example RAY_TMPDIR=/tmp"
+            f"{name}: {directory} is too long for the sockets that Ray makes below it "
+            f"({length} bytes of at most {LONGEST_TEMPORARY}); set RAY_TMPDIR to a shorter "
+            "directory, for example RAY_TMPDIR=/tmp"
         )

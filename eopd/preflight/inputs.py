@@ -1,4 +1,6 @@
-"""What is checked before any worker starts: models, vocabularies, prompts. Every failure is one ``ConfigError``."""
+"""What is checked before any worker starts: models, vocabularies, prompts. Every failure is
+one ``ConfigError``.
+"""
 
 import os
 from collections import Counter
@@ -30,13 +32,15 @@ class Prepared:
 
 
 def check(config: Config) -> Prepared:
-    """Check a run's inputs and load its prompts; what was checked before, and is the same still, is remembered.
+    """Check a run's inputs and load its prompts; what was checked before, and is the same still, is
+    remembered.
 
     Raises:
-        ConfigError: a model directory or data file is missing, vocabularies or end tokens differ, top_k
-            is larger than a vocabulary, vLLM or DeepSpeed take no such option, the student has no such
-            layers to adapt, prompts do not fit or have no teacher, a verifier has no answers, a tracker
-            cannot be used, a server's key is not set, or the machine will not do (``environment.py``).
+        ConfigError: a model directory or data file is missing, vocabularies or end tokens differ,
+            top_k is larger than a vocabulary, vLLM or DeepSpeed take no such option, the student
+            has no such layers to adapt, prompts do not fit or have no teacher, a verifier has no
+            answers, a tracker cannot be used, a server's key is not set, or the machine will not do
+            (``environment.py``).
     """
     require_environment(config)
     require_trackers(config.telemetry.trackers)
@@ -44,15 +48,30 @@ def check(config: Config) -> Prepared:
     require_deepspeed_options("learner.deepspeed", config.learner.deepspeed)
     for teacher in config.teachers:
         require_vllm_options(f"teachers.{teacher.name}.vllm", teacher.vllm)
+
     if unset := _keys_not_set(config):
-        raise ConfigError("\n".join(f"{where}: the environment variable {name} is not set" for where, name in unset))
+        raise ConfigError(
+            "\n".join(
+                f"{where}: the environment variable {name} is not set" for where, name in unset
+            )
+        )
+
     data = [Path(spec) for spec in (config.prompts.data, config.prompts.held_out)]
-    if not all(path.suffix in DATA_SUFFIXES for path in data):  # a data set by name may change without a sign here
+    # a data set by name may change without a sign here
+    if not all(path.suffix in DATA_SUFFIXES for path in data):
         return _check(config)
+
     models = {config.student.model, *(teacher.model for teacher in config.teachers)}
-    # One by one, as they are asked for: a directory that cannot be read is told of by the check, under its key.
-    files = (file for model in models for name in ("*", "additional_chat_templates/*") for file in model.glob(name))
+    # One by one, as they are asked for: a directory that cannot be read is told of by the check,
+    # under its key.
+    files = (
+        file
+        for model in models
+        for name in ("*", "additional_chat_templates/*")
+        for file in model.glob(name)
+    )
     question = config.model_dump_json(exclude={"run", "cluster", "telemetry", "checkpoint"})
+
     return remembered(question, chain(data, files), lambda: _check(config))
 
 
@@ -62,14 +81,24 @@ def runs_here(config: Config) -> bool:
 
 
 def _keys_not_set(config: Config) -> list[tuple[str, str]]:
-    """Keys of servers that a run on this machine would miss, with the variables that should hold them.
+    """Keys of servers that a run on this machine would miss, with the variables that should hold
+    them.
 
-    They are read where the teacher's client runs: on a cluster that is another node, which has its own variables.
+    They are read where the teacher's client runs: on a cluster that is another node, which has its
+    own variables.
     """
     if not runs_here(config):
         return []
-    named = [(teacher.name, teacher.server.api_key_env) for teacher in config.teachers if teacher.server]
-    unset = [(name, variable) for name, variable in named if variable and not os.environ.get(variable, "").strip()]
+
+    named = [
+        (teacher.name, teacher.server.api_key_env) for teacher in config.teachers if teacher.server
+    ]
+    unset = [
+        (name, variable)
+        for name, variable in named
+        if variable and not os.environ.get(variable, "").strip()
+    ]
+
     return [(f"teachers.{name}.server.api_key_env", variable) for name, variable in unset]
 
 
@@ -81,32 +110,47 @@ def _check(config: Config) -> Prepared:
         from eopd.learner.lora import check_targets
 
         check_targets(config.student.model, config.student.lora)
+
     tokenizer = load_tokenizer(config.student.model)
     train = PromptSet.load(config.prompts.data, config.prompts, tokenizer, _views(config))
     if config.loss.reward is not None:
         require_answers(train)
         require_readable_answers(train, config.loss.reward.grader)
+
     held_out = PromptSet.load(
         config.prompts.held_out, config.prompts, tokenizer, _views(config), key="prompts.held_out"
     )
     for where, data in ((config.prompts.data, train), (config.prompts.held_out, held_out)):
         count_prompts(where, data.prompts, config)
+
     return Prepared(train=train, held_out=held_out, vocabularies=vocabularies)
 
 
 def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
     key = f"teachers.{teacher.name}"
     local = teacher.backend == "vllm"
-    weights = local and "load_format" not in teacher.vllm  # a format of vLLM's own has files of its own
-    require_model(f"{key}.model", teacher.model, num_tokens=config.max_teacher_tokens(teacher), weights=weights)
+    # a format of vLLM's own has files of its own
+    weights = local and "load_format" not in teacher.vllm
+    require_model(
+        f"{key}.model",
+        teacher.model,
+        num_tokens=config.max_teacher_tokens(teacher),
+        weights=weights,
+    )
     if local:
         require_served(f"{key}.model", teacher.model)
+
     try:
         shared = require_same_vocabulary(config.student.model, teacher.model, teacher.eos_remap)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
+
     if config.loss.top_k > shared.num_ids:
-        raise ConfigError(f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {shared.num_ids} tokens")
+        raise ConfigError(
+            f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of "
+            f"{shared.num_ids} tokens"
+        )
+
     return shared
 
 
@@ -126,7 +170,10 @@ def _views(config: Config) -> Callable[[str], TeacherView | None]:
     for view in views.values():
         view.require_text()
         if config.prompts.template == "chat" and not view.tokenizer.chat_template:
-            raise ConfigError(f"teachers.{view.name}.template: its tokenizer has no chat template to render it with")
+            raise ConfigError(
+                f"teachers.{view.name}.template: its tokenizer has no chat "
+                "template to render it with"
+            )
 
     def view_of(source: str) -> TeacherView | None:
         teacher = config.teacher_of(source)
@@ -136,22 +183,26 @@ def _views(config: Config) -> Callable[[str], TeacherView | None]:
 
 
 def count_prompts(where: str, prompts: Sequence[PromptSample], config: Config) -> Mapping[str, int]:
-    """Prompts by name of the teacher: of the one that names their source, or of the one that names none.
+    """Prompts by name of the teacher: of the one that names their source, or of the one that names
+    none.
 
     Raises:
         ConfigError: nobody teaches a source.
     """
     counts = Counter(prompt.source for prompt in prompts)
     taught, untaught = {teacher.name: 0 for teacher in config.teachers}, []
+
     for source, number in sorted(counts.items()):
         if (teacher := config.teacher_of(source)) is not None:
             taught[teacher.name] += number
         else:
             untaught.append(f"{source!r} ({number} prompts)")
+
     if untaught:
         named = sorted(source for teacher in config.teachers for source in teacher.sources)
         raise ConfigError(
             f"{where}: nobody teaches source {', '.join(untaught)}; teachers.sources are "
             f"{', '.join(map(repr, named))}; name it there, or leave one teacher without sources"
         )
+
     return taught

@@ -27,10 +27,16 @@ _READ: Final = (
 )
 
 # The lists of vLLM's registry (0.32.0) whose models compute logits over a vocabulary.
-_LOGIT_MODELS: Final = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
+_LOGIT_MODELS: Final = (
+    "_TEXT_GENERATION_MODELS",
+    "_MULTIMODAL_MODELS",
+    "_TRANSFORMERS_SUPPORTED_MODELS",
+)
 
 
-def require_model(key: str, directory: Path, *, num_tokens: int, weights: bool = True, tokenizer: bool = True) -> None:
+def require_model(
+    key: str, directory: Path, *, num_tokens: int, weights: bool = True, tokenizer: bool = True
+) -> None:
     """Open everything in a model directory that a run will read.
 
     Args:
@@ -41,23 +47,34 @@ def require_model(key: str, directory: Path, *, num_tokens: int, weights: bool =
         tokenizer: false where only token ids come and go, in a server.
 
     Raises:
-        ConfigError: something is missing or cannot be read, or the model's positions do not reach that far.
+        ConfigError: something is missing or cannot be read, or the model's positions do not reach
+            that far.
     """
     with _blame(key):
         _require_directory(directory)
-        for file in sorted(file for pattern in _READ for file in directory.glob(pattern) if file.is_file()):
+        for file in sorted(
+            file for pattern in _READ for file in directory.glob(pattern) if file.is_file()
+        ):
             require_no_pointer(file)
+
         config = read_json(directory / "config.json")
         if not isinstance(kind := config.get("model_type", ""), str | None):
-            raise ConfigError(f"{directory / 'config.json'}: model_type must be a name, is {told(kind)}")
+            raise ConfigError(
+                f"{directory / 'config.json'}: model_type must be a name, is {told(kind)}"
+            )
+
         positions = config.get("max_position_embeddings")
         if isinstance(positions, int) and num_tokens > positions:
             raise ConfigError(
-                f"{directory} has {positions} positions; prompts.max_tokens + max_response_tokens is {num_tokens}"
+                f"{directory} has {positions} positions; prompts.max_tokens + "
+                f"max_response_tokens is {num_tokens}"
             )
+
         vocab_size(directory)
+
     if weights:
         read_weights(key, directory, standard_names=False)
+
     if tokenizer:
         with _blame(key), quiet():
             load_tokenizer(directory)
@@ -66,13 +83,15 @@ def require_model(key: str, directory: Path, *, num_tokens: int, weights: bool =
 
 
 def require_student(config: Config) -> None:
-    """Find out on a model without weights whether the learner can train what ``student.model`` holds.
+    """Find out on a model without weights whether the learner can train what ``student.model``
+    holds.
 
     Raises:
         ConfigError: see ``eopd.learner.fitness``.
     """
     key, directory = "student.model", config.student.model
     tensors = read_weights(key, directory, standard_names=True)
+
     with _blame(key), quiet():
         from eopd.learner.fitness import check_student, check_weights
 
@@ -82,21 +101,29 @@ def require_student(config: Config) -> None:
 
 
 def require_served(key: str, directory: Path) -> None:
-    """Look a teacher's architecture up in the source of the installed vLLM: importing it would take seconds.
+    """Look a teacher's architecture up in the source of the installed vLLM: importing it would take
+    seconds.
 
     Raises:
         ConfigError: it has none, or none that computes logits.
     """
     named = read_json(directory / "config.json").get("architectures")
     if not isinstance(named, list) or not named:
-        raise ConfigError(f"{key}: {directory / 'config.json'} names no architectures, by which vLLM would load it")
+        raise ConfigError(
+            f"{key}: {directory / 'config.json'} names no architectures, by "
+            "which vLLM would load it"
+        )
+
     if not isinstance(named[0], str):
-        raise ConfigError(f"{key}: {directory / 'config.json'}: architectures must be names, has {told(named[0])}")
+        raise ConfigError(
+            f"{key}: {directory / 'config.json'}: architectures must be names, has {told(named[0])}"
+        )
+
     known = _vllm_architectures()
     if known and named[0] not in known:
         raise ConfigError(
-            f"{key}: {directory / 'config.json'} names architecture {named[0]}; the installed vLLM knows no language "
-            "model of that name, which a teacher must be"
+            f"{key}: {directory / 'config.json'} names architecture {named[0]}; the "
+            "installed vLLM knows no language model of that name, which a teacher must be"
         )
 
 
@@ -105,6 +132,7 @@ def _vllm_architectures() -> frozenset[str]:
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return frozenset()
+
     source = Path(spec.origin).parent / "model_executor" / "models" / "registry.py"
     lists = [
         node.value
@@ -113,6 +141,7 @@ def _vllm_architectures() -> frozenset[str]:
         if isinstance(node.targets[0], ast.Name) and node.targets[0].id in _LOGIT_MODELS
     ]
     keys = [name for models in lists for name in models.keys if isinstance(name, ast.Constant)]
+
     return frozenset(str(name.value) for name in keys)
 
 
@@ -123,12 +152,17 @@ def _require_directory(directory: Path) -> None:
         is_hub_name = len(here.parts) == 2 and here.parts[0] != "models"
         name = here if is_hub_name else f"OWNER/{directory.name}"
         raise ConfigError(
-            f"there is no directory {directory}; models are read from directories and never downloaded: "
-            f"`hf download {name} --local-dir {directory}` makes it of a model on the Hugging Face Hub, "
-            "`eopd models demo` and `eopd models tiny` those of the shipped configs"
+            f"there is no directory {directory}; models are read from directories and never "
+            f"downloaded: `hf download {name} --local-dir {directory}` makes it of a model "
+            "on the Hugging Face Hub, `eopd models demo` and `eopd models tiny` those of "
+            "the shipped configs"
         )
+
     if not directory.is_dir():
-        raise ConfigError(f"{directory} is a file; name the Hugging Face model directory that holds it")
+        raise ConfigError(
+            f"{directory} is a file; name the Hugging Face model directory that holds it"
+        )
+
     if not (directory / "config.json").is_file():
         raise ConfigError(f"{directory} is no Hugging Face model directory (it has no config.json)")
 
@@ -140,11 +174,14 @@ def _require_generation_config(directory: Path) -> None:
 
     if not (directory / GENERATION_CONFIG_NAME).exists():
         return
+
     try:
         GenerationConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # whatever its own checks raise
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{directory / GENERATION_CONFIG_NAME}: transformers cannot read it: {reason}") from error
+        raise ConfigError(
+            f"{directory / GENERATION_CONFIG_NAME}: transformers cannot read it: {reason}"
+        ) from error
 
 
 @contextmanager
@@ -162,12 +199,15 @@ def _blame(key: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from warning and drawing bars meanwhile: what is wrong is told by exceptions."""
+    """Keep transformers from warning and drawing bars meanwhile: what is wrong is told by
+    exceptions.
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
+
     try:
         yield
     finally:

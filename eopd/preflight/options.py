@@ -20,8 +20,9 @@ from eopd.preflight.declared import Declarations, options_model
 
 _Dtype = Literal["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"]
 _Level = Literal["debug", "info", "warning", "error", "critical"]
-# What DeepSpeed reads one by one from its options (runtime/config.py), without a class for them all,
-# and what is left of it here: batches, precision, optimiser and checkpoints are not its to say.
+# What DeepSpeed reads one by one from its options (runtime/config.py), without a class for them
+# all, and what is left of it here: batches, precision, optimiser and checkpoints are not its to
+# say.
 _DEEPSPEED_KEYS: Final[Mapping[str, object]] = {
     "steps_per_print": int | None,
     "dump_state": bool,
@@ -90,12 +91,20 @@ def require_vllm_options(key: str, options: Mapping[str, object]) -> None:
     root = _source("vllm")
     if not options or root is None:
         return
+
     files = [root / "engine" / "arg_utils.py", *(root / "config").glob("*.py")]
-    declared = Declarations.read([*files, root / "model_executor" / "layers" / "quantization" / "__init__.py"])
+    declared = Declarations.read(
+        [*files, root / "model_executor" / "layers" / "quantization" / "__init__.py"]
+    )
     narrower: dict[str, object] = {"kv_cache_memory_bytes": Annotated[int | None, Field(gt=0)]}
     if not _vllm_plugins():
         narrower["quantization"] = declared.alias("QuantizationMethods")
-    _require(key, options, declared.model("EngineArgs", "AsyncEngineArgs", only=options, instead=narrower))
+
+    _require(
+        key,
+        options,
+        declared.model("EngineArgs", "AsyncEngineArgs", only=options, instead=narrower),
+    )
 
 
 def _vllm_plugins() -> list[str]:
@@ -105,7 +114,8 @@ def _vllm_plugins() -> list[str]:
 
 
 def require_deepspeed_options(key: str, options: Mapping[str, object]) -> None:
-    """Compare ``options`` with what the installed DeepSpeed takes; it ignores what it does not know.
+    """Compare ``options`` with what the installed DeepSpeed takes; it ignores what it does not
+    know.
 
     Raises:
         ConfigError: it has no such option, or takes other values.
@@ -113,12 +123,17 @@ def require_deepspeed_options(key: str, options: Mapping[str, object]) -> None:
     root = _source("deepspeed")
     if not options or root is None:
         return
+
     files = [file for file in root.rglob("*.py") if "config" in file.stem]
     declared = Declarations.read(files)
-    sections = {name: declared.model(kind, nested=_DEEPSPEED_BASE) for name, kind in _DEEPSPEED_CLASSES.items()}
+    sections = {
+        name: declared.model(kind, nested=_DEEPSPEED_BASE)
+        for name, kind in _DEEPSPEED_CLASSES.items()
+    }
     sections |= {name: options_model(name, keys) for name, keys in _DEEPSPEED_SECTIONS.items()}
     sections["timers"] = options_model(
-        "timers", {"throughput": declared.model("DeepSpeedThroughputTimerConfig", nested=_DEEPSPEED_BASE)}
+        "timers",
+        {"throughput": declared.model("DeepSpeedThroughputTimerConfig", nested=_DEEPSPEED_BASE)},
     )
     model = options_model("DeepSpeed", {**_DEEPSPEED_KEYS, **sections})
     _require(key, _as_deepspeed_reads(options), model)
@@ -138,6 +153,7 @@ def _as_deepspeed_reads(options: Mapping[str, object]) -> dict[str, object]:
 def _whole(value: object) -> object:
     if isinstance(value, Mapping):
         return _as_deepspeed_reads(value)
+
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

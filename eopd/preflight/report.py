@@ -1,4 +1,5 @@
-"""What a person is told of a config that was checked: what was found, and what is odd and can be meant.
+"""What a person is told of a config that was checked: what was found, and what is odd and can be
+meant.
 
 Nothing here refuses anything; ``inputs.py`` does.
 """
@@ -22,10 +23,14 @@ def report(config: Config, prepared: Prepared) -> Iterator[str]:
     data = ((config.prompts.data, prepared.train), (config.prompts.held_out, prepared.held_out))
     taught, held_out = (count_prompts(where, found.prompts, config) for where, found in data)
     yield f"student {config.student.model}"
+
     for teacher in config.teachers:
         shared = prepared.vocabularies[teacher.name]
         ends, other_ends = shared.student_ends, shared.teacher_ends
-        remap = (f"{own} {ends[own]} -> {theirs} {other_ends[theirs]}" for own, theirs in teacher.eos_remap.items())
+        remap = (
+            f"{own} {ends[own]} -> {theirs} {other_ends[theirs]}"
+            for own, theirs in teacher.eos_remap.items()
+        )
         where = teacher.server.url if teacher.server else f"{teacher.replicas} x {teacher.backend}"
         yield f"teacher {teacher.name}: {teacher.model} ({where})"
         rows = f"student {shared.student_rows}, teacher {shared.teacher_rows}"
@@ -34,15 +39,19 @@ def report(config: Config, prepared: Prepared) -> Iterator[str]:
         yield f"  eos_remap   {', '.join(remap) or 'none'}"
         yield f"  prompts     {taught[teacher.name]} to train, {held_out[teacher.name]} held out"
         yield from (f"  note        {note}" for note in shared.notes)
+
     yield from notes(config, prepared)
     yield from environment_notes(config)
 
 
 def notes(config: Config, prepared: Prepared) -> Iterator[str]:
-    """What was chosen for the user, and what is odd and can be meant, in the config and in the data that it names."""
+    """What was chosen for the user, and what is odd and can be meant, in the config and in
+    the data that it names.
+    """
     yield from dtype_notes(config)
     if dropped := prepared.train.num_dropped + prepared.held_out.num_dropped:
         yield f"dropped {dropped} prompts of more than {config.prompts.max_tokens} tokens"
+
     of_prompts = (*prepared.train.notes, *prepared.held_out.notes)
     for note in (*of_prompts, *oddities(config), *_of_data(config, prepared), *_of_threads(config)):
         yield f"note: {note}"
@@ -60,18 +69,21 @@ def _of_data(config: Config, prepared: Prepared) -> Iterator[str]:
     train, held_out = prepared.train.prompts, prepared.held_out.prompts
     if config.flow.batch_prompts > len(train):
         yield (
-            f"flow.batch_prompts: {config.flow.batch_prompts} is above the {len(train)} prompts of prompts.data; "
-            "a batch holds some of them more than once"
+            f"flow.batch_prompts: {config.flow.batch_prompts} is above the {len(train)} "
+            "prompts of prompts.data; a batch holds some of them more than once"
         )
+
     if config.evaluation.prompts > len(held_out):
         yield (
-            f"evaluation.prompts: {config.evaluation.prompts} is above the {len(held_out)} prompts of "
-            "prompts.held_out; all of them are used"
+            f"evaluation.prompts: {config.evaluation.prompts} is above the {len(held_out)} "
+            "prompts of prompts.held_out; all of them are used"
         )
+
     seen = {prompt.token_ids.tobytes() for prompt in train}
     shared = sum(prompt.token_ids.tobytes() in seen for prompt in held_out)
     if shared and config.prompts.data != config.prompts.held_out:
         yield f"prompts.held_out: {shared} of its {len(held_out)} prompts are in prompts.data too"
+
     taught = count_prompts(config.prompts.data, train, config)
     for name, count in taught.items():
         if not count:
@@ -93,20 +105,27 @@ def _of_length(config: Config) -> Iterator[str]:
     batches, warmup = config.run.batches, config.loss.alpha_warmup
     if batches > MANY_BATCHES:
         yield f"run.batches: {batches} are {batches / 86_400:.0f} days at a batch a second"
+
     if config.learner.warmup_batches >= batches:
         yield (
-            f"learner.warmup_batches: {config.learner.warmup_batches} is not below run.batches {batches}; "
-            "learner.lr is reached at the end or never"
+            f"learner.warmup_batches: {config.learner.warmup_batches} is not below "
+            f"run.batches {batches}; learner.lr is reached at the end or never"
         )
+
     if warmup.start < 1.0 and warmup.batches >= batches:
         yield (
             f"loss.alpha_warmup.batches: {warmup.batches} is not below run.batches {batches}; "
             "loss.alpha is reached at the end or never"
         )
+
     if warmup.start < 1.0 and warmup.batches == 0:
         yield "loss.alpha_warmup.start: has no effect while loss.alpha_warmup.batches is 0"
+
     if config.checkpoint.every > batches:
-        yield f"checkpoint.every: {config.checkpoint.every} is above run.batches {batches}; the only one is at the end"
+        yield (
+            f"checkpoint.every: {config.checkpoint.every} is above run.batches {batches}; "
+            "the only one is at the end"
+        )
 
 
 def _of_learning(config: Config) -> Iterator[str]:
@@ -114,24 +133,36 @@ def _of_learning(config: Config) -> Iterator[str]:
     loss, learner, rollout = config.loss, config.learner, config.rollout
     if learner.lr > HIGH_LR:
         yield f"learner.lr: {learner.lr:g} moves every weight by about as much in each step"
+
     if learner.betas[0] > learner.betas[1]:
-        yield f"learner.betas: {learner.betas[0]:g} before {learner.betas[1]:g}; the first is usually the smaller"
+        yield (
+            f"learner.betas: {learner.betas[0]:g} before {learner.betas[1]:g}; the first is "
+            "usually the smaller"
+        )
+
     if loss.top_k == 1:
         yield "loss.top_k: the forward KL compares the teacher's first candidate alone"
+
     if loss.alpha == 0.0 and loss.gate.kind != "never":
         yield "loss.gate: has no effect while loss.alpha is 0"
+
     for teacher in config.teachers:
         if teacher.temperature != rollout.temperature:
             yield (
-                f"teachers.{teacher.name}.temperature: {teacher.temperature:g} differs from rollout.temperature "
-                f"{rollout.temperature:g}; the student learns a sharper or flatter distribution than its own"
+                f"teachers.{teacher.name}.temperature: {teacher.temperature:g} differs from "
+                f"rollout.temperature {rollout.temperature:g}; the student learns a sharper "
+                "or flatter distribution than its own"
             )
 
 
 def _of_flow(config: Config) -> Iterator[str]:
     """What the run reads, and how old it may be."""
     if config.flow.max_staleness > STALE:
-        yield f"flow.max_staleness: trajectories may be {config.flow.max_staleness} versions behind what is trained"
+        yield (
+            f"flow.max_staleness: trajectories may be {config.flow.max_staleness} versions "
+            "behind what is trained"
+        )
+
     if config.prompts.data == config.prompts.held_out:
         yield "prompts.held_out: is prompts.data; held-out numbers are then those of training"
 

@@ -1,4 +1,6 @@
-"""Where a run will write, looked at before it begins: it can be written, and holds nothing of anybody else."""
+"""Where a run will write, looked at before it begins: it can be written, and holds nothing of
+anybody else.
+"""
 
 import json
 import os
@@ -28,6 +30,7 @@ def require_run_directory(path: Path) -> None:
     try:
         with suppress(FileNotFoundError):
             path.lstat()
+
         there = next(directory for directory in (path, *path.parents) if os.path.lexists(directory))
         with tempfile.TemporaryDirectory(dir=there, prefix=PROBE):
             return
@@ -37,10 +40,12 @@ def require_run_directory(path: Path) -> None:
 
 
 def require_no_stranger(path: Path) -> None:
-    """The run directory is not there yet, holds nothing, or holds a run of eopd: a run that begins clears it.
+    """The run directory is not there yet, holds nothing, or holds a run of eopd: a run that begins
+    clears it.
 
-    What proves a run is its ``versions.json``, which is written first, its ``config.yaml`` or a checkpoint with its
-    manifest. The names of the two files prove nothing, since other programs use them too.
+    What proves a run is its ``versions.json``, which is written first, its ``config.yaml`` or a
+    checkpoint with its manifest. The names of the two files prove nothing, since other programs use
+    them too.
 
     Raises:
         ConfigError: it holds something else.
@@ -49,6 +54,7 @@ def require_no_stranger(path: Path) -> None:
         names = sorted(os.listdir(path)) if os.path.lexists(path) else []
     except OSError as error:
         raise ConfigError(f"run.directory: {path} cannot be read ({error.strerror})") from None
+
     if found := [name for name in names if name != LOCK and not name.startswith(PROBE)]:
         if (
             _names_versions_of_eopd(path / "versions.json")
@@ -56,9 +62,11 @@ def require_no_stranger(path: Path) -> None:
             or any(path.glob("checkpoints/step-*/manifest.json"))
         ):
             return
+
         more = ", ..." if len(found) > MOST_SHOWN else ""
         raise ConfigError(
-            f"run.name: {path} holds {', '.join(found[:MOST_SHOWN])}{more} and is no run of eopd; name another run.name"
+            f"run.name: {path} holds {', '.join(found[:MOST_SHOWN])}{more} and is no run of "
+            "eopd; name another run.name"
         )
 
 
@@ -67,6 +75,7 @@ def _names_versions_of_eopd(path: Path) -> bool:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
+
     return isinstance(found, dict) and "eopd" in found
 
 
@@ -75,4 +84,5 @@ def _is_config(path: Path) -> bool:
         load_config(path)
     except ConfigError:
         return False
+
     return True

@@ -1,7 +1,9 @@
-"""What the weights of a model directory hold, read from the headers of their files; no tensor is read.
+"""What the weights of a model directory hold, read from the headers of their files; no tensor is
+read.
 
-A file that is missing, empty, cut short, or a Git LFS pointer is found here in milliseconds, and not by an engine after
-minutes. Files of the ``.bin`` format have no header: of them only the container is looked at.
+A file that is missing, empty, cut short, or a Git LFS pointer is found here in milliseconds, and
+not by an engine after minutes. Files of the ``.bin`` format have no header: of them only the
+container is looked at.
 """
 
 import math
@@ -15,7 +17,9 @@ from eopd.config import ConfigError
 from eopd.config.json_text import JsonError, parse_json, told
 from eopd.config.pointer import require_no_pointer
 
-NO_WEIGHTS: Final = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "random_states.bin"})
+NO_WEIGHTS: Final = frozenset(
+    {"training_args.bin", "optimizer.bin", "scheduler.bin", "random_states.bin"}
+)
 
 # What transformers (5.19) looks for, in its order; vLLM (0.32.0) takes whatever ends so.
 _STANDARD: Final = (
@@ -37,7 +41,9 @@ _PICKLE: Final = b"\x80"  # how a .bin file of the oldest format begins
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a safetensors file: where its bytes are, and their format (``F32``, ``BF16``) and shape."""
+    """One tensor of a safetensors file: where its bytes are, and their format (``F32``,
+    ``BF16``) and shape.
+    """
 
     file: Path
     start: int
@@ -46,21 +52,28 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
-def read_weights(key: str, directory: Path, *, standard_names: bool) -> Mapping[str, TensorInfo] | None:
-    """The tensors of a model directory by name; None where they are ``.bin`` files, which do not say.
+def read_weights(
+    key: str, directory: Path, *, standard_names: bool
+) -> Mapping[str, TensorInfo] | None:
+    """The tensors of a model directory by name; None where they are ``.bin`` files, which do not
+    say.
 
     Args:
         key: the config key of the directory, for messages.
         directory: where the files are.
-        standard_names: whether only the file names count that transformers looks for; vLLM takes others too.
+        standard_names: whether only the file names count that transformers looks for; vLLM takes
+            others too.
 
     Raises:
-        ConfigError: there are no weights, or one of their files is missing, cut short, or no file of its format.
+        ConfigError: there are no weights, or one of their files is missing, cut short, or no file
+            of its format.
     """
     try:
         return _read(key, directory, standard_names=standard_names)
     except OSError as error:
-        raise ConfigError(f"{key}: {error.filename or directory} cannot be read ({error.strerror})") from None
+        raise ConfigError(
+            f"{key}: {error.filename or directory} cannot be read ({error.strerror})"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
 
@@ -69,11 +82,16 @@ def _read(key: str, directory: Path, *, standard_names: bool) -> Mapping[str, Te
     found = next((directory / name for name in _STANDARD if (directory / name).exists()), None)
     if found is not None and found.name.endswith(".index.json"):
         return _read_shards(found)
+
     if found is not None and (index := directory / _STANDARD[1]).exists():
         _read_shards(index)  # transformers passes over it, vLLM takes only the files that it names
+
     files = [found] if found is not None else [] if standard_names else _other_files(directory)
     if not files:
-        raise ConfigError(f"{key}: {directory} has no weights: {_what_is_there(directory, standard_names)}")
+        raise ConfigError(
+            f"{key}: {directory} has no weights: {_what_is_there(directory, standard_names)}"
+        )
+
     return _read_files(files)
 
 
@@ -97,37 +115,51 @@ def _read_shards(index: Path) -> Mapping[str, TensorInfo] | None:
         tree = parse_json(index.read_bytes())
     except JsonError as error:
         raise ValueError(f"{index} {error}; copy or download it again") from None
+
     shard_of = tree.get("weight_map") if isinstance(tree, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(f"{index} has no weight_map")
+
     for tensor, name in shard_of.items():
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{index}: weight_map: {tensor}: must be the name of a file, is {told(name)}")
+            raise ValueError(
+                f"{index}: weight_map: {tensor}: must be the name of a file, is {told(name)}"
+            )
+
     names = sorted(set(shard_of.values()))
     if missing := [name for name in names if not (index.parent / name).exists()]:
         raise ValueError(
-            f"{index.parent} lacks {len(missing)} of the {len(names)} files of its weights, the first is {missing[0]}; "
-            f"{index.name} names it"
+            f"{index.parent} lacks {len(missing)} of the {len(names)} files of its weights, "
+            f"the first is {missing[0]}; {index.name} names it"
         )
+
     tensors = _read_files([index.parent / name for name in names])
     if tensors is None:
         return None
+
     for tensor, name in shard_of.items():
         if tensor not in tensors or tensors[tensor].file.name != name:
-            raise ValueError(f"{index.parent / name} holds no tensor {tensor}, which {index.name} says it does")
+            raise ValueError(
+                f"{index.parent / name} holds no tensor {tensor}, which {index.name} says it does"
+            )
+
     return tensors
 
 
 def _read_files(files: Sequence[Path]) -> Mapping[str, TensorInfo] | None:
     for file in files:
         require_whole(file)
+
     if any(file.suffix != ".safetensors" for file in files):
         for file in files:
             _require_container(file)
+
         return None
+
     tensors = {name: info for file in files for name, info in _header(file)}
     if not tensors:
         raise ValueError(f"{files[0]} holds no tensors; copy or download it again")
+
     return tensors
 
 
@@ -140,16 +172,21 @@ def require_whole(file: Path) -> None:
     """
     if file.is_dir():
         raise ValueError(f"{file} is a directory; it must be a file")
+
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty")
+
     require_no_pointer(file)
 
 
 def _require_container(file: Path) -> None:
     with file.open("rb") as opened:
         start = opened.read(1)
+
     if start != _PICKLE and not zipfile.is_zipfile(file):
-        raise ValueError(f"{file} is cut short, or no file that torch wrote; copy or download it again")
+        raise ValueError(
+            f"{file} is cut short, or no file that torch wrote; copy or download it again"
+        )
 
 
 def _header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
@@ -158,25 +195,37 @@ def _header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     with file.open("rb") as opened:
         num_bytes = int.from_bytes(opened.read(8), "little")
         if size < 8 or num_bytes > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{file} is cut short, or no safetensors file; copy or download it again")
+            raise ValueError(
+                f"{file} is cut short, or no safetensors file; copy or download it again"
+            )
+
         text = opened.read(num_bytes)
+
     try:
         tensors = list(_parse(file, text, start=8 + num_bytes))
     except (JsonError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise ValueError(f"{file} is no safetensors file: its header cannot be read") from None
+
     for name, info in tensors:
         _require_shape(file, name, info)
+
     end = max((info.start + info.num_bytes for _, info in tensors), default=8 + num_bytes)
     if end != size:
-        raise ValueError(f"{file} has {size} bytes, and its tensors need {end}; copy or download it again")
+        raise ValueError(
+            f"{file} has {size} bytes, and its tensors need {end}; copy or download it again"
+        )
+
     yield from tensors
 
 
 def _parse(file: Path, text: bytes, *, start: int) -> Iterator[tuple[str, TensorInfo]]:
-    """``{name: {"dtype": ..., "shape": [...], "data_offsets": [first, last]}}``, offsets from ``start``."""
+    """``{name: {"dtype": ..., "shape": [...], "data_offsets": [first, last]}}``, offsets from
+    ``start``.
+    """
     header = parse_json(text)
     if not isinstance(header, dict):
         raise TypeError("a header is an object")
+
     for name, info in header.items():
         if name != "__metadata__":
             first, last = map(int, info["data_offsets"])
@@ -194,6 +243,6 @@ def _require_shape(file: Path, name: str, info: TensorInfo) -> None:
     wrong = info.num_bytes != needs if info.dtype in _BYTES else info.num_bytes < 0
     if wrong or not all(0 <= size <= _LARGEST for size in info.shape):
         raise ValueError(
-            f"{file} is no safetensors file: its tensor {name} of shape {list(info.shape)} and type {info.dtype} has "
-            f"{info.num_bytes} bytes; copy or download it again"
+            f"{file} is no safetensors file: its tensor {name} of shape {list(info.shape)} "
+            f"and type {info.dtype} has {info.num_bytes} bytes; copy or download it again"
         )

@@ -16,7 +16,8 @@ def read_parquet(path: Path, where: str) -> list[dict[str, object]]:
     """All rows of a file.
 
     Raises:
-        ConfigError: it is no Parquet file, has two columns of one name, or a value that nobody can read.
+        ConfigError: it is no Parquet file, has two columns of one name, or a value that nobody can
+            read.
     """
     import pyarrow
     import pyarrow.parquet
@@ -26,27 +27,42 @@ def read_parquet(path: Path, where: str) -> list[dict[str, object]]:
         names = file.schema_arrow.names
         if twice := [name for name, number in Counter(names).items() if number > 1]:
             raise ConfigError(f"{where}: has two columns named {twice[0]!r}; which one counts?")
+
         table = file.read()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise ConfigError(f"{where} cannot be read: {error}") from None
+
     columns = [_values(table.column(name), f"{where}: column {name}") for name in names]
+
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def as_written(value: object, kind: "pyarrow.DataType") -> object:
-    """A value of a table; a float of less than 64 bits is the shortest number that is it: 0.1, not 0.10000000149."""
+    """A value of a table; a float of less than 64 bits is the shortest number that is it:
+    0.1, not 0.10000000149.
+    """
     import pyarrow
 
     is_ = pyarrow.types
     if value is None:
         return None
+
     if is_.is_float32(kind) or is_.is_float16(kind):
         narrow = np.float32 if is_.is_float32(kind) else np.float16
         return float(str(narrow(float(str(value)))))
-    if isinstance(value, list) and (is_.is_list(kind) or is_.is_large_list(kind) or is_.is_fixed_size_list(kind)):
+
+    if isinstance(value, list) and (
+        is_.is_list(kind) or is_.is_large_list(kind) or is_.is_fixed_size_list(kind)
+    ):
         return [as_written(one, kind.value_type) for one in value]
+
     if isinstance(value, dict) and is_.is_struct(kind):
-        return {field.name: as_written(value[field.name], field.type) for field in kind if field.name in value}
+        return {
+            field.name: as_written(value[field.name], field.type)
+            for field in kind
+            if field.name in value
+        }
+
     return value
 
 
@@ -59,11 +75,14 @@ def _values(column: "pyarrow.ChunkedArray", where: str) -> list[object]:
     import pyarrow
 
     found = []
+
     for number, scalar in enumerate(column, start=1):
         try:
             found.append(as_written(scalar.as_py(), column.type))
         except (OverflowError, ValueError, KeyError, pyarrow.ArrowException) as error:
             raise ConfigError(
-                f"{where}: row {number}: its {column.type} cannot be read ({error}); take the column out"
+                f"{where}: row {number}: its {column.type} cannot be read ({error}); take "
+                "the column out"
             ) from None
+
     return found

@@ -1,6 +1,7 @@
 """Rows out of JSONL files, Parquet files, and data sets by name.
 
-A row leaves here as the columns it has, with the place where it stands, so that whoever refuses it can say where.
+A row leaves here as the columns it has, with the place where it stands, so that whoever refuses it
+can say where.
 """
 
 import json
@@ -17,13 +18,38 @@ from eopd.config.json_text import JsonError, parse_json
 from eopd.config.pointer import require_no_pointer
 from eopd.prompts.arrow import as_written, read_parquet
 
-# Kinds of files that people have rows in, and that are not read here. Any other ending may be part of a name.
-# fmt: off
-OTHER_SUFFIXES: Final = frozenset({
-    ".arrow", ".avro", ".bz2", ".csv", ".feather", ".gz", ".h5", ".json", ".jsonlines",
-    ".ndjson", ".npy", ".npz", ".orc", ".pickle", ".pkl", ".pq", ".tar", ".tsv",
-    ".txt", ".xls", ".xlsx", ".xz", ".yaml", ".yml", ".zip", ".zst",
-})
+# Kinds of files that people have rows in, and that are not read here. Any other ending may be part
+# of a name. fmt: off
+OTHER_SUFFIXES: Final = frozenset(
+    {
+        ".arrow",
+        ".avro",
+        ".bz2",
+        ".csv",
+        ".feather",
+        ".gz",
+        ".h5",
+        ".json",
+        ".jsonlines",
+        ".ndjson",
+        ".npy",
+        ".npz",
+        ".orc",
+        ".pickle",
+        ".pkl",
+        ".pq",
+        ".tar",
+        ".tsv",
+        ".txt",
+        ".xls",
+        ".xlsx",
+        ".xz",
+        ".yaml",
+        ".yml",
+        ".zip",
+        ".zst",
+    }
+)
 # fmt: on
 _PART: Final = re.compile(r":(?![^\[]*\])")  # a colon, but not that of the slice in ``train[:100]``
 
@@ -32,8 +58,8 @@ _PART: Final = re.compile(r":(?![^\[]*\])")  # a colon, but not that of the slic
 class Row:
     """One row of a data set.
 
-    ``number`` is its line in a JSONL file, and elsewhere its number, counted from 1. ``where`` names the key of the
-    config, the data set, and the row.
+    ``number`` is its line in a JSONL file, and elsewhere its number, counted from 1. ``where``
+    names the key of the config, the data set, and the row.
     """
 
     where: str
@@ -44,8 +70,8 @@ class Row:
 def read_rows(spec: str, key: str = "prompts.data") -> list[Row]:
     """Read all rows of a ``.jsonl`` or ``.parquet`` file, or of a data set by name.
 
-    A name is ``NAME``, ``NAME:SPLIT`` or ``NAME:SUBSET:SPLIT``, e.g. ``openai/gsm8k:main:train``; the split is
-    ``train`` where none is named.
+    A name is ``NAME``, ``NAME:SPLIT`` or ``NAME:SUBSET:SPLIT``, e.g. ``openai/gsm8k:main:train``;
+    the split is ``train`` where none is named.
 
     Args:
         spec: The file or the name.
@@ -55,14 +81,18 @@ def read_rows(spec: str, key: str = "prompts.data") -> list[Row]:
         ConfigError: it is missing, unreadable, empty, or of another kind.
     """
     if not spec.strip() or "\0" in spec:
-        raise ConfigError(f"{key}: must be a .jsonl or .parquet file or the name of a data set (is {spec!r})")
+        raise ConfigError(
+            f"{key}: must be a .jsonl or .parquet file or the name of a data set (is {spec!r})"
+        )
 
     try:
         rows = _read(spec, key)
     except OSError as error:
         raise ConfigError(f"{key}: {spec} cannot be read ({error.strerror or error})") from None
+
     if not rows:
         raise ConfigError(f"{key}: {spec} has no rows")
+
     return rows
 
 
@@ -76,15 +106,22 @@ def _read(spec: str, key: str) -> list[Row]:
             require_no_pointer(path)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from None
+
     if path.suffix == ".jsonl":
         return list(_read_jsonl(path, f"{key}: {spec}"))
+
     if path.suffix == ".parquet":
         return _numbered(read_parquet(path, f"{key}: {spec}"), f"{key}: {spec}")
-    if path.suffix.lower() in {*OTHER_SUFFIXES, *DATA_SUFFIXES} or Path(os.path.expanduser(spec)).is_file():
+
+    if (
+        path.suffix.lower() in {*OTHER_SUFFIXES, *DATA_SUFFIXES}
+        or Path(os.path.expanduser(spec)).is_file()
+    ):
         raise ConfigError(
-            f"{key}: {spec} must be .jsonl (a JSON object a line), .parquet, or the name of a data set; "
-            f"files that end in {path.suffix or 'nothing'} are not read"
+            f"{key}: {spec} must be .jsonl (a JSON object a line), .parquet, or the name of "
+            f"a data set; files that end in {path.suffix or 'nothing'} are not read"
         )
+
     return _numbered(_read_named(spec, key), f"{key}: {spec}")
 
 
@@ -97,10 +134,13 @@ def _row(where: str, number: int, columns: Mapping[str, object]) -> Row:
 def _read_jsonl(path: Path, where: str) -> Iterator[Row]:
     content = path.read_bytes()
     try:
-        lines = content.decode("utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a string
+        # splitlines() would cut at U+2028 inside a string
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{where}:{line}: is not UTF-8: {error.reason} at byte {error.start} of the file") from None
+        raise ConfigError(
+            f"{where}:{line}: is not UTF-8: {error.reason} at byte {error.start} of the file"
+        ) from None
 
     for number, text in enumerate(lines, start=1):
         if text.strip():
@@ -120,6 +160,7 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise ConfigError(f"{where}: names {twice!r} twice; which one counts?")
+
         return found
 
     try:
@@ -127,8 +168,12 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
     except JsonError as error:
         every = "; every line must be one object" if str(error).startswith("is not JSON") else ""
         raise ConfigError(f"{where}: {error}{every}") from None
+
     if not isinstance(row, dict):
-        raise ConfigError(f'{where}: must be an object such as {{"prompt": "..."}}, is {json.dumps(row)[:40]}')
+        raise ConfigError(
+            f'{where}: must be an object such as {{"prompt": "..."}}, is {json.dumps(row)[:40]}'
+        )
+
     return row
 
 
@@ -138,22 +183,34 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
     name, *parts = _PART.split(spec)
     if len(parts) > 2 or not all((name, *parts)):
         raise ConfigError(f"{key}: {spec} must be NAME, NAME:SPLIT or NAME:SUBSET:SPLIT")
+
     split = parts[-1] if parts else "train"
     subset = parts[0] if len(parts) == 2 else None
+
     try:
         found = datasets.load_dataset(name, subset, split=split)
-        kinds = {field.name: field.type for field in getattr(found, "features", datasets.Features()).arrow_schema}
+        kinds = {
+            field.name: field.type
+            for field in getattr(found, "features", datasets.Features()).arrow_schema
+        }
         return [
-            {name: as_written(value, kinds[name]) if name in kinds else value for name, value in row.items()}
+            {
+                name: as_written(value, kinds[name]) if name in kinds else value
+                for name, value in row.items()
+            }
             for row in found
         ]
     except Exception as error:  # noqa: BLE001 - a data set may run code of its own, which raises what it likes
         hint = "; a subset is named as NAME:SUBSET:SPLIT" if len(parts) < 2 else ""
-        raise ConfigError(f"{key}: data set {spec} cannot be loaded: {error or type(error).__name__}{hint}") from None
+        raise ConfigError(
+            f"{key}: data set {spec} cannot be loaded: {error or type(error).__name__}{hint}"
+        ) from None
 
 
 def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[Row]:
-    """Rows of Arrow tables. There every object of a column has every key; those without a value are no keys."""
+    """Rows of Arrow tables. There every object of a column has every key; those without a
+    value are no keys.
+    """
     return [
         _row(f"{where}: row {number}", number, {name: _pruned(row[name]) for name in row})
         for number, row in enumerate(rows, start=1)
@@ -163,6 +220,8 @@ def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[Row]:
 def _pruned(value: object) -> object:
     if isinstance(value, Mapping):
         return {name: _pruned(inner) for name, inner in value.items() if inner is not None}
+
     if isinstance(value, list):
         return [_pruned(inner) for inner in value]
+
     return value

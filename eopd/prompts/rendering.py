@@ -1,7 +1,8 @@
 """A chat to token ids: the chat template and the tokenizer, both of which are foreign code.
 
-Whatever they raise is one message that names the row. What a template does not show, and what a tokenizer adds of
-itself, is refused or noted: a prompt never loses or gains anything without a word.
+Whatever they raise is one message that names the row. What a template does not show, and what a
+tokenizer adds of itself, is refused or noted: a prompt never loses or gains anything without a
+word.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,8 @@ from eopd.config import ConfigError
 from eopd.prompts.rows import Message, Tool
 from eopd.prompts.text import fault_of
 
-MUST_SHOW: Final = frozenset({"tools", "tool_calls"})  # a prompt that lacks them asks something else
+# a prompt that lacks them asks something else
+MUST_SHOW: Final = frozenset({"tools", "tool_calls"})
 
 
 class Tokenizer(Protocol):
@@ -50,28 +52,45 @@ class Rendering:
     template: Literal["chat", "none"]
     options: Mapping[str, object]
 
-    def token_ids(self, chat: Sequence[Message], tools: Sequence[Tool], where: str) -> tuple[list[int], list[str]]:
+    def token_ids(
+        self, chat: Sequence[Message], tools: Sequence[Tool], where: str
+    ) -> tuple[list[int], list[str]]:
         """The prompt, and notes on what was left out of it.
 
         Raises:
-            ConfigError: template or tokenizer refuse the row, the template shows no tools, or nothing is left.
+            ConfigError: template or tokenizer refuse the row, the template shows no tools, or
+                nothing is left.
         """
         if self.template == "none":
             token_ids, notes = self._plain(chat, tools, where)
         else:
             token_ids, notes = self._chat(chat, tools, where)
+
         if not token_ids:
-            raise ConfigError(f"{where}: is empty: the {self.whose}'s tokenizer makes no token of it")
+            raise ConfigError(
+                f"{where}: is empty: the {self.whose}'s tokenizer makes no token of it"
+            )
 
         if token_ids[-1] == self.tokenizer.eos_token_id:
             end = self.tokenizer.decode(token_ids[-1:])
-            notes.append(f"the prompt ends with the {self.whose}'s end token {end!r}: the response comes after an end")
+            notes.append(
+                f"the prompt ends with the {self.whose}'s end token {end!r}: the "
+                "response comes after an end"
+            )
+
         return token_ids, notes
 
-    def _plain(self, chat: Sequence[Message], tools: Sequence[Tool], where: str) -> tuple[list[int], list[str]]:
-        """One text with the special tokens that the tokenizer puts before it, none of them twice, and none behind."""
+    def _plain(
+        self, chat: Sequence[Message], tools: Sequence[Tool], where: str
+    ) -> tuple[list[int], list[str]]:
+        """One text with the special tokens that the tokenizer puts before it, none of them
+        twice, and none behind.
+        """
         if len(chat) != 1:
-            raise ConfigError(f"{where}: a chat of {len(chat)} messages needs prompts.template: chat")
+            raise ConfigError(
+                f"{where}: a chat of {len(chat)} messages needs prompts.template: chat"
+            )
+
         if further := [*(["tools"] if tools else []), *(chat[0].keys() - {"role", "content"})]:
             raise ConfigError(f"{where}: {', '.join(sorted(further))}: need prompts.template: chat")
 
@@ -85,13 +104,19 @@ class Rendering:
         before, behind, notes = whole[:begin], whole[begin + len(own) :], []
         if behind:
             added = self.tokenizer.decode(behind)
-            notes.append(f"the {self.whose}'s tokenizer adds {added!r} behind plain text, which is left out")
+            notes.append(
+                f"the {self.whose}'s tokenizer adds {added!r} behind plain text, which is left out"
+            )
+
         if before and own[: len(before)] == before:
             notes.append(self._twice(before))
             before = []
+
         return [*before, *own], notes
 
-    def _chat(self, chat: Sequence[Message], tools: Sequence[Tool], where: str) -> tuple[list[int], list[str]]:
+    def _chat(
+        self, chat: Sequence[Message], tools: Sequence[Tool], where: str
+    ) -> tuple[list[int], list[str]]:
         text = self._render(chat, tools, where)
         notes = [*self._hidden(chat, tools, text, where), *self._unread()]
         token_ids = self._encode(text, where, special=False)
@@ -99,35 +124,58 @@ class Rendering:
         if bos is not None and token_ids[:2] == [bos, bos]:
             notes.append(self._twice([bos]))
             token_ids = token_ids[1:]
+
         return token_ids, notes
 
     def _twice(self, tokens: Sequence[int]) -> str:
         begin = self.tokenizer.decode(tokens)
-        return f"the text begins with the {self.whose}'s {begin!r}, which would come first anyway; it is there once"
+        return (
+            f"the text begins with the {self.whose}'s {begin!r}, which would come first "
+            "anyway; it is there once"
+        )
 
-    def _hidden(self, chat: Sequence[Message], tools: Sequence[Tool], text: str, where: str) -> Iterator[str]:
-        """What the template does not show: notes, or a refusal where the prompt would then ask something else."""
-        names = dict.fromkeys(name for message in chat for name in message if name not in ("role", "content"))
+    def _hidden(
+        self, chat: Sequence[Message], tools: Sequence[Tool], text: str, where: str
+    ) -> Iterator[str]:
+        """What the template does not show: notes, or a refusal where the prompt would then
+        ask something else.
+        """
+        names = dict.fromkeys(
+            name for message in chat for name in message if name not in ("role", "content")
+        )
         without: dict[str, tuple[Sequence[Message], Sequence[Tool]]] = {
-            name: ([{key: message[key] for key in message if key != name} for message in chat], tools) for name in names
+            name: (
+                [{key: message[key] for key in message if key != name} for message in chat],
+                tools,
+            )
+            for name in names
         }
         if tools:
             without["tools"] = chat, ()
+
         for name, (other_chat, other_tools) in without.items():
             if not self._renders_as(text, other_chat, other_tools, where):
                 continue
+
             if name in MUST_SHOW:
                 raise ConfigError(
-                    f"{where}: {name}: the {self.whose}'s chat template does not show them, so that the prompt would "
-                    "lack them; use a model whose template does, or take such rows out"
+                    f"{where}: {name}: the {self.whose}'s chat template does not show them, "
+                    "so that the prompt would lack them; use a model whose template does, "
+                    "or take such rows out"
                 )
+
             yield f"the {self.whose}'s chat template does not show `{name}` of the messages"
 
         for message in chat:
             if message["role"] != "assistant" and str(message["content"]).strip() not in text:
-                yield f"the {self.whose}'s chat template does not show `{message['role']}` messages as they stand"
+                yield (
+                    f"the {self.whose}'s chat template does not show `{message['role']}` "
+                    "messages as they stand"
+                )
 
-    def _renders_as(self, text: str, chat: Sequence[Message], tools: Sequence[Tool], where: str) -> bool:
+    def _renders_as(
+        self, text: str, chat: Sequence[Message], tools: Sequence[Tool], where: str
+    ) -> bool:
         try:
             return self._render(chat, tools, where) == text
         except ConfigError:  # what is missing is needed
@@ -143,16 +191,21 @@ class Rendering:
         options = {**self.options, "tools": list(tools)} if tools else self.options
         try:
             return self.tokenizer.apply_chat_template(
-                [dict(message) for message in chat], tokenize=False, add_generation_prompt=True, **options
+                [dict(message) for message in chat],
+                tokenize=False,
+                add_generation_prompt=True,
+                **options,
             )
         except Exception as error:  # noqa: BLE001 - a template is a program of the model's, and raises what it likes
             raise ConfigError(
-                f"{where}: the {self.whose}'s chat template refuses it: {error or type(error).__name__}"
+                f"{where}: the {self.whose}'s chat template refuses it: "
+                f"{error or type(error).__name__}"
             ) from None
 
     def _encode(self, text: str, where: str, *, special: bool) -> list[int]:
         if fault := fault_of(text):
             raise ConfigError(f"{where}: {fault}")
+
         try:
             return list(self.tokenizer.encode(text, add_special_tokens=special))
         except Exception as error:  # noqa: BLE001 - `tokenizers` raises bare Exception

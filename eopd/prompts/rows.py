@@ -1,7 +1,9 @@
-"""What a row must hold: a prompt or a chat, and optionally tools, an id, a source, and an accepted answer.
+"""What a row must hold: a prompt or a chat, and optionally tools, an id, a source, and an accepted
+answer.
 
-Every odd value is taken as what it plainly means, or refused with file, row, field and what is allowed. Nothing becomes
-text by accident: neither null, nor a list, nor half a character, nor what an escape left of a command of LaTeX.
+Every odd value is taken as what it plainly means, or refused with file, row, field and what is
+allowed. Nothing becomes text by accident: neither null, nor a list, nor half a character, nor what
+an escape left of a command of LaTeX.
 """
 
 import math
@@ -16,19 +18,23 @@ from eopd.prompts.files import Row
 from eopd.prompts.text import fault_of_field
 from eopd.types import Reference
 
-Message = Mapping[str, object]  # role and content, both text, and whatever else a chat template may read
+# role and content, both text, and whatever else a chat template may read
+Message = Mapping[str, object]
 Tool = Mapping[str, object]  # a JSON schema
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
-ANSWER_LEFT_OUT: Final = "the chat ends with the assistant's answer, which is left out: the prompt is what comes before"
+ANSWER_LEFT_OUT: Final = (
+    "the chat ends with the assistant's answer, which is left out: the prompt is what comes before"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """A row that was read and found whole.
 
-    ``last_user`` is the position in ``chat`` of the last message of the user. ``columns`` are those of the row, for the
-    template of a teacher. ``notes`` say what was read otherwise than it stands there.
+    ``last_user`` is the position in ``chat`` of the last message of the user. ``columns`` are those
+    of the row, for the template of a teacher. ``notes`` say what was read otherwise than it stands
+    there.
     """
 
     prompt_id: str
@@ -66,12 +72,20 @@ def read_question(row: Row, suffix: str) -> Question:
 def _read(row: Row, suffix: str) -> Question:
     columns = row.columns
     chat, notes = _chat(row)
-    last_user = max((i for i, message in enumerate(chat) if message["role"] == "user"), default=None)
+    last_user = max(
+        (i for i, message in enumerate(chat) if message["role"] == "user"), default=None
+    )
     if last_user is None:
         _refuse(row, "messages", "none is the user's (role: user), so there is nothing to answer")
+
     text = str(chat[last_user]["content"])
     if not text.strip():
-        _refuse(row, "prompt" if isinstance(columns.get("prompt"), str) else "messages", "the user's text is empty")
+        _refuse(
+            row,
+            "prompt" if isinstance(columns.get("prompt"), str) else "messages",
+            "the user's text is empty",
+        )
+
     chat[last_user] = {**chat[last_user], "content": text + suffix}
 
     return Question(
@@ -91,30 +105,39 @@ def _refuse(row: Row, field: str, what: str) -> NoReturn:
 
 
 def _chat(row: Row) -> tuple[list[Message], list[str]]:
-    """The messages up to the answer that is to be written, and a note where that answer was there already."""
+    """The messages up to the answer that is to be written, and a note where that answer was
+    there already.
+    """
     prompt, messages = row.columns.get("prompt"), row.columns.get("messages")
     if prompt is not None and messages is not None:
         _refuse(row, "prompt, messages", "both are there; keep the one that is meant")
+
     if isinstance(prompt, str):
         return [{"role": "user", "content": _clean(row, "prompt", prompt)}], []
+
     if prompt is None and messages is None:
         if nulls := [name for name in ("prompt", "messages") if name in row.columns]:
             _refuse(row, ", ".join(nulls), "is null; write text, or a list of messages")
+
         found = ", ".join(f"`{name}`" for name in row.columns) or "none"
         raise ConfigError(
-            f"{row.where}: needs either `prompt` (text, or a list of messages) or `messages` (a list of messages, each "
-            f"with role and content); its fields are {found}"
+            f"{row.where}: needs either `prompt` (text, or a list of messages) or `messages` "
+            f"(a list of messages, each with role and content); its fields are {found}"
         )
 
     field, value = ("prompt", prompt) if messages is None else ("messages", messages)
     allowed = "text or a list of messages" if field == "prompt" else "a list of messages"
     if not isinstance(value, list) or not value:
         _refuse(row, field, f"must be {allowed}, is {told(value)}")
-    chat = [_message(row, f"{field}, number {number}", one) for number, one in enumerate(value, start=1)]
+
+    chat = [
+        _message(row, f"{field}, number {number}", one) for number, one in enumerate(value, start=1)
+    ]
 
     asked = len(chat)
     while asked and chat[asked - 1]["role"] == "assistant":
         asked -= 1
+
     return chat[:asked], [ANSWER_LEFT_OUT] if asked < len(chat) else []
 
 
@@ -122,61 +145,96 @@ def _message(row: Row, field: str, value: object) -> Message:
     """One message as templates take it: its content is text, and what is empty is not there."""
     if not isinstance(value, Mapping):
         _refuse(row, field, f"must be an object with role and content, is {told(value)}")
+
     role = value.get("role")
     if role not in ROLES:
         _refuse(row, f"{field}, role", f"must be one of {', '.join(ROLES)}; is {told(role)}")
 
     rest = {
-        name: one for name, one in value.items() if name not in ("role", "content") and one not in (None, "", [], {})
+        name: one
+        for name, one in value.items()
+        if name not in ("role", "content") and one not in (None, "", [], {})
     }
     if "tool_calls" in rest:
         rest["tool_calls"] = _tool_calls(row, f"{field}, tool_calls", rest["tool_calls"])
+
     for name, one in rest.items():
         _clean(row, field, name)
         _require_clean(row, f"{field}, {name}", one)
-    content = _content(row, f"{field}, content", value.get("content"), may_lack=role == "assistant" and bool(rest))
+
+    content = _content(
+        row, f"{field}, content", value.get("content"), may_lack=role == "assistant" and bool(rest)
+    )
+
     return {"role": role, "content": content, **rest}
 
 
 def _content(row: Row, field: str, value: object, *, may_lack: bool) -> str:
     """The text of a message.
 
-    Several parts of text are joined by line ends, and null, which an assistant may have that calls a tool or only
-    thinks, is no text: vLLM's servers (0.32.0) read both this way.
+    Several parts of text are joined by line ends, and null, which an assistant may have that calls
+    a tool or only thinks, is no text: vLLM's servers (0.32.0) read both this way.
     """
     if isinstance(value, str):
         return _clean(row, field, value)
+
     if value in (None, []) and may_lack:
         return ""
+
     if not isinstance(value, list) or not value:
         _refuse(row, field, f"must be text or a list of parts of text, is {told(value)}")
+
     texts = []
+
     for part in value:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        text = (
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        )
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else part
-            _refuse(row, field, f'every part must be {{"type": "text", "text": "..."}}; one is {told(kind)}')
+            _refuse(
+                row,
+                field,
+                f'every part must be {{"type": "text", "text": "..."}}; one is {told(kind)}',
+            )
+
         texts.append(_clean(row, field, text))
+
     return "\n".join(texts)
 
 
 def _tool_calls(row: Row, field: str, calls: object) -> list[object]:
-    """Calls with their arguments as objects, which is how chat templates take them; OpenAI's API writes JSON text."""
+    """Calls with their arguments as objects, which is how chat templates take them; OpenAI's
+    API writes JSON text.
+    """
     if not isinstance(calls, list):
         _refuse(row, field, f"must be a list, is {told(calls)}")
+
     return [_tool_call(row, field, call) for call in calls]
 
 
 def _tool_call(row: Row, field: str, call: object) -> object:
     function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        _refuse(row, field, 'each must be {"type": "function", "function": {"name": "...", "arguments": {...}}}')
+    if (
+        not isinstance(call, Mapping)
+        or not isinstance(function, Mapping)
+        or not isinstance(function.get("name"), str)
+    ):
+        _refuse(
+            row,
+            field,
+            'each must be {"type": "function", "function": {"name": "...", "arguments": {...}}}',
+        )
+
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         arguments = _parsed(row, f"{field}, arguments", arguments)
+
     if not isinstance(arguments, Mapping):
         _refuse(row, f"{field}, arguments", f"must be an object, is {told(arguments)}")
+
     whole = {**function, "arguments": arguments}
+
     return {**call, "function": whole} if "function" in call else whole
 
 
@@ -185,8 +243,10 @@ def _tools(row: Row) -> Sequence[Tool]:
     tools = row.columns.get("tools") or []
     if isinstance(tools, str):
         tools = _parsed(row, "tools", tools)
+
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         _refuse(row, "tools", f"must be a list of JSON schemas (objects), is {told(tools)}")
+
     _require_clean(row, "tools", tools)
     return tools
 
@@ -203,12 +263,17 @@ def _id(row: Row) -> str:
     value = row.columns.get("id")
     if value is None:
         return str(row.number)
-    if isinstance(value, float) and value.is_integer():  # what a table makes of whole numbers of which some are missing
+
+    # what a table makes of whole numbers of which some are missing
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
+
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+
     if not isinstance(value, str) or not value.strip():
         _refuse(row, "id", f"must be text or a whole number, is {told(value)}")
+
     return _clean(row, "id", value)
 
 
@@ -216,8 +281,10 @@ def _source(row: Row) -> str:
     value = row.columns.get("source")
     if value is None:
         return "default"
+
     if not isinstance(value, str) or not value.strip():
         _refuse(row, "source", f"must be text, is {told(value)}")
+
     return _clean(row, "source", value)
 
 
@@ -226,26 +293,37 @@ def _answer(row: Row) -> Reference | None:
     value = row.columns.get("answer")
     if value is None:
         return None
+
     if not isinstance(value, list):
         return _accepted(row, value)
+
     if not value:
         _refuse(row, "answer", "is an empty list; name an accepted answer, or leave the field out")
+
     found = tuple(dict.fromkeys(_accepted(row, one) for one in value))
+
     return found[0] if len(found) == 1 else found
 
 
 def _accepted(row: Row, value: object) -> str:
     if isinstance(value, str):
         return _clean(row, "answer", value, formula=True)
+
     if _is_number(value):
         return written(value)
-    _refuse(row, "answer", f"must be text, a number, or a list of these that are all right; is {told(value)}")
+
+    _refuse(
+        row,
+        "answer",
+        f"must be text, a number, or a list of these that are all right; is {told(value)}",
+    )
 
 
 def _is_number(value: object) -> TypeGuard[float | Decimal]:
     """Whether a value is a number; whole ones of JSON may be beyond all floats."""
     if isinstance(value, float | Decimal):
         return math.isfinite(value)
+
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -253,6 +331,7 @@ def written(number: float | Decimal) -> str:
     """A number as a person writes it: 72 for 72.0, 0.5, 0.0000001, never with an exponent."""
     if number == 0:
         return "0"
+
     digits = f"{Decimal(number) if isinstance(number, int) else Decimal(str(number)):f}"
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
@@ -260,6 +339,7 @@ def written(number: float | Decimal) -> str:
 def _clean(row: Row, field: str, text: str, *, formula: bool = False) -> str:
     if fault := fault_of_field(text, formula=formula):
         _refuse(row, field, fault)
+
     return text
 
 

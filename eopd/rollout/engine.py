@@ -1,12 +1,12 @@
 """The engine that writes: vLLM ``AsyncLLM`` behind the ``RolloutEngine`` role.
 
-In: a prompt and how to sample it. Out: the response with the log-probability and the policy version of every token.
-Weights arrive in flight (``EngineLink`` of ``weights/channel.py``): running requests are frozen, not aborted, and go on
-under the new weights. Left out: any sampling transform (top-p, penalties), since the recorded log-probability would not
-be the policy's own.
+In: a prompt and how to sample it. Out: the response with the log-probability and the policy version
+of every token. Weights arrive in flight (``EngineLink`` of ``weights/channel.py``): running
+requests are frozen, not aborted, and go on under the new weights. Left out: any sampling transform
+(top-p, penalties), since the recorded log-probability would not be the policy's own.
 
-vLLM internals used here were checked against 0.32.0: ``weight_versions`` spans, ``logprobs_mode``, the weight-transfer
-calls.
+vLLM internals used here were checked against 0.32.0: ``weight_versions`` spans, ``logprobs_mode``,
+the weight-transfer calls.
 """
 
 import time
@@ -17,7 +17,10 @@ from uuid import uuid4
 
 import numpy as np
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
-from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferInitRequest,
+    WeightTransferUpdateRequest,
+)
 from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -47,7 +50,9 @@ FINISH_REASONS = {"stop": StopReason.END_TOKEN, "length": StopReason.LENGTH}
 
 
 class VllmRolloutEngine:
-    """One vLLM engine serving the student. Make it with ``start``; every method is safe to call concurrently."""
+    """One vLLM engine serving the student. Make it with ``start``; every method is safe to
+    call concurrently.
+    """
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
@@ -70,9 +75,11 @@ class VllmRolloutEngine:
             student: what it serves.
             rollout: how; its ``vllm`` options win over ours.
             max_sequence_tokens: the longest prompt and response together.
-            weight_options: those it takes new weights with, and their worker (``weights/vllm_engine.py``).
+            weight_options: those it takes new weights with, and their worker
+                (``weights/vllm_engine.py``).
             version: the label of its weights.
-            num_tokens: ids from here on are padding of the head, and get no probability; None: there is none.
+            num_tokens: ids from here on are padding of the head, and get no probability; None:
+                there is none.
             stat_loggers: where vLLM's own metrics go, if its options ask for them.
         """
         options: dict[str, object] = {
@@ -80,8 +87,10 @@ class VllmRolloutEngine:
             "dtype": student.chosen_dtype,
             "max_model_len": max_sequence_tokens,
             "logprobs_mode": "processed_logprobs",  # include the temperature
-            "scheduling_policy": "priority",  # the probe's; all other requests are equal, and come in turn
-            "enable_prefix_caching": False,  # cached prefixes of old weights must serve no new request
+            # the probe's; all other requests are equal, and come in turn
+            "scheduling_policy": "priority",
+            # cached prefixes of old weights must serve no new request
+            "enable_prefix_caching": False,
             "disable_log_stats": True,
             "generation_config": "auto",
             **weight_options,
@@ -89,16 +98,20 @@ class VllmRolloutEngine:
         if rollout.gpus == 0:
             options |= {
                 **on_cpu(rollout.vllm),
-                # A seeded request whose prefill is cut rewinds its generator, which CPU generators cannot (0.32.0).
+                # A seeded request whose prefill is cut rewinds its generator, which CPU generators
+                # cannot (0.32.0).
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(2048, max_sequence_tokens),
             }
+
         args = AsyncEngineArgs(**(options | dict(rollout.vllm)))
         engine = cls(AsyncLLM.from_engine_args(args, stat_loggers=list(stat_loggers)))
         if num_tokens is not None and num_tokens < engine._llm.model_config.get_vocab_size():
             await engine._llm.collective_rpc("leave_out_padding", args=(num_tokens,))
+
         await engine._llm.update_weight_version(version.label)
         await engine._warm_up()
+
         return engine
 
     @property
@@ -109,7 +122,10 @@ class VllmRolloutEngine:
     async def _warm_up(self) -> None:
         """One throw-away token: a pause must never wait for a first step that still compiles."""
         params = SamplingParams(
-            max_tokens=2, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+            max_tokens=2,
+            temperature=0.0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         async for _ in self._llm.generate(TokensPrompt(prompt_token_ids=[1]), params, uuid4().hex):
             pass
@@ -134,25 +150,33 @@ class VllmRolloutEngine:
         request = TokensPrompt(prompt_token_ids=prompt.token_ids.tolist())
         key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
         final: RequestOutput | None = None
+
         try:
             with _dies_as_down():
                 async for output in self._llm.generate(request, params, uuid4().hex):
                     final = output
         except EngineGenerateError as error:
             return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail=str(error))
+
         if final is None or final.outputs[0].finish_reason not in FINISH_REASONS:
             reason = final.outputs[0].finish_reason if final else "no output"
-            return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail=f"finish reason {reason}")
+            return LostTrajectory(
+                key=key, reason=LossReason.ROLLOUT_FAILED, detail=f"finish reason {reason}"
+            )
+
         trajectory = _trajectory(prompt, sample_index, final.outputs[0])
         spent = time.monotonic() - started
         sums = {"generate_s": spent, "rollout_logprob": float(trajectory.rollout_logprobs.sum())}
+
         return Stored(Header.of(trajectory, sums, priority=sampling.priority), trajectory)
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None:
-        """Leave the transfer group there was, and join the sender's (blocks until all members have joined).
+        """Leave the transfer group there was, and join the sender's (blocks until all members have
+        joined).
 
         Raises:
-            WeightTransferError: they have not in time. The engine serves its old weights and may connect again.
+            WeightTransferError: they have not in time. The engine serves its old weights and may
+                connect again.
         """
         request = WeightTransferInitRequest(init_info=dict(init_info))
         await self._transfer(self._llm.init_weight_transfer_engine(request))
@@ -166,11 +190,13 @@ class VllmRolloutEngine:
         await self._transfer(self._update("receive"))
 
     async def check_weights(self) -> None:
-        """After the sender's ``send``: everything arrived, and every bucket has the hash it was sent with.
+        """After the sender's ``send``: everything arrived, and every bucket has the hash it was
+        sent with.
 
         Raises:
-            WeightTransferError: it does not; nothing was loaded. After a wrong hash the group is whole and the next
-                ``receive_weights`` may follow, after any other failure ``connect_weights`` must.
+            WeightTransferError: it does not; nothing was loaded. After a wrong hash the group is
+                whole and the next ``receive_weights`` may follow, after any other failure
+                ``connect_weights`` must.
         """
         await self._transfer(self._update("check"))
 
@@ -178,11 +204,13 @@ class VllmRolloutEngine:
         """Pause, load what ``check_weights`` has found whole, label it, resume.
 
         Returns:
-            Seconds from asking for the pause, which the step under way ends first, to the resumption: the time between
-            two engine steps, and the rest of the first. The step after it reads all running responses again, under the
-            new weights, and may take far longer than the pause.
+            Seconds from asking for the pause, which the step under way ends first, to the
+            resumption: the time between two engine steps, and the rest of the first. The step after
+            it reads all running responses again, under the new weights, and may take far longer
+            than the pause.
 
-        Whatever is raised leaves an engine that pauses, with weights of which nothing is known: replace it.
+        Whatever is raised leaves an engine that pauses, with weights of which nothing is known:
+        replace it.
         """
         started = time.monotonic()
         await self._llm.pause_generation(mode="keep", clear_cache=True)
@@ -200,6 +228,7 @@ class VllmRolloutEngine:
             raise
         except Exception as error:  # across processes vLLM keeps its words, and not its type
             raise WeightTransferError(str(error)) from error
+
         if any(failures):
             raise WeightTransferError("; ".join(dict.fromkeys(filter(None, failures))))
 
@@ -219,16 +248,18 @@ class VllmRolloutEngine:
             return PolicyVersion.parse(await self._llm.get_weight_version())
 
     async def probe(self, token_ids: Int32Array) -> Float32Array:
-        """What the weights that serve now give to a fixed text, for ``weights/probe.py``; before all work that waits.
+        """What the weights that serve now give to a fixed text, for ``weights/probe.py``; before
+        all work that waits.
 
-        Prompt log-probabilities know neither temperature nor any other transform, whatever ``logprobs_mode`` is, and
-        never come from the prefix cache (vLLM 0.32.0).
+        Prompt log-probabilities know neither temperature nor any other transform, whatever
+        ``logprobs_mode`` is, and never come from the prefix cache (vLLM 0.32.0).
 
         Args:
             token_ids: int32[N], 2 to ``max_sequence_tokens`` - 1 tokens.
 
         Returns:
-            float32[N - 1], log-probabilities in nats of token_ids[1:], each given all tokens before it.
+            float32[N - 1], log-probabilities in nats of token_ids[1:], each given all tokens before
+            it.
 
         Raises:
             EngineDownError: the engine's processes died.
@@ -241,11 +272,17 @@ class VllmRolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         ids = token_ids.tolist()
-        request = self._llm.generate(TokensPrompt(prompt_token_ids=ids), params, uuid4().hex, priority=-1)
+        request = self._llm.generate(
+            TokensPrompt(prompt_token_ids=ids), params, uuid4().hex, priority=-1
+        )
         with _dies_as_down():
             outputs = [output async for output in request]
+
         entries = outputs[-1].prompt_logprobs[1:]  # the first token has no context, and None
-        return np.array([entry[i].logprob for entry, i in zip(entries, ids[1:], strict=True)], np.float32)
+
+        return np.array(
+            [entry[i].logprob for entry, i in zip(entries, ids[1:], strict=True)], np.float32
+        )
 
     async def close(self) -> None:
         """Stop the engine's processes."""
@@ -262,7 +299,10 @@ def _dies_as_down() -> Iterator[None]:
 
 def _trajectory(prompt: PromptSample, sample_index: int, output: CompletionOutput) -> Trajectory:
     response_ids = np.asarray(output.token_ids, dtype=np.int32)
-    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, response_ids.tolist(), strict=True)]
+    logprobs = [
+        entry[token].logprob
+        for entry, token in zip(output.logprobs, response_ids.tolist(), strict=True)
+    ]
     return Trajectory(
         prompt=prompt,
         sample_index=sample_index,
@@ -275,10 +315,14 @@ def _trajectory(prompt: PromptSample, sample_index: int, output: CompletionOutpu
 
 
 def _versions(spans: Sequence[WeightVersionSpan], num_tokens: int) -> Int32Array:
-    """Spans of (label, start, end) to one version a token; raises ValueError when they leave a gap."""
+    """Spans of (label, start, end) to one version a token; raises ValueError when they leave
+    a gap.
+    """
     versions = np.full(num_tokens, -1, dtype=np.int32)
     for span in spans:
         versions[span.start : span.end] = PolicyVersion.parse(span.version).step
+
     if (versions < 0).any():
         raise ValueError(f"weight versions {spans} do not cover {num_tokens} tokens")
+
     return versions

@@ -5,7 +5,15 @@ from eopd.pool import NoAnswerError
 from eopd.roles import RolloutEngine
 from eopd.telemetry.catalog import Row
 from eopd.telemetry.rows import series
-from eopd.types import LossReason, LostTrajectory, PromptSample, Sampling, Stored, Trajectory, TrajectoryKey
+from eopd.types import (
+    LossReason,
+    LostTrajectory,
+    PromptSample,
+    Sampling,
+    Stored,
+    Trajectory,
+    TrajectoryKey,
+)
 
 
 class EnginePool:
@@ -44,4 +52,5 @@ class EnginePool:
         }
         for number, count in self._pool.in_flight.items():
             row[series("eopd_engine_in_flight_trajectories", engine=str(number))] = float(count)
+
         return row

@@ -1,9 +1,9 @@
 """The actors, and what the driver sees of them.
 
-Every pair below is a plain class that Ray runs in a process of its own, and a proxy in the driver that implements a
-role. Bodies never pass through the proxies: ``num_returns=2`` splits header from body, so that the driver owns a
-reference to the body, and the body goes from node to node. Heavy libraries are imported inside the actors, never in the
-driver.
+Every pair below is a plain class that Ray runs in a process of its own, and a proxy in the driver
+that implements a role. Bodies never pass through the proxies: ``num_returns=2`` splits header from
+body, so that the driver owns a reference to the body, and the body goes from node to node. Heavy
+libraries are imported inside the actors, never in the driver.
 """
 
 import asyncio
@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnschedulableError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+)
 
 from eopd.config import RolloutConfig, StudentConfig, TeacherConfig
 from eopd.config.loss import GraderName
@@ -45,8 +51,9 @@ if TYPE_CHECKING:
 Spawn = Callable[..., list[ActorHandle]]
 
 CLOSE_TIMEOUT_S = 20.0
-# A pool gives no actor more requests than this, and Ray runs some calls more: so weight calls never wait for requests.
-# (A concurrency group of Ray's has an event loop of its own, in which vLLM's engine cannot be called; Ray 2.60.)
+# A pool gives no actor more requests than this, and Ray runs some calls more: so weight calls never
+# wait for requests. (A concurrency group of Ray's has an event loop of its own, in which vLLM's
+# engine cannot be called; Ray 2.60.)
 MAX_REQUESTS = 10_000
 MAX_CALLS = MAX_REQUESTS + 100
 
@@ -78,15 +85,20 @@ async def _or_cancel(head: "ray.ObjectRef[Header | LostTrajectory]") -> Header |
 
 
 async def end(actor: ActorHandle) -> None:
-    """Let an actor stop its engine's processes, then kill it for certain; it may be dead, or hang."""
+    """Let an actor stop its engine's processes, then kill it for certain; it may be dead, or
+    hang.
+    """
     with suppress(RayError, TimeoutError):
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await actor.close.remote()
+
     ray.kill(actor)
 
 
 class Actor:
-    """``name`` stands in logs and errors: Ray takes it from here. The environment of its process is put right first."""
+    """``name`` stands in logs and errors: Ray takes it from here. The environment of its
+    process is put right first.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -127,12 +139,14 @@ class RolloutActor(Actor):
             stat_loggers=stat_loggers(self._name),
         )
         self._verifier = None if grader is None else Verifier(grader, student.model)
+
         return min(self._engine.seats, MAX_REQUESTS)
 
     async def generate(self, prompt: PromptSample, sample_index: int, sampling: Sampling) -> Split:  # noqa: D102
         written = await self._engine.generate(prompt, sample_index, sampling)
         if self._verifier is None or isinstance(written, LostTrajectory):
             return _split(written)
+
         reward = await self._verifier.reward(cast(Trajectory, written.body))
         return replace(written.header, reward=reward), written.body
 
@@ -157,6 +171,7 @@ class RolloutActor(Actor):
     async def close(self) -> None:  # noqa: D102
         if self._verifier is not None:
             self._verifier.close()
+
         await self._engine.close()
 
 
@@ -169,9 +184,12 @@ class RemoteEngine:
     async def generate(  # noqa: D102
         self, prompt: PromptSample, sample_index: int, sampling: Sampling
     ) -> Stored[Trajectory] | LostTrajectory:
-        head, body = self._actor.generate.options(num_returns=2).remote(prompt, sample_index, sampling)
+        head, body = self._actor.generate.options(num_returns=2).remote(
+            prompt, sample_index, sampling
+        )
         with dies_as(EngineDownError):
             header = await _or_cancel(head)
+
         return header if isinstance(header, LostTrajectory) else Stored(header, body)
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None:  # noqa: D102
@@ -220,7 +238,9 @@ class TeacherActor(Actor):
                 from eopd.teacher.client import EopdTeacherScorer
 
                 start = EopdTeacherScorer.start
+
         self._scorer = await start(teacher, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
+
         return min(self._scorer.seats, MAX_REQUESTS)
 
     async def ping(self) -> None:  # noqa: D102
@@ -246,7 +266,10 @@ class RemoteTeacher:
                 header = await _or_cancel(head)
         except ObjectLostError as error:
             detail = f"its body was lost: {error}"
-            return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=detail)
+            return LostTrajectory(
+                key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=detail
+            )
+
         return header if isinstance(header, LostTrajectory) else Stored(header, body)
 
     async def ping(self) -> None:

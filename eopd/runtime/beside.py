@@ -1,4 +1,6 @@
-"""What goes on beside the loop, for as long as a run does: a watchdog, and the wish for more or fewer engines."""
+"""What goes on beside the loop, for as long as a run does: a watchdog, and the wish for more
+or fewer engines.
+"""
 
 import asyncio
 import time
@@ -20,7 +22,9 @@ Tell = Callable[[str], None]
 
 
 class StallError(RunFailedError):
-    """No step has finished for too long, and the run was told to end then; says who waits for whom."""
+    """No step has finished for too long, and the run was told to end then; says who waits for
+    whom.
+    """
 
 
 class Watchdog:
@@ -33,7 +37,10 @@ class Watchdog:
     """
 
     def __init__(
-        self, stall_after_s: float, on_stall: Literal["report", "end"], report: Callable[[], list[str]]
+        self,
+        stall_after_s: float,
+        on_stall: Literal["report", "end"],
+        report: Callable[[], list[str]],
     ) -> None:
         self._stall_after_s, self._on_stall, self._report = stall_after_s, on_stall, report
         self._stepped = self._told = time.monotonic()
@@ -53,42 +60,60 @@ class Watchdog:
             now = time.monotonic()
             if now - self._told < self._stall_after_s:
                 continue
+
             self._told = now
-            message = "\n  ".join([f"no step has finished for {now - self._stepped:.0f} s:", *self._report()])
+            message = "\n  ".join(
+                [f"no step has finished for {now - self._stepped:.0f} s:", *self._report()]
+            )
             if self._on_stall == "end":
                 raise StallError(f"{message}\n  run.on_stall is end")
+
             tell(message)
 
 
-async def scale_on_request(directory: RunDirectory, fleet: Fleet[RolloutEngine], tell: Tell) -> Never:
+async def scale_on_request(
+    directory: RunDirectory, fleet: Fleet[RolloutEngine], tell: Tell
+) -> Never:
     """Bring the run to as many engines as ``eopd scale`` asks for, again and again."""
     while True:
         await asyncio.sleep(POLL_S)
         wanted = directory.engines_asked_for()
         if wanted is None or wanted == fleet.size:
             continue
+
         tell(f"from {fleet.size} rollout engines to {wanted}")
+
         try:
             await fleet.scale(wanted)
         except (WorkerDownError, WeightSyncError, TimeoutError) as error:
-            tell(f"{fleet.size} rollout engines, no more: {first_line(error)}; trying again in {RETRY_S:.0f} s")
+            tell(
+                f"{fleet.size} rollout engines, no more: {first_line(error)}; trying again "
+                f"in {RETRY_S:.0f} s"
+            )
             await asyncio.sleep(RETRY_S)
         else:
             tell(f"{wanted} rollout engines")
 
 
-async def with_beside(work: Coroutine[object, object, T], *beside: Coroutine[object, object, Never]) -> T:
-    """Await ``work``, unless something that goes on ``beside`` it raises first: then all of these are cancelled."""
+async def with_beside(
+    work: Coroutine[object, object, T], *beside: Coroutine[object, object, Never]
+) -> T:
+    """Await ``work``, unless something that goes on ``beside`` it raises first: then all of
+    these are cancelled.
+    """
     working = asyncio.create_task(work)
     others = [asyncio.create_task(one) for one in beside]
     ends: list[asyncio.Future[Any]] = [*others, working]
+
     try:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for ended in others:
             if ended.done():
                 await ended
+
         return await working
     finally:
         for task in ends:
             task.cancel()
+
         await asyncio.gather(*ends, return_exceptions=True)

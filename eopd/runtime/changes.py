@@ -125,13 +125,17 @@ class Change:
     def __str__(self) -> str:
         if self.before == OTHER_CONTENTS:
             return f"{self.key}: {self.after} does not hold what it held"
+
         return f"{self.key} {_yaml(self.before)} -> {_yaml(self.after)}"
 
 
 def changes(before: Config, after: Config) -> list[Change]:
     """Every key that differs, teachers by name: ``teachers.b.temperature``."""
     found = list(_differences("", _plain(before), _plain(after)))
-    old, new = ({teacher.name: teacher for teacher in config.teachers} for config in (before, after))
+    old, new = (
+        {teacher.name: teacher for teacher in config.teachers} for config in (before, after)
+    )
+
     for name in sorted(old.keys() | new.keys()):
         key = f"teachers.{name}"
         if name not in old:
@@ -141,7 +145,9 @@ def changes(before: Config, after: Config) -> list[Change]:
         else:
             was, becomes = old[name].model_dump(mode="json"), new[name].model_dump(mode="json")
             found += _differences(f"{key}.", was, becomes, knob="teachers[].")
+
     kinds = _of_learner(before.learner, after.learner)
+
     return [replace(change, kind=kinds.get(change.key, change.kind)) for change in found]
 
 
@@ -158,7 +164,9 @@ def _of_learner(before: LearnerConfig, after: LearnerConfig) -> dict[str, Kind]:
 def _differences(
     prefix: str, before: Mapping[str, object], after: Mapping[str, object], knob: str | None = None
 ) -> Iterator[Change]:
-    """Leaves that differ. ``knob`` is the prefix of the keys in the table, where it is another than ``prefix``."""
+    """Leaves that differ. ``knob`` is the prefix of the keys in the table, where it is
+    another than ``prefix``.
+    """
     old, new = _leaves(before), _leaves(after)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
@@ -169,7 +177,12 @@ def _differences(
 def _leaves(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found |= (
+            _leaves(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
+
     return found
 
 
@@ -178,4 +191,9 @@ def _plain(config: Config) -> dict[str, object]:
 
 
 def _yaml(value: object) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("\n...").strip()
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=1000)
+        .strip()
+        .removesuffix("\n...")
+        .strip()
+    )

@@ -1,8 +1,8 @@
 """Ray itself: start it here or join a cluster, and find out what is free there.
 
-What is used of Ray's internals was checked against 2.60: ``available_resources_per_node``; how a cluster that is
-started here comes by its token (``authentication_token_setup``); how often a driver tries to join
-(``Node._init_gcs_client``).
+What is used of Ray's internals was checked against 2.60: ``available_resources_per_node``; how a
+cluster that is started here comes by its token (``authentication_token_setup``); how often a driver
+tries to join (``Node._init_gcs_client``).
 """
 
 import logging
@@ -33,16 +33,18 @@ SETTLE_S: Final = 5.0  # what an ended run held is free again within seconds
 
 @contextmanager
 def connect(config: ClusterConfig) -> Iterator[None]:
-    """Join ``config.address`` or ``RAY_ADDRESS``, or else start Ray on this machine; leave it on the way out.
+    """Join ``config.address`` or ``RAY_ADDRESS``, or else start Ray on this machine; leave it on
+    the way out.
 
-    Under ``ray job submit`` the address is set by the job server, and so is the working directory: neither is set again
-    here.
+    Under ``ray job submit`` the address is set by the job server, and so is the working directory:
+    neither is set again here.
 
     Raises:
         ConfigError: the cluster cannot be reached or joined, or Ray cannot be started here.
     """
     address = cluster_address(config)
-    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)  # how to switch it off: not asked
+    # how to switch it off: not asked
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
     local: dict[str, object] = {}
     if address == LOCAL:
         require_local_ray()
@@ -50,12 +52,15 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         local = {"num_cpus": config.cpus, "include_dashboard": False}
     else:
         _require_answer(address)
-        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt, of 40 s, instead of twenty
+        # one attempt, of 40 s, instead of twenty
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+
     try:
         try:
             ray.init(address=address, logging_level=logging.WARNING, **local)
         except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"{_cannot(address)}: {_reason(error)}") from None
+
         logs.silence()
         yield
     finally:
@@ -71,12 +76,14 @@ def require_room(roles: Sequence[RoleResources]) -> None:
     idle = [replace(node, free=node.total) for node in _nodes()]
     require_capacity(roles, idle)
     until = time.monotonic() + SETTLE_S
+
     while True:
         try:
             return require_capacity(roles, _nodes())
         except ConfigError:
             if time.monotonic() > until:
                 raise
+
         time.sleep(0.25)
 
 
@@ -95,11 +102,16 @@ def _capacity(resources: dict[str, float]) -> Capacity:
 
 
 def _require_answer(address: str) -> None:
-    """Somebody listens at ``HOST:PORT``; what ``auto`` finds was written down by a cluster on this machine."""
+    """Somebody listens at ``HOST:PORT``; what ``auto`` finds was written down by a cluster on
+    this machine.
+    """
     if address == "auto":
         return
+
     try:
-        socket.create_connection(split_address("cluster.address", address, ""), timeout=REACH_S).close()
+        socket.create_connection(
+            split_address("cluster.address", address, ""), timeout=REACH_S
+        ).close()
     except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"{_cannot(address)}: nobody answers there ({getattr(error, 'strerror', '') or error})"
@@ -109,11 +121,14 @@ def _require_answer(address: str) -> None:
 def _cannot(address: str) -> str:
     if address == LOCAL:
         return "Ray cannot be started on this machine"
+
     return f"cluster.address or RAY_ADDRESS: {address} cannot be joined"
 
 
 def _reason(error: Exception) -> str:
-    """Ray's reason in one line, without the traceback it may hold; the one it was raised from says more."""
+    """Ray's reason in one line, without the traceback it may hold; the one it was raised from
+    says more.
+    """
     text = str(error.__cause__ or error).partition("Last connection error: Traceback")[0]
     return " ".join(text.split())
 
@@ -121,11 +136,12 @@ def _reason(error: Exception) -> str:
 def _make_token() -> None:
     """Let a cluster that is started here keep strangers out.
 
-    Ray does so by itself, with a token in the home directory. Where that takes no files, this cluster has a token of
-    its own, in the environment of its processes.
+    Ray does so by itself, with a token in the home directory. Where that takes no files, this
+    cluster has a token of its own, in the environment of its processes.
     """
     if os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         return
+
     home = os.environ.get("HOME", "")
     if not os.path.isabs(home) or not takes_files(Path(home)):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -139,11 +155,14 @@ def object_store_bytes() -> float:
 
 def log_directory() -> str:
     """Where Ray keeps what actors wrote that belong to no run."""
-    return f"{ray.get_runtime_context().get_session_name()}/logs, below Ray's folder for temporary files"
+    return (
+        f"{ray.get_runtime_context().get_session_name()}/logs, below Ray's folder for "
+        "temporary files"
+    )
 
 
 def is_job_copy(directory: Path) -> bool:
-    """Whether a directory lies in the copy of a working directory that ``ray job submit`` made; it goes away with the
-    job.
+    """Whether a directory lies in the copy of a working directory that ``ray job submit`` made; it
+    goes away with the job.
     """
     return "working_dir_files" in directory.parts

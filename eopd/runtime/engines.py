@@ -1,5 +1,5 @@
-"""The rollout engines of a run: a ``Fleet`` of actors, whose newcomers are brought to the learner's version before they
-get work.
+"""The rollout engines of a run: a ``Fleet`` of actors, whose newcomers are brought to the learner's
+version before they get work.
 """
 
 import asyncio
@@ -39,7 +39,9 @@ class EngineBody:
         self._arguments = (student, rollout, max_sequence_tokens, PolicyVersion(0, 0), grader)
 
     async def start(self) -> int:
-        """Start the engine with the student as it was given; returns how many responses it writes at a time."""
+        """Start the engine with the student as it was given; returns how many responses it
+        writes at a time.
+        """
         with dies_as(EngineDownError):
             return int(await self._actor.start.remote(*self._arguments))
 
@@ -58,7 +60,10 @@ def engine_fleet(
 
     def bodies(numbers: Sequence[int]) -> list[EngineBody]:
         actors = spawn(RolloutActor, plan, numbers, max_concurrency=MAX_CALLS)
-        return [EngineBody(actor, config.student, rollout, config.max_sequence_tokens, grader) for actor in actors]
+        return [
+            EngineBody(actor, config.student, rollout, config.max_sequence_tokens, grader)
+            for actor in actors
+        ]
 
     return Fleet(
         "rollout engine",
@@ -71,8 +76,12 @@ def engine_fleet(
     )
 
 
-def connect(fleet: Fleet[RolloutEngine], sender: SenderLink, config: Config, text: Int32Array) -> BroadcastChannel:
-    """The channel from ``sender`` to all engines, those to come included; ``text`` is what they are probed with."""
+def connect(
+    fleet: Fleet[RolloutEngine], sender: SenderLink, config: Config, text: Int32Array
+) -> BroadcastChannel:
+    """The channel from ``sender`` to all engines, those to come included; ``text`` is what
+    they are probed with.
+    """
     weights = config.weights
     channel = BroadcastChannel(
         sender,
@@ -96,10 +105,13 @@ def connect(fleet: Fleet[RolloutEngine], sender: SenderLink, config: Config, tex
                 await asyncio.sleep(_JOIN_AGAIN_S)
 
     fleet.join, fleet.leave, fleet.part = join, channel.leave, channel.part
+
     return channel
 
 
 def _workers(rollout: RolloutConfig) -> int:
     """VLLM workers of one rollout engine: each takes part in the weight transfer."""
     options = rollout.vllm
-    return int(str(options.get("tensor_parallel_size", 1))) * int(str(options.get("pipeline_parallel_size", 1)))
+    return int(str(options.get("tensor_parallel_size", 1))) * int(
+        str(options.get("pipeline_parallel_size", 1))
+    )

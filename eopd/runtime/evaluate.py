@@ -38,7 +38,8 @@ def evaluate(
     """Run one benchmark; ``say`` is told what a user may want to know of the data.
 
     Raises:
-        ConfigError: the model or the data is missing, or a row has no answer that the grader can read.
+        ConfigError: the model or the data is missing, or a row has no answer that the grader can
+            read.
     """
     longest = benchmark.prompts.max_tokens + rollout.max_response_tokens
     require_model("MODEL", student.model, num_tokens=longest)
@@ -48,7 +49,10 @@ def evaluate(
     require_readable_answers(data, benchmark.grader)
     for note in data.notes:
         say(f"note: {note}")
-    sampling = Sampling(temperature=rollout.temperature, max_tokens=rollout.max_response_tokens, seed=benchmark.seed)
+
+    sampling = Sampling(
+        temperature=rollout.temperature, max_tokens=rollout.max_response_tokens, seed=benchmark.seed
+    )
 
     async def run() -> BenchmarkResult:
         async with rollout_engines(

@@ -18,23 +18,25 @@ from eopd.runtime.learner_actor import LearnerActor, with_bodies
 from eopd.runtime.placement import plan_learner
 from eopd.types import EvalStats, Float32Array, Int32Array, LearnerStats, PackedBatch, PolicyVersion
 
-# What each rank says of itself, and how it becomes one number; the other metrics are of all ranks already.
+# What each rank says of itself, and how it becomes one number; the other metrics are of all ranks
+# already.
 _COSTS: Mapping[str, Callable[[list[float]], float]] = {
     "eopd_learner_flops_per_second": fmean,
     "eopd_learner_mfu_ratio": fmean,
     "eopd_learner_memory_bytes": max,
 }
 _DEAD = (RayActorError, OutOfMemoryError)
-# How long the news of a rank that was lost with its node may take: Ray asks a node every 3 s, waits 10 s, and believes
-# the fifth failure (health_check_period_ms, _timeout_ms and _failure_threshold of Ray 2.60).
+# How long the news of a rank that was lost with its node may take: Ray asks a node every 3 s, waits
+# 10 s, and believes the fifth failure (health_check_period_ms, _timeout_ms and _failure_threshold
+# of Ray 2.60).
 _NEWS_S = 90.0
 
 
 class LearnerGang:
     """A ``Learner`` and a ``SenderLink``: all learner actors, called together.
 
-    A rank that dies or does not answer within ``learner.timeout_s`` is the loss of all: every call raises
-    ``LearnerDownError`` until ``start`` has brought up another gang.
+    A rank that dies or does not answer within ``learner.timeout_s`` is the loss of all: every call
+    raises ``LearnerDownError`` until ``start`` has brought up another gang.
     """
 
     def __init__(self, spawn: Spawn, config: Config) -> None:
@@ -45,23 +47,30 @@ class LearnerGang:
         self._actors: list[ActorHandle] = []
 
     async def start(self, incarnation: int) -> None:
-        """Bring up all ranks, in place of those there were: they meet at rank 0, with the student as it was given.
+        """Bring up all ranks, in place of those there were: they meet at rank 0, with the student
+        as it was given.
 
         Raises:
-            LearnerDownError: one of them died, or they are not up within ``cluster.start_timeout_s``.
+            LearnerDownError: one of them died, or they are not up within
+                ``cluster.start_timeout_s``.
         """
         for actor in self._actors:
             ray.kill(actor)  # so that whoever still holds the gang fails at once
+
         async with self._reserved:
             await self._start(incarnation)
 
     async def _start(self, incarnation: int) -> None:
-        self._actors = self._spawn(LearnerActor, plan_learner(self._config.learner), range(self._config.learner.ranks))
+        self._actors = self._spawn(
+            LearnerActor, plan_learner(self._config.learner), range(self._config.learner.ranks)
+        )
         limit_s = self._config.cluster.start_timeout_s
+
         try:
             async with asyncio.timeout(limit_s):
                 with dies_as(LearnerDownError):
                     address, port = await self._actors[0].rendezvous.remote()
+
                 await self._all(
                     [
                         actor.start.remote(self._config, rank, address, port, incarnation)
@@ -72,7 +81,9 @@ class LearnerGang:
             raise LearnerDownError(f"not up within cluster.start_timeout_s = {limit_s:g}") from None
 
     def reserved(self) -> asyncio.Lock:
-        """Held over a transfer, so that no update comes between its calls; every other call waits for it."""
+        """Held over a transfer, so that no update comes between its calls; every other call
+        waits for it.
+        """
         return self._reserved
 
     async def step(self, batch: PackedBatch) -> LearnerStats:  # noqa: D102
@@ -102,7 +113,9 @@ class LearnerGang:
         """The weights the ranks hold."""
         return PolicyVersion(*(await self._each("version"))[0])  # type: ignore[misc]
 
-    async def open(self, engine_workers: Sequence[int], secret: str) -> Sequence[Mapping[str, object]]:  # noqa: D102
+    async def open(  # noqa: D102
+        self, engine_workers: Sequence[int], secret: str
+    ) -> Sequence[Mapping[str, object]]:
         return (await self._each("open_wire", engine_workers, secret))[0]  # type: ignore[return-value]
 
     async def accept(self) -> None:  # noqa: D102
@@ -116,7 +129,9 @@ class LearnerGang:
         return (await self._each("probe", token_ids))[0]  # type: ignore[return-value]
 
     async def _each(self, method: str, *arguments: object) -> list[object]:
-        return await self._all([getattr(actor, method).remote(*arguments) for actor in self._actors])
+        return await self._all(
+            [getattr(actor, method).remote(*arguments) for actor in self._actors]
+        )
 
     async def _hand_over(self, batch: PackedBatch) -> None:
         """Let every rank fetch its trajectories, before any of them begins.
@@ -150,27 +165,37 @@ class LearnerGang:
                 async with asyncio.timeout(self._timeout_s):
                     return list(await asyncio.gather(*calls))
         except TimeoutError:
-            raise LearnerDownError(f"no answer within learner.timeout_s = {self._timeout_s:g}") from None
-        except RayTaskError as error:  # what a rank says when a peer dies comes before the news of that death
+            raise LearnerDownError(
+                f"no answer within learner.timeout_s = {self._timeout_s:g}"
+            ) from None
+        except (
+            RayTaskError
+        ) as error:  # what a rank says when a peer dies comes before the news of that death
             if (rank := await self._dead_rank()) is None:
                 raise
+
             raise LearnerDownError(f"rank {rank} died") from error
 
     async def _dead_rank(self) -> int | None:
-        """The first rank whose actor is dead, once that is known; None if all answer, or nothing is known in time."""
+        """The first rank whose actor is dead, once that is known; None if all answer, or
+        nothing is known in time.
+        """
 
         async def is_dead(rank: int, actor: ActorHandle) -> int | None:
             try:
                 await actor.version.remote()
             except _DEAD:
                 return rank
+
             return None
 
         pings = [is_dead(rank, actor) for rank, actor in enumerate(self._actors)]
+
         with suppress(TimeoutError):
             for ping in asyncio.as_completed(pings, timeout=_NEWS_S):
                 if (rank := await ping) is not None:
                     return rank
+
         return None
 
 

@@ -1,7 +1,9 @@
-"""What the paths of a config stand for, as digests: a checkpoint keeps them, and a run that goes on is compared.
+"""What the paths of a config stand for, as digests: a checkpoint keeps them, and a run that goes on
+is compared.
 
-A path may change where the contents are the same. Left out: the bytes of weights. The student's come from the
-checkpoint; those of a teacher would take minutes to read, and stand here by their names and sizes.
+A path may change where the contents are the same. Left out: the bytes of weights. The student's
+come from the checkpoint; those of a teacher would take minutes to read, and stand here by their
+names and sizes.
 """
 
 import hashlib
@@ -17,12 +19,15 @@ from eopd.prompts import PromptSet
 MADE_AS: Final = "1"  # another number with every change of this file that changes a digest
 WEIGHTS: Final = ("*.safetensors", "*.bin")
 TOKENIZER: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-RENDERING: Final = ("chat_template.jinja", "tokenizer_config.json")  # the student's is seen in its prompts
-_SAYS_NOTHING: Final = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})  # of config.json
+# the student's is seen in its prompts
+RENDERING: Final = ("chat_template.jinja", "tokenizer_config.json")
+# of config.json
+_SAYS_NOTHING: Final = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
 
 def digests(config: Config, prepared: Prepared) -> dict[str, str]:
-    """By key of the config (teachers by name), what it stands for; under ``made_as``, how the digests are made.
+    """By key of the config (teachers by name), what it stands for; under ``made_as``, how the
+    digests are made.
 
     Prompts are compared as they are trained on: their order, ids, sources, answers and token ids.
     """
@@ -32,7 +37,9 @@ def digests(config: Config, prepared: Prepared) -> dict[str, str]:
         "prompts.held_out": _of_prompts(prepared.held_out),
         "student.model": _of_model(config.student.model, weights=False),
     }
-    teachers = {f"teachers.{t.name}.model": _of_model(t.model, weights=True) for t in config.teachers}
+    teachers = {
+        f"teachers.{t.name}.model": _of_model(t.model, weights=True) for t in config.teachers
+    }
     return found | teachers
 
 
@@ -50,7 +57,9 @@ def _of_prompts(prompts: PromptSet) -> str:
 
 
 def _of_model(directory: Path, *, weights: bool) -> str:
-    shape: Mapping[str, object] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    shape: Mapping[str, object] = json.loads(
+        (directory / "config.json").read_text(encoding="utf-8")
+    )
     kept = {key: value for key, value in shape.items() if key not in _SAYS_NOTHING}
     parts = [json.dumps(kept, sort_keys=True).encode()]
     parts += [path.read_bytes() for name in TOKENIZER if (path := directory / name).is_file()]
@@ -58,6 +67,7 @@ def _of_model(directory: Path, *, weights: bool) -> str:
         parts += [path.read_bytes() for name in RENDERING if (path := directory / name).is_file()]
         files = sorted(file for pattern in WEIGHTS for file in directory.glob(pattern))
         parts += [f"{file.name} {file.stat().st_size}".encode() for file in files]
+
     return _digest(parts)
 
 
@@ -66,4 +76,5 @@ def _digest(parts: Iterable[bytes]) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
+
     return digest.hexdigest()

@@ -73,7 +73,9 @@ class LearnerActor(Actor):
         self._rank.version = PolicyVersion(incarnation, 0)
         self._cost = Cost(self._rank.model, config.learner.peak_flops)
         self._sender = WeightSender(
-            ModelSource(whole_tensors(self._rank.model), rank=rank, zero_stage=config.learner.zero_stage),
+            ModelSource(
+                whole_tensors(self._rank.model), rank=rank, zero_stage=config.learner.zero_stage
+            ),
             rank=rank,
             backend=config.weights.backend,
             address=address,
@@ -96,13 +98,16 @@ class LearnerActor(Actor):
             self._share = with_bodies(share, ray.get(list(bodies)))
         except ObjectLostError:
             return [position for position, body in enumerate(bodies) if _is_lost(body)]
+
         return []
 
     def step(self) -> LearnerStats:
         """One update from the part that was taken; the costs are this rank's."""
         share, started = self._share, time.monotonic()
         stats = self._rank.step(share)
-        costs = self._cost.row((stored.header for stored in share.stored()), time.monotonic() - started)
+        costs = self._cost.row(
+            (stored.header for stored in share.stored()), time.monotonic() - started
+        )
         return replace(stats, metrics={**stats.metrics, **costs})
 
     def evaluate(self) -> EvalStats:
@@ -142,11 +147,14 @@ def _is_lost(body: ray.ObjectRef) -> bool:
         ray.get(body)
     except ObjectLostError:
         return True
+
     return False
 
 
 def with_bodies(share: PackedBatch, bodies: Sequence[object] | None = None) -> PackedBatch:
-    """The same batch with other bodies, in order; with none, bare headers that travel as they are."""
+    """The same batch with other bodies, in order; with none, bare headers that travel as they
+    are.
+    """
     source = iter(bodies) if bodies is not None else None
     return PackedBatch(
         steps=tuple(
@@ -154,7 +162,10 @@ def with_bodies(share: PackedBatch, bodies: Sequence[object] | None = None) -> P
                 num_loss_tokens=step.num_loss_tokens,
                 ranks=tuple(
                     tuple(
-                        tuple(Stored(stored.header, next(source) if source else None) for stored in micro)
+                        tuple(
+                            Stored(stored.header, next(source) if source else None)
+                            for stored in micro
+                        )
                         for micro in rank
                     )
                     for rank in step.ranks

@@ -1,11 +1,13 @@
 """One process at a time runs a run: it holds a lock in the run directory for as long as it lives.
 
-The lock is ``flock`` on ``run.lock``, which the kernel gives back when its holder ends, however that ends. The file
-says who holds it: host, process id, since when. A holder that leaves in order empties it.
+The lock is ``flock`` on ``run.lock``, which the kernel gives back when its holder ends, however
+that ends. The file says who holds it: host, process id, since when. A holder that leaves in order
+empties it.
 
-What is known of other hosts: on NFS Linux turns ``flock`` into a lock of the server, which all hosts see unless the
-mount says ``nolock`` or ``local_lock``; Lustre needs the mount option ``flock``; some file systems have no locks. Where
-another host's lock may not be seen, ``held`` says so, with what the file tells.
+What is known of other hosts: on NFS Linux turns ``flock`` into a lock of the server, which all
+hosts see unless the mount says ``nolock`` or ``local_lock``; Lustre needs the mount option
+``flock``; some file systems have no locks. Where another host's lock may not be seen, ``held`` says
+so, with what the file tells.
 """
 
 import errno
@@ -45,7 +47,8 @@ class Holder:
 
 @contextmanager
 def held(directory: Path) -> Iterator[list[str]]:
-    """Hold the lock of a run directory, which is made where there is none, and removed if it stays empty.
+    """Hold the lock of a run directory, which is made where there is none, and removed if it stays
+    empty.
 
     Yields:
         What a person should know: nothing, where the lock is sure to keep others out.
@@ -59,14 +62,17 @@ def held(directory: Path) -> Iterator[list[str]]:
         descriptor, notes = _take(path)
     except OSError as error:
         raise ConfigError(f"run.directory: {directory} cannot be made ({error.strerror})") from None
+
     try:
         here = Holder(host=socket.gethostname(), pid=os.getpid(), since=time.time())
         before = _read(path)
         if before is not None and before.host != here.host:
             notes.append(
-                f"{path} names {before}, which did not leave in order. If it still runs (not every shared file "
-                "system shows the locks of other hosts), stop one of the two"
+                f"{path} names {before}, which did not leave in order. If it still runs (not "
+                "every shared file system shows the locks of other hosts), stop one of the "
+                "two"
             )
+
         _write(descriptor, json.dumps(asdict(here)))
         yield notes
     finally:
@@ -74,16 +80,20 @@ def held(directory: Path) -> Iterator[list[str]]:
         if directory.is_dir() and os.listdir(directory) == [LOCK]:  # nothing was begun
             path.unlink()
             directory.rmdir()
+
         os.close(descriptor)
 
 
 def holder(directory: Path) -> Holder | None:
-    """The process that runs a run now; None where none does. Without locks, the one that has not left in order."""
+    """The process that runs a run now; None where none does. Without locks, the one that has
+    not left in order.
+    """
     path = directory / LOCK
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
@@ -95,7 +105,9 @@ def holder(directory: Path) -> Holder | None:
 
 
 def last_holder(directory: Path) -> Holder | None:
-    """The process that ran a run last and did not leave in order; None where it did, or nobody ran it."""
+    """The process that ran a run last and did not leave in order; None where it did, or
+    nobody ran it.
+    """
     return _read(directory / LOCK)
 
 
@@ -108,8 +120,10 @@ def _take(path: Path) -> tuple[int, list[str]]:
         except BaseException:
             os.close(descriptor)
             raise
+
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor, notes
+
         os.close(descriptor)  # its holder has just removed it: nothing was begun there
 
 
@@ -122,12 +136,17 @@ def _lock(descriptor: int, path: Path) -> list[str]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            return [f"the file system of {path.parent} has no locks: nothing keeps a second process out of this run"]
+
+            return [
+                f"the file system of {path.parent} has no locks: nothing keeps a second "
+                "process out of this run"
+            ]
         else:
             return []
+
     raise ConfigError(
-        f"run.name: {path.parent} is being run by {_read(path) or 'another process'}. Wait for it, stop it (Ctrl-C, or "
-        "SIGTERM to that process), or choose another run.name"
+        f"run.name: {path.parent} is being run by {_read(path) or 'another process'}. Wait "
+        "for it, stop it (Ctrl-C, or SIGTERM to that process), or choose another run.name"
     )
 
 

@@ -4,13 +4,13 @@
          rollout-0.log    every line of an actor and of the processes it owns, whatever node it is on
          learner-0.log    ...
 
-A line is ``2026-11-24T22:54:37 rollout-0 text``, or with ``telemetry.log_format: json`` an object with ``time``,
-``role``, ``node``, ``pid`` and ``text``. A replaced actor goes on in the file of the one before it. A file that has
-grown to ``FULL_BYTES`` becomes ``rollout-0.log.1``, in place of the one before it: a role's newest lines are kept, and
-at most twice as many bytes.
+A line is ``2026-11-24T22:54:37 rollout-0 text``, or with ``telemetry.log_format: json`` an object
+with ``time``, ``role``, ``node``, ``pid`` and ``text``. A replaced actor goes on in the file of the
+one before it. A file that has grown to ``FULL_BYTES`` becomes ``rollout-0.log.1``, in place of the
+one before it: a role's newest lines are kept, and at most twice as many bytes.
 
-Ray's log monitors send all lines to the driver, within about half a second. The dispatcher that hands them out there
-is Ray's own (``ray._private.ray_logging``), checked against 2.60.
+Ray's log monitors send all lines to the driver, within about half a second. The dispatcher that
+hands them out there is Ray's own (``ray._private.ray_logging``), checked against 2.60.
 """
 
 import json
@@ -48,7 +48,9 @@ class RunLogs(logging.Handler):
         self._directory, self._json = directory, log_format == "json"
 
     def take(self, batch: Mapping[str, object]) -> None:
-        """Lines from Ray; those of its own processes (``actor_name`` is empty) stay in Ray's logs."""
+        """Lines from Ray; those of its own processes (``actor_name`` is empty) stay in Ray's
+        logs.
+        """
         lines: Batch = batch  # type: ignore[assignment]
         if lines["actor_name"]:
             self._write(lines["actor_name"], lines["lines"], node=lines["ip"], pid=lines["pid"])
@@ -60,17 +62,24 @@ class RunLogs(logging.Handler):
     def _write(self, role: str, lines: Sequence[str], *, node: str, pid: str) -> None:
         """Append; a disk that does not take it costs these lines, never the run."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S")
-        parts = (part for line in lines for part in re.split("[\r\n]+", line))  # a progress bar is many lines
+        # a progress bar is many lines
+        parts = (part for line in lines for part in re.split("[\r\n]+", line))
         lines = [part for part in parts if part.strip()]
         if self._json:
-            records = [{"time": now, "role": role, "node": node, "pid": int(pid), "text": line} for line in lines]
+            records = [
+                {"time": now, "role": role, "node": node, "pid": int(pid), "text": line}
+                for line in lines
+            ]
             texts = [json.dumps(record, ensure_ascii=False) for record in records]
         else:
             texts = [f"{now} {role} {line}" for line in lines]
+
         path = self._directory / f"{role}.log"
+
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(f"{text}\n" for text in texts))
+
             if path.stat().st_size >= FULL_BYTES:
                 path.replace(path.with_name(f"{path.name}.1"))
         except OSError:
@@ -78,7 +87,9 @@ class RunLogs(logging.Handler):
 
 
 def silence() -> None:
-    """Keep Ray from printing actors' lines among the driver's; to be called once it is initialised."""
+    """Keep Ray from printing actors' lines among the driver's; to be called once it is
+    initialised.
+    """
     dispatcher.remove_handler("ray_print_logs")
 
 
@@ -95,6 +106,7 @@ def collect(directory: Path, log_format: Literal["text", "json"]) -> Iterator[No
     logger.setLevel(logging.INFO)
     logger.addHandler(logs)
     dispatcher.add_handler(OURS, logs.take)
+
     try:
         yield
     finally:

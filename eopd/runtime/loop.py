@@ -28,7 +28,9 @@ def make_pipeline(
         max_staleness=config.flow.max_staleness,
         lookahead=config.flow.lookahead,
         max_attempts=config.flow.max_attempts,
-        max_dropped=math.ceil(config.flow.max_dropped_ratio * config.batch_trajectories * config.run.batches),
+        max_dropped=math.ceil(
+            config.flow.max_dropped_ratio * config.batch_trajectories * config.run.batches
+        ),
         temperature=config.rollout.temperature,
         max_response_tokens=config.rollout.max_response_tokens,
         ranks=config.learner.ranks,
@@ -38,6 +40,7 @@ def make_pipeline(
     )
     samples = config.rollout.samples_per_prompt
     order = PromptOrder(prepared.train.prompts, samples_per_prompt=samples, seed=config.run.seed)
+
     return Pipeline(
         plan=numbers,
         engines=members.engines,

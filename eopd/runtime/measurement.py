@@ -1,4 +1,6 @@
-"""Held-out measurements of a run, before and after training, with the samples that people look at."""
+"""Held-out measurements of a run, before and after training, with the samples that people
+look at.
+"""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +50,7 @@ async def measure_held_out(
     evaluation, learner = config.evaluation, config.learner
     prompts = prepared.held_out.prompts[: evaluation.prompts]
     say(f"measuring on {len(prompts)} held-out prompts, {phase} training")
+
     try:
         stats, scored = await measure(
             members.engines,
@@ -67,12 +70,22 @@ async def measure_held_out(
         return None
 
     if stats.num_dropped:
-        say(f"{stats.num_dropped} of {len(prompts)} held-out prompts could not be measured {phase} training")
+        say(
+            f"{stats.num_dropped} of {len(prompts)} held-out prompts could not be measured "
+            f"{phase} training"
+        )
+
     return Measured(stats, scored)
 
 
 async def keep_samples(
-    directory: RunDirectory, config: Config, prepared: Prepared, *, phase: str, step: int, measured: Measured
+    directory: RunDirectory,
+    config: Config,
+    prepared: Prepared,
+    *,
+    phase: str,
+    step: int,
+    measured: Measured,
 ) -> None:
     """Write what people look at. Nothing else may be lost with it: what goes wrong is logged."""
     try:
@@ -88,7 +101,9 @@ async def _records(
 ) -> list[Mapping[str, object]]:
     tokenizer, texts = load_tokenizer(config.student.model), prepared.held_out.texts
     return [
-        await asyncio.to_thread(sample_record, body, texts[body.trajectory.prompt.prompt_id], tokenizer)
+        await asyncio.to_thread(
+            sample_record, body, texts[body.trajectory.prompt.prompt_id], tokenizer
+        )
         for body in await asyncio.gather(*map(fetch, scored))
         if not isinstance(body, LostTrajectory)
     ]

@@ -1,6 +1,8 @@
-"""Config to resources and environment, pure: what each actor asks of Ray, and what its processes see.
+"""Config to resources and environment, pure: what each actor asks of Ray, and what its processes
+see.
 
-Thread counts are set explicitly: Ray's CPU numbers are admission, not affinity, and may be fractional.
+Thread counts are set explicitly: Ray's CPU numbers are admission, not affinity, and may be
+fractional.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,9 +10,9 @@ from dataclasses import dataclass
 
 from eopd.config import Config, ConfigError, LearnerConfig, RolloutConfig, TeacherConfig
 
-# What every process of ours sees: no phone-home, no hub look-ups at start, quiet libraries. Threads of OpenMP that wait
-# for each other sleep: where roles share cores, one that spins keeps off the one it waits for, which took half of all
-# tokens/s (tests/bench/bench_overlap.py).
+# What every process of ours sees: no phone-home, no hub look-ups at start, quiet libraries. Threads
+# of OpenMP that wait for each other sleep: where roles share cores, one that spins keeps off the
+# one it waits for, which took half of all tokens/s (tests/bench/bench_overlap.py).
 COMMON_ENV: Mapping[str, str] = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -51,7 +53,9 @@ class RoleResources:
 
 
 def vllm_env(threads: int) -> dict[str, str]:
-    """Environment of an actor that hosts a vLLM engine; its engine and worker processes inherit it (vLLM 0.32.0)."""
+    """Environment of an actor that hosts a vLLM engine; its engine and worker processes
+    inherit it (vLLM 0.32.0).
+    """
     return dict(COMMON_ENV) | {
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share a machine
@@ -69,13 +73,19 @@ def learner_env(threads: int, *, gpu: bool) -> dict[str, str]:
 
 def plan(config: Config) -> tuple[RoleResources, ...]:
     """What a training run asks for: learner, rollout, and every teacher."""
-    return (plan_learner(config.learner), plan_rollout(config.rollout), *map(plan_teacher, config.teachers))
+    return (
+        plan_learner(config.learner),
+        plan_rollout(config.rollout),
+        *map(plan_teacher, config.teachers),
+    )
 
 
 def plan_learner(learner: LearnerConfig) -> RoleResources:
     """What the learner ranks ask for."""
     env = learner_env(learner.threads, gpu=learner.gpus > 0)
-    return RoleResources(role="learner", actors=learner.ranks, cpus=learner.cpus, gpus=learner.gpus, env=env)
+    return RoleResources(
+        role="learner", actors=learner.ranks, cpus=learner.cpus, gpus=learner.gpus, env=env
+    )
 
 
 def plan_teacher(teacher: TeacherConfig) -> RoleResources:
@@ -92,26 +102,32 @@ def plan_teacher(teacher: TeacherConfig) -> RoleResources:
 def plan_rollout(rollout: RolloutConfig) -> RoleResources:
     """What the rollout engines ask for."""
     env = vllm_env(rollout.threads)
-    return RoleResources(role="rollout", actors=rollout.engines, cpus=rollout.cpus, gpus=rollout.gpus, env=env)
+    return RoleResources(
+        role="rollout", actors=rollout.engines, cpus=rollout.cpus, gpus=rollout.gpus, env=env
+    )
 
 
 def require_capacity(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> None:
-    """Compare what all roles ask for with what there is and what is free, and each actor with single nodes.
+    """Compare what all roles ask for with what there is and what is free, and each actor with
+    single nodes.
 
     Raises:
-        ConfigError: together they ask for more than there is or than is free, one for more than any node has or has
-            free, or what is free is scattered over too many nodes.
+        ConfigError: together they ask for more than there is or than is free, one for more than any
+            node has or has free, or what is free is scattered over too many nodes.
     """
     for resource in ("cpus", "gpus"):
         total = [getattr(node.total, resource) for node in nodes]
         free = [getattr(node.free, resource) for node in nodes]
         _require_sum(roles, resource, sum(total), sum(free))
+
         for role in roles:
             one = f"{_key(role)}.{resource}: one actor asks for {getattr(role, resource):g}"
             if getattr(role, resource) > max(total) + ROUNDING:
                 raise ConfigError(f"{one}; the largest node has {max(total):g}")
+
             if getattr(role, resource) > max(free) + ROUNDING:
                 raise ConfigError(f"{one}; no node has more than {max(free):g} free")
+
     _require_places(roles, nodes)
 
 
@@ -122,6 +138,7 @@ def room_here(config: Config, *, cpus: float, gpus: float) -> str | None:
         require_capacity(plan(config), [Node(total=here, free=here)])
     except ConfigError as error:
         return str(error)
+
     return None
 
 
@@ -131,8 +148,11 @@ def _require_sum(roles: Sequence[RoleResources], resource: str, total: float, fr
     all_roles = f"the roles ask for {asked:.9g} {resource} ({parts})"
     if asked > total + ROUNDING:
         raise ConfigError(f"{all_roles}; the cluster has {total:g}")
+
     if asked > free + ROUNDING:
-        raise ConfigError(f"{all_roles}; {free:g} of {total:g} are free ({total - free:g} are held by others)")
+        raise ConfigError(
+            f"{all_roles}; {free:g} of {total:g} are free ({total - free:g} are held by others)"
+        )
 
 
 def _require_places(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> None:
@@ -142,12 +162,18 @@ def _require_places(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> No
         for _ in range(role.actors):
             fits = (index for index, free in enumerate(left) if _fits(role, free))
             if (index := next(fits, None)) is None:
-                free = ", ".join(f"{node.free.cpus:g} cpus and {node.free.gpus:g} gpus" for node in nodes)
-                raise ConfigError(
-                    f"{_key(role)}: {role.actors} x {role.cpus:g} cpus and {role.gpus:g} gpus find no room beside the "
-                    f"other roles; free on single nodes are {free}"
+                free = ", ".join(
+                    f"{node.free.cpus:g} cpus and {node.free.gpus:g} gpus" for node in nodes
                 )
-            left[index] = Capacity(cpus=left[index].cpus - role.cpus, gpus=left[index].gpus - role.gpus)
+                raise ConfigError(
+                    f"{_key(role)}: {role.actors} x {role.cpus:g} cpus and {role.gpus:g} "
+                    "gpus find no room beside the other roles; free on single nodes are "
+                    f"{free}"
+                )
+
+            left[index] = Capacity(
+                cpus=left[index].cpus - role.cpus, gpus=left[index].gpus - role.gpus
+            )
 
 
 def _fits(role: RoleResources, free: Capacity) -> bool:

@@ -1,10 +1,12 @@
 """What a worker process takes from the environment it was started in, and what it does not.
 
-An actor inherits the environment of its node: of a pod, a batch job, or the shell that ``eopd`` was called from. Some
-of it is meant for others and breaks the libraries of a run. It is put right here, in the process itself and before
-these libraries are imported: Ray's own ``env_vars`` can set a variable, and cannot take one away.
+An actor inherits the environment of its node: of a pod, a batch job, or the shell that ``eopd`` was
+called from. Some of it is meant for others and breaks the libraries of a run. It is put right here,
+in the process itself and before these libraries are imported: Ray's own ``env_vars`` can set a
+variable, and cannot take one away.
 
-Left out: variables by which a user tunes a library on purpose, such as ``VLLM_ATTENTION_BACKEND`` or ``NCCL_DEBUG``.
+Left out: variables by which a user tunes a library on purpose, such as ``VLLM_ATTENTION_BACKEND``
+or ``NCCL_DEBUG``.
 """
 
 import os
@@ -17,10 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-# Where vLLM listens: engines that share a machine would all try the same port (0.32.0, ``get_open_port``).
+# Where vLLM listens: engines that share a machine would all try the same port (0.32.0,
+# ``get_open_port``).
 LISTENS: Final = ("VLLM_HOST_IP", "VLLM_PORT")
 
-# Where threads of OpenMP are pinned: roles that share a machine would all be pinned to the same cores.
+# Where threads of OpenMP are pinned: roles that share a machine would all be pinned to the same
+# cores.
 PINS: Final = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
 
 # vLLM's sockets are named by a UUID below this directory, and the kernel takes 107 bytes (0.32.0).
@@ -33,21 +37,26 @@ _LINK = r"_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|POR
 
 
 def settle(environ: MutableMapping[str, str]) -> None:
-    """Put the environment of a worker process right, in place; to be called before any heavy library is imported.
+    """Put the environment of a worker process right, in place; to be called before any heavy
+    library is imported.
 
-    * Kubernetes describes every Service in variables that begin with its name. Those of one called ``vllm`` or
-      ``master`` read like options (``VLLM_PORT=tcp://10.0.0.1:8000``), so all are dropped but Kubernetes' own.
+    * Kubernetes describes every Service in variables that begin with its name. Those of one called
+      ``vllm`` or ``master`` read like options (``VLLM_PORT=tcp://10.0.0.1:8000``), so all are
+      dropped but Kubernetes' own.
     * ``LISTENS`` and ``PINS`` are dropped.
-    * A home directory that takes no files, or none at all, is replaced by one below ``TMPDIR``: libraries keep caches
-      and settings there. A user without an entry in the password file gets a name, for the same libraries.
+    * A home directory that takes no files, or none at all, is replaced by one below ``TMPDIR``:
+      libraries keep caches and settings there. A user without an entry in the password file gets a
+      name, for the same libraries.
     * vLLM's sockets move to a short directory where ``TMPDIR`` is too long for them.
     """
     for name in (*service_links(environ), *LISTENS, *PINS):
         environ.pop(name, None)
+
     home = _home(environ)
     environ["HOME"] = str(home if home is not None and takes_files(home) else _make_home())
     if not _has_name(environ):
         environ["USER"] = str(os.getuid())
+
     sockets = environ.get(SOCKETS) or tempfile.gettempdir()
     if len(os.fsencode(sockets)) > LONGEST_SOCKETS:
         environ[SOCKETS] = next((short for short in SHORT if takes_files(Path(short))), sockets)
@@ -60,11 +69,16 @@ def service_links(environ: Mapping[str, str]) -> list[str]:
     ``VLLM_SERVICE_PORT`` together; then ``VLLM_PORT_8000_TCP_ADDR`` is one of its variables, too.
     """
     services = {
-        *(name.removesuffix("_PORT") for name in environ if name.endswith("_PORT") and _URL.match(environ[name])),
+        *(
+            name.removesuffix("_PORT")
+            for name in environ
+            if name.endswith("_PORT") and _URL.match(environ[name])
+        ),
         *(
             name.removesuffix("_SERVICE_HOST")
             for name in environ
-            if name.endswith("_SERVICE_HOST") and name.replace("_SERVICE_HOST", "_SERVICE_PORT") in environ
+            if name.endswith("_SERVICE_HOST")
+            and name.replace("_SERVICE_HOST", "_SERVICE_PORT") in environ
         ),
     }
     links = [re.compile(re.escape(service) + _LINK) for service in services - {"KUBERNETES"}]
@@ -78,6 +92,7 @@ def takes_files(directory: Path) -> bool:
             file.write(b"1")
     except OSError:
         return False
+
     return True
 
 
@@ -88,10 +103,13 @@ def _home(environ: Mapping[str, str]) -> Path | None:
 
 
 def _make_home() -> Path:
-    """A directory of this user alone, the same one every time unless somebody else was there first."""
+    """A directory of this user alone, the same one every time unless somebody else was there
+    first.
+    """
     home = Path(tempfile.gettempdir(), f"eopd-home-{os.getuid()}")
     with suppress(FileExistsError):
         home.mkdir(mode=0o700)
+
     found = home.lstat()
     ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
     return home if ours else Path(tempfile.mkdtemp(prefix="eopd-home-"))
@@ -108,8 +126,10 @@ def _has_name(environ: Mapping[str, str]) -> bool:
     """Whether ``getpass.getuser`` finds the user's name."""
     if any(environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
         return True
+
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:
         return False
+
     return True

@@ -14,7 +14,9 @@ STAGES = ("generate", "score", "train", "weights", "wait")
 
 @dataclass(slots=True)
 class Progress:
-    """Counts steps. Seconds and rates are those of this process; steps, tokens and wall time those of the whole run."""
+    """Counts steps. Seconds and rates are those of this process; steps, tokens and wall time
+    those of the whole run.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -31,11 +33,15 @@ class Progress:
     _started: float = field(default_factory=time.monotonic)
     _rows: int = 0
     _tokens_here: int = 0
-    _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("step", *STAGES), 0.0))
+    _seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("step", *STAGES), 0.0)
+    )
 
     @classmethod
     def resume(cls, state: DriverState, summary: Summary) -> "Progress":
-        """Where a checkpoint left off, under a new incarnation; the measurement before training is kept."""
+        """Where a checkpoint left off, under a new incarnation; the measurement before
+        training is kept.
+        """
         return cls(
             incarnation=summary["incarnation"] + 1,
             step=state.step,
@@ -48,7 +54,9 @@ class Progress:
         )
 
     def roll_back(self, state: DriverState | None) -> None:
-        """Back to a checkpoint, or to the beginning, under a new incarnation. Time spent stays spent."""
+        """Back to a checkpoint, or to the beginning, under a new incarnation. Time spent
+        stays spent.
+        """
         self.step = state.step if state else 0
         self.tokens = state.tokens if state else 0
         self.trajectories = state.trajectories if state else 0
@@ -82,8 +90,10 @@ class Progress:
         }
         if self.checkpoint_step is not None:
             row["eopd_checkpoint_step"] = float(self.checkpoint_step)
+
         if self.checkpoint_s is not None:
             row["eopd_checkpoint_seconds"] = self.checkpoint_s
+
         return row
 
     def state(self, ledger: Ledger, inputs: Mapping[str, str]) -> DriverState:

@@ -1,4 +1,6 @@
-"""How many losses a run survives: each lost worker is counted once, and too many within a window end the run."""
+"""How many losses a run survives: each lost worker is counted once, and too many within a
+window end the run.
+"""
 
 import math
 import time
@@ -15,15 +17,19 @@ class TooManyRestartsError(RunFailedError):
 
 
 class RestartBudget:
-    """At most ``max_restarts`` lost workers for every ``WORKERS`` that a run has, within ``window_s`` seconds.
+    """At most ``max_restarts`` lost workers for every ``WORKERS`` that a run has, within
+    ``window_s`` seconds.
 
     Args:
         max_restarts: of a run with up to ``WORKERS`` workers.
         window_s: seconds that a loss counts.
-        num_workers: how many workers the run has now: engines, teacher replicas, and the learner's gang as one.
+        num_workers: how many workers the run has now: engines, teacher replicas, and the learner's
+            gang as one.
     """
 
-    def __init__(self, max_restarts: int, window_s: float, num_workers: Callable[[], int] = lambda: 1) -> None:
+    def __init__(
+        self, max_restarts: int, window_s: float, num_workers: Callable[[], int] = lambda: 1
+    ) -> None:
         self.num_workers = num_workers
         self._max_restarts = max_restarts
         self._window_s = window_s

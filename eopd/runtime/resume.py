@@ -1,4 +1,5 @@
-"""How a process takes up a run: from the beginning, from a checkpoint, or not at all; decided before anything starts.
+"""How a process takes up a run: from the beginning, from a checkpoint, or not at all; decided
+before anything starts.
 
     what the run directory holds          without --resume   --resume              --resume auto
     nothing                               begins             refused               begins
@@ -8,8 +9,9 @@
     a whole checkpoint                    refused            goes on from it       goes on from it
     the same, complete                    refused            measured again        nothing to do
 
-``take_up`` only reads. What stands there of steps after the checkpoint, and the old config, is given up by
-``TakenUp.carry_out``, which the run calls once its actors have loaded the checkpoint: a start that fails costs nothing.
+``take_up`` only reads. What stands there of steps after the checkpoint, and the old config, is
+given up by ``TakenUp.carry_out``, which the run calls once its actors have loaded the checkpoint: a
+start that fails costs nothing.
 """
 
 import shutil
@@ -42,7 +44,8 @@ MUST_BE_THE_SAME: Final = ("prompts.data", "student.model")  # of what inputs.py
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TakenUp:
-    """A run that a process takes up. ``checkpoint``, its ``state`` and the ``summary`` are None at the beginning.
+    """A run that a process takes up. ``checkpoint``, its ``state`` and the ``summary`` are None at
+    the beginning.
 
     Args:
         directory: that of the run.
@@ -77,16 +80,20 @@ class TakenUp:
         """Go on from the checkpoint: forget what came after it, and keep the new config."""
         if self.checkpoint is None:
             return
+
         step = step_of(self.checkpoint)
         remove_partial(self.directory.checkpoints)
         for later in list_checkpoints(self.directory.checkpoints):
             if step_of(later) > step:
                 shutil.rmtree(later)
+
         self.directory.drop_rows_after(step)
         self.directory.go_on(self.config, step, self.changes)
 
 
-def take_up(config: Config, inputs: Mapping[str, str], resume: Resume = "no", step: int | None = None) -> TakenUp:
+def take_up(
+    config: Config, inputs: Mapping[str, str], resume: Resume = "no", step: int | None = None
+) -> TakenUp:
     """Decide how the run of a config is taken up; the caller holds its lock.
 
     Args:
@@ -105,29 +112,31 @@ def take_up(config: Config, inputs: Mapping[str, str], resume: Resume = "no", st
     if not checkpoints:
         require_no_broken(directory)
         return replace(new, notes=_begin(directory, resume))
+
     last = step_of(checkpoints[-1])
     if resume == "no":
         raise ConfigError(
-            f"run.name: {directory.path} exists, with checkpoints up to step {last}; continue it with --resume, or "
-            "choose another name"
+            f"run.name: {directory.path} exists, with checkpoints up to step {last}; "
+            "continue it with --resume, or choose another name"
         )
-    summary = directory.read_summary()
-    if summary is None:
-        raise ConfigError(
-            f"--resume: {directory.path} has lost its summary.json, which every run with checkpoints has. "
-            f"{instead_of_going_on(directory.path)}"
-        )
-    if resume == "auto" and summary["status"] == "completed" and summary["steps"] == last == config.run.batches:
+
+    summary = _summary_of(directory)
+    is_complete = summary["status"] == "completed" and summary["steps"] == last
+    if resume == "auto" and is_complete and last == config.run.batches:
         return replace(new, summary=summary, complete=True)
+
     checkpoint = directory.checkpoint(step)
     if step_of(checkpoint) > config.run.batches:
         raise ConfigError(
-            f"run.batches: {config.run.batches} is below step {step_of(checkpoint)}, which the run goes on from; raise "
-            "it, or go back to an older checkpoint with --resume --step"
+            f"run.batches: {config.run.batches} is below step {step_of(checkpoint)}, which "
+            "the run goes on from; raise it, or go back to an older checkpoint with "
+            "--resume --step"
         )
+
     state = _state_of(checkpoint)
     config = with_student_dtype_of(directory.config_at(state.step), config)
     found = what_changed(directory, config, state, inputs)
+
     return replace(
         new,
         config=config,
@@ -138,6 +147,17 @@ def take_up(config: Config, inputs: Mapping[str, str], resume: Resume = "no", st
         total_changes=directory.num_changes(state.step) + len(found),
         notes=_notes(directory, checkpoint, checkpoints, found, named=step is not None),
     )
+
+
+def _summary_of(directory: RunDirectory) -> Summary:
+    summary = directory.read_summary()
+    if summary is None:
+        raise ConfigError(
+            f"--resume: {directory.path} has lost its summary.json, which every run with "
+            f"checkpoints has. {instead_of_going_on(directory.path)}"
+        )
+
+    return summary
 
 
 def _state_of(checkpoint: Path) -> DriverState:
@@ -151,20 +171,23 @@ def _state_of(checkpoint: Path) -> DriverState:
         Ledger.restore(**state.ledger)  # type: ignore[arg-type]
     except (TypeError, ValueError, AttributeError):
         raise ConfigError(
-            f"{checkpoint / STATE}: its ledger is not what was written; it was damaged, or written by another version "
-            f"of eopd. {WITHOUT_IT}"
+            f"{checkpoint / STATE}: its ledger is not what was written; it was damaged, or "
+            f"written by another version of eopd. {WITHOUT_IT}"
         ) from None
+
     return state
 
 
 def require_no_broken(directory: RunDirectory) -> None:
-    """Raises ConfigError where there are checkpoints, and none is whole: a person may want to mend one."""
+    """Raises ConfigError where there are checkpoints, and none is whole: a person may want to
+    mend one.
+    """
     if broken := broken_checkpoints(directory.checkpoints):
         faults = "; ".join(f"{checkpoint.name}: {why}" for checkpoint, why in broken.items())
         raise ConfigError(
-            f"run.name: {directory.path} holds no checkpoint that is whole: {faults}. Put the missing files back, or "
-            f"choose another name; to give these checkpoints up, remove {directory.checkpoints} and start with "
-            "--resume auto"
+            f"run.name: {directory.path} holds no checkpoint that is whole: {faults}. Put "
+            "the missing files back, or choose another name; to give these checkpoints up, "
+            f"remove {directory.checkpoints} and start with --resume auto"
         )
 
 
@@ -173,21 +196,32 @@ def _begin(directory: RunDirectory, resume: Resume) -> list[str]:
     path, steps = directory.path, directory.num_steps()
     if not directory.holds_a_run() and not steps:
         if resume == "yes":
-            raise ConfigError(f"--resume: {path} holds no run; start it without --resume, or with --resume auto")
+            raise ConfigError(
+                f"--resume: {path} holds no run; start it without --resume, or with --resume auto"
+            )
+
         return []
+
     if resume == "auto":
         return [f"starting over: {path} holds {steps} steps and no checkpoint; they are forgotten"]
+
     if resume == "yes" or steps:
         option = "--resume" if resume == "yes" else "run.name"
         raise ConfigError(
-            f"{option}: {path} holds {steps} steps and no checkpoint to continue from; start it over with --resume "
-            "auto, or choose another run.name"
+            f"{option}: {path} holds {steps} steps and no checkpoint to continue from; start "
+            "it over with --resume auto, or choose another run.name"
         )
+
     return []
 
 
 def _notes(
-    directory: RunDirectory, checkpoint: Path, whole: Sequence[Path], found: Sequence[Change], *, named: bool
+    directory: RunDirectory,
+    checkpoint: Path,
+    whole: Sequence[Path],
+    found: Sequence[Change],
+    *,
+    named: bool,
 ) -> list[str]:
     step = step_of(checkpoint)
     notes = [] if named else directory.passed_over()
@@ -195,9 +229,10 @@ def _notes(
     rows = directory.num_steps() - step
     if later:
         notes.append(
-            f"going back to step {step}: once training goes on, {', '.join(later)} and the rows of {rows} later steps "
-            "are removed"
+            f"going back to step {step}: once training goes on, {', '.join(later)} and the "
+            f"rows of {rows} later steps are removed"
         )
+
     return [*notes, *(f"from step {step + 1}: {change}" for change in found)]
 
 
@@ -210,17 +245,29 @@ def what_changed(
         ConfigError: something changed that makes it another run; names all of it, and the way out.
     """
     differences = changes(directory.config_at(state.step), config)
-    if state.inputs is None or state.inputs.get("made_as") != inputs.get("made_as"):  # nothing to compare with
-        contents = [replace(change, kind="said") for change in differences if change.kind == "contents"]
+    # nothing to compare with
+    if state.inputs is None or state.inputs.get("made_as") != inputs.get("made_as"):
+        contents = [
+            replace(change, kind="said") for change in differences if change.kind == "contents"
+        ]
     else:
         contents = _contents(config, state.inputs, inputs)
+
     found = [change for change in differences if change.kind != "contents"]
     found += [change for change in contents if change.key not in {one.key for one in found}]
     refused = [change for change in found if change.kind == "never"]
     if refused:
-        causes = [change for change in differences if change.kind == "contents" and "prompts" in change.key]
+        causes = [
+            change
+            for change in differences
+            if change.kind == "contents" and "prompts" in change.key
+        ]
         of_prompts = any(change.key == "prompts.data" for change in refused)
-        _refuse(directory, [*refused, *(cause for cause in causes if of_prompts and cause.key != "prompts.data")])
+        _refuse(
+            directory,
+            [*refused, *(cause for cause in causes if of_prompts and cause.key != "prompts.data")],
+        )
+
     return [change for change in found if change.kind == "said"]
 
 
@@ -241,7 +288,7 @@ def _contents(config: Config, before: Mapping[str, str], after: Mapping[str, str
 
 def _refuse(directory: RunDirectory, refused: Sequence[Change]) -> None:
     raise ConfigError(
-        f"--resume: {'; '.join(map(str, refused))}. That would be another run. Put it back as it was; or write the "
-        f"student of this one with `eopd export {directory.path}`, and start a new run from it (student.model, and "
-        "another run.name)"
+        f"--resume: {'; '.join(map(str, refused))}. That would be another run. Put it back "
+        f"as it was; or write the student of this one with `eopd export {directory.path}`, "
+        "and start a new run from it (student.model, and another run.name)"
     )

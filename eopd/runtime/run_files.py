@@ -1,6 +1,8 @@
-"""What the files of a run directory hold when another process reads them: of any version, and whatever happened since.
+"""What the files of a run directory hold when another process reads them: of any version, and
+whatever happened since.
 
-A row that a machine cut short when it lost its power is left out; what a run can go on without has a value of its own.
+A row that a machine cut short when it lost its power is left out; what a run can go on without has
+a value of its own.
 """
 
 import json
@@ -20,7 +22,9 @@ from eopd.telemetry.console import Summary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeRecord:
-    """A line of ``changes.jsonl``: ``changes`` has each key's value before and after, ``before`` the whole config."""
+    """A line of ``changes.jsonl``: ``changes`` has each key's value before and after,
+    ``before`` the whole config.
+    """
 
     from_step: int
     time: float
@@ -62,8 +66,8 @@ _CHANGE: Final = TypeAdapter(ChangeRecord)
 def instead_of_going_on(path: Path) -> str:
     """What can be done with a run directory whose run cannot go on."""
     return (
-        f"Put it back from a copy; or write the student of this run with `eopd export {path}`, and start a new run "
-        "from it (student.model, and another run.name)"
+        "Put it back from a copy; or write the student of this run with `eopd export "
+        f"{path}`, and start a new run from it (student.model, and another run.name)"
     )
 
 
@@ -75,6 +79,7 @@ def read_summary(path: Path) -> Summary | None:
     """
     if not path.exists():
         return None
+
     return cast(Summary, asdict(read_saved(path, _SUMMARY, instead_of_going_on(path.parent))))
 
 
@@ -84,9 +89,15 @@ def read_changes(path: Path) -> list[ChangeRecord]:
     Raises:
         ConfigError: a line is no change.
     """
-    lines = enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1) if path.exists() else ()
+    lines = (
+        enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1)
+        if path.exists()
+        else ()
+    )
     return [
-        parse_saved(f"{path}: line {number}", line, _CHANGE, _without_changes(path)) for number, line in lines if line
+        parse_saved(f"{path}: line {number}", line, _CHANGE, _without_changes(path))
+        for number, line in lines
+        if line
     ]
 
 
@@ -101,8 +112,8 @@ def config_before(path: Path, change: ChangeRecord) -> Config:
     except ValidationError as error:
         lines = [explain(detail, Config)[1] for detail in error.errors(include_url=False)]
         raise ConfigError(
-            f"{path}: the config from before step {change.from_step} cannot be read: {'; '.join(lines)}. "
-            f"{_without_changes(path)}"
+            f"{path}: the config from before step {change.from_step} cannot be read: "
+            f"{'; '.join(lines)}. {_without_changes(path)}"
         ) from None
 
 
@@ -110,12 +121,14 @@ def read_rows(path: Path, last: int | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a JSONL file, or those of its last lines; what is no row is left out."""
     if not path.exists():
         return
+
     with path.open("rb") as file:
         for line in deque(file, maxlen=last):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
+
             if isinstance(row, dict):
                 yield row
 

@@ -1,4 +1,6 @@
-"""The signals that ask a run to end: Ctrl-C, and what a scheduler or a terminal that closes sends."""
+"""The signals that ask a run to end: Ctrl-C, and what a scheduler or a terminal that closes
+sends.
+"""
 
 import asyncio
 import signal
@@ -13,9 +15,11 @@ ASK_TO_END: Final = (signal.SIGINT, signal.SIGTERM, *OF_THE_DRIVER)
 
 @contextmanager
 def caught(interrupt: Callable[[], bool], main: "asyncio.Task[object] | None") -> Iterator[None]:
-    """Each is treated as Ctrl-C: ``interrupt`` first, and the main task is cancelled where that says False.
+    """Each is treated as Ctrl-C: ``interrupt`` first, and the main task is cancelled where that
+    says False.
 
-    An ignored SIGHUP stays ignored: so ``nohup`` lets a run outlive its terminal. SIGINT is taken all the
+    An ignored SIGHUP stays ignored: so ``nohup`` lets a run outlive its terminal. SIGINT is taken
+    all the
     same: shells let jobs in the background ignore it, and ``kill -INT`` is meant for the run.
     """
     assert main is not None
@@ -24,6 +28,7 @@ def caught(interrupt: Callable[[], bool], main: "asyncio.Task[object] | None") -
     numbers = [number for number in ASK_TO_END if number != signal.SIGHUP or not outlives_terminal]
     for number in numbers:
         loop.add_signal_handler(number, lambda: interrupt() or main.cancel())
+
     try:
         yield
     finally:
@@ -33,10 +38,11 @@ def caught(interrupt: Callable[[], bool], main: "asyncio.Task[object] | None") -
 
 @contextmanager
 def ignored_by_children() -> Iterator[None]:
-    """Whatever process is started within, and all that it starts, ignores the signals that are for the driver alone.
+    """Whatever process is started within, and all that it starts, ignores the signals that are for
+    the driver alone.
 
-    A terminal and Slurm send them to every process of the job. Those of Ray would end at once, and with them the step
-    that the driver still wants to finish and save.
+    A terminal and Slurm send them to every process of the job. Those of Ray would end at once, and
+    with them the step that the driver still wants to finish and save.
     """
     before = {number: signal.signal(number, signal.SIG_IGN) for number in OF_THE_DRIVER}
     try:

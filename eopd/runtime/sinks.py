@@ -23,7 +23,8 @@ def open_sinks(
         busy: says when somebody generated and scored during the last step.
 
     Returns:
-        All sinks, the one for Prometheus and the trackers among them, and what people are told of them.
+        All sinks, the one for Prometheus and the trackers among them, and what people are told of
+        them.
     """
     telemetry, run = config.telemetry, config.run
     sinks: list[Sink] = [JsonlSink(directory.metrics), TimelineSink(directory.timeline, busy)]
@@ -38,5 +39,9 @@ def open_sinks(
     settings = flatten(config.model_dump(mode="json"))
     trackers = [tracker(name, directory.path, run.name, settings) for name in telemetry.trackers]
     if cluster.is_job_copy(directory.path):
-        notes.append("this is Ray's copy of the working directory: set run.directory to keep what the run writes")
+        notes.append(
+            "this is Ray's copy of the working directory: set run.directory to "
+            "keep what the run writes"
+        )
+
     return [*sinks, *trackers], prometheus, trackers, notes

@@ -35,7 +35,9 @@ FETCH_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crew:
-    """Everything of a run that lives in actors: the roles of the loop, and the fleets behind them."""
+    """Everything of a run that lives in actors: the roles of the loop, and the fleets behind
+    them.
+    """
 
     engines: EnginePool
     teacher: TeacherRouter
@@ -47,8 +49,12 @@ class Crew:
 
 
 @asynccontextmanager
-async def crew(config: Config, incarnation: int, text: Int32Array, say: Callable[[str], None]) -> AsyncIterator[Crew]:
-    """Every actor of a training run, started all at the same time; engines are probed with ``text``, int32[N]."""
+async def crew(
+    config: Config, incarnation: int, text: Int32Array, say: Callable[[str], None]
+) -> AsyncIterator[Crew]:
+    """Every actor of a training run, started all at the same time; engines are probed with
+    ``text``, int32[N].
+    """
     restarts = RestartBudget(config.cluster.max_restarts, config.cluster.restart_window_s)
     async with _actors() as spawn:
         gang = LearnerGang(spawn, config)
@@ -60,7 +66,11 @@ async def crew(config: Config, incarnation: int, text: Int32Array, say: Callable
         starting: dict[str, Awaitable[None]] = {"learner": gang.start(incarnation)}
         for fleet in fleets:
             starting |= fleet.start()
-        await _all_up(starting, config.cluster.start_timeout_s, logs=str(RunDirectory(config.run.path).logs))
+
+        await _all_up(
+            starting, config.cluster.start_timeout_s, logs=str(RunDirectory(config.run.path).logs)
+        )
+
         try:
             yield Crew(
                 engines=EnginePool(engines),
@@ -94,7 +104,9 @@ async def teachers(config: Config) -> AsyncIterator[Mapping[str, Fleet[TeacherSc
     """The teachers of a run alone, for a check."""
     async with _actors() as spawn:
         fleets = teacher_fleets(spawn, config, RestartBudget(0, 0.0).spend, lambda text: None)
-        starting = {name: started for fleet in fleets.values() for name, started in fleet.start().items()}
+        starting = {
+            name: started for fleet in fleets.values() for name, started in fleet.start().items()
+        }
         await _all_up(starting, config.cluster.start_timeout_s, logs=log_directory())
         yield fleets
 
@@ -103,54 +115,78 @@ class StartError(RunFailedError):
     """An actor did not come up: which, why, and where its log is."""
 
 
-async def _all_up(starting: Mapping[str, Awaitable[object]], timeout_s: float, *, logs: str) -> None:
+async def _all_up(
+    starting: Mapping[str, Awaitable[object]], timeout_s: float, *, logs: str
+) -> None:
     """Wait until everybody has started.
 
     Raises:
         ConfigError: somebody found the user's mistake.
-        StartError: somebody failed, or did not come up in time; the driver's log has the worker's traceback.
+        StartError: somebody failed, or did not come up in time; the driver's log has the worker's
+            traceback.
     """
     tasks = {asyncio.ensure_future(started): name for name, started in starting.items()}
     try:
-        done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        done, pending = await asyncio.wait(
+            tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
+        )
     finally:
         for task in tasks:
             task.cancel()
             task.add_done_callback(_hear)
+
     for task in done:
         error = task.exception()
-        if isinstance(error, ConfigError) and isinstance(error, RayTaskError):  # what only the worker could find out
+        # what only the worker could find out
+        if isinstance(error, ConfigError) and isinstance(error, RayTaskError):
             raise ConfigError(f"{tasks[task]}: {error.cause}") from None  # type: ignore[attr-defined]
+
         if error is not None:
             logger.error("the %s did not start", tasks[task], exc_info=error)
-            cause = getattr(error, "cause", None) or error  # Ray's error carries the worker's traceback
+            # Ray's error carries the worker's traceback
+            cause = getattr(error, "cause", None) or error
             reason = f"{type(cause).__name__}: {first_line(cause)}"
             raise StartError(f"the {tasks[task]} did not start: {reason}; its log is in {logs}")
+
     if pending:
         names = ", ".join(tasks[task] for task in pending)
-        raise StartError(f"not up within cluster.start_timeout_s = {timeout_s:g}: {names}; logs in {logs}")
+        raise StartError(
+            f"not up within cluster.start_timeout_s = {timeout_s:g}: {names}; logs in {logs}"
+        )
 
 
 def _hear(task: asyncio.Future[object]) -> None:
-    """Take what a task ended with, so that asyncio does not print it: the first failure is the one that is told."""
+    """Take what a task ended with, so that asyncio does not print it: the first failure is
+    the one that is told.
+    """
     if not task.cancelled():
         task.exception()
 
 
 @asynccontextmanager
 async def _actors() -> AsyncIterator[Spawn]:
-    """A function that spawns actors; on the way out all of them are closed and killed, whatever happened.
+    """A function that spawns actors; on the way out all of them are closed and killed, whatever
+    happened.
 
-    Where some did not come up, or nobody waits any more, they are killed at once: what still starts does not listen.
+    Where some did not come up, or nobody waits any more, they are killed at once: what still starts
+    does not listen.
     """
     spawned: list[ActorHandle] = []
 
-    def spawn(role: type, resources: RoleResources, numbers: Iterable[int], **options: object) -> list[ActorHandle]:
+    def spawn(
+        role: type, resources: RoleResources, numbers: Iterable[int], **options: object
+    ) -> list[ActorHandle]:
         remote = ray.remote(role).options(
-            num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env={"env_vars": dict(resources.env)}, **options
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            runtime_env={"env_vars": dict(resources.env)},
+            **options,
         )
-        actors = [remote.remote(f"{resources.role.replace(' ', '-')}-{number}") for number in numbers]
+        actors = [
+            remote.remote(f"{resources.role.replace(' ', '-')}-{number}") for number in numbers
+        ]
         spawned.extend(actors)
+
         return actors
 
     try:
@@ -158,6 +194,7 @@ async def _actors() -> AsyncIterator[Spawn]:
     except (StartError, ConfigError, asyncio.CancelledError):
         for actor in spawned:
             ray.kill(actor)
+
         raise
     finally:
         try:
@@ -168,11 +205,15 @@ async def _actors() -> AsyncIterator[Spawn]:
 
 
 async def fetch(stored: Stored[T]) -> T | LostTrajectory:
-    """The body behind a reference, for the few that the driver does read; its node may be lost, or not answer."""
+    """The body behind a reference, for the few that the driver does read; its node may be
+    lost, or not answer.
+    """
     try:
         async with asyncio.timeout(FETCH_TIMEOUT_S):
             body: T = await stored.body  # type: ignore[misc]
             return body
     except (ObjectLostError, TimeoutError) as error:
         detail = f"its body was lost: {error or 'no answer'}"
-        return LostTrajectory(key=stored.header.key, reason=LossReason.ROLLOUT_FAILED, detail=detail)
+        return LostTrajectory(
+            key=stored.header.key, reason=LossReason.ROLLOUT_FAILED, detail=detail
+        )

@@ -1,4 +1,6 @@
-"""The teachers of a run: a ``Fleet`` of actors each, tested when they have started, routed to by source."""
+"""The teachers of a run: a ``Fleet`` of actors each, tested when they have started, routed to
+by source.
+"""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +14,12 @@ from eopd.roles import TeacherDownError, TeacherScorer
 from eopd.runtime.actors import MAX_CALLS, RemoteTeacher, Spawn, TeacherActor, dies_as, end
 from eopd.runtime.placement import plan_teacher
 from eopd.teacher.pool import TeacherPool, TeacherRouter
-from eopd.teacher.selftest import CONTINUATION_TOKENS, SelfTestReport, TeacherSelfTestError, self_test
+from eopd.teacher.selftest import (
+    CONTINUATION_TOKENS,
+    SelfTestReport,
+    TeacherSelfTestError,
+    self_test,
+)
 from eopd.teacher.vocabulary import vocab_size
 from eopd.types import Int32Array, LostTrajectory, ScoredTrajectory, Stored, Trajectory
 
@@ -20,7 +27,9 @@ from eopd.types import Int32Array, LostTrajectory, ScoredTrajectory, Stored, Tra
 class TeacherBody:
     """The actor of one replica; of a served teacher it holds a client."""
 
-    def __init__(self, actor: ActorHandle, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> None:
+    def __init__(
+        self, actor: ActorHandle, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int
+    ) -> None:
         self.worker = RemoteTeacher(actor)
         self._actor = actor
         self._arguments = (config, top_k, max_sequence_tokens)
@@ -38,12 +47,18 @@ class TeacherBody:
 def teacher_fleets(
     spawn: Spawn, config: Config, spend: Callable[[str], None], say: Callable[[str], None]
 ) -> dict[str, Fleet[TeacherScorer]]:
-    """The replicas of every teacher, by its name; ``spawn`` makes their actors and answers for their end."""
+    """The replicas of every teacher, by its name; ``spawn`` makes their actors and answers
+    for their end.
+    """
     return {teacher.name: _fleet(spawn, config, teacher, spend, say) for teacher in config.teachers}
 
 
 def _fleet(
-    spawn: Spawn, config: Config, teacher: TeacherConfig, spend: Callable[[str], None], say: Callable[[str], None]
+    spawn: Spawn,
+    config: Config,
+    teacher: TeacherConfig,
+    spend: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> Fleet[TeacherScorer]:
     plan = plan_teacher(teacher)
     name = f"replica of teacher {teacher.name}"
@@ -51,7 +66,10 @@ def _fleet(
 
     def bodies(numbers: Sequence[int]) -> list[TeacherBody]:
         actors = spawn(TeacherActor, plan, numbers, max_concurrency=MAX_CALLS)
-        return [TeacherBody(actor, teacher, top_k=config.loss.top_k, max_sequence_tokens=longest) for actor in actors]
+        return [
+            TeacherBody(actor, teacher, top_k=config.loss.top_k, max_sequence_tokens=longest)
+            for actor in actors
+        ]
 
     return Fleet(
         name,
@@ -72,6 +90,7 @@ def route(config: Config, fleets: Mapping[str, Fleet[TeacherScorer]]) -> Teacher
         by_source.update(dict.fromkeys(teacher.sources, pool))
         if not teacher.sources:
             default = pool
+
     return TeacherRouter(by_source, default)
 
 
@@ -88,7 +107,10 @@ async def self_test_replicas(
     Raises:
         TeacherSelfTestError: one of them does not say what a teacher can say, or they differ.
     """
-    return [await _test(config, teacher, fleets[teacher.name], prompt_ids) for teacher in config.teachers]
+    return [
+        await _test(config, teacher, fleets[teacher.name], prompt_ids)
+        for teacher in config.teachers
+    ]
 
 
 async def _test(
@@ -110,11 +132,16 @@ async def _test(
 
 
 class _WithBodies:
-    """A ``TeacherScorer`` whose answers have the body itself, fetched: for the self-test's few short ones."""
+    """A ``TeacherScorer`` whose answers have the body itself, fetched: for the self-test's
+    few short ones.
+    """
 
     def __init__(self, teacher: TeacherScorer) -> None:
         self._teacher = teacher
 
     async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
         scored = await self._teacher.score(stored)
-        return scored if isinstance(scored, LostTrajectory) else Stored(scored.header, await scored.body)  # type: ignore[misc]
+        if isinstance(scored, LostTrajectory):
+            return scored
+
+        return Stored(scored.header, await scored.body)  # type: ignore[misc]

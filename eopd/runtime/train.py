@@ -47,7 +47,9 @@ _PROBE_TOKENS = 256  # of prompts, which the student finds probable
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a run. ``trained`` is false where it was complete already, and nothing was done."""
+    """What came of a run. ``trained`` is false where it was complete already, and nothing was
+    done.
+    """
 
     summary: Summary
     directory: RunDirectory
@@ -63,21 +65,25 @@ def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> 
         step: of that checkpoint; else the newest that is whole.
 
     Returns:
-        The outcome; the summary's ``status`` is ``completed``, or ``interrupted`` after a signal that asked for it.
+        The outcome; the summary's ``status`` is ``completed``, or ``interrupted`` after a signal
+        that asked for it.
 
     Raises:
         ConfigError: the user's mistake, found before any worker starts.
     """
     prepared = check(config)
     directory = RunDirectory(config.run.path)
+
     with ExitStack() as stack:
         lock_notes = stack.enter_context(held(directory.path))
         taken_up = take_up(config, digests(config, prepared), resume, step)
         if taken_up.complete:
             assert taken_up.summary is not None
             return Outcome(taken_up.summary, directory, trained=False)
+
         with ignored_by_children():
             stack.enter_context(cluster.connect(config.cluster))
+
         cluster.require_room(plan(config))
         taken_up.begin()
         summary = asyncio.run(TrainingRun(prepared, taken_up, lock_notes).main())
@@ -92,7 +98,8 @@ class TrainingRun:
         self._config = taken_up.config
         self._prepared = prepared
         self._taken_up = taken_up
-        self._gone_on = taken_up.checkpoint is None  # whether what it continues from has been put into effect
+        # whether what it continues from has been put into effect
+        self._gone_on = taken_up.checkpoint is None
         self._notes = [*notes, *taken_up.notes]
         state, summary = taken_up.state, taken_up.summary
         self._progress = Progress.resume(state, summary) if state and summary else Progress()
@@ -114,6 +121,7 @@ class TrainingRun:
             ):
                 async with self._telemetry() as telemetry:
                     await self._run(telemetry)
+
             status = "interrupted" if self._interrupted else "completed"
         except asyncio.CancelledError:
             status = "interrupted"
@@ -123,8 +131,10 @@ class TrainingRun:
             summary = self._progress.summary(status)
             if self._gone_on:  # else the run stands as it stood
                 self.directory.write_summary(summary)
+
             report_of_ended(self.directory.path, self.directory.report)
             trackers.end(self._trackers, status)
+
         return summary
 
     def _say(self, text: str) -> None:
@@ -133,10 +143,17 @@ class TrainingRun:
 
     async def _run(self, telemetry: Telemetry) -> None:
         self._say("starting the learner, the rollout engines and the teacher")
-        text = np.concatenate([prompt.token_ids for prompt in self._prepared.train.prompts[:_PROBE_TOKENS]])
-        async with crew(self._config, self._progress.incarnation, text[:_PROBE_TOKENS], self._say) as members:
+        text = np.concatenate(
+            [prompt.token_ids for prompt in self._prepared.train.prompts[:_PROBE_TOKENS]]
+        )
+
+        async with crew(
+            self._config, self._progress.incarnation, text[:_PROBE_TOKENS], self._say
+        ) as members:
             run = self._config.run
-            self._watchdog = Watchdog(run.stall_after_s, run.on_stall, lambda: self._report(members))
+            self._watchdog = Watchdog(
+                run.stall_after_s, run.on_stall, lambda: self._report(members)
+            )
             await with_beside(
                 self._outlive_learners(members, telemetry),
                 self._watchdog.watch(self._say),
@@ -155,41 +172,52 @@ class TrainingRun:
         ]
 
     async def _outlive_learners(self, members: Crew, telemetry: Telemetry) -> None:
-        """The whole run; from the newest checkpoint on, under a new incarnation, whenever the learner is lost."""
+        """The whole run; from the newest checkpoint on, under a new incarnation, whenever the
+        learner is lost.
+        """
         for report in await self_test_replicas(
             self._config, members.teacher_fleets, self._prepared.train.prompts[0].token_ids
         ):
             self._say(report.verdict)
             logger.info(str(report))
+
         lost: LearnerDownError | None = None
+
         while True:
             try:
                 if lost is not None:
                     await self._restart_learner(members, lost)
+
                 await self._from_checkpoint_to_end(members, telemetry)
                 return
             except LearnerDownError as error:
-                if self._interrupted:  # a signal reaches the ranks too: the newest checkpoint stands
+                # a signal reaches the ranks too: the newest checkpoint stands
+                if self._interrupted:
                     return
+
                 lost = error
                 members.restarts.spend(f"learner: {error}")
 
     async def _from_checkpoint_to_end(self, members: Crew, telemetry: Telemetry) -> None:
         if (checkpoint := self._checkpoint()) is not None:
             await members.learner.load(checkpoint / "learner")
+
         await members.channel.publish(await members.learner.version())
         self._go_on()
         if self._progress.before is None and self._progress.step == 0:
             await self._measure(members, "before")
+
         await self._train(members, telemetry)
         if not self._interrupted:
             await self._measure(members, "after")
+
         await members.learner.export(self.directory.hf)
 
     def _checkpoint(self) -> Path | None:
         """What a learner starts from."""
         if not self._gone_on:
             return self._taken_up.checkpoint
+
         return next(reversed(list_checkpoints(self.directory.checkpoints)), None)
 
     def _go_on(self) -> None:
@@ -210,9 +238,10 @@ class TrainingRun:
         if self._gone_on:
             self.directory.drop_rows_after(self._progress.step)
             self.directory.write_summary(self._progress.summary("running"))
+
         self._say(
-            f"the learner was lost ({first_line(lost)}); another one goes on from step {self._progress.step}, as "
-            f"incarnation {self._progress.incarnation}"
+            f"the learner was lost ({first_line(lost)}); another one goes on from step "
+            f"{self._progress.step}, as incarnation {self._progress.incarnation}"
         )
         await members.learner.start(self._progress.incarnation)
         members.channel.disconnect()
@@ -223,18 +252,24 @@ class TrainingRun:
             self._config, self._prepared, members, self._ledger, totals, self._drop
         )
         self._stop_softly = pipeline.buffer.close
+
         try:
             await self._follow(pipeline, members, telemetry)
         except RunFailedError:
-            await self._save_the_rest(members)  # what was trained is not lost with what cannot go on
+            # what was trained is not lost with what cannot go on
+            await self._save_the_rest(members)
             raise
+
         self._stop_softly = self._pipeline = None
         await self._save_the_rest(members)
 
     async def _follow(self, pipeline: Pipeline, members: Crew, telemetry: Telemetry) -> None:
-        """Run the loop to its end, with a row, a record and now and then a checkpoint of what it has done."""
+        """Run the loop to its end, with a row, a record and now and then a checkpoint of what
+        it has done.
+        """
         start = self._progress.step
-        async with aclosing(pipeline.steps(start)) as steps:  # whatever ends it, nothing of it stays in flight
+        # whatever ends it, nothing of it stays in flight
+        async with aclosing(pipeline.steps(start)) as steps:
             async for row in steps:
                 self._watchdog.step()
                 held = {
@@ -254,7 +289,9 @@ class TrainingRun:
     def _drop(self, issue: int, lost: LostTrajectory) -> None:
         """Record a trajectory that is given up."""
         self.directory.add_dropped(issue, lost)
-        self._say(f"gave up {lost.key}: {lost.reason.value}: {lost.detail}; see {self.directory.dropped}")
+        self._say(
+            f"gave up {lost.key}: {lost.reason.value}: {lost.detail}; see {self.directory.dropped}"
+        )
 
     def _ledger_of(self, state: DriverState | None) -> Ledger:
         """The ledger of a checkpoint, or a new one; what was dropped since is not tried again."""
@@ -273,12 +310,15 @@ class TrainingRun:
         }
 
     async def _show_state(self, members: Crew) -> Never:
-        """Let Prometheus and the terminal see what goes on also while no step ends: that is when it matters."""
+        """Let Prometheus and the terminal see what goes on also while no step ends: that is
+        when it matters.
+        """
         while True:
             await asyncio.sleep(_STATE_S)
             if (pipeline := self._pipeline) is not None:
                 ready = f"{pipeline.buffer.num_ready} of {pipeline.plan.batch} trajectories ready"
                 self._console.doing(f"step {self._progress.step + 1}: {pipeline.doing}, {ready}")
+
             if self._prometheus is not None:
                 self._prometheus.write(self._state_of(members))
 
@@ -287,8 +327,9 @@ class TrainingRun:
         self._progress.count(row)
         if (skipped := self._progress.skipped_steps) > skipped_before:
             self._say(
-                f"step {self._progress.step}: loss or gradient not finite, optimiser step skipped "
-                f"({skipped} of at most {self._config.learner.max_skipped_steps}); see {self.directory.broken}"
+                f"step {self._progress.step}: loss or gradient not finite, optimiser step "
+                f"skipped ({skipped} of at most {self._config.learner.max_skipped_steps}); "
+                f"see {self.directory.broken}"
             )
 
     async def _save(self, members: Crew) -> None:
@@ -306,7 +347,12 @@ class TrainingRun:
     async def _measure(self, members: Crew, phase: Literal["before", "after"]) -> None:
         self._watchdog.step()
         measured = await measure_held_out(
-            members, self._config, self._prepared, phase=phase, say=self._say, doing=self._console.doing
+            members,
+            self._config,
+            self._prepared,
+            phase=phase,
+            say=self._say,
+            doing=self._console.doing,
         )
         if measured is None:
             return
@@ -315,23 +361,35 @@ class TrainingRun:
             self._progress.before = held_out_record(measured.stats)
         else:
             self._progress.after = held_out_record(measured.stats)
+
         self.directory.write_summary(self._progress.summary("running"))
         await keep_samples(
-            self.directory, self._config, self._prepared, phase=phase, step=self._progress.step, measured=measured
+            self.directory,
+            self._config,
+            self._prepared,
+            phase=phase,
+            step=self._progress.step,
+            measured=measured,
         )
 
     @asynccontextmanager
     async def _telemetry(self) -> AsyncIterator[Telemetry]:
         sinks, self._prometheus, self._trackers, notes = open_sinks(
-            self._config, self.directory, lambda: {} if self._pipeline is None else self._pipeline.busy
+            self._config,
+            self.directory,
+            lambda: {} if self._pipeline is None else self._pipeline.busy,
         )
         run = self._config.run
-        self._console = Console(run=run.name, batches=run.batches, expected_minutes=run.expected_minutes)
+        self._console = Console(
+            run=run.name, batches=run.batches, expected_minutes=run.expected_minutes
+        )
         fan_out = Telemetry([*sinks, self._console])
+
         try:
             notes += notes_on(self._config, self._prepared)
             for note in (f"run directory {self.directory.path}", *self._notes, *notes):
                 self._say(note)
+
             yield fan_out
         finally:
             fan_out.close()
@@ -342,6 +400,9 @@ class TrainingRun:
         if not first or self._stop_softly is None:
             self._say("stopping now")
             return False
+
         self._say("stopping after the step under way, with a checkpoint; once more to stop at once")
-        self._stopping = asyncio.create_task(self._stop_softly())  # kept: the loop holds tasks weakly
+        # kept: the loop holds tasks weakly
+        self._stopping = asyncio.create_task(self._stop_softly())
+
         return True

@@ -1,4 +1,6 @@
-"""A teacher behind ``eopd teacher serve``: as exact as one in the cluster, in the bytes of ``wire.py``."""
+"""A teacher behind ``eopd teacher serve``: as exact as one in the cluster, in the bytes of
+``wire.py``.
+"""
 
 from typing import Self
 
@@ -36,27 +38,39 @@ class EopdTeacherScorer(SignalScorer):
         """Compare the server's terms with ours, and score one made-up token.
 
         Raises:
-            ConfigError: the key is missing or wrong, this is no such server, or it serves something else.
+            ConfigError: the key is missing or wrong, this is no such server, or it serves something
+                else.
             TeacherUnavailableError: no attempt reached the server.
         """
         assert config.server is not None, "the config of backend eopd"
         client = ServerClient(config.server)
         scorer = cls(client, config, top_k=top_k)
+
         try:
             await scorer._require_agreement(max_sequence_tokens)
         except BaseException:
             await client.close()
             raise
+
         return scorer
 
     async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
-        """See ``SignalScorer``; a request that is refused, or answered with what is no signal, is a ``SignalError``."""
+        """See ``SignalScorer``; a request that is refused, or answered with what is no
+        signal, is a ``SignalError``.
+        """
         self._join(prompt_ids, response_ids)
-        body, form = wire.encode_request(prompt_ids, response_ids), {"Content-Type": wire.MEDIA_TYPE}
+        body, form = (
+            wire.encode_request(prompt_ids, response_ids),
+            {"Content-Type": wire.MEDIA_TYPE},
+        )
+
         try:
             answer = await self._client.post("/v1/score", content=body, headers=form)
             return wire.decode_answer(
-                answer.content, teacher=self._name, num_response_tokens=len(response_ids), top_k=self._top_k
+                answer.content,
+                teacher=self._name,
+                num_response_tokens=len(response_ids),
+                top_k=self._top_k,
             )
         except (TeacherRefusedError, wire.WireError) as error:
             raise SignalError(f"teacher {self._name}: {error}") from error
@@ -79,9 +93,12 @@ class EopdTeacherScorer(SignalScorer):
         try:
             info = _Info.model_validate_json((await self._client.get("/v1/info")).content)
         except TeacherRefusedError as error:
-            raise ConfigError(f"{where}: is no teacher's server, or lets nobody in: {error}") from None
+            raise ConfigError(
+                f"{where}: is no teacher's server, or lets nobody in: {error}"
+            ) from None
         except ValidationError as error:
             raise ConfigError(f"{where}: is no teacher's server: {explain(error)}") from None
+
         ours = {
             "top_k": self._top_k,
             "vocab_size": self._vocab_size,
@@ -91,11 +108,15 @@ class EopdTeacherScorer(SignalScorer):
         for name, wanted in ours.items():
             if (found := getattr(info, name)) != wanted:
                 raise ConfigError(f"{where}: has {name} {found}, this run needs {wanted}")
+
         if info.max_sequence_tokens < max_sequence_tokens:
             raise ConfigError(
-                f"{where}: takes sequences of {info.max_sequence_tokens} tokens, this run's have {max_sequence_tokens}"
+                f"{where}: takes sequences of {info.max_sequence_tokens} tokens, this run's "
+                f"have {max_sequence_tokens}"
             )
+
         token = np.zeros(1, np.int32)
+
         try:
             await self.signal(token, token)
         except SignalError as error:

@@ -1,13 +1,16 @@
-"""The HTTP client of teachers that are served elsewhere: pooled, bounded, patient, and silent about its key.
+"""The HTTP client of teachers that are served elsewhere: pooled, bounded, patient, and silent about
+its key.
 
-Every request has one deadline and up to ``max_attempts`` attempts. An answer that may be better later (429, 500, 502,
-503, 504), a broken connection and a missed deadline are tried again after a pause: exponential with full jitter, so
-that clients of a server that came back do not meet again, and on top of what ``Retry-After`` asks. Any other refusal
-is final. Requests must be safe to repeat: scoring is.
+Every request has one deadline and up to ``max_attempts`` attempts. An answer that may be better
+later (429, 500, 502, 503, 504), a broken connection and a missed deadline are tried again after a
+pause: exponential with full jitter, so that clients of a server that came back do not meet again,
+and on top of what ``Retry-After`` asks. Any other refusal is final. Requests must be safe to
+repeat: scoring is.
 
-A server inside the network is asked directly, whatever ``http_proxy`` and its like say: they are set for the internet,
-on machines whose ``no_proxy`` rarely knows the names within a cluster. Only one with a public address, or a name that
-does not resolve here, is asked through the proxy; its failures name the proxy then.
+A server inside the network is asked directly, whatever ``http_proxy`` and its like say: they are
+set for the internet, on machines whose ``no_proxy`` rarely knows the names within a cluster. Only
+one with a public address, or a name that does not resolve here, is asked through the proxy; its
+failures name the proxy then.
 
 Left out: ``Retry-After`` as a date, redirects, streamed bodies.
 """
@@ -43,11 +46,13 @@ class TeacherRefusedError(RuntimeError):
 
 
 class ServerClient:
-    """Speaks to one server, with at most ``max_connections`` requests in flight; the others wait their turn, which no
-    deadline counts.
+    """Speaks to one server, with at most ``max_connections`` requests in flight; the others wait
+    their turn, which no deadline counts.
     """
 
-    def __init__(self, config: ServerConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self, config: ServerConfig, *, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
         """Open nothing yet.
 
         Args:
@@ -55,8 +60,8 @@ class ServerClient:
             transport: another way to the server than the network.
 
         Raises:
-            ConfigError: the environment variable of the key is missing, or holds what no header can; the proxy of the
-                environment cannot be used.
+            ConfigError: the environment variable of the key is missing, or holds what no header
+                can; the proxy of the environment cannot be used.
         """
         self._key = _read_key(config.api_key_env)
         self._timeout_s = config.timeout_s
@@ -98,7 +103,9 @@ class ServerClient:
             TeacherUnavailableError: all attempts failed.
             TeacherRefusedError: any other status, or 500 to the last.
         """
-        return await self._send(self._client.build_request("POST", path, json=json, content=content, headers=headers))
+        return await self._send(
+            self._client.build_request("POST", path, json=json, content=content, headers=headers)
+        )
 
     async def close(self) -> None:
         """Close all connections."""
@@ -107,10 +114,12 @@ class ServerClient:
     async def _send(self, request: httpx.Request) -> httpx.Response:
         where = f"{request.method} {request.url}{_through(self._proxy)}"
         cause, status = "", 0
+
         for attempt in range(self._max_attempts):
             asked_s = 0.0
             if self._client.is_closed:
                 raise TeacherUnavailableError(f"{where}: the connections were closed")
+
             try:
                 async with self._slots, asyncio.timeout(self._timeout_s):
                     response = await self._client.send(request)
@@ -123,12 +132,16 @@ class ServerClient:
             else:
                 if response.is_success:
                     return response
+
                 cause, status = self._quote(response), response.status_code
                 if status not in _LATER:
                     raise TeacherRefusedError(f"{where}: {cause}")
+
                 asked_s = _retry_after_s(response)
+
             if attempt + 1 < self._max_attempts:
                 await asyncio.sleep(_pause_s(attempt, asked_s))
+
         # A server that fails on a request time and again may well answer others.
         failure = TeacherRefusedError if status == 500 else TeacherUnavailableError
         raise failure(f"{where}: {self._max_attempts} attempts failed, the last one with {cause}")
@@ -138,11 +151,14 @@ class ServerClient:
         text = _message(response)
         if self._key:
             text = text.replace(self._key, "***")
+
         return f"{response.status_code} {response.reason_phrase}: {' '.join(text.split())[:_QUOTE]}"
 
 
 def explain(error: ValidationError) -> str:
-    """Where an answer has another form than expected, without what it holds: servers may repeat the key."""
+    """Where an answer has another form than expected, without what it holds: servers may
+    repeat the key.
+    """
     first = error.errors(include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"]) or "the whole"
     return f"unexpected answer of the server, at {place}: {first['msg']}"
@@ -151,13 +167,15 @@ def explain(error: ValidationError) -> str:
 def proxy_for(url: str) -> str | None:
     """The environment's proxy for ``url``; None where the server is asked directly.
 
-    ``http_proxy``, ``https_proxy``, ``all_proxy`` and ``no_proxy``, in either case, are read as Python reads them.
+    ``http_proxy``, ``https_proxy``, ``all_proxy`` and ``no_proxy``, in either case, are read as
+    Python reads them.
     """
     server = httpx.URL(url)
     proxies = urllib.request.getproxies()
     proxy = proxies.get(server.scheme) or proxies.get("all")
     if not proxy or urllib.request.proxy_bypass(server.netloc.decode()) or _is_inside(server.host):
         return None
+
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
@@ -167,11 +185,16 @@ def _is_inside(host: str) -> bool:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False
-    return not any(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global for *_, address in found)
+
+    return not any(
+        ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global for *_, address in found
+    )
 
 
 def _network(proxy: str | None, max_connections: int) -> httpx.AsyncHTTPTransport:
-    limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+    limits = httpx.Limits(
+        max_connections=max_connections, max_keepalive_connections=max_connections
+    )
     try:
         return httpx.AsyncHTTPTransport(limits=limits, proxy=proxy)
     except (ImportError, ValueError, httpx.InvalidURL) as error:
@@ -183,17 +206,28 @@ def _network(proxy: str | None, max_connections: int) -> httpx.AsyncHTTPTranspor
 
 def _through(proxy: str | None) -> str:
     """Says which proxy, without the password that its address may hold."""
-    return "" if proxy is None else f" (through the proxy {re.sub('//[^/]*@', '//', proxy)} of the environment)"
+    return (
+        ""
+        if proxy is None
+        else f" (through the proxy {re.sub('//[^/]*@', '//', proxy)} of the environment)"
+    )
 
 
 def _read_key(variable: str | None) -> str | None:
     if variable is None:
         return None
+
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise ConfigError(f"teachers.server.api_key_env: the environment variable {variable} is not set")
+        raise ConfigError(
+            f"teachers.server.api_key_env: the environment variable {variable} is not set"
+        )
+
     if not re.fullmatch(r"[!-~]+", key):  # httpx and h11 would show it in their error
-        raise ConfigError(f"teachers.server.api_key_env: {variable} holds characters that no key has")
+        raise ConfigError(
+            f"teachers.server.api_key_env: {variable} holds characters that no key has"
+        )
+
     return key
 
 
@@ -203,6 +237,7 @@ def _message(response: httpx.Response) -> str:
         body = response.json()
     except ValueError:
         return response.text
+
     match body:
         case {"error": {"message": str(text)}} | {"message": str(text)} | {"detail": str(text)}:
             return text
@@ -216,5 +251,7 @@ def _retry_after_s(response: httpx.Response) -> float:
 
 
 def _pause_s(attempt: int, asked_s: float) -> float:
-    """Seconds before attempt ``attempt + 1``, counted from 0: what was asked, and a random part of 1, 2, 4, ... 30."""
+    """Seconds before attempt ``attempt + 1``, counted from 0: what was asked, and a random
+    part of 1, 2, 4, ... 30.
+    """
     return asked_s + random.uniform(0.0, min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**attempt))

@@ -32,12 +32,17 @@ class TeacherPool:
             RunFailedError: no replica is left.
         """
         try:
-            outcome = await self._pool.run(lambda scorer: scorer.score(stored), stored.header.priority)
+            outcome = await self._pool.run(
+                lambda scorer: scorer.score(stored), stored.header.priority
+            )
         except NoAnswerError as error:
-            return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error))
+            return LostTrajectory(
+                key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error)
+            )
 
         if isinstance(outcome, Stored):
             self._num_tokens += outcome.header.num_response_tokens
+
         return outcome
 
     def metrics(self) -> Row:
@@ -77,6 +82,7 @@ class TeacherRouter:
         pool = self._by_source.get(stored.header.source, self._default)
         if pool is None:
             raise KeyError(f"no teacher for source {stored.header.source!r}")
+
         return await pool.score(stored)
 
     def metrics(self) -> Row:
@@ -91,4 +97,5 @@ class TeacherRouter:
         pools = [*self._by_source.values()]
         if self._default is not None:
             pools.append(self._default)
+
         return list(dict.fromkeys(pools))

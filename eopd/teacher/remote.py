@@ -1,13 +1,15 @@
-"""A teacher behind an unmodified OpenAI-style server: ``vllm serve``, or any that returns ``prompt_logprobs``.
+"""A teacher behind an unmodified OpenAI-style server: ``vllm serve``, or any that returns
+``prompt_logprobs``.
 
-In: a trajectory, sent as token ids in one ``/v1/completions`` request, so that no text is cut anew. Out: the same
-signal as from our own engine, except that the entropy is bounded: a stock server tells the top k and no more.
-vLLM always writes one token (``max_tokens`` 0 needs an echo of text), which is thrown away, so its ``max_model_len``
-must be one above prompt and response.
+In: a trajectory, sent as token ids in one ``/v1/completions`` request, so that no text is cut anew.
+Out: the same signal as from our own engine, except that the entropy is bounded: a stock server
+tells the top k and no more. vLLM always writes one token (``max_tokens`` 0 needs an echo of text),
+which is thrown away, so its ``max_model_len`` must be one above prompt and response.
 
-The form of the answer, as in vLLM 0.32.0: per prompt token a mapping from token id to ``{"logprob": ...}``, null for
-the first. It holds the token itself and the top k: k entries, or k + 1 where the token is outside. Minus infinity is
-written -9999. Such requests never read the server's prefix cache.
+The form of the answer, as in vLLM 0.32.0: per prompt token a mapping from token id to ``{"logprob":
+...}``, null for the first. It holds the token itself and the top k: k entries, or k + 1 where the
+token is outside. Minus infinity is written -9999. Such requests never read the server's prefix
+cache.
 """
 
 import math
@@ -63,14 +65,21 @@ class OpenAITeacherScorer(SignalScorer):
     """One served model as a teacher. Make it with ``start``."""
 
     def __init__(
-        self, client: ServerClient, config: TeacherConfig, *, served_model: str, top_k: int, vocab_size: int
+        self,
+        client: ServerClient,
+        config: TeacherConfig,
+        *,
+        served_model: str,
+        top_k: int,
+        vocab_size: int,
     ) -> None:
         super().__init__(config, top_k=top_k, vocab_size=vocab_size)
         self._client, self._served_model = client, served_model
 
     @classmethod
     async def start(cls, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> Self:
-        """Ask the server what it serves and score one made-up token, so that a scorer that is there works.
+        """Ask the server what it serves and score one made-up token, so that a scorer that is there
+        works.
 
         Args:
             config: the teacher; ``model`` is the directory whose ``config.json`` tells V.
@@ -78,21 +87,28 @@ class OpenAITeacherScorer(SignalScorer):
             max_sequence_tokens: the longest prompt and response together.
 
         Raises:
-            ConfigError: the key is missing; another model is served; K is above V, or above what the server allows;
-                or it returns no prompt log-probabilities.
+            ConfigError: the key is missing; another model is served; K is above V, or above what
+                the server allows; or it returns no prompt log-probabilities.
             TeacherUnavailableError: no attempt reached the server.
         """
-        assert config.server is not None and config.server.model is not None, "the config of backend openai"
+        assert config.server is not None and config.server.model is not None, (
+            "the config of backend openai"
+        )
         size = vocab_size(config.model)
         if top_k > size:
-            raise ConfigError(f"loss.top_k {top_k} is above the vocabulary of {size} of teacher {config.name}")
+            raise ConfigError(
+                f"loss.top_k {top_k} is above the vocabulary of {size} of teacher {config.name}"
+            )
+
         client = ServerClient(config.server)
         scorer = cls(client, config, served_model=config.server.model, top_k=top_k, vocab_size=size)
+
         try:
             await scorer._require_working(max_sequence_tokens)
         except BaseException:
             await client.close()
             raise
+
         return scorer
 
     @property
@@ -114,14 +130,18 @@ class OpenAITeacherScorer(SignalScorer):
             served = {model.id: model.max_model_len for model in listed.data}
             if self._served_model not in served:
                 raise ConfigError(
-                    f"teachers.server.model: {self._served_model} is not served there; {', '.join(served)} is"
+                    f"teachers.server.model: {self._served_model} is not served there; "
+                    f"{', '.join(served)} is"
                 )
+
             longest = served[self._served_model]
             if longest is not None and longest <= max_sequence_tokens:
                 raise ConfigError(
-                    f"teachers.server: {self._served_model} is served up to {longest} tokens; this run needs one above "
-                    f"its longest prompt and response, {max_sequence_tokens + 1} (--max-model-len)"
+                    f"teachers.server: {self._served_model} is served up to {longest} "
+                    "tokens; this run needs one above its longest prompt and response, "
+                    f"{max_sequence_tokens + 1} (--max-model-len)"
                 )
+
             token = np.zeros(1, np.int32)
             await self.signal(token, token)
         except (TeacherRefusedError, SignalError) as error:
@@ -130,7 +150,9 @@ class OpenAITeacherScorer(SignalScorer):
             ) from None
 
     async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
-        """See ``SignalScorer``; the entropy is bounded. A refusal or an answer of another form is a ``SignalError``."""
+        """See ``SignalScorer``; the entropy is bounded. A refusal or an answer of another
+        form is a ``SignalError``.
+        """
         token_ids = self._join(prompt_ids, response_ids)
         request = {
             "model": self._served_model,
@@ -139,13 +161,19 @@ class OpenAITeacherScorer(SignalScorer):
             "temperature": 0.0,
             "prompt_logprobs": self._top_k,
         }
+
         try:
             answer = await self._client.post("/v1/completions", json=request)
         except TeacherRefusedError as error:
             raise SignalError(f"teacher {self._name}: {error}") from error
+
         logprobs = _parse(_Completion, answer.content, self._name).choices[0].prompt_logprobs
         if len(logprobs) != len(token_ids):
-            raise SignalError(f"teacher {self._name}: {len(token_ids)} tokens were sent, {len(logprobs)} came back")
+            raise SignalError(
+                f"teacher {self._name}: {len(token_ids)} tokens were sent, "
+                f"{len(logprobs)} came back"
+            )
+
         return read_rows(
             logprobs[len(prompt_ids) :],
             response_ids,
@@ -161,15 +189,16 @@ def read_rows(
     """Turn the server's mappings into a checked signal.
 
     Args:
-        rows: R mappings from token id to log-probability: the token itself and the top k, in any order.
+        rows: R mappings from token id to log-probability: the token itself and the top k, in any
+            order.
         response_ids: int32 [R].
         teacher: the teacher's name, carried along.
         top_k: K.
         vocab_size: V.
 
     Raises:
-        SignalError: a row lacks its token or a candidate, has a value that is no log-probability, or is no
-            distribution.
+        SignalError: a row lacks its token or a candidate, has a value that is no log-probability,
+            or is no distribution.
     """
     tokens, logprobs, ids = [], [], []
     for index, (row, token) in enumerate(zip(rows, response_ids.tolist(), strict=True)):
@@ -177,21 +206,37 @@ def read_rows(
         said = {token_id: entry.logprob for token_id, entry in (row or {}).items()}
         if token not in said:
             raise SignalError(f"{where} does not tell token {token}")
+
         if not all(_MINUS_INFINITY < logprob < 1.0 for logprob in said.values()):
             raise SignalError(f"{where} has a value that is not finite, or no log-probability")
+
         if max(said) >= vocab_size:
-            raise SignalError(f"{where} names token {max(said)}, outside the vocabulary of {vocab_size}")
+            raise SignalError(
+                f"{where} names token {max(said)}, outside the vocabulary of {vocab_size}"
+            )
+
         outside = len(said) == top_k + 1
-        top = sorted((-logprob, token_id) for token_id, logprob in said.items() if not (outside and token_id == token))
+        top = sorted(
+            (-logprob, token_id)
+            for token_id, logprob in said.items()
+            if not (outside and token_id == token)
+        )
         if len(top) != top_k or -top[-1][0] < (said[token] if outside else -math.inf):
-            raise SignalError(f"{where} has {len(said)} entries that are not the top {top_k} and token {token}")
+            raise SignalError(
+                f"{where} has {len(said)} entries that are not the top {top_k} and token {token}"
+            )
+
         tokens.append(said[token])
         logprobs.append([-negative for negative, _ in top])
         ids.append([token_id for _, token_id in top])
+
     topk = np.array(logprobs, np.float32)
     bounds = entropy_bounds(topk, vocab_size)
-    raw = np.column_stack((bounds.low, tokens, tail_logprobs(topk, vocab_size), topk, ids)).astype(np.float32)
+    raw = np.column_stack((bounds.low, tokens, tail_logprobs(topk, vocab_size), topk, ids)).astype(
+        np.float32
+    )
     signal = read_signal(raw, teacher=teacher, num_response_tokens=len(response_ids), top_k=top_k)
+
     return replace(signal, entropy=bounds)
 
 

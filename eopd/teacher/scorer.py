@@ -1,12 +1,13 @@
 """The teacher's engine: vLLM ``AsyncLLM`` with the scoring head, behind the ``TeacherScorer`` role.
 
-In: a trajectory. Out: the same trajectory with the teacher's signal for every response token. Requests are
-independent: score many at once and vLLM batches them.
-Left out: prefix caching, since a re-scored response would be read from the cache and its rows would never reach the
-head.
+In: a trajectory. Out: the same trajectory with the teacher's signal for every response token.
+Requests are
+independent: score many at once and vLLM batches them. Left out: prefix caching, since a re-scored
+response would be read from the cache and its rows would never reach the head.
 
-vLLM internals used here were checked against 0.32.0: the pooling runner, ``hf_overrides``, ``additional_config``,
-``extra_kwargs``. Threads and quiet logs come with the environment of the process that hosts the engine.
+vLLM internals used here were checked against 0.32.0: the pooling runner, ``hf_overrides``,
+``additional_config``, ``extra_kwargs``. Threads and quiet logs come with the environment of the
+process that hosts the engine.
 """
 
 import asyncio
@@ -59,8 +60,9 @@ class VllmTeacherScorer(SignalScorer):
         max_sequence_tokens: int,
         stat_loggers: Sequence[StatLoggerFactory] = (),
     ) -> Self:
-        """Start the engine and score a few made-up tokens at its own temperature and another, so that a scorer that is
-        there works, and as hot as it should. The event loop stays free while the engine loads.
+        """Start the engine and score a few made-up tokens at its own temperature and another, so
+        that a scorer that is there works, and as hot as it should. The event loop stays free while
+        the engine loads.
 
         Args:
             config: the teacher; its ``vllm`` options win over ours.
@@ -72,17 +74,25 @@ class VllmTeacherScorer(SignalScorer):
             ConfigError: the model's directory names no architecture.
             TeacherSelfTestError: it scores at another temperature than it was asked for.
         """
-        args = AsyncEngineArgs(**engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens))
-        llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=list(stat_loggers))
+        args = AsyncEngineArgs(
+            **engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
+        )
+        llm = await asyncio.to_thread(
+            AsyncLLM.from_engine_args, args, stat_loggers=list(stat_loggers)
+        )
         scorer = cls(llm, config, top_k=top_k)
-        tokens = np.arange(min(_MADE_UP_TOKENS, max_sequence_tokens, scorer._vocab_size), dtype=np.int32)
+        tokens = np.arange(
+            min(_MADE_UP_TOKENS, max_sequence_tokens, scorer._vocab_size), dtype=np.int32
+        )
         own = await scorer.signal(tokens[:1], tokens[1:])
         other = await scorer.signal(tokens[:1], tokens[1:], temperature=2 * config.temperature)
+
         try:
             check_temperature(own, other, 2 * config.temperature, expected=config.temperature)
         except TeacherSelfTestError:
             await scorer.close()
             raise
+
         return scorer
 
     @property
@@ -112,7 +122,10 @@ class VllmTeacherScorer(SignalScorer):
         """See ``SignalScorer``; ``temperature`` is the teacher's, unless another is given."""
         request = TokensPrompt(prompt_token_ids=self._join(prompt_ids, response_ids).tolist())
         asked = {} if temperature is None else {head.TEMPERATURE: temperature}
-        params = PoolingParams(task=head.TASK, extra_kwargs={head.RESPONSE_TOKENS: len(response_ids), **asked})
+        params = PoolingParams(
+            task=head.TASK, extra_kwargs={head.RESPONSE_TOKENS: len(response_ids), **asked}
+        )
+
         try:
             outputs: list[PoolingRequestOutput] = [
                 output async for output in self._llm.encode(request, params, uuid4().hex)
@@ -121,16 +134,23 @@ class VllmTeacherScorer(SignalScorer):
             raise SignalError(f"teacher {self._name}: {error}") from error
         except EngineDeadError as error:
             raise TeacherDownError(f"teacher {self._name}: its engine died") from error
+
         raw = outputs[-1].outputs.data.numpy()
-        return read_signal(raw, teacher=self._name, num_response_tokens=len(response_ids), top_k=self._top_k)
+
+        return read_signal(
+            raw, teacher=self._name, num_response_tokens=len(response_ids), top_k=self._top_k
+        )
 
 
-def engine_options(config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> dict[str, object]:
-    """``AsyncEngineArgs`` of a teacher: our defaults, then ``config.vllm``; its two nested sections are merged with
-    ours.
+def engine_options(
+    config: TeacherConfig, *, top_k: int, max_sequence_tokens: int
+) -> dict[str, object]:
+    """``AsyncEngineArgs`` of a teacher: our defaults, then ``config.vllm``; its two nested sections
+    are merged with ours.
 
     Raises:
-        ConfigError: the model's directory names no architecture, or this machine cannot run its quantised weights.
+        ConfigError: the model's directory names no architecture, or this machine cannot run its
+            quantised weights.
     """
     native = dict(config.vllm)
     declared = _declared(config.model)
@@ -152,10 +172,12 @@ def engine_options(config: TeacherConfig, *, top_k: int, max_sequence_tokens: in
     }
     if current_platform.is_cpu():
         options |= on_cpu(native)
+
     merged = {
         "hf_overrides": _section(native, "hf_overrides") | overrides,
         "additional_config": _section(native, "additional_config") | scoring,
     }
+
     return options | native | merged
 
 
@@ -163,6 +185,7 @@ def _section(native: Mapping[str, object], name: str) -> dict[str, object]:
     section = native.get(name, {})
     if not isinstance(section, Mapping):
         raise ConfigError(f"teachers.vllm.{name}: must be a mapping (is {section!r})")
+
     return dict(section)
 
 
@@ -171,6 +194,7 @@ def _declared(model: Path) -> Mapping[str, object]:
     path = model / "config.json"
     if not path.is_file():
         raise ConfigError(f"teachers.model: {model} has no config.json")
+
     declared: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
     return declared
 
@@ -180,22 +204,31 @@ def _architecture(model: Path, declared: Mapping[str, object]) -> str:
     architectures = declared.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise ConfigError(f"teachers.model: {model / 'config.json'} names no architecture")
+
     return str(architectures[0])
 
 
-def _require_kernels(model: Path, declared: Mapping[str, object], native: Mapping[str, object]) -> None:
-    """Refuse four-bit weights where vLLM cannot multiply with them: an engine would die at its first token.
+def _require_kernels(
+    model: Path, declared: Mapping[str, object], native: Mapping[str, object]
+) -> None:
+    """Refuse four-bit weights where vLLM cannot multiply with them: an engine would die at its
+    first token.
 
-    vLLM's CPU package (0.32.0) holds one build per kind of processor. GPTQ, AWQ and packed weights of
-    compressed-tensors all go through ``cpu_gemm_wna16``, which the build for AVX2 lacks.
+    vLLM's CPU package (0.32.0) holds one build per kind of processor. GPTQ, AWQ and packed weights
+    of compressed-tensors all go through ``cpu_gemm_wna16``, which the build for AVX2 lacks.
     """
     if not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16"):
         return
+
     section = declared.get("quantization_config")
     settings = section if isinstance(section, Mapping) else {}
     method = str(native.get("quantization") or settings.get("quant_method") or "")
-    if any(name in method for name in _FOUR_BIT_METHODS) or settings.get("format") == "pack-quantized":
+    if (
+        any(name in method for name in _FOUR_BIT_METHODS)
+        or settings.get("format") == "pack-quantized"
+    ):
         raise ConfigError(
-            f"teachers.model: {model} is quantised ({method}), and vLLM's CPU build for processors without AVX-512 "
-            "cannot run such weights; name the model in its own precision, or use a machine with AVX-512 or a GPU"
+            f"teachers.model: {model} is quantised ({method}), and vLLM's CPU build for "
+            "processors without AVX-512 cannot run such weights; name the model in its own "
+            "precision, or use a machine with AVX-512 or a GPU"
         )

@@ -2,8 +2,8 @@
 
     response -> teacher's copy (end tokens) -> signal -> student's vocabulary -> header's sums
 
-In the cluster (``scorer.py``), behind a stock server (``remote.py``) or behind our own (``client.py``): each only says
-how a signal is come by.
+In the cluster (``scorer.py``), behind a stock server (``remote.py``) or behind our own
+(``client.py``): each only says how a signal is come by.
 """
 
 import time
@@ -77,20 +77,24 @@ class SignalScorer(ABC):
         """Score one trajectory; safe to call concurrently.
 
         Returns:
-            The scored trajectory; its header's sums gain ``score_s`` (seconds, waiting included), and
-            ``teacher_logprob`` and ``teacher_entropy`` (nats, summed over response tokens; of bounds the middle). A
-            request that fails is a ``LostTrajectory``.
+            The scored trajectory; its header's sums gain ``score_s`` (seconds, waiting included),
+            and ``teacher_logprob`` and ``teacher_entropy`` (nats, summed over response tokens; of
+            bounds the middle). A request that fails is a ``LostTrajectory``.
 
         Raises:
             TeacherDownError: no request can be answered.
         """
         started = time.monotonic()
         trajectory, remap = cast(Trajectory, stored.body), self._config.eos_remap
+
         try:
             copy = to_teacher(trajectory.response_ids, trajectory.stop_reason, remap)
             said = await self.signal(_prompt_of(trajectory), copy)
         except SignalError as error:
-            return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error))
+            return LostTrajectory(
+                key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error)
+            )
+
         signal = to_student(said, trajectory.response_ids, remap, num_tokens=self._num_tokens)
         known = signal.entropy
         entropy = known.entropy if isinstance(known, Exact) else (known.low + known.high) / 2
@@ -100,6 +104,7 @@ class SignalScorer(ABC):
             "teacher_entropy": float(entropy.sum(dtype=np.float64)),
         }
         header = replace(stored.header, sums={**stored.header.sums, **gained})
+
         return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
 
     def _join(self, prompt_ids: Int32Array, response_ids: Int32Array) -> Int32Array:
@@ -111,12 +116,16 @@ class SignalScorer(ABC):
         ids = np.concatenate((prompt_ids, response_ids))
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             raise SignalError(
-                f"teacher {self._name}: token id {ids.max()} is outside its vocabulary of {self._vocab_size}"
+                f"teacher {self._name}: token id {ids.max()} is outside its vocabulary of "
+                f"{self._vocab_size}"
             )
+
         return ids
 
 
 def _prompt_of(trajectory: Trajectory) -> Int32Array:
-    """What the teacher reads before the response: alignment is by response, so any prompt will do."""
+    """What the teacher reads before the response: alignment is by response, so any prompt
+    will do.
+    """
     own = trajectory.prompt.teacher_token_ids
     return trajectory.prompt.token_ids if own is None else own

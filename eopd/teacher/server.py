@@ -1,8 +1,9 @@
 """The HTTP interface of a teacher, for students on other clusters.
 
-In: prompts and responses as token ids, in JSON or in the bytes of ``wire.py``. Out: the teacher's signal, in the same
-form. ``create_app`` is the whole interface, over any scorer; ``serving.py`` puts a real engine behind it.
-Left out: TLS, which belongs to a proxy in front, and queues: what is too much is refused, and the client tries again.
+In: prompts and responses as token ids, in JSON or in the bytes of ``wire.py``. Out: the teacher's
+signal, in the same form. ``create_app`` is the whole interface, over any scorer; ``serving.py``
+puts a real engine behind it. Left out: TLS, which belongs to a proxy in front, and queues: what is
+too much is refused, and the client tries again.
 """
 
 import asyncio
@@ -17,7 +18,14 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictInt, ValidationError
 from starlette.requests import ClientDisconnect
 
@@ -41,7 +49,9 @@ class ServedScorer(Protocol):
         ...
 
     async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
-        """Score a response; raises ``SignalError`` for this request, ``TeacherDownError`` for all."""
+        """Score a response; raises ``SignalError`` for this request, ``TeacherDownError`` for
+        all.
+        """
         ...
 
 
@@ -59,20 +69,28 @@ class TeacherInfo(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """``max_requests`` in flight, and ``max_body_bytes`` of one: what is beyond is refused with 503 and 413."""
+    """``max_requests`` in flight, and ``max_body_bytes`` of one: what is beyond is refused
+    with 503 and 413.
+    """
 
     max_requests: int
     max_body_bytes: int
 
     @classmethod
     def of(cls, max_requests: int, info: TeacherInfo) -> "Limits":
-        """Room for the longest sequence as JSON, with a space after every comma, and for what surrounds it."""
+        """Room for the longest sequence as JSON, with a space after every comma, and for what
+        surrounds it.
+        """
         bytes_per_id = len(f"{info.vocab_size}, ")
-        return cls(max_requests=max_requests, max_body_bytes=1024 + bytes_per_id * info.max_sequence_tokens)
+        return cls(
+            max_requests=max_requests, max_body_bytes=1024 + bytes_per_id * info.max_sequence_tokens
+        )
 
 
 # JSON has one kind of number: 5.0 is 5. Text and truth values are no ids.
-TokenId = Annotated[StrictInt, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
+TokenId = Annotated[
+    StrictInt, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)
+]
 
 
 class ScoreRequest(BaseModel):
@@ -85,7 +103,9 @@ class ScoreRequest(BaseModel):
 
 
 class ScoreAnswer(BaseModel):
-    """A signal in JSON: R numbers, or R lists of K, in nats. A tail is null where it has no mass."""
+    """A signal in JSON: R numbers, or R lists of K, in nats. A tail is null where it has no
+    mass.
+    """
 
     teacher: str
     token_logprobs: list[float]
@@ -103,7 +123,9 @@ class ScoreAnswer(BaseModel):
             entropy=cast(Exact, signal.entropy).entropy.tolist(),
             topk_ids=signal.topk_ids.tolist(),
             topk_logprobs=signal.topk_logprobs.tolist(),
-            tail_logprobs=[None if math.isinf(tail) else tail for tail in signal.tail_logprobs.tolist()],
+            tail_logprobs=[
+                None if math.isinf(tail) else tail for tail in signal.tail_logprobs.tolist()
+            ],
         )
 
 
@@ -120,7 +142,9 @@ class Refusal(BaseModel):
 
 
 class _Meters:
-    """The server's metrics, in a registry of their own; every series carries the label ``teacher``."""
+    """The server's metrics, in a registry of their own; every series carries the label
+    ``teacher``.
+    """
 
     def __init__(self, teacher: str) -> None:
         self.registry = CollectorRegistry()
@@ -132,7 +156,10 @@ class _Meters:
             registry=self.registry,
         )
         self.tokens = Counter(
-            "eopd_teacher_scored_tokens_total", "Response tokens scored.", ("teacher",), registry=self.registry
+            "eopd_teacher_scored_tokens_total",
+            "Response tokens scored.",
+            ("teacher",),
+            registry=self.registry,
         ).labels(teacher)
         self._seconds = Histogram(
             "eopd_teacher_request_seconds",
@@ -154,6 +181,7 @@ class _Meters:
         """A dependency that stands around one request."""
         self.in_flight += 1
         started, code = time.monotonic(), 500
+
         try:
             yield
             code = 200
@@ -166,7 +194,9 @@ class _Meters:
             self._requests.labels(self._teacher, code).inc()
 
 
-def create_app(scorer: ServedScorer, info: TeacherInfo, limits: Limits, token: str | None = None) -> FastAPI:
+def create_app(
+    scorer: ServedScorer, info: TeacherInfo, limits: Limits, token: str | None = None
+) -> FastAPI:
     """The HTTP interface of one teacher; ``/openapi.json`` describes it.
 
     Args:
@@ -180,21 +210,7 @@ def create_app(scorer: ServedScorer, info: TeacherInfo, limits: Limits, token: s
     guards = [] if token is None else [Depends(_bearer_of(token))]
     unauthorized = {} if token is None else _refusals(401)
 
-    @app.get("/health")
-    async def health() -> Status:
-        """The process lives."""
-        return Status(status="alive")
-
-    @app.get("/ready", responses=_refusals(503))
-    async def ready() -> Status:
-        """The engine is up."""
-        _require_ready(scorer)
-        return Status(status="ready")
-
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": _TEXT}}}})
-    async def metrics() -> Response:
-        """For Prometheus to scrape."""
-        return Response(generate_latest(meters.registry), media_type=CONTENT_TYPE_LATEST)
+    _add_probes(app, scorer, meters)
 
     @app.get("/v1/info", dependencies=guards, responses=unauthorized)
     async def teacher_info() -> TeacherInfo:
@@ -209,26 +225,65 @@ def create_app(scorer: ServedScorer, info: TeacherInfo, limits: Limits, token: s
         openapi_extra={"requestBody": _request_body(info)},
     )
     async def score(request: Request) -> ScoreAnswer | Response:
-        """What the teacher says of every response token. The answer has the media type of the request."""
+        """What the teacher says of every response token. The answer has the media type of the
+        request.
+        """
         if meters.in_flight > limits.max_requests:
             raise _busy(f"{limits.max_requests} requests are in flight, which is the limit")
+
         _require_ready(scorer)
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type not in (_JSON, wire.MEDIA_TYPE):
-            raise HTTPException(415, f"the body must be {_JSON} or {wire.MEDIA_TYPE} (is {media_type or 'untyped'})")
-        prompt_ids, response_ids = _parse(await _read(request, limits.max_body_bytes), media_type, info)
+            raise HTTPException(
+                415, f"the body must be {_JSON} or {wire.MEDIA_TYPE} (is {media_type or 'untyped'})"
+            )
+
+        prompt_ids, response_ids = _parse(
+            await _read(request, limits.max_body_bytes), media_type, info
+        )
         signal = await _score(request, scorer.signal(prompt_ids, response_ids))
         meters.tokens.inc(len(response_ids))
         if media_type == _JSON:
             return ScoreAnswer.of(signal)
+
         return Response(wire.encode_answer(signal), media_type=wire.MEDIA_TYPE)
 
     return app
 
 
+def _add_probes(app: FastAPI, scorer: ServedScorer, meters: "_Meters") -> None:
+    """What machines ask of the process: whether it lives, whether it serves, and its metrics."""
+
+    @app.get("/health")
+    async def health() -> Status:
+        """The process lives."""
+        return Status(status="alive")
+
+    @app.get("/ready", responses=_refusals(503))
+    async def ready() -> Status:
+        """The engine is up."""
+        _require_ready(scorer)
+        return Status(status="ready")
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": _TEXT}}}},
+    )
+    async def metrics() -> Response:
+        """For Prometheus to scrape."""
+        return Response(generate_latest(meters.registry), media_type=CONTENT_TYPE_LATEST)
+
+
 _TEXT: Final = {"type": "string"}
-_BINARY: Final = {"type": "string", "format": "binary", "description": "See docs/teacher-server.md."}
-_BINARY_ANSWER: Final[dict[int | str, dict[str, object]]] = {200: {"content": {wire.MEDIA_TYPE: {"schema": _BINARY}}}}
+_BINARY: Final = {
+    "type": "string",
+    "format": "binary",
+    "description": "See docs/teacher-server.md.",
+}
+_BINARY_ANSWER: Final[dict[int | str, dict[str, object]]] = {
+    200: {"content": {wire.MEDIA_TYPE: {"schema": _BINARY}}}
+}
 _REFUSALS: Final = {
     401: "No bearer token, or a wrong one.",
     413: "The body is too large.",
@@ -247,13 +302,21 @@ def _refusals(*codes: int) -> dict[int | str, dict[str, object]]:
         described[code] = {"model": Refusal, "description": _REFUSALS[code]}
         if code in _HEADERS:
             described[code]["headers"] = {_HEADERS[code]: {"schema": _TEXT, "required": True}}
+
     return described
 
 
 def _request_body(info: TeacherInfo) -> dict[str, object]:
-    """OpenAPI's description of a request; it is written here since the endpoint reads the stream itself."""
+    """OpenAPI's description of a request; it is written here since the endpoint reads the
+    stream itself.
+    """
     token_id = {"type": "integer", "minimum": 0, "maximum": info.vocab_size - 1}
-    ids = {"type": "array", "items": token_id, "minItems": 1, "maxItems": info.max_sequence_tokens - 1}
+    ids = {
+        "type": "array",
+        "items": token_id,
+        "minItems": 1,
+        "maxItems": info.max_sequence_tokens - 1,
+    }
     names = list(ScoreRequest.model_fields)
     asked = {
         "type": "object",
@@ -261,15 +324,23 @@ def _request_body(info: TeacherInfo) -> dict[str, object]:
         "required": names,
         "additionalProperties": False,
     }
-    return {"required": True, "content": {_JSON: {"schema": asked}, wire.MEDIA_TYPE: {"schema": _BINARY}}}
+
+    return {
+        "required": True,
+        "content": {_JSON: {"schema": asked}, wire.MEDIA_TYPE: {"schema": _BINARY}},
+    }
 
 
 def _bearer_of(token: str) -> Callable[..., Coroutine[object, object, None]]:
     scheme = HTTPBearer(auto_error=False)
 
-    async def authorize(given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
+    async def authorize(
+        given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)],
+    ) -> None:
         if given is None or not secrets.compare_digest(given.credentials.encode(), token.encode()):
-            raise HTTPException(401, "a valid bearer token is needed", {"WWW-Authenticate": "Bearer"})
+            raise HTTPException(
+                401, "a valid bearer token is needed", {"WWW-Authenticate": "Bearer"}
+            )
 
     return authorize
 
@@ -298,6 +369,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
                 raise HTTPException(413, f"the body is larger than {max_bytes} bytes")
     except ClientDisconnect:
         raise _hung_up() from None
+
     return bytes(body)
 
 
@@ -307,7 +379,8 @@ def _parse(body: bytes, media_type: str, info: TeacherInfo) -> tuple[Int32Array,
     try:
         if media_type == _JSON:
             asked = ScoreRequest.model_validate_json(body)
-            ids = {name: np.array(value, object) for name, value in asked}  # of any size: nothing wraps around
+            # of any size: nothing wraps around
+            ids = {name: np.array(value, object) for name, value in asked}
         else:
             ids = dict(zip(("prompt_ids", "response_ids"), wire.decode_request(body), strict=True))
     except ValidationError as error:
@@ -316,25 +389,40 @@ def _parse(body: bytes, media_type: str, info: TeacherInfo) -> tuple[Int32Array,
         raise HTTPException(422, f"{where}: {first['msg']}") from None
     except wire.WireError as error:
         raise HTTPException(422, f"body: {error}") from None
+
     for name, values in ids.items():
         if not len(values):
             raise HTTPException(422, f"{name}: must not be empty")
+
         for extreme in (values.min(), values.max()):
             if not 0 <= extreme < info.vocab_size:
-                raise HTTPException(422, f"{name}: {extreme} is outside the vocabulary of {info.vocab_size} tokens")
+                raise HTTPException(
+                    422, f"{name}: {extreme} is outside the vocabulary of {info.vocab_size} tokens"
+                )
+
     if (length := sum(map(len, ids.values()))) > info.max_sequence_tokens:
-        raise HTTPException(422, f"prompt and response are {length} tokens; the limit is {info.max_sequence_tokens}")
+        raise HTTPException(
+            422, f"prompt and response are {length} tokens; the limit is {info.max_sequence_tokens}"
+        )
+
     return ids["prompt_ids"].astype(np.int32), ids["response_ids"].astype(np.int32)
 
 
-async def _score(request: Request, scoring: Coroutine[object, object, TeacherSignal]) -> TeacherSignal:
-    """Wait for the engine, and give the request up when its client hangs up: nobody would read the answer."""
+async def _score(
+    request: Request, scoring: Coroutine[object, object, TeacherSignal]
+) -> TeacherSignal:
+    """Wait for the engine, and give the request up when its client hangs up: nobody would
+    read the answer.
+    """
     task = asyncio.ensure_future(scoring)
-    hung_up = asyncio.ensure_future(request.receive())  # the body has been read: all that can come is the end
+    # the body has been read: all that can come is the end
+    hung_up = asyncio.ensure_future(request.receive())
+
     try:
         await asyncio.wait((task, hung_up), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise _hung_up()
+
         return await task
     except SignalError as error:
         raise HTTPException(500, str(error)) from error

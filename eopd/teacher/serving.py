@@ -3,7 +3,8 @@
 Two tasks share the event loop:
 
 * the engine's (``_Engine.keep``) starts it and watches it, and ends the server when it dies;
-* uvicorn answers from the first moment on, ``/ready`` and ``/v1/score`` with 503 until the engine is up.
+* uvicorn answers from the first moment on, ``/ready`` and ``/v1/score`` with 503 until the engine
+is up.
 
 SIGTERM or Ctrl-C: no new connections, requests in flight are finished, then the engine is stopped.
 """
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from eopd.teacher.scorer import VllmTeacherScorer
 
 _WATCH_S: Final = 0.5
-_KEEP_ALIVE_S: Final = 75  # longer than clients keep an idle connection, so that none is closed under a request
+# longer than clients keep an idle connection, so that none is closed under a request
+_KEEP_ALIVE_S: Final = 75
 
 logger = logging.getLogger("uvicorn.error")  # one log for everything the process says
 
@@ -40,7 +42,9 @@ logger = logging.getLogger("uvicorn.error")  # one log for everything the proces
 class _Engine:
     """A scorer that is not there at first, and may die."""
 
-    def __init__(self, name: str, start: Callable[[], Coroutine[object, object, "VllmTeacherScorer"]]) -> None:
+    def __init__(
+        self, name: str, start: Callable[[], Coroutine[object, object, "VllmTeacherScorer"]]
+    ) -> None:
         self._name = name
         self._start = start
         self._scorer: VllmTeacherScorer | None = None
@@ -54,6 +58,7 @@ class _Engine:
         """Score a response; see ``ServedScorer``."""
         if self._scorer is None:
             raise TeacherDownError(f"teacher {self._name}: its engine has not started")
+
         return await self._scorer.signal(prompt_ids, response_ids)
 
     async def keep(self, server: uvicorn.Server) -> None:
@@ -67,7 +72,10 @@ class _Engine:
             logger.info("teacher %s is ready", self._name)
             while self._scorer.ready:
                 await asyncio.sleep(_WATCH_S)
-            raise TeacherDownError(f"teacher {self._name}: its engine died; what vLLM says of it is above")
+
+            raise TeacherDownError(
+                f"teacher {self._name}: its engine died; what vLLM says of it is above"
+            )
         finally:
             server.should_exit = True
 
@@ -76,7 +84,9 @@ class _Engine:
         while self._scorer is None and not keeping.done():
             for process in multiprocessing.active_children():
                 process.kill()  # until it is up, vLLM's process puts off every other signal
+
             await asyncio.wait((keeping,), timeout=_WATCH_S)
+
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
         if self._scorer is not None:
@@ -96,6 +106,17 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """Capture none."""
         return nullcontext()
+
+
+def _info(config: TeacherConfig, top_k: int, max_sequence_tokens: int) -> TeacherInfo:
+    return TeacherInfo(
+        name=config.name,
+        top_k=top_k,
+        vocab_size=vocab_size(config.model),
+        temperature=config.temperature,
+        max_sequence_tokens=max_sequence_tokens,
+        head_dtype=config.head_dtype,
+    )
 
 
 def serve(
@@ -123,22 +144,19 @@ def serve(
         ConfigError: the address cannot be served, or the model's directory is no model.
         TeacherDownError: the engine died.
     """
-    info = TeacherInfo(
-        name=config.name,
-        top_k=top_k,
-        vocab_size=vocab_size(config.model),
-        temperature=config.temperature,
-        max_sequence_tokens=max_sequence_tokens,
-        head_dtype=config.head_dtype,
-    )
+    info = _info(config, top_k, max_sequence_tokens)
     # A forked engine would inherit the server's sockets and threads.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+
     with listen(host, port) as listener:
-        from eopd.teacher.scorer import VllmTeacherScorer  # takes seconds: a mistaken address is told before
+        # takes seconds: a mistaken address is told before
+        from eopd.teacher.scorer import VllmTeacherScorer
 
         engine = _Engine(
             config.name,
-            lambda: VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens),
+            lambda: VllmTeacherScorer.start(
+                config, top_k=top_k, max_sequence_tokens=max_sequence_tokens
+            ),
         )
         settings = uvicorn.Config(
             create_app(engine, info, Limits.of(max_requests, info), token),
@@ -147,10 +165,15 @@ def serve(
             ws="none",
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=math.ceil(config.timeout_s),  # no client of ours waits any longer
+            # no client of ours waits any longer
+            timeout_graceful_shutdown=math.ceil(config.timeout_s),
         )
         address = "[{}]:{}" if ":" in host else "{}:{}"
-        logger.info("teacher %s is served at http://%s", config.name, address.format(*listener.getsockname()))
+        logger.info(
+            "teacher %s is served at http://%s",
+            config.name,
+            address.format(*listener.getsockname()),
+        )
         asyncio.run(_run(_Server(settings), engine, listener))
 
 
@@ -164,17 +187,21 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise ConfigError(f"--host {host} --port {port}: cannot be served ({error.strerror})") from None
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot be served ({error.strerror})"
+        ) from None
 
 
 async def _run(server: _Server, engine: _Engine, listener: socket.socket) -> None:
     """Serve until a signal comes, or until the engine fails, whose error is raised.
 
-    Ctrl-C in a terminal reaches vLLM's processes too: what they say once a stop was asked for is no failure.
+    Ctrl-C in a terminal reaches vLLM's processes too: what they say once a stop was asked for is no
+    failure.
     """
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.handle_exit, number, None)
+
     keeping = asyncio.create_task(engine.keep(server))
     await server.serve(sockets=[listener])
     await engine.stop(keeping)

@@ -1,9 +1,11 @@
-"""Do student and teacher speak of the same tokens? Checked from their directories, before anything starts.
+"""Do student and teacher speak of the same tokens? Checked from their directories, before anything
+starts.
 
-The loss compares probabilities id by id, so every id must mean the same token on both sides, every token a teacher can
-name must have a row in the student's head, and both must end a response with the same tokens, once the teacher's
-``eos_remap`` is applied. Only transformers' tokenizers are loaded, when a function is called, and once a process.
-Left out: bringing together tokenizers that differ in anything else.
+The loss compares probabilities id by id, so every id must mean the same token on both sides, every
+token a teacher can name must have a row in the student's head, and both must end a response with
+the same tokens, once the teacher's ``eos_remap`` is applied. Only transformers' tokenizers are
+loaded, when a function is called, and once a process. Left out: bringing together tokenizers that
+differ in anything else.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,17 +21,27 @@ from eopd.teacher.end_tokens import inverse
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Scripts, digits, spaces and markup on which tokenizers of equal vocabulary but other rules part ways.
-_PROBE = "  It's 3.14159 = \u03c0,\n\tna\u00efve \u4f60\u597d \u041f\u0440\u0438\u0432\u0435\u0442 def f(x):"
+# Scripts, digits, spaces and markup on which tokenizers of equal vocabulary but other rules part
+# ways.
+_PROBE = (
+    "  It's 3.14159 = \u03c0,\n\tna\u00efve \u4f60\u597d "
+    "\u041f\u0440\u0438\u0432\u0435\u0442 def f(x):"
+)
 
 # Without any of these transformers (5.19) makes up an empty tokenizer for some families.
 _VOCABULARY_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab*", "tekken.json")
-_TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 
 @cache
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face directory, shared by all who ask; never looks anything up on the network.
+    """The tokenizer of a Hugging Face directory, shared by all who ask; never looks anything up on
+    the network.
 
     Raises:
         ConfigError: there is no such directory, or no tokenizer in it.
@@ -38,11 +50,15 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
     if not directory.is_dir():
         raise ConfigError(f"{directory}: there is no such model directory")
+
     if not any(file for pattern in _VOCABULARY_FILES for file in directory.glob(pattern)):
         raise ConfigError(f"{directory}: has no tokenizer ({', '.join(_VOCABULARY_FILES)})")
+
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # `tokenizers` raises bare ones, of a file that a newer release wrote
+    except (
+        Exception
+    ) as error:  # `tokenizers` raises bare ones, of a file that a newer release wrote
         _blame_a_file(directory, error)
         reason = " ".join(str(error).split())
         raise ConfigError(f"{directory}: its tokenizer cannot be loaded: {reason}") from error
@@ -59,13 +75,17 @@ def _blame_a_file(directory: Path, error: Exception) -> None:
     for name in _TOKENIZER_FILES:
         if (directory / name).is_file():
             read_json(directory / name)
+
     try:
         AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as first:  # whatever the family's own checks raise
         reason = " ".join(str(first).split())
         if str(first) != str(error):
             return
-        raise ConfigError(f"{directory / 'config.json'}: transformers cannot read it: {reason}") from first
+
+        raise ConfigError(
+            f"{directory / 'config.json'}: transformers cannot read it: {reason}"
+        ) from first
 
 
 def vocab_size(directory: Path) -> int:
@@ -78,16 +98,19 @@ def vocab_size(directory: Path) -> int:
     size = config.get("vocab_size", _mapping(config.get("text_config")).get("vocab_size"))
     if size is None:
         raise ConfigError(f"{directory / 'config.json'}: names no vocab_size")
+
     if not _is_whole(size) or size < 1:
         raise ConfigError(
-            f"{directory / 'config.json'}: vocab_size must be a whole number of 1 or more, is {told(size)}"
+            f"{directory / 'config.json'}: vocab_size must be a whole number of 1 or more, "
+            f"is {told(size)}"
         )
+
     return size
 
 
 def end_token_ids(directory: Path) -> tuple[int, ...]:
-    """The ids on which responses of this model end, ascending: those of ``generation_config.json`` (of
-    ``config.json`` where a model has no generation config), and the tokenizer's end token.
+    """The ids on which responses of this model end, ascending: those of ``generation_config.json``
+    (of ``config.json`` where a model has no generation config), and the tokenizer's end token.
 
     Raises:
         ConfigError: there is none, so that no response would ever end, or one is no id.
@@ -97,16 +120,23 @@ def end_token_ids(directory: Path) -> tuple[int, ...]:
     named = read_json(path).get("eos_token_id")
     ids = [] if named is None else named if isinstance(named, list) else [named]
     if wrong := [token for token in ids if not _is_whole(token)]:
-        raise ConfigError(f"{path}: eos_token_id must be the id of a token or a list of ids, has {told(wrong[0])}")
+        raise ConfigError(
+            f"{path}: eos_token_id must be the id of a token or a list of ids, has {told(wrong[0])}"
+        )
+
     own = load_tokenizer(directory).eos_token_id
     found = sorted({token for token in (*ids, own) if _is_whole(token)})
     if not found:
-        raise ConfigError(f"{directory}: neither generation_config.json nor the tokenizer names an end token")
+        raise ConfigError(
+            f"{directory}: neither generation_config.json nor the tokenizer names an end token"
+        )
+
     return tuple(found)
 
 
 def num_tokens(directory: Path) -> int:
-    """One above the highest id that names a token and has a row in the head; rows from there on are padding.
+    """One above the highest id that names a token and has a row in the head; rows from there on are
+    padding.
 
     Raises:
         ConfigError: there is no tokenizer, or no ``vocab_size``.
@@ -117,10 +147,11 @@ def num_tokens(directory: Path) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedVocabulary:
-    """What a student and a teacher that can be compared have in common, and what a user may want to know of it.
+    """What a student and a teacher that can be compared have in common, and what a user may want to
+    know of it.
 
-    ``num_ids`` is one above the highest token that both heads have: what the student's distribution is over.
-    ``notes`` are differences that do no harm.
+    ``num_ids`` is one above the highest token that both heads have: what the student's distribution
+    is over. ``notes`` are differences that do no harm.
     """
 
     num_tokens: int
@@ -132,16 +163,19 @@ class SharedVocabulary:
     notes: tuple[str, ...]
 
 
-def require_same_vocabulary(student: Path, teacher: Path, remap: Mapping[int, int]) -> SharedVocabulary:
+def require_same_vocabulary(
+    student: Path, teacher: Path, remap: Mapping[int, int]
+) -> SharedVocabulary:
     """Refuse a pair whose token ids cannot be compared.
 
-    Equal tokenizers are required, equally sized heads are not, as long as both have the same tokens: a student's spare
-    rows are left out of sampling and of the loss, a teacher's count as tail. Once ``remap`` (student end id to teacher
-    end id) is applied, both must end a response on the same tokens.
+    Equal tokenizers are required, equally sized heads are not, as long as both have the same
+    tokens: a student's spare rows are left out of sampling and of the loss, a teacher's count as
+    tail. Once ``remap`` (student end id to teacher end id) is applied, both must end a response on
+    the same tokens.
 
     Raises:
-        ConfigError: one message, naming the first token that differs, or the first that one of the heads lacks, or the
-            two sets of end tokens and what to write to bring them together.
+        ConfigError: one message, naming the first token that differs, or the first that one of the
+            heads lacks, or the two sets of end tokens and what to write to bring them together.
     """
     tokenizers = load_tokenizer(student), load_tokenizer(teacher)
     vocabularies = tokenizers[0].get_vocab(), tokenizers[1].get_vocab()
@@ -149,27 +183,28 @@ def require_same_vocabulary(student: Path, teacher: Path, remap: Mapping[int, in
     encoded = [tokenizer.encode(_PROBE, add_special_tokens=False) for tokenizer in tokenizers]
     if encoded[0] != encoded[1]:
         raise ConfigError(
-            f"student {student} and teacher {teacher} have the same tokens but cut text differently: {_PROBE!r} "
-            f"becomes {encoded[0]} for the student and {encoded[1]} for the teacher"
+            f"student {student} and teacher {teacher} have the same tokens but cut text "
+            f"differently: {_PROBE!r} becomes {encoded[0]} for the student and {encoded[1]} "
+            "for the teacher"
         )
+
     names = {token_id: token for token, token_id in vocabularies[0].items()}
     rows = vocab_size(student), vocab_size(teacher)
-    if missing := sorted(token_id for token_id in names if rows[0] <= token_id < rows[1]):
-        raise ConfigError(
-            f"teacher {teacher} has a head of {rows[1]} rows, student {student} one of {rows[0]}: the teacher's top "
-            f"k could name token {missing[0]} {names[missing[0]]!r}, which the student does not have; pad its head"
-        )
-    if missing := sorted(token_id for token_id in names if rows[1] <= token_id < rows[0]):
-        raise ConfigError(
-            f"student {student} has a head of {rows[0]} rows, teacher {teacher} one of {rows[1]}: the student could "
-            f"write token {missing[0]} {names[missing[0]]!r}, which the teacher does not have; pad its head"
-        )
-    ends = [{token_id: names.get(token_id, "") for token_id in end_token_ids(model)} for model in (student, teacher)]
+    _require_heads(names, rows, student, teacher)
+    ends = [
+        {token_id: names.get(token_id, "") for token_id in end_token_ids(model)}
+        for model in (student, teacher)
+    ]
+
     try:
-        _require_same_ends(ends[0], ends[1], remap, usual=(tokenizers[0].eos_token_id, tokenizers[1].eos_token_id))
+        _require_same_ends(
+            ends[0], ends[1], remap, usual=(tokenizers[0].eos_token_id, tokenizers[1].eos_token_id)
+        )
     except ConfigError as error:
         raise ConfigError(f"student {student}, teacher {teacher}: {error}") from None
+
     num_ids = min(1 + max(names), *rows)
+
     return SharedVocabulary(
         num_tokens=len(names),
         num_ids=num_ids,
@@ -181,24 +216,55 @@ def require_same_vocabulary(student: Path, teacher: Path, remap: Mapping[int, in
     )
 
 
+def _require_heads(
+    names: Mapping[int, str], rows: tuple[int, int], student: Path, teacher: Path
+) -> None:
+    """Refuse a pair of which one could name a token that the other one's head lacks."""
+    if missing := sorted(token_id for token_id in names if rows[0] <= token_id < rows[1]):
+        raise ConfigError(
+            f"teacher {teacher} has a head of {rows[1]} rows, student {student} one of "
+            f"{rows[0]}: the teacher's top k could name token {missing[0]} "
+            f"{names[missing[0]]!r}, which the student does not have; pad its head"
+        )
+
+    if missing := sorted(token_id for token_id in names if rows[1] <= token_id < rows[0]):
+        raise ConfigError(
+            f"student {student} has a head of {rows[0]} rows, teacher {teacher} one of "
+            f"{rows[1]}: the student could write token {missing[0]} {names[missing[0]]!r}, "
+            "which the teacher does not have; pad its head"
+        )
+
+
 def _padding(num_ids: int, student_rows: int, teacher_rows: int) -> Iterator[str]:
     """What becomes of rows that name no token."""
     if student_rows > num_ids:
-        yield f"the student's rows from {num_ids} on are padding: never sampled, and left out of the loss"
+        yield (
+            f"the student's rows from {num_ids} on are padding: never sampled, and left out "
+            "of the loss"
+        )
+
     if teacher_rows > num_ids:
-        yield f"the teacher's rows from {num_ids} on are padding: their probability counts as outside the top k"
+        yield (
+            f"the teacher's rows from {num_ids} on are padding: their probability counts as "
+            "outside the top k"
+        )
 
 
-def _harmless(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> Iterator[str]:
+def _harmless(
+    student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase"
+) -> Iterator[str]:
     """Differences that do not matter, since only the student's tokenizer is used."""
     whole = [tokenizer.decode(tokenizer.encode("a")) for tokenizer in (student, teacher)]
     if whole[0] != whole[1]:
         yield (
-            f"of the text 'a' the student's tokenizer makes {whole[0]!r} and the teacher's {whole[1]!r}, with the "
-            "special tokens that each adds of itself; prompts are tokenised with the student's"
+            f"of the text 'a' the student's tokenizer makes {whole[0]!r} and the teacher's "
+            f"{whole[1]!r}, with the special tokens that each adds of itself; prompts are "
+            "tokenised with the student's"
         )
+
     if student.chat_template != teacher.chat_template:
         yield "chat templates differ; prompts are rendered with the student's"
+
     roles = student.special_tokens_map, teacher.special_tokens_map
     for role in sorted(roles[0].keys() | roles[1].keys()):
         if role != "eos_token" and (names := [tokens.get(role) for tokens in roles])[0] != names[1]:
@@ -208,7 +274,9 @@ def _harmless(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerB
 Ends = Mapping[int, str]  # ids that end a response, and their tokens
 
 
-def _require_same_ends(own: Ends, theirs: Ends, remap: Mapping[int, int], *, usual: tuple[object, object]) -> None:
+def _require_same_ends(
+    own: Ends, theirs: Ends, remap: Mapping[int, int], *, usual: tuple[object, object]
+) -> None:
     """Refuse end tokens that ``remap`` does not bring together.
 
     Args:
@@ -221,13 +289,19 @@ def _require_same_ends(own: Ends, theirs: Ends, remap: Mapping[int, int], *, usu
         inverse(remap)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
     for who, ends, named in (("student", own, remap.keys()), ("teacher", theirs, remap.values())):
         if strangers := [token_id for token_id in named if token_id not in ends]:
-            raise ConfigError(f"eos_remap: the {who} ends no response with {strangers[0]}, but with {_listed(ends)}")
+            raise ConfigError(
+                f"eos_remap: the {who} ends no response with {strangers[0]}, "
+                f"but with {_listed(ends)}"
+            )
+
     if not _agree(own, theirs, remap):
         raise ConfigError(
-            f"the student ends a response with {_listed(own)}, the teacher with {_listed(theirs)}: such a teacher "
-            f"makes the student never stop; {_advice(own, theirs, usual)}"
+            f"the student ends a response with {_listed(own)}, the teacher with "
+            f"{_listed(theirs)}: such a teacher makes the student never stop; "
+            f"{_advice(own, theirs, usual)}"
         )
 
 
@@ -241,25 +315,47 @@ def _lonely(own: Ends, theirs: Ends, remap: Mapping[int, int]) -> tuple[Ends, En
     """End tokens of the student, and of the teacher, that end nothing on the other side."""
     back = inverse(remap)
     return (
-        {token_id: token for token_id, token in own.items() if remap.get(token_id, token_id) not in theirs},
-        {token_id: token for token_id, token in theirs.items() if back.get(token_id, token_id) not in own},
+        {
+            token_id: token
+            for token_id, token in own.items()
+            if remap.get(token_id, token_id) not in theirs
+        },
+        {
+            token_id: token
+            for token_id, token in theirs.items()
+            if back.get(token_id, token_id) not in own
+        },
     )
 
 
 def _advice(own: Ends, theirs: Ends, usual: tuple[object, object]) -> str:
     """What to write so that the two agree; the remap, where one helps, last and as YAML."""
-    if nameless := [token_id for ends in (own, theirs) for token_id, token in ends.items() if not token]:
-        return f"{nameless[0]} is no token of their tokenizer; mend eos_token_id in generation_config.json"
+    if nameless := [
+        token_id for ends in (own, theirs) for token_id, token in ends.items() if not token
+    ]:
+        return (
+            f"{nameless[0]} is no token of their tokenizer; mend eos_token_id in "
+            "generation_config.json"
+        )
+
     alone = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
     pairs = [(alone[0][0], alone[1][0])] if len(alone[0]) == len(alone[1]) == 1 else []
     pairs += [(a, b) for a in own for b in alone[1] if (a, b) == usual]
-    remap = next((dict([pair]) for pair in pairs if _agree(own, theirs, dict([pair]))), dict(pairs[:1]))
+    remap = next(
+        (dict([pair]) for pair in pairs if _agree(own, theirs, dict([pair]))), dict(pairs[:1])
+    )
     spare, missing = (_listed(ends) for ends in _lonely(own, theirs, remap))
     steps = [
-        f"take {spare} out of eos_token_id in the student's generation config and tokenizer" if spare else "",
+        f"take {spare} out of eos_token_id in the student's generation config and tokenizer"
+        if spare
+        else "",
         f"add {missing} to eos_token_id in the student's generation_config.json" if missing else "",
-        *(f"write eos_remap: {{{a}: {b}}}  # {own[a]!r} -> {theirs[b]!r}" for a, b in remap.items()),
+        *(
+            f"write eos_remap: {{{a}: {b}}}  # {own[a]!r} -> {theirs[b]!r}"
+            for a, b in remap.items()
+        ),
     ]
+
     return ", and ".join(step for step in steps if step)
 
 
@@ -274,12 +370,16 @@ def _require_same_tokens(
     """Compare two maps of token to id, and name the lowest id on which they differ."""
     if student_ids == teacher_ids:
         return
-    by_id = [{token_id: token for token, token_id in ids.items()} for ids in (student_ids, teacher_ids)]
+
+    by_id = [
+        {token_id: token for token, token_id in ids.items()} for ids in (student_ids, teacher_ids)
+    ]
     first = min(i for i in by_id[0].keys() | by_id[1].keys() if by_id[0].get(i) != by_id[1].get(i))
     told = [repr(tokens[first]) if first in tokens else "no token" for tokens in by_id]
     raise ConfigError(
-        f"student {student} and teacher {teacher} have different vocabularies ({len(student_ids)} and "
-        f"{len(teacher_ids)} tokens): id {first} is {told[0]} for the student and {told[1]} for the teacher"
+        f"student {student} and teacher {teacher} have different vocabularies "
+        f"({len(student_ids)} and {len(teacher_ids)} tokens): id {first} is {told[0]} for "
+        f"the student and {told[1]} for the teacher"
     )
 
 
@@ -295,8 +395,10 @@ def read_json(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except JsonError as error:
         raise ConfigError(f"{path}: {error}") from None
+
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold a JSON object, is {told(tree)}")
+
     return tree
 
 

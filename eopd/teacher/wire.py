@@ -1,4 +1,5 @@
-"""The bytes of a scoring request and of its answer, both ends in this file: pure numpy, no server, no client.
+"""The bytes of a scoring request and of its answer, both ends in this file: pure numpy, no server,
+no client.
 
 Everything is little-endian. A request, ``16 + 4 (P + R)`` bytes::
 
@@ -22,10 +23,11 @@ An answer, ``16 + 4 R (3 + 2 K)`` bytes, so 140 a response token at K = 16::
     12          4           K, candidates per token, uint32
     16          4 R (3+2K)  R rows of 3 + 2 K float32
 
-A row holds, in nats: the entropy over the whole vocabulary, the log-probability of the sampled token, the log of the
-mass outside the top k (minus infinity where there is none), K log-probabilities, most likely first, and then their K
-token ids. Ids are whole floats below 2^24, and so exact; so is everything else, since no number is converted on the
-way. The layout of a row is that of ``signal.py``, which also checks what arrives.
+A row holds, in nats: the entropy over the whole vocabulary, the log-probability of the sampled
+token, the log of the mass outside the top k (minus infinity where there is none), K
+log-probabilities, most likely first, and then their K token ids. Ids are whole floats below 2^24,
+and so exact; so is everything else, since no number is converted on the way. The layout of a row is
+that of ``signal.py``, which also checks what arrives.
 
 Left out: compression, since log-probabilities have none to give, and errors, which travel as JSON.
 """
@@ -55,7 +57,10 @@ class WireError(ValueError):
 def encode_request(prompt_ids: Int32Array, response_ids: Int32Array) -> bytes:
     """Token ids [P] and [R] to a request."""
     ids = np.concatenate((prompt_ids, response_ids)).astype("<i4")
-    return _HEADER.pack(_MAGIC, VERSION, _REQUEST, 0, len(prompt_ids), len(response_ids)) + ids.tobytes()
+    return (
+        _HEADER.pack(_MAGIC, VERSION, _REQUEST, 0, len(prompt_ids), len(response_ids))
+        + ids.tobytes()
+    )
 
 
 def decode_request(body: bytes) -> tuple[Int32Array, Int32Array]:
@@ -73,10 +78,15 @@ def decode_request(body: bytes) -> tuple[Int32Array, Int32Array]:
 def encode_answer(signal: TeacherSignal) -> bytes:
     """A signal with exact entropy to an answer; the teacher's name stays behind."""
     num_response, top_k = signal.topk_ids.shape
-    return _HEADER.pack(_MAGIC, VERSION, _ANSWER, 0, num_response, top_k) + write_signal(signal).astype("<f4").tobytes()
+    return (
+        _HEADER.pack(_MAGIC, VERSION, _ANSWER, 0, num_response, top_k)
+        + write_signal(signal).astype("<f4").tobytes()
+    )
 
 
-def decode_answer(body: bytes, *, teacher: str, num_response_tokens: int, top_k: int) -> TeacherSignal:
+def decode_answer(
+    body: bytes, *, teacher: str, num_response_tokens: int, top_k: int
+) -> TeacherSignal:
     """An answer to a signal, bit for bit the one that was encoded.
 
     Args:
@@ -92,11 +102,20 @@ def decode_answer(body: bytes, *, teacher: str, num_response_tokens: int, top_k:
     shape = _open(body, _ANSWER)
     if shape != (num_response_tokens, top_k):
         raise WireError(
-            f"an answer about {shape[0]} tokens with {shape[1]} candidates; expected {num_response_tokens} and {top_k}"
+            f"an answer about {shape[0]} tokens with {shape[1]} candidates; expected "
+            f"{num_response_tokens} and {top_k}"
         )
+
     columns = num_columns(top_k)
-    _require_size(body, 4 * num_response_tokens * columns, f"{num_response_tokens} rows of {columns} float32")
-    raw = np.frombuffer(body, "<f4", offset=_HEADER.size).astype(np.float32).reshape(num_response_tokens, columns)
+    _require_size(
+        body, 4 * num_response_tokens * columns, f"{num_response_tokens} rows of {columns} float32"
+    )
+    raw = (
+        np.frombuffer(body, "<f4", offset=_HEADER.size)
+        .astype(np.float32)
+        .reshape(num_response_tokens, columns)
+    )
+
     return read_signal(raw, teacher=teacher, num_response_tokens=num_response_tokens, top_k=top_k)
 
 
@@ -104,13 +123,19 @@ def _open(body: bytes, kind: int) -> tuple[int, int]:
     """The two counts of a header that is of this version and kind."""
     if len(body) < _HEADER.size:
         raise WireError(f"{len(body)} bytes are too few for a header of {_HEADER.size}")
+
     magic, version, found, zero, first, second = _HEADER.unpack_from(body)
     if magic != _MAGIC:
         raise WireError(f"bytes that begin with {magic!r} are not of this format ({_MAGIC!r})")
+
     if version != VERSION:
         raise WireError(f"version {version} of the format; this end speaks {VERSION}")
+
     if found != kind or zero:
-        raise WireError(f"kind {found} with flags {zero}; expected {_KINDS[kind]}: kind {kind} with flags 0")
+        raise WireError(
+            f"kind {found} with flags {zero}; expected {_KINDS[kind]}: kind {kind} with flags 0"
+        )
+
     return first, second
 
 

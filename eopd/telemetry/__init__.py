@@ -1,1 +1,3 @@
-"""What a run tells: one row of catalogue metrics a step, handed to every sink. Nothing here decides anything."""
+"""What a run tells: one row of catalogue metrics a step, handed to every sink. Nothing here
+decides anything.
+"""

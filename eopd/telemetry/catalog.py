@@ -1,12 +1,14 @@
 """Every metric once: its name, kind, unit, labels, meaning and healthy range.
 
-The same name is the key in a row, in ``metrics.jsonl``, in Prometheus and on the dashboards. A *row* is what one
-training step reports: a mapping from series to number. A series is a metric's name, with its labels where it has any::
+The same name is the key in a row, in ``metrics.jsonl``, in Prometheus and on the dashboards. A
+*row* is what one training step reports: a mapping from series to number. A series is a metric's
+name, with its labels where it has any::
 
     {"eopd_step": 3.0, "eopd_loss": 1.25, 'eopd_lost_trajectories_total{reason="too_stale"}': 2.0}
 
-Names follow Prometheus: base units, ``_total`` for what only grows (in a row: the total so far). Terms of the objective
-are means over the loss tokens of the batch. Left out: histograms, since a row carries numbers only.
+Names follow Prometheus: base units, ``_total`` for what only grows (in a row: the total so far).
+Terms of the objective are means over the loss tokens of the batch. Left out: histograms, since a
+row carries numbers only.
 """
 
 from collections.abc import Mapping
@@ -37,7 +39,9 @@ class MetricError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric. ``healthy`` says in words what a sound run shows; ``labels`` come beside ``run``, which all have."""
+    """One metric. ``healthy`` says in words what a sound run shows; ``labels`` come beside
+    ``run``, which all have.
+    """
 
     kind: Kind
     unit: Unit
@@ -56,7 +60,9 @@ _trajectories = partial(Metric, "gauge", "trajectories")
 _number = partial(Metric, "gauge", "dimensionless")
 _counter = partial(Metric, "counter", "dimensionless")
 
-ROLLED_BACK: Final = "With a learner that was lost, and with --resume, it goes back to the checkpoint's."
+ROLLED_BACK: Final = (
+    "With a learner that was lost, and with --resume, it goes back to the checkpoint's."
+)
 
 _OBJECTIVE: Final = (
     _nats(
@@ -66,10 +72,15 @@ _OBJECTIVE: Final = (
     ),
     _nats(
         "eopd_reverse_kl_nats",
-        "Mean log p_old(y) - log q(y): how much surer of its own text the student is than the teacher.",
+        "Mean log p_old(y) - log q(y): how much surer of its own text the student is than "
+        "the teacher.",
         "Falls towards 0; a rise together with the response length is the length run-away.",
     ),
-    _nats("eopd_forward_kl_nats", "Forward KL on the teacher's top k, gated or not.", "Falls, and is never negative."),
+    _nats(
+        "eopd_forward_kl_nats",
+        "Forward KL on the teacher's top k, gated or not.",
+        "Falls, and is never negative.",
+    ),
     _nats(
         "eopd_forward_kl_gated_nats",
         "Forward KL where the gate is open, over these tokens; 0 where there are none.",
@@ -98,7 +109,8 @@ _OBJECTIVE: Final = (
     ),
     _ratio(
         "eopd_gate_uncertain_ratio",
-        "How far the gate would move between the bounds on the teacher's entropy; 0 where the entropy is exact.",
+        "How far the gate would move between the bounds on the teacher's entropy; 0 where "
+        "the entropy is exact.",
         "0 with a teacher of ours; above 0.1 a stock server's candidates are too few for the gate.",
     ),
     _number(
@@ -106,8 +118,18 @@ _OBJECTIVE: Final = (
         "Mean reward of the batch's responses, where loss.reverse_kl.reward is set.",
         "Rises; 0 or 1 throughout leaves no advantage to learn from.",
     ),
-    _number("eopd_alpha_ratio", "Alpha of this batch, warm-up included.", "Reaches loss.alpha when the warm-up ends."),
-    Metric("gauge", "tokens", "eopd_loss_tokens", "Tokens of the batch that enter the loss.", "Steady; never 0."),
+    _number(
+        "eopd_alpha_ratio",
+        "Alpha of this batch, warm-up included.",
+        "Reaches loss.alpha when the warm-up ends.",
+    ),
+    Metric(
+        "gauge",
+        "tokens",
+        "eopd_loss_tokens",
+        "Tokens of the batch that enter the loss.",
+        "Steady; never 0.",
+    ),
 )
 
 _DISTRIBUTIONS: Final = (
@@ -133,9 +155,21 @@ _DISTRIBUTIONS: Final = (
         "Student entropy over the whole vocabulary.",
         "Comes to the teacher's; far below it, diversity is being lost.",
     ),
-    _ratio("eopd_teacher_topk_mass_ratio", "Teacher probability on its top k.", "Above 0.9; lower, k is too small."),
-    _ratio("eopd_student_topk_mass_ratio", "Student probability on the teacher's top k.", "Rises to the teacher's."),
-    _ratio("eopd_topk_overlap_ratio", "Share of the teacher's top k that is in the student's top k.", "Rises."),
+    _ratio(
+        "eopd_teacher_topk_mass_ratio",
+        "Teacher probability on its top k.",
+        "Above 0.9; lower, k is too small.",
+    ),
+    _ratio(
+        "eopd_student_topk_mass_ratio",
+        "Student probability on the teacher's top k.",
+        "Rises to the teacher's.",
+    ),
+    _ratio(
+        "eopd_topk_overlap_ratio",
+        "Share of the teacher's top k that is in the student's top k.",
+        "Rises.",
+    ),
 )
 
 _OPTIMISATION: Final = (
@@ -144,30 +178,49 @@ _OPTIMISATION: Final = (
         "Mean truncated weight of the policy before the update against the one that sampled.",
         "Near 1; far from it, rollouts are stale or engine and trainer disagree.",
     ),
-    _ratio("eopd_importance_capped_ratio", "Share of tokens whose importance weight is capped.", "Below 0.05."),
+    _ratio(
+        "eopd_importance_capped_ratio",
+        "Share of tokens whose importance weight is capped.",
+        "Below 0.05.",
+    ),
     _nats(
         "eopd_logprob_gap_nats",
-        "Mean |log p_old - log b| of the sampled tokens: staleness, and the numeric gap of engine and trainer.",
+        "Mean |log p_old - log b| of the sampled tokens: staleness, and the numeric gap of "
+        "engine and trainer.",
         "Below 0.05 at staleness 0; more points to a precision or weight-sync fault.",
     ),
     _ratio(
-        "eopd_clipped_ratio", "Share of tokens whose policy ratio is clipped.", "0 at one optimiser step; below 0.2."
+        "eopd_clipped_ratio",
+        "Share of tokens whose policy ratio is clipped.",
+        "0 at one optimiser step; below 0.2.",
     ),
     _number("eopd_grad_norm", "Gradient norm before clipping.", "Steady; spikes are rare."),
-    _number("eopd_learning_rate", "Learning rate of the last optimiser step.", "Follows learner.schedule."),
+    _number(
+        "eopd_learning_rate",
+        "Learning rate of the last optimiser step.",
+        "Follows learner.schedule.",
+    ),
     Metric(
         "counter",
         "steps",
         "eopd_skipped_steps_total",
-        "Optimiser steps skipped because their loss or gradient was not finite; runs/<name>/broken/ has them. "
-        + ROLLED_BACK,
+        "Optimiser steps skipped because their loss or gradient was not finite; "
+        "runs/<name>/broken/ has them. " + ROLLED_BACK,
         "0; above learner.max_skipped_steps the run ends.",
     ),
 )
 
 _FLOW: Final = (
-    Metric("gauge", "steps", "eopd_step", "Completed batches, which is also the policy's version.", "Grows."),
-    Metric("gauge", "steps", "eopd_batches", "run.batches: the step that ends the run.", "Constant."),
+    Metric(
+        "gauge",
+        "steps",
+        "eopd_step",
+        "Completed batches, which is also the policy's version.",
+        "Grows.",
+    ),
+    Metric(
+        "gauge", "steps", "eopd_batches", "run.batches: the step that ends the run.", "Constant."
+    ),
     Metric(
         "gauge",
         "tokens",
@@ -181,7 +234,9 @@ _FLOW: Final = (
         "High where the length limit is generous; a fall is collapse.",
     ),
     _ratio(
-        "eopd_truncated_ratio", "Share of the batch's responses cut by the length limit.", "Low; a rise is collapse."
+        "eopd_truncated_ratio",
+        "Share of the batch's responses cut by the length limit.",
+        "Low; a rise is collapse.",
     ),
     _ratio(
         "eopd_repetition_ratio",
@@ -214,8 +269,20 @@ _FLOW: Final = (
         "Response tokens of the batch over the seconds of the step.",
         "Steady.",
     ),
-    Metric("counter", "tokens", "eopd_response_tokens_total", f"Response tokens trained on. {ROLLED_BACK}", "Grows."),
-    Metric("counter", "trajectories", "eopd_trajectories_total", f"Trajectories trained on. {ROLLED_BACK}", "Grows."),
+    Metric(
+        "counter",
+        "tokens",
+        "eopd_response_tokens_total",
+        f"Response tokens trained on. {ROLLED_BACK}",
+        "Grows.",
+    ),
+    Metric(
+        "counter",
+        "trajectories",
+        "eopd_trajectories_total",
+        f"Trajectories trained on. {ROLLED_BACK}",
+        "Grows.",
+    ),
     Metric(
         "counter",
         "trajectories",
@@ -228,13 +295,21 @@ _FLOW: Final = (
         "counter",
         "trajectories",
         "eopd_dropped_trajectories_total",
-        f"Trajectories given up after flow.max_attempts attempts; dropped.jsonl names them. {ROLLED_BACK}",
+        "Trajectories given up after flow.max_attempts attempts; dropped.jsonl names them. "
+        f"{ROLLED_BACK}",
         "0; more than flow.max_dropped_ratio of a run ends it.",
     ),
 )
 
 _TEACHERS: Final = (
-    Metric("counter", "tokens", "eopd_teacher_tokens_total", "Response tokens scored.", "Grows.", ("teacher",)),
+    Metric(
+        "counter",
+        "tokens",
+        "eopd_teacher_tokens_total",
+        "Response tokens scored.",
+        "Grows.",
+        ("teacher",),
+    ),
     Metric(
         "counter",
         "trajectories",
@@ -244,7 +319,10 @@ _TEACHERS: Final = (
         ("teacher",),
     ),
     _counter(
-        "eopd_teacher_replacements_total", "Replicas started in the place of one that was lost.", "Flat.", ("teacher",)
+        "eopd_teacher_replacements_total",
+        "Replicas started in the place of one that was lost.",
+        "Flat.",
+        ("teacher",),
     ),
     _number("eopd_teacher_replicas_up", "Replicas that take work.", "All of them.", ("teacher",)),
     _trajectories(
@@ -268,15 +346,25 @@ _FAULTS: Final = (
         "Trajectories that a rollout engine did not answer, because it was lost or too slow.",
         "Flat.",
     ),
-    _counter("eopd_engine_replacements_total", "Rollout engines started in the place of lost ones.", "Flat."),
-    _counter("eopd_learner_restarts_total", "Times all learner ranks were started again from a checkpoint.", "Flat."),
+    _counter(
+        "eopd_engine_replacements_total",
+        "Rollout engines started in the place of lost ones.",
+        "Flat.",
+    ),
+    _counter(
+        "eopd_learner_restarts_total",
+        "Times all learner ranks were started again from a checkpoint.",
+        "Flat.",
+    ),
     _counter(
         "eopd_config_changes_total",
-        "Keys that change what is computed, changed by --resume so far; runs/<name>/changes.jsonl has them. "
-        + ROLLED_BACK,
+        "Keys that change what is computed, changed by --resume so far; "
+        "runs/<name>/changes.jsonl has them. " + ROLLED_BACK,
         "0, or what was changed on purpose.",
     ),
-    _counter("eopd_weight_failures_total", "Weight transfers that failed and were repaired.", "Flat."),
+    _counter(
+        "eopd_weight_failures_total", "Weight transfers that failed and were repaired.", "Flat."
+    ),
     _bytes("eopd_object_store_bytes", "What the object stores of all nodes hold.", "Flat."),
     _bytes("eopd_driver_memory_bytes", "Resident memory of the driver.", "Flat."),
     _bytes(
@@ -297,9 +385,17 @@ _TIME: Final = (
         "When the last step ended, in seconds since 1970.",
         "Less than a few eopd_step_seconds ago.",
     ),
-    _seconds("eopd_generate_seconds", "Time of the step with a response being written.", "Follows the length."),
-    _seconds("eopd_score_seconds", "Time of the step with a response being scored.", "Below generation."),
-    _seconds("eopd_wait_seconds", "Time the learner waited for a full batch.", "Small when asynchronous."),
+    _seconds(
+        "eopd_generate_seconds",
+        "Time of the step with a response being written.",
+        "Follows the length.",
+    ),
+    _seconds(
+        "eopd_score_seconds", "Time of the step with a response being scored.", "Below generation."
+    ),
+    _seconds(
+        "eopd_wait_seconds", "Time the learner waited for a full batch.", "Small when asynchronous."
+    ),
     _seconds(
         "eopd_wait_rollout_seconds",
         "The part of that wait until the last response of the batch was written.",
@@ -323,12 +419,25 @@ _TIME: Final = (
         "That rate over learner.peak_flops, where it is set: model FLOPs utilisation.",
         "Steady; PaLM reports 0.46 for its training.",
     ),
-    _seconds("eopd_weights_seconds", "From the update's end until every engine serves its weights.", "Below training."),
-    _seconds("eopd_weight_transfer_seconds", "Time the new weights travelled, while engines wrote on.", "Steady."),
-    _seconds("eopd_weight_pause_seconds", "Longest time an engine stood still to load them.", "Below one second."),
+    _seconds(
+        "eopd_weights_seconds",
+        "From the update's end until every engine serves its weights.",
+        "Below training.",
+    ),
+    _seconds(
+        "eopd_weight_transfer_seconds",
+        "Time the new weights travelled, while engines wrote on.",
+        "Steady.",
+    ),
+    _seconds(
+        "eopd_weight_pause_seconds",
+        "Longest time an engine stood still to load them.",
+        "Below one second.",
+    ),
     _nats(
         "eopd_weight_probe_nats",
-        "How far an engine's log-probabilities of a fixed text were from the learner's when last asked, on average.",
+        "How far an engine's log-probabilities of a fixed text were from the learner's when "
+        "last asked, on average.",
         "Below 0.001 in float32, below 0.2 in bfloat16.",
     ),
     _seconds(
@@ -348,5 +457,13 @@ _TIME: Final = (
 
 CATALOG: Final[Mapping[str, Metric]] = {
     metric.name: metric
-    for metric in (*_OBJECTIVE, *_DISTRIBUTIONS, *_OPTIMISATION, *_FLOW, *_TEACHERS, *_FAULTS, *_TIME)
+    for metric in (
+        *_OBJECTIVE,
+        *_DISTRIBUTIONS,
+        *_OPTIMISATION,
+        *_FLOW,
+        *_TEACHERS,
+        *_FAULTS,
+        *_TIME,
+    )
 }

@@ -71,12 +71,15 @@ def cells(row: Row) -> Table:
         table.add_column(style="dim", no_wrap=True)
         table.add_column(justify="right", no_wrap=True)
         table.add_column(ratio=1)
+
     for index in range(max(len(column) for column in COLUMNS)):
         cells: list[str] = []
         for column in COLUMNS:
             label, names = column[index] if index < len(column) else ("", ())
             cells += [label, value(row, names), ""]
+
         table.add_row(*cells)
+
     return table
 
 

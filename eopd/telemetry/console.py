@@ -1,8 +1,10 @@
-"""A run on the terminal: a calm live view, plain lines where there is no terminal, and the table at the end.
+"""A run on the terminal: a calm live view, plain lines where there is no terminal, and the table at
+the end.
 
-``Console`` is a sink: it shows the newest row. The remaining time is honest: it is made of the gaps between the last
-rows, so that checkpoints and waits count; it knows nothing before the second row, since the first step warms everything
-up; and it stands still while a step takes longer than the ones before it.
+``Console`` is a sink: it shows the newest row. The remaining time is honest: it is made of the gaps
+between the last rows, so that checkpoints and waits count; it knows nothing before the second row,
+since the first step warms everything up; and it stands still while a step takes longer than the
+ones before it.
 """
 
 import logging
@@ -46,14 +48,18 @@ class Measurement(TypedDict):
 
 
 class HeldOut(TypedDict):
-    """``reverse_kl``, ``forward_kl``, ``student_entropy``, ``top1_agreement``; None where not measured."""
+    """``reverse_kl``, ``forward_kl``, ``student_entropy``, ``top1_agreement``; None where not
+    measured.
+    """
 
     before: Mapping[str, Measurement] | None
     after: Mapping[str, Measurement] | None
 
 
 class Summary(TypedDict):
-    """What ``summary.json`` holds. ``step_seconds``: mean seconds of generate, score, train, weights, wait."""
+    """What ``summary.json`` holds. ``step_seconds``: mean seconds of generate, score, train,
+    weights, wait.
+    """
 
     status: str
     steps: int
@@ -88,11 +94,14 @@ class _Progress:
     def left_s(self, now: float, batches: int) -> float | None:
         if self.step_s is None:
             return None
+
         return self.step_s * (batches - self.step()) - min(now - self.at, self.step_s)
 
 
 class Console:
-    """The live view until ``close``, or plain lines where there is no terminal; the log gets those too."""
+    """The live view until ``close``, or plain lines where there is no terminal; the log gets
+    those too.
+    """
 
     def __init__(
         self,
@@ -131,13 +140,22 @@ class Console:
             self.message(line)
         else:
             self._live.refresh()
+
         self._num_rows += 1
-        if self._num_rows == AFTER_STEPS and step_s is not None and self._progress.step() < self._batches:
+        if (
+            self._num_rows == AFTER_STEPS
+            and step_s is not None
+            and self._progress.step() < self._batches
+        ):
             self._foretell(row, now - self._start, step_s)
 
     def _foretell(self, row: Row, spent_s: float, step_s: float) -> None:
         told = forecast(
-            row, spent_s=spent_s, step_s=step_s, batches=self._batches, expected_minutes=self._expected_minutes
+            row,
+            spent_s=spent_s,
+            step_s=step_s,
+            batches=self._batches,
+            expected_minutes=self._expected_minutes,
         )
         logger.info(told)
         self.message(told)
@@ -148,8 +166,8 @@ class Console:
         self._output.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def doing(self, text: str) -> None:
-        """Show what is under way, and how far it is, until the next step: in the live view, or on a plain line after a
-        minute without any.
+        """Show what is under way, and how far it is, until the next step: in the live view, or on a
+        plain line after a minute without any.
         """
         self._doing = text
         if self._live is None and self._output.get_time() - self._said_at >= SILENCE_S:
@@ -168,7 +186,9 @@ class Console:
         head.add_column(no_wrap=True, justify="right")
         head.add_row(
             Text(self._run, style="bold"),
-            ProgressBar(total=self._batches, completed=step, complete_style="cyan", finished_style="green"),
+            ProgressBar(
+                total=self._batches, completed=step, complete_style="cyan", finished_style="green"
+            ),
             Text(f"{step}/{self._batches}"),
             Text(clock(self._output.get_time() - self._start), style="dim"),
             Text(self._remaining()),
@@ -177,39 +197,51 @@ class Console:
         frame.add_row(head)
         if self._doing:
             frame.add_row(Text(self._doing, style="dim", no_wrap=True, overflow="ellipsis"))
+
         if self._progress.row:
             frame.add_row(cells(self._progress.row))
+
         return Constrain(frame, MAX_WIDTH)
 
     def _remaining(self) -> str:
         left = self._progress.left_s(self._output.get_time(), self._batches)
         if self._progress.step() >= self._batches:
             return "done"
+
         return "" if left is None else f"{clock(left)} left"
 
     def _line(self) -> str:
         row = self._progress.row
-        shares = ", ".join(f"{name} {show(row, f'eopd_{name}_seconds')}" for name in ("wait", "train", "weights"))
+        shares = ", ".join(
+            f"{name} {show(row, f'eopd_{name}_seconds')}" for name in ("wait", "train", "weights")
+        )
         parts = [
             f"step {self._progress.step()}/{self._batches}",
             f"{show(row, 'eopd_step_seconds')} ({shares})",
             *(f"{label} {value(row, names)}" for label, names in LINE),
             self._remaining(),
         ]
+
         return " | ".join(part for part in parts if part)
 
 
 def print_summary(
-    summary: Summary, samples: Sequence[Sample], run_directory: Path, output: rich.console.Console | None = None
+    summary: Summary,
+    samples: Sequence[Sample],
+    run_directory: Path,
+    output: rich.console.Console | None = None,
 ) -> None:
-    """The table at the end of a run: rate, where the time went, held-out numbers and texts before and after. Of a run
-    that did not get as far as any number, one line.
+    """The table at the end of a run: rate, where the time went, held-out numbers and texts before
+    and after. Of a run that did not get as far as any number, one line.
     """
     output = output or rich.console.Console()
     if not summary["steps"] and summary["held_out"]["before"] is None:
         head = f"{summary['status']} before the first step, after {clock(summary['wall_s'])}"
-        output.print(f"{head}; run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True)
+        output.print(
+            f"{head}; run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True
+        )
         return
+
     output.print()
     output.print(
         f"{summary['status']}: {summary['steps']} steps, {summary['tokens']:,} response tokens "
@@ -225,9 +257,11 @@ def print_summary(
     if (parts := parts_table(summary["held_out"])).rows:
         output.print()
         output.print(parts)
+
     for sample in samples:
         output.print()
         output.print(_sample_table(sample))
+
     output.print()
     output.print(f"run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True)
 
@@ -237,6 +271,7 @@ def _time_table(step_seconds: Mapping[str, float]) -> Table:
     table.add_column("mean seconds per step", header_style="dim")
     for stage in step_seconds:
         table.add_column(stage, justify="right", header_style="dim")
+
     table.add_row("", *(f"{seconds:.2f}" for seconds in step_seconds.values()))
     return table
 
@@ -248,34 +283,52 @@ def held_out_table(held_out: HeldOut) -> Table:
     table.add_column("held out, per response token", header_style="dim")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", header_style="dim")
+
     for name, label in _HELD_OUT.items():
         change = "-"
         if name in before and name in after:
             change = f"{after[name]['mean'] - before[name]['mean']:+.3f}"
+
         table.add_row(label, _measured(before, name), _measured(after, name), change)
+
     return table
 
 
 def parts_table(held_out: HeldOut) -> Table:
-    """The divergences where the teacher is sure and unsure, and by source of the prompts, before and after."""
+    """The divergences where the teacher is sure and unsure, and by source of the prompts,
+    before and after.
+    """
     phases = [measured for measured in (held_out["before"], held_out["after"]) if measured]
-    parts = {name.removeprefix("share: ") for phase in phases for name in phase if name.startswith("share: ")}
+    parts = {
+        name.removeprefix("share: ")
+        for phase in phases
+        for name in phase
+        if name.startswith("share: ")
+    }
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("held out, by part of the tokens", header_style="dim")
     for heading in ("share", "reverse KL", "forward KL"):
         table.add_column(heading, justify="right", header_style="dim")
 
     def cell(name: str, form: str) -> str:
-        return " → ".join(format(phase[name]["mean"], form) if name in phase else "-" for phase in phases)
+        return " → ".join(
+            format(phase[name]["mean"], form) if name in phase else "-" for phase in phases
+        )
 
     for part in sorted(parts, reverse=True):
-        table.add_row(part, cell(f"share: {part}", ".0%"), *(cell(f"{kl}: {part}", ".3f") for kl in _DIVERGENCES))
+        table.add_row(
+            part,
+            cell(f"share: {part}", ".0%"),
+            *(cell(f"{kl}: {part}", ".3f") for kl in _DIVERGENCES),
+        )
+
     return table
 
 
 def _measured(measurements: Mapping[str, Measurement], name: str) -> str:
     if name not in measurements:
         return "-"
+
     error = measurements[name]["standard_error"]
     return f"{measurements[name]['mean']:.3f} ± {'-' if error is None else f'{error:.3f}'}"
 
@@ -291,7 +344,9 @@ def _sample_table(sample: Sample) -> Table:
 
 
 def _printable(text: str) -> str:
-    """One paragraph of bounded length: a model's text may hold anything, escape sequences of a terminal included."""
+    """One paragraph of bounded length: a model's text may hold anything, escape sequences of
+    a terminal included.
+    """
     line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
     return line if len(line) <= SAMPLE_CHARACTERS else line[:SAMPLE_CHARACTERS] + "…"
 

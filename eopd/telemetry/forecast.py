@@ -1,4 +1,6 @@
-"""How long a run will take, told once it is known, and what to change when that is far longer than meant."""
+"""How long a run will take, told once it is known, and what to change when that is far longer
+than meant.
+"""
 
 from typing import Final
 
@@ -8,15 +10,19 @@ AFTER_STEPS: Final = 3  # of this process: the first one warms everything up
 FAR_LONGER: Final = 2.0  # times ``run.expected_minutes``
 
 _ADVICE: Final = {
-    "train": "lower rollout.max_response_tokens or flow.batch_prompts, or check that student.dtype is fast here (auto)",
+    "train": "lower rollout.max_response_tokens or flow.batch_prompts, or check that "
+    "student.dtype is fast here (auto)",
     "generate": "lower rollout.max_response_tokens, or raise rollout.threads or rollout.engines",
     "score": "raise teachers[].threads or replicas, or set teachers[].head_dtype: model",
     "weights": "lower weights.verify_every to 0, or train adapters (student.lora)",
 }
 
 
-def forecast(row: Row, *, spent_s: float, step_s: float, batches: int, expected_minutes: float | None) -> str:
-    """One sentence on the whole run; a second one where it takes more than ``FAR_LONGER`` times as long as expected.
+def forecast(
+    row: Row, *, spent_s: float, step_s: float, batches: int, expected_minutes: float | None
+) -> str:
+    """One sentence on the whole run; a second one where it takes more than ``FAR_LONGER`` times as
+    long as expected.
 
     Args:
         row: of the last step.
@@ -30,11 +36,13 @@ def forecast(row: Row, *, spent_s: float, step_s: float, batches: int, expected_
     told = f"this run will take about {_told(minutes)} in all: {left} more steps of {step_s:.1f} s"
     if expected_minutes is None or minutes <= FAR_LONGER * expected_minutes:
         return told
+
     stage = max(_ADVICE, key=lambda name: row.get(f"eopd_{name}_seconds", 0.0))
     share = row.get(f"eopd_{stage}_seconds", 0.0) / max(row["eopd_step_seconds"], 1e-9)
+
     return (
-        f"{told}. It was written to take {_told(expected_minutes)}. Most of a step is {stage} ({share:.0%}): "
-        f"{_ADVICE[stage]}; or lower run.batches"
+        f"{told}. It was written to take {_told(expected_minutes)}. Most of a step is "
+        f"{stage} ({share:.0%}): {_ADVICE[stage]}; or lower run.batches"
     )
 
 

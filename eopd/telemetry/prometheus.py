@@ -1,7 +1,9 @@
-"""The newest row, and what has changed since, at ``http://host:port/metrics``, for Prometheus to scrape.
+"""The newest row, and what has changed since, at ``http://host:port/metrics``, for Prometheus to
+scrape.
 
-A scrape reads every series as it was last written, so nothing is counted twice: counters in a row are totals already.
-The registry is the sink's own, which keeps several runs in one process, and their tests, apart.
+A scrape reads every series as it was last written, so nothing is counted twice: counters in a row
+are totals already. The registry is the sink's own, which keeps several runs in one process, and
+their tests, apart.
 """
 
 import socket
@@ -43,7 +45,9 @@ def _cannot_serve(host: str, port: int, error: OSError | UnicodeError) -> Config
 
 
 class PrometheusSink:
-    """Serves the newest row from construction to ``close``; every series carries the label ``run``."""
+    """Serves the newest row from construction to ``close``; every series carries the label
+    ``run``.
+    """
 
     def __init__(self, host: str, port: int, *, run: str) -> None:
         """Start serving; port 0 takes a free one.
@@ -54,6 +58,7 @@ class PrometheusSink:
         self._latest = _LatestRow(run)
         registry = CollectorRegistry()
         registry.register(self._latest)
+
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
@@ -66,8 +71,8 @@ class PrometheusSink:
         return f"{host!s}:{port}"
 
     def write(self, row: Row) -> None:
-        """Show these series as they are now, and the others as they were last: not every step has them all, and state
-        goes on when steps do not.
+        """Show these series as they are now, and the others as they were last: not every step has
+        them all, and state goes on when steps do not.
         """
         self._latest.row = {**self._latest.row, **row}
 
@@ -79,7 +84,9 @@ class PrometheusSink:
 
 
 class _LatestRow(Collector):
-    """Turns the newest row into metric families at each scrape, in the server's thread: it reads ``row`` once."""
+    """Turns the newest row into metric families at each scrape, in the server's thread: it
+    reads ``row`` once.
+    """
 
     def __init__(self, run: str) -> None:
         self._run = run
@@ -93,5 +100,9 @@ class _LatestRow(Collector):
                 make = _FAMILIES[metric.kind]
                 help_text = f"{metric.meaning} Unit: {metric.unit}."
                 families[metric.name] = make(metric.name, help_text, labels=("run", *metric.labels))
-            families[metric.name].add_metric([self._run, *(labels[name] for name in metric.labels)], value)
+
+            families[metric.name].add_metric(
+                [self._run, *(labels[name] for name in metric.labels)], value
+            )
+
         yield from families.values()

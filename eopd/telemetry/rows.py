@@ -33,9 +33,11 @@ def parse_series(key: str) -> tuple[Metric, Mapping[str, str]]:
         close = difflib.get_close_matches(key, CATALOG, n=1)
         hint = f"did you mean {close[0]}?" if close else "add it to eopd/telemetry/catalog.py"
         raise MetricError(f"{key}: no metric of this name; {hint}")
+
     labels = dict(re.findall(r'(\w+)="([\w.-]+)"', match["labels"] or ""))
     if set(labels) != set(metric.labels):
         raise MetricError(f"{key}: its labels must be {metric.labels}, are {tuple(labels)}")
+
     return metric, labels
 
 
@@ -47,5 +49,6 @@ def check_row(row: Row) -> None:
     """
     for key in row:
         parse_series(key)
+
     if "eopd_step" not in row:
         raise MetricError(f"eopd_step: missing in a row of {sorted(row)}; every row names its step")

@@ -1,6 +1,7 @@
 """Where rows go. ``Telemetry`` hands each row to every sink; a sink may fail, training may not.
 
-pipeline --row--> Telemetry --row--> JsonlSink (metrics.jsonl), TimelineSink, PrometheusSink, Console
+pipeline --row--> Telemetry --row--> JsonlSink (metrics.jsonl), TimelineSink, PrometheusSink,
+Console
 """
 
 import errno
@@ -40,7 +41,8 @@ class Telemetry:
         self._failed: set[int] = set()
 
     def write(self, row: Row) -> None:
-        """Hand a row to every sink. A sink that fails is reported once, and tried again with the next row.
+        """Hand a row to every sink. A sink that fails is reported once, and tried again with the
+        next row.
 
         Raises:
             MetricError: the row itself is wrong (see ``check_row``); no sink has seen it then.
@@ -56,10 +58,17 @@ class Telemetry:
         for index, sink in enumerate(self._sinks):
             try:
                 act(sink)
-            except Exception:  # whatever a sink raises, the others get their row and training goes on
+            except (
+                Exception
+            ):  # whatever a sink raises, the others get their row and training goes on
                 level = logging.DEBUG if index in self._failed else logging.WARNING
                 self._failed.add(index)
-                logger.log(level, "%s failed: metrics may be missing there", type(sink).__name__, exc_info=True)
+                logger.log(
+                    level,
+                    "%s failed: metrics may be missing there",
+                    type(sink).__name__,
+                    exc_info=True,
+                )
 
 
 class JsonlSink:
@@ -73,7 +82,9 @@ class JsonlSink:
 
     def write(self, row: Row) -> None:
         """Append one line; raises OSError where the file cannot be written."""
-        numbers = {key: float(value) if math.isfinite(value) else None for key, value in row.items()}
+        numbers = {
+            key: float(value) if math.isfinite(value) else None for key, value in row.items()
+        }
         append_jsonl(self._path, {"step": int(row["eopd_step"]), "time": time.time(), **numbers})
 
     def close(self) -> None:
@@ -81,7 +92,9 @@ class JsonlSink:
 
 
 class TimelineSink:
-    """One JSON object a line: ``step``, and the spans of each of its stages, in seconds from its start."""
+    """One JSON object a line: ``step``, and the spans of each of its stages, in seconds from
+    its start.
+    """
 
     def __init__(self, path: Path, busy: Callable[[], Mapping[str, Sequence[Span]]]) -> None:
         self._path = path
@@ -89,7 +102,10 @@ class TimelineSink:
 
     def write(self, row: Row) -> None:
         """Append the spans of the row's step; raises OSError where the file cannot be written."""
-        spans = {stage: [[round(t, 4) for t in span] for span in of_stage] for stage, of_stage in self._busy().items()}
+        spans = {
+            stage: [[round(t, 4) for t in span] for span in of_stage]
+            for stage, of_stage in self._busy().items()
+        }
         append_jsonl(self._path, {"step": int(row["eopd_step"]), **spans})
 
     def close(self) -> None:
@@ -97,7 +113,8 @@ class TimelineSink:
 
 
 def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
-    """Append one record as one line, in one write: a reader, or a crash between records, never meets half a line.
+    """Append one record as one line, in one write: a reader, or a crash between records, never
+    meets half a line.
 
     Raises:
         OSError: the disk did not take all of it; none of it is left.

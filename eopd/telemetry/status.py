@@ -27,7 +27,8 @@ def print_status(
         run: its name.
         status: how it stands, see ``RunDirectory.status``.
         summary: ``summary.json``; None before it is first written.
-        rows: the last of ``metrics.jsonl``, with their ``time``; the gaps between them tell the remaining time.
+        rows: the last of ``metrics.jsonl``, with their ``time``; the gaps between them tell the
+            remaining time.
         batches: of the whole run.
         advice: a last line: what to do.
         output: else the terminal.
@@ -37,16 +38,20 @@ def print_status(
     head = f"{run}: {status}, step {step}/{batches}"
     if rows and status != "completed":
         head += _since(rows[-1]["time"], running=status == "running")
+
     if len(rows) > 1 and status == "running":
         pace_s = (rows[-1]["time"] - rows[0]["time"]) / (len(rows) - 1)
         head += f", about {clock(pace_s * (batches - step))} left"
+
     output.print(head, style="bold", markup=False, highlight=False, soft_wrap=True)
     if rows:
         output.print(Constrain(cells(rows[-1]), MAX_WIDTH))
         faults = ", ".join(f"{label} {value(rows[-1], names)}" for label, names in FAULTS)
         output.print(faults, markup=False, highlight=False, soft_wrap=True)
+
     if summary:
         output.print(held_out_table(summary["held_out"]))
+
     if advice is not None:
         output.print(advice, markup=False, highlight=False, soft_wrap=True)
 

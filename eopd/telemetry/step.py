@@ -1,5 +1,5 @@
-"""One step's row: from headers, the learner's numbers and clocks. Metrics are returned values; the pipeline's caller
-publishes them.
+"""One step's row: from headers, the learner's numbers and clocks. Metrics are returned values; the
+pipeline's caller publishes them.
 """
 
 import os
@@ -30,10 +30,14 @@ class BusyClock:
     def __enter__(self) -> None:
         if self._active == 0:
             self._since = time.monotonic()
+
         self._active += 1
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._active -= 1
         if self._active == 0:
@@ -66,20 +70,29 @@ def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
     staleness = [version - h.oldest_version for h in headers]
     ages = [STALENESS_AGES[min(age, len(STALENESS_AGES) - 1)] for age in staleness]
     ended = sum(h.stop_reason is StopReason.END_TOKEN for h in headers)
+
     return {
         "eopd_response_tokens_mean": sum(h.num_response_tokens for h in headers) / count,
         "eopd_end_token_ratio": ended / count,
         "eopd_truncated_ratio": 1.0 - ended / count,
         "eopd_staleness_mean": sum(staleness) / count,
         "eopd_staleness_max": float(max(staleness)),
-    } | {series("eopd_staleness_ratio", versions=age): ages.count(age) / count for age in STALENESS_AGES}
+    } | {
+        series("eopd_staleness_ratio", versions=age): ages.count(age) / count
+        for age in STALENESS_AGES
+    }
 
 
 def config_row(config: Config) -> Row:
     """What rules and dashboards compare a run with."""
-    row = {"eopd_batches": float(config.run.batches), "eopd_staleness_bound": float(config.flow.max_staleness)}
+    row = {
+        "eopd_batches": float(config.run.batches),
+        "eopd_staleness_bound": float(config.flow.max_staleness),
+    }
     gate = config.loss.gate
-    return row | ({"eopd_gate_threshold_nats": gate.tau} if isinstance(gate, HardGate | SigmoidGate) else {})
+    return row | (
+        {"eopd_gate_threshold_nats": gate.tau} if isinstance(gate, HardGate | SigmoidGate) else {}
+    )
 
 
 def resident_bytes() -> float:
@@ -100,7 +113,9 @@ def step_row(
     in_flight: int,
     ready: int,
 ) -> Row:
-    """The row of one completed step. ``seconds`` has step, generate, score, wait, its two parts, train and weights."""
+    """The row of one completed step. ``seconds`` has step, generate, score, wait, its two
+    parts, train and weights.
+    """
     row = dict(stats.metrics) | batch_row(headers, stats.version.step - 1)
     row |= {f"eopd_{stage}_seconds": spent for stage, spent in seconds.items()}
     row |= {
@@ -108,7 +123,8 @@ def step_row(
         "eopd_last_step_timestamp_seconds": time.time(),
         "eopd_in_flight_trajectories": float(in_flight),
         "eopd_ready_trajectories": float(ready),
-        "eopd_response_tokens_per_second": sum(h.num_response_tokens for h in headers) / seconds["step"],
+        "eopd_response_tokens_per_second": sum(h.num_response_tokens for h in headers)
+        / seconds["step"],
         "eopd_response_tokens_total": float(totals.tokens),
         "eopd_trajectories_total": float(totals.trajectories),
         "eopd_dropped_trajectories_total": float(dropped),
@@ -118,6 +134,8 @@ def step_row(
     }
     if published.probe_nats is not None:
         row["eopd_weight_probe_nats"] = published.probe_nats
+
     return row | {
-        series("eopd_lost_trajectories_total", reason=reason.value): float(lost.get(reason, 0)) for reason in LossReason
+        series("eopd_lost_trajectories_total", reason=reason.value): float(lost.get(reason, 0))
+        for reason in LossReason
     }

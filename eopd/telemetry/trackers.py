@@ -1,11 +1,12 @@
-"""Rows for the services where people keep their runs: TensorBoard, Weights & Biases, MLflow; each is an optional extra.
+"""Rows for the services where people keep their runs: TensorBoard, Weights & Biases, MLflow; each
+is an optional extra.
 
     Telemetry --row--> BackgroundSink --queue--> its thread --row--> Tracker
 
-A tracker may import for seconds and wait for a network for minutes: it lives in a thread of its own, and training never
-waits for it. Where it goes, and with which key, its own environment variables say (``WANDB_PROJECT``, ``WANDB_MODE``,
-``MLFLOW_TRACKING_URI``, ...). A run that is continued goes on in the same run there. Numbers that are not finite are
-left out.
+A tracker may import for seconds and wait for a network for minutes: it lives in a thread of its
+own, and training never waits for it. Where it goes, and with which key, its own environment
+variables say (``WANDB_PROJECT``, ``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ...). A run that is
+continued goes on in the same run there. Numbers that are not finite are left out.
 """
 
 import importlib.util
@@ -36,7 +37,10 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
     """Raises ConfigError where one is not installed, or MLflow has no server."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"telemetry.trackers: {name} is not installed; pip install 'eopd[{name}]'")
+            raise ConfigError(
+                f"telemetry.trackers: {name} is not installed; pip install 'eopd[{name}]'"
+            )
+
     if "mlflow" in names and "MLFLOW_TRACKING_URI" not in os.environ:
         raise ConfigError("telemetry.trackers: mlflow needs a server: set MLFLOW_TRACKING_URI")
 
@@ -53,7 +57,9 @@ class Tracker(Protocol):
         ...
 
 
-def tracker(name: TrackerName, directory: Path, run: str, settings: Mapping[str, object]) -> "BackgroundSink":
+def tracker(
+    name: TrackerName, directory: Path, run: str, settings: Mapping[str, object]
+) -> "BackgroundSink":
     """The sink of a tracker, which starts in the background.
 
     Args:
@@ -75,14 +81,17 @@ def end(trackers: Sequence["BackgroundSink"], status: Status) -> None:
     deadline = time.monotonic() + END_S
     for one in trackers:
         one.end(status)
+
     for one in trackers:
         one.join(deadline - time.monotonic())
 
 
 class BackgroundSink:
-    """A sink that hands rows to a tracker, which is made, written to and ended in a thread of its own.
+    """A sink that hands rows to a tracker, which is made, written to and ended in a thread of its
+    own.
 
-    Up to ``QUEUE_ROWS`` rows wait for it. Beyond that they are dropped, which is said once, as is a failure.
+    Up to ``QUEUE_ROWS`` rows wait for it. Beyond that they are dropped, which is said once, as is a
+    failure.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
@@ -91,7 +100,9 @@ class BackgroundSink:
         self._wake = threading.Condition()
         self._status: Status | None = None
         self._said: set[str] = set()
-        self._thread = threading.Thread(target=self._run, args=(make,), name=f"tracker-{name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(make,), name=f"tracker-{name}", daemon=True
+        )
         self._thread.start()
 
     def write(self, row: Row) -> None:
@@ -101,10 +112,13 @@ class BackgroundSink:
                 self._rows.append(row)
             else:
                 self._say(f"is behind by {QUEUE_ROWS} steps: later ones are missing there")
+
             self._wake.notify()
 
     def close(self) -> None:
-        """Nothing yet: how a run ended is known, and waited for, once its own files are whole (``end``)."""
+        """Nothing yet: how a run ended is known, and waited for, once its own files are whole
+        (``end``).
+        """
 
     def end(self, status: Status) -> None:
         """No row comes any more."""
@@ -129,8 +143,10 @@ class BackgroundSink:
         except Exception:  # noqa: BLE001 - said, whatever it is; the run goes on
             self._say("cannot be used: this run will be missing there", exc_info=True)
             return
+
         while (row := self._next()) is not None:
             self._try(made.write, row)
+
         assert self._status is not None, "what ends the rows"
         self._try(made.end, self._status)
 
@@ -143,6 +159,7 @@ class BackgroundSink:
     def _say(self, text: str, *, exc_info: bool = False) -> None:
         if text not in self._said:
             logger.warning("%s %s", self._name, text, exc_info=exc_info)
+
         self._said.add(text)
 
 
@@ -158,6 +175,7 @@ class _TensorBoard:
     def write(self, row: Row) -> None:
         for name, value in _numbers(row):
             self._writer.add_scalar(name, value, int(row["eopd_step"]))
+
         self._writer.flush()
 
     def end(self, status: Status) -> None:
@@ -166,7 +184,9 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of the project ``eopd``, unless ``WANDB_PROJECT`` names another; x is the step, also of one done again."""
+    """A run of the project ``eopd``, unless ``WANDB_PROJECT`` names another; x is the step,
+    also of one done again.
+    """
 
     def __init__(self, directory: Path, run: str, settings: Mapping[str, object]) -> None:
         import wandb
@@ -214,15 +234,23 @@ class _MLflow:
 
     def write(self, row: Row) -> None:
         now, step = int(1000 * time.time()), int(row["eopd_step"])
-        self._client.log_batch(self._run_id, [self._metric(name, value, now, step) for name, value in _numbers(row)])
+        self._client.log_batch(
+            self._run_id, [self._metric(name, value, now, step) for name, value in _numbers(row)]
+        )
 
     def end(self, status: Status) -> None:
-        ends: Mapping[Status, str] = {"completed": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+        ends: Mapping[Status, str] = {
+            "completed": "FINISHED",
+            "interrupted": "KILLED",
+            "failed": "FAILED",
+        }
         self._client.set_terminated(self._run_id, ends[status])
 
 
 def _numbers(row: Row) -> Iterator[tuple[str, float]]:
-    """Names as all three take them, ``eopd_lost_trajectories_total/too_stale``, with what is finite."""
+    """Names as all three take them, ``eopd_lost_trajectories_total/too_stale``, with what is
+    finite.
+    """
     for series, value in row.items():
         if math.isfinite(value):
             metric, labels = parse_series(series)
@@ -233,4 +261,5 @@ def _kept(path: Path, make: Callable[[], str]) -> str:
     """What was made the first time."""
     if not path.exists():
         path.write_text(make(), encoding="utf-8")
+
     return path.read_text(encoding="utf-8")

@@ -1,4 +1,5 @@
-"""The driver's view of the wire: brings engines to the learner's version, in two phases, whoever dies on the way.
+"""The driver's view of the wire: brings engines to the learner's version, in two phases, whoever
+dies on the way.
 
 sender (learner ranks)                       engines (generation goes on)
   open ──────────── InitInfo ──────────────▶ connect_weights          where the group is another one than last time
@@ -8,8 +9,8 @@ sender (learner ranks)                       engines (generation goes on)
                                              version                  asked back from every engine
   probe ─────── log-probabilities ─────────▶ probe                    now and then: does it compute with them?
 
-``publish`` goes to all engines. ``join`` goes to newcomers alone, to as many as wait at a time: the others serve the
-learner's version already, and are neither sent to nor paused.
+``publish`` goes to all engines. ``join`` goes to newcomers alone, to as many as wait at a time: the
+others serve the learner's version already, and are neither sent to nor paused.
 
     what fails                                       what becomes of it
     connecting, receiving, leaving in the middle     the engine that did it is suspected: the first time all is sent
@@ -17,8 +18,8 @@ learner's version already, and are neither sent to nor paused.
     an answer                                        lost, if it does not answer a ping
     loading                                          lost: it may hold half of the weights
 
-A transfer that fails in phase one is given up, and costs a round: nothing was loaded. A publish without any engine is
-done at once: whoever joins later is brought to the learner's version.
+A transfer that fails in phase one is given up, and costs a round: nothing was loaded. A publish
+without any engine is done at once: whoever joins later is brought to the learner's version.
 """
 
 import asyncio
@@ -40,7 +41,9 @@ MAX_ROUNDS = 5  # of one publish; every failed one costs a time-out
 
 
 class WeightSyncError(RuntimeError):
-    """The weights cannot be brought to the engines, though everybody is alive; names the last cause."""
+    """The weights cannot be brought to the engines, though everybody is alive; names the last
+    cause.
+    """
 
 
 class BroadcastChannel:
@@ -53,7 +56,8 @@ class BroadcastChannel:
         probe: what engines and learner are compared on.
         lose: told the number of an engine that is to be replaced, and why.
         connect_timeout_s: until all have joined the group.
-        timeout_s: of every other call to an engine. The sender keeps its own time, bucket by bucket.
+        timeout_s: of every other call to an engine. The sender keeps its own time, bucket by
+            bucket.
     """
 
     def __init__(
@@ -97,10 +101,16 @@ class BroadcastChannel:
         async with self._lock:
             every = self._probe.every
             verify = every > 0 and self._num_published % every == 0
-            stats = await self._bring_up_to_date(dict(self._engines), verify=verify, lose=self._lose)
+            stats = await self._bring_up_to_date(
+                dict(self._engines), verify=verify, lose=self._lose
+            )
             self._num_published += 1
+
         if stats.version != version:
-            raise WeightSyncError(f"{version.label} was to be published, the learner holds {stats.version.label}")
+            raise WeightSyncError(
+                f"{version.label} was to be published, the learner holds {stats.version.label}"
+            )
+
         return stats
 
     async def join(self, number: int, engine: EngineLink) -> None:
@@ -118,12 +128,15 @@ class BroadcastChannel:
                     await self._take_in()
         finally:
             self._newcomers.pop(number, None)
+
         if self._engines.get(number) is not engine:
             reason = self._refused.pop(number, "it left")
             raise EngineDownError(f"rollout engine {number} did not take the weights: {reason}")
 
     async def leave(self, number: int) -> None:
-        """Leave out an engine, at once: one that is lost fails the transfer that is under way with it anyway."""
+        """Leave out an engine, at once: one that is lost fails the transfer that is under way
+        with it anyway.
+        """
         self._forget(number)
 
     async def part(self, number: int) -> None:
@@ -136,26 +149,36 @@ class BroadcastChannel:
         self._group = {}
 
     async def _take_in(self) -> None:
-        """Bring all newcomers that wait to the learner's version; whoever cannot be is refused, with the reason."""
+        """Bring all newcomers that wait to the learner's version; whoever cannot be is
+        refused, with the reason.
+        """
         newcomers, self._newcomers = self._newcomers, {}
         arrived = dict(newcomers)
+
         try:
-            await self._bring_up_to_date(arrived, verify=self._probe.every > 0, lose=self._refused.__setitem__)
+            await self._bring_up_to_date(
+                arrived, verify=self._probe.every > 0, lose=self._refused.__setitem__
+            )
         except BaseException:
             self._newcomers |= newcomers  # the others try for themselves
             raise
+
         self._engines |= arrived
 
     async def _bring_up_to_date(
         self, engines: dict[int, EngineLink], *, verify: bool, lose: Callable[[int, str], None]
     ) -> PublishStats:
-        """Bring ``engines`` to the learner's version; those that cannot be are taken out of them, and lost."""
+        """Bring ``engines`` to the learner's version; those that cannot be are taken out of
+        them, and lost.
+        """
         self._doing = "waiting for the learner"
         async with self._sender.reserved():
             sync = self._sync = _Sync(await self._sender.version(), engines, lose)
             for _ in range(MAX_ROUNDS):
                 if not engines:
-                    return PublishStats(version=sync.version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
+                    return PublishStats(
+                        version=sync.version, transfer_s=0.0, pause_s=0.0, num_bytes=0
+                    )
 
                 num_bytes = await self._transfer_or_repair(sync)
                 if num_bytes is None:
@@ -171,10 +194,15 @@ class BroadcastChannel:
                         num_bytes=num_bytes,
                         probe_nats=max(sync.gaps, default=None),
                     )
-        raise WeightSyncError(f"{MAX_ROUNDS} transfers of {sync.version.label} failed, last: {sync.cause}")
+
+        raise WeightSyncError(
+            f"{MAX_ROUNDS} transfers of {sync.version.label} failed, last: {sync.cause}"
+        )
 
     async def _transfer_or_repair(self, sync: "_Sync") -> int | None:
-        """Bytes sent; None once whoever is to blame or does not answer is dealt with, for another round."""
+        """Bytes sent; None once whoever is to blame or does not answer is dealt with, for
+        another round.
+        """
         try:
             return await self._transfer(sync)
         except (WeightTransferError, EngineDownError, TimeoutError, OSError) as error:
@@ -184,11 +212,16 @@ class BroadcastChannel:
         self._group = {}
         for number, reason in sync.blamed.items():
             self._suspect(sync, number, reason)
+
         sync.blamed.clear()
-        for number, answer in (await self._each(sync, lambda engine: engine.version(), PING_S)).items():
+
+        for number, answer in (
+            await self._each(sync, lambda engine: engine.version(), PING_S)
+        ).items():
             if isinstance(answer, BaseException):
                 found = str(answer) or "it does not answer"
                 self._drop(sync, number, f"{found} (after a weight transfer failed: {sync.cause})")
+
         return None
 
     async def _transfer(self, sync: "_Sync") -> int:
@@ -200,6 +233,7 @@ class BroadcastChannel:
         self._doing = "sending"
         begun = await self._each(sync, lambda engine: engine.receive_weights(), self._timeout_s)
         sync.raise_first(begun, "it could not begin to receive")
+
         try:
             num_bytes = await self._sender.send()
         except WeightTransferError as error:
@@ -209,6 +243,7 @@ class BroadcastChannel:
         self._doing = "checking what arrived"
         checks = await self._each(sync, lambda engine: engine.check_weights(), self._timeout_s)
         sync.raise_first(checks, "it did not receive the weights")
+
         return num_bytes
 
     async def _connect(self, sync: "_Sync") -> None:
@@ -222,18 +257,23 @@ class BroadcastChannel:
             try:
                 await members[number].connect_weights(info)
             except WeightTransferError as error:
-                if not accepting.done():  # afterwards it is what the others say whom it did not wait for
+                # afterwards it is what the others say whom it did not wait for
+                if not accepting.done():
                     sync.blamed[number] = f"it could not connect: {error}"
+
                 raise
 
         joins = [connect(number, info) for number, info in zip(members, infos, strict=True)]
+
         try:
             await _together(self._connect_timeout_s, accepting, *joins)
         except WeightTransferError as error:
             self._blame(sync, error, "it did not connect", list(members))
             raise
+
         if sync.engines != members:
             raise WeightTransferError("an engine left while the group was built")
+
         self._group = members
 
     async def _install(self, sync: "_Sync") -> float:
@@ -242,36 +282,55 @@ class BroadcastChannel:
         async def install(engine: EngineLink) -> float:
             pause_s = await engine.install_weights(sync.version)
             if (serves := await engine.version()) != sync.version:
-                raise RuntimeError(f"it serves {serves.label} after {sync.version.label} was installed")
+                raise RuntimeError(
+                    f"it serves {serves.label} after {sync.version.label} was installed"
+                )
+
             return pause_s
 
         self._doing = "installing"
         pauses = [0.0]
+
         for number, pause_s in (await self._each(sync, install, self._timeout_s)).items():
             if isinstance(pause_s, BaseException):
                 self.num_failures += 1
-                self._drop(sync, number, f"installing weights failed: {pause_s or type(pause_s).__name__}")
+                self._drop(
+                    sync, number, f"installing weights failed: {pause_s or type(pause_s).__name__}"
+                )
             else:
                 pauses.append(pause_s)
+
         return max(pauses)
 
     async def _verify(self, sync: "_Sync") -> bool:
-        """Whether all engines are near the learner; False where one is to be sent the weights once more."""
+        """Whether all engines are near the learner; False where one is to be sent the weights
+        once more.
+        """
         self._doing = "probing"
         token_ids = self._probe.token_ids
         expected = await self._sender.probe(token_ids)
         repair, sync.gaps = False, []
-        for number, logprobs in (await self._each(sync, lambda engine: engine.probe(token_ids), PROBE_S)).items():
+
+        for number, logprobs in (
+            await self._each(sync, lambda engine: engine.probe(token_ids), PROBE_S)
+        ).items():
             if isinstance(logprobs, TimeoutError):
                 continue
+
             if isinstance(logprobs, BaseException):
-                self._drop(sync, number, f"it did not answer the probe: {logprobs or type(logprobs).__name__}")
+                self._drop(
+                    sync,
+                    number,
+                    f"it did not answer the probe: {logprobs or type(logprobs).__name__}",
+                )
                 continue
+
             try:
                 sync.gaps.append(compare_probe(logprobs, expected, dtype=self._probe.dtype))
             except ProbeError as error:
                 self.num_failures += 1
                 repair = self._suspect(sync, number, str(error)) or repair
+
         return not repair
 
     async def _each(
@@ -284,11 +343,18 @@ class BroadcastChannel:
                 return await call(engine)
 
         engines = dict(sync.engines)
-        answers = await asyncio.gather(*(one(engine) for engine in engines.values()), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(one(engine) for engine in engines.values()), return_exceptions=True
+        )
+
         return dict(zip(engines, answers, strict=True))
 
     def _blame(
-        self, sync: "_Sync", error: WeightTransferError, reason: str, numbers: Sequence[int] | None = None
+        self,
+        sync: "_Sync",
+        error: WeightTransferError,
+        reason: str,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         """Put a failure of the sender down to the engines whose ranks it names."""
         engines = list(self._group) if numbers is None else numbers
@@ -302,10 +368,12 @@ class BroadcastChannel:
         sync.suspects.add(number)
         if not first:
             self._drop(sync, number, f"twice with the same weights: {reason}")
+
         return first
 
     def _drop(self, sync: "_Sync", number: int, reason: str) -> None:
-        stayed = number in sync.engines  # else it was taken out meanwhile, by whoever replaces or ends it
+        # else it was taken out meanwhile, by whoever replaces or ends it
+        stayed = number in sync.engines
         self._forget(number)
         if stayed:
             sync.lose(number, reason)
@@ -315,6 +383,7 @@ class BroadcastChannel:
         self._newcomers.pop(number, None)
         if self._sync is not None:
             self._sync.engines.pop(number, None)
+
         if number in self._group:
             self._group = {}
 
@@ -322,12 +391,15 @@ class BroadcastChannel:
 class _Sync:
     """One version on its way to ``engines``.
 
-    ``suspects`` failed once, ``blamed`` are those to whom the failure of this round is put down, and why. ``gaps``
-    (nats) are those of the last probe.
+    ``suspects`` failed once, ``blamed`` are those to whom the failure of this round is put down,
+    and why. ``gaps`` (nats) are those of the last probe.
     """
 
     def __init__(
-        self, version: PolicyVersion, engines: dict[int, EngineLink], lose: Callable[[int, str], None]
+        self,
+        version: PolicyVersion,
+        engines: dict[int, EngineLink],
+        lose: Callable[[int, str], None],
     ) -> None:
         self.version = version
         self.engines = engines
@@ -339,19 +411,29 @@ class _Sync:
         self.gaps: list[float] = []
 
     def raise_first(self, answers: Mapping[int, object], reason: str) -> None:
-        """Raise the first error among answers; those of engines that are alive are put down to them."""
-        errors = {number: answer for number, answer in answers.items() if isinstance(answer, BaseException)}
+        """Raise the first error among answers; those of engines that are alive are put down
+        to them.
+        """
+        errors = {
+            number: answer
+            for number, answer in answers.items()
+            if isinstance(answer, BaseException)
+        }
         for number, error in errors.items():
             if isinstance(error, WeightTransferError):
                 self.blamed[number] = f"{reason}: {error}"
+
         for error in errors.values():
             raise error
 
 
 async def _together(timeout_s: float, *calls: Awaitable[object]) -> None:
-    """Await all, also after a failure: a call that is still under way would meet the next round's."""
+    """Await all, also after a failure: a call that is still under way would meet the next
+    round's.
+    """
     async with asyncio.timeout(timeout_s):
         results = await asyncio.gather(*calls, return_exceptions=True)
+
     errors = [result for result in results if isinstance(result, BaseException)]
     for error in sorted(errors, key=lambda error: not isinstance(error, LearnerDownError)):
         raise error

@@ -13,7 +13,8 @@ import xxhash
 
 from eopd.types import WeightTransferError
 
-# xxh3_128 finds accidents, not attackers, at 28 GB/s a core; sha256, the next best of hashlib, at 1.8 (measured).
+# xxh3_128 finds accidents, not attackers, at 28 GB/s a core; sha256, the next best of hashlib, at
+# 1.8 (measured).
 DIGEST_BYTES = 16
 
 
@@ -36,11 +37,14 @@ class ParameterMeta:
         dtype = getattr(torch, self.dtype)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"parameter {self.name}: {self.dtype} is no torch dtype")
+
         return dtype
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor, shape: Sequence[int]) -> Self:
-        """Describe a tensor; ``shape`` is the full one (under ZeRO-3 the tensor itself is empty)."""
+        """Describe a tensor; ``shape`` is the full one (under ZeRO-3 the tensor itself is
+        empty).
+        """
         return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(shape))
 
 
@@ -48,15 +52,20 @@ Bucket = tuple[ParameterMeta, ...]
 
 
 def cut_into_buckets(parameters: Sequence[ParameterMeta], bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Fill buckets in order up to ``bucket_bytes``; a parameter larger than that gets a bucket of its own."""
+    """Fill buckets in order up to ``bucket_bytes``; a parameter larger than that gets a
+    bucket of its own.
+    """
     buckets: list[list[ParameterMeta]] = [[]]
     filled = 0
+
     for parameter in parameters:
         if buckets[-1] and filled + parameter.num_bytes > bucket_bytes:
             buckets.append([])
             filled = 0
+
         buckets[-1].append(parameter)
         filled += parameter.num_bytes
+
     return tuple(tuple(bucket) for bucket in buckets if bucket)
 
 
@@ -70,7 +79,9 @@ class BucketHashError(WeightTransferError):
 
 
 def seal(bucket_B: torch.Tensor, digest_D: torch.Tensor) -> None:
-    """Write the hash of a bucket's bytes into the ``DIGEST_BYTES`` behind them; both are uint8 on the host."""
+    """Write the hash of a bucket's bytes into the ``DIGEST_BYTES`` behind them; both are
+    uint8 on the host.
+    """
     digest_D.copy_(torch.frombuffer(bytearray(_digest(bucket_B)), dtype=torch.uint8))
 
 
@@ -82,7 +93,9 @@ def verify(bucket_B: torch.Tensor, digest_D: torch.Tensor, name: str) -> None:
     """
     sent, arrived = bytes(digest_D.numpy()), _digest(bucket_B)
     if sent != arrived:
-        raise BucketHashError(f"{name} was sent as {sent.hex()} and arrived as {arrived.hex()} (xxh3_128)")
+        raise BucketHashError(
+            f"{name} was sent as {sent.hex()} and arrived as {arrived.hex()} (xxh3_128)"
+        )
 
 
 def _digest(bytes_B: torch.Tensor) -> bytes:
@@ -96,6 +109,7 @@ def pack(tensors: Sequence[torch.Tensor], into_B: torch.Tensor) -> None:
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         into_B[offset : offset + flat.numel()].copy_(flat)
         offset += flat.numel()
+
     if offset != into_B.numel():
         raise ValueError(f"packed {offset} bytes into a bucket of {into_B.numel()}")
 
@@ -107,5 +121,6 @@ def unpack(buffer_B: torch.Tensor, bucket: Bucket) -> Iterator[tuple[str, torch.
         flat = buffer_B[offset : offset + parameter.num_bytes]
         if offset % parameter.torch_dtype.itemsize:
             flat = flat.clone()
+
         yield parameter.name, flat.view(parameter.torch_dtype).view(parameter.shape)
         offset += parameter.num_bytes

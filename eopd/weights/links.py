@@ -1,4 +1,6 @@
-"""What the driver asks of the two ends of the wire while it brings weights from one to the other (``channel.py``)."""
+"""What the driver asks of the two ends of the wire while it brings weights from one to the
+other (``channel.py``).
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -12,7 +14,9 @@ class SenderLink(Protocol):
 
     def reserved(self) -> AbstractAsyncContextManager[object]: ...  # noqa: D102 - no update comes between its calls
     async def version(self) -> PolicyVersion: ...  # noqa: D102
-    async def open(self, engine_workers: Sequence[int], secret: str) -> Sequence[Mapping[str, object]]: ...  # noqa: D102
+    async def open(  # noqa: D102
+        self, engine_workers: Sequence[int], secret: str
+    ) -> Sequence[Mapping[str, object]]: ...
     async def accept(self) -> None: ...  # noqa: D102
     async def send(self) -> int: ...  # noqa: D102
     async def probe(self, token_ids: Int32Array) -> Float32Array: ...  # noqa: D102

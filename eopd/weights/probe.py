@@ -1,9 +1,10 @@
-"""Does an engine compute with the learner's weights? Both read a fixed text, and their log-probabilities are compared.
+"""Does an engine compute with the learner's weights? Both read a fixed text, and their
+log-probabilities are compared.
 
-A bucket's hash says that the right bytes arrived; only the engine's own output says that they were loaded, repacked and
-used. The numbers are the engine's (``VllmRolloutEngine.probe``) and the learner's at temperature 1. Left out: finding
-a fault smaller than the difference of two correct implementations, such as one step of a small learning rate in
-bfloat16.
+A bucket's hash says that the right bytes arrived; only the engine's own output says that they were
+loaded, repacked and used. The numbers are the engine's (``VllmRolloutEngine.probe``) and the
+learner's at temperature 1. Left out: finding a fault smaller than the difference of two correct
+implementations, such as one step of a small learning rate in bfloat16.
 """
 
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ import numpy as np
 
 from eopd.types import Float32Array, Int32Array
 
-# Mean absolute difference in nats. In float32 two right implementations differ by the order of their sums: below 1e-4
-# on the tiny models of the tests. In bfloat16 a logit between 16 and 32 has steps of 1/8, between 32 and 64 of 1/4, and
-# only the mean over many tokens is steady: vLLM and transformers, both right, differ by 0.04 to 0.07 on SmolLM2 135M
-# and by 0.07 to 0.10 on its pruned version, most on text that the model finds improbable. So take some hundred tokens
-# that the student finds probable.
+# Mean absolute difference in nats. In float32 two right implementations differ by the order of
+# their sums: below 1e-4 on the tiny models of the tests. In bfloat16 a logit between 16 and 32 has
+# steps of 1/8, between 32 and 64 of 1/4, and only the mean over many tokens is steady: vLLM and
+# transformers, both right, differ by 0.04 to 0.07 on SmolLM2 135M and by 0.07 to 0.10 on its pruned
+# version, most on text that the model finds improbable. So take some hundred tokens that the
+# student finds probable.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 
 
@@ -25,7 +27,8 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 class Probe:
     """What engines are asked, and how often.
 
-    ``token_ids`` is int32[N] with N > 1, ``dtype`` the student's, and ``every`` counts publishes; 0 never asks.
+    ``token_ids`` is int32[N] with N > 1, ``dtype`` the student's, and ``every`` counts publishes; 0
+    never asks.
     """
 
     token_ids: Int32Array
@@ -38,7 +41,10 @@ class ProbeError(RuntimeError):
 
 
 def compare_probe(
-    engine_logprobs: Float32Array, learner_logprobs: Float32Array, *, dtype: Literal["float32", "bfloat16"]
+    engine_logprobs: Float32Array,
+    learner_logprobs: Float32Array,
+    *,
+    dtype: Literal["float32", "bfloat16"],
 ) -> float:
     """Compare what engine and learner give to the same text.
 
@@ -56,10 +62,13 @@ def compare_probe(
     """
     if engine_logprobs.shape != learner_logprobs.shape or engine_logprobs.size == 0:
         raise ValueError(f"probes of {engine_logprobs.shape} and {learner_logprobs.shape} tokens")
+
     gap = float(np.abs(engine_logprobs.astype(np.float64) - learner_logprobs).mean())
     if not gap <= TOLERANCE[dtype]:  # NaN too
         raise ProbeError(
-            f"the engine's log-probabilities of the probe are {gap:.3g} nats from the learner's on average, more than"
-            f" {TOLERANCE[dtype]:g} in {dtype}: it does not compute with the weights it was sent"
+            f"the engine's log-probabilities of the probe are {gap:.3g} nats from the "
+            f"learner's on average, more than {TOLERANCE[dtype]:g} in {dtype}: it does not "
+            "compute with the weights it was sent"
         )
+
     return gap

@@ -1,11 +1,11 @@
-"""Sender and receiver of one transfer: the learner's parameters, bucket by bucket, into host memory of every engine
-worker.
+"""Sender and receiver of one transfer: the learner's parameters, bucket by bucket, into host memory
+of every engine worker.
 
-Phase one (here): buckets travel while generation goes on; the receiver hashes them, keeps them in host memory, loads
-nothing, and can be thrown away. Phase two (``weights/vllm_engine.py``): the engine pauses and loads what is already in
-its memory.
-Messages are one broadcast a bucket, one barrier a transfer. A bucket with a wrong hash is told by its own receiver, and
-leaves the group whole; a member that dies or stalls fails the transfer of all, and the group is built again.
+Phase one (here): buckets travel while generation goes on; the receiver hashes them, keeps them in
+host memory, loads nothing, and can be thrown away. Phase two (``weights/vllm_engine.py``): the
+engine pauses and loads what is already in its memory. Messages are one broadcast a bucket, one
+barrier a transfer. A bucket with a wrong hash is told by its own receiver, and leaves the group
+whole; a member that dies or stalls fails the transfer of all, and the group is built again.
 """
 
 import threading
@@ -32,11 +32,15 @@ from eopd.weights.layout import (
 )
 from eopd.weights.wire import Backend, Rendezvous, Wire, WireError, open_store, open_wire
 
-SETTLE_S = 5.0  # a transfer that the sender has finished ends on the receiver within moments, also on a busy machine
+# a transfer that the sender has finished ends on the receiver within moments, also on a busy
+# machine
+SETTLE_S = 5.0
 
 
 class ParameterSource(Protocol):
-    """The learner's parameters as checkpoint tensors (``weights/source.py``); every rank walks it in step."""
+    """The learner's parameters as checkpoint tensors (``weights/source.py``); every rank
+    walks it in step.
+    """
 
     def metadata(self) -> Sequence[ParameterMeta]:
         """What ``buckets`` will yield, without gathering anything."""
@@ -85,11 +89,11 @@ class InitInfo:
 
 
 class WeightSender:
-    """The learner's end. ``open``, then ``accept`` while the engines connect, then ``send`` for every version; ``open``
-    again with the engines that are alive after any of them failed.
+    """The learner's end. ``open``, then ``accept`` while the engines connect, then ``send`` for
+    every version; ``open`` again with the engines that are alive after any of them failed.
 
-    All learner ranks call all methods; only rank 0 touches the wire. ``connect_timeout_s`` is that of the handshake,
-    ``timeout_s`` of each bucket.
+    All learner ranks call all methods; only rank 0 touches the wire. ``connect_timeout_s`` is that
+    of the handshake, ``timeout_s`` of each bucket.
     """
 
     def __init__(
@@ -114,7 +118,8 @@ class WeightSender:
         self._wire: Wire | None = None
 
     def open(self, engine_workers: Sequence[int], secret: str) -> list[dict[str, object]]:
-        """Leave the group there was, and open a store for engines with so many workers each, who know ``secret``.
+        """Leave the group there was, and open a store for engines with so many workers each, who
+        know ``secret``.
 
         Returns:
             One ``InitInfo`` an engine, as a dict; empty on ranks that do not send.
@@ -122,10 +127,12 @@ class WeightSender:
         self.close()
         if not self._is_sender:
             return []
+
         self._store = open_store(self._address, self._connect_timeout_s)
         self._world_size = 1 + sum(engine_workers)
         self._secret = secret
         buckets = [[asdict(parameter) for parameter in bucket] for bucket in self._buckets]
+
         return [
             asdict(
                 InitInfo(
@@ -147,13 +154,15 @@ class WeightSender:
         """Join as rank 0; returns when every engine has joined.
 
         Raises:
-            WireError: one has not within ``connect_timeout_s``, or there is no open store. The rest is told by their
-                own calls; ``open`` begins anew.
+            WireError: one has not within ``connect_timeout_s``, or there is no open store. The rest
+                is told by their own calls; ``open`` begins anew.
         """
         if not self._is_sender:
             return
+
         if self._store is None:
             raise WireError("weight transfer: accept before open")
+
         rendezvous = Rendezvous(
             address=self._address,
             port=self._store.port,
@@ -163,6 +172,7 @@ class WeightSender:
             connect_timeout_s=self._connect_timeout_s,
             timeout_s=self._timeout_s,
         )
+
         try:
             self._wire = open_wire(self._backend, rendezvous, self._store)
         except WireError:
@@ -176,8 +186,8 @@ class WeightSender:
             The bytes of all parameters, once every receiver has all of them; 0 on other ranks.
 
         Raises:
-            WireError: a receiver died or stalled, or there is no group. The group is gone; the receivers' transfers
-                fail too.
+            WireError: a receiver died or stalled, or there is no group. The group is gone; the
+                receivers' transfers fail too.
         """
         try:
             return self._send()
@@ -189,21 +199,32 @@ class WeightSender:
         """Leave the group and close the store; safe at any time."""
         if self._wire is not None:
             self._wire.close()
+
         self._wire = self._store = None
 
     def _send(self) -> int:
         sent = 0
-        failure = WireError("no group to send to: open, accept") if self._is_sender and self._wire is None else None
+        failure = (
+            WireError("no group to send to: open, accept")
+            if self._is_sender and self._wire is None
+            else None
+        )
+
         for bucket in self._buckets:
-            tensors = self._source.gather(bucket)  # to the last bucket, also after a failure: other ranks gather along
+            # to the last bucket, also after a failure: other ranks gather along
+            tensors = self._source.gather(bucket)
             if tensors is None or failure is not None:
                 continue
+
             failure = self._broadcast(bucket, tensors)
             sent += bucket_num_bytes(bucket)
+
         if failure is not None:
             raise failure
+
         if self._wire is not None:
             self._wire.barrier()
+
         return sent
 
     def _broadcast(self, bucket: Bucket, tensors: Sequence[torch.Tensor]) -> WireError | None:
@@ -212,10 +233,12 @@ class WeightSender:
         bucket_B, digest_D = _parts(message_B)
         pack(tensors, bucket_B)
         seal(bucket_B, digest_D)
+
         try:
             self._wire.broadcast(message_B)
         except WireError as error:
             return error
+
         return None
 
 
@@ -236,8 +259,10 @@ class WeightReceiver:
         """
         if self._transfer is not None and not self._transfer.ends_within(SETTLE_S):
             raise WeightTransferError("a weight transfer is still on its way")
+
         if not self._wire.is_open:
             raise WireError("the group of an earlier weight transfer has failed: connect again")
+
         self._transfer = _Transfer.start(self._wire, self._buckets)
 
     def check(self) -> None:
@@ -252,8 +277,8 @@ class WeightReceiver:
         """Wait for the transfer to end; its parameters, once.
 
         Raises:
-            WeightTransferError: no transfer was started, it failed, a bucket's hash was wrong (``BucketHashError``), or
-                it did not end in time.
+            WeightTransferError: no transfer was started, it failed, a bucket's hash was wrong
+                (``BucketHashError``), or it did not end in time.
         """
         buffers = self._started().result(self._timeout_s)
         self._transfer = None
@@ -266,6 +291,7 @@ class WeightReceiver:
     def _started(self) -> "_Transfer":
         if self._transfer is None:
             raise WeightTransferError("no weight transfer was started")
+
         return self._transfer
 
 
@@ -287,19 +313,25 @@ class _Transfer:
         return transfer
 
     def _receive(self) -> None:
-        """Take all buckets, also after one with a wrong hash: what is wrong here must not fail the others."""
+        """Take all buckets, also after one with a wrong hash: what is wrong here must not
+        fail the others.
+        """
         try:
             for index in range(len(self._messages)):
                 self._wire.broadcast(self._messages[index])
                 self._verify(index)
+
             self._wire.barrier()
             self._arrived = True
-        except RuntimeError as error:  # what the wires, gloo and nccl raise; handed to whoever takes the result
+        except (
+            RuntimeError
+        ) as error:  # what the wires, gloo and nccl raise; handed to whoever takes the result
             self._error = error
 
     def _verify(self, index: int) -> None:
         bucket = self._buckets[index]
         name = f"bucket {index + 1} of {len(self._buckets)} ({bucket[0].name} to {bucket[-1].name})"
+
         try:
             verify(*_parts(self._messages[index]), name)
         except BucketHashError as error:
@@ -312,12 +344,18 @@ class _Transfer:
     def result(self, timeout_s: float) -> list[torch.Tensor]:
         if not self.ends_within(timeout_s):
             raise WeightTransferError(f"weight transfer did not end within {timeout_s:g} s")
+
         if isinstance(self._error, BucketHashError):
             raise self._error
+
         if self._error is not None:
             raise WeightTransferError(f"weight transfer failed: {self._error}") from self._error
+
         if not self._arrived:
-            raise WeightTransferError("weight transfer failed: its thread has ended; its error is in the log")
+            raise WeightTransferError(
+                "weight transfer failed: its thread has ended; its error is in the log"
+            )
+
         return [_parts(message_B)[0] for message_B in self._messages]
 
 

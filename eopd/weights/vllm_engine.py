@@ -1,4 +1,5 @@
-"""The engine's end inside vLLM: a registered ``WeightTransferEngine`` that loads what ``WeightReceiver`` took.
+"""The engine's end inside vLLM: a registered ``WeightTransferEngine`` that loads what
+``WeightReceiver`` took.
 
 vLLM's handshake, as it is used here (checked against 0.32.0):
     init_weight_transfer_engine(InitInfo)      leave the old group, join the new one
@@ -10,12 +11,13 @@ A session is start_weight_update, update_weights, finish_weight_update. Each pha
 worker refuses to start one while another is active: one that spanned phases would stay active after a transfer that
 was given up, and no engine would ever take weights again.
 
-What may fail without harm, all but the load, raises nothing here and is asked for afterwards (``WeightWorker``): vLLM
-stops reading replies at the first worker that raises, and takes the replies of the others for those of its next call
-(0.32.0, ``MultiprocExecutor.collective_rpc``).
+What may fail without harm, all but the load, raises nothing here and is asked for afterwards
+(``WeightWorker``): vLLM stops reading replies at the first worker that raises, and takes the
+replies of the others for those of its next call (0.32.0, ``MultiprocExecutor.collective_rpc``).
 
-On CPU, linear weights are repacked after loading and the original parameters emptied, so ``model.load_weights`` must
-run between ``initialize_layerwise_reload`` and ``finalize_layerwise_reload``.
+On CPU, linear weights are repacked after loading and the original parameters emptied, so
+``model.load_weights`` must run between ``initialize_layerwise_reload`` and
+``finalize_layerwise_reload``.
 """
 
 import logging
@@ -33,8 +35,14 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 from eopd.types import WeightTransferError
 from eopd.weights.transfer import InitInfo, WeightReceiver
@@ -74,17 +82,23 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
     _never_sent: Collection[str] = ()
 
     def init_transfer_engine(self, init_info: _VllmInitInfo) -> None:
-        """Leave the group there was and join the sender's; the thread of a transfer under way ends by itself."""
+        """Leave the group there was and join the sender's; the thread of a transfer under way
+        ends by itself.
+        """
         self.shutdown()
         with self._keeps_failure():
-            self._receiver = WeightReceiver(InitInfo(**vars(init_info)), worker=self.parallel_config.rank)
+            self._receiver = WeightReceiver(
+                InitInfo(**vars(init_info)), worker=self.parallel_config.rank
+            )
 
     def start_weight_update(self) -> None:
         """Nothing is touched before the load."""
         self._loaded = False
 
     def update_weights(self, update_info: dict[str, object]) -> None:
-        """One phase. Overridden because the base class ends in a device synchronisation that CPU lacks."""
+        """One phase. Overridden because the base class ends in a device synchronisation that
+        CPU lacks.
+        """
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: _VllmUpdateInfo) -> None:
@@ -109,6 +123,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
     def _joined(self) -> WeightReceiver:
         if self._receiver is None:
             raise WeightTransferError("in no weight transfer group: connect first")
+
         return self._receiver
 
     @contextmanager
@@ -118,14 +133,18 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
             yield
         except Exception as error:
             self.failure = str(error) or type(error).__name__
-            logger.warning("weights: %s", self.failure, exc_info=not isinstance(error, WeightTransferError))
+            logger.warning(
+                "weights: %s", self.failure, exc_info=not isinstance(error, WeightTransferError)
+            )
 
     def finish_weight_update(self) -> None:
         """Repack the layers; nothing to do after a phase that loads nothing."""
         if not self._loaded:
             return
+
         with _expecting(self._never_sent):
             finalize_layerwise_reload(self.model, self.model_config)
+
         if self.device.type == "cpu":
             _repack_tied_heads(self.model)
 
@@ -133,6 +152,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
         """Leave the group."""
         if self._receiver is not None:
             self._receiver.close()
+
         self._receiver = None
 
 
@@ -156,13 +176,16 @@ class _ModelRunner(Protocol):
 
 
 def leave_out_padding(model: torch.nn.Module, num_tokens: int) -> None:
-    """Set the logits of ids from ``num_tokens`` on to -inf: sampling and every log-probability are over the others.
+    """Set the logits of ids from ``num_tokens`` on to -inf: sampling and every log-probability are
+    over the others.
 
     Raises:
         TypeError: the model computes its logits without vLLM's layer for it.
     """
 
-    def mask(_: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object], logits: object) -> None:
+    def mask(
+        _: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object], logits: object
+    ) -> None:
         if isinstance(logits, torch.Tensor):  # other ranks of a tensor-parallel group may have none
             first = _shard_start(args[0]) if kwargs.get("skip_gather") else 0
             logits[..., max(0, num_tokens - first) :] = -torch.inf
@@ -170,20 +193,26 @@ def leave_out_padding(model: torch.nn.Module, num_tokens: int) -> None:
     layers = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
     for layer in layers:
         layer.register_forward_hook(mask, with_kwargs=True)
+
     if not layers:
-        raise TypeError(f"{type(model).__name__} has no LogitsProcessor: its padding cannot be left out")
+        raise TypeError(
+            f"{type(model).__name__} has no LogitsProcessor: its padding cannot be left out"
+        )
 
 
 def _shard_start(head: object) -> int:
     """The first id of a rank's share of the head, where its logits stay with it."""
     if not isinstance(head, VocabParallelEmbedding):
         raise TypeError(f"{type(head).__name__} is no sharded head")
+
     return int(head.shard_indices.org_vocab_start_index)
 
 
 def _repack_tied_heads(model: torch.nn.Module) -> None:
-    """On CPU a head multiplies with a packed copy of its weight, made when the head itself is loaded. A tied head never
-    is: its weight changed with the embedding, its packed copy did not (vLLM 0.32.0, ``dispatch_cpu_unquantized_gemm``).
+    """On CPU a head multiplies with a packed copy of its weight, made when the head itself is
+    loaded. A tied head never
+    is: its weight changed with the embedding, its packed copy did not (vLLM 0.32.0,
+    ``dispatch_cpu_unquantized_gemm``).
     """
     for head in _tied_heads(model):
         head.quant_method.process_weights_after_loading(head)
@@ -192,19 +221,25 @@ def _repack_tied_heads(model: torch.nn.Module) -> None:
 def _tied_heads(model: torch.nn.Module) -> list[ParallelLMHead]:
     modules = list(model.modules())
     embeddings = {_address(module) for module in modules if type(module) is VocabParallelEmbedding}
-    return [module for module in modules if isinstance(module, ParallelLMHead) and _address(module) in embeddings]
+    return [
+        module
+        for module in modules
+        if isinstance(module, ParallelLMHead) and _address(module) in embeddings
+    ]
 
 
 def _never_sent(model: torch.nn.Module) -> set[str]:
-    """Kinds of layers that no checkpoint holds: those that only compute, like a rotary embedding, and tied heads."""
+    """Kinds of layers that no checkpoint holds: those that only compute, like a rotary
+    embedding, and tied heads.
+    """
     layers = [module for module in model.modules() if not list(module.parameters(recurse=False))]
     return {type(layer).__name__ for layer in (*layers, *_tied_heads(model))}
 
 
 @contextmanager
 def _expecting(never_sent: Collection[str]) -> Iterator[None]:
-    """Without vLLM's warning, twice a sync, that these layers were not loaded (0.32.0, ``finalize_layerwise_reload``);
-    of any other layer it is still told.
+    """Without vLLM's warning, twice a sync, that these layers were not loaded (0.32.0,
+    ``finalize_layerwise_reload``); of any other layer it is still told.
     """
 
     def is_news(record: logging.LogRecord) -> bool:
@@ -213,6 +248,7 @@ def _expecting(never_sent: Collection[str]) -> Iterator[None]:
 
     vllm_logger = logging.getLogger(finalize_layerwise_reload.__module__)
     vllm_logger.addFilter(is_news)
+
     try:
         yield
     finally:

@@ -1,10 +1,10 @@
 """The wires: how bytes get from the learner's rank 0 to every engine worker, ``gloo`` or ``nccl``.
 
-A wire is one process group made by hand over a TCP store of its own: no default group is touched, so it cannot clash
-with DeepSpeed's or with vLLM's. Both ends of each wire stand side by side here.
+A wire is one process group made by hand over a TCP store of its own: no default group is touched,
+so it cannot clash with DeepSpeed's or with vLLM's. Both ends of each wire stand side by side here.
 
-A wire that fails closes itself, and its lifelines with it (``weights/lifeline.py``): so all members fail within moments
-of the first. A closed wire stays closed: the group is built again.
+A wire that fails closes itself, and its lifelines with it (``weights/lifeline.py``): so all members
+fail within moments of the first. A closed wire stays closed: the group is built again.
 """
 
 import hashlib
@@ -39,7 +39,8 @@ POLL_S = 0.001  # between two looks at a message under way
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
-    """Where and as whom to join. Rank 0 is the sender; ``secret`` is what the members of this group alone know.
+    """Where and as whom to join. Rank 0 is the sender; ``secret`` is what the members of this group
+    alone know.
 
     ``connect_timeout_s`` is that of the handshake, ``timeout_s`` of each message afterwards.
     """
@@ -99,17 +100,20 @@ def open_store(address: str, timeout_s: float) -> TCPStore:
 def open_wire(backend: Backend, rendezvous: Rendezvous, store: TCPStore | None = None) -> Wire:
     """Join the group; blocks until all members have. The sender hands in the store it opened.
 
-    Nobody makes the group before everybody is there: NCCL has no time-out of its own for that, and a member that is
-    lost in that moment hangs the others until ``learner.timeout_s``.
+    Nobody makes the group before everybody is there: NCCL has no time-out of its own for that, and
+    a member that is lost in that moment hangs the others until ``learner.timeout_s``.
 
     Raises:
-        WireError: not all have joined within ``connect_timeout_s``; the sender's names their ``ranks``.
+        WireError: not all have joined within ``connect_timeout_s``; the sender's names their
+            ``ranks``.
     """
     lifeline: Lifeline | None = None
     secret, timeout = rendezvous.secret, timedelta(seconds=rendezvous.connect_timeout_s)
+
     try:
         if store is None:
             store = TCPStore(rendezvous.address, rendezvous.port, is_master=False, timeout=timeout)
+
         ours = PrefixStore(hashlib.sha256(secret.encode()).hexdigest(), store)
         lifeline = Lifeline.lay(
             ours,
@@ -123,15 +127,22 @@ def open_wire(backend: Backend, rendezvous: Rendezvous, store: TCPStore | None =
             ours.set(ALL_HERE, "1")
         else:
             ours.wait([ALL_HERE], timeout)
+
         make = GlooWire if backend == "gloo" else NcclWire
         return make(ours, rendezvous, lifeline)
     except (RuntimeError, OSError) as error:
         if lifeline is not None:
             lifeline.close()
-        where = f"{rendezvous.address}:{rendezvous.port}, as rank {rendezvous.rank} of {rendezvous.world_size}"
+
+        where = (
+            f"{rendezvous.address}:{rendezvous.port}, as rank {rendezvous.rank} of "
+            f"{rendezvous.world_size}"
+        )
         limit = f"connect_timeout_s = {rendezvous.connect_timeout_s:g}"
         ranks = error.ranks if isinstance(error, WeightTransferError) else ()
-        raise WireError(f"weight transfer: no group at {where}, within {limit}: {error}", ranks) from error
+        raise WireError(
+            f"weight transfer: no group at {where}, within {limit}: {error}", ranks
+        ) from error
 
 
 class GlooWire:
@@ -164,8 +175,9 @@ class GlooWire:
         self._wait(lambda group: group.barrier(options))  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """See ``Wire``. The last reference to the group closes its sockets, and waits for a message under way;
-        ``abort`` and ``shutdown`` end none (torch 2.13). So a thread that may sleep keeps both until the message ends.
+        """See ``Wire``. The last reference to the group closes its sockets, and waits for a message
+        under way; ``abort`` and ``shutdown`` end none (torch 2.13). So a thread that may sleep
+        keeps both until the message ends.
         """
         self._lifeline.close()
         held, self._group, self._work = (self._group, self._work), [], []
@@ -177,39 +189,49 @@ class GlooWire:
     def _wait(self, begin: Callable[[ProcessGroupGloo], Work]) -> None:
         if not self._group:
             raise WireError("the wire is closed: connect again")
+
         try:
             self._work = [begin(self._group[0])]
             self._poll(self._work)
             return
         except RuntimeError as error:
             failure, ranks = str(error), getattr(error, "ranks", ())
+
         self.close()
-        raise WireError(failure, ranks)  # out here: a traceback that held group or message would keep the sockets open
+        # out here: a traceback that held group or message would keep the sockets open
+        raise WireError(failure, ranks)
 
     def _poll(self, message: list[Work]) -> None:
-        """Until the message has ended, or cannot end any more, or ``close`` was called in another thread."""
+        """Until the message has ended, or cannot end any more, or ``close`` was called in
+        another thread.
+        """
         (work,) = message
         while message and not work.is_completed():
             if lost := self._lifeline.lost():
                 raise WeightTransferError(lost.words, [lost.rank] if lost.rank else ())
+
             time.sleep(POLL_S)
+
         if not message:
             raise RuntimeError("the wire was closed")
+
         work.wait()
 
 
 def _let_go(group: list[ProcessGroupGloo], message: list[Work]) -> None:
     while message and not message[0].is_completed():
         time.sleep(0.05)
+
     message.clear()
     group.clear()
 
 
 class NcclWire:
-    """Between GPUs, through one device buffer of the largest bucket so far; the host keeps the weights until they are
-    loaded.
+    """Between GPUs, through one device buffer of the largest bucket so far; the host keeps the
+    weights until they are loaded.
 
-    Uses vLLM's own NCCL communicator (``PyNcclCommunicator``, vLLM 0.32.0), made from an id that travels as plain
+    Uses vLLM's own NCCL communicator (``PyNcclCommunicator``, vLLM 0.32.0), made from an id that
+    travels as plain
     bytes: nothing that a store holds is unpickled.
     """
 
@@ -221,11 +243,18 @@ class NcclWire:
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         if rendezvous.rank == 0:
             store.set(NCCL_ID, bytes(NCCLLibrary().ncclGetUniqueId().internal).hex())
+
         unique_id = bytes.fromhex(store.get(NCCL_ID).decode())
-        with torch.cuda.stream(self._stream):  # vLLM would make a stream of its own, and leave it the current one
+
+        # vLLM would make a stream of its own, and leave it the current one
+        with torch.cuda.stream(self._stream):
             self._communicator = PyNcclCommunicator.from_unique_id_bytes(
-                unique_id, rank=rendezvous.rank, world_size=rendezvous.world_size, device=self._device
+                unique_id,
+                rank=rendezvous.rank,
+                world_size=rendezvous.world_size,
+                device=self._device,
             )
+
         self._is_sender = rendezvous.rank == 0
         self._timeout_s = rendezvous.timeout_s
         self._lifeline = lifeline
@@ -242,13 +271,18 @@ class NcclWire:
         self._must_be_open()
         with torch.cuda.stream(self._stream):
             if self._staging_B.numel() < buffer_B.numel():
-                self._staging_B = torch.empty(buffer_B.numel(), dtype=torch.uint8, device=self._device)
+                self._staging_B = torch.empty(
+                    buffer_B.numel(), dtype=torch.uint8, device=self._device
+                )
+
             staged_B = self._staging_B[: buffer_B.numel()]
             if self._is_sender:
                 staged_B.copy_(buffer_B)
+
             self._communicator.broadcast(staged_B, src=0, stream=self._stream)
             if not self._is_sender:
                 buffer_B.copy_(staged_B, non_blocking=True)
+
         self._wait()
 
     def barrier(self) -> None:
@@ -256,10 +290,13 @@ class NcclWire:
         self._must_be_open()
         with torch.cuda.stream(self._stream):
             self._communicator.all_reduce(torch.zeros(1, device=self._device), stream=self._stream)
+
         self._wait()
 
     def close(self) -> None:
-        """See ``Wire``: aborts the communicator, so that a kernel that waits for a dead peer ends."""
+        """See ``Wire``: aborts the communicator, so that a kernel that waits for a dead peer
+        ends.
+        """
         if self._open:
             self._open = False
             self._lifeline.close()
@@ -270,16 +307,20 @@ class NcclWire:
             raise WireError("the wire is closed: connect again")
 
     def _wait(self) -> None:
-        """Until the stream is done; a peer that is there and never enters the collective costs one time-out."""
+        """Until the stream is done; a peer that is there and never enters the collective
+        costs one time-out.
+        """
         event = self._stream.record_event()
         deadline = time.monotonic() + self._timeout_s
         failure: WireError | None = None
+
         while failure is None and not event.query():
             time.sleep(POLL_S)
             if lost := self._lifeline.lost():
                 failure = WireError(lost.words, [lost.rank] if lost.rank else ())
             elif time.monotonic() > deadline:
                 failure = WireError(f"NCCL did not answer within {self._timeout_s:g} s")
+
         if failure is not None:
             self.close()
             raise failure
@@ -289,6 +330,7 @@ def _own_address(rendezvous: Rendezvous) -> str:
     """The address of this host that the sender's host can reach."""
     if rendezvous.rank == 0:
         return rendezvous.address
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # UDP connect sends nothing
         probe.connect((rendezvous.address, rendezvous.port))
         return str(probe.getsockname()[0])

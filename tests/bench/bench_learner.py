@@ -1,12 +1,15 @@
-"""Learner tokens/s beside a bare transformers + AdamW loop with a dense cross-entropy on the same loss tokens.
+"""Learner tokens/s beside a bare transformers + AdamW loop with a dense cross-entropy on the same
+loss tokens.
 
-Both run in one process, a step of the one after a step of the other, on the same packed tokens, under the same
-attention and dtype, with clipping; the bare loop has no teacher, no importance weights, no metrics, and in bfloat16 no
-float32 master weights. Tokens are packed input tokens; a time is the median of all steps after the first. The target:
-at least 0.9x. Needs the demo's student: ``eopd models demo``.
+Both run in one process, a step of the one after a step of the other, on the same packed tokens,
+under the same attention and dtype, with clipping; the bare loop has no teacher, no importance
+weights, no metrics, and in bfloat16 no float32 master weights. Tokens are packed input tokens; a
+time is the median of all steps after the first. The target: at least 0.9x. Needs the demo's
+student: ``eopd models demo``.
 
-Where torch sees a GPU both run there, on a model of the shape of Qwen3-0.6B with random weights and longer responses;
-``--offload`` keeps the optimiser in host memory. The memory is the peak of torch's allocator over both.
+Where torch sees a GPU both run there, on a model of the shape of Qwen3-0.6B with random weights and
+longer responses; ``--offload`` keeps the optimiser in host memory. The memory is the peak of
+torch's allocator over both.
 """
 
 import argparse
@@ -43,13 +46,19 @@ SHAPES = [(8, 32, 32), (4, 128, 384)]  # trajectories, prompt, response
 GPU_SHAPES = [(8, 64, 448), (4, 64, 1984)]
 K, BAR = 16, 0.9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FASTER_STAGE = {"bfloat16": 1, "float32": 0}  # on one rank: 302 to 259 and 199 to 150 tokens/s, 8 x (32 + 32)
+# on one rank: 302 to 259 and 199 to 150 tokens/s, 8 x (32 + 32)
+FASTER_STAGE = {"bfloat16": 1, "float32": 0}
 
 
 def make_scored(
     rng: np.random.Generator, index: int, num_prompt: int, num_response: int, v: int
 ) -> Stored[ScoredTrajectory]:
-    outcomes = torch.from_numpy(3.0 * rng.normal(size=(num_response, K + 1))).log_softmax(-1).float().numpy()
+    outcomes = (
+        torch.from_numpy(3.0 * rng.normal(size=(num_response, K + 1)))
+        .log_softmax(-1)
+        .float()
+        .numpy()
+    )
     trajectory = Trajectory(
         prompt=PromptSample(
             epoch=0,
@@ -73,6 +82,7 @@ def make_scored(
         topk_logprobs=outcomes[:, :K],
         tail_logprobs=outcomes[:, K],
     )
+
     return Stored(Header.of(trajectory, {}), ScoredTrajectory(trajectory=trajectory, signal=signal))
 
 
@@ -92,12 +102,18 @@ def make_qwen3(directory: Path) -> Path:
     return directory
 
 
-def bare_step(student: Path, dtype: str, batch: Sequence[Stored[ScoredTrajectory]]) -> Callable[[], object]:
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+def bare_step(
+    student: Path, dtype: str, batch: Sequence[Stored[ScoredTrajectory]]
+) -> Callable[[], object]:
+    model = AutoModelForCausalLM.from_pretrained(
+        student, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    )
     model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     pairs = [(s.body.trajectory.prompt.token_ids, s.body.trajectory.response_ids) for s in batch]  # type: ignore[attr-defined]
-    inputs = torch.from_numpy(np.concatenate([np.concatenate([p, r[:-1]]) for p, r in pairs]).astype(np.int64))
+    inputs = torch.from_numpy(
+        np.concatenate([np.concatenate([p, r[:-1]]) for p, r in pairs]).astype(np.int64)
+    )
     positions = torch.cat([torch.arange(len(p) + len(r) - 1) for p, r in pairs])
     rows = torch.cat([torch.arange(len(p) + len(r) - 1) >= len(p) - 1 for p, r in pairs])
     targets = torch.from_numpy(np.concatenate([r for _, r in pairs]).astype(np.int64))
@@ -105,7 +121,9 @@ def bare_step(student: Path, dtype: str, batch: Sequence[Stored[ScoredTrajectory
     inputs, positions, rows, targets = (x.to(DEVICE) for x in (inputs, positions, rows, targets))
 
     def step() -> None:
-        logits = model(input_ids=inputs[None], position_ids=positions[None], use_cache=False).logits[0]
+        logits = model(
+            input_ids=inputs[None], position_ids=positions[None], use_cache=False
+        ).logits[0]
         functional.cross_entropy(logits[rows].float(), targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -115,12 +133,19 @@ def bare_step(student: Path, dtype: str, batch: Sequence[Stored[ScoredTrajectory
 
 
 def our_step(
-    student: Path, dtype: str, stage: int, threads: int, batch: PackedBatch, *, offload: bool = False
+    student: Path,
+    dtype: str,
+    stage: int,
+    threads: int,
+    batch: PackedBatch,
+    *,
+    offload: bool = False,
 ) -> Callable[[], object]:
     native = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}} if offload else {}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+
     learner = LearnerRank(
         StudentConfig(model=student, dtype=dtype),
         LearnerConfig(threads=threads, zero_stage=stage, lr=1e-6, deepspeed=native),
@@ -136,6 +161,7 @@ def our_step(
         master_port=port,
     )
     share = batch.share(0)
+
     return lambda: learner.step(share)
 
 
@@ -148,11 +174,15 @@ def measure(steps: Sequence[Callable[[], object]], rounds: int) -> list[float]:
             step()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
+
             mine.append(time.perf_counter() - start)
+
     return [statistics.median(mine[1:]) for mine in seconds]
 
 
-def compare(student: Path, v: int, shape: tuple[int, int, int], options: argparse.Namespace, dtype: str) -> str:
+def compare(
+    student: Path, v: int, shape: tuple[int, int, int], options: argparse.Namespace, dtype: str
+) -> str:
     """A row of the table."""
     count, num_prompt, num_response = shape
     stage = FASTER_STAGE[dtype] if options.zero_stage is None else options.zero_stage
@@ -165,18 +195,29 @@ def compare(student: Path, v: int, shape: tuple[int, int, int], options: argpars
     ratio = bare / found
     cells = f"{dtype} | {stage} | {count} x ({num_prompt} + {num_response})"
     rates = f"{num_tokens / found:,.0f} | {num_tokens / bare:,.0f}"
-    return f"| {cells} | {rates} | {ratio:.2f} (at least {BAR}: {'pass' if ratio >= BAR else 'MISS'}) |"
+
+    return (
+        f"| {cells} | {rates} | {ratio:.2f} (at least {BAR}: "
+        f"{'pass' if ratio >= BAR else 'MISS'}) |"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
-    parser.add_argument("--zero-stage", type=int, choices=[0, 1, 2, 3], help="else the faster of 0 and 1")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"]
+    )
+    parser.add_argument(
+        "--zero-stage", type=int, choices=[0, 1, 2, 3], help="else the faster of 0 and 1"
+    )
     parser.add_argument("--offload", action="store_true", help="keep the optimiser in host memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+
     with tempfile.TemporaryDirectory() as scratch:
         if DEVICE == "cuda":
             student, v, shapes = make_qwen3(Path(scratch)), 151_936, GPU_SHAPES
@@ -184,11 +225,17 @@ def main() -> None:
             student, v, shapes = STUDENT, 49_152, SHAPES
         else:
             sys.exit(f"{STUDENT} is missing; make it with: eopd models demo")
+
         say(torch.cuda.get_device_name() if DEVICE == "cuda" else f"{options.threads} threads")
-        say("| dtype | ZeRO | trajectories | ours, tokens/s | bare, tokens/s | ratio |\n" + "|---" * 6 + "|")
+        say(
+            "| dtype | ZeRO | trajectories | ours, tokens/s | bare, tokens/s | ratio |\n"
+            + "|---" * 6
+            + "|"
+        )
         for dtype in options.dtype:
             for shape in shapes:
                 say(compare(student, v, shape, options, dtype))
+
     if DEVICE == "cuda":
         say(f"peak of both together: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 

@@ -1,10 +1,13 @@
-"""How much of this machine a run uses when its stages overlap: real engines, teacher and learner on shared cores.
+"""How much of this machine a run uses when its stages overlap: real engines, teacher and learner on
+shared cores.
 
-Stages that share cores cannot be faster together than their CPU time allows. So CPU seconds of every role are measured
-for a token that is trained on, its processes and their children, in a synchronous run and in one with ``max_staleness``
-2; the lower sum counts, since a process that waits burns some too. ``cores`` cores can then train at most
-``cores / sum`` tokens a second, and the run that overlaps must reach 0.85 of that. Both runs take the same prompts; the
-first steps, which warm everything up, are left out. The seconds of a step are explained by the metrics of its row.
+Stages that share cores cannot be faster together than their CPU time allows. So CPU seconds of
+every role are measured for a token that is trained on, its processes and their children, in a
+synchronous run and in one with ``max_staleness`` 2; the lower sum counts, since a process that
+waits burns some too. ``cores`` cores can then train at most ``cores / sum`` tokens a second, and
+the run that overlaps must reach 0.85 of that. Both runs take the same prompts; the first steps,
+which warm everything up, are left out. The seconds of a step are explained by the metrics of its
+row.
 """
 
 import argparse
@@ -44,9 +47,12 @@ class Seen:
 
 
 def cpu_by_role(run: Run) -> Counter[str]:
-    """CPU seconds so far of the run's processes, each put down to the actor above it, or to the driver and Ray."""
+    """CPU seconds so far of the run's processes, each put down to the actor above it, or to
+    the driver and Ray.
+    """
     seen: Counter[str] = Counter()
     marked = {process.pid: process for process in run.program.marked()}
+
     for process in marked.values():
         try:
             chain = [process, *process.parents()]
@@ -54,8 +60,13 @@ def cpu_by_role(run: Run) -> Counter[str]:
             times = process.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        role = next((ROLES[n] for name in names for n in ROLES if name.startswith(f"ray::{n}"[:15])), "driver, Ray")
+
+        role = next(
+            (ROLES[n] for name in names for n in ROLES if name.startswith(f"ray::{n}"[:15])),
+            "driver, Ray",
+        )
         seen[role] += times.user + times.system
+
     return seen
 
 
@@ -70,6 +81,7 @@ def measure(program: Program, staleness: int, batches: int) -> Seen:
         "checkpoint.every=10000",
     ]
     run = Run(program, f"staleness-{staleness}", *settings, config="configs/demo.yaml")
+
     try:
         first = run.wait(lambda row: row["step"] >= WARM_UP)
         cpu = cpu_by_role(run)
@@ -78,17 +90,28 @@ def measure(program: Program, staleness: int, batches: int) -> Seen:
         rows = [row for row in run.rows() if first["step"] < row["step"] <= last["step"]]
     finally:
         run.interrupt()
+
     tokens = last["eopd_response_tokens_total"] - first["eopd_response_tokens_total"]
-    return Seen(tokens, seconds, Counter({role: cpu_after[role] - cpu[role] for role in cpu_after}), rows)
+
+    return Seen(
+        tokens, seconds, Counter({role: cpu_after[role] - cpu[role] for role in cpu_after}), rows
+    )
 
 
 def show(name: str, seen: Seen) -> None:
     """What a step's seconds and a token's CPU went to."""
     steps = len(seen.rows)
     step_s = sum(row["eopd_step_seconds"] for row in seen.rows) / steps
-    parts = ", ".join(f"{part} {sum(row[f'eopd_{part}_seconds'] for row in seen.rows) / steps:.2f}" for part in PARTS)
-    cpu = ", ".join(f"{role} {1000 * seconds / seen.tokens:.2f}" for role, seconds in sorted(seen.cpu.items()))
-    sys.stdout.write(f"{name}: {seen.tokens_per_s:.1f} tokens/s; a step took {step_s:.2f} s: {parts}\n")
+    parts = ", ".join(
+        f"{part} {sum(row[f'eopd_{part}_seconds'] for row in seen.rows) / steps:.2f}"
+        for part in PARTS
+    )
+    cpu = ", ".join(
+        f"{role} {1000 * seconds / seen.tokens:.2f}" for role, seconds in sorted(seen.cpu.items())
+    )
+    sys.stdout.write(
+        f"{name}: {seen.tokens_per_s:.1f} tokens/s; a step took {step_s:.2f} s: {parts}\n"
+    )
     sys.stdout.write(f"    CPU ms a token: {cpu}\n")
 
 
@@ -97,20 +120,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=20)
     options = parser.parse_args()
+
     with tempfile.TemporaryDirectory() as temporary:
         program = Program(models=MODELS, runs=Path(temporary))
-        synchronous, overlapping = (measure(program, staleness, options.batches) for staleness in (0, 2))
+        synchronous, overlapping = (
+            measure(program, staleness, options.batches) for staleness in (0, 2)
+        )
+
     cores = len(os.sched_getaffinity(0))
-    allowed = cores / min(sum(seen.cpu.values()) / seen.tokens for seen in (synchronous, overlapping))
+    allowed = cores / min(
+        sum(seen.cpu.values()) / seen.tokens for seen in (synchronous, overlapping)
+    )
     share = overlapping.tokens_per_s / allowed
     show("max_staleness 0", synchronous)
     show("max_staleness 2", overlapping)
     verdict = "ok" if share >= BAR else "MISS"
     sys.stdout.write(
-        f"{cores} cores allow {allowed:.1f} tokens/s; reached {share:.2f} of that, at least {BAR}: {verdict}\n"
+        f"{cores} cores allow {allowed:.1f} tokens/s; reached {share:.2f} of that, at least "
+        f"{BAR}: {verdict}\n"
     )
     sys.stdout.write(
-        json.dumps({"share": share, "speed-up": overlapping.tokens_per_s / synchronous.tokens_per_s}) + "\n"
+        json.dumps(
+            {"share": share, "speed-up": overlapping.tokens_per_s / synchronous.tokens_per_s}
+        )
+        + "\n"
     )
     sys.exit(share < BAR)
 

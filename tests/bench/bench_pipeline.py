@@ -1,23 +1,26 @@
 """What the driver costs, and how well the stages overlap, on fakes: no model, no Ray.
 
-**cost**: CPU time of the driver for a trajectory, all roles answering at once, but in a random order and one in a turn
-of the loop, so that the driver wakes for each. In flight are 100 to 10,000 trajectories, once in two batches
-(``max_staleness`` 1), once in batches of 50 (``max_staleness`` up to 199); and at 1,000, headers of 100 and of 100,000
-tokens. The best of all rounds; rounds take turns. Python's collector is on; what was imported is out of its sight.
+**cost**: CPU time of the driver for a trajectory, all roles answering at once, but in a random
+order and one in a turn of the loop, so that the driver wakes for each. In flight are 100 to 10,000
+trajectories, once in two batches (``max_staleness`` 1), once in batches of 50 (``max_staleness`` up
+to 199); and at 1,000, headers of 100 and of 100,000 tokens. The best of all rounds; rounds take
+turns. Python's collector is on; what was imported is out of its sight.
 
-**overlap**: every stage sleeps on a device of its own: writing a trajectory takes a lognormal time (sigma 1, the same
-draws in every configuration), scoring 0.2 s, an update 0.8 s, weights 0.1 s, all divided by ``--speed``. Full lanes
-write a batch in 1.0 s. There are two engines:
+**overlap**: every stage sleeps on a device of its own: writing a trajectory takes a lognormal time
+(sigma 1, the same draws in every configuration), scoring 0.2 s, an update 0.8 s, weights 0.1 s, all
+divided by ``--speed``. Full lanes write a batch in 1.0 s. There are two engines:
 
-* ``lane each``: as many lanes as a batch has trajectories (8), 1.0 s each in the mean. Whoever needs a *whole* batch
-  waits for the slowest of the 8, about 3 s, so the stage alone is one batch after another. Lanes that are always full
-  are no measure: nothing whose staleness is at most 2 keeps them so. While the slowest is written, two more batches may
-  be, and then lanes run dry. Their share is printed without a bar.
-* ``full lanes``: 2 lanes for a batch of 16, 1/8 s each in the mean. The stage alone is both lanes always full.
+* ``lane each``: as many lanes as a batch has trajectories (8), 1.0 s each in the mean. Whoever
+  needs a *whole* batch waits for the slowest of the 8, about 3 s, so the stage alone is one batch
+  after another. Lanes that are always full are no measure: nothing whose staleness is at most 2
+  keeps them so. While the slowest is written, two more batches may be, and then lanes run dry.
+  Their share is printed without a bar.
+* ``full lanes``: 2 lanes for a batch of 16, 1/8 s each in the mean. The stage alone is both lanes
+always full.
 
-The slowest stage alone is the slower of that and of the learner, which does update and weights one after the other. For
-every configuration a table explains the seconds of a step by the metrics of its row; the four parts must add up to the
-wall clock between rows, which the bench takes itself.
+The slowest stage alone is the slower of that and of the learner, which does update and weights one
+after the other. For every configuration a table explains the seconds of a step by the metrics of
+its row; the four parts must add up to the wall clock between rows, which the bench takes itself.
 """
 
 import argparse
@@ -94,7 +97,9 @@ class Roles:
 
 
 class OneByOne(Roles):
-    """Holds everything that may be in flight, and answers in a random order, one in a turn of the loop."""
+    """Holds everything that may be in flight, and answers in a random order, one in a turn of
+    the loop.
+    """
 
     def __init__(self, num_tokens: int) -> None:
         super().__init__(num_tokens)
@@ -102,12 +107,15 @@ class OneByOne(Roles):
         self.answering: asyncio.Task[None] | None = None
         self.random = random.Random(0)
 
-    async def generate(self, prompt: PromptSample, sample_index: int, sampling: Sampling) -> Stored[Trajectory]:
+    async def generate(
+        self, prompt: PromptSample, sample_index: int, sampling: Sampling
+    ) -> Stored[Trajectory]:
         version = self.served
         answer = asyncio.get_running_loop().create_future()
         self.asked.append(answer)
         if self.answering is None or self.answering.done():
             self.answering = asyncio.create_task(self.answer())
+
         await answer
         return self.write(prompt, sample_index, version)
 
@@ -143,11 +151,14 @@ class Paced(Roles):
         self.engine, self.speed = engine, speed
         self.lanes = asyncio.Semaphore(engine.lanes)
 
-    async def generate(self, prompt: PromptSample, sample_index: int, sampling: Sampling) -> Stored[Trajectory]:
+    async def generate(
+        self, prompt: PromptSample, sample_index: int, sampling: Sampling
+    ) -> Stored[Trajectory]:
         async with self.lanes:
             version = self.served
             seconds = self.engine.write_s * random.Random(sampling.seed).lognormvariate(-0.5, 1.0)
             await asyncio.sleep(seconds / self.speed)
+
         return self.write(prompt, sample_index, version)
 
     async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory]:
@@ -165,13 +176,21 @@ class Paced(Roles):
 
 def prompt_order() -> PromptOrder:
     prompts = [
-        PromptSample(epoch=0, prompt_id=str(i), source="bench", token_ids=np.zeros(2, np.int32), reference_answer=None)
+        PromptSample(
+            epoch=0,
+            prompt_id=str(i),
+            source="bench",
+            token_ids=np.zeros(2, np.int32),
+            reference_answer=None,
+        )
         for i in range(1_000)
     ]
     return PromptOrder(prompts, samples_per_prompt=4, seed=0)
 
 
-def pipeline(roles: Roles, *, batch: int, batches: int, max_staleness: int, lookahead: int = 0) -> Pipeline:
+def pipeline(
+    roles: Roles, *, batch: int, batches: int, max_staleness: int, lookahead: int = 0
+) -> Pipeline:
     plan = Plan(
         batch=batch,
         batches=batches,
@@ -195,7 +214,10 @@ def say(line: str) -> None:
 
 def verdict(what: str, value: float, bar: float, *, at_most: bool) -> str:
     met = value <= bar if at_most else value >= bar
-    return f"{what} {value:,.4g} (at {'most' if at_most else 'least'} {bar:,g}): {'pass' if met else MISS}"
+    return (
+        f"{what} {value:,.4g} (at {'most' if at_most else 'least'} {bar:,g}): "
+        f"{'pass' if met else MISS}"
+    )
 
 
 @dataclass(frozen=True)
@@ -220,6 +242,7 @@ def cost_s(load: Load, total: int) -> float:
 
     started = time.process_time()
     asyncio.run(drive())
+
     return (time.process_time() - started) / total
 
 
@@ -234,23 +257,36 @@ def measure_cost(total: int, rounds: int) -> list[str]:
     for _ in range(rounds):
         for load in loads:
             best[load] = min(best[load], cost_s(load, total))
+
     say(
-        "| in flight | batch | max_staleness | tokens of a header | us a trajectory | trajectories/s |\n"
-        + "|---" * 6
-        + "|"
+        "| in flight | batch | max_staleness | tokens of a header | us a trajectory | "
+        "trajectories/s |\n" + "|---" * 6 + "|"
     )
+
     for load, cost in best.items():
-        cells = (load.in_flight, load.batch, load.max_staleness, load.num_tokens, 1e6 * cost, 1.0 / cost)
+        cells = (
+            load.in_flight,
+            load.batch,
+            load.max_staleness,
+            load.num_tokens,
+            1e6 * cost,
+            1.0 / cost,
+        )
         say("| " + " | ".join(f"{cell:,.0f}" for cell in cells) + " |")
+
     few, most = f"{IN_FLIGHT[0]:,}", f"{IN_FLIGHT[-1]:,}"
     growth = {
         f"{most} in flight beside {few}, two batches": two,
         f"{most} in flight beside {few}, batches of {SMALL_BATCH}": many,
         f"headers of {LENGTHS[1]:,} tokens beside {LENGTHS[0]:,}": lengths,
     }
+
     return [
         verdict("fewest trajectories/s", 1.0 / max(best.values()), RATE, at_most=False),
-        *(verdict(f"{what}, cost", best[x[-1]] / best[x[0]], GROWTH, at_most=True) for what, x in growth.items()),
+        *(
+            verdict(f"{what}, cost", best[x[-1]] / best[x[0]], GROWTH, at_most=True)
+            for what, x in growth.items()
+        ),
     ]
 
 
@@ -261,26 +297,39 @@ def alone(engine: Engine, steps: int, speed: float, *, whole_batches: bool) -> f
         roles, order = Paced(engine, speed), prompt_order()
         size = engine.batch if whole_batches else engine.batch * steps
         started = time.perf_counter()
+
         for first in range(0, engine.batch * steps, size):
             issues = range(first, first + size)
-            sampling = {issue: order.sampling(issue, temperature=1.0, max_tokens=100) for issue in issues}
-            await asyncio.gather(*(roles.generate(*order.at(i), how) for i, how in sampling.items()))
+            sampling = {
+                issue: order.sampling(issue, temperature=1.0, max_tokens=100) for issue in issues
+            }
+            await asyncio.gather(
+                *(roles.generate(*order.at(i), how) for i, how in sampling.items())
+            )
+
         return steps / (time.perf_counter() - started) / speed
 
     return asyncio.run(drive())
 
 
-def overlapped(engine: Engine, steps: int, speed: float, flow: tuple[int, int]) -> tuple[list[Row], float]:
+def overlapped(
+    engine: Engine, steps: int, speed: float, flow: tuple[int, int]
+) -> tuple[list[Row], float]:
     """Rows after the warm-up, and the wall seconds they took."""
 
     async def drive() -> tuple[list[Row], float]:
         line = pipeline(
-            Paced(engine, speed), batch=engine.batch, batches=steps, max_staleness=flow[0], lookahead=flow[1]
+            Paced(engine, speed),
+            batch=engine.batch,
+            batches=steps,
+            max_staleness=flow[0],
+            lookahead=flow[1],
         )
         rows, started = [], 0.0
         async for row in line.steps(0):
             rows.append(row)
             started = time.perf_counter() if len(rows) == WARM_UP else started
+
         return rows[WARM_UP:], time.perf_counter() - started
 
     return asyncio.run(drive())
@@ -289,54 +338,97 @@ def overlapped(engine: Engine, steps: int, speed: float, flow: tuple[int, int]) 
 def show(
     engine: Engine, flow: tuple[int, int], rows: Sequence[Row], wall_s: float, speed: float
 ) -> tuple[float, float]:
-    """A line of the table; steps/s, and the share of the wall clock that the four parts do not explain."""
+    """A line of the table; steps/s, and the share of the wall clock that the four parts do
+    not explain.
+    """
     parts = {name: sum(row[f"eopd_{name}_seconds"] for row in rows) for name in PARTS}
     unexplained = abs(1.0 - sum(parts.values()) / wall_s)
     step_s = wall_s * speed / len(rows)
     cells = [f"{seconds * speed / len(rows):.3f}" for seconds in parts.values()]
     staleness = sum(row["eopd_staleness_mean"] for row in rows) / len(rows)
     say(
-        f"| {engine.name} | {flow[0]} | {flow[1]} | {1.0 / step_s:.3f} | {step_s:.3f} | {' | '.join(cells)} | "
-        f"{unexplained:.2%} | {staleness:.2f} |"
+        f"| {engine.name} | {flow[0]} | {flow[1]} | {1.0 / step_s:.3f} | {step_s:.3f} | "
+        f"{' | '.join(cells)} | {unexplained:.2%} | {staleness:.2f} |"
     )
+
     return 1.0 / step_s, unexplained
 
 
 def measure_overlap(steps: int, speed: float) -> list[str]:
     """The table; the lines about speed-up, the slowest stage, and what is not explained."""
-    columns = ("engine", "max_staleness", "lookahead", "steps/s", "step", *PARTS, "unexplained", "staleness")
+    columns = (
+        "engine",
+        "max_staleness",
+        "lookahead",
+        "steps/s",
+        "step",
+        *PARTS,
+        "unexplained",
+        "staleness",
+    )
     say("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     lines, worst = [], 0.0
+
     for engine in ENGINES:
         rates = {}
         for flow in ((0, 0), (1, 0), (2, 0), (2, 1), (4, 0)):
-            rates[flow], unexplained = show(engine, flow, *overlapped(engine, steps, speed, flow), speed)
+            rates[flow], unexplained = show(
+                engine, flow, *overlapped(engine, steps, speed, flow), speed
+            )
             worst = max(worst, unexplained)
-        by_batch, full = (alone(engine, steps, speed, whole_batches=whole) for whole in (True, False))
+
+        by_batch, full = (
+            alone(engine, steps, speed, whole_batches=whole) for whole in (True, False)
+        )
         learner = 1.0 / (TRAIN_S + WEIGHTS_S)
         slowest = min(by_batch if engine.lanes == engine.batch else full, learner)
         rate = rates[2, 0]
         lines += [
-            f"{engine.name}, alone, steps/s: batch after batch {by_batch:.3f}, lanes always full {full:.3f}; "
-            f"the learner {learner:.3f}; at max_staleness 2, {rate / min(full, learner):.2f} of full lanes",
-            verdict(f"{engine.name}, max_staleness 2 beside 0, steps/s", rate / rates[0, 0], SPEED_UP, at_most=False),
-            verdict(f"{engine.name}, of the slowest stage alone", rate / slowest, OF_SLOWEST, at_most=False),
+            f"{engine.name}, alone, steps/s: batch after batch {by_batch:.3f}, lanes always "
+            f"full {full:.3f}; the learner {learner:.3f}; at max_staleness 2, "
+            f"{rate / min(full, learner):.2f} of full lanes",
+            verdict(
+                f"{engine.name}, max_staleness 2 beside 0, steps/s",
+                rate / rates[0, 0],
+                SPEED_UP,
+                at_most=False,
+            ),
+            verdict(
+                f"{engine.name}, of the slowest stage alone",
+                rate / slowest,
+                OF_SLOWEST,
+                at_most=False,
+            ),
         ]
-    return [*lines, verdict("share of a step that is not explained", worst, UNEXPLAINED, at_most=True)]
+
+    return [
+        *lines,
+        verdict("share of a step that is not explained", worst, UNEXPLAINED, at_most=True),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a glance, on few trajectories; not the bars")
-    parser.add_argument("--bars", nargs="+", default=["cost", "overlap"], choices=["cost", "overlap"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a glance, on few trajectories; not the bars"
+    )
+    parser.add_argument(
+        "--bars", nargs="+", default=["cost", "overlap"], choices=["cost", "overlap"]
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of which the best counts")
-    parser.add_argument("--speed", type=float, default=20.0, help="how much faster than said the stages are")
+    parser.add_argument(
+        "--speed", type=float, default=20.0, help="how much faster than said the stages are"
+    )
     options = parser.parse_args()
     lines = []
     if "cost" in options.bars:
         lines += measure_cost(20_000, 1 if options.quick else options.rounds)
+
     if "overlap" in options.bars:
         lines += measure_overlap(12 if options.quick else 60, options.speed)
+
     say("\n" + "\n".join(lines))
     if any(line.endswith(MISS) for line in lines):
         sys.exit(1)

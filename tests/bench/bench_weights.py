@@ -1,10 +1,11 @@
 """Seconds of a weight sync, phase by phase, on a vLLM engine that goes on writing.
 
-The demo's student (120 M parameters, bfloat16) is sent from this process into one engine with eight requests in flight.
-``gap`` is measured outside, between two tokens of one response: the last under the old weights and the first under the
-new ones. It holds one step that reads all responses again, since cached keys and values of old weights are dropped;
-``paused`` is what ``install_weights`` returns: the wait for the step under way, load, repack, label, resume. ``probe
-gap`` is the mean absolute difference between the engine's and transformers' log-probabilities of random tokens. Needs
+The demo's student (120 M parameters, bfloat16) is sent from this process into one engine with eight
+requests in flight. ``gap`` is measured outside, between two tokens of one response: the last under
+the old weights and the first under the new ones. It holds one step that reads all responses again,
+since cached keys and values of old weights are dropped; ``paused`` is what ``install_weights``
+returns: the wait for the step under way, load, repack, label, resume. ``probe gap`` is the mean
+absolute difference between the engine's and transformers' log-probabilities of random tokens. Needs
 the demo's models: ``eopd models demo``.
 """
 
@@ -45,7 +46,9 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
 
-    def around(self, name: str, call: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
+    def around(
+        self, name: str, call: Callable[..., Awaitable[object]]
+    ) -> Callable[..., Awaitable[object]]:
         async def timed(*args: object, **kwargs: object) -> object:
             started = time.monotonic()
             result = await call(*args, **kwargs)
@@ -72,8 +75,12 @@ async def write(engine: VllmRolloutEngine, seed: int, ticks: list[float]) -> Non
 
 
 def longest_gap(ticks: list[float], since: float, until: float) -> float:
-    """Between two tokens, of which the first came before ``until`` and the second after ``since``."""
-    return max(after - before for before, after in pairwise(ticks) if after > since and before < until)
+    """Between two tokens, of which the first came before ``until`` and the second after
+    ``since``.
+    """
+    return max(
+        after - before for before, after in pairwise(ticks) if after > since and before < until
+    )
 
 
 async def all_wrote(ticks: list[list[float]], more: int) -> None:
@@ -86,12 +93,17 @@ async def all_wrote(ticks: list[list[float]], more: int) -> None:
 def hash_seconds(model: PreTrainedModel, sender: WeightSender) -> float:
     tensors = dict(model.named_parameters())
     total = 0.0
+
     for bucket in sender._buckets:
-        buffer_B, digest_D = (torch.empty(size, dtype=torch.uint8) for size in (bucket_num_bytes(bucket), DIGEST_BYTES))
+        buffer_B, digest_D = (
+            torch.empty(size, dtype=torch.uint8)
+            for size in (bucket_num_bytes(bucket), DIGEST_BYTES)
+        )
         pack([tensors[parameter.name] for parameter in bucket], buffer_B)
         started = time.monotonic()
         seal(buffer_B, digest_D)
         total += time.monotonic() - started
+
     return total
 
 
@@ -99,10 +111,13 @@ def probe_gap(model: PreTrainedModel, token_ids: np.ndarray, probed: np.ndarray)
     ids = torch.from_numpy(token_ids).long()
     with torch.no_grad():
         logprobs = torch.log_softmax(model(ids[None]).logits[0, :-1].float(), -1)
+
     return float(np.abs(logprobs.gather(1, ids[1:, None])[:, 0].numpy() - probed).mean())
 
 
-async def publish(engine: VllmRolloutEngine, sender: WeightSender, step: int) -> tuple[float, float, int]:
+async def publish(
+    engine: VllmRolloutEngine, sender: WeightSender, step: int
+) -> tuple[float, float, int]:
     """Transfer seconds, seconds paused, bytes."""
     started = time.monotonic()
     await engine.receive_weights()
@@ -133,6 +148,7 @@ async def measure(rounds: int) -> tuple[dict[str, list[float]], int]:
     (info,) = sender.open([1], "secret")
     await asyncio.gather(asyncio.to_thread(sender.accept), engine.connect_weights(info))
     watch = Stopwatch()
+
     for name, method in (
         ("wait for the pause", "pause_generation"),
         ("load", "update_weights"),
@@ -140,10 +156,18 @@ async def measure(rounds: int) -> tuple[dict[str, list[float]], int]:
         ("resume", "resume_generation"),
     ):
         setattr(engine._llm, method, watch.around(name, getattr(engine._llm, method)))
+
     ticks: list[list[float]] = [[] for _ in range(REQUESTS)]
     writing = [asyncio.create_task(write(engine, seed, ticks[seed])) for seed in range(REQUESTS)]
-    seconds: dict[str, list[float]] = {"transfer": [], "hash, each end": [], "paused": [], "gap": [], "step": []}
+    seconds: dict[str, list[float]] = {
+        "transfer": [],
+        "hash, each end": [],
+        "paused": [],
+        "gap": [],
+        "step": [],
+    }
     num_bytes = 0
+
     for step in range(1, rounds + 1):
         await all_wrote(ticks, 30)
         since = time.monotonic()
@@ -151,36 +175,53 @@ async def measure(rounds: int) -> tuple[dict[str, list[float]], int]:
         transfer_s, paused_s, num_bytes = await publish(engine, sender, step)
         until = time.monotonic()
         await all_wrote(ticks, 2)
-        row = {"transfer": transfer_s, "paused": paused_s, "hash, each end": hash_seconds(model, sender)}
+        row = {
+            "transfer": transfer_s,
+            "paused": paused_s,
+            "hash, each end": hash_seconds(model, sender),
+        }
         row |= {"gap": max(longest_gap(t, since, until) for t in ticks), "step": step_s}
         for name, value in row.items():
             seconds[name].append(value)
+
     for task in writing:
         task.cancel()
+
     await asyncio.gather(*writing, return_exceptions=True)
     sessions = {"load": 3, "repack, label": 3}  # of three sessions of a sync, the last one loads
-    parts = {name: all_s[sessions.get(name, 1) - 1 :: sessions.get(name, 1)] for name, all_s in watch.seconds.items()}
+    parts = {
+        name: all_s[sessions.get(name, 1) - 1 :: sessions.get(name, 1)]
+        for name, all_s in watch.seconds.items()
+    }
     text = np.random.default_rng(1).integers(100, 20_000, 200).astype(np.int32)
     parts["probe gap, nats"] = [probe_gap(model, text, await engine.probe(text))]
     await engine.close()
+
     return seconds | parts, num_bytes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if not STUDENT.is_dir():
         sys.exit(f"{STUDENT} is missing; make it with: eopd models demo")
+
     os.environ.update(vllm_env(options.threads))
     torch.set_num_threads(1)
     seconds, num_bytes = asyncio.run(measure(options.rounds))
     say = sys.stdout.write
-    say(f"{num_bytes / 1e6:.0f} MB in buckets of {BUCKET_BYTES >> 20} MiB, {REQUESTS} requests in flight\n")
+    say(
+        f"{num_bytes / 1e6:.0f} MB in buckets of {BUCKET_BYTES >> 20} MiB, {REQUESTS} "
+        "requests in flight\n"
+    )
     say("| seconds | median | worst |\n|---|---|---|\n")
     for name, values in seconds.items():
         say(f"| {name} | {median(values):.4f} | {max(values):.4f} |\n")
+
     worst = max(seconds["paused"])
     say(f"paused {worst:.2f} (at most {BAR_S:g}: {'pass' if worst <= BAR_S else 'MISS'})\n")
 

@@ -1,4 +1,6 @@
-"""Headless Chromium, driven over its DevTools protocol: one page, what it says on its console, pictures of it."""
+"""Headless Chromium, driven over its DevTools protocol: one page, what it says on its
+console, pictures of it.
+"""
 
 import base64
 import itertools
@@ -14,7 +16,9 @@ START_S = 60
 
 
 class Page:
-    """One tab. ``complaints`` are errors and warnings of the console, exceptions, and requests over a network."""
+    """One tab. ``complaints`` are errors and warnings of the console, exceptions, and
+    requests over a network.
+    """
 
     def __init__(self, socket):
         self._socket, self._numbers, self.complaints = socket, itertools.count(), []
@@ -26,6 +30,7 @@ class Page:
         self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while (answer := self._receive()).get("id") != number:
             pass
+
         assert "error" not in answer, answer
         return answer["result"]
 
@@ -47,16 +52,25 @@ class Page:
 
     def open(self, path, *, width=1280, height=900, scheme="light"):
         self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         self.send("Page.navigate", url=path.resolve().as_uri())
         while self._receive().get("method") != "Page.loadEventFired":
             pass
 
     def value(self, expression):
         """What a JavaScript expression gives."""
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        found = self.send(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
@@ -65,7 +79,9 @@ class Page:
         element = f"document.querySelector({json.dumps(selector)})"
         self.value(f"{element}.scrollIntoView({{block: 'center'}})")
         self.value("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        x, y = self.value(f"(b => [b.x + b.width * {share}, b.y + b.height / 2])({element}.getClientRects()[0])")
+        x, y = self.value(
+            f"(b => [b.x + b.width * {share}, b.y + b.height / 2])({element}.getClientRects()[0])"
+        )
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def press(self, key):
@@ -82,23 +98,41 @@ def chromium(directory):
     """A page of a browser of its own, with its profile in ``directory``."""
     program = shutil.which("chromium")
     assert program, "this test needs Debian's chromium: apt-get install chromium"
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+    ]
     process = subprocess.Popen(
-        [program, *options, "--remote-debugging-port=0", f"--user-data-dir={directory}", "about:blank"],
+        [
+            program,
+            *options,
+            "--remote-debugging-port=0",
+            f"--user-data-dir={directory}",
+            "about:blank",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
     try:
         port_file, deadline = directory / "DevToolsActivePort", time.monotonic() + START_S
         while not (port_file.exists() and port_file.read_text().count("\n")):
             assert process.poll() is None and time.monotonic() < deadline, "chromium did not start"
             time.sleep(0.1)
+
         port, path = port_file.read_text().split()
         with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as browser:
             browser.send(json.dumps({"id": 0, "method": "Target.getTargets"}))
             targets = json.loads(browser.recv(timeout=START_S))["result"]["targetInfos"]
+
         target = next(one["targetId"] for one in targets if one["type"] == "page")
-        with connect(f"ws://127.0.0.1:{port}/devtools/page/{target}", max_size=None, proxy=None) as socket:
+
+        with connect(
+            f"ws://127.0.0.1:{port}/devtools/page/{target}", max_size=None, proxy=None
+        ) as socket:
             yield Page(socket)
     finally:
         process.terminate()

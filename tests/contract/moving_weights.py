@@ -1,4 +1,6 @@
-"""A rollout engine on tiny models, and a learner's end of the weight channel in the test's own process."""
+"""A rollout engine on tiny models, and a learner's end of the weight channel in the test's
+own process.
+"""
 
 import asyncio
 from collections.abc import Mapping
@@ -28,12 +30,19 @@ def load(directory: Path) -> PreTrainedModel:
 
 
 def logprobs_of(
-    model: PreTrainedModel, ids: Int32Array, temperature: float = 1.0, *, num_tokens: int | None = None
+    model: PreTrainedModel,
+    ids: Int32Array,
+    temperature: float = 1.0,
+    *,
+    num_tokens: int | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Oracle: transformers, float32, full forward: log-probabilities of ``ids[1:]`` among the first ``num_tokens``."""
+    """Oracle: transformers, float32, full forward: log-probabilities of ``ids[1:]`` among the
+    first ``num_tokens``.
+    """
     tokens = torch.from_numpy(ids).long()
     with torch.no_grad():
         logits = model(tokens[None]).logits[0, :-1, :num_tokens].double()
+
     return torch.log_softmax(logits / temperature, -1).gather(1, tokens[1:, None])[:, 0].numpy()
 
 
@@ -45,11 +54,14 @@ class BrittleSource(ModelSource):
     def gather(self, bucket):
         if self.fails and "embed" not in bucket[0].name:
             raise RuntimeError("no second bucket")
+
         return super().gather(bucket)
 
 
 class Sender:
-    """``SenderLink`` over a ``WeightSender`` in this process, with a bit to flip in the next bucket on its way."""
+    """``SenderLink`` over a ``WeightSender`` in this process, with a bit to flip in the next
+    bucket on its way.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.sender = WeightSender(

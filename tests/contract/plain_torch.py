@@ -1,4 +1,6 @@
-"""The learner's oracle: plain torch on dense logits, which knows neither packing nor DeepSpeed nor chunks."""
+"""The learner's oracle: plain torch on dense logits, which knows neither packing nor
+DeepSpeed nor chunks.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,22 +26,39 @@ def sampled(logprobs: Tensor, scored: ScoredTrajectory) -> Tensor:
     return logprobs[range(len(logprobs)), scored.trajectory.response_ids]
 
 
-def token_losses(logprobs: Tensor, old: Tensor, scored: ScoredTrajectory, gate: Tensor, config: LossConfig) -> Tensor:
+def token_losses(
+    logprobs: Tensor, old: Tensor, scored: ScoredTrajectory, gate: Tensor, config: LossConfig
+) -> Tensor:
     """METHOD: w max(-A r, -A clip(r)) + alpha g FKL, for every response token."""
     signal = scored.signal
     ratio = (sampled(logprobs, scored) - old).exp()
     advantage = torch.tensor(signal.token_logprobs) - old
-    weight = (old - torch.tensor(scored.trajectory.rollout_logprobs)).exp().clamp(max=config.reverse_kl.importance_cap)
+    weight = (
+        (old - torch.tensor(scored.trajectory.rollout_logprobs))
+        .exp()
+        .clamp(max=config.reverse_kl.importance_cap)
+    )
     clip = config.reverse_kl.clip
-    reverse = weight * torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
-    ids, top = torch.tensor(signal.topk_ids).long(), torch.tensor(signal.topk_logprobs).to(logprobs.dtype)
+    reverse = weight * torch.maximum(
+        -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
+    )
+    ids, top = (
+        torch.tensor(signal.topk_ids).long(),
+        torch.tensor(signal.topk_logprobs).to(logprobs.dtype),
+    )
     student_top = logprobs.gather(1, ids)
     if config.forward_kl.kind == "renormalized":
         top = top.log_softmax(-1)
         forward = (top.exp() * (top - student_top)).sum(-1)
     else:
-        rest, teacher_rest = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1), torch.tensor(signal.tail_logprobs)
-        forward = (top.exp() * (top - student_top)).sum(-1) + teacher_rest.exp() * (teacher_rest - rest)
+        rest, teacher_rest = (
+            logprobs.scatter(1, ids, -torch.inf).logsumexp(-1),
+            torch.tensor(signal.tail_logprobs),
+        )
+        forward = (top.exp() * (top - student_top)).sum(-1) + teacher_rest.exp() * (
+            teacher_rest - rest
+        )
+
     return reverse + config.alpha * gate * forward
 
 
@@ -47,20 +66,29 @@ def gates_of(batch: Sequence[ScoredTrajectory], config: LossConfig, *, seed: int
     """The gate [R] of every trajectory of a whole batch."""
     gate = config.gate
     entropies = [torch.tensor(scored.signal.entropy.entropy) for scored in batch]
+
     match gate.kind:
         case "hard":
             return [(entropy > gate.tau).float() for entropy in entropies]
         case "quantile":
             masks = [torch.tensor(scored.trajectory.loss_mask) for scored in batch]
-            pooled = torch.cat([e[mask] for e, mask in zip(entropies, masks, strict=True)]).sort(descending=True).values
+            pooled = (
+                torch.cat([e[mask] for e, mask in zip(entropies, masks, strict=True)])
+                .sort(descending=True)
+                .values
+            )
             threshold = pooled[round(gate.top * len(pooled)) - 1]
             return [(entropy >= threshold).float() for entropy in entropies]
         case "sigmoid":
             return [1 / (1 + (-(entropy - gate.tau) / gate.scale).exp()) for entropy in entropies]
         case "random":
-            return [torch.tensor([d < gate.rate for d in draws(scored, seed)]).float() for scored in batch]
+            return [
+                torch.tensor([d < gate.rate for d in draws(scored, seed)]).float()
+                for scored in batch
+            ]
         case "always" | "never":
             return [torch.full_like(entropy, gate.kind == "always") for entropy in entropies]
+
     raise AssertionError(gate.kind)
 
 
@@ -69,4 +97,6 @@ def draws(scored: ScoredTrajectory, seed: int) -> list[float]:
     key, length = scored.trajectory.key, len(scored.trajectory.response_ids)
     name = f"{seed}\n{key.epoch}\n{key.sample_index}\n{key.prompt_id}".encode()
     digest = hashlib.shake_128(name).digest(8 * length)
-    return [int.from_bytes(digest[8 * r : 8 * r + 8], "little") % 2**53 / 2**53 for r in range(length)]
+    return [
+        int.from_bytes(digest[8 * r : 8 * r + 8], "little") % 2**53 / 2**53 for r in range(length)
+    ]

@@ -1,4 +1,5 @@
-"""A checkpoint on real DeepSpeed, continued with other settings: those of the config hold, not those it was saved with.
+"""A checkpoint on real DeepSpeed, continued with other settings: those of the config hold, not
+those it was saved with.
 
 ``run_rank`` is the program of a rank.
 """
@@ -10,12 +11,33 @@ from typing import Any
 
 import pytest
 from gang import asked_for, read_seen, run_gang, write_models
-from test_checkpoints import CASES, LAST, OFFLOADED_CASES, SAVED_AT, VOCABULARY, Case, make_batch, student_of
+from test_checkpoints import (
+    CASES,
+    LAST,
+    OFFLOADED_CASES,
+    SAVED_AT,
+    VOCABULARY,
+    Case,
+    make_batch,
+    student_of,
+)
 
 from eopd.config import LearnerConfig, LossConfig
 
-SAVED = {"lr": 3e-3, "betas": (0.9, 0.999), "weight_decay": 0.1, "max_grad_norm": 1.0, "schedule": "cosine"}
-CHANGED = {"lr": 1e-3, "betas": (0.8, 0.9), "weight_decay": 0.2, "max_grad_norm": 0.5, "schedule": "linear"}
+SAVED = {
+    "lr": 3e-3,
+    "betas": (0.9, 0.999),
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "schedule": "cosine",
+}
+CHANGED = {
+    "lr": 1e-3,
+    "betas": (0.8, 0.9),
+    "weight_decay": 0.2,
+    "max_grad_norm": 0.5,
+    "schedule": "linear",
+}
 STILL = {"lr": 1e-30}  # nothing moves
 HALVED = {"optimizer_steps_per_batch": 2}
 ALL = CASES + OFFLOADED_CASES
@@ -59,7 +81,10 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, names: list[str]
         )
 
     def train(learner: LearnerRank, first: int, last: int) -> list[dict[str, float]]:
-        return [dict(learner.step(make_batch(n, world_size).share(rank)).metrics) for n in range(first, last)]
+        return [
+            dict(learner.step(make_batch(n, world_size).share(rank)).metrics)
+            for n in range(first, last)
+        ]
 
     def loaded(case: Case, of: Case, **settings: Any) -> LearnerRank:
         learner = learner_of(case, **settings)
@@ -68,6 +93,7 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, names: list[str]
 
     seen: dict[str, Any] = {}
     cases = [case for case in ALL if case.name in names]
+
     for case in cases:
         learner = learner_of(case)
         train(learner, 0, SAVED_AT)
@@ -78,15 +104,20 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, names: list[str]
         seen[case.name]["group"] = {name: group[name] for name in ("lr", "betas", "weight_decay")}
         if case.name != "float32-0":
             seen[case.name]["clip"] = learner._engine._engine.optimizer.clip_grad
+
         seen[case.name]["changed"] = train(learner, SAVED_AT, LAST)
         learner = loaded(case, case, **STILL)
         learner.export(root / f"{case.name}-before")
         train(learner, SAVED_AT, SAVED_AT + 2)
         learner.export(root / f"{case.name}-after")
-        seen[case.name]["halved"] = loaded(case, case, **HALVED)._engine._engine.lr_scheduler.last_epoch
+        seen[case.name]["halved"] = loaded(
+            case, case, **HALVED
+        )._engine._engine.lr_scheduler.last_epoch
+
     for case, of in itertools.product(cases, cases):
         if case.name in OTHERS.get(of.name, ()):
             seen[of.name][case.name] = train(loaded(case, of), SAVED_AT, LAST)
+
     (root / f"seen-{world_size}-{rank}.json").write_text(json.dumps(seen))
 
 
@@ -113,17 +144,27 @@ every_case = pytest.mark.parametrize("case", [slow_unless_quick(case.name) for c
 @every_case
 def test_the_optimiser_goes_on_as_the_config_says(seen, case):
     rate = 1e-3 * (1 - SAVED_AT / (2 * LAST))  # linear, to zero at the end of twice as many batches
-    assert seen[case]["group"] == {"lr": pytest.approx(rate), "betas": [0.8, 0.9], "weight_decay": 0.2}
+    assert seen[case]["group"] == {
+        "lr": pytest.approx(rate),
+        "betas": [0.8, 0.9],
+        "weight_decay": 0.2,
+    }
     assert seen[case].get("clip", 0.5) == 0.5
     rates = [row["eopd_learning_rate"] for row in seen[case]["changed"]]
-    assert rates == pytest.approx([1e-3 * (1 - step / (2 * LAST)) for step in range(SAVED_AT, LAST)])
-    assert seen[case]["changed"][0]["eopd_loss"] == seen[case]["unchanged"][0]["eopd_loss"], "the same weights"
+    assert rates == pytest.approx(
+        [1e-3 * (1 - step / (2 * LAST)) for step in range(SAVED_AT, LAST)]
+    )
+    assert seen[case]["changed"][0]["eopd_loss"] == seen[case]["unchanged"][0]["eopd_loss"], (
+        "the same weights"
+    )
     assert seen[case]["changed"][-1]["eopd_loss"] != seen[case]["unchanged"][-1]["eopd_loss"]
 
 
 @every_case
 def test_no_learning_rate_of_the_checkpoint_is_applied(seen, root, case):
-    before, after = ((root / f"{case}-{when}" / "model.safetensors").read_bytes() for when in ("before", "after"))
+    before, after = (
+        (root / f"{case}-{when}" / "model.safetensors").read_bytes() for when in ("before", "after")
+    )
     assert before == after
 
 
@@ -137,6 +178,9 @@ def test_a_schedule_counts_batches_whatever_the_steps_of_each(seen, case):
 )
 def test_a_state_may_be_held_in_another_way(seen, of, case):
     exact = of.startswith("float32")
-    for metric, tolerance in {"eopd_loss": 1e-4 if exact else 0.01, "eopd_grad_norm": 1e-4 if exact else 0.03}.items():
+    for metric, tolerance in {
+        "eopd_loss": 1e-4 if exact else 0.01,
+        "eopd_grad_norm": 1e-4 if exact else 0.03,
+    }.items():
         actual, expected = ([row[metric] for row in seen[of][name]] for name in (case, "unchanged"))
         assert actual == pytest.approx(expected, rel=tolerance), metric

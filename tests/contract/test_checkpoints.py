@@ -1,5 +1,5 @@
-"""Checkpoints of the learner on real DeepSpeed: exported without it, continued by another number of ranks, and the same
-for states that are offloaded.
+"""Checkpoints of the learner on real DeepSpeed: exported without it, continued by another number of
+ranks, and the same for states that are offloaded.
 
 ``run_rank`` is the program of a rank.
 """
@@ -29,8 +29,8 @@ from eopd.types import OptimizerStep, PackedBatch, PolicyVersion, ScoredTrajecto
 VOCABULARY = 277  # no weight has a multiple of three entries: shards are padded
 SAVED_AT, LAST = 2, 7  # batches: a checkpoint after each, and five steps between
 
-# A run is named by the ranks that held it in turn. By gang: its ranks, and the runs it holds, each begun or continued
-# from another's first checkpoint.
+# A run is named by the ranks that held it in turn. By gang: its ranks, and the runs it holds, each
+# begun or continued from another's first checkpoint.
 GANGS = {
     "a": (1, {"1": None, "1-1": "1"}),
     "b": (2, {"2": None, "1-2": "1"}),
@@ -53,7 +53,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.dtype}-{self.stage}" + ("-offloaded" if self.zero.keys() & OFFLOADED.keys() else "")
+        return f"{self.dtype}-{self.stage}" + (
+            "-offloaded" if self.zero.keys() & OFFLOADED.keys() else ""
+        )
 
 
 # Stage 3 as a large model has it: several groups of parameters, some parameters sharded, some not.
@@ -71,7 +73,9 @@ CASES = [
     Case("llama", "bfloat16", 3, SEVERAL_GROUPS),
 ]
 OFFLOADED_CASES = [
-    dataclasses.replace(case, zero=case.zero | (OFFLOADED if case.stage == 3 else OPTIMIZER_OFFLOADED))
+    dataclasses.replace(
+        case, zero=case.zero | (OFFLOADED if case.stage == 3 else OPTIMIZER_OFFLOADED)
+    )
     for case in CASES
     if case.stage > 0
 ]
@@ -81,28 +85,42 @@ def runs_of(case: Case) -> set[str]:
     return {"1", "2", "1-1", "1-2"} if case in OFFLOADED_CASES else set(SOURCES)
 
 
-# One kind of each stage and dtype, and ranks that become more and fewer; the rest of the matrix is slow.
-QUICK_CASES, QUICK_RUNS = {"float32-1", "bfloat16-3", "bfloat16-2-offloaded"}, {"1", "2", "1-1", "1-2", "2-1"}
+# One kind of each stage and dtype, and ranks that become more and fewer; the rest of the matrix is
+# slow.
+QUICK_CASES, QUICK_RUNS = (
+    {"float32-1", "bfloat16-3", "bfloat16-2-offloaded"},
+    {"1", "2", "1-1", "1-2", "2-1"},
+)
 
 
-def every_run(*names: str, cases: Sequence[Case] = (*CASES, *OFFLOADED_CASES)) -> pytest.MarkDecorator:
+def every_run(
+    *names: str, cases: Sequence[Case] = (*CASES, *OFFLOADED_CASES)
+) -> pytest.MarkDecorator:
     """Cases and those of their runs that are named."""
     params = []
     for case, run in itertools.product(cases, names):
         if run in runs_of(case):
             quick = case.name in QUICK_CASES and run in QUICK_RUNS
-            params.append(pytest.param(case, run, marks=() if quick else pytest.mark.slow, id=f"{case.name}-{run}"))
+            params.append(
+                pytest.param(
+                    case, run, marks=() if quick else pytest.mark.slow, id=f"{case.name}-{run}"
+                )
+            )
+
     return pytest.mark.parametrize(("case", "run"), params)
 
 
 def needed(asked: Iterable[tuple[Case, str]]) -> list[tuple[str, str]]:
-    """Names of these cases and runs, of those they go on from, and of those that offloaded ones are compared with."""
+    """Names of these cases and runs, of those they go on from, and of those that offloaded
+    ones are compared with.
+    """
     found = set()
     for case, last in asked:
         run: str | None = last
         while run is not None:
             found |= {(case.name, run), (f"{case.dtype}-{case.stage}", run)}
             run = SOURCES[run]
+
     return sorted(found)  # a run stands after the one it goes on from
 
 
@@ -116,10 +134,17 @@ def make_batch(number: int, world_size: int, *, spoiled: bool = False) -> Packed
     stored = [make_stored(rng, number, index) for index in range(6)]
     if spoiled:
         stored[1].body.signal.token_logprobs[:] = np.nan
+
     shares = [stored[rank::world_size] for rank in range(world_size)]
     ranks = tuple((tuple(share[:1]), tuple(share[1:])) for share in shares)
+
     return PackedBatch(
-        steps=(OptimizerStep(num_loss_tokens=sum(s.header.num_loss_tokens for s in stored), ranks=ranks),), alpha=1.0
+        steps=(
+            OptimizerStep(
+                num_loss_tokens=sum(s.header.num_loss_tokens for s in stored), ranks=ranks
+            ),
+        ),
+        alpha=1.0,
     )
 
 
@@ -140,7 +165,9 @@ def make_stored(rng: np.random.Generator, number: int, index: int) -> Stored[Sco
 # ---- the program of a rank ---------------------------------------------------------------------------------
 
 
-def run_rank(rank: int, world_size: int, port: int, root: Path, cases: list[list[str]], gang: str) -> None:
+def run_rank(
+    rank: int, world_size: int, port: int, root: Path, cases: list[list[str]], gang: str
+) -> None:
     from eopd.learner.learner import LearnerRank
 
     def learner_of(case: Case) -> LearnerRank:
@@ -169,11 +196,18 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, cases: list[list
 
     def train(learner: LearnerRank, first: int, last: int) -> list[dict[str, float]]:
         stats = [learner.step(make_batch(n, world_size).share(rank)) for n in range(first, last)]
-        return [{k: v for k, v in one.metrics.items() if k != "eopd_skipped_steps_total"} for one in stats]
+        return [
+            {k: v for k, v in one.metrics.items() if k != "eopd_skipped_steps_total"}
+            for one in stats
+        ]
 
     seen: dict[str, Any] = {}
+
     for case_name, name in cases:
-        case, source = next(one for one in CASES + OFFLOADED_CASES if one.name == case_name), SOURCES[name]
+        case, source = (
+            next(one for one in CASES + OFFLOADED_CASES if one.name == case_name),
+            SOURCES[name],
+        )
         learner, run = learner_of(case), root / "runs" / f"{case.name}-{name}"
         metrics: list[dict[str, float]] = []
         if source is None:
@@ -182,24 +216,35 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, cases: list[list
         else:
             learner.version = PolicyVersion(name.count("-"), 0)
             learner.load(root / "runs" / f"{case.name}-{source}" / FIRST)
+
         learner.save(run / FIRST)
         learner.export(run / f"expected-{SAVED_AT}")
         draw = torch.rand(1).item()
-        if source is None:  # an update that is skipped, and leaves no trace in those after it but its count
+        # an update that is skipped, and leaves no trace in those after it but its count
+        if source is None:
             learner.step(make_batch(LAST, world_size, spoiled=True).share(rank))
+
         if name != PASSED_ON:
             metrics += train(learner, SAVED_AT, LAST)
+
         if source is None:
             learner.save(run / f"checkpoints/step-{LAST:06d}/learner")
             learner.export(run / f"expected-{LAST}")
+
         seen[f"{case.name}-{name}"] = {"metrics": metrics, "draw": draw, "version": learner.version}
+
     (root / f"seen-{gang}-{rank}.json").write_text(json.dumps(seen))
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_models(
-        tmp_path_factory.mktemp("checkpoints"), "qwen3", "llama", vocabulary=VOCABULARY, layers=1, hidden=62
+        tmp_path_factory.mktemp("checkpoints"),
+        "qwen3",
+        "llama",
+        vocabulary=VOCABULARY,
+        layers=1,
+        hidden=62,
     )
 
 
@@ -208,12 +253,14 @@ def seen(request: pytest.FixtureRequest, root: Path) -> dict[str, list[dict[str,
     """By case and run, what every rank saw; a gang is launched once."""
     cases = needed(asked_for(request, "case", "run"))
     found: dict[str, list[dict[str, Any]]] = {}
+
     for gang, (world_size, runs) in GANGS.items():
         of_gang = [(case, run) for case, run in cases if run in runs]
         if of_gang:
             run_gang(root, world_size, __file__, of_gang, gang)
             of_ranks = read_seen(root, world_size, gang)
             found |= {run: [of_rank[run] for of_rank in of_ranks] for run in of_ranks[0]}
+
     return found
 
 
@@ -228,11 +275,14 @@ def run_export(run: Path, *arguments: str) -> None:
     sys.argv = ["eopd", "export", str(run), *arguments]
     with pytest.raises(SystemExit) as done:
         main()
+
     assert done.value.code == 0
 
 
 @every_run("1", "2", "1-2-3")
-def test_an_exported_checkpoint_is_what_the_learner_exported_then(seen, root, case, run, monkeypatch, capfd):
+def test_an_exported_checkpoint_is_what_the_learner_exported_then(
+    seen, root, case, run, monkeypatch, capfd
+):
     monkeypatch.setattr(sys, "argv", [])
     directory = root / "runs" / f"{case.name}-{run}"
     config = {
@@ -245,6 +295,7 @@ def test_an_exported_checkpoint_is_what_the_learner_exported_then(seen, root, ca
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     for checkpoint in (directory / "checkpoints").iterdir():
         seal(checkpoint)
+
     newest = SAVED_AT if run == PASSED_ON else LAST
     run_export(directory, "--step", str(SAVED_AT), "--output", str(directory / "first"))
     run_export(directory)
@@ -263,6 +314,7 @@ def test_an_export_that_fails_leaves_what_was_there(root, tmp_path):
     (tmp_path / "hf" / "older").touch()
     with pytest.raises((OSError, ValueError)):
         write_student(tmp_path / "hf", model, model.state_dict(), source=tmp_path / "no-tokenizer")
+
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert list(files_of(tmp_path / "hf")) == ["older"]
     write_student(tmp_path / "hf", model, model.state_dict(), source=root / "qwen3")
@@ -272,42 +324,59 @@ def test_an_export_that_fails_leaves_what_was_there(root, tmp_path):
 # ---- continued by another number of ranks ------------------------------------------------------------------
 
 
-def require_close(actual: list[dict[str, float]], expected: list[dict[str, float]], case: Case) -> None:
-    exact = case.dtype == "float32"  # bfloat16 rounds otherwise in other packings and orders of summing
+def require_close(
+    actual: list[dict[str, float]], expected: list[dict[str, float]], case: Case
+) -> None:
+    # bfloat16 rounds otherwise in other packings and orders of summing
+    exact = case.dtype == "float32"
     for metric, tolerance in {
         "eopd_loss": {"abs": 1e-4} if exact else {"rel": 0.01},
         "eopd_grad_norm": {"rel": 1e-4 if exact else 0.03},
         "eopd_learning_rate": {"abs": 0.0},
     }.items():
-        assert [row[metric] for row in actual] == pytest.approx([row[metric] for row in expected], **tolerance)
+        assert [row[metric] for row in actual] == pytest.approx(
+            [row[metric] for row in expected], **tolerance
+        )
 
 
 @every_run("1-2", "2-1", "2-3")
 def test_another_number_of_ranks_goes_on_as_if_it_had_not_changed(seen, case, run):
-    actual, expected = (seen[f"{case.name}-{name}"][0]["metrics"][SAVED_AT - LAST :] for name in (run, SOURCES[run]))
+    actual, expected = (
+        seen[f"{case.name}-{name}"][0]["metrics"][SAVED_AT - LAST :] for name in (run, SOURCES[run])
+    )
     require_close(actual, expected, case)
 
 
 @every_run("1-1", "1-2-3-1")
 def test_the_first_rank_goes_on_bit_equal_whoever_held_the_checkpoint_since(seen, case, run):
-    assert seen[f"{case.name}-{run}"][0]["metrics"] == seen[f"{case.name}-1"][0]["metrics"][SAVED_AT:]
+    assert (
+        seen[f"{case.name}-{run}"][0]["metrics"] == seen[f"{case.name}-1"][0]["metrics"][SAVED_AT:]
+    )
     assert seen[f"{case.name}-{run}"][0]["version"] == [run.count("-"), LAST]
 
 
 @every_run(*(run for run, source in SOURCES.items() if source))
 def test_the_loaded_weights_are_those_that_were_saved(seen, root, case, run):
-    loaded, saved = (root / "runs" / f"{case.name}-{name}" / f"expected-{SAVED_AT}" for name in (run, SOURCES[run]))
+    loaded, saved = (
+        root / "runs" / f"{case.name}-{name}" / f"expected-{SAVED_AT}"
+        for name in (run, SOURCES[run])
+    )
     assert files_of(loaded) == files_of(saved)
 
 
 @every_run(*(run for run, source in SOURCES.items() if source))
 def test_new_ranks_take_the_random_states_of_old_ones_in_turn(seen, case, run):
-    loaded, saved = ([rank["draw"] for rank in seen[f"{case.name}-{name}"]] for name in (run, SOURCES[run]))
+    loaded, saved = (
+        [rank["draw"] for rank in seen[f"{case.name}-{name}"]] for name in (run, SOURCES[run])
+    )
     assert loaded == [saved[rank % len(saved)] for rank in range(len(loaded))]
 
 
 def test_the_conversion_leaves_nothing_behind(seen, root):
-    assert {path.name for path in root.glob("runs/*/checkpoints/*/*")} <= {"learner", "manifest.json"}
+    assert {path.name for path in root.glob("runs/*/checkpoints/*/*")} <= {
+        "learner",
+        "manifest.json",
+    }
 
 
 # ---- offloaded ---------------------------------------------------------------------------------------------
@@ -316,8 +385,13 @@ def test_the_conversion_leaves_nothing_behind(seen, root):
 @every_run("1", "2", cases=OFFLOADED_CASES)
 def test_offloaded_states_train_as_those_that_are_not(seen, root, case, run):
     saved = next((root / "runs" / f"{case.name}-{run}" / FIRST).glob("deepspeed/*_model_states.pt"))
-    assert torch.load(saved, weights_only=False)["ds_config"]["zero_optimization"].items() >= case.zero.items()
-    rows, rows_of_others = (seen[f"{name}-{run}"][0]["metrics"] for name in (case.name, f"{case.dtype}-{case.stage}"))
+    assert (
+        torch.load(saved, weights_only=False)["ds_config"]["zero_optimization"].items()
+        >= case.zero.items()
+    )
+    rows, rows_of_others = (
+        seen[f"{name}-{run}"][0]["metrics"] for name in (case.name, f"{case.dtype}-{case.stage}")
+    )
     require_close(rows, rows_of_others, case)
 
 
@@ -328,10 +402,15 @@ def test_what_torch_says_of_a_full_disk_becomes_an_oserror(tmp_path):
         torch.save(torch.zeros(100_000), f"{directory}/weights.pt")
 
     engine = cast(
-        Engine, SimpleNamespace(_engine=SimpleNamespace(save_checkpoint=save_checkpoint), _config=LearnerConfig())
+        Engine,
+        SimpleNamespace(
+            _engine=SimpleNamespace(save_checkpoint=save_checkpoint), _config=LearnerConfig()
+        ),
     )
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the kernel takes the first part, as a full disk does
+    # the kernel takes the first part, as a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+
     try:
         with pytest.raises(OSError, match="torch could not write all of it; is the disk full"):
             Engine.save(engine, tmp_path, {})

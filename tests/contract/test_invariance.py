@@ -1,10 +1,12 @@
-"""The learner on real DeepSpeed: neither the cut of a batch nor ranks nor ZeRO stage change what is learnt.
+"""The learner on real DeepSpeed: neither the cut of a batch nor ranks nor ZeRO stage change what is
+learnt.
 
-DeepSpeed averages gradients over ranks, and AdamW hides a constant factor, so losses alone prove nothing: here the
-gradient itself is read. Ranks run with an optimiser that puts the gradient it is handed where the weight was, and
-the weight back in its next step (``Handed``). DeepSpeed then spreads the gradient as it spreads weights, so that after
-a step the model *is* the whole gradient, after reduction, averaging and clipping, in the same way under ZeRO-0, -1, -2
-and -3, and to the last bit. (DeepSpeed's own ``safe_get_full_grad`` knows no clipping, and must be called between
+DeepSpeed averages gradients over ranks, and AdamW hides a constant factor, so losses alone prove
+nothing: here the gradient itself is read. Ranks run with an optimiser that puts the gradient it is
+handed where the weight was, and the weight back in its next step (``Handed``). DeepSpeed then
+spreads the gradient as it spreads weights, so that after a step the model *is* the whole gradient,
+after reduction, averaging and clipping, in the same way under ZeRO-0, -1, -2 and -3, and to the
+last bit. (DeepSpeed's own ``safe_get_full_grad`` knows no clipping, and must be called between
 backward and step.) Unclipped gradients are those under a limit that no norm reaches.
 
 ``run_rank`` is the program of a rank: it runs cases and saves what it saw.
@@ -54,8 +56,8 @@ RUNS = [
     if gate == "quantile" or stage == number % len(STAGES)
 ]
 
-# Prompt and response tokens, and how sharp the teacher is: its entropy rises from trajectory to trajectory, so that no
-# rank's quantile is that of the batch.
+# Prompt and response tokens, and how sharp the teacher is: its entropy rises from trajectory to
+# trajectory, so that no rank's quantile is that of the batch.
 SHAPES = [
     *((3, 30, 6.0), (1, 2, 6.0), (6, 38, 5.0), (2, 5, 4.0), (5, 1, 4.0), (1, 18, 3.0)),
     *((4, 9, 3.0), (6, 24, 2.0), (2, 3, 2.0), (7, 12, 1.0), (1, 27, 1.0), (3, 1, 0.5)),
@@ -102,7 +104,12 @@ def cuts(world_size: int) -> dict[str, PackedBatch]:
         f"pack {budget}": pack(batch, steps=1, ranks=world_size, token_budget=budget, alpha=ALPHA)
         for budget in TOKEN_BUDGETS
     }
-    alone = {"alone": cut_by_hand([[[index] for index in range(len(batch))]])} if world_size == 1 else {}
+    alone = (
+        {"alone": cut_by_hand([[[index] for index in range(len(batch))]])}
+        if world_size == 1
+        else {}
+    )
+
     return packed | alone | {"by hand": cut_by_hand(BY_HAND[world_size])}
 
 
@@ -110,7 +117,8 @@ def loss_config(gate: str) -> LossConfig:
     return LossConfig(top_k=TOP_K, gate=GATES[gate], alpha=ALPHA)
 
 
-SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # else ZeRO-3 keeps tiny parameters whole
+# else ZeRO-3 keeps tiny parameters whole
+SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 # ---- the program of a rank --------------------------------------------------------------------------------------
 
@@ -132,7 +140,9 @@ class Handed(torch.optim.AdamW):
                 parameter.copy_(parameter.grad)
 
 
-def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list[tuple[str, str, int]]) -> None:
+def run_rank(
+    rank: int, world_size: int, port: int, directory: Path, cases: list[tuple[str, str, int]]
+) -> None:
     import deepspeed
 
     from eopd.learner.learner import LearnerRank
@@ -161,18 +171,25 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list
     def gradients(gate: str, clipping: str, stage: int) -> dict[str, Any]:
         family, limit = CLIPPING[clipping]
         with mock.patch("torch.optim.AdamW", Handed):
-            config = LearnerConfig(zero_stage=stage, max_grad_norm=limit, logit_chunk_tokens=16, deepspeed=SHARDED)
+            config = LearnerConfig(
+                zero_stage=stage, max_grad_norm=limit, logit_chunk_tokens=16, deepspeed=SHARDED
+            )
             learner = learner_of(family, config, loss_config(gate))
+
         weights, found = whole(learner), {}
         one_token = cut_by_hand([[[4]], *[[[]]] * (world_size - 1)]).share(rank)
+
         for name, cut in cuts(world_size).items():
             metrics = dict(learner.step(cut.share(rank)).metrics)
             found[name] = {"metrics": metrics, "gradient": whole(learner)}
             learner.step(one_token)
             assert torch.equal(whole(learner), weights)  # ready for the next cut
+
         return found
 
-    torch.save({tuple(run): gradients(*run) for run in cases}, directory / f"seen-{world_size}-{rank}.pt")
+    torch.save(
+        {tuple(run): gradients(*run) for run in cases}, directory / f"seen-{world_size}-{rank}.pt"
+    )
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -188,14 +205,21 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(directory: Path) -> dict[int, list[dict[str, Any]]]:
     """By world size, what every rank saw."""
     sizes = run_gangs(directory, __file__, [(*run, size) for run in RUNS for size in WORLD_SIZES])
-    return {size: [torch.load(directory / f"seen-{size}-{rank}.pt") for rank in range(size)] for size in sizes}
+    return {
+        size: [torch.load(directory / f"seen-{size}-{rank}.pt") for rank in range(size)]
+        for size in sizes
+    }
 
 
 # ---- the oracle: plain torch ------------------------------------------------------------------------------------
 
 
-def batch_loss(logprobs: Sequence[Tensor], batch: Sequence[ScoredTrajectory], config: LossConfig) -> Tensor:
-    """The mean over all loss tokens, from the student's log-probabilities [R, V] of every trajectory."""
+def batch_loss(
+    logprobs: Sequence[Tensor], batch: Sequence[ScoredTrajectory], config: LossConfig
+) -> Tensor:
+    """The mean over all loss tokens, from the student's log-probabilities [R, V] of every
+    trajectory.
+    """
     gates = gates_of(batch, config, seed=SEED)
     losses = [
         token_losses(student, sampled(student, scored).detach(), scored, gate, config)
@@ -209,11 +233,17 @@ def padded_logprobs(model: Any, batch: Sequence[ScoredTrajectory]) -> list[Tenso
     """As ``dense_logprobs`` for every trajectory, from one padded run with an attention mask."""
     prompts = [len(scored.trajectory.prompt.token_ids) for scored in batch]
     sequences = [
-        torch.tensor(np.concatenate([s.trajectory.prompt.token_ids, s.trajectory.response_ids])).long() for s in batch
+        torch.tensor(
+            np.concatenate([s.trajectory.prompt.token_ids, s.trajectory.response_ids])
+        ).long()
+        for s in batch
     ]
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=5)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    logits = model(input_ids=ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long()).logits
+    logits = model(
+        input_ids=ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    ).logits
+
     return [
         (row[prompt - 1 : length - 1] / TEMPERATURE).log_softmax(-1)
         for row, prompt, length in zip(logits, prompts, lengths.tolist(), strict=True)
@@ -222,15 +252,19 @@ def padded_logprobs(model: Any, batch: Sequence[ScoredTrajectory]) -> list[Tenso
 
 @cache
 def expected(gate: str, family: Family, padded: bool, root: Path) -> tuple[float, Tensor]:
-    """Loss and gradient before clipping, in float64 (norms and rotations are float32 in any dtype)."""
+    """Loss and gradient before clipping, in float64 (norms and rotations are float32 in any
+    dtype).
+    """
     model = AutoModelForCausalLM.from_pretrained(root / family, dtype=torch.float64)
     batch = make_batch()
     if padded:
         logprobs = padded_logprobs(model, batch)
     else:
         logprobs = [dense_logprobs(model, scored, TEMPERATURE) for scored in batch]
+
     loss = batch_loss(logprobs, batch, loss_config(gate))
     loss.backward()
+
     return loss.item(), flat(parameter.grad for parameter in model.parameters())
 
 
@@ -239,7 +273,9 @@ def expected(gate: str, family: Family, padded: bool, root: Path) -> tuple[float
 every_setting = pytest.mark.parametrize(("gate", "clipping"), SETTINGS)
 
 
-def found(seen: dict[int, list[dict[str, Any]]], gate: str, clipping: str) -> tuple[dict[str, Tensor], Tensor]:
+def found(
+    seen: dict[int, list[dict[str, Any]]], gate: str, clipping: str
+) -> tuple[dict[str, Tensor], Tensor]:
     """Metrics [N] and gradients [N, W], float64, over stages, world sizes and cuts."""
     cut_results = [
         result
@@ -249,7 +285,10 @@ def found(seen: dict[int, list[dict[str, Any]]], gate: str, clipping: str) -> tu
         if (a_gate, a_clipping) == (gate, clipping)
     ]
     names = cut_results[0]["metrics"]
-    metrics = {n: torch.tensor([r["metrics"][n] for r in cut_results], dtype=torch.float64) for n in names}
+    metrics = {
+        n: torch.tensor([r["metrics"][n] for r in cut_results], dtype=torch.float64) for n in names
+    }
+
     return metrics, torch.stack([result["gradient"] for result in cut_results]).double()
 
 
@@ -304,11 +343,17 @@ def test_the_data_tell_gates_and_ranks_apart(directory):
     gradients = [expected(gate, "qwen3", False, directory)[1] for gate in GATES]
     assert all(spread(torch.stack(pair)) > 0.01 for pair in itertools.combinations(gradients, 2))
     config, batch = loss_config("quantile"), make_batch()
-    gates = dict(zip((s.trajectory.key for s in batch), gates_of(batch, config, seed=SEED), strict=True))
+    gates = dict(
+        zip((s.trajectory.key for s in batch), gates_of(batch, config, seed=SEED), strict=True)
+    )
+
     for cut in (cut for world_size in (2, 3) for cut in cuts(world_size).values()):
         ranks = [[stored.body for micro in rank for stored in micro] for rank in cut.steps[0].ranks]
         counts = [sum(int(scored.trajectory.loss_mask.sum()) for scored in rank) for rank in ranks]
         assert len(set(counts)) > 1
+
         for rank in (rank for rank, count in zip(ranks, counts, strict=True) if count):
             of_rank = torch.cat(gates_of(rank, config, seed=SEED))
-            assert not torch.equal(of_rank, torch.cat([gates[scored.trajectory.key] for scored in rank]))
+            assert not torch.equal(
+                of_rank, torch.cat([gates[scored.trajectory.key] for scored in rank])
+            )

@@ -1,7 +1,7 @@
 """The learner on real DeepSpeed, against plain torch on dense logits, one trajectory at a time.
 
-``run_rank`` is the program of a rank: it runs cases and writes what it saw as JSON. The tests compare that with an
-oracle that knows neither packing nor DeepSpeed nor chunks.
+``run_rank`` is the program of a rank: it runs cases and writes what it saw as JSON. The tests
+compare that with an oracle that knows neither packing nor DeepSpeed nor chunks.
 """
 
 import dataclasses
@@ -45,13 +45,14 @@ from eopd.types import (
 )
 
 NUM_TRAJECTORIES, NUM_BATCHES, LR, SEED = 8, 5, 3e-3, 7
-BAD_BATCH, BAD_TRAJECTORIES = 2, (2, 6)  # where NaNs are slipped in, before this batch: one in each half
+# where NaNs are slipped in, before this batch: one in each half
+BAD_BATCH, BAD_TRAJECTORIES = 2, (2, 6)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One setting of the learner, run under some ZeRO stages: with the other cases, every stage meets what matters to
-    it. Checkpoints and adapters have modules of their own.
+    """One setting of the learner, run under some ZeRO stages: with the other cases, every stage
+    meets what matters to it. Checkpoints and adapters have modules of their own.
     """
 
     family: str
@@ -81,7 +82,11 @@ CASES = {
         stages=(1, 2),
         temperature=0.7,
         learner={"max_grad_norm": 1e3},
-        loss={"gate": {"kind": "quantile", "top": 0.3}, "forward_kl": {"kind": "tail"}, "alpha": 0.5},
+        loss={
+            "gate": {"kind": "quantile", "top": 0.3},
+            "forward_kl": {"kind": "tail"},
+            "alpha": 0.5,
+        },
     ),
     "several_steps": Case(
         family="qwen3",
@@ -132,30 +137,42 @@ def make_batch(batch: int) -> list[ScoredTrajectory]:
 def spoil(batch: list[ScoredTrajectory], *bad: int) -> list[ScoredTrajectory]:
     def broken(scored: ScoredTrajectory) -> ScoredTrajectory:
         logprobs = np.full_like(scored.signal.token_logprobs, np.nan)
-        return dataclasses.replace(scored, signal=dataclasses.replace(scored.signal, token_logprobs=logprobs))
+        return dataclasses.replace(
+            scored, signal=dataclasses.replace(scored.signal, token_logprobs=logprobs)
+        )
 
     return [broken(scored) if index in bad else scored for index, scored in enumerate(batch)]
 
 
-def cut(batch: Sequence[ScoredTrajectory], *, world_size: int, steps: int, alpha: float) -> PackedBatch:
+def cut(
+    batch: Sequence[ScoredTrajectory], *, world_size: int, steps: int, alpha: float
+) -> PackedBatch:
     """Uneven on purpose: with two ranks the second one has an empty micro-batch."""
 
     def step_of(part: Sequence[ScoredTrajectory]) -> OptimizerStep:
         stored = [store(scored) for scored in part]
-        ranks = [[stored[:3], stored[3:]]] if world_size == 1 else [[stored[:1], stored[1:2]], [stored[2:], []]]
+        ranks = (
+            [[stored[:3], stored[3:]]]
+            if world_size == 1
+            else [[stored[:1], stored[1:2]], [stored[2:], []]]
+        )
         return OptimizerStep(
             num_loss_tokens=sum(int(scored.trajectory.loss_mask.sum()) for scored in part),
             ranks=tuple(tuple(tuple(micro) for micro in rank) for rank in ranks),
         )
 
     size = len(batch) // steps
-    return PackedBatch(steps=tuple(step_of(batch[i * size : (i + 1) * size]) for i in range(steps)), alpha=alpha)
+    return PackedBatch(
+        steps=tuple(step_of(batch[i * size : (i + 1) * size]) for i in range(steps)), alpha=alpha
+    )
 
 
 # ---- the program of a rank ---------------------------------------------------------------------------------
 
 
-def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list[tuple[str, int]]) -> None:
+def run_rank(
+    rank: int, world_size: int, port: int, directory: Path, cases: list[tuple[str, int]]
+) -> None:
     from eopd.learner.learner import LearnerRank, NonFiniteUpdateError
 
     def learner_of(case: Case, stage: int, broken: Path) -> LearnerRank:
@@ -185,7 +202,9 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list
 
     def share_of(case: Case, batch: Sequence[ScoredTrajectory]) -> PackedBatch:
         alpha = case.loss.get("alpha", 1.0)
-        return cut(batch, world_size=world_size, steps=case.steps_per_batch, alpha=alpha).share(rank)
+        return cut(batch, world_size=world_size, steps=case.steps_per_batch, alpha=alpha).share(
+            rank
+        )
 
     def train(learner: LearnerRank, case: Case, batches: Sequence[int]) -> list[dict[str, float]]:
         stats = [learner.step(share_of(case, make_batch(batch))) for batch in batches]
@@ -194,32 +213,39 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list
     def poisoned_step(learner: LearnerRank, share: PackedBatch) -> dict[str, float]:
         """A step on a sound batch in which one gradient on rank 0 alone is not finite."""
         parameter = next(p for name, p in learner.model.named_parameters() if "down_proj" in name)
-        hook = parameter.register_hook(lambda gradient: gradient * math.nan if rank == 0 else gradient)
+        hook = parameter.register_hook(
+            lambda gradient: gradient * math.nan if rank == 0 else gradient
+        )
         stats = learner.step(share)
         hook.remove()
         return dict(stats.metrics)
 
     seen: dict[str, Any] = {}
+
     for name, stage in cases:
         case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
         learner = learner_of(case, stage, run_directory / "broken")
         with pytest.raises(FileNotFoundError):
             learner.load(run_directory / "checkpoint")
+
         before = train(learner, case, range(BAD_BATCH))
         bad_batch = spoil(make_batch(BAD_BATCH), *BAD_TRAJECTORIES)
         skipped = dict(learner.step(share_of(case, bad_batch)).metrics)
         broken_gradient = poisoned_step(learner, share_of(case, make_batch(BAD_BATCH)))
         if (name, stage) in RESUMES:
             learner.save(run_directory / "checkpoint")
+
         after = train(learner, case, range(BAD_BATCH, NUM_BATCHES))
         found = learner.evaluate(share_of(case, make_batch(NUM_BATCHES)))
         learner.export(run_directory / "hf")
         if stage < 3 and rank == 0:
             ids = torch.arange(9)[None]
             torch.save(learner.model(input_ids=ids).logits, run_directory / "logits.pt")
+
         half_bad = learner.step(share_of(case, spoil(make_batch(BAD_BATCH), BAD_TRAJECTORIES[0])))
         with pytest.raises(NonFiniteUpdateError) as refused:
             learner.step(share_of(case, bad_batch))
+
         seen[f"{name}-{stage}"] = {
             "metrics": before + after,
             "skipped": [skipped, broken_gradient, dict(half_bad.metrics)],
@@ -233,6 +259,7 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list
             resumed.load(run_directory / "checkpoint")
             metrics = train(resumed, case, range(BAD_BATCH, NUM_BATCHES))
             seen[f"{name}-{stage}"]["resumed"] = {"metrics": metrics, "version": resumed.version}
+
     (directory / f"seen-{world_size}-{rank}.json").write_text(json.dumps(seen))
 
 
@@ -265,21 +292,31 @@ def oracle(name: str, root: Path) -> Expected:
     model = AutoModelForCausalLM.from_pretrained(root / case.family, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
     losses, norms = [], []
+
     for number in range(NUM_BATCHES):
         batch = make_batch(number)
         gates = gates_of(batch, config, seed=SEED)
+
         with torch.no_grad():
-            old = [sampled(dense_logprobs(model, scored, case.temperature), scored) for scored in batch]
+            old = [
+                sampled(dense_logprobs(model, scored, case.temperature), scored) for scored in batch
+            ]
+
         masks = [torch.tensor(scored.trajectory.loss_mask) for scored in batch]
         total, step_norms, size = 0.0, [], len(batch) // case.steps_per_batch
         for group in optimizer.param_groups:
             group["lr"] = LR * case.schedule_factors[number]
+
         for start in range(0, len(batch), size):
             part = range(start, start + size)
             values = [
-                token_losses(dense_logprobs(model, batch[i], case.temperature), old[i], batch[i], gates[i], config)[
-                    masks[i]
-                ]
+                token_losses(
+                    dense_logprobs(model, batch[i], case.temperature),
+                    old[i],
+                    batch[i],
+                    gates[i],
+                    config,
+                )[masks[i]]
                 for i in part
             ]
             loss = torch.cat(values).mean()
@@ -289,8 +326,10 @@ def oracle(name: str, root: Path) -> Expected:
             step_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item())
             optimizer.step()
             total += torch.cat(values).sum().item()
+
         losses.append(total / sum(int(mask.sum()) for mask in masks))
         norms.append(sum(step_norms) / len(step_norms))
+
     return Expected(losses, norms, model)
 
 
@@ -307,7 +346,9 @@ def column(run: dict[str, Any], metric: str) -> list[float]:
 
 @every_world
 @pytest.mark.parametrize(("name", "stage"), EXACT_RUNS)
-def test_losses_and_gradient_norms_are_those_of_plain_torch(seen, directory, name, stage, world_size):
+def test_losses_and_gradient_norms_are_those_of_plain_torch(
+    seen, directory, name, stage, world_size
+):
     run, expected = seen[world_size][0][f"{name}-{stage}"], oracle(name, directory)
     assert column(run, "eopd_loss") == pytest.approx(expected.losses, abs=1e-4)
     assert column(run, "eopd_grad_norm") == pytest.approx(expected.norms, rel=1e-3)
@@ -339,18 +380,27 @@ def test_all_ranks_return_the_same(seen, name, stage, world_size):
 @pytest.mark.parametrize(("name", "stage"), RUNS)
 def test_the_schedule_and_the_counts_are_reported(seen, name, stage, world_size):
     run, case = seen[world_size][0][f"{name}-{stage}"], CASES[name]
-    assert column(run, "eopd_learning_rate") == pytest.approx([LR * f for f in case.schedule_factors])
+    assert column(run, "eopd_learning_rate") == pytest.approx(
+        [LR * f for f in case.schedule_factors]
+    )
     assert column(run, "eopd_alpha_ratio") == [case.loss.get("alpha", 1.0)] * NUM_BATCHES
-    counts = [sum(int(s.trajectory.loss_mask.sum()) for s in make_batch(b)) for b in range(NUM_BATCHES)]
+    counts = [
+        sum(int(s.trajectory.loss_mask.sum()) for s in make_batch(b)) for b in range(NUM_BATCHES)
+    ]
     assert column(run, "eopd_loss_tokens") == counts
-    assert run["version"] == list(PolicyVersion(0, NUM_BATCHES + 3))  # three more batches had steps that were skipped
+    # three more batches had steps that were skipped
+    assert run["version"] == list(PolicyVersion(0, NUM_BATCHES + 3))
 
 
 def bad_rows(*bad: int) -> list[dict[str, Any]]:
     """The loss rows of spoilt trajectories, as ``rows.json`` names them."""
     batch = make_batch(BAD_BATCH)
     return [
-        {"trajectory": list(batch[i].trajectory.key), "position": int(r), "columns": ["teacher_logprobs_T"]}
+        {
+            "trajectory": list(batch[i].trajectory.key),
+            "position": int(r),
+            "columns": ["teacher_logprobs_T"],
+        }
         for i in bad
         for r in np.flatnonzero(batch[i].trajectory.loss_mask)
     ]
@@ -358,23 +408,32 @@ def bad_rows(*bad: int) -> list[dict[str, Any]]:
 
 def read_rows(directory: Path) -> dict[str, Any]:
     record = json.loads((directory / "rows.json").read_text())
-    return record | {"rows": sorted(record["rows"], key=lambda row: (row["trajectory"], row["position"]))}
+    return record | {
+        "rows": sorted(record["rows"], key=lambda row: (row["trajectory"], row["position"]))
+    }
 
 
 @every_world
 @pytest.mark.parametrize(("name", "stage"), RUNS)
-def test_a_non_finite_loss_or_gradient_is_skipped_by_all_ranks(seen, directory, name, stage, world_size):
-    # That nothing of it was applied is shown by the losses after it: they are the oracle's, which never saw it.
+def test_a_non_finite_loss_or_gradient_is_skipped_by_all_ranks(
+    seen, directory, name, stage, world_size
+):
+    # That nothing of it was applied is shown by the losses after it: they are the oracle's, which
+    # never saw it.
     run, steps = seen[world_size][0][f"{name}-{stage}"], CASES[name].steps_per_batch
     of_loss, of_gradient, half = run["skipped"]
     assert of_loss == {"eopd_loss_tokens": 0.0, "eopd_skipped_steps_total": steps}
     assert of_gradient == {"eopd_loss_tokens": 0.0, "eopd_skipped_steps_total": 2 * steps}
     assert half["eopd_skipped_steps_total"] == 2 * steps + 1
     second = make_batch(BAD_BATCH)[NUM_TRAJECTORIES // steps :]
-    assert half["eopd_loss_tokens"] == sum(int(scored.trajectory.loss_mask.sum()) for scored in second)
+    assert half["eopd_loss_tokens"] == sum(
+        int(scored.trajectory.loss_mask.sum()) for scored in second
+    )
     assert ("eopd_loss" in half) == (steps > 1)
     broken = directory / f"{name}-{stage}-{world_size}" / "broken"
-    records = {step: read_rows(broken / f"batch-{BAD_BATCH + 1:06d}-step-{step}") for step in range(steps)}
+    records = {
+        step: read_rows(broken / f"batch-{BAD_BATCH + 1:06d}-step-{step}") for step in range(steps)
+    }
     assert all((record["what"], record["rows"]) == ("gradient", []) for record in records.values())
 
 
@@ -383,13 +442,20 @@ def test_a_non_finite_loss_or_gradient_is_skipped_by_all_ranks(seen, directory, 
 def test_a_skipped_step_is_written_down_whole(seen, directory, name, stage, world_size):
     steps = CASES[name].steps_per_batch
     part = cut(make_batch(BAD_BATCH), world_size=world_size, steps=steps, alpha=1.0)
+
     for number, step in enumerate(part.steps):
-        broken = directory / f"{name}-{stage}-{world_size}" / "broken" / f"batch-{BAD_BATCH:06d}-step-{number}"
+        broken = (
+            directory
+            / f"{name}-{stage}-{world_size}"
+            / "broken"
+            / f"batch-{BAD_BATCH:06d}-step-{number}"
+        )
         record = read_rows(broken)
         assert record["what"] == "loss"
         assert record["rows"] == bad_rows(*BAD_TRAJECTORIES[number::steps])
         keys = [stored.header.key for rank in step.ranks for micro in rank for stored in micro]
         assert record["trajectories"] == [list(key) for key in keys]
+
         for rank, micros in enumerate(step.ranks):
             written = load_file(broken / f"rank-{rank}.safetensors")
             for index, micro in enumerate(micros):
@@ -413,7 +479,9 @@ def test_one_skipped_step_too_many_ends_it_and_names_rows(seen, name, stage, wor
 
 @every_world
 @pytest.mark.parametrize(("name", "stage"), RESUMES)
-def test_a_loaded_checkpoint_continues_bit_equal_under_its_own_incarnation(seen, name, stage, world_size):
+def test_a_loaded_checkpoint_continues_bit_equal_under_its_own_incarnation(
+    seen, name, stage, world_size
+):
     run = seen[world_size][0][f"{name}-{stage}"]
     assert run["resumed"]["metrics"] == run["metrics"][BAD_BATCH:]
     assert run["resumed"]["version"] == list(PolicyVersion(7, NUM_BATCHES + 2))
@@ -425,12 +493,17 @@ def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_
     model = oracle(name, directory).model
     found = seen[world_size][0][f"{name}-{stage}"]["evaluation"]
     tokens: dict[str, list[np.ndarray]] = {}
+
     for scored in make_batch(NUM_BATCHES):
         signal, kept = scored.signal, scored.trajectory.loss_mask
         with torch.no_grad():
             logprobs = dense_logprobs(model, scored, CASES[name].temperature)
+
         ids, top = torch.tensor(signal.topk_ids).long(), torch.tensor(signal.topk_logprobs)
-        rest, teacher_rest = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1), torch.tensor(signal.tail_logprobs)
+        rest, teacher_rest = (
+            logprobs.scatter(1, ids, -torch.inf).logsumexp(-1),
+            torch.tensor(signal.tail_logprobs),
+        )
         values = {
             "reverse_kl": sampled(logprobs, scored) - torch.tensor(signal.token_logprobs),
             "forward_kl": (top.exp() * (top - logprobs.gather(1, ids))).sum(-1)
@@ -441,6 +514,7 @@ def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_
         }
         for metric, value in values.items():
             tokens.setdefault(metric, []).append(value.double().numpy()[kept])
+
     for metric, clusters in tokens.items():
         mean = np.concatenate(clusters).mean()
         size = np.mean([len(one) for one in clusters])
@@ -448,12 +522,16 @@ def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_
         error = np.std(residuals, ddof=1) / math.sqrt(len(clusters))
         assert found[metric]["mean"] == pytest.approx(mean, rel=2e-3, abs=2e-4), metric
         assert found[metric]["standard_error"] == pytest.approx(error, rel=2e-3, abs=2e-4), metric
+
     edges = [*(0.2 * np.arange(60)), np.inf]
+
     for metric in ("student_entropy", "teacher_entropy"):
         counts = np.histogram(np.concatenate(tokens[metric]), edges)[0]
-        moved = np.abs(np.cumsum(found[f"{metric}_counts"]) - np.cumsum(counts)).max()  # past an edge, by rounding
+        # past an edge, by rounding
+        moved = np.abs(np.cumsum(found[f"{metric}_counts"]) - np.cumsum(counts)).max()
         assert moved <= 1 and len(found[f"{metric}_counts"]) == 60, metric
         assert sum(found[f"{metric}_counts"]) == counts.sum() > 0
+
     assert found["num_trajectories"] == NUM_TRAJECTORIES
     assert found["num_tokens"] == sum(len(one) for one in tokens["reverse_kl"])
 
@@ -464,11 +542,19 @@ def test_an_export_is_the_trained_student(seen, directory, name, stage, world_si
     hf = directory / f"{name}-{stage}-{world_size}" / "hf"
     exported = AutoModelForCausalLM.from_pretrained(hf)
     ids = torch.arange(9)[None]
+
     with torch.no_grad():
-        actual, expected = exported(input_ids=ids).logits, oracle(name, directory).model(input_ids=ids).logits
+        actual, expected = (
+            exported(input_ids=ids).logits,
+            oracle(name, directory).model(input_ids=ids).logits,
+        )
+
     assert torch.allclose(actual, expected, atol=1e-3)
     assert not list(hf.parent.glob(".hf*"))
-    tokenizer, source = AutoTokenizer.from_pretrained(hf), AutoTokenizer.from_pretrained(directory / CASES[name].family)
+    tokenizer, source = (
+        AutoTokenizer.from_pretrained(hf),
+        AutoTokenizer.from_pretrained(directory / CASES[name].family),
+    )
     assert tokenizer.get_vocab() == source.get_vocab()
     assert tokenizer.chat_template == source.chat_template
     assert exported.generation_config.eos_token_id == source.eos_token_id
@@ -482,6 +568,7 @@ def test_an_export_has_the_very_weights_and_dtype(seen, directory, name, stage, 
     assert exported.dtype == getattr(torch, CASES[name].dtype)
     with torch.no_grad():
         logits = exported(input_ids=torch.arange(9)[None]).logits
+
     assert torch.equal(logits, torch.load(run_directory / "logits.pt"))
 
 
@@ -515,6 +602,7 @@ def test_activation_checkpointing_runs_every_layer_again_in_backward(checkpointe
     runs: list[int] = []
     for layer in student.model.base_model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+
     ids = torch.arange(6)
     hidden = student(ids, ids, lambda hidden_TD, _head: hidden_TD)
     again = student(ids, ids, lambda hidden_TD, _head: hidden_TD.detach())
@@ -537,9 +625,15 @@ def test_activation_checkpointing_runs_every_layer_again_in_backward(checkpointe
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else None,
 )
-def test_packed_logits_are_those_of_each_sequence_alone(tmp_path, config, scale, softcap, attention):
+def test_packed_logits_are_those_of_each_sequence_alone(
+    tmp_path, config, scale, softcap, attention
+):
     student = tiny_student(config, tmp_path)
-    sequences = [torch.tensor([5, 9, 2, 250]), torch.tensor([7]), torch.tensor([7, 8, 9, 10, 11, 12])]
+    sequences = [
+        torch.tensor([5, 9, 2, 250]),
+        torch.tensor([7]),
+        torch.tensor([7, 8, 9, 10, 11, 12]),
+    ]
 
     def logits_of(hidden_TD: torch.Tensor, head: Head) -> torch.Tensor:
         assert (head.logit_scale, head.logit_softcap) == (scale, softcap)
@@ -549,13 +643,15 @@ def test_packed_logits_are_those_of_each_sequence_alone(tmp_path, config, scale,
         alone = torch.cat([student.model(input_ids=ids[None]).logits[0] for ids in sequences])
         positions = torch.cat([torch.arange(len(ids)) for ids in sequences])
         packed = student(torch.cat(sequences), positions, logits_of)
+
     assert torch.allclose(packed, alone, atol=1e-5)
     assert student.model.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_unknown_way_to_logits_is_refused(tmp_path, dtype):
-    config = HyperCLOVAXConfig(**TINY, logits_scaling=8.0)  # multiplies, where Granite divides by the same key
+    # multiplies, where Granite divides by the same key
+    config = HyperCLOVAXConfig(**TINY, logits_scaling=8.0)
     with pytest.raises(ValueError, match="HyperCLOVAXForCausalLM makes its logits in a way"):
         tiny_student(config, tmp_path, dtype)
 
@@ -576,7 +672,9 @@ def test_native_options_are_merged_section_by_section_and_win():
         "communication_data_type": "bf16",
         "wall_clock_breakdown": 1,
     }
-    merged = native_config(LearnerConfig(zero_stage=2, max_grad_norm=0.5, deepspeed=native), "bfloat16")
+    merged = native_config(
+        LearnerConfig(zero_stage=2, max_grad_norm=0.5, deepspeed=native), "bfloat16"
+    )
     assert merged["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 10}
     assert (merged["communication_data_type"], merged["wall_clock_breakdown"]) == ("bf16", 1)
     assert (merged["gradient_clipping"], merged["bf16"]) == (0.5, {"enabled": True})
@@ -593,11 +691,15 @@ def test_native_options_are_merged_section_by_section_and_win():
 def test_the_schedule_counts_optimiser_steps(kind, expected):
     from eopd.learner.deepspeed_engine import schedule
 
-    factor = schedule(LearnerConfig(schedule=kind, warmup_batches=2, optimizer_steps_per_batch=2), total_steps=8)
+    factor = schedule(
+        LearnerConfig(schedule=kind, warmup_batches=2, optimizer_steps_per_batch=2), total_steps=8
+    )
     assert [factor(step) for step in range(8)] == pytest.approx(expected, abs=1e-5)
 
 
 def test_one_trajectory_shows_no_spread():
     from eopd.learner.estimates import cluster_estimate
 
-    assert cluster_estimate(np.array([6.0]), np.array([4.0])) == Estimate(mean=1.5, standard_error=math.inf)
+    assert cluster_estimate(np.array([6.0]), np.array([4.0])) == Estimate(
+        mean=1.5, standard_error=math.inf
+    )

@@ -1,6 +1,8 @@
-"""Adapters on real DeepSpeed and peft, against plain torch that forms W + s B A by hand and trains A and B.
+"""Adapters on real DeepSpeed and peft, against plain torch that forms W + s B A by hand and trains
+A and B.
 
-``run_rank`` is the program of a rank, as in ``test_learner.py``, from which trajectories and token losses come.
+``run_rank`` is the program of a rank, as in ``test_learner.py``, from which trajectories and token
+losses come.
 """
 
 import hashlib
@@ -43,20 +45,31 @@ CASES = {
     "some": LoraCase(
         family="llama",
         stages=(1, 3),
-        learner={"max_grad_norm": 1e3, "activation_checkpointing": True, "optimizer_steps_per_batch": 2},
+        learner={
+            "max_grad_norm": 1e3,
+            "activation_checkpointing": True,
+            "optimizer_steps_per_batch": 2,
+        },
         target_modules=["q_proj", "mlp.down_proj"],
         adapted=("q_proj", "down_proj"),
     ),
     "half": LoraCase(family="qwen3", stages=(0, 1, 2, 3), dtype="bfloat16"),
 }
-RUNS = [(name, stage, world) for name, case in CASES.items() for stage in case.stages for world in (1, 2)]
+RUNS = [
+    (name, stage, world)
+    for name, case in CASES.items()
+    for stage in case.stages
+    for world in (1, 2)
+]
 QUICK = {("all", 1, 1), ("all", 1, 2), ("half", 2, 2), ("some", 3, 2)}  # the others are slow
 
 
 # ---- the program of a rank ---------------------------------------------------------------------------------
 
 
-def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list[tuple[str, int]]) -> None:
+def run_rank(
+    rank: int, world_size: int, port: int, directory: Path, cases: list[tuple[str, int]]
+) -> None:
     import deepspeed
 
     from eopd.learner.learner import LearnerRank
@@ -75,7 +88,8 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list
                 weight_decay=WEIGHT_DECAY,
                 zero_stage=stage,
                 logit_chunk_tokens=16,
-                # else ZeRO-3 keeps parameters as small as these whole, and nothing here would be gathered
+                # else ZeRO-3 keeps parameters as small as these whole, and nothing here would be
+                # gathered
                 deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
                 **case.learner,
             ),
@@ -91,11 +105,15 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list
             master_port=port,
         )
 
-    def train(learner: LearnerRank, case: LoraCase, batches: Sequence[int]) -> list[dict[str, float]]:
+    def train(
+        learner: LearnerRank, case: LoraCase, batches: Sequence[int]
+    ) -> list[dict[str, float]]:
         return [
             dict(
                 learner.step(
-                    cut(make_batch(b), world_size=world_size, steps=case.steps_per_batch, alpha=1.0).share(rank)
+                    cut(
+                        make_batch(b), world_size=world_size, steps=case.steps_per_batch, alpha=1.0
+                    ).share(rank)
                 ).metrics
             )
             for b in batches
@@ -104,11 +122,13 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list
     def publish(learner: LearnerRank, stage: int) -> dict[str, Tensor]:
         source = ModelSource(whole_tensors(learner.model), rank=rank, zero_stage=stage)
         published = {}
+
         for bucket in cut_into_buckets(source.metadata(), 30_000):
             tensors = source.gather(bucket)
             for meta, tensor in zip(bucket, tensors or (), strict=rank == 0):
                 assert (tuple(tensor.shape), tensor.dtype) == (meta.shape, meta.torch_dtype)
                 published[meta.name] = tensor.clone()
+
         return published
 
     def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -116,6 +136,7 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list
             return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     seen: dict[str, Any] = {}
+
     for name, stage in cases:
         case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
         learner = learner_of(case, stage)
@@ -145,13 +166,17 @@ def run_rank(rank: int, world_size: int, port: int, directory: Path, cases: list
         }
         if rank == 0:
             torch.save((published, frozen), run_directory / "tensors.pt")
+
     (directory / f"seen-{world_size}-{rank}.json").write_text(json.dumps(seen))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     hashed = hashlib.sha256()
     for name in sorted(tensors):
-        hashed.update(name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        hashed.update(
+            name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
+        )
+
     return hashed.hexdigest()
 
 
@@ -170,7 +195,9 @@ def seen(request: pytest.FixtureRequest, directory: Path) -> dict[int, list[dict
 
 
 class Adapted:
-    """A model with W + s B A in place of W, for a matrix A [r, in] and B [out, r] of every adapted layer."""
+    """A model with W + s B A in place of W, for a matrix A [r, in] and B [out, r] of every
+    adapted layer.
+    """
 
     def __init__(self, model: PreTrainedModel, adapters: dict[str, tuple[Tensor, Tensor]]) -> None:
         self.model, self.adapters = model, adapters
@@ -178,7 +205,8 @@ class Adapted:
     def merged(self) -> dict[str, Tensor]:
         weights = self.model.state_dict()
         return {
-            f"{layer}.weight": weights[f"{layer}.weight"] + SCALE * (b @ a) for layer, (a, b) in self.adapters.items()
+            f"{layer}.weight": weights[f"{layer}.weight"] + SCALE * (b @ a)
+            for layer, (a, b) in self.adapters.items()
         }
 
     def __call__(self, **inputs: Tensor) -> Any:
@@ -194,10 +222,15 @@ def read_adapter(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     tensors = load_file(directory / "adapter_model.safetensors")
     prefix, suffixes = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
     layers = {
-        name.removeprefix(prefix).removesuffix(suffix) for name in tensors for suffix in suffixes if suffix in name
+        name.removeprefix(prefix).removesuffix(suffix)
+        for name in tensors
+        for suffix in suffixes
+        if suffix in name
     }
+
     return {
-        layer: tuple(tensors[f"{prefix}{layer}{suffix}"].float() for suffix in suffixes) for layer in sorted(layers)
+        layer: tuple(tensors[f"{prefix}{layer}{suffix}"].float() for suffix in suffixes)
+        for layer in sorted(layers)
     }
 
 
@@ -215,36 +248,45 @@ class Expected:
 
 @cache
 def oracle(name: str, root: Path) -> Expected:
-    """Trains from the A that a learner began with; that all begin with the same one is tested by itself."""
+    """Trains from the A that a learner began with; that all begin with the same one is tested
+    by itself.
+    """
     case, config = CASES[name], LossConfig(top_k=TOP_K)
     adapters = first_adapter(name, root)
     model = Adapted(base_of(case, root).requires_grad_(False), adapters)
     matrices = [matrix.requires_grad_() for pair in adapters.values() for matrix in pair]
     optimizer = torch.optim.AdamW(matrices, lr=LR, weight_decay=WEIGHT_DECAY)
     losses, norms = [], []
+
     for number in range(NUM_BATCHES):
         batch = make_batch(number)
         gates = gates_of(batch, config, seed=SEED)
         with torch.no_grad():
             old = [sampled(dense_logprobs(model, scored, 1.0), scored) for scored in batch]
+
         total, count, step_norms, size = 0.0, 0, [], len(batch) // case.steps_per_batch
+
         for start in range(0, len(batch), size):
             part = range(start, start + size)
             values = torch.cat(
                 [
-                    token_losses(dense_logprobs(model, batch[i], 1.0), old[i], batch[i], gates[i], config)[
-                        torch.tensor(batch[i].trajectory.loss_mask)
-                    ]
+                    token_losses(
+                        dense_logprobs(model, batch[i], 1.0), old[i], batch[i], gates[i], config
+                    )[torch.tensor(batch[i].trajectory.loss_mask)]
                     for i in part
                 ]
             )
             optimizer.zero_grad()
             values.mean().backward()
-            step_norms.append(torch.nn.utils.clip_grad_norm_(matrices, case.learner["max_grad_norm"]).item())
+            step_norms.append(
+                torch.nn.utils.clip_grad_norm_(matrices, case.learner["max_grad_norm"]).item()
+            )
             optimizer.step()
             total, count = total + values.sum().item(), count + len(values)
+
         losses.append(total / count)
         norms.append(sum(step_norms) / len(step_norms))
+
     return Expected(losses, norms, model)
 
 
@@ -271,7 +313,9 @@ def logits_of(model: Any) -> Tensor:
 
 
 @every("float32")
-def test_losses_and_gradient_norms_are_those_of_plain_torch(seen, directory, name, stage, world_size):
+def test_losses_and_gradient_norms_are_those_of_plain_torch(
+    seen, directory, name, stage, world_size
+):
     run, expected = seen[world_size][0][f"{name}-{stage}"], oracle(name, directory)
     assert column(run, "eopd_loss") == pytest.approx(expected.losses, abs=1e-4)
     assert column(run, "eopd_grad_norm") == pytest.approx(expected.norms, rel=1e-3)
@@ -288,20 +332,27 @@ def test_bfloat16_stays_near(seen, directory, name, stage, world_size):
 
 
 @every()
-def test_the_first_adapters_are_kaiming_and_zero_whatever_the_stage(seen, directory, name, stage, world_size):
+def test_the_first_adapters_are_kaiming_and_zero_whatever_the_stage(
+    seen, directory, name, stage, world_size
+):
     adapter = read_adapter(directory / f"{name}-{stage}-{world_size}" / "start" / "adapter")
     ours = first_adapter(name, directory)
     assert {layer.rpartition(".")[2] for layer in adapter} == set(CASES[name].adapted)
     assert len(adapter) == 2 * len(CASES[name].adapted)  # the model has two layers
+
     for layer, (a, b) in adapter.items():
         bound = a.shape[1] ** -0.5
-        assert a.abs().max() <= bound * (1 + 2**-8) and a.std() == pytest.approx(bound / 3**0.5, rel=0.2)
+        assert a.abs().max() <= bound * (1 + 2**-8) and a.std() == pytest.approx(
+            bound / 3**0.5, rel=0.2
+        )
         assert not b.any()
         assert torch.equal(a, ours[layer][0])
 
 
 @every()
-def test_nothing_but_the_adapters_is_trained_or_has_moments(seen, directory, name, stage, world_size):
+def test_nothing_but_the_adapters_is_trained_or_has_moments(
+    seen, directory, name, stage, world_size
+):
     case, run = CASES[name], seen[world_size][0][f"{name}-{stage}"]
     _, frozen = torch.load(directory / f"{name}-{stage}-{world_size}" / "tensors.pt")
     base = base_of(case, directory, getattr(torch, case.dtype)).state_dict()
@@ -309,9 +360,13 @@ def test_nothing_but_the_adapters_is_trained_or_has_moments(seen, directory, nam
     assert plain.keys() | {"lm_head.weight"} == base.keys()
     assert all(torch.equal(tensor, base[n]) for n, tensor in plain.items())
     layers = read_adapter(directory / f"{name}-{stage}-{world_size}" / "adapter")
-    assert run["adapters"] == sorted(f"{layer}.lora_{m}.default.weight" for layer in layers for m in "AB")
+    assert run["adapters"] == sorted(
+        f"{layer}.lora_{m}.default.weight" for layer in layers for m in "AB"
+    )
     num_trained = sum(matrix.numel() for pair in layers.values() for matrix in pair)
-    for what in ("moments", "masters")[: 1 if stage == 3 else 2]:  # ZeRO-3 keeps the masters elsewhere
+
+    # ZeRO-3 keeps the masters elsewhere
+    for what in ("moments", "masters")[: 1 if stage == 3 else 2]:
         held = [of_rank[f"{name}-{stage}"][what] for of_rank in seen[world_size]]
         if stage == 0:
             assert held == [num_trained] * world_size
@@ -327,6 +382,7 @@ def test_published_weights_are_merged_and_plain(seen, directory, name, stage, wo
     assert published.keys() == dict(base.named_parameters()).keys()
     expected = Adapted(base.float(), read_adapter(run_directory / "adapter")).merged()
     rounding, noise = (2**-8, 1e-5) if case.dtype == "bfloat16" else (0.0, 1e-6)
+
     for n, tensor in published.items():
         assert tensor.dtype == getattr(torch, case.dtype)
         if n in expected:
@@ -334,7 +390,9 @@ def test_published_weights_are_merged_and_plain(seen, directory, name, stage, wo
             assert (tensor.float() - base.state_dict()[n]).abs().max() > 0.02
         else:
             assert torch.equal(tensor.float(), base.state_dict()[n]), n
-    assert len(set(seen[world_size][0][f"{name}-{stage}"]["published"])) == 1  # to merge changes nothing
+
+    # to merge changes nothing
+    assert len(set(seen[world_size][0][f"{name}-{stage}"]["published"])) == 1
 
 
 @every("float32")
@@ -342,11 +400,14 @@ def test_published_weights_are_those_of_plain_torch(seen, directory, name, stage
     published, _ = torch.load(directory / f"{name}-{stage}-{world_size}" / "tensors.pt")
     with torch.no_grad():
         expected = oracle(name, directory).model.merged()
+
     assert all(torch.allclose(published[n], tensor, atol=2e-5) for n, tensor in expected.items())
 
 
 @every()
-def test_an_export_is_the_merged_model_and_the_adapter_beside_it(seen, directory, name, stage, world_size):
+def test_an_export_is_the_merged_model_and_the_adapter_beside_it(
+    seen, directory, name, stage, world_size
+):
     case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
     published, _ = torch.load(run_directory / "tensors.pt")
     dtype = getattr(torch, case.dtype)
@@ -355,12 +416,16 @@ def test_an_export_is_the_merged_model_and_the_adapter_beside_it(seen, directory
     assert all(torch.equal(tensor, merged.state_dict()[n]) for n, tensor in published.items())
 
     adapted = peft.PeftModel.from_pretrained(base_of(case, directory), run_directory / "adapter")
-    assert torch.allclose(logits_of(merged.float()), logits_of(adapted), atol=1e-4 if dtype == torch.float32 else 0.2)
+    assert torch.allclose(
+        logits_of(merged.float()), logits_of(adapted), atol=1e-4 if dtype == torch.float32 else 0.2
+    )
     settings = json.loads((run_directory / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(directory / case.family)
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (RANK, ALPHA, 0.0)
     if dtype == torch.float32:
-        assert torch.allclose(logits_of(merged), logits_of(oracle(name, directory).model), atol=5e-3)
+        assert torch.allclose(
+            logits_of(merged), logits_of(oracle(name, directory).model), atol=5e-3
+        )
 
 
 @every()

@@ -1,4 +1,6 @@
-"""A node is lost with the trajectories it holds: these are sampled again, and nobody else is lost."""
+"""A node is lost with the trajectories it holds: these are sampled again, and nobody else is
+lost.
+"""
 
 import sys
 
@@ -17,7 +19,8 @@ from eopd.runtime.gang import LearnerGang
 from eopd.runtime.learner_actor import LearnerActor
 from eopd.types import LossReason, LostTrajectory, Stored
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests' modules
+# workers do not find the tests' modules
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 HEADER = fakes.header(sample_index=1)
 
@@ -32,7 +35,9 @@ class Actor:
 
 @pytest.fixture
 def cluster():
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     try:
         far = cluster.add_node(num_cpus=1, resources={"far": 1})
         ray.init(address=cluster.address, log_to_driver=False)
@@ -59,15 +64,25 @@ async def test_trajectories_of_a_lost_node(cluster, tmp_path):
     ray.wait(bodies, num_returns=2, fetch_local=False)
     cluster.remove_node(far, allow_graceful=False)
     lost = await RemoteTeacher(reader).score(Stored(HEADER, bodies[0]))
-    assert isinstance(lost, LostTrajectory) and (lost.key, lost.reason) == (HEADER.key, LossReason.TEACHER_FAILED)
+    assert isinstance(lost, LostTrajectory) and (lost.key, lost.reason) == (
+        HEADER.key,
+        LossReason.TEACHER_FAILED,
+    )
     assert lost.detail.startswith("its body was lost")
 
-    gang._actors = [ray.remote(LearnerActor).options(num_cpus=0, resources=here).remote("rank") for _ in range(2)]
+    gang._actors = [
+        ray.remote(LearnerActor).options(num_cpus=0, resources=here).remote("rank")
+        for _ in range(2)
+    ]
     kept = [reader.make.remote() for _ in range(3)]
-    stored = [Stored(fakes.header(str(number)), body) for number, body in enumerate([kept[0], bodies[1], *kept[1:]])]
+    stored = [
+        Stored(fakes.header(str(number)), body)
+        for number, body in enumerate([kept[0], bodies[1], *kept[1:]])
+    ]
     batch = pack(stored, steps=1, ranks=2, token_budget=100, alpha=1.0)
     with pytest.raises(BodiesLostError) as lost_bodies:
         await gang._hand_over(batch)
+
     assert lost_bodies.value.keys == {stored[1].header.key}
     del stored[1]
     await gang._hand_over(pack(stored, steps=1, ranks=2, token_budget=100, alpha=1.0))

@@ -1,4 +1,6 @@
-"""The report in a real browser: it draws, it answers the pointer, and it complains about nothing."""
+"""The report in a real browser: it draws, it answers the pointer, and it complains about
+nothing.
+"""
 
 import json
 import math
@@ -11,7 +13,8 @@ from eopd.telemetry.report.page import write_report
 pytestmark = pytest.mark.slow
 
 CONFIG = "run: {name: r, batches: 60}\nloss:\n  gate: {kind: hard, tau: 0.8}\n"
-WORDS = ["The", " sky", " is", " blue", ",", " <b>", "\n", "</script>", " blue"]  # two tokens of one text
+# two tokens of one text
+WORDS = ["The", " sky", " is", " blue", ",", " <b>", "\n", "</script>", " blue"]
 
 
 def rows(offset):
@@ -24,7 +27,13 @@ def rows(offset):
             "gate_ratio",
             "response_tokens_mean",
         )
-        seconds = {"step": 8.0, "wait_rollout": 2.0, "wait_teacher": 1.0, "train": 4.0, "weights": 1.0}
+        seconds = {
+            "step": 8.0,
+            "wait_rollout": 2.0,
+            "wait_teacher": 1.0,
+            "train": 4.0,
+            "weights": 1.0,
+        }
         yield {
             "step": step,
             "time": 1.7e9,
@@ -50,6 +59,7 @@ def measured(phase):
         "texts": {str(i): word for i, word in enumerate(WORDS)},
     }
     counts = [5, 4, 3, 2, 1, 0]
+
     return {
         "phase": phase,
         "step": 0,
@@ -64,20 +74,31 @@ def measured(phase):
 def report(tmp_path_factory):
     """Two runs side by side, one of them with its last row cut short."""
     root = tmp_path_factory.mktemp("report")
-    for offset, name in enumerate(("first", "second-with-a-rather-long-name-that-has-to-wrap-somewhere")):
+    for offset, name in enumerate(
+        ("first", "second-with-a-rather-long-name-that-has-to-wrap-somewhere")
+    ):
         (root / name).mkdir()
         files = {
             "metrics.jsonl": rows(offset),
             "held_out.jsonl": [measured("before"), measured("after")],
-            "timeline.jsonl": [{"step": s, "generate": [[0, 2]], "score": [[1, 3]]} for s in range(1, 61)],
+            "timeline.jsonl": [
+                {"step": s, "generate": [[0, 2]], "score": [[1, 3]]} for s in range(1, 61)
+            ],
         }
         for file, lines in files.items():
             (root / name / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
         (root / name / "config.yaml").write_text(CONFIG)
         (root / name / "summary.json").write_text(json.dumps({"status": "running", "wall_s": 9.0}))
+
     with (root / "first" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 61, "ti')
-    write_report([root / "first", root / "second-with-a-rather-long-name-that-has-to-wrap-somewhere"], root / "r.html")
+
+    write_report(
+        [root / "first", root / "second-with-a-rather-long-name-that-has-to-wrap-somewhere"],
+        root / "r.html",
+    )
+
     return root / "r.html"
 
 
@@ -103,15 +124,19 @@ every_view = pytest.mark.parametrize(
 def test_charts_are_drawn_inside_their_frames(page, report, width, scheme):
     page.open(report, width=width, scheme=scheme)
     boxes = page.value(
-        "[...document.querySelectorAll('svg.chart')].map(svg => [...svg.querySelectorAll('path')].map(path => {"
-        " const b = path.getBBox(); return [path.getTotalLength(), b.x, b.y, b.x + b.width, b.y + b.height]}))"
+        "[...document.querySelectorAll('svg.chart')].map(svg => "
+        "[...svg.querySelectorAll('path')].map(path => { const b = path.getBBox(); return "
+        "[path.getTotalLength(), b.x, b.y, b.x + b.width, b.y + b.height]}))"
     )
     assert len(boxes) == 12 + 4 + 2  # curves, histograms, step times
     drawn = [box for chart in boxes for box in chart]
     assert len(drawn) > 40 and all(chart for chart in boxes[:1] + boxes[12:])
     for length, left, top, right, bottom in drawn:
         assert length > 0 and -8 <= left <= right <= 360 and -8 <= top <= bottom <= 190
-    bars = page.value("[...document.querySelectorAll('.timeline rect')].map(e => e.getBoundingClientRect().width)")
+
+    bars = page.value(
+        "[...document.querySelectorAll('.timeline rect')].map(e => e.getBoundingClientRect().width)"
+    )
     assert len(bars) == 2 * (3 + 2 + 4) and min(bars) > 10
 
 
@@ -124,7 +149,9 @@ def test_nothing_is_wider_than_the_page(page, report, width, scheme):
 
 def luminance(color):
     parts = [float(part) / 255 for part in color[color.index("(") + 1 : -1].split(",")[:3]]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
@@ -132,7 +159,9 @@ def blend(over, under):
     top = [float(part) for part in over[over.index("(") + 1 : -1].split(",")]
     alpha = top[3] if len(top) == 4 else 1.0
     base = [float(part) for part in under[under.index("(") + 1 : -1].split(",")]
-    return "rgb({},{},{})".format(*(alpha * a + (1 - alpha) * b for a, b in zip(top[:3], base[:3], strict=True)))
+    return "rgb({},{},{})".format(
+        *(alpha * a + (1 - alpha) * b for a, b in zip(top[:3], base[:3], strict=True))
+    )
 
 
 @pytest.mark.parametrize("colored_by", [0, 1])
@@ -140,16 +169,21 @@ def blend(over, under):
 def test_every_colour_of_a_token_leaves_its_text_readable(page, report, scheme, colored_by):
     page.open(report, scheme=scheme)
     page.value(f"document.querySelectorAll('.controls input')[{colored_by}].click()")
-    style = "(one => (s => [s.color, s.backgroundColor])(getComputedStyle(document.querySelector(one))))"
+    style = (
+        "(one => (s => [s.color, "
+        "s.backgroundColor])(getComputedStyle(document.querySelector(one))))"
+    )
     paper = page.value(f"{style}('.prompt')")[1]
     assert (luminance(paper) < 0.1) == (scheme == "dark")
     kinds = [f".scale .{'ek'[colored_by]}{number}" for number in range(7 + colored_by)]
     backgrounds = set()
+
     for kind in kinds:
         ink, background = page.value(f"{style}('{kind}')")
         backgrounds.add(background)
         low, high = sorted((luminance(ink), luminance(blend(background, paper))))
         assert (high + 0.05) / (low + 0.05) >= 4.5, (kind, ink, background)
+
     assert len(backgrounds) == len(kinds)
 
 
@@ -173,7 +207,8 @@ def test_the_token_under_the_pointer_shows_what_the_teacher_would_have_written(p
     numbers = page.value("[...document.querySelectorAll('#card dd')].map(e => e.textContent)")
     assert numbers == ["36.8%", "54.9%", "-0.400 nats", "1.800 nats", "open"]
     box = page.value(
-        "(b => [b.left, b.right, b.top, b.bottom])(document.getElementById('card').getBoundingClientRect())"
+        "(b => [b.left, b.right, b.top, "
+        "b.bottom])(document.getElementById('card').getBoundingClientRect())"
     )
     assert 0 <= box[0] < box[1] <= width and 0 <= box[2] < box[3] <= 900
 
@@ -183,6 +218,7 @@ def test_arrow_keys_move_from_token_to_token(page, report):
     page.value("document.querySelector('.tokens').focus()")
     for _ in range(3):
         page.press("ArrowRight")
+
     assert page.value("document.querySelector('.tokens .here').textContent") == " is"
     page.press("ArrowLeft")
     assert page.value("document.querySelector('#card h4').textContent") == "“ sky”"
@@ -197,7 +233,9 @@ def test_a_chart_under_the_pointer_shows_the_value_of_every_run(page, report):
     head, *values = page.value(shown)
     step = int(head.removeprefix("step "))
     assert 5 <= step <= 15
-    assert [float(text) for text in values] == pytest.approx([o + math.exp(-step / 20) for o in (0, 1)], rel=1e-3)
+    assert [float(text) for text in values] == pytest.approx(
+        [o + math.exp(-step / 20) for o in (0, 1)], rel=1e-3
+    )
     page.point_at("#curves svg.chart")
     head, of_ended, of_longer = page.value(shown)
     step = int(head.removeprefix("step "))

@@ -1,5 +1,5 @@
-"""The rollout engine and the weight channel on real vLLM: recorded log-probabilities are the policy's, versions are the
-weights'.
+"""The rollout engine and the weight channel on real vLLM: recorded log-probabilities are the
+policy's, versions are the weights'.
 """
 
 import asyncio
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(
-    scope="module", loop_scope="module", params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)]
+    scope="module",
+    loop_scope="module",
+    params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)],
 )
 async def engine(request, tiny_model):
     """An engine of a family, and two sets of its weights; it begins with the first one."""
@@ -42,10 +44,16 @@ async def test_a_seed_names_a_response_and_the_end_token_belongs_to_it(engine):
     )
     assert [stored.header.key.sample_index for stored in crowd] == list(range(30))
     first, second = (stored.body for stored in twice)
-    assert first.response_ids.tolist() == second.response_ids.tolist() != other.body.response_ids.tolist()
+    assert (
+        first.response_ids.tolist()
+        == second.response_ids.tolist()
+        != other.body.response_ids.tolist()
+    )
+
     for stored in (*twice, other):
         ended = stored.header.stop_reason is StopReason.END_TOKEN
-        assert (stored.body.response_ids[-1] == 2) == ended  # 2 is the end token of the tiny tokenizer
+        # 2 is the end token of the tiny tokenizer
+        assert (stored.body.response_ids[-1] == 2) == ended
         assert 2 not in stored.body.response_ids[:-1]
         assert stored.header.num_response_tokens == len(stored.body.response_ids)
         assert ended or len(stored.body.response_ids) == 300
@@ -56,7 +64,9 @@ async def test_weights_move_in_flight_and_every_token_names_its_version(engine):
     sender, condemned = Sender(new), []
     channel = channel_of(sender, engine, condemned, probe_every=0)
     one = fakes.prompt("p", [5, 80, 90, 33])
-    long = asyncio.create_task(engine.generate(one, 0, Sampling(temperature=0.7, max_tokens=400, seed=11)))
+    long = asyncio.create_task(
+        engine.generate(one, 0, Sampling(temperature=0.7, max_tokens=400, seed=11))
+    )
     await asyncio.sleep(0.3)
     stats = await channel.publish(sender.held)
     spanning = (await long).body
@@ -74,8 +84,12 @@ async def test_weights_move_in_flight_and_every_token_names_its_version(engine):
     assert set(versions.tolist()) == {0, 1} and (np.diff(versions) >= 0).all()
     assert len(versions) == len(spanning.response_ids) == len(spanning.rollout_logprobs)
     before = int((versions == 0).sum())
-    np.testing.assert_allclose(spanning.rollout_logprobs[:before], expected(old, spanning)[:before], atol=2e-4)
-    np.testing.assert_allclose(spanning.rollout_logprobs[before:], expected(new, spanning)[before:], atol=2e-4)
+    np.testing.assert_allclose(
+        spanning.rollout_logprobs[:before], expected(old, spanning)[:before], atol=2e-4
+    )
+    np.testing.assert_allclose(
+        spanning.rollout_logprobs[before:], expected(new, spanning)[before:], atol=2e-4
+    )
     assert await engine.version() == PolicyVersion(0, 1)
 
 
@@ -88,22 +102,33 @@ async def test_padding_of_the_head_is_never_sampled_and_has_no_probability(tiny_
         model.resize_token_embeddings(size + padding)
         with torch.no_grad():
             model.get_output_embeddings().weight[size:] = 2.0 * torch.randn(padding, 64)
+
         padded.append(model)
+
     shutil.copytree(tiny_model("qwen3", seed=1, scale=0.2), tmp_path / "model")
     padded[0].save_pretrained(tmp_path / "model")
     engine, condemned = await start(tmp_path / "model", num_tokens=size), []
     sampling, said = Sampling(temperature=1.5, max_tokens=200, seed=1), []
+
     try:
-        said.append(((await engine.generate(one, 0, sampling)).body, await engine.probe(one.token_ids)))
+        said.append(
+            ((await engine.generate(one, 0, sampling)).body, await engine.probe(one.token_ids))
+        )
         sender = Sender(padded[1])
         await channel_of(sender, engine, condemned, probe_every=0).publish(sender.held)
-        said.append(((await engine.generate(one, 0, sampling)).body, await engine.probe(one.token_ids)))
+        said.append(
+            ((await engine.generate(one, 0, sampling)).body, await engine.probe(one.token_ids))
+        )
     finally:
         await engine.close()
+
     assert condemned == []
+
     for model, (body, probed) in zip(padded, said, strict=True):
         assert body.response_ids.max() < size
         ids, split = np.concatenate([one.token_ids, body.response_ids]), len(one.token_ids)
         own = logprobs_of(model, ids, 1.5, num_tokens=size)[split - 1 :]
         np.testing.assert_allclose(body.rollout_logprobs, own, atol=2e-4)
-        np.testing.assert_allclose(probed, logprobs_of(model, one.token_ids, num_tokens=size), atol=2e-4)
+        np.testing.assert_allclose(
+            probed, logprobs_of(model, one.token_ids, num_tokens=size), atol=2e-4
+        )

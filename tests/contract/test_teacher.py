@@ -39,12 +39,16 @@ async def worst_deviations(
     scored = await asyncio.gather(*(scorer.score(stored) for stored in batch))
     worst: dict[str, float] = {}
     signals = []
+
     for stored, result in zip(batch, scored, strict=True):
         assert isinstance(result, Stored)
         signal = result.body.signal
-        errors = deviations(signal, stored.body.response_ids, oracle(model, stored.body, temperature))
+        errors = deviations(
+            signal, stored.body.response_ids, oracle(model, stored.body, temperature)
+        )
         worst = {name: max(error, worst.get(name, 0.0)) for name, error in errors.items()}
         signals.append(signal)
+
     return worst, signals
 
 
@@ -80,19 +84,22 @@ class Worker:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def whole(tiny_model, tmp_path_factory):
-    """Untied head, the whole vocabulary as candidates, whole prefills. An extension of vLLM's worker can put the head
-    one row off in the engine's own process.
+    """Untied head, the whole vocabulary as candidates, whole prefills. An extension of vLLM's
+    worker can put the head one row off in the engine's own process.
     """
     model, extension = tiny_model("llama", seed=4, scale=0.2), tmp_path_factory.mktemp("extension")
     (extension / "row_off.py").write_text(ROW_OFF)
     native = {"enable_chunked_prefill": False, "max_num_batched_tokens": 2 * MAX_TOKENS}
     config = TeacherConfig(
-        model=model, dtype="float32", vllm={**SMALL, **native, "worker_extension_cls": "row_off.Worker"}
+        model=model,
+        dtype="float32",
+        vllm={**SMALL, **native, "worker_extension_cls": "row_off.Worker"},
     )
     top_k = AutoModelForCausalLM.from_pretrained(model).config.vocab_size
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(extension)
         scorer = await VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS)
+
     yield scorer, config
     await scorer.close()
 
@@ -165,13 +172,17 @@ async def test_a_request_that_fails_is_a_value_and_the_engine_lives_on(chunked, 
 async def test_a_teacher_cut_in_two_by_tensor_parallelism_equals_the_oracle(tiny_model):
     """Vocabulary and attention heads lie on two workers; either one's head scores all of it."""
     config = TeacherConfig(
-        model=tiny_model("llama", seed=4, scale=0.2), dtype="float32", vllm={**SMALL, "tensor_parallel_size": 2}
+        model=tiny_model("llama", seed=4, scale=0.2),
+        dtype="float32",
+        vllm={**SMALL, "tensor_parallel_size": 2},
     )
     scorer = await VllmTeacherScorer.start(config, top_k=16, max_sequence_tokens=MAX_TOKENS)
+
     try:
         worst, _ = await worst_deviations(scorer, config.model, torch.float32, 1.0)
     finally:
         await scorer.close()
+
     assert max(worst.values()) < 5e-5, worst
 
 
@@ -193,7 +204,9 @@ async def test_the_teacher_reads_its_own_end_token_and_answers_with_the_students
     got = np.zeros_like(probs)
     np.add.at(got, (np.arange(4)[:, None], signal.topk_ids), np.exp(signal.topk_logprobs))
     np.testing.assert_allclose(got[:, :num_tokens], expected, atol=1e-6)
-    np.testing.assert_allclose(np.exp(signal.tail_logprobs), probs[:, num_tokens:].sum(1), atol=1e-6)
+    np.testing.assert_allclose(
+        np.exp(signal.tail_logprobs), probs[:, num_tokens:].sum(1), atol=1e-6
+    )
     targets = expected[range(4), stored.body.response_ids]
     np.testing.assert_allclose(np.exp(signal.token_logprobs), targets, atol=1e-6)
     np.testing.assert_allclose(signal.entropy.entropy, -(probs * np.log(probs)).sum(1), atol=1e-4)
@@ -203,15 +216,22 @@ async def test_a_good_teacher_passes_its_self_test(chunked):
     scorer, config = chunked
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     prompt_ids, size = np.array([5, 6, 7, 8], np.int32), model.config.vocab_size
-    report = await self_test([scorer, scorer], prompt_ids=prompt_ids, vocab_size=size, dtype="float32")
-    greedy = model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    report = await self_test(
+        [scorer, scorer], prompt_ids=prompt_ids, vocab_size=size, dtype="float32"
+    )
+    greedy = model.generate(
+        torch.tensor([[5, 6, 7, 8]]), max_new_tokens=8, do_sample=False, eos_token_id=-1
+    )
     assert report.continuation == tuple(greedy[0, 4:].tolist())
 
 
 async def test_a_good_teacher_with_a_remap_passes_its_self_test(mapped):
     scorer, config = mapped
     report = await self_test(
-        [scorer], prompt_ids=np.array([5, 6, 7, 8], np.int32), vocab_size=vocab_size(config.model), dtype="float32"
+        [scorer],
+        prompt_ids=np.array([5, 6, 7, 8], np.int32),
+        vocab_size=vocab_size(config.model),
+        dtype="float32",
     )
     assert OWN_END in report.continuation, "the greedy continuation went through an end token"
     assert THEIR_END not in report.continuation
@@ -221,9 +241,15 @@ async def test_a_good_teacher_with_a_remap_passes_its_self_test(mapped):
 async def test_a_head_one_row_off_fails_its_self_test(whole, shift, check):
     scorer, _ = whole
     await scorer._llm.collective_rpc("read_rows_off_by", args=(shift,))
+
     try:
         with pytest.raises(TeacherSelfTestError, match=f"replica 0: {check} is off by"):
-            await self_test([scorer], prompt_ids=np.array([5, 6, 7, 8], np.int32), vocab_size=320, dtype="float32")
+            await self_test(
+                [scorer],
+                prompt_ids=np.array([5, 6, 7, 8], np.int32),
+                vocab_size=320,
+                dtype="float32",
+            )
     finally:
         await scorer._llm.collective_rpc("read_rows_off_by", args=(0,))
 
@@ -249,27 +275,42 @@ async def test_an_engine_that_scores_at_another_temperature_than_asked_does_not_
         vllm={**SMALL, "worker_extension_cls": "deaf.Nothing"},
     )
     before = set(multiprocessing.active_children())
-    with pytest.raises(TeacherSelfTestError, match="it scores at temperature 2 where 1 is configured"):
+
+    with pytest.raises(
+        TeacherSelfTestError, match="it scores at temperature 2 where 1 is configured"
+    ):
         await VllmTeacherScorer.start(config, top_k=8, max_sequence_tokens=MAX_TOKENS)
+
     for process in set(multiprocessing.active_children()) - before:
-        process.join(timeout=30)  # vLLM kills, without waiting, what has not ended five seconds after it was asked to
+        # vLLM kills, without waiting, what has not ended five seconds after it was asked to
+        process.join(timeout=30)
         assert process.exitcode is not None
 
 
 @bfloat16_engines
 @pytest.mark.parametrize("head_dtype", ["float32", pytest.param("model", marks=pytest.mark.slow)])
-async def test_a_bfloat16_teacher_is_near_the_oracle_and_its_head_has_the_precision_asked_for(tiny_model, head_dtype):
+async def test_a_bfloat16_teacher_is_near_the_oracle_and_its_head_has_the_precision_asked_for(
+    tiny_model, head_dtype
+):
     config = TeacherConfig(
-        model=tiny_model("qwen3", seed=3, scale=0.2), dtype="bfloat16", head_dtype=head_dtype, vllm=SMALL
+        model=tiny_model("qwen3", seed=3, scale=0.2),
+        dtype="bfloat16",
+        head_dtype=head_dtype,
+        vllm=SMALL,
     )
     scorer = await VllmTeacherScorer.start(config, top_k=32, max_sequence_tokens=MAX_TOKENS)
+
     try:
         worst, signals = await worst_deviations(scorer, config.model, torch.bfloat16, 1.0)
     finally:
         await scorer.close()
+
     assert max(worst.values()) < 0.5, worst
-    # Eight significant bits make equal logits common among 32 candidates; twenty-four make them rare.
-    ties = np.concatenate([np.diff(signal.topk_logprobs, axis=1) == 0.0 for signal in signals]).mean()
+    # Eight significant bits make equal logits common among 32 candidates; twenty-four make them
+    # rare.
+    ties = np.concatenate(
+        [np.diff(signal.topk_logprobs, axis=1) == 0.0 for signal in signals]
+    ).mean()
     assert (ties > 0.05) if head_dtype == "model" else (ties < 0.001), ties
 
 
@@ -277,7 +318,9 @@ LOGITS = {
     "ordinary": lambda rng: rng.normal(size=(9, 50)) * 3,
     "uniform": lambda rng: np.zeros((2, 50)),
     "far above zero": lambda rng: rng.normal(size=(9, 50)) + 80,
-    "a leader far ahead of the tail": lambda rng: np.where(np.arange(50) < 3, 300.0, 0.0) + rng.normal(size=(9, 50)),
+    "a leader far ahead of the tail": lambda rng: (
+        np.where(np.arange(50) < 3, 300.0, 0.0) + rng.normal(size=(9, 50))
+    ),
 }
 
 
@@ -307,6 +350,7 @@ async def test_the_float32_copy_of_a_head_is_made_once_and_only_where_it_saves_a
     if asked == torch.bfloat16:
         assert hook(processor, (linear, half)) is None
         return
+
     first, second = hook(processor, (linear, half, "bias")), hook(processor, (linear, half))
     assert first[1:] == (half, "bias")
     assert second[0] is first[0]
@@ -318,10 +362,13 @@ async def test_missing_rows_raise_and_warm_up_does_not():
     from vllm import PoolingParams
 
     hidden, ids = torch.zeros(4, 2), torch.arange(4)
-    rows, targets = head._response_rows(hidden, ids, PoolingParams(extra_kwargs={head.RESPONSE_TOKENS: 3}))
+    rows, targets = head._response_rows(
+        hidden, ids, PoolingParams(extra_kwargs={head.RESPONSE_TOKENS: 3})
+    )
     assert (len(rows), targets.tolist()) == (3, [1, 2, 3])
     with pytest.raises(RuntimeError, match="needs one more"):
         head._response_rows(hidden, ids, PoolingParams(extra_kwargs={head.RESPONSE_TOKENS: 4}))
+
     rows, targets = head._response_rows(hidden, ids[:1], PoolingParams())
     assert (len(rows), len(targets)) == (1, 1)
 
@@ -331,9 +378,13 @@ async def test_twins_exist_once_and_keep_config_hooks():
     head.register()
     twins = [name for name in MODELS_CONFIG_MAP if name.startswith(head.PREFIX)]
     assert "EopdScoringGptOssForCausalLM" in twins
-    assert all(MODELS_CONFIG_MAP[twin] is MODELS_CONFIG_MAP[twin.removeprefix(head.PREFIX)] for twin in twins)
+    assert all(
+        MODELS_CONFIG_MAP[twin] is MODELS_CONFIG_MAP[twin.removeprefix(head.PREFIX)]
+        for twin in twins
+    )
     with pytest.raises(TypeError, match="no language model"):
         getattr(head, "EopdScoringBertModel")  # noqa: B009
+
     with pytest.raises(AttributeError):
         getattr(head, "Nonsense")  # noqa: B009
 
@@ -351,8 +402,15 @@ async def test_native_options_win_and_nested_ones_are_merged(tiny_model):
         "architectures": ["EopdScoringLlamaForCausalLM"],
         "head_dtype": "model",
     }
-    native = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "quantization": "fp8", "kv_cache_dtype": "fp8"}
-    through = engine_options(config.model_copy(update={"vllm": native}), top_k=5, max_sequence_tokens=64)
+    native = {
+        "tensor_parallel_size": 4,
+        "pipeline_parallel_size": 2,
+        "quantization": "fp8",
+        "kv_cache_dtype": "fp8",
+    }
+    through = engine_options(
+        config.model_copy(update={"vllm": native}), top_k=5, max_sequence_tokens=64
+    )
     assert {name: through[name] for name in native} == native
     with pytest.raises(ConfigError, match="no config"):
         engine_options(TeacherConfig(model=Path("/nowhere")), top_k=5, max_sequence_tokens=64)

@@ -1,4 +1,6 @@
-"""``eopd teacher serve`` as a process of its own, on real vLLM, against a float32 oracle made with transformers."""
+"""``eopd teacher serve`` as a process of its own, on real vLLM, against a float32 oracle made
+with transformers.
+"""
 
 import asyncio
 import os
@@ -45,9 +47,17 @@ class Served:
     """The process, its log, and a client."""
 
     def __init__(self, config: Path, log: Path) -> None:
-        command = [sys.executable, "-c", "from eopd.cli.main import main; main()", "teacher", "serve", str(config)]
+        command = [
+            sys.executable,
+            "-c",
+            "from eopd.cli.main import main; main()",
+            "teacher",
+            "serve",
+            str(config),
+        ]
         options = ["--teacher", "maths", "--port", "0", "--api-key-env", VARIABLE]
         self.log = log
+
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [*command, *options],
@@ -56,14 +66,18 @@ class Served:
                 env=os.environ | {VARIABLE: TOKEN},
                 start_new_session=True,
             )
+
         address = self.wait_for(lambda: re.search(r"served at (http://\S+:\d+)", log.read_text()))
-        self.client = httpx.Client(base_url=address[1], headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30.0)
+        self.client = httpx.Client(
+            base_url=address[1], headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30.0
+        )
 
     def wait_for(self, condition):
         end = time.monotonic() + START_S
         while not (found := condition()):
             assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
             time.sleep(0.05)
+
         return found
 
     def wait_until_ready(self) -> None:
@@ -74,10 +88,17 @@ class Served:
 
     def engines(self) -> list[psutil.Process]:
         """vLLM's processes: Python's name for them until they have given themselves one."""
-        return [child for child in self.descendants() if re.search("spawn_main|VLLM::", " ".join(child.cmdline()))]
+        return [
+            child
+            for child in self.descendants()
+            if re.search("spawn_main|VLLM::", " ".join(child.cmdline()))
+        ]
 
     def listens(self) -> bool:
-        return any(c.status == psutil.CONN_LISTEN for c in psutil.Process(self.process.pid).net_connections("tcp"))
+        return any(
+            c.status == psutil.CONN_LISTEN
+            for c in psutil.Process(self.process.pid).net_connections("tcp")
+        )
 
     def close(self) -> None:
         self.client.close()
@@ -116,7 +137,10 @@ def oracle(model: Path, prompt_ids: list[int], response_ids: list[int]) -> np.nd
     """Log-probabilities [R, V] from a float32 forward pass."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
-        logits = network(torch.tensor([[*prompt_ids, *response_ids]])).logits[0, len(prompt_ids) - 1 : -1]
+        logits = network(torch.tensor([[*prompt_ids, *response_ids]])).logits[
+            0, len(prompt_ids) - 1 : -1
+        ]
+
     return torch.log_softmax(logits.double() / TEMPERATURE, -1).numpy()
 
 
@@ -139,11 +163,17 @@ def score(client: httpx.Client, prompt_ids: list[int], response_ids: list[int]):
     text = client.post("/v1/score", json={"prompt_ids": prompt_ids, "response_ids": response_ids})
     assert (binary.status_code, text.status_code) == (200, 200), (binary.text, text.text)
     size = len(response_ids)
-    signal = wire.decode_answer(binary.content, teacher="maths", num_response_tokens=size, top_k=TOP_K)
+    signal = wire.decode_answer(
+        binary.content, teacher="maths", num_response_tokens=size, top_k=TOP_K
+    )
     answer = text.json()
     rows = np.column_stack(
-        [answer[name] for name in ("entropy", "token_logprobs", "tail_logprobs", "topk_logprobs", "topk_ids")]
+        [
+            answer[name]
+            for name in ("entropy", "token_logprobs", "tail_logprobs", "topk_logprobs", "topk_ids")
+        ]
     )
+
     return signal, write_signal(signal).tobytes(), rows.astype(np.float32).tobytes()
 
 
@@ -151,28 +181,42 @@ async def check_client(served, model, prompt_ids, response_ids, expected: bytes)
     """Through the role, as a run does; and what it does not agree on is the user's mistake."""
     server = {"url": str(served.client.base_url), "api_key_env": VARIABLE}
     config = TeacherConfig(
-        name="m", backend="eopd", model=model, dtype="float32", temperature=TEMPERATURE, server=server
+        name="m",
+        backend="eopd",
+        model=model,
+        dtype="float32",
+        temperature=TEMPERATURE,
+        server=server,
     )
     scorer = await EopdTeacherScorer.start(config, top_k=TOP_K, max_sequence_tokens=LONGEST)
     found = await scorer.signal(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
     assert found.teacher == "m" and write_signal(found).tobytes() == expected
     with pytest.raises(SignalError, match=r"teacher m: POST .*/v1/score: 422"):
         await scorer.signal(np.ones(LONGEST, np.int32), np.ones(1, np.int32))
+
     await scorer.close()
+
     for wrong, arguments, message in [
         ({}, {"top_k": TOP_K + 1}, f"has top_k {TOP_K}, this run needs {TOP_K + 1}"),
         ({"temperature": 1.0}, {}, f"has temperature {TEMPERATURE}, this run needs 1.0"),
         ({}, {"max_sequence_tokens": LONGEST + 1}, f"takes sequences of {LONGEST} tokens"),
         ({"server": ServerConfig(url=server["url"])}, {}, "lets nobody in: .*401"),
-        ({"server": ServerConfig(url=server["url"] + "/no", api_key_env=VARIABLE)}, {}, "is no teacher's server"),
+        (
+            {"server": ServerConfig(url=server["url"] + "/no", api_key_env=VARIABLE)},
+            {},
+            "is no teacher's server",
+        ),
     ]:
         with pytest.raises(ConfigError, match=rf"teachers\.m\.server: .*{message}"):
             await EopdTeacherScorer.start(
-                config.model_copy(update=wrong), **{"top_k": TOP_K, "max_sequence_tokens": LONGEST} | arguments
+                config.model_copy(update=wrong),
+                **{"top_k": TOP_K, "max_sequence_tokens": LONGEST} | arguments,
             )
 
 
-def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(start, model, monkeypatch):
+def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(
+    start, model, monkeypatch
+):
     monkeypatch.setenv(VARIABLE, TOKEN)
     served = start()
     assert served.client.get("/health").json() == {"status": "alive"}
@@ -191,8 +235,11 @@ def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(st
         "wire_version": 1,
     }
     rng = np.random.default_rng(7)
+
     for num_prompt, num_response in [(1, 1), (30, 40), (32, 64)]:
-        prompt_ids, response_ids = (rng.integers(vocab, size=n).tolist() for n in (num_prompt, num_response))
+        prompt_ids, response_ids = (
+            rng.integers(vocab, size=n).tolist() for n in (num_prompt, num_response)
+        )
         found, binary_bits, json_bits = score(served.client, prompt_ids, response_ids)
         assert worst_error(found, response_ids, oracle(model, prompt_ids, response_ids)) < 5e-5
         assert binary_bits == json_bits
@@ -204,23 +251,36 @@ def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(st
 
     assert refused(json={"prompt_ids": [1] * 33, "response_ids": [1] * 64}) == 422
     assert refused(json={"prompt_ids": [1], "response_ids": [vocab]}) == 422
-    assert refused(content=(b" " * 1000 for _ in range(1000)), headers={"Content-Type": "application/json"}) == 413
+    assert (
+        refused(
+            content=(b" " * 1000 for _ in range(1000)), headers={"Content-Type": "application/json"}
+        )
+        == 413
+    )
     assert httpx.get(served.client.base_url.join("/v1/info")).status_code == 401
-    assert 'eopd_teacher_scored_tokens_total{teacher="maths"} 275.0' in served.client.get("/metrics").text
+    assert (
+        'eopd_teacher_scored_tokens_total{teacher="maths"} 275.0'
+        in served.client.get("/metrics").text
+    )
 
     request = {"prompt_ids": [5] * 32, "response_ids": [6] * 64}
     descendants, engines = served.descendants(), served.engines()
     assert engines
     for engine in engines:
         engine.suspend()
+
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(served.client.post, "/v1/score", json=request) for _ in range(8)]
-        served.wait_for(lambda: 'in_flight_requests{teacher="maths"} 8.0' in served.client.get("/metrics").text)
+        served.wait_for(
+            lambda: 'in_flight_requests{teacher="maths"} 8.0' in served.client.get("/metrics").text
+        )
         served.process.send_signal(signal.SIGTERM)
         served.wait_for(lambda: not served.listens())
         for engine in engines:
             engine.resume()
+
         assert {answer.result().status_code for answer in answers} == {200}
+
     assert served.process.wait(30) == 0
     assert psutil.wait_procs(descendants, timeout=5)[1] == []
 
@@ -231,7 +291,8 @@ def test_a_stop_while_the_engine_starts_leaves_nothing(start):
     served.wait_for(served.engines)
     assert served.client.get("/ready").status_code == 503
     descendants = served.descendants()
-    os.killpg(served.process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C: to vLLM's processes too
+    # as a terminal does on Ctrl-C: to vLLM's processes too
+    os.killpg(served.process.pid, signal.SIGINT)
     assert served.process.wait(15) == 0
     assert psutil.wait_procs(descendants, timeout=5)[1] == []
 
@@ -246,8 +307,10 @@ def test_the_process_ends_with_an_error_when_its_engine_dies(start):
     assert engines
     for engine in engines:
         engine.kill()
+
     with pytest.raises(httpx.TransportError):
         while (answer := served.client.post("/v1/score", json=request)).status_code == 503:
             assert answer.headers["Retry-After"] == "1"
+
     assert served.process.wait(30) == 1
     assert "error: teacher maths: its engine died" in served.log.read_text()

@@ -1,4 +1,6 @@
-"""Each tracker, the real package, without a network: what was written is there, under its name and at its step."""
+"""Each tracker, the real package, without a network: what was written is there, under its
+name and at its step.
+"""
 
 import threading
 import time
@@ -14,13 +16,19 @@ SETTINGS = {"run.seed": 0, "teachers.0.name": "big"}
 
 
 def row(step: int) -> dict[str, float]:
-    return {"eopd_step": step, "eopd_loss": 1.0 / step, LOST: 2.0 * step, "eopd_grad_norm": float("nan")}
+    return {
+        "eopd_step": step,
+        "eopd_loss": 1.0 / step,
+        LOST: 2.0 * step,
+        "eopd_grad_norm": float("nan"),
+    }
 
 
 def write(name, directory, *steps: int, status="completed") -> None:
     sink = tracker(name, directory, "my-run", SETTINGS)
     for step in steps:
         sink.write(row(step))
+
     sink.close()
     end([sink], status)
 
@@ -47,6 +55,7 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
     for status, shown in (("interrupted", "KILLED"), ("failed", "FAILED")):
         write("mlflow", tmp_path, 1 if status == "interrupted" else 2, status=status)
         assert client.get_run((tmp_path / "mlflow" / "run-id").read_text()).info.status == shown
+
     write("mlflow", tmp_path, 3)
     (run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     assert (run.info.run_name, run.info.status) == ("my-run", "FINISHED")
@@ -67,11 +76,18 @@ def test_weights_and_biases_keeps_a_run_to_be_synced(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_used_is_one_message(monkeypatch):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr(
+        trackers.importlib.util, "find_spec", lambda name: None if name == "wandb" else object()
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     require_trackers(["mlflow", "tensorboard"])
-    with pytest.raises(ConfigError, match=r"telemetry.trackers: wandb is not installed; pip install 'eopd\[wandb\]'"):
+
+    with pytest.raises(
+        ConfigError,
+        match=r"telemetry.trackers: wandb is not installed; pip install 'eopd\[wandb\]'",
+    ):
         require_trackers(["mlflow", "wandb"])
+
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(ConfigError, match="mlflow needs a server: set MLFLOW_TRACKING_URI"):
         require_trackers(["mlflow"])
@@ -91,18 +107,23 @@ class Slow:
         self.status = status
 
 
-def test_a_service_that_does_not_answer_holds_nobody_up_and_loses_what_does_not_fit(monkeypatch, caplog):
+def test_a_service_that_does_not_answer_holds_nobody_up_and_loses_what_does_not_fit(
+    monkeypatch, caplog
+):
     monkeypatch.setattr(trackers, "QUEUE_ROWS", 3)
     slow = Slow()
     sink = BackgroundSink("slow", lambda: slow)
     started = time.monotonic()
     for step in range(1, 11):
         sink.write({"eopd_step": float(step)})
+
     assert time.monotonic() - started < 1.0
     slow.may_answer.set()
     end([sink], "interrupted")
     assert slow.status == "interrupted" and 3 <= len(slow.rows) <= 4
-    assert [record.message for record in caplog.records] == ["slow is behind by 3 steps: later ones are missing there"]
+    assert [record.message for record in caplog.records] == [
+        "slow is behind by 3 steps: later ones are missing there"
+    ]
 
 
 def test_an_end_that_takes_too_long_is_given_up_for_all_together_and_said(monkeypatch, caplog):
@@ -111,6 +132,7 @@ def test_an_end_that_takes_too_long_is_given_up_for_all_together_and_said(monkey
     sinks = [BackgroundSink(name, lambda: slow) for name in ("first", "second")]
     for sink in sinks:
         sink.write({"eopd_step": 1.0})
+
     started = time.monotonic()
     end(sinks, "completed")
     assert 0.3 <= time.monotonic() - started < 0.6
@@ -131,11 +153,13 @@ def test_a_tracker_that_fails_is_reported_once(where, caplog):
     def make():
         if where == "start":
             raise OSError("no such host")
+
         return Broken()
 
     sink = BackgroundSink("broken", make)
     for step in (1.0, 2.0):
         sink.write({"eopd_step": step})
+
     end([sink], "completed")
     assert [record.levelname for record in caplog.records if record.levelno >= 30] == ["WARNING"]
     assert "no such host" in caplog.text

@@ -1,6 +1,8 @@
-"""A receiver that dies or stalls, in processes of their own over the gloo wire: all are told, and those alive go on.
+"""A receiver that dies or stalls, in processes of their own over the gloo wire: all are told, and
+those alive go on.
 
-Where the others must be told at once, time-outs are an hour, and the test's own limit is what a slow answer meets.
+Where the others must be told at once, time-outs are an hour, and the test's own limit is what a
+slow answer meets.
 """
 
 import os
@@ -20,7 +22,8 @@ from eopd.weights.layout import ParameterMeta
 from eopd.weights.transfer import InitInfo, WeightReceiver, WeightSender
 from eopd.weights.wire import WireError
 
-NUM_BUCKETS, BUCKET_FLOATS = 6, 4 << 20  # 16 MiB: more than sockets take, so that a message meets the fault half-way
+# 16 MiB: more than sockets take, so that a message meets the fault half-way
+NUM_BUCKETS, BUCKET_FLOATS = 6, 4 << 20
 HOUR = 3600.0
 
 
@@ -38,6 +41,7 @@ class Source:
         if index == self.at_bucket:
             self.at_bucket = -1
             self.happens()
+
         return [torch.full((BUCKET_FLOATS,), self.value + index)]
 
 
@@ -46,6 +50,7 @@ def receive(pipe: Connection) -> None:
     torch.set_num_threads(1)
     pipe.send("up")
     receiver: WeightReceiver | None = None
+
     while True:
         order, argument = pipe.recv()
         try:
@@ -59,6 +64,7 @@ def receive(pipe: Connection) -> None:
                 answer = [float(tensor.mean()) for _, tensor in receiver.take()]
         except WeightTransferError as error:
             answer = f"{type(error).__name__}: {error}"
+
         pipe.send(answer)
 
 
@@ -73,12 +79,14 @@ class Gang:
             process.start()
             theirs.close()
             self.members.append((process, ours))
+
         assert [pipe.recv() for _, pipe in self.members] == ["up"] * num
 
     def tell(self, order: str, arguments=None):
         arguments = arguments or [None] * len(self.members)
         for (_, pipe), argument in zip(self.members, arguments, strict=True):
             pipe.send((order, argument))
+
         return lambda: [pipe.recv() for _, pipe in self.members]
 
     def connect(self, sender: WeightSender) -> None:
@@ -96,6 +104,7 @@ class Gang:
         os.kill(process.pid, how)
         if how == signal.SIGKILL:
             process.join()
+
         return process.pid
 
 
@@ -112,6 +121,7 @@ def gang(num: int, timeout_s: float) -> Iterator[tuple[Gang, WeightSender, Sourc
         connect_timeout_s=60.0,
     )
     them = Gang(num)
+
     try:
         yield them, sender, source
     finally:
@@ -128,7 +138,8 @@ def assert_publishes(them: Gang, sender: WeightSender, source: Source, value: fl
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("victim", [0, 1, 2])  # each has another place in the tree that a broadcast goes down
+# each has another place in the tree that a broadcast goes down
+@pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("at_bucket", [0, 3])
 def test_a_receiver_killed_in_a_transfer_fails_it_for_all_at_once(victim, at_bucket):
     with gang(3, timeout_s=HOUR) as (them, sender, source):
@@ -137,11 +148,14 @@ def test_a_receiver_killed_in_a_transfer_fails_it_for_all_at_once(victim, at_buc
         source.at_bucket, source.happens = at_bucket, lambda: them.remove(victim, signal.SIGKILL)
         with pytest.raises(WireError):
             them.publish(sender)
+
         for answer in them.tell("take")():
             assert answer.startswith("WeightTransferError: weight transfer failed"), answer
+
         assert all("connect again" in answer for answer in them.tell("start")())
         with pytest.raises(WireError, match="no group"):
             sender.send()
+
         them.connect(sender)
         assert_publishes(them, sender, source, 2.0)
 
@@ -152,12 +166,18 @@ def test_a_receiver_that_stalls_costs_one_time_out_and_is_left_behind(victim):
     with gang(3, timeout_s=3.0) as (them, sender, source):
         them.connect(sender)
         stalled: list[int] = []
-        source.at_bucket, source.happens = 3, lambda: stalled.append(them.remove(victim, signal.SIGSTOP))
+        source.at_bucket, source.happens = (
+            3,
+            lambda: stalled.append(them.remove(victim, signal.SIGSTOP)),
+        )
+
         try:
             with pytest.raises(WireError):
                 them.publish(sender)
+
             for answer in them.tell("take")():
                 assert answer.startswith("WeightTransferError: weight transfer failed"), answer
+
             them.connect(sender)
             assert_publishes(them, sender, source, 2.0)
         finally:
@@ -166,7 +186,9 @@ def test_a_receiver_that_stalls_costs_one_time_out_and_is_left_behind(victim):
 
 @pytest.mark.timeout(120)
 def test_a_group_can_be_built_again_while_an_old_transfer_still_waits():
-    """The learner gives up a transfer that it never sent: its own leaving ends the receivers' threads."""
+    """The learner gives up a transfer that it never sent: its own leaving ends the receivers'
+    threads.
+    """
     with gang(2, timeout_s=HOUR) as (them, sender, source):
         them.connect(sender)
         them.tell("start")()
@@ -182,6 +204,7 @@ def test_an_engine_killed_between_two_transfers_fails_the_next():
         them.remove(0, signal.SIGKILL)
         with pytest.raises(WireError):
             them.publish(sender)
+
         them.connect(sender)
         assert_publishes(them, sender, source, 2.0)
 
@@ -193,6 +216,9 @@ def test_a_group_in_which_one_never_joins_is_given_up_and_built_without_it():
         answers = them.tell("connect", sender.open([1, 1, 1], "secret")[:2])
         with pytest.raises(WireError, match="as rank 0 of 4"), ThreadPoolExecutor() as pool:
             pool.submit(sender.accept).result()
-        assert all(answer.startswith("WireError: weight transfer: no group at") for answer in answers())
+
+        assert all(
+            answer.startswith("WireError: weight transfer: no group at") for answer in answers()
+        )
         them.connect(sender)
         assert_publishes(them, sender, source, 1.0)

@@ -1,4 +1,6 @@
-"""New weights on a real engine, when something is wrong with them: the old ones serve on, or the probe tells."""
+"""New weights on a real engine, when something is wrong with them: the old ones serve on, or
+the probe tells.
+"""
 
 import asyncio
 import logging
@@ -18,11 +20,15 @@ from eopd.weights import vllm_engine
 from eopd.weights.vllm_engine import engine_options
 
 
-async def assert_serves(engine: VllmRolloutEngine, model: PreTrainedModel, version: PolicyVersion) -> None:
+async def assert_serves(
+    engine: VllmRolloutEngine, model: PreTrainedModel, version: PolicyVersion
+) -> None:
     assert await engine.version() == version
     np.testing.assert_allclose(await engine.probe(PROBE), logprobs_of(model, PROBE), atol=2e-4)
     prompt = fakes.prompt("p", PROBE[:9])
-    written = (await engine.generate(prompt, 0, Sampling(temperature=0.7, max_tokens=5, seed=1))).body
+    written = (
+        await engine.generate(prompt, 0, Sampling(temperature=0.7, max_tokens=5, seed=1))
+    ).body
     assert set(written.policy_versions.tolist()) == {version.step}
 
 
@@ -37,19 +43,31 @@ async def transfer(engine: VllmRolloutEngine, sender: Sender) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-async def test_a_transfer_that_fails_leaves_the_old_weights_in_service_and_the_next_one_is_taken(tiny_model, workers):
+async def test_a_transfer_that_fails_leaves_the_old_weights_in_service_and_the_next_one_is_taken(
+    tiny_model, workers
+):
     """Two workers fail together: what one says must not be taken for the other's next answer."""
-    old_dir, new_dir = tiny_model("qwen3", seed=1, scale=0.2), tiny_model("qwen3", seed=2, scale=0.2)
+    old_dir, new_dir = (
+        tiny_model("qwen3", seed=1, scale=0.2),
+        tiny_model("qwen3", seed=2, scale=0.2),
+    )
     old, new = load(old_dir), load(new_dir)
     engine, sender = await start(old_dir, tensor_parallel_size=workers), Sender(new)
+
     try:
         with pytest.raises(WeightTransferError, match="in no weight transfer group"):
             await engine.receive_weights()
+
         await connect(engine, sender, workers)
         sender.corrupts = True
         await transfer(engine, sender)
-        with pytest.raises(WeightTransferError, match=r"bucket 1 of \d+ .* was sent as (\w{32}) and arrived as (?!\1)"):
+
+        with pytest.raises(
+            WeightTransferError,
+            match=r"bucket 1 of \d+ .* was sent as (\w{32}) and arrived as (?!\1)",
+        ):
             await engine.check_weights()
+
         await assert_serves(engine, old, PolicyVersion(0, 0))
         await transfer(engine, sender)  # the group is whole
         await engine.check_weights()
@@ -60,10 +78,13 @@ async def test_a_transfer_that_fails_leaves_the_old_weights_in_service_and_the_n
         sender.sender._source.fails = True
         with pytest.raises(RuntimeError, match="no second bucket"):
             await transfer(engine, sender)
+
         with pytest.raises(WeightTransferError, match="has left"):
             await engine.check_weights()
+
         with pytest.raises(WeightTransferError, match="connect again"):
             await engine.receive_weights()
+
         await assert_serves(engine, new, PolicyVersion(0, 2))
         await connect(engine, sender, workers)
         sender.sender._source.fails = False
@@ -74,14 +95,22 @@ async def test_a_transfer_that_fails_leaves_the_old_weights_in_service_and_the_n
         await engine.close()
 
 
-async def test_a_corrupted_bucket_is_sent_again_and_the_probe_is_answered_before_work_that_waits(tiny_model):
-    old_dir, new = tiny_model("qwen3", seed=1, scale=0.2), load(tiny_model("qwen3", seed=2, scale=0.2))
+async def test_a_corrupted_bucket_is_sent_again_and_the_probe_is_answered_before_work_that_waits(
+    tiny_model,
+):
+    old_dir, new = (
+        tiny_model("qwen3", seed=1, scale=0.2),
+        load(tiny_model("qwen3", seed=2, scale=0.2)),
+    )
     engine, sender, condemned = await start(old_dir, max_num_seqs=1), Sender(new), []
     prompt = fakes.prompt("p", PROBE[:9])
     writing = [
-        asyncio.create_task(engine.generate(prompt, i, Sampling(temperature=1.0, max_tokens=400, seed=i)))
+        asyncio.create_task(
+            engine.generate(prompt, i, Sampling(temperature=1.0, max_tokens=400, seed=i))
+        )
         for i in range(12)
     ]
+
     try:
         await asyncio.sleep(0.2)
         sender.corrupts = True
@@ -106,18 +135,22 @@ vllm_engine._repack_tied_heads = lambda model: None
 
 
 @pytest.mark.slow
-async def test_the_probe_notices_a_tied_head_that_keeps_its_old_copy(tiny_model, tmp_path, monkeypatch):
+async def test_the_probe_notices_a_tied_head_that_keeps_its_old_copy(
+    tiny_model, tmp_path, monkeypatch
+):
     """The fault is brought into the engine's own process as an extension of vLLM's worker."""
     (tmp_path / "stale_head.py").write_text(FAULT)
     monkeypatch.syspath_prepend(tmp_path)
     new, condemned = load(tiny_model("qwen3", seed=2, scale=0.2)), []
     faulty = engine_options() | {"worker_extension_cls": "stale_head.WeightWorker"}
     engine = await start(tiny_model("qwen3", seed=1, scale=0.2), faulty)
+
     try:
         channel = channel_of(Sender(new), engine, condemned)
         await channel.publish(PolicyVersion(0, 1))
     finally:
         await engine.close()
+
     (reason,) = condemned
     assert "twice with the same weights" in reason and "does not compute with the weights" in reason
 
@@ -132,11 +165,14 @@ def test_of_layers_that_no_sync_loads_only_the_unexpected_are_logged():
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logger.addHandler(handler)
+
     for expecting in (vllm_engine._expecting(never_sent), nullcontext()):
         with expecting:
             for kind in ("ReLU", "Linear"):
                 logger.warning("%s: Failed to load weights", kind)
+
             logger.warning("%s: something else", "ReLU")
+
     logger.removeHandler(handler)
     told = ["Linear: Failed to load weights", "ReLU: something else"]
     assert said == [*told, "ReLU: Failed to load weights", *told]

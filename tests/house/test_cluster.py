@@ -26,7 +26,8 @@ def lock_lines(kind):
 
 def locked(kind):
     return {
-        canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lock_lines(kind))
+        canonicalize_name(name): version
+        for name, _, version in (line.partition("==") for line in lock_lines(kind))
     }
 
 
@@ -36,7 +37,9 @@ def locked(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_lock_pins_every_package_once_and_nothing_else(kind):
     lines = lock_lines(kind)
-    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line)] == []
+    assert [
+        line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line)
+    ] == []
     assert len(locked(kind)) == len(lines)
 
 
@@ -44,7 +47,9 @@ def test_the_cpu_lock_holds_no_cuda_build():
     packages = locked("cpu")
     assert packages["torch"].endswith("+cpu")
     assert {"torchvision", "torchaudio", "torchcodec", "vllm"}.isdisjoint(packages)
-    assert [name for name in packages if name.startswith("nvidia-") or name.endswith(("-cu12", "-cu13"))] == []
+    assert [
+        name for name in packages if name.startswith("nvidia-") or name.endswith(("-cu12", "-cu13"))
+    ] == []
 
 
 def test_the_gpu_lock_holds_no_cpu_build():
@@ -59,11 +64,13 @@ def test_lock_satisfies_every_direct_dependency(kind):
     extras = project["optional-dependencies"]
     packages = locked(kind)
     broken = []
+
     for text in [*project["dependencies"], *extras[kind], *extras["dev"]]:
         wanted = Requirement(text)
         version = packages.get(canonicalize_name(wanted.name))
         if version is None or not wanted.specifier.contains(version):
             broken.append(f"{text} (locked: {version})")
+
     assert broken == []
 
 
@@ -110,9 +117,14 @@ def setup(tmp_path):
         python = program("python", PYTHON.format(version=version, ctypes=ctypes, pip=fake_pip))
         program("g++", "#!/bin/sh\n")
         program("df", f"#!/bin/sh\necho header\necho /dev/x 1 1 {free_kb} 1% /\n")
-        environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": str(python)}
+        environment = {
+            **os.environ,
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "PYTHON": str(python),
+        }
         environment["CXX"] = compiler
         command = [CLUSTER / "setup.sh", tmp_path / "venv", "cluster/requirements-cpu.lock"]
+
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     return run
@@ -121,9 +133,15 @@ def setup(tmp_path):
 @pytest.mark.parametrize(
     ("machine", "lacks"),
     [
-        ({"version": "3.12.1"}, "Python 3.11: {bin}/python is 3.12.1; name another with: make setup PYTHON=/path/to/"),
+        (
+            {"version": "3.12.1"},
+            "Python 3.11: {bin}/python is 3.12.1; name another with: make setup PYTHON=/path/to/",
+        ),
         ({"ctypes": 1}, "libnuma.so.1, which vLLM's CPU build loads (Debian: libnuma1)"),
-        ({"compiler": "no-such-compiler"}, "a C++ compiler, which vLLM uses while it runs (Debian: g++)"),
+        (
+            {"compiler": "no-such-compiler"},
+            "a C++ compiler, which vLLM uses while it runs (Debian: g++)",
+        ),
         ({"free_kb": 3_200_000}, "disk space: 6 GB are needed in {venv}, 3 GB are free"),
     ],
 )
@@ -160,7 +178,9 @@ def test_setup_shows_what_pip_wrote_when_it_fails(setup):
 def dockerfile(kind):
     """Instructions of a Dockerfile, comments dropped and continued lines joined."""
     lines = (CLUSTER / f"Dockerfile.{kind}").read_text(encoding="utf-8").splitlines()
-    text = "\n".join(line for line in lines if not line.lstrip().startswith("#")).replace("\\\n", " ")
+    text = "\n".join(line for line in lines if not line.lstrip().startswith("#")).replace(
+        "\\\n", " "
+    )
     return [line.split(maxsplit=1) for line in text.splitlines() if line]
 
 
@@ -172,7 +192,12 @@ def test_image_copies_files_that_exist_and_installs_its_own_lock(kind):
     assert f"cluster/requirements-{kind}.lock" in sources
     installs = [rest for word, rest in steps if word == "RUN" and "pip install" in rest]
     assert any(f"--no-deps -r cluster/requirements-{kind}.lock" in install for install in installs)
-    assert all("--no-deps" in part for install in installs for part in install.split("&&") if "pip install" in part)
+    assert all(
+        "--no-deps" in part
+        for install in installs
+        for part in install.split("&&")
+        if "pip install" in part
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,18 +230,23 @@ def test_manifest_is_one_rayjob_with_tokens_on_and_the_locked_ray(rayjob):
 
 def test_entrypoint_is_a_valid_command_on_an_existing_config(rayjob):
     program, verb, config, *options = shlex.split(rayjob["spec"]["entrypoint"])
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "scripts"
+    ]
     assert program in scripts and verb == "train"
     assert set(options[::2]) == {"--set"}
     resolved = load_config(ROOT / config, options[1::2])
     shared = [resolved.run.directory, resolved.student.model, resolved.teachers[0].model]
-    assert all(path.is_relative_to("/shared") for path in shared), "what nodes share lies on the shared volume"
+    assert all(path.is_relative_to("/shared") for path in shared), (
+        "what nodes share lies on the shared volume"
+    )
 
 
 def test_every_group_runs_an_image_of_this_folder_with_the_shared_volume(rayjob):
     for group in groups(rayjob):
         pod = group["template"]["spec"]
         volumes = {volume["name"] for volume in pod["volumes"]}
+
         for container in pod["containers"]:
             tag = container["image"].rpartition(":")[2]
             assert (CLUSTER / f"Dockerfile.{tag}").is_file()
@@ -225,7 +255,10 @@ def test_every_group_runs_an_image_of_this_folder_with_the_shared_volume(rayjob)
 
 
 def test_only_the_gpu_group_asks_for_gpus_and_runs_the_gpu_image(rayjob):
-    workers = {group["groupName"]: group["template"]["spec"]["containers"][0] for group in groups(rayjob)[1:]}
+    workers = {
+        group["groupName"]: group["template"]["spec"]["containers"][0]
+        for group in groups(rayjob)[1:]
+    }
     assert workers.keys() == {"cpu", "gpu"}
     for name, container in workers.items():
         assert container["image"] == f"eopd:{name}"
@@ -234,7 +267,8 @@ def test_only_the_gpu_group_asks_for_gpus_and_runs_the_gpu_image(rayjob):
 
 def test_the_readme_s_gpu_settings_are_valid(rayjob):
     readme = (CLUSTER / "README.md").read_text(encoding="utf-8")
-    settings = [os.path.expandvars(one) for one in re.findall(r"--set (\S+)", readme)]  # as the shell does
+    # as the shell does
+    settings = [os.path.expandvars(one) for one in re.findall(r"--set (\S+)", readme)]
     assert settings
     config = shlex.split(rayjob["spec"]["entrypoint"])[2]
     resolved = load_config(ROOT / config, settings)

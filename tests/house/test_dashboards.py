@@ -20,7 +20,10 @@ GRAFANA = DASHBOARDS / "grafana"
 RULES = yaml.safe_load((DASHBOARDS / "rules" / "eopd.yml").read_text(encoding="utf-8"))["groups"]
 ALERTS = {rule["alert"]: rule for group in RULES for rule in group["rules"] if "alert" in rule}
 RECORDED = {rule["record"] for group in RULES for rule in group["rules"] if "record" in rule}
-BOARDS = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(GRAFANA.glob("*.json"))}
+BOARDS = {
+    path.name: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(GRAFANA.glob("*.json"))
+}
 PROMETHEUS_OWN = {"up"}
 
 every_board = pytest.mark.parametrize("board", BOARDS.values(), ids=BOARDS)
@@ -33,11 +36,16 @@ def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
 def expressions(board: dict[str, Any]) -> Iterator[str]:
     for panel in panels(board):
         yield from (target["expr"] for target in panel["targets"])
-    yield from (variable["query"] for variable in board["templating"]["list"] if variable["type"] == "query")
+
+    yield from (
+        variable["query"] for variable in board["templating"]["list"] if variable["type"] == "query"
+    )
 
 
 def metrics_of(expression: str) -> set[str]:
-    """The metric names of a PromQL expression: identifiers that are no function, keyword, label or range."""
+    """The metric names of a PromQL expression: identifiers that are no function, keyword,
+    label or range.
+    """
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"", " ", expression)
     bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", " ", bare)
     bare = re.sub(r"label_values\((\w+),\s*\w+\)", r"\1", bare)
@@ -60,12 +68,19 @@ def test_the_reader_of_expressions_finds_metrics_only(expression: str, names: se
 def test_the_committed_dashboards_are_what_the_code_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DASHBOARDS))
     made = runpy.run_path(str(DASHBOARDS / "build.py"))["render"]()
-    assert {path.name: path.read_text(encoding="utf-8") for path in GRAFANA.glob("*.json")} == made, "make dashboards"
+    assert {
+        path.name: path.read_text(encoding="utf-8") for path in GRAFANA.glob("*.json")
+    } == made, "make dashboards"
     assert len(made) == 4
 
 
 def test_dashboards_and_catalogue_name_the_same_metrics() -> None:
-    drawn = {name for board in BOARDS.values() for expression in expressions(board) for name in metrics_of(expression)}
+    drawn = {
+        name
+        for board in BOARDS.values()
+        for expression in expressions(board)
+        for name in metrics_of(expression)
+    }
     assert drawn == set(CATALOG)
 
 
@@ -75,8 +90,11 @@ def test_every_query_is_of_the_chosen_run(board: dict[str, Any]) -> None:
         for target in panel["targets"]:
             assert '{run=~"$run"}' in target["expr"]
             assert target["datasource"]["uid"] == panel["datasource"]["uid"] == "${datasource}"
+
     variables = {variable["name"]: variable for variable in board["templating"]["list"]}
-    assert list(variables) == ["datasource", "run"], "a query variable comes after the data source it needs"
+    assert list(variables) == ["datasource", "run"], (
+        "a query variable comes after the data source it needs"
+    )
     assert (variables["datasource"]["type"], variables["run"]["type"]) == ("datasource", "query")
 
 
@@ -85,10 +103,12 @@ def test_every_panel_says_what_it_shows_and_in_what_unit(board: dict[str, Any]) 
     for panel in panels(board):
         assert panel["title"]
         assert panel["fieldConfig"]["defaults"]["unit"]
+
         for target in panel["targets"]:
             (name,) = metrics_of(target["expr"])
             assert CATALOG[name].meaning in panel["description"]
             assert CATALOG[name].healthy in panel["description"]
+
         references = [target["refId"] for target in panel["targets"]]
         assert references and len(set(references)) == len(references)
 
@@ -98,6 +118,7 @@ def test_panels_have_ids_of_their_own_and_lie_side_by_side(board: dict[str, Any]
     ids = [panel["id"] for panel in board["panels"]]
     assert len(set(ids)) == len(ids)
     taken: set[tuple[int, int]] = set()
+
     for panel in board["panels"]:
         place = panel["gridPos"]
         cells = {
@@ -122,12 +143,19 @@ def test_rules_name_metrics_that_are_there() -> None:
 
 def test_every_alert_leads_to_its_paragraph_of_the_runbook() -> None:
     text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
-    anchors = {f"docs/runbook.md#{title.lower().replace(' ', '-')}" for title in re.findall(r"^## (.+)$", text, re.M)}
+    anchors = {
+        f"docs/runbook.md#{title.lower().replace(' ', '-')}"
+        for title in re.findall(r"^## (.+)$", text, re.M)
+    }
     assert {alert["annotations"]["runbook"] for alert in ALERTS.values()} == anchors
     assert len(anchors) == len(ALERTS)
+
     for name, alert in ALERTS.items():
         assert set(alert["annotations"]) == {"summary", "description", "runbook"}
-        assert alert["annotations"]["runbook"].endswith(re.sub("(?<!^)(?=[A-Z])", "-", name[4:]).lower())
+        assert alert["annotations"]["runbook"].endswith(
+            re.sub("(?<!^)(?=[A-Z])", "-", name[4:]).lower()
+        )
+
     for paragraph in text.split("\n## ")[1:]:
         assert "**Confirm:**" in paragraph and "**Do:**" in paragraph
 
@@ -135,15 +163,32 @@ def test_every_alert_leads_to_its_paragraph_of_the_runbook() -> None:
 def test_the_runbook_names_metrics_and_keys_that_are_there() -> None:
     text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(eopd_\w+)`", text)) <= set(CATALOG)
-    knobs = (ROOT / "tests" / "house" / "knobs.txt").read_text(encoding="utf-8").replace("[]", "").split()
-    keys = re.findall(r"`((?:run|rollout|teachers|learner|loss|flow|weights|student)(?:\[\])?\.\w+)", text)
+    knobs = (
+        (ROOT / "tests" / "house" / "knobs.txt")
+        .read_text(encoding="utf-8")
+        .replace("[]", "")
+        .split()
+    )
+    keys = re.findall(
+        r"`((?:run|rollout|teachers|learner|loss|flow|weights|student)(?:\[\])?\.\w+)", text
+    )
     named = [key.replace("[]", "") for key in keys]
-    assert named and [key for key in named if not any(f"{knob}.".startswith(f"{key}.") for knob in knobs)] == []
+    assert (
+        named
+        and [key for key in named if not any(f"{knob}.".startswith(f"{key}.") for knob in knobs)]
+        == []
+    )
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Debian's prometheus")
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool comes with Debian's prometheus"
+)
 @pytest.mark.parametrize(
-    "arguments", [("check", "rules", "dashboards/rules/eopd.yml"), ("test", "rules", "tests/house/rules/eopd.test.yml")]
+    "arguments",
+    [
+        ("check", "rules", "dashboards/rules/eopd.yml"),
+        ("test", "rules", "tests/house/rules/eopd.test.yml"),
+    ],
 )
 def test_promtool_finds_the_rules_right(arguments: tuple[str, ...]) -> None:
     done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -152,7 +197,9 @@ def test_promtool_finds_the_rules_right(arguments: tuple[str, ...]) -> None:
 
 def test_every_alert_is_unit_tested() -> None:
     tests = (ROOT / "tests" / "house" / "rules" / "eopd.test.yml").read_text(encoding="utf-8")
-    assert [name for name in ALERTS if f'alertname="{name}", alertstate="firing"' not in tests] == ["EopdStalled"]
+    assert [name for name in ALERTS if f'alertname="{name}", alertstate="firing"' not in tests] == [
+        "EopdStalled"
+    ]
     assert "alertname: EopdStalled" in tests
 
 
@@ -166,20 +213,32 @@ def test_prometheus_scrapes_the_driver_as_often_as_grafana_believes() -> None:
     assert jobs["eopd"]["static_configs"] == [{"targets": ["127.0.0.1:9400"]}]
     assert [path for pattern in scrape["rule_files"] for path in DASHBOARDS.glob(pattern)]
     provisioning = GRAFANA / "provisioning"
-    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())[
+        "datasources"
+    ]
     assert source["type"] == "prometheus"
     assert source["jsonData"]["timeInterval"] == scrape["global"]["scrape_interval"]
-    (provider,) = yaml.safe_load((provisioning / "dashboards" / "eopd.yml").read_text())["providers"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "eopd.yml").read_text())[
+        "providers"
+    ]
     assert provider["type"] == "file"
 
 
 def test_compose_mounts_what_exists_where_it_is_looked_for() -> None:
     services = yaml.safe_load((DASHBOARDS / "compose.yml").read_text())["services"]
-    mounts = dict(mount.split(":")[:2] for service in services.values() for mount in service["volumes"])
-    assert [host for host in mounts if host.startswith(".") and not (DASHBOARDS / host).exists()] == []
-    (provider,) = yaml.safe_load((GRAFANA / "provisioning" / "dashboards" / "eopd.yml").read_text())["providers"]
+    mounts = dict(
+        mount.split(":")[:2] for service in services.values() for mount in service["volumes"]
+    )
+    assert [
+        host for host in mounts if host.startswith(".") and not (DASHBOARDS / host).exists()
+    ] == []
+    (provider,) = yaml.safe_load(
+        (GRAFANA / "provisioning" / "dashboards" / "eopd.yml").read_text()
+    )["providers"]
     assert provider["options"]["path"] in mounts.values()
     assert "/etc/grafana/provisioning" in mounts.values()
     rays = yaml.safe_load((DASHBOARDS / "compose.ray.yml").read_text())["services"]["prometheus"]
-    assert rays == {"volumes": ["/tmp/ray:/tmp/ray:ro"]}  # where prometheus.yml looks for Ray's file
-    assert {service["network_mode"] for service in services.values()} == {"host"}  # all addresses are 127.0.0.1
+    # where prometheus.yml looks for Ray's file
+    assert rays == {"volumes": ["/tmp/ray:/tmp/ray:ro"]}
+    # all addresses are 127.0.0.1
+    assert {service["network_mode"] for service in services.values()} == {"host"}

@@ -10,23 +10,46 @@ import typer
 from eopd.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("cluster/*.md")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("cluster/*.md"),
+    ]
+)
 KNOBS = (Path(__file__).with_name("knobs.txt")).read_text(encoding="utf-8").split()
 # Names of the shape `section.key` that are no keys: of other programs, of Python, of files.
 SECTIONS = sorted({name.split(".")[0].removesuffix("[]") for name in KNOBS})
-FILE_SUFFIXES = {"py", "json", "jsonl", "html", "yaml", "yml", "md", "lock", "sh", "txt", "css", "js"}
+FILE_SUFFIXES = {
+    "py",
+    "json",
+    "jsonl",
+    "html",
+    "yaml",
+    "yml",
+    "md",
+    "lock",
+    "sh",
+    "txt",
+    "css",
+    "js",
+}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def code_of(text: str) -> str:
-    """Lines of every code block, fenced or indented by four; a line that ends in a backslash goes on in the next."""
+    """Lines of every code block, fenced or indented by four; a line that ends in a backslash
+    goes on in the next.
+    """
     code, fenced = [], False
     for line in text.splitlines():
         if line.startswith("```"):
             fenced = not fenced
         elif fenced or line.startswith("    "):
             code.append(line.strip())
+
     return "\n".join(code).replace("\\\n", " ")
 
 
@@ -42,6 +65,7 @@ def wrong_commands(text: str) -> list[str]:
         for part in re.split(r"&&|\|\||;|\|", line.split("#")[0]):
             if match := re.search(r"(?:^|[\s/])(?:eopd|python -m eopd)\s+(.*)", part):
                 found += wrong_arguments(match.group(1))
+
     return found
 
 
@@ -51,10 +75,21 @@ def wrong_arguments(text: str) -> list[str]:
         verb = words.pop(0)
         if verb not in command.commands:
             return [f"eopd {text}: there is no verb {verb}"]
+
         command = command.commands[verb]
-    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+    options = {
+        name
+        for parameter in command.params
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
     given = [word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)]
-    return [f"eopd {text}: there is no option {name}" for name in given if name not in {*options, "--help"}]
+
+    return [
+        f"eopd {text}: there is no option {name}"
+        for name in given
+        if name not in {*options, "--help"}
+    ]
 
 
 @pages
@@ -64,7 +99,9 @@ def test_commands_in_code_blocks_exist(page):
 
 @pages
 def test_make_verbs_in_code_blocks_exist(page):
-    verbs = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    verbs = set(
+        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     code = code_of(page.read_text(encoding="utf-8"))
     assert set(re.findall(r"(?:^|&& )make ([a-z]+)", code, re.MULTILINE)) <= verbs
 
@@ -89,10 +126,14 @@ def broken_links(page: Path, text: str) -> list[str]:
     for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         if re.match(r"[a-z]+:", link):
             continue
+
         file, _, anchor = link.partition("#")
         target = (page.parent / file).resolve() if file else page
-        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+        if not target.exists() or (
+            anchor and target.suffix == ".md" and anchor not in anchors(target)
+        ):
             broken.append(link)
+
     return broken
 
 
@@ -119,15 +160,27 @@ def test_files_in_backticks_exist(page):
 
 
 def unknown_keys(text: str) -> list[str]:
-    """Names in backticks of the form ``section.key`` that are no configuration key, nor the beginning of one."""
+    """Names in backticks of the form ``section.key`` that are no configuration key, nor the
+    beginning of one.
+    """
     known = {name.replace("[]", "") for name in KNOBS}
-    beginnings = {".".join(name.split(".")[:length]) for name in known for length in range(1, name.count(".") + 2)}
+    beginnings = {
+        ".".join(name.split(".")[:length])
+        for name in known
+        for length in range(1, name.count(".") + 2)
+    }
     native = ("rollout.vllm.", "teachers.vllm.", "learner.deepspeed.", "teachers.template_options.")
     unknown = []
+
     for name in re.findall(rf"`((?:{'|'.join(SECTIONS)})(?:\[\])?\.[\w.\[\]]+)", text):
         plain = re.sub(r"\.\d+\b", "", name.replace("[]", "")).rstrip(".")
-        if plain.rpartition(".")[2] not in FILE_SUFFIXES and plain not in beginnings and not plain.startswith(native):
+        if (
+            plain.rpartition(".")[2] not in FILE_SUFFIXES
+            and plain not in beginnings
+            and not plain.startswith(native)
+        ):
             unknown.append(name)
+
     return unknown
 
 
@@ -157,12 +210,19 @@ def test_the_checks_find_what_they_are_for(tmp_path):
     assert wrong_commands("    eopd tarin x.yaml") == ["eopd tarin x.yaml: there is no verb tarin"]
     assert wrong_commands("```\na && .venv/bin/eopd train x.yaml --rseume  # --no\n```") != []
     assert wrong_commands("    eopd teacher serve x.yaml --port 1 \\\n      --nothing") != []
-    assert wrong_commands("    eopd eval m d --n 8 --k 1\n    eopd models tiny && eopd --version") == []
-    assert broken_links(page, "[a](b.md) [c](#a-page-of-two-words) [d](page.md#no) [e](https://x.y)") == [
+    assert (
+        wrong_commands("    eopd eval m d --n 8 --k 1\n    eopd models tiny && eopd --version")
+        == []
+    )
+    assert broken_links(
+        page, "[a](b.md) [c](#a-page-of-two-words) [d](page.md#no) [e](https://x.y)"
+    ) == [
         "b.md",
         "page.md#no",
     ]
-    assert missing_files("`eopd/types.py`, `eopd/type.py`, `configs/` and `configs/*.yaml`") == ["eopd/type.py"]
-    assert unknown_keys("`flow.max_stalenes` and `learner.lr: 1`, `teachers[].eos_remap`, `loss.gate.kind: hard`") == [
-        "flow.max_stalenes"
+    assert missing_files("`eopd/types.py`, `eopd/type.py`, `configs/` and `configs/*.yaml`") == [
+        "eopd/type.py"
     ]
+    assert unknown_keys(
+        "`flow.max_stalenes` and `learner.lr: 1`, `teachers[].eos_remap`, `loss.gate.kind: hard`"
+    ) == ["flow.max_stalenes"]

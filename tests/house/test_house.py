@@ -23,7 +23,17 @@ KNOBS = Path(__file__).with_name("knobs.txt")
 
 MAX_FILE_LINES, MAX_FILE_STATEMENTS, MAX_FUNCTION_LINES, MAX_NESTING = 500, 250, 60, 3
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
+BLOCKS = (
+    ast.If,
+    ast.For,
+    ast.AsyncFor,
+    ast.While,
+    ast.With,
+    ast.AsyncWith,
+    ast.Try,
+    ast.TryStar,
+    ast.Match,
+)
 
 
 def long_functions(tree):
@@ -32,14 +42,23 @@ def long_functions(tree):
 
 
 def nesting(node, depth=0):
-    """Deepest block below ``node``. An elif is no deeper than its if; a nested function or class starts at zero."""
+    """Deepest block below ``node``. An elif is no deeper than its if; a nested function or
+    class starts at zero.
+    """
     deepest = depth
     for child in ast.iter_child_nodes(node):
-        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and child.col_offset == node.col_offset
+        is_elif = (
+            isinstance(node, ast.If)
+            and isinstance(child, ast.If)
+            and child.col_offset == node.col_offset
+        )
         inner = (
-            0 if isinstance(child, (*FUNCTIONS, ast.ClassDef)) else depth + (isinstance(child, BLOCKS) and not is_elif)
+            0
+            if isinstance(child, (*FUNCTIONS, ast.ClassDef))
+            else depth + (isinstance(child, BLOCKS) and not is_elif)
         )
         deepest = max(deepest, nesting(child, inner))
+
     return deepest
 
 
@@ -59,9 +78,12 @@ def test_files_and_functions_are_short_and_flat(path):
 def test_config_types_roles_and_pipeline_load_nothing_heavy():
     heavy = {"torch", "ray", "vllm", "deepspeed", "transformers"}
     program = (
-        "import json, sys, eopd.config, eopd.types, eopd.roles, eopd.pipeline; print(json.dumps(list(sys.modules)))"
+        "import json, sys, eopd.config, eopd.types, eopd.roles, eopd.pipeline; "
+        "print(json.dumps(list(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert heavy.isdisjoint(json.loads(result.stdout))
 
@@ -70,14 +92,18 @@ def test_config_types_roles_and_pipeline_load_nothing_heavy():
 
 
 def knobs(model, prefix=""):
-    """Dotted names of every key a user can set; list items are ``[]``, members of a union share their common keys."""
+    """Dotted names of every key a user can set; list items are ``[]``, members of a union
+    share their common keys.
+    """
     names = set()
     for name, field in model.model_fields.items():
         sections, is_list = sections_of(field.annotation)
         if not sections:
             names.add(f"{prefix}{name}")
+
         for section in sections:
             names |= knobs(section, f"{prefix}{name}{'[]' if is_list else ''}.")
+
     return names
 
 
@@ -85,13 +111,16 @@ def sections_of(annotation):
     """(config sections inside an annotation, whether they stand in a tuple or list)."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return ([annotation] if issubclass(annotation, BaseModel) else []), False
+
     found = [sections_of(argument) for argument in typing.get_args(annotation)]
     is_list = typing.get_origin(annotation) in (tuple, list) or any(inner for _, inner in found)
     return [section for sections, _ in found for section in sections], is_list
 
 
 def test_the_names_of_the_knobs_are_frozen():
-    """A knob is a promise. After a wanted change, copy what this test prints into tests/house/knobs.txt."""
+    """A knob is a promise. After a wanted change, copy what this test prints into
+    tests/house/knobs.txt.
+    """
     actual = "\n".join(sorted(knobs(Config))) + "\n"
     assert KNOBS.read_text(encoding="utf-8") == actual, f"tests/house/knobs.txt must be:\n{actual}"
 
@@ -110,7 +139,9 @@ def test_every_config_is_valid_short_and_says_how_to_run_it(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     header = itertools.takewhile(lambda line: line.startswith("#"), lines)
     assert len(lines) <= 50
-    assert f"eopd train {path.relative_to(ROOT)}" in "\n".join(header), "the header comment holds the exact command"
+    assert f"eopd train {path.relative_to(ROOT)}" in "\n".join(header), (
+        "the header comment holds the exact command"
+    )
 
 
 # --- README ----------------------------------------------------------------------------------------------------------
@@ -122,11 +153,13 @@ def fences(text):
     for index, line in enumerate(lines):
         if not line.startswith("```"):
             continue
+
         if start is None:
             start = index
         else:
             found.append((lines[start][3:].strip(), start + 2, lines[start + 1 : index]))
             start = None
+
     return found
 
 
@@ -136,7 +169,11 @@ def readme():
 
 def test_the_readme_is_short_and_starts_with_a_command():
     assert len(readme().splitlines()) <= 110
-    first = [start for language, start, lines in fences(readme()) if language in ("bash", "sh", "console") and lines]
+    first = [
+        start
+        for language, start, lines in fences(readme())
+        if language in ("bash", "sh", "console") and lines
+    ]
     assert first and first[0] <= 30, "the first ```bash block stands within 30 lines"
 
 
@@ -144,7 +181,9 @@ def test_the_readme_is_short_and_starts_with_a_command():
 
 # Built from parts, so that this file is held to the rule too.
 FORBIDDEN = {
-    "a path of one machine": r"(?<![\w.}-])/(?:" + "|".join(["work", "root", "home/[a-z]+", "Users"]) + r")/",
+    "a path of one machine": r"(?<![\w.}-])/(?:"
+    + "|".join(["work", "root", "home/[a-z]+", "Users"])
+    + r")/",
     "an index of one machine": "file:" + r"///|(?:PIP|UV)_\w*INDEX\w*=|find-links[ =]/",
     "a package index (PyTorch's CPU index apart)": r"index-url[ =]+(?!https://download\.pytorch\.org/whl/cpu)\S|pypi\."
     + "org",
@@ -154,12 +193,18 @@ FORBIDDEN = {
 
 def tracked_files():
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    names = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\0")
     return [ROOT / name for name in names if name and (ROOT / name).is_file()]
 
 
 def forbidden_in(text):
-    return [(reason, match.group()) for reason, pattern in FORBIDDEN.items() for match in re.finditer(pattern, text)]
+    return [
+        (reason, match.group())
+        for reason, pattern in FORBIDDEN.items()
+        for match in re.finditer(pattern, text)
+    ]
 
 
 def test_no_machine_paths_indexes_or_loose_ends():
@@ -169,8 +214,10 @@ def test_no_machine_paths_indexes_or_loose_ends():
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # pictures
+
         if hits := forbidden_in(text):
             found[str(path.relative_to(ROOT))] = hits
+
     assert found == {}
 
 
@@ -183,5 +230,10 @@ def test_the_forbidden_patterns_match_what_they_are_for():
         "# TO" + "DO: later",
     ]
     assert all(forbidden_in(text) for text in bad)
-    good = ["--index-url" + " https://download.pytorch.org/whl/cpu", "a network/", "runs/" + "work/", "${HOME}/models"]
+    good = [
+        "--index-url" + " https://download.pytorch.org/whl/cpu",
+        "a network/",
+        "runs/" + "work/",
+        "${HOME}/models",
+    ]
     assert not any(forbidden_in(text) for text in good)

@@ -1,4 +1,6 @@
-"""The program as a user runs it, what it left running, and a run whose processes can be found and killed."""
+"""The program as a user runs it, what it left running, and a run whose processes can be found
+and killed.
+"""
 
 import json
 import os
@@ -28,14 +30,25 @@ class Program:
 
     def environment(self) -> dict[str, str]:
         """A user's environment, marked."""
-        return {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "RAY_"))} | {self.mark: "1"}
+        return {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "RAY_"))} | {
+            self.mark: "1"
+        }
 
     def start(self, *arguments: str, log: Path | None = None) -> "subprocess.Popen[str]":
-        """``log`` takes the output of a long run: a pipe that nobody reads fills, and then the run stands still."""
+        """``log`` takes the output of a long run: a pipe that nobody reads fills, and then
+        the run stands still.
+        """
         command = [str(Path(sys.executable).with_name("eopd")), *arguments]
         env = self.environment()
-        out, err = (subprocess.PIPE, subprocess.PIPE) if log is None else (log.open("w"), subprocess.STDOUT)
-        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=out, stderr=err, start_new_session=True)
+        out, err = (
+            (subprocess.PIPE, subprocess.PIPE)
+            if log is None
+            else (log.open("w"), subprocess.STDOUT)
+        )
+
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, text=True, stdout=out, stderr=err, start_new_session=True
+        )
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         process = self.start(*arguments)
@@ -58,6 +71,7 @@ class Program:
         deadline = time.monotonic() + grace_s
         while self.marked() and time.monotonic() < deadline:
             time.sleep(0.5)
+
         return [" ".join(process.cmdline()) for process in self.marked() if process.is_running()]
 
     def marked(self) -> list[psutil.Process]:
@@ -69,24 +83,31 @@ class Program:
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
+
         return found
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file that is being written, or is not there yet; half a line at its end is none."""
+    """The rows of a JSONL file that is being written, or is not there yet; half a line at its
+    end is none.
+    """
     whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
     return [json.loads(line) for line in whole.splitlines()]
 
 
 def lost(row: dict[str, Any]) -> float:
     """How many trajectories a run had lost."""
-    return sum(value for name, value in row.items() if name.startswith("eopd_lost_trajectories_total"))
+    return sum(
+        value for name, value in row.items() if name.startswith("eopd_lost_trajectories_total")
+    )
 
 
 class Run:
     """A run under way, and its processes."""
 
-    def __init__(self, program: Program, name: str, *overrides: str, config: str = "configs/tiny.yaml") -> None:
+    def __init__(
+        self, program: Program, name: str, *overrides: str, config: str = "configs/tiny.yaml"
+    ) -> None:
         self.program, self.directory = program, program.runs / name
         self.log = program.runs.parent / f"{name}.log"
         self.process = program.start(*program.train(name, *overrides, config=config), log=self.log)
@@ -102,18 +123,25 @@ class Run:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.name().startswith(f"ray::{role}"[:15]) and self.program.mark in process.environ():
+                if (
+                    process.name().startswith(f"ray::{role}"[:15])
+                    and self.program.mark in process.environ()
+                ):
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
+
         return sorted(found, key=lambda process: process.create_time())
 
     def wait(self, ready: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The last row, once ``ready`` of it."""
         deadline = time.monotonic() + STEP_S
         while not ((found := self.rows()) and ready(found[-1])):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            assert self.process.poll() is None and time.monotonic() < deadline, (
+                self.log.read_text()[-3000:]
+            )
             time.sleep(0.1)
+
         return found[-1]
 
     def goes_on(self, steps: int = 3) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""A teacher's server that refuses all it is asked once it is told to: what poisonous prompts meet again and again.
+"""A teacher's server that refuses all it is asked once it is told to: what poisonous prompts meet
+again and again.
 
-It answers as ``vllm serve`` does (``/v1/models``, ``/v1/completions`` with ``prompt_logprobs``). The token before
-chooses a favourite, which is as likely as all others together.
+It answers as ``vllm serve`` does (``/v1/models``, ``/v1/completions`` with ``prompt_logprobs``).
+The token before chooses a favourite, which is as likely as all others together.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 
 MODEL = "refusing"
+START_TOKENS = 2  # what a client asks for when it starts
 
 
 @dataclass
@@ -26,10 +28,21 @@ class Refusing:
 
 
 def teachers(server: Refusing, model: Path, *, replicas: int) -> str:
-    """An override: a teacher with replicas for all prompts but those of source ``poison``, which the server teaches."""
-    own = f"{{name: teacher, model: {model}, dtype: float32, cpus: 0.25, vllm: {{kv_cache_memory_bytes: 67108864}}, "
-    served = f"{{name: served, model: {model}, dtype: float32, backend: openai, cpus: 0, sources: [poison], "
-    return f"teachers=[{own}replicas: {replicas}}}, {served}server: {{url: '{server.url}', model: {MODEL}}}}}]"
+    """An override: a teacher with replicas for all prompts but those of source ``poison``,
+    which the server teaches.
+    """
+    own = (
+        f"{{name: teacher, model: {model}, dtype: float32, cpus: 0.25, vllm: "
+        f"{{kv_cache_memory_bytes: 67108864}}, "
+    )
+    served = (
+        f"{{name: served, model: {model}, dtype: float32, backend: openai, cpus: 0, sources: "
+        "[poison], "
+    )
+    return (
+        f"teachers=[{own}replicas: {replicas}}}, {served}server: {{url: '{server.url}', "
+        f"model: {MODEL}}}}}]"
+    )
 
 
 def row(before: int, token: int, top_k: int, vocab_size: int) -> dict[str, dict[str, float]]:
@@ -51,9 +64,10 @@ def refusing_server(*, vocab_size: int) -> Iterator[Refusing]:
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if refusing.refuses:
+            if refusing.refuses and len(asked["prompt"]) > START_TOKENS:
                 self._answer(400, {"error": {"message": "this prompt is refused"}})
                 return
+
             ids, top_k = asked["prompt"], asked["prompt_logprobs"]
             rows = [row(before, token, top_k, vocab_size) for before, token in pairwise(ids)]
             self._answer(200, {"choices": [{"prompt_logprobs": [None, *rows]}]})
@@ -72,6 +86,7 @@ def refusing_server(*, vocab_size: int) -> Iterator[Refusing]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     refusing = Refusing(f"http://127.0.0.1:{server.server_address[1]}")
     Thread(target=server.serve_forever, daemon=True).start()
+
     try:
         yield refusing
     finally:

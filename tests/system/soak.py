@@ -1,8 +1,10 @@
-"""Half an hour of training with a fault every minute: what is lost, what leaks. Not a test of CI: ``make soak``.
+"""Half an hour of training with a fault every minute: what is lost, what leaks. Not a test of CI:
+``make soak``.
 
-One process after the other is killed or stopped: engines, teachers and learner ranks, their actors or the processes
-these own, and all but one of the engines at once, as if their node were gone. One prompt is poisonous: no teacher
-scores it. The driver lives through it all, so that what it holds at the end can be compared with the beginning.
+One process after the other is killed or stopped: engines, teachers and learner ranks, their actors
+or the processes these own, and all but one of the engines at once, as if their node were gone. One
+prompt is poisonous: no teacher scores it. The driver lives through it all, so that what it holds at
+the end can be compared with the beginning.
 """
 
 import json
@@ -38,7 +40,8 @@ SETTINGS = (
     "weights={connect_timeout_s: 10, timeout_s: 10, verify_every: 5}",
     "cluster.max_restarts=1000",
 )
-# The last third may hold more than the first by so much: pages that the allocator keeps, and no more.
+# The last third may hold more than the first by so much: pages that the allocator keeps, and no
+# more.
 ALLOWED = {
     "driver RSS, MiB": 30.0,
     "driver files": 8.0,
@@ -79,7 +82,11 @@ class Soak:
 
     def bear(self, minutes: float, every_s: float) -> None:
         """Sample all the time, and bring in a fault every so often."""
-        ends, next_fault, waiting = time.monotonic() + 60 * minutes, time.monotonic() + every_s, list[str]()
+        ends, next_fault, waiting = (
+            time.monotonic() + 60 * minutes,
+            time.monotonic() + every_s,
+            list[str](),
+        )
         while time.monotonic() < ends:
             assert self.run.process.poll() is None, self.run.log.read_text()[-3000:]
             self._sample()
@@ -87,14 +94,20 @@ class Soak:
                 waiting = waiting or random.sample(list(FAULTS), len(FAULTS))
                 self._bring_in(waiting.pop())
                 next_fault += every_s
+
             time.sleep(SAMPLE_S)
 
     def _bring_in(self, fault: str) -> None:
         try:
             FAULTS[fault](self.run)
             self.faults[fault] += 1
-        except (IndexError, StopIteration, psutil.NoSuchProcess):  # the one before it is still being mended
+        except (
+            IndexError,
+            StopIteration,
+            psutil.NoSuchProcess,
+        ):  # the one before it is still being mended
             fault += " (there was none)"
+
         typer.echo(f"{time.strftime('%H:%M:%S')} step {self.run.rows()[-1]['step']}: {fault}")
 
     def _sample(self) -> None:
@@ -112,22 +125,44 @@ class Soak:
     def report(self) -> list[str]:
         """Print what was seen; returns what is wrong."""
         wrong = []
-        typer.echo(f"{'':24}{'first third':>14}{'last third':>14}{'most':>10}{'allowed to grow':>18}")
+        typer.echo(
+            f"{'':24}{'first third':>14}{'last third':>14}{'most':>10}{'allowed to grow':>18}"
+        )
+
         for name, values in self.samples.items():
             third = len(values) // 3
             first, last = statistics.median(values[:third]), statistics.median(values[-third:])
-            typer.echo(f"{name:24}{first:14.1f}{last:14.1f}{max(values):10.1f}{ALLOWED[name]:18.1f}")
+            typer.echo(
+                f"{name:24}{first:14.1f}{last:14.1f}{max(values):10.1f}{ALLOWED[name]:18.1f}"
+            )
             if last - first > ALLOWED[name]:
                 wrong.append(f"{name} grew from {first:.1f} to {last:.1f}")
+
         rows = self.run.rows()
-        names = ("engine_replacements", "teacher_replacements", "learner_restarts", "weight_failures")
+        names = (
+            "engine_replacements",
+            "teacher_replacements",
+            "learner_restarts",
+            "weight_failures",
+        )
+
         for name in names:
-            typer.echo(f"{name:24}{sum(v for k, v in rows[-1].items() if k.startswith(f'eopd_{name}_total')):14.0f}")
-        typer.echo(f"{'dropped trajectories':24}{rows[-1]['eopd_dropped_trajectories_total']:14.0f}")
-        lost = sum(value for name, value in rows[-1].items() if name.startswith("eopd_lost_trajectories_total"))
+            typer.echo(
+                f"{name:24}{sum(v for k, v in rows[-1].items() if k.startswith(f'eopd_{name}_total')):14.0f}"
+            )
+
+        typer.echo(
+            f"{'dropped trajectories':24}{rows[-1]['eopd_dropped_trajectories_total']:14.0f}"
+        )
+        lost = sum(
+            value
+            for name, value in rows[-1].items()
+            if name.startswith("eopd_lost_trajectories_total")
+        )
         typer.echo(f"{'lost trajectories':24}{lost:14.0f}\n{'steps':24}{len(rows):14}")
         for fault, count in self.faults.items():
             typer.echo(f"{fault:24}{count:14}")
+
         return wrong + self._ledger(rows)
 
     def _ledger(self, rows: list[dict[str, float]]) -> list[str]:
@@ -138,14 +173,18 @@ class Soak:
         dropped = read_rows(self.run.directory / "dropped.jsonl")
         if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
             wrong.append("metrics.jsonl does not hold every step once")
+
         settled = [issue for row in trained for issue in row["issues"]]
         settled += [row["issue"] for row in dropped if row["issue"] < max(settled)]
         if sorted(settled) != list(range(len(settled))):
             wrong.append("trained.jsonl and dropped.jsonl do not hold every issue number once")
+
         if {row["prompt_id"] for row in dropped} != {POISON["id"]}:
             wrong.append("another prompt than the poisonous one was dropped, or none")
+
         if max(row["eopd_staleness_max"] for row in rows) > 1:
             wrong.append("a trajectory was staler than max_staleness")
+
         return wrong
 
 
@@ -170,9 +209,12 @@ def main(
         config = json.loads((root / "models" / "teacher" / "config.json").read_text())
         server = stack.enter_context(refusing_server(vocab_size=config["vocab_size"]))
         data = root / "prompts.jsonl"
-        data.write_text((ROOT / "configs/prompts/demo_train.jsonl").read_text() + json.dumps(POISON) + "\n")
+        data.write_text(
+            (ROOT / "configs/prompts/demo_train.jsonl").read_text() + json.dumps(POISON) + "\n"
+        )
         of_teachers = teachers(server, root / "models" / "teacher", replicas=1)
         soak = Soak(Run(program, "soak", *SETTINGS, f"prompts.data={data}", of_teachers))
+
         try:
             soak.run.wait(lambda row: row["step"] >= 5)
             server.refuses = True
@@ -183,9 +225,12 @@ def main(
             soak.run.process.terminate()
             typer.echo(soak.run.log.read_text()[-5000:])
             raise
+
         wrong = soak.report() + [f"left running: {line}" for line in program.left_behind()]
+
     for line in wrong:
         typer.echo(f"WRONG: {line}")
+
     sys.exit(1 if wrong else 0)
 
 

@@ -1,5 +1,5 @@
-"""One run, and one process of it after the other is killed: it goes on, and what it trains is what it should. At last
-there is one failure more than it may have.
+"""One run, and one process of it after the other is killed: it goes on, and what it trains is what
+it should. At last there is one failure more than it may have.
 """
 
 import json
@@ -26,10 +26,14 @@ def server(program):
 
 @pytest.fixture(scope="module")
 def run(program, server, tmp_path_factory):
-    """Asynchronous and rewarded, with two of everything; one prompt has a teacher behind a server of its own."""
+    """Asynchronous and rewarded, with two of everything; one prompt has a teacher behind a
+    server of its own.
+    """
     data = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     own = {"id": "its own", "prompt": "What is 7 + 5?", "answer": "12", "source": "poison"}
-    data.write_text((ROOT / "configs/prompts/arithmetic.jsonl").read_text() + json.dumps(own) + "\n")
+    data.write_text(
+        (ROOT / "configs/prompts/arithmetic.jsonl").read_text() + json.dumps(own) + "\n"
+    )
     run = Run(
         program,
         "faults",
@@ -51,8 +55,12 @@ def run(program, server, tmp_path_factory):
 
 
 def replaced(run: Run, number: int) -> float:
-    """Wait until so many engines were replaced, and the run goes on; how many weight transfers had failed by then."""
-    row = run.wait(lambda row: row["eopd_engine_replacements_total"] == number and row["eopd_engines_up"] == 2)
+    """Wait until so many engines were replaced, and the run goes on; how many weight
+    transfers had failed by then.
+    """
+    row = run.wait(
+        lambda row: row["eopd_engine_replacements_total"] == number and row["eopd_engines_up"] == 2
+    )
     run.goes_on()
     return row["eopd_weight_failures_total"]
 
@@ -66,7 +74,9 @@ def test_engines_are_replaced_also_when_both_are_lost_at_once(run):
 
 
 def stuck(run: Run) -> None:
-    """Wait until no step finishes any more: all wait for the one that stands still, in a weight transfer."""
+    """Wait until no step finishes any more: all wait for the one that stands still, in a
+    weight transfer.
+    """
     step = -1
     while step != (step := run.rows()[-1]["step"]):
         time.sleep(5.0)
@@ -89,13 +99,17 @@ def test_an_engine_that_stands_still_costs_one_time_out(run):
 
 @pytest.mark.slow
 def test_engines_come_and_go_on_request(run):
-    before, replaced_before = run.actors("RolloutActor"), run.rows()[-1]["eopd_engine_replacements_total"]
+    before, replaced_before = (
+        run.actors("RolloutActor"),
+        run.rows()[-1]["eopd_engine_replacements_total"],
+    )
     for number in (3, 2):
         done = run.program.run("scale", str(run.directory), "--engines", str(number))
         assert done.returncode == 0 and f"asked for {number} rollout engines" in done.stdout
         run.wait(lambda row, number=number: row["eopd_engines_up"] == number)
         run.goes_on()
         assert all(actor.is_running() for actor in before), "those that were there stay"
+
     assert run.rows()[-1]["eopd_engine_replacements_total"] == replaced_before
 
 
@@ -114,7 +128,8 @@ def test_a_killed_learner_rank_brings_the_gang_back_from_the_last_checkpoint(run
     assert after["step"] > before["step"] - 5
     summary = run.summary()
     assert summary["incarnation"] == rank + 1 and summary["status"] == "running"
-    assert all(row["eopd_logprob_gap_nats"] < 0.1 for row in run.rows()[-8:])  # a few versions apart: up to 0.75
+    # a few versions apart: up to 0.75
+    assert all(row["eopd_logprob_gap_nats"] < 0.1 for row in run.rows()[-8:])
 
 
 def test_prompts_that_no_teacher_scores_are_dropped_and_the_run_goes_on(run, server):
@@ -133,7 +148,9 @@ def test_one_failure_too_many_ends_the_run_with_all_their_causes_and_leaves_noth
     assert f"{FAILURES + 1} failures within 3600 s, cluster.max_restarts is {FAILURES}:" in said
     causes = re.findall(r"^  (\d+) x (.+)$", said, re.M)
     assert sum(int(count) for count, _ in causes) == FAILURES + 1
-    assert any(re.match(r"rollout engine \d+: its actor died", cause) for _, cause in causes), causes
+    assert any(re.match(r"rollout engine \d+: its actor died", cause) for _, cause in causes), (
+        causes
+    )
     assert len(re.findall("the learner was lost", said)) == 2
     assert run.summary()["status"] == "failed"
 
@@ -151,4 +168,6 @@ def test_after_all_that_every_step_is_there_once_and_within_its_bounds(run):
     assert sorted(settled) == list(range(len(settled)))  # trained or dropped, exactly once
     assert lost(found[-1]) == 3 * found[-1]["eopd_dropped_trajectories_total"]
     newest = max((run.directory / "checkpoints").glob("step-*"))
-    assert int(newest.name.removeprefix("step-")) == len(found), "what was trained is saved before the run ends"
+    assert int(newest.name.removeprefix("step-")) == len(found), (
+        "what was trained is saved before the run ends"
+    )

@@ -1,4 +1,6 @@
-"""``ray job submit --working-dir . -- eopd train`` against a local Ray with its job server and token authentication."""
+"""``ray job submit --working-dir . -- eopd train`` against a local Ray with its job server
+and token authentication.
+"""
 
 import json
 import os
@@ -26,7 +28,8 @@ def free_port() -> str:
 @pytest.fixture
 def head(tmp_path, program):
     """A Ray head of our own, stopped by its own process; yields the environment of its clients."""
-    dashboard, temporary = free_port(), Path("/tmp") / f"ray-{secrets.token_hex(4)}"  # a socket's path must be short
+    # a socket's path must be short
+    dashboard, temporary = free_port(), Path("/tmp") / f"ray-{secrets.token_hex(4)}"
     env = program.environment() | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
@@ -34,12 +37,22 @@ def head(tmp_path, program):
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
     ports = ["--port", free_port(), "--dashboard-port", dashboard, "--temp-dir", str(temporary)]
-    command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true", *ports]
+    command = [
+        BIN / "ray",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        "--include-dashboard=true",
+        *ports,
+    ]
+
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         yield env
         process.terminate()
         process.wait(timeout=60)
+
     shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -48,9 +61,13 @@ def test_a_submitted_job_trains(program, head):
     settings = program.train("job", "run.batches=3", "evaluation.prompts=4", "cluster.cpus=null")
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "eopd", *settings]
     deadline = time.monotonic() + 60
-    while subprocess.run([BIN / "ray", "job", "list"], env=head, cwd=ROOT, capture_output=True).returncode:
+
+    while subprocess.run(
+        [BIN / "ray", "job", "list"], env=head, cwd=ROOT, capture_output=True
+    ).returncode:
         assert time.monotonic() < deadline, "the job server did not come up"
         time.sleep(1)
+
     done = subprocess.run(command, env=head, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((program.runs / "job" / "summary.json").read_text())

@@ -1,4 +1,6 @@
-"""Debian's Prometheus, with our configuration and rules, scrapes a real run: whatever we ask of it has an answer."""
+"""Debian's Prometheus, with our configuration and rules, scrapes a real run: whatever we ask
+of it has an answer.
+"""
 
 import json
 import re
@@ -20,13 +22,17 @@ ANSWER_S = 60.0  # a rate needs two scrapes, a recorded rule an evaluation
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("prometheus") is None, reason="Debian's prometheus is not installed"),
+    pytest.mark.skipif(
+        shutil.which("prometheus") is None, reason="Debian's prometheus is not installed"
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
 def run(program):
-    """A run that has every metric: asynchronous, rewarded, probed at every sync, with a peak rate."""
+    """A run that has every metric: asynchronous, rewarded, probed at every sync, with a peak
+    rate.
+    """
     run = Run(
         program,
         "watched",
@@ -50,7 +56,9 @@ def run(program):
 
 @pytest.fixture(scope="module")
 def query(run, tmp_path_factory):
-    """Ask a Prometheus that runs on ``dashboards/prometheus.yml``, with the run's port and a faster pace."""
+    """Ask a Prometheus that runs on ``dashboards/prometheus.yml``, with the run's port and a
+    faster pace.
+    """
     folder = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((DASHBOARDS / "prometheus.yml").read_text())
     (address,) = re.findall(r"metrics at http://(\S+)/metrics", run.log.read_text())
@@ -62,23 +70,31 @@ def query(run, tmp_path_factory):
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+
     options = {"config.file": folder / "prometheus.yml", "storage.tsdb.path": folder / "data"}
     options["web.listen-address"] = f"127.0.0.1:{port}"
+
     with (folder / "log").open("w") as log:
         command = ["prometheus", *(f"--{name}={value}" for name, value in options.items())]
         process = subprocess.Popen(command, stdout=log, stderr=log)
 
         def get(path, **arguments):
             url = f"http://127.0.0.1:{port}/{path}?{urllib.parse.urlencode(arguments)}"
-            with urllib.request.urlopen(url, timeout=10) as response:  # an HTTP error is a query that is wrong
+            # an HTTP error is a query that is wrong
+            with urllib.request.urlopen(url, timeout=10) as response:
                 return response.read()
 
         try:
             deadline = time.monotonic() + ANSWER_S
             while not _ready(get):
-                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+                assert process.poll() is None and time.monotonic() < deadline, (
+                    folder / "log"
+                ).read_text()
                 time.sleep(0.2)
-            yield lambda expression: json.loads(get("api/v1/query", query=expression))["data"]["result"]
+
+            yield lambda expression: json.loads(get("api/v1/query", query=expression))["data"][
+                "result"
+            ]
         finally:
             process.terminate()
             process.wait(timeout=30)
@@ -104,25 +120,37 @@ def unanswered(query, expressions):
     deadline = time.monotonic() + ANSWER_S
     while (left := [one for one in expressions if not query(one)]) and time.monotonic() < deadline:
         time.sleep(1.0)
+
     return left
 
 
-@pytest.mark.parametrize("path", sorted((DASHBOARDS / "grafana").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((DASHBOARDS / "grafana").glob("*.json")), ids=lambda path: path.stem
+)
 def test_every_query_of_every_panel_has_data(query, path):
     panels = json.loads(path.read_text())["panels"]
     expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
     assert len(expressions) > 10
-    asked = [one.replace("$__rate_interval", "30s").replace("$run", "watched") for one in expressions]
+    asked = [
+        one.replace("$__rate_interval", "30s").replace("$run", "watched") for one in expressions
+    ]
     assert unanswered(query, asked) == []
 
 
 def test_every_rule_reads_metrics_that_have_data(query):
-    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    rules = [
+        rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
+    ]
     assert unanswered(query, [rule["record"] for rule in rules if "record" in rule]) == []
     alerts = [rule["expr"] for rule in rules if "alert" in rule]
     for expression in alerts:
         query(expression)  # raises where it is wrong; data would be an alert
-    names = {name for expression in alerts for name in re.findall(r"run:[\w:]+|eopd_\w+|\bup\b", expression)}
+
+    names = {
+        name
+        for expression in alerts
+        for name in re.findall(r"run:[\w:]+|eopd_\w+|\bup\b", expression)
+    }
     assert len(names) > 8 and unanswered(query, sorted(names)) == []
 
 
@@ -141,14 +169,23 @@ def test_prometheus_knows_the_step_of_the_run_and_sees_it_going_on(query, run):
 
 
 def test_rays_own_metrics_are_scraped_as_a_job_of_their_own(query):
-    assert unanswered(query, ['ray_node_mem_used{job="ray"}', 'ray_object_store_memory{job="ray"}']) == []
+    assert (
+        unanswered(query, ['ray_node_mem_used{job="ray"}', 'ray_object_store_memory{job="ray"}'])
+        == []
+    )
 
 
 @pytest.mark.parametrize("role", ["rollout-0", "teacher-.+-0"])
 def test_vllms_metrics_of_an_engine_are_among_rays(query, role):
     """What only a working engine counts, and a gauge."""
     which = f'{{job="ray",ReplicaId=~"{role}"}}'
-    assert unanswered(query, [f"ray_vllm_prompt_tokens_total{which} > 0", f"ray_vllm_kv_cache_usage_perc{which}"]) == []
+    assert (
+        unanswered(
+            query,
+            [f"ray_vllm_prompt_tokens_total{which} > 0", f"ray_vllm_kv_cache_usage_perc{which}"],
+        )
+        == []
+    )
 
 
 def test_a_metric_that_is_not_there_has_no_data(query):

@@ -1,4 +1,6 @@
-"""One run undisturbed, and once with its driver killed and its newest checkpoint cut short: equal to the token."""
+"""One run undisturbed, and once with its driver killed and its newest checkpoint cut short:
+equal to the token.
+"""
 
 import json
 import random
@@ -15,7 +17,9 @@ CONTINUED_FROM, COMPARED = 10, 15  # steps
 
 @pytest.fixture(scope="module")
 def killed(program):
-    """The settings of ``synchronous``, and a driver killed after its second checkpoint; with what was left running."""
+    """The settings of ``synchronous``, and a driver killed after its second checkpoint; with
+    what was left running.
+    """
     run = Run(program, "killed")
     run.wait(lambda row: row["step"] >= 21)
     time.sleep(random.uniform(0, 1))  # anywhere in a step
@@ -37,9 +41,11 @@ def resumed(program, killed):
     largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
     with largest.open("rb+") as file:
         file.truncate(largest.stat().st_size - 1)
+
     before = measured_before(directory)
     done = program.run(*program.train("killed"), "--resume")
     assert measured_before(directory) == before, "the measurement before training is kept"
+
     return directory, done, older, newest
 
 
@@ -52,24 +58,39 @@ def test_the_newest_checkpoint_that_is_whole_is_resumed_and_the_other_is_named(r
     directory, done, older, newest = resumed
     assert done.returncode == 0, done.stdout + done.stderr
     message = f"passing over {newest}: learner/"
-    assert message in done.stdout.replace("\n", "") and f"the newest that is whole is {older.name}" in done.stdout
+    assert (
+        message in done.stdout.replace("\n", "")
+        and f"the newest that is whole is {older.name}" in done.stdout
+    )
     assert json.loads((directory / "summary.json").read_text())["status"] == "completed"
-    assert [path.name for path in list_checkpoints(directory / "checkpoints")] == ["step-000020", "step-000030"]
+    assert [path.name for path in list_checkpoints(directory / "checkpoints")] == [
+        "step-000020",
+        "step-000030",
+    ]
     assert len(list((directory / "checkpoints").iterdir())) == 2
 
 
 def test_it_trains_every_number_once_in_order_and_the_same_tokens(resumed, synchronous):
     directory, undisturbed = resumed[0], synchronous[0]
-    trained, expected = read_rows(directory / "trained.jsonl"), read_rows(undisturbed / "trained.jsonl")
+    trained, expected = (
+        read_rows(directory / "trained.jsonl"),
+        read_rows(undisturbed / "trained.jsonl"),
+    )
     assert [row["step"] for row in trained] == list(range(1, 31))
-    assert [row["issues"] for row in trained] == [list(range(8 * step, 8 * step + 8)) for step in range(30)]
-    assert trained[:COMPARED] == expected[:COMPARED]  # token by token, with the checksums of the responses
+    assert [row["issues"] for row in trained] == [
+        list(range(8 * step, 8 * step + 8)) for step in range(30)
+    ]
+    # token by token, with the checksums of the responses
+    assert trained[:COMPARED] == expected[:COMPARED]
     assert len({tuple(row["crc32"]) for row in trained}) == 30
 
 
 def test_its_losses_are_those_of_an_undisturbed_run(resumed, synchronous):
     directory, undisturbed = resumed[0], synchronous[0]
-    found, expected = read_rows(directory / "metrics.jsonl"), read_rows(undisturbed / "metrics.jsonl")
+    found, expected = (
+        read_rows(directory / "metrics.jsonl"),
+        read_rows(undisturbed / "metrics.jsonl"),
+    )
     assert [row["step"] for row in found] == list(range(1, 31))
     for name in ("eopd_loss", "eopd_grad_norm", "eopd_learning_rate", "eopd_response_tokens_total"):
         ours, theirs = ([row[name] for row in of_run[:COMPARED]] for of_run in (found, expected))
@@ -82,9 +103,12 @@ def small_disk(tmp_path, synchronous):
     directory, _ = synchronous
     size = sum(path.stat().st_size for path in (directory / "checkpoints/step-000030").rglob("*"))
     options = f"size={size * 8 // 5}"
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path], capture_output=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path], capture_output=True
+    )
     if mount.returncode != 0:
         pytest.skip("mounting a small disk needs root")
+
     yield tmp_path
     subprocess.run(["umount", tmp_path], check=True)
 
@@ -99,6 +123,8 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_older_checkpoint(progr
     assert message.startswith(f"error: {checkpoints}/step-000002 could not be written: ")
     assert "bytes were free there. step-000001 is whole and kept. Free some space" in message
     assert "Traceback" not in done.stderr
-    assert [path.name for path in checkpoints.iterdir()] == ["step-000001"] and list_checkpoints(checkpoints)
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000001"] and list_checkpoints(
+        checkpoints
+    )
     assert json.loads((small_disk / "full" / "summary.json").read_text())["status"] == "failed"
     assert program.left_behind() == []

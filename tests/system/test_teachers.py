@@ -1,4 +1,6 @@
-"""Teachers in whole runs: two servers that die, one of which knows bounds only; other ends and other prompts."""
+"""Teachers in whole runs: two servers that die, one of which knows bounds only; other ends
+and other prompts.
+"""
 
 import json
 import shutil
@@ -21,9 +23,17 @@ from eopd.telemetry.rows import series
 
 def eopd_server(program, port: int) -> list[str]:
     """The command of our own server."""
-    settings = [f"teachers.0.model={program.models / 'teacher'}", f"student.model={program.models / 'student'}"]
+    settings = [
+        f"teachers.0.model={program.models / 'teacher'}",
+        f"student.model={program.models / 'student'}",
+    ]
     command = [str(Path(sys.executable).with_name("eopd")), "teacher", "serve", "configs/tiny.yaml"]
-    return [*command, "--port", str(port), *(part for setting in settings for part in ("--set", setting))]
+    return [
+        *command,
+        "--port",
+        str(port),
+        *(part for setting in settings for part in ("--set", setting)),
+    ]
 
 
 def stock_server(program, port: int) -> list[str]:
@@ -42,12 +52,15 @@ def stock_server(program, port: int) -> list[str]:
 
 
 class Server:
-    """A teacher's server on a port of its own, which can be killed with all its processes and started again."""
+    """A teacher's server on a port of its own, which can be killed with all its processes and
+    started again.
+    """
 
     def __init__(self, program, command, ready: str, log: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+
         self._ready = f"http://127.0.0.1:{self.port}{ready}"
         self._program = program
         self._command = command(program, self.port)
@@ -59,9 +72,13 @@ class Server:
             self._process = subprocess.Popen(
                 self._command, cwd=ROOT, env=self._program.environment(), stdout=log, stderr=log
             )
+
         deadline = time.monotonic() + 120
+
         while not self._answers():
-            assert self._process.poll() is None and time.monotonic() < deadline, self._log.read_text()[-3000:]
+            assert self._process.poll() is None and time.monotonic() < deadline, (
+                self._log.read_text()[-3000:]
+            )
             time.sleep(0.2)
 
     def _answers(self) -> bool:
@@ -73,8 +90,10 @@ class Server:
     def kill(self) -> None:
         if self._process is None or self._process.poll() is not None:
             return
+
         for process in (*psutil.Process(self._process.pid).children(recursive=True), self._process):
             process.kill()
+
         self._process.wait()
 
 
@@ -86,6 +105,7 @@ def servers(program, tmp_path_factory):
         Server(program, eopd_server, "/ready", logs / "eopd"),
         Server(program, stock_server, "/health", logs / "stock"),
     ]
+
     try:
         start(servers)
         yield servers
@@ -104,7 +124,10 @@ def run(program, servers, tmp_path_factory):
     """Two sources of three are our server's, the third one the stock server's."""
     data = tmp_path_factory.mktemp("prompts") / "mixed.jsonl"
     lines = (ROOT / "configs/prompts/demo_train.jsonl").read_text().splitlines()
-    mixed = [json.loads(line) | {"source": ("math", "code", "prose")[i % 3]} for i, line in enumerate(lines[:96])]
+    mixed = [
+        json.loads(line) | {"source": ("math", "code", "prose")[i % 3]}
+        for i, line in enumerate(lines[:96])
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in mixed))
     ours, stock = (f"url: 'http://127.0.0.1:{server.port}', max_attempts: 2" for server in servers)
     model = f"model: {program.models / 'teacher'}, dtype: float32, cpus: 0.2"
@@ -139,6 +162,7 @@ def test_a_run_outlives_its_teachers_servers(run, servers):
     before = run.wait(lambda row: row["step"] >= 3)
     for server in servers:
         server.kill()
+
     time.sleep(5.0)  # longer than their two attempts
     start(servers)
     last = run.wait(lambda row: row["step"] >= before["step"] + 10)
@@ -161,18 +185,23 @@ def test_ctrl_c_ends_it_with_a_checkpoint_a_report_and_nothing_left_running(run,
     said = run.interrupt()[before:]
     for server in servers:
         server.kill()
+
     assert run.program.left_behind() == []
     assert "Traceback" not in said
     stopped, found = run.summary(), run.rows()
     assert stopped["status"] == "interrupted" and stopped["steps"] == len(found)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     assert ">interrupted</span>" in (run.directory / "report.html").read_text()
-    assert [p.name for p in (run.directory / "checkpoints").iterdir()] == [f"step-{stopped['steps']:06d}"]
+    assert [p.name for p in (run.directory / "checkpoints").iterdir()] == [
+        f"step-{stopped['steps']:06d}"
+    ]
 
 
 @pytest.fixture(scope="module")
 def base_student(program, tmp_path_factory) -> Path:
-    """The tiny student as a base model: its responses end with <|endoftext|>, those of its teacher with <|im_end|>."""
+    """The tiny student as a base model: its responses end with <|endoftext|>, those of its
+    teacher with <|im_end|>.
+    """
     directory = tmp_path_factory.mktemp("base") / "student"
     shutil.copytree(program.models / "student", directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -183,13 +212,17 @@ def base_student(program, tmp_path_factory) -> Path:
     with torch.no_grad():
         for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
             weight[pair] = weight[pair[::-1]]
+
     model.config.eos_token_id = model.generation_config.eos_token_id = pair[0]
     model.save_pretrained(directory)
+
     return directory
 
 
 @pytest.mark.slow
-def test_a_base_student_learns_to_end_like_a_chat_teacher_that_reads_another_prompt(program, base_student):
+def test_a_base_student_learns_to_end_like_a_chat_teacher_that_reads_another_prompt(
+    program, base_student
+):
     tokenizer = AutoTokenizer.from_pretrained(base_student)
     end, chat_end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
     arguments = program.train(
@@ -197,7 +230,8 @@ def test_a_base_student_learns_to_end_like_a_chat_teacher_that_reads_another_pro
         f"student.model={base_student}",
         "teachers.0.template='Between us, the answer is known. {{ prompt }}'",
         "teachers.0.max_prompt_tokens=192",
-        "loss.reverse_kl={kind: topk_tail}",  # reads the candidates, whose end tokens are mapped back
+        # reads the candidates, whose end tokens are mapped back
+        "loss.reverse_kl={kind: topk_tail}",
         "rollout.engines=1",
         "learner.ranks=1",
     )
@@ -213,11 +247,19 @@ def test_a_base_student_learns_to_end_like_a_chat_teacher_that_reads_another_pro
     question = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
-    sentence = tokenizer(f"{question}I like to sing by the lake every night.", return_tensors="pt").input_ids
+    sentence = tokenizer(
+        f"{question}I like to sing by the lake every night.", return_tensors="pt"
+    ).input_ids
     ends = []
+
     for model in (base_student, directory / "hf"):
         with torch.no_grad():
-            logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(sentence).logits[0, -1]
+            logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(
+                sentence
+            ).logits[0, -1]
+
         ends.append(logits.softmax(-1)[[end, chat_end]].tolist())
-    # The tiny student, made from the shipped prompts, begins at 0.70; without mapped candidates it falls.
+
+    # The tiny student, made from the shipped prompts, begins at 0.70; without mapped candidates it
+    # falls.
     assert ends[1][0] > ends[0][0] + 0.2 and ends[1][0] > 0.9 and ends[1][1] < 0.01, ends

@@ -1,4 +1,6 @@
-"""The whole program on real Ray, vLLM and DeepSpeed: two rollout engines, a teacher, two learner ranks."""
+"""The whole program on real Ray, vLLM and DeepSpeed: two rollout engines, a teacher, two
+learner ranks.
+"""
 
 import json
 import re
@@ -7,7 +9,8 @@ import pytest
 import yaml
 from program import read_rows
 
-# What oneDNN and torch take for a processor's best; forward and backward in bfloat16 are then 120 times as slow.
+# What oneDNN and torch take for a processor's best; forward and backward in bfloat16 are then 120
+# times as slow.
 AVX2_ALONE = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 PARAMETERS = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
 
@@ -25,23 +28,31 @@ def test_held_out_reverse_kl_at_least_halves(synchronous):
     for name in PARAMETERS:
         for measured in (before[name], after[name]):
             assert 0 < measured["standard_error"] < 0.5 * max(1.0, abs(measured["mean"]))
+
     assert after["reverse_kl"]["mean"] < 0.5 * before["reverse_kl"]["mean"]
     assert after["forward_kl"]["mean"] < 0.5 * before["forward_kl"]["mean"]
     assert after["top1_agreement"]["mean"] > before["top1_agreement"]["mean"]
 
 
 def test_every_token_was_sampled_by_the_weights_the_learner_held(synchronous):
-    """The learner recomputes each token's log-probability before its update. Were an engine one version behind, or its
-    weights not those that were sent, the gap would be that of a step (here: above 0.02 nats), not of float32."""
+    """The learner recomputes each token's log-probability before its update. Were an engine one
+    version behind, or its weights not those that were sent, the gap would be that of a step (here:
+    above 0.02 nats), not of float32."""
     directory, _ = synchronous
     found = rows(directory)
     assert [row["step"] for row in found] == list(range(1, 31))
+
     for row in found:
         assert row["eopd_staleness_max"] == row["eopd_staleness_mean"] == 0
         assert row["eopd_logprob_gap_nats"] < 1e-3
         assert row["eopd_importance_weight_mean"] == pytest.approx(1.0, abs=1e-3)
         assert row["eopd_weight_bytes"] > 100_000
-    probed = {row["step"]: row["eopd_weight_probe_nats"] for row in found if "eopd_weight_probe_nats" in row}
+
+    probed = {
+        row["step"]: row["eopd_weight_probe_nats"]
+        for row in found
+        if "eopd_weight_probe_nats" in row
+    }
     assert list(probed) == [10, 20, 30] and 0 < max(probed.values()) < 1e-4
 
 
@@ -65,35 +76,61 @@ def test_the_run_directory_is_the_contract(synchronous):
     logs = {path.stem: path.read_text().split("\n")[:-1] for path in (directory / "logs").iterdir()}
     assert {"driver", "rollout-0", "rollout-1", "teacher-teacher-0"} <= set(logs)
     assert all(line.split(" ")[1] == role for role, lines in logs.items() for line in lines)
-    assert any("measuring on 32 held-out prompts, after training" in line for line in logs["driver"])
-    assert [p.name for p in sorted((directory / "checkpoints").iterdir())] == ["step-000020", "step-000030"]
+    assert any(
+        "measuring on 32 held-out prompts, after training" in line for line in logs["driver"]
+    )
+    assert [p.name for p in sorted((directory / "checkpoints").iterdir())] == [
+        "step-000020",
+        "step-000030",
+    ]
     assert yaml.safe_load((directory / "config.yaml").read_text())["learner"]["ranks"] == 2
     trained = [json.loads(line) for line in (directory / "trained.jsonl").read_text().splitlines()]
-    assert [row["issues"] for row in trained] == [list(range(8 * step, 8 * step + 8)) for step in range(30)]
+    assert [row["issues"] for row in trained] == [
+        list(range(8 * step, 8 * step + 8)) for step in range(30)
+    ]
     samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
     assert [s["phase"] for s in samples] == ["before"] * 3 + ["after"] * 3
     assert [s["prompt_id"] for s in samples[:3]] == [s["prompt_id"] for s in samples[3:]]
-    assert "step 30/30" in output and "top-1 agreement" in output and f"report: {directory}/report.html" in output
+    assert (
+        "step 30/30" in output
+        and "top-1 agreement" in output
+        and f"report: {directory}/report.html" in output
+    )
 
 
 def test_a_step_s_timeline_and_the_held_out_tokens_fit_what_was_measured(synchronous):
     directory, _ = synchronous
-    timeline = [json.loads(line) for line in (directory / "timeline.jsonl").read_text().splitlines()]
+    timeline = [
+        json.loads(line) for line in (directory / "timeline.jsonl").read_text().splitlines()
+    ]
+
     for row, spans in zip(rows(directory), timeline, strict=True):
         assert spans["step"] == row["step"]
         for stage in ("generate", "score"):
-            assert sum(b - a for a, b in spans[stage]) == pytest.approx(row[f"eopd_{stage}_seconds"], abs=0.01)
+            assert sum(b - a for a, b in spans[stage]) == pytest.approx(
+                row[f"eopd_{stage}_seconds"], abs=0.01
+            )
+
     summary = json.loads((directory / "summary.json").read_text())["held_out"]
-    measured = [json.loads(line) for line in (directory / "held_out.jsonl").read_text().splitlines()]
+    measured = [
+        json.loads(line) for line in (directory / "held_out.jsonl").read_text().splitlines()
+    ]
     assert [one["phase"] for one in measured] == ["before", "after"]
+
     for one in measured:
         for who in ("student", "teacher"):
             counts = one[f"{who}_entropy_counts"]
             mean = sum(0.2 * (i + 0.5) * count for i, count in enumerate(counts)) / sum(counts)
             assert mean == pytest.approx(summary[one["phase"]][f"{who}_entropy"]["mean"], abs=0.1)
+
         for sample in one["samples"]:
-            assert "".join(sample["texts"][str(i)] for i in sample["ids"]).startswith(sample["response"][:1])
-            assert sample["entropy_low"] == sample["entropy_high"] and min(sample["entropy_low"]) >= 0
+            assert "".join(sample["texts"][str(i)] for i in sample["ids"]).startswith(
+                sample["response"][:1]
+            )
+            assert (
+                sample["entropy_low"] == sample["entropy_high"] and min(sample["entropy_low"]) >= 0
+            )
+
             for i, ids in enumerate(sample["topk_ids"]):
                 if (token := sample["ids"][i]) in ids:
                     listed = sample["topk_logprobs"][i][ids.index(token)]
@@ -113,14 +150,18 @@ def test_the_exported_student_is_the_trained_one(synchronous, program):
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+
     with torch.no_grad():
         whole = teacher.generate(ids, max_new_tokens=12, do_sample=False)
         rows = slice(ids.shape[1] - 1, -1)  # those that predict the response
         expected = teacher(whole).logits[0, rows].softmax(-1)
         kls = [
-            torch.nn.functional.kl_div(m(whole).logits[0, rows].log_softmax(-1), expected, reduction="sum")
+            torch.nn.functional.kl_div(
+                m(whole).logits[0, rows].log_softmax(-1), expected, reduction="sum"
+            )
             for m in (initial, trained)
         ]
+
     assert kls[1] < 0.5 * kls[0]
 
 
@@ -129,8 +170,21 @@ def test_the_exported_student_answers_a_benchmark(synchronous, program, tmp_path
     directory, _ = synchronous
     answers = tmp_path / "answers.jsonl"
     data = "configs/prompts/arithmetic.jsonl"
-    settings = ["--n", "2", "--k", "2", "--max-response-tokens", "16", "--dtype", "float32", "--threads", "1"]
-    done = program.run("eval", str(directory / "hf"), data, *settings, "--grader", "math", "--output", str(answers))
+    settings = [
+        "--n",
+        "2",
+        "--k",
+        "2",
+        "--max-response-tokens",
+        "16",
+        "--dtype",
+        "float32",
+        "--threads",
+        "1",
+    ]
+    done = program.run(
+        "eval", str(directory / "hf"), data, *settings, "--grader", "math", "--output", str(answers)
+    )
     assert done.returncode == 0, done.stderr
     assert "avg@2" in done.stdout and "pass@2" in done.stdout and "40 prompts" in done.stdout
     assert len(answers.read_text().splitlines()) == 40
@@ -138,7 +192,9 @@ def test_the_exported_student_answers_a_benchmark(synchronous, program, tmp_path
 
 @pytest.mark.slow
 def test_a_failure_leaves_no_process_and_says_failed(program):
-    done = program.run(*program.train("broken", "teachers.0.vllm={kv_cache_memory_bytes: 1}", "rollout.engines=1"))
+    done = program.run(
+        *program.train("broken", "teachers.0.vllm={kv_cache_memory_bytes: 1}", "rollout.engines=1")
+    )
     assert done.returncode == 1
     said = r"^error: the replica 0 of teacher teacher did not start: \w+: .+; its log is in .+/broken/logs$"
     assert re.search(said, done.stderr, re.M) and "Traceback" not in done.stderr
@@ -152,17 +208,31 @@ def test_a_failure_leaves_no_process_and_says_failed(program):
 
 
 @pytest.mark.slow
-def test_a_processor_without_bfloat16_computes_in_float32_and_trains(program, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # its keys know nothing of ATEN_CPU_CAPABILITY
+def test_a_processor_without_bfloat16_computes_in_float32_and_trains(
+    program, monkeypatch, tmp_path
+):
+    # its keys know nothing of ATEN_CPU_CAPABILITY
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     for name, value in AVX2_ALONE.items():
         monkeypatch.setenv(name, value)
-    settings = ("student.dtype=auto", "teachers.0.dtype=auto", "rollout.engines=1", "learner.ranks=1")
+
+    settings = (
+        "student.dtype=auto",
+        "teachers.0.dtype=auto",
+        "rollout.engines=1",
+        "learner.ranks=1",
+    )
     done = program.run(*program.train("avx2", *settings))
     assert done.returncode == 0, done.stdout + done.stderr
     directory = program.runs / "avx2"
     config = yaml.safe_load((directory / "config.yaml").read_text())
+
     for model in (config["student"], *config["teachers"]):
-        assert model["dtype"] == "float32" and "keeps bfloat16 instructions from use" in model["dtype_reason"]
+        assert (
+            model["dtype"] == "float32"
+            and "keeps bfloat16 instructions from use" in model["dtype_reason"]
+        )
+
     assert all(row["eopd_logprob_gap_nats"] < 1e-3 for row in rows(directory))
     held_out = json.loads((directory / "summary.json").read_text())["held_out"]
     assert held_out["after"]["reverse_kl"]["mean"] < 0.5 * held_out["before"]["reverse_kl"]["mean"]
@@ -173,7 +243,8 @@ def test_asking_for_more_than_the_machine_has_is_one_message(program):
     done = program.run(*program.train("greedy", "learner.cpus=4"))
     assert done.returncode == 2
     assert (
-        "error: the roles ask for 8.75 cpus (learner 2 x 4, rollout 2 x 0.25, teacher teacher 1 x 0.25)" in done.stderr
+        "error: the roles ask for 8.75 cpus (learner 2 x 4, rollout 2 x 0.25, teacher "
+        "teacher 1 x 0.25)" in done.stderr
     )
     assert "Traceback" not in done.stderr and not (program.runs / "greedy").exists()
     assert program.left_behind() == []

@@ -13,11 +13,17 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Variables under which Python finds the wheel before this environment's own packages, and no checkout."""
+    """Variables under which Python finds the wheel before this environment's own packages,
+    and no checkout.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     source, wheels, site = folder / "source", folder / "wheels", folder / "site"
+
     for name in ("eopd", "configs"):  # copied, since building writes into the folder that it builds
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
 
@@ -28,6 +34,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
 
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "RAY_", "PYTHON"))}
+
     return clean | {"PYTHONPATH": str(site), "HOME": str(tmp_path_factory.mktemp("home"))}
 
 
@@ -40,16 +47,25 @@ def folder(tmp_path_factory) -> Path:
 def eopd(folder: Path, environment: dict[str, str], *arguments: str) -> str:
     command = [sys.executable, "-m", "eopd", *arguments]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
     return done.stdout
 
 
 @pytest.mark.slow
 def test_a_wheel_starts_from_an_empty_folder(folder, environment):
     where = "import eopd; print(eopd.__file__)"
-    found = subprocess.check_output([sys.executable, "-c", where], cwd=folder, env=environment, text=True)
+    found = subprocess.check_output(
+        [sys.executable, "-c", where], cwd=folder, env=environment, text=True
+    )
     assert Path(found.strip()).is_relative_to(environment["PYTHONPATH"])
 
     assert eopd(folder, environment, "init", "tiny").splitlines()[-1] == (
@@ -58,7 +74,9 @@ def test_a_wheel_starts_from_an_empty_folder(folder, environment):
     assert (folder / "configs/prompts/demo_train.jsonl").is_file()
     models = eopd(folder, environment, "models", "tiny").splitlines()
     assert all(Path(line).is_relative_to(environment["HOME"]) for line in models)
-    assert "prompts     320 to train, 64 held out" in eopd(folder, environment, "check", "configs/tiny.yaml")
+    assert "prompts     320 to train, 64 held out" in eopd(
+        folder, environment, "check", "configs/tiny.yaml"
+    )
 
     settings = ["run.batches=2", "evaluation.prompts=4", "cluster.cpus=2"]
     options = [part for setting in settings for part in ("--set", setting)]

@@ -1,8 +1,16 @@
-"""Which attention the student is loaded with, that a soft-cap in it survives, that recomputing it drops nothing out."""
+"""Which attention the student is loaded with, that a soft-cap in it survives, that
+recomputing it drops nothing out.
+"""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DogeConfig, Gemma2Config, MistralConfig, VaultGemmaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DogeConfig,
+    Gemma2Config,
+    MistralConfig,
+    VaultGemmaConfig,
+)
 from transformers.models.doge.modeling_doge import DogeForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
@@ -26,15 +34,24 @@ SOFT = {"attn_logit_softcapping": 50.0}
     ("family", "text_config", "dtype", "device_type", "flash_installed", "expected"),
     [
         (LlamaForCausalLM, {}, "bfloat16", "cuda", True, "flash_attention_2"),
-        (LlamaForCausalLM, {"attn_logit_softcapping": None}, "bfloat16", "cuda", True, "flash_attention_2"),
+        (
+            LlamaForCausalLM,
+            {"attn_logit_softcapping": None},
+            "bfloat16",
+            "cuda",
+            True,
+            "flash_attention_2",
+        ),
         (LlamaForCausalLM, {}, "float32", "cuda", True, "sdpa"),
         (LlamaForCausalLM, {}, "bfloat16", "cpu", True, "sdpa"),
         (LlamaForCausalLM, {}, "bfloat16", "cuda", False, "sdpa"),
         (Gemma2ForCausalLM, SOFT, "bfloat16", "cuda", True, "eager"),
         (Gemma2ForCausalLM, SOFT, "float32", "cpu", False, "eager"),
         (DogeForCausalLM, {}, "bfloat16", "cuda", True, "sdpa"),  # without FlashAttention
-        (GptOssForCausalLM, {}, "bfloat16", "cuda", True, "sdpa"),  # only with other kernels, for its sinks
-        (None, {}, "bfloat16", "cuda", True, "sdpa"),  # transformers will say that it knows no such model
+        # only with other kernels, for its sinks
+        (GptOssForCausalLM, {}, "bfloat16", "cuda", True, "sdpa"),
+        # transformers will say that it knows no such model
+        (None, {}, "bfloat16", "cuda", True, "sdpa"),
     ],
 )
 def test_flash_is_for_gpus_and_half_precision_and_never_under_a_soft_cap(
@@ -62,19 +79,27 @@ def test_a_soft_cap_in_the_attention_is_not_dropped(config_class, tmp_path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     ids = torch.arange(9)[None]
-    student = load_student(StudentConfig(model=tmp_path, dtype="float32"), activation_checkpointing=False)
+    student = load_student(
+        StudentConfig(model=tmp_path, dtype="float32"), activation_checkpointing=False
+    )
+
     with torch.no_grad():
         loaded = student.model(input_ids=ids).logits
         eager, sdpa = (
-            AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(input_ids=ids).logits
+            AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(
+                input_ids=ids
+            ).logits
             for name in ("eager", "sdpa")
         )
+
     assert torch.equal(loaded, eager)
     assert (eager - sdpa).abs().max() > 1e-2  # what would be lost
 
 
 @pytest.mark.parametrize(("window", "longest"), [(9, 10), (300, 301), (4096, 7), (None, 7)])
-def test_packing_is_tried_beyond_the_window_of_the_attention(window, longest, tmp_path, monkeypatch):
+def test_packing_is_tried_beyond_the_window_of_the_attention(
+    window, longest, tmp_path, monkeypatch
+):
     config = MistralConfig(**SIZES, sliding_window=window)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     seen = []

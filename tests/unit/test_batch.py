@@ -21,7 +21,9 @@ from eopd.types import (
 )
 
 
-def scored(prompt_id: str, entropy: Exact | Bounds, mask: list[bool], sample_index: int = 0) -> ScoredTrajectory:
+def scored(
+    prompt_id: str, entropy: Exact | Bounds, mask: list[bool], sample_index: int = 0
+) -> ScoredTrajectory:
     length = len(mask)
     zeros = np.zeros(length, np.float32)
     return ScoredTrajectory(
@@ -60,16 +62,25 @@ def others(monkeypatch: pytest.MonkeyPatch) -> list[list]:
 
 
 def weigh(bodies, *, bound="mid", rewards=None, **loss):
-    headers = [header_of(one, reward) for one, reward in zip(bodies, rewards or [None] * len(bodies), strict=True)]
+    headers = [
+        header_of(one, reward)
+        for one, reward in zip(bodies, rewards or [None] * len(bodies), strict=True)
+    ]
     weigher = Weigher(loss=LossConfig(**loss), entropy_bounds={"t": bound}, seed=3)
     return headers, weigher(headers, bodies)
 
 
 @pytest.mark.parametrize(
     ("bound", "gates", "entropies"),
-    [("low", [0, 0, 1], [0.1, 0.5, 1.0]), ("mid", [0, 1, 1], [0.2, 1.0, 1.5]), ("high", [0, 1, 1], [0.3, 1.5, 2.0])],
+    [
+        ("low", [0, 0, 1], [0.1, 0.5, 1.0]),
+        ("mid", [0, 1, 1], [0.2, 1.0, 1.5]),
+        ("high", [0, 1, 1], [0.3, 1.5, 2.0]),
+    ],
 )
-def test_the_policy_decides_between_the_bounds_and_the_uncertain_share_is_reported(others, bound, gates, entropies):
+def test_the_policy_decides_between_the_bounds_and_the_uncertain_share_is_reported(
+    others, bound, gates, entropies
+):
     # tau = 0.8 lies between the bounds of the second token alone; the fourth is masked.
     known = bounds([0.1, 0.5, 1.0, 0.0], [0.3, 1.5, 2.0, 9.0])
     bodies = [scored("a", known, [True, True, True, False])]
@@ -94,10 +105,14 @@ def test_quantiles_of_the_entropy_are_over_the_loss_tokens_of_all_ranks(others):
 
 
 def test_gate_and_entropy_are_told_by_teacher(others):
-    bodies = [scored("a", exact(0.5, 99.0, 1.5), [True, False, True])]  # tau = 0.8: one token of two
+    # tau = 0.8: one token of two
+    bodies = [scored("a", exact(0.5, 99.0, 1.5), [True, False, True])]
     headers, (weighting,) = weigh(bodies)
     others.append(
-        [("u", 3.0, 0.0, np.array([1.0, 2.0, 3.0]), 0.0, None), ("t", 2.0, 0.0, np.array([2.0, 4.0]), 0.0, None)]
+        [
+            ("u", 3.0, 0.0, np.array([1.0, 2.0, 3.0]), 0.0, None),
+            ("t", 2.0, 0.0, np.array([2.0, 4.0]), 0.0, None),
+        ]
     )
     found = batch_metrics([Stored(headers[0], bodies[0])], {headers[0].key: weighting})
     assert {key: value for key, value in found.items() if "by_teacher" in key} == {
@@ -109,7 +124,8 @@ def test_gate_and_entropy_are_told_by_teacher(others):
 
 
 @pytest.mark.parametrize(
-    ("ids", "share"), [([7] * 10, 6 / 7), ([1, 2, 1, 2, 1, 2, 1], 0.5), ([1, 2, 3, 4, 5], 0.0), ([1, 1, 1], 0.0)]
+    ("ids", "share"),
+    [([7] * 10, 6 / 7), ([1, 2, 1, 2, 1, 2, 1], 0.5), ([1, 2, 3, 4, 5], 0.0), ([1, 1, 1], 0.0)],
 )
 def test_repetition_is_the_share_of_runs_that_were_there_before(ids, share):
     assert repetition(np.array(ids, np.int32)) == pytest.approx(share)
@@ -117,13 +133,17 @@ def test_repetition_is_the_share_of_runs_that_were_there_before(ids, share):
 
 def test_an_unsure_sigmoid_counts_by_how_far_it_may_move(others):
     known = bounds([0.8, 0.8], [0.8, 1.0])
-    _, (weighting,) = weigh([scored("a", known, [True, True])], gate={"kind": "sigmoid", "tau": 0.8, "scale": 0.1})
+    _, (weighting,) = weigh(
+        [scored("a", known, [True, True])], gate={"kind": "sigmoid", "tau": 0.8, "scale": 0.1}
+    )
     assert weighting.gate_uncertain == pytest.approx(1 / (1 + np.exp(-2)) - 0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["always", "never", "random"])
 def test_gates_that_do_not_read_the_entropy_are_certain(others, kind):
-    _, (weighting,) = weigh([scored("a", bounds([0.0] * 9, [5.0] * 9), [True] * 9)], gate={"kind": kind})
+    _, (weighting,) = weigh(
+        [scored("a", bounds([0.0] * 9, [5.0] * 9), [True] * 9)], gate={"kind": kind}
+    )
     assert weighting.gate_uncertain == 0.0
 
 
@@ -137,7 +157,9 @@ def test_a_quantile_is_taken_over_all_ranks(others):
 def test_a_quantile_follows_the_bound_that_the_policy_reads(others):
     known = bounds([0.0, 1.0, 2.0], [9.0, 2.0, 2.5])
     opened = {
-        bound: weigh([scored("a", known, [True] * 3)], bound=bound, gate={"kind": "quantile", "top": 1 / 3})
+        bound: weigh(
+            [scored("a", known, [True] * 3)], bound=bound, gate={"kind": "quantile", "top": 1 / 3}
+        )
         for bound in ("low", "high", "mid")
     }
     assert {bound: one[0].gate_R.tolist() for bound, (_, one) in opened.items()} == {
@@ -159,15 +181,24 @@ def test_a_quantile_follows_the_bound_that_the_policy_reads(others):
     ],
 )
 @pytest.mark.parametrize("kind", ["hard", "quantile", "sigmoid", "random", "always", "never"])
-def test_a_token_without_numbers_has_no_gate_and_takes_no_place_in_a_quantile(others, kind, column, value):
+def test_a_token_without_numbers_has_no_gate_and_takes_no_place_in_a_quantile(
+    others, kind, column, value
+):
     entropy, wrong = np.array([3.0, 1.0, 2.0], np.float32), np.zeros(3, np.float32)
     wrong[0] = value
-    one = scored("a", Exact(np.where(wrong == 0, entropy, wrong) if column == "entropy" else entropy), [True] * 3)
+    one = scored(
+        "a",
+        Exact(np.where(wrong == 0, entropy, wrong) if column == "entropy" else entropy),
+        [True] * 3,
+    )
     if column == "rollout_logprobs":
-        one = dataclasses.replace(one, trajectory=dataclasses.replace(one.trajectory, rollout_logprobs=wrong))
+        one = dataclasses.replace(
+            one, trajectory=dataclasses.replace(one.trajectory, rollout_logprobs=wrong)
+        )
     elif column != "entropy":
         column_of = {column: wrong[:, None] if column == "topk_logprobs" else wrong}
         one = dataclasses.replace(one, signal=dataclasses.replace(one.signal, **column_of))
+
     _, (weighting,) = weigh([one], gate={"kind": kind})
     assert weighting.gate_R.isnan().tolist() == [True, False, False]
     if column == "entropy" and kind == "quantile":  # the top fifth of two tokens is one
@@ -187,7 +218,9 @@ def test_a_freed_slot_and_an_empty_tail_are_numbers(others):
 
 def test_an_unknown_teacher_is_an_error(others):
     strange = scored("a", exact(1.0), [True])
-    strange = dataclasses.replace(strange, signal=dataclasses.replace(strange.signal, teacher="stranger"))
+    strange = dataclasses.replace(
+        strange, signal=dataclasses.replace(strange.signal, teacher="stranger")
+    )
     with pytest.raises(KeyError, match="stranger"):
         weigh([strange])
 
@@ -199,7 +232,9 @@ REWARD = {"reverse_kl": {"kind": "sampled", "reward": {"grader": "exact", "weigh
 
 
 def test_the_advantage_leaves_its_own_sample_out():
-    keys = [TrajectoryKey(0, "a", i) for i in range(3)] + [TrajectoryKey(1, "a", i) for i in range(2)]
+    keys = [TrajectoryKey(0, "a", i) for i in range(3)] + [
+        TrajectoryKey(1, "a", i) for i in range(2)
+    ]
     found = advantages(dict(zip(keys, [1.0, 0.0, 0.0, 0.0, 1.0], strict=True)))
     assert [found[key] for key in keys] == [1.0, -0.5, -0.5, -1.0, 1.0]
 

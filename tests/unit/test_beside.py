@@ -1,4 +1,6 @@
-"""Beside the loop: a watchdog that says who waits for whom, and engines that come and go on request."""
+"""Beside the loop: a watchdog that says who waits for whom, and engines that come and go on
+request.
+"""
 
 import asyncio
 import json
@@ -19,7 +21,9 @@ async def for_a_while(coroutine, seconds: float) -> None:
 
 async def test_a_stall_is_told_once_per_interval_and_a_step_ends_it():
     told = []
-    watchdog = Watchdog(0.2, "report", lambda: ["loop: waiting for a batch", "rollout engine 0: 3 in flight"])
+    watchdog = Watchdog(
+        0.2, "report", lambda: ["loop: waiting for a batch", "rollout engine 0: 3 in flight"]
+    )
     await for_a_while(watchdog.watch(told.append), 0.75)
     assert len(told) == 3
     assert told[0].splitlines() == [
@@ -27,7 +31,9 @@ async def test_a_stall_is_told_once_per_interval_and_a_step_ends_it():
         "  loop: waiting for a batch",
         "  rollout engine 0: 3 in flight",
     ]
-    assert told[2].startswith("no step has finished for 1 s:"), "since the step, not since the last report"
+    assert told[2].startswith("no step has finished for 1 s:"), (
+        "since the step, not since the last report"
+    )
 
     async def steps():
         while True:
@@ -43,7 +49,9 @@ async def test_a_stall_is_told_once_per_interval_and_a_step_ends_it():
 
 async def test_a_stall_ends_the_run_where_it_is_told_to():
     watchdog = Watchdog(0.1, "end", lambda: ["weights: sending, 2 engines"])
-    with pytest.raises(StallError, match=r"for 0 s:\n  weights: sending, 2 engines\n  run.on_stall"):
+    with pytest.raises(
+        StallError, match=r"for 0 s:\n  weights: sending, 2 engines\n  run.on_stall"
+    ):
         await asyncio.wait_for(with_beside(asyncio.sleep(3600), watchdog.watch(pytest.fail)), 5.0)
 
 
@@ -66,6 +74,7 @@ async def test_work_that_fails_is_told_and_so_is_what_fails_beside_it():
 
     with pytest.raises(ValueError, match="mine"):
         await with_beside(fails(), asyncio.sleep(3600))
+
     with pytest.raises(ValueError, match="mine"):
         await with_beside(asyncio.sleep(3600), fails())
 
@@ -92,6 +101,7 @@ class Fleet:
             if self.size in self.fails:
                 self.fails.remove(self.size)
                 raise TimeoutError
+
             self.size += 1
 
 
@@ -103,7 +113,9 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
     await asyncio.sleep(0.05)
     assert told == [], "nobody asked"
     directory.write_summary({"status": "running"})
-    monkeypatch.setattr("eopd.runtime.run_directory.holder", lambda path: Holder(host="h", pid=7, since=0.0))
+    monkeypatch.setattr(
+        "eopd.runtime.run_directory.holder", lambda path: Holder(host="h", pid=7, since=0.0)
+    )
     directory.ask_for_engines(4)
     await asyncio.sleep(0.3)
     assert fleet.size == 4 and told == [
@@ -122,16 +134,21 @@ def test_only_a_run_that_is_running_can_be_scaled_and_a_wish_is_forgotten_with_i
     directory, tmp_path, monkeypatch
 ):
     me = Holder(host="h", pid=7, since=0.0)
-    monkeypatch.setattr("eopd.runtime.run_directory.holder", lambda path: me if path.exists() else None)
+    monkeypatch.setattr(
+        "eopd.runtime.run_directory.holder", lambda path: me if path.exists() else None
+    )
     with pytest.raises(ConfigError, match="is starting: only a run that is running can be scaled"):
         directory.ask_for_engines(3)
+
     with pytest.raises(ConfigError, match="holds no run"):
         RunDirectory(tmp_path / "elsewhere").ask_for_engines(3)
+
     directory.write_summary({"status": "running"})
     directory.ask_for_engines(3)
     assert directory.engines_asked_for() == 3
     directory.write_summary({"status": "completed"})
     with pytest.raises(ConfigError, match="is completed"):
         directory.ask_for_engines(4)
+
     assert json.loads((directory.path / "scale.json").read_text()) == {"engines": 3}
     assert RunDirectory.create(directory.config()).engines_asked_for() is None

@@ -1,4 +1,6 @@
-"""Bounds on an entropy of which only the top k is known: never wrong, and no wider than they must be."""
+"""Bounds on an entropy of which only the top k is known: never wrong, and no wider than they
+must be.
+"""
 
 import numpy as np
 import pytest
@@ -49,7 +51,10 @@ def test_the_highest_is_that_of_an_equal_rest(drawn):
     probs, k = drawn
     if k < len(probs):
         probs[k:] = probs[k:].mean()
-    assert entropy_bounds(told(probs, k), len(probs)).high[0] == pytest.approx(entropy(probs), abs=2e-4)
+
+    assert entropy_bounds(told(probs, k), len(probs)).high[0] == pytest.approx(
+        entropy(probs), abs=2e-4
+    )
 
 
 @given(distributions(), st.integers(1, 30))
@@ -78,6 +83,7 @@ def test_the_tail_is_the_mass_outside_as_far_as_float32_tells_it(drawn):
     if k == len(probs):
         assert np.isneginf(tail[0])
         return
+
     assert np.isfinite(tail[0])
     assert np.exp(np.float64(tail[0])) == pytest.approx(probs[k:].sum(), abs=1e-6)
     assert tail[0] <= np.log(probs[k - 1] * (len(probs) - k)) + 1e-5

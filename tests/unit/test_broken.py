@@ -16,7 +16,9 @@ T, K = 7, 2
 
 @pytest.fixture
 def packed() -> Packed:
-    """Trajectory a: prompt 2, response 3 (rows 1 to 3); b: prompt 1, response 3 (rows 4 to 6), its second masked."""
+    """Trajectory a: prompt 2, response 3 (rows 1 to 3); b: prompt 1, response 3 (rows 4 to
+    6), its second masked.
+    """
     mask = torch.tensor([False, True, True, True, True, False, True])
     return Packed(
         input_ids_T=torch.zeros(T, dtype=torch.int64),
@@ -39,6 +41,7 @@ def with_values(packed: Packed, **values: tuple[int | tuple[int, int], float]) -
     columns = {name: getattr(packed.tokens, name).clone() for name in values}
     for name, (where, value) in values.items():
         columns[name][where] = value
+
     return replace(packed, tokens=replace(packed.tokens, **columns))
 
 
@@ -52,7 +55,11 @@ def test_rows_are_named_by_response_position_and_column(packed):
     )
     assert list(find_rows(broken, KEYS, torch.zeros(T))) == [
         BrokenRow(trajectory=KEYS[0], position=1, columns=("rollout_logprobs_T",)),
-        BrokenRow(trajectory=KEYS[1], position=2, columns=("teacher_logprobs_T", "teacher_topk_logprobs_TK")),
+        BrokenRow(
+            trajectory=KEYS[1],
+            position=2,
+            columns=("teacher_logprobs_T", "teacher_topk_logprobs_TK"),
+        ),
     ]
 
 
@@ -88,13 +95,17 @@ def test_the_dump_of_a_step_is_whole(packed, tmp_path):
     row = BrokenRow(trajectory=KEYS[0], position=1, columns=("gate_T",))
     for rank in (0, 1):
         dump(tmp_path / "step", "loss", [row], KEYS, rank=rank, packs=[packed, packed])
+
     assert sorted(path.name for path in (tmp_path / "step").iterdir()) == [
         "rank-0.safetensors", "rank-1.safetensors", "rows.json"
     ]  # fmt: skip
     record = json.loads((tmp_path / "step" / "rows.json").read_text())
     assert record["what"] == "loss" and record["rows"][0]["position"] == 1
     assert record["trajectories"] == [[0, "a", 0], [0, "b", 1]]
-    assert torch.equal(load_file(tmp_path / "step" / "rank-1.safetensors")["1.loss_mask_T"], packed.tokens.loss_mask_T)
+    assert torch.equal(
+        load_file(tmp_path / "step" / "rank-1.safetensors")["1.loss_mask_T"],
+        packed.tokens.loss_mask_T,
+    )
 
 
 def test_the_message_names_a_few_rows_and_where_the_rest_is(tmp_path):

@@ -1,4 +1,6 @@
-"""Staleness is bounded by construction: a state machine drives the buffer through every order of events."""
+"""Staleness is bounded by construction: a state machine drives the buffer through every order
+of events.
+"""
 
 import asyncio
 import itertools
@@ -22,7 +24,9 @@ CHOICES = st.lists(st.integers(0, 1_000), min_size=1, max_size=6)
 
 
 class Driving(RuleBasedStateMachine):
-    """Everything that can happen to a buffer, in any order, beside an oracle that sorts and searches."""
+    """Everything that can happen to a buffer, in any order, beside an oracle that sorts and
+    searches.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,13 +40,18 @@ class Driving(RuleBasedStateMachine):
     )
     def start(self, batch: int, max_staleness: int, lookahead: int, period: int) -> None:
         self.settled, self.dropped = Watermark(), set[int]()
-        self.mode = {"batch": batch, "max_staleness": max_staleness, "lookahead": min(lookahead, max_staleness)}
+        self.mode = {
+            "batch": batch,
+            "max_staleness": max_staleness,
+            "lookahead": min(lookahead, max_staleness),
+        }
         self.buffer = self.new_buffer()
         self.period = period
         self.version = self.next_issue = self.crashes = 0
         self.accidents: set[int] = set()  # may be turned away
         self.running: dict[int, int] = {}  # issue -> version that writes it
-        self.offers: dict[int, tuple[int, asyncio.Task[LossReason | None]]] = {}  # scored, and no fate yet
+        # scored, and no fate yet
+        self.offers: dict[int, tuple[int, asyncio.Task[LossReason | None]]] = {}
         self.trained: list[int] = []
         self.taking: asyncio.Task[list[Taken]] | None = None
         self.taken: list[int] = []
@@ -51,26 +60,34 @@ class Driving(RuleBasedStateMachine):
         return Buffer(**self.mode, settled=self.settled, dropped=self.dropped)
 
     def due(self) -> set[int]:
-        """What the batch of this version may leave behind none of: the first so many that are not dropped."""
+        """What the batch of this version may leave behind none of: the first so many that are
+        not dropped.
+        """
         count = self.buffer.batch * (self.version + 1 - self.buffer.lookahead)
         numbers = (number for number in itertools.count() if number not in self.dropped)
         return set(itertools.islice(numbers, max(0, count)))
 
     def settle(self) -> None:
-        """Let everything go on that can; then look at what became of offers and of the learner's wait."""
+        """Let everything go on that can; then look at what became of offers and of the
+        learner's wait.
+        """
         self.loop.run_until_complete(_turns(4))
         if self.taking and self.taking.done():
             taken, self.taking = self.taking.result(), None
             self.taken = [one.issue for one in taken]
             staleness = [self.version - one.stored.header.oldest_version for one in taken]
-            assert len(staleness) == self.buffer.batch and max(staleness) <= self.buffer.max_staleness
+            assert (
+                len(staleness) == self.buffer.batch and max(staleness) <= self.buffer.max_staleness
+            )
             assert self.due() <= {*self.trained, *self.taken}
+
         for issue, (_, offer) in list(self.offers.items()):
             if offer.done():
                 del self.offers[issue]
                 if offer.result() is None:
                     assert issue in self.trained
                     continue
+
                 assert offer.result() is LossReason.TOO_STALE
                 assert issue in self.accidents, "turned away although admission bounds staleness"
                 self.accidents.remove(issue)
@@ -84,8 +101,10 @@ class Driving(RuleBasedStateMachine):
         if self.taking and self.running and not self.quick:
             slow = min(self.running)
             self.offer(slow, self.running.pop(slow))
+
         if self.taken:
             self.publish()
+
         if not self.taking and not self.taken:
             self.take()
 
@@ -98,12 +117,15 @@ class Driving(RuleBasedStateMachine):
     def issue(self) -> None:
         while self.next_issue in self.settled:
             self.next_issue += 1
+
         self.running[self.next_issue] = self.version
         self.next_issue += 1
 
     @property
     def quick(self) -> list[int]:
-        """What is being written, but for the slow ones, which take until nothing else can go on: the worst case."""
+        """What is being written, but for the slow ones, which take until nothing else can go
+        on: the worst case.
+        """
         return sorted(issue for issue in self.running if issue % self.period)
 
     @rule(choices=CHOICES)
@@ -121,7 +143,10 @@ class Driving(RuleBasedStateMachine):
         self.offer(issue, self.version - self.buffer.max_staleness - beyond)
 
     def offer(self, issue: int, version: int) -> None:
-        self.offers[issue] = version, self.loop.create_task(self.buffer.offer(issue, stored(issue, version)))
+        self.offers[issue] = (
+            version,
+            self.loop.create_task(self.buffer.offer(issue, stored(issue, version))),
+        )
         self.settle()
 
     @precondition(lambda self: self.quick)
@@ -153,6 +178,7 @@ class Driving(RuleBasedStateMachine):
     def publish(self) -> None:
         for issue in self.taken:
             self.settled.add(issue)
+
         self.trained += self.taken
         self.taken = []
         self.buffer.release()
@@ -167,6 +193,7 @@ class Driving(RuleBasedStateMachine):
         self.taken = []
         self.buffer.put_back(lost)
         self.loop.run_until_complete(_turns(4))
+
         for issue in lost:
             _, offer = self.offers.pop(issue)
             assert offer.result() is LossReason.BODY_LOST
@@ -202,17 +229,21 @@ class Driving(RuleBasedStateMachine):
     def the_learner_waits_only_while_no_batch_is_full_and_one_can_be(self) -> None:
         if self.taking is None:
             return
+
         oldest_allowed = self.version - self.buffer.max_staleness
         assert all(version >= oldest_allowed for version, _ in self.offers.values())
         batch = sorted(self.offers)[: self.buffer.batch]
         due = self.due() - set(self.trained)
-        assert len(batch) < self.buffer.batch or not due <= set(batch), f"{batch} is a batch that nobody takes"
+        assert len(batch) < self.buffer.batch or not due <= set(batch), (
+            f"{batch} is a batch that nobody takes"
+        )
         can_go_on = self.running or self.buffer.num_in_flight < self.buffer.num_slots
         assert can_go_on, "every slot is taken and nothing can be consumed: deadlock"
 
     def teardown(self, close: bool = True) -> None:
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
+
         self.loop.run_until_complete(_turns(2))
         if close:
             self.loop.close()
@@ -230,6 +261,7 @@ class TestAnyOrderOfEvents(Driving.TestCase):
 def train(buffer: Buffer, *issues: int) -> None:
     for issue in issues:
         buffer.settled.add(issue)
+
     buffer.release()
 
 
@@ -264,6 +296,7 @@ async def test_one_that_is_turned_away_while_it_waits_is_overdue_again():
     buffer = Buffer(batch=1, max_staleness=1, lookahead=0)
     for _ in range(2):
         await buffer.admit()
+
     offers = [asyncio.create_task(buffer.offer(i, stored(i, version=-i))) for i in (0, 1)]
     assert [t.issue for t in await buffer.take(version=0)] == [0]
     train(buffer, 0)
@@ -284,6 +317,7 @@ async def test_lookahead_lets_a_slow_trajectory_be_overtaken_once_and_no_more():
     buffer = Buffer(batch=1, max_staleness=2, lookahead=1)
     for _ in range(2):
         await buffer.admit()
+
     fast = asyncio.create_task(buffer.offer(1, stored(1, 0)))
     assert [t.issue for t in await buffer.take(0)] == [1]
     train(buffer, 1)
@@ -291,6 +325,7 @@ async def test_lookahead_lets_a_slow_trajectory_be_overtaken_once_and_no_more():
     faster = asyncio.create_task(buffer.offer(2, stored(2, 1)))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(buffer.take(1), 0.01)  # 0 is due now
+
     slow = asyncio.create_task(buffer.offer(0, stored(0, 0)))
     assert [t.issue for t in await buffer.take(1)] == [0]
     train(buffer, 0)
@@ -300,7 +335,10 @@ async def test_lookahead_lets_a_slow_trajectory_be_overtaken_once_and_no_more():
 
 async def test_a_batch_of_another_size_leaves_nothing_behind_that_is_overdue():
     buffer = Buffer(batch=8, max_staleness=1, lookahead=0, settled=Watermark(10))
-    offers = [asyncio.create_task(buffer.offer(issue, stored(issue, 0))) for issue in (*range(10, 16), 17, 18)]
+    offers = [
+        asyncio.create_task(buffer.offer(issue, stored(issue, 0)))
+        for issue in (*range(10, 16), 17, 18)
+    ]
     taking = asyncio.create_task(buffer.take(version=0))
     await _turns(4)
     assert not taking.done(), "number 16 would be left behind"

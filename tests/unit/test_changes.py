@@ -35,7 +35,9 @@ prompts.template_options student.model
 
 
 def test_every_key_is_decided():
-    """A new key must be put on one of these lists, or be one that changes nothing that is computed."""
+    """A new key must be put on one of these lists, or be one that changes nothing that is
+    computed.
+    """
     for kind, names in DECIDED.items():
         assert [knob for knob in KNOBS if kind_of(knob) == kind] == sorted(names.split())
 
@@ -44,8 +46,12 @@ def test_every_entry_of_the_table_decides_something():
     for name, kind in TABLE.items():
         shorter = name.rpartition(".")[0]
         native = any(name.startswith(f"{option}.") for option in NATIVE)
-        assert native or any(f"{knob}.".startswith(f"{name}.") for knob in KNOBS), f"{name} is no key"
-        assert kind != (kind_of(shorter) if shorter else "said"), f"{name} is {kind} without this entry"
+        assert native or any(f"{knob}.".startswith(f"{name}.") for knob in KNOBS), (
+            f"{name} is no key"
+        )
+        assert kind != (kind_of(shorter) if shorter else "said"), (
+            f"{name} is {kind} without this entry"
+        )
 
 
 @pytest.fixture
@@ -69,7 +75,8 @@ def config(tmp_path):
         ("teachers.0.temperature=2", ["teachers.a.b.temperature 1.0 -> 2.0: said"]),
         ("teachers.1.replicas=3", ["teachers.b.replicas 1 -> 3: always"]),
         ("teachers.1.vllm={max_num_seqs: 4, seed: 1}",
-         ["teachers.b.vllm.max_num_seqs null -> 4: always", "teachers.b.vllm.seed null -> 1: said"]),
+         ["teachers.b.vllm.max_num_seqs null -> 4: always", "teachers.b.vllm.seed null -> "
+                                                            "1: said"]),
         ("teachers=[{model: /u, name: b}, {model: /t, name: a.b, sources: [x]}]", []),
         ("teachers=[{model: /u, name: b}]", ["teachers.a.b /t -> null: said"]),
         ("teachers=[{model: /t, name: a.b, sources: [x]}, {model: /u, name: c}]",
@@ -80,11 +87,13 @@ def config(tmp_path):
         ("loss.gate={kind: quantile, top: 0.1}",
          ["loss.gate.kind hard -> quantile: said", "loss.gate.tau 0.8 -> null: said",
           "loss.gate.top null -> 0.1: said"]),
-        ("rollout.vllm={gpu_memory_utilization: 0.5}", ["rollout.vllm.gpu_memory_utilization null -> 0.5: always"]),
+        ("rollout.vllm={gpu_memory_utilization: 0.5}", ["rollout.vllm.gpu_memory_utilization "
+                                                        "null -> 0.5: always"]),
         ("rollout.vllm={quantization: fp8}", ["rollout.vllm.quantization null -> fp8: said"]),
         ("learner.ranks=2", ["learner.ranks 1 -> 2: always"]),
         (
-            "learner.deepspeed={zero_optimization: {overlap_comm: true, round_robin_gradients: true}}",
+            "learner.deepspeed={zero_optimization: {overlap_comm: true, "
+            "round_robin_gradients: true}}",
             ["learner.deepspeed.zero_optimization.overlap_comm null -> true: always",
              "learner.deepspeed.zero_optimization.round_robin_gradients null -> true: never"],
         ),
@@ -97,7 +106,8 @@ def test_changes_are_named_in_the_words_of_the_config(config, overrides, found):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "kind"), [(1, 2, "always"), (2, 1, "always"), (1, 3, "never"), (0, 1, "never")]
+    ("before", "after", "kind"),
+    [(1, 2, "always"), (2, 1, "always"), (1, 3, "never"), (0, 1, "never")],
 )
 def test_zero_1_and_2_shard_alike(config, before, after, kind):
     stages = (config(f"learner.zero_stage={stage}") for stage in (before, after))

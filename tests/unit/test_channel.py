@@ -38,9 +38,11 @@ class FakeSender:
     async def send(self):
         if self.error is not None:
             raise self.error
+
         self.failures -= 1
         if self.failures >= 0:
             raise WeightTransferError("connection closed by peer")
+
         return 100
 
     async def probe(self, token_ids):
@@ -49,14 +51,23 @@ class FakeSender:
 
 
 class FakeEngine:
-    """``dies_in`` is the call it dies in; ``wrong`` labels the weights it says it serves. The first ``bad_hashes``
-    transfers do not arrive whole, the first ``bad_loads`` are loaded wrong.
+    """``dies_in`` is the call it dies in; ``wrong`` labels the weights it says it serves. The first
+    ``bad_hashes`` transfers do not arrive whole, the first ``bad_loads`` are loaded wrong.
     """
 
     def __init__(
-        self, dies_in: str = "", wrong: PolicyVersion | None = None, bad_hashes: int = 0, bad_loads: int = 0
+        self,
+        dies_in: str = "",
+        wrong: PolicyVersion | None = None,
+        bad_hashes: int = 0,
+        bad_loads: int = 0,
     ) -> None:
-        self.dies_in, self.wrong, self.bad_hashes, self.bad_loads = dies_in, wrong, bad_hashes, bad_loads
+        self.dies_in, self.wrong, self.bad_hashes, self.bad_loads = (
+            dies_in,
+            wrong,
+            bad_hashes,
+            bad_loads,
+        )
         self.dead, self.serves, self.calls = False, PolicyVersion(0, 0), []
 
     async def _call(self, name):
@@ -110,6 +121,7 @@ async def test_the_group_is_built_once_and_every_engine_serves_the_version():
     channel = channel_of(sender, *engines)
     for _ in range(2):
         stats = await channel.publish(NEW)
+
     assert (stats.version, stats.num_bytes, stats.pause_s) == (NEW, 100, 0.25)
     assert sender.groups == [[2, 2]] and channel.num_failures == 0
     assert [engine.serves for engine in engines] == [NEW, NEW]
@@ -140,7 +152,9 @@ async def test_an_engine_that_dies_while_it_loads_is_condemned_and_the_others_go
 
 async def test_an_engine_that_serves_another_version_is_condemned():
     condemned = []
-    await channel_of(FakeSender(), FakeEngine(wrong=PolicyVersion(0, 6)), condemned=condemned).publish(NEW)
+    await channel_of(
+        FakeSender(), FakeEngine(wrong=PolicyVersion(0, 6)), condemned=condemned
+    ).publish(NEW)
     assert condemned == [(0, "installing weights failed: it serves 0.6 after 0.7 was installed")]
 
 
@@ -155,6 +169,7 @@ async def test_an_engine_that_hangs_costs_one_time_out(monkeypatch):
     channel = channel_of(FakeSender(), Stopped(), other, condemned=condemned)
     async with asyncio.timeout(2.0):
         await channel.publish(NEW)
+
     assert [number for number, _ in condemned] == [0] and other.serves == NEW
 
 
@@ -164,15 +179,21 @@ async def test_a_transfer_that_fails_with_everybody_alive_is_sent_again_and_not_
     await channel.publish(NEW)
     assert engine.serves == NEW and len(sender.groups) == 3 and channel.num_failures == 2
     broken = channel_of(FakeSender(failures=1000), FakeEngine())
-    with pytest.raises(WeightSyncError, match=r"5 transfers of 0\.7 failed, last: connection closed by peer"):
+
+    with pytest.raises(
+        WeightSyncError, match=r"5 transfers of 0\.7 failed, last: connection closed by peer"
+    ):
         await broken.publish(NEW)
 
 
 async def test_a_lost_learner_is_not_the_engines_fault():
     condemned = []
-    channel = channel_of(FakeSender(error=LearnerDownError("rank 1 died")), FakeEngine(), condemned=condemned)
+    channel = channel_of(
+        FakeSender(error=LearnerDownError("rank 1 died")), FakeEngine(), condemned=condemned
+    )
     with pytest.raises(LearnerDownError, match="rank 1"):
         await channel.publish(NEW)
+
     assert condemned == []
 
 
@@ -192,6 +213,7 @@ async def test_a_newcomer_that_dies_is_told_to_who_started_it():
     channel = channel_of(FakeSender(), old, condemned=condemned)
     with pytest.raises(EngineDownError, match="rollout engine 1 did not take the weights"):
         await channel.join(1, FakeEngine(dies_in="receive"))
+
     await channel.publish(NEW)
     assert condemned == [] and old.serves == NEW
 
@@ -252,7 +274,9 @@ async def test_wrong_weights_are_sent_once_more_and_nobody_installs_before_all_h
         ("bad_loads", "the engine's log-probabilities of the probe are 1 nats"),
     ],
 )
-async def test_an_engine_that_has_the_same_weights_wrong_twice_is_condemned_and_the_others_serve_them(fault, reason):
+async def test_an_engine_that_has_the_same_weights_wrong_twice_is_condemned_and_the_others_serve_them(
+    fault, reason
+):
     sender, condemned, other = FakeSender(), [], FakeEngine()
     channel = channel_of(sender, FakeEngine(**{fault: 2}), other, condemned=condemned, every=1)
     await channel.publish(NEW)
@@ -266,7 +290,9 @@ async def test_an_engine_that_has_the_same_weights_wrong_twice_is_condemned_and_
 
 async def test_an_engine_that_does_not_answer_the_probe_is_condemned():
     condemned = []
-    await channel_of(FakeSender(), FakeEngine(dies_in="probe"), condemned=condemned, every=1).publish(NEW)
+    await channel_of(
+        FakeSender(), FakeEngine(dies_in="probe"), condemned=condemned, every=1
+    ).publish(NEW)
     assert condemned == [(0, "it did not answer the probe: died in probe")]
 
 
@@ -287,13 +313,19 @@ class Slow(FakeEngine):
 
     def __init__(self, waits_in: str, dies: bool = False) -> None:
         super().__init__()
-        self.waits_in, self.dies, self.reached, self.gate = waits_in, dies, asyncio.Event(), asyncio.Event()
+        self.waits_in, self.dies, self.reached, self.gate = (
+            waits_in,
+            dies,
+            asyncio.Event(),
+            asyncio.Event(),
+        )
 
     async def _call(self, name):
         if name == self.waits_in:
             self.reached.set()
             await self.gate.wait()
             self.dead = self.dies
+
         await super()._call(name)
 
 
@@ -329,6 +361,7 @@ async def test_a_newcomer_that_met_a_lost_learner_is_left_out_again():
     sender.error = LearnerDownError("rank 1 died")
     with pytest.raises(LearnerDownError):
         await channel.join(1, FakeEngine())
+
     sender.error = None
     await channel.publish(NEW)
     assert condemned == [] and sender.groups[-1] == [2]
@@ -339,7 +372,9 @@ async def test_an_engine_that_has_no_seat_for_the_probe_is_not_compared_and_stay
     condemned = []
     stats = await channel_of(FakeSender(), Slow("probe"), condemned=condemned, every=1).publish(NEW)
     assert condemned == [] and stats.probe_nats is None
-    stats = await channel_of(FakeSender(), Slow("probe"), FakeEngine(), condemned=condemned, every=1).publish(NEW)
+    stats = await channel_of(
+        FakeSender(), Slow("probe"), FakeEngine(), condemned=condemned, every=1
+    ).publish(NEW)
     assert condemned == [] and stats.probe_nats == 0.0
 
 
@@ -352,7 +387,9 @@ async def test_newcomers_share_one_transfer_and_nobody_else_is_sent_to_or_paused
     first = Slow("connect")
     joins = [asyncio.create_task(channel.join(56, first))]
     await first.reached.wait()
-    joins += [asyncio.create_task(channel.join(57 + index, engine)) for index, engine in enumerate(new)]
+    joins += [
+        asyncio.create_task(channel.join(57 + index, engine)) for index, engine in enumerate(new)
+    ]
     await asyncio.sleep(0.01)
     first.gate.set()
     await asyncio.gather(*joins)
@@ -375,7 +412,9 @@ async def test_a_newcomer_that_fails_costs_those_that_come_with_it_nothing():
     await first
     joined, refused = await joins
     assert joined is None and well.serves == NEW
-    assert isinstance(refused, EngineDownError) and "installing weights failed: died in install" in str(refused)
+    assert isinstance(
+        refused, EngineDownError
+    ) and "installing weights failed: died in install" in str(refused)
 
 
 class Unconnectable(FakeEngine):
@@ -400,15 +439,20 @@ class WaitsForAll(FakeSender):
 
 
 @pytest.mark.parametrize("fault", ["connect", "silent"])
-async def test_one_of_many_engines_that_answers_and_cannot_join_is_lost_and_the_others_are_served(fault):
+async def test_one_of_many_engines_that_answers_and_cannot_join_is_lost_and_the_others_are_served(
+    fault,
+):
     engines, condemned = [FakeEngine() for _ in range(64)], []
     sender = WaitsForAll(2 * 5 + 1, 2 * 5 + 2)
     if fault == "connect":
         engines[5], sender.missing = Unconnectable(), ()
+
     channel = channel_of(sender, *engines, condemned=condemned)
     await channel.publish(NEW)
     ((number, reason),) = condemned
-    assert number == 5 and ("could not connect" if fault == "connect" else "did not connect") in reason
+    assert (
+        number == 5 and ("could not connect" if fault == "connect" else "did not connect") in reason
+    )
     assert [engine.serves for engine in engines].count(NEW) == 63 and len(sender.groups) == 3
 
 
@@ -417,13 +461,16 @@ async def test_one_that_leaves_in_the_middle_of_a_transfer_twice_is_lost():
         async def send(self):
             if len(self.groups[-1]) == 3:
                 raise WeightTransferError("rank 4 at host has left", [4])
+
             return 100
 
     condemned, sender = [], Left()
     channel = channel_of(sender, *(FakeEngine() for _ in range(3)), condemned=condemned)
     await channel.publish(NEW)
     ((number, reason),) = condemned
-    assert number == 1 and reason.startswith("twice with the same weights: it left a weight transfer: rank 4")
+    assert number == 1 and reason.startswith(
+        "twice with the same weights: it left a weight transfer: rank 4"
+    )
     assert sender.groups == [[2, 2, 2], [2, 2, 2], [2, 2]]
 
 

@@ -1,7 +1,8 @@
-"""A checkpoint is whole or none: on a disk that is full, after a kill, and when a file of it is cut short later.
+"""A checkpoint is whole or none: on a disk that is full, after a kill, and when a file of it is cut
+short later.
 
-A full disk is played by the kernel's limit on the size of a file, which fails a write as a disk does: with a part of
-it written.
+A full disk is played by the kernel's limit on the size of a file, which fails a write as a disk
+does: with a part of it written.
 """
 
 import asyncio
@@ -30,7 +31,12 @@ FILES = ("learner/big", "learner/deep/small", "state.json", "manifest.json")
 
 def state(step: int) -> DriverState:
     return DriverState(
-        step=step, tokens=3, trajectories=2, skipped_steps=1, wall_s=1.5, ledger=Ledger(Watermark(step)).state()
+        step=step,
+        tokens=3,
+        trajectories=2,
+        skipped_steps=1,
+        wall_s=1.5,
+        ledger=Ledger(Watermark(step)).state(),
     )
 
 
@@ -62,6 +68,7 @@ def whole(root: Path) -> list[str]:
 def files_of_at_most(size: int):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
     try:
         yield
     finally:
@@ -73,7 +80,9 @@ def test_the_newest_checkpoints_are_kept_and_read_back(tmp_path):
     assert names(tmp_path) == whole(tmp_path) == ["step-000002", "step-000003"]
     assert DriverState.read(list_checkpoints(tmp_path)[-1]) == state(3)
     assert (tmp_path / "step-000003/learner/deep/small").read_text() == "small"
-    assert set(json.loads((tmp_path / "step-000003/manifest.json").read_text())["files"]) == set(FILES[:3])
+    assert set(json.loads((tmp_path / "step-000003/manifest.json").read_text())["files"]) == set(
+        FILES[:3]
+    )
 
 
 def test_the_step_is_a_number_also_beyond_six_digits(tmp_path):
@@ -88,7 +97,9 @@ def test_a_checkpoint_is_none_once_a_file_of_it_is_cut_short_or_gone(tmp_path, n
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1])
     cut = fault(damaged.parents[len(Path(name).parts) - 1])
-    assert whole(tmp_path) == ["step-000001"] and list(broken_checkpoints(tmp_path)) == [tmp_path / "step-000002"]
+    assert whole(tmp_path) == ["step-000001"] and list(broken_checkpoints(tmp_path)) == [
+        tmp_path / "step-000002"
+    ]
     damaged.unlink()
     gone = fault(tmp_path / "step-000002")
     assert whole(tmp_path) == ["step-000001"]
@@ -98,6 +109,7 @@ def test_a_checkpoint_is_none_once_a_file_of_it_is_cut_short_or_gone(tmp_path, n
     else:
         assert cut == f"{name} has {len(content) - 1} bytes instead of {len(content)}"
         assert gone == f"{name} is missing"
+
     damaged.write_bytes(content)
     assert whole(tmp_path) == ["step-000001", "step-000002"]
 
@@ -121,15 +133,22 @@ def test_small_files_are_known_by_their_bytes_and_others_may_lie_beside(tmp_path
 
 @pytest.mark.parametrize(
     ("limit", "save", "what"),
-    [(DIGEST_BYTES, save, "the learner's part"), (100, save_little, "state.json"), (250, save_little, "manifest.json")],
+    [
+        (DIGEST_BYTES, save, "the learner's part"),
+        (100, save_little, "state.json"),
+        (250, save_little, "manifest.json"),
+    ],
 )
 def test_on_a_full_disk_the_old_checkpoint_stays_and_is_the_one(tmp_path, limit, save, what):
     write(tmp_path, 1)
     with files_of_at_most(limit), pytest.raises(StorageError) as caught:
         write(tmp_path, 2, keep_last=1, save=save)
+
     assert names(tmp_path) == whole(tmp_path) == ["step-000001"], what
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path}/step-000002 could not be written: [Errno 27] File too large; ")
+    assert message.startswith(
+        f"{tmp_path}/step-000002 could not be written: [Errno 27] File too large; "
+    )
     assert "bytes were free there. step-000001 is whole and kept. Free some space" in message
     assert message.endswith("then continue from it with --resume.")
 
@@ -138,8 +157,12 @@ def test_without_an_older_checkpoint_a_full_disk_says_to_start_again(tmp_path):
     async def on_a_full_device(directory):
         Path("/dev/full").write_bytes(b"w")
 
-    with pytest.raises(StorageError, match=r"\[Errno 28\] No space left on device; .* There is no older checkpoint\."):
+    with pytest.raises(
+        StorageError,
+        match=r"\[Errno 28\] No space left on device; .* There is no older checkpoint\.",
+    ):
         write(tmp_path / "new", 2, save=on_a_full_device)
+
     assert names(tmp_path / "new") == []
 
 
@@ -147,9 +170,13 @@ def test_what_an_actor_raised_is_told_without_its_traceback(tmp_path):
     from ray.exceptions import RayTaskError
 
     async def remote(directory):
-        raise RayTaskError("save", "Traceback: many lines", OSError(28, "No space left")).as_instanceof_cause()
+        raise RayTaskError(
+            "save", "Traceback: many lines", OSError(28, "No space left")
+        ).as_instanceof_cause()
 
-    with pytest.raises(StorageError, match=r"written: \[Errno 28\] No space left; [\d,]+ bytes were free"):
+    with pytest.raises(
+        StorageError, match=r"written: \[Errno 28\] No space left; [\d,]+ bytes were free"
+    ):
         write(tmp_path, 1, save=remote)
 
 
@@ -161,6 +188,7 @@ def test_what_is_not_the_disk_s_comes_out_as_it_is(tmp_path, error):
 
     with pytest.raises(type(error)):
         write(tmp_path, 1, save=broken)
+
     assert names(tmp_path) == []
 
 
@@ -184,10 +212,12 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 def test_only_whole_checkpoints_count_as_kept(tmp_path):
     write(tmp_path, 1, 2, 5)
-    (tmp_path / "step-000005/state.json").write_text("{}")  # the run went back to 2, and has now come to 3
+    # the run went back to 2, and has now come to 3
+    (tmp_path / "step-000005/state.json").write_text("{}")
     write(tmp_path, 3, keep_last=2)
     assert whole(tmp_path) == ["step-000002", "step-000003"]
-    assert names(tmp_path)[-1] == "step-000005"  # not this run's to remove before it has a whole one of its own
+    # not this run's to remove before it has a whole one of its own
+    assert names(tmp_path)[-1] == "step-000005"
     write(tmp_path, 4, 5, keep_last=1)
     assert names(tmp_path) == whole(tmp_path) == ["step-000005"]
 
@@ -214,10 +244,16 @@ def test_what_a_killed_driver_left_is_removed_by_the_next_save(tmp_path):
 def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "summary.json"
     write_whole(path, "old")
-    with files_of_at_most(100), pytest.raises(StorageError, match=r"summary.json could not be written: .* --resume"):
+
+    with (
+        files_of_at_most(100),
+        pytest.raises(StorageError, match=r"summary.json could not be written: .* --resume"),
+    ):
         write_whole(path, "n" * 101)
+
     assert path.read_text() == "old" and names(tmp_path) == ["summary.json"]
     with pytest.raises(StorageError, match=r"gone/too/summary.json could not be written"):
         write_whole(tmp_path / "gone" / "too" / "summary.json", "new")
+
     write_whole(path, "new")
     assert path.read_text() == "new"

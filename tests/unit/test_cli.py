@@ -1,4 +1,6 @@
-"""Bad input: one message that names the key, exit code 2, no traceback, before any worker starts."""
+"""Bad input: one message that names the key, exit code 2, no traceback, before any worker
+starts.
+"""
 
 import asyncio
 import json
@@ -30,7 +32,9 @@ def files(tmp_path_factory):
     write_model(root / "model", build_model("qwen3", tokenizer, seed=0, layers=1), tokenizer)
     write_model(root / "other", build_model("qwen3", other, seed=0, layers=1), other)
     words = Tokenizer(WordLevel({"<eos>": 0, "few": 1, "words": 2}, unk_token="<eos>"))
-    small = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", bos_token="<eos>", pad_token="<eos>")
+    small = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<eos>", bos_token="<eos>", pad_token="<eos>"
+    )
     write_model(root / "small", build_model("qwen3", small, seed=0, layers=1), small)
     (root / "rows.jsonl").write_text(json.dumps({"prompt": "a few words"}) + "\n")
     (root / "empty.jsonl").write_text("\n")
@@ -39,22 +43,38 @@ def files(tmp_path_factory):
         f"teachers: [{{model: {root}/model}}]\nprompts: {{data: {root}/rows.jsonl, held_out: {root}/rows.jsonl}}\n"
         "flow: {batch_prompts: 1}\n"
     )
+
     return root
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("rollout.engine=2", "error: {root}/c.yaml: rollout.engine: unknown key; did you mean engines?"),
+        (
+            "rollout.engine=2",
+            "error: {root}/c.yaml: rollout.engine: unknown key; did you mean engines?",
+        ),
         ("student.model={root}/no", "error: student.model: there is no directory {root}/no;"),
-        ("teachers.0.model={root}/no", "error: teachers.teacher.model: there is no directory {root}/no;"),
-        ("prompts.data={root}/no.jsonl", "error: prompts.data: {root}/no.jsonl cannot be read (No such file or "),
-        ("prompts.held_out={root}/empty.jsonl", "error: prompts.held_out: {root}/empty.jsonl has no rows"),
+        (
+            "teachers.0.model={root}/no",
+            "error: teachers.teacher.model: there is no directory {root}/no;",
+        ),
+        (
+            "prompts.data={root}/no.jsonl",
+            "error: prompts.data: {root}/no.jsonl cannot be read (No such file or ",
+        ),
+        (
+            "prompts.held_out={root}/empty.jsonl",
+            "error: prompts.held_out: {root}/empty.jsonl has no rows",
+        ),
         (
             "prompts.max_tokens=3",
             "longer than prompts.max_tokens 3; this is the longest, with 26 tokens: shorten what ",
         ),
-        ("learner.token_budget=64", "learner.token_budget: 64 is below prompts.max_tokens + max_response_tokens = 204"),
+        (
+            "learner.token_budget=64",
+            "learner.token_budget: 64 is below prompts.max_tokens + max_response_tokens = 204",
+        ),
         ("teachers.0.model={root}/other", "{root}/other"),
         (
             "student.model={root}/small teachers.0.model={root}/small loss.top_k=4",
@@ -64,33 +84,49 @@ def files(tmp_path_factory):
             "student.model={root}/small teachers.0.model={root}/small loss.top_k=2",
             "error: prompts.template: chat, but the tokenizer has no chat template; set it to none",
         ),
-        ("prompts.max_tokens=3000 learner.token_budget=9000", "{root}/model has 2048 positions; prompts.max_tokens + "),
+        (
+            "prompts.max_tokens=3000 learner.token_budget=9000",
+            "{root}/model has 2048 positions; prompts.max_tokens + ",
+        ),
         (
             "student.lora.target_modules=q_prj",
-            "error: student.lora.target_modules: 'q_prj' matches no layer of Qwen3ForCausalLM; its linear ",
+            "error: student.lora.target_modules: 'q_prj' matches no layer of "
+            "Qwen3ForCausalLM; its linear ",
         ),
         ("loss.top_k=300", "loss.top_k: must be a whole number from 1 to 256 (is 300)"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(files, overrides, message, capsys, monkeypatch):
-    arguments = ["train", "{root}/c.yaml", *(part for one in overrides.split() for part in ("--set", one))]
+    arguments = [
+        "train",
+        "{root}/c.yaml",
+        *(part for one in overrides.split() for part in ("--set", one)),
+    ]
     monkeypatch.setattr(sys, "argv", ["eopd", *(a.format(root=files) for a in arguments)])
     with pytest.raises(SystemExit) as caught:
         main()
+
     assert caught.value.code == 2
     shown = capsys.readouterr().err
     assert message.format(root=files) in shown and "Traceback" not in shown
     assert not (files / "runs").exists()
 
 
-def test_a_config_is_printed_with_every_default_and_loads_again(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["eopd", "config", str(files / "c.yaml"), "--set", "loss.gate=always"])
+def test_a_config_is_printed_with_every_default_and_loads_again(
+    files, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        sys, "argv", ["eopd", "config", str(files / "c.yaml"), "--set", "loss.gate=always"]
+    )
     with pytest.raises(SystemExit) as caught:
         main()
+
     shown = capsys.readouterr().out
     assert caught.value.code == 0 and "max_skipped_steps: 3" in shown
     (tmp_path / "whole.yaml").write_text(shown)
-    assert load_config(tmp_path / "whole.yaml") == load_config(files / "c.yaml", ["loss.gate=always"])
+    assert load_config(tmp_path / "whole.yaml") == load_config(
+        files / "c.yaml", ["loss.gate=always"]
+    )
 
 
 @pytest.mark.parametrize("verb", ["train", "check", "config"])
@@ -98,6 +134,7 @@ def test_help_gives_an_example_of_an_override(verb, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eopd", verb, "-h"])
     with pytest.raises(SystemExit) as caught:
         main()
+
     shown = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
     assert "--set learner.lr=1e-5" in shown and "docs/configuration.md" in shown
@@ -108,6 +145,7 @@ def test_options_of_eval_have_the_bounds_of_their_keys(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eopd", *arguments])
     with pytest.raises(SystemExit) as caught:
         main()
+
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
         "error: --gpus: 1.5 is neither a whole number of GPUs nor, below 1, a share of one\n"
@@ -121,11 +159,18 @@ async def _save_nothing(learner: Path) -> None:
 
 @pytest.fixture
 def run(files, tmp_path):
-    """A run directory with checkpoints of steps 2 and 10, one that lost a file, and one that was never finished."""
+    """A run directory with checkpoints of steps 2 and 10, one that lost a file, and one that
+    was never finished.
+    """
     directory = tmp_path / "run"
     for step in (2, 10, 11):
-        numbers = DriverState(step=step, tokens=0, trajectories=0, skipped_steps=0, wall_s=0.0, ledger={})
-        asyncio.run(write_checkpoint(directory / "checkpoints", numbers, _save_nothing, keep_last=3))
+        numbers = DriverState(
+            step=step, tokens=0, trajectories=0, skipped_steps=0, wall_s=0.0, ledger={}
+        )
+        asyncio.run(
+            write_checkpoint(directory / "checkpoints", numbers, _save_nothing, keep_last=3)
+        )
+
     (directory / "checkpoints" / "step-000011" / "state.json").unlink()
     (directory / "checkpoints" / ".step-000012.partial").mkdir()
     shutil.copy(files / "c.yaml", directory / "config.yaml")
@@ -133,6 +178,7 @@ def run(files, tmp_path):
     (tmp_path / "new").mkdir()
     shutil.copy(files / "c.yaml", tmp_path / "new" / "config.yaml")
     (directory / "hf-step-000010").mkdir()
+
     return tmp_path
 
 
@@ -145,7 +191,8 @@ def run(files, tmp_path):
         ("{root}/run --step 7", "error: --step 7: {root}/run has checkpoints of step 2, 10 only"),
         (
             "{root}/run --step 11",
-            "error: --step 11: {root}/run/checkpoints/step-000011 is not whole: state.json is missing",
+            "error: --step 11: {root}/run/checkpoints/step-000011 is not whole: state.json "
+            "is missing",
         ),
         ("{root}/run --step 12", "error: --step 12: {root}/run has checkpoints of step 2, 10 only"),
         (
@@ -165,14 +212,20 @@ def run(files, tmp_path):
             "{root}/run --step 2 --output {root}/" + "x" * 256 + "/a",
             "error: --output {root}/" + "x" * 256 + "/a: File name too long",
         ),
-        ("{root}/run --step 2 --output {root}/a/b", "error: --output {root}/a/b: there is no directory {root}/a"),
+        (
+            "{root}/run --step 2 --output {root}/a/b",
+            "error: --output {root}/a/b: there is no directory {root}/a",
+        ),
     ],
 )
-def test_a_mistaken_export_is_one_message_and_writes_nothing(run, arguments, message, capsys, monkeypatch):
+def test_a_mistaken_export_is_one_message_and_writes_nothing(
+    run, arguments, message, capsys, monkeypatch
+):
     before = sorted(run.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["eopd", "export", *arguments.format(root=run).split()])
     with pytest.raises(SystemExit) as caught:
         main()
+
     assert caught.value.code == 2
     assert capsys.readouterr().err == message.format(root=run) + "\n"
     assert sorted(run.rglob("*")) == before
@@ -180,14 +233,20 @@ def test_a_mistaken_export_is_one_message_and_writes_nothing(run, arguments, mes
 
 def test_a_disk_that_takes_no_more_is_one_message(run, capsys, monkeypatch):
     def full(*arguments, **options):
-        raise StorageError("here could not be written: [Errno 28] No space left on device; 0 bytes were free there.")
+        raise StorageError(
+            "here could not be written: [Errno 28] No space left on device; "
+            "0 bytes were free there."
+        )
 
     monkeypatch.setattr("eopd.runtime.train.train", full)
     monkeypatch.setattr(sys, "argv", ["eopd", "train", str(run / "run" / "config.yaml")])
     with pytest.raises(SystemExit) as caught:
         main()
+
     assert caught.value.code == 1
-    assert capsys.readouterr().err.startswith("error: here could not be written: [Errno 28] No space left on device; 0")
+    assert capsys.readouterr().err.startswith(
+        "error: here could not be written: [Errno 28] No space left on device; 0"
+    )
 
 
 RAN = {
@@ -205,7 +264,9 @@ RAN = {
 
 @pytest.fixture
 def train(run, capsys, monkeypatch):
-    """``eopd train`` with a run that does nothing: its exit code, what it was asked for, and what was shown."""
+    """``eopd train`` with a run that does nothing: its exit code, what it was asked for, and
+    what was shown.
+    """
 
     def command(arguments, status="completed", trained=True, error=None):
         asked = {}
@@ -214,16 +275,21 @@ def train(run, capsys, monkeypatch):
             asked.update(options)
             if error is not None:
                 raise error
+
             return Outcome({**RAN, "status": status}, RunDirectory(run / "run"), trained)
 
         monkeypatch.setattr("eopd.runtime.train.train", pretended)
         config = str(run / "run" / "config.yaml")
         monkeypatch.setattr(
-            sys, "argv", ["eopd", "train", *(config if a == "CONFIG" else a for a in arguments.split())]
+            sys,
+            "argv",
+            ["eopd", "train", *(config if a == "CONFIG" else a for a in arguments.split())],
         )
         with pytest.raises(SystemExit) as caught:
             main()
+
         shown = capsys.readouterr()
+
         return int(caught.value.code or 0), asked, (shown.out + shown.err).replace(config, "CONFIG")
 
     return command
@@ -261,7 +327,9 @@ def test_a_mistaken_resume_is_exit_code_2(train, arguments, message):
     assert code == 2 and asked == {} and message in shown
 
 
-@pytest.mark.parametrize("arguments", ["CONFIG --set run.batches=2", "--set run.batches=2 --resume --step 2 CONFIG"])
+@pytest.mark.parametrize(
+    "arguments", ["CONFIG --set run.batches=2", "--set run.batches=2 --resume --step 2 CONFIG"]
+)
 def test_an_interrupted_run_says_what_continues_it(train, arguments):
     code, _, shown = train(arguments, status="interrupted")
     assert code == 130
@@ -271,13 +339,18 @@ def test_an_interrupted_run_says_what_continues_it(train, arguments):
 def test_a_failed_run_says_what_continues_it(train):
     code, _, shown = train("CONFIG --set run.name=a", error=StorageError("full"))
     assert code == 1
-    assert shown.splitlines() == ["continue with: eopd train CONFIG --set run.name=a --resume auto", "error: full"]
+    assert shown.splitlines() == [
+        "continue with: eopd train CONFIG --set run.name=a --resume auto",
+        "error: full",
+    ]
 
 
 def test_a_complete_run_says_so_and_is_exit_code_0(train, run):
     code, _, shown = train("CONFIG --resume auto", trained=False)
     assert code == 0
-    assert f"{run / 'run'} is complete: 1 of 1 steps; raise run.batches to train it further" in shown
+    assert (
+        f"{run / 'run'} is complete: 1 of 1 steps; raise run.batches to train it further" in shown
+    )
 
 
 def test_the_status_of_a_run_that_was_killed_says_what_continues_it(run, capsys, monkeypatch):
@@ -286,18 +359,23 @@ def test_the_status_of_a_run_that_was_killed_says_what_continues_it(run, capsys,
     monkeypatch.setattr(sys, "argv", ["eopd", "status", str(directory.path)])
     with pytest.raises(SystemExit):
         main()
+
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "r: dead (the process that ran it, is gone), step 0/1"
-    moved = f"--set run.directory={run} --set run.name=run"  # by the fixture, which has copied the config
+    # by the fixture, which has copied the config
+    moved = f"--set run.directory={run} --set run.name=run"
     assert lines[-1] == f"continue with: eopd train {directory.path}/config.yaml {moved} --resume"
 
 
 def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkeypatch):
     config = run / "run" / "config.yaml"
-    config.write_text(config.read_text().replace(f"student: {{model: {files}/model}}", "student: {model: /gone}"))
+    config.write_text(
+        config.read_text().replace(f"student: {{model: {files}/model}}", "student: {model: /gone}")
+    )
     monkeypatch.setattr(sys, "argv", ["eopd", "export", str(run / "run"), "--step", "2"])
     with pytest.raises(SystemExit) as caught:
         main()
+
     assert caught.value.code == 2
     assert "error: student.model: there is no directory /gone;" in capsys.readouterr().err
 
@@ -311,31 +389,60 @@ def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkey
             'error: DATA: {root}/graded.jsonl:2 (id "x"): has no `answer`, so that nothing can be graded; ',
         ),
         ([{"question": "few"}], [], "error: DATA: {root}/graded.jsonl:1: needs either `prompt`"),
-        ([], ["--template-options", "["], "error: --template-options [: must be a YAML mapping, e.g. {{enable_"),
-        ([], ["--template-options", "yes"], "error: --template-options yes: must be a YAML mapping, e.g. {{enable_"),
-        ([], ["--template-options", "tools: 1"], "error: --template-options.tools: cannot be set here"),
+        (
+            [],
+            ["--template-options", "["],
+            "error: --template-options [: must be a YAML mapping, e.g. {{enable_",
+        ),
+        (
+            [],
+            ["--template-options", "yes"],
+            "error: --template-options yes: must be a YAML mapping, e.g. {{enable_",
+        ),
+        (
+            [],
+            ["--template-options", "tools: 1"],
+            "error: --template-options.tools: cannot be set here",
+        ),
         ([], ["--k", "9"], "error: --k 9: must be between 1 and --n 8"),
         (
             [{"prompt": "few", "answer": " "}],
             ["--grader", "math"],
-            "error: DATA: {root}/graded.jsonl:1: answer: the grader math can read nothing in it: ' '",
+            "error: DATA: {root}/graded.jsonl:1: answer: the grader math can read nothing "
+            "in it: ' '",
         ),
         (
             [],
             ["--template-options", "{{a: 1, a: 2}}"],
-            "error: --template-options {{a: 1, a: 2}}: must be a YAML mapping, e.g. {{enable_thinking: false}}; this a "
-            "stands twice",
+            "error: --template-options {{a: 1, a: 2}}: must be a YAML mapping, e.g. "
+            "{{enable_thinking: false}}; this a stands twice",
         ),
-        ([], ["--template-options", "a: no"], "error: --template-options.a: no is false in YAML 1.1 and text in YAML"),
-        ([], ["--output", "{root}"], "error: --output {root}: cannot be written (Is a directory); name a file"),
-        ([], ["--output", "{root}/no/x"], "error: --output {root}/no/x: there is no directory {root}/no"),
+        (
+            [],
+            ["--template-options", "a: no"],
+            "error: --template-options.a: no is false in YAML 1.1 and text in YAML",
+        ),
+        (
+            [],
+            ["--output", "{root}"],
+            "error: --output {root}: cannot be written (Is a directory); name a file",
+        ),
+        (
+            [],
+            ["--output", "{root}/no/x"],
+            "error: --output {root}/no/x: there is no directory {root}/no",
+        ),
         ([], ["--output", "/proc/x"], "error: --output /proc/x: cannot be written ("),
         (
             [],
             ["--output", "{root}/" + "x" * 300],
             "error: --output {root}/" + "x" * 300 + ": cannot be written (File name",
         ),
-        ([], ["--max-prompt-tokens", "99999999"], "error: --max-prompt-tokens: must be a whole number from 1 to 10"),
+        (
+            [],
+            ["--max-prompt-tokens", "99999999"],
+            "error: --max-prompt-tokens: must be a whole number from 1 to 10",
+        ),
         (
             [],
             ["--gpus", "2"],
@@ -344,17 +451,26 @@ def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkey
         ([], ["--suffix", "\boxed"], "error: --suffix: holds the control character "),
     ],
 )
-def test_a_mistaken_eval_is_one_message_before_an_engine_starts(files, rows, options, message, capsys, monkeypatch):
+def test_a_mistaken_eval_is_one_message_before_an_engine_starts(
+    files, rows, options, message, capsys, monkeypatch
+):
     data = files / "graded.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(
         sys,
         "argv",
-        ["eopd", "eval", str(files / "model"), str(data), *(option.format(root=files) for option in options)],
+        [
+            "eopd",
+            "eval",
+            str(files / "model"),
+            str(data),
+            *(option.format(root=files) for option in options),
+        ],
     )
     before = sorted(files.iterdir())
     with pytest.raises(SystemExit) as caught:
         main()
+
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(message.format(root=files))
     assert sorted(files.iterdir()) == before
@@ -366,24 +482,43 @@ def test_eval_writes_over_a_file_only_at_the_end(files, capsys, monkeypatch):
 
     monkeypatch.setattr("eopd.runtime.evaluate.evaluate", fails)
     (files / "old.jsonl").write_text("old")
+
     for name in ("old.jsonl", "new.jsonl"):
-        arguments = ["eval", str(files / "model"), str(files / "rows.jsonl"), "--output", str(files / name)]
+        arguments = [
+            "eval",
+            str(files / "model"),
+            str(files / "rows.jsonl"),
+            "--output",
+            str(files / name),
+        ]
         monkeypatch.setattr(sys, "argv", ["eopd", *arguments])
         with pytest.raises(SystemExit):
             main()
+
         assert capsys.readouterr().err == "error: stop\n"
+
     assert (files / "old.jsonl").read_text() == "old" and not (files / "new.jsonl").exists()
 
 
 def test_eval_prints_scores_and_every_verdict(files, capsys, monkeypatch):
     def answer(verdict):
         return Answer(
-            sample_index=0, response="", num_response_tokens=4, stop_reason=StopReason.LENGTH, verdict=verdict
+            sample_index=0,
+            response="",
+            num_response_tokens=4,
+            stop_reason=StopReason.LENGTH,
+            verdict=verdict,
         )
 
     verdicts = {"1": [Verdict.CORRECT, Verdict.NO_ANSWER], "2": [Verdict.ERROR, Verdict.ERROR]}
     prompts = [
-        PromptResult(prompt_id=name, source="s", reference_answer="", answers=tuple(map(answer, found)), lost=())
+        PromptResult(
+            prompt_id=name,
+            source="s",
+            reference_answer="",
+            answers=tuple(map(answer, found)),
+            lost=(),
+        )
         for name, found in verdicts.items()
     ]
     score = Estimate(mean=0.25, standard_error=0.125)
@@ -397,16 +532,20 @@ def test_eval_prints_scores_and_every_verdict(files, capsys, monkeypatch):
         prompts=tuple(prompts),
     )
     monkeypatch.setattr("eopd.runtime.evaluate.evaluate", lambda *arguments: result)
-    monkeypatch.setattr(sys, "argv", ["eopd", "eval", str(files / "model"), str(files / "rows.jsonl"), "--n", "2"])
+    monkeypatch.setattr(
+        sys, "argv", ["eopd", "eval", str(files / "model"), str(files / "rows.jsonl"), "--n", "2"]
+    )
     with pytest.raises(SystemExit) as ended:
         main()
+
     assert ended.value.code == 0
     assert capsys.readouterr().out.splitlines() == [
         "avg@2   0.2500 +- 0.1250",
         "pass@1  0.2500 +- 0.1250",
         "2 prompts, 4.0 tokens an answer, 100.0% truncated, 0 lost",
         "4 answers: 1 right, 0 wrong, 1 without an answer, 0 timed out, 2 not graded",
-        "not graded: prompts 2: the grader failed, or cannot read the accepted answer; these count as wrong",
+        "not graded: prompts 2: the grader failed, or cannot read the accepted answer; "
+        "these count as wrong",
     ]
 
 
@@ -418,6 +557,7 @@ def test_ctrl_c_before_anything_runs_is_one_line(files, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eopd", "train", str(files / "c.yaml")])
     with pytest.raises(SystemExit) as caught:
         main()
+
     assert (caught.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
@@ -438,19 +578,25 @@ def test_a_wrong_option_is_told_as_a_key_is(arguments, message, capsys, monkeypa
     monkeypatch.setattr(sys, "argv", ["eopd", *arguments.split()])
     with pytest.raises(SystemExit) as caught:
         main()
+
     assert (caught.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
 
 
 @pytest.mark.parametrize("verb", ["status", "export", "scale", "report"])
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("c.yaml", "Not a directory"), ("c.yaml/run", "Not a directory"), ("x" * 256, "File name too long")],
+    [
+        ("c.yaml", "Not a directory"),
+        ("c.yaml/run", "Not a directory"),
+        ("x" * 256, "File name too long"),
+    ],
 )
 def test_what_is_no_directory_is_no_run(files, verb, name, reason, capsys, monkeypatch):
     options = {"scale": ["--engines", "2"], "report": ["--output", str(files / "report.html")]}
     monkeypatch.setattr(sys, "argv", ["eopd", verb, str(files / name), *options.get(verb, [])])
     with pytest.raises(SystemExit) as caught:
         main()
+
     assert (caught.value.code, capsys.readouterr().err) == (
         2,
         f"error: {files / name} is no run directory ({reason})\n",
@@ -467,6 +613,7 @@ def test_a_run_in_a_closed_directory_is_one_message(files, verb, tmp_path, capsy
     monkeypatch.setattr(sys, "argv", ["eopd", verb, str(tmp_path), *options.get(verb, [])])
     with pytest.raises(SystemExit) as caught:
         main()
+
     told = f"error: {tmp_path} is no run directory (Permission denied)\n"
     assert (caught.value.code, capsys.readouterr().err) == (2, told)
 
@@ -480,11 +627,14 @@ def test_a_run_in_a_closed_directory_is_one_message(files, verb, tmp_path, capsy
     ],
 )
 @pytest.mark.parametrize("pair", ["tiny", "demo"])
-def test_models_are_made_where_a_directory_can_be(files, pair, directory, reason, capsys, monkeypatch):
+def test_models_are_made_where_a_directory_can_be(
+    files, pair, directory, reason, capsys, monkeypatch
+):
     named = directory.format(root=files)
     monkeypatch.setattr(sys, "argv", ["eopd", "models", pair, named])
     with pytest.raises(SystemExit) as caught:
         main()
+
     told = f"error: {named}: {reason}\n"
     assert (caught.value.code, capsys.readouterr().err) == (2, told)
 
@@ -497,5 +647,9 @@ def test_models_for_a_user_without_a_home_need_a_directory(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eopd", "models", "tiny"])
     with pytest.raises(SystemExit) as caught:
         main()
-    told = "error: DIRECTORY: ~/.cache/eopd/models/tiny: this user has no home directory; name another, or set HOME\n"
+
+    told = (
+        "error: DIRECTORY: ~/.cache/eopd/models/tiny: this user has no home directory; name "
+        "another, or set HOME\n"
+    )
     assert (caught.value.code, capsys.readouterr().err) == (2, told)

@@ -55,25 +55,33 @@ def ray(monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", WAIT):
         monkeypatch.setenv(name, "")  # so that whatever is set meanwhile is taken back
         monkeypatch.delenv(name)
+
     return install
 
 
 def version_mismatch() -> Exception:
     error = ConnectionError("Failed to connect to Ray cluster at 1.2.3.4:6379")
-    error.__cause__ = RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59\n    Python: 3.11\n")
+    error.__cause__ = RuntimeError(
+        "Version mismatch: The cluster was started with:\n    Ray: 2.59\n    Python: 3.11\n"
+    )
     return error
 
 
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
-        (version_mismatch(), "Version mismatch: The cluster was started with: Ray: 2.59 Python: 3.11"),
+        (
+            version_mismatch(),
+            "Version mismatch: The cluster was started with: Ray: 2.59 Python: 3.11",
+        ),
         (
             AuthenticationError("Token authentication is enabled but no token"),
             "Token authentication is enabled but no t",
         ),
         (
-            RuntimeError("Failed to connect to GCS. Last connection error: Traceback (most recent\n"),
+            RuntimeError(
+                "Failed to connect to GCS. Last connection error: Traceback (most recent\n"
+            ),
             "Failed to connect to GCS.",
         ),
         (ValueError("not this"), "not this"),
@@ -86,7 +94,10 @@ def test_a_cluster_that_cannot_be_joined_is_one_line_and_is_left(ray, failure, r
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ConfigError) as caught, cluster.connect(ClusterConfig(address=address)):
             pytest.fail("it was joined")
-    assert str(caught.value).startswith(f"cluster.address or RAY_ADDRESS: {address} cannot be joined: {reason}")
+
+    assert str(caught.value).startswith(
+        f"cluster.address or RAY_ADDRESS: {address} cannot be joined: {reason}"
+    )
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
     assert os.environ[WAIT] == "1"
     assert fake.shutdowns == 1
@@ -96,11 +107,20 @@ def test_an_address_at_which_nobody_answers_is_not_waited_for(ray):
     fake = ray()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+
     started = time.monotonic()
-    for host, reason in (("127.0.0.1", "Connection refused"), ("no.such.host.invalid", "Name or service not known")):
+
+    for host, reason in (
+        ("127.0.0.1", "Connection refused"),
+        ("no.such.host.invalid", "Name or service not known"),
+    ):
         told = rf"{host}:{port} cannot be joined: nobody answers there \({reason}\)"
-        with pytest.raises(ConfigError, match=told), cluster.connect(ClusterConfig(address=f"{host}:{port}")):
+        with (
+            pytest.raises(ConfigError, match=told),
+            cluster.connect(ClusterConfig(address=f"{host}:{port}")),
+        ):
             pytest.fail("it was joined")
+
     assert time.monotonic() - started < cluster.REACH_S
     assert fake.asked == {}
 
@@ -115,14 +135,19 @@ def test_ray_that_does_not_start_here_is_one_line(ray):
 def test_a_cluster_started_here_keeps_strangers_out_without_a_word(ray, monkeypatch, tmp_path):
     fake = ray()
     monkeypatch.setenv("HOME", str(tmp_path))
+
     with cluster.connect(ClusterConfig(cpus=3)):
         assert fake.asked["address"] == "local" and fake.asked["num_cpus"] == 3
         assert "RAY_AUTH_TOKEN" not in os.environ  # Ray keeps one in the home directory
-        assert not logging.getLogger(cluster.authentication_token_setup.__name__).isEnabledFor(logging.WARNING)
+        assert not logging.getLogger(cluster.authentication_token_setup.__name__).isEnabledFor(
+            logging.WARNING
+        )
+
     assert fake.shutdowns == 1
     monkeypatch.setenv("HOME", "/proc/none")
     with cluster.connect(ClusterConfig()):
         assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     with cluster.connect(ClusterConfig()):
@@ -135,7 +160,10 @@ ROLES = [RoleResources(role="rollout", actors=1, cpus=1.5, gpus=0.0, env={})]
 def test_what_others_hold_is_not_free(ray, monkeypatch):
     ray(free=(0.5,))
     monkeypatch.setattr(cluster, "SETTLE_S", 0.1)
-    with pytest.raises(ConfigError, match=r"ask for 1.5 cpus \(rollout 1 x 1.5\); 0.5 of 2 are free \(1.5 are held"):
+
+    with pytest.raises(
+        ConfigError, match=r"ask for 1.5 cpus \(rollout 1 x 1.5\); 0.5 of 2 are free \(1.5 are held"
+    ):
         cluster.require_room(ROLES)
 
 

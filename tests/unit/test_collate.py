@@ -21,7 +21,9 @@ def scored(
         return rng.normal(size=shape).astype(np.float32)
 
     return ScoredTrajectory(
-        trajectory=fakes.trajectory(response, of=fakes.prompt("p", prompt), mask=mask, logprobs=floats(length)),
+        trajectory=fakes.trajectory(
+            response, of=fakes.prompt("p", prompt), mask=mask, logprobs=floats(length)
+        ),
         signal=TeacherSignal(
             teacher="t",
             token_logprobs=floats(length),
@@ -40,7 +42,9 @@ def weighting(gate: list[float], *, bonus: float | None = None) -> Weighting:
 
 
 def weighting_of(one: ScoredTrajectory, bonus: float | None = None) -> Weighting:
-    return weighting([position / 10 for position in range(one.trajectory.response_ids.size)], bonus=bonus)
+    return weighting(
+        [position / 10 for position in range(one.trajectory.response_ids.size)], bonus=bonus
+    )
 
 
 def test_the_worked_example():
@@ -68,30 +72,48 @@ def test_every_row_says_what_its_sequence_position_says(lengths):
     ]
     packed = collate(batch, [weighting_of(one, bonus=float(i)) for i, one in enumerate(batch)])
     seen = 0
+
     for number, (one, rows) in enumerate(zip(batch, packed.rows, strict=True)):
         trajectory, signal = one.trajectory, one.signal
         sequence = [*trajectory.prompt.token_ids.tolist(), *trajectory.response_ids.tolist()]
         assert rows.stop - rows.start == trajectory.response_ids.size
+
         for position in range(len(sequence) - 1):
-            row, response_position = seen + position, position + 1 - trajectory.prompt.token_ids.size
+            row, response_position = (
+                seen + position,
+                position + 1 - trajectory.prompt.token_ids.size,
+            )
             assert packed.input_ids_T[row] == sequence[position]
             assert packed.position_ids_T[row] == position
             assert packed.tokens.loss_mask_T[row] == (response_position >= 0)
             if response_position < 0:
                 continue
+
             assert rows.start <= row < rows.stop
             assert packed.tokens.target_ids_T[row] == sequence[position + 1]
             assert packed.tokens.gate_T[row] == pytest.approx(response_position / 10)
-            assert packed.tokens.rollout_logprobs_T[row] == trajectory.rollout_logprobs[response_position]
+            assert (
+                packed.tokens.rollout_logprobs_T[row]
+                == trajectory.rollout_logprobs[response_position]
+            )
             assert packed.tokens.teacher_logprobs_T[row] == signal.token_logprobs[response_position]
             assert packed.tokens.teacher_entropy_T[row] == pytest.approx(response_position / 10 + 3)
             assert packed.tokens.advantage_bonus_T[row] == number
-            assert packed.tokens.teacher_topk_ids_TK[row].tolist() == signal.topk_ids[response_position].tolist()
             assert (
-                packed.tokens.teacher_topk_logprobs_TK[row].tolist() == signal.topk_logprobs[response_position].tolist()
+                packed.tokens.teacher_topk_ids_TK[row].tolist()
+                == signal.topk_ids[response_position].tolist()
             )
-            assert packed.tokens.teacher_tail_logprobs_T[row] == signal.tail_logprobs[response_position]
+            assert (
+                packed.tokens.teacher_topk_logprobs_TK[row].tolist()
+                == signal.topk_logprobs[response_position].tolist()
+            )
+            assert (
+                packed.tokens.teacher_tail_logprobs_T[row]
+                == signal.tail_logprobs[response_position]
+            )
+
         seen += len(sequence) - 1
+
     assert len(packed.input_ids_T) == seen
 
 

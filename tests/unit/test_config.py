@@ -1,4 +1,6 @@
-"""YAML and overrides to a checked config: a mistake is one message that names key, value and what is allowed."""
+"""YAML and overrides to a checked config: a mistake is one message that names key, value and
+what is allowed.
+"""
 
 import re
 from pathlib import Path
@@ -30,7 +32,9 @@ def path(tmp_path):
 
 
 def test_the_resolved_config_loads_back_equal(path, tmp_path):
-    config = load_config(path, ["loss.gate={kind: always}", "teachers.0.temperature=0.7", "rollout.vllm.seed=3"])
+    config = load_config(
+        path, ["loss.gate={kind: always}", "teachers.0.temperature=0.7", "rollout.vllm.seed=3"]
+    )
     assert config.loss.gate.kind == "always"
     assert config.teachers[0].temperature == 0.7
     assert config.rollout.vllm == {"seed": 3}
@@ -66,7 +70,8 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ("learner.lr=-1", "learner.lr: must be a number above 0, at most 1 (is -1)"),
         (
             "loss.gate={kind: soft}",
-            "loss.gate.kind: soft is unknown; kinds are hard, quantile, sigmoid, random, always and never",
+            "loss.gate.kind: soft is unknown; kinds are hard, quantile, sigmoid, random, "
+            "always and never",
         ),
         (
             "learner.token_budget=150",
@@ -75,11 +80,13 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "flow.lookahead=1",
-            "flow.lookahead: 1 is above flow.max_staleness 0; a batch that overtakes makes the others that much staler",
+            "flow.lookahead: 1 is above flow.max_staleness 0; a batch that overtakes makes "
+            "the others that much staler",
         ),
         (
             "learner.ranks=9",
-            "flow.batch_prompts: a batch of 8 trajectories cannot be cut into 1 optimiser steps on 9 ranks",
+            "flow.batch_prompts: a batch of 8 trajectories cannot be cut into 1 optimiser "
+            "steps on 9 ranks",
         ),
         (
             "learner.deepspeed={train_batch_size: 4}",
@@ -109,12 +116,13 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ("teachers.0.server={url: 'http://h'}", "teachers.0.backend: vllm takes no server section"),
         (
             "teachers.0={model: a, backend: eopd, server: {url: 'h:80'}}",
-            "teachers.0.server.url: must be the root of a server, as http://host:8000, without user, key, ? or # "
-            "(is h:80)",
+            "teachers.0.server.url: must be the root of a server, as http://host:8000, "
+            "without user, key, ? or # (is h:80)",
         ),
         (
             "teachers.0={model: a, backend: eopd, server: {url: 'http://me:key@h'}}",
-            "teachers.0.server.url: must be the root of a server, as http://host:8000, without user, key, ? or #",
+            "teachers.0.server.url: must be the root of a server, as http://host:8000, "
+            "without user, key, ? or #",
         ),
         (
             "teachers.0={model: a, backend: eopd, server: {url: 'http://h'}, vllm: {seed: 1}}",
@@ -122,19 +130,27 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "teachers.0={model: a, backend: openai, server: {url: 'http://h'}}",
-            "teachers.0.server.model: is required with backend openai: the name the model is served under",
+            "teachers.0.server.model: is required with backend openai: the name the model "
+            "is served under",
         ),
         (
-            "teachers.0={model: a, backend: openai, temperature: 0.7, server: {url: 'http://h', model: m}}",
+            "teachers.0={model: a, backend: openai, temperature: 0.7, server: {url: "
+            "'http://h', model: m}}",
             "teachers.0.temperature: must be 1 with backend openai (is 0.7); the prompt "
             "log-probabilities of a stock server are always those at 1",
         ),
-        ("teachers.0.max_prompt_tokens=5", "teachers.0.max_prompt_tokens: is of a teacher with a template"),
+        (
+            "teachers.0.max_prompt_tokens=5",
+            "teachers.0.max_prompt_tokens: is of a teacher with a template",
+        ),
         (
             "teachers.0.vllm={runner: generate}",
             "teachers.0.vllm.runner: cannot be set here: a teacher reads and does not write",
         ),
-        ("learner.betas=[0.9, 2]", "learner.betas.1: must be a number of 0 or more, below 1 (is 2)"),
+        (
+            "learner.betas=[0.9, 2]",
+            "learner.betas.1: must be a number of 0 or more, below 1 (is 2)",
+        ),
         (
             "weights.backend=nccl",
             "weights.backend: nccl moves weights between GPUs that are not shared; it needs "
@@ -142,7 +158,8 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "learner.deepspeed={zero_optimization: {stage: 3}}",
-            "learner.deepspeed.zero_optimization.stage: cannot be set here: learner.zero_stage says it",
+            "learner.deepspeed.zero_optimization.stage: cannot be set here: "
+            "learner.zero_stage says it",
         ),
         (
             "loss.reverse_kl={kind: sampled, reward: {grader: math}}",
@@ -151,14 +168,18 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "loss.reverse_kl={kind: none, reward: {grader: math}}",
-            "loss.reverse_kl.reward: is of kind sampled, and kind is none; leave it out, or change kind",
+            "loss.reverse_kl.reward: is of kind sampled, and kind is none; leave it out, or "
+            "change kind",
         ),
         (
             "student.dtype=float16",
             "student.dtype: must be auto, float32 or bfloat16 (is float16); did you mean bfloat16?",
         ),
         ("student.lora.rank=0", "student.lora.rank: must be a whole number from 1 to 4096 (is 0)"),
-        ("student.lora={alpha: 0}", "student.lora.alpha: must be a number above 0, at most 1e+06 (is 0)"),
+        (
+            "student.lora={alpha: 0}",
+            "student.lora.alpha: must be a number above 0, at most 1e+06 (is 0)",
+        ),
         ("student.lora={ranks: 4}", "student.lora.ranks: unknown key; did you mean rank?"),
         (
             "student.lora.target_modules=[]",
@@ -167,7 +188,8 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ("loss.alpha=.inf", "loss.alpha: must be a number from 0 to 1e+06 (is .inf)"),
         (
             "run.name=a/b",
-            "run.name: must be letters, digits, '.', '_' and '-', of which the first is a letter or digit (is a/b)",
+            "run.name: must be letters, digits, '.', '_' and '-', of which the first is a "
+            "letter or digit (is a/b)",
         ),
         ("flow.batch_prompts", "--set flow.batch_prompts: must be section.key=value"),
         ("teachers.1.model=x", "--set teachers.1.model=x: teachers.1 must be an index below 1"),
@@ -179,10 +201,19 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         ("learner.lr=true", "learner.lr: must be a number above 0, at most 1 (is true)"),
         ("run.batches=true", "run.batches: must be a whole number from 1 to 1000000000 (is true)"),
-        ("run.batches=1:30", "run.batches: 1:30 is a number of base 60 in YAML 1.1: write it in digits alone"),
-        ("run.batches=010", "run.batches: 010 is octal in YAML 1.1, for its leading zero: write it without"),
+        (
+            "run.batches=1:30",
+            "run.batches: 1:30 is a number of base 60 in YAML 1.1: write it in digits alone",
+        ),
+        (
+            "run.batches=010",
+            "run.batches: 010 is octal in YAML 1.1, for its leading zero: write it without",
+        ),
         ("run.batches=2.5", "run.batches: must be a whole number from 1 to 1000000000 (is 2.5)"),
-        ("run.batches=1e30", "run.batches: must be a whole number from 1 to 1000000000 (is 1.0e+30)"),
+        (
+            "run.batches=1e30",
+            "run.batches: must be a whole number from 1 to 1000000000 (is 1.0e+30)",
+        ),
         ("run.batches=null", "run.batches: must be a whole number from 1 to 1000000000 (is null)"),
         ("run.batches=", "run.batches: must be a whole number from 1 to 1000000000 (is null)"),
         ("learner.lr=9", "learner.lr: must be a number above 0, at most 1 (is 9)"),
@@ -190,37 +221,51 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ("learner.lr=.nan", "learner.lr: must be a number above 0, at most 1 (is .nan)"),
         (
             "run.name=my run",
-            "run.name: must be letters, digits, '.', '_' and '-', of which the first is a letter or digit (is my run)",
+            "run.name: must be letters, digits, '.', '_' and '-', of which the first is a "
+            "letter or digit (is my run)",
         ),
         (
             "run.name=null",
-            "run.name: must be letters, digits, '.', '_' and '-', of which the first is a letter or digit (is null)",
+            "run.name: must be letters, digits, '.', '_' and '-', of which the first is a "
+            "letter or digit (is null)",
         ),
         (
             "run.seed=18446744073709551616",
-            "run.seed: must be a whole number from 0 to 18446744073709551615 (is 18446744073709551616)",
+            "run.seed: must be a whole number from 0 to 18446744073709551615 (is "
+            "18446744073709551616)",
         ),
         (
             "evaluation.seed=123456789012345678901234567890",
             "evaluation.seed: must be a whole number from 0 to 18446744073709551615 (is "
             "123456789012345678901234567890)",
         ),
-        ("learner=[1]", "learner: must be a mapping of its keys (ranks, cpus, gpus, threads, ...) (is [1])"),
-        ("learner=5", "learner: must be a mapping of its keys (ranks, cpus, gpus, threads, ...) (is 5)"),
+        (
+            "learner=[1]",
+            "learner: must be a mapping of its keys (ranks, cpus, gpus, threads, ...) (is [1])",
+        ),
+        (
+            "learner=5",
+            "learner: must be a mapping of its keys (ranks, cpus, gpus, threads, ...) (is 5)",
+        ),
         (
             "loss.gate=hrad",
             "loss.gate.kind: hrad is unknown; did you mean hard? kinds are hard, quantile, "
             "sigmoid, random, always and never",
         ),
         ("loss.gate.top=0.3", "loss.gate.kind: is required; top is of kind quantile"),
-        ("loss.gate={tau: 0.8, scale: 0.1}", "loss.gate.kind: is required; tau and scale are of kind sigmoid"),
+        (
+            "loss.gate={tau: 0.8, scale: 0.1}",
+            "loss.gate.kind: is required; tau and scale are of kind sigmoid",
+        ),
         (
             "loss.gate={tau: 0.8, top: 0.1}",
-            "loss.gate.kind: is required; kinds are hard, quantile, sigmoid, random, always and never",
+            "loss.gate.kind: is required; kinds are hard, quantile, sigmoid, random, always "
+            "and never",
         ),
         (
             "loss.gate={tau: 0.8, kind: quantile}",
-            "loss.gate.tau: is of kinds hard and sigmoid, and kind is quantile; leave it out, or change kind",
+            "loss.gate.tau: is of kinds hard and sigmoid, and kind is quantile; leave it "
+            "out, or change kind",
         ),
         (
             "loss.gate={kind: always, rate: 0.8}",
@@ -241,7 +286,11 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "loss.gate: must be {kind: hard}, {kind: quantile}, {kind: sigmoid}, {kind: random}, "
             "{kind: always} or {kind: never} (is [hard])",
         ),
-        ("loss.gate=5", "loss.gate.kind: 5 is unknown; kinds are hard, quantile, sigmoid, random, always and never"),
+        (
+            "loss.gate=5",
+            "loss.gate.kind: 5 is unknown; kinds are hard, quantile, sigmoid, "
+            "random, always and never",
+        ),
         (
             "loss.forward_kl=renormalised",
             "loss.forward_kl.kind: renormalised is unknown; did you mean renormalized? kinds are "
@@ -249,51 +298,100 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "loss={reverse_kl: none, alpha: 0}",
-            "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or loss.gate never opens",
+            "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or loss.gate "
+            "never opens",
         ),
         (
             "loss={reverse_kl: none, gate: never}",
-            "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or loss.gate never opens",
+            "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or loss.gate "
+            "never opens",
         ),
         (
             "loss={reverse_kl: none, gate: {kind: random, rate: 0}}",
-            "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or loss.gate never opens",
+            "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or loss.gate "
+            "never opens",
         ),
-        ("student.lora={rank: 100000}", "student.lora.rank: must be a whole number from 1 to 4096 (is 100000)"),
-        ("student.lora=8", "student.lora: must be a mapping of its keys (rank, alpha, target_modules), or null (is 8)"),
+        (
+            "student.lora={rank: 100000}",
+            "student.lora.rank: must be a whole number from 1 to 4096 (is 100000)",
+        ),
+        (
+            "student.lora=8",
+            "student.lora: must be a mapping of its keys (rank, alpha, "
+            "target_modules), or null (is 8)",
+        ),
         (
             "telemetry.trackers=wandbb",
-            "telemetry.trackers.0: must be tensorboard, wandb or mlflow (is wandbb); did you mean wandb?",
+            "telemetry.trackers.0: must be tensorboard, wandb or mlflow (is wandbb); did "
+            "you mean wandb?",
         ),
         ("telemetry.trackers=[wandb, wandb]", "telemetry.trackers: tracker wandb stands twice"),
-        ("telemetry.port=none", "telemetry.port: must be a whole number from 0 to 65535, or null (is none)"),
-        ("telemetry.port=99999", "telemetry.port: must be a whole number from 0 to 65535, or null (is 99999)"),
+        (
+            "telemetry.port=none",
+            "telemetry.port: must be a whole number from 0 to 65535, or null (is none)",
+        ),
+        (
+            "telemetry.port=99999",
+            "telemetry.port: must be a whole number from 0 to 65535, or null (is 99999)",
+        ),
         ("teachers=null", "teachers: there must be at least one; write - {model: ...} below it"),
-        ("teachers=x", "teachers.0: must be a mapping of its keys (name, backend, model, server, ...) (is x)"),
+        (
+            "teachers=x",
+            "teachers.0: must be a mapping of its keys (name, backend, model, server, ...) (is x)",
+        ),
         ("teachers=[null]", "teachers.0.model: is required"),
-        ("teachers.model=x", "--set teachers.model=x: teachers is a list; write teachers.0.model for its first item"),
+        (
+            "teachers.model=x",
+            "--set teachers.model=x: teachers is a list; write teachers.0.model for its first item",
+        ),
         ("teachers.3.model=x", "--set teachers.3.model=x: teachers.3 must be an index below 1"),
-        ("learner.betas=0.9", "learner.betas: must be a list of 2, each a number of 0 or more, below 1 (is [0.9])"),
-        ("learner.betas=[0.9]", "learner.betas: must be a list of 2, each a number of 0 or more, below 1 (is [0.9])"),
+        (
+            "learner.betas=0.9",
+            "learner.betas: must be a list of 2, each a number of 0 or more, below 1 (is [0.9])",
+        ),
+        (
+            "learner.betas=[0.9]",
+            "learner.betas: must be a list of 2, each a number of 0 or more, below 1 (is [0.9])",
+        ),
         ("learner.zero_stage=4", "learner.zero_stage: must be 0, 1, 2 or 3 (is 4)"),
         ("learner.zero_stage=true", "learner.zero_stage: must be 0, 1, 2 or 3 (is true)"),
-        ("student.dtype=bf16", "student.dtype: must be auto, float32 or bfloat16 (is bf16); did you mean bfloat16?"),
+        (
+            "student.dtype=bf16",
+            "student.dtype: must be auto, float32 or bfloat16 (is bf16); did you mean bfloat16?",
+        ),
         ("student.model=", "student.model: must be a path (is null)"),
         ("student.model=''", "student.model: must be a path (is ''); . is the working directory"),
-        ("student.model=~nosuchuser/x", "student.model: ~nosuchuser/x: there is no such user, or no home directory"),
+        (
+            "student.model=~nosuchuser/x",
+            "student.model: ~nosuchuser/x: there is no such user, or no home directory",
+        ),
         (
             "student.model=$HOME/x",
-            "student.model: $HOME/x: variables are not filled in; write the path out, or begin it with ~",
+            "student.model: $HOME/x: variables are not filled in; write the path out, or "
+            "begin it with ~",
         ),
         (
             "student.model=s3://bucket/x",
-            "student.model: s3:/bucket/x is an address; it must be a path on a disk that every node reads",
+            "student.model: s3:/bucket/x is an address; it must be a path on a disk that "
+            "every node reads",
         ),
-        ("student.model=/" + "ä" * 128, "student.model: a name in a path has 255 bytes at most (has 256)"),
-        ("prompts.data=/" + "a" * 250 + ".jsonl", "prompts.data: a name in a path has 255 bytes at most (has 256)"),
-        ("run.directory=/" + "a/" * 2048, "run.directory: a path has 4095 bytes at most (has 4096)"),
+        (
+            "student.model=/" + "ä" * 128,
+            "student.model: a name in a path has 255 bytes at most (has 256)",
+        ),
+        (
+            "prompts.data=/" + "a" * 250 + ".jsonl",
+            "prompts.data: a name in a path has 255 bytes at most (has 256)",
+        ),
+        (
+            "run.directory=/" + "a/" * 2048,
+            "run.directory: a path has 4095 bytes at most (has 4096)",
+        ),
         ('student.model="a\\0b"', "student.model: a path holds no NUL character"),
-        ("prompts.data=''", "prompts.data: must be a .jsonl or .parquet file, or a data set's name (is '')"),
+        (
+            "prompts.data=''",
+            "prompts.data: must be a .jsonl or .parquet file, or a data set's name (is '')",
+        ),
         ('prompts.data="a\\0b.jsonl"', "prompts.data: a path holds no NUL character"),
         (
             "prompts.suffix=#1 answer",
@@ -320,15 +418,28 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "learner.token_budget=1000000000000",
             "learner.token_budget: must be a whole number from 1 to 100000000 (is 1000000000000)",
         ),
-        ("rollout.engines=1000000", "rollout.engines: must be a whole number from 1 to 4096 (is 1000000)"),
-        ("rollout.temperature=1e-30", "rollout.temperature: must be a number from 0.01 to 100 (is 1.0e-30)"),
+        (
+            "rollout.engines=1000000",
+            "rollout.engines: must be a whole number from 1 to 4096 (is 1000000)",
+        ),
+        (
+            "rollout.temperature=1e-30",
+            "rollout.temperature: must be a number from 0.01 to 100 (is 1.0e-30)",
+        ),
         ("rollout.temperature=0", "rollout.temperature: must be a number from 0.01 to 100 (is 0)"),
-        ("learner.gpus=2", "learner.gpus: one rank uses one GPU (is 2); raise learner.ranks for more"),
+        (
+            "learner.gpus=2",
+            "learner.gpus: one rank uses one GPU (is 2); raise learner.ranks for more",
+        ),
         (
             "learner={gpus: 0.5, ranks: 2}",
-            "learner.gpus: 2 ranks may not share a GPU, since NCCL joins them (is 0.5); write 1, or ranks: 1",
+            "learner.gpus: 2 ranks may not share a GPU, since NCCL joins them (is 0.5); "
+            "write 1, or ranks: 1",
         ),
-        ("rollout.gpus=1.5", "rollout.gpus: 1.5 is neither a whole number of GPUs nor, below 1, a share of one"),
+        (
+            "rollout.gpus=1.5",
+            "rollout.gpus: 1.5 is neither a whole number of GPUs nor, below 1, a share of one",
+        ),
         (
             "rollout={max_response_tokens: 100, gpus: 1, vllm: {tensor_parallel_size: 4}}",
             "rollout.gpus: must be 4 for vllm.tensor_parallel_size 4 (is 1)",
@@ -349,7 +460,8 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "rollout.vllm={enforce_eager: yes}",
-            "rollout.vllm.enforce_eager: yes is true in YAML 1.1 and text in YAML 1.2: write true, or 'yes' in quotes",
+            "rollout.vllm.enforce_eager: yes is true in YAML 1.1 and text in YAML 1.2: "
+            "write true, or 'yes' in quotes",
         ),
         (
             "rollout.vllm={seed: 010}",
@@ -363,56 +475,86 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "teachers.0.server.url: must be the root of the server: leave /v1 off",
         ),
         (
-            "teachers.0={model: x, backend: openai, server: {url: 'http://h:8000/at/v1/chat/completions/', model: m}}",
+            "teachers.0={model: x, backend: openai, server: {url: "
+            "'http://h:8000/at/v1/chat/completions/', model: m}}",
             "teachers.0.server.url: must be the root of the server: leave /v1/chat/completions off",
         ),
         (
             "teachers.0.vllm={tokenizer: /nope}",
-            "teachers.0.vllm.tokenizer: cannot be set here: the one of the model is used, since prompts go to an "
-            "engine as its token ids",
+            "teachers.0.vllm.tokenizer: cannot be set here: the one of the model is used, "
+            "since prompts go to an engine as its token ids",
         ),
         (
             "teachers.0={model: x, backend: openai, server: {url: 'http://h:99999', model: m}}",
             "teachers.0.server.url: names no host and port; write it as http://host:8000",
         ),
         (
-            "teachers.0={model: x, backend: openai, server: {url: 'http://h', model: m, api_key_env: sk-123}}",
+            "teachers.0={model: x, backend: openai, server: {url: 'http://h', model: m, "
+            "api_key_env: sk-123}}",
             "teachers.0.server.api_key_env: must be the name of an environment variable, which "
             "holds the key, and not the key itself",
         ),
         (
             "teachers.0={model: x, backend: openai, server: {url: 'http://me:key@h', model: m}}",
-            "teachers.0.server.url: must be the root of a server, as http://host:8000, without user, key, ? or #",
+            "teachers.0.server.url: must be the root of a server, as http://host:8000, "
+            "without user, key, ? or #",
         ),
         ("teachers.0.eos_remap={a: b}", "teachers.0.eos_remap.a: keys must be whole numbers here"),
-        ("prompts.template_options={5: x}", "prompts.template_options.5: keys must be text here: write '5' in quotes"),
+        (
+            "prompts.template_options={5: x}",
+            "prompts.template_options.5: keys must be text here: write '5' in quotes",
+        ),
         ("rollout.vllm={5: x}", "rollout.vllm.5: keys must be text here: write '5' in quotes"),
         ("run.name=" + "a" * 201, "run.name: must have 200 characters at most (has 201)"),
-        ("teachers.0.name=" + "a" * 999, "teachers.0.name: must have 200 characters at most (has 999)"),
-        ("teachers.0.eos_remap={1: 2, 0x1: 3}", "teachers.0.eos_remap.0x1: stands twice, written in two ways"),
-        ("teachers.0.eos_remap=5", "teachers.0.eos_remap: must be a mapping of whole numbers (is 5)"),
+        (
+            "teachers.0.name=" + "a" * 999,
+            "teachers.0.name: must have 200 characters at most (has 999)",
+        ),
+        (
+            "teachers.0.eos_remap={1: 2, 0x1: 3}",
+            "teachers.0.eos_remap.0x1: stands twice, written in two ways",
+        ),
+        (
+            "teachers.0.eos_remap=5",
+            "teachers.0.eos_remap: must be a mapping of whole numbers (is 5)",
+        ),
         (
             "learner.activation_checkpointing=maybe",
             "learner.activation_checkpointing: must be true or false (is maybe)",
         ),
         (
             "learner.deepspeed={zero_optimization: {offload_param: true}}",
-            "learner.deepspeed.zero_optimization.offload_param: must be {device: cpu} or {device: none} (is true)",
+            "learner.deepspeed.zero_optimization.offload_param: must be {device: cpu} or "
+            "{device: none} (is true)",
         ),
         ("telemetry.host=''", "telemetry.host: must be the name or number of a host (is '')"),
         (
             "teachers[0].model=x",
-            "--set teachers[0].model=x: an item of a list is named by its number: teachers.0.model=...",
+            "--set teachers[0].model=x: an item of a list is named by its number: "
+            "teachers.0.model=...",
         ),
         ("teachers.-1.model=x", "--set teachers.-1.model=x: teachers.-1 must be an index below 1"),
-        ("rollout.vllm={runner: pooling}", "rollout.vllm.runner: cannot be set here: a rollout engine writes"),
-        ("cluster.address=none", "cluster.address: none is text in YAML: write null, or 'none' in quotes"),
-        ("rollout.vllm={a: None}", "rollout.vllm.a: None is text in YAML: write null, or 'None' in quotes"),
+        (
+            "rollout.vllm={runner: pooling}",
+            "rollout.vllm.runner: cannot be set here: a rollout engine writes",
+        ),
+        (
+            "cluster.address=none",
+            "cluster.address: none is text in YAML: write null, or 'none' in quotes",
+        ),
+        (
+            "rollout.vllm={a: None}",
+            "rollout.vllm.a: None is text in YAML: write null, or 'None' in quotes",
+        ),
         (
             "student.lora=none",
-            "student.lora: must be a mapping of its keys (rank, alpha, target_modules), or null (is none)",
+            "student.lora: must be a mapping of its keys (rank, alpha, target_modules), or "
+            "null (is none)",
         ),
-        ("learner.lr=1" + "0" * 399, "learner.lr: must be a number above 0, at most 1 (is 1" + "0" * 79 + " ...)"),
+        (
+            "learner.lr=1" + "0" * 399,
+            "learner.lr: must be a number above 0, at most 1 (is 1" + "0" * 79 + " ...)",
+        ),
         (
             "run.batches=1" + "0" * 399,
             "run.batches: must be a whole number from 1 to 1000000000 (is 1" + "0" * 79 + " ...)",
@@ -421,26 +563,42 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "run.batches=1" + "0" * 5000,
             "run.batches: must be a whole number from 1 to 1000000000 (is 1" + "0" * 79 + " ...)",
         ),
-        ("cluster.cpus=-1", "cluster.cpus: must be a number above 0, at most 100000, or null (is -1)"),
-        ("learner.peak_flops=989", "learner.peak_flops: must be a number from 1e+09 to 1e+18, or null (is 989)"),
+        (
+            "cluster.cpus=-1",
+            "cluster.cpus: must be a number above 0, at most 100000, or null (is -1)",
+        ),
+        (
+            "learner.peak_flops=989",
+            "learner.peak_flops: must be a number from 1e+09 to 1e+18, or null (is 989)",
+        ),
     ],
 )
 def test_a_mistake_names_key_value_and_what_is_allowed(path, override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(path, [override])
+
     assert str(caught.value).removeprefix(f"{path}: ") == message
 
 
 def test_an_item_of_a_list_is_set_by_its_name_too(path):
     assert load_config(path, ["teachers.teacher.dtype=bfloat16"]).teachers[0].dtype == "bfloat16"
-    named = ["teachers=[{name: a, model: t, sources: [x]}, {name: b, model: t}]", "teachers.b.replicas=3"]
+    named = [
+        "teachers=[{name: a, model: t, sources: [x]}, {name: b, model: t}]",
+        "teachers.b.replicas=3",
+    ]
     assert [teacher.replicas for teacher in load_config(path, named).teachers] == [1, 3]
-    with pytest.raises(ConfigError, match=r"teachers is a list; write teachers.0.c for its first item"):
+
+    with pytest.raises(
+        ConfigError, match=r"teachers is a list; write teachers.0.c for its first item"
+    ):
         load_config(path, [*named, "teachers.c.replicas=3"])
 
 
 def test_a_reward_compares_samples_of_one_batch(path):
-    sampled = ["loss.reverse_kl={kind: sampled, reward: {grader: exact}}", "rollout.samples_per_prompt=2"]
+    sampled = [
+        "loss.reverse_kl={kind: sampled, reward: {grader: exact}}",
+        "rollout.samples_per_prompt=2",
+    ]
     assert load_config(path, sampled).loss.reward.weight == 1.0
     assert load_config(path, ["loss.reverse_kl={kind: topk_tail}"]).loss.reward is None
     with pytest.raises(ConfigError, match=r"flow.lookahead 0 \(is 1\)"):
@@ -455,15 +613,31 @@ ZERO = "learner.deepspeed.zero_optimization"
     [
         (0, "offload_optimizer.device=cpu", "offload_optimizer: needs zero_stage 1 or more (is 0)"),
         (2, "offload_param.device=cpu", "offload_param: needs zero_stage 3 or more (is 2)"),
-        (3, "offload_optimizer.device=nvme", "offload_optimizer: must be {device: cpu} or {device: none} (is nvme)"),
+        (
+            3,
+            "offload_optimizer.device=nvme",
+            "offload_optimizer: must be {device: cpu} or {device: none} (is nvme)",
+        ),
         (
             3,
             "offload_param={device: nvme, nvme_path: /f}",
             "offload_param: must be {device: cpu} or {device: none} (is nvme)",
         ),
-        (3, "offload_param=true", "offload_param: must be {device: cpu} or {device: none} (is true)"),
-        (3, "offload_optimizer={device: cpu, ratio: 0.5}", "offload_optimizer.ratio: cannot be set here: "),
-        (3, "cpu_offload=true", "cpu_offload: cannot be set here: write offload_optimizer: {device: cpu} or "),
+        (
+            3,
+            "offload_param=true",
+            "offload_param: must be {device: cpu} or {device: none} (is true)",
+        ),
+        (
+            3,
+            "offload_optimizer={device: cpu, ratio: 0.5}",
+            "offload_optimizer.ratio: cannot be set here: ",
+        ),
+        (
+            3,
+            "cpu_offload=true",
+            "cpu_offload: cannot be set here: write offload_optimizer: {device: cpu} or ",
+        ),
         (0, "offload_optimizer.device=none", None),
         (1, "offload_optimizer.device=cpu", None),
         (3, "offload_param={device: cpu, pin_memory: false}", None),
@@ -474,6 +648,7 @@ def test_offloading_that_cannot_work_is_refused(path, stage, override, message):
     if message is None:
         load_config(path, overrides)
         return
+
     with pytest.raises(ConfigError, match=re.escape(f"{path}: {ZERO}.{message}")):
         load_config(path, overrides)
 
@@ -484,8 +659,12 @@ def test_a_missing_key_and_a_broken_file_are_named(path, tmp_path):
     path.write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError, match=r"student.model: is required"):
         load_config(path)
-    with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot be read \(No such file or directory\)"):
+
+    with pytest.raises(
+        ConfigError, match=r"nowhere.yaml: cannot be read \(No such file or directory\)"
+    ):
         load_config(tmp_path / "nowhere.yaml")
+
     path.write_text("- 1")
     with pytest.raises(ConfigError, match=r"must be a mapping of sections \(is \[1\]\)"):
         load_config(path)
@@ -531,6 +710,7 @@ def test_a_value_is_read_as_its_key_means_it(path, tmp_path, override, value):
     found = config
     for part in override.partition("=")[0].split("."):
         found = found[int(part)] if part.isdigit() else getattr(found, part)
+
     assert (found, type(found)) == (value, type(value))
     again = tmp_path / "resolved.yaml"
     again.write_text(dump_config(config))
@@ -559,8 +739,13 @@ def test_a_short_form_is_the_whole_one(path, short, whole):
 
 
 def test_an_override_reaches_into_a_short_form(path, tmp_path):
-    path.write_text(MINIMAL.replace("[{model: models/t}]", "{model: models/t}") + "loss: {gate: hard}\nlearner:\n")
-    config = load_config(path, ["loss.gate.tau=0.5", "teachers.0.name=n", "learner.lr=1e-4", "student.lora.rank=2"])
+    path.write_text(
+        MINIMAL.replace("[{model: models/t}]", "{model: models/t}")
+        + "loss: {gate: hard}\nlearner:\n"
+    )
+    config = load_config(
+        path, ["loss.gate.tau=0.5", "teachers.0.name=n", "learner.lr=1e-4", "student.lora.rank=2"]
+    )
     assert (config.loss.gate.tau, config.teachers[0].name) == (0.5, "n")
     assert (config.learner.lr, config.student.lora.rank) == (1e-4, 2)
 
@@ -575,7 +760,10 @@ def test_an_override_reaches_into_a_short_form(path, tmp_path):
         (["student.lora=false", "student.lora.rank=8"], "student.lora={rank: 8}"),
         (["teachers={model: x}", "teachers.0.name=n"], "teachers=[{model: x, name: n}]"),
         (["learner=", "learner.lr=0.1"], "learner={lr: 0.1}"),
-        (["rollout.vllm={seed: 1}", "rollout.vllm.block_size=16"], "rollout.vllm={seed: 1, block_size: 16}"),
+        (
+            ["rollout.vllm={seed: 1}", "rollout.vllm.block_size=16"],
+            "rollout.vllm={seed: 1, block_size: 16}",
+        ),
     ],
 )
 def test_an_override_reaches_into_the_short_form_of_another(path, overrides, whole):
@@ -596,24 +784,46 @@ def test_an_override_reaches_into_the_short_form_of_another(path, overrides, who
         ("learner: &l {deepspeed: {a: *l}}", "line 9: learner.deepspeed.a contains itself"),
         ("learner: " + "[" * 1500, "is nested more than 64 levels deep"),
         ("learner: !!set {a}", "line 9: the tag !!set means nothing here"),
-        ("learner: !!python/name:os.system x", "line 9: the tag !!python/name:os.system means nothing here"),
-        ("? [a]\n: 1", "line 9: a list or mapping cannot be a key; quote a text that begins with { or ["),
+        (
+            "learner: !!python/name:os.system x",
+            "line 9: the tag !!python/name:os.system means nothing here",
+        ),
+        (
+            "? [a]\n: 1",
+            "line 9: a list or mapping cannot be a key; quote a text that begins with { or [",
+        ),
         ("learner: {lr: *none}", "is not YAML: line 9: found undefined alias 'none'"),
         ("learner:\n\tlr: 1", "is not YAML: line 10: a tab: indent with spaces"),
         ("learner:\n  lr:0.1\n  ranks: 1", "is not YAML: line 10: no space after the colon"),
-        ("learner:\n  lr: 0.1\n  ranks:1\nloss:\n", "is not YAML: line 11: no space after the colon"),
+        (
+            "learner:\n  lr: 0.1\n  ranks:1\nloss:\n",
+            "is not YAML: line 11: no space after the colon",
+        ),
         ("learner:\n  lr: 0.1\n  ranks\nloss:\n", "is not YAML: line 11: no colon after the key"),
         ("x-a:1\nx-b: 2", "is not YAML: line 9: no space after the colon"),
         ("x-a: 'b\nx-c: d\nx-e: f", "is not YAML: line 9: a quote is never closed"),
         ('x-a: "b\nx-c: d\nx-e: f', "is not YAML: line 9: a quote is never closed"),
-        ("x-a: [1, 2\nx-b: 3", "is not YAML: line 9: a [ is never closed, or a comma is missing in it"),
-        ("x-a: {b: 1, c: 2\n\n", "is not YAML: line 9: a { is never closed, or a comma is missing in it"),
-        ("x-a:\n  b: 1\n c: 2", "is not YAML: line 11: indented differently from the lines around it"),
+        (
+            "x-a: [1, 2\nx-b: 3",
+            "is not YAML: line 9: a [ is never closed, or a comma is missing in it",
+        ),
+        (
+            "x-a: {b: 1, c: 2\n\n",
+            "is not YAML: line 9: a { is never closed, or a comma is missing in it",
+        ),
+        (
+            "x-a:\n  b: 1\n c: 2",
+            "is not YAML: line 11: indented differently from the lines around it",
+        ),
         ("x-a: 1\n  b: 2", "is not YAML: line 10: indented differently from the keys around it"),
-        ("x-a: b: c", "is not YAML: line 9: a second colon: quote a text that holds a colon and a space"),
+        (
+            "x-a: b: c",
+            "is not YAML: line 9: a second colon: quote a text that holds a colon and a space",
+        ),
         (
             "x-a: 'it's'",
-            "is not YAML: line 9: text after a closed quote: quote all of it, and write a quote within as two",
+            "is not YAML: line 9: text after a closed quote: quote all of it, and write a "
+            "quote within as two",
         ),
         ("x-a: @b", "is not YAML: line 9: quote a text that begins with @"),
         ('learner: "\\ud800"', "line 9: a \\u escape there is half a character"),
@@ -629,15 +839,26 @@ def test_an_override_reaches_into_the_short_form_of_another(path, overrides, who
             "[key]: unknown key; allowed here: checkpoint, cluster, evaluation, flow, learner, "
             "loss, prompts, rollout, run, student, teachers, telemetry, weights",
         ),
-        ("loss: {gate: {kind: hard, hard: 1}}", "loss.gate.hard: unknown key; allowed here: kind, tau"),
-        ("learner.lr: 1e-4", "learner.lr: unknown key; names with dots are for --set; here write learner: {lr: ...}"),
-        ("---\na: 1", "is not YAML: line 9: expected a single document in the stream, but found another document"),
+        (
+            "loss: {gate: {kind: hard, hard: 1}}",
+            "loss.gate.hard: unknown key; allowed here: kind, tau",
+        ),
+        (
+            "learner.lr: 1e-4",
+            "learner.lr: unknown key; names with dots are for --set; here write learner: {lr: ...}",
+        ),
+        (
+            "---\na: 1",
+            "is not YAML: line 9: expected a single document in the stream, but "
+            "found another document",
+        ),
     ],
 )
 def test_a_file_that_is_no_tree_says_where(path, added, message):
     path.write_text(f"{MINIMAL}{added}\n")
     with pytest.raises(ConfigError) as caught:
         load_config(path)
+
     assert str(caught.value).removeprefix(f"{path}: ") == message
 
 
@@ -657,9 +878,11 @@ def test_a_file_that_is_no_tree_says_where(path, added, message):
 def test_a_backslash_that_double_quotes_took_is_refused(path, key, text, written, meant):
     with pytest.raises(ConfigError) as caught:
         load_config(path, [f'{key}="{text}"'])
+
     assert str(caught.value) == (
-        f"{path}: {key}: holds the control character {written}, which double quotes in YAML make of {meant}; "
-        f"double the backslash (\\{meant}), or write the text in single quotes"
+        f"{path}: {key}: holds the control character {written}, which double quotes in YAML "
+        f"make of {meant}; double the backslash (\\{meant}), or write the text in single "
+        "quotes"
     )
 
 
@@ -672,32 +895,45 @@ BLOCKS = MINIMAL.replace(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("suffix: End with a line #### and the number.", "prompts.suffix: #### behind End with a line"),
+        (
+            "suffix: End with a line #### and the number.",
+            "prompts.suffix: #### behind End with a line",
+        ),
         ("suffix: Answer #### N", "prompts.suffix: #### behind Answer"),
         ("suffix: #### N", "prompts.suffix: #### at its beginning"),
         ("suffix: End with\n    a line ## now", "prompts.suffix: ## behind End with a line"),
-        ("template_options: \n    note: Write a ## heading", "prompts.template_options.note: ## behind Write a"),
+        (
+            "template_options: \n    note: Write a ## heading",
+            "prompts.template_options.note: ## behind Write a",
+        ),
     ],
 )
 def test_a_text_that_a_comment_cuts_short_is_refused(path, line, message):
     path.write_text(BLOCKS.replace("# more", line))
     with pytest.raises(ConfigError) as caught:
         load_config(path)
+
     assert str(caught.value) == (
-        f"{path}: {message} begins a comment in YAML, so that the rest of the line is no part of the text; put quotes "
-        "around all of the text, or write the comment with one # if it is one"
+        f"{path}: {message} begins a comment in YAML, so that the rest of the line is no "
+        "part of the text; put quotes around all of the text, or write the comment with one "
+        "# if it is one"
     )
 
 
 def test_a_template_that_is_all_comment_is_refused(path):
     path.write_text(BLOCKS.replace("# of it", "template: ### {{ prompt }}"))
-    with pytest.raises(ConfigError, match=r"teachers.0.template: ### at its beginning begins a comment"):
+    with pytest.raises(
+        ConfigError, match=r"teachers.0.template: ### at its beginning begins a comment"
+    ):
         load_config(path)
 
 
 @pytest.mark.parametrize("comment", ["# why", "## why", "##### why #####", "#why"])
 def test_ordinary_comments_stay_comments(path, comment):
-    more = f"learner: {comment}\n  lr: 1e-5 {comment}\nloss: {comment}\ntelemetry:\n  host: a {comment}\n"
+    more = (
+        f"learner: {comment}\n  lr: 1e-5 {comment}\nloss: {comment}\ntelemetry:\n  host: a "
+        f"{comment}\n"
+    )
     path.write_text(BLOCKS.replace("# more", f"suffix: 'a b' {comment}") + more)
     config = load_config(path)
     assert (config.telemetry.host, config.learner.lr, config.prompts.suffix) == ("a", 1e-5, "a b")
@@ -709,7 +945,10 @@ def test_one_mark_behind_words_is_a_comment(path):
 
 
 def test_line_ends_and_tabs_of_a_text_are_taken(path):
-    assert load_config(path, [r'prompts.suffix="\n\ta\r\n\\boxed{}"']).prompts.suffix == "\n\ta\r\n\\boxed{}"
+    assert (
+        load_config(path, [r'prompts.suffix="\n\ta\r\n\\boxed{}"']).prompts.suffix
+        == "\n\ta\r\n\\boxed{}"
+    )
 
 
 def test_aliases_that_grow_without_end_are_a_message(path):
@@ -732,7 +971,10 @@ def test_every_mistake_is_said_at_once(path):
     path.write_text(MINIMAL.replace("batches: 2", "batches: 010") + "learner: {lr: fast}\nx: 1\n")
     with pytest.raises(ConfigError) as caught:
         load_config(path, ["loss.gate=hrad"])
-    keys = [line.partition(": ")[0] for line in str(caught.value).removeprefix(f"{path}: ").splitlines()]
+
+    keys = [
+        line.partition(": ")[0] for line in str(caught.value).removeprefix(f"{path}: ").splitlines()
+    ]
     assert sorted(keys) == ["learner.lr", "loss.gate.kind", "run.batches", "x"]
 
 
@@ -750,6 +992,7 @@ def test_a_file_that_is_no_yaml_mapping_says_what_it_is(path, content, message):
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         load_config(path)
+
     assert str(caught.value) == f"{path}: {message}"
 
 
@@ -762,6 +1005,7 @@ def test_a_secret_written_where_its_name_belongs_is_not_repeated(path):
     server = "{url: 'http://h', model: m, api_key_env: sk-123}"
     with pytest.raises(ConfigError) as caught:
         load_config(path, [f"teachers.0={{model: x, backend: openai, server: {server}}}"])
+
     assert "sk-123" not in str(caught.value).replace(server, "")
 
 
@@ -773,15 +1017,24 @@ SCALARS = st.one_of(
     st.integers(),
     st.floats(),
     st.text(max_size=8),
-    st.sampled_from(["hard", "none", "1:30", "010", "no", "1_000", ".nan", "~", "<<", "kind", "0x1", "-"]),
+    st.sampled_from(
+        ["hard", "none", "1:30", "010", "no", "1_000", ".nan", "~", "<<", "kind", "0x1", "-"]
+    ),
 )
-KEYS = st.one_of(st.sampled_from([*Config.model_fields, "x-a", "kind", "name", "model"]), st.text(max_size=5))
+KEYS = st.one_of(
+    st.sampled_from([*Config.model_fields, "x-a", "kind", "name", "model"]), st.text(max_size=5)
+)
 TREES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.integers(0, 9), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.integers(0, 9), inner, max_size=4)
+    ),
     max_leaves=12,
 )
-KNOBS = [line.replace("[]", ".0") for line in (Path(__file__).parents[1] / "house/knobs.txt").read_text().splitlines()]
+KNOBS = [
+    line.replace("[]", ".0")
+    for line in (Path(__file__).parents[1] / "house/knobs.txt").read_text().splitlines()
+]
 MANY = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -789,12 +1042,15 @@ def loads_or_is_refused(folder, text):
     """Whether a text is a config; one that is loads again from what it is written as."""
     file, again = folder / "any.yaml", folder / "again.yaml"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
+
     try:
         config = load_config(file)
     except ConfigError:
         return False
+
     again.write_text(dump_config(config))
     assert load_config(again) == config
+
     return True
 
 
@@ -812,6 +1068,7 @@ def test_any_value_of_any_key_is_taken_or_one_message(tmp_path_factory, knob, va
     node = tree
     for part in parents:
         node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+
     node[last] = value
     loads_or_is_refused(tmp_path_factory.getbasetemp(), yaml.safe_dump(tree, allow_unicode=True))
 
@@ -836,25 +1093,33 @@ def test_the_property_itself_sees_a_config(tmp_path):
         ("run.batches=10_000_000", "run.batches: 10000000 are 116 days at a batch a second"),
         (
             "learner.warmup_batches=60",
-            "learner.warmup_batches: 60 is not below run.batches 60; learner.lr is reached at the end or never",
+            "learner.warmup_batches: 60 is not below run.batches 60; learner.lr is reached "
+            "at the end or never",
         ),
         (
             "loss.alpha_warmup={start: 0.1, batches: 99}",
-            "loss.alpha_warmup.batches: 99 is not below run.batches 60; loss.alpha is reached at the end or never",
+            "loss.alpha_warmup.batches: 99 is not below run.batches 60; loss.alpha is "
+            "reached at the end or never",
         ),
         (
             "loss.alpha_warmup.start=0.1",
             "loss.alpha_warmup.start: has no effect while loss.alpha_warmup.batches is 0",
         ),
-        ("checkpoint.every=61", "checkpoint.every: 61 is above run.batches 60; the only one is at the end"),
+        (
+            "checkpoint.every=61",
+            "checkpoint.every: 61 is above run.batches 60; the only one is at the end",
+        ),
         ("learner.lr=0.2", "learner.lr: 0.2 moves every weight by about as much in each step"),
-        ("learner.betas=[0.99, 0.9]", "learner.betas: 0.99 before 0.9; the first is usually the smaller"),
+        (
+            "learner.betas=[0.99, 0.9]",
+            "learner.betas: 0.99 before 0.9; the first is usually the smaller",
+        ),
         ("loss.top_k=1", "loss.top_k: the forward KL compares the teacher's first candidate alone"),
         ("loss.alpha=0", "loss.gate: has no effect while loss.alpha is 0"),
         (
             "teachers.0.temperature=0.5",
-            "teachers.teacher.temperature: 0.5 differs from rollout.temperature 1; the student learns a sharper or "
-            "flatter distribution than its own",
+            "teachers.teacher.temperature: 0.5 differs from rollout.temperature 1; the "
+            "student learns a sharper or flatter distribution than its own",
         ),
         (
             "flow.max_staleness=65",

@@ -1,4 +1,6 @@
-"""The terminal: plain lines, the live view at 80 columns, an honest remaining time, the table at the end."""
+"""The terminal: plain lines, the live view at 80 columns, an honest remaining time, the table
+at the end.
+"""
 
 import io
 import re
@@ -60,6 +62,7 @@ def test_the_log_has_a_line_of_each_step_also_beside_a_live_view(caplog) -> None
     console = Console(run="demo", batches=10, output=Terminal(interactive=True).output)
     for step in (1, 2):
         console.write(row_of(step))
+
     console.close()
     assert [message.split(" | ")[0] for message in caplog.messages] == ["step 1/10", "step 2/10"]
 
@@ -71,6 +74,7 @@ def test_without_a_terminal_a_minute_of_silence_is_broken_by_what_is_under_way()
     for done in range(1, 15):
         terminal.now += 10.0
         console.doing(f"{done}/64")
+
     console.close()
     assert terminal.lines() == ["measuring on 64 held-out prompts", "6/64", "12/64"]
 
@@ -83,7 +87,9 @@ def test_the_live_view_shows_what_is_under_way_until_the_next_step() -> None:
     shown = terminal.lines()
     console.write(row_of(1))
     console.close()
-    assert shown[-1].startswith("held-out prompts written and read: 7/64 xxx") and shown[-1].endswith("…")
+    assert shown[-1].startswith("held-out prompts written and read: 7/64 xxx") and shown[
+        -1
+    ].endswith("…")
     assert len(shown[-1]) <= 80
     assert "held-out" not in "".join(terminal.lines()[len(shown) :])
 
@@ -91,17 +97,21 @@ def test_the_live_view_shows_what_is_under_way_until_the_next_step() -> None:
 def test_without_a_terminal_each_step_is_one_plain_line() -> None:
     terminal = Terminal(interactive=False)
     console = Console(run="demo", batches=10, output=terminal.output)
-    console.message("end token 2 -> 2 [both ways] and a text that is longer than a line of eighty columns is")
+    console.message(
+        "end token 2 -> 2 [both ways] and a text that is longer than a line of eighty columns is"
+    )
     for step in (1, 2):
         terminal.now += 10.0
         console.write(row_of(step))
+
     console.close()
     assert "\x1b" not in terminal.raw()
     message, first, second = terminal.lines()
     assert "[both ways]" in message
     assert first == (
-        "step 1/10 | 4.21 s (wait 1.80 s, train 2.10 s, weights 0.31 s) | KL reverse / forward 1.234 / - | "
-        "entropy teacher / student - / - | gate 31% | length - | in flight / ready 8 / 3 | staleness 1"
+        "step 1/10 | 4.21 s (wait 1.80 s, train 2.10 s, weights 0.31 s) | KL reverse / "
+        "forward 1.234 / - | entropy teacher / student - / - | gate 31% | length - | in "
+        "flight / ready 8 / 3 | staleness 1"
     )
     assert second.startswith("step 2/10 |") and second.endswith("| 1:20 left")
 
@@ -112,10 +122,13 @@ def test_after_three_steps_the_whole_run_is_foretold_once() -> None:
     for step in range(1, 6):
         terminal.now += 60.0
         console.write(row_of(step))
+
     console.close()
     told = [line for line in terminal.lines() if not line.startswith("step ")]
     assert len(told) == 1 and terminal.lines().index(told[0]) == 3
-    assert told[0].startswith("this run will take about 10 minutes in all: 7 more steps of 60.0 s. It was written to")
+    assert told[0].startswith(
+        "this run will take about 10 minutes in all: 7 more steps of 60.0 s. It was written to"
+    )
 
 
 def test_the_remaining_time_follows_recent_steps_and_never_runs_dry() -> None:
@@ -135,9 +148,11 @@ def test_the_remaining_time_follows_recent_steps_and_never_runs_dry() -> None:
         for step in range(2, 31):
             terminal.now += 10.0
             console.write(row_of(step))
+
         for step in range(31, 51):  # from now on slower: the 20 last gaps count
             terminal.now += 20.0
             console.write(row_of(step))
+
         assert shown() == "16:30  16:40 left"
         terminal.now += 5.0
         assert shown() == "16:35  16:35 left"
@@ -152,7 +167,9 @@ def test_the_remaining_time_follows_recent_steps_and_never_runs_dry() -> None:
 
 def test_the_live_view_fits_80_columns_and_shows_every_cell() -> None:
     terminal = Terminal(interactive=True)
-    console = Console(run="a-run-with-a-name-that-is-far-too-long-for-it", batches=1000, output=terminal.output)
+    console = Console(
+        run="a-run-with-a-name-that-is-far-too-long-for-it", batches=1000, output=terminal.output
+    )
     row = {key: 1234.5 if "seconds" in key or "tokens" in key else 0.999 for key in CATALOG}
     row |= {"eopd_step": 999.0, "eopd_staleness_mean": 12.34, "eopd_staleness_max": 128.0}
     row |= {"eopd_in_flight_trajectories": 1024.0, "eopd_ready_trajectories": 1024.0}
@@ -165,6 +182,7 @@ def test_the_live_view_fits_80_columns_and_shows_every_cell() -> None:
     text = "\n".join(frame)
     for label, _ in (cell for column in COLUMNS for cell in column):
         assert label in text
+
     assert "1024 / 1024" in text and "12.3 / 128" in text and "1234.50 s" in text
     assert frame[0].count("\u2501") >= 15, "the long name leaves room for the bar"
     assert "999/1000" in frame[0] and "0:04 left" in frame[0]
@@ -219,7 +237,12 @@ def summary_lines(summary: Summary, samples: list[Sample], width: int = 80) -> l
 
 
 def test_a_run_that_did_not_get_as_far_as_any_number_is_one_line() -> None:
-    nothing: Summary = {**SUMMARY, "status": "interrupted", "steps": 0, "held_out": {"before": None, "after": None}}
+    nothing: Summary = {
+        **SUMMARY,
+        "status": "interrupted",
+        "steps": 0,
+        "held_out": {"before": None, "after": None},
+    }
     assert summary_lines({**nothing, "wall_s": 33.0}, [], width=200) == [
         "interrupted before the first step, after 0:33; run directory: runs/demo"
     ]
@@ -231,9 +254,30 @@ def test_the_summary_shows_rate_time_and_held_out_numbers() -> None:
     assert max(len(line) for line in lines) <= 80
     cells = [line.split() for line in lines]
     assert "finished: 50 steps, 12,800 response tokens in 1:02:06, 56.5 response tokens/s" in lines
-    assert ["mean", "seconds", "per", "step", "generate", "score", "train", "weights", "wait"] in cells
+    assert [
+        "mean",
+        "seconds",
+        "per",
+        "step",
+        "generate",
+        "score",
+        "train",
+        "weights",
+        "wait",
+    ] in cells
     assert ["1.23", "0.40", "2.10", "0.31", "1.80"] in cells
-    assert ["reverse", "KL", "(nats)", "4.100", "±", "0.210", "1.290", "±", "0.080", "-2.810"] in cells
+    assert [
+        "reverse",
+        "KL",
+        "(nats)",
+        "4.100",
+        "±",
+        "0.210",
+        "1.290",
+        "±",
+        "0.080",
+        "-2.810",
+    ] in cells
     assert ["top-1", "agreement", "0.210", "±", "0.020", "0.610", "±", "0.020", "+0.400"] in cells
     assert lines[-1] == "run directory: runs/demo"
 
@@ -251,7 +295,11 @@ def test_the_summary_tells_where_the_teacher_is_sure_and_which_prompts_are_near_
     lines = summary_lines({**SUMMARY, "held_out": {"before": before, "after": after}}, [])
     assert max(len(line) for line in lines) <= 80
     cells = [line.split() for line in lines]
-    unsure = ["teacher", "unsure", *["62%", "→", "44%", "2.500", "→", "0.750", "1.500", "→", "0.500"]]
+    unsure = [
+        "teacher",
+        "unsure",
+        *["62%", "→", "44%", "2.500", "→", "0.750", "1.500", "→", "0.500"],
+    ]
     lists = ["source", "lists", *["30%", "→", "31%", "1.000", "→", "0.200", "0.900", "→", "0.100"]]
     assert cells.index(unsure) + 1 == cells.index(lists)
     assert not any("by part" in line for line in summary_lines(SUMMARY, []))
@@ -268,7 +316,11 @@ def test_the_summary_of_an_interrupted_run_has_no_after() -> None:
 
 
 def test_sampled_text_cannot_steer_the_terminal() -> None:
-    sample: Sample = {"prompt": "Say [bold]hi[/bold].", "before": "a\x1b[31m b\n\n\tc\x07", "after": "word " * 100}
+    sample: Sample = {
+        "prompt": "Say [bold]hi[/bold].",
+        "before": "a\x1b[31m b\n\n\tc\x07",
+        "after": "word " * 100,
+    }
     text = "\n".join(summary_lines(SUMMARY, [sample]))
     assert "\x1b" not in text and "\x07" not in text
     assert "Say [bold]hi[/bold]." in text
@@ -298,16 +350,28 @@ def test_the_status_of_a_run_is_made_of_its_files() -> None:
         "step_seconds": {},
         "held_out": {"before": measured, "after": None},
     }
-    faults = {"eopd_engines_up": 2.0, "eopd_engine_replacements_total": 1.0, "eopd_skipped_steps_total": 3.0}
+    faults = {
+        "eopd_engines_up": 2.0,
+        "eopd_engine_replacements_total": 1.0,
+        "eopd_skipped_steps_total": 3.0,
+    }
     rows = [row_of(step) | faults | {"time": time.time() - 100 + 10 * step} for step in range(1, 5)]
     lines = status_of("running", summary, rows)
     assert lines[0] == "demo: running, step 4/40, the last one 1:00 ago, about 6:00 left"
     assert "1.234" in " ".join(lines[1:6]) and "31%" in " ".join(lines[1:6])
-    assert lines[6] == "engines up / replaced 2 / 1, learner restarts -, failed weight transfers -, skipped steps 3"
+    assert (
+        lines[6] == "engines up / replaced 2 / 1, learner restarts -, failed weight transfers -, "
+        "skipped steps 3"
+    )
     assert any(line.startswith("reverse KL (nats)") and "2.500 ± 0.100" in line for line in lines)
     assert status_of("completed", summary, rows)[0] == "demo: completed, step 4/40"
     assert status_of("starting", None, []) == ["demo: starting, step 0/40"]
-    dead = status_of("dead (process 7 on h, is gone)", summary, rows, "continue with: eopd train c.yaml --resume")
+    dead = status_of(
+        "dead (process 7 on h, is gone)", summary, rows, "continue with: eopd train c.yaml --resume"
+    )
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(rows[-1]["time"]))
-    assert dead[0] == f"demo: dead (process 7 on h, is gone), step 4/40, the last one at {at} (1:00 ago)"
+    assert (
+        dead[0]
+        == f"demo: dead (process 7 on h, is gone), step 4/40, the last one at {at} (1:00 ago)"
+    )
     assert dead[-1] == "continue with: eopd train c.yaml --resume"

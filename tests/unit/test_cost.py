@@ -1,4 +1,6 @@
-"""What an update costs: a formula checked against counted matrix products, and how ranks become one number."""
+"""What an update costs: a formula checked against counted matrix products, and how ranks
+become one number.
+"""
 
 import resource
 
@@ -6,7 +8,13 @@ import fakes
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from eopd.learner.cost import Cost, Flop
 from eopd.runtime.gang import with_costs
@@ -33,16 +41,21 @@ def header(prompt: int = PROMPT, response: int = LOSS_TOKENS) -> Header:
 
 
 def counted(student: PreTrainedModel) -> float:
-    """FLOP forward and backward as torch counts them, the head on loss tokens alone; eager attention computes the pairs
-    with later tokens too, which the formula leaves out.
+    """FLOP forward and backward as torch counts them, the head on loss tokens alone; eager
+    attention computes the pairs with later tokens too, which the formula leaves out.
     """
     ids = torch.arange(TOKENS)[None]
-    embedded = student.get_input_embeddings()(ids).detach().requires_grad_()  # so that the first layer goes back to it
+    # so that the first layer goes back to it
+    embedded = student.get_input_embeddings()(ids).detach().requires_grad_()
     with FlopCounterMode(display=False) as counter:
         hidden = student.base_model(inputs_embeds=embedded).last_hidden_state
         student.get_output_embeddings()(hidden[:, PROMPT:]).sum().backward()
+
     by_operation = counter.get_flop_counts()["Global"]
-    return sum(flop / 2 if "bmm" in str(operation) else flop for operation, flop in by_operation.items())
+
+    return sum(
+        flop / 2 if "bmm" in str(operation) else flop for operation, flop in by_operation.items()
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -53,7 +66,13 @@ def test_the_formula_is_what_the_matrix_products_take(tied: bool) -> None:
 
 
 def test_experts_cost_where_tokens_are_sent_to_them() -> None:
-    sizes = {**SIZES, "intermediate_size": 24, "moe_intermediate_size": 24, "num_experts": 8, "head_dim": 8}
+    sizes = {
+        **SIZES,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "head_dim": 8,
+    }
     sparse = Flop(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_experts_per_tok=2)))(header())
     dense = Flop(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_experts_per_tok=8)))(header())
     of_an_expert = 6 * 3 * 16 * 24 * TOKENS * 2  # three matrices, two layers
@@ -70,7 +89,10 @@ def test_frozen_weights_have_no_gradient_to_pay_for() -> None:
 def test_a_rate_becomes_a_utilisation_where_the_peak_is_known() -> None:
     student = model(tied=False)
     row = Cost(student, 1e9).row([header(), header(3, 4)], seconds=2.0)
-    assert row["eopd_learner_flops_per_second"] == (Flop(student)(header()) + Flop(student)(header(3, 4))) / 2
+    assert (
+        row["eopd_learner_flops_per_second"]
+        == (Flop(student)(header()) + Flop(student)(header(3, 4))) / 2
+    )
     assert row["eopd_learner_mfu_ratio"] == row["eopd_learner_flops_per_second"] / 1e9
     assert "eopd_learner_mfu_ratio" not in Cost(student, None).row([header()], 2.0)
     if not torch.cuda.is_available():
@@ -80,7 +102,11 @@ def test_a_rate_becomes_a_utilisation_where_the_peak_is_known() -> None:
 
 def test_ranks_become_one_number() -> None:
     def of(rate: float, memory: float, loss: float) -> LearnerStats:
-        costs = {"eopd_learner_flops_per_second": rate, "eopd_learner_memory_bytes": memory, "eopd_loss": loss}
+        costs = {
+            "eopd_learner_flops_per_second": rate,
+            "eopd_learner_memory_bytes": memory,
+            "eopd_loss": loss,
+        }
         return LearnerStats(version=PolicyVersion(0, 1), metrics=costs)
 
     found = with_costs([of(1.0, 30.0, 7.0), of(2.0, 10.0, 7.0)])

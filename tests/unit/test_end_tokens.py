@@ -19,22 +19,38 @@ def ids(*values: int) -> np.ndarray:
 
 
 def signal_of(rows: list[dict[int, float]], top_k: int, sampled: list[int]) -> TeacherSignal:
-    """Rows of ``{token id: probability}`` over a whole vocabulary, and the tokens that were scored."""
+    """Rows of ``{token id: probability}`` over a whole vocabulary, and the tokens that were
+    scored.
+    """
     ranked = [sorted(row.items(), key=lambda pair: -pair[1]) for row in rows]
     with np.errstate(divide="ignore"):
         return TeacherSignal(
             teacher="t",
-            token_logprobs=np.log(np.array([row[y] for row, y in zip(rows, sampled, strict=True)], np.float32)),
-            entropy=Exact(np.array([-sum(p * math.log(p) for p in row.values() if p) for row in rows], np.float32)),
-            topk_ids=np.array([[token for token, _ in pairs[:top_k]] for pairs in ranked], np.int32),
-            topk_logprobs=np.log(np.array([[p for _, p in pairs[:top_k]] for pairs in ranked], np.float32)),
-            tail_logprobs=np.log(np.array([sum(p for _, p in pairs[top_k:]) for pairs in ranked], np.float32)),
+            token_logprobs=np.log(
+                np.array([row[y] for row, y in zip(rows, sampled, strict=True)], np.float32)
+            ),
+            entropy=Exact(
+                np.array(
+                    [-sum(p * math.log(p) for p in row.values() if p) for row in rows], np.float32
+                )
+            ),
+            topk_ids=np.array(
+                [[token for token, _ in pairs[:top_k]] for pairs in ranked], np.int32
+            ),
+            topk_logprobs=np.log(
+                np.array([[p for _, p in pairs[:top_k]] for pairs in ranked], np.float32)
+            ),
+            tail_logprobs=np.log(
+                np.array([sum(p for _, p in pairs[top_k:]) for pairs in ranked], np.float32)
+            ),
         )
 
 
 def candidates(signal: TeacherSignal, row: int = 0) -> dict[int, float]:
     """What the loss sees: slots of no probability are ignored."""
-    pairs = zip(signal.topk_ids[row].tolist(), np.exp(signal.topk_logprobs[row]).tolist(), strict=True)
+    pairs = zip(
+        signal.topk_ids[row].tolist(), np.exp(signal.topk_logprobs[row]).tolist(), strict=True
+    )
     return {token: pytest.approx(p, abs=1e-6) for token, p in pairs if p > 0.0}
 
 
@@ -60,7 +76,11 @@ def test_only_the_terminal_end_token_is_replaced_and_nothing_is_appended(respons
 
 def test_every_end_token_has_its_own_partner():
     remap = {0: 2, 5: 6}
-    assert [to_teacher(ids(9, end), StopReason.END_TOKEN, remap)[-1] for end in (0, 5, 2)] == [2, 6, 2]
+    assert [to_teacher(ids(9, end), StopReason.END_TOKEN, remap)[-1] for end in (0, 5, 2)] == [
+        2,
+        6,
+        2,
+    ]
 
 
 FULL = {2: 0.5, 9: 0.3, 0: 0.1, 4: 0.06, 5: 0.04}
@@ -69,14 +89,20 @@ FULL = {2: 0.5, 9: 0.3, 0: 0.1, 4: 0.06, 5: 0.04}
 @pytest.mark.parametrize(
     ("top_k", "row", "expected", "tail"),
     [
-        (3, {2: 0.5, 9: 0.3, 0: 0.1, 4: 0.06, 5: 0.04}, {0: 0.6, 9: 0.3}, 0.1),  # both, the teacher's ahead
-        (3, {0: 0.5, 9: 0.3, 2: 0.1, 4: 0.06, 5: 0.04}, {0: 0.6, 9: 0.3}, 0.1),  # both, the student's ahead
-        (3, {9: 0.4, 0: 0.35, 2: 0.15, 4: 0.06, 5: 0.04}, {0: 0.5, 9: 0.4}, 0.1),  # the sum overtakes
-        (2, {2: 0.5, 9: 0.3, 0: 0.1, 4: 0.06, 5: 0.04}, {0: 0.5, 9: 0.3}, 0.2),  # the teacher's alone
-        (2, {0: 0.5, 9: 0.3, 2: 0.1, 4: 0.06, 5: 0.04}, {0: 0.5, 9: 0.3}, 0.2),  # the student's alone
+        # both, the teacher's ahead
+        (3, {2: 0.5, 9: 0.3, 0: 0.1, 4: 0.06, 5: 0.04}, {0: 0.6, 9: 0.3}, 0.1),
+        # both, the student's ahead
+        (3, {0: 0.5, 9: 0.3, 2: 0.1, 4: 0.06, 5: 0.04}, {0: 0.6, 9: 0.3}, 0.1),
+        # the sum overtakes
+        (3, {9: 0.4, 0: 0.35, 2: 0.15, 4: 0.06, 5: 0.04}, {0: 0.5, 9: 0.4}, 0.1),
+        # the teacher's alone
+        (2, {2: 0.5, 9: 0.3, 0: 0.1, 4: 0.06, 5: 0.04}, {0: 0.5, 9: 0.3}, 0.2),
+        # the student's alone
+        (2, {0: 0.5, 9: 0.3, 2: 0.1, 4: 0.06, 5: 0.04}, {0: 0.5, 9: 0.3}, 0.2),
         (2, {4: 0.5, 9: 0.3, 2: 0.1, 0: 0.06, 5: 0.04}, {4: 0.5, 9: 0.3}, 0.2),  # none
         (1, {2: 0.5, 9: 0.3, 0: 0.1, 4: 0.06, 5: 0.04}, {0: 0.5}, 0.5),
-        (5, {2: 0.5, 9: 0.3, 0: 0.1, 4: 0.06, 5: 0.04}, {0: 0.6, 9: 0.3, 4: 0.06, 5: 0.04}, 0.0),  # K = V
+        # K = V
+        (5, {2: 0.5, 9: 0.3, 0: 0.1, 4: 0.06, 5: 0.04}, {0: 0.6, 9: 0.3, 4: 0.06, 5: 0.04}, 0.0),
     ],
 )
 def test_the_teachers_end_token_becomes_the_students(top_k, row, expected, tail):
@@ -102,7 +128,11 @@ def test_a_freed_slot_is_last_and_impossible():
 def test_every_position_is_mapped_not_only_the_last():
     rows = [FULL, {9: 0.6, 2: 0.4, 0: 0.0}, FULL]
     signal = to_student(signal_of(rows, 2, [9, 9, 2]), ids(9, 9, 0), REMAP, num_tokens=VOCAB)
-    assert [candidates(signal, row) for row in range(3)] == [{0: 0.5, 9: 0.3}, {9: 0.6, 0: 0.4}, {0: 0.5, 9: 0.3}]
+    assert [candidates(signal, row) for row in range(3)] == [
+        {0: 0.5, 9: 0.3},
+        {9: 0.6, 0: 0.4},
+        {0: 0.5, 9: 0.3},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -143,8 +173,12 @@ def test_end_tokens_that_change_places_do_so_at_once():
     swapped = to_student(signal_of([row], 3, [9]), ids(9), {0: 2, 2: 0}, num_tokens=VOCAB)
     assert candidates(swapped) == {2: 0.5, 0: 0.3, 9: 0.2}
     stop = to_student(signal_of([row], 3, [0]), ids(2), {0: 2, 2: 0}, num_tokens=VOCAB)
-    assert math.exp(stop.token_logprobs[0]) == pytest.approx(0.5), "the student's stop, not one given away"
-    chained = to_student(signal_of([{**row, 9: 0.1, 5: 0.1}], 4, [9]), ids(9), {0: 2, 2: 5}, num_tokens=VOCAB)
+    assert math.exp(stop.token_logprobs[0]) == pytest.approx(0.5), (
+        "the student's stop, not one given away"
+    )
+    chained = to_student(
+        signal_of([{**row, 9: 0.1, 5: 0.1}], 4, [9]), ids(9), {0: 2, 2: 5}, num_tokens=VOCAB
+    )
     assert candidates(chained) == {0: 0.8, 9: 0.1, 2: 0.1}
 
 
@@ -172,37 +206,54 @@ def test_without_remap_and_padding_nothing_changes():
 def test_bounds_stay_bounds():
     raw = signal_of([FULL], 3, [9])
     bounds = Bounds(np.zeros(1, np.float32), np.ones(1, np.float32))
-    bounded = TeacherSignal(**{name: getattr(raw, name) for name in raw.__slots__} | {"entropy": bounds})
+    bounded = TeacherSignal(
+        **{name: getattr(raw, name) for name in raw.__slots__} | {"entropy": bounds}
+    )
     assert to_student(bounded, ids(9), REMAP, num_tokens=VOCAB).entropy is bounds
 
 
-@pytest.mark.parametrize(("remap", "message"), [({0: 2, 1: 2}, "0 and 1 both become 2"), ({-1: 2}, "-1 is no token")])
+@pytest.mark.parametrize(
+    ("remap", "message"), [({0: 2, 1: 2}, "0 and 1 both become 2"), ({-1: 2}, "-1 is no token")]
+)
 def test_a_remap_without_a_way_back_is_refused(remap, message):
     with pytest.raises(ValueError, match=message):
         to_teacher(ids(7), StopReason.LENGTH, remap)
+
     with pytest.raises(ValueError, match=message):
         to_student(signal_of([FULL], 3, [9]), ids(9), remap, num_tokens=VOCAB)
 
 
 weights = st.lists(st.integers(1, 1000), min_size=VOCAB, max_size=VOCAB)
 remaps = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=4).map(
-    lambda pairs: {own: theirs for theirs, own in {theirs: own for own, theirs in dict(pairs).items()}.items()}
+    lambda pairs: {
+        own: theirs for theirs, own in {theirs: own for own, theirs in dict(pairs).items()}.items()
+    }
 )
 
 
-@given(st.lists(weights, min_size=1, max_size=3), st.integers(1, VOCAB), remaps, st.integers(10, VOCAB), st.data())
+@given(
+    st.lists(weights, min_size=1, max_size=3),
+    st.integers(1, VOCAB),
+    remaps,
+    st.integers(10, VOCAB),
+    st.data(),
+)
 def test_probability_is_kept_and_candidates_stay_a_ranking(rows, top_k, remap, num_tokens, data):
     distributions = [{i: w / sum(row) for i, w in enumerate(row)} for row in rows]
     sampled = data.draw(st.lists(st.integers(0, 9), min_size=len(rows), max_size=len(rows)))
     raw = signal_of(distributions, top_k, [remap.get(y, y) for y in sampled])
     signal = to_student(raw, ids(*sampled), remap, num_tokens=num_tokens)
-    total = np.exp(signal.topk_logprobs.astype(float)).sum(1) + np.exp(signal.tail_logprobs.astype(float))
+    total = np.exp(signal.topk_logprobs.astype(float)).sum(1) + np.exp(
+        signal.tail_logprobs.astype(float)
+    )
     np.testing.assert_allclose(total, 1.0, atol=1e-5)
     pairs = zip(signal.topk_logprobs[:, :-1], signal.topk_logprobs[:, 1:], strict=True)
     assert all((better >= worse).all() for better, worse in pairs)
+
     for row, kept in zip(signal.topk_ids, signal.topk_logprobs > -np.inf, strict=True):
         named = row[kept].tolist()
         assert len(set(named)) == len(named)
         assert all(token < num_tokens for token in named)
         assert not (set(remap.values()) - set(remap)) & set(named), "a teacher's end token is left"
+
     np.testing.assert_array_less(signal.token_logprobs, 1e-6)

@@ -1,4 +1,6 @@
-"""What `eopd check` finds on the machine before anything starts: addresses, directories, ports, packages."""
+"""What `eopd check` finds on the machine before anything starts: addresses, directories,
+ports, packages.
+"""
 
 import importlib.util
 import io
@@ -52,21 +54,36 @@ def config(tmp_path):
         ("auto", "head:6379", "head:6379"),
     ],
 )
-def test_the_cluster_s_address_comes_from_the_config_or_else_the_environment(given, variable, found, monkeypatch):
+def test_the_cluster_s_address_comes_from_the_config_or_else_the_environment(
+    given, variable, found, monkeypatch
+):
     if variable is not None:
         monkeypatch.setenv("RAY_ADDRESS", variable)
+
     assert cluster_address(ClusterConfig(address=given)) == found
 
 
 @pytest.mark.parametrize(
     ("given", "variable", "message"),
     [
-        (None, "http://127.0.0.1:8265", "RAY_ADDRESS: http://127.0.0.1:8265 is the job server, for `ray job submit`; "),
+        (
+            None,
+            "http://127.0.0.1:8265",
+            "RAY_ADDRESS: http://127.0.0.1:8265 is the job server, for `ray job submit`; ",
+        ),
         ("https://head:8265", None, "cluster.address: https://head:8265 is the job server"),
         ("auto", "http://127.0.0.1:8265", "RAY_ADDRESS: http://127.0.0.1:8265 is the job server"),
-        ("ray://head:10001", None, "cluster.address: ray://head:10001 is for Ray Client, which cannot drive a run; "),
+        (
+            "ray://head:10001",
+            None,
+            "cluster.address: ray://head:10001 is for Ray Client, which cannot drive a run; ",
+        ),
         *(
-            (bad, None, f"cluster.address: {bad} is no HOST:PORT; a run joins a cluster by its HOST:PORT")
+            (
+                bad,
+                None,
+                f"cluster.address: {bad} is no HOST:PORT; a run joins a cluster by its HOST:PORT",
+            )
             for bad in (
                 "1.2.3.4",
                 "head:",
@@ -84,20 +101,25 @@ def test_the_cluster_s_address_comes_from_the_config_or_else_the_environment(giv
 def test_an_address_of_another_kind_is_told_what_to_write(given, variable, message, monkeypatch):
     if variable is not None:
         monkeypatch.setenv("RAY_ADDRESS", variable)
+
     with pytest.raises(ConfigError) as caught:
         cluster_address(ClusterConfig(address=given))
+
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_a_cluster_that_is_joined_has_its_own_cpus():
     assert cluster_address(ClusterConfig(cpus=3)) == "local"
-    with pytest.raises(ConfigError, match=r"cluster.cpus: 3 is for Ray started here; head:6379 has its own"):
+    with pytest.raises(
+        ConfigError, match=r"cluster.cpus: 3 is for Ray started here; head:6379 has its own"
+    ):
         cluster_address(ClusterConfig(address="head:6379", cpus=3))
 
 
 def test_a_directory_for_temporary_files_must_take_files(monkeypatch, tmp_path):
     require_local_ray()
     (tmp_path / "file").touch()
+
     for name in ("TMPDIR", "RAY_TMPDIR"):
         for bad, why in (
             ("/proc", "No such file"),
@@ -108,6 +130,7 @@ def test_a_directory_for_temporary_files_must_take_files(monkeypatch, tmp_path):
                 patch.setenv(name, bad)
                 with pytest.raises(ConfigError, match=rf"^{name}: {bad} takes no files \({why}"):
                     require_local_ray()
+
         for bad in ("", "tmp"):
             with monkeypatch.context() as patch:
                 patch.setenv(name, bad)
@@ -128,6 +151,7 @@ def test_ray_s_sockets_must_fit_below_the_directory(monkeypatch):
     too_long = rf"^TMPDIR: .* \({LONGEST_TEMPORARY + 1} bytes of at most {LONGEST_TEMPORARY}\); set RAY_TMPDIR to a"
     with pytest.raises(ConfigError, match=too_long):
         require_local_ray()
+
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     require_local_ray()
     monkeypatch.setenv("RAY_TMPDIR", "/" + "ä" * (LONGEST_TEMPORARY // 2 + 1))
@@ -139,6 +163,7 @@ def test_the_longest_socket_that_fits_is_one_the_kernel_takes(tmp_path, monkeypa
     """One byte more than the limit is refused by the kernel too."""
     name = "d" * LONGEST_TEMPORARY + environment.RAY_SOCKET.replace("/", "_")
     monkeypatch.chdir(tmp_path)
+
     with socket.socket(socket.AF_UNIX) as fits, socket.socket(socket.AF_UNIX) as one_more:
         fits.bind(name)
         with pytest.raises(OSError, match="too long"):
@@ -160,9 +185,12 @@ def test_the_longest_socket_that_fits_is_one_the_kernel_takes(tmp_path, monkeypa
 )
 def test_packages_that_are_not_installed_are_named(missing, message, monkeypatch, config):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else find(name)
+    )
     with pytest.raises(ConfigError, match=message):
         require_environment(config())
+
     require_environment(config("cluster.address=head:6379"))  # there the workers' machines count
 
 
@@ -175,11 +203,14 @@ def test_packages_that_are_not_installed_are_named(missing, message, monkeypatch
         ("{tmp}/dangling", "cannot be made (No such file or directory)"),
     ],
 )
-def test_a_run_directory_that_cannot_be_made_is_found_before_anything_is_made(directory, reason, config, tmp_path):
+def test_a_run_directory_that_cannot_be_made_is_found_before_anything_is_made(
+    directory, reason, config, tmp_path
+):
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     directory = directory.format(tmp=tmp_path)
     with pytest.raises(ConfigError) as caught:
         require_environment(config(f"run.directory={directory}"))
+
     assert str(caught.value) == f"run.directory: {directory}/r {reason}"
 
 
@@ -197,20 +228,29 @@ def test_a_run_of_that_name_is_a_note(config, tmp_path):
     assert list(environment_notes(config())) == []
     (tmp_path / "runs" / "r" / "checkpoints").mkdir(parents=True)
     (note,) = environment_notes(config())
-    assert note == f"note: run.name: {tmp_path}/runs/r holds a run already; `eopd train` takes it up with --resume only"
+    assert (
+        note == f"note: run.name: {tmp_path}/runs/r holds a run already; `eopd train` takes it up "
+        "with --resume only"
+    )
 
 
 def test_where_metrics_are_served_is_tried(config):
     with (
         PrometheusSinkAt() as port,
-        pytest.raises(ConfigError, match=rf"telemetry.port: 127.0.0.1:{port} cannot be served \(Address already in"),
+        pytest.raises(
+            ConfigError,
+            match=rf"telemetry.port: 127.0.0.1:{port} cannot be served \(Address already in",
+        ),
     ):
         require_environment(config(f"telemetry.port={port}"))
+
     require_environment(config(f"telemetry.port={port}"))
     require_environment(config("telemetry.port=null", "telemetry.host=no.such.host.invalid"))
+
     for host in ("no.such.host.invalid", "192.0.2.1", "a..b", "x" * 70):
         with pytest.raises(
-            ConfigError, match=rf"^telemetry.host, telemetry.port: {host}:0 cannot be served \(.+\); port 0"
+            ConfigError,
+            match=rf"^telemetry.host, telemetry.port: {host}:0 cannot be served \(.+\); port 0",
         ):
             require_environment(config(f"telemetry.host={host}"))
 
@@ -242,13 +282,19 @@ def test_nothing_of_ours_needs_a_home_directory(home, tmp_path):
     )
     code = (
         "import pwd, sys\n"
-        "pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid))\n"  # as in a container of another user
+        # as in a container of another user
+        "pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid))\n"
         "import eopd.cli.main, eopd.preflight\n"
         "from eopd.remember import remembered\n"
         "print(remembered('q', [], lambda: 42))\n"
     )
     ran = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (ran.returncode, ran.stdout) == (0, "42\n"), ran.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"relative"}

@@ -11,7 +11,8 @@ from eopd.types import ENTROPY_BIN_NATS, NUM_ENTROPY_BINS
 
 def test_entropies_are_counted_by_bin_and_what_is_no_number_is_left_out():
     columns = torch.zeros(6, 5)
-    columns[2] = torch.tensor([0.0, math.nan, 1.5 * ENTROPY_BIN_NATS, math.inf, 0.0])  # the student's
+    # the student's
+    columns[2] = torch.tensor([0.0, math.nan, 1.5 * ENTROPY_BIN_NATS, math.inf, 0.0])
     columns[3] = 100.0 * ENTROPY_BIN_NATS * NUM_ENTROPY_BINS
     columns[-1] = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
     student, teacher = entropy_counts(columns)
@@ -20,7 +21,9 @@ def test_entropies_are_counted_by_bin_and_what_is_no_number_is_left_out():
 
 
 def test_divergences_are_told_apart_where_the_teacher_is_sure_and_by_source():
-    """Worked by hand: two responses of three tokens and one; the last of the first three is masked."""
+    """Worked by hand: two responses of three tokens and one; the last of the first three is
+    masked.
+    """
     first = torch.zeros(6, 3)
     first[0], first[1], first[-1] = (
         torch.tensor([1.0, 3.0, 0.0]),
@@ -33,14 +36,20 @@ def test_divergences_are_told_apart_where_the_teacher_is_sure_and_by_source():
     sums = [token_sums(columns, gate) for columns, gate in zip((first, second), gates, strict=True)]
     counts = [[[0] * NUM_ENTROPY_BINS] * 2]
     parts = eval_stats(sums, ["lists", "stories"], counts).parts
-    told = {name: (part.share, part.reverse_kl.mean, part.forward_kl.mean) for name, part in parts.items()}
+    told = {
+        name: (part.share, part.reverse_kl.mean, part.forward_kl.mean)
+        for name, part in parts.items()
+    }
     assert told == {
         "teacher unsure": (pytest.approx(2 / 3), pytest.approx(4.0), pytest.approx(3.0)),
         "teacher sure": (pytest.approx(1 / 3), pytest.approx(1.0), pytest.approx(0.5)),
         "source lists": (pytest.approx(2 / 3), pytest.approx(2.0), pytest.approx(1.25)),
         "source stories": (pytest.approx(1 / 3), pytest.approx(5.0), pytest.approx(4.0)),
     }
-    assert list(eval_stats(sums, ["lists", "lists"], counts).parts) == ["teacher unsure", "teacher sure"]
+    assert list(eval_stats(sums, ["lists", "lists"], counts).parts) == [
+        "teacher unsure",
+        "teacher sure",
+    ]
 
 
 def test_a_part_without_tokens_is_left_out_and_no_number_opens_no_gate():

@@ -18,7 +18,11 @@ from eopd.evaluation.benchmarks import run_benchmark, sample_seed
 from eopd.evaluation.final_answer import final_answer, last_boxed
 from eopd.evaluation.graders import Verdict, grade_exact, open_grader
 from eopd.evaluation.passk import mean_over_prompts, pass_at_k
-from eopd.evaluation.spelling import are_words_of_the_same_letters, stand_side_by_side, with_plain_numbers
+from eopd.evaluation.spelling import (
+    are_words_of_the_same_letters,
+    stand_side_by_side,
+    with_plain_numbers,
+)
 from eopd.types import (
     LossReason,
     LostTrajectory,
@@ -51,12 +55,16 @@ def test_pass_at_k_refuses_impossible_counts(n, c, k):
 
 
 def test_standard_error_is_clustered_by_prompt():
-    """Against the sandwich formula over single samples: sqrt(sum over prompts of (sum of residuals)^2) / N, times the
-    small-sample factor sqrt(G / (G - 1))."""
-    correct = np.array([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]], dtype=float)
+    """Against the sandwich formula over single samples: sqrt(sum over prompts of (sum of
+    residuals)^2) / N, times the small-sample factor sqrt(G / (G - 1))."""
+    correct = np.array(
+        [[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]], dtype=float
+    )
     groups, samples = correct.shape
     residual_sums = (correct - correct.mean()).sum(axis=1)
-    sandwich = math.sqrt((residual_sums**2).sum()) / (groups * samples) * math.sqrt(groups / (groups - 1))
+    sandwich = (
+        math.sqrt((residual_sums**2).sum()) / (groups * samples) * math.sqrt(groups / (groups - 1))
+    )
     estimate = mean_over_prompts(list(correct.mean(axis=1)))
     assert estimate.mean == pytest.approx(correct.mean())
     assert estimate.standard_error == pytest.approx(sandwich, rel=1e-12)
@@ -124,7 +132,10 @@ def test_final_answer(text, answer):
     assert final_answer(text) == answer
 
 
-GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nTogether 48+24 = <<48+24=72>>72 clips.\n#### 72"
+GSM8K = (
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nTogether 48+24 = <<48+24=72>>72 "
+    "clips.\n#### 72"
+)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +270,13 @@ def test_math_grader(math_grader, response, reference, verdict):
 
 
 def test_a_runaway_answer_is_spelt_in_one_pass():
-    for text in (" " * 100_000 + "x", "1" * 100_000, "1 " * 50_000, "a " * 50_000, "1 000 " * 20_000):
+    for text in (
+        " " * 100_000 + "x",
+        "1" * 100_000,
+        "1 " * 50_000,
+        "a " * 50_000,
+        "1 000 " * 20_000,
+    ):
         begin = time.process_time()
         with_plain_numbers(text)
         stand_side_by_side(text)
@@ -289,11 +306,15 @@ def test_math_grader_names_a_dead_process_an_error_and_goes_on():
         assert grade(r"\boxed{1}", "1") is Verdict.ERROR
         assert grade(r"\boxed{1}", "1") is Verdict.CORRECT
         process = grade.__self__._process
+
     assert process.returncode == 0
 
 
 def test_unknown_grader_is_named():
-    with pytest.raises(ValueError, match=r"'maths': must be one of exact, math"), open_grader("maths"):
+    with (
+        pytest.raises(ValueError, match=r"'maths': must be one of exact, math"),
+        open_grader("maths"),
+    ):
         pass
 
 
@@ -302,7 +323,9 @@ def test_unknown_grader_is_named():
 
 def prompt_sample(prompt_id, answer="7"):
     token_ids = np.array([1, 2], dtype=np.int32)
-    return PromptSample(epoch=0, prompt_id=prompt_id, source="maths", token_ids=token_ids, reference_answer=answer)
+    return PromptSample(
+        epoch=0, prompt_id=prompt_id, source="maths", token_ids=token_ids, reference_answer=answer
+    )
 
 
 class ScriptedEngine:
@@ -318,8 +341,12 @@ class ScriptedEngine:
         ids = self.script[prompt.prompt_id, sample_index]
         if ids is None:
             return fakes.lost(prompt, sample_index, detail="engine died")
+
         reason = StopReason.LENGTH if len(ids) == sampling.max_tokens else StopReason.END_TOKEN
-        return fakes.stored(fakes.trajectory(ids, of=prompt, sample_index=sample_index, stop=reason))
+
+        return fakes.stored(
+            fakes.trajectory(ids, of=prompt, sample_index=sample_index, stop=reason)
+        )
 
 
 async def fetch(stored):
@@ -356,7 +383,9 @@ async def test_result_counts_lost_samples_as_unanswered():
     assert [prompt.num_correct for prompt in result.prompts] == [2, 0]
     assert [prompt.num_samples for prompt in result.prompts] == [4, 4]
     assert result.avg_at_n.mean == pytest.approx(2 / 8)
-    assert result.avg_at_n.standard_error == pytest.approx(statistics.stdev([0.5, 0.0]) / math.sqrt(2))
+    assert result.avg_at_n.standard_error == pytest.approx(
+        statistics.stdev([0.5, 0.0]) / math.sqrt(2)
+    )
     assert {k: estimate.mean for k, estimate in result.pass_at_k.items()} == pytest.approx(
         {1: 0.25, 2: (5 / 6) / 2, 4: 0.5}
     )
@@ -375,7 +404,10 @@ async def test_result_counts_lost_samples_as_unanswered():
 async def test_rows_are_json_lines(tmp_path):
     result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a"), prompt_sample("b")])
     result.write_prompts(tmp_path / "prompts.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [row["prompt_id"] for row in rows] == ["a", "b"]
     assert rows[0]["reference_answer"] == "7"
     assert (rows[0]["num_samples"], rows[0]["num_correct"]) == (4, 2)
@@ -386,13 +418,19 @@ async def test_rows_are_json_lines(tmp_path):
         "stop_reason": "length",
         "verdict": "wrong",
     }
-    assert rows[0]["lost"] == [{"sample_index": 3, "reason": "rollout_failed", "detail": "engine died"}]
+    assert rows[0]["lost"] == [
+        {"sample_index": 3, "reason": "rollout_failed", "detail": "engine died"}
+    ]
 
 
 async def test_all_samples_are_in_flight_at_once_and_shared_evenly():
-    """No engine answers before every sample has been handed out: a benchmark that waits for answers would hang."""
+    """No engine answers before every sample has been handed out: a benchmark that waits for
+    answers would hang.
+    """
     prompts, everybody = [prompt_sample(name) for name in "abc"], asyncio.Event()
-    engines = [ScriptedEngine({(p.prompt_id, i): [7] for p in prompts for i in range(5)}) for _ in range(4)]
+    engines = [
+        ScriptedEngine({(p.prompt_id, i): [7] for p in prompts for i in range(5)}) for _ in range(4)
+    ]
 
     class Gate:
         def __init__(self, engine):
@@ -402,11 +440,13 @@ async def test_all_samples_are_in_flight_at_once_and_shared_evenly():
             answer = await self.engine.generate(prompt, sample_index, sampling)
             if sum(len(engine.calls) for engine in engines) == 15:
                 everybody.set()
+
             await everybody.wait()
             return answer
 
     async with asyncio.timeout(5):
         result = await benchmark([Gate(engine) for engine in engines], prompts, samples=5, ks=(5,))
+
     assert sorted(len(engine.calls) for engine in engines) == [3, 4, 4, 4]
     issued = sorted(call[:2] for engine in engines for call in engine.calls)
     assert issued == sorted(itertools.product("abc", range(5)))
@@ -416,10 +456,12 @@ async def test_all_samples_are_in_flight_at_once_and_shared_evenly():
 async def test_seeds_are_fixed_per_sample_and_do_not_depend_on_the_engines():
     prompts = [prompt_sample(name) for name in "ab"]
     seeds = []
+
     for count, order in ((1, prompts), (3, prompts[::-1])):
         engines = [ScriptedEngine(SCRIPT) for _ in range(count)]
         await benchmark(engines, order)
         seeds.append({call[:2]: call[2].seed for engine in engines for call in engine.calls})
+
     assert seeds[0] == seeds[1]
     assert len(set(seeds[0].values())) == 8
     assert all(0 <= seed < 2**63 for seed in seeds[0].values())
@@ -428,7 +470,9 @@ async def test_seeds_are_fixed_per_sample_and_do_not_depend_on_the_engines():
 
 async def test_a_body_lost_before_it_is_fetched_is_a_loss():
     async def fetch_none(stored):
-        return LostTrajectory(key=stored.header.key, reason=LossReason.ROLLOUT_FAILED, detail="node lost")
+        return LostTrajectory(
+            key=stored.header.key, reason=LossReason.ROLLOUT_FAILED, detail="node lost"
+        )
 
     result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a")], fetch=fetch_none)
     assert result.num_lost == 4
@@ -449,7 +493,9 @@ async def test_answers_are_graded_one_at_a_time_while_the_loop_goes_on():
         running -= 1
         return Verdict.TIMEOUT
 
-    result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a"), prompt_sample("b")], grade)
+    result = await benchmark(
+        [ScriptedEngine(SCRIPT)], [prompt_sample("a"), prompt_sample("b")], grade
+    )
     assert most == 1 and len(threads) == 1 and loop_thread not in threads
     assert result.num_verdicts[Verdict.TIMEOUT] == 6
     assert result.avg_at_n.mean == 0.0
@@ -458,6 +504,7 @@ async def test_answers_are_graded_one_at_a_time_while_the_loop_goes_on():
 async def test_an_engine_that_raises_ends_the_benchmark():
     with pytest.raises(ExceptionGroup) as caught:
         await benchmark([ScriptedEngine({})], [prompt_sample("a")])
+
     assert caught.group_contains(KeyError)
 
 
@@ -466,11 +513,22 @@ async def test_an_engine_that_raises_ends_the_benchmark():
     [
         ([], [prompt_sample("a")], {}, "0 engines, 1 prompts"),
         ([ScriptedEngine(SCRIPT)], [], {}, "1 engines, 0 prompts"),
-        ([ScriptedEngine(SCRIPT)], [prompt_sample("a")], {"ks": (1, 5)}, r"k = \[5\]: must lie in 1..4"),
-        ([ScriptedEngine(SCRIPT)], [prompt_sample("a", None)], {}, "prompt a: has no reference answer"),
+        (
+            [ScriptedEngine(SCRIPT)],
+            [prompt_sample("a")],
+            {"ks": (1, 5)},
+            r"k = \[5\]: must lie in 1..4",
+        ),
+        (
+            [ScriptedEngine(SCRIPT)],
+            [prompt_sample("a", None)],
+            {},
+            "prompt a: has no reference answer",
+        ),
     ],
 )
 async def test_mistakes_are_found_before_anything_is_sampled(engines, prompts, changes, message):
     with pytest.raises(ValueError, match=message):
         await benchmark(engines, prompts, **changes)
+
     assert all(not engine.calls for engine in engines)

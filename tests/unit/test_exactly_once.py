@@ -1,7 +1,8 @@
 """Killed between any two steps of any two tasks, and resumed, a run trains every trajectory once.
 
-The event loop itself dies: after a random number of callbacks ``_run`` raises and nothing else of that life runs, as
-after ``kill -9``. What survives is what was on disk: ``trained.jsonl`` and the newest checkpoint's ledger.
+The event loop itself dies: after a random number of callbacks ``_run`` raises and nothing else of
+that life runs, as after ``kill -9``. What survives is what was on disk: ``trained.jsonl`` and the
+newest checkpoint's ledger.
 """
 
 import asyncio
@@ -34,7 +35,9 @@ class Killed(SystemExit):
 
 
 class Impatient(selectors.DefaultSelector):
-    """Nobody here waits for the world: a loop that has nothing to run, and nothing planned, never will."""
+    """Nobody here waits for the world: a loop that has nothing to run, and nothing planned,
+    never will.
+    """
 
     def select(self, timeout=None):
         assert timeout is not None, "every task waits for another one"
@@ -76,8 +79,12 @@ class World(fakes.World):
         await self.turns(12)
         if self.random.random() < 0.05:
             return fakes.lost(prompt, sample_index)
+
         ids = [prompt.epoch, int(prompt.prompt_id), sample_index]
-        return fakes.stored(fakes.trajectory(ids, of=prompt, sample_index=sample_index, version=version))
+
+        return fakes.stored(
+            fakes.trajectory(ids, of=prompt, sample_index=sample_index, version=version)
+        )
 
     async def score(self, stored):
         await self.turns(6)
@@ -94,7 +101,9 @@ class World(fakes.World):
 
 
 class Run:
-    """A run over several lives. ``history`` is what the learner saw of steps that were not undone."""
+    """A run over several lives. ``history`` is what the learner saw of steps that were not
+    undone.
+    """
 
     def __init__(self, path: Path, staleness: int, lookahead: int) -> None:
         path.mkdir()
@@ -114,24 +123,31 @@ class Run:
         self.directory.drop_rows_after(start)
         world = World(seed, start)
         loop = MortalLoop(life)
+
         try:
             loop.run_until_complete(self._train(world, ledger, start))
             ended = True
         except Killed:
             ended = False
+
         survived = range(1, start + 1)
         self.history = {step: self.history[step] for step in survived} | world.trained
         self._bury(loop)
+
         return ended
 
     def _bury(self, loop: MortalLoop) -> None:
-        """A dead process leaves no tasks to the garbage collector; and nothing on disk may come of ending these."""
+        """A dead process leaves no tasks to the garbage collector; and nothing on disk may
+        come of ending these.
+        """
         before = {path: path.read_bytes() for path in self.directory.path.iterdir()}
         loop.life = -1
         if tasks := asyncio.all_tasks(loop):
             for task in tasks:
                 task.cancel()
+
             loop.run_until_complete(asyncio.wait(tasks))
+
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
         assert before == {path: path.read_bytes() for path in self.directory.path.iterdir()}
@@ -140,8 +156,14 @@ class Run:
         staleness, lookahead = self.mode
         plan = {"batch": BATCH, "batches": BATCHES, "max_attempts": 9, "token_budget": 16}
         line = fakes.pipeline(
-            world, of=self.order(), ledger=ledger, max_staleness=staleness, lookahead=lookahead, **plan
+            world,
+            of=self.order(),
+            ledger=ledger,
+            max_staleness=staleness,
+            lookahead=lookahead,
+            **plan,
         )
+
         async for row in line.steps(start):
             step = int(row["eopd_step"])
             self.directory.add_trained(step, line.trained)
@@ -155,11 +177,15 @@ class Run:
         order = self.order()
         rows = [json.loads(line) for line in self.directory.trained.read_text().splitlines()]
         assert [row["step"] for row in rows] == list(range(1, BATCHES + 1))
+
         for row in rows:
             keys = [TrajectoryKey(p.epoch, p.prompt_id, k) for p, k in map(order.at, row["issues"])]
             assert sorted(keys) == self.history[row["step"]]  # what it says is what the learner saw
-            ids = [np.array([key.epoch, int(key.prompt_id), key.sample_index], "<i4") for key in keys]
+            ids = [
+                np.array([key.epoch, int(key.prompt_id), key.sample_index], "<i4") for key in keys
+            ]
             assert row["crc32"] == [crc32(one.tobytes()) for one in ids]
+
         return [row["issues"] for row in rows]
 
 
@@ -169,26 +195,37 @@ def no_disk_is_forced(monkeypatch):
 
 
 @pytest.mark.parametrize(("staleness", "lookahead"), MODES)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**32), lives=st.lists(st.integers(1, LONGEST_LIFE), min_size=3, max_size=6))
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 2**32), lives=st.lists(st.integers(1, LONGEST_LIFE), min_size=3, max_size=6)
+)
 def test_killed_anywhere_and_resumed_it_trains_what_an_undisturbed_run_trains(
     tmp_path_factory, staleness, lookahead, seed, lives
 ):
     root = tmp_path_factory.mktemp("once")
-    undisturbed, killed = (Run(root / name, staleness, lookahead) for name in ("undisturbed", "killed"))
+    undisturbed, killed = (
+        Run(root / name, staleness, lookahead) for name in ("undisturbed", "killed")
+    )
     assert undisturbed.live(seed, life=-1)
     ended = [killed.live(seed + number, life) for number, life in enumerate([*lives, -1])]
     assert ended[-1]
     expected, found = undisturbed.trained(), killed.trained()
-    trained, undisturbed_trained = (Counter(issue for step in steps for issue in step) for steps in (found, expected))
+    trained, undisturbed_trained = (
+        Counter(issue for step in steps for issue in step) for steps in (found, expected)
+    )
     assert trained == undisturbed_trained == Counter(range(BATCH * BATCHES))
     if lookahead == 0:
-        assert found == expected  # the same batches in the same order, not only the same trajectories
+        # the same batches in the same order, not only the same trajectories
+        assert found == expected
 
 
 @pytest.mark.parametrize(("staleness", "lookahead"), MODES)
 def test_the_longest_life_of_these_tests_ends_before_the_run(tmp_path, staleness, lookahead):
-    """Were a run over after fewer callbacks than lives are drawn from, the test above would kill nothing."""
+    """Were a run over after fewer callbacks than lives are drawn from, the test above would
+    kill nothing.
+    """
     run = Run(tmp_path / "run", staleness, lookahead)
     assert not run.live(seed=1, life=LONGEST_LIFE)
     assert run.history and run.checkpoint.exists()

@@ -19,7 +19,9 @@ def source(tmp_path):
 
 
 def export(source, target):
-    student = load_student(StudentConfig(model=source, dtype="float32"), activation_checkpointing=False)
+    student = load_student(
+        StudentConfig(model=source, dtype="float32"), activation_checkpointing=False
+    )
     weights = {name: tensor + 1.0 for name, tensor in student.model.state_dict().items()}
     write_student(target, student.model, weights, source=source)
     return weights
@@ -29,7 +31,8 @@ def export(source, target):
     "given",
     [
         None,
-        {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 0]},  # transformers won't write it
+        # transformers won't write it
+        {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 0]},
         {"eos_token_id": 2, "of_a_later_version": {"x": 1}},
     ],
 )
@@ -38,11 +41,13 @@ def test_the_generation_config_is_the_one_that_was_given(source, tmp_path, given
     path.unlink()
     if given is not None:
         path.write_text(json.dumps(given, indent=7))
+
     weights = export(source, tmp_path / "hf")
     written = tmp_path / "hf" / "generation_config.json"
     assert written.exists() == path.exists()
     if given is not None:
         assert written.read_bytes() == path.read_bytes()
+
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     for name, tensor in exported.state_dict().items():
         assert torch.equal(tensor, weights[name])
@@ -56,6 +61,7 @@ def test_tokenizer_and_templates_are_the_ones_that_were_given(source, tmp_path):
     (source / "training_args.bin").write_text("of another training")
     (source / "README.md").write_text("of another model")
     export(source, tmp_path / "hf")
+
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",
@@ -63,6 +69,7 @@ def test_tokenizer_and_templates_are_the_ones_that_were_given(source, tmp_path):
         "additional_chat_templates/tools.jinja",
     ):
         assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
+
     assert not (tmp_path / "hf" / "training_args.bin").exists()
     assert not (tmp_path / "hf" / "README.md").exists()
     loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")

@@ -34,6 +34,7 @@ class Body:
         await asyncio.sleep(self.start_s)
         if self.error:
             raise self.error
+
         return 4
 
     async def end(self) -> None:
@@ -63,6 +64,7 @@ class World:
         new = [Body(number) for number in numbers]
         for body in new:
             self.spoil(body)
+
         self.bodies += new
         return new
 
@@ -99,7 +101,12 @@ async def test_a_lost_worker_is_ended_and_another_one_has_its_number():
     world.pool.lose(1, "its actor died")
     assert world.pool.num_up == 1 and fleet.size == 2
     await until(lambda: world.pool.num_up == 2)
-    assert (left, joined, world.alive(), world.bodies[1].ended) == ([1], [(1, "worker 1")], [0, 1], True)
+    assert (left, joined, world.alive(), world.bodies[1].ended) == (
+        [1],
+        [(1, "worker 1")],
+        [0, 1],
+        True,
+    )
     assert fleet.num_replacements == 1
     assert world.said == [
         "engine 1: its actor died; going on with 1 of 2 while another one is started",
@@ -118,6 +125,7 @@ async def test_a_node_that_is_lost_costs_as_many_losses_as_it_had_workers_and_it
     world.spoil = no_room
     for number in range(8):
         world.pool.lose(number, "its node is gone")
+
     await asyncio.sleep(0.3)
     assert world.pool.num_up == 56 and fleet.size == 64 and fleet.num_replacements == 0
     assert len(world.bodies) > 64 + 3 * 8, "it was tried again and again"
@@ -140,8 +148,10 @@ async def test_with_nobody_left_and_nobody_coming_all_who_wait_are_told_the_caus
     world.spoil = broken
     for number in range(2):
         world.pool.lose(number, "its node is gone")
+
     with pytest.raises(NobodyLeftError) as raised:
         await asyncio.wait_for(world.pool.run(name), 2.0)
+
     assert str(raised.value).splitlines() == [
         "no engine is left, and none came up within cluster.start_timeout_s = 0.05:",
         "  engine 0: its node is gone",
@@ -174,14 +184,18 @@ async def test_one_loss_too_many_is_told_to_all_who_wait():
     fleet = await world.start()
     world.pool.lose(0, "died")
     await until(lambda: world.pool.num_up == 2)
-    waiting = [asyncio.create_task(world.pool.run(lambda worker: asyncio.sleep(3600))) for _ in range(12)]
+    waiting = [
+        asyncio.create_task(world.pool.run(lambda worker: asyncio.sleep(3600))) for _ in range(12)
+    ]
     await asyncio.sleep(0.01)
     world.pool.lose(1, "died too")
     for request in waiting[8:]:
         with pytest.raises(TooManyRestartsError, match="engine 1: died too"):
             await request
+
     for request in waiting[:8]:
         request.cancel()
+
     await fleet.close()
 
 
@@ -220,12 +234,14 @@ async def test_one_that_does_not_start_is_ended_and_the_others_stay():
     def spoil(body):
         if body.number == 3:
             body.error = EngineDownError("killed by the node's memory monitor")
+
         if body.number == 4:
             body.start_s = 3600.0
 
     world.spoil = spoil
     with pytest.raises(EngineDownError):
         await fleet.scale(5)
+
     assert world.alive() == [0, 1, 2] and fleet.size == world.pool.num_up == 3
 
 
@@ -265,7 +281,9 @@ SAMPLING = Sampling(temperature=1.0, max_tokens=4, seed=11)
 async def one_of(worker, *, timeout_s: float = 0.05) -> Fleet:
     """A fleet of one that is up."""
     world = World(0)
-    world.fleet.pool = world.pool = Pool("it", timeout_s=timeout_s, ping=lambda worker: asyncio.sleep(0))
+    world.fleet.pool = world.pool = Pool(
+        "it", timeout_s=timeout_s, ping=lambda worker: asyncio.sleep(0)
+    )
     world.pool.add(0, worker, 8)
     return world.fleet
 
@@ -274,6 +292,7 @@ class Engine:
     async def generate(self, prompt, sample_index, sampling):
         if sampling.seed == 13:
             await asyncio.sleep(3600)
+
         return sampling.seed
 
 
@@ -304,6 +323,7 @@ class Teacher:
                 await asyncio.sleep(3600)
             case "killed":
                 raise TeacherDownError("its engine died")
+
         return Stored(stored.header, self.name)
 
 
@@ -316,7 +336,10 @@ async def test_what_a_teacher_cannot_score_or_not_in_time_is_lost_at_once():
     assert (await pool.score(stored())).body == "a"
     assert (await pool.score(stored("bad"))).detail == "not finite"
     slow = await pool.score(stored("slow"))
-    assert (slow.reason, slow.detail) == (LossReason.TEACHER_FAILED, "no answer of it 0 within 0.05 s")
+    assert (slow.reason, slow.detail) == (
+        LossReason.TEACHER_FAILED,
+        "no answer of it 0 within 0.05 s",
+    )
     metrics = {
         name: pool.metrics()[series(f"eopd_teacher_{name}", teacher="t")]
         for name in ("tokens_total", "failures_total", "replicas_up")
@@ -328,7 +351,9 @@ async def test_sources_have_their_teachers_and_the_rest_the_default():
     maths = TeacherPool("m", await one_of(Teacher("m")))
     rest = TeacherPool("r", await one_of(Teacher("r")))
     router = TeacherRouter({"math": maths, "aime": maths}, rest)
-    found = [(await router.score(stored(source=source))).body for source in ("math", "aime", "code")]
+    found = [
+        (await router.score(stored(source=source))).body for source in ("math", "aime", "code")
+    ]
     assert found == ["m", "m", "r"]
     names = [series("eopd_teacher_tokens_total", teacher=name) for name in ("m", "r")]
     assert [router.metrics()[name] for name in names] == [10.0, 5.0]

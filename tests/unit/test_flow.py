@@ -1,5 +1,5 @@
-"""Ten thousand trajectories through the loop: the driver's memory is flat, its queues are bounded by the slots, and the
-learner's wait is told apart.
+"""Ten thousand trajectories through the loop: the driver's memory is flat, its queues are bounded
+by the slots, and the learner's wait is told apart.
 """
 
 import asyncio
@@ -31,8 +31,10 @@ class QuickWorld(World):
         self.most_held = max(self.most_held, self.held)
         for _ in range(self.random.randrange(4)):
             await asyncio.sleep(0)
+
         if seconds:
             await asyncio.sleep(seconds)
+
         self.held -= 1
 
     async def generate(self, prompt, sample_index, sampling):
@@ -40,6 +42,7 @@ class QuickWorld(World):
         await self.work(self.write_s)
         if self.random.random() < self.lose:
             return fakes.lost(prompt, sample_index)
+
         return self.write(prompt, sample_index, version)
 
     async def score(self, stored):
@@ -57,7 +60,8 @@ def queues(line: Pipeline) -> dict[str, int]:
         f"{type(part).__name__}.{name}": len(value)
         for part in (line, line.buffer, line.ledger, line.ledger.settled)
         for name in type(part).__slots__
-        if isinstance(value := getattr(part, name), Sized) and name not in ("lost", "doing", "settled")
+        if isinstance(value := getattr(part, name), Sized)
+        and name not in ("lost", "doing", "settled")
     }
 
 
@@ -70,22 +74,30 @@ async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_
     assert slots == 150
     memory, objects, most = {}, {}, dict.fromkeys(queues(line), 0)
     tracemalloc.start()
+
     try:
         async for row in line.steps(0):
             step = int(row["eopd_step"])
             most = {name: max(most[name], length) for name, length in queues(line).items()}
-            assert len(asyncio.all_tasks()) <= slots + batch + 2  # a batch that was just consumed has yet to end
+            # a batch that was just consumed has yet to end
+            assert len(asyncio.all_tasks()) <= slots + batch + 2
             if step in (early, late):
                 gc.collect()
-                memory[step], objects[step] = tracemalloc.get_traced_memory()[0], len(gc.get_objects())
+                memory[step], objects[step] = (
+                    tracemalloc.get_traced_memory()[0],
+                    len(gc.get_objects()),
+                )
     finally:
         tracemalloc.stop()
+
     assert line.ledger.settled.floor == line.totals.trajectories == batch * batches
     assert 0 < line.ledger.lost[LossReason.ROLLOUT_FAILED] < 200
     assert memory[late] - memory[early] < 20_000  # bytes, over 8,000 trajectories
     assert objects[late] - objects[early] < 100
     assert batch < world.most_held <= slots and max(most.values()) <= slots, most
-    assert {"Buffer._ready", "Buffer._taken", "Pipeline._written_at", "Watermark.ahead"} <= set(most)
+    assert {"Buffer._ready", "Buffer._taken", "Pipeline._written_at", "Watermark.ahead"} <= set(
+        most
+    )
     assert len(line.trained) == batch, "what the last step trained, and no more"
     kept = {"Pipeline.trained", "Pipeline.busy"}  # for whoever reads the row
     left = {name: length for name, length in queues(line).items() if name not in kept}
@@ -95,7 +107,8 @@ async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_
 
 
 @pytest.mark.parametrize(
-    ("slow", "waited_for", "other"), [("write_s", "rollout", "teacher"), ("score_s", "teacher", "rollout")]
+    ("slow", "waited_for", "other"),
+    [("write_s", "rollout", "teacher"), ("score_s", "teacher", "rollout")],
 )
 async def test_the_wait_of_a_step_is_put_down_to_who_was_waited_for(slow, waited_for, other):
     line = pipeline(QuickWorld(**{slow: 0.05}), batch=4, batches=3, max_staleness=0)
@@ -111,8 +124,13 @@ async def test_a_step_tells_when_somebody_wrote_and_when_somebody_scored():
         for stage in ("generate", "score"):
             spans = line.busy[stage]
             assert spans == sorted(spans) and all(start < stop for start, stop in spans)
-            assert sum(stop - start for start, stop in spans) == pytest.approx(row[f"eopd_{stage}_seconds"])
-        assert line.busy["generate"][-1][1] == pytest.approx(row["eopd_wait_rollout_seconds"], abs=0.01)
+            assert sum(stop - start for start, stop in spans) == pytest.approx(
+                row[f"eopd_{stage}_seconds"]
+            )
+
+        assert line.busy["generate"][-1][1] == pytest.approx(
+            row["eopd_wait_rollout_seconds"], abs=0.01
+        )
         assert line.busy["score"][-1][1] == pytest.approx(row["eopd_wait_seconds"], abs=0.01)
 
 
@@ -122,6 +140,7 @@ async def test_what_is_under_way_when_a_step_ends_is_told_in_two_parts():
         first = clock.lap()
         with clock:
             await asyncio.sleep(0.01)
+
     second = clock.lap()
     assert [len(first), len(second)] == [1, 1] and first[0][1] == second[0][0]
     assert second[0][1] - second[0][0] >= 0.01 and clock.lap() == []
@@ -133,6 +152,8 @@ async def test_a_batch_that_is_ready_when_the_learner_comes_was_not_waited_for()
             await asyncio.sleep(0.05)
             return await super().step(batch)
 
-    rows = [row async for row in pipeline(SlowLearner(), batch=4, batches=4, max_staleness=1).steps(0)]
+    rows = [
+        row async for row in pipeline(SlowLearner(), batch=4, batches=4, max_staleness=1).steps(0)
+    ]
     for row in rows[1:]:
         assert row["eopd_wait_rollout_seconds"] == 0.0 <= row["eopd_wait_teacher_seconds"] < 0.02

@@ -18,7 +18,9 @@ class Method:
 
 
 class Rank:
-    """``step`` raises what a rank says whose peer is gone; ``version`` is answered, or dies, after a while."""
+    """``step`` raises what a rank says whose peer is gone; ``version`` is answered, or dies,
+    after a while.
+    """
 
     def __init__(self, *, lost_after_s: float | None = None, busy_s: float = 0.0) -> None:
         self.lost_after_s, self.busy_s = lost_after_s, busy_s
@@ -28,13 +30,17 @@ class Rank:
         if self.lost_after_s is not None:
             await asyncio.sleep(self.lost_after_s)
             raise ActorDiedError
+
         await asyncio.sleep(0.01)
-        raise RayTaskError("step", "Connection closed by peer", RuntimeError("Connection closed by peer"))
+        raise RayTaskError(
+            "step", "Connection closed by peer", RuntimeError("Connection closed by peer")
+        )
 
     async def _version(self):
         if self.lost_after_s is not None:
             await asyncio.sleep(self.lost_after_s)
             raise ActorDiedError
+
         await asyncio.sleep(self.busy_s)
         return (0, 0)
 
@@ -46,12 +52,16 @@ def gang(tmp_path, monkeypatch):
         "run: {name: r, batches: 2}\nstudent: {model: s}\nteachers: [{model: t}]\n"
         "prompts: {data: a, held_out: b}\nflow: {batch_prompts: 8}"
     )
-    monkeypatch.setattr(module, "_NEWS_S", module._NEWS_S / 100)  # seconds of these tests are hundredths
+    # seconds of these tests are hundredths
+    monkeypatch.setattr(module, "_NEWS_S", module._NEWS_S / 100)
+
     return LearnerGang(pytest.fail, load_config(path))
 
 
 @pytest.mark.parametrize("seconds", [2, 15, 60])
-async def test_a_rank_that_is_lost_with_its_node_is_the_gang_s_loss_however_late_the_news(gang, seconds):
+async def test_a_rank_that_is_lost_with_its_node_is_the_gang_s_loss_however_late_the_news(
+    gang, seconds
+):
     gang._actors = [Rank(), Rank(lost_after_s=seconds / 100)]
     with pytest.raises(LearnerDownError, match="rank 1 died"):
         await gang._each("step")
@@ -62,6 +72,7 @@ async def test_a_mistake_in_the_code_is_loud_at_once_when_all_ranks_answer(gang)
     started = time.monotonic()
     with pytest.raises(RayTaskError, match="Connection closed by peer"):
         await gang._each("step")
+
     assert time.monotonic() - started < 0.5
 
 

@@ -37,7 +37,10 @@ class World(fakes.World):
         name = f"{role}_{key.prompt_id}"
         self.loses[name] = self.loses.get(name, 0) - 1
         if self.loses[name] >= 0:
-            return LostTrajectory(key=key, reason=LossReason.TEACHER_FAILED, detail="its body was lost")
+            return LostTrajectory(
+                key=key, reason=LossReason.TEACHER_FAILED, detail="its body was lost"
+            )
+
         return None
 
     async def generate(self, prompt, sample_index, sampling):
@@ -53,6 +56,7 @@ class World(fakes.World):
         if self.gone:
             keys, self.gone = self.gone, ()
             raise BodiesLostError(keys)
+
         return STATS
 
 

@@ -26,7 +26,11 @@ def test_the_package_runs_as_a_program():
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_the_recipes_of_the_package_are_those_of_the_repository():
@@ -47,6 +51,7 @@ def test_a_written_recipe_loads_and_finds_its_prompts(name, tmp_path, monkeypatc
 def test_it_says_what_it_wrote_and_what_comes_next(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         init(monkeypatch, tmp_path, "tiny")
+
     assert end.value.code == 0
     assert capsys.readouterr().out.splitlines() == [
         "wrote configs/tiny.yaml",
@@ -56,7 +61,11 @@ def test_it_says_what_it_wrote_and_what_comes_next(tmp_path, monkeypatch, capsys
     ]
     assert contents(tmp_path) == {
         name: (ROOT / name).read_bytes()
-        for name in ("configs/tiny.yaml", "configs/prompts/demo_train.jsonl", "configs/prompts/demo_held_out.jsonl")
+        for name in (
+            "configs/tiny.yaml",
+            "configs/prompts/demo_train.jsonl",
+            "configs/prompts/demo_held_out.jsonl",
+        )
     }
 
 
@@ -72,14 +81,20 @@ def test_a_file_of_the_user_is_never_overwritten(changed, tmp_path, monkeypatch,
     (tmp_path / changed).write_text("mine")
     with pytest.raises(SystemExit) as end:
         init(monkeypatch, tmp_path, "tiny")
+
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {changed}: exists and differs from the recipe's")
+    assert capsys.readouterr().err.startswith(
+        f"error: {changed}: exists and differs from the recipe's"
+    )
     assert contents(tmp_path) == {changed: b"mine"}
 
 
 def test_an_unknown_recipe_and_a_folder_in_the_way_are_one_message(tmp_path):
-    with pytest.raises(ConfigError, match=r"init tyni: there is no such recipe; choose one of demo, math, .*tiny"):
+    with pytest.raises(
+        ConfigError, match=r"init tyni: there is no such recipe; choose one of demo, math, .*tiny"
+    ):
         write_recipe("tyni", tmp_path)
+
     (tmp_path / "configs").write_text("a file")
     with pytest.raises(ConfigError, match=r"configs/tiny\.yaml: cannot be written"):
         write_recipe("tiny", tmp_path)

@@ -1,4 +1,6 @@
-"""What the paths of a config stand for: the same contents are the same run, whatever their names."""
+"""What the paths of a config stand for: the same contents are the same run, whatever their
+names.
+"""
 
 import json
 import shutil
@@ -11,7 +13,9 @@ from eopd.config import load_config
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.runtime.inputs import digests
 
-ROWS = [{"id": f"r{i}", "prompt": f"few words {i}", "answer": str(i), "source": "s"} for i in range(3)]
+ROWS = [
+    {"id": f"r{i}", "prompt": f"few words {i}", "answer": str(i), "source": "s"} for i in range(3)
+]
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +24,7 @@ def models(tmp_path_factory):
     tokenizer = train_tokenizer(["a few words to cut into pieces"], 270)
     for name in ("student", "teacher"):
         write_model(root / name, build_model("qwen3", tokenizer, seed=0, layers=1), tokenizer)
+
     return root
 
 
@@ -32,6 +37,7 @@ def of(models, tmp_path):
         shutil.copytree(models, root)
         for file, rows in (("train", train), ("held_out", held_out)):
             (root / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
         change(root)
         (root / "c.yaml").write_text(
             f"run: {{name: r, batches: 1, directory: {root}/runs}}\nstudent: {{model: {root}/student}}\n"
@@ -39,6 +45,7 @@ def of(models, tmp_path):
             f"prompts: {{data: {root}/train.jsonl, held_out: {root}/held_out.jsonl, max_tokens: 64}}\n"
         )
         config = load_config(root / "c.yaml", overrides)
+
         return digests(config, preflight.check(config))
 
     return make
@@ -60,7 +67,13 @@ def written_again(root):
 def test_what_was_moved_is_the_same(of):
     first, second = of("first"), of("second")
     assert first == second
-    assert set(first) == {"made_as", "prompts.data", "prompts.held_out", "student.model", "teachers.t.model"}
+    assert set(first) == {
+        "made_as",
+        "prompts.data",
+        "prompts.held_out",
+        "student.model",
+        "teachers.t.model",
+    }
 
 
 @pytest.mark.parametrize(
@@ -87,5 +100,11 @@ def test_a_digest_tells_what_is_trained_on_and_by_what(of, arguments, differs):
 
 
 def test_a_suffix_makes_other_prompts(of):
-    before, after = of("before"), of("after", ROWS, ROWS, lambda root: None, "prompts.suffix= words")
-    assert {key for key in before if before[key] != after[key]} == {"prompts.data", "prompts.held_out"}
+    before, after = (
+        of("before"),
+        of("after", ROWS, ROWS, lambda root: None, "prompts.suffix= words"),
+    )
+    assert {key for key in before if before[key] != after[key]} == {
+        "prompts.data",
+        "prompts.held_out",
+    }

@@ -27,11 +27,13 @@ def test_after_a_resume_every_number_is_trained_exactly_once(was_trained):
 def test_what_was_dropped_is_not_issued_again_either(fates):
     ledger = Ledger()
     issued = {ledger.issue(): fate for fate in fates}
+
     for issue, fate in issued.items():
         if fate == "trained":
             ledger.train([issue])
         elif fate == "dropped":
             ledger.drop(issue)
+
     resumed = Ledger.restore(**json.loads(json.dumps(ledger.state())))
     left = [issue for issue, fate in issued.items() if fate == "neither"]
     assert [resumed.issue() for _ in left] == left
@@ -49,6 +51,7 @@ def test_training_twice_or_something_never_issued_is_loud():
     ledger = Ledger()
     first = ledger.issue()
     ledger.train([first])
+
     for wrong in (first, 7):
         for settle in (lambda issue: ledger.train([issue]), ledger.drop):
             with pytest.raises(ValueError, match="twice or never issued"):

@@ -36,7 +36,9 @@ def directory(tmp_path):
 @pytest.fixture
 def other(directory):
     """Another process that holds the lock."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(directory)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(directory)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -49,6 +51,7 @@ def test_the_second_process_is_refused_and_told_of_the_first(directory, other):
     message = rf"run.name: {directory} is being run by {who}. Wait for it, stop it"
     with pytest.raises(ConfigError, match=message), held(directory):
         raise AssertionError("held twice")
+
     assert holder(directory).pid == other.pid, "the refused one has not taken its name away"
 
 
@@ -59,6 +62,7 @@ def test_a_process_that_is_killed_leaves_its_name_and_no_lock(directory, other, 
     assert holder(directory) is None and last_holder(directory).pid == other.pid
     with held(directory) as notes:
         assert notes == [] and holder(directory).pid == os.getpid()
+
     assert holder(directory) is None and last_holder(directory) is None
 
 
@@ -66,10 +70,12 @@ def test_a_directory_in_which_nothing_was_begun_does_not_stay(tmp_path):
     path = tmp_path / "runs" / "r"
     with held(path):
         assert [file.name for file in path.iterdir()] == ["run.lock"]
+
     assert not path.exists() and holder(path) is None
     with pytest.raises(RuntimeError), held(path):
         (path / "config.yaml").write_text("")
         raise RuntimeError
+
     assert sorted(file.name for file in path.iterdir()) == ["config.yaml", "run.lock"]
 
 
@@ -80,7 +86,8 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_taken_anew(directory, monke
         flock(descriptor, operation)
         if not removed:
             removed.append(os.unlink(directory / "run.lock"))
-            (directory / "run.lock").touch()  # by a third one, who will hold another file of this name
+            # by a third one, who will hold another file of this name
+            (directory / "run.lock").touch()
 
     monkeypatch.setattr(fcntl, "flock", late)
     with held(directory):
@@ -92,6 +99,7 @@ def test_a_process_of_another_host_that_did_not_leave_is_named(directory):
     (directory / "run.lock").write_text(json.dumps(record))
     with held(directory) as notes:
         (note,) = notes
+
     assert "run.lock names process 7 on elsewhere, since 20" in note and "If it still runs" in note
 
 
@@ -100,9 +108,14 @@ def test_a_file_system_without_locks_is_said(directory, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
+
     with held(directory) as notes:
-        assert notes == [f"the file system of {directory} has no locks: nothing keeps a second process out of this run"]
+        assert notes == [
+            f"the file system of {directory} has no locks: nothing keeps a "
+            "second process out of this run"
+        ]
         assert holder(directory).pid == os.getpid()
+
     assert holder(directory) is None
 
 
@@ -114,6 +127,7 @@ def test_whoever_looks_at_a_lock_for_a_moment_does_not_keep_a_run_from_it(direct
     monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
     with held(directory):
         assert holder(directory) is not None
+
     os.close(looking)
 
 

@@ -1,8 +1,16 @@
-"""Which layers get adapters, how they begin, and what a model with adapters looks like from outside."""
+"""Which layers get adapters, how they begin, and what a model with adapters looks like from
+outside.
+"""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from eopd.config import ConfigError, LoraConfig
 from eopd.learner.lora import add_adapters, check_targets, whole_tensors
@@ -19,7 +27,11 @@ SIZES = {
     "eos_token_id": 0,
 }
 MIXTURE = SIZES | {"num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
-LLAMA, QWEN2, TIED = LlamaConfig(**SIZES), Qwen2Config(**SIZES), Qwen3Config(**SIZES, tie_word_embeddings=True)
+LLAMA, QWEN2, TIED = (
+    LlamaConfig(**SIZES),
+    Qwen2Config(**SIZES),
+    Qwen3Config(**SIZES, tie_word_embeddings=True),
+)
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -30,10 +42,13 @@ def model_of(config):
 
 def adapted(model):
     """Matrices of the adapters by their path; B, which begins at zero, is made visible."""
-    matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     for number, (name, matrix) in enumerate(matrices.items()):
         if "lora_B" in name:
             torch.nn.init.normal_(matrix, generator=torch.Generator().manual_seed(number))
+
     return matrices
 
 
@@ -58,13 +73,25 @@ def test_names_are_ends_of_paths_and_all_linear_leaves_out_the_head(config, targ
 @pytest.mark.parametrize(
     ("config", "targets", "message"),
     [
-        (LLAMA, ["q_proj", "proj"], "'proj' matches no layer of LlamaForCausalLM; its linear layers are down_proj, "),
+        (
+            LLAMA,
+            ["q_proj", "proj"],
+            "'proj' matches no layer of LlamaForCausalLM; its linear layers are down_proj, ",
+        ),
         (LLAMA, ["q_proj", "lm_head"], "'lm_head' is the embedding or the output head"),
         (TIED, "embed_tokens", "'embed_tokens' is the embedding or the output head"),
         (LLAMA, "mlp", "'mlp' is a LlamaMLP; only linear layers can be adapted"),
         # peft takes them for the routed experts, which transformers 5 fuses
-        (DeepseekV3Config(**MIXTURE, first_k_dense_replace=1), "all-linear", "peft takes .*gate_proj, up_proj"),
-        (DeepseekV3Config(**MIXTURE, first_k_dense_replace=1), "gate_proj", "Cannot convert PEFT target"),
+        (
+            DeepseekV3Config(**MIXTURE, first_k_dense_replace=1),
+            "all-linear",
+            "peft takes .*gate_proj, up_proj",
+        ),
+        (
+            DeepseekV3Config(**MIXTURE, first_k_dense_replace=1),
+            "gate_proj",
+            "Cannot convert PEFT target",
+        ),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_without_weights(tmp_path, config, targets, message):
@@ -84,10 +111,18 @@ def test_equal_seeds_give_equal_adapters_whatever_was_drawn_before(dtype):
     for number, (model, seed) in enumerate(zip(models, (5, 5, 6), strict=True)):
         torch.manual_seed(number)
         add_adapters(model, LoraConfig(), seed=seed)
-        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(number)))  # untouched
+        # untouched
+        assert torch.equal(
+            torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(number))
+        )
+
     first, same, other = (adapted(model) for model in models)
-    assert all(matrix.dtype == dtype and torch.equal(matrix, same[name]) for name, matrix in first.items())
-    assert not any(torch.equal(matrix, other[name]) for name, matrix in first.items() if "lora_A" in name)
+    assert all(
+        matrix.dtype == dtype and torch.equal(matrix, same[name]) for name, matrix in first.items()
+    )
+    assert not any(
+        torch.equal(matrix, other[name]) for name, matrix in first.items() if "lora_A" in name
+    )
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN2, TIED], ids=["untied", "biases", "tied"])
@@ -97,6 +132,7 @@ def test_from_outside_there_is_one_plain_model_with_its_weights_merged(config):
     matrices = adapted(model)
     found = {name: recipe.whole() for name, recipe in whole_tensors(model).items()}
     assert found.keys() == dict(base.named_parameters()).keys()  # of tied tensors the first name
+
     for name, tensor in base.named_parameters():
         path = name.removesuffix(".weight")
         expected = tensor.detach()
@@ -104,8 +140,12 @@ def test_from_outside_there_is_one_plain_model_with_its_weights_merged(config):
             a, b = (matrices[f"{path}.lora_{letter}.default.weight"].detach() for letter in "AB")
             expected = expected + torch.einsum("or,ri->oi", b, a) * 1.5
             assert not torch.allclose(found[name], tensor, atol=1e-2)
+
         assert torch.allclose(found[name], expected, atol=1e-5), name
-    merged = torch.func.functional_call(base, found, kwargs={"input_ids": torch.arange(7)[None]}).logits
+
+    merged = torch.func.functional_call(
+        base, found, kwargs={"input_ids": torch.arange(7)[None]}
+    ).logits
     assert torch.allclose(merged, model(input_ids=torch.arange(7)[None]).logits, atol=1e-4)
 
 
@@ -114,4 +154,6 @@ def test_without_adapters_the_live_tensors_are_handed_out():
     parameters = dict(model.named_parameters())
     recipes = whole_tensors(model)
     assert recipes.keys() == parameters.keys()
-    assert all(recipe.whole().data_ptr() == parameters[name].data_ptr() for name, recipe in recipes.items())
+    assert all(
+        recipe.whole().data_ptr() == parameters[name].data_ptr() for name, recipe in recipes.items()
+    )

@@ -1,5 +1,5 @@
-"""Model directories with one thing wrong each: found by opening them, and told in one sentence that begins with the
-user's key.
+"""Model directories with one thing wrong each: found by opening them, and told in one sentence that
+begins with the user's key.
 """
 
 import json
@@ -48,6 +48,7 @@ def whole(tmp_path_factory):
     (root / "sharded" / "model.safetensors").unlink()
     model.save_pretrained(root / "sharded", max_shard_size="100KB")
     assert len(list((root / "sharded").glob("*.safetensors"))) > 2
+
     return root
 
 
@@ -69,6 +70,7 @@ def edit(path: Path, **changes: object) -> None:
 def refused(directory: Path, num_tokens: int = 64) -> str:
     with pytest.raises(ConfigError) as caught:
         models.require_model("student.model", directory, num_tokens=num_tokens)
+
     message = str(caught.value)
     assert message.startswith("student.model: ")
     assert "\n" not in message
@@ -108,77 +110,156 @@ def tensor(shape: list[int], num_bytes: int) -> dict[str, object]:
 
 def header(directory: Path, tree: object) -> None:
     text = (tree if isinstance(tree, str) else json.dumps(tree)).encode()
-    body = bytes(max((one["data_offsets"][1] for one in tree.values()), default=0)) if isinstance(tree, dict) else b""
+    body = (
+        bytes(max((one["data_offsets"][1] for one in tree.values()), default=0))
+        if isinstance(tree, dict)
+        else b""
+    )
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + body)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / "model.safetensors").unlink(), "DIR has no weights: it has none of *.safetensors, *.bin"),
+        (
+            lambda d: (d / "model.safetensors").unlink(),
+            "DIR has no weights: it has none of *.safetensors, *.bin",
+        ),
         (
             lambda d: (d / "model.safetensors").rename(d / "training_args.bin"),
             "DIR has no weights: it has none of *.safetensors, *.bin, but training_args.bin",
         ),
-        (lambda d: (d / "model.safetensors").write_text(POINTER), "DIR/model.safetensors is a Git LFS pointer"),
+        (
+            lambda d: (d / "model.safetensors").write_text(POINTER),
+            "DIR/model.safetensors is a Git LFS pointer",
+        ),
         (lambda d: (d / "model.safetensors").write_text(""), "DIR/model.safetensors is empty"),
         (lambda d: cut(d / "model.safetensors", 5), "DIR/model.safetensors is cut short"),
         (lambda d: cut(d / "model.safetensors", 500), "DIR/model.safetensors is cut short"),
-        (lambda d: cut(d / "model.safetensors", 99_000), "DIR/model.safetensors has 99000 bytes, and its tensors need"),
-        (lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]"), "its header cannot be read"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 999), "DIR/model.safetensors is cut short, or no"),
-        (lambda d: replace_by_directory(d / "model.safetensors"), "DIR/model.safetensors is a directory"),
+        (
+            lambda d: cut(d / "model.safetensors", 99_000),
+            "DIR/model.safetensors has 99000 bytes, and its tensors need",
+        ),
+        (
+            lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]"),
+            "its header cannot be read",
+        ),
+        (
+            lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 999),
+            "DIR/model.safetensors is cut short, or no",
+        ),
+        (
+            lambda d: replace_by_directory(d / "model.safetensors"),
+            "DIR/model.safetensors is a directory",
+        ),
         (lambda d: cut(d / "config.json", 30), "DIR/config.json: is not JSON"),
-        (lambda d: (d / "config.json").write_text("[1]"), "DIR/config.json: must hold a JSON object, is a list"),
+        (
+            lambda d: (d / "config.json").write_text("[1]"),
+            "DIR/config.json: must hold a JSON object, is a list",
+        ),
         (lambda d: (d / "config.json").write_text(POINTER), "DIR/config.json is a Git LFS pointer"),
-        (lambda d: (d / "config.json").unlink(), "DIR is no Hugging Face model directory (it has no config.json)"),
-        (lambda d: edit(d / "config.json", vocab_size=None), "DIR/config.json: names no vocab_size"),
-        (lambda d: (d / "generation_config.json").write_text("{"), "DIR/generation_config.json: is not JSON"),
-        (lambda d: (d / "generation_config.json").write_text("[]"), "must hold a JSON object, is an empty list"),
+        (
+            lambda d: (d / "config.json").unlink(),
+            "DIR is no Hugging Face model directory (it has no config.json)",
+        ),
+        (
+            lambda d: edit(d / "config.json", vocab_size=None),
+            "DIR/config.json: names no vocab_size",
+        ),
+        (
+            lambda d: (d / "generation_config.json").write_text("{"),
+            "DIR/generation_config.json: is not JSON",
+        ),
+        (
+            lambda d: (d / "generation_config.json").write_text("[]"),
+            "must hold a JSON object, is an empty list",
+        ),
         (
             lambda d: edit(d / "generation_config.json", cache_implementation="bogus"),
-            "DIR/generation_config.json: transformers cannot read it: Invalid `cache_implementation` (bogus)",
+            "DIR/generation_config.json: transformers cannot read it: Invalid "
+            "`cache_implementation` (bogus)",
         ),
         (
-            lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-1.safetensors"}}'),
+            lambda d: (d / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"x": "model-1.safetensors"}}'
+            ),
             "DIR lacks 1 of the 1 files of its weights, the first is model-1.safetensors",
         ),
-        (lambda d: (d / "tokenizer.json").write_text(POINTER), "DIR/tokenizer.json is a Git LFS pointer"),
+        (
+            lambda d: (d / "tokenizer.json").write_text(POINTER),
+            "DIR/tokenizer.json is a Git LFS pointer",
+        ),
         (lambda d: cut(d / "tokenizer.json", 99), "DIR/tokenizer.json: is not JSON: "),
         (
             lambda d: (d / "tokenizer_config.json").write_text("[1]"),
             "DIR/tokenizer_config.json: must hold a JSON",
         ),
-        (lambda d: (d / "config.json").write_bytes(b'{"a": "\xe9"}'), "DIR/config.json: is not UTF-8: invalid"),
-        (lambda d: (d / "config.json").write_text("[" * 100_000), "DIR/config.json: is nested too deeply"),
+        (
+            lambda d: (d / "config.json").write_bytes(b'{"a": "\xe9"}'),
+            "DIR/config.json: is not UTF-8: invalid",
+        ),
+        (
+            lambda d: (d / "config.json").write_text("[" * 100_000),
+            "DIR/config.json: is nested too deeply",
+        ),
         (
             lambda d: edit(d / "config.json", hidden_size="32"),
-            "DIR/config.json: transformers cannot read it: Validation error for field 'hidden_size'",
+            "DIR/config.json: transformers cannot read it: Validation error for field "
+            "'hidden_size'",
         ),
-        (lambda d: edit(d / "config.json", vocab_size="280"), "config.json: vocab_size must be a whole number of 1 or"),
-        (lambda d: edit(d / "config.json", vocab_size=0), "config.json: vocab_size must be a whole number of 1 or"),
+        (
+            lambda d: edit(d / "config.json", vocab_size="280"),
+            "config.json: vocab_size must be a whole number of 1 or",
+        ),
+        (
+            lambda d: edit(d / "config.json", vocab_size=0),
+            "config.json: vocab_size must be a whole number of 1 or",
+        ),
         (
             lambda d: end(d, [[2]]),
             "DIR/generation_config.json: eos_token_id must be the id of a token or a",
         ),
-        (lambda d: end(d, {}), "eos_token_id must be the id of a token or a list of ids, has an object"),
+        (
+            lambda d: end(d, {}),
+            "eos_token_id must be the id of a token or a list of ids, has an object",
+        ),
         (lambda d: end(d, "2"), 'eos_token_id must be the id of a token or a list of ids, has "2"'),
-        (lambda d: end(d, True), "eos_token_id must be the id of a token or a list of ids, has true"),
+        (
+            lambda d: end(d, True),
+            "eos_token_id must be the id of a token or a list of ids, has true",
+        ),
         (lambda d: header(d, {}), "DIR/model.safetensors holds no tensors"),
-        (lambda d: header(d, tensor([-1], 0)), "its tensor a of shape [-1] and type F32 has 0 bytes"),
+        (
+            lambda d: header(d, tensor([-1], 0)),
+            "its tensor a of shape [-1] and type F32 has 0 bytes",
+        ),
         (lambda d: header(d, tensor([10**30], 0)), "its tensor a of shape [1000"),
         (lambda d: header(d, tensor([0, 10**30], 0)), "its tensor a of shape [0, 1000"),
-        (lambda d: header(d, tensor([9], 40)), "its tensor a of shape [9] and type F32 has 40 bytes"),
-        (lambda d: header(d, "[" * 100_000), "DIR/model.safetensors is no safetensors file: its header cannot be read"),
-        (lambda d: (d / INDEX).write_text('{"weight_map"'), f"DIR/{INDEX} is not JSON: Expecting ':' delimiter (col"),
-        (lambda d: (d / INDEX).write_bytes(b"\xff"), f"DIR/{INDEX} is not UTF-8: invalid start byte at byte 0"),
+        (
+            lambda d: header(d, tensor([9], 40)),
+            "its tensor a of shape [9] and type F32 has 40 bytes",
+        ),
+        (
+            lambda d: header(d, "[" * 100_000),
+            "DIR/model.safetensors is no safetensors file: its header cannot be read",
+        ),
+        (
+            lambda d: (d / INDEX).write_text('{"weight_map"'),
+            f"DIR/{INDEX} is not JSON: Expecting ':' delimiter (col",
+        ),
+        (
+            lambda d: (d / INDEX).write_bytes(b"\xff"),
+            f"DIR/{INDEX} is not UTF-8: invalid start byte at byte 0",
+        ),
         (lambda d: (d / INDEX).write_text("[" * 100_000), f"DIR/{INDEX} is nested too deeply"),
         (
             lambda d: (d / INDEX).write_text('{"weight_map": {"a": [1]}}'),
             f"DIR/{INDEX}: weight_map: a: must be the name of a file, is a list",
         ),
         (
-            lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text().replace("BPE", "BPE2")),
+            lambda d: (d / "tokenizer.json").write_text(
+                (d / "tokenizer.json").read_text().replace("BPE", "BPE2")
+            ),
             "DIR: its tokenizer cannot be loaded: ",
         ),
     ],
@@ -200,6 +281,7 @@ def test_what_may_not_be_read_is_named(directory, monkeypatch, method):
 def test_files_that_no_run_reads_do_not_matter(directory):
     for name in ("trainer_state.json", "notes.txt", "optimizer.bin", "pytorch_model.bin"):
         (directory / name).write_text(POINTER)
+
     (directory / "requirements.txt").write_text("")
     models.require_model("student.model", directory, num_tokens=64)
 
@@ -216,7 +298,10 @@ def test_the_whole_reason_is_told_and_not_its_first_line(directory, monkeypatch)
         raise Exception("one of:\n(1) this\n(2) that")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fails)
-    assert refused(directory) == "student.model: DIR: its tokenizer cannot be loaded: one of: (1) this (2) that"
+    assert (
+        refused(directory)
+        == "student.model: DIR: its tokenizer cannot be loaded: one of: (1) this (2) that"
+    )
 
 
 def test_every_shard_is_there_and_holds_its_tensors(sharded):
@@ -226,11 +311,17 @@ def test_every_shard_is_there_and_holds_its_tensors(sharded):
     name = next(name for name, shard in tree["weight_map"].items() if shard == shards[1].name)
     stored = load_file(shards[1])
     save_file({k: v for k, v in stored.items() if k != name}, shards[1])
-    assert f"DIR/{shards[1].name} holds no tensor {name}, which model.safetensors.index.json says" in refused(sharded)
+    assert (
+        f"DIR/{shards[1].name} holds no tensor {name}, which model.safetensors.index.json says"
+        in refused(sharded)
+    )
     cut(shards[2], 3000)
     assert f"DIR/{shards[2].name} has 3000 bytes" in refused(sharded)
     shards[1].unlink()
-    assert f"DIR lacks 1 of the {len(shards)} files of its weights, the first is {shards[1].name}" in refused(sharded)
+    assert (
+        f"DIR lacks 1 of the {len(shards)} files of its weights, the first is {shards[1].name}"
+        in refused(sharded)
+    )
     index.write_text("{}")
     assert "DIR/model.safetensors.index.json has no weight_map" in refused(sharded)
 
@@ -266,6 +357,7 @@ def student(directory: Path, num_tokens: int = 64) -> str:
             check_weights(check_student(directory, num_tokens=num_tokens), tensors)
         except ConfigError as error:
             return str(error).replace(str(directory), "DIR")
+
     return ""
 
 
@@ -277,26 +369,45 @@ def student(directory: Path, num_tokens: int = 64) -> str:
             {"architectures": None},
             "DIR/config.json: architectures is none; a student of model_type llama is ",
         ),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "write architectures: [LlamaForCausalLM] if that is"),
-        ({"model_type": "nonsense"}, 'DIR/config.json: model_type is "nonsense", which the installed transformers '),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "write architectures: [LlamaForCausalLM] if that is",
+        ),
+        (
+            {"model_type": "nonsense"},
+            'DIR/config.json: model_type is "nonsense", which the installed transformers ',
+        ),
         ({"architectures": "LlamaForCausalLM"}, "architectures is LlamaForCausalLM; a student of"),
         ({"architectures": [["x"]]}, "architectures is ['x']; a student of"),
         ({"model_type": ["llama"]}, "DIR/config.json: model_type is a list, which"),
         ({"model_type": None}, "DIR/config.json: model_type is null"),
         (
             {"hidden_size": "64"},
-            "DIR/config.json: transformers cannot read it: Validation error for field 'hidden_size'",
+            "DIR/config.json: transformers cannot read it: Validation error for field "
+            "'hidden_size'",
         ),
         ({"vocab_size": 0}, "DIR/config.json: transformers can make no model of it: "),
-        ({"model_type": "clip_vision_model"}, "DIR/config.json: model_type clip_vision_model is no causal language"),
+        (
+            {"model_type": "clip_vision_model"},
+            "DIR/config.json: model_type clip_vision_model is no causal language",
+        ),
         ({"num_hidden_layers": 3}, "DIR: the weights lack model.layers.2."),
-        ({"intermediate_size": 96}, "DIR: model.layers.0.mlp.down_proj.weight has shape (64, 128), and config.json"),
+        (
+            {"intermediate_size": 96},
+            "DIR: model.layers.0.mlp.down_proj.weight has shape (64, 128), and config.json",
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised (fp8)"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary embedding (dynamic)"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rotary embedding (dynamic)",
+        ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary embedding (dynamic)"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, ""),
         ({"temperature": 0.5, "do_sample": True}, ""),
-        ({"output_attentions": True}, "transformers would not write it again for the trained student: "),
+        (
+            {"output_attentions": True},
+            "transformers would not write it again for the trained student: ",
+        ),
     ],
 )
 def test_a_config_that_does_not_describe_the_weights_is_refused(directory, changes, message):
@@ -308,7 +419,10 @@ def test_a_config_that_does_not_describe_the_weights_is_refused(directory, chang
 
 def test_weights_of_no_base_prefix_are_known_by_their_names(directory):
     tensors = load_file(directory / "model.safetensors")
-    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, directory / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): t for name, t in tensors.items()},
+        directory / "model.safetensors",
+    )
     assert student(directory) == ""
     save_file({f"other.{name}": t for name, t in tensors.items()}, directory / "model.safetensors")
     assert "the weights lack lm_head.weight, model.embed_tokens.weight, " in student(directory)
@@ -321,10 +435,15 @@ def test_tied_weights_may_be_stored_twice_but_not_differ(tmp_path, kept):
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     if kept != "one":
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + float(kept == "different")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + float(
+            kept == "different"
+        )
+
     save_file(tensors, tmp_path / "model.safetensors")
     said = student(tmp_path)
-    assert ("config.json ties lm_head.weight to model.embed_tokens.weight" in said) == (kept == "different")
+    assert ("config.json ties lm_head.weight to model.embed_tokens.weight" in said) == (
+        kept == "different"
+    )
     assert bool(said) == (kept == "different")
 
 
@@ -336,7 +455,9 @@ def test_long_rotary_factors_are_refused_only_where_sequences_reach_them(tmp_pat
         "long_factor": [16.0] * 8,
         "original_max_position_embeddings": 100,
     }
-    config = Phi3Config(**SIZES, bos_token_id=1, original_max_position_embeddings=100, rope_parameters=rope)
+    config = Phi3Config(
+        **SIZES, bos_token_id=1, original_max_position_embeddings=100, rope_parameters=rope
+    )
     Phi3ForCausalLM(config).save_pretrained(tmp_path)
     assert student(tmp_path, num_tokens=100) == ""
     assert "(longrope) changes above 100 tokens" in student(tmp_path, num_tokens=101)
@@ -344,11 +465,18 @@ def test_long_rotary_factors_are_refused_only_where_sequences_reach_them(tmp_pat
 
 
 def test_experts_that_transformers_keeps_as_one_tensor_are_refused(tmp_path):
-    config = Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    config = Qwen3MoeConfig(
+        **SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    )
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
-    assert any(".experts.3.down_proj." in name for name in load_file(tmp_path / "model.safetensors"))
+    assert any(
+        ".experts.3.down_proj." in name for name in load_file(tmp_path / "model.safetensors")
+    )
     said = student(tmp_path)
-    assert "transformers keeps model.layers.0.mlp.experts.down_proj, model.layers.0.mlp.experts.gate_up_proj, " in said
+    assert (
+        "transformers keeps model.layers.0.mlp.experts.down_proj, "
+        "model.layers.0.mlp.experts.gate_up_proj, " in said
+    )
     assert "(a mixture of experts) can teach, and cannot be a student" in said
 
 
@@ -361,7 +489,10 @@ def test_of_old_weights_only_names_are_unknown(directory):
 def test_a_student_s_weights_have_the_names_that_transformers_looks_for(directory):
     (directory / "model.safetensors").rename(directory / "weights.safetensors")
     models.require_model("teachers.t.model", directory, num_tokens=64)  # vLLM takes it
-    with pytest.raises(ConfigError, match=r"it has none of model\.safetensors, .*, but weights\.safetensors"):
+
+    with pytest.raises(
+        ConfigError, match=r"it has none of model\.safetensors, .*, but weights\.safetensors"
+    ):
         models.read_weights("student.model", directory, standard_names=True)
 
 
@@ -373,7 +504,10 @@ def test_a_student_s_weights_have_the_names_that_transformers_looks_for(director
         (["SmolLM3ForCausalLM"], ""),
         (None, "names no architectures"),
         ([], "names no architectures"),
-        (["LlamaForSequenceClassification"], "names architecture LlamaForSequenceClassification; the installed vLLM"),
+        (
+            ["LlamaForSequenceClassification"],
+            "names architecture LlamaForSequenceClassification; the installed vLLM",
+        ),
         (["CLIPModel"], "which a teacher must be"),
         ([["x"]], "architectures must be names, has a list"),
         ([1], "architectures must be names, has the number 1"),
@@ -384,5 +518,6 @@ def test_a_teacher_is_a_language_model_that_vllm_knows(directory, architectures,
     if not message:
         models.require_served("teachers.t.model", directory)
         return
+
     with pytest.raises(ConfigError, match=f"teachers.t.model: .*{message}"):
         models.require_served("teachers.t.model", directory)

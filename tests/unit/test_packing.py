@@ -13,7 +13,11 @@ def stored(index: int, tokens: int) -> Stored:
     return Stored(fakes.header(str(index), num_prompt=1, num_response=tokens - 1), body=index)
 
 
-@given(lengths=st.lists(st.integers(2, 100), min_size=6, max_size=40), steps=st.integers(1, 6), ranks=st.integers(1, 3))
+@given(
+    lengths=st.lists(st.integers(2, 100), min_size=6, max_size=40),
+    steps=st.integers(1, 6),
+    ranks=st.integers(1, 3),
+)
 def test_a_pack_is_a_partition_within_the_budget_and_in_step(lengths, steps, ranks):
     batch = [stored(i, n) for i, n in enumerate(lengths)]
     packed = pack(batch, steps=steps, ranks=ranks, token_budget=100, alpha=0.5)
@@ -22,28 +26,45 @@ def test_a_pack_is_a_partition_within_the_budget_and_in_step(lengths, steps, ran
     assert sum(step.num_loss_tokens for step in packed.steps) == sum(n - 1 for n in lengths)
     sizes = [sum(len(micro) for rank in step.ranks for micro in rank) for step in packed.steps]
     assert max(sizes) - min(sizes) <= 1
+
     for step in packed.steps:
         assert len(step.ranks) == ranks
         assert len({len(rank) for rank in step.ranks}) == 1
         for micro in (m for rank in step.ranks for m in rank):
             assert sum(s.header.num_tokens for s in micro) <= 100
+
     shares = [packed.share(rank) for rank in range(ranks)]
     assert sorted(s.body for share in shares for s in share.stored()) == list(range(len(lengths)))
     assert all(
-        a.num_loss_tokens == b.num_loss_tokens for s in shares for a, b in zip(s.steps, packed.steps, strict=True)
+        a.num_loss_tokens == b.num_loss_tokens
+        for s in shares
+        for a, b in zip(s.steps, packed.steps, strict=True)
     )
 
 
 def test_ranks_are_balanced_by_cost():
     packed = pack(
-        [stored(i, n) for i, n in enumerate([80, 40, 40, 20, 20, 10])], steps=1, ranks=2, token_budget=200, alpha=1
+        [stored(i, n) for i, n in enumerate([80, 40, 40, 20, 20, 10])],
+        steps=1,
+        ranks=2,
+        token_budget=200,
+        alpha=1,
     )
-    costs = [sum(estimated_cost(s.header) for micro in rank for s in micro) for rank in packed.steps[0].ranks]
+    costs = [
+        sum(estimated_cost(s.header) for micro in rank for s in micro)
+        for rank in packed.steps[0].ranks
+    ]
     assert max(costs) / min(costs) < 1.15
 
 
 def test_micro_batches_are_filled_first_fit_decreasing_up_to_the_budget():
-    packed = pack([stored(i, n) for i, n in enumerate([60, 40, 50, 50])], steps=1, ranks=1, token_budget=100, alpha=1)
+    packed = pack(
+        [stored(i, n) for i, n in enumerate([60, 40, 50, 50])],
+        steps=1,
+        ranks=1,
+        token_budget=100,
+        alpha=1,
+    )
     (micros,) = packed.steps[0].ranks
     assert [[s.header.num_tokens for s in micro] for micro in micros] == [[60, 40], [50, 50]]
 
@@ -52,7 +73,10 @@ def test_a_long_trajectory_costs_more_than_as_many_tokens_in_short_ones():
     # By tokens alone the last one would join the long one: 8192 stand against 2 x 4096.
     batch = [stored(i, n) for i, n in enumerate([8192, 4096, 4096, 4096])]
     packed = pack(batch, steps=1, ranks=2, token_budget=8192, alpha=1)
-    lengths = [sorted(s.header.num_tokens for micro in rank for s in micro) for rank in packed.steps[0].ranks]
+    lengths = [
+        sorted(s.header.num_tokens for micro in rank for s in micro)
+        for rank in packed.steps[0].ranks
+    ]
     assert lengths == [[8192], [4096, 4096, 4096]]
 
 

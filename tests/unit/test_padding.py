@@ -1,4 +1,6 @@
-"""Rows of the head that name no token: the student's distribution, and the loss, are those of a head without them."""
+"""Rows of the head that name no token: the student's distribution, and the loss, are those of
+a head without them.
+"""
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ PADDING = 24
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def pair(request, tmp_path_factory):
-    """A directory, the same one padded with rows that would win every draw, and the number of tokens."""
+    """A directory, the same one padded with rows that would win every draw, and the number of
+    tokens.
+    """
     root = tmp_path_factory.mktemp(request.param)
     tokenizer = train_tokenizer(["a few words to cut into pieces"], 280)
     model = build_model(request.param, tokenizer, seed=0, scale=0.2)
@@ -27,6 +31,7 @@ def pair(request, tmp_path_factory):
     model.resize_token_embeddings(size + PADDING)
     with torch.no_grad():
         model.get_output_embeddings().weight[size:] = 9.0 * torch.randn(PADDING, 64)
+
     return bare, write_model(root / "padded", model, tokenizer), size
 
 
@@ -36,6 +41,7 @@ def tokens_of(size: int, length: int = 7, top_k: int = 5) -> LossTokens:
     top = logprobs.topk(top_k)
     rest = logprobs.scatter(1, top.indices, -torch.inf).logsumexp(1)
     targets = torch.from_numpy(rng.integers(size, size=length))
+
     return LossTokens(
         target_ids_T=targets,
         loss_mask_T=torch.ones(length, dtype=torch.bool),
@@ -57,19 +63,25 @@ def test_loss_gradients_and_statistics_are_those_of_a_head_without_padding(pair)
     bare, padded, size = pair
     ids, tokens = torch.arange(7), tokens_of(size)
     losses, gradients, statistics = [], [], []
+
     for directory in (bare, padded):
         config = StudentConfig(model=directory, dtype="float32")
         student = load_student(config, activation_checkpointing=False, num_tokens=size)
 
         def measure(hidden_TD, head):
-            loss, _ = objective(hidden_TD, head.weight_VD, tokens, LossConfig(top_k=5), num_loss_tokens=7, alpha=1.0)
+            loss, _ = objective(
+                hidden_TD, head.weight_VD, tokens, LossConfig(top_k=5), num_loss_tokens=7, alpha=1.0
+            )
             return loss, token_statistics(hidden_TD.detach(), head.weight_VD.detach(), tokens)
 
         loss, found = student(ids, ids, measure)
         loss.backward()
         losses.append(loss.item())
         gradients.append(student.whole_head_VD.grad)
-        statistics.append(torch.stack([found.student_logprobs_T, found.student_entropy_T, found.reverse_kl_T]))
+        statistics.append(
+            torch.stack([found.student_logprobs_T, found.student_entropy_T, found.reverse_kl_T])
+        )
+
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     torch.testing.assert_close(statistics[1], statistics[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients[1][:size], gradients[0], rtol=1e-4, atol=1e-6)
@@ -81,11 +93,15 @@ def test_without_a_number_of_tokens_all_rows_count(pair):
     _, padded, size = pair
     ids, tokens = torch.arange(7), tokens_of(size)
     logprobs = []
+
     for number in (None, size, size + PADDING, size + 2 * PADDING):
         config = StudentConfig(model=padded, dtype="float32")
         student = load_student(config, activation_checkpointing=False, num_tokens=number)
-        found = student(ids, ids, lambda hidden, head: token_statistics(hidden, head.weight_VD, tokens))
+        found = student(
+            ids, ids, lambda hidden, head: token_statistics(hidden, head.weight_VD, tokens)
+        )
         logprobs.append(found.student_logprobs_T)
+
     assert torch.equal(logprobs[0], logprobs[2])
     assert torch.equal(logprobs[0], logprobs[3])
     assert (logprobs[1] - logprobs[0]).median() > 9.0  # the padding had nearly all the probability

@@ -3,22 +3,37 @@
 import pytest
 
 from eopd.config import ConfigError
-from eopd.runtime.placement import Capacity, Node, RoleResources, learner_env, require_capacity, vllm_env
+from eopd.runtime.placement import (
+    Capacity,
+    Node,
+    RoleResources,
+    learner_env,
+    require_capacity,
+    vllm_env,
+)
 
 
 def role(name: str, actors: int, cpus: float, gpus: float = 0.0) -> RoleResources:
     return RoleResources(role=name, actors=actors, cpus=cpus, gpus=gpus, env={})
 
 
-def node(cpus: float, gpus: float = 0.0, *, free: float | None = None, free_gpus: float | None = None) -> Node:
-    left = Capacity(cpus=cpus if free is None else free, gpus=gpus if free_gpus is None else free_gpus)
+def node(
+    cpus: float, gpus: float = 0.0, *, free: float | None = None, free_gpus: float | None = None
+) -> Node:
+    left = Capacity(
+        cpus=cpus if free is None else free, gpus=gpus if free_gpus is None else free_gpus
+    )
     return Node(total=Capacity(cpus=cpus, gpus=gpus), free=left)
 
 
 def test_fractions_that_add_up_fit():
-    require_capacity([role("learner", 2, 0.25), role("rollout", 2, 0.25), role("teacher a", 1, 1.0)], [node(2)])
+    require_capacity(
+        [role("learner", 2, 0.25), role("rollout", 2, 0.25), role("teacher a", 1, 1.0)], [node(2)]
+    )
     require_capacity([role("rollout", 10, 0.1)], [node(2, free=1.0)])
-    require_capacity([role("rollout", 3, 0.1, 1.0), role("learner", 1, 1.0)], [node(2), node(1, 1), node(1, 2)])
+    require_capacity(
+        [role("rollout", 3, 0.1, 1.0), role("learner", 1, 1.0)], [node(2), node(1, 1), node(1, 2)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,15 +52,19 @@ def test_fractions_that_add_up_fit():
         (
             [role("learner", 1, 0.25), role("rollout", 1, 1.0), role("teacher a", 1, 0.25)],
             [node(2, free=0.5)],
-            "the roles ask for 1.5 cpus (learner 1 x 0.25, rollout 1 x 1, teacher a 1 x 0.25); 0.5 of 2 are free "
-            "(1.5 are held by others)",
+            "the roles ask for 1.5 cpus (learner 1 x 0.25, rollout 1 x 1, teacher a 1 x "
+            "0.25); 0.5 of 2 are free (1.5 are held by others)",
         ),
         (
             [role("rollout", 4, 0.0, gpus=1.0)],
             [node(8, 4, free_gpus=1), node(8, 4, free_gpus=1)],
             "the roles ask for 4 gpus (rollout 4 x 1); 2 of 8 are free (6 are held by others)",
         ),
-        ([role("learner", 1, 3.0)], [node(2)] * 4, "learner.cpus: one actor asks for 3; the largest node has 2"),
+        (
+            [role("learner", 1, 3.0)],
+            [node(2)] * 4,
+            "learner.cpus: one actor asks for 3; the largest node has 2",
+        ),
         (
             [role("teacher a", 1, 0.0, gpus=4.0)],
             [node(8, 4, free_gpus=2), node(8, 4, free_gpus=3)],
@@ -54,24 +73,27 @@ def test_fractions_that_add_up_fit():
         (
             [role("rollout", 3, 0.6)],
             [node(1), node(1)],
-            "rollout: 3 x 0.6 cpus and 0 gpus find no room beside the other roles; free on single nodes are "
-            "1 cpus and 0 gpus, 1 cpus and 0 gpus",
+            "rollout: 3 x 0.6 cpus and 0 gpus find no room beside the other roles; free on "
+            "single nodes are 1 cpus and 0 gpus, 1 cpus and 0 gpus",
         ),
         (  # the node with GPUs has no CPU left for whom they are
             [role("rollout", 1, 1.0, gpus=1.0)],
             [node(8), node(8, 1, free=0.5)],
-            "rollout: 1 x 1 cpus and 1 gpus find no room beside the other roles; free on single nodes are "
-            "8 cpus and 0 gpus, 0.5 cpus and 1 gpus",
+            "rollout: 1 x 1 cpus and 1 gpus find no room beside the other roles; free on "
+            "single nodes are 8 cpus and 0 gpus, 0.5 cpus and 1 gpus",
         ),
     ],
 )
 def test_asking_for_too_much_says_what_there_is_and_what_is_free(roles, nodes, message):
     with pytest.raises(ConfigError) as caught:
         require_capacity(roles, nodes)
+
     assert str(caught.value) == message
 
 
 def test_threads_are_explicit():
     assert vllm_env(3)["OMP_NUM_THREADS"] == learner_env(3, gpu=True)["OMP_NUM_THREADS"] == "3"
-    assert vllm_env(3)["OMP_WAIT_POLICY"] == learner_env(3, gpu=False)["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert (
+        vllm_env(3)["OMP_WAIT_POLICY"] == learner_env(3, gpu=False)["OMP_WAIT_POLICY"] == "PASSIVE"
+    )
     assert "DS_ACCELERATOR" not in learner_env(1, gpu=True)

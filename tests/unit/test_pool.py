@@ -1,4 +1,6 @@
-"""Requests and the workers that answer them: nothing is lost to a worker's fault, and nobody waits for nothing."""
+"""Requests and the workers that answer them: nothing is lost to a worker's fault, and nobody
+waits for nothing.
+"""
 
 import asyncio
 import time
@@ -11,7 +13,8 @@ from eopd.roles import WorkerDownError
 
 TIMEOUT_S = 0.1
 
-pytestmark = pytest.mark.timeout(60)  # a worker that is waited for without end is what some of these tests are about
+# a worker that is waited for without end is what some of these tests are about
+pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +23,9 @@ def _fast(monkeypatch):
 
 
 class Worker:
-    """Answers with its name after ``delay_s``; "down" or "hung" for good, or "deaf": it answers pings alone."""
+    """Answers with its name after ``delay_s``; "down" or "hung" for good, or "deaf": it
+    answers pings alone.
+    """
 
     def __init__(self, name: str, mood: str = "well", delay_s: float = 0.0) -> None:
         self.name, self.mood, self.delay_s = name, mood, delay_s
@@ -31,12 +36,15 @@ class Worker:
         self.asked.append(request)
         self.in_flight += 1
         self.most = max(self.most, self.in_flight)
+
         try:
             await asyncio.sleep(self.delay_s if self.mood in ("well", "down") else 3600)
         finally:
             self.in_flight -= 1
+
         if self.mood == "down":
             raise WorkerDownError("its engine died")
+
         return self.name
 
     async def ping(self) -> None:
@@ -45,11 +53,14 @@ class Worker:
             await asyncio.sleep(3600)
 
 
-def pool_of(*workers: Worker, seats: int = 100, timeout_s: float = TIMEOUT_S) -> tuple[Pool[Worker], list]:
+def pool_of(
+    *workers: Worker, seats: int = 100, timeout_s: float = TIMEOUT_S
+) -> tuple[Pool[Worker], list]:
     pool, lost = Pool("worker", timeout_s=timeout_s, ping=lambda worker: worker.ping()), []
     pool.on_loss = lambda number, reason: lost.append((number, reason))
     for number, worker in enumerate(workers):
         pool.add(number, worker, seats)
+
     return pool, lost
 
 
@@ -61,7 +72,11 @@ async def test_the_worker_with_the_most_free_seats_is_asked():
     workers = [Worker(name, delay_s=0.02) for name in "abc"]
     pool, _ = pool_of(*workers)
     await asyncio.gather(*(ask(pool) for _ in range(9)))
-    assert [len(worker.asked) for worker in workers] == [worker.most for worker in workers] == [3, 3, 3]
+    assert (
+        [len(worker.asked) for worker in workers]
+        == [worker.most for worker in workers]
+        == [3, 3, 3]
+    )
     assert pool.in_flight == {0: 0, 1: 0, 2: 0}
 
 
@@ -70,7 +85,10 @@ async def test_a_worker_holds_as_many_as_it_has_seats_and_the_rest_goes_in_order
     pool, _ = pool_of(worker, seats=2)
     requests = [asyncio.create_task(ask(pool, number, priority=-number)) for number in range(8)]
     await asyncio.sleep(0.001)
-    assert pool.status() == ["worker 0: 2 of 2 in flight, the oldest for 0 s", "worker: 6 wait for one"]
+    assert pool.status() == [
+        "worker 0: 2 of 2 in flight, the oldest for 0 s",
+        "worker: 6 wait for one",
+    ]
     await asyncio.gather(*requests)
     assert worker.most == 2 and worker.asked == [0, 1, 7, 6, 5, 4, 3, 2]
 
@@ -153,6 +171,7 @@ async def test_a_mistake_in_the_code_is_loud():
 
     with pytest.raises(ValueError, match="a bug"):
         await pool.run(broken)
+
     assert lost == [] and pool.in_flight == {0: 0}
 
 
@@ -195,7 +214,13 @@ async def test_a_worker_that_drains_ends_what_it_has_and_gets_no_more():
     await asyncio.sleep(0.01)
     assert pool.status()[1] == "worker 1: 1 of 100 in flight, the oldest for 0 s, takes no more"
     assert pool.num_up == 1 and 1 not in pool and not draining.done()
-    assert await asyncio.gather(*requests, *(ask(pool) for _ in range(3))) == ["a", "b", "a", "a", "a"]
+    assert await asyncio.gather(*requests, *(ask(pool) for _ in range(3))) == [
+        "a",
+        "b",
+        "a",
+        "a",
+        "a",
+    ]
     await draining
     assert pool.in_flight == {0: 0} and lost == []
 
@@ -223,4 +248,5 @@ async def test_requests_that_wait_cost_nothing():
     assert time.process_time() - cpu < 0.05
     for request in waiting:
         request.cancel()
+
     await asyncio.gather(*waiting, return_exceptions=True)

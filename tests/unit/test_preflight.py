@@ -1,4 +1,6 @@
-"""What `eopd check` finds before anything starts: several teachers, their prompts, and the report of it."""
+"""What `eopd check` finds before anything starts: several teachers, their prompts, and the
+report of it.
+"""
 
 import json
 import os
@@ -23,22 +25,32 @@ ROWS = [("a", "math"), ("b", "math"), ("c", "code"), ("d", "poems")]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("check")
-    for name, end in (("student", "<|endoftext|>"), ("chat", "<|im_end|>"), ("base", "<|endoftext|>")):
+    for name, end in (
+        ("student", "<|endoftext|>"),
+        ("chat", "<|im_end|>"),
+        ("base", "<|endoftext|>"),
+    ):
         tokenizer = train_tokenizer(["a few words to cut into pieces"], 270)
         tokenizer.eos_token = end
         write_model(root / name, build_model("qwen3", tokenizer, seed=0, layers=1), tokenizer)
+
     (root / "chat" / "chat_template.jinja").write_text("{{ messages }}<think>")
     for weights in (root / "base").glob("*.safetensors"):
         weights.unlink()
+
     for name in ("mute", "lost"):
         shutil.copytree(root / "student", root / name)
+
     for file in (root / "mute").glob("*token*"):
         file.unlink()
+
     described = json.loads((root / "lost" / "config.json").read_text())
     layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
     (root / "lost" / "config.json").write_text(json.dumps(described | layers))
     lines = [json.dumps({"prompt": prompt, "source": source}) + "\n" for prompt, source in ROWS]
-    (root / "train.jsonl").write_text("".join([*lines, json.dumps({"prompt": "word " * 99, "source": "math"})]))
+    (root / "train.jsonl").write_text(
+        "".join([*lines, json.dumps({"prompt": "word " * 99, "source": "math"})])
+    )
     (root / "held_out.jsonl").write_text(lines[0])
     (root / "c.yaml").write_text(
         f"run: {{name: r, batches: 1, directory: {root}/runs}}\nstudent: {{model: {root}/student, dtype: float32}}\n"
@@ -49,6 +61,7 @@ def files(tmp_path_factory):
         f"prompts: {{data: {root}/train.jsonl, held_out: {root}/held_out.jsonl, max_tokens: 64, overlong: drop}}\n"
         "flow: {batch_prompts: 1}\n"
     )
+
     return root
 
 
@@ -59,9 +72,11 @@ def check(files, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["eopd", "check", str(files / "c.yaml"), *arguments])
         with pytest.raises(SystemExit) as caught:
             main()
+
         shown = capsys.readouterr()
         assert not (files / "runs").exists()
         assert bool(shown.out) != bool(shown.err)
+
         return int(caught.value.code or 0), (shown.out or shown.err).replace(str(files), "")
 
     return run
@@ -86,7 +101,8 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
         "  prompts     1 to train, 0 held out",
         "dropped 1 prompts of more than 64 tokens",
         "note: checkpoint.every: 50 is above run.batches 1; the only one is at the end",
-        "note: evaluation.prompts: 64 is above the 1 prompts of prompts.held_out; all of them are used",
+        "note: evaluation.prompts: 64 is above the 1 prompts of prompts.held_out; all of "
+        "them are used",
         "note: prompts.held_out: 1 of its 1 prompts are in prompts.data too",
         "no mistake was found",
     ]
@@ -101,10 +117,14 @@ def test_the_report_says_which_precision_was_chosen_and_why(check):
 
 
 def test_notes_compare_the_config_with_the_data(check):
-    _, shown = check("flow.batch_prompts=5", "checkpoint.every=1", "teachers.0.sources=[verse]", "cluster.cpus=9")
+    _, shown = check(
+        "flow.batch_prompts=5", "checkpoint.every=1", "teachers.0.sources=[verse]", "cluster.cpus=9"
+    )
     assert [line for line in shown.splitlines() if line.startswith("note")] == [
-        "note: flow.batch_prompts: 5 is above the 4 prompts of prompts.data; a batch holds some of them more than once",
-        "note: evaluation.prompts: 64 is above the 1 prompts of prompts.held_out; all of them are used",
+        "note: flow.batch_prompts: 5 is above the 4 prompts of prompts.data; a batch holds "
+        "some of them more than once",
+        "note: evaluation.prompts: 64 is above the 1 prompts of prompts.held_out; all of "
+        "them are used",
         "note: prompts.held_out: 1 of its 1 prompts are in prompts.data too",
         "note: teachers.chat: teaches nothing: no row has its sources",
     ]
@@ -128,7 +148,8 @@ def test_the_key_of_a_server_must_be_set_where_the_run_is_local(check, monkeypat
     code, shown = check(SERVED)
     assert (code, shown) == (
         2,
-        "error: teachers.far.server.api_key_env: the environment variable EOPD_TEST_KEY is not set\n",
+        "error: teachers.far.server.api_key_env: the environment variable EOPD_TEST_KEY is "
+        "not set\n",
     )
     assert check(SERVED, "cluster.address=auto")[0] == 0
     monkeypatch.setenv("EOPD_TEST_KEY", "a")
@@ -146,7 +167,11 @@ def options_of_deepspeed(options):
 @pytest.mark.parametrize(
     ("require", "options", "message"),
     [
-        (options_of_vllm, {"max_num_seq": 4}, ".max_num_seq: unknown key; did you mean max_num_seqs?"),
+        (
+            options_of_vllm,
+            {"max_num_seq": 4},
+            ".max_num_seq: unknown key; did you mean max_num_seqs?",
+        ),
         (options_of_vllm, {"zeal": 4}, ".zeal: unknown key; no known key is like it"),
         (
             options_of_vllm,
@@ -158,7 +183,11 @@ def options_of_deepspeed(options):
             {"gpu_memory_utilization": 5},
             ".gpu_memory_utilization: must be a number above 0, at most 1 (is 5)",
         ),
-        (options_of_vllm, {"block_size": -1}, ".block_size: must be a whole number above 0, or null (is -1)"),
+        (
+            options_of_vllm,
+            {"block_size": -1},
+            ".block_size: must be a whole number above 0, or null (is -1)",
+        ),
         (options_of_vllm, {"enforce_eager": 1}, ".enforce_eager: must be true or false (is 1)"),
         (
             options_of_vllm,
@@ -223,7 +252,11 @@ def options_of_deepspeed(options):
             {"activation_checkpointing": {"cpu_checkpointing": 1}},
             ".activation_checkpointing.cpu_checkpointing: must be true or false (is 1)",
         ),
-        (options_of_deepspeed, {"aio": {"queue": 1}}, ".aio.queue: unknown key; did you mean queue_depth?"),
+        (
+            options_of_deepspeed,
+            {"aio": {"queue": 1}},
+            ".aio.queue: unknown key; did you mean queue_depth?",
+        ),
         (
             options_of_deepspeed,
             {"timers": {"throughput": {"enable": True}}},
@@ -232,7 +265,8 @@ def options_of_deepspeed(options):
         (
             options_of_deepspeed,
             {"data_types": {"grad_accum_dtype": "fp64"}},
-            ".data_types.grad_accum_dtype: must be fp32, fp16, bf16, float32, float16 or bfloat16, or null",
+            ".data_types.grad_accum_dtype: must be fp32, fp16, bf16, float32, float16 or "
+            "bfloat16, or null",
         ),
         (
             options_of_deepspeed,
@@ -244,6 +278,7 @@ def options_of_deepspeed(options):
 def test_native_options_have_the_names_types_and_bounds_of_their_library(require, options, message):
     with pytest.raises(ConfigError) as caught:
         require(options)
+
     key = "rollout.vllm" if require is options_of_vllm else "learner.deepspeed"
     assert str(caught.value).startswith(key + message)
 
@@ -275,7 +310,11 @@ def test_native_options_have_the_names_types_and_bounds_of_their_library(require
                 },
                 "steps_per_print": 10,
                 "comms_logger": {"enabled": True},
-                "flops_profiler": {"enabled": True, "recompute_fwd_factor": 0.0, "output_file": None},
+                "flops_profiler": {
+                    "enabled": True,
+                    "recompute_fwd_factor": 0.0,
+                    "output_file": None,
+                },
                 "timers": {"throughput": {"enabled": False}},
                 "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": "auto"},
                 "aio": {"block_size": 1e6},
@@ -305,11 +344,14 @@ def test_types_are_read_from_source_as_far_as_they_are_plain(tmp_path):
         "    _hidden: int = 1\n"
     )
     declared = Declarations.read([tmp_path / "a.py"])
-    assert declared.alias("Mode") == Literal["a", "b"] | None and declared.alias("Unknown") is object
+    assert (
+        declared.alias("Mode") == Literal["a", "b"] | None and declared.alias("Unknown") is object
+    )
     narrow = declared.model("Options", instead={"many": int, "gone": int})
     assert narrow.model_fields["many"].annotation is int and "gone" not in narrow.model_fields
     model = declared.model("Options", nested="Base")
     assert sorted(model.model_fields) == ["code", "device", "inner", "many", "share", "wide"]
+
     for right in (
         {"wide": "c"},
         {"device": "cpu"},
@@ -320,6 +362,7 @@ def test_types_are_read_from_source_as_far_as_they_are_plain(tmp_path):
         {"code": "x"},
     ):
         model.model_validate_json(json.dumps(right))
+
     for wrong in (
         {"wide": "d"},
         {"device": "gpu"},
@@ -336,19 +379,34 @@ def test_types_are_read_from_source_as_far_as_they_are_plain(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "note"),
     [
-        (["rollout.engines=4000"], "the roles ask for 4004 cpus (learner 1 x 1, rollout 4000 x 1, teacher "),
-        (["rollout.cpus=1000"], "the roles ask for 1004 cpus (learner 1 x 1, rollout 1 x 1000, teacher chat 2 x 1, "),
-        (["cluster.cpus=3.5"], "the roles ask for 5 cpus (learner 1 x 1, rollout 1 x 1, teacher chat 2 x 1, teacher "),
+        (
+            ["rollout.engines=4000"],
+            "the roles ask for 4004 cpus (learner 1 x 1, rollout 4000 x 1, teacher ",
+        ),
+        (
+            ["rollout.cpus=1000"],
+            "the roles ask for 1004 cpus (learner 1 x 1, rollout 1 x 1000, teacher chat 2 x 1, ",
+        ),
+        (
+            ["cluster.cpus=3.5"],
+            "the roles ask for 5 cpus (learner 1 x 1, rollout 1 x 1, teacher chat 2 x 1, teacher ",
+        ),
         (["cluster.address=head:6379", "rollout.cpus=1000"], None),
         (["rollout.gpus=1", "teachers.0.gpus=1", "cluster.cpus=9"], "the roles ask for 3 gpus ("),
         (["rollout.gpus=1", "cluster.address=head:6379"], None),
     ],
 )
-def test_what_this_machine_lacks_is_a_note_where_ray_is_started_here(check, overrides, note, monkeypatch):
+def test_what_this_machine_lacks_is_a_note_where_ray_is_started_here(
+    check, overrides, note, monkeypatch
+):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(environment, "gpus_here", lambda: 2)
     code, shown = check(*overrides)
-    told = [line for line in shown.splitlines() if line.startswith("note: there is no room for it on this machine: ")]
+    told = [
+        line
+        for line in shown.splitlines()
+        if line.startswith("note: there is no room for it on this machine: ")
+    ]
     assert code == 0 and len(told) == (note is not None)
     assert note is None or note in told[0]
 
@@ -356,37 +414,66 @@ def test_what_this_machine_lacks_is_a_note_where_ray_is_started_here(check, over
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["teachers.0.eos_remap={{}}"], "error: teachers.chat: student /student, teacher /chat: the student ends a "),
-        (["teachers.0.eos_remap={{}}"], "write eos_remap: {0: 2}  # '<|endoftext|>' -> '<|im_end|>'\n"),
-        (["teachers.1.eos_remap={{0: 2}}"], "error: teachers.far: student /student, teacher /base: eos_remap: the "),
+        (
+            ["teachers.0.eos_remap={{}}"],
+            "error: teachers.chat: student /student, teacher /chat: the student ends a ",
+        ),
+        (
+            ["teachers.0.eos_remap={{}}"],
+            "write eos_remap: {0: 2}  # '<|endoftext|>' -> '<|im_end|>'\n",
+        ),
+        (
+            ["teachers.1.eos_remap={{0: 2}}"],
+            "error: teachers.far: student /student, teacher /base: eos_remap: the ",
+        ),
         (["teachers.0.eos_remap={{0: 2, 1: 2}}"], "0 and 1 both become 2"),
         (["teachers.1.model={root}/no"], "error: teachers.far.model: there is no directory /no;"),
         (
             ["teachers.1.backend=vllm", "teachers.1.server=null"],
             "error: teachers.far.model: /base has no weights: ",
         ),
-        (["student.model={root}/mute"], "error: student.model: /mute: has no tokenizer (tokenizer.json, "),
-        (["teachers.0.model={root}/mute"], "error: teachers.chat.model: /mute: has no tokenizer (tokenizer.json, "),
-        (["student.model={root}/lost"], "error: student.model: /lost: the weights lack model.layers.1."),
+        (
+            ["student.model={root}/mute"],
+            "error: student.model: /mute: has no tokenizer (tokenizer.json, ",
+        ),
+        (
+            ["teachers.0.model={root}/mute"],
+            "error: teachers.chat.model: /mute: has no tokenizer (tokenizer.json, ",
+        ),
+        (
+            ["student.model={root}/lost"],
+            "error: student.model: /lost: the weights lack model.layers.1.",
+        ),
         (
             ["rollout.vllm={{max_num_seq: 4}}"],
             "error: rollout.vllm.max_num_seq: unknown key; did you mean max_num_seqs?\n",
         ),
-        (["teachers.0.vllm={{zeal: 4}}"], "error: teachers.chat.vllm.zeal: unknown key; no known key is like it\n"),
+        (
+            ["teachers.0.vllm={{zeal: 4}}"],
+            "error: teachers.chat.vllm.zeal: unknown key; no known key is like it\n",
+        ),
         (
             ["learner.deepspeed={{zero_optimization: {{overlap_com: true}}}}"],
-            "error: learner.deepspeed.zero_optimization.overlap_com: unknown key; did you mean overlap_comm?\n",
+            "error: learner.deepspeed.zero_optimization.overlap_com: unknown key; did you "
+            "mean overlap_comm?\n",
         ),
-        (["telemetry.trackers=[mlflow]"], "error: telemetry.trackers: mlflow needs a server: set MLFLOW_TRACKING_URI"),
-        (["teachers.0.template=''"], "error: teachers.chat.template: is empty; write {{ prompt }} and"),
+        (
+            ["telemetry.trackers=[mlflow]"],
+            "error: telemetry.trackers: mlflow needs a server: set MLFLOW_TRACKING_URI",
+        ),
+        (
+            ["teachers.0.template=''"],
+            "error: teachers.chat.template: is empty; write {{ prompt }} and",
+        ),
         (
             ["teachers.0.template={root}/c.yaml"],
             "error: teachers.chat.template: /c.yaml is a file; write its text here",
         ),
         (
             ["teachers.1.sources=[logic]"],
-            "error: /train.jsonl: nobody teaches source 'code' (1 prompts); teachers.sources are 'logic', 'math', "
-            "'poems'; name it there, or leave one teacher without sources",
+            "error: /train.jsonl: nobody teaches source 'code' (1 prompts); "
+            "teachers.sources are 'logic', 'math', 'poems'; name it there, or leave one "
+            "teacher without sources",
         ),
     ],
 )
@@ -398,7 +485,9 @@ def test_a_mistake_is_one_message_and_exit_code_2(check, overrides, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("x" * 300, "a name in a path has 255"), ("x/" * 3000, "a path has 4095")], ids=["long", "deep"]
+    ("name", "most"),
+    [("x" * 300, "a name in a path has 255"), ("x/" * 3000, "a path has 4095")],
+    ids=["long", "deep"],
 )
 @pytest.mark.parametrize(
     ("key", "ending"), [("student.model", ""), ("teachers.0.model", ""), ("prompts.data", ".jsonl")]
@@ -418,7 +507,10 @@ def test_held_out_prompts_need_a_teacher_too(files):
 
 # ---- answers that a grader needs ------------------------------------------------------------------------------------
 
-REWARD = ["loss.reverse_kl={{kind: sampled, reward: {{grader: math}}}}", "rollout.samples_per_prompt=2"]
+REWARD = [
+    "loss.reverse_kl={{kind: sampled, reward: {{grader: math}}}}",
+    "rollout.samples_per_prompt=2",
+]
 
 
 @pytest.fixture
@@ -434,7 +526,10 @@ def graded(files, check):
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ([{"answer": 5}, {}, {"answer": None}], "/graded.jsonl:2 (and 1 more row): has no `answer`, so that nothing"),
+        (
+            [{"answer": 5}, {}, {"answer": None}],
+            "/graded.jsonl:2 (and 1 more row): has no `answer`, so that nothing",
+        ),
         (
             [{"answer": 5}, {"answer": " "}],
             "/graded.jsonl:2: answer: the grader math can read nothing in it: ' '; write",
@@ -443,7 +538,10 @@ def graded(files, check):
             [{"answer": "He sold half as many clips in May."}],
             "/graded.jsonl:1: answer: the grader math can read nothing",
         ),
-        ([{"answer": "12 34"}], "/graded.jsonl:1: answer: the grader math can read nothing in it: '12 34'; write"),
+        (
+            [{"answer": "12 34"}],
+            "/graded.jsonl:1: answer: the grader math can read nothing in it: '12 34'; write",
+        ),
     ],
 )
 def test_a_reward_needs_answers_that_its_grader_can_read(graded, answers, message):
@@ -452,4 +550,9 @@ def test_a_reward_needs_answers_that_its_grader_can_read(graded, answers, messag
 
 
 def test_several_answers_and_whole_solutions_are_fine_for_a_reward(graded):
-    assert graded({"answer": [5, "five"]}, {"answer": "2 + 3 = 5\n#### 5"}, {"answer": r"So \boxed{5}."})[0] == 0
+    assert (
+        graded(
+            {"answer": [5, "five"]}, {"answer": "2 + 3 = 5\n#### 5"}, {"answer": r"So \boxed{5}."}
+        )[0]
+        == 0
+    )

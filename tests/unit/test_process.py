@@ -49,7 +49,12 @@ def test_what_kubernetes_says_of_services_is_dropped():
 
 
 def test_a_worker_listens_and_runs_where_it_pleases(usual):
-    environ = usual | {"VLLM_PORT": "8000", "VLLM_HOST_IP": "10.0.0.9", "OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
+    environ = usual | {
+        "VLLM_PORT": "8000",
+        "VLLM_HOST_IP": "10.0.0.9",
+        "OMP_PROC_BIND": "close",
+        "OMP_PLACES": "cores",
+    }
     environ |= {"VLLM_USE_DEEP_GEMM": "0", "OMP_NUM_THREADS": "3"}
     settle(environ)
     assert environ == usual | {"VLLM_USE_DEEP_GEMM": "0", "OMP_NUM_THREADS": "3"}
@@ -61,7 +66,10 @@ def test_a_home_that_takes_no_files_is_replaced(home, monkeypatch, tmp_path):
     monkeypatch.setattr(pwd, "getpwuid", no_entry)
     environ = {} if home is None else {"HOME": home}
     settle(environ)
-    assert Path(environ["HOME"]).parent == tmp_path and (Path(environ["HOME"]).stat().st_mode & 0o777) == 0o700
+    assert (
+        Path(environ["HOME"]).parent == tmp_path
+        and (Path(environ["HOME"]).stat().st_mode & 0o777) == 0o700
+    )
     assert environ["USER"] == str(os.getuid())
     before = environ["HOME"]
     settle(environ | ({} if home is None else {"HOME": home}))
@@ -69,7 +77,9 @@ def test_a_home_that_takes_no_files_is_replaced(home, monkeypatch, tmp_path):
 
 
 def test_the_password_file_has_the_home_where_the_environment_has_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(pwd, "getpwuid", lambda uid: pwd.struct_passwd(("me", "x", uid, uid, "", str(tmp_path), "")))
+    monkeypatch.setattr(
+        pwd, "getpwuid", lambda uid: pwd.struct_passwd(("me", "x", uid, uid, "", str(tmp_path), ""))
+    )
     environ: dict[str, str] = {}
     settle(environ)
     assert environ == {"HOME": str(tmp_path)}
@@ -107,6 +117,7 @@ def test_sockets_of_vllm_move_where_the_directory_is_too_long(more, usual, monke
 def test_the_longest_directory_still_holds_a_socket(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "d" * LONGEST_SOCKETS + "_" + "x" * 36
+
     with socket.socket(socket.AF_UNIX) as fits, socket.socket(socket.AF_UNIX) as one_more:
         fits.bind(name)
         with pytest.raises(OSError, match="too long"):

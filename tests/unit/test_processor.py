@@ -15,7 +15,10 @@ MACHINES = {  # flags as the kernel names them
     "Ice Lake-SP": (AVX512 | {"avx512_bitalg", "avx512_vbmi2"}, "float32"),
     "Cooper Lake": (AVX512 | {"avx512_bf16"}, "bfloat16"),
     "Zen 4": (AVX512 | {"avx512_bf16"}, "bfloat16"),
-    "Sapphire Rapids": (AVX512 | {"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile"}, "bfloat16"),
+    "Sapphire Rapids": (
+        AVX512 | {"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile"},
+        "bfloat16",
+    ),
     "Graviton 2": ({"fp", "asimd", "asimddp"}, "float32"),
     "Graviton 3": ({"fp", "asimd", "asimddp", "sve", "i8mm", "bf16"}, "bfloat16"),
     "a machine that does not tell": (set(), "float32"),
@@ -26,7 +29,9 @@ MACHINES = {  # flags as the kernel names them
 def test_bfloat16_where_its_instructions_are(machine):
     flags, expected = MACHINES[machine]
     assert choose_dtype(gpus=0, flags=flags, environment={}).dtype == expected
-    assert choose_dtype(gpus=0.5, flags=flags, environment={}).dtype == "bfloat16", "on GPUs whatever the processor"
+    assert choose_dtype(gpus=0.5, flags=flags, environment={}).dtype == "bfloat16", (
+        "on GPUs whatever the processor"
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,9 @@ def test_instructions_that_are_held_back_do_not_count(name, value, expected):
 
 def test_flags_are_read_as_the_kernel_writes_them(tmp_path):
     file = tmp_path / "cpuinfo"
-    file.write_text("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n")
+    file.write_text(
+        "processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+    )
     assert processor_flags(file) == {"fpu", "avx2", "avx512_bf16"}
     file.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
     assert "bf16" in processor_flags(file)
@@ -61,12 +68,14 @@ def load(tmp_path, monkeypatch):
     def load(flags, *overrides):
         for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
             monkeypatch.delenv(name, raising=False)
+
         monkeypatch.setattr(processor, "processor_flags", lambda: frozenset(flags))
         file = tmp_path / "c.yaml"
         file.write_text(
             "run: {name: r, batches: 2}\nstudent: {model: s}\nteachers: [{model: t}]\n"
             "prompts: {data: a.jsonl, held_out: b.jsonl}\nflow: {batch_prompts: 8}\n"
         )
+
         return load_config(file, overrides)
 
     return load
@@ -94,6 +103,13 @@ def test_a_dtype_that_is_written_stays_and_is_warned_of_where_it_is_slow(load):
     config = load(AVX2, "student.dtype=bfloat16", "teachers.0.dtype=float32")
     assert (config.student.dtype, config.student.dtype_reason) == ("bfloat16", None)
     (note,) = dtype_notes(config)
-    assert note.startswith("student.dtype: bfloat16, although this processor has no bfloat16 instructions")
+    assert note.startswith(
+        "student.dtype: bfloat16, although this processor has no bfloat16 instructions"
+    )
     assert "about 20 times as slow as float32" in note
-    assert dtype_notes(load(AVX512 | {"avx512_bf16"}, "student.dtype=bfloat16", "teachers.0.dtype=bfloat16")) == []
+    assert (
+        dtype_notes(
+            load(AVX512 | {"avx512_bf16"}, "student.dtype=bfloat16", "teachers.0.dtype=bfloat16")
+        )
+        == []
+    )

@@ -7,12 +7,24 @@ from eopd.runtime.progress import Progress
 
 def test_a_lost_learner_rolls_back_to_a_checkpoint_or_to_the_beginning_as_another_incarnation():
     progress = Progress(step=9, tokens=90, trajectories=72, skipped_steps=2, wall_before_s=100.0)
-    state = DriverState(step=5, tokens=50, trajectories=40, skipped_steps=1, wall_s=3.0, ledger=Ledger().state())
+    state = DriverState(
+        step=5, tokens=50, trajectories=40, skipped_steps=1, wall_s=3.0, ledger=Ledger().state()
+    )
     progress.roll_back(state)
-    assert (progress.step, progress.tokens, progress.trajectories, progress.skipped_steps) == (5, 50, 40, 1)
+    assert (progress.step, progress.tokens, progress.trajectories, progress.skipped_steps) == (
+        5,
+        50,
+        40,
+        1,
+    )
     assert (progress.incarnation, progress.learner_restarts) == (1, 1)
     progress.roll_back(None)
-    assert (progress.step, progress.tokens, progress.trajectories, progress.skipped_steps) == (0, 0, 0, 0)
+    assert (progress.step, progress.tokens, progress.trajectories, progress.skipped_steps) == (
+        0,
+        0,
+        0,
+        0,
+    )
     assert (progress.incarnation, progress.learner_restarts) == (2, 2)
     assert progress.wall_s >= 100.0 and progress.summary("running")["incarnation"] == 2
     assert Progress.resume(state, progress.summary("running")).incarnation == 3
@@ -25,10 +37,15 @@ def test_a_row_says_what_the_newest_checkpoint_is_and_took():
         "eopd_skipped_steps_total": 2.0,
         "eopd_config_changes_total": 3.0,
     }
-    state = DriverState(step=5, tokens=5, trajectories=4, skipped_steps=1, wall_s=3.0, ledger=Ledger().state())
+    state = DriverState(
+        step=5, tokens=5, trajectories=4, skipped_steps=1, wall_s=3.0, ledger=Ledger().state()
+    )
     assert Progress.resume(state, progress.summary("running")).row()["eopd_checkpoint_step"] == 5.0
     progress.checkpoint_step, progress.checkpoint_s = 9, 1.5
-    assert (progress.row()["eopd_checkpoint_step"], progress.row()["eopd_checkpoint_seconds"]) == (9.0, 1.5)
+    assert (progress.row()["eopd_checkpoint_step"], progress.row()["eopd_checkpoint_seconds"]) == (
+        9.0,
+        1.5,
+    )
     progress.roll_back(state)
     assert progress.row()["eopd_checkpoint_step"] == 5.0
     progress.roll_back(None)

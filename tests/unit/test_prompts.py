@@ -49,7 +49,10 @@ def test_prompts_and_chats_are_rendered_with_suffix_id_source_and_answer(tmp_pat
         suffix=" end",
     ).prompts
     assert [p.token_ids.tolist() for p in found] == [[6, 1, 2, 3, 11], [8, 1, 6, 3, 3, 11]]
-    assert [(p.prompt_id, p.source, p.reference_answer) for p in found] == [("x", "math", "7"), ("2", "default", None)]
+    assert [(p.prompt_id, p.source, p.reference_answer) for p in found] == [
+        ("x", "math", "7"),
+        ("2", "default", None),
+    ]
 
 
 def test_parquet_holds_the_same_rows(tmp_path):
@@ -63,9 +66,11 @@ def test_parquet_holds_the_same_rows(tmp_path):
 def test_overlong_prompts_are_an_error_or_dropped_and_counted(tmp_path):
     rows = {"prompt": "short"}, {"prompt": "one two three four five six seven"}
     with pytest.raises(
-        ConfigError, match=r"rows.jsonl:2: 1 of 2 rows is longer than prompts.max_tokens 6; this is the"
+        ConfigError,
+        match=r"rows.jsonl:2: 1 of 2 rows is longer than prompts.max_tokens 6; this is the",
     ):
         load(tmp_path, *rows)
+
     kept = load(tmp_path, *rows, overlong="drop")
     assert len(kept.prompts) == 1 and kept.num_dropped == 1
     with pytest.raises(ConfigError, match="all 1 rows are longer"):
@@ -76,10 +81,12 @@ def test_overlong_prompts_are_one_line_with_the_longest(tmp_path):
     rows = [{"prompt": " ".join(["word"] * number)} for number in (5, 9, 6, 1, 20, 7, 8)]
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, *rows)
+
     assert str(caught.value) == (
-        f"prompts.data: {tmp_path}/rows.jsonl:5: 6 of 7 rows are longer than prompts.max_tokens 6; this is the "
-        "longest, with 22 tokens: shorten what is too long, raise the limit to 22 (--max-prompt-tokens of eopd "
-        "eval), or set prompts.overlong: drop"
+        f"prompts.data: {tmp_path}/rows.jsonl:5: 6 of 7 rows are longer than "
+        "prompts.max_tokens 6; this is the longest, with 22 tokens: shorten what is too "
+        "long, raise the limit to 22 (--max-prompt-tokens of eopd eval), or set "
+        "prompts.overlong: drop"
     )
     load(tmp_path, *rows, max_tokens=22)
 
@@ -112,7 +119,11 @@ def test_a_chat_needs_the_chat_template(tmp_path):
     chat = {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}
     with pytest.raises(ConfigError, match="a chat of 2 messages needs"):
         load(tmp_path, chat, template="none")
-    assert load(tmp_path, {"prompt": "a bb"}, template="none").prompts[0].token_ids.tolist() == [1, 2]
+
+    assert load(tmp_path, {"prompt": "a bb"}, template="none").prompts[0].token_ids.tolist() == [
+        1,
+        2,
+    ]
 
 
 def test_order_is_a_pure_function_of_seed_and_number_and_every_epoch_is_whole(tmp_path):
@@ -123,10 +134,14 @@ def test_order_is_a_pure_function_of_seed_and_number_and_every_epoch_is_whole(tm
         (s.epoch, s.prompt_id, k) for s, k in reversed(first)
     ]
     names = [(s.epoch, s.prompt_id, k) for s, k in first]
-    assert Counter(names) == Counter((e, str(i), k) for e in (0, 1) for i in range(7) for k in range(3))
+    assert Counter(names) == Counter(
+        (e, str(i), k) for e in (0, 1) for i in range(7) for k in range(3)
+    )
     assert [n[1] for n in names[:21]] != [n[1] for n in names[21:]]
     seeds = [order.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
-    assert len(set(seeds)) == 42 and seeds == [again.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
+    assert len(set(seeds)) == 42 and seeds == [
+        again.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)
+    ]
 
 
 # ---- prompts that only the teacher sees ---------------------------------------------------------------------------
@@ -140,20 +155,32 @@ class LoudTokenizer(WordTokenizer):
 
 
 def view(template="hint {{ solution }} for {{ prompt }}", **changes):
-    values = {"name": "t", "template": template, "tokenizer": LoudTokenizer(), "options": {}, "max_tokens": 20}
+    values = {
+        "name": "t",
+        "template": template,
+        "tokenizer": LoudTokenizer(),
+        "options": {},
+        "max_tokens": 20,
+    }
     return TeacherView(**(values | changes))
 
 
 def load_for(tmp_path, teacher, *rows, **changes):
     taught = {"math": teacher}
-    return PromptSet.load(write(tmp_path, *rows), config(**changes), WordTokenizer(), taught.get).prompts
+    return PromptSet.load(
+        write(tmp_path, *rows), config(**changes), WordTokenizer(), taught.get
+    ).prompts
 
 
 def test_a_teacher_reads_its_own_prompt_and_the_student_does_not(tmp_path):
-    rows = {"prompt": "a bb", "source": "math", "solution": "ssss"}, {"prompt": "a bb", "solution": "ssss"}
+    rows = (
+        {"prompt": "a bb", "source": "math", "solution": "ssss"},
+        {"prompt": "a bb", "solution": "ssss"},
+    )
     taught, other = load_for(tmp_path, view(options={"mark": "!!"}), *rows, suffix=" end")
     assert taught.token_ids.tolist() == other.token_ids.tolist() == [6, 1, 2, 3, 11]
-    assert taught.teacher_token_ids.tolist() == [6, 4, 4, 3, 1, 2, 3, 13]  # hint ssss for a bb end <assistant>!!
+    # hint ssss for a bb end <assistant>!!
+    assert taught.teacher_token_ids.tolist() == [6, 4, 4, 3, 1, 2, 3, 13]
     assert other.teacher_token_ids is None
 
 
@@ -169,6 +196,7 @@ def test_single_braces_around_a_column_are_refused(tmp_path, template, name):
     rows = [{"prompt": "a", "source": "math", "solution": "s"}] * 2
     with pytest.raises(ConfigError) as caught:
         load_for(tmp_path, view(template), *rows)
+
     assert re.fullmatch(
         rf"teachers.t.template: prompts.data: .*rows.jsonl:1 \(and 1 more row\): \{{ ?{name} ?\}} is plain text there; "
         rf"write \{{\{{ {name} \}}\}} to have the column in its place",
@@ -191,14 +219,18 @@ def test_other_braces_of_a_template_are_text(tmp_path, template):
 
 def test_a_template_without_a_column_is_noted(tmp_path):
     rows = [{"prompt": "a", "source": "math"}] * 2
-    for template, notes in (("say yes", 1), ("{{ prompt }}", 0), ("{% if prompt %}a{% endif %}", 0)):
+    for template, notes in (
+        ("say yes", 1),
+        ("{{ prompt }}", 0),
+        ("{% if prompt %}a{% endif %}", 0),
+    ):
         taught = {"math": view(template)}
         found = PromptSet.load(write(tmp_path, *rows), config(), WordTokenizer(), taught.get).notes
         assert (
             found
             == (
-                "prompts.data: 2 of 2 rows: the template of teacher t uses no column, so that it asks the same "
-                "in every row",
+                "prompts.data: 2 of 2 rows: the template of teacher t uses no column, so "
+                "that it asks the same in every row",
             )
             * notes
         )
@@ -209,27 +241,37 @@ def test_a_template_is_text_and_no_file(tmp_path):
     for template, message in (
         ("", "is empty; write {{ prompt }} and what"),
         (" \n", "is empty"),
-        (f"{tmp_path}/hint.jinja", f"{tmp_path}/hint.jinja is a file; write its text here, below `template: |`"),
+        (
+            f"{tmp_path}/hint.jinja",
+            f"{tmp_path}/hint.jinja is a file; write its text here, below `template: |`",
+        ),
     ):
         with pytest.raises(ConfigError, match=re.escape(f"teachers.t.template: {message}")):
             view(template).require_text()
+
     for template in ("{{ prompt }}", "x" * 5000, "x/" * 3000, str(tmp_path)):
         view(template).require_text()
 
 
 def test_what_is_too_long_for_a_teacher_is_one_line(tmp_path):
-    rows = [{"prompt": " ".join(["word"] * number), "source": "math", "solution": "s"} for number in (1, 3, 4)]
+    rows = [
+        {"prompt": " ".join(["word"] * number), "source": "math", "solution": "s"}
+        for number in (1, 3, 4)
+    ]
     with pytest.raises(ConfigError) as caught:
         load_for(tmp_path, view(max_tokens=6), *rows)
+
     assert str(caught.value) == (
-        f"prompts.data: {tmp_path}/rows.jsonl:3: 2 of 3 rows are longer than teachers.t.max_prompt_tokens 6 in its "
-        "template; this is the longest, with 9 tokens: shorten what is too long, or raise the limit to 9"
+        f"prompts.data: {tmp_path}/rows.jsonl:3: 2 of 3 rows are longer than "
+        "teachers.t.max_prompt_tokens 6 in its template; this is the longest, with 9 "
+        "tokens: shorten what is too long, or raise the limit to 9"
     )
 
 
 def test_kinds_of_mistakes_beyond_the_first_five_are_counted(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, *({"prompt": "a", "source": number} for number in (1, 2, 3, 4, 5, 6, 6, 1)))
+
     first, *_, last = told = str(caught.value).splitlines()
     assert "rows.jsonl:1 (and 1 more row): source: must be text, is the number 1" in first
     assert len(told) == 6 and last == "2 more rows have other mistakes"
@@ -237,9 +279,15 @@ def test_kinds_of_mistakes_beyond_the_first_five_are_counted(tmp_path):
 
 def test_earlier_messages_stay_and_plain_prompts_stay_plain(tmp_path):
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "ccc"}]
-    (found,) = load_for(tmp_path, view("{{ prompt }} {{ answer }}"), {"messages": chat, "answer": 7, "source": "math"})
+    (found,) = load_for(
+        tmp_path,
+        view("{{ prompt }} {{ answer }}"),
+        {"messages": chat, "answer": 7, "source": "math"},
+    )
     assert found.teacher_token_ids.tolist() == [8, 1, 6, 3, 1, 11]
-    (plain,) = load_for(tmp_path, view("see {{ prompt }}"), {"prompt": "a", "source": "math"}, template="none")
+    (plain,) = load_for(
+        tmp_path, view("see {{ prompt }}"), {"prompt": "a", "source": "math"}, template="none"
+    )
     assert plain.teacher_token_ids.tolist() == [3, 1]
 
 
@@ -249,7 +297,10 @@ def test_earlier_messages_stay_and_plain_prompts_stay_plain(tmp_path):
         ({}, r"teachers.t.template: .*rows.jsonl:1: 'solution' is undefined"),
         ({"template": "{{ prompt"}, "teachers.t.template: .*unexpected end of template"),
         ({"template": "{{ prompt.__class__.__mro__ }}"}, "teachers.t.template: .*unsafe"),
-        ({"template": "one two", "max_tokens": 3}, "rows.jsonl:1: 1 of 1 rows is longer than teachers.t.max_prompt"),
+        (
+            {"template": "one two", "max_tokens": 3},
+            "rows.jsonl:1: 1 of 1 rows is longer than teachers.t.max_prompt",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_filled_is_the_user_s_mistake(tmp_path, changes, message):

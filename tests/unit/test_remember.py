@@ -36,6 +36,7 @@ def ask(tmp_path):
         return remembered(question, [text, weights, *more], compute), len(computed)
 
     ask.text, ask.weights = text, weights
+
     return ask
 
 
@@ -114,6 +115,7 @@ def test_what_fails_is_not_remembered(ask, directory):
     for _ in range(2):
         with pytest.raises(FileNotFoundError):
             ask()
+
     assert not directory.exists()
 
 
@@ -127,7 +129,9 @@ def test_the_oldest_answers_are_forgotten(ask, directory, monkeypatch):
     assert ask("b")[1] == 4
 
 
-def test_a_check_is_remembered_until_a_prompt_or_a_tokenizer_changes(tiny_config, directory, monkeypatch):
+def test_a_check_is_remembered_until_a_prompt_or_a_tokenizer_changes(
+    tiny_config, directory, monkeypatch
+):
     config, paths = tiny_config
     calls = []
     check = inputs._check
@@ -135,11 +139,14 @@ def test_a_check_is_remembered_until_a_prompt_or_a_tokenizer_changes(tiny_config
     first = inputs.check(config)
     again = inputs.check(config)
     assert len(calls) == 1
-    assert [p.token_ids.tolist() for p in again.train.prompts] == [p.token_ids.tolist() for p in first.train.prompts]
+    assert [p.token_ids.tolist() for p in again.train.prompts] == [
+        p.token_ids.tolist() for p in first.train.prompts
+    ]
     assert again.vocabularies == first.vocabularies
     for path in paths:
         path.write_text(path.read_text() + "\n")
         inputs.check(config)
+
     assert len(calls) == 1 + len(paths)
 
 
@@ -147,6 +154,7 @@ def test_a_check_is_remembered_until_a_prompt_or_a_tokenizer_changes(tiny_config
 def tiny_config(tiny_model, tmp_path):
     for name, seed in (("student", 1), ("teacher", 2)):
         shutil.copytree(tiny_model("qwen3", seed=seed), tmp_path / name)
+
     (tmp_path / "data.jsonl").write_text('{"prompt": "one"}\n')
     (tmp_path / "held_out.jsonl").write_text('{"prompt": "two"}\n')
     (tmp_path / "c.yaml").write_text(
@@ -157,4 +165,7 @@ def tiny_config(tiny_model, tmp_path):
     )
     files = [tmp_path / name for name in ("data.jsonl", "held_out.jsonl")]
     files += [tmp_path / model / "tokenizer.json" for model in ("student", "teacher")]
-    return load_config(tmp_path / "c.yaml", ["prompts.max_tokens=64", "rollout.max_response_tokens=16"]), files
+
+    return load_config(
+        tmp_path / "c.yaml", ["prompts.max_tokens=64", "rollout.max_response_tokens=16"]
+    ), files

@@ -1,4 +1,6 @@
-"""What a stock server says, turned into a signal: every part at its place, and nothing broken passes."""
+"""What a stock server says, turned into a signal: every part at its place, and nothing broken
+passes.
+"""
 
 import functools
 import json
@@ -17,12 +19,16 @@ from eopd.types import Bounds
 VOCAB, K = 11, 3
 PROBS = np.random.default_rng(5).dirichlet(np.ones(VOCAB), size=3)
 TOP = np.argsort(-PROBS, axis=1)[:, :K]
-SAMPLED = np.array([TOP[0, 1], np.argmin(PROBS[1]), TOP[2, 2]], np.int32)  # the second one outside the top 3
+# the second one outside the top 3
+SAMPLED = np.array([TOP[0, 1], np.argmin(PROBS[1]), TOP[2, 2]], np.int32)
 
 
 def said(probs: np.ndarray, token: int, top: np.ndarray) -> dict[str, dict[str, object]]:
     """vLLM's form: the token first, then the top k, keys as text."""
-    return {str(i): {"logprob": float(np.log(probs[i])), "rank": 9, "decoded_token": None} for i in (token, *top)}
+    return {
+        str(i): {"logprob": float(np.log(probs[i])), "rank": 9, "decoded_token": None}
+        for i in (token, *top)
+    }
 
 
 @pytest.fixture
@@ -40,8 +46,12 @@ def test_every_part_comes_to_its_place(rows):
     signal = read(rows)
     assert signal.teacher == "t"
     np.testing.assert_allclose(np.exp(signal.token_logprobs), PROBS[range(3), SAMPLED], rtol=1e-5)
-    np.testing.assert_allclose(np.exp(signal.topk_logprobs), -np.sort(-PROBS, axis=1)[:, :K], rtol=1e-5)
-    np.testing.assert_allclose(np.exp(signal.tail_logprobs), np.sort(PROBS, axis=1)[:, : VOCAB - K].sum(1), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.exp(signal.topk_logprobs), -np.sort(-PROBS, axis=1)[:, :K], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        np.exp(signal.tail_logprobs), np.sort(PROBS, axis=1)[:, : VOCAB - K].sum(1), rtol=1e-4
+    )
     assert signal.topk_ids.tolist() == TOP.tolist()
     assert isinstance(signal.entropy, Bounds)
     exact = -(PROBS * np.log(PROBS)).sum(1)
@@ -57,7 +67,9 @@ def test_the_order_of_a_mapping_means_nothing(rows):
 
 
 def test_the_whole_vocabulary_leaves_no_tail_and_no_doubt():
-    everything = [said(probs, token, np.arange(VOCAB)) for probs, token in zip(PROBS, SAMPLED, strict=True)]
+    everything = [
+        said(probs, token, np.arange(VOCAB)) for probs, token in zip(PROBS, SAMPLED, strict=True)
+    ]
     signal = read(everything, top_k=VOCAB)
     assert np.isneginf(signal.tail_logprobs).all()
     exact = -(PROBS * np.log(PROBS)).sum(1)
@@ -86,16 +98,26 @@ def without(rows: list, token: int) -> list:
     [
         ("does not tell token", lambda rows: without(rows, SAMPLED[1])),
         ("does not tell token", lambda rows: [rows[0], None, rows[2]]),
-        ("2 entries that are not the top 3", lambda rows: without(without(rows, TOP[1, 2]), TOP[1, 1])),
-        ("probability one", lambda rows: without(rows, TOP[1, 2])),  # the sampled token taken for a candidate
-        ("5 entries that are not the top 3", lambda rows: change(rows, np.argsort(PROBS[1])[1], -3.0)),
+        (
+            "2 entries that are not the top 3",
+            lambda rows: without(without(rows, TOP[1, 2]), TOP[1, 1]),
+        ),
+        # the sampled token taken for a candidate
+        ("probability one", lambda rows: without(rows, TOP[1, 2])),
+        (
+            "5 entries that are not the top 3",
+            lambda rows: change(rows, np.argsort(PROBS[1])[1], -3.0),
+        ),
         ("4 entries that are not the top 3", lambda rows: change(rows, SAMPLED[1], -0.01)),
         ("not finite", lambda rows: change(rows, SAMPLED[1], -9999.0)),
         ("not finite", lambda rows: change(rows, TOP[1, 0], float("nan"))),
         ("not finite", lambda rows: change(rows, TOP[1, 0], float("-inf"))),
         ("no log-probability", lambda rows: change(rows, TOP[1, 0], 1e30)),
         ("outside the vocabulary of 11", lambda rows: change(without(rows, TOP[1, 0]), 11, -0.5)),
-        ("broken token id", lambda rows: change(without(rows, TOP[1, 0]), -1, float(np.log(PROBS[1, TOP[1, 0]])))),
+        (
+            "broken token id",
+            lambda rows: change(without(rows, TOP[1, 0]), -1, float(np.log(PROBS[1, TOP[1, 0]]))),
+        ),
         ("probability one", lambda rows: change(rows, TOP[1, 0], 0.0)),
     ],
 )
@@ -106,26 +128,37 @@ def test_a_row_that_is_no_answer_is_refused(rows, fault, breaks):
 
 ANSWERS = {
     "no list": ({"choices": [{"text": ""}]}, r"choices.0.prompt_logprobs: Field required"),
-    "a null": ({"choices": [{"prompt_logprobs": None}]}, r"choices.0.prompt_logprobs: Input should be a valid array"),
+    "a null": (
+        {"choices": [{"prompt_logprobs": None}]},
+        r"choices.0.prompt_logprobs: Input should be a valid array",
+    ),
     "no choice": ({"choices": []}, "choices.0: Field required"),
-    "another length": ({"choices": [{"prompt_logprobs": [None]}]}, "2 tokens were sent, 1 came back"),
+    "another length": (
+        {"choices": [{"prompt_logprobs": [None]}]},
+        "2 tokens were sent, 1 came back",
+    ),
 }
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Start a scorer on a server that serves "big" and answers every completion with ``completion``."""
+    """Start a scorer on a server that serves "big" and answers every completion with
+    ``completion``.
+    """
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": VOCAB}))
 
     async def started(completion: object, *, model: str = "big", top_k: int = K):
         def answer(request: httpx.Request) -> httpx.Response:
             listed = {"data": [{"id": "big"}, {"id": "small"}]}
-            return httpx.Response(200, json=listed if request.url.path.endswith("/v1/models") else completion)
+            return httpx.Response(
+                200, json=listed if request.url.path.endswith("/v1/models") else completion
+            )
 
         client = functools.partial(ServerClient, transport=httpx.MockTransport(answer))
         monkeypatch.setattr(remote, "ServerClient", client)
         server = ServerConfig(url="http://teacher.test/x", model=model)
         config = TeacherConfig(backend="openai", model=tmp_path, server=server)
+
         return await OpenAITeacherScorer.start(config, top_k=top_k, max_sequence_tokens=8)
 
     return started
@@ -138,8 +171,13 @@ async def test_a_server_without_prompt_logprobs_is_a_mistake_of_the_config(start
         await start(body)
 
 
-async def test_a_name_that_is_not_served_and_a_top_k_above_the_vocabulary_are_mistakes_of_the_config(start):
-    with pytest.raises(ConfigError, match=r"server\.model: bigger is not served there; big, small is"):
+async def test_a_name_that_is_not_served_and_a_top_k_above_the_vocabulary_are_mistakes_of_the_config(
+    start,
+):
+    with pytest.raises(
+        ConfigError, match=r"server\.model: bigger is not served there; big, small is"
+    ):
         await start({}, model="bigger")
+
     with pytest.raises(ConfigError, match="top_k 12 is above the vocabulary of 11"):
         await start({}, top_k=12)

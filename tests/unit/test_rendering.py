@@ -1,4 +1,6 @@
-"""Chats through real chat templates and tokenizers: nothing is lost, added or raised without a word."""
+"""Chats through real chat templates and tokenizers: nothing is lost, added or raised without
+a word.
+"""
 
 import json
 
@@ -17,19 +19,25 @@ RESULT = {"role": "tool", "content": "12 C", "name": "get_weather"}
 TOOLS = [{"type": "function", "function": {"name": "get_weather"}}]
 
 SHOWS_ALL = (
-    "{{ bos_token }}{% for t in tools or [] %}<tool>{{ t.function.name }}{% endfor %}"
-    "{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}{% endif %}"
-    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}"
-    "{% endfor %}{% if m.name %}({{ m.name }}){% endif %}{% endfor %}{{ '' if thinking else '<no-think>' }}"
+    "{{ bos_token }}{% for t in tools or [] %}<tool>{{ t.function.name }}{% endfor %}{% for "
+    "m in messages %}<{{ m.role }}>{% if m.reasoning_content %}<think>{{ "
+    "m.reasoning_content }}{% endif %}{{ m.content }}{% for c in m.tool_calls or [] "
+    "%}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{% if "
+    "m.name %}({{ m.name }}){% endif %}{% endfor %}{{ '' if thinking else '<no-think>' }}"
 )
 
 
 def tokenizer(template=None, adds="$A"):
     """A byte-level tokenizer that puts special tokens around plain text, as ``adds`` says."""
     made = train_tokenizer(["Weather in Bonn? a b c"], 270)
-    special = [(word, made.convert_tokens_to_ids(word)) for word in adds.split() if not word.startswith("$")]
+    special = [
+        (word, made.convert_tokens_to_ids(word))
+        for word in adds.split()
+        if not word.startswith("$")
+    ]
     made.backend_tokenizer.post_processor = TemplateProcessing(single=adds, special_tokens=special)
     made.chat_template = template or made.chat_template
+
     return made
 
 
@@ -56,7 +64,11 @@ def test_tools_calls_and_thoughts_reach_the_template():
 @pytest.mark.parametrize(
     ("chat", "tools", "message"),
     [
-        ([ASK, TURN, RESULT], (), "rows.jsonl:1: tool_calls: the student's chat template does not show them"),
+        (
+            [ASK, TURN, RESULT],
+            (),
+            "rows.jsonl:1: tool_calls: the student's chat template does not show them",
+        ),
         ([ASK], TOOLS, "rows.jsonl:1: tools: the student's chat template does not show them"),
     ],
 )
@@ -90,7 +102,9 @@ def test_what_else_a_template_drops_is_noted():
     ],
 )
 def test_whatever_a_template_raises_is_one_message(template, message):
-    with pytest.raises(ConfigError, match=rf"rows.jsonl:1: the student's chat template refuses it: .*({message})"):
+    with pytest.raises(
+        ConfigError, match=rf"rows.jsonl:1: the student's chat template refuses it: .*({message})"
+    ):
         rendered([ASK], template)
 
 
@@ -102,7 +116,10 @@ def test_whatever_a_tokenizer_raises_is_one_message(monkeypatch):
 
     monkeypatch.setattr(own, "encode", encode)
     made = Rendering(whose="teacher t", tokenizer=own, template="none", options={})
-    with pytest.raises(ConfigError, match=r"rows.jsonl:1: the teacher t's tokenizer refuses it: no such merge"):
+
+    with pytest.raises(
+        ConfigError, match=r"rows.jsonl:1: the teacher t's tokenizer refuses it: no such merge"
+    ):
         made.token_ids([ASK], (), "rows.jsonl:1")
 
 
@@ -119,10 +136,25 @@ def test_a_template_that_writes_half_a_character_is_refused():
     [
         ("$A", "a b", "a b", None),
         ("<|im_start|> $A", "a b", "<|im_start|>a b", None),
-        ("<|im_start|> $A", "<|im_start|>a", "<|im_start|>a", "begins with the student's '<|im_start|>', which would"),
+        (
+            "<|im_start|> $A",
+            "<|im_start|>a",
+            "<|im_start|>a",
+            "begins with the student's '<|im_start|>', which would",
+        ),
         ("$A <|im_end|>", "a b", "a b", "adds '<|im_end|>' behind plain text, which is left out"),
-        ("<|im_start|> $A <|im_end|>", "a b", "<|im_start|>a b", "adds '<|im_end|>' behind plain text"),
-        ("$A", "a<|im_end|>", "a<|im_end|>", "the prompt ends with the student's end token '<|im_end|>'"),
+        (
+            "<|im_start|> $A <|im_end|>",
+            "a b",
+            "<|im_start|>a b",
+            "adds '<|im_end|>' behind plain text",
+        ),
+        (
+            "$A",
+            "a<|im_end|>",
+            "a<|im_end|>",
+            "the prompt ends with the student's end token '<|im_end|>'",
+        ),
     ],
 )
 def test_plain_text_has_the_tokenizer_s_first_token_once_and_none_behind(adds, text, prompt, note):
@@ -132,7 +164,9 @@ def test_plain_text_has_the_tokenizer_s_first_token_once_and_none_behind(adds, t
 
 
 def test_a_rendered_chat_has_no_special_token_but_the_template_s():
-    assert rendered([ASK], "{{ bos_token }}{{ messages[0].content }}", adds="<|im_start|> $A <|im_end|>") == (
+    assert rendered(
+        [ASK], "{{ bos_token }}{{ messages[0].content }}", adds="<|im_start|> $A <|im_end|>"
+    ) == (
         "<|im_start|>Weather in Bonn?",
         [],
     )
@@ -140,7 +174,9 @@ def test_a_rendered_chat_has_no_special_token_but_the_template_s():
     text, notes = rendered([twice], "{{ bos_token }}{{ messages[0].content }}")
     assert text == "<|im_start|>a" and "it is there once" in notes[0]
     _, notes = rendered([ASK], "{{ messages[0].content }}{{ eos_token }}")
-    assert notes == ["the prompt ends with the student's end token '<|im_end|>': the response comes after an end"]
+    assert notes == [
+        "the prompt ends with the student's end token '<|im_end|>': the response comes after an end"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +198,9 @@ def test_plain_text_is_one_message_and_nothing_else(chat, tools, message):
 def load(tmp_path, *rows, view=None, **changes):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = PromptsConfig.model_validate({"data": "d", "held_out": "d", "max_tokens": 512} | changes)
+    config = PromptsConfig.model_validate(
+        {"data": "d", "held_out": "d", "max_tokens": 512} | changes
+    )
     own = tokenizer(SHOWS_ALL, "<|im_start|> $A <|im_end|>")
     return own, PromptSet.load(str(path), config, own, lambda source: view)
 
@@ -177,8 +215,8 @@ def test_notes_say_in_how_many_rows(tmp_path):
     answered = {"messages": [ASK, {"role": "assistant", "content": "b"}]}
     _, found = load(tmp_path, answered, {"prompt": "a"}, {**answered, "id": "x"})
     assert found.notes == (
-        "prompts.data: 2 of 3 rows: the chat ends with the assistant's answer, which is left out: the prompt is what "
-        "comes before",
+        "prompts.data: 2 of 3 rows: the chat ends with the assistant's answer, which is "
+        "left out: the prompt is what comes before",
     )
     assert found.places == {n: f"prompts.data: {tmp_path}/rows.jsonl:{n}" for n in "12"} | {
         "x": f'prompts.data: {tmp_path}/rows.jsonl:3 (id "x")'
@@ -187,7 +225,11 @@ def test_notes_say_in_how_many_rows(tmp_path):
 
 def test_both_sides_leave_out_the_end_that_a_tokenizer_adds(tmp_path):
     view = TeacherView(
-        name="t", template="hint {{ prompt }}", tokenizer=tokenizer(adds="$A <|im_end|>"), options={}, max_tokens=99
+        name="t",
+        template="hint {{ prompt }}",
+        tokenizer=tokenizer(adds="$A <|im_end|>"),
+        options={},
+        max_tokens=99,
     )
     own, found = load(tmp_path, {"prompt": "a"}, view=view, template="none")
     (prompt,) = found.prompts
@@ -198,17 +240,34 @@ def test_both_sides_leave_out_the_end_that_a_tokenizer_adds(tmp_path):
 
 def test_a_teacher_s_hint_goes_to_the_last_text_of_the_user_and_it_sees_the_tools(tmp_path):
     view = TeacherView(
-        name="t", template="{{ prompt }} It is {{ c }}.", tokenizer=tokenizer(SHOWS_ALL), options={}, max_tokens=512
+        name="t",
+        template="{{ prompt }} It is {{ c }}.",
+        tokenizer=tokenizer(SHOWS_ALL),
+        options={},
+        max_tokens=512,
     )
-    own, found = load(tmp_path, {"messages": [ASK, TURN, RESULT], "tools": TOOLS, "c": "cold"}, view=view)
+    own, found = load(
+        tmp_path, {"messages": [ASK, TURN, RESULT], "tools": TOOLS, "c": "cold"}, view=view
+    )
     shown = own.decode(found.prompts[0].teacher_token_ids)
-    assert shown.startswith("<|im_start|><tool>get_weather<user>Weather in Bonn? It is cold.<assistant>")
+    assert shown.startswith(
+        "<|im_start|><tool>get_weather<user>Weather in Bonn? It is cold.<assistant>"
+    )
 
 
 def test_every_kind_of_fault_is_told_once_with_its_first_row(tmp_path):
     empty, wordless = {"prompt": ""}, {"question": "a"}
     with pytest.raises(ConfigError) as refused:
-        load(tmp_path, {"prompt": "a"}, empty, wordless, empty, {"prompt": "b", "id": "x", "source": 1}, empty)
+        load(
+            tmp_path,
+            {"prompt": "a"},
+            empty,
+            wordless,
+            empty,
+            {"prompt": "b", "id": "x", "source": 1},
+            empty,
+        )
+
     told = str(refused.value).replace(str(tmp_path), "")
     assert [line[:60] for line in told.splitlines()] == [
         "prompts.data: /rows.jsonl:2 (and 2 more rows): prompt: the u",
@@ -220,14 +279,23 @@ def test_every_kind_of_fault_is_told_once_with_its_first_row(tmp_path):
 def test_only_the_first_kinds_of_fault_are_told(tmp_path):
     with pytest.raises(ConfigError) as refused:
         load(tmp_path, *({"prompt": number} for number in range(9)))
-    assert str(refused.value).count("\n") == 5 and str(refused.value).endswith("\n4 more rows have other mistakes")
+
+    assert str(refused.value).count("\n") == 5 and str(refused.value).endswith(
+        "\n4 more rows have other mistakes"
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (({"id": 1}, {"id": "1"}), r"rows.jsonl:2 \(id \"1\"\): id: '1' stands twice: .*rows.jsonl:1 \(id 1\)"),
-        (({"id": 2}, {}), r"rows.jsonl:2: id: '2' stands twice: .*rows.jsonl:1 \(id 2\).* without an id is called"),
+        (
+            ({"id": 1}, {"id": "1"}),
+            r"rows.jsonl:2 \(id \"1\"\): id: '1' stands twice: .*rows.jsonl:1 \(id 1\)",
+        ),
+        (
+            ({"id": 2}, {}),
+            r"rows.jsonl:2: id: '2' stands twice: .*rows.jsonl:1 \(id 2\).* without an id is called",
+        ),
     ],
 )
 def test_ids_that_are_the_same_as_text_are_refused(tmp_path, rows, message):

@@ -34,11 +34,19 @@ ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 def row(step, **numbers):
     seconds = {"step": 8.0, "wait_rollout": 2.0, "wait_teacher": 1.0, "train": 4.0, "weights": 1.0}
     named = {f"eopd_{name}_seconds": value for name, value in seconds.items()}
-    return {"step": step, "time": 1.7e9, "eopd_response_tokens_total": 400.0 * step, **named, **numbers}
+    return {
+        "step": step,
+        "time": 1.7e9,
+        "eopd_response_tokens_total": 400.0 * step,
+        **named,
+        **numbers,
+    }
 
 
 def sample(prompt="Why?", num_tokens=3, texts=("sky", " is", " blue"), **changes):
-    """Entropies 0.05, 1.0 and 3.0, and so on again; the student is surer than the teacher by 1 nat."""
+    """Entropies 0.05, 1.0 and 3.0, and so on again; the student is surer than the teacher by
+    1 nat.
+    """
     ids = [r % 3 for r in range(num_tokens)]
     found = {
         "prompt_id": prompt,
@@ -57,7 +65,10 @@ def sample(prompt="Why?", num_tokens=3, texts=("sky", " is", " blue"), **changes
 
 
 def held_out(phase, *samples, step=0):
-    counts = {"student_entropy_counts": [6, 2, 0, 0, 2, 0], "teacher_entropy_counts": [5, 1, 0, 0, 0, 4]}
+    counts = {
+        "student_entropy_counts": [6, 2, 0, 0, 2, 0],
+        "teacher_entropy_counts": [5, 1, 0, 0, 0, 4],
+    }
     return {"phase": phase, "step": step, "entropy_bin_nats": 0.2, "samples": samples, **counts}
 
 
@@ -84,21 +95,31 @@ def run(tmp_path):
             "metrics.jsonl": rows or [row(1), row(2), row(3)],
             "summary.json": json.dumps(SUMMARY),
             "held_out.jsonl": [held_out("before", sample()), held_out("after", sample(), step=3)],
-            "timeline.jsonl": [{"step": s, "generate": [[-1.0, 2.0]], "score": [[1.0, 3.0]]} for s in (1, 2, 3)],
+            "timeline.jsonl": [
+                {"step": s, "generate": [[-1.0, 2.0]], "score": [[1.0, 3.0]]} for s in (1, 2, 3)
+            ],
             "versions.json": json.dumps({"python": "3.11.9", "torch": "2.13.0"}),
             **files,
         }
+
         for file, content in texts.items():
             if content is not None:
-                lines = content if isinstance(content, str) else "".join(json.dumps(one) + "\n" for one in content)
+                lines = (
+                    content
+                    if isinstance(content, str)
+                    else "".join(json.dumps(one) + "\n" for one in content)
+                )
                 (directory / file).write_text(lines)
+
         return directory
 
     return make
 
 
 class Parsed(HTMLParser):
-    """Every element with its attributes, all text outside of script and style, and the data of the charts."""
+    """Every element with its attributes, all text outside of script and style, and the data
+    of the charts.
+    """
 
     def __init__(self, html):
         super().__init__()
@@ -121,9 +142,14 @@ class Parsed(HTMLParser):
 
     def chart(self, title):
         """The lines of a chart by label."""
-        charts = [a["aria-label"] for tag, a in self.elements if tag == "svg" and a.get("class") == "chart"]
+        charts = [
+            a["aria-label"]
+            for tag, a in self.elements
+            if tag == "svg" and a.get("class") == "chart"
+        ]
         numbers = [one for one in self.data if "lines" in one]
         (found,) = [n for label, n in zip(charts, numbers, strict=True) if label.startswith(title)]
+
         return {line["label"]: line["points"] for line in found["lines"]}
 
 
@@ -142,8 +168,15 @@ def page(tmp_path):
 
 def test_the_headline_has_the_numbers_of_the_run(run, page):
     text = " ".join(page(run()).text.split())
-    for expected in ("first completed", "steps 3 of 10", "response tokens 1,200", "tokens per second 50.0", "1:02:05"):
+    for expected in (
+        "first completed",
+        "steps 3 of 10",
+        "response tokens 1,200",
+        "tokens per second 50.0",
+        "1:02:05",
+    ):
         assert expected in text
+
     assert "reverse KL nats 4.000 ± 0.100 1.000 ± 0.100 -3.000" in text
     assert "torch 2.13.0" in text and "loss.gate.tau 0.8" in text
 
@@ -151,7 +184,12 @@ def test_the_headline_has_the_numbers_of_the_run(run, page):
 def test_a_run_under_way_has_the_wall_time_of_its_rows_and_the_age_of_the_last(run, page):
     now = time.time()
     rows = [row(1, time=now - 7300.0), row(2, time=now - 100.0)]
-    found = page(run(rows=rows, **{"summary.json": json.dumps(SUMMARY | {"status": "running", "wall_s": 9.0})}))
+    found = page(
+        run(
+            rows=rows,
+            **{"summary.json": json.dumps(SUMMARY | {"status": "running", "wall_s": 9.0})},
+        )
+    )
     text = " ".join(found.text.split())
     assert "wall time 2:00:08" in text and re.search(r"since then 0:01:4\d", text)
     ended = page(run("ended", rows=rows))
@@ -159,11 +197,19 @@ def test_a_run_under_way_has_the_wall_time_of_its_rows_and_the_age_of_the_last(r
 
 
 def test_runs_are_compared_by_their_final_numbers(run, page):
-    after = {"reverse_kl": measured(2.0), "top1_agreement": measured(0.5), "reverse_kl: source lists": measured(3.0)}
+    after = {
+        "reverse_kl": measured(2.0),
+        "top1_agreement": measured(0.5),
+        "reverse_kl: source lists": measured(3.0),
+    }
     held_out_after = {"held_out": {"after": after | {"share: source lists": measured(0.4)}}}
-    first, second = run("first"), run("second", **{"summary.json": json.dumps(SUMMARY | held_out_after)})
+    first, second = (
+        run("first"),
+        run("second", **{"summary.json": json.dumps(SUMMARY | held_out_after)}),
+    )
     found = page(first, second)
     text = " ".join(found.text.split())
+
     for expected in (
         "held-out reverse KL, after 1.000 ± 0.100 2.000 ± 0.100",
         "held-out top-1 agreement, after - 0.500 ± 0.100",
@@ -171,6 +217,7 @@ def test_runs_are_compared_by_their_final_numbers(run, page):
         "wall time 1:02:05 1:02:05 tokens per second 50.0 50.0",
     ):
         assert expected in text
+
     assert "do not compare" not in text and "Side by side" not in page(first).text
 
 
@@ -180,21 +227,40 @@ def test_runs_that_were_measured_differently_are_said_not_to_compare(run, page):
         "teachers: [{model: b}]\nevaluation: {seed: 1, samples: 9}\nrollout: {temperature: 0.7}\n",
     )
     runs = [run(f"r{i}", **{"config.yaml": CONFIG + text}) for i, text in enumerate(texts)]
-    assert "do not compare, since their configs differ in teachers, rollout.temperature." in page(*runs).text
+    assert (
+        "do not compare, since their configs differ in teachers, rollout.temperature."
+        in page(*runs).text
+    )
 
 
 def test_a_curve_has_the_values_of_the_rows_and_gaps_where_there_are_none(run, page):
     values = [4.0, None, float("nan"), 2.5]
-    found = page(run(rows=[row(i + 1, eopd_reverse_kl_nats=value) for i, value in enumerate(values)]))
+    found = page(
+        run(rows=[row(i + 1, eopd_reverse_kl_nats=value) for i, value in enumerate(values)])
+    )
     assert found.chart("Reverse KL") == {"reverse KL": [[1, 4.0], [4, 2.5]]}
     assert found.chart("Gate open") == {}
 
 
 def test_what_was_changed_is_told_and_marked_from_its_step_on(run, page):
-    changes = [{"from_step": 2, "time": 1.7e9, "changes": {"learner.lr": [1e-4, 5e-5], "a.b": [None, True]}}]
-    changed = page(run("changed", rows=[row(s, eopd_loss=1.0) for s in (1, 2, 3)], **{"changes.jsonl": changes}))
+    changes = [
+        {
+            "from_step": 2,
+            "time": 1.7e9,
+            "changes": {"learner.lr": [1e-4, 5e-5], "a.b": [None, True]},
+        }
+    ]
+    changed = page(
+        run(
+            "changed", rows=[row(s, eopd_loss=1.0) for s in (1, 2, 3)], **{"changes.jsonl": changes}
+        )
+    )
     assert "From step 2: learner.lr 0.0001 → 5e-05; a.b null → true" in changed.text
-    (mark,) = [found for tag, found in changed.elements if tag == "line" and found.get("class") == "changed"]
+    (mark,) = [
+        found
+        for tag, found in changed.elements
+        if tag == "line" and found.get("class") == "changed"
+    ]
     assert mark["x1"] == mark["x2"] == str(Frame([(1.0, 0.0), (3.0, 1.0)]).x(2))
     same = page(run("same"))
     assert "From step" not in same.text
@@ -206,7 +272,12 @@ def test_what_only_some_runs_have_is_drawn_where_it_is(run, page):
         'eopd_lost_trajectories_total{reason="too_stale"}': 2.0,
         'eopd_lost_trajectories_total{reason="failed"}': 0.0,
     }
-    some = {"eopd_loss": 1.5, "eopd_clipped_ratio": 0.25, "eopd_repetition_ratio": 0.5, "eopd_reward_mean": 0.75}
+    some = {
+        "eopd_loss": 1.5,
+        "eopd_clipped_ratio": 0.25,
+        "eopd_repetition_ratio": 0.5,
+        "eopd_reward_mean": 0.75,
+    }
     found = page(run(rows=[row(1, **some, **lost)]))
     assert found.chart("Loss") == {"loss": [[1, 1.5]]}
     assert found.chart("Clipped") == {"ratio clipped": [[1, 0.25]]}
@@ -214,7 +285,9 @@ def test_what_only_some_runs_have_is_drawn_where_it_is(run, page):
     assert found.chart("Reward") == {"reward": [[1, 0.75]]}
     assert found.chart("Lost") == {"too_stale": [[1, 2.0]]}
     bare = page(run("bare", rows=[row(1, eopd_reward_mean=None, **dict.fromkeys(lost, 0.0))])).text
-    assert not [title for title in ("Loss", "Clipped", "Written before", "Reward", "Lost") if title in bare]
+    assert not [
+        title for title in ("Loss", "Clipped", "Written before", "Reward", "Lost") if title in bare
+    ]
 
 
 def test_runs_are_overlaid_and_what_differs_comes_first(run, page):
@@ -222,7 +295,10 @@ def test_runs_are_overlaid_and_what_differs_comes_first(run, page):
     config = CONFIG.replace("hard, tau: 0.8", "always")
     second = run("second", rows=[row(1, eopd_gate_ratio=1.0)], **{"config.yaml": config})
     found = page(first, second)
-    assert found.chart("Gate open") == {"first, gate": [[1, 0.2], [2, 0.3]], "second, gate": [[1, 1.0]]}
+    assert found.chart("Gate open") == {
+        "first, gate": [[1, 0.2], [2, 0.3]],
+        "second, gate": [[1, 1.0]],
+    }
     assert "loss.gate.kind differs hard always" in " ".join(found.text.split())
     labels = [a["aria-label"] for tag, a in found.elements if a.get("class") == "timeline"]
     assert labels == ["first: step 2, 8.00 s", "second: step 1, 8.00 s"]
@@ -230,13 +306,18 @@ def test_runs_are_overlaid_and_what_differs_comes_first(run, page):
 
 def test_two_runs_of_one_name_are_told_apart(run):
     directories = [run("a/same"), run("b/same")]
-    assert [one.name for one in read_runs(directories)] == [str(directory) for directory in directories]
+    assert [one.name for one in read_runs(directories)] == [
+        str(directory) for directory in directories
+    ]
 
 
 def test_histograms_say_how_many_tokens_are_above_the_run_s_threshold_or_the_paper_s(run, page):
     found = page(run())
     assert "Tokens above 0.8 nats: teacher 40.0%, student 20.0%. 10 tokens." in found.text
-    low = page(run("low", **{"config.yaml": CONFIG.replace("0.8", "0.15")}), run("none", **{"config.yaml": "run: {}"}))
+    low = page(
+        run("low", **{"config.yaml": CONFIG.replace("0.8", "0.15")}),
+        run("none", **{"config.yaml": "run: {}"}),
+    )
     assert "Tokens above 0.2 nats: teacher 50.0%, student 40.0%." in low.text
     assert "Tokens above 0.8 nats: teacher 40.0%, student 20.0%." in low.text
     assert found.chart("first: after training")["teacher"][:2] == [[0.0, 0.5], [0.2, 0.1]]
@@ -245,7 +326,11 @@ def test_histograms_say_how_many_tokens_are_above_the_run_s_threshold_or_the_pap
 def test_the_timeline_shows_one_step_from_its_start(run, page):
     found = page(run())
     start = next(i for i, (_, a) in enumerate(found.elements) if a.get("class") == "timeline")
-    drawn = [(a["class"], a["x"], a["width"]) for tag, a in found.elements[start:] if tag == "rect" and "%" in a["x"]]
+    drawn = [
+        (a["class"], a["x"], a["width"])
+        for tag, a in found.elements[start:]
+        if tag == "rect" and "%" in a["x"]
+    ]
     assert drawn[:6] == [
         ("f-rollout", "0.000%", "25.000%"),  # began a second before the step
         ("f-teacher", "12.500%", "25.000%"),
@@ -270,22 +355,37 @@ def test_waits_that_were_not_recorded_are_not_shown_as_none(run, page):
     found = page(run(rows=[{name: x for name, x in row(1).items() if name not in waits}]))
     assert "Learner: waits not recorded" in found.text and "Learner, waits" not in found.text
     assert "Not recorded: waits for engines, waits for teachers." in found.text
-    assert found.chart("first: seconds of a step") == {"trains": [[1, 4.0]], "sends weights": [[1, 1.0]]}
-    (trains,) = [a for tag, a in found.elements if tag == "rect" and a["class"] == "f-train" and "x" in a]
+    assert found.chart("first: seconds of a step") == {
+        "trains": [[1, 4.0]],
+        "sends weights": [[1, 1.0]],
+    }
+    (trains,) = [
+        a for tag, a in found.elements if tag == "rect" and a["class"] == "f-train" and "x" in a
+    ]
     assert (trains["x"], trains["width"]) == ("37.500%", "50.000%")
 
 
 def test_charts_of_several_runs_have_the_same_axes(run, page):
     long = {"eopd_step_seconds": 16.0, "eopd_train_seconds": 12.0}
     counts = {"student_entropy_counts": [10] + [0] * 9, "teacher_entropy_counts": [0] * 9 + [10]}
-    second = run("second", rows=[row(9, **long)], **{"held_out.jsonl": [held_out("before", sample()) | counts]})
+    second = run(
+        "second",
+        rows=[row(9, **long)],
+        **{"held_out.jsonl": [held_out("before", sample()) | counts]},
+    )
     found = page(run("first"), second)
-    charts = [a["aria-label"] for tag, a in found.elements if tag == "svg" and a.get("class") == "chart"]
+    charts = [
+        a["aria-label"] for tag, a in found.elements if tag == "svg" and a.get("class") == "chart"
+    ]
     ranges = [(one["from"], one["to"]) for one in found.data if "lines" in one]
     shown = dict(zip(charts, ranges, strict=True))
     assert {to for label, to in shown.items() if "training (step" in label} == {(0.0, 2.0)}
     assert {to for label, to in shown.items() if "seconds of a step" in label} == {(1, 9)}
-    trains = [a["width"] for tag, a in found.elements if tag == "rect" and a["class"] == "f-train" and "x" in a]
+    trains = [
+        a["width"]
+        for tag, a in found.elements
+        if tag == "rect" and a["class"] == "f-train" and "x" in a
+    ]
     assert trains == ["25.000%", "75.000%"]
 
 
@@ -301,7 +401,9 @@ def test_tokens_are_coloured_by_entropy_and_kl_and_carry_the_alternatives(run):
     )
     data = Parsed(before.data).data[0]
     assert [data["texts"][token[0]] for token in data["tokens"]] == ["sky", " is", " blue"]
-    _, token_id, student, teacher, low, high, gate, candidates, chances, rest, rank = data["tokens"][1]
+    _, token_id, student, teacher, low, high, gate, candidates, chances, rest, rank = data[
+        "tokens"
+    ][1]
     assert (token_id, student, teacher, low, high, gate) == (1, -0.5, -1.5, 1.0, 1.0, "open")
     assert [data["texts"][one] for one in candidates] == ["sky", " blue"]
     assert (chances, rest) == ([75.0, 12.5], 12.5)
@@ -314,7 +416,8 @@ def test_tokens_are_coloured_by_entropy_and_kl_and_carry_the_alternatives(run):
     ("changes", "config", "classes"),
     [
         ({"entropy_low": [0.7], "entropy_high": [0.9]}, CONFIG, "e3 k5 unsure"),
-        ({"entropy_low": [0.8], "entropy_high": [0.8]}, CONFIG, "e3 k5 shut"),  # the gate opens above the threshold
+        # the gate opens above the threshold
+        ({"entropy_low": [0.8], "entropy_high": [0.8]}, CONFIG, "e3 k5 shut"),
         ({}, CONFIG.replace("hard, tau: 0.8", "always"), "e0 k5"),
         ({"loss_mask": [0]}, CONFIG, "masked"),
         ({"teacher_logprobs": [None]}, CONFIG, "e0 k7 shut"),
@@ -336,7 +439,14 @@ def test_a_candidate_without_probability_is_left_out(run):
 def test_prompts_of_all_runs_come_first_and_every_run_is_shown(run, page):
     both = [sample(prompt=f"both {n}") for n in range(4)]
     runs = [
-        run(name, **{"held_out.jsonl": [held_out("after", *(sample(prompt=f"{name} {n}") for n in range(9)), *both)]})
+        run(
+            name,
+            **{
+                "held_out.jsonl": [
+                    held_out("after", *(sample(prompt=f"{name} {n}") for n in range(9)), *both)
+                ]
+            },
+        )
         for name in ("first", "second")
     ]
     shown = [prompt.text for prompt in prompts_of(read_runs(runs))]
@@ -369,7 +479,9 @@ def test_text_of_a_model_can_neither_become_markup_nor_steer_the_page(run, page)
     config = f"{CONFIG}prompts: {{suffix: '{ATTACK}'}}\n"
     found = page(run(**{"held_out.jsonl": [held_out("before", spoilt)], "config.yaml": config}))
     tags = [tag for tag, _ in found.elements]
-    assert "img" not in tags and [a for tag, a in found.elements if tag == "script" and not a] == [{}]
+    assert "img" not in tags and [a for tag, a in found.elements if tag == "script" and not a] == [
+        {}
+    ]
     assert not [name for _, a in found.elements for name in a if name.startswith("on")]
     assert ATTACK in found.text and "\ufffd\ufffd↵\n" in found.text and "⟨2⟩" in found.text
     assert not {"\x00", "\u202e"} & set(found.text)
@@ -381,15 +493,28 @@ def test_text_of_a_model_can_neither_become_markup_nor_steer_the_page(run, page)
 def test_a_run_under_way_is_reported_with_what_there_is(run, page):
     bare = dict.fromkeys(("summary.json", "held_out.jsonl", "timeline.jsonl", "versions.json"))
     found = page(run(rows=[row(1)], **bare))
-    for expected in ("unknown", "summary.json is missing or cannot be read", "No samples yet", "Not measured yet."):
+
+    for expected in (
+        "unknown",
+        "summary.json is missing or cannot be read",
+        "No samples yet",
+        "Not measured yet.",
+    ):
         assert expected in found.text
+
     assert "Rollout engines: not recorded" in found.text and "busy" not in found.text
 
 
 def test_lines_and_files_that_cannot_be_read_are_counted(run, page):
     rows = json.dumps(row(1)) + "\n[1]\n" + json.dumps(row(2))[:-9]
     found = page(run(**{"metrics.jsonl": rows, "config.yaml": "a: [", "summary.json": "{"}))
-    for expected in ("2 of 3 lines of metrics.jsonl", "config.yaml cannot", "summary.json is missing", "1 of ?"):
+
+    for expected in (
+        "2 of 3 lines of metrics.jsonl",
+        "config.yaml cannot",
+        "summary.json is missing",
+        "1 of ?",
+    ):
         assert expected in found.text
 
 
@@ -397,12 +522,18 @@ def test_lines_and_files_that_cannot_be_read_are_counted(run, page):
     ("files", "message"),
     [
         ({"config.yaml": None}, "error: {run} holds no run (it has no config.yaml)"),
-        ({"metrics.jsonl": None}, "error: {run}: no step was completed yet (metrics.jsonl has no rows)"),
+        (
+            {"metrics.jsonl": None},
+            "error: {run}: no step was completed yet (metrics.jsonl has no rows)",
+        ),
         (
             {"metrics.jsonl": '{"step": 1, "loss": 2}'},
             "error: {run}: no step was completed yet (metrics.jsonl has no rows)",
         ),
-        ({"metrics.jsonl": "{"}, "error: {run}: no step was completed yet (metrics.jsonl has no rows)"),
+        (
+            {"metrics.jsonl": "{"},
+            "error: {run}: no step was completed yet (metrics.jsonl has no rows)",
+        ),
     ],
 )
 def test_no_run_or_no_rows_is_one_message_and_exit_code_2(run, files, message, capsys, monkeypatch):
@@ -410,6 +541,7 @@ def test_no_run_or_no_rows_is_one_message_and_exit_code_2(run, files, message, c
     monkeypatch.setattr(sys, "argv", ["eopd", "report", str(directory)])
     with pytest.raises(SystemExit) as caught:
         main()
+
     assert caught.value.code == 2
     assert capsys.readouterr().err == message.format(run=directory) + "\n"
     assert not (directory / "report.html").exists()
@@ -418,7 +550,9 @@ def test_no_run_or_no_rows_is_one_message_and_exit_code_2(run, files, message, c
 def test_a_report_that_fails_does_not_fail_the_run(run, tmp_path, caplog):
     report_of_ended(run("empty", **{"metrics.jsonl": None}), tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
-    report_of_ended(run("spoilt", **{"held_out.jsonl": [{"step": 0, "phase": "before"}]}), tmp_path / "x.html")
+    report_of_ended(
+        run("spoilt", **{"held_out.jsonl": [{"step": 0, "phase": "before"}]}), tmp_path / "x.html"
+    )
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [f"{tmp_path}/x.html could not be written"]
 
@@ -426,11 +560,18 @@ def test_a_report_that_fails_does_not_fail_the_run(run, tmp_path, caplog):
 def test_the_verb_writes_beside_the_run_or_where_it_is_told(run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, second = str(run("first")), str(run("second"))
-    calls = [[first], [first, second], [first, "--output", "x.html"], [first, "--output", "no/x.html"]]
+    calls = [
+        [first],
+        [first, second],
+        [first, "--output", "x.html"],
+        [first, "--output", "no/x.html"],
+    ]
+
     for arguments in calls:
         monkeypatch.setattr(sys, "argv", ["eopd", "report", *arguments])
         with pytest.raises(SystemExit):
             main()
+
     shown = capsys.readouterr()
     assert shown.out.split() == [f"{first}/report.html", "report.html", "x.html"]
     assert shown.err == "error: no/x.html: No such file or directory\n"
@@ -442,15 +583,25 @@ def test_the_verb_writes_beside_the_run_or_where_it_is_told(run, tmp_path, capsy
 
 def test_the_page_loads_nothing(run, page, tmp_path):
     found = page(run())
-    links = [a[name] for _, a in found.elements for name in ("src", "href", "action", "data") if name in a]
+    links = [
+        a[name]
+        for _, a in found.elements
+        for name in ("src", "href", "action", "data")
+        if name in a
+    ]
     assert links and all(link.startswith(("#", "data:,")) for link in links)
     styles = re.findall(r"(?:url\(|@import)([^)]*)", (tmp_path / "report.html").read_text())
     assert styles and all(target.startswith("#") for target in styles)
 
 
 def test_long_runs_with_long_samples_stay_under_5_mb(run, page, tmp_path):
-    many = dict.fromkeys(("eopd_reverse_kl_nats", "eopd_gate_ratio", "eopd_grad_norm", "eopd_staleness_max"), 1.0 / 3)
-    rows = [row(step, **{name: value + step % 2 for name, value in many.items()}) for step in range(1, 2001)]
+    many = dict.fromkeys(
+        ("eopd_reverse_kl_nats", "eopd_gate_ratio", "eopd_grad_norm", "eopd_staleness_max"), 1.0 / 3
+    )
+    rows = [
+        row(step, **{name: value + step % 2 for name, value in many.items()})
+        for step in range(1, 2001)
+    ]
     texts = {str(i): f"{i}" + "\u6587" * 50 for i in range(1200)}  # no two tokens are alike
     wide = {
         "ids": list(range(120)),
@@ -460,7 +611,9 @@ def test_long_runs_with_long_samples_stay_under_5_mb(run, page, tmp_path):
     }
     samples = [sample(prompt=f"{n:03}" * 3000, num_tokens=120) | wide for n in range(14)]
     lines = [held_out(phase, *samples) for phase in ("before", "after")]
-    found = page(*(run(name, rows=rows, **{"held_out.jsonl": lines}) for name in ("first", "second")))
+    found = page(
+        *(run(name, rows=rows, **{"held_out.jsonl": lines}) for name in ("first", "second"))
+    )
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
     assert len(found.chart("Reverse KL")["first, reverse KL"]) in range(286, 289)
     assert "120 tokens, the first 104 shown" in found.text
@@ -502,7 +655,9 @@ def test_what_was_measured_keeps_its_peaks_in_their_order_and_its_ends():
     assert len(points) <= 300 and points[0] == (0, 2.0) and points[-1] == (1999, 2.5)
     at = points.index((777, 9.0))
     assert points[at + 1] == (778, -3.0)
-    (path,) = re.findall(r'class="raw[^"]*" d="([^"]*)"', curves("c", [Line("l", range(2000), values)]))
+    (path,) = re.findall(
+        r'class="raw[^"]*" d="([^"]*)"', curves("c", [Line("l", range(2000), values)])
+    )
     assert "8.0L" in path  # the peak is drawn at the top of the frame
 
 
@@ -513,6 +668,7 @@ def test_a_gap_in_a_line_is_a_gap_in_its_path(num_points):
     for name in ("raw", "line"):
         (path,) = re.findall(rf'class="{name} [^"]*" d="([^"]*)"', picture)
         assert path.count("M") == 2
+
     alone = curves("c", [Line("l", [1, 2, 3], [1.0, None, 1.0])])
     assert re.findall(r'class="raw[^"]*" d="([^"]*)"', alone) == ["M44.0 8.0h0M352.0 8.0h0"]
 
@@ -520,7 +676,9 @@ def test_a_gap_in_a_line_is_a_gap_in_its_path(num_points):
 def test_25_runs_are_told_apart_by_colour_and_mark():
     assert len({look(run) for run in range(25)}) == 25
     picture = curves("c", [Line(str(run), [1, 2], [1.0, 2.0], color=run) for run in range(25)])
-    assert len(set(re.findall(r'class="mark (c\d) d0" transform="[^"]*" d="([^"]*)"', picture))) == 25
+    assert (
+        len(set(re.findall(r'class="mark (c\d) d0" transform="[^"]*" d="([^"]*)"', picture))) == 25
+    )
 
 
 @pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [-1.0, 2.0], [None, math.nan], [1e-9, 1e9]])
@@ -532,6 +690,7 @@ def test_every_coordinate_is_finite_and_inside(values):
         stacked("s", [Line("l", range(len(counts)), counts)], ["f-train"]),
         histogram("h", [Line("l", range(len(counts)), counts)], 1.0, 0.8),
     ]
+
     for picture in pictures:
         for path in re.findall(r' d="M([^"]*)"', picture.split("<script")[0]):
             numbers = [float(n) for n in re.findall(r"-?[\d.]+|nan|inf", path)]

@@ -12,7 +12,11 @@ def test_one_loss_too_many_names_the_causes():
     budget = RestartBudget(2, 60.0)
     budget.spend("engine 0: died")
     budget.spend("engine 0: died")
-    with pytest.raises(TooManyRestartsError, match=r"3 failures within 60 s.*is 2:\n  2 x engine 0: died\n  1 x other"):
+
+    with pytest.raises(
+        TooManyRestartsError,
+        match=r"3 failures within 60 s.*is 2:\n  2 x engine 0: died\n  1 x other",
+    ):
         budget.spend("other")
 
 
@@ -22,6 +26,7 @@ def test_what_is_long_past_does_not_count(monkeypatch):
     budget = RestartBudget(2, 60.0)
     for _ in range(3):
         budget.spend("x")
+
     with pytest.raises(TooManyRestartsError):
         budget.spend("x")
 
@@ -31,6 +36,7 @@ def test_a_larger_run_may_lose_more(workers, survived):
     budget = RestartBudget(2, 60.0, lambda: workers)
     for _ in range(survived):
         budget.spend("x")
+
     share = "" if workers <= 8 else f" for every 8 of {workers} workers"
     with pytest.raises(TooManyRestartsError, match=f"cluster.max_restarts is 2{share}:"):
         budget.spend("x")

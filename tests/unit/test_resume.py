@@ -14,12 +14,25 @@ from eopd.runtime.resume import take_up
 from eopd.runtime.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
-INPUTS = {"prompts.data": "1", "prompts.held_out": "2", "student.model": "3", "teachers.teacher.model": "4"}
+INPUTS = {
+    "prompts.data": "1",
+    "prompts.held_out": "2",
+    "student.model": "3",
+    "teachers.teacher.model": "4",
+}
 
 
 def state(step, inputs=INPUTS):
     ledger = Ledger(Watermark(8 * step)).state()
-    return DriverState(step=step, tokens=3, trajectories=2, skipped_steps=1, wall_s=1.5, ledger=ledger, inputs=inputs)
+    return DriverState(
+        step=step,
+        tokens=3,
+        trajectories=2,
+        skipped_steps=1,
+        wall_s=1.5,
+        ledger=ledger,
+        inputs=inputs,
+    )
 
 
 async def save(directory):
@@ -44,6 +57,7 @@ async def run_of(config, *steps, status="interrupted", inputs=INPUTS):
     add_rows(directory, range(1, max(steps, default=0) + 1))
     for step in steps:
         await write_checkpoint(directory.checkpoints, state(step, inputs), save, keep_last=9)
+
     directory.write_summary(Progress(step=max(steps, default=0)).summary(status))
     return directory
 
@@ -60,6 +74,7 @@ def rows(directory):
 def refusal(config, *arguments, inputs=INPUTS):
     with pytest.raises(ConfigError) as caught:
         take_up(config, inputs, *arguments)
+
     return str(caught.value)
 
 
@@ -67,6 +82,7 @@ def test_where_there_is_nothing_a_run_begins_unless_it_must_be_continued(config)
     for resume in ("no", "auto"):
         taken_up = take_up(config(), INPUTS, resume)
         assert taken_up.checkpoint is None and not taken_up.complete and taken_up.notes == []
+
     taken_up.begin()
     assert taken_up.directory.config() == config()
     path = config("run.name=other").run.path
@@ -85,7 +101,9 @@ async def test_a_run_that_was_killed_before_its_first_checkpoint_is_started_over
     assert refusal(config(), "no") == f"run.name: {message}"
     assert refusal(config(), "yes") == f"--resume: {message}"
     taken_up = take_up(config("learner.lr=0.1"), INPUTS, "auto")
-    assert taken_up.notes == [f"starting over: {directory.path} holds 3 steps and no checkpoint; they are forgotten"]
+    assert taken_up.notes == [
+        f"starting over: {directory.path} holds 3 steps and no checkpoint; they are forgotten"
+    ]
     assert rows(directory) == [1, 2, 3], "nothing is lost before it begins"
     taken_up.begin()
     assert not directory.metrics.exists() and directory.config().learner.lr == 0.1
@@ -95,13 +113,15 @@ async def test_a_run_with_checkpoints_goes_on_from_the_newest_and_is_not_overwri
     directory = await run_of(config(), 5, 10)
     add_rows(directory, [11, 12])
     assert refusal(config(), "no") == (
-        f"run.name: {directory.path} exists, with checkpoints up to step 10; continue it with --resume, or choose "
-        "another name"
+        f"run.name: {directory.path} exists, with checkpoints up to step 10; continue it "
+        "with --resume, or choose another name"
     )
+
     for resume in ("yes", "auto"):
         taken_up = take_up(config(), INPUTS, resume)
         assert (taken_up.checkpoint.name, taken_up.state.step) == ("step-000010", 10)
         assert taken_up.notes == [] and taken_up.changes == []
+
     assert rows(directory)[-1] == 12
     (directory.path / "scale.json").write_text("{}")
     (directory.checkpoints / ".step-000012.partial").mkdir()
@@ -116,8 +136,8 @@ async def test_going_back_costs_nothing_until_training_goes_on(config):
     before = sorted(directory.path.rglob("*"))
     taken_up = take_up(config("learner.lr=0.1"), INPUTS, "yes", 5)
     assert taken_up.notes == [
-        "going back to step 5: once training goes on, step-000010, step-000015 and the rows of 10 later steps are "
-        "removed",
+        "going back to step 5: once training goes on, step-000010, step-000015 and the rows "
+        "of 10 later steps are removed",
         "from step 6: learner.lr 1.0e-06 -> 0.1",
     ]
     taken_up.begin()
@@ -132,18 +152,28 @@ async def test_going_back_behind_a_change_compares_with_what_held_there(config):
     await run_of(config(), 5, 10)
     take_up(config("learner.lr=0.1"), INPUTS, "yes").carry_out()
     again = take_up(config("learner.lr=0.1"), INPUTS, "yes")
-    assert [str(change) for change in again.changes] == ["learner.lr 1.0e-06 -> 0.1"] and again.total_changes == 1
+    assert [str(change) for change in again.changes] == [
+        "learner.lr 1.0e-06 -> 0.1"
+    ] and again.total_changes == 1
     assert take_up(config(), INPUTS, "yes", 5).changes == []
     directory = again.directory
     await write_checkpoint(directory.checkpoints, state(15), save, keep_last=9)
     later = take_up(config("learner.lr=0.1", "run.batches=40"), INPUTS, "yes")
-    assert [str(change) for change in later.changes] == ["run.batches 20 -> 40"] and later.total_changes == 2
+    assert [str(change) for change in later.changes] == [
+        "run.batches 20 -> 40"
+    ] and later.total_changes == 2
     later.carry_out()
     back = take_up(config("learner.lr=0.2"), INPUTS, "yes", 10)
-    assert [str(change) for change in back.changes] == ["learner.lr 1.0e-06 -> 0.2"] and back.total_changes == 1
+    assert [str(change) for change in back.changes] == [
+        "learner.lr 1.0e-06 -> 0.2"
+    ] and back.total_changes == 1
     back.carry_out()
-    lines = [json.loads(line) for line in (directory.path / "changes.jsonl").read_text().splitlines()]
-    assert [(line["from_step"], line["changes"]) for line in lines] == [(11, {"learner.lr": [1e-6, 0.2]})]
+    lines = [
+        json.loads(line) for line in (directory.path / "changes.jsonl").read_text().splitlines()
+    ]
+    assert [(line["from_step"], line["changes"]) for line in lines] == [
+        (11, {"learner.lr": [1e-6, 0.2]})
+    ]
 
 
 async def test_a_complete_run_is_nothing_to_do_and_can_be_extended(config):
@@ -154,24 +184,32 @@ async def test_a_complete_run_is_nothing_to_do_and_can_be_extended(config):
     for resume in ("yes", "auto"):
         longer = take_up(config("run.batches=30"), INPUTS, resume)
         assert longer.state.step == 20 and longer.notes == ["from step 21: run.batches 20 -> 30"]
+
     progress = Progress.resume(longer.state, longer.summary)
     assert progress.step == 20 and progress.after is None
-    assert refusal(config("run.batches=15"), "yes").startswith("run.batches: 15 is below step 20, which the run goes")
+    assert refusal(config("run.batches=15"), "yes").startswith(
+        "run.batches: 15 is below step 20, which the run goes"
+    )
     assert take_up(config("run.batches=15"), INPUTS, "yes", 10).state.step == 10
-    directory.write_summary(Progress(step=20).summary("failed"))  # while it was measured after its last step
+    # while it was measured after its last step
+    directory.write_summary(Progress(step=20).summary("failed"))
     assert not take_up(config(), INPUTS, "auto").complete
 
 
 async def test_a_precision_that_was_chosen_is_kept_on_another_machine(config, monkeypatch):
     for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
         monkeypatch.delenv(name, raising=False)
+
     monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"avx512_bf16"}))
     await run_of(config(), 2)
     monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"avx2"}))
     here = config()
     taken_up = take_up(here, INPUTS, "yes")
     assert here.student.dtype == "float32"
-    assert taken_up.config.student.dtype == "bfloat16" and "avx512_bf16" in taken_up.config.student.dtype_reason
+    assert (
+        taken_up.config.student.dtype == "bfloat16"
+        and "avx512_bf16" in taken_up.config.student.dtype_reason
+    )
     assert "student.dtype bfloat16 -> float32" in refusal(config("student.dtype=float32"), "yes")
 
 
@@ -190,10 +228,17 @@ async def test_without_a_whole_checkpoint_the_fault_of_each_is_named(config):
     directory = await run_of(config(), 1, 2)
     for checkpoint in directory.checkpoints.iterdir():
         (checkpoint / "state.json").write_text("{}")
+
     for resume in ("no", "yes", "auto"):
         message = refusal(config(), resume)
-        start = f"run.name: {directory.path} holds no checkpoint that is whole: step-000001: state.json has 2 bytes"
-        assert message.startswith(start) and "step-000002: state.json has 2 bytes instead of" in message
+        start = (
+            f"run.name: {directory.path} holds no checkpoint that is whole: step-000001: "
+            "state.json has 2 bytes"
+        )
+        assert (
+            message.startswith(start)
+            and "step-000002: state.json has 2 bytes instead of" in message
+        )
         assert message.endswith(f"remove {directory.checkpoints} and start with --resume auto")
 
 
@@ -202,7 +247,10 @@ async def test_a_broken_newest_checkpoint_is_passed_over_with_a_message(config):
     (directory.checkpoints / "step-000010" / "learner/weights").write_text("")
     taken_up = take_up(config(), INPUTS, "auto")
     assert taken_up.state.step == 5
-    assert taken_up.notes == directory.passed_over() and "step-000010: learner/weights has 0" in taken_up.notes[0]
+    assert (
+        taken_up.notes == directory.passed_over()
+        and "step-000010: learner/weights has 0" in taken_up.notes[0]
+    )
     assert "step-000010 is not whole" in refusal(config(), "yes", 10)
     taken_up.carry_out()
     assert (directory.checkpoints / "step-000010").exists(), "a person may want to mend it"
@@ -222,14 +270,17 @@ async def test_other_data_or_another_student_is_refused(config, key, message):
     directory = await run_of(config(), 5)
     found = refusal(config(), "yes", inputs=INPUTS | {key: "other"})
     assert found == (
-        f"--resume: {message}. That would be another run. Put it back as it was; or write the student of this one with "
-        f"`eopd export {directory.path}`, and start a new run from it (student.model, and another run.name)"
+        f"--resume: {message}. That would be another run. Put it back as it was; or write "
+        f"the student of this one with `eopd export {directory.path}`, and start a new run "
+        "from it (student.model, and another run.name)"
     )
 
 
 async def test_the_key_that_made_other_prompts_is_named(config):
     await run_of(config(), 5)
-    message = refusal(config("prompts.suffix=Think."), "yes", inputs=INPUTS | {"prompts.data": "other"})
+    message = refusal(
+        config("prompts.suffix=Think."), "yes", inputs=INPUTS | {"prompts.data": "other"}
+    )
     assert "prompts.suffix '' -> Think." in message
 
 
@@ -242,19 +293,35 @@ async def test_other_held_out_prompts_and_another_teacher_are_said(config, key):
 
 async def test_the_same_data_under_another_path_is_the_same_run(config):
     await run_of(config(), 5)
-    moved = config("prompts.data=c", "prompts.held_out=d", "student.model=/elsewhere", "prompts.max_tokens=1000")
+    moved = config(
+        "prompts.data=c",
+        "prompts.held_out=d",
+        "student.model=/elsewhere",
+        "prompts.max_tokens=1000",
+    )
     assert take_up(moved, INPUTS, "yes").changes == []
 
 
 @pytest.mark.parametrize("inputs", [None, {**INPUTS, "prompts.data": "other", "made_as": "0"}])
-async def test_a_checkpoint_without_digests_or_with_those_of_another_making_is_accepted(config, inputs):
+async def test_a_checkpoint_without_digests_or_with_those_of_another_making_is_accepted(
+    config, inputs
+):
     await run_of(config(), 5, inputs=inputs)
     assert take_up(config(), INPUTS, "yes").changes == []
-    assert take_up(config("prompts.data=c"), INPUTS, "yes").notes == ["from step 6: prompts.data a -> c"]
+    assert take_up(config("prompts.data=c"), INPUTS, "yes").notes == [
+        "from step 6: prompts.data a -> c"
+    ]
 
 
 def test_a_state_without_digests_can_be_read(tmp_path):
-    known = {"step": 1, "tokens": 3, "trajectories": 2, "skipped_steps": 1, "wall_s": 1.5, "ledger": {}}
+    known = {
+        "step": 1,
+        "tokens": 3,
+        "trajectories": 2,
+        "skipped_steps": 1,
+        "wall_s": 1.5,
+        "ledger": {},
+    }
     (tmp_path / "state.json").write_text(json.dumps(known))
     assert DriverState.read(tmp_path).inputs is None
 
@@ -323,7 +390,10 @@ STATE = {
     "ledger": Ledger(Watermark(80)).state(),
 }
 ANOTHER_VERSION = "; it was damaged, or written by another version of eopd. "
-OLDER = f"{ANOTHER_VERSION}Go on from an older checkpoint (--resume --step N), or begin another run (run.name)"
+OLDER = (
+    f"{ANOTHER_VERSION}Go on from an older checkpoint (--resume --step N), or begin another "
+    "run (run.name)"
+)
 NO_RECORD = "Remove changes.jsonl to go on without the record of what was changed"
 
 
@@ -334,7 +404,10 @@ NO_RECORD = "Remove changes.jsonl to go on without the record of what was change
         (json.dumps({"step": 10}), f"lacks tokens{OLDER}"),
         (json.dumps({**STATE, "tokens": "many"}), f"tokens is not what was written{OLDER}"),
         (json.dumps({**STATE, "ledger": {}}), f"its ledger is not what was written{OLDER}"),
-        (json.dumps({**STATE, "ledger": {**STATE["ledger"], "old": 1}}), f"its ledger is not what was written{OLDER}"),
+        (
+            json.dumps({**STATE, "ledger": {**STATE["ledger"], "old": 1}}),
+            f"its ledger is not what was written{OLDER}",
+        ),
     ],
 )
 async def test_a_state_of_another_version_is_named_with_the_way_out(config, saved, message):
@@ -372,17 +445,25 @@ async def test_a_summary_that_was_damaged_is_named_with_the_way_out(config, save
     directory = await run_of(config(), 10)
     (directory.path / "summary.json").write_text(saved)
     way_out = (
-        f"Put it back from a copy; or write the student of this run with `eopd export {directory.path}`, and start a "
-        "new run from it (student.model, and another run.name)"
+        "Put it back from a copy; or write the student of this run with `eopd export "
+        f"{directory.path}`, and start a new run from it (student.model, and another "
+        "run.name)"
     )
-    assert refusal(config(), resume) == f"{directory.path}/summary.json: {what}{ANOTHER_VERSION}{way_out}"
+    assert (
+        refusal(config(), resume)
+        == f"{directory.path}/summary.json: {what}{ANOTHER_VERSION}{way_out}"
+    )
     (directory.path / "summary.json").unlink()
-    assert refusal(config(), resume).endswith(f"summary.json, which every run with checkpoints has. {way_out}")
+    assert refusal(config(), resume).endswith(
+        f"summary.json, which every run with checkpoints has. {way_out}"
+    )
 
 
 async def test_a_summary_of_an_older_version_has_values_for_what_it_lacks(config):
     directory = await run_of(config(), 10)
-    (directory.path / "summary.json").write_text('{"status": "interrupted", "steps": 10, "old": 1, "held_out": {}}')
+    (directory.path / "summary.json").write_text(
+        '{"status": "interrupted", "steps": 10, "old": 1, "held_out": {}}'
+    )
     taken_up = take_up(config(), INPUTS, "yes")
     progress = Progress.resume(taken_up.state, taken_up.summary)
     assert (progress.step, progress.incarnation, progress.before) == (10, 1, None)
@@ -395,13 +476,16 @@ async def test_a_summary_of_an_older_version_has_values_for_what_it_lacks(config
         ('{"from_step": 11}', f"line 1: lacks time{ANOTHER_VERSION}{NO_RECORD}"),
         (
             '{"from_step": 11, "time": 1, "changes": {}, "before": {"old": 1, "run": {"name": "r", "batches": 0}}}',
-            "the config from before step 11 cannot be read: run.batches: must be a whole number from 1 to 1000000000 "
-            "(is 0); student: is required; teachers: is required; prompts: is required; flow: is required; old: "
-            f"unknown key; allowed here: {', '.join(sorted(Config.model_fields))}. {NO_RECORD}",
+            "the config from before step 11 cannot be read: run.batches: must be a whole "
+            "number from 1 to 1000000000 (is 0); student: is required; teachers: is "
+            "required; prompts: is required; flow: is required; old: unknown key; allowed "
+            f"here: {', '.join(sorted(Config.model_fields))}. {NO_RECORD}",
         ),
     ],
 )
-async def test_a_record_of_changes_that_was_damaged_is_named_with_the_way_out(config, line, message):
+async def test_a_record_of_changes_that_was_damaged_is_named_with_the_way_out(
+    config, line, message
+):
     directory = await run_of(config(), 10)
     changes = directory.path / "changes.jsonl"
     changes.write_text(f"{line}\n")

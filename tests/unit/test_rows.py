@@ -1,4 +1,6 @@
-"""Odd rows: each is taken as what it plainly means, or refused with file, row, field and what is allowed."""
+"""Odd rows: each is taken as what it plainly means, or refused with file, row, field and what
+is allowed.
+"""
 
 import json
 from decimal import Decimal
@@ -73,7 +75,10 @@ def test_ids_are_text_or_whole_numbers_and_the_row_s_number_where_there_is_none(
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"answer": True}, "answer: must be text, a number, or a list of these that are all right; is true"),
+        (
+            {"answer": True},
+            "answer: must be text, a number, or a list of these that are all right; is true",
+        ),
         ({"answer": float("nan")}, "answer: must be .*; is a number that is not finite"),
         ({"answer": float("-inf")}, "answer: must be .*; is a number that is not finite"),
         ({"answer": {"text": "5"}}, "answer: must be .*; is an object"),
@@ -93,7 +98,10 @@ def test_ids_are_text_or_whole_numbers_and_the_row_s_number_where_there_is_none(
         ({"source": ""}, "source: must be text, is empty text"),
         ({"source": "\udfff"}, "source: holds half a character"),
         ({"source": "a\0"}, r"source: holds the NUL character \(\\u0000 at position 1\)"),
-        ({"tools": {"name": "f"}}, r"tools: must be a list of JSON schemas \(objects\), is an object"),
+        (
+            {"tools": {"name": "f"}},
+            r"tools: must be a list of JSON schemas \(objects\), is an object",
+        ),
         ({"tools": ["f"]}, "tools: must be a list of JSON schemas"),
         ({"tools": "[{]"}, "tools: is text, which is not JSON: Expecting"),
         ({"tools": [{"name": "\ud83d"}]}, "tools: holds half a character"),
@@ -109,7 +117,12 @@ def test_a_field_that_means_nothing_is_refused(columns, message):
     [
         (r'{"prompt": "a", "answer": "\frac{1}{2}"}', "answer", r"\f (at position 0)", r"\\frac"),
         (r'{"prompt": "a", "answer": "\boxed{5}"}', "answer", r"\b (at position 0)", r"\\boxed"),
-        (r'{"prompt": "a", "answer": ["5", "\theta"]}', "answer", r"\t (at position 0)", r"\\theta"),
+        (
+            r'{"prompt": "a", "answer": ["5", "\theta"]}',
+            "answer",
+            r"\t (at position 0)",
+            r"\\theta",
+        ),
         (r'{"prompt": "a", "answer": "2\times 3"}', "answer", r"\t (at position 1)", r"\\times"),
         (r'{"prompt": "a", "answer": "\text{yes}"}', "answer", r"\t (at position 0)", r"\\text"),
         (r'{"prompt": "a", "answer": "\tan x"}', "answer", r"\t (at position 0)", r"\\tan"),
@@ -129,9 +142,10 @@ def test_a_field_that_means_nothing_is_refused(columns, message):
 def test_a_backslash_that_json_took_is_refused(line, field, written, meant):
     with pytest.raises(ConfigError) as caught:
         read(**json.loads(line))
+
     assert str(caught.value) == (
-        f"rows.jsonl:7: {field}: holds the control character {written}, which JSON makes of {meant[1:]}; "
-        f"double the backslash: {meant}"
+        f"rows.jsonl:7: {field}: holds the control character {written}, which JSON makes of "
+        f"{meant[1:]}; double the backslash: {meant}"
     )
 
 
@@ -182,7 +196,13 @@ def test_the_suffix_goes_to_the_last_text_of_the_user():
 
 
 def test_what_a_message_holds_beside_role_and_content_is_kept_and_what_is_empty_is_not():
-    turn = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [CALL], "name": None}
+    turn = {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "hm",
+        "tool_calls": [CALL],
+        "name": None,
+    }
     result = {"role": "tool", "content": "12 C", "tool_call_id": "a", "name": "f", "tool_calls": []}
     assert read(messages=[ASK, turn, result]).chat[1:] == [
         {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [CALL]},
@@ -195,7 +215,10 @@ def test_arguments_of_a_call_become_an_object(arguments):
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     flat = {"name": "f", "arguments": arguments}
     turn = {"role": "assistant", "content": "", "tool_calls": [call, flat]}
-    assert read(messages=[ASK, turn, ASK]).chat[1]["tool_calls"] == [CALL, {"name": "f", "arguments": {"x": 1}}]
+    assert read(messages=[ASK, turn, ASK]).chat[1]["tool_calls"] == [
+        CALL,
+        {"name": "f", "arguments": {"x": 1}},
+    ]
 
 
 def test_parts_of_text_are_one_text_a_line_each():
@@ -205,14 +228,21 @@ def test_parts_of_text_are_one_text_a_line_each():
 
 def test_tools_may_be_json_text():
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert read(prompt="a", tools=json.dumps(tools)).tools == read(prompt="a", tools=tools).tools == tools
+    assert (
+        read(prompt="a", tools=json.dumps(tools)).tools
+        == read(prompt="a", tools=tools).tools
+        == tools
+    )
     assert not read(prompt="a", tools=None).tools
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"question": "a", "answer": "b"}, "needs either `prompt` .*; its fields are `question`, `answer`"),
+        (
+            {"question": "a", "answer": "b"},
+            "needs either `prompt` .*; its fields are `question`, `answer`",
+        ),
         ({"prompt": "a", "messages": [ASK]}, "prompt, messages: both are there"),
         ({"prompt": None}, "prompt: is null; write text, or a list of messages"),
         ({"prompt": None, "messages": None, "x": 1}, "prompt, messages: is null; write text"),
@@ -226,24 +256,52 @@ def test_tools_may_be_json_text():
         ({"messages": ["a"]}, "messages, number 1: must be an object with role and content, is"),
         ({"messages": [SAY]}, r"messages: none is the user's"),
         ({"messages": [{**ASK, "role": "system"}]}, r"messages: none is the user's"),
-        ({"messages": [{**ASK, "role": "human"}]}, 'messages, number 1, role: must be one of .*user.*; is "human"'),
+        (
+            {"messages": [{**ASK, "role": "human"}]},
+            'messages, number 1, role: must be one of .*user.*; is "human"',
+        ),
         ({"messages": [{"content": "a"}]}, "messages, number 1, role: must be one of .*; is null"),
-        ({"messages": [ASK, {**ASK, "content": None}]}, "messages, number 2, content: must be text .*, is null"),
-        ({"messages": [ASK, {**SAY, "content": None}, ASK]}, "messages, number 2, content: must be text .*, is null"),
+        (
+            {"messages": [ASK, {**ASK, "content": None}]},
+            "messages, number 2, content: must be text .*, is null",
+        ),
+        (
+            {"messages": [ASK, {**SAY, "content": None}, ASK]},
+            "messages, number 2, content: must be text .*, is null",
+        ),
         ({"messages": [{**ASK, "content": ""}]}, "messages: the user's text is empty"),
         (
             {"messages": [{**ASK, "content": [{"type": "image"}]}]},
             'messages, .*, content: every part .*; one is "image"',
         ),
-        ({"messages": [{**ASK, "content": ["a"]}]}, "messages, number 1, content: every part must be"),
-        ({"messages": [{**ASK, "content": "\ud83d"}]}, "messages, number 1, content: holds half a character"),
-        ({"messages": [ASK, {**SAY, "thinking": "\ud83d"}, ASK]}, "messages, number 2, thinking: holds half"),
-        ({"messages": [ASK, {**SAY, "\ud83d": 1}, ASK]}, "messages, number 2: holds half a character"),
-        ({"messages": [ASK, {**SAY, "tool_calls": "f"}]}, 'messages, number 2, tool_calls: must be a list, is "f"'),
-        ({"messages": [ASK, {**SAY, "tool_calls": ["f"]}]}, "messages, number 2, tool_calls: each must be"),
+        (
+            {"messages": [{**ASK, "content": ["a"]}]},
+            "messages, number 1, content: every part must be",
+        ),
+        (
+            {"messages": [{**ASK, "content": "\ud83d"}]},
+            "messages, number 1, content: holds half a character",
+        ),
+        (
+            {"messages": [ASK, {**SAY, "thinking": "\ud83d"}, ASK]},
+            "messages, number 2, thinking: holds half",
+        ),
+        (
+            {"messages": [ASK, {**SAY, "\ud83d": 1}, ASK]},
+            "messages, number 2: holds half a character",
+        ),
+        (
+            {"messages": [ASK, {**SAY, "tool_calls": "f"}]},
+            'messages, number 2, tool_calls: must be a list, is "f"',
+        ),
+        (
+            {"messages": [ASK, {**SAY, "tool_calls": ["f"]}]},
+            "messages, number 2, tool_calls: each must be",
+        ),
         (
             {"messages": [ASK, {**SAY, "tool_calls": [{"name": "f", "arguments": "x: 1"}]}]},
-            "messages, number 2, tool_calls, arguments: is text, which is not JSON: Expecting value",
+            "messages, number 2, tool_calls, arguments: is text, which is not JSON: "
+            "Expecting value",
         ),
     ],
 )
@@ -257,7 +315,8 @@ def test_a_prompt_that_is_none_is_refused(columns, message):
 
 def test_lines_are_counted_from_one_and_rows_say_where_they_stand(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n{"prompt": "b", "id": "x"}\n')  # with a byte order mark
+    # with a byte order mark
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n{"prompt": "b", "id": "x"}\n')
     first, second = read_rows(str(path), "prompts.held_out")
     assert (first.number, first.where) == (1, f"prompts.held_out: {path}:1")
     assert (second.number, second.where) == (3, f'prompts.held_out: {path}:3 (id "x")')
@@ -293,14 +352,20 @@ def test_a_file_that_is_no_jsonl_is_refused_with_its_line(tmp_path, content, mes
 
 @pytest.mark.parametrize("spec", ["", " ", "a\0b.jsonl", "a\0b"])
 def test_a_name_that_names_nothing_is_refused(spec):
-    with pytest.raises(ConfigError, match=r"^prompts.data: must be a .jsonl or .parquet file or the name of a"):
+    with pytest.raises(
+        ConfigError, match=r"^prompts.data: must be a .jsonl or .parquet file or the name of a"
+    ):
         read_rows(spec)
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.jsonl.gz", "rows.JSONL", "rows.txt"])
+@pytest.mark.parametrize(
+    "name", ["rows.csv", "rows.json", "rows.jsonl.gz", "rows.JSONL", "rows.txt"]
+)
 def test_other_kinds_of_files_are_named(tmp_path, name):
     for spec in (name, str(tmp_path / name)):
-        with pytest.raises(ConfigError, match=r"must be .jsonl \(a JSON object a line\), .parquet, or the name"):
+        with pytest.raises(
+            ConfigError, match=r"must be .jsonl \(a JSON object a line\), .parquet, or the name"
+        ):
             read_rows(spec)
 
 
@@ -309,6 +374,7 @@ def test_a_file_without_an_ending_and_a_directory_with_one_are_refused(tmp_path)
     (tmp_path / "rows.parquet").mkdir()
     with pytest.raises(ConfigError, match="files that end in nothing are not read"):
         read_rows(str(tmp_path / "rows"))
+
     with pytest.raises(ConfigError, match=r"rows.parquet is a directory"):
         read_rows(str(tmp_path / "rows.parquet"))
 
@@ -323,10 +389,16 @@ def test_what_may_not_be_read_is_one_message(tmp_path, monkeypatch, ending, meth
     told = f"prompts.data: {name} "
     with pytest.raises(ConfigError) as caught:
         read_rows(name)
-    assert str(caught.value).startswith((f"{told}cannot be read (File name too long)", f"{told}must be .jsonl"))
+
+    assert str(caught.value).startswith(
+        (f"{told}cannot be read (File name too long)", f"{told}must be .jsonl")
+    )
     monkeypatch.setattr(Path, method, closed)
     (tmp_path / f"rows{ending}").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"^prompts.data: .*(cannot be read|must be .jsonl|has no rows)"):
+
+    with pytest.raises(
+        ConfigError, match=r"^prompts.data: .*(cannot be read|must be .jsonl|has no rows)"
+    ):
         read_rows(str(tmp_path / f"rows{ending}"))
 
 
@@ -337,7 +409,10 @@ def test_broken_and_empty_parquet_files_are_refused(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"nothing of the kind")
     with pytest.raises(ConfigError, match=r"broken.parquet cannot be read: .*Parquet"):
         read_rows(str(tmp_path / "broken.parquet"))
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], "string")}), tmp_path / "empty.parquet")
+
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": pyarrow.array([], "string")}), tmp_path / "empty.parquet"
+    )
     with pytest.raises(ConfigError, match=r"empty.parquet has no rows"):
         read_rows(str(tmp_path / "empty.parquet"))
 
@@ -348,8 +423,10 @@ def test_a_git_lfs_pointer_is_named(tmp_path, ending):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 988097824\n")
     with pytest.raises(ConfigError) as caught:
         read_rows(str(path))
+
     assert str(caught.value) == (
-        f"prompts.data: {path} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
+        f"prompts.data: {path} is a Git LFS pointer, not the file itself; fetch that with "
+        "`git lfs pull`"
     )
 
 
@@ -357,8 +434,11 @@ def parquet(tmp_path, names, columns):
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.Table.from_arrays([pyarrow.array(values, kind) for values, kind in columns], names=names)
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(values, kind) for values, kind in columns], names=names
+    )
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+
     return str(tmp_path / "rows.parquet")
 
 
@@ -379,7 +459,13 @@ def test_narrow_floats_are_the_shortest_numbers_that_they_are(tmp_path):
         ],
     )
     first, second, third, fourth = (row.columns for row in read_rows(spec))
-    assert first == {"answer": 0.1, "half": 0.1, "several": [0.1, 0.7], "inside": {"x": 0.1}, "double": 0.1}
+    assert first == {
+        "answer": 0.1,
+        "half": 0.1,
+        "several": [0.1, 0.7],
+        "inside": {"x": 0.1},
+        "double": 0.1,
+    }
     assert (second["answer"], third["answer"], fourth["answer"]) == (72.0, 1e-7, None)
     assert (second["half"], second["inside"], fourth["inside"]) == (2048.0, {}, {"x": 16777216.0})
     assert (second["double"], third["double"]) == (0.30000000000000004, 0.10000000149011612)
@@ -387,7 +473,9 @@ def test_narrow_floats_are_the_shortest_numbers_that_they_are(tmp_path):
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
     spec = parquet(tmp_path, ["prompt", "prompt"], [(["a"], "string"), (["b"], "string")])
-    with pytest.raises(ConfigError, match=r"rows.parquet: has two columns named 'prompt'; which one counts\?$"):
+    with pytest.raises(
+        ConfigError, match=r"rows.parquet: has two columns named 'prompt'; which one counts\?$"
+    ):
         read_rows(spec)
 
 
@@ -395,9 +483,15 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
 def test_a_time_that_is_none_is_named_with_its_column(tmp_path, when, kind):
     import pyarrow
 
-    spec = parquet(tmp_path, ["prompt", "when"], [(["a", "b"], "string"), ([0, when], pyarrow.timestamp(*kind))])
+    spec = parquet(
+        tmp_path,
+        ["prompt", "when"],
+        [(["a", "b"], "string"), ([0, when], pyarrow.timestamp(*kind))],
+    )
+
     with pytest.raises(
-        ConfigError, match=r"rows.parquet: column when: row [12]: its timestamp.* cannot be read \(.*; take"
+        ConfigError,
+        match=r"rows.parquet: column when: row [12]: its timestamp.* cannot be read \(.*; take",
     ):
         read_rows(spec)
 
@@ -435,7 +529,9 @@ def test_a_data_set_is_named_with_subset_and_split(monkeypatch, spec, arguments)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (row,) = read_rows(spec)
-    assert row.columns == {"prompt": "a", "id": None} and row.where == f"prompts.data: {spec}: row 1"
+    assert (
+        row.columns == {"prompt": "a", "id": None} and row.where == f"prompts.data: {spec}: row 1"
+    )
 
 
 @pytest.mark.parametrize("spec", ["a:b:c:d", ":train", "a:", "a::b"])
@@ -447,7 +543,9 @@ def test_a_data_set_with_too_many_or_empty_parts_is_refused(spec):
 def test_narrow_floats_of_a_named_data_set_are_the_shortest_numbers_too(monkeypatch):
     import datasets
 
-    features = datasets.Features({"prompt": datasets.Value("string"), "answer": datasets.Value("float32")})
+    features = datasets.Features(
+        {"prompt": datasets.Value("string"), "answer": datasets.Value("float32")}
+    )
     held = datasets.Dataset.from_dict({"prompt": ["a"], "answer": [0.1]}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: held)
     (row,) = read_rows("org/name")
@@ -461,5 +559,8 @@ def test_whatever_a_data_set_raises_is_one_message(monkeypatch):
         raise IndexError("list index out of range")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ConfigError, match=r"a/b:main cannot be loaded: list index .*; a subset is named as NAME"):
+
+    with pytest.raises(
+        ConfigError, match=r"a/b:main cannot be loaded: list index .*; a subset is named as NAME"
+    ):
         read_rows("a/b:main")

@@ -1,4 +1,6 @@
-"""A run is neither overwritten nor continued as something else, and goes on from a checkpoint that is whole."""
+"""A run is neither overwritten nor continued as something else, and goes on from a checkpoint
+that is whole.
+"""
 
 import importlib.metadata
 import json
@@ -35,7 +37,12 @@ STATS = EvalStats(
 
 def state(step: int) -> DriverState:
     return DriverState(
-        step=step, tokens=3, trajectories=2, skipped_steps=1, wall_s=1.5, ledger=Ledger(Watermark(step)).state()
+        step=step,
+        tokens=3,
+        trajectories=2,
+        skipped_steps=1,
+        wall_s=1.5,
+        ledger=Ledger(Watermark(step)).state(),
     )
 
 
@@ -73,6 +80,7 @@ async def test_a_run_that_begins_keeps_nothing_of_one_of_its_name(config):
     directory.report.write_text("old")
     for file in (directory.metrics, directory.timeline):
         file.write_text('{"step": 1}\n')
+
     await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
     directory.go_on(config("learner.lr=0.1"), 1, [Change("learner.lr", 1e-6, 0.1, "said")])
     RunDirectory.create(config())
@@ -87,8 +95,13 @@ def test_a_directory_of_somebody_else_is_left_alone(config):
     (directory.path / "run.lock").write_text("")  # of a process that is about to begin here
     directory.require_no_stranger()
     (directory.path / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match=r"run.name: .*/runs/r holds thesis.tex and is no run of eopd; name another"):
+
+    with pytest.raises(
+        ConfigError,
+        match=r"run.name: .*/runs/r holds thesis.tex and is no run of eopd; name another",
+    ):
         directory.require_no_stranger()
+
     (directory.path / "versions.json").write_text('{"eopd": "0.1"}')  # killed as it began
     directory.require_no_stranger()
 
@@ -108,13 +121,16 @@ def test_a_run_of_another_program_is_refused_and_keeps_all_its_files(config, res
     for name, text in FOREIGN.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(text)
+
     holds = "checkpoints, config.yaml, metrics.jsonl, ..."
     message = f"run.name: {path} holds {holds} and is no run of eopd; name another run.name"
     for refuses in (lambda: take_up(config(), {}, resume), lambda: RunDirectory.create(config())):
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
             refuses()
+
     with pytest.raises(ConfigError, match=re.escape(message)):  # as `eopd check` has it
         require_environment(config("telemetry.port=null"))
+
     assert {name: (path / name).read_text() for name in FOREIGN} == FOREIGN
     assert RunDirectory(path).num_steps() == 0
 
@@ -123,11 +139,14 @@ def test_a_run_that_begins_removes_checkpoints_of_its_own_form_alone(config):
     directory = RunDirectory.create(config())
     for name in ("step-000001", ".step-000002.partial", "epoch=1.ckpt"):
         (directory.checkpoints / name).mkdir(parents=True)
+
     RunDirectory.create(config())
     assert [path.name for path in directory.checkpoints.iterdir()] == ["epoch=1.ckpt"]
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"step": "x"}', '{"step": null}', '{"step": NaN}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "line", ["not json", "[1]", '{"step": "x"}', '{"step": null}', '{"step": NaN}', "[" * 100_000]
+)
 def test_a_line_that_is_no_row_has_no_step(config, line):
     directory = RunDirectory.create(config())
     directory.metrics.write_text(f'{{"step": 3}}\n{line}\n')
@@ -142,6 +161,7 @@ async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):
     directory = RunDirectory.create(config())
     for step in (9, 10, 11):
         await write_checkpoint(directory.checkpoints, state(step), save, keep_last=9)
+
     whole, cut, half = (directory.checkpoints / f"step-{step:06d}" for step in (9, 10, 11))
     (cut / "learner/weights").write_text("")
     (half / "manifest.json").unlink()
@@ -152,8 +172,12 @@ async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):
         f"passing over {half}: manifest.json cannot be read (No such file or directory){instead}",
     ]
     assert reopened.checkpoint(None) == whole
-    with pytest.raises(ConfigError, match=r"--step 10: .*step-000010 is not whole: learner/weights has 0 bytes"):
+
+    with pytest.raises(
+        ConfigError, match=r"--step 10: .*step-000010 is not whole: learner/weights has 0 bytes"
+    ):
         reopened.checkpoint(10)
+
     await write_checkpoint(directory.checkpoints, state(10), save, keep_last=9)
     assert [message.split(":")[0] for message in reopened.passed_over()] == [f"passing over {half}"]
     await write_checkpoint(directory.checkpoints, state(12), save, keep_last=9)
@@ -162,21 +186,32 @@ async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):
 
 def test_rows_after_the_checkpoint_are_dropped(config):
     directory = RunDirectory.create(config())
-    directory.metrics.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 1')
+    directory.metrics.write_text(
+        "".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 1'
+    )
     directory.timeline.write_text(directory.metrics.read_text())
+
     for step in (1, 2, 3):
-        directory.add_trained(step, {2 * step: fakes.header(crc32=7), 2 * step + 1: fakes.header(crc32=8)})
+        directory.add_trained(
+            step, {2 * step: fakes.header(crc32=7), 2 * step + 1: fakes.header(crc32=8)}
+        )
+
     for step in (0, 2, 3):
-        directory.add_samples("after", step, [{"prompt_id": "p", "prompt": "?\u2028", "response": "a"}])
+        directory.add_samples(
+            "after", step, [{"prompt_id": "p", "prompt": "?\u2028", "response": "a"}]
+        )
         directory.add_held_out("after", step, STATS, [])
+
     assert directory.num_steps() == 3
     directory.drop_rows_after(2)
     for name in ("samples", "held_out"):
         lines = (directory.path / f"{name}.jsonl").read_text().split("\n")
         assert [json.loads(line)["step"] for line in lines if line] == [0, 2]
+
     assert directory.num_steps() == 2
     for path in (directory.metrics, directory.timeline):
         assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
     assert [json.loads(line) for line in directory.trained.read_text().splitlines()] == [
         {"step": 1, "issues": [2, 3], "crc32": [7, 8]},
         {"step": 2, "issues": [4, 5], "crc32": [7, 8]},
@@ -186,8 +221,10 @@ def test_rows_after_the_checkpoint_are_dropped(config):
 def test_a_run_that_cannot_say_what_it_trained_ends(config):
     directory = RunDirectory.create(config())
     directory.trained.symlink_to("/dev/full")
+
     with pytest.raises(
-        StorageError, match=r"trained.jsonl could not be written: \[Errno 28\] .*continue with --resume"
+        StorageError,
+        match=r"trained.jsonl could not be written: \[Errno 28\] .*continue with --resume",
     ):
         directory.add_trained(1, {0: fakes.header(crc32=7)})
 
@@ -228,18 +265,30 @@ def test_a_measurement_is_kept_for_people(config):
 def test_a_run_names_the_versions_it_was_run_with(config):
     directory = RunDirectory.create(config())
     versions = json.loads((directory.path / "versions.json").read_text())
-    assert versions["torch"] == importlib.metadata.version("torch") and versions["eopd"] == eopd.__version__
+    assert (
+        versions["torch"] == importlib.metadata.version("torch")
+        and versions["eopd"] == eopd.__version__
+    )
     assert {"python", "ray", "transformers", "deepspeed", "numpy"} < versions.keys()
     assert any(name.startswith("vllm") for name in versions)
 
 
 def test_progress_counts_this_process_for_rates_and_the_run_for_totals():
     progress = Progress(step=10, tokens=1000, trajectories=10)
-    seconds = {f"eopd_{stage}_seconds": 2.0 for stage in ("step", "generate", "score", "wait", "train", "weights")}
+    seconds = {
+        f"eopd_{stage}_seconds": 2.0
+        for stage in ("step", "generate", "score", "wait", "train", "weights")
+    }
+
     for step, tokens in ((11, 1100), (12, 1300)):
-        totals = {"eopd_step": step, "eopd_response_tokens_total": tokens, "eopd_trajectories_total": step}
+        totals = {
+            "eopd_step": step,
+            "eopd_response_tokens_total": tokens,
+            "eopd_trajectories_total": step,
+        }
         totals["eopd_skipped_steps_total"] = 2
         progress.count(seconds | totals)
+
     summary = progress.summary("completed")
     assert summary["tokens"] == 1300 and summary["tokens_per_s"] == 300 / 4
     assert summary["skipped_steps"] == 2
@@ -252,6 +301,7 @@ def test_the_last_rows_are_those_of_the_newest_steps_without_what_was_no_number(
     sink = JsonlSink(directory.metrics)
     for step in range(1, 5):
         sink.write({"eopd_step": float(step), "eopd_loss": math.nan if step == 4 else 0.5})
+
     rows = directory.last_rows(2)
     assert [(row["step"], row.get("eopd_loss")) for row in rows] == [(3, 0.5), (4, None)]
     assert abs(rows[-1]["time"] - time.time()) < 60 and "eopd_loss" not in rows[-1]
@@ -263,19 +313,27 @@ def test_the_status_is_held_against_whoever_runs_the_run(config):
         pytest.raises(ConfigError, match=r"is being started by process \d+ on .*; look again"),
     ):
         RunDirectory(config().run.path).status()
+
     directory = RunDirectory.create(config())
     assert directory.status() == "dead (the process that ran it, is gone)"
+
     with held(directory.path):
         assert directory.status() == "starting"
         directory.write_summary(Progress().summary("running"))
         assert directory.status() == "running"
         directory.write_summary(Progress().summary("interrupted"))
-        assert re.fullmatch(r"interrupted \(and being taken up, or left, by process \d+ on .*\)", directory.status())
+        assert re.fullmatch(
+            r"interrupted \(and being taken up, or left, by process \d+ on .*\)", directory.status()
+        )
+
     assert directory.status() == "interrupted"
     (directory.path / "run.lock").write_text('{"host": "h", "pid": 7, "since": 0}')
     directory.write_summary(Progress().summary("running"))
     assert re.fullmatch(r"dead \(process 7 on h, since 19.*, is gone\)", directory.status())
-    with pytest.raises(ConfigError, match=r"is dead \(process 7 on h.*only a run that is running can be scaled"):
+
+    with pytest.raises(
+        ConfigError, match=r"is dead \(process 7 on h.*only a run that is running can be scaled"
+    ):
         directory.ask_for_engines(2)
 
 
@@ -290,11 +348,21 @@ def test_a_run_remembers_which_config_held_when(config):
     directory = RunDirectory.create(config())
     lr = Change("learner.lr", 1e-6, 0.1, "said")
     directory.go_on(config("learner.lr=0.1"), 10, [lr])
-    directory.go_on(config("learner.lr=0.1", "run.batches=40"), 20, [Change("run.batches", 2, 40, "said")])
-    assert [directory.config_at(step).learner.lr for step in (9, 10, 11, 20, 21)] == [1e-6, 1e-6, 0.1, 0.1, 0.1]
+    directory.go_on(
+        config("learner.lr=0.1", "run.batches=40"), 20, [Change("run.batches", 2, 40, "said")]
+    )
+    assert [directory.config_at(step).learner.lr for step in (9, 10, 11, 20, 21)] == [
+        1e-6,
+        1e-6,
+        0.1,
+        0.1,
+        0.1,
+    ]
     assert [directory.config_at(step).run.batches for step in (10, 20, 21)] == [2, 2, 40]
     assert [directory.num_changes(step) for step in (10, 11, 20, 21)] == [0, 1, 1, 2]
-    rows = [json.loads(line) for line in (directory.path / "changes.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (directory.path / "changes.jsonl").read_text().splitlines()
+    ]
     assert [(row["from_step"], row["changes"]) for row in rows] == [
         (11, {"learner.lr": [1e-6, 0.1]}),
         (21, {"run.batches": [2, 40]}),
@@ -303,7 +371,9 @@ def test_a_run_remembers_which_config_held_when(config):
     assert directory.config_at(10) == config() and directory.config() == config("learner.lr=0.2")
     assert (directory.num_changes(10), directory.num_changes(99)) == (0, 1)
     directory.go_on(config(), 10, [])
-    assert directory.config() == directory.config_at(10) == config() and directory.num_changes(99) == 0
+    assert (
+        directory.config() == directory.config_at(10) == config() and directory.num_changes(99) == 0
+    )
 
 
 def test_a_row_that_was_cut_short_is_left_out(config):
@@ -313,9 +383,12 @@ def test_a_row_that_was_cut_short_is_left_out(config):
     for line in ('{"step": 3, "ti', "[1]\n", '{"loss": 1.0}\n', "[" * 100_000):
         directory.metrics.write_text(whole + line)
         assert directory.last_rows(9) == rows
+
     sample = {"prompt_id": "p", "prompt": "?", "response": "a\u2028b"}
     for phase in ("before", "after"):
         directory.add_samples(phase, 0, [sample])
+
     with (directory.path / "samples.jsonl").open("a") as file:
         file.write('{"phase": "af')
+
     assert directory.samples() == [{"prompt": "?", "before": "a\u2028b", "after": "a\u2028b"}]

@@ -21,7 +21,9 @@ class Strips:
 
 def scored(entropy) -> ScoredTrajectory:
     floats = np.array([-0.5, -1.25, -np.inf], np.float32)
-    trajectory = fakes.trajectory([1, 2, 0], mask=[True, False, True], logprobs=floats[::-1], stop=StopReason.END_TOKEN)
+    trajectory = fakes.trajectory(
+        [1, 2, 0], mask=[True, False, True], logprobs=floats[::-1], stop=StopReason.END_TOKEN
+    )
     signal = TeacherSignal(
         teacher="t",
         token_logprobs=floats,
@@ -30,6 +32,7 @@ def scored(entropy) -> ScoredTrajectory:
         topk_logprobs=np.array([[-0.5, -2.0], [-0.25, -np.inf], [-0.1, -3.0]], np.float32),
         tail_logprobs=floats,
     )
+
     return ScoredTrajectory(trajectory=trajectory, signal=signal)
 
 
@@ -62,5 +65,7 @@ def test_bounds_are_kept_as_bounds():
 def test_a_token_keeps_the_space_it_adds_inside_a_text():
     assert token_texts([1, 3], lambda ids: Strips().decode(ids, False)) == {1: " the", 3: "s"}
     parts = {1: b" \xe6", 2: b"\x96\x87"}  # two tokens of one character: neither is text by itself
-    texts = token_texts([1, 2], lambda ids: b"".join(parts[i] for i in ids).decode(errors="replace"))
+    texts = token_texts(
+        [1, 2], lambda ids: b"".join(parts[i] for i in ids).decode(errors="replace")
+    )
     assert texts == {1: " \ufffd", 2: "\ufffd\ufffd"}

@@ -38,7 +38,9 @@ class Fake(SignalScorer):
         self.asked.append(self._join(prompt_ids, response_ids).tolist())
         if self.error is not None:
             raise self.error
+
         zeros = np.zeros(len(response_ids), np.float32)
+
         return TeacherSignal(
             teacher="t",
             token_logprobs=zeros - 0.5,
@@ -79,7 +81,9 @@ async def test_a_prompt_of_its_own_takes_the_place_of_the_student_s():
     assert len(scored.body.signal.token_logprobs) == 2
 
 
-@pytest.mark.parametrize("entropy", [None, Bounds(low=np.array([1.0, 2.0]), high=np.array([2.0, 3.0]))])
+@pytest.mark.parametrize(
+    "entropy", [None, Bounds(low=np.array([1.0, 2.0]), high=np.array([2.0, 3.0]))]
+)
 async def test_sums_go_into_the_header(entropy):
     sums = (await Fake(entropy).score(stored([7, 8], StopReason.LENGTH))).header.sums
     assert sums["generate_s"] == 1.0 and 0.0 <= sums["score_s"] < 1.0

@@ -10,7 +10,12 @@ import pytest
 from eopd.config import TeacherConfig
 from eopd.teacher import selftest
 from eopd.teacher.end_tokens import to_student
-from eopd.teacher.selftest import CONTINUATION_TOKENS, TeacherSelfTestError, check_temperature, self_test
+from eopd.teacher.selftest import (
+    CONTINUATION_TOKENS,
+    TeacherSelfTestError,
+    check_temperature,
+    self_test,
+)
 from eopd.types import (
     Bounds,
     Exact,
@@ -45,7 +50,13 @@ class Bigram:
         change: Change = lambda signal: signal,
         remap: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        self.logits, self.shift, self.change, self.remap, self.calls = logits, shift, change, remap, 0
+        self.logits, self.shift, self.change, self.remap, self.calls = (
+            logits,
+            shift,
+            change,
+            remap,
+            0,
+        )
 
     async def score(self, stored):
         self.calls += 1
@@ -65,11 +76,16 @@ class Bigram:
             tail_logprobs=np.logaddexp.reduce(ranked[:, TOP_K:], axis=1).astype(np.float32),
         )
         signal = to_student(signal, trajectory.response_ids, self.remap, num_tokens=VOCAB)
-        return Stored(stored.header, ScoredTrajectory(trajectory=trajectory, signal=self.change(signal)))
+
+        return Stored(
+            stored.header, ScoredTrajectory(trajectory=trajectory, signal=self.change(signal))
+        )
 
 
 async def run(*replicas: object, dtype: str = "float32", rounded: bool = False):
-    return await self_test(replicas, prompt_ids=PROMPT, vocab_size=VOCAB, dtype=dtype, rounded_logits=rounded)
+    return await self_test(
+        replicas, prompt_ids=PROMPT, vocab_size=VOCAB, dtype=dtype, rounded_logits=rounded
+    )
 
 
 async def test_a_good_teacher_passes_and_the_report_has_its_greedy_continuation():
@@ -78,6 +94,7 @@ async def test_a_good_teacher_passes_and_the_report_has_its_greedy_continuation(
     for _ in range(CONTINUATION_TOKENS):
         token = logits_of()[token].argmax()
         expected.append(int(token))
+
     assert report.continuation == tuple(expected)
     assert (report.teacher, report.replicas) == ("t", 2)
     assert set(report.worst) == {"mass", "entropy", "alignment", "context", "repeat", "replicas"}
@@ -90,14 +107,18 @@ def bounded(signal: TeacherSignal, low: float, high: float) -> TeacherSignal:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda s: bounded(s, -0.1, 0.2), lambda s: bounded(s, -9.0, 9.0)], ids=["bounds", "wide bounds"]
+    "change",
+    [lambda s: bounded(s, -0.1, 0.2), lambda s: bounded(s, -9.0, 9.0)],
+    ids=["bounds", "wide bounds"],
 )
 async def test_bounds_on_the_entropy_pass(change):
     await run(Bigram(logits_of(), change=change))
 
 
 async def test_merged_end_tokens_pass():
-    """Two candidates of a half each, merged, leave an entropy that is log 2 above what the candidates say."""
+    """Two candidates of a half each, merged, leave an entropy that is log 2 above what the
+    candidates say.
+    """
     logits = logits_of()
     logits[:, :2] = logits.max(axis=1, keepdims=True) + 5.0
     report = await run(Bigram(logits, remap={0: 1}))
@@ -105,21 +126,38 @@ async def test_merged_end_tokens_pass():
 
 
 BROKEN: dict[str, tuple[str, Change]] = {
-    "unsorted": ("mass", lambda s: replace(s, topk_logprobs=s.topk_logprobs[:, ::-1], topk_ids=s.topk_ids[:, ::-1])),
+    "unsorted": (
+        "mass",
+        lambda s: replace(s, topk_logprobs=s.topk_logprobs[:, ::-1], topk_ids=s.topk_ids[:, ::-1]),
+    ),
     "a candidate twice": ("mass", lambda s: replace(s, topk_ids=s.topk_ids[:, [0, 0, 1, 2, 3]])),
-    "a tail too heavy": ("mass", lambda s: replace(s, tail_logprobs=np.logaddexp(s.tail_logprobs, np.log(0.01)))),
+    "a tail too heavy": (
+        "mass",
+        lambda s: replace(s, tail_logprobs=np.logaddexp(s.tail_logprobs, np.log(0.01))),
+    ),
     "not a number": ("mass", lambda s: replace(s, tail_logprobs=s.tail_logprobs * np.nan)),
-    "an entropy of two temperatures": ("entropy", lambda s: replace(s, entropy=Exact(s.entropy.entropy * 2.0 + 1.0))),
-    "an entropy below its candidates'": ("entropy", lambda s: replace(s, entropy=Exact(s.entropy.entropy * 0.0))),
+    "an entropy of two temperatures": (
+        "entropy",
+        lambda s: replace(s, entropy=Exact(s.entropy.entropy * 2.0 + 1.0)),
+    ),
+    "an entropy below its candidates'": (
+        "entropy",
+        lambda s: replace(s, entropy=Exact(s.entropy.entropy * 0.0)),
+    ),
     "bounds the wrong way round": ("entropy", lambda s: bounded(s, 0.003, -0.003)),
-    "tokens of another temperature": ("alignment", lambda s: replace(s, token_logprobs=s.token_logprobs * 0.5)),
+    "tokens of another temperature": (
+        "alignment",
+        lambda s: replace(s, token_logprobs=s.token_logprobs * 0.5),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 async def test_a_teacher_that_says_what_none_can_say_is_refused(name):
     check, change = BROKEN[name]
-    with pytest.raises(TeacherSelfTestError, match=rf"teacher t, replica 1: {check} is off by .*allowed is"):
+    with pytest.raises(
+        TeacherSelfTestError, match=rf"teacher t, replica 1: {check} is off by .*allowed is"
+    ):
         await run(Bigram(logits_of()), Bigram(logits_of(), change=change))
 
 
@@ -135,13 +173,16 @@ class Fickle(Bigram):
     async def score(self, stored):
         scored = await super().score(stored)
         noise = np.float32(self.by * (self.calls % 2))
-        signal = replace(scored.body.signal, token_logprobs=scored.body.signal.token_logprobs - noise)
+        signal = replace(
+            scored.body.signal, token_logprobs=scored.body.signal.token_logprobs - noise
+        )
         return Stored(scored.header, replace(scored.body, signal=signal))
 
 
 async def test_an_answer_that_changes_is_within_half_precision_only():
     with pytest.raises(TeacherSelfTestError, match=r"repeat is off by 0\.01, allowed is 0\.0001"):
         await run(Fickle(logits_of()))
+
     report = await run(Fickle(logits_of()), dtype="bfloat16")
     assert report.worst["repeat"] == pytest.approx(0.01, abs=1e-5)
 
@@ -154,6 +195,7 @@ async def test_one_step_of_a_bfloat16_logit_is_allowed_where_logits_are_bfloat16
     for dtype, rounded in (("bfloat16", False), ("float16", True), ("float32", True)):
         with pytest.raises(TeacherSelfTestError, match=r"is off by 0\.125"):
             await run(Rounded(logits_of()), dtype=dtype, rounded=rounded)
+
     report = await run(Rounded(logits_of()), dtype="bfloat16", rounded=True)
     assert report.worst["repeat"] == report.worst["alignment"] == pytest.approx(0.125, abs=1e-5)
 
@@ -181,9 +223,13 @@ async def test_a_replica_with_slightly_other_weights_is_named():
 async def test_a_teacher_that_does_not_answer_is_named():
     class Silent:
         async def score(self, stored):
-            return LostTrajectory(key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail="no route to host")
+            return LostTrajectory(
+                key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail="no route to host"
+            )
 
-    with pytest.raises(TeacherSelfTestError, match="replica 1: it does not answer: no route to host"):
+    with pytest.raises(
+        TeacherSelfTestError, match="replica 1: it does not answer: no route to host"
+    ):
         await run(Bigram(logits_of()), Silent())
 
 
@@ -194,5 +240,8 @@ async def at(temperature: float) -> TeacherSignal:
 async def test_a_temperature_is_told_from_another_one():
     check_temperature(await at(0.7), await at(1.4), 1.4, expected=0.7)
     for own, other in ((0.7, 0.7), (1.4, 1.4), (1.0, 1.4), (1 / 0.7, 1 / 1.4)):
-        with pytest.raises(TeacherSelfTestError, match=r"t: it scores at temperature [\d.]+ where 0.7 is configured"):
+        with pytest.raises(
+            TeacherSelfTestError,
+            match=r"t: it scores at temperature [\d.]+ where 0.7 is configured",
+        ):
             check_temperature(await at(own), await at(other), 1.4, expected=0.7)

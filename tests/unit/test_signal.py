@@ -17,6 +17,7 @@ def raw_rows(probabilities: np.ndarray, sampled: list[int], top_k: int) -> np.nd
         top, rest = order[:top_k], order[top_k:]
         tail = np.log(p[rest].sum()) if len(rest) else -np.inf
         rows.append([-(p * np.log(p)).sum(), np.log(p[token]), tail, *np.log(p[top]), *top])
+
     return np.array(rows, np.float32)
 
 
@@ -37,29 +38,50 @@ def test_every_column_comes_back_at_its_place(top_k):
     signal = read(raw_rows(probabilities, sampled, top_k), top_k)
     assert signal.teacher == "t"
     assert isinstance(signal.entropy, Exact)
-    np.testing.assert_allclose(signal.entropy.entropy, [-(p @ np.log(p)) for p in probabilities], rtol=1e-6)
-    np.testing.assert_allclose(np.exp(signal.token_logprobs), probabilities[range(5), sampled], rtol=1e-5)
-    assert signal.topk_ids.tolist() == [sorted(range(VOCAB), key=lambda i: -p[i])[:top_k] for p in probabilities]
-    np.testing.assert_allclose(np.exp(signal.topk_logprobs), -np.sort(-probabilities, axis=1)[:, :top_k], rtol=1e-5)
+    np.testing.assert_allclose(
+        signal.entropy.entropy, [-(p @ np.log(p)) for p in probabilities], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        np.exp(signal.token_logprobs), probabilities[range(5), sampled], rtol=1e-5
+    )
+    assert signal.topk_ids.tolist() == [
+        sorted(range(VOCAB), key=lambda i: -p[i])[:top_k] for p in probabilities
+    ]
+    np.testing.assert_allclose(
+        np.exp(signal.topk_logprobs), -np.sort(-probabilities, axis=1)[:, :top_k], rtol=1e-5
+    )
     outside = [sum(sorted(p)[: VOCAB - top_k]) for p in probabilities]
     np.testing.assert_allclose(np.exp(signal.tail_logprobs), outside, rtol=1e-5)
-    floats = (signal.token_logprobs, signal.entropy.entropy, signal.topk_logprobs, signal.tail_logprobs)
+    floats = (
+        signal.token_logprobs,
+        signal.entropy.entropy,
+        signal.topk_logprobs,
+        signal.tail_logprobs,
+    )
     assert {array.dtype for array in floats} == {np.dtype(np.float32)}
     assert signal.topk_ids.dtype == np.int32
 
 
 def test_the_docstring_example_holds():
     signal = read_signal(
-        np.array([[0.562, -1.386, -1.386, -0.288, 0.0]], np.float32), teacher="t", num_response_tokens=1, top_k=1
+        np.array([[0.562, -1.386, -1.386, -0.288, 0.0]], np.float32),
+        teacher="t",
+        num_response_tokens=1,
+        top_k=1,
     )
     assert signal.topk_ids.tolist() == [[0]]
-    np.testing.assert_allclose(np.exp([signal.token_logprobs[0], signal.topk_logprobs[0, 0]]), [0.25, 0.75], atol=1e-3)
+    np.testing.assert_allclose(
+        np.exp([signal.token_logprobs[0], signal.topk_logprobs[0, 0]]), [0.25, 0.75], atol=1e-3
+    )
 
 
 def test_the_result_keeps_nothing_of_the_engine_buffer(raw):
     signal = read(raw)
     raw[:] = np.nan
-    assert all(np.isfinite(a).all() for a in (signal.token_logprobs, signal.topk_logprobs, signal.tail_logprobs))
+    assert all(
+        np.isfinite(a).all()
+        for a in (signal.token_logprobs, signal.topk_logprobs, signal.tail_logprobs)
+    )
 
 
 def test_a_response_token_at_k_16_is_at_most_140_bytes():
@@ -68,7 +90,8 @@ def test_a_response_token_at_k_16_is_at_most_140_bytes():
     arrays = (signal.token_logprobs, signal.entropy.entropy, signal.tail_logprobs)
     arrays += (signal.topk_ids, signal.topk_logprobs)
     assert sum(array.nbytes for array in arrays) <= 140 * 5
-    assert all(array.base is None for array in arrays)  # a view would carry the engine's whole buffer along
+    # a view would carry the engine's whole buffer along
+    assert all(array.base is None for array in arrays)
 
 
 @pytest.mark.parametrize("column", range(num_columns(3)))

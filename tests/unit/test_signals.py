@@ -17,6 +17,7 @@ async def test_every_signal_that_asks_to_end_is_taken_softly_first(number):
     with caught(lambda: not taken.append(number), asyncio.current_task()):
         os.kill(os.getpid(), number)
         await asyncio.sleep(0.05)
+
     assert taken == [number]
 
 
@@ -39,6 +40,7 @@ async def test_a_job_in_the_background_of_a_script_can_be_interrupted():
             await asyncio.sleep(0.05)
     finally:
         signal.signal(signal.SIGINT, before)
+
     assert taken == [True]
 
 
@@ -48,15 +50,23 @@ async def test_what_nohup_ignores_stays_ignored():
         with caught(lambda: pytest.fail("taken"), asyncio.current_task()):
             os.kill(os.getpid(), signal.SIGHUP)
             await asyncio.sleep(0.05)
+
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_processes_started_within_ignore_what_is_for_the_driver_and_so_do_theirs():
-    tell = "import signal; print(*(signal.getsignal(n).name for n in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)))"
+    tell = (
+        "import signal; print(*(signal.getsignal(n).name for n in (signal.SIGHUP, "
+        "signal.SIGUSR1, signal.SIGTERM)))"
+    )
     nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {tell!r}])"
+
     with ignored_by_children():
-        within = subprocess.run([sys.executable, "-c", nested], capture_output=True, text=True, check=True)
+        within = subprocess.run(
+            [sys.executable, "-c", nested], capture_output=True, text=True, check=True
+        )
+
     assert within.stdout.split() == ["SIG_IGN", "SIG_IGN", "SIG_DFL"]
     assert all(signal.getsignal(number) is signal.SIG_DFL for number in OF_THE_DRIVER)

@@ -1,4 +1,6 @@
-"""The weight channel and whoever knocks at it: no seat, no delay, no code without the group's secret."""
+"""The weight channel and whoever knocks at it: no seat, no delay, no code without the group's
+secret.
+"""
 
 import socket
 import threading
@@ -32,10 +34,18 @@ def test_the_store_listens_on_the_address_it_is_given_and_on_no_other():
     store = open_store("127.0.0.1", 5.0)
     with open("/proc/net/tcp") as file, open("/proc/net/tcp6") as file6:
         lines = [line.split() for line in [*file.readlines()[1:], *file6.readlines()[1:]]]
-    addresses = [line[1] for line in lines if line[3] == "0A" and int(line[1].rpartition(":")[2], 16) == store.port]
+
+    addresses = [
+        line[1]
+        for line in lines
+        if line[3] == "0A" and int(line[1].rpartition(":")[2], 16) == store.port
+    ]
     assert addresses == [f"0100007F:{store.port:04X}"]
+
     with pytest.raises(OSError):
-        socket.create_connection((socket.gethostbyname(socket.gethostname()), store.port), 1.0).close()
+        socket.create_connection(
+            (socket.gethostbyname(socket.gethostname()), store.port), 1.0
+        ).close()
         pytest.skip("this host's name is its loopback address")
 
 
@@ -58,6 +68,7 @@ def test_whoever_knows_no_secret_gets_no_seat_and_holds_up_nobody():
     assert sender.lost() is None
     for stranger in strangers:
         stranger.close()
+
     assert sender.lost() is None, "a stranger who hangs up is nobody's loss"
     members[0].close()
     lost = sender.lost()
@@ -68,8 +79,12 @@ def test_a_seat_is_given_once():
     store = HashStore()
     sender = listener(store, timeout_s=0.3)
     member(store, 1), member(store, 1), member(store, 7)
-    with pytest.raises(WeightTransferError, match=r"ranks \[2\] have not come within 0.3 s") as missing:
+
+    with pytest.raises(
+        WeightTransferError, match=r"ranks \[2\] have not come within 0.3 s"
+    ) as missing:
         sender.fasten(3, SECRET)
+
     assert missing.value.ranks == (2,)
 
 
@@ -86,6 +101,7 @@ def test_the_sender_names_who_has_not_come():
     )
     with pytest.raises(WireError) as missing:
         open_wire("gloo", sender, store)
+
     assert missing.value.ranks == (1, 2, 3)
 
 
@@ -95,10 +111,13 @@ def test_what_a_stranger_writes_into_the_store_is_not_read():
     stranger = TCPStore("127.0.0.1", store.port, is_master=False)
     for key in (KEY, "eopd/all-here", "eopd/nccl-id", "broadcast_from/0/0"):
         stranger.set(key, "1")
+
     places = {"address": "127.0.0.1", "port": store.port, "world_size": 2, "secret": SECRET}
     limits = {"connect_timeout_s": 10.0, "timeout_s": 10.0}
     wires = []
-    joining = threading.Thread(target=lambda: wires.append(open_wire("gloo", Rendezvous(rank=1, **places, **limits))))
+    joining = threading.Thread(
+        target=lambda: wires.append(open_wire("gloo", Rendezvous(rank=1, **places, **limits)))
+    )
     joining.start()
     wires.append(open_wire("gloo", Rendezvous(rank=0, **places, **limits), store))
     joining.join()

@@ -1,4 +1,6 @@
-"""The client of a teacher's server: what it repeats, what it does not, how long it waits, and that its key stays in."""
+"""The client of a teacher's server: what it repeats, what it does not, how long it waits, and
+that its key stays in.
+"""
 
 import asyncio
 import pickle
@@ -12,7 +14,13 @@ from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, ServerConfig
 from eopd.teacher import http
-from eopd.teacher.http import ServerClient, TeacherRefusedError, TeacherUnavailableError, explain, proxy_for
+from eopd.teacher.http import (
+    ServerClient,
+    TeacherRefusedError,
+    TeacherUnavailableError,
+    explain,
+    proxy_for,
+)
 
 URL = "http://teacher.test:8000/prefix"
 Answers = Callable[..., tuple[ServerClient, list[httpx.Request]]]
@@ -32,7 +40,9 @@ def pauses(monkeypatch) -> list[float]:
 
 @pytest.fixture
 def answering() -> Answers:
-    """A client whose server gives these answers one after another; an exception is a broken connection."""
+    """A client whose server gives these answers one after another; an exception is a broken
+    connection.
+    """
 
     def make(*answers: httpx.Response | Exception, **config):
         left, requests = list(answers), []
@@ -42,9 +52,13 @@ def answering() -> Answers:
             now = left.pop(0)
             if isinstance(now, Exception):
                 raise now
+
             return now
 
-        client = ServerClient(ServerConfig(url=URL, **config), transport=httpx.MockTransport(answer))
+        client = ServerClient(
+            ServerConfig(url=URL, **config), transport=httpx.MockTransport(answer)
+        )
+
         return client, requests
 
     return make
@@ -62,7 +76,9 @@ LATER = [
 @pytest.mark.parametrize("fault", LATER, ids=str)
 async def test_what_may_be_better_later_is_tried_again(answering, pauses, fault):
     client, requests = answering(fault, httpx.Response(200, json={"a": 1}))
-    answer = await client.post("/v1/score", content=b"\0body", headers={"Content-Type": "application/x"})
+    answer = await client.post(
+        "/v1/score", content=b"\0body", headers={"Content-Type": "application/x"}
+    )
     assert answer.json() == {"a": 1}
     assert len(pauses) == 1
     assert [str(request.url) for request in requests] == [URL + "/v1/score"] * 2
@@ -75,6 +91,7 @@ async def test_any_other_status_is_final(answering, pauses, status):
     client, requests = answering(httpx.Response(status))
     with pytest.raises(TeacherRefusedError, match=f"POST {URL}/v1/score: {status} "):
         await client.post("/v1/score", json=[1])
+
     assert (len(requests), pauses) == (1, [])
 
 
@@ -93,17 +110,23 @@ async def test_a_refusal_quotes_the_server_in_one_short_line(answering, body, qu
     client, _ = answering(httpx.Response(400, text=body))
     with pytest.raises(TeacherRefusedError) as caught:
         await client.get("/v1/models")
+
     assert str(caught.value) == f"GET {URL}/v1/models: 400 Bad Request: {quoted}"
 
 
 async def test_after_the_last_attempt_the_last_cause_is_told(answering, pauses):
     client, requests = answering(
-        httpx.ConnectError("refused"), httpx.Response(500), httpx.Response(503, text="starting"), max_attempts=3
+        httpx.ConnectError("refused"),
+        httpx.Response(500),
+        httpx.Response(503, text="starting"),
+        max_attempts=3,
     )
     with pytest.raises(TeacherUnavailableError) as caught:
         await client.get("/v1/models")
+
     assert str(caught.value) == (
-        f"GET {URL}/v1/models: 3 attempts failed, the last one with 503 Service Unavailable: starting"
+        f"GET {URL}/v1/models: 3 attempts failed, the last one with 503 Service Unavailable: "
+        "starting"
     )
     assert (len(requests), len(pauses)) == (3, 2)
     assert caught.value.__context__ is None
@@ -111,19 +134,31 @@ async def test_after_the_last_attempt_the_last_cause_is_told(answering, pauses):
 
 async def test_pauses_grow_with_full_jitter_up_to_a_limit(answering, pauses, monkeypatch):
     drawn: list[tuple[float, float]] = []
-    monkeypatch.setattr(http.random, "uniform", lambda low, high: drawn.append((low, high)) or high / 4)
+    monkeypatch.setattr(
+        http.random, "uniform", lambda low, high: drawn.append((low, high)) or high / 4
+    )
     client, _ = answering(*[httpx.Response(503)] * 8, max_attempts=8)
     with pytest.raises(TeacherUnavailableError):
         await client.get("/v1/models")
+
     assert drawn == [(0.0, most) for most in (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)]
     assert pauses == [high / 4 for _, high in drawn]
 
 
 @pytest.mark.parametrize(
     ("header", "least"),
-    [("7", 7.0), ("0.5", 0.5), ("86400", 30.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0), ("-3", 0.0), ("nan", 0.0)],
+    [
+        ("7", 7.0),
+        ("0.5", 0.5),
+        ("86400", 30.0),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0),
+        ("-3", 0.0),
+        ("nan", 0.0),
+    ],
 )
-async def test_retry_after_in_seconds_is_waited_at_least_and_at_most_half_a_minute(answering, pauses, header, least):
+async def test_retry_after_in_seconds_is_waited_at_least_and_at_most_half_a_minute(
+    answering, pauses, header, least
+):
     client, _ = answering(httpx.Response(429, headers={"Retry-After": header}), httpx.Response(200))
     await client.get("/v1/models")
     assert least <= pauses[0] <= least + 1.0
@@ -139,10 +174,17 @@ async def test_the_key_is_sent_and_never_shown(answering, pauses, monkeypatch, c
         max_attempts=1,
     )
     shown = [repr(client), repr(client._client), repr(client._client.headers)]
+
     for expected in (TeacherRefusedError, TeacherUnavailableError):
         with pytest.raises(expected) as caught:
             await client.post("/v1/score", json={})
-        shown += [*traceback.format_exception(caught.value), repr(caught.value), str(pickle.dumps(caught.value))]
+
+        shown += [
+            *traceback.format_exception(caught.value),
+            repr(caught.value),
+            str(pickle.dumps(caught.value)),
+        ]
+
     assert {request.headers["Authorization"] for request in requests} == {"Bearer sk-secret-123"}
     assert "wrong key ***" in "".join(shown)
     assert "secret" not in "".join(shown) + caplog.text
@@ -155,19 +197,24 @@ async def test_no_key_sends_no_authorization(answering):
 
 
 @pytest.mark.parametrize(
-    ("value", "says"), [(None, "not set"), ("  ", "not set"), ("sk-\u00e9", "characters"), ("sk-a\nb", "characters")]
+    ("value", "says"),
+    [(None, "not set"), ("  ", "not set"), ("sk-\u00e9", "characters"), ("sk-a\nb", "characters")],
 )
 def test_a_missing_or_broken_key_is_a_mistake_of_the_config(monkeypatch, value, says):
     monkeypatch.delenv("TEACHER_KEY", raising=False)
     if value is not None:
         monkeypatch.setenv("TEACHER_KEY", value)
+
     with pytest.raises(ConfigError, match=f"api_key_env.*TEACHER_KEY .*{says}") as caught:
         ServerClient(ServerConfig(url=URL, api_key_env="TEACHER_KEY"))
+
     assert "sk-" not in "".join(traceback.format_exception(caught.value))
 
 
 class Server:
-    """A real socket that answers after ``delay_s``, except that ``hang`` first connections are never answered."""
+    """A real socket that answers after ``delay_s``, except that ``hang`` first connections
+    are never answered.
+    """
 
     def __init__(self, *, delay_s: float = 0.0, hang: int = 0, drop: int = 0) -> None:
         self.delay_s, self.hang, self.drop = delay_s, hang, drop
@@ -187,6 +234,7 @@ class Server:
             await reader.read()  # until the client gives up
         elif self.connections > self.drop:
             await self._answer(reader, writer)
+
         writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -195,6 +243,7 @@ class Server:
                 await reader.readuntil(b"\r\n\r\n")
             except asyncio.IncompleteReadError:
                 return
+
             self.requests += 1
             self.busy += 1
             self.most_busy = max(self.busy, self.most_busy)
@@ -210,18 +259,24 @@ def hurried(monkeypatch) -> None:
 
 async def test_connections_are_bounded_and_used_again_and_waiting_for_one_is_not_late(hurried):
     async with Server(delay_s=0.05) as server:  # 2.5 s for all
-        client = ServerClient(ServerConfig(url=server.url, max_connections=3, timeout_s=2.0, max_attempts=1))
+        client = ServerClient(
+            ServerConfig(url=server.url, max_connections=3, timeout_s=2.0, max_attempts=1)
+        )
         answers = await asyncio.gather(*(client.get("/") for _ in range(150)))
         await client.close()
+
     assert [answer.text for answer in answers] == ["ok"] * 150
     assert (server.most_busy, server.connections, server.requests) == (3, 3, 150)
 
 
 async def test_a_deadline_missed_is_tried_again_on_a_new_connection(hurried):
     async with Server(hang=2) as server:
-        client = ServerClient(ServerConfig(url=server.url, max_connections=1, timeout_s=0.1, max_attempts=3))
+        client = ServerClient(
+            ServerConfig(url=server.url, max_connections=1, timeout_s=0.1, max_attempts=3)
+        )
         assert (await client.get("/")).text == "ok"
         await client.close()
+
     assert server.connections == 3
 
 
@@ -230,6 +285,7 @@ async def test_a_server_that_never_answers_is_unavailable(hurried):
         client = ServerClient(ServerConfig(url=server.url, timeout_s=0.05, max_attempts=2))
         with pytest.raises(TeacherUnavailableError, match=r"2 attempts .* no answer within 0.05 s"):
             await client.get("/")
+
         await client.close()
 
 
@@ -238,34 +294,46 @@ async def test_a_dropped_connection_and_a_closed_port_are_tried_again(hurried):
         client = ServerClient(ServerConfig(url=server.url, max_attempts=3))
         assert (await client.get("/")).text == "ok"
         await client.close()
+
     client = ServerClient(ServerConfig(url=server.url, max_attempts=2))
     with pytest.raises(TeacherUnavailableError, match=r"2 attempts .* ConnectError: "):
         await client.get("/")
+
     await client.close()
 
 
 async def test_cancelling_gives_the_slot_back(hurried):
     async with Server(hang=1) as server:
-        client = ServerClient(ServerConfig(url=server.url, max_connections=1, timeout_s=5.0, max_attempts=1))
+        client = ServerClient(
+            ServerConfig(url=server.url, max_connections=1, timeout_s=5.0, max_attempts=1)
+        )
         hanging = asyncio.create_task(client.get("/"))
         await asyncio.sleep(0.05)
         hanging.cancel()
         assert (await client.get("/")).text == "ok"
         with pytest.raises(asyncio.CancelledError):
             await hanging
+
         await client.close()
 
 
 async def test_a_server_that_fails_on_one_request_time_and_again_is_not_away(answering, pauses):
-    client, _ = answering(httpx.Response(503), *[httpx.Response(500, text="row 3")] * 2, max_attempts=3)
-    with pytest.raises(TeacherRefusedError, match=r"3 attempts failed, the last one with 500 .*row 3"):
+    client, _ = answering(
+        httpx.Response(503), *[httpx.Response(500, text="row 3")] * 2, max_attempts=3
+    )
+    with pytest.raises(
+        TeacherRefusedError, match=r"3 attempts failed, the last one with 500 .*row 3"
+    ):
         await client.get("/v1/models")
+
     client, _ = answering(httpx.Response(500), httpx.ConnectError("refused"), max_attempts=2)
     with pytest.raises(TeacherUnavailableError, match="refused"):
         await client.get("/v1/models")
 
 
-async def test_a_client_that_was_closed_in_the_pause_before_its_second_attempt_is_away(answering, monkeypatch):
+async def test_a_client_that_was_closed_in_the_pause_before_its_second_attempt_is_away(
+    answering, monkeypatch
+):
     client, _ = answering(httpx.Response(503), httpx.Response(200))
 
     async def close(_pause_s):
@@ -282,6 +350,7 @@ def test_an_unexpected_answer_is_explained_without_what_it_holds():
 
     with pytest.raises(ValidationError) as raised:
         Form.model_validate({"count": "Bearer secret"})
+
     assert explain(raised.value).startswith(
         "unexpected answer of the server, at count: Input should be a valid integer"
     )
@@ -302,21 +371,29 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 @pytest.fixture
 def network(monkeypatch):
-    """Names that resolve as ``HOSTS`` says, or not at all, and an environment with these proxies."""
+    """Names that resolve as ``HOSTS`` says, or not at all, and an environment with these
+    proxies.
+    """
 
     def resolve(host, port, **options):
         if host not in HOSTS and not host.replace(".", "").isdigit() and ":" not in host:
             raise socket.gaierror(-2, "Name or service not known")
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in HOSTS.get(host, [host])]
+
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
+            for address in HOSTS.get(host, [host])
+        ]
 
     def set_proxies(**proxies: str) -> None:
         for name in PROXIES:
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.upper(), raising=False)
+
         for name, proxy in proxies.items():
             monkeypatch.setenv(name, proxy)
 
     monkeypatch.setattr(http.socket, "getaddrinfo", resolve)
+
     return set_proxies
 
 
@@ -344,7 +421,11 @@ def test_a_server_inside_is_asked_directly(host, variable, network):
         ("http://api.far:8000", {"http_proxy": "http://proxy:9"}, "http://proxy:9"),
         ("http://api.far:8000", {"HTTP_PROXY": "proxy:9"}, "http://proxy:9"),
         ("https://api.far", {"http_proxy": "http://proxy:9"}, None),
-        ("https://api.far", {"HTTPS_PROXY": "http://proxy:9", "all_proxy": "http://other:9"}, "http://proxy:9"),
+        (
+            "https://api.far",
+            {"HTTPS_PROXY": "http://proxy:9", "all_proxy": "http://other:9"},
+            "http://proxy:9",
+        ),
         ("https://api.far", {"ALL_PROXY": "http://other:9"}, "http://other:9"),
         ("http://1.1.1.1", {"http_proxy": "http://proxy:9"}, "http://proxy:9"),
         ("http://mixed", {"http_proxy": "http://proxy:9"}, "http://proxy:9"),
@@ -363,22 +444,28 @@ def test_a_server_outside_is_asked_as_the_environment_says(url, proxies, expecte
 async def test_a_failure_names_the_proxy_and_not_its_password(network, pauses):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+
     network(http_proxy=f"http://me:secret@127.0.0.1:{port}")
     client = ServerClient(ServerConfig(url="http://api.far:8000", max_attempts=1))
     with pytest.raises(TeacherUnavailableError) as caught:
         await client.get("/ready")
+
     await client.close()
     assert str(caught.value) == (
-        f"GET http://api.far:8000/ready (through the proxy http://127.0.0.1:{port} of the environment): "
-        "1 attempts failed, the last one with ConnectError: All connection attempts failed"
+        f"GET http://api.far:8000/ready (through the proxy http://127.0.0.1:{port} of the "
+        "environment): 1 attempts failed, the last one with ConnectError: All connection "
+        "attempts failed"
     )
 
 
-@pytest.mark.parametrize("proxy", ["socks5://me:secret@proxy:9", "ftp://me:secret@proxy:9", "http://me:secret@:x"])
+@pytest.mark.parametrize(
+    "proxy", ["socks5://me:secret@proxy:9", "ftp://me:secret@proxy:9", "http://me:secret@:x"]
+)
 def test_a_proxy_that_cannot_be_used_is_the_user_s_mistake(proxy, network):
     network(ALL_PROXY=proxy)
     with pytest.raises(
         ConfigError, match=r"^teachers.server.url: through the proxy \w+://.+, which cannot be used"
     ) as caught:
         ServerClient(ServerConfig(url="http://api.far:8000"))
+
     assert "secret" not in str(caught.value)

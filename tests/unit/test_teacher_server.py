@@ -1,4 +1,6 @@
-"""The HTTP interface of a teacher, over a scorer of ten lines: every code it may answer, and a fuzz of the whole."""
+"""The HTTP interface of a teacher, over a scorer of ten lines: every code it may answer, and
+a fuzz of the whole.
+"""
 
 import asyncio
 
@@ -17,7 +19,12 @@ from eopd.types import Exact, TeacherSignal
 
 VOCAB, LONGEST, TOP_K = 50, 40, 3
 INFO = TeacherInfo(
-    name="t", top_k=TOP_K, vocab_size=VOCAB, temperature=0.7, max_sequence_tokens=LONGEST, head_dtype="float32"
+    name="t",
+    top_k=TOP_K,
+    vocab_size=VOCAB,
+    temperature=0.7,
+    max_sequence_tokens=LONGEST,
+    head_dtype="float32",
 )
 LIMITS = Limits(max_requests=2, max_body_bytes=1000)
 JSON = {"Content-Type": "application/json"}
@@ -40,13 +47,17 @@ class FakeScorer:
         except asyncio.CancelledError:
             self.cancelled = True
             raise
+
         if self.failure is not None:
             raise self.failure
+
         return uniform(prompt_ids, response_ids)
 
 
 def uniform(prompt_ids, response_ids) -> TeacherSignal:
-    """All K most likely tokens are the first of the prompt; the sampled token's value is the response's."""
+    """All K most likely tokens are the first of the prompt; the sampled token's value is the
+    response's.
+    """
     size = len(response_ids)
     return TeacherSignal(
         teacher="t",
@@ -111,12 +122,20 @@ async def test_a_tail_without_mass_is_null_in_json(client, scorer):
 
 
 async def test_info_health_and_ready(client, scorer):
-    assert (await client.get("/v1/info")).json() == INFO.model_dump() == INFO.model_dump() | {"wire_version": 1}
+    assert (
+        (await client.get("/v1/info")).json()
+        == INFO.model_dump()
+        == INFO.model_dump() | {"wire_version": 1}
+    )
     assert (await client.get("/ready")).json() == {"status": "ready"}
     scorer.ready = False
     assert (await client.get("/health")).json() == {"status": "alive"}
     assert (await client.get("/v1/info")).status_code == 200
-    for answer in (await client.get("/ready"), await client.post("/v1/score", content=binary([1], [1]))):
+
+    for answer in (
+        await client.get("/ready"),
+        await client.post("/v1/score", content=binary([1], [1])),
+    ):
         assert (answer.status_code, answer.json()) == (503, {"detail": "the engine is not up"})
         assert answer.headers["Retry-After"] == "1"
 
@@ -161,10 +180,12 @@ async def test_the_longest_sequence_passes_and_fits_the_derived_limit(scorer):
     info = INFO.model_copy(update={"vocab_size": 200_000, "max_sequence_tokens": 9000})
     limits = Limits.of(1, info)
     transport = httpx.ASGITransport(create_app(scorer, info, limits))
+
     async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
         ids = ", ".join(["199999"] * 4500)
         body = f'{{\n "prompt_ids": [{ids}],\n "response_ids": [{ids}]\n}}'
         answer = await client.post("/v1/score", content=body, headers=JSON)
+
     assert answer.status_code == 200
     assert len(body) < limits.max_body_bytes < 2 * len(body)
 
@@ -194,7 +215,10 @@ async def test_a_large_body_is_refused_as_it_streams(client, length):
 
     headers = JSON | ({} if length is None else {"Content-Length": length})
     answer = await client.post("/v1/score", content=stream(), headers=headers)
-    assert (answer.status_code, answer.json()["detail"]) == (413, "the body is larger than 1000 bytes")
+    assert (answer.status_code, answer.json()["detail"]) == (
+        413,
+        "the body is larger than 1000 bytes",
+    )
     assert len(read) == 11
 
 
@@ -211,9 +235,16 @@ async def test_a_large_body_is_refused_as_it_streams(client, length):
 )
 async def test_without_the_token_nobody_scores(guarded, headers):
     body = {"prompt_ids": [1], "response_ids": [1]}
-    for answer in (await guarded.get("/v1/info", headers=headers), await guarded.post("/v1/score", json=body)):
-        assert (answer.status_code, answer.json()) == (401, {"detail": "a valid bearer token is needed"})
+    for answer in (
+        await guarded.get("/v1/info", headers=headers),
+        await guarded.post("/v1/score", json=body),
+    ):
+        assert (answer.status_code, answer.json()) == (
+            401,
+            {"detail": "a valid bearer token is needed"},
+        )
         assert answer.headers["WWW-Authenticate"] == "Bearer"
+
     for path in ("/health", "/ready", "/metrics", "/openapi.json"):
         assert (await guarded.get(path)).status_code == 200
 
@@ -256,7 +287,10 @@ async def test_load_beyond_the_limit_is_shed_and_the_rest_is_answered(client, sc
 
 @pytest.mark.parametrize(
     ("failure", "code", "headers"),
-    [(SignalError("row 3 is bad"), 500, {}), (TeacherDownError("the engine died"), 503, {"retry-after": "1"})],
+    [
+        (SignalError("row 3 is bad"), 500, {}),
+        (TeacherDownError("the engine died"), 503, {"retry-after": "1"}),
+    ],
 )
 async def test_a_failing_engine_is_not_the_client_s_mistake(client, scorer, failure, code, headers):
     scorer.failure = failure
@@ -269,10 +303,12 @@ async def test_metrics_count_requests_tokens_and_seconds(guarded, scorer):
     headers = BEARER | BINARY
     for body in (binary([1], [1, 2, 3]), binary([1, 1], [1, 2]), b"", b""):
         await guarded.post("/v1/score", content=body, headers=headers)
+
     await guarded.post("/v1/score", content=binary([1], [1]), headers=BINARY)
     scorer.failure = ValueError("a defect of ours")
     with pytest.raises(ValueError, match="a defect of ours"):
         await guarded.post("/v1/score", content=binary([1], [1]), headers=headers)
+
     expected = {
         'eopd_teacher_requests_total{code="200",teacher="t"}': 2,
         'eopd_teacher_requests_total{code="422",teacher="t"}': 2,
@@ -289,7 +325,10 @@ async def test_metrics_count_requests_tokens_and_seconds(guarded, scorer):
 async def test_a_client_that_hangs_up_costs_the_engine_nothing(client, scorer, body_is_whole):
     scorer.open.clear()
     body = binary([1], [1])
-    messages = [{"type": "http.request", "body": body, "more_body": not body_is_whole}, {"type": "http.disconnect"}]
+    messages = [
+        {"type": "http.request", "body": body, "more_body": not body_is_whole},
+        {"type": "http.disconnect"},
+    ]
 
     async def receive():
         return messages.pop(0)

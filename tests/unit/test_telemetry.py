@@ -65,6 +65,7 @@ def test_names_carry_their_unit_and_kind() -> None:
         assert (metric.kind == "counter") == name.endswith("_total"), name
         if metric.unit in suffixes and name != "eopd_loss":
             assert name.endswith(suffixes[metric.unit]), name
+
         assert metric.meaning.endswith(".") and metric.healthy.endswith("."), name
 
 
@@ -101,7 +102,9 @@ def test_a_row_names_its_step() -> None:
 
 
 def test_a_batch_is_told_by_age() -> None:
-    row = batch_row([fakes.header(oldest=oldest, newest=9) for oldest in (9, 9, 8, 4, 1)], version=9)
+    row = batch_row(
+        [fakes.header(oldest=oldest, newest=9) for oldest in (9, 9, 8, 4, 1)], version=9
+    )
     shares = {age: row[series("eopd_staleness_ratio", versions=age)] for age in STALENESS_AGES}
     assert shares == {"0": 0.4, "1": 0.2, "2": 0.0, "3": 0.0, "4_or_more": 0.4}
     assert (row["eopd_staleness_mean"], row["eopd_staleness_max"]) == (14 / 5, 8)
@@ -118,10 +121,13 @@ def test_the_driver_knows_its_memory() -> None:
 def test_a_failing_sink_is_logged_once_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
     broken, recording = BrokenSink(), RecordingSink()
     telemetry = Telemetry([broken, recording])
+
     with caplog.at_level(logging.INFO):
         for step in (1.0, 2.0, 3.0):
             telemetry.write({"eopd_step": step})
+
         telemetry.close()
+
     assert [row["eopd_step"] for row in recording.rows] == [1.0, 2.0, 3.0]
     assert recording.closed
     assert broken.attempts == 3
@@ -139,6 +145,7 @@ def test_a_wrong_row_reaches_no_sink() -> None:
     recording = RecordingSink()
     with pytest.raises(MetricError):
         Telemetry([recording]).write({"eopd_step": 1.0, "eopd_los": 1.0})
+
     assert recording.rows == []
 
 
@@ -152,16 +159,26 @@ def test_jsonl_is_one_strict_json_object_a_line(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    first, second, third = (json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines())
+    first, second, third = (
+        json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()
+    )
     assert first == {"step": 1}
     assert list(second) == ["step", "time", "eopd_step", LOST, "eopd_loss", "eopd_grad_norm"]
-    assert (second["step"], second[LOST], second["eopd_loss"], second["eopd_grad_norm"]) == (2, 3.0, None, None)
+    assert (second["step"], second[LOST], second["eopd_loss"], second["eopd_grad_norm"]) == (
+        2,
+        3.0,
+        None,
+        None,
+    )
     assert isinstance(second["step"], int)
     assert 1.7e9 < second["time"] <= third["time"]
 
 
 def test_the_timeline_has_the_spans_of_every_step(tmp_path: Path) -> None:
-    sink = TimelineSink(tmp_path / "timeline.jsonl", lambda: {"generate": [(-0.5, 1.23456), (2.0, 3.0)], "score": []})
+    sink = TimelineSink(
+        tmp_path / "timeline.jsonl",
+        lambda: {"generate": [(-0.5, 1.23456), (2.0, 3.0)], "score": []},
+    )
     sink.write({"eopd_step": 4.0})
     line = json.loads((tmp_path / "timeline.jsonl").read_text())
     assert line == {"step": 4, "generate": [[-0.5, 1.2346], [2.0, 3.0]], "score": []}
@@ -171,12 +188,15 @@ def test_append_jsonl_leaves_no_part_of_a_line_on_a_full_disk(tmp_path: Path) ->
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, {"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # the kernel takes the first bytes of the next line
+    # the kernel takes the first bytes of the next line
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+
     try:
         with pytest.raises(OSError, match="No space left on device"):
             append_jsonl(path, {"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
     append_jsonl(path, {"step": 3})
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
@@ -232,25 +252,34 @@ def test_state_goes_on_between_steps() -> None:
 def test_the_whole_catalogue_is_valid_open_metrics() -> None:
     row = every_series()
     sink = PrometheusSink("127.0.0.1", 0, run="all")
+
     try:
         sink.write(row)
         text = scrape(sink, "application/openmetrics-text; version=1.0.0")
     finally:
         sink.close()
+
     families = list(text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
     samples = {sample.name: sample for family in families for sample in family.samples}
-    assert {name: samples[name].value for name in samples} == {parse_series(key)[0].name: row[key] for key in row}
+    assert {name: samples[name].value for name in samples} == {
+        parse_series(key)[0].name: row[key] for key in row
+    }
     assert all(sample.labels["run"] == "all" for sample in samples.values())
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Debian's prometheus")
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool comes with Debian's prometheus"
+)
 def test_promtool_finds_every_name_and_label_conventional() -> None:
     sink = PrometheusSink("127.0.0.1", 0, run="all")
     try:
         sink.write(every_series())
-        done = subprocess.run(["promtool", "check", "metrics"], input=scrape(sink), capture_output=True, text=True)
+        done = subprocess.run(
+            ["promtool", "check", "metrics"], input=scrape(sink), capture_output=True, text=True
+        )
     finally:
         sink.close()
+
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -268,7 +297,9 @@ def test_a_row_changed_by_its_owner_is_not_served() -> None:
 def test_a_taken_port_is_a_users_mistake() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"telemetry.port: 127.0.0.1:{port} cannot be served"):
+        with pytest.raises(
+            ConfigError, match=rf"telemetry.port: 127.0.0.1:{port} cannot be served"
+        ):
             PrometheusSink("127.0.0.1", port, run="a")
 
 
@@ -286,7 +317,9 @@ def test_close_frees_the_port() -> None:
     ("gate", "threshold"),
     [("{kind: hard, tau: 0.5}", 0.5), ("{kind: sigmoid, tau: 0.7}", 0.7), ("{kind: never}", None)],
 )
-def test_the_gates_threshold_is_shown_where_it_has_one(tmp_path: Path, gate: str, threshold: float | None) -> None:
+def test_the_gates_threshold_is_shown_where_it_has_one(
+    tmp_path: Path, gate: str, threshold: float | None
+) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(
         f"run: {{name: r, batches: 9}}\nstudent: {{model: s}}\nteachers: [{{model: t}}]\nloss: {{gate: {gate}}}\n"

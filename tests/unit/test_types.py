@@ -7,7 +7,11 @@ from eopd.types import Header, PromptSample, StopReason, Trajectory
 
 def test_a_header_is_that_of_its_trajectory():
     prompt = PromptSample(
-        epoch=2, prompt_id="p", source="math", token_ids=np.array([1, 2, 3], np.int32), reference_answer=None
+        epoch=2,
+        prompt_id="p",
+        source="math",
+        token_ids=np.array([1, 2, 3], np.int32),
+        reference_answer=None,
     )
     trajectory = Trajectory(
         prompt=prompt,

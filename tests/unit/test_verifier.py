@@ -5,7 +5,9 @@ from eopd.teacher.vocabulary import load_tokenizer
 from eopd.types import StopReason, Trajectory
 
 
-async def test_a_reward_is_one_for_a_right_answer_nought_for_a_wrong_one_and_none_without_a_reference(tiny_model):
+async def test_a_reward_is_one_for_a_right_answer_nought_for_a_wrong_one_and_none_without_a_reference(
+    tiny_model,
+):
     model = tiny_model("qwen3", seed=1)
     tokenizer = load_tokenizer(model)
 
@@ -14,6 +16,7 @@ async def test_a_reward_is_one_for_a_right_answer_nought_for_a_wrong_one_and_non
         return fakes.trajectory(ids, of=fakes.prompt(answer=reference), stop=StopReason.END_TOKEN)
 
     verifier = Verifier("exact", model)
+
     try:
         assert await verifier.reward(answered("so it is\n24", "24")) == 1.0
         assert await verifier.reward(answered("so it is\n25", "24")) == 0.0

@@ -1,4 +1,6 @@
-"""Student and teacher must speak of the same tokens: real tokenizers, and directories with one thing changed."""
+"""Student and teacher must speak of the same tokens: real tokenizers, and directories with
+one thing changed.
+"""
 
 import json
 from pathlib import Path
@@ -10,20 +12,34 @@ from tokenizers.processors import TemplateProcessing
 
 from eopd.config import ConfigError
 from eopd.models.tiny import train_tokenizer
-from eopd.teacher.vocabulary import end_token_ids, load_tokenizer, num_tokens, require_same_vocabulary, vocab_size
+from eopd.teacher.vocabulary import (
+    end_token_ids,
+    load_tokenizer,
+    num_tokens,
+    require_same_vocabulary,
+    vocab_size,
+)
 
 TEXTS = ["The river runs past the old mill.", "Add 3 and 4: the answer is 7."]
 SIZE = 280
 
 
 def model_directory(
-    path: Path, *, texts: list[str] = TEXTS, eos: str = "<|im_end|>", generation_eos: object = 2, rows: int = SIZE
+    path: Path,
+    *,
+    texts: list[str] = TEXTS,
+    eos: str = "<|im_end|>",
+    generation_eos: object = 2,
+    rows: int = SIZE,
 ) -> Path:
     tokenizer = train_tokenizer(texts, SIZE)
     tokenizer.eos_token = eos
     tokenizer.save_pretrained(path)
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows, "eos_token_id": 0}))
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "vocab_size": rows, "eos_token_id": 0})
+    )
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
+
     return path
 
 
@@ -38,18 +54,29 @@ def test_equal_directories_pass(student, tmp_path):
 
 def test_a_student_with_spare_rows_passes(tmp_path):
     student = model_directory(tmp_path / "student", rows=SIZE + 40)
-    shared = require_same_vocabulary(student, model_directory(tmp_path / "teacher", rows=SIZE + 8), {})
+    shared = require_same_vocabulary(
+        student, model_directory(tmp_path / "teacher", rows=SIZE + 8), {}
+    )
     assert shared.num_ids == num_tokens(student) <= SIZE
     assert shared.notes == (
-        f"the student's rows from {shared.num_ids} on are padding: never sampled, and left out of the loss",
-        f"the teacher's rows from {shared.num_ids} on are padding: their probability counts as outside the top k",
+        f"the student's rows from {shared.num_ids} on are padding: never sampled, and left "
+        "out of the loss",
+        f"the teacher's rows from {shared.num_ids} on are padding: their probability counts "
+        "as outside the top k",
     )
 
 
 def test_a_teacher_s_spare_rows_are_padding_when_they_name_no_token(student, tmp_path):
-    shared = require_same_vocabulary(student, model_directory(tmp_path / "teacher", rows=SIZE + 40), {})
+    shared = require_same_vocabulary(
+        student, model_directory(tmp_path / "teacher", rows=SIZE + 40), {}
+    )
     assert (shared.student_rows, shared.teacher_rows) == (SIZE, SIZE + 40)
-    assert shared.num_tokens == num_tokens(student) == max(load_tokenizer(student).get_vocab().values()) + 1 <= SIZE
+    assert (
+        shared.num_tokens
+        == num_tokens(student)
+        == max(load_tokenizer(student).get_vocab().values()) + 1
+        <= SIZE
+    )
 
 
 def test_a_token_that_only_the_teacher_s_head_has_is_named(tmp_path):
@@ -59,6 +86,7 @@ def test_a_token_that_only_the_teacher_s_head_has_is_named(tmp_path):
     token = load_tokenizer(student).convert_ids_to_tokens(last)
     with pytest.raises(ConfigError, match=rf"head of {SIZE} rows.* one of {last}") as refused:
         require_same_vocabulary(student, model_directory(tmp_path / "teacher"), {})
+
     assert f"token {last} {token!r}" in str(refused.value)
     shared = require_same_vocabulary(student, model_directory(tmp_path / "small", rows=last), {})
     assert shared.num_ids == num_tokens(student) == last  # neither can name it
@@ -68,8 +96,12 @@ def test_a_token_that_only_the_student_s_head_has_is_named(student, tmp_path):
     last = num_tokens(student) - 1
     teacher = model_directory(tmp_path / "teacher", rows=last)
     token = load_tokenizer(student).convert_ids_to_tokens(last)
-    with pytest.raises(ConfigError, match=rf"head of {SIZE} rows.* one of {last}: the student could write") as refused:
+
+    with pytest.raises(
+        ConfigError, match=rf"head of {SIZE} rows.* one of {last}: the student could write"
+    ) as refused:
         require_same_vocabulary(student, teacher, {})
+
     assert f"token {last} {token!r}" in str(refused.value)
 
 
@@ -77,11 +109,13 @@ def test_the_first_differing_token_and_both_sizes_are_named(student, tmp_path):
     teacher = model_directory(tmp_path / "teacher", texts=["zzz yyy zzz yyy zzz yyy"])
     tokens = [load_tokenizer(directory).get_vocab() for directory in (student, teacher)]
     assert "zz" in tokens[1] and "zz" not in tokens[0]
-    first = 259  # three special tokens and 256 bytes are the same everywhere, the first merge is not
+    # three special tokens and 256 bytes are the same everywhere, the first merge is not
+    first = 259
     names = [next((token for token, i in vocab.items() if i == first), None) for vocab in tokens]
     assert None not in names and names[0] != names[1]
     with pytest.raises(ConfigError) as refused:
         require_same_vocabulary(student, teacher, {})
+
     message = str(refused.value)
     assert f"id {first} is {names[0]!r} for the student and {names[1]!r} for the teacher" in message
     assert f"({len(tokens[0])} and {len(tokens[1])} tokens)" in message
@@ -92,7 +126,10 @@ def test_an_added_token_counts(student, tmp_path):
     tokenizer = load_tokenizer(teacher)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
     tokenizer.save_pretrained(teacher)
-    with pytest.raises(ConfigError, match=r"is no token for the student and '<think>' for the teacher"):
+
+    with pytest.raises(
+        ConfigError, match=r"is no token for the student and '<think>' for the teacher"
+    ):
         require_same_vocabulary(student, teacher, {})
 
 
@@ -114,7 +151,9 @@ def test_special_tokens_that_one_side_adds_of_itself_are_a_note(student, tmp_pat
     tokenizer.post_processor = TemplateProcessing(single=adds, special_tokens=special)
     tokenizer.save(str(teacher / "tokenizer.json"))
     (note,) = require_same_vocabulary(student, teacher, {}).notes
-    assert note.startswith(f"of the text 'a' the student's tokenizer makes 'a' and the teacher's {shown(adds)!r}, with")
+    assert note.startswith(
+        f"of the text 'a' the student's tokenizer makes 'a' and the teacher's {shown(adds)!r}, with"
+    )
     assert require_same_vocabulary(student, model_directory(tmp_path / "same"), {}).notes == ()
 
 
@@ -155,6 +194,7 @@ def test_the_remap_a_pair_needs_is_proposed_and_then_accepted(tmp_path, own, the
     student, teacher = ending(tmp_path / "student", *own), ending(tmp_path / "teacher", *theirs)
     with pytest.raises(ConfigError) as refused:
         require_same_vocabulary(student, teacher, {})
+
     message = str(refused.value)
     assert message.endswith("; write eos_remap: {0: 2}  # '<|endoftext|>' -> '<|im_end|>'"), message
     assert yaml.safe_load(message[message.index("eos_remap:") :]) == {"eos_remap": remap}
@@ -169,9 +209,14 @@ def test_the_remap_a_pair_needs_is_proposed_and_then_accepted(tmp_path, own, the
         (
             (END,),
             (IM_END, IM_START, END),  # Llama-3.2 and its Instruct
-            "add 1 '<|im_start|>' to eos_token_id in the student's generation_config.json, and write eos_remap: {0: 2}",
+            "add 1 '<|im_start|>' to eos_token_id in the student's generation_config.json, "
+            "and write eos_remap: {0: 2}",
         ),
-        ((IM_END,), (IM_END, END), "add 0 '<|endoftext|>' to eos_token_id in the student's generation_config.json"),
+        (
+            (IM_END,),
+            (IM_END, END),
+            "add 0 '<|endoftext|>' to eos_token_id in the student's generation_config.json",
+        ),
         ((END, IM_END), (IM_END,), "take 0 '<|endoftext|>' out of eos_token_id"),
         ((END,), (IM_END, 9999), "9999 is no token of their tokenizer"),
     ],
@@ -180,14 +225,25 @@ def test_what_a_remap_alone_cannot_mend_is_said(tmp_path, own, theirs, advice):
     student, teacher = ending(tmp_path / "student", *own), ending(tmp_path / "teacher", *theirs)
     with pytest.raises(ConfigError) as refused:
         require_same_vocabulary(student, teacher, {})
+
     assert f"never stop; {advice}" in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("own", "theirs", "remap", "message"),
     [
-        ((END,), (IM_END,), {IM_START: IM_END}, "the student ends no response with 1, but with 0 '<|endoftext|>'"),
-        ((END,), (IM_END,), {END: IM_START}, "the teacher ends no response with 1, but with 2 '<|im_end|>'"),
+        (
+            (END,),
+            (IM_END,),
+            {IM_START: IM_END},
+            "the student ends no response with 1, but with 0 '<|endoftext|>'",
+        ),
+        (
+            (END,),
+            (IM_END,),
+            {END: IM_START},
+            "the teacher ends no response with 1, but with 2 '<|im_end|>'",
+        ),
         ((END, IM_START), (IM_END,), {END: IM_END, IM_START: IM_END}, "0 and 1 both become 2"),
         ((IM_END,), (IM_END,), {END: IM_END}, "the student ends no response with 0"),
         ((END, IM_END), (IM_END,), {END: IM_END}, "makes the student never stop"),  # two of one
@@ -198,6 +254,7 @@ def test_a_wrong_remap_is_refused(tmp_path, own, theirs, remap, message):
     student, teacher = ending(tmp_path / "student", *own), ending(tmp_path / "teacher", *theirs)
     with pytest.raises(ConfigError) as refused:
         require_same_vocabulary(student, teacher, remap)
+
     assert message in str(refused.value)
     assert str(student) in str(refused.value) and str(teacher) in str(refused.value)
 
@@ -208,7 +265,9 @@ def test_harmless_differences_are_notes(student, tmp_path):
     other = model_directory(tmp_path / "other")
     (other / "chat_template.jinja").write_text("{{ messages }}")
     settings = json.loads((other / "tokenizer_config.json").read_text())
-    (other / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "<|im_end|>"}))
+    (other / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "pad_token": "<|im_end|>"})
+    )
     assert require_same_vocabulary(student, other, {}).notes == (
         "chat templates differ; prompts are rendered with the student's",
         "pad_token is '<|endoftext|>' for the student and '<|im_end|>' for the teacher",
@@ -228,8 +287,13 @@ def test_a_tokenizer_is_loaded_once(student):
         ("<|im_end|>", None, (2,)),
     ],
 )
-def test_end_tokens_are_those_of_generation_config_and_tokenizer(tmp_path, eos, generation_eos, expected):
-    assert end_token_ids(model_directory(tmp_path / "m", eos=eos, generation_eos=generation_eos)) == expected
+def test_end_tokens_are_those_of_generation_config_and_tokenizer(
+    tmp_path, eos, generation_eos, expected
+):
+    assert (
+        end_token_ids(model_directory(tmp_path / "m", eos=eos, generation_eos=generation_eos))
+        == expected
+    )
 
 
 def test_without_a_generation_config_the_config_counts(student):
@@ -259,9 +323,11 @@ def test_vocabulary_size_is_that_of_the_head(tmp_path):
 def test_missing_files_are_one_clear_message(student, tmp_path):
     with pytest.raises(ConfigError, match="no such model directory"):
         load_tokenizer(tmp_path / "absent")
+
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="has no tokenizer"):
         load_tokenizer(tmp_path / "empty")
+
     (student / "config.json").unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
         vocab_size(student)

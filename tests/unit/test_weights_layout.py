@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from eopd.types import WeightTransferError
-from eopd.weights.layout import BucketHashError, ParameterMeta, bucket_num_bytes, cut_into_buckets, pack, unpack
+from eopd.weights.layout import (
+    BucketHashError,
+    ParameterMeta,
+    bucket_num_bytes,
+    cut_into_buckets,
+    pack,
+    unpack,
+)
 from eopd.weights.transfer import InitInfo, WeightReceiver, WeightSender, _Transfer
 from eopd.weights.wire import WireError
 
@@ -27,7 +34,8 @@ class DictSource:
 def tensors():
     generator = torch.Generator().manual_seed(0)
     return {
-        "odd": torch.randn(3, generator=generator).bfloat16(),  # 6 bytes: what follows is not aligned to 4
+        # 6 bytes: what follows is not aligned to 4
+        "odd": torch.randn(3, generator=generator).bfloat16(),
         "wide": torch.randn(5, 7, generator=generator),
         "strided": torch.randn(4, 6, generator=generator).t(),
         "scalar": torch.tensor(2.5),
@@ -40,12 +48,16 @@ def test_buckets_keep_order_and_bytes(bucket_bytes):
     source = DictSource(tensors())
     buckets = cut_into_buckets(source.metadata(), bucket_bytes)
     assert [p.name for b in buckets for p in b] == list(source.tensors)
+
     for bucket in buckets:
         assert len(bucket) == 1 or bucket_num_bytes(bucket) <= bucket_bytes
         buffer = torch.empty(bucket_num_bytes(bucket), dtype=torch.uint8)
         pack(source.gather(bucket), buffer)
+
         for name, tensor in unpack(buffer, bucket):
-            assert tensor.dtype == source.tensors[name].dtype and torch.equal(tensor, source.tensors[name])
+            assert tensor.dtype == source.tensors[name].dtype and torch.equal(
+                tensor, source.tensors[name]
+            )
 
 
 def test_a_wrong_sized_bucket_is_loud():
@@ -66,6 +78,7 @@ def connect(sender, num_receivers):
         joining = [pool.submit(WeightReceiver, InitInfo(**info), 0) for info in infos]
         receivers = [future.result() for future in joining]
         accepting.result()
+
     return receivers
 
 
@@ -81,6 +94,7 @@ class CorruptingWire:
     def broadcast(self, buffer):
         if self.countdown == 0:
             buffer[5] ^= 1
+
         self.countdown -= 1
         self.wire.broadcast(buffer)
 
@@ -89,11 +103,14 @@ def test_two_receivers_take_the_same_weights_twice_and_an_untaken_transfer_is_th
     source = DictSource(tensors())
     sender = make_sender(source)
     receivers = connect(sender, 2)
+
     for _ in range(2):
         for receiver in receivers:
             receiver.start()
+
         source.tensors = {name: t + 1 for name, t in source.tensors.items()}
         assert sender.send() == sum(t.numel() * t.itemsize for t in source.tensors.values())
+
     for receiver in receivers:
         receiver.check()
         received = dict(receiver.take())
@@ -110,18 +127,24 @@ def test_a_bucket_with_another_hash_is_named_and_the_group_takes_the_next_transf
     whole = sender._wire
     for receiver in receivers:
         receiver.start()
+
     sender._wire = CorruptingWire(whole, bucket=1)
     sender.send()
+
     for receiver in receivers:
         with pytest.raises(
-            BucketHashError, match=r"bucket 2 of 4 \(wide to wide\) was sent as ([0-9a-f]{32}) and arrived as (?!\1)"
+            BucketHashError,
+            match=r"bucket 2 of 4 \(wide to wide\) was sent as ([0-9a-f]{32}) and arrived as (?!\1)",
         ):
             receiver.check()
+
         with pytest.raises(BucketHashError):
             receiver.take()
+
     sender._wire = whole
     for receiver in receivers:
         receiver.start()
+
     sender.send()
     for receiver in receivers:
         receiver.check()
@@ -132,8 +155,12 @@ def test_a_sender_that_never_sends_costs_one_time_out():
     sender = make_sender(DictSource(tensors()), timeout_s=1.0, connect_timeout_s=60.0)
     (receiver,) = connect(sender, 1)
     receiver.start()
-    with pytest.raises(WeightTransferError, match=r"did not end within 1 s|failed: .* Timed out waiting 1000ms"):
+
+    with pytest.raises(
+        WeightTransferError, match=r"did not end within 1 s|failed: .* Timed out waiting 1000ms"
+    ):
         receiver.take()
+
     with pytest.raises(WireError, match="connect again"):
         receiver.start()
 
@@ -142,12 +169,15 @@ def test_an_engine_that_never_connects_costs_the_time_out_of_the_handshake():
     source = DictSource(tensors())
     sender = make_sender(source, timeout_s=3600.0, connect_timeout_s=1.0)
     present, _ = sender.open([1, 1], "secret")
+
     with ThreadPoolExecutor() as pool:
         joining = pool.submit(WeightReceiver, InitInfo(**present), 0)
         with pytest.raises(WireError, match=r"as rank 0 of 3, within connect_timeout_s = 1: "):
             sender.accept()
+
         with pytest.raises(WireError, match=r"as rank 1 of 3, within connect_timeout_s = 1: "):
             joining.result()
+
     (receiver,) = connect(sender, 1)
     receiver.start()
     sender.send()
@@ -158,15 +188,19 @@ def test_after_a_failure_the_source_is_walked_to_its_end_for_the_other_ranks():
     source = DictSource(tensors())
     sender = make_sender(source)
     gathered = []
-    source.gather = lambda bucket: gathered.append(bucket) or [source.tensors[p.name] for p in bucket]
+    source.gather = lambda bucket: (
+        gathered.append(bucket) or [source.tensors[p.name] for p in bucket]
+    )
     with pytest.raises(WireError, match="open, accept"):
         sender.send()
+
     assert len(gathered) == 4
     (receiver,) = connect(sender, 1)
     receiver.start()
     sender._wire.close()
     with pytest.raises(WireError, match="closed"):
         sender.send()
+
     assert len(gathered) == 8
     with pytest.raises(WeightTransferError, match=r"the sender at .* has left"):
         receiver.take()
@@ -180,6 +214,7 @@ def test_a_source_that_fails_ends_the_receivers_transfer_at_once():
     del source.tensors["large"]
     with pytest.raises(KeyError, match="large"):
         sender.send()
+
     with pytest.raises(WeightTransferError, match=r"the sender at .* has left"):
         receiver.take()
 

@@ -24,6 +24,7 @@ def test_what_is_no_number_is_refused(bad):
     engine[1] = bad
     with pytest.raises(ProbeError):
         compare_probe(engine, LEARNER, dtype="bfloat16")
+
     with pytest.raises(ProbeError):
         compare_probe(LEARNER, engine, dtype="bfloat16")
 
@@ -31,5 +32,6 @@ def test_what_is_no_number_is_refused(bad):
 def test_probes_of_other_lengths_are_no_probe():
     with pytest.raises(ValueError, match=r"\(3,\) and \(4,\)"):
         compare_probe(LEARNER[:3], LEARNER, dtype="float32")
+
     with pytest.raises(ValueError, match=r"\(0,\)"):
         compare_probe(LEARNER[:0], LEARNER[:0], dtype="float32")

@@ -1,4 +1,6 @@
-"""The bytes of a scoring request and answer: what was encoded comes back, and nothing foreign passes."""
+"""The bytes of a scoring request and answer: what was encoded comes back, and nothing foreign
+passes.
+"""
 
 import struct
 
@@ -9,21 +11,35 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from eopd.teacher.signal import SignalError, write_signal
-from eopd.teacher.wire import WireError, decode_answer, decode_request, encode_answer, encode_request
+from eopd.teacher.wire import (
+    WireError,
+    decode_answer,
+    decode_request,
+    encode_answer,
+    encode_request,
+)
 from eopd.types import Bounds, Exact, TeacherSignal
 
-IDS = arrays.arrays(np.int32, st.integers(0, 40))  # any id, also a negative one: the server says what is wrong with it
+# any id, also a negative one: the server says what is wrong with it
+IDS = arrays.arrays(np.int32, st.integers(0, 40))
 
 
 @st.composite
 def signals(draw):
     """What a teacher may say: distributions over 60 tokens, K of them named, K = 60 included."""
-    num_tokens, top_k, seed = draw(st.integers(1, 9)), draw(st.sampled_from([1, 2, 16, 60])), draw(st.integers(0, 99))
+    num_tokens, top_k, seed = (
+        draw(st.integers(1, 9)),
+        draw(st.sampled_from([1, 2, 16, 60])),
+        draw(st.integers(0, 99)),
+    )
     rng = np.random.default_rng(seed)
-    logprobs = np.log(rng.dirichlet(np.full(60, draw(st.sampled_from([0.3, 1.0, 50.0]))), num_tokens).clip(1e-30))
+    logprobs = np.log(
+        rng.dirichlet(np.full(60, draw(st.sampled_from([0.3, 1.0, 50.0]))), num_tokens).clip(1e-30)
+    )
     order = np.argsort(-logprobs, axis=1)
     ordered = np.take_along_axis(logprobs, order, 1)
     outside = [np.logaddexp.reduce(row[top_k:]) if top_k < 60 else -np.inf for row in ordered]
+
     return TeacherSignal(
         teacher="t",
         token_logprobs=logprobs[:, 0].astype(np.float32),
@@ -51,7 +67,12 @@ def test_an_answer_comes_back_bit_for_bit(signal):
     back = read(encode_answer(signal), signal)
     for name in ("token_logprobs", "topk_ids", "topk_logprobs", "tail_logprobs"):
         sent, arrived = getattr(signal, name), getattr(back, name)
-        assert (sent.dtype, sent.shape, sent.tobytes()) == (arrived.dtype, arrived.shape, arrived.tobytes())
+        assert (sent.dtype, sent.shape, sent.tobytes()) == (
+            arrived.dtype,
+            arrived.shape,
+            arrived.tobytes(),
+        )
+
     assert back.entropy.entropy.tobytes() == signal.entropy.entropy.tobytes()
 
 
@@ -103,6 +124,7 @@ BROKEN = {
 def test_foreign_bytes_are_refused(message):
     with pytest.raises(WireError, match=message):
         decode_request(BROKEN[message](REQUEST))
+
     with pytest.raises(WireError, match=message):
         read(BROKEN[message](ANSWER), example())
 
@@ -111,6 +133,7 @@ def test_no_part_of_a_message_is_taken_for_a_whole_one():
     for size in range(len(REQUEST)):
         with pytest.raises(WireError):
             decode_request(REQUEST[:size])
+
     for size in range(len(ANSWER)):
         with pytest.raises(WireError):
             read(ANSWER[:size], example())
@@ -120,6 +143,7 @@ def test_no_part_of_a_message_is_taken_for_a_whole_one():
 def test_noise_is_refused_loudly(noise):
     with pytest.raises(WireError):
         decode_request(noise)
+
     with pytest.raises(WireError):
         read(noise, example())
 

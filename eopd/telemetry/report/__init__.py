@@ -1,1 +1,3 @@
-"""A run to look at: the run directory in, one self-contained HTML file out. No network, no library in the page."""
+"""A run to look at: the run directory in, one self-contained HTML file out. No network, no
+library in the page.
+"""

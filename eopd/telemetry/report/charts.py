@@ -1,7 +1,8 @@
-"""Numbers to inline SVG. Every colour is a class of the page's style sheet, and never alone: a mark of its own shape
-ends each line, and dashes tell apart what one run has two of.
+"""Numbers to inline SVG. Every colour is a class of the page's style sheet, and never alone: a mark
+of its own shape ends each line, and dashes tell apart what one run has two of.
 
-A chart is a picture and, beside it, its numbers as JSON, which the page's script shows under the pointer.
+A chart is a picture and, beside it, its numbers as JSON, which the page's script shows under the
+pointer.
 """
 
 import itertools
@@ -33,7 +34,9 @@ def look(index: int) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve; a point that is None, or not finite, is a gap. ``color`` and ``dash`` count from 0."""
+    """One curve; a point that is None, or not finite, is a gap. ``color`` and ``dash`` count
+    from 0.
+    """
 
     label: str
     xs: Sequence[float]
@@ -54,6 +57,7 @@ class Line:
                 found[-1].append((x, y))
             elif found[-1]:
                 found.append([])
+
         return [piece for piece in found if piece]
 
     def points(self) -> list[tuple[float, float]]:
@@ -62,7 +66,9 @@ class Line:
 
 
 class Frame:
-    """Data to picture: x over the whole width, y from 0 (or the lowest value below it) to the highest."""
+    """Data to picture: x over the whole width, y from 0 (or the lowest value below it) to the
+    highest.
+    """
 
     def __init__(self, points: Sequence[tuple[float, float]]) -> None:
         xs, ys = [x for x, _ in points] or [0.0], [0.0, *(y for _, y in points)]
@@ -73,11 +79,15 @@ class Frame:
 
     def x(self, value: float) -> float:
         """Pixels from the left."""
-        return round(LEFT + (value - self.x_min) / (self.x_max - self.x_min) * (WIDTH - LEFT - RIGHT), 1)
+        return round(
+            LEFT + (value - self.x_min) / (self.x_max - self.x_min) * (WIDTH - LEFT - RIGHT), 1
+        )
 
     def y(self, value: float) -> float:
         """Pixels from the top."""
-        return round(TOP + (self.y_max - value) / (self.y_max - self.y_min) * (HEIGHT - TOP - BOTTOM), 1)
+        return round(
+            TOP + (self.y_max - value) / (self.y_max - self.y_min) * (HEIGHT - TOP - BOTTOM), 1
+        )
 
     def axes(self, percent: bool = False) -> str:
         """Grid lines and their labels."""
@@ -87,14 +97,20 @@ class Frame:
             label = f"{100 * tick:.4g}%" if percent else f"{tick:.4g}"
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
             parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{label}</text>')
+
         for tick in ticks(self.x_min, self.x_max, 5):
             x = min(self.x(tick), WIDTH - RIGHT - 6)
             parts.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">{tick:.6g}</text>')
+
         return "".join(parts)
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
         """``d`` of a polyline; of one point, a dot."""
-        return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points) + ("h0" if len(points) == 1 else "")
+        return (
+            "M"
+            + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
+            + ("h0" if len(points) == 1 else "")
+        )
 
 
 def ticks(low: float, high: float, number: int) -> list[float]:
@@ -102,13 +118,18 @@ def ticks(low: float, high: float, number: int) -> list[float]:
     rough = (high - low) / number
     scale = 10.0 ** math.floor(math.log10(rough))
     step = next(scale * factor for factor in _STEPS if scale * factor >= rough * 0.999)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def extremes(line: Line, num_points: int) -> Line:
-    """The same curve with about so many points: its ends, and the lowest and highest of every stretch, as they came."""
+    """The same curve with about so many points: its ends, and the lowest and highest of every
+    stretch, as they came.
+    """
     if len(line.xs) <= num_points:
         return line
+
     size = math.ceil(2 * len(line.xs) / max(num_points - 2, 1))
     ys = [math.nan if y is None else y for y in line.ys]
     drawn = [i for i, y in enumerate(ys) if math.isfinite(y)]
@@ -116,14 +137,21 @@ def extremes(line: Line, num_points: int) -> Line:
     for _, group in itertools.groupby(drawn, key=lambda i: i // size):
         stretch = list(group)
         kept |= {min(stretch, key=ys.__getitem__), max(stretch, key=ys.__getitem__)}
+
     order = sorted(kept)
+
     return replace(line, xs=[line.xs[i] for i in order], ys=[line.ys[i] for i in order])
 
 
 def thinned(line: Line, num_points: int) -> Line:
-    """The same curve with at most so many points, each the mean of its neighbours; a gap where none can be drawn."""
+    """The same curve with at most so many points, each the mean of its neighbours; a gap
+    where none can be drawn.
+    """
     size = max(1, math.ceil(len(line.xs) / num_points))
-    cuts = [replace(line, xs=line.xs[i : i + size], ys=line.ys[i : i + size]) for i in range(0, len(line.xs), size)]
+    cuts = [
+        replace(line, xs=line.xs[i : i + size], ys=line.ys[i : i + size])
+        for i in range(0, len(line.xs), size)
+    ]
     return replace(line, xs=[cut.xs[-1] for cut in cuts], ys=[_mean(cut) for cut in cuts])
 
 
@@ -142,9 +170,15 @@ def _mean(line: Line) -> float | None:
 
 
 def curves(
-    title: str, lines: Sequence[Line], *, percent: bool = False, num_points: int = 300, marks: Sequence[float] = ()
+    title: str,
+    lines: Sequence[Line],
+    *,
+    percent: bool = False,
+    num_points: int = 300,
+    marks: Sequence[float] = (),
 ) -> Markup:
-    """Lines over steps: what was measured, faint, and its running mean. ``num_points`` of a line are drawn at most.
+    """Lines over steps: what was measured, faint, and its running mean. ``num_points`` of a line
+    are drawn at most.
 
     ``marks`` are steps at which something changed.
     """
@@ -153,15 +187,20 @@ def curves(
     parts = [frame.axes(percent)]
     for x in (frame.x(step) for step in marks if frame.x_min <= step <= frame.x_max):
         parts.append(f'<line class="changed" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+
     for line, measured in zip(lines, raw, strict=True):
         usual = smoothed(thinned(line, num_points))
         for name, drawn in (("raw", measured), ("line", usual)):
             if pieces := drawn.pieces():
                 path = "".join(frame.path(piece) for piece in pieces)
                 parts.append(f'<path class="{name} {line.classes}" d="{path}"/>')
+
         for x, y in usual.points()[-1:]:
             place = f"translate({frame.x(x)} {frame.y(y)})"
-            parts.append(f'<path class="mark {line.classes}" transform="{place}" d="{look(line.color)[1]}"/>')
+            parts.append(
+                f'<path class="mark {line.classes}" transform="{place}" d="{look(line.color)[1]}"/>'
+            )
+
     return _svg(title, parts, raw, frame, percent=percent)
 
 
@@ -170,11 +209,17 @@ Points: TypeAlias = Sequence[tuple[float, float]]
 
 def totals(lines: Sequence[Line]) -> Points:
     """The sum of lines that have the same steps and no gaps."""
-    return [(x, sum(y or 0.0 for y in ys)) for x, *ys in zip(lines[0].xs, *(line.ys for line in lines), strict=True)]
+    return [
+        (x, sum(y or 0.0 for y in ys))
+        for x, *ys in zip(lines[0].xs, *(line.ys for line in lines), strict=True)
+    ]
 
 
-def stacked(title: str, lines: Sequence[Line], classes: Sequence[str], reach: Points = ()) -> Markup:
-    """Areas on top of each other; lines have the same steps and no gaps, and ``classes`` fill them from below.
+def stacked(
+    title: str, lines: Sequence[Line], classes: Sequence[str], reach: Points = ()
+) -> Markup:
+    """Areas on top of each other; lines have the same steps and no gaps, and ``classes`` fill them
+    from below.
 
     The axes hold the points of ``reach`` too: what the pictures beside this one show.
     """
@@ -183,32 +228,48 @@ def stacked(title: str, lines: Sequence[Line], classes: Sequence[str], reach: Po
     for line in lines:
         floors = [floor + y for floor, (_, y) in zip(floors, line.points(), strict=True)]
         edges.append(floors)
+
     frame = Frame([*reach, *totals(lines)])
     parts = [frame.axes()]
+
     for line, (below, above), name in zip(lines, itertools.pairwise(edges), classes, strict=True):
         xs = [*line.xs, *reversed(line.xs)]
         outline = frame.path(list(zip(xs, [*above, *reversed(below)], strict=True)))
         parts.append(f'<path class="area {name}" d="{outline}Z"/>')
+
     return _svg(title, parts, lines, frame)
 
 
 def histogram(
     title: str, lines: Sequence[Line], bin_width: float, threshold: float | None, reach: Points = ()
 ) -> Markup:
-    """Shares of tokens by bin, as steps; ``ys`` are shares, ``xs`` left edges of the bins; ``reach`` as above."""
-    filled = [(x, y) for x, y in [*reach, *(point for line in lines for point in line.points())] if y > 0.0]
+    """Shares of tokens by bin, as steps; ``ys`` are shares, ``xs`` left edges of the bins;
+    ``reach`` as above.
+    """
+    filled = [
+        (x, y)
+        for x, y in [*reach, *(point for line in lines for point in line.points())]
+        if y > 0.0
+    ]
     right = bin_width + max([1.0, *(x for x, _ in filled)])
     kept = round(right / bin_width)
     lines = [replace(line, xs=line.xs[:kept], ys=line.ys[:kept]) for line in lines]
     frame = Frame([(0.0, 0.0), (right, 0.0), *filled])
     parts = [frame.axes(percent=True)]
+
     for line in lines:
         outline = [corner for x, y in line.points() for corner in ((x, y), (x + bin_width, y))]
-        parts.append(f'<path class="bars {line.classes}" d="{frame.path([(0.0, 0.0), *outline, (right, 0.0)])}"/>')
+        parts.append(
+            f'<path class="bars {line.classes}" d="{frame.path([(0.0, 0.0), *outline, (right, 0.0)])}"/>'
+        )
+
     if threshold is not None and threshold < right:
         x = frame.x(threshold)
-        parts.append(f'<line class="threshold" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(
+            f'<line class="threshold" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        )
         parts.append(f'<text class="threshold" x="{x + 4}" y="{TOP + 9}">gate opens</text>')
+
     return _svg(title, parts, lines, frame, percent=True, bin_width=bin_width)
 
 
@@ -221,7 +282,11 @@ def _svg(
     percent: bool = False,
     bin_width: float | None = None,
 ) -> Markup:
-    drawn = [(line.label, points) for line in lines if (points := [(x, float(f"{y:.4g}")) for x, y in line.points()])]
+    drawn = [
+        (line.label, points)
+        for line in lines
+        if (points := [(x, float(f"{y:.4g}")) for x, y in line.points()])
+    ]
     numbers = {
         "x": "nats from" if bin_width else "step",
         "grid": bin_width or 1,
@@ -235,6 +300,7 @@ def _svg(
     picture = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
         WIDTH, HEIGHT, f"{title}. {says or 'no numbers yet'}"
     )
+
     return picture + Markup("".join(parts)) + Markup("</svg>") + as_json(numbers)
 
 
@@ -247,31 +313,48 @@ def as_json(value: object) -> Markup:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One row of a timeline: ``spans`` of (from, to, class, what), in seconds; None where nobody knows."""
+    """One row of a timeline: ``spans`` of (from, to, class, what), in seconds; None where
+    nobody knows.
+    """
 
     label: str
     spans: Sequence[tuple[float, float, str, str]] | None
 
 
 def timeline(title: str, lanes: Sequence[Lane], seconds: float) -> Markup:
-    """Who did what when, from 0 to ``seconds``. Positions are shares of the width, so that text keeps its size."""
+    """Who did what when, from 0 to ``seconds``. Positions are shares of the width, so that
+    text keeps its size.
+    """
     row = 46
     height = row * len(lanes) + 24
     parts = []
+
     for index, lane in enumerate(lanes):
         y = index * row
         parts.append(Markup('<text x="0" y="{}" class="lane">{}</text>').format(y + 14, lane.label))
         if lane.spans is not None:
-            parts.append(Markup('<rect x="0" width="100%" y="{}" height="18" class="idle"/>').format(y + 20))
+            parts.append(
+                Markup('<rect x="0" width="100%" y="{}" height="18" class="idle"/>').format(y + 20)
+            )
+
         for start, stop, name, what in lane.spans or ():
-            shape = Markup('<rect x="{:.3f}%" width="{:.3f}%" y="{}" height="18" class="{}"><title>{}</title></rect>')
+            shape = Markup(
+                '<rect x="{:.3f}%" width="{:.3f}%" y="{}" height="18" class="{}"><title>{}</title></rect>'
+            )
             share, width = 100 * start / seconds, 100 * (stop - start) / seconds
-            parts.append(shape.format(share, width, y + 20, name, f"{what}: {start:.2f} to {stop:.2f} s"))
+            parts.append(
+                shape.format(share, width, y + 20, name, f"{what}: {start:.2f} to {stop:.2f} s")
+            )
+
     for tick in ticks(0.0, seconds, 4):
         share = 100 * tick / seconds
         anchor = "start" if share < 5 else "end" if share > 95 else "middle"
         parts.append(
-            Markup('<text x="{:.2f}%" y="{}" text-anchor="{}">{:g} s</text>').format(share, height - 4, anchor, tick)
+            Markup('<text x="{:.2f}%" y="{}" text-anchor="{}">{:g} s</text>').format(
+                share, height - 4, anchor, tick
+            )
         )
+
     opening = Markup('<svg class="timeline" width="100%" height="{}" role="img" aria-label="{}">')
+
     return opening.format(height, title) + Markup("").join(parts) + Markup("</svg>")

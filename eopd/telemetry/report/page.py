@@ -1,4 +1,6 @@
-"""Runs to one HTML file: what goes where on the page. Its text, style and script are the files beside this one."""
+"""Runs to one HTML file: what goes where on the page. Its text, style and script are the
+files beside this one.
+"""
 
 import logging
 import math
@@ -14,7 +16,14 @@ from markupsafe import Markup
 from eopd.config import ConfigError
 from eopd.telemetry.report import charts
 from eopd.telemetry.report.charts import Lane, Line, look
-from eopd.telemetry.report.reading import Record, RunRecord, comparison, headline, measured_differently, read_runs
+from eopd.telemetry.report.reading import (
+    Record,
+    RunRecord,
+    comparison,
+    headline,
+    measured_differently,
+    read_runs,
+)
 from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, count_prompts, prompts_of
 from eopd.telemetry.rows import parse_series
 
@@ -29,7 +38,10 @@ CURVES: Final[Sequence[tuple[str, Mapping[str, str]]]] = (
         "Forward KL (nats)",
         {"eopd_forward_kl_gated_nats": "gate open", "eopd_forward_kl_ungated_nats": "gate shut"},
     ),
-    ("Entropy (nats)", {"eopd_teacher_entropy_nats": "teacher", "eopd_student_entropy_nats": "student"}),
+    (
+        "Entropy (nats)",
+        {"eopd_teacher_entropy_nats": "teacher", "eopd_student_entropy_nats": "student"},
+    ),
     ("Gate open (share of tokens)", {"eopd_gate_ratio": "gate"}),
     (
         "Mass on the teacher's top k",
@@ -63,7 +75,10 @@ PARTS: Final[Mapping[str, tuple[str, str]]] = {
 }
 PAPER_TAU: Final = 0.8  # nats
 _ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader(__name__, ""), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    loader=jinja2.PackageLoader(__name__, ""),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
 )
 
 
@@ -88,7 +103,9 @@ def write_report(directories: Sequence[Path], output: Path) -> None:
 
 
 def report_of_ended(directory: Path, output: Path) -> None:
-    """The report of a run that has ended as it has: a report that fails changes nothing, and is logged."""
+    """The report of a run that has ended as it has: a report that fails changes nothing, and
+    is logged.
+    """
     try:
         write_report([directory], output)
     except ConfigError as nothing_to_show:
@@ -124,17 +141,26 @@ def render(runs: Sequence[RunRecord]) -> str:
 
 
 def _more(runs: Sequence[RunRecord]) -> list[tuple[str, Mapping[str, str]]]:
-    """Those of ``MORE_CURVES`` that some row has, and by their reasons the trajectories that were lost, if any."""
+    """Those of ``MORE_CURVES`` that some row has, and by their reasons the trajectories that
+    were lost, if any.
+    """
     highest: dict[str, float] = {}
-    for name, value in ((name, value) for run in runs for row in run.rows for name, value in row.items()):
+    for name, value in (
+        (name, value) for run in runs for row in run.rows for name, value in row.items()
+    ):
         if value is not None:
             highest[name] = max(value, highest.get(name, value))
+
     lost = {
         name: parse_series(name)[1]["reason"]
         for name, value in sorted(highest.items())
         if name.startswith("eopd_lost_trajectories_total") and value > 0
     }
-    found = [(title, {name: what for name, what in of.items() if name in highest}) for title, of in MORE_CURVES]
+    found = [
+        (title, {name: what for name, what in of.items() if name in highest})
+        for title, of in MORE_CURVES
+    ]
+
     return [(title, metrics) for title, metrics in [*found, ("Lost trajectories", lost)] if metrics]
 
 
@@ -154,17 +180,24 @@ def _curves(title: str, metrics: Mapping[str, str], runs: Sequence[RunRecord]) -
     ]
     known = [parse_series(name)[0] for name in metrics]
     percent = all(metric.unit == "ratio" for metric in known)
-    legend = {f"c{'n' if many else dash} d{dash}": label for dash, label in enumerate(metrics.values())}
+    legend = {
+        f"c{'n' if many else dash} d{dash}": label for dash, label in enumerate(metrics.values())
+    }
     note = " ".join(dict.fromkeys(metric.healthy for metric in known))
     num_points = min(max(POINTS // len(runs), 40), 300)
     marks = sorted({change["from_step"] for run in runs for change in run.changes})
     picture = charts.curves(title, lines, percent=percent, num_points=num_points, marks=marks)
+
     return Figure(title, picture, note, legend if len(metrics) > 1 else {})
 
 
 def _histograms(runs: Sequence[RunRecord]) -> list[Figure]:
     """Entropy of teacher and student, of each run and phase."""
-    records = [(run, phase, record, _shares(record)) for run in runs for phase, record in run.held_out.items()]
+    records = [
+        (run, phase, record, _shares(record))
+        for run in runs
+        for phase, record in run.held_out.items()
+    ]
     reach = [point for *_, lines in records for line in lines for point in line.points()]
     return [_histogram(run, phase, record, lines, reach) for run, phase, record, lines in records]
 
@@ -174,19 +207,30 @@ def _shares(record: Record) -> list[Line]:
     for index, who in enumerate(("teacher", "student")):
         counts = record[f"{who}_entropy_counts"]
         edges = [round(i * record["entropy_bin_nats"], 6) for i in range(len(counts))]
-        lines.append(Line(who, edges, [count / max(sum(counts), 1) for count in counts], index, index))
+        lines.append(
+            Line(who, edges, [count / max(sum(counts), 1) for count in counts], index, index)
+        )
+
     return lines
 
 
-def _histogram(run: RunRecord, phase: str, record: Record, lines: Sequence[Line], reach: charts.Points) -> Figure:
+def _histogram(
+    run: RunRecord, phase: str, record: Record, lines: Sequence[Line], reach: charts.Points
+) -> Figure:
     width = record["entropy_bin_nats"]
     tau = run.config.get("loss.gate.tau")
     # the first edge of a bin that is no lower: what a bin holds below it cannot be told apart
     edge = math.ceil((tau if isinstance(tau, int | float) else PAPER_TAU) / width - 1e-9) * width
-    shares = [f"{line.label} {sum(y for x, y in line.points() if x >= edge - 1e-6):.1%}" for line in lines]
+    shares = [
+        f"{line.label} {sum(y for x, y in line.points() if x >= edge - 1e-6):.1%}" for line in lines
+    ]
     title = f"{run.name}: {phase} training (step {record['step']})"
-    note = f"Tokens above {edge:.3g} nats: {', '.join(shares)}. {sum(record['teacher_entropy_counts']):,} tokens."
+    note = (
+        f"Tokens above {edge:.3g} nats: {', '.join(shares)}. "
+        f"{sum(record['teacher_entropy_counts']):,} tokens."
+    )
     picture = charts.histogram(title, lines, width, run.threshold, reach)
+
     return Figure(title, picture, note, {"c0 d0": "teacher", "c1 d1": "student"})
 
 
@@ -199,12 +243,24 @@ def _splits(runs: Sequence[RunRecord]) -> list[Figure]:
 
 def _seconds(run: RunRecord) -> dict[str, Line]:
     """The parts of a step that a run has recorded, at the steps that have all of them."""
-    found = [part for part in PARTS if any(seconds is not None for seconds in run.column(f"eopd_{part}_seconds"))]
+    found = [
+        part
+        for part in PARTS
+        if any(seconds is not None for seconds in run.column(f"eopd_{part}_seconds"))
+    ]
     names = {part: f"eopd_{part}_seconds" for part in found}
     rows = [row for row in run.rows if all(row.get(name) is not None for name in names.values())]
     steps = [row["step"] for row in rows]
-    lines = {part: Line(PARTS[part][0], steps, [row[name] for row in rows]) for part, name in names.items()}
-    return {part: charts.smoothed(charts.thinned(line, 200)) for part, line in lines.items()} if rows else {}
+    lines = {
+        part: Line(PARTS[part][0], steps, [row[name] for row in rows])
+        for part, name in names.items()
+    }
+
+    return (
+        {part: charts.smoothed(charts.thinned(line, 200)) for part, line in lines.items()}
+        if rows
+        else {}
+    )
 
 
 def _split(run: RunRecord, parts: Mapping[str, Line], reach: charts.Points) -> Figure:
@@ -224,7 +280,9 @@ def _timelines(runs: Sequence[RunRecord]) -> list[Figure]:
 
 
 def _usual(run: RunRecord) -> Record:
-    """The step of median length among the later half, once everything is warm, of those that have a timeline."""
+    """The step of median length among the later half, once everything is warm, of those that
+    have a timeline.
+    """
     later = run.rows[len(run.rows) // 2 :]
     known = [[row for row in rows if row["step"] in run.timeline] for rows in (later, run.rows)]
     rows = sorted(known[0] or known[1] or later, key=lambda row: float(row["eopd_step_seconds"]))
@@ -235,6 +293,7 @@ def _timeline(run: RunRecord, row: Record, longest: float) -> Figure:
     """One step, on an axis of ``longest`` seconds."""
     seconds = row["eopd_step_seconds"]
     lanes = []
+
     for stage, who, does, name in (
         ("generate", "Rollout engines", "some write", "f-rollout"),
         ("score", "Teachers", "some read", "f-teacher"),
@@ -243,28 +302,40 @@ def _timeline(run: RunRecord, row: Record, longest: float) -> Figure:
         if spans is None:
             lanes.append(Lane(f"{who}: not recorded", None))
             continue
+
         # what began before the step, between it and the one before, is drawn from the step's start
         busy = [(max(a, 0.0), b) for a, b in spans if b > 0.0]
         label = f"{who}, busy {sum(b - a for a, b in busy) / seconds:.0%}"
         lanes.append(Lane(label, [(a, b, name, does) for a, b in busy]))
+
     lanes.append(_learner(row))
     title = f"{run.name}: step {row['step']}, {seconds:.2f} s"
+
     return Figure(title, charts.timeline(title, lanes, longest), "", {})
 
 
 def _learner(row: Record) -> Lane:
-    """What the learner did, one after the other; where its waits were not recorded, the rest up to the step's end."""
+    """What the learner did, one after the other; where its waits were not recorded, the rest
+    up to the step's end.
+    """
     took = {part: row.get(f"eopd_{part}_seconds") for part in PARTS}
     known = {part: seconds for part, seconds in took.items() if seconds is not None}
     step = row["eopd_step_seconds"]
     start = 0.0 if len(known) == len(took) else max(0.0, step - sum(known.values()))
     spans = []
+
     for part, seconds in known.items():
         label, name = PARTS[part]
         spans.append((start, start + seconds, name, label))
         start += seconds
+
     waits = [known[part] for part in ("wait_rollout", "wait_teacher") if part in known]
-    label = f"Learner, waits {sum(waits) / step:.0%}" if len(waits) == 2 else "Learner: waits not recorded"
+    label = (
+        f"Learner, waits {sum(waits) / step:.0%}"
+        if len(waits) == 2
+        else "Learner: waits not recorded"
+    )
+
     return Lane(label, spans)
 
 

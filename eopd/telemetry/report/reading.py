@@ -1,4 +1,5 @@
-"""What a run directory holds, read for people: also of a run that is under way, that failed, or was cut off.
+"""What a run directory holds, read for people: also of a run that is under way, that failed, or was
+cut off.
 
 Lines that cannot be read are left out and counted; the page says so. The files are described in
 ``runtime/run_directory.py``.
@@ -32,7 +33,9 @@ HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """One run. ``rows`` are those of ``metrics.jsonl``, null for what was not finite; at least one."""
+    """One run. ``rows`` are those of ``metrics.jsonl``, null for what was not finite; at
+    least one.
+    """
 
     name: str
     config_text: str
@@ -49,7 +52,11 @@ class RunRecord:
     def threshold(self) -> float | None:
         """The teacher entropy in nats above which the gate opens; None where it is no such gate."""
         tau = self.config.get("loss.gate.tau")
-        return float(tau) if self.config.get("loss.gate.kind") == "hard" and isinstance(tau, int | float) else None
+        return (
+            float(tau)
+            if self.config.get("loss.gate.kind") == "hard" and isinstance(tau, int | float)
+            else None
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -80,19 +87,26 @@ def _read_run(directory: Path, name: str) -> RunRecord:
     saved = directory / "config.yaml"
     if not saved.is_file():
         raise ConfigError(f"{directory} holds no run (it has no config.yaml)")
+
     notes: list[str] = []
     rows = _lines(directory / "metrics.jsonl", notes, *_OF_EVERY_ROW)
     if not rows:
         raise ConfigError(f"{directory}: no step was completed yet (metrics.jsonl has no rows)")
+
     text = saved.read_text(encoding="utf-8", errors="replace")
+
     return RunRecord(
         name=name,
         config_text=text,
         config=flatten(_yaml(text, notes)),
         rows=rows,
         summary=_object(directory / "summary.json", notes),
-        held_out={line["phase"]: line for line in _lines(directory / "held_out.jsonl", notes, "phase")},
-        timeline={line["step"]: line for line in _lines(directory / "timeline.jsonl", notes, "step")},
+        held_out={
+            line["phase"]: line for line in _lines(directory / "held_out.jsonl", notes, "phase")
+        },
+        timeline={
+            line["step"]: line for line in _lines(directory / "timeline.jsonl", notes, "step")
+        },
         versions=_object(directory / "versions.json", notes),
         changes=_lines(directory / "changes.jsonl", notes, "from_step"),
         notes=notes,
@@ -100,15 +114,23 @@ def _read_run(directory: Path, name: str) -> RunRecord:
 
 
 def _lines(path: Path, notes: list[str], *keys: str) -> list[Record]:
-    """The objects of a file of JSON lines that have some keys; none where there is no file, since not every run has
-    come that far.
+    """The objects of a file of JSON lines that have some keys; none where there is no file, since
+    not every run has come that far.
     """
     if not path.exists():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
-    found = [record for line in lines if (record := _parsed(line)) and all(record.get(k) is not None for k in keys)]
+
+    lines = [
+        line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line
+    ]
+    found = [
+        record
+        for line in lines
+        if (record := _parsed(line)) and all(record.get(k) is not None for k in keys)
+    ]
     if unread := len(lines) - len(found):
         notes.append(f"{unread} of {len(lines)} lines of {path.name} could not be read")
+
     return found
 
 
@@ -116,6 +138,7 @@ def _object(path: Path, notes: list[str]) -> Record:
     found = _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
     if found is None:
         notes.append(f"{path.name} is missing or cannot be read")
+
     return found or {}
 
 
@@ -124,6 +147,7 @@ def _parsed(text: str) -> Record | None:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
+
     return found if isinstance(found, dict) else None
 
 
@@ -146,7 +170,11 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
     wall = run.summary.get("wall_s", 0.0)
     if status in ("running", "unknown"):  # then the summary is as old as the last checkpoint
         wall = max(wall, last["time"] - run.rows[0]["time"] + run.rows[0]["eopd_step_seconds"])
-    age = {"since then": _clock(max(0.0, time.time() - last["time"]))} if status == "running" else {}
+
+    age = (
+        {"since then": _clock(max(0.0, time.time() - last["time"]))} if status == "running" else {}
+    )
+
     return {
         "name": run.name,
         "status": status,
@@ -161,7 +189,12 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
             **age,
         },
         "held_out": [
-            _change(label, unit, (held_out.get("before") or {}).get(name), (held_out.get("after") or {}).get(name))
+            _change(
+                label,
+                unit,
+                (held_out.get("before") or {}).get(name),
+                (held_out.get("after") or {}).get(name),
+            )
             for name, (label, unit) in named.items()
         ],
     }
@@ -170,20 +203,33 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
 def _changed(change: Record) -> str:
     """From which step what was set to what."""
     pairs = [(key, *map(_plain, values)) for key, values in change.get("changes", {}).items()]
-    return f"From step {change['from_step']}: {'; '.join(f'{key} {old} → {new}' for key, old, new in pairs)}"
+    return (
+        f"From step {change['from_step']}: "
+        f"{'; '.join(f'{key} {old} → {new}' for key, old, new in pairs)}"
+    )
 
 
 def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _change(label: str, unit: str, before: Record | None, after: Record | None) -> Mapping[str, str]:
+def _change(
+    label: str, unit: str, before: Record | None, after: Record | None
+) -> Mapping[str, str]:
     difference = "" if before is None or after is None else f"{after['mean'] - before['mean']:+.3f}"
-    return {"label": label, "unit": unit, "before": _measured(before), "after": _measured(after), "change": difference}
+    return {
+        "label": label,
+        "unit": unit,
+        "before": _measured(before),
+        "after": _measured(after),
+        "change": difference,
+    }
 
 
 def _parts(measured: Sequence[Record | None]) -> dict[str, tuple[str, str]]:
-    """Label and unit of what was measured on parts of the tokens, as ``reverse_kl: teacher unsure``."""
+    """Label and unit of what was measured on parts of the tokens, as ``reverse_kl: teacher
+    unsure``.
+    """
     names = {name for one in measured for name in one or {} if ": " in name}
     pairs = {name: name.split(": ", maxsplit=1) for name in sorted(names, reverse=True)}
     return {
@@ -198,10 +244,17 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     after = [(run.summary.get("held_out", {}).get("after") or {}) for run in runs]
     facts = [headline(run)["facts"] for run in runs]
     names = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
-    labels = {name: HELD_OUT[name][0] for name in names} | {name: label for name, (label, _) in _parts(after).items()}
-    rows = [(f"held-out {label}, after", [_measured(one.get(name)) for one in after]) for name, label in labels.items()]
+    labels = {name: HELD_OUT[name][0] for name in names} | {
+        name: label for name, (label, _) in _parts(after).items()
+    }
+    rows = [
+        (f"held-out {label}, after", [_measured(one.get(name)) for one in after])
+        for name, label in labels.items()
+    ]
+
     return rows + [
-        (name, [one[name] for one in facts]) for name in ("response tokens", "wall time", "tokens per second")
+        (name, [one[name] for one in facts])
+        for name in ("response tokens", "wall time", "tokens per second")
     ]
 
 
@@ -209,7 +262,8 @@ def measured_differently(runs: Sequence[RunRecord]) -> list[str]:
     """The parts of the configs by which held-out numbers of the runs do not compare."""
 
     def part(run: RunRecord, name: str) -> dict[str, object]:
-        kept = (key for key in run.config if key != "evaluation.samples")  # how many are shown changes no number
+        # how many are shown changes no number
+        kept = (key for key in run.config if key != "evaluation.samples")
         return {key: run.config[key] for key in kept if f"{key}.".startswith(f"{name}.")}
 
     names = ("teachers", "prompts.held_out", "evaluation", "rollout.temperature")
@@ -219,6 +273,7 @@ def measured_differently(runs: Sequence[RunRecord]) -> list[str]:
 def _measured(found: Record | None) -> str:
     if found is None:
         return "-"
+
     error = found["standard_error"]
     return f"{found['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 

@@ -1,4 +1,6 @@
-"""Held-out samples token by token: coloured text, and what the page shows of the token under the pointer."""
+"""Held-out samples token by token: coloured text, and what the page shows of the token under
+the pointer.
+"""
 
 import itertools
 import math
@@ -21,7 +23,9 @@ KL_EDGES: Final = (-2.0, -0.5, -0.1, 0.1, 0.5, 2.0, 5.0)
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What one run wrote to one prompt, before or after. ``gate_ratio`` is None where the gate has no threshold."""
+    """What one run wrote to one prompt, before or after. ``gate_ratio`` is None where the
+    gate has no threshold.
+    """
 
     run: str
     color: int
@@ -52,15 +56,21 @@ def prompts_of(runs: Sequence[RunRecord]) -> list[Prompt]:
         for measured in run.held_out.values():
             for sample in measured["samples"]:
                 found.setdefault(sample["prompt"], []).append((color, measured, sample))
+
     shown = _chosen(
-        [[text for text, of in found.items() if i in {color for color, *_ in of}] for i in range(len(runs))]
+        [
+            [text for text, of in found.items() if i in {color for color, *_ in of}]
+            for i in range(len(runs))
+        ]
     )
     room = MAX_TOKENS // max(sum(len(found[text]) for text in shown), 1)
+
     return [
         Prompt(
             text=_cut(visible(text), MAX_PROMPT),
             responses=[
-                _response(runs[color], color, measured, sample, room) for color, measured, sample in found[text]
+                _response(runs[color], color, measured, sample, room)
+                for color, measured, sample in found[text]
             ],
         )
         for text in shown
@@ -86,14 +96,22 @@ def _cut(text: str, most: int) -> str:
 
 
 def visible(text: str) -> str:
-    """A model's text as a person can see it: no control characters, none that turn the line around."""
+    """A model's text as a person can see it: no control characters, none that turn the line
+    around.
+    """
     kept = (c if c.isprintable() or c in "\n\t\u00a0\u3000" else "\ufffd" for c in text)
     return "".join(kept)
 
 
 def _response(run: RunRecord, color: int, measured: Record, sample: Record, room: int) -> Response:
     tokens = list(_tokens(sample, run.threshold))
-    texts = sorted({text for token in tokens[:room] for text in (token.text, *(one for one, _ in token.candidates))})
+    texts = sorted(
+        {
+            text
+            for token in tokens[:room]
+            for text in (token.text, *(one for one, _ in token.candidates))
+        }
+    )
     number = {text: index for index, text in enumerate(texts)}
     spans = Markup("").join(
         Markup('<span class="{}">{}</span>').format(token.classes, token.text.replace("\n", "↵\n"))
@@ -117,6 +135,7 @@ def _response(run: RunRecord, color: int, measured: Record, sample: Record, room
     ]
     kept = [token for token in tokens if token.counts] or tokens
     finite = [token.kl for token in kept if math.isfinite(token.kl)]
+
     return Response(
         run=run.name,
         color=color,
@@ -127,7 +146,9 @@ def _response(run: RunRecord, color: int, measured: Record, sample: Record, room
         teacher_entropy=_mean([(token.low + token.high) / 2 for token in kept]),
         reverse_kl=_mean(finite) if finite else math.nan,
         num_infinite=len(kept) - len(finite),
-        gate_ratio=None if run.threshold is None else _mean([float(token.gate == "open") for token in kept]),
+        gate_ratio=None
+        if run.threshold is None
+        else _mean([float(token.gate == "open") for token in kept]),
         spans=spans,
         data=as_json({"texts": [text.replace("\n", "↵") for text in texts], "tokens": rows}),
     )
@@ -157,6 +178,7 @@ class Token:
         """Log p - log q; infinite where the teacher rules the token out."""
         if self.teacher_logprob is None or self.student_logprob is None:
             return math.inf
+
         return self.student_logprob - self.teacher_logprob
 
     @property
@@ -164,7 +186,11 @@ class Token:
         """How the page draws it: entropy, KL, gate; masked where it does not enter the loss."""
         if not self.counts:
             return "masked"
-        entropy, kl = bisect_right(ENTROPY_EDGES, (self.low + self.high) / 2), bisect_right(KL_EDGES, self.kl)
+
+        entropy, kl = (
+            bisect_right(ENTROPY_EDGES, (self.low + self.high) / 2),
+            bisect_right(KL_EDGES, self.kl),
+        )
         return f"e{entropy} k{kl} {self.gate}".rstrip()
 
 
@@ -194,9 +220,12 @@ def _tokens(sample: Record, threshold: float | None) -> Iterator[Token]:
 
 
 def _gate(low: float, high: float, threshold: float | None) -> str:
-    """Nothing where there is no threshold; unsure where the bounds on the entropy lie on both sides of it."""
+    """Nothing where there is no threshold; unsure where the bounds on the entropy lie on both
+    sides of it.
+    """
     if threshold is None:
         return ""
+
     return "open" if low > threshold else "shut" if high <= threshold else "unsure"
 
 

@@ -1,4 +1,6 @@
-"""Random cases, and the objective written out token by token over the whole vocabulary in float64: the oracle."""
+"""Random cases, and the objective written out token by token over the whole vocabulary in
+float64: the oracle.
+"""
 
 import math
 from collections.abc import Callable
@@ -43,7 +45,11 @@ class Case:
     temperature: float = 1.0
 
     def leaves(self) -> list[Tensor]:
-        return [x.detach().clone().requires_grad_() for x in (self.hidden, self.weight, self.bias) if x is not None]
+        return [
+            x.detach().clone().requires_grad_()
+            for x in (self.hidden, self.weight, self.bias)
+            if x is not None
+        ]
 
     def with_tokens(self, **changes: Any) -> "Case":
         return replace(self, tokens=replace(self.tokens, **changes))
@@ -61,6 +67,7 @@ def teacher_signal(logits: Tensor, k: int, targets: Tensor) -> dict[str, Tensor]
     log_q = logits.double().log_softmax(-1)
     top = log_q.topk(k)
     rest = log_q.scatter(1, top.indices, -math.inf).logsumexp(-1)
+
     return {
         "teacher_logprobs_T": log_q.gather(1, targets[:, None])[:, 0],
         "teacher_topk_ids_TK": top.indices,
@@ -99,6 +106,7 @@ def random_case(
         advantage_bonus_T=randn(t) if bonus else None,
         **teacher_signal(2.0 * randn(t, v), k, targets),
     )
+
     return Case(
         hidden=randn(t, d),
         weight=randn(v, d),
@@ -113,7 +121,9 @@ def random_case(
 def evaluate(
     case: Case, config: LossConfig, *, alpha: float = 1.0, num: int = 20, chunk_tokens: int = 2
 ) -> tuple[Result, LossTerms]:
-    """The code under test, with its gradients by (hidden, weight[, bias]); ``num`` is only the loss's denominator."""
+    """The code under test, with its gradients by (hidden, weight[, bias]); ``num`` is only
+    the loss's denominator.
+    """
     hidden, weight, *bias = case.leaves()
     loss, terms = objective(
         hidden,
@@ -129,8 +139,11 @@ def evaluate(
         chunk_tokens=chunk_tokens,
     )
     gradients = torch.autograd.grad(loss, [hidden, weight, *bias])
+
     return Result(
-        loss=loss.detach(), gradients=list(gradients), metrics=terms.metrics(int(case.tokens.loss_mask_T.sum()))
+        loss=loss.detach(),
+        gradients=list(gradients),
+        metrics=terms.metrics(int(case.tokens.loss_mask_T.sum())),
     ), terms
 
 
@@ -138,30 +151,44 @@ def logits_of(case: Case, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
     x = torch.einsum("td,vd->tv", hidden.double(), weight.double()) * case.scale
     if bias is not None:
         x = x + bias.double()
+
     if case.softcap is not None:
         x = case.softcap * (x / case.softcap).tanh()
+
     return x / case.temperature
 
 
-def row_forward(kind: str, log_p: Tensor, ids: list[int], log_q: list[float], log_q_rest: float) -> Tensor:
+def row_forward(
+    kind: str, log_p: Tensor, ids: list[int], log_q: list[float], log_q_rest: float
+) -> Tensor:
     """Forward KL of one row, from the full log-softmax of the student."""
     mass = sum(math.exp(x) for x in log_q)
     total = torch.zeros((), dtype=torch.float64)
+
     for i, lq in zip(ids, log_q, strict=True):
         if kind == "renormalized":
             total = total + math.exp(lq) / mass * (lq - math.log(mass) - log_p[i])
         else:
             total = total + math.exp(lq) * (lq - log_p[i])
+
     others = [v for v in range(len(log_p)) if v not in set(ids)]
     if kind == "tail" and others and log_q_rest > -math.inf:
         total = total + math.exp(log_q_rest) * (log_q_rest - log_p[others].logsumexp(0))
+
     return total
 
 
 def row_reverse(
-    config: LossConfig, log_p: Tensor, y: int, row: dict[str, float], ids: list[int], log_q: list[float]
+    config: LossConfig,
+    log_p: Tensor,
+    y: int,
+    row: dict[str, float],
+    ids: list[int],
+    log_q: list[float],
 ) -> tuple[Tensor, float, bool, bool]:
-    """Reverse KL of one row, its importance weight, whether that was capped, whether the ratio was clipped."""
+    """Reverse KL of one row, its importance weight, whether that was capped, whether the
+    ratio was clipped.
+    """
     if config.reverse_kl.kind == "sampled":
         advantage = row["teacher"] - row["old"] + row["bonus"]
         ratio, b = (log_p[y] - row["old"]).exp(), row["old"] - row["rollout"]
@@ -171,39 +198,56 @@ def row_reverse(
         weight = min(math.exp(b), config.reverse_kl.importance_cap)
         term = weight * torch.as_tensor(surrogate, dtype=torch.float64)
         return term, weight, math.exp(b) > config.reverse_kl.importance_cap, clipped
+
     total = torch.zeros((), dtype=torch.float64)
     if config.reverse_kl.kind == "topk_tail":
         for i, lq in zip(ids, log_q, strict=True):
             total = total + log_p[i].exp() * (log_p[i] - lq)
+
         others = [v for v in range(len(log_p)) if v not in set(ids)]
         if others and row["rest"] > -math.inf:
             rest = log_p[others].logsumexp(0)
             total = total + rest.exp() * (rest - row["rest"])
+
     return total, 1.0, False, False
 
 
 def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int = 20) -> Result:
     hidden, weight, *bias = case.leaves()
     tokens, rows = case.tokens, case.tokens.loss_mask_T.nonzero()[:, 0].tolist()
-    entropy = torch.zeros(len(hidden)) if tokens.teacher_entropy_T is None else tokens.teacher_entropy_T
-    total = 0.0 * (hidden.double().sum() + weight.double().sum() + sum(x.double().sum() for x in bias))
+    entropy = (
+        torch.zeros(len(hidden)) if tokens.teacher_entropy_T is None else tokens.teacher_entropy_T
+    )
+    total = 0.0 * (
+        hidden.double().sum() + weight.double().sum() + sum(x.double().sum() for x in bias)
+    )
     seen: list[list[float]] = []
     log_p_TV = logits_of(case, hidden, weight, bias[0] if bias else None).log_softmax(-1)
+
     for t in rows:
         log_p, y = log_p_TV[t], int(tokens.target_ids_T[t])
         fixed = log_p.detach()
-        pairs = zip(tokens.teacher_topk_ids_TK[t].tolist(), tokens.teacher_topk_logprobs_TK[t].tolist(), strict=True)
+        pairs = zip(
+            tokens.teacher_topk_ids_TK[t].tolist(),
+            tokens.teacher_topk_logprobs_TK[t].tolist(),
+            strict=True,
+        )
         kept = [(i, lq) for i, lq in pairs if lq > -math.inf]
         ids, log_q = [i for i, _ in kept], [lq for _, lq in kept]
         row = {
             "teacher": float(tokens.teacher_logprobs_T[t]),
             "rollout": float(tokens.rollout_logprobs_T[t]),
             "old": float(fixed[y] if tokens.old_logprobs_T is None else tokens.old_logprobs_T[t]),
-            "bonus": 0.0 if tokens.advantage_bonus_T is None else float(tokens.advantage_bonus_T[t]),
+            "bonus": 0.0
+            if tokens.advantage_bonus_T is None
+            else float(tokens.advantage_bonus_T[t]),
             "rest": float(tokens.teacher_tail_logprobs_T[t]),
         }
         reverse, importance, capped, clipped = row_reverse(config, log_p, y, row, ids, log_q)
-        forward, gate = row_forward(config.forward_kl.kind, log_p, ids, log_q, row["rest"]), float(tokens.gate_T[t])
+        forward, gate = (
+            row_forward(config.forward_kl.kind, log_p, ids, log_q, row["rest"]),
+            float(tokens.gate_T[t]),
+        )
         loss = reverse + alpha * gate * forward
         total = total + loss
         favourites = log_p.topk(tokens.teacher_topk_ids_TK.shape[1]).indices.tolist()
@@ -226,11 +270,13 @@ def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int 
                 clipped,
             ]
         )
+
     sums = [sum(column) for column in zip(*seen, strict=True)] if seen else [0.0] * len(METRICS)
     count, gate_sum = max(len(rows), 1), sums[5]
     denominators = [count, count, count, gate_sum or 1.0, (count - gate_sum) or 1.0] + [count] * 10
     metrics = {f"eopd_{n}": s / d for n, s, d in zip(METRICS, sums, denominators, strict=True)}
     gradients = torch.autograd.grad(total / num, [hidden, weight, *bias])
+
     return Result(loss=total.detach() / num, gradients=list(gradients), metrics=metrics)
 
 

@@ -1,4 +1,6 @@
-"""The cut changes nothing, masked rows cost nothing, no [T, V] tensor exists, and autograd is served in every mode."""
+"""The cut changes nothing, masked rows cost nothing, no [T, V] tensor exists, and autograd is
+served in every mode.
+"""
 
 import itertools
 from dataclasses import fields, replace
@@ -20,7 +22,9 @@ DEFAULT = LossConfig()
 
 def rows_of(case, start, stop):
     values = {f.name: getattr(case.tokens, f.name) for f in fields(LossTokens)}
-    tokens = LossTokens(**{name: None if v is None else v[start:stop] for name, v in values.items()})
+    tokens = LossTokens(
+        **{name: None if v is None else v[start:stop] for name, v in values.items()}
+    )
     return replace(case, hidden=case.hidden[start:stop], tokens=tokens)
 
 
@@ -28,13 +32,20 @@ def padded(case, count):
     """``count`` masked rows in front, full of NaN and of ids that do not exist."""
     tokens = case.tokens
     poison = {}
+
     for f in fields(LossTokens):
         value = getattr(tokens, f.name)
         if value is not None:
-            junk = False if value.dtype == torch.bool else (float("nan") if value.is_floating_point() else 10**6)
+            junk = (
+                False
+                if value.dtype == torch.bool
+                else (float("nan") if value.is_floating_point() else 10**6)
+            )
             front = torch.full((count, *value.shape[1:]), junk, dtype=value.dtype)
             poison[f.name] = torch.cat([front, value])
+
     nan = torch.full((count, case.hidden.shape[1]), float("nan"), dtype=case.hidden.dtype)
+
     return replace(case, hidden=torch.cat([nan, case.hidden]), tokens=LossTokens(**poison))
 
 
@@ -49,18 +60,27 @@ def test_the_cut_changes_nothing(kind, case, run):
         threshold=quantile_threshold(entropy[mask], 0.2),
         draws_T=random_draws(1, TrajectoryKey(0, "a", 0), 30),
     )
-    whole = replace(whole.with_tokens(gate_T=gate), hidden=whole.hidden.float(), weight=whole.weight.float())
+    whole = replace(
+        whole.with_tokens(gate_T=gate), hidden=whole.hidden.float(), weight=whole.weight.float()
+    )
     num = int(mask.sum())
     reference, terms = run(whole, config, num=num, chunk_tokens=64)
+
     for cut in ([0, 30], [0, 1, 2, 17, 30], [0, 10, 20, 30], [0, 0, 29, 30, 30]):
         pairs = list(itertools.pairwise(cut))
-        parts = [run(padded(rows_of(whole, a, b), a % 3), config, num=num, chunk_tokens=1 + a) for a, b in pairs]
+        parts = [
+            run(padded(rows_of(whole, a, b), a % 3), config, num=num, chunk_tokens=1 + a)
+            for a, b in pairs
+        ]
         losses = sum(part.loss for part, _ in parts)
         assert losses.item() == pytest.approx(reference.loss.item(), rel=1e-6)
-        hidden = torch.cat([part.gradients[0][a % 3 :] for (part, _), (a, _) in zip(parts, pairs, strict=True)])
+        hidden = torch.cat(
+            [part.gradients[0][a % 3 :] for (part, _), (a, _) in zip(parts, pairs, strict=True)]
+        )
         weight = sum(part.gradients[1] for part, _ in parts)
         for one, other in zip((hidden, weight), reference.gradients, strict=True):
             assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
         total = LossTerms.from_vector(sum(part_terms.vector() for _, part_terms in parts))
         assert total.metrics(num) == pytest.approx(terms.metrics(num), rel=1e-5, abs=1e-7)
 
@@ -68,13 +88,17 @@ def test_the_cut_changes_nothing(kind, case, run):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_blocks_of_any_size_change_nothing(dtype, case, run, monkeypatch):
     random = case(4, t=20, v=50, d=8, bias=True, softcap=3.0)
-    random = replace(random, **{name: getattr(random, name).to(dtype) for name in ("hidden", "weight", "bias")})
+    random = replace(
+        random, **{name: getattr(random, name).to(dtype) for name in ("hidden", "weight", "bias")}
+    )
     whole, blocks = [], []
+
     for found, logit_rows, head_rows in ((whole, 64, 64), (blocks, 3, 7)):
         monkeypatch.setattr(chunked, "_LOGIT_ROWS", logit_rows)
         monkeypatch.setattr(chunked, "_HEAD_ROWS", head_rows)
         result, _ = run(random, DEFAULT, chunk_tokens=8)
         found += [result.loss, *result.gradients, torch.tensor(list(result.metrics.values()))]
+
     for one, other in zip(blocks, whole, strict=True):
         assert (one - other).abs().max() <= 4 * torch.finfo(dtype).eps * other.abs().max()
 
@@ -83,10 +107,15 @@ def test_blocks_of_any_size_change_nothing(dtype, case, run, monkeypatch):
 def test_a_batch_without_loss_tokens_still_runs_backward(t, case, run):
     empty = case(0, t=t, bias=True)
     empty = padded(empty.with_tokens(loss_mask_T=torch.zeros(t, dtype=torch.bool)), 2)
+
     for num in (0, 7):
         result, terms = run(empty, DEFAULT, num=num)
         assert result.loss.item() == 0.0
-        assert [g.shape for g in result.gradients] == [empty.hidden.shape, empty.weight.shape, empty.bias.shape]
+        assert [g.shape for g in result.gradients] == [
+            empty.hidden.shape,
+            empty.weight.shape,
+            empty.bias.shape,
+        ]
         assert all((g == 0).all() for g in result.gradients)
         assert set(terms.metrics(0).values()) == {0.0}
 
@@ -106,6 +135,7 @@ class LargestTensor(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             self.numel = max(self.numel, result.numel())
+
         return result
 
 
@@ -113,23 +143,31 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_is_larger_than_a_chunk(differentiate, case):
     big = case(0, t=128, v=512, d=4)
     arguments = (big.hidden.requires_grad_(differentiate), big.weight, big.tokens)
+
     with LargestTensor() as largest:
         loss, _ = objective(*arguments, DEFAULT, num_loss_tokens=1, alpha=1.0, chunk_tokens=8)
         if differentiate:
             loss.backward()
+
         token_statistics(*arguments, chunk_tokens=8)
+
     assert largest.numel == 8 * 512
 
 
 def test_only_what_requires_a_gradient_gets_one(case):
     random = case(0)
     for wants in ([True, False], [False, True], [True, True]):
-        leaves = [x.clone().requires_grad_(want) for x, want in zip((random.hidden, random.weight), wants, strict=True)]
+        leaves = [
+            x.clone().requires_grad_(want)
+            for x, want in zip((random.hidden, random.weight), wants, strict=True)
+        ]
         loss, _ = objective(*leaves, random.tokens, DEFAULT, num_loss_tokens=5, alpha=1.0)
         loss.backward()
         assert [leaf.grad is not None for leaf in leaves] == wants
+
     with torch.no_grad():
         silent, _ = objective(*leaves, random.tokens, DEFAULT, num_loss_tokens=5, alpha=1.0)
+
     assert silent == loss
     assert not silent.requires_grad
 
@@ -138,7 +176,9 @@ def test_a_tied_head_gets_both_gradients(case, oracle):
     random = case(0)
     ids = random.tokens.target_ids_T
     table = random.weight.clone().requires_grad_()
-    loss, _ = objective(table[ids].tanh(), table, random.tokens, DEFAULT, num_loss_tokens=20, alpha=1.0)
+    loss, _ = objective(
+        table[ids].tanh(), table, random.tokens, DEFAULT, num_loss_tokens=20, alpha=1.0
+    )
     loss.backward()
     separate = oracle(replace(random, hidden=random.weight[ids].tanh()), DEFAULT)
     other = random.weight.clone().requires_grad_()
@@ -151,7 +191,9 @@ def test_backward_scales_and_runs_once(case, run):
     hidden, weight = random.leaves()
     loss, _ = objective(hidden, weight, random.tokens, DEFAULT, num_loss_tokens=20, alpha=1.0)
     (3.0 * loss).backward(retain_graph=True)
-    torch.testing.assert_close([hidden.grad, weight.grad], [3.0 * g for g in run(random, DEFAULT)[0].gradients])
+    torch.testing.assert_close(
+        [hidden.grad, weight.grad], [3.0 * g for g in run(random, DEFAULT)[0].gradients]
+    )
     with pytest.raises(RuntimeError, match="already handed out"):
         loss.backward()
 
@@ -160,15 +202,24 @@ def test_autocast_does_not_lower_the_precision(case, run):
     random = case(0, t=20, v=50, d=16)
     random = replace(random, hidden=random.hidden.float(), weight=random.weight.float())
     plain = run(random, DEFAULT)[0]
+
     with torch.autocast("cpu", torch.bfloat16):
         inside = run(random, DEFAULT)[0]
-        inside_logprobs = token_statistics(random.hidden, random.weight, random.tokens).student_logprobs_T
+        inside_logprobs = token_statistics(
+            random.hidden, random.weight, random.tokens
+        ).student_logprobs_T
+
     assert inside.loss == plain.loss
     torch.testing.assert_close(inside.gradients, plain.gradients, rtol=0.0, atol=0.0)
-    assert (inside_logprobs == token_statistics(random.hidden, random.weight, random.tokens).student_logprobs_T).all()
+    assert (
+        inside_logprobs
+        == token_statistics(random.hidden, random.weight, random.tokens).student_logprobs_T
+    ).all()
 
 
-@pytest.mark.parametrize("head", [{}, {"scale": 0.5, "softcap": 2.0, "temperature": 0.7, "bias": True}])
+@pytest.mark.parametrize(
+    "head", [{}, {"scale": 0.5, "softcap": 2.0, "temperature": 0.7, "bias": True}]
+)
 def test_token_statistics(head, case):
     random = case(8, t=12, v=14, k=5, **head)
     keywords = {
@@ -179,18 +230,24 @@ def test_token_statistics(head, case):
         "chunk_tokens": 4,
     }
     found = token_statistics(random.hidden, random.weight, random.tokens, **keywords)
-    logits = random.hidden @ random.weight.T * random.scale + (0.0 if random.bias is None else random.bias)
+    logits = random.hidden @ random.weight.T * random.scale + (
+        0.0 if random.bias is None else random.bias
+    )
     logits = logits if random.softcap is None else random.softcap * (logits / random.softcap).tanh()
     log_p, tokens = (logits / random.temperature).log_softmax(-1), random.tokens
+
     for t in range(12):
         row = [getattr(found, f.name)[t].item() for f in fields(found)]
         if not tokens.loss_mask_T[t]:
             assert row == [0.0] * 5
             continue
+
         ids, rest = tokens.teacher_topk_ids_TK[t], log_p[t].clone()
         rest[ids] = -torch.inf
         log_q, log_rest = tokens.teacher_topk_logprobs_TK[t], tokens.teacher_tail_logprobs_T[t]
-        kl = (log_q.exp() * (log_q - log_p[t, ids])).sum() + log_rest.exp() * (log_rest - rest.logsumexp(0))
+        kl = (log_q.exp() * (log_q - log_p[t, ids])).sum() + log_rest.exp() * (
+            log_rest - rest.logsumexp(0)
+        )
         sampled = log_p[t, tokens.target_ids_T[t]]
         expected = [
             sampled,
@@ -203,7 +260,9 @@ def test_token_statistics(head, case):
 
 
 def test_tokens_that_a_bias_makes_impossible_leave_the_rest_as_it_was(case, run):
-    """Padded vocabularies: -inf in float32 and float64, in the value, the gradients and the diagnostics."""
+    """Padded vocabularies: -inf in float32 and float64, in the value, the gradients and the
+    diagnostics.
+    """
     random = case(5, t=9, v=12, k=3, bias=True)
     wider = replace(
         random,
@@ -219,18 +278,24 @@ def test_tokens_that_a_bias_makes_impossible_leave_the_rest_as_it_was(case, run)
 
 def test_top1_agreement_needs_equal_argmax(case, signal):
     """Also after an end token was merged: then the candidates are no longer sorted."""
-    student = torch.tensor([[0.0, 9.0, 1.0, 2.0], [9.0, 0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 9.0]], dtype=torch.float64)
+    student = torch.tensor(
+        [[0.0, 9.0, 1.0, 2.0], [9.0, 0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 9.0]], dtype=torch.float64
+    )
     ids = torch.tensor([[0, 1], [1, 0], [0, 1]])
     logprobs = torch.tensor([[0.2, 0.7], [0.2, 0.7], [0.2, 0.7]], dtype=torch.float64).log()
     base = case(0, t=3, v=4, k=2).with_tokens(
-        loss_mask_T=torch.ones(3, dtype=torch.bool), teacher_topk_ids_TK=ids, teacher_topk_logprobs_TK=logprobs
+        loss_mask_T=torch.ones(3, dtype=torch.bool),
+        teacher_topk_ids_TK=ids,
+        teacher_topk_logprobs_TK=logprobs,
     )
     found = token_statistics(student, torch.eye(4, dtype=torch.float64), base.tokens)
     assert found.top1_agreement_T.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_old_logprobs_of_the_same_weights_give_ratio_one(case, run):
-    """The pass without gradient reads bit-equal numbers, so a first optimiser step is neither clipped nor moved."""
+    """The pass without gradient reads bit-equal numbers, so a first optimiser step is neither
+    clipped nor moved.
+    """
     random = case(5, t=20, v=30, d=8)
     random = replace(random, hidden=random.hidden.float(), weight=random.weight.float())
     old = token_statistics(random.hidden, random.weight, random.tokens).student_logprobs_T

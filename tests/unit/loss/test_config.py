@@ -64,6 +64,8 @@ def test_impossible_pairs_cannot_be_written(part, value):
 
 
 def test_alpha_warms_up_linearly():
-    config = LossConfig.model_validate({"alpha": 2.0, "alpha_warmup": {"start": 0.25, "batches": 4}})
+    config = LossConfig.model_validate(
+        {"alpha": 2.0, "alpha_warmup": {"start": 0.25, "batches": 4}}
+    )
     assert [config.alpha_at(batch) for batch in (0, 1, 2, 4, 9)] == [0.5, 0.875, 1.25, 2.0, 2.0]
     assert LossConfig().alpha_at(0) == 1.0

@@ -23,7 +23,9 @@ def test_gates_by_hand():
     draws = torch.tensor([0.0, 0.3, 0.29, 0.9, 0.1], dtype=torch.float64)
     assert gate_weights(ENTROPY, RandomGate(rate=0.3), draws_T=draws).tolist() == [1, 0, 1, 0, 1]
     sigmoid = gate_weights(ENTROPY, SigmoidGate(tau=0.8, scale=0.2)).tolist()
-    assert sigmoid == pytest.approx([1 / (1 + math.exp(-(h - 0.8) / 0.2)) for h in ENTROPY.tolist()], rel=1e-5)
+    assert sigmoid == pytest.approx(
+        [1 / (1 + math.exp(-(h - 0.8) / 0.2)) for h in ENTROPY.tolist()], rel=1e-5
+    )
 
 
 def test_sharp_sigmoids_do_not_overflow():
@@ -34,6 +36,7 @@ def test_sharp_sigmoids_do_not_overflow():
 def test_gates_that_need_more_say_so():
     with pytest.raises(ValueError, match="threshold"):
         gate_weights(ENTROPY, QuantileGate())
+
     with pytest.raises(ValueError, match="draw"):
         gate_weights(ENTROPY, RandomGate())
 
@@ -56,8 +59,17 @@ def test_draws_depend_on_the_name_alone():
     key = TrajectoryKey(1, "prompt", 0)
     draws = random_draws(7, key, 50)
     assert (random_draws(7, key, 20) == draws[:20]).all()
-    others = [(8, key), (7, key._replace(epoch=2)), (7, key._replace(prompt_id="x")), (7, key._replace(sample_index=1))]
-    others += [(71, key._replace(epoch=0)), (7, TrajectoryKey(10, "prompt", 0)), (7, TrajectoryKey(1, "0prompt", 0))]
+    others = [
+        (8, key),
+        (7, key._replace(epoch=2)),
+        (7, key._replace(prompt_id="x")),
+        (7, key._replace(sample_index=1)),
+    ]
+    others += [
+        (71, key._replace(epoch=0)),
+        (7, TrajectoryKey(10, "prompt", 0)),
+        (7, TrajectoryKey(1, "0prompt", 0)),
+    ]
     assert all((random_draws(seed, other, 50) != draws).all() for seed, other in others)
     assert random_draws(7, key, 0).shape == (0,)
 
@@ -68,4 +80,6 @@ def test_draws_are_uniform():
     assert draws.max() < 1.0
     counts = torch.histc(draws, 10, 0.0, 1.0)
     assert (counts - 2000).abs().max() < 200  # 4.7 standard deviations
-    assert gate_weights(draws, RandomGate(rate=0.2), draws_T=draws).mean().item() == pytest.approx(0.2, abs=0.015)
+    assert gate_weights(draws, RandomGate(rate=0.2), draws_T=draws).mean().item() == pytest.approx(
+        0.2, abs=0.015
+    )

@@ -29,7 +29,9 @@ def gated(case, loss_config):
     tokens = case.tokens
     threshold = quantile_threshold(tokens.teacher_entropy_T[tokens.loss_mask_T], 0.2)
     draws = random_draws(0, TrajectoryKey(0, "p", 0), len(tokens.loss_mask_T))
-    gate = gate_weights(tokens.teacher_entropy_T, loss_config.gate, threshold=threshold, draws_T=draws)
+    gate = gate_weights(
+        tokens.teacher_entropy_T, loss_config.gate, threshold=threshold, draws_T=draws
+    )
     return case.with_tokens(gate_T=gate)
 
 
@@ -39,10 +41,13 @@ def assert_same(ours, theirs, tolerance=1e-11):
         assert one.isfinite().all()
         worst = (one.double() - other.double()).abs().max().item() if other.numel() else 0.0
         assert worst <= tolerance * max(1.0, other.abs().max().item() if other.numel() else 0.0)
+
     assert ours.metrics == pytest.approx(theirs.metrics, rel=tolerance * 10, abs=tolerance * 10)
 
 
-@pytest.mark.parametrize(("gate", "forward", "reverse"), list(itertools.product(GATES, FORWARD, REVERSE)))
+@pytest.mark.parametrize(
+    ("gate", "forward", "reverse"), list(itertools.product(GATES, FORWARD, REVERSE))
+)
 def test_every_combination(gate, forward, reverse, case, run, oracle):
     loss_config = config(forward, reverse, gate)
     for old in (False, True):
@@ -70,20 +75,33 @@ def test_every_size_and_head(data, case, run, oracle):
     )
     loss_config = config(draw(st.sampled_from(FORWARD)), draw(st.sampled_from(REVERSE)))
     chunk, alpha = draw(st.integers(1, 9)), draw(st.sampled_from([0.0, 0.5, 1.0]))
-    assert_same(run(random, loss_config, alpha=alpha, chunk_tokens=chunk)[0], oracle(random, loss_config, alpha=alpha))
+    assert_same(
+        run(random, loss_config, alpha=alpha, chunk_tokens=chunk)[0],
+        oracle(random, loss_config, alpha=alpha),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lower_precisions(dtype, case, run, oracle):
-    """float32 inside: value as good as float32, gradients as good as the dtype they are returned in."""
+    """float32 inside: value as good as float32, gradients as good as the dtype they are
+    returned in.
+    """
     for seed, scale in ((0, 1.0), (1, 0.5)):
-        wide = case(seed, t=40, v=300, d=16, k=8, bias=True, scale=scale, softcap=3.0, temperature=0.8)
-        narrow = replace(wide, hidden=wide.hidden.to(dtype), weight=wide.weight.to(dtype), bias=wide.bias.to(dtype))
+        wide = case(
+            seed, t=40, v=300, d=16, k=8, bias=True, scale=scale, softcap=3.0, temperature=0.8
+        )
+        narrow = replace(
+            wide,
+            hidden=wide.hidden.to(dtype),
+            weight=wide.weight.to(dtype),
+            bias=wide.bias.to(dtype),
+        )
         ours, _ = run(narrow, config(), chunk_tokens=16)
         theirs = oracle(narrow, config())
         assert ours.loss.dtype == torch.float32
         assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=2e-6)
         assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-5, abs=1e-6)
+
         for one, other in zip(ours.gradients, theirs.gradients, strict=True):
             assert one.dtype == dtype
             error = (one.double() - other.double()).abs().max() / other.double().abs().max()
@@ -96,17 +114,21 @@ def test_operands_of_two_dtypes(case, run, oracle):
     ours, theirs = run(mixed, config())[0], oracle(mixed, config())
     assert [g.dtype for g in ours.gradients] == [torch.float32, torch.bfloat16]
     assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=2e-6)
-    torch.testing.assert_close(ours.gradients[0].double(), theirs.gradients[0].double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours.gradients[0].double(), theirs.gradients[0].double(), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("forward", FORWARD)
 @pytest.mark.parametrize("reverse", REVERSE)
 def test_nearly_certain_rows_in_float32(forward, reverse, case, signal, run, oracle):
-    """V = 49,152, the masses of teacher and student on the candidates within 1e-7 of 1: 1 - P would be 0 or noise."""
+    """V = 49,152, the masses of teacher and student on the candidates within 1e-7 of 1: 1 - P
+    would be 0 or noise.
+    """
     t, v, d, k = 6, 49_152, 64, 8
     g = torch.Generator().manual_seed(5)
-    # Multiples of 1/8, so that float32 logits are exact in whatever order a machine adds up: rows this certain feel the
-    # rounding of a logit of 60 in full.
+    # Multiples of 1/8, so that float32 logits are exact in whatever order a machine adds up: rows
+    # this certain feel the rounding of a logit of 60 in full.
     head = torch.randn(v, d, generator=g).mul(4.0).round() / 8
     hidden = (head[:t] * torch.linspace(3.0, 4.0, t)[:, None]).mul(8.0).round() / 8
     logits = hidden @ head.T + 0.3 * torch.randn(t, v, generator=g)
@@ -118,7 +140,10 @@ def test_nearly_certain_rows_in_float32(forward, reverse, case, signal, run, ora
         gate_T=torch.ones(t),
         **signal(logits, k, targets),
     )
-    ours, theirs = run(random, config(forward, reverse), num=1)[0], oracle(random, config(forward, reverse), num=1)
+    ours, theirs = (
+        run(random, config(forward, reverse), num=1)[0],
+        oracle(random, config(forward, reverse), num=1),
+    )
     assert 0.0 < 1.0 - theirs.metrics["eopd_teacher_topk_mass_ratio"] < 1e-7
     assert 0.0 < 1.0 - theirs.metrics["eopd_student_topk_mass_ratio"] < 1e-7
     assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=2e-5)
@@ -127,18 +152,27 @@ def test_nearly_certain_rows_in_float32(forward, reverse, case, signal, run, ora
 
 
 def test_finite_differences(case, run):
-    random, loss_config, step = case(11, t=6, softcap=2.0, bias=True, old=True), config("tail", "sampled"), 1e-6
+    random, loss_config, step = (
+        case(11, t=6, softcap=2.0, bias=True, old=True),
+        config("tail", "sampled"),
+        1e-6,
+    )
     gradients = run(random, loss_config)[0].gradients
+
     for name, gradient in zip(("hidden", "weight", "bias"), gradients, strict=True):
         for i in range(gradient.numel()):
             shift = torch.zeros(gradient.numel(), dtype=torch.float64)
             shift[i] = step
             shift = shift.view(gradient.shape)
             up, down = (
-                run(replace(random, **{name: getattr(random, name) + sign * shift}), loss_config)[0].loss
+                run(replace(random, **{name: getattr(random, name) + sign * shift}), loss_config)[
+                    0
+                ].loss
                 for sign in (1, -1)
             )
-            assert gradient.flatten()[i].item() == pytest.approx((up - down).item() / (2 * step), rel=1e-5, abs=1e-8)
+            assert gradient.flatten()[i].item() == pytest.approx(
+                (up - down).item() / (2 * step), rel=1e-5, abs=1e-8
+            )
 
 
 def test_terms_survive_the_wire(case, run):
@@ -153,7 +187,10 @@ def test_terms_survive_the_wire(case, run):
 
 def test_entropy_is_a_diagnostic_only(case, run):
     random = case(0)
-    with_entropy, without = run(random, config())[0], run(random.with_tokens(teacher_entropy_T=None), config())[0]
+    with_entropy, without = (
+        run(random, config())[0],
+        run(random.with_tokens(teacher_entropy_T=None), config())[0],
+    )
     assert with_entropy.loss == without.loss
     assert without.metrics["eopd_teacher_entropy_nats"] == 0.0
 
