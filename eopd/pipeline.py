@@ -26,7 +26,7 @@ from eopd.ledger import Ledger
 from eopd.packing import pack
 from eopd.prompts import PromptOrder
 from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer, WeightChannel
-from eopd.telemetry.catalog import Row
+from eopd.run.record import Row
 from eopd.telemetry.step import BusyClock, Span, Totals, step_row
 from eopd.types import (
     Header,

@@ -226,7 +226,7 @@ def export(
 ) -> None:
     """Write the student of a checkpoint as a Hugging Face directory, here, without starting Ray."""
     _hush()
-    from eopd.runtime.run_directory import RunDirectory
+    from eopd.run.directory import RunDirectory
 
     directory = RunDirectory(run)
     config, checkpoint = directory.config(), directory.checkpoint(step)
@@ -280,7 +280,7 @@ def scale(
     engines: Annotated[int, typer.Option(min=1, help="How many rollout engines it shall have.")],
 ) -> None:
     """Add rollout engines to a running job, or let some finish what they have and end."""
-    from eopd.runtime.run_directory import RunDirectory
+    from eopd.run.directory import RunDirectory
 
     RunDirectory(run).ask_for_engines(engines)
     typer.echo(
@@ -292,7 +292,7 @@ def scale(
 @app.command()
 def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")]) -> None:
     """Say how far a run is, whether it is running or has ended."""
-    from eopd.runtime.run_directory import RunDirectory
+    from eopd.run.directory import RunDirectory
     from eopd.telemetry.console import PACE_WINDOW
     from eopd.telemetry.status import print_status
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eopd.telemetry.catalog import Row
+from eopd.run.record import Row
 from eopd.types import Header
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import ClusterConfig, Config, ConfigError
-from eopd.preflight.run_place import holds_rows, require_no_stranger, require_run_directory
+from eopd.run.place import holds_rows, require_no_stranger, require_run_directory
 from eopd.telemetry.prometheus import require_address
 
 LOCAL: Final = "local"  # Ray is started here

@@ -3,7 +3,7 @@
 from eopd.fleet import Fleet
 from eopd.pool import NoAnswerError
 from eopd.roles import RolloutEngine
-from eopd.telemetry.catalog import Row
+from eopd.run.record import Row
 from eopd.telemetry.rows import series
 from eopd.types import (
     LossReason,

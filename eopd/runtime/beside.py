@@ -9,8 +9,8 @@ from typing import Any, Literal, Never, TypeVar
 
 from eopd.fleet import Fleet
 from eopd.roles import RolloutEngine, WorkerDownError
-from eopd.runtime.progress import first_line
-from eopd.runtime.run_directory import RunDirectory
+from eopd.run.directory import RunDirectory
+from eopd.run.progress import first_line
 from eopd.types import RunFailedError
 from eopd.weights.channel import WeightSyncError
 

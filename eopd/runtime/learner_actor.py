@@ -14,8 +14,8 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from eopd.config import Config
+from eopd.run.directory import RunDirectory
 from eopd.runtime.actors import Actor
-from eopd.runtime.run_directory import RunDirectory
 from eopd.types import (
     EvalStats,
     Float32Array,

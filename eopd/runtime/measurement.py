@@ -10,8 +10,8 @@ from eopd.config import Config
 from eopd.evaluation.held_out import NothingMeasuredError, measure
 from eopd.evaluation.samples import sample_record
 from eopd.preflight import Prepared
+from eopd.run.directory import RunDirectory
 from eopd.runtime.logs import logger
-from eopd.runtime.run_directory import RunDirectory
 from eopd.runtime.supervisor import Crew, fetch
 from eopd.teacher.vocabulary import load_tokenizer
 from eopd.types import EvalStats, LostTrajectory, ScoredTrajectory, Stored

@@ -20,7 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from eopd.checkpoint import (
+from eopd.config import Config, ConfigError
+from eopd.config.processor import with_student_dtype_of
+from eopd.ledger import Ledger
+from eopd.run.changes import OTHER_CONTENTS, Change, changes
+from eopd.run.checkpoint import (
     STATE,
     WITHOUT_IT,
     DriverState,
@@ -29,13 +33,9 @@ from eopd.checkpoint import (
     remove_partial,
     step_of,
 )
-from eopd.config import Config, ConfigError
-from eopd.config.processor import with_student_dtype_of
-from eopd.ledger import Ledger
-from eopd.runtime.changes import OTHER_CONTENTS, Change, changes
-from eopd.runtime.run_directory import RunDirectory
-from eopd.runtime.run_files import instead_of_going_on
-from eopd.telemetry.console import Summary
+from eopd.run.directory import RunDirectory
+from eopd.run.reading import instead_of_going_on
+from eopd.run.record import Summary
 
 Resume = Literal["no", "yes", "auto"]
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from eopd.config import Config
 from eopd.config.load import flatten
+from eopd.run.directory import RunDirectory
 from eopd.runtime import cluster
-from eopd.runtime.run_directory import RunDirectory
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.sinks import JsonlSink, Sink, TimelineSink
 from eopd.telemetry.step import Span

@@ -14,15 +14,15 @@ from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
 from eopd.fleet import Fleet
 from eopd.roles import RolloutEngine, TeacherScorer
 from eopd.rollout.pool import EnginePool
+from eopd.run.directory import RunDirectory
+from eopd.run.progress import first_line
 from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, end
 from eopd.runtime.cluster import log_directory
 from eopd.runtime.engines import EngineBody, connect, engine_fleet
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
 from eopd.runtime.placement import RoleResources, plan_rollout
-from eopd.runtime.progress import first_line
 from eopd.runtime.restarts import RestartBudget
-from eopd.runtime.run_directory import RunDirectory
 from eopd.runtime.teachers import route, teacher_fleets
 from eopd.teacher.pool import TeacherRouter
 from eopd.types import Int32Array, LossReason, LostTrajectory, RunFailedError, Stored

@@ -10,31 +10,31 @@ from typing import Literal, Never
 
 import numpy as np
 
-from eopd.checkpoint import DriverState, list_checkpoints, write_checkpoint
 from eopd.config import Config
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline
 from eopd.preflight import Prepared, check
 from eopd.preflight import notes as notes_on
 from eopd.roles import LearnerDownError
+from eopd.run.checkpoint import DriverState, list_checkpoints, write_checkpoint
+from eopd.run.directory import RunDirectory
+from eopd.run.lock import held
+from eopd.run.progress import Progress, first_line
+from eopd.run.record import Row, Summary, held_out_record
 from eopd.runtime import cluster
 from eopd.runtime.beside import Watchdog, scale_on_request, with_beside
 from eopd.runtime.inputs import digests
-from eopd.runtime.lock import held
 from eopd.runtime.logs import collect, logger
 from eopd.runtime.loop import make_pipeline
 from eopd.runtime.measurement import keep_samples, measure_held_out
 from eopd.runtime.placement import plan
-from eopd.runtime.progress import Progress, first_line
 from eopd.runtime.resume import Resume, TakenUp, take_up
-from eopd.runtime.run_directory import RunDirectory, held_out_record
 from eopd.runtime.signals import caught, ignored_by_children
 from eopd.runtime.sinks import open_sinks
 from eopd.runtime.supervisor import Crew, crew
 from eopd.runtime.teachers import self_test_replicas
 from eopd.telemetry import trackers
-from eopd.telemetry.catalog import Row
-from eopd.telemetry.console import Console, Summary
+from eopd.telemetry.console import Console
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
 from eopd.telemetry.sinks import Telemetry

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from eopd.fleet import Fleet
 from eopd.pool import NoAnswerError
 from eopd.roles import TeacherScorer
-from eopd.telemetry.catalog import Row
+from eopd.run.record import Row
 from eopd.telemetry.rows import series
 from eopd.types import LossReason, LostTrajectory, ScoredTrajectory, Stored, Trajectory
 

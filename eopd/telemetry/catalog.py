@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
 
-Row = Mapping[str, float]
 Kind = Literal["gauge", "counter"]
 Unit = Literal[
     "nats",

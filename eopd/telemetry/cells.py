@@ -5,7 +5,8 @@ from typing import Final
 
 from rich.table import Table
 
-from eopd.telemetry.catalog import CATALOG, Row, Unit
+from eopd.run.record import Row
+from eopd.telemetry.catalog import CATALOG, Unit
 
 Cell = tuple[str, tuple[str, ...]]
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypedDict
+from typing import Final
 
 import rich.console
 from rich.constrain import Constrain
@@ -21,7 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from eopd.telemetry.catalog import Row
+from eopd.run.record import HeldOut, Measurement, Row, Sample, Summary
 from eopd.telemetry.cells import LINE, cells, show, value
 from eopd.telemetry.forecast import AFTER_STEPS, forecast
 
@@ -38,46 +38,6 @@ _HELD_OUT: Final = {
     "student_entropy": "student entropy (nats)",
     "top1_agreement": "top-1 agreement",
 }
-
-
-class Measurement(TypedDict):
-    """A mean and its standard error; None where one trajectory shows no spread."""
-
-    mean: float
-    standard_error: float | None
-
-
-class HeldOut(TypedDict):
-    """``reverse_kl``, ``forward_kl``, ``student_entropy``, ``top1_agreement``; None where not
-    measured.
-    """
-
-    before: Mapping[str, Measurement] | None
-    after: Mapping[str, Measurement] | None
-
-
-class Summary(TypedDict):
-    """What ``summary.json`` holds. ``step_seconds``: mean seconds of generate, score, train,
-    weights, wait.
-    """
-
-    status: str
-    steps: int
-    tokens: int
-    skipped_steps: int
-    incarnation: int
-    wall_s: float
-    tokens_per_s: float
-    step_seconds: Mapping[str, float]
-    held_out: HeldOut
-
-
-class Sample(TypedDict):
-    """A held-out prompt, and what the student wrote before and after."""
-
-    prompt: str
-    before: str
-    after: str
 
 
 @dataclass(frozen=True, slots=True)

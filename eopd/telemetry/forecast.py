@@ -4,7 +4,7 @@ than meant.
 
 from typing import Final
 
-from eopd.telemetry.catalog import Row
+from eopd.run.record import Row
 
 AFTER_STEPS: Final = 3  # of this process: the first one warms everything up
 FAR_LONGER: Final = 2.0  # times ``run.expected_minutes``

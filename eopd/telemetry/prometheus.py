@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from eopd.config import ConfigError
-from eopd.telemetry.catalog import Row
+from eopd.run.record import Row
 from eopd.telemetry.rows import parse_series
 
 _FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}

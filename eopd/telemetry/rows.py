@@ -4,7 +4,8 @@ import difflib
 import re
 from collections.abc import Mapping
 
-from eopd.telemetry.catalog import CATALOG, Metric, MetricError, Row
+from eopd.run.record import Row
+from eopd.telemetry.catalog import CATALOG, Metric, MetricError
 
 _SERIES = re.compile(r'(?P<name>\w+)(?:\{(?P<labels>\w+="[\w.-]+"(?:,\w+="[\w.-]+")*)\})?')
 

@@ -4,17 +4,14 @@ pipeline --row--> Telemetry --row--> JsonlSink (metrics.jsonl), TimelineSink, Pr
 Console
 """
 
-import errno
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from eopd.telemetry.catalog import Row
+from eopd.run.record import Row, append_jsonl
 from eopd.telemetry.rows import check_row
 from eopd.telemetry.step import Span
 
@@ -110,18 +107,3 @@ class TimelineSink:
 
     def close(self) -> None:
         """Nothing is held between rows."""
-
-
-def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
-    """Append one record as one line, in one write: a reader, or a crash between records, never
-    meets half a line.
-
-    Raises:
-        OSError: the disk did not take all of it; none of it is left.
-    """
-    line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if file.write(line) < len(line):  # a disk that fills up takes a part, without an error
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

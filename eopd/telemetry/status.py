@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import rich.console
 from rich.constrain import Constrain
 
-from eopd.telemetry.catalog import Row
+from eopd.run.record import Row, Summary
 from eopd.telemetry.cells import FAULTS, cells, value
-from eopd.telemetry.console import MAX_WIDTH, Summary, clock, held_out_table
+from eopd.telemetry.console import MAX_WIDTH, clock, held_out_table
 
 
 def print_status(

@@ -11,7 +11,7 @@ from typing import Final
 
 from eopd.config import Config
 from eopd.config.loss import HardGate, SigmoidGate
-from eopd.telemetry.catalog import Row
+from eopd.run.record import Row
 from eopd.telemetry.rows import series
 from eopd.types import Header, LearnerStats, LossReason, PublishStats, StopReason
 

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar
 
 from eopd.config import ConfigError, TrackerName
-from eopd.telemetry.catalog import Row
+from eopd.run.record import RUN_ID, Row
 from eopd.telemetry.rows import parse_series
 
 Status = Literal["completed", "interrupted", "failed"]
 QUEUE_ROWS: Final = 1000
 END_S: Final = 60.0
-RUN_ID: Final = "run-id"  # the file that keeps it
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ import numpy as np
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
 from eopd.prompts import PromptOrder
-from eopd.telemetry.catalog import Row
+from eopd.run.record import Row
 from eopd.telemetry.step import Totals
 from eopd.types import (
     Header,

@@ -21,9 +21,9 @@ import torch
 import yaml
 from gang import TOP_K, asked_for, read_seen, run_gang, scored_trajectory, store, write_models
 
-from eopd.checkpoint import seal
 from eopd.cli.main import main
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
+from eopd.run.checkpoint import seal
 from eopd.types import OptimizerStep, PackedBatch, PolicyVersion, ScoredTrajectory, Stored
 
 VOCABULARY = 277  # no weight has a multiple of three entries: shards are padded

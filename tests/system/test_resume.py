@@ -10,7 +10,7 @@ import time
 import pytest
 from program import Run, read_rows
 
-from eopd.checkpoint import list_checkpoints
+from eopd.run.checkpoint import list_checkpoints
 
 CONTINUED_FROM, COMPARED = 10, 15  # steps
 

@@ -8,10 +8,10 @@ import json
 import pytest
 
 from eopd.config import ConfigError, load_config
+from eopd.run.directory import RunDirectory
+from eopd.run.lock import Holder
 from eopd.runtime import beside
 from eopd.runtime.beside import StallError, Watchdog, scale_on_request, with_beside
-from eopd.runtime.lock import Holder
-from eopd.runtime.run_directory import RunDirectory
 
 
 async def for_a_while(coroutine, seconds: float) -> None:
@@ -114,7 +114,7 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
     assert told == [], "nobody asked"
     directory.write_summary({"status": "running"})
     monkeypatch.setattr(
-        "eopd.runtime.run_directory.holder", lambda path: Holder(host="h", pid=7, since=0.0)
+        "eopd.run.directory.holder", lambda path: Holder(host="h", pid=7, since=0.0)
     )
     directory.ask_for_engines(4)
     await asyncio.sleep(0.3)
@@ -134,9 +134,7 @@ def test_only_a_run_that_is_running_can_be_scaled_and_a_wish_is_forgotten_with_i
     directory, tmp_path, monkeypatch
 ):
     me = Holder(host="h", pid=7, since=0.0)
-    monkeypatch.setattr(
-        "eopd.runtime.run_directory.holder", lambda path: me if path.exists() else None
-    )
+    monkeypatch.setattr("eopd.run.directory.holder", lambda path: me if path.exists() else None)
     with pytest.raises(ConfigError, match="is starting: only a run that is running can be scaled"):
         directory.ask_for_engines(3)
 

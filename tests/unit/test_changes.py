@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from eopd.config import load_config
-from eopd.runtime.changes import TABLE, changes, kind_of
+from eopd.run.changes import TABLE, changes, kind_of
 
 KNOBS = (Path(__file__).parents[1] / "house" / "knobs.txt").read_text(encoding="utf-8").split()
 NATIVE = ("learner.deepspeed", "rollout.vllm", "teachers[].vllm", "teachers[].template_options")

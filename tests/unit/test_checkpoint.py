@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from eopd.checkpoint import (
+from eopd.ledger import Ledger, Watermark
+from eopd.run.checkpoint import (
     DIGEST_BYTES,
     DriverState,
     StorageError,
@@ -24,7 +25,6 @@ from eopd.checkpoint import (
     write_checkpoint,
     write_whole,
 )
-from eopd.ledger import Ledger, Watermark
 
 FILES = ("learner/big", "learner/deep/small", "state.json", "manifest.json")
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import rich.console
 
+from eopd.run.record import Measurement, Sample, Summary
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.cells import COLUMNS
-from eopd.telemetry.console import Console, Measurement, Sample, Summary, print_summary
+from eopd.telemetry.console import Console, print_summary
 from eopd.telemetry.status import print_status
 
 

@@ -21,7 +21,7 @@ from eopd.preflight.environment import (
     require_environment,
     require_local_ray,
 )
-from eopd.preflight.run_place import require_run_directory
+from eopd.run.place import require_run_directory
 from eopd.telemetry.prometheus import PrometheusSink, require_address
 
 

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eopd.checkpoint import write_whole
 from eopd.ledger import Ledger
 from eopd.prompts import PromptOrder
-from eopd.runtime.run_directory import RunDirectory
+from eopd.run.checkpoint import write_whole
+from eopd.run.directory import RunDirectory
 from eopd.types import TrajectoryKey
 
 BATCH, BATCHES, EVERY, PROMPTS, SAMPLES = 4, 11, 3, 5, 2

@@ -14,12 +14,12 @@ import time
 import pytest
 
 from eopd.config import ConfigError
-from eopd.runtime import lock
-from eopd.runtime.lock import held, holder, last_holder
+from eopd.run import lock
+from eopd.run.lock import held, holder, last_holder
 
 HOLD = (
     "import pathlib, sys, time\n"
-    "from eopd.runtime.lock import held\n"
+    "from eopd.run.lock import held\n"
     "with held(pathlib.Path(sys.argv[1])):\n"
     "    print('held', flush=True); time.sleep(60)"
 )

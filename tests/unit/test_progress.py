@@ -1,8 +1,8 @@
 """Where a run goes back to when its learner is lost."""
 
-from eopd.checkpoint import DriverState
 from eopd.ledger import Ledger
-from eopd.runtime.progress import Progress
+from eopd.run.checkpoint import DriverState
+from eopd.run.progress import Progress
 
 
 def test_a_lost_learner_rolls_back_to_a_checkpoint_or_to_the_beginning_as_another_incarnation():

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from eopd.checkpoint import DriverState, list_checkpoints, seal, write_checkpoint
 from eopd.config import Config, ConfigError, load_config, processor
 from eopd.ledger import Ledger, Watermark
-from eopd.runtime.progress import Progress
+from eopd.run.checkpoint import DriverState, list_checkpoints, seal, write_checkpoint
+from eopd.run.directory import RunDirectory
+from eopd.run.progress import Progress
 from eopd.runtime.resume import take_up
-from eopd.runtime.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 INPUTS = {

@@ -12,15 +12,16 @@ import fakes
 import pytest
 
 import eopd
-from eopd.checkpoint import DriverState, StorageError, write_checkpoint
 from eopd.config import ConfigError, load_config
 from eopd.ledger import Ledger, Watermark
 from eopd.preflight.environment import require_environment
-from eopd.runtime.changes import Change
-from eopd.runtime.lock import held
-from eopd.runtime.progress import Progress
+from eopd.run.changes import Change
+from eopd.run.checkpoint import DriverState, StorageError, write_checkpoint
+from eopd.run.directory import RunDirectory
+from eopd.run.lock import held
+from eopd.run.progress import Progress
+from eopd.run.record import held_out_record
 from eopd.runtime.resume import take_up
-from eopd.runtime.run_directory import RunDirectory, held_out_record
 from eopd.telemetry.sinks import JsonlSink
 from eopd.types import Estimate, EvalStats
 

@@ -16,10 +16,11 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from eopd.config import ConfigError, load_config
-from eopd.telemetry.catalog import CATALOG, MetricError, Row
+from eopd.run.record import Row, append_jsonl
+from eopd.telemetry.catalog import CATALOG, MetricError
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.rows import check_row, parse_series, series
-from eopd.telemetry.sinks import JsonlSink, Telemetry, TimelineSink, append_jsonl
+from eopd.telemetry.sinks import JsonlSink, Telemetry, TimelineSink
 from eopd.telemetry.step import STALENESS_AGES, batch_row, config_row, resident_bytes
 
 LOST = 'eopd_lost_trajectories_total{reason="too_stale"}'

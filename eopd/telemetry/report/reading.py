@@ -2,7 +2,7 @@
 cut off.
 
 Lines that cannot be read are left out and counted; the page says so. The files are described in
-``runtime/run_directory.py``.
+``run/directory.py``.
 """
 
 import json

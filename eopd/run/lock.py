@@ -25,7 +25,7 @@ from typing import Annotated, Final
 from pydantic import Field, TypeAdapter
 
 from eopd.config import ConfigError
-from eopd.preflight.run_place import LOCK
+from eopd.run.place import LOCK
 
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 _TRIES: Final = 5  # whoever only looks at a lock holds it for a moment

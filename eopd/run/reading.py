@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from eopd.config import Config, ConfigError
 from eopd.config.messages import explain
 from eopd.config.saved import parse_saved, read_saved
-from eopd.telemetry.console import Summary
+from eopd.run.record import Summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

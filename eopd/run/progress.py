@@ -4,10 +4,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from eopd.checkpoint import DriverState
 from eopd.ledger import Ledger
-from eopd.telemetry.catalog import Row
-from eopd.telemetry.console import Measurement, Summary
+from eopd.run.checkpoint import DriverState
+from eopd.run.record import Measurement, Row, Summary
 
 STAGES = ("generate", "score", "train", "weights", "wait")
 

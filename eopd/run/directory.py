@@ -2,7 +2,7 @@
 
 runs/<name>/config.yaml     resolved, as it holds now
             changes.jsonl   what was changed when the run went on: from which step, from what to what
-            run.lock        who runs this run now (``runtime/lock.py``)
+            run.lock        who runs this run now (``run/lock.py``)
             metrics.jsonl   one row a step
             trained.jsonl   what each step trained on: issue numbers, and a checksum of each response's token ids
             timeline.jsonl  when in each step somebody wrote and somebody scored: spans in seconds from its start
@@ -37,7 +37,10 @@ from pathlib import Path
 from typing import Self
 
 from eopd import __version__
-from eopd.checkpoint import (
+from eopd.config import Config, ConfigError, dump_config, load_config
+from eopd.config.saved import require_directory
+from eopd.run.changes import Change
+from eopd.run.checkpoint import (
     StorageError,
     broken_checkpoints,
     list_checkpoints,
@@ -45,17 +48,11 @@ from eopd.checkpoint import (
     step_of,
     write_whole,
 )
-from eopd.config import Config, ConfigError, dump_config, load_config
-from eopd.config.saved import require_directory
-from eopd.preflight.run_place import require_no_stranger
-from eopd.runtime.changes import Change
-from eopd.runtime.lock import holder, last_holder
-from eopd.runtime.run_files import config_before, read_changes, read_rows, read_summary
-from eopd.telemetry.catalog import Row
-from eopd.telemetry.console import Measurement, Sample, Summary
-from eopd.telemetry.sinks import append_jsonl
-from eopd.telemetry.trackers import RUN_ID
-from eopd.types import ENTROPY_BIN_NATS, Estimate, EvalStats, Header, LostTrajectory
+from eopd.run.lock import holder, last_holder
+from eopd.run.place import require_no_stranger
+from eopd.run.reading import config_before, read_changes, read_rows, read_summary
+from eopd.run.record import RUN_ID, Row, Sample, Summary, append_jsonl
+from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostTrajectory
 
 PACKAGES = (
     "deepspeed",
@@ -398,27 +395,6 @@ class RunDirectory:
             for (phase, prompt_id), row in texts.items()
             if phase == "after" and ("before", prompt_id) in texts
         ]
-
-
-def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
-    """An ``EvalStats`` as ``summary.json`` keeps it: every estimate with its mean and standard
-    error; those of a part of the tokens, and its share of them, as ``reverse_kl: teacher unsure``.
-    """
-    estimates = ((name, getattr(stats, name)) for name in stats.__dataclass_fields__)
-    found = {name: value for name, value in estimates if isinstance(value, Estimate)}
-
-    for part, of_part in stats.parts.items():
-        found[f"share: {part}"] = Estimate(mean=of_part.share, standard_error=math.inf)
-        found[f"reverse_kl: {part}"] = of_part.reverse_kl
-        found[f"forward_kl: {part}"] = of_part.forward_kl
-
-    return {
-        name: {
-            "mean": value.mean,
-            "standard_error": value.standard_error if math.isfinite(value.standard_error) else None,
-        }
-        for name, value in found.items()
-    }
 
 
 def _lines(path: Path) -> list[str]:

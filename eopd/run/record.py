@@ -1,0 +1,90 @@
+"""What the files of a run hold: rows of ``metrics.jsonl``, and the summary."""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, TypedDict
+
+from eopd.types import Estimate, EvalStats
+
+Row = Mapping[str, float]  # by the names of ``telemetry/catalog.py``
+RUN_ID: Final = "run-id"  # the file in which a tracker keeps its name of the run
+
+
+class Measurement(TypedDict):
+    """A mean and its standard error; None where one trajectory shows no spread."""
+
+    mean: float
+    standard_error: float | None
+
+
+class HeldOut(TypedDict):
+    """``reverse_kl``, ``forward_kl``, ``student_entropy``, ``top1_agreement``; None where not
+    measured.
+    """
+
+    before: Mapping[str, Measurement] | None
+    after: Mapping[str, Measurement] | None
+
+
+class Summary(TypedDict):
+    """What ``summary.json`` holds. ``step_seconds``: mean seconds of generate, score, train,
+    weights, wait.
+    """
+
+    status: str
+    steps: int
+    tokens: int
+    skipped_steps: int
+    incarnation: int
+    wall_s: float
+    tokens_per_s: float
+    step_seconds: Mapping[str, float]
+    held_out: HeldOut
+
+
+class Sample(TypedDict):
+    """A held-out prompt, and what the student wrote before and after."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
+    """An ``EvalStats`` as ``summary.json`` keeps it: every estimate with its mean and standard
+    error; those of a part of the tokens, and its share of them, as ``reverse_kl: teacher unsure``.
+    """
+    estimates = ((name, getattr(stats, name)) for name in stats.__dataclass_fields__)
+    found = {name: value for name, value in estimates if isinstance(value, Estimate)}
+
+    for part, of_part in stats.parts.items():
+        found[f"share: {part}"] = Estimate(mean=of_part.share, standard_error=math.inf)
+        found[f"reverse_kl: {part}"] = of_part.reverse_kl
+        found[f"forward_kl: {part}"] = of_part.forward_kl
+
+    return {
+        name: {
+            "mean": value.mean,
+            "standard_error": value.standard_error if math.isfinite(value.standard_error) else None,
+        }
+        for name, value in found.items()
+    }
+
+
+def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
+    """Append one record as one line, in one write: a reader, or a crash between records, never
+    meets half a line.
+
+    Raises:
+        OSError: the disk did not take all of it; none of it is left.
+    """
+    line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(line) < len(line):  # a disk that fills up takes a part, without an error
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
