@@ -17,7 +17,7 @@ next number in its slot.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -26,15 +26,15 @@ from eopd.ledger import Ledger
 from eopd.packing import pack
 from eopd.prompts import PromptOrder
 from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer, WeightChannel
-from eopd.run.record import Row
-from eopd.telemetry.step import BusyClock, Span, Totals, step_row
+from eopd.run.progress import Progress
+from eopd.telemetry.step import BusyClock
 from eopd.types import (
-    Header,
     LearnerStats,
     LossReason,
     LostTrajectory,
     RunFailedError,
     ScoredTrajectory,
+    StepDone,
     Stored,
 )
 
@@ -97,14 +97,10 @@ class Pipeline:
     channel: WeightChannel
     order: PromptOrder
     ledger: Ledger
-    totals: Totals
+    progress: Progress
     on_drop: Callable[[int, LostTrajectory], None] = lambda issue, lost: None
     buffer: Buffer = field(init=False)
-    # by issue, of the row yielded last
-    trained: Mapping[int, Header] = field(init=False, default_factory=dict)
-    # of that row, from its step's start
-    busy: Mapping[str, Sequence[Span]] = field(init=False, default_factory=dict)
-    doing: str = field(init=False, default="starting")  # for people: what the next row waits for
+    doing: str = field(init=False, default="starting")  # for people: what the next step waits for
     _generating: BusyClock = field(init=False, default_factory=BusyClock)
     _scoring: BusyClock = field(init=False, default_factory=BusyClock)
     _written_at: dict[int, float] = field(init=False, default_factory=dict)
@@ -118,7 +114,7 @@ class Pipeline:
             dropped=self.ledger.dropped,
         )
 
-    async def steps(self, start: int) -> AsyncGenerator[Row, None]:
+    async def steps(self, start: int) -> AsyncGenerator[StepDone, None]:
         """Run batches ``start`` to ``plan.batches``, yielding the row of each once its weights are
         published.
 
@@ -132,11 +128,11 @@ class Pipeline:
             self._issue((self.plan.batches - start) * self.plan.batch)
         ) as failed:
             for number in range(start, self.plan.batches):
-                row = await _unless(failed, self._step(number, time.monotonic()))
-                if row is None:
+                done = await _unless(failed, self._step(number, time.monotonic()))
+                if done is None:
                     return
 
-                yield row
+                yield done
 
     def status(self) -> str:
         """What the loop waits for, for people."""
@@ -147,50 +143,47 @@ class Pipeline:
             f"{buffer.num_slots} slots taken"
         )
 
-    async def _step(self, number: int, started: float) -> Row | None:
+    async def _step(self, number: int, started: float) -> StepDone | None:
         batch = await self._train(number)
         if batch is None:
             return None
 
-        stats, full = batch.stats, batch.full_at
         self.doing = "bringing the weights to the engines"
-        trained = time.monotonic()
-        published = await self.channel.publish(stats.version)
+        trained_at = time.monotonic()
+        published = await self.channel.publish(batch.stats.version)
 
-        self.trained = {one.issue: one.stored.header for one in batch.taken}
-        self.ledger.train(self.trained)
-        headers = list(self.trained.values())
-        self.totals.add(headers)
+        trained = {one.issue: one.stored.header for one in batch.taken}
+        self.ledger.train(trained)
         self.buffer.release()
-
         ended = time.monotonic()
-        written = max(started, *(self._written_at.pop(issue) for issue in self.trained))
+
         spans = {"generate": self._generating.lap(), "score": self._scoring.lap()}
-        self.busy = {
-            stage: [(a - started, b - started) for a, b in of_stage]
-            for stage, of_stage in spans.items()
-        }
+        written = max(started, *(self._written_at.pop(issue) for issue in trained))
         seconds = {
             **{stage: sum(b - a for a, b in of_stage) for stage, of_stage in spans.items()},
             "step": ended - started,
-            "wait": full - started,
+            "wait": batch.full_at - started,
             "wait_rollout": written - started,
-            "wait_teacher": full - written,
-            "train": trained - full,
-            "weights": ended - trained,
+            "wait_teacher": batch.full_at - written,
+            "train": trained_at - batch.full_at,
+            "weights": ended - trained_at,
         }
-
-        return step_row(
-            headers,
-            stats,
-            published,
+        done = StepDone(
+            trained=trained,
+            stats=batch.stats,
+            published=published,
             seconds=seconds,
-            totals=self.totals,
-            lost=self.ledger.lost,
-            dropped=len(self.ledger.dropped),
+            spans={
+                stage: [(a - started, b - started) for a, b in of_stage]
+                for stage, of_stage in spans.items()
+            },
             in_flight=batch.in_flight,
             ready=batch.ready,
+            lost=dict(self.ledger.lost),
+            dropped=len(self.ledger.dropped),
         )
+        self.progress.count(done)
+        return done
 
     async def _train(self, number: int) -> "_TrainedBatch | None":
         """Take a batch and train on it; None once the buffer is closed."""
@@ -308,8 +301,8 @@ async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[as
 
 
 async def _unless(
-    failed: asyncio.Task[None], work: Coroutine[object, object, Row | None]
-) -> Row | None:
+    failed: asyncio.Task[None], work: Coroutine[object, object, StepDone | None]
+) -> StepDone | None:
     """Await ``work``, unless ``failed`` raises first: then its error is raised and ``work``
     is cancelled.
     """

@@ -278,11 +278,12 @@ class PackedBatch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerStats:
     """What one ``Learner.step`` did, already reduced over ranks. Keys of ``metrics`` are
-    catalogue names.
+    catalogue names. ``skipped_steps`` are all optimiser steps that were not finite so far.
     """
 
     version: PolicyVersion
     metrics: Mapping[str, float]
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,6 +344,30 @@ class PublishStats:
     pause_s: float
     num_bytes: int
     probe_nats: float | None = None
+
+
+Span = tuple[float, float]  # from and to, in seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    """One completed step of the loop: a batch is trained, and its weights are published.
+
+    ``trained`` are its headers by issue number. ``seconds`` has step, generate, score, wait, its
+    two parts, train and weights; ``spans`` says when in the step somebody generated and scored,
+    from its start. ``in_flight`` and ``ready`` are trajectories when the batch was taken. ``lost``
+    and ``dropped`` are those of the whole run so far.
+    """
+
+    trained: Mapping[int, Header]
+    stats: LearnerStats
+    published: PublishStats
+    seconds: Mapping[str, float]
+    spans: Mapping[str, Sequence[Span]]
+    in_flight: int
+    ready: int
+    lost: Mapping[LossReason, int]
+    dropped: int
 
 
 class RunFailedError(RuntimeError):

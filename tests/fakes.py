@@ -2,14 +2,15 @@
 role of the loop.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import numpy as np
 
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
 from eopd.prompts import PromptOrder
-from eopd.telemetry.step import Totals
+from eopd.run.progress import Progress
+from eopd.telemetry.step import step_row
 from eopd.types import (
     Header,
     LearnerStats,
@@ -182,6 +183,12 @@ def pipeline(
         world,
         of or order(),
         ledger or Ledger(),
-        Totals(),
+        Progress(),
         on_drop,
     )
+
+
+async def rows(line: Pipeline, start: int = 0) -> AsyncIterator[dict[str, float]]:
+    """Run a loop; the row of each step."""
+    async for done in line.steps(start):
+        yield {**step_row(done), **line.progress.row()}

@@ -167,10 +167,7 @@ class LearnerRank:
             num_loss_tokens += step.num_loss_tokens
 
         self.version = PolicyVersion(self.version.incarnation, self.version.step + 1)
-        metrics = {
-            "eopd_loss_tokens": float(num_loss_tokens),
-            "eopd_skipped_steps_total": float(self._num_skipped),
-        }
+        metrics = {"eopd_loss_tokens": float(num_loss_tokens)}
         if terms:
             metrics |= _means(terms, num_loss_tokens) | batch_metrics(applied, weightings)
             metrics |= {
@@ -179,7 +176,7 @@ class LearnerRank:
                 "eopd_alpha_ratio": share.alpha,
             }
 
-        return LearnerStats(version=self.version, metrics=metrics)
+        return LearnerStats(version=self.version, metrics=metrics, skipped_steps=self._num_skipped)
 
     def evaluate(self, share: PackedBatch) -> EvalStats:
         """Student against teacher over the loss tokens of all ranks, without an update; see

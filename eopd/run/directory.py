@@ -52,7 +52,7 @@ from eopd.run.lock import holder, last_holder
 from eopd.run.place import require_no_stranger
 from eopd.run.reading import config_before, read_changes, read_rows, read_summary
 from eopd.run.record import RUN_ID, Row, Sample, Summary, append_jsonl
-from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostTrajectory
+from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostTrajectory, Span
 
 PACKAGES = (
     "deepspeed",
@@ -256,6 +256,14 @@ class RunDirectory:
             raise StorageError.of(
                 self.trained, error, "Free some space, then continue with --resume auto."
             ) from error
+
+    def add_timeline(self, step: int, spans: Mapping[str, Sequence[Span]]) -> None:
+        """Append to ``timeline.jsonl`` when in a step somebody generated and scored."""
+        rounded = {
+            stage: [[round(start, 4), round(stop, 4)] for start, stop in of_stage]
+            for stage, of_stage in spans.items()
+        }
+        append_jsonl(self.timeline, {"step": step, **rounded})
 
     def add_dropped(self, issue: int, lost: LostTrajectory) -> None:
         """Append to ``dropped.jsonl`` a trajectory that was given up, and how it was lost last.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from eopd.ledger import Ledger
 from eopd.run.checkpoint import DriverState
 from eopd.run.record import Measurement, Row, Summary
+from eopd.types import StepDone
 
 STAGES = ("generate", "score", "train", "weights", "wait")
 
@@ -69,20 +70,23 @@ class Progress:
         """Seconds of the run so far, over all its processes."""
         return self.wall_before_s + time.monotonic() - self._started
 
-    def count(self, row: Row) -> None:
+    def count(self, done: StepDone) -> None:
         """Take in one completed step."""
-        tokens = int(row["eopd_response_tokens_total"])
-        self._tokens_here += tokens - self.tokens
+        tokens = sum(header.num_response_tokens for header in done.trained.values())
+        self.step = done.stats.version.step
+        self.tokens += tokens
+        self.trajectories += len(done.trained)
+        self.skipped_steps = done.stats.skipped_steps
         self._rows += 1
-        self.step, self.tokens = int(row["eopd_step"]), tokens
-        self.trajectories = int(row["eopd_trajectories_total"])
-        self.skipped_steps = int(row["eopd_skipped_steps_total"])
+        self._tokens_here += tokens
         for stage in self._seconds:
-            self._seconds[stage] += row[f"eopd_{stage}_seconds"]
+            self._seconds[stage] += done.seconds[stage]
 
     def row(self) -> Row:
         """What every row says of the run so far."""
         row = {
+            "eopd_response_tokens_total": float(self.tokens),
+            "eopd_trajectories_total": float(self.trajectories),
             "eopd_learner_restarts_total": float(self.learner_restarts),
             "eopd_skipped_steps_total": float(self.skipped_steps),
             "eopd_config_changes_total": float(self.config_changes),

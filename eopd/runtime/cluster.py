@@ -23,6 +23,7 @@ from ray.exceptions import AuthenticationError
 
 from eopd.config import ClusterConfig, ConfigError
 from eopd.preflight.environment import LOCAL, cluster_address, require_local_ray, split_address
+from eopd.run.record import Row
 from eopd.runtime import logs
 from eopd.runtime.placement import Capacity, Node, RoleResources, require_capacity
 from eopd.runtime.process import takes_files
@@ -145,6 +146,20 @@ def _make_token() -> None:
     home = os.environ.get("HOME", "")
     if not os.path.isabs(home) or not takes_files(Path(home)):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def memory_row() -> Row:
+    """What the object stores and this process hold now."""
+    return {
+        "eopd_object_store_bytes": object_store_bytes(),
+        "eopd_driver_memory_bytes": resident_bytes(),
+    }
+
+
+def resident_bytes() -> float:
+    """What this process holds in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def object_store_bytes() -> float:

@@ -8,8 +8,8 @@ from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
 from eopd.preflight import Prepared
 from eopd.prompts import PromptOrder
+from eopd.run.progress import Progress
 from eopd.runtime.supervisor import Crew
-from eopd.telemetry.step import Totals
 from eopd.types import LostTrajectory
 
 
@@ -18,10 +18,10 @@ def make_pipeline(
     prepared: Prepared,
     members: Crew,
     ledger: Ledger,
-    totals: Totals,
+    progress: Progress,
     on_drop: Callable[[int, LostTrajectory], None],
 ) -> Pipeline:
-    """The loop of a run, from where ``ledger`` and ``totals`` stand."""
+    """The loop of a run, from where ``ledger`` and ``progress`` stand."""
     numbers = Plan(
         batch=config.batch_trajectories,
         batches=config.run.batches,
@@ -49,6 +49,6 @@ def make_pipeline(
         channel=members.channel,
         order=order,
         ledger=ledger,
-        totals=totals,
+        progress=progress,
         on_drop=on_drop,
     )

@@ -1,33 +1,29 @@
 """Where the rows of a run go, as its config has it; the console apart."""
 
-from collections.abc import Callable, Mapping, Sequence
-
 from eopd.config import Config
 from eopd.config.load import flatten
 from eopd.run.directory import RunDirectory
 from eopd.runtime import cluster
 from eopd.telemetry.prometheus import PrometheusSink
-from eopd.telemetry.sinks import JsonlSink, Sink, TimelineSink
-from eopd.telemetry.step import Span
+from eopd.telemetry.sinks import JsonlSink, Sink
 from eopd.telemetry.trackers import BackgroundSink, tracker
 
 
 def open_sinks(
-    config: Config, directory: RunDirectory, busy: Callable[[], Mapping[str, Sequence[Span]]]
+    config: Config, directory: RunDirectory
 ) -> tuple[list[Sink], PrometheusSink | None, list[BackgroundSink], list[str]]:
     """Open every sink of a run.
 
     Args:
         config: the run's.
         directory: where its files go.
-        busy: says when somebody generated and scored during the last step.
 
     Returns:
         All sinks, the one for Prometheus and the trackers among them, and what people are told of
         them.
     """
     telemetry, run = config.telemetry, config.run
-    sinks: list[Sink] = [JsonlSink(directory.metrics), TimelineSink(directory.timeline, busy)]
+    sinks: list[Sink] = [JsonlSink(directory.metrics)]
     notes: list[str] = []
 
     prometheus = None

@@ -38,8 +38,8 @@ from eopd.telemetry.console import Console
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
 from eopd.telemetry.sinks import Telemetry
-from eopd.telemetry.step import Totals, config_row, resident_bytes
-from eopd.types import LostTrajectory, RunFailedError
+from eopd.telemetry.step import config_row, step_row
+from eopd.types import LostTrajectory, RunFailedError, StepDone
 
 _STATE_S = 5.0  # how often Prometheus sees who is up
 _PROBE_TOKENS = 256  # of prompts, which the student finds probable
@@ -86,8 +86,7 @@ def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> 
 
         cluster.require_room(plan(config))
         taken_up.begin()
-        summary = asyncio.run(TrainingRun(prepared, taken_up, lock_notes).main())
-        return Outcome(summary, directory)
+        return Outcome(asyncio.run(TrainingRun(prepared, taken_up, lock_notes).main()), directory)
 
 
 class TrainingRun:
@@ -247,9 +246,8 @@ class TrainingRun:
         members.channel.disconnect()
 
     async def _train(self, members: Crew, telemetry: Telemetry) -> None:
-        totals = Totals(tokens=self._progress.tokens, trajectories=self._progress.trajectories)
         self._pipeline = pipeline = make_pipeline(
-            self._config, self._prepared, members, self._ledger, totals, self._drop
+            self._config, self._prepared, members, self._ledger, self._progress, self._drop
         )
         self._stop_softly = pipeline.buffer.close
 
@@ -267,18 +265,17 @@ class TrainingRun:
         """Run the loop to its end, with a row, a record and now and then a checkpoint of what
         it has done.
         """
-        start = self._progress.step
+        skipped_before = self._progress.skipped_steps
         # whatever ends it, nothing of it stays in flight
-        async with aclosing(pipeline.steps(start)) as steps:
-            async for row in steps:
+        async with aclosing(pipeline.steps(self._progress.step)) as steps:
+            async for done in steps:
                 self._watchdog.step()
-                held = {
-                    "eopd_object_store_bytes": cluster.object_store_bytes(),
-                    "eopd_driver_memory_bytes": resident_bytes(),
-                }
-                telemetry.write({**self._state_of(members), **row, **held})
-                self._count(row)
-                self.directory.add_trained(self._progress.step, pipeline.trained)
+                telemetry.write(
+                    {**self._state_of(members), **cluster.memory_row(), **step_row(done)}
+                )
+                self._tell_of(done, skipped_before)
+                skipped_before = done.stats.skipped_steps
+                self.directory.add_trained(self._progress.step, done.trained)
                 if self._progress.step % self._config.checkpoint.every == 0:
                     await self._save(members)
 
@@ -322,14 +319,19 @@ class TrainingRun:
             if self._prometheus is not None:
                 self._prometheus.write(self._state_of(members))
 
-    def _count(self, row: Row) -> None:
-        skipped_before = self._progress.skipped_steps
-        self._progress.count(row)
-        if (skipped := self._progress.skipped_steps) > skipped_before:
+    def _tell_of(self, done: StepDone, skipped_before: int) -> None:
+        """What people look at besides the row; nothing else may be lost with it."""
+        if done.stats.skipped_steps > skipped_before:
             self._say(
                 f"step {self._progress.step}: loss or gradient not finite, optimiser step "
-                f"skipped ({skipped} of at most {self._config.learner.max_skipped_steps}); "
-                f"see {self.directory.broken}"
+                f"skipped ({done.stats.skipped_steps} of at most "
+                f"{self._config.learner.max_skipped_steps}); see {self.directory.broken}"
+            )
+        try:
+            self.directory.add_timeline(self._progress.step, done.spans)
+        except OSError:
+            logger.warning(
+                "the timeline of step %d was not kept", self._progress.step, exc_info=True
             )
 
     async def _save(self, members: Crew) -> None:
@@ -374,11 +376,7 @@ class TrainingRun:
 
     @asynccontextmanager
     async def _telemetry(self) -> AsyncIterator[Telemetry]:
-        sinks, self._prometheus, self._trackers, notes = open_sinks(
-            self._config,
-            self.directory,
-            lambda: {} if self._pipeline is None else self._pipeline.busy,
-        )
+        sinks, self._prometheus, self._trackers, notes = open_sinks(self._config, self.directory)
         run = self._config.run
         self._console = Console(
             run=run.name, batches=run.batches, expected_minutes=run.expected_minutes

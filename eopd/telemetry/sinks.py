@@ -7,13 +7,12 @@ Console
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from eopd.run.record import Row, append_jsonl
 from eopd.telemetry.rows import check_row
-from eopd.telemetry.step import Span
 
 logger = logging.getLogger(__name__)
 
@@ -83,27 +82,6 @@ class JsonlSink:
             key: float(value) if math.isfinite(value) else None for key, value in row.items()
         }
         append_jsonl(self._path, {"step": int(row["eopd_step"]), "time": time.time(), **numbers})
-
-    def close(self) -> None:
-        """Nothing is held between rows."""
-
-
-class TimelineSink:
-    """One JSON object a line: ``step``, and the spans of each of its stages, in seconds from
-    its start.
-    """
-
-    def __init__(self, path: Path, busy: Callable[[], Mapping[str, Sequence[Span]]]) -> None:
-        self._path = path
-        self._busy = busy
-
-    def write(self, row: Row) -> None:
-        """Append the spans of the row's step; raises OSError where the file cannot be written."""
-        spans = {
-            stage: [[round(t, 4) for t in span] for span in of_stage]
-            for stage, of_stage in self._busy().items()
-        }
-        append_jsonl(self._path, {"step": int(row["eopd_step"]), **spans})
 
     def close(self) -> None:
         """Nothing is held between rows."""

@@ -2,10 +2,8 @@
 pipeline's caller publishes them.
 """
 
-import os
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final
 
@@ -13,10 +11,9 @@ from eopd.config import Config
 from eopd.config.loss import HardGate, SigmoidGate
 from eopd.run.record import Row
 from eopd.telemetry.rows import series
-from eopd.types import Header, LearnerStats, LossReason, PublishStats, StopReason
+from eopd.types import Header, LossReason, Span, StepDone, StopReason
 
 STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")
-Span = tuple[float, float]
 
 
 class BusyClock:
@@ -51,19 +48,6 @@ class BusyClock:
         return spans
 
 
-class Totals:
-    """What only grows, over the life of the run."""
-
-    def __init__(self, *, tokens: int = 0, trajectories: int = 0) -> None:
-        self.tokens = tokens
-        self.trajectories = trajectories
-
-    def add(self, headers: Sequence[Header]) -> None:
-        """Count a trained batch."""
-        self.tokens += sum(h.num_response_tokens for h in headers)
-        self.trajectories += len(headers)
-
-
 def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
     """Lengths, endings and staleness of a batch consumed at learner version ``version``."""
     count = len(headers)
@@ -95,47 +79,29 @@ def config_row(config: Config) -> Row:
     )
 
 
-def resident_bytes() -> float:
-    """What this process holds in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))
-
-
-def step_row(
-    headers: Sequence[Header],
-    stats: LearnerStats,
-    published: PublishStats,
-    *,
-    seconds: Mapping[str, float],
-    totals: Totals,
-    lost: Mapping[LossReason, int],
-    dropped: int,
-    in_flight: int,
-    ready: int,
-) -> Row:
-    """The row of one completed step. ``seconds`` has step, generate, score, wait, its two
-    parts, train and weights.
-    """
+def step_row(done: StepDone) -> Row:
+    """The row of one completed step; what the whole run has done so far is ``Progress.row``."""
+    headers, stats, published = list(done.trained.values()), done.stats, done.published
     row = dict(stats.metrics) | batch_row(headers, stats.version.step - 1)
-    row |= {f"eopd_{stage}_seconds": spent for stage, spent in seconds.items()}
+    for stage, spent in done.seconds.items():
+        row[f"eopd_{stage}_seconds"] = spent
+    for reason in LossReason:
+        row[series("eopd_lost_trajectories_total", reason=reason.value)] = float(
+            done.lost.get(reason, 0)
+        )
+
+    num_tokens = sum(header.num_response_tokens for header in headers)
     row |= {
         "eopd_step": float(stats.version.step),
         "eopd_last_step_timestamp_seconds": time.time(),
-        "eopd_in_flight_trajectories": float(in_flight),
-        "eopd_ready_trajectories": float(ready),
-        "eopd_response_tokens_per_second": sum(h.num_response_tokens for h in headers)
-        / seconds["step"],
-        "eopd_response_tokens_total": float(totals.tokens),
-        "eopd_trajectories_total": float(totals.trajectories),
-        "eopd_dropped_trajectories_total": float(dropped),
+        "eopd_dropped_trajectories_total": float(done.dropped),
+        "eopd_in_flight_trajectories": float(done.in_flight),
+        "eopd_ready_trajectories": float(done.ready),
+        "eopd_response_tokens_per_second": num_tokens / done.seconds["step"],
         "eopd_weight_transfer_seconds": published.transfer_s,
         "eopd_weight_pause_seconds": published.pause_s,
         "eopd_weight_bytes": float(published.num_bytes),
     }
     if published.probe_nats is not None:
         row["eopd_weight_probe_nats"] = published.probe_nats
-
-    return row | {
-        series("eopd_lost_trajectories_total", reason=reason.value): float(lost.get(reason, 0))
-        for reason in LossReason
-    }
+    return row

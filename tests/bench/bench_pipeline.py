@@ -37,8 +37,9 @@ import numpy as np
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
 from eopd.prompts import PromptOrder
+from eopd.run.progress import Progress
 from eopd.run.record import Row
-from eopd.telemetry.step import Totals
+from eopd.telemetry.step import step_row
 from eopd.types import (
     Header,
     LearnerStats,
@@ -197,6 +198,7 @@ def pipeline(
         max_staleness=max_staleness,
         lookahead=lookahead,
         max_attempts=1,
+        max_dropped=0,
         temperature=1.0,
         max_response_tokens=roles.num_tokens,
         ranks=2,
@@ -204,7 +206,7 @@ def pipeline(
         token_budget=8 * roles.num_tokens,
         alpha_at=lambda batch: 1.0,
     )
-    return Pipeline(plan, roles, roles, roles, roles, prompt_order(), Ledger(), Totals())
+    return Pipeline(plan, roles, roles, roles, roles, prompt_order(), Ledger(), Progress())
 
 
 def say(line: str) -> None:
@@ -326,8 +328,8 @@ def overlapped(
             lookahead=flow[1],
         )
         rows, started = [], 0.0
-        async for row in line.steps(0):
-            rows.append(row)
+        async for done in line.steps(0):
+            rows.append(step_row(done))
             started = time.perf_counter() if len(rows) == WARM_UP else started
 
         return rows[WARM_UP:], time.perf_counter() - started

@@ -196,10 +196,7 @@ def run_rank(
 
     def train(learner: LearnerRank, first: int, last: int) -> list[dict[str, float]]:
         stats = [learner.step(make_batch(n, world_size).share(rank)) for n in range(first, last)]
-        return [
-            {k: v for k, v in one.metrics.items() if k != "eopd_skipped_steps_total"}
-            for one in stats
-        ]
+        return [dict(one.metrics) for one in stats]
 
     seen: dict[str, Any] = {}
 

@@ -38,6 +38,7 @@ from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.learner.student import Head, Student, load_student
 from eopd.types import (
     Estimate,
+    LearnerStats,
     OptimizerStep,
     PackedBatch,
     PolicyVersion,
@@ -218,7 +219,10 @@ def run_rank(
         )
         stats = learner.step(share)
         hook.remove()
-        return dict(stats.metrics)
+        return counted(stats)
+
+    def counted(stats: LearnerStats) -> dict[str, float]:
+        return {**stats.metrics, "skipped": stats.skipped_steps}
 
     seen: dict[str, Any] = {}
 
@@ -230,7 +234,7 @@ def run_rank(
 
         before = train(learner, case, range(BAD_BATCH))
         bad_batch = spoil(make_batch(BAD_BATCH), *BAD_TRAJECTORIES)
-        skipped = dict(learner.step(share_of(case, bad_batch)).metrics)
+        skipped = counted(learner.step(share_of(case, bad_batch)))
         broken_gradient = poisoned_step(learner, share_of(case, make_batch(BAD_BATCH)))
         if (name, stage) in RESUMES:
             learner.save(run_directory / "checkpoint")
@@ -248,7 +252,7 @@ def run_rank(
 
         seen[f"{name}-{stage}"] = {
             "metrics": before + after,
-            "skipped": [skipped, broken_gradient, dict(half_bad.metrics)],
+            "skipped": [skipped, broken_gradient, counted(half_bad)],
             "refused": str(refused.value),
             "version": learner.version,
             "evaluation": dataclasses.asdict(found),
@@ -422,9 +426,9 @@ def test_a_non_finite_loss_or_gradient_is_skipped_by_all_ranks(
     # never saw it.
     run, steps = seen[world_size][0][f"{name}-{stage}"], CASES[name].steps_per_batch
     of_loss, of_gradient, half = run["skipped"]
-    assert of_loss == {"eopd_loss_tokens": 0.0, "eopd_skipped_steps_total": steps}
-    assert of_gradient == {"eopd_loss_tokens": 0.0, "eopd_skipped_steps_total": 2 * steps}
-    assert half["eopd_skipped_steps_total"] == 2 * steps + 1
+    assert of_loss == {"eopd_loss_tokens": 0.0, "skipped": steps}
+    assert of_gradient == {"eopd_loss_tokens": 0.0, "skipped": 2 * steps}
+    assert half["skipped"] == 2 * steps + 1
     second = make_batch(BAD_BATCH)[NUM_TRAJECTORIES // steps :]
     assert half["eopd_loss_tokens"] == sum(
         int(scored.trajectory.loss_mask.sum()) for scored in second

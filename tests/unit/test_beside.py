@@ -117,7 +117,10 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
         "eopd.run.directory.holder", lambda path: Holder(host="h", pid=7, since=0.0)
     )
     directory.ask_for_engines(4)
-    await asyncio.sleep(0.3)
+    async with asyncio.timeout(10.0):
+        while len(told) < 4:
+            await asyncio.sleep(0.01)
+
     assert fleet.size == 4 and told == [
         "from 2 rollout engines to 4",
         "3 rollout engines, no more: TimeoutError; trying again in 0 s",
@@ -125,8 +128,11 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
         "4 rollout engines",
     ]
     directory.ask_for_engines(1)
-    await asyncio.sleep(0.1)
-    assert fleet.size == 1 and told[-1] == "1 rollout engines"
+    async with asyncio.timeout(10.0):
+        while told[-1] != "1 rollout engines":
+            await asyncio.sleep(0.01)
+
+    assert fleet.size == 1
     following.cancel()
 
 

@@ -164,9 +164,9 @@ class Run:
             **plan,
         )
 
-        async for row in line.steps(start):
-            step = int(row["eopd_step"])
-            self.directory.add_trained(step, line.trained)
+        async for done in line.steps(start):
+            step = done.stats.version.step
+            self.directory.add_trained(step, done.trained)
             if step % EVERY == 0 or step == BATCHES:
                 state = json.dumps({"step": step, **ledger.state()})
                 await world.turns(6)  # the ranks write their part

@@ -76,7 +76,7 @@ async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_
     tracemalloc.start()
 
     try:
-        async for row in line.steps(0):
+        async for row in fakes.rows(line):
             step = int(row["eopd_step"])
             most = {name: max(most[name], length) for name, length in queues(line).items()}
             # a batch that was just consumed has yet to end
@@ -90,7 +90,7 @@ async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_
     finally:
         tracemalloc.stop()
 
-    assert line.ledger.settled.floor == line.totals.trajectories == batch * batches
+    assert line.ledger.settled.floor == line.progress.trajectories == batch * batches
     assert 0 < line.ledger.lost[LossReason.ROLLOUT_FAILED] < 200
     assert memory[late] - memory[early] < 20_000  # bytes, over 8,000 trajectories
     assert objects[late] - objects[early] < 100
@@ -98,9 +98,7 @@ async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_
     assert {"Buffer._ready", "Buffer._taken", "Pipeline._written_at", "Watermark.ahead"} <= set(
         most
     )
-    assert len(line.trained) == batch, "what the last step trained, and no more"
-    kept = {"Pipeline.trained", "Pipeline.busy"}  # for whoever reads the row
-    left = {name: length for name, length in queues(line).items() if name not in kept}
+    left = queues(line)
     assert not any(left.values()) and line.buffer.num_in_flight == world.held == 0, left
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -112,7 +110,7 @@ async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_
 )
 async def test_the_wait_of_a_step_is_put_down_to_who_was_waited_for(slow, waited_for, other):
     line = pipeline(QuickWorld(**{slow: 0.05}), batch=4, batches=3, max_staleness=0)
-    async for row in line.steps(0):
+    async for row in fakes.rows(line):
         parts = {name: row[f"eopd_wait_{name}_seconds"] for name in ("rollout", "teacher")}
         assert sum(parts.values()) == pytest.approx(row["eopd_wait_seconds"])
         assert parts[waited_for] > 0.04 > parts[other] >= 0.0
@@ -120,18 +118,17 @@ async def test_the_wait_of_a_step_is_put_down_to_who_was_waited_for(slow, waited
 
 async def test_a_step_tells_when_somebody_wrote_and_when_somebody_scored():
     line = pipeline(QuickWorld(write_s=0.03, score_s=0.02), batch=4, batches=3, max_staleness=0)
-    async for row in line.steps(0):
+    async for done in line.steps(0):
+        assert len(done.trained) == 4
         for stage in ("generate", "score"):
-            spans = line.busy[stage]
+            spans = done.spans[stage]
             assert spans == sorted(spans) and all(start < stop for start, stop in spans)
-            assert sum(stop - start for start, stop in spans) == pytest.approx(
-                row[f"eopd_{stage}_seconds"]
-            )
+            assert sum(stop - start for start, stop in spans) == pytest.approx(done.seconds[stage])
 
-        assert line.busy["generate"][-1][1] == pytest.approx(
-            row["eopd_wait_rollout_seconds"], abs=0.01
+        assert done.spans["generate"][-1][1] == pytest.approx(
+            done.seconds["wait_rollout"], abs=0.01
         )
-        assert line.busy["score"][-1][1] == pytest.approx(row["eopd_wait_seconds"], abs=0.01)
+        assert done.spans["score"][-1][1] == pytest.approx(done.seconds["wait"], abs=0.01)
 
 
 async def test_what_is_under_way_when_a_step_ends_is_told_in_two_parts():
@@ -153,7 +150,8 @@ async def test_a_batch_that_is_ready_when_the_learner_comes_was_not_waited_for()
             return await super().step(batch)
 
     rows = [
-        row async for row in pipeline(SlowLearner(), batch=4, batches=4, max_staleness=1).steps(0)
+        row
+        async for row in fakes.rows(pipeline(SlowLearner(), batch=4, batches=4, max_staleness=1))
     ]
     for row in rows[1:]:
         assert row["eopd_wait_rollout_seconds"] == 0.0 <= row["eopd_wait_teacher_seconds"] < 0.02

@@ -57,7 +57,7 @@ def pipeline(world: World, *, staleness: int = 0, **options: object) -> Pipeline
 
 
 async def run(line: Pipeline, start: int = 0) -> list[dict[str, float]]:
-    return [dict(row) async for row in line.steps(start)]
+    return [row async for row in fakes.rows(line, start)]
 
 
 async def test_synchronous_trains_in_issue_order_with_staleness_zero():

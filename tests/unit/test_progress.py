@@ -31,8 +31,10 @@ def test_a_lost_learner_rolls_back_to_a_checkpoint_or_to_the_beginning_as_anothe
 
 
 def test_a_row_says_what_the_newest_checkpoint_is_and_took():
-    progress = Progress(step=9, skipped_steps=2, config_changes=3)
+    progress = Progress(step=9, tokens=90, trajectories=72, skipped_steps=2, config_changes=3)
     assert progress.row() == {
+        "eopd_response_tokens_total": 90.0,
+        "eopd_trajectories_total": 72.0,
         "eopd_learner_restarts_total": 0.0,
         "eopd_skipped_steps_total": 2.0,
         "eopd_config_changes_total": 3.0,

@@ -23,7 +23,7 @@ from eopd.run.progress import Progress
 from eopd.run.record import held_out_record
 from eopd.runtime.resume import take_up
 from eopd.telemetry.sinks import JsonlSink
-from eopd.types import Estimate, EvalStats
+from eopd.types import Estimate, EvalStats, LearnerStats, PolicyVersion, PublishStats, StepDone
 
 NAMES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 STATS = EvalStats(
@@ -274,26 +274,42 @@ def test_a_run_names_the_versions_it_was_run_with(config):
     assert any(name.startswith("vllm") for name in versions)
 
 
+def done(step: int, tokens: int) -> StepDone:
+    stages = ("step", "generate", "score", "wait", "train", "weights")
+    return StepDone(
+        trained={step: fakes.header(num_response=tokens)},
+        stats=LearnerStats(version=PolicyVersion(0, step), metrics={}, skipped_steps=2),
+        published=PublishStats(
+            version=PolicyVersion(0, step), transfer_s=0.0, pause_s=0.0, num_bytes=0
+        ),
+        seconds=dict.fromkeys(stages, 2.0),
+        spans={},
+        in_flight=0,
+        ready=0,
+        lost={},
+        dropped=0,
+    )
+
+
 def test_progress_counts_this_process_for_rates_and_the_run_for_totals():
     progress = Progress(step=10, tokens=1000, trajectories=10)
-    seconds = {
-        f"eopd_{stage}_seconds": 2.0
-        for stage in ("step", "generate", "score", "wait", "train", "weights")
-    }
-
-    for step, tokens in ((11, 1100), (12, 1300)):
-        totals = {
-            "eopd_step": step,
-            "eopd_response_tokens_total": tokens,
-            "eopd_trajectories_total": step,
-        }
-        totals["eopd_skipped_steps_total"] = 2
-        progress.count(seconds | totals)
+    for step, tokens in ((11, 100), (12, 200)):
+        progress.count(done(step, tokens))
 
     summary = progress.summary("completed")
     assert summary["tokens"] == 1300 and summary["tokens_per_s"] == 300 / 4
-    assert summary["skipped_steps"] == 2
+    assert (summary["skipped_steps"], progress.trajectories, summary["steps"]) == (2, 12, 12)
     assert summary["step_seconds"]["train"] == 2.0
+
+
+def test_the_timeline_keeps_the_spans_of_a_step(config):
+    directory = RunDirectory.create(config())
+    directory.add_timeline(3, {"generate": [(0.0, 1.23456)], "score": []})
+    assert json.loads(directory.timeline.read_text()) == {
+        "step": 3,
+        "generate": [[0.0, 1.2346]],
+        "score": [],
+    }
 
 
 def test_the_last_rows_are_those_of_the_newest_steps_without_what_was_no_number(config):

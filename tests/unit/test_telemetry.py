@@ -17,11 +17,12 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from eopd.config import ConfigError, load_config
 from eopd.run.record import Row, append_jsonl
+from eopd.runtime.cluster import resident_bytes
 from eopd.telemetry.catalog import CATALOG, MetricError
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.rows import check_row, parse_series, series
-from eopd.telemetry.sinks import JsonlSink, Telemetry, TimelineSink
-from eopd.telemetry.step import STALENESS_AGES, batch_row, config_row, resident_bytes
+from eopd.telemetry.sinks import JsonlSink, Telemetry
+from eopd.telemetry.step import STALENESS_AGES, batch_row, config_row
 
 LOST = 'eopd_lost_trajectories_total{reason="too_stale"}'
 
@@ -173,16 +174,6 @@ def test_jsonl_is_one_strict_json_object_a_line(tmp_path: Path) -> None:
     )
     assert isinstance(second["step"], int)
     assert 1.7e9 < second["time"] <= third["time"]
-
-
-def test_the_timeline_has_the_spans_of_every_step(tmp_path: Path) -> None:
-    sink = TimelineSink(
-        tmp_path / "timeline.jsonl",
-        lambda: {"generate": [(-0.5, 1.23456), (2.0, 3.0)], "score": []},
-    )
-    sink.write({"eopd_step": 4.0})
-    line = json.loads((tmp_path / "timeline.jsonl").read_text())
-    assert line == {"step": 4, "generate": [[-0.5, 1.2346], [2.0, 3.0]], "score": []}
 
 
 def test_append_jsonl_leaves_no_part_of_a_line_on_a_full_disk(tmp_path: Path) -> None:
