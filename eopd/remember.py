@@ -36,10 +36,8 @@ def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -
     try:
         directory = DIRECTORY.expanduser()
         kept = directory / _digest(question, files)
-    except (
-        OSError,
-        RuntimeError,
-    ):  # a file that cannot be read: whoever computes says so; or no home directory
+    except (OSError, RuntimeError):
+        # A file cannot be read, which whoever computes will say; or there is no home directory.
         return compute()
 
     with suppress(Exception):  # not there, or not readable by what is installed now: computed again

@@ -13,8 +13,8 @@ Entropies and KL are in nats, durations end in ``_s``, sizes in ``_tokens`` or `
 Axes: P prompt, R response, K teacher candidates.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Generic, NamedTuple, Self, TypeVar
 from zlib import crc32
@@ -153,6 +153,16 @@ class TeacherSignal:
     topk_logprobs: Float32Array  # [R, K]
     tail_logprobs: Float32Array  # [R], log of the mass outside the top k; -inf where k = V
 
+    @property
+    def entropy_low(self) -> Float32Array:
+        """[R], the entropy where it is exact, else what it is at least."""
+        return self.entropy.entropy if isinstance(self.entropy, Exact) else self.entropy.low
+
+    @property
+    def entropy_high(self) -> Float32Array:
+        """[R], the entropy where it is exact, else what it is at most."""
+        return self.entropy.entropy if isinstance(self.entropy, Exact) else self.entropy.high
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredTrajectory:
@@ -248,6 +258,14 @@ class OptimizerStep:
     num_loss_tokens: int
     ranks: tuple[tuple[MicroBatch, ...], ...]
 
+    def map(self, change: Callable[[Stored[ScoredTrajectory]], Stored[ScoredTrajectory]]) -> Self:
+        """The same step with every trajectory changed, in order."""
+        ranks = []
+        for rank in self.ranks:
+            micro_batches = [tuple(map(change, micro)) for micro in rank]
+            ranks.append(tuple(micro_batches))
+        return replace(self, ranks=tuple(ranks))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
@@ -263,6 +281,14 @@ class PackedBatch:
             for s in self.steps
         )
         return type(self)(steps=steps, alpha=self.alpha)
+
+    def with_bodies(self, bodies: Iterable[object]) -> Self:
+        """The same batch with other bodies, in the order of ``stored``; as many as it has, or more."""
+        following = iter(bodies)
+        steps = [
+            step.map(lambda stored: Stored(stored.header, next(following))) for step in self.steps
+        ]
+        return replace(self, steps=tuple(steps))
 
     def stored(self) -> Sequence[Stored[ScoredTrajectory]]:
         """Every trajectory, in the order of the micro-batches."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from eopd.types import Bounds, Exact, ScoredTrajectory
+from eopd.types import ScoredTrajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,12 +27,6 @@ def sample_record(
     id that occurs.
     """
     trajectory, signal = scored.trajectory, scored.signal
-    match signal.entropy:
-        case Exact(entropy):
-            low = high = entropy
-        case Bounds(low, high):
-            pass
-
     ids = sorted({*trajectory.response_ids.tolist(), *signal.topk_ids.ravel().tolist()})
 
     return {
@@ -44,8 +38,8 @@ def sample_record(
         "loss_mask": trajectory.loss_mask.astype(int).tolist(),
         "student_logprobs": _numbers(trajectory.rollout_logprobs),
         "teacher_logprobs": _numbers(signal.token_logprobs),
-        "entropy_low": _numbers(low),
-        "entropy_high": _numbers(high),
+        "entropy_low": _numbers(signal.entropy_low),
+        "entropy_high": _numbers(signal.entropy_high),
         "topk_ids": signal.topk_ids.tolist(),
         "topk_logprobs": [_numbers(row) for row in signal.topk_logprobs],
         "texts": token_texts(

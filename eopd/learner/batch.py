@@ -22,7 +22,6 @@ from eopd.learner.deepspeed_engine import gather_all
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
 from eopd.telemetry.rows import series
 from eopd.types import (
-    Exact,
     Header,
     Int32Array,
     ScoredTrajectory,
@@ -188,11 +187,7 @@ def repetition(response_ids_R: Int32Array) -> float:
 
 def entropy_bounds(signal: TeacherSignal) -> tuple[Tensor, Tensor]:
     """Lowest and highest teacher entropy, each [R] in nats; equal where it is exact."""
-    known = signal.entropy
-    low, high = (
-        (known.entropy, known.entropy) if isinstance(known, Exact) else (known.low, known.high)
-    )
-    return torch.tensor(low), torch.tensor(high)
+    return torch.tensor(signal.entropy_low), torch.tensor(signal.entropy_high)
 
 
 def advantages(rewards: Mapping[TrajectoryKey, float]) -> dict[TrajectoryKey, float]:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from statistics import fmean
 
@@ -14,7 +15,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from eopd.config import Config
 from eopd.roles import BodiesLostError, LearnerDownError
 from eopd.runtime.actors import Spawn, dies_as
-from eopd.runtime.learner_actor import LearnerActor, with_bodies
+from eopd.runtime.learner_actor import LearnerActor
 from eopd.runtime.placement import plan_learner
 from eopd.types import EvalStats, Float32Array, Int32Array, LearnerStats, PackedBatch, PolicyVersion
 
@@ -142,7 +143,9 @@ class LearnerGang:
         shares = [batch.share(rank) for rank in range(len(self._actors))]
         lost = await self._all(
             [
-                actor.take.remote(with_bodies(share), [stored.body for stored in share.stored()])
+                actor.take.remote(
+                    share.with_bodies(repeat(None)), [stored.body for stored in share.stored()]
+                )
                 for actor, share in zip(self._actors, shares, strict=True)
             ]
         )

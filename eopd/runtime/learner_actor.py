@@ -21,10 +21,8 @@ from eopd.types import (
     Float32Array,
     Int32Array,
     LearnerStats,
-    OptimizerStep,
     PackedBatch,
     PolicyVersion,
-    Stored,
 )
 
 if TYPE_CHECKING:
@@ -95,7 +93,7 @@ class LearnerActor(Actor):
             The positions of those that are lost; empty once everything is here.
         """
         try:
-            self._share = with_bodies(share, ray.get(list(bodies)))
+            self._share = share.with_bodies(ray.get(list(bodies)))
         except ObjectLostError:
             return [position for position, body in enumerate(bodies) if _is_lost(body)]
 
@@ -149,29 +147,3 @@ def _is_lost(body: ray.ObjectRef) -> bool:
         return True
 
     return False
-
-
-def with_bodies(share: PackedBatch, bodies: Sequence[object] | None = None) -> PackedBatch:
-    """The same batch with other bodies, in order; with none, bare headers that travel as they
-    are.
-    """
-    source = iter(bodies) if bodies is not None else None
-    return PackedBatch(
-        steps=tuple(
-            OptimizerStep(
-                num_loss_tokens=step.num_loss_tokens,
-                ranks=tuple(
-                    tuple(
-                        tuple(
-                            Stored(stored.header, next(source) if source else None)
-                            for stored in micro
-                        )
-                        for micro in rank
-                    )
-                    for rank in step.ranks
-                ),
-            )
-            for step in share.steps
-        ),
-        alpha=share.alpha,
-    )

@@ -19,7 +19,6 @@ from eopd.teacher.end_tokens import to_student, to_teacher
 from eopd.teacher.signal import SignalError
 from eopd.teacher.vocabulary import num_tokens
 from eopd.types import (
-    Exact,
     Int32Array,
     LossReason,
     LostTrajectory,
@@ -96,8 +95,7 @@ class SignalScorer(ABC):
             )
 
         signal = to_student(said, trajectory.response_ids, remap, num_tokens=self._num_tokens)
-        known = signal.entropy
-        entropy = known.entropy if isinstance(known, Exact) else (known.low + known.high) / 2
+        entropy = (signal.entropy_low + signal.entropy_high) / 2
         gained = {
             "score_s": time.monotonic() - started,
             "teacher_logprob": float(signal.token_logprobs.sum(dtype=np.float64)),

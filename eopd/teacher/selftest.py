@@ -26,7 +26,6 @@ import numpy as np
 
 from eopd.roles import TeacherScorer
 from eopd.types import (
-    Exact,
     Float32Array,
     Header,
     Int32Array,
@@ -255,7 +254,7 @@ def _entropy_error(signal: TeacherSignal, vocab_size: int) -> float:
     num_known = known[:, :-1].sum(axis=1)
     highest = lowest + np.exp(outcomes[:, -1]) * np.log(np.maximum(vocab_size - num_known, 1))
     highest += math.log(2.0) * (num_known < known.shape[1] - 1)
-    low, high = _entropies(signal)
+    low, high = (signal.entropy_low, signal.entropy_high)
 
     return float(np.max([lowest - high, low - highest, low - high]))
 
@@ -278,12 +277,6 @@ def _outcomes(signal: TeacherSignal) -> np.ndarray:
     return np.column_stack((signal.topk_logprobs, signal.tail_logprobs)).astype(np.float64)
 
 
-def _entropies(signal: TeacherSignal) -> tuple[Float32Array, Float32Array]:
-    """Lowest and highest, each [R]."""
-    known = signal.entropy
-    return (known.entropy, known.entropy) if isinstance(known, Exact) else (known.low, known.high)
-
-
 def _difference(one: TeacherSignal, other: TeacherSignal) -> float:
     return float(
         max(_gap(a, b).max() for a, b in zip(_compared(one), _compared(other), strict=True))
@@ -292,7 +285,11 @@ def _difference(one: TeacherSignal, other: TeacherSignal) -> float:
 
 def _compared(signal: TeacherSignal) -> tuple[Float32Array, ...]:
     """Sampled tokens, first candidates, entropies: what rounding moves least."""
-    return (signal.token_logprobs, signal.topk_logprobs[:, 0], *_entropies(signal))
+    return (
+        signal.token_logprobs,
+        signal.topk_logprobs[:, 0],
+        *(signal.entropy_low, signal.entropy_high),
+    )
 
 
 def _gap(one: Float32Array, other: Float32Array) -> Float32Array:

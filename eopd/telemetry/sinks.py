@@ -54,9 +54,7 @@ class Telemetry:
         for index, sink in enumerate(self._sinks):
             try:
                 act(sink)
-            except (
-                Exception
-            ):  # whatever a sink raises, the others get their row and training goes on
+            except Exception:
                 level = logging.DEBUG if index in self._failed else logging.WARNING
                 self._failed.add(index)
                 logger.log(

@@ -101,11 +101,8 @@ class Soak:
         try:
             FAULTS[fault](self.run)
             self.faults[fault] += 1
-        except (
-            IndexError,
-            StopIteration,
-            psutil.NoSuchProcess,
-        ):  # the one before it is still being mended
+        # the one before it is still being mended
+        except (IndexError, StopIteration, psutil.NoSuchProcess):
             fault += " (there was none)"
 
         typer.echo(f"{time.strftime('%H:%M:%S')} step {self.run.rows()[-1]['step']}: {fault}")
