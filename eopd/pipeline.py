@@ -34,6 +34,7 @@ from eopd.types import (
     LostTrajectory,
     RunFailedError,
     ScoredTrajectory,
+    Span,
     StepDone,
     Stored,
 )
@@ -157,10 +158,11 @@ class Pipeline:
         self.buffer.release()
         ended = time.monotonic()
 
-        spans = {"generate": self._generating.lap(), "score": self._scoring.lap()}
+        spans = {"generate": self._generating.lap(started), "score": self._scoring.lap(started)}
         written = max(started, *(self._written_at.pop(issue) for issue in trained))
         seconds = {
-            **{stage: sum(b - a for a, b in of_stage) for stage, of_stage in spans.items()},
+            "generate": _length(spans["generate"]),
+            "score": _length(spans["score"]),
             "step": ended - started,
             "wait": batch.full_at - started,
             "wait_rollout": written - started,
@@ -173,10 +175,7 @@ class Pipeline:
             stats=batch.stats,
             published=published,
             seconds=seconds,
-            spans={
-                stage: [(a - started, b - started) for a, b in of_stage]
-                for stage, of_stage in spans.items()
-            },
+            spans=spans,
             in_flight=batch.in_flight,
             ready=batch.ready,
             lost=dict(self.ledger.lost),
@@ -287,6 +286,11 @@ class Pipeline:
         self._written_at[issue] = time.monotonic()
         with self._scoring:
             return await self.teacher.score(written)
+
+
+def _length(spans: Sequence[Span]) -> float:
+    """Seconds of spans that do not overlap."""
+    return sum(stop - start for start, stop in spans)
 
 
 @asynccontextmanager

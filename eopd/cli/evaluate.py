@@ -18,7 +18,7 @@ from eopd.config import (
 from eopd.config.document import DocumentError, read_value
 from eopd.config.processor import chosen
 from eopd.config.shape import shape
-from eopd.evaluation.benchmarks import BenchmarkResult
+from eopd.evaluation.benchmarks import BenchmarkResult, PromptResult
 from eopd.evaluation.graders import Verdict
 
 TOLD = {
@@ -150,6 +150,11 @@ def _prompts(data: str, options: str, values: Mapping[str, object]) -> PromptsCo
     )
 
 
+def _failed(prompt: PromptResult) -> bool:
+    """Whether the grader failed on an answer."""
+    return any(answer.verdict is Verdict.ERROR for answer in prompt.answers)
+
+
 def _lines(result: BenchmarkResult, n: int) -> Sequence[str]:
     """The table."""
     width = len(f"pass@{max(result.pass_at_k, default=0)}")
@@ -169,11 +174,7 @@ def _lines(result: BenchmarkResult, n: int) -> Sequence[str]:
     )
     lines.append(f"{sum(result.num_verdicts.values())} answers: {counts}")
 
-    failed = [
-        prompt.prompt_id
-        for prompt in result.prompts
-        if any(answer.verdict is Verdict.ERROR for answer in prompt.answers)
-    ]
+    failed = [prompt.prompt_id for prompt in result.prompts if _failed(prompt)]
     if failed:
         more = f" and {len(failed) - IDS_SHOWN} more" if len(failed) > IDS_SHOWN else ""
         lines.append(

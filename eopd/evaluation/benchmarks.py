@@ -147,13 +147,15 @@ async def run_benchmark(
             return _answer(trajectory, response, verdict)
 
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                [group.create_task(sample(next(turns), prompt, index)) for index in range(samples)]
-                for prompt in prompts
-            ]
+            rows = []
+            for prompt in prompts:
+                asked = [sample(next(turns), prompt, index) for index in range(samples)]
+                rows.append([group.create_task(one) for one in asked])
 
-    answers = [[task.result() for task in row] for row in tasks]
-    return _summarize([_collect(*pair) for pair in zip(prompts, answers, strict=True)], ks)
+    results = []
+    for prompt, tasks in zip(prompts, rows, strict=True):
+        results.append(_collect(prompt, [task.result() for task in tasks]))
+    return _summarize(results, ks)
 
 
 def _answer(trajectory: Trajectory, response: str, verdict: Verdict) -> Answer:

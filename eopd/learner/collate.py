@@ -78,17 +78,15 @@ def collate(trajectories: Sequence[ScoredTrajectory], weightings: Sequence[Weigh
         _columns(scored, weighting)
         for scored, weighting in zip(trajectories, weightings, strict=True)
     ]
-    packed = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-    rows, start = [], 0
+    packed = {}
+    for name in columns[0]:
+        packed[name] = np.concatenate([column[name] for column in columns])
 
+    rows, start = [], 0
     for scored in trajectories:
-        stop = (
-            start
-            + scored.trajectory.prompt.token_ids.size
-            - 1
-            + scored.trajectory.response_ids.size
-        )
-        rows.append(slice(stop - scored.trajectory.response_ids.size, stop))
+        num_response = scored.trajectory.response_ids.size
+        stop = start + scored.trajectory.prompt.token_ids.size - 1 + num_response
+        rows.append(slice(stop - num_response, stop))
         start = stop
 
     return _packed(packed, tuple(rows))

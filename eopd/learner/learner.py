@@ -24,7 +24,7 @@ from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.config.loss import Gate, HardGate, QuantileGate, SigmoidGate
 from eopd.config.teacher import EntropyBound
 from eopd.learner.batch import Weigher, batch_metrics
-from eopd.learner.broken import NonFiniteUpdateError, dump, explain, find_rows
+from eopd.learner.broken import BrokenRow, NonFiniteUpdateError, dump, explain, find_rows
 from eopd.learner.collate import Packed, Weighting, collate, collate_text
 from eopd.learner.deepspeed_engine import Engine, gather_all, join
 from eopd.learner.estimates import entropy_counts, eval_stats, token_sums
@@ -38,6 +38,7 @@ from eopd.types import (
     Float32Array,
     Int32Array,
     LearnerStats,
+    MicroBatch,
     OptimizerStep,
     PackedBatch,
     PolicyVersion,
@@ -148,7 +149,7 @@ class LearnerRank:
         """
         steps, weightings = self._pack(share, self._weigh)
         if len(steps) > 1:  # one optimiser step is its own "policy at the start of the batch"
-            steps = [[self._with_old_logprobs(packed) for packed in step] for step in steps]
+            steps = [list(map(self._with_old_logprobs, step)) for step in steps]
 
         terms, norms, rates, applied, num_loss_tokens = [], [], [], [], 0
 
@@ -265,13 +266,15 @@ class LearnerRank:
         of_key = {
             one.header.key: weighting for one, weighting in zip(stored, weightings, strict=True)
         }
-        steps = [
-            [
-                collate([_body(one) for one in micro], [of_key[one.header.key] for one in micro])
-                for micro in micros
-            ]
-            for (micros,) in (step.ranks for step in share.steps)
-        ]
+
+        def pack(micro: MicroBatch) -> Packed:
+            weights = [of_key[one.header.key] for one in micro]
+            return collate([_body(one) for one in micro], weights)
+
+        steps = []
+        for step in share.steps:
+            (micros,) = step.ranks
+            steps.append([pack(micro) for micro in micros])
 
         return steps, of_key
 
@@ -318,16 +321,14 @@ class LearnerRank:
         """Write down an optimiser step that was refused; raises when too many were. Collective."""
         what = "gradient" if all(gather_all([bool(loss.isfinite()) for loss in losses])) else "loss"
         (micros,) = step.ranks
-        keys = [[stored.header.key for stored in micro] for micro in micros]
-        rows = []
-        for packed, names in zip(packs, keys, strict=True):
-            student_logprobs_T = self._student_logprobs(packed).cpu()
-            rows += list(find_rows(packed, names, student_logprobs_T))
+        rows: list[BrokenRow] = []
+        keys: list[TrajectoryKey] = []
+        for packed, micro in zip(packs, micros, strict=True):
+            names = [stored.header.key for stored in micro]
+            keys += names
+            rows += find_rows(packed, names, self._student_logprobs(packed).cpu())
 
-        every_row, every_key = (
-            gather_all(rows),
-            gather_all([key for names in keys for key in names]),
-        )
+        every_row, every_key = gather_all(rows), gather_all(keys)
         directory = self._broken / f"batch-{self.version.step:06d}-step-{number}"
         message = explain(what, every_row, every_key, directory)
 

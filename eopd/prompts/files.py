@@ -10,13 +10,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from eopd.config import ConfigError
 from eopd.config.base import DATA_SUFFIXES
 from eopd.config.json_text import JsonError, parse_json
 from eopd.config.pointer import require_no_pointer
 from eopd.prompts.arrow import as_written, read_parquet
+
+if TYPE_CHECKING:
+    import pyarrow
 
 # Kinds of files that people have rows in, and that are not read here. Any other ending may be part
 # of a name. fmt: off
@@ -193,13 +196,7 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
             field.name: field.type
             for field in getattr(found, "features", datasets.Features()).arrow_schema
         }
-        return [
-            {
-                name: as_written(value, kinds[name]) if name in kinds else value
-                for name, value in row.items()
-            }
-            for row in found
-        ]
+        return [_as_written(row, kinds) for row in found]
     except Exception as error:  # noqa: BLE001 - a data set may run code of its own, which raises what it likes
         hint = "; a subset is named as NAME:SUBSET:SPLIT" if len(parts) < 2 else ""
         raise ConfigError(
@@ -211,10 +208,21 @@ def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[Row]:
     """Rows of Arrow tables. There every object of a column has every key; those without a
     value are no keys.
     """
-    return [
-        _row(f"{where}: row {number}", number, {name: _pruned(row[name]) for name in row})
-        for number, row in enumerate(rows, start=1)
-    ]
+    numbered = []
+    for number, row in enumerate(rows, start=1):
+        values = {name: _pruned(row[name]) for name in row}
+        numbered.append(_row(f"{where}: row {number}", number, values))
+    return numbered
+
+
+def _as_written(
+    row: Mapping[str, object], kinds: Mapping[str, "pyarrow.DataType"]
+) -> dict[str, object]:
+    """The values of a data set's row, as its file had them."""
+    values = {}
+    for name, value in row.items():
+        values[name] = as_written(value, kinds[name]) if name in kinds else value
+    return values
 
 
 def _pruned(value: object) -> object:

@@ -143,13 +143,9 @@ class Rendering:
         names = dict.fromkeys(
             name for message in chat for name in message if name not in ("role", "content")
         )
-        without: dict[str, tuple[Sequence[Message], Sequence[Tool]]] = {
-            name: (
-                [{key: message[key] for key in message if key != name} for message in chat],
-                tools,
-            )
-            for name in names
-        }
+        without: dict[str, tuple[Sequence[Message], Sequence[Tool]]] = {}
+        for name in names:
+            without[name] = [_without(message, name) for message in chat], tools
         if tools:
             without["tools"] = chat, ()
 
@@ -212,3 +208,7 @@ class Rendering:
             raise ConfigError(
                 f"{where}: the {self.whose}'s tokenizer refuses it: {error or type(error).__name__}"
             ) from None
+
+
+def _without(message: Message, name: str) -> Message:
+    return {key: value for key, value in message.items() if key != name}

@@ -132,9 +132,8 @@ class Change:
 def changes(before: Config, after: Config) -> list[Change]:
     """Every key that differs, teachers by name: ``teachers.b.temperature``."""
     found = list(_differences("", _plain(before), _plain(after)))
-    old, new = (
-        {teacher.name: teacher for teacher in config.teachers} for config in (before, after)
-    )
+    old = {teacher.name: teacher for teacher in before.teachers}
+    new = {teacher.name: teacher for teacher in after.teachers}
 
     for name in sorted(old.keys() | new.keys()):
         key = f"teachers.{name}"

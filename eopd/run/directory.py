@@ -259,11 +259,10 @@ class RunDirectory:
 
     def add_timeline(self, step: int, spans: Mapping[str, Sequence[Span]]) -> None:
         """Append to ``timeline.jsonl`` when in a step somebody generated and scored."""
-        rounded = {
-            stage: [[round(start, 4), round(stop, 4)] for start, stop in of_stage]
-            for stage, of_stage in spans.items()
-        }
-        append_jsonl(self.timeline, {"step": step, **rounded})
+        row: dict[str, object] = {"step": step}
+        for stage, of_stage in spans.items():
+            row[stage] = [[round(start, 4), round(stop, 4)] for start, stop in of_stage]
+        append_jsonl(self.timeline, row)
 
     def add_dropped(self, issue: int, lost: LostTrajectory) -> None:
         """Append to ``dropped.jsonl`` a trajectory that was given up, and how it was lost last.
@@ -346,11 +345,12 @@ class RunDirectory:
         """At most ``count`` of the newest rows of ``metrics.jsonl``, with their ``time`` (seconds
         since 1970); what was no number is left out.
         """
-        rows = [
-            {name: value for name, value in row.items() if isinstance(value, int | float)}
-            for row in read_rows(self.metrics, last=count)
-        ]
-        return [row for row in rows if {"eopd_step", "time"} <= row.keys()]
+        rows: list[Row] = []
+        for row in read_rows(self.metrics, last=count):
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+            if {"eopd_step", "time"} <= numbers.keys():
+                rows.append(numbers)
+        return rows
 
     def add_samples(self, phase: str, step: int, samples: Sequence[Mapping[str, object]]) -> None:
         """Append the texts (``prompt_id``, ``prompt``, ``response``) of one held-out

@@ -141,14 +141,12 @@ class LearnerGang:
             BodiesLostError: some are gone with their node; the ranks are as they were.
         """
         shares = [batch.share(rank) for rank in range(len(self._actors))]
-        lost = await self._all(
-            [
-                actor.take.remote(
-                    share.with_bodies(repeat(None)), [stored.body for stored in share.stored()]
-                )
-                for actor, share in zip(self._actors, shares, strict=True)
-            ]
-        )
+        calls = []
+        for actor, share in zip(self._actors, shares, strict=True):
+            bodies = [stored.body for stored in share.stored()]
+            calls.append(actor.take.remote(share.with_bodies(repeat(None)), bodies))
+
+        lost = await self._all(calls)
         keys = [
             share.stored()[position].header.key
             for share, positions in zip(shares, lost, strict=True)
@@ -205,9 +203,8 @@ class LearnerGang:
 def with_costs(of_ranks: Sequence[LearnerStats]) -> LearnerStats:
     """What the first rank says, with the costs of all ranks: mean rates, and the most memory."""
     first = of_ranks[0]
-    costs = {
-        name: reduce([stats.metrics[name] for stats in of_ranks])
-        for name, reduce in _COSTS.items()
-        if name in first.metrics
-    }
-    return replace(first, metrics={**first.metrics, **costs})
+    metrics = dict(first.metrics)
+    for name, reduce in _COSTS.items():
+        if name in metrics:
+            metrics[name] = reduce([stats.metrics[name] for stats in of_ranks])
+    return replace(first, metrics=metrics)

@@ -82,7 +82,10 @@ def service_links(environ: Mapping[str, str]) -> list[str]:
         ),
     }
     links = [re.compile(re.escape(service) + _LINK) for service in services - {"KUBERNETES"}]
-    return [name for name in environ if any(link.fullmatch(name) for link in links)]
+    found: dict[str, None] = {}
+    for link in links:
+        found |= dict.fromkeys(filter(link.fullmatch, environ))
+    return list(found)
 
 
 def takes_files(directory: Path) -> bool:

@@ -254,7 +254,8 @@ def what_changed(
         contents = _contents(config, state.inputs, inputs)
 
     found = [change for change in differences if change.kind != "contents"]
-    found += [change for change in contents if change.key not in {one.key for one in found}]
+    keys = {change.key for change in found}
+    found += [change for change in contents if change.key not in keys]
     refused = [change for change in found if change.kind == "never"]
     if refused:
         causes = [

@@ -191,14 +191,15 @@ def require_same_vocabulary(
     names = {token_id: token for token, token_id in vocabularies[0].items()}
     rows = vocab_size(student), vocab_size(teacher)
     _require_heads(names, rows, student, teacher)
-    ends = [
-        {token_id: names.get(token_id, "") for token_id in end_token_ids(model)}
-        for model in (student, teacher)
-    ]
+    student_ends = {token_id: names.get(token_id, "") for token_id in end_token_ids(student)}
+    teacher_ends = {token_id: names.get(token_id, "") for token_id in end_token_ids(teacher)}
 
     try:
         _require_same_ends(
-            ends[0], ends[1], remap, usual=(tokenizers[0].eos_token_id, tokenizers[1].eos_token_id)
+            student_ends,
+            teacher_ends,
+            remap,
+            usual=(tokenizers[0].eos_token_id, tokenizers[1].eos_token_id),
         )
     except ConfigError as error:
         raise ConfigError(f"student {student}, teacher {teacher}: {error}") from None
@@ -210,8 +211,8 @@ def require_same_vocabulary(
         num_ids=num_ids,
         student_rows=rows[0],
         teacher_rows=rows[1],
-        student_ends=ends[0],
-        teacher_ends=ends[1],
+        student_ends=student_ends,
+        teacher_ends=teacher_ends,
         notes=(*_padding(num_ids, *rows), *_harmless(*tokenizers)),
     )
 
@@ -371,9 +372,9 @@ def _require_same_tokens(
     if student_ids == teacher_ids:
         return
 
-    by_id = [
-        {token_id: token for token, token_id in ids.items()} for ids in (student_ids, teacher_ids)
-    ]
+    student_tokens = {token_id: token for token, token_id in student_ids.items()}
+    teacher_tokens = {token_id: token for token, token_id in teacher_ids.items()}
+    by_id = (student_tokens, teacher_tokens)
     first = min(i for i in by_id[0].keys() | by_id[1].keys() if by_id[0].get(i) != by_id[1].get(i))
     told = [repr(tokens[first]) if first in tokens else "no token" for tokens in by_id]
     raise ConfigError(

@@ -40,12 +40,14 @@ class BusyClock:
         if self._active == 0:
             self._spans.append((self._since, time.monotonic()))
 
-    def lap(self) -> list[Span]:
-        """The spans since the last lap, from and to, in seconds of the monotonic clock."""
+    def lap(self, origin: float = 0.0) -> list[Span]:
+        """The spans since the last lap, from and to, in seconds since ``origin`` on the
+        monotonic clock.
+        """
         now = time.monotonic()
         spans = [*self._spans, (self._since, now)] if self._active else self._spans
         self._spans, self._since = [], now
-        return spans
+        return [(start - origin, stop - origin) for start, stop in spans]
 
 
 def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:

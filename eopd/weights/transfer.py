@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Protocol, Self
+from typing import Protocol, Self, cast
 
 import torch
 from torch._C._distributed_c10d import TCPStore
@@ -82,10 +82,12 @@ class InitInfo:
 
     def layout(self) -> tuple[Bucket, ...]:
         """The buckets, typed again after the journey."""
-        return tuple(
-            tuple(ParameterMeta(str(p["name"]), str(p["dtype"]), tuple(p["shape"])) for p in bucket)  # type: ignore[arg-type]
-            for bucket in self.buckets
-        )
+        return tuple(tuple(map(_parameter, bucket)) for bucket in self.buckets)
+
+
+def _parameter(values: Mapping[str, object]) -> ParameterMeta:
+    shape = cast(Sequence[int], values["shape"])
+    return ParameterMeta(str(values["name"]), str(values["dtype"]), tuple(shape))
 
 
 class WeightSender:
@@ -131,7 +133,7 @@ class WeightSender:
         self._store = open_store(self._address, self._connect_timeout_s)
         self._world_size = 1 + sum(engine_workers)
         self._secret = secret
-        buckets = [[asdict(parameter) for parameter in bucket] for bucket in self._buckets]
+        buckets = [list(map(asdict, bucket)) for bucket in self._buckets]
 
         return [
             asdict(
