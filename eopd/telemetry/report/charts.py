@@ -209,10 +209,10 @@ Points: TypeAlias = Sequence[tuple[float, float]]
 
 def totals(lines: Sequence[Line]) -> Points:
     """The sum of lines that have the same steps and no gaps."""
-    return [
-        (x, sum(y or 0.0 for y in ys))
-        for x, *ys in zip(lines[0].xs, *(line.ys for line in lines), strict=True)
-    ]
+    points = []
+    for x, *ys in zip(lines[0].xs, *(line.ys for line in lines), strict=True):
+        points.append((x, sum(y or 0.0 for y in ys)))
+    return points
 
 
 def stacked(
@@ -246,11 +246,10 @@ def histogram(
     """Shares of tokens by bin, as steps; ``ys`` are shares, ``xs`` left edges of the bins;
     ``reach`` as above.
     """
-    filled = [
-        (x, y)
-        for x, y in [*reach, *(point for line in lines for point in line.points())]
-        if y > 0.0
-    ]
+    points = [*reach]
+    for line in lines:
+        points += line.points()
+    filled = [(x, y) for x, y in points if y > 0.0]
     right = bin_width + max([1.0, *(x for x, _ in filled)])
     kept = round(right / bin_width)
     lines = [replace(line, xs=line.xs[:kept], ys=line.ys[:kept]) for line in lines]
@@ -282,11 +281,11 @@ def _svg(
     percent: bool = False,
     bin_width: float | None = None,
 ) -> Markup:
-    drawn = [
-        (line.label, points)
-        for line in lines
-        if (points := [(x, float(f"{y:.4g}")) for x, y in line.points()])
-    ]
+    drawn = []
+    for line in lines:
+        points = [(x, float(f"{y:.4g}")) for x, y in line.points()]
+        if points:
+            drawn.append((line.label, points))
     numbers = {
         "x": "nats from" if bin_width else "step",
         "grid": bin_width or 1,

@@ -156,12 +156,12 @@ def _more(runs: Sequence[RunRecord]) -> list[tuple[str, Mapping[str, str]]]:
         for name, value in sorted(highest.items())
         if name.startswith("eopd_lost_trajectories_total") and value > 0
     }
-    found = [
-        (title, {name: what for name, what in of.items() if name in highest})
-        for title, of in MORE_CURVES
-    ]
+    pictures = []
+    for title, metrics in MORE_CURVES:
+        pictures.append((title, {name: metrics[name] for name in metrics if name in highest}))
+    pictures.append(("Lost trajectories", lost))
 
-    return [(title, metrics) for title, metrics in [*found, ("Lost trajectories", lost)] if metrics]
+    return [(title, metrics) for title, metrics in pictures if metrics]
 
 
 def _curves(title: str, metrics: Mapping[str, str], runs: Sequence[RunRecord]) -> Figure:
@@ -221,9 +221,11 @@ def _histogram(
     tau = run.config.get("loss.gate.tau")
     # the first edge of a bin that is no lower: what a bin holds below it cannot be told apart
     edge = math.ceil((tau if isinstance(tau, int | float) else PAPER_TAU) / width - 1e-9) * width
-    shares = [
-        f"{line.label} {sum(y for x, y in line.points() if x >= edge - 1e-6):.1%}" for line in lines
-    ]
+    shares = []
+    for line in lines:
+        share = sum(y for x, y in line.points() if x >= edge - 1e-6)
+        shares.append(f"{line.label} {share:.1%}")
+
     title = f"{run.name}: {phase} training (step {record['step']})"
     note = (
         f"Tokens above {edge:.3g} nats: {', '.join(shares)}. "
@@ -243,24 +245,19 @@ def _splits(runs: Sequence[RunRecord]) -> list[Figure]:
 
 def _seconds(run: RunRecord) -> dict[str, Line]:
     """The parts of a step that a run has recorded, at the steps that have all of them."""
-    found = [
-        part
-        for part in PARTS
-        if any(seconds is not None for seconds in run.column(f"eopd_{part}_seconds"))
-    ]
-    names = {part: f"eopd_{part}_seconds" for part in found}
-    rows = [row for row in run.rows if all(row.get(name) is not None for name in names.values())]
-    steps = [row["step"] for row in rows]
-    lines = {
-        part: Line(PARTS[part][0], steps, [row[name] for row in rows])
-        for part, name in names.items()
-    }
+    names = {part: f"eopd_{part}_seconds" for part in PARTS}
+    recorded = {part: name for part, name in names.items() if set(run.column(name)) - {None}}
+    rows = [row for row in run.rows if None not in map(row.get, recorded.values())]
+    if not rows:
+        return {}
 
-    return (
-        {part: charts.smoothed(charts.thinned(line, 200)) for part, line in lines.items()}
-        if rows
-        else {}
-    )
+    steps = [row["step"] for row in rows]
+    lines = {}
+    for part, name in recorded.items():
+        line = Line(PARTS[part][0], steps, [row[name] for row in rows])
+        lines[part] = charts.smoothed(charts.thinned(line, 200))
+
+    return lines
 
 
 def _split(run: RunRecord, parts: Mapping[str, Line], reach: charts.Points) -> Figure:
@@ -284,8 +281,9 @@ def _usual(run: RunRecord) -> Record:
     have a timeline.
     """
     later = run.rows[len(run.rows) // 2 :]
-    known = [[row for row in rows if row["step"] in run.timeline] for rows in (later, run.rows)]
-    rows = sorted(known[0] or known[1] or later, key=lambda row: float(row["eopd_step_seconds"]))
+    known = [row for row in run.rows if row["step"] in run.timeline]
+    known_later = [row for row in later if row["step"] in run.timeline]
+    rows = sorted(known_later or known or later, key=lambda row: float(row["eopd_step_seconds"]))
     return rows[len(rows) // 2]
 
 
@@ -342,6 +340,8 @@ def _learner(row: Record) -> Lane:
 def _table(columns: Sequence[Mapping[str, object]]) -> list[tuple[str, list[str], bool]]:
     """(key, its value in each column, whether they differ), those that differ first."""
     keys = dict.fromkeys(key for column in columns for key in column)
-    rows = [(key, [str(column.get(key, "-")) for column in columns]) for key in keys]
-    told = [(key, values, len(set(values)) > 1) for key, values in rows]
-    return sorted(told, key=lambda row: not row[2])
+    rows = []
+    for key in keys:
+        values = [str(column.get(key, "-")) for column in columns]
+        rows.append((key, values, len(set(values)) > 1))
+    return sorted(rows, key=lambda row: not row[2])

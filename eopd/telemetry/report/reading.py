@@ -123,11 +123,8 @@ def _lines(path: Path, notes: list[str], *keys: str) -> list[Record]:
     lines = [
         line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line
     ]
-    found = [
-        record
-        for line in lines
-        if (record := _parsed(line)) and all(record.get(k) is not None for k in keys)
-    ]
+    parsed = [record for record in map(_parsed, lines) if record]
+    found = [record for record in parsed if None not in map(record.get, keys)]
     if unread := len(lines) - len(found):
         notes.append(f"{unread} of {len(lines)} lines of {path.name} could not be read")
 
@@ -247,15 +244,13 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     labels = {name: HELD_OUT[name][0] for name in names} | {
         name: label for name, (label, _) in _parts(after).items()
     }
-    rows = [
-        (f"held-out {label}, after", [_measured(one.get(name)) for one in after])
-        for name, label in labels.items()
-    ]
+    rows = []
+    for name, label in labels.items():
+        rows.append((f"held-out {label}, after", [_measured(one.get(name)) for one in after]))
+    for name in ("response tokens", "wall time", "tokens per second"):
+        rows.append((name, [one[name] for one in facts]))
 
-    return rows + [
-        (name, [one[name] for one in facts])
-        for name in ("response tokens", "wall time", "tokens per second")
-    ]
+    return rows
 
 
 def measured_differently(runs: Sequence[RunRecord]) -> list[str]:

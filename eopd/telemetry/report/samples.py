@@ -57,24 +57,23 @@ def prompts_of(runs: Sequence[RunRecord]) -> list[Prompt]:
             for sample in measured["samples"]:
                 found.setdefault(sample["prompt"], []).append((color, measured, sample))
 
-    shown = _chosen(
-        [
-            [text for text, of in found.items() if i in {color for color, *_ in of}]
-            for i in range(len(runs))
-        ]
-    )
+    by_run: list[list[str]] = [[] for _ in runs]
+    for text, samples in found.items():
+        for color in dict.fromkeys(color for color, *_ in samples):
+            by_run[color].append(text)
+
+    shown = _chosen(by_run)
     room = MAX_TOKENS // max(sum(len(found[text]) for text in shown), 1)
 
-    return [
-        Prompt(
-            text=_cut(visible(text), MAX_PROMPT),
-            responses=[
-                _response(runs[color], color, measured, sample, room)
-                for color, measured, sample in found[text]
-            ],
-        )
-        for text in shown
-    ]
+    prompts = []
+    for text in shown:
+        responses = [
+            _response(runs[color], color, measured, sample, room)
+            for color, measured, sample in found[text]
+        ]
+        prompts.append(Prompt(text=_cut(visible(text), MAX_PROMPT), responses=responses))
+
+    return prompts
 
 
 def count_prompts(runs: Sequence[RunRecord]) -> int:
@@ -105,13 +104,11 @@ def visible(text: str) -> str:
 
 def _response(run: RunRecord, color: int, measured: Record, sample: Record, room: int) -> Response:
     tokens = list(_tokens(sample, run.threshold))
-    texts = sorted(
-        {
-            text
-            for token in tokens[:room]
-            for text in (token.text, *(one for one, _ in token.candidates))
-        }
-    )
+    occurring = set()
+    for token in tokens[:room]:
+        occurring |= {token.text, *(text for text, _ in token.candidates)}
+
+    texts = sorted(occurring)
     number = {text: index for index, text in enumerate(texts)}
     spans = Markup("").join(
         Markup('<span class="{}">{}</span>').format(token.classes, token.text.replace("\n", "↵\n"))
