@@ -18,7 +18,7 @@ from eopd.config import LossConfig
 from eopd.config.loss import QuantileGate, RandomGate
 from eopd.config.teacher import EntropyBound
 from eopd.learner.collate import Weighting
-from eopd.learner.deepspeed_engine import gather_all
+from eopd.learner.ranks import gather_all
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
 from eopd.telemetry.rows import series
 from eopd.types import (

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from eopd.config import StudentConfig
-from eopd.learner.deepspeed_engine import read_weights
+from eopd.learner.deepspeed_backend import read_weights
 from eopd.learner.lora import adapter_tensors, save_adapter, whole_tensors
 from eopd.learner.student import load_student
 

@@ -23,13 +23,14 @@ from transformers import PreTrainedModel
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.config.loss import Gate, HardGate, QuantileGate, SigmoidGate
 from eopd.config.teacher import EntropyBound
+from eopd.learner.backend import Backend, OpenBackend
 from eopd.learner.batch import Weigher, batch_metrics
 from eopd.learner.broken import BrokenRow, NonFiniteUpdateError, dump, explain, find_rows
 from eopd.learner.collate import Packed, Weighting, collate, collate_text
-from eopd.learner.deepspeed_engine import Engine, gather_all, join
 from eopd.learner.estimates import entropy_counts, eval_stats, token_sums
 from eopd.learner.export import write_student
 from eopd.learner.lora import save_adapter
+from eopd.learner.ranks import gather_all, join
 from eopd.learner.student import Head, load_student
 from eopd.loss.chunked import token_statistics
 from eopd.loss.objective import LossTerms, objective
@@ -64,6 +65,7 @@ class LearnerRank:
     """One of ``world_size`` ranks; the roles' ``Learner`` is the gang of them.
 
     Args:
+        open_backend: makes what holds the student and updates it.
         student: what to train.
         learner: how to train it.
         loss: the objective.
@@ -82,6 +84,7 @@ class LearnerRank:
 
     def __init__(
         self,
+        open_backend: OpenBackend,
         student: StudentConfig,
         learner: LearnerConfig,
         loss: LossConfig,
@@ -107,7 +110,7 @@ class LearnerRank:
         self._device = join(
             rank=rank, world_size=world_size, master_address=master_address, master_port=master_port
         )
-        self._engine = Engine(
+        self._backend = open_backend(
             load_student(
                 student,
                 activation_checkpointing=learner.activation_checkpointing,
@@ -123,9 +126,14 @@ class LearnerRank:
         self.version = PolicyVersion(0, 0)
 
     @property
+    def backend(self) -> Backend:
+        """What holds the student, for whoever sends its weights."""
+        return self._backend
+
+    @property
     def model(self) -> PreTrainedModel:
         """The Hugging Face model; its parameters are partitioned under ZeRO-3."""
-        return self._engine.student.model
+        return self._backend.student.model
 
     def step(self, share: PackedBatch) -> LearnerStats:
         """One update from one batch, in as many optimiser steps as it is cut into.
@@ -154,9 +162,9 @@ class LearnerRank:
         terms, norms, rates, applied, num_loss_tokens = [], [], [], [], 0
 
         for number, (packs, step) in enumerate(zip(steps, share.steps, strict=True)):
-            rate = self._engine.learning_rate
+            rate = self._backend.learning_rate
             losses, sums_N = self._accumulate(step, packs, share.alpha)
-            norm = self._engine.step()
+            norm = self._backend.step()
             if not math.isfinite(norm):
                 self._skip(number, step, packs, losses)
                 continue
@@ -211,7 +219,7 @@ class LearnerRank:
         """Write weights, optimiser, schedule, random state and version, for ``load`` under
         the same stage.
         """
-        self._engine.save(directory, self.version._asdict() | {"num_skipped": self._num_skipped})
+        self._backend.save(directory, self.version._asdict() | {"num_skipped": self._num_skipped})
 
     def load(self, directory: Path) -> None:
         """Continue from what ``save`` wrote, under the incarnation that ``version`` has now.
@@ -224,7 +232,7 @@ class LearnerRank:
             ValueError: it is that of another number of ranks, and the options do not let that
                 change.
         """
-        saved = self._engine.load(directory)
+        saved = self._backend.load(directory)
         self.version = PolicyVersion(self.version.incarnation, saved["step"])
         self._num_skipped = saved["num_skipped"]
 
@@ -236,7 +244,7 @@ class LearnerRank:
         format.
         """
         weights: dict[str, Tensor] = {}
-        for name, tensor in self._engine.whole_weights():
+        for name, tensor in self._backend.whole_weights():
             if self._rank == 0:
                 weights[name] = tensor.to("cpu", copy=True)
 
@@ -244,7 +252,7 @@ class LearnerRank:
             write_student(directory, self.model, weights, source=self._source)
 
         adapter = {
-            name: tensor.to("cpu", copy=True) for name, tensor in self._engine.adapter_weights()
+            name: tensor.to("cpu", copy=True) for name, tensor in self._backend.adapter_weights()
         }
         if adapter and self._rank == 0:
             save_adapter(directory.with_name("adapter"), self.model, adapter, source=self._source)
@@ -298,7 +306,7 @@ class LearnerRank:
             ).student_logprobs_T
 
         with torch.no_grad():
-            return self._engine.run(on_device, logprobs)
+            return self._backend.run(on_device, logprobs)
 
     def _accumulate(
         self, step: OptimizerStep, packs: Sequence[Packed], alpha: float
@@ -309,7 +317,7 @@ class LearnerRank:
         losses, sums = [], []
         for index, packed in enumerate(packs):
             loss, terms_N = self._loss_of(packed.to(self._device), step.num_loss_tokens, alpha)
-            self._engine.accumulate(loss, last=index == len(packs) - 1)
+            self._backend.accumulate(loss, last=index == len(packs) - 1)
             losses.append(loss.detach())
             sums.append(terms_N)
 
@@ -357,7 +365,7 @@ class LearnerRank:
             )
             return loss, terms.vector()
 
-        return self._engine.run(packed, loss_and_terms)
+        return self._backend.run(packed, loss_and_terms)
 
     def _statistics(self, packed: Packed) -> Tensor:
         """Rows of ``ESTIMATES`` and, last, the loss mask: float64 [6, T], zeros where masked."""
@@ -374,7 +382,7 @@ class LearnerRank:
             )
 
         with torch.no_grad():
-            return self._engine.run(packed, statistics)
+            return self._backend.run(packed, statistics)
 
     def _projection(self, head: Head, temperature: float | None = None) -> Projection:
         return {

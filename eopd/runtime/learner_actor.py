@@ -47,6 +47,7 @@ class LearnerActor(Actor):
 
     def start(self, config: Config, rank: int, address: str, port: int, incarnation: int) -> None:  # noqa: D102
         from eopd.learner.cost import Cost
+        from eopd.learner.deepspeed_backend import DeepspeedBackend
         from eopd.learner.learner import LearnerRank
         from eopd.learner.lora import whole_tensors
         from eopd.teacher.vocabulary import num_tokens
@@ -54,6 +55,7 @@ class LearnerActor(Actor):
         from eopd.weights.transfer import WeightSender
 
         self._rank = LearnerRank(
+            DeepspeedBackend,
             config.student,
             config.learner,
             config.loss,
@@ -72,7 +74,10 @@ class LearnerActor(Actor):
         self._cost = Cost(self._rank.model, config.learner.peak_flops)
         self._sender = WeightSender(
             ModelSource(
-                whole_tensors(self._rank.model), rank=rank, zero_stage=config.learner.zero_stage
+                whole_tensors(self._rank.model),
+                rank=rank,
+                shape=self._rank.backend.shape,
+                gathered=self._rank.backend.gathered,
             ),
             rank=rank,
             backend=config.weights.backend,

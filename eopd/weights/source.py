@@ -1,15 +1,14 @@
-"""The learner's parameters as checkpoint tensors, whatever the ZeRO stage.
+"""The learner's parameters as checkpoint tensors, however they are sharded.
 
-Under ZeRO-1 and 2 rank 0 has all weights; under ZeRO-3 a bucket is gathered by all ranks together
-and copied out on rank 0, so that nothing is transmitted while parameters are held. What a
-checkpoint tensor is made of (itself, or with LoRA a weight and its adapter) is the learner's
-business. Checked against DeepSpeed 0.19.8.
+A bucket is gathered by all ranks together and copied out on rank 0, so that nothing is transmitted
+while parameters are held. What a checkpoint tensor is made of (itself, or with LoRA a weight and its
+adapter) is the learner's business, and so is how it is sharded: this is handed functions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
-import deepspeed
 import torch
 
 from eopd.weights.layout import Bucket, ParameterMeta
@@ -29,34 +28,45 @@ class Recipe(Protocol):
 
 
 class ModelSource:
-    """A ``ParameterSource`` over a model that DeepSpeed may have sharded; of its buffers,
-    which never change, none.
+    """A ``ParameterSource`` over a model's parameters; of its buffers, which never change, none.
+
+    Args:
+        tensors: what leaves the learner, by name.
+        rank: of this process; 0 sends.
+        shape: the full shape of a parameter (``learner/backend.py``).
+        gathered: makes parameters whole; see there.
     """
 
-    def __init__(self, tensors: Mapping[str, Recipe], *, rank: int, zero_stage: int) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Recipe],
+        *,
+        rank: int,
+        shape: Callable[[torch.Tensor], Sequence[int]],
+        gathered: Callable[[Sequence[torch.Tensor]], AbstractContextManager[bool]],
+    ) -> None:
         self._recipes = {
-            n: recipe
-            for n, recipe in tensors.items()
+            name: recipe
+            for name, recipe in tensors.items()
             if isinstance(recipe.parts[0], torch.nn.Parameter)
         }
         self._rank = rank
-        self._sharded = zero_stage == 3
+        self._shape = shape
+        self._gathered = gathered
 
     def metadata(self) -> Sequence[ParameterMeta]:
-        """Full shapes, also where ZeRO-3 has emptied the tensor."""
+        """Full shapes, also where a tensor is empty because it is sharded."""
         firsts = {name: recipe.parts[0] for name, recipe in self._recipes.items()}
         return [
-            ParameterMeta.of(name, tensor, tensor.ds_shape if self._sharded else tensor.shape)  # type: ignore[attr-defined]
-            for name, tensor in firsts.items()
+            ParameterMeta.of(name, tensor, self._shape(tensor)) for name, tensor in firsts.items()
         ]
 
     def gather(self, bucket: Bucket) -> Sequence[torch.Tensor] | None:
         """Full tensors on rank 0; all ranks must call this in the same order."""
         recipes = [self._recipes[parameter.name] for parameter in bucket]
-        if not self._sharded:
-            return [recipe.whole() for recipe in recipes] if self._rank == 0 else None
+        with self._gathered([part for recipe in recipes for part in recipe.parts]) as are_copies:
+            if self._rank != 0:
+                return None
 
-        with deepspeed.zero.GatheredParameters(
-            [part for recipe in recipes for part in recipe.parts]
-        ):
-            return [recipe.whole().clone() for recipe in recipes] if self._rank == 0 else None
+            whole = [recipe.whole() for recipe in recipes]
+            return [tensor.clone() for tensor in whole] if are_copies else whole

@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
+from eopd.learner.deepspeed_backend import DeepspeedBackend
 from eopd.learner.learner import LearnerRank
 from eopd.packing import pack
 from eopd.types import (
@@ -147,6 +148,7 @@ def our_step(
         port = free.getsockname()[1]
 
     learner = LearnerRank(
+        DeepspeedBackend,
         StudentConfig(model=student, dtype=dtype),
         LearnerConfig(threads=threads, zero_stage=stage, lr=1e-6, deepspeed=native),
         LossConfig(top_k=K),

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -135,7 +136,12 @@ async def measure(rounds: int) -> tuple[dict[str, list[float]], int]:
         weight_options=engine_options(),
         version=PolicyVersion(0, 0),
     )
-    source = ModelSource(whole_tensors(model), rank=0, zero_stage=0)
+    source = ModelSource(
+        whole_tensors(model),
+        rank=0,
+        shape=lambda tensor: tensor.shape,
+        gathered=lambda tensors: nullcontext(False),
+    )
     sender = WeightSender(
         source,
         rank=0,

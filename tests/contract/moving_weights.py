@@ -58,6 +58,16 @@ class BrittleSource(ModelSource):
         return super().gather(bucket)
 
 
+def brittle_source(model: torch.nn.Module) -> BrittleSource:
+    """All of a model that is not sharded."""
+    return BrittleSource(
+        whole_tensors(model),
+        rank=0,
+        shape=lambda tensor: tensor.shape,
+        gathered=lambda tensors: nullcontext(False),
+    )
+
+
 class Sender:
     """``SenderLink`` over a ``WeightSender`` in this process, with a bit to flip in the next
     bucket on its way.
@@ -65,7 +75,7 @@ class Sender:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.sender = WeightSender(
-            BrittleSource(whole_tensors(model), rank=0, zero_stage=0),
+            brittle_source(model),
             rank=0,
             backend="gloo",
             address="127.0.0.1",

@@ -56,6 +56,7 @@ OTHERS = {
 
 
 def run_rank(rank: int, world_size: int, port: int, root: Path, names: list[str]) -> None:
+    from eopd.learner.deepspeed_backend import DeepspeedBackend
     from eopd.learner.learner import LearnerRank
 
     def learner_of(case: Case, **settings: Any) -> LearnerRank:
@@ -66,6 +67,7 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, names: list[str]
             deepspeed={"zero_optimization": case.zero},
         )
         return LearnerRank(
+            DeepspeedBackend,
             student_of(case, root),
             config,
             LossConfig(top_k=4),
@@ -100,10 +102,10 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, names: list[str]
         learner.save(root / case.name)
         seen[case.name] = {"unchanged": train(learner, SAVED_AT, LAST)}
         learner = loaded(case, case, **CHANGED)
-        (group,) = learner._engine._engine.lr_scheduler.optimizer.param_groups
+        (group,) = learner._backend._engine.lr_scheduler.optimizer.param_groups
         seen[case.name]["group"] = {name: group[name] for name in ("lr", "betas", "weight_decay")}
         if case.name != "float32-0":
-            seen[case.name]["clip"] = learner._engine._engine.optimizer.clip_grad
+            seen[case.name]["clip"] = learner._backend._engine.optimizer.clip_grad
 
         seen[case.name]["changed"] = train(learner, SAVED_AT, LAST)
         learner = loaded(case, case, **STILL)
@@ -112,7 +114,7 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, names: list[str]
         learner.export(root / f"{case.name}-after")
         seen[case.name]["halved"] = loaded(
             case, case, **HALVED
-        )._engine._engine.lr_scheduler.last_epoch
+        )._backend._engine.lr_scheduler.last_epoch
 
     for case, of in itertools.product(cases, cases):
         if case.name in OTHERS.get(of.name, ()):

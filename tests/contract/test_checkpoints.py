@@ -168,10 +168,12 @@ def make_stored(rng: np.random.Generator, number: int, index: int) -> Stored[Sco
 def run_rank(
     rank: int, world_size: int, port: int, root: Path, cases: list[list[str]], gang: str
 ) -> None:
+    from eopd.learner.deepspeed_backend import DeepspeedBackend
     from eopd.learner.learner import LearnerRank
 
     def learner_of(case: Case) -> LearnerRank:
         return LearnerRank(
+            DeepspeedBackend,
             student_of(case, root),
             LearnerConfig(
                 lr=3e-3,
@@ -393,13 +395,13 @@ def test_offloaded_states_train_as_those_that_are_not(seen, root, case, run):
 
 
 def test_what_torch_says_of_a_full_disk_becomes_an_oserror(tmp_path):
-    from eopd.learner.deepspeed_engine import Engine
+    from eopd.learner.deepspeed_backend import DeepspeedBackend
 
     def save_checkpoint(directory, **options):
         torch.save(torch.zeros(100_000), f"{directory}/weights.pt")
 
     engine = cast(
-        Engine,
+        DeepspeedBackend,
         SimpleNamespace(
             _engine=SimpleNamespace(save_checkpoint=save_checkpoint), _config=LearnerConfig()
         ),
@@ -410,6 +412,6 @@ def test_what_torch_says_of_a_full_disk_becomes_an_oserror(tmp_path):
 
     try:
         with pytest.raises(OSError, match="torch could not write all of it; is the disk full"):
-            Engine.save(engine, tmp_path, {})
+            DeepspeedBackend.save(engine, tmp_path, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -145,10 +145,12 @@ def run_rank(
 ) -> None:
     import deepspeed
 
+    from eopd.learner.deepspeed_backend import DeepspeedBackend
     from eopd.learner.learner import LearnerRank
 
     def learner_of(family: Family, config: LearnerConfig, loss: LossConfig) -> LearnerRank:
         return LearnerRank(
+            DeepspeedBackend,
             StudentConfig(model=directory / family, dtype="float32"),
             config,
             loss,

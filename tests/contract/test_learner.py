@@ -174,10 +174,12 @@ def cut(
 def run_rank(
     rank: int, world_size: int, port: int, directory: Path, cases: list[tuple[str, int]]
 ) -> None:
+    from eopd.learner.deepspeed_backend import DeepspeedBackend
     from eopd.learner.learner import LearnerRank, NonFiniteUpdateError
 
     def learner_of(case: Case, stage: int, broken: Path) -> LearnerRank:
         return LearnerRank(
+            DeepspeedBackend,
             StudentConfig(model=directory / case.family, dtype=case.dtype),
             LearnerConfig(
                 lr=LR,
@@ -669,7 +671,7 @@ def test_a_state_that_leaks_between_packed_sequences_is_refused(tmp_path):
 
 
 def test_native_options_are_merged_section_by_section_and_win():
-    from eopd.learner.deepspeed_engine import native_config
+    from eopd.learner.deepspeed_backend import native_config
 
     native = {
         "zero_optimization": {"reduce_bucket_size": 10},
@@ -693,7 +695,7 @@ def test_native_options_are_merged_section_by_section_and_win():
     ],
 )
 def test_the_schedule_counts_optimiser_steps(kind, expected):
-    from eopd.learner.deepspeed_engine import schedule
+    from eopd.learner.deepspeed_backend import schedule
 
     factor = schedule(
         LearnerConfig(schedule=kind, warmup_batches=2, optimizer_steps_per_batch=2), total_steps=8

@@ -72,12 +72,14 @@ def run_rank(
 ) -> None:
     import deepspeed
 
+    from eopd.learner.deepspeed_backend import DeepspeedBackend
     from eopd.learner.learner import LearnerRank
     from eopd.weights.layout import cut_into_buckets
     from eopd.weights.source import ModelSource
 
     def learner_of(case: LoraCase, stage: int) -> LearnerRank:
         return LearnerRank(
+            DeepspeedBackend,
             StudentConfig(
                 model=directory / case.family,
                 dtype=case.dtype,
@@ -120,7 +122,12 @@ def run_rank(
         ]
 
     def publish(learner: LearnerRank, stage: int) -> dict[str, Tensor]:
-        source = ModelSource(whole_tensors(learner.model), rank=rank, zero_stage=stage)
+        source = ModelSource(
+            whole_tensors(learner.model),
+            rank=rank,
+            shape=learner.backend.shape,
+            gathered=learner.backend.gathered,
+        )
         published = {}
 
         for bucket in cut_into_buckets(source.metadata(), 30_000):
@@ -151,7 +158,7 @@ def run_rank(
         parameters = dict(learner.model.named_parameters())
         frozen = whole({n: p for n, p in parameters.items() if not p.requires_grad})
         adapters = whole({n: p for n, p in parameters.items() if p.requires_grad})
-        optimizer = learner._engine._engine.basic_optimizer
+        optimizer = learner._backend._engine.basic_optimizer
         resumed = learner_of(case, stage)
         resumed.load(run_directory / "checkpoint")
         resumed_metrics = train(resumed, case, range(SAVED_AT, NUM_BATCHES))

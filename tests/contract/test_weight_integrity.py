@@ -10,10 +10,9 @@ import fakes
 import numpy as np
 import pytest
 import torch
-from moving_weights import PROBE, BrittleSource, Sender, channel_of, load, logprobs_of, start
+from moving_weights import PROBE, Sender, brittle_source, channel_of, load, logprobs_of, start
 from transformers import PreTrainedModel
 
-from eopd.learner.lora import whole_tensors
 from eopd.rollout.engine import VllmRolloutEngine
 from eopd.types import PolicyVersion, Sampling, WeightTransferError
 from eopd.weights import vllm_engine
@@ -74,7 +73,7 @@ async def test_a_transfer_that_fails_leaves_the_old_weights_in_service_and_the_n
         await engine.install_weights(PolicyVersion(0, 2))
         await assert_serves(engine, new, PolicyVersion(0, 2))
 
-        sender.sender._source = BrittleSource(whole_tensors(old), rank=0, zero_stage=0)
+        sender.sender._source = brittle_source(old)
         sender.sender._source.fails = True
         with pytest.raises(RuntimeError, match="no second bucket"):
             await transfer(engine, sender)

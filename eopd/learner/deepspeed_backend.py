@@ -1,5 +1,5 @@
-"""DeepSpeed, and nothing but DeepSpeed: process group, ZeRO, gradient accumulation, optimiser step,
-checkpoint.
+"""A ``Backend`` on DeepSpeed: ZeRO, gradient accumulation, optimiser step, checkpoint. The only
+file that knows DeepSpeed.
 
 Three properties of DeepSpeed 0.19 shape this file.
 
@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,32 +55,7 @@ _TAG = "deepspeed"
 _STEPS = "optimizer_steps_per_batch"  # under which a checkpoint was written
 
 
-def join(*, rank: int, world_size: int, master_address: str, master_port: int) -> torch.device:
-    """Enter the gang's process group (gloo on CPU, nccl on GPU) and return this rank's
-    device: the only one it sees.
-    """
-    environment = {
-        "RANK": rank,
-        "WORLD_SIZE": world_size,
-        "LOCAL_RANK": 0,
-        "MASTER_ADDR": master_address,
-        "MASTER_PORT": master_port,
-    }
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    on_gpu = torch.cuda.is_available()
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
-
-    return torch.device("cuda:0" if on_gpu else "cpu")
-
-
-def gather_all(mine: list[T]) -> list[T]:
-    """The items of all ranks, in the order of the ranks; collective."""
-    of_ranks: list[list[T]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
-    return [item for of_rank in of_ranks for item in of_rank]
-
-
-class Engine:
+class DeepspeedBackend:
     """A student, its optimiser and its schedule, sharded by ZeRO."""
 
     def __init__(
@@ -105,6 +80,7 @@ class Engine:
 
         self.student = student
         self._config = config
+        self._sharded = config.zero_stage == 3
         self._keeps_no_norm = config.zero_stage == 0 and dtype == "float32"
         if config.zero_stage == 3:
             deepspeed.zero.register_external_parameter(student, student.whole_head_VD)
@@ -275,6 +251,17 @@ class Engine:
         """
         return self._gathered(adapter_tensors(self.student.model))
 
+    def shape(self, parameter: Tensor) -> Sequence[int]:
+        """See ``Backend``: ZeRO-3 empties a parameter, and keeps its shape beside it."""
+        shape: Sequence[int] = parameter.ds_shape if self._sharded else parameter.shape  # type: ignore[attr-defined]
+        return shape
+
+    @contextmanager
+    def gathered(self, parameters: Sequence[Tensor]) -> Iterator[bool]:
+        """See ``Backend``: below ZeRO-3 every rank has all of them."""
+        with deepspeed.zero.GatheredParameters(list(parameters), enabled=self._sharded):
+            yield self._sharded
+
     def _gathered(self, recipes: Mapping[str, Recipe]) -> Iterator[tuple[str, Tensor]]:
         for name, recipe in recipes.items():
             with deepspeed.zero.GatheredParameters(recipe.parts):
@@ -282,7 +269,7 @@ class Engine:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """The student's state dict from what ``Engine.save`` wrote, on the CPU and without a process
+    """The student's state dict from what ``DeepspeedBackend.save`` wrote, on the CPU and without a process
     group.
 
     Under ZeRO-3 these are the float32 master weights that the student's own are rounded from.

@@ -1,0 +1,34 @@
+"""The learner's ranks as a process group: torch.distributed alone, whatever shards the student."""
+
+import os
+from typing import TypeVar
+
+import torch
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+def join(*, rank: int, world_size: int, master_address: str, master_port: int) -> torch.device:
+    """Enter the gang's process group (gloo on CPU, nccl on GPU) and return this rank's
+    device: the only one it sees.
+    """
+    environment = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": master_address,
+        "MASTER_PORT": master_port,
+    }
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+
+    return torch.device("cuda:0" if on_gpu else "cpu")
+
+
+def gather_all(mine: list[T]) -> list[T]:
+    """The items of all ranks, in the order of the ranks; collective."""
+    of_ranks: list[list[T]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    return [item for of_rank in of_ranks for item in of_rank]
