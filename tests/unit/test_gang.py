@@ -52,8 +52,8 @@ def gang(tmp_path, monkeypatch):
         "run: {name: r, batches: 2}\nstudent: {model: s}\nteachers: [{model: t}]\n"
         "prompts: {data: a, held_out: b}\nflow: {batch_prompts: 8}"
     )
-    # seconds of these tests are hundredths
-    monkeypatch.setattr(module, "_NEWS_S", module._NEWS_S / 100)
+    # seconds of these tests are thirtieths
+    monkeypatch.setattr(module, "_NEWS_S", module._NEWS_S / 30)
 
     return LearnerGang(pytest.fail, load_config(path))
 
@@ -62,7 +62,7 @@ def gang(tmp_path, monkeypatch):
 async def test_a_rank_that_is_lost_with_its_node_is_the_gang_s_loss_however_late_the_news(
     gang, seconds
 ):
-    gang._actors = [Rank(), Rank(lost_after_s=seconds / 100)]
+    gang._actors = [Rank(), Rank(lost_after_s=seconds / 30)]
     with pytest.raises(LearnerDownError, match="rank 1 died"):
         await gang._each("step")
 
@@ -73,10 +73,10 @@ async def test_a_mistake_in_the_code_is_loud_at_once_when_all_ranks_answer(gang)
     with pytest.raises(RayTaskError, match="Connection closed by peer"):
         await gang._each("step")
 
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 1.0
 
 
 async def test_and_after_a_while_when_one_of_them_is_busy(gang):
     gang._actors = [Rank(), Rank(busy_s=3600)]
     with pytest.raises(RayTaskError):
-        await asyncio.wait_for(gang._each("step"), 3.0)
+        await asyncio.wait_for(gang._each("step"), 20.0)

