@@ -10,8 +10,8 @@ T = TypeVar("T")
 
 
 def join(*, rank: int, world_size: int, master_address: str, master_port: int) -> torch.device:
-    """Enter the gang's process group (gloo on CPU, nccl on GPU) and return this rank's
-    device: the only one it sees.
+    """Enter the gang's process group (gloo on CPU, nccl on GPU), once in a process, and return
+    this rank's device: the only one it sees.
     """
     environment = {
         "RANK": rank,
@@ -22,7 +22,8 @@ def join(*, rank: int, world_size: int, master_address: str, master_port: int) -
     }
     os.environ.update({name: str(value) for name, value in environment.items()})
     on_gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
 
     return torch.device("cuda:0" if on_gpu else "cpu")
 
