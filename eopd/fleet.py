@@ -90,6 +90,7 @@ class Fleet(Generic[W]):
         self._causes: list[str] = []
         self._started = asyncio.Event()  # since somebody was last needed
         self._closed = False
+        self._leaving: set[int] = set()  # nobody comes in the place of these
         pool.on_loss = self._on_loss
 
     @property
@@ -161,12 +162,14 @@ class Fleet(Generic[W]):
             self._tasks[number].cancel()
             await asyncio.gather(self._tasks[number], return_exceptions=True)
 
+        self._leaving.add(number)
         await self.pool.drain(number)
         await self.part(number)
         await self._bodies.pop(number).end()
+        self._leaving.remove(number)
 
     def _on_loss(self, number: int, reason: str) -> None:
-        if self._closed or number not in self._bodies:
+        if self._closed or number in self._leaving or number not in self._bodies:
             return
 
         cause = f"{self.name} {number}: {reason.splitlines()[0]}"

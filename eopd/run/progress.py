@@ -128,5 +128,6 @@ class Progress:
 
 
 def first_line(error: BaseException) -> str:
-    """What a person needs of an error that carries a worker's traceback."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """What a person needs of an error, which may be that of a worker and hold its traceback."""
+    cause = getattr(error, "cause", None) or error
+    return (str(cause) or type(cause).__name__).splitlines()[0]

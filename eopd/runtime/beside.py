@@ -8,11 +8,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Literal, Never, TypeVar
 
 from eopd.fleet import Fleet
-from eopd.roles import RolloutEngine, WorkerDownError
+from eopd.roles import RolloutEngine
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import first_line
 from eopd.types import RunFailedError
-from eopd.weights.channel import WeightSyncError
 
 POLL_S = 1.0
 RETRY_S = 30.0  # after engines did not start
@@ -85,7 +84,7 @@ async def scale_on_request(
 
         try:
             await fleet.scale(wanted)
-        except (WorkerDownError, WeightSyncError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever keeps a newcomer from starting ends no run
             tell(
                 f"{fleet.size} rollout engines, no more: {first_line(error)}; trying again "
                 f"in {RETRY_S:.0f} s"

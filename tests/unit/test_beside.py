@@ -104,7 +104,7 @@ class Fleet:
         while self.size < size:
             if self.size in self.fails:
                 self.fails.remove(self.size)
-                raise TimeoutError
+                raise OSError("CUDA out of memory")
 
             self.size += 1
 
@@ -127,7 +127,7 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
 
     assert fleet.size == 4 and told == [
         "from 2 rollout engines to 4",
-        "3 rollout engines, no more: TimeoutError; trying again in 0 s",
+        "3 rollout engines, no more: CUDA out of memory; trying again in 0 s",
         "from 3 rollout engines to 4",
         "4 rollout engines",
     ]

@@ -259,6 +259,24 @@ async def test_one_that_is_being_replaced_goes_first_and_nobody_comes_in_its_pla
     assert world.alive() == [0, 2] and fleet.size == world.pool.num_up == 2
 
 
+async def test_one_that_is_lost_while_it_leaves_is_not_replaced():
+    world = World(2)
+    fleet = await world.start()
+    held = asyncio.create_task(world.pool.run(lambda worker: asyncio.sleep(3600)))
+    other = asyncio.create_task(world.pool.run(lambda worker: asyncio.sleep(3600)))
+    await asyncio.sleep(0.01)
+    leaving = asyncio.create_task(fleet.scale(1))
+    await asyncio.sleep(0.01)
+    assert not leaving.done()
+    world.pool.lose(1, "its node is gone")
+    await asyncio.wait_for(leaving, 2.0)
+    await asyncio.sleep(0.05)
+    assert world.alive() == [0] and len(world.bodies) == 2 and fleet.size == 1
+    assert world.pool.in_flight == {0: 2}, "what it had goes to the other one"
+    held.cancel()
+    other.cancel()
+
+
 async def test_closing_stops_what_is_being_replaced():
     world = World(1)
     fleet = await world.start()
