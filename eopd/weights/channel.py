@@ -124,13 +124,13 @@ class BroadcastChannel:
         self._newcomers[number] = engine
         try:
             async with self._lock:
-                if number in self._newcomers:  # else another one's transfer has taken it along
+                # else another one's transfer has taken it along, or it left
+                if number in self._newcomers and self._waits(number):
                     await self._take_in()
         finally:
             self._newcomers.pop(number, None)
-
-        if self._engines.get(number) is not engine:
             reason = self._refused.pop(number, "it left")
+        if self._engines.get(number) is not engine:
             raise EngineDownError(f"rollout engine {number} did not take the weights: {reason}")
 
     async def leave(self, number: int) -> None:
@@ -149,21 +149,21 @@ class BroadcastChannel:
         self._group = {}
 
     async def _take_in(self) -> None:
-        """Bring all newcomers that wait to the learner's version; whoever cannot be is
-        refused, with the reason.
+        """Bring all newcomers that wait to the learner's version; whoever cannot be is refused,
+        with the reason.
         """
-        newcomers, self._newcomers = self._newcomers, {}
-        arrived = dict(newcomers)
-
-        try:
-            await self._bring_up_to_date(
-                arrived, verify=self._probe.every > 0, lose=self._refused.__setitem__
-            )
-        except BaseException:
-            self._newcomers |= newcomers  # the others try for themselves
-            raise
-
+        arrived = {
+            number: self._newcomers[number] for number in filter(self._waits, self._newcomers)
+        }
+        await self._bring_up_to_date(
+            arrived, verify=self._probe.every > 0, lose=self._refused.__setitem__
+        )
         self._engines |= arrived
+
+    def _waits(self, number: int) -> bool:
+        """Whether a newcomer is neither taken in nor refused."""
+        is_in = self._engines.get(number) is self._newcomers[number]
+        return not is_in and number not in self._refused
 
     async def _bring_up_to_date(
         self, engines: dict[int, EngineLink], *, verify: bool, lose: Callable[[int, str], None]
