@@ -1,8 +1,8 @@
-"""A teacher's server that refuses all it is asked once it is told to: what poisonous prompts meet
-again and again.
+"""A teacher's server that refuses every prompt of a run: what poisonous prompts meet again and again.
 
-It answers as ``vllm serve`` does (``/v1/models``, ``/v1/completions`` with ``prompt_logprobs``).
-The token before chooses a favourite, which is as likely as all others together.
+It answers as ``vllm serve`` does (``/v1/models``, ``/v1/completions`` with ``prompt_logprobs``) until
+the run has tested it, and what a client asks when it starts also later. The token before chooses a
+favourite, which is as likely as all others together.
 """
 
 import json
@@ -15,16 +15,19 @@ from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 
+from eopd.teacher.selftest import CONTINUATION_TOKENS
+
 MODEL = "refusing"
 START_TOKENS = 2  # what a client asks for when it starts
+SELF_TEST = CONTINUATION_TOKENS + 3  # requests of a run's self-test of one replica
 
 
 @dataclass
 class Refusing:
-    """The server; ``refuses`` may be changed while it serves."""
+    """The server, and how often it was asked for more than a client asks when it starts."""
 
     url: str
-    refuses: bool = False
+    asked: int = 0
 
 
 def teachers(server: Refusing, model: Path, *, replicas: int) -> str:
@@ -64,7 +67,8 @@ def refusing_server(*, vocab_size: int) -> Iterator[Refusing]:
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if refusing.refuses and len(asked["prompt"]) > START_TOKENS:
+            refusing.asked += len(asked["prompt"]) > START_TOKENS
+            if refusing.asked > SELF_TEST and len(asked["prompt"]) > START_TOKENS:
                 self._answer(400, {"error": {"message": "this prompt is refused"}})
                 return
 

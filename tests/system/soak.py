@@ -214,7 +214,6 @@ def main(
 
         try:
             soak.run.wait(lambda row: row["step"] >= 5)
-            server.refuses = True
             soak.bear(minutes, every)
             soak.run.goes_on()
             soak.run.interrupt()

@@ -2,13 +2,11 @@
 it should. At last there is one failure more than it may have.
 """
 
-import json
 import re
 import time
 
 import pytest
-from program import ROOT, Run, engine_of, lost, read_rows
-from refusing_server import refusing_server, teachers
+from program import Run, engine_of, lost, read_rows
 
 from eopd.telemetry.rows import series
 
@@ -18,29 +16,15 @@ REPLACED = series("eopd_teacher_replacements_total", teacher="teacher")
 
 
 @pytest.fixture(scope="module")
-def server(program):
-    config = json.loads((program.models / "teacher" / "config.json").read_text())
-    with refusing_server(vocab_size=config["vocab_size"]) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def run(program, server, tmp_path_factory):
-    """Asynchronous and rewarded, with two of everything; one prompt has a teacher behind a
-    server of its own.
-    """
-    data = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    own = {"id": "its own", "prompt": "What is 7 + 5?", "answer": "12", "source": "poison"}
-    data.write_text(
-        (ROOT / "configs/prompts/arithmetic.jsonl").read_text() + json.dumps(own) + "\n"
-    )
+def run(program):
+    """Asynchronous and rewarded, with two of everything."""
     run = Run(
         program,
         "faults",
         "run.batches=5000",
         "flow={batch_prompts: 4, max_staleness: 1}",
-        f"prompts.data={data}",
-        teachers(server, program.models / "teacher", replicas=2),
+        "prompts.data=configs/prompts/arithmetic.jsonl",
+        "teachers.0.replicas=2",
         "loss.reverse_kl={kind: sampled, reward: {grader: math, weight: 0.1}}",
         "rollout.samples_per_prompt=2",
         "checkpoint.every=5",
@@ -132,15 +116,6 @@ def test_a_killed_learner_rank_brings_the_gang_back_from_the_last_checkpoint(run
     assert all(row["eopd_logprob_gap_nats"] < 0.1 for row in run.rows()[-8:])
 
 
-def test_prompts_that_no_teacher_scores_are_dropped_and_the_run_goes_on(run, server):
-    server.refuses = True
-    run.wait(lambda row: row["eopd_dropped_trajectories_total"] >= 4)
-    run.goes_on()
-    dropped = read_rows(run.directory / "dropped.jsonl")
-    assert {(row["prompt_id"], row["reason"]) for row in dropped} == {("its own", "teacher_failed")}
-    assert all("this prompt is refused" in row["detail"] for row in dropped)
-
-
 def test_one_failure_too_many_ends_the_run_with_all_their_causes_and_leaves_nothing(run):
     run.actors("RolloutActor")[0].kill()
     said = run.ended(1)
@@ -162,11 +137,9 @@ def test_after_all_that_every_step_is_there_once_and_within_its_bounds(run):
     assert {row["eopd_staleness_max"] for row in found} == {0, 1}
     assert all(0.0 <= row["eopd_reward_mean"] <= 1.0 for row in found)
     assert [row["step"] for row in trained] == [row["step"] for row in found]
-    settled = [issue for row in trained for issue in row["issues"]]
-    dropped = [row["issue"] for row in read_rows(run.directory / "dropped.jsonl")]
-    settled += [issue for issue in dropped if issue < max(settled)]
-    assert sorted(settled) == list(range(len(settled)))  # trained or dropped, exactly once
-    assert lost(found[-1]) == 3 * found[-1]["eopd_dropped_trajectories_total"]
+    issues = sorted(issue for row in trained for issue in row["issues"])
+    assert issues == list(range(8 * len(found)))  # exactly once
+    assert lost(found[-1]) == found[-1]["eopd_dropped_trajectories_total"] == 0
     newest = max((run.directory / "checkpoints").glob("step-*"))
     assert int(newest.name.removeprefix("step-")) == len(found), (
         "what was trained is saved before the run ends"
