@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from eopd.pool import Pool
+from eopd.run.progress import first_line
 from eopd.types import RunFailedError
 
 W = TypeVar("W")
@@ -198,7 +199,7 @@ class Fleet(Generic[W]):
             try:
                 await self._bring_up(number)
             except Exception as error:  # noqa: BLE001 - whatever keeps it from starting, it is tried again, and told
-                self._say_once(f"{self.name} {number} did not start: {_words(error)}")
+                self._say_once(f"{self.name} {number} did not start: {first_line(error)}")
                 await self._bodies[number].end()
                 self._expect_somebody()
                 attempt += 1
@@ -242,10 +243,3 @@ class Fleet(Generic[W]):
 
 async def _nothing(*arguments: object) -> None:
     """What most workers do to join and to leave."""
-
-
-def _words(error: Exception) -> str:
-    """The first line of an error; of one that was raised in a worker, without its traceback."""
-    cause = getattr(error, "cause", None) or error
-    text = str(cause) or ("no answer in time" if isinstance(error, TimeoutError) else "")
-    return text.splitlines()[0] if text else type(cause).__name__

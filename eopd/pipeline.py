@@ -116,8 +116,7 @@ class Pipeline:
         )
 
     async def steps(self, start: int) -> AsyncGenerator[StepDone, None]:
-        """Run batches ``start`` to ``plan.batches``, yielding the row of each once its weights are
-        published.
+        """Run batches ``start`` to ``plan.batches``, yielding each once its weights are published.
 
         Closing the iterator between two steps stops every task; closing ``buffer`` ends it after
         the step under way. Whatever a task raises ends the iteration.
@@ -184,7 +183,7 @@ class Pipeline:
         self.progress.count(done)
         return done
 
-    async def _train(self, number: int) -> "_TrainedBatch | None":
+    async def _train(self, number: int) -> _TrainedBatch | None:
         """Take a batch and train on it; None once the buffer is closed."""
         plan = self.plan
         while True:

@@ -265,5 +265,3 @@ class Pool(Generic[W]):
         """Give up this very worker: another one may have its number by now."""
         if self._members.get(member.number) is member:
             self.lose(member.number, reason)
-        elif not member.lost.done():
-            member.lost.set_result(None)

@@ -22,6 +22,7 @@ class Progress:
     tokens: int = 0
     trajectories: int = 0
     skipped_steps: int = 0
+    newly_skipped: int = 0  # by the step that was counted last
     incarnation: int = 0
     learner_restarts: int = 0
     config_changes: int = 0
@@ -76,6 +77,7 @@ class Progress:
         self.step = done.stats.version.step
         self.tokens += tokens
         self.trajectories += len(done.trained)
+        self.newly_skipped = done.stats.skipped_steps - self.skipped_steps
         self.skipped_steps = done.stats.skipped_steps
         self._rows += 1
         self._tokens_here += tokens
@@ -130,4 +132,5 @@ class Progress:
 def first_line(error: BaseException) -> str:
     """What a person needs of an error, which may be that of a worker and hold its traceback."""
     cause = getattr(error, "cause", None) or error
-    return (str(cause) or type(cause).__name__).splitlines()[0]
+    text = str(cause) or ("no answer in time" if isinstance(error, TimeoutError) else "")
+    return text.splitlines()[0] if text else type(cause).__name__

@@ -16,7 +16,7 @@ from eopd.pipeline import Pipeline
 from eopd.preflight import Prepared, check
 from eopd.preflight import notes as notes_on
 from eopd.roles import LearnerDownError
-from eopd.run.checkpoint import DriverState, list_checkpoints, write_checkpoint
+from eopd.run.checkpoint import DriverState, StorageError, list_checkpoints, write_checkpoint
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.progress import Progress, first_line
@@ -254,8 +254,10 @@ class TrainingRun:
         try:
             await self._follow(pipeline, members, telemetry)
         except RunFailedError:
-            # what was trained is not lost with what cannot go on
-            await self._save_the_rest(members)
+            try:  # what was trained is not lost with what cannot go on
+                await self._save_the_rest(members)
+            except (StorageError, LearnerDownError):  # the first error is the one to be told
+                logger.warning("the last steps could not be saved", exc_info=True)
             raise
 
         self._stop_softly = self._pipeline = None
@@ -265,7 +267,6 @@ class TrainingRun:
         """Run the loop to its end, with a row, a record and now and then a checkpoint of what
         it has done.
         """
-        skipped_before = self._progress.skipped_steps
         # whatever ends it, nothing of it stays in flight
         async with aclosing(pipeline.steps(self._progress.step)) as steps:
             async for done in steps:
@@ -273,8 +274,7 @@ class TrainingRun:
                 telemetry.write(
                     {**self._state_of(members), **cluster.memory_row(), **step_row(done)}
                 )
-                self._tell_of(done, skipped_before)
-                skipped_before = done.stats.skipped_steps
+                self._tell_of(done)
                 self.directory.add_trained(self._progress.step, done.trained)
                 if self._progress.step % self._config.checkpoint.every == 0:
                     await self._save(members)
@@ -319,9 +319,9 @@ class TrainingRun:
             if self._prometheus is not None:
                 self._prometheus.write(self._state_of(members))
 
-    def _tell_of(self, done: StepDone, skipped_before: int) -> None:
+    def _tell_of(self, done: StepDone) -> None:
         """What people look at besides the row; nothing else may be lost with it."""
-        if done.stats.skipped_steps > skipped_before:
+        if self._progress.newly_skipped > 0:
             self._say(
                 f"step {self._progress.step}: loss or gradient not finite, optimiser step "
                 f"skipped ({done.stats.skipped_steps} of at most "

@@ -60,6 +60,14 @@ class World:
             say=self.said.append,
         )
 
+    def slow(self, start_s: float) -> None:
+        """New bodies take so long to start from now on."""
+
+        def spoil(body: Body) -> None:
+            body.start_s = start_s
+
+        self.spoil = spoil
+
     def spawn(self, numbers) -> list[Body]:
         new = [Body(number) for number in numbers]
         for body in new:
@@ -119,10 +127,7 @@ async def test_a_node_that_is_lost_costs_as_many_losses_as_it_had_workers_and_it
     world = World(64, start_timeout_s=0.02)
     fleet = await world.start()
 
-    def no_room(body):
-        body.start_s = 3600.0
-
-    world.spoil = no_room
+    world.slow(3600.0)
     for number in range(8):
         world.pool.lose(number, "its node is gone")
 
@@ -218,10 +223,7 @@ async def test_newcomers_of_one_wish_start_together():
     world = World(1, start_timeout_s=5.0)
     fleet = await world.start()
 
-    def slow(body):
-        body.start_s = 0.3
-
-    world.spoil = slow
+    world.slow(0.3)
     await asyncio.wait_for(fleet.scale(9), 1.5)
     assert world.pool.num_up == 9
 
@@ -248,10 +250,7 @@ async def test_one_that_is_being_replaced_goes_first_and_nobody_comes_in_its_pla
     world = World(3)
     fleet = await world.start()
 
-    def slow(body):
-        body.start_s = 0.1
-
-    world.spoil = slow
+    world.slow(0.1)
     world.pool.lose(1, "its node is gone")
     await asyncio.sleep(0.01)
     await fleet.scale(2)
@@ -281,10 +280,7 @@ async def test_closing_stops_what_is_being_replaced():
     world = World(1)
     fleet = await world.start()
 
-    def slow(body):
-        body.start_s = 3600.0
-
-    world.spoil = slow
+    world.slow(3600.0)
     world.pool.lose(0, "died")
     await asyncio.sleep(0.01)
     await asyncio.wait_for(fleet.close(), 1.0)

@@ -302,6 +302,14 @@ def test_progress_counts_this_process_for_rates_and_the_run_for_totals():
     assert summary["step_seconds"]["train"] == 2.0
 
 
+def test_progress_tells_the_steps_that_were_skipped_last():
+    progress = Progress(step=10, skipped_steps=1)
+    progress.count(done(11, 100))
+    assert (progress.newly_skipped, progress.skipped_steps) == (1, 2)
+    progress.count(done(12, 100))
+    assert progress.newly_skipped == 0
+
+
 def test_the_timeline_keeps_the_spans_of_a_step(config):
     directory = RunDirectory.create(config())
     directory.add_timeline(3, {"generate": [(0.0, 1.23456)], "score": []})
