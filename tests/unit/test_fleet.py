@@ -1,6 +1,7 @@
 """Workers that are started, lost, replaced, more or fewer: on bodies that are told what to do."""
 
 import asyncio
+import time
 
 import fakes
 import pytest
@@ -163,6 +164,19 @@ async def test_with_nobody_left_and_nobody_coming_all_who_wait_are_told_the_caus
         "  engine 0 did not start: no memory",
         "  engine 1 did not start: no memory",
     ]
+    await fleet.close()
+
+
+async def test_nobody_is_waited_for_longer_than_one_start():
+    """The cluster has no room: the first start has not ended when it is known that none comes."""
+    world = World(1, start_timeout_s=0.5)
+    fleet = await world.start()
+    world.slow(3600.0)
+    world.pool.lose(0, "its node is gone")
+    started = time.monotonic()
+    with pytest.raises(NobodyLeftError):
+        await world.pool.run(name)
+    assert time.monotonic() - started < 0.9
     await fleet.close()
 
 

@@ -155,6 +155,23 @@ async def test_a_poisonous_prompt_is_dropped_and_the_next_ones_take_its_place(st
     assert rows[-1]["eopd_dropped_trajectories_total"] == len(poisonous)
 
 
+async def test_a_batch_that_waited_for_a_dropped_trajectory_does_not_wait_for_the_one_in_its_place():
+    order = fakes.order(prompts=20, samples=1)
+    poison, in_its_place = (order.at(issue)[0].prompt_id for issue in (1, 8))
+
+    class World(Poisoned):
+        async def generate(self, prompt, sample_index, sampling):
+            if prompt.prompt_id == in_its_place:
+                await asyncio.sleep(3600)
+            return await super().generate(prompt, sample_index, sampling)
+
+    world = World(poison)
+    steps = pipeline(world, staleness=1, of=order, max_dropped=1, batches=2).steps(0)
+    done = await asyncio.wait_for(anext(steps), 5.0)
+    assert sorted(done.trained) == [0, 2, 3, 4]
+    await steps.aclose()
+
+
 async def test_more_dropped_than_a_run_may_lose_end_it_with_the_last_reason():
     world = Poisoned("3")
     with pytest.raises(

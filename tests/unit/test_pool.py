@@ -116,7 +116,7 @@ async def test_a_dead_worker_costs_no_request_however_often_and_is_told_once():
 async def test_a_request_of_a_lost_worker_keeps_its_place():
     dead, well = Worker("dead", "down", delay_s=0.01), Worker("well", delay_s=0.03)
     pool, _ = pool_of(dead, well, seats=1)
-    requests = [asyncio.create_task(ask(pool, number, number)) for number in range(5)]
+    requests = [asyncio.create_task(ask(pool, number)) for number in range(5)]
     await asyncio.gather(*requests)
     assert dead.asked == [0] and well.asked == [1, 0, 2, 3, 4]
 

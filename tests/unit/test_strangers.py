@@ -122,5 +122,6 @@ def test_what_a_stranger_writes_into_the_store_is_not_read():
     wires.append(open_wire("gloo", Rendezvous(rank=0, **places, **limits), store))
     joining.join()
     assert all(wire.is_open for wire in wires)
+    assert stranger.get(KEY) == b"1", "the group has written nothing where a stranger can"
     for wire in wires:
         wire.close()
