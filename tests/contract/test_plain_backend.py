@@ -156,4 +156,5 @@ def test_its_weights_leave_as_they_are(learner, tmp_path):
     (bucket,) = cut_into_buckets(source.metadata(), 2**40)
     sent = dict(zip([meta.name for meta in bucket], source.gather(bucket), strict=True))
     assert set(sent) == set(weights_of(learner))
+    assert [meta.shape for meta in bucket] == [tuple(tensor.shape) for tensor in sent.values()]
     assert all(torch.equal(exported[name], tensor) for name, tensor in sent.items())
