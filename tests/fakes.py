@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import numpy as np
 
-from eopd.ledger import Ledger
+from eopd.ledger import Ledger, Watermark
 from eopd.pipeline import Pipeline, Plan
 from eopd.prompts import PromptOrder
+from eopd.run.checkpoint import DriverState
 from eopd.run.progress import Progress
 from eopd.telemetry.step import step_row
 from eopd.types import (
@@ -192,3 +193,18 @@ async def rows(line: Pipeline, start: int = 0) -> AsyncIterator[dict[str, float]
     """Run a loop; the row of each step."""
     async for done in line.steps(start):
         yield {**step_row(done), **line.progress.row()}
+
+
+def driver_state(
+    step: int, *, per_step: int = 1, inputs: Mapping[str, str] | None = None
+) -> DriverState:
+    """The driver's part of a checkpoint, with ``per_step`` trajectories settled by each step."""
+    return DriverState(
+        step=step,
+        tokens=3,
+        trajectories=2,
+        skipped_steps=1,
+        wall_s=1.5,
+        ledger=Ledger(Watermark(per_step * step)).state(),
+        inputs=inputs,
+    )

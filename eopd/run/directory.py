@@ -326,12 +326,14 @@ class RunDirectory:
 
     def engines_asked_for(self) -> int | None:
         """How many rollout engines were asked for since this process took up the run; None if
-        nobody did.
+        nobody did, or the file is not what ``eopd scale`` writes: it ends no run.
         """
-        if not self._scale.exists():
-            return None
+        for row in read_rows(self._scale, last=1):
+            engines = row.get("engines")
+            if isinstance(engines, int) and engines > 0:
+                return engines
 
-        return int(json.loads(self._scale.read_text(encoding="utf-8"))["engines"])
+        return None
 
     def write_summary(self, summary: Summary) -> None:
         """Replace ``summary.json``, whole or not at all."""

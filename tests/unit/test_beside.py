@@ -159,4 +159,8 @@ def test_only_a_run_that_is_running_can_be_scaled_and_a_wish_is_forgotten_with_i
         directory.ask_for_engines(4)
 
     assert json.loads((directory.path / "scale.json").read_text()) == {"engines": 3}
+    for broken in ("", "{", "[3]", '{"engines": "3"}', '{"engines": 0}', '{"engine": 3}'):
+        (directory.path / "scale.json").write_text(broken + "\n")
+        assert directory.engines_asked_for() is None, broken
+
     assert RunDirectory.create(directory.config()).engines_asked_for() is None

@@ -12,9 +12,9 @@ import resource
 from contextlib import contextmanager
 from pathlib import Path
 
+import fakes
 import pytest
 
-from eopd.ledger import Ledger, Watermark
 from eopd.run.checkpoint import (
     DIGEST_BYTES,
     DriverState,
@@ -27,17 +27,6 @@ from eopd.run.checkpoint import (
 )
 
 FILES = ("learner/big", "learner/deep/small", "state.json", "manifest.json")
-
-
-def state(step: int) -> DriverState:
-    return DriverState(
-        step=step,
-        tokens=3,
-        trajectories=2,
-        skipped_steps=1,
-        wall_s=1.5,
-        ledger=Ledger(Watermark(step)).state(),
-    )
 
 
 async def save(directory: Path) -> None:
@@ -53,7 +42,7 @@ async def save_little(directory: Path) -> None:
 
 def write(root: Path, *steps: int, keep_last: int = 9, save=save_little) -> None:
     for step in steps:
-        asyncio.run(write_checkpoint(root, state(step), save, keep_last=keep_last))
+        asyncio.run(write_checkpoint(root, fakes.driver_state(step), save, keep_last=keep_last))
 
 
 def names(root: Path) -> list[str]:
@@ -78,7 +67,7 @@ def files_of_at_most(size: int):
 def test_the_newest_checkpoints_are_kept_and_read_back(tmp_path):
     write(tmp_path, 1, 2, 3, keep_last=2, save=save)
     assert names(tmp_path) == whole(tmp_path) == ["step-000002", "step-000003"]
-    assert DriverState.read(list_checkpoints(tmp_path)[-1]) == state(3)
+    assert DriverState.read(list_checkpoints(tmp_path)[-1]) == fakes.driver_state(3)
     assert (tmp_path / "step-000003/learner/deep/small").read_text() == "small"
     assert set(json.loads((tmp_path / "step-000003/manifest.json").read_text())["files"]) == set(
         FILES[:3]

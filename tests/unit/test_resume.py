@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import fakes
 import pytest
 
 from eopd.config import Config, ConfigError, load_config, processor
@@ -23,16 +24,7 @@ INPUTS = {
 
 
 def state(step, inputs=INPUTS):
-    ledger = Ledger(Watermark(8 * step)).state()
-    return DriverState(
-        step=step,
-        tokens=3,
-        trajectories=2,
-        skipped_steps=1,
-        wall_s=1.5,
-        ledger=ledger,
-        inputs=inputs,
-    )
+    return fakes.driver_state(step, per_step=8, inputs=inputs)
 
 
 async def save(directory):

@@ -13,10 +13,9 @@ import pytest
 
 import eopd
 from eopd.config import ConfigError, load_config
-from eopd.ledger import Ledger, Watermark
 from eopd.preflight.environment import require_environment
 from eopd.run.changes import Change
-from eopd.run.checkpoint import DriverState, StorageError, write_checkpoint
+from eopd.run.checkpoint import StorageError, write_checkpoint
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.progress import Progress
@@ -34,17 +33,6 @@ STATS = EvalStats(
     num_trajectories=2,
     num_tokens=9,
 )
-
-
-def state(step: int) -> DriverState:
-    return DriverState(
-        step=step,
-        tokens=3,
-        trajectories=2,
-        skipped_steps=1,
-        wall_s=1.5,
-        ledger=Ledger(Watermark(step)).state(),
-    )
 
 
 async def save(directory):
@@ -82,7 +70,7 @@ async def test_a_run_that_begins_keeps_nothing_of_one_of_its_name(config):
     for file in (directory.metrics, directory.timeline):
         file.write_text('{"step": 1}\n')
 
-    await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
+    await write_checkpoint(directory.checkpoints, fakes.driver_state(1), save, keep_last=1)
     directory.go_on(config("learner.lr=0.1"), 1, [Change("learner.lr", 1e-6, 0.1, "said")])
     RunDirectory.create(config())
     assert {path.name for path in directory.path.iterdir()} == {"config.yaml", "versions.json"}
@@ -161,7 +149,7 @@ def test_a_line_that_is_no_row_has_no_step(config, line):
 async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):
     directory = RunDirectory.create(config())
     for step in (9, 10, 11):
-        await write_checkpoint(directory.checkpoints, state(step), save, keep_last=9)
+        await write_checkpoint(directory.checkpoints, fakes.driver_state(step), save, keep_last=9)
 
     whole, cut, half = (directory.checkpoints / f"step-{step:06d}" for step in (9, 10, 11))
     (cut / "learner/weights").write_text("")
@@ -179,9 +167,9 @@ async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):
     ):
         reopened.checkpoint(10)
 
-    await write_checkpoint(directory.checkpoints, state(10), save, keep_last=9)
+    await write_checkpoint(directory.checkpoints, fakes.driver_state(10), save, keep_last=9)
     assert [message.split(":")[0] for message in reopened.passed_over()] == [f"passing over {half}"]
-    await write_checkpoint(directory.checkpoints, state(12), save, keep_last=9)
+    await write_checkpoint(directory.checkpoints, fakes.driver_state(12), save, keep_last=9)
     assert reopened.passed_over() == []  # older than the one to continue from: nobody asks
 
 
@@ -238,7 +226,7 @@ def test_summary_and_samples_come_back_as_written(config):
     read = directory.read_summary()
     assert read["held_out"]["before"]["reverse_kl"] == {"mean": 1.0, "standard_error": 0.1}
     assert read["held_out"]["after"] is None and read["steps"] == 4 and read["status"] == "running"
-    resumed = Progress.resume(state(4), read)
+    resumed = Progress.resume(fakes.driver_state(4), read)
     assert resumed.before == read["held_out"]["before"] and resumed.wall_s > 1.5
 
     text = {"prompt_id": "p", "prompt": "?\u2028\x85"}  # separators that str.splitlines() cuts at
@@ -365,7 +353,7 @@ def test_the_status_is_held_against_whoever_runs_the_run(config):
 async def test_what_continues_a_run_depends_on_whether_it_has_a_checkpoint(config):
     directory = RunDirectory.create(config())
     assert directory.resume_options() == ["--resume", "auto"]
-    await write_checkpoint(directory.checkpoints, state(1), save, keep_last=1)
+    await write_checkpoint(directory.checkpoints, fakes.driver_state(1), save, keep_last=1)
     assert directory.resume_options() == ["--resume"]
 
 
