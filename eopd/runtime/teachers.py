@@ -61,7 +61,7 @@ def _fleet(
     say: Callable[[str], None],
 ) -> Fleet[TeacherScorer]:
     plan = plan_teacher(teacher)
-    name = f"replica of teacher {teacher.name}"
+    name = f"teacher {teacher.name} replica"
     longest = config.max_teacher_tokens(teacher)
 
     def bodies(numbers: Sequence[int]) -> list[TeacherBody]:

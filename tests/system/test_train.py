@@ -196,7 +196,7 @@ def test_a_failure_leaves_no_process_and_says_failed(program):
         *program.train("broken", "teachers.0.vllm={kv_cache_memory_bytes: 1}", "rollout.engines=1")
     )
     assert done.returncode == 1
-    said = r"^error: the replica 0 of teacher teacher did not start: \w+: .+; its log is in .+/broken/logs$"
+    said = r"^error: the teacher teacher replica 0 did not start: \w+: .+; its log is in .+/broken/logs$"
     assert re.search(said, done.stderr, re.M) and "Traceback" not in done.stderr
     assert "Traceback" in (program.runs / "broken" / "logs" / "driver.log").read_text()
     assert (
