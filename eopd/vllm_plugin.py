@@ -5,7 +5,7 @@ Registering in the parent process only would be lost in the spawned ones.
 """
 
 from eopd.teacher import head
-from eopd.weights import vllm_engine
+from eopd.weights import vllm_receiver
 
 
 def register() -> None:
@@ -13,4 +13,4 @@ def register() -> None:
     once.
     """
     head.register()
-    vllm_engine.register()
+    vllm_receiver.register()

@@ -19,7 +19,7 @@ from eopd.config.document import DocumentError, read_value
 from eopd.config.processor import chosen
 from eopd.config.shape import shape
 from eopd.evaluation.benchmarks import BenchmarkResult, PromptResult
-from eopd.evaluation.graders import Verdict
+from eopd.rewards.verdict import Verdict
 
 TOLD = {
     Verdict.CORRECT: "right",

@@ -46,7 +46,7 @@ def serve(
     from eopd.roles import TeacherDownError
     from eopd.runtime.placement import vllm_env
     from eopd.runtime.process import settle
-    from eopd.teacher.vocabulary import vocab_size
+    from eopd.tokenizer import vocab_size
 
     key, longest = f"teachers.{chosen.name}.model", run.max_teacher_tokens(chosen)
     require_model(key, chosen.model, num_tokens=longest, tokenizer=False)
@@ -59,7 +59,7 @@ def serve(
     require_packages()
     settle(os.environ)
     os.environ |= vllm_env(chosen.threads)
-    from eopd.teacher import serving
+    from eopd.teacher.served import serving
 
     try:
         serving.serve(

@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from eopd.evaluation.graders import Grader, Verdict
 from eopd.evaluation.passk import mean_over_prompts, pass_at_k
+from eopd.rewards.verdict import Grader, Verdict
 from eopd.roles import RolloutEngine
 from eopd.types import (
     Estimate,

@@ -24,14 +24,14 @@ from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.config.loss import Gate, HardGate, QuantileGate, SigmoidGate
 from eopd.config.teacher import EntropyBound
 from eopd.learner.backend import Backend, OpenBackend
-from eopd.learner.batch import Weigher, batch_metrics
-from eopd.learner.broken import BrokenRow, NonFiniteUpdateError, dump, explain, find_rows
 from eopd.learner.collate import Packed, Weighting, collate, collate_text
 from eopd.learner.estimates import entropy_counts, eval_stats, token_sums
 from eopd.learner.export import write_student
 from eopd.learner.lora import save_adapter
+from eopd.learner.nonfinite import BrokenRow, NonFiniteUpdateError, dump, explain, find_rows
 from eopd.learner.ranks import gather_all, join
 from eopd.learner.student import Head, load_student
+from eopd.learner.weighting import Weigher, batch_metrics
 from eopd.loss.chunked import token_statistics
 from eopd.loss.objective import LossTerms, objective
 from eopd.types import (

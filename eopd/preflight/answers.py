@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from eopd.config import ConfigError
 from eopd.config.loss import GraderName
-from eopd.evaluation.graders import Verdict, open_grader
 from eopd.prompts import PromptSet, listed
+from eopd.rewards.graders import open_grader
+from eopd.rewards.verdict import Verdict
 from eopd.types import PromptSample
 
 

@@ -17,8 +17,9 @@ from eopd.preflight.models import require_model, require_served, require_student
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
 from eopd.remember import remembered
-from eopd.teacher.vocabulary import SharedVocabulary, load_tokenizer, require_same_vocabulary
+from eopd.teacher.vocabulary import SharedVocabulary, require_same_vocabulary
 from eopd.telemetry.trackers import require_trackers
+from eopd.tokenizer import load_tokenizer
 from eopd.types import PromptSample
 
 

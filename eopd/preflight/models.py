@@ -11,7 +11,7 @@ from eopd.config import Config, ConfigError
 from eopd.config.json_text import told
 from eopd.config.pointer import require_no_pointer
 from eopd.preflight.weights import read_weights
-from eopd.teacher.vocabulary import end_token_ids, load_tokenizer, read_json, vocab_size
+from eopd.tokenizer import end_token_ids, load_tokenizer, read_json, vocab_size
 
 # What a run reads of a model directory besides the weights.
 _READ: Final = (

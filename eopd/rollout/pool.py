@@ -4,7 +4,7 @@ from eopd.fleet import Fleet
 from eopd.pool import NoAnswerError
 from eopd.roles import RolloutEngine
 from eopd.run.record import Row
-from eopd.telemetry.rows import series
+from eopd.telemetry.series import series
 from eopd.types import (
     LossReason,
     LostTrajectory,

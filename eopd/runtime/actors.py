@@ -44,9 +44,9 @@ from eopd.types import (
 )
 
 if TYPE_CHECKING:
-    from eopd.evaluation.verifier import Verifier
-    from eopd.rollout.engine import VllmRolloutEngine
-    from eopd.teacher.scoring import SignalScorer
+    from eopd.rewards.verifier import Verifier
+    from eopd.rollout.vllm_engine import VllmRolloutEngine
+    from eopd.teacher.base import SignalScorer
 
 Spawn = Callable[..., list[ActorHandle]]
 
@@ -123,11 +123,11 @@ class RolloutActor(Actor):
         version: PolicyVersion,
         grader: GraderName | None,
     ) -> int:
-        from eopd.evaluation.verifier import Verifier
-        from eopd.rollout.engine import VllmRolloutEngine
+        from eopd.rewards.verifier import Verifier
+        from eopd.rollout.vllm_engine import VllmRolloutEngine
         from eopd.runtime.engine_metrics import stat_loggers
-        from eopd.teacher.vocabulary import num_tokens
-        from eopd.weights.vllm_engine import engine_options
+        from eopd.tokenizer import num_tokens
+        from eopd.weights.vllm_receiver import engine_options
 
         self._engine = await VllmRolloutEngine.start(
             student,
@@ -227,15 +227,15 @@ class TeacherActor(Actor):
         match teacher.backend:
             case "vllm":
                 from eopd.runtime.engine_metrics import stat_loggers
-                from eopd.teacher.scorer import VllmTeacherScorer
+                from eopd.teacher.vllm_scorer import VllmTeacherScorer
 
                 start = partial(VllmTeacherScorer.start, stat_loggers=stat_loggers(self._name))
             case "openai":
-                from eopd.teacher.remote import OpenAITeacherScorer
+                from eopd.teacher.served.openai_scorer import OpenAITeacherScorer
 
                 start = OpenAITeacherScorer.start
             case "eopd":
-                from eopd.teacher.client import EopdTeacherScorer
+                from eopd.teacher.served.eopd_scorer import EopdTeacherScorer
 
                 start = EopdTeacherScorer.start
 

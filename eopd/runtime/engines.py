@@ -1,9 +1,10 @@
 """The rollout engines of a run: a ``Fleet`` of actors, whose newcomers are brought to the learner's
-version before they get work.
+version before they get work, and which ``eopd scale`` makes larger or smaller.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Never
 
 from ray.actor import ActorHandle
 
@@ -12,6 +13,8 @@ from eopd.config.loss import GraderName
 from eopd.fleet import Fleet
 from eopd.pool import Pool
 from eopd.roles import EngineDownError, LearnerDownError, RolloutEngine
+from eopd.run.directory import RunDirectory
+from eopd.run.progress import first_line
 from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, dies_as, end
 from eopd.runtime.placement import plan_rollout
 from eopd.types import Int32Array, PolicyVersion
@@ -19,6 +22,8 @@ from eopd.weights.channel import BroadcastChannel
 from eopd.weights.links import SenderLink
 from eopd.weights.probe import Probe
 
+POLL_S = 1.0  # between two looks at what `eopd scale` asks for
+RETRY_S = 30.0  # after engines did not start
 _JOIN_AGAIN_S = 1.0
 _GRACE_S = 10.0  # the wire's own time-outs come first: they say what is wrong
 
@@ -107,6 +112,30 @@ def connect(
     fleet.join, fleet.leave, fleet.part = join, channel.leave, channel.part
 
     return channel
+
+
+async def scale_on_request(
+    directory: RunDirectory, fleet: Fleet[RolloutEngine], tell: Callable[[str], None]
+) -> Never:
+    """Bring the run to as many engines as ``eopd scale`` asks for, again and again."""
+    while True:
+        await asyncio.sleep(POLL_S)
+        wanted = directory.engines_asked_for()
+        if wanted is None or wanted == fleet.size:
+            continue
+
+        tell(f"from {fleet.size} rollout engines to {wanted}")
+
+        try:
+            await fleet.scale(wanted)
+        except Exception as error:  # noqa: BLE001 - whatever keeps a newcomer from starting ends no run
+            tell(
+                f"{fleet.size} rollout engines, no more: {first_line(error)}; trying again "
+                f"in {RETRY_S:.0f} s"
+            )
+            await asyncio.sleep(RETRY_S)
+        else:
+            tell(f"{wanted} rollout engines")
 
 
 def _workers(rollout: RolloutConfig) -> int:

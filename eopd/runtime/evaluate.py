@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from eopd.config import ClusterConfig, PromptsConfig, RolloutConfig, StudentConfig
 from eopd.config.loss import GraderName
 from eopd.evaluation.benchmarks import BenchmarkResult, run_benchmark
-from eopd.evaluation.graders import open_grader
 from eopd.preflight import require_answers, require_model, require_readable_answers
 from eopd.prompts import PromptSet
+from eopd.rewards.graders import open_grader
 from eopd.runtime import cluster
 from eopd.runtime.placement import plan_rollout
 from eopd.runtime.supervisor import fetch, rollout_engines
-from eopd.teacher.vocabulary import load_tokenizer
+from eopd.tokenizer import load_tokenizer
 from eopd.types import Sampling
 
 

@@ -26,7 +26,7 @@ from eopd.types import (
 )
 
 if TYPE_CHECKING:
-    from eopd.learner.cost import Cost
+    from eopd.learner.flops import Cost
     from eopd.learner.learner import LearnerRank
     from eopd.weights.transfer import WeightSender
 
@@ -46,11 +46,11 @@ class LearnerActor(Actor):
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, config: Config, rank: int, address: str, port: int, incarnation: int) -> None:  # noqa: D102
-        from eopd.learner.cost import Cost
         from eopd.learner.deepspeed_backend import DeepspeedBackend
+        from eopd.learner.flops import Cost
         from eopd.learner.learner import LearnerRank
         from eopd.learner.lora import whole_tensors
-        from eopd.teacher.vocabulary import num_tokens
+        from eopd.tokenizer import num_tokens
         from eopd.weights.source import ModelSource
         from eopd.weights.transfer import WeightSender
 

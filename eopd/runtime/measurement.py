@@ -13,7 +13,7 @@ from eopd.preflight import Prepared
 from eopd.run.directory import RunDirectory
 from eopd.runtime.logs import logger
 from eopd.runtime.supervisor import Crew, fetch
-from eopd.teacher.vocabulary import load_tokenizer
+from eopd.tokenizer import load_tokenizer
 from eopd.types import EvalStats, LostTrajectory, ScoredTrajectory, Stored
 
 

@@ -20,7 +20,7 @@ from eopd.teacher.selftest import (
     TeacherSelfTestError,
     self_test,
 )
-from eopd.teacher.vocabulary import vocab_size
+from eopd.tokenizer import vocab_size
 from eopd.types import Int32Array, LostTrajectory, ScoredTrajectory, Stored, Trajectory
 
 

@@ -21,8 +21,7 @@ from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.progress import Progress, first_line
 from eopd.run.record import Row, Summary, held_out_record
-from eopd.runtime import cluster
-from eopd.runtime.beside import Watchdog, scale_on_request, with_beside
+from eopd.runtime import cluster, engines
 from eopd.runtime.inputs import digests
 from eopd.runtime.logs import collect, logger
 from eopd.runtime.loop import make_pipeline
@@ -33,6 +32,7 @@ from eopd.runtime.signals import caught, ignored_by_children
 from eopd.runtime.sinks import open_sinks
 from eopd.runtime.supervisor import Crew, crew
 from eopd.runtime.teachers import self_test_replicas
+from eopd.runtime.watchdog import Watchdog, with_beside
 from eopd.telemetry import trackers
 from eopd.telemetry.console import Console
 from eopd.telemetry.prometheus import PrometheusSink
@@ -156,7 +156,7 @@ class TrainingRun:
             await with_beside(
                 self._outlive_learners(members, telemetry),
                 self._watchdog.watch(self._say),
-                scale_on_request(self.directory, members.engine_fleet, self._say),
+                engines.scale_on_request(self.directory, members.engine_fleet, self._say),
                 self._show_state(members),
             )
 

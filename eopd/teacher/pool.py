@@ -10,7 +10,7 @@ from eopd.fleet import Fleet
 from eopd.pool import NoAnswerError
 from eopd.roles import TeacherScorer
 from eopd.run.record import Row
-from eopd.telemetry.rows import series
+from eopd.telemetry.series import series
 from eopd.types import LossReason, LostTrajectory, ScoredTrajectory, Stored, Trajectory
 
 Outcome = Stored[ScoredTrajectory] | LostTrajectory

@@ -410,7 +410,7 @@ _TIME: Final = (
         "gauge",
         "FLOP per second",
         "eopd_learner_flops_per_second",
-        "Mean rate of a learner rank's update, by the formula of eopd/learner/cost.py.",
+        "Mean rate of a learner rank's update, by the formula of eopd/learner/flops.py.",
         "Steady.",
     ),
     _ratio(

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from eopd.config import ConfigError
 from eopd.run.record import Row
-from eopd.telemetry.rows import parse_series
+from eopd.telemetry.series import parse_series
 
 _FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 

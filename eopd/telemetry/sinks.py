@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from eopd.run.record import Row, append_jsonl
-from eopd.telemetry.rows import check_row
+from eopd.telemetry.series import check_row
 
 logger = logging.getLogger(__name__)
 

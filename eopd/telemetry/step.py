@@ -10,7 +10,7 @@ from typing import Final
 from eopd.config import Config
 from eopd.config.loss import HardGate, SigmoidGate
 from eopd.run.record import Row
-from eopd.telemetry.rows import series
+from eopd.telemetry.series import series
 from eopd.types import Header, LossReason, Span, StepDone, StopReason
 
 STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")

@@ -23,7 +23,7 @@ from typing import Final, Literal, Protocol, TypeVar
 
 from eopd.config import ConfigError, TrackerName
 from eopd.run.record import RUN_ID, Row
-from eopd.telemetry.rows import parse_series
+from eopd.telemetry.series import parse_series
 
 Status = Literal["completed", "interrupted", "failed"]
 QUEUE_ROWS: Final = 1000

@@ -26,7 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from eopd.config import TeacherConfig
 from eopd.runtime.placement import vllm_env
-from eopd.teacher.scorer import VllmTeacherScorer
+from eopd.teacher.vllm_scorer import VllmTeacherScorer
 from eopd.types import Header, PromptSample, StopReason, Stored, Trajectory
 
 TEACHER = Path("~/.cache/eopd/models/smollm2-135m").expanduser()

@@ -28,13 +28,13 @@ from vllm.sampling_params import RequestOutputKind
 
 from eopd.config import RolloutConfig, StudentConfig
 from eopd.learner.lora import whole_tensors
-from eopd.rollout.engine import VllmRolloutEngine
+from eopd.rollout.vllm_engine import VllmRolloutEngine
 from eopd.runtime.placement import vllm_env
 from eopd.types import PolicyVersion
 from eopd.weights.layout import DIGEST_BYTES, bucket_num_bytes, pack, seal
 from eopd.weights.source import ModelSource
 from eopd.weights.transfer import WeightSender
-from eopd.weights.vllm_engine import engine_options
+from eopd.weights.vllm_receiver import engine_options
 
 STUDENT = Path("~/.cache/eopd/models/smollm2-26-layers").expanduser()
 REQUESTS, PROMPT, RESPONSE, BUCKET_BYTES = 8, 64, 900, 64 << 20

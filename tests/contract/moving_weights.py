@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eopd.config import RolloutConfig, StudentConfig
 from eopd.learner.lora import whole_tensors
-from eopd.rollout.engine import VllmRolloutEngine
+from eopd.rollout.vllm_engine import VllmRolloutEngine
 from eopd.types import Int32Array, PolicyVersion
 from eopd.weights.channel import BroadcastChannel
 from eopd.weights.probe import Probe
 from eopd.weights.source import ModelSource
 from eopd.weights.transfer import WeightSender
-from eopd.weights.vllm_engine import engine_options
+from eopd.weights.vllm_receiver import engine_options
 
 PROBE = np.random.default_rng(3).integers(3, 320, 60).astype(np.int32)
 

@@ -22,10 +22,10 @@ from teacher_oracle import trajectory
 from transformers import AutoModelForCausalLM
 
 from eopd.config import ConfigError, ServerConfig, TeacherConfig
-from eopd.teacher import http
-from eopd.teacher.http import TeacherUnavailableError
-from eopd.teacher.remote import OpenAITeacherScorer
-from eopd.teacher.vocabulary import vocab_size
+from eopd.teacher.served import http
+from eopd.teacher.served.http import TeacherUnavailableError
+from eopd.teacher.served.openai_scorer import OpenAITeacherScorer
+from eopd.tokenizer import vocab_size
 from eopd.types import LossReason, LostTrajectory, Stored, Trajectory
 
 MAX_TOKENS = 160

@@ -18,10 +18,10 @@ from eopd.config import ConfigError, TeacherConfig
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.teacher import head
 from eopd.teacher.head import score_logits
-from eopd.teacher.scorer import VllmTeacherScorer, engine_options
 from eopd.teacher.selftest import TeacherSelfTestError, self_test
 from eopd.teacher.signal import num_columns, read_signal
-from eopd.teacher.vocabulary import vocab_size
+from eopd.teacher.vllm_scorer import VllmTeacherScorer, engine_options
+from eopd.tokenizer import vocab_size
 from eopd.types import LossReason, LostTrajectory, StopReason, Stored, TeacherSignal
 
 OWN_END, THEIR_END, PADDING_ROWS = 0, 2, 7

@@ -40,8 +40,8 @@ from vllm.v1.request import Request
 
 from eopd.config import ConfigError, TeacherConfig
 from eopd.teacher import head
-from eopd.teacher.scorer import engine_options
 from eopd.teacher.signal import read_signal
+from eopd.teacher.vllm_scorer import engine_options
 from eopd.types import Stored, TeacherSignal, Trajectory
 
 VOCAB = 1001  # no multiple of vLLM's padding, so that padded rows would show

@@ -20,8 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eopd.config import ConfigError, ServerConfig, TeacherConfig
-from eopd.teacher import wire
-from eopd.teacher.client import EopdTeacherScorer
+from eopd.teacher.served import wire
+from eopd.teacher.served.eopd_scorer import EopdTeacherScorer
 from eopd.teacher.signal import SignalError, write_signal
 
 TOP_K, LONGEST, TEMPERATURE = 8, 96, 0.7

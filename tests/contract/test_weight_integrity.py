@@ -13,10 +13,10 @@ import torch
 from moving_weights import PROBE, Sender, brittle_source, channel_of, load, logprobs_of, start
 from transformers import PreTrainedModel
 
-from eopd.rollout.engine import VllmRolloutEngine
+from eopd.rollout.vllm_engine import VllmRolloutEngine
 from eopd.types import PolicyVersion, Sampling, WeightTransferError
-from eopd.weights import vllm_engine
-from eopd.weights.vllm_engine import engine_options
+from eopd.weights import vllm_receiver
+from eopd.weights.vllm_receiver import engine_options
 
 
 async def assert_serves(
@@ -125,11 +125,11 @@ async def test_a_corrupted_bucket_is_sent_again_and_the_probe_is_answered_before
 
 
 FAULT = """
-from eopd.weights import vllm_engine
-from eopd.weights import vllm_engine
-from eopd.weights.vllm_engine import WeightWorker
+from eopd.weights import vllm_receiver
+from eopd.weights import vllm_receiver
+from eopd.weights.vllm_receiver import WeightWorker
 
-vllm_engine._repack_tied_heads = lambda model: None
+vllm_receiver._repack_tied_heads = lambda model: None
 """
 
 
@@ -156,16 +156,16 @@ async def test_the_probe_notices_a_tied_head_that_keeps_its_old_copy(
 
 def test_of_layers_that_no_sync_loads_only_the_unexpected_are_logged():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
-    never_sent = vllm_engine._never_sent(model)
+    never_sent = vllm_receiver._never_sent(model)
     assert never_sent == {"Sequential", "ReLU"}
     logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
-    assert logger.name == vllm_engine.finalize_layerwise_reload.__module__
+    assert logger.name == vllm_receiver.finalize_layerwise_reload.__module__
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logger.addHandler(handler)
 
-    for expecting in (vllm_engine._expecting(never_sent), nullcontext()):
+    for expecting in (vllm_receiver._expecting(never_sent), nullcontext()):
         with expecting:
             for kind in ("ReLU", "Linear"):
                 logger.warning("%s: Failed to load weights", kind)

@@ -8,7 +8,7 @@ import time
 import pytest
 from program import Run, engine_of, lost, read_rows
 
-from eopd.telemetry.rows import series
+from eopd.telemetry.series import series
 
 FAILURES = 7  # that the tests before the last one cost
 REPLICAS_UP = series("eopd_teacher_replicas_up", teacher="teacher")

@@ -18,7 +18,7 @@ import torch
 from program import ROOT, Run, lost
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eopd.telemetry.rows import series
+from eopd.telemetry.series import series
 
 
 def eopd_server(program, port: int) -> list[str]:

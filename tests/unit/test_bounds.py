@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eopd.teacher.bounds import entropy_bounds, logprob_error, tail_logprobs
+from eopd.teacher.served.bounds import entropy_bounds, logprob_error, tail_logprobs
 
 
 @st.composite

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from eopd.cli.main import main
 from eopd.config import ConfigError, load_config
 from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
-from eopd.evaluation.graders import Verdict
 from eopd.models.tiny import build_model, train_tokenizer, write_model
+from eopd.rewards.verdict import Verdict
 from eopd.run.checkpoint import DriverState, StorageError, write_checkpoint
 from eopd.run.directory import RunDirectory
 from eopd.runtime.train import Outcome

@@ -86,7 +86,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(root, arguments, message, caps
 
 def test_a_taken_port_is_a_mistake_too():
     from eopd.config import ConfigError
-    from eopd.teacher.serving import listen
+    from eopd.teacher.served.serving import listen
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -15,14 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eopd.evaluation.benchmarks import run_benchmark, sample_seed
-from eopd.evaluation.final_answer import final_answer, last_boxed
-from eopd.evaluation.graders import Verdict, grade_exact, open_grader
 from eopd.evaluation.passk import mean_over_prompts, pass_at_k
-from eopd.evaluation.spelling import (
+from eopd.rewards.exact import grade_exact
+from eopd.rewards.final_answer import final_answer, last_boxed
+from eopd.rewards.graders import open_grader
+from eopd.rewards.spelling import (
     are_words_of_the_same_letters,
     stand_side_by_side,
     with_plain_numbers,
 )
+from eopd.rewards.verdict import Verdict
 from eopd.types import (
     LossReason,
     LostTrajectory,

@@ -13,7 +13,7 @@ from eopd.roles import EngineDownError, TeacherDownError
 from eopd.rollout.pool import EnginePool
 from eopd.runtime.restarts import RestartBudget, TooManyRestartsError
 from eopd.teacher.pool import TeacherPool, TeacherRouter
-from eopd.telemetry.rows import series
+from eopd.telemetry.series import series
 from eopd.types import LossReason, LostTrajectory, Sampling, Stored
 
 pytestmark = pytest.mark.timeout(60)

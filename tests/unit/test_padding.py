@@ -12,7 +12,7 @@ from eopd.learner.student import load_student
 from eopd.loss.chunked import LossTokens, token_statistics
 from eopd.loss.objective import objective
 from eopd.models.tiny import build_model, train_tokenizer, write_model
-from eopd.teacher.vocabulary import num_tokens
+from eopd.tokenizer import num_tokens
 
 PADDING = 24
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from eopd.config import ConfigError, ServerConfig, TeacherConfig
-from eopd.teacher import remote
-from eopd.teacher.http import ServerClient
-from eopd.teacher.remote import OpenAITeacherScorer, read_rows
+from eopd.teacher.served import openai_scorer as remote
+from eopd.teacher.served.http import ServerClient
+from eopd.teacher.served.openai_scorer import OpenAITeacherScorer, read_rows
 from eopd.teacher.signal import SignalError
 from eopd.types import Bounds
 

@@ -13,8 +13,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, ServerConfig
-from eopd.teacher import http
-from eopd.teacher.http import (
+from eopd.teacher.served import http
+from eopd.teacher.served.http import (
     ServerClient,
     TeacherRefusedError,
     TeacherUnavailableError,
@@ -339,7 +339,7 @@ async def test_a_client_that_was_closed_in_the_pause_before_its_second_attempt_i
     async def close(_pause_s):
         await client.close()
 
-    monkeypatch.setattr("eopd.teacher.http.asyncio.sleep", close)
+    monkeypatch.setattr("eopd.teacher.served.http.asyncio.sleep", close)
     with pytest.raises(TeacherUnavailableError, match="closed"):
         await client.get("/v1/models")
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from eopd.roles import TeacherDownError
-from eopd.teacher import wire
-from eopd.teacher.server import Limits, TeacherInfo, create_app
+from eopd.teacher.served import wire
+from eopd.teacher.served.server import Limits, TeacherInfo, create_app
 from eopd.teacher.signal import SignalError
 from eopd.types import Exact, TeacherSignal
 

@@ -20,7 +20,7 @@ from eopd.run.record import Row, append_jsonl
 from eopd.runtime.cluster import resident_bytes
 from eopd.telemetry.catalog import CATALOG, MetricError
 from eopd.telemetry.prometheus import PrometheusSink
-from eopd.telemetry.rows import check_row, parse_series, series
+from eopd.telemetry.series import check_row, parse_series, series
 from eopd.telemetry.sinks import JsonlSink, Telemetry
 from eopd.telemetry.step import STALENESS_AGES, batch_row, config_row
 

@@ -1,7 +1,7 @@
 import fakes
 
-from eopd.evaluation.verifier import Verifier
-from eopd.teacher.vocabulary import load_tokenizer
+from eopd.rewards.verifier import Verifier
+from eopd.tokenizer import load_tokenizer
 from eopd.types import StopReason, Trajectory
 
 

@@ -12,13 +12,8 @@ from tokenizers.processors import TemplateProcessing
 
 from eopd.config import ConfigError
 from eopd.models.tiny import train_tokenizer
-from eopd.teacher.vocabulary import (
-    end_token_ids,
-    load_tokenizer,
-    num_tokens,
-    require_same_vocabulary,
-    vocab_size,
-)
+from eopd.teacher.vocabulary import require_same_vocabulary
+from eopd.tokenizer import end_token_ids, load_tokenizer, num_tokens, vocab_size
 
 TEXTS = ["The river runs past the old mill.", "Add 3 and 4: the answer is 7."]
 SIZE = 280

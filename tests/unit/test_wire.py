@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from eopd.teacher.signal import SignalError, write_signal
-from eopd.teacher.wire import (
+from eopd.teacher.served.wire import (
     WireError,
     decode_answer,
     decode_request,
     encode_answer,
     encode_request,
 )
+from eopd.teacher.signal import SignalError, write_signal
 from eopd.types import Bounds, Exact, TeacherSignal
 
 # any id, also a negative one: the server says what is wrong with it

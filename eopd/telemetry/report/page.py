@@ -25,7 +25,7 @@ from eopd.telemetry.report.reading import (
     read_runs,
 )
 from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, count_prompts, prompts_of
-from eopd.telemetry.rows import parse_series
+from eopd.telemetry.series import parse_series
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from eopd.config.teacher import EntropyBound
 from eopd.learner.collate import Weighting
 from eopd.learner.ranks import gather_all
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
-from eopd.telemetry.rows import series
+from eopd.telemetry.series import series
 from eopd.types import (
     Header,
     Int32Array,

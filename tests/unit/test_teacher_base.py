@@ -6,8 +6,8 @@ import pytest
 
 from eopd.config import TeacherConfig
 from eopd.roles import TeacherDownError
-from eopd.teacher import scoring
-from eopd.teacher.scoring import SignalScorer
+from eopd.teacher import base
+from eopd.teacher.base import SignalScorer
 from eopd.teacher.signal import SignalError
 from eopd.types import (
     Bounds,
@@ -56,7 +56,7 @@ class Fake(SignalScorer):
 
 @pytest.fixture(autouse=True)
 def _vocabulary(monkeypatch):
-    monkeypatch.setattr(scoring, "num_tokens", lambda directory: 10)
+    monkeypatch.setattr(base, "num_tokens", lambda directory: 10)
 
 
 def stored(response, stop=StopReason.END_TOKEN, teacher_prompt=None):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eopd.learner.broken import BrokenRow, dump, explain, find_rows
 from eopd.learner.collate import Packed
+from eopd.learner.nonfinite import BrokenRow, dump, explain, find_rows
 from eopd.loss.chunked import LossTokens
 from eopd.types import TrajectoryKey
 

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from typing import Final
 
-from eopd.evaluation.spelling import TEXT, with_plain_numbers
+from eopd.rewards.spelling import TEXT, with_plain_numbers
 
 _TOKENS: Final = re.compile(
     r"""
@@ -86,7 +86,7 @@ def last_boxed(text: str) -> str | None:
 
 def as_text(answer: str) -> str:
     """One spelling of an answer that is compared as text: see
-    :func:`eopd.evaluation.graders.grade_exact`.
+    :func:`eopd.rewards.exact.grade_exact`.
 
     Superscripts, fractions and circled digits stay what they are: ``10\u00b2`` is not ``102``.
     """
@@ -98,7 +98,7 @@ def as_latex(answer: str) -> str:
     r"""An answer as LaTeX reads it: ``10\u00b2`` is ``10^{2}``, a one-character half
     ``\\frac{1}{2}``.
 
-    Numbers are written plainly: see :func:`eopd.evaluation.spelling.with_plain_numbers`.
+    Numbers are written plainly: see :func:`eopd.rewards.spelling.with_plain_numbers`.
     """
     text = _FRACTION.sub(_fraction, _unwrapped(_spelt(answer).strip()))
     text = _SUPERSCRIPT.sub(

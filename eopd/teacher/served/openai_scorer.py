@@ -21,11 +21,11 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, TeacherConfig
-from eopd.teacher.bounds import entropy_bounds, tail_logprobs
-from eopd.teacher.http import ServerClient, TeacherRefusedError, explain
-from eopd.teacher.scoring import SignalScorer
+from eopd.teacher.base import SignalScorer
+from eopd.teacher.served.bounds import entropy_bounds, tail_logprobs
+from eopd.teacher.served.http import ServerClient, TeacherRefusedError, explain
 from eopd.teacher.signal import SignalError, read_signal
-from eopd.teacher.vocabulary import vocab_size
+from eopd.tokenizer import vocab_size
 from eopd.types import (
     Int32Array,
     TeacherSignal,

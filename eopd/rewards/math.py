@@ -1,15 +1,9 @@
-"""Is a response correct? ``exact`` compares text, ``math`` compares mathematics with the
-math-verify library.
+"""The grader ``math``: final answers are compared as mathematics, with the math-verify library.
 
-A grader turns (response, reference answer) into a ``Verdict``. Every verdict but ``CORRECT`` scores
-0, and each is counted by its own name, so that a benchmark cannot hide answers that were never
-judged among wrong ones.
-
-``math`` runs in a process of its own. A short answer can keep sympy busy for hours, and
-math-verify's own time-outs raise from a Python handler of SIGALRM: they work in the main thread
-only, and not before a long C call has returned. Here they are off, and SIGPROF keeps its default
-action: the kernel ends the process at the limit, whatever it is doing, and the next question starts
-a new one.
+It runs in a process of its own. A short answer can keep sympy busy for hours, and math-verify's own
+time-outs raise from a Python handler of SIGALRM: they work in the main thread only, and not before
+a long C call has returned. Here they are off, and SIGPROF keeps its default action: the kernel ends
+the process at the limit, whatever it is doing, and the next question starts a new one.
 """
 
 import contextlib
@@ -18,91 +12,14 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from enum import StrEnum
-from typing import get_args
 
-from eopd.config.loss import GraderName
-from eopd.evaluation.final_answer import as_latex, as_text, final_answer, is_prose, last_line
-from eopd.evaluation.spelling import are_words_of_the_same_letters, stand_side_by_side
+from eopd.rewards.final_answer import as_latex, final_answer, is_prose
+from eopd.rewards.spelling import are_words_of_the_same_letters, stand_side_by_side
+from eopd.rewards.verdict import Verdict, best, each
 from eopd.types import Reference
 
 
-class Verdict(StrEnum):
-    """What a grader says of a response; a metric label, so the set stays small."""
-
-    CORRECT = "correct"
-    WRONG = "wrong"
-    NO_ANSWER = "no_answer"  # the response holds none that the grader can read
-    TIMEOUT = "timeout"
-    ERROR = "error"  # the grader failed, or cannot read the reference
-
-
-Grader = Callable[[str, Reference], Verdict]  # (response, accepted answers); one call at a time
-
-
-@contextlib.contextmanager
-def open_grader(name: GraderName, *, time_limit_s: float = 10.0) -> Iterator[Grader]:
-    """The grader called ``name``; on exit its process, if it has one, has ended.
-
-    Args:
-        name: ``exact`` or ``math``.
-        time_limit_s: CPU time that one ``math`` judgement may take before it is a ``TIMEOUT``: a
-            busy machine changes no verdict.
-
-    Raises:
-        ValueError: there is no such grader.
-    """
-    if name == "exact":
-        yield grade_exact
-    elif name == "math":
-        process = _MathProcess(time_limit_s)
-        try:
-            yield process.grade
-        finally:
-            process.close()
-    else:
-        raise ValueError(f"grader {name!r}: must be one of {', '.join(get_args(GraderName))}")
-
-
-def grade_exact(response: str, reference: Reference) -> Verdict:
-    r"""Final answers are the same text.
-
-    Up to case, spacing, enclosing ``$`` or emphasis, closing full stops, the width of characters,
-    the script of digits, and the character that stands for minus. The final answer is the last box
-    or a last line ``#### ...``, or else the last line that is not empty; of a reference too.
-    """
-    answer = as_text(_last_said(response))
-    return _best(_compared(answer, as_text(_last_said(accepted))) for accepted in _each(reference))
-
-
-def _last_said(text: str) -> str:
-    found = final_answer(text)
-    return last_line(text) if found is None else found
-
-
-def _compared(answer: str, accepted: str) -> Verdict:
-    if not accepted:
-        return Verdict.ERROR
-
-    if not answer:
-        return Verdict.NO_ANSWER
-
-    return Verdict.CORRECT if answer == accepted else Verdict.WRONG
-
-
-def _each(reference: Reference) -> tuple[str, ...]:
-    return (reference,) if isinstance(reference, str) else reference
-
-
-def _best(verdicts: Iterable[Verdict]) -> Verdict:
-    """The verdict over several accepted answers: the first of these that any of them led to."""
-    found = list(verdicts)
-    order = (Verdict.CORRECT, Verdict.NO_ANSWER, Verdict.TIMEOUT, Verdict.WRONG, Verdict.ERROR)
-    return next(verdict for verdict in order if verdict in found)
-
-
-class _MathProcess:
+class MathProcess:
     """Asks a child process that runs ``_serve``; starts it when first needed, and again after
     it died.
     """
@@ -124,7 +41,7 @@ class _MathProcess:
         if not answer:
             return Verdict.NO_ANSWER
 
-        return _best(self._compare(answer, accepted) for accepted in _each(reference))
+        return best(self._compare(answer, accepted) for accepted in each(reference))
 
     def _compare(self, answer: str, accepted: str) -> Verdict:
         found = final_answer(accepted)

@@ -10,8 +10,9 @@ import pytest
 from eopd.config import ConfigError, load_config
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import Holder
-from eopd.runtime import beside
-from eopd.runtime.beside import StallError, Watchdog, scale_on_request, with_beside
+from eopd.runtime import engines
+from eopd.runtime.engines import scale_on_request
+from eopd.runtime.watchdog import StallError, Watchdog, with_beside
 
 
 async def for_a_while(coroutine, seconds: float) -> None:
@@ -110,8 +111,8 @@ class Fleet:
 
 
 async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatch):
-    monkeypatch.setattr(beside, "POLL_S", 0.01)
-    monkeypatch.setattr(beside, "RETRY_S", 0.05)
+    monkeypatch.setattr(engines, "POLL_S", 0.01)
+    monkeypatch.setattr(engines, "RETRY_S", 0.05)
     fleet, told = Fleet(2, fails={3}), []
     following = asyncio.create_task(scale_on_request(directory, fleet, told.append))
     await asyncio.sleep(0.05)

@@ -2,8 +2,8 @@
 
     response -> teacher's copy (end tokens) -> signal -> student's vocabulary -> header's sums
 
-In the cluster (``scorer.py``), behind a stock server (``remote.py``) or behind our own
-(``client.py``): each only says how a signal is come by.
+In the cluster (``vllm_scorer.py``), behind a stock server (``served/openai_scorer.py``) or behind
+our own (``served/eopd_scorer.py``): each only says how a signal is come by.
 """
 
 import time
@@ -17,7 +17,7 @@ import numpy as np
 from eopd.config import TeacherConfig
 from eopd.teacher.end_tokens import to_student, to_teacher
 from eopd.teacher.signal import SignalError
-from eopd.teacher.vocabulary import num_tokens
+from eopd.tokenizer import num_tokens
 from eopd.types import (
     Int32Array,
     LossReason,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from eopd.config import LossConfig
-from eopd.learner import batch
-from eopd.learner.batch import Weigher, advantages, batch_metrics, repetition
+from eopd.learner import weighting
+from eopd.learner.weighting import Weigher, advantages, batch_metrics, repetition
 from eopd.types import (
     Bounds,
     Exact,
@@ -57,7 +57,9 @@ def bounds(low: list[float], high: list[float]) -> Bounds:
 def others(monkeypatch: pytest.MonkeyPatch) -> list[list]:
     """What another rank adds, one list for each gathering in turn."""
     queue: list[list] = []
-    monkeypatch.setattr(batch, "gather_all", lambda mine: [*mine, *(queue.pop(0) if queue else [])])
+    monkeypatch.setattr(
+        weighting, "gather_all", lambda mine: [*mine, *(queue.pop(0) if queue else [])]
+    )
     return queue
 
 

@@ -32,7 +32,7 @@ from eopd.config import ConfigError, TeacherConfig
 from eopd.engine_options import on_cpu
 from eopd.roles import TeacherDownError
 from eopd.teacher import head
-from eopd.teacher.scoring import SignalScorer
+from eopd.teacher.base import SignalScorer
 from eopd.teacher.selftest import TeacherSelfTestError, check_temperature
 from eopd.teacher.signal import SignalError, read_signal
 from eopd.types import (

@@ -6,8 +6,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from eopd.config.loss import GraderName
-from eopd.evaluation.graders import Verdict, open_grader
-from eopd.teacher.vocabulary import load_tokenizer
+from eopd.rewards.graders import open_grader
+from eopd.rewards.verdict import Verdict
+from eopd.tokenizer import load_tokenizer
 from eopd.types import Trajectory
 
 

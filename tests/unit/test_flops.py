@@ -16,7 +16,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from eopd.learner.cost import Cost, Flop
+from eopd.learner.flops import Cost, Flop
 from eopd.runtime.gang import with_costs
 from eopd.types import Header, LearnerStats, PolicyVersion
 

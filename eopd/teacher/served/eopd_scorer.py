@@ -8,11 +8,11 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, TeacherConfig
-from eopd.teacher import wire
-from eopd.teacher.http import ServerClient, TeacherRefusedError, explain
-from eopd.teacher.scoring import SignalScorer
+from eopd.teacher.base import SignalScorer
+from eopd.teacher.served import wire
+from eopd.teacher.served.http import ServerClient, TeacherRefusedError, explain
 from eopd.teacher.signal import SignalError
-from eopd.teacher.vocabulary import vocab_size
+from eopd.tokenizer import vocab_size
 from eopd.types import Int32Array, TeacherSignal
 
 

@@ -25,12 +25,12 @@ import uvicorn
 
 from eopd.config import ConfigError, TeacherConfig
 from eopd.roles import TeacherDownError
-from eopd.teacher.server import Limits, TeacherInfo, create_app
-from eopd.teacher.vocabulary import vocab_size
+from eopd.teacher.served.server import Limits, TeacherInfo, create_app
+from eopd.tokenizer import vocab_size
 from eopd.types import Int32Array, TeacherSignal
 
 if TYPE_CHECKING:
-    from eopd.teacher.scorer import VllmTeacherScorer
+    from eopd.teacher.vllm_scorer import VllmTeacherScorer
 
 _WATCH_S: Final = 0.5
 # longer than clients keep an idle connection, so that none is closed under a request
@@ -150,7 +150,7 @@ def serve(
 
     with listen(host, port) as listener:
         # takes seconds: a mistaken address is told before
-        from eopd.teacher.scorer import VllmTeacherScorer
+        from eopd.teacher.vllm_scorer import VllmTeacherScorer
 
         engine = _Engine(
             config.name,

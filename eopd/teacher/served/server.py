@@ -31,7 +31,7 @@ from starlette.requests import ClientDisconnect
 
 from eopd import __version__
 from eopd.roles import TeacherDownError
-from eopd.teacher import wire
+from eopd.teacher.served import wire
 from eopd.teacher.signal import SignalError
 from eopd.types import Exact, Int32Array, TeacherSignal
 

@@ -1,20 +1,13 @@
-"""What goes on beside the loop, for as long as a run does: a watchdog, and the wish for more
-or fewer engines.
-"""
+"""A watchdog that notices that a run does not get on, and how such tasks end with the run."""
 
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, Never, TypeVar
 
-from eopd.fleet import Fleet
-from eopd.roles import RolloutEngine
-from eopd.run.directory import RunDirectory
-from eopd.run.progress import first_line
 from eopd.types import RunFailedError
 
 POLL_S = 1.0
-RETRY_S = 30.0  # after engines did not start
 
 T = TypeVar("T")
 Tell = Callable[[str], None]
@@ -68,30 +61,6 @@ class Watchdog:
                 raise StallError(f"{message}\n  run.on_stall is end")
 
             tell(message)
-
-
-async def scale_on_request(
-    directory: RunDirectory, fleet: Fleet[RolloutEngine], tell: Tell
-) -> Never:
-    """Bring the run to as many engines as ``eopd scale`` asks for, again and again."""
-    while True:
-        await asyncio.sleep(POLL_S)
-        wanted = directory.engines_asked_for()
-        if wanted is None or wanted == fleet.size:
-            continue
-
-        tell(f"from {fleet.size} rollout engines to {wanted}")
-
-        try:
-            await fleet.scale(wanted)
-        except Exception as error:  # noqa: BLE001 - whatever keeps a newcomer from starting ends no run
-            tell(
-                f"{fleet.size} rollout engines, no more: {first_line(error)}; trying again "
-                f"in {RETRY_S:.0f} s"
-            )
-            await asyncio.sleep(RETRY_S)
-        else:
-            tell(f"{wanted} rollout engines")
 
 
 async def with_beside(
