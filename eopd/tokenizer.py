@@ -38,7 +38,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     if not directory.is_dir():
         raise ConfigError(f"{directory}: there is no such model directory")
 
-    if not any(file for pattern in _VOCABULARY_FILES for file in directory.glob(pattern)):
+    if not has_tokenizer(directory):
         raise ConfigError(f"{directory}: has no tokenizer ({', '.join(_VOCABULARY_FILES)})")
 
     try:
@@ -49,6 +49,11 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         _blame_a_file(directory, error)
         reason = " ".join(str(error).split())
         raise ConfigError(f"{directory}: its tokenizer cannot be loaded: {reason}") from error
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory holds the vocabulary of a tokenizer."""
+    return any(file for pattern in _VOCABULARY_FILES for file in directory.glob(pattern))
 
 
 def vocab_size(directory: Path) -> int:

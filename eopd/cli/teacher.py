@@ -17,8 +17,9 @@ def _teacher() -> None:
     """Keeps ``serve`` a verb of its own, although it is the only one."""
 
 
-@teacher.command()
+@teacher.command(context_settings={"allow_extra_args": True})
 def serve(
+    context: typer.Context,
     config: Annotated[
         Path, typer.Argument(help="The YAML file of a run; its students may live elsewhere.")
     ],
@@ -33,11 +34,10 @@ def serve(
     api_key_env: Annotated[
         str | None, typer.Option(help="The environment variable that holds the bearer token.")
     ] = None,
-    max_requests: Annotated[
-        int, typer.Option(min=1, help="More in flight are refused with 503.")
-    ] = 256,
 ) -> None:
-    """Offer a teacher's exact scores over HTTP, until Ctrl-C or SIGTERM."""
+    """Offer a teacher's exact scores over HTTP, until Ctrl-C or SIGTERM. What follows after ``--``
+    are options of vLLM's server.
+    """
     run = load_config(config, overrides or [])
     chosen = _choose(run.teachers, name)
     token = token_for(api_key_env, host)
@@ -46,6 +46,7 @@ def serve(
     from eopd.roles import TeacherDownError
     from eopd.runtime.placement import vllm_env
     from eopd.runtime.process import settle
+    from eopd.teacher.served import server
     from eopd.tokenizer import vocab_size
 
     key, longest = f"teachers.{chosen.name}.model", run.max_teacher_tokens(chosen)
@@ -59,17 +60,17 @@ def serve(
     require_packages()
     settle(os.environ)
     os.environ |= vllm_env(chosen.threads)
-    from eopd.teacher.served import serving
 
     try:
-        serving.serve(
+        server.serve(
             chosen,
             top_k=run.loss.top_k,
             max_sequence_tokens=longest,
             host=host,
             port=port,
             token=token,
-            max_requests=max_requests,
+            options=context.args,
+            say=typer.echo,
         )
     except TeacherDownError as error:
         typer.echo(f"error: {error}", err=True)

@@ -105,20 +105,22 @@ class SignalScorer(ABC):
 
         return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
 
-    def _join(self, prompt_ids: Int32Array, response_ids: Int32Array) -> Int32Array:
-        """The sequence [P + R].
 
-        Raises:
-            SignalError: an id is outside the vocabulary, which would be fatal to a whole engine.
-        """
-        ids = np.concatenate((prompt_ids, response_ids))
-        if ids.min() < 0 or ids.max() >= self._vocab_size:
-            raise SignalError(
-                f"teacher {self._name}: token id {ids.max()} is outside its vocabulary of "
-                f"{self._vocab_size}"
-            )
+def join(
+    teacher: str, vocab_size: int, prompt_ids: Int32Array, response_ids: Int32Array
+) -> Int32Array:
+    """Returns the sequence [P + R] that a teacher reads.
 
-        return ids
+    Raises:
+        SignalError: an id is outside the vocabulary, which would be fatal to a whole engine.
+    """
+    ids = np.concatenate((prompt_ids, response_ids))
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise SignalError(
+            f"teacher {teacher}: token id {ids.max()} is outside its vocabulary of {vocab_size}"
+        )
+
+    return ids
 
 
 def _prompt_of(trajectory: Trajectory) -> Int32Array:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import vllm._custom_ops  # noqa: F401  # fills torch.ops._C with what this machine's build of vLLM has
 from vllm import AsyncEngineArgs, PoolingParams, TokensPrompt
+from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMClientError
 from vllm.outputs import PoolingRequestOutput
 from vllm.platforms import current_platform
@@ -32,7 +33,7 @@ from eopd.config import ConfigError, TeacherConfig
 from eopd.engine_options import on_cpu
 from eopd.roles import TeacherDownError
 from eopd.teacher import head
-from eopd.teacher.base import SignalScorer
+from eopd.teacher.base import SignalScorer, join
 from eopd.teacher.selftest import TeacherSelfTestError, check_temperature
 from eopd.teacher.signal import SignalError, read_signal
 from eopd.types import (
@@ -44,12 +45,77 @@ _MADE_UP_TOKENS = 8
 _FOUR_BIT_METHODS = ("gptq", "awq", "auto-round")
 
 
+class ScoringEngine:
+    """A vLLM engine that has the scoring head: token ids in, the teacher's signal out.
+
+    Args:
+        llm: the engine, started with ``engine_options``.
+        teacher: the teacher's name, for signals and messages.
+        top_k: K, candidates per response token.
+        temperature: the teacher's.
+    """
+
+    def __init__(self, llm: EngineClient, teacher: str, *, top_k: int, temperature: float) -> None:
+        self.vocab_size = int(llm.model_config.get_vocab_size())
+        self._llm = llm
+        self._teacher = teacher
+        self._top_k = top_k
+        self._temperature = temperature
+
+    async def signal(
+        self, prompt_ids: Int32Array, response_ids: Int32Array, *, temperature: float | None = None
+    ) -> TeacherSignal:
+        """Returns what the teacher says of a response [R] after a prompt [P], at its own
+        temperature unless another one is given.
+
+        Raises:
+            SignalError: this request failed; others go on.
+            TeacherDownError: the engine died.
+        """
+        ids = join(self._teacher, self.vocab_size, prompt_ids, response_ids)
+        extra = {} if temperature is None else {head.TEMPERATURE: temperature}
+        params = PoolingParams(
+            task=head.TASK, extra_kwargs={head.RESPONSE_TOKENS: len(response_ids), **extra}
+        )
+        request = TokensPrompt(prompt_token_ids=ids.tolist())
+
+        try:
+            outputs: list[PoolingRequestOutput] = [
+                output async for output in self._llm.encode(request, params, uuid4().hex)
+            ]
+        except (EngineGenerateError, VLLMClientError) as error:
+            raise SignalError(f"teacher {self._teacher}: {error}") from error
+        except EngineDeadError as error:
+            raise TeacherDownError(f"teacher {self._teacher}: its engine died") from error
+
+        return read_signal(
+            outputs[-1].outputs.data.numpy(),
+            teacher=self._teacher,
+            num_response_tokens=len(response_ids),
+            top_k=self._top_k,
+        )
+
+    async def check(self, max_sequence_tokens: int) -> None:
+        """Scores a few made-up tokens at the teacher's temperature and at another one.
+
+        Raises:
+            TeacherSelfTestError: the engine scores at another temperature than it was asked for.
+        """
+        length = min(_MADE_UP_TOKENS, max_sequence_tokens, self.vocab_size)
+        tokens = np.arange(length, dtype=np.int32)
+        hotter = 2 * self._temperature
+        own = await self.signal(tokens[:1], tokens[1:])
+        other = await self.signal(tokens[:1], tokens[1:], temperature=hotter)
+        check_temperature(own, other, hotter, expected=self._temperature)
+
+
 class VllmTeacherScorer(SignalScorer):
-    """One vLLM engine serving one teacher. Make it with ``start``."""
+    """A teacher on a vLLM engine of this process. Make it with ``start``."""
 
     def __init__(self, llm: AsyncLLM, config: TeacherConfig, *, top_k: int) -> None:
-        super().__init__(config, top_k=top_k, vocab_size=llm.model_config.get_vocab_size())
         self._llm = llm
+        self._engine = ScoringEngine(llm, config.name, top_k=top_k, temperature=config.temperature)
+        super().__init__(config, top_k=top_k, vocab_size=self._engine.vocab_size)
 
     @classmethod
     async def start(
@@ -60,9 +126,8 @@ class VllmTeacherScorer(SignalScorer):
         max_sequence_tokens: int,
         stat_loggers: Sequence[StatLoggerFactory] = (),
     ) -> Self:
-        """Start the engine and score a few made-up tokens at its own temperature and another, so
-        that a scorer that is there works, and as hot as it should. The event loop stays free while
-        the engine loads.
+        """Starts the engine, and checks that it scores as hot as it should. The event loop stays
+        free while the engine loads.
 
         Args:
             config: the teacher; its ``vllm`` options win over ours.
@@ -81,28 +146,24 @@ class VllmTeacherScorer(SignalScorer):
             AsyncLLM.from_engine_args, args, stat_loggers=list(stat_loggers)
         )
         scorer = cls(llm, config, top_k=top_k)
-        tokens = np.arange(
-            min(_MADE_UP_TOKENS, max_sequence_tokens, scorer._vocab_size), dtype=np.int32
-        )
-        own = await scorer.signal(tokens[:1], tokens[1:])
-        other = await scorer.signal(tokens[:1], tokens[1:], temperature=2 * config.temperature)
 
         try:
-            check_temperature(own, other, 2 * config.temperature, expected=config.temperature)
+            await scorer._engine.check(max_sequence_tokens)
         except TeacherSelfTestError:
             await scorer.close()
             raise
 
         return scorer
 
-    @property
-    def ready(self) -> bool:
-        """Whether the engine lives. One that died never comes back."""
-        return not self._llm.errored
+    async def signal(
+        self, prompt_ids: Int32Array, response_ids: Int32Array, *, temperature: float | None = None
+    ) -> TeacherSignal:
+        """See ``ScoringEngine.signal``."""
+        return await self._engine.signal(prompt_ids, response_ids, temperature=temperature)
 
     @property
     def seats(self) -> int:
-        """See ``SignalScorer``."""
+        """See ``SignalScorer``: what the engine scores at a time."""
         return int(self._llm.vllm_config.scheduler_config.max_num_seqs)
 
     async def ping(self) -> None:
@@ -113,33 +174,8 @@ class VllmTeacherScorer(SignalScorer):
             raise TeacherDownError(f"teacher {self._name}: its engine died") from error
 
     async def close(self) -> None:
-        """Stop the engine's processes."""
+        """Stops the engine's processes."""
         self._llm.shutdown()
-
-    async def signal(
-        self, prompt_ids: Int32Array, response_ids: Int32Array, *, temperature: float | None = None
-    ) -> TeacherSignal:
-        """See ``SignalScorer``; ``temperature`` is the teacher's, unless another is given."""
-        request = TokensPrompt(prompt_token_ids=self._join(prompt_ids, response_ids).tolist())
-        asked = {} if temperature is None else {head.TEMPERATURE: temperature}
-        params = PoolingParams(
-            task=head.TASK, extra_kwargs={head.RESPONSE_TOKENS: len(response_ids), **asked}
-        )
-
-        try:
-            outputs: list[PoolingRequestOutput] = [
-                output async for output in self._llm.encode(request, params, uuid4().hex)
-            ]
-        except (EngineGenerateError, VLLMClientError) as error:
-            raise SignalError(f"teacher {self._name}: {error}") from error
-        except EngineDeadError as error:
-            raise TeacherDownError(f"teacher {self._name}: its engine died") from error
-
-        raw = outputs[-1].outputs.data.numpy()
-
-        return read_signal(
-            raw, teacher=self._name, num_response_tokens=len(response_ids), top_k=self._top_k
-        )
 
 
 def engine_options(

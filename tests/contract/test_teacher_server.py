@@ -5,7 +5,7 @@ with transformers.
 import asyncio
 import os
 import re
-import signal
+import signal as signal_module
 import subprocess
 import sys
 import time
@@ -20,9 +20,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eopd.config import ConfigError, ServerConfig, TeacherConfig
-from eopd.teacher.served import wire
 from eopd.teacher.served.eopd_scorer import EopdTeacherScorer
+from eopd.teacher.served.wire import INFO_PATH, MEDIA_TYPE, SCORE_PATH, decode_answer
 from eopd.teacher.signal import SignalError, write_signal
+from eopd.types import TeacherSignal
 
 TOP_K, LONGEST, TEMPERATURE = 8, 96, 0.7
 VARIABLE, TOKEN = "EOPD_TEST_TOKEN", "correct-horse"
@@ -69,7 +70,9 @@ class Served:
 
         address = self.wait_for(lambda: re.search(r"served at (http://\S+:\d+)", log.read_text()))
         self.client = httpx.Client(
-            base_url=address[1], headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30.0
+            base_url=address[1],
+            headers={"Authorization": f"Bearer {TOKEN}"},
+            timeout=30.0,
         )
 
     def wait_for(self, condition):
@@ -81,7 +84,22 @@ class Served:
         return found
 
     def wait_until_ready(self) -> None:
-        self.wait_for(lambda: self.client.get("/ready").status_code == 200)
+        self.wait_for(self._answers)
+
+    def _answers(self) -> bool:
+        try:
+            return self.client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def score(self, prompt_ids: list[int], response_ids: list[int]) -> httpx.Response:
+        asked = {"prompt_ids": prompt_ids, "response_ids": response_ids}
+        return self.client.post(SCORE_PATH, json=asked)
+
+    def tokens_read(self) -> float:
+        """Tokens of all requests that the engine has read, as its metrics have it."""
+        metrics = self.client.get("/metrics").text
+        return float(re.search(r"^vllm:prompt_tokens_total{.*} (\S+)$", metrics, re.M)[1])
 
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -156,25 +174,11 @@ def worst_error(signal, response_ids: list[int], logprobs: np.ndarray) -> float:
     return max(float(np.abs(error).max()) for error in errors)
 
 
-def score(client: httpx.Client, prompt_ids: list[int], response_ids: list[int]):
-    """Score through both forms: the binary signal and the raw bits of both."""
-    body = wire.encode_request(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
-    binary = client.post("/v1/score", content=body, headers={"Content-Type": wire.MEDIA_TYPE})
-    text = client.post("/v1/score", json={"prompt_ids": prompt_ids, "response_ids": response_ids})
-    assert (binary.status_code, text.status_code) == (200, 200), (binary.text, text.text)
-    size = len(response_ids)
-    signal = wire.decode_answer(
-        binary.content, teacher="maths", num_response_tokens=size, top_k=TOP_K
+def read(answer: httpx.Response, num_response_tokens: int) -> TeacherSignal:
+    assert answer.status_code == 200, answer.text
+    return decode_answer(
+        answer.content, teacher="maths", num_response_tokens=num_response_tokens, top_k=TOP_K
     )
-    answer = text.json()
-    rows = np.column_stack(
-        [
-            answer[name]
-            for name in ("entropy", "token_logprobs", "tail_logprobs", "topk_logprobs", "topk_ids")
-        ]
-    )
-
-    return signal, write_signal(signal).tobytes(), rows.astype(np.float32).tobytes()
 
 
 async def check_client(served, model, prompt_ids, response_ids, expected: bytes) -> None:
@@ -191,7 +195,7 @@ async def check_client(served, model, prompt_ids, response_ids, expected: bytes)
     scorer = await EopdTeacherScorer.start(config, top_k=TOP_K, max_sequence_tokens=LONGEST)
     found = await scorer.signal(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
     assert found.teacher == "m" and write_signal(found).tobytes() == expected
-    with pytest.raises(SignalError, match=r"teacher m: POST .*/v1/score: 422"):
+    with pytest.raises(SignalError, match=r"teacher m: POST .*/v1/teacher/score: 422"):
         await scorer.signal(np.ones(LONGEST, np.int32), np.ones(1, np.int32))
 
     await scorer.close()
@@ -214,16 +218,18 @@ async def check_client(served, model, prompt_ids, response_ids, expected: bytes)
             )
 
 
-def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(
-    start, model, monkeypatch
-):
+async def hang_up(served, request) -> None:
+    """Ask, and close the connection before there is an answer."""
+    async with httpx.AsyncClient(headers=served.client.headers) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            await client.post(served.client.base_url.join(SCORE_PATH), json=request, timeout=1.0)
+
+
+def test_scores_are_exact_and_a_stop_finishes_what_is_in_flight(start, model, monkeypatch):
     monkeypatch.setenv(VARIABLE, TOKEN)
     served = start()
-    assert served.client.get("/health").json() == {"status": "alive"}
-    early = served.client.get("/ready")
-    assert (early.status_code, early.headers["Retry-After"]) == (503, "1")
     served.wait_until_ready()
-    info = served.client.get("/v1/info").json()
+    info = served.client.get(INFO_PATH).json()
     vocab = info["vocab_size"]
     assert info == {
         "name": "maths",
@@ -231,51 +237,54 @@ def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(
         "vocab_size": AutoModelForCausalLM.from_pretrained(model).config.vocab_size,
         "temperature": TEMPERATURE,
         "max_sequence_tokens": LONGEST,
-        "head_dtype": "float32",
-        "wire_version": 1,
+        "wire_version": 2,
     }
     rng = np.random.default_rng(7)
 
     for num_prompt, num_response in [(1, 1), (30, 40), (32, 64)]:
-        prompt_ids, response_ids = (
-            rng.integers(vocab, size=n).tolist() for n in (num_prompt, num_response)
-        )
-        found, binary_bits, json_bits = score(served.client, prompt_ids, response_ids)
-        assert worst_error(found, response_ids, oracle(model, prompt_ids, response_ids)) < 5e-5
-        assert binary_bits == json_bits
+        prompt_ids = rng.integers(vocab, size=num_prompt).tolist()
+        response_ids = rng.integers(vocab, size=num_response).tolist()
+        answer = served.score(prompt_ids, response_ids)
+        signal = read(answer, num_response)
+        assert worst_error(signal, response_ids, oracle(model, prompt_ids, response_ids)) < 5e-5
+        assert answer.headers["content-type"] == MEDIA_TYPE
 
-    asyncio.run(check_client(served, model, prompt_ids, response_ids, binary_bits))
+    bits = write_signal(signal).tobytes()
+    asyncio.run(check_client(served, model, prompt_ids, response_ids, bits))
 
-    def refused(**request) -> int:
-        return served.client.post("/v1/score", **request).status_code
+    assert served.score([1] * 33, [1] * 64).status_code == 422
+    assert served.score([1], [vocab]).status_code == 422
+    assert served.score([], [1]).status_code == 400
+    for path in (INFO_PATH, SCORE_PATH, "/v1/models"):
+        assert httpx.get(served.client.base_url.join(path)).status_code == 401
 
-    assert refused(json={"prompt_ids": [1] * 33, "response_ids": [1] * 64}) == 422
-    assert refused(json={"prompt_ids": [1], "response_ids": [vocab]}) == 422
-    assert (
-        refused(
-            content=(b" " * 1000 for _ in range(1000)), headers={"Content-Type": "application/json"}
-        )
-        == 413
-    )
-    assert httpx.get(served.client.base_url.join("/v1/info")).status_code == 401
-    assert (
-        'eopd_teacher_scored_tokens_total{teacher="maths"} 275.0'
-        in served.client.get("/metrics").text
-    )
+    described = served.client.get("/openapi.json").json()["paths"]
+    assert set(described) == {"/health", "/metrics", "/version", INFO_PATH, SCORE_PATH}
+    for path in ("/pooling", "/tokenize", "/invocations", "/ping"):  # without the token
+        assert httpx.post(served.client.base_url.join(path), json={}).status_code == 404
 
     request = {"prompt_ids": [5] * 32, "response_ids": [6] * 64}
     descendants, engines = served.descendants(), served.engines()
     assert engines
+    before = served.tokens_read()
+    for engine in engines:
+        engine.suspend()
+
+    asyncio.run(hang_up(served, request))
+    for engine in engines:
+        engine.resume()
+
+    assert served.score([5], [6]).status_code == 200
+    served.wait_for(lambda: served.tokens_read() > before)
+    assert served.tokens_read() == before + 2, "nothing of what the client gave up"
+
     for engine in engines:
         engine.suspend()
 
     with ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(served.client.post, "/v1/score", json=request) for _ in range(8)]
-        served.wait_for(
-            lambda: 'in_flight_requests{teacher="maths"} 8.0' in served.client.get("/metrics").text
-        )
-        served.process.send_signal(signal.SIGTERM)
-        served.wait_for(lambda: not served.listens())
+        answers = [pool.submit(served.score, *request.values()) for _ in range(8)]
+        time.sleep(1.0)  # they arrive; no metric moves while the engine is suspended
+        served.process.send_signal(signal_module.SIGTERM)
         for engine in engines:
             engine.resume()
 
@@ -289,10 +298,9 @@ def test_scores_are_exact_in_both_forms_and_a_stop_finishes_what_is_in_flight(
 def test_a_stop_while_the_engine_starts_leaves_nothing(start):
     served = start()
     served.wait_for(served.engines)
-    assert served.client.get("/ready").status_code == 503
     descendants = served.descendants()
     # as a terminal does on Ctrl-C: to vLLM's processes too
-    os.killpg(served.process.pid, signal.SIGINT)
+    os.killpg(served.process.pid, signal_module.SIGINT)
     assert served.process.wait(15) == 0
     assert psutil.wait_procs(descendants, timeout=5)[1] == []
 
@@ -301,16 +309,15 @@ def test_a_stop_while_the_engine_starts_leaves_nothing(start):
 def test_the_process_ends_with_an_error_when_its_engine_dies(start):
     served = start()
     served.wait_until_ready()
-    request = {"prompt_ids": [5], "response_ids": [6]}
-    assert served.client.post("/v1/score", json=request).status_code == 200
+    assert served.score([5], [6]).status_code == 200
     engines = served.engines()
     assert engines
     for engine in engines:
         engine.kill()
 
     with pytest.raises(httpx.TransportError):
-        while (answer := served.client.post("/v1/score", json=request)).status_code == 503:
-            assert answer.headers["Retry-After"] == "1"
+        while True:
+            assert served.score([5], [6]).status_code in (500, 503)
 
     assert served.process.wait(30) == 1
     assert "error: teacher maths: its engine died" in served.log.read_text()

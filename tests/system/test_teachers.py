@@ -102,7 +102,7 @@ def servers(program, tmp_path_factory):
     """Our own server and a stock one, both up."""
     logs = tmp_path_factory.mktemp("servers")
     servers = [
-        Server(program, eopd_server, "/ready", logs / "eopd"),
+        Server(program, eopd_server, "/health", logs / "eopd"),
         Server(program, stock_server, "/health", logs / "stock"),
     ]
 

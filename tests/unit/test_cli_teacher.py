@@ -86,14 +86,14 @@ def test_a_mistake_is_one_message_and_exit_code_2(root, arguments, message, caps
 
 def test_a_taken_port_is_a_mistake_too():
     from eopd.config import ConfigError
-    from eopd.teacher.served.serving import listen
+    from eopd.teacher.served.server import bind
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port}: cannot be served"):
-            listen("127.0.0.1", port)
+            bind("127.0.0.1", port)
 
-    with listen("127.0.0.1", port) as free:
+    with bind("127.0.0.1", port) as free:
         assert free.getsockname() == ("127.0.0.1", port)
 
 

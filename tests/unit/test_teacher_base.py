@@ -35,7 +35,9 @@ class Fake(SignalScorer):
         pass
 
     async def signal(self, prompt_ids, response_ids):
-        self.asked.append(self._join(prompt_ids, response_ids).tolist())
+        self.asked.append(
+            base.join(self._name, self._vocab_size, prompt_ids, response_ids).tolist()
+        )
         if self.error is not None:
             raise self.error
 

@@ -1,29 +1,19 @@
-"""A teacher behind ``eopd teacher serve``: as exact as one in the cluster, in the bytes of
-``wire.py``.
-"""
+"""A teacher behind ``eopd teacher serve``: as exact as one in the cluster."""
 
 from typing import Self
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from eopd.config import ConfigError, TeacherConfig
-from eopd.teacher.base import SignalScorer
+from eopd.teacher.base import SignalScorer, join
 from eopd.teacher.served import wire
 from eopd.teacher.served.http import ServerClient, TeacherRefusedError, explain
 from eopd.teacher.signal import SignalError
 from eopd.tokenizer import vocab_size
 from eopd.types import Int32Array, TeacherSignal
 
-
-class _Info(BaseModel):
-    """What the server must agree with us on."""
-
-    top_k: int
-    vocab_size: int
-    temperature: float
-    max_sequence_tokens: int
-    wire_version: int
+_JSON = {"Content-Type": "application/json"}
 
 
 class EopdTeacherScorer(SignalScorer):
@@ -58,22 +48,20 @@ class EopdTeacherScorer(SignalScorer):
         """See ``SignalScorer``; a request that is refused, or answered with what is no
         signal, is a ``SignalError``.
         """
-        self._join(prompt_ids, response_ids)
-        body, form = (
-            wire.encode_request(prompt_ids, response_ids),
-            {"Content-Type": wire.MEDIA_TYPE},
-        )
+        join(self._name, self._vocab_size, prompt_ids, response_ids)
+        body = wire.encode_request(prompt_ids, response_ids)
 
         try:
-            answer = await self._client.post("/v1/score", content=body, headers=form)
-            return wire.decode_answer(
-                answer.content,
-                teacher=self._name,
-                num_response_tokens=len(response_ids),
-                top_k=self._top_k,
-            )
-        except (TeacherRefusedError, wire.WireError) as error:
+            answer = await self._client.post(wire.SCORE_PATH, content=body, headers=_JSON)
+        except TeacherRefusedError as error:
             raise SignalError(f"teacher {self._name}: {error}") from error
+
+        return wire.decode_answer(
+            answer.content,
+            teacher=self._name,
+            num_response_tokens=len(response_ids),
+            top_k=self._top_k,
+        )
 
     @property
     def seats(self) -> int:
@@ -82,7 +70,7 @@ class EopdTeacherScorer(SignalScorer):
 
     async def ping(self) -> None:
         """See ``SignalScorer``."""
-        await self._client.get("/v1/info")
+        await self._client.get(wire.INFO_PATH)
 
     async def close(self) -> None:
         """Close the connections; the server goes on."""
@@ -91,7 +79,8 @@ class EopdTeacherScorer(SignalScorer):
     async def _require_agreement(self, max_sequence_tokens: int) -> None:
         where = f"teachers.{self._name}.server"
         try:
-            info = _Info.model_validate_json((await self._client.get("/v1/info")).content)
+            answer = await self._client.get(wire.INFO_PATH)
+            info = wire.TeacherInfo.model_validate_json(answer.content)
         except TeacherRefusedError as error:
             raise ConfigError(
                 f"{where}: is no teacher's server, or lets nobody in: {error}"
