@@ -8,6 +8,7 @@ Checked against vLLM 0.32.0: ``plugins/endpoint_plugins/interface.py``, and ``wi
 which gives a request up when its client hangs up.
 """
 
+import time
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Annotated, Any, cast
@@ -26,6 +27,8 @@ from eopd.teacher.signal import SignalError
 from eopd.teacher.vllm_scorer import ScoringEngine
 from eopd.types import TeacherSignal
 
+_POLL_S = 0.05
+
 router = APIRouter()
 
 # of vLLM's own server: what machines ask of the process, and what it describes of itself
@@ -38,17 +41,23 @@ class ServedTeacher:
     def __init__(self, engine: ScoringEngine, info: TeacherInfo) -> None:
         self.info = info
         self._engine = engine
+        self._in_flight = 0
+        self._ending = False
 
     async def score(self, request: ScoreRequest) -> TeacherSignal:
         """Returns the teacher's signal for every response token.
 
         Raises:
             HTTPException: 422 for a request that no teacher of this size can score, 500 where this
-                one failed, 503 where the engine died.
+                one failed, 503 where the engine died or the server is ending.
         """
         self._require_fit(request)
+        if self._ending:
+            raise HTTPException(503, "the server is ending")
+
         prompt_ids = np.array(request.prompt_ids, np.int32)
         response_ids = np.array(request.response_ids, np.int32)
+        self._in_flight += 1
 
         try:
             return await self._engine.signal(prompt_ids, response_ids)
@@ -56,6 +65,17 @@ class ServedTeacher:
             raise HTTPException(500, str(error)) from error
         except TeacherDownError as error:
             raise HTTPException(503, str(error)) from error
+        finally:
+            self._in_flight -= 1
+
+    def finish(self, timeout_s: float) -> None:
+        """Refuses new requests, and waits until those in flight are answered; in a thread beside
+        the event loop.
+        """
+        self._ending = True
+        deadline = time.monotonic() + timeout_s
+        while self._in_flight and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     def _require_fit(self, request: ScoreRequest) -> None:
         ids = [*request.prompt_ids, *request.response_ids]
@@ -121,7 +141,6 @@ class ScoringRoutes:
         Raises:
             TeacherSelfTestError: it scores at another temperature than it was asked for.
         """
-        _notice_death(engine_client)
         config = engine_client.vllm_config
         options = cast(Mapping[str, Any], config.additional_config)[head.OPTIONS]
         top_k, temperature = int(options["top_k"]), float(options["temperature"])
@@ -129,27 +148,31 @@ class ScoringRoutes:
         engine = ScoringEngine(engine_client, name, top_k=top_k, temperature=temperature)
         longest = int(config.model_config.max_model_len)
         await engine.check(longest)
-        state.eopd_teacher = ServedTeacher(
-            engine,
-            TeacherInfo(
-                name=name,
-                top_k=top_k,
-                vocab_size=engine.vocab_size,
-                temperature=temperature,
-                max_sequence_tokens=longest,
-            ),
+        info = TeacherInfo(
+            name=name,
+            top_k=top_k,
+            vocab_size=engine.vocab_size,
+            temperature=temperature,
+            max_sequence_tokens=longest,
         )
+        state.eopd_teacher = ServedTeacher(engine, info)
+        _end_softly(engine_client, state.eopd_teacher)
 
 
-def _notice_death(engine: EngineClient) -> None:
-    """Notes whether the engine was dead when it was asked to end: vLLM's server ends both ways
-    without an error.
+def _end_softly(engine: EngineClient, teacher: ServedTeacher) -> None:
+    """Lets the engine end when all requests are answered, and notes whether it was dead before.
+
+    vLLM's server asks the engine to end on SIGTERM, from a thread beside the event loop, and where
+    the engine died. An engine alone would finish what it has read, and lose what is on its way to
+    it; and the server ends without an error both ways.
     """
     shutdown = engine.shutdown
 
     def end(timeout: float | None = None) -> None:
         if ScoringRoutes.engine_died is None:
             ScoringRoutes.engine_died = engine.errored
+            if not engine.errored:
+                teacher.finish(timeout or 0.0)
 
         shutdown(timeout)
 
