@@ -4,10 +4,10 @@ from eopd.config.learner import LearnerConfig
 from eopd.config.load import ConfigError, dump_config, load_config, make_section
 from eopd.config.loss import LossConfig
 from eopd.config.rollout import RolloutConfig
+from eopd.config.root import Config
 from eopd.config.sections import (
     CheckpointConfig,
     ClusterConfig,
-    Config,
     EvaluationConfig,
     FlowConfig,
     LoraConfig,

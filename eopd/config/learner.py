@@ -40,32 +40,87 @@ _OLD_OFFLOAD: Final = "write offload_optimizer: {device: cpu} or offload_param: 
 
 
 class LearnerConfig(Section):
-    """The DeepSpeed gang. ``max_skipped_steps`` optimiser steps of a run may be skipped for a loss
-    or gradient that is not finite; the next one ends the run. Ranks that do not answer within
-    ``timeout_s`` are started again from the last checkpoint. ``peak_flops`` is what the device of
-    one rank can do in a second at best: with it there is an MFU. ``deepspeed`` goes to the engine
-    untouched; keys this project must own are refused there.
-    """
+    """The gang of DeepSpeed ranks that trains the student, and its optimiser, which is AdamW."""
 
     ranks: Actors = 1
+    """The number of DeepSpeed ranks. Each one uses one GPU, or none."""
+
     cpus: Cpus = 1.0
+    """The CPUs of one rank, which Ray reserves; a fraction is allowed."""
+
     gpus: Gpus = 0.0
+    """The GPUs of one rank, which Ray reserves: 1, or 0 on CPUs. A single rank may take a share of
+    a GPU; several may not share one.
+    """
+
     threads: Threads = 1
+    """The compute threads of one rank, which are never taken from Ray. Where the optimiser is
+    offloaded to host memory, they are the speed of its step.
+    """
+
     optimizer_steps_per_batch: int = Field(1, ge=1, le=1_000_000)
+    """The number of optimiser steps into which a batch is cut. The later ones of several train on
+    samples of older weights, which ``loss.reverse_kl.clip`` limits.
+    """
+
     token_budget: int = Field(8192, ge=1, le=10 * MAX_TOKENS)
+    """The most tokens in a micro-batch. It must hold at least the longest prompt and response
+    together. Lower it where memory runs out.
+    """
+
     logit_chunk_tokens: int = Field(256, ge=1, le=10 * MAX_TOKENS)
-    lr: float = Field(1e-6, gt=0.0, le=1.0)  # a step of AdamW moves every weight by about as much
+    """The rows of logits that are held at once. Fewer need less memory and more time."""
+
+    lr: float = Field(1e-6, gt=0.0, le=1.0)
+    """The learning rate of AdamW; one step moves every weight by about as much. Adapters want about
+    ten times that of full fine-tuning.
+    """
+
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after its warm-up. ``linear`` and ``cosine`` let it fall until
+    the last batch.
+    """
+
     warmup_batches: Count = 0
+    """The number of batches over which the learning rate grows to ``learner.lr``."""
+
     weight_decay: float = Field(0.01, ge=0.0, le=10.0)
+    """The weight decay of AdamW."""
+
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """The two decay rates of AdamW's moments."""
+
     max_grad_norm: float = Field(1.0, ge=1e-6, le=1e30)
+    """The norm to which gradients are clipped."""
+
     max_skipped_steps: Count = 3
+    """The number of optimiser steps of a run, resumed or not, that may be skipped because a loss
+    or gradient was not finite. The next one ends the run.
+    """
+
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """The ZeRO stage: what is sharded over the ranks. 0 is nothing, 1 the optimiser's state, 2 also
+    gradients, 3 also weights. On one CPU rank, 1 is the fastest in bfloat16 and 0 in float32.
+    """
+
     activation_checkpointing: bool = False
+    """Computes activations again in the backward pass, which needs less memory and more time."""
+
     timeout_s: Seconds = 3600.0
+    """The seconds in which an update must be done. When one takes longer, all ranks are started
+    again from the newest checkpoint.
+    """
+
     peak_flops: float | None = Field(None, ge=1e9, le=1e18)
+    """The floating-point operations a second that a rank's device reaches at best, for example
+    989.0e+12 for an H100 in bfloat16. With it there is a metric ``eopd_learner_mfu_ratio``.
+    """
+
     deepspeed: NativeOptions = {}
+    """Options of DeepSpeed, which go to it untouched. Those that this project decides, such as the
+    optimiser and the batch sizes, are refused, and the message says which key decides instead. The
+    chapter docs/configuration.md#offloading-to-host-memory has an example.
+    """
 
     @model_validator(mode="after")
     def _ours_stay_ours(self) -> Self:

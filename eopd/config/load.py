@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from eopd.config.document import DocumentError, read_tree, read_value, show, write_tree
 from eopd.config.messages import explain
 from eopd.config.processor import with_dtypes
-from eopd.config.sections import Config
+from eopd.config.root import Config
 from eopd.config.shape import shape
 from eopd.config.teacher import TeacherConfig
 

@@ -1,7 +1,7 @@
 """The objective, in the YAML shape of its three parts: a gate, a forward KL, a reverse KL.
 
 Every form is chosen by ``kind`` and carries only its own options, so that an impossible pair cannot
-be written.
+be written. The docstring of a form is the description of its ``kind``.
 """
 
 from typing import Annotated, Literal
@@ -15,44 +15,54 @@ Nats = Annotated[float, Field(ge=0.0, le=100.0)]  # an entropy; that of 2^32 eve
 
 
 class HardGate(Section):
-    """g = 1 where the teacher's entropy is above ``tau`` nats (the paper)."""
+    """The gate of the paper: g = 1 where the teacher's entropy is above ``tau``."""
 
     kind: Literal["hard"] = "hard"
     tau: Nats = 0.8
+    """The entropy, in nats, above which the gate opens. A lower one opens it on more tokens."""
 
 
 class QuantileGate(Section):
-    """g = 1 on the share ``top`` of the batch's loss tokens at which the teacher is least sure."""
+    """A gate at a fixed rate: g = 1 on the share ``top`` of the batch's loss tokens, those at which
+    the teacher is least sure.
+    """
 
     kind: Literal["quantile"] = "quantile"
     top: float = Field(0.2, gt=0.0, le=1.0)
+    """The share of the batch's loss tokens on which the gate opens."""
 
 
 class SigmoidGate(Section):
-    """g = 1 / (1 + exp(-(H - tau) / scale)); ``tau`` and ``scale`` in nats."""
+    """A gate that opens gradually with the teacher's entropy H: g = 1 / (1 + exp(-(H - tau) /
+    scale)).
+    """
 
     kind: Literal["sigmoid"] = "sigmoid"
     tau: Nats = 0.8
+    """The entropy, in nats, at which the gate is half open."""
+
     scale: float = Field(0.1, ge=1e-4, le=100.0)
+    """The width of the transition, in nats. The smaller it is, the closer the gate is to ``hard``."""
 
 
 class RandomGate(Section):
-    """g = 1 on a share ``rate`` of the tokens, whatever the teacher says: the control at a
-    matched rate.
+    """The control at a matched rate: g = 1 on a share ``rate`` of the tokens, whatever the teacher
+    says.
     """
 
     kind: Literal["random"] = "random"
     rate: float = Field(0.2, ge=0.0, le=1.0)
+    """The probability with which the gate opens on a token."""
 
 
 class AlwaysGate(Section):
-    """g = 1 on every token."""
+    """The gate that is always open: g = 1 on every token."""
 
     kind: Literal["always"] = "always"
 
 
 class NeverGate(Section):
-    """g = 0 on every token: plain on-policy distillation."""
+    """The gate that never opens, which is plain on-policy distillation: g = 0 on every token."""
 
     kind: Literal["never"] = "never"
 
@@ -64,13 +74,15 @@ Gate = Annotated[
 
 
 class RenormalizedForwardKl(Section):
-    """KL of the teacher renormalised on its top k to the student's full softmax (the paper)."""
+    """The form of the paper: KL of the teacher, renormalised on its top k, to the student's full
+    softmax.
+    """
 
     kind: Literal["renormalized"] = "renormalized"
 
 
 class TailForwardKl(Section):
-    """KL over k + 1 outcomes: the rest of the vocabulary is one bucket. The teacher is its
+    """KL over k + 1 outcomes, of which the rest of the vocabulary is one. The teacher is its
     minimum.
     """
 
@@ -78,8 +90,8 @@ class TailForwardKl(Section):
 
 
 class TruncatedForwardKl(Section):
-    """The top-k part of the full KL, neither renormalised nor completed: no KL, may be
-    negative; a control.
+    """A control: the top-k part of the full KL, neither renormalised nor completed. It is no KL
+    and may be negative.
     """
 
     kind: Literal["truncated"] = "truncated"
@@ -91,37 +103,52 @@ ForwardKl = Annotated[
 
 
 class Reward(Section):
-    """A verifier's advantage, added to the teacher's on every token of a response.
+    """A verifier's advantage, added to the teacher's on every token of a response: ``weight`` x
+    (reward - mean reward of the prompt's other samples).
 
-    ``weight`` (nats) x (reward - mean reward of the prompt's other samples); the reward is 1 where
-    ``grader`` finds the answer correct, else 0.
+    It needs answers in the data, and two or more samples of each prompt.
     """
 
     grader: GraderName
+    """What decides whether an answer is correct; the reward is 1 if it is, else 0. ``exact``
+    compares texts, ``math`` compares as mathematics. The chapter docs/configuration.md#graders has
+    the rules.
+    """
+
     weight: float = Field(1.0, gt=0.0, le=1e6)
+    """The advantage, in nats, of a correct response among wrong ones."""
 
 
 class SampledReverseKl(Section):
-    """Clipped policy gradient on the sampled token (the paper), with a truncated importance
-    weight.
+    """The form of the paper: a clipped policy gradient on the sampled token, with a truncated
+    importance weight.
     """
 
     kind: Literal["sampled"] = "sampled"
     clip: float = Field(0.2, gt=0.0, lt=1.0)
+    """How far the student's probability may move from that at the start of the batch, as a ratio:
+    beyond 1 - clip and 1 + clip a token has no gradient.
+    """
+
     importance_cap: float = Field(2.0, ge=1.0, le=1e6)
+    """The highest importance weight of a token, which corrects for the weights that wrote it being
+    older than the learner's.
+    """
+
     reward: Reward | None = None
+    """Adds a verifier's advantage to the teacher's. ``null`` learns from the teacher alone."""
 
 
 class TopkTailReverseKl(Section):
-    """KL of the student to the teacher over the teacher's top k and the rest as one bucket:
-    no sampling noise.
+    """The dense form: KL of the student to the teacher over the teacher's top k and the rest of
+    the vocabulary as one outcome, without sampling noise.
     """
 
     kind: Literal["topk_tail"] = "topk_tail"
 
 
 class NoReverseKl(Section):
-    """Forward KL alone."""
+    """No reverse KL: forward KL alone."""
 
     kind: Literal["none"] = "none"
 
@@ -132,24 +159,39 @@ ReverseKl = Annotated[
 
 
 class AlphaWarmup(Section):
-    """alpha grows linearly from ``start`` x alpha to alpha over the first ``batches`` batches."""
+    """A warm-up of alpha, which grows linearly from ``start`` x alpha to alpha."""
 
     start: float = Field(1.0, ge=0.0, le=1.0)
+    """The share of alpha with which the first batch is trained."""
+
     batches: Count = 0
+    """The number of batches over which alpha grows. 0 trains with all of alpha from the start."""
 
 
 class LossConfig(Section):
-    """Per token L = RKL + alpha g FKL, a mean over all loss tokens of an optimiser step.
-
-    ``top_k`` is the number of teacher candidates, for every form.
+    """The objective: L = RKL + alpha g FKL for each token, as a mean over all loss tokens of an
+    optimiser step. The page docs/method.md explains its parts.
     """
 
     top_k: int = Field(16, ge=1, le=256)
+    """The number k of the teacher's most likely tokens that every form of the loss reads, for each
+    token.
+    """
+
     gate: Gate = HardGate()
+    """The gate g: on which tokens the forward KL comes on top."""
+
     forward_kl: ForwardKl = RenormalizedForwardKl()
+    """The form of the forward KL, FKL."""
+
     reverse_kl: ReverseKl = SampledReverseKl()
+    """The form of the reverse KL, RKL."""
+
     alpha: float = Field(1.0, ge=0.0, le=1e6)
+    """The weight of the gated forward KL. 0 leaves it out."""
+
     alpha_warmup: AlphaWarmup = AlphaWarmup()
+    """A warm-up of ``loss.alpha``; none by default."""
 
     @property
     def reward(self) -> Reward | None:

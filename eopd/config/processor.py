@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from eopd.config.sections import Config, StudentConfig
+from eopd.config.root import Config
+from eopd.config.sections import StudentConfig
 from eopd.config.teacher import TeacherConfig
 
 ChosenDtype = Literal["float32", "bfloat16"]

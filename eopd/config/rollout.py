@@ -1,4 +1,4 @@
-"""The engines that write, and what an engine of vLLM may be told."""
+"""The engines that write, and the options of vLLM that this project decides itself."""
 
 from typing import Final, Self
 
@@ -63,20 +63,47 @@ OWNED_BY_ROLLOUT: Final = {
 
 
 class RolloutConfig(Section):
-    """The engines that write. Training samples come from the plain softmax at ``temperature``; the
-    learner uses the same. An engine that does not finish a response within ``timeout_s`` has
-    failed; the response is tried elsewhere.
-    """
+    """The engines that write the responses: each is a vLLM engine with the student's weights."""
 
     engines: Actors = 1
+    """The number of engines that write. ``eopd scale`` changes it while a run goes on."""
+
     cpus: Cpus = 1.0
+    """The CPUs of one engine, which Ray reserves; a fraction is allowed. Those of all roles must
+    be free in the cluster when the run starts.
+    """
+
     gpus: Gpus = 0.0
+    """The GPUs of one engine, which Ray reserves: ``tensor_parallel_size`` x
+    ``pipeline_parallel_size`` of ``rollout.vllm``, or a share of one GPU. 0 runs on CPUs.
+    """
+
     threads: Threads = 1
+    """The compute threads of one engine, which are never taken from Ray. Threads that wait sleep
+    (``OMP_WAIT_POLICY=PASSIVE``), since roles may share cores.
+    """
+
     samples_per_prompt: int = Field(1, ge=1, le=10_000)
+    """The number of responses to each prompt. A reward needs two or more."""
+
     max_response_tokens: Tokens = 1024
+    """The longest response in training, in tokens. A longer one is cut there."""
+
     temperature: Temperature = 1.0
+    """The temperature of the plain softmax from which responses are sampled; the learner uses the
+    same one. Below 0.01 vLLM would sample at 0.01 and the learner would not know.
+    """
+
     timeout_s: Seconds = 1800.0
+    """The seconds in which an engine must finish a response. An engine that takes longer is
+    replaced, and its responses are written elsewhere. Raise it for very long responses.
+    """
+
     vllm: NativeOptions = {}
+    """Options of vLLM's engine, which go to it untouched. Those that the numbers rest on, such as
+    ``model``, ``dtype`` and ``logprobs_mode``, are refused, and the message says which key decides
+    instead.
+    """
 
     @model_validator(mode="after")
     def _ours_stay_ours(self) -> Self:

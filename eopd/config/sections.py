@@ -1,5 +1,9 @@
-"""Every knob of a run. A room receives its own section; only ``runtime/`` and ``cli/`` see
-the whole.
+"""The sections of a run but those of its four roles and its objective, which have files of their
+own.
+
+A room receives its own section; only ``runtime/`` and ``cli/`` see the whole. What stands beneath
+a field is its description: an editor shows it, and the reference page and the JSON schema are made
+from it.
 """
 
 from pathlib import Path
@@ -22,30 +26,47 @@ from eopd.config.base import (
     each_once,
     refuse,
 )
-from eopd.config.document import show
-from eopd.config.learner import LearnerConfig
-from eopd.config.loss import LossConfig, NoReverseKl
-from eopd.config.rollout import RolloutConfig
-from eopd.config.teacher import NAME, NAME_WORDS, OWNED_BY_TEMPLATE, TeacherConfig
+from eopd.config.teacher import NAME, NAME_WORDS, OWNED_BY_TEMPLATE
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class RunConfig(Section):
-    """The run itself: ``directory/name`` is where everything it writes goes.
-
-    When no step has finished for ``stall_after_s``, the run says who waits for whom; ``on_stall:
-    end`` ends it too. A run that will take more than twice its ``expected_minutes`` says so after
-    three steps, and what to change.
-    """
+    """The run itself: its name, its length, and the directory into which it writes everything."""
 
     name: str = Field(pattern=NAME, max_length=200, description=NAME_WORDS)
+    """The name of the run. The run directory is ``run.directory/run.name``."""
+
     directory: AbsolutePath = Path("runs")
+    """The directory in which run directories lie. On a cluster it must be the same one on every
+    node, and every node must be able to write to it. Under ``ray job submit`` give an absolute
+    one, since the job runs in a copy of the working directory.
+    """
+
     seed: Seed = 0
+    """Seeds the order of the prompts and the samples. Another seed makes another run of the same
+    config.
+    """
+
     batches: Positive
+    """The number of batches to train. A finished run is extended by a higher number and
+    ``eopd train --resume``.
+    """
+
     expected_minutes: float | None = Field(None, gt=0.0, le=1e7)
+    """The minutes that the run should take. After three steps the run says how long it will take
+    and, when that is more than twice as long, what to change. ``null`` expects nothing.
+    """
+
     stall_after_s: Seconds = 1800.0
+    """The seconds without a finished step after which the run says which part waits for which.
+    Raise it where one step takes longer than half an hour.
+    """
+
     on_stall: Literal["report", "end"] = "report"
+    """What a stalled run does. ``report`` says who waits for whom and goes on; ``end`` also ends
+    the run, with exit code 1, for example to free a cluster.
+    """
 
     @property
     def path(self) -> Path:
@@ -54,32 +75,52 @@ class RunConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters, scaled by ``alpha / rank``; everything else is frozen.
+    """Low-rank adapters (LoRA, through peft): each layer that has one computes W x + alpha / rank
+    B A x, where A and B are trained and W is frozen, like everything else.
 
-    ``target_modules`` name linear layers by the end of their path; ``all-linear`` is all but the
-    output head.
+    ``true`` or ``{}`` takes the defaults. The chapter docs/configuration.md#adapters says what
+    engines and checkpoints get.
     """
 
     rank: int = Field(16, ge=1, le=4096)
+    """The inner dimension of A and B. A higher rank can express larger changes, and needs more
+    memory.
+    """
+
     alpha: float = Field(32.0, gt=0.0, le=1e6)
+    """The adapters' scale: their product is multiplied by ``alpha / rank``. With the defaults
+    that is 2.
+    """
+
     target_modules: Names = Field(("all-linear",), min_length=1)
+    """The layers that get an adapter. ``all-linear`` is every linear layer but the output head;
+    other names are each the end of a layer's path, as in ``[q_proj, mlp.down_proj]``.
+    """
 
 
 class StudentConfig(Section):
-    """The model that learns: a Hugging Face directory. ``dtype`` is that of the learner and of the
-    engines; ``auto`` is chosen when the config is loaded, and ``dtype_reason`` says why.
-
-    ``lora`` trains adapters instead of the whole model.
-    """
+    """The model that learns."""
 
     model: AbsolutePath
+    """The student's Hugging Face directory, with weights, configuration and tokenizer. Every node
+    must be able to read it.
+    """
+
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The precision of the learner and of the rollout engines. ``auto`` is chosen when the config
+    is loaded: bfloat16 on GPUs and on processors with bfloat16 instructions (AVX-512 BF16, AMX),
+    float32 elsewhere.
+    """
+
     dtype_reason: str | None = None
+    """Why ``auto`` chose the precision it did. The program writes it; leave it out."""
+
     lora: LoraConfig | None = None
+    """Trains adapters instead of the whole model. ``null`` trains every weight."""
 
     @property
     def chosen_dtype(self) -> Literal["float32", "bfloat16"]:
-        """``dtype`` of a config that was loaded, where nothing is ``auto`` any more."""
+        """The ``dtype`` of a config that was loaded, where nothing is ``auto`` any more."""
         if self.dtype == "auto":
             raise ValueError("student.dtype: auto is chosen by load_config")
 
@@ -87,20 +128,41 @@ class StudentConfig(Section):
 
 
 class PromptsConfig(Section):
-    """Training and held-out rows: JSONL, Parquet, or a ``datasets`` name.
-
-    ``template``: ``chat`` renders rows with the student's chat template, ``none`` takes ``prompt``
-    as it is. ``template_options`` go to that template. ``suffix`` is appended to the last user text
-    before either.
-    """
+    """The prompts to train on and to measure on, and how they are rendered."""
 
     data: DataSpec
+    """The training rows: a ``.jsonl`` or ``.parquet`` file, or the name of a data set of the
+    ``datasets`` library (``NAME``, ``NAME:SPLIT`` or ``NAME:SUBSET:SPLIT``). The chapter
+    docs/configuration.md#rows says what a row holds.
+    """
+
     held_out: DataSpec
+    """The rows to measure on before and after training, in the same forms as ``prompts.data``."""
+
     template: Literal["chat", "none"] = "chat"
+    """How a row becomes a prompt. ``chat`` renders it with the student's chat template; ``none``
+    takes its ``prompt`` as it is, for students without a chat template.
+    """
+
     template_options: NativeOptions = {}
+    """Options of the student's chat template, such as ``{enable_thinking: false}``. None are
+    given as a rule.
+    """
+
     suffix: PromptText = ""
+    """A text that is appended to the last text of the user, before a template renders it. It is
+    the place for an instruction that every prompt shares. Nothing is appended by default.
+    """
+
     max_tokens: Tokens = 1024
+    """The longest prompt, in tokens. Together with the longest response it must fit into
+    ``learner.token_budget``.
+    """
+
     overlong: Literal["error", "drop"] = "error"
+    """What becomes of longer prompts. ``error`` ends the command before the run starts; ``drop``
+    leaves them out and counts them.
+    """
 
     @model_validator(mode="after")
     def _options_reach_a_template(self) -> Self:
@@ -112,16 +174,35 @@ class PromptsConfig(Section):
 
 
 class FlowConfig(Section):
-    """``max_staleness`` 0 is synchronous. ``lookahead`` lets a batch take trajectories out of issue
-    order (see ``buffer.py``). A trajectory that is lost ``max_attempts`` times is dropped, and the
-    next one takes its place; more than ``max_dropped_ratio`` of the run's trajectories end it.
+    """How trajectories flow from the engines to the learner: how many make a batch, how old they
+    may be, and how often one may be lost (``eopd/buffer.py`` has the rules of their order).
     """
 
     batch_prompts: int = Field(ge=1, le=1_000_000)
+    """The number of prompts in a batch. A batch has ``flow.batch_prompts`` x
+    ``rollout.samples_per_prompt`` trajectories.
+    """
+
     max_staleness: int = Field(0, ge=0, le=1_000_000)
+    """The most policy versions that a trajectory may be behind when it is trained on. 0 is
+    synchronous: engines wait while the learner trains. With 1 or more, both work at the same time.
+    """
+
     lookahead: int = Field(0, ge=0, le=1_000_000)
+    """The number of batches by which a slow trajectory may be overtaken, at most
+    ``flow.max_staleness``. 0 trains in the order of issue; more waits less for the longest
+    responses.
+    """
+
     max_attempts: int = Field(3, ge=1, le=1_000_000)
+    """How often one trajectory may be lost before it is dropped, and the next one takes its
+    place. A worker that dies costs its trajectories no attempt.
+    """
+
     max_dropped_ratio: float = Field(0.01, ge=0.0, le=1.0)
+    """The share of the run's trajectories that may be dropped, rounded up to a whole number. More
+    end the run, with a checkpoint.
+    """
 
     @model_validator(mode="after")
     def _lookahead_fits(self) -> Self:
@@ -135,187 +216,121 @@ class FlowConfig(Section):
 
 
 class WeightsConfig(Section):
-    """The wire from learner to engines: ``gloo`` through host memory, ``nccl`` between GPUs.
-
-    ``connect_timeout_s`` is for all engines to join, ``timeout_s`` for one bucket to reach them
-    all. At the first and every ``verify_every``-th sync each engine must give a fixed text the
-    learner's log-probabilities; 0 never asks.
-    """
+    """The wire on which weights go from the learner to the engines, and how they are verified."""
 
     backend: Literal["gloo", "nccl"] = "gloo"
+    """What carries the weights: ``gloo`` goes through host memory, ``nccl`` goes between GPUs
+    that are not shared.
+    """
+
     bucket_bytes: int = Field(64 * 1024 * 1024, ge=1024, le=2**40)
+    """The size, in bytes, of the pieces in which weights travel; a larger parameter is a piece of
+    its own. The default is 64 MiB.
+    """
+
     connect_timeout_s: Seconds = 60.0
+    """The seconds in which all engines must join a transfer."""
+
     timeout_s: Seconds = 120.0
+    """The seconds in which one bucket must reach all engines. Raise it with
+    ``weights.bucket_bytes``, or on a slow network.
+    """
+
     verify_every: Count = 10
+    """The number of syncs from one verification to the next. At the first sync, and at every so
+    many-th one, engines and learner give the log-probabilities of 256 prompt tokens, which must
+    agree on average: to 0.001 nats in float32, to 0.2 in bfloat16. 0 never asks; choose it for
+    engines whose numbers are meant to differ, such as quantised ones.
+    """
 
 
 class CheckpointConfig(Section):
-    """``every`` batches and at the end of the run; the newest ``keep_last`` are kept."""
+    """When checkpoints are written, and how many of them stay."""
 
     every: Positive = 50
+    """The number of batches between two checkpoints. There is one at the end of the run, too. An
+    interrupted run loses at most so many batches.
+    """
+
     keep_last: Positive = 2
+    """The number of checkpoints that are kept, the newest ones. ``eopd train --resume --step N``
+    can go back to any of them.
+    """
 
 
 class EvaluationConfig(Section):
-    """Held-out measurement before the first and after the last batch: sampled at
-    ``rollout.temperature``, with fixed seeds.
+    """The held-out measurement before the first batch and after the last one. Responses are
+    sampled at ``rollout.temperature``, with fixed seeds.
     """
 
     prompts: Positive = 64
+    """The number of held-out prompts that are measured. More make the standard errors smaller,
+    and the measurement longer.
+    """
+
     max_response_tokens: Tokens = 1024
+    """The longest held-out response, in tokens. Set it like ``rollout.max_response_tokens``
+    unless you mean to measure on longer or shorter ones.
+    """
+
     seed: Seed = 1234
+    """The seed of the held-out samples."""
+
     samples: Count = 3
+    """The number of held-out responses whose text and tokens are kept, for the report to show."""
 
 
 class TelemetryConfig(Section):
-    """Where Prometheus scrapes the driver; port 0 takes a free one, null switches the endpoint off.
-    ``log_format`` is that of the files in ``logs/``. ``trackers`` get every row too.
-    """
+    """Where the numbers of a run go besides its own files."""
 
     host: str = Field("127.0.0.1", pattern=r"^[^\s/]+$", description="the name or number of a host")
+    """The address at which the driver's Prometheus endpoint listens. The default answers on this
+    machine alone; ``0.0.0.0`` answers on every interface.
+    """
+
     port: int | None = Field(0, ge=0, le=65535)
+    """The port of the Prometheus endpoint. 0 takes a free one, ``null`` opens no endpoint. The
+    scrape config in ``dashboards/`` expects 9400.
+    """
+
     log_format: Literal["text", "json"] = "text"
+    """The lines of the files in ``logs/``: ``text``, or ``json`` objects with ``time``, ``role``,
+    ``node``, ``pid`` and ``text``. A file of 64 MiB becomes ``<role>.log.1``, in place of the one
+    before it.
+    """
+
     trackers: Annotated[list[TrackerName], AfterValidator(each_once("tracker"))] = []
+    """The experiment trackers to which every row of ``metrics.jsonl`` goes too; none by default.
+    The chapter docs/configuration.md#trackers says how each is set up.
+    """
 
 
 class ClusterConfig(Section):
-    """``address`` joins a running Ray cluster (as RAY_ADDRESS does); otherwise Ray is started here.
+    """The Ray cluster, and what it may lose.
 
-    Engines, teachers and learner ranks that are lost are started again, unless more than
-    ``max_restarts`` for every 8 of them are lost within ``restart_window_s``. With none of a kind
-    left, and none up within ``start_timeout_s``, the run ends.
+    Engines, teachers and learner ranks that are lost are started again. With none of a kind left,
+    and none up within ``cluster.start_timeout_s``, the run ends.
     """
 
     address: str | None = Field(None, min_length=1)
+    """The running Ray cluster to join: its ``HOST:PORT``, or ``auto`` on one of its machines. The
+    variable ``RAY_ADDRESS`` does the same. ``null`` starts Ray on this machine. The chapter
+    docs/configuration.md#the-machine says which addresses work.
+    """
+
     cpus: float | None = Field(None, gt=0.0, le=100_000.0)
+    """The CPUs of the Ray that the run starts. ``null`` takes those of the machine."""
+
     start_timeout_s: Seconds = 600.0
+    """The seconds in which every worker must be up. Raise it where models are loaded from slow
+    disks.
+    """
+
     max_restarts: Count = 10
+    """The number of engines, teacher replicas and learner gangs that may be lost within
+    ``cluster.restart_window_s``, for every 8 of them that the run has. One more ends the run, with
+    the causes.
+    """
+
     restart_window_s: Seconds = 3600.0
-
-
-class Config(Section):
-    """One run."""
-
-    run: RunConfig
-    student: StudentConfig
-    teachers: tuple[TeacherConfig, ...]
-    prompts: PromptsConfig
-    rollout: RolloutConfig = RolloutConfig()
-    flow: FlowConfig
-    loss: LossConfig = LossConfig()
-    learner: LearnerConfig = LearnerConfig()
-    weights: WeightsConfig = WeightsConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    telemetry: TelemetryConfig = TelemetryConfig()
-    cluster: ClusterConfig = ClusterConfig()
-
-    def teacher_of(self, source: str) -> TeacherConfig | None:
-        """Who teaches a source of prompts: the teacher that names it, else the one that names
-        none.
-        """
-        named = (teacher for teacher in self.teachers if source in teacher.sources)
-        return next(
-            named, next((teacher for teacher in self.teachers if not teacher.sources), None)
-        )
-
-    @property
-    def max_response_tokens(self) -> int:
-        """The longest response, in training or in evaluation."""
-        return max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens)
-
-    @property
-    def max_sequence_tokens(self) -> int:
-        """The longest prompt and response together."""
-        return self.prompts.max_tokens + self.max_response_tokens
-
-    def max_teacher_tokens(self, teacher: TeacherConfig) -> int:
-        """The same as ``teacher`` reads it."""
-        return (teacher.max_prompt_tokens or self.prompts.max_tokens) + self.max_response_tokens
-
-    @property
-    def batch_trajectories(self) -> int:
-        """Trajectories in one training batch."""
-        return self.flow.batch_prompts * self.rollout.samples_per_prompt
-
-    @model_validator(mode="after")
-    def _teachers_differ(self) -> Self:
-        if not self.teachers:
-            raise ValueError("teachers: there must be at least one; write - {model: ...} below it")
-
-        names = [teacher.name for teacher in self.teachers]
-        sources = [source for teacher in self.teachers for source in teacher.sources]
-        for what, values in (("name", names), ("source", sources)):
-            if twice := [value for value in values if values.count(value) > 1]:
-                raise ValueError(f"teachers: the {what} {show(twice[0])} stands twice")
-
-        if len(defaults := [teacher.name for teacher in self.teachers if not teacher.sources]) > 1:
-            raise ValueError(
-                f"teachers: {' and '.join(defaults)} name no sources; only one can be the default"
-            )
-
-        return self
-
-    @model_validator(mode="after")
-    def _there_is_data(self) -> Self:
-        for name, data in (("data", self.prompts.data), ("held_out", self.prompts.held_out)):
-            if not data.strip():
-                raise ValueError(
-                    f"prompts.{name}: must be a .jsonl or .parquet file, or a "
-                    "data set's name (is '')"
-                )
-
-        return self
-
-    @model_validator(mode="after")
-    def _a_batch_can_be_trained(self) -> Self:
-        if self.learner.token_budget < self.max_sequence_tokens:
-            raise ValueError(
-                f"learner.token_budget: {self.learner.token_budget} is below "
-                f"prompts.max_tokens + max_response_tokens = {self.max_sequence_tokens}; the "
-                "longest trajectory would fit no micro-batch"
-            )
-
-        if self.batch_trajectories < self.learner.optimizer_steps_per_batch * self.learner.ranks:
-            raise ValueError(
-                f"flow.batch_prompts: a batch of {self.batch_trajectories} trajectories "
-                f"cannot be cut into {self.learner.optimizer_steps_per_batch} optimiser "
-                f"steps on {self.learner.ranks} ranks"
-            )
-
-        if self.loss.reward is not None:
-            why = "loss.reverse_kl.reward: compares a prompt's samples within one batch; it needs"
-            if (samples := self.rollout.samples_per_prompt) < 2:
-                raise ValueError(f"{why} rollout.samples_per_prompt of 2 or more (is {samples})")
-
-            if self.flow.lookahead:
-                raise ValueError(f"{why} flow.lookahead 0 (is {self.flow.lookahead})")
-
-        return self
-
-    @model_validator(mode="after")
-    def _sections_fit(self) -> Self:
-        learner, rollout = self.learner.gpus, self.rollout.gpus
-        if self.weights.backend == "nccl" and not (
-            learner.is_integer() and rollout.is_integer() and learner * rollout
-        ):
-            raise ValueError(
-                "weights.backend: nccl moves weights between GPUs that are not shared; it "
-                f"needs learner.gpus 1 (is {learner:g}) and rollout.gpus of 1 or more (is "
-                f"{rollout:g}); else write gloo"
-            )
-
-        if isinstance(self.loss.reverse_kl, NoReverseKl) and not self.loss.forward_counts:
-            raise ValueError(
-                "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or "
-                "loss.gate never opens"
-            )
-
-        if self.prompts.template == "none" and any(
-            teacher.template_options for teacher in self.teachers
-        ):
-            raise ValueError(
-                "teachers.template_options: go to a chat template; prompts.template is none"
-            )
-
-        return self
+    """The length, in seconds, of the window in which lost workers are counted."""

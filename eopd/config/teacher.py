@@ -69,57 +69,131 @@ VARIABLE_WORDS: Final = (
 
 
 class ServerConfig(Section):
-    """Where a teacher is served over HTTP. ``model`` is the name it is served under.
-
-    ``api_key_env`` names the environment variable that holds the key, which is thus in no file and
-    no log. ``timeout_s`` is that of one request, ``max_attempts`` of a trajectory's, with growing
-    pauses between them.
-    """
+    """The server of a teacher whose backend is ``openai`` or ``eopd``."""
 
     url: Url
+    """The root of the server, such as ``http://host:8000``, without ``/v1``."""
+
     model: str | None = Field(None, min_length=1)
+    """The name under which the server serves the model. The backend ``openai`` needs it."""
+
     api_key_env: str | None = Field(None, pattern=VARIABLE, description=VARIABLE_WORDS)
+    """The environment variable that holds the key, which is thus in no file and no log. It is
+    read on the node where the client runs, so set it on every node. ``null`` sends no key.
+    """
+
     max_connections: int = Field(32, ge=1, le=10_000)
+    """The number of requests that may be in flight; the others wait."""
+
     timeout_s: Seconds = 90.0
+    """The seconds of one request."""
+
     max_attempts: int = Field(6, ge=1, le=1_000_000)
+    """The number of attempts at one request. They pause up to 1, 2, 4, ... 30 s: raise it for a
+    server that may be away for longer than half a minute.
+    """
 
 
 class TeacherConfig(Section):
-    """A model that reads along: ``vllm`` in the cluster, ``openai`` any server that returns
-    ``prompt_logprobs``, ``eopd`` the server of ``eopd teacher serve``.
+    """A model that reads along: it gives its log-probabilities and its entropy at every token that
+    the student wrote.
 
-    ``model`` is its Hugging Face directory; a served one needs no weights there, only configuration
-    and tokenizer. ``sources`` are the sources of prompts it teaches; without any it teaches those
-    that no other teacher does.
-    ``dtype: auto`` is chosen when the config is loaded, and ``dtype_reason`` says why.
-    ``head_dtype: float32`` keeps a float32 copy of the head and is exact; ``model`` projects in the
-    model's own precision. ``template`` makes of a row of the data a prompt that only this teacher
-    sees: Jinja for the last text of the user; ``template_options`` go to its chat template.
-    ``entropy_bound`` is what the gate reads where only bounds on the entropy are known.
-    ``eos_remap`` maps the student's end tokens to the teacher's. A trajectory not scored within
-    ``timeout_s`` is tried elsewhere. ``vllm`` goes to the engine untouched.
+    A teacher runs in the cluster or stands behind a server. The chapter
+    docs/configuration.md#teachers-in-a-cluster-and-behind-servers has examples.
     """
 
     name: str = Field("teacher", pattern=NAME, max_length=200, description=NAME_WORDS)
+    """The name of the teacher in metrics and messages. Several teachers need different ones."""
+
     backend: Literal["vllm", "openai", "eopd"] = "vllm"
+    """Where the teacher runs. ``vllm`` is an engine in the cluster, ``openai`` any server that
+    returns ``prompt_logprobs``, ``eopd`` the server of ``eopd teacher serve``. Servers need
+    ``teachers[].server``.
+    """
+
     model: AbsolutePath
+    """The teacher's Hugging Face directory, which shares the student's vocabulary. Of a teacher
+    behind a server configuration and tokenizer are enough.
+    """
+
     server: ServerConfig | None = None
+    """The server of a teacher with the backend ``openai`` or ``eopd``; ``null`` with ``vllm``."""
+
     sources: Names = ()
+    """The sources of prompts that this teacher teaches. One teacher may name none: it teaches
+    every source that no other one names.
+    """
+
     replicas: Actors = 1
+    """The number of engines of this teacher, or of clients of its server."""
+
     dtype: Dtype = "auto"
+    """The precision of the teacher. ``auto`` is chosen when the config is loaded, as for the
+    student; it is bfloat16 for a teacher behind a server.
+    """
+
     dtype_reason: str | None = None
+    """Why ``auto`` chose the precision it did. The program writes it; leave it out."""
+
     head_dtype: Literal["float32", "model"] = "float32"
+    """The precision in which the head computes logits. ``float32`` keeps a float32 copy of the head
+    and is exact; ``model`` computes in the model's own precision, which is faster and good enough
+    for a gate.
+    """
+
     temperature: Temperature = 1.0
+    """Divides the teacher's logits. The student is sampled at ``rollout.temperature`` and pulled
+    towards the teacher at this one: set both alike unless you mean to sharpen or flatten the
+    student.
+    """
+
     entropy_bound: EntropyBound = "mid"
+    """What the gate reads where only bounds on the teacher's entropy are known (backend
+    ``openai``): the lower one, the upper one, or the middle of the two.
+    """
+
     eos_remap: dict[int, int] = {}
+    """The end tokens of the student and those of the teacher that stand for them, as
+    ``{student id: teacher id}``. ``eopd check`` proposes it where it is needed.
+    """
+
     template: PromptText | None = None
+    """Makes a prompt that only this teacher sees: Jinja for the last text of the user, with the
+    columns of the data row and ``prompt``, the student's text. ``null`` shows the teacher the
+    student's prompt.
+    """
+
     template_options: NativeOptions = {}
+    """Options of the teacher's chat template, for a teacher with a ``template``."""
+
     max_prompt_tokens: Tokens | None = None
+    """The longest prompt of a teacher with a ``template``, in tokens. ``null`` takes
+    ``prompts.max_tokens``.
+    """
+
     timeout_s: Seconds = 600.0
+    """The seconds in which a replica must score a trajectory. After them it is pinged. One that
+    does not answer is replaced, and its trajectories go to other replicas; if it answers, the
+    trajectory itself has failed and is sampled again.
+    """
+
     cpus: Cpus = 1.0
+    """The CPUs of one replica, which Ray reserves; a fraction is allowed."""
+
     gpus: Gpus = 0.0
+    """The GPUs of one replica, which Ray reserves: ``tensor_parallel_size`` x
+    ``pipeline_parallel_size`` of ``teachers[].vllm``, or a share of one GPU. 0 runs on CPUs, or
+    behind a server.
+    """
+
     threads: Threads = 1
+    """The compute threads of one replica, which are never taken from Ray."""
+
     vllm: NativeOptions = {}
+    """Options of vLLM's engine, which go to it untouched. Those that the numbers rest on, such as
+    ``model`` and ``dtype``, are refused, and the message says which key decides instead. A teacher
+    behind a server has none.
+    """
 
     @model_validator(mode="after")
     def _ours_stay_ours(self) -> Self:

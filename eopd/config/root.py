@@ -1,0 +1,176 @@
+"""The whole of a run: its sections, and what must hold between them."""
+
+from typing import Self
+
+from pydantic import model_validator
+
+from eopd.config.base import Section
+from eopd.config.document import show
+from eopd.config.learner import LearnerConfig
+from eopd.config.loss import LossConfig, NoReverseKl
+from eopd.config.rollout import RolloutConfig
+from eopd.config.sections import (
+    CheckpointConfig,
+    ClusterConfig,
+    EvaluationConfig,
+    FlowConfig,
+    PromptsConfig,
+    RunConfig,
+    StudentConfig,
+    TelemetryConfig,
+    WeightsConfig,
+)
+from eopd.config.teacher import TeacherConfig
+
+
+class Config(Section):
+    """One run. Every key belongs to one of these sections."""
+
+    run: RunConfig
+    """The name of the run, its length, and where it writes."""
+
+    student: StudentConfig
+    """The model that learns."""
+
+    teachers: tuple[TeacherConfig, ...]
+    """The models that read along, one or more."""
+
+    prompts: PromptsConfig
+    """The data, and how prompts are rendered."""
+
+    rollout: RolloutConfig = RolloutConfig()
+    """The engines that write responses."""
+
+    flow: FlowConfig
+    """How trajectories flow from the engines to the learner."""
+
+    loss: LossConfig = LossConfig()
+    """The objective."""
+
+    learner: LearnerConfig = LearnerConfig()
+    """The gang of ranks that trains the student."""
+
+    weights: WeightsConfig = WeightsConfig()
+    """The wire on which weights go from the learner to the engines."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written, and how many stay."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """The held-out measurement before and after training."""
+
+    telemetry: TelemetryConfig = TelemetryConfig()
+    """The metrics endpoint, the logs and the trackers."""
+
+    cluster: ClusterConfig = ClusterConfig()
+    """The Ray cluster, and what it may lose."""
+
+    def teacher_of(self, source: str) -> TeacherConfig | None:
+        """The teacher of a source of prompts: the one that names it, else the one that names
+        none.
+        """
+        named = (teacher for teacher in self.teachers if source in teacher.sources)
+        return next(
+            named, next((teacher for teacher in self.teachers if not teacher.sources), None)
+        )
+
+    @property
+    def max_response_tokens(self) -> int:
+        """The longest response, in training or in evaluation."""
+        return max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest prompt and response together."""
+        return self.prompts.max_tokens + self.max_response_tokens
+
+    def max_teacher_tokens(self, teacher: TeacherConfig) -> int:
+        """The longest prompt and response together, as ``teacher`` reads them."""
+        return (teacher.max_prompt_tokens or self.prompts.max_tokens) + self.max_response_tokens
+
+    @property
+    def batch_trajectories(self) -> int:
+        """Trajectories in one training batch."""
+        return self.flow.batch_prompts * self.rollout.samples_per_prompt
+
+    @model_validator(mode="after")
+    def _teachers_differ(self) -> Self:
+        if not self.teachers:
+            raise ValueError("teachers: there must be at least one; write - {model: ...} below it")
+
+        names = [teacher.name for teacher in self.teachers]
+        sources = [source for teacher in self.teachers for source in teacher.sources]
+        for what, values in (("name", names), ("source", sources)):
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"teachers: the {what} {show(twice[0])} stands twice")
+
+        if len(defaults := [teacher.name for teacher in self.teachers if not teacher.sources]) > 1:
+            raise ValueError(
+                f"teachers: {' and '.join(defaults)} name no sources; only one can be the default"
+            )
+
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_data(self) -> Self:
+        for name, data in (("data", self.prompts.data), ("held_out", self.prompts.held_out)):
+            if not data.strip():
+                raise ValueError(
+                    f"prompts.{name}: must be a .jsonl or .parquet file, or a "
+                    "data set's name (is '')"
+                )
+
+        return self
+
+    @model_validator(mode="after")
+    def _a_batch_can_be_trained(self) -> Self:
+        if self.learner.token_budget < self.max_sequence_tokens:
+            raise ValueError(
+                f"learner.token_budget: {self.learner.token_budget} is below "
+                f"prompts.max_tokens + max_response_tokens = {self.max_sequence_tokens}; the "
+                "longest trajectory would fit no micro-batch"
+            )
+
+        if self.batch_trajectories < self.learner.optimizer_steps_per_batch * self.learner.ranks:
+            raise ValueError(
+                f"flow.batch_prompts: a batch of {self.batch_trajectories} trajectories "
+                f"cannot be cut into {self.learner.optimizer_steps_per_batch} optimiser "
+                f"steps on {self.learner.ranks} ranks"
+            )
+
+        if self.loss.reward is not None:
+            why = "loss.reverse_kl.reward: compares a prompt's samples within one batch; it needs"
+            if (samples := self.rollout.samples_per_prompt) < 2:
+                raise ValueError(f"{why} rollout.samples_per_prompt of 2 or more (is {samples})")
+
+            if self.flow.lookahead:
+                raise ValueError(f"{why} flow.lookahead 0 (is {self.flow.lookahead})")
+
+        return self
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        learner, rollout = self.learner.gpus, self.rollout.gpus
+        if self.weights.backend == "nccl" and not (
+            learner.is_integer() and rollout.is_integer() and learner * rollout
+        ):
+            raise ValueError(
+                "weights.backend: nccl moves weights between GPUs that are not shared; it "
+                f"needs learner.gpus 1 (is {learner:g}) and rollout.gpus of 1 or more (is "
+                f"{rollout:g}); else write gloo"
+            )
+
+        if isinstance(self.loss.reverse_kl, NoReverseKl) and not self.loss.forward_counts:
+            raise ValueError(
+                "loss.reverse_kl: none leaves no loss at all where loss.alpha is 0 or "
+                "loss.gate never opens"
+            )
+
+        if self.prompts.template == "none" and any(
+            teacher.template_options for teacher in self.teachers
+        ):
+            raise ValueError(
+                "teachers.template_options: go to a chat template; prompts.template is none"
+            )
+
+        return self
