@@ -10,7 +10,7 @@ PAIRED := -n 2 --dist loadfile
 RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tiny test test-all unit check format bench soak dashboards lock clean
+.PHONY: help setup demo tiny test test-all unit check format bench soak dashboards reference lock clean
 
 help: ## print these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ soak: setup ## half an hour of training with a fault every minute: what is lost,
 
 dashboards: setup ## make the Grafana dashboards again
 	$(BIN)/python dashboards/build.py
+
+reference: setup ## make the page of all configuration keys and the JSON schema again
+	$(BIN)/python docs/reference.py
 
 lock: ## rewrite both lock files (needs uv; options in cluster/lock.sh)
 	cluster/lock.sh --torch-backend cpu

@@ -1,4 +1,5 @@
-"""``eopd init``: a shipped recipe and its prompts, written into the current folder.
+"""``eopd init``: a shipped recipe, its prompts and the schema for an editor, written into the
+current folder.
 
 The recipes are the files of ``configs/``, which the package carries as ``eopd/recipes``. They keep
 their names and their place below ``configs/``, so that paths inside a recipe, and the command in
@@ -14,6 +15,7 @@ from eopd.config import ConfigError
 
 RECIPES = Path(eopd.__file__).with_name("recipes")
 _FOLDER = "configs"
+_SCHEMA = Path("schema.json")  # which the first line of a recipe names
 
 
 def recipe_names() -> list[str]:
@@ -22,7 +24,7 @@ def recipe_names() -> list[str]:
 
 
 def write_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
-    """Write ``configs/NAME.yaml`` and the prompts it names below ``folder``.
+    """Write ``configs/NAME.yaml``, the prompts it names, and the schema below ``folder``.
 
     Files that are there already, with the same contents, are left alone.
 
@@ -47,11 +49,11 @@ def write_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
 
 
 def _files(name: str, text: str) -> list[Path]:
-    """Where a recipe and its prompts lie, below ``configs/``."""
+    """Where a recipe, its prompts and the schema lie, below ``configs/``."""
     prompts = yaml.safe_load(text)["prompts"]
     specs = dict.fromkeys((prompts["data"], prompts["held_out"]))
     paths = [Path(spec).relative_to(_FOLDER) for spec in specs if spec.startswith(f"{_FOLDER}/")]
-    return [Path(f"{name}.yaml"), *paths]
+    return [Path(f"{name}.yaml"), *paths, _SCHEMA]
 
 
 def _command(text: str) -> str:

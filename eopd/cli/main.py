@@ -54,14 +54,14 @@ app.command("eval")(evaluate)
 
 MODELS = Path("~/.cache/eopd/models")
 CONFIG_HELP = (
-    "A YAML file, e.g. configs/tiny.yaml; its keys are described in docs/configuration.md."
+    "A YAML file, e.g. configs/tiny.yaml; docs/configuration-reference.md describes its keys."
 )
 SET_HELP = "Override one key; may be given more than once. See the end of this help."
 SET_EPILOG = (
     "--set takes section.key=value; the value is YAML, and an item of a list is named by "
     "its number: --set learner.lr=1e-5 --set loss.gate=always --set "
     "teachers.0.temperature=0.7 --set 'rollout.vllm={max_num_seqs: 64}'. Every key is "
-    "described in docs/configuration.md; `eopd config CONFIG` prints them all with their "
+    "described in docs/configuration-reference.md; `eopd config CONFIG` prints them all with their "
     "values."
 )
 EXIT_INTERRUPTED = 130

@@ -106,7 +106,7 @@ class Reward(Section):
     """A verifier's advantage, added to the teacher's on every token of a response: ``weight`` x
     (reward - mean reward of the prompt's other samples).
 
-    It needs answers in the data, and two or more samples of each prompt.
+    It needs answers in the data, two or more samples of each prompt, and ``flow.lookahead`` 0.
     """
 
     grader: GraderName
@@ -126,13 +126,13 @@ class SampledReverseKl(Section):
 
     kind: Literal["sampled"] = "sampled"
     clip: float = Field(0.2, gt=0.0, lt=1.0)
-    """How far the student's probability may move from that at the start of the batch, as a ratio:
-    beyond 1 - clip and 1 + clip a token has no gradient.
+    """The clip c of the policy gradient: the ratio of the student's probability to that at the start
+    of the batch is cut at 1 - c and 1 + c. A smaller one lets a batch change less.
     """
 
     importance_cap: float = Field(2.0, ge=1.0, le=1e6)
-    """The highest importance weight of a token, which corrects for the weights that wrote it being
-    older than the learner's.
+    """The highest importance weight of a token. The weight corrects for a token that older weights
+    wrote, and for the numeric gap between engine and learner.
     """
 
     reward: Reward | None = None

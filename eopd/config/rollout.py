@@ -69,8 +69,8 @@ class RolloutConfig(Section):
     """The number of engines that write. ``eopd scale`` changes it while a run goes on."""
 
     cpus: Cpus = 1.0
-    """The CPUs of one engine, which Ray reserves; a fraction is allowed. Those of all roles must
-    be free in the cluster when the run starts.
+    """The CPUs of one engine, which Ray reserves; a fraction is allowed. Those of all engines,
+    replicas and ranks must be free in the cluster when the run starts.
     """
 
     gpus: Gpus = 0.0

@@ -45,7 +45,7 @@ class Config(Section):
     """How trajectories flow from the engines to the learner."""
 
     loss: LossConfig = LossConfig()
-    """The objective."""
+    """The objective, which the learner minimises."""
 
     learner: LearnerConfig = LearnerConfig()
     """The gang of ranks that trains the student."""

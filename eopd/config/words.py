@@ -1,5 +1,6 @@
 """Types of config keys in the words of YAML: ``a whole number from 1 to 8, or null``."""
 
+import itertools
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def expected(annotation: object, metadata: Iterable[object] = ()) -> str:
         return listed([f"{{kind: {kind}}}" for kind in kinds], last="or")
 
     if typing.get_origin(annotation) in (None, typing.Literal, list, tuple, dict, set):
-        return _one(annotation, _bounds(metadata))
+        return _one(annotation, list(metadata))
 
     parts = [part for part in typing.get_args(annotation) if part is not type(None)]
     words = list(dict.fromkeys(expected(part, metadata) for part in parts))
@@ -43,14 +44,23 @@ def literals(annotation: object) -> list[str]:
     return [str(word) for literal in found for word in typing.get_args(literal)]
 
 
-def _one(wanted: object, bounds: Sequence[object]) -> str:
+def bound_of(metadata: Iterable[object], name: str) -> object:
+    """The bound of this name (``ge``, ``pattern``, ...) beside a type, or None; it may stand within
+    a ``Field(...)``.
+    """
+    parts = (part.metadata if isinstance(part, FieldInfo) else [part] for part in metadata)
+    bounds = itertools.chain.from_iterable(parts)
+    return next((getattr(bound, name) for bound in bounds if hasattr(bound, name)), None)
+
+
+def _one(wanted: object, metadata: Sequence[object]) -> str:
     if section := section_of(wanted):
         keys = list(section.model_fields)
         more = ", ..." if len(keys) > _MOST_KEYS else ""
         return f"a mapping of its keys ({', '.join(keys[:_MOST_KEYS])}{more})"
 
     if (item := item_of(wanted)) is not None:
-        return f"a list{_length(wanted, bounds)}, each {expected(item)}"
+        return f"a list{_length(wanted, metadata)}, each {expected(item)}"
 
     if typing.get_origin(wanted) is typing.Literal:
         return listed([show(value) for value in typing.get_args(wanted)], last="or")
@@ -64,30 +74,20 @@ def _one(wanted: object, bounds: Sequence[object]) -> str:
 
     name = _NAMES.get(typing.cast(type, wanted), "a path" if wanted is Path else "another value")
 
-    return name + (_range(bounds) if wanted in (int, float) else "")
+    return name + (_range(metadata) if wanted in (int, float) else "")
 
 
-def _length(wanted: object, bounds: Sequence[object]) -> str:
+def _length(wanted: object, metadata: Sequence[object]) -> str:
     parts = typing.get_args(wanted)
     if typing.get_origin(wanted) is tuple and parts[-1] is not Ellipsis:
         return f" of {len(parts)}"
 
-    return " of at least one" if _bound(bounds, "min_length") else ""
+    return " of at least one" if bound_of(metadata, "min_length") else ""
 
 
-def _bounds(metadata: Iterable[object]) -> list[object]:
-    """Bounds, also those within a ``Field(...)``."""
-    parts = [part.metadata if isinstance(part, FieldInfo) else [part] for part in metadata]
-    return [bound for some in parts for bound in some]
-
-
-def _bound(bounds: Iterable[object], name: str) -> object:
-    return next((getattr(part, name) for part in bounds if hasattr(part, name)), None)
-
-
-def _range(bounds: Sequence[object]) -> str:
-    least, above = _bound(bounds, "ge"), _bound(bounds, "gt")
-    most, below = _bound(bounds, "le"), _bound(bounds, "lt")
+def _range(metadata: Sequence[object]) -> str:
+    least, above = bound_of(metadata, "ge"), bound_of(metadata, "gt")
+    most, below = bound_of(metadata, "le"), bound_of(metadata, "lt")
     if least is not None and most is not None:
         return f" from {_short(least)} to {_short(most)}"
 

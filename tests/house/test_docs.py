@@ -1,6 +1,7 @@
 """What README and docs/ show exists: commands, options, links, and configuration keys."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 import typer
 
 from eopd.cli.main import app
+from eopd.config import Config, LearnerConfig
+from eopd.config.base import Section
+from eopd.config.loss import HardGate
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -189,16 +193,49 @@ def test_keys_in_backticks_exist(page):
     assert unknown_keys(page.read_text(encoding="utf-8")) == []
 
 
+REFERENCE = runpy.run_path(str(ROOT / "docs/reference.py"))
+SECTION_TYPES = [
+    Config,
+    *(form for chapter in REFERENCE["chapters"](Config) for form in chapter.forms.values()),
+]
+
+
+def test_the_reference_page_and_the_schema_are_what_the_sections_say():
+    rendered = REFERENCE["render"]()
+    assert set(rendered) == {"docs/configuration-reference.md", "configs/schema.json"}
+    written = {name: (ROOT / name).read_text(encoding="utf-8") for name in rendered}
+    assert written == rendered, "make reference"
+
+
 def test_every_key_is_described():
-    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
-    missing = [name for name in KNOBS if not any(f"`{part}`" in text for part in parents(name))]
-    assert missing == []
+    text = (ROOT / "docs/configuration-reference.md").read_text(encoding="utf-8")
+    assert [name for name in KNOBS if f"`{name}`" not in text] == []
 
 
-def parents(name: str) -> list[str]:
-    """The keys whose row may describe a key: ``loss.gate``, ``loss.gate.tau`` for the latter."""
-    names = name.split(".")
-    return [".".join(names[:length]) for length in range(2, len(names) + 1)]
+def test_every_section_is_in_the_reference():
+    assert set(SECTION_TYPES) == set(Section.__subclasses__())
+
+
+@pytest.mark.parametrize("section", SECTION_TYPES, ids=lambda section: section.__name__)
+def test_every_field_has_a_description_in_sentences(section):
+    texts = REFERENCE["descriptions"](section)
+    assert texts.keys() == section.model_fields.keys()
+    assert {name: text for name, text in texts.items() if not is_sentence(text)} == {}
+
+
+def is_sentence(text: str) -> bool:
+    """Whether a text begins with a capital letter, ends with a full stop, and has three words."""
+    return re.fullmatch(r"[A-Z][^\n]*\.", text) is not None and len(text.split()) >= 3
+
+
+def test_a_description_is_what_stands_beneath_its_field():
+    learner = REFERENCE["descriptions"](LearnerConfig)
+    assert learner["warmup_batches"] == (
+        "The number of batches over which the learning rate grows to `learner.lr`."
+    )
+    gate = REFERENCE["descriptions"](HardGate)
+    assert list(gate) == ["kind", "tau"] and gate["kind"].startswith("The gate of the paper: ")
+    assert not any(map(is_sentence, ["", "Of AdamW", "of AdamW.", "Of AdamW."]))
 
 
 # --- the checks themselves -------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_help_gives_an_example_of_an_override(verb, capsys, monkeypatch):
 
     shown = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
-    assert "--set learner.lr=1e-5" in shown and "docs/configuration.md" in shown
+    assert "--set learner.lr=1e-5" in shown and "docs/configuration-reference.md" in shown
 
 
 def test_options_of_eval_have_the_bounds_of_their_keys(capsys, monkeypatch):

@@ -1,4 +1,6 @@
-"""``eopd init``: a recipe and its prompts in an empty folder, never over what is there."""
+"""``eopd init``: a recipe, its prompts and the schema in an empty folder, never over what is
+there.
+"""
 
 import subprocess
 import sys
@@ -44,6 +46,9 @@ def test_a_written_recipe_loads_and_finds_its_prompts(name, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert command.endswith(f"eopd train configs/{name}.yaml")
     prompts = load_config(Path(f"configs/{name}.yaml")).prompts
+    first_line = (tmp_path / f"configs/{name}.yaml").read_text().partition("\n")[0]
+    assert first_line == "# yaml-language-server: $schema=schema.json"
+    assert (tmp_path / "configs/schema.json").is_file()
     for spec in (prompts.data, prompts.held_out):
         assert not Path(spec).is_relative_to(tmp_path / "configs") or Path(spec).is_file()
 
@@ -57,6 +62,7 @@ def test_it_says_what_it_wrote_and_what_comes_next(tmp_path, monkeypatch, capsys
         "wrote configs/tiny.yaml",
         "wrote configs/prompts/demo_train.jsonl",
         "wrote configs/prompts/demo_held_out.jsonl",
+        "wrote configs/schema.json",
         "next: eopd models tiny && eopd train configs/tiny.yaml",
     ]
     assert contents(tmp_path) == {
@@ -65,6 +71,7 @@ def test_it_says_what_it_wrote_and_what_comes_next(tmp_path, monkeypatch, capsys
             "configs/tiny.yaml",
             "configs/prompts/demo_train.jsonl",
             "configs/prompts/demo_held_out.jsonl",
+            "configs/schema.json",
         )
     }
 
