@@ -49,7 +49,7 @@ Gpus = Annotated[
 
 
 def _resolve(path: Path) -> Path:
-    """Absolute from here on: actors may run in another working directory. ``~`` is the home
+    """Make a path absolute, since actors may run in another working directory. ``~`` is the home
     directory.
     """
     text = str(path)
@@ -65,17 +65,17 @@ def _resolve(path: Path) -> Path:
         raise ValueError(f"{text} is an address; it must be a path on a disk that every node reads")
 
     try:
-        whole = path.expanduser().absolute()
+        absolute = path.expanduser().absolute()
     except RuntimeError:
         raise ValueError(f"{text}: there is no such user, or no home directory") from None
 
-    if (longest := max(len(os.fsencode(part)) for part in whole.parts)) > MAX_NAME_BYTES:
+    if (longest := max(len(os.fsencode(part)) for part in absolute.parts)) > MAX_NAME_BYTES:
         raise ValueError(f"a name in a path has {MAX_NAME_BYTES} bytes at most (has {longest})")
 
-    if (length := len(os.fsencode(whole))) > MAX_PATH_BYTES:
+    if (length := len(os.fsencode(absolute))) > MAX_PATH_BYTES:
         raise ValueError(f"a path has {MAX_PATH_BYTES} bytes at most (has {length})")
 
-    return whole
+    return absolute
 
 
 def _not_empty(value: object) -> object:
@@ -89,7 +89,7 @@ AbsolutePath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_reso
 
 
 def _resolve_data(spec: str) -> str:
-    """A file becomes absolute like any path; anything else is the name of a data set."""
+    """Make the path of a file absolute; anything else is the name of a data set."""
     if "\0" in spec:
         raise ValueError("a path holds no NUL character")
 
@@ -100,10 +100,10 @@ DataSpec = Annotated[str, AfterValidator(_resolve_data)]
 
 
 def _without_controls(text: str) -> str:
-    if found := control_in(text):
+    if escape := control_in(text):
         raise ValueError(
-            f"{found}, which double quotes in YAML make of {found.meant}; double the "
-            f"backslash (\\{found.meant}), or write the text in single quotes"
+            f"{escape}, which double quotes in YAML make of {escape.meant}; double the "
+            f"backslash (\\{escape.meant}), or write the text in single quotes"
         )
 
     return text
@@ -113,22 +113,22 @@ def _without_controls(text: str) -> str:
 PromptText = Annotated[str, AfterValidator(_without_controls)]
 
 
-def _one_is_a_list(value: object) -> object:
+def _text_as_list(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_text_as_list)]
 
 
-def refuse(where: str, options: Mapping[str, object], owned: Mapping[str, str]) -> None:
+def refuse(key: str, options: Mapping[str, object], owned: Mapping[str, str]) -> None:
     """Refuse native options that this project must set itself; ``owned`` says what decides each.
 
     Raises:
         ValueError: names them.
     """
-    if taken := [name for name in options if name in owned]:
+    if names := [name for name in options if name in owned]:
         raise ValueError(
-            "; ".join(f"{where}.{name}: cannot be set here: {owned[name]}" for name in taken)
+            "; ".join(f"{key}.{name}: cannot be set here: {owned[name]}" for name in names)
         )
 
 
@@ -151,21 +151,21 @@ def require_gpus_for_workers(gpus: float, vllm: Mapping[str, object]) -> None:
     if gpus == 0.0 or (workers == 1 and gpus <= 1.0) or gpus == workers:
         return
 
-    asked = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-    if asked:
-        raise ValueError(f"gpus: must be {workers} for vllm.{asked} (is {gpus:g})")
+    product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    if product:
+        raise ValueError(f"gpus: must be {workers} for vllm.{product} (is {gpus:g})")
 
     raise ValueError(
         f"gpus: the engine would use one of {gpus:g}; add vllm: {{tensor_parallel_size: {gpus:g}}}"
     )
 
 
-def each_once(what: str) -> Callable[[list[str]], list[str]]:
-    """A check that no value of a list stands there twice; ``what`` names one of them."""
+def each_once(noun: str) -> Callable[[list[str]], list[str]]:
+    """A check that no value of a list stands there twice; ``noun`` names a value."""
 
     def check(values: list[str]) -> list[str]:
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise ValueError(f"{what} {twice[0]} stands twice")
+        if duplicates := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{noun} {duplicates[0]} stands twice")
 
         return values
 
@@ -173,7 +173,12 @@ def each_once(what: str) -> Callable[[list[str]], list[str]]:
 
 
 class Section(BaseModel):
-    """Frozen; an unknown key is an error, never ignored; defaults are checked like values."""
+    """The base of every config section: frozen; an unknown key is an error, never ignored;
+    defaults are checked like values.
+
+    What stands beneath a field is its description. The ``description`` of pydantic's ``Field`` is
+    what a message says may stand there, where bounds do not say it.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False

@@ -27,7 +27,7 @@ class DocumentError(Exception):
 
 
 class _Composer(yaml.SafeLoader):
-    """PyYAML's, which decides nothing about unquoted scalars and goes ``_DEEPEST`` levels deep."""
+    """PyYAML's composer, which decides nothing about unquoted scalars and goes ``_DEEPEST`` levels deep."""
 
     depth = 0
 
@@ -50,7 +50,7 @@ class _Composer(yaml.SafeLoader):
 
 
 def read_tree(text: str) -> object:
-    """The tree of one YAML document; None of an empty one.
+    """Reads the tree of one YAML document; that of an empty one is None.
 
     Raises:
         DocumentError: the text is not YAML, a key stands twice, or there is no end to the tree.
@@ -60,10 +60,10 @@ def read_tree(text: str) -> object:
 
 
 def read_value(text: str) -> object:
-    """The tree of an override's value, which must be the whole text.
+    """Reads the tree of an override's value, which must be the whole text.
 
     Raises:
-        DocumentError: as ``read_tree``, or a comment begins in it.
+        DocumentError: as in ``read_tree``, or a comment begins in it.
     """
     node, end = _compose(text)
     if text[end:].strip() or (node is None and text.strip()):
@@ -73,7 +73,7 @@ def read_value(text: str) -> object:
 
 
 def _compose(text: str) -> tuple[yaml.Node | None, int]:
-    """The root, and how far into the text it reaches."""
+    """Returns the root, and how far into the text it reaches."""
     try:
         composer = _Composer(text)
         node = composer.get_single_node()
@@ -93,27 +93,27 @@ class _Reader:
         self._open: set[int] = set()
         self._count = 0
 
-    def tree(self, node: yaml.Node, where: tuple[str, ...]) -> object:
+    def tree(self, node: yaml.Node, place: tuple[str, ...]) -> object:
         self._count += 1
         if self._count > _MOST:
             raise DocumentError(f"its aliases expand to more than {_MOST} values")
 
         if id(node) in self._open:
-            raise DocumentError(f"line {_line(node)}: {_dotted(where)} contains itself")
+            raise DocumentError(f"line {_line(node)}: {_dotted(place)} contains itself")
 
         self._open.add(id(node))
-        tree = self._tree(node, where)
+        tree = self._tree(node, place)
         self._open.remove(id(node))
 
         return tree
 
-    def _tree(self, node: yaml.Node, where: tuple[str, ...]) -> object:
+    def _tree(self, node: yaml.Node, place: tuple[str, ...]) -> object:
         match node:
             case yaml.MappingNode() if node.tag == f"{_TAG}map":
-                return self._mapping(node, where)
+                return self._mapping(node, place)
             case yaml.SequenceNode() if node.tag == f"{_TAG}seq":
                 items = enumerate(node.value)
-                return [self.tree(item, (*where, str(index))) for index, item in items]
+                return [self.tree(item, (*place, str(index))) for index, item in items]
             case yaml.ScalarNode():
                 return _scalar(node, self._comment(node))
             case _:
@@ -123,33 +123,33 @@ class _Reader:
         """What stands behind a scalar in its line, if that is a comment."""
         end = self._text.find("\n", node.end_mark.index)
         line = self._text[node.end_mark.index : end if end >= 0 else None]
-        behind = line.lstrip(" \t")
-        return behind.rstrip() if behind.startswith("#") and behind != line else ""
+        remainder = line.lstrip(" \t")
+        return remainder.rstrip() if remainder.startswith("#") and remainder != line else ""
 
-    def _mapping(self, node: yaml.MappingNode, where: tuple[str, ...]) -> dict[str, object]:
-        own: dict[str, object] = {}
+    def _mapping(self, node: yaml.MappingNode, place: tuple[str, ...]) -> dict[str, object]:
+        entries: dict[str, object] = {}
         lines: dict[str, int] = {}
         merged: dict[str, object] = {}
 
         for key_node, value_node in node.value:
             key, line = _key(key_node), _line(key_node)
-            inside = (*where, str(key))
+            key_place = (*place, str(key))
             if key in lines:
                 at = (
                     f"both in line {line}"
                     if lines[key] == line
                     else f"lines {lines[key]} and {line}"
                 )
-                raise DocumentError(f"{_dotted(inside)} stands twice ({at}): remove one")
+                raise DocumentError(f"{_dotted(key_place)} stands twice ({at}): remove one")
 
             lines[key] = line
-            value = self.tree(value_node, inside)
+            value = self.tree(value_node, key_place)
             if key == "<<" and isinstance(key, Plain):
                 merged = _merged(value, line)
             else:
-                own[key] = value
+                entries[key] = value
 
-        return merged | own
+        return merged | entries
 
 
 def _scalar(node: yaml.ScalarNode, comment: str = "") -> str:
@@ -198,8 +198,8 @@ def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-def _dotted(where: tuple[str, ...]) -> str:
-    return ".".join(where) or "the file"
+def _dotted(place: tuple[str, ...]) -> str:
+    return ".".join(place) or "the file"
 
 
 def _tag(node: yaml.Node) -> str:
@@ -236,12 +236,12 @@ _Dumper.add_multi_representer(PurePath, _represent_path)
 
 
 def write_tree(tree: object) -> str:
-    """YAML that ``read_tree`` reads as the same tree."""
+    """Writes YAML that ``read_tree`` reads as the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def show(value: object) -> str:
-    """A value in one line of YAML, for a message; a long one is cut."""
+    """Writes a value in one line of YAML, for a message; a long one is cut."""
     if isinstance(value, Plain) and value not in NULLS:
         text = str(value)
     else:

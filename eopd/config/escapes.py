@@ -60,23 +60,23 @@ class Escape:
 
 
 def control_in(text: str) -> Escape | None:
-    """The first control character of a text in which none is meant, as in a config."""
+    """Finds the first control character of a text in which none is meant, as in a config."""
     return _first(_CONTROLS, text)
 
 
 def eaten_by_json(text: str, *, formula: bool = False) -> Escape | None:
-    """The first escape of a text of a data set; ``formula`` says that it is short, and no
-    prose behind tabs.
+    """Finds the first escape of a text of a data set; ``formula`` says that the text is short, and
+    no prose behind tabs.
     """
     return _first(_OF_A_FORMULA if formula else _OF_JSON, text)
 
 
 def _first(pattern: re.Pattern[str], text: str) -> Escape | None:
-    found = pattern.search(text)
-    if found is None:
+    match = pattern.search(text)
+    if match is None:
         return None
 
-    character, position = text[found.start()], found.start()
-    rest = _REST.match(text, position + 1)
-    written = _NAMES.get(character, f"\\x{ord(character):02x}")
-    return Escape(written, written + (rest.group() if rest else ""), position)
+    character, position = text[match.start()], match.start()
+    letters = _REST.match(text, position + 1)
+    escape = _NAMES.get(character, f"\\x{ord(character):02x}")
+    return Escape(escape, escape + (letters.group() if letters else ""), position)

@@ -18,10 +18,10 @@ class JsonError(Exception):
 
 
 def parse_json(text: str | bytes, hook: Callable[[Pairs], object] | None = None) -> object:
-    """The value that a text holds; ``hook`` makes an object of its fields.
+    """Reads the value that a JSON text holds; ``hook`` makes an object of its fields.
 
     Raises:
-        JsonError: it holds none, or one that nobody can read.
+        JsonError: the text holds no value, or one that nobody can read.
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
@@ -44,16 +44,16 @@ def parse_json(text: str | bytes, hook: Callable[[Pairs], object] | None = None)
     except RecursionError:
         raise JsonError("is nested too deeply") from None
     except ValueError:
-        most = sys.get_int_max_str_digits()
+        limit = sys.get_int_max_str_digits()
         raise JsonError(
-            f"holds a number of more than {most} digits; write it as text, in quotes"
+            f"holds a number of more than {limit} digits; write it as text, in quotes"
         ) from None
 
     return value
 
 
 def told(value: object) -> str:
-    """A value in the words of JSON."""
+    """Names a value in the words of JSON."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
 

@@ -169,21 +169,21 @@ def _refuse_offload(zero: NativeOptions, zero_stage: int) -> None:
     Raises:
         ValueError: names the option and what to write.
     """
-    where = "deepspeed.zero_optimization"
+    key = "deepspeed.zero_optimization"
     for name, lowest_stage in (("offload_optimizer", 1), ("offload_param", 3)):
         options = zero.get(name) or {}
         device = options.get("device", "none") if isinstance(options, dict) else options
         if device not in ("none", "cpu"):
             raise ValueError(
-                f"{where}.{name}: must be {{device: cpu}} or {{device: none}} (is {show(device)})"
+                f"{key}.{name}: must be {{device: cpu}} or {{device: none}} (is {show(device)})"
             )
 
         if device == "cpu" and zero_stage < lowest_stage:
             raise ValueError(
-                f"{where}.{name}: needs zero_stage {lowest_stage} or more (is {zero_stage})"
+                f"{key}.{name}: needs zero_stage {lowest_stage} or more (is {zero_stage})"
             )
 
         if isinstance(options, dict):
-            refuse(f"{where}.{name}", options, {"ratio": _OWN_ADAM, "super_offload": _OWN_ADAM})
+            refuse(f"{key}.{name}", options, {"ratio": _OWN_ADAM, "super_offload": _OWN_ADAM})
 
-    refuse(where, zero, {"cpu_offload": _OLD_OFFLOAD, "cpu_offload_param": _OLD_OFFLOAD})
+    refuse(key, zero, {"cpu_offload": _OLD_OFFLOAD, "cpu_offload_param": _OLD_OFFLOAD})

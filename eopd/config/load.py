@@ -39,11 +39,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         _apply(tree, override)
         tree = _expanded(tree)  # the next one may name what a short form stands for
 
-    shaped, faults = shape(tree, Config)
+    values, faults = shape(tree, Config)
     mistakes = {place: f"{'.'.join(place)}: {fault}" for place, fault in faults.items()}
 
     try:
-        config = Config.model_validate(shaped)
+        config = Config.model_validate(values)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             place, line = explain(detail, Config)
@@ -58,14 +58,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def make_section(
-    section: type[SectionT], named: Mapping[str, str] = MappingProxyType({}), **options: object
+    section: type[SectionT],
+    option_names: Mapping[str, str] = MappingProxyType({}),
+    **options: object,
 ) -> SectionT:
-    """A section of what options of the command line say, each under the name of its key.
+    """Makes a section from options of the command line, each under the name of its key.
 
     Args:
-        section: which one.
-        named: what the user calls a key where that is not ``--key``.
-        options: by key.
+        section: the type of the section.
+        option_names: what the user calls a key where that is not ``--key``.
+        options: the values by key.
 
     Raises:
         ConfigError: a value is wrong.
@@ -73,16 +75,16 @@ def make_section(
     try:
         return section.model_validate(options)
     except ValidationError as error:
-        lines = [explain(detail, section)[1] for detail in error.errors(include_url=False)]
-        told = [line.partition(":") for line in lines]
-        told = [
-            (named.get(key, f"--{key.replace('_', '-')}"), colon, what) for key, colon, what in told
-        ]
-        raise ConfigError("\n".join(dict.fromkeys("".join(parts) for parts in told))) from None
+        lines: list[str] = []
+        for detail in error.errors(include_url=False):
+            key, colon, fault = explain(detail, section)[1].partition(":")
+            lines.append(option_names.get(key, f"--{key.replace('_', '-')}") + colon + fault)
+
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML: loading it again gives an equal config."""
+    """Writes the resolved config as YAML; loading it again gives an equal config."""
     return write_tree(config.model_dump())
 
 
@@ -92,14 +94,14 @@ def _read(path: Path) -> dict[str, object]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        where = f"byte {error.start + 1} is no UTF-8; save it as UTF-8 text"
-        raise ConfigError(f"{path}: is not YAML: {where}") from None
+        fault = f"byte {error.start + 1} is no UTF-8; save it as UTF-8 text"
+        raise ConfigError(f"{path}: is not YAML: {fault}") from None
     except DocumentError as error:
         raise ConfigError(f"{path}: {error}") from None
 
     if not isinstance(tree, dict):
-        what = "is empty" if tree is None else f"is {show(tree)}"
-        raise ConfigError(f"{path}: must be a mapping of sections ({what})")
+        contents = "is empty" if tree is None else f"is {show(tree)}"
+        raise ConfigError(f"{path}: must be a mapping of sections ({contents})")
 
     return {key: value for key, value in tree.items() if not key.startswith(_HOLDER)}
 
@@ -131,9 +133,9 @@ def _apply(tree: dict[str, object], override: str) -> None:
     try:
         value = read_value(text)
     except DocumentError as error:
-        what = str(error).replace("line 1: ", "")
+        fault = str(error).replace("line 1: ", "")
         quoted = f"put YAML's quotes around a text: --set '{dotted}=\"...\"'"
-        raise ConfigError(f"--set {override}: {what}; {quoted}") from None
+        raise ConfigError(f"--set {override}: {fault}; {quoted}") from None
 
     node: object = tree
     for depth, part in enumerate(parents):
@@ -147,12 +149,12 @@ def _apply(tree: dict[str, object], override: str) -> None:
         raise ConfigError(f"--set {override}: {'.'.join(parents)} is a value, it has no key {last}")
 
 
-def _below(node: object, part: str, above: Sequence[str], override: str) -> object:
+def _below(node: object, part: str, parents: Sequence[str], override: str) -> object:
     if isinstance(node, list):
-        return typing.cast(object, node[_index(node, part, above, override)])
+        return typing.cast(object, node[_index(node, part, parents, override)])
 
     if not isinstance(node, dict):
-        raise ConfigError(f"--set {override}: {'.'.join(above)} is a value, it has no key {part}")
+        raise ConfigError(f"--set {override}: {'.'.join(parents)} is a value, it has no key {part}")
 
     if node.get(part) in (None, ""):
         node[part] = {}
@@ -160,7 +162,7 @@ def _below(node: object, part: str, above: Sequence[str], override: str) -> obje
     return typing.cast(object, node[part])
 
 
-def _index(node: Sequence[object], part: str, above: Sequence[str], override: str) -> int:
+def _index(node: Sequence[object], part: str, parents: Sequence[str], override: str) -> int:
     if (
         part.isascii()
         and part.isdigit()
@@ -169,11 +171,9 @@ def _index(node: Sequence[object], part: str, above: Sequence[str], override: st
     ):
         return int(part)
 
-    where = ".".join(above)
+    key = ".".join(parents)
     if not node:
-        raise ConfigError(
-            f"--set {override}: {where} is an empty list; set all of it: {where}=[...]"
-        )
+        raise ConfigError(f"--set {override}: {key} is an empty list; set all of it: {key}=[...]")
 
     names = [
         str(item.get("name", DEFAULT_NAME)) if isinstance(item, dict) else None for item in node
@@ -183,14 +183,14 @@ def _index(node: Sequence[object], part: str, above: Sequence[str], override: st
 
     if not part.lstrip("-").isdigit():
         raise ConfigError(
-            f"--set {override}: {where} is a list; write {where}.0.{part} for its first item"
+            f"--set {override}: {key} is a list; write {key}.0.{part} for its first item"
         )
 
-    raise ConfigError(f"--set {override}: {where}.{part} must be an index below {len(node)}")
+    raise ConfigError(f"--set {override}: {key}.{part} must be an index below {len(node)}")
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    """Leaves of a tree by dotted name; items of lists by their number."""
+    """Returns the leaves of a tree by dotted name; items of lists are named by number."""
     if isinstance(tree, Mapping):
         items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in tree.items()]
     elif isinstance(tree, list):

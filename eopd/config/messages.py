@@ -45,7 +45,7 @@ class _Spot:
 
 
 def explain(detail: ErrorDetails, model: type[BaseModel]) -> tuple[Place, str]:
-    """The place of a mistake in the user's tree, and one line about it."""
+    """Finds the place of a mistake in the user's tree, and writes one line about it."""
     location = [str(part) for part in detail["loc"]]
     is_key = location[-1:] == [_KEY] and detail["type"] != "extra_forbidden"
     spot = _find(model, location[:-1] if is_key else location)
@@ -70,12 +70,12 @@ def explain(detail: ErrorDetails, model: type[BaseModel]) -> tuple[Place, str]:
                 f"{listed(spot.kinds)}"
             )
         case _ if is_key:
-            wanted = (
+            expectation = (
                 f"text here: write '{value}' in quotes"
                 if detail["type"] == "string_type"
                 else "whole numbers here"
             )
-            line = f"{key}: keys must be {wanted}"
+            line = f"{key}: keys must be {expectation}"
         case "string_too_long":
             line = (
                 f"{key}: must have {detail['ctx']['max_length']} characters at most (has "
@@ -88,34 +88,34 @@ def explain(detail: ErrorDetails, model: type[BaseModel]) -> tuple[Place, str]:
 
 
 def wrong_option(detail: ErrorDetails) -> str:
-    """One line about the value of an option of the command line."""
+    """Writes one line about the value of an option of the command line."""
     bounds = detail.get("ctx", {})
     match detail["type"]:
         case "int_parsing" | "int_parsing_size" | "int_from_float":
-            wanted = "must be a whole number"
+            expectation = "must be a whole number"
         case "float_parsing" | "finite_number":
-            wanted = "must be a number"
+            expectation = "must be a number"
         case "greater_than_equal":
-            wanted = f"must be {bounds['ge']} or more"
+            expectation = f"must be {bounds['ge']} or more"
         case "less_than_equal":
-            wanted = f"must be {bounds['le']} or less"
+            expectation = f"must be {bounds['le']} or less"
         case _:
             return detail["msg"].removeprefix("Value error, ").removesuffix(".")
 
-    return f"{wanted} (is {detail['input']})"
+    return f"{expectation} (is {detail['input']})"
 
 
 def _mismatch(spot: _Spot, value: object) -> str:
     if not spot.place:
         return f"must be a mapping of sections (is {show(value)})"
 
-    described = spot.field.description if spot.field and not spot.inside else None
+    words = spot.field.description if spot.field and not spot.inside else None
     bounds = spot.field.metadata if spot.field and not spot.inside else ()
-    wanted = described or expected(spot.annotation, bounds)
-    shown = "" if _may_be_secret(spot.place[-1], value) else f" (is {show(value)})"
-    close = _close(value, literals(spot.annotation)) if isinstance(value, str) else ""
+    expectation = words or expected(spot.annotation, bounds)
+    contents = "" if _may_be_secret(spot.place[-1], value) else f" (is {show(value)})"
+    hint = _close(value, literals(spot.annotation)) if isinstance(value, str) else ""
 
-    return f"must be {wanted}{shown}{'; ' if close else ''}{close.strip()}"
+    return f"must be {expectation}{contents}{'; ' if hint else ''}{hint.strip()}"
 
 
 def _may_be_secret(name: str, value: object) -> bool:
@@ -124,15 +124,15 @@ def _may_be_secret(name: str, value: object) -> bool:
 
 
 def _inside(annotation: object) -> object:
-    """The type of a list's items or of a mapping's values."""
+    """Returns the type of a list's items or of a mapping's values."""
     inner = typing.get_args(members(annotation)[0])
     item = item_of(annotation)
     return (inner[-1] if inner else object) if item is None else item
 
 
 def _close(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"did you mean {close[0]}? " if close else ""
+    matches = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"did you mean {matches[0]}? " if matches else ""
 
 
 def _find(model: type[BaseModel], location: Sequence[str]) -> _Spot:
@@ -183,16 +183,16 @@ def _hint(model: type[BaseModel], spot: _Spot) -> str:
     """What may have been meant by an unknown key: one close by, or the same one elsewhere."""
     name = spot.place[-1]
     if "." in name:
-        first, _, rest = name.partition(".")
-        return f"names with dots are for --set; here write {first}: {{{rest}: ...}}"
+        section, _, key = name.partition(".")
+        return f"names with dots are for --set; here write {section}: {{{key}: ...}}"
 
     allowed = sorted(spot.owner.model_fields)
-    if close := _close(name.replace("-", "_"), allowed):
-        return close.strip()
+    if hint := _close(name.replace("-", "_"), allowed):
+        return hint.strip()
 
-    elsewhere = [key for key in _every_key(model) if key.rpartition(".")[2] == name]
-    if 0 < len(elsewhere) <= _MOST_PLACES:
-        return f"did you mean {listed(elsewhere, last='or')}?"
+    namesakes = [key for key in _every_key(model) if key.rpartition(".")[2] == name]
+    if 0 < len(namesakes) <= _MOST_PLACES:
+        return f"did you mean {listed(namesakes, last='or')}?"
 
     return (
         f"allowed here: {', '.join(allowed)}"
@@ -203,26 +203,30 @@ def _hint(model: type[BaseModel], spot: _Spot) -> str:
 
 def _of_another_kind(spot: _Spot) -> str | None:
     """What to say of a key that other kinds of the section have."""
-    others = [
+    kinds = [
         kind for kind, section in spot.siblings.items() if spot.place[-1] in section.model_fields
     ]
-    if not others:
+    if not kinds:
         return None
 
-    here = next(kind for kind, section in spot.siblings.items() if section is spot.owner)
+    current = next(kind for kind, section in spot.siblings.items() if section is spot.owner)
 
     return (
-        f"is of kind{'s' if len(others) > 1 else ''} {listed(others)}, and kind is {here}; "
+        f"is of kind{'s' if len(kinds) > 1 else ''} {listed(kinds)}, and kind is {current}; "
         "leave it out, or change kind"
     )
 
 
-def _kinds_with(spot: _Spot, given: Mapping[str, object]) -> str:
-    """The kinds that have the given keys, or else all."""
-    kinds = kinds_of(spot.annotation)
-    fit = [kind for kind, section in kinds.items() if given.keys() <= section.model_fields.keys()]
-    keys = f"{listed(list(given))} {'are' if len(given) > 1 else 'is'} of kind "
-    return keys + listed(fit, last="or") if fit else f"kinds are {listed(list(kinds))}"
+def _kinds_with(spot: _Spot, mapping: Mapping[str, object]) -> str:
+    """Names the kinds that have the keys of a mapping, or else all."""
+    forms = kinds_of(spot.annotation)
+    keys = mapping.keys()
+    kinds = [kind for kind, section in forms.items() if keys <= section.model_fields.keys()]
+    if not kinds:
+        return f"kinds are {listed(list(forms))}"
+
+    verb = "are" if len(keys) > 1 else "is"
+    return f"{listed(list(keys))} {verb} of kind {listed(kinds, last='or')}"
 
 
 def _every_key(model: type[BaseModel], prefix: str = "") -> list[str]:

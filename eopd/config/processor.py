@@ -33,12 +33,12 @@ class Choice:
 
 
 def choose_dtype(*, gpus: float, flags: Collection[str], environment: Mapping[str, str]) -> Choice:
-    """The precision of a model by where it runs.
+    """Chooses the precision of a model by where it runs.
 
     Args:
-        gpus: that one of its actors asks for.
-        flags: of the processor, as ``/proc/cpuinfo`` names them.
-        environment: of the process; ``ONEDNN_MAX_CPU_ISA`` and ``ATEN_CPU_CAPABILITY`` may hold
+        gpus: GPUs that one of its actors asks for.
+        flags: flags of the processor, as ``/proc/cpuinfo`` names them.
+        environment: variables of the process; ``ONEDNN_MAX_CPU_ISA`` and ``ATEN_CPU_CAPABILITY`` may hold
             instructions back.
     """
     if gpus:
@@ -50,8 +50,8 @@ def choose_dtype(*, gpus: float, flags: Collection[str], environment: Mapping[st
             f"{held_back[0]}={environment[held_back[0]]} keeps bfloat16 instructions from use",
         )
 
-    if found := [flag for flag in _BFLOAT16_FLAGS if flag in flags]:
-        return Choice("bfloat16", f"this processor has bfloat16 instructions ({found[0]})")
+    if instructions := [flag for flag in _BFLOAT16_FLAGS if flag in flags]:
+        return Choice("bfloat16", f"this processor has bfloat16 instructions ({instructions[0]})")
 
     return Choice(
         "float32", "this processor has no bfloat16 instructions (neither AVX-512 BF16 nor AMX)"
@@ -75,7 +75,7 @@ def _holds_back(limit: str) -> bool:
 
 
 def processor_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
-    """Flags of this machine's first processor; none where they cannot be read."""
+    """Returns the flags of this machine's first processor; none where they cannot be read."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -86,7 +86,7 @@ def processor_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
 
 
 def with_dtypes(config: Config) -> Config:
-    """The config with every ``dtype: auto`` chosen for this machine.
+    """Returns the config with every ``dtype: auto`` chosen for this machine.
 
     Learner and engines share the student's; it runs on GPUs when both do.
     """
@@ -96,19 +96,19 @@ def with_dtypes(config: Config) -> Config:
 
 
 def with_student_dtype_of(before: Config, now: Config) -> Config:
-    """A config that goes on from another, in the other's precision where ``auto`` chose here:
-    machines differ.
+    """Returns a config that continues another one, in the precision of the latter where ``auto``
+    chose one here: machines differ.
     """
     if now.student.dtype_reason is None:
         return now
 
-    kept = {"dtype": before.student.dtype, "dtype_reason": before.student.dtype_reason}
-    return now.model_copy(update={"student": now.student.model_copy(update=kept)})
+    precision = {"dtype": before.student.dtype, "dtype_reason": before.student.dtype_reason}
+    return now.model_copy(update={"student": now.student.model_copy(update=precision)})
 
 
 def chosen(model: Model, *, gpus: float) -> Model:
-    """A model's section with its ``dtype: auto`` chosen for this machine; one that names a
-    dtype stays as it is.
+    """Returns a model's section with its ``dtype: auto`` chosen for this machine; one that names
+    a dtype stays as it is.
     """
     if model.dtype != "auto":
         return model
@@ -124,8 +124,8 @@ def chosen(model: Model, *, gpus: float) -> Model:
 
 
 def dtype_notes(config: Config) -> list[str]:
-    """What a user should know of the precisions of a loaded config: those chosen and why, and
-    those that are slow.
+    """Returns notes on the precisions of a loaded config: which were chosen and why, and which
+    are slow.
     """
     models: list[tuple[str, StudentConfig | TeacherConfig, float]] = [
         ("student.dtype", config.student, min(config.learner.gpus, config.rollout.gpus)),
@@ -134,11 +134,13 @@ def dtype_notes(config: Config) -> list[str]:
     notes: dict[str, list[str]] = {}
 
     for key, model, gpus in models:
-        here = choose_dtype(gpus=gpus, flags=processor_flags(), environment=os.environ)
+        choice = choose_dtype(gpus=gpus, flags=processor_flags(), environment=os.environ)
         if model.dtype_reason:
             notes.setdefault(f"{model.dtype} ({model.dtype_reason})", []).append(key)
-        elif model.dtype != "float32" and here.dtype == "float32" and _runs_here(model):
-            slow = f"{model.dtype}, although {here.reason}: about {SLOWER} times as slow as float32"
+        elif model.dtype != "float32" and choice.dtype == "float32" and _runs_here(model):
+            slow = (
+                f"{model.dtype}, although {choice.reason}: about {SLOWER} times as slow as float32"
+            )
             notes.setdefault(f"{slow}; write auto, or float32", []).append(key)
 
     return [f"{', '.join(keys)}: {text}" for text, keys in notes.items()]

@@ -69,10 +69,9 @@ class Config(Section):
         """The teacher of a source of prompts: the one that names it, else the one that names
         none.
         """
-        named = (teacher for teacher in self.teachers if source in teacher.sources)
-        return next(
-            named, next((teacher for teacher in self.teachers if not teacher.sources), None)
-        )
+        specialists = (teacher for teacher in self.teachers if source in teacher.sources)
+        generalists = (teacher for teacher in self.teachers if not teacher.sources)
+        return next(specialists, next(generalists, None))
 
     @property
     def max_response_tokens(self) -> int:
@@ -100,9 +99,9 @@ class Config(Section):
 
         names = [teacher.name for teacher in self.teachers]
         sources = [source for teacher in self.teachers for source in teacher.sources]
-        for what, values in (("name", names), ("source", sources)):
-            if twice := [value for value in values if values.count(value) > 1]:
-                raise ValueError(f"teachers: the {what} {show(twice[0])} stands twice")
+        for noun, values in (("name", names), ("source", sources)):
+            if duplicates := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"teachers: the {noun} {show(duplicates[0])} stands twice")
 
         if len(defaults := [teacher.name for teacher in self.teachers if not teacher.sources]) > 1:
             raise ValueError(
@@ -139,12 +138,12 @@ class Config(Section):
             )
 
         if self.loss.reward is not None:
-            why = "loss.reverse_kl.reward: compares a prompt's samples within one batch; it needs"
+            need = "loss.reverse_kl.reward: compares a prompt's samples within one batch; it needs"
             if (samples := self.rollout.samples_per_prompt) < 2:
-                raise ValueError(f"{why} rollout.samples_per_prompt of 2 or more (is {samples})")
+                raise ValueError(f"{need} rollout.samples_per_prompt of 2 or more (is {samples})")
 
             if self.flow.lookahead:
-                raise ValueError(f"{why} flow.lookahead 0 (is {self.flow.lookahead})")
+                raise ValueError(f"{need} flow.lookahead 0 (is {self.flow.lookahead})")
 
         return self
 

@@ -15,7 +15,8 @@ SavedT = typing.TypeVar("SavedT")
 
 
 def require_directory(run: Path) -> None:
-    """What is to be read as a run is a directory that can be looked into, or is not there.
+    """Requires that what is to be read as a run is a directory that can be looked into, or is not
+    there.
 
     Raises:
         ConfigError: it is a file, closed, or no possible name.
@@ -29,7 +30,7 @@ def require_directory(run: Path) -> None:
 
 
 def read_saved(path: Path, kind: TypeAdapter[SavedT], way_out: str) -> SavedT:
-    """The value that a file holds; keys that its type does not have are left out.
+    """Reads the value that a file holds; keys that its type does not have are left out.
 
     Raises:
         ConfigError: it cannot be read, or lacks something; says what, and ends with ``way_out``.
@@ -42,14 +43,14 @@ def read_saved(path: Path, kind: TypeAdapter[SavedT], way_out: str) -> SavedT:
     return parse_saved(str(path), text, kind, way_out)
 
 
-def parse_saved(where: str, text: str | bytes, kind: TypeAdapter[SavedT], way_out: str) -> SavedT:
-    """The same of a text, which stands at ``where``."""
+def parse_saved(place: str, text: str | bytes, kind: TypeAdapter[SavedT], way_out: str) -> SavedT:
+    """Reads the value that a text holds, as ``read_saved`` does; the text stands at ``place``."""
     try:
         return kind.validate_json(text)
     except ValidationError as error:
-        what = _fault(error.errors(include_url=False)[0])
+        fault = _fault(error.errors(include_url=False)[0])
         raise ConfigError(
-            f"{where}: {what}; it was damaged, or written by another version of eopd. {way_out}"
+            f"{place}: {fault}; it was damaged, or written by another version of eopd. {way_out}"
         ) from None
 
 

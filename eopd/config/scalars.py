@@ -18,9 +18,9 @@ class Plain(str):
     comment: str
 
     def __new__(cls, text: str, comment: str = "") -> typing.Self:  # noqa: D102
-        made = super().__new__(cls, text)
-        made.comment = comment
-        return made
+        scalar = super().__new__(cls, text)
+        scalar.comment = comment
+        return scalar
 
 
 Native = bool | int | float | str | None
@@ -50,7 +50,7 @@ _SEVERAL = re.compile(r"##")
 
 
 def native(text: str) -> Native:
-    """What a scalar is in YAML 1.2: null, true or false, a number, or else text."""
+    """Returns what a scalar is in YAML 1.2: null, true or false, a number, or else text."""
     if text in NULLS:
         return None
 
@@ -62,15 +62,15 @@ def native(text: str) -> Native:
 
 
 def number(text: str) -> int | float | None:
-    """The number that a scalar is in YAML 1.2, or None."""
+    """Returns the number that a scalar is in YAML 1.2, or None."""
     if len(text) > _MOST_DIGITS:
         return None
 
     if _INTEGER.fullmatch(text):
         return int(text)
 
-    if based := _OTHER_BASE.fullmatch(text):
-        return int(based[1] + based[2], 0)
+    if match := _OTHER_BASE.fullmatch(text):
+        return int(match[1] + match[2], 0)
 
     if _FLOAT.fullmatch(text):
         return float(text)
@@ -82,7 +82,7 @@ def number(text: str) -> int | float | None:
 
 
 def meant_number(text: str) -> int | float | None:
-    """The number that is meant where one is wanted: digits may be grouped as in ``1_000``."""
+    """Returns the number of a scalar where one is wanted: digits may be grouped as in ``1_000``."""
     if "_" in text and _GROUPED.fullmatch(text) and not _OCTAL.fullmatch(text):
         return number(text.replace("_", ""))
 
@@ -90,7 +90,7 @@ def meant_number(text: str) -> int | float | None:
 
 
 def two_readings(text: str) -> str | None:
-    """What YAML 1.1 makes of a scalar that is another number in YAML 1.2, or None."""
+    """Says what YAML 1.1 makes of a scalar that is another number in YAML 1.2; else None."""
     if _OCTAL.fullmatch(text):
         return f"{text} is octal in YAML 1.1, for its leading zero: write it without"
 
@@ -104,7 +104,7 @@ def two_readings(text: str) -> str | None:
 
 
 def unclear(text: str) -> str | None:
-    """Why nobody can say what a scalar is where anything may stand, or None."""
+    """Says why nobody can tell what a scalar is where anything may stand; else None."""
     if text in OLD_TRUTHS:
         truth = str(OLD_TRUTHS[text]).lower()
         return (
@@ -129,7 +129,7 @@ def unclear(text: str) -> str | None:
 
 
 def cut_short(text: Plain) -> str | None:
-    """Why the comment behind a text is surely meant to be more of it, or None.
+    """Says why the comment behind a text is surely meant to be more of it; else None.
 
     A comment begins with one # as a rule. Several behind words, or in the place of a text, and the
     four of a final answer behind anything, are what YAML takes away from a text without quotes.
@@ -139,10 +139,10 @@ def cut_short(text: Plain) -> str | None:
         return None
 
     marks = text.comment[: len(text.comment) - len(text.comment.lstrip("#"))]
-    where = f"behind {text}" if text else "at its beginning"
+    place = f"behind {text}" if text else "at its beginning"
 
     return (
-        f"{marks} {where} begins a comment in YAML, so that the rest of the line is no part "
+        f"{marks} {place} begins a comment in YAML, so that the rest of the line is no part "
         "of the text; put quotes around all of the text, or write the comment with one # if "
         "it is one"
     )

@@ -33,7 +33,7 @@ Faults = dict[Place, str]
 
 
 def members(annotation: object) -> tuple[object, ...]:
-    """The types of a union but None, without what is annotated to them; else the type alone."""
+    """Returns the types of a union but None, without their annotations; else the type alone."""
     if typing.get_origin(annotation) is typing.Annotated:
         return members(typing.get_args(annotation)[0])
 
@@ -45,7 +45,7 @@ def members(annotation: object) -> tuple[object, ...]:
 
 
 def may_be_null(annotation: object) -> bool:
-    """Whether a type takes null."""
+    """Returns whether a type takes null."""
     if typing.get_origin(annotation) is typing.Annotated:
         return may_be_null(typing.get_args(annotation)[0])
 
@@ -53,7 +53,7 @@ def may_be_null(annotation: object) -> bool:
 
 
 def section_of(annotation: object) -> type[BaseModel] | None:
-    """The section that a type is, if it is a single one."""
+    """Returns the section that a type is, if it is a single one."""
     (first, *more) = members(annotation)
     if more or not isinstance(first, type) or isinstance(first, types.GenericAlias):
         return None
@@ -62,18 +62,18 @@ def section_of(annotation: object) -> type[BaseModel] | None:
 
 
 def kinds_of(annotation: object) -> dict[str, type[BaseModel]]:
-    """The sections of a union by their ``kind``; none if it is no such union."""
+    """Returns the sections of a union by their ``kind``; none of a type that is no such union."""
     sections = [section_of(member) for member in members(annotation)]
-    found = [section for section in sections if section and "kind" in section.model_fields]
-    if len(found) < 2:
+    forms = [section for section in sections if section and "kind" in section.model_fields]
+    if len(forms) < 2:
         return {}
 
-    tags = (typing.get_args(section.model_fields["kind"].annotation)[0] for section in found)
-    return dict(zip(tags, found, strict=True))
+    kinds = (typing.get_args(form.model_fields["kind"].annotation)[0] for form in forms)
+    return dict(zip(kinds, forms, strict=True))
 
 
 def item_of(annotation: object) -> object | None:
-    """The type of a list's items, or None if a type is no list; tuples are lists of YAML."""
+    """Returns the type of a list's items, or None if a type is no list; tuples are lists of YAML."""
     (only, *more) = members(annotation)
     if more or typing.get_origin(only) not in (tuple, list):
         return None
@@ -82,7 +82,9 @@ def item_of(annotation: object) -> object | None:
 
 
 def shape(tree: object, model: type[BaseModel]) -> tuple[object, Faults]:
-    """The tree with values in the place of scalars, and by place what can be read in two ways."""
+    """Returns the tree with values in the place of scalars, and the faults by place: what can be
+    read in two ways.
+    """
     shaper = _Shaper()
     return shaper.section(tree, model, ()), shaper.faults
 
@@ -91,7 +93,7 @@ class _Shaper:
     def __init__(self) -> None:
         self.faults: Faults = {}
 
-    def section(self, tree: object, model: type[BaseModel], where: Place) -> object:
+    def section(self, tree: object, model: type[BaseModel], place: Place) -> object:
         if not isinstance(tree, Mapping):
             return tree
 
@@ -99,54 +101,58 @@ class _Shaper:
 
         for key, value in tree.items():
             field = model.model_fields.get(key)
-            inside = (*where, str(key))
+            key_place = (*place, str(key))
             if field is None:
                 shaped[str(key)] = value
             elif not _stands_for_default(value, field):
-                usual = getattr(field.default, "kind", None)
-                shaped[str(key)] = self._value(value, field.annotation, inside, usual)
+                default_kind = getattr(field.default, "kind", None)
+                shaped[str(key)] = self._value(value, field.annotation, key_place, default_kind)
 
         return shaped
 
     def _value(
-        self, value: object, annotation: object, where: Place, usual: str | None = None
+        self, value: object, annotation: object, place: Place, default_kind: str | None = None
     ) -> object:
         if isinstance(value, Plain) and str in members(annotation) and (reason := cut_short(value)):
-            self.faults[where] = reason
+            self.faults[place] = reason
             return value
 
         if isinstance(value, Plain) and value in NULLS and may_be_null(annotation):
             return None
 
         if kinds := kinds_of(annotation):
-            return self._union(value, kinds, where, usual)
+            return self._union(value, kinds, place, default_kind)
 
         if section := section_of(annotation):
-            return self._one_section(value, section, annotation, where)
+            return self._single_section(value, section, annotation, place)
 
         if (item := item_of(annotation)) is not None:
-            return self._list(value, item, where)
+            return self._list(value, item, place)
 
-        (wanted, *_) = members(annotation)
+        (single, *_) = members(annotation)
         if (
-            wanted is str
+            single is str
             and may_be_null(annotation)
             and isinstance(value, Plain)
             and value.lower() == "none"
         ):
-            self.faults[where] = f"{value} is text in YAML: write null, or '{value}' in quotes"
+            self.faults[place] = f"{value} is text in YAML: write null, or '{value}' in quotes"
             return value
 
-        if typing.get_origin(wanted) is dict:
-            return self._mapping(value, typing.get_args(wanted), where)
+        if typing.get_origin(single) is dict:
+            return self._mapping(value, typing.get_args(single), place)
 
-        return self._scalar(value, wanted, where) if isinstance(value, Plain) else value
+        return self._scalar(value, single, place) if isinstance(value, Plain) else value
 
     def _union(
-        self, value: object, kinds: Mapping[str, type[BaseModel]], where: Place, usual: str | None
+        self,
+        value: object,
+        kinds: Mapping[str, type[BaseModel]],
+        place: Place,
+        default_kind: str | None,
     ) -> object:
-        """One of several sections; without a ``kind`` it is the ``usual`` one, if that has
-        all of its keys.
+        """One of several sections; without a ``kind`` it is the ``default_kind``, if that
+        has all of its keys.
         """
         if isinstance(value, str) and value not in NULLS:
             return {"kind": str(value)}
@@ -155,20 +161,20 @@ class _Shaper:
             return _null(value)
 
         if (
-            usual is not None
+            default_kind is not None
             and "kind" not in value
-            and value.keys() <= kinds[usual].model_fields.keys()
+            and value.keys() <= kinds[default_kind].model_fields.keys()
         ):
-            value = {"kind": usual, **value}
+            value = {"kind": default_kind, **value}
 
         section = kinds.get(str(value.get("kind")))
         if section is not None:
-            return self.section(value, section, where)
+            return self.section(value, section, place)
 
         return dict(value) | ({"kind": str(value["kind"])} if "kind" in value else {})
 
-    def _one_section(
-        self, value: object, section: type[BaseModel], annotation: object, where: Place
+    def _single_section(
+        self, value: object, section: type[BaseModel], annotation: object, place: Place
     ) -> object:
         if isinstance(value, Plain) and value in NULLS:
             return {}
@@ -176,9 +182,9 @@ class _Shaper:
         if isinstance(value, Plain) and value in TRUTHS and may_be_null(annotation):
             return {} if TRUTHS[value] else None
 
-        return self.section(value, section, where)
+        return self.section(value, section, place)
 
-    def _list(self, value: object, item: object, where: Place) -> object:
+    def _list(self, value: object, item: object, place: Place) -> object:
         if isinstance(value, Plain) and value in NULLS:
             return []
 
@@ -186,14 +192,14 @@ class _Shaper:
             return value
 
         items = value if isinstance(value, list) else [value]
-        return [self._value(one, item, (*where, str(index))) for index, one in enumerate(items)]
+        return [self._value(part, item, (*place, str(index))) for index, part in enumerate(items)]
 
-    def _mapping(self, value: object, types_: tuple[object, ...], where: Place) -> object:
+    def _mapping(self, value: object, types_: tuple[object, ...], place: Place) -> object:
         if isinstance(value, Plain) and value in NULLS:
             return {}
 
         if types_ == (str, object):
-            return self._native(value, where) if isinstance(value, Mapping) else value
+            return self._native(value, place) if isinstance(value, Mapping) else value
 
         if not isinstance(value, Mapping):
             return value
@@ -201,56 +207,56 @@ class _Shaper:
         key_type, value_type = types_
         shaped: dict[object, object] = {}
 
-        for key, one in value.items():
-            inside = (*where, str(key))
-            read = self._scalar(key, key_type, inside) if isinstance(key, Plain) else key
-            if read in shaped:
-                self.faults[inside] = "stands twice, written in two ways"
+        for key, entry in value.items():
+            key_place = (*place, str(key))
+            name = self._scalar(key, key_type, key_place) if isinstance(key, Plain) else key
+            if name in shaped:
+                self.faults[key_place] = "stands twice, written in two ways"
                 return value
 
-            shaped[read] = self._value(one, value_type, inside)
+            shaped[name] = self._value(entry, value_type, key_place)
 
         return shaped
 
-    def _native(self, value: object, where: Place) -> object:
+    def _native(self, value: object, place: Place) -> object:
         """An option that somebody else reads: what is not quoted must be clear by itself."""
         if isinstance(value, Mapping):
             items = value.items()
-            return {_key(key): self._native(one, (*where, str(key))) for key, one in items}
+            return {_key(key): self._native(entry, (*place, str(key))) for key, entry in items}
 
         if isinstance(value, list):
-            return [self._native(one, (*where, str(i))) for i, one in enumerate(value)]
+            return [self._native(item, (*place, str(i))) for i, item in enumerate(value)]
 
         if not isinstance(value, Plain):
             return value
 
-        read = native(value)
-        if reason := unclear(value) or (cut_short(value) if isinstance(read, str) else None):
-            self.faults[where] = reason
+        option = native(value)
+        if reason := unclear(value) or (cut_short(value) if isinstance(option, str) else None):
+            self.faults[place] = reason
             return value
 
-        if isinstance(read, float) and not abs(read) < float("inf"):
-            self.faults[where] = f"must be a finite number (is {value})"
+        if isinstance(option, float) and not abs(option) < float("inf"):
+            self.faults[place] = f"must be a finite number (is {value})"
             return value
 
-        return read
+        return option
 
-    def _scalar(self, value: Plain, wanted: object, where: Place) -> object:
+    def _scalar(self, value: Plain, annotation: object, place: Place) -> object:
         if value in NULLS:
             return None
 
-        if wanted is bool:
+        if annotation is bool:
             return (TRUTHS | OLD_TRUTHS).get(value, value)
 
-        if wanted in (int, float) or _is_literal_of_numbers(wanted):
+        if annotation in (int, float) or _is_literal_of_numbers(annotation):
             if reason := two_readings(value):
-                self.faults[where] = reason
+                self.faults[place] = reason
                 return value
 
-            read = meant_number(value)
-            return value if read is None else read
+            quantity = meant_number(value)
+            return value if quantity is None else quantity
 
-        return str(value) if wanted in (str, Path) else value
+        return str(value) if annotation in (str, Path) else value
 
 
 def _stands_for_default(value: object, field: FieldInfo) -> bool:
@@ -263,12 +269,13 @@ def _stands_for_default(value: object, field: FieldInfo) -> bool:
     return isinstance(value, Plain) and value == "" and bool(kinds_of(field.annotation))
 
 
-def _is_literal(wanted: object) -> bool:
-    return typing.get_origin(wanted) is typing.Literal
+def _is_literal(annotation: object) -> bool:
+    return typing.get_origin(annotation) is typing.Literal
 
 
-def _is_literal_of_numbers(wanted: object) -> bool:
-    return _is_literal(wanted) and all(isinstance(one, int) for one in typing.get_args(wanted))
+def _is_literal_of_numbers(annotation: object) -> bool:
+    words = typing.get_args(annotation)
+    return _is_literal(annotation) and all(isinstance(word, int) for word in words)
 
 
 def _null(value: object) -> object:
@@ -280,5 +287,5 @@ def _key(key: object) -> object:
     if not isinstance(key, Plain):
         return key
 
-    read = number(key)
-    return read if isinstance(read, int) else str(key)
+    index = number(key)
+    return index if isinstance(index, int) else str(key)

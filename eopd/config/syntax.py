@@ -16,43 +16,45 @@ _OPENED: Final = {"while parsing a flow sequence": "[", "while parsing a flow ma
 
 
 def explain_syntax(error: yaml.MarkedYAMLError, text: str) -> str:
-    """``line 8: no space after the colon``."""
+    """Writes where and why a text is no YAML, as in ``line 8: no space after the colon``."""
     at = _line(error.problem_mark) or _line(error.context_mark) or 1
-    begun = _line(error.context_mark) or at
-    for line, words in (_never_ended(error, begun, text), _out_of_place(error, at, text)):
+    start = _line(error.context_mark) or at
+    for line, words in (_never_ended(error, start, text), _out_of_place(error, at, text)):
         if words:
             return f"line {line}: {words}"
 
     return f"line {at}: {', '.join(part for part in (error.context, error.problem) if part)}"
 
 
-def _never_ended(error: yaml.MarkedYAMLError, begun: int, text: str) -> tuple[int, str | None]:
+def _never_ended(error: yaml.MarkedYAMLError, start: int, text: str) -> tuple[int, str | None]:
     """What was begun in a line and not ended there."""
     problem = error.problem or ""
     match error.context:
         case "while scanning a simple key":
-            return begun, "no space after the colon" if ":" in _text(
-                text, begun
+            return start, "no space after the colon" if ":" in _text(
+                text, start
             ) else "no colon after the key"
         case "while scanning a quoted scalar" if "end of stream" in problem:
-            return begun, "a quote is never closed"
+            return start, "a quote is never closed"
         case "while parsing a flow node" if "stream end" in problem:
-            return begun, "a [ or { is never closed"
+            return start, "a [ or { is never closed"
         case "while parsing a flow sequence" | "while parsing a flow mapping" if (
             "expected ','" in problem
         ):
-            return begun, f"a {_OPENED[error.context]} is never closed, or a comma is missing in it"
+            return start, f"a {_OPENED[error.context]} is never closed, or a comma is missing in it"
         case _:
-            return begun, None
+            return start, None
 
 
 def _out_of_place(error: yaml.MarkedYAMLError, at: int, text: str) -> tuple[int, str | None]:
     """What the parser met where it cannot stand."""
     problem, line = error.problem or "", _text(text, at)
     if "mapping values are not allowed" in problem:
-        above = next((number for number in range(at - 1, 0, -1) if _text(text, number).strip()), at)
-        if above < at and _NO_SPACE.match(_text(text, above)):
-            return above, "no space after the colon"
+        previous = next(
+            (number for number in range(at - 1, 0, -1) if _text(text, number).strip()), at
+        )
+        if previous < at and _NO_SPACE.match(_text(text, previous)):
+            return previous, "no space after the colon"
 
         if line.count(": ") > 1:
             return at, "a second colon: quote a text that holds a colon and a space"
@@ -67,11 +69,11 @@ def _out_of_place(error: yaml.MarkedYAMLError, at: int, text: str) -> tuple[int,
     ):
         return at, "indented differently from the lines around it"
 
-    if found := _UNQUOTABLE.search(problem):
-        tab = found[1] == "\\t"
+    if match := _UNQUOTABLE.search(problem):
+        tab = match[1] == "\\t"
         return (
             at,
-            "a tab: indent with spaces" if tab else f"quote a text that begins with {found[1]}",
+            "a tab: indent with spaces" if tab else f"quote a text that begins with {match[1]}",
         )
 
     return at, None

@@ -16,16 +16,16 @@ _MOST_KEYS: Final = 4
 
 
 def expected(annotation: object, metadata: Iterable[object] = ()) -> str:
-    """What a type takes; ``metadata`` are bounds that stand beside it."""
+    """Says what a type takes; ``metadata`` are bounds that stand beside it."""
     if typing.get_origin(annotation) is typing.Annotated:
-        inner, *more = typing.get_args(annotation)
-        return expected(inner, [*metadata, *more])
+        inner, *bounds = typing.get_args(annotation)
+        return expected(inner, [*metadata, *bounds])
 
     if kinds := kinds_of(annotation):
         return listed([f"{{kind: {kind}}}" for kind in kinds], last="or")
 
     if typing.get_origin(annotation) in (None, typing.Literal, list, tuple, dict, set):
-        return _one(annotation, list(metadata))
+        return _single(annotation, list(metadata))
 
     parts = [part for part in typing.get_args(annotation) if part is not type(None)]
     words = list(dict.fromkeys(expected(part, metadata) for part in parts))
@@ -34,14 +34,15 @@ def expected(annotation: object, metadata: Iterable[object] = ()) -> str:
 
 
 def listed(words: Sequence[str], last: str = "and") -> str:
-    """``a, b and c``."""
+    """Joins words as a sentence lists them: ``a, b and c``."""
     return f"{', '.join(words[:-1])} {last} {words[-1]}" if len(words) > 1 else "".join(words)
 
 
 def literals(annotation: object) -> list[str]:
-    """The words that a type names one by one."""
-    found = [one for one in members(annotation) if typing.get_origin(one) is typing.Literal]
-    return [str(word) for literal in found for word in typing.get_args(literal)]
+    """Returns the words that a type names one by one."""
+    types = members(annotation)
+    choices = [member for member in types if typing.get_origin(member) is typing.Literal]
+    return [str(word) for choice in choices for word in typing.get_args(choice)]
 
 
 def bound_of(metadata: Iterable[object], name: str) -> object:
@@ -53,33 +54,35 @@ def bound_of(metadata: Iterable[object], name: str) -> object:
     return next((getattr(bound, name) for bound in bounds if hasattr(bound, name)), None)
 
 
-def _one(wanted: object, metadata: Sequence[object]) -> str:
-    if section := section_of(wanted):
+def _single(annotation: object, metadata: Sequence[object]) -> str:
+    if section := section_of(annotation):
         keys = list(section.model_fields)
         more = ", ..." if len(keys) > _MOST_KEYS else ""
         return f"a mapping of its keys ({', '.join(keys[:_MOST_KEYS])}{more})"
 
-    if (item := item_of(wanted)) is not None:
-        return f"a list{_length(wanted, metadata)}, each {expected(item)}"
+    if (item := item_of(annotation)) is not None:
+        return f"a list{_length(annotation, metadata)}, each {expected(item)}"
 
-    if typing.get_origin(wanted) is typing.Literal:
-        return listed([show(value) for value in typing.get_args(wanted)], last="or")
+    if typing.get_origin(annotation) is typing.Literal:
+        return listed([show(value) for value in typing.get_args(annotation)], last="or")
 
-    if wanted is dict or typing.get_origin(wanted) is dict:
-        numbers = typing.get_args(wanted) == (int, int)
+    if annotation is dict or typing.get_origin(annotation) is dict:
+        numbers = typing.get_args(annotation) == (int, int)
         return f"a mapping of {'whole numbers' if numbers else 'options'}"
 
-    if wanted is set or typing.get_origin(wanted) is set:
+    if annotation is set or typing.get_origin(annotation) is set:
         return "a list"
 
-    name = _NAMES.get(typing.cast(type, wanted), "a path" if wanted is Path else "another value")
+    name = _NAMES.get(
+        typing.cast(type, annotation), "a path" if annotation is Path else "another value"
+    )
 
-    return name + (_range(metadata) if wanted in (int, float) else "")
+    return name + (_range(metadata) if annotation in (int, float) else "")
 
 
-def _length(wanted: object, metadata: Sequence[object]) -> str:
-    parts = typing.get_args(wanted)
-    if typing.get_origin(wanted) is tuple and parts[-1] is not Ellipsis:
+def _length(annotation: object, metadata: Sequence[object]) -> str:
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple and parts[-1] is not Ellipsis:
         return f" of {len(parts)}"
 
     return " of at least one" if bound_of(metadata, "min_length") else ""
