@@ -37,13 +37,13 @@ Json = dict[str, object]
 
 
 def prose(docstring: str | None) -> str:
-    """The text of a docstring with a line for each paragraph, and code as Markdown writes it."""
+    """Returns the text of a docstring as Markdown, with a line for each paragraph."""
     paragraphs = inspect.cleandoc(docstring or "").replace("``", "`").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def descriptions(section: Section) -> dict[str, str]:
-    """The description of every field of a section, by name: the text beneath it. That of a
+    """Returns the description of every field of a section, by name: the text beneath it. That of a
     ``kind`` is the docstring of its section.
     """
     (definition,) = ast.parse(inspect.getsource(section)).body
@@ -61,8 +61,8 @@ def descriptions(section: Section) -> dict[str, str]:
     return texts
 
 
-def usual_kind(field: FieldInfo) -> str | None:
-    """The ``kind`` of a form that stands where none is written."""
+def default_kind_of(field: FieldInfo) -> str | None:
+    """Returns the ``kind`` of the form that is the default of a field, if it has forms."""
     return typing.cast(str | None, getattr(field.default, "kind", None))
 
 
@@ -86,11 +86,11 @@ class Chapter:
     name: str
     intro: str
     forms: dict[str, Section]  # by kind; a section that has none stands below the empty text
-    usual: str | None = None
+    default_kind: str | None = None
 
 
 def page() -> str:
-    """The reference page."""
+    """Writes the reference page."""
     texts = descriptions(Config)
     rows = [
         f"| [`{name}`](#{anchor(name)}) | {'yes' if field.is_required() else 'no'} | {texts[name]} |"
@@ -103,14 +103,14 @@ def page() -> str:
 
 
 def chapters(section: Section, prefix: str = "") -> Iterator[Chapter]:
-    """The chapters of the sections within a section, each before those within it."""
+    """Yields the chapters of the sections within a section, each before those within it."""
     for name, field in section.model_fields.items():
         item = item_of(field.annotation)
         inner = section_of(item or field.annotation)
         key = f"{prefix}{name}" + ("[]" if inner and item else "")
 
         if kinds := kinds_of(field.annotation):
-            yield Chapter(key, descriptions(section)[name], kinds, usual_kind(field))
+            yield Chapter(key, descriptions(section)[name], kinds, default_kind_of(field))
         elif inner:
             yield Chapter(key, prose(inner.__doc__), {"": inner})
 
@@ -119,11 +119,11 @@ def chapters(section: Section, prefix: str = "") -> Iterator[Chapter]:
 
 
 def part(chapter: Chapter) -> str:
-    """The Markdown of a chapter: its heading, what it is, its forms, and its keys."""
+    """Writes a chapter: its heading, what it is, its forms, and its keys."""
     blocks = [f"## `{chapter.name}`\n", f"{linked(chapter.intro)}\n"]
     if "" not in chapter.forms:
         forms = [
-            f"| `{kind}`{' (default)' if kind == chapter.usual else ''} | {prose(form.__doc__)} |"
+            f"| `{kind}`{' (default)' if kind == chapter.default_kind else ''} | {prose(form.__doc__)} |"
             for kind, form in chapter.forms.items()
         ]
         blocks.append(table(f"`{chapter.name}.kind` | meaning", forms))
@@ -136,7 +136,7 @@ def part(chapter: Chapter) -> str:
 
 
 def key_rows(chapter: Chapter, kind: str, form: Section) -> list[str]:
-    """A row for every key of a section; those of one of several forms say of which."""
+    """Writes a row for every key of a section; those of one of several forms say of which."""
     texts = descriptions(form)
     suffix = f" (`{kind}`)" if kind else ""
     rows: list[str] = []
@@ -151,7 +151,7 @@ def key_rows(chapter: Chapter, kind: str, form: Section) -> list[str]:
 
 
 def takes(key: str, field: FieldInfo) -> str:
-    """What may stand at a key; a section has a chapter of its own."""
+    """Says what may stand at a key; a section has a chapter of its own."""
     if kinds_of(field.annotation):
         return f"[a form](#{anchor(key)})"
 
@@ -166,7 +166,7 @@ def takes(key: str, field: FieldInfo) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    """The default of a field as YAML, or that it is required."""
+    """Writes the default of a field as YAML, or that it is required."""
     if field.is_required():
         return "required"
 
@@ -175,7 +175,7 @@ def default_of(field: FieldInfo) -> str:
 
 
 def linked(text: str) -> str:
-    """A text in which files of the documentation are links from this page."""
+    """Makes links of the pages of the documentation that a text names."""
 
     def link(match: re.Match[str]) -> str:
         file, chapter = match.groups()
@@ -186,19 +186,19 @@ def linked(text: str) -> str:
 
 
 def anchor(name: str) -> str:
-    """The anchor that GitHub gives to a heading."""
+    """Returns the anchor that GitHub gives to a heading."""
     return re.sub(r"[^\w\- ]", "", name.lower())
 
 
 def table(header: str, rows: list[str]) -> str:
-    """A table of Markdown."""
+    """Writes a table."""
     columns = header.count(" | ") + 1
     return "\n".join([f"| {header} |", "|" + "---|" * columns, *rows, ""])
 
 
 # --- the schema ----------------------------------------------------------------------------------
 
-# What the YAML language server supports. A number or true where text is wanted is text.
+# The draft that the YAML language server supports. A number where text is wanted is text.
 DRAFT: Final = "http://json-schema.org/draft-07/schema#"
 SCALARS: Final[dict[object, Json]] = {
     bool: {"type": "boolean"},
@@ -222,19 +222,19 @@ NUMBERS: Final[Json] = {
 
 
 def schema() -> str:
-    """The JSON schema of a config as a user writes it, for an editor."""
-    whole = section_schema(Config) | {"patternProperties": {"^x-": {}}}
+    """Writes the JSON schema of a config as a user writes it, for an editor."""
+    sections = section_schema(Config) | {"patternProperties": {"^x-": {}}}
     heading: Json = {
         "$schema": DRAFT,
         "title": "eopd",
         "description": "A run of eopd. Short forms are taken as the program takes them; what must "
         "hold between several keys is only seen by `eopd check`.",
     }
-    return json.dumps(heading | whole, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(heading | sections, indent=1, ensure_ascii=False) + "\n"
 
 
 def section_schema(section: Section) -> Json:
-    """A mapping of a section's keys, and no others."""
+    """Describes a mapping of a section's keys, and no others."""
     texts = descriptions(section)
     fields = section.model_fields.items()
     required = [name for name, field in fields if field.is_required()]
@@ -249,33 +249,35 @@ def section_schema(section: Section) -> Json:
 
 
 def field_schema(field: FieldInfo) -> Json:
-    """What may stand at a key, with its default; nothing stands for what is empty or null."""
-    made = value_schema(field.annotation, field.metadata, usual_kind(field))
+    """Describes what may stand at a key, with its default. Nothing at all stands for null, for an
+    empty list or mapping, and for a section of defaults.
+    """
+    value = value_schema(field.annotation, field.metadata, default_kind_of(field))
     default = None if field.is_required() else field.default
     is_section = isinstance(default, BaseModel)
     if may_be_null(field.annotation) or is_section or default in ([], (), {}):
-        made = any_of(made, {"type": "null"})
+        value = any_of(value, {"type": "null"})
 
     if field.is_required() or is_section:
-        return made
+        return value
 
-    return made | {"default": str(default) if isinstance(default, Path) else default}
+    return value | {"default": str(default) if isinstance(default, Path) else default}
 
 
 def value_schema(
-    annotation: object, metadata: Sequence[object] = (), usual: str | None = None
+    annotation: object, metadata: Sequence[object] = (), default_kind: str | None = None
 ) -> Json:
-    """What a type takes, in the order in which ``eopd.config.shape`` reads it."""
+    """Describes what a type takes, in the order in which ``eopd.config.shape`` reads it."""
     if typing.get_origin(annotation) is typing.Annotated:
-        inner, *more = typing.get_args(annotation)
-        return value_schema(inner, [*metadata, *more], usual)
+        inner, *bounds = typing.get_args(annotation)
+        return value_schema(inner, [*metadata, *bounds], default_kind)
 
     if kinds := kinds_of(annotation):
-        return any_of({"enum": list(kinds)}, *forms_schema(kinds, usual))
+        return any_of({"enum": list(kinds)}, *forms_schema(kinds, default_kind))
 
     if section := section_of(annotation):
-        made = section_schema(section)
-        return any_of(made, {"type": "boolean"}) if may_be_null(annotation) else made
+        mapping = section_schema(section)
+        return any_of(mapping, {"type": "boolean"}) if may_be_null(annotation) else mapping
 
     if (item := item_of(annotation)) is not None:
         return list_schema(annotation, value_schema(item), metadata)
@@ -295,38 +297,38 @@ def value_schema(
 
 
 def list_schema(annotation: object, item: Json, metadata: Sequence[object]) -> Json:
-    """A list, or its one item; a list of so many has no short form."""
+    """Describes a list, or its one item; a list of a fixed length has no short form."""
     parts = typing.get_args(annotation)
-    whole: Json = {"type": "array", "items": item} | limits(metadata, "Items")
+    listing: Json = {"type": "array", "items": item} | limits(metadata, "Items")
     if typing.get_origin(annotation) is tuple and parts[-1] is not Ellipsis:
-        return whole | {"minItems": len(parts), "maxItems": len(parts)}
+        return listing | {"minItems": len(parts), "maxItems": len(parts)}
 
-    return any_of(whole, item)
+    return any_of(listing, item)
 
 
-def forms_schema(kinds: dict[str, Section], usual: str | None) -> Iterator[Json]:
-    """The mappings of several forms; only the usual one may do without its ``kind``."""
+def forms_schema(kinds: dict[str, Section], default_kind: str | None) -> Iterator[Json]:
+    """Describes the mappings of several forms; only the default one may do without ``kind``."""
     for kind, section in kinds.items():
-        made = section_schema(section)
-        keys = typing.cast(dict[str, Json], made["properties"])
+        mapping = section_schema(section)
+        keys = typing.cast(dict[str, Json], mapping["properties"])
         keys["kind"] = {"description": keys["kind"]["description"], "const": kind}
-        yield made if kind == usual else made | {"required": ["kind"]}
+        yield mapping if kind == default_kind else mapping | {"required": ["kind"]}
 
 
 def limits(metadata: Sequence[object], unit: str) -> Json:
-    """The bounds of a field in the words of JSON schema; ``unit`` is what its length counts."""
+    """Writes the bounds of a field in the words of JSON schema; ``unit`` is what its length counts."""
     words = KEYWORDS | {name: word.format(unit) for name, word in LENGTHS.items()}
     bounds = {word: bound_of(metadata, name) for name, word in words.items()}
     return {word: bound for word, bound in bounds.items() if bound is not None}
 
 
 def any_of(*schemas: Json) -> Json:
-    """What one of several schemas takes."""
+    """Describes what one of several schemas takes."""
     return {"anyOf": list(schemas)}
 
 
 def render() -> dict[str, str]:
-    """Texts by the name of their file, from the root of the repository."""
+    """Returns texts by the name of their file, from the root of the repository."""
     return {PAGE: page(), SCHEMA: schema()}
 
 
