@@ -89,7 +89,7 @@ class Chapter:
     default_kind: str | None = None
 
 
-def page() -> str:
+def page_text() -> str:
     """Writes the reference page."""
     texts = descriptions(Config)
     rows = [
@@ -221,7 +221,7 @@ NUMBERS: Final[Json] = {
 }
 
 
-def schema() -> str:
+def schema_text() -> str:
     """Writes the JSON schema of a config as a user writes it, for an editor."""
     sections = section_schema(Config) | {"patternProperties": {"^x-": {}}}
     heading: Json = {
@@ -323,13 +323,18 @@ def limits(metadata: Sequence[object], unit: str) -> Json:
 
 
 def any_of(*schemas: Json) -> Json:
-    """Describes what one of several schemas takes."""
-    return {"anyOf": list(schemas)}
+    """Describes what one of several schemas takes; each may be several itself."""
+    parts: list[object] = []
+    for schema in schemas:
+        nested = schema["anyOf"] if schema.keys() == {"anyOf"} else [schema]
+        parts += typing.cast(list[object], nested)
+
+    return {"anyOf": parts}
 
 
 def render() -> dict[str, str]:
     """Returns texts by the name of their file, from the root of the repository."""
-    return {PAGE: page(), SCHEMA: schema()}
+    return {PAGE: page_text(), SCHEMA: schema_text()}
 
 
 if __name__ == "__main__":
