@@ -6,8 +6,7 @@ runs/<name>/config.yaml     resolved, as it holds now
             metrics.jsonl   one row a step
             trained.jsonl   what each step trained on: issue numbers, and a checksum of each response's token ids
             timeline.jsonl  when in each step somebody wrote and somebody scored: spans in seconds from its start
-            samples.jsonl   held-out prompts and texts, before and after
-            held_out.jsonl  of each measurement: entropy histograms, and the samples token by token
+            held_out.jsonl  of each measurement: entropy histograms, and samples: text, and numbers of each token
             versions.json   of Python and the packages that matter, where this was run last
             report.html     all of it to look at, made when a process leaves the run (``eopd report``)
             summary.json    status, steps, tokens, times, held-out numbers
@@ -84,7 +83,6 @@ class RunDirectory:
         self._summary = path / "summary.json"
         self.timeline = path / "timeline.jsonl"
         self.report = path / "report.html"
-        self._samples = path / "samples.jsonl"
         self._held_out = path / "held_out.jsonl"
         self._scale = path / "scale.json"
 
@@ -103,11 +101,11 @@ class RunDirectory:
             directory.metrics,
             directory.trained,
             directory.timeline,
-            directory._samples,
             directory._held_out,
         )
         left = (
             *rows,
+            path / "samples.jsonl",  # of a version that kept the texts twice
             directory.dropped,
             directory._changes,
             directory._summary,
@@ -237,7 +235,7 @@ class RunDirectory:
 
     def drop_rows_after(self, step: int) -> None:
         """Forget what was measured and trained after the checkpoint that the run continues from."""
-        for path in (self.metrics, self.trained, self.timeline, self._samples, self._held_out):
+        for path in (self.metrics, self.trained, self.timeline, self._held_out):
             if path.exists():
                 write_whole(
                     path, "".join(f"{row}\n" for row in _lines(path) if _step_of(row) <= step)
@@ -354,14 +352,6 @@ class RunDirectory:
                 rows.append(numbers)
         return rows
 
-    def add_samples(self, phase: str, step: int, samples: Sequence[Mapping[str, object]]) -> None:
-        """Append the texts (``prompt_id``, ``prompt``, ``response``) of one held-out
-        measurement.
-        """
-        for sample in samples:
-            texts = {name: sample[name] for name in ("prompt_id", "prompt", "response")}
-            append_jsonl(self._samples, {"phase": phase, "step": step, **texts})
-
     def add_held_out(
         self, phase: str, step: int, stats: EvalStats, samples: Sequence[Mapping[str, object]]
     ) -> None:
@@ -394,16 +384,20 @@ class RunDirectory:
         write_whole(self.path / "versions.json", json.dumps(versions, indent=2) + "\n")
 
     def samples(self) -> list[Sample]:
-        """Prompts with the text before and after, where there are both."""
-        texts = {(row["phase"], row["prompt_id"]): row for row in read_rows(self._samples)}
+        """Returns the samples of the last measurements, of prompts that have one before and one
+        after training.
+        """
+        samples = {row["phase"]: row["samples"] for row in read_rows(self._held_out)}
+        before = {sample["prompt_id"]: sample["response"] for sample in samples.get("before", ())}
+
         return [
             {
-                "prompt": row["prompt"],
-                "before": texts["before", prompt_id]["response"],
-                "after": row["response"],
+                "prompt": sample["prompt"],
+                "before": before[sample["prompt_id"]],
+                "after": sample["response"],
             }
-            for (phase, prompt_id), row in texts.items()
-            if phase == "after" and ("before", prompt_id) in texts
+            for sample in samples.get("after", ())
+            if sample["prompt_id"] in before
         ]
 
 

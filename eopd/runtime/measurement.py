@@ -90,7 +90,6 @@ async def keep_samples(
     """Write what people look at. Nothing else may be lost with it: what goes wrong is logged."""
     try:
         samples = await _records(config, prepared, measured.scored[: config.evaluation.samples])
-        directory.add_samples(phase, step, samples)
         directory.add_held_out(phase, step, measured.stats, samples)
     except Exception:  # noqa: BLE001 - see above
         logger.warning("the samples of this measurement were not kept", exc_info=True)

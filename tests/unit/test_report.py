@@ -505,6 +505,14 @@ def test_a_run_under_way_is_reported_with_what_there_is(run, page):
     assert "Rollout engines: not recorded" in found.text and "busy" not in found.text
 
 
+def test_a_run_of_a_version_that_kept_no_tokens_says_what_it_lacks(run, page):
+    directory = run(**{"held_out.jsonl": None})
+    (directory / "samples.jsonl").write_text('{"phase": "before", "prompt": "why", "step": 0}\n')
+    found = page(directory)
+    assert "an older version kept the texts of samples alone, in samples.jsonl" in found.text
+    assert "No samples yet" in found.text
+
+
 def test_lines_and_files_that_cannot_be_read_are_counted(run, page):
     rows = json.dumps(row(1)) + "\n[1]\n" + json.dumps(row(2))[:-9]
     found = page(run(**{"metrics.jsonl": rows, "config.yaml": "a: [", "summary.json": "{"}))

@@ -61,8 +61,8 @@ def test_a_run_that_is_begun_again_is_another_one_to_trackers(config):
 async def test_a_run_that_begins_keeps_nothing_of_one_of_its_name(config):
     sample = {"prompt_id": "p", "prompt": "?", "response": "a"}
     directory = RunDirectory.create(config())
-    directory.add_samples("before", 0, [sample])
     directory.add_held_out("before", 0, STATS, [sample])
+    (directory.path / "samples.jsonl").write_text("of an older version\n")
     directory.write_summary(Progress().summary("running"))
     directory.add_trained(1, {0: fakes.header(crc32=7)})
     directory.broken.mkdir()
@@ -186,16 +186,12 @@ def test_rows_after_the_checkpoint_are_dropped(config):
         )
 
     for step in (0, 2, 3):
-        directory.add_samples(
-            "after", step, [{"prompt_id": "p", "prompt": "?\u2028", "response": "a"}]
-        )
-        directory.add_held_out("after", step, STATS, [])
+        directory.add_held_out("after", step, STATS, [{"prompt": "?\u2028"}])
 
     assert directory.num_steps() == 3
     directory.drop_rows_after(2)
-    for name in ("samples", "held_out"):
-        lines = (directory.path / f"{name}.jsonl").read_text().split("\n")
-        assert [json.loads(line)["step"] for line in lines if line] == [0, 2]
+    lines = (directory.path / "held_out.jsonl").read_text().split("\n")
+    assert [json.loads(line)["step"] for line in lines if line] == [0, 2]
 
     assert directory.num_steps() == 2
     for path in (directory.metrics, directory.timeline):
@@ -229,11 +225,17 @@ def test_summary_and_samples_come_back_as_written(config):
     resumed = Progress.resume(fakes.driver_state(4), read)
     assert resumed.before == read["held_out"]["before"] and resumed.wall_s > 1.5
 
-    text = {"prompt_id": "p", "prompt": "?\u2028\x85"}  # separators that str.splitlines() cuts at
-    directory.add_samples("before", 0, [text | {"response": "a", "ids": [7]}])
+    text = {"prompt": "?\u2028\x85"}  # separators that str.splitlines() cuts at
+    before, after = (
+        [text | {"prompt_id": name, "response": f"{name}, {phase}"} for name in names]
+        for phase, names in (("before", "pq"), ("after", "qr"))
+    )
+    directory.add_held_out("before", 0, STATS, before)
     assert directory.samples() == []
-    directory.add_samples("after", 4, [text | {"response": "b"}])
-    assert directory.samples() == [{"prompt": "?\u2028\x85", "before": "a", "after": "b"}]
+    directory.add_held_out("after", 4, STATS, after)
+    assert directory.samples() == [
+        {"prompt": "?\u2028\x85", "before": "q, before", "after": "q, after"}
+    ]
 
 
 def test_a_measurement_is_kept_for_people(config):
@@ -399,9 +401,9 @@ def test_a_row_that_was_cut_short_is_left_out(config):
 
     sample = {"prompt_id": "p", "prompt": "?", "response": "a\u2028b"}
     for phase in ("before", "after"):
-        directory.add_samples(phase, 0, [sample])
+        directory.add_held_out(phase, 0, STATS, [sample])
 
-    with (directory.path / "samples.jsonl").open("a") as file:
+    with (directory.path / "held_out.jsonl").open("a") as file:
         file.write('{"phase": "af')
 
     assert directory.samples() == [{"prompt": "?", "before": "a\u2028b", "after": "a\u2028b"}]

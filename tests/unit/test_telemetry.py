@@ -194,7 +194,7 @@ def test_append_jsonl_leaves_no_part_of_a_line_on_a_full_disk(tmp_path: Path) ->
 
 
 def test_append_jsonl_keeps_text_as_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "samples.jsonl"
+    path = tmp_path / "held_out.jsonl"
     append_jsonl(path, {"prompt": "Grüß\ndich", "tokens": [1, 2]})
     append_jsonl(path, {"prompt": "次"})
     lines = path.read_text(encoding="utf-8").splitlines()

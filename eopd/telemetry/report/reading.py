@@ -89,6 +89,12 @@ def _read_run(directory: Path, name: str) -> RunRecord:
         raise ConfigError(f"{directory} holds no run (it has no config.yaml)")
 
     notes: list[str] = []
+    if (directory / "samples.jsonl").exists() and not (directory / "held_out.jsonl").exists():
+        notes.append(
+            "held_out.jsonl is missing: an older version kept the texts of samples alone, "
+            "in samples.jsonl"
+        )
+
     rows = _lines(directory / "metrics.jsonl", notes, *_OF_EVERY_ROW)
     if not rows:
         raise ConfigError(f"{directory}: no step was completed yet (metrics.jsonl has no rows)")
