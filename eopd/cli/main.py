@@ -156,7 +156,7 @@ def train(
     if directory.report.exists():
         typer.echo(f"report: {directory.report}")
 
-    if summary["status"] != "completed":
+    if summary.status != "completed":
         typer.echo(
             f"continue with: {_command(config, overrides or [], directory.resume_options())}"
         )

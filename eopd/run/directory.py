@@ -49,7 +49,7 @@ from eopd.run.checkpoint import (
 )
 from eopd.run.lock import holder, last_holder
 from eopd.run.place import require_no_stranger
-from eopd.run.reading import config_before, read_changes, read_rows, read_summary
+from eopd.run.reading import config_before, read_changes, read_rows, read_summary, up_to_step
 from eopd.run.record import RUN_ID, Row, Sample, Summary, append_jsonl
 from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostTrajectory, Span
 
@@ -136,12 +136,9 @@ class RunDirectory:
         return self._config.is_file()
 
     def num_steps(self) -> int:
-        """The last step that a row tells of; 0 where none does."""
-        files = (path for path in (self.metrics, self.trained) if path.exists())
-        lines = (line for path in files for line in _lines(path)[-3:])
-        return int(
-            max((step for line in lines if math.isfinite(step := _step_of(line))), default=0)
-        )
+        """Returns the last step that a row names, or 0."""
+        rows = [*read_rows(self.metrics, last=2), *read_rows(self.trained, last=2)]
+        return max((row["step"] for row in up_to_step(rows, math.inf)), default=0)
 
     def go_on(self, config: Config, step: int, changes: Sequence[Change]) -> None:
         """Keep the config that holds from the step after ``step`` on, and what it changes of
@@ -237,9 +234,9 @@ class RunDirectory:
         """Forget what was measured and trained after the checkpoint that the run continues from."""
         for path in (self.metrics, self.trained, self.timeline, self._held_out):
             if path.exists():
-                write_whole(
-                    path, "".join(f"{row}\n" for row in _lines(path) if _step_of(row) <= step)
-                )
+                kept = up_to_step(read_rows(path), step)
+                lines = [json.dumps(row, ensure_ascii=False) for row in kept]
+                write_whole(path, "".join(f"{line}\n" for line in lines))
 
     def add_trained(self, step: int, trained: Mapping[int, Header]) -> None:
         """Append to ``trained.jsonl`` which trajectories, by issue number, a step trained on.
@@ -307,7 +304,7 @@ class RunDirectory:
         """
         self.config()
         summary, running = self.read_summary(), holder(self.path)
-        said = summary["status"] if summary else "starting"
+        said = summary.status if summary else "starting"
         if running and said not in ("running", "starting"):
             return f"{said} (and being taken up, or left, by {running})"
 
@@ -335,7 +332,7 @@ class RunDirectory:
 
     def write_summary(self, summary: Summary) -> None:
         """Replace ``summary.json``, whole or not at all."""
-        write_whole(self._summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        write_whole(self._summary, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
 
     def read_summary(self) -> Summary | None:
         """The summary as it was last written; None in the first minutes of a run."""
@@ -387,30 +384,16 @@ class RunDirectory:
         """Returns the samples of the last measurements, of prompts that have one before and one
         after training.
         """
-        samples = {row["phase"]: row["samples"] for row in read_rows(self._held_out)}
+        rows = read_rows(self._held_out)
+        samples = {row.get("phase"): row.get("samples", ()) for row in rows}
         before = {sample["prompt_id"]: sample["response"] for sample in samples.get("before", ())}
 
         return [
-            {
-                "prompt": sample["prompt"],
-                "before": before[sample["prompt_id"]],
-                "after": sample["response"],
-            }
+            Sample(
+                prompt=sample["prompt"],
+                before=before[sample["prompt_id"]],
+                after=sample["response"],
+            )
             for sample in samples.get("after", ())
             if sample["prompt_id"] in before
         ]
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines of a file of rows; splitlines() would cut inside texts."""
-    return path.read_text(encoding="utf-8", errors="replace").split("\n")
-
-
-def _step_of(row: str) -> float:
-    """The step of a row; beyond all others where the row was cut short, by a machine that
-    lost its power.
-    """
-    try:
-        return float(json.loads(row)["step"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return math.inf

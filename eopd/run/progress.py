@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from eopd.ledger import Ledger
 from eopd.run.checkpoint import DriverState
-from eopd.run.record import Measurement, Row, Summary
+from eopd.run.record import HeldOut, Measurement, Row, Summary
 from eopd.types import StepDone
 
 STAGES = ("generate", "score", "train", "weights", "wait")
@@ -44,14 +44,14 @@ class Progress:
         training is kept.
         """
         return cls(
-            incarnation=summary["incarnation"] + 1,
+            incarnation=summary.incarnation + 1,
             step=state.step,
             tokens=state.tokens,
             trajectories=state.trajectories,
             skipped_steps=state.skipped_steps,
             checkpoint_step=state.step,
             wall_before_s=state.wall_s,
-            before=summary["held_out"]["before"],
+            before=summary.held_out.before,
         )
 
     def roll_back(self, state: DriverState | None) -> None:
@@ -116,17 +116,17 @@ class Progress:
     def summary(self, status: str) -> Summary:
         """What ``summary.json`` holds."""
         rows = max(self._rows, 1)
-        return {
-            "status": status,
-            "steps": self.step,
-            "tokens": self.tokens,
-            "skipped_steps": self.skipped_steps,
-            "incarnation": self.incarnation,
-            "wall_s": round(self.wall_s, 3),
-            "tokens_per_s": self._tokens_here / self._seconds["step"] if self._rows else 0.0,
-            "step_seconds": {stage: self._seconds[stage] / rows for stage in STAGES},
-            "held_out": {"before": self.before, "after": self.after},
-        }
+        return Summary(
+            status=status,
+            steps=self.step,
+            tokens=self.tokens,
+            skipped_steps=self.skipped_steps,
+            incarnation=self.incarnation,
+            wall_s=round(self.wall_s, 3),
+            tokens_per_s=self._tokens_here / self._seconds["step"] if self._rows else 0.0,
+            step_seconds={stage: self._seconds[stage] / rows for stage in STAGES},
+            held_out=HeldOut(before=self.before, after=self.after),
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -7,10 +7,10 @@ a value of its own.
 
 import json
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -32,34 +32,7 @@ class ChangeRecord:
     before: dict[str, object]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Measurement:
-    mean: float
-    standard_error: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _HeldOut:
-    before: dict[str, _Measurement] | None = None
-    after: dict[str, _Measurement] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Summary:
-    """``Summary``, of which an older version may not have written all."""
-
-    status: str
-    steps: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    incarnation: int = 0
-    wall_s: float = 0.0
-    tokens_per_s: float = 0.0
-    step_seconds: dict[str, float] = field(default_factory=dict)
-    held_out: _HeldOut = _HeldOut()
-
-
-_SUMMARY: Final = TypeAdapter(_Summary)
+_SUMMARY: Final = TypeAdapter(Summary)
 _CHANGE: Final = TypeAdapter(ChangeRecord)
 
 
@@ -80,7 +53,7 @@ def read_summary(path: Path) -> Summary | None:
     if not path.exists():
         return None
 
-    return cast(Summary, asdict(read_saved(path, _SUMMARY, instead_of_going_on(path.parent))))
+    return read_saved(path, _SUMMARY, instead_of_going_on(path.parent))
 
 
 def read_changes(path: Path) -> list[ChangeRecord]:
@@ -117,20 +90,33 @@ def config_before(path: Path, change: ChangeRecord) -> Config:
         ) from None
 
 
-def read_rows(path: Path, last: int | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file, or those of its last lines; what is no row is left out."""
+def read_rows(path: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """Returns the rows of a file of JSON lines, or those of its last lines; none where there is no
+    file. A line that is no JSON object is an empty row.
+    """
     if not path.exists():
-        return
+        return []
 
-    with path.open("rb") as file:
-        for line in deque(file, maxlen=last):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
+    # newline: a text may hold the other separators of Unicode
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        lines = deque(file, maxlen=last)
 
-            if isinstance(row, dict):
-                yield row
+    return [parse_object(line) for line in lines if line.strip()]
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """Returns the JSON object that a text holds; an empty one where it holds something else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+
+    return value if isinstance(value, dict) else {}
+
+
+def up_to_step(rows: Iterable[dict[str, Any]], step: float) -> list[dict[str, Any]]:
+    """Returns the rows that name their step, of those up to a step."""
+    return [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
 
 
 def _without_changes(path: Path) -> str:

@@ -1,12 +1,16 @@
-"""What the files of a run hold: rows of ``metrics.jsonl``, and the summary."""
+"""What the files of a run hold, as it is written and read: rows of JSON lines, and the summary.
+
+A field with a default may be missing in the file of an older version.
+"""
 
 import errno
 import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypedDict
+from typing import Final
 
 from eopd.types import Estimate, EvalStats
 
@@ -14,40 +18,44 @@ Row = Mapping[str, float]  # by the names of ``telemetry/catalog.py``
 RUN_ID: Final = "run-id"  # the file in which a tracker keeps its name of the run
 
 
-class Measurement(TypedDict):
-    """A mean and its standard error; None where one trajectory shows no spread."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """A mean and its standard error, which is None where one trajectory shows no spread."""
 
     mean: float
-    standard_error: float | None
+    standard_error: float | None = None
 
 
-class HeldOut(TypedDict):
-    """``reverse_kl``, ``forward_kl``, ``student_entropy``, ``top1_agreement``; None where not
-    measured.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Measurements before and after training, by the names that ``held_out_record`` gives them;
+    None where nothing was measured.
     """
 
-    before: Mapping[str, Measurement] | None
-    after: Mapping[str, Measurement] | None
+    before: Mapping[str, Measurement] | None = None
+    after: Mapping[str, Measurement] | None = None
 
 
-class Summary(TypedDict):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
     """What ``summary.json`` holds. ``step_seconds``: mean seconds of generate, score, train,
     weights, wait.
     """
 
     status: str
-    steps: int
-    tokens: int
-    skipped_steps: int
-    incarnation: int
-    wall_s: float
-    tokens_per_s: float
-    step_seconds: Mapping[str, float]
-    held_out: HeldOut
+    steps: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    incarnation: int = 0
+    wall_s: float = 0.0
+    tokens_per_s: float = 0.0
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+    held_out: HeldOut = HeldOut()
 
 
-class Sample(TypedDict):
-    """A held-out prompt, and what the student wrote before and after."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A held-out prompt, and what the student wrote before and after training."""
 
     prompt: str
     before: str
@@ -67,10 +75,10 @@ def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
         found[f"forward_kl: {part}"] = of_part.forward_kl
 
     return {
-        name: {
-            "mean": value.mean,
-            "standard_error": value.standard_error if math.isfinite(value.standard_error) else None,
-        }
+        name: Measurement(
+            mean=value.mean,
+            standard_error=value.standard_error if math.isfinite(value.standard_error) else None,
+        )
         for name, value in found.items()
     }
 

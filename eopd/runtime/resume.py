@@ -121,7 +121,7 @@ def take_up(
         )
 
     summary = _summary_of(directory)
-    is_complete = summary["status"] == "completed" and summary["steps"] == last
+    is_complete = summary.status == "completed" and summary.steps == last
     if resume == "auto" and is_complete and last == config.run.batches:
         return replace(new, summary=summary, complete=True)
 

@@ -195,8 +195,8 @@ def print_summary(
     and after. Of a run that did not get as far as any number, one line.
     """
     output = output or rich.console.Console()
-    if not summary["steps"] and summary["held_out"]["before"] is None:
-        head = f"{summary['status']} before the first step, after {clock(summary['wall_s'])}"
+    if not summary.steps and summary.held_out.before is None:
+        head = f"{summary.status} before the first step, after {clock(summary.wall_s)}"
         output.print(
             f"{head}; run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True
         )
@@ -204,17 +204,17 @@ def print_summary(
 
     output.print()
     output.print(
-        f"{summary['status']}: {summary['steps']} steps, {summary['tokens']:,} response tokens "
-        f"in {clock(summary['wall_s'])}, {summary['tokens_per_s']:.1f} response tokens/s",
+        f"{summary.status}: {summary.steps} steps, {summary.tokens:,} response tokens "
+        f"in {clock(summary.wall_s)}, {summary.tokens_per_s:.1f} response tokens/s",
         style="bold",
         markup=False,
         highlight=False,
     )
     output.print()
-    output.print(_time_table(summary["step_seconds"]))
+    output.print(_time_table(summary.step_seconds))
     output.print()
-    output.print(held_out_table(summary["held_out"]))
-    if (parts := parts_table(summary["held_out"])).rows:
+    output.print(held_out_table(summary.held_out))
+    if (parts := parts_table(summary.held_out)).rows:
         output.print()
         output.print(parts)
 
@@ -238,7 +238,7 @@ def _time_table(step_seconds: Mapping[str, float]) -> Table:
 
 def held_out_table(held_out: HeldOut) -> Table:
     """Held-out numbers before and after training."""
-    before, after = held_out["before"] or {}, held_out["after"] or {}
+    before, after = held_out.before or {}, held_out.after or {}
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("held out, per response token", header_style="dim")
     for heading in ("before", "after", "change"):
@@ -247,7 +247,7 @@ def held_out_table(held_out: HeldOut) -> Table:
     for name, label in _HELD_OUT.items():
         change = "-"
         if name in before and name in after:
-            change = f"{after[name]['mean'] - before[name]['mean']:+.3f}"
+            change = f"{after[name].mean - before[name].mean:+.3f}"
 
         table.add_row(label, _measured(before, name), _measured(after, name), change)
 
@@ -258,7 +258,7 @@ def parts_table(held_out: HeldOut) -> Table:
     """The divergences where the teacher is sure and unsure, and by source of the prompts,
     before and after.
     """
-    phases = [measured for measured in (held_out["before"], held_out["after"]) if measured]
+    phases = [measured for measured in (held_out.before, held_out.after) if measured]
     parts = {
         name.removeprefix("share: ")
         for phase in phases
@@ -272,7 +272,7 @@ def parts_table(held_out: HeldOut) -> Table:
 
     def cell(name: str, form: str) -> str:
         return " → ".join(
-            format(phase[name]["mean"], form) if name in phase else "-" for phase in phases
+            format(phase[name].mean, form) if name in phase else "-" for phase in phases
         )
 
     for part in sorted(parts, reverse=True):
@@ -289,17 +289,17 @@ def _measured(measurements: Mapping[str, Measurement], name: str) -> str:
     if name not in measurements:
         return "-"
 
-    error = measurements[name]["standard_error"]
-    return f"{measurements[name]['mean']:.3f} ± {'-' if error is None else f'{error:.3f}'}"
+    error = measurements[name].standard_error
+    return f"{measurements[name].mean:.3f} ± {'-' if error is None else f'{error:.3f}'}"
 
 
 def _sample_table(sample: Sample) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("prompt", Text(_printable(sample["prompt"]), style="bold"))
-    table.add_row("before", Text(_printable(sample["before"])))
-    table.add_row("after", Text(_printable(sample["after"])))
+    table.add_row("prompt", Text(_printable(sample.prompt), style="bold"))
+    table.add_row("before", Text(_printable(sample.before)))
+    table.add_row("after", Text(_printable(sample.after)))
     return table
 
 

@@ -50,7 +50,7 @@ def print_status(
         output.print(faults, markup=False, highlight=False, soft_wrap=True)
 
     if summary:
-        output.print(held_out_table(summary["held_out"]))
+        output.print(held_out_table(summary.held_out))
 
     if advice is not None:
         output.print(advice, markup=False, highlight=False, soft_wrap=True)

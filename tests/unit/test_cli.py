@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.rewards.verdict import Verdict
 from eopd.run.checkpoint import DriverState, StorageError, write_checkpoint
 from eopd.run.directory import RunDirectory
+from eopd.run.record import Summary
 from eopd.runtime.train import Outcome
 from eopd.types import Estimate, StopReason
 
@@ -249,17 +251,7 @@ def test_a_disk_that_takes_no_more_is_one_message(run, capsys, monkeypatch):
     )
 
 
-RAN = {
-    "status": "completed",
-    "steps": 1,
-    "tokens": 9,
-    "skipped_steps": 0,
-    "incarnation": 0,
-    "wall_s": 1.0,
-    "tokens_per_s": 1.0,
-    "step_seconds": {},
-    "held_out": {"before": None, "after": None},
-}
+RAN = Summary(status="completed", steps=1, tokens=9, wall_s=1.0, tokens_per_s=1.0)
 
 
 @pytest.fixture
@@ -276,7 +268,7 @@ def train(run, capsys, monkeypatch):
             if error is not None:
                 raise error
 
-            return Outcome({**RAN, "status": status}, RunDirectory(run / "run"), trained)
+            return Outcome(replace(RAN, status=status), RunDirectory(run / "run"), trained)
 
         monkeypatch.setattr("eopd.runtime.train.train", pretended)
         config = str(run / "run" / "config.yaml")
@@ -355,7 +347,7 @@ def test_a_complete_run_says_so_and_is_exit_code_0(train, run):
 
 def test_the_status_of_a_run_that_was_killed_says_what_continues_it(run, capsys, monkeypatch):
     directory = RunDirectory(run / "run")
-    directory.write_summary({**RAN, "status": "running"})
+    directory.write_summary(replace(RAN, status="running"))
     monkeypatch.setattr(sys, "argv", ["eopd", "status", str(directory.path)])
     with pytest.raises(SystemExit):
         main()

@@ -6,11 +6,12 @@ import io
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import rich.console
 
-from eopd.run.record import Measurement, Sample, Summary
+from eopd.run.record import HeldOut, Measurement, Sample, Summary
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.cells import COLUMNS
 from eopd.telemetry.console import Console, print_summary
@@ -203,32 +204,31 @@ def test_close_ends_the_live_view_and_its_thread() -> None:
 
 
 def measured(mean: float, standard_error: float) -> Measurement:
-    return {"mean": mean, "standard_error": standard_error}
+    return Measurement(mean=mean, standard_error=standard_error)
 
 
-SUMMARY: Summary = {
-    "status": "finished",
-    "steps": 50,
-    "tokens": 12800,
-    "skipped_steps": 0,
-    "wall_s": 3726.4,
-    "tokens_per_s": 56.54,
-    "step_seconds": {"generate": 1.234, "score": 0.4, "train": 2.1, "weights": 0.31, "wait": 1.8},
-    "held_out": {
-        "before": {
+SUMMARY = Summary(
+    status="finished",
+    steps=50,
+    tokens=12800,
+    wall_s=3726.4,
+    tokens_per_s=56.54,
+    step_seconds={"generate": 1.234, "score": 0.4, "train": 2.1, "weights": 0.31, "wait": 1.8},
+    held_out=HeldOut(
+        before={
             "reverse_kl": measured(4.1, 0.21),
             "forward_kl": measured(3.9, 0.2),
             "student_entropy": measured(3.2, 0.1),
             "top1_agreement": measured(0.21, 0.02),
         },
-        "after": {
+        after={
             "reverse_kl": measured(1.29, 0.08),
             "forward_kl": measured(1.4, 0.2),
             "student_entropy": measured(1.2, 0.1),
             "top1_agreement": measured(0.61, 0.02),
         },
-    },
-}
+    ),
+)
 
 
 def summary_lines(summary: Summary, samples: list[Sample], width: int = 80) -> list[str]:
@@ -238,16 +238,11 @@ def summary_lines(summary: Summary, samples: list[Sample], width: int = 80) -> l
 
 
 def test_a_run_that_did_not_get_as_far_as_any_number_is_one_line() -> None:
-    nothing: Summary = {
-        **SUMMARY,
-        "status": "interrupted",
-        "steps": 0,
-        "held_out": {"before": None, "after": None},
-    }
-    assert summary_lines({**nothing, "wall_s": 33.0}, [], width=200) == [
+    nothing = replace(SUMMARY, status="interrupted", steps=0, held_out=HeldOut())
+    assert summary_lines(replace(nothing, wall_s=33.0), [], width=200) == [
         "interrupted before the first step, after 0:33; run directory: runs/demo"
     ]
-    assert len(summary_lines({**nothing, "held_out": SUMMARY["held_out"]}, [])) > 5
+    assert len(summary_lines(replace(nothing, held_out=SUMMARY.held_out), [])) > 5
 
 
 def test_the_summary_shows_rate_time_and_held_out_numbers() -> None:
@@ -293,7 +288,7 @@ def test_the_summary_tells_where_the_teacher_is_sure_and_which_prompts_are_near_
         "forward_kl: source lists": (0.9, 0.1),
     }
     before, after = ({name: measured(pair[i], 0.1) for name, pair in parts.items()} for i in (0, 1))
-    lines = summary_lines({**SUMMARY, "held_out": {"before": before, "after": after}}, [])
+    lines = summary_lines(replace(SUMMARY, held_out=HeldOut(before=before, after=after)), [])
     assert max(len(line) for line in lines) <= 80
     cells = [line.split() for line in lines]
     unsure = [
@@ -307,21 +302,15 @@ def test_the_summary_tells_where_the_teacher_is_sure_and_which_prompts_are_near_
 
 
 def test_the_summary_of_an_interrupted_run_has_no_after() -> None:
-    summary: Summary = {
-        **SUMMARY,
-        "status": "interrupted",
-        "held_out": {"before": SUMMARY["held_out"]["before"], "after": None},
-    }
+    summary = replace(SUMMARY, status="interrupted", held_out=replace(SUMMARY.held_out, after=None))
     cells = [line.split() for line in summary_lines(summary, [])]
     assert ["forward", "KL", "(nats)", "3.900", "±", "0.200", "-", "-"] in cells
 
 
 def test_sampled_text_cannot_steer_the_terminal() -> None:
-    sample: Sample = {
-        "prompt": "Say [bold]hi[/bold].",
-        "before": "a\x1b[31m b\n\n\tc\x07",
-        "after": "word " * 100,
-    }
+    sample = Sample(
+        prompt="Say [bold]hi[/bold].", before="a\x1b[31m b\n\n\tc\x07", after="word " * 100
+    )
     text = "\n".join(summary_lines(SUMMARY, [sample]))
     assert "\x1b" not in text and "\x07" not in text
     assert "Say [bold]hi[/bold]." in text
@@ -339,18 +328,8 @@ def status_of(
 
 
 def test_the_status_of_a_run_is_made_of_its_files() -> None:
-    measured: dict[str, Measurement] = {"reverse_kl": {"mean": 2.5, "standard_error": 0.1}}
-    summary: Summary = {
-        "status": "running",
-        "steps": 10,
-        "tokens": 90,
-        "skipped_steps": 0,
-        "incarnation": 1,
-        "wall_s": 9.0,
-        "tokens_per_s": 1.0,
-        "step_seconds": {},
-        "held_out": {"before": measured, "after": None},
-    }
+    before = {"reverse_kl": measured(2.5, 0.1)}
+    summary = Summary(status="running", steps=10, held_out=HeldOut(before=before))
     faults = {
         "eopd_engines_up": 2.0,
         "eopd_engine_replacements_total": 1.0,

@@ -26,7 +26,7 @@ def test_a_lost_learner_rolls_back_to_a_checkpoint_or_to_the_beginning_as_anothe
         0,
     )
     assert (progress.incarnation, progress.learner_restarts) == (2, 2)
-    assert progress.wall_s >= 100.0 and progress.summary("running")["incarnation"] == 2
+    assert progress.wall_s >= 100.0 and progress.summary("running").incarnation == 2
     assert Progress.resume(state, progress.summary("running")).incarnation == 3
 
 

@@ -171,7 +171,7 @@ async def test_going_back_behind_a_change_compares_with_what_held_there(config):
 async def test_a_complete_run_is_nothing_to_do_and_can_be_extended(config):
     directory = await run_of(config(), 10, 20, status="completed")
     done = take_up(config("learner.lr=0.1"), INPUTS, "auto")
-    assert done.complete and done.summary["status"] == "completed"
+    assert done.complete and done.summary.status == "completed"
     assert not take_up(config(), INPUTS, "yes").complete
     for resume in ("yes", "auto"):
         longer = take_up(config("run.batches=30"), INPUTS, resume)

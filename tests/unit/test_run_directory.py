@@ -7,6 +7,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 
 import fakes
 import pytest
@@ -19,7 +20,7 @@ from eopd.run.checkpoint import StorageError, write_checkpoint
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.progress import Progress
-from eopd.run.record import held_out_record
+from eopd.run.record import Measurement, Sample, held_out_record
 from eopd.runtime.resume import take_up
 from eopd.telemetry.sinks import JsonlSink
 from eopd.types import Estimate, EvalStats, LearnerStats, PolicyVersion, PublishStats, StepDone
@@ -189,9 +190,11 @@ def test_rows_after_the_checkpoint_are_dropped(config):
         directory.add_held_out("after", step, STATS, [{"prompt": "?\u2028"}])
 
     assert directory.num_steps() == 3
+    held_out = directory.path / "held_out.jsonl"
+    kept = held_out.read_text().split("\n")[:2]
     directory.drop_rows_after(2)
-    lines = (directory.path / "held_out.jsonl").read_text().split("\n")
-    assert [json.loads(line)["step"] for line in lines if line] == [0, 2]
+    assert held_out.read_text().split("\n") == [*kept, ""]
+    assert [json.loads(line)["step"] for line in kept] == [0, 2]
 
     assert directory.num_steps() == 2
     for path in (directory.metrics, directory.timeline):
@@ -220,10 +223,11 @@ def test_summary_and_samples_come_back_as_written(config):
     assert directory.read_summary() is None
     directory.write_summary(progress.summary("running"))
     read = directory.read_summary()
-    assert read["held_out"]["before"]["reverse_kl"] == {"mean": 1.0, "standard_error": 0.1}
-    assert read["held_out"]["after"] is None and read["steps"] == 4 and read["status"] == "running"
+    assert read == replace(progress.summary("running"), wall_s=read.wall_s)
+    assert read.held_out.before["reverse_kl"] == Measurement(mean=1.0, standard_error=0.1)
+    assert read.held_out.after is None and read.steps == 4 and read.status == "running"
     resumed = Progress.resume(fakes.driver_state(4), read)
-    assert resumed.before == read["held_out"]["before"] and resumed.wall_s > 1.5
+    assert resumed.before == read.held_out.before and resumed.wall_s > 1.5
 
     text = {"prompt": "?\u2028\x85"}  # separators that str.splitlines() cuts at
     before, after = (
@@ -233,9 +237,8 @@ def test_summary_and_samples_come_back_as_written(config):
     directory.add_held_out("before", 0, STATS, before)
     assert directory.samples() == []
     directory.add_held_out("after", 4, STATS, after)
-    assert directory.samples() == [
-        {"prompt": "?\u2028\x85", "before": "q, before", "after": "q, after"}
-    ]
+    (sample,) = directory.samples()
+    assert sample == Sample(prompt="?\u2028\x85", before="q, before", after="q, after")
 
 
 def test_a_measurement_is_kept_for_people(config):
@@ -287,9 +290,9 @@ def test_progress_counts_this_process_for_rates_and_the_run_for_totals():
         progress.count(done(step, tokens))
 
     summary = progress.summary("completed")
-    assert summary["tokens"] == 1300 and summary["tokens_per_s"] == 300 / 4
-    assert (summary["skipped_steps"], progress.trajectories, summary["steps"]) == (2, 12, 12)
-    assert summary["step_seconds"]["train"] == 2.0
+    assert summary.tokens == 1300 and summary.tokens_per_s == 300 / 4
+    assert (summary.skipped_steps, progress.trajectories, summary.steps) == (2, 12, 12)
+    assert summary.step_seconds["train"] == 2.0
 
 
 def test_progress_tells_the_steps_that_were_skipped_last():
@@ -406,4 +409,4 @@ def test_a_row_that_was_cut_short_is_left_out(config):
     with (directory.path / "held_out.jsonl").open("a") as file:
         file.write('{"phase": "af')
 
-    assert directory.samples() == [{"prompt": "?", "before": "a\u2028b", "after": "a\u2028b"}]
+    assert directory.samples() == [Sample(prompt="?", before="a\u2028b", after="a\u2028b")]

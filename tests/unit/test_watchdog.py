@@ -10,6 +10,7 @@ import pytest
 from eopd.config import ConfigError, load_config
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import Holder
+from eopd.run.record import Summary
 from eopd.runtime import engines
 from eopd.runtime.engines import scale_on_request
 from eopd.runtime.watchdog import StallError, Watchdog, with_beside
@@ -117,7 +118,7 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
     following = asyncio.create_task(scale_on_request(directory, fleet, told.append))
     await asyncio.sleep(0.05)
     assert told == [], "nobody asked"
-    directory.write_summary({"status": "running"})
+    directory.write_summary(Summary(status="running"))
     monkeypatch.setattr(
         "eopd.run.directory.holder", lambda path: Holder(host="h", pid=7, since=0.0)
     )
@@ -152,10 +153,10 @@ def test_only_a_run_that_is_running_can_be_scaled_and_a_wish_is_forgotten_with_i
     with pytest.raises(ConfigError, match="holds no run"):
         RunDirectory(tmp_path / "elsewhere").ask_for_engines(3)
 
-    directory.write_summary({"status": "running"})
+    directory.write_summary(Summary(status="running"))
     directory.ask_for_engines(3)
     assert directory.engines_asked_for() == 3
-    directory.write_summary({"status": "completed"})
+    directory.write_summary(Summary(status="completed"))
     with pytest.raises(ConfigError, match="is completed"):
         directory.ask_for_engines(4)
 

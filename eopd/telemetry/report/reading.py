@@ -5,9 +5,11 @@ Lines that cannot be read are left out and counted; the page says so. The files 
 ``run/directory.py``.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -17,6 +19,8 @@ import yaml
 from eopd.config import ConfigError
 from eopd.config.load import flatten
 from eopd.config.saved import require_directory
+from eopd.run.reading import parse_object, read_rows, read_summary
+from eopd.run.record import Measurement, Summary
 
 _OF_EVERY_ROW: Final = ("step", "time", "eopd_step_seconds", "eopd_response_tokens_total")
 
@@ -41,7 +45,7 @@ class RunRecord:
     config_text: str
     config: Mapping[str, object]  # by dotted key
     rows: Sequence[Record]
-    summary: Record
+    summary: Summary
     held_out: Mapping[str, Record]  # by phase
     timeline: Mapping[int, Record]  # by step
     versions: Mapping[str, str]
@@ -106,52 +110,49 @@ def _read_run(directory: Path, name: str) -> RunRecord:
         config_text=text,
         config=flatten(_yaml(text, notes)),
         rows=rows,
-        summary=_object(directory / "summary.json", notes),
+        summary=_summary(directory / "summary.json", notes),
         held_out={
             line["phase"]: line for line in _lines(directory / "held_out.jsonl", notes, "phase")
         },
         timeline={
             line["step"]: line for line in _lines(directory / "timeline.jsonl", notes, "step")
         },
-        versions=_object(directory / "versions.json", notes),
+        versions=_versions(directory / "versions.json", notes),
         changes=_lines(directory / "changes.jsonl", notes, "from_step"),
         notes=notes,
     )
 
 
-def _lines(path: Path, notes: list[str], *keys: str) -> list[Record]:
+def _lines(path: Path, notes: list[str], *keys: str) -> Sequence[Record]:
     """The objects of a file of JSON lines that have some keys; none where there is no file, since
     not every run has come that far.
     """
-    if not path.exists():
-        return []
+    rows = read_rows(path)
+    complete = [row for row in rows if None not in map(row.get, keys)]
+    if unread := len(rows) - len(complete):
+        notes.append(f"{unread} of {len(rows)} lines of {path.name} could not be read")
 
-    lines = [
-        line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line
-    ]
-    parsed = [record for record in map(_parsed, lines) if record]
-    found = [record for record in parsed if None not in map(record.get, keys)]
-    if unread := len(lines) - len(found):
-        notes.append(f"{unread} of {len(lines)} lines of {path.name} could not be read")
-
-    return found
+    return complete
 
 
-def _object(path: Path, notes: list[str]) -> Record:
-    found = _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
-    if found is None:
+def _summary(path: Path, notes: list[str]) -> Summary:
+    with suppress(ConfigError):
+        if (summary := read_summary(path)) is not None:
+            return summary
+
+    notes.append(f"{path.name} is missing or cannot be read")
+
+    return Summary(status="unknown")
+
+
+def _versions(path: Path, notes: list[str]) -> Mapping[str, str]:
+    versions = parse_object(
+        path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    )
+    if not versions:
         notes.append(f"{path.name} is missing or cannot be read")
 
-    return found or {}
-
-
-def _parsed(text: str) -> Record | None:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-    return found if isinstance(found, dict) else None
+    return versions
 
 
 def _yaml(text: str, notes: list[str]) -> object:
@@ -167,10 +168,9 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
     last = run.rows[-1]
     seconds = sum(row["eopd_step_seconds"] for row in run.rows)
     tokens = last["eopd_response_tokens_total"]
-    held_out = run.summary.get("held_out", {})
-    named = {**HELD_OUT, **_parts([held_out.get("before"), held_out.get("after")])}
-    status = run.summary.get("status", "unknown")
-    wall = run.summary.get("wall_s", 0.0)
+    before, after = run.summary.held_out.before or {}, run.summary.held_out.after or {}
+    named = {**HELD_OUT, **_parts([before, after])}
+    status, wall = run.summary.status, run.summary.wall_s
     if status in ("running", "unknown"):  # then the summary is as old as the last checkpoint
         wall = max(wall, last["time"] - run.rows[0]["time"] + run.rows[0]["eopd_step_seconds"])
 
@@ -192,12 +192,7 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
             **age,
         },
         "held_out": [
-            _change(
-                label,
-                unit,
-                (held_out.get("before") or {}).get(name),
-                (held_out.get("after") or {}).get(name),
-            )
+            _change(label, unit, before.get(name), after.get(name))
             for name, (label, unit) in named.items()
         ],
     }
@@ -217,9 +212,9 @@ def _plain(value: object) -> str:
 
 
 def _change(
-    label: str, unit: str, before: Record | None, after: Record | None
+    label: str, unit: str, before: Measurement | None, after: Measurement | None
 ) -> Mapping[str, str]:
-    difference = "" if before is None or after is None else f"{after['mean'] - before['mean']:+.3f}"
+    difference = "" if before is None or after is None else f"{after.mean - before.mean:+.3f}"
     return {
         "label": label,
         "unit": unit,
@@ -229,11 +224,11 @@ def _change(
     }
 
 
-def _parts(measured: Sequence[Record | None]) -> dict[str, tuple[str, str]]:
+def _parts(phases: Sequence[Mapping[str, Measurement]]) -> dict[str, tuple[str, str]]:
     """Label and unit of what was measured on parts of the tokens, as ``reverse_kl: teacher
     unsure``.
     """
-    names = {name for one in measured for name in one or {} if ": " in name}
+    names = {name for name in itertools.chain(*phases) if ": " in name}
     pairs = {name: name.split(": ", maxsplit=1) for name in sorted(names, reverse=True)}
     return {
         name: (f"{HELD_OUT[what][0]}, {part}", HELD_OUT[what][1])
@@ -244,7 +239,7 @@ def _parts(measured: Sequence[Record | None]) -> dict[str, tuple[str, str]]:
 
 def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """(what, its value in each run): what runs are compared by."""
-    after = [(run.summary.get("held_out", {}).get("after") or {}) for run in runs]
+    after = [run.summary.held_out.after or {} for run in runs]
     facts = [headline(run)["facts"] for run in runs]
     names = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
     labels = {name: HELD_OUT[name][0] for name in names} | {
@@ -271,12 +266,12 @@ def measured_differently(runs: Sequence[RunRecord]) -> list[str]:
     return [name for name in names if any(part(run, name) != part(runs[0], name) for run in runs)]
 
 
-def _measured(found: Record | None) -> str:
-    if found is None:
+def _measured(measurement: Measurement | None) -> str:
+    if measurement is None:
         return "-"
 
-    error = found["standard_error"]
-    return f"{found['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    error = measurement.standard_error
+    return f"{measurement.mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _clock(seconds: float) -> str:
