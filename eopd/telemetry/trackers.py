@@ -3,20 +3,24 @@ is an optional extra.
 
     Telemetry --row--> BackgroundSink --queue--> its thread --row--> Tracker
 
-A tracker may import for seconds and wait for a network for minutes: it lives in a thread of its
-own, and training never waits for it. Where it goes, and with which key, its own environment
-variables say (``WANDB_PROJECT``, ``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ...). A run that is
-continued goes on in the same run there. Numbers that are not finite are left out.
+Training never waits for a tracker. A tracker imports for seconds, and ``wandb.init`` and
+``finish`` and every call of MLflow wait for a server for minutes: each lives in a thread of its
+own. The thread is a daemon, unlike those of ``concurrent.futures``, so that a tracker that hangs
+does not keep the process.
+
+Where the rows go, and with which key, is said by the tracker's own environment variables
+(``WANDB_PROJECT``, ``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ...). A run that is continued goes on
+in the same run there. Numbers that are not finite are left out.
 """
 
 import importlib.util
 import logging
 import math
 import os
+import queue
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar
@@ -26,7 +30,6 @@ from eopd.run.record import RUN_ID, Row
 from eopd.telemetry.series import parse_series
 
 Status = Literal["completed", "interrupted", "failed"]
-QUEUE_ROWS: Final = 1000
 END_S: Final = 60.0
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -76,28 +79,26 @@ def tracker(
 
 
 def end(trackers: Sequence["BackgroundSink"], status: Status) -> None:
-    """Give all together ``END_S`` for what is queued, and tell them how the run ended."""
+    """Tell all trackers how the run ended, and give them together ``END_S`` for what is queued."""
     deadline = time.monotonic() + END_S
-    for one in trackers:
-        one.end(status)
+    for sink in trackers:
+        sink.end(status)
 
-    for one in trackers:
-        one.join(deadline - time.monotonic())
+    for sink in trackers:
+        sink.join(deadline - time.monotonic())
 
 
 class BackgroundSink:
     """A sink that hands rows to a tracker, which is made, written to and ended in a thread of its
-    own.
+    own. A failure is logged once.
 
-    Up to ``QUEUE_ROWS`` rows wait for it. Beyond that they are dropped, which is said once, as is a
-    failure.
+    Rows wait until the tracker takes them, all of a run where its server is down for as long: about
+    10 KB a step.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self._name = name
-        self._rows: deque[Row] = deque()
-        self._wake = threading.Condition()
-        self._status: Status | None = None
+        self._queue: queue.SimpleQueue[Row | Status] = queue.SimpleQueue()
         self._said: set[str] = set()
         self._thread = threading.Thread(
             target=self._run, args=(make,), name=f"tracker-{name}", daemon=True
@@ -105,53 +106,38 @@ class BackgroundSink:
         self._thread.start()
 
     def write(self, row: Row) -> None:
-        """Queue a row; never blocks."""
-        with self._wake:
-            if len(self._rows) < QUEUE_ROWS:
-                self._rows.append(row)
-            else:
-                self._say(f"is behind by {QUEUE_ROWS} steps: later ones are missing there")
-
-            self._wake.notify()
+        """Queue a row for a tracker that can be used; never blocks."""
+        if self._thread.is_alive():
+            self._queue.put(row)
 
     def close(self) -> None:
-        """Nothing yet: how a run ended is known, and waited for, once its own files are whole
-        (``end``).
-        """
+        """Does nothing: how a run ended is known once its own files are whole (``end``)."""
 
     def end(self, status: Status) -> None:
-        """No row comes any more."""
-        with self._wake:
-            self._status = status
-            self._wake.notify()
+        """Queue how the run ended, after its last row."""
+        self._queue.put(status)
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the tracker to take what is queued."""
+        """Wait for the tracker to take what is queued, for a time."""
         self._thread.join(max(0.0, timeout_s))
         if self._thread.is_alive():
             self._say(f"did not take all steps within {END_S:g} s: some are missing there")
 
-    def _next(self) -> Row | None:
-        with self._wake:
-            self._wake.wait_for(lambda: self._rows or self._status is not None)
-            return self._rows.popleft() if self._rows else None
-
     def _run(self, make: Callable[[], Tracker]) -> None:
         try:
-            made = make()
+            tracker = make()
         except Exception:  # noqa: BLE001 - said, whatever it is; the run goes on
             self._say("cannot be used: this run will be missing there", exc_info=True)
             return
 
-        while (row := self._next()) is not None:
-            self._try(made.write, row)
+        while not isinstance(item := self._queue.get(), str):
+            self._try(tracker.write, item)
 
-        assert self._status is not None, "what ends the rows"
-        self._try(made.end, self._status)
+        self._try(tracker.end, item)
 
-    def _try(self, act: Callable[[T], None], what: T) -> None:
+    def _try(self, method: Callable[[T], None], item: T) -> None:
         try:
-            act(what)
+            method(item)
         except Exception:  # noqa: BLE001 - likewise
             self._say("failed: steps may be missing there", exc_info=True)
 
