@@ -202,36 +202,36 @@ def print_summary(
         )
         return
 
-    output.print()
-    output.print(
+    rate = Text(
         f"{summary.status}: {summary.steps} steps, {summary.tokens:,} response tokens "
         f"in {clock(summary.wall_s)}, {summary.tokens_per_s:.1f} response tokens/s",
         style="bold",
-        markup=False,
-        highlight=False,
     )
-    output.print()
-    output.print(_time_table(summary.step_seconds))
-    output.print()
-    output.print(held_out_table(summary.held_out))
-    if (parts := parts_table(summary.held_out)).rows:
+    tables = [
+        _time_table(summary.step_seconds),
+        held_out_table(summary.held_out),
+        parts_table(summary.held_out),
+        *map(_sample_table, samples),
+    ]
+    for block in (rate, *(table for table in tables if table.rows)):
         output.print()
-        output.print(parts)
-
-    for sample in samples:
-        output.print()
-        output.print(_sample_table(sample))
+        output.print(block)
 
     output.print()
     output.print(f"run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _time_table(step_seconds: Mapping[str, float]) -> Table:
+def _table(title: str, *headings: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("mean seconds per step", header_style="dim")
-    for stage in step_seconds:
-        table.add_column(stage, justify="right", header_style="dim")
+    table.add_column(title, header_style="dim")
+    for heading in headings:
+        table.add_column(heading, justify="right", header_style="dim")
 
+    return table
+
+
+def _time_table(step_seconds: Mapping[str, float]) -> Table:
+    table = _table("mean seconds per step", *step_seconds)
     table.add_row("", *(f"{seconds:.2f}" for seconds in step_seconds.values()))
     return table
 
@@ -239,11 +239,7 @@ def _time_table(step_seconds: Mapping[str, float]) -> Table:
 def held_out_table(held_out: HeldOut) -> Table:
     """Held-out numbers before and after training."""
     before, after = held_out.before or {}, held_out.after or {}
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("held out, per response token", header_style="dim")
-    for heading in ("before", "after", "change"):
-        table.add_column(heading, justify="right", header_style="dim")
-
+    table = _table("held out, per response token", "before", "after", "change")
     for name, label in _HELD_OUT.items():
         change = "-"
         if name in before and name in after:
@@ -265,10 +261,7 @@ def parts_table(held_out: HeldOut) -> Table:
         for name in phase
         if name.startswith("share: ")
     }
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("held out, by part of the tokens", header_style="dim")
-    for heading in ("share", "reverse KL", "forward KL"):
-        table.add_column(heading, justify="right", header_style="dim")
+    table = _table("held out, by part of the tokens", "share", "reverse KL", "forward KL")
 
     def cell(name: str, form: str) -> str:
         return " → ".join(

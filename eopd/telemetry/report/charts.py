@@ -1,8 +1,8 @@
-"""Numbers to inline SVG. Every colour is a class of the page's style sheet, and never alone: a mark
-of its own shape ends each line, and dashes tell apart what one run has two of.
+"""Draws numbers as inline SVG. Every colour is a class of the page's style sheet, and never alone:
+a mark of its own shape ends each line, and dashes tell apart what one run has two of.
 
 A chart is a picture and, beside it, its numbers as JSON, which the page's script shows under the
-pointer.
+pointer. The picture is in the page and not drawn by a script, so that a mail program shows it too.
 """
 
 import itertools
@@ -28,14 +28,14 @@ _STEPS: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
 def look(index: int) -> tuple[str, str]:
-    """Class of the colour, and mark, that tell a run: 25 pairs, before one comes again."""
+    """Returns the class of the colour and the mark of a run: 25 runs have different pairs."""
     return f"c{index % NUM_COLORS}", MARKS[(index + index // NUM_COLORS) % NUM_COLORS]
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve; a point that is None, or not finite, is a gap. ``color`` and ``dash`` count
-    from 0.
+    """A curve. A value that is None, or not finite, is a gap; ``color`` and ``dash`` count from
+    0.
     """
 
     label: str
@@ -46,27 +46,27 @@ class Line:
 
     @property
     def classes(self) -> str:
-        """What the style sheet draws it by."""
+        """The classes by which the style sheet draws the curve."""
         return f"{look(self.color)[0]} d{self.dash % NUM_DASHES}"
 
     def pieces(self) -> list[list[tuple[float, float]]]:
-        """The points that can be drawn, from gap to gap."""
-        found: list[list[tuple[float, float]]] = [[]]
+        """Returns the points that can be drawn, from gap to gap."""
+        pieces: list[list[tuple[float, float]]] = [[]]
         for x, y in zip(self.xs, self.ys, strict=True):
             if y is not None and math.isfinite(y):
-                found[-1].append((x, y))
-            elif found[-1]:
-                found.append([])
+                pieces[-1].append((x, y))
+            elif pieces[-1]:
+                pieces.append([])
 
-        return [piece for piece in found if piece]
+        return [piece for piece in pieces if piece]
 
     def points(self) -> list[tuple[float, float]]:
-        """Those that can be drawn."""
+        """Returns the points that can be drawn."""
         return list(itertools.chain(*self.pieces()))
 
 
 class Frame:
-    """Data to picture: x over the whole width, y from 0 (or the lowest value below it) to the
+    """Maps data to pixels: x over the whole width, y from 0 (or the lowest value below it) to the
     highest.
     """
 
@@ -78,19 +78,19 @@ class Frame:
             self.y_max += 1.0
 
     def x(self, value: float) -> float:
-        """Pixels from the left."""
+        """Returns how many pixels from the left a value is drawn."""
         return round(
             LEFT + (value - self.x_min) / (self.x_max - self.x_min) * (WIDTH - LEFT - RIGHT), 1
         )
 
     def y(self, value: float) -> float:
-        """Pixels from the top."""
+        """Returns how many pixels from the top a value is drawn."""
         return round(
             TOP + (self.y_max - value) / (self.y_max - self.y_min) * (HEIGHT - TOP - BOTTOM), 1
         )
 
     def axes(self, percent: bool = False) -> str:
-        """Grid lines and their labels."""
+        """Draws the grid lines and their labels."""
         parts = []
         for tick in ticks(self.y_min, self.y_max, 4):
             y = self.y(tick)
@@ -105,16 +105,15 @@ class Frame:
         return "".join(parts)
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
-        """``d`` of a polyline; of one point, a dot."""
-        return (
-            "M"
-            + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
-            + ("h0" if len(points) == 1 else "")
-        )
+        """Returns the ``d`` of a path through the points, which is a dot where there is one."""
+        corners = "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
+        return f"M{corners}h0" if len(points) == 1 else f"M{corners}"
 
 
 def ticks(low: float, high: float, number: int) -> list[float]:
-    """About ``number`` round values between two, both included where they are round."""
+    """Returns about ``number`` round values from ``low`` to ``high``, both included where they are
+    round.
+    """
     rough = (high - low) / number
     scale = 10.0 ** math.floor(math.log10(rough))
     step = next(scale * factor for factor in _STEPS if scale * factor >= rough * 0.999)
@@ -124,49 +123,48 @@ def ticks(low: float, high: float, number: int) -> list[float]:
 
 
 def extremes(line: Line, num_points: int) -> Line:
-    """The same curve with about so many points: its ends, and the lowest and highest of every
-    stretch, as they came.
+    """Returns the curve with about ``num_points`` points: its ends and gaps, and the lowest and
+    the highest of every stretch, in their order.
     """
     if len(line.xs) <= num_points:
         return line
 
     size = math.ceil(2 * len(line.xs) / max(num_points - 2, 1))
     ys = [math.nan if y is None else y for y in line.ys]
-    drawn = [i for i, y in enumerate(ys) if math.isfinite(y)]
-    kept = {*drawn[:1], *drawn[-1:], *(i for i, y in enumerate(ys) if not math.isfinite(y))}
-    for _, group in itertools.groupby(drawn, key=lambda i: i // size):
+    finite = [i for i, y in enumerate(ys) if math.isfinite(y)]
+    gaps = set(range(len(ys))).difference(finite)
+    indices = {*finite[:1], *finite[-1:], *gaps}
+    for _, group in itertools.groupby(finite, key=lambda i: i // size):
         stretch = list(group)
-        kept |= {min(stretch, key=ys.__getitem__), max(stretch, key=ys.__getitem__)}
+        indices |= {min(stretch, key=ys.__getitem__), max(stretch, key=ys.__getitem__)}
 
-    order = sorted(kept)
+    order = sorted(indices)
 
     return replace(line, xs=[line.xs[i] for i in order], ys=[line.ys[i] for i in order])
 
 
 def thinned(line: Line, num_points: int) -> Line:
-    """The same curve with at most so many points, each the mean of its neighbours; a gap
-    where none can be drawn.
+    """Returns the curve with at most ``num_points`` points, each the mean of a stretch, or a gap
+    where nothing of the stretch can be drawn.
     """
     size = max(1, math.ceil(len(line.xs) / num_points))
-    cuts = [
-        replace(line, xs=line.xs[i : i + size], ys=line.ys[i : i + size])
-        for i in range(0, len(line.xs), size)
-    ]
-    return replace(line, xs=[cut.xs[-1] for cut in cuts], ys=[_mean(cut) for cut in cuts])
+    stretches = [slice(i, i + size) for i in range(0, len(line.xs), size)]
+    xs = [line.xs[stretch][-1] for stretch in stretches]
+    return replace(line, xs=xs, ys=[_mean(line.ys[stretch]) for stretch in stretches])
 
 
 def smoothed(line: Line) -> Line:
-    """A centred running mean over a tenth of the curve; gaps stay."""
+    """Returns the running mean over a tenth of the curve, centred; gaps stay."""
     half = len(line.points()) // 20
-    parts = [slice(max(0, i - half), i + half + 1) for i in range(len(line.xs))]
-    means = [_mean(replace(line, xs=line.xs[part], ys=line.ys[part])) for part in parts]
-    gaps = [y is None or not math.isfinite(y) for y in line.ys]
+    windows = [slice(max(0, i - half), i + half + 1) for i in range(len(line.xs))]
+    means = [_mean(line.ys[window]) for window in windows]
+    gaps = [_mean([y]) is None for y in line.ys]
     return replace(line, ys=[None if gap else mean for gap, mean in zip(gaps, means, strict=True)])
 
 
-def _mean(line: Line) -> float | None:
-    points = line.points()
-    return sum(y for _, y in points) / len(points) if points else None
+def _mean(ys: Sequence[float | None]) -> float | None:
+    finite = [y for y in ys if y is not None and math.isfinite(y)]
+    return sum(finite) / len(finite) if finite else None
 
 
 def curves(
@@ -177,10 +175,14 @@ def curves(
     num_points: int = 300,
     marks: Sequence[float] = (),
 ) -> Markup:
-    """Lines over steps: what was measured, faint, and its running mean. ``num_points`` of a line
-    are drawn at most.
+    """Draws lines over steps: what was measured, faint, and its running mean.
 
-    ``marks`` are steps at which something changed.
+    Args:
+        title: What the chart shows, for those who hear the page.
+        lines: One for each metric and run.
+        percent: Whether the values are shares.
+        num_points: The most points of a line that are drawn.
+        marks: Steps at which something changed.
     """
     raw = [extremes(line, num_points) for line in lines]
     frame = Frame([point for line in raw for point in line.points()])
@@ -189,13 +191,13 @@ def curves(
         parts.append(f'<line class="changed" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
 
     for line, measured in zip(lines, raw, strict=True):
-        usual = smoothed(thinned(line, num_points))
-        for name, drawn in (("raw", measured), ("line", usual)):
-            if pieces := drawn.pieces():
+        mean = smoothed(thinned(line, num_points))
+        for name, curve in (("raw", measured), ("line", mean)):
+            if pieces := curve.pieces():
                 path = "".join(frame.path(piece) for piece in pieces)
                 parts.append(f'<path class="{name} {line.classes}" d="{path}"/>')
 
-        for x, y in usual.points()[-1:]:
+        for x, y in mean.points()[-1:]:
             place = f"translate({frame.x(x)} {frame.y(y)})"
             parts.append(
                 f'<path class="mark {line.classes}" transform="{place}" d="{look(line.color)[1]}"/>'
@@ -208,20 +210,21 @@ Points: TypeAlias = Sequence[tuple[float, float]]
 
 
 def totals(lines: Sequence[Line]) -> Points:
-    """The sum of lines that have the same steps and no gaps."""
-    points = []
-    for x, *ys in zip(lines[0].xs, *(line.ys for line in lines), strict=True):
-        points.append((x, sum(y or 0.0 for y in ys)))
-    return points
+    """Returns the sum of lines that have the same steps and no gaps."""
+    stacks = zip(*(line.ys for line in lines), strict=True)
+    return [(x, sum(filter(None, ys))) for x, ys in zip(lines[0].xs, stacks, strict=True)]
 
 
 def stacked(
-    title: str, lines: Sequence[Line], classes: Sequence[str], reach: Points = ()
+    title: str, lines: Sequence[Line], classes: Sequence[str], axis_points: Points = ()
 ) -> Markup:
-    """Areas on top of each other; lines have the same steps and no gaps, and ``classes`` fill them
-    from below.
+    """Draws areas on top of each other, from below.
 
-    The axes hold the points of ``reach`` too: what the pictures beside this one show.
+    Args:
+        title: What the chart shows, for those who hear the page.
+        lines: Heights of the areas; they have the same steps and no gaps.
+        classes: The class of each area.
+        axis_points: What the axes hold besides, since the charts beside this one show it.
     """
     floors = [0.0] * len(lines[0].xs)
     edges = [floors]
@@ -229,7 +232,7 @@ def stacked(
         floors = [floor + y for floor, (_, y) in zip(floors, line.points(), strict=True)]
         edges.append(floors)
 
-    frame = Frame([*reach, *totals(lines)])
+    frame = Frame([*axis_points, *totals(lines)])
     parts = [frame.axes()]
 
     for line, (below, above), name in zip(lines, itertools.pairwise(edges), classes, strict=True):
@@ -241,26 +244,36 @@ def stacked(
 
 
 def histogram(
-    title: str, lines: Sequence[Line], bin_width: float, threshold: float | None, reach: Points = ()
+    title: str,
+    lines: Sequence[Line],
+    bin_width: float,
+    threshold: float | None,
+    axis_points: Points = (),
 ) -> Markup:
-    """Shares of tokens by bin, as steps; ``ys`` are shares, ``xs`` left edges of the bins;
-    ``reach`` as above.
+    """Draws shares of tokens by bin, as steps.
+
+    Args:
+        title: What the chart shows, for those who hear the page.
+        lines: Left edges of the bins in nats, and the shares.
+        bin_width: Nats.
+        threshold: The entropy in nats above which the gate opens, if it has one.
+        axis_points: What the axes hold besides, since the charts beside this one show it.
     """
-    points = [*reach]
-    for line in lines:
-        points += line.points()
+    points = itertools.chain(axis_points, *(line.points() for line in lines))
     filled = [(x, y) for x, y in points if y > 0.0]
     right = bin_width + max([1.0, *(x for x, _ in filled)])
-    kept = round(right / bin_width)
-    lines = [replace(line, xs=line.xs[:kept], ys=line.ys[:kept]) for line in lines]
+    num_bins = round(right / bin_width)
+    lines = [replace(line, xs=line.xs[:num_bins], ys=line.ys[:num_bins]) for line in lines]
     frame = Frame([(0.0, 0.0), (right, 0.0), *filled])
     parts = [frame.axes(percent=True)]
 
     for line in lines:
-        outline = [corner for x, y in line.points() for corner in ((x, y), (x + bin_width, y))]
-        parts.append(
-            f'<path class="bars {line.classes}" d="{frame.path([(0.0, 0.0), *outline, (right, 0.0)])}"/>'
-        )
+        outline = [(0.0, 0.0)]
+        for x, y in line.points():
+            outline += [(x, y), (x + bin_width, y)]
+
+        path = frame.path([*outline, (right, 0.0)])
+        parts.append(f'<path class="bars {line.classes}" d="{path}"/>')
 
     if threshold is not None and threshold < right:
         x = frame.x(threshold)
@@ -281,11 +294,11 @@ def _svg(
     percent: bool = False,
     bin_width: float | None = None,
 ) -> Markup:
-    drawn = []
+    curves = []
     for line in lines:
-        points = [(x, float(f"{y:.4g}")) for x, y in line.points()]
-        if points:
-            drawn.append((line.label, points))
+        if points := [(x, float(f"{y:.4g}")) for x, y in line.points()]:
+            curves.append((line.label, points))
+
     numbers = {
         "x": "nats from" if bin_width else "step",
         "grid": bin_width or 1,
@@ -293,18 +306,18 @@ def _svg(
         "from": frame.x_min,
         "to": frame.x_max,
         "percent": percent,
-        "lines": [{"label": label, "points": points} for label, points in drawn],
+        "lines": [{"label": label, "points": points} for label, points in curves],
     }
-    says = "; ".join(f"{label}: {points[0][1]:g} to {points[-1][1]:g}" for label, points in drawn)
+    ends = "; ".join(f"{label}: {points[0][1]:g} to {points[-1][1]:g}" for label, points in curves)
     picture = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-        WIDTH, HEIGHT, f"{title}. {says or 'no numbers yet'}"
+        WIDTH, HEIGHT, f"{title}. {ends or 'no numbers yet'}"
     )
 
     return picture + Markup("".join(parts)) + Markup("</svg>") + as_json(numbers)
 
 
 def as_json(value: object) -> Markup:
-    """A script element that holds data; no text in it can end the element."""
+    """Returns a script element that holds data; no text in it can end the element."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return Markup('<script type="application/json">') + Markup(safe) + Markup("</script>")
@@ -312,8 +325,8 @@ def as_json(value: object) -> Markup:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One row of a timeline: ``spans`` of (from, to, class, what), in seconds; None where
-    nobody knows.
+    """A row of a timeline: ``spans`` of (from, to, class, activity), in seconds; None where they
+    were not recorded.
     """
 
     label: str
@@ -321,8 +334,8 @@ class Lane:
 
 
 def timeline(title: str, lanes: Sequence[Lane], seconds: float) -> Markup:
-    """Who did what when, from 0 to ``seconds``. Positions are shares of the width, so that
-    text keeps its size.
+    """Draws who was at work when, from 0 to ``seconds``. Positions are shares of the width, so
+    that text keeps its size.
     """
     row = 46
     height = row * len(lanes) + 24
@@ -336,13 +349,13 @@ def timeline(title: str, lanes: Sequence[Lane], seconds: float) -> Markup:
                 Markup('<rect x="0" width="100%" y="{}" height="18" class="idle"/>').format(y + 20)
             )
 
-        for start, stop, name, what in lane.spans or ():
+        for start, stop, name, activity in lane.spans or ():
             shape = Markup(
                 '<rect x="{:.3f}%" width="{:.3f}%" y="{}" height="18" class="{}"><title>{}</title></rect>'
             )
             share, width = 100 * start / seconds, 100 * (stop - start) / seconds
             parts.append(
-                shape.format(share, width, y + 20, name, f"{what}: {start:.2f} to {stop:.2f} s")
+                shape.format(share, width, y + 20, name, f"{activity}: {start:.2f} to {stop:.2f} s")
             )
 
     for tick in ticks(0.0, seconds, 4):

@@ -1,4 +1,4 @@
-"""Runs to one HTML file: what goes where on the page. Its text, style and script are the
+"""Makes one HTML file of runs: what goes where on the page. Its text, style and script are the
 files beside this one.
 """
 
@@ -66,12 +66,15 @@ MORE_CURVES: Final[Sequence[tuple[str, Mapping[str, str]]]] = (
     ("Reward", {"eopd_reward_mean": "reward"}),
     ("Checkpoint (seconds)", {"eopd_checkpoint_seconds": "newest"}),
 )
-# How a step's seconds are split, in their order, with the class of its colour.
+# How a step's seconds are split, in their order, with the classes of their colours.
+WAITS: Final[Mapping[str, tuple[str, str]]] = {
+    "eopd_wait_rollout_seconds": ("waits for engines", "f-wait-rollout"),
+    "eopd_wait_teacher_seconds": ("waits for teachers", "f-wait-teacher"),
+}
 PARTS: Final[Mapping[str, tuple[str, str]]] = {
-    "wait_rollout": ("waits for engines", "f-wait-rollout"),
-    "wait_teacher": ("waits for teachers", "f-wait-teacher"),
-    "train": ("trains", "f-train"),
-    "weights": ("sends weights", "f-weights"),
+    **WAITS,
+    "eopd_train_seconds": ("trains", "f-train"),
+    "eopd_weights_seconds": ("sends weights", "f-weights"),
 }
 PAPER_TAU: Final = 0.8  # nats
 _ENVIRONMENT = jinja2.Environment(
@@ -103,8 +106,8 @@ def write_report(directories: Sequence[Path], output: Path) -> None:
 
 
 def report_of_ended(directory: Path, output: Path) -> None:
-    """The report of a run that has ended as it has: a report that fails changes nothing, and
-    is logged.
+    """Write the report of a run that has ended. A report that fails is logged, and changes nothing
+    of how the run ended.
     """
     try:
         write_report([directory], output)
@@ -115,7 +118,7 @@ def report_of_ended(directory: Path, output: Path) -> None:
 
 
 def render(runs: Sequence[RunRecord]) -> str:
-    """The whole page."""
+    """Returns the whole page."""
     return _ENVIRONMENT.get_template("page.html").render(
         made=time.strftime("%Y-%m-%d %H:%M"),
         runs=runs,
@@ -134,38 +137,36 @@ def render(runs: Sequence[RunRecord]) -> str:
         splits=_splits(runs),
         timelines=_timelines(runs),
         stages={"engines write": "f-rollout", "teachers read": "f-teacher"}
-        | {f"learner {does}": name for does, name in PARTS.values()},
+        | {f"learner {activity}": name for activity, name in PARTS.values()},
         settings=_table([run.config for run in runs]),
         versions=_table([run.versions for run in runs]),
     )
 
 
 def _more(runs: Sequence[RunRecord]) -> list[tuple[str, Mapping[str, str]]]:
-    """Those of ``MORE_CURVES`` that some row has, and by their reasons the trajectories that
-    were lost, if any.
+    """Returns those of ``MORE_CURVES`` that some row has, and the trajectories that were lost, by
+    reason.
     """
-    highest: dict[str, float] = {}
-    for name, value in (
-        (name, value) for run in runs for row in run.rows for name, value in row.items()
-    ):
-        if value is not None:
-            highest[name] = max(value, highest.get(name, value))
-
+    rows = [row for run in runs for row in run.rows]
+    recorded = {name for row in rows for name, value in row.items() if value is not None}
     lost = {
         name: parse_series(name)[1]["reason"]
-        for name, value in sorted(highest.items())
-        if name.startswith("eopd_lost_trajectories_total") and value > 0
+        for name in sorted(recorded)
+        if name.startswith("eopd_lost_trajectories_total") and any(row.get(name) for row in rows)
     }
-    pictures = []
+    charts = []
     for title, metrics in MORE_CURVES:
-        pictures.append((title, {name: metrics[name] for name in metrics if name in highest}))
-    pictures.append(("Lost trajectories", lost))
+        charts.append((title, {name: metrics[name] for name in metrics if name in recorded}))
 
-    return [(title, metrics) for title, metrics in pictures if metrics]
+    return [
+        (title, metrics) for title, metrics in [*charts, ("Lost trajectories", lost)] if metrics
+    ]
 
 
 def _curves(title: str, metrics: Mapping[str, str], runs: Sequence[RunRecord]) -> Figure:
-    """Colours tell runs apart, or metrics where there is one run; dashes tell metrics apart."""
+    """Draws a chart of metrics. Colours tell runs apart, or metrics where there is one run; dashes
+    tell metrics apart.
+    """
     many = len(runs) > 1
     lines = [
         Line(
@@ -178,12 +179,12 @@ def _curves(title: str, metrics: Mapping[str, str], runs: Sequence[RunRecord]) -
         for color, run in enumerate(runs)
         for dash, (name, label) in enumerate(metrics.items())
     ]
-    known = [parse_series(name)[0] for name in metrics]
-    percent = all(metric.unit == "ratio" for metric in known)
+    catalogued = [parse_series(name)[0] for name in metrics]
+    percent = all(metric.unit == "ratio" for metric in catalogued)
     legend = {
         f"c{'n' if many else dash} d{dash}": label for dash, label in enumerate(metrics.values())
     }
-    note = " ".join(dict.fromkeys(metric.healthy for metric in known))
+    note = " ".join(dict.fromkeys(metric.healthy for metric in catalogued))
     num_points = min(max(POINTS // len(runs), 40), 300)
     marks = sorted({change["from_step"] for run in runs for change in run.changes})
     picture = charts.curves(title, lines, percent=percent, num_points=num_points, marks=marks)
@@ -192,30 +193,30 @@ def _curves(title: str, metrics: Mapping[str, str], runs: Sequence[RunRecord]) -
 
 
 def _histograms(runs: Sequence[RunRecord]) -> list[Figure]:
-    """Entropy of teacher and student, of each run and phase."""
+    """Draws the entropy of teacher and student, of each run and phase, on the same axes."""
     records = [
         (run, phase, record, _shares(record))
         for run in runs
         for phase, record in run.held_out.items()
     ]
-    reach = [point for *_, lines in records for line in lines for point in line.points()]
-    return [_histogram(run, phase, record, lines, reach) for run, phase, record, lines in records]
+    points = [point for *_, lines in records for line in lines for point in line.points()]
+    return [_histogram(run, phase, record, lines, points) for run, phase, record, lines in records]
 
 
 def _shares(record: Record) -> list[Line]:
+    """Returns the share of tokens in each bin, of teacher and student."""
     lines = []
-    for index, who in enumerate(("teacher", "student")):
-        counts = record[f"{who}_entropy_counts"]
+    for index, model in enumerate(("teacher", "student")):
+        counts = record[f"{model}_entropy_counts"]
         edges = [round(i * record["entropy_bin_nats"], 6) for i in range(len(counts))]
-        lines.append(
-            Line(who, edges, [count / max(sum(counts), 1) for count in counts], index, index)
-        )
+        shares = [count / max(sum(counts), 1) for count in counts]
+        lines.append(Line(model, edges, shares, color=index, dash=index))
 
     return lines
 
 
 def _histogram(
-    run: RunRecord, phase: str, record: Record, lines: Sequence[Line], reach: charts.Points
+    run: RunRecord, phase: str, record: Record, lines: Sequence[Line], axis_points: charts.Points
 ) -> Figure:
     width = record["entropy_bin_nats"]
     tau = run.config.get("loss.gate.tau")
@@ -231,80 +232,86 @@ def _histogram(
         f"Tokens above {edge:.3g} nats: {', '.join(shares)}. "
         f"{sum(record['teacher_entropy_counts']):,} tokens."
     )
-    picture = charts.histogram(title, lines, width, run.threshold, reach)
+    picture = charts.histogram(title, lines, width, run.threshold, axis_points)
 
     return Figure(title, picture, note, {"c0 d0": "teacher", "c1 d1": "student"})
 
 
 def _splits(runs: Sequence[RunRecord]) -> list[Figure]:
-    """The seconds of a step over each run."""
-    parts = [_seconds(run) for run in runs]
-    reach = [point for of_run in parts if of_run for point in charts.totals(list(of_run.values()))]
-    return [_split(run, of_run, reach) for run, of_run in zip(runs, parts, strict=True)]
+    """Draws the seconds of a step over each run, on the same axes."""
+    splits = [_seconds(run) for run in runs]
+    axis_points: list[tuple[float, float]] = []
+    for lines in filter(None, splits):
+        axis_points += charts.totals(list(lines.values()))
+
+    return [_split(run, lines, axis_points) for run, lines in zip(runs, splits, strict=True)]
 
 
 def _seconds(run: RunRecord) -> dict[str, Line]:
-    """The parts of a step that a run has recorded, at the steps that have all of them."""
-    names = {part: f"eopd_{part}_seconds" for part in PARTS}
-    recorded = {part: name for part, name in names.items() if set(run.column(name)) - {None}}
-    rows = [row for row in run.rows if None not in map(row.get, recorded.values())]
+    """Returns the parts of a step that a run has recorded, at the steps that have all of them."""
+    recorded = [name for name in PARTS if set(run.column(name)) - {None}]
+    rows = [row for row in run.rows if None not in map(row.get, recorded)]
     if not rows:
         return {}
 
     steps = [row["step"] for row in rows]
     lines = {}
-    for part, name in recorded.items():
-        line = Line(PARTS[part][0], steps, [row[name] for row in rows])
-        lines[part] = charts.smoothed(charts.thinned(line, 200))
+    for name in recorded:
+        line = Line(PARTS[name][0], steps, [row[name] for row in rows])
+        lines[name] = charts.smoothed(charts.thinned(line, 200))
 
     return lines
 
 
-def _split(run: RunRecord, parts: Mapping[str, Line], reach: charts.Points) -> Figure:
+def _split(run: RunRecord, lines: Mapping[str, Line], axis_points: charts.Points) -> Figure:
     title = f"{run.name}: seconds of a step"
-    missing = [label for part, (label, _) in PARTS.items() if part not in parts]
+    missing = [label for name, (label, _) in PARTS.items() if name not in lines]
     note = f"Not recorded: {', '.join(missing)}." if missing else ""
-    classes = [PARTS[part][1] for part in parts]
-    picture = charts.stacked(title, list(parts.values()), classes, reach) if parts else Markup("")
-    return Figure(title, picture, note, {})
+    chart = Markup("")
+    if lines:
+        classes = [PARTS[name][1] for name in lines]
+        chart = charts.stacked(title, list(lines.values()), classes, axis_points)
+
+    return Figure(title, chart, note, {})
 
 
 def _timelines(runs: Sequence[RunRecord]) -> list[Figure]:
-    """Who worked and who waited in a usual step of each run."""
-    rows = [_usual(run) for run in runs]
+    """Draws who worked and who waited in a median step of each run."""
+    rows = [_median_step(run) for run in runs]
     seconds = max(row["eopd_step_seconds"] for row in rows)
     return [_timeline(run, row, seconds) for run, row in zip(runs, rows, strict=True)]
 
 
-def _usual(run: RunRecord) -> Record:
-    """The step of median length among the later half, once everything is warm, of those that
+def _median_step(run: RunRecord) -> Record:
+    """Returns the step of median length in the later half, when everything is warm, of those that
     have a timeline.
     """
-    later = run.rows[len(run.rows) // 2 :]
-    known = [row for row in run.rows if row["step"] in run.timeline]
-    known_later = [row for row in later if row["step"] in run.timeline]
-    rows = sorted(known_later or known or later, key=lambda row: float(row["eopd_step_seconds"]))
-    return rows[len(rows) // 2]
+    late = run.rows[len(run.rows) // 2 :]
+    recorded = [row for row in run.rows if row["step"] in run.timeline]
+    recorded_late = [row for row in late if row["step"] in run.timeline]
+    rows = recorded_late or recorded or late
+
+    return sorted(rows, key=lambda row: float(row["eopd_step_seconds"]))[len(rows) // 2]
 
 
 def _timeline(run: RunRecord, row: Record, longest: float) -> Figure:
-    """One step, on an axis of ``longest`` seconds."""
+    """Draws a step on an axis of ``longest`` seconds."""
     seconds = row["eopd_step_seconds"]
     lanes = []
 
-    for stage, who, does, name in (
+    for stage, workers, activity, name in (
         ("generate", "Rollout engines", "some write", "f-rollout"),
         ("score", "Teachers", "some read", "f-teacher"),
     ):
         spans = run.timeline.get(row["step"], {}).get(stage)
         if spans is None:
-            lanes.append(Lane(f"{who}: not recorded", None))
+            lanes.append(Lane(f"{workers}: not recorded", None))
             continue
 
         # what began before the step, between it and the one before, is drawn from the step's start
         busy = [(max(a, 0.0), b) for a, b in spans if b > 0.0]
-        label = f"{who}, busy {sum(b - a for a, b in busy) / seconds:.0%}"
-        lanes.append(Lane(label, [(a, b, name, does) for a, b in busy]))
+        label = f"{workers}, busy {sum(b - a for a, b in busy) / seconds:.0%}"
+        lanes.append(Lane(label, [(a, b, name, activity) for a, b in busy]))
 
     lanes.append(_learner(row))
     title = f"{run.name}: step {row['step']}, {seconds:.2f} s"
@@ -313,32 +320,28 @@ def _timeline(run: RunRecord, row: Record, longest: float) -> Figure:
 
 
 def _learner(row: Record) -> Lane:
-    """What the learner did, one after the other; where its waits were not recorded, the rest
-    up to the step's end.
+    """Returns the learner's lane: the parts of its step in their order, up to the step's end where
+    its waits were not recorded.
     """
-    took = {part: row.get(f"eopd_{part}_seconds") for part in PARTS}
-    known = {part: seconds for part, seconds in took.items() if seconds is not None}
+    recorded = {name: row[name] for name in PARTS if row.get(name) is not None}
     step = row["eopd_step_seconds"]
-    start = 0.0 if len(known) == len(took) else max(0.0, step - sum(known.values()))
+    start = 0.0 if len(recorded) == len(PARTS) else max(0.0, step - sum(recorded.values()))
     spans = []
 
-    for part, seconds in known.items():
-        label, name = PARTS[part]
-        spans.append((start, start + seconds, name, label))
+    for name, seconds in recorded.items():
+        activity, classes = PARTS[name]
+        spans.append((start, start + seconds, classes, activity))
         start += seconds
 
-    waits = [known[part] for part in ("wait_rollout", "wait_teacher") if part in known]
-    label = (
-        f"Learner, waits {sum(waits) / step:.0%}"
-        if len(waits) == 2
-        else "Learner: waits not recorded"
-    )
+    if WAITS.keys() <= recorded.keys():
+        share = sum(recorded[name] for name in WAITS) / step
+        return Lane(f"Learner, waits {share:.0%}", spans)
 
-    return Lane(label, spans)
+    return Lane("Learner: waits not recorded", spans)
 
 
 def _table(columns: Sequence[Mapping[str, object]]) -> list[tuple[str, list[str], bool]]:
-    """(key, its value in each column, whether they differ), those that differ first."""
+    """Returns (key, its value in each column, whether they differ), those that differ first."""
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = []
     for key in keys:

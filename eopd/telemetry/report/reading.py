@@ -1,5 +1,5 @@
-"""What a run directory holds, read for people: also of a run that is under way, that failed, or was
-cut off.
+"""Reads what a run directory holds for the report, also of a run that is under way, has failed, or
+was cut off.
 
 Lines that cannot be read are left out and counted; the page says so. The files are described in
 ``run/directory.py``.
@@ -37,8 +37,8 @@ HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """One run. ``rows`` are those of ``metrics.jsonl``, null for what was not finite; at
-    least one.
+    """A run. ``rows`` are those of ``metrics.jsonl``, at least one; a value that was not finite is
+    None.
     """
 
     name: str
@@ -56,19 +56,16 @@ class RunRecord:
     def threshold(self) -> float | None:
         """The teacher entropy in nats above which the gate opens; None where it is no such gate."""
         tau = self.config.get("loss.gate.tau")
-        return (
-            float(tau)
-            if self.config.get("loss.gate.kind") == "hard" and isinstance(tau, int | float)
-            else None
-        )
+        is_hard = self.config.get("loss.gate.kind") == "hard"
+        return float(tau) if is_hard and isinstance(tau, int | float) else None
 
     @property
     def steps(self) -> list[int]:
-        """The step of every row."""
+        """Returns the step of every row."""
         return [row["step"] for row in self.rows]
 
     def column(self, name: str) -> list[float | None]:
-        """One metric over all rows; None where a row lacks it."""
+        """Returns a metric over all rows; None where a row lacks it."""
         return [row.get(name) for row in self.rows]
 
 
@@ -124,8 +121,8 @@ def _read_run(directory: Path, name: str) -> RunRecord:
 
 
 def _lines(path: Path, notes: list[str], *keys: str) -> Sequence[Record]:
-    """The objects of a file of JSON lines that have some keys; none where there is no file, since
-    not every run has come that far.
+    """Returns the rows of a file that have some keys; none where there is no file, since not every
+    run has come that far.
     """
     rows = read_rows(path)
     complete = [row for row in rows if None not in map(row.get, keys)]
@@ -164,7 +161,7 @@ def _yaml(text: str, notes: list[str]) -> object:
 
 
 def headline(run: RunRecord) -> Mapping[str, Any]:
-    """What a person wants to know first."""
+    """Returns what a person wants to know first."""
     last = run.rows[-1]
     seconds = sum(row["eopd_step_seconds"] for row in run.rows)
     tokens = last["eopd_response_tokens_total"]
@@ -199,12 +196,10 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
 
 
 def _changed(change: Record) -> str:
-    """From which step what was set to what."""
-    pairs = [(key, *map(_plain, values)) for key, values in change.get("changes", {}).items()]
-    return (
-        f"From step {change['from_step']}: "
-        f"{'; '.join(f'{key} {old} → {new}' for key, old, new in pairs)}"
-    )
+    """Returns from which step on which keys were set to what."""
+    values = change.get("changes", {}).items()
+    settings = [f"{key} {_plain(old)} → {_plain(new)}" for key, (old, new) in values]
+    return f"From step {change['from_step']}: {'; '.join(settings)}"
 
 
 def _plain(value: object) -> str:
@@ -225,20 +220,20 @@ def _change(
 
 
 def _parts(phases: Sequence[Mapping[str, Measurement]]) -> dict[str, tuple[str, str]]:
-    """Label and unit of what was measured on parts of the tokens, as ``reverse_kl: teacher
-    unsure``.
+    """Returns label and unit of what was measured on a part of the tokens, such as
+    ``reverse_kl: teacher unsure``.
     """
     names = {name for name in itertools.chain(*phases) if ": " in name}
-    pairs = {name: name.split(": ", maxsplit=1) for name in sorted(names, reverse=True)}
+    pairs = [name.split(": ", maxsplit=1) for name in sorted(names, reverse=True)]
     return {
-        name: (f"{HELD_OUT[what][0]}, {part}", HELD_OUT[what][1])
-        for name, (what, part) in pairs.items()
-        if what in HELD_OUT
+        f"{quantity}: {part}": (f"{HELD_OUT[quantity][0]}, {part}", HELD_OUT[quantity][1])
+        for quantity, part in pairs
+        if quantity in HELD_OUT
     }
 
 
 def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(what, its value in each run): what runs are compared by."""
+    """Returns what runs are compared by: a label, and the value in each run."""
     after = [run.summary.held_out.after or {} for run in runs]
     facts = [headline(run)["facts"] for run in runs]
     names = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
@@ -247,23 +242,33 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     }
     rows = []
     for name, label in labels.items():
-        rows.append((f"held-out {label}, after", [_measured(one.get(name)) for one in after]))
+        values = [_measured(measurements.get(name)) for measurements in after]
+        rows.append((f"held-out {label}, after", values))
+
     for name in ("response tokens", "wall time", "tokens per second"):
-        rows.append((name, [one[name] for one in facts]))
+        rows.append((name, [run_facts[name] for run_facts in facts]))
 
     return rows
 
 
 def measured_differently(runs: Sequence[RunRecord]) -> list[str]:
-    """The parts of the configs by which held-out numbers of the runs do not compare."""
+    """Returns the sections by which held-out numbers of the runs do not compare."""
+    differing = []
+    for section in ("teachers", "prompts.held_out", "evaluation", "rollout.temperature"):
+        settings = [_settings(run, section) for run in runs]
+        if any(other != settings[0] for other in settings):
+            differing.append(section)
 
-    def part(run: RunRecord, name: str) -> dict[str, object]:
-        # how many are shown changes no number
-        kept = (key for key in run.config if key != "evaluation.samples")
-        return {key: run.config[key] for key in kept if f"{key}.".startswith(f"{name}.")}
+    return differing
 
-    names = ("teachers", "prompts.held_out", "evaluation", "rollout.temperature")
-    return [name for name in names if any(part(run, name) != part(runs[0], name) for run in runs)]
+
+def _settings(run: RunRecord, section: str) -> Mapping[str, object]:
+    """Returns the keys of a section that change a measurement: not how many samples are shown."""
+    return {
+        key: value
+        for key, value in run.config.items()
+        if f"{key}.".startswith(f"{section}.") and key != "evaluation.samples"
+    }
 
 
 def _measured(measurement: Measurement | None) -> str:

@@ -1,12 +1,13 @@
-"""Held-out samples token by token: coloured text, and what the page shows of the token under
-the pointer.
+"""Draws held-out samples token by token: coloured text, and what the page shows of the token
+under the pointer.
 """
 
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Final
 
 from markupsafe import Markup
@@ -23,7 +24,7 @@ KL_EDGES: Final = (-2.0, -0.5, -0.1, 0.1, 0.5, 2.0, 5.0)
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What one run wrote to one prompt, before or after. ``gate_ratio`` is None where the
+    """What a run wrote to a prompt, before or after training. ``gate_ratio`` is None where the
     gate has no threshold.
     """
 
@@ -50,26 +51,21 @@ class Prompt:
 
 
 def prompts_of(runs: Sequence[RunRecord]) -> list[Prompt]:
-    """The samples of all runs by prompt, as many as the page has room for."""
-    found: dict[str, list[tuple[int, Record, Record]]] = {}
+    """Returns the samples of all runs by prompt, as many as the page has room for."""
+    samples: dict[str, list[tuple[int, Record, Record]]] = {}
     for color, run in enumerate(runs):
-        for measured in run.held_out.values():
-            for sample in measured["samples"]:
-                found.setdefault(sample["prompt"], []).append((color, measured, sample))
+        for measurement in run.held_out.values():
+            for sample in measurement["samples"]:
+                samples.setdefault(sample["prompt"], []).append((color, measurement, sample))
 
-    by_run: list[list[str]] = [[] for _ in runs]
-    for text, samples in found.items():
-        for color in dict.fromkeys(color for color, *_ in samples):
-            by_run[color].append(text)
-
-    shown = _chosen(by_run)
-    room = MAX_TOKENS // max(sum(len(found[text]) for text in shown), 1)
+    texts = _chosen([_prompt_texts(run) for run in runs])
+    room = MAX_TOKENS // max(sum(len(samples[text]) for text in texts), 1)
 
     prompts = []
-    for text in shown:
+    for text in texts:
         responses = [
-            _response(runs[color], color, measured, sample, room)
-            for color, measured, sample in found[text]
+            _response(runs[color], color, measurement, sample, room)
+            for color, measurement, sample in samples[text]
         ]
         prompts.append(Prompt(text=_cut(visible(text), MAX_PROMPT), responses=responses))
 
@@ -77,17 +73,25 @@ def prompts_of(runs: Sequence[RunRecord]) -> list[Prompt]:
 
 
 def count_prompts(runs: Sequence[RunRecord]) -> int:
-    """How many prompts there are samples of, shown or not."""
-    measured = [one for run in runs for one in run.held_out.values()]
-    return len({sample["prompt"] for one in measured for sample in one["samples"]})
+    """Returns how many prompts there are samples of, shown or not."""
+    return len(set(itertools.chain(*map(_prompt_texts, runs))))
+
+
+def _prompt_texts(run: RunRecord) -> list[str]:
+    """Returns the prompts that a run has samples of."""
+    samples = itertools.chain(*(record["samples"] for record in run.held_out.values()))
+    return list(dict.fromkeys(sample["prompt"] for sample in samples))
 
 
 def _chosen(texts: Sequence[Sequence[str]]) -> list[str]:
-    """Prompts (of each run) to show: those that all runs have, then one of each run in turn."""
+    """Returns the prompts to show, of those of each run: what all runs have, then one of each run
+    in turn.
+    """
     common = set.intersection(*map(set, texts))
-    own = [[text for text in of_run if text not in common] for of_run in texts]
-    turns = [text for turn in itertools.zip_longest(*own) for text in turn if text is not None]
-    return list(dict.fromkeys([text for text in texts[0] if text in common] + turns))[:MAX_PROMPTS]
+    own = [itertools.filterfalse(common.__contains__, run_texts) for run_texts in texts]
+    turns = itertools.chain(*itertools.zip_longest(*own))
+    order = dict.fromkeys([*filter(common.__contains__, texts[0]), *turns])
+    return [text for text in order if text is not None][:MAX_PROMPTS]
 
 
 def _cut(text: str, most: int) -> str:
@@ -95,67 +99,53 @@ def _cut(text: str, most: int) -> str:
 
 
 def visible(text: str) -> str:
-    """A model's text as a person can see it: no control characters, none that turn the line
-    around.
+    """Returns a model's text as a person can see it, without control characters and those that
+    turn the line around.
     """
-    kept = (c if c.isprintable() or c in "\n\t\u00a0\u3000" else "\ufffd" for c in text)
-    return "".join(kept)
+    return "".join(c if c.isprintable() or c in "\n\t\u00a0\u3000" else "\ufffd" for c in text)
 
 
-def _response(run: RunRecord, color: int, measured: Record, sample: Record, room: int) -> Response:
+def _response(
+    run: RunRecord, color: int, measurement: Record, sample: Record, room: int
+) -> Response:
     tokens = list(_tokens(sample, run.threshold))
-    occurring = set()
-    for token in tokens[:room]:
-        occurring |= {token.text, *(text for text, _ in token.candidates)}
-
-    texts = sorted(occurring)
+    shown = tokens[:room]
+    texts = sorted(set(itertools.chain(*(token.texts for token in shown))))
     number = {text: index for index, text in enumerate(texts)}
-    spans = Markup("").join(
-        Markup('<span class="{}">{}</span>').format(token.classes, token.text.replace("\n", "↵\n"))
-        for token in tokens[:room]
-    )
-    rows = [
-        [
-            number[token.text],
-            token.token_id,
-            token.student_logprob,
-            token.teacher_logprob,
-            token.low,
-            token.high,
-            token.gate,
-            [number[text] for text, _ in token.candidates],
-            [round(100 * math.exp(logprob), 2) for _, logprob in token.candidates],
-            round(100 * token.rest, 2),
-            token.rank,
-        ]
-        for token in tokens[:room]
-    ]
-    kept = [token for token in tokens if token.counts] or tokens
-    finite = [token.kl for token in kept if math.isfinite(token.kl)]
+    loss_tokens = [token for token in tokens if token.counts] or tokens
+    finite = [token.kl for token in loss_tokens if math.isfinite(token.kl)]
+    gate_ratio = None
+    if run.threshold is not None:
+        gate_ratio = fmean(token.gate == "open" for token in loss_tokens)
 
     return Response(
         run=run.name,
         color=color,
-        phase=measured["phase"],
-        step=measured["step"],
+        phase=measurement["phase"],
+        step=measurement["step"],
         num_tokens=len(tokens),
-        shown_tokens=min(len(tokens), room),
-        teacher_entropy=_mean([(token.low + token.high) / 2 for token in kept]),
-        reverse_kl=_mean(finite) if finite else math.nan,
-        num_infinite=len(kept) - len(finite),
-        gate_ratio=None
-        if run.threshold is None
-        else _mean([float(token.gate == "open") for token in kept]),
-        spans=spans,
-        data=as_json({"texts": [text.replace("\n", "↵") for text in texts], "tokens": rows}),
+        shown_tokens=len(shown),
+        teacher_entropy=fmean((token.low + token.high) / 2 for token in loss_tokens),
+        reverse_kl=fmean(finite) if finite else math.nan,
+        num_infinite=len(loss_tokens) - len(finite),
+        gate_ratio=gate_ratio,
+        spans=Markup("").join(token.span for token in shown),
+        data=as_json(
+            {
+                "texts": [text.replace("\n", "↵") for text in texts],
+                "tokens": [token.row(number) for token in shown],
+            }
+        ),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token; nats, and (text, log-probability) of the teacher's candidates, most likely first.
+    """A token of a response: numbers in nats, and (text, log-probability) of the teacher's
+    candidates, most likely first.
 
-    ``rank`` is where the token itself is among all of them, -1 where it is not.
+    ``rank`` is where the token itself is among all candidates, -1 where it is not; ``rest`` is the
+    probability of all tokens that are no candidate here.
     """
 
     text: str
@@ -171,6 +161,11 @@ class Token:
     rank: int
 
     @property
+    def texts(self) -> list[str]:
+        """The texts of the token and of its candidates."""
+        return [self.text, *(text for text, _ in self.candidates)]
+
+    @property
     def kl(self) -> float:
         """Log p - log q; infinite where the teacher rules the token out."""
         if self.teacher_logprob is None or self.student_logprob is None:
@@ -180,15 +175,34 @@ class Token:
 
     @property
     def classes(self) -> str:
-        """How the page draws it: entropy, KL, gate; masked where it does not enter the loss."""
+        """The classes by entropy, KL and gate; masked where the token does not enter the loss."""
         if not self.counts:
             return "masked"
 
-        entropy, kl = (
-            bisect_right(ENTROPY_EDGES, (self.low + self.high) / 2),
-            bisect_right(KL_EDGES, self.kl),
-        )
-        return f"e{entropy} k{kl} {self.gate}".rstrip()
+        entropy = bisect_right(ENTROPY_EDGES, (self.low + self.high) / 2)
+        return f"e{entropy} k{bisect_right(KL_EDGES, self.kl)} {self.gate}".rstrip()
+
+    @property
+    def span(self) -> Markup:
+        """The token in the text of the page."""
+        text = self.text.replace("\n", "↵\n")
+        return Markup('<span class="{}">{}</span>').format(self.classes, text)
+
+    def row(self, number: Mapping[str, int]) -> list[object]:
+        """Returns what ``page.js`` shows of the token; ``number`` has the place of every text."""
+        return [
+            number[self.text],
+            self.token_id,
+            self.student_logprob,
+            self.teacher_logprob,
+            self.low,
+            self.high,
+            self.gate,
+            [number[text] for text, _ in self.candidates],
+            [round(100 * math.exp(logprob), 2) for _, logprob in self.candidates],
+            round(100 * self.rest, 2),
+            self.rank,
+        ]
 
 
 def _tokens(sample: Record, threshold: float | None) -> Iterator[Token]:
@@ -197,10 +211,13 @@ def _tokens(sample: Record, threshold: float | None) -> Iterator[Token]:
 
     for r, token_id in enumerate(sample["ids"]):
         low, high = sample["entropy_low"][r], sample["entropy_high"][r]
-        both = zip(sample["topk_ids"][r], sample["topk_logprobs"][r], strict=True)
-        best = [(one, logprob) for one, logprob in both if logprob is not None]
-        ids = [one for one, _ in best]
-        shown = [(text(one, MAX_ALTERNATIVE), logprob) for one, logprob in best[:MAX_ALTERNATIVES]]
+        pairs = zip(sample["topk_ids"][r], sample["topk_logprobs"][r], strict=True)
+        finite = [(candidate, logprob) for candidate, logprob in pairs if logprob is not None]
+        ids = [candidate for candidate, _ in finite]
+        candidates = [
+            (text(candidate, MAX_ALTERNATIVE), logprob)
+            for candidate, logprob in finite[:MAX_ALTERNATIVES]
+        ]
         yield Token(
             text=text(token_id, MAX_TEXT),
             token_id=token_id,
@@ -210,21 +227,17 @@ def _tokens(sample: Record, threshold: float | None) -> Iterator[Token]:
             low=low,
             high=high,
             gate=_gate(low, high, threshold),
-            candidates=shown,
-            rest=max(0.0, 1.0 - sum(math.exp(logprob) for _, logprob in shown)),
+            candidates=candidates,
+            rest=max(0.0, 1.0 - sum(math.exp(logprob) for _, logprob in candidates)),
             rank=ids.index(token_id) if token_id in ids else -1,
         )
 
 
 def _gate(low: float, high: float, threshold: float | None) -> str:
-    """Nothing where there is no threshold; unsure where the bounds on the entropy lie on both
-    sides of it.
+    """Returns how the gate stands: unsure where the bounds on the entropy lie on both sides of
+    the threshold, nothing where there is none.
     """
     if threshold is None:
         return ""
 
     return "open" if low > threshold else "shut" if high <= threshold else "unsure"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
