@@ -97,8 +97,8 @@ _OBJECTIVE: Final = (
     ),
     _ratio(
         "eopd_gate_by_teacher_ratio",
-        "The same by teacher of the batch's trajectories.",
-        "Near each other, unless one teacher is surer.",
+        "Mean gate value, by the teacher that scored the trajectory.",
+        "Close to one another, unless one teacher is surer.",
         ("teacher",),
     ),
     _nats(
@@ -139,8 +139,8 @@ _DISTRIBUTIONS: Final = (
     ),
     _nats(
         "eopd_entropy_by_teacher_nats",
-        "The same by teacher of the batch's trajectories.",
-        "As the mean of all; a fall of one is the collapse of what it teaches.",
+        "Teacher entropy over the whole vocabulary, by teacher.",
+        "Close to eopd_teacher_entropy_nats; a fall of one is the collapse of what it teaches.",
         ("teacher",),
     ),
     _nats(
@@ -337,7 +337,7 @@ _FAULTS: Final = (
     _trajectories(
         "eopd_engine_in_flight_trajectories",
         "Trajectories that a rollout engine is writing.",
-        "Alike on all engines: one far above the rest is slow.",
+        "Equal on all engines; one far above the rest is slow.",
         ("engine",),
     ),
     _counter(

@@ -1,5 +1,6 @@
 """What the terminal shows of a row of metrics: which of them, under which label, in which unit."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -34,7 +35,7 @@ COLUMNS: Final[tuple[tuple[Cell, ...], ...]] = (
     ),
 )
 
-# What a plain line says of a step, after its time.
+# What a plain line shows of a step, after its time.
 LINE: Final[tuple[Cell, ...]] = (
     ("KL reverse / forward", ("eopd_reverse_kl_nats", "eopd_forward_kl_nats")),
     ("entropy teacher / student", ("eopd_teacher_entropy_nats", "eopd_student_entropy_nats")),
@@ -66,29 +67,28 @@ _FORMATS: Final[Mapping[Unit, str]] = {
 
 
 def cells(row: Row) -> Table:
-    """The three columns of ``COLUMNS``."""
+    """Returns a table of a row of metrics, in the three columns of ``COLUMNS``."""
     table = Table.grid(padding=(0, 1), expand=True)
     for _ in COLUMNS:
         table.add_column(style="dim", no_wrap=True)
         table.add_column(justify="right", no_wrap=True)
         table.add_column(ratio=1)
 
-    for index in range(max(len(column) for column in COLUMNS)):
-        cells: list[str] = []
-        for column in COLUMNS:
-            label, names = column[index] if index < len(column) else ("", ())
-            cells += [label, value(row, names), ""]
+    for line in itertools.zip_longest(*COLUMNS, fillvalue=("", ())):
+        texts: list[str] = []
+        for label, names in line:
+            texts += [label, value(row, names), ""]
 
-        table.add_row(*cells)
+        table.add_row(*texts)
 
     return table
 
 
 def value(row: Row, names: Sequence[str]) -> str:
-    """One or more metrics in one cell."""
+    """Returns the text of a cell with one or more metrics."""
     return " / ".join(show(row, name) for name in names)
 
 
 def show(row: Row, name: str) -> str:
-    """A metric in its unit; a dash where the row has none."""
+    """Returns a metric in its unit, or a dash where the row lacks it."""
     return _FORMATS[CATALOG[name].unit].format(row[name]) if name in row else "-"

@@ -7,6 +7,7 @@ since the first step warms everything up; and it stands still while a step takes
 ones before it.
 """
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 MAX_WIDTH: Final = 100
 PACE_WINDOW: Final = 20
 SAMPLE_CHARACTERS: Final = 200
-SILENCE_S: Final = 60.0  # of plain lines, until one says what is under way
+SILENCE_S: Final = 60.0  # seconds without a plain line, until one says what is under way
 
 _DIVERGENCES: Final = ("reverse_kl", "forward_kl")
 _HELD_OUT: Final = {
@@ -42,7 +43,7 @@ _HELD_OUT: Final = {
 
 @dataclass(frozen=True, slots=True)
 class _Progress:
-    """What the view shows, replaced as one: the live view is drawn in a thread of its own."""
+    """What the live view shows. It is replaced as a whole, since a thread of its own draws it."""
 
     row: Row
     at: float
@@ -59,8 +60,8 @@ class _Progress:
 
 
 class Console:
-    """The live view until ``close``, or plain lines where there is no terminal; the log gets
-    those too.
+    """Shows a live view until ``close``, or plain lines where there is no terminal. The plain lines
+    go to the log too.
     """
 
     def __init__(
@@ -110,31 +111,31 @@ class Console:
             self._foretell(row, now - self._start, step_s)
 
     def _foretell(self, row: Row, spent_s: float, step_s: float) -> None:
-        told = forecast(
+        sentences = forecast(
             row,
             spent_s=spent_s,
             step_s=step_s,
             batches=self._batches,
             expected_minutes=self._expected_minutes,
         )
-        logger.info(told)
-        self.message(told)
+        logger.info(sentences)
+        self.message(sentences)
 
     def message(self, text: str) -> None:
-        """Say something above the live view; brackets in it are not markup."""
+        """Print a text above the live view; brackets in it are not markup."""
         self._said_at = self._output.get_time()
         self._output.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def doing(self, text: str) -> None:
         """Show what is under way, and how far it is, until the next step: in the live view, or on a
-        plain line after a minute without any.
+        plain line after ``SILENCE_S`` without one.
         """
         self._doing = text
         if self._live is None and self._output.get_time() - self._said_at >= SILENCE_S:
             self.message(text)
 
     def close(self) -> None:
-        """Leave the last view on the screen."""
+        """Stop the live view; what it showed last stays on the screen."""
         if self._live is not None:
             self._live.stop()
 
@@ -164,11 +165,11 @@ class Console:
         return Constrain(frame, MAX_WIDTH)
 
     def _remaining(self) -> str:
-        left = self._progress.left_s(self._output.get_time(), self._batches)
+        seconds = self._progress.left_s(self._output.get_time(), self._batches)
         if self._progress.step() >= self._batches:
             return "done"
 
-        return "" if left is None else f"{clock(left)} left"
+        return "" if seconds is None else f"{clock(seconds)} left"
 
     def _line(self) -> str:
         row = self._progress.row
@@ -182,7 +183,7 @@ class Console:
             self._remaining(),
         ]
 
-        return " | ".join(part for part in parts if part)
+        return " | ".join(filter(None, parts))
 
 
 def print_summary(
@@ -191,8 +192,8 @@ def print_summary(
     run_directory: Path,
     output: rich.console.Console | None = None,
 ) -> None:
-    """The table at the end of a run: rate, where the time went, held-out numbers and texts before
-    and after. Of a run that did not get as far as any number, one line.
+    """Print the table at the end of a run: rate, where the time went, held-out numbers and texts
+    before and after training. A run that did not get as far as any number has one line.
     """
     output = output or rich.console.Console()
     if not summary.steps and summary.held_out.before is None:
@@ -237,7 +238,7 @@ def _time_table(step_seconds: Mapping[str, float]) -> Table:
 
 
 def held_out_table(held_out: HeldOut) -> Table:
-    """Held-out numbers before and after training."""
+    """Returns the table of held-out numbers before and after training."""
     before, after = held_out.before or {}, held_out.after or {}
     table = _table("held out, per response token", "before", "after", "change")
     for name, label in _HELD_OUT.items():
@@ -251,14 +252,13 @@ def held_out_table(held_out: HeldOut) -> Table:
 
 
 def parts_table(held_out: HeldOut) -> Table:
-    """The divergences where the teacher is sure and unsure, and by source of the prompts,
-    before and after.
+    """Returns the table of the divergences where the teacher is sure and unsure, and by source of
+    the prompts, before and after training.
     """
-    phases = [measured for measured in (held_out.before, held_out.after) if measured]
+    phases = [phase for phase in (held_out.before, held_out.after) if phase]
     parts = {
         name.removeprefix("share: ")
-        for phase in phases
-        for name in phase
+        for name in itertools.chain(*phases)
         if name.startswith("share: ")
     }
     table = _table("held out, by part of the tokens", "share", "reverse KL", "forward KL")
@@ -297,15 +297,15 @@ def _sample_table(sample: Sample) -> Table:
 
 
 def _printable(text: str) -> str:
-    """One paragraph of bounded length: a model's text may hold anything, escape sequences of
-    a terminal included.
+    """Returns one paragraph of bounded length, without the control characters that a model's text
+    may hold, such as escape sequences of a terminal.
     """
     line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
     return line if len(line) <= SAMPLE_CHARACTERS else line[:SAMPLE_CHARACTERS] + "…"
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are any: ``1:02:03``."""
+    """Returns minutes and seconds, with hours where there are any: ``1:02:03``."""
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

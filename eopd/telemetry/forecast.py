@@ -21,8 +21,8 @@ _ADVICE: Final = {
 def forecast(
     row: Row, *, spent_s: float, step_s: float, batches: int, expected_minutes: float | None
 ) -> str:
-    """One sentence on the whole run; a second one where it takes more than ``FAR_LONGER`` times as
-    long as expected.
+    """Returns a sentence on how long the run will take, and advice where that is more than
+    ``FAR_LONGER`` times as long as expected.
 
     Args:
         row: of the last step.
@@ -31,20 +31,21 @@ def forecast(
         batches: of the whole run.
         expected_minutes: ``run.expected_minutes``.
     """
-    left = batches - int(row["eopd_step"])
-    minutes = (spent_s + step_s * left) / 60
-    told = f"this run will take about {_told(minutes)} in all: {left} more steps of {step_s:.1f} s"
+    steps = batches - int(row["eopd_step"])
+    minutes = (spent_s + step_s * steps) / 60
+    duration = _duration(minutes)
+    sentence = f"this run will take about {duration} in all: {steps} more steps of {step_s:.1f} s"
     if expected_minutes is None or minutes <= FAR_LONGER * expected_minutes:
-        return told
+        return sentence
 
     stage = max(_ADVICE, key=lambda name: row.get(f"eopd_{name}_seconds", 0.0))
     share = row.get(f"eopd_{stage}_seconds", 0.0) / max(row["eopd_step_seconds"], 1e-9)
 
     return (
-        f"{told}. It was written to take {_told(expected_minutes)}. Most of a step is "
+        f"{sentence}. It was written to take {_duration(expected_minutes)}. Most of a step is "
         f"{stage} ({share:.0%}): {_ADVICE[stage]}; or lower run.batches"
     )
 
 
-def _told(minutes: float) -> str:
+def _duration(minutes: float) -> str:
     return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"

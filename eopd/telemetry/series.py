@@ -11,7 +11,10 @@ _SERIES = re.compile(r'(?P<name>\w+)(?:\{(?P<labels>\w+="[\w.-]+"(?:,\w+="[\w.-]
 
 
 def series(name: str, **labels: str) -> str:
-    """The row key of a metric, e.g. ``series("eopd_lost_trajectories_total", reason="too_stale")``.
+    """Returns the row key of a metric with its labels.
+
+    Example: ``series("eopd_staleness_ratio", versions="2")`` is
+    ``'eopd_staleness_ratio{versions="2"}'``.
 
     Raises:
         MetricError: no such metric, or not its labels.
@@ -23,7 +26,7 @@ def series(name: str, **labels: str) -> str:
 
 
 def parse_series(key: str) -> tuple[Metric, Mapping[str, str]]:
-    """The metric and the label values that a row key names.
+    """Returns the metric and the label values that a row key names.
 
     Raises:
         MetricError: no such metric, or not its labels.
@@ -43,7 +46,7 @@ def parse_series(key: str) -> tuple[Metric, Mapping[str, str]]:
 
 
 def check_row(row: Row) -> None:
-    """Let a row pass that names catalogue series only, and its step.
+    """Raise unless a row names its step, and series of the catalogue alone.
 
     Raises:
         MetricError: an unknown series, or no ``eopd_step``.

@@ -1,7 +1,6 @@
 """Where rows go. ``Telemetry`` hands each row to every sink; a sink may fail, training may not.
 
-pipeline --row--> Telemetry --row--> JsonlSink (metrics.jsonl), TimelineSink, PrometheusSink,
-Console
+run --row--> Telemetry --row--> JsonlSink (metrics.jsonl), PrometheusSink, trackers, Console
 """
 
 import logging
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Takes rows from its construction until ``close``."""
+    """What takes rows from its construction until ``close``."""
 
     def write(self, row: Row) -> None:
         """Take the row of one completed step."""
@@ -30,7 +29,7 @@ class Sink(Protocol):
 
 
 class Telemetry:
-    """The one place that publishes metrics: a fan-out over sinks, itself a sink."""
+    """Publishes metrics: a sink that hands every row to all others. It is the one place that does."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
@@ -66,7 +65,7 @@ class Telemetry:
 
 
 class JsonlSink:
-    """One JSON object a line: ``step``, ``time`` (seconds since 1970), then the row.
+    """Writes one JSON object a line: ``step``, ``time`` (seconds since 1970), then the row.
 
     A number that is not finite is written as null: JSON has no NaN.
     """
@@ -82,4 +81,4 @@ class JsonlSink:
         append_jsonl(self._path, {"step": int(row["eopd_step"]), "time": time.time(), **numbers})
 
     def close(self) -> None:
-        """Nothing is held between rows."""
+        """Does nothing, since nothing is held between rows."""

@@ -21,7 +21,7 @@ def print_status(
     advice: str | None = None,
     output: rich.console.Console | None = None,
 ) -> None:
-    """A run at a glance: how far it is, what its last step looked like, what was lost and replaced.
+    """Print how far a run is, what its last step looked like, and what was lost and replaced.
 
     Args:
         run: its name.

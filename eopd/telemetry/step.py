@@ -1,4 +1,4 @@
-"""One step's row: from headers, the learner's numbers and clocks. Metrics are returned values; the
+"""Makes a step's row of headers, the learner's numbers and clocks. Metrics are returned values; the
 pipeline's caller publishes them.
 """
 
@@ -17,7 +17,9 @@ STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")
 
 
 class BusyClock:
-    """When at least one of something was under way; enter it around each."""
+    """Records when at least one request was under way: a context manager that is entered around
+    each request.
+    """
 
     def __init__(self) -> None:
         self._active = 0
@@ -41,7 +43,7 @@ class BusyClock:
             self._spans.append((self._since, time.monotonic()))
 
     def lap(self, origin: float = 0.0) -> list[Span]:
-        """The spans since the last lap, from and to, in seconds since ``origin`` on the
+        """Returns the spans since the last lap, from and to, in seconds since ``origin`` on the
         monotonic clock.
         """
         now = time.monotonic()
@@ -51,7 +53,9 @@ class BusyClock:
 
 
 def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
-    """Lengths, endings and staleness of a batch consumed at learner version ``version``."""
+    """Returns lengths, endings and staleness of a batch that was consumed at learner version
+    ``version``.
+    """
     count = len(headers)
     staleness = [version - h.oldest_version for h in headers]
     ages = [STALENESS_AGES[min(age, len(STALENESS_AGES) - 1)] for age in staleness]
@@ -70,7 +74,7 @@ def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
 
 
 def config_row(config: Config) -> Row:
-    """What rules and dashboards compare a run with."""
+    """Returns the settings that alert rules and dashboards compare a run with."""
     row = {
         "eopd_batches": float(config.run.batches),
         "eopd_staleness_bound": float(config.flow.max_staleness),
@@ -82,7 +86,9 @@ def config_row(config: Config) -> Row:
 
 
 def step_row(done: StepDone) -> Row:
-    """The row of one completed step; what the whole run has done so far is ``Progress.row``."""
+    """Returns the row of one completed step, without what the whole run has done so far
+    (``Progress.row``).
+    """
     headers, stats, published = list(done.trained.values()), done.stats, done.published
     row = dict(stats.metrics) | batch_row(headers, stats.version.step - 1)
     for stage, spent in done.seconds.items():

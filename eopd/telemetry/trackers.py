@@ -36,7 +36,11 @@ logger = logging.getLogger(__name__)
 
 
 def require_trackers(names: Sequence[TrackerName]) -> None:
-    """Raises ConfigError where one is not installed, or MLflow has no server."""
+    """Raise unless all trackers can be used.
+
+    Raises:
+        ConfigError: one is not installed, or MLflow has no server.
+    """
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -48,21 +52,21 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 
 
 class Tracker(Protocol):
-    """Takes rows from its construction until ``end``."""
+    """A service that takes rows from its construction until ``end``."""
 
     def write(self, row: Row) -> None:
         """Take the row of one completed step."""
         ...
 
     def end(self, status: Status) -> None:
-        """Say how the run ended, and let go."""
+        """Pass on how the run ended, and close the connection."""
         ...
 
 
 def tracker(
     name: TrackerName, directory: Path, run: str, settings: Mapping[str, object]
 ) -> "BackgroundSink":
-    """The sink of a tracker, which starts in the background.
+    """Returns the sink of a tracker, which starts in the background.
 
     Args:
         name: which one.
@@ -169,8 +173,8 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of the project ``eopd``, unless ``WANDB_PROJECT`` names another; x is the step,
-    also of one done again.
+    """A run of the project ``eopd``, unless ``WANDB_PROJECT`` names another. The x axis is the
+    step, also of a step that was done again.
     """
 
     def __init__(self, directory: Path, run: str, settings: Mapping[str, object]) -> None:
@@ -206,16 +210,16 @@ class _MLflow:
         self._metric = Metric
         self._client = client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
         self._run_id = _kept(directory / RUN_ID, lambda: self._create(run))
-        known = client.get_run(self._run_id).data.params
-        new = [Param(key, str(value)[:500]) for key, value in settings.items() if key not in known]
+        logged = client.get_run(self._run_id).data.params
+        new = [Param(key, str(value)[:500]) for key, value in settings.items() if key not in logged]
         client.log_batch(self._run_id, params=new)
         client.update_run(self._run_id, status="RUNNING")
 
     def _create(self, run: str) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "eopd")
-        known = self._client.get_experiment_by_name(name)
-        experiment = self._client.create_experiment(name) if known is None else known.experiment_id
-        return str(self._client.create_run(experiment, run_name=run).info.run_id)
+        experiment = self._client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        return str(self._client.create_run(number, run_name=run).info.run_id)
 
     def write(self, row: Row) -> None:
         now, step = int(1000 * time.time()), int(row["eopd_step"])
@@ -233,8 +237,8 @@ class _MLflow:
 
 
 def _numbers(row: Row) -> Iterator[tuple[str, float]]:
-    """Names as all three take them, ``eopd_lost_trajectories_total/too_stale``, with what is
-    finite.
+    """Yields the finite numbers of a row, under names that all three take, such as
+    ``eopd_lost_trajectories_total/too_stale``.
     """
     for series, value in row.items():
         if math.isfinite(value):
@@ -243,7 +247,7 @@ def _numbers(row: Row) -> Iterator[tuple[str, float]]:
 
 
 def _kept(path: Path, make: Callable[[], str]) -> str:
-    """What was made the first time."""
+    """Returns what a file holds; it is written with what ``make`` returns the first time."""
     if not path.exists():
         path.write_text(make(), encoding="utf-8")
 
