@@ -39,7 +39,7 @@ Fetch = Callable[[Stored[Trajectory]], Awaitable[Trajectory | LostTrajectory]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One graded response."""
+    """A graded response."""
 
     sample_index: int
     response: str
@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptResult:
-    """All samples of one prompt: the answered and the lost."""
+    """All samples of a prompt: the answers, and those that were lost."""
 
     prompt_id: str
     source: str
@@ -60,19 +60,19 @@ class PromptResult:
 
     @property
     def num_samples(self) -> int:
-        """Samples asked for."""
+        """The number of samples that were asked for."""
         return len(self.answers) + len(self.lost)
 
     @property
     def num_correct(self) -> int:
-        """Samples graded correct; a lost one is not."""
+        """The number of samples that are correct; a lost one is not."""
         return sum(answer.verdict is Verdict.CORRECT for answer in self.answers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkResult:
-    """Scores over all samples, with standard errors clustered by prompt; lengths over the answered
-    ones.
+    """Scores over all samples, with standard errors clustered by prompt, and lengths over the
+    answers.
 
     ``truncation_rate`` is the share of answers cut at the length limit. Without any answer it is
     nan, and so is ``mean_response_tokens``.
@@ -87,7 +87,7 @@ class BenchmarkResult:
     prompts: tuple[PromptResult, ...]
 
     def write_prompts(self, path: Path) -> None:
-        """JSONL, one prompt per line: its counts, each answer with text and verdict, each
+        """Write one prompt per line as JSON: its counts, each answer with text and verdict, each
         loss with its reason.
         """
         with path.open("w", encoding="utf-8") as file:
@@ -107,7 +107,7 @@ async def run_benchmark(
     sampling: Sampling,
     ks: Sequence[int],
 ) -> BenchmarkResult:
-    """Sample, grade, and sum up.
+    """Sample every prompt ``samples`` times, grade the answers, and sum up.
 
     Args:
         engines: At least one.
@@ -149,8 +149,8 @@ async def run_benchmark(
         async with asyncio.TaskGroup() as group:
             rows = []
             for prompt in prompts:
-                asked = [sample(next(turns), prompt, index) for index in range(samples)]
-                rows.append([group.create_task(one) for one in asked])
+                pending = [sample(next(turns), prompt, index) for index in range(samples)]
+                rows.append(list(map(group.create_task, pending)))
 
     results = []
     for prompt, tasks in zip(prompts, rows, strict=True):
@@ -169,8 +169,8 @@ def _answer(trajectory: Trajectory, response: str, verdict: Verdict) -> Answer:
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
-    """The seed of one sample, in 0..2**63 - 1: a hash, so that neither engine nor order of
-    work nor run changes it.
+    """Returns the seed of a sample, in 0..2**63 - 1: a hash, which is the same on every engine, in
+    every order of work, and in every run.
     """
     digest = hashlib.blake2b(f"{seed}/{sample_index}/{prompt_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
@@ -188,9 +188,9 @@ def _check(
             f"{len(prompts)} prompts"
         )
 
-    if wrong := [k for k in ks if not 1 <= k <= samples]:
+    if invalid := [k for k in ks if not 1 <= k <= samples]:
         raise ValueError(
-            f"pass@k for k = {wrong}: must lie in 1..{samples}, the number of samples per prompt"
+            f"pass@k for k = {invalid}: must lie in 1..{samples}, the number of samples per prompt"
         )
 
     for prompt in prompts:

@@ -1,5 +1,5 @@
-"""Student against teacher on held-out prompts: the student writes as hot as in training, with fixed
-seeds, the teacher reads, the learner measures.
+"""Measures the student against the teacher on held-out prompts: engines sample at the temperature
+of training with fixed seeds, the teacher scores, the learner measures.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from eopd.types import (
 
 
 class NothingMeasuredError(RuntimeError):
-    """A measurement without a single response; says how one was lost."""
+    """Not a single response could be measured; the message has how one of them was lost."""
 
 
 async def measure(
@@ -38,8 +38,8 @@ async def measure(
     token_budget: int,
     tell: Callable[[int], None] = lambda done: None,
 ) -> tuple[EvalStats, Sequence[Stored[ScoredTrajectory]]]:
-    """One response a prompt; the same prompts, seeds and order at every call. ``tell`` hears how
-    many were written and read so far.
+    """Measure one response to each prompt, with the same seeds and order at every call. ``tell`` is
+    called with how many were sampled and scored so far.
 
     Returns:
         The statistics, and the scored trajectories in the order of ``prompts``. A prompt that is
@@ -87,7 +87,7 @@ async def measure(
 def _positions(
     responses: Sequence[Stored[ScoredTrajectory] | LostTrajectory], keys: Collection[TrajectoryKey]
 ) -> list[int]:
-    """Where among responses those of ``keys`` stand."""
+    """Returns the indices of the responses with these keys."""
     return [
         index
         for index, response in enumerate(responses)

@@ -9,8 +9,8 @@ from eopd.types import Estimate
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Probability that at least one of k samples is correct, estimated without bias from n >= k
-    samples.
+    """Returns the probability that at least one of k samples is correct, estimated without bias
+    from n >= k samples.
 
     ``1 - C(n - c, k) / C(n, k)`` (Chen et al. 2021, arXiv 2107.03374, eq. 1), in exact integers
     until the one division. For k = 1 it is c / n, so the mean of ``pass_at_k(n, c, 1)`` over
@@ -33,7 +33,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def mean_over_prompts(per_prompt: Sequence[float]) -> Estimate:
-    """Mean of one number per prompt, and its standard error clustered by prompt.
+    """Returns the mean of one number per prompt, and its standard error clustered by prompt.
 
     Samples of one prompt are not independent. With equally many samples per prompt the clustered
     standard error is that of the prompts' own means, ``sd / sqrt(prompts)`` with the n - 1 form of

@@ -1,6 +1,4 @@
-"""A held-out sample as people look at it: every token with what student and teacher thought
-of it.
-"""
+"""Makes a record of a held-out sample, with what student and teacher gave every token."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +17,7 @@ _DECIMALS = 4
 def sample_record(
     scored: ScoredTrajectory, prompt: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, object]:
-    """One sample as ``held_out.jsonl`` keeps it.
+    """Returns a sample as ``held_out.jsonl`` keeps it.
 
     Lists of R response tokens, and of K candidates for each, in nats; null is minus infinity.
     ``student_logprobs`` are the engine's, which wrote at temperature 1. ``entropy_low`` and
@@ -43,16 +41,16 @@ def sample_record(
         "topk_ids": signal.topk_ids.tolist(),
         "topk_logprobs": [_numbers(row) for row in signal.topk_logprobs],
         "texts": token_texts(
-            ids, lambda some: str(tokenizer.decode(some, skip_special_tokens=False))
+            ids, lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=False))
         ),
     }
 
 
 def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> Mapping[int, str]:
-    """The text each token adds inside a text, e.g. ``" the"``: some tokenizers strip the
-    space of a first token.
+    """Returns the text that each token adds inside a text, such as ``" the"``, where some
+    tokenizers strip the space of a first token.
     """
-    return {one: decode([one, one])[len(decode([one])) :] for one in ids}
+    return {token: decode([token, token])[len(decode([token])) :] for token in ids}
 
 
 def _numbers(values: npt.NDArray[np.float32]) -> list[float | None]:

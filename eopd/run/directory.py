@@ -5,7 +5,8 @@ runs/<name>/config.yaml     resolved, as it holds now
             run.lock        who runs this run now (``run/lock.py``)
             metrics.jsonl   one row a step
             trained.jsonl   what each step trained on: issue numbers, and a checksum of each response's token ids
-            timeline.jsonl  when in each step somebody wrote and somebody scored: spans in seconds from its start
+            dropped.jsonl   trajectories that were given up, each with its last loss
+            timeline.jsonl  when in each step engines wrote and teachers scored: spans in seconds from its start
             held_out.jsonl  of each measurement: entropy histograms, and samples: text, and numbers of each token
             versions.json   of Python and the packages that matter, where this was run last
             report.html     all of it to look at, made when a process leaves the run (``eopd report``)
@@ -85,11 +86,12 @@ class RunDirectory:
         self.report = path / "report.html"
         self._held_out = path / "held_out.jsonl"
         self._scale = path / "scale.json"
+        self._by_step = (self.metrics, self.trained, self.timeline, self._held_out)
 
     @classmethod
     def create(cls, config: Config) -> Self:
-        """A run from the beginning, in place of whatever one of this name did; who calls it has
-        seen that it may.
+        """Make the directory of a run that begins, and remove what an earlier run of this name left
+        there. The caller has checked that it may.
 
         Raises:
             ConfigError: the directory cannot be made, or holds something that is no run of eopd.
@@ -97,14 +99,8 @@ class RunDirectory:
         directory = cls(config.run.path)
         directory.require_no_stranger()
         path = directory.path
-        rows = (
-            directory.metrics,
-            directory.trained,
-            directory.timeline,
-            directory._held_out,
-        )
-        left = (
-            *rows,
+        old_files = (
+            *directory._by_step,
             path / "samples.jsonl",  # of a version that kept the texts twice
             directory.dropped,
             directory._changes,
@@ -115,7 +111,7 @@ class RunDirectory:
 
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for file in (*left, *path.glob(f"*/{RUN_ID}")):
+            for file in (*old_files, *path.glob(f"*/{RUN_ID}")):
                 file.unlink(missing_ok=True)
 
             remove_checkpoints(directory.checkpoints)
@@ -128,11 +124,11 @@ class RunDirectory:
         return directory
 
     def require_no_stranger(self) -> None:
-        """Raises ConfigError where the directory holds something, and that is no run of eopd."""
+        """Raise ConfigError if the directory holds something that is no run of eopd."""
         require_no_stranger(self.path)
 
     def holds_a_run(self) -> bool:
-        """Whether one was begun here."""
+        """Returns whether a run was begun here."""
         return self._config.is_file()
 
     def num_steps(self) -> int:
@@ -141,31 +137,29 @@ class RunDirectory:
         return max((row["step"] for row in up_to_step(rows, math.inf)), default=0)
 
     def go_on(self, config: Config, step: int, changes: Sequence[Change]) -> None:
-        """Keep the config that holds from the step after ``step`` on, and what it changes of
-        the one before.
+        """Write the config that holds from the step after ``step`` on, and what it changes of the
+        one before.
         """
-        kept = [
+        records = [
             asdict(change) for change in read_changes(self._changes) if change.from_step <= step
         ]
         if changes:
             values = {change.key: [change.before, change.after] for change in changes}
             before = self.config_at(step).model_dump(mode="json")
-            kept.append(
+            records.append(
                 {"from_step": step + 1, "time": time.time(), "changes": values, "before": before}
             )
 
-        # first: with the old config.yaml it says the same as without
-        if kept or self._changes.exists():
-            write_whole(self._changes, "".join(json.dumps(change) + "\n" for change in kept))
+        # before config.yaml: after a crash between the two, the config is the one before the change
+        if records or self._changes.exists():
+            write_whole(self._changes, "".join(json.dumps(record) + "\n" for record in records))
 
         self._scale.unlink(missing_ok=True)
         self._write_versions()
         write_whole(self._config, dump_config(config))
 
     def config_at(self, step: int) -> Config:
-        """What held when the checkpoint of a step was written: what the first later change
-        found.
-        """
+        """Returns the config that held when the checkpoint of a step was written."""
         for change in read_changes(self._changes):
             if change.from_step > step:
                 return config_before(self._changes, change)
@@ -173,7 +167,7 @@ class RunDirectory:
         return self.config()
 
     def num_changes(self, step: int) -> int:
-        """How many keys were changed up to a step."""
+        """Returns how many keys were changed up to a step."""
         return sum(
             len(change.changes)
             for change in read_changes(self._changes)
@@ -181,7 +175,7 @@ class RunDirectory:
         )
 
     def config(self) -> Config:
-        """What the run was started with.
+        """Returns the config as it holds now.
 
         Raises:
             ConfigError: this is no directory, or it cannot be read, or holds no run.
@@ -196,7 +190,7 @@ class RunDirectory:
         return load_config(self._config)
 
     def checkpoint(self, step: int | None) -> Path:
-        """The checkpoint of a step, or the newest that is whole.
+        """Returns the checkpoint of a step, or the newest that is whole.
 
         Raises:
             ConfigError: there is none, or it is not whole; names those there are, or what is wrong.
@@ -205,23 +199,23 @@ class RunDirectory:
             if step == step_of(path):
                 raise ConfigError(f"--step {step}: {path} is not whole: {why}")
 
-        found = {step_of(path): path for path in list_checkpoints(self.checkpoints)}
-        if not found:
+        whole = {step_of(path): path for path in list_checkpoints(self.checkpoints)}
+        if not whole:
             raise ConfigError(f"{self.path} holds no checkpoint")
 
         if step is None:
-            return found[max(found)]
+            return whole[max(whole)]
 
-        if step not in found:
+        if step not in whole:
             raise ConfigError(
                 f"--step {step}: {self.path} has checkpoints of step "
-                f"{', '.join(map(str, found))} only"
+                f"{', '.join(map(str, whole))} only"
             )
 
-        return found[step]
+        return whole[step]
 
     def passed_over(self) -> list[str]:
-        """A message for every checkpoint that is newer than the newest whole one."""
+        """Returns a message for every checkpoint that is newer than the newest whole one."""
         newest = list_checkpoints(self.checkpoints)[-1:]
         return [
             f"passing over {broken}: {why}; the newest that is whole is {whole.name}"
@@ -231,11 +225,11 @@ class RunDirectory:
         ]
 
     def drop_rows_after(self, step: int) -> None:
-        """Forget what was measured and trained after the checkpoint that the run continues from."""
-        for path in (self.metrics, self.trained, self.timeline, self._held_out):
+        """Remove the rows of steps after the checkpoint that the run continues from."""
+        for path in self._by_step:
             if path.exists():
-                kept = up_to_step(read_rows(path), step)
-                lines = [json.dumps(row, ensure_ascii=False) for row in kept]
+                rows = up_to_step(read_rows(path), step)
+                lines = [json.dumps(row, ensure_ascii=False) for row in rows]
                 write_whole(path, "".join(f"{line}\n" for line in lines))
 
     def add_trained(self, step: int, trained: Mapping[int, Header]) -> None:
@@ -253,16 +247,16 @@ class RunDirectory:
             ) from error
 
     def add_timeline(self, step: int, spans: Mapping[str, Sequence[Span]]) -> None:
-        """Append to ``timeline.jsonl`` when in a step somebody generated and scored."""
+        """Append to ``timeline.jsonl`` when in a step engines generated and teachers scored."""
         row: dict[str, object] = {"step": step}
-        for stage, of_stage in spans.items():
-            row[stage] = [[round(start, 4), round(stop, 4)] for start, stop in of_stage]
+        for stage, times in spans.items():
+            row[stage] = [[round(start, 4), round(stop, 4)] for start, stop in times]
         append_jsonl(self.timeline, row)
 
     def add_dropped(self, issue: int, lost: LostTrajectory) -> None:
         """Append to ``dropped.jsonl`` a trajectory that was given up, and how it was lost last.
 
-        The line stays there, whatever checkpoint the run goes on from.
+        The line stays there, whatever checkpoint the run continues from.
 
         Raises:
             StorageError: the disk did not take it.
@@ -281,7 +275,7 @@ class RunDirectory:
             ) from error
 
     def dropped_issues(self) -> list[int]:
-        """The issue numbers of ``dropped.jsonl``."""
+        """Returns the issue numbers of ``dropped.jsonl``."""
         return [
             row["issue"] for row in read_rows(self.dropped) if isinstance(row.get("issue"), int)
         ]
@@ -299,29 +293,29 @@ class RunDirectory:
         write_whole(self._scale, json.dumps({"engines": num_engines}) + "\n")
 
     def status(self) -> str:
-        """How the run stands: what its summary says, held against who holds its lock. Its
-        first word is the status.
+        """Returns the status of the run: that of its summary, compared with who holds its lock. The
+        first word is the status itself.
         """
         self.config()
         summary, running = self.read_summary(), holder(self.path)
-        said = summary.status if summary else "starting"
-        if running and said not in ("running", "starting"):
-            return f"{said} (and being taken up, or left, by {running})"
+        status = summary.status if summary else "starting"
+        if running and status not in ("running", "starting"):
+            return f"{status} (and being taken up, or left, by {running})"
 
-        if not running and said in ("running", "starting"):
+        if not running and status in ("running", "starting"):
             return f"dead ({last_holder(self.path) or 'the process that ran it'}, is gone)"
 
-        return said
+        return status
 
     def resume_options(self) -> list[str]:
-        """Options of ``eopd train`` that continue this run, or begin it again where it has no
-        checkpoint.
+        """Returns the options of ``eopd train`` that continue this run, or begin it again where it
+        has no checkpoint.
         """
         return ["--resume"] if list_checkpoints(self.checkpoints) else ["--resume", "auto"]
 
     def engines_asked_for(self) -> int | None:
-        """How many rollout engines were asked for since this process took up the run; None if
-        nobody did, or the file is not what ``eopd scale`` writes: it ends no run.
+        """Returns how many rollout engines were asked for since this process took up the run; None
+        if nobody did, or if the file is not what ``eopd scale`` writes, which ends no run.
         """
         for row in read_rows(self._scale, last=1):
             engines = row.get("engines")
@@ -335,12 +329,12 @@ class RunDirectory:
         write_whole(self._summary, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
 
     def read_summary(self) -> Summary | None:
-        """The summary as it was last written; None in the first minutes of a run."""
+        """Returns the summary as it was last written; None in the first minutes of a run."""
         return read_summary(self._summary)
 
     def last_rows(self, count: int) -> list[Row]:
-        """At most ``count`` of the newest rows of ``metrics.jsonl``, with their ``time`` (seconds
-        since 1970); what was no number is left out.
+        """Returns at most ``count`` of the newest rows of ``metrics.jsonl``, with their ``time``
+        (seconds since 1970), without what was no number.
         """
         rows: list[Row] = []
         for row in read_rows(self.metrics, last=count):
@@ -352,8 +346,8 @@ class RunDirectory:
     def add_held_out(
         self, phase: str, step: int, stats: EvalStats, samples: Sequence[Mapping[str, object]]
     ) -> None:
-        """Append what a person looks at: histograms (see ``EvalStats``) and
-        ``evaluation.samples.sample_record``s.
+        """Append a measurement to ``held_out.jsonl``: entropy histograms (see ``EvalStats``), and
+        what ``evaluation.samples.sample_record`` made of the samples.
         """
         record = {
             "phase": phase,

@@ -1,4 +1,4 @@
-"""How far a run is: what ``summary.json`` and a checkpoint say of it."""
+"""Counts how far a run is, for ``summary.json``, checkpoints and every row."""
 
 import time
 from collections.abc import Mapping
@@ -40,8 +40,8 @@ class Progress:
 
     @classmethod
     def resume(cls, state: DriverState, summary: Summary) -> "Progress":
-        """Where a checkpoint left off, under a new incarnation; the measurement before
-        training is kept.
+        """Returns the progress at a checkpoint, under a new incarnation, with the measurement from
+        before training.
         """
         return cls(
             incarnation=summary.incarnation + 1,
@@ -55,8 +55,8 @@ class Progress:
         )
 
     def roll_back(self, state: DriverState | None) -> None:
-        """Back to a checkpoint, or to the beginning, under a new incarnation. Time spent
-        stays spent.
+        """Go back to a checkpoint, or to the beginning, under a new incarnation. The wall time
+        stays.
         """
         self.step = state.step if state else 0
         self.tokens = state.tokens if state else 0
@@ -72,7 +72,7 @@ class Progress:
         return self.wall_before_s + time.monotonic() - self._started
 
     def count(self, done: StepDone) -> None:
-        """Take in one completed step."""
+        """Count one completed step."""
         tokens = sum(header.num_response_tokens for header in done.trained.values())
         self.step = done.stats.version.step
         self.tokens += tokens
@@ -85,7 +85,7 @@ class Progress:
             self._seconds[stage] += done.seconds[stage]
 
     def row(self) -> Row:
-        """What every row says of the run so far."""
+        """Returns what every row says of the run so far."""
         row = {
             "eopd_response_tokens_total": float(self.tokens),
             "eopd_trajectories_total": float(self.trajectories),
@@ -102,7 +102,7 @@ class Progress:
         return row
 
     def state(self, ledger: Ledger, inputs: Mapping[str, str]) -> DriverState:
-        """The driver's part of a checkpoint."""
+        """Returns the driver's part of a checkpoint."""
         return DriverState(
             step=self.step,
             tokens=self.tokens,
@@ -114,7 +114,7 @@ class Progress:
         )
 
     def summary(self, status: str) -> Summary:
-        """What ``summary.json`` holds."""
+        """Returns what ``summary.json`` will hold."""
         rows = max(self._rows, 1)
         return Summary(
             status=status,
@@ -130,7 +130,7 @@ class Progress:
 
 
 def first_line(error: BaseException) -> str:
-    """What a person needs of an error, which may be that of a worker and hold its traceback."""
+    """Returns the first line of an error, which may be that of a worker and hold its traceback."""
     cause = getattr(error, "cause", None) or error
     text = str(cause) or ("no answer in time" if isinstance(error, TimeoutError) else "")
     return text.splitlines()[0] if text else type(cause).__name__

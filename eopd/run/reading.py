@@ -1,8 +1,7 @@
-"""What the files of a run directory hold when another process reads them: of any version, and
-whatever happened since.
+"""Reads the files of a run directory, which may be of another version of eopd, or damaged since.
 
-A row that a machine cut short when it lost its power is left out; what a run can go on without has
-a value of its own.
+A row that was cut short by a loss of power is left out. What a run can continue without has a
+default; what it cannot is a ``ConfigError`` that names the way out.
 """
 
 import json
@@ -37,7 +36,7 @@ _CHANGE: Final = TypeAdapter(ChangeRecord)
 
 
 def instead_of_going_on(path: Path) -> str:
-    """What can be done with a run directory whose run cannot go on."""
+    """Returns what can be done with a run directory whose run cannot go on."""
     return (
         "Put it back from a copy; or write the student of this run with `eopd export "
         f"{path}`, and start a new run from it (student.model, and another run.name)"
@@ -45,10 +44,10 @@ def instead_of_going_on(path: Path) -> str:
 
 
 def read_summary(path: Path) -> Summary | None:
-    """What ``summary.json`` holds; None where there is none.
+    """Returns what ``summary.json`` holds; None where there is no such file.
 
     Raises:
-        ConfigError: it does not say how the run stands.
+        ConfigError: it has no status, or a value of another type than was written.
     """
     if not path.exists():
         return None
@@ -57,7 +56,7 @@ def read_summary(path: Path) -> Summary | None:
 
 
 def read_changes(path: Path) -> list[ChangeRecord]:
-    """The lines of ``changes.jsonl``; none where there is no such file.
+    """Returns the lines of ``changes.jsonl``; none where there is no such file.
 
     Raises:
         ConfigError: a line is no change.
@@ -75,7 +74,7 @@ def read_changes(path: Path) -> list[ChangeRecord]:
 
 
 def config_before(path: Path, change: ChangeRecord) -> Config:
-    """The config that a line of ``changes.jsonl`` found.
+    """Returns the config from before a change.
 
     Raises:
         ConfigError: this version reads no such config.
@@ -115,7 +114,7 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def up_to_step(rows: Iterable[dict[str, Any]], step: float) -> list[dict[str, Any]]:
-    """Returns the rows that name their step, of those up to a step."""
+    """Returns the rows that name a step up to ``step``."""
     return [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
 
 

@@ -63,29 +63,30 @@ class Sample:
 
 
 def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
-    """An ``EvalStats`` as ``summary.json`` keeps it: every estimate with its mean and standard
-    error; those of a part of the tokens, and its share of them, as ``reverse_kl: teacher unsure``.
+    """Returns an ``EvalStats`` as ``summary.json`` keeps it: every estimate by its name, and for
+    each part of the tokens ``share: PART``, ``reverse_kl: PART`` and ``forward_kl: PART``, where a
+    part is such as ``teacher unsure``.
     """
-    estimates = ((name, getattr(stats, name)) for name in stats.__dataclass_fields__)
-    found = {name: value for name, value in estimates if isinstance(value, Estimate)}
+    fields = ((name, getattr(stats, name)) for name in stats.__dataclass_fields__)
+    estimates = {name: value for name, value in fields if isinstance(value, Estimate)}
 
-    for part, of_part in stats.parts.items():
-        found[f"share: {part}"] = Estimate(mean=of_part.share, standard_error=math.inf)
-        found[f"reverse_kl: {part}"] = of_part.reverse_kl
-        found[f"forward_kl: {part}"] = of_part.forward_kl
+    for name, part in stats.parts.items():
+        estimates[f"share: {name}"] = Estimate(mean=part.share, standard_error=math.inf)
+        estimates[f"reverse_kl: {name}"] = part.reverse_kl
+        estimates[f"forward_kl: {name}"] = part.forward_kl
 
     return {
         name: Measurement(
             mean=value.mean,
             standard_error=value.standard_error if math.isfinite(value.standard_error) else None,
         )
-        for name, value in found.items()
+        for name, value in estimates.items()
     }
 
 
 def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
-    """Append one record as one line, in one write: a reader, or a crash between records, never
-    meets half a line.
+    """Append a record as one line, in one write, so that neither a reader nor a crash between
+    records meets half a line.
 
     Raises:
         OSError: the disk did not take all of it; none of it is left.

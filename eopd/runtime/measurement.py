@@ -1,4 +1,4 @@
-"""Held-out measurements of a run, before and after training, with the samples that people
+"""Measures a run on held-out prompts, before and after training, and keeps samples for people to
 look at.
 """
 
@@ -19,7 +19,7 @@ from eopd.types import EvalStats, LostTrajectory, ScoredTrajectory, Stored
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One measurement: the statistics, and what the student wrote."""
+    """A measurement: the statistics, and what the student wrote."""
 
     stats: EvalStats
     scored: Sequence[Stored[ScoredTrajectory]]
@@ -37,12 +37,12 @@ async def measure_held_out(
     """Measure student against teacher on the held-out prompts.
 
     Args:
-        members: who writes, scores and measures.
+        members: the workers: engines write, teachers score, the learner measures.
         config: the run's.
         prepared: its prompts.
         phase: ``before`` or ``after`` training, for messages.
-        say: told what people want to know.
-        doing: told how far it is.
+        say: is called with messages for people.
+        doing: is called with how far the measurement is.
 
     Returns:
         The measurement; None where not a single prompt could be measured, which ends no run.
@@ -87,7 +87,7 @@ async def keep_samples(
     step: int,
     measured: Measured,
 ) -> None:
-    """Write what people look at. Nothing else may be lost with it: what goes wrong is logged."""
+    """Write a measurement and its samples. A failure is logged, and ends no run."""
     try:
         samples = await _records(config, prepared, measured.scored[: config.evaluation.samples])
         directory.add_held_out(phase, step, measured.stats, samples)

@@ -1,4 +1,4 @@
-"""Where the rows of a run go, as its config has it; the console apart."""
+"""Opens the sinks for the rows of a run, without the console."""
 
 from eopd.config import Config
 from eopd.config.load import flatten
@@ -19,8 +19,7 @@ def open_sinks(
         directory: where its files go.
 
     Returns:
-        All sinks, the one for Prometheus and the trackers among them, and what people are told of
-        them.
+        All sinks; of them the one for Prometheus, and the trackers; and messages for people.
     """
     telemetry, run = config.telemetry, config.run
     sinks: list[Sink] = [JsonlSink(directory.metrics)]

@@ -2,7 +2,7 @@
 a mark of its own shape ends each line, and dashes tell apart what one run has two of.
 
 A chart is a picture and, beside it, its numbers as JSON, which the page's script shows under the
-pointer. The picture is in the page and not drawn by a script, so that a mail program shows it too.
+pointer. A script draws no picture, so that the page shows it also where no script runs.
 """
 
 import itertools
@@ -132,8 +132,7 @@ def extremes(line: Line, num_points: int) -> Line:
     size = math.ceil(2 * len(line.xs) / max(num_points - 2, 1))
     ys = [math.nan if y is None else y for y in line.ys]
     finite = [i for i, y in enumerate(ys) if math.isfinite(y)]
-    gaps = set(range(len(ys))).difference(finite)
-    indices = {*finite[:1], *finite[-1:], *gaps}
+    indices = {*finite[:1], *finite[-1:], *set(range(len(ys))).difference(finite)}
     for _, group in itertools.groupby(finite, key=lambda i: i // size):
         stretch = list(group)
         indices |= {min(stretch, key=ys.__getitem__), max(stretch, key=ys.__getitem__)}

@@ -90,7 +90,7 @@ class Figure:
     """A chart with its caption. ``legend`` names what its colours and dashes mean, by class."""
 
     title: str
-    chart: Markup
+    picture: Markup
     note: str
     legend: Mapping[str, str]
 
@@ -149,17 +149,18 @@ def _more(runs: Sequence[RunRecord]) -> list[tuple[str, Mapping[str, str]]]:
     """
     rows = [row for run in runs for row in run.rows]
     recorded = {name for row in rows for name, value in row.items() if value is not None}
+    positive = {name for row in rows for name, value in row.items() if value}
     lost = {
         name: parse_series(name)[1]["reason"]
-        for name in sorted(recorded)
-        if name.startswith("eopd_lost_trajectories_total") and any(row.get(name) for row in rows)
+        for name in sorted(positive)
+        if name.startswith("eopd_lost_trajectories_total")
     }
-    charts = []
+    curves = []
     for title, metrics in MORE_CURVES:
-        charts.append((title, {name: metrics[name] for name in metrics if name in recorded}))
+        curves.append((title, {name: metrics[name] for name in metrics if name in recorded}))
 
     return [
-        (title, metrics) for title, metrics in [*charts, ("Lost trajectories", lost)] if metrics
+        (title, metrics) for title, metrics in [*curves, ("Lost trajectories", lost)] if metrics
     ]
 
 
@@ -267,12 +268,12 @@ def _split(run: RunRecord, lines: Mapping[str, Line], axis_points: charts.Points
     title = f"{run.name}: seconds of a step"
     missing = [label for name, (label, _) in PARTS.items() if name not in lines]
     note = f"Not recorded: {', '.join(missing)}." if missing else ""
-    chart = Markup("")
+    picture = Markup("")
     if lines:
         classes = [PARTS[name][1] for name in lines]
-        chart = charts.stacked(title, list(lines.values()), classes, axis_points)
+        picture = charts.stacked(title, list(lines.values()), classes, axis_points)
 
-    return Figure(title, chart, note, {})
+    return Figure(title, picture, note, {})
 
 
 def _timelines(runs: Sequence[RunRecord]) -> list[Figure]:
