@@ -1,20 +1,26 @@
-"""Admission slots and take order: staleness bounded by construction.
+"""The buffer bounds staleness by construction, with admission slots and the order of taking.
 
 A trajectory holds one of ``B (1 + s - L)`` slots from its admission until the batch that consumed
 it is *published* (B batch size, s ``max_staleness``, L ``lookahead``). Batch number k takes the B
 ready trajectories with the lowest issue numbers, and may be taken only when it leaves no number
-below ``B (k + 1 - L)`` behind: 0 is strict order, L lets a slow trajectory be overtaken for L
-batches and no longer. (A run that goes on with another B counts from what is settled so far, which
-stands for ``B k``.)
+below ``B (k + 1 - L)`` behind: L = 0 is strict order, and L > 0 lets a slow trajectory be overtaken
+for L batches and no longer. (A run that continues with another B counts from the numbers settled so
+far, in place of ``B k``.)
 
-    admit ──▶ being written ──▶ offer ──▶ ready ──▶ take ──▶ taken ──▶ release: trained
-                   ▲                        │                  │
-                   └─ too stale ◀───────────┘                  │
-                   └─ its body was lost ◀──────────────────────┘  put_back: the others are ready again
+    admit ──▶ in flight ──▶ offer ──▶ ready ──▶ take ──▶ taken ──▶ release: trained
+                  ▲                     │                  │
+                  └─ too stale ◀────────┘                  │
+                  └─ its body was lost ◀───────────────────┘  put_back: the others are ready again
 
-Example: B = 2, s = 1, L = 0. Numbers 0 to 3 hold the four slots. 1, 2 and 3 are ready, 0 is still
-being written: no batch is full, since 0 would be left behind. Once 0 is offered, [0, 1] is taken; 4
-and 5 are admitted when the weights made of it are published.
+Example: B = 1, s = 1, L = 0, which makes two slots, and the issues 0, 1 and 2.
+
+    event                  in flight   ready   taken   who waits
+    0 and 1 are admitted   0 1                         2 for a slot, the learner for 0
+    1 is scored            0           1               the same: batch 0 may not leave 0 behind
+    0 is scored                        0 1             2 for a slot
+    take(version=0)                    1       0       2 for a slot
+    release, version 1     2           1               2 was admitted, and may be trained at version 2
+    take(version=1)        2                   1
 
 Bound: trajectory n is consumed by batch ``floor(n / B) + L`` at the latest, when the learner is at
 that version. It was admitted when fewer than ``B (1 + s - L)`` numbers up to n were unpublished, so
@@ -35,15 +41,15 @@ from eopd.types import LossReason, ScoredTrajectory, Stored
 
 @dataclass(slots=True)
 class _Offer:
-    """``fate`` is None once it is trained, else why it is to be sampled again."""
+    """A scored trajectory. Its ``outcome`` is None once it is trained, else why it was lost."""
 
     stored: Stored[ScoredTrajectory]
-    fate: asyncio.Future[LossReason | None]
+    outcome: asyncio.Future[LossReason | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """One consumed trajectory and its issue number."""
+    """A trajectory of a batch that was taken, and its issue number."""
 
     issue: int
     stored: Stored[ScoredTrajectory]
@@ -51,11 +57,11 @@ class Taken:
 
 @dataclass(slots=True)
 class Buffer:
-    """Between scoring and training. ``settled`` and ``dropped`` are the ledger's: numbers that will
-    not come any more, and those of them that no batch has had.
+    """A buffer holds trajectories between scoring and training.
 
-    An offer costs the same however many are ready: the learner is woken when a batch is full, not
-    to look for one.
+    ``settled`` and ``dropped`` are the ledger's: the numbers that were trained or dropped, and
+    those that were dropped. An offer costs the same however many are ready: the learner is woken
+    only when a batch is full.
     """
 
     batch: int
@@ -63,15 +69,15 @@ class Buffer:
     lookahead: int
     settled: Watermark = field(default_factory=Watermark)
     dropped: set[int] = field(default_factory=set)
-    num_in_flight: int = 0
+    num_slots_held: int = 0
     closed: bool = False
     _ready: dict[int, _Offer] = field(init=False, default_factory=dict)
-    # the oldest that wrote in it
+    # by the oldest version that sampled a token of the trajectory
     _ready_by_version: dict[int, set[int]] = field(init=False, default_factory=dict)
     _taken: dict[int, _Offer] = field(init=False, default_factory=dict)
-    # of those that were dropped, at least all above the floor
+    # all dropped numbers above the floor of `settled`, and perhaps some below
     _dropped_ahead: set[int] = field(init=False)
-    # nothing below is missing: all is settled, taken or ready
+    # all numbers below are settled, taken or ready
     _next_missing: int = field(init=False)
     _oldest_allowed: int = field(init=False, default=0)
     _slot_freed: asyncio.Event = field(init=False, default_factory=asyncio.Event)
@@ -83,17 +89,17 @@ class Buffer:
 
     @property
     def num_slots(self) -> int:
-        """How many trajectories may be admitted and unpublished at a time."""
+        """Returns how many trajectories may be admitted and unpublished at a time."""
         return self.batch * (1 + self.max_staleness - self.lookahead)
 
     @property
     def num_ready(self) -> int:
-        """Scored and waiting."""
+        """Returns how many trajectories are scored, and not yet taken."""
         return len(self._ready)
 
     @property
     def next_missing(self) -> int:
-        """The lowest issue number that is neither settled, nor taken, nor ready."""
+        """Returns the lowest issue number that is neither settled, nor taken, nor ready."""
         places = (self._ready, self._taken, self.settled)
         while any(self._next_missing in place for place in places):
             self._next_missing += 1
@@ -101,19 +107,19 @@ class Buffer:
         return self._next_missing
 
     async def admit(self) -> None:
-        """Wait for a free slot and hold it."""
-        while self.num_in_flight >= self.num_slots:
+        """Waits for a free slot and holds it."""
+        while self.num_slots_held >= self.num_slots:
             self._slot_freed.clear()
             await self._slot_freed.wait()
 
-        self.num_in_flight += 1
+        self.num_slots_held += 1
 
     async def offer(self, issue: int, stored: Stored[ScoredTrajectory]) -> LossReason | None:
-        """Hand in a scored trajectory and wait for its fate.
+        """Hands in a scored trajectory, and waits until it is trained or lost.
 
         Returns:
-            None when a batch has trained it; else why it is lost: the slot is still held, sample it
-            again.
+            None once a batch has trained on it; else why it is lost. Its slot is still held then,
+            for it to be sampled again.
         """
         version = stored.header.oldest_version
         if version < self._oldest_allowed:
@@ -123,16 +129,15 @@ class Buffer:
         self._put(issue, offer)
         self._wake_learner()
 
-        return await offer.fate
+        return await offer.outcome
 
     async def take(self, version: int) -> list[Taken]:
-        """Wait for a full batch at learner version ``version``; too stale ones are turned away
-        first.
+        """Rejects what is too stale for learner version ``version``, then waits for a full batch.
 
         Returns:
             A full batch, or nothing once the buffer is closed.
         """
-        self._turn_away_older_than(version - self.max_staleness)
+        self._reject_older_than(version - self.max_staleness)
         while not self.closed:
             if self._is_full():
                 return [self._take(issue) for issue in self._lowest()]
@@ -143,12 +148,12 @@ class Buffer:
         return []
 
     def put_back(self, lost: Collection[int]) -> None:
-        """The batch that was taken is not trained: those in ``lost`` are gone, the others are
-        ready again.
+        """Takes back the batch that was taken and not trained: the bodies of ``lost`` are lost, the
+        other trajectories are ready again.
         """
         for issue, offer in self._taken.items():
             if issue in lost:
-                offer.fate.set_result(LossReason.BODY_LOST)
+                offer.outcome.set_result(LossReason.BODY_LOST)
                 self._next_missing = min(self._next_missing, issue)
             else:
                 self._put(issue, offer)
@@ -156,28 +161,28 @@ class Buffer:
         self._taken = {}
 
     def skip(self, issue: int) -> None:
-        """A number was dropped: it may have been all that a full batch waited for."""
+        """Notes that a number was dropped, and gives out the batch that waited only for it."""
         self._dropped_ahead.add(issue)
         self._wake_learner()
 
     async def close(self) -> None:
-        """Give out no further batch; whoever waits for one gets nothing."""
+        """Gives out no further batch: ``take`` returns nothing, also where it waits now."""
         self.closed = True
         self._take_may_go_on.set()
 
     def release(self) -> None:
-        """Free the slots of the batch that was taken, once it is settled and the weights it
-        made are published.
+        """Frees the slots of the batch that was taken; to be called once it is settled and the
+        weights made of it are published.
         """
-        self.num_in_flight -= len(self._taken)
+        self.num_slots_held -= len(self._taken)
         for offer in self._taken.values():
-            offer.fate.set_result(None)
+            offer.outcome.set_result(None)
 
         self._taken = {}
         self._slot_freed.set()
 
     def _is_full(self) -> bool:
-        """Whether a batch is ready that leaves nothing overdue behind."""
+        """Tells whether a batch is ready that leaves no overdue number behind."""
         if len(self._ready) < self.batch:
             return False
 
@@ -194,7 +199,8 @@ class Buffer:
             self._take_may_go_on.set()
 
     def _lowest(self) -> list[int]:
-        # from the floor on, each has a slot or is settled
+        """Returns the ready numbers of the next batch, in order."""
+        # each number from the floor on has a slot or is settled
         admitted = self.num_slots + len(self.settled.ahead)
         numbers = range(self.settled.floor, self.settled.floor + admitted)
         return list(itertools.islice(filter(self._ready.__contains__, numbers), self.batch))
@@ -204,11 +210,11 @@ class Buffer:
         self._taken[issue] = offer
         return Taken(issue, offer.stored)
 
-    def _turn_away_older_than(self, oldest_allowed: int) -> None:
+    def _reject_older_than(self, oldest_allowed: int) -> None:
         self._oldest_allowed = oldest_allowed
         for version in [version for version in self._ready_by_version if version < oldest_allowed]:
             for issue in list(self._ready_by_version[version]):
-                self._withdraw(issue).fate.set_result(LossReason.TOO_STALE)
+                self._withdraw(issue).outcome.set_result(LossReason.TOO_STALE)
                 self._next_missing = min(self._next_missing, issue)
 
     def _put(self, issue: int, offer: _Offer) -> None:

@@ -1,16 +1,27 @@
-"""Which trajectories are issued, and what becomes of each: trained or dropped, exactly once,
-through crash and resume.
+"""The ledger issues trajectories and records what becomes of each: it is trained or dropped, exactly
+once, through crash and resume. A trajectory that is either is *settled*.
 
 Trajectories are known by *issue number*: number i is a pure function of the seed
-(``prompts.PromptOrder``), so the ledger's whole memory is a watermark: "everything below ``floor``
-is settled, and these few ``ahead`` of it". Numbers that were issued and never settled are issued
-again after a resume.
+(``prompts.PromptOrder``), so the ledger's whole memory is a watermark: all numbers below ``floor``
+are settled, and the few that are ``ahead`` of it. Numbers that were issued and never settled are
+issued again after a resume.
 
-Example: 0, 1 and 3 were trained and 2 was dropped, since no teacher could score it.
+Example: a batch of 0, 1 and 3 is trained while 2 is still being generated; then 2 is dropped.
 
-    ledger.settled   floor 4, nothing ahead
-    ledger.dropped   {2}
-    ledger.issue()   4
+    >>> ledger = Ledger()
+    >>> [ledger.issue() for _ in range(5)]
+    [0, 1, 2, 3, 4]
+    >>> ledger.train([0, 1, 3])
+    >>> ledger.settled
+    Watermark(floor=2, ahead={3})
+    >>> ledger.drop(2)
+    >>> ledger.settled, ledger.dropped
+    (Watermark(floor=4, ahead=set()), {2})
+
+Number 4 was issued and not settled, so a run that resumes from here issues it again:
+
+    >>> Ledger.restore(**ledger.state()).issue()
+    4
 """
 
 from collections import Counter
@@ -23,7 +34,7 @@ from eopd.types import LossReason
 
 @dataclass(slots=True)
 class Watermark:
-    """A set of numbers: all below ``floor``, and those ``ahead`` of it."""
+    """A watermark is a set of numbers: all below ``floor``, and those ``ahead`` of it."""
 
     floor: int = 0
     ahead: set[int] = field(default_factory=set)
@@ -35,7 +46,7 @@ class Watermark:
         return self.floor + len(self.ahead)
 
     def add(self, number: int) -> None:
-        """Put in one more, and raise the floor as far as it goes."""
+        """Adds a number, and raises the floor to the first number that is missing."""
         self.ahead.add(number)
         while self.floor in self.ahead:
             self.ahead.remove(self.floor)
@@ -44,8 +55,8 @@ class Watermark:
 
 @dataclass(slots=True)
 class Ledger:
-    """Issues numbers in order and remembers what was settled; ``lost`` counts failed attempts
-    by reason.
+    """A ledger issues numbers in order and records those that are settled; ``lost`` counts failed
+    attempts by reason.
     """
 
     settled: Watermark = field(default_factory=Watermark)
@@ -57,7 +68,7 @@ class Ledger:
         self._next = self.settled.floor
 
     def issue(self) -> int:
-        """The next number that is neither settled nor issued."""
+        """Returns the next number that is neither settled nor issued."""
         while self._next in self.settled:
             self._next += 1
 
@@ -65,7 +76,7 @@ class Ledger:
         return self._next - 1
 
     def train(self, issues: Iterable[int]) -> None:
-        """Record a consumed batch.
+        """Records the numbers of a batch that was trained.
 
         Raises:
             ValueError: a number was settled before, or never issued.
@@ -74,7 +85,7 @@ class Ledger:
             self._settle(issue)
 
     def drop(self, issue: int) -> None:
-        """Record that a number will never be trained.
+        """Records that a number will never be trained.
 
         Raises:
             ValueError: it was settled before, or never issued.
@@ -82,9 +93,9 @@ class Ledger:
         self._settle(issue)
         self.dropped.add(issue)
 
-    def forgo(self, issues: Iterable[int]) -> None:
-        """Drop what an earlier life of the run has dropped after the checkpoint that this one
-        goes on from.
+    def drop_again(self, issues: Iterable[int]) -> None:
+        """Drops the numbers that the run dropped before it was interrupted: a checkpoint from before
+        that does not know of them.
         """
         for issue in issues:
             if issue not in self.settled:
@@ -92,7 +103,7 @@ class Ledger:
                 self.dropped.add(issue)
 
     def state(self) -> dict[str, object]:
-        """What a checkpoint keeps, as JSON."""
+        """Returns what a checkpoint keeps of the ledger, as JSON."""
         return {
             "floor": self.settled.floor,
             "trained_ahead": sorted(self.settled.ahead - self.dropped),
@@ -108,15 +119,11 @@ class Ledger:
         lost: Mapping[str, int],
         dropped: Sequence[int] = (),
     ) -> Self:
-        """Continue from a checkpoint: everything not settled is issued (again)."""
-        settled = Watermark(
-            floor, {*trained_ahead, *(issue for issue in dropped if issue >= floor)}
-        )
-        return cls(
-            settled,
-            set(dropped),
-            Counter({LossReason(reason): count for reason, count in lost.items()}),
-        )
+        """Returns the ledger whose ``state`` a checkpoint kept: what is not settled is issued again."""
+        dropped_ahead = {issue for issue in dropped if issue >= floor}
+        settled = Watermark(floor, dropped_ahead.union(trained_ahead))
+        counts = Counter({LossReason(reason): count for reason, count in lost.items()})
+        return cls(settled, set(dropped), counts)
 
     def _settle(self, issue: int) -> None:
         if issue in self.settled or issue >= self._next:

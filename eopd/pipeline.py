@@ -1,18 +1,27 @@
-"""The loop, told whole, in plain asyncio. It knows roles and headers, nothing else.
+"""The training loop, in plain asyncio. It knows roles and headers, nothing else.
 
-    task               consumes                     waits for              is unblocked by
-    _issue             issue numbers (ledger)       a free slot            buffer.release, after a publish
-    _produce, many     one prompt                   engine, then teacher   their answers
-                       then its batch               its fate               buffer.release (trained), or turned away
-    steps (caller)     a full batch (buffer)        a full batch           _produce offering the last one missing
-                       then learner.step, then channel.publish, then buffer.release: in this order, so that whatever is
-                       admitted next is written by weights at most max_staleness versions behind its batch
+    task                   consumes             waits for               is unblocked by
+    _issue, one            an issue number      a free slot             buffer.release, after a publish
+    _produce, one a slot   a prompt             an engine               its response
+                           the response         a teacher               its scores
+                           the scored           its outcome             buffer.release: it was trained
+                             trajectory                                 buffer.take, put_back: it is lost
+    steps, the caller      a batch              a full batch            the _produce that completes it
+                           the packed batch     learner.step            the learner ranks
+                           the new weights      channel.publish         the last engine that loads them
 
-One loop serves both modes: ``max_staleness`` 0 gives a batch's worth of slots, so nothing is
-admitted before the weights it made are published. A trajectory that is lost, or too stale by
-accident, is sampled again by the same task under the same number: nothing is skipped, nothing is
-trained twice. One that is lost ``max_attempts`` times is dropped, and the task goes on with the
-next number in its slot.
+    issue number ──▶ prompt ──▶ response ──▶ scored ──▶ buffer ──▶ batch ──▶ step ──▶ publish ──▶ release
+         ▲                                                                                           │
+         └──────────────────────────────────── free slots ◀──────────────────────────────────────────┘
+
+Weights are published before slots are released: so the next trajectory to be admitted is sampled by
+weights that are at most ``max_staleness`` versions behind its batch. One loop serves both modes:
+``max_staleness`` 0 makes as many slots as a batch has trajectories, so that none is admitted before
+the weights of the last batch are published.
+
+A trajectory that is lost, or too stale by accident, is sampled again by the same task under the
+same number: nothing is skipped, nothing is trained twice. One that is lost ``max_attempts`` times
+is dropped, and the task continues with the next number in its slot.
 """
 
 import asyncio
@@ -23,7 +32,7 @@ from dataclasses import dataclass, field
 
 from eopd.buffer import Buffer, Taken
 from eopd.ledger import Ledger
-from eopd.packing import pack
+from eopd.packing import pack_batch
 from eopd.prompts import PromptOrder
 from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer, WeightChannel
 from eopd.run.progress import Progress
@@ -41,12 +50,12 @@ from eopd.types import (
 
 
 class TooManyDroppedError(RunFailedError):
-    """More trajectories were dropped than a run may lose: something is broken that going on
-    does not mend.
+    """More trajectories were dropped than a run may drop: something is broken that will not mend
+    by itself.
     """
 
 
-FATES = {
+LOSS_DETAILS = {
     LossReason.TOO_STALE: "older than max_staleness when its batch was taken",
     LossReason.BODY_LOST: "its body was lost with its node",
 }
@@ -54,7 +63,7 @@ FATES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The numbers the loop needs."""
+    """A plan holds the numbers that the loop needs."""
 
     batch: int
     batches: int
@@ -72,8 +81,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _TrainedBatch:
-    """A batch and what the learner made of it; when it was full, and how much else was under
-    way then.
+    """A batch, the learner's statistics of it, and the state of the buffer when it was full:
+    ``full_at`` is that time, and ``in_flight`` and ``ready`` count the other trajectories.
     """
 
     taken: Sequence[Taken]
@@ -85,10 +94,10 @@ class _TrainedBatch:
 
 @dataclass(slots=True)
 class Pipeline:
-    """Everything between prompts and weights. Iterate ``steps`` to run it.
+    """A pipeline runs everything between prompts and weights. Iterate ``steps`` to run it.
 
-    ``on_drop`` is told the issue number of every trajectory that is given up, and how it was lost
-    last.
+    ``on_drop`` is called with the issue number of every trajectory that is dropped, and with its
+    last loss. ``activity`` says for people what the next step waits for.
     """
 
     plan: Plan
@@ -101,10 +110,10 @@ class Pipeline:
     progress: Progress
     on_drop: Callable[[int, LostTrajectory], None] = lambda issue, lost: None
     buffer: Buffer = field(init=False)
-    doing: str = field(init=False, default="starting")  # for people: what the next step waits for
+    activity: str = field(init=False, default="starting")
     _generating: BusyClock = field(init=False, default_factory=BusyClock)
     _scoring: BusyClock = field(init=False, default_factory=BusyClock)
-    _written_at: dict[int, float] = field(init=False, default_factory=dict)
+    _generated_at: dict[int, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.buffer = Buffer(
@@ -116,30 +125,29 @@ class Pipeline:
         )
 
     async def steps(self, start: int) -> AsyncGenerator[StepDone, None]:
-        """Run batches ``start`` to ``plan.batches``, yielding each once its weights are published.
+        """Runs batches ``start`` to ``plan.batches``, yielding each once its weights are published.
 
         Closing the iterator between two steps stops every task; closing ``buffer`` ends it after
-        the step under way. Whatever a task raises ends the iteration.
+        the current step. An error of any task ends the iteration.
 
         Raises:
             TooManyDroppedError: more than ``plan.max_dropped`` trajectories were dropped.
         """
-        async with _background(
-            self._issue((self.plan.batches - start) * self.plan.batch)
-        ) as failed:
+        count = (self.plan.batches - start) * self.plan.batch
+        async with _background(self._issue(count)) as issuing:
             for number in range(start, self.plan.batches):
-                done = await _unless(failed, self._step(number, time.monotonic()))
+                done = await _unless_failed(issuing, self._step(number, time.monotonic()))
                 if done is None:
                     return
 
                 yield done
 
     def status(self) -> str:
-        """What the loop waits for, for people."""
+        """Returns what the loop waits for, for people."""
         buffer = self.buffer
         return (
-            f"{self.doing}; {buffer.num_ready} of {self.plan.batch} trajectories ready, the "
-            f"lowest missing is issue {buffer.next_missing}, {buffer.num_in_flight} of "
+            f"{self.activity}; {buffer.num_ready} of {self.plan.batch} trajectories ready, the "
+            f"lowest missing is issue {buffer.next_missing}, {buffer.num_slots_held} of "
             f"{buffer.num_slots} slots taken"
         )
 
@@ -148,24 +156,24 @@ class Pipeline:
         if batch is None:
             return None
 
-        self.doing = "bringing the weights to the engines"
+        self.activity = "bringing the weights to the engines"
         trained_at = time.monotonic()
         published = await self.channel.publish(batch.stats.version)
 
-        trained = {one.issue: one.stored.header for one in batch.taken}
+        trained = {taken.issue: taken.stored.header for taken in batch.taken}
         self.ledger.train(trained)
         self.buffer.release()
         ended = time.monotonic()
 
         spans = {"generate": self._generating.lap(started), "score": self._scoring.lap(started)}
-        written = max(started, *(self._written_at.pop(issue) for issue in trained))
+        generated = max(started, *(self._generated_at.pop(issue) for issue in trained))
         seconds = {
             "generate": _length(spans["generate"]),
             "score": _length(spans["score"]),
             "step": ended - started,
             "wait": batch.full_at - started,
-            "wait_rollout": written - started,
-            "wait_teacher": batch.full_at - written,
+            "wait_rollout": generated - started,
+            "wait_teacher": batch.full_at - generated,
             "train": trained_at - batch.full_at,
             "weights": ended - trained_at,
         }
@@ -184,56 +192,56 @@ class Pipeline:
         return done
 
     async def _train(self, number: int) -> _TrainedBatch | None:
-        """Take a batch and train on it; None once the buffer is closed."""
+        """Takes a batch and trains on it; returns None once the buffer is closed."""
         plan = self.plan
         while True:
-            self.doing = "waiting for a batch"
-            taken = await self.buffer.take(version=number)
-            if not taken:
+            self.activity = "waiting for a batch"
+            batch = await self.buffer.take(version=number)
+            if not batch:
                 return None
 
             full_at = time.monotonic()
             ready = self.buffer.num_ready
-            in_flight = self.buffer.num_in_flight - len(taken) - ready
-            batch = pack(
-                [one.stored for one in taken],
+            in_flight = self.buffer.num_slots_held - len(batch) - ready
+            packed = pack_batch(
+                [taken.stored for taken in batch],
                 steps=plan.optimizer_steps,
                 ranks=plan.ranks,
                 token_budget=plan.token_budget,
                 alpha=plan.alpha_at(number),
             )
-            self.doing = "training"
+            self.activity = "training"
 
             try:
-                stats = await self.learner.step(batch)
+                stats = await self.learner.step(packed)
                 return _TrainedBatch(
-                    taken, stats, full_at=full_at, in_flight=in_flight, ready=ready
+                    batch, stats, full_at=full_at, in_flight=in_flight, ready=ready
                 )
             except BodiesLostError as error:
                 self.buffer.put_back(
-                    {one.issue for one in taken if one.stored.header.key in error.keys}
+                    {taken.issue for taken in batch if taken.stored.header.key in error.keys}
                 )
 
     async def _issue(self, count: int) -> None:
-        """Admit so many trajectories as slots come free, each a task of its own."""
+        """Admits ``count`` trajectories as slots become free, each with a task of its own."""
         try:
             async with asyncio.TaskGroup() as producers:
                 for _ in range(count):
                     await self.buffer.admit()
                     producers.create_task(self._produce(self.ledger.issue()))
         except ExceptionGroup as errors:
-            if (ends := errors.subgroup(RunFailedError)) is not None:
-                raise ends.exceptions[0] from None  # the first is what a person is told
+            if (failures := errors.subgroup(RunFailedError)) is not None:
+                raise failures.exceptions[0] from None  # the first is what a person is shown
 
             raise
 
     async def _produce(self, issue: int) -> None:
-        """Write and score one trajectory until a batch has trained it, or the next one that
-        is not dropped.
+        """Generates and scores one trajectory until a batch has trained on it. Where it is dropped,
+        the next one takes its place.
         """
         while (lost := await self._until_trained(issue)) is not None:
             self.ledger.drop(issue)
-            self._written_at.pop(issue, None)
+            self._generated_at.pop(issue, None)
             self.on_drop(issue, lost)
             if len(self.ledger.dropped) > self.plan.max_dropped:
                 raise TooManyDroppedError(
@@ -247,25 +255,29 @@ class Pipeline:
             issue = self.ledger.issue()
 
     async def _until_trained(self, issue: int) -> LostTrajectory | None:
-        """None once a batch has trained it; how it was lost the last time after
+        """Returns None once a batch has trained on a trajectory, or its last loss after
         ``max_attempts``.
         """
         attempt = 0
         while True:
-            result = await self._write_and_score(issue, attempt)
+            result = await self._generate_and_score(issue, attempt)
             if isinstance(result, Stored):
                 reason = await self.buffer.offer(issue, result)
                 if reason is None:
                     return None
 
-                result = LostTrajectory(key=result.header.key, reason=reason, detail=FATES[reason])
+                result = LostTrajectory(
+                    key=result.header.key, reason=reason, detail=LOSS_DETAILS[reason]
+                )
 
             self.ledger.lost[result.reason] += 1
-            attempt += result.reason is not LossReason.BODY_LOST  # which no sample is to blame for
+            if result.reason is not LossReason.BODY_LOST:  # the sample is not to blame for that
+                attempt += 1
+
             if attempt == self.plan.max_attempts:
                 return result
 
-    async def _write_and_score(
+    async def _generate_and_score(
         self, issue: int, attempt: int
     ) -> Stored[ScoredTrajectory] | LostTrajectory:
         prompt, sample_index = self.order.at(issue)
@@ -277,24 +289,24 @@ class Pipeline:
             attempt=attempt,
         )
         with self._generating:
-            written = await self.engines.generate(prompt, sample_index, sampling)
+            generated = await self.engines.generate(prompt, sample_index, sampling)
 
-        if isinstance(written, LostTrajectory):
-            return written
+        if isinstance(generated, LostTrajectory):
+            return generated
 
-        self._written_at[issue] = time.monotonic()
+        self._generated_at[issue] = time.monotonic()
         with self._scoring:
-            return await self.teacher.score(written)
+            return await self.teacher.score(generated)
 
 
 def _length(spans: Sequence[Span]) -> float:
-    """Seconds of spans that do not overlap."""
+    """Returns the seconds of spans that do not overlap."""
     return sum(stop - start for start, stop in spans)
 
 
 @asynccontextmanager
 async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[asyncio.Task[None]]:
-    """A task that lives as long as the block; cancelled, with all its children, on the way out."""
+    """Runs ``work`` as a task beside the block, and cancels it, with all its children, at the end."""
     task = asyncio.create_task(work)
     try:
         yield task
@@ -303,17 +315,17 @@ async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[as
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _unless(
-    failed: asyncio.Task[None], work: Coroutine[object, object, StepDone | None]
+async def _unless_failed(
+    background: asyncio.Task[None], work: Coroutine[object, object, StepDone | None]
 ) -> StepDone | None:
-    """Await ``work``, unless ``failed`` raises first: then its error is raised and ``work``
-    is cancelled.
+    """Awaits ``work``, unless ``background`` raises first: then its error is raised and ``work`` is
+    cancelled.
     """
     working = asyncio.create_task(work)
     try:
-        await asyncio.wait({failed, working}, return_when=asyncio.FIRST_COMPLETED)
-        if failed.done() and not working.done():
-            await failed  # raises; when everything was issued it returns, and work goes on
+        await asyncio.wait({background, working}, return_when=asyncio.FIRST_COMPLETED)
+        if background.done() and not working.done():
+            await background  # raises, or returns once everything was issued, and work continues
 
         return await working
     finally:

@@ -1,4 +1,4 @@
-"""The verbs: every contract between rooms, on one screen.
+"""The verbs: every contract between the rooms, on one screen.
 
 ``pipeline.py`` knows only these. Real implementations live in their rooms and are wrapped as actors
 in ``runtime/``; tests drive the pipeline with fakes of ten lines.
@@ -25,26 +25,24 @@ from eopd.types import (
 
 
 class WorkerDownError(RuntimeError):
-    """Whoever plays a role cannot answer: nothing is wrong with what was asked, and the
-    worker may be lost.
-    """
+    """The worker of a role cannot answer, and may be lost; the request itself is not at fault."""
 
 
 class EngineDownError(WorkerDownError):
-    """A rollout engine is gone, or of no use."""
+    """A rollout engine is lost, or cannot answer."""
 
 
 class TeacherDownError(WorkerDownError):
-    """The teacher behind a scorer is."""
+    """A teacher replica is lost, or its server cannot answer."""
 
 
 class LearnerDownError(WorkerDownError):
-    """A learner rank is, and with it the whole gang."""
+    """A learner rank is lost, and with it the whole gang."""
 
 
 class BodiesLostError(RuntimeError):
-    """Bodies of a batch are gone, with the node that held them: nothing was trained or
-    measured, and nobody is lost.
+    """Bodies of a batch are lost with the node that held them. Nothing was trained or measured, and
+    every worker is well.
     """
 
     def __init__(self, keys: Collection[TrajectoryKey]) -> None:
@@ -53,55 +51,59 @@ class BodiesLostError(RuntimeError):
 
 
 class RolloutEngine(Protocol):
-    """Writes responses with the student."""
+    """A rollout engine samples responses with the student."""
 
     async def generate(
         self, prompt: PromptSample, sample_index: int, sampling: Sampling
     ) -> Stored[Trajectory] | LostTrajectory:
-        """Sample one response; a failure is a value, ``EngineDownError`` says that there is
-        no one to ask.
+        """Samples one response; a failure is a value.
+
+        Raises:
+            EngineDownError: the engine cannot answer.
         """
         ...
 
 
 class TeacherScorer(Protocol):
-    """Reads along: log-probabilities and entropy of the teacher for every response token."""
+    """A scorer computes the teacher's log-probabilities and entropy for every response token."""
 
     async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
-        """Score one trajectory; a failure is a value, ``TeacherDownError`` says that there is
-        no one to ask.
+        """Scores one trajectory; a failure is a value.
+
+        Raises:
+            TeacherDownError: the teacher cannot answer.
         """
         ...
 
 
 class Learner(Protocol):
-    """Pulls the student towards the teacher."""
+    """The learner trains the student towards the teacher."""
 
     async def step(self, batch: PackedBatch) -> LearnerStats:
-        """One update from one batch; raises on a broken batch, never skips silently.
+        """Trains on one batch; raises on a broken batch, and never skips one silently.
 
         Raises:
-            BodiesLostError: some of it is gone; nothing was trained.
+            BodiesLostError: some of the batch is lost; nothing was trained.
             LearnerDownError: a rank is lost; the whole gang must start again from a checkpoint.
         """
         ...
 
     async def evaluate(self, batch: PackedBatch) -> EvalStats:
-        """Measure student against teacher without an update; raises as ``step`` does."""
+        """Measures student against teacher without an update; raises as ``step`` does."""
         ...
 
     async def save(self, directory: Path) -> None:
-        """Write everything ``load`` needs to continue bit-equal."""
+        """Writes everything that ``load`` needs to continue bit-equal."""
         ...
 
     async def load(self, directory: Path) -> None:
-        """Continue from what ``save`` wrote."""
+        """Restores what ``save`` wrote."""
         ...
 
 
 class WeightChannel(Protocol):
-    """Brings the learner's weights to every rollout engine."""
+    """A weight channel brings the learner's weights to every rollout engine."""
 
     async def publish(self, version: PolicyVersion) -> PublishStats:
-        """Return when every live engine serves ``version``."""
+        """Returns once every live engine serves ``version``."""
         ...

@@ -1,5 +1,5 @@
-"""The nouns: what travels between the rooms, frozen, numpy only, no field that a later stage fills
-in.
+"""The nouns: the values that travel between the rooms. They are frozen, hold numpy arrays only, and
+have no field that a later stage fills in.
 
 Alignment, stated once: every per-token array is indexed by *response position*. Index r speaks
 about ``response_ids[r]``, which a model predicts from its hidden state at sequence position ``P + r
@@ -41,8 +41,8 @@ class TrajectoryKey(NamedTuple):
 
 
 class PolicyVersion(NamedTuple):
-    """Weights of the student: completed ``Learner.step`` calls, under one incarnation of the
-    learner.
+    """A policy version names one set of weights of the student: the number of completed
+    ``Learner.step`` calls, under one incarnation of the learner.
 
     After a roll-back the incarnation grows, so that no label ever means two sets of weights.
     """
@@ -52,25 +52,25 @@ class PolicyVersion(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The text the engines carry, e.g. ``"0.7"``."""
+        """Returns the text that engines carry, e.g. ``"0.7"``."""
         return f"{self.incarnation}.{self.step}"
 
     @classmethod
     def parse(cls, label: str) -> Self:
-        """Read a label; raises ValueError on anything that ``label`` did not write."""
+        """Reads a label; raises ValueError on anything that ``label`` did not write."""
         incarnation, _, step = label.partition(".")
         return cls(int(incarnation), int(step))
 
 
 class StopReason(StrEnum):
-    """Why a response ended."""
+    """A stop reason says why a response ended."""
 
     END_TOKEN = "end_token"
     LENGTH = "length"
 
 
 class LossReason(StrEnum):
-    """Why a trajectory was lost; a metric label, so the set stays small."""
+    """A loss reason says why a trajectory was lost. It is a metric label, so the set stays small."""
 
     BODY_LOST = "body_lost"
     ROLLOUT_FAILED = "rollout_failed"
@@ -83,9 +83,9 @@ Reference = str | tuple[str, ...]  # the accepted answer, or several of which an
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSample:
-    """One prompt of one epoch. ``source`` routes to a teacher and labels metrics.
+    """A prompt sample is one prompt of one epoch. ``source`` routes to a teacher and labels metrics.
 
-    ``teacher_token_ids`` [P'] is the prompt as that teacher reads it, where it has one of its own.
+    ``teacher_token_ids`` [P'] is the prompt of that teacher, where it differs from the student's.
     """
 
     epoch: int
@@ -98,8 +98,8 @@ class PromptSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a response is sampled: from the plain softmax at ``temperature`` (so that the recorded
-    log-probability is the policy's own), with a seed of its own. Of two requests that wait for a
+    """A response is sampled from the plain softmax at ``temperature``, so that the recorded
+    log-probability is the policy's own, and with a seed of its own. Of two requests that wait for a
     worker the one with the lower ``priority`` goes first.
     """
 
@@ -111,7 +111,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """A response as it was sampled: the end token is part of it."""
+    """A trajectory is a prompt and one sampled response to it, which includes the end token."""
 
     prompt: PromptSample
     sample_index: int
@@ -123,20 +123,20 @@ class Trajectory:
 
     @property
     def key(self) -> TrajectoryKey:
-        """The trajectory's name."""
+        """Returns the trajectory's name."""
         return TrajectoryKey(self.prompt.epoch, self.prompt.prompt_id, self.sample_index)
 
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """Teacher entropy from the full softmax."""
+    """The teacher's entropy is known exactly, from the full softmax."""
 
     entropy: Float32Array  # [R]
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Certified bounds on the teacher entropy, where only top-k log-probabilities are known."""
+    """The teacher's entropy lies within these bounds, where only top-k log-probabilities are known."""
 
     low: Float32Array  # [R]
     high: Float32Array  # [R]
@@ -144,7 +144,7 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSignal:
-    """What a teacher says of every response token, at the teacher's temperature."""
+    """A teacher signal is what a teacher computed for every response token, at its temperature."""
 
     teacher: str
     token_logprobs: Float32Array  # [R], log q(response_ids[r])
@@ -155,18 +155,18 @@ class TeacherSignal:
 
     @property
     def entropy_low(self) -> Float32Array:
-        """[R], the entropy where it is exact, else what it is at least."""
+        """Returns the entropy [R] where it is exact, else its lower bound."""
         return self.entropy.entropy if isinstance(self.entropy, Exact) else self.entropy.low
 
     @property
     def entropy_high(self) -> Float32Array:
-        """[R], the entropy where it is exact, else what it is at most."""
+        """Returns the entropy [R] where it is exact, else its upper bound."""
         return self.entropy.entropy if isinstance(self.entropy, Exact) else self.entropy.high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredTrajectory:
-    """A trajectory the teacher has read."""
+    """A scored trajectory has the signal of its teacher."""
 
     trajectory: Trajectory
     signal: TeacherSignal
@@ -174,11 +174,11 @@ class ScoredTrajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """All the driver ever sees of a trajectory.
+    """A header is all that the driver sees of a trajectory.
 
     ``sums`` are summed over response tokens or are seconds spent, e.g. ``{"generate_s": 1.2}``.
-    ``response_crc32`` is of the bytes of ``response_ids``: equal where two runs sampled the same
-    tokens.
+    ``response_crc32`` is the checksum of the bytes of ``response_ids``: it is equal where two runs
+    sampled the same tokens.
     """
 
     key: TrajectoryKey
@@ -202,7 +202,7 @@ class Header:
         reward: float | None = None,
         priority: int = 0,
     ) -> Self:
-        """The header of a trajectory of at least one response token."""
+        """Returns the header of a trajectory, which has at least one response token."""
         return cls(
             key=trajectory.key,
             source=trajectory.prompt.source,
@@ -220,16 +220,16 @@ class Header:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response together: what the trajectory costs a token budget."""
+        """Returns the tokens of prompt and response together, which count against token budgets."""
         return self.num_prompt_tokens + self.num_response_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Stored(Generic[T]):
-    """A header and a body of type T.
+    """A stored object is a header and a body of type T.
 
-    The body is opaque to the driver: a Ray object reference in ``runtime/``, the object itself in
-    fakes.
+    The body is opaque to the driver: it is a Ray object reference in ``runtime/``, and the object
+    itself in fakes.
     """
 
     header: Header
@@ -238,7 +238,7 @@ class Stored(Generic[T]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostTrajectory:
-    """Failure as a value: counted, and issued again."""
+    """A lost trajectory is a failure as a value: it is counted, and sampled again."""
 
     key: TrajectoryKey
     reason: LossReason
@@ -250,16 +250,16 @@ MicroBatch = tuple[Stored[ScoredTrajectory], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerStep:
-    """One optimiser step: ``ranks[r]`` are the micro-batches of rank r, equally many on every rank
-    (a short rank gets empty, all-masked ones). ``num_loss_tokens`` is the denominator over all
-    ranks.
+    """An optimiser step holds the micro-batches of rank r in ``ranks[r]``: equally many on every
+    rank, so that a short rank gets empty ones. ``num_loss_tokens`` is counted over all ranks, and
+    is the denominator of the loss.
     """
 
     num_loss_tokens: int
     ranks: tuple[tuple[MicroBatch, ...], ...]
 
     def map(self, change: Callable[[Stored[ScoredTrajectory]], Stored[ScoredTrajectory]]) -> Self:
-        """The same step with every trajectory changed, in order."""
+        """Returns the same step with every trajectory changed, in order."""
         ranks = []
         for rank in self.ranks:
             micro_batches = [tuple(map(change, micro)) for micro in rank]
@@ -269,21 +269,18 @@ class OptimizerStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """A batch, cut for the learner ranks."""
+    """A packed batch is a batch cut into optimiser steps, and these for the learner ranks."""
 
     steps: tuple[OptimizerStep, ...]
     alpha: float
 
     def share(self, rank: int) -> Self:
-        """The part of one rank; denominators stay global."""
-        steps = tuple(
-            OptimizerStep(num_loss_tokens=s.num_loss_tokens, ranks=(s.ranks[rank],))
-            for s in self.steps
-        )
+        """Returns the batch of one rank; denominators stay global."""
+        steps = tuple(replace(step, ranks=(step.ranks[rank],)) for step in self.steps)
         return type(self)(steps=steps, alpha=self.alpha)
 
     def with_bodies(self, bodies: Iterable[object]) -> Self:
-        """The same batch with other bodies, in the order of ``stored``; as many as it has, or more."""
+        """Returns the same batch with other bodies, at least as many, in the order of ``stored``."""
         following = iter(bodies)
         steps = [
             step.map(lambda stored: Stored(stored.header, next(following))) for step in self.steps
@@ -291,7 +288,7 @@ class PackedBatch:
         return replace(self, steps=tuple(steps))
 
     def stored(self) -> Sequence[Stored[ScoredTrajectory]]:
-        """Every trajectory, in the order of the micro-batches."""
+        """Returns every trajectory, in the order of the micro-batches."""
         return [
             stored
             for step in self.steps
@@ -303,8 +300,8 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerStats:
-    """What one ``Learner.step`` did, already reduced over ranks. Keys of ``metrics`` are
-    catalogue names. ``skipped_steps`` are all optimiser steps that were not finite so far.
+    """Learner stats describe one ``Learner.step``, reduced over ranks. Keys of ``metrics`` are names
+    of the catalogue. ``skipped_steps`` counts all optimiser steps so far that were not finite.
     """
 
     version: PolicyVersion
@@ -314,7 +311,7 @@ class LearnerStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean and its standard error."""
+    """An estimate is a mean and its standard error."""
 
     mean: float
     standard_error: float
@@ -322,8 +319,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartStats:
-    """Some of the tokens of a held-out measurement: their ``share`` of all, and the two
-    divergences on them.
+    """Part stats describe some of the tokens of a held-out measurement: their ``share`` of all
+    tokens, and the two divergences on them.
     """
 
     share: float
@@ -333,15 +330,15 @@ class PartStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalStats:
-    """Student against teacher on held-out prompts, per response token; no update.
+    """Evaluation stats compare student and teacher on held-out prompts, per response token.
 
     reverse_kl is the mean of log p(y) - log q(y) over sampled tokens; forward_kl the ``tail`` form;
     top1_agreement the share of positions with equal argmax. Standard errors are clustered by
     trajectory (tokens of one response are not independent). The counts are a histogram of the loss
     tokens by entropy: ``NUM_ENTROPY_BINS`` bins, each ``ENTROPY_BIN_NATS`` wide from 0 on, the last
-    one open above. ``parts`` are tokens where the teacher is ``unsure`` (where the gate opens) or
-    ``sure``, and tokens by ``source`` of the prompt, where there are several. ``num_dropped``
-    prompts could not be measured.
+    one open above. ``parts`` are the tokens where the teacher is unsure (the gate opens) and where
+    it is sure, and the tokens of each ``source`` of prompts, where there are several.
+    ``num_dropped`` prompts could not be measured.
     """
 
     reverse_kl: Estimate
@@ -359,10 +356,10 @@ class EvalStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishStats:
-    """One completed weight sync: every live engine serves ``version``.
+    """Publish stats describe one completed weight sync: every live engine serves ``version``.
 
-    ``probe_nats`` is how far engines were from the learner on the probe, where they were asked
-    (``weights/probe.py``).
+    ``probe_nats`` is how far engines were from the learner on the probe (``weights/probe.py``); None
+    where this sync was not probed.
     """
 
     version: PolicyVersion
@@ -377,12 +374,13 @@ Span = tuple[float, float]  # from and to, in seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """One completed step of the loop: a batch is trained, and its weights are published.
+    """A completed step of the loop: a batch is trained, and its weights are published.
 
-    ``trained`` are its headers by issue number. ``seconds`` has step, generate, score, wait, its
-    two parts, train and weights; ``spans`` says when in the step somebody generated and scored,
-    from its start. ``in_flight`` and ``ready`` are trajectories when the batch was taken. ``lost``
-    and ``dropped`` are those of the whole run so far.
+    ``trained`` are its headers by issue number. ``seconds`` has step, generate, score, wait with
+    its two parts wait_rollout and wait_teacher, train, and weights. ``spans`` says when in the step
+    an engine generated and a teacher scored, from the start of the step. ``in_flight`` and
+    ``ready`` count trajectories when the batch was taken. ``lost`` and ``dropped`` count those of
+    the whole run so far.
     """
 
     trained: Mapping[int, Header]
@@ -397,13 +395,13 @@ class StepDone:
 
 
 class RunFailedError(RuntimeError):
-    """A run ends, and the message is all that a person needs: it is shown without a
-    traceback, exit code 1.
+    """The run ends with exit code 1. The message is all that a person needs: it is shown without a
+    traceback.
     """
 
 
 class WeightTransferError(RuntimeError):
-    """New weights did not reach an engine whole. Nothing of them was loaded: the old ones serve on.
+    """New weights did not reach an engine whole. None of them was loaded: the old ones stay.
 
     ``ranks`` are the members of the group that are known to have caused it; the sender is rank 0.
     """

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from eopd.packing import pack
+from eopd.packing import pack_batch
 from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer
 from eopd.types import (
     EvalStats,
@@ -74,7 +74,7 @@ async def measure(
                 f"no held-out prompt could be measured, the last one: {responses[-1]}"
             )
 
-        batch = pack(scored, steps=1, ranks=ranks, token_budget=token_budget, alpha=1.0)
+        batch = pack_batch(scored, steps=1, ranks=ranks, token_budget=token_budget, alpha=1.0)
 
         try:
             stats = await learner.evaluate(batch)

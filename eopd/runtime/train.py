@@ -293,7 +293,7 @@ class TrainingRun:
     def _ledger_of(self, state: DriverState | None) -> Ledger:
         """The ledger of a checkpoint, or a new one; what was dropped since is not tried again."""
         ledger = Ledger.restore(**state.ledger) if state else Ledger()  # type: ignore[arg-type]
-        ledger.forgo(self.directory.dropped_issues())
+        ledger.drop_again(self.directory.dropped_issues())
         return ledger
 
     def _state_of(self, members: Crew) -> Row:
@@ -314,7 +314,7 @@ class TrainingRun:
             await asyncio.sleep(_STATE_S)
             if (pipeline := self._pipeline) is not None:
                 ready = f"{pipeline.buffer.num_ready} of {pipeline.plan.batch} trajectories ready"
-                self._console.doing(f"step {self._progress.step + 1}: {pipeline.doing}, {ready}")
+                self._console.doing(f"step {self._progress.step + 1}: {pipeline.activity}, {ready}")
 
             if self._prometheus is not None:
                 self._prometheus.write(self._state_of(members))

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.models.tiny import Family
-from eopd.packing import pack
+from eopd.packing import pack_batch
 from eopd.types import OptimizerStep, PackedBatch, ScoredTrajectory
 
 SEED, TEMPERATURE, ALPHA = 7, 0.7, 1.5
@@ -101,7 +101,9 @@ def cuts(world_size: int) -> dict[str, PackedBatch]:
     """Cuts of the batch for so many ranks; ``alone`` is the unpacked one."""
     batch = [store(scored) for scored in make_batch()]
     packed = {
-        f"pack {budget}": pack(batch, steps=1, ranks=world_size, token_budget=budget, alpha=ALPHA)
+        f"pack {budget}": pack_batch(
+            batch, steps=1, ranks=world_size, token_budget=budget, alpha=ALPHA
+        )
         for budget in TOKEN_BUDGETS
     }
     alone = (

@@ -12,7 +12,7 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from eopd.config import load_config
-from eopd.packing import pack
+from eopd.packing import pack_batch
 from eopd.roles import BodiesLostError
 from eopd.runtime.actors import RemoteTeacher
 from eopd.runtime.gang import LearnerGang
@@ -79,10 +79,10 @@ async def test_trajectories_of_a_lost_node(cluster, tmp_path):
         Stored(fakes.header(str(number)), body)
         for number, body in enumerate([kept[0], bodies[1], *kept[1:]])
     ]
-    batch = pack(stored, steps=1, ranks=2, token_budget=100, alpha=1.0)
+    batch = pack_batch(stored, steps=1, ranks=2, token_budget=100, alpha=1.0)
     with pytest.raises(BodiesLostError) as lost_bodies:
         await gang._hand_over(batch)
 
     assert lost_bodies.value.keys == {stored[1].header.key}
     del stored[1]
-    await gang._hand_over(pack(stored, steps=1, ranks=2, token_budget=100, alpha=1.0))
+    await gang._hand_over(pack_batch(stored, steps=1, ranks=2, token_budget=100, alpha=1.0))

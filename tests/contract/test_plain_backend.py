@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.learner.learner import LearnerRank
 from eopd.learner.lora import whole_tensors
-from eopd.packing import pack
+from eopd.packing import pack_batch
 from eopd.weights.layout import cut_into_buckets
 from eopd.weights.source import ModelSource
 
@@ -113,7 +113,7 @@ def batch(nan: bool = False):
     ]
     if nan:
         scored[1].signal.token_logprobs[0] = np.nan
-    return pack(list(map(store, scored)), steps=1, ranks=1, token_budget=64, alpha=1.0)
+    return pack_batch(list(map(store, scored)), steps=1, ranks=1, token_budget=64, alpha=1.0)
 
 
 def weights_of(learner):

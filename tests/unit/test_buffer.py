@@ -110,7 +110,7 @@ class Driving(RuleBasedStateMachine):
 
     @rule(most=st.integers(1, 16))
     def admit(self, most: int) -> None:
-        for _ in range(min(most, self.buffer.num_slots - self.buffer.num_in_flight)):
+        for _ in range(min(most, self.buffer.num_slots - self.buffer.num_slots_held)):
             self.loop.run_until_complete(self.buffer.admit())
             self.issue()
 
@@ -211,7 +211,7 @@ class Driving(RuleBasedStateMachine):
     @invariant()
     def slots_bound_everything(self) -> None:
         held = len(self.running) + len(self.offers)
-        assert self.buffer.num_in_flight == held <= self.buffer.num_slots
+        assert self.buffer.num_slots_held == held <= self.buffer.num_slots
         assert self.buffer.num_ready == len(self.offers) - len(self.taken)
         ahead = self.settled.ahead - self.dropped
         assert len(ahead) <= self.buffer.batch * self.buffer.lookahead
@@ -237,7 +237,7 @@ class Driving(RuleBasedStateMachine):
         assert len(batch) < self.buffer.batch or not due <= set(batch), (
             f"{batch} is a batch that nobody takes"
         )
-        can_go_on = self.running or self.buffer.num_in_flight < self.buffer.num_slots
+        can_go_on = self.running or self.buffer.num_slots_held < self.buffer.num_slots
         assert can_go_on, "every slot is taken and nothing can be consumed: deadlock"
 
     def teardown(self, close: bool = True) -> None:
@@ -285,7 +285,7 @@ async def test_a_trajectory_that_is_too_stale_by_accident_is_turned_away_and_kee
     offer = asyncio.create_task(buffer.offer(0, stored(0, version=3)))
     taking = asyncio.create_task(buffer.take(version=5))
     assert await offer is LossReason.TOO_STALE
-    assert buffer.num_in_flight == 1 and not taking.done()
+    assert buffer.num_slots_held == 1 and not taking.done()
     again = asyncio.create_task(buffer.offer(0, stored(0, version=5)))
     assert [t.issue for t in await taking] == [0]
     buffer.release()

@@ -61,7 +61,7 @@ def queues(line: Pipeline) -> dict[str, int]:
         for part in (line, line.buffer, line.ledger, line.ledger.settled)
         for name in type(part).__slots__
         if isinstance(value := getattr(part, name), Sized)
-        and name not in ("lost", "doing", "settled")
+        and name not in ("lost", "activity", "settled")
     }
 
 
@@ -95,11 +95,11 @@ async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_
     assert memory[late] - memory[early] < 20_000  # bytes, over 8,000 trajectories
     assert objects[late] - objects[early] < 100
     assert batch < world.most_held <= slots and max(most.values()) <= slots, most
-    assert {"Buffer._ready", "Buffer._taken", "Pipeline._written_at", "Watermark.ahead"} <= set(
+    assert {"Buffer._ready", "Buffer._taken", "Pipeline._generated_at", "Watermark.ahead"} <= set(
         most
     )
     left = queues(line)
-    assert not any(left.values()) and line.buffer.num_in_flight == world.held == 0, left
+    assert not any(left.values()) and line.buffer.num_slots_held == world.held == 0, left
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
 

@@ -42,7 +42,7 @@ def test_what_was_dropped_is_not_issued_again_either(fates):
 
 def test_what_was_dropped_after_the_checkpoint_is_not_tried_again():
     ledger = Ledger.restore(floor=4, trained_ahead=[6], lost={}, dropped=[2])
-    ledger.forgo([2, 4, 6, 9])
+    ledger.drop_again([2, 4, 6, 9])
     assert [ledger.issue() for _ in range(4)] == [5, 7, 8, 10]
     assert ledger.dropped == {2, 4, 9}
 

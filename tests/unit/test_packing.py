@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eopd.packing import estimated_cost, pack
+from eopd.packing import estimated_cost, pack_batch
 from eopd.types import Stored
 
 
@@ -20,7 +20,7 @@ def stored(index: int, tokens: int) -> Stored:
 )
 def test_a_pack_is_a_partition_within_the_budget_and_in_step(lengths, steps, ranks):
     batch = [stored(i, n) for i, n in enumerate(lengths)]
-    packed = pack(batch, steps=steps, ranks=ranks, token_budget=100, alpha=0.5)
+    packed = pack_batch(batch, steps=steps, ranks=ranks, token_budget=100, alpha=0.5)
     assert len(packed.steps) == steps and packed.alpha == 0.5
     assert sorted(s.body for s in packed.stored()) == list(range(len(lengths)))
     assert sum(step.num_loss_tokens for step in packed.steps) == sum(n - 1 for n in lengths)
@@ -43,7 +43,7 @@ def test_a_pack_is_a_partition_within_the_budget_and_in_step(lengths, steps, ran
 
 
 def test_ranks_are_balanced_by_cost():
-    packed = pack(
+    packed = pack_batch(
         [stored(i, n) for i, n in enumerate([80, 40, 40, 20, 20, 10])],
         steps=1,
         ranks=2,
@@ -58,7 +58,7 @@ def test_ranks_are_balanced_by_cost():
 
 
 def test_micro_batches_are_filled_first_fit_decreasing_up_to_the_budget():
-    packed = pack(
+    packed = pack_batch(
         [stored(i, n) for i, n in enumerate([60, 40, 50, 50])],
         steps=1,
         ranks=1,
@@ -72,7 +72,7 @@ def test_micro_batches_are_filled_first_fit_decreasing_up_to_the_budget():
 def test_a_long_trajectory_costs_more_than_as_many_tokens_in_short_ones():
     # By tokens alone the last one would join the long one: 8192 stand against 2 x 4096.
     batch = [stored(i, n) for i, n in enumerate([8192, 4096, 4096, 4096])]
-    packed = pack(batch, steps=1, ranks=2, token_budget=8192, alpha=1)
+    packed = pack_batch(batch, steps=1, ranks=2, token_budget=8192, alpha=1)
     lengths = [
         sorted(s.header.num_tokens for micro in rank for s in micro)
         for rank in packed.steps[0].ranks
@@ -81,7 +81,9 @@ def test_a_long_trajectory_costs_more_than_as_many_tokens_in_short_ones():
 
 
 def test_optimiser_steps_keep_the_order_of_the_batch():
-    packed = pack([stored(i, 10) for i in range(6)], steps=3, ranks=1, token_budget=100, alpha=1)
+    packed = pack_batch(
+        [stored(i, 10) for i in range(6)], steps=3, ranks=1, token_budget=100, alpha=1
+    )
     assert [sorted(s.body for micro in step.ranks[0] for s in micro) for step in packed.steps] == [
         [0, 1],
         [2, 3],
@@ -91,4 +93,4 @@ def test_optimiser_steps_keep_the_order_of_the_batch():
 
 def test_a_trajectory_above_the_budget_is_loud():
     with pytest.raises(ValueError, match="has 101 tokens, token_budget is 100"):
-        pack([stored(0, 101)], steps=1, ranks=1, token_budget=100, alpha=1)
+        pack_batch([stored(0, 101)], steps=1, ranks=1, token_budget=100, alpha=1)
