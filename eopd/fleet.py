@@ -1,22 +1,29 @@
-"""Workers of one kind by number: started together, replaced when they are lost, more or fewer on
-request.
+"""A fleet holds the workers of one kind, by number. They start together; one that is lost is replaced
+under its number; ``scale`` adds and removes workers.
 
-    spawn ─▶ start ─▶ join ─▶ in the pool ─▶ lost ─▶ end ─▶ spawn again, under the same number
-                                   └──────── drain ─▶ end                     (fewer on request)
+    spawn ─▶ start ─▶ join ─▶ in the pool ─▶ lost ──▶ after_loss ──▶ end ─▶ spawn again
+                                   └──────── drained ▶ after_drain ▶ end               (scale)
 
-    start   takes at most ``start_timeout_s``
-    join    what a newcomer needs before it gets requests; waiting for others in it is not its own start
+    start   brings up the worker's process, within ``start_timeout_s``
+    join    prepares a newcomer for its first request, and may wait for other workers without a limit
 
-A worker that is lost is counted once, however long it takes to start another: there may be no room
-until a node comes back, and the run goes on with the others meanwhile. With nobody left, and nobody
-started within ``start_timeout_s``, the fleet fails, with the causes.
+A lost worker is counted once, however long its replacement takes: there may be no room until a node
+is back, and the run continues with the other workers meanwhile. With no worker left, and none
+started within ``start_timeout_s``, the fleet fails with the causes.
 
-Example: 64 engines, 8 of them on a node that is lost. The budget is 8 poorer, 56 write on, 8 starts
-are tried again and again, and succeed when the node is back.
+Example: 64 engines, 8 of them on a node that is lost.
+
+    event                  in the pool   size   losses counted
+    before                 64            64     0
+    the node is lost       56            64     8                each of the 8 is started again,
+    no room for them       56            64     8                  with growing pauses
+    the node is back       64            64     8
+    scale(60)              60            60     8                the highest numbers are drained
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from eopd.pool import Pool
@@ -26,42 +33,45 @@ from eopd.types import RunFailedError
 W = TypeVar("W")
 W_co = TypeVar("W_co", covariant=True)
 
-# before each attempt to start another; the last one again and again
+# the pause before each attempt to start another worker; the last one is used again and again
 PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class NobodyLeftError(RunFailedError):
-    """No worker of a kind is left, and none could be started in time; names the causes."""
+    """No worker of a kind is left, and none could be started in time; the message has the causes."""
 
 
-class Body(Protocol[W_co]):
-    """The process of one worker."""
+class WorkerProcess(Protocol[W_co]):
+    """A process that hosts one worker."""
 
     @property
     def worker(self) -> W_co:
-        """The worker in its role."""
+        """Returns the worker in its role."""
         ...
 
     async def start(self) -> int:
-        """Bring it up; returns how many requests it holds at a time."""
+        """Starts the worker; returns its seats, the number of requests that it holds at a time."""
         ...
 
     async def end(self) -> None:
-        """End it, whatever state it is in."""
+        """Ends the process, whatever state it is in."""
         ...
 
 
 class Fleet(Generic[W]):
-    """The workers of one kind.
+    """A fleet starts, replaces, adds and removes the workers of one kind.
+
+    ``join`` prepares a newcomer for requests. ``after_loss`` and ``after_drain`` are called with the
+    number of a worker that was lost, and of one that was removed.
 
     Args:
-        name: of one of them, for messages: ``rollout engine``.
-        pool: hands out requests to those that are up.
-        spawn: makes the bodies of new workers, by number.
-        size: how many there are at first.
-        spend: told of every loss; what it raises ends the fleet.
-        start_timeout_s: of one start.
-        say: told what people want to know.
+        name: the name of one worker, for messages: ``rollout engine``.
+        pool: hands out requests to the workers that are up.
+        spawn: makes the processes of new workers, by number.
+        size: the number of workers at first.
+        count_loss: called with the cause of every loss; a ``RunFailedError`` of it fails the fleet.
+        start_timeout_s: the time limit of one start.
+        log: called with messages for people.
     """
 
     def __init__(
@@ -69,152 +79,159 @@ class Fleet(Generic[W]):
         name: str,
         pool: Pool[W],
         *,
-        spawn: Callable[[Sequence[int]], Sequence[Body[W]]],
+        spawn: Callable[[Sequence[int]], Sequence[WorkerProcess[W]]],
         size: int,
-        spend: Callable[[str], None],
+        count_loss: Callable[[str], None],
         start_timeout_s: float,
-        say: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None],
     ) -> None:
         self.name = name
         self.pool = pool
         self.num_replacements = 0
         self.join: Callable[[int, W], Awaitable[None]] = _nothing
-        self.leave: Callable[[int], Awaitable[None]] = _nothing  # of one that is lost
-        self.part: Callable[[int], Awaitable[None]] = _nothing  # of one that is well
+        self.after_loss: Callable[[int], Awaitable[None]] = _nothing
+        self.after_drain: Callable[[int], Awaitable[None]] = _nothing
         self._spawn = spawn
-        self._spend = spend
-        self._say = say
+        self._count_loss = count_loss
+        self._log = log
         self._start_timeout_s = start_timeout_s
-        self._bodies = dict(enumerate(spawn(range(size))))
-        # by the number that is being replaced
-        self._tasks: dict[int | None, asyncio.Task[None]] = {}
+        self._processes = dict(enumerate(spawn(range(size))))
+        self._replacing: dict[int, asyncio.Task[None]] = {}
+        self._giving_up: asyncio.Task[None] | None = None
         self._causes: list[str] = []
-        self._started = asyncio.Event()  # since somebody was last needed
+        self._started = asyncio.Event()  # set by a start since the last worker was lost
         self._closed = False
-        self._leaving: set[int] = set()  # nobody comes in the place of these
+        self._draining: set[int] = set()  # if these are lost, they are not replaced
         pool.on_loss = self._on_loss
 
     @property
     def size(self) -> int:
-        """How many run or are being replaced."""
-        return len(self._bodies)
+        """Returns how many workers run or are being replaced."""
+        return len(self._processes)
 
     @property
     def workers(self) -> Mapping[int, W]:
-        """All of them in their role, by number, up or not."""
-        return {number: body.worker for number, body in self._bodies.items()}
+        """Returns all workers in their role, by number, up or not."""
+        return {number: process.worker for number, process in self._processes.items()}
 
     def start(self) -> Mapping[str, Awaitable[None]]:
-        """Start those there are at first; one awaitable for each, by name. Nobody is waited
-        for to join.
-        """
-        return {f"{self.name} {number}": self._start_first(number) for number in self._bodies}
+        """Starts the first workers, without ``join``; returns an awaitable for each, by name."""
+        return {f"{self.name} {number}": self._start_first(number) for number in self._processes}
 
     async def scale(self, size: int) -> None:
-        """Bring the fleet to another size: newcomers start together, those that take no requests go
-        first.
+        """Brings the fleet to another size. Newcomers start together; workers that take no requests
+        are removed first, and then those of the highest numbers.
 
         Raises:
             TimeoutError: a newcomer did not start in time: there may be no room. Those that came up
                 stay.
             WorkerDownError: one died.
         """
-        by_use = sorted(self._bodies, key=lambda number: (number in self.pool, -number))
+        by_use = sorted(self._processes, key=lambda number: (number in self.pool, -number))
         for number in by_use[: max(0, self.size - size)]:
-            await self._dismiss(number)
+            await self._remove(number)
 
-        first = max(self._bodies) + 1
+        first = max(self._processes) + 1
         numbers = range(first, first + size - self.size)
         outcomes = await asyncio.gather(*map(self._bring_up, numbers), return_exceptions=True)
         for number, outcome in zip(numbers, outcomes, strict=True):
             if isinstance(outcome, BaseException):
-                await self._bodies.pop(number).end()
+                await self._processes.pop(number).end()
 
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
 
     async def close(self) -> None:
-        """Replace nobody any more."""
+        """Ends every replacement under way, and begins no other one."""
         self._closed = True
-        tasks = list(self._tasks.values())
+        tasks = list(self._replacing.values())
+        if self._giving_up is not None:
+            tasks.append(self._giving_up)
+
         for task in tasks:
             task.cancel()
 
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _start_first(self, number: int) -> None:
-        body = self._bodies[number]
-        self.pool.add(number, body.worker, await body.start())
+        process = self._processes[number]
+        self.pool.add(number, process.worker, await process.start())
 
     async def _bring_up(self, number: int) -> None:
-        """Start one under a number that is free, let it join, and put it to work."""
-        (body,) = self._spawn([number])
-        self._bodies[number] = body
+        """Starts a worker under a free number, lets it join, and adds it to the pool."""
+        (process,) = self._spawn([number])
+        self._processes[number] = process
         async with asyncio.timeout(self._start_timeout_s):
-            seats = await body.start()
+            seats = await process.start()
 
         self._started.set()
-        await self.join(number, body.worker)
-        self.pool.add(number, body.worker, seats)
+        await self.join(number, process.worker)
+        self.pool.add(number, process.worker, seats)
 
-    async def _dismiss(self, number: int) -> None:
-        if number in self._tasks:  # nobody needs another one in its place
-            self._tasks[number].cancel()
-            await asyncio.gather(self._tasks[number], return_exceptions=True)
+    async def _remove(self, number: int) -> None:
+        if number in self._replacing:
+            self._replacing[number].cancel()
+            await asyncio.gather(self._replacing[number], return_exceptions=True)
 
-        self._leaving.add(number)
+        self._draining.add(number)
         await self.pool.drain(number)
-        await self.part(number)
-        await self._bodies.pop(number).end()
-        self._leaving.remove(number)
+        await self.after_drain(number)
+        await self._processes.pop(number).end()
+        self._draining.remove(number)
 
     def _on_loss(self, number: int, reason: str) -> None:
-        if self._closed or number in self._leaving or number not in self._bodies:
+        if self._closed or number in self._draining or number not in self._processes:
             return
 
         cause = f"{self.name} {number}: {reason.splitlines()[0]}"
 
         try:
-            self._spend(cause)
+            self._count_loss(cause)
         except RunFailedError as error:
             self.pool.fail(error)
             return
 
         self._causes.append(cause)
-        self._say(
+        self._log(
             f"{cause}; going on with {self.pool.num_up} of {self.size} while another one is started"
         )
-        self._do(number, self._replace(number))
-        self._expect_somebody()
+        self._replacing[number] = task = asyncio.create_task(self._replace(number))
+        task.add_done_callback(partial(self._forget, number))
+        self._require_start()
+
+    def _forget(self, number: int, ended: asyncio.Task[None]) -> None:
+        """Forgets a replacement that has ended, and not the next one under its number."""
+        if self._replacing.get(number) is ended:
+            del self._replacing[number]
 
     async def _replace(self, number: int) -> None:
-        """Start another one in the place of number ``number``, for as long as it takes."""
-        await self.leave(number)
-        await self._bodies[number].end()
+        """Starts another worker under a number, again and again until one is up."""
+        await self.after_loss(number)
+        await self._processes[number].end()
         attempt = 0
 
         while True:
             await asyncio.sleep(PAUSES_S[min(attempt, len(PAUSES_S) - 1)])
             try:
                 await self._bring_up(number)
-            except Exception as error:  # noqa: BLE001 - whatever keeps it from starting, it is tried again, and told
-                self._say_once(f"{self.name} {number} did not start: {first_line(error)}")
-                await self._bodies[number].end()
-                self._expect_somebody()
+            except Exception as error:  # noqa: BLE001 - whatever keeps it from starting is logged, and tried again
+                self._log_once(f"{self.name} {number} did not start: {first_line(error)}")
+                await self._processes[number].end()
+                self._require_start()
                 attempt += 1
                 continue
 
             self.num_replacements += 1
             self._causes.clear()
-            self._say(f"{self.name} {number} is up again: {self.pool.num_up} of {self.size}")
+            self._log(f"{self.name} {number} is up again: {self.pool.num_up} of {self.size}")
             return
 
-    def _expect_somebody(self) -> None:
-        """With nobody left, give newcomers the time of one start."""
-        if self.pool.num_up == 0 and None not in self._tasks:
+    def _require_start(self) -> None:
+        """With no worker left, fails the pool unless one is started in time."""
+        if self.pool.num_up == 0 and (self._giving_up is None or self._giving_up.done()):
             self._started.clear()
-            self._do(None, self._give_up())
+            self._giving_up = asyncio.create_task(self._give_up())
 
     async def _give_up(self) -> None:
         try:
@@ -229,17 +246,11 @@ class Fleet(Generic[W]):
                 )
             )
 
-    def _say_once(self, text: str) -> None:
+    def _log_once(self, text: str) -> None:
         if text not in self._causes:
             self._causes.append(text)
-            self._say(f"{text}; trying again")
-
-    def _do(self, key: int | None, work: Coroutine[object, object, None]) -> None:
-        self._tasks[key] = task = asyncio.create_task(work)
-        task.add_done_callback(
-            lambda _: self._tasks.pop(key) if self._tasks.get(key) is task else None
-        )
+            self._log(f"{text}; trying again")
 
 
 async def _nothing(*arguments: object) -> None:
-    """What most workers do to join and to leave."""
+    """Does nothing: most workers need nothing before the first request and after the last one."""

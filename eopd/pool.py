@@ -1,20 +1,23 @@
-"""Workers that can do the same, as one: who gets which request, and when.
+"""A pool hands out requests to workers of one kind. A worker has *seats*: it holds as many requests
+at a time, and the others wait in the driver.
 
     requests, lowest priority number first        workers, each with so many seats
     ──────── wait in the driver ────────▶ the one with the most free seats ──▶ answer
                   ▲                                    │
                   └── its worker is lost ◀─────────────┘
 
-What a worker holds is bounded by its seats, so its deadline runs only while it works. What happens
-to a request when
+The deadline of a request runs only while a worker holds it.
 
     its worker dies                           it goes to another worker, and keeps its place
     it misses the deadline, and the worker
         does not answer a ping                the worker is lost: as above, for all that it holds
         answers it                            the request failed: ``NoAnswerError``
 
-A lost worker costs a request nothing, however often. Who is started in the place of a lost worker
-is said in ``fleet.py``.
+A lost worker costs a request nothing, however often. ``fleet.py`` replaces lost workers.
+
+Example: two engines with 2 seats each, and the requests 0 to 4. Requests 0 and 2 are on engine 0, 1
+and 3 on engine 1, and 4 waits. Engine 0 dies: 0 and 2 wait again, before 4. When request 1 is
+answered, its seat goes to request 0.
 """
 
 import asyncio
@@ -34,12 +37,12 @@ PING_S = 30.0  # an engine answers between two steps, and a step on a busy CPU t
 
 
 class NoAnswerError(RuntimeError):
-    """A worker that is well did not answer this request in time; says how long it had."""
+    """A worker that is well did not answer this request in time; the message has the time limit."""
 
 
 @dataclass(slots=True, eq=False)
 class _Member(Generic[W]):
-    """One worker. ``started`` says of every request it holds since when, the oldest first."""
+    """One worker of the pool. ``started`` has the start time of every request that it holds."""
 
     number: int
     worker: W
@@ -55,13 +58,13 @@ class _Member(Generic[W]):
 
 
 class Pool(Generic[W]):
-    """Hands requests out to workers of one kind, which come and go.
+    """A pool hands out requests to workers of one kind, which may be added and removed.
 
     Args:
-        name: of one of them, for messages: ``rollout engine``.
-        timeout_s: an answer that takes longer is missed.
-        ping: asks a worker for any answer; what it raises or ``PING_S`` of silence tells that the
-            worker is lost.
+        name: the name of one worker, for messages: ``rollout engine``.
+        timeout_s: the time that a worker has for one request.
+        ping: asks a worker for any answer. A worker that raises, or does not answer within
+            ``PING_S``, is lost.
     """
 
     def __init__(
@@ -79,29 +82,27 @@ class Pool(Generic[W]):
 
     @property
     def num_up(self) -> int:
-        """How many workers take requests."""
+        """Returns how many workers take requests."""
         return sum(not member.draining for member in self._members.values())
 
     @property
     def in_flight(self) -> dict[int, int]:
-        """How many requests each worker holds, by its number."""
+        """Returns how many requests each worker holds, by its number."""
         return {number: len(member.started) for number, member in self._members.items()}
 
     def __contains__(self, number: int) -> bool:
-        """Whether worker ``number`` takes requests."""
+        """Tells whether worker ``number`` takes requests."""
         return number in self._members and not self._members[number].draining
 
     def add(self, number: int, worker: W, seats: int) -> None:
-        """Take in a worker that holds up to ``seats`` requests at a time, under a number that
-        is free.
-        """
+        """Adds a worker of ``seats`` seats, under a number that is free."""
         lost = asyncio.get_running_loop().create_future()
         self._members[number] = _Member(number, worker, seats, lost)
         self._hand_out()
 
     def lose(self, number: int, reason: str) -> None:
-        """Give up worker ``number``, if it is still there: others get what it holds, and
-        ``on_loss`` is told why.
+        """Removes worker ``number``, if it is still there: its requests go to other workers, and
+        ``on_loss`` is called with the reason.
         """
         member = self._members.pop(number, None)
         if member is None:
@@ -111,9 +112,7 @@ class Pool(Generic[W]):
         self.on_loss(number, reason)
 
     async def drain(self, number: int) -> None:
-        """Give worker ``number`` no more requests; returns once it holds none, or is lost,
-        and is forgotten.
-        """
+        """Gives worker ``number`` no more requests, and removes it once it holds none or is lost."""
         member = self._members.get(number)
         if member is None:
             return
@@ -125,7 +124,7 @@ class Pool(Generic[W]):
         self._members.pop(number, None)
 
     def fail(self, error: Exception) -> None:
-        """Nobody will come any more: whoever waits, or asks later, gets ``error``."""
+        """Fails every request that waits now or comes later with ``error``."""
         self._error = error
         for _, _, waiting in self._waiting:
             if not waiting.done():
@@ -134,14 +133,14 @@ class Pool(Generic[W]):
         self._waiting = []
 
     async def run(self, work: Callable[[W], Awaitable[R]], priority: int = 0) -> R:
-        """Do ``work`` on one worker after the other, until one of them answers.
+        """Runs one request on one worker after the other, until one of them answers.
 
         Args:
-            work: one request.
+            work: the request.
             priority: of two requests that wait, the one with the lower number goes first.
 
         Raises:
-            NoAnswerError: a worker that is well did not answer it in time.
+            NoAnswerError: a worker that is well did not answer in time.
         """
         place = (priority, next(self._tickets))
         while True:
@@ -160,7 +159,7 @@ class Pool(Generic[W]):
             self.num_failures += 1
 
     def status(self) -> list[str]:
-        """What each worker does now, for people."""
+        """Returns what each worker does now, a line each, for people."""
         lines = []
         now = time.monotonic()
 
@@ -178,7 +177,7 @@ class Pool(Generic[W]):
     async def _seat(
         self, place: tuple[int, int], request: "asyncio.Future[_Member[W]]"
     ) -> _Member[W]:
-        """Wait in turn for a worker with a free seat; it is held for ``request``."""
+        """Waits in turn for a free seat, takes it for ``request``, and returns its worker."""
         if self._error is not None:
             raise self._error
 
@@ -195,7 +194,7 @@ class Pool(Generic[W]):
             raise
 
     def _hand_out(self) -> None:
-        """Give free seats to those who wait."""
+        """Gives free seats to the requests that wait."""
         while self._waiting:
             if self._waiting[0][-1].done():  # cancelled
                 heapq.heappop(self._waiting)
@@ -213,11 +212,11 @@ class Pool(Generic[W]):
     async def _serve(
         self, member: _Member[W], work: Callable[[W], Awaitable[R]]
     ) -> tuple[R] | None:
-        """The answer of one worker; None if it is lost."""
+        """Returns the answer of one worker in a tuple, or None if the worker is lost."""
         answer: asyncio.Future[Any] = asyncio.ensure_future(work(member.worker))
         try:
-            ends: set[asyncio.Future[Any]] = {answer, member.lost}
-            await asyncio.wait(ends, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            events: set[asyncio.Future[Any]] = {answer, member.lost}
+            await asyncio.wait(events, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             is_well = answer.done() or (not member.lost.done() and await self._is_well(member))
             if answer.done():
                 return (await answer,)
@@ -237,8 +236,8 @@ class Pool(Generic[W]):
             await asyncio.gather(answer, return_exceptions=True)
 
     async def _is_well(self, member: _Member[W]) -> bool:
-        """Ping a worker that missed a deadline, once for all its requests; one that is silent
-        is lost.
+        """Pings a worker that missed a deadline, once for all its requests. It is lost if it does
+        not answer.
         """
         if member.ping is None:
             member.ping = asyncio.create_task(self._answers(member.worker))
@@ -262,6 +261,6 @@ class Pool(Generic[W]):
         return True
 
     def _lose(self, member: _Member[W], reason: str) -> None:
-        """Give up this very worker: another one may have its number by now."""
+        """Removes this worker, and not another one that has its number by now."""
         if self._members.get(member.number) is member:
             self.lose(member.number, reason)

@@ -111,10 +111,9 @@ def evaluate(
     prompts_config = _prompts(data, template_options, prompts)
     rollout = {"temperature": temperature, "max_response_tokens": max_response_tokens}
 
-    from eopd.runtime.evaluate import Benchmark
-    from eopd.runtime.evaluate import evaluate as run
+    from eopd.runtime.evaluate import Benchmark, evaluate_model
 
-    result = run(
+    result = evaluate_model(
         chosen(make_section(StudentConfig, NAMED, model=model, dtype=dtype), gpus=gpus),
         make_section(RolloutConfig, NAMED, engines=engines, gpus=gpus, threads=threads, **rollout),
         Benchmark(prompts=prompts_config, grader=grader, samples=n, ks=ks, seed=seed),

@@ -45,7 +45,7 @@ def serve(
     from eopd.preflight.environment import require_packages
     from eopd.roles import TeacherDownError
     from eopd.runtime.placement import vllm_env
-    from eopd.runtime.process import settle
+    from eopd.runtime.process import clean_environment
     from eopd.teacher.served import server
     from eopd.tokenizer import vocab_size
 
@@ -58,7 +58,7 @@ def serve(
         )
 
     require_packages()
-    settle(os.environ)
+    clean_environment(os.environ)
     os.environ |= vllm_env(chosen.threads)
 
     try:

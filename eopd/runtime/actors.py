@@ -1,18 +1,22 @@
-"""The actors, and what the driver sees of them.
+"""The actors of engines and teachers, and their proxies in the driver.
 
-Every pair below is a plain class that Ray runs in a process of its own, and a proxy in the driver
-that implements a role. Bodies never pass through the proxies: ``num_returns=2`` splits header from
-body, so that the driver owns a reference to the body, and the body goes from node to node. Heavy
-libraries are imported inside the actors, never in the driver.
+    driver                              the actor's process
+    RemoteEngine    generate, ...  ──▶  RolloutActor  ──▶  VllmRolloutEngine, Verifier
+    RemoteTeacher   score, ping    ──▶  TeacherActor  ──▶  a scorer, by the teacher's backend
+
+An actor is a plain class that Ray runs in a process of its own; a proxy implements a role. Bodies
+never pass through the proxies: ``num_returns=2`` splits header from body, so that the driver owns a
+reference to the body, and the body goes from node to node. Heavy libraries are imported inside the
+actors, never in the driver.
 """
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -28,7 +32,7 @@ from eopd.config import RolloutConfig, StudentConfig, TeacherConfig
 from eopd.config.loss import GraderName
 from eopd.roles import EngineDownError, TeacherDownError, WorkerDownError
 from eopd.runtime import spawned
-from eopd.runtime.process import settle
+from eopd.runtime.process import clean_environment
 from eopd.types import (
     Float32Array,
     Header,
@@ -51,9 +55,9 @@ if TYPE_CHECKING:
 Spawn = Callable[..., list[ActorHandle]]
 
 CLOSE_TIMEOUT_S = 20.0
-# A pool gives no actor more requests than this, and Ray runs some calls more: so weight calls never
-# wait for requests. (A concurrency group of Ray's has an event loop of its own, in which vLLM's
-# engine cannot be called; Ray 2.60.)
+# A pool gives no actor more requests than this, and Ray runs more calls at a time: so weight calls
+# never wait for requests. (A concurrency group of Ray's has an event loop of its own, in which
+# vLLM's engine cannot be called; Ray 2.60.)
 MAX_REQUESTS = 10_000
 MAX_CALLS = MAX_REQUESTS + 100
 
@@ -61,33 +65,39 @@ Split = tuple[Header | LostTrajectory, object]
 
 
 def _split(result: Stored[Trajectory] | Stored[ScoredTrajectory] | LostTrajectory) -> Split:
-    """Two return values for Ray: what the driver reads, and what it only passes on."""
+    """Returns two values for Ray: one for the driver to read, and the body, which it passes on."""
     return (result, None) if isinstance(result, LostTrajectory) else (result.header, result.body)
+
+
+async def _join(
+    references: Sequence[ray.ObjectRef], error_type: type[WorkerDownError]
+) -> Stored[Any] | LostTrajectory:
+    """Awaits the first value of ``_split``, and puts it together with a reference to the second.
+
+    A call that is not awaited any more is cancelled, so that it does not keep the engine busy.
+    """
+    head, body = references
+    try:
+        with dies_as(error_type):
+            header: Header | LostTrajectory = await head
+    except asyncio.CancelledError:
+        ray.cancel(head)
+        raise
+
+    return header if isinstance(header, LostTrajectory) else Stored(header, body)
 
 
 @contextmanager
 def dies_as(error_type: type[WorkerDownError]) -> Iterator[None]:
-    """What Ray says of a dead actor, as the roles say it."""
+    """Raises Ray's errors of a dead actor as an error of the roles."""
     try:
         yield
     except (RayActorError, OutOfMemoryError, ActorUnschedulableError) as error:
         raise error_type(f"its actor died: {error}") from error
 
 
-async def _or_cancel(head: "ray.ObjectRef[Header | LostTrajectory]") -> Header | LostTrajectory:
-    """Await; what is not awaited any more must not keep the engine busy."""
-    try:
-        header: Header | LostTrajectory = await head
-        return header
-    except asyncio.CancelledError:
-        ray.cancel(head)
-        raise
-
-
-async def end(actor: ActorHandle) -> None:
-    """Let an actor stop its engine's processes, then kill it for certain; it may be dead, or
-    hang.
-    """
+async def end_actor(actor: ActorHandle) -> None:
+    """Lets an actor stop its engine's processes, then kills it; it may be dead, or hang."""
     with suppress(RayError, TimeoutError):
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await actor.close.remote()
@@ -96,13 +106,13 @@ async def end(actor: ActorHandle) -> None:
 
 
 class Actor:
-    """``name`` stands in logs and errors: Ray takes it from here. The environment of its
-    process is put right first.
+    """An actor hosts a worker in a process of its own, whose environment it cleans first. Ray puts
+    its ``name`` into logs and errors.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        settle(os.environ)
+        clean_environment(os.environ)
         spawned.stand_in_for_main()
 
     def __repr__(self) -> str:
@@ -110,12 +120,12 @@ class Actor:
 
 
 class RolloutActor(Actor):
-    """Hosts a ``VllmRolloutEngine``, and the verifier of what it writes."""
+    """A rollout actor hosts a ``VllmRolloutEngine``, and the verifier of its responses."""
 
     _engine: "VllmRolloutEngine"
     _verifier: "Verifier | None"
 
-    async def start(  # noqa: D102
+    async def start(
         self,
         student: StudentConfig,
         rollout: RolloutConfig,
@@ -123,6 +133,7 @@ class RolloutActor(Actor):
         version: PolicyVersion,
         grader: GraderName | None,
     ) -> int:
+        """Starts the engine; returns its seats."""
         from eopd.rewards.verifier import Verifier
         from eopd.rollout.vllm_engine import VllmRolloutEngine
         from eopd.runtime.engine_metrics import stat_loggers
@@ -142,33 +153,21 @@ class RolloutActor(Actor):
 
         return min(self._engine.seats, MAX_REQUESTS)
 
-    async def generate(self, prompt: PromptSample, sample_index: int, sampling: Sampling) -> Split:  # noqa: D102
-        written = await self._engine.generate(prompt, sample_index, sampling)
-        if self._verifier is None or isinstance(written, LostTrajectory):
-            return _split(written)
+    async def generate(self, prompt: PromptSample, sample_index: int, sampling: Sampling) -> Split:
+        """Samples one response, and grades it where the run has a verifier."""
+        generated = await self._engine.generate(prompt, sample_index, sampling)
+        if self._verifier is None or isinstance(generated, LostTrajectory):
+            return _split(generated)
 
-        reward = await self._verifier.reward(cast(Trajectory, written.body))
-        return replace(written.header, reward=reward), written.body
+        reward = await self._verifier.reward(cast(Trajectory, generated.body))
+        return replace(generated.header, reward=reward), generated.body
 
-    async def connect_weights(self, init_info: Mapping[str, object]) -> None:  # noqa: D102
-        await self._engine.connect_weights(init_info)
+    async def call(self, method: str, *arguments: object) -> object:
+        """Calls another method of the engine; ``RemoteEngine`` has their types."""
+        return await getattr(self._engine, method)(*arguments)
 
-    async def receive_weights(self) -> None:  # noqa: D102
-        await self._engine.receive_weights()
-
-    async def check_weights(self) -> None:  # noqa: D102
-        await self._engine.check_weights()
-
-    async def install_weights(self, version: PolicyVersion) -> float:  # noqa: D102
-        return await self._engine.install_weights(version)
-
-    async def probe(self, token_ids: Int32Array) -> Float32Array:  # noqa: D102
-        return await self._engine.probe(token_ids)
-
-    async def version(self) -> PolicyVersion:  # noqa: D102
-        return await self._engine.version()
-
-    async def close(self) -> None:  # noqa: D102
+    async def close(self) -> None:
+        """Stops the verifier and the engine's processes."""
         if self._verifier is not None:
             self._verifier.close()
 
@@ -176,7 +175,7 @@ class RolloutActor(Actor):
 
 
 class RemoteEngine:
-    """A ``RolloutEngine`` and an ``EngineLink``: one rollout actor."""
+    """A remote engine is a ``RolloutEngine`` and an ``EngineLink``: the proxy of a rollout actor."""
 
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
@@ -184,45 +183,40 @@ class RemoteEngine:
     async def generate(  # noqa: D102
         self, prompt: PromptSample, sample_index: int, sampling: Sampling
     ) -> Stored[Trajectory] | LostTrajectory:
-        head, body = self._actor.generate.options(num_returns=2).remote(
-            prompt, sample_index, sampling
-        )
-        with dies_as(EngineDownError):
-            header = await _or_cancel(head)
-
-        return header if isinstance(header, LostTrajectory) else Stored(header, body)
+        call = self._actor.generate.options(num_returns=2)
+        return await _join(call.remote(prompt, sample_index, sampling), EngineDownError)
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None:  # noqa: D102
-        with dies_as(EngineDownError):
-            await self._actor.connect_weights.remote(init_info)
+        await self._call("connect_weights", init_info)
 
     async def receive_weights(self) -> None:  # noqa: D102
-        with dies_as(EngineDownError):
-            await self._actor.receive_weights.remote()
+        await self._call("receive_weights")
 
     async def check_weights(self) -> None:  # noqa: D102
-        with dies_as(EngineDownError):
-            await self._actor.check_weights.remote()
+        await self._call("check_weights")
 
     async def probe(self, token_ids: Int32Array) -> Float32Array:  # noqa: D102
-        with dies_as(EngineDownError):
-            return cast(Float32Array, await self._actor.probe.remote(token_ids))
+        return cast(Float32Array, await self._call("probe", token_ids))
 
     async def install_weights(self, version: PolicyVersion) -> float:  # noqa: D102
-        with dies_as(EngineDownError):
-            return float(await self._actor.install_weights.remote(version))
+        return cast(float, await self._call("install_weights", version))
 
     async def version(self) -> PolicyVersion:  # noqa: D102
+        return cast(PolicyVersion, await self._call("version"))
+
+    async def _call(self, method: str, *arguments: object) -> object:
         with dies_as(EngineDownError):
-            return PolicyVersion(*await self._actor.version.remote())
+            answer: object = await self._actor.call.remote(method, *arguments)
+            return answer
 
 
 class TeacherActor(Actor):
-    """Hosts one replica of a teacher."""
+    """A teacher actor hosts one replica of a teacher."""
 
     _scorer: "SignalScorer"
 
-    async def start(self, teacher: TeacherConfig, top_k: int, max_sequence_tokens: int) -> int:  # noqa: D102
+    async def start(self, teacher: TeacherConfig, top_k: int, max_sequence_tokens: int) -> int:
+        """Starts the scorer; returns its seats."""
         start: Callable[..., Awaitable[SignalScorer]]
         match teacher.backend:
             case "vllm":
@@ -243,36 +237,36 @@ class TeacherActor(Actor):
 
         return min(self._scorer.seats, MAX_REQUESTS)
 
-    async def ping(self) -> None:  # noqa: D102
+    async def ping(self) -> None:
+        """Returns when the scorer answers."""
         await self._scorer.ping()
 
-    async def score(self, header: Header, trajectory: Trajectory) -> Split:  # noqa: D102
+    async def score(self, header: Header, trajectory: Trajectory) -> Split:
+        """Scores one trajectory."""
         return _split(await self._scorer.score(Stored(header, trajectory)))
 
-    async def close(self) -> None:  # noqa: D102
+    async def close(self) -> None:
+        """Stops the scorer."""
         await self._scorer.close()
 
 
 class RemoteTeacher:
-    """A ``TeacherScorer``: one teacher actor."""
+    """A remote teacher is a ``TeacherScorer``: the proxy of a teacher actor."""
 
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
 
     async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:  # noqa: D102
-        head, body = self._actor.score.options(num_returns=2).remote(stored.header, stored.body)
+        call = self._actor.score.options(num_returns=2)
         try:
-            with dies_as(TeacherDownError):
-                header = await _or_cancel(head)
+            return await _join(call.remote(stored.header, stored.body), TeacherDownError)
         except ObjectLostError as error:
             detail = f"its body was lost: {error}"
             return LostTrajectory(
                 key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=detail
             )
 
-        return header if isinstance(header, LostTrajectory) else Stored(header, body)
-
     async def ping(self) -> None:
-        """Return when the scorer answers."""
+        """Returns when the scorer answers."""
         with dies_as(TeacherDownError):
             await self._actor.ping.remote()

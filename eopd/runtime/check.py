@@ -1,4 +1,4 @@
-"""The live part of a check: the teachers of a run, started alone and tested."""
+"""The live part of ``eopd check``: the teachers of a run are started alone, and tested."""
 
 import asyncio
 
@@ -12,12 +12,12 @@ from eopd.teacher.selftest import SelfTestReport
 
 
 def check_live(config: Config, prepared: Prepared) -> list[SelfTestReport]:
-    """Start every replica of every teacher on the run's cluster, test them, and stop them.
+    """Starts every replica of every teacher on the run's cluster, tests them, and stops them.
 
     Raises:
         ConfigError: the cluster is too small.
         StartError: a replica did not start.
-        TeacherSelfTestError: a teacher does not say what a teacher can say, or its replicas differ.
+        TeacherSelfTestError: a teacher's answers are not possible, or its replicas differ.
     """
     prompt_ids = prepared.train.prompts[0].token_ids
 

@@ -1,7 +1,7 @@
-"""Ray itself: start it here or join a cluster, and find out what is free there.
+"""Ray itself is started here, or a cluster joined, and what is free there is found out.
 
-What is used of Ray's internals was checked against 2.60: ``available_resources_per_node``; how a
-cluster that is started here comes by its token (``authentication_token_setup``); how often a driver
+The internals of Ray that are used were checked against 2.60: ``available_resources_per_node``; how
+a cluster that is started here gets its token (``authentication_token_setup``); how often a driver
 tries to join (``Node._init_gcs_client``).
 """
 
@@ -34,17 +34,17 @@ SETTLE_S: Final = 5.0  # what an ended run held is free again within seconds
 
 @contextmanager
 def connect(config: ClusterConfig) -> Iterator[None]:
-    """Join ``config.address`` or ``RAY_ADDRESS``, or else start Ray on this machine; leave it on
-    the way out.
+    """Joins ``config.address`` or ``RAY_ADDRESS``, or else starts Ray on this machine, for the time
+    of the block.
 
-    Under ``ray job submit`` the address is set by the job server, and so is the working directory:
-    neither is set again here.
+    Under ``ray job submit`` the job server sets the address and the working directory; neither is
+    set again here.
 
     Raises:
         ConfigError: the cluster cannot be reached or joined, or Ray cannot be started here.
     """
     address = cluster_address(config)
-    # how to switch it off: not asked
+    # it explains how to switch authentication off, which nobody asked
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
     local: dict[str, object] = {}
     if address == LOCAL:
@@ -69,10 +69,10 @@ def connect(config: ClusterConfig) -> Iterator[None]:
 
 
 def require_room(roles: Sequence[RoleResources]) -> None:
-    """Compare what the roles ask for with what is free in the cluster.
+    """Compares what the roles ask for with what is free in the cluster.
 
     Raises:
-        ConfigError: there is no room for all, and it was not made within ``SETTLE_S``.
+        ConfigError: there is no room for all of them, also after ``SETTLE_S``.
     """
     idle = [replace(node, free=node.total) for node in _nodes()]
     require_capacity(roles, idle)
@@ -89,7 +89,7 @@ def require_room(roles: Sequence[RoleResources]) -> None:
 
 
 def _nodes() -> list[Node]:
-    """The machines of the cluster; one that has not yet said what is free has nothing free."""
+    """Returns the machines of the cluster; one that has not reported yet has nothing free."""
     free = available_resources_per_node()
     return [
         Node(total=_capacity(node["Resources"]), free=_capacity(free.get(node["NodeID"], {})))
@@ -103,9 +103,7 @@ def _capacity(resources: dict[str, float]) -> Capacity:
 
 
 def _require_answer(address: str) -> None:
-    """Somebody listens at ``HOST:PORT``; what ``auto`` finds was written down by a cluster on
-    this machine.
-    """
+    """Checks that a server listens at ``HOST:PORT``; ``auto`` stands for a cluster on this machine."""
     if address == "auto":
         return
 
@@ -127,18 +125,18 @@ def _cannot(address: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Ray's reason in one line, without the traceback it may hold; the one it was raised from
-    says more.
+    """Returns Ray's reason in one line, without the traceback it may hold. The cause of an error
+    says more than the error.
     """
     text = str(error.__cause__ or error).partition("Last connection error: Traceback")[0]
     return " ".join(text.split())
 
 
 def _make_token() -> None:
-    """Let a cluster that is started here keep strangers out.
+    """Gives a cluster that is started here a token, which keeps other users out.
 
-    Ray does so by itself, with a token in the home directory. Where that takes no files, this
-    cluster has a token of its own, in the environment of its processes.
+    Ray makes one by itself in the home directory. Where that cannot be written, the token is in the
+    environment of this cluster's processes.
     """
     if os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         return
@@ -149,7 +147,7 @@ def _make_token() -> None:
 
 
 def memory_row() -> Row:
-    """What the object stores and this process hold now."""
+    """Returns the metrics of memory: of the object stores, and of this process."""
     return {
         "eopd_object_store_bytes": object_store_bytes(),
         "eopd_driver_memory_bytes": resident_bytes(),
@@ -157,19 +155,19 @@ def memory_row() -> Row:
 
 
 def resident_bytes() -> float:
-    """What this process holds in memory."""
+    """Returns the bytes of memory that this process holds."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return float(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def object_store_bytes() -> float:
-    """What all nodes' object stores hold now."""
+    """Returns the bytes that the object stores of all nodes hold."""
     name = "object_store_memory"
     return float(ray.cluster_resources().get(name, 0.0) - ray.available_resources().get(name, 0.0))
 
 
 def log_directory() -> str:
-    """Where Ray keeps what actors wrote that belong to no run."""
+    """Returns where Ray keeps the logs of actors that belong to no run."""
     return (
         f"{ray.get_runtime_context().get_session_name()}/logs, below Ray's folder for "
         "temporary files"
@@ -177,7 +175,7 @@ def log_directory() -> str:
 
 
 def is_job_copy(directory: Path) -> bool:
-    """Whether a directory lies in the copy of a working directory that ``ray job submit`` made; it
-    goes away with the job.
+    """Tells whether a directory lies in the copy of a working directory that ``ray job submit``
+    made; that copy is removed with the job.
     """
     return "working_dir_files" in directory.parts

@@ -1,5 +1,5 @@
-"""The rollout engines of a run: a ``Fleet`` of actors, whose newcomers are brought to the learner's
-version before they get work, and which ``eopd scale`` makes larger or smaller.
+"""The rollout engines of a run are a ``Fleet`` of actors. A newcomer gets the learner's weights before
+its first request; ``eopd scale`` changes the number of engines.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from eopd.pool import Pool
 from eopd.roles import EngineDownError, LearnerDownError, RolloutEngine
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import first_line
-from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, dies_as, end
+from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, dies_as, end_actor
 from eopd.runtime.placement import plan_rollout
 from eopd.types import Int32Array, PolicyVersion
 from eopd.weights.channel import BroadcastChannel
@@ -25,11 +25,11 @@ from eopd.weights.probe import Probe
 POLL_S = 1.0  # between two looks at what `eopd scale` asks for
 RETRY_S = 30.0  # after engines did not start
 _JOIN_AGAIN_S = 1.0
-_GRACE_S = 10.0  # the wire's own time-outs come first: they say what is wrong
+_GRACE_S = 10.0  # the wire's own time-outs come first: they tell what is wrong
 
 
-class EngineBody:
-    """The actor of one engine."""
+class EngineProcess:
+    """An engine process is the actor of one rollout engine, for a ``Fleet``."""
 
     def __init__(
         self,
@@ -44,48 +44,51 @@ class EngineBody:
         self._arguments = (student, rollout, max_sequence_tokens, PolicyVersion(0, 0), grader)
 
     async def start(self) -> int:
-        """Start the engine with the student as it was given; returns how many responses it
-        writes at a time.
-        """
+        """Starts the engine with the weights of ``student.model``; returns its seats."""
         with dies_as(EngineDownError):
             return int(await self._actor.start.remote(*self._arguments))
 
     async def end(self) -> None:
-        """Stop the engine's processes and the actor."""
-        await end(self._actor)
+        """Stops the engine's processes and the actor."""
+        await end_actor(self._actor)
 
 
 def engine_fleet(
-    spawn: Spawn, config: Config, spend: Callable[[str], None], say: Callable[[str], None]
+    spawn: Spawn, config: Config, count_loss: Callable[[str], None], log: Callable[[str], None]
 ) -> Fleet[RolloutEngine]:
-    """The engines of a run; ``spawn`` makes their actors and answers for their end."""
+    """Returns the fleet of a run's engines; ``spawn`` makes their actors, and its owner ends them."""
     rollout = config.rollout
     plan = plan_rollout(rollout)
     grader = config.loss.reward.grader if config.loss.reward else None
 
-    def bodies(numbers: Sequence[int]) -> list[EngineBody]:
+    def processes(numbers: Sequence[int]) -> list[EngineProcess]:
         actors = spawn(RolloutActor, plan, numbers, max_concurrency=MAX_CALLS)
         return [
-            EngineBody(actor, config.student, rollout, config.max_sequence_tokens, grader)
+            EngineProcess(actor, config.student, rollout, config.max_sequence_tokens, grader)
             for actor in actors
         ]
 
     return Fleet(
         "rollout engine",
         Pool("rollout engine", timeout_s=rollout.timeout_s, ping=lambda engine: engine.version()),  # type: ignore[attr-defined]
-        spawn=bodies,
+        spawn=processes,
         size=plan.actors,
-        spend=spend,
+        count_loss=count_loss,
         start_timeout_s=config.cluster.start_timeout_s,
-        say=say,
+        log=log,
     )
 
 
-def connect(
+def open_channel(
     fleet: Fleet[RolloutEngine], sender: SenderLink, config: Config, text: Int32Array
 ) -> BroadcastChannel:
-    """The channel from ``sender`` to all engines, those to come included; ``text`` is what
-    they are probed with.
+    """Opens the channel from ``sender`` to all engines of a fleet, also to newcomers.
+
+    Args:
+        fleet: the engines.
+        sender: the learner.
+        config: the run's.
+        text: int32[N], tokens by which engines are compared with the learner.
     """
     weights = config.weights
     channel = BroadcastChannel(
@@ -106,41 +109,40 @@ def connect(
         while True:
             try:
                 return await channel.join(number, engine)  # type: ignore[arg-type]
-            except LearnerDownError:  # another one is being started
+            except LearnerDownError:  # another learner is being started
                 await asyncio.sleep(_JOIN_AGAIN_S)
 
-    fleet.join, fleet.leave, fleet.part = join, channel.leave, channel.part
+    fleet.join, fleet.after_loss, fleet.after_drain = join, channel.leave, channel.part
 
     return channel
 
 
 async def scale_on_request(
-    directory: RunDirectory, fleet: Fleet[RolloutEngine], tell: Callable[[str], None]
+    directory: RunDirectory, fleet: Fleet[RolloutEngine], log: Callable[[str], None]
 ) -> Never:
-    """Bring the run to as many engines as ``eopd scale`` asks for, again and again."""
+    """Scales the fleet to the number of engines that ``eopd scale`` asks for, again and again."""
     while True:
         await asyncio.sleep(POLL_S)
-        wanted = directory.engines_asked_for()
-        if wanted is None or wanted == fleet.size:
+        size = directory.engines_asked_for()
+        if size is None or size == fleet.size:
             continue
 
-        tell(f"from {fleet.size} rollout engines to {wanted}")
+        log(f"from {fleet.size} rollout engines to {size}")
 
         try:
-            await fleet.scale(wanted)
+            await fleet.scale(size)
         except Exception as error:  # noqa: BLE001 - whatever keeps a newcomer from starting ends no run
-            tell(
+            log(
                 f"{fleet.size} rollout engines, no more: {first_line(error)}; trying again "
                 f"in {RETRY_S:.0f} s"
             )
             await asyncio.sleep(RETRY_S)
         else:
-            tell(f"{wanted} rollout engines")
+            log(f"{size} rollout engines")
 
 
 def _workers(rollout: RolloutConfig) -> int:
-    """VLLM workers of one rollout engine: each takes part in the weight transfer."""
+    """Returns the vLLM workers of one rollout engine; each takes part in the weight transfer."""
     options = rollout.vllm
-    return int(str(options.get("tensor_parallel_size", 1))) * int(
-        str(options.get("pipeline_parallel_size", 1))
-    )
+    tensor_parallel = int(str(options.get("tensor_parallel_size", 1)))
+    return tensor_parallel * int(str(options.get("pipeline_parallel_size", 1)))

@@ -1,4 +1,4 @@
-"""A benchmark on rollout engines: model directory and JSONL in, avg@n and pass@k out."""
+"""A benchmark runs on rollout engines: a model directory and rows go in, avg@n and pass@k come out."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from eopd.types import Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """What to ask and how to grade it."""
+    """A benchmark is what to ask, how often, and how to grade it."""
 
     prompts: PromptsConfig
     grader: GraderName
@@ -28,14 +28,14 @@ class Benchmark:
     seed: int
 
 
-def evaluate(
+def evaluate_model(
     student: StudentConfig,
     rollout: RolloutConfig,
     benchmark: Benchmark,
     config: ClusterConfig,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> BenchmarkResult:
-    """Run one benchmark; ``say`` is told what a user may want to know of the data.
+    """Runs one benchmark; ``log`` is called with notes on the data.
 
     Raises:
         ConfigError: the model or the data is missing, or a row has no answer that the grader can
@@ -48,7 +48,7 @@ def evaluate(
     require_answers(data)
     require_readable_answers(data, benchmark.grader)
     for note in data.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
 
     sampling = Sampling(
         temperature=rollout.temperature, max_tokens=rollout.max_response_tokens, seed=benchmark.seed

@@ -1,14 +1,13 @@
-"""What the paths of a config stand for, as digests: a checkpoint keeps them, and a run that goes on
-is compared.
+"""The contents of a config's paths are digested. A checkpoint keeps the digests, and a run that
+continues from it is compared with them: a path may change where the contents are the same.
 
-A path may change where the contents are the same. Left out: the bytes of weights. The student's
-come from the checkpoint; those of a teacher would take minutes to read, and stand here by their
-names and sizes.
+Left out: the bytes of weights. The student's come from the checkpoint; those of a teacher would
+take minutes to read, so that their names and sizes stand for them.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -19,49 +18,42 @@ from eopd.prompts import PromptSet
 MADE_AS: Final = "1"  # another number with every change of this file that changes a digest
 WEIGHTS: Final = ("*.safetensors", "*.bin")
 TOKENIZER: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-# the student's is seen in its prompts
+# how a teacher renders prompts; how the student does shows in the token ids of its prompts
 RENDERING: Final = ("chat_template.jinja", "tokenizer_config.json")
-# of config.json
-_SAYS_NOTHING: Final = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
+# keys of config.json that change nothing of the model
+_IRRELEVANT: Final = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
 
 def digests(config: Config, prepared: Prepared) -> dict[str, str]:
-    """By key of the config (teachers by name), what it stands for; under ``made_as``, how the
-    digests are made.
+    """Returns the digest of each path's contents by key of the config, and by name for teachers;
+    ``made_as`` is the version of the digests.
 
     Prompts are compared as they are trained on: their order, ids, sources, answers and token ids.
     """
-    found = {
+    digest_of = {
         "made_as": MADE_AS,
-        "prompts.data": _of_prompts(prepared.train),
-        "prompts.held_out": _of_prompts(prepared.held_out),
-        "student.model": _of_model(config.student.model, weights=False),
+        "prompts.data": _digest(_prompt_parts(prepared.train)),
+        "prompts.held_out": _digest(_prompt_parts(prepared.held_out)),
+        "student.model": _digest_model(config.student.model, weights=False),
     }
-    teachers = {
-        f"teachers.{t.name}.model": _of_model(t.model, weights=True) for t in config.teachers
-    }
-    return found | teachers
+    for teacher in config.teachers:
+        digest_of[f"teachers.{teacher.name}.model"] = _digest_model(teacher.model, weights=True)
+
+    return digest_of
 
 
-def _of_prompts(prompts: PromptSet) -> str:
-    return _digest(
-        part
-        for prompt in prompts.prompts
-        for part in (
-            prompt.prompt_id.encode(),
-            prompt.source.encode(),
-            repr(prompt.reference_answer).encode(),
-            prompt.token_ids.tobytes(),
-        )
-    )
+def _prompt_parts(prompts: PromptSet) -> Iterator[bytes]:
+    for prompt in prompts.prompts:
+        yield prompt.prompt_id.encode()
+        yield prompt.source.encode()
+        yield repr(prompt.reference_answer).encode()
+        yield prompt.token_ids.tobytes()
 
 
-def _of_model(directory: Path, *, weights: bool) -> str:
-    shape: Mapping[str, object] = json.loads(
-        (directory / "config.json").read_text(encoding="utf-8")
-    )
-    kept = {key: value for key, value in shape.items() if key not in _SAYS_NOTHING}
-    parts = [json.dumps(kept, sort_keys=True).encode()]
+def _digest_model(directory: Path, *, weights: bool) -> str:
+    keys: Mapping[str, object] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    relevant = {key: value for key, value in keys.items() if key not in _IRRELEVANT}
+    parts = [json.dumps(relevant, sort_keys=True).encode()]
     parts += [path.read_bytes() for name in TOKENIZER if (path := directory / name).is_file()]
     if weights:
         parts += [path.read_bytes() for name in RENDERING if (path := directory / name).is_file()]

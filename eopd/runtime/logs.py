@@ -1,13 +1,13 @@
-"""What every process of a run says, in one place: ``runs/<name>/logs/``.
+"""The logs of all processes of a run are collected in ``runs/<name>/logs/``.
 
-    logs/driver.log       what the run says on the terminal, and warnings of the driver
+    logs/driver.log       messages of the run on the terminal, and warnings of the driver
          rollout-0.log    every line of an actor and of the processes it owns, whatever node it is on
          learner-0.log    ...
 
 A line is ``2026-11-24T22:54:37 rollout-0 text``, or with ``telemetry.log_format: json`` an object
-with ``time``, ``role``, ``node``, ``pid`` and ``text``. A replaced actor goes on in the file of the
-one before it. A file that has grown to ``FULL_BYTES`` becomes ``rollout-0.log.1``, in place of the
-one before it: a role's newest lines are kept, and at most twice as many bytes.
+with ``time``, ``role``, ``node``, ``pid`` and ``text``. A replaced actor continues the file of its
+predecessor. A file that has grown to ``FULL_BYTES`` is renamed to ``rollout-0.log.1``, over the
+older one: so the newest lines of a role are kept, at most ``2 * FULL_BYTES`` of them.
 
 Ray's log monitors send all lines to the driver, within about half a second. The dispatcher that
 hands them out there is Ray's own (``ray._private.ray_logging``), checked against 2.60.
@@ -32,7 +32,7 @@ logger = logging.getLogger("eopd")
 
 
 class Batch(TypedDict):
-    """Lines of one worker process, as Ray hands them out."""
+    """A batch holds lines of one worker process, as Ray hands them out."""
 
     ip: str
     pid: str
@@ -41,14 +41,14 @@ class Batch(TypedDict):
 
 
 class RunLogs(logging.Handler):
-    """Writes the files; takes the driver's own records as a logging handler."""
+    """A logging handler that writes the driver's records, and the lines of actors, to their files."""
 
     def __init__(self, directory: Path, log_format: Literal["text", "json"]) -> None:
         super().__init__()
         self._directory, self._json = directory, log_format == "json"
 
     def take(self, batch: Mapping[str, object]) -> None:
-        """Lines from Ray; those of its own processes (``actor_name`` is empty) stay in Ray's
+        """Writes lines from Ray. Those of Ray's own processes (``actor_name`` is empty) stay in Ray's
         logs.
         """
         lines: Batch = batch  # type: ignore[assignment]
@@ -56,15 +56,15 @@ class RunLogs(logging.Handler):
             self._write(lines["actor_name"], lines["lines"], node=lines["ip"], pid=lines["pid"])
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A record of the driver."""
+        """Writes a record of the driver."""
         self._write("driver", [self.format(record)], node="driver", pid=str(record.process))
 
     def _write(self, role: str, lines: Sequence[str], *, node: str, pid: str) -> None:
-        """Append; a disk that does not take it costs these lines, never the run."""
+        """Appends to the file of a role; on a disk that is full the lines are lost, not the run."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S")
         # a progress bar is many lines
-        parts = (part for line in lines for part in re.split("[\r\n]+", line))
-        lines = [part for part in parts if part.strip()]
+        pieces = (piece for line in lines for piece in re.split("[\r\n]+", line))
+        lines = [piece for piece in pieces if piece.strip()]
         if self._json:
             records = [
                 {"time": now, "role": role, "node": node, "pid": int(pid), "text": line}
@@ -83,23 +83,21 @@ class RunLogs(logging.Handler):
             if path.stat().st_size >= FULL_BYTES:
                 path.replace(path.with_name(f"{path.name}.1"))
         except OSError:
-            return  # the run's own files meet the same disk, and say so
+            return  # the run's own files meet the same disk, and raise
 
 
 def silence() -> None:
-    """Keep Ray from printing actors' lines among the driver's; to be called once it is
-    initialised.
-    """
+    """Keeps Ray from printing actors' lines among the driver's; to be called after ``ray.init``."""
     dispatcher.remove_handler("ray_print_logs")
 
 
 @contextmanager
 def collect(directory: Path, log_format: Literal["text", "json"]) -> Iterator[None]:
-    """Write the logs of all actors, and the driver's, while the block runs.
+    """Writes the logs of all actors and of the driver while the block runs.
 
     Args:
-        directory: made where it is missing.
-        log_format: of the lines.
+        directory: where the files go; it is made where it is missing.
+        log_format: the format of their lines.
     """
     directory.mkdir(exist_ok=True)
     logs = RunLogs(directory, log_format)

@@ -1,5 +1,4 @@
-"""Config to resources and environment, pure: what each actor asks of Ray, and what its processes
-see.
+"""A config decides what each actor asks of Ray, and the environment of its processes. Pure functions.
 
 Thread counts are set explicitly: Ray's CPU numbers are admission, not affinity, and may be
 fractional.
@@ -10,9 +9,10 @@ from dataclasses import dataclass
 
 from eopd.config import Config, ConfigError, LearnerConfig, RolloutConfig, TeacherConfig
 
-# What every process of ours sees: no phone-home, no hub look-ups at start, quiet libraries. Threads
-# of OpenMP that wait for each other sleep: where roles share cores, one that spins keeps off the
-# one it waits for, which took half of all tokens/s (tests/bench/bench_overlap.py).
+# The environment of every process: no telemetry of libraries, no progress bars, few messages.
+# Threads of OpenMP sleep while they wait for each other: where roles share cores, a thread that
+# spins keeps the one it waits for off its core, which cost half of all tokens/s
+# (tests/bench/bench_overlap.py).
 COMMON_ENV: Mapping[str, str] = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -22,12 +22,12 @@ COMMON_ENV: Mapping[str, str] = {
 }
 
 
-ROUNDING = 1e-6  # of sums of fractions
+ROUNDING = 1e-6  # the error of sums of fractions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """CPUs and GPUs."""
+    """A capacity is a number of CPUs and of GPUs."""
 
     cpus: float
     gpus: float
@@ -35,7 +35,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """One machine of a cluster: what it has, and what nobody holds of it now."""
+    """A node is a machine of the cluster: what it has in total, and what is free now."""
 
     total: Capacity
     free: Capacity
@@ -43,7 +43,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleResources:
-    """What one actor of a role asks for."""
+    """The number of actors of a role, and what each of them asks for."""
 
     role: str
     actors: int
@@ -53,7 +53,7 @@ class RoleResources:
 
 
 def vllm_env(threads: int) -> dict[str, str]:
-    """Environment of an actor that hosts a vLLM engine; its engine and worker processes
+    """Returns the environment of an actor that hosts a vLLM engine; its engine and worker processes
     inherit it (vLLM 0.32.0).
     """
     return dict(COMMON_ENV) | {
@@ -66,13 +66,13 @@ def vllm_env(threads: int) -> dict[str, str]:
 
 
 def learner_env(threads: int, *, gpu: bool) -> dict[str, str]:
-    """Environment of a learner rank."""
+    """Returns the environment of a learner rank."""
     env = dict(COMMON_ENV) | {"OMP_NUM_THREADS": str(threads), "LOCAL_RANK": "0"}
     return env if gpu else env | {"DS_ACCELERATOR": "cpu"}
 
 
 def plan(config: Config) -> tuple[RoleResources, ...]:
-    """What a training run asks for: learner, rollout, and every teacher."""
+    """Returns what a training run asks for: learner, rollout, and every teacher."""
     return (
         plan_learner(config.learner),
         plan_rollout(config.rollout),
@@ -81,7 +81,7 @@ def plan(config: Config) -> tuple[RoleResources, ...]:
 
 
 def plan_learner(learner: LearnerConfig) -> RoleResources:
-    """What the learner ranks ask for."""
+    """Returns what the learner ranks ask for."""
     env = learner_env(learner.threads, gpu=learner.gpus > 0)
     return RoleResources(
         role="learner", actors=learner.ranks, cpus=learner.cpus, gpus=learner.gpus, env=env
@@ -89,7 +89,7 @@ def plan_learner(learner: LearnerConfig) -> RoleResources:
 
 
 def plan_teacher(teacher: TeacherConfig) -> RoleResources:
-    """What a teacher's replicas ask for; each of a served one is a client."""
+    """Returns what a teacher's replicas ask for. A replica of a served teacher is a client."""
     return RoleResources(
         role=f"teacher {teacher.name}",
         actors=teacher.replicas,
@@ -100,7 +100,7 @@ def plan_teacher(teacher: TeacherConfig) -> RoleResources:
 
 
 def plan_rollout(rollout: RolloutConfig) -> RoleResources:
-    """What the rollout engines ask for."""
+    """Returns what the rollout engines ask for."""
     env = vllm_env(rollout.threads)
     return RoleResources(
         role="rollout", actors=rollout.engines, cpus=rollout.cpus, gpus=rollout.gpus, env=env
@@ -108,12 +108,12 @@ def plan_rollout(rollout: RolloutConfig) -> RoleResources:
 
 
 def require_capacity(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> None:
-    """Compare what all roles ask for with what there is and what is free, and each actor with
+    """Compares what all roles ask for with what the cluster has and what is free, and each actor with
     single nodes.
 
     Raises:
-        ConfigError: together they ask for more than there is or than is free, one for more than any
-            node has or has free, or what is free is scattered over too many nodes.
+        ConfigError: together they ask for more than there is or than is free, an actor for more
+            than any node has or has free, or what is free is scattered over too many nodes.
     """
     for resource in ("cpus", "gpus"):
         total = [getattr(node.total, resource) for node in nodes]
@@ -121,18 +121,19 @@ def require_capacity(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> N
         _require_sum(roles, resource, sum(total), sum(free))
 
         for role in roles:
-            one = f"{_key(role)}.{resource}: one actor asks for {getattr(role, resource):g}"
-            if getattr(role, resource) > max(total) + ROUNDING:
-                raise ConfigError(f"{one}; the largest node has {max(total):g}")
+            number = getattr(role, resource)
+            request = f"{_key(role)}.{resource}: one actor asks for {number:g}"
+            if number > max(total) + ROUNDING:
+                raise ConfigError(f"{request}; the largest node has {max(total):g}")
 
-            if getattr(role, resource) > max(free) + ROUNDING:
-                raise ConfigError(f"{one}; no node has more than {max(free):g} free")
+            if number > max(free) + ROUNDING:
+                raise ConfigError(f"{request}; no node has more than {max(free):g} free")
 
     _require_places(roles, nodes)
 
 
 def room_here(config: Config, *, cpus: float, gpus: float) -> str | None:
-    """What a run lacks where Ray is started on a machine of so many CPUs and GPUs."""
+    """Returns what a run lacks where Ray is started on a machine of so many CPUs and GPUs, or None."""
     here = Capacity(cpus=config.cluster.cpus or cpus, gpus=gpus)
     try:
         require_capacity(plan(config), [Node(total=here, free=here)])
@@ -156,11 +157,15 @@ def _require_sum(roles: Sequence[RoleResources], resource: str, total: float, fr
 
 
 def _require_places(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> None:
-    """Give every actor, the largest first, the first node that has room for it."""
-    left = [node.free for node in nodes]
+    """Gives every actor, the largest first, the first node that has room for it.
+
+    Raises:
+        ConfigError: a node is missing for one of them.
+    """
+    remaining = [node.free for node in nodes]
     for role in sorted(roles, key=lambda role: (role.gpus, role.cpus), reverse=True):
         for _ in range(role.actors):
-            fits = (index for index, free in enumerate(left) if _fits(role, free))
+            fits = (index for index, free in enumerate(remaining) if _fits(role, free))
             if (index := next(fits, None)) is None:
                 free = ", ".join(
                     f"{node.free.cpus:g} cpus and {node.free.gpus:g} gpus" for node in nodes
@@ -171,8 +176,9 @@ def _require_places(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> No
                     f"{free}"
                 )
 
-            left[index] = Capacity(
-                cpus=left[index].cpus - role.cpus, gpus=left[index].gpus - role.gpus
+            free_before = remaining[index]
+            remaining[index] = Capacity(
+                cpus=free_before.cpus - role.cpus, gpus=free_before.gpus - role.gpus
             )
 
 
@@ -181,5 +187,5 @@ def _fits(role: RoleResources, free: Capacity) -> bool:
 
 
 def _key(role: RoleResources) -> str:
-    """Where the role stands in the config."""
+    """Returns the key of the role in the config."""
     return role.role.replace("teacher ", "teachers.", 1)

@@ -1,12 +1,12 @@
-"""What a worker process takes from the environment it was started in, and what it does not.
+"""A worker process cleans the environment that it was started in.
 
 An actor inherits the environment of its node: of a pod, a batch job, or the shell that ``eopd`` was
-called from. Some of it is meant for others and breaks the libraries of a run. It is put right here,
-in the process itself and before these libraries are imported: Ray's own ``env_vars`` can set a
-variable, and cannot take one away.
+called from. Some variables are meant for other programs and break the libraries of a run. They are
+removed here, in the process itself and before these libraries are imported: Ray's own ``env_vars``
+can set a variable, and cannot remove one.
 
-Left out: variables by which a user tunes a library on purpose, such as ``VLLM_ATTENTION_BACKEND``
-or ``NCCL_DEBUG``.
+Left alone are variables by which a user tunes a library on purpose, such as
+``VLLM_ATTENTION_BACKEND`` or ``NCCL_DEBUG``.
 """
 
 import os
@@ -36,9 +36,9 @@ _URL = re.compile(r"(tcp|udp|sctp)://")
 _LINK = r"_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 
 
-def settle(environ: MutableMapping[str, str]) -> None:
-    """Put the environment of a worker process right, in place; to be called before any heavy
-    library is imported.
+def clean_environment(environ: MutableMapping[str, str]) -> None:
+    """Cleans the environment of a worker process, in place; to be called before any heavy library is
+    imported.
 
     * Kubernetes describes every Service in variables that begin with its name. Those of one called
       ``vllm`` or ``master`` read like options (``VLLM_PORT=tcp://10.0.0.1:8000``), so all are
@@ -63,33 +63,26 @@ def settle(environ: MutableMapping[str, str]) -> None:
 
 
 def service_links(environ: Mapping[str, str]) -> list[str]:
-    """The variables by which Kubernetes describes Services, without those of its own.
+    """Returns the variables by which Kubernetes describes Services, without those of its own.
 
     ``VLLM_PORT=tcp://10.0.0.1:8000`` makes ``VLLM`` a Service, and so do ``VLLM_SERVICE_HOST`` and
     ``VLLM_SERVICE_PORT`` together; then ``VLLM_PORT_8000_TCP_ADDR`` is one of its variables, too.
     """
-    services = {
-        *(
-            name.removesuffix("_PORT")
-            for name in environ
-            if name.endswith("_PORT") and _URL.match(environ[name])
-        ),
-        *(
-            name.removesuffix("_SERVICE_HOST")
-            for name in environ
-            if name.endswith("_SERVICE_HOST")
-            and name.replace("_SERVICE_HOST", "_SERVICE_PORT") in environ
-        ),
-    }
+    services = set()
+    for name in environ:
+        if name.endswith("_PORT") and _URL.match(environ[name]):
+            services.add(name.removesuffix("_PORT"))
+
+        service = name.removesuffix("_SERVICE_HOST")
+        if service != name and f"{service}_SERVICE_PORT" in environ:
+            services.add(service)
+
     links = [re.compile(re.escape(service) + _LINK) for service in services - {"KUBERNETES"}]
-    found: dict[str, None] = {}
-    for link in links:
-        found |= dict.fromkeys(filter(link.fullmatch, environ))
-    return list(found)
+    return [name for name in environ if any(link.fullmatch(name) for link in links)]
 
 
 def takes_files(directory: Path) -> bool:
-    """Whether a file can be written in a directory now."""
+    """Tells whether a file can be written in a directory now."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"1")
@@ -100,22 +93,20 @@ def takes_files(directory: Path) -> bool:
 
 
 def _home(environ: Mapping[str, str]) -> Path | None:
-    """The home directory; None where there is no absolute one."""
+    """Returns the home directory, or None where there is no absolute one."""
     home = environ.get("HOME") or _entry_home()
     return Path(home) if os.path.isabs(home) else None
 
 
 def _make_home() -> Path:
-    """A directory of this user alone, the same one every time unless somebody else was there
-    first.
-    """
+    """Makes a directory of this user alone: the same one every time, unless another user has it."""
     home = Path(tempfile.gettempdir(), f"eopd-home-{os.getuid()}")
     with suppress(FileExistsError):
         home.mkdir(mode=0o700)
 
-    found = home.lstat()
-    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-    return home if ours else Path(tempfile.mkdtemp(prefix="eopd-home-"))
+    entry = home.lstat()
+    is_ours = stat.S_ISDIR(entry.st_mode) and entry.st_uid == os.getuid()
+    return home if is_ours else Path(tempfile.mkdtemp(prefix="eopd-home-"))
 
 
 def _entry_home() -> str:
@@ -126,7 +117,7 @@ def _entry_home() -> str:
 
 
 def _has_name(environ: Mapping[str, str]) -> bool:
-    """Whether ``getpass.getuser`` finds the user's name."""
+    """Tells whether ``getpass.getuser`` finds the user's name."""
     if any(environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
         return True
 

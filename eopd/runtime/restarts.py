@@ -1,5 +1,5 @@
-"""How many losses a run survives: each lost worker is counted once, and too many within a
-window end the run.
+"""A run survives a limited number of losses: each lost worker is counted once, and too many within a
+window of time end the run.
 """
 
 import math
@@ -9,19 +9,19 @@ from collections.abc import Callable
 
 from eopd.types import RunFailedError
 
-WORKERS = 8  # that ``cluster.max_restarts`` is meant for; a larger run may lose more
+WORKERS = 8  # the workers that ``cluster.max_restarts`` is meant for; a larger run may lose more
 
 
 class TooManyRestartsError(RunFailedError):
-    """More losses within the window than a run may have; names their causes."""
+    """More workers were lost within the window than a run may lose; the message has the causes."""
 
 
 class RestartBudget:
-    """At most ``max_restarts`` lost workers for every ``WORKERS`` that a run has, within
-    ``window_s`` seconds.
+    """A restart budget allows ``max_restarts`` lost workers for every ``WORKERS`` that a run has,
+    within ``window_s`` seconds.
 
     Args:
-        max_restarts: of a run with up to ``WORKERS`` workers.
+        max_restarts: the losses that are allowed for up to ``WORKERS`` workers.
         window_s: seconds that a loss counts.
         num_workers: how many workers the run has now: engines, teacher replicas, and the learner's
             gang as one.
@@ -35,8 +35,8 @@ class RestartBudget:
         self._window_s = window_s
         self._causes: deque[tuple[float, str]] = deque()
 
-    def spend(self, cause: str) -> None:
-        """Count one lost worker.
+    def count_loss(self, cause: str) -> None:
+        """Counts one lost worker.
 
         Raises:
             TooManyRestartsError: it is one too many.

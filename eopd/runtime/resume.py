@@ -1,17 +1,17 @@
-"""How a process takes up a run: from the beginning, from a checkpoint, or not at all; decided
-before anything starts.
+"""A process takes up a run: it begins it, continues it from a checkpoint, or refuses to. That is
+decided here, before anything starts.
 
     what the run directory holds          without --resume   --resume              --resume auto
     nothing                               begins             refused               begins
     no finished step                      begins             refused               begins
-    steps, and no checkpoint              refused            refused               begins again, and says so
+    steps, and no checkpoint              refused            refused               begins again, with a note
     checkpoints of which none is whole    refused            refused               refused
-    a whole checkpoint                    refused            goes on from it       goes on from it
+    a whole checkpoint                    refused            continues from it     continues from it
     the same, complete                    refused            measured again        nothing to do
 
-``take_up`` only reads. What stands there of steps after the checkpoint, and the old config, is
-given up by ``TakenUp.carry_out``, which the run calls once its actors have loaded the checkpoint: a
-start that fails costs nothing.
+``take_up`` only reads. ``TakenUp.carry_out`` removes the old config, and what the directory holds of
+steps after the checkpoint. The run calls it once its actors have loaded the checkpoint: a start that
+fails costs nothing.
 """
 
 import shutil
@@ -39,25 +39,25 @@ from eopd.run.record import Summary
 
 Resume = Literal["no", "yes", "auto"]
 
-MUST_BE_THE_SAME: Final = ("prompts.data", "student.model")  # of what inputs.py compares
+MUST_BE_THE_SAME: Final = ("prompts.data", "student.model")  # of the paths that inputs.py digests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TakenUp:
-    """A run that a process takes up. ``checkpoint``, its ``state`` and the ``summary`` are None at
-    the beginning.
+    """A run that a process takes up. ``checkpoint``, ``state`` and ``summary`` are None where it
+    begins.
 
     Args:
-        directory: that of the run.
-        config: the one given.
-        inputs: the digests of what the config's paths stand for.
-        checkpoint: where it goes on from.
-        state: what the driver knew there.
-        summary: as it was last written.
+        directory: the run's directory.
+        config: the config for this process.
+        inputs: the digests of what the config's paths hold.
+        checkpoint: the checkpoint that the run continues from.
+        state: the driver's part of that checkpoint.
+        summary: the summary that was written last.
         changes: what is computed in another way from here on.
         total_changes: the number of such changes in the life of the run.
-        complete: nothing is left to do.
-        notes: what a person should know.
+        complete: whether nothing is left to do.
+        notes: messages for people.
     """
 
     directory: RunDirectory
@@ -72,12 +72,12 @@ class TakenUp:
     notes: Sequence[str] = ()
 
     def begin(self) -> None:
-        """Make a new run's files, where it is one."""
+        """Makes the files of a run that begins."""
         if self.checkpoint is None:
             RunDirectory.create(self.config)
 
     def carry_out(self) -> None:
-        """Go on from the checkpoint: forget what came after it, and keep the new config."""
+        """Removes what came after the checkpoint, and keeps the new config."""
         if self.checkpoint is None:
             return
 
@@ -94,16 +94,16 @@ class TakenUp:
 def take_up(
     config: Config, inputs: Mapping[str, str], resume: Resume = "no", step: int | None = None
 ) -> TakenUp:
-    """Decide how the run of a config is taken up; the caller holds its lock.
+    """Decides how the run of a config is taken up; the caller holds its lock.
 
     Args:
-        config: what was given now.
-        inputs: see ``inputs.digests``.
-        resume: as on the command line.
-        step: of the checkpoint to go on from; else the newest that is whole.
+        config: the config for this process.
+        inputs: the digests of what its paths hold, from ``inputs.digests``.
+        resume: ``--resume`` of the command line.
+        step: the step of the checkpoint to continue from; else the newest that is whole.
 
     Raises:
-        ConfigError: it cannot be taken up so; names what can be done.
+        ConfigError: it cannot be taken up so; the message has what can be done.
     """
     directory = RunDirectory(config.run.path)
     directory.require_no_stranger()
@@ -135,7 +135,7 @@ def take_up(
 
     state = _state_of(checkpoint)
     config = with_student_dtype_of(directory.config_at(state.step), config)
-    found = what_changed(directory, config, state, inputs)
+    changed = what_changed(directory, config, state, inputs)
 
     return replace(
         new,
@@ -143,9 +143,9 @@ def take_up(
         checkpoint=checkpoint,
         state=state,
         summary=summary,
-        changes=found,
-        total_changes=directory.num_changes(state.step) + len(found),
-        notes=_notes(directory, checkpoint, checkpoints, found, named=step is not None),
+        changes=changed,
+        total_changes=directory.num_changes(state.step) + len(changed),
+        notes=_notes(directory, checkpoint, checkpoints, changed, named=step is not None),
     )
 
 
@@ -161,10 +161,10 @@ def _summary_of(directory: RunDirectory) -> Summary:
 
 
 def _state_of(checkpoint: Path) -> DriverState:
-    """What the driver knew at a checkpoint.
+    """Reads the driver's part of a checkpoint.
 
     Raises:
-        ConfigError: another version knew something else.
+        ConfigError: it is damaged, or another version wrote it.
     """
     state = DriverState.read(checkpoint)
     try:
@@ -179,8 +179,10 @@ def _state_of(checkpoint: Path) -> DriverState:
 
 
 def require_no_broken(directory: RunDirectory) -> None:
-    """Raises ConfigError where there are checkpoints, and none is whole: a person may want to
-    mend one.
+    """Refuses a directory whose checkpoints are all broken: a person may want to mend one.
+
+    Raises:
+        ConfigError: there are checkpoints, and none is whole.
     """
     if broken := broken_checkpoints(directory.checkpoints):
         faults = "; ".join(f"{checkpoint.name}: {why}" for checkpoint, why in broken.items())
@@ -192,7 +194,11 @@ def require_no_broken(directory: RunDirectory) -> None:
 
 
 def _begin(directory: RunDirectory, resume: Resume) -> list[str]:
-    """What to say of a run that begins, there being no checkpoint."""
+    """Returns notes on a run that begins, since there is no checkpoint.
+
+    Raises:
+        ConfigError: ``resume`` does not allow it to begin.
+    """
     path, steps = directory.path, directory.num_steps()
     if not directory.holds_a_run() and not steps:
         if resume == "yes":
@@ -218,14 +224,14 @@ def _begin(directory: RunDirectory, resume: Resume) -> list[str]:
 def _notes(
     directory: RunDirectory,
     checkpoint: Path,
-    whole: Sequence[Path],
-    found: Sequence[Change],
+    checkpoints: Sequence[Path],
+    changed: Sequence[Change],
     *,
     named: bool,
 ) -> list[str]:
     step = step_of(checkpoint)
     notes = [] if named else directory.passed_over()
-    later = [path.name for path in whole if step_of(path) > step]
+    later = [path.name for path in checkpoints if step_of(path) > step]
     rows = directory.num_steps() - step
     if later:
         notes.append(
@@ -233,47 +239,44 @@ def _notes(
             f"rows of {rows} later steps are removed"
         )
 
-    return [*notes, *(f"from step {step + 1}: {change}" for change in found)]
+    return [*notes, *(f"from step {step + 1}: {change}" for change in changed)]
 
 
 def what_changed(
     directory: RunDirectory, config: Config, state: DriverState, inputs: Mapping[str, str]
 ) -> list[Change]:
-    """What is computed in another way after a checkpoint.
+    """Returns what is computed in another way after a checkpoint.
 
     Raises:
-        ConfigError: something changed that makes it another run; names all of it, and the way out.
+        ConfigError: something changed that makes it another run; the message names all of it, and
+            the way out.
     """
     differences = changes(directory.config_at(state.step), config)
+    changed = [change for change in differences if change.kind != "contents"]
+    paths = [change for change in differences if change.kind == "contents"]
     # nothing to compare with
     if state.inputs is None or state.inputs.get("made_as") != inputs.get("made_as"):
-        contents = [
-            replace(change, kind="said") for change in differences if change.kind == "contents"
-        ]
+        contents = [replace(change, kind="said") for change in paths]
     else:
-        contents = _contents(config, state.inputs, inputs)
+        contents = _changed_contents(config, state.inputs, inputs)
 
-    found = [change for change in differences if change.kind != "contents"]
-    keys = {change.key for change in found}
-    found += [change for change in contents if change.key not in keys]
-    refused = [change for change in found if change.kind == "never"]
-    if refused:
-        causes = [
-            change
-            for change in differences
-            if change.kind == "contents" and "prompts" in change.key
-        ]
-        of_prompts = any(change.key == "prompts.data" for change in refused)
-        _refuse(
-            directory,
-            [*refused, *(cause for cause in causes if of_prompts and cause.key != "prompts.data")],
-        )
+    keys = {change.key for change in changed}
+    changed += [change for change in contents if change.key not in keys]
+    if refused := [change for change in changed if change.kind == "never"]:
+        # why the prompts are others
+        if any(change.key == "prompts.data" for change in refused):
+            causes = [change for change in paths if "prompts" in change.key]
+            refused += [change for change in causes if change.key != "prompts.data"]
 
-    return [change for change in found if change.kind == "said"]
+        _refuse(directory, refused)
+
+    return [change for change in changed if change.kind == "said"]
 
 
-def _contents(config: Config, before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:
-    """Paths that stand for something else than they did, by what they hold."""
+def _changed_contents(
+    config: Config, before: Mapping[str, str], after: Mapping[str, str]
+) -> list[Change]:
+    """Returns the paths that hold something else than they did, by their digests."""
     paths = {f"teachers.{teacher.name}.model": str(teacher.model) for teacher in config.teachers}
     paths |= {
         "prompts.data": config.prompts.data,

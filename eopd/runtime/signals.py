@@ -1,6 +1,4 @@
-"""The signals that ask a run to end: Ctrl-C, and what a scheduler or a terminal that closes
-sends.
-"""
+"""Some signals ask a run to end: Ctrl-C, and those of a scheduler, or of a terminal that closes."""
 
 import asyncio
 import signal
@@ -15,12 +13,12 @@ ASK_TO_END: Final = (signal.SIGINT, signal.SIGTERM, *OF_THE_DRIVER)
 
 @contextmanager
 def caught(interrupt: Callable[[], bool], main: "asyncio.Task[object] | None") -> Iterator[None]:
-    """Each is treated as Ctrl-C: ``interrupt`` first, and the main task is cancelled where that
-    says False.
+    """Handles each signal that asks to end like Ctrl-C, while the block runs: ``interrupt`` is
+    called, and the main task is cancelled where that returns False.
 
-    An ignored SIGHUP stays ignored: so ``nohup`` lets a run outlive its terminal. SIGINT is taken
-    all the
-    same: shells let jobs in the background ignore it, and ``kill -INT`` is meant for the run.
+    An ignored SIGHUP stays ignored: so a run under ``nohup`` outlives its terminal. An ignored SIGINT
+    is handled all the same: shells let background jobs ignore it, and ``kill -INT`` is meant for the
+    run.
     """
     assert main is not None
     loop = asyncio.get_running_loop()
@@ -38,11 +36,11 @@ def caught(interrupt: Callable[[], bool], main: "asyncio.Task[object] | None") -
 
 @contextmanager
 def ignored_by_children() -> Iterator[None]:
-    """Whatever process is started within, and all that it starts, ignores the signals that are for
+    """Lets every process that the block starts, with its children, ignore the signals that are for
     the driver alone.
 
-    A terminal and Slurm send them to every process of the job. Those of Ray would end at once, and
-    with them the step that the driver still wants to finish and save.
+    A terminal and Slurm send them to every process of the job. Ray's processes would end at once,
+    and with them the step that the driver is to finish and save.
     """
     before = {number: signal.signal(number, signal.SIG_IGN) for number in OF_THE_DRIVER}
     try:

@@ -16,9 +16,9 @@ from eopd.roles import RolloutEngine, TeacherScorer
 from eopd.rollout.pool import EnginePool
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import first_line
-from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, end
+from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, end_actor
 from eopd.runtime.cluster import log_directory
-from eopd.runtime.engines import EngineBody, connect, engine_fleet
+from eopd.runtime.engines import EngineProcess, engine_fleet, open_channel
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
 from eopd.runtime.placement import RoleResources, plan_rollout
@@ -58,8 +58,8 @@ async def crew(
     restarts = RestartBudget(config.cluster.max_restarts, config.cluster.restart_window_s)
     async with _actors() as spawn:
         gang = LearnerGang(spawn, config)
-        engines = engine_fleet(spawn, config, restarts.spend, say)
-        teachers = teacher_fleets(spawn, config, restarts.spend, say)
+        engines = engine_fleet(spawn, config, restarts.count_loss, say)
+        teachers = teacher_fleets(spawn, config, restarts.count_loss, say)
         fleets: list[Fleet[Any]] = [engines, *teachers.values()]
         restarts.num_workers = lambda: 1 + sum(fleet.size for fleet in fleets)
 
@@ -76,7 +76,7 @@ async def crew(
                 engines=EnginePool(engines),
                 teacher=route(config, teachers),
                 learner=gang,
-                channel=connect(engines, gang, config, text),
+                channel=open_channel(engines, gang, config, text),
                 engine_fleet=engines,
                 teacher_fleets=teachers,
                 restarts=restarts,
@@ -93,17 +93,21 @@ async def rollout_engines(
     async with _actors() as spawn:
         plan = plan_rollout(rollout)
         actors = spawn(RolloutActor, plan, range(plan.actors), max_concurrency=MAX_CALLS)
-        bodies = [EngineBody(actor, student, rollout, max_sequence_tokens) for actor in actors]
-        starting = {f"rollout engine {number}": body.start() for number, body in enumerate(bodies)}
+        processes = [
+            EngineProcess(actor, student, rollout, max_sequence_tokens) for actor in actors
+        ]
+        starting = {
+            f"rollout engine {number}": process.start() for number, process in enumerate(processes)
+        }
         await _all_up(starting, timeout_s, logs=log_directory())
-        yield [body.worker for body in bodies]
+        yield [process.worker for process in processes]
 
 
 @asynccontextmanager
 async def teachers(config: Config) -> AsyncIterator[Mapping[str, Fleet[TeacherScorer]]]:
     """The teachers of a run alone, for a check."""
     async with _actors() as spawn:
-        fleets = teacher_fleets(spawn, config, RestartBudget(0, 0.0).spend, lambda text: None)
+        fleets = teacher_fleets(spawn, config, RestartBudget(0, 0.0).count_loss, lambda text: None)
         starting = {
             name: started for fleet in fleets.values() for name, started in fleet.start().items()
         }
@@ -198,7 +202,7 @@ async def _actors() -> AsyncIterator[Spawn]:
         raise
     finally:
         try:
-            await asyncio.gather(*(end(actor) for actor in spawned))
+            await asyncio.gather(*(end_actor(actor) for actor in spawned))
         finally:  # also when a second signal cancels the closing
             for actor in spawned:
                 ray.kill(actor)

@@ -1,5 +1,5 @@
-"""The teachers of a run: a ``Fleet`` of actors each, tested when they have started, routed to
-by source.
+"""Each teacher of a run is a ``Fleet`` of actors. They are tested once they have started, and a
+trajectory is routed to them by the source of its prompt.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from eopd.config import Config, TeacherConfig
 from eopd.fleet import Fleet
 from eopd.pool import Pool
 from eopd.roles import TeacherDownError, TeacherScorer
-from eopd.runtime.actors import MAX_CALLS, RemoteTeacher, Spawn, TeacherActor, dies_as, end
+from eopd.runtime.actors import MAX_CALLS, RemoteTeacher, Spawn, TeacherActor, dies_as, end_actor
 from eopd.runtime.placement import plan_teacher
 from eopd.teacher.pool import TeacherPool, TeacherRouter
 from eopd.teacher.selftest import (
@@ -24,8 +24,10 @@ from eopd.tokenizer import vocab_size
 from eopd.types import Int32Array, LostTrajectory, ScoredTrajectory, Stored, Trajectory
 
 
-class TeacherBody:
-    """The actor of one replica; of a served teacher it holds a client."""
+class TeacherProcess:
+    """A teacher process is the actor of one replica, for a ``Fleet``. That of a served teacher holds
+    a client.
+    """
 
     def __init__(
         self, actor: ActorHandle, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int
@@ -35,55 +37,57 @@ class TeacherBody:
         self._arguments = (config, top_k, max_sequence_tokens)
 
     async def start(self) -> int:
-        """Start the replica; returns how many trajectories it scores at a time."""
+        """Starts the replica; returns its seats."""
         with dies_as(TeacherDownError):
             return int(await self._actor.start.remote(*self._arguments))
 
     async def end(self) -> None:
-        """Stop the replica's processes and the actor."""
-        await end(self._actor)
+        """Stops the replica's processes and the actor."""
+        await end_actor(self._actor)
 
 
 def teacher_fleets(
-    spawn: Spawn, config: Config, spend: Callable[[str], None], say: Callable[[str], None]
+    spawn: Spawn, config: Config, count_loss: Callable[[str], None], log: Callable[[str], None]
 ) -> dict[str, Fleet[TeacherScorer]]:
-    """The replicas of every teacher, by its name; ``spawn`` makes their actors and answers
-    for their end.
+    """Returns the fleet of every teacher's replicas, by the teacher's name; ``spawn`` makes their
+    actors, and its owner ends them.
     """
-    return {teacher.name: _fleet(spawn, config, teacher, spend, say) for teacher in config.teachers}
+    return {
+        teacher.name: _fleet(spawn, config, teacher, count_loss, log) for teacher in config.teachers
+    }
 
 
 def _fleet(
     spawn: Spawn,
     config: Config,
     teacher: TeacherConfig,
-    spend: Callable[[str], None],
-    say: Callable[[str], None],
+    count_loss: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Fleet[TeacherScorer]:
     plan = plan_teacher(teacher)
     name = f"teacher {teacher.name} replica"
     longest = config.max_teacher_tokens(teacher)
 
-    def bodies(numbers: Sequence[int]) -> list[TeacherBody]:
+    def processes(numbers: Sequence[int]) -> list[TeacherProcess]:
         actors = spawn(TeacherActor, plan, numbers, max_concurrency=MAX_CALLS)
         return [
-            TeacherBody(actor, teacher, top_k=config.loss.top_k, max_sequence_tokens=longest)
+            TeacherProcess(actor, teacher, top_k=config.loss.top_k, max_sequence_tokens=longest)
             for actor in actors
         ]
 
     return Fleet(
         name,
         Pool(name, timeout_s=teacher.timeout_s, ping=lambda scorer: scorer.ping()),  # type: ignore[attr-defined]
-        spawn=bodies,
+        spawn=processes,
         size=plan.actors,
-        spend=spend,
+        count_loss=count_loss,
         start_timeout_s=config.cluster.start_timeout_s,
-        say=say,
+        log=log,
     )
 
 
 def route(config: Config, fleets: Mapping[str, Fleet[TeacherScorer]]) -> TeacherRouter:
-    """One scorer for all sources."""
+    """Returns one scorer for all sources, over the fleets of all teachers."""
     by_source, default = {}, None
     for teacher in config.teachers:
         pool = TeacherPool(teacher.name, fleets[teacher.name])
@@ -97,15 +101,15 @@ def route(config: Config, fleets: Mapping[str, Fleet[TeacherScorer]]) -> Teacher
 async def self_test_replicas(
     config: Config, fleets: Mapping[str, Fleet[TeacherScorer]], prompt_ids: Int32Array
 ) -> list[SelfTestReport]:
-    """Test all replicas of all teachers, which must have started.
+    """Tests all replicas of all teachers, which must have started.
 
     Args:
-        config: the run's.
+        config: the config of the run.
         fleets: the replicas, by the teacher's name.
         prompt_ids: [P], any prompt of the run.
 
     Raises:
-        TeacherSelfTestError: one of them does not say what a teacher can say, or they differ.
+        TeacherSelfTestError: the answers of a replica are not possible, or the replicas differ.
     """
     return [
         await _test(config, teacher, fleets[teacher.name], prompt_ids)
@@ -132,9 +136,7 @@ async def _test(
 
 
 class _WithBodies:
-    """A ``TeacherScorer`` whose answers have the body itself, fetched: for the self-test's
-    few short ones.
-    """
+    """A ``TeacherScorer`` that fetches the bodies of its answers, for the few of the self-test."""
 
     def __init__(self, teacher: TeacherScorer) -> None:
         self._teacher = teacher

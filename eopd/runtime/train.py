@@ -32,7 +32,7 @@ from eopd.runtime.signals import caught, ignored_by_children
 from eopd.runtime.sinks import open_sinks
 from eopd.runtime.supervisor import Crew, crew
 from eopd.runtime.teachers import self_test_replicas
-from eopd.runtime.watchdog import Watchdog, with_beside
+from eopd.runtime.watchdog import Watchdog, with_background
 from eopd.telemetry import trackers
 from eopd.telemetry.console import Console
 from eopd.telemetry.prometheus import PrometheusSink
@@ -153,7 +153,7 @@ class TrainingRun:
             self._watchdog = Watchdog(
                 run.stall_after_s, run.on_stall, lambda: self._report(members)
             )
-            await with_beside(
+            await with_background(
                 self._outlive_learners(members, telemetry),
                 self._watchdog.watch(self._say),
                 engines.scale_on_request(self.directory, members.engine_fleet, self._say),
@@ -195,7 +195,7 @@ class TrainingRun:
                     return
 
                 lost = error
-                members.restarts.spend(f"learner: {error}")
+                members.restarts.count_loss(f"learner: {error}")
 
     async def _from_checkpoint_to_end(self, members: Crew, telemetry: Telemetry) -> None:
         if (checkpoint := self._checkpoint()) is not None:

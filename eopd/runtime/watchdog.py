@@ -1,4 +1,4 @@
-"""A watchdog that notices that a run does not get on, and how such tasks end with the run."""
+"""A watchdog notices that a run makes no progress. It is a background task, which ends with the run."""
 
 import asyncio
 import time
@@ -10,22 +10,21 @@ from eopd.types import RunFailedError
 POLL_S = 1.0
 
 T = TypeVar("T")
-Tell = Callable[[str], None]
 
 
 class StallError(RunFailedError):
-    """No step has finished for too long, and the run was told to end then; says who waits for
-    whom.
+    """No step has finished for too long, and the config asks the run to end then. The message shows
+    who waits for whom.
     """
 
 
 class Watchdog:
-    """Notices that nothing gets on.
+    """A watchdog notices that no step finishes.
 
     Args:
         stall_after_s: seconds without a step.
-        on_stall: ``report`` says so once per ``stall_after_s``, ``end`` raises.
-        report: who waits for whom, a line each.
+        on_stall: ``report`` logs it once per ``stall_after_s``, ``end`` raises.
+        report: returns who waits for whom, a line each.
     """
 
     def __init__(
@@ -35,14 +34,14 @@ class Watchdog:
         report: Callable[[], list[str]],
     ) -> None:
         self._stall_after_s, self._on_stall, self._report = stall_after_s, on_stall, report
-        self._stepped = self._told = time.monotonic()
+        self.step()
 
     def step(self) -> None:
-        """A step has finished, or another phase of the run has begun."""
-        self._stepped = self._told = time.monotonic()
+        """Notes that a step has finished, or that another phase of the run has begun."""
+        self._stepped_at = self._reported_at = time.monotonic()
 
-    async def watch(self, tell: Tell) -> Never:
-        """Look again and again.
+    async def watch(self, log: Callable[[str], None]) -> Never:
+        """Looks for a finished step again and again.
 
         Raises:
             StallError: no step for ``stall_after_s``, and ``on_stall`` is ``end``.
@@ -50,38 +49,38 @@ class Watchdog:
         while True:
             await asyncio.sleep(min(POLL_S, self._stall_after_s / 4))
             now = time.monotonic()
-            if now - self._told < self._stall_after_s:
+            if now - self._reported_at < self._stall_after_s:
                 continue
 
-            self._told = now
+            self._reported_at = now
             message = "\n  ".join(
-                [f"no step has finished for {now - self._stepped:.0f} s:", *self._report()]
+                [f"no step has finished for {now - self._stepped_at:.0f} s:", *self._report()]
             )
             if self._on_stall == "end":
                 raise StallError(f"{message}\n  run.on_stall is end")
 
-            tell(message)
+            log(message)
 
 
-async def with_beside(
-    work: Coroutine[object, object, T], *beside: Coroutine[object, object, Never]
+async def with_background(
+    work: Coroutine[object, object, T], *background: Coroutine[object, object, Never]
 ) -> T:
-    """Await ``work``, unless something that goes on ``beside`` it raises first: then all of
-    these are cancelled.
+    """Awaits ``work`` while the ``background`` runs. If that raises first, ``work`` is cancelled; when
+    ``work`` is done, the background is.
     """
     working = asyncio.create_task(work)
-    others = [asyncio.create_task(one) for one in beside]
-    ends: list[asyncio.Future[Any]] = [*others, working]
+    others = [asyncio.create_task(coroutine) for coroutine in background]
+    tasks: list[asyncio.Task[Any]] = [*others, working]
 
     try:
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for ended in others:
-            if ended.done():
-                await ended
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for other in others:
+            if other.done():
+                await other
 
         return await working
     finally:
-        for task in ends:
+        for task in tasks:
             task.cancel()
 
-        await asyncio.gather(*ends, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

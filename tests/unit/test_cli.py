@@ -472,7 +472,7 @@ def test_eval_writes_over_a_file_only_at_the_end(files, capsys, monkeypatch):
     def fails(*arguments):
         raise ConfigError("stop")
 
-    monkeypatch.setattr("eopd.runtime.evaluate.evaluate", fails)
+    monkeypatch.setattr("eopd.runtime.evaluate.evaluate_model", fails)
     (files / "old.jsonl").write_text("old")
 
     for name in ("old.jsonl", "new.jsonl"):
@@ -523,7 +523,7 @@ def test_eval_prints_scores_and_every_verdict(files, capsys, monkeypatch):
         num_verdicts={v: [*verdicts["1"], *verdicts["2"]].count(v) for v in Verdict},
         prompts=tuple(prompts),
     )
-    monkeypatch.setattr("eopd.runtime.evaluate.evaluate", lambda *arguments: result)
+    monkeypatch.setattr("eopd.runtime.evaluate.evaluate_model", lambda *arguments: result)
     monkeypatch.setattr(
         sys, "argv", ["eopd", "eval", str(files / "model"), str(files / "rows.jsonl"), "--n", "2"]
     )

@@ -1,4 +1,4 @@
-"""Workers that are started, lost, replaced, more or fewer: on bodies that are told what to do."""
+"""Workers that are started, lost, replaced, more or fewer: on processes that are told what to do."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ def _fast(monkeypatch):
     monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.01))
 
 
-class Body:
+class Process:
     """Starts after ``start_s`` or raises ``error``; notes its end."""
 
     def __init__(self, number: int) -> None:
@@ -43,12 +43,12 @@ class Body:
 
 
 class World:
-    """A fleet, its bodies in the order they were made, and what was said and spent."""
+    """A fleet, its processes in the order they were made, and what was said and spent."""
 
     def __init__(self, size: int, *, max_restarts: int = 100, start_timeout_s: float = 0.2) -> None:
-        self.bodies: list[Body] = []
+        self.processes: list[Process] = []
         self.said: list[str] = []
-        self.spoil = lambda body: None  # what becomes of new bodies
+        self.spoil = lambda process: None  # what becomes of new processes
         self.budget = RestartBudget(max_restarts, 3600.0, lambda: self.fleet.size)
         self.pool = Pool("engine", timeout_s=5.0, ping=lambda worker: asyncio.sleep(0))
         self.fleet = Fleet(
@@ -56,25 +56,25 @@ class World:
             self.pool,
             spawn=self.spawn,
             size=size,
-            spend=self.budget.spend,
+            count_loss=self.budget.count_loss,
             start_timeout_s=start_timeout_s,
-            say=self.said.append,
+            log=self.said.append,
         )
 
     def slow(self, start_s: float) -> None:
-        """New bodies take so long to start from now on."""
+        """New processes take so long to start from now on."""
 
-        def spoil(body: Body) -> None:
-            body.start_s = start_s
+        def spoil(process: Process) -> None:
+            process.start_s = start_s
 
         self.spoil = spoil
 
-    def spawn(self, numbers) -> list[Body]:
-        new = [Body(number) for number in numbers]
-        for body in new:
-            self.spoil(body)
+    def spawn(self, numbers) -> list[Process]:
+        new = [Process(number) for number in numbers]
+        for process in new:
+            self.spoil(process)
 
-        self.bodies += new
+        self.processes += new
         return new
 
     async def start(self) -> Fleet:
@@ -82,7 +82,7 @@ class World:
         return self.fleet
 
     def alive(self) -> list[int]:
-        return sorted(body.number for body in self.bodies if not body.ended)
+        return sorted(process.number for process in self.processes if not process.ended)
 
 
 async def name(worker: str) -> str:
@@ -106,11 +106,11 @@ async def test_a_lost_worker_is_ended_and_another_one_has_its_number():
     async def join(number, worker):
         joined.append((number, worker))
 
-    fleet.leave, fleet.join = leave, join
+    fleet.after_loss, fleet.join = leave, join
     world.pool.lose(1, "its actor died")
     assert world.pool.num_up == 1 and fleet.size == 2
     await until(lambda: world.pool.num_up == 2)
-    assert (left, joined, world.alive(), world.bodies[1].ended) == (
+    assert (left, joined, world.alive(), world.processes[1].ended) == (
         [1],
         [(1, "worker 1")],
         [0, 1],
@@ -132,12 +132,12 @@ async def test_a_node_that_is_lost_costs_as_many_losses_as_it_had_workers_and_it
     for number in range(8):
         world.pool.lose(number, "its node is gone")
 
-    await until(lambda: len(world.bodies) > 64 + 3 * 8)  # it is tried again and again
+    await until(lambda: len(world.processes) > 64 + 3 * 8)  # it is tried again and again
     assert world.pool.num_up == 56 and fleet.size == 64 and fleet.num_replacements == 0
     assert len(world.budget._causes) == 8, "attempts to start cost nothing"
     assert await world.pool.run(name) != "worker 0"
     assert sum("did not start" in text for text in world.said) == 8, "and are told once"
-    world.spoil = lambda body: None
+    world.spoil = lambda process: None
     await until(lambda: world.pool.num_up == 64)
     assert len(world.alive()) == 64
     await fleet.close()
@@ -147,8 +147,8 @@ async def test_with_nobody_left_and_nobody_coming_all_who_wait_are_told_the_caus
     world = World(2, start_timeout_s=0.3)
     fleet = await world.start()
 
-    def broken(body):
-        body.error = OSError("no memory")
+    def broken(process):
+        process.error = OSError("no memory")
 
     world.spoil = broken
     for number in range(2):
@@ -192,7 +192,7 @@ async def test_one_that_has_started_and_waits_for_the_learner_is_coming():
     world.pool.lose(0, "died")
     waiting = asyncio.create_task(world.pool.run(name))
     await asyncio.sleep(0.8)
-    assert not waiting.done() and len(world.bodies) == 2 and len(world.budget._causes) == 1
+    assert not waiting.done() and len(world.processes) == 2 and len(world.budget._causes) == 1
     gate.set()
     assert await waiting == "worker 0"
 
@@ -224,13 +224,13 @@ async def test_those_that_were_there_stay_when_more_come_and_the_last_ones_go_fi
     async def part(number):
         parted.append(number)
 
-    fleet.part = part
+    fleet.after_drain = part
     await fleet.scale(4)
     assert world.alive() == [0, 1, 2, 3] and fleet.size == world.pool.num_up == 4
     await fleet.scale(1)
     assert world.alive() == [0] and parted == [3, 2, 1] and fleet.size == world.pool.num_up == 1
     await fleet.scale(2)
-    assert world.alive() == [0, 1] and len(world.bodies) == 5
+    assert world.alive() == [0, 1] and len(world.processes) == 5
 
 
 async def test_newcomers_of_one_wish_start_together():
@@ -246,12 +246,12 @@ async def test_one_that_does_not_start_is_ended_and_the_others_stay():
     world = World(2)
     fleet = await world.start()
 
-    def spoil(body):
-        if body.number == 3:
-            body.error = EngineDownError("killed by the node's memory monitor")
+    def spoil(process):
+        if process.number == 3:
+            process.error = EngineDownError("killed by the node's memory monitor")
 
-        if body.number == 4:
-            body.start_s = 3600.0
+        if process.number == 4:
+            process.start_s = 3600.0
 
     world.spoil = spoil
     with pytest.raises(EngineDownError):
@@ -284,7 +284,7 @@ async def test_one_that_is_lost_while_it_leaves_is_not_replaced():
     world.pool.lose(1, "its node is gone")
     await asyncio.wait_for(leaving, 2.0)
     await asyncio.sleep(0.05)
-    assert world.alive() == [0] and len(world.bodies) == 2 and fleet.size == 1
+    assert world.alive() == [0] and len(world.processes) == 2 and fleet.size == 1
     assert world.pool.in_flight == {0: 2}, "what it had goes to the other one"
     held.cancel()
     other.cancel()
@@ -298,7 +298,7 @@ async def test_closing_stops_what_is_being_replaced():
     world.pool.lose(0, "died")
     await asyncio.sleep(0.01)
     await asyncio.wait_for(fleet.close(), 1.0)
-    assert fleet._tasks == {} and fleet.num_replacements == 0
+    assert fleet._replacing == {} and fleet.num_replacements == 0
 
 
 PROMPT = fakes.prompt(epoch=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eopd.runtime import process
-from eopd.runtime.process import LONGEST_SOCKETS, SOCKETS, service_links, settle
+from eopd.runtime.process import LONGEST_SOCKETS, SOCKETS, clean_environment, service_links
 
 VLLM_SERVICE = {
     "VLLM_SERVICE_HOST": "10.0.0.1",
@@ -56,7 +56,7 @@ def test_a_worker_listens_and_runs_where_it_pleases(usual):
         "OMP_PLACES": "cores",
     }
     environ |= {"VLLM_USE_DEEP_GEMM": "0", "OMP_NUM_THREADS": "3"}
-    settle(environ)
+    clean_environment(environ)
     assert environ == usual | {"VLLM_USE_DEEP_GEMM": "0", "OMP_NUM_THREADS": "3"}
 
 
@@ -65,14 +65,14 @@ def test_a_home_that_takes_no_files_is_replaced(home, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(pwd, "getpwuid", no_entry)
     environ = {} if home is None else {"HOME": home}
-    settle(environ)
+    clean_environment(environ)
     assert (
         Path(environ["HOME"]).parent == tmp_path
         and (Path(environ["HOME"]).stat().st_mode & 0o777) == 0o700
     )
     assert environ["USER"] == str(os.getuid())
     before = environ["HOME"]
-    settle(environ | ({} if home is None else {"HOME": home}))
+    clean_environment(environ | ({} if home is None else {"HOME": home}))
     assert [str(path) for path in tmp_path.iterdir()] == [before]  # the same one again
 
 
@@ -81,7 +81,7 @@ def test_the_password_file_has_the_home_where_the_environment_has_none(monkeypat
         pwd, "getpwuid", lambda uid: pwd.struct_passwd(("me", "x", uid, uid, "", str(tmp_path), ""))
     )
     environ: dict[str, str] = {}
-    settle(environ)
+    clean_environment(environ)
     assert environ == {"HOME": str(tmp_path)}
 
 
@@ -89,7 +89,7 @@ def test_a_home_of_somebody_else_is_not_taken(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / f"eopd-home-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
     environ = {"HOME": "/proc/none", "USER": "me"}
-    settle(environ)
+    clean_environment(environ)
     assert Path(environ["HOME"]).is_dir() and not Path(environ["HOME"]).is_symlink()
     assert not (tmp_path / "elsewhere").exists()
 
@@ -103,14 +103,14 @@ def test_sockets_of_vllm_move_where_the_directory_is_too_long(more, usual, monke
     long = "/" + "d" * (LONGEST_SOCKETS - 1 + more)
     monkeypatch.setattr(tempfile, "tempdir", long)
     environ = dict(usual)
-    settle(environ)
+    clean_environment(environ)
     assert environ == (usual | {SOCKETS: "/tmp"} if more else usual)
     environ = usual | {SOCKETS: long}  # named by the user
-    settle(environ)
+    clean_environment(environ)
     assert environ[SOCKETS] == ("/tmp" if more else long)
     monkeypatch.setattr(process, "SHORT", ("/proc", str(tmp_path)))
     environ = dict(usual)
-    settle(environ)
+    clean_environment(environ)
     assert environ.get(SOCKETS) == (str(tmp_path) if more else None)
 
 

@@ -10,14 +10,14 @@ from eopd.runtime.restarts import RestartBudget, TooManyRestartsError
 
 def test_one_loss_too_many_names_the_causes():
     budget = RestartBudget(2, 60.0)
-    budget.spend("engine 0: died")
-    budget.spend("engine 0: died")
+    budget.count_loss("engine 0: died")
+    budget.count_loss("engine 0: died")
 
     with pytest.raises(
         TooManyRestartsError,
         match=r"3 failures within 60 s.*is 2:\n  2 x engine 0: died\n  1 x other",
     ):
-        budget.spend("other")
+        budget.count_loss("other")
 
 
 def test_what_is_long_past_does_not_count(monkeypatch):
@@ -25,23 +25,23 @@ def test_what_is_long_past_does_not_count(monkeypatch):
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     budget = RestartBudget(2, 60.0)
     for _ in range(3):
-        budget.spend("x")
+        budget.count_loss("x")
 
     with pytest.raises(TooManyRestartsError):
-        budget.spend("x")
+        budget.count_loss("x")
 
 
 @pytest.mark.parametrize(("workers", "survived"), [(1, 2), (8, 2), (9, 4), (72, 18)])
 def test_a_larger_run_may_lose_more(workers, survived):
     budget = RestartBudget(2, 60.0, lambda: workers)
     for _ in range(survived):
-        budget.spend("x")
+        budget.count_loss("x")
 
     share = "" if workers <= 8 else f" for every 8 of {workers} workers"
     with pytest.raises(TooManyRestartsError, match=f"cluster.max_restarts is 2{share}:"):
-        budget.spend("x")
+        budget.count_loss("x")
 
 
 def test_a_run_that_is_to_survive_nothing_does_not_however_large_it_is():
     with pytest.raises(TooManyRestartsError):
-        RestartBudget(0, 60.0, lambda: 72).spend("x")
+        RestartBudget(0, 60.0, lambda: 72).count_loss("x")

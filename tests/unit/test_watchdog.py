@@ -13,7 +13,7 @@ from eopd.run.lock import Holder
 from eopd.run.record import Summary
 from eopd.runtime import engines
 from eopd.runtime.engines import scale_on_request
-from eopd.runtime.watchdog import StallError, Watchdog, with_beside
+from eopd.runtime.watchdog import StallError, Watchdog, with_background
 
 
 async def for_a_while(coroutine, seconds: float) -> None:
@@ -58,7 +58,9 @@ async def test_a_stall_ends_the_run_where_it_is_told_to():
     with pytest.raises(
         StallError, match=r"for 0 s:\n  weights: sending, 2 engines\n  run.on_stall"
     ):
-        await asyncio.wait_for(with_beside(asyncio.sleep(3600), watchdog.watch(pytest.fail)), 5.0)
+        await asyncio.wait_for(
+            with_background(asyncio.sleep(3600), watchdog.watch(pytest.fail)), 5.0
+        )
 
 
 async def test_what_goes_on_beside_ends_with_the_work():
@@ -70,7 +72,7 @@ async def test_what_goes_on_beside_ends_with_the_work():
         finally:
             ended.append(True)
 
-    assert await with_beside(asyncio.sleep(0.01, "done"), beside_it()) == "done"
+    assert await with_background(asyncio.sleep(0.01, "done"), beside_it()) == "done"
     assert ended == [True]
 
 
@@ -79,10 +81,10 @@ async def test_work_that_fails_is_told_and_so_is_what_fails_beside_it():
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        await with_beside(fails(), asyncio.sleep(3600))
+        await with_background(fails(), asyncio.sleep(3600))
 
     with pytest.raises(ValueError, match="mine"):
-        await with_beside(asyncio.sleep(3600), fails())
+        await with_background(asyncio.sleep(3600), fails())
 
 
 @pytest.fixture
