@@ -183,14 +183,14 @@ def check(
     resolved = load_config(config, overrides or [])
     from eopd import preflight
 
-    prepared = preflight.check(resolved)
-    for line in preflight.report(resolved, prepared):
+    prepared = preflight.prepare(resolved)
+    for line in preflight.describe(resolved, prepared):
         typer.echo(line)
 
-    from eopd.preflight.environment import LOCAL, cluster_address, gpus_here
+    from eopd.preflight.environment import gpus_here, is_local
     from eopd.runtime.placement import room_here
 
-    here = cluster_address(resolved.cluster) == LOCAL
+    here = is_local(resolved.cluster)
     if here and (lack := room_here(resolved, cpus=os.cpu_count() or 1, gpus=gpus_here())):
         typer.echo(f"note: there is no room for it on this machine: {lack}")
 

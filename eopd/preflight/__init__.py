@@ -1,17 +1,17 @@
-"""What is checked before any worker starts: models, native options, prompts. Every failure is
-one ``ConfigError``.
+"""Before any worker starts, everything is checked that needs none: the machine, models, native
+options, prompts. Every failure is one ``ConfigError``.
 """
 
 from eopd.preflight.answers import require_answers, require_readable_answers
-from eopd.preflight.inputs import Prepared, check
+from eopd.preflight.inputs import Prepared, prepare
 from eopd.preflight.models import require_model, require_served
-from eopd.preflight.report import notes, report
+from eopd.preflight.report import describe, notes
 
 __all__ = [
     "Prepared",
-    "check",
+    "describe",
     "notes",
-    "report",
+    "prepare",
     "require_answers",
     "require_model",
     "require_readable_answers",

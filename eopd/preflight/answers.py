@@ -1,20 +1,20 @@
-"""Answers that a grader needs: is there one in every row, and can the grader read it?"""
+"""A grader needs an accepted answer in every row, and one that it can read."""
 
 from collections.abc import Iterator, Sequence
 
 from eopd.config import ConfigError
 from eopd.config.loss import GraderName
-from eopd.prompts import PromptSet, listed
+from eopd.prompts import PromptSet, list_places
 from eopd.rewards.graders import open_grader
 from eopd.rewards.verdict import Verdict
 from eopd.types import PromptSample
 
 
 def require_answers(data: PromptSet) -> None:
-    """Every prompt must have an accepted answer.
+    """Checks that every prompt has an accepted answer.
 
     Raises:
-        ConfigError: names rows without.
+        ConfigError: names rows without one.
     """
     if unanswered := [prompt for prompt in data.prompts if prompt.reference_answer is None]:
         raise ConfigError(
@@ -24,8 +24,7 @@ def require_answers(data: PromptSet) -> None:
 
 
 def require_readable_answers(data: PromptSet, grader: GraderName) -> None:
-    """The grader must be able to read every accepted answer there is, or every response to it would
-    be wrong.
+    """Checks that the grader can read every accepted answer: else every response would be wrong.
 
     Raises:
         ConfigError: names rows whose answer it cannot read.
@@ -47,4 +46,4 @@ def _unreadable(data: PromptSet, grader: GraderName) -> Iterator[PromptSample]:
 
 
 def _where(data: PromptSet, prompts: Sequence[PromptSample]) -> str:
-    return listed([data.places[prompt.prompt_id] for prompt in prompts])
+    return list_places([data.places[prompt.prompt_id] for prompt in prompts])

@@ -1,9 +1,16 @@
-"""Types that the source of an installed library declares, read without importing it: vLLM takes ten
-seconds.
+"""Types of options are read from the source of an installed library, without importing it: an import
+of vLLM takes ten seconds.
 
 In: Python files. Out: pydantic models with the names, types and bounds of their classes. A type
-that is not made of plain ones (numbers, texts, literals, lists, mappings) becomes ``object``:
-anything.
+that is not made of plain ones (numbers, texts, literals, lists, mappings) becomes ``object``, which
+accepts anything.
+
+Example: of this file ``Declarations.read([file]).model("Args")`` is a model that accepts
+``{"seed": 0}`` and ``{"mode": null}``, and refuses ``{"seed": -1}`` and ``{"sed": 0}``.
+
+    class Args:
+        seed: int = Field(default=0, ge=0)
+        mode: Literal["fast", "exact"] | None = None
 """
 
 import ast
@@ -16,14 +23,7 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-_PLAIN: Final[Mapping[str, object]] = {
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "str": str,
-    "Path": str,
-    "None": None,
-}
+_PLAIN: Final = {"int": int, "float": float, "bool": bool, "str": str, "Path": str, "None": None}
 _COLLECTIONS: Final[Mapping[str, type]] = {
     "list": list,
     "List": list,
@@ -36,27 +36,27 @@ _BOUNDS: Final = frozenset({"gt", "ge", "lt", "le"})
 
 @dataclass(frozen=True, slots=True)
 class Declarations:
-    """What the classes and type aliases of some files say, by name."""
+    """Declarations are the classes and type aliases of some files, by name."""
 
     classes: dict[str, ast.ClassDef] = field(default_factory=dict)
     aliases: dict[str, ast.expr] = field(default_factory=dict)
 
     @classmethod
     def read(cls, files: Iterable[Path]) -> typing.Self:
-        """Parse the files; of two classes of one name the first counts."""
-        found = cls()
+        """Parses the files; of two classes of one name the first counts."""
+        declared = cls()
         for file in sorted(files):
             for node in ast.parse(file.read_text(encoding="utf-8")).body:
                 match node:
                     case ast.ClassDef():
-                        found.classes.setdefault(node.name, node)
+                        declared.classes.setdefault(node.name, node)
                     case (
                         ast.Assign(targets=[ast.Name(id=name)], value=ast.expr() as value)
                         | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
                     ):
-                        found.aliases.setdefault(name, value)
+                        declared.aliases.setdefault(name, value)
 
-        return found
+        return declared
 
     def model(
         self,
@@ -65,34 +65,35 @@ class Declarations:
         only: Container[str] | None = None,
         instead: Mapping[str, object] | None = None,
     ) -> type[BaseModel]:
-        """Classes as one model in which nothing is required and nothing else allowed.
+        """Returns classes as one model, in which nothing is required and nothing else allowed.
 
         Args:
-            names: of the classes.
-            nested: base of the classes that become models within it; others take anything.
-            only: the fields whose types are wanted; others take anything.
+            names: the names of the classes.
+            nested: the base of the classes that become models within it; others accept anything.
+            only: the fields whose types are needed; others accept anything.
             instead: types of fields that are narrower than the declared ones.
         """
         fields: dict[str, object] = {}
         for node in (node for name in names for node in self._fields(name)):
-            known = [node.target.id, *_alias(node.value)]
-            wanted: object = object
-            if only is None or any(name in only for name in known):
+            spellings = [node.target.id, *_alias(node.value)]
+            kind: object = object
+            if only is None or any(name in only for name in spellings):
                 bounds = self._bounds(node.value) or self._bounds_by_name(node)
-                wanted = self._type(node.annotation, nested)
-                wanted = typing.Annotated[wanted, Field(**bounds)] if bounds else wanted
+                kind = self._type(node.annotation, nested)
+                kind = typing.Annotated[kind, Field(**bounds)] if bounds else kind
 
-            fields |= {name: wanted for name in known if not name.startswith("_")}
+            fields |= {name: kind for name in spellings if not name.startswith("_")}
 
-        narrower = {name: wanted for name, wanted in (instead or {}).items() if name in fields}
+        narrower = {name: kind for name, kind in (instead or {}).items() if name in fields}
 
         return options_model(names[0], fields | narrower)
 
     def alias(self, name: str) -> object:
-        """What a name of a type stands for, or null; anything, where there is no such name."""
-        return (
-            _union([self._type(self.aliases[name], None), None]) if name in self.aliases else object
-        )
+        """Returns the type that a name stands for, or None; ``object`` where there is no such name."""
+        if name not in self.aliases:
+            return object
+
+        return _union([self._type(self.aliases[name], None), None])
 
     def _fields(self, name: str) -> list["_AnnotatedName"]:
         body = self.classes[name].body if name in self.classes else []
@@ -118,11 +119,9 @@ class Declarations:
                 return object
 
     def _named(self, name: str, nested: str | None) -> object:
-        if name in _PLAIN:
-            return _PLAIN[name]
-
-        if name in _COLLECTIONS:
-            return _COLLECTIONS[name]
+        builtin = {**_PLAIN, **_COLLECTIONS}
+        if name in builtin:
+            return builtin[name]
 
         if name in self.aliases:
             return self._type(self.aliases[name], nested)
@@ -154,7 +153,7 @@ class Declarations:
         return object
 
     def _words(self, node: ast.expr) -> list[object]:
-        """The values of a literal; another literal may be one of them by its name."""
+        """Returns the values of a literal; another literal may be one of them by its name."""
         match node:
             case ast.Constant(value=value):
                 return [value]
@@ -168,11 +167,11 @@ class Declarations:
 
     def _members(self, name: str) -> list[object]:
         body = self.classes[name].body
-        found = [node.value for node in body if isinstance(node, ast.Assign)]
-        return [value.value for value in found if isinstance(value, ast.Constant)]
+        values = [node.value for node in body if isinstance(node, ast.Assign)]
+        return [value.value for value in values if isinstance(value, ast.Constant)]
 
     def _bounds(self, default: ast.expr | None) -> dict[str, typing.Any]:
-        """Bounds in ``Field(default=1, ge=0)``, or of the other class's field that
+        """Returns the bounds in ``Field(default=1, ge=0)``, or of the other class's field that
         ``default`` names.
         """
         match default:
@@ -187,36 +186,36 @@ class Declarations:
                     args=[ast.Name(id=owner), ast.Constant(value=str(name))],
                 )
             ):
-                found = [node for node in self._fields(owner) if node.target.id == name]
-                return self._bounds(found[0].value) if found else {}
+                fields = [node for node in self._fields(owner) if node.target.id == name]
+                return self._bounds(fields[0].value) if fields else {}
             case _:
                 return {}
 
     def _bounds_by_name(self, node: "_AnnotatedName") -> dict[str, typing.Any]:
-        """Bounds of an option that is null until it is set, if all fields of its name have
-        the same.
+        """Returns the bounds of an option that is null until it is set, if all fields of its name
+        have the same.
         """
         if not (isinstance(node.value, ast.Constant) and node.value.value is None):
             return {}
 
         fields = [field for name in self.classes for field in self._fields(name)]
-        found = [self._bounds(field.value) for field in fields if field.target.id == node.target.id]
-        bounds = [one for one in found if one]
-        return bounds[0] if bounds and all(one == bounds[0] for one in bounds) else {}
+        namesakes = [field for field in fields if field.target.id == node.target.id]
+        bounds = list(filter(None, (self._bounds(field.value) for field in namesakes)))
+        return bounds[0] if bounds and all(other == bounds[0] for other in bounds) else {}
 
 
 class _AnnotatedName(ast.AnnAssign):
-    """``name: annotation = value``."""
+    """A statement ``name: annotation = value``."""
 
     target: ast.Name
 
 
 def options_model(name: str, fields: Mapping[str, object]) -> type[BaseModel]:
-    """A model of options by name and type, none of which is required."""
+    """Returns a model of options by name and type, none of which is required."""
     config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    optional = {known: (wanted, None) for known, wanted in fields.items()}
-    made = create_model(name, __config__=config, **optional)  # type: ignore[call-overload]
-    return typing.cast(type[BaseModel], made)
+    optional = {option: (kind, None) for option, kind in fields.items()}
+    model = create_model(name, __config__=config, **optional)  # type: ignore[call-overload]
+    return typing.cast(type[BaseModel], model)
 
 
 def _alias(default: ast.expr | None) -> list[str]:
@@ -225,9 +224,11 @@ def _alias(default: ast.expr | None) -> list[str]:
 
 
 def _constants(keywords: Iterable[ast.keyword]) -> dict[str, typing.Any]:
-    """Arguments by name, of those that are given as numbers and texts."""
+    """Returns the arguments that are numbers and texts, by name."""
     return {
-        str(one.arg): one.value.value for one in keywords if isinstance(one.value, ast.Constant)
+        str(keyword.arg): keyword.value.value
+        for keyword in keywords
+        if isinstance(keyword.value, ast.Constant)
     }
 
 
@@ -235,7 +236,7 @@ def _union(parts: list[object]) -> object:
     if object in parts:
         return object
 
-    return typing.Union[tuple(parts)]  # noqa: UP007 - of parts that are only known here
+    return typing.Union[tuple(parts)]  # noqa: UP007 - the parts are known only at run time
 
 
 def _literal(values: list[object]) -> object:

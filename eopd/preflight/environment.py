@@ -1,9 +1,9 @@
-"""The machine around a run, looked at before anything starts: by ``eopd check``, and by every verb
+"""The machine around a run is checked before anything starts: by ``eopd check``, and by every command
 that starts Ray.
 
-In: the config and this process's environment. Out: one ``ConfigError`` that names the key or the
-variable and says what to set instead. Left out: what only the cluster knows, such as how much of it
-is free (``runtime/cluster.py``), and what its other machines look like (``runtime/process.py``).
+In: the config and this process's environment. Out: one ``ConfigError``, with the key or the variable
+and what to set instead. Left out: what only the cluster knows, such as how much of it is free
+(``runtime/cluster.py``), and the environment of its other machines (``runtime/process.py``).
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import ClusterConfig, Config, ConfigError
-from eopd.run.place import holds_rows, require_no_stranger, require_run_directory
+from eopd.run.place import holds_rows, require_no_foreign_files, require_run_directory
 from eopd.telemetry.prometheus import require_address
 
 LOCAL: Final = "local"  # Ray is started here
@@ -40,23 +40,23 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(\d{1,5})")
 
 
 def require_environment(config: Config) -> None:
-    """Check all that needs no Ray: packages, temporary files, where the run writes, and where it is
-    scraped.
+    """Checks all that needs no Ray: packages, temporary files, where the run writes, and the address
+    of its metrics.
 
     Raises:
         ConfigError: something is missing, taken, malformed, or cannot be written.
     """
-    if cluster_address(config.cluster) == LOCAL:
+    if is_local(config.cluster):
         require_local_ray()
 
     require_run_directory(config.run.path)
-    require_no_stranger(config.run.path)
+    require_no_foreign_files(config.run.path)
     if config.telemetry.port is not None:
         require_address(config.telemetry.host, config.telemetry.port)
 
 
 def environment_notes(config: Config) -> Iterator[str]:
-    """What is no mistake, and good to know."""
+    """Yields what is no mistake and good to know."""
     path = config.run.path
     if holds_rows(path):
         yield (
@@ -66,19 +66,27 @@ def environment_notes(config: Config) -> Iterator[str]:
 
 
 def gpus_here() -> int:
-    """NVIDIA GPUs of this machine, by their device files."""
+    """Returns the number of NVIDIA GPUs of this machine, by their device files."""
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
-def cluster_address(config: ClusterConfig) -> str:
-    """Where Ray is: ``HOST:PORT`` or ``auto`` for a cluster that runs, ``local`` to start it here.
+def is_local(config: ClusterConfig) -> bool:
+    """Tells whether the run starts Ray on this machine, rather than join a cluster; raises as
+    ``cluster_address`` does.
+    """
+    return cluster_address(config) == LOCAL
 
-    ``cluster.address`` comes before ``RAY_ADDRESS``, but ``auto`` means what that says, as Ray has
-    it.
+
+def cluster_address(config: ClusterConfig) -> str:
+    """Returns where Ray is: ``HOST:PORT`` or ``auto`` for a cluster that runs, ``local`` to start it
+    here.
+
+    ``cluster.address`` comes before ``RAY_ADDRESS``. As for Ray, ``auto`` stands for the address of
+    ``RAY_ADDRESS``, where that is set.
 
     Raises:
-        ConfigError: the address is of another kind, or has no port; ``cluster.cpus`` does not go
-            with it.
+        ConfigError: the address is of another kind, or has no port; ``cluster.cpus`` is set beside
+            it.
     """
     variable = os.environ.get("RAY_ADDRESS", "").strip()
     given = (config.address or "").strip()
@@ -113,10 +121,10 @@ def cluster_address(config: ClusterConfig) -> str:
 
 
 def split_address(key: str, address: str, instead: str) -> tuple[str, int]:
-    """Host and port of an address.
+    """Returns host and port of an address.
 
     Raises:
-        ConfigError: it is no ``HOST:PORT``; ends with ``instead``.
+        ConfigError: it is no ``HOST:PORT``; the message ends with ``instead``.
     """
     match = _ADDRESS.fullmatch(address)
     if match is None or not 0 < int(match[2]) < 1 << 16:
@@ -126,17 +134,17 @@ def split_address(key: str, address: str, instead: str) -> tuple[str, int]:
 
 
 def require_local_ray() -> None:
-    """Ray can be started here, with engines and learners.
+    """Checks that Ray can be started here, with engines and learners.
 
     Raises:
-        ConfigError: a package is missing, or the directory for temporary files does not do.
+        ConfigError: a package is missing, or the directory for temporary files cannot be used.
     """
     require_packages()
     require_temporary_files()
 
 
 def require_packages() -> None:
-    """Every package that a worker imports is installed here.
+    """Checks that every package that a worker imports is installed here.
 
     Raises:
         ConfigError: names those that are not, and what to install.
@@ -155,14 +163,15 @@ def require_packages() -> None:
 
 
 def require_temporary_files() -> None:
-    """``TMPDIR`` and ``RAY_TMPDIR`` take files, and the one that Ray uses is short enough for its
-    sockets.
+    """Checks that ``TMPDIR`` and ``RAY_TMPDIR`` take files, and that the one that Ray uses is short
+    enough for its sockets.
 
     Raises:
         ConfigError: names the variable and what to set.
     """
-    given = {name: os.environ[name] for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ}
-    for name, directory in (given or {"TMPDIR": "/tmp"}).items():
+    names = [name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ] or ["TMPDIR"]
+    directories = {name: os.environ.get(name, "/tmp") for name in names}
+    for name, directory in directories.items():
         if not os.path.isabs(directory):
             raise ConfigError(
                 f"{name}: {directory!r} is no absolute path; name a directory, or unset it for /tmp"
@@ -176,7 +185,7 @@ def require_temporary_files() -> None:
                 f"{name}: {directory} takes no files ({error.strerror}); name a directory that does"
             ) from None
 
-    name, directory = next(iter(given.items()), ("TMPDIR", "/tmp"))
+    name, directory = next(iter(directories.items()))
     if (length := len(os.fsencode(directory.rstrip("/")))) > LONGEST_TEMPORARY:
         raise ConfigError(
             f"{name}: {directory} is too long for the sockets that Ray makes below it "

@@ -1,5 +1,5 @@
-"""What is checked before any worker starts: models, vocabularies, prompts. Every failure is
-one ``ConfigError``.
+"""The inputs of a run are checked before any worker starts: the machine, models, vocabularies, and
+prompts. Every failure is one ``ConfigError``.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
 from eopd.preflight.answers import require_answers, require_readable_answers
-from eopd.preflight.environment import require_environment
+from eopd.preflight.environment import is_local, require_environment
 from eopd.preflight.models import require_model, require_served, require_student
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
@@ -25,23 +25,23 @@ from eopd.types import PromptSample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """The checked inputs of a run; ``vocabularies`` by name of the teacher."""
+    """Prepared inputs are checked and loaded; ``vocabularies`` go by the teacher's name."""
 
     train: PromptSet
     held_out: PromptSet
     vocabularies: Mapping[str, SharedVocabulary]
 
 
-def check(config: Config) -> Prepared:
-    """Check a run's inputs and load its prompts; what was checked before, and is the same still, is
-    remembered.
+def prepare(config: Config) -> Prepared:
+    """Checks a run's inputs and loads its prompts. The outcome is cached for as long as all files are
+    the same.
 
     Raises:
         ConfigError: a model directory or data file is missing, vocabularies or end tokens differ,
-            top_k is larger than a vocabulary, vLLM or DeepSpeed take no such option, the student
+            top_k is larger than a vocabulary, vLLM or DeepSpeed have no such option, the student
             has no such layers to adapt, prompts do not fit or have no teacher, a verifier has no
-            answers, a tracker cannot be used, a server's key is not set, or the machine will not do
-            (``environment.py``).
+            answers, a tracker cannot be used, a server's key is not set, or the machine lacks
+            something (``environment.py``).
     """
     require_environment(config)
     require_trackers(config.telemetry.trackers)
@@ -50,21 +50,15 @@ def check(config: Config) -> Prepared:
     for teacher in config.teachers:
         require_vllm_options(f"teachers.{teacher.name}.vllm", teacher.vllm)
 
-    if unset := _keys_not_set(config):
-        raise ConfigError(
-            "\n".join(
-                f"{where}: the environment variable {name} is not set" for where, name in unset
-            )
-        )
-
+    _require_keys(config)
     data = [Path(spec) for spec in (config.prompts.data, config.prompts.held_out)]
-    # a data set by name may change without a sign here
+    # a data set by name may change, and no file here shows it
     if not all(path.suffix in DATA_SUFFIXES for path in data):
-        return _check(config)
+        return _prepare(config)
 
     models = {config.student.model, *(teacher.model for teacher in config.teachers)}
-    # One by one, as they are asked for: a directory that cannot be read is told of by the check,
-    # under its key.
+    # A generator: the first directory that cannot be read ends the look-up, and ``_prepare`` raises
+    # the error under its key.
     files = (
         file
         for model in models
@@ -73,40 +67,31 @@ def check(config: Config) -> Prepared:
     )
     question = config.model_dump_json(exclude={"run", "cluster", "telemetry", "checkpoint"})
 
-    return remembered(question, chain(data, files), lambda: _check(config))
+    return remembered(question, chain(data, files), lambda: _prepare(config))
 
 
-def runs_here(config: Config) -> bool:
-    """Whether the run starts Ray on this machine, rather than join a cluster of others."""
-    return (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+def _require_keys(config: Config) -> None:
+    """Checks that the keys of served teachers are set, where their clients run on this machine. On a
+    cluster they run on other nodes, which have their own variables.
 
-
-def _keys_not_set(config: Config) -> list[tuple[str, str]]:
-    """Keys of servers that a run on this machine would miss, with the variables that should hold
-    them.
-
-    They are read where the teacher's client runs: on a cluster that is another node, which has its
-    own variables.
+    Raises:
+        ConfigError: names the variables that are not set.
     """
-    if not runs_here(config):
-        return []
+    faults = []
+    for teacher in config.teachers if is_local(config.cluster) else ():
+        variable = teacher.server.api_key_env if teacher.server else None
+        if variable and not os.environ.get(variable, "").strip():
+            key = f"teachers.{teacher.name}.server.api_key_env"
+            faults.append(f"{key}: the environment variable {variable} is not set")
 
-    named = [
-        (teacher.name, teacher.server.api_key_env) for teacher in config.teachers if teacher.server
-    ]
-    unset = [
-        (name, variable)
-        for name, variable in named
-        if variable and not os.environ.get(variable, "").strip()
-    ]
-
-    return [(f"teachers.{name}.server.api_key_env", variable) for name, variable in unset]
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
-def _check(config: Config) -> Prepared:
+def _prepare(config: Config) -> Prepared:
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
     require_student(config)
-    vocabularies = {teacher.name: _check_teacher(config, teacher) for teacher in config.teachers}
+    vocabularies = {teacher.name: _vocabulary(config, teacher) for teacher in config.teachers}
     if config.student.lora is not None:
         from eopd.learner.lora import check_targets
 
@@ -121,13 +106,14 @@ def _check(config: Config) -> Prepared:
     held_out = PromptSet.load(
         config.prompts.held_out, config.prompts, tokenizer, _views(config), key="prompts.held_out"
     )
-    for where, data in ((config.prompts.data, train), (config.prompts.held_out, held_out)):
-        count_prompts(where, data.prompts, config)
+    prompts_by_teacher(config.prompts.data, train.prompts, config)
+    prompts_by_teacher(config.prompts.held_out, held_out.prompts, config)
 
     return Prepared(train=train, held_out=held_out, vocabularies=vocabularies)
 
 
-def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
+def _vocabulary(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
+    """Checks a teacher's model; returns the vocabulary that it shares with the student."""
     key = f"teachers.{teacher.name}"
     local = teacher.backend == "vllm"
     # a format of vLLM's own has files of its own
@@ -156,7 +142,7 @@ def _check_teacher(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
 
 
 def _views(config: Config) -> Callable[[str], TeacherView | None]:
-    """By source, how its teacher reads a prompt; None where it reads the student's."""
+    """Returns, for a source, how its teacher renders a prompt; None where it takes the student's."""
     views = {
         teacher.name: TeacherView(
             name=teacher.name,
@@ -183,12 +169,13 @@ def _views(config: Config) -> Callable[[str], TeacherView | None]:
     return view_of
 
 
-def count_prompts(where: str, prompts: Sequence[PromptSample], config: Config) -> Mapping[str, int]:
-    """Prompts by name of the teacher: of the one that names their source, or of the one that names
-    none.
+def prompts_by_teacher(
+    where: str, prompts: Sequence[PromptSample], config: Config
+) -> Mapping[str, int]:
+    """Returns the number of prompts of each teacher, by its name.
 
     Raises:
-        ConfigError: nobody teaches a source.
+        ConfigError: no teacher teaches a source.
     """
     counts = Counter(prompt.source for prompt in prompts)
     taught, untaught = {teacher.name: 0 for teacher in config.teachers}, []

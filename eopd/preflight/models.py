@@ -1,4 +1,4 @@
-"""Model directories, opened before a worker does: what is missing, broken, or does not fit."""
+"""Model directories are opened before a worker does, to find what is missing, broken, or misfits."""
 
 import ast
 import importlib.util
@@ -10,10 +10,10 @@ from typing import Final
 from eopd.config import Config, ConfigError
 from eopd.config.json_text import told
 from eopd.config.pointer import require_no_pointer
-from eopd.preflight.weights import read_weights
+from eopd.preflight.weights import read_tensors
 from eopd.tokenizer import end_token_ids, load_tokenizer, read_json, vocab_size
 
-# What a run reads of a model directory besides the weights.
+# The files that a run reads of a model directory, without the weights.
 _READ: Final = (
     "config.json",
     "generation_config.json",
@@ -37,24 +37,22 @@ _LOGIT_MODELS: Final = (
 def require_model(
     key: str, directory: Path, *, num_tokens: int, weights: bool = True, tokenizer: bool = True
 ) -> None:
-    """Open everything in a model directory that a run will read.
+    """Opens everything in a model directory that a run will read.
 
     Args:
         key: the config key of the directory; every message begins with it.
         directory: a Hugging Face model directory.
-        num_tokens: the longest sequence it must take.
+        num_tokens: the longest sequence that the model must take.
         weights: false where they are elsewhere, behind a server.
         tokenizer: false where only token ids come and go, in a server.
 
     Raises:
-        ConfigError: something is missing or cannot be read, or the model's positions do not reach
-            that far.
+        ConfigError: something is missing or cannot be read, or the model has too few positions.
     """
     with _blame(key):
         _require_directory(directory)
-        for file in sorted(
-            file for pattern in _READ for file in directory.glob(pattern) if file.is_file()
-        ):
+        files = (file for pattern in _READ for file in directory.glob(pattern))
+        for file in sorted(filter(Path.is_file, files)):
             require_no_pointer(file)
 
         config = read_json(directory / "config.json")
@@ -71,9 +69,8 @@ def require_model(
             )
 
         vocab_size(directory)
-
-    if weights:
-        read_weights(key, directory, standard_names=False)
+        if weights:
+            read_tensors(directory, standard_names=False)
 
     if tokenizer:
         with _blame(key), quiet():
@@ -83,14 +80,14 @@ def require_model(
 
 
 def require_student(config: Config) -> None:
-    """Find out on a model without weights whether the learner can train what ``student.model``
-    holds.
+    """Checks on a model without weights that the learner can train ``student.model``.
 
     Raises:
-        ConfigError: see ``eopd.learner.fitness``.
+        ConfigError: it cannot, for a reason of ``eopd.learner.fitness``.
     """
     key, directory = "student.model", config.student.model
-    tensors = read_weights(key, directory, standard_names=True)
+    with _blame(key):
+        tensors = read_tensors(directory, standard_names=True)
 
     with _blame(key), quiet():
         from eopd.learner.fitness import check_student, check_weights
@@ -101,11 +98,11 @@ def require_student(config: Config) -> None:
 
 
 def require_served(key: str, directory: Path) -> None:
-    """Look a teacher's architecture up in the source of the installed vLLM: importing it would take
-    seconds.
+    """Checks that the installed vLLM has a teacher's architecture. It is looked up in the source of
+    vLLM, since an import takes seconds.
 
     Raises:
-        ConfigError: it has none, or none that computes logits.
+        ConfigError: the model names no architecture, or none that computes logits in vLLM.
     """
     named = read_json(directory / "config.json").get("architectures")
     if not isinstance(named, list) or not named:
@@ -128,7 +125,7 @@ def require_served(key: str, directory: Path) -> None:
 
 
 def _vllm_architectures() -> frozenset[str]:
-    """Empty where vLLM is not installed, as on a driver alone."""
+    """Returns the names of vLLM's models that compute logits; none where it is not installed."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return frozenset()
@@ -146,7 +143,7 @@ def _vllm_architectures() -> frozenset[str]:
 
 
 def _require_directory(directory: Path) -> None:
-    """Refuse what is no directory, with the command that makes one of a model on the Hub."""
+    """Refuses what is no directory, with the command that makes one of a model on the Hub."""
     if not directory.exists():
         here = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else Path()
         is_hub_name = len(here.parts) == 2 and here.parts[0] != "models"
@@ -168,7 +165,7 @@ def _require_directory(directory: Path) -> None:
 
 
 def _require_generation_config(directory: Path) -> None:
-    """Read it as the learner and every engine will."""
+    """Reads ``generation_config.json`` as the learner and every engine will."""
     from transformers import GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -186,7 +183,7 @@ def _require_generation_config(directory: Path) -> None:
 
 @contextmanager
 def _blame(key: str) -> Iterator[None]:
-    """Begin every message with the config key that the user has to look at."""
+    """Begins the message of every error with the config key that the user has to look at."""
     try:
         yield
     except ConfigError as error:
@@ -199,9 +196,7 @@ def _blame(key: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from warning and drawing bars meanwhile: what is wrong is told by
-    exceptions.
-    """
+    """Keeps transformers from warnings and progress bars while the block runs; exceptions pass."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

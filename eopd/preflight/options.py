@@ -1,8 +1,8 @@
-"""Native options of the engines, checked by name, type and bounds before an engine starts.
+"""Native options of vLLM and DeepSpeed are checked by name, type and bounds before an engine starts.
 
 The types are those that the installed libraries declare in their source (checked against vLLM
-0.32.0 and DeepSpeed 0.19.8); a driver that has them not checks nothing. Left out: options that are
-mappings of vLLM's own, such as ``compilation_config``, which go on as they are.
+0.32.0 and DeepSpeed 0.19.8). Where a library is not installed, its options are not checked. Left
+out: options that are mappings of vLLM's own, such as ``compilation_config``.
 """
 
 import importlib.metadata
@@ -20,9 +20,8 @@ from eopd.preflight.declared import Declarations, options_model
 
 _Dtype = Literal["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"]
 _Level = Literal["debug", "info", "warning", "error", "critical"]
-# What DeepSpeed reads one by one from its options (runtime/config.py), without a class for them
-# all, and what is left of it here: batches, precision, optimiser and checkpoints are not its to
-# say.
+# Options that DeepSpeed reads one by one (runtime/config.py), without a class that declares them.
+# Left out are batches, precision, optimiser and checkpoints, which the config of the run decides.
 _DEEPSPEED_KEYS: Final[Mapping[str, object]] = {
     "steps_per_print": int | None,
     "dump_state": bool,
@@ -83,10 +82,10 @@ _DEEPSPEED_BASE: Final = "DeepSpeedConfigModel"
 
 
 def require_vllm_options(key: str, options: Mapping[str, object]) -> None:
-    """Compare ``options`` with what the installed vLLM's engine takes.
+    """Compares ``options`` with those of the installed vLLM's engine.
 
     Raises:
-        ConfigError: it has no such option, or takes other values.
+        ConfigError: there is no such option, or its value is not allowed.
     """
     root = _source("vllm")
     if not options or root is None:
@@ -108,17 +107,18 @@ def require_vllm_options(key: str, options: Mapping[str, object]) -> None:
 
 
 def _vllm_plugins() -> list[str]:
-    """Packages that may teach vLLM more than its source says, such as methods of quantization."""
-    found = importlib.metadata.entry_points(group="vllm.general_plugins")
-    return [plugin.value for plugin in found if plugin.value.split(".")[0] not in ("eopd", "vllm")]
+    """Returns the plugins of other packages: they may add to vLLM, e.g. methods of quantization."""
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+    return [
+        plugin.value for plugin in plugins if plugin.value.split(".")[0] not in ("eopd", "vllm")
+    ]
 
 
 def require_deepspeed_options(key: str, options: Mapping[str, object]) -> None:
-    """Compare ``options`` with what the installed DeepSpeed takes; it ignores what it does not
-    know.
+    """Compares ``options`` with those of the installed DeepSpeed, which ignores unknown ones.
 
     Raises:
-        ConfigError: it has no such option, or takes other values.
+        ConfigError: there is no such option, or its value is not allowed.
     """
     root = _source("deepspeed")
     if not options or root is None:
@@ -140,13 +140,13 @@ def require_deepspeed_options(key: str, options: Mapping[str, object]) -> None:
 
 
 def _source(library: str) -> Path | None:
-    """Where a library's source lies, found without importing it."""
+    """Returns the directory of a library's source, found without importing it."""
     spec = importlib.util.find_spec(library)
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def _as_deepspeed_reads(options: Mapping[str, object]) -> dict[str, object]:
-    """``5e8`` is a whole number, and what is ``auto`` is left out."""
+    """Returns options as DeepSpeed reads them: ``5e8`` is a whole number, ``auto`` is left out."""
     return {name: _whole(value) for name, value in options.items() if value != "auto"}
 
 

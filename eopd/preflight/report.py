@@ -1,7 +1,7 @@
-"""What a person is told of a config that was checked: what was found, and what is odd and can be
+"""A config that was checked is described to a person: what was found, and what is odd and may be
 meant.
 
-Nothing here refuses anything; ``inputs.py`` does.
+Nothing is refused here; ``inputs.py`` does that.
 """
 
 import os
@@ -10,18 +10,19 @@ from typing import Final
 
 from eopd.config import Config
 from eopd.config.processor import dtype_notes
-from eopd.preflight.environment import environment_notes
-from eopd.preflight.inputs import Prepared, count_prompts, runs_here
+from eopd.preflight.environment import environment_notes, is_local
+from eopd.preflight.inputs import Prepared, prompts_by_teacher
 
 HIGH_LR: Final = 0.1
 MANY_BATCHES: Final = 1_000_000
 STALE: Final = 64
 
 
-def report(config: Config, prepared: Prepared) -> Iterator[str]:
-    """What was checked, line by line, for a person to read."""
-    data = ((config.prompts.data, prepared.train), (config.prompts.held_out, prepared.held_out))
-    taught, held_out = (count_prompts(where, found.prompts, config) for where, found in data)
+def describe(config: Config, prepared: Prepared) -> Iterator[str]:
+    """Yields what was checked, line by line, for a person to read."""
+    train, held_out = prepared.train.prompts, prepared.held_out.prompts
+    num_train = prompts_by_teacher(config.prompts.data, train, config)
+    num_held_out = prompts_by_teacher(config.prompts.held_out, held_out, config)
     yield f"student {config.student.model}"
 
     for teacher in config.teachers:
@@ -37,7 +38,8 @@ def report(config: Config, prepared: Prepared) -> Iterator[str]:
         yield f"  vocabulary  {shared.num_tokens} tokens; rows of the heads: {rows}"
         yield f"  end tokens  student {_listed(ends)}; teacher {_listed(other_ends)}"
         yield f"  eos_remap   {', '.join(remap) or 'none'}"
-        yield f"  prompts     {taught[teacher.name]} to train, {held_out[teacher.name]} held out"
+        counts = f"{num_train[teacher.name]} to train, {num_held_out[teacher.name]} held out"
+        yield f"  prompts     {counts}"
         yield from (f"  note        {note}" for note in shared.notes)
 
     yield from notes(config, prepared)
@@ -45,8 +47,8 @@ def report(config: Config, prepared: Prepared) -> Iterator[str]:
 
 
 def notes(config: Config, prepared: Prepared) -> Iterator[str]:
-    """What was chosen for the user, and what is odd and can be meant, in the config and in
-    the data that it names.
+    """Yields what was chosen for the user, and what is odd and may be meant, in the config and in its
+    data.
     """
     yield from dtype_notes(config)
     if dropped := prepared.train.num_dropped + prepared.held_out.num_dropped:
@@ -58,14 +60,14 @@ def notes(config: Config, prepared: Prepared) -> Iterator[str]:
 
 
 def oddities(config: Config) -> Iterator[str]:
-    """What the config alone shows: one sentence for each odd thing, beginning with its key."""
+    """Yields a sentence for each odd value of the config, beginning with its key."""
     yield from _of_length(config)
     yield from _of_learning(config)
     yield from _of_flow(config)
 
 
 def _of_data(config: Config, prepared: Prepared) -> Iterator[str]:
-    """What does not fit the data."""
+    """Yields what does not fit the data."""
     train, held_out = prepared.train.prompts, prepared.held_out.prompts
     if config.flow.batch_prompts > len(train):
         yield (
@@ -84,24 +86,23 @@ def _of_data(config: Config, prepared: Prepared) -> Iterator[str]:
     if shared and config.prompts.data != config.prompts.held_out:
         yield f"prompts.held_out: {shared} of its {len(held_out)} prompts are in prompts.data too"
 
-    taught = count_prompts(config.prompts.data, train, config)
-    for name, count in taught.items():
+    for name, count in prompts_by_teacher(config.prompts.data, train, config).items():
         if not count:
             yield f"teachers.{name}: teaches nothing: no row has its sources"
 
 
 def _of_threads(config: Config) -> Iterator[str]:
-    """Threads of one actor beyond the cores of this machine, where the run is here."""
+    """Yields the actors that have more threads than this machine has cores, where they run here."""
     threads = {"learner": config.learner.threads, "rollout": config.rollout.threads}
     threads |= {f"teachers.{teacher.name}": teacher.threads for teacher in config.teachers}
     cores = os.cpu_count() or 1
     for name, number in threads.items():
-        if number > cores and runs_here(config):
+        if number > cores and is_local(config.cluster):
             yield f"{name}.threads: {number} on a machine of {cores} cores, which share its time"
 
 
 def _of_length(config: Config) -> Iterator[str]:
-    """What does not fit the length of the run."""
+    """Yields what does not fit the length of the run."""
     batches, warmup = config.run.batches, config.loss.alpha_warmup
     if batches > MANY_BATCHES:
         yield f"run.batches: {batches} are {batches / 86_400:.0f} days at a batch a second"
@@ -129,7 +130,7 @@ def _of_length(config: Config) -> Iterator[str]:
 
 
 def _of_learning(config: Config) -> Iterator[str]:
-    """What makes the student learn something else than the defaults do."""
+    """Yields what makes the student learn something else than the defaults do."""
     loss, learner, rollout = config.loss, config.learner, config.rollout
     if learner.lr > HIGH_LR:
         yield f"learner.lr: {learner.lr:g} moves every weight by about as much in each step"
@@ -156,7 +157,7 @@ def _of_learning(config: Config) -> Iterator[str]:
 
 
 def _of_flow(config: Config) -> Iterator[str]:
-    """What the run reads, and how old it may be."""
+    """Yields what is odd in the prompts that the run reads, and in its staleness."""
     if config.flow.max_staleness > STALE:
         yield (
             f"flow.max_staleness: trajectories may be {config.flow.max_staleness} versions "

@@ -1,9 +1,8 @@
-"""What the weights of a model directory hold, read from the headers of their files; no tensor is
-read.
+"""The weights of a model directory are checked by the headers of their files; no tensor is read.
 
 A file that is missing, empty, cut short, or a Git LFS pointer is found here in milliseconds, and
-not by an engine after minutes. Files of the ``.bin`` format have no header: of them only the
-container is looked at.
+not by an engine after minutes. Files of the ``.bin`` format have no header, so that only their
+container is checked.
 """
 
 import math
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from eopd.config import ConfigError
 from eopd.config.json_text import JsonError, parse_json, told
 from eopd.config.pointer import require_no_pointer
 
@@ -21,7 +19,8 @@ NO_WEIGHTS: Final = frozenset(
     {"training_args.bin", "optimizer.bin", "scheduler.bin", "random_states.bin"}
 )
 
-# What transformers (5.19) looks for, in its order; vLLM (0.32.0) takes whatever ends so.
+# The files that transformers (5.19) looks for, in its order; vLLM (0.32.0) takes any name that ends
+# so.
 _STANDARD: Final = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -41,8 +40,8 @@ _PICKLE: Final = b"\x80"  # how a .bin file of the oldest format begins
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a safetensors file: where its bytes are, and their format (``F32``,
-    ``BF16``) and shape.
+    """A tensor of a safetensors file: where its bytes are, their format (``F32``, ``BF16``), and its
+    shape.
     """
 
     file: Path
@@ -52,65 +51,55 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
-def read_weights(
-    key: str, directory: Path, *, standard_names: bool
-) -> Mapping[str, TensorInfo] | None:
-    """The tensors of a model directory by name; None where they are ``.bin`` files, which do not
-    say.
+def read_tensors(directory: Path, *, standard_names: bool) -> Mapping[str, TensorInfo] | None:
+    """Reads the tensors of a model directory, by name; None where they are ``.bin`` files.
 
     Args:
-        key: the config key of the directory, for messages.
         directory: where the files are.
         standard_names: whether only the file names count that transformers looks for; vLLM takes
             others too.
 
     Raises:
-        ConfigError: there are no weights, or one of their files is missing, cut short, or no file
-            of its format.
+        ValueError: there are no weights, or one of their files is missing, cut short, or no file of
+            its format.
+        OSError: a file cannot be read.
     """
-    try:
-        return _read(key, directory, standard_names=standard_names)
-    except OSError as error:
-        raise ConfigError(
-            f"{key}: {error.filename or directory} cannot be read ({error.strerror})"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from None
+    names = (name for name in _STANDARD if (directory / name).exists())
+    standard = next((directory / name for name in names), None)
+    if standard is not None and standard.name.endswith(".index.json"):
+        return _read_shards(standard)
 
-
-def _read(key: str, directory: Path, *, standard_names: bool) -> Mapping[str, TensorInfo] | None:
-    found = next((directory / name for name in _STANDARD if (directory / name).exists()), None)
-    if found is not None and found.name.endswith(".index.json"):
-        return _read_shards(found)
-
-    if found is not None and (index := directory / _STANDARD[1]).exists():
+    if standard is not None and (index := directory / _STANDARD[1]).exists():
         _read_shards(index)  # transformers passes over it, vLLM takes only the files that it names
 
-    files = [found] if found is not None else [] if standard_names else _other_files(directory)
+    files = [] if standard is None else [standard]
+    if standard is None and not standard_names:
+        files = _other_files(directory)
+
     if not files:
-        raise ConfigError(
-            f"{key}: {directory} has no weights: {_what_is_there(directory, standard_names)}"
-        )
+        raise ValueError(f"{directory} has no weights: {_what_is_there(directory, standard_names)}")
 
     return _read_files(files)
 
 
 def _other_files(directory: Path) -> list[Path]:
-    """What vLLM takes besides: all safetensors files, or else all others that may be weights."""
+    """Returns the weights of other names that vLLM takes: all safetensors files, or else all others
+    that may be weights.
+    """
     safe = sorted(directory.glob("*.safetensors"))
     return safe or sorted(file for file in directory.glob("*.bin") if file.name not in NO_WEIGHTS)
 
 
 def _what_is_there(directory: Path, standard_names: bool) -> str:
-    wanted = ", ".join(_STANDARD) if standard_names else "*.safetensors, *.bin"
+    expected = ", ".join(_STANDARD) if standard_names else "*.safetensors, *.bin"
     suffixes = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
     other = sorted(file.name for file in directory.iterdir() if file.suffix in suffixes)
-    return f"it has none of {wanted}" + (f", but {', '.join(other[:3])}" if other else "")
+    return f"it has none of {expected}" + (f", but {', '.join(other[:3])}" if other else "")
 
 
 def _read_shards(index: Path) -> Mapping[str, TensorInfo] | None:
-    """The tensors of all shards, each in the shard where the index says it is."""
-    require_whole(index)
+    """Reads the tensors of all shards, each of which must be in the shard that the index names."""
+    _require_whole(index)
     try:
         tree = parse_json(index.read_bytes())
     except JsonError as error:
@@ -148,7 +137,7 @@ def _read_shards(index: Path) -> Mapping[str, TensorInfo] | None:
 
 def _read_files(files: Sequence[Path]) -> Mapping[str, TensorInfo] | None:
     for file in files:
-        require_whole(file)
+        _require_whole(file)
 
     if any(file.suffix != ".safetensors" for file in files):
         for file in files:
@@ -163,13 +152,8 @@ def _read_files(files: Sequence[Path]) -> Mapping[str, TensorInfo] | None:
     return tensors
 
 
-def require_whole(file: Path) -> None:
-    """Refuse what only stands for a file.
-
-    Raises:
-        ValueError: it is a directory, empty, or a Git LFS pointer.
-        OSError: it cannot be read.
-    """
+def _require_whole(file: Path) -> None:
+    """Refuses a directory, an empty file, and a Git LFS pointer, with a ValueError."""
     if file.is_dir():
         raise ValueError(f"{file} is a directory; it must be a file")
 
@@ -190,7 +174,7 @@ def _require_container(file: Path) -> None:
 
 
 def _header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """The tensors that a safetensors file describes, once its size is what they need."""
+    """Yields the tensors that a safetensors file describes, if its size is what they need."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         num_bytes = int.from_bytes(opened.read(8), "little")
@@ -219,8 +203,8 @@ def _header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
 
 
 def _parse(file: Path, text: bytes, *, start: int) -> Iterator[tuple[str, TensorInfo]]:
-    """``{name: {"dtype": ..., "shape": [...], "data_offsets": [first, last]}}``, offsets from
-    ``start``.
+    """Yields the tensors of a header ``{name: {"dtype": ..., "shape": [...], "data_offsets": [first,
+    last]}}``, with offsets from ``start``.
     """
     header = parse_json(text)
     if not isinstance(header, dict):
@@ -234,7 +218,7 @@ def _parse(file: Path, text: bytes, *, start: int) -> Iterator[tuple[str, Tensor
 
 
 def _require_shape(file: Path, name: str, info: TensorInfo) -> None:
-    """Refuse a shape that no tensor has, or that its bytes do not fill.
+    """Refuses a shape that no tensor has, or that its bytes do not fill.
 
     Raises:
         ValueError: names the tensor.

@@ -1,14 +1,14 @@
-"""From data sets to ``PromptSample``: rows in; rendered, tokenised prompts and the order they are
-asked in out.
+"""Data sets become prompts: rows go in; rendered, tokenised prompts and their order come out.
 
-``files`` reads rows, ``rows`` says what each must hold, ``rendering`` turns a chat into token ids,
-``prompt_set`` puts them together for a student and its teachers, and ``order`` says which prompt
+    data set ─▶ files: rows ─▶ rows: questions ─▶ rendering: token ids ─▶ prompt_set ─▶ order
+
+``prompt_set`` holds the prompts for a student and its teachers, and ``order`` decides which prompt
 comes when. Nothing is consumed: sample number i of a run is a pure function of the seed and i, so
-that resuming needs no state beyond a number.
+that a resumed run needs no state but a number.
 """
 
-from eopd.prompts.files import Row, read_rows
+from eopd.prompts.files import DataRow, read_data
 from eopd.prompts.order import PromptOrder
-from eopd.prompts.prompt_set import PromptSet, TeacherView, listed
+from eopd.prompts.prompt_set import PromptSet, TeacherView, list_places
 
-__all__ = ["PromptOrder", "PromptSet", "Row", "TeacherView", "listed", "read_rows"]
+__all__ = ["DataRow", "PromptOrder", "PromptSet", "TeacherView", "list_places", "read_data"]

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, with the values that who wrote them meant."""
+"""Rows of Parquet files are read, with their values as they were written."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def read_parquet(path: Path, where: str) -> list[dict[str, object]]:
-    """All rows of a file.
+    """Reads all rows of a file.
 
     Raises:
-        ConfigError: it is no Parquet file, has two columns of one name, or a value that nobody can
+        ConfigError: it is no Parquet file, has two columns of one name, or a value that cannot be
             read.
     """
     import pyarrow
@@ -38,25 +38,24 @@ def read_parquet(path: Path, where: str) -> list[dict[str, object]]:
 
 
 def as_written(value: object, kind: "pyarrow.DataType") -> object:
-    """A value of a table; a float of less than 64 bits is the shortest number that is it:
-    0.1, not 0.10000000149.
+    """Returns a value of a table; a float of less than 64 bits becomes the shortest number that rounds
+    to it: 0.1, not 0.10000000149.
     """
-    import pyarrow
+    from pyarrow import types
 
-    is_ = pyarrow.types
     if value is None:
         return None
 
-    if is_.is_float32(kind) or is_.is_float16(kind):
-        narrow = np.float32 if is_.is_float32(kind) else np.float16
+    if types.is_float32(kind) or types.is_float16(kind):
+        narrow = np.float32 if types.is_float32(kind) else np.float16
         return float(str(narrow(float(str(value)))))
 
     if isinstance(value, list) and (
-        is_.is_list(kind) or is_.is_large_list(kind) or is_.is_fixed_size_list(kind)
+        types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     ):
-        return [as_written(one, kind.value_type) for one in value]
+        return [as_written(item, kind.value_type) for item in value]
 
-    if isinstance(value, dict) and is_.is_struct(kind):
+    if isinstance(value, dict) and types.is_struct(kind):
         return {
             field.name: as_written(value[field.name], field.type)
             for field in kind
@@ -67,22 +66,22 @@ def as_written(value: object, kind: "pyarrow.DataType") -> object:
 
 
 def _values(column: "pyarrow.ChunkedArray", where: str) -> list[object]:
-    """The values of a column.
+    """Returns the values of a column.
 
     Raises:
-        ConfigError: one is beyond what Python can hold, such as a time after the year 9999.
+        ConfigError: a value is beyond what Python can hold, such as a time after the year 9999.
     """
     import pyarrow
 
-    found = []
+    values = []
 
     for number, scalar in enumerate(column, start=1):
         try:
-            found.append(as_written(scalar.as_py(), column.type))
+            values.append(as_written(scalar.as_py(), column.type))
         except (OverflowError, ValueError, KeyError, pyarrow.ArrowException) as error:
             raise ConfigError(
                 f"{where}: row {number}: its {column.type} cannot be read ({error}); take "
                 "the column out"
             ) from None
 
-    return found
+    return values

@@ -1,7 +1,6 @@
-"""Rows out of JSONL files, Parquet files, and data sets by name.
+"""Rows are read from JSONL files, Parquet files, and data sets by name.
 
-A row leaves here as the columns it has, with the place where it stands, so that whoever refuses it
-can say where.
+A row has its columns, and the place where it stands, which a message on it begins with.
 """
 
 import json
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 # Kinds of files that people have rows in, and that are not read here. Any other ending may be part
-# of a name. fmt: off
+# of the name of a data set.
 OTHER_SUFFIXES: Final = frozenset(
-    {
+    [
         ".arrow",
         ".avro",
         ".bz2",
@@ -51,15 +50,14 @@ OTHER_SUFFIXES: Final = frozenset(
         ".yml",
         ".zip",
         ".zst",
-    }
+    ]
 )
-# fmt: on
 _PART: Final = re.compile(r":(?![^\[]*\])")  # a colon, but not that of the slice in ``train[:100]``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One row of a data set.
+class DataRow:
+    """A data row is one row of a data set.
 
     ``number`` is its line in a JSONL file, and elsewhere its number, counted from 1. ``where``
     names the key of the config, the data set, and the row.
@@ -70,8 +68,8 @@ class Row:
     columns: Mapping[str, object]
 
 
-def read_rows(spec: str, key: str = "prompts.data") -> list[Row]:
-    """Read all rows of a ``.jsonl`` or ``.parquet`` file, or of a data set by name.
+def read_data(spec: str, key: str = "prompts.data") -> list[DataRow]:
+    """Reads all rows of a ``.jsonl`` or ``.parquet`` file, or of a data set by name.
 
     A name is ``NAME``, ``NAME:SPLIT`` or ``NAME:SUBSET:SPLIT``, e.g. ``openai/gsm8k:main:train``;
     the split is ``train`` where none is named.
@@ -99,7 +97,7 @@ def read_rows(spec: str, key: str = "prompts.data") -> list[Row]:
     return rows
 
 
-def _read(spec: str, key: str) -> list[Row]:
+def _read(spec: str, key: str) -> list[DataRow]:
     path = Path(spec)
     if path.suffix in DATA_SUFFIXES and path.is_dir():
         raise ConfigError(f"{key}: {spec} is a directory; name one file in it")
@@ -128,13 +126,13 @@ def _read(spec: str, key: str) -> list[Row]:
     return _numbered(_read_named(spec, key), f"{key}: {spec}")
 
 
-def _row(where: str, number: int, columns: Mapping[str, object]) -> Row:
-    name = columns.get("id")
-    told = f" (id {json.dumps(name)[:60]})" if isinstance(name, str | int) else ""
-    return Row(where=where + told, number=number, columns=columns)
+def _row(where: str, number: int, columns: Mapping[str, object]) -> DataRow:
+    row_id = columns.get("id")
+    suffix = f" (id {json.dumps(row_id)[:60]})" if isinstance(row_id, str | int) else ""
+    return DataRow(where=where + suffix, number=number, columns=columns)
 
 
-def _read_jsonl(path: Path, where: str) -> Iterator[Row]:
+def _read_jsonl(path: Path, where: str) -> Iterator[DataRow]:
     content = path.read_bytes()
     try:
         # splitlines() would cut at U+2028 inside a string
@@ -151,26 +149,26 @@ def _read_jsonl(path: Path, where: str) -> Iterator[Row]:
 
 
 def _parse(line: str, where: str) -> Mapping[str, object]:
-    """One line as an object.
+    """Parses one line as an object.
 
     Raises:
         ConfigError: it is none, or names a field twice.
     """
 
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise ConfigError(f"{where}: names {twice!r} twice; which one counts?")
 
-        return found
+        return fields
 
     try:
-        row = parse_json(line, once)
+        row = parse_json(line, unique)
     except JsonError as error:
-        every = "; every line must be one object" if str(error).startswith("is not JSON") else ""
-        raise ConfigError(f"{where}: {error}{every}") from None
+        hint = "; every line must be one object" if str(error).startswith("is not JSON") else ""
+        raise ConfigError(f"{where}: {error}{hint}") from None
 
     if not isinstance(row, dict):
         raise ConfigError(
@@ -191,12 +189,10 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
     subset = parts[0] if len(parts) == 2 else None
 
     try:
-        found = datasets.load_dataset(name, subset, split=split)
-        kinds = {
-            field.name: field.type
-            for field in getattr(found, "features", datasets.Features()).arrow_schema
-        }
-        return [_as_written(row, kinds) for row in found]
+        rows = datasets.load_dataset(name, subset, split=split)
+        schema = getattr(rows, "features", datasets.Features()).arrow_schema
+        kinds = {field.name: field.type for field in schema}
+        return [_as_written(row, kinds) for row in rows]
     except Exception as error:  # noqa: BLE001 - a data set may run code of its own, which raises what it likes
         hint = "; a subset is named as NAME:SUBSET:SPLIT" if len(parts) < 2 else ""
         raise ConfigError(
@@ -204,9 +200,9 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
         ) from None
 
 
-def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[Row]:
-    """Rows of Arrow tables. There every object of a column has every key; those without a
-    value are no keys.
+def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[DataRow]:
+    """Numbers the rows of an Arrow table. There every object of a column has every key; those without
+    a value are removed.
     """
     numbered = []
     for number, row in enumerate(rows, start=1):
@@ -218,7 +214,7 @@ def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[Row]:
 def _as_written(
     row: Mapping[str, object], kinds: Mapping[str, "pyarrow.DataType"]
 ) -> dict[str, object]:
-    """The values of a data set's row, as its file had them."""
+    """Returns the values of a data set's row, as its file has them."""
     values = {}
     for name, value in row.items():
         values[name] = as_written(value, kinds[name]) if name in kinds else value

@@ -1,4 +1,4 @@
-"""Which prompt comes when: a seeded, epoch-exact order with random access."""
+"""Prompts come in a seeded order with random access, in which an epoch holds every prompt once."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from eopd.types import PromptSample, Sampling
 
 
 class PromptOrder:
-    """Which sample comes when: issue number -> prompt of an epoch, and how it is sampled.
+    """A prompt order gives every issue number a prompt of an epoch, and the way to sample it.
 
     An epoch holds every (prompt, sample_index) once, in an order of its own; the samples of one
     prompt follow each other.
@@ -25,15 +25,13 @@ class PromptOrder:
         self._permutation: Sequence[int] = ()
 
     def at(self, issue: int) -> tuple[PromptSample, int]:
-        """Prompt and sample index of issue number ``issue``."""
+        """Returns prompt and sample index of issue number ``issue``."""
         number, sample_index = divmod(issue, self._samples)
         epoch, position = divmod(number, len(self._prompts))
         if epoch != self._epoch:
             generator = np.random.default_rng([self._seed, epoch])
-            self._epoch, self._permutation = (
-                epoch,
-                generator.permutation(len(self._prompts)).tolist(),
-            )
+            self._epoch = epoch
+            self._permutation = generator.permutation(len(self._prompts)).tolist()
 
         prompt = self._prompts[self._permutation[position]]
 
@@ -42,8 +40,8 @@ class PromptOrder:
     def sampling(
         self, issue: int, *, temperature: float, max_tokens: int, attempt: int = 0
     ) -> Sampling:
-        """A seed of its own for every issue and attempt, the same in every run with this
-        seed; issues go in order.
+        """Returns how to sample an attempt of an issue: with a seed of its own, the same in every run
+        of this order's seed. The lower issue goes first.
         """
         seed = np.random.SeedSequence([self._seed, issue, attempt]).generate_state(1)[0]
         return Sampling(

@@ -1,5 +1,5 @@
-"""A data set as the prompts of a run: read, rendered for the student and, where it reads
-otherwise, for its teacher.
+"""A data set becomes the prompts of a run: its rows are read, and rendered for the student, and for a
+teacher that has a template of its own.
 """
 
 import os
@@ -18,14 +18,14 @@ from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from eopd.config import ConfigError, PromptsConfig
-from eopd.prompts.files import Row, read_rows
+from eopd.prompts.files import DataRow, read_data
 from eopd.prompts.rendering import Rendering, Tokenizer
 from eopd.prompts.rows import Question, read_question
 from eopd.types import PromptSample
 
 FAULTS_SHOWN: Final = 5
-# What Python's and LangChain's templates fill in; behind a command or an index of LaTeX braces are
-# braces.
+# ``{name}`` as Python's and LangChain's templates fill it in; behind a command or an index of LaTeX
+# braces are something else.
 _SINGLE_BRACES: Final = re.compile(r"(?<![\w\\^_{}%#\]])\{\s*([A-Za-z_]\w*)\s*\}(?!\})")
 _ROW: Final = "\0"  # stands for a place in a message
 _TEMPLATES: Final = ImmutableSandboxedEnvironment(
@@ -35,15 +35,15 @@ _TEMPLATES: Final = ImmutableSandboxedEnvironment(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherView:
-    """How a teacher reads a row of the data when it has a prompt of its own.
+    """A teacher view renders the rows of the data for a teacher that has a prompt of its own.
 
     Args:
-        name: Of the teacher.
-        template: Jinja for the last text of the user: the columns of the row, and ``prompt``, the
-            student's text.
-        tokenizer: The teacher's; its chat template renders the messages.
-        options: Of that chat template.
-        max_tokens: The longest such prompt.
+        name: The name of the teacher.
+        template: Jinja for the last text of the user. It may use the columns of the row, and
+            ``prompt``, the student's text.
+        tokenizer: The teacher's tokenizer, whose chat template renders the messages.
+        options: The options of that chat template.
+        max_tokens: The length of the longest prompt that is allowed.
     """
 
     name: str
@@ -53,10 +53,10 @@ class TeacherView:
     max_tokens: int
 
     def require_text(self) -> None:
-        """The template is text, and not nothing or the name of the file that holds it.
+        """Checks that the template is text, and not empty or the name of a file.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: it is empty, or the name of a file.
         """
         key = f"teachers.{self.name}.template"
         if not self.template.strip():
@@ -65,7 +65,7 @@ class TeacherView:
                 "besides, or take it out"
             )
 
-        with suppress(OSError):  # no name that a disk takes is a name of no file
+        with suppress(OSError):  # a text that no disk takes as a name
             if Path(os.path.expanduser(self.template.strip())).is_file():
                 raise ConfigError(
                     f"{key}: {self.template.strip()} is a file; write its text "
@@ -75,16 +75,16 @@ class TeacherView:
     def token_ids(
         self, question: Question, where: str, config: PromptsConfig
     ) -> tuple[list[int], list[str]]:
-        """The teacher's prompt, and notes on it.
+        """Returns the token ids of the teacher's prompt, and notes on it.
 
         Raises:
             ConfigError: the template is broken or names a column the row lacks.
-            _TooLong: its prompt is.
+            _TooLong: the prompt is too long.
         """
-        for one in _SINGLE_BRACES.finditer(self.template):
-            if (name := one[1]) in (*question.columns, "prompt"):
+        for match in _SINGLE_BRACES.finditer(self.template):
+            if (name := match[1]) in (*question.columns, "prompt"):
                 raise ConfigError(
-                    f"teachers.{self.name}.template: {where}: {one[0]} is plain text there; "
+                    f"teachers.{self.name}.template: {where}: {match[0]} is plain text there; "
                     f"write {{{{ {name} }}}} to have the column in its place"
                 )
 
@@ -104,52 +104,52 @@ class TeacherView:
             template=config.template,
             options=self.options,
         )
-        found, notes = rendering.token_ids(question.with_text(text), question.tools, where)
+        token_ids, notes = rendering.token_ids(question.with_text(text), question.tools, where)
         if not columns:
             notes.append(
                 f"the template of teacher {self.name} uses no column, so that it "
                 "asks the same in every row"
             )
 
-        if len(found) > self.max_tokens:
+        if len(token_ids) > self.max_tokens:
             raise _TooLong(
-                len(found),
+                len(token_ids),
                 f"{{rows}} longer than teachers.{self.name}.max_prompt_tokens "
                 f"{self.max_tokens} in its template",
             )
 
-        return found, notes
+        return token_ids, notes
 
 
 @cache
 def _columns_of(template: str) -> frozenset[str]:
-    """What a template names that a row must have."""
+    """Returns the names in a template that are columns of the row."""
     return frozenset(meta.find_undeclared_variables(_TEMPLATES.parse(template)))
 
 
 class _TooLong(Exception):
-    """A prompt of more tokens than it may have; ``what`` says of which limit, with ``{rows}``
-    in place of its rows.
+    """A prompt has more tokens than it may have; ``fault`` names the limit, with ``{rows}`` in place
+    of its rows.
     """
 
-    def __init__(self, num_tokens: int, what: str) -> None:
-        super().__init__(what)
+    def __init__(self, num_tokens: int, fault: str) -> None:
+        super().__init__(fault)
         self.num_tokens = num_tokens
-        self.what = what
+        self.fault = fault
 
 
-def listed(places: Sequence[str]) -> str:
-    """``prompts.data: rows.jsonl:3 (and 7 more rows)``."""
+def list_places(places: Sequence[str]) -> str:
+    """Returns the first place and the number of others: ``data.jsonl:3 (and 7 more rows)``."""
     more = len(places) - 1
     return places[0] + (f" (and {more} more row{'s' if more > 1 else ''})" if more else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """Rendered and tokenised prompts; ``num_dropped`` of the data were too long.
+    """A prompt set holds rendered and tokenised prompts; ``num_dropped`` rows were too long.
 
-    ``texts`` has what the user said last, ``places`` the file and row, both by id of the prompt.
-    ``notes`` say what was read otherwise than it stands in the data, and in how many rows.
+    ``texts`` has the last text of the user, ``places`` the file and row, both by id of the prompt.
+    ``notes`` say what is not taken as it stands in the data, and in how many rows.
     """
 
     prompts: tuple[PromptSample, ...]
@@ -168,13 +168,13 @@ class PromptSet:
         *,
         key: str = "prompts.data",
     ) -> "PromptSet":
-        """Read, render and tokenise every row.
+        """Reads, renders and tokenises every row.
 
         Args:
             spec: The data set.
             config: How its rows become prompts.
-            tokenizer: The student's.
-            view_of: How the teacher of a source reads, where that is another way.
+            tokenizer: The student's tokenizer.
+            view_of: Returns the view of a source's teacher; None where it takes the student's prompt.
             key: The key of the config that names the data set, for messages.
 
         Raises:
@@ -188,7 +188,7 @@ class PromptSet:
             )
 
         loading = _Loading(config, tokenizer, view_of)
-        rows = read_rows(spec, key)
+        rows = read_data(spec, key)
         loading.add_all(rows)
         if not loading.prompts:
             raise ConfigError(
@@ -210,7 +210,7 @@ class PromptSet:
 
 @dataclass(slots=True)
 class _Loading:
-    """What was made of the rows so far."""
+    """Collects what the rows become, one after the other."""
 
     config: PromptsConfig
     tokenizer: Tokenizer
@@ -221,15 +221,15 @@ class _Loading:
     num_dropped: int = 0
     notes: Counter[str] = field(default_factory=Counter)
 
-    def add_all(self, rows: Sequence[Row]) -> None:
-        """Make a prompt of every row.
+    def add_all(self, rows: Sequence[DataRow]) -> None:
+        """Makes a prompt of every row.
 
         Raises:
-            ConfigError: some cannot be one; every kind of fault is named once, with the first row
+            ConfigError: a row cannot be one; every kind of fault is named once, with the first row
                 that has it.
         """
-        faults: dict[str, list[str]] = {}  # by what is wrong, the rows in question
-        overlong: dict[str, list[tuple[int, str]]] = {}  # by limit, tokens and place
+        faults: dict[str, list[str]] = {}  # the places of the rows, by what is wrong
+        overlong: dict[str, list[tuple[int, str]]] = {}  # tokens and places, by the limit
 
         for row in rows:
             try:
@@ -237,20 +237,19 @@ class _Loading:
             except ConfigError as error:
                 faults.setdefault(str(error).replace(row.where, _ROW), []).append(row.where)
             except _TooLong as error:
-                overlong.setdefault(error.what, []).append((error.num_tokens, row.where))
+                overlong.setdefault(error.fault, []).append((error.num_tokens, row.where))
 
-        told = [fault.replace(_ROW, listed(places)) for fault, places in faults.items()]
-        if len(told) > FAULTS_SHOWN:
+        lines = [fault.replace(_ROW, list_places(places)) for fault, places in faults.items()]
+        if len(lines) > FAULTS_SHOWN:
             more = sum(map(len, [*faults.values()][FAULTS_SHOWN:]))
-            told[FAULTS_SHOWN:] = [
-                f"{more} more row{'s have' if more > 1 else ' has'} other mistakes"
-            ]
+            verb = "s have" if more > 1 else " has"
+            lines[FAULTS_SHOWN:] = [f"{more} more row{verb} other mistakes"]
 
-        told += [_told(what, found, len(rows)) for what, found in overlong.items()]
-        if told:
-            raise ConfigError("\n".join(told))
+        lines += [_describe(fault, rows_of, len(rows)) for fault, rows_of in overlong.items()]
+        if lines:
+            raise ConfigError("\n".join(lines))
 
-    def _add(self, row: Row) -> None:
+    def _add(self, row: DataRow) -> None:
         config = self.config
         question = read_question(row, config.suffix)
         self._name(question, row)
@@ -271,11 +270,13 @@ class _Loading:
                 len(token_ids), f"{{rows}} longer than prompts.max_tokens {config.max_tokens}"
             )
 
-        view = self.view_of(question.source)
-        as_teacher, more_notes = (
-            (None, []) if view is None else view.token_ids(question, row.where, config)
-        )
-        self.notes.update(dict.fromkeys([*question.notes, *notes, *more_notes], 1))
+        teacher_token_ids = None
+        if (view := self.view_of(question.source)) is not None:
+            teacher_ids, teacher_notes = view.token_ids(question, row.where, config)
+            teacher_token_ids = np.asarray(teacher_ids, dtype=np.int32)
+            notes += teacher_notes
+
+        self.notes.update(list(dict.fromkeys([*question.notes, *notes])))
         self.prompts.append(
             PromptSample(
                 epoch=0,
@@ -283,13 +284,11 @@ class _Loading:
                 source=question.source,
                 token_ids=np.asarray(token_ids, dtype=np.int32),
                 reference_answer=question.reference_answer,
-                teacher_token_ids=None
-                if as_teacher is None
-                else np.asarray(as_teacher, dtype=np.int32),
+                teacher_token_ids=teacher_token_ids,
             )
         )
 
-    def _name(self, question: Question, row: Row) -> None:
+    def _name(self, question: Question, row: DataRow) -> None:
         prompt_id = question.prompt_id
         if prompt_id in self.places:
             raise ConfigError(
@@ -301,16 +300,16 @@ class _Loading:
         self.texts[prompt_id] = question.text
 
 
-def _told(what: str, found: Sequence[tuple[int, str]], num_rows: int) -> str:
-    """How many rows are above a limit, and by how much at most: raising it once is enough."""
-    num_tokens, where = max(found, key=lambda one: one[0])
-    rows = f"{len(found)} of {num_rows} rows {'is' if len(found) == 1 else 'are'}"
+def _describe(fault: str, overlong: Sequence[tuple[int, str]], num_rows: int) -> str:
+    """Returns how many rows are above a limit, and by how much at most: raising it once is enough."""
+    num_tokens, where = max(overlong, key=lambda tokens_and_place: tokens_and_place[0])
+    rows = f"{len(overlong)} of {num_rows} rows {'is' if len(overlong) == 1 else 'are'}"
     raised = f"raise the limit to {num_tokens}"
-    ways = ["shorten what is too long", f"or {raised}"]
-    if "teachers." not in what:
-        ways[1:] = [f"{raised} (--max-prompt-tokens of eopd eval)", "or set prompts.overlong: drop"]
+    ways = f"or {raised}"
+    if "teachers." not in fault:
+        ways = f"{raised} (--max-prompt-tokens of eopd eval), or set prompts.overlong: drop"
 
     return (
-        f"{where}: {what.format(rows=rows)}; this is the longest, with {num_tokens} tokens: "
-        f"{', '.join(ways)}"
+        f"{where}: {fault.format(rows=rows)}; this is the longest, with {num_tokens} tokens: "
+        f"shorten what is too long, {ways}"
     )

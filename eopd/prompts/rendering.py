@@ -1,8 +1,7 @@
-"""A chat to token ids: the chat template and the tokenizer, both of which are foreign code.
+"""A chat is rendered to token ids by the chat template and the tokenizer, which are foreign code.
 
-Whatever they raise is one message that names the row. What a template does not show, and what a
-tokenizer adds of itself, is refused or noted: a prompt never loses or gains anything without a
-word.
+Any error of theirs becomes one message that names the row. What a template does not show, and what
+a tokenizer adds, is refused or noted: a prompt never loses or gains anything silently.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +12,12 @@ from eopd.config import ConfigError
 from eopd.prompts.rows import Message, Tool
 from eopd.prompts.text import fault_of
 
-# a prompt that lacks them asks something else
+# fields of a chat without which the prompt asks something else
 MUST_SHOW: Final = frozenset({"tools", "tool_calls"})
 
 
 class Tokenizer(Protocol):
-    """What rendering needs of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that rendering uses."""
 
     chat_template: str | Mapping[str, str] | None
     bos_token_id: int | None
@@ -38,13 +37,13 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
-    """How one model reads a chat.
+    """A rendering turns chats into the token ids of one model.
 
     Args:
         whose: ``student`` or ``teacher NAME``, for messages.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         template: ``chat`` renders with its chat template, ``none`` takes the text as it is.
-        options: Of the chat template.
+        options: The options of the chat template.
     """
 
     whose: str
@@ -55,11 +54,11 @@ class Rendering:
     def token_ids(
         self, chat: Sequence[Message], tools: Sequence[Tool], where: str
     ) -> tuple[list[int], list[str]]:
-        """The prompt, and notes on what was left out of it.
+        """Returns the prompt's token ids, and notes on what was left out.
 
         Raises:
-            ConfigError: template or tokenizer refuse the row, the template shows no tools, or
-                nothing is left.
+            ConfigError: template or tokenizer refuse the row, the template does not show its tools,
+                or the prompt has no token.
         """
         if self.template == "none":
             token_ids, notes = self._plain(chat, tools, where)
@@ -83,7 +82,7 @@ class Rendering:
     def _plain(
         self, chat: Sequence[Message], tools: Sequence[Tool], where: str
     ) -> tuple[list[int], list[str]]:
-        """One text with the special tokens that the tokenizer puts before it, none of them
+        """Encodes one text with the special tokens that the tokenizer puts before it, none of them
         twice, and none behind.
         """
         if len(chat) != 1:
@@ -98,7 +97,7 @@ class Rendering:
         own, whole = (self._encode(text, where, special=special) for special in (False, True))
         starts = range(len(whole) - len(own) + 1)
         begin = next((start for start in starts if whole[start : start + len(own)] == own), None)
-        if begin is None:  # it cuts the text in another way beside its special tokens
+        if begin is None:  # with its special tokens it cuts the text in another way
             return whole, []
 
         before, behind, notes = whole[:begin], whole[begin + len(own) :], []
@@ -137,8 +136,10 @@ class Rendering:
     def _hidden(
         self, chat: Sequence[Message], tools: Sequence[Tool], text: str, where: str
     ) -> Iterator[str]:
-        """What the template does not show: notes, or a refusal where the prompt would then
-        ask something else.
+        """Yields notes on what the template does not show.
+
+        Raises:
+            ConfigError: without it the prompt asks something else.
         """
         names = dict.fromkeys(
             name for message in chat for name in message if name not in ("role", "content")

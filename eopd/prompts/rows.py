@@ -1,5 +1,4 @@
-"""What a row must hold: a prompt or a chat, and optionally tools, an id, a source, and an accepted
-answer.
+"""A row must hold a prompt or a chat, and may hold tools, an id, a source, and an accepted answer.
 
 Every odd value is taken as what it plainly means, or refused with file, row, field and what is
 allowed. Nothing becomes text by accident: neither null, nor a list, nor half a character, nor what
@@ -14,11 +13,11 @@ from typing import Final, NoReturn, TypeGuard
 
 from eopd.config import ConfigError
 from eopd.config.json_text import JsonError, parse_json, told
-from eopd.prompts.files import Row
+from eopd.prompts.files import DataRow
 from eopd.prompts.text import fault_of_field
 from eopd.types import Reference
 
-# role and content, both text, and whatever else a chat template may read
+# role and content, both text, and further fields that a chat template may use
 Message = Mapping[str, object]
 Tool = Mapping[str, object]  # a JSON schema
 
@@ -30,11 +29,10 @@ ANSWER_LEFT_OUT: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A row that was read and found whole.
+    """A question is what a row of the data asks.
 
     ``last_user`` is the position in ``chat`` of the last message of the user. ``columns`` are those
-    of the row, for the template of a teacher. ``notes`` say what was read otherwise than it stands
-    there.
+    of the row, for the template of a teacher. ``notes`` say what is not taken as it stands.
     """
 
     prompt_id: str
@@ -48,17 +46,17 @@ class Question:
 
     @property
     def text(self) -> str:
-        """What the user said last."""
+        """Returns the last text of the user."""
         return str(self.chat[self.last_user]["content"])
 
     def with_text(self, text: str) -> Sequence[Message]:
-        """The chat with another last text of the user."""
+        """Returns the chat with another last text of the user."""
         changed = {**self.chat[self.last_user], "content": text}
         return [*self.chat[: self.last_user], changed, *self.chat[self.last_user + 1 :]]
 
 
-def read_question(row: Row, suffix: str) -> Question:
-    """Read what a row holds, and add ``suffix`` to the last text of the user.
+def read_question(row: DataRow, suffix: str) -> Question:
+    """Reads a row, and adds ``suffix`` to the last text of the user.
 
     Raises:
         ConfigError: names the row, the field, its value, and what is allowed.
@@ -69,22 +67,18 @@ def read_question(row: Row, suffix: str) -> Question:
         raise ConfigError(f"{row.where}: is nested too deeply") from None
 
 
-def _read(row: Row, suffix: str) -> Question:
+def _read(row: DataRow, suffix: str) -> Question:
     columns = row.columns
     chat, notes = _chat(row)
-    last_user = max(
-        (i for i, message in enumerate(chat) if message["role"] == "user"), default=None
-    )
-    if last_user is None:
+    users = [index for index, message in enumerate(chat) if message["role"] == "user"]
+    if not users:
         _refuse(row, "messages", "none is the user's (role: user), so there is nothing to answer")
 
+    last_user = users[-1]
     text = str(chat[last_user]["content"])
     if not text.strip():
-        _refuse(
-            row,
-            "prompt" if isinstance(columns.get("prompt"), str) else "messages",
-            "the user's text is empty",
-        )
+        field = "prompt" if isinstance(columns.get("prompt"), str) else "messages"
+        _refuse(row, field, "the user's text is empty")
 
     chat[last_user] = {**chat[last_user], "content": text + suffix}
 
@@ -100,14 +94,12 @@ def _read(row: Row, suffix: str) -> Question:
     )
 
 
-def _refuse(row: Row, field: str, what: str) -> NoReturn:
-    raise ConfigError(f"{row.where}: {field}: {what}")
+def _refuse(row: DataRow, field: str, fault: str) -> NoReturn:
+    raise ConfigError(f"{row.where}: {field}: {fault}")
 
 
-def _chat(row: Row) -> tuple[list[Message], list[str]]:
-    """The messages up to the answer that is to be written, and a note where that answer was
-    there already.
-    """
+def _chat(row: DataRow) -> tuple[list[Message], list[str]]:
+    """Returns the messages that are to be answered, and a note where the data has the answer too."""
     prompt, messages = row.columns.get("prompt"), row.columns.get("messages")
     if prompt is not None and messages is not None:
         _refuse(row, "prompt, messages", "both are there; keep the one that is meant")
@@ -119,10 +111,10 @@ def _chat(row: Row) -> tuple[list[Message], list[str]]:
         if nulls := [name for name in ("prompt", "messages") if name in row.columns]:
             _refuse(row, ", ".join(nulls), "is null; write text, or a list of messages")
 
-        found = ", ".join(f"`{name}`" for name in row.columns) or "none"
+        fields = ", ".join(f"`{name}`" for name in row.columns) or "none"
         raise ConfigError(
             f"{row.where}: needs either `prompt` (text, or a list of messages) or `messages` "
-            f"(a list of messages, each with role and content); its fields are {found}"
+            f"(a list of messages, each with role and content); its fields are {fields}"
         )
 
     field, value = ("prompt", prompt) if messages is None else ("messages", messages)
@@ -131,18 +123,19 @@ def _chat(row: Row) -> tuple[list[Message], list[str]]:
         _refuse(row, field, f"must be {allowed}, is {told(value)}")
 
     chat = [
-        _message(row, f"{field}, number {number}", one) for number, one in enumerate(value, start=1)
+        _message(row, f"{field}, number {number}", message)
+        for number, message in enumerate(value, start=1)
     ]
 
-    asked = len(chat)
-    while asked and chat[asked - 1]["role"] == "assistant":
-        asked -= 1
+    length = len(chat)
+    while length and chat[length - 1]["role"] == "assistant":
+        length -= 1
 
-    return chat[:asked], [ANSWER_LEFT_OUT] if asked < len(chat) else []
+    return chat[:length], [ANSWER_LEFT_OUT] if length < len(chat) else []
 
 
-def _message(row: Row, field: str, value: object) -> Message:
-    """One message as templates take it: its content is text, and what is empty is not there."""
+def _message(row: DataRow, field: str, value: object) -> Message:
+    """Returns a message as templates take it: its content is text, and empty fields are removed."""
     if not isinstance(value, Mapping):
         _refuse(row, field, f"must be an object with role and content, is {told(value)}")
 
@@ -151,16 +144,16 @@ def _message(row: Row, field: str, value: object) -> Message:
         _refuse(row, f"{field}, role", f"must be one of {', '.join(ROLES)}; is {told(role)}")
 
     rest = {
-        name: one
-        for name, one in value.items()
-        if name not in ("role", "content") and one not in (None, "", [], {})
+        name: inner
+        for name, inner in value.items()
+        if name not in ("role", "content") and inner not in (None, "", [], {})
     }
     if "tool_calls" in rest:
         rest["tool_calls"] = _tool_calls(row, f"{field}, tool_calls", rest["tool_calls"])
 
-    for name, one in rest.items():
+    for name, inner in rest.items():
         _clean(row, field, name)
-        _require_clean(row, f"{field}, {name}", one)
+        _require_clean(row, f"{field}, {name}", inner)
 
     content = _content(
         row, f"{field}, content", value.get("content"), may_lack=role == "assistant" and bool(rest)
@@ -169,11 +162,11 @@ def _message(row: Row, field: str, value: object) -> Message:
     return {"role": role, "content": content, **rest}
 
 
-def _content(row: Row, field: str, value: object, *, may_lack: bool) -> str:
-    """The text of a message.
+def _content(row: DataRow, field: str, value: object, *, may_lack: bool) -> str:
+    """Returns the text of a message.
 
-    Several parts of text are joined by line ends, and null, which an assistant may have that calls
-    a tool or only thinks, is no text: vLLM's servers (0.32.0) read both this way.
+    Several parts of text are joined by line ends. The content of an assistant that calls a tool or
+    only thinks may be null, which becomes no text. vLLM's servers (0.32.0) read both this way.
     """
     if isinstance(value, str):
         return _clean(row, field, value)
@@ -203,9 +196,9 @@ def _content(row: Row, field: str, value: object, *, may_lack: bool) -> str:
     return "\n".join(texts)
 
 
-def _tool_calls(row: Row, field: str, calls: object) -> list[object]:
-    """Calls with their arguments as objects, which is how chat templates take them; OpenAI's
-    API writes JSON text.
+def _tool_calls(row: DataRow, field: str, calls: object) -> list[object]:
+    """Returns calls with their arguments as objects, as chat templates take them; OpenAI's API has
+    JSON text there.
     """
     if not isinstance(calls, list):
         _refuse(row, field, f"must be a list, is {told(calls)}")
@@ -213,7 +206,7 @@ def _tool_calls(row: Row, field: str, calls: object) -> list[object]:
     return [_tool_call(row, field, call) for call in calls]
 
 
-def _tool_call(row: Row, field: str, call: object) -> object:
+def _tool_call(row: DataRow, field: str, call: object) -> object:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if (
         not isinstance(call, Mapping)
@@ -238,8 +231,8 @@ def _tool_call(row: Row, field: str, call: object) -> object:
     return {**call, "function": whole} if "function" in call else whole
 
 
-def _tools(row: Row) -> Sequence[Tool]:
-    """The JSON schemas under ``tools``, which may be JSON text as data sets keep it."""
+def _tools(row: DataRow) -> Sequence[Tool]:
+    """Returns the JSON schemas under ``tools``, which may be JSON text as data sets keep it."""
     tools = row.columns.get("tools") or []
     if isinstance(tools, str):
         tools = _parsed(row, "tools", tools)
@@ -251,20 +244,20 @@ def _tools(row: Row) -> Sequence[Tool]:
     return tools
 
 
-def _parsed(row: Row, field: str, text: str) -> object:
+def _parsed(row: DataRow, field: str, text: str) -> object:
     try:
         return parse_json(text)
     except JsonError as error:
         _refuse(row, field, f"is text, which {error}")
 
 
-def _id(row: Row) -> str:
-    """The row's own id, or its number where it has none."""
+def _id(row: DataRow) -> str:
+    """Returns the row's id, or its number where it has none."""
     value = row.columns.get("id")
     if value is None:
         return str(row.number)
 
-    # what a table makes of whole numbers of which some are missing
+    # a table makes floats of whole numbers where some are missing
     if isinstance(value, float) and value.is_integer():
         value = int(value)
 
@@ -277,7 +270,7 @@ def _id(row: Row) -> str:
     return _clean(row, "id", value)
 
 
-def _source(row: Row) -> str:
+def _source(row: DataRow) -> str:
     value = row.columns.get("source")
     if value is None:
         return "default"
@@ -288,8 +281,8 @@ def _source(row: Row) -> str:
     return _clean(row, "source", value)
 
 
-def _answer(row: Row) -> Reference | None:
-    """The accepted answer, or several of which any one is right."""
+def _answer(row: DataRow) -> Reference | None:
+    """Returns the accepted answer, or several of which any is right."""
     value = row.columns.get("answer")
     if value is None:
         return None
@@ -300,12 +293,12 @@ def _answer(row: Row) -> Reference | None:
     if not value:
         _refuse(row, "answer", "is an empty list; name an accepted answer, or leave the field out")
 
-    found = tuple(dict.fromkeys(_accepted(row, one) for one in value))
+    answers = tuple(dict.fromkeys(_accepted(row, answer) for answer in value))
 
-    return found[0] if len(found) == 1 else found
+    return answers[0] if len(answers) == 1 else answers
 
 
-def _accepted(row: Row, value: object) -> str:
+def _accepted(row: DataRow, value: object) -> str:
     if isinstance(value, str):
         return _clean(row, "answer", value, formula=True)
 
@@ -320,7 +313,7 @@ def _accepted(row: Row, value: object) -> str:
 
 
 def _is_number(value: object) -> TypeGuard[float | Decimal]:
-    """Whether a value is a number; whole ones of JSON may be beyond all floats."""
+    """Tells whether a value is a finite number; whole ones of JSON may be beyond all floats."""
     if isinstance(value, float | Decimal):
         return math.isfinite(value)
 
@@ -328,7 +321,7 @@ def _is_number(value: object) -> TypeGuard[float | Decimal]:
 
 
 def written(number: float | Decimal) -> str:
-    """A number as a person writes it: 72 for 72.0, 0.5, 0.0000001, never with an exponent."""
+    """Returns a number as a person writes it: 72 for 72.0, 0.5, 0.0000001, never with an exponent."""
     if number == 0:
         return "0"
 
@@ -336,15 +329,15 @@ def written(number: float | Decimal) -> str:
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
 
-def _clean(row: Row, field: str, text: str, *, formula: bool = False) -> str:
+def _clean(row: DataRow, field: str, text: str, *, formula: bool = False) -> str:
     if fault := fault_of_field(text, formula=formula):
         _refuse(row, field, fault)
 
     return text
 
 
-def _require_clean(row: Row, field: str, value: object) -> None:
-    """Refuse text that cannot be tokenised, however deep it lies in ``value``."""
+def _require_clean(row: DataRow, field: str, value: object) -> None:
+    """Refuses text that cannot be tokenised, however deep it lies in ``value``."""
     if isinstance(value, str):
         _clean(row, field, value)
     elif isinstance(value, Mapping):

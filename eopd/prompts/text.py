@@ -1,4 +1,4 @@
-"""Text that can be tokenised and was meant."""
+"""Text of a row is checked: whether it can be tokenised, and whether it was meant as it stands."""
 
 import re
 from typing import Final
@@ -9,38 +9,38 @@ _NO_TEXT: Final = re.compile("[\ud800-\udfff\0]")
 
 
 def fault_of(text: str) -> str | None:
-    r"""What keeps ``text`` from being tokenised, or None.
+    r"""Returns what keeps ``text`` from being tokenised, or None.
 
     JSON can write half of a character that UTF-16 needs two units for (``"\ud83d"``); no tokenizer
     takes it.
     """
-    found = _NO_TEXT.search(text)
-    if found is None:
+    match = _NO_TEXT.search(text)
+    if match is None:
         return None
 
-    if found.group() == "\0":
+    if match.group() == "\0":
         return (
-            f"holds the NUL character (\\u0000 at position {found.start()}), which is no "
+            f"holds the NUL character (\\u0000 at position {match.start()}), which is no "
             "text; take it out"
         )
 
     return (
-        f"holds half a character (\\u{ord(found.group()):04x} at position {found.start()}), "
+        f"holds half a character (\\u{ord(match.group()):04x} at position {match.start()}), "
         "which is no text; write the whole character, or \\ufffd in its place"
     )
 
 
 def fault_of_field(text: str, *, formula: bool = False) -> str | None:
-    r"""What keeps a text of a row from being what was meant, or None.
+    r"""Returns why a text of a row cannot be what was meant, or None.
 
-    JSON reads ``"\frac"`` as a form feed and ``rac``: who wrote it has a wrong prompt or answer,
-    without a word. ``formula`` says that it is short, and no prose behind tabs.
+    JSON reads ``"\frac"`` as a form feed and ``rac``, which silently makes a wrong prompt or answer.
+    ``formula`` says that the text is short, and no prose behind tabs.
     """
     if fault := fault_of(text):
         return fault
 
-    found = eaten_by_json(text, formula=formula)
-    if found is None:
+    escape = eaten_by_json(text, formula=formula)
+    if escape is None:
         return None
 
-    return f"{found}, which JSON makes of {found.meant}; double the backslash: \\{found.meant}"
+    return f"{escape}, which JSON makes of {escape.meant}; double the backslash: \\{escape.meant}"

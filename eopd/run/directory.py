@@ -49,7 +49,7 @@ from eopd.run.checkpoint import (
     write_whole,
 )
 from eopd.run.lock import holder, last_holder
-from eopd.run.place import require_no_stranger
+from eopd.run.place import require_no_foreign_files
 from eopd.run.reading import config_before, read_changes, read_rows, read_summary, up_to_step
 from eopd.run.record import RUN_ID, Row, Sample, Summary, append_jsonl
 from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostTrajectory, Span
@@ -97,7 +97,7 @@ class RunDirectory:
             ConfigError: the directory cannot be made, or holds something that is no run of eopd.
         """
         directory = cls(config.run.path)
-        directory.require_no_stranger()
+        directory.require_no_foreign_files()
         path = directory.path
         old_files = (
             *directory._by_step,
@@ -123,9 +123,9 @@ class RunDirectory:
 
         return directory
 
-    def require_no_stranger(self) -> None:
-        """Raise ConfigError if the directory holds something that is no run of eopd."""
-        require_no_stranger(self.path)
+    def require_no_foreign_files(self) -> None:
+        """Raises ConfigError where the directory holds something, and that is no run of eopd."""
+        require_no_foreign_files(self.path)
 
     def holds_a_run(self) -> bool:
         """Returns whether a run was begun here."""

@@ -39,7 +39,7 @@ def require_run_directory(path: Path) -> None:
         raise ConfigError(f"run.directory: {path} cannot be {verb} ({error.strerror})") from None
 
 
-def require_no_stranger(path: Path) -> None:
+def require_no_foreign_files(path: Path) -> None:
     """The run directory is not there yet, holds nothing, or holds a run of eopd: a run that begins
     clears it.
 

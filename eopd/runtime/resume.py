@@ -106,7 +106,7 @@ def take_up(
         ConfigError: it cannot be taken up so; the message has what can be done.
     """
     directory = RunDirectory(config.run.path)
-    directory.require_no_stranger()
+    directory.require_no_foreign_files()
     checkpoints = list_checkpoints(directory.checkpoints)
     new = TakenUp(directory=directory, config=config, inputs=inputs)
     if not checkpoints:

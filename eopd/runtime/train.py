@@ -13,7 +13,7 @@ import numpy as np
 from eopd.config import Config
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline
-from eopd.preflight import Prepared, check
+from eopd.preflight import Prepared, prepare
 from eopd.preflight import notes as notes_on
 from eopd.roles import LearnerDownError
 from eopd.run.checkpoint import DriverState, StorageError, list_checkpoints, write_checkpoint
@@ -71,7 +71,7 @@ def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> 
     Raises:
         ConfigError: the user's mistake, found before any worker starts.
     """
-    prepared = check(config)
+    prepared = prepare(config)
     directory = RunDirectory(config.run.path)
 
     with ExitStack() as stack:

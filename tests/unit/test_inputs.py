@@ -46,7 +46,7 @@ def of(models, tmp_path):
         )
         config = load_config(root / "c.yaml", overrides)
 
-        return digests(config, preflight.check(config))
+        return digests(config, preflight.prepare(config))
 
     return make
 

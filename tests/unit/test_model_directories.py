@@ -349,7 +349,7 @@ def test_a_name_of_the_hub_is_told_how_to_become_a_directory(tmp_path, monkeypat
 
 def student(directory: Path, num_tokens: int = 64) -> str:
     """What is said of a directory as a student; nothing where it passes."""
-    tensors = models.read_weights("student.model", directory, standard_names=True)
+    tensors = models.read_tensors(directory, standard_names=True)
     with models.quiet():
         from eopd.learner.fitness import check_student, check_weights
 
@@ -483,7 +483,7 @@ def test_experts_that_transformers_keeps_as_one_tensor_are_refused(tmp_path):
 def test_of_old_weights_only_names_are_unknown(directory):
     (directory / "model.safetensors").unlink()
     torch.save({}, directory / "pytorch_model.bin")
-    assert models.read_weights("student.model", directory, standard_names=True) is None
+    assert models.read_tensors(directory, standard_names=True) is None
 
 
 def test_a_student_s_weights_have_the_names_that_transformers_looks_for(directory):
@@ -491,9 +491,9 @@ def test_a_student_s_weights_have_the_names_that_transformers_looks_for(director
     models.require_model("teachers.t.model", directory, num_tokens=64)  # vLLM takes it
 
     with pytest.raises(
-        ConfigError, match=r"it has none of model\.safetensors, .*, but weights\.safetensors"
+        ValueError, match=r"it has none of model\.safetensors, .*, but weights\.safetensors"
     ):
-        models.read_weights("student.model", directory, standard_names=True)
+        models.read_tensors(directory, standard_names=True)
 
 
 @pytest.mark.parametrize(

@@ -500,9 +500,9 @@ def test_a_path_that_no_disk_takes_is_one_message(check, key, ending, name, most
 
 def test_held_out_prompts_need_a_teacher_too(files):
     swapped = [f"prompts.held_out={files}/train.jsonl", f"prompts.data={files}/held_out.jsonl"]
-    preflight.check(load_config(files / "c.yaml", swapped))
+    preflight.prepare(load_config(files / "c.yaml", swapped))
     with pytest.raises(ConfigError, match=r"train\.jsonl: nobody teaches source 'code'"):
-        preflight.check(load_config(files / "c.yaml", [*swapped, "teachers.1.sources=[logic]"]))
+        preflight.prepare(load_config(files / "c.yaml", [*swapped, "teachers.1.sources=[logic]"]))
 
 
 # ---- answers that a grader needs ------------------------------------------------------------------------------------

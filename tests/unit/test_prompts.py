@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from eopd.config import ConfigError, PromptsConfig
-from eopd.prompts import PromptOrder, PromptSet, TeacherView, read_rows
+from eopd.prompts import PromptOrder, PromptSet, TeacherView, read_data
 
 
 class WordTokenizer:
@@ -60,7 +60,7 @@ def test_parquet_holds_the_same_rows(tmp_path):
 
     path = tmp_path / "rows.parquet"
     datasets.Dataset.from_list([{"prompt": "a bb", "id": "x"}]).to_parquet(str(path))
-    assert [row.columns for row in read_rows(str(path))] == [{"prompt": "a bb", "id": "x"}]
+    assert [row.columns for row in read_data(str(path))] == [{"prompt": "a bb", "id": "x"}]
 
 
 def test_overlong_prompts_are_an_error_or_dropped_and_counted(tmp_path):
@@ -112,7 +112,7 @@ def test_missing_files_and_unknown_kinds_are_one_clear_error(tmp_path):
         (str(tmp_path / "nothing-here"), "cannot be loaded"),
     ):
         with pytest.raises(ConfigError, match=message):
-            read_rows(spec)
+            read_data(spec)
 
 
 def test_a_chat_needs_the_chat_template(tmp_path):

@@ -134,10 +134,10 @@ def test_a_check_is_remembered_until_a_prompt_or_a_tokenizer_changes(
 ):
     config, paths = tiny_config
     calls = []
-    check = inputs._check
-    monkeypatch.setattr(inputs, "_check", lambda config: calls.append(1) or check(config))
-    first = inputs.check(config)
-    again = inputs.check(config)
+    check = inputs._prepare
+    monkeypatch.setattr(inputs, "_prepare", lambda config: calls.append(1) or check(config))
+    first = inputs.prepare(config)
+    again = inputs.prepare(config)
     assert len(calls) == 1
     assert [p.token_ids.tolist() for p in again.train.prompts] == [
         p.token_ids.tolist() for p in first.train.prompts
@@ -145,7 +145,7 @@ def test_a_check_is_remembered_until_a_prompt_or_a_tokenizer_changes(
     assert again.vocabularies == first.vocabularies
     for path in paths:
         path.write_text(path.read_text() + "\n")
-        inputs.check(config)
+        inputs.prepare(config)
 
     assert len(calls) == 1 + len(paths)
 

@@ -79,21 +79,21 @@ async def test_a_run_that_begins_keeps_nothing_of_one_of_its_name(config):
 
 def test_a_directory_of_somebody_else_is_left_alone(config):
     directory = RunDirectory(config().run.path)
-    directory.require_no_stranger()
+    directory.require_no_foreign_files()
     directory.path.mkdir(parents=True)
-    directory.require_no_stranger()
+    directory.require_no_foreign_files()
     (directory.path / "run.lock").write_text("")  # of a process that is about to begin here
-    directory.require_no_stranger()
+    directory.require_no_foreign_files()
     (directory.path / "thesis.tex").write_text("")
 
     with pytest.raises(
         ConfigError,
         match=r"run.name: .*/runs/r holds thesis.tex and is no run of eopd; name another",
     ):
-        directory.require_no_stranger()
+        directory.require_no_foreign_files()
 
     (directory.path / "versions.json").write_text('{"eopd": "0.1"}')  # killed as it began
-    directory.require_no_stranger()
+    directory.require_no_foreign_files()
 
 
 FOREIGN = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eopd.config import ConfigError
-from eopd.prompts import Row, read_rows
+from eopd.prompts import DataRow, read_data
 from eopd.prompts.rows import ANSWER_LEFT_OUT, read_question, written
 
 ASK = {"role": "user", "content": "a?"}
@@ -19,7 +19,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
 def read(suffix="", **columns):
-    return read_question(Row(where="rows.jsonl:7", number=7, columns=columns), suffix)
+    return read_question(DataRow(where="rows.jsonl:7", number=7, columns=columns), suffix)
 
 
 # ---- answer, id, source ---------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_lines_are_counted_from_one_and_rows_say_where_they_stand(tmp_path):
     path = tmp_path / "rows.jsonl"
     # with a byte order mark
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n{"prompt": "b", "id": "x"}\n')
-    first, second = read_rows(str(path), "prompts.held_out")
+    first, second = read_data(str(path), "prompts.held_out")
     assert (first.number, first.where) == (1, f"prompts.held_out: {path}:1")
     assert (second.number, second.where) == (3, f'prompts.held_out: {path}:3 (id "x")')
 
@@ -347,7 +347,7 @@ def test_a_file_that_is_no_jsonl_is_refused_with_its_line(tmp_path, content, mes
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        read_rows(str(path))
+        read_data(str(path))
 
 
 @pytest.mark.parametrize("spec", ["", " ", "a\0b.jsonl", "a\0b"])
@@ -355,7 +355,7 @@ def test_a_name_that_names_nothing_is_refused(spec):
     with pytest.raises(
         ConfigError, match=r"^prompts.data: must be a .jsonl or .parquet file or the name of a"
     ):
-        read_rows(spec)
+        read_data(spec)
 
 
 @pytest.mark.parametrize(
@@ -366,17 +366,17 @@ def test_other_kinds_of_files_are_named(tmp_path, name):
         with pytest.raises(
             ConfigError, match=r"must be .jsonl \(a JSON object a line\), .parquet, or the name"
         ):
-            read_rows(spec)
+            read_data(spec)
 
 
 def test_a_file_without_an_ending_and_a_directory_with_one_are_refused(tmp_path):
     (tmp_path / "rows").write_text("")
     (tmp_path / "rows.parquet").mkdir()
     with pytest.raises(ConfigError, match="files that end in nothing are not read"):
-        read_rows(str(tmp_path / "rows"))
+        read_data(str(tmp_path / "rows"))
 
     with pytest.raises(ConfigError, match=r"rows.parquet is a directory"):
-        read_rows(str(tmp_path / "rows.parquet"))
+        read_data(str(tmp_path / "rows.parquet"))
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".csv", ""])
@@ -388,7 +388,7 @@ def test_what_may_not_be_read_is_one_message(tmp_path, monkeypatch, ending, meth
     name = str(tmp_path / f"{'x' * 300}{ending}")
     told = f"prompts.data: {name} "
     with pytest.raises(ConfigError) as caught:
-        read_rows(name)
+        read_data(name)
 
     assert str(caught.value).startswith(
         (f"{told}cannot be read (File name too long)", f"{told}must be .jsonl")
@@ -399,7 +399,7 @@ def test_what_may_not_be_read_is_one_message(tmp_path, monkeypatch, ending, meth
     with pytest.raises(
         ConfigError, match=r"^prompts.data: .*(cannot be read|must be .jsonl|has no rows)"
     ):
-        read_rows(str(tmp_path / f"rows{ending}"))
+        read_data(str(tmp_path / f"rows{ending}"))
 
 
 def test_broken_and_empty_parquet_files_are_refused(tmp_path):
@@ -408,13 +408,13 @@ def test_broken_and_empty_parquet_files_are_refused(tmp_path):
 
     (tmp_path / "broken.parquet").write_bytes(b"nothing of the kind")
     with pytest.raises(ConfigError, match=r"broken.parquet cannot be read: .*Parquet"):
-        read_rows(str(tmp_path / "broken.parquet"))
+        read_data(str(tmp_path / "broken.parquet"))
 
     pyarrow.parquet.write_table(
         pyarrow.table({"prompt": pyarrow.array([], "string")}), tmp_path / "empty.parquet"
     )
     with pytest.raises(ConfigError, match=r"empty.parquet has no rows"):
-        read_rows(str(tmp_path / "empty.parquet"))
+        read_data(str(tmp_path / "empty.parquet"))
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -422,7 +422,7 @@ def test_a_git_lfs_pointer_is_named(tmp_path, ending):
     path = tmp_path / f"rows.{ending}"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 988097824\n")
     with pytest.raises(ConfigError) as caught:
-        read_rows(str(path))
+        read_data(str(path))
 
     assert str(caught.value) == (
         f"prompts.data: {path} is a Git LFS pointer, not the file itself; fetch that with "
@@ -458,7 +458,7 @@ def test_narrow_floats_are_the_shortest_numbers_that_they_are(tmp_path):
             ([0.1, 0.30000000000000004, float(np.float32(0.1)), 1e22], pyarrow.float64()),
         ],
     )
-    first, second, third, fourth = (row.columns for row in read_rows(spec))
+    first, second, third, fourth = (row.columns for row in read_data(spec))
     assert first == {
         "answer": 0.1,
         "half": 0.1,
@@ -476,7 +476,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"rows.parquet: has two columns named 'prompt'; which one counts\?$"
     ):
-        read_rows(spec)
+        read_data(spec)
 
 
 @pytest.mark.parametrize(("when", "kind"), [(2**62, ("us", None)), (1, ("s", "Mars/X"))])
@@ -493,7 +493,7 @@ def test_a_time_that_is_none_is_named_with_its_column(tmp_path, when, kind):
         ConfigError,
         match=r"rows.parquet: column when: row [12]: its timestamp.* cannot be read \(.*; take",
     ):
-        read_rows(spec)
+        read_data(spec)
 
 
 def test_what_an_arrow_table_fills_up_is_taken_out_again(tmp_path):
@@ -504,7 +504,7 @@ def test_what_an_arrow_table_fills_up_is_taken_out_again(tmp_path):
     table = pyarrow.Table.from_pylist([{"messages": chat, "id": None} for chat in chats])
     assert table.to_pylist()[1]["messages"] == [{**ASK, "name": None}]
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    rows = read_rows(str(tmp_path / "rows.parquet"))
+    rows = read_data(str(tmp_path / "rows.parquet"))
     assert [row.columns["messages"] for row in rows] == chats
     assert [row.where[-5:] for row in rows] == ["row 1", "row 2"]
 
@@ -528,7 +528,7 @@ def test_a_data_set_is_named_with_subset_and_split(monkeypatch, spec, arguments)
         return [{"prompt": "a", "id": None}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (row,) = read_rows(spec)
+    (row,) = read_data(spec)
     assert (
         row.columns == {"prompt": "a", "id": None} and row.where == f"prompts.data: {spec}: row 1"
     )
@@ -537,7 +537,7 @@ def test_a_data_set_is_named_with_subset_and_split(monkeypatch, spec, arguments)
 @pytest.mark.parametrize("spec", ["a:b:c:d", ":train", "a:", "a::b"])
 def test_a_data_set_with_too_many_or_empty_parts_is_refused(spec):
     with pytest.raises(ConfigError, match="must be NAME, NAME:SPLIT or NAME:SUBSET:SPLIT"):
-        read_rows(spec)
+        read_data(spec)
 
 
 def test_narrow_floats_of_a_named_data_set_are_the_shortest_numbers_too(monkeypatch):
@@ -548,7 +548,7 @@ def test_narrow_floats_of_a_named_data_set_are_the_shortest_numbers_too(monkeypa
     )
     held = datasets.Dataset.from_dict({"prompt": ["a"], "answer": [0.1]}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: held)
-    (row,) = read_rows("org/name")
+    (row,) = read_data("org/name")
     assert row.columns == {"prompt": "a", "answer": 0.1}
 
 
@@ -563,4 +563,4 @@ def test_whatever_a_data_set_raises_is_one_message(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"a/b:main cannot be loaded: list index .*; a subset is named as NAME"
     ):
-        read_rows("a/b:main")
+        read_data("a/b:main")
