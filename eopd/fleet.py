@@ -23,7 +23,6 @@ Example: 64 engines, 8 of them on a node that is lost.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from eopd.pool import Pool
@@ -96,7 +95,7 @@ class Fleet(Generic[W]):
         self._log = log
         self._start_timeout_s = start_timeout_s
         self._processes = dict(enumerate(spawn(range(size))))
-        self._replacing: dict[int, asyncio.Task[None]] = {}
+        self._replacing: dict[int, asyncio.Task[None]] = {}  # also those that have ended
         self._giving_up: asyncio.Task[None] | None = None
         self._causes: list[str] = []
         self._started = asyncio.Event()  # set by a start since the last worker was lost
@@ -170,9 +169,9 @@ class Fleet(Generic[W]):
         self.pool.add(number, process.worker, seats)
 
     async def _remove(self, number: int) -> None:
-        if number in self._replacing:
-            self._replacing[number].cancel()
-            await asyncio.gather(self._replacing[number], return_exceptions=True)
+        if (replacing := self._replacing.pop(number, None)) is not None:
+            replacing.cancel()
+            await asyncio.gather(replacing, return_exceptions=True)
 
         self._draining.add(number)
         await self.pool.drain(number)
@@ -196,14 +195,8 @@ class Fleet(Generic[W]):
         self._log(
             f"{cause}; going on with {self.pool.num_up} of {self.size} while another one is started"
         )
-        self._replacing[number] = task = asyncio.create_task(self._replace(number))
-        task.add_done_callback(partial(self._forget, number))
+        self._replacing[number] = asyncio.create_task(self._replace(number))
         self._require_start()
-
-    def _forget(self, number: int, ended: asyncio.Task[None]) -> None:
-        """Forgets a replacement that has ended, and not the next one under its number."""
-        if self._replacing.get(number) is ended:
-            del self._replacing[number]
 
     async def _replace(self, number: int) -> None:
         """Starts another worker under a number, again and again until one is up."""

@@ -9,16 +9,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, cast
 
 from eopd.config import ConfigError
 from eopd.config.base import DATA_SUFFIXES
 from eopd.config.json_text import JsonError, parse_json
 from eopd.config.pointer import require_no_pointer
 from eopd.prompts.arrow import as_written, read_parquet
-
-if TYPE_CHECKING:
-    import pyarrow
 
 # Kinds of files that people have rows in, and that are not read here. Any other ending may be part
 # of the name of a data set.
@@ -180,6 +177,7 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
 
 def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
     import datasets
+    import pyarrow
 
     name, *parts = _PART.split(spec)
     if len(parts) > 2 or not all((name, *parts)):
@@ -190,9 +188,8 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
 
     try:
         rows = datasets.load_dataset(name, subset, split=split)
-        schema = getattr(rows, "features", datasets.Features()).arrow_schema
-        kinds = {field.name: field.type for field in schema}
-        return [_as_written(row, kinds) for row in rows]
+        kind = pyarrow.struct(list(rows.features.arrow_schema))
+        return [cast(Mapping[str, object], as_written(row, kind)) for row in rows]
     except Exception as error:  # noqa: BLE001 - a data set may run code of its own, which raises what it likes
         hint = "; a subset is named as NAME:SUBSET:SPLIT" if len(parts) < 2 else ""
         raise ConfigError(
@@ -206,19 +203,10 @@ def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[DataRow]
     """
     numbered = []
     for number, row in enumerate(rows, start=1):
-        values = {name: _pruned(row[name]) for name in row}
+        values = {name: _pruned(value) for name, value in row.items()}
         numbered.append(_row(f"{where}: row {number}", number, values))
+
     return numbered
-
-
-def _as_written(
-    row: Mapping[str, object], kinds: Mapping[str, "pyarrow.DataType"]
-) -> dict[str, object]:
-    """Returns the values of a data set's row, as its file has them."""
-    values = {}
-    for name, value in row.items():
-        values[name] = as_written(value, kinds[name]) if name in kinds else value
-    return values
 
 
 def _pruned(value: object) -> object:

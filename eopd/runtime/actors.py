@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from eopd.rollout.vllm_engine import VllmRolloutEngine
     from eopd.teacher.base import SignalScorer
 
+W = TypeVar("W")
 Spawn = Callable[..., list[ActorHandle]]
 
 CLOSE_TIMEOUT_S = 20.0
@@ -117,6 +118,34 @@ class Actor:
 
     def __repr__(self) -> str:
         return self._name
+
+
+class ActorProcess(Generic[W]):
+    """An actor process hosts one worker of a ``Fleet``.
+
+    Args:
+        actor: the actor.
+        worker: its proxy.
+        error_type: the error that tells of its death.
+        arguments: the arguments of its ``start``, which returns the worker's seats.
+    """
+
+    def __init__(
+        self, actor: ActorHandle, worker: W, error_type: type[WorkerDownError], *arguments: object
+    ) -> None:
+        self.worker = worker
+        self._actor = actor
+        self._error_type = error_type
+        self._arguments = arguments
+
+    async def start(self) -> int:
+        """Starts the worker; returns its seats."""
+        with dies_as(self._error_type):
+            return int(await self._actor.start.remote(*self._arguments))
+
+    async def end(self) -> None:
+        """Stops the worker's processes and the actor."""
+        await end_actor(self._actor)
 
 
 class RolloutActor(Actor):

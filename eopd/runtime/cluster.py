@@ -147,9 +147,11 @@ def _make_token() -> None:
 
 
 def memory_row() -> Row:
-    """Returns the metrics of memory: of the object stores, and of this process."""
+    """Returns the metrics of memory: of all nodes' object stores, and of this process."""
+    store = "object_store_memory"
+    total, free = ray.cluster_resources(), ray.available_resources()
     return {
-        "eopd_object_store_bytes": object_store_bytes(),
+        "eopd_object_store_bytes": float(total.get(store, 0.0) - free.get(store, 0.0)),
         "eopd_driver_memory_bytes": resident_bytes(),
     }
 
@@ -158,12 +160,6 @@ def resident_bytes() -> float:
     """Returns the bytes of memory that this process holds."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return float(pages * os.sysconf("SC_PAGE_SIZE"))
-
-
-def object_store_bytes() -> float:
-    """Returns the bytes that the object stores of all nodes hold."""
-    name = "object_store_memory"
-    return float(ray.cluster_resources().get(name, 0.0) - ray.available_resources().get(name, 0.0))
 
 
 def log_directory() -> str:

@@ -15,7 +15,7 @@ from eopd.pool import Pool
 from eopd.roles import EngineDownError, LearnerDownError, RolloutEngine
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import first_line
-from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, dies_as, end_actor
+from eopd.runtime.actors import MAX_CALLS, ActorProcess, RemoteEngine, RolloutActor, Spawn
 from eopd.runtime.placement import plan_rollout
 from eopd.types import Int32Array, PolicyVersion
 from eopd.weights.channel import BroadcastChannel
@@ -28,29 +28,16 @@ _JOIN_AGAIN_S = 1.0
 _GRACE_S = 10.0  # the wire's own time-outs come first: they tell what is wrong
 
 
-class EngineProcess:
-    """An engine process is the actor of one rollout engine, for a ``Fleet``."""
-
-    def __init__(
-        self,
-        actor: ActorHandle,
-        student: StudentConfig,
-        rollout: RolloutConfig,
-        max_sequence_tokens: int,
-        grader: GraderName | None = None,
-    ) -> None:
-        self.worker = RemoteEngine(actor)
-        self._actor = actor
-        self._arguments = (student, rollout, max_sequence_tokens, PolicyVersion(0, 0), grader)
-
-    async def start(self) -> int:
-        """Starts the engine with the weights of ``student.model``; returns its seats."""
-        with dies_as(EngineDownError):
-            return int(await self._actor.start.remote(*self._arguments))
-
-    async def end(self) -> None:
-        """Stops the engine's processes and the actor."""
-        await end_actor(self._actor)
+def engine_process(
+    actor: ActorHandle,
+    student: StudentConfig,
+    rollout: RolloutConfig,
+    max_sequence_tokens: int,
+    grader: GraderName | None = None,
+) -> ActorProcess[RemoteEngine]:
+    """Returns the process of one engine, which starts with the weights of ``student.model``."""
+    arguments = (student, rollout, max_sequence_tokens, PolicyVersion(0, 0), grader)
+    return ActorProcess(actor, RemoteEngine(actor), EngineDownError, *arguments)
 
 
 def engine_fleet(
@@ -61,10 +48,10 @@ def engine_fleet(
     plan = plan_rollout(rollout)
     grader = config.loss.reward.grader if config.loss.reward else None
 
-    def processes(numbers: Sequence[int]) -> list[EngineProcess]:
+    def processes(numbers: Sequence[int]) -> list[ActorProcess[RemoteEngine]]:
         actors = spawn(RolloutActor, plan, numbers, max_concurrency=MAX_CALLS)
         return [
-            EngineProcess(actor, config.student, rollout, config.max_sequence_tokens, grader)
+            engine_process(actor, config.student, rollout, config.max_sequence_tokens, grader)
             for actor in actors
         ]
 

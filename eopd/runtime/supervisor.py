@@ -18,7 +18,7 @@ from eopd.run.directory import RunDirectory
 from eopd.run.progress import first_line
 from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, end_actor
 from eopd.runtime.cluster import log_directory
-from eopd.runtime.engines import EngineProcess, engine_fleet, open_channel
+from eopd.runtime.engines import engine_fleet, engine_process, open_channel
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
 from eopd.runtime.placement import RoleResources, plan_rollout
@@ -94,7 +94,7 @@ async def rollout_engines(
         plan = plan_rollout(rollout)
         actors = spawn(RolloutActor, plan, range(plan.actors), max_concurrency=MAX_CALLS)
         processes = [
-            EngineProcess(actor, student, rollout, max_sequence_tokens) for actor in actors
+            engine_process(actor, student, rollout, max_sequence_tokens) for actor in actors
         ]
         starting = {
             f"rollout engine {number}": process.start() for number, process in enumerate(processes)

@@ -5,13 +5,11 @@ trajectory is routed to them by the source of its prompt.
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
-from ray.actor import ActorHandle
-
 from eopd.config import Config, TeacherConfig
 from eopd.fleet import Fleet
 from eopd.pool import Pool
 from eopd.roles import TeacherDownError, TeacherScorer
-from eopd.runtime.actors import MAX_CALLS, RemoteTeacher, Spawn, TeacherActor, dies_as, end_actor
+from eopd.runtime.actors import MAX_CALLS, ActorProcess, RemoteTeacher, Spawn, TeacherActor
 from eopd.runtime.placement import plan_teacher
 from eopd.teacher.pool import TeacherPool, TeacherRouter
 from eopd.teacher.selftest import (
@@ -22,28 +20,6 @@ from eopd.teacher.selftest import (
 )
 from eopd.tokenizer import vocab_size
 from eopd.types import Int32Array, LostTrajectory, ScoredTrajectory, Stored, Trajectory
-
-
-class TeacherProcess:
-    """A teacher process is the actor of one replica, for a ``Fleet``. That of a served teacher holds
-    a client.
-    """
-
-    def __init__(
-        self, actor: ActorHandle, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int
-    ) -> None:
-        self.worker = RemoteTeacher(actor)
-        self._actor = actor
-        self._arguments = (config, top_k, max_sequence_tokens)
-
-    async def start(self) -> int:
-        """Starts the replica; returns its seats."""
-        with dies_as(TeacherDownError):
-            return int(await self._actor.start.remote(*self._arguments))
-
-    async def end(self) -> None:
-        """Stops the replica's processes and the actor."""
-        await end_actor(self._actor)
 
 
 def teacher_fleets(
@@ -68,10 +44,12 @@ def _fleet(
     name = f"teacher {teacher.name} replica"
     longest = config.max_teacher_tokens(teacher)
 
-    def processes(numbers: Sequence[int]) -> list[TeacherProcess]:
+    arguments = (teacher, config.loss.top_k, longest)
+
+    def processes(numbers: Sequence[int]) -> list[ActorProcess[RemoteTeacher]]:
         actors = spawn(TeacherActor, plan, numbers, max_concurrency=MAX_CALLS)
         return [
-            TeacherProcess(actor, teacher, top_k=config.loss.top_k, max_sequence_tokens=longest)
+            ActorProcess(actor, RemoteTeacher(actor), TeacherDownError, *arguments)
             for actor in actors
         ]
 

@@ -298,7 +298,7 @@ async def test_closing_stops_what_is_being_replaced():
     world.pool.lose(0, "died")
     await asyncio.sleep(0.01)
     await asyncio.wait_for(fleet.close(), 1.0)
-    assert fleet._replacing == {} and fleet.num_replacements == 0
+    assert all(task.done() for task in fleet._replacing.values()) and fleet.num_replacements == 0
 
 
 PROMPT = fakes.prompt(epoch=1)

@@ -525,7 +525,7 @@ def test_a_data_set_is_named_with_subset_and_split(monkeypatch, spec, arguments)
 
     def load_dataset(name, subset, *, split):
         assert (name, subset, split) == arguments
-        return [{"prompt": "a", "id": None}]
+        return datasets.Dataset.from_list([{"prompt": "a", "id": None}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (row,) = read_data(spec)
