@@ -22,6 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar
 
@@ -31,6 +32,7 @@ from eopd.telemetry.series import parse_series
 
 Status = Literal["completed", "interrupted", "failed"]
 END_S: Final = 60.0
+QUEUE_ROWS: Final = 10_000
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -86,23 +88,23 @@ def end(trackers: Sequence["BackgroundSink"], status: Status) -> None:
     """Tell all trackers how the run ended, and give them together ``END_S`` for what is queued."""
     deadline = time.monotonic() + END_S
     for sink in trackers:
-        sink.end(status)
+        sink.end(status, deadline)
 
     for sink in trackers:
-        sink.join(deadline - time.monotonic())
+        sink.join(deadline)
 
 
 class BackgroundSink:
     """A sink that hands rows to a tracker, which is made, written to and ended in a thread of its
     own. A failure is logged once.
 
-    Rows wait until the tracker takes them, all of a run where its server is down for as long: about
-    10 KB a step.
+    Rows wait until the tracker takes them: ``QUEUE_ROWS``, 100 MB of a run with a hundred series.
+    Those beyond are missing there, which is logged.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self._name = name
-        self._queue: queue.SimpleQueue[Row | Status] = queue.SimpleQueue()
+        self._queue: queue.Queue[Row | Status] = queue.Queue(QUEUE_ROWS)
         self._said: set[str] = set()
         self._thread = threading.Thread(
             target=self._run, args=(make,), name=f"tracker-{name}", daemon=True
@@ -111,19 +113,25 @@ class BackgroundSink:
 
     def write(self, row: Row) -> None:
         """Queue a row for a tracker that can be used; never blocks."""
-        if self._thread.is_alive():
-            self._queue.put(row)
+        if not self._thread.is_alive():
+            return
+
+        try:
+            self._queue.put_nowait(row)
+        except queue.Full:
+            self._say(f"is behind by {QUEUE_ROWS} steps: later ones are missing there")
 
     def close(self) -> None:
         """Does nothing: how a run ended is known once its own files are whole (``end``)."""
 
-    def end(self, status: Status) -> None:
-        """Queue how the run ended, after its last row."""
-        self._queue.put(status)
+    def end(self, status: Status, deadline: float) -> None:
+        """Queues how the run ended, after its last row."""
+        with suppress(queue.Full):
+            self._queue.put(status, timeout=max(0.0, deadline - time.monotonic()))
 
-    def join(self, timeout_s: float) -> None:
-        """Wait for the tracker to take what is queued, for a time."""
-        self._thread.join(max(0.0, timeout_s))
+    def join(self, deadline: float) -> None:
+        """Waits for the tracker to take what is queued, until ``deadline`` (of the monotonic clock)."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._say(f"did not take all steps within {END_S:g} s: some are missing there")
 

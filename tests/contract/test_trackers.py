@@ -121,6 +121,20 @@ def test_a_service_that_does_not_answer_holds_nobody_up_and_has_every_row_once_i
     assert slow.status == "interrupted" and slow.rows == rows and not caplog.records
 
 
+def test_a_service_that_is_away_for_days_costs_no_more_memory_than_its_queue(monkeypatch, caplog):
+    monkeypatch.setattr(trackers, "QUEUE_ROWS", 3)
+    slow = Slow()
+    sink = BackgroundSink("slow", lambda: slow)
+    for step in range(1, 11):
+        sink.write({"eopd_step": float(step)})
+
+    slow.may_answer.set()
+    end([sink], "interrupted")
+    assert slow.status == "interrupted" and 3 <= len(slow.rows) <= 4
+    messages = [record.message for record in caplog.records]
+    assert messages == ["slow is behind by 3 steps: later ones are missing there"]
+
+
 def test_an_end_that_takes_too_long_is_given_up_for_all_together_and_said(monkeypatch, caplog):
     monkeypatch.setattr(trackers, "END_S", 0.3)
     slow = Slow()
