@@ -1,4 +1,4 @@
-"""The pipeline of a run: its config's numbers, its crew in their roles."""
+"""The pipeline of a run: its config's numbers, and its workers in their roles."""
 
 import math
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from eopd.pipeline import Pipeline, Plan
 from eopd.preflight import Prepared
 from eopd.prompts import PromptOrder
 from eopd.run.progress import Progress
-from eopd.runtime.supervisor import Crew
+from eopd.runtime.supervisor import Workers
 from eopd.types import LostTrajectory
 
 
 def make_pipeline(
     config: Config,
     prepared: Prepared,
-    members: Crew,
+    workers: Workers,
     ledger: Ledger,
     progress: Progress,
     on_drop: Callable[[int, LostTrajectory], None],
@@ -43,10 +43,10 @@ def make_pipeline(
 
     return Pipeline(
         plan=numbers,
-        engines=members.engines,
-        teacher=members.teacher,
-        learner=members.learner,
-        channel=members.channel,
+        engines=workers.engines,
+        teacher=workers.teacher,
+        learner=workers.learner,
+        channel=workers.channel,
         order=order,
         ledger=ledger,
         progress=progress,

@@ -12,7 +12,7 @@ from eopd.evaluation.samples import sample_record
 from eopd.preflight import Prepared
 from eopd.run.directory import RunDirectory
 from eopd.runtime.logs import logger
-from eopd.runtime.supervisor import Crew, fetch
+from eopd.runtime.supervisor import Workers, fetch
 from eopd.tokenizer import load_tokenizer
 from eopd.types import EvalStats, LostTrajectory, ScoredTrajectory, Stored
 
@@ -26,7 +26,7 @@ class Measured:
 
 
 async def measure_held_out(
-    members: Crew,
+    workers: Workers,
     config: Config,
     prepared: Prepared,
     *,
@@ -37,7 +37,7 @@ async def measure_held_out(
     """Measure student against teacher on the held-out prompts.
 
     Args:
-        members: the workers: engines write, teachers score, the learner measures.
+        workers: the workers: engines write, teachers score, the learner measures.
         config: the run's.
         prepared: its prompts.
         phase: ``before`` or ``after`` training, for messages.
@@ -53,9 +53,9 @@ async def measure_held_out(
 
     try:
         stats, scored = await measure(
-            members.engines,
-            members.teacher,
-            members.learner,
+            workers.engines,
+            workers.teacher,
+            workers.learner,
             prompts,
             temperature=config.rollout.temperature,
             max_tokens=evaluation.max_response_tokens,

@@ -2,13 +2,51 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 # Slurm sends SIGUSR1 before a job's time is up, where it was told to (``--signal=USR1@300``).
 OF_THE_DRIVER: Final = (signal.SIGHUP, signal.SIGUSR1)
 ASK_TO_END: Final = (signal.SIGINT, signal.SIGTERM, *OF_THE_DRIVER)
+
+
+class Interruption:
+    """A person or a scheduler asks the run to end: softly the first time, where the run can.
+
+    Args:
+        say: is told what happens now.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.requested = False
+        self._say = say
+        self._close: Callable[[], Coroutine[object, object, None]] | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def ends_softly(self, close: Callable[[], Coroutine[object, object, None]]) -> Iterator[None]:
+        """While the block runs, the first signal calls ``close``, after which the block ends by
+        itself.
+        """
+        self._close = close
+        try:
+            yield
+        finally:
+            self._close = None
+
+    def take(self) -> bool:
+        """Takes a signal; returns False where the run must be cancelled."""
+        first, self.requested = not self.requested, True
+        if not first or self._close is None:
+            self._say("stopping now")
+            return False
+
+        self._say("stopping after the step under way, with a checkpoint; once more to stop at once")
+        # kept: the loop holds tasks weakly
+        self._closing = asyncio.create_task(self._close())
+
+        return True
 
 
 @contextmanager

@@ -34,7 +34,7 @@ FETCH_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crew:
+class Workers:
     """Everything of a run that lives in actors: the roles of the loop, and the fleets behind
     them.
     """
@@ -49,9 +49,9 @@ class Crew:
 
 
 @asynccontextmanager
-async def crew(
+async def start_workers(
     config: Config, incarnation: int, text: Int32Array, say: Callable[[str], None]
-) -> AsyncIterator[Crew]:
+) -> AsyncIterator[Workers]:
     """Every actor of a training run, started all at the same time; engines are probed with
     ``text``, int32[N].
     """
@@ -72,7 +72,7 @@ async def crew(
         )
 
         try:
-            yield Crew(
+            yield Workers(
                 engines=EnginePool(engines),
                 teacher=route(config, teachers),
                 learner=gang,

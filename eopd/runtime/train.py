@@ -1,43 +1,45 @@
-"""One training run from config to summary: check, start, measure, train, measure again, export."""
+"""One training run from config to summary: check, start, measure, train, measure again, export.
+
+    train ─ prepare, lock, take up ─▶ _run ─ outlets, signals ─▶ _work ─ actors ─▶ Training
+      what the user may have got wrong      status and summary       what runs beside it
+
+``Training`` holds what is whole from its first moment on: the state of the run, the workers, the
+outlets. The learner may be lost under it; then it goes on from the newest checkpoint.
+"""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, aclosing, closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Never
 
 import numpy as np
 
 from eopd.config import Config
-from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline
 from eopd.preflight import Prepared, prepare
 from eopd.preflight import notes as notes_on
 from eopd.roles import LearnerDownError
-from eopd.run.checkpoint import DriverState, StorageError, list_checkpoints, write_checkpoint
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
-from eopd.run.progress import Progress, first_line
+from eopd.run.progress import first_line
 from eopd.run.record import Row, Summary, held_out_record
-from eopd.runtime import cluster, engines
+from eopd.runtime import cluster
+from eopd.runtime.engines import scale_on_request
 from eopd.runtime.inputs import digests
 from eopd.runtime.logs import collect, logger
 from eopd.runtime.loop import make_pipeline
 from eopd.runtime.measurement import keep_samples, measure_held_out
+from eopd.runtime.outlets import Outlets, open_trackers
 from eopd.runtime.placement import plan
 from eopd.runtime.resume import Resume, TakenUp, take_up
-from eopd.runtime.signals import caught, ignored_by_children
-from eopd.runtime.sinks import open_sinks
-from eopd.runtime.supervisor import Crew, crew
+from eopd.runtime.signals import Interruption, caught, ignored_by_children
+from eopd.runtime.state import RunState
+from eopd.runtime.supervisor import Workers, start_workers
 from eopd.runtime.teachers import self_test_replicas
 from eopd.runtime.watchdog import Watchdog, with_background
 from eopd.telemetry import trackers
-from eopd.telemetry.console import Console
-from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
-from eopd.telemetry.sinks import Telemetry
 from eopd.telemetry.step import config_row, step_row
 from eopd.types import LostTrajectory, RunFailedError, StepDone
 
@@ -57,7 +59,7 @@ class Outcome:
 
 
 def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> Outcome:
-    """Run (or continue) what ``config`` describes, as the only process that does.
+    """Runs (or continues) what ``config`` describes, as the only process that does.
 
     Args:
         config: the run.
@@ -86,98 +88,107 @@ def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> 
 
         cluster.require_room(plan(config))
         taken_up.begin()
-        return Outcome(asyncio.run(TrainingRun(prepared, taken_up, lock_notes).main()), directory)
+        return Outcome(asyncio.run(_run(prepared, taken_up, lock_notes)), directory)
 
 
-class TrainingRun:
-    """One process's part of a run: all of it, or from a checkpoint on."""
+async def _run(prepared: Prepared, taken_up: TakenUp, lock_notes: Sequence[str]) -> Summary:
+    """Runs, and writes status, summary and report whatever happens."""
+    config, directory = taken_up.config, taken_up.directory
+    state = RunState(taken_up)
+    status: trackers.Status = "failed"
+    open_ones = open_trackers(config, directory)
 
-    def __init__(self, prepared: Prepared, taken_up: TakenUp, notes: Sequence[str] = ()) -> None:
-        self.directory = taken_up.directory
-        self._config = taken_up.config
-        self._prepared = prepared
-        self._taken_up = taken_up
-        # whether what it continues from has been put into effect
-        self._gone_on = taken_up.checkpoint is None
-        self._notes = [*notes, *taken_up.notes]
-        state, summary = taken_up.state, taken_up.summary
-        self._progress = Progress.resume(state, summary) if state and summary else Progress()
-        self._progress.config_changes = taken_up.total_changes
-        self._ledger = self._ledger_of(state)
-        self._interrupted = False
-        self._stop_softly: Callable[[], Coroutine[object, object, None]] | None = None
-        self._pipeline: Pipeline | None = None
-        self._trackers: list[trackers.BackgroundSink] = []
-        self._prometheus: PrometheusSink | None = None
+    try:
+        with (
+            collect(directory.logs, config.telemetry.log_format),
+            closing(Outlets(config, directory, open_ones)) as outlets,
+        ):
+            notes = [*lock_notes, *taken_up.notes, *outlets.notes, *notes_on(config, prepared)]
+            for note in (f"run directory {directory.path}", *notes):
+                outlets.say(note)
 
-    async def main(self) -> Summary:
-        """Run, and write the status whatever happens."""
-        status: trackers.Status = "failed"
+            status = await _until_done_or_asked(config, prepared, state, outlets)
+    except asyncio.CancelledError:
+        status = "interrupted"
+        raise
+    finally:
+        summary = state.end(status)
+        report_of_ended(directory.path, directory.report)
+        trackers.end(open_ones, status)
+
+    return summary
+
+
+async def _until_done_or_asked(
+    config: Config, prepared: Prepared, state: RunState, outlets: Outlets
+) -> trackers.Status:
+    """Works until the run is complete, or until a signal asks it to end."""
+    interruption = Interruption(outlets.say)
+    with caught(interruption.take, asyncio.current_task()):
         try:
-            with (
-                caught(self._interrupt, asyncio.current_task()),
-                collect(self.directory.logs, self._config.telemetry.log_format),
-            ):
-                async with self._telemetry() as telemetry:
-                    await self._run(telemetry)
-
-            status = "interrupted" if self._interrupted else "completed"
+            await _work(config, prepared, state, outlets, interruption)
         except asyncio.CancelledError:
-            status = "interrupted"
-            if not self._interrupted:
+            if not interruption.requested:
                 raise
-        finally:
-            summary = self._progress.summary(status)
-            if self._gone_on:  # else the run stands as it stood
-                self.directory.write_summary(summary)
 
-            report_of_ended(self.directory.path, self.directory.report)
-            trackers.end(self._trackers, status)
+    return "interrupted" if interruption.requested else "completed"
 
-        return summary
 
-    def _say(self, text: str) -> None:
-        self._console.message(text)
-        logger.info(text)
+async def _work(
+    config: Config,
+    prepared: Prepared,
+    state: RunState,
+    outlets: Outlets,
+    interruption: Interruption,
+) -> None:
+    """Starts the actors, and trains with them while others watch."""
+    outlets.say("starting the learner, the rollout engines and the teacher")
+    first_prompts = prepared.train.prompts[:_PROBE_TOKENS]
+    text = np.concatenate([prompt.token_ids for prompt in first_prompts])
+    watchdog = Watchdog(config.run.stall_after_s, config.run.on_stall)
 
-    async def _run(self, telemetry: Telemetry) -> None:
-        self._say("starting the learner, the rollout engines and the teacher")
-        text = np.concatenate(
-            [prompt.token_ids for prompt in self._prepared.train.prompts[:_PROBE_TOKENS]]
+    async with start_workers(
+        config, state.progress.incarnation, text[:_PROBE_TOKENS], outlets.say
+    ) as workers:
+        training = Training(config, prepared, state, workers, outlets, interruption, watchdog)
+        await with_background(
+            training.run(),
+            watchdog.watch(training.status, outlets.say),
+            scale_on_request(state.directory, workers.engine_fleet, outlets.say),
+            training.show_state(),
         )
 
-        async with crew(
-            self._config, self._progress.incarnation, text[:_PROBE_TOKENS], self._say
-        ) as members:
-            run = self._config.run
-            self._watchdog = Watchdog(
-                run.stall_after_s, run.on_stall, lambda: self._report(members)
-            )
-            await with_background(
-                self._outlive_learners(members, telemetry),
-                self._watchdog.watch(self._say),
-                engines.scale_on_request(self.directory, members.engine_fleet, self._say),
-                self._show_state(members),
-            )
 
-    def _report(self, members: Crew) -> list[str]:
-        """Who waits for whom."""
-        loop = "not training" if self._pipeline is None else self._pipeline.status()
-        return [
-            f"loop: {loop}",
-            f"weights: {members.channel.status()}",
-            *members.engines.status(),
-            *members.teacher.status(),
-        ]
+class Training:
+    """Measures, trains, measures again and exports; goes on from the newest checkpoint, under a new
+    incarnation, whenever the learner is lost.
+    """
 
-    async def _outlive_learners(self, members: Crew, telemetry: Telemetry) -> None:
-        """The whole run; from the newest checkpoint on, under a new incarnation, whenever the
-        learner is lost.
-        """
-        for report in await self_test_replicas(
-            self._config, members.teacher_fleets, self._prepared.train.prompts[0].token_ids
-        ):
-            self._say(report.verdict)
+    def __init__(
+        self,
+        config: Config,
+        prepared: Prepared,
+        state: RunState,
+        workers: Workers,
+        outlets: Outlets,
+        interruption: Interruption,
+        watchdog: Watchdog,
+    ) -> None:
+        self._config = config
+        self._prepared = prepared
+        self._state = state
+        self._workers = workers
+        self._outlets = outlets
+        self._interruption = interruption
+        self._watchdog = watchdog
+        self._pipeline: Pipeline | None = None  # while it trains
+
+    async def run(self) -> None:
+        """Runs to the end of the last batch, or to a step after which a signal ends it."""
+        prompt_ids = self._prepared.train.prompts[0].token_ids
+        fleets = self._workers.teacher_fleets
+        for report in await self_test_replicas(self._config, fleets, prompt_ids):
+            self._outlets.say(report.verdict)
             logger.info(str(report))
 
         lost: LearnerDownError | None = None
@@ -185,222 +196,143 @@ class TrainingRun:
         while True:
             try:
                 if lost is not None:
-                    await self._restart_learner(members, lost)
+                    await self._restart_learner(lost)
 
-                await self._from_checkpoint_to_end(members, telemetry)
+                await self._from_checkpoint_to_end()
                 return
             except LearnerDownError as error:
                 # a signal reaches the ranks too: the newest checkpoint stands
-                if self._interrupted:
+                if self._interruption.requested:
                     return
 
                 lost = error
-                members.restarts.count_loss(f"learner: {error}")
+                self._workers.restarts.count_loss(f"learner: {error}")
 
-    async def _from_checkpoint_to_end(self, members: Crew, telemetry: Telemetry) -> None:
-        if (checkpoint := self._checkpoint()) is not None:
-            await members.learner.load(checkpoint / "learner")
+    def status(self) -> list[str]:
+        """Returns who waits for whom, a line each."""
+        loop = "not training" if self._pipeline is None else self._pipeline.status()
+        return [
+            f"loop: {loop}",
+            f"weights: {self._workers.channel.status()}",
+            *self._workers.engines.status(),
+            *self._workers.teacher.status(),
+        ]
 
-        await members.channel.publish(await members.learner.version())
-        self._go_on()
-        if self._progress.before is None and self._progress.step == 0:
-            await self._measure(members, "before")
-
-        await self._train(members, telemetry)
-        if not self._interrupted:
-            await self._measure(members, "after")
-
-        await members.learner.export(self.directory.hf)
-
-    def _checkpoint(self) -> Path | None:
-        """What a learner starts from."""
-        if not self._gone_on:
-            return self._taken_up.checkpoint
-
-        return next(reversed(list_checkpoints(self.directory.checkpoints)), None)
-
-    def _go_on(self) -> None:
-        """The run is about to go on from its checkpoint: from here on that cannot be taken back."""
-        if not self._gone_on:
-            self._taken_up.carry_out()
-            self._gone_on = True
-            self.directory.write_summary(self._progress.summary("running"))
-
-    async def _restart_learner(self, members: Crew, lost: LearnerDownError) -> None:
-        """Forget what came after the newest checkpoint: it is issued again."""
-        self._stop_softly = self._pipeline = None
-        self._watchdog.step()
-        checkpoint = self._checkpoint()
-        state = DriverState.read(checkpoint) if checkpoint else None
-        self._progress.roll_back(state)
-        self._ledger = self._ledger_of(state)
-        if self._gone_on:
-            self.directory.drop_rows_after(self._progress.step)
-            self.directory.write_summary(self._progress.summary("running"))
-
-        self._say(
-            f"the learner was lost ({first_line(lost)}); another one goes on from step "
-            f"{self._progress.step}, as incarnation {self._progress.incarnation}"
-        )
-        await members.learner.start(self._progress.incarnation)
-        members.channel.disconnect()
-
-    async def _train(self, members: Crew, telemetry: Telemetry) -> None:
-        self._pipeline = pipeline = make_pipeline(
-            self._config, self._prepared, members, self._ledger, self._progress, self._drop
-        )
-        self._stop_softly = pipeline.buffer.close
-
-        try:
-            await self._follow(pipeline, members, telemetry)
-        except RunFailedError:
-            try:  # what was trained is not lost with what cannot go on
-                await self._save_the_rest(members)
-            except (StorageError, LearnerDownError):  # the first error is the one to be told
-                logger.warning("the last steps could not be saved", exc_info=True)
-            raise
-
-        self._stop_softly = self._pipeline = None
-        await self._save_the_rest(members)
-
-    async def _follow(self, pipeline: Pipeline, members: Crew, telemetry: Telemetry) -> None:
-        """Run the loop to its end, with a row, a record and now and then a checkpoint of what
-        it has done.
-        """
-        # whatever ends it, nothing of it stays in flight
-        async with aclosing(pipeline.steps(self._progress.step)) as steps:
-            async for done in steps:
-                self._watchdog.step()
-                telemetry.write(
-                    {**self._state_of(members), **cluster.memory_row(), **step_row(done)}
-                )
-                self._tell_of(done)
-                self.directory.add_trained(self._progress.step, done.trained)
-                if self._progress.step % self._config.checkpoint.every == 0:
-                    await self._save(members)
-
-    async def _save_the_rest(self, members: Crew) -> None:
-        if self._progress.step > (self._progress.checkpoint_step or 0):
-            await self._save(members)
-
-    def _drop(self, issue: int, lost: LostTrajectory) -> None:
-        """Record a trajectory that is given up."""
-        self.directory.add_dropped(issue, lost)
-        self._say(
-            f"gave up {lost.key}: {lost.reason.value}: {lost.detail}; see {self.directory.dropped}"
-        )
-
-    def _ledger_of(self, state: DriverState | None) -> Ledger:
-        """The ledger of a checkpoint, or a new one; what was dropped since is not tried again."""
-        ledger = Ledger.restore(**state.ledger) if state else Ledger()  # type: ignore[arg-type]
-        ledger.drop_again(self.directory.dropped_issues())
-        return ledger
-
-    def _state_of(self, members: Crew) -> Row:
-        """Who is up and at work now, and who was lost so far; nobody is asked."""
-        return {
-            **members.teacher.metrics(),
-            **members.engines.metrics(),
-            **self._progress.row(),
-            "eopd_weight_failures_total": float(members.channel.num_failures),
-            **config_row(self._config),
-        }
-
-    async def _show_state(self, members: Crew) -> Never:
-        """Let Prometheus and the terminal see what goes on also while no step ends: that is
-        when it matters.
-        """
+    async def show_state(self) -> Never:
+        """Lets Prometheus and the terminal see what goes on also while no step ends."""
         while True:
             await asyncio.sleep(_STATE_S)
             if (pipeline := self._pipeline) is not None:
+                step = self._state.progress.step + 1
                 ready = f"{pipeline.buffer.num_ready} of {pipeline.plan.batch} trajectories ready"
-                self._console.doing(f"step {self._progress.step + 1}: {pipeline.activity}, {ready}")
+                self._outlets.doing(f"step {step}: {pipeline.activity}, {ready}")
 
-            if self._prometheus is not None:
-                self._prometheus.write(self._state_of(members))
+            self._outlets.show_state(self._row())
 
-    def _tell_of(self, done: StepDone) -> None:
-        """What people look at besides the row; nothing else may be lost with it."""
-        if self._progress.newly_skipped > 0:
-            self._say(
-                f"step {self._progress.step}: loss or gradient not finite, optimiser step "
-                f"skipped ({done.stats.skipped_steps} of at most "
-                f"{self._config.learner.max_skipped_steps}); see {self.directory.broken}"
-            )
-        try:
-            self.directory.add_timeline(self._progress.step, done.spans)
-        except OSError:
-            logger.warning(
-                "the timeline of step %d was not kept", self._progress.step, exc_info=True
-            )
+    async def _from_checkpoint_to_end(self) -> None:
+        learner = self._workers.learner
+        if (checkpoint := self._state.checkpoint()) is not None:
+            await learner.load(checkpoint / "learner")
 
-    async def _save(self, members: Crew) -> None:
-        started = time.monotonic()
-        await write_checkpoint(
-            self.directory.checkpoints,
-            self._progress.state(self._ledger, self._taken_up.inputs),
-            members.learner.save,
-            keep_last=self._config.checkpoint.keep_last,
+        await self._workers.channel.publish(await learner.version())
+        self._state.go_on()
+        progress = self._state.progress
+        if progress.before is None and progress.step == 0:
+            await self._measure("before")
+
+        await self._train()
+        if not self._interruption.requested:
+            await self._measure("after")
+
+        await learner.export(self._state.directory.hf)
+
+    async def _restart_learner(self, lost: LearnerDownError) -> None:
+        self._watchdog.step()
+        self._state.roll_back()
+        progress = self._state.progress
+        self._outlets.say(
+            f"the learner was lost ({first_line(lost)}); another one goes on from step "
+            f"{progress.step}, as incarnation {progress.incarnation}"
         )
-        self._progress.checkpoint_s = time.monotonic() - started
-        self._progress.checkpoint_step = self._progress.step
-        self.directory.write_summary(self._progress.summary("running"))
+        await self._workers.learner.start(progress.incarnation)
+        self._workers.channel.disconnect()
 
-    async def _measure(self, members: Crew, phase: Literal["before", "after"]) -> None:
+    async def _train(self) -> None:
+        state, learner = self._state, self._workers.learner
+        pipeline = make_pipeline(
+            self._config, self._prepared, self._workers, state.ledger, state.progress, self._drop
+        )
+        self._pipeline = pipeline
+
+        try:
+            with self._interruption.ends_softly(pipeline.buffer.close):
+                await self._follow(pipeline)
+        except RunFailedError as error:
+            await state.save_in_spite_of(error, learner)
+            raise
+        finally:
+            self._pipeline = None
+
+        await state.save(learner)
+
+    async def _follow(self, pipeline: Pipeline) -> None:
+        """Runs the loop to its end, with a row, a record and now and then a checkpoint of what it
+        has done.
+        """
+        # whatever ends it, nothing of it stays in flight
+        async with aclosing(pipeline.steps(self._state.progress.step)) as steps:
+            async for done in steps:
+                self._watchdog.step()
+                self._outlets.write({**self._row(), **cluster.memory_row(), **step_row(done)})
+                self._say_what_was_skipped(done)
+                self._state.keep(done)
+                if self._state.is_due:
+                    await self._state.save(self._workers.learner)
+
+    def _row(self) -> Row:
+        """Returns who is up and at work now, and who was lost so far; nobody is asked."""
+        return {
+            **self._workers.teacher.metrics(),
+            **self._workers.engines.metrics(),
+            **self._state.progress.row(),
+            "eopd_weight_failures_total": float(self._workers.channel.num_failures),
+            **config_row(self._config),
+        }
+
+    def _say_what_was_skipped(self, done: StepDone) -> None:
+        if self._state.progress.newly_skipped > 0:
+            self._outlets.say(
+                f"step {self._state.progress.step}: loss or gradient not finite, optimiser step "
+                f"skipped ({done.stats.skipped_steps} of at most "
+                f"{self._config.learner.max_skipped_steps}); see {self._state.directory.broken}"
+            )
+
+    def _drop(self, issue: int, lost: LostTrajectory) -> None:
+        self._state.directory.add_dropped(issue, lost)
+        self._outlets.say(
+            f"gave up {lost.key}: {lost.reason.value}: {lost.detail}; see "
+            f"{self._state.directory.dropped}"
+        )
+
+    async def _measure(self, phase: Literal["before", "after"]) -> None:
         self._watchdog.step()
         measured = await measure_held_out(
-            members,
+            self._workers,
             self._config,
             self._prepared,
             phase=phase,
-            say=self._say,
-            doing=self._console.doing,
+            say=self._outlets.say,
+            doing=self._outlets.doing,
         )
         if measured is None:
             return
 
-        if phase == "before":
-            self._progress.before = held_out_record(measured.stats)
-        else:
-            self._progress.after = held_out_record(measured.stats)
-
-        self.directory.write_summary(self._progress.summary("running"))
+        self._state.measured(phase, held_out_record(measured.stats))
         await keep_samples(
-            self.directory,
+            self._state.directory,
             self._config,
             self._prepared,
             phase=phase,
-            step=self._progress.step,
+            step=self._state.progress.step,
             measured=measured,
         )
-
-    @asynccontextmanager
-    async def _telemetry(self) -> AsyncIterator[Telemetry]:
-        sinks, self._prometheus, self._trackers, notes = open_sinks(self._config, self.directory)
-        run = self._config.run
-        self._console = Console(
-            run=run.name, batches=run.batches, expected_minutes=run.expected_minutes
-        )
-        fan_out = Telemetry([*sinks, self._console])
-
-        try:
-            notes += notes_on(self._config, self._prepared)
-            for note in (f"run directory {self.directory.path}", *self._notes, *notes):
-                self._say(note)
-
-            yield fan_out
-        finally:
-            fan_out.close()
-
-    def _interrupt(self) -> bool:
-        """Take a signal; False means that nothing can end softly now."""
-        first, self._interrupted = not self._interrupted, True
-        if not first or self._stop_softly is None:
-            self._say("stopping now")
-            return False
-
-        self._say("stopping after the step under way, with a checkpoint; once more to stop at once")
-        # kept: the loop holds tasks weakly
-        self._stopping = asyncio.create_task(self._stop_softly())
-
-        return True

@@ -24,24 +24,22 @@ class Watchdog:
     Args:
         stall_after_s: seconds without a step.
         on_stall: ``report`` logs it once per ``stall_after_s``, ``end`` raises.
-        report: returns who waits for whom, a line each.
     """
 
-    def __init__(
-        self,
-        stall_after_s: float,
-        on_stall: Literal["report", "end"],
-        report: Callable[[], list[str]],
-    ) -> None:
-        self._stall_after_s, self._on_stall, self._report = stall_after_s, on_stall, report
+    def __init__(self, stall_after_s: float, on_stall: Literal["report", "end"]) -> None:
+        self._stall_after_s, self._on_stall = stall_after_s, on_stall
         self.step()
 
     def step(self) -> None:
         """Notes that a step has finished, or that another phase of the run has begun."""
         self._stepped_at = self._reported_at = time.monotonic()
 
-    async def watch(self, log: Callable[[str], None]) -> Never:
+    async def watch(self, status: Callable[[], list[str]], log: Callable[[str], None]) -> Never:
         """Looks for a finished step again and again.
+
+        Args:
+            status: returns who waits for whom, a line each.
+            log: is called with the report of a stall.
 
         Raises:
             StallError: no step for ``stall_after_s``, and ``on_stall`` is ``end``.
@@ -54,7 +52,7 @@ class Watchdog:
 
             self._reported_at = now
             message = "\n  ".join(
-                [f"no step has finished for {now - self._stepped_at:.0f} s:", *self._report()]
+                [f"no step has finished for {now - self._stepped_at:.0f} s:", *status()]
             )
             if self._on_stall == "end":
                 raise StallError(f"{message}\n  run.on_stall is end")

@@ -8,7 +8,13 @@ import sys
 
 import pytest
 
-from eopd.runtime.signals import ASK_TO_END, OF_THE_DRIVER, caught, ignored_by_children
+from eopd.runtime.signals import (
+    ASK_TO_END,
+    OF_THE_DRIVER,
+    Interruption,
+    caught,
+    ignored_by_children,
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
@@ -30,6 +36,38 @@ async def test_where_nothing_can_end_softly_the_run_is_cancelled(number):
 
     with pytest.raises(asyncio.CancelledError):
         await main()
+
+
+async def test_the_first_signal_ends_softly_where_the_run_can_and_the_second_at_once():
+    messages, closed = [], []
+    interruption = Interruption(messages.append)
+
+    async def close():
+        closed.append(True)
+
+    with interruption.ends_softly(close):
+        assert interruption.take() and interruption.requested
+        await asyncio.sleep(0)
+        assert closed == [True]
+        assert not interruption.take()
+
+    assert messages == [
+        "stopping after the step under way, with a checkpoint; once more to stop at once",
+        "stopping now",
+    ]
+
+
+async def test_outside_of_what_ends_softly_the_first_signal_stops_at_once():
+    messages = []
+    interruption = Interruption(messages.append)
+
+    async def close():
+        pytest.fail("closed what had ended")
+
+    with interruption.ends_softly(close):
+        pass
+
+    assert not interruption.take() and messages == ["stopping now"]
 
 
 async def test_a_job_in_the_background_of_a_script_can_be_interrupted():

@@ -23,10 +23,12 @@ async def for_a_while(coroutine, seconds: float) -> None:
 
 async def test_a_stall_is_told_once_per_interval_and_a_step_ends_it():
     told = []
-    watchdog = Watchdog(
-        0.2, "report", lambda: ["loop: waiting for a batch", "rollout engine 0: 3 in flight"]
-    )
-    watching = asyncio.create_task(watchdog.watch(told.append))
+    watchdog = Watchdog(0.2, "report")
+
+    def status():
+        return ["loop: waiting for a batch", "rollout engine 0: 3 in flight"]
+
+    watching = asyncio.create_task(watchdog.watch(status, told.append))
     async with asyncio.timeout(10.0):
         while len(told) < 3:
             await asyncio.sleep(0.01)
@@ -48,19 +50,17 @@ async def test_a_stall_is_told_once_per_interval_and_a_step_ends_it():
 
     told.clear()
     stepping = asyncio.create_task(steps())
-    await for_a_while(watchdog.watch(told.append), 0.6)
+    await for_a_while(watchdog.watch(status, told.append), 0.6)
     stepping.cancel()
     assert told == []
 
 
 async def test_a_stall_ends_the_run_where_it_is_told_to():
-    watchdog = Watchdog(0.1, "end", lambda: ["weights: sending, 2 engines"])
+    watching = Watchdog(0.1, "end").watch(lambda: ["weights: sending, 2 engines"], pytest.fail)
     with pytest.raises(
         StallError, match=r"for 0 s:\n  weights: sending, 2 engines\n  run.on_stall"
     ):
-        await asyncio.wait_for(
-            with_background(asyncio.sleep(3600), watchdog.watch(pytest.fail)), 5.0
-        )
+        await asyncio.wait_for(with_background(asyncio.sleep(3600), watching), 5.0)
 
 
 async def test_what_goes_on_beside_ends_with_the_work():
