@@ -1,4 +1,4 @@
-"""What every vLLM engine is started with on CPUs, of rollouts and of teachers. Loads no vLLM."""
+"""Every vLLM engine on CPUs, of rollouts and of teachers, has these defaults. Loads no vLLM."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,8 @@ _SPLIT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"
 
 
 def on_cpu(native: Mapping[str, object]) -> dict[str, object]:
-    """Defaults of an engine on CPUs; ``native`` are the user's own options, which win over them.
+    """Returns the defaults of an engine on CPUs; ``native`` are the user's options, which override
+    them.
 
     An engine of one worker keeps it in the engine's own process: one process less that imports
     vLLM. vLLM 0.32.0 turns the short name ``uni`` back into a process of its own on CPUs, to set

@@ -1,8 +1,8 @@
-"""What was computed from files, remembered until one of them changes.
+"""A cache keeps what was computed from files until one of them changes.
 
-An answer is found again by the contents of all it came from: the question, the files, the code of
-this package and the libraries that took part. Left out: sharing between users; what stands in the
-directory was pickled by this user.
+An answer is found again by the contents of all that it came from: the question, the files, the code
+of this package, and the versions of libraries. Left out: sharing between users, since the answers
+are pickles, which must come from this user.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ WEIGHTS: Final = frozenset(
 
 
 def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -> T:
-    """``compute()``, or what it answered when ``question`` and every file were the same.
+    """Returns ``compute()``, or what it returned when ``question`` and every file were the same.
 
-    Files are the same by their contents, weights by name, size and time: they would take minutes to
-    read. A directory that cannot be read or written costs the memory, never the answer. What
-    ``compute`` raises is raised, and not remembered.
+    Files are the same by their contents, weights by name, size and time, since they would take
+    minutes to read. Where the cache cannot be read or written, the answer is computed. Errors of
+    ``compute`` are raised, and not kept.
     """
     try:
         directory = DIRECTORY.expanduser()
         kept = directory / _digest(question, files)
     except (OSError, RuntimeError):
-        # A file cannot be read, which whoever computes will say; or there is no home directory.
+        # A file cannot be read, and `compute` will raise that; or there is no home directory.
         return compute()
 
     with suppress(Exception):  # not there, or not readable by what is installed now: computed again
@@ -75,8 +75,8 @@ def _digest(question: str, files: Iterable[Path]) -> str:
 
 def _contents(path: Path) -> bytes:
     if path.suffix in WEIGHTS:
-        found = path.stat()
-        return f"{found.st_size} {found.st_mtime_ns}".encode()
+        entry = path.stat()
+        return f"{entry.st_size} {entry.st_mtime_ns}".encode()
 
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

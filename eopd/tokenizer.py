@@ -1,5 +1,4 @@
-"""The tokens of a Hugging Face directory: its tokenizer, the rows of its head, and where its
-responses end.
+"""A Hugging Face directory has a tokenizer, a number of rows in the model's head, and end tokens.
 
 Only transformers' tokenizers are loaded, when a function is called, and once a process; nothing is
 looked up on the network.
@@ -27,8 +26,8 @@ _TOKENIZER_FILES = (
 
 @cache
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face directory, shared by all who ask; never looks anything up on
-    the network.
+    """Loads the tokenizer of a Hugging Face directory, once a process; nothing is looked up on the
+    network.
 
     Raises:
         ConfigError: there is no such directory, or no tokenizer in it.
@@ -57,10 +56,10 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def vocab_size(directory: Path) -> int:
-    """Rows of the model's head, padding included: ``vocab_size`` of ``config.json``.
+    """Returns the rows of the model's head, padding included: ``vocab_size`` of ``config.json``.
 
     Raises:
-        ConfigError: the file or the key is missing, or no number of rows.
+        ConfigError: the file or the key is missing, or its value is no number of rows.
     """
     config = read_json(directory / "config.json")
     size = config.get("vocab_size", _mapping(config.get("text_config")).get("vocab_size"))
@@ -77,8 +76,8 @@ def vocab_size(directory: Path) -> int:
 
 
 def num_tokens(directory: Path) -> int:
-    """One above the highest id that names a token and has a row in the head; rows from there on are
-    padding.
+    """Returns one more than the highest id that names a token and has a row in the head; the rows from
+    there on are padding.
 
     Raises:
         ConfigError: there is no tokenizer, or no ``vocab_size``.
@@ -88,36 +87,37 @@ def num_tokens(directory: Path) -> int:
 
 
 def end_token_ids(directory: Path) -> tuple[int, ...]:
-    """The ids on which responses of this model end, ascending: those of ``generation_config.json``
-    (of ``config.json`` where a model has no generation config), and the tokenizer's end token.
+    """Returns the ids on which responses of this model end, ascending: those of
+    ``generation_config.json`` (of ``config.json`` where a model has no generation config), and the
+    tokenizer's end token.
 
     Raises:
         ConfigError: there is none, so that no response would ever end, or one is no id.
     """
     path = directory / "generation_config.json"
     path = path if path.is_file() else directory / "config.json"
-    named = read_json(path).get("eos_token_id")
-    ids = [] if named is None else named if isinstance(named, list) else [named]
+    value = read_json(path).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if wrong := [token for token in ids if not _is_whole(token)]:
         raise ConfigError(
             f"{path}: eos_token_id must be the id of a token or a list of ids, has {told(wrong[0])}"
         )
 
     own = load_tokenizer(directory).eos_token_id
-    found = sorted({token for token in (*ids, own) if _is_whole(token)})
-    if not found:
+    ends = sorted({token for token in (*ids, own) if _is_whole(token)})
+    if not ends:
         raise ConfigError(
             f"{directory}: neither generation_config.json nor the tokenizer names an end token"
         )
 
-    return tuple(found)
+    return tuple(ends)
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """The object in a JSON file of a model directory.
+    """Reads the object in a JSON file of a model directory.
 
     Raises:
-        ConfigError: there is no such file, or it is none.
+        ConfigError: there is no such file, or it holds no JSON object.
     """
     try:
         tree = parse_json(path.read_bytes())
@@ -133,7 +133,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def _blame_a_file(directory: Path, error: Exception) -> None:
-    """Blame the file that kept a tokenizer from being loaded, if one did.
+    """Raises the error of the file that kept a tokenizer from being loaded, if there is one.
 
     Raises:
         ConfigError: a file is no JSON, or it is ``config.json`` that transformers cannot read.

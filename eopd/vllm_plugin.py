@@ -1,7 +1,6 @@
-"""The ``vllm.general_plugins`` entry point: what must exist inside vLLM's engine and worker
-processes.
+"""The ``vllm.general_plugins`` entry point registers what vLLM's engine and worker processes need.
 
-Registering in the parent process only would be lost in the spawned ones.
+They are spawned, so that they do not see what their parent registers.
 """
 
 from eopd.teacher import head
@@ -9,8 +8,6 @@ from eopd.weights import vllm_receiver
 
 
 def register() -> None:
-    """Register the scoring head and the weight-transfer engine; vLLM may call this more than
-    once.
-    """
+    """Registers the scoring head and the weight-transfer engine; vLLM may call this more than once."""
     head.register()
     vllm_receiver.register()

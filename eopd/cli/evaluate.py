@@ -1,4 +1,4 @@
-"""``eopd eval``: sample answers, grade them, and print what came out."""
+"""``eopd eval`` samples answers, grades them, and prints the scores."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from eopd.config.shape import shape
 from eopd.evaluation.benchmarks import BenchmarkResult, PromptResult
 from eopd.rewards.verdict import Verdict
 
-TOLD = {
+VERDICT_WORDS = {
     Verdict.CORRECT: "right",
     Verdict.WRONG: "wrong",
     Verdict.NO_ANSWER: "without an answer",
@@ -29,7 +29,7 @@ TOLD = {
     Verdict.ERROR: "not graded",
 }
 IDS_SHOWN = 5
-NAMED: Final = {
+OPTION_OF: Final = {
     "model": "MODEL",
     "data": "DATA",
     "held_out": "DATA",
@@ -114,8 +114,10 @@ def evaluate(
     from eopd.runtime.evaluate import Benchmark, evaluate_model
 
     result = evaluate_model(
-        chosen(make_section(StudentConfig, NAMED, model=model, dtype=dtype), gpus=gpus),
-        make_section(RolloutConfig, NAMED, engines=engines, gpus=gpus, threads=threads, **rollout),
+        chosen(make_section(StudentConfig, OPTION_OF, model=model, dtype=dtype), gpus=gpus),
+        make_section(
+            RolloutConfig, OPTION_OF, engines=engines, gpus=gpus, threads=threads, **rollout
+        ),
         Benchmark(prompts=prompts_config, grader=grader, samples=n, ks=ks, seed=seed),
         ClusterConfig(),
         lambda note: typer.echo(note, err=True),
@@ -139,23 +141,23 @@ def _prompts(data: str, options: str, values: Mapping[str, object]) -> PromptsCo
 
     shaped, faults = shape({"template_options": tree, **values}, PromptsConfig)
     if faults:
-        named = [
+        lines = [
             f"--template-options.{'.'.join(place[1:])}: {fault}" for place, fault in faults.items()
         ]
-        raise ConfigError("\n".join(named))
+        raise ConfigError("\n".join(lines))
 
     return make_section(
-        PromptsConfig, NAMED, data=data, held_out=data, **cast(Mapping[str, object], shaped)
+        PromptsConfig, OPTION_OF, data=data, held_out=data, **cast(Mapping[str, object], shaped)
     )
 
 
 def _failed(prompt: PromptResult) -> bool:
-    """Whether the grader failed on an answer."""
+    """Tells whether the grader failed on an answer."""
     return any(answer.verdict is Verdict.ERROR for answer in prompt.answers)
 
 
 def _lines(result: BenchmarkResult, n: int) -> Sequence[str]:
-    """The table."""
+    """Returns the scores, and the counts behind them, line by line."""
     width = len(f"pass@{max(result.pass_at_k, default=0)}")
     scores = {f"avg@{n}": result.avg_at_n} | {
         f"pass@{k}": estimate for k, estimate in result.pass_at_k.items()
@@ -169,7 +171,7 @@ def _lines(result: BenchmarkResult, n: int) -> Sequence[str]:
         f"{result.truncation_rate:.1%} truncated, {result.num_lost} lost"
     )
     counts = ", ".join(
-        f"{number} {TOLD[verdict]}" for verdict, number in result.num_verdicts.items()
+        f"{number} {VERDICT_WORDS[verdict]}" for verdict, number in result.num_verdicts.items()
     )
     lines.append(f"{sum(result.num_verdicts.values())} answers: {counts}")
 

@@ -1,9 +1,9 @@
-"""``eopd init``: a shipped recipe, its prompts and the schema for an editor, written into the
-current folder.
+"""``eopd init`` writes a shipped recipe, its prompts and the schema for an editor into the current
+folder.
 
 The recipes are the files of ``configs/``, which the package carries as ``eopd/recipes``. They keep
-their names and their place below ``configs/``, so that paths inside a recipe, and the command in
-its header, hold as they are.
+their names and their place below ``configs/``, so that the paths inside a recipe, and the command
+in its header, are right as they are.
 """
 
 from pathlib import Path
@@ -19,12 +19,12 @@ _SCHEMA = Path("schema.json")  # which the first line of a recipe names
 
 
 def recipe_names() -> list[str]:
-    """Name every recipe that ``write_recipe`` knows."""
+    """Returns the names of all recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def write_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
-    """Write ``configs/NAME.yaml``, the prompts it names, and the schema below ``folder``.
+    """Writes ``configs/NAME.yaml``, the prompts it names, and the schema below ``folder``.
 
     Files that are there already, with the same contents, are left alone.
 
@@ -49,7 +49,7 @@ def write_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
 
 
 def _files(name: str, text: str) -> list[Path]:
-    """Where a recipe, its prompts and the schema lie, below ``configs/``."""
+    """Returns the paths of a recipe, its prompts and the schema below ``configs/``."""
     prompts = yaml.safe_load(text)["prompts"]
     specs = dict.fromkeys((prompts["data"], prompts["held_out"]))
     paths = [Path(spec).relative_to(_FOLDER) for spec in specs if spec.startswith(f"{_FOLDER}/")]
@@ -57,7 +57,7 @@ def _files(name: str, text: str) -> list[Path]:
 
 
 def _command(text: str) -> str:
-    """The line of the header that runs the recipe."""
+    """Returns the line of the header that runs the recipe."""
     lines = (line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
     return next(line for line in lines if "eopd train" in line)
 

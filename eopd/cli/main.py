@@ -1,5 +1,5 @@
-"""The command line: verbs only; every one hands its work to a room and turns a user's mistake into
-one message and exit code 2.
+"""The command line has one function for each command. It hands the work to a room; a mistake of the
+user becomes one message and exit code 2.
 """
 
 import os
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from eopd import __version__
 from eopd.cli.evaluate import evaluate
 from eopd.cli.init import recipe_names, write_recipe
-from eopd.cli.paths import about, require_place
+from eopd.cli.paths import blame_user, require_place
 from eopd.cli.teacher import teacher
 from eopd.config import ConfigError, dump_config, load_config
 from eopd.config.messages import wrong_option
@@ -26,7 +26,7 @@ from eopd.types import RunFailedError
 
 
 class _Verbs(typer.core.TyperGroup):
-    """Says of an option's wrong value what the config says of a key's."""
+    """Commands whose options have the messages of config keys where a value is wrong."""
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         try:
@@ -95,8 +95,8 @@ def init(
 
 
 class _Train(typer.core.TyperCommand):
-    """``--resume`` may stand alone, and then means ``--resume=yes``; the word after it may be
-    the config.
+    """A command with an option ``--resume`` that may stand alone, and then means ``--resume=yes``; the
+    word after it may be the config.
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
@@ -164,7 +164,7 @@ def train(
 
 
 def _command(config: Path, overrides: Sequence[str], options: Sequence[str]) -> str:
-    """``eopd train`` as a line for the shell."""
+    """Returns ``eopd train`` as a line for the shell."""
     settings = [part for override in overrides for part in ("--set", override)]
     return shlex.join(["eopd", "train", str(config), *settings, *options])
 
@@ -246,7 +246,7 @@ def export(
     from eopd.preflight import require_model
 
     require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
-    with about(target):
+    with blame_user(target):
         export_checkpoint(config.student, checkpoint / "learner", target)
 
     typer.echo(target)
@@ -266,7 +266,7 @@ def report(
     from eopd.telemetry.report.page import write_report
 
     target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    with about(target):
+    with blame_user(target):
         write_report(runs, target)
 
     typer.echo(target)
@@ -301,12 +301,11 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
     summary, rows = directory.read_summary(), directory.last_rows(PACE_WINDOW + 1)
     stopped = status.split()[0] in ("dead", "interrupted", "failed")
     here = run.resolve()
-    moved = (
-        []
-        if settings.path.resolve() == here
-        else [f"run.directory={here.parent}", f"run.name={here.name}"]
-    )
-    again = _command(run / "config.yaml", moved, directory.resume_options())
+    overrides = []
+    if settings.path.resolve() != here:  # the directory was moved
+        overrides = [f"run.directory={here.parent}", f"run.name={here.name}"]
+
+    again = _command(run / "config.yaml", overrides, directory.resume_options())
     advice = f"continue with: {again}" if stopped else None
     print_status(settings.name, status, summary, rows, batches=settings.batches, advice=advice)
 
@@ -317,11 +316,11 @@ def demo_models(directory: Annotated[Path, typer.Argument()] = MODELS) -> None:
     120 M.
     """
     _hush()
-    from eopd.models.smollm2 import write_student, write_teacher
+    from eopd.models.smollm2 import write_pruned_student, write_teacher
 
-    with _made(directory) as made:
-        teacher = write_teacher(made / "smollm2-135m")
-        student = write_student(teacher, made / "smollm2-26-layers")
+    with _made(directory) as folder:
+        teacher = write_teacher(folder / "smollm2-135m")
+        student = write_pruned_student(teacher, folder / "smollm2-26-layers")
 
     typer.echo(f"{teacher}\n{student}")
 
@@ -335,15 +334,15 @@ def tiny_models(
     _hush()
     from eopd.models.tiny import write_tiny_pair
 
-    with _made(directory) as made:
-        teacher, student = write_tiny_pair(made, family=family)
+    with _made(directory) as folder:
+        teacher, student = write_tiny_pair(folder, family=family)
 
     typer.echo(f"{teacher}\n{student}")
 
 
 def _hush() -> None:
-    """Keep libraries quiet in a verb that only reads and writes models here: no bars of theirs, no
-    hints, no guess at an accelerator. To be called before they are imported.
+    """Keeps libraries from progress bars, hints, and a guess at an accelerator, in a command that only
+    reads and writes models here. To be called before they are imported.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # also those of transformers
@@ -352,9 +351,7 @@ def _hush() -> None:
 
 @contextmanager
 def _made(directory: Path) -> Iterator[Path]:
-    """A directory for models, with the home directory in place of ``~``; what is under way
-    writes them there.
-    """
+    """Makes a directory for models, with the home directory in place of ``~``, and yields it."""
     try:
         expanded = directory.expanduser()
     except RuntimeError:
@@ -362,13 +359,13 @@ def _made(directory: Path) -> Iterator[Path]:
             f"DIRECTORY: {directory}: this user has no home directory; name another, or set HOME"
         ) from None
 
-    with about(expanded):
+    with blame_user(expanded):
         expanded.mkdir(parents=True, exist_ok=True)
         yield expanded
 
 
 def main() -> None:
-    """The ``eopd`` command."""
+    """Runs the ``eopd`` command."""
     try:
         app()
     except ConfigError as error:
@@ -378,7 +375,7 @@ def main() -> None:
         _say_error(f"error: {error}")
         sys.exit(1)
     except SystemExit as end:
-        # what typer made of it
+        # typer turns Ctrl-C into this
         if end.__context__ and isinstance(end.__context__.__cause__, KeyboardInterrupt):
             _say_error("interrupted")
 

@@ -1,4 +1,4 @@
-"""Paths that options name: what is wrong with one is a mistake of the user."""
+"""Paths of options are checked: a wrong one is a mistake of the user."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +8,10 @@ from eopd.config import ConfigError
 
 
 def require_place(option: str, path: Path) -> None:
-    """A file or directory can be made at a path, as far as its name and the directory around it
-    say.
+    """Checks that a file or directory can be made at a path, by its name and the directory around it.
 
     Raises:
-        ConfigError: begins with the option.
+        ConfigError: it cannot; the message begins with the option.
     """
     try:
         path.lstat()
@@ -23,10 +22,10 @@ def require_place(option: str, path: Path) -> None:
 
 
 def require_file(option: str, path: Path) -> None:
-    """A file can be written at a path; opens it, and leaves nothing there.
+    """Checks that a file can be written at a path; leaves nothing there.
 
     Raises:
-        ConfigError: begins with the option.
+        ConfigError: it cannot; the message begins with the option.
     """
     try:
         _require_directory_of(option, path)
@@ -41,8 +40,8 @@ def require_file(option: str, path: Path) -> None:
 
 
 @contextmanager
-def about(path: Path) -> Iterator[None]:
-    """A file that cannot be read or written is the mistake of who named ``path``."""
+def blame_user(path: Path) -> Iterator[None]:
+    """Raises errors of files in the block as a ``ConfigError``, since the user named ``path``."""
     try:
         yield
     except OSError as error:

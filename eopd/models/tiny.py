@@ -1,4 +1,4 @@
-"""Tiny causal language models with a real tokenizer, made in a second, for tests and
+"""Tiny causal language models with a real tokenizer are made in a second, for tests and
 ``configs/tiny.yaml``.
 
 Under one million parameters, but everything else is real: a byte-level BPE tokenizer trained on the
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens, of which 259 are the bytes
+    """Returns a byte-level BPE tokenizer of at most ``vocab_size`` tokens, of which 259 are the bytes
     and special tokens.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -72,10 +72,10 @@ def build_model(
     hidden: int = 64,
     scale: float = 0.02,
 ) -> PreTrainedModel:
-    """A randomly initialised model.
+    """Returns a randomly initialised model.
 
-    ``scale`` is the standard deviation of its weights: 0.02 is nearly uniform over the vocabulary,
-    0.2 is opinionated.
+    ``scale`` is the standard deviation of its weights: with 0.02 its distributions are nearly
+    uniform over the vocabulary, with 0.2 they are peaked.
     """
     torch.manual_seed(seed)
     sizes = {
@@ -102,7 +102,7 @@ def build_model(
 def write_model(
     directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> Path:
-    """Save model and tokenizer as one Hugging Face directory."""
+    """Saves model and tokenizer as one Hugging Face directory."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -110,13 +110,13 @@ def write_model(
 
 
 def write_tiny_pair(directory: Path, family: Family = "qwen3", seed: int = 0) -> tuple[Path, Path]:
-    """Make ``directory/teacher`` and ``directory/student`` in a few seconds; they share one
+    """Makes ``directory/teacher`` and ``directory/student`` in a few seconds; they share one
     tokenizer of 512 tokens.
 
-    The teacher answers any prompt with one of 64 sentences and an end token. It is sure of most
-    tokens and open at three choices of four words (entropy log 4), so that an entropy gate opens on
-    about a fifth of its tokens. The student is the teacher under noise as large as its weights: far
-    away at first, and yet quickly healed.
+    The teacher answers any prompt with one of 64 sentences and an end token. Its entropy is low on
+    most tokens and log 4 at three choices of four words, so that an entropy gate opens on about a
+    fifth of its tokens. The student is the teacher with noise as large as its weights: it is far
+    from the teacher at first, and learns quickly.
 
     Equal arguments give equal files on one machine, whatever its thread settings.
     """
@@ -136,11 +136,10 @@ def write_tiny_pair(directory: Path, family: Family = "qwen3", seed: int = 0) ->
     student = copy.deepcopy(teacher)
     _disturb(student, torch.Generator().manual_seed(seed))
     pair = {"teacher": teacher, "student": student}
-    teacher_dir, student_dir = (
-        write_model(directory / name, model, tokenizer) for name, model in pair.items()
-    )
+    for name, model in pair.items():
+        write_model(directory / name, model, tokenizer)
 
-    return teacher_dir, student_dir
+    return directory / "teacher", directory / "student"
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -153,7 +152,7 @@ def _teach(
     prompts: Sequence[str],
     rng: random.Random,
 ) -> None:
-    """Train ``model`` to answer with the sentences; the loss is over answer tokens only."""
+    """Trains ``model`` to answer with the sentences; the loss is over answer tokens only."""
     steps = 120
     questions = [
         tokenizer.apply_chat_template(
@@ -196,18 +195,18 @@ def _teach(
 def _lesson(
     question: list[int], answer: list[int], vocab_size: int, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels [T].
+    """Returns token ids and labels [T].
 
-    Some answer tokens are heard wrong, so that the teacher has an opinion on text that it would
-    never write: a student shows it little else.
+    Some answer tokens of the input are replaced at random, so that the teacher learns to continue
+    text that it would never write: a student's text is mostly of that kind.
     """
-    heard = [rng.randrange(vocab_size) if rng.random() < 0.15 else token for token in answer]
-    return torch.tensor(question + heard), torch.tensor([-100] * len(question) + answer)
+    noisy = [rng.randrange(vocab_size) if rng.random() < 0.15 else token for token in answer]
+    return torch.tensor(question + noisy), torch.tensor([-100] * len(question) + answer)
 
 
 @torch.no_grad()
 def _disturb(model: PreTrainedModel, generator: torch.Generator) -> None:
-    """Add noise to every matrix, of the matrix's own standard deviation."""
+    """Adds noise to every matrix, of the matrix's own standard deviation."""
     for weight in model.parameters():
         if weight.dim() == 2:
             weight += torch.randn(weight.shape, generator=generator) * weight.std()

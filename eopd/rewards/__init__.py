@@ -1,3 +1,3 @@
-"""Is a response right? Graders of final answers, and the verifier beside every rollout engine that
-turns their verdicts into rewards.
+"""Graders decide whether a response is right, by its final answer. A verifier in the process of every
+rollout engine turns their verdicts into rewards.
 """

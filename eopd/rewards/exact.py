@@ -6,19 +6,20 @@ from eopd.types import Reference
 
 
 def grade_exact(response: str, reference: Reference) -> Verdict:
-    r"""Final answers are the same text.
+    r"""Judges whether the final answers of response and reference are the same text.
 
-    Up to case, spacing, enclosing ``$`` or emphasis, closing full stops, the width of characters,
-    the script of digits, and the character that stands for minus. The final answer is the last box
-    or a last line ``#### ...``, or else the last line that is not empty; of a reference too.
+    The same are texts that differ in case, spacing, enclosing ``$`` or emphasis, closing full stops,
+    the width of characters, the script of digits, and the character that stands for minus. The
+    final answer is the last box or a last line ``#### ...``, or else the last line that is not
+    empty.
     """
-    answer = as_text(_last_said(response))
-    return best(_compared(answer, as_text(_last_said(accepted))) for accepted in each(reference))
+    answer = as_text(_final_text(response))
+    return best(_compared(answer, as_text(_final_text(accepted))) for accepted in each(reference))
 
 
-def _last_said(text: str) -> str:
-    found = final_answer(text)
-    return last_line(text) if found is None else found
+def _final_text(text: str) -> str:
+    answer = final_answer(text)
+    return last_line(text) if answer is None else answer
 
 
 def _compared(answer: str, accepted: str) -> Verdict:

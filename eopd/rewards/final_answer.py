@@ -1,8 +1,7 @@
-r"""Where a text says its final answer, and that answer in one spelling.
+r"""The final answer of a text is found, and brought into one spelling.
 
 A response boxes its answer (``\boxed{}``, ``\fbox{}``, ``\boxed 5``), or ends with a line ``####
-72`` as GSM8K's solutions do; so does a reference. What a text merely says in words is not searched
-for numbers.
+72`` as GSM8K's solutions do; so does a reference. Prose is not searched for numbers.
 """
 
 import re
@@ -44,7 +43,7 @@ _SUPERSCRIPT: Final = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207f\u2071]+
 
 
 def final_answer(text: str) -> str | None:
-    r"""The content of the last box, or else of a last line that begins with ``####``; None
+    r"""Returns the content of the last box, or else of a last line that begins with ``####``; None
     where there is neither.
     """
     boxed = last_boxed(text)
@@ -56,14 +55,14 @@ def final_answer(text: str) -> str | None:
 
 
 def last_line(text: str) -> str:
-    """The last line that is not empty, or nothing."""
+    """Returns the last line that is not empty, or an empty text."""
     lines = text.strip().splitlines()
     return lines[-1] if lines else ""
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the complete box that begins last; braces nest, ``\{`` and ``\}`` are text. One
-    pass.
+    r"""Returns the content of the complete box that begins last, or None. Braces nest, ``\{`` and
+    ``\}`` are text.
 
     A box is ``\boxed{...}``, ``\fbox{...}``, or one of these before a number, a command or a single
     letter: ``\boxed 5``, ``$\boxed5$``.
@@ -85,8 +84,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def as_text(answer: str) -> str:
-    """One spelling of an answer that is compared as text: see
-    :func:`eopd.rewards.exact.grade_exact`.
+    """Returns an answer in the spelling in which ``exact.grade_exact`` compares it.
 
     Superscripts, fractions and circled digits stay what they are: ``10\u00b2`` is not ``102``.
     """
@@ -95,10 +93,8 @@ def as_text(answer: str) -> str:
 
 
 def as_latex(answer: str) -> str:
-    r"""An answer as LaTeX reads it: ``10\u00b2`` is ``10^{2}``, a one-character half
-    ``\\frac{1}{2}``.
-
-    Numbers are written plainly: see :func:`eopd.rewards.spelling.with_plain_numbers`.
+    r"""Returns an answer as LaTeX reads it: ``10\u00b2`` is ``10^{2}``, a one-character half
+    ``\\frac{1}{2}``, and numbers are as ``with_plain_numbers`` writes them.
     """
     text = _FRACTION.sub(_fraction, _unwrapped(_spelt(answer).strip()))
     text = _SUPERSCRIPT.sub(
@@ -108,8 +104,8 @@ def as_latex(answer: str) -> str:
 
 
 def is_prose(answer: str) -> bool:
-    """Whether an answer is a sentence and no expression or name: more than five words outside
-    of LaTeX text.
+    """Tells whether an answer is a sentence, and no expression or name: it has more than five words
+    outside of LaTeX text.
     """
     return len(_WORD.findall(TEXT.sub("", answer))) > MOST_WORDS
 
@@ -120,8 +116,8 @@ def _fraction(character: re.Match[str]) -> str:
 
 
 def _spelt(text: str) -> str:
-    """Digits of every script as 0 to 9, full-width characters as narrow ones, one sign for
-    minus.
+    """Returns a text with the digits of every script as 0 to 9, full-width characters as narrow ones,
+    and one sign for minus.
     """
     return "".join(_plain(character) for character in unicodedata.normalize("NFC", text))
 
@@ -143,7 +139,7 @@ def _plain(character: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Without enclosing emphasis and signs of maths, and without closing full stops."""
+    """Returns a text without enclosing emphasis and signs of maths, and without closing full stops."""
     while True:
         shorter = text.strip().rstrip(". ")
         if shorter.endswith(r"\right"):  # the full stop is its delimiter

@@ -1,4 +1,4 @@
-"""The graders by name: ``exact`` compares text, ``math`` compares mathematics."""
+"""Graders have names: ``exact`` compares text, ``math`` compares mathematics."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from eopd.rewards.verdict import Grader
 
 @contextlib.contextmanager
 def open_grader(name: GraderName, *, time_limit_s: float = 10.0) -> Iterator[Grader]:
-    """The grader called ``name``; on exit its process, if it has one, has ended.
+    """Opens the grader called ``name``; on exit its process, if it has one, has ended.
 
     Args:
         name: ``exact`` or ``math``.
-        time_limit_s: CPU time that one ``math`` judgement may take before it is a ``TIMEOUT``: a
-            busy machine changes no verdict.
+        time_limit_s: CPU time that one ``math`` judgement may take before it is a ``TIMEOUT``. A
+            busy machine changes no verdict, since waiting is not counted.
 
     Raises:
         ValueError: there is no such grader.

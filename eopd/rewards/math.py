@@ -1,4 +1,4 @@
-"""The grader ``math``: final answers are compared as mathematics, with the math-verify library.
+"""The grader ``math`` compares final answers as mathematics, with the math-verify library.
 
 It runs in a process of its own. A short answer can keep sympy busy for hours, and math-verify's own
 time-outs raise from a Python handler of SIGALRM: they work in the main thread only, and not before
@@ -20,8 +20,8 @@ from eopd.types import Reference
 
 
 class MathProcess:
-    """Asks a child process that runs ``_serve``; starts it when first needed, and again after
-    it died.
+    """A math process is a child that runs ``_serve``. It is started when it is first needed, and again
+    after it died.
     """
 
     def __init__(self, time_limit_s: float) -> None:
@@ -29,13 +29,13 @@ class MathProcess:
         self._process: subprocess.Popen[str] | None = None
 
     def grade(self, response: str, reference: Reference) -> Verdict:
-        r"""The final answer of the response and the reference are equal as mathematics
+        r"""Judges whether the final answers of response and reference are equal as mathematics
         (math-verify's ``verify``).
 
-        The final answer is the last box or a last line ``#### ...``; a reference without is one as
-        a whole. Without any the verdict is ``NO_ANSWER``: in free text math-verify 0.9 reads
-        ``3\sqrt{13}`` as 3. Where it fails to compare two expressions they are ``WRONG``, as it
-        decides itself. Two numbers side by side (``12 34``) are not read.
+        The final answer is the last box or a last line ``#### ...``; a reference without one is an
+        answer as a whole. For a response without one the verdict is ``NO_ANSWER``: in free text
+        math-verify 0.9 reads ``3\sqrt{13}`` as 3. Two expressions that it fails to compare are
+        ``WRONG``, as it decides itself. Two numbers side by side (``12 34``) are not read.
         """
         answer = as_latex(final_answer(response) or "")
         if not answer:
@@ -44,21 +44,21 @@ class MathProcess:
         return best(self._compare(answer, accepted) for accepted in each(reference))
 
     def _compare(self, answer: str, accepted: str) -> Verdict:
-        found = final_answer(accepted)
-        wanted = as_latex(accepted if found is None else found)
-        if stand_side_by_side(wanted):
+        expected = final_answer(accepted)
+        expected = as_latex(accepted if expected is None else expected)
+        if stand_side_by_side(expected):
             return Verdict.ERROR
 
         if stand_side_by_side(answer):
             return Verdict.NO_ANSWER
 
-        if are_words_of_the_same_letters(answer, wanted):
+        if are_words_of_the_same_letters(answer, expected):
             return Verdict.WRONG
 
-        return self._ask(json.dumps([answer, wanted]))
+        return self._ask(json.dumps([answer, expected]))
 
     def close(self) -> None:
-        """End the process: it stops at the end of its input."""
+        """Ends the process, which stops at the end of its input."""
         if self._process is not None:
             self._process.communicate()
             self._process = None
@@ -66,7 +66,7 @@ class MathProcess:
     def _ask(self, question: str) -> Verdict:
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
-        # it died while idle: then there is no reply either
+        # the process may have died while it was idle: then there is no reply either
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(question + "\n")
             process.stdin.flush()
@@ -102,14 +102,14 @@ class MathProcess:
 
 
 def _serve(time_limit_s: float) -> None:
-    """The child: one JSON pair (answer, reference) per line in, one verdict per line out,
+    """Runs the child: it reads a JSON pair (answer, reference) a line, and writes a verdict a line,
     until the input ends.
     """
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable()  # math-verify warns that its time-outs are off
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    replies, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no reply
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
 
     extraction = [LatexExtractionConfig(boxed_match_priority=0)]
 
@@ -117,15 +117,15 @@ def _serve(time_limit_s: float) -> None:
         return list(parse(f"\\boxed{{{answer}}}", extraction, parsing_timeout=None))
 
     def judge(answer: str, reference: str) -> Verdict:
-        expected, found = expressions(reference), expressions(answer)
+        expected, given = expressions(reference), expressions(answer)
         # math-verify 0.9 reads words as products of letters
         if not expected or is_prose(reference):
             return Verdict.ERROR
 
-        if not found:
+        if not given:
             return Verdict.NO_ANSWER
 
-        return Verdict.CORRECT if verify(expected, found, timeout_seconds=None) else Verdict.WRONG
+        return Verdict.CORRECT if verify(expected, given, timeout_seconds=None) else Verdict.WRONG
 
     replies.write("ready\n")
     replies.flush()

@@ -1,5 +1,5 @@
-r"""Numbers and words as people write them, for a reader that takes what stands side by side as a
-product.
+r"""Numbers and words as people write them are respelt for a reader that takes what stands side by side
+as a product.
 
 math-verify (0.9) reads ``1 000`` as 1 times 0, ``1e-3`` as e - 3, and ``listen`` as the letters of
 ``silent``.
@@ -31,9 +31,9 @@ _A_WORD: Final = re.compile(r"(?<![^\W\d_])(?:[^\W\d_]{4,}|[A-Z][a-z]{2,})(?![^\
 
 
 def with_plain_numbers(text: str) -> str:
-    r"""``1 000`` and ``1\,000`` are ``1000``, ``1e-3`` is ``1 \cdot 10^{-3}``, ``3 1/2``
-    ``3\frac{1}{2}``, and an angle or a temperature in degrees is its number; under a sine degrees
-    stay what they are.
+    r"""Returns a text with plain numbers: ``1000`` for ``1 000`` and ``1\,000``, ``1 \cdot 10^{-3}``
+    for ``1e-3``, ``3\frac{1}{2}`` for ``3 1/2``. An angle or a temperature in degrees becomes its
+    number, but not under a sine.
     """
     text = _GROUPED.sub(_digits, text)
     alone = _GROUPED_BY_SPACES.search(text)
@@ -45,26 +45,24 @@ def with_plain_numbers(text: str) -> str:
     if not _OF_ANGLES.search(text):
         text = _DEGREES.sub(" ", text).strip()
 
-    if found := _SCIENTIFIC.fullmatch(text):
-        return rf"{found[1]} \cdot 10^{{{int(found[2])}}}"
+    if match := _SCIENTIFIC.fullmatch(text):
+        return rf"{match[1]} \cdot 10^{{{int(match[2])}}}"
 
-    if (found := _MIXED.fullmatch(text)) and int(found[2]) < int(found[3]):
-        return rf"{found[1]}\frac{{{found[2]}}}{{{found[3]}}}"
+    if (match := _MIXED.fullmatch(text)) and int(match[2]) < int(match[3]):
+        return rf"{match[1]}\frac{{{match[2]}}}{{{match[3]}}}"
 
     return text
 
 
 def stand_side_by_side(text: str) -> bool:
-    r"""Whether two numbers have only a space between them: ``12 34`` may be one number, two, or a
-    product.
-
-    Not so in ``\frac 1 2`` and ``\log_2 8``.
+    r"""Tells whether two numbers have only a space between them: ``12 34`` may be one number, two, or
+    a product. The numbers of ``\frac 1 2`` and ``\log_2 8`` do not count.
     """
     return _SIDE_BY_SIDE.search(_TWO_ARGUMENTS.sub("", TEXT.sub("", text))) is not None
 
 
 def are_words_of_the_same_letters(one: str, other: str) -> bool:
-    """Whether two answers are words, and other words, of the same letters: no product of letters is
+    """Tells whether two answers are different words of the same letters: no product of letters is
     meant then.
 
     Words have four letters or begin with a capital: ``abc`` and ``cab`` are products.

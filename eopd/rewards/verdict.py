@@ -1,4 +1,4 @@
-"""What a grader says of a response: one verdict, of one or several accepted answers.
+"""A grader gives a response one verdict, by one or several accepted answers.
 
 Every verdict but ``CORRECT`` scores 0, and each is counted by its own name, so that a benchmark
 cannot hide answers that were never judged among wrong ones.
@@ -11,7 +11,7 @@ from eopd.types import Reference
 
 
 class Verdict(StrEnum):
-    """What a grader says of a response; a metric label, so the set stays small."""
+    """A verdict is a grader's judgement of a response. It is a metric label, so the set stays small."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -24,12 +24,11 @@ Grader = Callable[[str, Reference], Verdict]  # (response, accepted answers); on
 
 
 def each(reference: Reference) -> tuple[str, ...]:
-    """The accepted answers of a reference, one or more."""
+    """Returns the accepted answers of a reference, one or more."""
     return (reference,) if isinstance(reference, str) else reference
 
 
 def best(verdicts: Iterable[Verdict]) -> Verdict:
-    """The verdict over several accepted answers: the first of these that any of them led to."""
-    found = list(verdicts)
+    """Returns the verdict over several accepted answers: the first in the order below that occurs."""
     order = (Verdict.CORRECT, Verdict.NO_ANSWER, Verdict.TIMEOUT, Verdict.WRONG, Verdict.ERROR)
-    return next(verdict for verdict in order if verdict in found)
+    return min(verdicts, key=order.index)

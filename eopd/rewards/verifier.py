@@ -1,4 +1,4 @@
-"""Rewards: is a sampled response the right answer? One grader beside every rollout engine."""
+"""A verifier rewards sampled responses that are right; every rollout engine has one."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from eopd.types import Trajectory
 
 
 class Verifier:
-    """Decodes responses with the tokenizer of ``model`` and grades them, one at a time, off
+    """A verifier decodes responses with the tokenizer of ``model`` and grades them, one at a time, off
     the event loop.
     """
 
@@ -24,7 +24,7 @@ class Verifier:
         self._tokenizer = load_tokenizer(model)
 
     async def reward(self, trajectory: Trajectory) -> float | None:
-        """1 where the grader finds the response correct, else 0; None where the prompt has no
+        """Returns 1 where the grader finds the response correct, else 0; None where the prompt has no
         reference answer.
         """
         reference = trajectory.prompt.reference_answer
@@ -39,5 +39,5 @@ class Verifier:
         return 1.0 if verdict is Verdict.CORRECT else 0.0
 
     def close(self) -> None:
-        """Let the grader's process end."""
+        """Ends the grader's process."""
         self._open.close()

@@ -1,3 +1,3 @@
-"""A run as files: its directory, what is written there, how far it is, and who holds it. Nothing
-here starts anything.
+"""A run is a directory of files: its config, checkpoints, metrics, lock and progress. Nothing here
+starts anything.
 """

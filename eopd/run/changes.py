@@ -1,11 +1,11 @@
-"""What may change when a run goes on, and what did: one table for every key of the config.
+"""A table tells for every key of the config whether it may change when a run continues.
 
 ``always``    changes nothing that is computed: resources, memory, time-outs, paths, what is reported
-``said``      changes what is computed from then on: said at the start, kept in ``changes.jsonl``, marked in the report
-``contents``  stands for files: what they hold decides (``runtime/inputs.py``), not how they are named
-``never``     makes another run: a checkpoint could not be loaded, or the numbers of its prompts would be others
+``noted``     changes what is computed from then on: logged at the start, kept in ``changes.jsonl``, marked in reports
+``contents``  names files: what they hold decides (``runtime/inputs.py``), not how they are named
+``never``     makes another run: a checkpoint could not be loaded, or its issue numbers would stand for other prompts
 
-The longest entry that a key begins with decides; a key without any is ``said``.
+The longest entry that a key begins with decides; a key without any is ``noted``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ import yaml
 
 from eopd.config import Config, LearnerConfig
 
-Kind = Literal["always", "said", "contents", "never"]
+Kind = Literal["always", "noted", "contents", "never"]
 
 OTHER_CONTENTS: Final = "other contents"
 
@@ -84,7 +84,7 @@ TABLE: Final[Mapping[str, Kind]] = {
     "student.dtype": "never",
     "student.dtype_reason": "always",
     "student.lora": "never",
-    "student.lora.alpha": "said",
+    "student.lora.alpha": "noted",
     "student.model": "contents",
     "teachers[].cpus": "always",
     "teachers[].dtype_reason": "always",
@@ -104,17 +104,17 @@ TABLE: Final[Mapping[str, Kind]] = {
 
 
 def kind_of(knob: str) -> Kind:
-    """What becomes of a change to a key, e.g. ``learner.lr`` or ``teachers[].vllm.seed``."""
+    """Returns the kind of a change to a key, e.g. ``learner.lr`` or ``teachers[].vllm.seed``."""
     parts = knob.split(".")
     beginnings = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next((TABLE[name] for name in beginnings if name in TABLE), "said")
+    return next((TABLE[name] for name in beginnings if name in TABLE), "noted")
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A key whose value is another one than before; a list is one value, and None is no value.
+    """A change is a key with another value than before; a list is one value, and None is no value.
 
-    Of a path that does not hold what it held, ``before`` is ``OTHER_CONTENTS``.
+    ``before`` is ``OTHER_CONTENTS`` for a path that does not hold what it held.
     """
 
     key: str
@@ -130,28 +130,28 @@ class Change:
 
 
 def changes(before: Config, after: Config) -> list[Change]:
-    """Every key that differs, teachers by name: ``teachers.b.temperature``."""
-    found = list(_differences("", _plain(before), _plain(after)))
+    """Returns every key that differs, teachers by name: ``teachers.b.temperature``."""
+    changed = list(_differences("", _plain(before), _plain(after)))
     old = {teacher.name: teacher for teacher in before.teachers}
     new = {teacher.name: teacher for teacher in after.teachers}
 
     for name in sorted(old.keys() | new.keys()):
         key = f"teachers.{name}"
         if name not in old:
-            found.append(Change(key, None, str(new[name].model), "said"))
+            changed.append(Change(key, None, str(new[name].model), "noted"))
         elif name not in new:
-            found.append(Change(key, str(old[name].model), None, "said"))
+            changed.append(Change(key, str(old[name].model), None, "noted"))
         else:
             was, becomes = old[name].model_dump(mode="json"), new[name].model_dump(mode="json")
-            found += _differences(f"{key}.", was, becomes, knob="teachers[].")
+            changed += _differences(f"{key}.", was, becomes, knob="teachers[].")
 
-    kinds = _of_learner(before.learner, after.learner)
+    kinds = _learner_kinds(before.learner, after.learner)
 
-    return [replace(change, kind=kinds.get(change.key, change.kind)) for change in found]
+    return [replace(change, kind=kinds.get(change.key, change.kind)) for change in changed]
 
 
-def _of_learner(before: LearnerConfig, after: LearnerConfig) -> dict[str, Kind]:
-    """What the table cannot know: which checkpoints DeepSpeed loads."""
+def _learner_kinds(before: LearnerConfig, after: LearnerConfig) -> dict[str, Kind]:
+    """Returns the kinds that depend on which checkpoints DeepSpeed can load."""
     ranks_may_change = before.ranks_may_change and after.ranks_may_change
     same_shards = {before.zero_stage, after.zero_stage} == {1, 2}
     return {
@@ -163,8 +163,8 @@ def _of_learner(before: LearnerConfig, after: LearnerConfig) -> dict[str, Kind]:
 def _differences(
     prefix: str, before: Mapping[str, object], after: Mapping[str, object], knob: str | None = None
 ) -> Iterator[Change]:
-    """Leaves that differ. ``knob`` is the prefix of the keys in the table, where it is
-    another than ``prefix``.
+    """Yields the leaves that differ. ``knob`` is the prefix of the keys in the table, where it differs
+    from ``prefix``.
     """
     old, new = _leaves(before), _leaves(after)
     for key in sorted(old.keys() | new.keys()):
@@ -174,15 +174,14 @@ def _differences(
 
 
 def _leaves(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
+    leaves: dict[str, object] = {}
     for key, value in tree.items():
-        found |= (
-            _leaves(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, Mapping):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
 
-    return found
+    return leaves
 
 
 def _plain(config: Config) -> dict[str, object]:
@@ -190,9 +189,5 @@ def _plain(config: Config) -> dict[str, object]:
 
 
 def _yaml(value: object) -> str:
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=1000)
-        .strip()
-        .removesuffix("\n...")
-        .strip()
-    )
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return text.strip().removesuffix("\n...").strip()

@@ -1,27 +1,28 @@
-"""One directory is one resumable run: what a checkpoint holds, written whole or not at all, and
-known to be whole.
+"""A checkpoint is written whole or not at all, and can be seen to be whole.
 
     runs/<name>/checkpoints/step-000050/
-        learner/        what the learner ranks write: weights, optimiser, schedule, random state
-        state.json      what the driver knows: completed batches, ledger, totals
+        learner/        written by the learner ranks: weights, optimiser, schedule, random state
+        state.json      written by the driver: completed batches, ledger, totals
         manifest.json   every file above with its size, and a digest of the small ones; written last
-A checkpoint is written beside its place, forced to disk, and renamed when complete. What happens to it later (a copy
-that broke off, a disk that was full, a file cut short) shows in its manifest: whoever asks for checkpoints gets those
-whose manifest holds.
+
+It is written under another name, forced to disk, and renamed when it is complete. Later damage (a
+copy that broke off, a file cut short) shows in the manifest: ``list_checkpoints`` returns only
+checkpoints whose manifest is right.
 
 Left out: digests of files above ``DIGEST_BYTES``. A 7B student's checkpoint has some hundred
-gigabytes; reading all of them again at every save and every resume would hold up training for
+gigabytes; to read all of them again at every save and every resume would hold up training for
 minutes, to notice what sizes already show. A big file that keeps its size and changes its bytes is
-the storage's to find.
+left to the storage.
 
-Files written by ranks on other nodes reach the driver through the shared file system; forcing them
-to disk from here is then as good as that file system makes it.
+Files of ranks on other nodes reach the driver through the shared file system. To force them to disk
+from here is as good as that file system makes it.
 """
 
 import asyncio
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -41,25 +42,25 @@ WITHOUT_IT = "Go on from an older checkpoint (--resume --step N), or begin anoth
 
 
 class StorageError(RunFailedError):
-    """The disk did not take what a run cannot go on without: says what, how much room there
-    was, and what to do.
+    """A file that the run cannot do without could not be written. The message has the file, the free
+    space, and what to do.
     """
 
     @classmethod
-    def of(cls, path: Path, error: OSError, what_is_left: str) -> Self:
-        """``path`` could not be written; call it before anything is removed, so that it sees
-        the disk as it was.
+    def of(cls, path: Path, error: OSError, advice: str) -> Self:
+        """Returns the error for ``path``; to be called before anything is removed, since it has the
+        free space.
         """
-        # an actor's error is wrapped, and says its traceback
+        # the message of an actor's error has a traceback, that of its cause has none
         cause: object = getattr(error, "cause", error)
         free = f"{_free_bytes(path):,} bytes were free there"
-        return cls(f"{path} could not be written: {cause}; {free}. {what_is_left}")
+        return cls(f"{path} could not be written: {cause}; {free}. {advice}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverState:
-    """The driver's part of a checkpoint. ``inputs`` are digests of what the config's paths stood
-    for, by key; None in checkpoints of before they were kept.
+    """The driver's state is its part of a checkpoint. ``inputs`` are digests of what the config's
+    paths held, by key; None in checkpoints of older versions.
     """
 
     step: int
@@ -72,7 +73,7 @@ class DriverState:
 
     @classmethod
     def read(cls, checkpoint: Path) -> Self:
-        """Read back what ``write_checkpoint`` wrote.
+        """Reads what ``write_checkpoint`` wrote.
 
         Raises:
             ConfigError: something of it is missing.
@@ -83,14 +84,14 @@ class DriverState:
 async def write_checkpoint(
     root: Path, state: DriverState, save: Callable[[Path], Awaitable[None]], *, keep_last: int
 ) -> Path:
-    """Write ``root/step-NNNNNN``; ``save`` writes the learner's part.
+    """Writes ``root/step-NNNNNN``; ``save`` writes the learner's part.
 
-    Afterwards the newest ``keep_last`` whole ones are left, this one among them, and none before
-    those.
+    Afterwards the newest ``keep_last`` whole checkpoints are left, this one among them, and none
+    before those.
 
     Raises:
-        StorageError: the disk did not take it. Nothing of it is left, and the checkpoints before it
-            are as they were.
+        StorageError: it could not be written. It is removed, and the checkpoints before it are as
+            they were.
     """
     final = root / f"step-{state.step:06d}"
     partial = root / f".{final.name}.partial"
@@ -100,36 +101,32 @@ async def write_checkpoint(
         partial.mkdir(parents=True)
         await save(partial / "learner")
         (partial / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        # gigabytes on their way to a disk: generation goes on meanwhile
-        await asyncio.to_thread(seal, partial)
-        # one of this step is a broken one: training went back before it
+        # generation continues while gigabytes are written to disk
+        await asyncio.to_thread(write_manifest, partial)
+        # a checkpoint of this step is broken: training went back before it
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _force(root)
-    except BaseException as error:
-        told = (
-            StorageError.of(final, error, _what_is_left(root))
-            if isinstance(error, OSError)
-            else None
-        )
+    except OSError as error:
+        failure = StorageError.of(final, error, _advice(root))
         shutil.rmtree(partial, ignore_errors=True)
-        if told is not None:
-            raise told from error
-
+        raise failure from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
     kept = {*list_checkpoints(root)[-keep_last:], final}
 
     for old in _named(root):
         if step_of(old) < min(map(step_of, kept)):
-            # one that stays is seen again after the next step that is saved
+            # one that cannot be removed is tried again at the next save
             shutil.rmtree(old, ignore_errors=True)
 
     return final
 
 
-def seal(directory: Path) -> None:
-    """Force every file to disk, then write and force the manifest, then the directories that
+def write_manifest(directory: Path) -> None:
+    """Forces every file to disk, then writes and forces the manifest, then forces the directories that
     name them.
     """
     files = sorted(path for path in directory.rglob("*") if path.is_file())
@@ -144,21 +141,21 @@ def seal(directory: Path) -> None:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Those that are whole, oldest first."""
+    """Returns the whole checkpoints, oldest first."""
     return [path for path in _named(root) if fault(path) is None]
 
 
 def broken_checkpoints(root: Path) -> dict[Path, str]:
-    """Those that are not whole, oldest first, each with what is wrong."""
+    """Returns the checkpoints that are not whole, oldest first, each with what is wrong."""
     return {path: why for path in _named(root) if (why := fault(path))}
 
 
 def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: the first difference to its manifest."""
+    """Returns what is wrong with a checkpoint, the first difference to its manifest, or None."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
         faults = (_fault_of(checkpoint / name, name, entry) for name, entry in files.items())
-        return next((found for found in faults if found), None)
+        return next(filter(None, faults), None)
     except OSError as error:
         return f"{MANIFEST} cannot be read ({error.strerror})"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -166,18 +163,18 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Returns the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def remove_partial(root: Path) -> None:
-    """Remove what a driver that was killed while it saved left behind."""
+    """Removes what a driver left that was killed while it saved."""
     for path in root.glob(".step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_checkpoints(root: Path) -> None:
-    """Remove every checkpoint, and their directory where nothing else is in it."""
+    """Removes every checkpoint, and their directory where nothing else is in it."""
     remove_partial(root)
     for path in _named(root):
         shutil.rmtree(path)
@@ -187,10 +184,10 @@ def remove_checkpoints(root: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a small file, whole or not at all, on disk when this returns.
+    """Replaces a small file, whole or not at all; it is on disk when this returns.
 
     Raises:
-        StorageError: the disk did not take it; the file is as it was.
+        StorageError: it could not be written; the file is as it was.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -199,21 +196,17 @@ def write_whole(path: Path, text: str) -> None:
         partial.rename(path)
         _force(path.parent)
     except OSError as error:
-        told = StorageError.of(
-            path, error, "Free some space, then continue the run with --resume auto."
-        )
+        advice = "Free some space, then continue the run with --resume auto."
+        failure = StorageError.of(path, error, advice)
         partial.unlink(missing_ok=True)
-        raise told from error
+        raise failure from error
 
 
 def _named(root: Path) -> list[Path]:
+    """Returns the directories that are named like checkpoints, by step."""
+    pattern = re.compile("step-[0-9]+")
     return sorted(
-        (
-            path
-            for path in root.glob("step-*")
-            if path.name.removeprefix("step-").isdecimal() and path.name.isascii()
-        ),
-        key=step_of,
+        (path for path in root.glob("step-*") if pattern.fullmatch(path.name)), key=step_of
     )
 
 
@@ -240,7 +233,7 @@ def _sha256(path: Path) -> str:
 
 
 def _force(path: Path) -> None:
-    """Fsync a file or a directory, whoever wrote it."""
+    """Forces a file or a directory to disk, also one that another process wrote."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -253,7 +246,7 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _what_is_left(root: Path) -> str:
+def _advice(root: Path) -> str:
     whole = list_checkpoints(root)
     if not whole:
         return (

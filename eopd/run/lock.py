@@ -1,13 +1,13 @@
 """One process at a time runs a run: it holds a lock in the run directory for as long as it lives.
 
-The lock is ``flock`` on ``run.lock``, which the kernel gives back when its holder ends, however
-that ends. The file says who holds it: host, process id, since when. A holder that leaves in order
-empties it.
+The lock is ``flock`` on ``run.lock``, which the kernel releases when its holder ends, however that
+ends. The file names the holder: host, process id, since when. A holder that ends in order empties
+it.
 
-What is known of other hosts: on NFS Linux turns ``flock`` into a lock of the server, which all
-hosts see unless the mount says ``nolock`` or ``local_lock``; Lustre needs the mount option
-``flock``; some file systems have no locks. Where another host's lock may not be seen, ``held`` says
-so, with what the file tells.
+On NFS, Linux turns ``flock`` into a lock of the server, which all hosts see unless the mount has
+``nolock`` or ``local_lock``; Lustre needs the mount option ``flock``; some file systems have no
+locks. Where the lock of another host may not be seen, ``held`` yields a note with the content of
+the file.
 """
 
 import errno
@@ -28,13 +28,13 @@ from eopd.config import ConfigError
 from eopd.run.place import LOCK
 
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
-_TRIES: Final = 5  # whoever only looks at a lock holds it for a moment
+_TRIES: Final = 5  # a process that only looks at a lock holds it for a moment
 _PAUSE_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """The process that runs a run, or was the last to. ``since`` is in seconds since 1970."""
+    """A holder is the process that runs a run, or ran it last. ``since`` is in seconds since 1970."""
 
     host: str
     pid: int
@@ -47,14 +47,15 @@ class Holder:
 
 @contextmanager
 def held(directory: Path) -> Iterator[list[str]]:
-    """Hold the lock of a run directory, which is made where there is none, and removed if it stays
+    """Holds the lock of a run directory, which is made where there is none, and removed if it stays
     empty.
 
     Yields:
-        What a person should know: nothing, where the lock is sure to keep others out.
+        Notes for people; none where the lock keeps other processes out for certain.
 
     Raises:
-        ConfigError: another process holds it; names that process. Or the directory cannot be made.
+        ConfigError: another process holds it, which the message names; or the directory cannot be
+            made.
     """
     path = directory / LOCK
     try:
@@ -85,8 +86,8 @@ def held(directory: Path) -> Iterator[list[str]]:
 
 
 def holder(directory: Path) -> Holder | None:
-    """The process that runs a run now; None where none does. Without locks, the one that has
-    not left in order.
+    """Returns the process that runs a run now, or None. Without locks, it is the last one that has not
+    ended in order.
     """
     path = directory / LOCK
     try:
@@ -105,14 +106,12 @@ def holder(directory: Path) -> Holder | None:
 
 
 def last_holder(directory: Path) -> Holder | None:
-    """The process that ran a run last and did not leave in order; None where it did, or
-    nobody ran it.
-    """
+    """Returns the process that ran a run last and did not end in order, or None."""
     return _read(directory / LOCK)
 
 
 def _take(path: Path) -> tuple[int, list[str]]:
-    """The descriptor that holds the lock, and what to say of it."""
+    """Returns the descriptor that holds the lock, and notes on it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

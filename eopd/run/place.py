@@ -1,5 +1,5 @@
-"""Where a run will write, looked at before it begins: it can be written, and holds nothing of
-anybody else.
+"""The directory of a run is checked before the run begins: it can be written, and holds no files of
+another program.
 """
 
 import json
@@ -17,12 +17,12 @@ PROBE: Final = ".eopd-check-"
 
 
 def holds_rows(path: Path) -> bool:
-    """Whether a run has come as far as a step there, or a checkpoint."""
+    """Tells whether a run has finished a step in a directory, or written a checkpoint."""
     return any((path / name).exists() for name in ("metrics.jsonl", "trained.jsonl", "checkpoints"))
 
 
 def require_run_directory(path: Path) -> None:
-    """The run directory can be made and written; nothing is left there.
+    """Checks that the run directory can be made and written; leaves nothing there.
 
     Raises:
         ConfigError: it cannot, or there is a file in its place.
@@ -31,8 +31,8 @@ def require_run_directory(path: Path) -> None:
         with suppress(FileNotFoundError):
             path.lstat()
 
-        there = next(directory for directory in (path, *path.parents) if os.path.lexists(directory))
-        with tempfile.TemporaryDirectory(dir=there, prefix=PROBE):
+        existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+        with tempfile.TemporaryDirectory(dir=existing, prefix=PROBE):
             return
     except OSError as error:
         verb = "written" if os.path.isdir(path) else "made"
@@ -40,43 +40,41 @@ def require_run_directory(path: Path) -> None:
 
 
 def require_no_foreign_files(path: Path) -> None:
-    """The run directory is not there yet, holds nothing, or holds a run of eopd: a run that begins
-    clears it.
+    """Checks that the run directory is missing, empty, or a run of eopd: a run that begins clears it.
 
-    What proves a run is its ``versions.json``, which is written first, its ``config.yaml`` or a
-    checkpoint with its manifest. The names of the two files prove nothing, since other programs use
-    them too.
+    A run is proved by the content of its ``versions.json``, which is written first, or of its
+    ``config.yaml``, or by a checkpoint with a manifest. The names of the two files prove nothing,
+    since other programs use them too.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: the directory holds something else.
     """
     try:
         names = sorted(os.listdir(path)) if os.path.lexists(path) else []
     except OSError as error:
         raise ConfigError(f"run.directory: {path} cannot be read ({error.strerror})") from None
 
-    if found := [name for name in names if name != LOCK and not name.startswith(PROBE)]:
-        if (
-            _names_versions_of_eopd(path / "versions.json")
-            or _is_config(path / "config.yaml")
-            or any(path.glob("checkpoints/step-*/manifest.json"))
-        ):
-            return
-
-        more = ", ..." if len(found) > MOST_SHOWN else ""
+    names = [name for name in names if name != LOCK and not name.startswith(PROBE)]
+    is_run = (
+        _names_versions_of_eopd(path / "versions.json")
+        or _is_config(path / "config.yaml")
+        or any(path.glob("checkpoints/step-*/manifest.json"))
+    )
+    if names and not is_run:
+        more = ", ..." if len(names) > MOST_SHOWN else ""
         raise ConfigError(
-            f"run.name: {path} holds {', '.join(found[:MOST_SHOWN])}{more} and is no run of "
+            f"run.name: {path} holds {', '.join(names[:MOST_SHOWN])}{more} and is no run of "
             "eopd; name another run.name"
         )
 
 
 def _names_versions_of_eopd(path: Path) -> bool:
     try:
-        found = json.loads(path.read_bytes())
+        versions = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
 
-    return isinstance(found, dict) and "eopd" in found
+    return isinstance(versions, dict) and "eopd" in versions
 
 
 def _is_config(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Counts how far a run is, for ``summary.json``, checkpoints and every row."""
+"""Progress is how far a run has come: it makes the run's ``summary.json`` and checkpoint state."""
 
 import time
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ STAGES = ("generate", "score", "train", "weights", "wait")
 
 @dataclass(slots=True)
 class Progress:
-    """Counts steps. Seconds and rates are those of this process; steps, tokens and wall time
+    """Progress counts steps. Seconds and rates are those of this process; steps, tokens and wall time
     those of the whole run.
     """
 
@@ -40,8 +40,8 @@ class Progress:
 
     @classmethod
     def resume(cls, state: DriverState, summary: Summary) -> "Progress":
-        """Returns the progress at a checkpoint, under a new incarnation, with the measurement from
-        before training.
+        """Returns the progress at a checkpoint, under a new incarnation; the measurement before
+        training is kept.
         """
         return cls(
             incarnation=summary.incarnation + 1,
@@ -55,8 +55,8 @@ class Progress:
         )
 
     def roll_back(self, state: DriverState | None) -> None:
-        """Go back to a checkpoint, or to the beginning, under a new incarnation. The wall time
-        stays.
+        """Goes back to a checkpoint, or to the beginning, under a new incarnation. The time that has
+        passed still counts.
         """
         self.step = state.step if state else 0
         self.tokens = state.tokens if state else 0
@@ -68,11 +68,11 @@ class Progress:
 
     @property
     def wall_s(self) -> float:
-        """Seconds of the run so far, over all its processes."""
+        """Returns the seconds of the run so far, over all its processes."""
         return self.wall_before_s + time.monotonic() - self._started
 
     def count(self, done: StepDone) -> None:
-        """Count one completed step."""
+        """Counts one completed step."""
         tokens = sum(header.num_response_tokens for header in done.trained.values())
         self.step = done.stats.version.step
         self.tokens += tokens
@@ -85,7 +85,7 @@ class Progress:
             self._seconds[stage] += done.seconds[stage]
 
     def row(self) -> Row:
-        """Returns what every row says of the run so far."""
+        """Returns the metrics of the run so far that every row has."""
         row = {
             "eopd_response_tokens_total": float(self.tokens),
             "eopd_trajectories_total": float(self.trajectories),
@@ -114,7 +114,7 @@ class Progress:
         )
 
     def summary(self, status: str) -> Summary:
-        """Returns what ``summary.json`` will hold."""
+        """Returns what ``summary.json`` holds."""
         rows = max(self._rows, 1)
         return Summary(
             status=status,
@@ -130,7 +130,9 @@ class Progress:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error, which may be that of a worker and hold its traceback."""
+    """Returns the first line of an error's message. That of a worker's error may hold a traceback, so
+    that its cause is used.
+    """
     cause = getattr(error, "cause", None) or error
     text = str(cause) or ("no answer in time" if isinstance(error, TimeoutError) else "")
     return text.splitlines()[0] if text else type(cause).__name__

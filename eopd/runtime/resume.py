@@ -256,7 +256,7 @@ def what_changed(
     paths = [change for change in differences if change.kind == "contents"]
     # nothing to compare with
     if state.inputs is None or state.inputs.get("made_as") != inputs.get("made_as"):
-        contents = [replace(change, kind="said") for change in paths]
+        contents = [replace(change, kind="noted") for change in paths]
     else:
         contents = _changed_contents(config, state.inputs, inputs)
 
@@ -270,7 +270,7 @@ def what_changed(
 
         _refuse(directory, refused)
 
-    return [change for change in changed if change.kind == "said"]
+    return [change for change in changed if change.kind == "noted"]
 
 
 def _changed_contents(
@@ -284,7 +284,7 @@ def _changed_contents(
         "student.model": str(config.student.model),
     }
     return [
-        Change(key, OTHER_CONTENTS, path, "never" if key in MUST_BE_THE_SAME else "said")
+        Change(key, OTHER_CONTENTS, path, "never" if key in MUST_BE_THE_SAME else "noted")
         for key, path in paths.items()
         if key in before and before[key] != after[key]
     ]

@@ -23,7 +23,7 @@ from gang import TOP_K, asked_for, read_seen, run_gang, scored_trajectory, store
 
 from eopd.cli.main import main
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
-from eopd.run.checkpoint import seal
+from eopd.run.checkpoint import write_manifest
 from eopd.types import OptimizerStep, PackedBatch, PolicyVersion, ScoredTrajectory, Stored
 
 VOCABULARY = 277  # no weight has a multiple of three entries: shards are padded
@@ -293,7 +293,7 @@ def test_an_exported_checkpoint_is_what_the_learner_exported_then(
     }
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     for checkpoint in (directory / "checkpoints").iterdir():
-        seal(checkpoint)
+        write_manifest(checkpoint)
 
     newest = SAVED_AT if run == PASSED_ON else LAST
     run_export(directory, "--step", str(SAVED_AT), "--output", str(directory / "first"))

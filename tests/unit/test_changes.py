@@ -11,7 +11,7 @@ KNOBS = (Path(__file__).parents[1] / "house" / "knobs.txt").read_text(encoding="
 NATIVE = ("learner.deepspeed", "rollout.vllm", "teachers[].vllm", "teachers[].template_options")
 
 DECIDED = {
-    "said": """
+    "noted": """
 evaluation.max_response_tokens evaluation.prompts evaluation.seed
 flow.batch_prompts flow.lookahead flow.max_staleness
 learner.betas learner.deepspeed learner.lr learner.max_grad_norm learner.optimizer_steps_per_batch learner.schedule
@@ -49,7 +49,7 @@ def test_every_entry_of_the_table_decides_something():
         assert native or any(f"{knob}.".startswith(f"{name}.") for knob in KNOBS), (
             f"{name} is no key"
         )
-        assert kind != (kind_of(shorter) if shorter else "said"), (
+        assert kind != (kind_of(shorter) if shorter else "noted"), (
             f"{name} is {kind} without this entry"
         )
 
@@ -68,28 +68,28 @@ def config(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "found"),
     [
-        ("learner.lr=0.1", ["learner.lr 1.0e-06 -> 0.1: said"]),
-        ("learner.betas=[0.8, 0.9]", ["learner.betas [0.9, 0.999] -> [0.8, 0.9]: said"]),
+        ("learner.lr=0.1", ["learner.lr 1.0e-06 -> 0.1: noted"]),
+        ("learner.betas=[0.8, 0.9]", ["learner.betas [0.9, 0.999] -> [0.8, 0.9]: noted"]),
         ("telemetry.port=null", ["telemetry.port 0 -> null: always"]),
         ("telemetry.trackers=[tensorboard]", ["telemetry.trackers [] -> [tensorboard]: always"]),
-        ("teachers.0.temperature=2", ["teachers.a.b.temperature 1.0 -> 2.0: said"]),
+        ("teachers.0.temperature=2", ["teachers.a.b.temperature 1.0 -> 2.0: noted"]),
         ("teachers.1.replicas=3", ["teachers.b.replicas 1 -> 3: always"]),
         ("teachers.1.vllm={max_num_seqs: 4, seed: 1}",
          ["teachers.b.vllm.max_num_seqs null -> 4: always", "teachers.b.vllm.seed null -> "
-                                                            "1: said"]),
+                                                            "1: noted"]),
         ("teachers=[{model: /u, name: b}, {model: /t, name: a.b, sources: [x]}]", []),
-        ("teachers=[{model: /u, name: b}]", ["teachers.a.b /t -> null: said"]),
+        ("teachers=[{model: /u, name: b}]", ["teachers.a.b /t -> null: noted"]),
         ("teachers=[{model: /t, name: a.b, sources: [x]}, {model: /u, name: c}]",
-         ["teachers.b /u -> null: said", "teachers.c null -> /u: said"]),
+         ["teachers.b /u -> null: noted", "teachers.c null -> /u: noted"]),
         ("student.lora={rank: 4}",
-         ["student.lora.alpha null -> 32.0: said", "student.lora.rank null -> 4: never",
+         ["student.lora.alpha null -> 32.0: noted", "student.lora.rank null -> 4: never",
           "student.lora.target_modules null -> [all-linear]: never"]),
         ("loss.gate={kind: quantile, top: 0.1}",
-         ["loss.gate.kind hard -> quantile: said", "loss.gate.tau 0.8 -> null: said",
-          "loss.gate.top null -> 0.1: said"]),
+         ["loss.gate.kind hard -> quantile: noted", "loss.gate.tau 0.8 -> null: noted",
+          "loss.gate.top null -> 0.1: noted"]),
         ("rollout.vllm={gpu_memory_utilization: 0.5}", ["rollout.vllm.gpu_memory_utilization "
                                                         "null -> 0.5: always"]),
-        ("rollout.vllm={quantization: fp8}", ["rollout.vllm.quantization null -> fp8: said"]),
+        ("rollout.vllm={quantization: fp8}", ["rollout.vllm.quantization null -> fp8: noted"]),
         ("learner.ranks=2", ["learner.ranks 1 -> 2: always"]),
         (
             "learner.deepspeed={zero_optimization: {overlap_comm: true, "

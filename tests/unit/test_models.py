@@ -152,11 +152,11 @@ def test_kept_layers_compute_what_the_model_does_when_the_others_are_skipped(fam
 
 def test_student_is_written_once_from_a_finished_teacher(tmp_path):
     with pytest.raises(ConfigError, match="holds no model"):
-        smollm2.write_student(tmp_path / "teacher", tmp_path / "student")
+        smollm2.write_pruned_student(tmp_path / "teacher", tmp_path / "student")
 
     model, tokenizer = deep_model("llama", 28)
     teacher = write_model(tmp_path / "teacher", model.to(torch.bfloat16), tokenizer)
-    student = smollm2.write_student(teacher, tmp_path / "student")
+    student = smollm2.write_pruned_student(teacher, tmp_path / "student")
     loaded = AutoModelForCausalLM.from_pretrained(student)
     assert loaded.dtype == torch.bfloat16
     assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
@@ -168,7 +168,7 @@ def test_student_is_written_once_from_a_finished_teacher(tmp_path):
 
     written = (student / "model.safetensors").stat()
     # finished: the teacher is not needed again
-    assert smollm2.write_student(tmp_path / "gone", student) == student
+    assert smollm2.write_pruned_student(tmp_path / "gone", student) == student
     assert (student / "model.safetensors").stat() == written
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
@@ -178,7 +178,7 @@ def test_a_directory_that_holds_something_else_is_not_replaced(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(ConfigError, match=r"mine: cannot be put in place"):
-        smollm2.write_student(teacher, tmp_path / "mine")
+        smollm2.write_pruned_student(teacher, tmp_path / "mine")
 
     assert sorted(path.name for path in tmp_path.rglob("*") if path.parent != teacher) == [
         "mine",

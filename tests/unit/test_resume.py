@@ -9,7 +9,7 @@ import pytest
 
 from eopd.config import Config, ConfigError, load_config, processor
 from eopd.ledger import Ledger, Watermark
-from eopd.run.checkpoint import DriverState, list_checkpoints, seal, write_checkpoint
+from eopd.run.checkpoint import DriverState, list_checkpoints, write_checkpoint, write_manifest
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import Progress
 from eopd.runtime.resume import take_up
@@ -419,7 +419,7 @@ def rewritten(checkpoint, state):
     """A checkpoint with another ``state.json``, as another version would have written it."""
     (checkpoint / "state.json").write_text(state)
     (checkpoint / "manifest.json").unlink()
-    seal(checkpoint)
+    write_manifest(checkpoint)
     return checkpoint / "state.json"
 
 

@@ -72,7 +72,7 @@ async def test_a_run_that_begins_keeps_nothing_of_one_of_its_name(config):
         file.write_text('{"step": 1}\n')
 
     await write_checkpoint(directory.checkpoints, fakes.driver_state(1), save, keep_last=1)
-    directory.go_on(config("learner.lr=0.1"), 1, [Change("learner.lr", 1e-6, 0.1, "said")])
+    directory.go_on(config("learner.lr=0.1"), 1, [Change("learner.lr", 1e-6, 0.1, "noted")])
     RunDirectory.create(config())
     assert {path.name for path in directory.path.iterdir()} == {"config.yaml", "versions.json"}
 
@@ -364,10 +364,10 @@ async def test_what_continues_a_run_depends_on_whether_it_has_a_checkpoint(confi
 
 def test_a_run_remembers_which_config_held_when(config):
     directory = RunDirectory.create(config())
-    lr = Change("learner.lr", 1e-6, 0.1, "said")
+    lr = Change("learner.lr", 1e-6, 0.1, "noted")
     directory.go_on(config("learner.lr=0.1"), 10, [lr])
     directory.go_on(
-        config("learner.lr=0.1", "run.batches=40"), 20, [Change("run.batches", 2, 40, "said")]
+        config("learner.lr=0.1", "run.batches=40"), 20, [Change("run.batches", 2, 40, "noted")]
     )
     assert [directory.config_at(step).learner.lr for step in (9, 10, 11, 20, 21)] == [
         1e-6,
@@ -385,7 +385,7 @@ def test_a_run_remembers_which_config_held_when(config):
         (11, {"learner.lr": [1e-6, 0.1]}),
         (21, {"run.batches": [2, 40]}),
     ]
-    directory.go_on(config("learner.lr=0.2"), 10, [Change("learner.lr", 1e-6, 0.2, "said")])
+    directory.go_on(config("learner.lr=0.2"), 10, [Change("learner.lr", 1e-6, 0.2, "noted")])
     assert directory.config_at(10) == config() and directory.config() == config("learner.lr=0.2")
     assert (directory.num_changes(10), directory.num_changes(99)) == (0, 1)
     directory.go_on(config(), 10, [])
