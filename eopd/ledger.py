@@ -121,9 +121,11 @@ class Ledger:
     ) -> Self:
         """Returns the ledger whose ``state`` a checkpoint kept: what is not settled is issued again."""
         dropped_ahead = {issue for issue in dropped if issue >= floor}
-        settled = Watermark(floor, dropped_ahead.union(trained_ahead))
-        counts = Counter({LossReason(reason): count for reason, count in lost.items()})
-        return cls(settled, set(dropped), counts)
+        return cls(
+            settled=Watermark(floor, dropped_ahead.union(trained_ahead)),
+            dropped=set(dropped),
+            lost=Counter({LossReason(reason): count for reason, count in lost.items()}),
+        )
 
     def _settle(self, issue: int) -> None:
         if issue in self.settled or issue >= self._next:

@@ -42,10 +42,8 @@ def pack_batch(
         ValueError: a trajectory is longer than the budget.
     """
     cuts = [len(batch) * step // steps for step in range(steps + 1)]
-    packed_steps = [
-        _pack_step(batch[start:end], ranks, token_budget) for start, end in pairwise(cuts)
-    ]
-    return PackedBatch(steps=tuple(packed_steps), alpha=alpha)
+    packed = [_pack_step(batch[start:end], ranks, token_budget) for start, end in pairwise(cuts)]
+    return PackedBatch(steps=tuple(packed), alpha=alpha)
 
 
 def _pack_step(batch: Sequence[Scored], ranks: int, token_budget: int) -> OptimizerStep:

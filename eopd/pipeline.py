@@ -97,7 +97,7 @@ class Pipeline:
     """A pipeline runs everything between prompts and weights. Iterate ``steps`` to run it.
 
     ``on_drop`` is called with the issue number of every trajectory that is dropped, and with its
-    last loss. ``activity`` says for people what the next step waits for.
+    last loss. ``activity`` is what the next step waits for, for people.
     """
 
     plan: Plan
@@ -306,7 +306,7 @@ def _length(spans: Sequence[Span]) -> float:
 
 @asynccontextmanager
 async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[asyncio.Task[None]]:
-    """Runs ``work`` as a task beside the block, and cancels it, with all its children, at the end."""
+    """Runs ``work`` as a task while the block runs, and cancels it with all its children at the end."""
     task = asyncio.create_task(work)
     try:
         yield task

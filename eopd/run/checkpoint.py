@@ -204,10 +204,8 @@ def write_whole(path: Path, text: str) -> None:
 
 def _named(root: Path) -> list[Path]:
     """Returns the directories that are named like checkpoints, by step."""
-    pattern = re.compile("step-[0-9]+")
-    return sorted(
-        (path for path in root.glob("step-*") if pattern.fullmatch(path.name)), key=step_of
-    )
+    paths = (path for path in root.glob("step-*") if re.fullmatch("step-[0-9]+", path.name))
+    return sorted(paths, key=step_of)
 
 
 def _entry(path: Path) -> dict[str, object]:

@@ -66,7 +66,7 @@ def held(directory: Path) -> Iterator[list[str]]:
 
     try:
         here = Holder(host=socket.gethostname(), pid=os.getpid(), since=time.time())
-        before = _read(path)
+        before = last_holder(directory)
         if before is not None and before.host != here.host:
             notes.append(
                 f"{path} names {before}, which did not leave in order. If it still runs (not "
@@ -98,7 +98,7 @@ def holder(directory: Path) -> Holder | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
-        return _read(path)
+        return last_holder(directory)
     else:
         return None
     finally:
@@ -107,7 +107,10 @@ def holder(directory: Path) -> Holder | None:
 
 def last_holder(directory: Path) -> Holder | None:
     """Returns the process that ran a run last and did not end in order, or None."""
-    return _read(directory / LOCK)
+    try:
+        return TypeAdapter(Holder).validate_json((directory / LOCK).read_bytes())
+    except (OSError, ValueError):  # missing, empty, or not yet written
+        return None
 
 
 def _take(path: Path) -> tuple[int, list[str]]:
@@ -144,16 +147,9 @@ def _lock(descriptor: int, path: Path) -> list[str]:
             return []
 
     raise ConfigError(
-        f"run.name: {path.parent} is being run by {_read(path) or 'another process'}. Wait "
+        f"run.name: {path.parent} is being run by {last_holder(path.parent) or 'another process'}. Wait "
         "for it, stop it (Ctrl-C, or SIGTERM to that process), or choose another run.name"
     )
-
-
-def _read(path: Path) -> Holder | None:
-    try:
-        return TypeAdapter(Holder).validate_json(path.read_bytes())
-    except (OSError, ValueError):  # gone, empty, or not yet written
-        return None
 
 
 def _write(descriptor: int, text: str) -> None:

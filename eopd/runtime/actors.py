@@ -126,7 +126,7 @@ class ActorProcess(Generic[W]):
     Args:
         actor: the actor.
         worker: its proxy.
-        error_type: the error that tells of its death.
+        error_type: the error that is raised where the actor is dead.
         arguments: the arguments of its ``start``, which returns the worker's seats.
     """
 

@@ -27,6 +27,9 @@ LISTENS: Final = ("VLLM_HOST_IP", "VLLM_PORT")
 # cores.
 PINS: Final = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
 
+# Where ``getpass.getuser`` looks for the user's name before the password file.
+NAMES: Final = ("LOGNAME", "USER", "LNAME", "USERNAME")
+
 # vLLM's sockets are named by a UUID below this directory, and the kernel takes 107 bytes (0.32.0).
 SOCKETS: Final = "VLLM_RPC_BASE_PATH"
 LONGEST_SOCKETS: Final = 107 - len("/xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx")
@@ -54,7 +57,7 @@ def clean_environment(environ: MutableMapping[str, str]) -> None:
 
     home = _home(environ)
     environ["HOME"] = str(home if home is not None and takes_files(home) else _make_home())
-    if not _has_name(environ):
+    if not any(environ.get(name) for name in NAMES) and _entry() is None:
         environ["USER"] = str(os.getuid())
 
     sockets = environ.get(SOCKETS) or tempfile.gettempdir()
@@ -94,7 +97,8 @@ def takes_files(directory: Path) -> bool:
 
 def _home(environ: Mapping[str, str]) -> Path | None:
     """Returns the home directory, or None where there is no absolute one."""
-    home = environ.get("HOME") or _entry_home()
+    entry = _entry()
+    home = environ.get("HOME") or (entry.pw_dir if entry else "")
     return Path(home) if os.path.isabs(home) else None
 
 
@@ -109,21 +113,9 @@ def _make_home() -> Path:
     return home if is_ours else Path(tempfile.mkdtemp(prefix="eopd-home-"))
 
 
-def _entry_home() -> str:
+def _entry() -> pwd.struct_passwd | None:
+    """Returns the user's entry in the password file, or None."""
     try:
-        return pwd.getpwuid(os.getuid()).pw_dir
+        return pwd.getpwuid(os.getuid())
     except KeyError:
-        return ""
-
-
-def _has_name(environ: Mapping[str, str]) -> bool:
-    """Tells whether ``getpass.getuser`` finds the user's name."""
-    if any(environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
-        return True
-
-    try:
-        pwd.getpwuid(os.getuid())
-    except KeyError:
-        return False
-
-    return True
+        return None
