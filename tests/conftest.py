@@ -34,7 +34,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         directory = root / f"{family}-{seed}-{scale}"
         if not directory.exists():
             write_model(
-                directory, build_model(family, tokenizer, seed=seed, scale=scale), tokenizer
+                directory,
+                build_model(family, tokenizer, seed=seed, scale=scale),
+                tokenizer,
             )
 
         return directory

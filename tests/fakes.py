@@ -1,15 +1,18 @@
-"""What tests make up: prompts, trajectories and their headers, and a world that plays every
-role of the loop.
+"""What tests make up: prompts, trajectories and their headers, a world that plays every role
+of the loop, and the files of a run.
 """
 
+import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from eopd.ledger import Ledger, Watermark
 from eopd.pipeline import Pipeline, Plan
 from eopd.prompts import PromptOrder
-from eopd.run.checkpoint import DriverState
+from eopd.run.checkpoint import DriverState, write_checkpoint
 from eopd.run.progress import Progress
 from eopd.telemetry.step import step_row
 from eopd.types import (
@@ -112,7 +115,9 @@ def lost(
     detail: str = "fake",
 ) -> LostTrajectory:
     return LostTrajectory(
-        key=TrajectoryKey(of.epoch, of.prompt_id, sample_index), reason=reason, detail=detail
+        key=TrajectoryKey(of.epoch, of.prompt_id, sample_index),
+        reason=reason,
+        detail=detail,
     )
 
 
@@ -208,3 +213,43 @@ def driver_state(
         ledger=Ledger(Watermark(per_step * step)).state(),
         inputs=inputs,
     )
+
+
+async def save_weights(directory: Path) -> None:
+    """The learner's part of a checkpoint: one file of one byte."""
+    directory.mkdir()
+    (directory / "weights").write_text("w")
+
+
+async def save_checkpoint(directory: Path, state: DriverState, *, keep_last: int = 9) -> Path:
+    """Write a whole checkpoint into a directory of checkpoints."""
+    return await write_checkpoint(directory, state, save_weights, keep_last=keep_last)
+
+
+def write_config(
+    directory: Path,
+    *,
+    batches: int = 2,
+    student: str = "{model: s}",
+    teachers: str = "[{model: t}]",
+    prompts: str = "{data: a, held_out: b}",
+    flow: str = "{batch_prompts: 8}",
+    more: str = "",
+) -> Path:
+    """Write ``c.yaml``, the config of a run below ``directory``. Sections are given as YAML."""
+    file = directory / "c.yaml"
+    file.write_text(
+        f"run: {{name: r, batches: {batches}, directory: {directory}/runs}}\n"
+        f"student: {student}\n"
+        f"teachers: {teachers}\n"
+        f"prompts: {prompts}\n"
+        f"flow: {flow}\n"
+        f"{more}"
+    )
+    return file
+
+
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a JSON-lines file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.learner.deepspeed_backend import DeepspeedBackend
 from eopd.learner.learner import LearnerRank
-from eopd.packing import pack
+from eopd.packing import pack_batch
 from eopd.types import (
     Exact,
     Header,
@@ -107,11 +107,14 @@ def bare_step(
     student: Path, dtype: str, batch: Sequence[Stored[ScoredTrajectory]]
 ) -> Callable[[], object]:
     model = AutoModelForCausalLM.from_pretrained(
-        student, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        student,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
     )
     model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    pairs = [(s.body.trajectory.prompt.token_ids, s.body.trajectory.response_ids) for s in batch]  # type: ignore[attr-defined]
+    trajectories = [stored.body.trajectory for stored in batch]
+    pairs = [(body.prompt.token_ids, body.response_ids) for body in trajectories]
     inputs = torch.from_numpy(
         np.concatenate([np.concatenate([p, r[:-1]]) for p, r in pairs]).astype(np.int64)
     )
@@ -123,7 +126,9 @@ def bare_step(
 
     def step() -> None:
         logits = model(
-            input_ids=inputs[None], position_ids=positions[None], use_cache=False
+            input_ids=inputs[None],
+            position_ids=positions[None],
+            use_cache=False,
         ).logits[0]
         functional.cross_entropy(logits[rows].float(), targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -190,7 +195,7 @@ def compare(
     stage = FASTER_STAGE[dtype] if options.zero_stage is None else options.zero_stage
     rng = np.random.default_rng(0)
     batch = [make_scored(rng, index, num_prompt, num_response, v) for index in range(count)]
-    packed = pack(batch, steps=1, ranks=1, token_budget=8192, alpha=1.0)
+    packed = pack_batch(batch, steps=1, ranks=1, token_budget=8192, alpha=1.0)
     ours = our_step(student, dtype, stage, options.threads, packed, offload=options.offload)
     found, bare = measure([ours, bare_step(student, dtype, batch)], options.rounds)
     num_tokens = count * (num_prompt + num_response - 1)
@@ -209,10 +214,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"]
+        "--dtype",
+        nargs="+",
+        default=["bfloat16", "float32"],
+        choices=["bfloat16", "float32"],
     )
     parser.add_argument(
-        "--zero-stage", type=int, choices=[0, 1, 2, 3], help="else the faster of 0 and 1"
+        "--zero-stage",
+        type=int,
+        choices=[0, 1, 2, 3],
+        help="else the faster of 0 and 1",
     )
     parser.add_argument("--offload", action="store_true", help="keep the optimiser in host memory")
     parser.add_argument("--rounds", type=int, default=5)
@@ -222,7 +233,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         if DEVICE == "cuda":
-            student, v, shapes = make_qwen3(Path(scratch)), 151_936, GPU_SHAPES
+            student = make_qwen3(Path(scratch))
+            v = 151_936
+            shapes = GPU_SHAPES
         elif STUDENT.is_dir():
             student, v, shapes = STUDENT, 49_152, SHAPES
         else:

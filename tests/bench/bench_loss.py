@@ -49,12 +49,13 @@ class Measurement:
     value: float
 
     def best(self, other: "Measurement") -> "Measurement":
-        seconds, cpu_seconds = (
-            min(self.seconds, other.seconds),
-            min(self.cpu_seconds, other.cpu_seconds),
-        )
+        seconds = min(self.seconds, other.seconds)
+        cpu_seconds = min(self.cpu_seconds, other.cpu_seconds)
         return Measurement(
-            max(self.extra_bytes, other.extra_bytes), seconds, cpu_seconds, self.value
+            max(self.extra_bytes, other.extra_bytes),
+            seconds,
+            cpu_seconds,
+            self.value,
         )
 
 
@@ -160,7 +161,8 @@ def measure(case: Case, runs: int) -> Measurement:
     for _ in range(runs):
         hidden.grad = weight.grad = None
         synchronize(case.device)
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall = time.perf_counter()
+        cpu = time.process_time()
         loss = loss_of(case, hidden, weight, tokens)
         loss.backward()
         synchronize(case.device)
@@ -170,7 +172,10 @@ def measure(case: Case, runs: int) -> Measurement:
     returned = sum(x.numel() * x.element_size() for x in (hidden, weight))
 
     return Measurement(
-        peak_bytes(case.device) - before - returned, min(seconds), min(cpu_seconds), loss.item()
+        peak_bytes(case.device) - before - returned,
+        min(seconds),
+        min(cpu_seconds),
+        loss.item(),
     )
 
 
@@ -198,7 +203,8 @@ def say(line: str) -> None:
 
 
 def show(case: Case, found: Measurement) -> None:
-    rate, megabytes = case.t / found.seconds, found.extra_bytes / 1e6
+    rate = case.t / found.seconds
+    megabytes = found.extra_bytes / 1e6
     cells = (
         f"{megabytes:,.0f} | {found.seconds:.4g} | {found.cpu_seconds:.4g} | {rate:,.0f} | "
         f"{found.value:.5f}"
@@ -246,9 +252,13 @@ def measure_ratios(like: Case, v: int, t: int, rounds: int, threads: int) -> lis
     ours, lines = best["chunked"], []
 
     for kind in kinds[1:]:
-        other, where = best[kind], f"{like.dtype}, V = {v:,}, T = {t:,}, {kind}"
+        other = best[kind]
+        where = f"{like.dtype}, V = {v:,}, T = {t:,}, {kind}"
         memory = verdict(
-            "memory ratio", other.extra_bytes / ours.extra_bytes, MEMORY_RATIO, at_most=False
+            "memory ratio",
+            other.extra_bytes / ours.extra_bytes,
+            MEMORY_RATIO,
+            at_most=False,
         )
         seconds = verdict("time ratio", ours.seconds / other.seconds, TIME_RATIO, at_most=True)
         lines += [
@@ -264,15 +274,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a glance, on small sizes; not the bars"
+        "--quick",
+        action="store_true",
+        help="a glance, on small sizes; not the bars",
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument(
-        "--bars", nargs="+", default=["growth", "ratios"], choices=["growth", "ratios"]
+        "--bars",
+        nargs="+",
+        default=["growth", "ratios"],
+        choices=["growth", "ratios"],
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
-        "--hidden", type=int, default=576, help="hidden size; that of SmolLM2-135M by default"
+        "--hidden",
+        type=int,
+        default=576,
+        help="hidden size; that of SmolLM2-135M by default",
     )
     parser.add_argument("--chunk-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2, help="of alternating processes to a ratio")
@@ -286,7 +304,13 @@ def main() -> None:
         return
 
     like = Case(
-        "chunked", 0, 0, options.dtype, options.hidden, options.device, options.chunk_tokens
+        "chunked",
+        0,
+        0,
+        options.dtype,
+        options.hidden,
+        options.device,
+        options.chunk_tokens,
     )
     where = (
         torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"

@@ -86,7 +86,8 @@ def measure(program: Program, staleness: int, batches: int) -> Seen:
         first = run.wait(lambda row: row["step"] >= WARM_UP)
         cpu = cpu_by_role(run)
         last = run.wait(lambda row: row["step"] >= first["step"] + batches)
-        cpu_after, seconds = cpu_by_role(run), last["time"] - first["time"]
+        cpu_after = cpu_by_role(run)
+        seconds = last["time"] - first["time"]
         rows = [row for row in run.rows() if first["step"] < row["step"] <= last["step"]]
     finally:
         run.interrupt()
@@ -94,18 +95,22 @@ def measure(program: Program, staleness: int, batches: int) -> Seen:
     tokens = last["eopd_response_tokens_total"] - first["eopd_response_tokens_total"]
 
     return Seen(
-        tokens, seconds, Counter({role: cpu_after[role] - cpu[role] for role in cpu_after}), rows
+        tokens,
+        seconds,
+        Counter({role: cpu_after[role] - cpu[role] for role in cpu_after}),
+        rows,
     )
 
 
 def show(name: str, seen: Seen) -> None:
     """What a step's seconds and a token's CPU went to."""
     steps = len(seen.rows)
-    step_s = sum(row["eopd_step_seconds"] for row in seen.rows) / steps
-    parts = ", ".join(
-        f"{part} {sum(row[f'eopd_{part}_seconds'] for row in seen.rows) / steps:.2f}"
-        for part in PARTS
-    )
+
+    def seconds_a_step(part: str) -> float:
+        return sum(row[f"eopd_{part}_seconds"] for row in seen.rows) / steps
+
+    step_s = seconds_a_step("step")
+    parts = ", ".join(f"{part} {seconds_a_step(part):.2f}" for part in PARTS)
     cpu = ", ".join(
         f"{role} {1000 * seconds / seen.tokens:.2f}" for role, seconds in sorted(seen.cpu.items())
     )

@@ -237,7 +237,8 @@ def cost_s(load: Load, total: int) -> float:
     """CPU seconds of the driver for one trajectory."""
 
     async def drive() -> None:
-        roles, batches = OneByOne(load.num_tokens), total // load.batch
+        roles = OneByOne(load.num_tokens)
+        batches = total // load.batch
         line = pipeline(roles, batch=load.batch, batches=batches, max_staleness=load.max_staleness)
         async for _ in line.steps(0):
             pass
@@ -343,7 +344,11 @@ def show(
     """A line of the table; steps/s, and the share of the wall clock that the four parts do
     not explain.
     """
-    parts = {name: sum(row[f"eopd_{name}_seconds"] for row in rows) for name in PARTS}
+    parts = dict.fromkeys(PARTS, 0.0)
+    for row in rows:
+        for name in PARTS:
+            parts[name] += row[f"eopd_{name}_seconds"]
+
     unexplained = abs(1.0 - sum(parts.values()) / wall_s)
     step_s = wall_s * speed / len(rows)
     cells = [f"{seconds * speed / len(rows):.3f}" for seconds in parts.values()]
@@ -375,7 +380,10 @@ def measure_overlap(steps: int, speed: float) -> list[str]:
         rates = {}
         for flow in ((0, 0), (1, 0), (2, 0), (2, 1), (4, 0)):
             rates[flow], unexplained = show(
-                engine, flow, *overlapped(engine, steps, speed, flow), speed
+                engine,
+                flow,
+                *overlapped(engine, steps, speed, flow),
+                speed,
             )
             worst = max(worst, unexplained)
 
@@ -414,14 +422,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a glance, on few trajectories; not the bars"
+        "--quick",
+        action="store_true",
+        help="a glance, on few trajectories; not the bars",
     )
     parser.add_argument(
-        "--bars", nargs="+", default=["cost", "overlap"], choices=["cost", "overlap"]
+        "--bars",
+        nargs="+",
+        default=["cost", "overlap"],
+        choices=["cost", "overlap"],
     )
     parser.add_argument("--rounds", type=int, default=3, help="of which the best counts")
     parser.add_argument(
-        "--speed", type=float, default=20.0, help="how much faster than said the stages are"
+        "--speed",
+        type=float,
+        default=20.0,
+        help="how much faster than said the stages are",
     )
     options = parser.parse_args()
     lines = []

@@ -99,7 +99,10 @@ def main() -> None:
     parser.add_argument("config", nargs="?", default="configs/tiny.yaml")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument(
-        "--bar", type=float, default=float("inf"), help="seconds that the last run may take"
+        "--bar",
+        type=float,
+        default=float("inf"),
+        help="seconds that the last run may take",
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:

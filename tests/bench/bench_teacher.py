@@ -118,7 +118,8 @@ async def read_prompts(llm: AsyncLLM, sequences: Sequences) -> None:
 
 async def measure(count: int, rounds: int) -> dict[str, float]:
     """Best seconds of every variant; a first round, on a few sequences, warms up."""
-    bare, stock = start_stock(runner="pooling", convert="embed"), start_stock(max_logprobs=K)
+    bare = start_stock(runner="pooling", convert="embed")
+    stock = start_stock(max_logprobs=K)
     ours = {head_dtype: await start_ours(head_dtype) for head_dtype in BARS}
     variants: dict[str, Callable[[Sequences], Awaitable[None]]] = {
         "bare pooling": lambda some: pool(bare, some),
@@ -160,7 +161,8 @@ def show(best: dict[str, float], num_tokens: int) -> None:
     )
 
     for name, seconds in best.items():
-        speed, times = best["prompt_logprobs"] / seconds, seconds / best["bare pooling"]
+        speed = best["prompt_logprobs"] / seconds
+        times = seconds / best["bare pooling"]
         cells = [f"{speed:.2f}", f"{times:.2f}"]
         if name in BARS:
             at_least, at_most = BARS[name]
@@ -174,7 +176,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a glance, on 16 sequences; not the bars"
+        "--quick",
+        action="store_true",
+        help="a glance, on 16 sequences; not the bars",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

@@ -21,7 +21,9 @@ class Page:
     """
 
     def __init__(self, socket):
-        self._socket, self._numbers, self.complaints = socket, itertools.count(), []
+        self._socket = socket
+        self._numbers = itertools.count()
+        self.complaints = []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
@@ -69,7 +71,10 @@ class Page:
     def value(self, expression):
         """What a JavaScript expression gives."""
         found = self.send(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+            "Runtime.evaluate",
+            expression=expression,
+            returnByValue=True,
+            awaitPromise=True,
         )
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
@@ -118,7 +123,8 @@ def chromium(directory):
     )
 
     try:
-        port_file, deadline = directory / "DevToolsActivePort", time.monotonic() + START_S
+        port_file = directory / "DevToolsActivePort"
+        deadline = time.monotonic() + START_S
         while not (port_file.exists() and port_file.read_text().count("\n")):
             assert process.poll() is None and time.monotonic() < deadline, "chromium did not start"
             time.sleep(0.1)
@@ -131,7 +137,9 @@ def chromium(directory):
         target = next(one["targetId"] for one in targets if one["type"] == "page")
 
         with connect(
-            f"ws://127.0.0.1:{port}/devtools/page/{target}", max_size=None, proxy=None
+            f"ws://127.0.0.1:{port}/devtools/page/{target}",
+            max_size=None,
+            proxy=None,
         ) as socket:
             yield Page(socket)
     finally:

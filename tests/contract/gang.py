@@ -22,6 +22,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from eopd.config import LearnerConfig, LossConfig, StudentConfig
+from eopd.learner.learner import LearnerRank
 from eopd.models.tiny import Family, build_model, train_tokenizer, write_model
 from eopd.types import (
     Exact,
@@ -84,6 +86,39 @@ def store(scored: ScoredTrajectory) -> Stored[ScoredTrajectory]:
     return Stored(Header.of(scored.trajectory, {}), scored)
 
 
+def start_learner(
+    student: StudentConfig,
+    config: LearnerConfig,
+    loss: LossConfig,
+    *,
+    root: Path,
+    rank: int,
+    world_size: int,
+    port: int,
+    total_batches: int,
+    seed: int,
+    temperature: float = 1.0,
+) -> LearnerRank:
+    """A rank's learner on DeepSpeed; what is broken is written below ``root``."""
+    from eopd.learner.deepspeed_backend import DeepspeedBackend
+
+    return LearnerRank(
+        DeepspeedBackend,
+        student,
+        config,
+        loss,
+        temperature=temperature,
+        total_batches=total_batches,
+        seed=seed,
+        entropy_bounds={"teacher": "mid"},
+        broken=root / "broken",
+        rank=rank,
+        world_size=world_size,
+        master_address="127.0.0.1",
+        master_port=port,
+    )
+
+
 def write_models(root: Path, *families: Family, vocabulary: int = VOCABULARY, **shape: int) -> Path:
     """One tiny model per family under ``root``, which is returned."""
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 3], vocabulary)
@@ -91,7 +126,9 @@ def write_models(root: Path, *families: Family, vocabulary: int = VOCABULARY, **
 
     for family in families:
         write_model(
-            root / family, build_model(family, tokenizer, seed=3, scale=0.1, **shape), tokenizer
+            root / family,
+            build_model(family, tokenizer, seed=3, scale=0.1, **shape),
+            tokenizer,
         )
 
     return root

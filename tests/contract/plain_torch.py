@@ -16,7 +16,8 @@ from eopd.types import ScoredTrajectory
 
 def dense_logprobs(model: Any, scored: ScoredTrajectory, temperature: float) -> Tensor:
     """The student's log-probabilities [R, V], from a run of this trajectory alone."""
-    prompt, response = scored.trajectory.prompt.token_ids, scored.trajectory.response_ids
+    prompt = scored.trajectory.prompt.token_ids
+    response = scored.trajectory.response_ids
     sequence = torch.tensor(np.concatenate([prompt, response]).astype(np.int64))[None]
     logits = model(input_ids=sequence).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(-1)
@@ -42,19 +43,15 @@ def token_losses(
     reverse = weight * torch.maximum(
         -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
     )
-    ids, top = (
-        torch.tensor(signal.topk_ids).long(),
-        torch.tensor(signal.topk_logprobs).to(logprobs.dtype),
-    )
+    ids = torch.tensor(signal.topk_ids).long()
+    top = torch.tensor(signal.topk_logprobs).to(logprobs.dtype)
     student_top = logprobs.gather(1, ids)
     if config.forward_kl.kind == "renormalized":
         top = top.log_softmax(-1)
         forward = (top.exp() * (top - student_top)).sum(-1)
     else:
-        rest, teacher_rest = (
-            logprobs.scatter(1, ids, -torch.inf).logsumexp(-1),
-            torch.tensor(signal.tail_logprobs),
-        )
+        rest = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
+        teacher_rest = torch.tensor(signal.tail_logprobs)
         forward = (top.exp() * (top - student_top)).sum(-1) + teacher_rest.exp() * (
             teacher_rest - rest
         )
@@ -82,10 +79,12 @@ def gates_of(batch: Sequence[ScoredTrajectory], config: LossConfig, *, seed: int
         case "sigmoid":
             return [1 / (1 + (-(entropy - gate.tau) / gate.scale).exp()) for entropy in entropies]
         case "random":
-            return [
-                torch.tensor([d < gate.rate for d in draws(scored, seed)]).float()
-                for scored in batch
-            ]
+            found = []
+            for scored in batch:
+                chosen = [draw < gate.rate for draw in draws(scored, seed)]
+                found.append(torch.tensor(chosen).float())
+
+            return found
         case "always" | "never":
             return [torch.full_like(entropy, gate.kind == "always") for entropy in entropies]
 
@@ -94,7 +93,8 @@ def gates_of(batch: Sequence[ScoredTrajectory], config: LossConfig, *, seed: int
 
 def draws(scored: ScoredTrajectory, seed: int) -> list[float]:
     """Uniform in [0, 1): 53 of the 64 bits at 8 r of SHAKE-128 of the trajectory's name."""
-    key, length = scored.trajectory.key, len(scored.trajectory.response_ids)
+    key = scored.trajectory.key
+    length = len(scored.trajectory.response_ids)
     name = f"{seed}\n{key.epoch}\n{key.sample_index}\n{key.prompt_id}".encode()
     digest = hashlib.shake_128(name).digest(8 * length)
     return [

@@ -62,7 +62,9 @@ def deviations(
 
     with np.errstate(invalid="ignore"):  # -inf minus -inf
         tail = np.where(
-            outside == signal.tail_logprobs, 0.0, np.abs(outside - signal.tail_logprobs)
+            outside == signal.tail_logprobs,
+            0.0,
+            np.abs(outside - signal.tail_logprobs),
         )
 
     return {

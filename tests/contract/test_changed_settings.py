@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gang import asked_for, read_seen, run_gang, write_models
+from gang import asked_for, read_seen, run_gang, start_learner, write_models
 from test_checkpoints import (
     CASES,
     LAST,
@@ -56,7 +56,6 @@ OTHERS = {
 
 
 def run_rank(rank: int, world_size: int, port: int, root: Path, names: list[str]) -> None:
-    from eopd.learner.deepspeed_backend import DeepspeedBackend
     from eopd.learner.learner import LearnerRank
 
     def learner_of(case: Case, **settings: Any) -> LearnerRank:
@@ -66,20 +65,16 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, names: list[str]
             logit_chunk_tokens=16,
             deepspeed={"zero_optimization": case.zero},
         )
-        return LearnerRank(
-            DeepspeedBackend,
+        return start_learner(
             student_of(case, root),
             config,
             LossConfig(top_k=4),
-            temperature=1.0,
             total_batches=LAST if settings != CHANGED else 2 * LAST,
             seed=7,
-            entropy_bounds={"teacher": "mid"},
-            broken=root / "broken",
+            root=root,
             rank=rank,
             world_size=world_size,
-            master_address="127.0.0.1",
-            master_port=port,
+            port=port,
         )
 
     def train(learner: LearnerRank, first: int, last: int) -> list[dict[str, float]]:
@@ -184,5 +179,6 @@ def test_a_state_may_be_held_in_another_way(seen, of, case):
         "eopd_loss": 1e-4 if exact else 0.01,
         "eopd_grad_norm": 1e-4 if exact else 0.03,
     }.items():
-        actual, expected = ([row[metric] for row in seen[of][name]] for name in (case, "unchanged"))
+        actual = [row[metric] for row in seen[of][case]]
+        expected = [row[metric] for row in seen[of]["unchanged"]]
         assert actual == pytest.approx(expected, rel=tolerance), metric

@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from gang import TOP_K, run_gangs, scored_trajectory, store, write_models
+from gang import TOP_K, run_gangs, scored_trajectory, start_learner, store, write_models
 from plain_torch import dense_logprobs, gates_of, sampled, token_losses
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -30,13 +30,13 @@ from transformers import AutoModelForCausalLM
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.models.tiny import Family
 from eopd.packing import pack_batch
-from eopd.types import OptimizerStep, PackedBatch, ScoredTrajectory
+from eopd.types import OptimizerStep, PackedBatch, ScoredTrajectory, Stored
 
 SEED, TEMPERATURE, ALPHA = 7, 0.7, 1.5
 STAGES, WORLD_SIZES = (0, 1, 2, 3), (1, 2, 3)
 FAMILIES: tuple[Family, ...] = ("qwen3", "llama")  # with a tied head, and without
 
-# ---- gradients of one batch, in many cuts -----------------------------------------------------------------------
+# --- gradients of one batch, in many cuts
 
 GATES: dict[str, dict[str, Any]] = {
     "hard": {"kind": "hard", "tau": 2.0},
@@ -52,7 +52,8 @@ SETTINGS = list(itertools.product(GATES, CLIPPING))
 # Every gate, clipped or not, under one stage, and one gate under all.
 RUNS = [
     (gate, clipping, stage)
-    for (number, (gate, clipping)), stage in itertools.product(enumerate(SETTINGS), STAGES)
+    for number, (gate, clipping) in enumerate(SETTINGS)
+    for stage in STAGES
     if gate == "quantile" or stage == number % len(STAGES)
 ]
 
@@ -89,30 +90,41 @@ def make_batch() -> list[ScoredTrajectory]:
 
 def cut_by_hand(ranks: Sequence[Sequence[Sequence[int]]]) -> PackedBatch:
     batch = [store(scored) for scored in make_batch()]
-    chosen = [stored for rank in ranks for micro in rank for stored in (batch[i] for i in micro)]
-    step = OptimizerStep(
-        num_loss_tokens=sum(stored.header.num_loss_tokens for stored in chosen),
-        ranks=tuple(tuple(tuple(batch[i] for i in micro) for micro in rank) for rank in ranks),
-    )
+    num_loss_tokens = 0
+    shares = []
+
+    for rank in ranks:
+        micros = []
+        for indices in rank:
+            micro = tuple(batch[index] for index in indices)
+            num_loss_tokens += sum(stored.header.num_loss_tokens for stored in micro)
+            micros.append(micro)
+
+        shares.append(tuple(micros))
+
+    step = OptimizerStep(num_loss_tokens=num_loss_tokens, ranks=tuple(shares))
     return PackedBatch(steps=(step,), alpha=ALPHA)
 
 
 def cuts(world_size: int) -> dict[str, PackedBatch]:
     """Cuts of the batch for so many ranks; ``alone`` is the unpacked one."""
     batch = [store(scored) for scored in make_batch()]
-    packed = {
-        f"pack {budget}": pack_batch(
-            batch, steps=1, ranks=world_size, token_budget=budget, alpha=ALPHA
+    found = {}
+    for budget in TOKEN_BUDGETS:
+        found[f"pack {budget}"] = pack_batch(
+            batch,
+            steps=1,
+            ranks=world_size,
+            token_budget=budget,
+            alpha=ALPHA,
         )
-        for budget in TOKEN_BUDGETS
-    }
-    alone = (
-        {"alone": cut_by_hand([[[index] for index in range(len(batch))]])}
-        if world_size == 1
-        else {}
-    )
 
-    return packed | alone | {"by hand": cut_by_hand(BY_HAND[world_size])}
+    if world_size == 1:
+        one_by_one = [[index] for index in range(len(batch))]
+        found["alone"] = cut_by_hand([one_by_one])
+
+    found["by hand"] = cut_by_hand(BY_HAND[world_size])
+    return found
 
 
 def loss_config(gate: str) -> LossConfig:
@@ -122,7 +134,7 @@ def loss_config(gate: str) -> LossConfig:
 # else ZeRO-3 keeps tiny parameters whole
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
-# ---- the program of a rank --------------------------------------------------------------------------------------
+# --- the program of a rank
 
 
 class Handed(torch.optim.AdamW):
@@ -134,12 +146,16 @@ class Handed(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for parameter in (p for group in self.param_groups for p in group["params"]):
-            if parameter in self.weights:
-                parameter.copy_(self.weights.pop(parameter))
-            else:
-                self.weights[parameter] = parameter.clone()
-                parameter.copy_(parameter.grad)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.exchange(parameter)
+
+    def exchange(self, parameter: Tensor) -> None:
+        if parameter in self.weights:
+            parameter.copy_(self.weights.pop(parameter))
+        else:
+            self.weights[parameter] = parameter.clone()
+            parameter.copy_(parameter.grad)
 
 
 def run_rank(
@@ -147,24 +163,20 @@ def run_rank(
 ) -> None:
     import deepspeed
 
-    from eopd.learner.deepspeed_backend import DeepspeedBackend
     from eopd.learner.learner import LearnerRank
 
     def learner_of(family: Family, config: LearnerConfig, loss: LossConfig) -> LearnerRank:
-        return LearnerRank(
-            DeepspeedBackend,
+        return start_learner(
             StudentConfig(model=directory / family, dtype="float32"),
             config,
             loss,
             temperature=TEMPERATURE,
             total_batches=100,
             seed=SEED,
-            entropy_bounds={"teacher": "mid"},
-            broken=directory / "broken",
+            root=directory,
             rank=rank,
             world_size=world_size,
-            master_address="127.0.0.1",
-            master_port=port,
+            port=port,
         )
 
     def whole(learner: LearnerRank) -> Tensor:
@@ -176,7 +188,10 @@ def run_rank(
         family, limit = CLIPPING[clipping]
         with mock.patch("torch.optim.AdamW", Handed):
             config = LearnerConfig(
-                zero_stage=stage, max_grad_norm=limit, logit_chunk_tokens=16, deepspeed=SHARDED
+                zero_stage=stage,
+                max_grad_norm=limit,
+                logit_chunk_tokens=16,
+                deepspeed=SHARDED,
             )
             learner = learner_of(family, config, loss_config(gate))
 
@@ -208,14 +223,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def seen(directory: Path) -> dict[int, list[dict[str, Any]]]:
     """By world size, what every rank saw."""
-    sizes = run_gangs(directory, __file__, [(*run, size) for run in RUNS for size in WORLD_SIZES])
-    return {
-        size: [torch.load(directory / f"seen-{size}-{rank}.pt") for rank in range(size)]
-        for size in sizes
-    }
+    cases = [(*run, size) for run in RUNS for size in WORLD_SIZES]
+    found = {}
+    for size in run_gangs(directory, __file__, cases):
+        files = [directory / f"seen-{size}-{rank}.pt" for rank in range(size)]
+        found[size] = [torch.load(file) for file in files]
+
+    return found
 
 
-# ---- the oracle: plain torch ------------------------------------------------------------------------------------
+# --- the oracle: plain torch
 
 
 def batch_loss(
@@ -233,20 +250,21 @@ def batch_loss(
     return torch.cat(losses)[torch.cat(masks)].mean()
 
 
+def sequence_of(scored: ScoredTrajectory) -> Tensor:
+    """Prompt and response."""
+    trajectory = scored.trajectory
+    ids = np.concatenate([trajectory.prompt.token_ids, trajectory.response_ids])
+    return torch.tensor(ids).long()
+
+
 def padded_logprobs(model: Any, batch: Sequence[ScoredTrajectory]) -> list[Tensor]:
     """As ``dense_logprobs`` for every trajectory, from one padded run with an attention mask."""
     prompts = [len(scored.trajectory.prompt.token_ids) for scored in batch]
-    sequences = [
-        torch.tensor(
-            np.concatenate([s.trajectory.prompt.token_ids, s.trajectory.response_ids])
-        ).long()
-        for s in batch
-    ]
+    sequences = [sequence_of(scored) for scored in batch]
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=5)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    logits = model(
-        input_ids=ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    ).logits
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    logits = model(input_ids=ids, attention_mask=mask).logits
 
     return [
         (row[prompt - 1 : length - 1] / TEMPERATURE).log_softmax(-1)
@@ -272,7 +290,7 @@ def expected(gate: str, family: Family, padded: bool, root: Path) -> tuple[float
     return loss.item(), flat(parameter.grad for parameter in model.parameters())
 
 
-# ---- tests ------------------------------------------------------------------------------------------------------
+# --- tests
 
 every_setting = pytest.mark.parametrize(("gate", "clipping"), SETTINGS)
 
@@ -288,12 +306,13 @@ def found(
         for result in results.values()
         if (a_gate, a_clipping) == (gate, clipping)
     ]
-    names = cut_results[0]["metrics"]
-    metrics = {
-        n: torch.tensor([r["metrics"][n] for r in cut_results], dtype=torch.float64) for n in names
-    }
+    metrics = {}
+    for name in cut_results[0]["metrics"]:
+        values = [result["metrics"][name] for result in cut_results]
+        metrics[name] = torch.tensor(values, dtype=torch.float64)
 
-    return metrics, torch.stack([result["gradient"] for result in cut_results]).double()
+    gradients = [result["gradient"] for result in cut_results]
+    return metrics, torch.stack(gradients).double()
 
 
 def spread(values: Tensor) -> float:
@@ -345,19 +364,28 @@ def test_all_ranks_saw_the_same(seen, world_size):
 
 def test_the_data_tell_gates_and_ranks_apart(directory):
     gradients = [expected(gate, "qwen3", False, directory)[1] for gate in GATES]
-    assert all(spread(torch.stack(pair)) > 0.01 for pair in itertools.combinations(gradients, 2))
-    config, batch = loss_config("quantile"), make_batch()
-    gates = dict(
-        zip((s.trajectory.key for s in batch), gates_of(batch, config, seed=SEED), strict=True)
-    )
+    pairs = itertools.combinations(gradients, 2)
+    assert all(spread(torch.stack(pair)) > 0.01 for pair in pairs)
+    config = loss_config("quantile")
+    batch = make_batch()
+    keys = [scored.trajectory.key for scored in batch]
+    gates = dict(zip(keys, gates_of(batch, config, seed=SEED), strict=True))
 
-    for cut in (cut for world_size in (2, 3) for cut in cuts(world_size).values()):
-        ranks = [[stored.body for micro in rank for stored in micro] for rank in cut.steps[0].ranks]
-        counts = [sum(int(scored.trajectory.loss_mask.sum()) for scored in rank) for rank in ranks]
+    for cut in (*cuts(2).values(), *cuts(3).values()):
+        ranks = [bodies_of(rank) for rank in cut.steps[0].ranks]
+        counts = [num_loss_tokens(rank) for rank in ranks]
         assert len(set(counts)) > 1
 
-        for rank in (rank for rank, count in zip(ranks, counts, strict=True) if count):
-            of_rank = torch.cat(gates_of(rank, config, seed=SEED))
-            assert not torch.equal(
-                of_rank, torch.cat([gates[scored.trajectory.key] for scored in rank])
-            )
+        for rank, count in zip(ranks, counts, strict=True):
+            if count:
+                of_rank = torch.cat(gates_of(rank, config, seed=SEED))
+                of_batch = torch.cat([gates[scored.trajectory.key] for scored in rank])
+                assert not torch.equal(of_rank, of_batch)
+
+
+def bodies_of(micros: Sequence[Sequence[Stored[ScoredTrajectory]]]) -> list[ScoredTrajectory]:
+    return [stored.body for micro in micros for stored in micro]
+
+
+def num_loss_tokens(batch: Sequence[ScoredTrajectory]) -> int:
+    return sum(int(scored.trajectory.loss_mask.sum()) for scored in batch)

@@ -7,7 +7,7 @@ losses come.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from gang import TOP_K, asked_for, read_seen, run_gangs, write_models
+from gang import TOP_K, asked_for, read_seen, run_gangs, start_learner, write_models
 from plain_torch import dense_logprobs, gates_of, sampled, token_losses
 from safetensors.torch import load_file
 from test_learner import NUM_BATCHES, SEED, Case, cut, make_batch
@@ -64,7 +64,7 @@ RUNS = [
 QUICK = {("all", 1, 1), ("all", 1, 2), ("half", 2, 2), ("some", 3, 2)}  # the others are slow
 
 
-# ---- the program of a rank ---------------------------------------------------------------------------------
+# --- the program of a rank
 
 
 def run_rank(
@@ -72,14 +72,12 @@ def run_rank(
 ) -> None:
     import deepspeed
 
-    from eopd.learner.deepspeed_backend import DeepspeedBackend
     from eopd.learner.learner import LearnerRank
     from eopd.weights.layout import cut_into_buckets
     from eopd.weights.source import ModelSource
 
     def learner_of(case: LoraCase, stage: int) -> LearnerRank:
-        return LearnerRank(
-            DeepspeedBackend,
+        return start_learner(
             StudentConfig(
                 model=directory / case.family,
                 dtype=case.dtype,
@@ -96,30 +94,28 @@ def run_rank(
                 **case.learner,
             ),
             LossConfig(top_k=TOP_K),
-            temperature=1.0,
             total_batches=NUM_BATCHES,
             seed=SEED,
-            entropy_bounds={"teacher": "mid"},
-            broken=directory / "broken",
+            root=directory,
             rank=rank,
             world_size=world_size,
-            master_address="127.0.0.1",
-            master_port=port,
+            port=port,
         )
 
     def train(
         learner: LearnerRank, case: LoraCase, batches: Sequence[int]
     ) -> list[dict[str, float]]:
-        return [
-            dict(
-                learner.step(
-                    cut(
-                        make_batch(b), world_size=world_size, steps=case.steps_per_batch, alpha=1.0
-                    ).share(rank)
-                ).metrics
+        metrics = []
+        for number in batches:
+            batch = cut(
+                make_batch(number),
+                world_size=world_size,
+                steps=case.steps_per_batch,
+                alpha=1.0,
             )
-            for b in batches
-        ]
+            metrics.append(dict(learner.step(batch.share(rank)).metrics))
+
+        return metrics
 
     def publish(learner: LearnerRank, stage: int) -> dict[str, Tensor]:
         source = ModelSource(
@@ -133,7 +129,8 @@ def run_rank(
         for bucket in cut_into_buckets(source.metadata(), 30_000):
             tensors = source.gather(bucket)
             for meta, tensor in zip(bucket, tensors or (), strict=rank == 0):
-                assert (tuple(tensor.shape), tensor.dtype) == (meta.shape, meta.torch_dtype)
+                assert tuple(tensor.shape) == meta.shape
+                assert tensor.dtype == meta.torch_dtype
                 published[meta.name] = tensor.clone()
 
         return published
@@ -145,14 +142,16 @@ def run_rank(
     seen: dict[str, Any] = {}
 
     for name, stage in cases:
-        case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
+        case = CASES[name]
+        run_directory = directory / f"{name}-{stage}-{world_size}"
         learner = learner_of(case, stage)
         learner.export(run_directory / "start" / "hf")
         metrics = train(learner, case, range(SAVED_AT))
         learner.save(run_directory / "checkpoint")
         publish(learner, stage)
         metrics += train(learner, case, range(SAVED_AT, NUM_BATCHES))
-        published, again = publish(learner, stage), publish(learner, stage)
+        published = publish(learner, stage)
+        again = publish(learner, stage)
         learner.export(run_directory / "hf")
 
         parameters = dict(learner.model.named_parameters())
@@ -162,12 +161,14 @@ def run_rank(
         resumed = learner_of(case, stage)
         resumed.load(run_directory / "checkpoint")
         resumed_metrics = train(resumed, case, range(SAVED_AT, NUM_BATCHES))
+        moments = [state["exp_avg"] for state in optimizer.state.values()]
+        masters = [p for group in optimizer.param_groups for p in group["params"]]
         seen[f"{name}-{stage}"] = {
             "metrics": metrics,
             "adapters": sorted(adapters),
             "digest": digest(adapters),
-            "moments": sum(state["exp_avg"].numel() for state in optimizer.state.values()),
-            "masters": sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
+            "moments": num_values(moments),
+            "masters": num_values(masters),
             "resumed": [resumed_metrics, digest(publish(resumed, stage))],
             "published": [digest(published), digest(again)],
         }
@@ -177,12 +178,15 @@ def run_rank(
     (directory / f"seen-{world_size}-{rank}.json").write_text(json.dumps(seen))
 
 
+def num_values(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     hashed = hashlib.sha256()
     for name in sorted(tensors):
-        hashed.update(
-            name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
-        )
+        values = tensors[name].contiguous().view(torch.uint8)
+        hashed.update(name.encode() + values.numpy().tobytes())
 
     return hashed.hexdigest()
 
@@ -198,7 +202,7 @@ def seen(request: pytest.FixtureRequest, directory: Path) -> dict[int, list[dict
     return {world_size: read_seen(directory, world_size) for world_size in sizes}
 
 
-# ---- the oracle: plain torch -------------------------------------------------------------------------------
+# --- the oracle: plain torch
 
 
 class Adapted:
@@ -227,18 +231,20 @@ def base_of(case: LoraCase, root: Path, dtype: torch.dtype = torch.float32) -> P
 def read_adapter(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, B) by layer, from peft's file."""
     tensors = load_file(directory / "adapter_model.safetensors")
-    prefix, suffixes = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
+    prefix = "base_model.model."
+    suffixes = (".lora_A.weight", ".lora_B.weight")
     layers = {
         name.removeprefix(prefix).removesuffix(suffix)
         for name in tensors
         for suffix in suffixes
         if suffix in name
     }
+    found = {}
+    for layer in sorted(layers):
+        a, b = (tensors[f"{prefix}{layer}{suffix}"].float() for suffix in suffixes)
+        found[layer] = (a, b)
 
-    return {
-        layer: tuple(tensors[f"{prefix}{layer}{suffix}"].float() for suffix in suffixes)
-        for layer in sorted(layers)
-    }
+    return found
 
 
 def first_adapter(name: str, root: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -271,25 +277,28 @@ def oracle(name: str, root: Path) -> Expected:
         with torch.no_grad():
             old = [sampled(dense_logprobs(model, scored, 1.0), scored) for scored in batch]
 
-        total, count, step_norms, size = 0.0, 0, [], len(batch) // case.steps_per_batch
+        total = 0.0
+        count = 0
+        step_norms = []
+        size = len(batch) // case.steps_per_batch
 
         for start in range(0, len(batch), size):
-            part = range(start, start + size)
-            values = torch.cat(
-                [
-                    token_losses(
-                        dense_logprobs(model, batch[i], 1.0), old[i], batch[i], gates[i], config
-                    )[torch.tensor(batch[i].trajectory.loss_mask)]
-                    for i in part
-                ]
-            )
+            losses_of_step = []
+            for i in range(start, start + size):
+                new = dense_logprobs(model, batch[i], 1.0)
+                of_tokens = token_losses(new, old[i], batch[i], gates[i], config)
+                mask = torch.tensor(batch[i].trajectory.loss_mask)
+                losses_of_step.append(of_tokens[mask])
+
+            values = torch.cat(losses_of_step)
             optimizer.zero_grad()
             values.mean().backward()
-            step_norms.append(
-                torch.nn.utils.clip_grad_norm_(matrices, case.learner["max_grad_norm"]).item()
-            )
+            limit = case.learner["max_grad_norm"]
+            norm = torch.nn.utils.clip_grad_norm_(matrices, limit)
+            step_norms.append(norm.item())
             optimizer.step()
-            total, count = total + values.sum().item(), count + len(values)
+            total += values.sum().item()
+            count += len(values)
 
         losses.append(total / count)
         norms.append(sum(step_norms) / len(step_norms))
@@ -297,13 +306,17 @@ def oracle(name: str, root: Path) -> Expected:
     return Expected(losses, norms, model)
 
 
-# ---- tests -------------------------------------------------------------------------------------------------
+# --- tests
 
 
 def every(dtype: str | None = None) -> pytest.MarkDecorator:
     """Every run, or those of one dtype."""
-    runs = [run for run in RUNS if dtype in (None, CASES[run[0]].dtype)]
-    params = [pytest.param(*run, marks=() if run in QUICK else pytest.mark.slow) for run in runs]
+    params = []
+    for run in RUNS:
+        if dtype in (None, CASES[run[0]].dtype):
+            marks = () if run in QUICK else pytest.mark.slow
+            params.append(pytest.param(*run, marks=marks))
+
     return pytest.mark.parametrize(("name", "stage", "world_size"), params)
 
 
@@ -323,7 +336,8 @@ def logits_of(model: Any) -> Tensor:
 def test_losses_and_gradient_norms_are_those_of_plain_torch(
     seen, directory, name, stage, world_size
 ):
-    run, expected = seen[world_size][0][f"{name}-{stage}"], oracle(name, directory)
+    run = seen[world_size][0][f"{name}-{stage}"]
+    expected = oracle(name, directory)
     assert column(run, "eopd_loss") == pytest.approx(expected.losses, abs=1e-4)
     assert column(run, "eopd_grad_norm") == pytest.approx(expected.norms, rel=1e-3)
     assert expected.losses[0] - expected.losses[-1] > 0.05
@@ -333,7 +347,8 @@ def test_losses_and_gradient_norms_are_those_of_plain_torch(
 
 @every("bfloat16")
 def test_bfloat16_stays_near(seen, directory, name, stage, world_size):
-    run, expected = seen[world_size][0][f"{name}-{stage}"], oracle(name, directory)
+    run = seen[world_size][0][f"{name}-{stage}"]
+    expected = oracle(name, directory)
     assert column(run, "eopd_loss") == pytest.approx(expected.losses, rel=0.01)
     assert column(run, "eopd_grad_norm") == pytest.approx(expected.norms, rel=0.03)
 
@@ -349,9 +364,8 @@ def test_the_first_adapters_are_kaiming_and_zero_whatever_the_stage(
 
     for layer, (a, b) in adapter.items():
         bound = a.shape[1] ** -0.5
-        assert a.abs().max() <= bound * (1 + 2**-8) and a.std() == pytest.approx(
-            bound / 3**0.5, rel=0.2
-        )
+        assert a.abs().max() <= bound * (1 + 2**-8)
+        assert a.std() == pytest.approx(bound / 3**0.5, rel=0.2)
         assert not b.any()
         assert torch.equal(a, ours[layer][0])
 
@@ -360,17 +374,17 @@ def test_the_first_adapters_are_kaiming_and_zero_whatever_the_stage(
 def test_nothing_but_the_adapters_is_trained_or_has_moments(
     seen, directory, name, stage, world_size
 ):
-    case, run = CASES[name], seen[world_size][0][f"{name}-{stage}"]
+    case = CASES[name]
+    run = seen[world_size][0][f"{name}-{stage}"]
     _, frozen = torch.load(directory / f"{name}-{stage}-{world_size}" / "tensors.pt")
     base = base_of(case, directory, getattr(torch, case.dtype)).state_dict()
     plain = {n.replace(".base_layer.", "."): tensor for n, tensor in frozen.items()}
     assert plain.keys() | {"lm_head.weight"} == base.keys()
     assert all(torch.equal(tensor, base[n]) for n, tensor in plain.items())
     layers = read_adapter(directory / f"{name}-{stage}-{world_size}" / "adapter")
-    assert run["adapters"] == sorted(
-        f"{layer}.lora_{m}.default.weight" for layer in layers for m in "AB"
-    )
-    num_trained = sum(matrix.numel() for pair in layers.values() for matrix in pair)
+    names = [f"{layer}.lora_{m}.default.weight" for layer in layers for m in "AB"]
+    assert run["adapters"] == sorted(names)
+    num_trained = num_values(matrix for pair in layers.values() for matrix in pair)
 
     # ZeRO-3 keeps the masters elsewhere
     for what in ("moments", "masters")[: 1 if stage == 3 else 2]:
@@ -383,7 +397,8 @@ def test_nothing_but_the_adapters_is_trained_or_has_moments(
 
 @every()
 def test_published_weights_are_merged_and_plain(seen, directory, name, stage, world_size):
-    case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
+    case = CASES[name]
+    run_directory = directory / f"{name}-{stage}-{world_size}"
     published, _ = torch.load(run_directory / "tensors.pt")
     base = base_of(case, directory, getattr(torch, case.dtype))
     assert published.keys() == dict(base.named_parameters()).keys()
@@ -415,23 +430,31 @@ def test_published_weights_are_those_of_plain_torch(seen, directory, name, stage
 def test_an_export_is_the_merged_model_and_the_adapter_beside_it(
     seen, directory, name, stage, world_size
 ):
-    case, run_directory = CASES[name], directory / f"{name}-{stage}-{world_size}"
+    case = CASES[name]
+    run_directory = directory / f"{name}-{stage}-{world_size}"
     published, _ = torch.load(run_directory / "tensors.pt")
     dtype = getattr(torch, case.dtype)
     merged = AutoModelForCausalLM.from_pretrained(run_directory / "hf", dtype="auto")
-    assert merged.dtype == dtype and not list(run_directory.glob(".*"))
+    assert merged.dtype == dtype
+    assert not list(run_directory.glob(".*"))
     assert all(torch.equal(tensor, merged.state_dict()[n]) for n, tensor in published.items())
 
     adapted = peft.PeftModel.from_pretrained(base_of(case, directory), run_directory / "adapter")
     assert torch.allclose(
-        logits_of(merged.float()), logits_of(adapted), atol=1e-4 if dtype == torch.float32 else 0.2
+        logits_of(merged.float()),
+        logits_of(adapted),
+        atol=1e-4 if dtype == torch.float32 else 0.2,
     )
     settings = json.loads((run_directory / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(directory / case.family)
-    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (RANK, ALPHA, 0.0)
+    assert settings["r"] == RANK
+    assert settings["lora_alpha"] == ALPHA
+    assert settings["lora_dropout"] == 0.0
     if dtype == torch.float32:
         assert torch.allclose(
-            logits_of(merged), logits_of(oracle(name, directory).model), atol=5e-3
+            logits_of(merged),
+            logits_of(oracle(name, directory).model),
+            atol=5e-3,
         )
 
 
@@ -456,4 +479,5 @@ def test_all_ranks_hold_the_same_adapters_and_return_the_same(seen, name, stage,
     first, *others = [of_rank[f"{name}-{stage}"] for of_rank in seen[world_size]]
     assert len(others) == world_size - 1
     for other in others:
-        assert (other["metrics"], other["digest"]) == (first["metrics"], first["digest"])
+        assert other["metrics"] == first["metrics"]
+        assert other["digest"] == first["digest"]

@@ -50,12 +50,8 @@ def cluster():
 @pytest.mark.timeout(240)
 async def test_trajectories_of_a_lost_node(cluster, tmp_path):
     cluster, far = cluster
-    path = tmp_path / "c.yaml"
-    path.write_text(
-        "run: {name: r, batches: 2}\nstudent: {model: s}\nteachers: [{model: t}]\n"
-        "prompts: {data: a, held_out: b}\nflow: {batch_prompts: 8}"
-    )
-    gang = LearnerGang(pytest.fail, load_config(path))
+    config = load_config(fakes.write_config(tmp_path))
+    gang = LearnerGang(pytest.fail, config)
     actor = ray.remote(Actor)
     here = {"node:__internal_head__": 0.01}
     writer = actor.options(resources={"far": 1}).remote()
@@ -64,7 +60,8 @@ async def test_trajectories_of_a_lost_node(cluster, tmp_path):
     ray.wait(bodies, num_returns=2, fetch_local=False)
     cluster.remove_node(far, allow_graceful=False)
     lost = await RemoteTeacher(reader).score(Stored(HEADER, bodies[0]))
-    assert isinstance(lost, LostTrajectory) and (lost.key, lost.reason) == (
+    assert isinstance(lost, LostTrajectory)
+    assert (lost.key, lost.reason) == (
         HEADER.key,
         LossReason.TEACHER_FAILED,
     )

@@ -81,21 +81,28 @@ async def test_weights_move_in_flight_and_every_token_names_its_version(engine):
 
     np.testing.assert_allclose(after.rollout_logprobs, expected(new, after), atol=2e-4)
     versions = spanning.policy_versions
-    assert set(versions.tolist()) == {0, 1} and (np.diff(versions) >= 0).all()
+    assert set(versions.tolist()) == {0, 1}
+    assert (np.diff(versions) >= 0).all()
     assert len(versions) == len(spanning.response_ids) == len(spanning.rollout_logprobs)
     before = int((versions == 0).sum())
     np.testing.assert_allclose(
-        spanning.rollout_logprobs[:before], expected(old, spanning)[:before], atol=2e-4
+        spanning.rollout_logprobs[:before],
+        expected(old, spanning)[:before],
+        atol=2e-4,
     )
     np.testing.assert_allclose(
-        spanning.rollout_logprobs[before:], expected(new, spanning)[before:], atol=2e-4
+        spanning.rollout_logprobs[before:],
+        expected(new, spanning)[before:],
+        atol=2e-4,
     )
     assert await engine.version() == PolicyVersion(0, 1)
 
 
-async def test_padding_of_the_head_is_never_sampled_and_has_no_probability(tiny_model, tmp_path):
+async def test_padding_of_the_head_is_never_sampled(tiny_model, tmp_path):
     """Before and after new weights, in samples and in the probe."""
-    padded, padding, one = [], 64, fakes.prompt("p", [5, 80, 90, 33])
+    padded = []
+    padding = 64
+    one = fakes.prompt("p", [5, 80, 90, 33])
     for seed in (1, 2):
         model = load(tiny_model("qwen3", seed=seed, scale=0.2))
         size = model.config.vocab_size
@@ -107,8 +114,10 @@ async def test_padding_of_the_head_is_never_sampled_and_has_no_probability(tiny_
 
     shutil.copytree(tiny_model("qwen3", seed=1, scale=0.2), tmp_path / "model")
     padded[0].save_pretrained(tmp_path / "model")
-    engine, condemned = await start(tmp_path / "model", num_tokens=size), []
-    sampling, said = Sampling(temperature=1.5, max_tokens=200, seed=1), []
+    engine = await start(tmp_path / "model", num_tokens=size)
+    condemned = []
+    sampling = Sampling(temperature=1.5, max_tokens=200, seed=1)
+    said = []
 
     try:
         said.append(
@@ -126,9 +135,12 @@ async def test_padding_of_the_head_is_never_sampled_and_has_no_probability(tiny_
 
     for model, (body, probed) in zip(padded, said, strict=True):
         assert body.response_ids.max() < size
-        ids, split = np.concatenate([one.token_ids, body.response_ids]), len(one.token_ids)
+        ids = np.concatenate([one.token_ids, body.response_ids])
+        split = len(one.token_ids)
         own = logprobs_of(model, ids, 1.5, num_tokens=size)[split - 1 :]
         np.testing.assert_allclose(body.rollout_logprobs, own, atol=2e-4)
         np.testing.assert_allclose(
-            probed, logprobs_of(model, one.token_ids, num_tokens=size), atol=2e-4
+            probed,
+            logprobs_of(model, one.token_ids, num_tokens=size),
+            atol=2e-4,
         )

@@ -44,7 +44,9 @@ async def worst_deviations(
         assert isinstance(result, Stored)
         signal = result.body.signal
         errors = deviations(
-            signal, stored.body.response_ids, oracle(model, stored.body, temperature)
+            signal,
+            stored.body.response_ids,
+            oracle(model, stored.body, temperature),
         )
         worst = {name: max(error, worst.get(name, 0.0)) for name, error in errors.items()}
         signals.append(signal)
@@ -76,7 +78,10 @@ class Worker:
     def read_rows_off_by(self, shift):
         def off(hidden, token_ids, params):
             rows, targets = right(hidden, token_ids, params)
-            return (hidden.roll(-shift, 0)[-len(rows) - 1 : -1] if params.extra_kwargs else rows), targets
+            if params.extra_kwargs:
+                rows = hidden.roll(-shift, 0)[-len(rows) - 1 : -1]
+
+            return rows, targets
 
         head._response_rows = off if shift else right
 """
@@ -87,7 +92,8 @@ async def whole(tiny_model, tmp_path_factory):
     """Untied head, the whole vocabulary as candidates, whole prefills. An extension of vLLM's
     worker can put the head one row off in the engine's own process.
     """
-    model, extension = tiny_model("llama", seed=4, scale=0.2), tmp_path_factory.mktemp("extension")
+    model = tiny_model("llama", seed=4, scale=0.2)
+    extension = tmp_path_factory.mktemp("extension")
     (extension / "row_off.py").write_text(ROW_OFF)
     native = {"enable_chunked_prefill": False, "max_num_batched_tokens": 2 * MAX_TOKENS}
     config = TeacherConfig(
@@ -155,7 +161,10 @@ async def test_the_header_gains_sums_over_response_tokens(chunked):
 
 @pytest.mark.parametrize(
     ("response", "detail"),
-    [([5] * MAX_TOKENS, "maximum context length"), ([5, 1 << 20], "outside its vocabulary")],
+    [
+        ([5] * MAX_TOKENS, "maximum context length"),
+        ([5, 1 << 20], "outside its vocabulary"),
+    ],
     ids=["too long", "unknown token"],
 )
 async def test_a_request_that_fails_is_a_value_and_the_engine_lives_on(chunked, response, detail):
@@ -163,13 +172,14 @@ async def test_a_request_that_fails_is_a_value_and_the_engine_lives_on(chunked, 
     bad = trajectory([5, 6, 7], response)
     lost, scored = await asyncio.gather(scorer.score(bad), scorer.score(trajectory([5], [6])))
     assert isinstance(lost, LostTrajectory)
-    assert (lost.key, lost.reason) == (bad.header.key, LossReason.TEACHER_FAILED)
+    assert lost.key == bad.header.key
+    assert lost.reason == LossReason.TEACHER_FAILED
     assert detail in lost.detail
     assert isinstance(scored, Stored)
 
 
 @pytest.mark.slow
-async def test_a_teacher_cut_in_two_by_tensor_parallelism_equals_the_oracle(tiny_model):
+async def test_tensor_parallelism_changes_no_score(tiny_model):
     """Vocabulary and attention heads lie on two workers; either one's head scores all of it."""
     config = TeacherConfig(
         model=tiny_model("llama", seed=4, scale=0.2),
@@ -187,7 +197,7 @@ async def test_a_teacher_cut_in_two_by_tensor_parallelism_equals_the_oracle(tiny
 
 
 @pytest.mark.parametrize("stop", StopReason)
-async def test_the_teacher_reads_its_own_end_token_and_answers_with_the_students(mapped, stop):
+async def test_a_teacher_reads_its_own_end_token_and_answers_with_the_students(mapped, stop):
     scorer, config = mapped
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).double()
     stored = trajectory([5, 6, 7], [8, 9, 10, OWN_END])
@@ -205,7 +215,9 @@ async def test_the_teacher_reads_its_own_end_token_and_answers_with_the_students
     np.add.at(got, (np.arange(4)[:, None], signal.topk_ids), np.exp(signal.topk_logprobs))
     np.testing.assert_allclose(got[:, :num_tokens], expected, atol=1e-6)
     np.testing.assert_allclose(
-        np.exp(signal.tail_logprobs), probs[:, num_tokens:].sum(1), atol=1e-6
+        np.exp(signal.tail_logprobs),
+        probs[:, num_tokens:].sum(1),
+        atol=1e-6,
     )
     targets = expected[range(4), stored.body.response_ids]
     np.testing.assert_allclose(np.exp(signal.token_logprobs), targets, atol=1e-6)
@@ -215,12 +227,19 @@ async def test_the_teacher_reads_its_own_end_token_and_answers_with_the_students
 async def test_a_good_teacher_passes_its_self_test(chunked):
     scorer, config = chunked
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-    prompt_ids, size = np.array([5, 6, 7, 8], np.int32), model.config.vocab_size
+    prompt_ids = np.array([5, 6, 7, 8], np.int32)
+    size = model.config.vocab_size
     report = await self_test(
-        [scorer, scorer], prompt_ids=prompt_ids, vocab_size=size, dtype="float32"
+        [scorer, scorer],
+        prompt_ids=prompt_ids,
+        vocab_size=size,
+        dtype="float32",
     )
     greedy = model.generate(
-        torch.tensor([[5, 6, 7, 8]]), max_new_tokens=8, do_sample=False, eos_token_id=-1
+        torch.tensor([[5, 6, 7, 8]]),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=-1,
     )
     assert report.continuation == tuple(greedy[0, 4:].tolist())
 
@@ -237,7 +256,13 @@ async def test_a_good_teacher_with_a_remap_passes_its_self_test(mapped):
     assert THEIR_END not in report.continuation
 
 
-@pytest.mark.parametrize(("shift", "check"), [(1, "alignment"), (-1, "context")])
+@pytest.mark.parametrize(
+    ("shift", "check"),
+    [
+        (1, "alignment"),
+        (-1, "context"),
+    ],
+)
 async def test_a_head_one_row_off_fails_its_self_test(whole, shift, check):
     scorer, _ = whole
     await scorer._llm.collective_rpc("read_rows_off_by", args=(shift,))
@@ -264,9 +289,7 @@ class Nothing:
 """
 
 
-async def test_an_engine_that_scores_at_another_temperature_than_asked_does_not_start(
-    tiny_model, tmp_path, monkeypatch
-):
+async def test_an_engine_of_another_temperature_does_not_start(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "deaf.py").write_text(DEAF)
     monkeypatch.syspath_prepend(tmp_path)
     config = TeacherConfig(
@@ -288,10 +311,14 @@ async def test_an_engine_that_scores_at_another_temperature_than_asked_does_not_
 
 
 @bfloat16_engines
-@pytest.mark.parametrize("head_dtype", ["float32", pytest.param("model", marks=pytest.mark.slow)])
-async def test_a_bfloat16_teacher_is_near_the_oracle_and_its_head_has_the_precision_asked_for(
-    tiny_model, head_dtype
-):
+@pytest.mark.parametrize(
+    "head_dtype",
+    [
+        "float32",
+        pytest.param("model", marks=pytest.mark.slow),
+    ],
+)
+async def test_a_bfloat16_teacher_is_near_the_oracle(tiny_model, head_dtype):
     config = TeacherConfig(
         model=tiny_model("qwen3", seed=3, scale=0.2),
         dtype="bfloat16",
@@ -339,9 +366,10 @@ async def test_the_arithmetic_is_exact_at_any_depth(name, top_k):
 
 
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16])
-async def test_the_float32_copy_of_a_head_is_made_once_and_only_where_it_saves_a_cast(asked):
+async def test_the_float32_copy_of_a_head_is_made_once(asked):
     linear = torch.nn.Linear(2, 3, bias=False, dtype=torch.bfloat16)
-    linear.quant_method, linear.tp_size = UnquantizedEmbeddingMethod(), 1
+    linear.quant_method = UnquantizedEmbeddingMethod()
+    linear.tp_size = 1
     processor = torch.nn.Identity()
     processor.head_dtype = asked
     hook = head.Float32Head()
@@ -351,11 +379,13 @@ async def test_the_float32_copy_of_a_head_is_made_once_and_only_where_it_saves_a
         assert hook(processor, (linear, half)) is None
         return
 
-    first, second = hook(processor, (linear, half, "bias")), hook(processor, (linear, half))
+    first = hook(processor, (linear, half, "bias"))
+    second = hook(processor, (linear, half))
     assert first[1:] == (half, "bias")
     assert second[0] is first[0]
     assert torch.equal(first[0].weight, linear.weight.float())
-    assert (first[0].weight.dtype, linear.weight.dtype) == (torch.float32, torch.bfloat16)
+    assert first[0].weight.dtype == torch.float32
+    assert linear.weight.dtype == torch.bfloat16
 
 
 async def test_missing_rows_raise_and_warm_up_does_not():
@@ -363,7 +393,9 @@ async def test_missing_rows_raise_and_warm_up_does_not():
 
     hidden, ids = torch.zeros(4, 2), torch.arange(4)
     rows, targets = head._response_rows(
-        hidden, ids, PoolingParams(extra_kwargs={head.RESPONSE_TOKENS: 3})
+        hidden,
+        ids,
+        PoolingParams(extra_kwargs={head.RESPONSE_TOKENS: 3}),
     )
     assert (len(rows), targets.tolist()) == (3, [1, 2, 3])
     with pytest.raises(RuntimeError, match="needs one more"):
@@ -409,7 +441,9 @@ async def test_native_options_win_and_nested_ones_are_merged(tiny_model):
         "kv_cache_dtype": "fp8",
     }
     through = engine_options(
-        config.model_copy(update={"vllm": native}), top_k=5, max_sequence_tokens=64
+        config.model_copy(update={"vllm": native}),
+        top_k=5,
+        max_sequence_tokens=64,
     )
     assert {name: through[name] for name in native} == native
     with pytest.raises(ConfigError, match="no config"):

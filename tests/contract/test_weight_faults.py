@@ -31,7 +31,9 @@ class Source:
     """A ``ParameterSource`` of constants, with something that happens before one bucket."""
 
     def __init__(self) -> None:
-        self.value, self.at_bucket, self.happens = 0.0, -1, lambda: None
+        self.value = 0.0
+        self.at_bucket = -1
+        self.happens = lambda: None
 
     def metadata(self):
         return [ParameterMeta(f"p{i}", "float32", (BUCKET_FLOATS,)) for i in range(NUM_BUCKETS)]
@@ -145,7 +147,8 @@ def test_a_receiver_killed_in_a_transfer_fails_it_for_all_at_once(victim, at_buc
     with gang(3, timeout_s=HOUR) as (them, sender, source):
         them.connect(sender)
         assert_publishes(them, sender, source, 1.0)
-        source.at_bucket, source.happens = at_bucket, lambda: them.remove(victim, signal.SIGKILL)
+        source.at_bucket = at_bucket
+        source.happens = lambda: them.remove(victim, signal.SIGKILL)
         with pytest.raises(WireError):
             them.publish(sender)
 
@@ -162,14 +165,12 @@ def test_a_receiver_killed_in_a_transfer_fails_it_for_all_at_once(victim, at_buc
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_receiver_that_stalls_costs_one_time_out_and_is_left_behind(victim):
+def test_a_stalled_receiver_costs_one_time_out(victim):
     with gang(3, timeout_s=3.0) as (them, sender, source):
         them.connect(sender)
         stalled: list[int] = []
-        source.at_bucket, source.happens = (
-            3,
-            lambda: stalled.append(them.remove(victim, signal.SIGSTOP)),
-        )
+        source.at_bucket = 3
+        source.happens = lambda: stalled.append(them.remove(victim, signal.SIGSTOP))
 
         try:
             with pytest.raises(WireError):
@@ -185,7 +186,7 @@ def test_a_receiver_that_stalls_costs_one_time_out_and_is_left_behind(victim):
 
 
 @pytest.mark.timeout(120)
-def test_a_group_can_be_built_again_while_an_old_transfer_still_waits():
+def test_a_group_is_built_again_while_an_old_transfer_waits():
     """The learner gives up a transfer that it never sent: its own leaving ends the receivers'
     threads.
     """
@@ -210,7 +211,7 @@ def test_an_engine_killed_between_two_transfers_fails_the_next():
 
 
 @pytest.mark.timeout(120)
-def test_a_group_in_which_one_never_joins_is_given_up_and_built_without_it():
+def test_a_group_is_built_without_one_that_never_joins():
     with gang(2, timeout_s=HOUR) as (them, sender, source):
         sender._connect_timeout_s = 2.0
         answers = them.tell("connect", sender.open([1, 1, 1], "secret")[:2])

@@ -16,6 +16,7 @@ from eopd.config import load_config
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 KINDS = ("cpu", "gpu")
 
 
@@ -25,21 +26,23 @@ def lock_lines(kind):
 
 
 def locked(kind):
-    return {
-        canonicalize_name(name): version
-        for name, _, version in (line.partition("==") for line in lock_lines(kind))
-    }
+    versions = {}
+    for line in lock_lines(kind):
+        name, _, version = line.partition("==")
+        versions[canonicalize_name(name)] = version
+
+    return versions
 
 
-# --- lock files ------------------------------------------------------------------------------------------------------
+# --- lock files
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lock_pins_every_package_once_and_nothing_else(kind):
     lines = lock_lines(kind)
-    assert [
-        line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line)
-    ] == []
+    for line in lines:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line)
+
     assert len(locked(kind)) == len(lines)
 
 
@@ -47,9 +50,9 @@ def test_the_cpu_lock_holds_no_cuda_build():
     packages = locked("cpu")
     assert packages["torch"].endswith("+cpu")
     assert {"torchvision", "torchaudio", "torchcodec", "vllm"}.isdisjoint(packages)
-    assert [
-        name for name in packages if name.startswith("nvidia-") or name.endswith(("-cu12", "-cu13"))
-    ] == []
+    for name in packages:
+        assert not name.startswith("nvidia-")
+        assert not name.endswith(("-cu12", "-cu13"))
 
 
 def test_the_gpu_lock_holds_no_cpu_build():
@@ -60,12 +63,11 @@ def test_the_gpu_lock_holds_no_cpu_build():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lock_satisfies_every_direct_dependency(kind):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
+    extras = PROJECT["optional-dependencies"]
     packages = locked(kind)
     broken = []
 
-    for text in [*project["dependencies"], *extras[kind], *extras["dev"]]:
+    for text in [*PROJECT["dependencies"], *extras[kind], *extras["dev"]]:
         wanted = Requirement(text)
         version = packages.get(canonicalize_name(wanted.name))
         if version is None or not wanted.specifier.contains(version):
@@ -86,11 +88,12 @@ def test_the_lock_script_is_valid_shell_and_writes_these_locks():
     script = CLUSTER / "lock.sh"
     subprocess.run(["sh", "-n", str(script)], check=True)
     assert script.stat().st_mode & 0o111
-    written = re.findall(r"cluster/requirements-(\w+)\.lock", script.read_text(encoding="utf-8"))
+    text = script.read_text(encoding="utf-8")
+    written = re.findall(r"cluster/requirements-(\w+)\.lock", text)
     assert sorted(written) == sorted(KINDS)
 
 
-# --- set-up ----------------------------------------------------------------------------------------------------------
+# --- set-up
 
 PYTHON = """#!/bin/sh
 case "$*" in
@@ -113,19 +116,26 @@ def setup(tmp_path):
         return path
 
     def run(*, version="3.11.9", ctypes=0, free_kb=99_000_000, compiler="g++", pip="exit 0"):
-        fake_pip = program("pip", f"#!/bin/sh\necho 'WARNING: a location is ignored' >&2\n{pip}\n")
-        python = program("python", PYTHON.format(version=version, ctypes=ctypes, pip=fake_pip))
+        warning = "echo 'WARNING: a location is ignored' >&2"
+        fake_pip = program("pip", f"#!/bin/sh\n{warning}\n{pip}\n")
+        text = PYTHON.format(version=version, ctypes=ctypes, pip=fake_pip)
+        python = program("python", text)
         program("g++", "#!/bin/sh\n")
         program("df", f"#!/bin/sh\necho header\necho /dev/x 1 1 {free_kb} 1% /\n")
         environment = {
             **os.environ,
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "PYTHON": str(python),
+            "CXX": compiler,
         }
-        environment["CXX"] = compiler
-        command = [CLUSTER / "setup.sh", tmp_path / "venv", "cluster/requirements-cpu.lock"]
-
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        lock = "cluster/requirements-cpu.lock"
+        return subprocess.run(
+            [CLUSTER / "setup.sh", tmp_path / "venv", lock],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
 
     return run
 
@@ -150,54 +160,58 @@ def test_setup_says_what_a_machine_lacks_before_it_downloads(machine, lacks, set
     assert done.returncode == 1
     assert done.stderr.startswith("setup: nothing was downloaded, since this machine lacks:\n  * ")
     assert lacks.format(bin=tmp_path / "bin", venv=tmp_path) in done.stderr
-    assert not (tmp_path / "venv").exists() and not (tmp_path / "asked").exists()
+    assert not (tmp_path / "venv").exists()
+    assert not (tmp_path / "asked").exists()
 
 
 def test_setup_names_everything_that_is_missing_at_once(setup):
-    assert setup(version="3.10.1", ctypes=1, free_kb=1, compiler="none").stderr.count("  * ") == 4
+    done = setup(version="3.10.1", ctypes=1, free_kb=1, compiler="none")
+    assert done.stderr.count("  * ") == 4
 
 
 def test_setup_has_a_line_for_each_stage_and_no_warnings_of_pip(setup):
     done = setup()
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert [line[:13] for line in lines] == ["setup: 1 of 3", "setup: 2 of 3", "setup: 3 of 3"]
-    assert all(re.search(r" \.\.\. \d+ s$", line) for line in lines)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    first, second, third = done.stdout.splitlines()
+    assert re.match(r"setup: 1 of 3.* \.\.\. \d+ s$", first)
+    assert re.match(r"setup: 2 of 3.* \.\.\. \d+ s$", second)
+    assert re.match(r"setup: 3 of 3.* \.\.\. \d+ s$", third)
 
 
 def test_setup_shows_what_pip_wrote_when_it_fails(setup):
     done = setup(pip="echo 'ERROR: no such version' >&2; exit 1")
     assert done.returncode == 1
-    assert "ERROR: no such version" in done.stderr and "WARNING: a location" in done.stderr
+    assert "ERROR: no such version" in done.stderr
+    assert "WARNING: a location" in done.stderr
     assert done.stdout.endswith("failed\n")
 
 
-# --- images ----------------------------------------------------------------------------------------------------------
+# --- images
 
 
 def dockerfile(kind):
     """Instructions of a Dockerfile, comments dropped and continued lines joined."""
     lines = (CLUSTER / f"Dockerfile.{kind}").read_text(encoding="utf-8").splitlines()
-    text = "\n".join(line for line in lines if not line.lstrip().startswith("#")).replace(
-        "\\\n", " "
-    )
+    kept = [line for line in lines if not line.lstrip().startswith("#")]
+    text = "\n".join(kept).replace("\\\n", " ")
     return [line.split(maxsplit=1) for line in text.splitlines() if line]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_image_copies_files_that_exist_and_installs_its_own_lock(kind):
     steps = dockerfile(kind)
-    sources = [source for word, rest in steps if word == "COPY" for source in rest.split()[:-1]]
-    assert [source for source in sources if not (ROOT / source).exists()] == []
-    assert f"cluster/requirements-{kind}.lock" in sources
-    installs = [rest for word, rest in steps if word == "RUN" and "pip install" in rest]
-    assert any(f"--no-deps -r cluster/requirements-{kind}.lock" in install for install in installs)
-    assert all(
-        "--no-deps" in part
-        for install in installs
-        for part in install.split("&&")
-        if "pip install" in part
-    )
+    copies = [rest.split() for word, rest in steps if word == "COPY"]
+    sources = [source for *of_copy, _ in copies for source in of_copy]
+    for source in sources:
+        assert (ROOT / source).exists()
+
+    lock = f"cluster/requirements-{kind}.lock"
+    assert lock in sources
+    parts = [part for word, rest in steps if word == "RUN" for part in rest.split("&&")]
+    installs = [part for part in parts if "pip install" in part]
+    assert any(f"--no-deps -r {lock}" in install for install in installs)
+    assert all("--no-deps" in install for install in installs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,7 +222,7 @@ def test_image_has_the_python_of_the_project_and_an_ordinary_user(kind):
     assert steps[-1] == ["USER", "eopd"]
 
 
-# --- the KubeRay manifest --------------------------------------------------------------------------------------------
+# --- the KubeRay manifest
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +236,8 @@ def groups(rayjob):
 
 
 def test_manifest_is_one_rayjob_with_tokens_on_and_the_locked_ray(rayjob):
-    assert (rayjob["apiVersion"], rayjob["kind"]) == ("ray.io/v1", "RayJob")
+    assert rayjob["apiVersion"] == "ray.io/v1"
+    assert rayjob["kind"] == "RayJob"
     cluster = rayjob["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["rayVersion"] == locked("cpu")["ray"] == locked("gpu")["ray"]
@@ -230,19 +245,16 @@ def test_manifest_is_one_rayjob_with_tokens_on_and_the_locked_ray(rayjob):
 
 def test_entrypoint_is_a_valid_command_on_an_existing_config(rayjob):
     program, verb, config, *options = shlex.split(rayjob["spec"]["entrypoint"])
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-        "scripts"
-    ]
-    assert program in scripts and verb == "train"
+    assert program in PROJECT["scripts"]
+    assert verb == "train"
     assert set(options[::2]) == {"--set"}
     resolved = load_config(ROOT / config, options[1::2])
     shared = [resolved.run.directory, resolved.student.model, resolved.teachers[0].model]
-    assert all(path.is_relative_to("/shared") for path in shared), (
-        "what nodes share lies on the shared volume"
-    )
+    for path in shared:
+        assert path.is_relative_to("/shared"), "what nodes share lies on the shared volume"
 
 
-def test_every_group_runs_an_image_of_this_folder_with_the_shared_volume(rayjob):
+def test_every_group_runs_an_image_of_this_folder(rayjob):
     for group in groups(rayjob):
         pod = group["template"]["spec"]
         volumes = {volume["name"] for volume in pod["volumes"]}
@@ -250,15 +262,20 @@ def test_every_group_runs_an_image_of_this_folder_with_the_shared_volume(rayjob)
         for container in pod["containers"]:
             tag = container["image"].rpartition(":")[2]
             assert (CLUSTER / f"Dockerfile.{tag}").is_file()
-            mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-            assert mounts["shared"] == "/shared" and mounts.keys() == volumes
+            mounts = {}
+            for mount in container["volumeMounts"]:
+                mounts[mount["name"]] = mount["mountPath"]
+
+            assert mounts["shared"] == "/shared"
+            assert mounts.keys() == volumes
 
 
 def test_only_the_gpu_group_asks_for_gpus_and_runs_the_gpu_image(rayjob):
-    workers = {
-        group["groupName"]: group["template"]["spec"]["containers"][0]
-        for group in groups(rayjob)[1:]
-    }
+    workers = {}
+    for group in groups(rayjob)[1:]:
+        pod = group["template"]["spec"]
+        workers[group["groupName"]] = pod["containers"][0]
+
     assert workers.keys() == {"cpu", "gpu"}
     for name, container in workers.items():
         assert container["image"] == f"eopd:{name}"
@@ -267,8 +284,8 @@ def test_only_the_gpu_group_asks_for_gpus_and_runs_the_gpu_image(rayjob):
 
 def test_the_readme_s_gpu_settings_are_valid(rayjob):
     readme = (CLUSTER / "README.md").read_text(encoding="utf-8")
-    # as the shell does
-    settings = [os.path.expandvars(one) for one in re.findall(r"--set (\S+)", readme)]
+    written = re.findall(r"--set (\S+)", readme)
+    settings = [os.path.expandvars(setting) for setting in written]  # as the shell does
     assert settings
     config = shlex.split(rayjob["spec"]["entrypoint"])[2]
     resolved = load_config(ROOT / config, settings)

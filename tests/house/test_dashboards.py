@@ -14,12 +14,18 @@ import yaml
 
 from eopd.telemetry.catalog import CATALOG
 
+
+def read_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = ROOT / "dashboards"
 GRAFANA = DASHBOARDS / "grafana"
-RULES = yaml.safe_load((DASHBOARDS / "rules" / "eopd.yml").read_text(encoding="utf-8"))["groups"]
-ALERTS = {rule["alert"]: rule for group in RULES for rule in group["rules"] if "alert" in rule}
-RECORDED = {rule["record"] for group in RULES for rule in group["rules"] if "record" in rule}
+GROUPS = read_yaml(DASHBOARDS / "rules" / "eopd.yml")["groups"]
+RULES = [rule for group in GROUPS for rule in group["rules"]]
+ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
+RECORDED = {rule["record"] for rule in RULES if "record" in rule}
 BOARDS = {
     path.name: json.loads(path.read_text(encoding="utf-8"))
     for path in sorted(GRAFANA.glob("*.json"))
@@ -37,9 +43,9 @@ def expressions(board: dict[str, Any]) -> Iterator[str]:
     for panel in panels(board):
         yield from (target["expr"] for target in panel["targets"])
 
-    yield from (
-        variable["query"] for variable in board["templating"]["list"] if variable["type"] == "query"
-    )
+    for variable in board["templating"]["list"]:
+        if variable["type"] == "query":
+            yield variable["query"]
 
 
 def metrics_of(expression: str) -> set[str]:
@@ -68,19 +74,17 @@ def test_the_reader_of_expressions_finds_metrics_only(expression: str, names: se
 def test_the_committed_dashboards_are_what_the_code_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DASHBOARDS))
     made = runpy.run_path(str(DASHBOARDS / "build.py"))["render"]()
-    assert {
-        path.name: path.read_text(encoding="utf-8") for path in GRAFANA.glob("*.json")
-    } == made, "make dashboards"
+    committed = {path.name: path.read_text(encoding="utf-8") for path in GRAFANA.glob("*.json")}
+    assert committed == made, "make dashboards"
     assert len(made) == 4
 
 
 def test_dashboards_and_catalogue_name_the_same_metrics() -> None:
-    drawn = {
-        name
-        for board in BOARDS.values()
-        for expression in expressions(board)
-        for name in metrics_of(expression)
-    }
+    drawn: set[str] = set()
+    for board in BOARDS.values():
+        for expression in expressions(board):
+            drawn |= metrics_of(expression)
+
     assert drawn == set(CATALOG)
 
 
@@ -89,13 +93,15 @@ def test_every_query_is_of_the_chosen_run(board: dict[str, Any]) -> None:
     for panel in panels(board):
         for target in panel["targets"]:
             assert '{run=~"$run"}' in target["expr"]
-            assert target["datasource"]["uid"] == panel["datasource"]["uid"] == "${datasource}"
+            assert target["datasource"]["uid"] == "${datasource}"
+            assert panel["datasource"]["uid"] == "${datasource}"
 
-    variables = {variable["name"]: variable for variable in board["templating"]["list"]}
-    assert list(variables) == ["datasource", "run"], (
-        "a query variable comes after the data source it needs"
-    )
-    assert (variables["datasource"]["type"], variables["run"]["type"]) == ("datasource", "query")
+    # a query variable comes after the data source it needs
+    source, run = board["templating"]["list"]
+    assert source["name"] == "datasource"
+    assert source["type"] == "datasource"
+    assert run["name"] == "run"
+    assert run["type"] == "query"
 
 
 @every_board
@@ -110,7 +116,8 @@ def test_every_panel_says_what_it_shows_and_in_what_unit(board: dict[str, Any]) 
             assert CATALOG[name].healthy in panel["description"]
 
         references = [target["refId"] for target in panel["targets"]]
-        assert references and len(set(references)) == len(references)
+        assert references
+        assert len(set(references)) == len(references)
 
 
 @every_board
@@ -135,10 +142,10 @@ def test_panels_have_ids_of_their_own_and_lie_side_by_side(board: dict[str, Any]
 
 
 def test_rules_name_metrics_that_are_there() -> None:
-    for group in RULES:
-        for rule in group["rules"]:
-            named = metrics_of(rule["expr"])
-            assert named and named <= set(CATALOG) | RECORDED | PROMETHEUS_OWN, rule
+    there = CATALOG.keys() | RECORDED | PROMETHEUS_OWN
+    for rule in RULES:
+        named = metrics_of(rule["expr"])
+        assert named and named <= there, rule
 
 
 def test_every_alert_leads_to_its_paragraph_of_the_runbook() -> None:
@@ -151,38 +158,33 @@ def test_every_alert_leads_to_its_paragraph_of_the_runbook() -> None:
     assert len(anchors) == len(ALERTS)
 
     for name, alert in ALERTS.items():
-        assert set(alert["annotations"]) == {"summary", "description", "runbook"}
-        assert alert["annotations"]["runbook"].endswith(
-            re.sub("(?<!^)(?=[A-Z])", "-", name[4:]).lower()
-        )
+        annotations = alert["annotations"]
+        assert set(annotations) == {"summary", "description", "runbook"}
+        title = re.sub("(?<!^)(?=[A-Z])", "-", name.removeprefix("Eopd"))
+        assert annotations["runbook"].endswith(title.lower())
 
     for paragraph in text.split("\n## ")[1:]:
-        assert "**Confirm:**" in paragraph and "**Do:**" in paragraph
+        assert "**Confirm:**" in paragraph
+        assert "**Do:**" in paragraph
 
 
 def test_the_runbook_names_metrics_and_keys_that_are_there() -> None:
     text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(eopd_\w+)`", text)) <= set(CATALOG)
-    knobs = (
-        (ROOT / "tests" / "house" / "knobs.txt")
-        .read_text(encoding="utf-8")
-        .replace("[]", "")
-        .split()
-    )
-    keys = re.findall(
-        r"`((?:run|rollout|teachers|learner|loss|flow|weights|student)(?:\[\])?\.\w+)", text
-    )
-    named = [key.replace("[]", "") for key in keys]
-    assert (
-        named
-        and [key for key in named if not any(f"{knob}.".startswith(f"{key}.") for knob in knobs)]
-        == []
-    )
+    file = ROOT / "tests" / "house" / "knobs.txt"
+    knobs = file.read_text(encoding="utf-8").replace("[]", "").split()
+    sections = "run|rollout|teachers|learner|loss|flow|weights|student"
+    keys = re.findall(rf"`((?:{sections})(?:\[\])?\.\w+)", text)
+    assert keys
+    for key in keys:
+        plain = key.replace("[]", "")
+        assert any(f"{knob}.".startswith(f"{plain}.") for knob in knobs), key
 
 
-@pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool comes with Debian's prometheus"
-)
+NO_PROMTOOL = shutil.which("promtool") is None
+
+
+@pytest.mark.skipif(NO_PROMTOOL, reason="promtool comes with Debian's prometheus")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -191,15 +193,18 @@ def test_the_runbook_names_metrics_and_keys_that_are_there() -> None:
     ],
 )
 def test_promtool_finds_the_rules_right(arguments: tuple[str, ...]) -> None:
-    done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True)
+    command = ["promtool", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_alert_is_unit_tested() -> None:
-    tests = (ROOT / "tests" / "house" / "rules" / "eopd.test.yml").read_text(encoding="utf-8")
-    assert [name for name in ALERTS if f'alertname="{name}", alertstate="firing"' not in tests] == [
-        "EopdStalled"
-    ]
+    file = ROOT / "tests" / "house" / "rules" / "eopd.test.yml"
+    tests = file.read_text(encoding="utf-8")
+    for name in ALERTS.keys() - {"EopdStalled"}:
+        assert f'alertname="{name}", alertstate="firing"' in tests
+
+    assert 'alertname="EopdStalled", alertstate="firing"' not in tests
     assert "alertname: EopdStalled" in tests
 
 
@@ -207,38 +212,32 @@ def test_every_alert_is_unit_tested() -> None:
 
 
 def test_prometheus_scrapes_the_driver_as_often_as_grafana_believes() -> None:
-    scrape = yaml.safe_load((DASHBOARDS / "prometheus.yml").read_text())
+    scrape = read_yaml(DASHBOARDS / "prometheus.yml")
     jobs = {job["job_name"]: job for job in scrape["scrape_configs"]}
     assert list(jobs) == ["eopd", "ray"]
     assert jobs["eopd"]["static_configs"] == [{"targets": ["127.0.0.1:9400"]}]
     assert [path for pattern in scrape["rule_files"] for path in DASHBOARDS.glob(pattern)]
     provisioning = GRAFANA / "provisioning"
-    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())[
-        "datasources"
-    ]
+    (source,) = read_yaml(provisioning / "datasources" / "prometheus.yml")["datasources"]
     assert source["type"] == "prometheus"
     assert source["jsonData"]["timeInterval"] == scrape["global"]["scrape_interval"]
-    (provider,) = yaml.safe_load((provisioning / "dashboards" / "eopd.yml").read_text())[
-        "providers"
-    ]
+    (provider,) = read_yaml(provisioning / "dashboards" / "eopd.yml")["providers"]
     assert provider["type"] == "file"
 
 
 def test_compose_mounts_what_exists_where_it_is_looked_for() -> None:
-    services = yaml.safe_load((DASHBOARDS / "compose.yml").read_text())["services"]
-    mounts = dict(
-        mount.split(":")[:2] for service in services.values() for mount in service["volumes"]
-    )
-    assert [
-        host for host in mounts if host.startswith(".") and not (DASHBOARDS / host).exists()
-    ] == []
-    (provider,) = yaml.safe_load(
-        (GRAFANA / "provisioning" / "dashboards" / "eopd.yml").read_text()
-    )["providers"]
-    assert provider["options"]["path"] in mounts.values()
-    assert "/etc/grafana/provisioning" in mounts.values()
-    rays = yaml.safe_load((DASHBOARDS / "compose.ray.yml").read_text())["services"]["prometheus"]
+    services = read_yaml(DASHBOARDS / "compose.yml")["services"]
+    inside = set()
+    for service in services.values():
+        assert service["network_mode"] == "host"  # all addresses are 127.0.0.1
+        for mount in service["volumes"]:
+            host, path, *_ = mount.split(":")
+            assert not host.startswith(".") or (DASHBOARDS / host).exists()
+            inside.add(path)
+
+    (provider,) = read_yaml(GRAFANA / "provisioning" / "dashboards" / "eopd.yml")["providers"]
+    assert provider["options"]["path"] in inside
+    assert "/etc/grafana/provisioning" in inside
+    with_ray = read_yaml(DASHBOARDS / "compose.ray.yml")["services"]
     # where prometheus.yml looks for Ray's file
-    assert rays == {"volumes": ["/tmp/ray:/tmp/ray:ro"]}
-    # all addresses are 127.0.0.1
-    assert {service["network_mode"] for service in services.values()} == {"host"}
+    assert with_ray["prometheus"] == {"volumes": ["/tmp/ray:/tmp/ray:ro"]}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "eopd").rglob("*.py"))
 KNOBS = Path(__file__).with_name("knobs.txt")
 
-# --- size of the code ------------------------------------------------------------------------------------------------
+# --- size of the code
 
 MAX_FILE_LINES, MAX_FILE_STATEMENTS, MAX_FUNCTION_LINES, MAX_NESTING = 500, 250, 60, 3
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -72,7 +72,7 @@ def test_files_and_functions_are_short_and_flat(path):
     assert nesting(tree) <= MAX_NESTING
 
 
-# --- light imports ---------------------------------------------------------------------------------------------------
+# --- light imports
 
 
 def test_config_types_roles_and_pipeline_load_nothing_heavy():
@@ -82,13 +82,16 @@ def test_config_types_roles_and_pipeline_load_nothing_heavy():
         "print(json.dumps(list(sys.modules)))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert heavy.isdisjoint(json.loads(result.stdout))
 
 
-# --- configuration ---------------------------------------------------------------------------------------------------
+# --- configuration
 
 
 def knobs(model, prefix=""):
@@ -144,7 +147,7 @@ def test_every_config_is_valid_short_and_says_how_to_run_it(path):
     )
 
 
-# --- README ----------------------------------------------------------------------------------------------------------
+# --- README
 
 
 def fences(text):
@@ -177,7 +180,7 @@ def test_the_readme_is_short_and_starts_with_a_command():
     assert first and first[0] <= 30, "the first ```bash block stands within 30 lines"
 
 
-# --- the whole tree --------------------------------------------------------------------------------------------------
+# --- the whole tree
 
 # Built from parts, so that this file is held to the rule too.
 FORBIDDEN = {
@@ -185,8 +188,9 @@ FORBIDDEN = {
     + "|".join(["work", "root", "home/[a-z]+", "Users"])
     + r")/",
     "an index of one machine": "file:" + r"///|(?:PIP|UV)_\w*INDEX\w*=|find-links[ =]/",
-    "a package index (PyTorch's CPU index apart)": r"index-url[ =]+(?!https://download\.pytorch\.org/whl/cpu)\S|pypi\."
-    + "org",
+    "a package index (PyTorch's CPU index apart)": (
+        r"index-url[ =]+(?!https://download\.pytorch\.org/whl/cpu)\S|" + r"pypi\." + "org"
+    ),
     "unfinished work": r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X"]) + r")\b",
 }
 
@@ -194,7 +198,11 @@ FORBIDDEN = {
 def tracked_files():
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(
-        command, cwd=ROOT, check=True, capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.split("\0")
     return [ROOT / name for name in names if name and (ROOT / name).is_file()]
 

@@ -47,7 +47,13 @@ class Program:
         )
 
         return subprocess.Popen(
-            command, cwd=ROOT, env=env, text=True, stdout=out, stderr=err, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=env,
+            text=True,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
         )
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -108,7 +114,8 @@ class Run:
     def __init__(
         self, program: Program, name: str, *overrides: str, config: str = "configs/tiny.yaml"
     ) -> None:
-        self.program, self.directory = program, program.runs / name
+        self.program = program
+        self.directory = program.runs / name
         self.log = program.runs.parent / f"{name}.log"
         self.process = program.start(*program.train(name, *overrides, config=config), log=self.log)
 

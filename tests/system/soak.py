@@ -82,11 +82,9 @@ class Soak:
 
     def bear(self, minutes: float, every_s: float) -> None:
         """Sample all the time, and bring in a fault every so often."""
-        ends, next_fault, waiting = (
-            time.monotonic() + 60 * minutes,
-            time.monotonic() + every_s,
-            list[str](),
-        )
+        ends = time.monotonic() + 60 * minutes
+        next_fault = time.monotonic() + every_s
+        waiting = list[str]()
         while time.monotonic() < ends:
             assert self.run.process.poll() is None, self.run.log.read_text()[-3000:]
             self._sample()
@@ -128,7 +126,8 @@ class Soak:
 
         for name, values in self.samples.items():
             third = len(values) // 3
-            first, last = statistics.median(values[:third]), statistics.median(values[-third:])
+            first = statistics.median(values[:third])
+            last = statistics.median(values[-third:])
             typer.echo(
                 f"{name:24}{first:14.1f}{last:14.1f}{max(values):10.1f}{ALLOWED[name]:18.1f}"
             )
@@ -143,14 +142,13 @@ class Soak:
             "weight_failures",
         )
 
+        last = rows[-1]
         for name in names:
-            typer.echo(
-                f"{name:24}{sum(v for k, v in rows[-1].items() if k.startswith(f'eopd_{name}_total')):14.0f}"
-            )
+            counts = [n for key, n in last.items() if key.startswith(f"eopd_{name}_total")]
+            typer.echo(f"{name:24}{sum(counts):14.0f}")
 
-        typer.echo(
-            f"{'dropped trajectories':24}{rows[-1]['eopd_dropped_trajectories_total']:14.0f}"
-        )
+        dropped = last["eopd_dropped_trajectories_total"]
+        typer.echo(f"{'dropped trajectories':24}{dropped:14.0f}")
         lost = sum(
             value
             for name, value in rows[-1].items()

@@ -29,7 +29,8 @@ def free_port() -> str:
 def head(tmp_path, program):
     """A Ray head of our own, stopped by its own process; yields the environment of its clients."""
     # a socket's path must be short
-    dashboard, temporary = free_port(), Path("/tmp") / f"ray-{secrets.token_hex(4)}"
+    dashboard = free_port()
+    temporary = Path("/tmp") / f"ray-{secrets.token_hex(4)}"
     env = program.environment() | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
@@ -63,7 +64,10 @@ def test_a_submitted_job_trains(program, head):
     deadline = time.monotonic() + 60
 
     while subprocess.run(
-        [BIN / "ray", "job", "list"], env=head, cwd=ROOT, capture_output=True
+        [BIN / "ray", "job", "list"],
+        env=head,
+        cwd=ROOT,
+        capture_output=True,
     ).returncode:
         assert time.monotonic() < deadline, "the job server did not come up"
         time.sleep(1)
@@ -71,4 +75,5 @@ def test_a_submitted_job_trains(program, head):
     done = subprocess.run(command, env=head, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((program.runs / "job" / "summary.json").read_text())
-    assert summary["status"] == "completed" and summary["steps"] == 3
+    assert summary["status"] == "completed"
+    assert summary["steps"] == 3

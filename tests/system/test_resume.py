@@ -28,8 +28,12 @@ def killed(program):
     return run.directory, program.left_behind(grace_s=60)
 
 
+def summary_of(directory):
+    return json.loads((directory / "summary.json").read_text())
+
+
 def measured_before(directory):
-    return json.loads((directory / "summary.json").read_text())["held_out"]["before"]
+    return summary_of(directory)["held_out"]["before"]
 
 
 @pytest.fixture(scope="module")
@@ -54,32 +58,28 @@ def test_nothing_outlives_a_driver_that_was_killed(killed):
     assert left == []
 
 
-def test_the_newest_checkpoint_that_is_whole_is_resumed_and_the_other_is_named(resumed):
+def test_the_newest_whole_checkpoint_is_resumed(resumed):
     directory, done, older, newest = resumed
     assert done.returncode == 0, done.stdout + done.stderr
     message = f"passing over {newest}: learner/"
-    assert (
-        message in done.stdout.replace("\n", "")
-        and f"the newest that is whole is {older.name}" in done.stdout
-    )
-    assert json.loads((directory / "summary.json").read_text())["status"] == "completed"
-    assert [path.name for path in list_checkpoints(directory / "checkpoints")] == [
-        "step-000020",
-        "step-000030",
-    ]
-    assert len(list((directory / "checkpoints").iterdir())) == 2
+    assert message in done.stdout.replace("\n", "")
+    assert f"the newest that is whole is {older.name}" in done.stdout
+    assert summary_of(directory)["status"] == "completed"
+    checkpoints = directory / "checkpoints"
+    names = [path.name for path in list_checkpoints(checkpoints)]
+    assert names == ["step-000020", "step-000030"]
+    assert len(list(checkpoints.iterdir())) == 2
 
 
 def test_it_trains_every_number_once_in_order_and_the_same_tokens(resumed, synchronous):
     directory, undisturbed = resumed[0], synchronous[0]
-    trained, expected = (
-        read_rows(directory / "trained.jsonl"),
-        read_rows(undisturbed / "trained.jsonl"),
-    )
-    assert [row["step"] for row in trained] == list(range(1, 31))
-    assert [row["issues"] for row in trained] == [
-        list(range(8 * step, 8 * step + 8)) for step in range(30)
-    ]
+    trained = read_rows(directory / "trained.jsonl")
+    expected = read_rows(undisturbed / "trained.jsonl")
+    assert len(trained) == 30
+    for number, row in enumerate(trained):
+        assert row["step"] == number + 1
+        assert row["issues"] == list(range(8 * number, 8 * number + 8))
+
     # token by token, with the checksums of the responses
     assert trained[:COMPARED] == expected[:COMPARED]
     assert len({tuple(row["crc32"]) for row in trained}) == 30
@@ -87,13 +87,17 @@ def test_it_trains_every_number_once_in_order_and_the_same_tokens(resumed, synch
 
 def test_its_losses_are_those_of_an_undisturbed_run(resumed, synchronous):
     directory, undisturbed = resumed[0], synchronous[0]
-    found, expected = (
-        read_rows(directory / "metrics.jsonl"),
-        read_rows(undisturbed / "metrics.jsonl"),
-    )
+    found = read_rows(directory / "metrics.jsonl")
+    expected = read_rows(undisturbed / "metrics.jsonl")
     assert [row["step"] for row in found] == list(range(1, 31))
-    for name in ("eopd_loss", "eopd_grad_norm", "eopd_learning_rate", "eopd_response_tokens_total"):
-        ours, theirs = ([row[name] for row in of_run[:COMPARED]] for of_run in (found, expected))
+    for name in (
+        "eopd_loss",
+        "eopd_grad_norm",
+        "eopd_learning_rate",
+        "eopd_response_tokens_total",
+    ):
+        ours = [row[name] for row in found[:COMPARED]]
+        theirs = [row[name] for row in expected[:COMPARED]]
         assert ours == pytest.approx(theirs, abs=1e-3), name
 
 
@@ -101,11 +105,11 @@ def test_its_losses_are_those_of_an_undisturbed_run(resumed, synchronous):
 def small_disk(tmp_path, synchronous):
     """A file system with room for one checkpoint of the tiny student, not for two."""
     directory, _ = synchronous
-    size = sum(path.stat().st_size for path in (directory / "checkpoints/step-000030").rglob("*"))
+    files = (directory / "checkpoints/step-000030").rglob("*")
+    size = sum(path.stat().st_size for path in files)
     options = f"size={size * 8 // 5}"
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path], capture_output=True
-    )
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path]
+    mount = subprocess.run(command, capture_output=True)
     if mount.returncode != 0:
         pytest.skip("mounting a small disk needs root")
 
@@ -114,17 +118,24 @@ def small_disk(tmp_path, synchronous):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_older_checkpoint(program, small_disk):
-    settings = ("run.batches=9", "checkpoint.every=1", "evaluation.prompts=8", "rollout.engines=1")
-    done = program.run(*program.train("full", *settings, f"run.directory={small_disk}"))
+def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(program, small_disk):
+    command = program.train(
+        "full",
+        "run.batches=9",
+        "checkpoint.every=1",
+        "evaluation.prompts=8",
+        "rollout.engines=1",
+        f"run.directory={small_disk}",
+    )
+    done = program.run(*command)
     assert done.returncode == 1, done.stdout + done.stderr
     checkpoints = small_disk / "full" / "checkpoints"
     message = done.stderr.splitlines()[-1]
+    advice = "step-000001 is whole and kept. Free some space"
     assert message.startswith(f"error: {checkpoints}/step-000002 could not be written: ")
-    assert "bytes were free there. step-000001 is whole and kept. Free some space" in message
+    assert f"bytes were free there. {advice}" in message
     assert "Traceback" not in done.stderr
-    assert [path.name for path in checkpoints.iterdir()] == ["step-000001"] and list_checkpoints(
-        checkpoints
-    )
-    assert json.loads((small_disk / "full" / "summary.json").read_text())["status"] == "failed"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000001"]
+    assert list_checkpoints(checkpoints)
+    assert summary_of(small_disk / "full")["status"] == "failed"
     assert program.left_behind() == []

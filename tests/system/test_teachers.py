@@ -70,7 +70,11 @@ class Server:
     def start(self) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, cwd=ROOT, env=self._program.environment(), stdout=log, stderr=log
+                self._command,
+                cwd=ROOT,
+                env=self._program.environment(),
+                stdout=log,
+                stderr=log,
             )
 
         deadline = time.monotonic() + 120
@@ -166,11 +170,12 @@ def test_a_run_outlives_its_teachers_servers(run, servers):
     time.sleep(5.0)  # longer than their two attempts
     start(servers)
     last = run.wait(lambda row: row["step"] >= before["step"] + 10)
-    assert min(of_teachers(last, "failures_total")) > 0 and lost(last) == 0
+    assert min(of_teachers(last, "failures_total")) > 0
+    assert lost(last) == 0
 
 
 @pytest.mark.slow
-def test_each_source_goes_to_its_teacher_and_the_gate_is_uncertain_of_bounds_alone(run):
+def test_each_source_goes_to_its_teacher(run):
     found = run.rows()
     tokens = of_teachers(found[-1], "tokens_total")
     assert sum(tokens) > found[-1]["eopd_response_tokens_total"]  # and the held-out ones
@@ -180,7 +185,7 @@ def test_each_source_goes_to_its_teacher_and_the_gate_is_uncertain_of_bounds_alo
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_with_a_checkpoint_a_report_and_nothing_left_running(run, servers):
+def test_ctrl_c_ends_it_with_a_checkpoint_and_a_report(run, servers):
     before = len(run.log.read_text())
     said = run.interrupt()[before:]
     for server in servers:
@@ -189,7 +194,8 @@ def test_ctrl_c_ends_it_with_a_checkpoint_a_report_and_nothing_left_running(run,
     assert run.program.left_behind() == []
     assert "Traceback" not in said
     stopped, found = run.summary(), run.rows()
-    assert stopped["status"] == "interrupted" and stopped["steps"] == len(found)
+    assert stopped["status"] == "interrupted"
+    assert stopped["steps"] == len(found)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     assert ">interrupted</span>" in (run.directory / "report.html").read_text()
     assert [p.name for p in (run.directory / "checkpoints").iterdir()] == [
@@ -220,11 +226,10 @@ def base_student(program, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_base_student_learns_to_end_like_a_chat_teacher_that_reads_another_prompt(
-    program, base_student
-):
+def test_a_base_student_learns_to_end_like_a_chat_teacher(program, base_student):
     tokenizer = AutoTokenizer.from_pretrained(base_student)
-    end, chat_end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = tokenizer.eos_token_id
+    chat_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     arguments = program.train(
         "base",
         f"student.model={base_student}",
@@ -238,14 +243,17 @@ def test_a_base_student_learns_to_end_like_a_chat_teacher_that_reads_another_pro
     refused = program.run(*arguments)
     assert refused.returncode == 2
     remap = f"eos_remap: {{{end}: {chat_end}}}"
-    assert f"write {remap}" in refused.stderr and "Traceback" not in refused.stderr
+    assert f"write {remap}" in refused.stderr
+    assert "Traceback" not in refused.stderr
     done = program.run(*arguments, "--set", f"teachers.0.{remap.replace(': {', '={')}")
     assert done.returncode == 0, done.stderr
     directory = program.runs / "base"
     held_out = json.loads((directory / "summary.json").read_text())["held_out"]
     assert held_out["after"]["reverse_kl"]["mean"] < 0.5 * held_out["before"]["reverse_kl"]["mean"]
     question = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": "Hi"}],
+        tokenize=False,
+        add_generation_prompt=True,
     )
     sentence = tokenizer(
         f"{question}I like to sing by the lake every night.", return_tensors="pt"

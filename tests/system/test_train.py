@@ -22,9 +22,12 @@ def rows(directory):
 def test_held_out_reverse_kl_at_least_halves(synchronous):
     directory, _ = synchronous
     summary = json.loads((directory / "summary.json").read_text())
-    assert summary["status"] == "completed" and summary["steps"] == 30 and summary["wall_s"] > 0
+    assert summary["status"] == "completed"
+    assert summary["steps"] == 30
+    assert summary["wall_s"] > 0
     assert summary["tokens"] == rows(directory)[-1]["eopd_response_tokens_total"]
-    before, after = summary["held_out"]["before"], summary["held_out"]["after"]
+    before = summary["held_out"]["before"]
+    after = summary["held_out"]["after"]
     for name in PARAMETERS:
         for measured in (before[name], after[name]):
             assert 0 < measured["standard_error"] < 0.5 * max(1.0, abs(measured["mean"]))
@@ -53,7 +56,8 @@ def test_every_token_was_sampled_by_the_weights_the_learner_held(synchronous):
         for row in found
         if "eopd_weight_probe_nats" in row
     }
-    assert list(probed) == [10, 20, 30] and 0 < max(probed.values()) < 1e-4
+    assert list(probed) == [10, 20, 30]
+    assert 0 < max(probed.values()) < 1e-4
 
 
 def test_the_run_directory_is_the_contract(synchronous):
@@ -87,14 +91,12 @@ def test_the_run_directory_is_the_contract(synchronous):
     assert [row["issues"] for row in trained] == [
         list(range(8 * step, 8 * step + 8)) for step in range(30)
     ]
-    assert (
-        "step 30/30" in output
-        and "top-1 agreement" in output
-        and f"report: {directory}/report.html" in output
-    )
+    assert "step 30/30" in output
+    assert "top-1 agreement" in output
+    assert f"report: {directory}/report.html" in output
 
 
-def test_a_step_s_timeline_and_the_held_out_tokens_fit_what_was_measured(synchronous):
+def test_timelines_and_held_out_tokens_fit_what_was_measured(synchronous):
     directory, _ = synchronous
     timeline = [
         json.loads(line) for line in (directory / "timeline.jsonl").read_text().splitlines()
@@ -125,9 +127,8 @@ def test_a_step_s_timeline_and_the_held_out_tokens_fit_what_was_measured(synchro
             assert "".join(sample["texts"][str(i)] for i in sample["ids"]).startswith(
                 sample["response"][:1]
             )
-            assert (
-                sample["entropy_low"] == sample["entropy_high"] and min(sample["entropy_low"]) >= 0
-            )
+            assert sample["entropy_low"] == sample["entropy_high"]
+            assert min(sample["entropy_low"]) >= 0
 
             for i, ids in enumerate(sample["topk_ids"]):
                 if (token := sample["ids"][i]) in ids:
@@ -145,7 +146,9 @@ def test_the_exported_student_is_the_trained_one(synchronous, program):
     teacher = AutoModelForCausalLM.from_pretrained(program.models / "teacher", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory / "hf")
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": "Hi"}],
+        tokenize=False,
+        add_generation_prompt=True,
     )
     ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
 
@@ -155,7 +158,9 @@ def test_the_exported_student_is_the_trained_one(synchronous, program):
         expected = teacher(whole).logits[0, rows].softmax(-1)
         kls = [
             torch.nn.functional.kl_div(
-                m(whole).logits[0, rows].log_softmax(-1), expected, reduction="sum"
+                m(whole).logits[0, rows].log_softmax(-1),
+                expected,
+                reduction="sum",
             )
             for m in (initial, trained)
         ]
@@ -181,34 +186,44 @@ def test_the_exported_student_answers_a_benchmark(synchronous, program, tmp_path
         "1",
     ]
     done = program.run(
-        "eval", str(directory / "hf"), data, *settings, "--grader", "math", "--output", str(answers)
+        "eval",
+        str(directory / "hf"),
+        data,
+        *settings,
+        "--grader",
+        "math",
+        "--output",
+        str(answers),
     )
     assert done.returncode == 0, done.stderr
-    assert "avg@2" in done.stdout and "pass@2" in done.stdout and "40 prompts" in done.stdout
+    assert "avg@2" in done.stdout
+    assert "pass@2" in done.stdout
+    assert "40 prompts" in done.stdout
     assert len(answers.read_text().splitlines()) == 40
 
 
 @pytest.mark.slow
 def test_a_failure_leaves_no_process_and_says_failed(program):
-    done = program.run(
-        *program.train("broken", "teachers.0.vllm={kv_cache_memory_bytes: 1}", "rollout.engines=1")
+    command = program.train(
+        "broken",
+        "teachers.0.vllm={kv_cache_memory_bytes: 1}",
+        "rollout.engines=1",
     )
+    done = program.run(*command)
     assert done.returncode == 1
-    said = r"^error: the teacher teacher replica 0 did not start: \w+: .+; its log is in .+/broken/logs$"
-    assert re.search(said, done.stderr, re.M) and "Traceback" not in done.stderr
-    assert "Traceback" in (program.runs / "broken" / "logs" / "driver.log").read_text()
-    assert (
-        "No available memory for the cache blocks"
-        in (program.runs / "broken" / "logs" / "teacher-teacher-0.log").read_text()
-    )
+    failed = r"^error: the teacher teacher replica 0 did not start: \w+: .+"
+    assert re.search(rf"{failed}; its log is in .+/broken/logs$", done.stderr, re.M)
+    assert "Traceback" not in done.stderr
+    logs = program.runs / "broken" / "logs"
+    assert "Traceback" in (logs / "driver.log").read_text()
+    of_teacher = (logs / "teacher-teacher-0.log").read_text()
+    assert "No available memory for the cache blocks" in of_teacher
     assert json.loads((program.runs / "broken" / "summary.json").read_text())["status"] == "failed"
     assert program.left_behind() == []
 
 
 @pytest.mark.slow
-def test_a_processor_without_bfloat16_computes_in_float32_and_trains(
-    program, monkeypatch, tmp_path
-):
+def test_a_processor_without_bfloat16_trains_in_float32(program, monkeypatch, tmp_path):
     # its keys know nothing of ATEN_CPU_CAPABILITY
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     for name, value in AVX2_ALONE.items():
@@ -226,10 +241,8 @@ def test_a_processor_without_bfloat16_computes_in_float32_and_trains(
     config = yaml.safe_load((directory / "config.yaml").read_text())
 
     for model in (config["student"], *config["teachers"]):
-        assert (
-            model["dtype"] == "float32"
-            and "keeps bfloat16 instructions from use" in model["dtype_reason"]
-        )
+        assert model["dtype"] == "float32"
+        assert "keeps bfloat16 instructions from use" in model["dtype_reason"]
 
     assert all(row["eopd_logprob_gap_nats"] < 1e-3 for row in rows(directory))
     held_out = json.loads((directory / "summary.json").read_text())["held_out"]
@@ -244,5 +257,6 @@ def test_asking_for_more_than_the_machine_has_is_one_message(program):
         "error: the roles ask for 8.75 cpus (learner 2 x 4, rollout 2 x 0.25, teacher "
         "teacher 1 x 0.25)" in done.stderr
     )
-    assert "Traceback" not in done.stderr and not (program.runs / "greedy").exists()
+    assert "Traceback" not in done.stderr
+    assert not (program.runs / "greedy").exists()
     assert program.left_behind() == []

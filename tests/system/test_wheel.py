@@ -17,11 +17,16 @@ def environment(tmp_path_factory) -> dict[str, str]:
     and no checkout.
     """
     folder = tmp_path_factory.mktemp("wheel")
-    source, wheels, site = folder / "source", folder / "wheels", folder / "site"
+    source = folder / "source"
+    wheels = folder / "wheels"
+    site = folder / "site"
 
     for name in ("eopd", "configs"):  # copied, since building writes into the folder that it builds
         shutil.copytree(
-            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+            ROOT / name,
+            source / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
 
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -64,7 +69,10 @@ def eopd(folder: Path, environment: dict[str, str], *arguments: str) -> str:
 def test_a_wheel_starts_from_an_empty_folder(folder, environment):
     where = "import eopd; print(eopd.__file__)"
     found = subprocess.check_output(
-        [sys.executable, "-c", where], cwd=folder, env=environment, text=True
+        [sys.executable, "-c", where],
+        cwd=folder,
+        env=environment,
+        text=True,
     )
     assert Path(found.strip()).is_relative_to(environment["PYTHONPATH"])
 

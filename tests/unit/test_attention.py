@@ -54,11 +54,15 @@ SOFT = {"attn_logit_softcapping": 50.0}
         (None, {}, "bfloat16", "cuda", True, "sdpa"),
     ],
 )
-def test_flash_is_for_gpus_and_half_precision_and_never_under_a_soft_cap(
+def test_flash_is_for_half_precision_on_gpus_without_a_soft_cap(
     family, text_config, dtype, device_type, flash_installed, expected
 ):
     chosen = choose_attention(
-        family, text_config, dtype=dtype, device_type=device_type, flash_installed=flash_installed
+        family,
+        text_config,
+        dtype=dtype,
+        device_type=device_type,
+        flash_installed=flash_installed,
     )
     assert chosen == expected
 
@@ -96,7 +100,15 @@ def test_a_soft_cap_in_the_attention_is_not_dropped(config_class, tmp_path):
     assert (eager - sdpa).abs().max() > 1e-2  # what would be lost
 
 
-@pytest.mark.parametrize(("window", "longest"), [(9, 10), (300, 301), (4096, 7), (None, 7)])
+@pytest.mark.parametrize(
+    ("window", "longest"),
+    [
+        (9, 10),
+        (300, 301),
+        (4096, 7),
+        (None, 7),
+    ],
+)
 def test_packing_is_tried_beyond_the_window_of_the_attention(
     window, longest, tmp_path, monkeypatch
 ):

@@ -39,7 +39,8 @@ class Driving(RuleBasedStateMachine):
         period=st.integers(2, 12),
     )
     def start(self, batch: int, max_staleness: int, lookahead: int, period: int) -> None:
-        self.settled, self.dropped = Watermark(), set[int]()
+        self.settled = Watermark()
+        self.dropped = set[int]()
         self.mode = {
             "batch": batch,
             "max_staleness": max_staleness,
@@ -76,9 +77,8 @@ class Driving(RuleBasedStateMachine):
             taken, self.taking = self.taking.result(), None
             self.taken = [one.issue for one in taken]
             staleness = [self.version - one.stored.header.oldest_version for one in taken]
-            assert (
-                len(staleness) == self.buffer.batch and max(staleness) <= self.buffer.max_staleness
-            )
+            assert len(staleness) == self.buffer.batch
+            assert max(staleness) <= self.buffer.max_staleness
             assert self.due() <= {*self.trained, *self.taken}
 
         for issue, (_, offer) in list(self.offers.items()):
@@ -143,10 +143,8 @@ class Driving(RuleBasedStateMachine):
         self.offer(issue, self.version - self.buffer.max_staleness - beyond)
 
     def offer(self, issue: int, version: int) -> None:
-        self.offers[issue] = (
-            version,
-            self.loop.create_task(self.buffer.offer(issue, stored(issue, version))),
-        )
+        offer = self.buffer.offer(issue, stored(issue, version))
+        self.offers[issue] = (version, self.loop.create_task(offer))
         self.settle()
 
     @precondition(lambda self: self.quick)
@@ -205,7 +203,10 @@ class Driving(RuleBasedStateMachine):
         self.teardown(close=False)
         self.buffer = self.new_buffer()
         self.crashes += 1
-        self.running, self.offers, self.taking, self.accidents = {}, {}, None, set()
+        self.running = {}
+        self.offers = {}
+        self.taking = None
+        self.accidents = set()
         self.next_issue = self.settled.floor
 
     @invariant()
@@ -218,7 +219,8 @@ class Driving(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_trained_twice_and_order_is_kept(self) -> None:
-        assert len(set(self.trained)) == len(self.trained) == self.buffer.batch * self.version
+        assert len(self.trained) == self.buffer.batch * self.version
+        assert len(self.trained) == len(set(self.trained))
         assert not self.dropped & set(self.trained)
         if self.buffer.lookahead == 0:
             assert self.trained == sorted(self.trained)
@@ -265,13 +267,22 @@ def train(buffer: Buffer, *issues: int) -> None:
     buffer.release()
 
 
+def offer(buffer: Buffer, issue: int, *, version: int) -> asyncio.Task[LossReason | None]:
+    return asyncio.create_task(buffer.offer(issue, stored(issue, version)))
+
+
+async def take(buffer: Buffer, *, version: int) -> list[int]:
+    """The numbers of a batch."""
+    return [taken.issue for taken in await buffer.take(version)]
+
+
 async def test_synchronous_means_no_admission_before_the_release():
     buffer = Buffer(batch=2, max_staleness=0, lookahead=0)
     await buffer.admit()
     await buffer.admit()
     third = asyncio.create_task(buffer.admit())
-    offers = [asyncio.create_task(buffer.offer(i, stored(i, 0))) for i in (1, 0)]
-    assert [t.issue for t in await buffer.take(version=0)] == [0, 1]
+    offers = [offer(buffer, i, version=0) for i in (1, 0)]
+    assert await take(buffer, version=0) == [0, 1]
     await asyncio.sleep(0)
     assert not third.done()
     buffer.release()
@@ -279,7 +290,7 @@ async def test_synchronous_means_no_admission_before_the_release():
     assert await asyncio.gather(*offers) == [None, None]
 
 
-async def test_a_trajectory_that_is_too_stale_by_accident_is_turned_away_and_keeps_its_slot():
+async def test_a_trajectory_too_stale_by_accident_keeps_its_slot():
     buffer = Buffer(batch=1, max_staleness=1, lookahead=0)
     await buffer.admit()
     offer = asyncio.create_task(buffer.offer(0, stored(0, version=3)))
@@ -297,80 +308,78 @@ async def test_one_that_is_turned_away_while_it_waits_is_overdue_again():
     for _ in range(2):
         await buffer.admit()
 
-    offers = [asyncio.create_task(buffer.offer(i, stored(i, version=-i))) for i in (0, 1)]
-    assert [t.issue for t in await buffer.take(version=0)] == [0]
+    offers = [offer(buffer, i, version=-i) for i in (0, 1)]
+    assert await take(buffer, version=0) == [0]
     train(buffer, 0)
     await buffer.admit()
-    taking = asyncio.create_task(buffer.take(version=1))
+    taking = asyncio.create_task(take(buffer, version=1))
     assert await asyncio.gather(*offers) == [None, LossReason.TOO_STALE]
-    later = asyncio.create_task(buffer.offer(2, stored(2, version=1)))
+    later = offer(buffer, 2, version=1)
     await asyncio.sleep(0.01)
     assert not taking.done()
-    again = asyncio.create_task(buffer.offer(1, stored(1, version=1)))
-    assert [t.issue for t in await taking] == [1]
+    again = offer(buffer, 1, version=1)
+    assert await taking == [1]
     train(buffer, 1)
     assert await again is None
     later.cancel()
 
 
-async def test_lookahead_lets_a_slow_trajectory_be_overtaken_once_and_no_more():
+async def test_lookahead_lets_a_slow_trajectory_be_overtaken_once():
     buffer = Buffer(batch=1, max_staleness=2, lookahead=1)
     for _ in range(2):
         await buffer.admit()
 
-    fast = asyncio.create_task(buffer.offer(1, stored(1, 0)))
-    assert [t.issue for t in await buffer.take(0)] == [1]
+    fast = offer(buffer, 1, version=0)
+    assert await take(buffer, version=0) == [1]
     train(buffer, 1)
     await buffer.admit()
-    faster = asyncio.create_task(buffer.offer(2, stored(2, 1)))
+    faster = offer(buffer, 2, version=1)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(buffer.take(1), 0.01)  # 0 is due now
 
-    slow = asyncio.create_task(buffer.offer(0, stored(0, 0)))
-    assert [t.issue for t in await buffer.take(1)] == [0]
+    slow = offer(buffer, 0, version=0)
+    assert await take(buffer, version=1) == [0]
     train(buffer, 0)
     assert await asyncio.gather(fast, slow) == [None, None]
     faster.cancel()
 
 
-async def test_a_batch_of_another_size_leaves_nothing_behind_that_is_overdue():
+async def test_a_batch_of_another_size_leaves_nothing_overdue():
     buffer = Buffer(batch=8, max_staleness=1, lookahead=0, settled=Watermark(10))
-    offers = [
-        asyncio.create_task(buffer.offer(issue, stored(issue, 0)))
-        for issue in (*range(10, 16), 17, 18)
-    ]
-    taking = asyncio.create_task(buffer.take(version=0))
+    offers = [offer(buffer, issue, version=0) for issue in (*range(10, 16), 17, 18)]
+    taking = asyncio.create_task(take(buffer, version=0))
     await _turns(4)
     assert not taking.done(), "number 16 would be left behind"
-    offers.append(asyncio.create_task(buffer.offer(16, stored(16, 0))))
-    assert [taken.issue for taken in await taking] == list(range(10, 18))
-    for offer in offers:
-        offer.cancel()
+    offers.append(offer(buffer, 16, version=0))
+    assert await taking == list(range(10, 18))
+    for waiting in offers:
+        waiting.cancel()
 
 
-async def test_a_batch_whose_bodies_are_lost_in_part_is_taken_again_once_they_are_there():
+async def test_a_batch_with_lost_bodies_is_taken_again():
     buffer = Buffer(batch=2, max_staleness=0, lookahead=0)
-    offers = [asyncio.create_task(buffer.offer(issue, stored(issue, 0))) for issue in (0, 1)]
+    offers = [offer(buffer, issue, version=0) for issue in (0, 1)]
     assert len(await buffer.take(version=0)) == 2
     buffer.put_back({1})
-    assert await offers[1] is LossReason.BODY_LOST and not offers[0].done()
-    taking = asyncio.create_task(buffer.take(version=0))
+    assert await offers[1] is LossReason.BODY_LOST
+    assert not offers[0].done()
+    taking = asyncio.create_task(take(buffer, version=0))
     await _turns(4)
     assert not taking.done() and buffer.next_missing == 1
-    again = asyncio.create_task(buffer.offer(1, stored(1, 0)))
-    assert [taken.issue for taken in await taking] == [0, 1]
+    again = offer(buffer, 1, version=0)
+    assert await taking == [0, 1]
     train(buffer, 0, 1)
     assert await asyncio.gather(offers[0], again) == [None, None]
 
 
 async def test_a_number_that_is_dropped_later_holds_up_no_batch_before_it():
     buffer = Buffer(batch=2, max_staleness=1, lookahead=0)
-    offers = [asyncio.create_task(buffer.offer(issue, stored(issue, 0))) for issue in (0, 1)]
+    offers = [offer(buffer, issue, version=0) for issue in (0, 1)]
     buffer.settled.add(3)
     buffer.skip(3)
-    assert [taken.issue for taken in await asyncio.wait_for(buffer.take(version=0), 1.0)] == [0, 1]
+    assert await asyncio.wait_for(take(buffer, version=0), 1.0) == [0, 1]
     train(buffer, 0, 1)
-    offers += [asyncio.create_task(buffer.offer(issue, stored(issue, 0))) for issue in (2, 4)]
-    assert [taken.issue for taken in await asyncio.wait_for(buffer.take(version=1), 1.0)] == [2, 4]
+    offers += [offer(buffer, issue, version=0) for issue in (2, 4)]
+    assert await asyncio.wait_for(take(buffer, version=1), 1.0) == [2, 4]
     train(buffer, 2, 4)
     await asyncio.gather(*offers)

@@ -62,13 +62,13 @@ class FakeEngine:
         bad_hashes: int = 0,
         bad_loads: int = 0,
     ) -> None:
-        self.dies_in, self.wrong, self.bad_hashes, self.bad_loads = (
-            dies_in,
-            wrong,
-            bad_hashes,
-            bad_loads,
-        )
-        self.dead, self.serves, self.calls = False, PolicyVersion(0, 0), []
+        self.dies_in = dies_in
+        self.wrong = wrong
+        self.bad_hashes = bad_hashes
+        self.bad_loads = bad_loads
+        self.dead = False
+        self.serves = PolicyVersion(0, 0)
+        self.calls = []
 
     async def _call(self, name):
         self.calls.append(name)
@@ -117,35 +117,41 @@ def channel_of(sender, *engines, condemned=None, every=0):
 
 
 async def test_the_group_is_built_once_and_every_engine_serves_the_version():
-    sender, engines = FakeSender(), [FakeEngine(), FakeEngine()]
+    sender = FakeSender()
+    engines = [FakeEngine(), FakeEngine()]
     channel = channel_of(sender, *engines)
     for _ in range(2):
         stats = await channel.publish(NEW)
 
-    assert (stats.version, stats.num_bytes, stats.pause_s) == (NEW, 100, 0.25)
-    assert sender.groups == [[2, 2]] and channel.num_failures == 0
+    assert stats.version == NEW
+    assert stats.num_bytes == 100
+    assert stats.pause_s == 0.25
+    assert sender.groups == [[2, 2]]
+    assert channel.num_failures == 0
     assert [engine.serves for engine in engines] == [NEW, NEW]
 
 
 @pytest.mark.parametrize("phase", ["connect", "receive", "check"])
-async def test_an_engine_that_dies_in_phase_one_is_left_out_and_the_others_are_served(phase):
+async def test_an_engine_that_dies_in_phase_one_is_left_out(phase):
     sender, condemned = FakeSender(), []
     engines = [FakeEngine(), FakeEngine(dies_in=phase), FakeEngine()]
     channel = channel_of(sender, *engines, condemned=condemned)
     await channel.publish(NEW)
-    assert [number for number, _ in condemned] == [1] and f"died in {phase}" in condemned[0][1]
+    assert [number for number, _ in condemned] == [1]
+    assert f"died in {phase}" in condemned[0][1]
     assert sender.groups == [[2, 2, 2], [2, 2]]
     assert [engine.serves.step for engine in engines] == [7, 0, 7]
     assert channel.num_failures == 1
 
 
-async def test_an_engine_that_dies_while_it_loads_is_condemned_and_the_others_go_on():
+async def test_an_engine_that_dies_while_it_loads_is_condemned():
     sender, condemned = FakeSender(), []
     engines = [FakeEngine(dies_in="install"), FakeEngine()]
     channel = channel_of(sender, *engines, condemned=condemned)
     await channel.publish(NEW)
     assert condemned == [(0, "installing weights failed: died in install")]
-    assert engines[1].serves == NEW and sender.groups == [[2, 2]]
+    assert engines[1].serves == NEW
+    assert sender.groups == [[2, 2]]
     await channel.publish(NEW)
     assert sender.groups == [[2, 2], [2]]
 
@@ -153,7 +159,9 @@ async def test_an_engine_that_dies_while_it_loads_is_condemned_and_the_others_go
 async def test_an_engine_that_serves_another_version_is_condemned():
     condemned = []
     await channel_of(
-        FakeSender(), FakeEngine(wrong=PolicyVersion(0, 6)), condemned=condemned
+        FakeSender(),
+        FakeEngine(wrong=PolicyVersion(0, 6)),
+        condemned=condemned,
     ).publish(NEW)
     assert condemned == [(0, "installing weights failed: it serves 0.6 after 0.7 was installed")]
 
@@ -170,14 +178,17 @@ async def test_an_engine_that_hangs_costs_one_time_out(monkeypatch):
     async with asyncio.timeout(2.0):
         await channel.publish(NEW)
 
-    assert [number for number, _ in condemned] == [0] and other.serves == NEW
+    assert [number for number, _ in condemned] == [0]
+    assert other.serves == NEW
 
 
-async def test_a_transfer_that_fails_with_everybody_alive_is_sent_again_and_not_for_ever():
+async def test_a_failed_transfer_is_sent_again_and_not_for_ever():
     sender, engine = FakeSender(failures=2), FakeEngine()
     channel = channel_of(sender, engine)
     await channel.publish(NEW)
-    assert engine.serves == NEW and len(sender.groups) == 3 and channel.num_failures == 2
+    assert engine.serves == NEW
+    assert len(sender.groups) == 3
+    assert channel.num_failures == 2
     broken = channel_of(FakeSender(failures=1000), FakeEngine())
 
     with pytest.raises(
@@ -189,7 +200,9 @@ async def test_a_transfer_that_fails_with_everybody_alive_is_sent_again_and_not_
 async def test_a_lost_learner_is_not_the_engines_fault():
     condemned = []
     channel = channel_of(
-        FakeSender(error=LearnerDownError("rank 1 died")), FakeEngine(), condemned=condemned
+        FakeSender(error=LearnerDownError("rank 1 died")),
+        FakeEngine(),
+        condemned=condemned,
     )
     with pytest.raises(LearnerDownError, match="rank 1"):
         await channel.publish(NEW)
@@ -198,14 +211,18 @@ async def test_a_lost_learner_is_not_the_engines_fault():
 
 
 async def test_a_newcomer_is_brought_to_the_learner_s_version():
-    sender, old, new = FakeSender(), FakeEngine(), FakeEngine()
+    sender = FakeSender()
+    old = FakeEngine()
+    new = FakeEngine()
     channel = channel_of(sender, old)
     await channel.publish(NEW)
     sender.held = PolicyVersion(0, 8)
     await channel.join(1, new)
-    assert (old.serves, new.serves) == (NEW, sender.held) and sender.groups == [[2], [2]]
+    assert (old.serves, new.serves) == (NEW, sender.held)
+    assert sender.groups == [[2], [2]]
     await channel.publish(sender.held)
-    assert old.serves == sender.held and sender.groups[-1] == [2, 2]
+    assert old.serves == sender.held
+    assert sender.groups[-1] == [2, 2]
 
 
 async def test_a_newcomer_that_dies_is_told_to_who_started_it():
@@ -218,27 +235,32 @@ async def test_a_newcomer_that_dies_is_told_to_who_started_it():
     assert condemned == [] and old.serves == NEW
 
 
-async def test_without_engines_a_version_is_published_at_once_and_the_first_newcomer_gets_it():
-    channel, new = channel_of(FakeSender(), FakeEngine(dies_in="receive")), FakeEngine()
+async def test_without_engines_a_version_is_published_at_once():
+    channel = channel_of(FakeSender(), FakeEngine(dies_in="receive"))
+    new = FakeEngine()
     assert (await channel.publish(NEW)).num_bytes == 0
     await channel.join(0, new)
     assert new.serves == NEW
 
 
-async def test_an_engine_that_left_takes_no_part_and_another_sender_is_connected_to():
-    sender, gone, here = FakeSender(), FakeEngine(), FakeEngine()
+async def test_an_engine_that_left_takes_no_part():
+    sender = FakeSender()
+    gone = FakeEngine()
+    here = FakeEngine()
     channel = channel_of(sender, gone, here)
     await channel.publish(NEW)
     await channel.leave(0)
     await channel.publish(NEW)
     channel.disconnect()
     await channel.publish(NEW)
-    assert sender.groups == [[2, 2], [2], [2]] and gone.calls.count("receive") == 1
+    assert sender.groups == [[2, 2], [2], [2]]
+    assert gone.calls.count("receive") == 1
 
 
 @pytest.mark.parametrize("moment", ["open", "accept"])
-async def test_an_engine_that_leaves_while_the_group_is_built_costs_one_round(moment, monkeypatch):
-    sender, engines = FakeSender(), [FakeEngine(), FakeEngine()]
+async def test_leaving_while_the_group_is_built_costs_one_round(moment, monkeypatch):
+    sender = FakeSender()
+    engines = [FakeEngine(), FakeEngine()]
     channel = channel_of(sender, *engines)
     before = getattr(sender, moment)
 
@@ -248,7 +270,8 @@ async def test_an_engine_that_leaves_while_the_group_is_built_costs_one_round(mo
 
     monkeypatch.setattr(sender, moment, and_one_leaves)
     await channel.publish(NEW)
-    assert sender.groups == [[2, 2], [2]] and channel.num_failures == 1
+    assert sender.groups == [[2, 2], [2]]
+    assert channel.num_failures == 1
     assert [engine.serves.step for engine in engines] == [0, 7]
 
 
@@ -258,12 +281,17 @@ async def test_publishing_what_the_learner_does_not_hold_is_an_error():
 
 
 @pytest.mark.parametrize("fault", ["bad_hashes", "bad_loads"])
-async def test_wrong_weights_are_sent_once_more_and_nobody_installs_before_all_have_checked(fault):
-    sender, condemned, engine, other = FakeSender(), [], FakeEngine(**{fault: 1}), FakeEngine()
+async def test_wrong_weights_are_sent_once_more(fault):
+    sender = FakeSender()
+    condemned = []
+    engine = FakeEngine(**{fault: 1})
+    other = FakeEngine()
     channel = channel_of(sender, engine, other, condemned=condemned, every=1)
     stats = await channel.publish(NEW)
-    assert condemned == [] and engine.serves == other.serves == NEW
-    assert stats.probe_nats == 0.0 and channel.num_failures == 1
+    assert condemned == []
+    assert engine.serves == other.serves == NEW
+    assert stats.probe_nats == 0.0
+    assert channel.num_failures == 1
     assert other.calls.count("install") == (1 if fault == "bad_hashes" else 2)
 
 
@@ -274,15 +302,17 @@ async def test_wrong_weights_are_sent_once_more_and_nobody_installs_before_all_h
         ("bad_loads", "the engine's log-probabilities of the probe are 1 nats"),
     ],
 )
-async def test_an_engine_that_has_the_same_weights_wrong_twice_is_condemned_and_the_others_serve_them(
-    fault, reason
-):
-    sender, condemned, other = FakeSender(), [], FakeEngine()
+async def test_an_engine_that_is_wrong_twice_is_condemned(fault, reason):
+    sender = FakeSender()
+    condemned = []
+    other = FakeEngine()
     channel = channel_of(sender, FakeEngine(**{fault: 2}), other, condemned=condemned, every=1)
     await channel.publish(NEW)
     ((number, told),) = condemned
-    assert number == 0 and told.startswith(f"twice with the same weights: {reason}")
-    assert other.serves == NEW and sender.groups[-1] == ([2] if fault == "bad_hashes" else [2, 2])
+    assert number == 0
+    assert told.startswith(f"twice with the same weights: {reason}")
+    assert other.serves == NEW
+    assert sender.groups[-1] == ([2] if fault == "bad_hashes" else [2, 2])
     condemned.clear()
     await channel.publish(NEW)
     assert condemned == [] and sender.groups[-1] == [2]
@@ -291,7 +321,10 @@ async def test_an_engine_that_has_the_same_weights_wrong_twice_is_condemned_and_
 async def test_an_engine_that_does_not_answer_the_probe_is_condemned():
     condemned = []
     await channel_of(
-        FakeSender(), FakeEngine(dies_in="probe"), condemned=condemned, every=1
+        FakeSender(),
+        FakeEngine(dies_in="probe"),
+        condemned=condemned,
+        every=1,
     ).publish(NEW)
     assert condemned == [(0, "it did not answer the probe: died in probe")]
 
@@ -313,12 +346,10 @@ class Slow(FakeEngine):
 
     def __init__(self, waits_in: str, dies: bool = False) -> None:
         super().__init__()
-        self.waits_in, self.dies, self.reached, self.gate = (
-            waits_in,
-            dies,
-            asyncio.Event(),
-            asyncio.Event(),
-        )
+        self.waits_in = waits_in
+        self.dies = dies
+        self.reached = asyncio.Event()
+        self.gate = asyncio.Event()
 
     async def _call(self, name):
         if name == self.waits_in:
@@ -329,7 +360,7 @@ class Slow(FakeEngine):
         await super()._call(name)
 
 
-async def test_an_engine_that_is_well_parts_only_when_no_transfer_is_under_way():
+async def test_a_well_engine_parts_when_no_transfer_is_under_way():
     engine, condemned = Slow("install"), []
     channel = channel_of(FakeSender(), engine, FakeEngine(), condemned=condemned)
     publishing = asyncio.create_task(channel.publish(NEW))
@@ -340,10 +371,12 @@ async def test_an_engine_that_is_well_parts_only_when_no_transfer_is_under_way()
     engine.gate.set()
     await publishing
     await parting
-    assert engine.serves == NEW and condemned == [] and channel.num_failures == 0
+    assert engine.serves == NEW
+    assert condemned == []
+    assert channel.num_failures == 0
 
 
-async def test_an_engine_that_was_taken_out_meanwhile_is_not_condemned_again():
+async def test_an_engine_that_was_taken_out_is_not_condemned_again():
     engine, condemned = Slow("install", dies=True), []
     channel = channel_of(FakeSender(), engine, FakeEngine(), condemned=condemned)
     publishing = asyncio.create_task(channel.publish(NEW))
@@ -367,19 +400,24 @@ async def test_a_newcomer_that_met_a_lost_learner_is_left_out_again():
     assert condemned == [] and sender.groups[-1] == [2]
 
 
-async def test_an_engine_that_has_no_seat_for_the_probe_is_not_compared_and_stays(monkeypatch):
+async def test_an_engine_without_a_seat_for_the_probe_stays(monkeypatch):
     monkeypatch.setattr(module, "PROBE_S", 0.02)
     condemned = []
     stats = await channel_of(FakeSender(), Slow("probe"), condemned=condemned, every=1).publish(NEW)
     assert condemned == [] and stats.probe_nats is None
     stats = await channel_of(
-        FakeSender(), Slow("probe"), FakeEngine(), condemned=condemned, every=1
+        FakeSender(),
+        Slow("probe"),
+        FakeEngine(),
+        condemned=condemned,
+        every=1,
     ).publish(NEW)
     assert condemned == [] and stats.probe_nats == 0.0
 
 
-async def test_newcomers_share_one_transfer_and_nobody_else_is_sent_to_or_paused():
-    sender, old = FakeSender(), [FakeEngine() for _ in range(56)]
+async def test_newcomers_share_one_transfer_of_their_own():
+    sender = FakeSender()
+    old = [FakeEngine() for _ in range(56)]
     channel = channel_of(sender, *old)
     await channel.publish(NEW)
     before = [list(engine.calls) for engine in old]
@@ -400,7 +438,7 @@ async def test_newcomers_share_one_transfer_and_nobody_else_is_sent_to_or_paused
     assert sender.groups[-1] == [2] * 65
 
 
-async def test_a_newcomer_that_fails_costs_those_that_come_with_it_nothing():
+async def test_a_newcomer_that_fails_costs_the_others_nothing():
     channel = channel_of(FakeSender(), FakeEngine())
     gate = Slow("connect")
     first = asyncio.create_task(channel.join(1, gate))
@@ -412,9 +450,8 @@ async def test_a_newcomer_that_fails_costs_those_that_come_with_it_nothing():
     await first
     joined, refused = await joins
     assert joined is None and well.serves == NEW
-    assert isinstance(
-        refused, EngineDownError
-    ) and "installing weights failed: died in install" in str(refused)
+    assert isinstance(refused, EngineDownError)
+    assert "installing weights failed: died in install" in str(refused)
 
 
 class Unconnectable(FakeEngine):
@@ -439,10 +476,11 @@ class WaitsForAll(FakeSender):
 
 
 @pytest.mark.parametrize("fault", ["connect", "silent"])
-async def test_one_of_many_engines_that_answers_and_cannot_join_is_lost_and_the_others_are_served(
+async def test_one_of_many_engines_that_cannot_join_is_lost(
     fault,
 ):
-    engines, condemned = [FakeEngine() for _ in range(64)], []
+    engines = [FakeEngine() for _ in range(64)]
+    condemned = []
     sender = WaitsForAll(2 * 5 + 1, 2 * 5 + 2)
     if fault == "connect":
         engines[5], sender.missing = Unconnectable(), ()
@@ -450,10 +488,10 @@ async def test_one_of_many_engines_that_answers_and_cannot_join_is_lost_and_the_
     channel = channel_of(sender, *engines, condemned=condemned)
     await channel.publish(NEW)
     ((number, reason),) = condemned
-    assert (
-        number == 5 and ("could not connect" if fault == "connect" else "did not connect") in reason
-    )
-    assert [engine.serves for engine in engines].count(NEW) == 63 and len(sender.groups) == 3
+    assert number == 5
+    assert ("could not connect" if fault == "connect" else "did not connect") in reason
+    assert [engine.serves for engine in engines].count(NEW) == 63
+    assert len(sender.groups) == 3
 
 
 async def test_one_that_leaves_in_the_middle_of_a_transfer_twice_is_lost():
@@ -468,9 +506,8 @@ async def test_one_that_leaves_in_the_middle_of_a_transfer_twice_is_lost():
     channel = channel_of(sender, *(FakeEngine() for _ in range(3)), condemned=condemned)
     await channel.publish(NEW)
     ((number, reason),) = condemned
-    assert number == 1 and reason.startswith(
-        "twice with the same weights: it left a weight transfer: rank 4"
-    )
+    assert number == 1
+    assert reason.startswith("twice with the same weights: it left a weight transfer: rank 4")
     assert sender.groups == [[2, 2, 2], [2, 2, 2], [2, 2]]
 
 
@@ -486,4 +523,5 @@ async def test_a_group_has_a_secret_of_its_own():
     await channel.publish(NEW)
     channel.disconnect()
     await channel.publish(NEW)
-    assert len(set(secrets)) == 2 and min(map(len, secrets)) >= 32
+    assert len(set(secrets)) == 2
+    assert min(map(len, secrets)) >= 32

@@ -35,14 +35,10 @@ async def save(directory: Path) -> None:
     (directory / "deep" / "small").write_bytes(b"small")
 
 
-async def save_little(directory: Path) -> None:
-    directory.mkdir()
-    (directory / "weights").write_bytes(b"w")
-
-
-def write(root: Path, *steps: int, keep_last: int = 9, save=save_little) -> None:
+def write(root: Path, *steps: int, keep_last: int = 9, save=fakes.save_weights) -> None:
     for step in steps:
-        asyncio.run(write_checkpoint(root, fakes.driver_state(step), save, keep_last=keep_last))
+        state = fakes.driver_state(step)
+        asyncio.run(write_checkpoint(root, state, save, keep_last=keep_last))
 
 
 def names(root: Path) -> list[str]:
@@ -80,15 +76,14 @@ def test_the_step_is_a_number_also_beyond_six_digits(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_is_none_once_a_file_of_it_is_cut_short_or_gone(tmp_path, name):
+def test_a_checkpoint_with_a_file_cut_short_or_gone_is_none(tmp_path, name):
     write(tmp_path, 1, 2, save=save)
     damaged = tmp_path / "step-000002" / name
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1])
     cut = fault(damaged.parents[len(Path(name).parts) - 1])
-    assert whole(tmp_path) == ["step-000001"] and list(broken_checkpoints(tmp_path)) == [
-        tmp_path / "step-000002"
-    ]
+    assert whole(tmp_path) == ["step-000001"]
+    assert list(broken_checkpoints(tmp_path)) == [tmp_path / "step-000002"]
     damaged.unlink()
     gone = fault(tmp_path / "step-000002")
     assert whole(tmp_path) == ["step-000001"]
@@ -112,7 +107,7 @@ def test_no_beginning_of_a_manifest_is_one(tmp_path):
         assert fault(tmp_path / "step-000001") == "manifest.json is not what was written"
 
 
-def test_small_files_are_known_by_their_bytes_and_others_may_lie_beside(tmp_path):
+def test_small_files_are_known_by_their_bytes(tmp_path):
     write(tmp_path, 1)
     (tmp_path / "step-000001/.learner.universal").mkdir()
     assert whole(tmp_path) == ["step-000001"]
@@ -124,8 +119,8 @@ def test_small_files_are_known_by_their_bytes_and_others_may_lie_beside(tmp_path
     ("limit", "save", "what"),
     [
         (DIGEST_BYTES, save, "the learner's part"),
-        (100, save_little, "state.json"),
-        (250, save_little, "manifest.json"),
+        (100, fakes.save_weights, "state.json"),
+        (250, fakes.save_weights, "manifest.json"),
     ],
 )
 def test_on_a_full_disk_the_old_checkpoint_stays_and_is_the_one(tmp_path, limit, save, what):
@@ -142,7 +137,7 @@ def test_on_a_full_disk_the_old_checkpoint_stays_and_is_the_one(tmp_path, limit,
     assert message.endswith("then continue from it with --resume.")
 
 
-def test_without_an_older_checkpoint_a_full_disk_says_to_start_again(tmp_path):
+def test_a_full_disk_without_a_checkpoint_says_to_start_again(tmp_path):
     async def on_a_full_device(directory):
         Path("/dev/full").write_bytes(b"w")
 
@@ -160,7 +155,9 @@ def test_what_an_actor_raised_is_told_without_its_traceback(tmp_path):
 
     async def remote(directory):
         raise RayTaskError(
-            "save", "Traceback: many lines", OSError(28, "No space left")
+            "save",
+            "Traceback: many lines",
+            OSError(28, "No space left"),
         ).as_instanceof_cause()
 
     with pytest.raises(
@@ -169,7 +166,13 @@ def test_what_an_actor_raised_is_told_without_its_traceback(tmp_path):
         write(tmp_path, 1, save=remote)
 
 
-@pytest.mark.parametrize("error", [ArithmeticError("no number"), asyncio.CancelledError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ArithmeticError("no number"),
+        asyncio.CancelledError(),
+    ],
+)
 def test_what_is_not_the_disk_s_comes_out_as_it_is(tmp_path, error):
     async def broken(directory):
         await save(directory)
@@ -240,7 +243,8 @@ def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path):
     ):
         write_whole(path, "n" * 101)
 
-    assert path.read_text() == "old" and names(tmp_path) == ["summary.json"]
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["summary.json"]
     with pytest.raises(StorageError, match=r"gone/too/summary.json could not be written"):
         write_whole(tmp_path / "gone" / "too" / "summary.json", "new")
 

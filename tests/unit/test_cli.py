@@ -5,21 +5,20 @@ starts.
 import asyncio
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fakes
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from eopd.cli.main import main
 from eopd.config import ConfigError, load_config
 from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.rewards.verdict import Verdict
-from eopd.run.checkpoint import DriverState, StorageError, write_checkpoint
+from eopd.run.checkpoint import StorageError
 from eopd.run.directory import RunDirectory
 from eopd.run.record import Summary
 from eopd.runtime.train import Outcome
@@ -35,15 +34,21 @@ def files(tmp_path_factory):
     write_model(root / "other", build_model("qwen3", other, seed=0, layers=1), other)
     words = Tokenizer(WordLevel({"<eos>": 0, "few": 1, "words": 2}, unk_token="<eos>"))
     small = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<eos>", bos_token="<eos>", pad_token="<eos>"
+        tokenizer_object=words,
+        eos_token="<eos>",
+        bos_token="<eos>",
+        pad_token="<eos>",
     )
     write_model(root / "small", build_model("qwen3", small, seed=0, layers=1), small)
     (root / "rows.jsonl").write_text(json.dumps({"prompt": "a few words"}) + "\n")
     (root / "empty.jsonl").write_text("\n")
-    (root / "c.yaml").write_text(
-        f"run: {{name: r, batches: 1, directory: {root}/runs}}\nstudent: {{model: {root}/model}}\n"
-        f"teachers: [{{model: {root}/model}}]\nprompts: {{data: {root}/rows.jsonl, held_out: {root}/rows.jsonl}}\n"
-        "flow: {batch_prompts: 1}\n"
+    fakes.write_config(
+        root,
+        batches=1,
+        student=f"{{model: {root}/model}}",
+        teachers=f"[{{model: {root}/model}}]",
+        prompts=f"{{data: {root}/rows.jsonl, held_out: {root}/rows.jsonl}}",
+        flow="{batch_prompts: 1}",
     )
 
     return root
@@ -98,65 +103,44 @@ def files(tmp_path_factory):
         ("loss.top_k=300", "loss.top_k: must be a whole number from 1 to 256 (is 300)"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(files, overrides, message, capsys, monkeypatch):
-    arguments = [
-        "train",
-        "{root}/c.yaml",
-        *(part for one in overrides.split() for part in ("--set", one)),
-    ]
-    monkeypatch.setattr(sys, "argv", ["eopd", *(a.format(root=files) for a in arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
+def test_a_mistake_is_one_message_and_exit_code_2(eopd, files, overrides, message):
+    options = []
+    for override in overrides.format(root=files).split():
+        options += ["--set", override]
 
-    assert caught.value.code == 2
-    shown = capsys.readouterr().err
-    assert message.format(root=files) in shown and "Traceback" not in shown
+    done = eopd("train", files / "c.yaml", *options)
+    assert done.code == 2
+    assert message.format(root=files) in done.err
+    assert "Traceback" not in done.err
     assert not (files / "runs").exists()
 
 
-def test_a_config_is_printed_with_every_default_and_loads_again(
-    files, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(
-        sys, "argv", ["eopd", "config", str(files / "c.yaml"), "--set", "loss.gate=always"]
-    )
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    shown = capsys.readouterr().out
-    assert caught.value.code == 0 and "max_skipped_steps: 3" in shown
-    (tmp_path / "whole.yaml").write_text(shown)
-    assert load_config(tmp_path / "whole.yaml") == load_config(
-        files / "c.yaml", ["loss.gate=always"]
-    )
+def test_a_config_is_printed_with_every_default_and_loads_again(eopd, files, tmp_path):
+    override = "loss.gate=always"
+    done = eopd("config", files / "c.yaml", "--set", override)
+    assert done.code == 0
+    assert "max_skipped_steps: 3" in done.out
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(done.out)
+    assert load_config(whole) == load_config(files / "c.yaml", [override])
 
 
 @pytest.mark.parametrize("verb", ["train", "check", "config"])
-def test_help_gives_an_example_of_an_override(verb, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["eopd", verb, "-h"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    shown = " ".join(capsys.readouterr().out.split())
-    assert caught.value.code == 0
-    assert "--set learner.lr=1e-5" in shown and "docs/configuration-reference.md" in shown
+def test_help_gives_an_example_of_an_override(eopd, verb):
+    done = eopd(verb, "-h")
+    shown = " ".join(done.out.split())
+    assert done.code == 0
+    assert "--set learner.lr=1e-5" in shown
+    assert "docs/configuration-reference.md" in shown
 
 
-def test_options_of_eval_have_the_bounds_of_their_keys(capsys, monkeypatch):
-    arguments = ["eval", "model", "rows.jsonl", "--threads", "1000", "--gpus", "1.5"]
-    monkeypatch.setattr(sys, "argv", ["eopd", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == (
+def test_options_of_eval_have_the_bounds_of_their_keys(eopd):
+    done = eopd("eval", "model", "rows.jsonl", "--threads", "1000", "--gpus", "1.5")
+    assert done.code == 2
+    assert done.err == (
         "error: --gpus: 1.5 is neither a whole number of GPUs nor, below 1, a share of one\n"
         "--threads: must be a whole number from 1 to 512 (is 1000)\n"
     )
-
-
-async def _save_nothing(learner: Path) -> None:
-    learner.mkdir()
 
 
 @pytest.fixture
@@ -166,12 +150,8 @@ def run(files, tmp_path):
     """
     directory = tmp_path / "run"
     for step in (2, 10, 11):
-        numbers = DriverState(
-            step=step, tokens=0, trajectories=0, skipped_steps=0, wall_s=0.0, ledger={}
-        )
-        asyncio.run(
-            write_checkpoint(directory / "checkpoints", numbers, _save_nothing, keep_last=3)
-        )
+        state = fakes.driver_state(step)
+        asyncio.run(fakes.save_checkpoint(directory / "checkpoints", state))
 
     (directory / "checkpoints" / "step-000011" / "state.json").unlink()
     (directory / "checkpoints" / ".step-000012.partial").mkdir()
@@ -199,8 +179,9 @@ def run(files, tmp_path):
         ("{root}/run --step 12", "error: --step 12: {root}/run has checkpoints of step 2, 10 only"),
         (
             "{root}/run",
-            "passing over {root}/run/checkpoints/step-000011: state.json is missing; the newest that is whole is "
-            "step-000010\nerror: --output {root}/run/hf-step-000010: exists; remove it or name another",
+            "passing over {root}/run/checkpoints/step-000011: state.json is missing; "
+            "the newest that is whole is step-000010\n"
+            "error: --output {root}/run/hf-step-000010: exists; remove it or name another",
         ),
         (
             "{root}/run --step 2 --output {root}/empty",
@@ -220,20 +201,15 @@ def run(files, tmp_path):
         ),
     ],
 )
-def test_a_mistaken_export_is_one_message_and_writes_nothing(
-    run, arguments, message, capsys, monkeypatch
-):
+def test_a_mistaken_export_is_one_message_and_writes_nothing(eopd, run, arguments, message):
     before = sorted(run.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["eopd", "export", *arguments.format(root=run).split()])
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == message.format(root=run) + "\n"
+    done = eopd("export", *arguments.format(root=run).split())
+    assert done.code == 2
+    assert done.err == message.format(root=run) + "\n"
     assert sorted(run.rglob("*")) == before
 
 
-def test_a_disk_that_takes_no_more_is_one_message(run, capsys, monkeypatch):
+def test_a_disk_that_takes_no_more_is_one_message(eopd, run, monkeypatch):
     def full(*arguments, **options):
         raise StorageError(
             "here could not be written: [Errno 28] No space left on device; "
@@ -241,21 +217,17 @@ def test_a_disk_that_takes_no_more_is_one_message(run, capsys, monkeypatch):
         )
 
     monkeypatch.setattr("eopd.runtime.train.train", full)
-    monkeypatch.setattr(sys, "argv", ["eopd", "train", str(run / "run" / "config.yaml")])
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    assert caught.value.code == 1
-    assert capsys.readouterr().err.startswith(
-        "error: here could not be written: [Errno 28] No space left on device; 0"
-    )
+    done = eopd("train", run / "run" / "config.yaml")
+    assert done.code == 1
+    message = "error: here could not be written: [Errno 28] No space left on device; 0"
+    assert done.err.startswith(message)
 
 
 RAN = Summary(status="completed", steps=1, tokens=9, wall_s=1.0, tokens_per_s=1.0)
 
 
 @pytest.fixture
-def train(run, capsys, monkeypatch):
+def train(eopd, run, monkeypatch):
     """``eopd train`` with a run that does nothing: its exit code, what it was asked for, and
     what was shown.
     """
@@ -272,17 +244,9 @@ def train(run, capsys, monkeypatch):
 
         monkeypatch.setattr("eopd.runtime.train.train", pretended)
         config = str(run / "run" / "config.yaml")
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["eopd", "train", *(config if a == "CONFIG" else a for a in arguments.split())],
-        )
-        with pytest.raises(SystemExit) as caught:
-            main()
-
-        shown = capsys.readouterr()
-
-        return int(caught.value.code or 0), asked, (shown.out + shown.err).replace(config, "CONFIG")
+        done = eopd("train", *arguments.replace("CONFIG", config).split())
+        shown = done.out + done.err
+        return int(done.code or 0), asked, shown.replace(config, "CONFIG")
 
     return command
 
@@ -316,16 +280,23 @@ def test_resume_stands_alone_or_takes_auto(train, arguments, asked):
 )
 def test_a_mistaken_resume_is_exit_code_2(train, arguments, message):
     code, asked, shown = train(arguments)
-    assert code == 2 and asked == {} and message in shown
+    assert code == 2
+    assert asked == {}
+    assert message in shown
 
 
 @pytest.mark.parametrize(
-    "arguments", ["CONFIG --set run.batches=2", "--set run.batches=2 --resume --step 2 CONFIG"]
+    "arguments",
+    [
+        "CONFIG --set run.batches=2",
+        "--set run.batches=2 --resume --step 2 CONFIG",
+    ],
 )
 def test_an_interrupted_run_says_what_continues_it(train, arguments):
     code, _, shown = train(arguments, status="interrupted")
     assert code == 130
-    assert shown.splitlines()[-1] == "continue with: eopd train CONFIG --set run.batches=2 --resume"
+    command = "eopd train CONFIG --set run.batches=2 --resume"
+    assert shown.splitlines()[-1] == f"continue with: {command}"
 
 
 def test_a_failed_run_says_what_continues_it(train):
@@ -340,36 +311,29 @@ def test_a_failed_run_says_what_continues_it(train):
 def test_a_complete_run_says_so_and_is_exit_code_0(train, run):
     code, _, shown = train("CONFIG --resume auto", trained=False)
     assert code == 0
-    assert (
-        f"{run / 'run'} is complete: 1 of 1 steps; raise run.batches to train it further" in shown
-    )
+    complete = f"{run / 'run'} is complete: 1 of 1 steps"
+    assert f"{complete}; raise run.batches to train it further" in shown
 
 
-def test_the_status_of_a_run_that_was_killed_says_what_continues_it(run, capsys, monkeypatch):
+def test_the_status_of_a_run_that_was_killed_says_what_continues_it(eopd, run):
     directory = RunDirectory(run / "run")
     directory.write_summary(replace(RAN, status="running"))
-    monkeypatch.setattr(sys, "argv", ["eopd", "status", str(directory.path)])
-    with pytest.raises(SystemExit):
-        main()
-
-    lines = capsys.readouterr().out.splitlines()
+    lines = eopd("status", directory.path).out.splitlines()
     assert lines[0] == "r: dead (the process that ran it, is gone), step 0/1"
     # by the fixture, which has copied the config
     moved = f"--set run.directory={run} --set run.name=run"
-    assert lines[-1] == f"continue with: eopd train {directory.path}/config.yaml {moved} --resume"
+    command = f"eopd train {directory.path}/config.yaml {moved} --resume"
+    assert lines[-1] == f"continue with: {command}"
 
 
-def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkeypatch):
+def test_an_export_needs_the_student_that_was_trained(eopd, run, files):
     config = run / "run" / "config.yaml"
-    config.write_text(
-        config.read_text().replace(f"student: {{model: {files}/model}}", "student: {model: /gone}")
-    )
-    monkeypatch.setattr(sys, "argv", ["eopd", "export", str(run / "run"), "--step", "2"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    assert caught.value.code == 2
-    assert "error: student.model: there is no directory /gone;" in capsys.readouterr().err
+    student = f"student: {{model: {files}/model}}"
+    text = config.read_text()
+    config.write_text(text.replace(student, "student: {model: /gone}"))
+    done = eopd("export", run / "run", "--step", "2")
+    assert done.code == 2
+    assert "error: student.model: there is no directory /gone;" in done.err
 
 
 @pytest.mark.parametrize(
@@ -378,7 +342,8 @@ def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkey
         (
             [{"prompt": "few", "answer": 1}, {"prompt": "words", "id": "x"}],
             [],
-            'error: DATA: {root}/graded.jsonl:2 (id "x"): has no `answer`, so that nothing can be graded; ',
+            'error: DATA: {root}/graded.jsonl:2 (id "x"): has no `answer`, '
+            "so that nothing can be graded; ",
         ),
         ([{"question": "few"}], [], "error: DATA: {root}/graded.jsonl:1: needs either `prompt`"),
         (
@@ -443,56 +408,34 @@ def test_an_export_needs_the_student_that_was_trained(run, files, capsys, monkey
         ([], ["--suffix", "\boxed"], "error: --suffix: holds the control character "),
     ],
 )
-def test_a_mistaken_eval_is_one_message_before_an_engine_starts(
-    files, rows, options, message, capsys, monkeypatch
-):
+def test_a_mistaken_eval_is_one_message(eopd, files, rows, options, message):
+    """It comes before an engine starts."""
     data = files / "graded.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "eopd",
-            "eval",
-            str(files / "model"),
-            str(data),
-            *(option.format(root=files) for option in options),
-        ],
-    )
     before = sorted(files.iterdir())
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith(message.format(root=files))
+    options = [option.format(root=files) for option in options]
+    done = eopd("eval", files / "model", data, *options)
+    assert done.code == 2
+    assert done.err.startswith(message.format(root=files))
     assert sorted(files.iterdir()) == before
 
 
-def test_eval_writes_over_a_file_only_at_the_end(files, capsys, monkeypatch):
+def test_eval_writes_over_a_file_only_at_the_end(eopd, files, monkeypatch):
     def fails(*arguments):
         raise ConfigError("stop")
 
     monkeypatch.setattr("eopd.runtime.evaluate.evaluate_model", fails)
-    (files / "old.jsonl").write_text("old")
+    old, new = files / "old.jsonl", files / "new.jsonl"
+    old.write_text("old")
+    for output in (old, new):
+        done = eopd("eval", files / "model", files / "rows.jsonl", "--output", output)
+        assert done.err == "error: stop\n"
 
-    for name in ("old.jsonl", "new.jsonl"):
-        arguments = [
-            "eval",
-            str(files / "model"),
-            str(files / "rows.jsonl"),
-            "--output",
-            str(files / name),
-        ]
-        monkeypatch.setattr(sys, "argv", ["eopd", *arguments])
-        with pytest.raises(SystemExit):
-            main()
-
-        assert capsys.readouterr().err == "error: stop\n"
-
-    assert (files / "old.jsonl").read_text() == "old" and not (files / "new.jsonl").exists()
+    assert old.read_text() == "old"
+    assert not new.exists()
 
 
-def test_eval_prints_scores_and_every_verdict(files, capsys, monkeypatch):
+def test_eval_prints_scores_and_every_verdict(eopd, files, monkeypatch):
     def answer(verdict):
         return Answer(
             sample_index=0,
@@ -524,14 +467,9 @@ def test_eval_prints_scores_and_every_verdict(files, capsys, monkeypatch):
         prompts=tuple(prompts),
     )
     monkeypatch.setattr("eopd.runtime.evaluate.evaluate_model", lambda *arguments: result)
-    monkeypatch.setattr(
-        sys, "argv", ["eopd", "eval", str(files / "model"), str(files / "rows.jsonl"), "--n", "2"]
-    )
-    with pytest.raises(SystemExit) as ended:
-        main()
-
-    assert ended.value.code == 0
-    assert capsys.readouterr().out.splitlines() == [
+    done = eopd("eval", files / "model", files / "rows.jsonl", "--n", "2")
+    assert done.code == 0
+    assert done.out.splitlines() == [
         "avg@2   0.2500 +- 0.1250",
         "pass@1  0.2500 +- 0.1250",
         "2 prompts, 4.0 tokens an answer, 100.0% truncated, 0 lost",
@@ -541,16 +479,14 @@ def test_eval_prints_scores_and_every_verdict(files, capsys, monkeypatch):
     ]
 
 
-def test_ctrl_c_before_anything_runs_is_one_line(files, capsys, monkeypatch):
+def test_ctrl_c_before_anything_runs_is_one_line(eopd, files, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("eopd.runtime.train.train", interrupted)
-    monkeypatch.setattr(sys, "argv", ["eopd", "train", str(files / "c.yaml")])
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    assert (caught.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+    done = eopd("train", files / "c.yaml")
+    assert done.code == 130
+    assert done.err == "interrupted\n"
 
 
 @pytest.mark.parametrize(
@@ -566,12 +502,10 @@ def test_ctrl_c_before_anything_runs_is_one_line(files, capsys, monkeypatch):
         ("models tiny --family gpt", "--family: 'gpt' is not one of 'llama', 'qwen3'"),
     ],
 )
-def test_a_wrong_option_is_told_as_a_key_is(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["eopd", *arguments.split()])
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    assert (caught.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
+def test_a_wrong_option_is_told_as_a_key_is(eopd, arguments, message):
+    done = eopd(*arguments.split())
+    assert done.code == 2
+    assert done.err == f"error: {message}\n"
 
 
 @pytest.mark.parametrize("verb", ["status", "export", "scale", "report"])
@@ -583,31 +517,32 @@ def test_a_wrong_option_is_told_as_a_key_is(arguments, message, capsys, monkeypa
         ("x" * 256, "File name too long"),
     ],
 )
-def test_what_is_no_directory_is_no_run(files, verb, name, reason, capsys, monkeypatch):
-    options = {"scale": ["--engines", "2"], "report": ["--output", str(files / "report.html")]}
-    monkeypatch.setattr(sys, "argv", ["eopd", verb, str(files / name), *options.get(verb, [])])
-    with pytest.raises(SystemExit) as caught:
-        main()
+def test_what_is_no_directory_is_no_run(eopd, files, verb, name, reason):
+    done = eopd(verb, files / name, *options_of(verb, files))
+    assert done.code == 2
+    assert done.err == f"error: {files / name} is no run directory ({reason})\n"
 
-    assert (caught.value.code, capsys.readouterr().err) == (
-        2,
-        f"error: {files / name} is no run directory ({reason})\n",
-    )
+
+def options_of(verb, files):
+    """What a verb needs beside the run."""
+    if verb == "scale":
+        return ["--engines", "2"]
+
+    if verb == "report":
+        return ["--output", files / "report.html"]
+
+    return []
 
 
 @pytest.mark.parametrize("verb", ["status", "export", "scale", "report"])
-def test_a_run_in_a_closed_directory_is_one_message(files, verb, tmp_path, capsys, monkeypatch):
+def test_a_run_in_a_closed_directory_is_one_message(eopd, files, verb, tmp_path, monkeypatch):
     def closed(path, *arguments):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("os.listdir", closed)  # the superuser may read all
-    options = {"scale": ["--engines", "2"], "report": ["--output", str(files / "report.html")]}
-    monkeypatch.setattr(sys, "argv", ["eopd", verb, str(tmp_path), *options.get(verb, [])])
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    told = f"error: {tmp_path} is no run directory (Permission denied)\n"
-    assert (caught.value.code, capsys.readouterr().err) == (2, told)
+    done = eopd(verb, tmp_path, *options_of(verb, files))
+    assert done.code == 2
+    assert done.err == f"error: {tmp_path} is no run directory (Permission denied)\n"
 
 
 @pytest.mark.parametrize(
@@ -619,29 +554,22 @@ def test_a_run_in_a_closed_directory_is_one_message(files, verb, tmp_path, capsy
     ],
 )
 @pytest.mark.parametrize("pair", ["tiny", "demo"])
-def test_models_are_made_where_a_directory_can_be(
-    files, pair, directory, reason, capsys, monkeypatch
-):
+def test_models_are_made_where_a_directory_can_be(eopd, files, pair, directory, reason):
     named = directory.format(root=files)
-    monkeypatch.setattr(sys, "argv", ["eopd", "models", pair, named])
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    told = f"error: {named}: {reason}\n"
-    assert (caught.value.code, capsys.readouterr().err) == (2, told)
+    done = eopd("models", pair, named)
+    assert done.code == 2
+    assert done.err == f"error: {named}: {reason}\n"
 
 
-def test_models_for_a_user_without_a_home_need_a_directory(capsys, monkeypatch):
+def test_models_for_a_user_without_a_home_need_a_directory(eopd, monkeypatch):
     def no_home(path):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", no_home)
-    monkeypatch.setattr(sys, "argv", ["eopd", "models", "tiny"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-
+    done = eopd("models", "tiny")
     told = (
         "error: DIRECTORY: ~/.cache/eopd/models/tiny: this user has no home directory; name "
         "another, or set HOME\n"
     )
-    assert (caught.value.code, capsys.readouterr().err) == (2, told)
+    assert done.code == 2
+    assert done.err == told

@@ -98,7 +98,8 @@ def test_a_cluster_that_cannot_be_joined_is_one_line_and_is_left(ray, failure, r
     assert str(caught.value).startswith(
         f"cluster.address or RAY_ADDRESS: {address} cannot be joined: {reason}"
     )
-    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
     assert os.environ[WAIT] == "1"
     assert fake.shutdowns == 1
 
@@ -137,7 +138,8 @@ def test_a_cluster_started_here_keeps_strangers_out_without_a_word(ray, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
 
     with cluster.connect(ClusterConfig(cpus=3)):
-        assert fake.asked["address"] == "local" and fake.asked["num_cpus"] == 3
+        assert fake.asked["address"] == "local"
+        assert fake.asked["num_cpus"] == 3
         assert "RAY_AUTH_TOKEN" not in os.environ  # Ray keeps one in the home directory
         assert not logging.getLogger(cluster.authentication_token_setup.__name__).isEnabledFor(
             logging.WARNING

@@ -6,13 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eopd.learner.collate import Weighting, collate
+from eopd.loss.chunked import LossTokens
 from eopd.types import Exact, ScoredTrajectory, TeacherSignal
 
 K = 3
 
 
 def scored(
-    prompt: list[int], response: list[int], *, seed: int = 0, mask: list[bool] | None = None
+    prompt: list[int],
+    response: list[int],
+    *,
+    seed: int = 0,
+    mask: list[bool] | None = None,
 ) -> ScoredTrajectory:
     rng = np.random.default_rng(seed)
     length = len(response)
@@ -22,7 +27,10 @@ def scored(
 
     return ScoredTrajectory(
         trajectory=fakes.trajectory(
-            response, of=fakes.prompt("p", prompt), mask=mask, logprobs=floats(length)
+            response,
+            of=fakes.prompt("p", prompt),
+            mask=mask,
+            logprobs=floats(length),
         ),
         signal=TeacherSignal(
             teacher="t",
@@ -38,13 +46,17 @@ def scored(
 def weighting(gate: list[float], *, bonus: float | None = None) -> Weighting:
     """An entropy of gate + 3 tells the two columns apart."""
     gate_R = torch.tensor(gate)
-    return Weighting(entropy_R=gate_R + 3, gate_R=gate_R, gate_uncertain=0.0, advantage_bonus=bonus)
-
-
-def weighting_of(one: ScoredTrajectory, bonus: float | None = None) -> Weighting:
-    return weighting(
-        [position / 10 for position in range(one.trajectory.response_ids.size)], bonus=bonus
+    return Weighting(
+        entropy_R=gate_R + 3,
+        gate_R=gate_R,
+        gate_uncertain=0.0,
+        advantage_bonus=bonus,
     )
+
+
+def weighting_of(scored: ScoredTrajectory, bonus: float | None = None) -> Weighting:
+    length = scored.trajectory.response_ids.size
+    return weighting([position / 10 for position in range(length)], bonus=bonus)
 
 
 def test_the_worked_example():
@@ -59,62 +71,61 @@ def test_the_worked_example():
 
 
 def test_a_response_position_that_is_masked_stays_masked():
-    packed = collate([scored([5], [7, 8, 9], mask=[True, False, True])], [weighting([1.0] * 3)])
+    masked = scored([5], [7, 8, 9], mask=[True, False, True])
+    packed = collate([masked], [weighting([1.0] * 3)])
     assert packed.tokens.loss_mask_T.tolist() == [True, False, True]
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4))
 def test_every_row_says_what_its_sequence_position_says(lengths):
     rng = np.random.default_rng(1)
-    batch = [
-        scored(rng.integers(0, 50, p).tolist(), rng.integers(0, 50, r).tolist(), seed=i)
-        for i, (p, r) in enumerate(lengths)
-    ]
-    packed = collate(batch, [weighting_of(one, bonus=float(i)) for i, one in enumerate(batch)])
+    batch, weightings = [], []
+    for number, (num_prompt, num_response) in enumerate(lengths):
+        prompt = rng.integers(0, 50, num_prompt).tolist()
+        response = rng.integers(0, 50, num_response).tolist()
+        batch.append(scored(prompt, response, seed=number))
+        weightings.append(weighting_of(batch[-1], bonus=float(number)))
+
+    packed = collate(batch, weightings)
+    tokens = packed.tokens
     seen = 0
 
-    for number, (one, rows) in enumerate(zip(batch, packed.rows, strict=True)):
-        trajectory, signal = one.trajectory, one.signal
-        sequence = [*trajectory.prompt.token_ids.tolist(), *trajectory.response_ids.tolist()]
+    for number, (of_batch, rows) in enumerate(zip(batch, packed.rows, strict=True)):
+        trajectory = of_batch.trajectory
+        prompt = trajectory.prompt.token_ids.tolist()
+        sequence = [*prompt, *trajectory.response_ids.tolist()]
         assert rows.stop - rows.start == trajectory.response_ids.size
 
         for position in range(len(sequence) - 1):
-            row, response_position = (
-                seen + position,
-                position + 1 - trajectory.prompt.token_ids.size,
-            )
+            row = seen + position
+            of_response = position + 1 - len(prompt)
             assert packed.input_ids_T[row] == sequence[position]
             assert packed.position_ids_T[row] == position
-            assert packed.tokens.loss_mask_T[row] == (response_position >= 0)
-            if response_position < 0:
-                continue
-
-            assert rows.start <= row < rows.stop
-            assert packed.tokens.target_ids_T[row] == sequence[position + 1]
-            assert packed.tokens.gate_T[row] == pytest.approx(response_position / 10)
-            assert (
-                packed.tokens.rollout_logprobs_T[row]
-                == trajectory.rollout_logprobs[response_position]
-            )
-            assert packed.tokens.teacher_logprobs_T[row] == signal.token_logprobs[response_position]
-            assert packed.tokens.teacher_entropy_T[row] == pytest.approx(response_position / 10 + 3)
-            assert packed.tokens.advantage_bonus_T[row] == number
-            assert (
-                packed.tokens.teacher_topk_ids_TK[row].tolist()
-                == signal.topk_ids[response_position].tolist()
-            )
-            assert (
-                packed.tokens.teacher_topk_logprobs_TK[row].tolist()
-                == signal.topk_logprobs[response_position].tolist()
-            )
-            assert (
-                packed.tokens.teacher_tail_logprobs_T[row]
-                == signal.tail_logprobs[response_position]
-            )
+            assert tokens.loss_mask_T[row] == (of_response >= 0)
+            if of_response >= 0:
+                assert rows.start <= row < rows.stop
+                assert tokens.target_ids_T[row] == sequence[position + 1]
+                assert tokens.advantage_bonus_T[row] == number
+                require_row(tokens, row, of_batch, of_response)
 
         seen += len(sequence) - 1
 
     assert len(packed.input_ids_T) == seen
+
+
+def require_row(tokens: LossTokens, row: int, scored: ScoredTrajectory, position: int) -> None:
+    """What a row holds of a position of the response."""
+    logprobs = scored.trajectory.rollout_logprobs
+    signal = scored.signal
+    top_ids = tokens.teacher_topk_ids_TK[row]
+    top_logprobs = tokens.teacher_topk_logprobs_TK[row]
+    assert tokens.gate_T[row] == pytest.approx(position / 10)
+    assert tokens.teacher_entropy_T[row] == pytest.approx(position / 10 + 3)
+    assert tokens.rollout_logprobs_T[row] == logprobs[position]
+    assert tokens.teacher_logprobs_T[row] == signal.token_logprobs[position]
+    assert top_ids.tolist() == signal.topk_ids[position].tolist()
+    assert top_logprobs.tolist() == signal.topk_logprobs[position].tolist()
+    assert tokens.teacher_tail_logprobs_T[row] == signal.tail_logprobs[position]
 
 
 def test_an_empty_micro_batch_is_one_masked_row():
@@ -131,4 +142,5 @@ def test_an_empty_prompt_is_refused_by_name():
 
 
 def test_without_a_verifier_there_is_no_bonus():
-    assert collate([scored([5], [7])], [weighting([1.0])]).tokens.advantage_bonus_T is None
+    packed = collate([scored([5], [7])], [weighting([1.0])])
+    assert packed.tokens.advantage_bonus_T is None

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fakes
 import pytest
 
 from eopd.config import ClusterConfig, ConfigError, load_config
@@ -34,11 +35,15 @@ def plain(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "c.yaml").write_text(
-        f"run: {{name: r, batches: 1, directory: {tmp_path}/runs}}\nstudent: {{model: /m}}\nteachers: [{{model: /m}}]\n"
-        "prompts: {data: a.jsonl, held_out: a.jsonl}\nflow: {batch_prompts: 1}\n"
+    path = fakes.write_config(
+        tmp_path,
+        batches=1,
+        student="{model: /m}",
+        teachers="[{model: /m}]",
+        prompts="{data: a.jsonl, held_out: a.jsonl}",
+        flow="{batch_prompts: 1}",
     )
-    return lambda *overrides: load_config(tmp_path / "c.yaml", overrides)
+    return lambda *overrides: load_config(path, overrides)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +59,7 @@ def config(tmp_path):
         ("auto", "head:6379", "head:6379"),
     ],
 )
-def test_the_cluster_s_address_comes_from_the_config_or_else_the_environment(
-    given, variable, found, monkeypatch
-):
+def test_the_address_comes_from_config_or_environment(given, variable, found, monkeypatch):
     if variable is not None:
         monkeypatch.setenv("RAY_ADDRESS", variable)
 
@@ -105,7 +108,8 @@ def test_an_address_of_another_kind_is_told_what_to_write(given, variable, messa
     with pytest.raises(ConfigError) as caught:
         cluster_address(ClusterConfig(address=given))
 
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_cluster_that_is_joined_has_its_own_cpus():
@@ -148,7 +152,8 @@ def test_ray_s_sockets_must_fit_below_the_directory(monkeypatch):
     monkeypatch.setenv("TMPDIR", of_length(LONGEST_TEMPORARY) + "/")
     require_local_ray()
     monkeypatch.setenv("TMPDIR", of_length(LONGEST_TEMPORARY + 1))
-    too_long = rf"^TMPDIR: .* \({LONGEST_TEMPORARY + 1} bytes of at most {LONGEST_TEMPORARY}\); set RAY_TMPDIR to a"
+    sizes = f"{LONGEST_TEMPORARY + 1} bytes of at most {LONGEST_TEMPORARY}"
+    too_long = rf"^TMPDIR: .* \({sizes}\); set RAY_TMPDIR to a"
     with pytest.raises(ConfigError, match=too_long):
         require_local_ray()
 
@@ -175,18 +180,22 @@ def test_the_longest_socket_that_fits_is_one_the_kernel_takes(tmp_path, monkeypa
     [
         (
             {"vllm"},
-            r"^vllm: not installed for this Python; `pip install 'eopd\[gpu\]'` installs it, and `pip install 'eopd",
+            r"^vllm: not installed for this Python; "
+            r"`pip install 'eopd\[gpu\]'` installs it, and `pip install 'eopd",
         ),
         (
             {"deepspeed", "ray"},
-            r"^deepspeed, ray: not installed for this Python; `pip install eopd` installs what it needs",
+            r"^deepspeed, ray: not installed for this Python; "
+            r"`pip install eopd` installs what it needs",
         ),
     ],
 )
 def test_packages_that_are_not_installed_are_named(missing, message, monkeypatch, config):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in missing else find(name)
+        importlib.util,
+        "find_spec",
+        lambda name: None if name in missing else find(name),
     )
     with pytest.raises(ConfigError, match=message):
         require_environment(config())
@@ -203,9 +212,7 @@ def test_packages_that_are_not_installed_are_named(missing, message, monkeypatch
         ("{tmp}/dangling", "cannot be made (No such file or directory)"),
     ],
 )
-def test_a_run_directory_that_cannot_be_made_is_found_before_anything_is_made(
-    directory, reason, config, tmp_path
-):
+def test_a_run_directory_that_cannot_be_made_is_found_first(directory, reason, config, tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     directory = directory.format(tmp=tmp_path)
     with pytest.raises(ConfigError) as caught:

@@ -28,16 +28,15 @@ from eopd.rewards.verdict import Verdict
 from eopd.types import (
     LossReason,
     LostTrajectory,
-    PromptSample,
     Sampling,
     StopReason,
 )
 
-# --- pass@k and its standard error -----------------------------------------------------------------------------------
+# --- pass@k and its standard error
 
 
 @pytest.mark.parametrize("n", range(1, 8))
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_correct_sample(n):
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
         subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
         assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
@@ -45,12 +44,21 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_correct_sample(n):
 
 @given(n=st.integers(1, 3000), data=st.data())
 def test_pass_at_k_equals_the_product_form_for_many_samples(n, data):
-    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    c = data.draw(st.integers(0, n))
+    k = data.draw(st.integers(1, n))
     none_correct = 0.0 if n - c < k else math.prod(1 - k / i for i in range(n - c + 1, n + 1))
     assert pass_at_k(n, c, k) == pytest.approx(1 - none_correct, abs=1e-9)
 
 
-@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+@pytest.mark.parametrize(
+    ("n", "c", "k"),
+    [
+        (4, 5, 1),
+        (4, -1, 1),
+        (4, 2, 0),
+        (4, 2, 5),
+    ],
+)
 def test_pass_at_k_refuses_impossible_counts(n, c, k):
     with pytest.raises(ValueError, match="must lie in"):
         pass_at_k(n, c, k)
@@ -80,7 +88,7 @@ def test_one_prompt_has_no_standard_error_and_none_has_no_mean():
         mean_over_prompts([])
 
 
-# --- graders ---------------------------------------------------------------------------------------------------------
+# --- graders
 
 
 @pytest.mark.parametrize(
@@ -286,7 +294,7 @@ def test_a_runaway_answer_is_spelt_in_one_pass():
         assert time.process_time() - begin < 1.0
 
 
-def test_math_grader_survives_an_endless_comparison_outside_the_main_thread(math_grader):
+def test_math_grader_survives_an_endless_comparison_in_a_thread(math_grader):
     verdicts = []
 
     def judge():
@@ -320,14 +328,11 @@ def test_unknown_grader_is_named():
         pass
 
 
-# --- the benchmark ---------------------------------------------------------------------------------------------------
+# --- the benchmark
 
 
 def prompt_sample(prompt_id, answer="7"):
-    token_ids = np.array([1, 2], dtype=np.int32)
-    return PromptSample(
-        epoch=0, prompt_id=prompt_id, source="maths", token_ids=token_ids, reference_answer=answer
-    )
+    return fakes.prompt(prompt_id, [1, 2], source="maths", answer=answer)
 
 
 class ScriptedEngine:
@@ -412,7 +417,8 @@ async def test_rows_are_json_lines(tmp_path):
     ]
     assert [row["prompt_id"] for row in rows] == ["a", "b"]
     assert rows[0]["reference_answer"] == "7"
-    assert (rows[0]["num_samples"], rows[0]["num_correct"]) == (4, 2)
+    assert rows[0]["num_samples"] == 4
+    assert rows[0]["num_correct"] == 2
     assert rows[0]["answers"][2] == {
         "sample_index": 2,
         "response": "8 8 8",
@@ -429,10 +435,10 @@ async def test_all_samples_are_in_flight_at_once_and_shared_evenly():
     """No engine answers before every sample has been handed out: a benchmark that waits for
     answers would hang.
     """
-    prompts, everybody = [prompt_sample(name) for name in "abc"], asyncio.Event()
-    engines = [
-        ScriptedEngine({(p.prompt_id, i): [7] for p in prompts for i in range(5)}) for _ in range(4)
-    ]
+    prompts = [prompt_sample(name) for name in "abc"]
+    everybody = asyncio.Event()
+    script = {(prompt.prompt_id, i): [7] for prompt in prompts for i in range(5)}
+    engines = [ScriptedEngine(dict(script)) for _ in range(4)]
 
     class Gate:
         def __init__(self, engine):
@@ -455,7 +461,7 @@ async def test_all_samples_are_in_flight_at_once_and_shared_evenly():
     assert result.avg_at_n.mean == 1.0
 
 
-async def test_seeds_are_fixed_per_sample_and_do_not_depend_on_the_engines():
+async def test_seeds_are_fixed_per_sample():
     prompts = [prompt_sample(name) for name in "ab"]
     seeds = []
 
@@ -473,17 +479,22 @@ async def test_seeds_are_fixed_per_sample_and_do_not_depend_on_the_engines():
 async def test_a_body_lost_before_it_is_fetched_is_a_loss():
     async def fetch_none(stored):
         return LostTrajectory(
-            key=stored.header.key, reason=LossReason.ROLLOUT_FAILED, detail="node lost"
+            key=stored.header.key,
+            reason=LossReason.ROLLOUT_FAILED,
+            detail="node lost",
         )
 
     result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a")], fetch=fetch_none)
     assert result.num_lost == 4
     assert result.avg_at_n.mean == 0.0
-    assert math.isnan(result.mean_response_tokens) and math.isnan(result.truncation_rate)
+    assert math.isnan(result.mean_response_tokens)
+    assert math.isnan(result.truncation_rate)
 
 
 async def test_answers_are_graded_one_at_a_time_while_the_loop_goes_on():
-    running, most, loop_thread = 0, 0, threading.get_ident()
+    running = 0
+    most = 0
+    loop_thread = threading.get_ident()
     threads = set()
 
     def grade(response, reference):
@@ -496,9 +507,13 @@ async def test_answers_are_graded_one_at_a_time_while_the_loop_goes_on():
         return Verdict.TIMEOUT
 
     result = await benchmark(
-        [ScriptedEngine(SCRIPT)], [prompt_sample("a"), prompt_sample("b")], grade
+        [ScriptedEngine(SCRIPT)],
+        [prompt_sample("a"), prompt_sample("b")],
+        grade,
     )
-    assert most == 1 and len(threads) == 1 and loop_thread not in threads
+    assert most == 1
+    assert len(threads) == 1
+    assert loop_thread not in threads
     assert result.num_verdicts[Verdict.TIMEOUT] == 6
     assert result.avg_at_n.mean == 0.0
 

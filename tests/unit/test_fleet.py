@@ -28,8 +28,11 @@ class Process:
     """Starts after ``start_s`` or raises ``error``; notes its end."""
 
     def __init__(self, number: int) -> None:
-        self.worker, self.number = f"worker {number}", number
-        self.start_s, self.error, self.ended = 0.0, None, False
+        self.worker = f"worker {number}"
+        self.number = number
+        self.start_s = 0.0
+        self.error = None
+        self.ended = False
 
     async def start(self) -> int:
         await asyncio.sleep(self.start_s)
@@ -123,7 +126,7 @@ async def test_a_lost_worker_is_ended_and_another_one_has_its_number():
     ]
 
 
-async def test_a_node_that_is_lost_costs_as_many_losses_as_it_had_workers_and_its_return_is_taken():
+async def test_a_lost_node_costs_a_loss_for_each_worker():
     """8 of 64, and no room for others until it is back."""
     world = World(64, start_timeout_s=0.02)
     fleet = await world.start()
@@ -143,7 +146,7 @@ async def test_a_node_that_is_lost_costs_as_many_losses_as_it_had_workers_and_it
     await fleet.close()
 
 
-async def test_with_nobody_left_and_nobody_coming_all_who_wait_are_told_the_causes():
+async def test_with_nobody_left_all_who_wait_are_told_the_causes():
     world = World(2, start_timeout_s=0.3)
     fleet = await world.start()
 
@@ -217,7 +220,7 @@ async def test_one_loss_too_many_is_told_to_all_who_wait():
     await fleet.close()
 
 
-async def test_those_that_were_there_stay_when_more_come_and_the_last_ones_go_first():
+async def test_those_there_stay_and_the_last_ones_go_first():
     world = World(2)
     fleet, parted = await world.start(), []
 
@@ -226,9 +229,12 @@ async def test_those_that_were_there_stay_when_more_come_and_the_last_ones_go_fi
 
     fleet.after_drain = part
     await fleet.scale(4)
-    assert world.alive() == [0, 1, 2, 3] and fleet.size == world.pool.num_up == 4
+    assert world.alive() == [0, 1, 2, 3]
+    assert fleet.size == world.pool.num_up == 4
     await fleet.scale(1)
-    assert world.alive() == [0] and parted == [3, 2, 1] and fleet.size == world.pool.num_up == 1
+    assert world.alive() == [0]
+    assert parted == [3, 2, 1]
+    assert fleet.size == world.pool.num_up == 1
     await fleet.scale(2)
     assert world.alive() == [0, 1] and len(world.processes) == 5
 
@@ -257,10 +263,11 @@ async def test_one_that_does_not_start_is_ended_and_the_others_stay():
     with pytest.raises(EngineDownError):
         await fleet.scale(5)
 
-    assert world.alive() == [0, 1, 2] and fleet.size == world.pool.num_up == 3
+    assert world.alive() == [0, 1, 2]
+    assert fleet.size == world.pool.num_up == 3
 
 
-async def test_one_that_is_being_replaced_goes_first_and_nobody_comes_in_its_place():
+async def test_one_that_is_being_replaced_goes_first():
     world = World(3)
     fleet = await world.start()
 
@@ -269,7 +276,8 @@ async def test_one_that_is_being_replaced_goes_first_and_nobody_comes_in_its_pla
     await asyncio.sleep(0.01)
     await fleet.scale(2)
     await asyncio.sleep(0.2)
-    assert world.alive() == [0, 2] and fleet.size == world.pool.num_up == 2
+    assert world.alive() == [0, 2]
+    assert fleet.size == world.pool.num_up == 2
 
 
 async def test_one_that_is_lost_while_it_leaves_is_not_replaced():
@@ -309,7 +317,9 @@ async def one_of(worker, *, timeout_s: float = 0.05) -> Fleet:
     """A fleet of one that is up."""
     world = World(0)
     world.fleet.pool = world.pool = Pool(
-        "it", timeout_s=timeout_s, ping=lambda worker: asyncio.sleep(0)
+        "it",
+        timeout_s=timeout_s,
+        ping=lambda worker: asyncio.sleep(0),
     )
     world.pool.add(0, worker, 8)
     return world.fleet
@@ -323,12 +333,13 @@ class Engine:
         return sampling.seed
 
 
-async def test_a_response_that_an_engine_does_not_end_in_time_is_lost_with_its_reason():
+async def test_a_response_that_does_not_end_in_time_is_lost():
     pool = EnginePool(await one_of(Engine()))
     assert await pool.generate(PROMPT, 0, SAMPLING) == 11
     found = await pool.generate(PROMPT, 3, Sampling(temperature=1.0, max_tokens=4, seed=13))
     assert isinstance(found, LostTrajectory)
-    assert (found.key, found.reason) == ((1, "p", 3), LossReason.ROLLOUT_FAILED)
+    assert found.key == (1, "p", 3)
+    assert found.reason == LossReason.ROLLOUT_FAILED
     assert found.detail == "no answer of it 0 within 0.05 s"
     assert pool.metrics() == {
         "eopd_engine_failures_total": 1.0,
@@ -363,10 +374,8 @@ async def test_what_a_teacher_cannot_score_or_not_in_time_is_lost_at_once():
     assert (await pool.score(stored())).body == "a"
     assert (await pool.score(stored("bad"))).detail == "not finite"
     slow = await pool.score(stored("slow"))
-    assert (slow.reason, slow.detail) == (
-        LossReason.TEACHER_FAILED,
-        "no answer of it 0 within 0.05 s",
-    )
+    assert slow.reason == LossReason.TEACHER_FAILED
+    assert slow.detail == "no answer of it 0 within 0.05 s"
     metrics = {
         name: pool.metrics()[series(f"eopd_teacher_{name}", teacher="t")]
         for name in ("tokens_total", "failures_total", "replicas_up")

@@ -23,7 +23,9 @@ class QuickWorld(World):
     def __init__(self, *, write_s: float = 0.0, score_s: float = 0.0, lose: float = 0.0) -> None:
         super().__init__()
         self.random = random.Random(0)
-        self.write_s, self.score_s, self.lose = write_s, score_s, lose
+        self.write_s = write_s
+        self.score_s = score_s
+        self.lose = lose
         self.held = self.most_held = 0
 
     async def work(self, seconds: float) -> None:
@@ -65,14 +67,16 @@ def queues(line: Pipeline) -> dict[str, int]:
     }
 
 
-async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_bounded_by_the_slots():
+async def test_memory_is_flat_and_every_queue_is_bounded():
     batch, early, late = 50, 40, 200
     batches = late + 4  # so that as much is in flight at the second look as at the first
     world = QuickWorld(lose=0.01)
     line = pipeline(world, batch=batch, batches=batches, max_staleness=3, lookahead=1)
     slots = line.buffer.num_slots
     assert slots == 150
-    memory, objects, most = {}, {}, dict.fromkeys(queues(line), 0)
+    memory = {}
+    objects = {}
+    most = dict.fromkeys(queues(line), 0)
     tracemalloc.start()
 
     try:
@@ -83,10 +87,8 @@ async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_
             assert len(asyncio.all_tasks()) <= slots + batch + 2
             if step in (early, late):
                 gc.collect()
-                memory[step], objects[step] = (
-                    tracemalloc.get_traced_memory()[0],
-                    len(gc.get_objects()),
-                )
+                memory[step] = tracemalloc.get_traced_memory()[0]
+                objects[step] = len(gc.get_objects())
     finally:
         tracemalloc.stop()
 
@@ -106,7 +108,10 @@ async def test_memory_is_flat_over_ten_thousand_trajectories_and_every_queue_is_
 
 @pytest.mark.parametrize(
     ("slow", "waited_for", "other"),
-    [("write_s", "rollout", "teacher"), ("score_s", "teacher", "rollout")],
+    [
+        ("write_s", "rollout", "teacher"),
+        ("score_s", "teacher", "rollout"),
+    ],
 )
 async def test_the_wait_of_a_step_is_put_down_to_who_was_waited_for(slow, waited_for, other):
     line = pipeline(QuickWorld(**{slow: 0.05}), batch=4, batches=3, max_staleness=0)
@@ -122,7 +127,8 @@ async def test_a_step_tells_when_somebody_wrote_and_when_somebody_scored():
         assert len(done.trained) == 4
         for stage in ("generate", "score"):
             spans = done.spans[stage]
-            assert spans == sorted(spans) and all(start < stop for start, stop in spans)
+            assert spans == sorted(spans)
+            assert all(start < stop for start, stop in spans)
             assert sum(stop - start for start, stop in spans) == pytest.approx(done.seconds[stage])
 
         assert done.spans["generate"][-1][1] == pytest.approx(
@@ -139,11 +145,13 @@ async def test_what_is_under_way_when_a_step_ends_is_told_in_two_parts():
             await asyncio.sleep(0.01)
 
     second = clock.lap()
-    assert [len(first), len(second)] == [1, 1] and first[0][1] == second[0][0]
-    assert second[0][1] - second[0][0] >= 0.01 and clock.lap() == []
+    assert [len(first), len(second)] == [1, 1]
+    assert first[0][1] == second[0][0]
+    assert second[0][1] - second[0][0] >= 0.01
+    assert clock.lap() == []
 
 
-async def test_a_batch_that_is_ready_when_the_learner_comes_was_not_waited_for():
+async def test_a_batch_that_is_ready_was_not_waited_for():
     class SlowLearner(QuickWorld):
         async def step(self, batch):
             await asyncio.sleep(0.05)

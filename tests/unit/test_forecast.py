@@ -27,12 +27,13 @@ def test_the_whole_run_is_foretold_with_what_is_spent():
     )
 
 
-def test_a_run_that_takes_far_longer_names_what_it_spends_its_time_on():
+def test_a_far_longer_run_names_what_it_spends_its_time_on():
     said = told(expected_minutes=12)
     assert said.startswith(
         f"{TOLD}. It was written to take 12 minutes. Most of a step is train (80%): "
     )
-    assert "student.dtype" in said and said.endswith("; or lower run.batches")
+    assert "student.dtype" in said
+    assert said.endswith("; or lower run.batches")
     slow_teacher = {**ROW, "eopd_train_seconds": 10.0, "eopd_score_seconds": 60.0}
     assert "Most of a step is score (60%): raise teachers[].threads" in told(
         slow_teacher, expected_minutes=12

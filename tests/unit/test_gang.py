@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+import fakes
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
@@ -23,8 +24,10 @@ class Rank:
     """
 
     def __init__(self, *, lost_after_s: float | None = None, busy_s: float = 0.0) -> None:
-        self.lost_after_s, self.busy_s = lost_after_s, busy_s
-        self.step, self.version = Method(self._step), Method(self._version)
+        self.lost_after_s = lost_after_s
+        self.busy_s = busy_s
+        self.step = Method(self._step)
+        self.version = Method(self._version)
 
     async def _step(self):
         if self.lost_after_s is not None:
@@ -33,7 +36,9 @@ class Rank:
 
         await asyncio.sleep(0.01)
         raise RayTaskError(
-            "step", "Connection closed by peer", RuntimeError("Connection closed by peer")
+            "step",
+            "Connection closed by peer",
+            RuntimeError("Connection closed by peer"),
         )
 
     async def _version(self):
@@ -47,27 +52,20 @@ class Rank:
 
 @pytest.fixture
 def gang(tmp_path, monkeypatch):
-    path = tmp_path / "c.yaml"
-    path.write_text(
-        "run: {name: r, batches: 2}\nstudent: {model: s}\nteachers: [{model: t}]\n"
-        "prompts: {data: a, held_out: b}\nflow: {batch_prompts: 8}"
-    )
+    config = load_config(fakes.write_config(tmp_path))
     # seconds of these tests are thirtieths
     monkeypatch.setattr(module, "_NEWS_S", module._NEWS_S / 30)
-
-    return LearnerGang(pytest.fail, load_config(path))
+    return LearnerGang(pytest.fail, config)
 
 
 @pytest.mark.parametrize("seconds", [2, 15, 60])
-async def test_a_rank_that_is_lost_with_its_node_is_the_gang_s_loss_however_late_the_news(
-    gang, seconds
-):
+async def test_a_rank_lost_with_its_node_is_the_gang_s_loss(gang, seconds):
     gang._actors = [Rank(), Rank(lost_after_s=seconds / 30)]
     with pytest.raises(LearnerDownError, match="rank 1 died"):
         await gang._each("step")
 
 
-async def test_a_mistake_in_the_code_is_loud_at_once_when_all_ranks_answer(gang):
+async def test_a_mistake_in_the_code_is_loud_at_once(gang):
     gang._actors = [Rank(), Rank()]
     started = time.monotonic()
     with pytest.raises(RayTaskError, match="Connection closed by peer"):

@@ -5,6 +5,7 @@ names.
 import json
 import shutil
 
+import fakes
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -14,7 +15,9 @@ from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.runtime.inputs import digests
 
 ROWS = [
-    {"id": f"r{i}", "prompt": f"few words {i}", "answer": str(i), "source": "s"} for i in range(3)
+    {"id": "r0", "prompt": "few words 0", "answer": "0", "source": "s"},
+    {"id": "r1", "prompt": "few words 1", "answer": "1", "source": "s"},
+    {"id": "r2", "prompt": "few words 2", "answer": "2", "source": "s"},
 ]
 
 
@@ -36,16 +39,20 @@ def of(models, tmp_path):
         root = tmp_path / name
         shutil.copytree(models, root)
         for file, rows in (("train", train), ("held_out", held_out)):
-            (root / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            lines = [json.dumps(row) + "\n" for row in rows]
+            (root / f"{file}.jsonl").write_text("".join(lines))
 
         change(root)
-        (root / "c.yaml").write_text(
-            f"run: {{name: r, batches: 1, directory: {root}/runs}}\nstudent: {{model: {root}/student}}\n"
-            f"teachers: [{{model: {root}/teacher, name: t}}]\nflow: {{batch_prompts: 1}}\n"
-            f"prompts: {{data: {root}/train.jsonl, held_out: {root}/held_out.jsonl, max_tokens: 64}}\n"
+        data = f"data: {root}/train.jsonl, held_out: {root}/held_out.jsonl"
+        path = fakes.write_config(
+            root,
+            batches=1,
+            student=f"{{model: {root}/student}}",
+            teachers=f"[{{model: {root}/teacher, name: t}}]",
+            prompts=f"{{{data}, max_tokens: 64}}",
+            flow="{batch_prompts: 1}",
         )
-        config = load_config(root / "c.yaml", overrides)
-
+        config = load_config(path, overrides)
         return digests(config, preflight.prepare(config))
 
     return make
@@ -54,7 +61,8 @@ def of(models, tmp_path):
 def edit(file, **changes):
     def change(root):
         path = root / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps(settings | changes))
 
     return change
 
@@ -62,6 +70,19 @@ def edit(file, **changes):
 def written_again(root):
     path = root / "teacher" / "model.safetensors"
     save_file(load_file(path), path, metadata={"format": "pt", "note": "other weights"})
+
+
+pad_left = edit("teacher/tokenizer_config.json", padding_side="left")
+
+
+def with_first(**changes):
+    """The rows, the first one changed."""
+    first, *others = ROWS
+    return [first | changes, *others]
+
+
+def different(before, after):
+    return {key for key in before if before[key] != after[key]}
 
 
 def test_what_was_moved_is_the_same(of):
@@ -81,30 +102,26 @@ def test_what_was_moved_is_the_same(of):
     [
         ({"train": ROWS[::-1]}, {"prompts.data"}),
         ({"train": ROWS[:2]}, {"prompts.data"}),
-        ({"train": [ROWS[0] | {"id": "other"}, *ROWS[1:]]}, {"prompts.data"}),
-        ({"train": [ROWS[0] | {"answer": "7"}, *ROWS[1:]]}, {"prompts.data"}),
-        ({"train": [ROWS[0] | {"source": "x"}, *ROWS[1:]]}, {"prompts.data"}),
-        ({"train": [ROWS[0] | {"prompt": "few words 7"}, *ROWS[1:]]}, {"prompts.data"}),
-        ({"train": [ROWS[0] | {"note": "not read"}, *ROWS[1:]]}, set()),
+        ({"train": with_first(id="other")}, {"prompts.data"}),
+        ({"train": with_first(answer="7")}, {"prompts.data"}),
+        ({"train": with_first(source="x")}, {"prompts.data"}),
+        ({"train": with_first(prompt="few words 7")}, {"prompts.data"}),
+        ({"train": with_first(note="not read")}, set()),
         ({"held_out": ROWS[:2]}, {"prompts.held_out"}),
         ({"change": edit("student/config.json", transformers_version="9")}, set()),
         ({"change": edit("student/config.json", rope_theta=7.0)}, {"student.model"}),
         ({"change": edit("teacher/config.json", rope_theta=7.0)}, {"teachers.t.model"}),
         ({"change": written_again}, {"teachers.t.model"}),
-        ({"change": edit("teacher/tokenizer_config.json", padding_side="left")}, {"teachers.t.model"}),
+        ({"change": pad_left}, {"teachers.t.model"}),
     ],
-)  # fmt: skip
+)
 def test_a_digest_tells_what_is_trained_on_and_by_what(of, arguments, differs):
-    before, after = of("before"), of("after", **arguments)
-    assert {key for key in before if before[key] != after[key]} == differs
+    before = of("before")
+    after = of("after", **arguments)
+    assert different(before, after) == differs
 
 
 def test_a_suffix_makes_other_prompts(of):
-    before, after = (
-        of("before"),
-        of("after", ROWS, ROWS, lambda root: None, "prompts.suffix= words"),
-    )
-    assert {key for key in before if before[key] != after[key]} == {
-        "prompts.data",
-        "prompts.held_out",
-    }
+    before = of("before")
+    after = of("after", ROWS, ROWS, lambda root: None, "prompts.suffix= words")
+    assert different(before, after) == {"prompts.data", "prompts.held_out"}

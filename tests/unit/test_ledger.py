@@ -20,7 +20,8 @@ def test_after_a_resume_every_number_is_trained_exactly_once(was_trained):
     after = [resumed.issue() for _ in range(len(issued) - len(before) + 5)]
     resumed.train(after)
     assert sorted(before + after) == list(range(len(before) + len(after)))
-    assert resumed.settled.floor == len(before) + len(after) and not resumed.settled.ahead
+    assert resumed.settled.floor == len(before) + len(after)
+    assert not resumed.settled.ahead
 
 
 @given(st.lists(st.sampled_from(["trained", "dropped", "neither"]), min_size=1, max_size=60))
@@ -37,7 +38,8 @@ def test_what_was_dropped_is_not_issued_again_either(fates):
     resumed = Ledger.restore(**json.loads(json.dumps(ledger.state())))
     left = [issue for issue, fate in issued.items() if fate == "neither"]
     assert [resumed.issue() for _ in left] == left
-    assert resumed.dropped == ledger.dropped and resumed.settled == ledger.settled
+    assert resumed.dropped == ledger.dropped
+    assert resumed.settled == ledger.settled
 
 
 def test_what_was_dropped_after_the_checkpoint_is_not_tried_again():

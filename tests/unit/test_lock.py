@@ -37,7 +37,9 @@ def directory(tmp_path):
 def other(directory):
     """Another process that holds the lock."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(directory)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(directory)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "held\n"
     yield process
@@ -47,7 +49,9 @@ def other(directory):
 
 
 def test_the_second_process_is_refused_and_told_of_the_first(directory, other):
-    who = rf"process {other.pid} on {re.escape(socket.gethostname())}, since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d"
+    host = re.escape(socket.gethostname())
+    since = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d"
+    who = rf"process {other.pid} on {host}, since {since}"
     message = rf"run.name: {directory} is being run by {who}. Wait for it, stop it"
     with pytest.raises(ConfigError, match=message), held(directory):
         raise AssertionError("held twice")
@@ -59,11 +63,14 @@ def test_the_second_process_is_refused_and_told_of_the_first(directory, other):
 def test_a_process_that_is_killed_leaves_its_name_and_no_lock(directory, other, how):
     os.kill(other.pid, how)
     other.wait()
-    assert holder(directory) is None and last_holder(directory).pid == other.pid
+    assert holder(directory) is None
+    assert last_holder(directory).pid == other.pid
     with held(directory) as notes:
-        assert notes == [] and holder(directory).pid == os.getpid()
+        assert notes == []
+        assert holder(directory).pid == os.getpid()
 
-    assert holder(directory) is None and last_holder(directory) is None
+    assert holder(directory) is None
+    assert last_holder(directory) is None
 
 
 def test_a_directory_in_which_nothing_was_begun_does_not_stay(tmp_path):
@@ -91,7 +98,8 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_taken_anew(directory, monke
 
     monkeypatch.setattr(fcntl, "flock", late)
     with held(directory):
-        assert removed and holder(directory).pid == os.getpid()
+        assert removed
+        assert holder(directory).pid == os.getpid()
 
 
 def test_a_process_of_another_host_that_did_not_leave_is_named(directory):
@@ -100,7 +108,8 @@ def test_a_process_of_another_host_that_did_not_leave_is_named(directory):
     with held(directory) as notes:
         (note,) = notes
 
-    assert "run.lock names process 7 on elsewhere, since 20" in note and "If it still runs" in note
+    assert "run.lock names process 7 on elsewhere, since 20" in note
+    assert "If it still runs" in note
 
 
 def test_a_file_system_without_locks_is_said(directory, monkeypatch):
@@ -119,7 +128,7 @@ def test_a_file_system_without_locks_is_said(directory, monkeypatch):
     assert holder(directory) is None
 
 
-def test_whoever_looks_at_a_lock_for_a_moment_does_not_keep_a_run_from_it(directory, monkeypatch):
+def test_a_look_at_a_lock_does_not_keep_a_run_from_it(directory, monkeypatch):
     monkeypatch.setattr(lock, "_PAUSE_S", 0.01)
     (directory / "run.lock").write_text("")
     looking = os.open(directory / "run.lock", os.O_RDONLY)

@@ -37,17 +37,31 @@ def test_every_actor_has_a_file_and_every_line_its_role(tmp_path):
 
     dispatcher.emit(batch("rollout-0", "too late"))
     logger.warning("too late")
-    texts = {path.name: path.read_text().split("\n")[:-1] for path in (tmp_path / "logs").iterdir()}
-    assert {name: [line.split(" ", 1)[1] for line in lines] for name, lines in texts.items()} == {
-        "rollout-0.log": ["rollout-0 one", "rollout-0 two \u2028 three", "rollout-0 again"],
-        "rollout-1.log": ["rollout-1 other", "rollout-1 0%", "rollout-1 100%"],
-        "driver.log": ["driver from the driver", "driver   in two lines", "driver a sink failed"],
+    found = {}
+    for path in (tmp_path / "logs").iterdir():
+        found[path.name] = []
+        for line in path.read_text().split("\n")[:-1]:
+            time, text = line.split(" ", 1)
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", time)
+            found[path.name].append(text)
+
+    assert found == {
+        "rollout-0.log": [
+            "rollout-0 one",
+            "rollout-0 two \u2028 three",
+            "rollout-0 again",
+        ],
+        "rollout-1.log": [
+            "rollout-1 other",
+            "rollout-1 0%",
+            "rollout-1 100%",
+        ],
+        "driver.log": [
+            "driver from the driver",
+            "driver   in two lines",
+            "driver a sink failed",
+        ],
     }
-    assert all(
-        re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ", line)
-        for lines in texts.values()
-        for line in lines
-    )
 
 
 def test_lines_may_be_json_objects(tmp_path):
@@ -55,7 +69,8 @@ def test_lines_may_be_json_objects(tmp_path):
         dispatcher.emit(batch("teacher-a-0", 'it said "no"'))
 
     (record,) = map(json.loads, (tmp_path / "logs" / "teacher-a-0.log").read_text().splitlines())
-    assert record.pop("time") and record == {
+    assert record.pop("time")
+    assert record == {
         "role": "teacher-a-0",
         "node": "10.0.0.7",
         "pid": 41,

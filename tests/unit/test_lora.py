@@ -125,8 +125,16 @@ def test_equal_seeds_give_equal_adapters_whatever_was_drawn_before(dtype):
     )
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN2, TIED], ids=["untied", "biases", "tied"])
-def test_from_outside_there_is_one_plain_model_with_its_weights_merged(config):
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA,
+        QWEN2,
+        TIED,
+    ],
+    ids=["untied", "biases", "tied"],
+)
+def test_from_outside_there_is_one_plain_merged_model(config):
     base, model = model_of(config), model_of(config)
     add_adapters(model, LoraConfig(rank=2, alpha=3.0), seed=0)
     matrices = adapted(model)
@@ -144,7 +152,9 @@ def test_from_outside_there_is_one_plain_model_with_its_weights_merged(config):
         assert torch.allclose(found[name], expected, atol=1e-5), name
 
     merged = torch.func.functional_call(
-        base, found, kwargs={"input_ids": torch.arange(7)[None]}
+        base,
+        found,
+        kwargs={"input_ids": torch.arange(7)[None]},
     ).logits
     assert torch.allclose(merged, model(input_ids=torch.arange(7)[None]).logits, atol=1e-4)
 

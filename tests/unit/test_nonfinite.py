@@ -71,7 +71,7 @@ def test_the_student_may_be_to_blame(packed):
         ]
 
 
-def test_a_freed_slot_an_empty_tail_and_masked_rows_are_not_to_blame(packed):
+def test_freed_slots_empty_tails_and_masked_rows_are_not_to_blame(packed):
     sound = with_values(
         packed,
         teacher_topk_logprobs_TK=((1, 0), -torch.inf),
@@ -100,7 +100,8 @@ def test_the_dump_of_a_step_is_whole(packed, tmp_path):
         "rank-0.safetensors", "rank-1.safetensors", "rows.json"
     ]  # fmt: skip
     record = json.loads((tmp_path / "step" / "rows.json").read_text())
-    assert record["what"] == "loss" and record["rows"][0]["position"] == 1
+    assert record["what"] == "loss"
+    assert record["rows"][0]["position"] == 1
     assert record["trajectories"] == [[0, "a", 0], [0, "b", 1]]
     assert torch.equal(
         load_file(tmp_path / "step" / "rank-1.safetensors")["1.loss_mask_T"],
@@ -111,6 +112,7 @@ def test_the_dump_of_a_step_is_whole(packed, tmp_path):
 def test_the_message_names_a_few_rows_and_where_the_rest_is(tmp_path):
     rows = [BrokenRow(trajectory=KEYS[0], position=r, columns=("gate_T",)) for r in range(7)]
     message = explain("loss", rows, KEYS, tmp_path)
-    assert "(0, 'a', 0) token 4 (gate_T) and 2 more" in message and "token 5" not in message
+    assert "(0, 'a', 0) token 4 (gate_T) and 2 more" in message
+    assert "token 5" not in message
     assert str(tmp_path) in message
     assert "trajectories: (0, 'a', 0), (0, 'b', 1);" in explain("gradient", [], KEYS, tmp_path)

@@ -1,5 +1,7 @@
 """Every trajectory lands in exactly one micro-batch, below the budget, and ranks stay in step."""
 
+from collections.abc import Sequence
+
 import fakes
 import pytest
 from hypothesis import given
@@ -10,7 +12,13 @@ from eopd.types import Stored
 
 
 def stored(index: int, tokens: int) -> Stored:
-    return Stored(fakes.header(str(index), num_prompt=1, num_response=tokens - 1), body=index)
+    header = fakes.header(str(index), num_prompt=1, num_response=tokens - 1)
+    return Stored(header, body=index)
+
+
+def trajectories(rank: Sequence[Sequence[Stored]]) -> list[Stored]:
+    """Those of all micro-batches of a rank."""
+    return [stored for micro in rank for stored in micro]
 
 
 @given(
@@ -24,7 +32,11 @@ def test_a_pack_is_a_partition_within_the_budget_and_in_step(lengths, steps, ran
     assert len(packed.steps) == steps and packed.alpha == 0.5
     assert sorted(s.body for s in packed.stored()) == list(range(len(lengths)))
     assert sum(step.num_loss_tokens for step in packed.steps) == sum(n - 1 for n in lengths)
-    sizes = [sum(len(micro) for rank in step.ranks for micro in rank) for step in packed.steps]
+
+    def size(step):
+        return sum(len(trajectories(rank)) for rank in step.ranks)
+
+    sizes = [size(step) for step in packed.steps]
     assert max(sizes) - min(sizes) <= 1
 
     for step in packed.steps:
@@ -50,10 +62,11 @@ def test_ranks_are_balanced_by_cost():
         token_budget=200,
         alpha=1,
     )
-    costs = [
-        sum(estimated_cost(s.header) for micro in rank for s in micro)
-        for rank in packed.steps[0].ranks
-    ]
+
+    def cost(rank):
+        return sum(estimated_cost(stored.header) for stored in trajectories(rank))
+
+    costs = [cost(rank) for rank in packed.steps[0].ranks]
     assert max(costs) / min(costs) < 1.15
 
 
@@ -65,11 +78,12 @@ def test_micro_batches_are_filled_first_fit_decreasing_up_to_the_budget():
         token_budget=100,
         alpha=1,
     )
-    (micros,) = packed.steps[0].ranks
-    assert [[s.header.num_tokens for s in micro] for micro in micros] == [[60, 40], [50, 50]]
+    ((first, second),) = packed.steps[0].ranks
+    assert [stored.header.num_tokens for stored in first] == [60, 40]
+    assert [stored.header.num_tokens for stored in second] == [50, 50]
 
 
-def test_a_long_trajectory_costs_more_than_as_many_tokens_in_short_ones():
+def test_a_long_trajectory_costs_more_than_short_ones():
     # By tokens alone the last one would join the long one: 8192 stand against 2 x 4096.
     batch = [stored(i, n) for i, n in enumerate([8192, 4096, 4096, 4096])]
     packed = pack_batch(batch, steps=1, ranks=2, token_budget=8192, alpha=1)

@@ -59,7 +59,7 @@ def test_padding_begins_above_the_last_token_that_has_a_row(pair):
     assert num_tokens(bare) == num_tokens(padded) == size
 
 
-def test_loss_gradients_and_statistics_are_those_of_a_head_without_padding(pair):
+def test_padding_of_a_head_changes_nothing(pair):
     bare, padded, size = pair
     ids, tokens = torch.arange(7), tokens_of(size)
     losses, gradients, statistics = [], [], []
@@ -70,7 +70,12 @@ def test_loss_gradients_and_statistics_are_those_of_a_head_without_padding(pair)
 
         def measure(hidden_TD, head):
             loss, _ = objective(
-                hidden_TD, head.weight_VD, tokens, LossConfig(top_k=5), num_loss_tokens=7, alpha=1.0
+                hidden_TD,
+                head.weight_VD,
+                tokens,
+                LossConfig(top_k=5),
+                num_loss_tokens=7,
+                alpha=1.0,
             )
             return loss, token_statistics(hidden_TD.detach(), head.weight_VD.detach(), tokens)
 
@@ -98,7 +103,9 @@ def test_without_a_number_of_tokens_all_rows_count(pair):
         config = StudentConfig(model=padded, dtype="float32")
         student = load_student(config, activation_checkpointing=False, num_tokens=number)
         found = student(
-            ids, ids, lambda hidden, head: token_statistics(hidden, head.weight_VD, tokens)
+            ids,
+            ids,
+            lambda hidden, head: token_statistics(hidden, head.weight_VD, tokens),
         )
         logprobs.append(found.student_logprobs_T)
 

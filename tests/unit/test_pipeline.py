@@ -3,6 +3,7 @@ when things fail.
 """
 
 import asyncio
+import itertools
 import random
 from collections import Counter
 
@@ -60,45 +61,58 @@ async def run(line: Pipeline, start: int = 0) -> list[dict[str, float]]:
     return [row async for row in fakes.rows(line, start)]
 
 
+def keys(line: Pipeline, count: int) -> list[TrajectoryKey]:
+    """The first trajectories that a loop issues."""
+    samples = map(line.order.at, range(count))
+    return [TrajectoryKey(prompt.epoch, prompt.prompt_id, index) for prompt, index in samples]
+
+
+def times_trained(*worlds: FakeWorld) -> Counter[TrajectoryKey]:
+    batches = itertools.chain.from_iterable(world.trained for world in worlds)
+    return Counter(itertools.chain.from_iterable(batches))
+
+
 async def test_synchronous_trains_in_issue_order_with_staleness_zero():
     world = FakeWorld()
     rows = await run(pipeline(world))
-    assert set(world.staleness) == {0} and world.most_concurrent == 4
+    assert set(world.staleness) == {0}
+    assert world.most_concurrent == 4
     assert [row["eopd_step"] for row in rows] == list(range(1, 13))
     assert rows[-1]["eopd_response_tokens_total"] == 12 * 4 * 4
-    assert all(
-        row["eopd_in_flight_trajectories"] == row["eopd_ready_trajectories"] == 0 for row in rows
-    )
-    issued = [
-        TrajectoryKey(s.epoch, s.prompt_id, k) for s, k in map(pipeline(world).order.at, range(48))
-    ]
-    assert [key for batch in world.trained for key in batch] == [
-        key for start in range(0, 48, 4) for key in sorted(issued[start : start + 4])
-    ]
+    assert {row["eopd_in_flight_trajectories"] for row in rows} == {0}
+    assert {row["eopd_ready_trajectories"] for row in rows} == {0}
+    issued = keys(pipeline(world), 48)
+    assert len(world.trained) == 12
+    for number, batch in enumerate(world.trained):
+        assert batch == sorted(issued[4 * number : 4 * number + 4])
 
 
-@pytest.mark.parametrize(("staleness", "lookahead"), [(1, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize(
+    ("staleness", "lookahead"),
+    [
+        (1, 0),
+        (2, 1),
+        (3, 1),
+    ],
+)
 @pytest.mark.parametrize("seed", range(4))
-async def test_asynchronous_stays_within_the_bound_and_trains_everything_once(
-    staleness, lookahead, seed
-):
+async def test_asynchronous_trains_everything_once_within_the_bound(staleness, lookahead, seed):
     world = FakeWorld(seed)
     rows = await run(pipeline(world, staleness=staleness, lookahead=lookahead))
     waiting = [row["eopd_in_flight_trajectories"] + row["eopd_ready_trajectories"] for row in rows]
     # all slots but those of the batch that was just taken
     assert max(waiting) == 4 * (staleness - lookahead)
     assert 0 < max(world.staleness) <= staleness
-    counts = Counter(key for batch in world.trained for key in batch)
-    assert set(counts.values()) == {1} and len(counts) == 48
+    counts = times_trained(world)
+    assert set(counts.values()) == {1}
+    assert len(counts) == 48
 
 
 async def test_an_epoch_holds_every_prompt_and_sample_once():
     world = FakeWorld()
     await run(pipeline(world, batches=5))  # 20 trajectories: two epochs of 5 prompts x 2 samples
-    counts = Counter(key for batch in world.trained for key in batch)
-    assert counts == Counter(
-        TrajectoryKey(e, f"{i}", k) for e in (0, 1) for i in range(5) for k in (0, 1)
-    )
+    samples = itertools.product((0, 1), "01234", (0, 1))
+    assert times_trained(world) == Counter(TrajectoryKey(*sample) for sample in samples)
 
 
 async def test_lost_trajectories_are_issued_again_and_counted():
@@ -127,8 +141,15 @@ class Poisoned(FakeWorld):
         return await super().score(stored)
 
 
-@pytest.mark.parametrize(("staleness", "lookahead"), [(0, 0), (2, 0), (2, 1)])
-async def test_a_poisonous_prompt_is_dropped_and_the_next_ones_take_its_place(staleness, lookahead):
+@pytest.mark.parametrize(
+    ("staleness", "lookahead"),
+    [
+        (0, 0),
+        (2, 0),
+        (2, 1),
+    ],
+)
+async def test_a_poisonous_prompt_is_dropped(staleness, lookahead):
     world, dropped = Poisoned("3"), []
     line = pipeline(
         world,
@@ -138,24 +159,21 @@ async def test_a_poisonous_prompt_is_dropped_and_the_next_ones_take_its_place(st
         on_drop=lambda issue, lost: dropped.append((issue, lost.key, lost.reason)),
     )
     rows = await run(line)
-    assert [len(batch) for batch in world.trained] == [4] * 12 and max(world.staleness) <= staleness
+    assert [len(batch) for batch in world.trained] == [4] * 12
+    assert max(world.staleness) <= staleness
     assert set(world.tried.values()) == {3}
-    keys = [
-        TrajectoryKey(s.epoch, s.prompt_id, k)
-        for s, k in map(line.order.at, range(line.ledger.settled.floor))
-    ]
-    poisonous = [(issue, key) for issue, key in enumerate(keys) if key.prompt_id == "3"]
-    assert sorted(dropped) == [(issue, key, LossReason.TEACHER_FAILED) for issue, key in poisonous]
-    assert (
-        line.ledger.dropped == {issue for issue, _ in poisonous} and len(line.ledger.dropped) >= 10
-    )
-    assert sorted(key for batch in world.trained for key in batch) == sorted(
-        k for k in keys if k.prompt_id != "3"
-    )
+    issued = dict(enumerate(keys(line, line.ledger.settled.floor)))
+    poisonous = {issue: key for issue, key in issued.items() if key.prompt_id == "3"}
+    assert {reason for *_, reason in dropped} == {LossReason.TEACHER_FAILED}
+    assert sorted((issue, key) for issue, key, _ in dropped) == sorted(poisonous.items())
+    assert line.ledger.dropped == poisonous.keys()
+    assert len(line.ledger.dropped) >= 10
+    others = [key for key in issued.values() if key.prompt_id != "3"]
+    assert times_trained(world) == Counter(others)
     assert rows[-1]["eopd_dropped_trajectories_total"] == len(poisonous)
 
 
-async def test_a_batch_that_waited_for_a_dropped_trajectory_does_not_wait_for_the_one_in_its_place():
+async def test_a_batch_does_not_wait_for_what_replaces_a_dropped_one():
     order = fakes.order(prompts=20, samples=1)
     poison, in_its_place = (order.at(issue)[0].prompt_id for issue in (1, 8))
 
@@ -172,16 +190,15 @@ async def test_a_batch_that_waited_for_a_dropped_trajectory_does_not_wait_for_th
     await steps.aclose()
 
 
-async def test_more_dropped_than_a_run_may_lose_end_it_with_the_last_reason():
+async def test_too_many_dropped_end_the_run_with_the_last_reason():
     world = Poisoned("3")
-    with pytest.raises(
-        TooManyDroppedError,
-        match=r"3 trajectories were dropped after flow.max_attempts = 3 attempts",
-    ):
+    dropped = r"3 trajectories were dropped after flow.max_attempts = 3 attempts"
+    with pytest.raises(TooManyDroppedError, match=dropped):
         await run(pipeline(world, max_dropped=2))
 
     assert asyncio.all_tasks() == {asyncio.current_task()}
-    with pytest.raises(TooManyDroppedError, match=r"prompt_id='3'.*: teacher_failed: not finite"):
+    reason = r"prompt_id='3'.*: teacher_failed: not finite"
+    with pytest.raises(TooManyDroppedError, match=reason):
         await run(pipeline(Poisoned("3"), max_dropped=0))
 
 
@@ -197,19 +214,22 @@ async def test_a_resumed_run_does_not_try_again_what_was_dropped():
     ledger = Ledger.restore(**line.ledger.state())
     second.version = second.served = 6
     await run(pipeline(second, ledger=ledger, max_dropped=99), start=6)
-    assert dropped and not set(first.tried) & set(second.tried)
-    counts = Counter(key for world in (first, second) for batch in world.trained for key in batch)
-    assert len(counts) == 48 and set(counts.values()) == {1}
+    assert dropped
+    assert not set(first.tried) & set(second.tried)
+    counts = times_trained(first, second)
+    assert len(counts) == 48
+    assert set(counts.values()) == {1}
 
 
-async def test_bodies_that_are_lost_before_the_update_are_sampled_again_and_the_batch_is_trained():
+async def test_bodies_lost_before_the_update_are_sampled_again():
     class Forgetful(FakeWorld):
         gone = 3
 
         async def step(self, batch):
             if self.gone:
                 self.gone -= 1
-                raise BodiesLostError([stored.header.key for stored in batch.stored()][:2])
+                keys = [stored.header.key for stored in batch.stored()]
+                raise BodiesLostError(keys[:2])
 
             return await super().step(batch)
 
@@ -217,11 +237,12 @@ async def test_bodies_that_are_lost_before_the_update_are_sampled_again_and_the_
     rows = await run(pipeline(world, max_attempts=1))
     assert rows[-1]['eopd_lost_trajectories_total{reason="body_lost"}'] == 6
     assert rows[-1]["eopd_dropped_trajectories_total"] == 0
-    counts = Counter(key for batch in world.trained for key in batch)
-    assert len(counts) == 48 and set(counts.values()) == {1}
+    counts = times_trained(world)
+    assert len(counts) == 48
+    assert set(counts.values()) == {1}
 
 
-async def test_a_learner_that_raises_ends_the_run_and_leaves_no_task_behind():
+async def test_a_learner_that_raises_ends_the_run():
     class Broken(FakeWorld):
         async def step(self, batch):
             raise ArithmeticError("not finite")
@@ -232,8 +253,10 @@ async def test_a_learner_that_raises_ends_the_run_and_leaves_no_task_behind():
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_stopping_and_resuming_trains_what_an_undisturbed_run_trains():
-    undisturbed, first, second = FakeWorld(), FakeWorld(), FakeWorld(seed=9)
+async def test_a_resumed_run_trains_what_an_undisturbed_run_trains():
+    undisturbed = FakeWorld()
+    first = FakeWorld()
+    second = FakeWorld(seed=9)
     await run(pipeline(undisturbed, staleness=2, lookahead=1))
     line = pipeline(first, staleness=2, lookahead=1)
     steps = line.steps(0)
@@ -244,15 +267,20 @@ async def test_stopping_and_resuming_trains_what_an_undisturbed_run_trains():
     ledger = Ledger.restore(**line.ledger.state())
     second.version = second.served = 5
     await run(pipeline(second, staleness=2, lookahead=1, ledger=ledger), start=5)
-    resumed = Counter(key for world in (first, second) for batch in world.trained for key in batch)
-    assert resumed == Counter(key for batch in undisturbed.trained for key in batch)
+    assert times_trained(first, second) == times_trained(undisturbed)
 
 
 @pytest.mark.parametrize("batch", [2, 3, 7])
 @pytest.mark.parametrize(
-    "modes", [((0, 0), (0, 0)), ((2, 1), (2, 1)), ((3, 2), (0, 0)), ((0, 0), (3, 1))]
+    "modes",
+    [
+        ((0, 0), (0, 0)),
+        ((2, 1), (2, 1)),
+        ((3, 2), (0, 0)),
+        ((0, 0), (3, 1)),
+    ],
 )
-async def test_a_run_may_go_on_with_another_size_of_batch_and_another_staleness(batch, modes):
+async def test_a_run_may_go_on_with_another_batch_and_staleness(batch, modes):
     first, second = FakeWorld(), FakeWorld(seed=9)
     (staleness, lookahead), (staleness_after, lookahead_after) = modes
     line = pipeline(first, staleness=staleness, lookahead=lookahead)
@@ -270,8 +298,5 @@ async def test_a_run_may_go_on_with_another_size_of_batch_and_another_staleness(
     assert [row["eopd_step"] for row in rows] == [float(step) for step in range(6, 13)]
     assert [len(taken) for taken in second.trained] == [batch] * 7
     assert max(second.staleness) <= staleness_after
-    total = 5 * 4 + 7 * batch
-    issued = [TrajectoryKey(s.epoch, s.prompt_id, k) for s, k in map(line.order.at, range(total))]
-    assert sorted(
-        key for world in (first, second) for taken in world.trained for key in taken
-    ) == sorted(issued)
+    issued = keys(line, 5 * 4 + 7 * batch)
+    assert times_trained(first, second) == Counter(issued)

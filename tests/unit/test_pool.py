@@ -28,7 +28,9 @@ class Worker:
     """
 
     def __init__(self, name: str, mood: str = "well", delay_s: float = 0.0) -> None:
-        self.name, self.mood, self.delay_s = name, mood, delay_s
+        self.name = name
+        self.mood = mood
+        self.delay_s = delay_s
         self.asked: list[object] = []
         self.in_flight = self.most = self.pings = 0
 
@@ -56,7 +58,8 @@ class Worker:
 def pool_of(
     *workers: Worker, seats: int = 100, timeout_s: float = TIMEOUT_S
 ) -> tuple[Pool[Worker], list]:
-    pool, lost = Pool("worker", timeout_s=timeout_s, ping=lambda worker: worker.ping()), []
+    pool = Pool("worker", timeout_s=timeout_s, ping=lambda worker: worker.ping())
+    lost = []
     pool.on_loss = lambda number, reason: lost.append((number, reason))
     for number, worker in enumerate(workers):
         pool.add(number, worker, seats)
@@ -80,7 +83,7 @@ async def test_the_worker_with_the_most_free_seats_is_asked():
     assert pool.in_flight == {0: 0, 1: 0, 2: 0}
 
 
-async def test_a_worker_holds_as_many_as_it_has_seats_and_the_rest_goes_in_order_of_priority():
+async def test_a_worker_has_seats_and_the_rest_goes_by_priority():
     worker = Worker("a", delay_s=0.005)
     pool, _ = pool_of(worker, seats=2)
     requests = [asyncio.create_task(ask(pool, number, priority=-number)) for number in range(8)]
@@ -90,7 +93,8 @@ async def test_a_worker_holds_as_many_as_it_has_seats_and_the_rest_goes_in_order
         "worker: 6 wait for one",
     ]
     await asyncio.gather(*requests)
-    assert worker.most == 2 and worker.asked == [0, 1, 7, 6, 5, 4, 3, 2]
+    assert worker.most == 2
+    assert worker.asked == [0, 1, 7, 6, 5, 4, 3, 2]
 
 
 async def test_time_in_the_queue_is_nobodys_failure():
@@ -98,15 +102,18 @@ async def test_time_in_the_queue_is_nobodys_failure():
     worker = Worker("a", delay_s=0.02)
     pool, lost = pool_of(worker, seats=1, timeout_s=1.0)
     answers = await asyncio.gather(*(ask(pool) for _ in range(100)))
-    assert answers == ["a"] * 100 and lost == [] and pool.num_failures == worker.pings == 0
+    assert answers == ["a"] * 100
+    assert lost == []
+    assert pool.num_failures == worker.pings == 0
 
 
-async def test_a_dead_worker_costs_no_request_however_often_and_is_told_once():
+async def test_a_dead_worker_costs_no_request_and_is_told_once():
     dead = [Worker(name, "down", delay_s=0.001) for name in "abcdefgh"]
     pool, lost = pool_of(*dead, seats=2)
     requests = [asyncio.create_task(ask(pool)) for _ in range(16)]
     await asyncio.sleep(0.05)
-    assert [number for number, _ in lost] == list(range(8)) and pool.num_up == 0
+    assert [number for number, _ in lost] == list(range(8))
+    assert pool.num_up == 0
     assert not any(request.done() for request in requests)
     pool.add(3, Worker("new"), 100)
     assert await asyncio.gather(*requests) == ["new"] * 16
@@ -114,15 +121,18 @@ async def test_a_dead_worker_costs_no_request_however_often_and_is_told_once():
 
 
 async def test_a_request_of_a_lost_worker_keeps_its_place():
-    dead, well = Worker("dead", "down", delay_s=0.01), Worker("well", delay_s=0.03)
+    dead = Worker("dead", "down", delay_s=0.01)
+    well = Worker("well", delay_s=0.03)
     pool, _ = pool_of(dead, well, seats=1)
     requests = [asyncio.create_task(ask(pool, number)) for number in range(5)]
     await asyncio.gather(*requests)
-    assert dead.asked == [0] and well.asked == [1, 0, 2, 3, 4]
+    assert dead.asked == [0]
+    assert well.asked == [1, 0, 2, 3, 4]
 
 
-async def test_a_worker_that_misses_a_deadline_and_a_ping_is_lost_with_all_it_holds():
-    hung, well = Worker("hung", "hung"), Worker("well", delay_s=0.01)
+async def test_a_worker_that_misses_a_deadline_and_a_ping_is_lost():
+    hung = Worker("hung", "hung")
+    well = Worker("well", delay_s=0.01)
     pool, lost = pool_of(hung, well)
     started = time.monotonic()
     assert await asyncio.gather(*(ask(pool) for _ in range(6))) == ["well"] * 6
@@ -131,27 +141,31 @@ async def test_a_worker_that_misses_a_deadline_and_a_ping_is_lost_with_all_it_ho
     assert (hung.pings, hung.in_flight) == (1, 0)
 
 
-async def test_a_request_that_a_worker_does_not_answer_while_it_answers_pings_has_failed():
+async def test_a_request_that_is_not_answered_has_failed():
     deaf, other = Worker("deaf", "deaf"), Worker("other")
     pool, lost = pool_of(deaf, other)
     outcomes = await asyncio.gather(*(ask(pool) for _ in range(4)), return_exceptions=True)
     failed = [str(outcome) for outcome in outcomes if isinstance(outcome, NoAnswerError)]
-    assert failed == ["no answer of worker 0 within 0.1 s"] * 2 and lost == [] and pool.num_up == 2
+    assert failed == ["no answer of worker 0 within 0.1 s"] * 2
+    assert lost == []
+    assert pool.num_up == 2
     assert deaf.pings in (1, 2) and pool.num_failures == 2  # one for all that are late at a time
 
 
-async def test_a_worker_that_somebody_else_finds_lost_gives_back_what_it_holds_at_once():
-    slow, well = Worker("slow", delay_s=30.0), Worker("well", delay_s=0.001)
+async def test_a_worker_that_is_found_lost_gives_back_what_it_holds():
+    slow = Worker("slow", delay_s=30.0)
+    well = Worker("well", delay_s=0.001)
     pool, lost = pool_of(slow, well, timeout_s=3600.0)
     requests = [asyncio.create_task(ask(pool)) for _ in range(2)]
     await asyncio.sleep(0.01)
     pool.lose(0, "its weights are wrong")
     pool.lose(0, "again")
     assert await asyncio.wait_for(asyncio.gather(*requests), 1.0) == ["well", "well"]
-    assert lost == [(0, "its weights are wrong")] and slow.in_flight == 0
+    assert lost == [(0, "its weights are wrong")]
+    assert slow.in_flight == 0
 
 
-async def test_a_late_failure_of_a_lost_worker_is_not_put_down_to_the_one_that_has_its_number():
+async def test_a_late_failure_is_not_put_down_to_the_next_worker():
     first = Worker("first", "down", delay_s=0.02)
     pool, lost = pool_of(first)
     request = asyncio.create_task(ask(pool))
@@ -182,7 +196,9 @@ async def test_a_cancelled_request_leaves_its_seat_and_its_place():
     await asyncio.sleep(0.005)
     held.cancel()
     waits.cancel()
-    assert await last == "a" and worker.asked == [0, 2] and pool.in_flight == {0: 0}
+    assert await last == "a"
+    assert worker.asked == [0, 2]
+    assert pool.in_flight == {0: 0}
 
 
 async def test_a_request_cancelled_in_the_moment_it_gets_a_seat_leaves_it():
@@ -192,7 +208,8 @@ async def test_a_request_cancelled_in_the_moment_it_gets_a_seat_leaves_it():
     await asyncio.sleep(0)
     pool.add(0, worker, 1)
     request.cancel()
-    assert await asyncio.wait_for(ask(pool, "next"), 1.0) == "a" and worker.asked == ["next"]
+    assert await asyncio.wait_for(ask(pool, "next"), 1.0) == "a"
+    assert worker.asked == ["next"]
 
 
 async def test_when_nobody_comes_any_more_all_who_wait_are_told():
@@ -206,14 +223,17 @@ async def test_when_nobody_comes_any_more_all_who_wait_are_told():
 
 
 async def test_a_worker_that_drains_ends_what_it_has_and_gets_no_more():
-    a, b = Worker("a", delay_s=0.05), Worker("b", delay_s=0.05)
+    a = Worker("a", delay_s=0.05)
+    b = Worker("b", delay_s=0.05)
     pool, lost = pool_of(a, b)
     requests = [asyncio.create_task(ask(pool)) for _ in range(2)]
     await asyncio.sleep(0.01)
     draining = asyncio.create_task(pool.drain(1))
     await asyncio.sleep(0.01)
     assert pool.status()[1] == "worker 1: 1 of 100 in flight, the oldest for 0 s, takes no more"
-    assert pool.num_up == 1 and 1 not in pool and not draining.done()
+    assert pool.num_up == 1
+    assert 1 not in pool
+    assert not draining.done()
     assert await asyncio.gather(*requests, *(ask(pool) for _ in range(3))) == [
         "a",
         "b",
@@ -225,7 +245,7 @@ async def test_a_worker_that_drains_ends_what_it_has_and_gets_no_more():
     assert pool.in_flight == {0: 0} and lost == []
 
 
-async def test_a_worker_that_hangs_while_it_drains_is_let_go_once_it_is_lost():
+async def test_a_worker_that_hangs_while_it_drains_is_let_go():
     pool, _ = pool_of(Worker("a"), Worker("b", "hung"), timeout_s=3600.0)
     pool._members[0].draining = True
     request = asyncio.create_task(ask(pool))

@@ -5,14 +5,13 @@ report of it.
 import json
 import os
 import shutil
-import sys
 from typing import Literal
 
+import fakes
 import pytest
 from pydantic import ValidationError
 
 from eopd import preflight
-from eopd.cli.main import main
 from eopd.config import ConfigError, load_config
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.preflight import environment
@@ -48,36 +47,39 @@ def files(tmp_path_factory):
     layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
     (root / "lost" / "config.json").write_text(json.dumps(described | layers))
     lines = [json.dumps({"prompt": prompt, "source": source}) + "\n" for prompt, source in ROWS]
-    (root / "train.jsonl").write_text(
-        "".join([*lines, json.dumps({"prompt": "word " * 99, "source": "math"})])
-    )
+    too_long = json.dumps({"prompt": "word " * 99, "source": "math"})
+    (root / "train.jsonl").write_text("".join([*lines, too_long]))
     (root / "held_out.jsonl").write_text(lines[0])
-    (root / "c.yaml").write_text(
-        f"run: {{name: r, batches: 1, directory: {root}/runs}}\nstudent: {{model: {root}/student, dtype: float32}}\n"
-        f"teachers:\n"
-        f"  - {{name: chat, model: {root}/chat, replicas: 2, dtype: float32, eos_remap: {{0: 2}}, "
-        "sources: [math, poems]}\n"
-        f"  - {{name: far, model: {root}/base, backend: eopd, dtype: float32, server: {{url: 'http://far:8000'}}}}\n"
-        f"prompts: {{data: {root}/train.jsonl, held_out: {root}/held_out.jsonl, max_tokens: 64, overlong: drop}}\n"
-        "flow: {batch_prompts: 1}\n"
+    chat = "replicas: 2, dtype: float32, eos_remap: {0: 2}, sources: [math, poems]"
+    far = "backend: eopd, dtype: float32, server: {url: 'http://far:8000'}"
+    data = f"data: {root}/train.jsonl, held_out: {root}/held_out.jsonl"
+    fakes.write_config(
+        root,
+        batches=1,
+        student=f"{{model: {root}/student, dtype: float32}}",
+        teachers=(
+            f"\n  - {{name: chat, model: {root}/chat, {chat}}}"
+            f"\n  - {{name: far, model: {root}/base, {far}}}"
+        ),
+        prompts=f"{{{data}, max_tokens: 64, overlong: drop}}",
+        flow="{batch_prompts: 1}",
     )
 
     return root
 
 
 @pytest.fixture
-def check(files, monkeypatch, capsys):
+def check(eopd, files):
     def run(*overrides: str) -> tuple[int, str]:
-        arguments = [part for one in overrides for part in ("--set", one.format(root=files))]
-        monkeypatch.setattr(sys, "argv", ["eopd", "check", str(files / "c.yaml"), *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
+        options = []
+        for override in overrides:
+            options += ["--set", override.format(root=files)]
 
-        shown = capsys.readouterr()
+        done = eopd("check", files / "c.yaml", *options)
         assert not (files / "runs").exists()
-        assert bool(shown.out) != bool(shown.err)
-
-        return int(caught.value.code or 0), (shown.out or shown.err).replace(str(files), "")
+        assert bool(done.out) != bool(done.err)
+        shown = done.out or done.err
+        return int(done.code or 0), shown.replace(str(files), "")
 
     return run
 
@@ -118,7 +120,10 @@ def test_the_report_says_which_precision_was_chosen_and_why(check):
 
 def test_notes_compare_the_config_with_the_data(check):
     _, shown = check(
-        "flow.batch_prompts=5", "checkpoint.every=1", "teachers.0.sources=[verse]", "cluster.cpus=9"
+        "flow.batch_prompts=5",
+        "checkpoint.every=1",
+        "teachers.0.sources=[verse]",
+        "cluster.cpus=9",
     )
     assert [line for line in shown.splitlines() if line.startswith("note")] == [
         "note: flow.batch_prompts: 5 is above the 4 prompts of prompts.data; a batch holds "
@@ -146,10 +151,10 @@ def test_the_key_of_a_server_must_be_set_where_the_run_is_local(check, monkeypat
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("EOPD_TEST_KEY", " ")
     code, shown = check(SERVED)
-    assert (code, shown) == (
-        2,
+    assert code == 2
+    assert shown == (
         "error: teachers.far.server.api_key_env: the environment variable EOPD_TEST_KEY is "
-        "not set\n",
+        "not set\n"
     )
     assert check(SERVED, "cluster.address=auto")[0] == 0
     monkeypatch.setenv("EOPD_TEST_KEY", "a")
@@ -275,7 +280,7 @@ def options_of_deepspeed(options):
         ),
     ],
 )
-def test_native_options_have_the_names_types_and_bounds_of_their_library(require, options, message):
+def test_native_options_are_those_of_their_library(require, options, message):
     with pytest.raises(ConfigError) as caught:
         require(options)
 
@@ -344,11 +349,11 @@ def test_types_are_read_from_source_as_far_as_they_are_plain(tmp_path):
         "    _hidden: int = 1\n"
     )
     declared = Declarations.read([tmp_path / "a.py"])
-    assert (
-        declared.alias("Mode") == Literal["a", "b"] | None and declared.alias("Unknown") is object
-    )
+    assert declared.alias("Mode") == Literal["a", "b"] | None
+    assert declared.alias("Unknown") is object
     narrow = declared.model("Options", instead={"many": int, "gone": int})
-    assert narrow.model_fields["many"].annotation is int and "gone" not in narrow.model_fields
+    assert narrow.model_fields["many"].annotation is int
+    assert "gone" not in narrow.model_fields
     model = declared.model("Options", nested="Base")
     assert sorted(model.model_fields) == ["code", "device", "inner", "many", "share", "wide"]
 
@@ -396,9 +401,7 @@ def test_types_are_read_from_source_as_far_as_they_are_plain(tmp_path):
         (["rollout.gpus=1", "cluster.address=head:6379"], None),
     ],
 )
-def test_what_this_machine_lacks_is_a_note_where_ray_is_started_here(
-    check, overrides, note, monkeypatch
-):
+def test_what_this_machine_lacks_is_a_note(check, overrides, note, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(environment, "gpus_here", lambda: 2)
     code, shown = check(*overrides)
@@ -481,20 +484,31 @@ def test_a_mistake_is_one_message_and_exit_code_2(check, overrides, message):
     code, shown = check(*overrides)
     assert code == 2
     assert message in shown
-    assert shown.count("\n") == 1 and "Traceback" not in shown
+    assert shown.count("\n") == 1
+    assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("x" * 300, "a name in a path has 255"), ("x/" * 3000, "a path has 4095")],
+    [
+        ("x" * 300, "a name in a path has 255"),
+        ("x/" * 3000, "a path has 4095"),
+    ],
     ids=["long", "deep"],
 )
 @pytest.mark.parametrize(
-    ("key", "ending"), [("student.model", ""), ("teachers.0.model", ""), ("prompts.data", ".jsonl")]
+    ("key", "ending"),
+    [
+        ("student.model", ""),
+        ("teachers.0.model", ""),
+        ("prompts.data", ".jsonl"),
+    ],
 )
 def test_a_path_that_no_disk_takes_is_one_message(check, key, ending, name, most):
     code, shown = check(f"{key}={{root}}/{name}{ending}")
-    assert code == 2 and f" {key}: " in shown and shown.count("\n") == 1
+    assert code == 2
+    assert f" {key}: " in shown
+    assert shown.count("\n") == 1
     assert f"{most} bytes at most (has " in shown or "(File name too long)" in shown
 
 
@@ -505,7 +519,7 @@ def test_held_out_prompts_need_a_teacher_too(files):
         preflight.prepare(load_config(files / "c.yaml", [*swapped, "teachers.1.sources=[logic]"]))
 
 
-# ---- answers that a grader needs ------------------------------------------------------------------------------------
+# --- answers that a grader needs
 
 REWARD = [
     "loss.reverse_kl={{kind: sampled, reward: {{grader: math}}}}",
@@ -546,13 +560,16 @@ def graded(files, check):
 )
 def test_a_reward_needs_answers_that_its_grader_can_read(graded, answers, message):
     code, shown = graded(*answers)
-    assert code == 2 and f"error: prompts.data: {message}" in shown
+    assert code == 2
+    assert f"error: prompts.data: {message}" in shown
 
 
 def test_several_answers_and_whole_solutions_are_fine_for_a_reward(graded):
     assert (
         graded(
-            {"answer": [5, "five"]}, {"answer": "2 + 3 = 5\n#### 5"}, {"answer": r"So \boxed{5}."}
+            {"answer": [5, "five"]},
+            {"answer": "2 + 3 = 5\n#### 5"},
+            {"answer": r"So \boxed{5}."},
         )[0]
         == 0
     )

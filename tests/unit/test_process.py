@@ -60,7 +60,16 @@ def test_a_worker_listens_and_runs_where_it_pleases(usual):
     assert environ == usual | {"VLLM_USE_DEEP_GEMM": "0", "OMP_NUM_THREADS": "3"}
 
 
-@pytest.mark.parametrize("home", [None, "", "relative", "/proc/none", "/etc/hostname"])
+@pytest.mark.parametrize(
+    "home",
+    [
+        None,
+        "",
+        "relative",
+        "/proc/none",
+        "/etc/hostname",
+    ],
+)
 def test_a_home_that_takes_no_files_is_replaced(home, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(pwd, "getpwuid", no_entry)
@@ -76,9 +85,11 @@ def test_a_home_that_takes_no_files_is_replaced(home, monkeypatch, tmp_path):
     assert [str(path) for path in tmp_path.iterdir()] == [before]  # the same one again
 
 
-def test_the_password_file_has_the_home_where_the_environment_has_none(monkeypatch, tmp_path):
+def test_without_home_the_password_file_has_it(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        pwd, "getpwuid", lambda uid: pwd.struct_passwd(("me", "x", uid, uid, "", str(tmp_path), ""))
+        pwd,
+        "getpwuid",
+        lambda uid: pwd.struct_passwd(("me", "x", uid, uid, "", str(tmp_path), "")),
     )
     environ: dict[str, str] = {}
     clean_environment(environ)

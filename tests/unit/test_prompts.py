@@ -41,7 +41,7 @@ def load(tmp_path, *rows, **changes):
     return PromptSet.load(write(tmp_path, *rows), config(**changes), WordTokenizer())
 
 
-def test_prompts_and_chats_are_rendered_with_suffix_id_source_and_answer(tmp_path):
+def test_prompts_and_chats_are_rendered(tmp_path):
     found = load(
         tmp_path,
         {"prompt": "a bb", "id": "x", "answer": 7, "source": "math"},
@@ -126,7 +126,7 @@ def test_a_chat_needs_the_chat_template(tmp_path):
     ]
 
 
-def test_order_is_a_pure_function_of_seed_and_number_and_every_epoch_is_whole(tmp_path):
+def test_order_is_a_pure_function_of_seed_and_number(tmp_path):
     prompts = load(tmp_path, *({"prompt": "w" * i, "id": i - 1} for i in range(1, 8))).prompts
     order, again = (PromptOrder(prompts, samples_per_prompt=3, seed=5) for _ in range(2))
     first = [order.at(i) for i in range(42)]
@@ -139,18 +139,17 @@ def test_order_is_a_pure_function_of_seed_and_number_and_every_epoch_is_whole(tm
     )
     assert [n[1] for n in names[:21]] != [n[1] for n in names[21:]]
     seeds = [order.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
-    assert len(set(seeds)) == 42 and seeds == [
-        again.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)
-    ]
+    assert len(set(seeds)) == 42
+    assert seeds == [again.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
 
 
-# ---- prompts that only the teacher sees ---------------------------------------------------------------------------
+# --- prompts that only the teacher sees
 
 
 class LoudTokenizer(WordTokenizer):
     def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, mark=""):
         return super().apply_chat_template(
-            conversation, tokenize=tokenize, add_generation_prompt=add_generation_prompt
+            conversation, tokenize=tokenize, add_generation_prompt=add_generation_prompt,
         ) + mark  # fmt: skip
 
 
@@ -168,7 +167,10 @@ def view(template="hint {{ solution }} for {{ prompt }}", **changes):
 def load_for(tmp_path, teacher, *rows, **changes):
     taught = {"math": teacher}
     return PromptSet.load(
-        write(tmp_path, *rows), config(**changes), WordTokenizer(), taught.get
+        write(tmp_path, *rows),
+        config(**changes),
+        WordTokenizer(),
+        taught.get,
     ).prompts
 
 
@@ -197,11 +199,12 @@ def test_single_braces_around_a_column_are_refused(tmp_path, template, name):
     with pytest.raises(ConfigError) as caught:
         load_for(tmp_path, view(template), *rows)
 
-    assert re.fullmatch(
-        rf"teachers.t.template: prompts.data: .*rows.jsonl:1 \(and 1 more row\): \{{ ?{name} ?\}} is plain text there; "
-        rf"write \{{\{{ {name} \}}\}} to have the column in its place",
-        str(caught.value),
+    message = (
+        r"teachers.t.template: prompts.data: .*rows.jsonl:1 \(and 1 more row\): "
+        rf"\{{ ?{name} ?\}} is plain text there; "
+        rf"write \{{\{{ {name} \}}\}} to have the column in its place"
     )
+    assert re.fullmatch(message, str(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,8 @@ def test_kinds_of_mistakes_beyond_the_first_five_are_counted(tmp_path):
 
     first, *_, last = told = str(caught.value).splitlines()
     assert "rows.jsonl:1 (and 1 more row): source: must be text, is the number 1" in first
-    assert len(told) == 6 and last == "2 more rows have other mistakes"
+    assert len(told) == 6
+    assert last == "2 more rows have other mistakes"
 
 
 def test_earlier_messages_stay_and_plain_prompts_stay_plain(tmp_path):
@@ -286,7 +290,10 @@ def test_earlier_messages_stay_and_plain_prompts_stay_plain(tmp_path):
     )
     assert found.teacher_token_ids.tolist() == [8, 1, 6, 3, 1, 11]
     (plain,) = load_for(
-        tmp_path, view("see {{ prompt }}"), {"prompt": "a", "source": "math"}, template="none"
+        tmp_path,
+        view("see {{ prompt }}"),
+        {"prompt": "a", "source": "math"},
+        template="none",
     )
     assert plain.teacher_token_ids.tolist() == [3, 1]
 

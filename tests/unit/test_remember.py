@@ -6,6 +6,7 @@ import pwd
 import shutil
 from pathlib import Path
 
+import fakes
 import pytest
 
 from eopd import remember
@@ -23,7 +24,8 @@ def directory(tmp_path, monkeypatch):
 @pytest.fixture
 def ask(tmp_path):
     """Asks about two files, and says how often the answer was computed."""
-    text, weights = tmp_path / "a.json", tmp_path / "b.safetensors"
+    text = tmp_path / "a.json"
+    weights = tmp_path / "b.safetensors"
     text.write_text("one")
     weights.write_text("1")
     computed = []
@@ -45,7 +47,7 @@ def test_an_answer_is_computed_once(ask):
     assert ask() == ("one", 1)
 
 
-def test_another_question_another_text_or_another_library_is_computed(ask, monkeypatch):
+def test_another_question_text_or_library_is_computed(ask, monkeypatch):
     ask()
     assert ask("another") == ("one", 2)
     ask.text.write_text("two")
@@ -129,9 +131,7 @@ def test_the_oldest_answers_are_forgotten(ask, directory, monkeypatch):
     assert ask("b")[1] == 4
 
 
-def test_a_check_is_remembered_until_a_prompt_or_a_tokenizer_changes(
-    tiny_config, directory, monkeypatch
-):
+def test_a_check_is_remembered_until_its_inputs_change(tiny_config, directory, monkeypatch):
     config, paths = tiny_config
     calls = []
     check = inputs._prepare
@@ -157,15 +157,20 @@ def tiny_config(tiny_model, tmp_path):
 
     (tmp_path / "data.jsonl").write_text('{"prompt": "one"}\n')
     (tmp_path / "held_out.jsonl").write_text('{"prompt": "two"}\n')
-    (tmp_path / "c.yaml").write_text(
-        f"run: {{name: r, batches: 1}}\nstudent: {{model: {tmp_path}/student}}\n"
-        f"teachers: [{{model: {tmp_path}/teacher}}]\n"
-        f"prompts: {{data: {tmp_path}/data.jsonl, held_out: {tmp_path}/held_out.jsonl, template: none}}\n"
-        "flow: {batch_prompts: 1}\n"
+    data = f"data: {tmp_path}/data.jsonl, held_out: {tmp_path}/held_out.jsonl"
+    path = fakes.write_config(
+        tmp_path,
+        batches=1,
+        student=f"{{model: {tmp_path}/student}}",
+        teachers=f"[{{model: {tmp_path}/teacher}}]",
+        prompts=f"{{{data}, max_tokens: 64, template: none}}",
+        flow="{batch_prompts: 1}",
+        more="rollout: {max_response_tokens: 16}",
     )
-    files = [tmp_path / name for name in ("data.jsonl", "held_out.jsonl")]
-    files += [tmp_path / model / "tokenizer.json" for model in ("student", "teacher")]
-
-    return load_config(
-        tmp_path / "c.yaml", ["prompts.max_tokens=64", "rollout.max_response_tokens=16"]
-    ), files
+    files = [
+        tmp_path / "data.jsonl",
+        tmp_path / "held_out.jsonl",
+        tmp_path / "student" / "tokenizer.json",
+        tmp_path / "teacher" / "tokenizer.json",
+    ]
+    return load_config(path), files

@@ -48,7 +48,7 @@ def rendered(chat, template=None, *, tools=(), adds="$A", kind="chat", **options
     return own.decode(token_ids), notes
 
 
-# ---- chat templates -------------------------------------------------------------------------------------------------
+# --- chat templates
 
 
 def test_tools_calls_and_thoughts_reach_the_template():
@@ -128,7 +128,7 @@ def test_a_template_that_writes_half_a_character_is_refused():
         rendered([ASK], "{{ half }}", half="\ud83d")
 
 
-# ---- special tokens -------------------------------------------------------------------------------------------------
+# --- special tokens
 
 
 @pytest.mark.parametrize(
@@ -157,22 +157,26 @@ def test_a_template_that_writes_half_a_character_is_refused():
         ),
     ],
 )
-def test_plain_text_has_the_tokenizer_s_first_token_once_and_none_behind(adds, text, prompt, note):
+def test_plain_text_has_the_tokenizer_s_first_token_once(adds, text, prompt, note):
     found, notes = rendered([{"role": "user", "content": text}], adds=adds, kind="none")
     assert found == prompt
-    assert len(notes) == (note is not None) and all(note in one for one in notes)
+    assert len(notes) == (note is not None)
+    assert all(note in one for one in notes)
 
 
 def test_a_rendered_chat_has_no_special_token_but_the_template_s():
     assert rendered(
-        [ASK], "{{ bos_token }}{{ messages[0].content }}", adds="<|im_start|> $A <|im_end|>"
+        [ASK],
+        "{{ bos_token }}{{ messages[0].content }}",
+        adds="<|im_start|> $A <|im_end|>",
     ) == (
         "<|im_start|>Weather in Bonn?",
         [],
     )
     twice = {"role": "user", "content": "<|im_start|>a"}
     text, notes = rendered([twice], "{{ bos_token }}{{ messages[0].content }}")
-    assert text == "<|im_start|>a" and "it is there once" in notes[0]
+    assert text == "<|im_start|>a"
+    assert "it is there once" in notes[0]
     _, notes = rendered([ASK], "{{ messages[0].content }}{{ eos_token }}")
     assert notes == [
         "the prompt ends with the student's end token '<|im_end|>': the response comes after an end"
@@ -192,7 +196,7 @@ def test_plain_text_is_one_message_and_nothing_else(chat, tools, message):
         rendered(chat, tools=tools, kind="none")
 
 
-# ---- a data set -----------------------------------------------------------------------------------------------------
+# --- a data set
 
 
 def load(tmp_path, *rows, view=None, **changes):
@@ -238,7 +242,7 @@ def test_both_sides_leave_out_the_end_that_a_tokenizer_adds(tmp_path):
     assert [note.split("the ")[1][:9] for note in found.notes] == ["student's", "teacher t"]
 
 
-def test_a_teacher_s_hint_goes_to_the_last_text_of_the_user_and_it_sees_the_tools(tmp_path):
+def test_a_hint_goes_to_the_last_text_of_the_user(tmp_path):
     view = TeacherView(
         name="t",
         template="{{ prompt }} It is {{ c }}.",
@@ -247,7 +251,9 @@ def test_a_teacher_s_hint_goes_to_the_last_text_of_the_user_and_it_sees_the_tool
         max_tokens=512,
     )
     own, found = load(
-        tmp_path, {"messages": [ASK, TURN, RESULT], "tools": TOOLS, "c": "cold"}, view=view
+        tmp_path,
+        {"messages": [ASK, TURN, RESULT], "tools": TOOLS, "c": "cold"},
+        view=view,
     )
     shown = own.decode(found.prompts[0].teacher_token_ids)
     assert shown.startswith(
@@ -280,9 +286,8 @@ def test_only_the_first_kinds_of_fault_are_told(tmp_path):
     with pytest.raises(ConfigError) as refused:
         load(tmp_path, *({"prompt": number} for number in range(9)))
 
-    assert str(refused.value).count("\n") == 5 and str(refused.value).endswith(
-        "\n4 more rows have other mistakes"
-    )
+    assert str(refused.value).count("\n") == 5
+    assert str(refused.value).endswith("\n4 more rows have other mistakes")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +299,8 @@ def test_only_the_first_kinds_of_fault_are_told(tmp_path):
         ),
         (
             ({"id": 2}, {}),
-            r"rows.jsonl:2: id: '2' stands twice: .*rows.jsonl:1 \(id 2\).* without an id is called",
+            r"rows.jsonl:2: id: '2' stands twice: .*rows.jsonl:1 \(id 2\).* "
+            r"without an id is called",
         ),
     ],
 )

@@ -31,7 +31,15 @@ def test_what_is_long_past_does_not_count(monkeypatch):
         budget.count_loss("x")
 
 
-@pytest.mark.parametrize(("workers", "survived"), [(1, 2), (8, 2), (9, 4), (72, 18)])
+@pytest.mark.parametrize(
+    ("workers", "survived"),
+    [
+        (1, 2),
+        (8, 2),
+        (9, 4),
+        (72, 18),
+    ],
+)
 def test_a_larger_run_may_lose_more(workers, survived):
     budget = RestartBudget(2, 60.0, lambda: workers)
     for _ in range(survived):
@@ -42,6 +50,6 @@ def test_a_larger_run_may_lose_more(workers, survived):
         budget.count_loss("x")
 
 
-def test_a_run_that_is_to_survive_nothing_does_not_however_large_it_is():
+def test_a_run_that_is_to_survive_nothing_does_not():
     with pytest.raises(TooManyRestartsError):
         RestartBudget(0, 60.0, lambda: 72).count_loss("x")

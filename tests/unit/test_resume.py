@@ -9,7 +9,7 @@ import pytest
 
 from eopd.config import Config, ConfigError, load_config, processor
 from eopd.ledger import Ledger, Watermark
-from eopd.run.checkpoint import DriverState, list_checkpoints, write_checkpoint, write_manifest
+from eopd.run.checkpoint import DriverState, list_checkpoints, write_manifest
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import Progress
 from eopd.runtime.resume import take_up
@@ -27,30 +27,27 @@ def state(step, inputs=INPUTS):
     return fakes.driver_state(step, per_step=8, inputs=inputs)
 
 
-async def save(directory):
-    directory.mkdir()
-    (directory / "weights").write_text("w")
-
-
 @pytest.fixture
 def config(tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text(
-        f"run: {{name: r, batches: 20, directory: {tmp_path}/runs}}\nstudent: {{model: /s}}\n"
-        "teachers: [{model: /t}]\nprompts: {data: a, held_out: b}\nflow: {batch_prompts: 8}\n"
-        "learner: {token_budget: 9000}"
+    path = fakes.write_config(
+        tmp_path,
+        batches=20,
+        student="{model: /s}",
+        teachers="[{model: /t}]",
+        more="learner: {token_budget: 9000}",
     )
     return lambda *overrides: load_config(path, overrides)
 
 
 async def run_of(config, *steps, status="interrupted", inputs=INPUTS):
     """A run with rows and checkpoints up to some steps."""
+    last = max(steps, default=0)
     directory = RunDirectory.create(config)
-    add_rows(directory, range(1, max(steps, default=0) + 1))
+    add_rows(directory, range(1, last + 1))
     for step in steps:
-        await write_checkpoint(directory.checkpoints, state(step, inputs), save, keep_last=9)
+        await fakes.save_checkpoint(directory.checkpoints, state(step, inputs))
 
-    directory.write_summary(Progress(step=max(steps, default=0)).summary(status))
+    directory.write_summary(Progress(step=last).summary(status))
     return directory
 
 
@@ -60,7 +57,7 @@ def add_rows(directory, steps):
 
 
 def rows(directory):
-    return [json.loads(line)["step"] for line in directory.metrics.read_text().splitlines()]
+    return [row["step"] for row in fakes.read_rows(directory.metrics)]
 
 
 def refusal(config, *arguments, inputs=INPUTS):
@@ -70,57 +67,68 @@ def refusal(config, *arguments, inputs=INPUTS):
     return str(caught.value)
 
 
-def test_where_there_is_nothing_a_run_begins_unless_it_must_be_continued(config):
+def texts(changes):
+    return [str(change) for change in changes]
+
+
+def test_where_there_is_nothing_a_run_begins_unless_it_must_go_on(config):
     for resume in ("no", "auto"):
         taken_up = take_up(config(), INPUTS, resume)
-        assert taken_up.checkpoint is None and not taken_up.complete and taken_up.notes == []
+        assert taken_up.checkpoint is None
+        assert not taken_up.complete
+        assert taken_up.notes == []
 
     taken_up.begin()
     assert taken_up.directory.config() == config()
-    path = config("run.name=other").run.path
-    assert refusal(config("run.name=other"), "yes") == (
-        f"--resume: {path} holds no run; start it without --resume, or with --resume auto"
+    other = config("run.name=other")
+    assert refusal(other, "yes") == (
+        f"--resume: {other.run.path} holds no run; start it without --resume, or with --resume auto"
     )
 
 
-async def test_a_run_that_was_killed_before_its_first_checkpoint_is_started_over(config):
+async def test_a_run_killed_before_its_first_checkpoint_is_started_over(config):
     directory = RunDirectory.create(config())
     assert take_up(config(), INPUTS, "no").notes == []  # no step yet: nothing to lose
     assert "holds 0 steps and no checkpoint to continue from" in refusal(config(), "yes")
     add_rows(directory, [1, 2, 3])
     works = "start it over with --resume auto, or choose another run.name"
-    message = f"{directory.path} holds 3 steps and no checkpoint to continue from; {works}"
+    holds = f"{directory.path} holds 3 steps and no checkpoint"
+    message = f"{holds} to continue from; {works}"
     assert refusal(config(), "no") == f"run.name: {message}"
     assert refusal(config(), "yes") == f"--resume: {message}"
     taken_up = take_up(config("learner.lr=0.1"), INPUTS, "auto")
-    assert taken_up.notes == [
-        f"starting over: {directory.path} holds 3 steps and no checkpoint; they are forgotten"
-    ]
+    assert taken_up.notes == [f"starting over: {holds}; they are forgotten"]
     assert rows(directory) == [1, 2, 3], "nothing is lost before it begins"
     taken_up.begin()
-    assert not directory.metrics.exists() and directory.config().learner.lr == 0.1
+    assert not directory.metrics.exists()
+    assert directory.config().learner.lr == 0.1
 
 
-async def test_a_run_with_checkpoints_goes_on_from_the_newest_and_is_not_overwritten(config):
+async def test_a_run_with_checkpoints_goes_on_from_the_newest(config):
     directory = await run_of(config(), 5, 10)
     add_rows(directory, [11, 12])
     assert refusal(config(), "no") == (
-        f"run.name: {directory.path} exists, with checkpoints up to step 10; continue it "
-        "with --resume, or choose another name"
+        f"run.name: {directory.path} exists, with checkpoints up to step 10; "
+        "continue it with --resume, or choose another name"
     )
 
     for resume in ("yes", "auto"):
         taken_up = take_up(config(), INPUTS, resume)
-        assert (taken_up.checkpoint.name, taken_up.state.step) == ("step-000010", 10)
-        assert taken_up.notes == [] and taken_up.changes == []
+        assert taken_up.checkpoint.name == "step-000010"
+        assert taken_up.state.step == 10
+        assert taken_up.notes == []
+        assert taken_up.changes == []
 
     assert rows(directory)[-1] == 12
-    (directory.path / "scale.json").write_text("{}")
+    wish = directory.path / "scale.json"
+    wish.write_text("{}")
     (directory.checkpoints / ".step-000012.partial").mkdir()
     taken_up.begin()
     taken_up.carry_out()
-    assert rows(directory) == list(range(1, 11)) and not (directory.path / "scale.json").exists()
-    assert [path.name for path in directory.checkpoints.iterdir()] == ["step-000005", "step-000010"]
+    assert rows(directory) == list(range(1, 11))
+    assert not wish.exists()
+    left = [path.name for path in directory.checkpoints.iterdir()]
+    assert left == ["step-000005", "step-000010"]
 
 
 async def test_going_back_costs_nothing_until_training_goes_on(config):
@@ -133,10 +141,13 @@ async def test_going_back_costs_nothing_until_training_goes_on(config):
         "from step 6: learner.lr 1.0e-06 -> 0.1",
     ]
     taken_up.begin()
-    assert sorted(directory.path.rglob("*")) == before and directory.config() == config()
+    assert sorted(directory.path.rglob("*")) == before
+    assert directory.config() == config()
     taken_up.carry_out()
-    assert [path.name for path in list_checkpoints(directory.checkpoints)] == ["step-000005"]
-    assert rows(directory) == [1, 2, 3, 4, 5] and directory.config().learner.lr == 0.1
+    (checkpoint,) = list_checkpoints(directory.checkpoints)
+    assert checkpoint.name == "step-000005"
+    assert rows(directory) == [1, 2, 3, 4, 5]
+    assert directory.config().learner.lr == 0.1
     assert "--step 7: " in refusal(config(), "yes", 7)
 
 
@@ -144,28 +155,22 @@ async def test_going_back_behind_a_change_compares_with_what_held_there(config):
     await run_of(config(), 5, 10)
     take_up(config("learner.lr=0.1"), INPUTS, "yes").carry_out()
     again = take_up(config("learner.lr=0.1"), INPUTS, "yes")
-    assert [str(change) for change in again.changes] == [
-        "learner.lr 1.0e-06 -> 0.1"
-    ] and again.total_changes == 1
+    assert texts(again.changes) == ["learner.lr 1.0e-06 -> 0.1"]
+    assert again.total_changes == 1
     assert take_up(config(), INPUTS, "yes", 5).changes == []
     directory = again.directory
-    await write_checkpoint(directory.checkpoints, state(15), save, keep_last=9)
+    await fakes.save_checkpoint(directory.checkpoints, state(15))
     later = take_up(config("learner.lr=0.1", "run.batches=40"), INPUTS, "yes")
-    assert [str(change) for change in later.changes] == [
-        "run.batches 20 -> 40"
-    ] and later.total_changes == 2
+    assert texts(later.changes) == ["run.batches 20 -> 40"]
+    assert later.total_changes == 2
     later.carry_out()
     back = take_up(config("learner.lr=0.2"), INPUTS, "yes", 10)
-    assert [str(change) for change in back.changes] == [
-        "learner.lr 1.0e-06 -> 0.2"
-    ] and back.total_changes == 1
+    assert texts(back.changes) == ["learner.lr 1.0e-06 -> 0.2"]
+    assert back.total_changes == 1
     back.carry_out()
-    lines = [
-        json.loads(line) for line in (directory.path / "changes.jsonl").read_text().splitlines()
-    ]
-    assert [(line["from_step"], line["changes"]) for line in lines] == [
-        (11, {"learner.lr": [1e-6, 0.2]})
-    ]
+    (row,) = fakes.read_rows(directory.path / "changes.jsonl")
+    assert row["from_step"] == 11
+    assert row["changes"] == {"learner.lr": [1e-6, 0.2]}
 
 
 async def test_a_complete_run_is_nothing_to_do_and_can_be_extended(config):
@@ -175,14 +180,15 @@ async def test_a_complete_run_is_nothing_to_do_and_can_be_extended(config):
     assert not take_up(config(), INPUTS, "yes").complete
     for resume in ("yes", "auto"):
         longer = take_up(config("run.batches=30"), INPUTS, resume)
-        assert longer.state.step == 20 and longer.notes == ["from step 21: run.batches 20 -> 30"]
+        assert longer.state.step == 20
+        assert longer.notes == ["from step 21: run.batches 20 -> 30"]
 
     progress = Progress.resume(longer.state, longer.summary)
     assert progress.step == 20 and progress.after is None
-    assert refusal(config("run.batches=15"), "yes").startswith(
-        "run.batches: 15 is below step 20, which the run goes"
-    )
-    assert take_up(config("run.batches=15"), INPUTS, "yes", 10).state.step == 10
+    shorter = config("run.batches=15")
+    below = "run.batches: 15 is below step 20, which the run goes"
+    assert refusal(shorter, "yes").startswith(below)
+    assert take_up(shorter, INPUTS, "yes", 10).state.step == 10
     # while it was measured after its last step
     directory.write_summary(Progress(step=20).summary("failed"))
     assert not take_up(config(), INPUTS, "auto").complete
@@ -192,17 +198,19 @@ async def test_a_precision_that_was_chosen_is_kept_on_another_machine(config, mo
     for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
         monkeypatch.delenv(name, raising=False)
 
-    monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"avx512_bf16"}))
+    def compute_on(*flags):
+        monkeypatch.setattr(processor, "processor_flags", lambda: frozenset(flags))
+
+    compute_on("avx512_bf16")
     await run_of(config(), 2)
-    monkeypatch.setattr(processor, "processor_flags", lambda: frozenset({"avx2"}))
+    compute_on("avx2")
     here = config()
-    taken_up = take_up(here, INPUTS, "yes")
     assert here.student.dtype == "float32"
-    assert (
-        taken_up.config.student.dtype == "bfloat16"
-        and "avx512_bf16" in taken_up.config.student.dtype_reason
-    )
-    assert "student.dtype bfloat16 -> float32" in refusal(config("student.dtype=float32"), "yes")
+    student = take_up(here, INPUTS, "yes").config.student
+    assert student.dtype == "bfloat16"
+    assert "avx512_bf16" in student.dtype_reason
+    message = refusal(config("student.dtype=float32"), "yes")
+    assert "student.dtype bfloat16 -> float32" in message
 
 
 async def test_a_run_directory_may_be_moved_and_renamed(config, tmp_path):
@@ -223,29 +231,24 @@ async def test_without_a_whole_checkpoint_the_fault_of_each_is_named(config):
 
     for resume in ("no", "yes", "auto"):
         message = refusal(config(), resume)
-        start = (
-            f"run.name: {directory.path} holds no checkpoint that is whole: step-000001: "
-            "state.json has 2 bytes"
-        )
-        assert (
-            message.startswith(start)
-            and "step-000002: state.json has 2 bytes instead of" in message
-        )
-        assert message.endswith(f"remove {directory.checkpoints} and start with --resume auto")
+        none_whole = f"run.name: {directory.path} holds no checkpoint that is whole"
+        advice = f"remove {directory.checkpoints} and start with --resume auto"
+        assert message.startswith(f"{none_whole}: step-000001: state.json has 2 bytes")
+        assert "step-000002: state.json has 2 bytes instead of" in message
+        assert message.endswith(advice)
 
 
 async def test_a_broken_newest_checkpoint_is_passed_over_with_a_message(config):
     directory = await run_of(config(), 5, 10)
-    (directory.checkpoints / "step-000010" / "learner/weights").write_text("")
+    broken = directory.checkpoints / "step-000010"
+    (broken / "learner/weights").write_text("")
     taken_up = take_up(config(), INPUTS, "auto")
     assert taken_up.state.step == 5
-    assert (
-        taken_up.notes == directory.passed_over()
-        and "step-000010: learner/weights has 0" in taken_up.notes[0]
-    )
+    assert taken_up.notes == directory.passed_over()
+    assert "step-000010: learner/weights has 0" in taken_up.notes[0]
     assert "step-000010 is not whole" in refusal(config(), "yes", 10)
     taken_up.carry_out()
-    assert (directory.checkpoints / "step-000010").exists(), "a person may want to mend it"
+    assert broken.exists(), "a person may want to mend it"
 
 
 # --- what may change
@@ -270,17 +273,23 @@ async def test_other_data_or_another_student_is_refused(config, key, message):
 
 async def test_the_key_that_made_other_prompts_is_named(config):
     await run_of(config(), 5)
-    message = refusal(
-        config("prompts.suffix=Think."), "yes", inputs=INPUTS | {"prompts.data": "other"}
-    )
+    other = INPUTS | {"prompts.data": "other"}
+    message = refusal(config("prompts.suffix=Think."), "yes", inputs=other)
     assert "prompts.suffix '' -> Think." in message
 
 
-@pytest.mark.parametrize("key", ["prompts.held_out", "teachers.teacher.model"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "prompts.held_out",
+        "teachers.teacher.model",
+    ],
+)
 async def test_other_held_out_prompts_and_another_teacher_are_said(config, key):
     await run_of(config(), 5)
     (change,) = take_up(config(), INPUTS | {key: "other"}, "yes").changes
-    assert change.key == key and str(change).endswith(" does not hold what it held")
+    assert change.key == key
+    assert str(change).endswith(" does not hold what it held")
 
 
 async def test_the_same_data_under_another_path_is_the_same_run(config):
@@ -294,15 +303,15 @@ async def test_the_same_data_under_another_path_is_the_same_run(config):
     assert take_up(moved, INPUTS, "yes").changes == []
 
 
-@pytest.mark.parametrize("inputs", [None, {**INPUTS, "prompts.data": "other", "made_as": "0"}])
-async def test_a_checkpoint_without_digests_or_with_those_of_another_making_is_accepted(
-    config, inputs
-):
+MADE_OTHERWISE = {**INPUTS, "prompts.data": "other", "made_as": "0"}
+
+
+@pytest.mark.parametrize("inputs", [None, MADE_OTHERWISE])
+async def test_a_checkpoint_without_digests_that_can_be_compared_is_accepted(config, inputs):
     await run_of(config(), 5, inputs=inputs)
     assert take_up(config(), INPUTS, "yes").changes == []
-    assert take_up(config("prompts.data=c"), INPUTS, "yes").notes == [
-        "from step 6: prompts.data a -> c"
-    ]
+    moved = take_up(config("prompts.data=c"), INPUTS, "yes")
+    assert moved.notes == ["from step 6: prompts.data a -> c"]
 
 
 def test_a_state_without_digests_can_be_read(tmp_path):
@@ -321,49 +330,58 @@ def test_a_state_without_digests_can_be_read(tmp_path):
 async def test_all_that_would_make_another_run_is_named_at_once(config):
     await run_of(config(), 5)
     message = refusal(config("run.seed=1", "student.lora={}", "learner.lr=0.1"), "yes")
-    assert message.startswith("--resume: run.seed 0 -> 1; student.lora.rank null -> 16; ")
+    named = "--resume: run.seed 0 -> 1; student.lora.rank null -> 16; "
+    assert message.startswith(named)
     assert "learner.lr" not in message
 
 
 # --- the runbook
 
 CURES = {
-    "cluster.start_timeout_s": "cluster.start_timeout_s=900",
-    "evaluation.prompts": "evaluation.prompts=8",
-    "flow.max_staleness": "flow.max_staleness=1",
-    "learner.lr": "learner.lr=1.0e-7",
-    "learner.max_skipped_steps": "learner.max_skipped_steps=9",
-    "learner.timeout_s": "learner.timeout_s=900",
-    "learner.token_budget": "learner.token_budget=3000",
-    "loss.alpha_warmup": "loss.alpha_warmup={batches: 50, start: 0.1}",
-    "loss.gate": "loss.gate={kind: quantile, top: 0.2}",
-    "loss.gate.tau": "loss.gate={kind: hard, tau: 0.4}",
-    "rollout.max_response_tokens": "rollout.max_response_tokens=900",
-    "rollout.timeout_s": "rollout.timeout_s=900",
-    "run.on_stall": "run.on_stall=end",
-    "run.stall_after_s": "run.stall_after_s=900",
-    "rollout.vllm": "rollout.vllm={gpu_memory_utilization: 0.5}",
-    "checkpoint.keep_last": "checkpoint.keep_last=9",
-    "teachers[].entropy_bound": "teachers.0.entropy_bound=low",
-    "teachers[].eos_remap": "teachers.0.eos_remap={1: 2}",
-    "teachers[].replicas": "teachers.0.replicas=2",
-    "teachers[].timeout_s": "teachers.0.timeout_s=900",
-    "weights.connect_timeout_s": "weights.connect_timeout_s=90",
-    "weights.timeout_s": "weights.timeout_s=900",
-}  # fmt: skip
+    "cluster.start_timeout_s": "900",
+    "evaluation.prompts": "8",
+    "flow.max_staleness": "1",
+    "learner.lr": "1.0e-7",
+    "learner.max_skipped_steps": "9",
+    "learner.timeout_s": "900",
+    "learner.token_budget": "3000",
+    "loss.alpha_warmup": "{batches: 50, start: 0.1}",
+    "loss.gate": "{kind: quantile, top: 0.2}",
+    "loss.gate.tau": "0.4",
+    "rollout.max_response_tokens": "900",
+    "rollout.timeout_s": "900",
+    "run.on_stall": "end",
+    "run.stall_after_s": "900",
+    "rollout.vllm": "{gpu_memory_utilization: 0.5}",
+    "checkpoint.keep_last": "9",
+    "teachers[].entropy_bound": "low",
+    "teachers[].eos_remap": "{1: 2}",
+    "teachers[].replicas": "2",
+    "teachers[].timeout_s": "900",
+    "weights.connect_timeout_s": "90",
+    "weights.timeout_s": "900",
+}
+
+
+KNOBS = (ROOT / "tests" / "house" / "knobs.txt").read_text(encoding="utf-8").split()
+
+
+def is_key(name):
+    """Whether a name is a key of the config or a section of it."""
+    return any(f"{knob}.".startswith(f"{name}.") for knob in KNOBS)
 
 
 def keys_of_the_runbook():
     text = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
-    knobs = (ROOT / "tests" / "house" / "knobs.txt").read_text(encoding="utf-8").split()
     quoted = {found.split(":")[0] for found in re.findall(r"`([^`\n]+)`", text)}
-    return sorted(key for key in quoted if any(f"{knob}.".startswith(f"{key}.") for knob in knobs))
+    return sorted(filter(is_key, quoted))
 
 
 @pytest.mark.parametrize("key", keys_of_the_runbook())
 async def test_every_cure_of_the_runbook_can_be_carried_out(config, key):
     directory = await run_of(config(), 5)
-    cured = config(CURES[key])
+    path = key.replace("[]", ".0")
+    cured = config(f"{path}={CURES[key]}")
     taken_up = take_up(cured, INPUTS, "yes")
     taken_up.carry_out()
     assert directory.config() == cured != config()
@@ -381,31 +399,29 @@ STATE = {
     "wall_s": 1.5,
     "ledger": Ledger(Watermark(80)).state(),
 }
+MANY_TOKENS = {**STATE, "tokens": "many"}
+EMPTY_LEDGER = {**STATE, "ledger": {}}
+OLD_LEDGER = {**STATE, "ledger": {**STATE["ledger"], "old": 1}}
+
 ANOTHER_VERSION = "; it was damaged, or written by another version of eopd. "
-OLDER = (
-    f"{ANOTHER_VERSION}Go on from an older checkpoint (--resume --step N), or begin another "
-    "run (run.name)"
-)
+OLDER = "Go on from an older checkpoint (--resume --step N), or begin another run (run.name)"
 NO_RECORD = "Remove changes.jsonl to go on without the record of what was changed"
 
 
 @pytest.mark.parametrize(
-    ("saved", "message"),
+    ("saved", "fault"),
     [
-        ("{", f"is not what was written{OLDER}"),
-        (json.dumps({"step": 10}), f"lacks tokens{OLDER}"),
-        (json.dumps({**STATE, "tokens": "many"}), f"tokens is not what was written{OLDER}"),
-        (json.dumps({**STATE, "ledger": {}}), f"its ledger is not what was written{OLDER}"),
-        (
-            json.dumps({**STATE, "ledger": {**STATE["ledger"], "old": 1}}),
-            f"its ledger is not what was written{OLDER}",
-        ),
+        ("{", "is not what was written"),
+        (json.dumps({"step": 10}), "lacks tokens"),
+        (json.dumps(MANY_TOKENS), "tokens is not what was written"),
+        (json.dumps(EMPTY_LEDGER), "its ledger is not what was written"),
+        (json.dumps(OLD_LEDGER), "its ledger is not what was written"),
     ],
 )
-async def test_a_state_of_another_version_is_named_with_the_way_out(config, saved, message):
+async def test_a_state_of_another_version_is_named_with_the_way_out(config, saved, fault):
     directory = await run_of(config(), 5, 10)
     file = rewritten(directory.checkpoints / "step-000010", saved)
-    assert refusal(config(), "yes") == f"{file}: {message}"
+    assert refusal(config(), "yes") == f"{file}: {fault}{ANOTHER_VERSION}{OLDER}"
     assert take_up(config(), INPUTS, "yes", 5).state.step == 5
 
 
@@ -435,52 +451,53 @@ def rewritten(checkpoint, state):
 @pytest.mark.parametrize("resume", ["yes", "auto"])
 async def test_a_summary_that_was_damaged_is_named_with_the_way_out(config, saved, what, resume):
     directory = await run_of(config(), 10)
-    (directory.path / "summary.json").write_text(saved)
+    summary = directory.path / "summary.json"
+    summary.write_text(saved)
     way_out = (
-        "Put it back from a copy; or write the student of this run with `eopd export "
-        f"{directory.path}`, and start a new run from it (student.model, and another "
-        "run.name)"
+        "Put it back from a copy; or write the student of this run with "
+        f"`eopd export {directory.path}`, and start a new run from it "
+        "(student.model, and another run.name)"
     )
-    assert (
-        refusal(config(), resume)
-        == f"{directory.path}/summary.json: {what}{ANOTHER_VERSION}{way_out}"
-    )
-    (directory.path / "summary.json").unlink()
-    assert refusal(config(), resume).endswith(
-        f"summary.json, which every run with checkpoints has. {way_out}"
-    )
+    assert refusal(config(), resume) == f"{summary}: {what}{ANOTHER_VERSION}{way_out}"
+    summary.unlink()
+    message = refusal(config(), resume)
+    assert message.endswith(f"summary.json, which every run with checkpoints has. {way_out}")
 
 
 async def test_a_summary_of_an_older_version_has_values_for_what_it_lacks(config):
     directory = await run_of(config(), 10)
-    (directory.path / "summary.json").write_text(
-        '{"status": "interrupted", "steps": 10, "old": 1, "held_out": {}}'
-    )
+    older = {"status": "interrupted", "steps": 10, "old": 1, "held_out": {}}
+    (directory.path / "summary.json").write_text(json.dumps(older))
     taken_up = take_up(config(), INPUTS, "yes")
     progress = Progress.resume(taken_up.state, taken_up.summary)
-    assert (progress.step, progress.incarnation, progress.before) == (10, 1, None)
+    assert progress.step == 10
+    assert progress.incarnation == 1
+    assert progress.before is None
+
+
+OLD_CONFIG = {"old": 1, "run": {"name": "r", "batches": 0}}
+OLD_CHANGE = {"from_step": 11, "time": 1, "changes": {}, "before": OLD_CONFIG}
+SECTIONS = ", ".join(sorted(Config.model_fields))
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "fault"),
     [
-        ("not json", f"line 1: is not what was written{ANOTHER_VERSION}{NO_RECORD}"),
-        ('{"from_step": 11}', f"line 1: lacks time{ANOTHER_VERSION}{NO_RECORD}"),
+        ("not json", f"line 1: is not what was written{ANOTHER_VERSION}"),
+        ('{"from_step": 11}', f"line 1: lacks time{ANOTHER_VERSION}"),
         (
-            '{"from_step": 11, "time": 1, "changes": {}, "before": {"old": 1, "run": {"name": "r", "batches": 0}}}',
+            json.dumps(OLD_CHANGE),
             "the config from before step 11 cannot be read: run.batches: must be a whole "
             "number from 1 to 1000000000 (is 0); student: is required; teachers: is "
             "required; prompts: is required; flow: is required; old: unknown key; allowed "
-            f"here: {', '.join(sorted(Config.model_fields))}. {NO_RECORD}",
+            f"here: {SECTIONS}. ",
         ),
     ],
 )
-async def test_a_record_of_changes_that_was_damaged_is_named_with_the_way_out(
-    config, line, message
-):
+async def test_a_damaged_record_of_changes_is_named_with_the_way_out(config, line, fault):
     directory = await run_of(config(), 10)
     changes = directory.path / "changes.jsonl"
     changes.write_text(f"{line}\n")
-    assert refusal(config(), "yes") == f"{changes}: {message}"
+    assert refusal(config(), "yes") == f"{changes}: {fault}{NO_RECORD}"
     changes.write_text("\n")
     assert take_up(config(), INPUTS, "yes").total_changes == 0

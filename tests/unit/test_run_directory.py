@@ -16,7 +16,7 @@ import eopd
 from eopd.config import ConfigError, load_config
 from eopd.preflight.environment import require_environment
 from eopd.run.changes import Change
-from eopd.run.checkpoint import StorageError, write_checkpoint
+from eopd.run.checkpoint import StorageError
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.progress import Progress
@@ -36,19 +36,14 @@ STATS = EvalStats(
 )
 
 
-async def save(directory):
-    directory.mkdir()
-    (directory / "weights").write_text("w")
-
-
 @pytest.fixture
 def config(tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text(
-        f"run: {{name: r, batches: 2, directory: {tmp_path}/runs}}\nstudent: {{model: s}}\nteachers: [{{model: t}}]\n"
-        "prompts: {data: a, held_out: b}\nflow: {batch_prompts: 8}"
-    )
+    path = fakes.write_config(tmp_path)
     return lambda *overrides: load_config(path, overrides)
+
+
+def noted(key, before, after):
+    return Change(key, before, after, "noted")
 
 
 def test_a_run_that_is_begun_again_is_another_one_to_trackers(config):
@@ -61,39 +56,38 @@ def test_a_run_that_is_begun_again_is_another_one_to_trackers(config):
 
 async def test_a_run_that_begins_keeps_nothing_of_one_of_its_name(config):
     sample = {"prompt_id": "p", "prompt": "?", "response": "a"}
-    directory = RunDirectory.create(config())
-    directory.add_held_out("before", 0, STATS, [sample])
-    (directory.path / "samples.jsonl").write_text("of an older version\n")
-    directory.write_summary(Progress().summary("running"))
-    directory.add_trained(1, {0: fakes.header(crc32=7)})
-    directory.broken.mkdir()
-    directory.report.write_text("old")
-    for file in (directory.metrics, directory.timeline):
+    run = RunDirectory.create(config())
+    (run.path / "samples.jsonl").write_text("of an older version\n")
+    run.add_held_out("before", 0, STATS, [sample])
+    run.write_summary(Progress().summary("running"))
+    run.add_trained(1, {0: fakes.header(crc32=7)})
+    run.broken.mkdir()
+    run.report.write_text("old")
+    for file in (run.metrics, run.timeline):
         file.write_text('{"step": 1}\n')
 
-    await write_checkpoint(directory.checkpoints, fakes.driver_state(1), save, keep_last=1)
-    directory.go_on(config("learner.lr=0.1"), 1, [Change("learner.lr", 1e-6, 0.1, "noted")])
+    await fakes.save_checkpoint(run.checkpoints, fakes.driver_state(1))
+    run.go_on(config("learner.lr=0.1"), 1, [noted("learner.lr", 1e-6, 0.1)])
     RunDirectory.create(config())
-    assert {path.name for path in directory.path.iterdir()} == {"config.yaml", "versions.json"}
+    kept = {path.name for path in run.path.iterdir()}
+    assert kept == {"config.yaml", "versions.json"}
 
 
 def test_a_directory_of_somebody_else_is_left_alone(config):
-    directory = RunDirectory(config().run.path)
-    directory.require_no_foreign_files()
-    directory.path.mkdir(parents=True)
-    directory.require_no_foreign_files()
-    (directory.path / "run.lock").write_text("")  # of a process that is about to begin here
-    directory.require_no_foreign_files()
-    (directory.path / "thesis.tex").write_text("")
+    run = RunDirectory(config().run.path)
+    run.require_no_foreign_files()
+    run.path.mkdir(parents=True)
+    run.require_no_foreign_files()
+    (run.path / "run.lock").write_text("")  # of a process that is about to begin here
+    run.require_no_foreign_files()
+    (run.path / "thesis.tex").write_text("")
 
-    with pytest.raises(
-        ConfigError,
-        match=r"run.name: .*/runs/r holds thesis.tex and is no run of eopd; name another",
-    ):
-        directory.require_no_foreign_files()
+    holds = r"run.name: .*/runs/r holds thesis.tex and is no run of eopd; name another"
+    with pytest.raises(ConfigError, match=holds):
+        run.require_no_foreign_files()
 
-    (directory.path / "versions.json").write_text('{"eopd": "0.1"}')  # killed as it began
-    directory.require_no_foreign_files()
+    (run.path / "versions.json").write_text('{"eopd": "0.1"}')  # killed as it began
+    run.require_no_foreign_files()
 
 
 FOREIGN = {
@@ -106,145 +100,166 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("resume", ["no", "yes", "auto"])
-def test_a_run_of_another_program_is_refused_and_keeps_all_its_files(config, resume):
+def test_a_run_of_another_program_is_refused_and_kept(config, resume):
     path = config().run.path
     for name, text in FOREIGN.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(text)
 
     holds = "checkpoints, config.yaml, metrics.jsonl, ..."
-    message = f"run.name: {path} holds {holds} and is no run of eopd; name another run.name"
-    for refuses in (lambda: take_up(config(), {}, resume), lambda: RunDirectory.create(config())):
-        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-            refuses()
+    message = re.escape(
+        f"run.name: {path} holds {holds} and is no run of eopd; name another run.name"
+    )
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        take_up(config(), {}, resume)
 
-    with pytest.raises(ConfigError, match=re.escape(message)):  # as `eopd check` has it
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        RunDirectory.create(config())
+
+    with pytest.raises(ConfigError, match=message):  # as `eopd check` has it
         require_environment(config("telemetry.port=null"))
 
-    assert {name: (path / name).read_text() for name in FOREIGN} == FOREIGN
+    kept = {name: (path / name).read_text() for name in FOREIGN}
+    assert kept == FOREIGN
     assert RunDirectory(path).num_steps() == 0
 
 
-def test_a_run_that_begins_removes_checkpoints_of_its_own_form_alone(config):
-    directory = RunDirectory.create(config())
+def test_a_run_that_begins_removes_its_own_checkpoints_alone(config):
+    run = RunDirectory.create(config())
     for name in ("step-000001", ".step-000002.partial", "epoch=1.ckpt"):
-        (directory.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name).mkdir(parents=True)
 
     RunDirectory.create(config())
-    assert [path.name for path in directory.checkpoints.iterdir()] == ["epoch=1.ckpt"]
+    left = [path.name for path in run.checkpoints.iterdir()]
+    assert left == ["epoch=1.ckpt"]
 
 
 @pytest.mark.parametrize(
-    "line", ["not json", "[1]", '{"step": "x"}', '{"step": null}', '{"step": NaN}', "[" * 100_000]
+    "line",
+    [
+        "not json",
+        "[1]",
+        '{"step": "x"}',
+        '{"step": null}',
+        '{"step": NaN}',
+        "[" * 100_000,
+    ],
 )
 def test_a_line_that_is_no_row_has_no_step(config, line):
-    directory = RunDirectory.create(config())
-    directory.metrics.write_text(f'{{"step": 3}}\n{line}\n')
-    assert directory.num_steps() == 3
-    directory.drop_rows_after(3)
-    assert directory.metrics.read_text() == '{"step": 3}\n'
-    directory.metrics.write_bytes(b"\xff\xfe")
-    assert directory.num_steps() == 0
+    run = RunDirectory.create(config())
+    run.metrics.write_text(f'{{"step": 3}}\n{line}\n')
+    assert run.num_steps() == 3
+    run.drop_rows_after(3)
+    assert run.metrics.read_text() == '{"step": 3}\n'
+    run.metrics.write_bytes(b"\xff\xfe")
+    assert run.num_steps() == 0
 
 
 async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):
-    directory = RunDirectory.create(config())
+    run = RunDirectory.create(config())
     for step in (9, 10, 11):
-        await write_checkpoint(directory.checkpoints, fakes.driver_state(step), save, keep_last=9)
+        await fakes.save_checkpoint(run.checkpoints, fakes.driver_state(step))
 
-    whole, cut, half = (directory.checkpoints / f"step-{step:06d}" for step in (9, 10, 11))
+    whole, cut, half = (run.checkpoints / f"step-{step:06d}" for step in (9, 10, 11))
     (cut / "learner/weights").write_text("")
     (half / "manifest.json").unlink()
     reopened = RunDirectory(config().run.path)
-    instead = "; the newest that is whole is step-000009"
+    empty = "learner/weights has 0 bytes"
+    missing = "manifest.json cannot be read (No such file or directory)"
+    instead = "the newest that is whole is step-000009"
     assert reopened.passed_over() == [
-        f"passing over {cut}: learner/weights has 0 bytes instead of 1{instead}",
-        f"passing over {half}: manifest.json cannot be read (No such file or directory){instead}",
+        f"passing over {cut}: {empty} instead of 1; {instead}",
+        f"passing over {half}: {missing}; {instead}",
     ]
     assert reopened.checkpoint(None) == whole
 
-    with pytest.raises(
-        ConfigError, match=r"--step 10: .*step-000010 is not whole: learner/weights has 0 bytes"
-    ):
+    not_whole = rf"--step 10: .*step-000010 is not whole: {empty}"
+    with pytest.raises(ConfigError, match=not_whole):
         reopened.checkpoint(10)
 
-    await write_checkpoint(directory.checkpoints, fakes.driver_state(10), save, keep_last=9)
-    assert [message.split(":")[0] for message in reopened.passed_over()] == [f"passing over {half}"]
-    await write_checkpoint(directory.checkpoints, fakes.driver_state(12), save, keep_last=9)
+    await fakes.save_checkpoint(run.checkpoints, fakes.driver_state(10))
+    (message,) = reopened.passed_over()
+    assert message.split(":")[0] == f"passing over {half}"
+    await fakes.save_checkpoint(run.checkpoints, fakes.driver_state(12))
     assert reopened.passed_over() == []  # older than the one to continue from: nobody asks
 
 
 def test_rows_after_the_checkpoint_are_dropped(config):
-    directory = RunDirectory.create(config())
-    directory.metrics.write_text(
-        "".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 1'
-    )
-    directory.timeline.write_text(directory.metrics.read_text())
+    run = RunDirectory.create(config())
+    rows = [{"step": 1}, {"step": 2}, {"step": 3}]
+    cut_short = '{"step": 1'
+    run.metrics.write_text(text_of(rows) + cut_short)
+    run.timeline.write_text(run.metrics.read_text())
 
     for step in (1, 2, 3):
-        directory.add_trained(
-            step, {2 * step: fakes.header(crc32=7), 2 * step + 1: fakes.header(crc32=8)}
-        )
+        first, second = 2 * step, 2 * step + 1
+        trained = {first: fakes.header(crc32=7), second: fakes.header(crc32=8)}
+        run.add_trained(step, trained)
 
     for step in (0, 2, 3):
-        directory.add_held_out("after", step, STATS, [{"prompt": "?\u2028"}])
+        run.add_held_out("after", step, STATS, [{"prompt": "?\u2028"}])
 
-    assert directory.num_steps() == 3
-    held_out = directory.path / "held_out.jsonl"
+    held_out = run.path / "held_out.jsonl"
     kept = held_out.read_text().split("\n")[:2]
-    directory.drop_rows_after(2)
+    assert run.num_steps() == 3
+    run.drop_rows_after(2)
     assert held_out.read_text().split("\n") == [*kept, ""]
     assert [json.loads(line)["step"] for line in kept] == [0, 2]
+    assert run.num_steps() == 2
+    for path in (run.metrics, run.timeline):
+        assert [row["step"] for row in fakes.read_rows(path)] == [1, 2]
 
-    assert directory.num_steps() == 2
-    for path in (directory.metrics, directory.timeline):
-        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-
-    assert [json.loads(line) for line in directory.trained.read_text().splitlines()] == [
+    assert fakes.read_rows(run.trained) == [
         {"step": 1, "issues": [2, 3], "crc32": [7, 8]},
         {"step": 2, "issues": [4, 5], "crc32": [7, 8]},
     ]
 
 
-def test_a_run_that_cannot_say_what_it_trained_ends(config):
-    directory = RunDirectory.create(config())
-    directory.trained.symlink_to("/dev/full")
+def text_of(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
-    with pytest.raises(
-        StorageError,
-        match=r"trained.jsonl could not be written: \[Errno 28\] .*continue with --resume",
-    ):
-        directory.add_trained(1, {0: fakes.header(crc32=7)})
+
+def test_a_run_that_cannot_say_what_it_trained_ends(config):
+    run = RunDirectory.create(config())
+    run.trained.symlink_to("/dev/full")
+
+    full = r"trained.jsonl could not be written: \[Errno 28\] .*continue with --resume"
+    with pytest.raises(StorageError, match=full):
+        run.add_trained(1, {0: fakes.header(crc32=7)})
 
 
 def test_summary_and_samples_come_back_as_written(config):
-    directory = RunDirectory.create(config())
+    run = RunDirectory.create(config())
     progress = Progress(step=4, tokens=40, before=held_out_record(STATS))
-    assert directory.read_summary() is None
-    directory.write_summary(progress.summary("running"))
-    read = directory.read_summary()
-    assert read == replace(progress.summary("running"), wall_s=read.wall_s)
-    assert read.held_out.before["reverse_kl"] == Measurement(mean=1.0, standard_error=0.1)
-    assert read.held_out.after is None and read.steps == 4 and read.status == "running"
-    resumed = Progress.resume(fakes.driver_state(4), read)
-    assert resumed.before == read.held_out.before and resumed.wall_s > 1.5
+    assert run.read_summary() is None
+    run.write_summary(progress.summary("running"))
+    summary = run.read_summary()
+    assert summary == replace(progress.summary("running"), wall_s=summary.wall_s)
+    assert summary.held_out.before["reverse_kl"] == Measurement(mean=1.0, standard_error=0.1)
+    assert summary.held_out.after is None
+    assert summary.steps == 4
+    assert summary.status == "running"
+    resumed = Progress.resume(fakes.driver_state(4), summary)
+    assert resumed.before == summary.held_out.before
+    assert resumed.wall_s > 1.5
 
-    text = {"prompt": "?\u2028\x85"}  # separators that str.splitlines() cuts at
-    before, after = (
-        [text | {"prompt_id": name, "response": f"{name}, {phase}"} for name in names]
-        for phase, names in (("before", "pq"), ("after", "qr"))
-    )
-    directory.add_held_out("before", 0, STATS, before)
-    assert directory.samples() == []
-    directory.add_held_out("after", 4, STATS, after)
-    (sample,) = directory.samples()
+    def samples(phase, names):
+        prompt = "?\u2028\x85"  # separators that str.splitlines() cuts at
+        return [
+            {"prompt": prompt, "prompt_id": name, "response": f"{name}, {phase}"} for name in names
+        ]
+
+    run.add_held_out("before", 0, STATS, samples("before", "pq"))
+    assert run.samples() == []
+    run.add_held_out("after", 4, STATS, samples("after", "qr"))
+    (sample,) = run.samples()
     assert sample == Sample(prompt="?\u2028\x85", before="q, before", after="q, after")
 
 
 def test_a_measurement_is_kept_for_people(config):
-    directory = RunDirectory.create(config())
-    directory.add_held_out("after", 4, STATS, [{"prompt_id": "p", "ids": [7]}])
-    assert json.loads((directory.path / "held_out.jsonl").read_text()) == {
+    run = RunDirectory.create(config())
+    run.add_held_out("after", 4, STATS, [{"prompt_id": "p", "ids": [7]}])
+    assert json.loads((run.path / "held_out.jsonl").read_text()) == {
         "phase": "after",
         "step": 4,
         "num_trajectories": 2,
@@ -257,24 +272,21 @@ def test_a_measurement_is_kept_for_people(config):
 
 
 def test_a_run_names_the_versions_it_was_run_with(config):
-    directory = RunDirectory.create(config())
-    versions = json.loads((directory.path / "versions.json").read_text())
-    assert (
-        versions["torch"] == importlib.metadata.version("torch")
-        and versions["eopd"] == eopd.__version__
-    )
+    run = RunDirectory.create(config())
+    versions = json.loads((run.path / "versions.json").read_text())
+    assert versions["torch"] == importlib.metadata.version("torch")
+    assert versions["eopd"] == eopd.__version__
     assert {"python", "ray", "transformers", "deepspeed", "numpy"} < versions.keys()
     assert any(name.startswith("vllm") for name in versions)
 
 
 def done(step: int, tokens: int) -> StepDone:
+    version = PolicyVersion(0, step)
     stages = ("step", "generate", "score", "wait", "train", "weights")
     return StepDone(
         trained={step: fakes.header(num_response=tokens)},
-        stats=LearnerStats(version=PolicyVersion(0, step), metrics={}, skipped_steps=2),
-        published=PublishStats(
-            version=PolicyVersion(0, step), transfer_s=0.0, pause_s=0.0, num_bytes=0
-        ),
+        stats=LearnerStats(version=version, metrics={}, skipped_steps=2),
+        published=PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0),
         seconds=dict.fromkeys(stages, 2.0),
         spans={},
         in_flight=0,
@@ -284,129 +296,131 @@ def done(step: int, tokens: int) -> StepDone:
     )
 
 
-def test_progress_counts_this_process_for_rates_and_the_run_for_totals():
+def test_rates_are_of_this_process_and_totals_of_the_run():
     progress = Progress(step=10, tokens=1000, trajectories=10)
     for step, tokens in ((11, 100), (12, 200)):
         progress.count(done(step, tokens))
 
     summary = progress.summary("completed")
-    assert summary.tokens == 1300 and summary.tokens_per_s == 300 / 4
-    assert (summary.skipped_steps, progress.trajectories, summary.steps) == (2, 12, 12)
+    assert summary.tokens == 1300
+    assert summary.tokens_per_s == 300 / 4
+    assert summary.skipped_steps == 2
+    assert progress.trajectories == summary.steps == 12
     assert summary.step_seconds["train"] == 2.0
 
 
 def test_progress_tells_the_steps_that_were_skipped_last():
     progress = Progress(step=10, skipped_steps=1)
     progress.count(done(11, 100))
-    assert (progress.newly_skipped, progress.skipped_steps) == (1, 2)
+    assert progress.newly_skipped == 1
+    assert progress.skipped_steps == 2
     progress.count(done(12, 100))
     assert progress.newly_skipped == 0
 
 
 def test_the_timeline_keeps_the_spans_of_a_step(config):
-    directory = RunDirectory.create(config())
-    directory.add_timeline(3, {"generate": [(0.0, 1.23456)], "score": []})
-    assert json.loads(directory.timeline.read_text()) == {
+    run = RunDirectory.create(config())
+    run.add_timeline(3, {"generate": [(0.0, 1.23456)], "score": []})
+    assert json.loads(run.timeline.read_text()) == {
         "step": 3,
         "generate": [[0.0, 1.2346]],
         "score": [],
     }
 
 
-def test_the_last_rows_are_those_of_the_newest_steps_without_what_was_no_number(config):
-    directory = RunDirectory.create(config())
-    assert directory.last_rows(3) == []
-    sink = JsonlSink(directory.metrics)
-    for step in range(1, 5):
-        sink.write({"eopd_step": float(step), "eopd_loss": math.nan if step == 4 else 0.5})
+def test_the_last_rows_leave_out_what_was_no_number(config):
+    run = RunDirectory.create(config())
+    assert run.last_rows(3) == []
+    sink = JsonlSink(run.metrics)
+    for step, loss in enumerate((0.5, 0.5, 0.5, math.nan), start=1):
+        sink.write({"eopd_step": float(step), "eopd_loss": loss})
 
-    rows = directory.last_rows(2)
-    assert [(row["step"], row.get("eopd_loss")) for row in rows] == [(3, 0.5), (4, None)]
-    assert abs(rows[-1]["time"] - time.time()) < 60 and "eopd_loss" not in rows[-1]
+    third, fourth = run.last_rows(2)
+    assert (third["step"], third["eopd_loss"]) == (3, 0.5)
+    assert fourth["step"] == 4
+    assert "eopd_loss" not in fourth
+    assert abs(fourth["time"] - time.time()) < 60
 
 
 def test_the_status_is_held_against_whoever_runs_the_run(config):
-    with (
-        held(config().run.path),
-        pytest.raises(ConfigError, match=r"is being started by process \d+ on .*; look again"),
-    ):
-        RunDirectory(config().run.path).status()
+    path = config().run.path
+    started = r"is being started by process \d+ on .*; look again"
+    with held(path), pytest.raises(ConfigError, match=started):
+        RunDirectory(path).status()
 
-    directory = RunDirectory.create(config())
-    assert directory.status() == "dead (the process that ran it, is gone)"
+    run = RunDirectory.create(config())
+    assert run.status() == "dead (the process that ran it, is gone)"
 
-    with held(directory.path):
-        assert directory.status() == "starting"
-        directory.write_summary(Progress().summary("running"))
-        assert directory.status() == "running"
-        directory.write_summary(Progress().summary("interrupted"))
-        assert re.fullmatch(
-            r"interrupted \(and being taken up, or left, by process \d+ on .*\)", directory.status()
-        )
+    with held(run.path):
+        assert run.status() == "starting"
+        run.write_summary(Progress().summary("running"))
+        assert run.status() == "running"
+        run.write_summary(Progress().summary("interrupted"))
+        taken_up = r"interrupted \(and being taken up, or left, by process \d+ on .*\)"
+        assert re.fullmatch(taken_up, run.status())
 
-    assert directory.status() == "interrupted"
-    (directory.path / "run.lock").write_text('{"host": "h", "pid": 7, "since": 0}')
-    directory.write_summary(Progress().summary("running"))
-    assert re.fullmatch(r"dead \(process 7 on h, since 19.*, is gone\)", directory.status())
+    assert run.status() == "interrupted"
+    (run.path / "run.lock").write_text('{"host": "h", "pid": 7, "since": 0}')
+    run.write_summary(Progress().summary("running"))
+    gone = r"dead \(process 7 on h, since 19.*, is gone\)"
+    assert re.fullmatch(gone, run.status())
 
-    with pytest.raises(
-        ConfigError, match=r"is dead \(process 7 on h.*only a run that is running can be scaled"
-    ):
-        directory.ask_for_engines(2)
+    not_running = r"is dead \(process 7 on h.*only a run that is running can be scaled"
+    with pytest.raises(ConfigError, match=not_running):
+        run.ask_for_engines(2)
 
 
-async def test_what_continues_a_run_depends_on_whether_it_has_a_checkpoint(config):
-    directory = RunDirectory.create(config())
-    assert directory.resume_options() == ["--resume", "auto"]
-    await write_checkpoint(directory.checkpoints, fakes.driver_state(1), save, keep_last=1)
-    assert directory.resume_options() == ["--resume"]
+async def test_what_continues_a_run_depends_on_its_checkpoints(config):
+    run = RunDirectory.create(config())
+    assert run.resume_options() == ["--resume", "auto"]
+    await fakes.save_checkpoint(run.checkpoints, fakes.driver_state(1))
+    assert run.resume_options() == ["--resume"]
 
 
 def test_a_run_remembers_which_config_held_when(config):
-    directory = RunDirectory.create(config())
-    lr = Change("learner.lr", 1e-6, 0.1, "noted")
-    directory.go_on(config("learner.lr=0.1"), 10, [lr])
-    directory.go_on(
-        config("learner.lr=0.1", "run.batches=40"), 20, [Change("run.batches", 2, 40, "noted")]
-    )
-    assert [directory.config_at(step).learner.lr for step in (9, 10, 11, 20, 21)] == [
-        1e-6,
-        1e-6,
-        0.1,
-        0.1,
-        0.1,
-    ]
-    assert [directory.config_at(step).run.batches for step in (10, 20, 21)] == [2, 2, 40]
-    assert [directory.num_changes(step) for step in (10, 11, 20, 21)] == [0, 1, 1, 2]
-    rows = [
-        json.loads(line) for line in (directory.path / "changes.jsonl").read_text().splitlines()
-    ]
+    run = RunDirectory.create(config())
+    at_first = config()
+    faster = config("learner.lr=0.1")
+    longer = config("learner.lr=0.1", "run.batches=40")
+    run.go_on(faster, 10, [noted("learner.lr", 1e-6, 0.1)])
+    run.go_on(longer, 20, [noted("run.batches", 2, 40)])
+    rates = [run.config_at(step).learner.lr for step in (9, 10, 11, 20, 21)]
+    assert rates == [1e-6, 1e-6, 0.1, 0.1, 0.1]
+    batches = [run.config_at(step).run.batches for step in (10, 20, 21)]
+    assert batches == [2, 2, 40]
+    assert [run.num_changes(step) for step in (10, 11, 20, 21)] == [0, 1, 1, 2]
+    rows = fakes.read_rows(run.path / "changes.jsonl")
     assert [(row["from_step"], row["changes"]) for row in rows] == [
         (11, {"learner.lr": [1e-6, 0.1]}),
         (21, {"run.batches": [2, 40]}),
     ]
-    directory.go_on(config("learner.lr=0.2"), 10, [Change("learner.lr", 1e-6, 0.2, "noted")])
-    assert directory.config_at(10) == config() and directory.config() == config("learner.lr=0.2")
-    assert (directory.num_changes(10), directory.num_changes(99)) == (0, 1)
-    directory.go_on(config(), 10, [])
-    assert (
-        directory.config() == directory.config_at(10) == config() and directory.num_changes(99) == 0
-    )
+    fastest = config("learner.lr=0.2")
+    run.go_on(fastest, 10, [noted("learner.lr", 1e-6, 0.2)])
+    assert run.config_at(10) == at_first
+    assert run.config() == fastest
+    assert run.num_changes(10) == 0
+    assert run.num_changes(99) == 1
+    run.go_on(at_first, 10, [])
+    assert run.config() == run.config_at(10) == at_first
+    assert run.num_changes(99) == 0
 
 
 def test_a_row_that_was_cut_short_is_left_out(config):
-    directory = RunDirectory.create(config())
-    rows = [{"step": step, "time": float(step), "eopd_step": step} for step in (1, 2)]
-    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    run = RunDirectory.create(config())
+    rows = [
+        {"step": 1, "time": 1.0, "eopd_step": 1},
+        {"step": 2, "time": 2.0, "eopd_step": 2},
+    ]
     for line in ('{"step": 3, "ti', "[1]\n", '{"loss": 1.0}\n', "[" * 100_000):
-        directory.metrics.write_text(whole + line)
-        assert directory.last_rows(9) == rows
+        run.metrics.write_text(text_of(rows) + line)
+        assert run.last_rows(9) == rows
 
     sample = {"prompt_id": "p", "prompt": "?", "response": "a\u2028b"}
     for phase in ("before", "after"):
-        directory.add_held_out(phase, 0, STATS, [sample])
+        run.add_held_out(phase, 0, STATS, [sample])
 
-    with (directory.path / "held_out.jsonl").open("a") as file:
+    with (run.path / "held_out.jsonl").open("a") as file:
         file.write('{"phase": "af')
 
-    assert directory.samples() == [Sample(prompt="?", before="a\u2028b", after="a\u2028b")]
+    both = {"before": "a\u2028b", "after": "a\u2028b"}
+    assert run.samples() == [Sample(prompt="?", **both)]

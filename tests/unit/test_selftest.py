@@ -50,13 +50,11 @@ class Bigram:
         change: Change = lambda signal: signal,
         remap: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        self.logits, self.shift, self.change, self.remap, self.calls = (
-            logits,
-            shift,
-            change,
-            remap,
-            0,
-        )
+        self.logits = logits
+        self.shift = shift
+        self.change = change
+        self.remap = remap
+        self.calls = 0
 
     async def score(self, stored):
         self.calls += 1
@@ -84,11 +82,15 @@ class Bigram:
 
 async def run(*replicas: object, dtype: str = "float32", rounded: bool = False):
     return await self_test(
-        replicas, prompt_ids=PROMPT, vocab_size=VOCAB, dtype=dtype, rounded_logits=rounded
+        replicas,
+        prompt_ids=PROMPT,
+        vocab_size=VOCAB,
+        dtype=dtype,
+        rounded_logits=rounded,
     )
 
 
-async def test_a_good_teacher_passes_and_the_report_has_its_greedy_continuation():
+async def test_a_good_teacher_passes_with_its_greedy_continuation():
     report = await run(Bigram(logits_of()), Bigram(logits_of()))
     expected, token = [], PROMPT[-1]
     for _ in range(CONTINUATION_TOKENS):
@@ -161,7 +163,13 @@ async def test_a_teacher_that_says_what_none_can_say_is_refused(name):
         await run(Bigram(logits_of()), Bigram(logits_of(), change=change))
 
 
-@pytest.mark.parametrize(("shift", "check"), [(1, "alignment"), (-1, "context")])
+@pytest.mark.parametrize(
+    ("shift", "check"),
+    [
+        (1, "alignment"),
+        (-1, "context"),
+    ],
+)
 async def test_shifted_rows_are_noticed_either_way(shift, check):
     with pytest.raises(TeacherSelfTestError, match=f"replica 0: {check}"):
         await run(Bigram(logits_of(), shift=shift))
@@ -191,7 +199,7 @@ class Rounded(Fickle):
     by = 0.125
 
 
-async def test_one_step_of_a_bfloat16_logit_is_allowed_where_logits_are_bfloat16():
+async def test_one_step_of_a_bfloat16_logit_is_allowed():
     for dtype, rounded in (("bfloat16", False), ("float16", True), ("float32", True)):
         with pytest.raises(TeacherSelfTestError, match=r"is off by 0\.125"):
             await run(Rounded(logits_of()), dtype=dtype, rounded=rounded)
@@ -224,7 +232,9 @@ async def test_a_teacher_that_does_not_answer_is_named():
     class Silent:
         async def score(self, stored):
             return LostTrajectory(
-                key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail="no route to host"
+                key=stored.header.key,
+                reason=LossReason.TEACHER_FAILED,
+                detail="no route to host",
             )
 
     with pytest.raises(

@@ -39,16 +39,22 @@ def test_every_column_comes_back_at_its_place(top_k):
     assert signal.teacher == "t"
     assert isinstance(signal.entropy, Exact)
     np.testing.assert_allclose(
-        signal.entropy.entropy, [-(p @ np.log(p)) for p in probabilities], rtol=1e-6
+        signal.entropy.entropy,
+        [-(p @ np.log(p)) for p in probabilities],
+        rtol=1e-6,
     )
     np.testing.assert_allclose(
-        np.exp(signal.token_logprobs), probabilities[range(5), sampled], rtol=1e-5
+        np.exp(signal.token_logprobs),
+        probabilities[range(5), sampled],
+        rtol=1e-5,
     )
     assert signal.topk_ids.tolist() == [
         sorted(range(VOCAB), key=lambda i: -p[i])[:top_k] for p in probabilities
     ]
     np.testing.assert_allclose(
-        np.exp(signal.topk_logprobs), -np.sort(-probabilities, axis=1)[:, :top_k], rtol=1e-5
+        np.exp(signal.topk_logprobs),
+        -np.sort(-probabilities, axis=1)[:, :top_k],
+        rtol=1e-5,
     )
     outside = [sum(sorted(p)[: VOCAB - top_k]) for p in probabilities]
     np.testing.assert_allclose(np.exp(signal.tail_logprobs), outside, rtol=1e-5)
@@ -71,7 +77,9 @@ def test_the_docstring_example_holds():
     )
     assert signal.topk_ids.tolist() == [[0]]
     np.testing.assert_allclose(
-        np.exp([signal.token_logprobs[0], signal.topk_logprobs[0, 0]]), [0.25, 0.75], atol=1e-3
+        np.exp([signal.token_logprobs[0], signal.topk_logprobs[0, 0]]),
+        [0.25, 0.75],
+        atol=1e-3,
     )
 
 
@@ -125,7 +133,15 @@ def test_a_row_that_is_no_distribution_is_refused(raw, fault, breaks):
         read(breaks(raw))
 
 
-@pytest.mark.parametrize("shape", [(4, 9), (6, 9), (5, 8), (5, 11)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4, 9),
+        (6, 9),
+        (5, 8),
+        (5, 11),
+    ],
+)
 def test_a_wrong_shape_is_refused(shape):
     with pytest.raises(SignalError, match=r"must be float32 \(5, 9\)"):
         read(np.zeros(shape, np.float32))

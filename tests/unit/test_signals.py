@@ -17,7 +17,15 @@ from eopd.runtime.signals import (
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+    ],
+)
 async def test_every_signal_that_asks_to_end_is_taken_softly_first(number):
     taken = []
     with caught(lambda: not taken.append(number), asyncio.current_task()):
@@ -71,7 +79,8 @@ async def test_outside_of_what_ends_softly_the_first_signal_stops_at_once():
 
 
 async def test_a_job_in_the_background_of_a_script_can_be_interrupted():
-    before, taken = signal.signal(signal.SIGINT, signal.SIG_IGN), []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    taken = []
     try:
         with caught(lambda: not taken.append(True), asyncio.current_task()):
             os.kill(os.getpid(), signal.SIGINT)
@@ -94,7 +103,7 @@ async def test_what_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_processes_started_within_ignore_what_is_for_the_driver_and_so_do_theirs():
+def test_processes_started_within_ignore_the_driver_s_signals():
     tell = (
         "import signal; print(*(signal.getsignal(n).name for n in (signal.SIGHUP, "
         "signal.SIGUSR1, signal.SIGTERM)))"
@@ -103,7 +112,10 @@ def test_processes_started_within_ignore_what_is_for_the_driver_and_so_do_theirs
 
     with ignored_by_children():
         within = subprocess.run(
-            [sys.executable, "-c", nested], capture_output=True, text=True, check=True
+            [sys.executable, "-c", nested],
+            capture_output=True,
+            text=True,
+            check=True,
         )
 
     assert within.stdout.split() == ["SIG_IGN", "SIG_IGN", "SIG_DFL"]

@@ -30,7 +30,7 @@ def knock(store, said: bytes = b"") -> socket.socket:
     return stranger
 
 
-def test_the_store_listens_on_the_address_it_is_given_and_on_no_other():
+def test_the_store_listens_on_the_address_it_is_given_alone():
     store = open_store("127.0.0.1", 5.0)
     with open("/proc/net/tcp") as file, open("/proc/net/tcp6") as file6:
         lines = [line.split() for line in [*file.readlines()[1:], *file6.readlines()[1:]]]
@@ -66,7 +66,8 @@ def test_whoever_knows_no_secret_gets_no_seat_and_holds_up_nobody():
     assert sender.lost() is None, "a stranger who hangs up is nobody's loss"
     members[0].close()
     lost = sender.lost()
-    assert lost.rank == 2 and "rank 2 at 127.0.0.1 has left" in lost.words
+    assert lost.rank == 2
+    assert "rank 2 at 127.0.0.1 has left" in lost.words
 
 
 def test_a_seat_is_given_once():

@@ -5,7 +5,7 @@ from eopd.tokenizer import load_tokenizer
 from eopd.types import StopReason, Trajectory
 
 
-async def test_a_reward_is_one_for_a_right_answer_nought_for_a_wrong_one_and_none_without_a_reference(
+async def test_a_reward_is_one_nought_or_none(
     tiny_model,
 ):
     model = tiny_model("qwen3", seed=1)

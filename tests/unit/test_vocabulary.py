@@ -30,11 +30,10 @@ def model_directory(
     tokenizer = train_tokenizer(texts, SIZE)
     tokenizer.eos_token = eos
     tokenizer.save_pretrained(path)
-    (path / "config.json").write_text(
-        json.dumps({"model_type": "llama", "vocab_size": rows, "eos_token_id": 0})
-    )
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
-
+    config = {"model_type": "llama", "vocab_size": rows, "eos_token_id": 0}
+    generation_config = {"eos_token_id": generation_eos}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "generation_config.json").write_text(json.dumps(generation_config))
     return path
 
 
@@ -50,7 +49,9 @@ def test_equal_directories_pass(student, tmp_path):
 def test_a_student_with_spare_rows_passes(tmp_path):
     student = model_directory(tmp_path / "student", rows=SIZE + 40)
     shared = require_same_vocabulary(
-        student, model_directory(tmp_path / "teacher", rows=SIZE + 8), {}
+        student,
+        model_directory(tmp_path / "teacher", rows=SIZE + 8),
+        {},
     )
     assert shared.num_ids == num_tokens(student) <= SIZE
     assert shared.notes == (
@@ -63,15 +64,14 @@ def test_a_student_with_spare_rows_passes(tmp_path):
 
 def test_a_teacher_s_spare_rows_are_padding_when_they_name_no_token(student, tmp_path):
     shared = require_same_vocabulary(
-        student, model_directory(tmp_path / "teacher", rows=SIZE + 40), {}
+        student,
+        model_directory(tmp_path / "teacher", rows=SIZE + 40),
+        {},
     )
-    assert (shared.student_rows, shared.teacher_rows) == (SIZE, SIZE + 40)
-    assert (
-        shared.num_tokens
-        == num_tokens(student)
-        == max(load_tokenizer(student).get_vocab().values()) + 1
-        <= SIZE
-    )
+    assert shared.student_rows == SIZE
+    assert shared.teacher_rows == SIZE + 40
+    last = max(load_tokenizer(student).get_vocab().values())
+    assert shared.num_tokens == num_tokens(student) == last + 1 <= SIZE
 
 
 def test_a_token_that_only_the_teacher_s_head_has_is_named(tmp_path):
@@ -92,9 +92,8 @@ def test_a_token_that_only_the_student_s_head_has_is_named(student, tmp_path):
     teacher = model_directory(tmp_path / "teacher", rows=last)
     token = load_tokenizer(student).convert_ids_to_tokens(last)
 
-    with pytest.raises(
-        ConfigError, match=rf"head of {SIZE} rows.* one of {last}: the student could write"
-    ) as refused:
+    message = rf"head of {SIZE} rows.* one of {last}: the student could write"
+    with pytest.raises(ConfigError, match=message) as refused:
         require_same_vocabulary(student, teacher, {})
 
     assert f"token {last} {token!r}" in str(refused.value)
@@ -102,18 +101,22 @@ def test_a_token_that_only_the_student_s_head_has_is_named(student, tmp_path):
 
 def test_the_first_differing_token_and_both_sizes_are_named(student, tmp_path):
     teacher = model_directory(tmp_path / "teacher", texts=["zzz yyy zzz yyy zzz yyy"])
-    tokens = [load_tokenizer(directory).get_vocab() for directory in (student, teacher)]
-    assert "zz" in tokens[1] and "zz" not in tokens[0]
+    own = load_tokenizer(student)
+    theirs = load_tokenizer(teacher)
+    assert "zz" in theirs.get_vocab() and "zz" not in own.get_vocab()
     # three special tokens and 256 bytes are the same everywhere, the first merge is not
     first = 259
-    names = [next((token for token, i in vocab.items() if i == first), None) for vocab in tokens]
-    assert None not in names and names[0] != names[1]
+    own_name = own.convert_ids_to_tokens(first)
+    their_name = theirs.convert_ids_to_tokens(first)
+    assert None not in (own_name, their_name)
+    assert own_name != their_name
     with pytest.raises(ConfigError) as refused:
         require_same_vocabulary(student, teacher, {})
 
     message = str(refused.value)
-    assert f"id {first} is {names[0]!r} for the student and {names[1]!r} for the teacher" in message
-    assert f"({len(tokens[0])} and {len(tokens[1])} tokens)" in message
+    both = f"{own_name!r} for the student and {their_name!r} for the teacher"
+    assert f"id {first} is {both}" in message
+    assert f"({len(own.get_vocab())} and {len(theirs.get_vocab())} tokens)" in message
 
 
 def test_an_added_token_counts(student, tmp_path):
@@ -122,9 +125,8 @@ def test_an_added_token_counts(student, tmp_path):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
     tokenizer.save_pretrained(teacher)
 
-    with pytest.raises(
-        ConfigError, match=r"is no token for the student and '<think>' for the teacher"
-    ):
+    message = r"is no token for the student and '<think>' for the teacher"
+    with pytest.raises(ConfigError, match=message):
         require_same_vocabulary(student, teacher, {})
 
 
@@ -146,10 +148,10 @@ def test_special_tokens_that_one_side_adds_of_itself_are_a_note(student, tmp_pat
     tokenizer.post_processor = TemplateProcessing(single=adds, special_tokens=special)
     tokenizer.save(str(teacher / "tokenizer.json"))
     (note,) = require_same_vocabulary(student, teacher, {}).notes
-    assert note.startswith(
-        f"of the text 'a' the student's tokenizer makes 'a' and the teacher's {shown(adds)!r}, with"
-    )
-    assert require_same_vocabulary(student, model_directory(tmp_path / "same"), {}).notes == ()
+    makes = f"the student's tokenizer makes 'a' and the teacher's {shown(adds)!r}"
+    assert note.startswith(f"of the text 'a' {makes}, with")
+    same = model_directory(tmp_path / "same")
+    assert require_same_vocabulary(student, same, {}).notes == ()
 
 
 def shown(adds: str) -> str:
@@ -167,7 +169,10 @@ def ending(path: Path, *ids: int) -> Path:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"eos": "<|endoftext|>", "generation_eos": 0}, {"generation_eos": [0, 2]}],
+    [
+        {"eos": "<|endoftext|>", "generation_eos": 0},
+        {"generation_eos": [0, 2]},
+    ],
     ids=["another end token", "one more end token"],
 )
 def test_other_end_tokens_are_refused(student, tmp_path, changed):
@@ -186,13 +191,15 @@ def test_other_end_tokens_are_refused(student, tmp_path, changed):
     ],
 )
 def test_the_remap_a_pair_needs_is_proposed_and_then_accepted(tmp_path, own, theirs, remap):
-    student, teacher = ending(tmp_path / "student", *own), ending(tmp_path / "teacher", *theirs)
+    student = ending(tmp_path / "student", *own)
+    teacher = ending(tmp_path / "teacher", *theirs)
     with pytest.raises(ConfigError) as refused:
         require_same_vocabulary(student, teacher, {})
 
     message = str(refused.value)
-    assert message.endswith("; write eos_remap: {0: 2}  # '<|endoftext|>' -> '<|im_end|>'"), message
-    assert yaml.safe_load(message[message.index("eos_remap:") :]) == {"eos_remap": remap}
+    advice = "eos_remap: {0: 2}  # '<|endoftext|>' -> '<|im_end|>'"
+    assert message.endswith(f"; write {advice}"), message
+    assert yaml.safe_load(advice) == {"eos_remap": remap}
     shared = require_same_vocabulary(student, teacher, remap)
     assert shared.student_ends == {token_id: NAMES[token_id] for token_id in sorted(own)}
     assert shared.teacher_ends == {token_id: NAMES[token_id] for token_id in sorted(theirs)}
@@ -217,7 +224,8 @@ def test_the_remap_a_pair_needs_is_proposed_and_then_accepted(tmp_path, own, the
     ],
 )
 def test_what_a_remap_alone_cannot_mend_is_said(tmp_path, own, theirs, advice):
-    student, teacher = ending(tmp_path / "student", *own), ending(tmp_path / "teacher", *theirs)
+    student = ending(tmp_path / "student", *own)
+    teacher = ending(tmp_path / "teacher", *theirs)
     with pytest.raises(ConfigError) as refused:
         require_same_vocabulary(student, teacher, {})
 
@@ -246,12 +254,14 @@ def test_what_a_remap_alone_cannot_mend_is_said(tmp_path, own, theirs, advice):
     ],
 )
 def test_a_wrong_remap_is_refused(tmp_path, own, theirs, remap, message):
-    student, teacher = ending(tmp_path / "student", *own), ending(tmp_path / "teacher", *theirs)
+    student = ending(tmp_path / "student", *own)
+    teacher = ending(tmp_path / "teacher", *theirs)
     with pytest.raises(ConfigError) as refused:
         require_same_vocabulary(student, teacher, remap)
 
     assert message in str(refused.value)
-    assert str(student) in str(refused.value) and str(teacher) in str(refused.value)
+    assert str(student) in str(refused.value)
+    assert str(teacher) in str(refused.value)
 
 
 def test_harmless_differences_are_notes(student, tmp_path):
@@ -259,10 +269,9 @@ def test_harmless_differences_are_notes(student, tmp_path):
     assert require_same_vocabulary(student, teacher, {}).notes == ()
     other = model_directory(tmp_path / "other")
     (other / "chat_template.jinja").write_text("{{ messages }}")
-    settings = json.loads((other / "tokenizer_config.json").read_text())
-    (other / "tokenizer_config.json").write_text(
-        json.dumps({**settings, "pad_token": "<|im_end|>"})
-    )
+    path = other / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "pad_token": "<|im_end|>"}))
     assert require_same_vocabulary(student, other, {}).notes == (
         "chat templates differ; prompts are rendered with the student's",
         "pad_token is '<|endoftext|>' for the student and '<|im_end|>' for the teacher",
@@ -285,10 +294,8 @@ def test_a_tokenizer_is_loaded_once(student):
 def test_end_tokens_are_those_of_generation_config_and_tokenizer(
     tmp_path, eos, generation_eos, expected
 ):
-    assert (
-        end_token_ids(model_directory(tmp_path / "m", eos=eos, generation_eos=generation_eos))
-        == expected
-    )
+    directory = model_directory(tmp_path / "m", eos=eos, generation_eos=generation_eos)
+    assert end_token_ids(directory) == expected
 
 
 def test_without_a_generation_config_the_config_counts(student):

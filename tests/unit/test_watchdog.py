@@ -5,6 +5,7 @@ request.
 import asyncio
 import json
 
+import fakes
 import pytest
 
 from eopd.config import ConfigError, load_config
@@ -89,12 +90,8 @@ async def test_work_that_fails_is_told_and_so_is_what_fails_beside_it():
 
 @pytest.fixture
 def directory(tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text(
-        f"run: {{name: r, batches: 2, directory: {tmp_path}/runs}}\nstudent: {{model: s}}\nteachers: [{{model: t}}]\n"
-        "prompts: {data: a, held_out: b}\nflow: {batch_prompts: 8}"
-    )
-    return RunDirectory.create(load_config(path))
+    config = load_config(fakes.write_config(tmp_path))
+    return RunDirectory.create(config)
 
 
 class Fleet:
@@ -129,7 +126,8 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
         while len(told) < 4:
             await asyncio.sleep(0.01)
 
-    assert fleet.size == 4 and told == [
+    assert fleet.size == 4
+    assert told == [
         "from 2 rollout engines to 4",
         "3 rollout engines, no more: CUDA out of memory; trying again in 0 s",
         "from 3 rollout engines to 4",
@@ -144,9 +142,7 @@ async def test_the_run_gets_the_engines_that_are_asked_for(directory, monkeypatc
     following.cancel()
 
 
-def test_only_a_run_that_is_running_can_be_scaled_and_a_wish_is_forgotten_with_its_process(
-    directory, tmp_path, monkeypatch
-):
+def test_only_a_run_that_is_running_can_be_scaled(directory, tmp_path, monkeypatch):
     me = Holder(host="h", pid=7, since=0.0)
     monkeypatch.setattr("eopd.run.directory.holder", lambda path: me if path.exists() else None)
     with pytest.raises(ConfigError, match="is starting: only a run that is running can be scaled"):

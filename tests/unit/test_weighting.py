@@ -28,7 +28,10 @@ def scored(
     zeros = np.zeros(length, np.float32)
     return ScoredTrajectory(
         trajectory=fakes.trajectory(
-            range(length), of=fakes.prompt(prompt_id, [1]), mask=mask, sample_index=sample_index
+            range(length),
+            of=fakes.prompt(prompt_id, [1]),
+            mask=mask,
+            sample_index=sample_index,
         ),
         signal=TeacherSignal(
             teacher="t",
@@ -58,7 +61,9 @@ def others(monkeypatch: pytest.MonkeyPatch) -> list[list]:
     """What another rank adds, one list for each gathering in turn."""
     queue: list[list] = []
     monkeypatch.setattr(
-        weighting, "gather_all", lambda mine: [*mine, *(queue.pop(0) if queue else [])]
+        weighting,
+        "gather_all",
+        lambda mine: [*mine, *(queue.pop(0) if queue else [])],
     )
     return queue
 
@@ -80,9 +85,7 @@ def weigh(bodies, *, bound="mid", rewards=None, **loss):
         ("high", [0, 1, 1], [0.3, 1.5, 2.0]),
     ],
 )
-def test_the_policy_decides_between_the_bounds_and_the_uncertain_share_is_reported(
-    others, bound, gates, entropies
-):
+def test_the_policy_decides_between_the_bounds(others, bound, gates, entropies):
     # tau = 0.8 lies between the bounds of the second token alone; the fourth is masked.
     known = bounds([0.1, 0.5, 1.0, 0.0], [0.3, 1.5, 2.0, 9.0])
     bodies = [scored("a", known, [True, True, True, False])]
@@ -93,7 +96,7 @@ def test_the_policy_decides_between_the_bounds_and_the_uncertain_share_is_report
     assert found["eopd_gate_uncertain_ratio"] == pytest.approx(1 / 3)
 
 
-def test_quantiles_of_the_entropy_are_over_the_loss_tokens_of_all_ranks(others):
+def test_quantiles_are_over_the_loss_tokens_of_all_ranks(others):
     bodies = [scored("a", exact(0.0, 99.0, 1.0), [True, False, True])]
     headers, (weighting,) = weigh(bodies)
     others.append([("t", 0.0, 0.0, np.arange(2.0, 11.0), 0.5, None)])  # with ours: 0 to 10
@@ -127,7 +130,12 @@ def test_gate_and_entropy_are_told_by_teacher(others):
 
 @pytest.mark.parametrize(
     ("ids", "share"),
-    [([7] * 10, 6 / 7), ([1, 2, 1, 2, 1, 2, 1], 0.5), ([1, 2, 3, 4, 5], 0.0), ([1, 1, 1], 0.0)],
+    [
+        ([7] * 10, 6 / 7),
+        ([1, 2, 1, 2, 1, 2, 1], 0.5),
+        ([1, 2, 3, 4, 5], 0.0),
+        ([1, 1, 1], 0.0),
+    ],
 )
 def test_repetition_is_the_share_of_runs_that_were_there_before(ids, share):
     assert repetition(np.array(ids, np.int32)) == pytest.approx(share)
@@ -160,12 +168,14 @@ def test_a_quantile_follows_the_bound_that_the_policy_reads(others):
     known = bounds([0.0, 1.0, 2.0], [9.0, 2.0, 2.5])
     opened = {
         bound: weigh(
-            [scored("a", known, [True] * 3)], bound=bound, gate={"kind": "quantile", "top": 1 / 3}
+            [scored("a", known, [True] * 3)],
+            bound=bound,
+            gate={"kind": "quantile", "top": 1 / 3},
         )
         for bound in ("low", "high", "mid")
     }
     assert {bound: one[0].gate_R.tolist() for bound, (_, one) in opened.items()} == {
-        "low": [0, 0, 1], "high": [1, 0, 0], "mid": [1, 0, 0]
+        "low": [0, 0, 1], "high": [1, 0, 0], "mid": [1, 0, 0],
     }  # fmt: skip
 
 
@@ -182,11 +192,20 @@ def test_a_quantile_follows_the_bound_that_the_policy_reads(others):
         ("tail_logprobs", np.nan),
     ],
 )
-@pytest.mark.parametrize("kind", ["hard", "quantile", "sigmoid", "random", "always", "never"])
-def test_a_token_without_numbers_has_no_gate_and_takes_no_place_in_a_quantile(
-    others, kind, column, value
-):
-    entropy, wrong = np.array([3.0, 1.0, 2.0], np.float32), np.zeros(3, np.float32)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "hard",
+        "quantile",
+        "sigmoid",
+        "random",
+        "always",
+        "never",
+    ],
+)
+def test_a_token_without_numbers_has_no_gate(others, kind, column, value):
+    entropy = np.array([3.0, 1.0, 2.0], np.float32)
+    wrong = np.zeros(3, np.float32)
     wrong[0] = value
     one = scored(
         "a",
@@ -227,7 +246,7 @@ def test_an_unknown_teacher_is_an_error(others):
         weigh([strange])
 
 
-# ---- reward --------------------------------------------------------------------------------------------------
+# --- reward
 
 
 REWARD = {"reverse_kl": {"kind": "sampled", "reward": {"grader": "exact", "weight": 0.5}}}
@@ -255,7 +274,7 @@ def test_rewards_of_other_ranks_are_part_of_the_baseline(others):
     assert found["eopd_reward_mean"] == 1.0
 
 
-def test_without_a_verifier_there_is_no_bonus_and_with_one_every_trajectory_has_a_reward(others):
+def test_with_a_verifier_every_trajectory_has_a_reward(others):
     bodies = [scored("a", exact(1.0), [True], sample_index=i) for i in range(2)]
     assert [w.advantage_bonus for w in weigh(bodies)[1]] == [None, None]
     with pytest.raises(ValueError, match=r"\(0, 'a', 1\): has no reward"):

@@ -8,14 +8,22 @@ from eopd.weights.probe import ProbeError, compare_probe
 LEARNER = np.array([-0.5, -3.0, -11.0, -0.01], np.float32)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        ("float32", 1e-3),
+        ("bfloat16", 0.2),
+    ],
+)
 def test_the_mean_absolute_difference_decides(dtype, tolerance):
-    signs = np.array([1, -1, 1, -1], np.float32)  # a mean of signed differences would be zero
-    assert compare_probe(LEARNER + 0.9 * tolerance * signs, LEARNER, dtype=dtype) == pytest.approx(
-        0.9 * tolerance, rel=1e-2
-    )
+    # a mean of signed differences would be zero
+    differences = tolerance * np.array([1, -1, 1, -1], np.float32)
+    near = LEARNER + 0.9 * differences
+    found = compare_probe(near, LEARNER, dtype=dtype)
+    assert found == pytest.approx(0.9 * tolerance, rel=1e-2)
+    far = LEARNER + 1.1 * differences
     with pytest.raises(ProbeError, match=f"more than {tolerance:g} in {dtype}"):
-        compare_probe(LEARNER + 1.1 * tolerance * signs, LEARNER, dtype=dtype)
+        compare_probe(far, LEARNER, dtype=dtype)
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])

@@ -22,7 +22,7 @@ def read(suffix="", **columns):
     return read_question(DataRow(where="rows.jsonl:7", number=7, columns=columns), suffix)
 
 
-# ---- answer, id, source ---------------------------------------------------------------------------------------------
+# --- answer, id, source
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,10 @@ def test_answers_are_text_numbers_or_several(answer, taken):
 
 
 def test_a_number_is_written_as_a_person_writes_it():
-    assert [written(n) for n in (100, 1500.0, 2.50, 12345678901234567890)] == [
-        "100",
-        "1500",
-        "2.5",
-        "12345678901234567890",
-    ]
+    assert written(100) == "100"
+    assert written(1500.0) == "1500"
+    assert written(2.50) == "2.5"
+    assert written(12345678901234567890) == "12345678901234567890"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +66,7 @@ def test_a_number_is_written_as_a_person_writes_it():
         ({}, "7"),
     ],
 )
-def test_ids_are_text_or_whole_numbers_and_the_row_s_number_where_there_is_none(columns, taken):
+def test_ids_are_text_whole_numbers_or_the_row_s_number(columns, taken):
     assert read(prompt="a", **columns).prompt_id == taken
 
 
@@ -173,11 +171,13 @@ def test_a_missing_source_is_the_default_one():
     assert read(prompt="a").source == read(prompt="a", source=None).source == "default"
 
 
-# ---- prompts and chats ----------------------------------------------------------------------------------------------
+# --- prompts and chats
 
 
 def test_a_chat_may_stand_under_prompt():
-    assert read(prompt=[ASK]).chat == read(messages=[ASK]).chat == read(prompt="a?").chat == [ASK]
+    assert read(prompt=[ASK]).chat == [ASK]
+    assert read(messages=[ASK]).chat == [ASK]
+    assert read(prompt="a?").chat == [ASK]
 
 
 def test_the_answer_at_the_end_of_a_chat_is_left_out_and_noted():
@@ -188,14 +188,20 @@ def test_the_answer_at_the_end_of_a_chat_is_left_out_and_noted():
 
 
 def test_the_suffix_goes_to_the_last_text_of_the_user():
+    asked = {**SAY, "tool_calls": [CALL]}
     result = {"role": "tool", "content": "12 C"}
-    found = read(messages=[ASK, {**SAY, "tool_calls": [CALL]}, result], suffix="!")
-    assert [message["content"] for message in found.chat] == ["a?!", "b.", "12 C"]
-    assert (found.text, found.last_user) == ("a?!", 0)
-    assert [m["content"] for m in found.with_text("other")] == ["other", "b.", "12 C"]
+    found = read(messages=[ASK, asked, result], suffix="!")
+    assert texts(found.chat) == ["a?!", "b.", "12 C"]
+    assert found.text == "a?!"
+    assert found.last_user == 0
+    assert texts(found.with_text("other")) == ["other", "b.", "12 C"]
 
 
-def test_what_a_message_holds_beside_role_and_content_is_kept_and_what_is_empty_is_not():
+def texts(chat):
+    return [message["content"] for message in chat]
+
+
+def test_what_else_a_message_holds_is_kept():
     turn = {
         "role": "assistant",
         "content": None,
@@ -203,11 +209,16 @@ def test_what_a_message_holds_beside_role_and_content_is_kept_and_what_is_empty_
         "tool_calls": [CALL],
         "name": None,
     }
-    result = {"role": "tool", "content": "12 C", "tool_call_id": "a", "name": "f", "tool_calls": []}
-    assert read(messages=[ASK, turn, result]).chat[1:] == [
-        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [CALL]},
-        {"role": "tool", "content": "12 C", "tool_call_id": "a", "name": "f"},
-    ]
+    answer = {"role": "tool", "content": "12 C", "tool_call_id": "a", "name": "f"}
+    result = {**answer, "tool_calls": []}
+    _, kept, kept_result = read(messages=[ASK, turn, result]).chat
+    assert kept == {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "hm",
+        "tool_calls": [CALL],
+    }
+    assert kept_result == answer
 
 
 @pytest.mark.parametrize("arguments", ['{"x": 1}', {"x": 1}])
@@ -228,11 +239,8 @@ def test_parts_of_text_are_one_text_a_line_each():
 
 def test_tools_may_be_json_text():
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert (
-        read(prompt="a", tools=json.dumps(tools)).tools
-        == read(prompt="a", tools=tools).tools
-        == tools
-    )
+    assert read(prompt="a", tools=json.dumps(tools)).tools == tools
+    assert read(prompt="a", tools=tools).tools == tools
     assert not read(prompt="a", tools=None).tools
 
 
@@ -310,7 +318,7 @@ def test_a_prompt_that_is_none_is_refused(columns, message):
         read(**columns)
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# --- files
 
 
 def test_lines_are_counted_from_one_and_rows_say_where_they_stand(tmp_path):
@@ -318,8 +326,10 @@ def test_lines_are_counted_from_one_and_rows_say_where_they_stand(tmp_path):
     # with a byte order mark
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n{"prompt": "b", "id": "x"}\n')
     first, second = read_data(str(path), "prompts.held_out")
-    assert (first.number, first.where) == (1, f"prompts.held_out: {path}:1")
-    assert (second.number, second.where) == (3, f'prompts.held_out: {path}:3 (id "x")')
+    assert first.number == 1
+    assert first.where == f"prompts.held_out: {path}:1"
+    assert second.number == 3
+    assert second.where == f'prompts.held_out: {path}:3 (id "x")'
 
 
 @pytest.mark.parametrize(
@@ -334,7 +344,8 @@ def test_lines_are_counted_from_one_and_rows_say_where_they_stand(tmp_path):
         (b"[" * 100_000, r"rows.jsonl:1: is nested too deeply$"),
         (
             b'{"answer": "\\sqrt{2}"}\n',
-            r"rows.jsonl:1: is not JSON: Invalid \\escape \(column 13\); a backslash of a text is written twice",
+            r"rows.jsonl:1: is not JSON: Invalid \\escape \(column 13\); "
+            "a backslash of a text is written twice",
         ),
         (
             b'{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}',
@@ -352,31 +363,38 @@ def test_a_file_that_is_no_jsonl_is_refused_with_its_line(tmp_path, content, mes
 
 @pytest.mark.parametrize("spec", ["", " ", "a\0b.jsonl", "a\0b"])
 def test_a_name_that_names_nothing_is_refused(spec):
-    with pytest.raises(
-        ConfigError, match=r"^prompts.data: must be a .jsonl or .parquet file or the name of a"
-    ):
+    message = r"^prompts.data: must be a .jsonl or .parquet file or the name of a"
+    with pytest.raises(ConfigError, match=message):
         read_data(spec)
 
 
 @pytest.mark.parametrize(
-    "name", ["rows.csv", "rows.json", "rows.jsonl.gz", "rows.JSONL", "rows.txt"]
+    "name",
+    [
+        "rows.csv",
+        "rows.json",
+        "rows.jsonl.gz",
+        "rows.JSONL",
+        "rows.txt",
+    ],
 )
 def test_other_kinds_of_files_are_named(tmp_path, name):
+    message = r"must be .jsonl \(a JSON object a line\), .parquet, or the name"
     for spec in (name, str(tmp_path / name)):
-        with pytest.raises(
-            ConfigError, match=r"must be .jsonl \(a JSON object a line\), .parquet, or the name"
-        ):
+        with pytest.raises(ConfigError, match=message):
             read_data(spec)
 
 
-def test_a_file_without_an_ending_and_a_directory_with_one_are_refused(tmp_path):
-    (tmp_path / "rows").write_text("")
-    (tmp_path / "rows.parquet").mkdir()
+def test_files_without_and_directories_with_an_ending_are_refused(tmp_path):
+    file = tmp_path / "rows"
+    file.write_text("")
     with pytest.raises(ConfigError, match="files that end in nothing are not read"):
-        read_data(str(tmp_path / "rows"))
+        read_data(str(file))
 
+    directory = tmp_path / "rows.parquet"
+    directory.mkdir()
     with pytest.raises(ConfigError, match=r"rows.parquet is a directory"):
-        read_data(str(tmp_path / "rows.parquet"))
+        read_data(str(directory))
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".csv", ""])
@@ -394,27 +412,27 @@ def test_what_may_not_be_read_is_one_message(tmp_path, monkeypatch, ending, meth
         (f"{told}cannot be read (File name too long)", f"{told}must be .jsonl")
     )
     monkeypatch.setattr(Path, method, closed)
-    (tmp_path / f"rows{ending}").write_bytes(b"")
-
-    with pytest.raises(
-        ConfigError, match=r"^prompts.data: .*(cannot be read|must be .jsonl|has no rows)"
-    ):
-        read_data(str(tmp_path / f"rows{ending}"))
+    path = tmp_path / f"rows{ending}"
+    path.write_bytes(b"")
+    message = r"^prompts.data: .*(cannot be read|must be .jsonl|has no rows)"
+    with pytest.raises(ConfigError, match=message):
+        read_data(str(path))
 
 
 def test_broken_and_empty_parquet_files_are_refused(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    (tmp_path / "broken.parquet").write_bytes(b"nothing of the kind")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"nothing of the kind")
     with pytest.raises(ConfigError, match=r"broken.parquet cannot be read: .*Parquet"):
-        read_data(str(tmp_path / "broken.parquet"))
+        read_data(str(broken))
 
-    pyarrow.parquet.write_table(
-        pyarrow.table({"prompt": pyarrow.array([], "string")}), tmp_path / "empty.parquet"
-    )
+    empty = tmp_path / "empty.parquet"
+    table = pyarrow.table({"prompt": pyarrow.array([], "string")})
+    pyarrow.parquet.write_table(table, empty)
     with pytest.raises(ConfigError, match=r"empty.parquet has no rows"):
-        read_data(str(tmp_path / "empty.parquet"))
+        read_data(str(empty))
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -434,12 +452,11 @@ def parquet(tmp_path, names, columns):
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.Table.from_arrays(
-        [pyarrow.array(values, kind) for values, kind in columns], names=names
-    )
-    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-
-    return str(tmp_path / "rows.parquet")
+    arrays = [pyarrow.array(values, kind) for values, kind in columns]
+    table = pyarrow.Table.from_arrays(arrays, names=names)
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(table, path)
+    return str(path)
 
 
 def test_narrow_floats_are_the_shortest_numbers_that_they_are(tmp_path):
@@ -466,20 +483,31 @@ def test_narrow_floats_are_the_shortest_numbers_that_they_are(tmp_path):
         "inside": {"x": 0.1},
         "double": 0.1,
     }
-    assert (second["answer"], third["answer"], fourth["answer"]) == (72.0, 1e-7, None)
-    assert (second["half"], second["inside"], fourth["inside"]) == (2048.0, {}, {"x": 16777216.0})
-    assert (second["double"], third["double"]) == (0.30000000000000004, 0.10000000149011612)
+    assert second["answer"] == 72.0
+    assert third["answer"] == 1e-7
+    assert fourth["answer"] is None
+    assert second["half"] == 2048.0
+    assert second["inside"] == {}
+    assert fourth["inside"] == {"x": 16777216.0}
+    assert second["double"] == 0.30000000000000004
+    assert third["double"] == 0.10000000149011612
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
-    spec = parquet(tmp_path, ["prompt", "prompt"], [(["a"], "string"), (["b"], "string")])
-    with pytest.raises(
-        ConfigError, match=r"rows.parquet: has two columns named 'prompt'; which one counts\?$"
-    ):
+    columns = [(["a"], "string"), (["b"], "string")]
+    spec = parquet(tmp_path, ["prompt", "prompt"], columns)
+    message = r"rows.parquet: has two columns named 'prompt'; which one counts\?$"
+    with pytest.raises(ConfigError, match=message):
         read_data(spec)
 
 
-@pytest.mark.parametrize(("when", "kind"), [(2**62, ("us", None)), (1, ("s", "Mars/X"))])
+@pytest.mark.parametrize(
+    ("when", "kind"),
+    [
+        (2**62, ("us", None)),
+        (1, ("s", "Mars/X")),
+    ],
+)
 def test_a_time_that_is_none_is_named_with_its_column(tmp_path, when, kind):
     import pyarrow
 
@@ -489,10 +517,8 @@ def test_a_time_that_is_none_is_named_with_its_column(tmp_path, when, kind):
         [(["a", "b"], "string"), ([0, when], pyarrow.timestamp(*kind))],
     )
 
-    with pytest.raises(
-        ConfigError,
-        match=r"rows.parquet: column when: row [12]: its timestamp.* cannot be read \(.*; take",
-    ):
+    message = r"rows.parquet: column when: row [12]: its timestamp.* cannot be read \(.*; take"
+    with pytest.raises(ConfigError, match=message):
         read_data(spec)
 
 
@@ -529,9 +555,8 @@ def test_a_data_set_is_named_with_subset_and_split(monkeypatch, spec, arguments)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (row,) = read_data(spec)
-    assert (
-        row.columns == {"prompt": "a", "id": None} and row.where == f"prompts.data: {spec}: row 1"
-    )
+    assert row.columns == {"prompt": "a", "id": None}
+    assert row.where == f"prompts.data: {spec}: row 1"
 
 
 @pytest.mark.parametrize("spec", ["a:b:c:d", ":train", "a:", "a::b"])
@@ -540,13 +565,17 @@ def test_a_data_set_with_too_many_or_empty_parts_is_refused(spec):
         read_data(spec)
 
 
-def test_narrow_floats_of_a_named_data_set_are_the_shortest_numbers_too(monkeypatch):
+def test_narrow_floats_of_a_data_set_are_the_shortest_numbers(monkeypatch):
     import datasets
 
     features = datasets.Features(
-        {"prompt": datasets.Value("string"), "answer": datasets.Value("float32")}
+        {
+            "prompt": datasets.Value("string"),
+            "answer": datasets.Value("float32"),
+        }
     )
-    held = datasets.Dataset.from_dict({"prompt": ["a"], "answer": [0.1]}, features=features)
+    columns = {"prompt": ["a"], "answer": [0.1]}
+    held = datasets.Dataset.from_dict(columns, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: held)
     (row,) = read_data("org/name")
     assert row.columns == {"prompt": "a", "answer": 0.1}
@@ -560,7 +589,6 @@ def test_whatever_a_data_set_raises_is_one_message(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
-    with pytest.raises(
-        ConfigError, match=r"a/b:main cannot be loaded: list index .*; a subset is named as NAME"
-    ):
+    message = r"a/b:main cannot be loaded: list index .*; a subset is named as NAME"
+    with pytest.raises(ConfigError, match=message):
         read_data("a/b:main")
