@@ -1,25 +1,30 @@
-"""Trajectories to packed tensors: the only place in the project that shifts.
+"""Packs trajectories into the tensors of a micro-batch: the only place in the project that shifts.
 
-Row t of a packed micro-batch is an input token, and what belongs to row t (its target, its mask,
-what the teacher said of the target) speaks about the *next* token of the same trajectory. So the
-last response token is never an
-input: nothing is predicted from it.
+Row t of a packed micro-batch is an input token. All that belongs to row t (its target, its mask,
+the teacher's numbers) is about the *next* token of the same trajectory. So the last response token
+is never an input: nothing is predicted from it.
 
-Worked example: prompt ``[5, 6]``, response ``[7, 8, 2]`` gives four rows: inputs ``[5, 6, 7, 8]``,
-positions ``[0, 1, 2, 3]``, targets ``[-, 7, 8, 2]`` where ``-`` is a masked row.
+For example prompt ``5 6`` with response ``7 8 2``, and prompt ``9`` with response ``4 2``, where 2
+is the end token, become six rows:
+
+    row                0   1   2   3 │ 4   5
+    input_ids_T        5   6   7   8 │ 9   4
+    position_ids_T     0   1   2   3 │ 0   1       attention never crosses a restart at 0
+    target_ids_T       -   7   8   2 │ 4   2       "-": masked, a prompt token is no target
+    Packed.rows        slice(1, 4), slice(4, 6)
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Self, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eopd.loss.chunked import LossTokens
-from eopd.types import Int32Array, ScoredTrajectory
+from eopd.loss.tokens import LossTokens
+from eopd.types import Int32Array, ScoredTrajectory, Stored
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -30,17 +35,17 @@ class Weighting:
 
     entropy_R: Tensor  # the teacher's, in nats, as the gate reads it
     gate_R: Tensor  # in [0, 1]
-    # how far it would move between the bounds on the entropy, summed over loss tokens
+    # the gate at the highest entropy less the gate at the lowest, summed over loss tokens
     gate_uncertain: float
-    advantage_bonus: float | None  # on every token; None without a verifier
+    advantage_bonus: float | None  # for every token; None without a verifier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """One micro-batch: trajectories end to end, told apart by positions that restart at 0.
+    """One micro-batch: trajectories end to end, each with positions from 0.
 
-    ``rows[i]`` are the rows that predict the response of trajectory i; none for an empty
-    micro-batch, whose single masked row only keeps every rank in the same forward and backward.
+    ``rows[i]`` are the rows that predict the response of trajectory i. An empty micro-batch has no
+    such rows, but a single masked one, so that every rank makes the same forwards and backwards.
     """
 
     input_ids_T: Tensor
@@ -49,15 +54,18 @@ class Packed:
     rows: tuple[slice, ...]
 
     def to(self, device: torch.device) -> Self:
-        """The same micro-batch on ``device``."""
-        tokens = {f.name: getattr(self.tokens, f.name) for f in fields(self.tokens)}
-        moved = {name: value.to(device) for name, value in tokens.items() if value is not None}
+        """Returns the same micro-batch on ``device``."""
         return replace(
             self,
             input_ids_T=self.input_ids_T.to(device),
             position_ids_T=self.position_ids_T.to(device),
-            tokens=replace(self.tokens, **moved),
+            tokens=self.tokens.map(lambda column: column.to(device)),
         )
+
+
+def body_of(stored: Stored[ScoredTrajectory]) -> ScoredTrajectory:
+    """Returns the body of a trajectory that this rank has fetched."""
+    return cast(ScoredTrajectory, stored.body)
 
 
 def collate(trajectories: Sequence[ScoredTrajectory], weightings: Sequence[Weighting]) -> Packed:
@@ -93,7 +101,7 @@ def collate(trajectories: Sequence[ScoredTrajectory], weightings: Sequence[Weigh
 
 
 def _columns(scored: ScoredTrajectory, weighting: Weighting) -> dict[str, npt.NDArray[np.generic]]:
-    """All columns [P + R - 1, ...] of one trajectory."""
+    """Returns all columns [P + R - 1, ...] of one trajectory."""
     trajectory, signal = scored.trajectory, scored.signal
     num_prompt_tokens = trajectory.prompt.token_ids.size
     if num_prompt_tokens == 0:
@@ -131,7 +139,7 @@ def _columns(scored: ScoredTrajectory, weighting: Weighting) -> dict[str, npt.ND
 def _behind_prompt(
     values_R: npt.NDArray[np.generic], num_prompt_tokens: int
 ) -> npt.NDArray[np.generic]:
-    """The shift: the hidden state at P + r - 1 predicts response token r, so P - 1 masked
+    """Shifts a column: the hidden state at P + r - 1 predicts response token r, so P - 1 masked
     rows come first.
     """
     prompt_rows = np.zeros((num_prompt_tokens - 1, *values_R.shape[1:]), values_R.dtype)
@@ -139,7 +147,7 @@ def _behind_prompt(
 
 
 def collate_text(token_ids: Int32Array) -> Packed:
-    """A text of int32[N], N > 1, that no one scored: N - 1 rows, for the student's own
+    """Packs a text of int32[N], N > 1, into N - 1 rows without a teacher, for the student's own
     log-probabilities.
     """
     ids = token_ids.astype(np.int64)

@@ -31,7 +31,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from eopd.config import LearnerConfig
 from eopd.learner.collate import Packed
 from eopd.learner.lora import Recipe, adapter_tensors, whole_tensors
-from eopd.learner.student import Head, Student
+from eopd.learner.student import Student
+from eopd.loss.head import Head
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read while deepspeed is imported
@@ -91,7 +92,7 @@ class DeepspeedBackend:
         return float(self._engine.get_lr()[0])
 
     def run(self, packed: Packed, use_head: Callable[[Tensor, Head], T]) -> T:
-        """The student's forward; collective under ZeRO-3, with or without gradient."""
+        """Run the student's forward pass; collective under ZeRO-3, with or without gradient."""
         result: T = self._engine(packed.input_ids_T, packed.position_ids_T, use_head)
         return result
 
@@ -131,7 +132,7 @@ class DeepspeedBackend:
         return norm
 
     def save(self, directory: Path, state: dict[str, int]) -> None:
-        """Weights, optimiser, schedule and ``state``, plus this rank's random state; collective.
+        """Write weights, optimiser, schedule, ``state`` and this rank's random state; collective.
 
         Raises:
             OSError: the disk did not take it.
@@ -155,8 +156,8 @@ class DeepspeedBackend:
         dist.barrier()
 
     def load(self, directory: Path) -> dict[str, int]:
-        """Continue from ``save`` under the same stage (1 and 2 are alike); returns ``state``.
-        Collective.
+        """Continue from what ``save`` wrote under the same stage (1 and 2 are alike), and return
+        ``state``; collective.
 
         Learning rate, schedule, betas, weight decay and clipping are those of the config, not of
         the checkpoint.
@@ -212,8 +213,9 @@ class DeepspeedBackend:
             self._engine.optimizer.clip_grad = config.max_grad_norm
 
     def _load_universal(self, directory: Path) -> dict[str, Any]:
-        """Load through DeepSpeed's universal format, which knows no ranks: rank 0 converts,
-        beside the checkpoint.
+        """Load through DeepSpeed's universal format, which knows no ranks.
+
+        Rank 0 converts the checkpoint, into a directory next to it.
         """
         universal = directory.with_name(f".{directory.name}.universal")
         if dist.get_rank() == 0:
@@ -238,27 +240,23 @@ class DeepspeedBackend:
         return dict(state)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the Hugging Face model, once, whole, one after the other; collective, in
-        lockstep.
-
-        Under their plain names, adapters merged.
+        """Yield every tensor of the Hugging Face model by its plain name, whole, adapters merged, a
+        tied one once; collective, in lockstep.
         """
         return self._gathered(whole_tensors(self.student.model))
 
     def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the adapters, whole, one after the other; none without LoRA;
-        collective, in lockstep.
-        """
+        """Yield every tensor of the adapters, whole; none without LoRA; collective, in lockstep."""
         return self._gathered(adapter_tensors(self.student.model))
 
     def shape(self, parameter: Tensor) -> Sequence[int]:
-        """See ``Backend``: ZeRO-3 empties a parameter, and keeps its shape beside it."""
+        """Return the full shape: ZeRO-3 empties a parameter, and keeps its shape as an attribute."""
         shape: Sequence[int] = parameter.ds_shape if self._sharded else parameter.shape  # type: ignore[attr-defined]
         return shape
 
     @contextmanager
     def gathered(self, parameters: Sequence[Tensor]) -> Iterator[bool]:
-        """See ``Backend``: below ZeRO-3 every rank has all of them."""
+        """Gather parameters within a block under ZeRO-3; below it every rank has all of them."""
         with deepspeed.zero.GatheredParameters(list(parameters), enabled=self._sharded):
             yield self._sharded
 
@@ -269,8 +267,8 @@ class DeepspeedBackend:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """The student's state dict from what ``DeepspeedBackend.save`` wrote, on the CPU and without a process
-    group.
+    """Returns the student's state dict from what ``DeepspeedBackend.save`` wrote, on the CPU and
+    without a process group.
 
     Under ZeRO-3 these are the float32 master weights that the student's own are rounded from.
 
@@ -304,18 +302,19 @@ def _convert(sharded: Path, universal: Path) -> None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """DeepSpeed's tools print and draw bars; what is wrong they raise."""
+    """Silences DeepSpeed's tools, which print and draw bars; they raise what is wrong."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
 
 def native_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
-    """Our options merged with ``learner.deepspeed``, which wins, section by section.
+    """Returns DeepSpeed's options: ours merged with ``learner.deepspeed``, which wins, section by
+    section.
 
-    In bfloat16 gradients are accumulated and reduced in float32; ZeRO-0 cannot, and does both in
-    bfloat16.
+    In bfloat16 gradients are accumulated and reduced in float32. ZeRO-0 cannot do that, and does
+    both in bfloat16.
     """
-    ours: dict[str, Any] = {
+    options: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
@@ -325,20 +324,20 @@ def native_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
         "steps_per_print": None,
     }
     if dtype == "bfloat16":
-        ours["bf16"] = {"enabled": True}
+        options["bf16"] = {"enabled": True}
         if config.zero_stage > 0:
-            ours["data_types"] = {"grad_accum_dtype": "fp32"}
-            ours["communication_data_type"] = "fp32"
+            options["data_types"] = {"grad_accum_dtype": "fp32"}
+            options["communication_data_type"] = "fp32"
 
     for key, value in config.deepspeed.items():
-        both_sections = isinstance(value, dict) and isinstance(ours.get(key), dict)
-        ours[key] = {**ours[key], **value} if both_sections else value  # type: ignore[dict-item]
+        both_sections = isinstance(value, dict) and isinstance(options.get(key), dict)
+        options[key] = {**options[key], **value} if both_sections else value  # type: ignore[dict-item]
 
-    return ours
+    return options
 
 
 def schedule(config: LearnerConfig, total_steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate at optimiser step s of ``total_steps``, counted from 0.
+    """Returns the factor on the learning rate at optimiser step s of ``total_steps``, from 0 on.
 
     Warm-up rises linearly and never starts at zero: with 4 steps of it the factors are 1/4, 1/2,
     3/4, 1. Then ``constant`` stays, ``linear`` and ``cosine`` fall to zero at ``total_steps``, one

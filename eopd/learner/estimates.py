@@ -1,4 +1,4 @@
-"""From sums over tokens to what a held-out measurement says: means, standard errors, entropy
+"""The numbers of a held-out measurement, from sums over tokens: means, standard errors, and entropy
 histograms.
 """
 
@@ -28,10 +28,10 @@ _OF_A_PART: Final = (0, 1, 5)  # reverse KL, forward KL, loss mask
 
 
 def entropy_counts(columns: Tensor) -> list[list[int]]:
-    """Unmasked tokens by student and by teacher entropy, [2, NUM_ENTROPY_BINS]; from statistics [6,
-    T].
+    """Counts unmasked tokens by student and by teacher entropy, from statistics [6, T].
 
-    A token of no number is in no bin.
+    Returns:
+        Counts [2, NUM_ENTROPY_BINS]. A token whose entropy is NaN is in no bin.
     """
     kept = columns[_ENTROPIES, columns[-1] > 0] / ENTROPY_BIN_NATS
     rows = [row[~row.isnan()].clamp(0, NUM_ENTROPY_BINS - 1).long() for row in kept]
@@ -39,8 +39,8 @@ def entropy_counts(columns: Tensor) -> list[list[int]]:
 
 
 def token_sums(columns: Tensor, gate_T: Tensor) -> list[float]:
-    """Of one trajectory: sums of its statistics [6, T], then of those in ``_OF_A_PART``
-    weighted by the gate.
+    """Returns the sums of a trajectory's statistics [6, T], then the sums of those in
+    ``_OF_A_PART`` weighted by the gate.
     """
     weights_T = gate_T.to(columns).nan_to_num(0.0)
     return [*columns.sum(1).tolist(), *(columns[list(_OF_A_PART)] * weights_T).sum(1).tolist()]
@@ -49,8 +49,12 @@ def token_sums(columns: Tensor, gate_T: Tensor) -> list[float]:
 def eval_stats(
     sums: Sequence[Sequence[float]], sources: Sequence[str], counts: Sequence[list[list[int]]]
 ) -> EvalStats:
-    """What all ranks found: ``token_sums`` and source of each trajectory, ``counts`` of each
-    micro-batch, [2, B].
+    """Makes a measurement of the sums of all ranks.
+
+    Args:
+        sums: ``token_sums`` of each trajectory.
+        sources: the source of each trajectory's prompt.
+        counts: ``entropy_counts`` of each micro-batch.
     """
     sums_MS, unsure_MS = np.split(np.array(sums), [len(ESTIMATES) + 1], axis=1)
     counts_M = sums_MS[:, -1]
@@ -70,8 +74,10 @@ def eval_stats(
 def _parts(
     sums_MS: Float64Array, unsure_MS: Float64Array, sources_M: npt.NDArray[np.str_]
 ) -> dict[str, PartStats]:
-    """Sums of reverse KL, forward KL and tokens of each trajectory, of all tokens and of the
-    unsure, to parts.
+    """Makes the parts of a measurement.
+
+    The sums are of reverse KL, forward KL and tokens of each trajectory: over all tokens, and over
+    those where the teacher is unsure.
     """
     parts = {"teacher unsure": unsure_MS, "teacher sure": sums_MS - unsure_MS}
     if len(names := np.unique(sources_M)) > 1:
@@ -89,7 +95,7 @@ def _parts(
 
 
 def cluster_estimate(sums_M: Float64Array, counts_M: Float64Array) -> Estimate:
-    """Mean per token and its standard error, where the tokens of a trajectory are one cluster.
+    """Returns the mean per token and its standard error, with each trajectory as one cluster.
 
     The ratio estimator: mean = sum s / sum n, and se = sqrt(m / (m - 1) sum (s_i - mean n_i)^2) /
     sum n for m trajectories with sums s_i over n_i tokens (Cochran, Sampling Techniques, chapter

@@ -15,8 +15,7 @@ from eopd.learner.deepspeed_backend import read_weights
 from eopd.learner.lora import adapter_tensors, save_adapter, whole_tensors
 from eopd.learner.student import load_student
 
-# What a model directory holds besides config and weights, and training does not change: handed on
-# byte by byte.
+# Files of a model directory that training does not change; they are copied byte by byte.
 _GIVEN = (
     GENERATION_CONFIG_NAME,
     "tokenizer*",
@@ -39,8 +38,8 @@ def export_checkpoint(student: StudentConfig, checkpoint: Path, directory: Path)
     Args:
         student: the run's, whose ``model`` gives architecture and tokenizer.
         checkpoint: the learner's part of a checkpoint, of any ZeRO stage and number of ranks.
-        directory: where to write; an older one is replaced. With LoRA it is the merged model, and
-            the adapter is written beside it, to ``<directory>-adapter``, which is replaced too.
+        directory: where to write; an older one is replaced. With LoRA it holds the merged model, and
+            the adapter is written to ``<directory>-adapter``, which is replaced too.
     """
     loaded = load_student(student, activation_checkpointing=False)
     loaded.load_state_dict(read_weights(checkpoint))
@@ -86,11 +85,11 @@ def _copy_given(source: Path, directory: Path) -> None:
     Raises:
         FileNotFoundError: there is nothing of the kind.
     """
-    given = sorted(file for pattern in _GIVEN for file in source.glob(pattern) if file.is_file())
-    if not given:
+    files = sorted(file for pattern in _GIVEN for file in source.glob(pattern) if file.is_file())
+    if not files:
         raise FileNotFoundError(f"{source}: holds no tokenizer for the exported student")
 
-    for file in given:
+    for file in files:
         target = directory / file.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)

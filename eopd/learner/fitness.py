@@ -1,4 +1,4 @@
-"""Can a model directory be trained? Found out on the meta device, where a model has shapes and no
+"""Can a model directory be trained? Checked on the meta device, where a model has shapes and no
 weights.
 
 What the learner loads, what the engines serve and what is exported must be one model. So a
@@ -34,32 +34,27 @@ _SHOWN: Final = 3
 
 
 class StoredTensor(Protocol):
-    """A tensor as the header of its file describes it (``preflight/weights.py``)."""
+    """A tensor in a file, as the file's header describes it (``preflight/weights.py``)."""
 
     @property
     def file(self) -> Path:
-        """Where it is."""
-        ...
+        """The file that holds the tensor."""
 
     @property
     def start(self) -> int:
-        """Its first byte in the file."""
-        ...
+        """The position of the tensor's first byte in the file."""
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes it has."""
-        ...
+        """The tensor's size in bytes."""
 
     @property
     def dtype(self) -> str:
-        """``F32``, ``BF16``, ..."""
-        ...
+        """The dtype, such as ``F32`` or ``BF16``."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        ...
+        """The tensor's shape."""
 
 
 def check_student(directory: Path, *, num_tokens: int) -> PreTrainedModel:
@@ -102,7 +97,7 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -
         ConfigError: some are missing or of another shape, or tied ones differ.
     """
     stored = {name: torch.empty(info.shape, device="meta") for name, info in tensors.items()}
-    loaded, found = type(model).from_pretrained(
+    loaded, report = type(model).from_pretrained(
         None,
         config=model.config,
         state_dict=stored,
@@ -112,15 +107,17 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -
     )
     where = next(iter(tensors.values())).file.parent
     name = type(model).__name__
-    if missing := sorted(found["missing_keys"]):
-        spare = (
-            f"; they hold {_some(sorted(found['unexpected_keys']))} besides"
-            if found["unexpected_keys"]
+    if missing := sorted(report["missing_keys"]):
+        unexpected = (
+            f"; they hold {_some(sorted(report['unexpected_keys']))} besides"
+            if report["unexpected_keys"]
             else ""
         )
-        raise ConfigError(f"{where}: the weights lack {_some(missing)}, which {name} has{spare}")
+        raise ConfigError(
+            f"{where}: the weights lack {_some(missing)}, which {name} has{unexpected}"
+        )
 
-    if mismatched := sorted(found["mismatched_keys"]):
+    if mismatched := sorted(report["mismatched_keys"]):
         key, in_file, in_model = mismatched[0][:3]
         raise ConfigError(
             f"{where}: {key} has shape {tuple(in_file)}, and config.json makes it "
@@ -209,9 +206,11 @@ def _rotary_embeddings(config: PreTrainedConfig) -> Iterator[tuple[str, Mapping[
     layer.
     """
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    nested = [one for one in parameters.values() if isinstance(one, dict) and "rope_type" in one]
-    for one in nested or [parameters]:
-        yield str(one.get("rope_type", "default")), one
+    nested = [
+        value for value in parameters.values() if isinstance(value, dict) and "rope_type" in value
+    ]
+    for embedding in nested or [parameters]:
+        yield str(embedding.get("rope_type", "default")), embedding
 
 
 def _require_fixed_rotation(
@@ -252,17 +251,17 @@ def _require_writable(file: Path, config: PreTrainedConfig) -> None:
 
 
 def _equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two stored tensors are the same bytes."""
+    """Returns whether two stored tensors are the same bytes."""
     if (a.dtype, a.shape, a.num_bytes) != (b.dtype, b.shape, b.num_bytes):
         return False
 
-    with a.file.open("rb") as one, b.file.open("rb") as other:
-        one.seek(a.start)
-        other.seek(b.start)
+    with a.file.open("rb") as file_a, b.file.open("rb") as file_b:
+        file_a.seek(a.start)
+        file_b.seek(b.start)
 
         for start in range(0, a.num_bytes, _CHUNK_BYTES):
             size = min(_CHUNK_BYTES, a.num_bytes - start)
-            if one.read(size) != other.read(size):
+            if file_a.read(size) != file_b.read(size):
                 return False
 
     return True

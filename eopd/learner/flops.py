@@ -16,43 +16,45 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eopd.run.record import Row
+from eopd.metrics import Max, Mean, Metric
 from eopd.types import Header
 
 
 class Cost:
-    """Of a model's updates; ``peak_flops`` is what this rank's device does in a second at
-    best, where that is known.
+    """Measures what a model's updates cost on this rank.
+
+    Args:
+        model: what is trained.
+        peak_flops: what this rank's device does in a second at best, where that is known.
     """
 
     def __init__(self, model: PreTrainedModel, peak_flops: float | None) -> None:
         self._flop = Flop(model)
         self._peak_flops = peak_flops
 
-    def row(self, headers: Iterable[Header], seconds: float) -> Row:
-        """Of an update on these trajectories that took so long, on this rank."""
+    def metrics(self, headers: Iterable[Header], seconds: float) -> dict[str, Metric]:
+        """Returns the costs of an update on these trajectories that took so many seconds."""
         rate = sum(map(self._flop, headers)) / seconds
-        row = {
-            "eopd_learner_flops_per_second": rate,
-            "eopd_learner_memory_bytes": float(_most_memory_bytes()),
+        metrics: dict[str, Metric] = {
+            "eopd_learner_flops_per_second": Mean(rate, 1),
+            "eopd_learner_memory_bytes": Max(float(_most_memory_bytes())),
         }
-        return (
-            row
-            if self._peak_flops is None
-            else row | {"eopd_learner_mfu_ratio": rate / self._peak_flops}
-        )
+        if self._peak_flops is not None:
+            metrics["eopd_learner_mfu_ratio"] = Mean(rate / self._peak_flops, 1)
+
+        return metrics
 
 
 class Flop:
-    """FLOP of an update for a trajectory. An input embedding is looked up, and costs nothing."""
+    """Counts the FLOP of an update for a trajectory. An input embedding is looked up for free."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config: Any = model.config.get_text_config()
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-        sent = config.num_experts_per_tok / experts if experts else 1.0
+        active_share = config.num_experts_per_tok / experts if experts else 1.0
         self._body: float = sum(
-            _flop_per_token(weight) * (sent if ".experts." in name else 1.0)
+            _flop_per_token(weight) * (active_share if ".experts." in name else 1.0)
             for name, weight in model.named_parameters()
             if weight is not head and weight is not embedding
         )
@@ -76,12 +78,12 @@ def _flop_per_token(weight: torch.Tensor) -> int:
 
 
 def _numel(weight: torch.Tensor) -> int:
-    """Of the whole weight; under ZeRO-3 a rank holds a part."""
+    """Returns the size of the whole weight, of which a rank holds a shard under ZeRO-3."""
     return int(weight.ds_numel) if hasattr(weight, "ds_numel") else weight.numel()
 
 
 def _most_memory_bytes() -> int:
-    """The most that was held so far: by tensors on a GPU, by the process without one."""
+    """Returns the most bytes held so far: by tensors on a GPU, by the process without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
 

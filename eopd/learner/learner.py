@@ -1,19 +1,20 @@
 """One rank of the learner: one update of the student from one batch.
 
-    share of a PackedBatch -> weightings -> packed micro-batches -> forward, backward of each ->
-    optimiser step
+    share of a PackedBatch ──▶ weightings ──▶ packed micro-batches
+        ──▶ forward and backward of each ──▶ optimiser step ──▶ metrics
 
 All methods are collective: every rank calls the same method with its share of the same batch.
 Denominators, gates and metrics are those of the whole batch, so that neither the cut into
-micro-batches nor the number of ranks changes the result. What was left out: fetching bodies and
-running as an actor (``runtime/``), sending weights to the engines (``weights/``).
+micro-batches nor the number of ranks changes the result. Left out: fetching bodies and running as
+an actor (``runtime/``), sending weights to the engines (``weights/``).
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import TypedDict, TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,16 +25,18 @@ from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.config.loss import Gate, HardGate, QuantileGate, SigmoidGate
 from eopd.config.teacher import EntropyBound
 from eopd.learner.backend import Backend, OpenBackend
-from eopd.learner.collate import Packed, Weighting, collate, collate_text
+from eopd.learner.collate import Packed, Weighting, body_of, collate, collate_text
 from eopd.learner.estimates import entropy_counts, eval_stats, token_sums
 from eopd.learner.export import write_student
 from eopd.learner.lora import save_adapter
 from eopd.learner.nonfinite import BrokenRow, NonFiniteUpdateError, dump, explain, find_rows
 from eopd.learner.ranks import gather_all, join
-from eopd.learner.student import Head, load_student
-from eopd.learner.weighting import Weigher, batch_metrics
+from eopd.learner.student import load_student
+from eopd.learner.weighting import Weigher, trajectory_metrics
 from eopd.loss.chunked import token_statistics
+from eopd.loss.head import Head
 from eopd.loss.objective import LossTerms, objective
+from eopd.metrics import Metric, Same, Sum, reduce
 from eopd.types import (
     EvalStats,
     Float32Array,
@@ -48,18 +51,6 @@ from eopd.types import (
     TrajectoryKey,
 )
 
-T = TypeVar("T")
-
-
-class Projection(TypedDict):
-    """How hidden states become log-probabilities, as the functions of ``eopd.loss`` take it."""
-
-    head_bias_V: Tensor | None
-    logit_scale: float
-    logit_softcap: float | None
-    temperature: float
-    chunk_tokens: int
-
 
 class LearnerRank:
     """One of ``world_size`` ranks; the roles' ``Learner`` is the gang of them.
@@ -69,17 +60,18 @@ class LearnerRank:
         student: what to train.
         learner: how to train it.
         loss: the objective.
-        temperature: that of the rollouts; the student's logits are divided by it.
+        temperature: the one of the rollouts; the student's logits are divided by it.
         total_batches: length of the learning-rate schedule.
-        seed: that of the run; names the draws of the random gate and the first adapters.
-        entropy_bounds: by teacher, what the gate reads where only bounds on its entropy are known.
+        seed: the run's; it decides the draws of the random gate and the first adapters.
+        entropy_bounds: for each teacher, what the gate reads where only bounds on its entropy are
+            known.
         broken: directory for optimiser steps that were not finite.
         rank: of this process, from 0.
         world_size: number of ranks.
         master_address: where rank 0 runs.
         master_port: a free port there.
-        num_tokens: ids from here on are padding of the head, and have no probability; None: there
-            is none.
+        num_tokens: ids from here on are padding of the head, and have no probability; None where
+            the head has no padding.
     """
 
     def __init__(
@@ -122,12 +114,12 @@ class LearnerRank:
             dtype=student.chosen_dtype,
             total_steps=total_batches * learner.optimizer_steps_per_batch,
         )
-        # of the weights held now; who restarts ranks owns the incarnation
+        # of the weights held now; the actor sets the incarnation
         self.version = PolicyVersion(0, 0)
 
     @property
     def backend(self) -> Backend:
-        """What holds the student, for whoever sends its weights."""
+        """The holder of the student, optimiser and schedule."""
         return self._backend
 
     @property
@@ -136,30 +128,31 @@ class LearnerRank:
         return self._backend.student.model
 
     def step(self, share: PackedBatch) -> LearnerStats:
-        """One update from one batch, in as many optimiser steps as it is cut into.
+        """Update the student from one batch, in as many optimiser steps as it is cut into.
 
-        An optimiser step whose loss or gradient is not finite is applied on no rank: what it was
-        made of is written to ``broken``, and at most ``learner.max_skipped_steps`` of a run are
-        skipped so.
+        An optimiser step whose loss or gradient is not finite is applied on no rank. Its
+        micro-batches are written to ``broken``, and at most ``learner.max_skipped_steps`` of a run
+        are skipped so.
 
         Args:
-            share: this rank's part: ``steps[i].ranks`` holds its micro-batches alone, as many as
-                every other rank's.
+            share: this rank's share: ``steps[i].ranks`` holds its micro-batches alone, as many as
+                every other rank has.
 
         Returns:
             The metrics of the optimiser steps applied, over all ranks: means over their loss
-            tokens, the mean gradient norm before clipping, the last learning rate. Without any step
-            applied only counts are left.
+            tokens, the mean gradient norm before clipping, the last learning rate. Where none was
+            applied there is only the count of loss tokens.
 
         Raises:
-            NonFiniteUpdateError: one step too many was not finite; names the rows, on all ranks
-                alike.
+            NonFiniteUpdateError: one step too many was not finite. It names the rows, the same on
+                all ranks.
         """
         steps, weightings = self._pack(share, self._weigh)
         if len(steps) > 1:  # one optimiser step is its own "policy at the start of the batch"
             steps = [list(map(self._with_old_logprobs, step)) for step in steps]
 
-        terms, norms, rates, applied, num_loss_tokens = [], [], [], [], 0
+        terms, norms, rates = [], [], []
+        applied: list[Stored[ScoredTrajectory]] = []
 
         for number, (packs, step) in enumerate(zip(steps, share.steps, strict=True)):
             rate = self._backend.learning_rate
@@ -173,33 +166,37 @@ class LearnerRank:
             norms.append(norm)
             rates.append(rate)
             applied += [stored for micro in step.ranks[0] for stored in micro]
-            num_loss_tokens += step.num_loss_tokens
 
         self.version = PolicyVersion(self.version.incarnation, self.version.step + 1)
-        metrics = {"eopd_loss_tokens": float(num_loss_tokens)}
+        num_loss_tokens = sum(stored.header.num_loss_tokens for stored in applied)
+        metrics: dict[str, Metric] = {"eopd_loss_tokens": Sum(float(num_loss_tokens))}
         if terms:
-            metrics |= _means(terms, num_loss_tokens) | batch_metrics(applied, weightings)
+            metrics |= LossTerms.from_vector(torch.stack(terms).sum(0)).metrics(num_loss_tokens)
             metrics |= {
-                "eopd_grad_norm": sum(norms) / len(norms),
-                "eopd_learning_rate": rates[-1],
-                "eopd_alpha_ratio": share.alpha,
+                "eopd_grad_norm": Same(sum(norms) / len(norms)),
+                "eopd_learning_rate": Same(rates[-1]),
+                "eopd_alpha_ratio": Same(share.alpha),
             }
 
-        return LearnerStats(version=self.version, metrics=metrics, skipped_steps=self._num_skipped)
+        of_trajectories = [
+            trajectory_metrics(stored, weightings[stored.header.key]) for stored in applied
+        ]
+
+        return LearnerStats(
+            version=self.version,
+            metrics=reduce(gather_all([metrics, *of_trajectories])),
+            skipped_steps=self._num_skipped,
+        )
 
     def evaluate(self, share: PackedBatch) -> EvalStats:
-        """Student against teacher over the loss tokens of all ranks, without an update; see
-        ``EvalStats``.
-        """
+        """Measure student against teacher over the loss tokens of all ranks, without an update."""
         sums: list[Sequence[float]] = []
         counts: list[list[list[int]]] = []
         steps, _ = self._pack(share, self._weigh_to_measure)
 
-        for packed in (packed for step in steps for packed in step):
-            columns, gate_T = (
-                self._statistics(packed.to(self._device)).cpu(),
-                packed.tokens.gate_T.cpu(),
-            )
+        for packed in chain.from_iterable(steps):
+            columns = self._statistics(packed.to(self._device)).cpu()
+            gate_T = packed.tokens.gate_T
             sums += [token_sums(columns[:, rows], gate_T[rows]) for rows in packed.rows]
             counts.append(entropy_counts(columns))
 
@@ -208,16 +205,17 @@ class LearnerRank:
         return eval_stats(gather_all(sums), gather_all(sources), gather_all(counts))
 
     def probe(self, token_ids: Int32Array) -> Float32Array:
-        """Log-probabilities of a text int32[N] at temperature 1, float32[N - 1] in nats, as
-        engines are asked for.
+        """Returns log-probabilities of a text int32[N] at temperature 1, float32[N - 1] in nats.
+
+        ``weights/probe.py`` compares them with those of the engines.
         """
-        return cast(
-            Float32Array, self._student_logprobs(collate_text(token_ids), 1.0).float().cpu().numpy()
-        )
+        logprobs_T = self._student_logprobs(collate_text(token_ids), 1.0)
+        return cast(Float32Array, logprobs_T.float().cpu().numpy())
 
     def save(self, directory: Path) -> None:
-        """Write weights, optimiser, schedule, random state and version, for ``load`` under
-        the same stage.
+        """Write weights, optimiser, schedule, random state and version.
+
+        ``load`` continues from them under the same ZeRO stage.
         """
         self._backend.save(directory, self.version._asdict() | {"num_skipped": self._num_skipped})
 
@@ -266,44 +264,41 @@ class LearnerRank:
     def _pack(
         self, share: PackedBatch, weigh: Weigher
     ) -> tuple[list[list[Packed]], dict[TrajectoryKey, Weighting]]:
-        """The micro-batches of every optimiser step, and the weightings of all trajectories
+        """Returns the micro-batches of every optimiser step, and the weightings of all trajectories
         of this rank.
         """
-        stored = share.stored()
-        weightings = weigh([one.header for one in stored], [_body(one) for one in stored])
-        of_key = {
-            one.header.key: weighting for one, weighting in zip(stored, weightings, strict=True)
-        }
+        weightings = weigh(share.stored())
 
         def pack(micro: MicroBatch) -> Packed:
-            weights = [of_key[one.header.key] for one in micro]
-            return collate([_body(one) for one in micro], weights)
+            of_micro = [weightings[stored.header.key] for stored in micro]
+            return collate(list(map(body_of, micro)), of_micro)
 
         steps = []
         for step in share.steps:
             (micros,) = step.ranks
-            steps.append([pack(micro) for micro in micros])
+            steps.append(list(map(pack, micros)))
 
-        return steps, of_key
+        return steps, weightings
 
     def _with_old_logprobs(self, packed: Packed) -> Packed:
-        """The same micro-batch, with the student's log-probabilities before the first
+        """Returns the same micro-batch, with the student's log-probabilities before the first
         optimiser step.
         """
-        old_logprobs_T = self._student_logprobs(packed).cpu()
+        old_logprobs_T = self._student_logprobs(packed, self._temperature).cpu()
         return replace(packed, tokens=replace(packed.tokens, old_logprobs_T=old_logprobs_T))
 
-    def _student_logprobs(self, packed: Packed, temperature: float | None = None) -> Tensor:
-        """Log-probabilities of the tokens [T], 0 where masked, without gradient; as hot as
-        rollouts by default.
-        """
+    def _student_logprobs(self, packed: Packed, temperature: float) -> Tensor:
+        """Returns log-probabilities of the tokens [T], 0 where masked, without gradient."""
         on_device = packed.to(self._device)
 
         def logprobs(hidden_TD: Tensor, head: Head) -> Tensor:
-            projection = self._projection(head, temperature)
-            return token_statistics(
-                hidden_TD, head.weight_VD, on_device.tokens, **projection
-            ).student_logprobs_T
+            statistics = token_statistics(
+                hidden_TD,
+                replace(head, temperature=temperature),
+                on_device.tokens,
+                chunk_tokens=self._chunk_tokens,
+            )
+            return statistics.student_logprobs_T
 
         with torch.no_grad():
             return self._backend.run(on_device, logprobs)
@@ -311,8 +306,10 @@ class LearnerRank:
     def _accumulate(
         self, step: OptimizerStep, packs: Sequence[Packed], alpha: float
     ) -> tuple[list[Tensor], Tensor]:
-        """Gradients of one optimiser step: this rank's losses, one per micro-batch, and sums
-        [N] of the terms.
+        """Accumulates the gradients of one optimiser step.
+
+        Returns:
+            This rank's losses, one for each micro-batch, and sums [N] of its loss terms.
         """
         losses, sums = [], []
         for index, packed in enumerate(packs):
@@ -326,22 +323,24 @@ class LearnerRank:
     def _skip(
         self, number: int, step: OptimizerStep, packs: Sequence[Packed], losses: Sequence[Tensor]
     ) -> None:
-        """Write down an optimiser step that was refused; raises when too many were. Collective."""
-        what = "gradient" if all(gather_all([bool(loss.isfinite()) for loss in losses])) else "loss"
+        """Records an optimiser step that was refused, and raises when too many were; collective."""
+        are_finite = gather_all([bool(loss.isfinite()) for loss in losses])
+        quantity = "gradient" if all(are_finite) else "loss"
         (micros,) = step.ranks
         rows: list[BrokenRow] = []
         keys: list[TrajectoryKey] = []
         for packed, micro in zip(packs, micros, strict=True):
             names = [stored.header.key for stored in micro]
             keys += names
-            rows += find_rows(packed, names, self._student_logprobs(packed).cpu())
+            logprobs_T = self._student_logprobs(packed, self._temperature).cpu()
+            rows += find_rows(packed, names, logprobs_T)
 
         every_row, every_key = gather_all(rows), gather_all(keys)
         directory = self._broken / f"batch-{self.version.step:06d}-step-{number}"
-        message = explain(what, every_row, every_key, directory)
+        message = explain(quantity, every_row, every_key, directory)
 
         try:
-            dump(directory, what, every_row, every_key, rank=self._rank, packs=packs)
+            dump(directory, quantity, every_row, every_key, rank=self._rank, packs=packs)
         except OSError as error:
             raise NonFiniteUpdateError(f"{message}, which could not be written: {error}") from error
 
@@ -351,62 +350,49 @@ class LearnerRank:
             raise NonFiniteUpdateError(f"{message} ({why})")
 
     def _loss_of(self, packed: Packed, num_loss_tokens: int, alpha: float) -> tuple[Tensor, Tensor]:
-        """A micro-batch's share of the loss, with gradient, and its sums [N] of the loss terms."""
+        """Returns a micro-batch's share of the loss, and its sums [N] of the loss terms."""
 
         def loss_and_terms(hidden_TD: Tensor, head: Head) -> tuple[Tensor, Tensor]:
             loss, terms = objective(
                 hidden_TD,
-                head.weight_VD,
+                replace(head, temperature=self._temperature),
                 packed.tokens,
                 self._loss,
                 num_loss_tokens=num_loss_tokens,
                 alpha=alpha,
-                **self._projection(head),
+                chunk_tokens=self._chunk_tokens,
             )
             return loss, terms.vector()
 
         return self._backend.run(packed, loss_and_terms)
 
     def _statistics(self, packed: Packed) -> Tensor:
-        """Rows of ``ESTIMATES`` and, last, the loss mask: float64 [6, T], zeros where masked."""
+        """Returns the rows of ``ESTIMATES`` and the loss mask: float64 [6, T], 0 where masked."""
         tokens = packed.tokens
         mask_T, entropy_T = tokens.loss_mask_T, tokens.teacher_entropy_T
         assert entropy_T is not None  # collate sets it
 
         def statistics(hidden_TD: Tensor, head: Head) -> Tensor:
-            found = token_statistics(hidden_TD, head.weight_VD, tokens, **self._projection(head))
-            entropy = torch.where(mask_T, entropy_T, 0.0)
-            columns = [found.reverse_kl_T, found.forward_kl_T, found.student_entropy_T, entropy]
-            return torch.stack(
-                [column.double() for column in (*columns, found.top1_agreement_T, mask_T)]
+            policy_head = replace(head, temperature=self._temperature)
+            measured = token_statistics(
+                hidden_TD, policy_head, tokens, chunk_tokens=self._chunk_tokens
             )
+            columns = [
+                measured.reverse_kl_T,
+                measured.forward_kl_T,
+                measured.student_entropy_T,
+                torch.where(mask_T, entropy_T, 0.0),
+                measured.top1_agreement_T,
+                mask_T,
+            ]
+            return torch.stack([column.double() for column in columns])
 
         with torch.no_grad():
             return self._backend.run(packed, statistics)
 
-    def _projection(self, head: Head, temperature: float | None = None) -> Projection:
-        return {
-            "head_bias_V": head.bias_V,
-            "logit_scale": head.logit_scale,
-            "logit_softcap": head.logit_softcap,
-            "temperature": self._temperature if temperature is None else temperature,
-            "chunk_tokens": self._chunk_tokens,
-        }
-
-
-def _means(terms: Sequence[Tensor], num_loss_tokens: int) -> dict[str, float]:
-    """The loss terms of all ranks, as means over loss tokens."""
-    total = torch.stack(list(terms)).sum(0)
-    dist.all_reduce(total)
-    return LossTerms.from_vector(total).metrics(num_loss_tokens)
-
 
 def _yardstick(gate: Gate) -> Gate:
-    """Where a measurement calls the teacher unsure: where the gate opens, or above 0.8 nats
-    where it does not ask.
+    """Returns the gate by which a measurement calls the teacher unsure: the run's where that reads
+    the entropy, otherwise the paper's.
     """
     return gate if isinstance(gate, HardGate | QuantileGate | SigmoidGate) else HardGate()
-
-
-def _body(stored: Stored[ScoredTrajectory]) -> ScoredTrajectory:
-    return cast(ScoredTrajectory, stored.body)

@@ -1,4 +1,4 @@
-"""Low-rank adapters: they alone are trained, and whatever leaves the learner has them merged.
+"""Low-rank adapters: they alone are trained, and weights leave the learner with them merged.
 
     y = W x + scale B (A x)                 in the learner; scale = alpha / rank, W frozen, B zero at first
     W + scale B A, under W's plain name     on the wire to the engines, and in the exported model
@@ -32,15 +32,16 @@ _ALL_LINEAR, _ADAPTER = "all-linear", "default"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A tensor as it leaves the learner, and the parameters it is made of: the first has its
-    shape and dtype.
+    """How a tensor that leaves the learner is made of parameters.
+
+    The first of them has the tensor's shape and dtype.
     """
 
     parts: tuple[Tensor, ...]
     make: Callable[..., Tensor] = Tensor.detach
 
     def whole(self) -> Tensor:
-        """The tensor: a parameter's own where it is the only part. Under ZeRO-3 all parts
+        """Returns the tensor: a parameter itself where it is the only part. Under ZeRO-3 all parts
         must be gathered.
         """
         return self.make(*self.parts)
@@ -66,9 +67,9 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
             layer; or peft adapts something else (the fused experts that carry the name of another
             layer, as in DeepSeek-V3).
     """
-    wanted = _target_layers(model, config)
+    targets = _target_layers(model, config)
     settings = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=config.rank, lora_alpha=config.alpha, target_modules=wanted
+        task_type="CAUSAL_LM", r=config.rank, lora_alpha=config.alpha, target_modules=targets
     )
 
     with torch.random.fork_rng(devices=[]):
@@ -78,27 +79,25 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
         except ValueError as error:
             raise ConfigError(f"student.lora.target_modules: {error}") from None
 
-    found = {name for name, _ in _adapted(model)}
-    if found != set(wanted):
+    adapted = {name for name, _ in _adapted(model)}
+    if adapted != set(targets):
         raise ConfigError(
-            f"student.lora.target_modules: peft takes {_last_names(set(wanted) - found)} of "
+            f"student.lora.target_modules: peft takes {_last_names(set(targets) - adapted)} of "
             f"{type(model).__name__} for something else; name other layers"
         )
 
 
 def whole_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
-    """Every tensor of ``model`` without adapters, by its plain name; a tied one once, adapted
-    ones merged.
-    """
+    """Returns every tensor of ``model`` by its plain name: a tied one once, adapted ones merged."""
     layers = dict(_adapted(model))
-    seen = {id(parameter) for parameter in _adapters(model).values()}
+    done = {id(parameter) for parameter in _adapters(model).values()}
     recipes: dict[str, Recipe] = {}
 
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
+        if id(tensor) in done:
             continue
 
-        seen.add(id(tensor))
+        done.add(id(tensor))
         owner, _, leaf = name.rpartition(".base_layer.")
         layer = layers.get(owner)
         if layer is None:
@@ -115,7 +114,7 @@ def whole_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
-    """The adapters' tensors, by their names in ``model``."""
+    """Returns the adapters' tensors, by their names in ``model``."""
     return {name: Recipe((parameter,)) for name, parameter in _adapters(model).items()}
 
 
@@ -162,14 +161,14 @@ def _adapters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def _merge(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
-    """``weight + scale b a``, computed in float32, in the weight's dtype."""
+    """Returns ``weight + scale b a``, computed in float32, in the weight's dtype."""
     return torch.addmm(weight_OI.float(), b_OR.float(), a_RI.float(), alpha=scale).to(
         weight_OI.dtype
     )
 
 
 def _target_layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """Paths of the layers that ``target_modules`` name, in the model's order."""
+    """Returns the paths of the layers that ``target_modules`` name, in the model's order."""
     special = (model.get_input_embeddings(), model.get_output_embeddings())
     layers = dict(model.named_modules())
     linear = [
@@ -180,21 +179,21 @@ def _target_layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     chosen: set[str] = set()
 
     for target in config.target_modules:
-        found = (
+        matches = (
             linear
             if target == _ALL_LINEAR
             else [name for name in layers if f".{name}".endswith(f".{target}")]
         )
         where = f"student.lora.target_modules: {target!r}"
-        if not found:
-            known = (
+        if not matches:
+            hint = (
                 f"its linear layers are {_last_names(linear)}"
                 if linear
                 else "it has no linear layers"
             )
-            raise ConfigError(f"{where} matches no layer of {type(model).__name__}; {known}")
+            raise ConfigError(f"{where} matches no layer of {type(model).__name__}; {hint}")
 
-        for layer in (layers[name] for name in found):
+        for layer in (layers[name] for name in matches):
             if layer in special:
                 raise ConfigError(
                     f"{where} is the embedding or the output head; they take no adapter, "
@@ -206,7 +205,7 @@ def _target_layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:
                     f"{where} is a {type(layer).__name__}; only linear layers can be adapted"
                 )
 
-        chosen.update(found)
+        chosen.update(matches)
 
     return [name for name in linear if name in chosen]
 

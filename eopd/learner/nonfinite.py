@@ -1,5 +1,5 @@
-"""An optimiser step whose loss or gradient is not finite: which rows are to blame, and what the
-loss saw, on disk.
+"""An optimiser step whose loss or gradient is not finite: which rows cause it, and a record on disk
+of what the loss was given.
 
 runs/<name>/broken/batch-000012-step-0/
     rows.json              what was not finite, and the rows of all ranks
@@ -8,7 +8,7 @@ runs/<name>/broken/batch-000012-step-0/
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ _NAMED_ROWS = 5  # in the message; the file has all
 
 
 class NonFiniteUpdateError(RuntimeError):
-    """A loss or gradient was not finite, and no more optimiser steps may be skipped. It was
-    applied on no rank.
+    """A loss or gradient was not finite, and no more optimiser steps may be skipped.
+
+    The update was applied on no rank.
     """
 
 
@@ -44,7 +45,8 @@ class BrokenRow:
 def find_rows(
     packed: Packed, keys: Sequence[TrajectoryKey], student_logprobs_T: Tensor
 ) -> Iterator[BrokenRow]:
-    """Loss rows on which what the loss was given, or what the student says, is not finite.
+    """Yields the loss rows with an input of the loss, or a student log-probability, that is not
+    finite.
 
     Args:
         packed: a micro-batch.
@@ -53,7 +55,7 @@ def find_rows(
     """
     bad = {
         name: _not_finite(name, column)
-        for name, column in _columns(packed).items()
+        for name, column in packed.tokens.columns().items()
         if column.is_floating_point()
     }
     bad["student_logprobs_T"] = ~student_logprobs_T.isfinite()
@@ -68,19 +70,19 @@ def find_rows(
 
 def dump(
     directory: Path,
-    what: str,
+    quantity: str,
     rows: Sequence[BrokenRow],
     keys: Sequence[TrajectoryKey],
     *,
     rank: int,
     packs: Sequence[Packed],
 ) -> None:
-    """Write what a rank's micro-batches held; rank 0 also writes ``rows.json``.
+    """Write the columns of a rank's micro-batches; rank 0 also writes ``rows.json``.
 
     Args:
-        directory: of the optimiser step.
-        what: was not finite: loss or gradient.
-        rows: of all ranks that are to blame.
+        directory: where to write.
+        quantity: ``loss`` or ``gradient``, whichever was not finite.
+        rows: the rows of all ranks that are not finite.
         keys: all trajectories of the step.
         rank: of this process.
         packs: its micro-batches.
@@ -89,14 +91,14 @@ def dump(
     tensors = {
         f"{index}.{name}": column.clone(memory_format=torch.contiguous_format)
         for index, packed in enumerate(packs)
-        for name, column in (_columns(packed) | _inputs(packed)).items()
+        for name, column in _columns(packed).items()
     }
     save_file(tensors, directory / f"rank-{rank}.safetensors")
     if rank > 0:
         return
 
     record = {
-        "what": what,
+        "what": quantity,
         "rows": [asdict(row) for row in rows],
         "trajectories": [list(key) for key in keys],
     }
@@ -104,25 +106,21 @@ def dump(
 
 
 def explain(
-    what: str, rows: Sequence[BrokenRow], keys: Sequence[TrajectoryKey], directory: Path
+    quantity: str, rows: Sequence[BrokenRow], keys: Sequence[TrajectoryKey], directory: Path
 ) -> str:
-    """One line: what was not finite, the first rows (or trajectories, where no row shows it),
-    where the rest is.
+    """Returns one line for people: what was not finite, the first rows (or trajectories, where no
+    row shows it), and where the rest is.
     """
     names = [str(row) for row in rows] or [str(tuple(key)) for key in keys]
     more = f" and {len(names) - _NAMED_ROWS} more" if len(names) > _NAMED_ROWS else ""
     kind = "rows" if rows else "no row is to blame; trajectories"
-    named = f"{kind}: {', '.join(names[:_NAMED_ROWS])}{more}"
-    return f"the {what} is not finite, nothing was applied; {named}; see {directory}"
+    listing = f"{kind}: {', '.join(names[:_NAMED_ROWS])}{more}"
+    return f"the {quantity} is not finite, nothing was applied; {listing}; see {directory}"
 
 
 def _columns(packed: Packed) -> dict[str, Tensor]:
-    values = {field.name: getattr(packed.tokens, field.name) for field in fields(packed.tokens)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _inputs(packed: Packed) -> dict[str, Tensor]:
-    return {"input_ids_T": packed.input_ids_T, "position_ids_T": packed.position_ids_T}
+    inputs = {"input_ids_T": packed.input_ids_T, "position_ids_T": packed.position_ids_T}
+    return packed.tokens.columns() | inputs
 
 
 def _not_finite(name: str, column: Tensor) -> Tensor:

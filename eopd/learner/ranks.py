@@ -1,6 +1,7 @@
-"""The learner's ranks as a process group: torch.distributed alone, whatever shards the student."""
+"""The learner's ranks as a process group of torch.distributed; no backend is used here."""
 
 import os
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -10,8 +11,10 @@ T = TypeVar("T")
 
 
 def join(*, rank: int, world_size: int, master_address: str, master_port: int) -> torch.device:
-    """Enter the gang's process group (gloo on CPU, nccl on GPU), once in a process, and return
-    this rank's device: the only one it sees.
+    """Join the gang's process group (gloo on CPU, nccl on GPU), once in a process.
+
+    Returns:
+        This rank's device: the only one it sees.
     """
     environment = {
         "RANK": rank,
@@ -28,8 +31,8 @@ def join(*, rank: int, world_size: int, master_address: str, master_port: int) -
     return torch.device("cuda:0" if on_gpu else "cpu")
 
 
-def gather_all(mine: list[T]) -> list[T]:
-    """The items of all ranks, in the order of the ranks; collective."""
-    of_ranks: list[list[T]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
-    return [item for of_rank in of_ranks for item in of_rank]
+def gather_all(items: list[T]) -> list[T]:
+    """Returns the items of all ranks, in the order of the ranks; collective."""
+    items_of_ranks: list[list[T]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(items_of_ranks, items)
+    return list(chain.from_iterable(items_of_ranks))

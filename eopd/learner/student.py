@@ -1,17 +1,15 @@
-"""The student as the learner sees it: a backbone on packed tokens, and a head that is handed to
-whoever needs it.
+"""The student in the learner: a backbone on packed tokens, and its output head.
 
 Logits are never made here. ``Student.forward`` runs the backbone and calls ``use_head(hidden_TD,
 head)``, so that the chunked objective reads the (possibly tied) head weight inside the forward of
-the wrapped module: under ZeRO-3 it exists nowhere else.
+the wrapped module: under ZeRO-3 the whole weight exists nowhere else.
 
-What a family does between head and logits (a scale, a soft-cap) is read from its config, and proved
-on load against the model's own logits: a family that does anything else is refused, because the
-student would then train as another model than the rollout engines serve.
+What a family does between head and logits (a scale, a soft-cap) is read from its config, and
+checked on load against the model's own logits. A family that does anything else is refused: the
+student would be trained as another model than the rollout engines serve.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -24,37 +22,17 @@ from transformers.utils import is_flash_attn_2_available
 
 from eopd.config import StudentConfig
 from eopd.learner.lora import add_adapters
+from eopd.loss.head import Head
 
 T = TypeVar("T")
 
 # Config keys that scale the logits, and the power they enter with (Cohere, Muse; Granite divides).
 _SCALE_POWERS = {"logit_scale": 1, "output_multiplier": 1, "logits_scaling": -1}
 
-# Config keys of attention that sees only a part of its sequence; lengths up to which that is tried
-# on load.
+# Config keys of attention that sees only a window of its sequence, and the length below which a
+# window is tried on load.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _LONGEST_PROOF = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """From hidden states to logits: ``softcap(hidden_TD @ weight_VD^T * logit_scale + bias_V)``."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    logit_scale: float
-    logit_softcap: float | None
-
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Dense logits [T, V]: only for the few tokens of the check on load."""
-        logits_TV = functional.linear(hidden_TD, self.weight_VD) * self.logit_scale
-        if self.bias_V is not None:
-            logits_TV = logits_TV + self.bias_V
-
-        if self.logit_softcap is None:
-            return logits_TV
-
-        return self.logit_softcap * torch.tanh(logits_TV / self.logit_softcap)
 
 
 class Student(nn.Module):
@@ -75,8 +53,8 @@ class Student(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The head over the V ids that are tokens; its weight is whole only inside
-        ``forward`` under ZeRO-3.
+        """The head over the V ids that are tokens; under ZeRO-3 its weight is whole only inside
+        ``forward``.
         """
         layer = self.model.get_output_embeddings()
         weight_VD, bias_V = layer.weight, layer.bias
@@ -84,7 +62,12 @@ class Student(nn.Module):
             weight_VD = weight_VD[: self._num_tokens]
             bias_V = None if bias_V is None else bias_V[: self._num_tokens]
 
-        return Head(weight_VD, bias_V, self.logit_scale, self.logit_softcap)
+        return Head(
+            weight_VD=weight_VD,
+            bias_V=bias_V,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+        )
 
     @property
     def whole_head_VD(self) -> nn.Parameter:
@@ -130,10 +113,10 @@ def load_student(
             or recomputed layers would drop out activations.
         ConfigError: ``lora.target_modules`` cannot be adapted.
     """
-    known = AutoConfig.from_pretrained(config.model)
+    model_config = AutoConfig.from_pretrained(config.model)
     attention = choose_attention(
-        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(known), None),
-        known.get_text_config().to_dict(),
+        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None),
+        model_config.get_text_config().to_dict(),
         dtype=config.chosen_dtype,
         device_type=torch.device(device).type,
         flash_installed=is_flash_attn_2_available(),
@@ -162,7 +145,7 @@ def choose_attention(
     device_type: str,
     flash_installed: bool,
 ) -> str:
-    """The ``attn_implementation`` to load with.
+    """Returns the ``attn_implementation`` to load with.
 
     ``eager`` under a soft-cap: SDPA drops it silently, as FlashAttention below 2.6 does
     (transformers 5.19). ``flash_attention_2`` on GPUs in half precision, where it is installed and
@@ -206,10 +189,9 @@ def _head_form(text_config: Mapping[str, object]) -> tuple[float, float | None]:
 
 @torch.no_grad()
 def _prove_packing(student: Student) -> None:
-    """The second sequence of a packed pair must not change when the first one does.
+    """Checks that the second sequence of a packed pair does not change when the first one does.
 
-    The first is longer than every window and chunk of the attention that is not too large for a
-    moment's work.
+    The first is longer than every window and chunk of the attention that is short enough to try.
     """
     config = student.model.config.get_text_config().to_dict()
     windows = [
@@ -232,8 +214,9 @@ def _prove_packing(student: Student) -> None:
 
 @torch.no_grad()
 def _prove_no_dropout(student: Student) -> None:
-    """Layers that drop out by their own training flag (Doge) cannot be recomputed: it would
-    be switched on.
+    """Checks that recomputed layers do not drop out activations.
+
+    Layers that do so by their own training flag (Doge) would, since recomputation raises the flag.
     """
     row = torch.arange(12, device=student.model.device)
     ids = row % student.head.weight_VD.shape[0]
@@ -246,8 +229,8 @@ def _prove_no_dropout(student: Student) -> None:
 
 @torch.no_grad()
 def _prove_head(student: Student) -> None:
-    """``Head.logits`` must equal the model's logits, also where they are large: a soft-cap is
-    invisible near zero.
+    """Checks that ``Head.logits`` equals the model's logits, also where they are large: a soft-cap
+    is invisible near zero.
     """
     row = torch.arange(5, device=student.model.device)
     ids = row % student.head.weight_VD.shape[0]
@@ -278,8 +261,8 @@ def _hidden(hidden_TD: Tensor, _head: Head) -> Tensor:
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
-    """Equal up to rounding: a part in 10^5 of the largest entry in float32, in 2^6 in half
-    precision.
+    """Returns whether two tensors are equal up to rounding: to 1e-5 of the largest entry in float32,
+    to 1/64 in half precision.
     """
     tolerance = 1e-5 if expected.dtype == torch.float32 else 2.0**-6
     return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())

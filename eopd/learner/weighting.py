@@ -1,14 +1,27 @@
-"""What only the whole batch can say of a trajectory: its gate and its advantage, before anything is
-cut.
+"""The gate and the advantage of every trajectory, computed from the whole batch before it is cut.
 
-The share of every rank goes in, thresholds and baselines are taken over all ranks, one
-``Weighting`` per trajectory comes out; no result depends on how the batch is cut or spread.
+The share of every rank goes in, thresholds and baselines are taken over all ranks, and one
+``Weighting`` per trajectory comes out. So no result depends on how the batch is cut or spread.
+
+For example a hard gate with tau = 0.8 nats, on a teacher of which bounds on the entropy are known,
+and that is to be read in the middle (``teachers[].entropy_bound: mid``):
+
+    token                  1      2      3      4, not in the loss
+    lowest entropy       0.1    0.5    1.0    0.0
+    highest entropy      0.3    1.5    2.0    9.0
+    entropy_R            0.2    1.0    1.5    4.5
+    gate_R                 0      1      1      1
+    low and high gate    0, 0   0, 1   1, 1           gate_uncertain is 1: token 2 may be closed
+
+A quantile gate that opens for a third of the loss tokens would open on token 3 alone, if these were
+all loss tokens of the batch.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, cast
+from functools import partial
+from typing import Final
 
 import numpy as np
 import torch
@@ -17,9 +30,10 @@ from torch import Tensor
 from eopd.config import LossConfig
 from eopd.config.loss import QuantileGate, RandomGate
 from eopd.config.teacher import EntropyBound
-from eopd.learner.collate import Weighting
+from eopd.learner.collate import Weighting, body_of
 from eopd.learner.ranks import gather_all
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
+from eopd.metrics import Mean, Metric, Quantile
 from eopd.telemetry.series import series
 from eopd.types import (
     Header,
@@ -35,67 +49,66 @@ _ENTROPY_LEVELS: Final = (0.5, 0.9, 0.99)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weigher:
-    """Computes weightings; ``entropy_bounds`` says by teacher what its gate reads where only
-    bounds are known.
+    """Computes weightings.
+
+    ``entropy_bounds`` has for each teacher what the gate reads where only bounds are known.
     """
 
     loss: LossConfig
     entropy_bounds: Mapping[str, EntropyBound]
     seed: int
 
-    def __call__(
-        self, headers: Sequence[Header], bodies: Sequence[ScoredTrajectory]
-    ) -> list[Weighting]:
-        """One weighting per trajectory of this rank; collective."""
-        gate, bounds = self.loss.gate, [entropy_bounds(scored.signal) for scored in bodies]
-        entropies = [
-            self._read(scored.signal.teacher, *pair)
-            for scored, pair in zip(bodies, bounds, strict=True)
-        ]
-        threshold = None
-        if isinstance(gate, QuantileGate):
-            kept = [
-                h[torch.tensor(s.trajectory.loss_mask) & h.isfinite()]
-                for h, s in zip(entropies, bodies, strict=True)
-            ]
-            threshold = quantile_threshold(torch.cat(gather_all(kept)), gate.top)
-
+    def __call__(self, share: Sequence[Stored[ScoredTrajectory]]) -> dict[TrajectoryKey, Weighting]:
+        """Returns the weightings of this rank's trajectories; collective."""
+        headers, bodies = [stored.header for stored in share], list(map(body_of, share))
+        entropies = [self._entropy(scored.signal) for scored in bodies]
+        threshold = self._threshold(entropies, bodies)
         bonuses = self._bonuses(headers)
-        weightings = []
+        weightings = {}
 
-        for header, scored, (low, high), entropy in zip(
-            headers, bodies, bounds, entropies, strict=True
-        ):
-            draws = (
-                random_draws(self.seed, header.key, len(entropy))
-                if isinstance(gate, RandomGate)
-                else None
+        for header, scored, entropy_R in zip(headers, bodies, entropies, strict=True):
+            draws_R = None
+            if isinstance(self.loss.gate, RandomGate):
+                draws_R = random_draws(self.seed, header.key, len(entropy_R))
+
+            gate_of = partial(
+                gate_weights, gate=self.loss.gate, threshold=threshold, draws_T=draws_R
             )
-            at_low, at_high, here = (
-                gate_weights(h, gate, threshold=threshold, draws_T=draws)
-                for h in (low, high, entropy)
-            )
-            weightings.append(
-                Weighting(
-                    entropy_R=entropy,
-                    gate_R=here.masked_fill(~_sound(scored, entropy), torch.nan),
-                    gate_uncertain=float(
-                        (at_high - at_low)[torch.tensor(scored.trajectory.loss_mask)].sum()
-                    ),
-                    advantage_bonus=bonuses.get(header.key),
-                )
+            low_R, high_R = entropy_bounds(scored.signal)
+            uncertain_R = gate_of(high_R) - gate_of(low_R)
+            weightings[header.key] = Weighting(
+                entropy_R=entropy_R,
+                gate_R=gate_of(entropy_R).masked_fill(~_finite(scored, entropy_R), torch.nan),
+                gate_uncertain=float(uncertain_R[_loss_mask(scored)].sum()),
+                advantage_bonus=bonuses.get(header.key),
             )
 
         return weightings
 
-    def _read(self, teacher: str, low_R: Tensor, high_R: Tensor) -> Tensor:
-        match self.entropy_bounds[teacher]:
+    def _entropy(self, signal: TeacherSignal) -> Tensor:
+        """Returns the entropy that the gate reads, [R] in nats."""
+        low_R, high_R = entropy_bounds(signal)
+        match self.entropy_bounds[signal.teacher]:
             case "low":
                 return low_R
             case "high":
                 return high_R
             case "mid":
                 return low_R + (high_R - low_R) * 0.5
+
+    def _threshold(
+        self, entropies: Sequence[Tensor], bodies: Sequence[ScoredTrajectory]
+    ) -> float | None:
+        """Returns the threshold of a quantile gate, over the loss tokens of all ranks."""
+        gate = self.loss.gate
+        if not isinstance(gate, QuantileGate):
+            return None
+
+        counted = [
+            entropy_R[_loss_mask(scored) & entropy_R.isfinite()]
+            for entropy_R, scored in zip(entropies, bodies, strict=True)
+        ]
+        return quantile_threshold(torch.cat(gather_all(counted)), gate.top)
 
     def _bonuses(self, headers: Sequence[Header]) -> Mapping[TrajectoryKey, float]:
         if self.loss.reward is None:
@@ -105,12 +118,15 @@ class Weigher:
         return {key: self.loss.reward.weight * value for key, value in advantages(rewards).items()}
 
 
-def _sound(scored: ScoredTrajectory, entropy_R: Tensor) -> Tensor:
-    """Where sampler and teacher gave numbers, bool [R]; of a candidate or the tail, "impossible" is
-    one.
+def _loss_mask(scored: ScoredTrajectory) -> Tensor:
+    return torch.tensor(scored.trajectory.loss_mask)
 
-    Elsewhere the gate is NaN: the step is then refused and the row named, whichever of them the
-    loss reads.
+
+def _finite(scored: ScoredTrajectory, entropy_R: Tensor) -> Tensor:
+    """Returns where sampler and teacher gave numbers, bool [R]; -inf is one for candidate and tail.
+
+    Elsewhere the gate is NaN: the step is then refused and the row named, whichever of the numbers
+    the loss reads.
     """
     signal = scored.signal
     outcomes_RO = np.column_stack([signal.topk_logprobs, signal.tail_logprobs])
@@ -118,67 +134,42 @@ def _sound(scored: ScoredTrajectory, entropy_R: Tensor) -> Tensor:
     return torch.from_numpy(numbers & (outcomes_RO < np.inf).all(1)) & entropy_R.isfinite()
 
 
-def batch_metrics(
-    applied: Sequence[Stored[ScoredTrajectory]], weightings: Mapping[TrajectoryKey, Weighting]
-) -> dict[str, float]:
-    """Of these trajectories, on all ranks: how far bounds leave the gate open, gate and entropy by
-    teacher, how the entropy spreads over loss tokens, how much responses repeat themselves, and the
-    reward; collective, 4 bytes a token.
+def trajectory_metrics(stored: Stored[ScoredTrajectory], weighting: Weighting) -> dict[str, Metric]:
+    """Returns what one trajectory contributes to the metrics of its batch.
+
+    They are how far bounds on the entropy leave the gate open, gate and entropy by teacher, the
+    quantiles of the entropy over loss tokens (4 bytes a token), repetition, and the reward.
     """
-    mine = []
-    for stored in applied:
-        header, scored = stored.header, cast(ScoredTrajectory, stored.body)
-        weighting, mask = weightings[header.key], torch.tensor(scored.trajectory.loss_mask)
-        gate, entropy = float(weighting.gate_R[mask].sum()), weighting.entropy_R[mask].numpy()
-        repeated = repetition(scored.trajectory.response_ids)
-        mine.append(
-            (
-                scored.signal.teacher,
-                gate,
-                weighting.gate_uncertain,
-                entropy,
-                repeated,
-                header.reward,
-            )
-        )
-
-    everybody = gather_all(mine)
-    teachers, gates, uncertain, entropies, repetitions, rewards = zip(*everybody, strict=True)
-    entropy = np.concatenate(entropies)
-    metrics = {
-        "eopd_gate_uncertain_ratio": sum(uncertain) / max(len(entropy), 1),
-        "eopd_repetition_ratio": sum(repetitions) / len(repetitions),
+    header, scored = stored.header, body_of(stored)
+    mask = _loss_mask(scored)
+    entropy, gate = weighting.entropy_R[mask].numpy(), float(weighting.gate_R[mask].sum())
+    teacher, num_tokens = scored.signal.teacher, len(entropy)
+    metrics: dict[str, Metric] = {
+        "eopd_gate_uncertain_ratio": Mean(weighting.gate_uncertain, num_tokens),
+        "eopd_repetition_ratio": Mean(repetition(scored.trajectory.response_ids), 1),
     }
+    if header.reward is not None:
+        metrics["eopd_reward_mean"] = Mean(header.reward, 1)
 
-    for teacher in sorted(set(teachers)):
-        of_teacher = [
-            (gate, h)
-            for name, gate, h in zip(teachers, gates, entropies, strict=True)
-            if name == teacher
-        ]
-        if num_tokens := sum(len(h) for _, h in of_teacher):
-            gate, total = (
-                sum(gate for gate, _ in of_teacher),
-                sum(float(h.sum()) for _, h in of_teacher),
-            )
-            metrics[series("eopd_gate_by_teacher_ratio", teacher=teacher)] = gate / num_tokens
-            metrics[series("eopd_entropy_by_teacher_nats", teacher=teacher)] = total / num_tokens
+    if num_tokens == 0:
+        return metrics
 
-    if len(entropy):
-        for level, value in zip(
-            _ENTROPY_LEVELS, np.quantile(entropy, _ENTROPY_LEVELS), strict=True
-        ):
-            metrics[series("eopd_teacher_entropy_quantile_nats", q=str(level))] = float(value)
+    gate_name = series("eopd_gate_by_teacher_ratio", teacher=teacher)
+    entropy_name = series("eopd_entropy_by_teacher_nats", teacher=teacher)
+    metrics[gate_name] = Mean(gate, num_tokens)
+    metrics[entropy_name] = Mean(float(entropy.sum()), num_tokens)
+    for level in _ENTROPY_LEVELS:
+        name = series("eopd_teacher_entropy_quantile_nats", q=str(level))
+        metrics[name] = Quantile(entropy, level)
 
-    given = [reward for reward in rewards if reward is not None]
-
-    return metrics | ({"eopd_reward_mean": sum(given) / len(given)} if given else {})
+    return metrics
 
 
 def repetition(response_ids_R: Int32Array) -> float:
-    """Share of the response's runs of four tokens that occur in it before; 0 below four tokens.
+    """Returns the share of the response's runs of four tokens that occur in it before.
 
-    For example 1 2 1 2 1 2 1 has the runs 1212, 2121, 1212, 2121: two of four are repeated.
+    For example 1 2 1 2 1 2 1 has the runs 1212, 2121, 1212, 2121: two of four are repeated. A
+    response below four tokens has none, and gives 0.
     """
     ids = response_ids_R.tolist()
     runs = list(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
@@ -186,16 +177,15 @@ def repetition(response_ids_R: Int32Array) -> float:
 
 
 def entropy_bounds(signal: TeacherSignal) -> tuple[Tensor, Tensor]:
-    """Lowest and highest teacher entropy, each [R] in nats; equal where it is exact."""
+    """Returns lowest and highest teacher entropy, each [R] in nats; equal where it is exact."""
     return torch.tensor(signal.entropy_low), torch.tensor(signal.entropy_high)
 
 
 def advantages(rewards: Mapping[TrajectoryKey, float]) -> dict[TrajectoryKey, float]:
-    """Reward less the mean reward of the prompt's other samples: unbiased, since no sample is in
-    its own baseline.
+    """Returns each reward less the mean reward of the prompt's other samples: unbiased, since no
+    sample is in its own baseline.
 
-    (REINFORCE leave-one-out, Ahmadian et al., arXiv 2402.14740.) Rewards 1, 0, 0 give 1, -1/2,
-    -1/2.
+    Rewards 1, 0, 0 give 1, -1/2, -1/2 (REINFORCE leave-one-out, Ahmadian et al., arXiv 2402.14740).
 
     Raises:
         ValueError: a prompt has one sample only.
@@ -204,10 +194,11 @@ def advantages(rewards: Mapping[TrajectoryKey, float]) -> dict[TrajectoryKey, fl
     for key, reward in rewards.items():
         groups[key.epoch, key.prompt_id].append(reward)
 
-    if alone := [name for name, group in groups.items() if len(group) == 1]:
-        raise ValueError(
-            f"no baseline for the reward of {alone[0]}: it has one sample in this batch"
-        )
+    for name, group in groups.items():
+        if len(group) == 1:
+            raise ValueError(
+                f"no baseline for the reward of {name}: it has one sample in this batch"
+            )
 
     def advantage(key: TrajectoryKey, reward: float) -> float:
         group = groups[key.epoch, key.prompt_id]

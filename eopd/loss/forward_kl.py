@@ -1,8 +1,8 @@
-"""Teacher to student: sum q log(q / p), over what the teacher sent of its distribution.
+"""Forward KL, from teacher to student: sum q log(q / p), over the outcomes that the teacher sent.
 
-Both sides are given as log-probabilities of K + 1 outcomes: the teacher's K candidates and, last,
-the rest of the vocabulary as one bucket. An outcome that either side calls impossible (-inf: the
-freed slot of a merged end token, the bucket where K = V) is left out.
+Both sides are log-probabilities of K + 1 outcomes: the teacher's K candidates and, last, the tail,
+which is the rest of the vocabulary. An outcome at -inf on either side (the freed slot of a merged
+end token, the tail where K = V) is left out.
 """
 
 from typing import assert_never
@@ -14,8 +14,9 @@ from eopd.config.loss import ForwardKl, RenormalizedForwardKl, TailForwardKl, Tr
 
 
 def divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """``sum a log(a / b)`` over the last axis, in nats; outcomes at -inf on either side count
-    0 and get no gradient.
+    """Returns ``sum a log(a / b)`` over the last axis, in nats.
+
+    Outcomes at -inf on either side count 0 and get no gradient.
     """
     impossible = log_a.isinf() | log_b.isinf()
     # Masked before the product: 0 x inf would be NaN in value or gradient.
@@ -24,8 +25,8 @@ def divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def renormalized(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q~ || p), q~ the teacher renormalised on its candidates, p not: never negative (arXiv
-    2603.07079).
+    """Returns KL(q~ || p), q~ the teacher renormalised on its candidates, p not: never negative
+    (arXiv 2603.07079).
 
     The teacher itself is no minimum of it: the gradient drives the student's whole mass into the
     candidates.
@@ -35,24 +36,24 @@ def renormalized(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def tail(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL over the K + 1 outcomes: 0 exactly where student and teacher agree on all of them, else
-    positive.
+    """Returns the KL over the K + 1 outcomes: 0 where student and teacher agree on all of them,
+    otherwise positive.
 
-    Up to rounding: a float32 teacher's outcomes add up to 1 only nearly, which may leave it
-    negative by as much.
+    This holds up to rounding: a float32 teacher's outcomes add up to 1 only nearly, which may make
+    it negative by as much.
     """
     return divergence(log_q, log_p)
 
 
 def truncated(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The candidates' part of the full KL alone: no KL, and negative where the student's mass
-    on them is the larger.
+    """Returns the candidates' terms of the full KL alone: no KL, and negative where the student has
+    more mass on the candidates than the teacher.
     """
     return divergence(log_q[..., :-1], log_p[..., :-1])
 
 
 def forward_kl(form: ForwardKl, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Forward KL of every token.
+    """Computes the forward KL of every token.
 
     Args:
         form: which form.
@@ -74,5 +75,5 @@ def forward_kl(form: ForwardKl, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def outcomes(candidates_TK: Tensor, rest_T: Tensor) -> Tensor:
-    """Candidates and bucket side by side: [T, K + 1]."""
+    """Returns candidates and rest as the columns of one tensor [T, K + 1]."""
     return torch.cat([candidates_TK, rest_T.unsqueeze(-1)], dim=-1)

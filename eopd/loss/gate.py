@@ -1,8 +1,8 @@
-"""How much forward KL each token gets: g in [0, 1] from the teacher's entropy.
+"""The gate of each token, g in [0, 1]: how much forward KL it gets, from the teacher's entropy.
 
 Gates are computed once per batch, before it is cut into micro-batches, so that no gate depends on
-the cut: ``quantile`` takes a threshold over the loss tokens of all ranks, ``random`` draws that
-depend on a token's name alone.
+the cut. ``quantile`` has a threshold over the loss tokens of all ranks, and ``random`` has draws
+that depend on a token's trajectory and position alone.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from eopd.types import TrajectoryKey
 def gate_weights(
     entropy_T: Tensor, gate: Gate, *, threshold: float | None = None, draws_T: Tensor | None = None
 ) -> Tensor:
-    """The gate of every token.
+    """Computes the gate of every token.
 
     Args:
         entropy_T: teacher entropy in nats.
         gate: which gate, and its options.
-        threshold: for ``quantile``, what ``quantile_threshold`` gave for the batch of all ranks.
+        threshold: for ``quantile``, the ``quantile_threshold`` of the batch of all ranks.
         draws_T: for ``random``, uniform in [0, 1), one ``random_draws`` per trajectory.
 
     Returns:
@@ -64,7 +64,8 @@ def gate_weights(
 
 
 def quantile_threshold(entropies_N: Tensor, top: float) -> float:
-    """The entropy that opens the gate for a share ``top`` of the N loss tokens of a batch, in nats.
+    """Returns the entropy that opens the gate for a share ``top`` of the N loss tokens of a batch,
+    in nats.
 
     It is the round(top N)-th largest entropy (at least the largest), and the gate is open at it:
     tokens tied with it open too. ``[0.1, 2.0, 0.5, 1.0]`` with top 0.5 gives 1.0. A batch without
@@ -78,7 +79,7 @@ def quantile_threshold(entropies_N: Tensor, top: float) -> float:
 
 
 def random_draws(seed: int, key: TrajectoryKey, num_tokens: int) -> Tensor:
-    """Uniform numbers in [0, 1), float64 [R], for the tokens of one trajectory.
+    """Draws uniform numbers in [0, 1), float64 [R], for the tokens of one trajectory.
 
     They depend on (seed, key, response position) alone: another batch order, packing or number of
     ranks gives the same draws.

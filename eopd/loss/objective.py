@@ -14,17 +14,21 @@ import torch
 from torch import Tensor
 
 from eopd.config.loss import LossConfig
-from eopd.loss.chunked import Head, LossTokens, Reading, chunked_sums
+from eopd.loss.chunked import chunked_sums
 from eopd.loss.forward_kl import forward_kl
+from eopd.loss.head import Head
+from eopd.loss.logits import Reading
 from eopd.loss.reverse_kl import SampledTokens, reverse_kl
+from eopd.loss.tokens import LossTokens
+from eopd.metrics import Mean, Metric
 
 __all__ = ["LossTerms", "LossTokens", "objective"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """Sums over loss tokens, float64 []: they add up over micro-batches and ranks. Means come last,
-    from ``metrics``.
+    """Sums over loss tokens, float64 []: they add up over micro-batches. Means come last, from
+    ``metrics``.
 
     ``reverse_kl`` is log p_old(y) - log q(y), ``logprob_gap`` |log p_old(y) - log b(y)|; nats,
     except for gates, shares and weights.
@@ -46,17 +50,17 @@ class LossTerms:
     clipped: Tensor
 
     def vector(self) -> Tensor:
-        """All terms in the order of the fields, float64 [N], to be reduced over ranks at once."""
+        """Returns all terms in the order of the fields, float64 [N], to be added up at once."""
         return torch.stack([getattr(self, field.name).double() for field in fields(self)])
 
     @classmethod
     def from_vector(cls, vector_N: Tensor) -> Self:
-        """The inverse of ``vector``."""
+        """Returns the terms of which ``vector`` made this vector."""
         names = (field.name for field in fields(cls))
         return cls(**dict(zip(names, vector_N.unbind(), strict=True)))
 
-    def metrics(self, num_loss_tokens: int) -> dict[str, float]:
-        """Means over ``num_loss_tokens`` tokens, by catalogue name.
+    def metrics(self, num_loss_tokens: int) -> dict[str, Metric]:
+        """Returns means over the ``num_loss_tokens`` tokens of these sums, by catalogue name.
 
         Gated and ungated forward KL are means weighted by g and 1 - g: over the open and the closed
         tokens of a gate that is 0 or 1.
@@ -64,8 +68,8 @@ class LossTerms:
         sums = dict(
             zip((field.name for field in fields(self)), self.vector().tolist(), strict=True)
         )
-        mean = {name: _ratio(value, num_loss_tokens) for name, value in sums.items()}
-        ungated = _ratio(
+        mean = {name: Mean(value, num_loss_tokens) for name, value in sums.items()}
+        ungated = Mean(
             sums["forward_kl"] - sums["forward_kl_gated"], num_loss_tokens - sums["gate"]
         )
 
@@ -73,7 +77,7 @@ class LossTerms:
             "eopd_loss": mean["loss"],
             "eopd_reverse_kl_nats": mean["reverse_kl"],
             "eopd_forward_kl_nats": mean["forward_kl"],
-            "eopd_forward_kl_gated_nats": _ratio(sums["forward_kl_gated"], sums["gate"]),
+            "eopd_forward_kl_gated_nats": Mean(sums["forward_kl_gated"], sums["gate"]),
             "eopd_forward_kl_ungated_nats": ungated,
             "eopd_gate_ratio": mean["gate"],
             "eopd_teacher_entropy_nats": mean["teacher_entropy"],
@@ -89,37 +93,28 @@ class LossTerms:
 
 
 def objective(
-    student_hidden_TD: Tensor,
-    head_weight_VD: Tensor,
+    hidden_TD: Tensor,
+    head: Head,
     tokens: LossTokens,
     config: LossConfig,
     *,
     num_loss_tokens: int,
     alpha: float,
-    head_bias_V: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    temperature: float = 1.0,
     chunk_tokens: int = 256,
 ) -> tuple[Tensor, LossTerms]:
-    """This micro-batch's share of the loss of an optimiser step.
+    """Returns this micro-batch's share of the loss of an optimiser step, and sums for metrics.
 
-    Logits are ``softcap(hidden @ head^T * logit_scale + bias) / temperature``, computed for loss
-    rows only, ``chunk_tokens`` at a time, in float32 (float64 for float64 inputs). Head and hidden
-    states may be in any floating dtype; the head may be tied.
+    Logits are computed for loss rows only, ``chunk_tokens`` at a time, in float32 (float64 for
+    float64 inputs). Hidden states and head may be in any floating dtype.
 
     Args:
-        student_hidden_TD: last hidden states; row t predicts ``tokens.target_ids_T[t]``.
-        head_weight_VD: the output projection.
-        tokens: what sampler and teacher said.
+        hidden_TD: the student's last hidden states; row t predicts ``tokens.target_ids_T[t]``.
+        head: the student's, at the temperature that the rollouts were sampled at.
+        tokens: what sampler and teacher gave.
         config: forms and options; ``config.alpha`` and the gate are already in ``alpha`` and
             ``tokens.gate_T``.
         num_loss_tokens: loss tokens of the whole optimiser step, over all micro-batches and ranks.
         alpha: weight of the forward KL in this batch.
-        head_bias_V: bias of the projection.
-        logit_scale: factor of the projection (Cohere, Granite).
-        logit_softcap: c of ``c tanh(x / c)`` (Gemma).
-        temperature: the one the rollouts were sampled at.
         chunk_tokens: rows per chunk; the memory dial.
 
     Returns:
@@ -133,25 +128,17 @@ def objective(
     if num_loss_tokens < 1 and bool(tokens.loss_mask_T.any()):
         raise ValueError(f"num_loss_tokens is {num_loss_tokens} for the whole step, and rows count")
 
-    head = Head(
-        weight_VD=head_weight_VD,
-        bias_V=head_bias_V,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        temperature=temperature,
-    )
-
     def measure(reading: Reading, chunk: LossTokens) -> Tensor:
         return _terms(reading, chunk, config, alpha).vector()
 
-    loss, sums = chunked_sums(student_hidden_TD, head, tokens, measure, chunk_tokens)
-    is_double = torch.float64 in (student_hidden_TD.dtype, head_weight_VD.dtype)
+    loss, sums = chunked_sums(hidden_TD, head, tokens, measure, chunk_tokens)
+    is_double = torch.float64 in (hidden_TD.dtype, head.weight_VD.dtype)
     dtype = torch.float64 if is_double else torch.float32
     return (loss / max(num_loss_tokens, 1)).to(dtype), LossTerms.from_vector(sums)
 
 
 def _terms(reading: Reading, tokens: LossTokens, config: LossConfig, alpha: float) -> LossTerms:
-    """Sums over one chunk; ``loss`` has gradients."""
+    """Returns the sums over one chunk; ``loss`` has gradients."""
     student_logprobs, teacher_logprobs = (
         reading.student_logprobs(),
         tokens.teacher_logprobs_T.double(),
@@ -187,7 +174,3 @@ def _terms(reading: Reading, tokens: LossTokens, config: LossConfig, alpha: floa
         logprob_gap=(sampled.old_logprobs_T - sampled.rollout_logprobs_T).abs().sum(),
         clipped=reverse.clipped_T.double().sum(),
     )
-
-
-def _ratio(value: float, count: float) -> float:
-    return value / count if count > 0 else 0.0

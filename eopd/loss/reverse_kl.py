@@ -1,9 +1,9 @@
-"""Student to teacher: the term that is always on.
+"""Reverse KL, from student to teacher: the term that every token has.
 
 ``sampled`` is a clipped policy gradient on the sampled token, whose advantage is log q - log p_old:
 its expected gradient is that of KL(p || q). (Back-propagating the mean of log p - log q itself
 would be wrong: that gradient does not know the teacher.) ``topk_tail`` is the KL itself, over the
-teacher's candidates and one bucket for the rest.
+teacher's candidates and the tail.
 """
 
 import math
@@ -33,8 +33,8 @@ class SampledTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReverseKlTerm:
-    """The loss of every token, and what clip and cap did to it, each [T]; only ``loss_T`` has
-    gradients.
+    """The loss of every token, its importance weight, and whether that was capped and the loss
+    clipped, each [T]; only ``loss_T`` has gradients.
     """
 
     loss_T: Tensor
@@ -44,8 +44,8 @@ class ReverseKlTerm:
 
 
 def sampled(form: SampledReverseKl, tokens: SampledTokens) -> ReverseKlTerm:
-    """``w max(-A r, -A clip(r, 1 - c, 1 + c))`` (arXiv 2603.07079, with a truncated importance
-    weight).
+    """Computes ``w max(-A r, -A clip(r, 1 - c, 1 + c))`` (arXiv 2603.07079, with a truncated
+    importance weight).
 
     A = log q - log p_old + bonus, r = p / p_old, w = min(p_old / b, cap); A and w are constants. A
     token that the teacher finds e times as likely as the old policy does has A = 1: at p = p_old =
@@ -73,7 +73,7 @@ def sampled(form: SampledReverseKl, tokens: SampledTokens) -> ReverseKlTerm:
 def reverse_kl(
     form: ReverseKl, tokens: SampledTokens, log_p: Tensor, log_q: Tensor
 ) -> ReverseKlTerm:
-    """Reverse KL of every token.
+    """Computes the reverse KL of every token.
 
     Args:
         form: which form. Forms other than ``sampled`` have no advantage and no importance weight

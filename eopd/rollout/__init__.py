@@ -1,1 +1,1 @@
-"""The engine that writes, and several of them as one."""
+"""The engine that samples responses, and the pool of several engines."""

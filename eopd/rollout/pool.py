@@ -1,4 +1,4 @@
-"""Several engines as one: a ``RolloutEngine`` over a ``Pool``."""
+"""Several engines behind the interface of one: a ``RolloutEngine`` over a ``Pool``."""
 
 from eopd.fleet import Fleet
 from eopd.pool import NoAnswerError
@@ -17,7 +17,7 @@ from eopd.types import (
 
 
 class EnginePool:
-    """A ``RolloutEngine`` over a fleet of them."""
+    """A ``RolloutEngine`` that passes each request to an engine of a fleet."""
 
     def __init__(self, fleet: Fleet[RolloutEngine]) -> None:
         self._fleet = fleet
@@ -26,7 +26,7 @@ class EnginePool:
     async def generate(
         self, prompt: PromptSample, sample_index: int, sampling: Sampling
     ) -> Stored[Trajectory] | LostTrajectory:
-        """Sample one response on one engine; where that is lost, the same response on another one.
+        """Sample one response on an engine; where that is lost, again on another one.
 
         Raises:
             RunFailedError: no engine is left.
@@ -40,11 +40,11 @@ class EnginePool:
             return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail=str(error))
 
     def status(self) -> list[str]:
-        """What each engine does now, for people."""
+        """Returns for people what each engine does now."""
         return self._pool.status()
 
     def metrics(self) -> Row:
-        """What became of the engines so far, and how much each of them holds."""
+        """Returns how many engines failed, were replaced and are up, and what each has in flight."""
         row = {
             "eopd_engine_failures_total": float(self._pool.num_failures),
             "eopd_engine_replacements_total": float(self._fleet.num_replacements),

@@ -1,8 +1,8 @@
-"""The engine that writes: vLLM ``AsyncLLM`` behind the ``RolloutEngine`` role.
+"""The engine that samples responses: vLLM's ``AsyncLLM`` in the role of ``RolloutEngine``.
 
 In: a prompt and how to sample it. Out: the response with the log-probability and the policy version
-of every token. Weights arrive in flight (``EngineLink`` of ``weights/channel.py``): running
-requests are frozen, not aborted, and go on under the new weights. Left out: any sampling transform
+of every token. Weights arrive in flight (``EngineLink`` of ``weights/links.py``): running requests
+are frozen, not aborted, and go on under the new weights. Left out: any sampling transform
 (top-p, penalties), since the recorded log-probability would not be the policy's own.
 
 vLLM internals used here were checked against 0.32.0: ``weight_versions`` spans, ``logprobs_mode``,
@@ -72,14 +72,13 @@ class VllmRolloutEngine:
         """Start the engine and warm it up.
 
         Args:
-            student: what it serves.
-            rollout: how; its ``vllm`` options win over ours.
+            student: the model that it serves.
+            rollout: how it serves; its ``vllm`` options win over ours.
             max_sequence_tokens: the longest prompt and response together.
-            weight_options: those it takes new weights with, and their worker
-                (``weights/vllm_engine.py``).
+            weight_options: options for receiving new weights (``weights/vllm_receiver.py``).
             version: the label of its weights.
-            num_tokens: ids from here on are padding of the head, and get no probability; None:
-                there is none.
+            num_tokens: ids from here on are padding of the head, and get no probability; None where
+                the head has no padding.
             stat_loggers: where vLLM's own metrics go, if its options ask for them.
         """
         options: dict[str, object] = {
@@ -116,11 +115,11 @@ class VllmRolloutEngine:
 
     @property
     def seats(self) -> int:
-        """How many responses it writes at a time; more would wait inside."""
+        """The number of responses it samples at a time; further ones would wait inside."""
         return int(self._llm.vllm_config.scheduler_config.max_num_seqs)
 
     async def _warm_up(self) -> None:
-        """One throw-away token: a pause must never wait for a first step that still compiles."""
+        """Samples two tokens and discards them: a pause must never wait for a step that compiles."""
         params = SamplingParams(
             max_tokens=2,
             temperature=0.0,
@@ -165,24 +164,25 @@ class VllmRolloutEngine:
             )
 
         trajectory = _trajectory(prompt, sample_index, final.outputs[0])
-        spent = time.monotonic() - started
-        sums = {"generate_s": spent, "rollout_logprob": float(trajectory.rollout_logprobs.sum())}
+        sums = {
+            "generate_s": time.monotonic() - started,
+            "rollout_logprob": float(trajectory.rollout_logprobs.sum()),
+        }
 
         return Stored(Header.of(trajectory, sums, priority=sampling.priority), trajectory)
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None:
-        """Leave the transfer group there was, and join the sender's (blocks until all members have
-        joined).
+        """Leave the last transfer group, and join the sender's; blocks until all members have joined.
 
         Raises:
-            WeightTransferError: they have not in time. The engine serves its old weights and may
-                connect again.
+            WeightTransferError: not all have joined in time. The engine serves its old weights and
+                may connect again.
         """
         request = WeightTransferInitRequest(init_info=dict(init_info))
         await self._transfer(self._llm.init_weight_transfer_engine(request))
 
     async def receive_weights(self) -> None:
-        """Start taking new weights into host memory; generation goes on. Returns at once.
+        """Start to receive new weights into host memory, and return at once; generation goes on.
 
         Raises:
             WeightTransferError: the engine is in no group, or the group has failed: connect again.
@@ -190,18 +190,16 @@ class VllmRolloutEngine:
         await self._transfer(self._update("receive"))
 
     async def check_weights(self) -> None:
-        """After the sender's ``send``: everything arrived, and every bucket has the hash it was
-        sent with.
+        """Find out, after the sender's ``send``, that every bucket arrived with the right hash.
 
         Raises:
-            WeightTransferError: it does not; nothing was loaded. After a wrong hash the group is
-                whole and the next ``receive_weights`` may follow, after any other failure
-                ``connect_weights`` must.
+            WeightTransferError: one did not; nothing was loaded. After a wrong hash the next
+                ``receive_weights`` may follow, after any other failure ``connect_weights`` must.
         """
         await self._transfer(self._update("check"))
 
     async def install_weights(self, version: PolicyVersion) -> float:
-        """Pause, load what ``check_weights`` has found whole, label it, resume.
+        """Pause, load what ``check_weights`` has found complete, label it, resume.
 
         Returns:
             Seconds from asking for the pause, which the step under way ends first, to the
@@ -209,8 +207,7 @@ class VllmRolloutEngine:
             it reads all running responses again, under the new weights, and may take far longer
             than the pause.
 
-        Whatever is raised leaves an engine that pauses, with weights of which nothing is known:
-        replace it.
+        After any error the engine pauses, and nothing is known of its weights: replace it.
         """
         started = time.monotonic()
         await self._llm.pause_generation(mode="keep", clear_cache=True)
@@ -219,27 +216,27 @@ class VllmRolloutEngine:
         return time.monotonic() - started
 
     async def _transfer(self, call: Awaitable[None]) -> None:
-        """Make a call that loads nothing, and ask every worker of the engine what became of it."""
+        """Make a call that loads nothing, and ask every worker of the engine whether it failed."""
         try:
             with _dies_as_down():
                 await call
                 failures = await self._llm.collective_rpc("weight_failure")
         except EngineDownError:
             raise
-        except Exception as error:  # across processes vLLM keeps its words, and not its type
+        except Exception as error:  # across processes vLLM keeps its message, and not its type
             raise WeightTransferError(str(error)) from error
 
         if any(failures):
             raise WeightTransferError("; ".join(dict.fromkeys(filter(None, failures))))
 
     async def _update(self, phase: str, version: PolicyVersion | None = None) -> None:
-        """One phase of ``weights/vllm_engine.py``, as one session of vLLM."""
+        """Go through one phase of ``weights/vllm_receiver.py``, as one session of vLLM."""
         await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"phase": phase}))
         await self._llm.finish_weight_update(weight_version=version.label if version else None)
 
     async def version(self) -> PolicyVersion:
-        """The label of the weights that serve now.
+        """Return the label of the weights that serve now.
 
         Raises:
             EngineDownError: the engine's processes died.
@@ -248,10 +245,10 @@ class VllmRolloutEngine:
             return PolicyVersion.parse(await self._llm.get_weight_version())
 
     async def probe(self, token_ids: Int32Array) -> Float32Array:
-        """What the weights that serve now give to a fixed text, for ``weights/probe.py``; before
-        all work that waits.
+        """Return log-probabilities of a fixed text under the weights that serve now, for
+        ``weights/probe.py``; goes before all requests that wait.
 
-        Prompt log-probabilities know neither temperature nor any other transform, whatever
+        Prompt log-probabilities have neither temperature nor any other transform, whatever
         ``logprobs_mode`` is, and never come from the prefix cache (vLLM 0.32.0).
 
         Args:
@@ -315,8 +312,10 @@ def _trajectory(prompt: PromptSample, sample_index: int, output: CompletionOutpu
 
 
 def _versions(spans: Sequence[WeightVersionSpan], num_tokens: int) -> Int32Array:
-    """Spans of (label, start, end) to one version a token; raises ValueError when they leave
-    a gap.
+    """Returns one version for each token from spans of (label, start, end).
+
+    Raises:
+        ValueError: the spans leave a gap.
     """
     versions = np.full(num_tokens, -1, dtype=np.int32)
     for span in spans:

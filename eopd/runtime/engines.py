@@ -99,7 +99,7 @@ def open_channel(
             except LearnerDownError:  # another learner is being started
                 await asyncio.sleep(_JOIN_AGAIN_S)
 
-    fleet.join, fleet.after_loss, fleet.after_drain = join, channel.leave, channel.part
+    fleet.join, fleet.after_loss, fleet.after_drain = join, channel.drop, channel.remove
 
     return channel
 

@@ -1,12 +1,10 @@
-"""The learner ranks as one: they start together, answer together, and are lost together."""
+"""The gang of all learner ranks: they start together, answer together, and are lost together."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
-from statistics import fmean
 
 import ray
 from ray.actor import ActorHandle
@@ -19,25 +17,18 @@ from eopd.runtime.learner_actor import LearnerActor
 from eopd.runtime.placement import plan_learner
 from eopd.types import EvalStats, Float32Array, Int32Array, LearnerStats, PackedBatch, PolicyVersion
 
-# What each rank says of itself, and how it becomes one number; the other metrics are of all ranks
-# already.
-_COSTS: Mapping[str, Callable[[list[float]], float]] = {
-    "eopd_learner_flops_per_second": fmean,
-    "eopd_learner_mfu_ratio": fmean,
-    "eopd_learner_memory_bytes": max,
-}
 _DEAD = (RayActorError, OutOfMemoryError)
-# How long the news of a rank that was lost with its node may take: Ray asks a node every 3 s, waits
-# 10 s, and believes the fifth failure (health_check_period_ms, _timeout_ms and _failure_threshold
-# of Ray 2.60).
-_NEWS_S = 90.0
+# How long Ray may take to report a rank that was lost with its node: it asks a node every 3 s,
+# waits 10 s, and believes the fifth failure (health_check_period_ms, _timeout_ms and
+# _failure_threshold of Ray 2.60).
+_REPORT_S = 90.0
 
 
 class LearnerGang:
-    """A ``Learner`` and a ``SenderLink``: all learner actors, called together.
+    """A ``Learner`` and a ``SenderLink`` that calls all learner actors together.
 
-    A rank that dies or does not answer within ``learner.timeout_s`` is the loss of all: every call
-    raises ``LearnerDownError`` until ``start`` has brought up another gang.
+    When a rank dies, or does not answer within ``learner.timeout_s``, all are lost: every call
+    raises ``LearnerDownError`` until ``start`` has started new ranks.
     """
 
     def __init__(self, spawn: Spawn, config: Config) -> None:
@@ -48,15 +39,15 @@ class LearnerGang:
         self._actors: list[ActorHandle] = []
 
     async def start(self, incarnation: int) -> None:
-        """Bring up all ranks, in place of those there were: they meet at rank 0, with the student
-        as it was given.
+        """Start all ranks anew, in place of earlier ones: they meet at rank 0, with the student as
+        the config has it.
 
         Raises:
             LearnerDownError: one of them died, or they are not up within
                 ``cluster.start_timeout_s``.
         """
         for actor in self._actors:
-            ray.kill(actor)  # so that whoever still holds the gang fails at once
+            ray.kill(actor)  # so that a call that still holds the gang fails at once
 
         async with self._reserved:
             await self._start(incarnation)
@@ -82,15 +73,13 @@ class LearnerGang:
             raise LearnerDownError(f"not up within cluster.start_timeout_s = {limit_s:g}") from None
 
     def reserved(self) -> asyncio.Lock:
-        """Held over a transfer, so that no update comes between its calls; every other call
-        waits for it.
-        """
+        """Returns the lock that a weight sync holds, so that no update comes between its calls."""
         return self._reserved
 
     async def step(self, batch: PackedBatch) -> LearnerStats:  # noqa: D102
         async with self._reserved:
             await self._hand_over(batch)
-            return with_costs(await self._each("step"))  # type: ignore[arg-type]
+            return (await self._each("step"))[0]  # type: ignore[return-value]
 
     async def evaluate(self, batch: PackedBatch) -> EvalStats:  # noqa: D102
         async with self._reserved:
@@ -126,7 +115,7 @@ class LearnerGang:
         return (await self._each("send_weights"))[0]  # type: ignore[return-value]
 
     async def probe(self, token_ids: Int32Array) -> Float32Array:
-        """What the student gives to a fixed text, as ``weights/probe.py`` has it."""
+        """Returns the student's log-probabilities of a fixed text, for ``weights/probe.py``."""
         return (await self._each("probe", token_ids))[0]  # type: ignore[return-value]
 
     async def _each(self, method: str, *arguments: object) -> list[object]:
@@ -135,7 +124,7 @@ class LearnerGang:
         )
 
     async def _hand_over(self, batch: PackedBatch) -> None:
-        """Let every rank fetch its trajectories, before any of them begins.
+        """Have every rank fetch its trajectories, before any rank begins.
 
         Raises:
             BodiesLostError: some are gone with their node; the ranks are as they were.
@@ -169,18 +158,14 @@ class LearnerGang:
             raise LearnerDownError(
                 f"no answer within learner.timeout_s = {self._timeout_s:g}"
             ) from None
-        except (
-            RayTaskError
-        ) as error:  # what a rank says when a peer dies comes before the news of that death
+        except RayTaskError as error:  # when a peer dies, a rank may fail before Ray reports that
             if (rank := await self._dead_rank()) is None:
                 raise
 
             raise LearnerDownError(f"rank {rank} died") from error
 
     async def _dead_rank(self) -> int | None:
-        """The first rank whose actor is dead, once that is known; None if all answer, or
-        nothing is known in time.
-        """
+        """Returns the first rank that is known to be dead; None if all answer, or time is over."""
 
         async def is_dead(rank: int, actor: ActorHandle) -> int | None:
             try:
@@ -193,18 +178,8 @@ class LearnerGang:
         pings = [is_dead(rank, actor) for rank, actor in enumerate(self._actors)]
 
         with suppress(TimeoutError):
-            for ping in asyncio.as_completed(pings, timeout=_NEWS_S):
+            for ping in asyncio.as_completed(pings, timeout=_REPORT_S):
                 if (rank := await ping) is not None:
                     return rank
 
         return None
-
-
-def with_costs(of_ranks: Sequence[LearnerStats]) -> LearnerStats:
-    """What the first rank says, with the costs of all ranks: mean rates, and the most memory."""
-    first = of_ranks[0]
-    metrics = dict(first.metrics)
-    for name, reduce in _COSTS.items():
-        if name in metrics:
-            metrics[name] = reduce([stats.metrics[name] for stats in of_ranks])
-    return replace(first, metrics=metrics)

@@ -1,4 +1,4 @@
-"""The learner's actor: one rank of the gang (``gang.py``), and what travels to it.
+"""The learner's actor: one rank of the gang (``gang.py``).
 
 Heavy libraries are imported inside the actor, never in the driver.
 """
@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from eopd.config import Config
+from eopd.metrics import reduce
 from eopd.run.directory import RunDirectory
 from eopd.runtime.actors import Actor
 from eopd.types import (
@@ -40,7 +41,7 @@ class LearnerActor(Actor):
     _share: PackedBatch
 
     def rendezvous(self) -> tuple[str, int]:
-        """This node's address and a free port on it, for the gang to meet at."""
+        """Returns this node's address and a free port on it, for the ranks to meet at."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
@@ -88,11 +89,11 @@ class LearnerActor(Actor):
         )
 
     def take(self, share: PackedBatch, bodies: Sequence[ray.ObjectRef]) -> list[int]:
-        """Fetch this rank's part of a batch, for ``step`` or ``evaluate``.
+        """Fetch this rank's share of a batch, for ``step`` or ``evaluate``.
 
         Args:
-            share: the part, without bodies.
-            bodies: references to them, in the order of ``share.stored()``.
+            share: the share, without bodies.
+            bodies: references to the bodies, in the order of ``share.stored()``.
 
         Returns:
             The positions of those that are lost; empty once everything is here.
@@ -105,16 +106,16 @@ class LearnerActor(Actor):
         return []
 
     def step(self) -> LearnerStats:
-        """One update from the part that was taken; the costs are this rank's."""
-        share, started = self._share, time.monotonic()
-        stats = self._rank.step(share)
-        costs = self._cost.row(
-            (stored.header for stored in share.stored()), time.monotonic() - started
-        )
-        return replace(stats, metrics={**stats.metrics, **costs})
+        """Update the student from the share that was taken, and measure the costs of all ranks."""
+        from eopd.learner.ranks import gather_all
+
+        headers, started = [stored.header for stored in self._share.stored()], time.monotonic()
+        stats = self._rank.step(self._share)
+        costs = self._cost.metrics(headers, time.monotonic() - started)
+        return replace(stats, metrics={**stats.metrics, **reduce(gather_all([costs]))})
 
     def evaluate(self) -> EvalStats:
-        """Measure the part that was taken."""
+        """Measure student against teacher on the share that was taken."""
         return self._rank.evaluate(self._share)
 
     def save(self, directory: Path) -> None:  # noqa: D102

@@ -1,25 +1,37 @@
-"""The driver's view of the wire: brings engines to the learner's version, in two phases, whoever
-dies on the way.
+"""Brings rollout engines to the learner's version over the weight wire: the driver's view.
 
-sender (learner ranks)                       engines (generation goes on)
-  open ──────────── InitInfo ──────────────▶ connect_weights          where the group is another one than last time
-  send ──────────── buckets ───────────────▶ receive_weights          phase one: into host memory
-                                             check_weights            all there, every hash right
-                                             install_weights          phase two: pause, load, label, resume
-                                             version                  asked back from every engine
-  probe ─────── log-probabilities ─────────▶ probe                    now and then: does it compute with them?
+    driver, here             learner ranks: the sender          engines, which go on generating
+    ────────────             ─────────────────────────          ───────────────────────────────
+    open            ───────▶ opens a store
+                    ◀─────── one InitInfo for each engine
+    connect_weights ──────────────────────────────────────────▶ join the group   ┐ only where the engines are others
+    accept          ───────▶ joins, and waits for all engines ◀─────────────────▶┘ than in the last transfer
+    receive_weights ──────────────────────────────────────────▶ start a thread that receives
+    send            ───────▶ sends every bucket ──────────────▶ into host memory         phase one: nothing is loaded
+                    ◀─────── the bytes, once all have all
+    check_weights   ──────────────────────────────────────────▶ is all here, is every hash right?
+    install_weights ──────────────────────────────────────────▶ pause, load, label, resume               phase two
+    version         ──────────────────────────────────────────▶ must be the learner's
+    probe           ───────▶ log-probabilities of one text, at intervals ──▶ do they agree?
 
-``publish`` goes to all engines. ``join`` goes to newcomers alone, to as many as wait at a time: the
-others serve the learner's version already, and are neither sent to nor paused.
+Every call ends on all engines before the next call begins. Besides that, these wait:
 
-    what fails                                       what becomes of it
-    connecting, receiving, leaving in the middle     the engine that did it is suspected: the first time all is sent
-        a wrong hash, a wrong probe                  again, the second time it is lost
-    an answer                                        lost, if it does not answer a ping
-    loading                                          lost: it may hold half of the weights
+    who                       waits for
+    an update of the learner  the end of the transfer (``SenderLink.reserved``)
+    a publish                 an update, publish or join that is under way
+    a join                    the same; engines that arrive meanwhile are then joined in one transfer
+    generation on an engine   the installation on that engine alone
 
-A transfer that fails in phase one is given up, and costs a round: nothing was loaded. A publish
-without any engine is done at once: whoever joins later is brought to the learner's version.
+A publish goes to all engines, a join to the newcomers alone: the others serve the learner's version
+already, and are neither sent to nor paused.
+
+    what fails                                        what becomes of the engine
+    connecting, receiving, a wrong hash or probe      all is sent once more; the second time it is lost
+    the answer to a call                              lost, if it does not answer a ping either
+    loading                                           lost: it may hold half of the weights
+
+A transfer that fails in phase one costs a round of ``MAX_ROUNDS``. A publish without any engine is
+done at once: an engine that joins later is brought to the learner's version.
 """
 
 import asyncio
@@ -36,14 +48,12 @@ from eopd.weights.probe import Probe, ProbeError, compare_probe
 T = TypeVar("T")
 
 PROBE_S = 30.0  # a full engine may have no seat for the probe: then it is not compared this time
-PING_S = 10.0  # an engine that does not say its version within this is lost
-MAX_ROUNDS = 5  # of one publish; every failed one costs a time-out
+PING_S = 10.0  # an engine that does not answer with its version within this time is lost
+MAX_ROUNDS = 5  # transfers of one publish; every failed one costs a time-out
 
 
 class WeightSyncError(RuntimeError):
-    """The weights cannot be brought to the engines, though everybody is alive; names the last
-    cause.
-    """
+    """The weights cannot be brought to the engines, though all are alive; names the last cause."""
 
 
 class BroadcastChannel:
@@ -54,10 +64,10 @@ class BroadcastChannel:
         engines: by number.
         workers_per_engine: each takes part in the transfer.
         probe: what engines and learner are compared on.
-        lose: told the number of an engine that is to be replaced, and why.
-        connect_timeout_s: until all have joined the group.
-        timeout_s: of every other call to an engine. The sender keeps its own time, bucket by
-            bucket.
+        lose: called with the number of an engine that is to be replaced, and the reason.
+        connect_timeout_s: the limit until all have joined the group.
+        timeout_s: the limit of every other call to an engine. The sender has a limit of its own for
+            each bucket.
     """
 
     def __init__(
@@ -81,14 +91,14 @@ class BroadcastChannel:
         self._lose = lose
         self._connect_timeout_s = connect_timeout_s
         self._timeout_s = timeout_s
-        self._group: Mapping[int, EngineLink] = {}  # whom the wire connects now
+        self._group: Mapping[int, EngineLink] = {}  # the engines that the wire connects now
         self._sync: _Sync | None = None
         self._lock = asyncio.Lock()
         self._num_published = 0
         self._doing = "idle"
 
     def status(self) -> str:
-        """What goes on, for people."""
+        """Returns for people what goes on."""
         return f"{self._doing if self._lock.locked() else 'idle'}, {len(self._engines)} engines"
 
     async def publish(self, version: PolicyVersion) -> PublishStats:
@@ -99,8 +109,8 @@ class BroadcastChannel:
             LearnerDownError: the sender is lost.
         """
         async with self._lock:
-            every = self._probe.every
-            verify = every > 0 and self._num_published % every == 0
+            interval = self._probe.every
+            verify = interval > 0 and self._num_published % interval == 0
             stats = await self._bring_up_to_date(
                 dict(self._engines), verify=verify, lose=self._lose
             )
@@ -118,40 +128,36 @@ class BroadcastChannel:
 
         Raises:
             EngineDownError: it did not take the weights.
-            LearnerDownError: the sender was lost; the newcomer is left out again.
-            WeightSyncError: as ``publish``, likewise.
+            LearnerDownError: the sender was lost; the newcomer is not in the channel.
+            WeightSyncError: ``MAX_ROUNDS`` transfers failed; the newcomer is not in the channel.
         """
         self._newcomers[number] = engine
         try:
             async with self._lock:
-                # else another one's transfer has taken it along, or it left
+                # otherwise the transfer of another newcomer included it, or it was dropped
                 if number in self._newcomers and self._waits(number):
                     await self._take_in()
         finally:
             self._newcomers.pop(number, None)
-            reason = self._refused.pop(number, "it left")
+            reason = self._refused.pop(number, "it was dropped")
         if self._engines.get(number) is not engine:
             raise EngineDownError(f"rollout engine {number} did not take the weights: {reason}")
 
-    async def leave(self, number: int) -> None:
-        """Leave out an engine, at once: one that is lost fails the transfer that is under way
-        with it anyway.
-        """
+    async def drop(self, number: int) -> None:
+        """Drop an engine that is lost, at once: a transfer with it fails anyway."""
         self._forget(number)
 
-    async def part(self, number: int) -> None:
-        """Leave out an engine that is well, once no transfer is under way with it."""
+    async def remove(self, number: int) -> None:
+        """Remove an engine that is well, once no transfer is under way with it."""
         async with self._lock:
             self._forget(number)
 
     def disconnect(self) -> None:
-        """Build the group again before the next transfer: there is another sender."""
+        """Have the group built again before the next transfer, since the sender is another."""
         self._group = {}
 
     async def _take_in(self) -> None:
-        """Bring all newcomers that wait to the learner's version; whoever cannot be is refused,
-        with the reason.
-        """
+        """Bring all newcomers that wait to the learner's version; note why others cannot be."""
         arrived = {
             number: self._newcomers[number] for number in filter(self._waits, self._newcomers)
         }
@@ -161,15 +167,16 @@ class BroadcastChannel:
         self._engines |= arrived
 
     def _waits(self, number: int) -> bool:
-        """Whether a newcomer is neither taken in nor refused."""
+        """Returns whether a newcomer is neither taken in nor refused."""
         is_in = self._engines.get(number) is self._newcomers[number]
         return not is_in and number not in self._refused
 
     async def _bring_up_to_date(
         self, engines: dict[int, EngineLink], *, verify: bool, lose: Callable[[int, str], None]
     ) -> PublishStats:
-        """Bring ``engines`` to the learner's version; those that cannot be are taken out of
-        them, and lost.
+        """Bring ``engines`` to the learner's version.
+
+        Those that cannot be are taken out of the mapping, and ``lose`` is called for them.
         """
         self._doing = "waiting for the learner"
         async with self._sender.reserved():
@@ -200,8 +207,8 @@ class BroadcastChannel:
         )
 
     async def _transfer_or_repair(self, sync: "_Sync") -> int | None:
-        """Bytes sent; None once whoever is to blame or does not answer is dealt with, for
-        another round.
+        """Returns the bytes sent; None where the transfer failed, once the engines at fault and
+        those that do not answer are dealt with.
         """
         try:
             return await self._transfer(sync)
@@ -210,34 +217,39 @@ class BroadcastChannel:
 
         self.num_failures += 1
         self._group = {}
-        for number, reason in sync.blamed.items():
-            self._suspect(sync, number, reason)
+        for number, reason in sync.faults.items():
+            self._forgive_once(sync, number, reason)
 
-        sync.blamed.clear()
+        sync.faults.clear()
+        versions = await self._each(sync, lambda engine: engine.version(), PING_S)
 
-        for number, answer in (
-            await self._each(sync, lambda engine: engine.version(), PING_S)
-        ).items():
+        for number, answer in versions.items():
             if isinstance(answer, BaseException):
-                found = str(answer) or "it does not answer"
-                self._drop(sync, number, f"{found} (after a weight transfer failed: {sync.cause})")
+                reason = str(answer) or "it does not answer"
+                self._lose_engine(
+                    sync, number, f"{reason} (after a weight transfer failed: {sync.cause})"
+                )
 
         return None
 
     async def _transfer(self, sync: "_Sync") -> int:
-        """Phase one; connects first where the group is another one. Returns the bytes sent."""
+        """Goes through phase one; connects first where the engines are others than last time.
+
+        Returns:
+            The bytes sent.
+        """
         sync.cause = ""
         if self._group != sync.engines:
             await self._connect(sync)
 
         self._doing = "sending"
-        begun = await self._each(sync, lambda engine: engine.receive_weights(), self._timeout_s)
-        sync.raise_first(begun, "it could not begin to receive")
+        starts = await self._each(sync, lambda engine: engine.receive_weights(), self._timeout_s)
+        sync.raise_first(starts, "it could not begin to receive")
 
         try:
             num_bytes = await self._sender.send()
         except WeightTransferError as error:
-            self._blame(sync, error, "it left a weight transfer")
+            self._attribute(sync, error, "it left a weight transfer", list(self._group))
             raise
 
         self._doing = "checking what arrived"
@@ -247,9 +259,9 @@ class BroadcastChannel:
         return num_bytes
 
     async def _connect(self, sync: "_Sync") -> None:
-        """Build a group of the sender and the engines of a sync, and of nobody else."""
+        """Build a group of the sender and the engines of a sync."""
         self._doing = "building the group"
-        members = dict(sync.engines)  # one of them may leave meanwhile
+        members = dict(sync.engines)  # one of them may be dropped meanwhile
         infos = await self._sender.open([self._workers] * len(members), secrets.token_hex(16))
         accepting = asyncio.ensure_future(self._sender.accept())
 
@@ -257,9 +269,9 @@ class BroadcastChannel:
             try:
                 await members[number].connect_weights(info)
             except WeightTransferError as error:
-                # afterwards it is what the others say whom it did not wait for
+                # Once the sender has given up, every engine that it did not wait for fails too.
                 if not accepting.done():
-                    sync.blamed[number] = f"it could not connect: {error}"
+                    sync.faults[number] = f"it could not connect: {error}"
 
                 raise
 
@@ -268,16 +280,20 @@ class BroadcastChannel:
         try:
             await _together(self._connect_timeout_s, accepting, *joins)
         except WeightTransferError as error:
-            self._blame(sync, error, "it did not connect", list(members))
+            self._attribute(sync, error, "it did not connect", list(members))
             raise
 
         if sync.engines != members:
-            raise WeightTransferError("an engine left while the group was built")
+            raise WeightTransferError("an engine was dropped while the group was built")
 
         self._group = members
 
     async def _install(self, sync: "_Sync") -> float:
-        """Phase two, and the proof of it. Returns the longest pause in seconds."""
+        """Goes through phase two, and asks every engine afterwards which version it serves.
+
+        Returns:
+            The longest pause in seconds.
+        """
 
         async def install(engine: EngineLink) -> float:
             pause_s = await engine.install_weights(sync.version)
@@ -289,93 +305,92 @@ class BroadcastChannel:
             return pause_s
 
         self._doing = "installing"
-        pauses = [0.0]
+        answers = await self._each(sync, install, self._timeout_s)
+        longest_s = 0.0
 
-        for number, pause_s in (await self._each(sync, install, self._timeout_s)).items():
-            if isinstance(pause_s, BaseException):
+        for number, answer in answers.items():
+            if isinstance(answer, BaseException):
                 self.num_failures += 1
-                self._drop(
-                    sync, number, f"installing weights failed: {pause_s or type(pause_s).__name__}"
-                )
+                reason = f"installing weights failed: {answer or type(answer).__name__}"
+                self._lose_engine(sync, number, reason)
             else:
-                pauses.append(pause_s)
+                longest_s = max(longest_s, answer)
 
-        return max(pauses)
+        return longest_s
 
     async def _verify(self, sync: "_Sync") -> bool:
-        """Whether all engines are near the learner; False where one is to be sent the weights
-        once more.
+        """Compares all engines with the learner on the probe.
+
+        Returns:
+            False where the weights are to be sent to an engine once more.
         """
         self._doing = "probing"
         token_ids = self._probe.token_ids
         expected = await self._sender.probe(token_ids)
-        repair, sync.gaps = False, []
+        answers = await self._each(sync, lambda engine: engine.probe(token_ids), PROBE_S)
+        send_again, sync.gaps = False, []
 
-        for number, logprobs in (
-            await self._each(sync, lambda engine: engine.probe(token_ids), PROBE_S)
-        ).items():
-            if isinstance(logprobs, TimeoutError):
+        for number, answer in answers.items():
+            if isinstance(answer, TimeoutError):
                 continue
 
-            if isinstance(logprobs, BaseException):
-                self._drop(
-                    sync,
-                    number,
-                    f"it did not answer the probe: {logprobs or type(logprobs).__name__}",
-                )
+            if isinstance(answer, BaseException):
+                reason = f"it did not answer the probe: {answer or type(answer).__name__}"
+                self._lose_engine(sync, number, reason)
                 continue
 
             try:
-                sync.gaps.append(compare_probe(logprobs, expected, dtype=self._probe.dtype))
+                sync.gaps.append(compare_probe(answer, expected, dtype=self._probe.dtype))
             except ProbeError as error:
                 self.num_failures += 1
-                repair = self._suspect(sync, number, str(error)) or repair
+                send_again |= self._forgive_once(sync, number, str(error))
 
-        return not repair
+        return not send_again
 
     async def _each(
         self, sync: "_Sync", call: Callable[[EngineLink], Awaitable[T]], timeout_s: float
     ) -> dict[int, T | BaseException]:
-        """The same call to every engine, each with its own deadline; what came of it, by number."""
+        """Make the same call to every engine, each with its own deadline.
 
-        async def one(engine: EngineLink) -> T:
+        Returns:
+            The answer or the error of each engine, by its number.
+        """
+
+        async def call_in_time(engine: EngineLink) -> T:
             async with asyncio.timeout(timeout_s):
                 return await call(engine)
 
         engines = dict(sync.engines)
-        answers = await asyncio.gather(
-            *(one(engine) for engine in engines.values()), return_exceptions=True
-        )
+        answers = await asyncio.gather(*map(call_in_time, engines.values()), return_exceptions=True)
 
         return dict(zip(engines, answers, strict=True))
 
-    def _blame(
-        self,
-        sync: "_Sync",
-        error: WeightTransferError,
-        reason: str,
-        numbers: Sequence[int] | None = None,
+    def _attribute(
+        self, sync: "_Sync", error: WeightTransferError, reason: str, engines: Sequence[int]
     ) -> None:
-        """Put a failure of the sender down to the engines whose ranks it names."""
-        engines = list(self._group) if numbers is None else numbers
+        """Put a failure of the sender down to those of the group's engines whose ranks it names."""
         for rank in getattr(error, "cause", error).ranks:
-            sync.blamed.setdefault(engines[(rank - 1) // self._workers], f"{reason}: {error}")
+            sync.faults.setdefault(engines[(rank - 1) // self._workers], f"{reason}: {error}")
 
-    def _suspect(self, sync: "_Sync", number: int, reason: str) -> bool:
-        """Whether an engine that failed gets another chance: it does the first time."""
+    def _forgive_once(self, sync: "_Sync", number: int, reason: str) -> bool:
+        """Note a fault of an engine; the second one with the same weights loses it.
+
+        Returns:
+            Whether it was the first.
+        """
         sync.cause = f"rollout engine {number}: {reason}"
-        first = number not in sync.suspects
-        sync.suspects.add(number)
-        if not first:
-            self._drop(sync, number, f"twice with the same weights: {reason}")
+        is_first = number not in sync.forgiven
+        sync.forgiven.add(number)
+        if not is_first:
+            self._lose_engine(sync, number, f"twice with the same weights: {reason}")
 
-        return first
+        return is_first
 
-    def _drop(self, sync: "_Sync", number: int, reason: str) -> None:
-        # else it was taken out meanwhile, by whoever replaces or ends it
-        stayed = number in sync.engines
+    def _lose_engine(self, sync: "_Sync", number: int, reason: str) -> None:
+        # otherwise it was taken out meanwhile, by the fleet that replaces or ends it
+        was_in = number in sync.engines
         self._forget(number)
-        if stayed:
+        if was_in:
             sync.lose(number, reason)
 
     def _forget(self, number: int) -> None:
@@ -391,8 +406,8 @@ class BroadcastChannel:
 class _Sync:
     """One version on its way to ``engines``.
 
-    ``suspects`` failed once, ``blamed`` are those to whom the failure of this round is put down,
-    and why. ``gaps`` (nats) are those of the last probe.
+    ``faults`` are the reasons, by engine, why the transfer of this round failed; engines in
+    ``forgiven`` had a fault before. ``gaps`` are the differences at the last probe, in nats.
     """
 
     def __init__(
@@ -406,30 +421,27 @@ class _Sync:
         self.lose = lose
         self.started = time.monotonic()
         self.cause = ""
-        self.suspects: set[int] = set()
-        self.blamed: dict[int, str] = {}
+        self.forgiven: set[int] = set()
+        self.faults: dict[int, str] = {}
         self.gaps: list[float] = []
 
     def raise_first(self, answers: Mapping[int, object], reason: str) -> None:
-        """Raise the first error among answers; those of engines that are alive are put down
-        to them.
-        """
-        errors = {
-            number: answer
-            for number, answer in answers.items()
-            if isinstance(answer, BaseException)
-        }
-        for number, error in errors.items():
-            if isinstance(error, WeightTransferError):
-                self.blamed[number] = f"{reason}: {error}"
+        """Raise the first error among answers; those of engines that are alive are their faults."""
+        errors = []
+        for number, answer in answers.items():
+            if isinstance(answer, BaseException):
+                errors.append(answer)
 
-        for error in errors.values():
-            raise error
+            if isinstance(answer, WeightTransferError):
+                self.faults[number] = f"{reason}: {answer}"
+
+        if errors:
+            raise errors[0]
 
 
 async def _together(timeout_s: float, *calls: Awaitable[object]) -> None:
-    """Await all, also after a failure: a call that is still under way would meet the next
-    round's.
+    """Await all, also after a failure: a call that is still under way would collide with those of
+    the next round.
     """
     async with asyncio.timeout(timeout_s):
         results = await asyncio.gather(*calls, return_exceptions=True)

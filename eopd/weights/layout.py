@@ -20,7 +20,7 @@ DIGEST_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class ParameterMeta:
-    """Name, dtype and full shape of one parameter, as a checkpoint would hold it."""
+    """Name, dtype and full shape of one parameter, as a checkpoint holds it."""
 
     name: str
     dtype: str
@@ -28,7 +28,7 @@ class ParameterMeta:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on the wire."""
+        """The parameter's bytes on the wire."""
         return math.prod(self.shape) * self.torch_dtype.itemsize
 
     @property
@@ -70,7 +70,7 @@ def cut_into_buckets(parameters: Sequence[ParameterMeta], bucket_bytes: int) -> 
 
 
 def bucket_num_bytes(bucket: Bucket) -> int:
-    """Bytes of one bucket on the wire."""
+    """Returns the bytes of a bucket on the wire, without its hash."""
     return sum(parameter.num_bytes for parameter in bucket)
 
 
@@ -78,23 +78,21 @@ class BucketHashError(WeightTransferError):
     """A bucket that arrived is not the bucket that was sent."""
 
 
-def seal(bucket_B: torch.Tensor, digest_D: torch.Tensor) -> None:
-    """Write the hash of a bucket's bytes into the ``DIGEST_BYTES`` behind them; both are
-    uint8 on the host.
-    """
+def write_digest(bucket_B: torch.Tensor, digest_D: torch.Tensor) -> None:
+    """Write the hash of a bucket's bytes into ``DIGEST_BYTES`` others; both are uint8 on the host."""
     digest_D.copy_(torch.frombuffer(bytearray(_digest(bucket_B)), dtype=torch.uint8))
 
 
-def verify(bucket_B: torch.Tensor, digest_D: torch.Tensor, name: str) -> None:
-    """Hash what arrived.
+def check_digest(bucket_B: torch.Tensor, digest_D: torch.Tensor, name: str) -> None:
+    """Hash the bytes that arrived, and compare with the hash that arrived.
 
     Raises:
         BucketHashError: it is not what the sender hashed; names the bucket and both hashes.
     """
-    sent, arrived = bytes(digest_D.numpy()), _digest(bucket_B)
-    if sent != arrived:
+    sent_digest, digest = bytes(digest_D.numpy()), _digest(bucket_B)
+    if sent_digest != digest:
         raise BucketHashError(
-            f"{name} was sent as {sent.hex()} and arrived as {arrived.hex()} (xxh3_128)"
+            f"{name} was sent as {sent_digest.hex()} and arrived as {digest.hex()} (xxh3_128)"
         )
 
 
@@ -115,7 +113,7 @@ def pack(tensors: Sequence[torch.Tensor], into_B: torch.Tensor) -> None:
 
 
 def unpack(buffer_B: torch.Tensor, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
-    """Views into the buffer, by name; copies where the offset is not aligned to the dtype."""
+    """Yields views into the buffer by name; copies where the offset is not aligned to the dtype."""
     offset = 0
     for parameter in bucket:
         flat = buffer_B[offset : offset + parameter.num_bytes]

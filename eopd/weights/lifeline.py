@@ -1,11 +1,15 @@
-"""Who is still there: one idle TCP connection from every receiver to the sender, beside the wire.
+"""Notices at once when a member of a group dies: by an idle TCP connection from every receiver to
+the sender.
 
-A receiver greets with the group's secret and its rank; whoever does not know the secret gets no
-seat, and holds up nobody. No byte travels afterwards. A process that dies, or closes its wire,
-closes its end, and the other end sees that at once; gloo (torch 2.13) does not notice a member that
-dies in the middle of a message before the time-out. Receivers see only the sender, the sender sees
-all: it leaves when one has left, and so tells the others. A member that is stopped, or a host that
-vanishes, keeps its connection: that costs the time-out of a message.
+    receiver, rank 1  ── secret, rank ──▶ ┐
+    receiver, rank 2  ── secret, rank ──▶ ├ sender, rank 0        afterwards no byte travels
+    a stranger        ── anything ──────▶ ✕ closed, and nobody waited for it
+
+A process that dies, or closes its wire, closes its end of the connection, and the other end sees
+that at once. gloo (torch 2.13) alone would notice a member that dies in the middle of a message
+only at the time-out. Receivers see the sender only, the sender sees all. So the sender closes its
+wire when a receiver is gone, and the other receivers see that. A process that is stopped, or a host
+that vanishes, keeps its connection: that costs the time-out of a message.
 """
 
 import hmac
@@ -26,31 +30,31 @@ _RANK = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
-    """Who has left, in words, and the rank."""
+class Departure:
+    """A member that is gone: its rank, and a sentence for people."""
 
-    words: str
+    reason: str
     rank: int
 
 
 class Lifeline:
-    """This member's connections. Make it with ``lay`` before the group is joined, ``fasten``
-    it afterwards.
-    """
+    """This member's connections. ``open`` makes it; the sender then calls ``accept``."""
 
     def __init__(
-        self, listener: socket.socket | None, peers: dict[socket.socket, Lost], timeout_s: float
+        self,
+        listener: socket.socket | None,
+        peers: dict[socket.socket, Departure],
+        timeout_s: float,
     ) -> None:
         self._listener = listener
         self._peers = peers
         self._timeout_s = timeout_s
 
     @classmethod
-    def lay(
+    def open(
         cls, store: Store, *, address: str, rank: int, secret: str, timeout_s: float
     ) -> "Lifeline":
-        """Listen on the sender's ``address`` (rank 0), or connect to it; the port is told through
-        the store.
+        """Listen on the sender's ``address`` (rank 0), or connect to it; the store has the port.
 
         Raises:
             OSError: the sender cannot be reached.
@@ -64,79 +68,81 @@ class Lifeline:
         sender = socket.create_connection((address, int(store.get(KEY))), timeout_s)
         sender.sendall(secret.encode() + _RANK.pack(rank))
 
-        return cls(None, {sender: Lost(f"the sender at {address} has left", 0)}, timeout_s)
+        return cls(None, {sender: Departure(f"the sender at {address} has left", 0)}, timeout_s)
 
-    def fasten(self, world_size: int, secret: str) -> None:
-        """Rank 0: take up the connections of all others. Strangers and those that stay silent delay
-        nobody.
+    def accept(self, world_size: int, secret: str) -> None:
+        """Accept the connections of all receivers (rank 0; others return at once).
+
+        Strangers, and connections that stay silent, delay nobody.
 
         Raises:
-            WeightTransferError: some have not come in time; ``ranks`` says who.
+            WeightTransferError: some have not come in time; it names their ``ranks``.
         """
         if self._listener is None:
             return
 
         deadline = time.monotonic() + self._timeout_s
         missing = set(range(1, world_size))
-        # who has connected, and what of a greeting has come
-        waiting: dict[socket.socket, bytes] = {}
+        # connections whose greeting is not complete, and what has come of it
+        greetings: dict[socket.socket, bytes] = {}
         self._listener.setblocking(False)
 
         try:
             while missing:
-                left = deadline - time.monotonic()
-                if left <= 0:
+                remaining_s = deadline - time.monotonic()
+                if remaining_s <= 0:
                     ranks = sorted(missing)
                     raise WeightTransferError(
                         f"ranks {ranks} have not come within {self._timeout_s:g} s", ranks
                     )
 
-                for ready in _readable([self._listener, *waiting], left):
-                    self._hear(ready, waiting, missing, secret)
+                for ready in _readable([self._listener, *greetings], remaining_s):
+                    self._serve(ready, greetings, missing, secret)
         finally:
-            for peer in waiting:
+            for peer in greetings:
                 peer.close()
 
             self._listener.close()
 
-    def _hear(
+    def _serve(
         self,
         ready: socket.socket,
-        waiting: dict[socket.socket, bytes],
+        greetings: dict[socket.socket, bytes],
         missing: set[int],
         secret: str,
     ) -> None:
-        """Take up a connection, or read more of a greeting; whoever has said it whole is
-        taken up or turned away.
+        """Accept a connection, or read more of a greeting; keep or close a connection whose
+        greeting has ended.
         """
         if ready is self._listener:
             peer, _ = self._listener.accept()
             peer.setblocking(False)
-            waiting[peer] = b""
+            greetings[peer] = b""
             return
 
         length = len(secret) + _RANK.size
 
         with suppress(OSError):
-            part = ready.recv(length - len(waiting[ready]))
-            waiting[ready] += part
-            if part and len(waiting[ready]) < length:
+            received = ready.recv(length - len(greetings[ready]))
+            greetings[ready] += received
+            if received and len(greetings[ready]) < length:
                 return
 
-        greeting = waiting.pop(ready)
+        greeting = greetings.pop(ready)
         rank = _RANK.unpack(greeting[-_RANK.size :])[0] if len(greeting) == length else 0
         if rank in missing and hmac.compare_digest(greeting[: len(secret)], secret.encode()):
             missing.remove(rank)
-            self._peers[ready] = Lost(f"rank {rank} at {ready.getpeername()[0]} has left", rank)
+            reason = f"rank {rank} at {ready.getpeername()[0]} has left"
+            self._peers[ready] = Departure(reason, rank)
         else:
             ready.close()
 
-    def lost(self) -> Lost | None:
-        """Who has left; None while all are there."""
+    def departure(self) -> Departure | None:
+        """Returns a member that is gone; None while all are there."""
         poll = select.poll()  # select would refuse the high descriptors of a busy engine
-        peers = {peer.fileno(): lost for peer, lost in self._peers.items()}
+        peers = {peer.fileno(): departure for peer, departure in self._peers.items()}
         if -1 in peers:
-            return Lost("this member has left", 0)  # closed in another thread
+            return Departure("this member has left", 0)  # closed in another thread
 
         for descriptor in peers:
             poll.register(descriptor, select.POLLIN | select.POLLRDHUP)
@@ -144,7 +150,7 @@ class Lifeline:
         return next((peers[descriptor] for descriptor, _ in poll.poll(0)), None)
 
     def close(self) -> None:
-        """Let go; the other ends notice."""
+        """Close all connections; the other ends notice."""
         if self._listener is not None:
             self._listener.close()
 
@@ -155,9 +161,10 @@ class Lifeline:
 
 
 def _readable(sockets: Sequence[socket.socket], timeout_s: float) -> list[socket.socket]:
-    """Those that have something to read, or have ended, once there is one."""
-    poll, found = select.poll(), {one.fileno(): one for one in sockets}
-    for descriptor in found:
+    """Waits until some have something to read or have ended, and returns those."""
+    poll = select.poll()
+    by_descriptor = {listening.fileno(): listening for listening in sockets}
+    for descriptor in by_descriptor:
         poll.register(descriptor, select.POLLIN)
 
-    return [found[descriptor] for descriptor, _ in poll.poll(1000 * timeout_s)]
+    return [by_descriptor[descriptor] for descriptor, _ in poll.poll(1000 * timeout_s)]

@@ -1,6 +1,4 @@
-"""What the driver asks of the two ends of the wire while it brings weights from one to the
-other (``channel.py``).
-"""
+"""What the driver calls on the two ends of the wire during a weight sync (``channel.py``)."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -23,7 +21,7 @@ class SenderLink(Protocol):
 
 
 class EngineLink(Protocol):
-    """A rollout engine's weight calls, seen from the driver (``rollout/engine.py``)."""
+    """A rollout engine's weight calls, seen from the driver (``rollout/vllm_engine.py``)."""
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None: ...  # noqa: D102
     async def receive_weights(self) -> None: ...  # noqa: D102

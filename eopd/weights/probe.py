@@ -1,10 +1,11 @@
 """Does an engine compute with the learner's weights? Both read a fixed text, and their
 log-probabilities are compared.
 
-A bucket's hash says that the right bytes arrived; only the engine's own output says that they were
-loaded, repacked and used. The numbers are the engine's (``VllmRolloutEngine.probe``) and the
-learner's at temperature 1. Left out: finding a fault smaller than the difference of two correct
-implementations, such as one step of a small learning rate in bfloat16.
+A bucket's hash proves that the right bytes arrived; only the engine's own output proves that they
+were loaded, repacked and used. The log-probabilities are the engine's (``VllmRolloutEngine.probe``)
+and the learner's (``LearnerRank.probe``) at temperature 1. Left out: finding a fault smaller than
+the difference of two correct implementations, such as one step of a small learning rate in
+bfloat16.
 """
 
 from dataclasses import dataclass
@@ -25,10 +26,10 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What engines are asked, and how often.
+    """The text that engines and learner are compared on, and how often.
 
-    ``token_ids`` is int32[N] with N > 1, ``dtype`` the student's, and ``every`` counts publishes; 0
-    never asks.
+    ``token_ids`` is int32[N] with N > 1, ``dtype`` the student's. The comparison is made at one of
+    ``every`` publishes; 0 makes none.
     """
 
     token_ids: Int32Array
@@ -58,7 +59,7 @@ def compare_probe(
 
     Raises:
         ProbeError: the difference is above the tolerance, or is no number.
-        ValueError: the two speak about different numbers of tokens, or about none.
+        ValueError: the two have different numbers of tokens, or none.
     """
     if engine_logprobs.shape != learner_logprobs.shape or engine_logprobs.size == 0:
         raise ValueError(f"probes of {engine_logprobs.shape} and {learner_logprobs.shape} tokens")

@@ -1,8 +1,8 @@
 """The learner's parameters as checkpoint tensors, however they are sharded.
 
-A bucket is gathered by all ranks together and copied out on rank 0, so that nothing is transmitted
-while parameters are held. What a checkpoint tensor is made of (itself, or with LoRA a weight and its
-adapter) is the learner's business, and so is how it is sharded: this is handed functions.
+All ranks gather a bucket together, and rank 0 copies it, so that nothing is sent while parameters
+are gathered. The learner knows what a checkpoint tensor is made of (a parameter, or with LoRA a
+weight and its adapter) and how parameters are sharded: it passes functions for both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,21 +20,19 @@ class Recipe(Protocol):
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
         """The parameters it is made of; the first has its dtype and shape."""
-        ...
 
     def whole(self) -> torch.Tensor:
-        """The tensor, while all parts are whole."""
-        ...
+        """Returns the tensor; all parts must be gathered."""
 
 
 class ModelSource:
-    """A ``ParameterSource`` over a model's parameters; of its buffers, which never change, none.
+    """A ``ParameterSource`` over a model's parameters, without its buffers, which never change.
 
     Args:
-        tensors: what leaves the learner, by name.
+        tensors: the checkpoint's tensors, by name.
         rank: of this process; 0 sends.
-        shape: the full shape of a parameter (``learner/backend.py``).
-        gathered: makes parameters whole; see there.
+        shape: gives the full shape of a parameter (``Backend.shape``).
+        gathered: makes parameters whole in a block (``Backend.gathered``).
     """
 
     def __init__(
@@ -55,14 +53,14 @@ class ModelSource:
         self._gathered = gathered
 
     def metadata(self) -> Sequence[ParameterMeta]:
-        """Full shapes, also where a tensor is empty because it is sharded."""
+        """Returns full shapes, also where a tensor is empty because it is sharded."""
         firsts = {name: recipe.parts[0] for name, recipe in self._recipes.items()}
         return [
             ParameterMeta.of(name, tensor, self._shape(tensor)) for name, tensor in firsts.items()
         ]
 
     def gather(self, bucket: Bucket) -> Sequence[torch.Tensor] | None:
-        """Full tensors on rank 0; all ranks must call this in the same order."""
+        """Returns full tensors on rank 0; all ranks must call this in the same order."""
         recipes = [self._recipes[parameter.name] for parameter in bucket]
         with self._gathered([part for recipe in recipes for part in recipe.parts]) as are_copies:
             if self._rank != 0:

@@ -1,16 +1,24 @@
 """Sender and receiver of one transfer: the learner's parameters, bucket by bucket, into host memory
 of every engine worker.
 
-Phase one (here): buckets travel while generation goes on; the receiver hashes them, keeps them in
-host memory, loads nothing, and can be thrown away. Phase two (``weights/vllm_engine.py``): the
-engine pauses and loads what is already in its memory. Messages are one broadcast a bucket, one
-barrier a transfer. A bucket with a wrong hash is told by its own receiver, and leaves the group
-whole; a member that dies or stalls fails the transfer of all, and the group is built again.
+For example three parameters of 60, 30 and 50 bytes, in buckets of at most 100 bytes:
+
+    learner ranks            rank 0                            every engine worker
+    ─────────────            ──────                            ───────────────────
+    gather p0, p1 ────▶ [ p0  60 B | p1 30 B | hash 16 B ] ──▶ hash, keep       a broadcast for each
+    gather p2     ────▶ [ p2  50 B | hash 16 B ] ────────────▶ hash, keep       bucket, and at the
+                        barrier                          ◀───▶ barrier          end one barrier
+
+This is phase one of a weight sync: buckets travel while generation goes on, and nothing is loaded.
+In phase two (``weights/vllm_receiver.py``) the engine pauses, and loads what is in its memory.
+
+The receiver of a bucket with a wrong hash reports it, and the group stays as it is. A member that
+dies or stalls fails the transfer for all, and the group is built again.
 """
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Protocol, Self, cast
 
@@ -24,64 +32,42 @@ from eopd.weights.layout import (
     BucketHashError,
     ParameterMeta,
     bucket_num_bytes,
+    check_digest,
     cut_into_buckets,
     pack,
-    seal,
     unpack,
-    verify,
+    write_digest,
 )
 from eopd.weights.wire import Backend, Rendezvous, Wire, WireError, open_store, open_wire
 
-# a transfer that the sender has finished ends on the receiver within moments, also on a busy
-# machine
+# Once the sender has finished, a receiver's transfer ends within this, also on a busy machine.
 SETTLE_S = 5.0
 
 
 class ParameterSource(Protocol):
-    """The learner's parameters as checkpoint tensors (``weights/source.py``); every rank
-    walks it in step.
+    """The learner's parameters as checkpoint tensors (``weights/source.py``).
+
+    All ranks call ``gather`` with the same buckets in the same order.
     """
 
     def metadata(self) -> Sequence[ParameterMeta]:
-        """What ``buckets`` will yield, without gathering anything."""
-        ...
+        """Returns a description of all parameters in order, without gathering any."""
 
     def gather(self, bucket: Bucket) -> Sequence[torch.Tensor] | None:
-        """Full tensors of one bucket on rank 0, None elsewhere; a collective under ZeRO-3."""
-        ...
+        """Returns the full tensors of a bucket on rank 0, None elsewhere; collective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InitInfo:
-    """What one engine needs to join, as it travels through vLLM's ``init_weight_transfer_engine``.
+class InitInfo(Rendezvous):
+    """Where one engine joins, and what it will be sent: plain values, which vLLM hands through.
 
-    ``rank`` is the engine's first; its worker number w (tensor parallel) joins as ``rank + w``.
+    ``rank`` is that of the engine's first worker; worker w (tensor parallel) joins as ``rank + w``.
     """
 
-    backend: Backend
-    address: str
-    port: int
-    rank: int
-    world_size: int
-    secret: str
-    connect_timeout_s: float
-    timeout_s: float
     buckets: Sequence[Sequence[Mapping[str, object]]]
 
-    def rendezvous(self, worker: int) -> Rendezvous:
-        """Where worker number ``worker`` joins."""
-        return Rendezvous(
-            address=self.address,
-            port=self.port,
-            rank=self.rank + worker,
-            world_size=self.world_size,
-            secret=self.secret,
-            connect_timeout_s=self.connect_timeout_s,
-            timeout_s=self.timeout_s,
-        )
-
     def layout(self) -> tuple[Bucket, ...]:
-        """The buckets, typed again after the journey."""
+        """Returns the buckets, typed again after the journey."""
         return tuple(tuple(map(_parameter, bucket)) for bucket in self.buckets)
 
 
@@ -91,11 +77,14 @@ def _parameter(values: Mapping[str, object]) -> ParameterMeta:
 
 
 class WeightSender:
-    """The learner's end. ``open``, then ``accept`` while the engines connect, then ``send`` for
-    every version; ``open`` again with the engines that are alive after any of them failed.
+    """The learner's end of the wire.
 
-    All learner ranks call all methods; only rank 0 touches the wire. ``connect_timeout_s`` is that
-    of the handshake, ``timeout_s`` of each bucket.
+        open ──▶ accept, while the engines connect ──▶ send, for every version
+         ▲                                              │
+         └── with the engines that are alive ◀── failure
+
+    All learner ranks call all methods; only rank 0 uses the wire. ``connect_timeout_s`` is the
+    limit of the handshake, ``timeout_s`` that of each bucket.
     """
 
     def __init__(
@@ -116,67 +105,56 @@ class WeightSender:
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._buckets = cut_into_buckets(source.metadata(), bucket_bytes)
+        self._rendezvous: Rendezvous | None = None
         self._store: TCPStore | None = None
         self._wire: Wire | None = None
 
     def open(self, engine_workers: Sequence[int], secret: str) -> list[dict[str, object]]:
-        """Leave the group there was, and open a store for engines with so many workers each, who
-        know ``secret``.
+        """Leave the last group, and open a store for the next one.
+
+        Args:
+            engine_workers: the number of workers of each engine.
+            secret: what the members of the group alone will know.
 
         Returns:
-            One ``InitInfo`` an engine, as a dict; empty on ranks that do not send.
+            The fields of an ``InitInfo`` for each engine; empty on ranks that do not send.
         """
         self.close()
         if not self._is_sender:
             return []
 
         self._store = open_store(self._address, self._connect_timeout_s)
-        self._world_size = 1 + sum(engine_workers)
-        self._secret = secret
+        self._rendezvous = Rendezvous(
+            backend=self._backend,
+            address=self._address,
+            port=self._store.port,
+            rank=0,
+            world_size=1 + sum(engine_workers),
+            secret=secret,
+            connect_timeout_s=self._connect_timeout_s,
+            timeout_s=self._timeout_s,
+        )
+        fields = asdict(self._rendezvous)
         buckets = [list(map(asdict, bucket)) for bucket in self._buckets]
+        first_ranks = [1 + sum(engine_workers[:engine]) for engine in range(len(engine_workers))]
 
-        return [
-            asdict(
-                InitInfo(
-                    backend=self._backend,
-                    address=self._address,
-                    port=self._store.port,
-                    rank=1 + sum(engine_workers[:engine]),
-                    world_size=self._world_size,
-                    secret=secret,
-                    connect_timeout_s=self._connect_timeout_s,
-                    timeout_s=self._timeout_s,
-                    buckets=buckets,
-                )
-            )
-            for engine in range(len(engine_workers))
-        ]
+        return [{**fields, "rank": rank, "buckets": buckets} for rank in first_ranks]
 
     def accept(self) -> None:
         """Join as rank 0; returns when every engine has joined.
 
         Raises:
-            WireError: one has not within ``connect_timeout_s``, or there is no open store. The rest
-                is told by their own calls; ``open`` begins anew.
+            WireError: one has not within ``connect_timeout_s``, or there is no open store. The
+                calls of the other members fail too; ``open`` begins anew.
         """
         if not self._is_sender:
             return
 
-        if self._store is None:
+        if self._rendezvous is None:
             raise WireError("weight transfer: accept before open")
 
-        rendezvous = Rendezvous(
-            address=self._address,
-            port=self._store.port,
-            rank=0,
-            world_size=self._world_size,
-            secret=self._secret,
-            connect_timeout_s=self._connect_timeout_s,
-            timeout_s=self._timeout_s,
-        )
-
         try:
-            self._wire = open_wire(self._backend, rendezvous, self._store)
+            self._wire = open_wire(self._rendezvous, self._store)
         except WireError:
             self.close()
             raise
@@ -202,59 +180,52 @@ class WeightSender:
         if self._wire is not None:
             self._wire.close()
 
-        self._wire = self._store = None
+        self._wire = self._store = self._rendezvous = None
 
     def _send(self) -> int:
-        sent = 0
-        failure = (
-            WireError("no group to send to: open, accept")
-            if self._is_sender and self._wire is None
-            else None
-        )
+        num_bytes, wire = 0, self._wire
+        failure: WireError | None = None
+        if self._is_sender and wire is None:
+            failure = WireError("no group to send to: open, accept")
 
         for bucket in self._buckets:
-            # to the last bucket, also after a failure: other ranks gather along
+            # to the last bucket, also after a failure: the other ranks gather all of them
             tensors = self._source.gather(bucket)
-            if tensors is None or failure is not None:
+            if tensors is None or failure is not None or wire is None:
                 continue
 
-            failure = self._broadcast(bucket, tensors)
-            sent += bucket_num_bytes(bucket)
+            message_B = _message(bucket)
+            bucket_B, digest_D = _split(message_B)
+            pack(tensors, bucket_B)
+            write_digest(bucket_B, digest_D)
+
+            try:
+                wire.broadcast(message_B)
+            except WireError as error:
+                failure = error
+
+            num_bytes += bucket_num_bytes(bucket)
 
         if failure is not None:
             raise failure
 
-        if self._wire is not None:
-            self._wire.barrier()
+        if wire is not None:
+            wire.barrier()
 
-        return sent
-
-    def _broadcast(self, bucket: Bucket, tensors: Sequence[torch.Tensor]) -> WireError | None:
-        assert self._wire is not None
-        message_B = _message(bucket)
-        bucket_B, digest_D = _parts(message_B)
-        pack(tensors, bucket_B)
-        seal(bucket_B, digest_D)
-
-        try:
-            self._wire.broadcast(message_B)
-        except WireError as error:
-            return error
-
-        return None
+        return num_bytes
 
 
 class WeightReceiver:
-    """The worker's end: a thread takes and hashes the buckets while the engine goes on stepping."""
+    """An engine worker's end: a thread receives and hashes buckets while the engine generates."""
 
     def __init__(self, info: InitInfo, worker: int) -> None:
-        self._wire = open_wire(info.backend, info.rendezvous(worker))
+        self._wire = open_wire(replace(info, rank=info.rank + worker))
         self._buckets = info.layout()
         self._timeout_s = info.timeout_s
         self._transfer: _Transfer | None = None
 
     def start(self) -> None:
-        """Begin to receive; returns at once. What was received and never taken is thrown away.
+        """Begin to receive, and return at once. What was received and never taken is discarded.
 
         Raises:
             WeightTransferError: the group has failed, or an earlier transfer is still on its way.
@@ -268,15 +239,15 @@ class WeightReceiver:
         self._transfer = _Transfer.start(self._wire, self._buckets)
 
     def check(self) -> None:
-        """After the sender's ``send``: everything is here, and every hash is right.
+        """Find out, after the sender's ``send``, that everything is here and every hash is right.
 
         Raises:
-            WeightTransferError: as ``take``.
+            WeightTransferError: as ``take`` does.
         """
         self._started().result(SETTLE_S)
 
     def take(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Wait for the transfer to end; its parameters, once.
+        """Wait for the transfer to end, and return its parameters by name; can be done once.
 
         Raises:
             WeightTransferError: no transfer was started, it failed, a bucket's hash was wrong
@@ -287,7 +258,7 @@ class WeightReceiver:
         return chain.from_iterable(map(unpack, buffers, self._buckets))
 
     def close(self) -> None:
-        """Leave the group. A transfer under way ends by itself, at the latest at its time-out."""
+        """Leave the group. A transfer under way ends by itself, at its time-out at the latest."""
         self._wire.close()
 
     def _started(self) -> "_Transfer":
@@ -305,7 +276,7 @@ class _Transfer:
         self._buckets = buckets
         self._messages = [_message(bucket) for bucket in buckets]
         self._error: RuntimeError | None = None
-        self._arrived = False  # all of it, whatever may end the thread before
+        self._all_arrived = False  # still False where an unforeseen error ends the thread
         self._thread = threading.Thread(target=self._receive, name="weight-receiver", daemon=True)
 
     @classmethod
@@ -315,8 +286,8 @@ class _Transfer:
         return transfer
 
     def _receive(self) -> None:
-        """Take all buckets, also after one with a wrong hash: what is wrong here must not
-        fail the others.
+        """Receives all buckets, also after one with a wrong hash: a fault of this receiver must
+        not fail the others.
         """
         try:
             for index in range(len(self._messages)):
@@ -324,10 +295,8 @@ class _Transfer:
                 self._verify(index)
 
             self._wire.barrier()
-            self._arrived = True
-        except (
-            RuntimeError
-        ) as error:  # what the wires, gloo and nccl raise; handed to whoever takes the result
+            self._all_arrived = True
+        except RuntimeError as error:  # what the wires, gloo and nccl raise; ``result`` raises it
             self._error = error
 
     def _verify(self, index: int) -> None:
@@ -335,7 +304,7 @@ class _Transfer:
         name = f"bucket {index + 1} of {len(self._buckets)} ({bucket[0].name} to {bucket[-1].name})"
 
         try:
-            verify(*_parts(self._messages[index]), name)
+            check_digest(*_split(self._messages[index]), name)
         except BucketHashError as error:
             self._error = self._error or error
 
@@ -353,18 +322,18 @@ class _Transfer:
         if self._error is not None:
             raise WeightTransferError(f"weight transfer failed: {self._error}") from self._error
 
-        if not self._arrived:
+        if not self._all_arrived:
             raise WeightTransferError(
                 "weight transfer failed: its thread has ended; its error is in the log"
             )
 
-        return [_parts(message_B)[0] for message_B in self._messages]
+        return [_split(message_B)[0] for message_B in self._messages]
 
 
 def _message(bucket: Bucket) -> torch.Tensor:
     return torch.empty(bucket_num_bytes(bucket) + DIGEST_BYTES, dtype=torch.uint8)
 
 
-def _parts(message_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of a message: the bucket, and its hash."""
+def _split(message_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns views of a message: the bucket, and its hash."""
     return message_B[:-DIGEST_BYTES], message_B[-DIGEST_BYTES:]

@@ -11,9 +11,10 @@ A session is start_weight_update, update_weights, finish_weight_update. Each pha
 worker refuses to start one while another is active: one that spanned phases would stay active after a transfer that
 was given up, and no engine would ever take weights again.
 
-What may fail without harm, all but the load, raises nothing here and is asked for afterwards
-(``WeightWorker``): vLLM stops reading replies at the first worker that raises, and takes the
-replies of the others for those of its next call (0.32.0, ``MultiprocExecutor.collective_rpc``).
+All phases but the load may fail without harm. They raise nothing here: the driver asks for the
+failure afterwards (``WeightWorker.weight_failure``). For vLLM stops reading replies at the first
+worker that raises, and takes the replies of the others for those of its next call (0.32.0,
+``MultiprocExecutor.collective_rpc``).
 
 On CPU, linear weights are repacked after loading and the original parameters emptied, so
 ``model.load_weights`` must run between ``initialize_layerwise_reload`` and
@@ -51,17 +52,8 @@ ENGINE_NAME = "eopd"
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class _VllmInitInfo(WeightTransferInitInfo):
-    backend: Literal["gloo", "nccl"]
-    address: str
-    port: int
-    rank: int
-    world_size: int
-    secret: str
-    connect_timeout_s: float
-    timeout_s: float
-    buckets: list[list[dict[str, object]]]
+class _VllmInitInfo(InitInfo, WeightTransferInitInfo):
+    """``InitInfo`` under the base class of vLLM, which makes it of the fields it hands through."""
 
 
 @dataclass
@@ -82,22 +74,18 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
     _never_sent: Collection[str] = ()
 
     def init_transfer_engine(self, init_info: _VllmInitInfo) -> None:
-        """Leave the group there was and join the sender's; the thread of a transfer under way
-        ends by itself.
-        """
+        """Leave the last group and join the sender's; a transfer under way ends by itself."""
         self.shutdown()
         with self._keeps_failure():
-            self._receiver = WeightReceiver(
-                InitInfo(**vars(init_info)), worker=self.parallel_config.rank
-            )
+            self._receiver = WeightReceiver(init_info, worker=self.parallel_config.rank)
 
     def start_weight_update(self) -> None:
         """Nothing is touched before the load."""
         self._loaded = False
 
     def update_weights(self, update_info: dict[str, object]) -> None:
-        """One phase. Overridden because the base class ends in a device synchronisation that
-        CPU lacks.
+        """Go through one phase; overridden since the base class ends in a synchronisation of the
+        device, which a CPU lacks.
         """
         self.receive_weights(self.parse_update_info(update_info))
 
@@ -157,13 +145,13 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
 
 
 class WeightWorker:
-    """What vLLM's worker can be asked besides, through ``collective_rpc``."""
+    """Methods that vLLM's worker has in addition, for ``collective_rpc``."""
 
     weight_transfer_engine: StagedWeightTransferEngine
     model_runner: "_ModelRunner"
 
     def weight_failure(self) -> str:
-        """Why the last call of a weight transfer failed on this worker; empty where it did not."""
+        """Returns why the last phase failed on this worker; empty where it did not."""
         return self.weight_transfer_engine.failure
 
     def leave_out_padding(self, num_tokens: int) -> None:
@@ -201,7 +189,7 @@ def leave_out_padding(model: torch.nn.Module, num_tokens: int) -> None:
 
 
 def _shard_start(head: object) -> int:
-    """The first id of a rank's share of the head, where its logits stay with it."""
+    """Returns the first id of a rank's share of the head, where its logits stay with it."""
     if not isinstance(head, VocabParallelEmbedding):
         raise TypeError(f"{type(head).__name__} is no sharded head")
 
@@ -209,10 +197,11 @@ def _shard_start(head: object) -> int:
 
 
 def _repack_tied_heads(model: torch.nn.Module) -> None:
-    """On CPU a head multiplies with a packed copy of its weight, made when the head itself is
-    loaded. A tied head never
-    is: its weight changed with the embedding, its packed copy did not (vLLM 0.32.0,
-    ``dispatch_cpu_unquantized_gemm``).
+    """Packs the weights of tied heads again.
+
+    On CPU a head multiplies with a packed copy of its weight, made when the head itself is loaded.
+    A tied head never is: its weight changed with the embedding, its packed copy did not (vLLM
+    0.32.0, ``dispatch_cpu_unquantized_gemm``).
     """
     for head in _tied_heads(model):
         head.quant_method.process_weights_after_loading(head)
@@ -229,7 +218,7 @@ def _tied_heads(model: torch.nn.Module) -> list[ParallelLMHead]:
 
 
 def _never_sent(model: torch.nn.Module) -> set[str]:
-    """Kinds of layers that no checkpoint holds: those that only compute, like a rotary
+    """Returns the kinds of layers that no checkpoint holds: those that only compute, like a rotary
     embedding, and tied heads.
     """
     layers = [module for module in model.modules() if not list(module.parameters(recurse=False))]
@@ -238,8 +227,8 @@ def _never_sent(model: torch.nn.Module) -> set[str]:
 
 @contextmanager
 def _expecting(never_sent: Collection[str]) -> Iterator[None]:
-    """Without vLLM's warning, twice a sync, that these layers were not loaded (0.32.0,
-    ``finalize_layerwise_reload``); of any other layer it is still told.
+    """Silences vLLM's warning, twice a sync, that these layers were not loaded (0.32.0,
+    ``finalize_layerwise_reload``); that of any other layer is still logged.
     """
 
     def is_news(record: logging.LogRecord) -> bool:
@@ -260,7 +249,7 @@ def _address(module: torch.nn.Module) -> int:
 
 
 def engine_options() -> dict[str, object]:
-    """What an engine that takes weights is started with."""
+    """Returns the options that an engine needs in order to receive weights."""
     return {
         "weight_transfer_config": WeightTransferConfig(backend=ENGINE_NAME),
         "worker_extension_cls": f"{__name__}.{WeightWorker.__name__}",
@@ -268,6 +257,6 @@ def engine_options() -> dict[str, object]:
 
 
 def register() -> None:
-    """Make the engine known under ``ENGINE_NAME``; safe to call more than once in a process."""
+    """Register the transfer engine under ``ENGINE_NAME``; may be called again in a process."""
     if ENGINE_NAME not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(ENGINE_NAME, StagedWeightTransferEngine)

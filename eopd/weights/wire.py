@@ -1,7 +1,7 @@
 """The wires: how bytes get from the learner's rank 0 to every engine worker, ``gloo`` or ``nccl``.
 
-A wire is one process group made by hand over a TCP store of its own: no default group is touched,
-so it cannot clash with DeepSpeed's or with vLLM's. Both ends of each wire stand side by side here.
+A wire is a process group of its own over a TCP store of its own. No default group is touched, so it
+cannot clash with DeepSpeed's or with vLLM's. Both ends of each wire are in this file.
 
 A wire that fails closes itself, and its lifelines with it (``weights/lifeline.py``): so all members
 fail within moments of the first. A closed wire stays closed: the group is built again.
@@ -32,19 +32,20 @@ from eopd.weights.lifeline import Lifeline
 
 Backend = Literal["gloo", "nccl"]
 
-ALL_HERE = "eopd/all-here"
+ALL_HERE = "eopd/all-here"  # a key of the store, as the next one is
 NCCL_ID = "eopd/nccl-id"
 POLL_S = 0.001  # between two looks at a message under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
-    """Where and as whom to join. Rank 0 is the sender; ``secret`` is what the members of this group
-    alone know.
+    """Where a group meets, and which of its members this one is: rank 0 is the sender.
 
-    ``connect_timeout_s`` is that of the handshake, ``timeout_s`` of each message afterwards.
+    The members alone know ``secret``. ``connect_timeout_s`` is the limit of the handshake,
+    ``timeout_s`` that of each message afterwards.
     """
 
+    backend: Backend
     address: str
     port: int
     rank: int
@@ -63,8 +64,7 @@ class Wire(Protocol):
 
     @property
     def is_open(self) -> bool:
-        """False once it failed or was closed."""
-        ...
+        """Whether it has neither failed nor been closed."""
 
     def broadcast(self, buffer_B: torch.Tensor) -> None:
         """Send (rank 0) or receive (others) a uint8 host buffer.
@@ -72,19 +72,16 @@ class Wire(Protocol):
         Raises:
             WireError: a member is gone, or did not answer within the time-out.
         """
-        ...
 
     def barrier(self) -> None:
-        """Return when every member has arrived; raises as ``broadcast`` does."""
-        ...
+        """Return once every member has called it; raises as ``broadcast`` does."""
 
     def close(self) -> None:
-        """Leave; the others' messages fail. A message under way in another thread ends first."""
-        ...
+        """Leave the group: messages of the others fail. A message of another thread ends first."""
 
 
 def open_store(address: str, timeout_s: float) -> TCPStore:
-    """The sender's store on a free port of ``address`` alone; ``store.port`` tells which."""
+    """Opens the sender's store on a free port of ``address`` alone; ``store.port`` is the port."""
     listener = socket.create_server((address, 0), backlog=1024)
     port = listener.getsockname()[1]
     return TCPStore(
@@ -97,15 +94,15 @@ def open_store(address: str, timeout_s: float) -> TCPStore:
     )
 
 
-def open_wire(backend: Backend, rendezvous: Rendezvous, store: TCPStore | None = None) -> Wire:
-    """Join the group; blocks until all members have. The sender hands in the store it opened.
+def open_wire(rendezvous: Rendezvous, store: TCPStore | None = None) -> Wire:
+    """Join the group; blocks until all members have. The sender passes the store it opened.
 
-    Nobody makes the group before everybody is there: NCCL has no time-out of its own for that, and
-    a member that is lost in that moment hangs the others until ``learner.timeout_s``.
+    The process group is made once all members are connected: NCCL has no time-out of its own for
+    that, and a member that dies in that moment hangs the others until ``learner.timeout_s``.
 
     Raises:
-        WireError: not all have joined within ``connect_timeout_s``; the sender's names their
-            ``ranks``.
+        WireError: not all have joined within ``connect_timeout_s``; the sender's error names the
+            ``ranks`` that have not.
     """
     lifeline: Lifeline | None = None
     secret, timeout = rendezvous.secret, timedelta(seconds=rendezvous.connect_timeout_s)
@@ -114,22 +111,22 @@ def open_wire(backend: Backend, rendezvous: Rendezvous, store: TCPStore | None =
         if store is None:
             store = TCPStore(rendezvous.address, rendezvous.port, is_master=False, timeout=timeout)
 
-        ours = PrefixStore(hashlib.sha256(secret.encode()).hexdigest(), store)
-        lifeline = Lifeline.lay(
-            ours,
+        group_store = PrefixStore(hashlib.sha256(secret.encode()).hexdigest(), store)
+        lifeline = Lifeline.open(
+            group_store,
             address=rendezvous.address,
             rank=rendezvous.rank,
             secret=secret,
             timeout_s=rendezvous.connect_timeout_s,
         )
-        lifeline.fasten(rendezvous.world_size, secret)
+        lifeline.accept(rendezvous.world_size, secret)
         if rendezvous.rank == 0:
-            ours.set(ALL_HERE, "1")
+            group_store.set(ALL_HERE, "1")
         else:
-            ours.wait([ALL_HERE], timeout)
+            group_store.wait([ALL_HERE], timeout)
 
-        make = GlooWire if backend == "gloo" else NcclWire
-        return make(ours, rendezvous, lifeline)
+        make = GlooWire if rendezvous.backend == "gloo" else NcclWire
+        return make(group_store, rendezvous, lifeline)
     except (RuntimeError, OSError) as error:
         if lifeline is not None:
             lifeline.close()
@@ -146,7 +143,12 @@ def open_wire(backend: Backend, rendezvous: Rendezvous, store: TCPStore | None =
 
 
 class GlooWire:
-    """Through host memory, over TCP."""
+    """A wire through host memory, over TCP.
+
+    The last reference to a process group closes its sockets, and waits for a message under way;
+    ``abort`` and ``shutdown`` end none (torch 2.13). So group and message are held in lists of one,
+    and a thread that may sleep keeps both lists until the message has ended.
+    """
 
     def __init__(self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -158,33 +160,30 @@ class GlooWire:
         self._group = [ProcessGroupGloo(store, rendezvous.rank, rendezvous.world_size, options)]
 
     @property
-    def is_open(self) -> bool:
-        """See ``Wire``."""
+    def is_open(self) -> bool:  # noqa: D102
         return bool(self._group)
 
-    def broadcast(self, buffer_B: torch.Tensor) -> None:
-        """See ``Wire``."""
+    def broadcast(self, buffer_B: torch.Tensor) -> None:  # noqa: D102
         options = BroadcastOptions()
         options.timeout = self._timeout
         self._wait(lambda group: group.broadcast([buffer_B], options))  # type: ignore[attr-defined]
 
-    def barrier(self) -> None:
-        """See ``Wire``."""
+    def barrier(self) -> None:  # noqa: D102
         options = BarrierOptions()
         options.timeout = self._timeout
         self._wait(lambda group: group.barrier(options))  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """See ``Wire``. The last reference to the group closes its sockets, and waits for a message
-        under way; ``abort`` and ``shutdown`` end none (torch 2.13). So a thread that may sleep
-        keeps both until the message ends.
-        """
+        """Leave the group; another thread waits for a message under way."""
         self._lifeline.close()
-        held, self._group, self._work = (self._group, self._work), [], []
-        if all(work.is_completed() for work in held[1]):
-            _let_go(*held)
+        group, message = self._group, self._work
+        self._group, self._work = [], []
+        if all(work.is_completed() for work in message):
+            _release(group, message)
         else:
-            threading.Thread(target=_let_go, args=held, name="gloo-close", daemon=True).start()
+            threading.Thread(
+                target=_release, args=(group, message), name="gloo-close", daemon=True
+            ).start()
 
     def _wait(self, begin: Callable[[ProcessGroupGloo], Work]) -> None:
         if not self._group:
@@ -202,13 +201,16 @@ class GlooWire:
         raise WireError(failure, ranks)
 
     def _poll(self, message: list[Work]) -> None:
-        """Until the message has ended, or cannot end any more, or ``close`` was called in
-        another thread.
+        """Waits until the message has ended.
+
+        Raises:
+            WeightTransferError: a member is gone, so that the message may never end.
+            RuntimeError: it failed, or ``close`` was called in another thread.
         """
         (work,) = message
         while message and not work.is_completed():
-            if lost := self._lifeline.lost():
-                raise WeightTransferError(lost.words, [lost.rank] if lost.rank else ())
+            if gone := self._lifeline.departure():
+                raise WeightTransferError(gone.reason, [gone.rank] if gone.rank else ())
 
             time.sleep(POLL_S)
 
@@ -218,7 +220,7 @@ class GlooWire:
         work.wait()
 
 
-def _let_go(group: list[ProcessGroupGloo], message: list[Work]) -> None:
+def _release(group: list[ProcessGroupGloo], message: list[Work]) -> None:
     while message and not message[0].is_completed():
         time.sleep(0.05)
 
@@ -227,12 +229,11 @@ def _let_go(group: list[ProcessGroupGloo], message: list[Work]) -> None:
 
 
 class NcclWire:
-    """Between GPUs, through one device buffer of the largest bucket so far; the host keeps the
-    weights until they are loaded.
+    """A wire between GPUs, through one device buffer of the largest bucket so far.
 
-    Uses vLLM's own NCCL communicator (``PyNcclCommunicator``, vLLM 0.32.0), made from an id that
-    travels as plain
-    bytes: nothing that a store holds is unpickled.
+    The host keeps the weights until they are loaded. The communicator is vLLM's own
+    (``PyNcclCommunicator``, vLLM 0.32.0), made from an id that travels as plain bytes: nothing that
+    a store holds is unpickled.
     """
 
     def __init__(self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
@@ -262,12 +263,10 @@ class NcclWire:
         self._staging_B = torch.empty(0, dtype=torch.uint8, device=self._device)
 
     @property
-    def is_open(self) -> bool:
-        """See ``Wire``."""
+    def is_open(self) -> bool:  # noqa: D102
         return self._open
 
-    def broadcast(self, buffer_B: torch.Tensor) -> None:
-        """See ``Wire``."""
+    def broadcast(self, buffer_B: torch.Tensor) -> None:  # noqa: D102
         self._must_be_open()
         with torch.cuda.stream(self._stream):
             if self._staging_B.numel() < buffer_B.numel():
@@ -286,7 +285,7 @@ class NcclWire:
         self._wait()
 
     def barrier(self) -> None:
-        """See ``Wire``: an all-reduce of one element that every member must enter."""
+        """Return once every member has entered an all-reduce of one element."""
         self._must_be_open()
         with torch.cuda.stream(self._stream):
             self._communicator.all_reduce(torch.zeros(1, device=self._device), stream=self._stream)
@@ -294,9 +293,7 @@ class NcclWire:
         self._wait()
 
     def close(self) -> None:
-        """See ``Wire``: aborts the communicator, so that a kernel that waits for a dead peer
-        ends.
-        """
+        """Abort the communicator, so that a kernel that waits for a dead peer ends."""
         if self._open:
             self._open = False
             self._lifeline.close()
@@ -307,8 +304,8 @@ class NcclWire:
             raise WireError("the wire is closed: connect again")
 
     def _wait(self) -> None:
-        """Until the stream is done; a peer that is there and never enters the collective
-        costs one time-out.
+        """Waits until the stream is done; a live peer that never enters the collective costs one
+        time-out.
         """
         event = self._stream.record_event()
         deadline = time.monotonic() + self._timeout_s
@@ -316,8 +313,8 @@ class NcclWire:
 
         while failure is None and not event.query():
             time.sleep(POLL_S)
-            if lost := self._lifeline.lost():
-                failure = WireError(lost.words, [lost.rank] if lost.rank else ())
+            if gone := self._lifeline.departure():
+                failure = WireError(gone.reason, [gone.rank] if gone.rank else ())
             elif time.monotonic() > deadline:
                 failure = WireError(f"NCCL did not answer within {self._timeout_s:g} s")
 
@@ -327,7 +324,7 @@ class NcclWire:
 
 
 def _own_address(rendezvous: Rendezvous) -> str:
-    """The address of this host that the sender's host can reach."""
+    """Returns the address of this host that the sender's host can reach."""
     if rendezvous.rank == 0:
         return rendezvous.address
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from eopd.config import LossConfig
+from eopd.loss.head import Head
 from eopd.loss.objective import LossTokens, objective
 
 K = 16
@@ -105,7 +106,8 @@ def loss_of(case: Case, hidden: Tensor, weight: Tensor, tokens: LossTokens) -> T
     config = LossConfig()
     if case.kind == "chunked":
         sizes = {"num_loss_tokens": len(hidden), "chunk_tokens": case.chunk_tokens}
-        return objective(hidden, weight, tokens, config, alpha=config.alpha, **sizes)[0]
+        head = Head(weight_VD=weight)
+        return objective(hidden, head, tokens, config, alpha=config.alpha, **sizes)[0]
 
     if case.kind == "dense_f32":
         return dense(hidden.float(), weight.float(), tokens, config)

@@ -31,7 +31,7 @@ from eopd.learner.lora import whole_tensors
 from eopd.rollout.vllm_engine import VllmRolloutEngine
 from eopd.runtime.placement import vllm_env
 from eopd.types import PolicyVersion
-from eopd.weights.layout import DIGEST_BYTES, bucket_num_bytes, pack, seal
+from eopd.weights.layout import DIGEST_BYTES, bucket_num_bytes, pack, write_digest
 from eopd.weights.source import ModelSource
 from eopd.weights.transfer import WeightSender
 from eopd.weights.vllm_receiver import engine_options
@@ -102,7 +102,7 @@ def hash_seconds(model: PreTrainedModel, sender: WeightSender) -> float:
         )
         pack([tensors[parameter.name] for parameter in bucket], buffer_B)
         started = time.monotonic()
-        seal(buffer_B, digest_D)
+        write_digest(buffer_B, digest_D)
         total += time.monotonic() - started
 
     return total

@@ -35,7 +35,8 @@ from transformers import (
 from transformers.models.hyperclovax import HyperCLOVAXConfig
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
-from eopd.learner.student import Head, Student, load_student
+from eopd.learner.student import Student, load_student
+from eopd.loss.head import Head
 from eopd.types import (
     Estimate,
     LearnerStats,

@@ -103,8 +103,8 @@ class FakeEngine:
         return self.serves
 
 
-def channel_of(sender, *engines, condemned=None, every=0):
-    told = [] if condemned is None else condemned
+def channel_of(sender, *engines, lost=None, every=0):
+    told = [] if lost is None else lost
     return BroadcastChannel(
         sender,
         dict(enumerate(engines)),
@@ -133,23 +133,23 @@ async def test_the_group_is_built_once_and_every_engine_serves_the_version():
 
 @pytest.mark.parametrize("phase", ["connect", "receive", "check"])
 async def test_an_engine_that_dies_in_phase_one_is_left_out(phase):
-    sender, condemned = FakeSender(), []
+    sender, lost = FakeSender(), []
     engines = [FakeEngine(), FakeEngine(dies_in=phase), FakeEngine()]
-    channel = channel_of(sender, *engines, condemned=condemned)
+    channel = channel_of(sender, *engines, lost=lost)
     await channel.publish(NEW)
-    assert [number for number, _ in condemned] == [1]
-    assert f"died in {phase}" in condemned[0][1]
+    assert [number for number, _ in lost] == [1]
+    assert f"died in {phase}" in lost[0][1]
     assert sender.groups == [[2, 2, 2], [2, 2]]
     assert [engine.serves.step for engine in engines] == [7, 0, 7]
     assert channel.num_failures == 1
 
 
 async def test_an_engine_that_dies_while_it_loads_is_condemned():
-    sender, condemned = FakeSender(), []
+    sender, lost = FakeSender(), []
     engines = [FakeEngine(dies_in="install"), FakeEngine()]
-    channel = channel_of(sender, *engines, condemned=condemned)
+    channel = channel_of(sender, *engines, lost=lost)
     await channel.publish(NEW)
-    assert condemned == [(0, "installing weights failed: died in install")]
+    assert lost == [(0, "installing weights failed: died in install")]
     assert engines[1].serves == NEW
     assert sender.groups == [[2, 2]]
     await channel.publish(NEW)
@@ -157,13 +157,13 @@ async def test_an_engine_that_dies_while_it_loads_is_condemned():
 
 
 async def test_an_engine_that_serves_another_version_is_condemned():
-    condemned = []
+    lost = []
     await channel_of(
         FakeSender(),
         FakeEngine(wrong=PolicyVersion(0, 6)),
-        condemned=condemned,
+        lost=lost,
     ).publish(NEW)
-    assert condemned == [(0, "installing weights failed: it serves 0.6 after 0.7 was installed")]
+    assert lost == [(0, "installing weights failed: it serves 0.6 after 0.7 was installed")]
 
 
 async def test_an_engine_that_hangs_costs_one_time_out(monkeypatch):
@@ -173,12 +173,12 @@ async def test_an_engine_that_hangs_costs_one_time_out(monkeypatch):
         async def _call(self, name):
             await asyncio.sleep(3600)
 
-    condemned, other = [], FakeEngine()
-    channel = channel_of(FakeSender(), Stopped(), other, condemned=condemned)
+    lost, other = [], FakeEngine()
+    channel = channel_of(FakeSender(), Stopped(), other, lost=lost)
     async with asyncio.timeout(2.0):
         await channel.publish(NEW)
 
-    assert [number for number, _ in condemned] == [0]
+    assert [number for number, _ in lost] == [0]
     assert other.serves == NEW
 
 
@@ -198,16 +198,16 @@ async def test_a_failed_transfer_is_sent_again_and_not_for_ever():
 
 
 async def test_a_lost_learner_is_not_the_engines_fault():
-    condemned = []
+    lost = []
     channel = channel_of(
         FakeSender(error=LearnerDownError("rank 1 died")),
         FakeEngine(),
-        condemned=condemned,
+        lost=lost,
     )
     with pytest.raises(LearnerDownError, match="rank 1"):
         await channel.publish(NEW)
 
-    assert condemned == []
+    assert lost == []
 
 
 async def test_a_newcomer_is_brought_to_the_learner_s_version():
@@ -226,13 +226,13 @@ async def test_a_newcomer_is_brought_to_the_learner_s_version():
 
 
 async def test_a_newcomer_that_dies_is_told_to_who_started_it():
-    condemned, old = [], FakeEngine()
-    channel = channel_of(FakeSender(), old, condemned=condemned)
+    lost, old = [], FakeEngine()
+    channel = channel_of(FakeSender(), old, lost=lost)
     with pytest.raises(EngineDownError, match="rollout engine 1 did not take the weights"):
         await channel.join(1, FakeEngine(dies_in="receive"))
 
     await channel.publish(NEW)
-    assert condemned == [] and old.serves == NEW
+    assert lost == [] and old.serves == NEW
 
 
 async def test_without_engines_a_version_is_published_at_once():
@@ -249,7 +249,7 @@ async def test_an_engine_that_left_takes_no_part():
     here = FakeEngine()
     channel = channel_of(sender, gone, here)
     await channel.publish(NEW)
-    await channel.leave(0)
+    await channel.drop(0)
     await channel.publish(NEW)
     channel.disconnect()
     await channel.publish(NEW)
@@ -265,7 +265,7 @@ async def test_leaving_while_the_group_is_built_costs_one_round(moment, monkeypa
     before = getattr(sender, moment)
 
     async def and_one_leaves(*arguments):
-        await channel.leave(0)
+        await channel.drop(0)
         return await before(*arguments)
 
     monkeypatch.setattr(sender, moment, and_one_leaves)
@@ -283,12 +283,12 @@ async def test_publishing_what_the_learner_does_not_hold_is_an_error():
 @pytest.mark.parametrize("fault", ["bad_hashes", "bad_loads"])
 async def test_wrong_weights_are_sent_once_more(fault):
     sender = FakeSender()
-    condemned = []
+    lost = []
     engine = FakeEngine(**{fault: 1})
     other = FakeEngine()
-    channel = channel_of(sender, engine, other, condemned=condemned, every=1)
+    channel = channel_of(sender, engine, other, lost=lost, every=1)
     stats = await channel.publish(NEW)
-    assert condemned == []
+    assert lost == []
     assert engine.serves == other.serves == NEW
     assert stats.probe_nats == 0.0
     assert channel.num_failures == 1
@@ -304,29 +304,29 @@ async def test_wrong_weights_are_sent_once_more(fault):
 )
 async def test_an_engine_that_is_wrong_twice_is_condemned(fault, reason):
     sender = FakeSender()
-    condemned = []
+    lost = []
     other = FakeEngine()
-    channel = channel_of(sender, FakeEngine(**{fault: 2}), other, condemned=condemned, every=1)
+    channel = channel_of(sender, FakeEngine(**{fault: 2}), other, lost=lost, every=1)
     await channel.publish(NEW)
-    ((number, told),) = condemned
+    ((number, told),) = lost
     assert number == 0
     assert told.startswith(f"twice with the same weights: {reason}")
     assert other.serves == NEW
     assert sender.groups[-1] == ([2] if fault == "bad_hashes" else [2, 2])
-    condemned.clear()
+    lost.clear()
     await channel.publish(NEW)
-    assert condemned == [] and sender.groups[-1] == [2]
+    assert lost == [] and sender.groups[-1] == [2]
 
 
 async def test_an_engine_that_does_not_answer_the_probe_is_condemned():
-    condemned = []
+    lost = []
     await channel_of(
         FakeSender(),
         FakeEngine(dies_in="probe"),
-        condemned=condemned,
+        lost=lost,
         every=1,
     ).publish(NEW)
-    assert condemned == [(0, "it did not answer the probe: died in probe")]
+    assert lost == [(0, "it did not answer the probe: died in probe")]
 
 
 async def test_every_so_many_syncs_are_probed_and_so_is_every_newcomer():
@@ -361,35 +361,35 @@ class Slow(FakeEngine):
 
 
 async def test_a_well_engine_parts_when_no_transfer_is_under_way():
-    engine, condemned = Slow("install"), []
-    channel = channel_of(FakeSender(), engine, FakeEngine(), condemned=condemned)
+    engine, lost = Slow("install"), []
+    channel = channel_of(FakeSender(), engine, FakeEngine(), lost=lost)
     publishing = asyncio.create_task(channel.publish(NEW))
     await engine.reached.wait()
-    parting = asyncio.create_task(channel.part(0))
+    parting = asyncio.create_task(channel.remove(0))
     await asyncio.sleep(0.01)
     assert not parting.done()
     engine.gate.set()
     await publishing
     await parting
     assert engine.serves == NEW
-    assert condemned == []
+    assert lost == []
     assert channel.num_failures == 0
 
 
 async def test_an_engine_that_was_taken_out_is_not_condemned_again():
-    engine, condemned = Slow("install", dies=True), []
-    channel = channel_of(FakeSender(), engine, FakeEngine(), condemned=condemned)
+    engine, lost = Slow("install", dies=True), []
+    channel = channel_of(FakeSender(), engine, FakeEngine(), lost=lost)
     publishing = asyncio.create_task(channel.publish(NEW))
     await engine.reached.wait()
-    await channel.leave(0)
+    await channel.drop(0)
     engine.gate.set()
     await publishing
-    assert condemned == []
+    assert lost == []
 
 
 async def test_a_newcomer_that_met_a_lost_learner_is_left_out_again():
-    sender, condemned = FakeSender(), []
-    channel = channel_of(sender, FakeEngine(), condemned=condemned)
+    sender, lost = FakeSender(), []
+    channel = channel_of(sender, FakeEngine(), lost=lost)
     await channel.publish(NEW)
     sender.error = LearnerDownError("rank 1 died")
     with pytest.raises(LearnerDownError):
@@ -397,22 +397,22 @@ async def test_a_newcomer_that_met_a_lost_learner_is_left_out_again():
 
     sender.error = None
     await channel.publish(NEW)
-    assert condemned == [] and sender.groups[-1] == [2]
+    assert lost == [] and sender.groups[-1] == [2]
 
 
 async def test_an_engine_without_a_seat_for_the_probe_stays(monkeypatch):
     monkeypatch.setattr(module, "PROBE_S", 0.02)
-    condemned = []
-    stats = await channel_of(FakeSender(), Slow("probe"), condemned=condemned, every=1).publish(NEW)
-    assert condemned == [] and stats.probe_nats is None
+    lost = []
+    stats = await channel_of(FakeSender(), Slow("probe"), lost=lost, every=1).publish(NEW)
+    assert lost == [] and stats.probe_nats is None
     stats = await channel_of(
         FakeSender(),
         Slow("probe"),
         FakeEngine(),
-        condemned=condemned,
+        lost=lost,
         every=1,
     ).publish(NEW)
-    assert condemned == [] and stats.probe_nats == 0.0
+    assert lost == [] and stats.probe_nats == 0.0
 
 
 async def test_newcomers_share_one_transfer_of_their_own():
@@ -480,14 +480,14 @@ async def test_one_of_many_engines_that_cannot_join_is_lost(
     fault,
 ):
     engines = [FakeEngine() for _ in range(64)]
-    condemned = []
+    lost = []
     sender = WaitsForAll(2 * 5 + 1, 2 * 5 + 2)
     if fault == "connect":
         engines[5], sender.missing = Unconnectable(), ()
 
-    channel = channel_of(sender, *engines, condemned=condemned)
+    channel = channel_of(sender, *engines, lost=lost)
     await channel.publish(NEW)
-    ((number, reason),) = condemned
+    ((number, reason),) = lost
     assert number == 5
     assert ("could not connect" if fault == "connect" else "did not connect") in reason
     assert [engine.serves for engine in engines].count(NEW) == 63
@@ -502,10 +502,10 @@ async def test_one_that_leaves_in_the_middle_of_a_transfer_twice_is_lost():
 
             return 100
 
-    condemned, sender = [], Left()
-    channel = channel_of(sender, *(FakeEngine() for _ in range(3)), condemned=condemned)
+    lost, sender = [], Left()
+    channel = channel_of(sender, *(FakeEngine() for _ in range(3)), lost=lost)
     await channel.publish(NEW)
-    ((number, reason),) = condemned
+    ((number, reason),) = lost
     assert number == 1
     assert reason.startswith("twice with the same weights: it left a weight transfer: rank 4")
     assert sender.groups == [[2, 2, 2], [2, 2, 2], [2, 2]]

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from eopd.learner.flops import Cost, Flop
-from eopd.runtime.gang import with_costs
-from eopd.types import Header, LearnerStats, PolicyVersion
+from eopd.metrics import reduce
+from eopd.types import Header
 
 TOKENS, PROMPT = 12, 5
 LOSS_TOKENS = TOKENS - PROMPT
@@ -89,31 +89,25 @@ def test_frozen_weights_have_no_gradient_to_pay_for() -> None:
 
 def test_a_rate_becomes_a_utilisation_where_the_peak_is_known() -> None:
     student = model(tied=False)
-    row = Cost(student, 1e9).row([header(), header(3, 4)], seconds=2.0)
+    row = reduce([Cost(student, 1e9).metrics([header(), header(3, 4)], seconds=2.0)])
     assert (
         row["eopd_learner_flops_per_second"]
         == (Flop(student)(header()) + Flop(student)(header(3, 4))) / 2
     )
     assert row["eopd_learner_mfu_ratio"] == row["eopd_learner_flops_per_second"] / 1e9
-    assert "eopd_learner_mfu_ratio" not in Cost(student, None).row([header()], 2.0)
+    assert "eopd_learner_mfu_ratio" not in Cost(student, None).metrics([header()], 2.0)
     if not torch.cuda.is_available():
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         assert 100e6 < row["eopd_learner_memory_bytes"] <= most  # torch alone takes more
 
 
 def test_ranks_become_one_number() -> None:
-    def of(rate: float, memory: float, loss: float) -> LearnerStats:
-        costs = {
-            "eopd_learner_flops_per_second": rate,
-            "eopd_learner_memory_bytes": memory,
-            "eopd_loss": loss,
-        }
-        return LearnerStats(version=PolicyVersion(0, 1), metrics=costs)
+    """The mean of their rates, and the most memory."""
+    student = model(tied=False)
+    slow, fast = (Cost(student, 1e9).metrics([header()], seconds) for seconds in (4.0, 2.0))
+    found, alone = reduce([slow, fast]), reduce([slow])
+    for name in ("eopd_learner_flops_per_second", "eopd_learner_mfu_ratio"):
+        assert found[name] == pytest.approx(1.5 * alone[name])
 
-    found = with_costs([of(1.0, 30.0, 7.0), of(2.0, 10.0, 7.0)])
-    assert found.metrics == {
-        "eopd_learner_flops_per_second": 1.5,
-        "eopd_learner_memory_bytes": 30.0,
-        "eopd_loss": 7.0,
-    }
-    assert found.version == PolicyVersion(0, 1)
+    memory = "eopd_learner_memory_bytes"
+    assert found[memory] == reduce([fast])[memory] >= alone[memory]

@@ -54,7 +54,8 @@ class Rank:
 def gang(tmp_path, monkeypatch):
     config = load_config(fakes.write_config(tmp_path))
     # seconds of these tests are thirtieths
-    monkeypatch.setattr(module, "_NEWS_S", module._NEWS_S / 30)
+    monkeypatch.setattr(module, "_REPORT_S", module._REPORT_S / 30)
+
     return LearnerGang(pytest.fail, config)
 
 

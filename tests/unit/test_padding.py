@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from eopd.config import LossConfig, StudentConfig
 from eopd.learner.student import load_student
-from eopd.loss.chunked import LossTokens, token_statistics
+from eopd.loss.chunked import token_statistics
 from eopd.loss.objective import objective
+from eopd.loss.tokens import LossTokens
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.tokenizer import num_tokens
 
@@ -70,14 +71,9 @@ def test_padding_of_a_head_changes_nothing(pair):
 
         def measure(hidden_TD, head):
             loss, _ = objective(
-                hidden_TD,
-                head.weight_VD,
-                tokens,
-                LossConfig(top_k=5),
-                num_loss_tokens=7,
-                alpha=1.0,
+                hidden_TD, head, tokens, LossConfig(top_k=5), num_loss_tokens=7, alpha=1.0
             )
-            return loss, token_statistics(hidden_TD.detach(), head.weight_VD.detach(), tokens)
+            return loss, token_statistics(hidden_TD.detach(), head, tokens)
 
         loss, found = student(ids, ids, measure)
         loss.backward()
@@ -102,11 +98,7 @@ def test_without_a_number_of_tokens_all_rows_count(pair):
     for number in (None, size, size + PADDING, size + 2 * PADDING):
         config = StudentConfig(model=padded, dtype="float32")
         student = load_student(config, activation_checkpointing=False, num_tokens=number)
-        found = student(
-            ids,
-            ids,
-            lambda hidden, head: token_statistics(hidden, head.weight_VD, tokens),
-        )
+        found = student(ids, ids, lambda hidden, head: token_statistics(hidden, head, tokens))
         logprobs.append(found.student_logprobs_T)
 
     assert torch.equal(logprobs[0], logprobs[2])

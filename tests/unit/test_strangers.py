@@ -5,6 +5,7 @@ secret.
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from torch._C._distributed_c10d import HashStore, TCPStore
@@ -17,11 +18,11 @@ SECRET = "0123456789abcdef"
 
 
 def listener(store, timeout_s: float = 5.0) -> Lifeline:
-    return Lifeline.lay(store, address="127.0.0.1", rank=0, secret=SECRET, timeout_s=timeout_s)
+    return Lifeline.open(store, address="127.0.0.1", rank=0, secret=SECRET, timeout_s=timeout_s)
 
 
 def member(store, rank: int, secret: str = SECRET) -> Lifeline:
-    return Lifeline.lay(store, address="127.0.0.1", rank=rank, secret=secret, timeout_s=5.0)
+    return Lifeline.open(store, address="127.0.0.1", rank=rank, secret=secret, timeout_s=5.0)
 
 
 def knock(store, said: bytes = b"") -> socket.socket:
@@ -57,17 +58,17 @@ def test_whoever_knows_no_secret_gets_no_seat_and_holds_up_nobody():
     gone.close()
     members = [member(store, rank) for rank in (2, 1)]
     started = time.monotonic()
-    sender.fasten(3, SECRET)
+    sender.accept(3, SECRET)
     assert time.monotonic() - started < 1.0
-    assert sender.lost() is None
+    assert sender.departure() is None
     for stranger in strangers:
         stranger.close()
 
-    assert sender.lost() is None, "a stranger who hangs up is nobody's loss"
+    assert sender.departure() is None, "a stranger who hangs up is nobody's loss"
     members[0].close()
-    lost = sender.lost()
-    assert lost.rank == 2
-    assert "rank 2 at 127.0.0.1 has left" in lost.words
+    gone = sender.departure()
+    assert gone.rank == 2
+    assert "rank 2 at 127.0.0.1 has left" in gone.reason
 
 
 def test_a_seat_is_given_once():
@@ -78,7 +79,7 @@ def test_a_seat_is_given_once():
     with pytest.raises(
         WeightTransferError, match=r"ranks \[2\] have not come within 0.3 s"
     ) as missing:
-        sender.fasten(3, SECRET)
+        sender.accept(3, SECRET)
 
     assert missing.value.ranks == (2,)
 
@@ -86,6 +87,7 @@ def test_a_seat_is_given_once():
 def test_the_sender_names_who_has_not_come():
     store = open_store("127.0.0.1", 5.0)
     sender = Rendezvous(
+        backend="gloo",
         address="127.0.0.1",
         port=store.port,
         rank=0,
@@ -95,7 +97,7 @@ def test_the_sender_names_who_has_not_come():
         timeout_s=5.0,
     )
     with pytest.raises(WireError) as missing:
-        open_wire("gloo", sender, store)
+        open_wire(sender, store)
 
     assert missing.value.ranks == (1, 2, 3)
 
@@ -107,14 +109,20 @@ def test_what_a_stranger_writes_into_the_store_is_not_read():
     for key in (KEY, "eopd/all-here", "eopd/nccl-id", "broadcast_from/0/0"):
         stranger.set(key, "1")
 
-    places = {"address": "127.0.0.1", "port": store.port, "world_size": 2, "secret": SECRET}
-    limits = {"connect_timeout_s": 10.0, "timeout_s": 10.0}
-    wires = []
-    joining = threading.Thread(
-        target=lambda: wires.append(open_wire("gloo", Rendezvous(rank=1, **places, **limits)))
+    sender = Rendezvous(
+        backend="gloo",
+        address="127.0.0.1",
+        port=store.port,
+        rank=0,
+        world_size=2,
+        secret=SECRET,
+        connect_timeout_s=10.0,
+        timeout_s=10.0,
     )
+    wires = []
+    joining = threading.Thread(target=lambda: wires.append(open_wire(replace(sender, rank=1))))
     joining.start()
-    wires.append(open_wire("gloo", Rendezvous(rank=0, **places, **limits), store))
+    wires.append(open_wire(sender, store))
     joining.join()
     assert all(wire.is_open for wire in wires)
     assert stranger.get(KEY) == b"1", "the group has written nothing where a stranger can"

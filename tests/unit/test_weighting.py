@@ -9,7 +9,8 @@ import torch
 
 from eopd.config import LossConfig
 from eopd.learner import weighting
-from eopd.learner.weighting import Weigher, advantages, batch_metrics, repetition
+from eopd.learner.weighting import Weigher, advantages, repetition, trajectory_metrics
+from eopd.metrics import reduce
 from eopd.types import (
     Bounds,
     Exact,
@@ -22,7 +23,11 @@ from eopd.types import (
 
 
 def scored(
-    prompt_id: str, entropy: Exact | Bounds, mask: list[bool], sample_index: int = 0
+    prompt_id: str,
+    entropy: Exact | Bounds,
+    mask: list[bool],
+    sample_index: int = 0,
+    teacher: str = "t",
 ) -> ScoredTrajectory:
     length = len(mask)
     zeros = np.zeros(length, np.float32)
@@ -34,7 +39,7 @@ def scored(
             sample_index=sample_index,
         ),
         signal=TeacherSignal(
-            teacher="t",
+            teacher=teacher,
             token_logprobs=zeros,
             entropy=entropy,
             topk_ids=np.zeros((length, 1), np.int32),
@@ -73,8 +78,16 @@ def weigh(bodies, *, bound="mid", rewards=None, **loss):
         header_of(one, reward)
         for one, reward in zip(bodies, rewards or [None] * len(bodies), strict=True)
     ]
-    weigher = Weigher(loss=LossConfig(**loss), entropy_bounds={"t": bound}, seed=3)
-    return headers, weigher(headers, bodies)
+    weigher = Weigher(loss=LossConfig(**loss), entropy_bounds={"t": bound, "u": bound}, seed=3)
+    weightings = weigher(list(map(Stored, headers, bodies)))
+    assert list(weightings) == [header.key for header in headers]
+    return headers, list(weightings.values())
+
+
+def metrics_of(bodies, rewards=None, **options):
+    headers, weightings = weigh(bodies, rewards=rewards, **options)
+    stored = map(Stored, headers, bodies)
+    return reduce(map(trajectory_metrics, stored, weightings))
 
 
 @pytest.mark.parametrize(
@@ -89,43 +102,57 @@ def test_the_policy_decides_between_the_bounds(others, bound, gates, entropies):
     # tau = 0.8 lies between the bounds of the second token alone; the fourth is masked.
     known = bounds([0.1, 0.5, 1.0, 0.0], [0.3, 1.5, 2.0, 9.0])
     bodies = [scored("a", known, [True, True, True, False])]
-    headers, (weighting,) = weigh(bodies, bound=bound)
+    _, (weighting,) = weigh(bodies, bound=bound)
     assert weighting.gate_R[:3].tolist() == gates
     assert weighting.entropy_R[:3].tolist() == pytest.approx(entropies)
-    found = batch_metrics([Stored(headers[0], bodies[0])], {headers[0].key: weighting})
+    found = metrics_of(bodies, bound=bound)
     assert found["eopd_gate_uncertain_ratio"] == pytest.approx(1 / 3)
 
 
-def test_quantiles_are_over_the_loss_tokens_of_all_ranks(others):
-    bodies = [scored("a", exact(0.0, 99.0, 1.0), [True, False, True])]
-    headers, (weighting,) = weigh(bodies)
-    others.append([("t", 0.0, 0.0, np.arange(2.0, 11.0), 0.5, None)])  # with ours: 0 to 10
-    found = batch_metrics([Stored(headers[0], bodies[0])], {headers[0].key: weighting})
+def test_quantiles_of_the_entropy_are_over_the_loss_tokens_of_all_trajectories(others):
+    found = metrics_of(
+        [
+            scored("a", exact(0.0, 99.0, 1.0), [True, False, True]),
+            scored("b", exact(*range(2, 11)), [True] * 9),
+            scored("c", exact(99.0), [False]),
+        ]
+    )
     assert {key: value for key, value in found.items() if "quantile" in key} == {
         'eopd_teacher_entropy_quantile_nats{q="0.5"}': pytest.approx(5.0),
         'eopd_teacher_entropy_quantile_nats{q="0.9"}': pytest.approx(9.0),
         'eopd_teacher_entropy_quantile_nats{q="0.99"}': pytest.approx(9.9),
     }
-    assert found["eopd_repetition_ratio"] == pytest.approx((0.0 + 0.5) / 2)
+
+
+def test_repetition_is_a_mean_over_trajectories(others):
+    repeated = scored("a", exact(*[1.0] * 7), [True] * 7)
+    again = dataclasses.replace(
+        repeated.trajectory, response_ids=np.array([1, 2, 1, 2, 1, 2, 1], np.int32)
+    )
+    bodies = [dataclasses.replace(repeated, trajectory=again), scored("b", exact(1.0), [True])]
+    assert metrics_of(bodies)["eopd_repetition_ratio"] == pytest.approx((0.5 + 0.0) / 2)
 
 
 def test_gate_and_entropy_are_told_by_teacher(others):
-    # tau = 0.8: one token of two
-    bodies = [scored("a", exact(0.5, 99.0, 1.5), [True, False, True])]
-    headers, (weighting,) = weigh(bodies)
-    others.append(
+    # tau = 0.8: one token of two of the first trajectory is above it, and all of the others
+    found = metrics_of(
         [
-            ("u", 3.0, 0.0, np.array([1.0, 2.0, 3.0]), 0.0, None),
-            ("t", 2.0, 0.0, np.array([2.0, 4.0]), 0.0, None),
+            scored("a", exact(0.5, 99.0, 1.5), [True, False, True]),
+            scored("b", exact(1.0, 2.0, 3.0), [True] * 3, teacher="u"),
+            scored("c", exact(2.0, 4.0), [True] * 2),
         ]
     )
-    found = batch_metrics([Stored(headers[0], bodies[0])], {headers[0].key: weighting})
     assert {key: value for key, value in found.items() if "by_teacher" in key} == {
         'eopd_gate_by_teacher_ratio{teacher="t"}': pytest.approx(3 / 4),
         'eopd_entropy_by_teacher_nats{teacher="t"}': pytest.approx(8 / 4),
         'eopd_gate_by_teacher_ratio{teacher="u"}': pytest.approx(1.0),
         'eopd_entropy_by_teacher_nats{teacher="u"}': pytest.approx(2.0),
     }
+
+
+def test_a_teacher_without_loss_tokens_has_no_metrics(others):
+    found = metrics_of([scored("a", exact(1.0), [False])])
+    assert found == {"eopd_gate_uncertain_ratio": 0.0, "eopd_repetition_ratio": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -268,10 +295,14 @@ def test_a_lone_sample_has_no_baseline():
 def test_rewards_of_other_ranks_are_part_of_the_baseline(others):
     others.append([(TrajectoryKey(0, "a", 1), 0.0), (TrajectoryKey(0, "a", 2), 1.0)])
     bodies = [scored("a", exact(1.0), [True])]
-    headers, (weighting,) = weigh(bodies, rewards=[1.0], **REWARD)
+    _, (weighting,) = weigh(bodies, rewards=[1.0], **REWARD)
     assert weighting.advantage_bonus == pytest.approx(0.5 * (1.0 - 0.5))
-    found = batch_metrics([Stored(headers[0], bodies[0])], {headers[0].key: weighting})
-    assert found["eopd_reward_mean"] == 1.0
+
+
+def test_the_reward_is_a_mean_over_trajectories_that_have_one(others):
+    bodies = [scored("a", exact(1.0), [True], sample_index=i) for i in range(3)]
+    assert metrics_of(bodies, [1.0, 0.0, None])["eopd_reward_mean"] == 0.5
+    assert "eopd_reward_mean" not in metrics_of(bodies)
 
 
 def test_with_a_verifier_every_trajectory_has_a_reward(others):

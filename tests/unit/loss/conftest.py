@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from eopd.config import LossConfig
-from eopd.loss.chunked import LossTokens
+from eopd.loss.head import Head
 from eopd.loss.objective import LossTerms, objective
+from eopd.loss.tokens import LossTokens
+from eopd.metrics import reduce
 
 METRICS = [
     "loss",
@@ -50,6 +52,15 @@ class Case:
             for x in (self.hidden, self.weight, self.bias)
             if x is not None
         ]
+
+    def head(self, weight: Tensor, bias: Tensor | None = None) -> Head:
+        return Head(
+            weight_VD=weight,
+            bias_V=bias,
+            logit_scale=self.scale,
+            logit_softcap=self.softcap,
+            temperature=self.temperature,
+        )
 
     def with_tokens(self, **changes: Any) -> "Case":
         return replace(self, tokens=replace(self.tokens, **changes))
@@ -127,15 +138,11 @@ def evaluate(
     hidden, weight, *bias = case.leaves()
     loss, terms = objective(
         hidden,
-        weight,
+        case.head(weight, *bias),
         case.tokens,
         config,
         num_loss_tokens=num,
         alpha=alpha,
-        head_bias_V=bias[0] if bias else None,
-        logit_scale=case.scale,
-        logit_softcap=case.softcap,
-        temperature=case.temperature,
         chunk_tokens=chunk_tokens,
     )
     gradients = torch.autograd.grad(loss, [hidden, weight, *bias])
@@ -143,7 +150,7 @@ def evaluate(
     return Result(
         loss=loss.detach(),
         gradients=list(gradients),
-        metrics=terms.metrics(int(case.tokens.loss_mask_T.sum())),
+        metrics=reduce([terms.metrics(int(case.tokens.loss_mask_T.sum()))]),
     ), terms
 
 

@@ -10,10 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eopd.config import LossConfig
-from eopd.loss import chunked
-from eopd.loss.chunked import LossTokens, token_statistics
+from eopd.loss import logits
+from eopd.loss.chunked import token_statistics
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
+from eopd.loss.head import Head
 from eopd.loss.objective import LossTerms, objective
+from eopd.loss.tokens import LossTokens
+from eopd.metrics import reduce
 from eopd.types import TrajectoryKey
 
 GATES = ("hard", "quantile", "sigmoid", "random", "always", "never")
@@ -81,8 +84,15 @@ def test_the_cut_changes_nothing(kind, case, run):
         for one, other in zip((hidden, weight), reference.gradients, strict=True):
             assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
+        expected = pytest.approx(reduce([terms.metrics(num)]), rel=1e-5, abs=1e-7)
         total = LossTerms.from_vector(sum(part_terms.vector() for _, part_terms in parts))
-        assert total.metrics(num) == pytest.approx(terms.metrics(num), rel=1e-5, abs=1e-7)
+        assert reduce([total.metrics(num)]) == expected
+
+        of_ranks = []
+        for (_, part_terms), (a, b) in zip(parts, pairs, strict=True):
+            of_ranks.append(part_terms.metrics(int(mask[a:b].sum())))
+
+        assert reduce(of_ranks) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -94,8 +104,8 @@ def test_blocks_of_any_size_change_nothing(dtype, case, run, monkeypatch):
     whole, blocks = [], []
 
     for found, logit_rows, head_rows in ((whole, 64, 64), (blocks, 3, 7)):
-        monkeypatch.setattr(chunked, "_LOGIT_ROWS", logit_rows)
-        monkeypatch.setattr(chunked, "_HEAD_ROWS", head_rows)
+        monkeypatch.setattr(logits, "_LOGIT_BLOCK_ROWS", logit_rows)
+        monkeypatch.setattr(logits, "_HEAD_BLOCK_ROWS", head_rows)
         result, _ = run(random, DEFAULT, chunk_tokens=8)
         found += [result.loss, *result.gradients, torch.tensor(list(result.metrics.values()))]
 
@@ -117,7 +127,7 @@ def test_a_batch_without_loss_tokens_still_runs_backward(t, case, run):
             empty.bias.shape,
         ]
         assert all((g == 0).all() for g in result.gradients)
-        assert set(terms.metrics(0).values()) == {0.0}
+        assert set(reduce([terms.metrics(0)]).values()) == {0.0}
 
 
 def test_masked_rows_are_never_read(case, run):
@@ -142,7 +152,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("differentiate", [True, False])
 def test_no_tensor_is_larger_than_a_chunk(differentiate, case):
     big = case(0, t=128, v=512, d=4)
-    arguments = (big.hidden.requires_grad_(differentiate), big.weight, big.tokens)
+    arguments = (big.hidden.requires_grad_(differentiate), big.head(big.weight), big.tokens)
 
     with LargestTensor() as largest:
         loss, _ = objective(*arguments, DEFAULT, num_loss_tokens=1, alpha=1.0, chunk_tokens=8)
@@ -161,12 +171,13 @@ def test_only_what_requires_a_gradient_gets_one(case):
             x.clone().requires_grad_(want)
             for x, want in zip((random.hidden, random.weight), wants, strict=True)
         ]
-        loss, _ = objective(*leaves, random.tokens, DEFAULT, num_loss_tokens=5, alpha=1.0)
+        arguments = (leaves[0], random.head(leaves[1]), random.tokens, DEFAULT)
+        loss, _ = objective(*arguments, num_loss_tokens=5, alpha=1.0)
         loss.backward()
         assert [leaf.grad is not None for leaf in leaves] == wants
 
     with torch.no_grad():
-        silent, _ = objective(*leaves, random.tokens, DEFAULT, num_loss_tokens=5, alpha=1.0)
+        silent, _ = objective(*arguments, num_loss_tokens=5, alpha=1.0)
 
     assert silent == loss
     assert not silent.requires_grad
@@ -177,7 +188,12 @@ def test_a_tied_head_gets_both_gradients(case, oracle):
     ids = random.tokens.target_ids_T
     table = random.weight.clone().requires_grad_()
     loss, _ = objective(
-        table[ids].tanh(), table, random.tokens, DEFAULT, num_loss_tokens=20, alpha=1.0
+        table[ids].tanh(),
+        random.head(table),
+        random.tokens,
+        DEFAULT,
+        num_loss_tokens=20,
+        alpha=1.0,
     )
     loss.backward()
     separate = oracle(replace(random, hidden=random.weight[ids].tanh()), DEFAULT)
@@ -189,7 +205,9 @@ def test_a_tied_head_gets_both_gradients(case, oracle):
 def test_backward_scales_and_runs_once(case, run):
     random = case(0)
     hidden, weight = random.leaves()
-    loss, _ = objective(hidden, weight, random.tokens, DEFAULT, num_loss_tokens=20, alpha=1.0)
+    loss, _ = objective(
+        hidden, random.head(weight), random.tokens, DEFAULT, num_loss_tokens=20, alpha=1.0
+    )
     (3.0 * loss).backward(retain_graph=True)
     torch.testing.assert_close(
         [hidden.grad, weight.grad], [3.0 * g for g in run(random, DEFAULT)[0].gradients]
@@ -202,19 +220,15 @@ def test_autocast_does_not_lower_the_precision(case, run):
     random = case(0, t=20, v=50, d=16)
     random = replace(random, hidden=random.hidden.float(), weight=random.weight.float())
     plain = run(random, DEFAULT)[0]
+    arguments = (random.hidden, random.head(random.weight), random.tokens)
 
     with torch.autocast("cpu", torch.bfloat16):
         inside = run(random, DEFAULT)[0]
-        inside_logprobs = token_statistics(
-            random.hidden, random.weight, random.tokens
-        ).student_logprobs_T
+        inside_logprobs = token_statistics(*arguments).student_logprobs_T
 
     assert inside.loss == plain.loss
     torch.testing.assert_close(inside.gradients, plain.gradients, rtol=0.0, atol=0.0)
-    assert (
-        inside_logprobs
-        == token_statistics(random.hidden, random.weight, random.tokens).student_logprobs_T
-    ).all()
+    assert (inside_logprobs == token_statistics(*arguments).student_logprobs_T).all()
 
 
 @pytest.mark.parametrize(
@@ -222,14 +236,9 @@ def test_autocast_does_not_lower_the_precision(case, run):
 )
 def test_token_statistics(head, case):
     random = case(8, t=12, v=14, k=5, **head)
-    keywords = {
-        "head_bias_V": random.bias,
-        "logit_scale": random.scale,
-        "logit_softcap": random.softcap,
-        "temperature": random.temperature,
-        "chunk_tokens": 4,
-    }
-    found = token_statistics(random.hidden, random.weight, random.tokens, **keywords)
+    found = token_statistics(
+        random.hidden, random.head(random.weight, random.bias), random.tokens, chunk_tokens=4
+    )
     logits = random.hidden @ random.weight.T * random.scale + (
         0.0 if random.bias is None else random.bias
     )
@@ -288,7 +297,9 @@ def test_top1_agreement_needs_equal_argmax(case, signal):
         teacher_topk_ids_TK=ids,
         teacher_topk_logprobs_TK=logprobs,
     )
-    found = token_statistics(student, torch.eye(4, dtype=torch.float64), base.tokens)
+    found = token_statistics(
+        student, Head(weight_VD=torch.eye(4, dtype=torch.float64)), base.tokens
+    )
     assert found.top1_agreement_T.tolist() == [1.0, 1.0, 0.0]
 
 
@@ -298,7 +309,8 @@ def test_old_logprobs_of_the_same_weights_give_ratio_one(case, run):
     """
     random = case(5, t=20, v=30, d=8)
     random = replace(random, hidden=random.hidden.float(), weight=random.weight.float())
-    old = token_statistics(random.hidden, random.weight, random.tokens).student_logprobs_T
+    head = random.head(random.weight)
+    old = token_statistics(random.hidden, head, random.tokens).student_logprobs_T
     with_old, without = run(random.with_tokens(old_logprobs_T=old), DEFAULT), run(random, DEFAULT)
     assert with_old[0].loss.item() == pytest.approx(without[0].loss.item(), rel=1e-6)
     torch.testing.assert_close(with_old[0].gradients, without[0].gradients)
