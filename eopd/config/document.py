@@ -120,7 +120,7 @@ class _Reader:
                 raise DocumentError(f"line {_line(node)}: the tag {_tag(node)} means nothing here")
 
     def _comment(self, node: yaml.Node) -> str:
-        """What stands behind a scalar in its line, if that is a comment."""
+        """Returns the comment behind a scalar in its line, if there is one."""
         end = self._text.find("\n", node.end_mark.index)
         line = self._text[node.end_mark.index : end if end >= 0 else None]
         remainder = line.lstrip(" \t")

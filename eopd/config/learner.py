@@ -149,7 +149,7 @@ class LearnerConfig(Section):
 
     @property
     def ranks_may_change(self) -> bool:
-        """Whether another number of ranks may continue a checkpoint.
+        """Returns whether another number of ranks may continue a checkpoint.
 
         Not under ``round_robin_gradients``: DeepSpeed 0.19.8 shards in one order of the parameters
         and writes down another (``_link_all_hp_params`` in stage_1_and_2.py).

@@ -180,7 +180,7 @@ def _joined(spot: _Spot, message: str) -> str:
 
 
 def _hint(model: type[BaseModel], spot: _Spot) -> str:
-    """What may have been meant by an unknown key: one close by, or the same one elsewhere."""
+    """Returns a hint at what an unknown key may mean: one close by, or the same one elsewhere."""
     name = spot.place[-1]
     if "." in name:
         section, _, key = name.partition(".")
@@ -202,7 +202,7 @@ def _hint(model: type[BaseModel], spot: _Spot) -> str:
 
 
 def _of_another_kind(spot: _Spot) -> str | None:
-    """What to say of a key that other kinds of the section have."""
+    """Returns a message about a key that other kinds of the section have."""
     kinds = [
         kind for kind, section in spot.siblings.items() if spot.place[-1] in section.model_fields
     ]

@@ -151,7 +151,7 @@ class _Shaper:
         place: Place,
         default_kind: str | None,
     ) -> object:
-        """One of several sections; without a ``kind`` it is the ``default_kind``, if that
+        """Reads one of several sections; without a ``kind`` it is the ``default_kind``, if that
         has all of its keys.
         """
         if isinstance(value, str) and value not in NULLS:

@@ -27,7 +27,7 @@ def explain_syntax(error: yaml.MarkedYAMLError, text: str) -> str:
 
 
 def _never_ended(error: yaml.MarkedYAMLError, start: int, text: str) -> tuple[int, str | None]:
-    """What was begun in a line and not ended there."""
+    """Returns what was begun in a line and not ended there."""
     problem = error.problem or ""
     match error.context:
         case "while scanning a simple key":
@@ -47,7 +47,7 @@ def _never_ended(error: yaml.MarkedYAMLError, start: int, text: str) -> tuple[in
 
 
 def _out_of_place(error: yaml.MarkedYAMLError, at: int, text: str) -> tuple[int, str | None]:
-    """What the parser met where it cannot stand."""
+    """Returns what the parser met where it cannot stand."""
     problem, line = error.problem or "", _text(text, at)
     if "mapping values are not allowed" in problem:
         previous = next(

@@ -52,7 +52,7 @@ class Outlets:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of them."""
+        """Returns what a person should know of the outlets."""
         notes = []
         if self._prometheus is not None:
             notes.append(f"metrics at http://{self._prometheus.address}/metrics")

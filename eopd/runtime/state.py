@@ -87,7 +87,7 @@ class RunState:
 
     @property
     def is_due(self) -> bool:
-        """Whether a checkpoint is to be written after this step."""
+        """Returns whether a checkpoint is to be written after this step."""
         return self.progress.step % self._checkpointing.every == 0
 
     async def save(self, learner: LearnerGang) -> None:

@@ -52,8 +52,8 @@ class Workers:
 async def start_workers(
     config: Config, incarnation: int, text: Int32Array, say: Callable[[str], None]
 ) -> AsyncIterator[Workers]:
-    """Every actor of a training run, started all at the same time; engines are probed with
-    ``text``, int32[N].
+    """Starts every actor of a training run, all at the same time; engines are probed with ``text``,
+    int32[N].
     """
     restarts = RestartBudget(config.cluster.max_restarts, config.cluster.restart_window_s)
     async with _actors() as spawn:

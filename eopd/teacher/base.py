@@ -48,7 +48,7 @@ class SignalScorer(ABC):
 
     @abstractmethod
     async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
-        """What the teacher says of a response, in its own vocabulary.
+        """Returns what the teacher says of a response, in its own vocabulary.
 
         Args:
             prompt_ids: [P], P > 0.
@@ -62,7 +62,7 @@ class SignalScorer(ABC):
     @property
     @abstractmethod
     def seats(self) -> int:
-        """How many trajectories it scores at a time; more would wait inside."""
+        """The number of trajectories that it scores at a time; more would wait inside."""
 
     @abstractmethod
     async def ping(self) -> None:
@@ -124,7 +124,7 @@ def join(
 
 
 def _prompt_of(trajectory: Trajectory) -> Int32Array:
-    """What the teacher reads before the response: alignment is by response, so any prompt
+    """Returns what the teacher reads before the response: alignment is by response, so any prompt
     will do.
     """
     own = trajectory.prompt.teacher_token_ids

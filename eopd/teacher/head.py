@@ -260,7 +260,7 @@ def _response_rows(
 
 
 def score_logits(logits: Tensor, targets: Tensor, top_k: int, *, out: Tensor) -> None:
-    """One chunk's arithmetic: a single exponential over the vocabulary, exact at any depth of the
+    """Scores one chunk of rows: a single exponential over the vocabulary, exact at any depth of the
     tail.
 
     The top k and "anything else" are k + 1 outcomes; entropy follows from the chain rule, ``H =

@@ -46,7 +46,7 @@ class TeacherPool:
         return outcome
 
     def metrics(self) -> Row:
-        """What the replicas have done so far, and how many take requests."""
+        """Returns what the replicas have done so far, and how many take requests."""
         values = {
             "eopd_teacher_tokens_total": self._num_tokens,
             "eopd_teacher_failures_total": self._pool.num_failures,
@@ -57,7 +57,7 @@ class TeacherPool:
         return {series(name, teacher=self._name): float(value) for name, value in values.items()}
 
     def status(self) -> list[str]:
-        """What each replica does now, for people."""
+        """Returns what each replica does now, a line each, for people."""
         return self._pool.status()
 
 
@@ -90,7 +90,7 @@ class TeacherRouter:
         return {name: value for pool in self._pools() for name, value in pool.metrics().items()}
 
     def status(self) -> list[str]:
-        """What each replica of each teacher does now, for people."""
+        """Returns what each replica of each teacher does now, a line each, for people."""
         return [line for pool in self._pools() for line in pool.status()]
 
     def _pools(self) -> list[TeacherPool]:

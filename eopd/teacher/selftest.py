@@ -66,7 +66,7 @@ class SelfTestReport:
 
     @property
     def verdict(self) -> str:
-        """One sentence for everybody; the deviations are in ``str`` of this."""
+        """Says in one sentence how the test ended; ``str`` of the report has the deviations."""
         number = (
             "its engine answers" if self.replicas == 1 else f"its {self.replicas} engines answer"
         )
@@ -222,12 +222,12 @@ async def _score(
 
 
 def _alignment_error(signal: TeacherSignal) -> float:
-    """How far a token is below the first candidate, at most."""
+    """Returns how far a token is below the first candidate, at most."""
     return float(_gap(signal.topk_logprobs[:, 0], signal.token_logprobs).max())
 
 
 def _mass_error(signal: TeacherSignal) -> float:
-    """How far a row is from probability one; infinite where candidates are unsorted or stand
+    """Returns how far a row is from probability one; infinite where candidates are unsorted or stand
     twice.
     """
     candidates = signal.topk_logprobs
@@ -244,7 +244,7 @@ def _mass_error(signal: TeacherSignal) -> float:
 
 
 def _entropy_error(signal: TeacherSignal, vocab_size: int) -> float:
-    """How far an entropy lies outside what candidates and tail leave: at least that of the
+    """Returns how far an entropy lies outside what candidates and tail leave: at least that of the
     outcomes, at most that with the tail spread evenly (and a merged end token in halves, where a
     slot is free).
     """
@@ -260,7 +260,7 @@ def _entropy_error(signal: TeacherSignal, vocab_size: int) -> float:
 
 
 def _context_error(signal: TeacherSignal, moved: TeacherSignal, same: float) -> float:
-    """How much another first token moves the row about itself; infinite where it does not
+    """Returns how much another first token moves the row about itself; infinite where it does not
     move the next row.
     """
     rows = [

@@ -107,6 +107,6 @@ def _only_tail_is_empty(raw: Float32Array) -> BoolArray:
 
 
 def _require(good: BoolArray, fault: str, teacher: str) -> None:
-    """Every row must be good; the first bad one is named."""
+    """Raises ``SignalError`` of the first row that is not good."""
     if not good.all():
         raise SignalError(f"teacher {teacher}: row {int(np.argmin(good))} of the signal {fault}")

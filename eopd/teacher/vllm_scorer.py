@@ -158,16 +158,16 @@ class VllmTeacherScorer(SignalScorer):
     async def signal(
         self, prompt_ids: Int32Array, response_ids: Int32Array, *, temperature: float | None = None
     ) -> TeacherSignal:
-        """See ``ScoringEngine.signal``."""
+        """Scores a response on the engine; see ``ScoringEngine.signal`` for its errors."""
         return await self._engine.signal(prompt_ids, response_ids, temperature=temperature)
 
     @property
     def seats(self) -> int:
-        """See ``SignalScorer``: what the engine scores at a time."""
+        """The number of sequences that the engine works on at a time."""
         return int(self._llm.vllm_config.scheduler_config.max_num_seqs)
 
     async def ping(self) -> None:
-        """See ``SignalScorer``: the engine's own process answers, between two steps."""
+        """Returns when the engine's own process answers, between two of its steps."""
         try:
             await self._llm.collective_rpc("check_health")
         except EngineDeadError as error:
@@ -226,7 +226,7 @@ def _section(native: Mapping[str, object], name: str) -> dict[str, object]:
 
 
 def _declared(model: Path) -> Mapping[str, object]:
-    """What ``config.json`` says."""
+    """Returns what ``config.json`` says."""
     path = model / "config.json"
     if not path.is_file():
         raise ConfigError(f"teachers.model: {model} has no config.json")

@@ -119,7 +119,7 @@ def _require_heads(
 
 
 def _padding(num_ids: int, student_rows: int, teacher_rows: int) -> Iterator[str]:
-    """What becomes of rows that name no token."""
+    """Yields what becomes of rows that name no token."""
     if student_rows > num_ids:
         yield (
             f"the student's rows from {num_ids} on are padding: never sampled, and left out "
@@ -189,7 +189,7 @@ def _require_same_ends(
 
 
 def _agree(own: Ends, theirs: Ends, remap: Mapping[int, int]) -> bool:
-    """Whether every end token of either side is one of the other's, no two the same."""
+    """Returns whether every end token of either side is one of the other's, no two the same."""
     there = [remap.get(token_id, token_id) for token_id in own]
     return not any(_lonely(own, theirs, remap)) and len(set(there)) == len(there)
 
@@ -212,7 +212,7 @@ def _lonely(own: Ends, theirs: Ends, remap: Mapping[int, int]) -> tuple[Ends, En
 
 
 def _advice(own: Ends, theirs: Ends, usual: tuple[object, object]) -> str:
-    """What to write so that the two agree; the remap, where one helps, last and as YAML."""
+    """Returns what to write so that the two agree; the remap, where one helps, last and as YAML."""
     if nameless := [
         token_id for ends in (own, theirs) for token_id, token in ends.items() if not token
     ]:

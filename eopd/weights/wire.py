@@ -64,7 +64,7 @@ class Wire(Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether it has neither failed nor been closed."""
+        """Whether the wire has neither failed nor been closed."""
 
     def broadcast(self, buffer_B: torch.Tensor) -> None:
         """Send (rank 0) or receive (others) a uint8 host buffer.

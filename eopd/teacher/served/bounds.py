@@ -32,7 +32,7 @@ _LEAST_MASS: Final = 2.0**-24
 
 
 def logprob_error(vocab_size: int) -> float:
-    """How far a float32 log-probability may be from the exact one, in nats: rounding, and a sum of
+    """Returns how far a float32 log-probability may be from the exact one, in nats: rounding, and a sum of
     V terms in 32 lanes of unit roundoff 2^-24.
     """
     return 2.0**-20 + vocab_size * 2.0**-29

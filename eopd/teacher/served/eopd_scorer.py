@@ -45,8 +45,8 @@ class EopdTeacherScorer(SignalScorer):
         return scorer
 
     async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
-        """See ``SignalScorer``; a request that is refused, or answered with what is no
-        signal, is a ``SignalError``.
+        """Asks the server; a request that is refused, or answered with what is no signal, is a
+        ``SignalError``.
         """
         join(self._name, self._vocab_size, prompt_ids, response_ids)
         body = wire.encode_request(prompt_ids, response_ids)
@@ -65,11 +65,11 @@ class EopdTeacherScorer(SignalScorer):
 
     @property
     def seats(self) -> int:
-        """See ``SignalScorer``: one for each connection."""
+        """The number of connections: one trajectory on each."""
         return self._client.max_connections
 
     async def ping(self) -> None:
-        """See ``SignalScorer``."""
+        """Returns when the server answers."""
         await self._client.get(wire.INFO_PATH)
 
     async def close(self) -> None:

@@ -77,7 +77,7 @@ class ServerClient:
         )
 
     async def get(self, path: str) -> httpx.Response:
-        """Like ``post``, of a thing that is only read."""
+        """Asks for something until it is answered well, with the errors of ``post``."""
         return await self._send(self._client.build_request("GET", path))
 
     async def post(
@@ -156,7 +156,7 @@ class ServerClient:
 
 
 def explain(error: ValidationError) -> str:
-    """Where an answer has another form than expected, without what it holds: servers may
+    """Says where an answer has another form than expected, without what it holds: servers may
     repeat the key.
     """
     first = error.errors(include_input=False)[0]
@@ -180,7 +180,7 @@ def proxy_for(url: str) -> str | None:
 
 
 def _is_inside(host: str) -> bool:
-    """Whether every address of a host is private, of this machine, or of this link."""
+    """Returns whether every address of a host is private, of this machine, or of this link."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

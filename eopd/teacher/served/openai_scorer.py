@@ -113,11 +113,11 @@ class OpenAITeacherScorer(SignalScorer):
 
     @property
     def seats(self) -> int:
-        """See ``SignalScorer``: one for each connection."""
+        """The number of connections: one trajectory on each."""
         return self._client.max_connections
 
     async def ping(self) -> None:
-        """See ``SignalScorer``."""
+        """Returns when the server answers."""
         await self._client.get("/v1/models")
 
     async def close(self) -> None:
@@ -150,7 +150,7 @@ class OpenAITeacherScorer(SignalScorer):
             ) from None
 
     async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
-        """See ``SignalScorer``; the entropy is bounded. A refusal or an answer of another
+        """Asks the server; the entropy is known within bounds. A refusal or an answer of another
         form is a ``SignalError``.
         """
         token_ids = join(self._name, self._vocab_size, prompt_ids, response_ids)

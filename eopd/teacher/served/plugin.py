@@ -101,7 +101,7 @@ Teacher = Annotated[ServedTeacher, Depends(_teacher)]
 
 @router.get(wire.INFO_PATH)
 async def info(teacher: Teacher) -> TeacherInfo:
-    """What this teacher is, and how long a sequence it takes."""
+    """Says what this teacher is, and how long a sequence it takes."""
     return teacher.info
 
 
@@ -114,7 +114,7 @@ async def info(teacher: Teacher) -> TeacherInfo:
 )
 @with_cancellation  # type: ignore[untyped-decorator]
 async def score(request: ScoreRequest, raw_request: Request, teacher: Teacher) -> Response:
-    """What the teacher says of every response token, as safetensors."""
+    """Scores a response: the answer has what the teacher says of every token, as safetensors."""
     signal = await teacher.score(request)
     return Response(wire.encode_answer(signal), media_type=wire.MEDIA_TYPE)
 

@@ -87,7 +87,7 @@ def serve(
 
 
 def _arguments(settings: Mapping[str, object], options: Sequence[str]) -> Namespace:
-    """What ``vllm serve`` makes of a command line with ``options``, and ``settings`` in place."""
+    """Returns what ``vllm serve`` makes of a command line with ``options``, with ``settings`` set."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.utils.system_utils import set_ulimit
