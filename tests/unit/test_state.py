@@ -1,0 +1,128 @@
+"""The state of a run in one process: what it continues from, what it forgets, what it leaves behind."""
+
+import json
+
+import fakes
+import pytest
+
+from eopd.config import load_config
+from eopd.roles import LearnerDownError
+from eopd.run.checkpoint import StorageError, list_checkpoints
+from eopd.run.directory import RunDirectory
+from eopd.run.progress import Progress
+from eopd.runtime.resume import take_up
+from eopd.runtime.state import RunState
+from eopd.types import LossReason, LostTrajectory
+
+INPUTS = {"prompts.data": "1", "student.model": "2"}
+
+
+class Learner:
+    """Saves its weights, or raises ``error``."""
+
+    def __init__(self, error=None):
+        self.error = error
+        self.num_saves = 0
+
+    async def save(self, directory):
+        if self.error is not None:
+            raise self.error
+
+        self.num_saves += 1
+        await fakes.save_weights(directory)
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = fakes.write_config(tmp_path, batches=20, more="checkpoint: {every: 4}")
+    return load_config(path)
+
+
+def begin(config) -> RunState:
+    taken_up = take_up(config, INPUTS)
+    taken_up.begin()
+    return RunState(taken_up)
+
+
+async def interrupted(config, *, checkpoint: int, last: int) -> RunDirectory:
+    """A run that stopped at step ``last``, with one checkpoint."""
+    directory = RunDirectory.create(config)
+    rows = [{"step": step} for step in range(1, last + 1)]
+    directory.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    await fakes.save_checkpoint(
+        directory.checkpoints, fakes.driver_state(checkpoint, per_step=8, inputs=INPUTS)
+    )
+    directory.write_summary(Progress(step=last).summary("interrupted"))
+    return directory
+
+
+def steps(directory):
+    return [row["step"] for row in fakes.read_rows(directory.metrics)]
+
+
+async def test_until_it_goes_on_a_resumed_run_stands_as_it_stood(config):
+    directory = await interrupted(config, checkpoint=4, last=6)
+    state = RunState(take_up(config, INPUTS, "yes"))
+    assert state.checkpoint() == directory.checkpoints / "step-000004"
+    assert state.end("failed").status == "failed"
+    assert directory.read_summary().status == "interrupted"
+    assert steps(directory) == [1, 2, 3, 4, 5, 6]
+
+    state.go_on()
+    assert directory.read_summary().status == "running"
+    assert steps(directory) == [1, 2, 3, 4]
+    state.end("failed")
+    assert directory.read_summary().status == "failed"
+
+
+async def test_a_lost_learner_goes_back_to_the_newest_checkpoint(config):
+    state = begin(config)
+    learner = Learner()
+    state.progress.step = 4
+    await state.save(learner)
+    state.progress.step = 6
+    state.directory.metrics.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 7)))
+    lost = LostTrajectory(
+        key=fakes.header().key, reason=LossReason.ROLLOUT_FAILED, detail="refused"
+    )
+    state.directory.add_dropped(2, lost)
+    state.roll_back()
+
+    assert state.progress.step == 4
+    assert state.progress.incarnation == 1
+    assert state.checkpoint() == state.directory.checkpoints / "step-000004"
+    assert steps(state.directory) == [1, 2, 3, 4]
+    assert 2 in state.ledger.dropped, "what was dropped is not tried again"
+
+
+async def test_a_step_is_saved_once(config):
+    state = begin(config)
+    learner = Learner()
+    await state.save(learner)
+    assert learner.num_saves == 0, "before the first step there is nothing to save"
+
+    state.progress.step = 3
+    assert not state.is_due
+    state.progress.step = 4
+    assert state.is_due
+    await state.save(learner)
+    await state.save(learner)
+    assert learner.num_saves == 1
+    assert state.progress.checkpoint_step == 4
+    assert state.directory.read_summary().steps == 4
+
+
+@pytest.mark.parametrize("error", [StorageError("full"), LearnerDownError("a rank died")])
+async def test_a_save_that_fails_hides_no_error(config, error, caplog):
+    state = begin(config)
+    state.progress.step = 4
+    await state.save_in_spite_of(RuntimeError("first"), Learner(error))
+    assert list_checkpoints(state.directory.checkpoints) == []
+    assert "RuntimeError('first')" in caplog.text
+
+
+async def test_what_was_trained_before_an_error_is_saved(config):
+    state = begin(config)
+    state.progress.step = 3
+    await state.save_in_spite_of(RuntimeError("first"), Learner())
+    assert [path.name for path in list_checkpoints(state.directory.checkpoints)] == ["step-000003"]
