@@ -107,6 +107,20 @@ async def test_time_in_the_queue_is_nobodys_failure():
     assert pool.num_failures == worker.pings == 0
 
 
+async def test_the_loss_of_a_worker_is_not_that_of_the_next_one_with_its_number():
+    pool, _ = pool_of(Worker("old", "down"))
+    lost = []
+
+    def replace(number: int, reason: str) -> None:
+        lost.append(reason)
+        pool.add(number, Worker("new"), 100)
+
+    pool.on_loss = replace
+    answers = await asyncio.gather(*(ask(pool) for _ in range(3)))
+    assert answers == ["new"] * 3
+    assert lost == ["its engine died"]
+
+
 async def test_a_dead_worker_costs_no_request_and_is_told_once():
     dead = [Worker(name, "down", delay_s=0.001) for name in "abcdefgh"]
     pool, lost = pool_of(*dead, seats=2)
