@@ -4,6 +4,7 @@ and killed.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,6 +151,16 @@ class Run:
             time.sleep(0.1)
 
         return found[-1]
+
+    def says(self, pattern: str, *, after: int) -> re.Match[str]:
+        """The first text that fits a pattern, behind so many characters of what the run has said."""
+        deadline = time.monotonic() + STEP_S
+        while not (found := re.search(pattern, self.log.read_text()[after:], re.M)):
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+        return found
 
     def goes_on(self, steps: int = 3) -> dict[str, Any]:
         """Wait for some more steps than there are."""

@@ -3,8 +3,8 @@ it should. At last there is one failure more than it may have.
 """
 
 import re
-import time
 
+import psutil
 import pytest
 from program import Run, engine_of, lost, read_rows
 
@@ -29,6 +29,7 @@ def run(program):
         "rollout.samples_per_prompt=2",
         "checkpoint.every=5",
         "evaluation.prompts=8",
+        "run.stall_after_s=3",
         "weights.timeout_s=10",
         "weights.connect_timeout_s=10",
         f"cluster.max_restarts={FAILURES}",
@@ -57,20 +58,25 @@ def test_engines_are_replaced_also_when_both_are_lost_at_once(run):
     replaced(run, 2)
 
 
-def stuck(run: Run) -> None:
-    """Wait until no step finishes any more: all wait for the one that stands still, in a
-    weight transfer.
+def suspended_in_a_transfer(run: Run) -> psutil.Process:
+    """Suspend an engine that is being sent weights. Where the run turns out to wait for something
+    else, the engine goes on, and it is tried again.
     """
-    step = -1
-    while step != (step := run.rows()[-1]["step"]):
-        time.sleep(5.0)
+    while True:
+        engine = engine_of(run.actors("RolloutActor")[0])
+        before = len(run.log.read_text())
+        engine.suspend()
+        report = run.says(r"^  weights: (\w+)", after=before)
+        if report[1] != "idle":
+            return engine
+
+        engine.resume()
+        run.goes_on()
 
 
 def test_an_engine_killed_in_a_weight_transfer_costs_that_transfer(run):
-    engine = engine_of(run.actors("RolloutActor")[0])
+    engine = suspended_in_a_transfer(run)
     failed = run.rows()[-1]["eopd_weight_failures_total"]
-    engine.suspend()
-    stuck(run)
     engine.kill()
     assert replaced(run, 3) == failed + 1
 
@@ -104,7 +110,7 @@ def test_a_dead_teacher_engine_is_replaced(run):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_brings_the_gang_back(run, rank):
-    before = run.wait(lambda row: row["step"] >= 8)
+    before = run.wait(lambda row: row["step"] >= 20)  # the gap is large while the student is new
     run.actors("LearnerActor")[rank].kill()
     run.wait(lambda row: row["eopd_learner_restarts_total"] == rank + 1)
     after = run.goes_on(8)
@@ -112,8 +118,8 @@ def test_a_killed_rank_brings_the_gang_back(run, rank):
     summary = run.summary()
     assert summary["incarnation"] == rank + 1
     assert summary["status"] == "running"
-    # a few versions apart: up to 0.75
-    assert all(row["eopd_logprob_gap_nats"] < 0.1 for row in run.rows()[-8:])
+    # without a fault single steps reach 0.15, with weights a few versions apart 0.75
+    assert all(row["eopd_logprob_gap_nats"] < 0.3 for row in run.rows()[-8:])
 
 
 def test_one_failure_too_many_ends_the_run_with_all_causes(run):
