@@ -36,7 +36,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from eopd.ledger import Watermark
-from eopd.types import LossReason, ScoredTrajectory, Stored
+from eopd.types import LostReason, ScoredTrajectory, Stored
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class _Offer:
     """A scored trajectory. Its ``outcome`` is None once it is trained, else why it was lost."""
 
     stored: Stored[ScoredTrajectory]
-    outcome: asyncio.Future[LossReason | None]
+    outcome: asyncio.Future[LostReason | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Buffer:
 
         self.num_slots_held += 1
 
-    async def offer(self, issue: int, stored: Stored[ScoredTrajectory]) -> LossReason | None:
+    async def offer(self, issue: int, stored: Stored[ScoredTrajectory]) -> LostReason | None:
         """Hands in a scored trajectory, and waits until it is trained or lost.
 
         Returns:
@@ -123,7 +123,7 @@ class Buffer:
         """
         version = stored.header.oldest_version
         if version < self._oldest_allowed:
-            return LossReason.TOO_STALE
+            return LostReason.TOO_STALE
 
         offer = _Offer(stored, asyncio.get_running_loop().create_future())
         self._put(issue, offer)
@@ -153,7 +153,7 @@ class Buffer:
         """
         for issue, offer in self._taken.items():
             if issue in lost:
-                offer.outcome.set_result(LossReason.BODY_LOST)
+                offer.outcome.set_result(LostReason.BODY_LOST)
                 self._next_missing = min(self._next_missing, issue)
             else:
                 self._put(issue, offer)
@@ -214,7 +214,7 @@ class Buffer:
         self._oldest_allowed = oldest_allowed
         for version in [version for version in self._ready_by_version if version < oldest_allowed]:
             for issue in list(self._ready_by_version[version]):
-                self._withdraw(issue).outcome.set_result(LossReason.TOO_STALE)
+                self._withdraw(issue).outcome.set_result(LostReason.TOO_STALE)
                 self._next_missing = min(self._next_missing, issue)
 
     def _put(self, issue: int, offer: _Offer) -> None:

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from eopd.types import LossReason
+from eopd.types import LostReason
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Ledger:
 
     settled: Watermark = field(default_factory=Watermark)
     dropped: set[int] = field(default_factory=set)
-    lost: Counter[LossReason] = field(default_factory=Counter)
+    lost: Counter[LostReason] = field(default_factory=Counter)
     _next: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class Ledger:
         return cls(
             settled=Watermark(floor, dropped_ahead.union(trained_ahead)),
             dropped=set(dropped),
-            lost=Counter({LossReason(reason): count for reason, count in lost.items()}),
+            lost=Counter({LostReason(reason): count for reason, count in lost.items()}),
         )
 
     def _settle(self, issue: int) -> None:

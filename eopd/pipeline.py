@@ -39,7 +39,7 @@ from eopd.run.progress import Progress
 from eopd.telemetry.step import BusyClock
 from eopd.types import (
     LearnerStats,
-    LossReason,
+    LostReason,
     LostTrajectory,
     RunFailedError,
     ScoredTrajectory,
@@ -55,9 +55,9 @@ class TooManyDroppedError(RunFailedError):
     """
 
 
-LOSS_DETAILS = {
-    LossReason.TOO_STALE: "older than max_staleness when its batch was taken",
-    LossReason.BODY_LOST: "its body was lost with its node",
+LOST_DETAILS = {
+    LostReason.TOO_STALE: "older than max_staleness when its batch was taken",
+    LostReason.BODY_LOST: "its body was lost with its node",
 }
 
 
@@ -267,11 +267,11 @@ class Pipeline:
                     return None
 
                 result = LostTrajectory(
-                    key=result.header.key, reason=reason, detail=LOSS_DETAILS[reason]
+                    key=result.header.key, reason=reason, detail=LOST_DETAILS[reason]
                 )
 
             self.ledger.lost[result.reason] += 1
-            if result.reason is not LossReason.BODY_LOST:  # the sample is not to blame for that
+            if result.reason is not LostReason.BODY_LOST:  # the sample is not to blame for that
                 attempt += 1
 
             if attempt == self.plan.max_attempts:

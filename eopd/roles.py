@@ -1,7 +1,8 @@
-"""The verbs: every contract between the rooms, on one screen.
+"""The verbs: every contract of the loop, on one screen.
 
-``pipeline.py`` knows only these. Real implementations live in their rooms and are wrapped as actors
-in ``runtime/``; tests drive the pipeline with fakes of ten lines.
+``pipeline.py`` knows only these; the calls of a weight transfer are in ``weights/links.py``. Real
+implementations live in their rooms and are wrapped as actors in ``runtime/``; tests drive the
+pipeline with fakes of ten lines.
 """
 
 from collections.abc import Collection

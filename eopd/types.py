@@ -1,5 +1,6 @@
-"""The nouns: the values that travel between the rooms. They are frozen, hold numpy arrays only, and
-have no field that a later stage fills in.
+"""The nouns: the values that travel between the rooms. They are frozen and hold numpy arrays only.
+No stage changes a value; it makes a new one where it has something to add: the epoch of a prompt
+that is issued, the reward and the ``sums`` of a header.
 
 Alignment, stated once: every per-token array is indexed by *response position*. Index r speaks
 about ``response_ids[r]``, which a model predicts from its hidden state at sequence position ``P + r
@@ -69,7 +70,7 @@ class StopReason(StrEnum):
     LENGTH = "length"
 
 
-class LossReason(StrEnum):
+class LostReason(StrEnum):
     """A loss reason is why a trajectory was lost. It is a metric label, so the set stays small."""
 
     BODY_LOST = "body_lost"
@@ -241,7 +242,7 @@ class LostTrajectory:
     """A lost trajectory is a failure as a value: it is counted, and sampled again."""
 
     key: TrajectoryKey
-    reason: LossReason
+    reason: LostReason
     detail: str
 
 
@@ -390,7 +391,7 @@ class StepDone:
     spans: Mapping[str, Sequence[Span]]
     in_flight: int
     ready: int
-    lost: Mapping[LossReason, int]
+    lost: Mapping[LostReason, int]
     dropped: int
 
 

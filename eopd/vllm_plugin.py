@@ -1,6 +1,7 @@
 """The ``vllm.general_plugins`` entry point registers what vLLM's engine and worker processes need.
 
-They are spawned, so that they do not see what their parent registers.
+They are spawned, so that they do not see what their parent registers: each calls ``register``
+when it starts.
 """
 
 from eopd.teacher import head

@@ -18,7 +18,7 @@ from eopd.telemetry.step import step_row
 from eopd.types import (
     Header,
     LearnerStats,
-    LossReason,
+    LostReason,
     LostTrajectory,
     PackedBatch,
     PolicyVersion,
@@ -111,7 +111,7 @@ def lost(
     of: PromptSample,
     sample_index: int = 0,
     *,
-    reason: LossReason = LossReason.ROLLOUT_FAILED,
+    reason: LostReason = LostReason.ROLLOUT_FAILED,
     detail: str = "fake",
 ) -> LostTrajectory:
     return LostTrajectory(

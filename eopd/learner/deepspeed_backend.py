@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eopd.config import LearnerConfig
 from eopd.learner.collate import Packed
-from eopd.learner.lora import Recipe, adapter_tensors, whole_tensors
+from eopd.learner.lora import CheckpointTensor, adapter_tensors, whole_tensors
 from eopd.learner.student import Student
 from eopd.loss.head import Head
 
@@ -260,10 +260,10 @@ class DeepspeedBackend:
         with deepspeed.zero.GatheredParameters(list(parameters), enabled=self._sharded):
             yield self._sharded
 
-    def _gathered(self, recipes: Mapping[str, Recipe]) -> Iterator[tuple[str, Tensor]]:
-        for name, recipe in recipes.items():
-            with deepspeed.zero.GatheredParameters(recipe.parts):
-                yield name, recipe.whole()
+    def _gathered(self, tensors: Mapping[str, CheckpointTensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items():
+            with deepspeed.zero.GatheredParameters(tensor.parts):
+                yield name, tensor.whole()
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

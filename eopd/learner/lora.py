@@ -31,7 +31,7 @@ _ALL_LINEAR, _ADAPTER = "all-linear", "default"
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class CheckpointTensor:
     """How a tensor that leaves the learner is made of parameters.
 
     The first of them has the tensor's shape and dtype.
@@ -87,11 +87,11 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
         )
 
 
-def whole_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
+def whole_tensors(model: PreTrainedModel) -> dict[str, CheckpointTensor]:
     """Returns every tensor of ``model`` by its plain name: a tied one once, adapted ones merged."""
     layers = dict(_adapted(model))
     done = {id(parameter) for parameter in _adapters(model).values()}
-    recipes: dict[str, Recipe] = {}
+    tensors: dict[str, CheckpointTensor] = {}
 
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in done:
@@ -101,21 +101,21 @@ def whole_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
         owner, _, leaf = name.rpartition(".base_layer.")
         layer = layers.get(owner)
         if layer is None:
-            recipes[name] = Recipe((tensor,))
+            tensors[name] = CheckpointTensor((tensor,))
         elif leaf == "weight":
             adapter = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-            recipes[f"{owner}.{leaf}"] = Recipe(
+            tensors[f"{owner}.{leaf}"] = CheckpointTensor(
                 (tensor, *adapter), partial(_merge, scale=layer.scaling[_ADAPTER])
             )
         else:
-            recipes[f"{owner}.{leaf}"] = Recipe((tensor,))
+            tensors[f"{owner}.{leaf}"] = CheckpointTensor((tensor,))
 
-    return recipes
+    return tensors
 
 
-def adapter_tensors(model: PreTrainedModel) -> dict[str, Recipe]:
+def adapter_tensors(model: PreTrainedModel) -> dict[str, CheckpointTensor]:
     """Returns the adapters' tensors, by their names in ``model``."""
-    return {name: Recipe((parameter,)) for name, parameter in _adapters(model).items()}
+    return {name: CheckpointTensor((parameter,)) for name, parameter in _adapters(model).items()}
 
 
 def save_adapter(

@@ -6,7 +6,7 @@ from eopd.roles import RolloutEngine
 from eopd.run.record import Row
 from eopd.telemetry.series import series
 from eopd.types import (
-    LossReason,
+    LostReason,
     LostTrajectory,
     PromptSample,
     Sampling,
@@ -37,7 +37,7 @@ class EnginePool:
             )
         except NoAnswerError as error:
             key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
-            return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail=str(error))
+            return LostTrajectory(key=key, reason=LostReason.ROLLOUT_FAILED, detail=str(error))
 
     def status(self) -> list[str]:
         """Returns for people what each engine does now."""

@@ -34,7 +34,7 @@ from eopd.types import (
     Float32Array,
     Header,
     Int32Array,
-    LossReason,
+    LostReason,
     LostTrajectory,
     PolicyVersion,
     PromptSample,
@@ -155,12 +155,12 @@ class VllmRolloutEngine:
                 async for output in self._llm.generate(request, params, uuid4().hex):
                     final = output
         except EngineGenerateError as error:
-            return LostTrajectory(key=key, reason=LossReason.ROLLOUT_FAILED, detail=str(error))
+            return LostTrajectory(key=key, reason=LostReason.ROLLOUT_FAILED, detail=str(error))
 
         if final is None or final.outputs[0].finish_reason not in FINISH_REASONS:
             reason = final.outputs[0].finish_reason if final else "no output"
             return LostTrajectory(
-                key=key, reason=LossReason.ROLLOUT_FAILED, detail=f"finish reason {reason}"
+                key=key, reason=LostReason.ROLLOUT_FAILED, detail=f"finish reason {reason}"
             )
 
         trajectory = _trajectory(prompt, sample_index, final.outputs[0])

@@ -37,7 +37,7 @@ from eopd.types import (
     Float32Array,
     Header,
     Int32Array,
-    LossReason,
+    LostReason,
     LostTrajectory,
     PolicyVersion,
     PromptSample,
@@ -291,9 +291,7 @@ class RemoteTeacher:
             return await _join(call.remote(stored.header, stored.body), TeacherDownError)
         except ObjectLostError as error:
             detail = f"its body was lost: {error}"
-            return LostTrajectory(
-                key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=detail
-            )
+            return LostTrajectory(key=stored.header.key, reason=LostReason.BODY_LOST, detail=detail)
 
     async def ping(self) -> None:
         """Returns when the scorer answers."""

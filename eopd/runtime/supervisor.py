@@ -25,7 +25,7 @@ from eopd.runtime.placement import RoleResources, plan_rollout
 from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.teachers import route, teacher_fleets
 from eopd.teacher.pool import TeacherRouter
-from eopd.types import Int32Array, LossReason, LostTrajectory, RunFailedError, Stored
+from eopd.types import Int32Array, LostReason, LostTrajectory, RunFailedError, Stored
 from eopd.weights.channel import BroadcastChannel
 
 T = TypeVar("T")
@@ -218,6 +218,4 @@ async def fetch(stored: Stored[T]) -> T | LostTrajectory:
             return body
     except (ObjectLostError, TimeoutError) as error:
         detail = f"its body was lost: {error or 'no answer'}"
-        return LostTrajectory(
-            key=stored.header.key, reason=LossReason.ROLLOUT_FAILED, detail=detail
-        )
+        return LostTrajectory(key=stored.header.key, reason=LostReason.BODY_LOST, detail=detail)

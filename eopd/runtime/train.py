@@ -8,7 +8,8 @@ outlets. The learner may be lost under it; then it goes on from the newest check
 """
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, aclosing, closing
 from dataclasses import dataclass
 from typing import Literal, Never
@@ -16,19 +17,20 @@ from typing import Literal, Never
 import numpy as np
 
 from eopd.config import Config
-from eopd.pipeline import Pipeline
+from eopd.ledger import Ledger
+from eopd.pipeline import Pipeline, Plan
 from eopd.preflight import Prepared, prepare
 from eopd.preflight import notes as notes_on
+from eopd.prompts import PromptOrder
 from eopd.roles import LearnerDownError
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
-from eopd.run.progress import first_line
+from eopd.run.progress import Progress, first_line
 from eopd.run.record import Row, Summary, held_out_record
 from eopd.runtime import cluster
 from eopd.runtime.engines import scale_on_request
 from eopd.runtime.inputs import digests
 from eopd.runtime.logs import collect, logger
-from eopd.runtime.loop import make_pipeline
 from eopd.runtime.measurement import keep_samples, measure_held_out
 from eopd.runtime.outlets import Outlets, open_trackers
 from eopd.runtime.placement import plan
@@ -259,7 +261,7 @@ class Training:
 
     async def _train(self) -> None:
         state, learner = self._state, self._workers.learner
-        pipeline = make_pipeline(
+        pipeline = _pipeline(
             self._config, self._prepared, self._workers, state.ledger, state.progress, self._drop
         )
         self._pipeline = pipeline
@@ -336,3 +338,44 @@ class Training:
             step=self._state.progress.step,
             measured=measured,
         )
+
+
+def _pipeline(
+    config: Config,
+    prepared: Prepared,
+    workers: Workers,
+    ledger: Ledger,
+    progress: Progress,
+    on_drop: Callable[[int, LostTrajectory], None],
+) -> Pipeline:
+    """The loop of a run, from where ``ledger`` and ``progress`` stand."""
+    numbers = Plan(
+        batch=config.batch_trajectories,
+        batches=config.run.batches,
+        max_staleness=config.flow.max_staleness,
+        lookahead=config.flow.lookahead,
+        max_attempts=config.flow.max_attempts,
+        max_dropped=math.ceil(
+            config.flow.max_dropped_ratio * config.batch_trajectories * config.run.batches
+        ),
+        temperature=config.rollout.temperature,
+        max_response_tokens=config.rollout.max_response_tokens,
+        ranks=config.learner.ranks,
+        optimizer_steps=config.learner.optimizer_steps_per_batch,
+        token_budget=config.learner.token_budget,
+        alpha_at=config.loss.alpha_at,
+    )
+    samples = config.rollout.samples_per_prompt
+    order = PromptOrder(prepared.train.prompts, samples_per_prompt=samples, seed=config.run.seed)
+
+    return Pipeline(
+        plan=numbers,
+        engines=workers.engines,
+        teacher=workers.teacher,
+        learner=workers.learner,
+        channel=workers.channel,
+        order=order,
+        ledger=ledger,
+        progress=progress,
+        on_drop=on_drop,
+    )

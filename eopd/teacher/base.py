@@ -20,7 +20,7 @@ from eopd.teacher.signal import SignalError
 from eopd.tokenizer import num_tokens
 from eopd.types import (
     Int32Array,
-    LossReason,
+    LostReason,
     LostTrajectory,
     ScoredTrajectory,
     Stored,
@@ -91,7 +91,7 @@ class SignalScorer(ABC):
             said = await self.signal(_prompt_of(trajectory), copy)
         except SignalError as error:
             return LostTrajectory(
-                key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error)
+                key=stored.header.key, reason=LostReason.TEACHER_FAILED, detail=str(error)
             )
 
         signal = to_student(said, trajectory.response_ids, remap, num_tokens=self._num_tokens)
@@ -106,7 +106,7 @@ class SignalScorer(ABC):
         return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
 
 
-def join(
+def whole_sequence(
     teacher: str, vocab_size: int, prompt_ids: Int32Array, response_ids: Int32Array
 ) -> Int32Array:
     """Returns the sequence [P + R] that a teacher reads.

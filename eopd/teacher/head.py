@@ -6,10 +6,10 @@ response tokens and, if it is not the teacher's, a temperature. Out: per request
 K] in the layout of ``signal.py``: exact entropy, log-probability of the sampled token, exact log of
 the tail mass, top-k log-probabilities and ids.
 
-``register`` gives every architecture vLLM knows a scoring twin ``EopdScoring<Architecture>``. The
-twin is a subclass of the model's own class, made when it is loaded, so that logit scales,
-soft-caps, quantised and sharded heads are the model's own ``compute_logits``. Only rows that
-predict a response token reach the vocabulary projection.
+``register``, which ``vllm_plugin.py`` calls in every process of vLLM, gives every architecture it
+knows a scoring twin ``EopdScoring<Architecture>``. The twin is a subclass of the model's own class,
+made when it is loaded, so that logit scales, soft-caps, quantised and sharded heads are the model's
+own ``compute_logits``. Only rows that predict a response token reach the vocabulary projection.
 
 Left out: architectures known only to vLLM's Transformers fallback, and pooling that starts from a
 cached prefix. Checked against vLLM 0.32.0.

@@ -11,7 +11,7 @@ from eopd.pool import NoAnswerError
 from eopd.roles import TeacherScorer
 from eopd.run.record import Row
 from eopd.telemetry.series import series
-from eopd.types import LossReason, LostTrajectory, ScoredTrajectory, Stored, Trajectory
+from eopd.types import LostReason, LostTrajectory, ScoredTrajectory, Stored, Trajectory
 
 Outcome = Stored[ScoredTrajectory] | LostTrajectory
 
@@ -37,7 +37,7 @@ class TeacherPool:
             )
         except NoAnswerError as error:
             return LostTrajectory(
-                key=stored.header.key, reason=LossReason.TEACHER_FAILED, detail=str(error)
+                key=stored.header.key, reason=LostReason.TEACHER_FAILED, detail=str(error)
             )
 
         if isinstance(outcome, Stored):

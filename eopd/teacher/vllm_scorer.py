@@ -1,9 +1,8 @@
 """The teacher's engine: vLLM ``AsyncLLM`` with the scoring head, behind the ``TeacherScorer`` role.
 
 In: a trajectory. Out: the same trajectory with the teacher's signal for every response token.
-Requests are
-independent: score many at once and vLLM batches them. Left out: prefix caching, since a re-scored
-response would be read from the cache and its rows would never reach the head.
+Requests are independent: score many at once and vLLM batches them. Left out: prefix caching, since
+a re-scored response would be read from the cache and its rows would never reach the head.
 
 vLLM internals used here were checked against 0.32.0: the pooling runner, ``hf_overrides``,
 ``additional_config``, ``extra_kwargs``. Threads and quiet logs come with the environment of the
@@ -33,7 +32,7 @@ from eopd.config import ConfigError, TeacherConfig
 from eopd.engine_options import on_cpu
 from eopd.roles import TeacherDownError
 from eopd.teacher import head
-from eopd.teacher.base import SignalScorer, join
+from eopd.teacher.base import SignalScorer, whole_sequence
 from eopd.teacher.selftest import TeacherSelfTestError, check_temperature
 from eopd.teacher.signal import SignalError, read_signal
 from eopd.types import (
@@ -72,7 +71,7 @@ class ScoringEngine:
             SignalError: this request failed; others go on.
             TeacherDownError: the engine died.
         """
-        ids = join(self._teacher, self.vocab_size, prompt_ids, response_ids)
+        ids = whole_sequence(self._teacher, self.vocab_size, prompt_ids, response_ids)
         extra = {} if temperature is None else {head.TEMPERATURE: temperature}
         params = PoolingParams(
             task=head.TASK, extra_kwargs={head.RESPONSE_TOKENS: len(response_ids), **extra}

@@ -11,7 +11,7 @@ from eopd.config import Config
 from eopd.config.loss import HardGate, SigmoidGate
 from eopd.run.record import Row
 from eopd.telemetry.series import series
-from eopd.types import Header, LossReason, Span, StepDone, StopReason
+from eopd.types import Header, LostReason, Span, StepDone, StopReason
 
 STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")
 
@@ -93,7 +93,7 @@ def step_row(done: StepDone) -> Row:
     row = dict(stats.metrics) | batch_row(headers, stats.version.step - 1)
     for stage, spent in done.seconds.items():
         row[f"eopd_{stage}_seconds"] = spent
-    for reason in LossReason:
+    for reason in LostReason:
         row[series("eopd_lost_trajectories_total", reason=reason.value)] = float(
             done.lost.get(reason, 0)
         )

@@ -1,4 +1,4 @@
-"""How parameters are laid into buckets: both ends of a wire cut the same list the same way.
+"""How parameters are laid into buckets: the sender cuts, and tells the receivers what is where.
 
 A bucket travels as one message: its bytes, and the hash of its bytes behind them.
 """

@@ -1,7 +1,7 @@
 """The learner's parameters as checkpoint tensors, however they are sharded.
 
-All ranks gather a bucket together, and rank 0 copies it, so that nothing is sent while parameters
-are gathered. The learner knows what a checkpoint tensor is made of (a parameter, or with LoRA a
+All ranks gather a bucket together. Rank 0 has a copy of it afterwards, so that nothing is sent while
+parameters are gathered. The learner knows what a checkpoint tensor is made of (a parameter, or with LoRA a
 weight and its adapter) and how parameters are sharded: it passes functions for both.
 """
 
@@ -14,7 +14,7 @@ import torch
 from eopd.weights.layout import Bucket, ParameterMeta
 
 
-class Recipe(Protocol):
+class GatherableTensor(Protocol):
     """A checkpoint tensor (``learner/lora.py``)."""
 
     @property
@@ -37,7 +37,7 @@ class ModelSource:
 
     def __init__(
         self,
-        tensors: Mapping[str, Recipe],
+        tensors: Mapping[str, GatherableTensor],
         *,
         rank: int,
         shape: Callable[[torch.Tensor], Sequence[int]],

@@ -1,5 +1,5 @@
-"""The engine's end inside vLLM: a registered ``WeightTransferEngine`` that loads what
-``WeightReceiver`` took.
+"""The engine's end inside vLLM: a ``WeightTransferEngine`` that loads what ``WeightReceiver`` took.
+``vllm_plugin.py`` registers it in every process of vLLM.
 
 vLLM's handshake, as it is used here (checked against 0.32.0):
     init_weight_transfer_engine(InitInfo)      leave the old group, join the new one

@@ -17,7 +17,7 @@ from eopd.roles import BodiesLostError
 from eopd.runtime.actors import RemoteTeacher
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.learner_actor import LearnerActor
-from eopd.types import LossReason, LostTrajectory, Stored
+from eopd.types import LostReason, LostTrajectory, Stored
 
 # workers do not find the tests' modules
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -63,7 +63,7 @@ async def test_trajectories_of_a_lost_node(cluster, tmp_path):
     assert isinstance(lost, LostTrajectory)
     assert (lost.key, lost.reason) == (
         HEADER.key,
-        LossReason.TEACHER_FAILED,
+        LostReason.TEACHER_FAILED,
     )
     assert lost.detail.startswith("its body was lost")
 

@@ -26,7 +26,7 @@ from eopd.teacher.served import http
 from eopd.teacher.served.http import TeacherUnavailableError
 from eopd.teacher.served.openai_scorer import OpenAITeacherScorer
 from eopd.tokenizer import vocab_size
-from eopd.types import LossReason, LostTrajectory, Stored, Trajectory
+from eopd.types import LostReason, LostTrajectory, Stored, Trajectory
 
 MAX_TOKENS = 160
 KEY = "sk-teacher"
@@ -213,7 +213,7 @@ async def test_a_request_that_fails_is_a_value_and_the_server_lives_on(
         lost, scored = await asyncio.gather(scorer.score(bad), scorer.score(batch[0]))
 
     assert isinstance(lost, LostTrajectory)
-    assert (lost.key, lost.reason) == (bad.header.key, LossReason.TEACHER_FAILED)
+    assert (lost.key, lost.reason) == (bad.header.key, LostReason.TEACHER_FAILED)
     assert detail in lost.detail
     assert isinstance(scored, Stored)
 

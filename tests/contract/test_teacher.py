@@ -22,7 +22,7 @@ from eopd.teacher.selftest import TeacherSelfTestError, self_test
 from eopd.teacher.signal import num_columns, read_signal
 from eopd.teacher.vllm_scorer import VllmTeacherScorer, engine_options
 from eopd.tokenizer import vocab_size
-from eopd.types import LossReason, LostTrajectory, StopReason, Stored, TeacherSignal
+from eopd.types import LostReason, LostTrajectory, StopReason, Stored, TeacherSignal
 
 OWN_END, THEIR_END, PADDING_ROWS = 0, 2, 7
 SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 4}
@@ -173,7 +173,7 @@ async def test_a_request_that_fails_is_a_value_and_the_engine_lives_on(chunked, 
     lost, scored = await asyncio.gather(scorer.score(bad), scorer.score(trajectory([5], [6])))
     assert isinstance(lost, LostTrajectory)
     assert lost.key == bad.header.key
-    assert lost.reason == LossReason.TEACHER_FAILED
+    assert lost.reason == LostReason.TEACHER_FAILED
     assert detail in lost.detail
     assert isinstance(scored, Stored)
 

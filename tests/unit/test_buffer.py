@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from eopd.buffer import Buffer, Taken
 from eopd.ledger import Watermark
-from eopd.types import LossReason, Stored
+from eopd.types import LostReason, Stored
 
 
 def stored(issue: int, version: int) -> Stored:
@@ -52,7 +52,7 @@ class Driving(RuleBasedStateMachine):
         self.accidents: set[int] = set()  # may be turned away
         self.running: dict[int, int] = {}  # issue -> version that writes it
         # scored, and no fate yet
-        self.offers: dict[int, tuple[int, asyncio.Task[LossReason | None]]] = {}
+        self.offers: dict[int, tuple[int, asyncio.Task[LostReason | None]]] = {}
         self.trained: list[int] = []
         self.taking: asyncio.Task[list[Taken]] | None = None
         self.taken: list[int] = []
@@ -88,7 +88,7 @@ class Driving(RuleBasedStateMachine):
                     assert issue in self.trained
                     continue
 
-                assert offer.result() is LossReason.TOO_STALE
+                assert offer.result() is LostReason.TOO_STALE
                 assert issue in self.accidents, "turned away although admission bounds staleness"
                 self.accidents.remove(issue)
                 self.running[issue] = self.version  # it keeps its slot and is sampled again
@@ -194,7 +194,7 @@ class Driving(RuleBasedStateMachine):
 
         for issue in lost:
             _, offer = self.offers.pop(issue)
-            assert offer.result() is LossReason.BODY_LOST
+            assert offer.result() is LostReason.BODY_LOST
             self.running[issue] = self.version
 
     @precondition(lambda self: self.crashes < 2 and not self.taken)
@@ -267,7 +267,7 @@ def train(buffer: Buffer, *issues: int) -> None:
     buffer.release()
 
 
-def offer(buffer: Buffer, issue: int, *, version: int) -> asyncio.Task[LossReason | None]:
+def offer(buffer: Buffer, issue: int, *, version: int) -> asyncio.Task[LostReason | None]:
     return asyncio.create_task(buffer.offer(issue, stored(issue, version)))
 
 
@@ -295,7 +295,7 @@ async def test_a_trajectory_too_stale_by_accident_keeps_its_slot():
     await buffer.admit()
     offer = asyncio.create_task(buffer.offer(0, stored(0, version=3)))
     taking = asyncio.create_task(buffer.take(version=5))
-    assert await offer is LossReason.TOO_STALE
+    assert await offer is LostReason.TOO_STALE
     assert buffer.num_slots_held == 1 and not taking.done()
     again = asyncio.create_task(buffer.offer(0, stored(0, version=5)))
     assert [t.issue for t in await taking] == [0]
@@ -313,7 +313,7 @@ async def test_one_that_is_turned_away_while_it_waits_is_overdue_again():
     train(buffer, 0)
     await buffer.admit()
     taking = asyncio.create_task(take(buffer, version=1))
-    assert await asyncio.gather(*offers) == [None, LossReason.TOO_STALE]
+    assert await asyncio.gather(*offers) == [None, LostReason.TOO_STALE]
     later = offer(buffer, 2, version=1)
     await asyncio.sleep(0.01)
     assert not taking.done()
@@ -361,7 +361,7 @@ async def test_a_batch_with_lost_bodies_is_taken_again():
     offers = [offer(buffer, issue, version=0) for issue in (0, 1)]
     assert len(await buffer.take(version=0)) == 2
     buffer.put_back({1})
-    assert await offers[1] is LossReason.BODY_LOST
+    assert await offers[1] is LostReason.BODY_LOST
     assert not offers[0].done()
     taking = asyncio.create_task(take(buffer, version=0))
     await _turns(4)

@@ -26,7 +26,7 @@ from eopd.rewards.spelling import (
 )
 from eopd.rewards.verdict import Verdict
 from eopd.types import (
-    LossReason,
+    LostReason,
     LostTrajectory,
     Sampling,
     StopReason,
@@ -480,7 +480,7 @@ async def test_a_body_lost_before_it_is_fetched_is_a_loss():
     async def fetch_none(stored):
         return LostTrajectory(
             key=stored.header.key,
-            reason=LossReason.ROLLOUT_FAILED,
+            reason=LostReason.ROLLOUT_FAILED,
             detail="node lost",
         )
 

@@ -14,7 +14,7 @@ from eopd.rollout.pool import EnginePool
 from eopd.runtime.restarts import RestartBudget, TooManyRestartsError
 from eopd.teacher.pool import TeacherPool, TeacherRouter
 from eopd.telemetry.series import series
-from eopd.types import LossReason, LostTrajectory, Sampling, Stored
+from eopd.types import LostReason, LostTrajectory, Sampling, Stored
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -339,7 +339,7 @@ async def test_a_response_that_does_not_end_in_time_is_lost():
     found = await pool.generate(PROMPT, 3, Sampling(temperature=1.0, max_tokens=4, seed=13))
     assert isinstance(found, LostTrajectory)
     assert found.key == (1, "p", 3)
-    assert found.reason == LossReason.ROLLOUT_FAILED
+    assert found.reason == LostReason.ROLLOUT_FAILED
     assert found.detail == "no answer of it 0 within 0.05 s"
     assert pool.metrics() == {
         "eopd_engine_failures_total": 1.0,
@@ -356,7 +356,7 @@ class Teacher:
     async def score(self, stored):
         match stored.header.key.prompt_id:
             case "bad":
-                return fakes.lost(PROMPT, reason=LossReason.TEACHER_FAILED, detail="not finite")
+                return fakes.lost(PROMPT, reason=LostReason.TEACHER_FAILED, detail="not finite")
             case "slow":
                 await asyncio.sleep(3600)
             case "killed":
@@ -374,7 +374,7 @@ async def test_what_a_teacher_cannot_score_or_not_in_time_is_lost_at_once():
     assert (await pool.score(stored())).body == "a"
     assert (await pool.score(stored("bad"))).detail == "not finite"
     slow = await pool.score(stored("slow"))
-    assert slow.reason == LossReason.TEACHER_FAILED
+    assert slow.reason == LostReason.TEACHER_FAILED
     assert slow.detail == "no answer of it 0 within 0.05 s"
     metrics = {
         name: pool.metrics()[series(f"eopd_teacher_{name}", teacher="t")]

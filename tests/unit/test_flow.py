@@ -14,7 +14,7 @@ from fakes import World
 
 from eopd.pipeline import Pipeline
 from eopd.telemetry.step import BusyClock
-from eopd.types import LossReason
+from eopd.types import LostReason
 
 
 class QuickWorld(World):
@@ -93,7 +93,7 @@ async def test_memory_is_flat_and_every_queue_is_bounded():
         tracemalloc.stop()
 
     assert line.ledger.settled.floor == line.progress.trajectories == batch * batches
-    assert 0 < line.ledger.lost[LossReason.ROLLOUT_FAILED] < 200
+    assert 0 < line.ledger.lost[LostReason.ROLLOUT_FAILED] < 200
     assert memory[late] - memory[early] < 20_000  # bytes, over 8,000 trajectories
     assert objects[late] - objects[early] < 100
     assert batch < world.most_held <= slots and max(most.values()) <= slots, most

@@ -7,7 +7,7 @@ import pytest
 
 from eopd.evaluation.held_out import NothingMeasuredError, measure
 from eopd.roles import BodiesLostError
-from eopd.types import Estimate, EvalStats, LossReason, LostTrajectory, TrajectoryKey
+from eopd.types import Estimate, EvalStats, LostReason, LostTrajectory, TrajectoryKey
 
 ZERO = Estimate(mean=0.0, standard_error=0.0)
 STATS = EvalStats(
@@ -38,7 +38,7 @@ class World(fakes.World):
         self.loses[name] = self.loses.get(name, 0) - 1
         if self.loses[name] >= 0:
             return LostTrajectory(
-                key=key, reason=LossReason.TEACHER_FAILED, detail="its body was lost"
+                key=key, reason=LostReason.TEACHER_FAILED, detail="its body was lost"
             )
 
         return None

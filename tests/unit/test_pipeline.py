@@ -14,7 +14,7 @@ from fakes import World
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, TooManyDroppedError
 from eopd.roles import BodiesLostError
-from eopd.types import LossReason, LostTrajectory, TrajectoryKey
+from eopd.types import LostReason, LostTrajectory, TrajectoryKey
 
 
 class FakeWorld(World):
@@ -136,7 +136,7 @@ class Poisoned(FakeWorld):
         key = stored.header.key
         if key.prompt_id in self.poison:
             self.tried[key] += 1
-            return LostTrajectory(key=key, reason=LossReason.TEACHER_FAILED, detail="not finite")
+            return LostTrajectory(key=key, reason=LostReason.TEACHER_FAILED, detail="not finite")
 
         return await super().score(stored)
 
@@ -164,7 +164,7 @@ async def test_a_poisonous_prompt_is_dropped(staleness, lookahead):
     assert set(world.tried.values()) == {3}
     issued = dict(enumerate(keys(line, line.ledger.settled.floor)))
     poisonous = {issue: key for issue, key in issued.items() if key.prompt_id == "3"}
-    assert {reason for *_, reason in dropped} == {LossReason.TEACHER_FAILED}
+    assert {reason for *_, reason in dropped} == {LostReason.TEACHER_FAILED}
     assert sorted((issue, key) for issue, key, _ in dropped) == sorted(poisonous.items())
     assert line.ledger.dropped == poisonous.keys()
     assert len(line.ledger.dropped) >= 10

@@ -19,7 +19,7 @@ from eopd.teacher.selftest import (
 from eopd.types import (
     Bounds,
     Exact,
-    LossReason,
+    LostReason,
     LostTrajectory,
     ScoredTrajectory,
     Stored,
@@ -233,7 +233,7 @@ async def test_a_teacher_that_does_not_answer_is_named():
         async def score(self, stored):
             return LostTrajectory(
                 key=stored.header.key,
-                reason=LossReason.TEACHER_FAILED,
+                reason=LostReason.TEACHER_FAILED,
                 detail="no route to host",
             )
 

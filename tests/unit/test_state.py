@@ -12,7 +12,7 @@ from eopd.run.directory import RunDirectory
 from eopd.run.progress import Progress
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
-from eopd.types import LossReason, LostTrajectory
+from eopd.types import LostReason, LostTrajectory
 
 INPUTS = {"prompts.data": "1", "student.model": "2"}
 
@@ -83,7 +83,7 @@ async def test_a_lost_learner_goes_back_to_the_newest_checkpoint(config):
     state.progress.step = 6
     state.directory.metrics.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 7)))
     lost = LostTrajectory(
-        key=fakes.header().key, reason=LossReason.ROLLOUT_FAILED, detail="refused"
+        key=fakes.header().key, reason=LostReason.ROLLOUT_FAILED, detail="refused"
     )
     state.directory.add_dropped(2, lost)
     state.roll_back()

@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from eopd.config import ConfigError, TeacherConfig
-from eopd.teacher.base import SignalScorer, join
+from eopd.teacher.base import SignalScorer, whole_sequence
 from eopd.teacher.served import wire
 from eopd.teacher.served.http import ServerClient, TeacherRefusedError, explain
 from eopd.teacher.signal import SignalError
@@ -48,7 +48,7 @@ class EopdTeacherScorer(SignalScorer):
         """Asks the server; a request that is refused, or answered with what is no signal, is a
         ``SignalError``.
         """
-        join(self._name, self._vocab_size, prompt_ids, response_ids)
+        whole_sequence(self._name, self._vocab_size, prompt_ids, response_ids)
         body = wire.encode_request(prompt_ids, response_ids)
 
         try:

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, TeacherConfig
-from eopd.teacher.base import SignalScorer, join
+from eopd.teacher.base import SignalScorer, whole_sequence
 from eopd.teacher.served.bounds import entropy_bounds, tail_logprobs
 from eopd.teacher.served.http import ServerClient, TeacherRefusedError, explain
 from eopd.teacher.signal import SignalError, read_signal
@@ -153,7 +153,7 @@ class OpenAITeacherScorer(SignalScorer):
         """Asks the server; the entropy is known within bounds. A refusal or an answer of another
         form is a ``SignalError``.
         """
-        token_ids = join(self._name, self._vocab_size, prompt_ids, response_ids)
+        token_ids = whole_sequence(self._name, self._vocab_size, prompt_ids, response_ids)
         request = {
             "model": self._served_model,
             "prompt": token_ids.tolist(),
