@@ -87,10 +87,22 @@ class Quantile(Metric):
 
 
 def reduce(mappings: Iterable[Mapping[str, Metric]]) -> dict[str, float]:
-    """Returns one number for every name that occurs in any of the mappings."""
+    """Returns one number for every name that occurs in any of the mappings.
+
+    Raises:
+        TypeError: parts of one name are of several classes.
+    """
     parts_by_name: defaultdict[str, list[Metric]] = defaultdict(list)
     for metrics in mappings:
         for name, metric in metrics.items():
             parts_by_name[name].append(metric)
 
-    return {name: type(parts[0]).reduce(parts) for name, parts in parts_by_name.items()}
+    row = {}
+    for name, parts in parts_by_name.items():
+        kinds = {type(part) for part in parts}
+        if len(kinds) > 1:
+            raise TypeError(f"{name}: its parts are {sorted(kind.__name__ for kind in kinds)}")
+
+        row[name] = kinds.pop().reduce(parts)
+
+    return row

@@ -86,14 +86,18 @@ def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
 
 def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
     """Append a record as one line, in one write, so that neither a reader nor a crash between
-    records meets half a line.
+    records meets half a line. Half a line that a lost machine left is ended first.
 
     Raises:
         OSError: the disk did not take all of it; none of it is left.
     """
     line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
+    with path.open("ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
+        if end > 0:
+            file.seek(end - 1)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+
         if file.write(line) < len(line):  # a disk that fills up takes a part, without an error
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

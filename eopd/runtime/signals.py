@@ -6,6 +6,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from eopd.runtime.logs import logger
+
 # Slurm sends SIGUSR1 before a job's time is up, where it was told to (``--signal=USR1@300``).
 OF_THE_DRIVER: Final = (signal.SIGHUP, signal.SIGUSR1)
 ASK_TO_END: Final = (signal.SIGINT, signal.SIGTERM, *OF_THE_DRIVER)
@@ -14,13 +16,12 @@ ASK_TO_END: Final = (signal.SIGINT, signal.SIGTERM, *OF_THE_DRIVER)
 class Interruption:
     """A person or a scheduler asks the run to end: softly the first time, where the run can.
 
-    Args:
-        say: is told what happens now.
+    ``say`` is told what happens now; at first that is the log.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.requested = False
-        self._say = say
+        self.say: Callable[[str], None] = logger.info
         self._close: Callable[[], Coroutine[object, object, None]] | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -39,10 +40,10 @@ class Interruption:
         """Takes a signal; returns False where the run must be cancelled."""
         first, self.requested = not self.requested, True
         if not first or self._close is None:
-            self._say("stopping now")
+            self.say("stopping now")
             return False
 
-        self._say("stopping after the step under way, with a checkpoint; once more to stop at once")
+        self.say("stopping after the step under way, with a checkpoint; once more to stop at once")
         # kept: the loop holds tasks weakly
         self._closing = asyncio.create_task(self._close())
 

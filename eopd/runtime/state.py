@@ -1,9 +1,9 @@
 """How far a run is, and how that gets to disk: its progress, its ledger, its checkpoints and its
 summary.
 
-    TakenUp ──▶ RunState ── go_on ── count ── save ── end
-                   ▲                            │
-                   └── roll_back ◀── the newest checkpoint
+    TakenUp ──▶ RunState ── go_on ── keep ── save ── end
+                   ▲                          │
+                   └─ roll_back ◀── the newest checkpoint
 """
 
 import time

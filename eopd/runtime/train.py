@@ -100,40 +100,32 @@ async def _run(prepared: Prepared, taken_up: TakenUp, lock_notes: Sequence[str])
     status: trackers.Status = "failed"
     open_ones = open_trackers(config, directory)
 
+    interruption = Interruption()
+
     try:
         with (
+            caught(interruption.take, asyncio.current_task()),
             collect(directory.logs, config.telemetry.log_format),
             closing(Outlets(config, directory, open_ones)) as outlets,
         ):
+            interruption.say = outlets.say
             notes = [*lock_notes, *taken_up.notes, *outlets.notes, *notes_on(config, prepared)]
             for note in (f"run directory {directory.path}", *notes):
                 outlets.say(note)
 
-            status = await _until_done_or_asked(config, prepared, state, outlets)
+            await _work(config, prepared, state, outlets, interruption)
+
+        status = "interrupted" if interruption.requested else "completed"
     except asyncio.CancelledError:
         status = "interrupted"
-        raise
+        if not interruption.requested:
+            raise
     finally:
         summary = state.end(status)
         report_of_ended(directory.path, directory.report)
         trackers.end(open_ones, status)
 
     return summary
-
-
-async def _until_done_or_asked(
-    config: Config, prepared: Prepared, state: RunState, outlets: Outlets
-) -> trackers.Status:
-    """Works until the run is complete, or until a signal asks it to end."""
-    interruption = Interruption(outlets.say)
-    with caught(interruption.take, asyncio.current_task()):
-        try:
-            await _work(config, prepared, state, outlets, interruption)
-        except asyncio.CancelledError:
-            if not interruption.requested:
-                raise
-
-    return "interrupted" if interruption.requested else "completed"
 
 
 async def _work(
@@ -147,11 +139,11 @@ async def _work(
     outlets.say("starting the learner, the rollout engines and the teacher")
     first_prompts = prepared.train.prompts[:_PROBE_TOKENS]
     text = np.concatenate([prompt.token_ids for prompt in first_prompts])
-    watchdog = Watchdog(config.run.stall_after_s, config.run.on_stall)
 
     async with start_workers(
         config, state.progress.incarnation, text[:_PROBE_TOKENS], outlets.say
     ) as workers:
+        watchdog = Watchdog(config.run.stall_after_s, config.run.on_stall)
         training = Training(config, prepared, state, workers, outlets, interruption, watchdog)
         await with_background(
             training.run(),
@@ -266,16 +258,16 @@ class Training:
         )
         self._pipeline = pipeline
 
-        try:
-            with self._interruption.ends_softly(pipeline.buffer.close):
+        with self._interruption.ends_softly(pipeline.buffer.close):
+            try:
                 await self._follow(pipeline)
-        except RunFailedError as error:
-            await state.save_in_spite_of(error, learner)
-            raise
-        finally:
-            self._pipeline = None
+            except RunFailedError as error:
+                await state.save_in_spite_of(error, learner)
+                raise
+            finally:
+                self._pipeline = None
 
-        await state.save(learner)
+            await state.save(learner)
 
     async def _follow(self, pipeline: Pipeline) -> None:
         """Runs the loop to its end, with a row, a record and now and then a checkpoint of what it

@@ -22,7 +22,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar
 
@@ -88,7 +87,7 @@ def end(trackers: Sequence["BackgroundSink"], status: Status) -> None:
     """Tell all trackers how the run ended, and give them together ``END_S`` for what is queued."""
     deadline = time.monotonic() + END_S
     for sink in trackers:
-        sink.end(status, deadline)
+        sink.end(status)
 
     for sink in trackers:
         sink.join(deadline)
@@ -104,7 +103,7 @@ class BackgroundSink:
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self._name = name
-        self._queue: queue.Queue[Row | Status] = queue.Queue(QUEUE_ROWS)
+        self._queue: queue.SimpleQueue[Row | Status] = queue.SimpleQueue()
         self._said: set[str] = set()
         self._thread = threading.Thread(
             target=self._run, args=(make,), name=f"tracker-{name}", daemon=True
@@ -116,18 +115,17 @@ class BackgroundSink:
         if not self._thread.is_alive():
             return
 
-        try:
-            self._queue.put_nowait(row)
-        except queue.Full:
+        if self._queue.qsize() < QUEUE_ROWS:
+            self._queue.put(row)
+        else:
             self._say(f"is behind by {QUEUE_ROWS} steps: later ones are missing there")
 
     def close(self) -> None:
         """Does nothing: how a run ended is known once its own files are whole (``end``)."""
 
-    def end(self, status: Status, deadline: float) -> None:
+    def end(self, status: Status) -> None:
         """Queues how the run ended, after its last row."""
-        with suppress(queue.Full):
-            self._queue.put(status, timeout=max(0.0, deadline - time.monotonic()))
+        self._queue.put(status)
 
     def join(self, deadline: float) -> None:
         """Waits for the tracker to take what is queued, until ``deadline`` (of the monotonic clock)."""

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from eopd.config import ConfigError, ServerConfig, TeacherConfig
+from eopd.teacher.served import server
 from eopd.teacher.served.eopd_scorer import EopdTeacherScorer
 from eopd.teacher.served.wire import INFO_PATH, MEDIA_TYPE, SCORE_PATH, decode_answer
 from eopd.teacher.signal import SignalError, write_signal
@@ -262,6 +263,7 @@ def test_scores_are_exact_and_a_stop_finishes_what_is_in_flight(start, model, mo
     assert set(described) == {"/health", "/metrics", "/version", INFO_PATH, SCORE_PATH}
     for path in ("/pooling", "/tokenize", "/invocations", "/ping"):  # without the token
         assert httpx.post(served.client.base_url.join(path), json={}).status_code == 404
+        assert httpx.get(served.client.base_url.join(path)).status_code == 404
 
     request = {"prompt_ids": [5] * 32, "response_ids": [6] * 64}
     descendants, engines = served.descendants(), served.engines()
@@ -293,6 +295,23 @@ def test_scores_are_exact_and_a_stop_finishes_what_is_in_flight(start, model, mo
 
     assert served.process.wait(30) == 0
     assert psutil.wait_procs(descendants, timeout=5)[1] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--api-key", "other"],
+        ["--api-key", ""],
+        ["--root-path", "/v1/t"],
+        ["--api-server-count", "2"],
+        ["--max-model-len", "7"],
+        ["--port", "9"],
+        ["learner.lr=1"],
+    ],
+)
+def test_options_that_are_not_for_this_server_are_refused(options):
+    with pytest.raises(ConfigError, match=r"behind --: is not for the server of a teacher"):
+        server._arguments({}, options)
 
 
 @pytest.mark.slow

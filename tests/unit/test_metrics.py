@@ -35,3 +35,8 @@ def test_a_quantile_is_one_of_all_values():
 def test_metrics_travel():
     metrics = {"a": Mean(1.0, 2), "b": Max(3.0)}
     assert pickle.loads(pickle.dumps(metrics)) == metrics
+
+
+def test_a_name_of_two_classes_is_a_mistake():
+    with pytest.raises(TypeError, match=r"a: its parts are \['Max', 'Sum'\]"):
+        reduce([{"a": Sum(1.0)}, {"a": Max(1.0)}])

@@ -20,7 +20,7 @@ from eopd.run.checkpoint import StorageError
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.progress import Progress
-from eopd.run.record import Measurement, Sample, held_out_record
+from eopd.run.record import Measurement, Sample, append_jsonl, held_out_record
 from eopd.runtime.resume import take_up
 from eopd.telemetry.sinks import JsonlSink
 from eopd.types import Estimate, EvalStats, LearnerStats, PolicyVersion, PublishStats, StepDone
@@ -424,3 +424,15 @@ def test_a_row_that_was_cut_short_is_left_out(config):
 
     both = {"before": "a\u2028b", "after": "a\u2028b"}
     assert run.samples() == [Sample(prompt="?", **both)]
+
+
+def test_half_a_line_that_a_lost_machine_left_costs_no_other_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, {"step": 1})
+    with path.open("a") as file:
+        file.write('{"step": 2, "ti')
+
+    append_jsonl(path, {"step": 3})
+    append_jsonl(path, {"step": 4})
+    lines = path.read_text().splitlines()
+    assert lines == ['{"step": 1}', '{"step": 2, "ti', '{"step": 3}', '{"step": 4}']

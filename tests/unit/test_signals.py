@@ -48,7 +48,8 @@ async def test_where_nothing_can_end_softly_the_run_is_cancelled(number):
 
 async def test_the_first_signal_ends_softly_where_the_run_can_and_the_second_at_once():
     messages, closed = [], []
-    interruption = Interruption(messages.append)
+    interruption = Interruption()
+    interruption.say = messages.append
 
     async def close():
         closed.append(True)
@@ -67,7 +68,8 @@ async def test_the_first_signal_ends_softly_where_the_run_can_and_the_second_at_
 
 async def test_outside_of_what_ends_softly_the_first_signal_stops_at_once():
     messages = []
-    interruption = Interruption(messages.append)
+    interruption = Interruption()
+    interruption.say = messages.append
 
     async def close():
         pytest.fail("closed what had ended")

@@ -52,14 +52,14 @@ class ServedTeacher:
                 one failed, 503 where the engine died or the server is ending.
         """
         self._require_fit(request)
-        if self._ending:
-            raise HTTPException(503, "the server is ending")
-
-        prompt_ids = np.array(request.prompt_ids, np.int32)
-        response_ids = np.array(request.response_ids, np.int32)
-        self._in_flight += 1
+        self._in_flight += 1  # before the question: ``finish`` asks the other way round
 
         try:
+            if self._ending:
+                raise HTTPException(503, "the server is ending")
+
+            prompt_ids = np.array(request.prompt_ids, np.int32)
+            response_ids = np.array(request.response_ids, np.int32)
             return await self._engine.signal(prompt_ids, response_ids)
         except SignalError as error:
             raise HTTPException(500, str(error)) from error
@@ -68,14 +68,16 @@ class ServedTeacher:
         finally:
             self._in_flight -= 1
 
-    def finish(self, timeout_s: float) -> None:
-        """Refuses new requests, and waits until those in flight are answered; in a thread beside
-        the event loop.
+    def finish(self, timeout_s: float) -> float:
+        """Refuses new requests, and waits until those in flight are answered, in a thread beside
+        the event loop; returns what is left of the time.
         """
         self._ending = True
         deadline = time.monotonic() + timeout_s
         while self._in_flight and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+
+        return max(0.0, deadline - time.monotonic())
 
     def _require_fit(self, request: ScoreRequest) -> None:
         ids = [*request.prompt_ids, *request.response_ids]
@@ -172,7 +174,7 @@ def _end_softly(engine: EngineClient, teacher: ServedTeacher) -> None:
         if ScoringRoutes.engine_died is None:
             ScoringRoutes.engine_died = engine.errored
             if not engine.errored:
-                teacher.finish(timeout or 0.0)
+                timeout = teacher.finish(timeout or 0.0)
 
         shutdown(timeout)
 

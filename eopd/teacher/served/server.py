@@ -13,16 +13,25 @@ import signal
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
+from typing import Final
 
 from eopd.config import ConfigError, TeacherConfig
 from eopd.roles import TeacherDownError
 from eopd.tokenizer import has_tokenizer
 
-_PLUGIN = "eopd"
-_PLUGIN_GROUPS = ("vllm.platform_plugins", "vllm.general_plugins")
 # longer than clients keep an idle connection, so that none is closed under a request
-_KEEP_ALIVE_S = 75
+_KEEP_ALIVE_S: Final = 75
+# for bodies that are still being sent, once all requests are answered and the engine has ended
+_CLOSE_S: Final = 30
+# What may be set for the server; an engine is set up by the config, and the token by its variable.
+_OPTIONS: Final = frozenset(
+    {
+        *("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"),
+        *("enable_ssl_refresh", "allowed_origins", "allowed_methods", "allowed_headers"),
+        *("allow_credentials", "uvicorn_log_level", "log_config_file"),
+        *("h11_max_incomplete_event_size", "h11_max_header_count"),
+    }
+)
 
 
 def serve(
@@ -45,17 +54,19 @@ def serve(
         host: the address to listen on.
         port: 0 takes a free one.
         token: what clients must bear; None admits everybody who reaches the address.
-        options: more options of vLLM's server, as on the command line of ``vllm serve``.
+        options: more options of vLLM's server, as on the command line of ``vllm serve``: TLS,
+            CORS, limits of headers, logs.
         say: is told the address.
 
     Raises:
-        ConfigError: the address cannot be served, or the model's directory is no model.
+        ConfigError: the address cannot be served, an option is not for this server, or the model's
+            directory is no model.
         TeacherDownError: the engine died.
     """
     with bind(host, port) as listener:
-        address = "http://{}:{}".format(
-            f"[{host}]" if ":" in host else host, listener.getsockname()[1]
-        )
+        scheme = "https" if any("--ssl-certfile" in option for option in options) else "http"
+        name = f"[{host}]" if ":" in host else host
+        address = f"{scheme}://{name}:{listener.getsockname()[1]}"
         say(f"starting teacher {config.name}, which will be served at {address}")
 
         # Before the imports, which read it, and which take seconds.
@@ -69,21 +80,29 @@ def serve(
         from eopd.teacher.vllm_scorer import engine_options
 
         settings = engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
-        settings |= {
-            "host": host,
-            "port": listener.getsockname()[1],
-            "served_model_name": [config.name],
-            "shutdown_timeout": math.ceil(config.timeout_s),
-            "disable_uvicorn_access_log": True,
-            "disable_log_stats": False,
-            "skip_tokenizer_init": not has_tokenizer(config.model),  # vLLM prints its failure
-        }
-        asyncio.run(run_server_worker(address, listener, _arguments(settings, options)))
+        settings |= _server_settings(config, host, listener.getsockname()[1])
+        ScoringRoutes.engine_died = None
+        arguments = _arguments(settings, options)
+        asyncio.run(
+            run_server_worker(address, listener, arguments, timeout_graceful_shutdown=_CLOSE_S)
+        )
 
     if ScoringRoutes.engine_died:
         raise TeacherDownError(
             f"teacher {config.name}: its engine died; what vLLM says of it is above"
         )
+
+
+def _server_settings(config: TeacherConfig, host: str, port: int) -> dict[str, object]:
+    return {
+        "host": host,
+        "port": port,
+        "served_model_name": [config.name],
+        "shutdown_timeout": math.ceil(config.timeout_s),
+        "disable_uvicorn_access_log": True,
+        "disable_log_stats": False,
+        "skip_tokenizer_init": not has_tokenizer(config.model),  # vLLM prints its failure
+    }
 
 
 def _arguments(settings: Mapping[str, object], options: Sequence[str]) -> Namespace:
@@ -92,7 +111,17 @@ def _arguments(settings: Mapping[str, object], options: Sequence[str]) -> Namesp
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.utils.system_utils import set_ulimit
 
-    arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(list(options))
+    parser = make_arg_parser(FlexibleArgumentParser())
+    arguments: Namespace = parser.parse_args(list(options))
+    defaults = vars(parser.parse_args([]))
+    for name, value in vars(arguments).items():
+        if value != defaults[name] and name not in _OPTIONS:
+            option = name.replace("_", "-")
+            raise ConfigError(
+                f"{'an argument' if name == 'model_tag' else f'--{option}'} behind --: is not for "
+                "the server of a teacher; the options of its engine stand in teachers[].vllm"
+            )
+
     for name, value in settings.items():
         setattr(arguments, name, value)
 
@@ -107,7 +136,7 @@ def bind(host: str, port: int) -> socket.socket:
     clients are refused and try again.
 
     Raises:
-        ConfigError: the address is taken, or none of this machine.
+        ConfigError: somebody listens there, or it is no address of this machine.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -136,15 +165,12 @@ def _end_start(*_: object) -> None:
 
 
 def _environment(token: str | None) -> dict[str, str]:
-    """The environment of vLLM's server.
-
-    vLLM loads the plugins that are named, in every group; if none is, all but those of its server.
-    The token is not among the arguments, which every user of the machine can read.
+    """Returns the environment of vLLM's server. The token is not among its arguments, which every
+    user of the machine can read.
     """
-    names = {point.name for group in _PLUGIN_GROUPS for point in entry_points(group=group)}
     environment = {
-        "VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS") or ",".join(sorted(names | {_PLUGIN})),
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(_KEEP_ALIVE_S),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # routes that need no token
     }
     return environment if token is None else environment | {"VLLM_API_KEY": token}
