@@ -63,7 +63,7 @@ async def test_trajectories_of_a_lost_node(cluster, tmp_path):
     assert isinstance(lost, LostTrajectory)
     assert (lost.key, lost.reason) == (
         HEADER.key,
-        LostReason.TEACHER_FAILED,
+        LostReason.BODY_LOST,
     )
     assert lost.detail.startswith("its body was lost")
 
