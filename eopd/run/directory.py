@@ -376,18 +376,29 @@ class RunDirectory:
 
     def samples(self) -> list[Sample]:
         """Returns the samples of the last measurements, of prompts that have one before and one
-        after training.
+        after training. What is damaged is left out.
         """
-        rows = read_rows(self._held_out)
-        samples = {row.get("phase"): row.get("samples", ()) for row in rows}
-        before = {sample["prompt_id"]: sample["response"] for sample in samples.get("before", ())}
+        before = self._last_samples("before")
+        samples = []
+        for prompt_id, after in self._last_samples("after").items():
+            if prompt_id in before:
+                sample = Sample(
+                    prompt=after["prompt"],
+                    before=before[prompt_id]["response"],
+                    after=after["response"],
+                )
+                samples.append(sample)
 
-        return [
-            Sample(
-                prompt=sample["prompt"],
-                before=before[sample["prompt_id"]],
-                after=sample["response"],
-            )
-            for sample in samples.get("after", ())
-            if sample["prompt_id"] in before
-        ]
+        return samples
+
+    def _last_samples(self, phase: str) -> dict[str, dict[str, str]]:
+        """Returns the whole samples of the last measurement of a phase, by prompt."""
+        rows = [row for row in read_rows(self._held_out) if row.get("phase") == phase]
+        samples = rows[-1].get("samples") if rows else []
+        whole = {}
+        for sample in samples if isinstance(samples, list) else []:
+            texts = sample if isinstance(sample, dict) else {}
+            if all(isinstance(texts.get(key), str) for key in ("prompt_id", "prompt", "response")):
+                whole[texts["prompt_id"]] = texts
+
+        return whole

@@ -436,3 +436,20 @@ def test_half_a_line_that_a_lost_machine_left_costs_no_other_one(tmp_path):
     append_jsonl(path, {"step": 4})
     lines = path.read_text().splitlines()
     assert lines == ['{"step": 1}', '{"step": 2, "ti', '{"step": 3}', '{"step": 4}']
+
+
+def test_samples_that_are_damaged_are_left_out(config):
+    run = RunDirectory.create(config())
+    whole = {"prompt_id": "p", "prompt": "?", "response": "a"}
+    damaged = [{"prompt_id": "q", "prompt": "?"}, {"response": ["b"]}, "text", None]
+    for phase in ("before", "after"):
+        run.add_held_out(phase, 0, STATS, [*damaged, whole])
+
+    with (run.path / "held_out.jsonl").open("a") as file:
+        file.write('{"phase": ["after"], "samples": 3}\n')
+
+    assert run.samples() == [Sample(prompt="?", before="a", after="a")]
+    with (run.path / "held_out.jsonl").open("a") as file:
+        file.write('{"phase": "after", "samples": 3}\n')
+
+    assert run.samples() == []
