@@ -138,7 +138,16 @@ class DeepspeedBackend:
             OSError: the disk did not take it.
         """
         try:
-            client_state = state | {_STEPS: self._config.optimizer_steps_per_batch}
+            self._write(directory, state)
+        except OSError:
+            dist.barrier()  # the ranks that could write wait there for all
+            raise
+
+        dist.barrier()
+
+    def _write(self, directory: Path, state: dict[str, int]) -> None:
+        client_state = state | {_STEPS: self._config.optimizer_steps_per_batch}
+        try:
             self._engine.save_checkpoint(
                 str(directory), tag=_TAG, client_state=client_state, save_latest=False
             )
@@ -152,8 +161,6 @@ class DeepspeedBackend:
             raise OSError(
                 f"torch could not write all of it; is the disk full? ({error})"
             ) from error
-
-        dist.barrier()
 
     def load(self, directory: Path) -> dict[str, int]:
         """Continue from what ``save`` wrote under the same stage (1 and 2 are alike), and return

@@ -23,6 +23,7 @@ from eopd.preflight import Prepared, prepare
 from eopd.preflight import notes as notes_on
 from eopd.prompts import PromptOrder
 from eopd.roles import LearnerDownError
+from eopd.run.checkpoint import StorageError
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.progress import Progress, first_line
@@ -261,6 +262,8 @@ class Training:
         with self._interruption.ends_softly(pipeline.buffer.close):
             try:
                 await self._follow(pipeline)
+            except StorageError:  # the disk takes no other checkpoint either
+                raise
             except RunFailedError as error:
                 await state.save_in_spite_of(error, learner)
                 raise
