@@ -159,7 +159,8 @@ class LearnerGang:
                 f"no answer within learner.timeout_s = {self._timeout_s:g}"
             ) from None
         except RayTaskError as error:  # when a peer dies, a rank may fail before Ray reports that
-            if (rank := await self._dead_rank()) is None:
+            # a disk that a rank cannot write to is nobody's death
+            if isinstance(error, OSError) or (rank := await self._dead_rank()) is None:
                 raise
 
             raise LearnerDownError(f"rank {rank} died") from error
