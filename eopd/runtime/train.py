@@ -99,7 +99,7 @@ async def _run(prepared: Prepared, taken_up: TakenUp, lock_notes: Sequence[str])
     config, directory = taken_up.config, taken_up.directory
     state = RunState(taken_up)
     status: trackers.Status = "failed"
-    open_ones = open_trackers(config, directory)
+    tracker_sinks = open_trackers(config, directory)
 
     interruption = Interruption()
 
@@ -107,7 +107,7 @@ async def _run(prepared: Prepared, taken_up: TakenUp, lock_notes: Sequence[str])
         with (
             caught(interruption.take, asyncio.current_task()),
             collect(directory.logs, config.telemetry.log_format),
-            closing(Outlets(config, directory, open_ones)) as outlets,
+            closing(Outlets(config, directory, tracker_sinks)) as outlets,
         ):
             interruption.say = outlets.say
             notes = [*lock_notes, *taken_up.notes, *outlets.notes, *notes_on(config, prepared)]
@@ -124,7 +124,7 @@ async def _run(prepared: Prepared, taken_up: TakenUp, lock_notes: Sequence[str])
     finally:
         summary = state.end(status)
         report_of_ended(directory.path, directory.report)
-        trackers.end(open_ones, status)
+        trackers.end(tracker_sinks, status)
 
     return summary
 
