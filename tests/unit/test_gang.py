@@ -79,3 +79,17 @@ async def test_and_after_a_while_when_one_of_them_is_busy(gang):
     gang._actors = [Rank(), Rank(busy_s=3600)]
     with pytest.raises(RayTaskError):
         await asyncio.wait_for(gang._each("step"), 20.0)
+
+
+async def test_a_rank_that_cannot_write_is_told_at_once_also_while_the_others_wait(gang):
+    class Full(Rank):
+        async def _step(self):
+            cause = OSError(28, "No space left on device")
+            raise RayTaskError("save", "No space left", cause).as_instanceof_cause()
+
+    gang._actors = [Full(), Rank(busy_s=3600)]
+    started = time.monotonic()
+    with pytest.raises(OSError, match="No space left"):
+        await gang._each("step")
+
+    assert time.monotonic() - started < 1.0
