@@ -147,20 +147,11 @@ class DeepspeedBackend:
 
     def _write(self, directory: Path, state: dict[str, int]) -> None:
         client_state = state | {_STEPS: self._config.optimizer_steps_per_batch}
-        try:
+        with full_disk_is_an_oserror():
             self._engine.save_checkpoint(
                 str(directory), tag=_TAG, client_state=client_state, save_latest=False
             )
             torch.save(torch.get_rng_state(), directory / f"rng-{dist.get_rank()}.pt")
-        except RuntimeError as error:
-            # All that torch's writer says of a full disk: "[enforce fail at
-            # inline_container.cc:672] . unexpected pos"
-            if "inline_container.cc" not in str(error):
-                raise
-
-            raise OSError(
-                f"torch could not write all of it; is the disk full? ({error})"
-            ) from error
 
     def load(self, directory: Path) -> dict[str, int]:
         """Continue from what ``save`` wrote under the same stage (1 and 2 are alike), and return
@@ -305,6 +296,21 @@ def _convert(sharded: Path, universal: Path) -> None:
     )
     with _silence():
         ds_to_universal.main(arguments)
+
+
+@contextmanager
+def full_disk_is_an_oserror() -> Iterator[None]:
+    """Raise ``OSError`` for what torch's writer makes a ``RuntimeError``: a disk that is full.
+
+    All that it says is "[enforce fail at inline_container.cc:672] . unexpected pos".
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "inline_container.cc" not in str(error):
+            raise
+
+        raise OSError(f"torch could not write all of it; is the disk full? ({error})") from error
 
 
 @contextmanager

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -401,23 +400,17 @@ def test_offloaded_states_train_as_those_that_are_not(seen, root, case, run):
 
 
 def test_what_torch_says_of_a_full_disk_becomes_an_oserror(tmp_path):
-    from eopd.learner.deepspeed_backend import DeepspeedBackend
+    from eopd.learner.deepspeed_backend import full_disk_is_an_oserror
 
-    def save_checkpoint(directory, **options):
-        torch.save(torch.zeros(100_000), f"{directory}/weights.pt")
-
-    engine = cast(
-        DeepspeedBackend,
-        SimpleNamespace(
-            _engine=SimpleNamespace(save_checkpoint=save_checkpoint), _config=LearnerConfig()
-        ),
-    )
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # the kernel takes the first part, as a full disk does
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
 
     try:
-        with pytest.raises(OSError, match="torch could not write all of it; is the disk full"):
-            DeepspeedBackend.save(engine, tmp_path, {})
+        with (
+            pytest.raises(OSError, match="torch could not write all of it; is the disk full"),
+            full_disk_is_an_oserror(),
+        ):
+            torch.save(torch.zeros(100_000), tmp_path / "weights.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
