@@ -101,13 +101,19 @@ class PromptSample:
 class Sampling:
     """A response is sampled from the plain softmax at ``temperature``, so that the recorded
     log-probability is the policy's own, and with a seed of its own. Of two requests that wait for a
-    worker the one with the lower ``priority`` goes first.
+    worker the one with the lower ``priority`` goes first; below 0 are those of evaluation.
+
+    ``top_p`` and ``stop`` are for benchmarks alone, which record no log-probabilities for training:
+    the smallest set of tokens that has this probability is sampled from, and a response ends with
+    the first of these texts that it holds.
     """
 
     temperature: float
     max_tokens: int
     seed: int
     priority: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

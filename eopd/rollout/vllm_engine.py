@@ -2,8 +2,8 @@
 
 In: a prompt and how to sample it. Out: the response with the log-probability and the policy version
 of every token. Weights arrive in flight (``EngineLink`` of ``weights/links.py``): running requests
-are frozen, not aborted, and go on under the new weights. Left out: any sampling transform
-(top-p, penalties), since the recorded log-probability would not be the policy's own.
+are frozen, not aborted, and go on under the new weights. Left out: any sampling transform but the
+top-p of benchmarks, since the recorded log-probability would not be the policy's own.
 
 vLLM internals used here were checked against 0.32.0: ``weight_versions`` spans, ``logprobs_mode``,
 the weight-transfer calls.
@@ -47,6 +47,7 @@ from eopd.types import (
 )
 
 FINISH_REASONS = {"stop": StopReason.END_TOKEN, "length": StopReason.LENGTH}
+PROBE_FIRST = -(2**31)  # vLLM's priority of the probe: before evaluation, which is before training
 
 
 class VllmRolloutEngine:
@@ -86,7 +87,7 @@ class VllmRolloutEngine:
             "dtype": student.chosen_dtype,
             "max_model_len": max_sequence_tokens,
             "logprobs_mode": "processed_logprobs",  # include the temperature
-            # the probe's; all other requests are equal, and come in turn
+            # the probe's and evaluation's; those of training are equal, and come in turn
             "scheduling_policy": "priority",
             # cached prefixes of old weights must serve no new request
             "enable_prefix_caching": False,
@@ -142,17 +143,22 @@ class VllmRolloutEngine:
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
+            top_p=sampling.top_p,
+            stop=list(sampling.stop),
             logprobs=0,  # the sampled token only
-            detokenize=False,
+            detokenize=bool(sampling.stop),  # else nothing here reads the text
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         request = TokensPrompt(prompt_token_ids=prompt.token_ids.tolist())
         key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
+        priority = min(sampling.priority, 0)
         final: RequestOutput | None = None
 
         try:
             with _dies_as_down():
-                async for output in self._llm.generate(request, params, uuid4().hex):
+                async for output in self._llm.generate(
+                    request, params, uuid4().hex, priority=priority
+                ):
                     final = output
         except EngineGenerateError as error:
             return LostTrajectory(key=key, reason=LostReason.ROLLOUT_FAILED, detail=str(error))
@@ -270,7 +276,7 @@ class VllmRolloutEngine:
         )
         ids = token_ids.tolist()
         request = self._llm.generate(
-            TokensPrompt(prompt_token_ids=ids), params, uuid4().hex, priority=-1
+            TokensPrompt(prompt_token_ids=ids), params, uuid4().hex, priority=PROBE_FIRST
         )
         with _dies_as_down():
             outputs = [output async for output in request]

@@ -4,6 +4,7 @@ policy's, versions are the weights'.
 
 import asyncio
 import shutil
+from dataclasses import replace
 
 import fakes
 import numpy as np
@@ -12,6 +13,7 @@ import pytest_asyncio
 import torch
 from moving_weights import Sender, channel_of, load, logprobs_of, start
 
+from eopd.tokenizer import load_tokenizer
 from eopd.types import PolicyVersion, Sampling, StopReason, Trajectory
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -57,6 +59,33 @@ async def test_a_seed_names_a_response_and_the_end_token_belongs_to_it(engine):
         assert 2 not in stored.body.response_ids[:-1]
         assert stored.header.num_response_tokens == len(stored.body.response_ids)
         assert ended or len(stored.body.response_ids) == 300
+
+
+async def test_a_benchmark_samples_from_the_top_and_ends_at_a_text(engine, tiny_model):
+    engine, old, _ = engine
+    tokenizer = load_tokenizer(tiny_model("qwen3", seed=1, scale=0.2))
+    one = fakes.prompt("p", [5, 80, 90, 33])
+    surest = Sampling(temperature=1.0, max_tokens=12, seed=1, top_p=1e-6, priority=-5)
+    whole = (await engine.generate(one, 0, surest)).body
+    text = tokenizer.decode(whole.response_ids)
+
+    ids = one.token_ids.tolist()
+    with torch.no_grad():
+        for _ in whole.response_ids:
+            ids.append(int(old(torch.tensor([ids])).logits[0, -1].argmax()))
+
+    assert whole.response_ids.tolist() == ids[len(one.token_ids) :]
+    assert whole.rollout_logprobs == pytest.approx(0.0, abs=1e-6)
+
+    stop = text[4:6]
+    cut = (await engine.generate(one, 0, replace(surest, stop=("never", stop)))).body
+    count = len(cut.response_ids)
+    assert 0 < count < len(whole.response_ids)
+    assert cut.response_ids.tolist() == whole.response_ids[:count].tolist()
+    assert stop in tokenizer.decode(cut.response_ids)
+    assert stop not in tokenizer.decode(cut.response_ids[:-1])
+    assert cut.stop_reason is StopReason.END_TOKEN
+    assert len(cut.policy_versions) == count
 
 
 async def test_weights_move_in_flight_and_every_token_names_its_version(engine):
