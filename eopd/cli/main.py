@@ -2,11 +2,13 @@
 user becomes one message and exit code 2.
 """
 
+import json
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -220,6 +222,9 @@ def export(
     step: Annotated[
         int | None, typer.Option(min=1, help="Of which checkpoint; else the newest.")
     ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of the checkpoint that checkpoint.keep_best finds best.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Where to write; else RUN/hf-step-NNNNNN.")
     ] = None,
@@ -228,8 +233,15 @@ def export(
     _hush()
     from eopd.run.directory import RunDirectory
 
+    if best and step is not None:
+        raise ConfigError(f"--best, --step {step}: only one can say which checkpoint it is")
+
     directory = RunDirectory(run)
-    config, checkpoint = directory.config(), directory.checkpoint(step)
+    config = directory.config()
+    if best:
+        step = directory.best_step()
+
+    checkpoint = directory.checkpoint(step)
     for message in directory.passed_over() if step is None else ():
         typer.echo(message, err=True)
 
@@ -250,6 +262,28 @@ def export(
         export_checkpoint(config.student, checkpoint / "learner", target)
 
     typer.echo(target)
+
+
+@app.command()
+def measure(
+    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Of which checkpoint; else the newest.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Measure the student of a checkpoint on the run's held-out prompts, with actors of its own; the
+    run stays as it is.
+    """
+    from eopd.runtime.measure import measure_checkpoint
+    from eopd.telemetry.console import print_measured
+
+    measured = measure_checkpoint(run, step, lambda text: typer.echo(text, err=True))
+    if as_json:
+        numbers = {name: asdict(value) for name, value in measured.items()}
+        typer.echo(json.dumps(numbers, allow_nan=False))
+    else:
+        print_measured(measured)
 
 
 @app.command()
@@ -293,6 +327,7 @@ def scale(
 def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")]) -> None:
     """Say how far a run is, whether it is running or has ended."""
     from eopd.run.directory import RunDirectory
+    from eopd.run.evaluations import newest, read_evaluations
     from eopd.telemetry.console import PACE_WINDOW
     from eopd.telemetry.status import print_status
 
@@ -307,7 +342,15 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
 
     again = _command(run / "config.yaml", overrides, directory.resume_options())
     advice = f"continue with: {again}" if stopped else None
-    print_status(settings.name, status, summary, rows, batches=settings.batches, advice=advice)
+    print_status(
+        settings.name,
+        status,
+        summary,
+        rows,
+        batches=settings.batches,
+        evaluations=newest(read_evaluations(directory.evaluations)),
+        advice=advice,
+    )
 
 
 @models.command("demo")

@@ -1,5 +1,6 @@
 """What a run is: YAML in, one frozen ``Config`` out. Loads neither torch nor ray."""
 
+from eopd.config.benchmark import BenchmarkConfig
 from eopd.config.learner import LearnerConfig
 from eopd.config.load import ConfigError, dump_config, load_config, make_section
 from eopd.config.loss import LossConfig
@@ -10,6 +11,7 @@ from eopd.config.sections import (
     ClusterConfig,
     EvaluationConfig,
     FlowConfig,
+    KeepBestConfig,
     LoraConfig,
     PromptsConfig,
     RunConfig,
@@ -21,12 +23,14 @@ from eopd.config.sections import (
 from eopd.config.teacher import ServerConfig, TeacherConfig
 
 __all__ = [
+    "BenchmarkConfig",
     "CheckpointConfig",
     "ClusterConfig",
     "Config",
     "ConfigError",
     "EvaluationConfig",
     "FlowConfig",
+    "KeepBestConfig",
     "LearnerConfig",
     "LoraConfig",
     "LossConfig",

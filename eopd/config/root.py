@@ -54,10 +54,10 @@ class Config(Section):
     """The wire on which weights go from the learner to the engines."""
 
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When checkpoints are written, and how many stay."""
+    """When checkpoints are written, and which stay."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
-    """The held-out measurement before and after training."""
+    """The measurements before, during and after training."""
 
     telemetry: TelemetryConfig = TelemetryConfig()
     """The metrics endpoint, the logs and the trackers."""
@@ -75,13 +75,15 @@ class Config(Section):
 
     @property
     def max_response_tokens(self) -> int:
-        """The longest response, in training or in evaluation."""
+        """The longest response that a teacher and the learner read, in training or held out."""
         return max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens)
 
     @property
     def max_sequence_tokens(self) -> int:
-        """The longest prompt and response together."""
-        return self.prompts.max_tokens + self.max_response_tokens
+        """The longest prompt and response together that an engine writes, benchmarks included."""
+        lengths = (benchmark.max_response_tokens for benchmark in self.evaluation.benchmarks)
+        longest = max((length for length in lengths if length), default=0)
+        return self.prompts.max_tokens + max(self.max_response_tokens, longest)
 
     def max_teacher_tokens(self, teacher: TeacherConfig) -> int:
         """The longest prompt and response together, as ``teacher`` reads them."""
@@ -123,10 +125,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _a_batch_can_be_trained(self) -> Self:
-        if self.learner.token_budget < self.max_sequence_tokens:
+        longest = self.prompts.max_tokens + self.max_response_tokens
+        if self.learner.token_budget < longest:
             raise ValueError(
                 f"learner.token_budget: {self.learner.token_budget} is below "
-                f"prompts.max_tokens + max_response_tokens = {self.max_sequence_tokens}; the "
+                f"prompts.max_tokens + max_response_tokens = {longest}; the "
                 "longest trajectory would fit no micro-batch"
             )
 
@@ -144,6 +147,34 @@ class Config(Section):
 
             if self.flow.lookahead:
                 raise ValueError(f"{need} flow.lookahead 0 (is {self.flow.lookahead})")
+
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_is_measured(self) -> Self:
+        if (keep_best := self.checkpoint.keep_best) is None:
+            return self
+
+        evaluation = self.evaluation
+        name, _, metric = keep_best.metric.partition("/")
+        if name not in evaluation.names:
+            raise ValueError(
+                f"checkpoint.keep_best.metric: nothing is measured as {name}; there is "
+                f"{', '.join(evaluation.names)} (evaluation.benchmarks)"
+            )
+
+        if metric not in (metrics := evaluation.metrics(name)):
+            raise ValueError(
+                f"checkpoint.keep_best.metric: {name} has no {metric}; it has {', '.join(metrics)}"
+            )
+
+        period = evaluation.period(name)
+        if period is None or period > self.run.batches:
+            raise ValueError(
+                f"checkpoint.keep_best.metric: {name} is not measured while training; set "
+                f"evaluation.every to at most run.batches {self.run.batches} "
+                f"(is {'null' if period is None else period})"
+            )
 
         return self
 

@@ -26,6 +26,7 @@ from eopd.config.base import (
     each_once,
     refuse,
 )
+from eopd.config.benchmark import HELD_OUT, HELD_OUT_METRICS, BenchmarkConfig
 from eopd.config.teacher import NAME, NAME_WORDS, OWNED_BY_TEMPLATE
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
@@ -244,8 +245,30 @@ class WeightsConfig(Section):
     """
 
 
+class KeepBestConfig(Section):
+    """Which checkpoints stay because they were measured best. Every evaluation that measures the
+    metric then has a checkpoint of the same weights.
+    """
+
+    metric: str = Field(
+        pattern=r"^[^/]+/[^/]+$", description="NAME/METRIC, such as held_out/reverse_kl"
+    )
+    """What checkpoints are compared by: ``held_out/`` and one of ``reverse_kl``, ``forward_kl`` and
+    ``top1_agreement``, or a benchmark's name and one of ``avg_at_n``, ``pass_at_8`` (for 8
+    samples), ``response_tokens``, ``truncation_rate``, ``distinct_1`` and ``distinct_2``.
+    """
+
+    mode: Literal["min", "max"]
+    """Whether the lowest (``min``) or the highest (``max``) value is the best. Of equal ones the
+    earlier is.
+    """
+
+    n: Positive = 1
+    """The number of best checkpoints that are kept."""
+
+
 class CheckpointConfig(Section):
-    """When checkpoints are written, and how many of them stay."""
+    """When checkpoints are written, and which of them stay."""
 
     every: Positive = 50
     """The number of batches between two checkpoints. There is one at the end of the run, too. An
@@ -257,11 +280,25 @@ class CheckpointConfig(Section):
     can go back to any of them.
     """
 
+    keep_best: KeepBestConfig | None = None
+    """The best checkpoints by a metric of an evaluation, which are kept beside the newest.
+    ``hf-best/`` is then the best student. ``null`` keeps the newest alone.
+    """
+
 
 class EvaluationConfig(Section):
-    """The held-out measurement before the first batch and after the last one. Responses are
-    sampled at ``rollout.temperature``, with fixed seeds.
+    """What is measured before the first batch, after the last one, and now and then between: the
+    held-out prompts, and benchmarks. Held-out responses are sampled at ``rollout.temperature``.
+    Seeds and prompts are the same each time.
     """
+
+    every: Positive | None = None
+    """The number of batches between two evaluations. ``null`` measures before and after training
+    alone.
+    """
+
+    benchmarks: tuple[BenchmarkConfig, ...] = ()
+    """Sets of prompts with answers, on which the student's own responses are graded."""
 
     prompts: Positive = 64
     """The number of held-out prompts that are measured. More make the standard errors smaller,
@@ -274,10 +311,39 @@ class EvaluationConfig(Section):
     """
 
     seed: Seed = 1234
-    """The seed of the held-out samples."""
+    """The seed of the samples of every evaluation."""
 
     samples: Count = 3
     """The number of held-out responses whose text and tokens are kept, for the report to show."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of everything that is measured."""
+        return (HELD_OUT, *(benchmark.name for benchmark in self.benchmarks))
+
+    def period(self, name: str) -> int | None:
+        """Returns the number of batches between two measurements of this name, or None."""
+        own = [benchmark.every for benchmark in self.benchmarks if benchmark.name == name]
+        return next(filter(None, own), self.every)
+
+    def is_due(self, name: str, step: int) -> bool:
+        """Returns whether this name is measured after a step, or before the first one."""
+        period = self.period(name)
+        return step == 0 or (period is not None and step % period == 0)
+
+    def metrics(self, name: str) -> tuple[str, ...]:
+        """Returns the metrics of this name by which checkpoints can be compared."""
+        own = [benchmark.metrics for benchmark in self.benchmarks if benchmark.name == name]
+        return HELD_OUT_METRICS if name == HELD_OUT else next(iter(own), ())
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = self.names
+        if duplicates := [name for name in names if names.count(name) > 1]:
+            taken = "is taken" if duplicates[0] == HELD_OUT else "stands twice"
+            raise ValueError(f"benchmarks: the name {duplicates[0]!r} {taken}")
+
+        return self
 
 
 class TelemetryConfig(Section):

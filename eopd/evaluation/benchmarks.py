@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eopd.evaluation.passk import mean_over_prompts, pass_at_k
@@ -39,13 +39,18 @@ Fetch = Callable[[Stored[Trajectory]], Awaitable[Trajectory | LostTrajectory]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A graded response."""
+    """A graded response: its text, which ends before a text that ended it, and its token ids."""
 
     sample_index: int
     response: str
-    num_response_tokens: int
+    response_ids: tuple[int, ...] = field(repr=False)
     stop_reason: StopReason
     verdict: Verdict
+
+    @property
+    def num_response_tokens(self) -> int:
+        """The length of the response, with the token that ended it."""
+        return len(self.response_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +121,8 @@ async def run_benchmark(
         grader: Called from one thread, one answer at a time.
         fetch: Brings the body of a stored trajectory here.
         samples: n, samples per prompt.
-        sampling: Temperature, length limit, and the seed from which each sample's own seed is
-            derived.
+        sampling: Temperature, length limit, top-p, stop texts, and the seed from which each
+            sample's own seed is derived. Each gets a priority of its own, below 0.
         ks: The k of every pass@k wanted, each in 1..n.
 
     Raises:
@@ -128,6 +133,7 @@ async def run_benchmark(
     """
     _check(engines, prompts, samples, ks)
     turns = itertools.cycle(engines)
+    priorities = itertools.count(-samples * len(prompts))  # all below 0, the first prompt's lowest
 
     with ThreadPoolExecutor(max_workers=1) as grading:
 
@@ -135,12 +141,13 @@ async def run_benchmark(
             engine: RolloutEngine, prompt: PromptSample, index: int
         ) -> Answer | LostTrajectory:
             seed = sample_seed(sampling.seed, prompt.prompt_id, index)
-            stored = await engine.generate(prompt, index, replace(sampling, seed=seed))
+            request = replace(sampling, seed=seed, priority=next(priorities))
+            stored = await engine.generate(prompt, index, request)
             trajectory = stored if isinstance(stored, LostTrajectory) else await fetch(stored)
             if isinstance(trajectory, LostTrajectory):
                 return trajectory
 
-            response = decode(trajectory.response_ids)
+            response = before_stop(decode(trajectory.response_ids), sampling.stop)
             loop = asyncio.get_running_loop()
             verdict = await loop.run_in_executor(grading, grader, response, _reference(prompt))
 
@@ -162,10 +169,16 @@ def _answer(trajectory: Trajectory, response: str, verdict: Verdict) -> Answer:
     return Answer(
         sample_index=trajectory.sample_index,
         response=response,
-        num_response_tokens=len(trajectory.response_ids),
+        response_ids=tuple(trajectory.response_ids.tolist()),
         stop_reason=trajectory.stop_reason,
         verdict=verdict,
     )
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """Returns the text before the first of the texts that end a response."""
+    ends = [end for each in stop if (end := text.find(each)) >= 0]
+    return text[: min(ends, default=len(text))]
 
 
 def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
@@ -245,7 +258,16 @@ def _row(prompt: PromptResult) -> dict[str, object]:
         "reference_answer": prompt.reference_answer,
         "num_samples": prompt.num_samples,
         "num_correct": prompt.num_correct,
-        "answers": [asdict(answer) for answer in prompt.answers],
+        "answers": [
+            {
+                "sample_index": answer.sample_index,
+                "response": answer.response,
+                "num_response_tokens": answer.num_response_tokens,
+                "stop_reason": answer.stop_reason,
+                "verdict": answer.verdict,
+            }
+            for answer in prompt.answers
+        ],
         "lost": [
             {"sample_index": lost.key.sample_index, "reason": lost.reason, "detail": lost.detail}
             for lost in prompt.lost

@@ -52,7 +52,10 @@ async def measure(
 
     async def respond(index: int) -> Stored[ScoredTrajectory] | LostTrajectory:
         sampling = Sampling(
-            temperature=temperature, max_tokens=max_tokens, seed=seed + index, priority=index
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed + index,
+            priority=index - len(prompts),  # before those of training
         )
         for _ in range(max_attempts):  # with the same seed, so that it is the same response
             written = await engines.generate(prompts[index], 0, sampling)

@@ -234,12 +234,12 @@ class LearnerRank:
         self.version = PolicyVersion(self.version.incarnation, saved["step"])
         self._num_skipped = saved["num_skipped"]
 
-    def export(self, directory: Path) -> None:
+    def export(self, directory: Path, adapter_directory: Path | None = None) -> None:
         """Write the student as a plain Hugging Face directory, whole or not at all; replaces an
         older one.
 
-        With LoRA that is the merged model, and ``adapter`` beside it is the adapter in peft's
-        format.
+        With LoRA that is the merged model, and ``adapter_directory``, as a rule ``adapter`` beside
+        it, is the adapter in peft's format.
         """
         weights: dict[str, Tensor] = {}
         for name, tensor in self._backend.whole_weights():
@@ -253,7 +253,8 @@ class LearnerRank:
             name: tensor.to("cpu", copy=True) for name, tensor in self._backend.adapter_weights()
         }
         if adapter and self._rank == 0:
-            save_adapter(directory.with_name("adapter"), self.model, adapter, source=self._source)
+            target = adapter_directory or directory.with_name("adapter")
+            save_adapter(target, self.model, adapter, source=self._source)
 
         dist.barrier()
 

@@ -5,7 +5,7 @@ prompts. Every failure is one ``ConfigError``.
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from eopd.preflight.environment import is_local, require_environment
 from eopd.preflight.models import require_model, require_served, require_student
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
+from eopd.prompts.rendering import Tokenizer
 from eopd.remember import remembered
 from eopd.teacher.vocabulary import SharedVocabulary, require_same_vocabulary
 from eopd.telemetry.trackers import require_trackers
@@ -25,11 +26,14 @@ from eopd.types import PromptSample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Prepared inputs are checked and loaded; ``vocabularies`` go by the teacher's name."""
+    """Prepared inputs are checked and loaded; ``vocabularies`` go by the teacher's name,
+    ``benchmarks`` by their own.
+    """
 
     train: PromptSet
     held_out: PromptSet
     vocabularies: Mapping[str, SharedVocabulary]
+    benchmarks: Mapping[str, PromptSet] = field(default_factory=dict)
 
 
 def prepare(config: Config) -> Prepared:
@@ -39,8 +43,8 @@ def prepare(config: Config) -> Prepared:
     Raises:
         ConfigError: a model directory or data file is missing, vocabularies or end tokens differ,
             top_k is larger than a vocabulary, vLLM or DeepSpeed have no such option, the student
-            has no such layers to adapt, prompts do not fit or have no teacher, a verifier has no
-            answers, a tracker cannot be used, a server's key is not set, or the machine lacks
+            has no such layers to adapt, prompts do not fit or have no teacher, a verifier or a
+            benchmark has no answers, a tracker cannot be used, a server's key is not set, or the machine lacks
             something (``environment.py``).
     """
     require_environment(config)
@@ -51,7 +55,8 @@ def prepare(config: Config) -> Prepared:
         require_vllm_options(f"teachers.{teacher.name}.vllm", teacher.vllm)
 
     _require_keys(config)
-    data = [Path(spec) for spec in (config.prompts.data, config.prompts.held_out)]
+    benchmarks = [benchmark.data for benchmark in config.evaluation.benchmarks]
+    data = [Path(spec) for spec in (config.prompts.data, config.prompts.held_out, *benchmarks)]
     # a data set by name may change, and no file here shows it
     if not all(path.suffix in DATA_SUFFIXES for path in data):
         return _prepare(config)
@@ -109,7 +114,25 @@ def _prepare(config: Config) -> Prepared:
     prompts_by_teacher(config.prompts.data, train.prompts, config)
     prompts_by_teacher(config.prompts.held_out, held_out.prompts, config)
 
-    return Prepared(train=train, held_out=held_out, vocabularies=vocabularies)
+    return Prepared(
+        train=train,
+        held_out=held_out,
+        vocabularies=vocabularies,
+        benchmarks=_benchmarks(config, tokenizer),
+    )
+
+
+def _benchmarks(config: Config, tokenizer: Tokenizer) -> dict[str, PromptSet]:
+    """Loads the rows of every benchmark, and checks that its grader can read their answers."""
+    loaded = {}
+    for benchmark in config.evaluation.benchmarks:
+        key = f"evaluation.benchmarks.{benchmark.name}.data"
+        data = PromptSet.load(benchmark.data, config.prompts, tokenizer, key=key)
+        require_answers(data)
+        require_readable_answers(data, benchmark.grader)
+        loaded[benchmark.name] = data
+
+    return loaded
 
 
 def _vocabulary(config: Config, teacher: TeacherConfig) -> SharedVocabulary:

@@ -4,6 +4,7 @@ meant.
 Nothing is refused here; ``inputs.py`` does that.
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Final
@@ -42,6 +43,12 @@ def describe(config: Config, prepared: Prepared) -> Iterator[str]:
         yield f"  prompts     {counts}"
         yield from (f"  note        {note}" for note in shared.notes)
 
+    for benchmark in config.evaluation.benchmarks:
+        asked = len(prepared.benchmarks[benchmark.name].prompts[: benchmark.prompts])
+        every = config.evaluation.period(benchmark.name)
+        often = "before and after training" if every is None else f"every {every} batches"
+        yield f"benchmark {benchmark.name}: {asked} prompts x {benchmark.samples}, {often}"
+
     yield from notes(config, prepared)
     yield from environment_notes(config)
 
@@ -54,7 +61,8 @@ def notes(config: Config, prepared: Prepared) -> Iterator[str]:
     if dropped := prepared.train.num_dropped + prepared.held_out.num_dropped:
         yield f"dropped {dropped} prompts of more than {config.prompts.max_tokens} tokens"
 
-    of_prompts = (*prepared.train.notes, *prepared.held_out.notes)
+    of_benchmarks = itertools.chain(*(data.notes for data in prepared.benchmarks.values()))
+    of_prompts = (*prepared.train.notes, *prepared.held_out.notes, *of_benchmarks)
     for note in (*of_prompts, *oddities(config), *_of_data(config, prepared), *_of_threads(config)):
         yield f"note: {note}"
 
@@ -74,6 +82,14 @@ def _of_data(config: Config, prepared: Prepared) -> Iterator[str]:
             f"flow.batch_prompts: {config.flow.batch_prompts} is above the {len(train)} "
             "prompts of prompts.data; a batch holds some of them more than once"
         )
+
+    for benchmark in config.evaluation.benchmarks:
+        number = len(prepared.benchmarks[benchmark.name].prompts)
+        if benchmark.prompts is not None and benchmark.prompts > number:
+            yield (
+                f"evaluation.benchmarks.{benchmark.name}.prompts: {benchmark.prompts} is above "
+                f"the {number} prompts of its data; all of them are used"
+            )
 
     if config.evaluation.prompts > len(held_out):
         yield (
@@ -126,6 +142,12 @@ def _of_length(config: Config) -> Iterator[str]:
         yield (
             f"checkpoint.every: {config.checkpoint.every} is above run.batches {batches}; "
             "the only one is at the end"
+        )
+
+    if config.evaluation.every is not None and config.evaluation.every >= batches:
+        yield (
+            f"evaluation.every: {config.evaluation.every} is not below run.batches {batches}; "
+            "nothing is measured between its two ends"
         )
 
 

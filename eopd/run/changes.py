@@ -50,6 +50,7 @@ _ZERO_MEMORY: Final = (
 TABLE: Final[Mapping[str, Kind]] = {
     "checkpoint": "always",
     "cluster": "always",
+    "evaluation.every": "always",
     "evaluation.samples": "always",
     "flow.max_attempts": "always",
     "flow.max_dropped_ratio": "always",

@@ -24,7 +24,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,12 +82,17 @@ class DriverState:
 
 
 async def write_checkpoint(
-    root: Path, state: DriverState, save: Callable[[Path], Awaitable[None]], *, keep_last: int
+    root: Path,
+    state: DriverState,
+    save: Callable[[Path], Awaitable[None]],
+    *,
+    keep_last: int,
+    keep: Callable[[], Collection[int]] = tuple,
 ) -> Path:
     """Writes ``root/step-NNNNNN``; ``save`` writes the learner's part.
 
-    Afterwards the newest ``keep_last`` whole checkpoints are left, this one among them, and none
-    before those.
+    Afterwards the newest ``keep_last`` whole checkpoints are left, this one among them, and before
+    those the ones of the steps that ``keep`` returns then.
 
     Raises:
         StorageError: it could not be written. It is removed, and the checkpoints before it are as
@@ -115,14 +120,19 @@ async def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
-    kept = {*list_checkpoints(root)[-keep_last:], final}
+    remove_old(root, keep_last, {*keep(), state.step})
+    return final
 
+
+def remove_old(root: Path, keep_last: int, keep: Collection[int]) -> None:
+    """Removes what is older than the newest ``keep_last`` whole checkpoints, but for those of the
+    steps ``keep``.
+    """
+    newest = [step_of(path) for path in list_checkpoints(root)[-keep_last:]]
     for old in _named(root):
-        if step_of(old) < min(map(step_of, kept)):
+        if newest and step_of(old) < min(newest) and step_of(old) not in keep:
             # one that cannot be removed is tried again at the next save
             shutil.rmtree(old, ignore_errors=True)
-
-    return final
 
 
 def write_manifest(directory: Path) -> None:

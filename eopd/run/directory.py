@@ -7,14 +7,16 @@ runs/<name>/config.yaml     resolved, as it holds now
             trained.jsonl   what each step trained on: issue numbers, and a checksum of each response's token ids
             dropped.jsonl   trajectories that were given up, each with its last loss
             timeline.jsonl  when in each step engines wrote and teachers scored: spans in seconds from its start
-            held_out.jsonl  of each measurement: entropy histograms, and samples: text, and numbers of each token
+            evaluations.jsonl  everything that was measured, a line each (``run/evaluations.py``)
+            held_out.jsonl  before and after training: entropy histograms, and samples: text, and numbers of each token
             versions.json   of Python and the packages that matter, where this was run last
             report.html     all of it to look at, made when a process leaves the run (``eopd report``)
             summary.json    status, steps, tokens, times, held-out numbers
             checkpoints/    step-NNNNNN/, each with a manifest that says whether it is whole
             broken/         optimiser steps that were not finite, if any
             hf/             the trained student as a Hugging Face directory; with LoRA merged
-            adapter/        with LoRA, the adapter as peft reads it
+            hf-best/        the best student, where ``checkpoint.keep_best`` says which that is
+            adapter/        with LoRA, the adapter as peft reads it; that of the best is hf-best-adapter/
             hf-step-NNNNNN/ the student of a checkpoint, where asked for
             logs/           what the driver and every actor wrote, a file each (``runtime/logs.py``)
             scale.json      how many rollout engines ``eopd scale`` asks for; forgotten when a process takes up the run
@@ -48,6 +50,7 @@ from eopd.run.checkpoint import (
     step_of,
     write_whole,
 )
+from eopd.run.evaluations import best_checkpoints, read_evaluations
 from eopd.run.lock import holder, last_holder
 from eopd.run.place import require_no_foreign_files
 from eopd.run.reading import config_before, read_changes, read_rows, read_summary, up_to_step
@@ -77,6 +80,9 @@ class RunDirectory:
         self.dropped = path / "dropped.jsonl"
         self.checkpoints = path / "checkpoints"
         self.hf = path / "hf"
+        self.adapter = path / "adapter"
+        self.hf_best = path / "hf-best"
+        self.adapter_of_best = path / "hf-best-adapter"
         self.broken = path / "broken"
         self.logs = path / "logs"
         self._config = path / "config.yaml"
@@ -84,9 +90,16 @@ class RunDirectory:
         self._summary = path / "summary.json"
         self.timeline = path / "timeline.jsonl"
         self.report = path / "report.html"
+        self.evaluations = path / "evaluations.jsonl"
         self._held_out = path / "held_out.jsonl"
         self._scale = path / "scale.json"
-        self._by_step = (self.metrics, self.trained, self.timeline, self._held_out)
+        self._by_step = (
+            self.metrics,
+            self.trained,
+            self.timeline,
+            self.evaluations,
+            self._held_out,
+        )
 
     @classmethod
     def create(cls, config: Config) -> Self:
@@ -115,7 +128,9 @@ class RunDirectory:
                 file.unlink(missing_ok=True)
 
             remove_checkpoints(directory.checkpoints)
-            shutil.rmtree(directory.broken, ignore_errors=True)
+            for made in (directory.broken, *path.glob("hf-best*")):
+                shutil.rmtree(made, ignore_errors=True)
+
             directory._write_versions()
             directory._config.write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
@@ -213,6 +228,24 @@ class RunDirectory:
             )
 
         return whole[step]
+
+    def best_step(self) -> int:
+        """Returns the step of the best checkpoint.
+
+        Raises:
+            ConfigError: the run keeps none, or none was measured.
+        """
+        keep_best = self.config().checkpoint.keep_best
+        if keep_best is None:
+            raise ConfigError(f"--best: {self.path} keeps no best (checkpoint.keep_best is null)")
+
+        evaluations = read_evaluations(self.evaluations)
+        if not (best := best_checkpoints(self.checkpoints, evaluations, keep_best)):
+            raise ConfigError(
+                f"--best: {self.path} holds no checkpoint whose {keep_best.metric} was measured"
+            )
+
+        return best[0].step
 
     def passed_over(self) -> list[str]:
         """Returns a message for every checkpoint that is newer than the newest whole one."""

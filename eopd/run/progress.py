@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from eopd.ledger import Ledger
 from eopd.run.checkpoint import DriverState
-from eopd.run.record import HeldOut, Measurement, Row, Summary
+from eopd.run.record import Best, HeldOut, Measurement, Row, Summary
 from eopd.types import StepDone
 
 STAGES = ("generate", "score", "train", "weights", "wait")
@@ -31,6 +31,7 @@ class Progress:
     wall_before_s: float = 0.0
     before: Mapping[str, Measurement] | None = None
     after: Mapping[str, Measurement] | None = None
+    best: Best | None = None
     _started: float = field(default_factory=time.monotonic)
     _rows: int = 0
     _tokens_here: int = 0
@@ -126,6 +127,7 @@ class Progress:
             tokens_per_s=self._tokens_here / self._seconds["step"] if self._rows else 0.0,
             step_seconds={stage: self._seconds[stage] / rows for stage in STAGES},
             held_out=HeldOut(before=self.before, after=self.after),
+            best=self.best,
         )
 
 

@@ -37,9 +37,20 @@ class HeldOut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """The step of a checkpoint, and the value by which it was measured best: ``metric`` is such as
+    ``held_out/reverse_kl``.
+    """
+
+    step: int
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """What ``summary.json`` holds. ``step_seconds``: mean seconds of generate, score, train,
-    weights, wait.
+    weights, wait. ``best`` is None where no checkpoint was measured, or none is kept for it.
     """
 
     status: str
@@ -51,6 +62,7 @@ class Summary:
     tokens_per_s: float = 0.0
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     held_out: HeldOut = HeldOut()
+    best: Best | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,10 +94,10 @@ class LearnerGang:
         async with self._reserved:
             await self._each("load", directory)
 
-    async def export(self, directory: Path) -> None:
-        """Write the student as a Hugging Face directory."""
+    async def export(self, directory: Path, adapter: Path) -> None:
+        """Write the student as a Hugging Face directory, and with LoRA its adapter."""
         async with self._reserved:
-            await self._each("export", directory)
+            await self._each("export", directory, adapter)
 
     async def version(self) -> PolicyVersion:
         """The weights the ranks hold."""

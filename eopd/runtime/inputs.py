@@ -36,6 +36,9 @@ def digests(config: Config, prepared: Prepared) -> dict[str, str]:
         "prompts.held_out": _digest(_prompt_parts(prepared.held_out)),
         "student.model": _digest_model(config.student.model, weights=False),
     }
+    for name, data in prepared.benchmarks.items():
+        digest_of[f"evaluation.benchmarks.{name}.data"] = _digest(_prompt_parts(data))
+
     for teacher in config.teachers:
         digest_of[f"teachers.{teacher.name}.model"] = _digest_model(teacher.model, weights=True)
 

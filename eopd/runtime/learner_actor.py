@@ -127,8 +127,8 @@ class LearnerActor(Actor):
     def version(self) -> PolicyVersion:  # noqa: D102
         return self._rank.version
 
-    def export(self, directory: Path) -> None:  # noqa: D102
-        self._rank.export(directory)
+    def export(self, directory: Path, adapter: Path) -> None:  # noqa: D102
+        self._rank.export(directory, adapter)
 
     def probe(self, token_ids: Int32Array) -> Float32Array:  # noqa: D102
         return self._rank.probe(token_ids)

@@ -1,6 +1,4 @@
-"""Measures a run on held-out prompts, before and after training, and keeps samples for people to
-look at.
-"""
+"""Measures a run on held-out prompts, and keeps samples for people to look at."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +28,7 @@ async def measure_held_out(
     config: Config,
     prepared: Prepared,
     *,
-    phase: str,
+    when: str,
     say: Callable[[str], None],
     doing: Callable[[str], None],
 ) -> Measured | None:
@@ -40,7 +38,7 @@ async def measure_held_out(
         workers: the workers: engines write, teachers score, the learner measures.
         config: the run's.
         prepared: its prompts.
-        phase: ``before`` or ``after`` training, for messages.
+        when: ``before training``, or the like, for messages.
         say: is called with messages for people.
         doing: is called with how far the measurement is.
 
@@ -49,7 +47,7 @@ async def measure_held_out(
     """
     evaluation, learner = config.evaluation, config.learner
     prompts = prepared.held_out.prompts[: evaluation.prompts]
-    say(f"measuring on {len(prompts)} held-out prompts, {phase} training")
+    say(f"measuring on {len(prompts)} held-out prompts, {when}")
 
     try:
         stats, scored = await measure(
@@ -66,14 +64,11 @@ async def measure_held_out(
             tell=lambda done: doing(f"held-out prompts written and read: {done}/{len(prompts)}"),
         )
     except NothingMeasuredError as error:
-        say(f"not measured {phase} training: {error}")
+        say(f"not measured {when}: {error}")
         return None
 
     if stats.num_dropped:
-        say(
-            f"{stats.num_dropped} of {len(prompts)} held-out prompts could not be measured "
-            f"{phase} training"
-        )
+        say(f"{stats.num_dropped} of {len(prompts)} held-out prompts could not be measured {when}")
 
     return Measured(stats, scored)
 

@@ -279,6 +279,10 @@ def _changed_contents(
     """Returns the paths that hold something else than they did, by their digests."""
     paths = {f"teachers.{teacher.name}.model": str(teacher.model) for teacher in config.teachers}
     paths |= {
+        f"evaluation.benchmarks.{benchmark.name}.data": benchmark.data
+        for benchmark in config.evaluation.benchmarks
+    }
+    paths |= {
         "prompts.data": config.prompts.data,
         "prompts.held_out": config.prompts.held_out,
         "student.model": str(config.student.model),

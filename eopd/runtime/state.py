@@ -1,20 +1,34 @@
 """How far a run is, and how that gets to disk: its progress, its ledger, its checkpoints and its
 summary.
 
-    TakenUp ──▶ RunState ── go_on ── keep ── save ── end
-                   ▲                          │
+    TakenUp ──▶ RunState ── go_on ── keep ── save ── record ── export ── end
+                   ▲                           │
                    └─ roll_back ◀── the newest checkpoint
 """
 
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
 
+from eopd.config.benchmark import HELD_OUT
 from eopd.ledger import Ledger
 from eopd.roles import LearnerDownError
-from eopd.run.checkpoint import DriverState, StorageError, list_checkpoints, write_checkpoint
+from eopd.run.checkpoint import (
+    DriverState,
+    StorageError,
+    list_checkpoints,
+    remove_old,
+    step_of,
+    write_checkpoint,
+)
+from eopd.run.evaluations import (
+    Evaluation,
+    append_evaluation,
+    best_checkpoints,
+    read_evaluations,
+)
 from eopd.run.progress import Progress
-from eopd.run.record import Measurement, Summary
+from eopd.run.record import Best, Summary
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
 from eopd.runtime.resume import TakenUp
@@ -34,8 +48,11 @@ class RunState:
         self.progress = Progress.resume(state, summary) if state and summary else Progress()
         self.progress.config_changes = taken_up.total_changes
         self.ledger = self._ledger_of(state)
+        self.evaluations: list[Evaluation] = []  # of ``evaluations.jsonl``
         self._taken_up = taken_up
         self._checkpointing = taken_up.config.checkpoint
+        self._evaluation = taken_up.config.evaluation
+        self._candidates: set[int] = set()  # steps whose measurement is not known yet
         self._goes_on = taken_up.checkpoint is None
 
     def go_on(self) -> None:
@@ -45,6 +62,7 @@ class RunState:
         if not self._goes_on:
             self._taken_up.carry_out()
             self._goes_on = True
+            self._read_evaluations()
             self.write_summary()
 
     def checkpoint(self) -> Path | None:
@@ -64,6 +82,7 @@ class RunState:
         self.ledger = self._ledger_of(state)
         if self._goes_on:
             self.directory.drop_rows_after(self.progress.step)
+            self._read_evaluations()
             self.write_summary()
 
     def keep(self, done: StepDone) -> None:
@@ -76,19 +95,48 @@ class RunState:
                 "the timeline of step %d was not kept", self.progress.step, exc_info=True
             )
 
-    def measured(self, phase: Literal["before", "after"], held_out: dict[str, Measurement]) -> None:
-        """Records a measurement on held-out prompts."""
-        if phase == "before":
-            self.progress.before = held_out
-        else:
-            self.progress.after = held_out
+    def record(self, evaluation: Evaluation) -> None:
+        """Records a measurement, and removes the checkpoints that it makes needless.
+
+        Raises:
+            StorageError: the disk did not take it.
+        """
+        append_evaluation(self.directory.evaluations, evaluation)
+        self.evaluations.append(evaluation)
+        if evaluation.name == HELD_OUT and evaluation.phase == "before":
+            self.progress.before = evaluation.measurements
+
+        if evaluation.name == HELD_OUT and evaluation.phase == "after":
+            self.progress.after = evaluation.measurements
+
+        if evaluation.name == self._compared:
+            self._candidates.discard(evaluation.step)
+            self.progress.best = next(iter(self._best()), None)
+            remove_old(
+                self.directory.checkpoints, self._checkpointing.keep_last, self._worth_keeping()
+            )
 
         self.write_summary()
+
+    def is_measured(self, name: str) -> bool:
+        """Returns whether a name was measured at this step."""
+        step = self.progress.step
+        return any(one.name == name and one.step == step for one in self.evaluations)
+
+    def expect(self, names: Collection[str]) -> None:
+        """Keeps this step's checkpoint until what will be measured under these names is known."""
+        if self._compared in names:
+            self._candidates.add(self.progress.step)
+
+    def expect_no_more(self, names: Collection[str]) -> None:
+        """Keeps no checkpoint any more for measurements of these names, which will not come."""
+        if self._compared in names:
+            self._candidates.clear()
 
     @property
     def is_due(self) -> bool:
         """Returns whether a checkpoint is to be written after this step."""
-        return self.progress.step % self._checkpointing.every == 0
+        return self.progress.step % self._checkpointing.every == 0 or self._is_candidate
 
     async def save(self, learner: LearnerGang) -> None:
         """Writes a checkpoint, unless there is one of this step.
@@ -107,6 +155,7 @@ class RunState:
             progress.state(self.ledger, self._taken_up.inputs),
             learner.save,
             keep_last=self._checkpointing.keep_last,
+            keep=self._worth_keeping,
         )
         progress.checkpoint_s = time.monotonic() - started
         progress.checkpoint_step = progress.step
@@ -119,6 +168,23 @@ class RunState:
         except (StorageError, LearnerDownError):
             logger.warning("the steps before %r could not be saved", error, exc_info=True)
 
+    async def export(self, learner: LearnerGang) -> None:
+        """Writes the student that the learner holds, and the best one, for which the learner loads its
+        checkpoint.
+
+        Raises:
+            LearnerDownError: the learner was lost.
+        """
+        directory = self.directory
+        await learner.export(directory.hf, directory.adapter)
+        if (best := self.progress.best) is None:
+            return
+
+        if best.step != self.progress.step:
+            await learner.load(directory.checkpoint(best.step) / "learner")
+
+        await learner.export(directory.hf_best, directory.adapter_of_best)
+
     def write_summary(self) -> None:
         """Writes the summary of a run that goes on."""
         self.directory.write_summary(self.progress.summary("running"))
@@ -130,6 +196,41 @@ class RunState:
             self.directory.write_summary(summary)
 
         return summary
+
+    @property
+    def _compared(self) -> str | None:
+        """Returns the name whose measurements are compared to find the best checkpoint."""
+        keep_best = self._checkpointing.keep_best
+        return None if keep_best is None else keep_best.metric.partition("/")[0]
+
+    @property
+    def _is_candidate(self) -> bool:
+        """Returns whether this step is measured, and may turn out the best."""
+        name = self._compared
+        return name is not None and self._evaluation.is_due(name, self.progress.step)
+
+    def _read_evaluations(self) -> None:
+        self.evaluations = read_evaluations(self.directory.evaluations)
+        self._candidates.clear()
+        self.progress.best = next(iter(self._best()), None)
+
+    def _best(self) -> Sequence[Best]:
+        return best_checkpoints(
+            self.directory.checkpoints, self.evaluations, self._checkpointing.keep_best
+        )
+
+    def _worth_keeping(self) -> set[int]:
+        """Returns the steps of checkpoints that stay beside the newest: the best, those that may turn
+        out so, and the newest of those that ``checkpoint.every`` asks for.
+        """
+        if self._compared is None:
+            return set()
+
+        every, keep_last = self._checkpointing.every, self._checkpointing.keep_last
+        whole = map(step_of, list_checkpoints(self.directory.checkpoints))
+        regular = [step for step in whole if step % every == 0]
+        best = {best.step for best in self._best()}
+        return {*regular[-keep_last:], *best, *self._candidates}
 
     def _ledger_of(self, state: DriverState | None) -> Ledger:
         """Returns the ledger of a checkpoint, or a new one; what was dropped since is not tried

@@ -1,4 +1,4 @@
-"""One training run from config to summary: check, start, measure, train, measure again, export.
+"""One training run from config to summary: check, start, measure and train, export.
 
     train ─ prepare, lock, take up ─▶ _run ─ outlets, signals ─▶ _work ─ actors ─▶ Training
       what the user may have got wrong      status and summary       what runs beside it
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, aclosing, closing
 from dataclasses import dataclass
-from typing import Literal, Never
+from typing import Never
 
 import numpy as np
 
@@ -22,17 +22,17 @@ from eopd.pipeline import Pipeline, Plan
 from eopd.preflight import Prepared, prepare
 from eopd.preflight import notes as notes_on
 from eopd.prompts import PromptOrder
-from eopd.roles import LearnerDownError
+from eopd.roles import LearnerDownError, WeightChannel
 from eopd.run.checkpoint import StorageError
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.progress import Progress, first_line
-from eopd.run.record import Row, Summary, held_out_record
+from eopd.run.record import Row, Summary
 from eopd.runtime import cluster
 from eopd.runtime.engines import scale_on_request
+from eopd.runtime.evaluating import Evaluator
 from eopd.runtime.inputs import digests
 from eopd.runtime.logs import collect, logger
-from eopd.runtime.measurement import keep_samples, measure_held_out
 from eopd.runtime.outlets import Outlets, open_trackers
 from eopd.runtime.placement import plan
 from eopd.runtime.resume import Resume, TakenUp, take_up
@@ -155,8 +155,8 @@ async def _work(
 
 
 class Training:
-    """Measures, trains, measures again and exports; goes on from the newest checkpoint, under a new
-    incarnation, whenever the learner is lost.
+    """Trains, measures and exports; goes on from the newest checkpoint, under a new incarnation,
+    whenever the learner is lost.
     """
 
     def __init__(
@@ -176,6 +176,7 @@ class Training:
         self._outlets = outlets
         self._interruption = interruption
         self._watchdog = watchdog
+        self._evaluator = Evaluator(config, prepared, state, workers, outlets, watchdog.step)
         self._pipeline: Pipeline | None = None  # while it trains
 
     async def run(self) -> None:
@@ -202,6 +203,8 @@ class Training:
 
                 lost = error
                 self._workers.restarts.count_loss(f"learner: {error}")
+            finally:  # whatever ended it, nothing of it stays in flight
+                await self._evaluator.cancel()
 
     def status(self) -> list[str]:
         """Returns who waits for whom, a line each."""
@@ -209,6 +212,7 @@ class Training:
         return [
             f"loop: {loop}",
             f"weights: {self._workers.channel.status()}",
+            f"evaluation: {self._evaluator.status()}",
             *self._workers.engines.status(),
             *self._workers.teacher.status(),
         ]
@@ -231,15 +235,20 @@ class Training:
 
         await self._workers.channel.publish(await learner.version())
         self._state.go_on()
-        progress = self._state.progress
-        if progress.before is None and progress.step == 0:
-            await self._measure("before")
-
+        await self._evaluate()
         await self._train()
-        if not self._interruption.requested:
-            await self._measure("after")
+        if self._interruption.requested:
+            await self._evaluator.cancel()
+        else:
+            await self._evaluator.evaluate("after")
 
-        await learner.export(self._state.directory.hf)
+        await self._state.export(learner)
+
+    async def _evaluate(self) -> None:
+        """Measures what is due at this step, unless it is the last one, or the run shall end."""
+        step = self._state.progress.step
+        if step < self._config.run.batches and not self._interruption.requested:
+            await self._evaluator.evaluate("during" if step else "before")
 
     async def _restart_learner(self, lost: LearnerDownError) -> None:
         self._watchdog.step()
@@ -255,11 +264,21 @@ class Training:
     async def _train(self) -> None:
         state, learner = self._state, self._workers.learner
         pipeline = _pipeline(
-            self._config, self._prepared, self._workers, state.ledger, state.progress, self._drop
+            self._config,
+            self._prepared,
+            self._workers,
+            self._evaluator.channel,
+            state.ledger,
+            state.progress,
+            self._drop,
         )
         self._pipeline = pipeline
 
-        with self._interruption.ends_softly(pipeline.buffer.close):
+        async def end() -> None:
+            await self._evaluator.cancel()
+            await pipeline.buffer.close()
+
+        with self._interruption.ends_softly(end):
             try:
                 await self._follow(pipeline)
             except StorageError:  # the disk takes no other checkpoint either
@@ -280,11 +299,14 @@ class Training:
         async with aclosing(pipeline.steps(self._state.progress.step)) as steps:
             async for done in steps:
                 self._watchdog.step()
-                self._outlets.write({**self._row(), **cluster.memory_row(), **step_row(done)})
+                row = {**self._row(), **cluster.memory_row(), **step_row(done)}
+                self._outlets.write({**row, **self._evaluator.new_row()})
                 self._say_what_was_skipped(done)
                 self._state.keep(done)
                 if self._state.is_due:
                     await self._state.save(self._workers.learner)
+
+                await self._evaluate()
 
     def _row(self) -> Row:
         """Returns who is up and at work now, and who was lost so far; nobody is asked."""
@@ -311,34 +333,12 @@ class Training:
             f"{self._state.directory.dropped}"
         )
 
-    async def _measure(self, phase: Literal["before", "after"]) -> None:
-        self._watchdog.step()
-        measured = await measure_held_out(
-            self._workers,
-            self._config,
-            self._prepared,
-            phase=phase,
-            say=self._outlets.say,
-            doing=self._outlets.doing,
-        )
-        if measured is None:
-            return
-
-        self._state.measured(phase, held_out_record(measured.stats))
-        await keep_samples(
-            self._state.directory,
-            self._config,
-            self._prepared,
-            phase=phase,
-            step=self._state.progress.step,
-            measured=measured,
-        )
-
 
 def _pipeline(
     config: Config,
     prepared: Prepared,
     workers: Workers,
+    channel: WeightChannel,
     ledger: Ledger,
     progress: Progress,
     on_drop: Callable[[int, LostTrajectory], None],
@@ -368,7 +368,7 @@ def _pipeline(
         engines=workers.engines,
         teacher=workers.teacher,
         learner=workers.learner,
-        channel=workers.channel,
+        channel=channel,
         order=order,
         ledger=ledger,
         progress=progress,

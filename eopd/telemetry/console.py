@@ -24,6 +24,7 @@ from rich.text import Text
 
 from eopd.run.record import HeldOut, Measurement, Row, Sample, Summary
 from eopd.telemetry.cells import LINE, cells, show, value
+from eopd.telemetry.evaluations import best_line
 from eopd.telemetry.forecast import AFTER_STEPS, forecast
 
 logger = logging.getLogger(__name__)
@@ -219,6 +220,10 @@ def print_summary(
         output.print(block)
 
     output.print()
+    if summary.best is not None:
+        text = f"{best_line(summary.best)}; its student: {run_directory / 'hf-best'}"
+        output.print(text, markup=False, highlight=False, soft_wrap=True)
+
     output.print(f"run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -249,6 +254,21 @@ def held_out_table(held_out: HeldOut) -> Table:
         table.add_row(label, _measured(before, name), _measured(after, name), change)
 
     return table
+
+
+def print_measured(
+    measured: Mapping[str, Measurement], output: rich.console.Console | None = None
+) -> None:
+    """Print one held-out measurement."""
+    output = output or rich.console.Console()
+    table = _table("held out, per response token", "measured")
+    for name, label in _HELD_OUT.items():
+        table.add_row(label, _measured(measured, name))
+
+    output.print(table)
+    parts = parts_table(HeldOut(before=measured))
+    if parts.rows:
+        output.print(parts)
 
 
 def parts_table(held_out: HeldOut) -> Table:

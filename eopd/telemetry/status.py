@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import rich.console
 from rich.constrain import Constrain
 
+from eopd.run.evaluations import Evaluation
 from eopd.run.record import Row, Summary
 from eopd.telemetry.cells import FAULTS, cells, value
 from eopd.telemetry.console import MAX_WIDTH, clock, held_out_table
+from eopd.telemetry.evaluations import best_line, evaluation_line
 
 
 def print_status(
@@ -18,6 +20,7 @@ def print_status(
     rows: Sequence[Row],
     *,
     batches: int,
+    evaluations: Sequence[Evaluation] = (),
     advice: str | None = None,
     output: rich.console.Console | None = None,
 ) -> None:
@@ -30,6 +33,7 @@ def print_status(
         rows: the last of ``metrics.jsonl``, with their ``time``; the gaps between them tell the
             remaining time.
         batches: of the whole run.
+        evaluations: the newest of every name.
         advice: a last line: what to do.
         output: else the terminal.
     """
@@ -48,6 +52,13 @@ def print_status(
         output.print(Constrain(cells(rows[-1]), MAX_WIDTH))
         faults = ", ".join(f"{label} {value(rows[-1], names)}" for label, names in FAULTS)
         output.print(faults, markup=False, highlight=False, soft_wrap=True)
+
+    for evaluation in evaluations:
+        line = evaluation_line(evaluation)
+        output.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    if summary and summary.best:
+        output.print(best_line(summary.best), markup=False, highlight=False, soft_wrap=True)
 
     if summary:
         output.print(held_out_table(summary.held_out))

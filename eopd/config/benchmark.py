@@ -1,0 +1,66 @@
+"""The benchmarks on which a student's own responses are graded, and the names of what is measured."""
+
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, Field
+
+from eopd.config.base import DataSpec, Names, Positive, Section, Temperature, Tokens
+from eopd.config.loss import GraderName
+from eopd.config.teacher import NAME, NAME_WORDS
+
+HELD_OUT: Final = "held_out"  # the name of the held-out measurement among the benchmarks'
+HELD_OUT_METRICS: Final = ("reverse_kl", "forward_kl", "top1_agreement")
+
+
+def _not_empty(texts: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in texts:
+        raise ValueError("a text that ends a response has at least one character")
+
+    return texts
+
+
+class BenchmarkConfig(Section):
+    """A set of prompts with answers: the student writes several responses to each, and a grader
+    says which are right. The live engines write them, under the weights of one batch.
+    """
+
+    name: str = Field(pattern=NAME, max_length=100, description=NAME_WORDS)
+    """The name of the benchmark in metrics, messages and files. ``held_out`` is taken."""
+
+    data: DataSpec
+    """The rows, in the same forms as ``prompts.data``; each needs an ``answer``. They are rendered
+    as the section ``prompts`` says.
+    """
+
+    grader: GraderName = "exact"
+    """How an answer is judged: ``exact`` compares text, ``math`` compares mathematics."""
+
+    samples: int = Field(1, ge=1, le=10_000)
+    """The number n of responses to each prompt, which avg@n and pass@n are of."""
+
+    prompts: Positive | None = None
+    """The number of prompts that are asked, the first ones. ``null`` asks all."""
+
+    max_response_tokens: Tokens | None = None
+    """The longest response, in tokens. ``null`` is that of ``evaluation.max_response_tokens``."""
+
+    temperature: Temperature = 1.0
+    """The temperature of the softmax from which responses are sampled."""
+
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """The probability of the smallest set of tokens to sample from (nucleus sampling). 1 samples
+    from all.
+    """
+
+    stop: Annotated[Names, AfterValidator(_not_empty)] = ()
+    """The texts that end a response. What is graded ends before the first of them."""
+
+    every: Positive | None = None
+    """The number of batches between two measurements. ``null`` is that of ``evaluation.every``."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of what is measured, without the number of lost responses."""
+        passed = (f"pass_at_{self.samples}",) if self.samples > 1 else ()
+        lengths = ("response_tokens", "truncation_rate")
+        return ("avg_at_n", *passed, *lengths, "distinct_1", "distinct_2")

@@ -1,0 +1,158 @@
+"""Benchmarks beside training: the engines answer under one version, while the learner goes on.
+
+    task                     waits for                          is unblocked by
+    a benchmark, background  its answers, then their grades     engines, then its grader
+    the learner's next step  nothing of it                      -
+    the next publish         ``Beside.written``                 the last answer; it need not be graded
+
+Held-out prompts cannot be measured so: they need the learner's weights of the version, of which
+there is one set alone.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+
+from eopd.roles import RolloutEngine, WeightChannel
+from eopd.types import (
+    LostReason,
+    LostTrajectory,
+    PolicyVersion,
+    PromptSample,
+    PublishStats,
+    RunFailedError,
+    Sampling,
+    Stored,
+    Trajectory,
+)
+
+
+class OneVersion:
+    """A ``RolloutEngine`` for one benchmark, which lets through what was written under one version.
+
+    An engine that was replaced meanwhile may have the learner's newer weights: its answers are lost.
+
+    Args:
+        engines: what writes.
+        version: the version that they serve.
+        expected: the number of requests that will come.
+        tell: is called with the number of answers so far.
+    """
+
+    def __init__(
+        self,
+        engines: RolloutEngine,
+        version: PolicyVersion,
+        expected: int,
+        tell: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        self.written = asyncio.Event()  # also set where the benchmark ends without them
+        self.done = 0
+        self.expected = expected
+        self._engines = engines
+        self._version = version
+        self._tell = tell
+
+    async def generate(
+        self, prompt: PromptSample, sample_index: int, sampling: Sampling
+    ) -> Stored[Trajectory] | LostTrajectory:
+        """Samples one response; one that other weights had a part in is lost."""
+        answer = await self._engines.generate(prompt, sample_index, sampling)
+        self.done += 1
+        self._tell(self.done)
+        if self.done == self.expected:
+            self.written.set()
+
+        if isinstance(answer, LostTrajectory):
+            return answer
+
+        header, step = answer.header, self._version.step
+        if header.oldest_version == header.newest_version == step:
+            return answer
+
+        return LostTrajectory(
+            key=header.key,
+            reason=LostReason.ROLLOUT_FAILED,
+            detail=f"written by the weights of step {header.newest_version} instead of {step}",
+        )
+
+
+@dataclass(slots=True)
+class Beside:
+    """The benchmarks that are under way, each a task of its own."""
+
+    _under_way: dict[asyncio.Task[None], OneVersion] = field(default_factory=dict)
+
+    def start(self, engines: OneVersion, work: Coroutine[object, object, None]) -> None:
+        """Starts a benchmark, which asks ``engines``."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(lambda _: engines.written.set())
+        self._under_way[task] = engines
+
+    @property
+    def left(self) -> int:
+        """The number of answers that are still to be written."""
+        return sum(
+            engines.expected - engines.done
+            for engines in self._under_way.values()
+            if not engines.written.is_set()
+        )
+
+    async def written(self) -> None:
+        """Waits until the last answer is written.
+
+        Raises:
+            RunFailedError: no engine is left.
+        """
+        for engines in list(self._under_way.values()):
+            await engines.written.wait()
+
+        for task in [task for task in self._under_way if task.done()]:
+            del self._under_way[task]
+            _raise_what_failed(task)
+
+    async def finish(self) -> None:
+        """Waits until everything is graded and recorded; raises as ``written`` does."""
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+            await self.written()
+
+    async def cancel(self) -> bool:
+        """Gives up what is under way; returns whether there was anything."""
+        tasks = [task for task in self._under_way if not task.done()]
+        self._under_way.clear()
+        for task in tasks:
+            task.cancel()
+
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return bool(tasks)
+
+
+@dataclass(slots=True)
+class HeldChannel:
+    """A ``WeightChannel`` that publishes once the answers of benchmarks are written. ``waited_s`` is
+    how long the last publish waited for that.
+    """
+
+    channel: WeightChannel
+    beside: Beside
+    waited_s: float = 0.0
+
+    async def publish(self, version: PolicyVersion) -> PublishStats:
+        """Returns once every live engine serves ``version``."""
+        started = time.monotonic()
+        await self.beside.written()
+        self.waited_s = time.monotonic() - started
+        return await self.channel.publish(version)
+
+
+def _raise_what_failed(task: asyncio.Task[None]) -> None:
+    """Raises what a benchmark failed with; of many failures of the run the first, for a person."""
+    try:
+        task.result()
+    except ExceptionGroup as errors:
+        if (failures := errors.subgroup(RunFailedError)) is not None:
+            raise failures.exceptions[0] from None
+
+        raise

@@ -1,0 +1,227 @@
+"""Evaluation in a run: what is due is measured on its live workers.
+
+    after the weights of step n reached every engine
+    held-out prompts   the learner waits: it measures, and its weights must stay those of step n
+    benchmarks         the learner's next step goes on; its publish waits for the last answer
+
+Both are asked before training's own requests. A measurement that a lost learner or an interruption
+cuts short is forgotten; a run that goes on at its step measures it then.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from eopd.config import BenchmarkConfig, Config
+from eopd.config.benchmark import HELD_OUT
+from eopd.evaluation.benchmarks import BenchmarkResult, Fetch, run_benchmark
+from eopd.evaluation.beside import Beside, HeldChannel, OneVersion
+from eopd.evaluation.summary import ByPrompt, by_prompt, differences, measurements
+from eopd.preflight import Prepared
+from eopd.rewards.graders import open_grader
+from eopd.run.evaluations import Evaluation, Phase
+from eopd.run.record import Measurement, Row, held_out_record
+from eopd.runtime.measurement import keep_samples, measure_held_out
+from eopd.runtime.outlets import Outlets
+from eopd.runtime.state import RunState
+from eopd.runtime.supervisor import Workers, fetch
+from eopd.telemetry.evaluations import evaluation_line, evaluation_row
+from eopd.tokenizer import load_tokenizer
+from eopd.types import PolicyVersion, Sampling
+
+
+class Evaluator:
+    """Measures a run, and keeps what was measured.
+
+    Args:
+        config: the run's.
+        prepared: its prompts, held out and of benchmarks.
+        state: where measurements go.
+        workers: engines write, teachers score, the learner measures.
+        outlets: where people look.
+        alive: is called whenever a response was measured: so long nothing hangs.
+        fetch: brings the body of a response here.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prepared: Prepared,
+        state: RunState,
+        workers: Workers,
+        outlets: Outlets,
+        alive: Callable[[], None],
+        fetch: Fetch = fetch,
+    ) -> None:
+        self._config = config
+        self._prepared = prepared
+        self._state = state
+        self._workers = workers
+        self._outlets = outlets
+        self._alive = alive
+        self._fetch = fetch
+        self._beside = Beside()
+        self._news: dict[str, float] = {}
+        self.channel = HeldChannel(workers.channel, self._beside)
+
+    async def evaluate(self, phase: Phase) -> None:
+        """Measures what is due at this step, whose weights the engines serve. Benchmarks go on when it
+        returns, but for those after training.
+
+        Raises:
+            LearnerDownError: the learner was lost.
+            RunFailedError: no engine is left, or the disk is full.
+        """
+        names = self._due(phase)
+        if not names:
+            return
+
+        await self._beside.finish()  # what was measured before comes first
+        self._alive()
+        self._state.expect(names)
+        if HELD_OUT in names:
+            await self._measure_held_out(phase)
+
+        version = await self._workers.learner.version()
+        for benchmark in self._config.evaluation.benchmarks:
+            if benchmark.name in names:
+                self._start(benchmark, version, phase)
+
+        if phase == "after":
+            await self._beside.finish()
+
+    async def cancel(self) -> None:
+        """Gives up the benchmarks under way, so that nothing waits for them."""
+        self._state.expect_no_more(self._config.evaluation.names)
+        if await self._beside.cancel():
+            self._outlets.say("the benchmarks under way were given up")
+
+    def new_row(self) -> Row:
+        """Returns the metrics of what was measured since the last call, and how long the last weights
+        waited.
+        """
+        news, self._news = self._news, {}
+        return news | {"eopd_eval_wait_seconds": self.channel.waited_s}
+
+    def status(self) -> str:
+        """Returns what is under way, for people."""
+        left = self._beside.left
+        return f"{left} answers of benchmarks to be written" if left else "idle"
+
+    def _due(self, phase: Phase) -> list[str]:
+        evaluation, step = self._config.evaluation, self._state.progress.step
+        if phase == "after":
+            return list(evaluation.names)
+
+        due = [name for name in evaluation.names if evaluation.is_due(name, step)]
+        return [name for name in due if not self._state.is_measured(name)]
+
+    async def _measure_held_out(self, phase: Phase) -> None:
+        started, step = time.monotonic(), self._state.progress.step
+        measured = await measure_held_out(
+            self._workers,
+            self._config,
+            self._prepared,
+            when=f"after step {step}" if phase == "during" else f"{phase} training",
+            say=self._outlets.say,
+            doing=self._doing,
+        )
+        if measured is None:
+            self._state.expect_no_more([HELD_OUT])
+            return
+
+        self._record(
+            Evaluation(
+                step=step,
+                phase=phase,
+                name=HELD_OUT,
+                time=time.time(),
+                seconds=time.monotonic() - started,
+                prompts=measured.stats.num_trajectories,
+                samples=1,
+                measurements=held_out_record(measured.stats),
+            )
+        )
+        if phase != "during":
+            await keep_samples(
+                self._state.directory,
+                self._config,
+                self._prepared,
+                phase=phase,
+                step=step,
+                measured=measured,
+            )
+
+    def _start(self, benchmark: BenchmarkConfig, version: PolicyVersion, phase: Phase) -> None:
+        prompts = self._prepared.benchmarks[benchmark.name].prompts[: benchmark.prompts]
+        expected = len(prompts) * benchmark.samples
+        engines = OneVersion(
+            self._workers.engines, version, expected, partial(self._tell, benchmark.name, expected)
+        )
+        self._beside.start(engines, self._run(benchmark, engines, phase))
+
+    async def _run(self, benchmark: BenchmarkConfig, engines: OneVersion, phase: Phase) -> None:
+        """Runs a benchmark, and records what it measured."""
+        started, step = time.monotonic(), self._state.progress.step
+        prompts = self._prepared.benchmarks[benchmark.name].prompts[: benchmark.prompts]
+        evaluation = self._config.evaluation
+        tokenizer = load_tokenizer(self._config.student.model)
+        sampling = Sampling(
+            temperature=benchmark.temperature,
+            max_tokens=benchmark.max_response_tokens or evaluation.max_response_tokens,
+            seed=evaluation.seed,
+            top_p=benchmark.top_p,
+            stop=benchmark.stop,
+        )
+
+        with open_grader(benchmark.grader) as grader:
+            result = await run_benchmark(
+                [engines],
+                prompts,
+                lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+                grader,
+                fetch=self._fetch,
+                samples=benchmark.samples,
+                sampling=sampling,
+                ks=(),
+            )
+
+        numbers = await asyncio.to_thread(by_prompt, result, benchmark.samples)
+        self._record(
+            Evaluation(
+                step=step,
+                phase=phase,
+                name=benchmark.name,
+                time=time.time(),
+                seconds=time.monotonic() - started,
+                prompts=len(prompts),
+                samples=benchmark.samples,
+                measurements=_measurements(numbers, result),
+                differences=differences(numbers, self._first(benchmark.name)),
+                by_prompt=numbers,
+            )
+        )
+
+    def _first(self, name: str) -> ByPrompt:
+        first = (one.by_prompt for one in self._state.evaluations if one.name == name)
+        return next(first, {})
+
+    def _record(self, evaluation: Evaluation) -> None:
+        self._alive()
+        self._state.record(evaluation)
+        self._outlets.say(evaluation_line(evaluation))
+        row = evaluation_row(evaluation)
+        self._news |= row
+        self._outlets.show_state(row)
+
+    def _tell(self, name: str, expected: int, done: int) -> None:
+        self._doing(f"answers to {name}: {done}/{expected}")
+
+    def _doing(self, text: str) -> None:
+        self._alive()
+        self._outlets.doing(text)
+
+
+def _measurements(numbers: ByPrompt, result: BenchmarkResult) -> Mapping[str, Measurement]:
+    return {**measurements(numbers), "lost": Measurement(mean=float(result.num_lost))}

@@ -1,0 +1,63 @@
+"""``eopd measure``: the held-out numbers of a checkpoint, by actors of its own."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from eopd.config import Config
+from eopd.preflight import Prepared, prepare
+from eopd.run.checkpoint import step_of
+from eopd.run.directory import RunDirectory
+from eopd.run.record import Measurement, held_out_record
+from eopd.runtime import cluster
+from eopd.runtime.measurement import measure_held_out
+from eopd.runtime.placement import plan
+from eopd.runtime.supervisor import start_workers
+from eopd.types import RunFailedError
+
+
+def measure_checkpoint(
+    run: Path, step: int | None, say: Callable[[str], None]
+) -> Mapping[str, Measurement]:
+    """Measures the student of a checkpoint as the run measures it, and leaves the run as it is.
+
+    Args:
+        run: the run directory.
+        step: of the checkpoint; else the newest that is whole.
+        say: is called with messages for people.
+
+    Returns:
+        The numbers, by the names of ``held_out_record``.
+
+    Raises:
+        ConfigError: this is no run, it has no such checkpoint, or the run's inputs are gone.
+        RunFailedError: the actors did not come up, or no prompt could be measured.
+    """
+    directory = RunDirectory(run)
+    config, checkpoint = directory.config(), directory.checkpoint(step)
+    prepared = prepare(config)
+    with cluster.connect(config.cluster):
+        cluster.require_room(plan(config))
+        return asyncio.run(_measure(config, prepared, checkpoint, say))
+
+
+async def _measure(
+    config: Config, prepared: Prepared, checkpoint: Path, say: Callable[[str], None]
+) -> Mapping[str, Measurement]:
+    text = prepared.held_out.prompts[0].token_ids
+    async with start_workers(config, 0, text, say) as workers:
+        await workers.learner.load(checkpoint / "learner")
+        await workers.channel.publish(await workers.learner.version())
+        measured = await measure_held_out(
+            workers,
+            config,
+            prepared,
+            when=f"after step {step_of(checkpoint)}",
+            say=say,
+            doing=lambda text: None,
+        )
+
+    if measured is None:
+        raise RunFailedError("nothing was measured; the cause is above")
+
+    return held_out_record(measured.stats)

@@ -1,0 +1,102 @@
+"""An evaluation as metrics, and as a line for people."""
+
+from typing import Final
+
+from eopd.config.benchmark import HELD_OUT
+from eopd.run.evaluations import Evaluation
+from eopd.run.record import Best, Measurement, Row
+from eopd.telemetry.series import series
+
+_HELD_OUT: Final = {
+    "reverse_kl": "eopd_eval_reverse_kl_nats",
+    "forward_kl": "eopd_eval_forward_kl_nats",
+    "student_entropy": "eopd_eval_student_entropy_nats",
+    "teacher_entropy": "eopd_eval_teacher_entropy_nats",
+    "top1_agreement": "eopd_eval_top1_agreement_ratio",
+}
+_BENCHMARK: Final = {
+    "avg_at_n": "eopd_eval_avg_at_n_ratio",
+    "response_tokens": "eopd_eval_response_tokens_mean",
+    "truncation_rate": "eopd_eval_truncated_ratio",
+    "lost": "eopd_eval_lost_trajectories",
+}
+_SHOWN: Final = ("reverse_kl", "forward_kl", "top1_agreement", "avg_at_n")
+
+
+def evaluation_row(evaluation: Evaluation) -> Row:
+    """Returns the metrics of an evaluation, by the names of the catalogue."""
+    name, row = evaluation.name, {}
+    row[series("eopd_eval_step", evaluation=name)] = float(evaluation.step)
+    row[series("eopd_eval_seconds", evaluation=name)] = evaluation.seconds
+
+    for metric, measured in evaluation.measurements.items():
+        if (key := _key(name, metric)) is not None:
+            row[key] = measured.mean
+
+    return row
+
+
+def evaluation_line(evaluation: Evaluation) -> str:
+    """Returns what was measured, in a line.
+
+    Example: ``step 5, gsm8k: avg@4 0.512 ± 0.021 (+0.034 ± 0.012), pass@4 0.700 ± 0.030, 312.5
+    tokens a response, 2.1% truncated, 0 lost, in 12.1 s``. In parentheses is the change since the
+    first measurement.
+    """
+    parts = []
+    measurements = evaluation.measurements
+    for metric, measured in measurements.items():
+        if metric not in _SHOWN and not metric.startswith("pass_at_"):
+            continue
+
+        part = f"{_label(metric, evaluation.samples)} {_value(measured)}"
+        if (change := evaluation.differences.get(metric)) is not None:
+            part += f" ({_value(change, '+')})"
+
+        parts.append(part)
+
+    if "response_tokens" in measurements:
+        parts.append(f"{measurements['response_tokens'].mean:.1f} tokens a response")
+        parts.append(f"{measurements['truncation_rate'].mean:.1%} truncated")
+
+    if "lost" in measurements:
+        parts.append(f"{measurements['lost'].mean:.0f} lost")
+
+    head = f"step {evaluation.step}, {evaluation.name.replace('_', ' ')}"
+    return f"{head}: {', '.join(parts)}, in {evaluation.seconds:.1f} s"
+
+
+def best_line(best: Best) -> str:
+    """Returns which checkpoint is the best, and by what, in a line."""
+    return f"best checkpoint: step {best.step}, {best.metric} {best.value:.4f}"
+
+
+def _key(name: str, metric: str) -> str | None:
+    """Returns the series of a measurement, or None where it has none."""
+    if name == HELD_OUT:
+        return _HELD_OUT.get(metric)
+
+    if metric.startswith("distinct_"):
+        n = metric.removeprefix("distinct_")
+        return series("eopd_eval_distinct_ratio", benchmark=name, n=n)
+
+    found = _BENCHMARK.get(metric)
+    if metric.startswith("pass_at_"):
+        found = "eopd_eval_pass_at_n_ratio"
+
+    return series(found, benchmark=name) if found else None
+
+
+def _label(metric: str, samples: int) -> str:
+    words = {
+        "reverse_kl": "reverse KL",
+        "forward_kl": "forward KL",
+        "top1_agreement": "top-1 agreement",
+        "avg_at_n": f"avg@{samples}",
+    }
+    return words.get(metric, metric.replace("_at_", "@"))
+
+
+def _value(measured: Measurement, sign: str = "") -> str:
+    error = measured.standard_error
+    return f"{measured.mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
