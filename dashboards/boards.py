@@ -8,7 +8,8 @@ share its width equally; units, descriptions and healthy ranges come from the ca
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from eopd.telemetry.catalog import CATALOG, Unit
+from eopd.telemetry.catalog import CATALOG
+from eopd.telemetry.metric import Unit
 
 Kind = Literal["timeseries", "stat"]
 
@@ -60,6 +61,24 @@ STEP: Final = (
     "eopd_weights_seconds",
 )
 
+# What the student can do, measured while it learns.
+EVALUATION: Final = (
+    (
+        _one("Held-out KL", "eopd_eval_reverse_kl_nats", "eopd_eval_forward_kl_nats"),
+        _one("Right answers: avg@n", "eopd_eval_avg_at_n_ratio"),
+        _one("Right at least once: pass@n", "eopd_eval_pass_at_n_ratio"),
+        _one("Different n-grams", "eopd_eval_distinct_ratio"),
+    ),
+    (
+        _one(
+            "Held-out entropy", "eopd_eval_student_entropy_nats", "eopd_eval_teacher_entropy_nats"
+        ),
+        _one("Held-out top-1 agreement", "eopd_eval_top1_agreement_ratio"),
+        _one("Length of answers", "eopd_eval_response_tokens_mean"),
+        _one("Answers cut", "eopd_eval_truncated_ratio"),
+    ),
+)
+
 OVERVIEW: Final = Board(
     "eopd-overview",
     "eopd / Overview",
@@ -85,6 +104,7 @@ OVERVIEW: Final = Board(
                 _one("Repetition", "eopd_repetition_ratio"),
             ),
         ),
+        "Evaluation": EVALUATION,
         "Where the time goes": (
             (
                 Panel("Learner's step", STEP, stacked=True),
@@ -132,6 +152,7 @@ DISTILLATION: Final = Board(
                 _one("Reward", "eopd_reward_mean"),
             ),
         ),
+        "Evaluation": EVALUATION,
         "Optimisation": (
             (
                 _one("Gradient norm", "eopd_grad_norm"),
@@ -194,6 +215,14 @@ THROUGHPUT: Final = Board(
                 _one("Newest checkpoint took", "eopd_checkpoint_seconds"),
                 _one("Step of the newest checkpoint", "eopd_checkpoint_step"),
                 _one("Settings changed by --resume", "eopd_config_changes_total"),
+            ),
+        ),
+        "Evaluation": (
+            (
+                _one("Weights waited for answers", "eopd_eval_wait_seconds"),
+                _one("A measurement took", "eopd_eval_seconds"),
+                _one("Step measured last", "eopd_eval_step"),
+                _one("Lost answers", "eopd_eval_lost_trajectories"),
             ),
         ),
         "Queues": (

@@ -16,7 +16,8 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models import dashboard as models
 
-from eopd.telemetry.catalog import CATALOG, Unit
+from eopd.telemetry.catalog import CATALOG
+from eopd.telemetry.metric import Unit
 
 TARGET: Final = Path(__file__).parent / "grafana"
 SELECTOR: Final = '{run=~"$run"}'

@@ -121,8 +121,7 @@ async def run_benchmark(
         grader: Called from one thread, one answer at a time.
         fetch: Brings the body of a stored trajectory here.
         samples: n, samples per prompt.
-        sampling: Temperature, length limit, top-p, stop texts, and the seed from which each
-            sample's own seed is derived. Each gets a priority of its own, below 0.
+        sampling: Of each sample, which gets a seed made from this one's, and a priority below 0.
         ks: The k of every pass@k wanted, each in 1..n.
 
     Raises:
@@ -133,6 +132,7 @@ async def run_benchmark(
     """
     _check(engines, prompts, samples, ks)
     turns = itertools.cycle(engines)
+    grade = asyncio.get_running_loop().run_in_executor
     priorities = itertools.count(-samples * len(prompts))  # all below 0, the first prompt's lowest
 
     with ThreadPoolExecutor(max_workers=1) as grading:
@@ -148,9 +148,7 @@ async def run_benchmark(
                 return trajectory
 
             response = before_stop(decode(trajectory.response_ids), sampling.stop)
-            loop = asyncio.get_running_loop()
-            verdict = await loop.run_in_executor(grading, grader, response, _reference(prompt))
-
+            verdict = await grade(grading, grader, response, _reference(prompt))
             return _answer(trajectory, response, verdict)
 
         async with asyncio.TaskGroup() as group:

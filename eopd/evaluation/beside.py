@@ -35,7 +35,7 @@ class OneVersion:
 
     Args:
         engines: what writes.
-        version: the version that they serve.
+        step: the step whose weights they serve.
         expected: the number of requests that will come.
         tell: is called with the number of answers so far.
     """
@@ -43,7 +43,7 @@ class OneVersion:
     def __init__(
         self,
         engines: RolloutEngine,
-        version: PolicyVersion,
+        step: int,
         expected: int,
         tell: Callable[[int], None] = lambda done: None,
     ) -> None:
@@ -51,7 +51,7 @@ class OneVersion:
         self.done = 0
         self.expected = expected
         self._engines = engines
-        self._version = version
+        self._step = step
         self._tell = tell
 
     async def generate(
@@ -67,14 +67,14 @@ class OneVersion:
         if isinstance(answer, LostTrajectory):
             return answer
 
-        header, step = answer.header, self._version.step
-        if header.oldest_version == header.newest_version == step:
+        header = answer.header
+        if header.oldest_version == header.newest_version == self._step:
             return answer
 
         return LostTrajectory(
             key=header.key,
             reason=LostReason.ROLLOUT_FAILED,
-            detail=f"written by the weights of step {header.newest_version} instead of {step}",
+            detail=f"written by weights of step {header.newest_version}, not {self._step}",
         )
 
 

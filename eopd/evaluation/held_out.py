@@ -49,14 +49,11 @@ async def measure(
         NothingMeasuredError: every prompt was lost.
     """
     done = itertools.count(1)
+    plain = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed)
 
     async def respond(index: int) -> Stored[ScoredTrajectory] | LostTrajectory:
-        sampling = Sampling(
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=seed + index,
-            priority=index - len(prompts),  # before those of training
-        )
+        first = index - len(prompts)  # before the requests of training
+        sampling = replace(plain, seed=seed + index, priority=first)
         for _ in range(max_attempts):  # with the same seed, so that it is the same response
             written = await engines.generate(prompts[index], 0, sampling)
             scored = (

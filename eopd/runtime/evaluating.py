@@ -10,7 +10,7 @@ cuts short is forgotten; a run that goes on at its step measures it then.
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from eopd.config import BenchmarkConfig, Config
@@ -28,7 +28,7 @@ from eopd.runtime.state import RunState
 from eopd.runtime.supervisor import Workers, fetch
 from eopd.telemetry.evaluations import evaluation_line, evaluation_row
 from eopd.tokenizer import load_tokenizer
-from eopd.types import PolicyVersion, Sampling
+from eopd.types import PromptSample, Sampling
 
 
 class Evaluator:
@@ -83,10 +83,9 @@ class Evaluator:
         if HELD_OUT in names:
             await self._measure_held_out(phase)
 
-        version = await self._workers.learner.version()
         for benchmark in self._config.evaluation.benchmarks:
             if benchmark.name in names:
-                self._start(benchmark, version, phase)
+                self._start(benchmark, phase)
 
         if phase == "after":
             await self._beside.finish()
@@ -153,18 +152,23 @@ class Evaluator:
                 measured=measured,
             )
 
-    def _start(self, benchmark: BenchmarkConfig, version: PolicyVersion, phase: Phase) -> None:
+    def _start(self, benchmark: BenchmarkConfig, phase: Phase) -> None:
         prompts = self._prepared.benchmarks[benchmark.name].prompts[: benchmark.prompts]
-        expected = len(prompts) * benchmark.samples
-        engines = OneVersion(
-            self._workers.engines, version, expected, partial(self._tell, benchmark.name, expected)
-        )
-        self._beside.start(engines, self._run(benchmark, engines, phase))
+        step, expected = self._state.progress.step, len(prompts) * benchmark.samples
+        tell = partial(self._tell, benchmark.name, expected)
+        engines = OneVersion(self._workers.engines, step, expected, tell)
+        self._beside.start(engines, self._run(benchmark, prompts, engines, phase, step))
 
-    async def _run(self, benchmark: BenchmarkConfig, engines: OneVersion, phase: Phase) -> None:
-        """Runs a benchmark, and records what it measured."""
-        started, step = time.monotonic(), self._state.progress.step
-        prompts = self._prepared.benchmarks[benchmark.name].prompts[: benchmark.prompts]
+    async def _run(
+        self,
+        benchmark: BenchmarkConfig,
+        prompts: Sequence[PromptSample],
+        engines: OneVersion,
+        phase: Phase,
+        step: int,
+    ) -> None:
+        """Runs a benchmark on the weights of a step, and records what it measured."""
+        started = time.monotonic()
         evaluation = self._config.evaluation
         tokenizer = load_tokenizer(self._config.student.model)
         sampling = Sampling(

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from eopd.config import Config
+from eopd.config import Config, TelemetryConfig
 from eopd.preflight import Prepared, prepare
 from eopd.run.checkpoint import step_of
 from eopd.run.directory import RunDirectory
@@ -35,6 +35,8 @@ def measure_checkpoint(
     """
     directory = RunDirectory(run)
     config, checkpoint = directory.config(), directory.checkpoint(step)
+    # the run may be under way, and serve its metrics
+    config = config.model_copy(update={"telemetry": TelemetryConfig(port=None)})
     prepared = prepare(config)
     with cluster.connect(config.cluster):
         cluster.require_room(plan(config))

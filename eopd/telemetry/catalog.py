@@ -12,52 +12,36 @@ row carries numbers only.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Final, Literal
+from typing import Final
 
-Kind = Literal["gauge", "counter"]
-Unit = Literal[
-    "nats",
-    "ratio",
-    "seconds",
-    "bytes",
-    "tokens",
-    "tokens per second",
-    "FLOP per second",
-    "trajectories",
-    "steps",
-    "versions",
-    "dimensionless",
-]
-
-
-class MetricError(ValueError):
-    """A row that the catalogue does not know: a mistake in the code that made it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One metric. ``healthy`` says in words what a sound run shows; ``labels`` come beside
-    ``run``, which all have.
-    """
-
-    kind: Kind
-    unit: Unit
-    name: str
-    meaning: str
-    healthy: str
-    labels: tuple[str, ...] = ()
-
-
-_nats = partial(Metric, "gauge", "nats")
-_ratio = partial(Metric, "gauge", "ratio")
-_seconds = partial(Metric, "gauge", "seconds")
-_bytes = partial(Metric, "gauge", "bytes")
-_versions = partial(Metric, "gauge", "versions")
-_trajectories = partial(Metric, "gauge", "trajectories")
-_number = partial(Metric, "gauge", "dimensionless")
-_counter = partial(Metric, "counter", "dimensionless")
+from eopd.telemetry.catalog_of_evaluation import EVALUATION
+from eopd.telemetry.metric import (
+    Metric,
+)
+from eopd.telemetry.metric import (
+    bytes_metric as _bytes,
+)
+from eopd.telemetry.metric import (
+    counter_metric as _counter,
+)
+from eopd.telemetry.metric import (
+    nats_metric as _nats,
+)
+from eopd.telemetry.metric import (
+    number_metric as _number,
+)
+from eopd.telemetry.metric import (
+    ratio_metric as _ratio,
+)
+from eopd.telemetry.metric import (
+    seconds_metric as _seconds,
+)
+from eopd.telemetry.metric import (
+    trajectories_metric as _trajectories,
+)
+from eopd.telemetry.metric import (
+    versions_metric as _versions,
+)
 
 ROLLED_BACK: Final = (
     "With a learner that was lost, and with --resume, it goes back to the checkpoint's."
@@ -454,92 +438,6 @@ _TIME: Final = (
     _bytes("eopd_weight_bytes", "Bytes sent for one weight sync, per engine.", "Constant."),
 )
 
-_EVALUATION: Final = (
-    Metric(
-        "gauge",
-        "steps",
-        "eopd_eval_step",
-        "Step whose weights were measured last: held_out, or a benchmark.",
-        "At most evaluation.every below eopd_step.",
-        ("evaluation",),
-    ),
-    _seconds(
-        "eopd_eval_seconds",
-        "Time of the newest measurement. The learner waits for held_out, and for no benchmark.",
-        "Steady.",
-        ("evaluation",),
-    ),
-    _seconds(
-        "eopd_eval_wait_seconds",
-        "The part of eopd_weights_seconds in which the weights waited for a benchmark's last "
-        "answer.",
-        "0, but for the step after an evaluation; then below the time of a step.",
-    ),
-    _nats(
-        "eopd_eval_reverse_kl_nats",
-        "Reverse KL on the held-out prompts, when measured last.",
-        "Falls; the step where it begins to rise is the last good one.",
-    ),
-    _nats(
-        "eopd_eval_forward_kl_nats",
-        "Forward KL on the held-out prompts, when measured last.",
-        "Falls.",
-    ),
-    _nats(
-        "eopd_eval_student_entropy_nats",
-        "Student entropy on the held-out prompts, when measured last.",
-        "Comes to the teacher's.",
-    ),
-    _nats(
-        "eopd_eval_teacher_entropy_nats",
-        "Teacher entropy on the held-out prompts, when measured last.",
-        "Steady.",
-    ),
-    _ratio(
-        "eopd_eval_top1_agreement_ratio",
-        "Share of held-out positions where student and teacher find the same token most likely.",
-        "Rises.",
-    ),
-    _ratio(
-        "eopd_eval_avg_at_n_ratio",
-        "Share of a benchmark's responses that are right, a mean over its prompts.",
-        "Rises, then levels off.",
-        ("benchmark",),
-    ),
-    _ratio(
-        "eopd_eval_pass_at_n_ratio",
-        "Share of a benchmark's prompts of which at least one response is right.",
-        "Rises, or stays while avg@n rises; a fall is lost diversity.",
-        ("benchmark",),
-    ),
-    Metric(
-        "gauge",
-        "tokens",
-        "eopd_eval_response_tokens_mean",
-        "Mean length of a benchmark's responses.",
-        "Steady; a climb to the limit is the length run-away.",
-        ("benchmark",),
-    ),
-    _ratio(
-        "eopd_eval_truncated_ratio",
-        "Share of a benchmark's responses cut by the length limit.",
-        "Low; a rise is collapse.",
-        ("benchmark",),
-    ),
-    _ratio(
-        "eopd_eval_distinct_ratio",
-        "Distinct-n: different n-grams of tokens over all, of the responses to one prompt.",
-        "Steady; a fall is repetition, or responses that become one another's copies.",
-        ("benchmark", "n"),
-    ),
-    _trajectories(
-        "eopd_eval_lost_trajectories",
-        "Responses of a benchmark that were lost, and count as wrong.",
-        "0; a few where an engine was replaced.",
-        ("benchmark",),
-    ),
-)
-
 CATALOG: Final[Mapping[str, Metric]] = {
     metric.name: metric
     for metric in (
@@ -550,6 +448,6 @@ CATALOG: Final[Mapping[str, Metric]] = {
         *_TEACHERS,
         *_FAULTS,
         *_TIME,
-        *_EVALUATION,
+        *EVALUATION,
     )
 }

@@ -7,7 +7,8 @@ from typing import Final
 from rich.table import Table
 
 from eopd.run.record import Row
-from eopd.telemetry.catalog import CATALOG, Unit
+from eopd.telemetry.catalog import CATALOG
+from eopd.telemetry.metric import Unit
 
 Cell = tuple[str, tuple[str, ...]]
 

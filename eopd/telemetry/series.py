@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping
 
 from eopd.run.record import Row
-from eopd.telemetry.catalog import CATALOG, Metric, MetricError
+from eopd.telemetry.catalog import CATALOG
+from eopd.telemetry.metric import Metric, MetricError
 
 _SERIES = re.compile(r'(?P<name>\w+)(?:\{(?P<labels>\w+="[\w.-]+"(?:,\w+="[\w.-]+")*)\})?')
 

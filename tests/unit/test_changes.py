@@ -19,6 +19,16 @@ NATIVE = (
 
 DECIDED = {
     "noted": """
+        evaluation.benchmarks[].data
+        evaluation.benchmarks[].every
+        evaluation.benchmarks[].grader
+        evaluation.benchmarks[].max_response_tokens
+        evaluation.benchmarks[].name
+        evaluation.benchmarks[].prompts
+        evaluation.benchmarks[].samples
+        evaluation.benchmarks[].stop
+        evaluation.benchmarks[].temperature
+        evaluation.benchmarks[].top_p
         evaluation.max_response_tokens
         evaluation.prompts
         evaluation.seed

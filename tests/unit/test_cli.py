@@ -440,7 +440,7 @@ def test_eval_prints_scores_and_every_verdict(eopd, files, monkeypatch):
         return Answer(
             sample_index=0,
             response="",
-            num_response_tokens=4,
+            response_ids=(1, 2, 3, 4),
             stop_reason=StopReason.LENGTH,
             verdict=verdict,
         )

@@ -7,6 +7,7 @@ import signal
 import statistics
 import threading
 import time
+from dataclasses import replace
 
 import fakes
 import numpy as np
@@ -14,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eopd.evaluation.benchmarks import run_benchmark, sample_seed
+from eopd.evaluation.benchmarks import before_stop, run_benchmark, sample_seed
+from eopd.evaluation.diversity import distinct_ratio
 from eopd.evaluation.passk import mean_over_prompts, pass_at_k
+from eopd.evaluation.summary import by_prompt, differences, measurements
 from eopd.rewards.exact import grade_exact
 from eopd.rewards.final_answer import final_answer, last_boxed
 from eopd.rewards.graders import open_grader
@@ -474,6 +477,95 @@ async def test_seeds_are_fixed_per_sample():
     assert len(set(seeds[0].values())) == 8
     assert all(0 <= seed < 2**63 for seed in seeds[0].values())
     assert sample_seed(5, "a", 0) == seeds[0]["a", 0] != sample_seed(6, "a", 0)
+
+
+async def test_samples_go_before_those_of_training_the_first_prompt_first():
+    engine = ScriptedEngine(SCRIPT)
+    await benchmark([engine], [prompt_sample("b"), prompt_sample("a")])
+    priorities = {call[:2]: call[2].priority for call in engine.calls}
+    assert [priorities["b", index] for index in range(4)] == [-8, -7, -6, -5]
+    assert [priorities["a", index] for index in range(4)] == [-4, -3, -2, -1]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "before"),
+    [
+        ("12 # no", ("#",), "12 "),
+        ("12 # no\n", ("\n", " #"), "12"),
+        ("12", ("#",), "12"),
+        ("12", (), "12"),
+        ("#", ("#",), ""),
+    ],
+)
+def test_what_is_graded_ends_before_a_text_that_ends_a_response(text, stop, before):
+    assert before_stop(text, stop) == before
+
+
+async def test_a_benchmark_grades_what_stands_before_its_stop():
+    engine = ScriptedEngine({("a", 0): [7, 8]})
+    sampling = replace(SAMPLING, stop=(" 8",), top_p=0.5)
+    result = await benchmark([engine], [prompt_sample("a")], samples=1, ks=(), sampling=sampling)
+    (prompt,) = result.prompts
+    assert prompt.answers[0].response == "7"
+    assert prompt.answers[0].num_response_tokens == 2
+    assert prompt.num_correct == 1
+    assert engine.calls[0][2].top_p == 0.5
+
+
+# --- what a benchmark says of every prompt
+
+
+@pytest.mark.parametrize(
+    ("responses", "n", "ratio"),
+    [
+        ([[1, 2, 1], [1, 2]], 1, 2 / 5),
+        ([[1, 2, 1], [1, 2]], 2, 2 / 3),
+        ([[4, 4, 4, 4]], 2, 1 / 3),
+        ([[1, 2], [3, 4]], 2, 1.0),
+        ([[1], [2]], 2, math.nan),
+    ],
+)
+def test_distinct_ratio(responses, n, ratio):
+    assert distinct_ratio(responses, n) == pytest.approx(ratio, nan_ok=True)
+
+
+async def measured(script, names="ab"):
+    prompts = [prompt_sample(name) for name in names]
+    result = await benchmark([ScriptedEngine(script)], prompts, ks=())
+    return by_prompt(result, 4)
+
+
+async def test_a_benchmark_is_summed_up_prompt_by_prompt():
+    numbers = await measured(SCRIPT)
+    assert numbers["avg_at_n"] == {"a": 0.5, "b": 0.0}
+    assert numbers["pass_at_4"] == {"a": 1.0, "b": 0.0}
+    assert numbers["response_tokens"] == pytest.approx({"a": 5 / 3, "b": 2.0})
+    assert numbers["truncation_rate"] == pytest.approx({"a": 1 / 3, "b": 1 / 3})
+    assert numbers["distinct_1"] == pytest.approx({"a": 2 / 5, "b": 1 / 6})
+    assert numbers["distinct_2"] == pytest.approx({"a": 1 / 2, "b": 1 / 3})
+
+    found = measurements(numbers)["avg_at_n"]
+    assert found.mean == 0.25
+    assert found.standard_error == pytest.approx(statistics.stdev([0.5, 0.0]) / math.sqrt(2))
+
+
+async def test_a_prompt_without_any_answer_scores_0_and_has_no_length():
+    numbers = await measured({**SCRIPT, **{("b", index): None for index in range(4)}})
+    assert numbers["avg_at_n"] == {"a": 0.5, "b": 0.0}
+    assert numbers["response_tokens"] == pytest.approx({"a": 5 / 3})
+    assert measurements(numbers)["response_tokens"].standard_error is None
+
+
+async def test_changes_are_paired_by_prompt():
+    """A paired standard error is that of the differences, far below that of each measurement."""
+    first = {"avg_at_n": {"a": 0.1, "b": 0.5, "c": 0.9}, "distinct_1": {"a": 0.5}}
+    later = {"avg_at_n": {"c": 0.95, "a": 0.2, "b": 0.55}, "distinct_1": {"a": 0.5, "b": 0.1}}
+    change = differences(later, first)
+    assert set(change) == {"avg_at_n"}, "of other prompts nothing can be paired"
+    assert change["avg_at_n"].mean == pytest.approx(0.2 / 3)
+    spread = statistics.stdev([0.1, 0.05, 0.05]) / math.sqrt(3)
+    assert change["avg_at_n"].standard_error == pytest.approx(spread)
+    assert differences(later, {}) == {}
 
 
 async def test_a_body_lost_before_it_is_fetched_is_a_loss():

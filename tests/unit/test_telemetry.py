@@ -18,7 +18,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from eopd.config import ConfigError, load_config
 from eopd.run.record import Row, append_jsonl
 from eopd.runtime.cluster import resident_bytes
-from eopd.telemetry.catalog import CATALOG, MetricError
+from eopd.telemetry.catalog import CATALOG
+from eopd.telemetry.metric import MetricError
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.series import check_row, parse_series, series
 from eopd.telemetry.sinks import JsonlSink, Telemetry
