@@ -138,7 +138,7 @@ class PromptsConfig(Section):
     """
 
     held_out: DataSpec
-    """The rows to measure on before and after training, in the same forms as ``prompts.data``."""
+    """The rows to measure on, in the same forms as ``prompts.data``."""
 
     template: Literal["chat", "none"] = "chat"
     """How a row becomes a prompt. ``chat`` renders it with the student's chat template; ``none``

@@ -176,6 +176,14 @@ def run(files, tmp_path):
             "error: --step 11: {root}/run/checkpoints/step-000011 is not whole: state.json "
             "is missing",
         ),
+        (
+            "{root}/run --best --step 2",
+            "error: --best, --step 2: only one can say which checkpoint it is",
+        ),
+        (
+            "{root}/run --best",
+            "error: --best: {root}/run keeps no best (checkpoint.keep_best is null)",
+        ),
         ("{root}/run --step 12", "error: --step 12: {root}/run has checkpoints of step 2, 10 only"),
         (
             "{root}/run",

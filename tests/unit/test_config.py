@@ -5,6 +5,7 @@ what is allowed.
 import re
 from pathlib import Path
 
+import fakes
 import hypothesis.strategies as st
 import pytest
 import yaml
@@ -77,6 +78,50 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "learner.token_budget=150",
             "learner.token_budget: 150 is below prompts.max_tokens + max_response_tokens = 200; "
             "the longest trajectory would fit no micro-batch",
+        ),
+        (
+            "evaluation.benchmarks=[{name: m, data: m.jsonl}, {name: m, data: n.jsonl}]",
+            "evaluation.benchmarks: the name 'm' stands twice",
+        ),
+        (
+            "evaluation.benchmarks=[{name: held_out, data: m.jsonl}]",
+            "evaluation.benchmarks: the name 'held_out' is taken",
+        ),
+        (
+            "evaluation.benchmarks=[{name: m, data: m.jsonl, grader: maths}]",
+            "evaluation.benchmarks.0.grader: must be exact or math (is maths); did you mean math?",
+        ),
+        (
+            "evaluation.benchmarks=[{name: m, data: m.jsonl, top_p: 0}]",
+            "evaluation.benchmarks.0.top_p: must be a number above 0, at most 1 (is 0)",
+        ),
+        (
+            "evaluation.benchmarks=[{name: m, data: m.jsonl, stop: [a, '']}]",
+            "evaluation.benchmarks.0.stop: a text that ends a response has at least one character",
+        ),
+        (
+            "evaluation.every=0",
+            "evaluation.every: must be a whole number from 1 to 1000000000, or null (is 0)",
+        ),
+        (
+            "checkpoint.keep_best={metric: maths/avg_at_n, mode: max}",
+            "checkpoint.keep_best.metric: nothing is measured as maths; there is held_out "
+            "(evaluation.benchmarks)",
+        ),
+        (
+            "checkpoint.keep_best={metric: held_out/avg_at_n, mode: max}",
+            "checkpoint.keep_best.metric: held_out has no avg_at_n; it has reverse_kl, "
+            "forward_kl, top1_agreement",
+        ),
+        (
+            "checkpoint.keep_best={metric: held_out/reverse_kl, mode: min}",
+            "checkpoint.keep_best.metric: held_out is not measured while training; set "
+            "evaluation.every to at most run.batches 2 (is null)",
+        ),
+        (
+            "checkpoint.keep_best={metric: reverse_kl, mode: min}",
+            "checkpoint.keep_best.metric: must be NAME/METRIC, such as held_out/reverse_kl "
+            "(is reverse_kl)",
         ),
         (
             "flow.lookahead=1",
@@ -1134,3 +1179,47 @@ def test_the_property_itself_sees_a_config(tmp_path):
 def test_what_is_odd_and_can_be_meant_is_a_note(path, override, note):
     assert list(oddities(load_config(path, ["run.batches=60"]))) == []
     assert list(oddities(load_config(path, ["run.batches=60", override]))) == [note]
+
+
+# --- evaluation
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    often = "{name: often, data: o.jsonl, samples: 8, every: 2, max_response_tokens: 5000}"
+    path = fakes.write_config(
+        tmp_path,
+        batches=20,
+        more=f"evaluation: {{every: 5, benchmarks: [{{name: m, data: m.jsonl}}, {often}]}}\n"
+        "learner: {token_budget: 2048}\n",
+    )
+    return lambda *overrides: load_config(path, overrides)
+
+
+def test_each_name_is_due_at_its_own_period(evaluated):
+    evaluation = evaluated().evaluation
+    due = {
+        name: [step for step in range(11) if evaluation.is_due(name, step)]
+        for name in evaluation.names
+    }
+    assert due == {"held_out": [0, 5, 10], "m": [0, 5, 10], "often": [0, 2, 4, 6, 8, 10]}
+    seldom = evaluated("evaluation.every=null").evaluation
+    assert seldom.period("held_out") is None
+    assert [step for step in range(11) if seldom.is_due("m", step)] == [0]
+    assert seldom.period("often") == 2
+
+
+def test_engines_hold_the_longest_answer_and_the_learner_the_longest_it_reads(evaluated):
+    config = evaluated()
+    assert config.max_sequence_tokens == 1024 + 5000
+    assert config.max_response_tokens == 1024
+    assert config.max_teacher_tokens(config.teachers[0]) == 2048
+
+
+def test_the_best_can_be_found_by_whatever_is_measured(evaluated):
+    for metric in ("held_out/forward_kl", "m/avg_at_n", "often/pass_at_8", "often/distinct_2"):
+        keep_best = evaluated(f"checkpoint.keep_best={{metric: {metric}, mode: max}}").checkpoint
+        assert keep_best.keep_best.n == 1
+
+    with pytest.raises(ConfigError, match="m has no pass_at_8; it has avg_at_n, response_tokens"):
+        evaluated("checkpoint.keep_best={metric: m/pass_at_8, mode: max}")

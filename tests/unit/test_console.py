@@ -11,10 +11,12 @@ from pathlib import Path
 
 import rich.console
 
-from eopd.run.record import HeldOut, Measurement, Sample, Summary
+from eopd.run.evaluations import Evaluation
+from eopd.run.record import Best, HeldOut, Measurement, Sample, Summary
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.cells import COLUMNS
-from eopd.telemetry.console import Console, print_summary
+from eopd.telemetry.console import Console, print_measured, print_summary
+from eopd.telemetry.evaluations import evaluation_line, evaluation_row
 from eopd.telemetry.status import print_status
 
 
@@ -329,7 +331,8 @@ def status_of(
 
 def test_the_status_of_a_run_is_made_of_its_files() -> None:
     before = {"reverse_kl": measured(2.5, 0.1)}
-    summary = Summary(status="running", steps=10, held_out=HeldOut(before=before))
+    best = Best(step=10, metric="held_out/reverse_kl", value=0.25)
+    summary = Summary(status="running", steps=10, held_out=HeldOut(before=before), best=best)
     faults = {
         "eopd_engines_up": 2.0,
         "eopd_engine_replacements_total": 1.0,
@@ -343,6 +346,7 @@ def test_the_status_of_a_run_is_made_of_its_files() -> None:
         lines[6] == "engines up / replaced 2 / 1, learner restarts -, failed weight transfers -, "
         "skipped steps 3"
     )
+    assert lines[7] == "best checkpoint: step 10, held_out/reverse_kl 0.2500"
     assert any(line.startswith("reverse KL (nats)") and "2.500 ± 0.100" in line for line in lines)
     assert status_of("completed", summary, rows)[0] == "demo: completed, step 4/40"
     assert status_of("starting", None, []) == ["demo: starting, step 0/40"]
@@ -355,3 +359,79 @@ def test_the_status_of_a_run_is_made_of_its_files() -> None:
         == f"demo: dead (process 7 on h, is gone), step 4/40, the last one at {at} (1:00 ago)"
     )
     assert dead[-1] == "continue with: eopd train c.yaml --resume"
+
+
+EVALUATION = Evaluation(
+    step=5,
+    phase="during",
+    name="gsm8k",
+    time=1.0,
+    seconds=12.34,
+    prompts=2,
+    samples=4,
+    measurements={
+        "avg_at_n": Measurement(mean=0.512, standard_error=0.021),
+        "pass_at_4": Measurement(mean=0.75, standard_error=None),
+        "response_tokens": Measurement(mean=312.52, standard_error=1.0),
+        "truncation_rate": Measurement(mean=0.021, standard_error=0.01),
+        "distinct_1": Measurement(mean=0.25, standard_error=0.01),
+        "lost": Measurement(mean=3.0),
+    },
+    differences={"avg_at_n": Measurement(mean=0.034, standard_error=0.012)},
+)
+
+
+def test_an_evaluation_is_a_line_and_metrics() -> None:
+    assert evaluation_line(EVALUATION) == (
+        "step 5, gsm8k: avg@4 0.512 ± 0.021 (+0.034 ± 0.012), pass@4 0.750, 312.5 tokens a "
+        "response, 2.1% truncated, 3 lost, in 12.3 s"
+    )
+    assert evaluation_row(EVALUATION) == {
+        'eopd_eval_step{evaluation="gsm8k"}': 5.0,
+        'eopd_eval_seconds{evaluation="gsm8k"}': 12.34,
+        'eopd_eval_avg_at_n_ratio{benchmark="gsm8k"}': 0.512,
+        'eopd_eval_pass_at_n_ratio{benchmark="gsm8k"}': 0.75,
+        'eopd_eval_response_tokens_mean{benchmark="gsm8k"}': 312.52,
+        'eopd_eval_truncated_ratio{benchmark="gsm8k"}': 0.021,
+        'eopd_eval_distinct_ratio{benchmark="gsm8k",n="1"}': 0.25,
+        'eopd_eval_lost_trajectories{benchmark="gsm8k"}': 3.0,
+    }
+
+
+def test_a_held_out_measurement_has_no_label_and_leaves_its_parts_out() -> None:
+    held_out = replace(
+        EVALUATION,
+        name="held_out",
+        measurements={
+            "reverse_kl": Measurement(mean=0.5, standard_error=0.1),
+            "reverse_kl: teacher sure": Measurement(mean=0.4, standard_error=0.1),
+        },
+        differences={},
+    )
+    assert evaluation_line(held_out) == "step 5, held out: reverse KL 0.500 ± 0.100, in 12.3 s"
+    assert evaluation_row(held_out) == {
+        'eopd_eval_step{evaluation="held_out"}': 5.0,
+        'eopd_eval_seconds{evaluation="held_out"}': 12.34,
+        "eopd_eval_reverse_kl_nats": 0.5,
+    }
+
+
+def test_the_status_has_the_newest_evaluations() -> None:
+    terminal = Terminal(interactive=False)
+    print_status(
+        "demo", "running", None, [], batches=9, evaluations=[EVALUATION], output=terminal.output
+    )
+    assert terminal.lines()[1] == evaluation_line(EVALUATION)
+
+
+def test_one_measurement_is_a_table() -> None:
+    terminal = Terminal(interactive=False)
+    parts = {
+        "share: teacher sure": measured(0.6, 0.0),
+        "reverse_kl: teacher sure": measured(0.4, 0.1),
+        "forward_kl: teacher sure": measured(0.3, 0.1),
+    }
+    print_measured({"reverse_kl": measured(0.5, 0.1)} | parts, terminal.output)
+    text = "\n".join(terminal.lines())
+    assert "reverse KL (nats)             0.500 ± 0.100" in text
+    assert "teacher sure" in text and "60%" in text

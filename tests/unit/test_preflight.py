@@ -564,6 +564,29 @@ def test_a_reward_needs_answers_that_its_grader_can_read(graded, answers, messag
     assert f"error: prompts.data: {message}" in shown
 
 
+def test_a_benchmark_is_loaded_and_its_answers_are_read(files, check):
+    (files / "math.jsonl").write_text('{"prompt": "a", "answer": 5}\n{"prompt": "b"}\n')
+    bench = "evaluation.benchmarks=[{{name: m, data: '{root}/%s', grader: math, prompts: 3, samples: 4}}]"
+    code, shown = check(bench % "math.jsonl")
+    assert code == 2
+    assert "error: evaluation.benchmarks.m.data: /math.jsonl:2: has no `answer`" in shown
+    code, shown = check(bench % "gone.jsonl")
+    assert code == 2
+    assert "error: evaluation.benchmarks.m.data: " in shown
+
+    (files / "math.jsonl").write_text(
+        '{"prompt": "a", "answer": 5}\n{"prompt": "b", "answer": 6}\n'
+    )
+    code, shown = check(bench % "math.jsonl", "evaluation.every=7", "run.batches=7")
+    assert code == 0
+    assert "benchmark m: 2 prompts x 4, every 7 batches" in shown
+    assert (
+        "note: evaluation.benchmarks.m.prompts: 3 is above the 2 prompts of its data; all of "
+        "them are used"
+    ) in shown
+    assert "note: evaluation.every: 7 is not below run.batches 7; nothing is measured" in shown
+
+
 def test_several_answers_and_whole_solutions_are_fine_for_a_reward(graded):
     assert (
         graded(
