@@ -13,6 +13,7 @@ from eopd.config.escapes import control_in
 
 NativeOptions = dict[str, object]
 
+OWN_GRADERS: Final = ("exact", "math")
 DATA_SUFFIXES = (".jsonl", ".parquet")
 
 # Bounds are far beyond what anybody runs: what lies outside was written by mistake.
@@ -111,6 +112,39 @@ def _without_controls(text: str) -> str:
 
 # What is put into prompts: a control character in it was a backslash once.
 PromptText = Annotated[str, AfterValidator(_without_controls)]
+
+
+def split_function(function: str) -> tuple[str, str]:
+    """Split ``package.module:name``; neither part is looked up.
+
+    Raises:
+        ValueError: it is written in another way.
+    """
+    module, _, name = function.partition(":")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"must be package.module:name, such as my_rewards:score (is {function!r})")
+
+    return module, name
+
+
+def _function(function: str) -> str:
+    split_function(function)
+    return function
+
+
+def _grader(function: str) -> str:
+    if function in OWN_GRADERS:
+        return function
+
+    try:
+        return _function(function)
+    except ValueError as error:
+        raise ValueError(f"{error}, or one of {', '.join(OWN_GRADERS)}") from None
+
+
+# The import path of a user's function (``eopd/plugins.py``), which preflight looks up.
+FunctionName = Annotated[str, AfterValidator(_function)]
+GraderName = Annotated[str, AfterValidator(_grader)]
 
 
 def _text_as_list(value: object) -> object:

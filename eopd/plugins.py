@@ -1,0 +1,361 @@
+"""Functions of the user take part in a run by their import path: ``package.module:name``.
+
+There are five kinds. Each is a Protocol below, with the signature that the function must have and
+an example. Keys under ``options`` of the config become keyword arguments of the function.
+
+    kind               key of the config                      runs in
+    RewardFunction     loss.reverse_kl.reward.function        a child of every rollout actor
+    GateFunction       loss.gate.function                     every learner rank
+    FilterFunction     flow.filter.function                   a child of every teacher actor
+    DataFunction       prompts.data.function                  the driver, before the run
+    GraderFunction     a benchmark's grader, eval --grader    a child of the driver
+
+A module is looked for where Python looks for any module, and then in the working directory, so
+that no file there can stand in for a module of a library. Ray gives its workers the working
+directory of the driver, and under ``ray job submit --working-dir`` that of the job.
+
+This module loads nothing but the standard library, numpy and the config.
+"""
+
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from eopd.config import ConfigError
+from eopd.config.base import split_function
+from eopd.types import BoolArray, Float32Array, Int32Array, Reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What a row of the data holds: its own columns as they stand there, and always ``id``, ``source``,
+# ``prompt`` (the user's last text), ``messages`` (role and content of each) and ``answer`` (an
+# accepted answer, a list of them, or None).
+Row = Mapping[str, Any]
+
+
+class RewardFunction(Protocol):
+    """A reward function says how good a response is. It may be a coroutine function.
+
+    Example, the share of the asked-for words that a response has::
+
+        def score(row, response, response_ids, *, floor=0.0):
+            wanted = row["keywords"]
+            found = sum(word in response for word in wanted)
+            return max(floor, found / len(wanted))
+    """
+
+    def __call__(
+        self, row: Row, response: str, response_ids: Sequence[int], /
+    ) -> float | Awaitable[float]:
+        """Returns the reward of one response, a finite number of any size.
+
+        Args:
+            row: the row of the data that was asked, with ``answer`` and its own columns.
+            response: the text of the response, without special tokens.
+            response_ids: [R], its token ids, the end token included.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateTokens:
+    """The tokens of one response, as a gate sees them. Entropies and log-probabilities are float32
+    and in nats; K is ``loss.top_k``.
+    """
+
+    teacher_entropy: "Tensor"  # [R], of its full softmax, or what `entropy_bound` reads of bounds
+    teacher_logprobs: "Tensor"  # [R], of the tokens that were sampled
+    teacher_topk_logprobs: "Tensor"  # [R, K], of its candidates, most likely first
+    teacher_tail_logprobs: "Tensor"  # [R], of all other tokens together
+    rollout_logprobs: "Tensor"  # [R], of the student that sampled, at `rollout.temperature`
+    loss_mask: "Tensor"  # [R], bool: whether a token enters the loss
+
+
+class GateFunction(Protocol):
+    """A gate function says how much forward KL each token of a response gets. It is pure: it sees
+    one response at a time, and the same tokens give the same gate.
+
+    Example, a gate that opens where the teacher is unsure and the student took an unlikely token::
+
+        def unsure_and_surprised(tokens, *, tau=0.8, nats=2.0):
+            unsure = tokens.teacher_entropy > tau
+            return (unsure & (tokens.rollout_logprobs < -nats)).float()
+    """
+
+    def __call__(self, tokens: GateTokens, /) -> "Tensor":
+        """Returns the gate of every token, [R] in [0, 1], a tensor of floats."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A response that the teacher has scored, as a filter sees it. Arrays are numpy's, and
+    log-probabilities and entropies are in nats.
+    """
+
+    row: Row
+    response: str
+    response_ids: Int32Array  # [R], the end token included
+    loss_mask: BoolArray  # [R]
+    rollout_logprobs: Float32Array  # [R], of the student that sampled
+    teacher_logprobs: Float32Array  # [R], of the tokens that were sampled
+    teacher_entropy: Float32Array  # [R], of bounds the middle
+    stop_reason: Literal["end_token", "length"]
+    reward: float | None  # None without a reward, or where the reward function failed
+
+
+class FilterFunction(Protocol):
+    """A filter function decides whether a scored response is trained on. It is pure.
+
+    Example, a filter that drops what was cut off, and what the teacher finds absurd::
+
+        def keep(scored, *, nats=5.0):
+            if scored.stop_reason == "length":
+                return False
+            return scored.teacher_logprobs.mean() > -nats
+    """
+
+    def __call__(self, scored: Scored, /) -> bool:
+        """Returns whether the response is kept."""
+        ...
+
+
+class DataFunction(Protocol):
+    """A data function yields the rows of a data set, which are read like those of a file. It yields
+    the same rows in the same order each time: a run that is resumed calls it again.
+
+    Example, sums of two numbers::
+
+        def sums(*, largest=9):
+            for left in range(largest + 1):
+                for right in range(largest + 1):
+                    yield {"prompt": f"{left} + {right} =", "answer": str(left + right)}
+    """
+
+    def __call__(self) -> Iterable[Mapping[str, object]]:
+        """Yields rows: text, numbers, lists and mappings by the names of their columns."""
+        ...
+
+
+class GraderFunction(Protocol):
+    """A grader function decides whether a response to a benchmark's question is right.
+
+    Example, a grader that takes a number within a tolerance::
+
+        def close(response, reference, *, within=0.01):
+            words = response.split()
+            try:
+                return abs(float(words[-1]) - float(reference)) <= within
+            except (IndexError, ValueError):
+                return None
+    """
+
+    def __call__(self, response: str, reference: Reference, /) -> bool | None:
+        """Returns whether the response is right; None where it holds no answer at all.
+
+        Args:
+            response: the text of the response, without special tokens.
+            reference: the accepted answer of the row, or a tuple of several.
+        """
+        ...
+
+
+def load(
+    key: str, function: str, kind: type, options: Mapping[str, object] | None = None
+) -> Callable[..., Any]:
+    """Imports a function, and binds its options.
+
+    Example: ``load("loss.gate.function", "gates:narrow", GateFunction, {"tau": 1.0})`` returns
+    ``partial(gates.narrow, tau=1.0)``.
+
+    Args:
+        key: the key of the config that names it, for messages.
+        function: ``package.module:name``.
+        kind: one of the Protocols above, whose parameters the function must take.
+        options: further keyword arguments.
+
+    Raises:
+        ConfigError: names the function, and what is wrong: how it is written, a module that is not
+            found or does not load, a name that is not there, something that cannot be called, or
+            parameters and options that do not fit.
+    """
+    try:
+        module_name, name = split_function(function)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+    module = _import(key, function, module_name)
+    where = f"{key}: {function}"
+    if not hasattr(module, name):
+        raise ConfigError(f"{where}: there is no {name!r} in {_file_of(module)}")
+
+    found = getattr(module, name)
+    if not callable(found):
+        raise ConfigError(f"{where}: is {type(found).__name__}, which cannot be called")
+
+    _require_parameters(where, found, kind, options or {})
+
+    return partial(found, **(options or {}))
+
+
+def rows_of(key: str, function: str, options: Mapping[str, object]) -> list[Row]:
+    """Calls a data function; returns its rows.
+
+    Raises:
+        ConfigError: it cannot be loaded, raises, or yields something that is no mapping by name.
+    """
+    data = load(key, function, DataFunction, options)
+    with blamed(key, function):
+        rows = list(data())
+
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
+            raise ConfigError(
+                f"{key}: {function}: row {number} is {type(row).__name__}; every row must be a "
+                "mapping from names of columns to values"
+            )
+
+    return rows
+
+
+@contextmanager
+def blamed(key: str, function: str) -> Iterator[None]:
+    """Raises whatever a user's function raises in the block as a ConfigError with its place."""
+    try:
+        yield
+    except (ConfigError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # noqa: BLE001 - a user's code raises what it likes, SystemExit too
+        raise ConfigError(f"{key}: {function}: {cause_of(error)}") from None
+
+
+def cause_of(error: BaseException) -> str:
+    """Returns what was raised, and the line that raised it, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f" ({frames[0].filename}:{frames[0].lineno})" if frames else ""
+    if isinstance(error, SyntaxError):  # its text says where
+        place = ""
+
+    said = " ".join(str(error).split())
+    return f"raised {type(error).__name__}{': ' if said else ''}{said}{place}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a function comes from: what ``versions.json`` keeps of it.
+
+    ``sha256`` is that of the Python files of the module's top-level package, by their names. It
+    tells that something changed, without saying what.
+    """
+
+    module: str
+    version: str | None
+    sha256: str
+
+    def as_record(self) -> dict[str, str | None]:
+        """Returns the fields for JSON."""
+        return asdict(self)
+
+
+def source_of(function: str) -> Source:
+    """Returns where a function that was loaded comes from."""
+    module_name, _ = split_function(function)
+    top, module = module_name.partition(".")[0], sys.modules[module_name]
+    digest = hashlib.sha256()
+
+    for name, file in _files(sys.modules.get(top, module)):
+        content = file.read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode())
+        digest.update(content)
+
+    return Source(module_name, _version(top), digest.hexdigest())
+
+
+def search_path() -> list[str]:
+    """Returns where modules are looked for, for a child of this process that must find the same."""
+    _look_in_working_directory()
+    return [os.path.abspath(entry) for entry in sys.path]
+
+
+def _import(key: str, function: str, module_name: str) -> ModuleType:
+    _look_in_working_directory()
+
+    try:
+        return importlib.import_module(module_name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a module raises what it likes, SystemExit too
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"{key}: {function}: there is no module {missing}, neither installed nor in "
+                f"the working directory {os.getcwd()}"
+            ) from None
+
+        cause = cause_of(error)
+        raise ConfigError(f"{key}: {function}: importing {module_name} {cause}") from None
+
+
+def _look_in_working_directory() -> None:
+    directory = os.getcwd()
+    if directory not in sys.path and "" not in sys.path:
+        sys.path.append(directory)
+
+
+def _require_parameters(
+    where: str, found: Callable[..., Any], kind: type, options: Mapping[str, object]
+) -> None:
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # one that is written in C may have none
+        return
+
+    names = [name for name in inspect.signature(kind.__call__).parameters if name != "self"]
+
+    try:
+        signature.bind(*names, **options)
+    except TypeError as error:
+        needed = ", ".join(names) or "no argument"
+        given = f" and the options {', '.join(options)}" if options else ""
+        raise ConfigError(
+            f"{where}: its parameters are {signature}, it is called with {needed}{given}: {error}"
+        ) from None
+
+
+def _files(module: ModuleType) -> list[tuple[str, Path]]:
+    """Returns the Python files of a module or package, by their names within it, in order."""
+    roots = [Path(root) for root in getattr(module, "__path__", ())]
+    if not roots:
+        file = getattr(module, "__file__", None)
+        return [(Path(file).name, Path(file))] if file else []
+
+    files = [(root, file) for root in roots for file in root.rglob("*.py")]
+    return sorted((str(file.relative_to(root)), file) for root, file in files)
+
+
+def _file_of(module: ModuleType) -> str:
+    return str(getattr(module, "__file__", None) or module.__name__)
+
+
+def _version(top: str) -> str | None:
+    """Returns the version of the distribution that holds a top-level module, or what the module
+    says itself.
+    """
+    distributions = importlib.metadata.packages_distributions().get(top, ())
+    if distributions:
+        return importlib.metadata.version(distributions[0])
+
+    said = getattr(sys.modules.get(top), "__version__", None)
+    return None if said is None else str(said)
