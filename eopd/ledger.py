@@ -57,11 +57,16 @@ class Watermark:
 class Ledger:
     """A ledger issues numbers in order and records those that are settled; ``lost`` counts failed
     attempts by reason.
+
+    Of the numbers that a filter dropped, which may be many, it knows how many there are, and those
+    ``filtered_ahead`` of the floor when it last looked.
     """
 
     settled: Watermark = field(default_factory=Watermark)
     dropped: set[int] = field(default_factory=set)
     lost: Counter[LostReason] = field(default_factory=Counter)
+    num_filtered: int = 0
+    filtered_ahead: set[int] = field(default_factory=set)
     _next: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,22 +98,38 @@ class Ledger:
         self._settle(issue)
         self.dropped.add(issue)
 
-    def drop_again(self, issues: Iterable[int]) -> None:
-        """Drops the numbers that the run dropped before it was interrupted: a checkpoint from before
-        that does not know of them.
+    def filter(self, issue: int) -> None:
+        """Records that a number will never be trained, since the filter of the run dropped it.
+
+        Raises:
+            ValueError: it was settled before, or never issued.
+        """
+        self._settle(issue)
+        self._count_filtered(issue)
+
+    def drop_again(self, issues: Iterable[int], filtered: Iterable[int] = ()) -> None:
+        """Drops the numbers that the run dropped or filtered before it was interrupted: a checkpoint
+        from before that does not know of them.
         """
         for issue in issues:
             if issue not in self.settled:
                 self.settled.add(issue)
                 self.dropped.add(issue)
 
+        for issue in filtered:
+            if issue not in self.settled:
+                self.settled.add(issue)
+                self._count_filtered(issue)
+
     def state(self) -> dict[str, object]:
         """Returns what a checkpoint keeps of the ledger, as JSON."""
         return {
             "floor": self.settled.floor,
-            "trained_ahead": sorted(self.settled.ahead - self.dropped),
+            "trained_ahead": sorted(self.settled.ahead - self.dropped - self.filtered_ahead),
             "lost": dict(self.lost),
             "dropped": sorted(self.dropped),
+            "num_filtered": self.num_filtered,
+            "filtered_ahead": sorted(self.filtered_ahead & self.settled.ahead),
         }
 
     @classmethod
@@ -118,14 +139,23 @@ class Ledger:
         trained_ahead: Sequence[int],
         lost: Mapping[str, int],
         dropped: Sequence[int] = (),
+        num_filtered: int = 0,
+        filtered_ahead: Sequence[int] = (),
     ) -> Self:
         """Returns the ledger whose ``state`` a checkpoint kept: what is not settled is issued again."""
         dropped_ahead = {issue for issue in dropped if issue >= floor}
         return cls(
-            settled=Watermark(floor, dropped_ahead.union(trained_ahead)),
+            settled=Watermark(floor, dropped_ahead.union(trained_ahead, filtered_ahead)),
             dropped=set(dropped),
             lost=Counter({LostReason(reason): count for reason, count in lost.items()}),
+            num_filtered=num_filtered,
+            filtered_ahead=set(filtered_ahead),
         )
+
+    def _count_filtered(self, issue: int) -> None:
+        self.num_filtered += 1
+        self.filtered_ahead.add(issue)
+        self.filtered_ahead &= self.settled.ahead
 
     def _settle(self, issue: int) -> None:
         if issue in self.settled or issue >= self._next:

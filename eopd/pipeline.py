@@ -21,7 +21,8 @@ the weights of the last batch are published.
 
 A trajectory that is lost, or too stale by accident, is sampled again by the same task under the
 same number: nothing is skipped, nothing is trained twice. One that is lost ``max_attempts`` times
-is dropped, and the task continues with the next number in its slot.
+is dropped, and the task continues with the next number in its slot; so it does where the filter of
+the run drops one.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 from eopd.buffer import Buffer, Taken
 from eopd.ledger import Ledger
@@ -49,11 +51,18 @@ from eopd.types import (
 )
 
 
+class NothingKeptError(RunFailedError):
+    """The filter of the run keeps nothing, so that no batch becomes full."""
+
+
 class TooManyDroppedError(RunFailedError):
     """More trajectories were dropped than a run may drop: something is broken that will not mend
     by itself.
     """
 
+
+FILTERED_BATCHES: Final = 20
+FEWEST_FILTERED: Final = 200  # also where batches are small
 
 LOST_DETAILS = {
     LostReason.TOO_STALE: "older than max_staleness when its batch was taken",
@@ -96,8 +105,8 @@ class _TrainedBatch:
 class Pipeline:
     """A pipeline runs everything between prompts and weights. Iterate ``steps`` to run it.
 
-    ``on_drop`` is called with the issue number of every trajectory that is dropped, and with its
-    last loss. ``activity`` is what the next step waits for, for people.
+    ``on_drop`` is called with the issue number of every trajectory that is dropped or filtered, and
+    with its last loss. ``activity`` is what the next step waits for, for people.
     """
 
     plan: Plan
@@ -114,6 +123,7 @@ class Pipeline:
     _generating: BusyClock = field(init=False, default_factory=BusyClock)
     _scoring: BusyClock = field(init=False, default_factory=BusyClock)
     _generated_at: dict[int, float] = field(init=False, default_factory=dict)
+    _filtered_in_a_row: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.buffer = Buffer(
@@ -121,7 +131,7 @@ class Pipeline:
             max_staleness=self.plan.max_staleness,
             lookahead=self.plan.lookahead,
             settled=self.ledger.settled,
-            dropped=self.ledger.dropped,
+            dropped=self.ledger.dropped | self.ledger.filtered_ahead,
         )
 
     async def steps(self, start: int) -> AsyncGenerator[StepDone, None]:
@@ -132,6 +142,7 @@ class Pipeline:
 
         Raises:
             TooManyDroppedError: more than ``plan.max_dropped`` trajectories were dropped.
+            NothingKeptError: the filter dropped ``FILTERED_BATCHES`` batches' worth in a row.
         """
         count = (self.plan.batches - start) * self.plan.batch
         async with _background(self._issue(count)) as issuing:
@@ -187,6 +198,7 @@ class Pipeline:
             ready=batch.ready,
             lost=dict(self.ledger.lost),
             dropped=len(self.ledger.dropped),
+            filtered=self.ledger.num_filtered,
         )
         self.progress.count(done)
         return done
@@ -240,28 +252,46 @@ class Pipeline:
         the next one takes its place.
         """
         while (lost := await self._until_trained(issue)) is not None:
-            self.ledger.drop(issue)
             self._generated_at.pop(issue, None)
-            self.on_drop(issue, lost)
-            if len(self.ledger.dropped) > self.plan.max_dropped:
-                raise TooManyDroppedError(
-                    f"{len(self.ledger.dropped)} trajectories were dropped after "
-                    f"flow.max_attempts = {self.plan.max_attempts} attempts each, "
-                    f"flow.max_dropped_ratio allows {self.plan.max_dropped} in this run; the "
-                    f"last one was {lost.key}: {lost.reason.value}: {lost.detail}"
-                )
+            if lost.reason is LostReason.FILTERED:
+                self._filter(issue, lost)
+            else:
+                self._drop(issue, lost)
 
             self.buffer.skip(issue)
             issue = self.ledger.issue()
 
+    def _drop(self, issue: int, lost: LostTrajectory) -> None:
+        self.ledger.drop(issue)
+        self.on_drop(issue, lost)
+        if len(self.ledger.dropped) > self.plan.max_dropped:
+            raise TooManyDroppedError(
+                f"{len(self.ledger.dropped)} trajectories were dropped after "
+                f"flow.max_attempts = {self.plan.max_attempts} attempts each, "
+                f"flow.max_dropped_ratio allows {self.plan.max_dropped} in this run; the "
+                f"last one was {lost.key}: {lost.reason.value}: {lost.detail}"
+            )
+
+    def _filter(self, issue: int, lost: LostTrajectory) -> None:
+        self.ledger.filter(issue)
+        self.on_drop(issue, lost)
+        self._filtered_in_a_row += 1
+        if self._filtered_in_a_row >= max(FILTERED_BATCHES * self.plan.batch, FEWEST_FILTERED):
+            raise NothingKeptError(
+                f"flow.filter: the last {self._filtered_in_a_row} trajectories were dropped one "
+                f"after the other, and none was kept; the last one was {lost.key}: {lost.detail}. "
+                "Let the filter keep more, or look at what the student writes"
+            )
+
     async def _until_trained(self, issue: int) -> LostTrajectory | None:
-        """Returns None once a batch has trained on a trajectory, or its last loss after
-        ``max_attempts``.
+        """Returns None once a batch has trained on a trajectory; else what the filter said of it, or
+        its last loss after ``max_attempts``.
         """
         attempt = 0
         while True:
             result = await self._generate_and_score(issue, attempt)
             if isinstance(result, Stored):
+                self._filtered_in_a_row = 0
                 reason = await self.buffer.offer(issue, result)
                 if reason is None:
                     return None
@@ -269,6 +299,9 @@ class Pipeline:
                 result = LostTrajectory(
                     key=result.header.key, reason=reason, detail=LOST_DETAILS[reason]
                 )
+
+            if result.reason is LostReason.FILTERED:
+                return result
 
             self.ledger.lost[result.reason] += 1
             if result.reason is not LostReason.BODY_LOST:  # the sample is not to blame for that

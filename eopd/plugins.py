@@ -26,7 +26,7 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What a row of the data holds: its own columns as they stand there, and always ``id``, ``source``,
-# ``prompt`` (the user's last text), ``messages`` (role and content of each) and ``answer`` (an
-# accepted answer, a list of them, or None).
+# ``prompt`` (the user's last text, with ``prompts.suffix``), ``messages`` (role and content of each)
+# and ``answer`` (the accepted answer as text, a tuple of several, or None).
 Row = Mapping[str, Any]
 
 
@@ -252,35 +252,30 @@ def cause_of(error: BaseException) -> str:
     return f"raised {type(error).__name__}{': ' if said else ''}{said}{place}"
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a function comes from: what ``versions.json`` keeps of it.
+def sources(functions: Mapping[str, str]) -> dict[str, str]:
+    """Returns where functions come from, by the same keys, for ``versions.json``.
 
-    ``sha256`` is that of the Python files of the module's top-level package, by their names. It
-    tells that something changed, without saying what.
+    Example: ``{"loss.gate.function": "gates:narrow"}`` becomes ``{"loss.gate.function":
+    "gates:narrow, version 0.2, sha256 9f86d081..."}``. The hash is of the names and contents of all
+    Python files of the module's top-level package.
     """
-
-    module: str
-    version: str | None
-    sha256: str
-
-    def as_record(self) -> dict[str, str | None]:
-        """Returns the fields for JSON."""
-        return asdict(self)
+    return {key: _source(function) for key, function in functions.items()}
 
 
-def source_of(function: str) -> Source:
-    """Returns where a function that was loaded comes from."""
+def _source(function: str) -> str:
+    _look_in_working_directory()
     module_name, _ = split_function(function)
-    top, module = module_name.partition(".")[0], sys.modules[module_name]
-    digest = hashlib.sha256()
+    module, top = importlib.import_module(module_name), module_name.partition(".")[0]
+    version, digest = _version(top), hashlib.sha256()
 
     for name, file in _files(sys.modules.get(top, module)):
         content = file.read_bytes()
         digest.update(f"{name} {len(content)}\n".encode())
         digest.update(content)
 
-    return Source(module_name, _version(top), digest.hexdigest())
+    of_version = f", version {version}" if version else ""
+
+    return f"{function}{of_version}, sha256 {digest.hexdigest()}"
 
 
 def search_path() -> list[str]:

@@ -74,6 +74,8 @@ class LostReason(StrEnum):
     """A loss reason is why a trajectory was lost. It is a metric label, so the set stays small."""
 
     BODY_LOST = "body_lost"
+    FILTER_FAILED = "filter_failed"
+    FILTERED = "filtered"  # no failure: the filter of the run dropped it
     ROLLOUT_FAILED = "rollout_failed"
     TEACHER_FAILED = "teacher_failed"
     TOO_STALE = "too_stale"
@@ -87,6 +89,8 @@ class PromptSample:
     """A prompt sample is one prompt of one epoch. ``source`` routes to a teacher and labels metrics.
 
     ``teacher_token_ids`` [P'] is the prompt of that teacher, where it differs from the student's.
+    ``row`` is the row of the data (``plugins.Row``): only training prompts have it, and only where
+    the run has a reward or a filter, which read it.
     """
 
     epoch: int
@@ -95,6 +99,7 @@ class PromptSample:
     token_ids: Int32Array  # [P]
     reference_answer: Reference | None
     teacher_token_ids: Int32Array | None = None
+    row: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +137,13 @@ class Trajectory:
     def key(self) -> TrajectoryKey:
         """Returns the trajectory's name."""
         return TrajectoryKey(self.prompt.epoch, self.prompt.prompt_id, self.sample_index)
+
+    def without_row(self) -> Self:
+        """Returns the same trajectory without the row of its prompt, which nobody reads any more."""
+        if self.prompt.row is None:
+            return self
+
+        return replace(self, prompt=replace(self.prompt, row=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +210,8 @@ class Header:
     newest_version: int
     response_crc32: int
     sums: Mapping[str, float]
-    reward: float | None = None  # a verifier's, where the run has one
+    reward: float | None = None  # where the run has a reward, and its function gave one
+    reward_fault: str | None = None  # why it gave none
     priority: int = 0  # as in ``Sampling``
 
     @classmethod
@@ -245,7 +258,9 @@ class Stored(Generic[T]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostTrajectory:
-    """A lost trajectory is a failure as a value: it is counted, and sampled again."""
+    """A lost trajectory is a failure as a value: it is counted, and sampled again. One that was
+    ``FILTERED`` is none: it is dropped at once.
+    """
 
     key: TrajectoryKey
     reason: LostReason
@@ -387,7 +402,7 @@ class StepDone:
     its two parts wait_rollout and wait_teacher, train, and weights. ``spans`` says when in the step
     an engine generated and a teacher scored, from the start of the step. ``in_flight`` and
     ``ready`` count trajectories when the batch was taken. ``lost`` and ``dropped`` count those of
-    the whole run so far.
+    the whole run so far, and ``filtered`` what its filter dropped.
     """
 
     trained: Mapping[int, Header]
@@ -399,6 +414,7 @@ class StepDone:
     ready: int
     lost: Mapping[LostReason, int]
     dropped: int
+    filtered: int = 0
 
 
 class RunFailedError(RuntimeError):

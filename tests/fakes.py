@@ -40,6 +40,7 @@ def prompt(
     source: str = "s",
     answer: str | None = None,
     for_teacher: Sequence[int] | None = None,
+    row: Mapping[str, object] | None = None,
 ) -> PromptSample:
     return PromptSample(
         epoch=epoch,
@@ -48,6 +49,7 @@ def prompt(
         token_ids=np.array(token_ids, np.int32),
         reference_answer=answer,
         teacher_token_ids=None if for_teacher is None else np.array(for_teacher, np.int32),
+        row=row,
     )
 
 

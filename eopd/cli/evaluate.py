@@ -45,7 +45,12 @@ _Data = Annotated[
         help="Rows with prompt (or messages) and answer: .jsonl, .parquet, or a data set's name."
     ),
 ]
-_Grader = Annotated[Literal["exact", "math"], typer.Option(help="How an answer is judged.")]
+_Grader = Annotated[
+    str,
+    typer.Option(
+        help="How an answer is judged: exact, math, or your function as package.module:name."
+    ),
+]
 _N = Annotated[int, typer.Option("--n", min=1, help="Samples per prompt.")]
 _K = Annotated[
     list[int] | None, typer.Option("--k", help="Report pass@k; may be given more than once.")

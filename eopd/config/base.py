@@ -3,7 +3,7 @@ bounds.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -132,7 +132,12 @@ def _function(function: str) -> str:
     return function
 
 
-def _grader(function: str) -> str:
+def require_grader(function: str) -> str:
+    """Return the name of a grader, which is one of ours or a function's.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if function in OWN_GRADERS:
         return function
 
@@ -143,8 +148,26 @@ def _grader(function: str) -> str:
 
 
 # The import path of a user's function (``eopd/plugins.py``), which preflight looks up.
-FunctionName = Annotated[str, AfterValidator(_function)]
-GraderName = Annotated[str, AfterValidator(_grader)]
+_FUNCTION: Final = "the import path of a function"  # marks the fields that hold one
+FunctionName = Annotated[str, AfterValidator(_function), _FUNCTION]
+GraderName = Annotated[str, AfterValidator(require_grader), _FUNCTION]
+
+
+def functions_of(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every function of the user that a section names, with its key.
+
+    A field names one by its type: ``FunctionName``, or ``GraderName`` where it is none of ours.
+    """
+    if isinstance(value, BaseModel):
+        for name, field in type(value).model_fields.items():
+            inner, inner_key = getattr(value, name), f"{key}.{name}".lstrip(".")
+            if _FUNCTION in field.metadata and inner not in OWN_GRADERS:
+                yield inner_key, inner
+            else:
+                yield from functions_of(inner, inner_key)
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from functions_of(inner, f"{key}.{number}")
 
 
 def _text_as_list(value: object) -> object:

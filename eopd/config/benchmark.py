@@ -4,8 +4,15 @@ from typing import Annotated, Final
 
 from pydantic import AfterValidator, Field
 
-from eopd.config.base import DataSpec, Names, Positive, Section, Temperature, Tokens
-from eopd.config.loss import GraderName
+from eopd.config.base import (
+    DataSpec,
+    GraderName,
+    Names,
+    Positive,
+    Section,
+    Temperature,
+    Tokens,
+)
 from eopd.config.teacher import NAME, NAME_WORDS
 
 HELD_OUT: Final = "held_out"  # the name of the held-out measurement among the benchmarks'
@@ -33,7 +40,9 @@ class BenchmarkConfig(Section):
     """
 
     grader: GraderName = "exact"
-    """How an answer is judged: ``exact`` compares text, ``math`` compares mathematics."""
+    """How an answer is judged: ``exact`` compares text, ``math`` compares mathematics, and
+    ``package.module:name`` is a function of your own (docs/extending.md).
+    """
 
     samples: int = Field(1, ge=1, le=10_000)
     """The number n of responses to each prompt, which avg@n and pass@n are of."""

@@ -4,13 +4,20 @@ Every form is chosen by ``kind`` and carries only its own options, so that an im
 be written. The docstring of a form is the description of its ``kind``.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from eopd.config.base import Count, Section
+from eopd.config.base import (
+    OWN_GRADERS,
+    Count,
+    FunctionName,
+    GraderName,
+    NativeOptions,
+    Section,
+)
 
-GraderName = Literal["exact", "math"]
 Nats = Annotated[float, Field(ge=0.0, le=100.0)]  # an entropy; that of 2^32 even tokens is 22
 
 
@@ -67,8 +74,21 @@ class NeverGate(Section):
     kind: Literal["never"] = "never"
 
 
+class CustomGate(Section):
+    """A gate of your own: a function of the teacher's and the student's numbers of each token. The
+    chapter docs/extending.md#your-own-functions says how it is written.
+    """
+
+    kind: Literal["custom"] = "custom"
+    function: FunctionName
+    """The import path of the function, ``package.module:name``."""
+
+    options: NativeOptions = {}
+    """Keyword arguments of the function. None are given by default."""
+
+
 Gate = Annotated[
-    HardGate | QuantileGate | SigmoidGate | RandomGate | AlwaysGate | NeverGate,
+    HardGate | QuantileGate | SigmoidGate | RandomGate | AlwaysGate | NeverGate | CustomGate,
     Field(discriminator="kind"),
 ]
 
@@ -103,20 +123,44 @@ ForwardKl = Annotated[
 
 
 class Reward(Section):
-    """A verifier's advantage, added to the teacher's on every token of a response: ``weight`` x
-    (reward - mean reward of the prompt's other samples).
+    """The advantage of a reward, added to the teacher's on every token of a response: ``weight`` x
+    (reward - mean reward of the prompt's other samples in the batch).
 
-    It needs answers in the data, two or more samples of each prompt, and ``flow.lookahead`` 0.
+    It needs two or more samples of each prompt, and ``flow.lookahead`` 0.
     """
 
-    grader: GraderName
-    """What decides whether an answer is correct; the reward is 1 if it is, else 0. ``exact``
-    compares texts, ``math`` compares as mathematics. The chapter docs/configuration.md#graders has
-    the rules.
+    function: GraderName
+    """What rewards a response. ``exact`` and ``math`` give 1 to a correct answer and 0 to any other
+    one: ``exact`` compares texts, ``math`` compares as mathematics, and both need answers in the
+    data (docs/configuration.md#graders has the rules). A function of your own,
+    ``package.module:name``, gives any number: docs/extending.md#your-own-functions.
     """
 
     weight: float = Field(1.0, gt=0.0, le=1e6)
-    """The advantage, in nats, of a correct response among wrong ones."""
+    """The advantage, in nats, of a response whose reward is 1 above those of the others."""
+
+    options: NativeOptions = {}
+    """Keyword arguments of a function of your own. None are given by default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _grader_is_function(cls, value: object) -> object:
+        if isinstance(value, Mapping) and "grader" in value:
+            raise ValueError(f"grader: is called function now; write function: {value['grader']}")
+
+        return value
+
+    @model_validator(mode="after")
+    def _options_reach_a_function(self) -> Self:
+        if self.is_ours and self.options:
+            raise ValueError(f"options: go to a function of yours; {self.function} takes none")
+
+        return self
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the reward is one of ours, which grades answers."""
+        return self.function in OWN_GRADERS
 
 
 class SampledReverseKl(Section):
@@ -136,7 +180,7 @@ class SampledReverseKl(Section):
     """
 
     reward: Reward | None = None
-    """Adds a verifier's advantage to the teacher's. ``null`` learns from the teacher alone."""
+    """Adds the advantage of a reward to the teacher's. ``null`` learns from the teacher alone."""
 
 
 class TopkTailReverseKl(Section):
@@ -195,7 +239,7 @@ class LossConfig(Section):
 
     @property
     def reward(self) -> Reward | None:
-        """The verifier's part, where the reverse KL has one."""
+        """The reward's part, where the reverse KL has one."""
         return self.reverse_kl.reward if isinstance(self.reverse_kl, SampledReverseKl) else None
 
     @property

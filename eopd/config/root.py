@@ -1,10 +1,11 @@
 """The whole of a run: its sections, and what must hold between them."""
 
+from collections.abc import Mapping
 from typing import Self
 
 from pydantic import model_validator
 
-from eopd.config.base import Section
+from eopd.config.base import Section, functions_of
 from eopd.config.document import show
 from eopd.config.learner import LearnerConfig
 from eopd.config.loss import LossConfig, NoReverseKl
@@ -72,6 +73,16 @@ class Config(Section):
         specialists = (teacher for teacher in self.teachers if source in teacher.sources)
         generalists = (teacher for teacher in self.teachers if not teacher.sources)
         return next(specialists, next(generalists, None))
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether a reward or a filter reads the rows of the training data."""
+        return self.loss.reward is not None or self.flow.filter is not None
+
+    @property
+    def functions(self) -> Mapping[str, str]:
+        """The user's functions: their import paths by the key that names each."""
+        return dict(functions_of(self))
 
     @property
     def max_response_tokens(self) -> int:

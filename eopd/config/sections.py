@@ -15,6 +15,7 @@ from eopd.config.base import (
     AbsolutePath,
     Count,
     DataSpec,
+    FunctionName,
     Names,
     NativeOptions,
     Positive,
@@ -174,6 +175,22 @@ class PromptsConfig(Section):
         return self
 
 
+class FilterConfig(Section):
+    """A filter of your own decides which scored responses are trained on.
+
+    What it drops is counted, and the next response takes its place. Drops are no failures:
+    ``flow.max_dropped_ratio`` does not count them.
+    """
+
+    function: FunctionName
+    """The import path of the function, ``package.module:name``. The chapter
+    docs/extending.md#your-own-functions says how it is written.
+    """
+
+    options: NativeOptions = {}
+    """Keyword arguments of the function. None are given by default."""
+
+
 class FlowConfig(Section):
     """How trajectories flow from the engines to the learner: how many make a batch, how old they
     may be, and how often one may be lost (``eopd/buffer.py`` has the rules of their order).
@@ -203,6 +220,11 @@ class FlowConfig(Section):
     max_dropped_ratio: float = Field(0.01, ge=0.0, le=1.0)
     """The share of the run's trajectories that may be dropped, rounded up to a whole number. More
     end the run, with a checkpoint.
+    """
+
+    filter: FilterConfig | None = None
+    """A function that keeps or drops each response once the teacher has scored it. ``null`` keeps
+    all of them.
     """
 
     @model_validator(mode="after")

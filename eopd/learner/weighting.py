@@ -18,8 +18,8 @@ all loss tokens of the batch.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
@@ -28,12 +28,20 @@ import torch
 from torch import Tensor
 
 from eopd.config import LossConfig
-from eopd.config.loss import QuantileGate, RandomGate
+from eopd.config.loss import CustomGate, QuantileGate, RandomGate
 from eopd.config.teacher import EntropyBound
 from eopd.learner.collate import Weighting, body_of
 from eopd.learner.ranks import gather_all
-from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
+from eopd.loss.gate import (
+    GateError,
+    custom_gate,
+    gate_weights,
+    load_gate,
+    quantile_threshold,
+    random_draws,
+)
 from eopd.metrics import Mean, Metric, Quantile
+from eopd.plugins import GateFunction, GateTokens
 from eopd.telemetry.series import series
 from eopd.types import (
     Header,
@@ -52,38 +60,72 @@ class Weigher:
     """Computes weightings.
 
     ``entropy_bounds`` has for each teacher what the gate reads where only bounds are known.
+
+    Raises:
+        ConfigError: a user's gate cannot be loaded.
     """
 
     loss: LossConfig
     entropy_bounds: Mapping[str, EntropyBound]
     seed: int
+    _custom: GateFunction | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        gate = self.loss.gate
+        custom = load_gate(gate) if isinstance(gate, CustomGate) else None
+        object.__setattr__(self, "_custom", custom)
 
     def __call__(self, share: Sequence[Stored[ScoredTrajectory]]) -> dict[TrajectoryKey, Weighting]:
-        """Returns the weightings of this rank's trajectories; collective."""
+        """Returns the weightings of this rank's trajectories; collective.
+
+        Raises:
+            GateError: a user's gate failed on some rank; all ranks raise it.
+        """
         headers, bodies = [stored.header for stored in share], list(map(body_of, share))
         entropies = [self._entropy(scored.signal) for scored in bodies]
         threshold = self._threshold(entropies, bodies)
         bonuses = self._bonuses(headers)
-        weightings = {}
+        weightings, faults = {}, list[str]()
 
-        for header, scored, entropy_R in zip(headers, bodies, entropies, strict=True):
-            draws_R = None
-            if isinstance(self.loss.gate, RandomGate):
-                draws_R = random_draws(self.seed, header.key, len(entropy_R))
+        try:
+            for header, scored, entropy_R in zip(headers, bodies, entropies, strict=True):
+                gate_of = self._gate_of(header, scored, entropy_R, threshold)
+                low_R, high_R = entropy_bounds(scored.signal)
+                uncertain_R = (gate_of(high_R) - gate_of(low_R)).abs()
+                weightings[header.key] = Weighting(
+                    entropy_R=entropy_R,
+                    gate_R=gate_of(entropy_R).masked_fill(~_finite(scored, entropy_R), torch.nan),
+                    gate_uncertain=float(uncertain_R[_loss_mask(scored)].sum()),
+                    advantage_bonus=bonuses.get(header.key, self._no_bonus),
+                )
+        except GateError as error:
+            faults = [str(error)]
 
-            gate_of = partial(
-                gate_weights, gate=self.loss.gate, threshold=threshold, draws_T=draws_R
-            )
-            low_R, high_R = entropy_bounds(scored.signal)
-            uncertain_R = gate_of(high_R) - gate_of(low_R)
-            weightings[header.key] = Weighting(
-                entropy_R=entropy_R,
-                gate_R=gate_of(entropy_R).masked_fill(~_finite(scored, entropy_R), torch.nan),
-                gate_uncertain=float(uncertain_R[_loss_mask(scored)].sum()),
-                advantage_bonus=bonuses.get(header.key),
-            )
+        if self._custom is not None and (faults := gather_all(faults)):
+            raise GateError(faults[0])
 
         return weightings
+
+    def _gate_of(
+        self,
+        header: Header,
+        scored: ScoredTrajectory,
+        entropy_R: Tensor,
+        threshold: float | None,
+    ) -> Callable[[Tensor], Tensor]:
+        """Returns the gate of a trajectory as a function of the entropies that it reads."""
+        gate, custom = self.loss.gate, self._custom
+        if isinstance(gate, CustomGate) and custom is not None:
+            counted_R = _finite(scored, entropy_R)
+            return lambda read_R: custom_gate(
+                gate.function, custom, gate_tokens(scored, read_R), counted_R
+            )
+
+        draws_R = None
+        if isinstance(gate, RandomGate):
+            draws_R = random_draws(self.seed, header.key, len(entropy_R))
+
+        return partial(gate_weights, gate=gate, threshold=threshold, draws_T=draws_R)
 
     def _entropy(self, signal: TeacherSignal) -> Tensor:
         """Returns the entropy that the gate reads, [R] in nats."""
@@ -110,12 +152,31 @@ class Weigher:
         ]
         return quantile_threshold(torch.cat(gather_all(counted)), gate.top)
 
+    @property
+    def _no_bonus(self) -> float | None:
+        """Returns the bonus of a trajectory without a reward; all of a batch have one, or none."""
+        return None if self.loss.reward is None else 0.0
+
     def _bonuses(self, headers: Sequence[Header]) -> Mapping[TrajectoryKey, float]:
         if self.loss.reward is None:
             return {}
 
-        rewards = dict(gather_all([(header.key, _reward(header)) for header in headers]))
+        mine = [(header.key, header.reward) for header in headers if header.reward is not None]
+        rewards = dict(gather_all(mine))
         return {key: self.loss.reward.weight * value for key, value in advantages(rewards).items()}
+
+
+def gate_tokens(scored: ScoredTrajectory, entropy_R: Tensor) -> GateTokens:
+    """Returns the tokens of a trajectory as a user's gate sees them, with these entropies [R]."""
+    signal = scored.signal
+    return GateTokens(
+        teacher_entropy=entropy_R,
+        teacher_logprobs=torch.tensor(signal.token_logprobs),
+        teacher_topk_logprobs=torch.tensor(signal.topk_logprobs),
+        teacher_tail_logprobs=torch.tensor(signal.tail_logprobs),
+        rollout_logprobs=torch.tensor(scored.trajectory.rollout_logprobs),
+        loss_mask=_loss_mask(scored),
+    )
 
 
 def _loss_mask(scored: ScoredTrajectory) -> Tensor:
@@ -183,34 +244,16 @@ def entropy_bounds(signal: TeacherSignal) -> tuple[Tensor, Tensor]:
 
 def advantages(rewards: Mapping[TrajectoryKey, float]) -> dict[TrajectoryKey, float]:
     """Returns each reward less the mean reward of the prompt's other samples: unbiased, since no
-    sample is in its own baseline.
+    sample is in its own baseline. A sample without others has nothing to be compared with: 0.
 
     Rewards 1, 0, 0 give 1, -1/2, -1/2 (REINFORCE leave-one-out, Ahmadian et al., arXiv 2402.14740).
-
-    Raises:
-        ValueError: a prompt has one sample only.
     """
     groups: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
     for key, reward in rewards.items():
         groups[key.epoch, key.prompt_id].append(reward)
 
-    for name, group in groups.items():
-        if len(group) == 1:
-            raise ValueError(
-                f"no baseline for the reward of {name}: it has one sample in this batch"
-            )
-
     def advantage(key: TrajectoryKey, reward: float) -> float:
         group = groups[key.epoch, key.prompt_id]
-        return reward - (sum(group) - reward) / (len(group) - 1)
+        return reward - (sum(group) - reward) / (len(group) - 1) if len(group) > 1 else 0.0
 
     return {key: advantage(key, reward) for key, reward in rewards.items()}
-
-
-def _reward(header: Header) -> float:
-    if header.reward is None:
-        raise ValueError(
-            f"trajectory {tuple(header.key)}: has no reward, though loss.reverse_kl.reward is set"
-        )
-
-    return header.reward

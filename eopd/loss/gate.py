@@ -2,7 +2,8 @@
 
 Gates are computed once per batch, before it is cut into micro-batches, so that no gate depends on
 the cut. ``quantile`` has a threshold over the loss tokens of all ranks, and ``random`` has draws
-that depend on a token's trajectory and position alone.
+that depend on a token's trajectory and position alone. ``custom`` is a function of the user, which
+sees one trajectory at a time.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from eopd.config.loss import (
     AlwaysGate,
+    CustomGate,
     Gate,
     HardGate,
     NeverGate,
@@ -20,7 +22,12 @@ from eopd.config.loss import (
     RandomGate,
     SigmoidGate,
 )
-from eopd.types import TrajectoryKey
+from eopd.plugins import GateFunction, GateTokens, cause_of, load
+from eopd.types import RunFailedError, TrajectoryKey
+
+
+class GateError(RunFailedError):
+    """A user's gate raised, or gave something that is no gate. The message names it."""
 
 
 def gate_weights(
@@ -38,7 +45,7 @@ def gate_weights(
         gate_T in [0, 1], float32.
 
     Raises:
-        ValueError: ``quantile`` without a threshold, or ``random`` without draws.
+        ValueError: ``quantile`` without a threshold, ``random`` without draws, or ``custom``.
     """
     match gate:
         case HardGate():
@@ -59,8 +66,61 @@ def gate_weights(
             return torch.ones_like(entropy_T, dtype=torch.float32)
         case NeverGate():
             return torch.zeros_like(entropy_T, dtype=torch.float32)
+        case CustomGate():
+            raise ValueError("the custom gate reads more than entropies: see custom_gate")
         case _:
             assert_never(gate)
+
+
+def load_gate(gate: CustomGate) -> GateFunction:
+    """Returns a user's function, with its options.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    return load("loss.gate.function", gate.function, GateFunction, gate.options)
+
+
+def custom_gate(name: str, function: GateFunction, tokens: GateTokens, counted_R: Tensor) -> Tensor:
+    """Asks a user's function for the gate of one trajectory.
+
+    Args:
+        name: the function's import path, for messages.
+        function: the function, with its options.
+        tokens: what it reads.
+        counted_R: bool, the tokens whose numbers are finite. At any other the gate is 0, whatever
+            the function says.
+
+    Returns:
+        gate_R in [0, 1], float32, detached and on the CPU.
+
+    Raises:
+        GateError: the function raised, or returned no tensor [R] of numbers from 0 to 1.
+    """
+    name, num_tokens = f"loss.gate.function: {name}", len(counted_R)
+    try:
+        gate_R = function(tokens)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function raises what it likes
+        raise GateError(f"{name}: {cause_of(error)}") from None
+
+    if not isinstance(gate_R, Tensor):
+        raise GateError(f"{name}: returned {type(gate_R).__name__}; it must be a tensor of floats")
+
+    if gate_R.shape != (num_tokens,):
+        raise GateError(
+            f"{name}: returned a tensor of {list(gate_R.shape)} for {num_tokens} tokens; it must "
+            f"be of [{num_tokens}]"
+        )
+
+    gate_R = gate_R.detach().float().cpu().where(counted_R, 0.0)
+    if not gate_R.isfinite().all():
+        raise GateError(f"{name}: returned what is no finite number")
+
+    low, high = (gate_R.min().item(), gate_R.max().item()) if num_tokens else (0.0, 0.0)
+    if low < 0.0 or high > 1.0:
+        raise GateError(f"{name}: returned {low:g} to {high:g}; a gate is from 0 to 1")
+
+    return gate_R
 
 
 def quantile_threshold(entropies_N: Tensor, top: float) -> float:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from eopd.config import ConfigError
-from eopd.config.loss import GraderName
+from eopd.config.base import OWN_GRADERS, GraderName
 from eopd.prompts import PromptSet, list_places
-from eopd.rewards.graders import open_grader
+from eopd.rewards.graders import open_grader, try_grader
 from eopd.rewards.verdict import Verdict
 from eopd.types import PromptSample
 
@@ -24,11 +24,16 @@ def require_answers(data: PromptSet) -> None:
 
 
 def require_readable_answers(data: PromptSet, grader: GraderName) -> None:
-    """Checks that the grader can read every accepted answer: else every response would be wrong.
+    """Checks that the grader can read every accepted answer: else every response would be wrong. A
+    user's function is tried with the first one alone.
 
     Raises:
-        ConfigError: names rows whose answer it cannot read.
+        ConfigError: names rows whose answer it cannot read, or what is wrong with the function.
     """
+    if grader not in OWN_GRADERS:
+        answers = [prompt.reference_answer or "" for prompt in data.prompts[:1]]
+        return try_grader("grader", grader, "made up", answers[0])
+
     with open_grader(grader) as grade:
         unreadable = [
             prompt

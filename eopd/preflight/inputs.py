@@ -13,6 +13,7 @@ from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
 from eopd.preflight.answers import require_answers, require_readable_answers
 from eopd.preflight.environment import is_local, require_environment
+from eopd.preflight.functions import require_functions
 from eopd.preflight.models import require_model, require_served, require_student
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
 from eopd.prompts import PromptSet, TeacherView
@@ -38,15 +39,22 @@ class Prepared:
 
 def prepare(config: Config) -> Prepared:
     """Checks a run's inputs and loads its prompts. The outcome is cached for as long as all files are
-    the same.
+    the same; the user's functions are tried each time.
 
     Raises:
         ConfigError: a model directory or data file is missing, vocabularies or end tokens differ,
             top_k is larger than a vocabulary, vLLM or DeepSpeed have no such option, the student
             has no such layers to adapt, prompts do not fit or have no teacher, a verifier or a
-            benchmark has no answers, a tracker cannot be used, a server's key is not set, or the machine lacks
-            something (``environment.py``).
+            benchmark has no answers, a tracker cannot be used, a server's key is not set, a function of the user
+            cannot be used, or the machine lacks something (``environment.py``).
     """
+    prepared = _prepared(config)
+    require_functions(config, prepared.train)
+
+    return prepared
+
+
+def _prepared(config: Config) -> Prepared:
     require_environment(config)
     require_trackers(config.telemetry.trackers)
     require_vllm_options("rollout.vllm", config.rollout.vllm)
@@ -103,10 +111,16 @@ def _prepare(config: Config) -> Prepared:
         check_targets(config.student.model, config.student.lora)
 
     tokenizer = load_tokenizer(config.student.model)
-    train = PromptSet.load(config.prompts.data, config.prompts, tokenizer, _views(config))
-    if config.loss.reward is not None:
+    train = PromptSet.load(
+        config.prompts.data,
+        config.prompts,
+        tokenizer,
+        _views(config),
+        keep_rows=config.reads_rows,
+    )
+    if config.loss.reward is not None and config.loss.reward.is_ours:
         require_answers(train)
-        require_readable_answers(train, config.loss.reward.grader)
+        require_readable_answers(train, config.loss.reward.function)
 
     held_out = PromptSet.load(
         config.prompts.held_out, config.prompts, tokenizer, _views(config), key="prompts.held_out"

@@ -11,6 +11,7 @@ from typing import Final
 
 from eopd.config import Config
 from eopd.config.processor import dtype_notes
+from eopd.plugins import sources
 from eopd.preflight.environment import environment_notes, is_local
 from eopd.preflight.inputs import Prepared, prompts_by_teacher
 
@@ -48,6 +49,8 @@ def describe(config: Config, prepared: Prepared) -> Iterator[str]:
         every = config.evaluation.period(benchmark.name)
         often = "before and after training" if every is None else f"every {every} batches"
         yield f"benchmark {benchmark.name}: {asked} prompts x {benchmark.samples}, {often}"
+    for key, source in sources(config.functions).items():
+        yield f"function {key}: {source}"
 
     yield from notes(config, prepared)
     yield from environment_notes(config)

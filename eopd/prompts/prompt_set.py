@@ -167,6 +167,7 @@ class PromptSet:
         view_of: Callable[[str], TeacherView | None] = lambda source: None,
         *,
         key: str = "prompts.data",
+        keep_rows: bool = False,
     ) -> "PromptSet":
         """Reads, renders and tokenises every row.
 
@@ -176,6 +177,7 @@ class PromptSet:
             tokenizer: The student's tokenizer.
             view_of: Returns the view of a source's teacher; None where it takes the student's prompt.
             key: The key of the config that names the data set, for messages.
+            keep_rows: Whether every prompt gets the row of the data, for functions that read it.
 
         Raises:
             ConfigError: rows are malformed (the first few kinds of fault are named), an id stands
@@ -187,7 +189,7 @@ class PromptSet:
                 "prompts.template: chat, but the tokenizer has no chat template; set it to none"
             )
 
-        loading = _Loading(config, tokenizer, view_of)
+        loading = _Loading(config, tokenizer, view_of, keep_rows)
         rows = read_data(spec, key)
         loading.add_all(rows)
         if not loading.prompts:
@@ -215,6 +217,7 @@ class _Loading:
     config: PromptsConfig
     tokenizer: Tokenizer
     view_of: Callable[[str], TeacherView | None]
+    keep_rows: bool
     prompts: list[PromptSample] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
@@ -285,6 +288,7 @@ class _Loading:
                 token_ids=np.asarray(token_ids, dtype=np.int32),
                 reference_answer=question.reference_answer,
                 teacher_token_ids=teacher_token_ids,
+                row=question.row if self.keep_rows else None,
             )
         )
 

@@ -13,6 +13,7 @@ from typing import Final, NoReturn, TypeGuard
 
 from eopd.config import ConfigError
 from eopd.config.json_text import JsonError, parse_json, told
+from eopd.plugins import Row
 from eopd.prompts.files import DataRow
 from eopd.prompts.text import fault_of_field
 from eopd.types import Reference
@@ -48,6 +49,18 @@ class Question:
     def text(self) -> str:
         """Returns the last text of the user."""
         return str(self.chat[self.last_user]["content"])
+
+    @property
+    def row(self) -> Row:
+        """Returns what a function of the user sees of the row."""
+        return {
+            **self.columns,
+            "id": self.prompt_id,
+            "source": self.source,
+            "prompt": self.text,
+            "messages": self.chat,
+            "answer": self.reference_answer,
+        }
 
     def with_text(self, text: str) -> Sequence[Message]:
         """Returns the chat with another last text of the user."""

@@ -1,34 +1,88 @@
-"""Graders have names: ``exact`` compares text, ``math`` compares mathematics."""
+"""Graders have names: ``exact`` compares text, ``math`` compares mathematics, and any other one is
+a function of the user, by its import path.
+"""
 
 import contextlib
-from collections.abc import Iterator
-from typing import get_args
+from collections.abc import Iterator, Mapping
+from typing import Final
 
-from eopd.config.loss import GraderName
+from eopd.config import ConfigError
+from eopd.config.base import OWN_GRADERS, GraderName, require_grader
+from eopd.plugins import GraderFunction
 from eopd.rewards.exact import grade_exact
 from eopd.rewards.math import MathProcess
-from eopd.rewards.verdict import Grader
+from eopd.rewards.process import CPU_LIMIT_S, Asked, Failed, FunctionProcess, Returned
+from eopd.rewards.verdict import Grader, Verdict
+from eopd.types import Reference
+
+# 1 and 0 are equal to True and False
+_VERDICTS: Final[Mapping[object, Verdict]] = {
+    True: Verdict.CORRECT,
+    False: Verdict.WRONG,
+    None: Verdict.NO_ANSWER,
+}
 
 
 @contextlib.contextmanager
-def open_grader(name: GraderName, *, time_limit_s: float = 10.0) -> Iterator[Grader]:
+def open_grader(name: GraderName, *, time_limit_s: float = CPU_LIMIT_S) -> Iterator[Grader]:
     """Opens the grader called ``name``; on exit its process, if it has one, has ended.
 
     Args:
-        name: ``exact`` or ``math``.
-        time_limit_s: CPU time that one ``math`` judgement may take before it is a ``TIMEOUT``. A
-            busy machine changes no verdict, since waiting is not counted.
+        name: ``exact``, ``math``, or ``package.module:name`` of a ``GraderFunction``.
+        time_limit_s: CPU time that one judgement of a process may take before it is a ``TIMEOUT``.
+            A busy machine changes no verdict, since waiting is not counted.
 
     Raises:
-        ValueError: there is no such grader.
+        ConfigError: there is no such grader.
     """
     if name == "exact":
         yield grade_exact
-    elif name == "math":
-        process = MathProcess(time_limit_s)
-        try:
-            yield process.grade
-        finally:
-            process.close()
-    else:
-        raise ValueError(f"grader {name!r}: must be one of {', '.join(get_args(GraderName))}")
+        return
+
+    if name == "math":
+        with contextlib.closing(MathProcess(time_limit_s)) as math:
+            yield math.grade
+
+        return
+
+    try:
+        require_grader(name)
+    except ValueError as error:
+        raise ConfigError(f"grader: {error}") from None
+
+    asked = Asked(key="grader", function=name, kind=GraderFunction, cpu_limit_s=time_limit_s)
+    with contextlib.closing(FunctionProcess(asked)) as process:
+        process.start()
+
+        def grade(response: str, reference: Reference) -> Verdict:
+            return _verdict(process.ask(response, reference))
+
+        yield grade
+
+
+def try_grader(key: str, name: GraderName, response: str, reference: Reference) -> None:
+    """Calls a user's grader once; nothing is done for one of ours.
+
+    Raises:
+        ConfigError: it cannot be loaded, fails, or gives something else than a verdict.
+    """
+    if name in OWN_GRADERS:
+        return
+
+    asked = Asked(key=key, function=name, kind=GraderFunction)
+    with contextlib.closing(FunctionProcess(asked)) as process:
+        said = process.ask(response, reference)
+
+    if isinstance(said, Failed):
+        raise ConfigError(f"{key}: {said.cause}")
+
+    if said.value not in _VERDICTS:
+        raise ConfigError(f"{key}: {name}: must return True, False or None (is {said.value!r})")
+
+
+def _verdict(said: Returned | Failed) -> Verdict:
+    """Returns the verdict that a user's grader gave: ``ERROR`` where it gave none."""
+    if isinstance(said, Failed):
+        return Verdict.TIMEOUT if said.timed_out else Verdict.ERROR
+
+    return _VERDICTS.get(said.value, Verdict.ERROR)

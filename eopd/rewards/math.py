@@ -1,32 +1,24 @@
 """The grader ``math`` compares final answers as mathematics, with the math-verify library.
 
-It runs in a process of its own. A short answer can keep sympy busy for hours, and math-verify's own
-time-outs raise from a Python handler of SIGALRM: they work in the main thread only, and not before
-a long C call has returned. Here they are off, and SIGPROF keeps its default action: the kernel ends
-the process at the limit, whatever it is doing, and the next question starts a new one.
+The library runs in a process of its own, since a short answer can keep sympy busy for hours.
 """
 
-import contextlib
-import json
-import logging
-import signal
-import subprocess
-import sys
-
-from eopd.rewards.final_answer import as_latex, final_answer, is_prose
+from eopd.plugins import GraderFunction
+from eopd.rewards.final_answer import as_latex, final_answer
+from eopd.rewards.process import Asked, Failed, FunctionProcess
 from eopd.rewards.spelling import are_words_of_the_same_letters, stand_side_by_side
 from eopd.rewards.verdict import Verdict, best, each
 from eopd.types import Reference
 
 
 class MathProcess:
-    """A math process is a child that runs ``_serve``. It is started when it is first needed, and again
-    after it died.
-    """
+    """A math process grades in a child that runs ``equality.judge``."""
 
     def __init__(self, time_limit_s: float) -> None:
-        self._command = [sys.executable, "-m", __name__, str(time_limit_s)]
-        self._process: subprocess.Popen[str] | None = None
+        function = "eopd.rewards.equality:judge"
+        self._process = FunctionProcess(
+            Asked(key="math", function=function, kind=GraderFunction, cpu_limit_s=time_limit_s)
+        )
 
     def grade(self, response: str, reference: Reference) -> Verdict:
         r"""Judges whether the final answers of response and reference are equal as mathematics
@@ -55,88 +47,12 @@ class MathProcess:
         if are_words_of_the_same_letters(answer, expected):
             return Verdict.WRONG
 
-        return self._ask(json.dumps([answer, expected]))
+        said = self._process.ask(answer, expected)
+        if isinstance(said, Failed):
+            return Verdict.TIMEOUT if said.timed_out else Verdict.ERROR
+
+        return Verdict(str(said.value))
 
     def close(self) -> None:
-        """Ends the process, which stops at the end of its input."""
-        if self._process is not None:
-            self._process.communicate()
-            self._process = None
-
-    def _ask(self, question: str) -> Verdict:
-        process = self._process or self._start()
-        assert process.stdin is not None and process.stdout is not None
-        # the process may have died while it was idle: then there is no reply either
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(question + "\n")
-            process.stdin.flush()
-
-        reply = process.stdout.readline()
-        if reply:
-            return Verdict(reply.strip())
-
-        self.close()
-
-        return Verdict.TIMEOUT if process.returncode == -signal.SIGPROF else Verdict.ERROR
-
-    def _start(self) -> subprocess.Popen[str]:
-        # A session of its own: Ctrl-C in the terminal is for the parent, whose end closes the
-        # child's input.
-        process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-        if not process.stdout.readline():
-            process.communicate()
-            raise RuntimeError(
-                f"the math grader's process ended at start with code {process.returncode}"
-            )
-
-        self._process = process
-
-        return process
-
-
-def _serve(time_limit_s: float) -> None:
-    """Runs the child: it reads a JSON pair (answer, reference) a line, and writes a verdict a line,
-    until the input ends.
-    """
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    logging.disable()  # math-verify warns that its time-outs are off
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
-
-    extraction = [LatexExtractionConfig(boxed_match_priority=0)]
-
-    def expressions(answer: str) -> list[object]:
-        return list(parse(f"\\boxed{{{answer}}}", extraction, parsing_timeout=None))
-
-    def judge(answer: str, reference: str) -> Verdict:
-        expected, given = expressions(reference), expressions(answer)
-        # math-verify 0.9 reads words as products of letters
-        if not expected or is_prose(reference):
-            return Verdict.ERROR
-
-        if not given:
-            return Verdict.NO_ANSWER
-
-        return Verdict.CORRECT if verify(expected, given, timeout_seconds=None) else Verdict.WRONG
-
-    replies.write("ready\n")
-    replies.flush()
-
-    for question in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, time_limit_s)
-        verdict = judge(*json.loads(question))
-        signal.setitimer(signal.ITIMER_PROF, 0.0)
-        replies.write(f"{verdict}\n")
-        replies.flush()
-
-
-if __name__ == "__main__":
-    _serve(float(sys.argv[1]))
+        """Ends the process."""
+        self._process.close()

@@ -5,11 +5,12 @@ runs/<name>/config.yaml     resolved, as it holds now
             run.lock        who runs this run now (``run/lock.py``)
             metrics.jsonl   one row a step
             trained.jsonl   what each step trained on: issue numbers, and a checksum of each response's token ids
-            dropped.jsonl   trajectories that were given up, each with its last loss
+            dropped.jsonl   trajectories that were given up, each with its last loss, and those that the filter dropped
             timeline.jsonl  when in each step engines wrote and teachers scored: spans in seconds from its start
             evaluations.jsonl  everything that was measured, a line each (``run/evaluations.py``)
             held_out.jsonl  before and after training: entropy histograms, and samples: text, and numbers of each token
-            versions.json   of Python and the packages that matter, where this was run last
+            versions.json   of Python and the packages that matter, where this was run last, and the sources of the
+                            user's functions
             report.html     all of it to look at, made when a process leaves the run (``eopd report``)
             summary.json    status, steps, tokens, times, held-out numbers
             checkpoints/    step-NNNNNN/, each with a manifest that says whether it is whole
@@ -41,6 +42,7 @@ from typing import Self
 from eopd import __version__
 from eopd.config import Config, ConfigError, dump_config, load_config
 from eopd.config.saved import require_directory
+from eopd.plugins import sources
 from eopd.run.changes import Change
 from eopd.run.checkpoint import (
     StorageError,
@@ -53,9 +55,16 @@ from eopd.run.checkpoint import (
 from eopd.run.evaluations import best_checkpoints, read_evaluations
 from eopd.run.lock import holder, last_holder
 from eopd.run.place import require_no_foreign_files
-from eopd.run.reading import config_before, read_changes, read_rows, read_summary, up_to_step
+from eopd.run.reading import (
+    config_before,
+    parse_object,
+    read_changes,
+    read_rows,
+    read_summary,
+    up_to_step,
+)
 from eopd.run.record import RUN_ID, Row, Sample, Summary, append_jsonl
-from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostTrajectory, Span
+from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostReason, LostTrajectory, Span
 
 PACKAGES = (
     "deepspeed",
@@ -86,6 +95,7 @@ class RunDirectory:
         self.broken = path / "broken"
         self.logs = path / "logs"
         self._config = path / "config.yaml"
+        self._versions = path / "versions.json"
         self._changes = path / "changes.jsonl"
         self._summary = path / "summary.json"
         self.timeline = path / "timeline.jsonl"
@@ -131,7 +141,7 @@ class RunDirectory:
             for made in (directory.broken, *path.glob("hf-best*")):
                 shutil.rmtree(made, ignore_errors=True)
 
-            directory._write_versions()
+            directory._write_versions(config)
             directory._config.write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run.directory: {path} cannot be made ({error.strerror})") from None
@@ -170,7 +180,7 @@ class RunDirectory:
             write_whole(self._changes, "".join(json.dumps(record) + "\n" for record in records))
 
         self._scale.unlink(missing_ok=True)
-        self._write_versions()
+        self._write_versions(config)
         write_whole(self._config, dump_config(config))
 
     def config_at(self, step: int) -> Config:
@@ -287,7 +297,8 @@ class RunDirectory:
         append_jsonl(self.timeline, row)
 
     def add_dropped(self, issue: int, lost: LostTrajectory) -> None:
-        """Append to ``dropped.jsonl`` a trajectory that was given up, and how it was lost last.
+        """Append to ``dropped.jsonl`` a trajectory that was given up or filtered, and how it was lost
+        last.
 
         The line stays there, whatever checkpoint the run continues from.
 
@@ -307,11 +318,17 @@ class RunDirectory:
                 self.dropped, error, "Free some space, then continue with --resume auto."
             ) from error
 
-    def dropped_issues(self) -> list[int]:
-        """Returns the issue numbers of ``dropped.jsonl``."""
-        return [
-            row["issue"] for row in read_rows(self.dropped) if isinstance(row.get("issue"), int)
-        ]
+    def dropped_issues(self) -> tuple[list[int], list[int]]:
+        """Returns the issue numbers of ``dropped.jsonl``: those that were given up, and those that
+        the filter of the run dropped.
+        """
+        given_up, filtered = list[int](), list[int]()
+        for row in read_rows(self.dropped):
+            if isinstance(issue := row.get("issue"), int):
+                was_filtered = row.get("reason") == LostReason.FILTERED.value
+                (filtered if was_filtered else given_up).append(issue)
+
+        return given_up, filtered
 
     def ask_for_engines(self, num_engines: int) -> None:
         """Ask the process that runs this run for so many rollout engines.
@@ -394,7 +411,18 @@ class RunDirectory:
         }
         append_jsonl(self._held_out, record)
 
-    def _write_versions(self) -> None:
+    def sources(self) -> dict[str, str]:
+        """Returns where the user's functions came from when the run was taken up last, by key of the
+        config, as ``plugins.sources`` has it; none where that cannot be read.
+        """
+        try:
+            text = self._versions.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return {}
+
+        return {key: value for key, value in parse_object(text).items() if "." in key}
+
+    def _write_versions(self, config: Config) -> None:
         installed = {
             dist.name: dist.version
             for dist in importlib.metadata.distributions()
@@ -404,8 +432,9 @@ class RunDirectory:
             "python": platform.python_version(),
             "eopd": __version__,
             **dict(sorted(installed.items())),
+            **sources(config.functions),
         }
-        write_whole(self.path / "versions.json", json.dumps(versions, indent=2) + "\n")
+        write_whole(self._versions, json.dumps(versions, indent=2) + "\n")
 
     def samples(self) -> list[Sample]:
         """Returns the samples of the last measurements, of prompts that have one before and one

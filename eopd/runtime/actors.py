@@ -2,7 +2,7 @@
 
     driver                              the actor's process
     RemoteEngine    generate, ...  ──▶  RolloutActor  ──▶  VllmRolloutEngine, Verifier
-    RemoteTeacher   score, ping    ──▶  TeacherActor  ──▶  a scorer, by the teacher's backend
+    RemoteTeacher   score, ping    ──▶  TeacherActor  ──▶  a scorer, by the teacher's backend, Filter
 
 An actor is a plain class that Ray runs in a process of its own; a proxy implements a role. Bodies
 never pass through the proxies: ``num_returns=2`` splits header from body, so that the driver owns a
@@ -14,8 +14,8 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import ray
@@ -29,7 +29,8 @@ from ray.exceptions import (
 )
 
 from eopd.config import RolloutConfig, StudentConfig, TeacherConfig
-from eopd.config.loss import GraderName
+from eopd.config.loss import Reward
+from eopd.config.sections import FilterConfig
 from eopd.roles import EngineDownError, TeacherDownError, WorkerDownError
 from eopd.runtime import spawned
 from eopd.runtime.process import clean_environment
@@ -48,6 +49,7 @@ from eopd.types import (
 )
 
 if TYPE_CHECKING:
+    from eopd.rewards.filtering import Filter
     from eopd.rewards.verifier import Verifier
     from eopd.rollout.vllm_engine import VllmRolloutEngine
     from eopd.teacher.base import SignalScorer
@@ -153,6 +155,7 @@ class RolloutActor(Actor):
 
     _engine: "VllmRolloutEngine"
     _verifier: "Verifier | None"
+    _keeps_row: bool
 
     async def start(
         self,
@@ -160,9 +163,13 @@ class RolloutActor(Actor):
         rollout: RolloutConfig,
         max_sequence_tokens: int,
         version: PolicyVersion,
-        grader: GraderName | None,
+        reward: Reward | None,
+        row_is_read_later: bool,
     ) -> int:
-        """Starts the engine; returns its seats."""
+        """Starts the engine; returns its seats.
+
+        Where the teacher's actor reads the row of a prompt too, it stays in the trajectory.
+        """
         from eopd.rewards.verifier import Verifier
         from eopd.rollout.vllm_engine import VllmRolloutEngine
         from eopd.runtime.engine_metrics import stat_loggers
@@ -178,18 +185,22 @@ class RolloutActor(Actor):
             num_tokens=num_tokens(student.model),
             stat_loggers=stat_loggers(self._name),
         )
-        self._verifier = None if grader is None else Verifier(grader, student.model)
+        self._verifier = None if reward is None else Verifier(reward, student.model)
+        self._keeps_row = row_is_read_later
 
         return min(self._engine.seats, MAX_REQUESTS)
 
     async def generate(self, prompt: PromptSample, sample_index: int, sampling: Sampling) -> Split:
-        """Samples one response, and grades it where the run has a verifier."""
+        """Samples one response, and rewards it where the run has a verifier."""
         generated = await self._engine.generate(prompt, sample_index, sampling)
-        if self._verifier is None or isinstance(generated, LostTrajectory):
+        if isinstance(generated, LostTrajectory):
             return _split(generated)
 
-        reward = await self._verifier.reward(cast(Trajectory, generated.body))
-        return replace(generated.header, reward=reward), generated.body
+        header, trajectory = generated.header, cast(Trajectory, generated.body)
+        if self._verifier is not None:
+            header = await self._verifier.reward(header, trajectory)
+
+        return header, trajectory if self._keeps_row else trajectory.without_row()
 
     async def call(self, method: str, *arguments: object) -> object:
         """Calls another method of the engine; ``RemoteEngine`` has their types."""
@@ -240,12 +251,22 @@ class RemoteEngine:
 
 
 class TeacherActor(Actor):
-    """A teacher actor hosts one replica of a teacher."""
+    """A teacher actor hosts one replica of a teacher, and the filter of what it scores."""
 
     _scorer: "SignalScorer"
+    _filter: "Filter | None"
 
-    async def start(self, teacher: TeacherConfig, top_k: int, max_sequence_tokens: int) -> int:
+    async def start(
+        self,
+        teacher: TeacherConfig,
+        top_k: int,
+        max_sequence_tokens: int,
+        filtering: FilterConfig | None,
+        student: Path,
+    ) -> int:
         """Starts the scorer; returns its seats."""
+        from eopd.rewards.filtering import Filter
+
         start: Callable[..., Awaitable[SignalScorer]]
         match teacher.backend:
             case "vllm":
@@ -263,6 +284,7 @@ class TeacherActor(Actor):
                 start = EopdTeacherScorer.start
 
         self._scorer = await start(teacher, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
+        self._filter = None if filtering is None else Filter(filtering, student)
 
         return min(self._scorer.seats, MAX_REQUESTS)
 
@@ -271,11 +293,18 @@ class TeacherActor(Actor):
         await self._scorer.ping()
 
     async def score(self, header: Header, trajectory: Trajectory) -> Split:
-        """Scores one trajectory."""
-        return _split(await self._scorer.score(Stored(header, trajectory)))
+        """Scores one trajectory, and filters it where the run has a filter."""
+        scored = await self._scorer.score(Stored(header, trajectory))
+        if self._filter is not None and isinstance(scored, Stored):
+            scored = await self._filter.sift(scored)
+
+        return _split(scored)
 
     async def close(self) -> None:
-        """Stops the scorer."""
+        """Stops the filter and the scorer."""
+        if self._filter is not None:
+            self._filter.close()
+
         await self._scorer.close()
 
 

@@ -9,7 +9,7 @@ from typing import Never
 from ray.actor import ActorHandle
 
 from eopd.config import Config, RolloutConfig, StudentConfig
-from eopd.config.loss import GraderName
+from eopd.config.loss import Reward
 from eopd.fleet import Fleet
 from eopd.pool import Pool
 from eopd.roles import EngineDownError, LearnerDownError, RolloutEngine
@@ -33,10 +33,13 @@ def engine_process(
     student: StudentConfig,
     rollout: RolloutConfig,
     max_sequence_tokens: int,
-    grader: GraderName | None = None,
+    reward: Reward | None = None,
+    *,
+    row_is_read_later: bool = False,
 ) -> ActorProcess[RemoteEngine]:
     """Returns the process of one engine, which starts with the weights of ``student.model``."""
-    arguments = (student, rollout, max_sequence_tokens, PolicyVersion(0, 0), grader)
+    version = PolicyVersion(0, 0)
+    arguments = (student, rollout, max_sequence_tokens, version, reward, row_is_read_later)
     return ActorProcess(actor, RemoteEngine(actor), EngineDownError, *arguments)
 
 
@@ -46,12 +49,18 @@ def engine_fleet(
     """Returns the fleet of a run's engines; ``spawn`` makes their actors, and its owner ends them."""
     rollout = config.rollout
     plan = plan_rollout(rollout)
-    grader = config.loss.reward.grader if config.loss.reward else None
 
     def processes(numbers: Sequence[int]) -> list[ActorProcess[RemoteEngine]]:
         actors = spawn(RolloutActor, plan, numbers, max_concurrency=MAX_CALLS)
         return [
-            engine_process(actor, config.student, rollout, config.max_sequence_tokens, grader)
+            engine_process(
+                actor,
+                config.student,
+                rollout,
+                config.max_sequence_tokens,
+                config.loss.reward,
+                row_is_read_later=config.flow.filter is not None,
+            )
             for actor in actors
         ]
 

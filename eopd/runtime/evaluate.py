@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from eopd.config import ClusterConfig, PromptsConfig, RolloutConfig, StudentConfig
-from eopd.config.loss import GraderName
+from eopd.config.base import GraderName
 from eopd.evaluation.benchmarks import BenchmarkResult, run_benchmark
 from eopd.preflight import require_answers, require_model, require_readable_answers
 from eopd.prompts import PromptSet

@@ -15,7 +15,15 @@ from eopd.roles import BodiesLostError, LearnerDownError
 from eopd.runtime.actors import Spawn, dies_as
 from eopd.runtime.learner_actor import LearnerActor
 from eopd.runtime.placement import plan_learner
-from eopd.types import EvalStats, Float32Array, Int32Array, LearnerStats, PackedBatch, PolicyVersion
+from eopd.types import (
+    EvalStats,
+    Float32Array,
+    Int32Array,
+    LearnerStats,
+    PackedBatch,
+    PolicyVersion,
+    RunFailedError,
+)
 
 _DEAD = (RayActorError, OutOfMemoryError)
 # How long Ray may take to report a rank that was lost with its node: it asks a node every 3 s,
@@ -159,6 +167,9 @@ class LearnerGang:
                 f"no answer within learner.timeout_s = {self._timeout_s:g}"
             ) from None
         except RayTaskError as error:  # when a peer dies, a rank may fail before Ray reports that
+            if isinstance(error.cause, RunFailedError):  # what the ranks found together
+                raise RunFailedError(str(error.cause)) from error
+
             # a disk that a rank cannot write to is nobody's death
             if isinstance(error, OSError) or (rank := await self._dead_rank()) is None:
                 raise

@@ -23,6 +23,7 @@ from typing import Final, Literal
 from eopd.config import Config, ConfigError
 from eopd.config.processor import with_student_dtype_of
 from eopd.ledger import Ledger
+from eopd.plugins import sources
 from eopd.run.changes import OTHER_CONTENTS, Change, changes
 from eopd.run.checkpoint import (
     STATE,
@@ -145,7 +146,10 @@ def take_up(
         summary=summary,
         changes=changed,
         total_changes=directory.num_changes(state.step) + len(changed),
-        notes=_notes(directory, checkpoint, checkpoints, changed, named=step is not None),
+        notes=[
+            *_notes(directory, checkpoint, checkpoints, changed, named=step is not None),
+            *_other_sources(directory, config),
+        ],
     )
 
 
@@ -240,6 +244,16 @@ def _notes(
         )
 
     return [*notes, *(f"from step {step + 1}: {change}" for change in changed)]
+
+
+def _other_sources(directory: RunDirectory, config: Config) -> list[str]:
+    """Returns a note for every function of the user whose source is not what it was."""
+    before = directory.sources()
+    return [
+        f"{key}: {config.functions[key]} is not what it was: {before[key]}; now {source}"
+        for key, source in sources(config.functions).items()
+        if before.get(key, "").startswith(config.functions[key] + ",") and before[key] != source
+    ]
 
 
 def what_changed(

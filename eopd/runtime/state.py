@@ -237,5 +237,5 @@ class RunState:
         again.
         """
         ledger = Ledger.restore(**state.ledger) if state else Ledger()  # type: ignore[arg-type]
-        ledger.drop_again(self.directory.dropped_issues())
+        ledger.drop_again(*self.directory.dropped_issues())
         return ledger

@@ -44,7 +44,7 @@ def _fleet(
     name = f"teacher {teacher.name} replica"
     longest = config.max_teacher_tokens(teacher)
 
-    arguments = (teacher, config.loss.top_k, longest)
+    arguments = (teacher, config.loss.top_k, longest, config.flow.filter, config.student.model)
 
     def processes(numbers: Sequence[int]) -> list[ActorProcess[RemoteTeacher]]:
         actors = spawn(TeacherActor, plan, numbers, max_concurrency=MAX_CALLS)

@@ -44,7 +44,7 @@ from eopd.runtime.watchdog import Watchdog, with_background
 from eopd.telemetry import trackers
 from eopd.telemetry.report.page import report_of_ended
 from eopd.telemetry.step import config_row, step_row
-from eopd.types import LostTrajectory, RunFailedError, StepDone
+from eopd.types import LostReason, LostTrajectory, RunFailedError, StepDone
 
 _STATE_S = 5.0  # how often Prometheus sees who is up
 _PROBE_TOKENS = 256  # of prompts, which the student finds probable
@@ -178,6 +178,7 @@ class Training:
         self._watchdog = watchdog
         self._evaluator = Evaluator(config, prepared, state, workers, outlets, watchdog.step)
         self._pipeline: Pipeline | None = None  # while it trains
+        self._has_told_of_rewards = False
 
     async def run(self) -> None:
         """Runs to the end of the last batch, or to a step after which a signal ends it."""
@@ -302,6 +303,7 @@ class Training:
                 row = {**self._row(), **cluster.memory_row(), **step_row(done)}
                 self._outlets.write({**row, **self._evaluator.new_row()})
                 self._say_what_was_skipped(done)
+                self._say_what_has_no_reward(done)
                 self._state.keep(done)
                 if self._state.is_due:
                     await self._state.save(self._workers.learner)
@@ -326,8 +328,24 @@ class Training:
                 f"{self._config.learner.max_skipped_steps}); see {self._state.directory.broken}"
             )
 
+    def _say_what_has_no_reward(self, done: StepDone) -> None:
+        """Says once that rewards are missing, and why; after that the log has a line a step."""
+        faults = [header.reward_fault for header in done.trained.values() if header.reward_fault]
+        if not faults:
+            return
+
+        step, number = self._state.progress.step, len(faults)
+        text = f"step {step}: {number} of {len(done.trained)} responses have no reward: {faults[0]}"
+        logger.warning(text)
+        if not self._has_told_of_rewards:
+            self._outlets.say(f"{text}; later ones are in {self._state.directory.logs}/driver.log")
+            self._has_told_of_rewards = True
+
     def _drop(self, issue: int, lost: LostTrajectory) -> None:
         self._state.directory.add_dropped(issue, lost)
+        if lost.reason is LostReason.FILTERED:  # there may be many
+            return
+
         self._outlets.say(
             f"gave up {lost.key}: {lost.reason.value}: {lost.detail}; see "
             f"{self._state.directory.dropped}"

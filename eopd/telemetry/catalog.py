@@ -99,7 +99,13 @@ _OBJECTIVE: Final = (
     _number(
         "eopd_reward_mean",
         "Mean reward of the batch's responses, where loss.reverse_kl.reward is set.",
-        "Rises; 0 or 1 throughout leaves no advantage to learn from.",
+        "Rises; the same throughout leaves no advantage to learn from.",
+    ),
+    _ratio(
+        "eopd_reward_missing_ratio",
+        "Share of the batch's responses for which the reward function failed, took too long, or "
+        "returned no finite number. They are trained without a reward; logs/driver.log has why.",
+        "0.",
     ),
     _number(
         "eopd_alpha_ratio",
@@ -281,6 +287,13 @@ _FLOW: Final = (
         "Trajectories given up after flow.max_attempts attempts; dropped.jsonl names them. "
         f"{ROLLED_BACK}",
         "0; more than flow.max_dropped_ratio of a run ends it.",
+    ),
+    Metric(
+        "counter",
+        "trajectories",
+        "eopd_filtered_trajectories_total",
+        f"Trajectories that flow.filter dropped; dropped.jsonl names them. {ROLLED_BACK}",
+        "0 without a filter; else it grows with the share that the filter is meant to drop.",
     ),
 )
 

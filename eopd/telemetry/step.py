@@ -53,24 +53,32 @@ class BusyClock:
 
 
 def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
-    """Returns lengths, endings and staleness of a batch that was consumed at learner version
-    ``version``.
+    """Returns lengths, endings, staleness and missing rewards of a batch that was consumed at learner
+    version ``version``.
     """
     count = len(headers)
+    missing = sum(h.reward_fault is not None for h in headers)
+    rewarded = missing + sum(h.reward is not None for h in headers)
     staleness = [version - h.oldest_version for h in headers]
     ages = [STALENESS_AGES[min(age, len(STALENESS_AGES) - 1)] for age in staleness]
     ended = sum(h.stop_reason is StopReason.END_TOKEN for h in headers)
 
-    return {
-        "eopd_response_tokens_mean": sum(h.num_response_tokens for h in headers) / count,
-        "eopd_end_token_ratio": ended / count,
-        "eopd_truncated_ratio": 1.0 - ended / count,
-        "eopd_staleness_mean": sum(staleness) / count,
-        "eopd_staleness_max": float(max(staleness)),
-    } | {
-        series("eopd_staleness_ratio", versions=age): ages.count(age) / count
-        for age in STALENESS_AGES
-    }
+    of_rewards = {"eopd_reward_missing_ratio": missing / rewarded} if rewarded else {}
+
+    return (
+        of_rewards
+        | {
+            "eopd_response_tokens_mean": sum(h.num_response_tokens for h in headers) / count,
+            "eopd_end_token_ratio": ended / count,
+            "eopd_truncated_ratio": 1.0 - ended / count,
+            "eopd_staleness_mean": sum(staleness) / count,
+            "eopd_staleness_max": float(max(staleness)),
+        }
+        | {
+            series("eopd_staleness_ratio", versions=age): ages.count(age) / count
+            for age in STALENESS_AGES
+        }
+    )
 
 
 def config_row(config: Config) -> Row:
@@ -93,7 +101,8 @@ def step_row(done: StepDone) -> Row:
     row = dict(stats.metrics) | batch_row(headers, stats.version.step - 1)
     for stage, spent in done.seconds.items():
         row[f"eopd_{stage}_seconds"] = spent
-    for reason in LostReason:
+    losses = [reason for reason in LostReason if reason is not LostReason.FILTERED]
+    for reason in losses:
         row[series("eopd_lost_trajectories_total", reason=reason.value)] = float(
             done.lost.get(reason, 0)
         )
@@ -103,6 +112,7 @@ def step_row(done: StepDone) -> Row:
         "eopd_step": float(stats.version.step),
         "eopd_last_step_timestamp_seconds": time.time(),
         "eopd_dropped_trajectories_total": float(done.dropped),
+        "eopd_filtered_trajectories_total": float(done.filtered),
         "eopd_in_flight_trajectories": float(done.in_flight),
         "eopd_ready_trajectories": float(done.ready),
         "eopd_response_tokens_per_second": num_tokens / done.seconds["step"],

@@ -25,7 +25,7 @@ def run(program):
         "flow={batch_prompts: 4, max_staleness: 1}",
         "prompts.data=configs/prompts/arithmetic.jsonl",
         "teachers.0.replicas=2",
-        "loss.reverse_kl={kind: sampled, reward: {grader: math, weight: 0.1}}",
+        "loss.reverse_kl={kind: sampled, reward: {function: math, weight: 0.1}}",
         "rollout.samples_per_prompt=2",
         "checkpoint.every=5",
         "evaluation.prompts=8",

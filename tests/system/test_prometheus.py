@@ -42,7 +42,7 @@ def run(program):
         "evaluation.prompts=2",
         "flow={batch_prompts: 4, max_staleness: 1}",
         "prompts.data=configs/prompts/arithmetic.jsonl",
-        "loss.reverse_kl={kind: sampled, reward: {grader: math, weight: 0.1}}",
+        "loss.reverse_kl={kind: sampled, reward: {function: math, weight: 0.1}}",
         "rollout.samples_per_prompt=2",
         "weights.verify_every=2",
         "learner.peak_flops=1.0e+12",

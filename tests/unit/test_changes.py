@@ -33,6 +33,8 @@ DECIDED = {
         evaluation.prompts
         evaluation.seed
         flow.batch_prompts
+        flow.filter.function
+        flow.filter.options
         flow.lookahead
         flow.max_staleness
         learner.betas
@@ -47,7 +49,9 @@ DECIDED = {
         loss.alpha_warmup.batches
         loss.alpha_warmup.start
         loss.forward_kl.kind
+        loss.gate.function
         loss.gate.kind
+        loss.gate.options
         loss.gate.rate
         loss.gate.scale
         loss.gate.tau
@@ -55,7 +59,8 @@ DECIDED = {
         loss.reverse_kl.clip
         loss.reverse_kl.importance_cap
         loss.reverse_kl.kind
-        loss.reverse_kl.reward.grader
+        loss.reverse_kl.reward.function
+        loss.reverse_kl.reward.options
         loss.reverse_kl.reward.weight
         loss.top_k
         rollout.max_response_tokens

@@ -72,7 +72,7 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         (
             "loss.gate={kind: soft}",
             "loss.gate.kind: soft is unknown; kinds are hard, quantile, sigmoid, random, "
-            "always and never",
+            "always, never and custom",
         ),
         (
             "learner.token_budget=150",
@@ -207,12 +207,12 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "learner.zero_stage says it",
         ),
         (
-            "loss.reverse_kl={kind: sampled, reward: {grader: math}}",
+            "loss.reverse_kl={kind: sampled, reward: {function: math}}",
             "loss.reverse_kl.reward: compares a prompt's samples within one batch; it needs "
             "rollout.samples_per_prompt of 2 or more (is 1)",
         ),
         (
-            "loss.reverse_kl={kind: none, reward: {grader: math}}",
+            "loss.reverse_kl={kind: none, reward: {function: math}}",
             "loss.reverse_kl.reward: is of kind sampled, and kind is none; leave it out, or "
             "change kind",
         ),
@@ -295,7 +295,7 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         (
             "loss.gate=hrad",
             "loss.gate.kind: hrad is unknown; did you mean hard? kinds are hard, quantile, "
-            "sigmoid, random, always and never",
+            "sigmoid, random, always, never and custom",
         ),
         ("loss.gate.top=0.3", "loss.gate.kind: is required; top is of kind quantile"),
         (
@@ -304,8 +304,8 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "loss.gate={tau: 0.8, top: 0.1}",
-            "loss.gate.kind: is required; kinds are hard, quantile, sigmoid, random, always "
-            "and never",
+            "loss.gate.kind: is required; kinds are hard, quantile, sigmoid, random, always, "
+            "never and custom",
         ),
         (
             "loss.gate={tau: 0.8, kind: quantile}",
@@ -319,22 +319,22 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         (
             "loss.gate={kind: hrad}",
             "loss.gate.kind: hrad is unknown; did you mean hard? kinds are hard, quantile, "
-            "sigmoid, random, always and never",
+            "sigmoid, random, always, never and custom",
         ),
         (
             "loss.gate=null",
             "loss.gate: must be {kind: hard}, {kind: quantile}, {kind: sigmoid}, {kind: random}, "
-            "{kind: always} or {kind: never} (is null)",
+            "{kind: always}, {kind: never} or {kind: custom} (is null)",
         ),
         (
             "loss.gate=[hard]",
             "loss.gate: must be {kind: hard}, {kind: quantile}, {kind: sigmoid}, {kind: random}, "
-            "{kind: always} or {kind: never} (is [hard])",
+            "{kind: always}, {kind: never} or {kind: custom} (is [hard])",
         ),
         (
             "loss.gate=5",
             "loss.gate.kind: 5 is unknown; kinds are hard, quantile, sigmoid, "
-            "random, always and never",
+            "random, always, never and custom",
         ),
         (
             "loss.forward_kl=renormalised",
@@ -639,9 +639,57 @@ def test_an_item_of_a_list_is_set_by_its_name_too(path):
         load_config(path, [*named, "teachers.c.replicas=3"])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "loss.reverse_kl={kind: sampled, reward: {grader: math}}",
+            "loss.reverse_kl.reward: grader: is called function now; write function: math",
+        ),
+        (
+            "loss.reverse_kl={kind: sampled, reward: {function: maths}}",
+            "loss.reverse_kl.reward.function: must be package.module:name, such as "
+            "my_rewards:score (is 'maths'), or one of exact, math",
+        ),
+        (
+            "loss.reverse_kl={kind: sampled, reward: {function: math, options: {a: 1}}}",
+            "loss.reverse_kl.reward.options: go to a function of yours; math takes none",
+        ),
+        ("loss.gate=custom", "loss.gate.function: is required"),
+        (
+            "loss.gate={kind: custom, function: exact}",
+            "loss.gate.function: must be package.module:name, such as my_rewards:score (is 'exact')",
+        ),
+        (
+            "flow.filter={function: 'my filter:keep'}",
+            "flow.filter.function: must be package.module:name, such as my_rewards:score (is 'my "
+            "filter:keep')",
+        ),
+    ],
+)
+def test_a_function_is_written_as_an_import_path(path, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override, "rollout.samples_per_prompt=2"])
+
+    assert str(caught.value).removeprefix(f"{path}: ") == message
+
+
+def test_the_functions_of_a_user_are_known_by_their_keys(path):
+    reward = "loss.reverse_kl={kind: sampled, reward: {function: exact}}"
+    several = ["rollout.samples_per_prompt=2", "flow.filter={function: 'filters:keep'}"]
+    gate = "loss.gate={kind: custom, function: 'my.gates:narrow', options: {tau: 1.5}}"
+    config = load_config(path, [reward, gate, *several])
+
+    assert config.functions == {
+        "flow.filter.function": "filters:keep",
+        "loss.gate.function": "my.gates:narrow",
+    }
+    assert load_config(path, ["loss.gate=hard"]).functions == {}
+
+
 def test_a_reward_compares_samples_of_one_batch(path):
     sampled = [
-        "loss.reverse_kl={kind: sampled, reward: {grader: exact}}",
+        "loss.reverse_kl={kind: sampled, reward: {function: exact}}",
         "rollout.samples_per_prompt=2",
     ]
     assert load_config(path, sampled).loss.reward.weight == 1.0

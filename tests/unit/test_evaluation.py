@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eopd.config import ConfigError
 from eopd.evaluation.benchmarks import before_stop, run_benchmark, sample_seed
 from eopd.evaluation.diversity import distinct_ratio
 from eopd.evaluation.passk import mean_over_prompts, pass_at_k
@@ -313,19 +314,19 @@ def test_math_grader_survives_an_endless_comparison_in_a_thread(math_grader):
 def test_math_grader_names_a_dead_process_an_error_and_goes_on():
     with open_grader("math") as grade:
         assert grade(r"\boxed{1}", "1") is Verdict.CORRECT
-        process = grade.__self__._process
+        process = grade.__self__._process._process
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert grade(r"\boxed{1}", "1") is Verdict.ERROR
         assert grade(r"\boxed{1}", "1") is Verdict.CORRECT
-        process = grade.__self__._process
+        process = grade.__self__._process._process
 
     assert process.returncode == 0
 
 
 def test_unknown_grader_is_named():
     with (
-        pytest.raises(ValueError, match=r"'maths': must be one of exact, math"),
+        pytest.raises(ConfigError, match=r"'maths'\), or one of exact, math"),
         open_grader("maths"),
     ):
         pass

@@ -49,12 +49,31 @@ def test_what_was_dropped_after_the_checkpoint_is_not_tried_again():
     assert ledger.dropped == {2, 4, 9}
 
 
+def test_what_was_filtered_is_counted_and_remembered_while_it_is_ahead():
+    ledger = Ledger()
+    for _ in range(5):
+        ledger.issue()
+
+    ledger.filter(0)
+    ledger.filter(3)
+    ledger.drop(4)
+    resumed = Ledger.restore(**json.loads(json.dumps(ledger.state())))
+
+    assert (resumed.num_filtered, resumed.filtered_ahead) == (2, {3})
+    assert (resumed.dropped, resumed.settled.floor) == ({4}, 1)
+    assert [resumed.issue() for _ in range(3)] == [1, 2, 5]
+    resumed.train([1, 2])
+    assert resumed.state()["filtered_ahead"] == []
+    resumed.drop_again([], filtered=[3, 7])
+    assert (resumed.num_filtered, resumed.filtered_ahead) == (3, {7})
+
+
 def test_training_twice_or_something_never_issued_is_loud():
     ledger = Ledger()
     first = ledger.issue()
     ledger.train([first])
 
     for wrong in (first, 7):
-        for settle in (lambda issue: ledger.train([issue]), ledger.drop):
+        for settle in (lambda issue: ledger.train([issue]), ledger.drop, ledger.filter):
             with pytest.raises(ValueError, match="twice or never issued"):
                 settle(wrong)

@@ -4,6 +4,7 @@ when things fail.
 
 import asyncio
 import itertools
+import json
 import random
 from collections import Counter
 
@@ -12,7 +13,7 @@ import pytest
 from fakes import World
 
 from eopd.ledger import Ledger
-from eopd.pipeline import Pipeline, TooManyDroppedError
+from eopd.pipeline import NothingKeptError, Pipeline, TooManyDroppedError
 from eopd.roles import BodiesLostError
 from eopd.types import LostReason, LostTrajectory, TrajectoryKey
 
@@ -171,6 +172,102 @@ async def test_a_poisonous_prompt_is_dropped(staleness, lookahead):
     others = [key for key in issued.values() if key.prompt_id != "3"]
     assert times_trained(world) == Counter(others)
     assert rows[-1]["eopd_dropped_trajectories_total"] == len(poisonous)
+
+
+class Picky(FakeWorld):
+    """The filter drops every trajectory of the prompts in ``unwanted``."""
+
+    def __init__(self, *unwanted: str) -> None:
+        super().__init__()
+        self.unwanted = unwanted
+        self.asked: Counter[TrajectoryKey] = Counter()
+
+    async def score(self, stored):
+        key = stored.header.key
+        self.asked[key] += 1
+        if key.prompt_id in self.unwanted:
+            return LostTrajectory(key=key, reason=LostReason.FILTERED, detail="my:keep said no")
+
+        return await super().score(stored)
+
+
+@pytest.mark.parametrize(
+    ("staleness", "lookahead"),
+    [
+        (0, 0),
+        (2, 0),
+        (2, 1),
+    ],
+)
+async def test_what_the_filter_drops_is_counted_and_costs_no_attempt(staleness, lookahead):
+    world, told = Picky("1", "3", "4"), []
+    line = pipeline(
+        world,
+        staleness=staleness,
+        lookahead=lookahead,
+        max_dropped=0,
+        on_drop=lambda issue, lost: told.append((issue, lost.key.prompt_id, lost.reason)),
+    )
+    rows = await run(line)
+
+    assert [len(batch) for batch in world.trained] == [4] * 12
+    assert max(world.staleness) <= staleness
+    assert set(world.asked.values()) == {1}, "nothing is sampled again"
+    issued = dict(enumerate(keys(line, line.ledger.settled.floor)))
+    filtered = {issue for issue, key in issued.items() if key.prompt_id in world.unwanted}
+    assert filtered <= {issue for issue, *_ in told} and len(filtered) > 48
+    assert {prompt for _, prompt, _ in told} == {"1", "3", "4"}
+    assert {reason for *_, reason in told} == {LostReason.FILTERED}
+    assert not line.ledger.dropped
+    assert rows[-1]["eopd_filtered_trajectories_total"] == line.ledger.num_filtered == len(told)
+    assert rows[-1]["eopd_dropped_trajectories_total"] == 0
+    assert not any(rows[-1][name] for name in rows[-1] if "lost_trajectories" in name)
+    kept = [key for key in issued.values() if key.prompt_id not in world.unwanted]
+    assert times_trained(world) == Counter(kept)
+
+
+async def test_a_filter_that_keeps_nothing_ends_the_run():
+    told = []
+    line = pipeline(Picky(*"01234"), on_drop=lambda issue, lost: told.append(issue))
+    words = r"flow\.filter: the last 200 trajectories .* none was kept; .*: my:keep said no"
+
+    with pytest.raises(NothingKeptError, match=words):
+        await run(line)
+
+    assert len(told) == line.ledger.num_filtered
+    assert 200 <= len(told) <= 203, "those under way are settled too"
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_filter_that_keeps_little_ends_nothing():
+    world = Picky()
+
+    class Rarely(Picky):
+        async def score(self, stored):
+            self.unwanted = () if len(self.asked) % 100 == 99 else tuple("01234")
+            return await super().score(stored)
+
+    world = Rarely()
+    await run(pipeline(world, batches=2))
+    assert sum(world.asked.values()) >= 800 - 8
+
+
+async def test_a_resumed_run_does_not_ask_again_what_was_filtered():
+    first, second = Picky("1", "3"), Picky("1", "3")
+    line = pipeline(first, staleness=2, lookahead=1)
+    steps = line.steps(0)
+    for _ in range(6):
+        await anext(steps)
+
+    await steps.aclose()
+    ledger = Ledger.restore(**json.loads(json.dumps(line.ledger.state())))
+    second.version = second.served = 6
+    await run(pipeline(second, staleness=2, lookahead=1, ledger=ledger), start=6)
+
+    filtered = {key for key in first.asked if key.prompt_id in first.unwanted}
+    assert filtered and not filtered & {*second.asked}
+    counts = times_trained(first, second)
+    assert len(counts) == 48 and set(counts.values()) == {1}
 
 
 async def test_a_batch_does_not_wait_for_what_replaces_a_dropped_one():

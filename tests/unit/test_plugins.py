@@ -1,3 +1,4 @@
+import re
 import sys
 
 import pytest
@@ -6,6 +7,7 @@ from eopd import plugins
 from eopd.config import ConfigError
 from eopd.plugins import DataFunction, FilterFunction, RewardFunction
 
+FUNCTIONS = {"k": "scores_d.rewards:score"}
 SCORE = "def score(row, response, response_ids, *, scale=1.0):\n    return scale * len(response)\n"
 
 
@@ -81,15 +83,15 @@ def test_the_hash_is_of_all_files_of_the_package(directory):
     (package / "rewards.py").write_text(SCORE)
     (package / "helpers.py").write_text("A = 1\n")
     plugins.load("k", "scores_d.rewards:score", RewardFunction)
-    first = plugins.source_of("scores_d.rewards:score")
+    first = plugins.sources(FUNCTIONS)
 
     (package / "helpers.py").write_text("A = 2\n")
-    second = plugins.source_of("scores_d.rewards:score")
+    second = plugins.sources(FUNCTIONS)
     (package / "helpers.py").write_text("A = 1\n")
 
-    assert (first.module, first.version) == ("scores_d.rewards", None)
-    assert second.sha256 != first.sha256
-    assert plugins.source_of("scores_d.rewards:score") == first
+    assert re.fullmatch(r"scores_d\.rewards:score, sha256 [0-9a-f]{64}", first["k"])
+    assert second != first
+    assert plugins.sources(FUNCTIONS) == first
 
 
 def test_the_version_is_that_of_the_installed_distribution():
@@ -97,7 +99,11 @@ def test_the_version_is_that_of_the_installed_distribution():
 
     plugins.load("k", "yaml:safe_load", FilterFunction)
 
-    assert plugins.source_of("yaml:safe_load").version == importlib.metadata.version("PyYAML")
+    version = importlib.metadata.version("PyYAML")
+    assert (
+        f"yaml:safe_load, version {version}, sha256 "
+        in plugins.sources({"k": "yaml:safe_load"})["k"]
+    )
 
 
 def test_rows_come_from_a_generator(directory):

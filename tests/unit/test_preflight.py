@@ -4,7 +4,9 @@ report of it.
 
 import json
 import os
+import re
 import shutil
+import sys
 from typing import Literal
 
 import fakes
@@ -17,6 +19,7 @@ from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.preflight import environment
 from eopd.preflight.declared import Declarations
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
+from eopd.prompts import PromptSet
 
 ROWS = [("a", "math"), ("b", "math"), ("c", "code"), ("d", "poems")]
 
@@ -522,7 +525,7 @@ def test_held_out_prompts_need_a_teacher_too(files):
 # --- answers that a grader needs
 
 REWARD = [
-    "loss.reverse_kl={{kind: sampled, reward: {{grader: math}}}}",
+    "loss.reverse_kl={{kind: sampled, reward: {{function: math}}}}",
     "rollout.samples_per_prompt=2",
 ]
 
@@ -596,3 +599,107 @@ def test_several_answers_and_whole_solutions_are_fine_for_a_reward(graded):
         )[0]
         == 0
     )
+
+
+# --- functions of the user
+
+FUNCTIONS = """
+import torch
+
+def gate(tokens, *, low=0.0):
+    return (tokens.teacher_entropy / 9).clamp(low, 1)
+
+def never_enough(tokens):
+    return tokens.teacher_entropy
+
+def score(row, response, response_ids, *, column="weight"):
+    return row[column] / len(response_ids)
+
+def keep(scored):
+    return scored.teacher_logprobs.mean() > -9
+
+def grade(response, reference):
+    return response == reference
+
+def perhaps(response, reference):
+    return 0.5
+"""
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch, files):
+    rows = [{"prompt": "a", "source": "math", "weight": 3}, {"prompt": "b", "source": "math"}]
+    (files / "weighed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "made_up.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield [
+        "prompts.data={root}/weighed.jsonl",
+        "rollout.samples_per_prompt=2",
+        "loss.gate={{kind: custom, function: 'made_up:gate'}}",
+        "loss.reverse_kl.reward={{function: 'made_up:score'}}",
+        "flow.filter={{function: 'made_up:keep'}}",
+    ]
+
+    sys.modules.pop("made_up", None)
+
+
+def test_functions_of_the_user_are_tried_and_reported_with_their_sources(functions, check):
+    code, shown = check(*functions)
+    assert code == 0
+    for key, name in (
+        ("flow.filter", "keep"),
+        ("loss.gate", "gate"),
+        ("loss.reverse_kl.reward", "score"),
+    ):
+        assert re.search(
+            rf"^function {re.escape(key)}\.function: made_up:{name}, sha256 [0-9a-f]{{64}}$",
+            shown,
+            re.M,
+        )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "loss.gate.function=made_up:never_enough",
+            "loss.gate.function: made_up:never_enough: returned 0 to 3; a gate is from 0 to 1",
+        ),
+        (
+            "loss.gate.options={{high: 1}}",
+            "loss.gate.function: made_up:gate: its parameters are (tokens, *, low=0.0), it is called "
+            "with tokens and the options high: got an unexpected keyword argument 'high'",
+        ),
+        (
+            "loss.reverse_kl.reward.options={{column: keywords}}",
+            "loss.reverse_kl.reward.function: made_up:score: raised KeyError: 'keywords' (",
+        ),
+        (
+            "loss.reverse_kl.reward.function=lost_module:score",
+            "loss.reverse_kl.reward.function: lost_module:score: there is no module lost_module",
+        ),
+        (
+            "flow.filter.function=made_up:grade",
+            "flow.filter.function: made_up:grade: its parameters are (response, reference), it is",
+        ),
+        (
+            "flow.filter.options={{nats: 1}}",
+            "flow.filter.function: made_up:keep: its parameters are (scored), it is called with",
+        ),
+    ],
+)
+def test_a_function_that_cannot_be_used_is_one_message(functions, check, override, words):
+    code, shown = check(*functions, override)
+    assert code == 2
+    assert shown.count("\n") == 1 and words in shown
+
+
+def test_a_grader_of_the_user_is_tried_with_the_first_answer(functions, files):
+    data = PromptSet(
+        prompts=(fakes.prompt(answer="5"),), texts={}, places={}, num_dropped=0, notes=()
+    )
+    preflight.require_readable_answers(data, "made_up:grade")
+    words = "grader: made_up:perhaps: must return True, False or None (is 0.5)"
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        preflight.require_readable_answers(data, "made_up:perhaps")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import fakes
@@ -171,6 +172,25 @@ async def test_going_back_behind_a_change_compares_with_what_held_there(config):
     (row,) = fakes.read_rows(directory.path / "changes.jsonl")
     assert row["from_step"] == 11
     assert row["changes"] == {"learner.lr": [1e-6, 0.2]}
+
+
+async def test_another_source_of_a_function_is_said_and_refused_by_nobody(
+    config, tmp_path, monkeypatch
+):
+    module = tmp_path / "made_up_keep.py"
+    module.write_text("def keep(scored): return True\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    filtered = config("flow.filter={function: 'made_up_keep:keep'}")
+    await run_of(filtered, 5)
+    assert take_up(filtered, INPUTS, "yes").notes == []
+
+    module.write_text("def keep(scored): return False\n")
+    (note,) = take_up(filtered, INPUTS, "yes").notes
+
+    start = "flow.filter.function: made_up_keep:keep is not what it was: made_up_keep:keep, sha256 "
+    assert note.startswith(start) and "; now made_up_keep:keep, sha256 " in note
+    sys.modules.pop("made_up_keep")
 
 
 async def test_a_complete_run_is_nothing_to_do_and_can_be_extended(config):

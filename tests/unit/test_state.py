@@ -1,6 +1,7 @@
 """The state of a run in one process: what it continues from, what it forgets, what it leaves behind."""
 
 import json
+from dataclasses import replace
 
 import fakes
 import pytest
@@ -86,13 +87,15 @@ async def test_a_lost_learner_goes_back_to_the_newest_checkpoint(config):
         key=fakes.header().key, reason=LostReason.ROLLOUT_FAILED, detail="refused"
     )
     state.directory.add_dropped(2, lost)
+    state.directory.add_dropped(3, replace(lost, reason=LostReason.FILTERED))
     state.roll_back()
 
     assert state.progress.step == 4
+    assert (state.ledger.num_filtered, state.ledger.filtered_ahead) == (1, {3})
     assert state.progress.incarnation == 1
     assert state.checkpoint() == state.directory.checkpoints / "step-000004"
     assert steps(state.directory) == [1, 2, 3, 4]
-    assert 2 in state.ledger.dropped, "what was dropped is not tried again"
+    assert state.ledger.dropped == {2}, "what was dropped is not tried again"
 
 
 async def test_a_step_is_saved_once(config):

@@ -1,25 +1,236 @@
-import fakes
+"""Rewards and filters: what becomes of what a function says, or does not say."""
 
+import os
+import sys
+
+import fakes
+import numpy as np
+import pytest
+
+from eopd.config import ConfigError
+from eopd.config.loss import Reward
+from eopd.config.sections import FilterConfig
+from eopd.plugins import RewardFunction
+from eopd.rewards import process
+from eopd.rewards.filtering import Filter
+from eopd.rewards.process import Asked, Failed, FunctionPool, FunctionProcess, Returned
 from eopd.rewards.verifier import Verifier
 from eopd.tokenizer import load_tokenizer
-from eopd.types import StopReason, Trajectory
+from eopd.types import (
+    Exact,
+    Header,
+    LostReason,
+    LostTrajectory,
+    ScoredTrajectory,
+    StopReason,
+    Stored,
+    TeacherSignal,
+    Trajectory,
+)
+
+FUNCTIONS = """
+import asyncio, os, sys, time
+import numpy as np
+
+def score(row, response, response_ids, *, scale=1.0):
+    print("what a function prints is no reply")
+    return np.float32(scale * sum(word in response for word in row["words"]) / len(row["words"]))
+
+async def later(row, response, response_ids):
+    await asyncio.sleep(0.01)
+    return len(response_ids)
+
+def path(row, response, response_ids):
+    return str(os.getpid())
+
+def odd(row, response, response_ids):
+    case = row["case"]
+    if case == "raises":
+        raise LookupError("no such key")
+    if case == "exits":
+        sys.exit(3)
+    if case == "dies":
+        os._exit(5)
+    if case == "spins":
+        while True:
+            pass
+    if case == "sleeps":
+        time.sleep(60)
+    return {"nan": float("nan"), "text": "high", "none": None, "list": [1.0]}[case]
+
+def keep(scored, *, nats):
+    if scored.row["case"] == "raises":
+        raise LookupError("no such key")
+    if scored.row["case"] == "number":
+        return 1
+    assert scored.response == "24" and scored.stop_reason == "length" and scored.reward == 0.5
+    assert scored.response_ids.dtype == np.int32 and scored.loss_mask.all()
+    return bool(scored.teacher_logprobs.mean() > -nats and scored.teacher_entropy.max() < 1.0)
+"""
 
 
-async def test_a_reward_is_one_nought_or_none(
-    tiny_model,
-):
-    model = tiny_model("qwen3", seed=1)
-    tokenizer = load_tokenizer(model)
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    """A working directory that holds the functions above."""
+    (tmp_path / "made_up_functions.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return "made_up_functions:"
 
-    def answered(text: str, reference: str | None) -> Trajectory:
-        ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-        return fakes.trajectory(ids, of=fakes.prompt(answer=reference), stop=StopReason.END_TOKEN)
 
-    verifier = Verifier("exact", model)
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model("qwen3", seed=1)
+
+
+def answered(model, text: str, row: dict[str, object] | None) -> Trajectory:
+    ids = load_tokenizer(model).encode(text, add_special_tokens=False)
+    return fakes.trajectory(ids, of=fakes.prompt(row=row), stop=StopReason.LENGTH)
+
+
+async def rewarded(verifier: Verifier, trajectory: Trajectory) -> Header:
+    return await verifier.reward(Header.of(trajectory, {}), trajectory)
+
+
+async def test_our_graders_reward_with_one_or_nought_and_only_what_has_a_row(model):
+    verifier = Verifier(Reward(function="exact"), model)
 
     try:
-        assert await verifier.reward(answered("so it is\n24", "24")) == 1.0
-        assert await verifier.reward(answered("so it is\n25", "24")) == 0.0
-        assert await verifier.reward(answered("24", None)) is None
+        row = {"answer": "24"}
+        right = await rewarded(verifier, answered(model, "so it is\n24", row))
+        wrong = await rewarded(verifier, answered(model, "so it is\n25", row))
+        measured = await rewarded(verifier, answered(model, "24", None))
     finally:
         verifier.close()
+
+    assert [header.reward for header in (right, wrong, measured)] == [1.0, 0.0, None]
+    assert measured.reward_fault is None
+
+
+async def test_a_function_gives_any_number(functions, model):
+    verifier = Verifier(Reward(function=functions + "score", options={"scale": 0.5}), model)
+
+    try:
+        header = await rewarded(verifier, answered(model, "a b", {"words": ["a", "b", "x", "y"]}))
+    finally:
+        verifier.close()
+
+    assert (header.reward, header.reward_fault) == (0.25, None)
+
+
+async def test_a_coroutine_function_is_awaited(functions, model):
+    verifier = Verifier(Reward(function=functions + "later"), model)
+
+    try:
+        headers = [await rewarded(verifier, answered(model, "1 2 3", {})) for _ in range(2)]
+    finally:
+        verifier.close()
+
+    assert headers[0].reward == headers[1].reward == headers[0].num_response_tokens
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("raises", "raised LookupError: no such key ("),
+        ("exits", "raised SystemExit: 3"),
+        ("dies", "its process ended with code 5"),
+        ("nan", "returned nan, which is no finite number"),
+        ("text", "returned 'high', which is no finite number"),
+        ("none", "returned None, which is no finite number"),
+        ("list", "returned list"),
+    ],
+)
+async def test_a_function_without_a_number_gives_a_named_fault(functions, model, case, words):
+    verifier = Verifier(Reward(function=functions + "odd"), model)
+
+    try:
+        header = await rewarded(verifier, answered(model, "24", {"case": case}))
+    finally:
+        verifier.close()
+
+    assert header.reward is None
+    assert header.reward_fault.startswith("made_up_functions:odd: ")
+    assert words in header.reward_fault
+
+
+@pytest.mark.parametrize(
+    ("case", "limits", "words"),
+    [
+        ("spins", {"cpu_limit_s": 0.3}, "used more than 0.3 s of CPU"),
+        ("sleeps", {"clock_limit_s": 3.0}, "did not return within 3 s"),
+    ],
+)
+def test_a_limit_ends_the_call_and_the_next_one_is_answered(functions, case, limits, words):
+    asked = Asked(key="k", function=functions + "odd", kind=RewardFunction, **limits)
+    child = FunctionProcess(asked)
+
+    said = child.ask({"case": case}, "", [])
+    after = child.ask({"case": "text"}, "", [])
+    child.close()
+
+    assert said == Failed(f"made_up_functions:odd: {words}", timed_out=True)
+    assert after == Returned("high")
+
+
+def test_a_function_that_is_not_found_in_the_child_is_a_mistake(functions):
+    asked = Asked(key="k", function=functions + "nothing", kind=RewardFunction)
+
+    with pytest.raises(ConfigError, match="k: made_up_functions:nothing: there is no 'nothing'"):
+        FunctionProcess(asked).start()
+
+
+async def test_calls_side_by_side_have_processes_of_their_own_which_end(functions, monkeypatch):
+    import asyncio
+
+    monkeypatch.setattr(process, "SIDE_BY_SIDE", 2)
+    pool = FunctionPool(Asked(key="k", function=functions + "path", kind=RewardFunction))
+    said = await asyncio.gather(*(pool.ask({}, "", []) for _ in range(6)))
+    pool.close()
+
+    pids = {int(str(one.value)) for one in said}
+    assert 1 <= len(pids) <= 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def scored(model, case: str | None) -> Stored[ScoredTrajectory]:
+    row = None if case is None else {"case": case}
+    trajectory = answered(model, "24", row)
+    size = len(trajectory.response_ids)
+    signal = TeacherSignal(
+        teacher="t",
+        token_logprobs=np.full(size, -2.0, np.float32),
+        entropy=Exact(np.full(size, 0.5, np.float32)),
+        topk_ids=np.zeros((size, 1), np.int32),
+        topk_logprobs=np.zeros((size, 1), np.float32),
+        tail_logprobs=np.zeros(size, np.float32),
+    )
+    header = Header.of(trajectory, {}, 0.5)
+    return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
+
+
+async def test_a_filter_keeps_drops_or_fails(functions, model):
+    async def sifted(case: str | None, nats: float) -> object:
+        function = FilterConfig(function=functions + "keep", options={"nats": nats})
+        sieve = Filter(function, model)
+        try:
+            return await sieve.sift(scored(model, case))
+        finally:
+            sieve.close()
+
+    kept, dropped = await sifted("kept", 3.0), await sifted("dropped", 1.0)
+    assert isinstance(kept, Stored) and kept.body.trajectory.prompt.row is None
+    assert isinstance(dropped, LostTrajectory)
+    assert (dropped.reason, dropped.detail) == (
+        LostReason.FILTERED,
+        "made_up_functions:keep returned False",
+    )
+
+    for case, words in (("raises", "no such key"), ("number", "returned 1; it must be True")):
+        failed = await sifted(case, 1.0)
+        assert isinstance(failed, LostTrajectory) and words in failed.detail
+        assert failed.reason is LostReason.FILTER_FAILED
+
+    assert isinstance(await sifted(None, 1.0), Stored), "what is measured is not filtered"

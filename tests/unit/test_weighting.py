@@ -1,15 +1,18 @@
 """Weightings: what other ranks hold counts, how a batch is cut does not."""
 
 import dataclasses
+import sys
 
 import fakes
 import numpy as np
 import pytest
 import torch
 
-from eopd.config import LossConfig
+from eopd.config import ConfigError, LossConfig
+from eopd.config.loss import CustomGate
 from eopd.learner import weighting
 from eopd.learner.weighting import Weigher, advantages, repetition, trajectory_metrics
+from eopd.loss.gate import GateError
 from eopd.metrics import reduce
 from eopd.types import (
     Bounds,
@@ -276,7 +279,7 @@ def test_an_unknown_teacher_is_an_error(others):
 # --- reward
 
 
-REWARD = {"reverse_kl": {"kind": "sampled", "reward": {"grader": "exact", "weight": 0.5}}}
+REWARD = {"reverse_kl": {"kind": "sampled", "reward": {"function": "exact", "weight": 0.5}}}
 
 
 def test_the_advantage_leaves_its_own_sample_out():
@@ -287,9 +290,13 @@ def test_the_advantage_leaves_its_own_sample_out():
     assert [found[key] for key in keys] == [1.0, -0.5, -0.5, -1.0, 1.0]
 
 
-def test_a_lone_sample_has_no_baseline():
-    with pytest.raises(ValueError, match=r"\(0, 'a'\): it has one sample"):
-        advantages({TrajectoryKey(0, "a", 0): 1.0})
+def test_a_lone_sample_has_nothing_to_be_compared_with():
+    keys = [TrajectoryKey(0, "a", 0), TrajectoryKey(0, "b", 0), TrajectoryKey(0, "b", 1)]
+    assert list(advantages(dict(zip(keys, [1.0, 0.25, 1.0], strict=True))).values()) == [
+        0.0,
+        -0.75,
+        0.75,
+    ]
 
 
 def test_rewards_of_other_ranks_are_part_of_the_baseline(others):
@@ -305,8 +312,60 @@ def test_the_reward_is_a_mean_over_trajectories_that_have_one(others):
     assert "eopd_reward_mean" not in metrics_of(bodies)
 
 
-def test_with_a_verifier_every_trajectory_has_a_reward(others):
-    bodies = [scored("a", exact(1.0), [True], sample_index=i) for i in range(2)]
-    assert [w.advantage_bonus for w in weigh(bodies)[1]] == [None, None]
-    with pytest.raises(ValueError, match=r"\(0, 'a', 1\): has no reward"):
-        weigh(bodies, rewards=[1.0, None], **REWARD)
+def test_a_missing_reward_is_in_no_baseline_and_adds_nothing(others):
+    bodies = [scored("a", exact(1.0), [True], sample_index=i) for i in range(3)]
+    assert [w.advantage_bonus for w in weigh(bodies)[1]] == [None, None, None]
+    found = weigh(bodies, rewards=[1.0, None, 0.25], **REWARD)[1]
+    assert [w.advantage_bonus for w in found] == [0.375, 0.0, -0.375]
+
+
+# --- a gate of the user
+
+GATES = """
+def half_where_unlikely(tokens, *, nats=1.0):
+    return 0.5 * (tokens.teacher_entropy > nats)
+
+def opens_beyond(tokens):
+    return tokens.teacher_entropy
+"""
+
+
+@pytest.fixture
+def gates(tmp_path, monkeypatch):
+    (tmp_path / "made_up_gates.py").write_text(GATES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "made_up_gates:"
+
+    sys.modules.pop("made_up_gates", None)
+
+
+def test_a_gate_of_the_user_is_asked_once_for_each_trajectory(others, gates):
+    gate = {"kind": "custom", "function": gates + "half_where_unlikely", "options": {"nats": 1.2}}
+    known = bounds([0.0, 1.0, 2.0], [1.0, 1.6, 3.0])
+    bodies = [scored("a", known, [True, True, True]), scored("b", exact(9.0), [False])]
+
+    found = weigh(bodies, gate=gate)[1]
+
+    assert [w.gate_R.tolist() for w in found] == [[0.0, 0.5, 0.5], [0.5]]
+    # between the bounds only the second token may be on either side
+    assert [w.gate_uncertain for w in found] == [0.5, 0.0]
+
+
+def test_where_the_gate_of_a_rank_fails_all_ranks_raise(others, gates):
+    gate = {"kind": "custom", "function": gates + "opens_beyond"}
+    bodies = [scored("a", exact(0.5), [True])]
+    assert weigh(bodies, gate=gate)[1][0].gate_R.tolist() == [0.5]
+
+    others.append(["loss.gate.function: the other rank's"])
+    with pytest.raises(GateError, match="the other rank's"):
+        weigh(bodies, gate=gate)
+
+    with pytest.raises(GateError, match="made_up_gates:opens_beyond: returned 2 to 2; a gate is"):
+        weigh([scored("a", exact(2.0), [True])], gate=gate)
+
+
+def test_a_gate_that_is_not_found_is_told_at_once(gates):
+    gate = CustomGate(function=gates + "nothing")
+    with pytest.raises(ConfigError, match="there is no 'nothing'"):
+        Weigher(loss=LossConfig(gate=gate), entropy_bounds={}, seed=0)

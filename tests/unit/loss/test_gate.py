@@ -1,6 +1,7 @@
 """Every gate on numbers small enough to check by eye."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eopd.config.loss import AlwaysGate, HardGate, NeverGate, QuantileGate, RandomGate, SigmoidGate
-from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
+from eopd.loss.gate import (
+    GateError,
+    custom_gate,
+    gate_weights,
+    quantile_threshold,
+    random_draws,
+)
+from eopd.plugins import GateTokens
 from eopd.types import TrajectoryKey
 
 ENTROPY = torch.tensor([0.1, 2.0, 0.8, 0.5, 1.0])
@@ -26,6 +34,53 @@ def test_gates_by_hand():
     assert sigmoid == pytest.approx(
         [1 / (1 + math.exp(-(h - 0.8) / 0.2)) for h in ENTROPY.tolist()], rel=1e-5
     )
+
+
+def tokens(entropy: torch.Tensor) -> GateTokens:
+    zeros = torch.zeros(len(entropy))
+    return GateTokens(
+        teacher_entropy=entropy,
+        teacher_logprobs=zeros,
+        teacher_topk_logprobs=zeros[:, None],
+        teacher_tail_logprobs=zeros,
+        rollout_logprobs=-entropy,
+        loss_mask=torch.ones(len(entropy), dtype=torch.bool),
+    )
+
+
+def test_a_custom_gate_is_what_the_function_says():
+    def unsure_and_surprised(read):
+        return ((read.teacher_entropy > 0.7) & (read.rollout_logprobs < -0.9)).double()
+
+    counted = torch.tensor([True, True, True, True, False])
+    gate = custom_gate("my:gate", unsure_and_surprised, tokens(ENTROPY), counted)
+
+    assert gate.tolist() == [0, 1, 0, 0, 0]
+    assert gate.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda read: 1 / 0, "my:gate: raised ZeroDivisionError: division by zero"),
+        (lambda read: [0.5] * 5, "my:gate: returned list; it must be a tensor"),
+        (lambda read: read.loss_mask[1:], r"returned a tensor of \[4\] for 5 tokens"),
+        (lambda read: read.teacher_entropy, "returned 0.1 to 2; a gate is from 0 to 1"),
+        (lambda read: read.teacher_entropy * math.nan, "returned what is no finite number"),
+    ],
+)
+def test_what_is_no_gate_is_refused_with_the_name_of_the_function(function, words):
+    with pytest.raises(GateError, match=r"^loss\.gate\.function: my:gate: .*") as caught:
+        custom_gate("my:gate", function, tokens(ENTROPY), torch.ones(5).bool())
+
+    assert re.search(words, str(caught.value))
+
+
+def test_where_numbers_are_missing_the_custom_gate_is_not_asked_to_be_one():
+    entropy = torch.tensor([0.5, math.nan])
+    counted = entropy.isfinite()
+    gate = custom_gate("my:gate", lambda read: read.teacher_entropy, tokens(entropy), counted)
+    assert gate.tolist() == [0.5, 0.0]
 
 
 def test_sharp_sigmoids_do_not_overflow():

@@ -1,0 +1,278 @@
+"""A function runs in processes of its own, which are limited in time.
+
+What a user wrote, or a library that may take for ever, must not hold up an engine. A function is
+asked by its import path (``eopd/plugins.py``); whatever becomes of it is a value.
+
+    FunctionPool ──▶ FunctionProcess ── pickled arguments ─▶ child: _serve ──▶ the function
+                                     ◀── a line of JSON ───
+
+Time is CPU time first: SIGPROF keeps its default action, so that the kernel ends the child at the
+limit, whatever it is doing, and a busy machine changes no answer. A function that waits uses no
+CPU, so there is a second limit by the clock. The next question starts a new child.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import json
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import IO, Any, Final, cast
+
+from eopd.config import ConfigError
+from eopd.plugins import cause_of, load, search_path
+
+CPU_LIMIT_S: Final = 10.0
+CLOCK_LIMIT_S: Final = 120.0
+SIDE_BY_SIDE: Final = 8  # calls at a time; a function may wait for somebody else
+_CLOSE_S: Final = 5.0
+_LONGEST_CAUSE: Final = 500
+_CHILD: Final = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from eopd.rewards.process import _serve; _serve()"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A function that is asked, by its import path.
+
+    ``kind`` is one of the Protocols of ``eopd/plugins.py``, and ``key`` the key of the config that
+    names the function.
+    """
+
+    key: str
+    function: str
+    kind: type
+    options: Mapping[str, object] = field(default_factory=dict)
+    cpu_limit_s: float = CPU_LIMIT_S
+    clock_limit_s: float = CLOCK_LIMIT_S
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A function returned a value: a number, text, true, false or None."""
+
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A function gave no answer. ``cause`` names it, and says why."""
+
+    cause: str
+    timed_out: bool = False
+
+
+class FunctionProcess:
+    """A function process is a child that calls one function. It is started when it is first
+    needed, and again after it died. It is asked by one thread at a time.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, *arguments: object) -> Returned | Failed:
+        """Calls the function.
+
+        Raises:
+            ConfigError: the function cannot be loaded.
+        """
+        self.start()
+        # a child that died while it was idle gives no reply either
+        reply = self._exchange(arguments)
+        if isinstance(reply, Failed):
+            return reply
+
+        if "failed" in reply:
+            return Failed(f"{self._asked.function}: {reply['failed']}")
+
+        return Returned(reply["value"])
+
+    def start(self) -> None:
+        """Starts the child where there is none.
+
+        Raises:
+            ConfigError: the function cannot be loaded there.
+        """
+        if self._process is not None:
+            return
+
+        # A session of its own: Ctrl-C in the terminal is for the parent, whose end closes the
+        # child's input. -P: no module of the working directory stands in for one of Python's.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _CHILD, json.dumps(search_path())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        reply = self._exchange(self._asked)
+        if isinstance(reply, Failed):
+            raise ConfigError(f"{self._asked.key}: {reply.cause}, at its start")
+
+        if "failed" in reply:
+            self.close()
+            raise ConfigError(reply["failed"])
+
+    def kill(self) -> None:
+        """Ends the child and whatever it started, at once."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Ends the child, which stops at the end of its input."""
+        if self._process is None:
+            return
+
+        process, (stdin, stdout) = self._process, self._pipes()
+        with contextlib.suppress(BrokenPipeError):
+            stdin.close()
+
+        try:
+            process.wait(_CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            process.wait()
+
+        stdout.close()
+        self._process = None
+
+    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        return process.stdin, process.stdout
+
+    def _exchange(self, message: object) -> dict[str, Any] | Failed:
+        """Sends a message; returns the reply, or why there is none."""
+        stdin, stdout = self._pipes()
+        with contextlib.suppress(BrokenPipeError):
+            pickle.dump(message, stdin)
+            stdin.flush()
+
+        poll = select.poll()
+        poll.register(stdout, select.POLLIN)
+        if not poll.poll(1000 * self._asked.clock_limit_s):
+            self.kill()
+            return self._ended(f"did not return within {self._asked.clock_limit_s:g} s")
+
+        line = stdout.readline()
+        return cast(dict[str, Any], json.loads(line)) if line else self._ended()
+
+    def _ended(self, why: str = "") -> Failed:
+        """Takes leave of a child that gave no reply; returns why, which ``why`` knows better."""
+        asked, process = self._asked, self._process
+        assert process is not None
+        code = process.wait()
+        self.kill()  # what it started
+        self.close()
+        if not why and code == -signal.SIGPROF:
+            why = f"used more than {asked.cpu_limit_s:g} s of CPU"
+
+        cause = why or f"its process ended with code {code}"
+        return Failed(f"{asked.function}: {cause}", timed_out=bool(why))
+
+
+class FunctionPool:
+    """A function pool asks one function in as many processes as are busy at a time, up to
+    ``SIDE_BY_SIDE``. The first is started at once.
+
+    Raises:
+        ConfigError: the function cannot be loaded.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._threads = ThreadPoolExecutor(max_workers=SIDE_BY_SIDE)
+        self._all = [FunctionProcess(asked)]
+        self._idle = list(self._all)
+        self._all[0].start()
+
+    async def ask(self, *arguments: object) -> Returned | Failed:
+        """Calls the function, off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._ask, arguments)
+
+    def close(self) -> None:
+        """Ends the processes, whatever they are doing."""
+        for process in self._all:
+            process.kill()
+
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._all:
+            process.close()
+
+    def _ask(self, arguments: tuple[object, ...]) -> Returned | Failed:
+        try:
+            process = self._idle.pop()
+        except IndexError:
+            process = FunctionProcess(self._asked)
+            self._all.append(process)
+
+        try:
+            return process.ask(*arguments)
+        finally:
+            self._idle.append(process)
+
+
+def _serve() -> None:
+    """Runs the child: it reads what to ask, then arguments again and again, and writes a line of
+    JSON for each, until the input ends.
+    """
+    # what the function reads and prints is neither question nor reply
+    questions, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+
+    def reply(**answer: object) -> None:
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+
+    asked = cast(Asked, pickle.load(questions))
+    try:
+        function = load(asked.key, asked.function, asked.kind, asked.options)
+    except ConfigError as error:
+        return reply(failed=str(error))
+
+    reply()
+    with asyncio.Runner() as runner:
+        while True:
+            try:
+                arguments = pickle.load(questions)
+            except EOFError:
+                return None
+
+            signal.setitimer(signal.ITIMER_PROF, asked.cpu_limit_s)
+            answer = _answer(function, arguments, runner)
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
+            reply(**answer)
+
+
+def _answer(
+    function: Callable[..., object], arguments: tuple[object, ...], runner: asyncio.Runner
+) -> dict[str, object]:
+    async def awaited(value: Awaitable[object]) -> object:
+        return await value
+
+    try:
+        value = function(*arguments)
+        if inspect.isawaitable(value):
+            value = runner.run(awaited(value))
+
+        value = value.item() if hasattr(value, "item") else value  # of numpy or torch
+    except BaseException as error:  # noqa: BLE001 - a user's function raises what it likes
+        return {"failed": cause_of(error)[:_LONGEST_CAUSE]}
+
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+
+    return {"failed": f"returned {type(value).__name__}"}
