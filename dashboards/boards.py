@@ -102,6 +102,7 @@ OVERVIEW: Final = Board(
                 _one("Response length", "eopd_response_tokens_mean"),
                 _one("How responses end", "eopd_end_token_ratio", "eopd_truncated_ratio"),
                 _one("Repetition", "eopd_repetition_ratio"),
+                _one("Collapse", "eopd_collapse"),
             ),
         ),
         "Evaluation": EVALUATION,

@@ -66,6 +66,7 @@ SET_EPILOG = (
     "described in docs/configuration-reference.md; `eopd config CONFIG` prints them all with their "
     "values."
 )
+EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
 
@@ -157,6 +158,9 @@ def train(
     print_summary(summary, directory.samples(), directory.path)
     if directory.report.exists():
         typer.echo(f"report: {directory.report}")
+
+    if summary.status == "collapsed":
+        raise typer.Exit(EXIT_FAILED)
 
     if summary.status != "completed":
         typer.echo(

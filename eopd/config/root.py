@@ -15,6 +15,7 @@ from eopd.config.sections import (
     ClusterConfig,
     EvaluationConfig,
     FlowConfig,
+    GuardConfig,
     PromptsConfig,
     RunConfig,
     StudentConfig,
@@ -59,6 +60,9 @@ class Config(Section):
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """The measurements before, during and after training."""
+
+    guard: GuardConfig = GuardConfig()
+    """What happens when the student collapses."""
 
     telemetry: TelemetryConfig = TelemetryConfig()
     """The metrics endpoint, the logs and the trackers."""

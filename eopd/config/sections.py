@@ -368,6 +368,29 @@ class EvaluationConfig(Section):
         return self
 
 
+class GuardConfig(Section):
+    """The guard looks for a collapse after every batch. The chapter
+    docs/configuration.md#when-a-run-collapses has its rule.
+    """
+
+    on_collapse: Literal["off", "warn", "stop"] = "warn"
+    """What a run does when the student collapses. ``warn`` says so, once for each collapse;
+    ``stop`` also ends the run, with a checkpoint, an export and exit code 1; ``off`` does not look.
+    """
+
+
+class ResponsesConfig(Section):
+    """Which training responses are kept in ``responses.jsonl``, for ``eopd show``."""
+
+    every: Positive
+    """The number of batches from one whose responses are kept to the next."""
+
+    prompts: Positive = 4
+    """The number of prompts of such a batch whose responses are kept, with all their samples. A
+    token takes about 80 bytes.
+    """
+
+
 class TelemetryConfig(Section):
     """Where the numbers of a run go besides its own files."""
 
@@ -391,6 +414,9 @@ class TelemetryConfig(Section):
     """The experiment trackers to which every row of ``metrics.jsonl`` goes too; none by default.
     The chapter docs/configuration.md#trackers says how each is set up.
     """
+
+    responses: ResponsesConfig | None = None
+    """Keeps some responses of some batches, for people to look at. ``null`` keeps none."""
 
 
 class ClusterConfig(Section):

@@ -54,6 +54,7 @@ TABLE: Final[Mapping[str, Kind]] = {
     "evaluation.samples": "always",
     "flow.max_attempts": "always",
     "flow.max_dropped_ratio": "always",
+    "guard": "always",
     "learner.activation_checkpointing": "always",
     "learner.cpus": "always",
     "learner.gpus": "always",

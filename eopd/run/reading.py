@@ -6,7 +6,7 @@ default; what it cannot is a ``ConfigError`` that names the way out.
 
 import json
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -103,6 +103,15 @@ def read_rows(path: Path, last: int | None = None) -> list[dict[str, Any]]:
     return [parse_object(line) for line in lines if line.strip()]
 
 
+def each_row(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file of JSON lines one by one, however many there are; see ``read_rows``."""
+    if not path.exists():
+        return
+
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        yield from map(parse_object, filter(str.strip, file))
+
+
 def parse_object(text: str) -> dict[str, Any]:
     """Returns the JSON object that a text holds; an empty one where it holds something else."""
     try:
@@ -115,7 +124,12 @@ def parse_object(text: str) -> dict[str, Any]:
 
 def up_to_step(rows: Iterable[dict[str, Any]], step: float) -> list[dict[str, Any]]:
     """Returns the rows that name a step up to ``step``."""
-    return [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
+    return list(each_up_to_step(rows, step))
+
+
+def each_up_to_step(rows: Iterable[dict[str, Any]], step: float) -> Iterator[dict[str, Any]]:
+    """Yields the rows that name a step up to ``step``."""
+    return (row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step)
 
 
 def _without_changes(path: Path) -> str:

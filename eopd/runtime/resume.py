@@ -37,6 +37,7 @@ from eopd.run.checkpoint import (
 from eopd.run.directory import RunDirectory
 from eopd.run.reading import instead_of_going_on
 from eopd.run.record import Summary
+from eopd.runtime.guard import require_no_collapse
 
 Resume = Literal["no", "yes", "auto"]
 
@@ -135,6 +136,9 @@ def take_up(
         )
 
     state = _state_of(checkpoint)
+    if config.guard.on_collapse == "stop":
+        require_no_collapse(directory, state.step)
+
     config = with_student_dtype_of(directory.config_at(state.step), config)
     changed = what_changed(directory, config, state, inputs)
 

@@ -138,8 +138,9 @@ class RunState:
         """Returns whether a checkpoint is to be written after this step."""
         return self.progress.step % self._checkpointing.every == 0 or self._is_candidate
 
-    async def save(self, learner: LearnerGang) -> None:
-        """Writes a checkpoint, unless there is one of this step.
+    async def save(self, learner: LearnerGang, *, spare: int = 0) -> None:
+        """Writes a checkpoint, unless there is one of this step. ``spare`` older ones stay beyond
+        ``checkpoint.keep_last``.
 
         Raises:
             StorageError: it could not be written.
@@ -154,7 +155,7 @@ class RunState:
             self.directory.checkpoints,
             progress.state(self.ledger, self._taken_up.inputs),
             learner.save,
-            keep_last=self._checkpointing.keep_last,
+            keep_last=self._checkpointing.keep_last + spare,
             keep=self._worth_keeping,
         )
         progress.checkpoint_s = time.monotonic() - started

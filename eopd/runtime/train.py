@@ -31,6 +31,7 @@ from eopd.run.record import Row, Summary
 from eopd.runtime import cluster
 from eopd.runtime.engines import scale_on_request
 from eopd.runtime.evaluating import Evaluator
+from eopd.runtime.guard import RunGuard
 from eopd.runtime.inputs import digests
 from eopd.runtime.logs import collect, logger
 from eopd.runtime.outlets import Outlets, open_trackers
@@ -71,7 +72,7 @@ def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> 
 
     Returns:
         The outcome; the summary's ``status`` is ``completed``, or ``interrupted`` after a signal
-        that asked for it.
+        that asked for it, or ``collapsed`` where the guard has ended the run.
 
     Raises:
         ConfigError: the user's mistake, found before any worker starts.
@@ -114,9 +115,7 @@ async def _run(prepared: Prepared, taken_up: TakenUp, lock_notes: Sequence[str])
             for note in (f"run directory {directory.path}", *notes):
                 outlets.say(note)
 
-            await _work(config, prepared, state, outlets, interruption)
-
-        status = "interrupted" if interruption.requested else "completed"
+            status = await _work(config, prepared, state, outlets, interruption)
     except asyncio.CancelledError:
         status = "interrupted"
         if not interruption.requested:
@@ -135,8 +134,8 @@ async def _work(
     state: RunState,
     outlets: Outlets,
     interruption: Interruption,
-) -> None:
-    """Starts the actors, and trains with them while others watch."""
+) -> trackers.Status:
+    """Starts the actors, and trains with them while others watch; returns how it ended."""
     outlets.say("starting the learner, the rollout engines and the teacher")
     first_prompts = prepared.train.prompts[:_PROBE_TOKENS]
     text = np.concatenate([prompt.token_ids for prompt in first_prompts])
@@ -152,6 +151,11 @@ async def _work(
             scale_on_request(state.directory, workers.engine_fleet, outlets.say),
             training.show_state(),
         )
+
+    if training.has_collapsed:
+        return "collapsed"
+
+    return "interrupted" if interruption.requested else "completed"
 
 
 class Training:
@@ -178,10 +182,18 @@ class Training:
         self._watchdog = watchdog
         self._evaluator = Evaluator(config, prepared, state, workers, outlets, watchdog.step)
         self._pipeline: Pipeline | None = None  # while it trains
+        self._guard = RunGuard(config.guard.on_collapse, state.directory, outlets.say)
         self._has_told_of_rewards = False
 
+    @property
+    def has_collapsed(self) -> bool:
+        """Returns whether the guard has ended the run."""
+        return self._guard.ending is not None
+
     async def run(self) -> None:
-        """Runs to the end of the last batch, or to a step after which a signal ends it."""
+        """Runs to the end of the last batch, or to a step after which a signal or the guard ends
+        it.
+        """
         prompt_ids = self._prepared.train.prompts[0].token_ids
         fleets = self._workers.teacher_fleets
         for report in await self_test_replicas(self._config, fleets, prompt_ids):
@@ -244,6 +256,7 @@ class Training:
             await self._evaluator.evaluate("after")
 
         await self._state.export(learner)
+        self._guard.say_last_words()
 
     async def _evaluate(self) -> None:
         """Measures what is due at this step, unless it is the last one, or the run shall end."""
@@ -274,6 +287,7 @@ class Training:
             self._drop,
         )
         self._pipeline = pipeline
+        self._guard.go_on_from(state.progress.step)
 
         async def end() -> None:
             await self._evaluator.cancel()
@@ -290,7 +304,8 @@ class Training:
             finally:
                 self._pipeline = None
 
-            await state.save(learner)
+            # the checkpoint from before a collapse must not go for the one that has it
+            await state.save(learner, spare=int(self.has_collapsed))
 
     async def _follow(self, pipeline: Pipeline) -> None:
         """Runs the loop to its end, with a row, a record and now and then a checkpoint of what it
@@ -301,10 +316,13 @@ class Training:
             async for done in steps:
                 self._watchdog.step()
                 row = {**self._row(), **cluster.memory_row(), **step_row(done)}
-                self._outlets.write({**row, **self._evaluator.new_row()})
+                self._outlets.write({**row, **self._evaluator.new_row(), **self._guard.take(row)})
                 self._say_what_was_skipped(done)
                 self._say_what_has_no_reward(done)
                 self._state.keep(done)
+                if self.has_collapsed:
+                    return
+
                 if self._state.is_due:
                     await self._state.save(self._workers.learner)
 

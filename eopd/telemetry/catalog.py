@@ -232,6 +232,11 @@ _FLOW: Final = (
         "Mean share of a response's runs of four tokens that it has written before.",
         "Steady and low; a rise with the response length is collapse.",
     ),
+    _number(
+        "eopd_collapse",
+        "1 while the guard finds the student collapsed, by the rule of eopd/telemetry/guard.py.",
+        "0; at 1 go back to a checkpoint from before.",
+    ),
     _versions("eopd_staleness_mean", "Mean age of the batch when consumed.", "0 when synchronous."),
     _versions("eopd_staleness_max", "Oldest token of the batch.", "At most eopd_staleness_bound."),
     _versions("eopd_staleness_bound", "flow.max_staleness of the run.", "Constant."),

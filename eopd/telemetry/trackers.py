@@ -29,7 +29,7 @@ from eopd.config import ConfigError, TrackerName
 from eopd.run.record import RUN_ID, Row
 from eopd.telemetry.series import parse_series
 
-Status = Literal["completed", "interrupted", "failed"]
+Status = Literal["completed", "interrupted", "failed", "collapsed"]
 END_S: Final = 60.0
 QUEUE_ROWS: Final = 10_000
 T = TypeVar("T")
@@ -202,7 +202,7 @@ class _WeightsAndBiases:
         self._run.log(dict(_numbers(row)))
 
     def end(self, status: Status) -> None:
-        self._run.finish(exit_code=int(status == "failed"))
+        self._run.finish(exit_code=int(status in ("failed", "collapsed")))
 
 
 class _MLflow:
@@ -238,6 +238,7 @@ class _MLflow:
             "completed": "FINISHED",
             "interrupted": "KILLED",
             "failed": "FAILED",
+            "collapsed": "FAILED",
         }
         self._client.set_terminated(self._run_id, ends[status])
 

@@ -1,0 +1,95 @@
+"""The guard of a run: what is done about what ``telemetry/guard.py`` finds in its rows."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from eopd.config import ConfigError
+from eopd.run.checkpoint import list_checkpoints, step_of
+from eopd.run.directory import RunDirectory
+from eopd.run.reading import each_row, each_up_to_step
+from eopd.run.record import Row
+from eopd.telemetry.guard import Collapse, Guard
+
+OnCollapse = Literal["off", "warn", "stop"]
+
+
+class RunGuard:
+    """Says once for each collapse that it has begun, and whether it ends the run.
+
+    Args:
+        on_collapse: ``guard.on_collapse``.
+        directory: where the rows of the run so far are.
+        say: is called with messages for people.
+    """
+
+    def __init__(
+        self, on_collapse: OnCollapse, directory: RunDirectory, say: Callable[[str], None]
+    ) -> None:
+        self._on_collapse = on_collapse
+        self._directory = directory
+        self._say = say
+        self._guard = Guard()
+
+    def go_on_from(self, step: int) -> None:
+        """Reads the rows of the run up to a step; what it read before is forgotten."""
+        self._guard = guard_at(self._directory, step)
+
+    def take(self, row: Row) -> Mapping[str, float]:
+        """Reads the row of a step, and says that a collapse has begun with it; returns what the
+        guard adds to that row.
+        """
+        if self._on_collapse == "off":
+            return {}
+
+        if self._guard.take(row) and self._guard.collapse is not None:
+            self._say(f"{self._guard.collapse}. {way_back(self._directory, self._guard.collapse)}")
+
+        return {"eopd_collapse": float(self._guard.collapse is not None)}
+
+    @property
+    def ending(self) -> Collapse | None:
+        """Returns the collapse that ends the run, or None."""
+        return self._guard.collapse if self._on_collapse == "stop" else None
+
+    def say_last_words(self) -> None:
+        """Says why the run has ended, where a collapse has ended it, and what to do."""
+        if (collapse := self.ending) is not None:
+            self._say(
+                "the guard has ended the run (guard.on_collapse is stop); hf/ is the student as it "
+                f"is now. {way_back(self._directory, collapse)}"
+            )
+
+
+def guard_at(directory: RunDirectory, step: int) -> Guard:
+    """Returns the guard that has read the rows of a run up to a step."""
+    return Guard.replay(each_up_to_step(each_row(directory.metrics), step))
+
+
+def require_no_collapse(directory: RunDirectory, step: int) -> None:
+    """Refuses to go on from a step at which the student has collapsed: the run would end again.
+
+    Raises:
+        ConfigError: it has; the message has what can be done.
+    """
+    if (collapse := guard_at(directory, step).collapse) is not None:
+        raise ConfigError(
+            f"guard.on_collapse: is stop, and at step {step} of {directory.path} {collapse}. "
+            f"{way_back(directory, collapse)}; or go on with --set guard.on_collapse=warn"
+        )
+
+
+def way_back(directory: RunDirectory, collapse: Collapse) -> str:
+    """Returns what to do about a collapse: the newest checkpoint from the best steps, or before."""
+    best = collapse.best.last_step
+    steps = [step_of(path) for path in list_checkpoints(directory.checkpoints)]
+    before = [step for step in steps if step <= best]
+    if not before:
+        return (
+            f"The best step was {best}, and no checkpoint from before it is left "
+            "(checkpoint.every, checkpoint.keep_last); see docs/runbook.md#collapse"
+        )
+
+    return (
+        f"The best step was {best}; go back with --resume --step {max(before)}, and see "
+        "docs/runbook.md#collapse"
+    )
