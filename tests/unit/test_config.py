@@ -455,7 +455,7 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ("run.seeed=1", "run.seeed: unknown key; did you mean seed?"),
         (
             "foo=1",
-            "foo: unknown key; allowed here: checkpoint, cluster, evaluation, flow, learner, "
+            "foo: unknown key; allowed here: checkpoint, cluster, evaluation, flow, guard, learner, "
             "loss, prompts, rollout, run, student, teachers, telemetry, weights",
         ),
         ("learner.threads=1000", "learner.threads: must be a whole number from 1 to 512 (is 1000)"),
@@ -924,12 +924,12 @@ def test_an_override_reaches_into_the_short_form_of_another(path, overrides, who
         ("learner: {<<: 1}", "line 9: << merges mappings; write <<: *name or <<: [*a, *b]"),
         (
             "3: 4",
-            "3: unknown key; allowed here: checkpoint, cluster, evaluation, flow, learner, loss, "
+            "3: unknown key; allowed here: checkpoint, cluster, evaluation, flow, guard, learner, loss, "
             "prompts, rollout, run, student, teachers, telemetry, weights",
         ),
         (
             "'[key]': 1",
-            "[key]: unknown key; allowed here: checkpoint, cluster, evaluation, flow, learner, "
+            "[key]: unknown key; allowed here: checkpoint, cluster, evaluation, flow, guard, learner, "
             "loss, prompts, rollout, run, student, teachers, telemetry, weights",
         ),
         (

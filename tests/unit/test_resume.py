@@ -361,6 +361,7 @@ CURES = {
     "cluster.start_timeout_s": "900",
     "evaluation.prompts": "8",
     "flow.max_staleness": "1",
+    "guard.on_collapse": "stop",
     "learner.lr": "1.0e-7",
     "learner.max_skipped_steps": "9",
     "learner.timeout_s": "900",
@@ -378,6 +379,7 @@ CURES = {
     "teachers[].eos_remap": "{1: 2}",
     "teachers[].replicas": "2",
     "teachers[].timeout_s": "900",
+    "telemetry.responses": "{every: 10}",
     "weights.connect_timeout_s": "90",
     "weights.timeout_s": "900",
 }
