@@ -106,7 +106,8 @@ class Pipeline:
     """A pipeline runs everything between prompts and weights. Iterate ``steps`` to run it.
 
     ``on_drop`` is called with the issue number of every trajectory that is dropped or filtered, and
-    with its last loss. ``activity`` is what the next step waits for, for people.
+    with its last loss; ``on_trained`` with the number of every completed step, and what it trained
+    on. ``activity`` is what the next step waits for, for people.
     """
 
     plan: Plan
@@ -118,6 +119,7 @@ class Pipeline:
     ledger: Ledger
     progress: Progress
     on_drop: Callable[[int, LostTrajectory], None] = lambda issue, lost: None
+    on_trained: Callable[[int, Sequence[Taken]], None] = lambda step, taken: None
     buffer: Buffer = field(init=False)
     activity: str = field(init=False, default="starting")
     _generating: BusyClock = field(init=False, default_factory=BusyClock)
@@ -201,6 +203,7 @@ class Pipeline:
             filtered=self.ledger.num_filtered,
         )
         self.progress.count(done)
+        self.on_trained(batch.stats.version.step, batch.taken)
         return done
 
     async def _train(self, number: int) -> _TrainedBatch | None:

@@ -16,6 +16,8 @@ from eopd.run.checkpoint import DriverState, write_checkpoint
 from eopd.run.progress import Progress
 from eopd.telemetry.step import step_row
 from eopd.types import (
+    Bounds,
+    Exact,
     Header,
     LearnerStats,
     LostReason,
@@ -25,8 +27,10 @@ from eopd.types import (
     PromptSample,
     PublishStats,
     Sampling,
+    ScoredTrajectory,
     StopReason,
     Stored,
+    TeacherSignal,
     Trajectory,
     TrajectoryKey,
 )
@@ -76,6 +80,34 @@ def trajectory(
         policy_versions=np.full(size, version, np.int32),
         stop_reason=stop,
     )
+
+
+WORDS = {0: "<end>", 1: "\u2581the", 2: "\u2581sea", 3: "s"}
+
+
+class Strips:
+    """A tokenizer whose words begin with a space that is lost where the text begins."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        words = [WORDS[int(i)] for i in ids if int(i) or not skip_special_tokens]
+        return "".join(words).replace("\u2581", " ").removeprefix(" ")
+
+
+def scored(entropy: Exact | Bounds) -> ScoredTrajectory:
+    """Three tokens, of which the second does not enter the loss, and two candidates for each."""
+    floats = np.array([-0.5, -1.25, -np.inf], np.float32)
+    body = trajectory(
+        [1, 2, 0], mask=[True, False, True], logprobs=floats[::-1], stop=StopReason.END_TOKEN
+    )
+    signal = TeacherSignal(
+        teacher="t",
+        token_logprobs=floats,
+        entropy=entropy,
+        topk_ids=np.array([[1, 3], [1, 2], [0, 1]], np.int32),
+        topk_logprobs=np.array([[-0.5, -2.0], [-0.25, -np.inf], [-0.1, -3.0]], np.float32),
+        tail_logprobs=floats,
+    )
+    return ScoredTrajectory(trajectory=body, signal=signal)
 
 
 def stored(body: Trajectory, sums: Mapping[str, float] | None = None) -> Stored[Trajectory]:

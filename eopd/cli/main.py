@@ -21,6 +21,7 @@ from eopd import __version__
 from eopd.cli.evaluate import evaluate
 from eopd.cli.init import recipe_names, write_recipe
 from eopd.cli.paths import blame_user, require_place
+from eopd.cli.show import show
 from eopd.cli.teacher import teacher
 from eopd.config import ConfigError, dump_config, load_config
 from eopd.config.messages import wrong_option
@@ -53,6 +54,7 @@ models = typer.Typer(no_args_is_help=True, help="Make the models that the shippe
 app.add_typer(models, name="models")
 app.add_typer(teacher, name="teacher")
 app.command("eval")(evaluate)
+app.command()(show)
 
 MODELS = Path("~/.cache/eopd/models")
 CONFIG_HELP = (

@@ -1,4 +1,4 @@
-"""Makes a record of a held-out sample, with what student and teacher gave every token."""
+"""Makes records of responses for people to look at, with what student and teacher gave every token."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from eopd.types import ScoredTrajectory
+from eopd.types import Header, ScoredTrajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,9 +24,42 @@ def sample_record(
     ``_high`` are equal where the teacher's entropy is exact. ``texts`` has the text of every token
     id that occurs.
     """
-    trajectory, signal = scored.trajectory, scored.signal
-    ids = sorted({*trajectory.response_ids.tolist(), *signal.topk_ids.ravel().tolist()})
+    signal = scored.signal
+    candidates = set(signal.topk_ids.ravel().tolist())
+    return {
+        **_record(scored, prompt, tokenizer, candidates),
+        "topk_ids": signal.topk_ids.tolist(),
+        "topk_logprobs": [_numbers(row) for row in signal.topk_logprobs],
+    }
 
+
+def response_record(
+    header: Header, scored: ScoredTrajectory, prompt: str, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, object]:
+    """Returns a training response as ``responses.jsonl`` keeps it: as ``sample_record``, without
+    the candidates, and with what its header says. ``reward`` is null where the run has none.
+    """
+    return {
+        "epoch": header.key.epoch,
+        "sample_index": header.key.sample_index,
+        "source": header.source,
+        "reward": header.reward,
+        "stop_reason": header.stop_reason.value,
+        "versions": [header.oldest_version, header.newest_version],
+        "sums": dict(header.sums),
+        **_record(scored, prompt, tokenizer, set()),
+    }
+
+
+def _record(
+    scored: ScoredTrajectory,
+    prompt: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    candidates: set[int],
+) -> dict[str, object]:
+    """Returns what all records have; ``texts`` has those of ``candidates`` too."""
+    trajectory, signal = scored.trajectory, scored.signal
+    ids = sorted({*trajectory.response_ids.tolist(), *candidates})
     return {
         "prompt_id": trajectory.prompt.prompt_id,
         "prompt": prompt,
@@ -38,8 +71,6 @@ def sample_record(
         "teacher_logprobs": _numbers(signal.token_logprobs),
         "entropy_low": _numbers(signal.entropy_low),
         "entropy_high": _numbers(signal.entropy_high),
-        "topk_ids": signal.topk_ids.tolist(),
-        "topk_logprobs": [_numbers(row) for row in signal.topk_logprobs],
         "texts": token_texts(
             ids, lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=False))
         ),

@@ -7,6 +7,7 @@ runs/<name>/config.yaml     resolved, as it holds now
             trained.jsonl   what each step trained on: issue numbers, and a checksum of each response's token ids
             dropped.jsonl   trajectories that were given up, each with its last loss, and those that the filter dropped
             timeline.jsonl  when in each step engines wrote and teachers scored: spans in seconds from its start
+            responses.jsonl training responses, as ``telemetry.responses`` asks: text, reward, numbers of each token
             evaluations.jsonl  everything that was measured, a line each (``run/evaluations.py``)
             held_out.jsonl  before and after training: entropy histograms, and samples: text, and numbers of each token
             versions.json   of Python and the packages that matter, where this was run last, and the sources of the
@@ -100,6 +101,7 @@ class RunDirectory:
         self._summary = path / "summary.json"
         self.timeline = path / "timeline.jsonl"
         self.report = path / "report.html"
+        self.responses = path / "responses.jsonl"
         self.evaluations = path / "evaluations.jsonl"
         self._held_out = path / "held_out.jsonl"
         self._scale = path / "scale.json"
@@ -107,6 +109,7 @@ class RunDirectory:
             self.metrics,
             self.trained,
             self.timeline,
+            self.responses,
             self.evaluations,
             self._held_out,
         )
@@ -295,6 +298,13 @@ class RunDirectory:
         for stage, times in spans.items():
             row[stage] = [[round(start, 4), round(stop, 4)] for start, stop in times]
         append_jsonl(self.timeline, row)
+
+    def add_responses(self, step: int, records: Sequence[Mapping[str, object]]) -> None:
+        """Append to ``responses.jsonl`` what ``evaluation.samples.response_record`` made of
+        responses that a step trained on, a line each.
+        """
+        for record in records:
+            append_jsonl(self.responses, {"step": step, **record})
 
     def add_dropped(self, issue: int, lost: LostTrajectory) -> None:
         """Append to ``dropped.jsonl`` a trajectory that was given up or filtered, and how it was lost

@@ -36,6 +36,7 @@ from eopd.runtime.inputs import digests
 from eopd.runtime.logs import collect, logger
 from eopd.runtime.outlets import Outlets, open_trackers
 from eopd.runtime.placement import plan
+from eopd.runtime.responses import Responses
 from eopd.runtime.resume import Resume, TakenUp, take_up
 from eopd.runtime.signals import Interruption, caught, ignored_by_children
 from eopd.runtime.state import RunState
@@ -286,6 +287,8 @@ class Training:
             state.progress,
             self._drop,
         )
+        responses = Responses(self._config, state.directory, self._prepared.train.texts)
+        pipeline.on_trained = responses.take
         self._pipeline = pipeline
         self._guard.go_on_from(state.progress.step)
 
@@ -295,7 +298,8 @@ class Training:
 
         with self._interruption.ends_softly(end):
             try:
-                await self._follow(pipeline)
+                async with responses:
+                    await self._follow(pipeline)
             except StorageError:  # the disk takes no other checkpoint either
                 raise
             except RunFailedError as error:

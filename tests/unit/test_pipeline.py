@@ -73,6 +73,17 @@ def times_trained(*worlds: FakeWorld) -> Counter[TrajectoryKey]:
     return Counter(itertools.chain.from_iterable(batches))
 
 
+async def test_whoever_looks_on_sees_each_step_with_the_batch_it_trained_on():
+    world = FakeWorld()
+    line = pipeline(world)
+    seen = []
+    line.on_trained = lambda step, taken: seen.append((step, taken))
+    await run(line)
+    assert [step for step, _ in seen] == list(range(1, 13))
+    trained = [sorted(one.stored.header.key for one in taken) for _, taken in seen]
+    assert trained == world.trained
+
+
 async def test_synchronous_trains_in_issue_order_with_staleness_zero():
     world = FakeWorld()
     rows = await run(pipeline(world))

@@ -6,39 +6,12 @@ import fakes
 import numpy as np
 
 from eopd.evaluation.samples import sample_record, token_texts
-from eopd.types import Bounds, Exact, ScoredTrajectory, StopReason, TeacherSignal
-
-WORDS = {0: "<end>", 1: "\u2581the", 2: "\u2581sea", 3: "s"}
-
-
-class Strips:
-    """A tokenizer whose words begin with a space that is lost where the text begins."""
-
-    def decode(self, ids, skip_special_tokens):
-        words = [WORDS[int(i)] for i in ids if int(i) or not skip_special_tokens]
-        return "".join(words).replace("\u2581", " ").removeprefix(" ")
-
-
-def scored(entropy) -> ScoredTrajectory:
-    floats = np.array([-0.5, -1.25, -np.inf], np.float32)
-    trajectory = fakes.trajectory(
-        [1, 2, 0], mask=[True, False, True], logprobs=floats[::-1], stop=StopReason.END_TOKEN
-    )
-    signal = TeacherSignal(
-        teacher="t",
-        token_logprobs=floats,
-        entropy=entropy,
-        topk_ids=np.array([[1, 3], [1, 2], [0, 1]], np.int32),
-        topk_logprobs=np.array([[-0.5, -2.0], [-0.25, -np.inf], [-0.1, -3.0]], np.float32),
-        tail_logprobs=floats,
-    )
-
-    return ScoredTrajectory(trajectory=trajectory, signal=signal)
+from eopd.types import Bounds, Exact
 
 
 def test_a_record_has_every_token_and_strict_json():
-    exact = scored(Exact(np.array([0.0, 0.123456, 2.0], np.float32)))
-    record = json.loads(json.dumps(sample_record(exact, "What?", Strips()), allow_nan=False))
+    exact = fakes.scored(Exact(np.array([0.0, 0.123456, 2.0], np.float32)))
+    record = json.loads(json.dumps(sample_record(exact, "What?", fakes.Strips()), allow_nan=False))
     assert record == {
         "prompt_id": "p",
         "prompt": "What?",
@@ -58,12 +31,12 @@ def test_a_record_has_every_token_and_strict_json():
 
 def test_bounds_are_kept_as_bounds():
     low, high = np.array([0.0, 0.5, 1.0], np.float32), np.array([0.25, 0.75, 1.5], np.float32)
-    record = sample_record(scored(Bounds(low, high)), "What?", Strips())
+    record = sample_record(fakes.scored(Bounds(low, high)), "What?", fakes.Strips())
     assert (record["entropy_low"], record["entropy_high"]) == (low.tolist(), high.tolist())
 
 
 def test_a_token_keeps_the_space_it_adds_inside_a_text():
-    assert token_texts([1, 3], lambda ids: Strips().decode(ids, False)) == {1: " the", 3: "s"}
+    assert token_texts([1, 3], lambda ids: fakes.Strips().decode(ids, False)) == {1: " the", 3: "s"}
     parts = {1: b" \xe6", 2: b"\x96\x87"}  # two tokens of one character: neither is text by itself
     texts = token_texts(
         [1, 2], lambda ids: b"".join(parts[i] for i in ids).decode(errors="replace")

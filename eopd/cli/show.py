@@ -1,0 +1,45 @@
+"""``eopd show`` prints training responses that a run has kept."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from eopd.config import ConfigError
+
+
+def show(
+    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Of which step; else the newest there are any of.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="ID", help="Those to this prompt alone.")
+    ] = None,
+    by: Annotated[
+        Literal["entropy", "kl"],
+        typer.Option(help="What the colours show: the teacher's entropy, or log p - log q."),
+    ] = "entropy",
+) -> None:
+    """Print training responses with their rewards, coloured as in the report; telemetry.responses
+    says which are kept.
+    """
+    from eopd.config.loss import HardGate
+    from eopd.run.directory import RunDirectory
+    from eopd.run.reading import each_row
+    from eopd.telemetry.responses import print_responses, responses_of
+
+    directory = RunDirectory(run)
+    config = directory.config()
+    if not directory.responses.exists():
+        kept = config.telemetry.responses
+        raise ConfigError(
+            f"{run} has kept no responses yet; it keeps those of every {kept.every}th step"
+            if kept is not None
+            else f"{run} keeps no responses; set telemetry.responses: {{every: 10}}, also with --resume"
+        )
+
+    rows = responses_of(each_row(directory.responses), step=step, prompt=prompt)
+    gate = config.loss.gate
+    threshold = gate.tau if isinstance(gate, HardGate) else None
+    print_responses(rows, threshold=threshold, shade=by)
