@@ -20,8 +20,11 @@ from pydantic import ValidationError
 from eopd import __version__
 from eopd.cli.evaluate import evaluate
 from eopd.cli.init import recipe_names, write_recipe
+from eopd.cli.listing import list_runs
+from eopd.cli.logs import logs
 from eopd.cli.paths import blame_user, require_place
 from eopd.cli.show import show
+from eopd.cli.stop import stop
 from eopd.cli.teacher import teacher
 from eopd.config import ConfigError, dump_config, load_config
 from eopd.config.messages import wrong_option
@@ -54,7 +57,9 @@ models = typer.Typer(no_args_is_help=True, help="Make the models that the shippe
 app.add_typer(models, name="models")
 app.add_typer(teacher, name="teacher")
 app.command("eval")(evaluate)
-app.command()(show)
+app.command("list")(list_runs)
+for verb in (logs, show, stop):
+    app.command()(verb)
 
 MODELS = Path("~/.cache/eopd/models")
 CONFIG_HELP = (

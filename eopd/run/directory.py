@@ -22,6 +22,7 @@ runs/<name>/config.yaml     resolved, as it holds now
             hf-step-NNNNNN/ the student of a checkpoint, where asked for
             logs/           what the driver and every actor wrote, a file each (``runtime/logs.py``)
             scale.json      how many rollout engines ``eopd scale`` asks for; forgotten when a process takes up the run
+            stop.json       that ``eopd stop`` asks a process to end; gone once it has taken it
 
 ``trained.jsonl`` is a proof that a user can check. Issue number i is a pure function of the seed
 (``PromptOrder``), so the ``issues`` of all rows hold every number once, whatever the run went

@@ -85,11 +85,11 @@ def way_back(directory: RunDirectory, collapse: Collapse) -> str:
     before = [step for step in steps if step <= best]
     if not before:
         return (
-            f"The best step was {best}, and no checkpoint from before it is left "
+            f"The best steps end with {best}, and no checkpoint from there is left "
             "(checkpoint.every, checkpoint.keep_last); see docs/runbook.md#collapse"
         )
 
     return (
-        f"The best step was {best}; go back with --resume --step {max(before)}, and see "
+        f"The best steps end with {best}; go back with --resume --step {max(before)}, and see "
         "docs/runbook.md#collapse"
     )

@@ -1,16 +1,21 @@
-"""Some signals ask a run to end: Ctrl-C, and those of a scheduler, or of a terminal that closes."""
+"""Some signals ask a run to end: Ctrl-C, and those of a scheduler, or of a terminal that closes. So
+does ``eopd stop``, from any machine, with a file.
+"""
 
 import asyncio
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Final
+from pathlib import Path
+from typing import Final, Never
 
+from eopd.run.stopping import take_request
 from eopd.runtime.logs import logger
 
 # Slurm sends SIGUSR1 before a job's time is up, where it was told to (``--signal=USR1@300``).
 OF_THE_DRIVER: Final = (signal.SIGHUP, signal.SIGUSR1)
 ASK_TO_END: Final = (signal.SIGINT, signal.SIGTERM, *OF_THE_DRIVER)
+POLL_S: Final = 1.0  # between two looks for a request of ``eopd stop``
 
 
 class Interruption:
@@ -36,10 +41,12 @@ class Interruption:
         finally:
             self._close = None
 
-    def take(self) -> bool:
-        """Takes a signal; returns False where the run must be cancelled."""
+    def take(self, *, now: bool = False) -> bool:
+        """Takes a signal, or a request to end ``now``; returns False where the run must be
+        cancelled.
+        """
         first, self.requested = not self.requested, True
-        if not first or self._close is None:
+        if now or not first or self._close is None:
             self.say("stopping now")
             return False
 
@@ -71,6 +78,29 @@ def caught(interrupt: Callable[[], bool], main: "asyncio.Task[object] | None") -
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+@contextmanager
+def obeyed(
+    directory: Path, interruption: Interruption, main: "asyncio.Task[object] | None"
+) -> Iterator[None]:
+    """Handles what ``eopd stop`` asks of the run in ``directory`` like a signal, while the block
+    runs; with ``--now`` the main task is cancelled.
+    """
+    assert main is not None
+
+    async def look() -> Never:
+        while True:
+            await asyncio.sleep(POLL_S)
+            now = take_request(directory)
+            if now is not None and not interruption.take(now=now):
+                main.cancel()
+
+    looking = asyncio.create_task(look())
+    try:
+        yield
+    finally:
+        looking.cancel()
 
 
 @contextmanager

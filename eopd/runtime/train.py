@@ -38,7 +38,7 @@ from eopd.runtime.outlets import Outlets, open_trackers
 from eopd.runtime.placement import plan
 from eopd.runtime.responses import Responses
 from eopd.runtime.resume import Resume, TakenUp, take_up
-from eopd.runtime.signals import Interruption, caught, ignored_by_children
+from eopd.runtime.signals import Interruption, caught, ignored_by_children, obeyed
 from eopd.runtime.state import RunState
 from eopd.runtime.supervisor import Workers, start_workers
 from eopd.runtime.teachers import self_test_replicas
@@ -108,6 +108,7 @@ async def _run(prepared: Prepared, taken_up: TakenUp, lock_notes: Sequence[str])
     try:
         with (
             caught(interruption.take, asyncio.current_task()),
+            obeyed(directory.path, interruption, asyncio.current_task()),
             collect(directory.logs, config.telemetry.log_format),
             closing(Outlets(config, directory, tracker_sinks)) as outlets,
         ):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,18 @@ class Run:
     """A run under way, and its processes."""
 
     def __init__(
-        self, program: Program, name: str, *overrides: str, config: str = "configs/tiny.yaml"
+        self,
+        program: Program,
+        name: str,
+        *overrides: str,
+        config: str = "configs/tiny.yaml",
+        options: Sequence[str] = (),
     ) -> None:
         self.program = program
         self.directory = program.runs / name
         self.log = program.runs.parent / f"{name}.log"
-        self.process = program.start(*program.train(name, *overrides, config=config), log=self.log)
+        command = [*program.train(name, *overrides, config=config), *options]
+        self.process = program.start(*command, log=self.log)
 
     def rows(self) -> list[dict[str, Any]]:
         return read_rows(self.directory / "metrics.jsonl")

@@ -156,7 +156,7 @@ async def test_a_run_is_warned_once_and_every_row_shows_it(run):
     assert shown == [0.0] * 29 + [1.0] * 11
     assert len(said) == 1
     assert "over steps 21 to 30, compared with steps 11 to 20" in said[0]
-    assert "The best step was 20; go back with --resume --step 15, and see" in said[0]
+    assert "The best steps end with 20; go back with --resume --step 15, and see" in said[0]
     assert guard.ending is None
     guard.say_last_words()
     assert len(said) == 1
@@ -168,9 +168,7 @@ async def test_the_guard_ends_a_run_that_asks_for_it(run):
     endings = [guard.take(numbers) and guard.ending is not None for numbers in rows]
     assert endings == [False] * 29 + [True]
     guard.say_last_words()
-    assert (
-        "no checkpoint from before it is left (checkpoint.every, checkpoint.keep_last)" in said[1]
-    )
+    assert "no checkpoint from there is left (checkpoint.every, checkpoint.keep_last)" in said[1]
     assert said[1].startswith("the guard has ended the run (guard.on_collapse is stop); hf/ is")
 
 

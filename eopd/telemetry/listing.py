@@ -1,0 +1,110 @@
+"""``eopd list``: the runs of a directory at a glance, from their files."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import rich.console
+from rich.table import Table
+from rich.text import Text
+
+from eopd.config import ConfigError
+from eopd.config.saved import require_directory
+from eopd.run.directory import RunDirectory
+from eopd.run.reading import each_row
+from eopd.run.record import Summary
+
+_UNITS: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """A run in the list. ``changed_at`` is in seconds since 1970; ``fault`` says why its files
+    cannot be read.
+    """
+
+    name: str
+    status: str
+    step: int = 0
+    batches: int = 0
+    reverse_kl: float | None = None
+    changed_at: float
+    fault: str | None = None
+
+
+def runs_in(directory: Path) -> list[Listed]:
+    """Returns the runs in a directory and in the directories of its sweeps, the last changed first.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
+    require_directory(directory)
+    configs = [*directory.glob("*/config.yaml"), *directory.glob("*/*/config.yaml")]
+    runs = [_listed(path.parent, str(path.parent.relative_to(directory))) for path in configs]
+    return sorted(runs, key=lambda run: run.changed_at, reverse=True)
+
+
+def print_runs(runs: Sequence[Listed], output: rich.console.Console | None = None) -> None:
+    """Print runs as a table, and below it what cannot be read."""
+    output = output or rich.console.Console(highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("run", "status", "step", "held-out reverse KL", "changed"):
+        right = heading in ("step", "held-out reverse KL", "changed")
+        table.add_column(heading, header_style="dim", justify="right" if right else "left")
+
+    for run in runs:
+        kl = "-" if run.reverse_kl is None else f"{run.reverse_kl:.3f}"
+        steps = "-" if run.fault else f"{run.step}/{run.batches}"
+        table.add_row(Text(run.name), Text(run.status), steps, kl, f"{_age(run.changed_at)} ago")
+
+    output.print(table)
+    for run in runs:
+        if run.fault:
+            output.print(Text(f"{run.name}: {run.fault}"), soft_wrap=True)
+
+
+def _listed(path: Path, name: str) -> Listed:
+    directory = RunDirectory(path)
+    changed_at = (path / "config.yaml").stat().st_mtime
+    try:
+        config, status = directory.config(), directory.status()
+        summary = directory.read_summary()
+    except ConfigError as error:
+        fault = str(error).splitlines()[0]
+        return Listed(name=name, status="unreadable", changed_at=changed_at, fault=fault)
+
+    rows = directory.last_rows(1)
+    return Listed(
+        name=name,
+        status=status.split()[0],
+        step=int(rows[-1]["eopd_step"]) if rows else 0,
+        batches=config.run.batches,
+        reverse_kl=_reverse_kl(path, summary),
+        changed_at=rows[-1]["time"] if rows else changed_at,
+    )
+
+
+def _reverse_kl(path: Path, summary: Summary | None) -> float | None:
+    """Returns the newest held-out reverse KL in nats, also one that was measured while training."""
+    newest = None
+    for row in each_row(path / "evaluations.jsonl"):
+        if row.get("name") == "held_out":
+            newest = row
+
+    try:
+        return float(newest["measurements"]["reverse_kl"]["mean"])  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        pass
+
+    held_out = summary.held_out if summary else None
+    measured = (held_out.after or held_out.before) if held_out else None
+    return measured["reverse_kl"].mean if measured and "reverse_kl" in measured else None
+
+
+def _age(moment: float) -> str:
+    """Returns the time since a moment in its largest unit, such as ``3 h``."""
+    seconds = max(0.0, time.time() - moment)
+    size, unit = next(((size, unit) for size, unit in _UNITS if seconds >= size), _UNITS[-1])
+    return f"{seconds / size:.0f} {unit}"

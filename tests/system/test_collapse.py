@@ -1,0 +1,98 @@
+"""A run that is made to collapse: student and teacher end with different tokens. What a person does
+with it is tried on it too.
+"""
+
+import json
+
+import pytest
+from program import Run, read_rows
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A teacher that ends with another token than its tokenizer says, and a student that would
+    answer as it does.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from eopd.models.tiny import write_model, write_tiny_pair
+
+    root = tmp_path_factory.mktemp("collapse")
+    student, _ = write_tiny_pair(root, family="llama")
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    with torch.no_grad():
+        model.lm_head.weight[ends] = model.lm_head.weight[ends[::-1]].clone()
+
+    return student, write_model(root / "other-end", model, tokenizer)
+
+
+@pytest.mark.slow
+def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
+    student, teacher = models
+    settings = [
+        f"student.model={student}",
+        f"teachers.0.model={teacher}",
+        "rollout.engines=1",
+        "rollout.max_response_tokens=96",
+        "learner.ranks=1",
+        "learner.lr=2e-4",
+        "run.batches=80",
+        "checkpoint={every: 5, keep_last: 3}",
+        "evaluation={prompts: 4, max_response_tokens: 96}",
+        "telemetry.responses={every: 2, prompts: 1}",
+    ]
+    train = program.train("collapse", *settings)
+    done = program.run(*train, "--set", "guard.on_collapse=stop")
+    assert done.returncode == 1, done.stdout + done.stderr
+    directory = program.runs / "collapse"
+    summary = json.loads((directory / "summary.json").read_text())
+    rows = read_rows(directory / "metrics.jsonl")
+    last = rows[-1]["step"]
+    assert summary["status"] == "collapsed"
+    assert summary["steps"] == last < 60
+    assert [row["eopd_collapse"] for row in rows] == [0.0] * (last - 1) + [1.0]
+    assert done.stdout.count("the student collapses: over steps") == 1
+    assert "the guard has ended the run" in done.stdout
+    assert "continue with" not in done.stdout
+    assert (directory / "hf" / "model.safetensors").exists()
+
+    steps = [int(path.name[-6:]) for path in sorted((directory / "checkpoints").iterdir())]
+    assert steps[-1] == last
+    assert len(steps) == 4, "the last one has replaced none"
+    kept = read_rows(directory / "responses.jsonl")
+    assert [row["step"] for row in kept] == list(range(2, last + 1, 2))
+    assert all(len(row["ids"]) == len(row["entropy_low"]) for row in kept)
+
+    shown = program.run("show", str(directory), "--step", "2").stdout
+    assert "step 2, prompt " in shown
+    assert "I like to " in shown
+    listed = program.run("list", str(program.runs)).stdout
+    assert f"{last}/80" in next(line for line in listed.splitlines() if "collapse " in line)
+    logs = program.run("logs", str(directory), "--role", "driver").stdout
+    assert "the guard has ended the run" in logs
+
+    # it would end again
+    again = program.run(*train, "--set", "guard.on_collapse=stop", "--resume", "auto")
+    assert again.returncode == 2
+    assert f"guard.on_collapse: is stop, and at step {last} of {directory}" in again.stderr
+
+    run = Run(program, "collapse", *settings, options=["--resume", "--step", str(steps[0])])
+    try:
+        run.wait(lambda row: row["step"] == steps[0] + 2)
+        stopped = program.run("stop", str(directory))
+        said = run.ended(130)
+    finally:
+        run.close()
+
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"{directory} has ended: interrupted" in stopped.stdout
+    assert "stopping after the step under way, with a checkpoint" in said
+    summary = run.summary()
+    assert steps[0] + 2 <= summary["steps"] < last
+    assert (directory / "checkpoints" / f"step-{summary['steps']:06d}").exists()
+    kept = [row["step"] for row in read_rows(directory / "responses.jsonl")]
+    assert kept == list(range(2, summary["steps"] + 1, 2))
+    assert program.left_behind() == []
