@@ -32,12 +32,12 @@ def show(
     directory = RunDirectory(run)
     config = directory.config()
     if not directory.responses.exists():
-        kept = config.telemetry.responses
-        raise ConfigError(
-            f"{run} has kept no responses yet; it keeps those of every {kept.every}th step"
-            if kept is not None
-            else f"{run} keeps no responses; set telemetry.responses: {{every: 10}}, also with --resume"
-        )
+        if (kept := config.telemetry.responses) is not None:
+            every = f"it keeps those of every {kept.every}th step"
+            raise ConfigError(f"{run} has kept no responses yet; {every}")
+
+        setting = "telemetry.responses: {every: 10}"
+        raise ConfigError(f"{run} keeps no responses; set {setting}, also with --resume")
 
     rows = responses_of(each_row(directory.responses), step=step, prompt=prompt)
     gate = config.loss.gate

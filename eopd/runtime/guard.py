@@ -32,7 +32,8 @@ class RunGuard:
 
     def go_on_from(self, step: int) -> None:
         """Reads the rows of the run up to a step; what it read before is forgotten."""
-        self._guard = guard_at(self._directory, step)
+        if self._on_collapse != "off":
+            self._guard = guard_at(self._directory, step)
 
     def take(self, row: Row) -> Mapping[str, float]:
         """Reads the row of a step, and says that a collapse has begun with it; returns what the

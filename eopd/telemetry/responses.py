@@ -199,7 +199,7 @@ def _is_open(response: Response, r: int, threshold: float | None) -> bool:
 
 
 def _entropy(response: Response, r: int) -> float:
-    """Returns the middle of the bounds on the teacher's entropy, which are equal where it is exact."""
+    """Returns the middle of the bounds on the teacher's entropy; they are equal where it is exact."""
     low, high = response["entropy_low"][r], response["entropy_high"][r]
     return math.inf if low is None or high is None else float((low + high) / 2)
 

@@ -307,6 +307,13 @@ def test_an_interrupted_run_says_what_continues_it(train, arguments):
     assert shown.splitlines()[-1] == f"continue with: {command}"
 
 
+def test_a_run_that_the_guard_has_ended_is_exit_code_1_and_is_not_to_be_continued(train):
+    code, _, shown = train("CONFIG", status="collapsed")
+    assert code == 1
+    assert "continue with" not in shown
+    assert "collapsed" in shown
+
+
 def test_a_failed_run_says_what_continues_it(train):
     code, _, shown = train("CONFIG --set run.name=a", error=StorageError("full"))
     assert code == 1
