@@ -68,6 +68,7 @@ def test_the_run_directory_is_the_contract(synchronous):
         "summary.json",
         "trained.jsonl",
         "timeline.jsonl",
+        "evaluations.jsonl",
         "held_out.jsonl",
         "versions.json",
         "report.html",
