@@ -54,7 +54,7 @@ format: setup ## rewrite the code in its one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## loss, driver, overlap, a weight sync; the learner and the teacher beside what others do
+bench: setup ## loss, driver, overlap, evaluation, a weight sync; the learner and the teacher beside what others do
 	$(BIN)/python tests/bench/bench_loss.py
 	$(BIN)/eopd models demo
 	$(BIN)/python tests/bench/bench_learner.py
@@ -62,6 +62,7 @@ bench: setup ## loss, driver, overlap, a weight sync; the learner and the teache
 	$(BIN)/python tests/bench/bench_pipeline.py
 	$(BIN)/python tests/bench/bench_weights.py
 	$(BIN)/python tests/bench/bench_overlap.py
+	$(BIN)/python tests/bench/bench_evaluation.py
 
 soak: setup ## half an hour of training with a fault every minute: what is lost, what leaks
 	$(BIN)/python tests/system/soak.py

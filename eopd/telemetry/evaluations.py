@@ -62,8 +62,8 @@ def evaluation_line(evaluation: Evaluation) -> str:
     if "lost" in measurements:
         parts.append(f"{measurements['lost'].mean:.0f} lost")
 
-    head = f"step {evaluation.step}, {evaluation.name.replace('_', ' ')}"
-    return f"{head}: {', '.join(parts)}, in {evaluation.seconds:.1f} s"
+    name = "held out" if evaluation.name == HELD_OUT else evaluation.name
+    return f"step {evaluation.step}, {name}: {', '.join(parts)}, in {evaluation.seconds:.1f} s"
 
 
 def best_line(best: Best) -> str:

@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "system"))
 from program import Program, read_rows  # noqa: E402
 
+from eopd.models.tiny import write_tiny_pair  # noqa: E402
+
 WARM_UP = 4
 PARTS = ("wait", "train", "weights")
-MODELS = Path("~/.cache/eopd/models/tiny").expanduser()
 
 
 def settings(options: argparse.Namespace) -> list[str]:
@@ -62,7 +63,8 @@ def main() -> None:
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
-        program = Program(models=MODELS, runs=Path(temporary))
+        program = Program(models=Path(temporary, "models"), runs=Path(temporary, "runs"))
+        write_tiny_pair(program.models)
         done = program.run(*program.train("evaluated", *settings(options)))
         assert done.returncode == 0, done.stdout + done.stderr
         rows = read_rows(program.runs / "evaluated" / "metrics.jsonl")[WARM_UP:]

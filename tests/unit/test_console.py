@@ -364,7 +364,7 @@ def test_the_status_of_a_run_is_made_of_its_files() -> None:
 EVALUATION = Evaluation(
     step=5,
     phase="during",
-    name="gsm8k",
+    name="gsm_8k",
     time=1.0,
     seconds=12.34,
     prompts=2,
@@ -383,18 +383,18 @@ EVALUATION = Evaluation(
 
 def test_an_evaluation_is_a_line_and_metrics() -> None:
     assert evaluation_line(EVALUATION) == (
-        "step 5, gsm8k: avg@4 0.512 ± 0.021 (+0.034 ± 0.012), pass@4 0.750, 312.5 tokens a "
+        "step 5, gsm_8k: avg@4 0.512 ± 0.021 (+0.034 ± 0.012), pass@4 0.750, 312.5 tokens a "
         "response, 2.1% truncated, 3 lost, in 12.3 s"
     )
     assert evaluation_row(EVALUATION) == {
-        'eopd_eval_step{evaluation="gsm8k"}': 5.0,
-        'eopd_eval_seconds{evaluation="gsm8k"}': 12.34,
-        'eopd_eval_avg_at_n_ratio{benchmark="gsm8k"}': 0.512,
-        'eopd_eval_pass_at_n_ratio{benchmark="gsm8k"}': 0.75,
-        'eopd_eval_response_tokens_mean{benchmark="gsm8k"}': 312.52,
-        'eopd_eval_truncated_ratio{benchmark="gsm8k"}': 0.021,
-        'eopd_eval_distinct_ratio{benchmark="gsm8k",n="1"}': 0.25,
-        'eopd_eval_lost_trajectories{benchmark="gsm8k"}': 3.0,
+        'eopd_eval_step{evaluation="gsm_8k"}': 5.0,
+        'eopd_eval_seconds{evaluation="gsm_8k"}': 12.34,
+        'eopd_eval_avg_at_n_ratio{benchmark="gsm_8k"}': 0.512,
+        'eopd_eval_pass_at_n_ratio{benchmark="gsm_8k"}': 0.75,
+        'eopd_eval_response_tokens_mean{benchmark="gsm_8k"}': 312.52,
+        'eopd_eval_truncated_ratio{benchmark="gsm_8k"}': 0.021,
+        'eopd_eval_distinct_ratio{benchmark="gsm_8k",n="1"}': 0.25,
+        'eopd_eval_lost_trajectories{benchmark="gsm_8k"}': 3.0,
     }
 
 

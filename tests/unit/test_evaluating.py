@@ -42,11 +42,13 @@ class Workers(fakes.World):
         self.free = asyncio.Event()
         self.free.set()
         self.asked: list[tuple[str, int, int]] = []
+        self.priorities: list[int] = []
         self.engines = self.teacher = self.learner = self.channel = self
 
     async def generate(self, of, sample_index, sampling):
         await self.free.wait()
         self.asked.append((of.prompt_id, sample_index, sampling.seed))
+        self.priorities.append(sampling.priority)
         body = fakes.trajectory(
             self.ids[self.says.get(of.prompt_id, "wrong")],
             of=of,
@@ -182,6 +184,7 @@ async def test_seeds_and_prompts_are_the_same_each_time(made):
 
     assert asked[0] == asked[1] == asked[2]
     assert len({seed for _, _, seed in asked[0]}) == 6  # two held out, and two of two
+    assert max(run.workers.priorities) < 0, "they go before the requests of training"
 
 
 async def test_later_measurements_are_paired_with_the_first(made):
