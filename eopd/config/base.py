@@ -5,9 +5,10 @@ bounds.
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from eopd.config.escapes import control_in
 
@@ -153,6 +154,12 @@ FunctionName = Annotated[str, AfterValidator(_function), _FUNCTION]
 GraderName = Annotated[str, AfterValidator(require_grader), _FUNCTION]
 
 
+def _names_a_function(field: FieldInfo) -> bool:
+    """Whether a field has the type of a function's import path, or of that or null."""
+    members = [getattr(part, "__metadata__", ()) for part in get_args(field.annotation)]
+    return any(_FUNCTION in metadata for metadata in (field.metadata, *members))
+
+
 def functions_of(value: object, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield every function of the user that a section names, with its key.
 
@@ -161,7 +168,7 @@ def functions_of(value: object, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, BaseModel):
         for name, field in type(value).model_fields.items():
             inner, inner_key = getattr(value, name), f"{key}.{name}".lstrip(".")
-            if _FUNCTION in field.metadata and inner not in OWN_GRADERS:
+            if isinstance(inner, str) and _names_a_function(field) and inner not in OWN_GRADERS:
                 yield inner_key, inner
             else:
                 yield from functions_of(inner, inner_key)

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 
 from eopd.config import Config, ConfigError, dump_config, load_config
+from eopd.config.base import FunctionName, GraderName, Section, functions_of
 from eopd.preflight.report import oddities
 
 MINIMAL = """
@@ -685,6 +686,21 @@ def test_the_functions_of_a_user_are_known_by_their_keys(path):
         "loss.gate.function": "my.gates:narrow",
     }
     assert load_config(path, ["loss.gate=hard"]).functions == {}
+
+
+def test_a_function_may_be_null_or_in_a_list():
+    class Part(Section):
+        function: FunctionName | None = None
+        grader: GraderName = "math"
+
+    class Whole(Section):
+        parts: tuple[Part, ...]
+
+    whole = Whole(parts=(Part(), Part(function="my.rows:all", grader="my:grader")))
+    assert dict(functions_of(whole)) == {
+        "parts.1.function": "my.rows:all",
+        "parts.1.grader": "my:grader",
+    }
 
 
 def test_a_reward_compares_samples_of_one_batch(path):
