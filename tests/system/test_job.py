@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from example import EXAMPLE, require_its_functions_took_part, settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,23 +58,42 @@ def head(tmp_path, program):
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-@pytest.mark.slow
-def test_a_submitted_job_trains(program, head):
-    settings = program.train("job", "run.batches=3", "evaluation.prompts=4", "cluster.cpus=null")
-    command = ["ray", "job", "submit", "--working-dir", ".", "--", "eopd", *settings]
+def submit(head: dict[str, str], directory: Path, *arguments: str) -> None:
+    """Submit ``eopd`` with a working directory, once the job server is up, and wait for its end."""
+    command = ["ray", "job", "submit", "--working-dir", ".", "--", "eopd", *arguments]
     deadline = time.monotonic() + 60
 
     while subprocess.run(
         [BIN / "ray", "job", "list"],
         env=head,
-        cwd=ROOT,
+        cwd=directory,
         capture_output=True,
     ).returncode:
         assert time.monotonic() < deadline, "the job server did not come up"
         time.sleep(1)
 
-    done = subprocess.run(command, env=head, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=head, cwd=directory, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_submitted_job_finds_the_functions_of_its_working_directory(program, head, tmp_path):
+    project = shutil.copytree(EXAMPLE, tmp_path / "project")
+    runs = tmp_path / "runs"
+
+    submit(head, project, "train", "config.yaml", *settings(program, runs))
+
+    require_its_functions_took_part(runs / "letters")
+
+
+@pytest.mark.slow
+def test_a_submitted_job_trains(program, head):
+    arguments = program.train("job", "run.batches=3", "evaluation.prompts=4", "cluster.cpus=null")
+
+    submit(head, ROOT, *arguments)
+
     summary = json.loads((program.runs / "job" / "summary.json").read_text())
     assert summary["status"] == "completed"
     assert summary["steps"] == 3
