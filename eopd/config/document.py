@@ -72,6 +72,26 @@ def read_value(text: str) -> object:
     return Plain("") if node is None else _Reader(text).tree(node, ())
 
 
+def read_items(text: str) -> list[str]:
+    """Returns the texts of values that stand side by side, as ``a,[b,c]`` has ``a`` and ``[b,c]``.
+
+    Raises:
+        DocumentError: as in ``read_value``, or a value is missing.
+    """
+    if not text.strip():
+        return []
+
+    inside = f"[{text}]"
+    node, end = _compose(inside)
+    if node is None or inside[end:].strip():
+        raise DocumentError("ends at #, where a comment of YAML begins")
+
+    if text.rstrip().endswith(","):
+        raise DocumentError("ends with a comma: a value is missing")
+
+    return [inside[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
+
+
 def _compose(text: str) -> tuple[yaml.Node | None, int]:
     """Returns the root, and how far into the text it reaches."""
     try:
