@@ -25,6 +25,7 @@ from eopd.cli.logs import logs
 from eopd.cli.paths import blame_user, require_place
 from eopd.cli.show import show
 from eopd.cli.stop import stop
+from eopd.cli.sweep import sweep
 from eopd.cli.teacher import teacher
 from eopd.config import ConfigError, dump_config, load_config
 from eopd.config.messages import wrong_option
@@ -58,7 +59,7 @@ app.add_typer(models, name="models")
 app.add_typer(teacher, name="teacher")
 app.command("eval")(evaluate)
 app.command("list")(list_runs)
-for verb in (logs, show, stop):
+for verb in (logs, show, stop, sweep):
     app.command()(verb)
 
 MODELS = Path("~/.cache/eopd/models")

@@ -46,9 +46,13 @@ class Holder:
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[list[str]]:
+def held(directory: Path, key: str = "run.name") -> Iterator[list[str]]:
     """Holds the lock of a run directory, which is made where there is none, and removed if it stays
     empty.
+
+    Args:
+        directory: the run directory.
+        key: what names the directory, for messages.
 
     Yields:
         Notes for people; none where the lock keeps other processes out for certain.
@@ -60,7 +64,7 @@ def held(directory: Path) -> Iterator[list[str]]:
     path = directory / LOCK
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor, notes = _take(path)
+        descriptor, notes = _take(path, key)
     except OSError as error:
         raise ConfigError(f"run.directory: {directory} cannot be made ({error.strerror})") from None
 
@@ -113,12 +117,12 @@ def last_holder(directory: Path) -> Holder | None:
         return None
 
 
-def _take(path: Path) -> tuple[int, list[str]]:
+def _take(path: Path, key: str) -> tuple[int, list[str]]:
     """Returns the descriptor that holds the lock, and notes on it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            notes = _lock(descriptor, path)
+            notes = _lock(descriptor, path, key)
         except BaseException:
             os.close(descriptor)
             raise
@@ -129,7 +133,7 @@ def _take(path: Path) -> tuple[int, list[str]]:
         os.close(descriptor)  # its holder has just removed it: nothing was begun there
 
 
-def _lock(descriptor: int, path: Path) -> list[str]:
+def _lock(descriptor: int, path: Path, key: str) -> list[str]:
     for _ in range(_TRIES):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,8 +151,8 @@ def _lock(descriptor: int, path: Path) -> list[str]:
             return []
 
     raise ConfigError(
-        f"run.name: {path.parent} is being run by {last_holder(path.parent) or 'another process'}. Wait "
-        "for it, stop it (Ctrl-C, or SIGTERM to that process), or choose another run.name"
+        f"{key}: {path.parent} is being run by {last_holder(path.parent) or 'another process'}. Wait "
+        f"for it, stop it (Ctrl-C, or SIGTERM to that process), or choose another {key}"
     )
 
 

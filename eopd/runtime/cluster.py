@@ -74,13 +74,13 @@ def require_room(roles: Sequence[RoleResources]) -> None:
     Raises:
         ConfigError: there is no room for all of them, also after ``SETTLE_S``.
     """
-    idle = [replace(node, free=node.total) for node in _nodes()]
+    idle = [replace(node, free=node.total) for node in nodes()]
     require_capacity(roles, idle)
     until = time.monotonic() + SETTLE_S
 
     while True:
         try:
-            return require_capacity(roles, _nodes())
+            return require_capacity(roles, nodes())
         except ConfigError:
             if time.monotonic() > until:
                 raise
@@ -88,7 +88,12 @@ def require_room(roles: Sequence[RoleResources]) -> None:
         time.sleep(0.25)
 
 
-def _nodes() -> list[Node]:
+def joined_address() -> str:
+    """Returns the ``HOST:PORT`` of the cluster that this process has joined or started."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def nodes() -> list[Node]:
     """Returns the machines of the cluster; one that has not reported yet has nothing free."""
     free = available_resources_per_node()
     return [

@@ -1,0 +1,139 @@
+"""``eopd sweep`` runs the arms of a grid over several seeds, and compares them."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import rich.console
+import typer
+from rich.table import Table
+
+from eopd.run.arms import Interval
+from eopd.run.grid import plan_runs, read_grids, read_seeds
+from eopd.run.results import FILE, ArmResult
+
+EXIT_FAILED: Final = 1
+EXIT_INTERRUPTED: Final = 130
+SHOWN: Final = ("held_out/reverse_kl", "held_out/forward_kl", "held_out/top1_agreement")
+OF_BENCHMARKS: Final = ("avg_at_n",)
+
+_Config = Annotated[Path, typer.Argument(help="A YAML file, as for `eopd train`.")]
+_Grid = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--grid",
+        metavar="KEY=VALUE,VALUE",
+        help="A key and its values, each as --set takes it; may be given more than once. Every "
+        "combination is an arm.",
+    ),
+]
+_Seeds = Annotated[
+    str | None,
+    typer.Option(help="The seeds of every arm, such as 0..4 or 0,1,7; else that of the config."),
+]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of all runs."),
+]
+_Parallel = Annotated[
+    int, typer.Option(min=1, help="The most runs side by side, as far as resources allow.")
+]
+_Name = Annotated[
+    str | None,
+    typer.Option(help="The name of the sweep, a directory in run.directory; else NAME-sweep."),
+]
+
+
+def sweep(
+    config: _Config,
+    grid: _Grid = None,
+    seeds: _Seeds = None,
+    overrides: _Overrides = None,
+    parallel: _Parallel = 1,
+    name: _Name = None,
+) -> None:
+    """Train every combination of settings over several seeds, and compare them in one report.
+
+    The same command continues a sweep: complete runs are left as they are.
+    """
+    grids = read_grids(grid or [], overrides or [])
+    numbers = None if seeds is None else read_seeds(seeds)
+    directory, runs = plan_runs(config, overrides or [], grids, numbers, name)
+    from eopd.runtime.sweep import Sweep
+
+    typer.echo(f"sweep {directory}: {len(runs)} runs of {len({run.arm for run in runs})} arms")
+    work = Sweep(directory, runs, grids, typer.echo)
+    results = work.run(parallel)
+
+    _print(results)
+    for entry in work.failed:
+        typer.echo(f"failed: {entry.run.name}: {entry.error}; see {entry.log}")
+
+    for path in (directory / FILE, work.report):
+        if path.exists():
+            typer.echo(path)
+
+    if work.status != "completed":
+        again = _command(config, grid or [], seeds, overrides or [], parallel, name)
+        typer.echo(f"continue with: {again}")
+        raise typer.Exit(EXIT_FAILED if work.status == "failed" else EXIT_INTERRUPTED)
+
+
+def _print(results: Sequence[ArmResult]) -> None:
+    """Prints the final numbers of all arms, with intervals, and differences to the first arm."""
+    console = rich.console.Console()
+    for name in _shown(results):
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        headings = ("seeds", "mean", "95 % interval", "to the first", "95 % interval")
+        table.add_column(name, header_style="bold", overflow="fold")
+        for heading in headings:
+            table.add_column(heading, justify="right", header_style="dim", no_wrap=True)
+
+        for result in results:
+            mean, difference = result.means.get(name), result.differences.get(name)
+            seeds = str(mean.count) if mean else "-"
+            cells = [*_cells(mean, "{:.4f}"), *_cells(difference, "{:+.4f}")]
+            table.add_row(result.arm or "all runs", seeds, *cells)
+
+        console.print()
+        console.print(table)
+
+    console.print()
+
+
+def _shown(results: Sequence[ArmResult]) -> list[str]:
+    """Returns the metrics that the terminal shows; ``sweep.json`` has all of them."""
+    names = dict.fromkeys(name for result in results for name in result.means)
+    scores = [name for name in names if name.rpartition("/")[2] in OF_BENCHMARKS]
+    return [*(name for name in SHOWN if name in names), *scores]
+
+
+def _cells(interval: Interval | None, form: str) -> tuple[str, str]:
+    """Returns a mean and its interval as text; a dash for what is not known."""
+    if interval is None:
+        return "-", "-"
+
+    mean = form.format(interval.mean)
+    if interval.low is None or interval.high is None:
+        return mean, "-"
+
+    return mean, f"{form.format(interval.low)} .. {form.format(interval.high)}"
+
+
+def _command(
+    config: Path,
+    grids: Sequence[str],
+    seeds: str | None,
+    overrides: Sequence[str],
+    parallel: int,
+    name: str | None,
+) -> str:
+    """Returns the command as a line for the shell."""
+    words = ["eopd", "sweep", str(config)]
+    words += [word for grid in grids for word in ("--grid", grid)]
+    words += [word for override in overrides for word in ("--set", override)]
+    words += [] if seeds is None else ["--seeds", seeds]
+    words += [] if parallel == 1 else ["--parallel", str(parallel)]
+    words += [] if name is None else ["--name", name]
+    return shlex.join(words)

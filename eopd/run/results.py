@@ -1,0 +1,155 @@
+"""What a sweep found: the final numbers of its runs, compared between arms over seeds, and
+``sweep.json``.
+
+    {"name": ..., "status": "completed", "grids": {KEY: [VALUE, ...]}, "seeds": [0, 1],
+     "runs": [{"name", "arm", "seed", "status", "error", "log"}, ...],
+     "arms": [{"arm", "settings", "seeds", "values", "means", "differences"}, ...]}
+
+``values`` has the number of every seed by metric, ``means`` and ``differences`` have intervals of
+95 %; differences are to the first arm, over the seeds that both have.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from eopd.config import ConfigError
+from eopd.run.arms import Arm, Interval, by_seed, group_runs, interval, paired
+from eopd.run.checkpoint import write_whole
+from eopd.run.directory import RunDirectory
+from eopd.run.grid import Grids, PlannedRun
+from eopd.run.reading import parse_object, read_rows
+from eopd.run.record import Summary
+
+FILE: Final = "sweep.json"
+
+Status = Literal["waiting", "running", "completed", "collapsed", "interrupted", "failed"]
+Numbers = Mapping[str, float]  # by names such as ``held_out/reverse_kl``
+
+
+@dataclass(slots=True)
+class Entry:
+    """A run of a sweep, and what became of it so far."""
+
+    run: PlannedRun
+    log: Path
+    status: Status = "waiting"
+    error: str | None = None
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Returns the directory of the run."""
+        return RunDirectory(self.run.config.run.path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmResult:
+    """What the runs of an arm measured at their ends; see the head of this file."""
+
+    arm: str
+    settings: Mapping[str, object]
+    seeds: Sequence[int]
+    values: Mapping[str, Mapping[int, float]]
+    means: Mapping[str, Interval]
+    differences: Mapping[str, Interval]
+
+
+def compare(entries: Sequence[Entry]) -> list[ArmResult]:
+    """Returns the result of every arm of a sweep, the first arm first."""
+    numbers = [_numbers(entry) for entry in entries]
+    arms = group_runs([entry.run.flat for entry in entries])
+    values = [_values(arm, numbers) for arm in arms]
+    return [
+        ArmResult(
+            arm=entries[arm.runs[0]].run.arm,
+            settings=arm.settings,
+            seeds=arm.seeds,
+            values=own,
+            means=_known({name: interval(each.values()) for name, each in own.items()}),
+            differences=_differences(values[0], own) if arm is not arms[0] else {},
+        )
+        for arm, own in zip(arms, values, strict=True)
+    ]
+
+
+def final_numbers(directory: RunDirectory) -> Numbers:
+    """Returns what a run measured after its last step, by ``NAME/METRIC``; nothing of a run that did
+    not get there.
+
+    Raises:
+        ConfigError: the summary of the run cannot be read.
+    """
+    summary = directory.read_summary()
+    if summary is None or not summary.held_out.after:
+        return {}
+
+    after = summary.held_out.after
+    held_out = {f"held_out/{name}": measured.mean for name, measured in after.items()}
+    return {**held_out, **_of_benchmarks(directory, summary)}
+
+
+def write_sweep(path: Path, entries: Sequence[Entry], grids: Grids, status: str) -> list[ArmResult]:
+    """Replaces ``sweep.json``, and returns the results in it."""
+    results = compare(entries)
+    runs = [
+        {
+            "name": entry.run.name,
+            "arm": entry.run.arm,
+            "seed": entry.run.seed,
+            "status": entry.status,
+            "error": entry.error,
+            "log": str(entry.log),
+        }
+        for entry in entries
+    ]
+    record = {
+        "name": path.parent.name,
+        "status": status,
+        "grids": grids,
+        "seeds": list(dict.fromkeys(entry.run.seed for entry in entries)),
+        "runs": runs,
+        "arms": [asdict(result) for result in results],
+    }
+    write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def errors_before(path: Path) -> dict[str, str]:
+    """Returns the error of every run that failed when the sweep ran last, by the name of the run."""
+    runs = parse_object(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else {}
+    failed = [run for run in runs.get("runs", ()) if run["status"] == "failed"]
+    return {run["name"]: run["error"] for run in failed}
+
+
+def _numbers(entry: Entry) -> Numbers:
+    try:
+        return final_numbers(entry.directory)
+    except ConfigError:  # the run itself says so when it is taken up
+        return {}
+
+
+def _of_benchmarks(directory: RunDirectory, summary: Summary) -> Numbers:
+    rows = read_rows(directory.path / "evaluations.jsonl")
+    last = [row for row in rows if (row.get("phase"), row.get("step")) == ("after", summary.steps)]
+    return {
+        f"{row['name']}/{name}": measured["mean"]
+        for row in last
+        for name, measured in row["measurements"].items()
+    }
+
+
+def _values(arm: Arm, numbers: Sequence[Numbers]) -> dict[str, dict[int, float]]:
+    names = dict.fromkeys(name for run in arm.runs for name in numbers[run])
+    return {name: by_seed(arm, [found.get(name) for found in numbers]) for name in names}
+
+
+def _differences(
+    first: Mapping[str, Mapping[int, float]], own: Mapping[str, Mapping[int, float]]
+) -> dict[str, Interval]:
+    return _known({name: paired(first[name], own[name]) for name in first if name in own})
+
+
+def _known(intervals: Mapping[str, Interval | None]) -> dict[str, Interval]:
+    return {name: each for name, each in intervals.items() if each is not None}

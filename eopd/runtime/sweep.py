@@ -1,0 +1,359 @@
+"""The runs of a sweep, one after another or side by side, each a process of its own.
+
+    check ─ every run, before any starts ─▶ run ─ eopd train ... --resume auto ─▶ results, report
+
+A run is ``eopd train`` of a config that lies in the sweep's directory, and nothing but that: it can
+be looked at, stopped and continued like any other. What became of it is read from its exit code and
+its ``summary.json``. Left out: runs on several machines that share no Ray cluster.
+
+With ``parallel`` the runs share one Ray: the cluster of ``cluster.address``, or one that the sweep
+starts here, so that a GPU is given to one run at a time.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+from eopd.config import Config, ConfigError, dump_config
+from eopd.preflight import prepare
+from eopd.preflight.environment import gpus_here, is_local
+from eopd.run.changes import Change, changes
+from eopd.run.checkpoint import write_whole
+from eopd.run.directory import RunDirectory
+from eopd.run.grid import Grids, PlannedRun
+from eopd.run.lock import held, holder
+from eopd.run.results import FILE, ArmResult, Entry, Status, errors_before, write_sweep
+from eopd.runtime import cluster
+from eopd.runtime.inputs import digests
+from eopd.runtime.placement import Capacity, Node, RoleResources, plan, require_capacity
+from eopd.runtime.resume import take_up
+from eopd.runtime.signals import caught, ignored_by_children
+from eopd.telemetry.report.page import write_report
+
+TRAIN: Final = (sys.executable, "-m", "eopd", "train")
+MAY_CHANGE: Final = ("run.batches",)  # a sweep can be made longer
+COMPUTED: Final = ("noted", "never")  # kinds of changes to what is computed
+ENDED: Final = ("completed", "collapsed")
+INTERRUPTED: Final = 130
+_LONGEST_ERROR: Final = 500
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Where the runs of a sweep find their resources: the machines, and what ``eopd train`` needs to
+    get there.
+    """
+
+    nodes: Sequence[Node]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    options: Sequence[str] = ()
+
+    def require(self, roles: Sequence[RoleResources]) -> None:
+        """Raises ConfigError where so much was never free together."""
+        require_capacity(roles, self.nodes)
+
+    def has(self, configs: Sequence[Config]) -> bool:
+        """Tells whether some runs fit side by side."""
+        try:
+            self.require([role for config in configs for role in plan(config)])
+        except ConfigError:
+            return False
+
+        return True
+
+
+OpenRoom = Callable[[Config, int], AbstractContextManager[Room]]
+
+
+class Sweep:
+    """The runs of a sweep, and what became of them.
+
+    Args:
+        directory: of the sweep.
+        runs: in the order in which they are run.
+        grids: for ``sweep.json``.
+        say: is told what happens.
+        train: the command that trains a config.
+        open_room: holds what the runs share, and says where they find room, from the config of the
+            first of them and the most that run side by side.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        runs: Sequence[PlannedRun],
+        grids: Grids,
+        say: Say,
+        train: Sequence[str] = TRAIN,
+        open_room: OpenRoom | None = None,
+    ) -> None:
+        self.directory = directory
+        self.entries = [Entry(run, directory / "logs" / f"{run.name}.log") for run in runs]
+        self.report = directory / "report.html"
+        self.interrupted = False
+        self._grids = grids
+        self._say = say
+        self._train = train
+        self._open_room = open_room or room_of
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+
+    @property
+    def status(self) -> Literal["completed", "failed", "interrupted"]:
+        """Returns what became of the sweep; a run that collapsed has ended in order."""
+        if all(entry.status in ENDED for entry in self.entries):
+            return "completed"
+
+        return "failed" if self.failed and not self.interrupted else "interrupted"
+
+    @property
+    def failed(self) -> list[Entry]:
+        """Returns the runs that failed."""
+        return [entry for entry in self.entries if entry.status == "failed"]
+
+    def run(self, parallel: int) -> list[ArmResult]:
+        """Checks every run, then runs those that are not complete, at most ``parallel`` at a time.
+
+        Raises:
+            ConfigError: a run cannot be run, or this sweep is being run already; nothing was started.
+        """
+        with held(self.directory, "--name"):
+            self._check(parallel)
+            with self._open_room(self.entries[0].run.config, parallel) as room:
+                for entry in self.entries:
+                    with _named(entry):
+                        room.require(plan(entry.run.config))
+
+                self._begin()
+                asyncio.run(self._run_all(room, parallel))
+
+            return self._end()
+
+    def _check(self, parallel: int) -> None:
+        """Checks every run, and finds out which are complete.
+
+        Raises:
+            ConfigError: one has a mistake; the message begins with its name.
+        """
+        if RunDirectory(self.directory).holds_a_run():
+            raise ConfigError(f"--name: {self.directory} is a run; choose another name")
+
+        before = errors_before(self.directory / FILE)
+        for entry in self.entries:
+            with _named(entry):
+                entry.status = _status_of(entry.run.config, parallel)
+
+            if entry.status == "waiting" and entry.run.name in before:
+                error = before[entry.run.name]
+                self._say(f"{entry.run.name}: failed before ({error}); it is tried again")
+
+        if done := sum(entry.status in ENDED for entry in self.entries):
+            self._say(f"{done} of {len(self.entries)} runs are complete")
+
+    async def _run_all(self, room: Room, parallel: int) -> None:
+        """Runs what waits, as far as there is room; after a signal nothing more is begun."""
+        waiting = deque(entry for entry in self.entries if entry.status == "waiting")
+        running: dict[asyncio.Task[None], Entry] = {}
+
+        def is_next() -> bool:
+            if not waiting or self.interrupted or len(running) == parallel:
+                return False
+
+            beside = [entry.run.config for entry in running.values()]
+            return not beside or room.has([*beside, waiting[0].run.config])
+
+        with caught(self._interrupt, asyncio.current_task()):
+            try:
+                while running or is_next():
+                    while is_next():
+                        entry = waiting.popleft()
+                        running[asyncio.create_task(self._run(entry, room))] = entry
+
+                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        self._tell(running.pop(task))
+                        task.result()
+            finally:
+                if running:  # something went wrong here: no run is left behind
+                    self._interrupt()
+                    await asyncio.wait(running)
+
+    async def _run(self, entry: Entry, room: Room) -> None:
+        """Runs one run to its end."""
+        entry.status = "running"
+        self._say(f"{entry.run.name}: starts; its output is in {entry.log}")
+        self._write("running")
+        with entry.log.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *self._train,
+                str(self._config_of(entry)),
+                "--resume",
+                "auto",
+                *room.options,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **room.environment},
+                start_new_session=True,  # Ctrl-C of a terminal reaches it through the sweep
+            )
+
+        self._processes[entry.run.name] = process
+        if self.interrupted:
+            process.send_signal(signal.SIGINT)
+
+        code = await process.wait()
+        del self._processes[entry.run.name]
+        entry.status, entry.error = _outcome(entry, code)
+
+    def _interrupt(self) -> bool:
+        """Passes a signal on to the runs: the first ends them after a step, the next at once."""
+        again = "once more to end them at once"
+        self._say("ending the runs at once" if self.interrupted else f"ending the runs; {again}")
+        self.interrupted = True
+        for process in self._processes.values():
+            if process.returncode is None:
+                process.send_signal(signal.SIGINT)
+
+        return True
+
+    def _tell(self, entry: Entry) -> None:
+        ended = sum(each.status not in ("waiting", "running") for each in self.entries)
+        why = f": {entry.error}; see {entry.log}" if entry.error else ""
+        self._say(f"{entry.run.name}: {entry.status}{why} ({ended} of {len(self.entries)} runs)")
+        self._write("running")
+
+    def _begin(self) -> None:
+        """Writes the configs of the runs, and the first ``sweep.json``."""
+        for entry in self.entries:
+            entry.log.parent.mkdir(parents=True, exist_ok=True)
+            self._config_of(entry).parent.mkdir(exist_ok=True)
+            write_whole(self._config_of(entry), dump_config(entry.run.config))
+
+        self._write("running")
+
+    def _end(self) -> list[ArmResult]:
+        """Writes the last ``sweep.json`` and the report."""
+        shown = [entry.directory for entry in self.entries if entry.directory.num_steps()]
+        if shown:
+            try:
+                write_report([directory.path for directory in shown], self.report)
+            except ConfigError as error:
+                self._say(f"no report: {error}")
+
+        return self._write(self.status)
+
+    def _config_of(self, entry: Entry) -> Path:
+        return self.directory / "configs" / f"{entry.run.name}.yaml"
+
+    def _write(self, status: str) -> list[ArmResult]:
+        return write_sweep(self.directory / FILE, self.entries, self._grids, status)
+
+
+def _status_of(config: Config, parallel: int) -> Status:
+    """Returns whether a run waits or has ended, as ``eopd train --resume auto`` would find it.
+
+    Raises:
+        ConfigError: it cannot be run.
+    """
+    port = config.telemetry.port
+    if parallel > 1 and port:
+        raise ConfigError(
+            f"telemetry.port: {port} can be opened by one run at a time; for --parallel "
+            f"{parallel} set it to 0, which takes a free one"
+        )
+
+    directory, prepared = RunDirectory(config.run.path), prepare(config)
+    if other := holder(directory.path):
+        raise ConfigError(f"{directory.path} is being run by {other}")
+
+    summary = directory.read_summary()
+    if summary is not None and summary.status == "collapsed":
+        return "collapsed"
+
+    taken_up = take_up(config, digests(config, prepared), "auto")
+    if directory.num_steps():
+        _require_same(directory, config, taken_up.changes)
+
+    return "completed" if taken_up.complete else "waiting"
+
+
+def _require_same(directory: RunDirectory, config: Config, noted: Sequence[Change]) -> None:
+    """Raises ConfigError where a run would go on, or be counted, under other settings than before."""
+    computed = [each for each in changes(directory.config(), config) if each.kind in COMPUTED]
+    others = {str(each): None for each in (*computed, *noted) if each.key not in MAY_CHANGE}
+    if others:
+        raise ConfigError(
+            f"{directory.path} was begun with other settings: {'; '.join(others)}. Put them "
+            "back, or begin another sweep with --name"
+        )
+
+
+@contextmanager
+def room_of(config: Config, parallel: int) -> Iterator[Room]:
+    """Yields where the runs find room, and holds the Ray that they share while the block runs."""
+    local = is_local(config.cluster)
+    if local and parallel == 1:
+        here = Capacity(cpus=config.cluster.cpus or os.cpu_count() or 1, gpus=gpus_here())
+        yield Room(nodes=[Node(total=here, free=here)])
+        return
+
+    with ExitStack() as stack:
+        with ignored_by_children():
+            stack.enter_context(cluster.connect(config.cluster))
+
+        nodes = cluster.nodes()
+        if not local:
+            yield Room(nodes=nodes)
+            return
+
+        # the address of a Ray that ends with the sweep belongs into no config
+        environment = {"RAY_ADDRESS": cluster.joined_address()}
+        yield Room(nodes=nodes, environment=environment, options=("--set", "cluster.cpus=null"))
+
+
+@contextmanager
+def _named(entry: Entry) -> Iterator[None]:
+    """Lets a mistake in the block begin with the name of the run."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{entry.run.name}: {error}") from None
+
+
+def _outcome(entry: Entry, code: int) -> tuple[Status, str | None]:
+    """Returns what became of a run whose process has ended, and its error."""
+    if code == 0:
+        return "completed", None
+
+    if code == INTERRUPTED:
+        return "interrupted", None
+
+    try:
+        summary = entry.directory.read_summary()
+    except ConfigError as error:
+        return "failed", str(error)
+
+    if summary is not None and summary.status == "collapsed":
+        return "collapsed", None
+
+    if code < 0:
+        return "failed", f"killed by {signal.Signals(-code).name}"
+
+    return "failed", _last_error(entry.log) or f"exit code {code}"
+
+
+def _last_error(log: Path) -> str:
+    """Returns the last error in the output of a run, or else its last line."""
+    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
+    written = [line for line in lines if line]
+    errors = [line.removeprefix("error: ") for line in written if line.startswith("error: ")]
+    return next(reversed(errors or written), "")[:_LONGEST_ERROR]

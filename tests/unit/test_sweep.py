@@ -1,0 +1,304 @@
+"""A sweep runs what is not complete, names what failed, and compares its arms; the runs are those
+of ``fake_train.py``.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import fakes
+import pytest
+
+from eopd.config import ConfigError
+from eopd.models.tiny import build_model, train_tokenizer, write_model
+from eopd.run.grid import plan_runs, read_grids
+from eopd.run.results import final_numbers
+from eopd.runtime.placement import Capacity, Node
+from eopd.runtime.sweep import Room, Sweep
+
+FAKE = Path(__file__).parents[1] / "fake_train.py"
+GRID = "loss.gate=hard,never"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "model"
+    tokenizer = train_tokenizer(["a few words to cut into pieces"], 270)
+    write_model(directory, build_model("qwen3", tokenizer, seed=0, layers=1), tokenizer)
+    return directory
+
+
+class Bench:
+    """A config, and sweeps of it whose runs meet the fates that are written down."""
+
+    def __init__(self, root, model):
+        self.root = root
+        self.said = []
+        rows = root / "rows.jsonl"
+        rows.write_text(json.dumps({"prompt": "a few words"}) + "\n")
+        self.config = fakes.write_config(
+            root,
+            student=f"{{model: {model}}}",
+            teachers=f"[{{model: {model}}}]",
+            prompts=f"{{data: {rows}, held_out: {rows}}}",
+            more="learner: {token_budget: 9000, lr: 1.0e-5}\ncluster: {cpus: 4}",
+        )
+        self.fates({})
+
+    def fates(self, fates):
+        (self.root / "fates.json").write_text(json.dumps(fates))
+
+    def sweep(self, *overrides, grid=GRID, seeds=(0, 1), say=None, **options):
+        grids = read_grids([grid] if grid else [])
+        directory, runs = plan_runs(self.config, overrides, grids, seeds)
+        train = (sys.executable, str(FAKE), str(self.root / "fates.json"))
+        return Sweep(directory, runs, grids, say or self.said.append, train, **options)
+
+    def calls(self):
+        path = self.root / "calls.jsonl"
+        return fakes.read_rows(path) if path.exists() else []
+
+    def began(self):
+        return [call["name"] for call in self.calls() if "began" in call]
+
+    def record(self):
+        return json.loads((self.root / "runs" / "r-sweep" / "sweep.json").read_text())
+
+
+@pytest.fixture
+def bench(tmp_path, model):
+    return Bench(tmp_path, model)
+
+
+NAMES = ["gate-hard-seed-0", "gate-never-seed-0", "gate-hard-seed-1", "gate-never-seed-1"]
+
+
+def test_every_run_is_run_and_the_arms_are_compared(bench):
+    sweep = bench.sweep()
+    hard, never = sweep.run(1)
+    assert bench.began() == NAMES
+    assert sweep.status == "completed"
+    assert (hard.arm, never.arm) == ("loss.gate=hard", "loss.gate=never")
+    assert hard.values["held_out/reverse_kl"] == pytest.approx({0: 1.0, 1: 2.0})
+    assert never.means["held_out/reverse_kl"].mean == pytest.approx(2.5)
+    # t of one degree of freedom 12.7062, standard error 0.5
+    assert never.means["held_out/reverse_kl"].high == pytest.approx(2.5 + 6.3531, abs=1e-4)
+    difference = never.differences["held_out/reverse_kl"]
+    assert (difference.count, difference.mean) == (2, pytest.approx(1.0))
+    assert difference.high == pytest.approx(1.0)
+    assert hard.differences == {}
+
+    record = bench.record()
+    assert [run["status"] for run in record["runs"]] == ["completed"] * 4
+    assert record["grids"] == {"loss.gate": ["hard", "never"]}
+    assert record["seeds"] == [0, 1]
+    assert record["arms"][1]["settings"] == {"loss.gate.kind": "never"}
+    assert record["arms"][1]["differences"]["held_out/reverse_kl"]["mean"] == pytest.approx(1.0)
+    page = sweep.report.read_text()
+    assert all(name in page for name in NAMES)
+
+
+def test_each_run_is_trained_with_a_config_of_its_own(bench):
+    bench.sweep("run.batches=3").run(1)
+    assert {tuple(call["options"]) for call in bench.calls() if "began" in call} == {
+        ("--resume", "auto")
+    }
+    saved = bench.root / "runs" / "r-sweep" / "configs" / "gate-never-seed-1.yaml"
+    assert "batches: 3" in saved.read_text()
+
+
+def test_a_run_that_fails_is_named_and_tried_again_alone(bench):
+    bench.fates({"gate-never-seed-0": "fail", "gate-hard-seed-1": "die"})
+    sweep = bench.sweep()
+    sweep.run(1)
+    assert bench.began() == NAMES  # the others do not wait for it
+    assert sweep.status == "failed"
+    assert {entry.run.name: entry.error for entry in sweep.failed} == {
+        "gate-never-seed-0": "no luck today",
+        "gate-hard-seed-1": "killed by SIGKILL",
+    }
+    assert "going well so far" in sweep.failed[0].log.read_text()
+    assert [run["status"] for run in bench.record()["runs"]] == [
+        "completed",
+        "failed",
+        "failed",
+        "completed",
+    ]
+
+    bench.fates({})
+    again = bench.sweep()
+    hard, _ = again.run(1)
+    assert bench.began()[4:] == ["gate-never-seed-0", "gate-hard-seed-1"]
+    assert again.status == "completed"
+    assert "2 of 4 runs are complete" in bench.said
+    assert any(
+        text == "gate-never-seed-0: failed before (no luck today); it is tried again"
+        for text in bench.said
+    )
+    assert hard.means["held_out/reverse_kl"].count == 2
+
+
+def test_a_complete_sweep_is_left_as_it_is_and_can_grow(bench):
+    bench.sweep(seeds=(0,)).run(1)
+    bench.sweep(seeds=(0,)).run(1)
+    assert bench.began() == NAMES[:2]
+    bench.sweep(seeds=(0, 1)).run(1)
+    assert bench.began() == NAMES
+    bench.sweep("run.batches=5", seeds=(0,)).run(1)
+    assert bench.began()[4:] == NAMES[:2]
+
+
+def test_a_run_that_was_begun_with_other_settings_is_refused_before_any_starts(bench):
+    bench.sweep(seeds=(1,)).run(1)
+    with pytest.raises(ConfigError) as caught:
+        bench.sweep("learner.lr=2.0e-5").run(1)
+
+    assert str(caught.value).startswith("gate-hard-seed-1: ")
+    assert "learner.lr 1.0e-05 -> 2.0e-05" in str(caught.value)
+    assert len(bench.began()) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "grid", "parallel", "message"),
+    [
+        ((), "student.model=/nowhere", 1, "model-nowhere-"),
+        ((), "prompts.max_tokens=9000,1", 1, "arm prompts.max_tokens=9000: "),
+        ((), "prompts.max_tokens=100,1", 1, "max_tokens-1-seed-0: "),
+        (("cluster.cpus=1",), GRID, 1, "gate-hard-seed-0: the roles ask for 3 cpus"),
+        (("telemetry.port=9400",), GRID, 2, "gate-hard-seed-0: telemetry.port: 9400 can be opened"),
+    ],
+)
+def test_a_mistake_in_any_arm_is_found_before_the_first_starts(
+    bench, overrides, grid, parallel, message
+):
+    with pytest.raises(ConfigError) as caught:
+        bench.sweep(*overrides, grid=grid).run(parallel)
+
+    assert str(caught.value).startswith(message)
+    assert bench.calls() == []
+
+
+def test_a_run_of_this_name_is_no_sweep(bench):
+    bench.sweep(grid=None, seeds=(0,)).run(1)
+    (bench.root / "runs" / "r-sweep").rename(bench.root / "other")
+    (bench.root / "other" / "seed-0").rename(bench.root / "runs" / "r-sweep")
+    with pytest.raises(ConfigError, match=r"--name: .*r-sweep is a run; choose another name"):
+        bench.sweep().run(1)
+
+
+def test_a_run_that_collapsed_has_ended_and_counts_no_number(bench):
+    bench.fates({"gate-never-seed-1": "collapse"})
+    sweep = bench.sweep()
+    _, never = sweep.run(1)
+    assert sweep.status == "completed"
+    assert never.values["held_out/reverse_kl"].keys() == {0}
+    bench.sweep().run(1)
+    assert len(bench.began()) == 4
+
+
+def test_a_signal_ends_the_runs_softly_and_begins_no_other(bench):
+    bench.fates({"gate-never-seed-0": "wait"})
+
+    def interrupt():
+        while len(bench.began()) < 2:
+            time.sleep(0.05)
+
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    sweep = bench.sweep()
+    sweep.run(1)
+    assert sweep.status == "interrupted"
+    assert [entry.status for entry in sweep.entries] == [
+        "completed",
+        "interrupted",
+        "waiting",
+        "waiting",
+    ]
+    bench.fates({})
+    again = bench.sweep()
+    again.run(1)
+    assert again.status == "completed"
+    assert bench.began()[2:] == ["gate-never-seed-0", *NAMES[2:]]
+
+
+@contextmanager
+def room(cpus):
+    """Room for as many CPUs; a run of these tests asks for three."""
+    whole = Capacity(cpus=cpus, gpus=0.0)
+    options = ("--set", "cluster.cpus=null")
+    yield Room(
+        nodes=[Node(total=whole, free=whole)], environment={"RAY_ADDRESS": "h:1"}, options=options
+    )
+
+
+@pytest.mark.parametrize(
+    ("cpus", "parallel", "most"), [(6, 2, 2), (6, 4, 2), (20, 3, 3), (5, 2, 1)]
+)
+def test_runs_go_side_by_side_as_far_as_there_is_room(bench, cpus, parallel, most):
+    sweep = bench.sweep(open_room=lambda _, __: room(cpus))
+    sweep.run(parallel)
+    assert sweep.status == "completed"
+    assert overlap(bench.calls()) == most
+    first = bench.calls()[0]
+    assert first["options"] == ["--resume", "auto", "--set", "cluster.cpus=null"]
+    assert first["ray"] == "h:1"
+
+
+def overlap(calls):
+    """The most runs that were under way at a time."""
+    edges = sorted(
+        [(call["began"], 1) for call in calls if "began" in call]
+        + [(call["ended"], -1) for call in calls if "ended" in call]
+    )
+    under_way = most = 0
+    for _, change in edges:
+        under_way += change
+        most = max(most, under_way)
+
+    return most
+
+
+def test_numbers_of_benchmarks_are_those_after_the_last_step(bench):
+    sweep = bench.sweep(grid=None, seeds=(0,))
+    sweep.run(1)
+    directory = sweep.entries[0].directory
+    rows = [
+        {"step": step, "phase": phase, "name": "sums", "measurements": {"avg_at_n": {"mean": mean}}}
+        for step, phase, mean in [(1, "after", 0.1), (2, "during", 0.2), (2, "after", 0.3)]
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (directory.path / "evaluations.jsonl").write_text(text)
+    assert final_numbers(directory) == {
+        "held_out/reverse_kl": pytest.approx(1.0),
+        "sums/avg_at_n": 0.3,
+    }
+
+
+def test_the_command_shows_a_table_and_where_its_files_are(bench, eopd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    bench.fates({"gate-never-seed-1": "collapse"})
+    bench.sweep(seeds=(0, 1, 2)).run(1)
+    done = eopd("sweep", bench.config, "--grid", GRID, "--seeds", "0..2")
+    assert done.code == 0, done
+    assert "6 of 6 runs are complete" in done.out
+    rows = [line.split() for line in done.out.splitlines() if line.startswith("loss.gate=")]
+    # hard: 1, 2, 3, standard error 1 / sqrt(3), t of two degrees of freedom 4.3027
+    assert rows == [
+        "loss.gate=hard 3 2.0000 -0.4841 .. 4.4841 - -".split(),
+        # never: 2 and 4, standard error 1, t of one degree of freedom 12.7062
+        "loss.gate=never 2 3.0000 -9.7062 .. 15.7062 +1.0000 +1.0000 .. +1.0000".split(),
+    ]
+    assert "r-sweep/sweep.json" in done.out
+    assert "r-sweep/report.html" in done.out
+
+
+def test_a_mistake_is_one_message(bench, eopd):
+    done = eopd("sweep", bench.config, "--grid", "loss.gate=hard,soft", "--seeds", "0..1")
+    assert done.code == 2
+    assert "arm loss.gate=soft: " in done.err
