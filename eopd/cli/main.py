@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from eopd import __version__
 from eopd.cli.evaluate import evaluate
+from eopd.cli.fork import fork
 from eopd.cli.init import recipe_names, write_recipe
 from eopd.cli.listing import list_runs
 from eopd.cli.logs import logs
@@ -59,7 +60,7 @@ app.add_typer(models, name="models")
 app.add_typer(teacher, name="teacher")
 app.command("eval")(evaluate)
 app.command("list")(list_runs)
-for verb in (logs, show, stop, sweep):
+for verb in (fork, logs, show, stop, sweep):
     app.command()(verb)
 
 MODELS = Path("~/.cache/eopd/models")

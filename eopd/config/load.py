@@ -34,7 +34,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Every ``dtype: auto`` is chosen for this machine.
     """
-    tree = _expanded(_read(path))
+    return _config_of(str(path), _read(path), overrides)
+
+
+def change_config(name: str, config: Config, overrides: Sequence[str]) -> Config:
+    """Returns a config with ``a.b=c`` overrides; ``name`` begins the message where one is wrong.
+
+    Raises:
+        ConfigError: as in ``load_config``.
+    """
+    tree = typing.cast(dict[str, object], read_tree(dump_config(config)))
+    return _config_of(name, tree, overrides)
+
+
+def _config_of(name: str, tree: dict[str, object], overrides: Sequence[str]) -> Config:
+    tree = _expanded(tree)
     for override in overrides:
         _apply(tree, override)
         tree = _expanded(tree)  # the next one may name what a short form stands for
@@ -49,10 +63,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             place, line = explain(detail, Config)
             mistakes.setdefault(place, line)
 
-        raise ConfigError(f"{path}: " + "\n".join(mistakes.values())) from None
+        raise ConfigError(f"{name}: " + "\n".join(mistakes.values())) from None
 
     if mistakes:
-        raise ConfigError(f"{path}: " + "\n".join(mistakes.values()))
+        raise ConfigError(f"{name}: " + "\n".join(mistakes.values()))
 
     return with_dtypes(config)
 

@@ -60,6 +60,9 @@ class Backend(Protocol):
             ValueError: it cannot be loaded by so many ranks.
         """
 
+    def forget_moments(self) -> None:
+        """Set the optimiser back to its beginning, with the weights and the schedule as they are."""
+
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the Hugging Face model by its plain name, whole, adapters merged;
         all ranks take them in lockstep.

@@ -188,6 +188,12 @@ class DeepspeedBackend:
 
         return {name: value for name, value in state.items() if name != _STEPS}
 
+    def forget_moments(self) -> None:
+        """Set AdamW's moments and its counts of steps to zero, on every rank for its own shard."""
+        for moments in self._engine.basic_optimizer.state.values():
+            for tensor in moments.values():
+                tensor.zero_()
+
     def _as_configured(self, *, steps_before: int) -> None:
         """Set what a run may change when it goes on; torch and DeepSpeed (0.19.8) restore it from
         the checkpoint.

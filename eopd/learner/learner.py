@@ -219,11 +219,15 @@ class LearnerRank:
         """
         self._backend.save(directory, self.version._asdict() | {"num_skipped": self._num_skipped})
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, *, fresh_optimizer: bool = False) -> None:
         """Continue from what ``save`` wrote, under the incarnation that ``version`` has now.
 
         Bit-equal with as many ranks as saved; with another number up to the rounding of sums over
         ranks.
+
+        Args:
+            directory: the learner's part of a checkpoint.
+            fresh_optimizer: whether the optimiser's moments begin at zero, rather than as saved.
 
         Raises:
             FileNotFoundError: the directory holds no checkpoint.
@@ -231,6 +235,9 @@ class LearnerRank:
                 change.
         """
         saved = self._backend.load(directory)
+        if fresh_optimizer:
+            self._backend.forget_moments()
+
         self.version = PolicyVersion(self.version.incarnation, saved["step"])
         self._num_skipped = saved["num_skipped"]
 

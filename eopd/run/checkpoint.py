@@ -135,6 +135,30 @@ def remove_old(root: Path, keep_last: int, keep: Collection[int]) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def link_checkpoint(checkpoint: Path, root: Path) -> Path:
+    """Makes a checkpoint a part of another run too: by hard links, which need no space and outlive
+    the original, or by copies where the file system has none across.
+
+    Returns:
+        The checkpoint in ``root``, which is whole.
+
+    Raises:
+        FileNotFoundError: the original was removed meanwhile.
+        OSError: it could not be written.
+    """
+    partial, final = root / f".{checkpoint.name}.partial", root / checkpoint.name
+    shutil.copytree(checkpoint, partial, copy_function=_link)
+    if why := fault(partial):
+        raise FileNotFoundError(f"{checkpoint} is not whole any more: {why}")
+
+    for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+        _force(path)
+
+    partial.rename(final)
+    _force(root)
+    return final
+
+
 def write_manifest(directory: Path) -> None:
     """Forces every file to disk, then writes and forces the manifest, then forces the directories that
     name them.
@@ -216,6 +240,16 @@ def _named(root: Path) -> list[Path]:
     """Returns the directories that are named like checkpoints, by step."""
     paths = (path for path in root.glob("step-*") if re.fullmatch("step-[0-9]+", path.name))
     return sorted(paths, key=step_of)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+        _force(Path(target))
 
 
 def _entry(path: Path) -> dict[str, object]:

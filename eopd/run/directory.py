@@ -44,9 +44,11 @@ from typing import Self
 from eopd import __version__
 from eopd.config import Config, ConfigError, dump_config, load_config
 from eopd.config.saved import require_directory
+from eopd.ledger import Ledger
 from eopd.plugins import sources
 from eopd.run.changes import Change
 from eopd.run.checkpoint import (
+    DriverState,
     StorageError,
     broken_checkpoints,
     list_checkpoints,
@@ -56,6 +58,7 @@ from eopd.run.checkpoint import (
 )
 from eopd.run.evaluations import best_checkpoints, read_evaluations
 from eopd.run.lock import holder, last_holder
+from eopd.run.parent import PARENT
 from eopd.run.place import require_no_foreign_files
 from eopd.run.reading import (
     config_before,
@@ -134,6 +137,7 @@ class RunDirectory:
             directory._summary,
             directory._scale,
             directory.report,
+            path / PARENT,
         )
 
         try:
@@ -275,9 +279,24 @@ class RunDirectory:
         """Remove the rows of steps after the checkpoint that the run continues from."""
         for path in self._by_step:
             if path.exists():
-                rows = up_to_step(read_rows(path), step)
-                lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-                write_whole(path, "".join(f"{line}\n" for line in lines))
+                _write_rows(path, up_to_step(read_rows(path), step))
+
+    def begin_as(self, parent: "RunDirectory", state: DriverState) -> None:
+        """Write what another run holds of itself up to a checkpoint: its config with the changes of
+        it, its rows, and what was dropped by then.
+        """
+        for path in (parent._config, parent._changes):
+            if path.exists():
+                write_whole(self.path / path.name, path.read_text(encoding="utf-8"))
+
+        for path in parent._by_step:
+            if path.exists():
+                _write_rows(self.path / path.name, up_to_step(read_rows(path), state.step))
+
+        known = Ledger.restore(**state.ledger).dropped  # type: ignore[arg-type]
+        dropped = [row for row in read_rows(parent.dropped) if row.get("issue") in known]
+        if dropped:
+            _write_rows(self.dropped, dropped)
 
     def add_trained(self, step: int, trained: Mapping[int, Header]) -> None:
         """Append to ``trained.jsonl`` which trajectories, by issue number, a step trained on.
@@ -475,3 +494,8 @@ class RunDirectory:
                 whole[texts["prompt_id"]] = texts
 
         return whole
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_whole(path, "".join(f"{line}\n" for line in lines))

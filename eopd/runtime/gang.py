@@ -98,9 +98,9 @@ class LearnerGang:
         async with self._reserved:
             await self._each("save", directory)
 
-    async def load(self, directory: Path) -> None:  # noqa: D102
+    async def load(self, directory: Path, *, fresh_optimizer: bool = False) -> None:  # noqa: D102
         async with self._reserved:
-            await self._each("load", directory)
+            await self._each("load", directory, fresh_optimizer)
 
     async def export(self, directory: Path, adapter: Path) -> None:
         """Write the student as a Hugging Face directory, and with LoRA its adapter."""

@@ -121,8 +121,8 @@ class LearnerActor(Actor):
     def save(self, directory: Path) -> None:  # noqa: D102
         self._rank.save(directory)
 
-    def load(self, directory: Path) -> None:  # noqa: D102
-        self._rank.load(directory)
+    def load(self, directory: Path, fresh_optimizer: bool) -> None:  # noqa: D102
+        self._rank.load(directory, fresh_optimizer=fresh_optimizer)
 
     def version(self) -> PolicyVersion:  # noqa: D102
         return self._rank.version

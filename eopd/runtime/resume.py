@@ -135,7 +135,7 @@ def take_up(
             "--resume --step"
         )
 
-    state = _state_of(checkpoint)
+    state = state_of(checkpoint)
     if config.guard.on_collapse == "stop":
         require_no_collapse(directory, state.step)
 
@@ -168,7 +168,7 @@ def _summary_of(directory: RunDirectory) -> Summary:
     return summary
 
 
-def _state_of(checkpoint: Path) -> DriverState:
+def state_of(checkpoint: Path) -> DriverState:
     """Reads the driver's part of a checkpoint.
 
     Raises:
@@ -261,9 +261,20 @@ def _other_sources(directory: RunDirectory, config: Config) -> list[str]:
 
 
 def what_changed(
-    directory: RunDirectory, config: Config, state: DriverState, inputs: Mapping[str, str]
+    directory: RunDirectory,
+    config: Config,
+    state: DriverState,
+    inputs: Mapping[str, str],
+    option: str = "--resume",
 ) -> list[Change]:
     """Returns what is computed in another way after a checkpoint.
+
+    Args:
+        directory: the run that the checkpoint is of.
+        config: holds after it.
+        state: the driver's part of the checkpoint.
+        inputs: the digests of what the paths of the config hold.
+        option: of the command line, with which the message of an error begins.
 
     Raises:
         ConfigError: something changed that makes it another run; the message names all of it, and
@@ -286,7 +297,7 @@ def what_changed(
             causes = [change for change in paths if "prompts" in change.key]
             refused += [change for change in causes if change.key != "prompts.data"]
 
-        _refuse(directory, refused)
+        _refuse(directory, refused, option)
 
     return [change for change in changed if change.kind == "noted"]
 
@@ -312,9 +323,9 @@ def _changed_contents(
     ]
 
 
-def _refuse(directory: RunDirectory, refused: Sequence[Change]) -> None:
+def _refuse(directory: RunDirectory, refused: Sequence[Change], option: str) -> None:
     raise ConfigError(
-        f"--resume: {'; '.join(map(str, refused))}. That would be another run. Put it back "
+        f"{option}: {'; '.join(map(str, refused))}. That would be another run. Put it back "
         f"as it was; or write the student of this one with `eopd export {directory.path}`, "
         "and start a new run from it (student.model, and another run.name)"
     )

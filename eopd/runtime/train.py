@@ -23,9 +23,10 @@ from eopd.preflight import Prepared, prepare
 from eopd.preflight import notes as notes_on
 from eopd.prompts import PromptOrder
 from eopd.roles import LearnerDownError, WeightChannel
-from eopd.run.checkpoint import StorageError
+from eopd.run.checkpoint import StorageError, step_of
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
+from eopd.run.parent import forgets_moments_at
 from eopd.run.progress import Progress, first_line
 from eopd.run.record import Row, Summary
 from eopd.runtime import cluster
@@ -246,7 +247,8 @@ class Training:
     async def _from_checkpoint_to_end(self) -> None:
         learner = self._workers.learner
         if (checkpoint := self._state.checkpoint()) is not None:
-            await learner.load(checkpoint / "learner")
+            fresh = forgets_moments_at(self._state.directory.path, step_of(checkpoint))
+            await learner.load(checkpoint / "learner", fresh_optimizer=fresh)
 
         await self._workers.channel.publish(await learner.version())
         self._state.go_on()

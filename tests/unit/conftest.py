@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +14,17 @@ class Done(NamedTuple):
     code: int | str | None
     out: str
     err: str
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that a config can name: it passes every check before the start of a run."""
+    from eopd.models.tiny import build_model, train_tokenizer, write_model
+
+    directory = tmp_path_factory.mktemp("models") / "model"
+    tokenizer = train_tokenizer(["a few words to cut into pieces"], 270)
+    write_model(directory, build_model("qwen3", tokenizer, seed=0, layers=1), tokenizer)
+    return directory
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import fakes
 import pytest
 
 from eopd.config import ConfigError
-from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.run.grid import plan_runs, read_grids
 from eopd.run.results import final_numbers
 from eopd.runtime.placement import Capacity, Node
@@ -23,14 +22,6 @@ from eopd.runtime.sweep import Room, Sweep
 
 FAKE = Path(__file__).parents[1] / "fake_train.py"
 GRID = "loss.gate=hard,never"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models") / "model"
-    tokenizer = train_tokenizer(["a few words to cut into pieces"], 270)
-    write_model(directory, build_model("qwen3", tokenizer, seed=0, layers=1), tokenizer)
-    return directory
 
 
 class Bench:
@@ -71,8 +62,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path, model):
-    return Bench(tmp_path, model)
+def bench(tmp_path, tiny_model):
+    return Bench(tmp_path, tiny_model)
 
 
 NAMES = ["gate-hard-seed-0", "gate-never-seed-0", "gate-hard-seed-1", "gate-never-seed-1"]
@@ -287,12 +278,12 @@ def test_the_command_shows_a_table_and_where_its_files_are(bench, eopd, monkeypa
     done = eopd("sweep", bench.config, "--grid", GRID, "--seeds", "0..2")
     assert done.code == 0, done
     assert "6 of 6 runs are complete" in done.out
-    rows = [line.split() for line in done.out.splitlines() if line.startswith("loss.gate=")]
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
     # hard: 1, 2, 3, standard error 1 / sqrt(3), t of two degrees of freedom 4.3027
-    assert rows == [
-        "loss.gate=hard 3 2.0000 -0.4841 .. 4.4841 - -".split(),
+    assert [line for line in lines if line.startswith("loss.gate=")] == [
+        "loss.gate=hard 3 2.0000 -0.4841 .. 4.4841 - -",
         # never: 2 and 4, standard error 1, t of one degree of freedom 12.7062
-        "loss.gate=never 2 3.0000 -9.7062 .. 15.7062 +1.0000 +1.0000 .. +1.0000".split(),
+        "loss.gate=never 2 3.0000 -9.7062 .. 15.7062 +1.0000 +1.0000 .. +1.0000",
     ]
     assert "r-sweep/sweep.json" in done.out
     assert "r-sweep/report.html" in done.out
