@@ -53,6 +53,9 @@ class PlainBackend:
         self._optimizer.load_state_dict(moments)
         return state
 
+    def forget_moments(self):
+        self._optimizer.state.clear()
+
     def whole_weights(self):
         for name, recipe in whole_tensors(self.student.model).items():
             yield name, recipe.whole()

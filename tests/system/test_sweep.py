@@ -1,0 +1,121 @@
+"""A sweep of two arms over three seeds on real workers, its report, and a fork of one of its runs."""
+
+import json
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+from program import read_rows
+
+ARMS, SEEDS = ("gate-hard", "gate-never"), (0, 1, 2)
+SMALL = (
+    "run.batches=2",
+    "run.expected_minutes=null",
+    "rollout.engines=1",
+    "learner.ranks=1",
+    "flow.batch_prompts=4",
+    "evaluation.prompts=4",
+    "cluster.cpus=4",
+)
+LIMIT_S = 900
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S + 60)]
+
+
+def arguments(program, seeds):
+    """``eopd sweep`` of the tiny config."""
+    _, config, *settings = program.train("swept", *SMALL)
+    grid = ["--grid", "loss.gate=hard,never", "--seeds", seeds, "--name", "swept"]
+    return ["sweep", config, *settings, *grid, "--parallel", "2"]
+
+
+def ended(process, log):
+    code = process.wait(timeout=LIMIT_S)
+    return subprocess.CompletedProcess(process.args, code, log.read_text())
+
+
+@pytest.fixture(scope="module")
+def swept(program):
+    """A sweep of which a run is killed, and which the same command then completes, with one more
+    seed.
+    """
+    log = program.runs.parent / "swept.log"
+    process = program.start(*arguments(program, "0..1"), log=log)
+    killed = program.runs / "swept" / "gate-hard-seed-0"
+    while not read_rows(killed / "metrics.jsonl"):
+        assert process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.2)
+
+    holder = json.loads((killed / "run.lock").read_text())
+    psutil.Process(holder["pid"]).send_signal(signal.SIGKILL)
+    first = ended(process, log)
+
+    log = program.runs.parent / "swept-again.log"
+    second = ended(program.start(*arguments(program, "0..2"), log=log), log)
+    return program.runs / "swept", first, second
+
+
+def test_a_run_that_is_killed_is_named_and_ends_no_other(swept):
+    _, first, _ = swept
+    assert first.returncode == 1, first.stdout
+    assert "failed: gate-hard-seed-0: killed by SIGKILL" in first.stdout
+    assert first.stdout.count(": completed (") == 3
+    assert "continue with: eopd sweep configs/tiny.yaml" in first.stdout
+
+
+def test_the_same_command_completes_it_with_more_seeds(swept, program):
+    directory, _, second = swept
+    assert second.returncode == 0, second.stdout
+    assert "3 of 6 runs are complete" in second.stdout
+    record = json.loads((directory / "sweep.json").read_text())
+    assert record["status"] == "completed"
+    runs = {(run["name"], run["status"]) for run in record["runs"]}
+    assert runs == {(f"{arm}-seed-{seed}", "completed") for arm in ARMS for seed in SEEDS}
+    assert program.left_behind() == []
+
+
+def test_its_numbers_are_those_of_the_runs(swept):
+    directory, _, second = swept
+    record = json.loads((directory / "sweep.json").read_text())
+    for arm, result in zip(ARMS, record["arms"], strict=True):
+        for seed in SEEDS:
+            summary = json.loads((directory / f"{arm}-seed-{seed}" / "summary.json").read_text())
+            found = result["values"]["held_out/reverse_kl"][str(seed)]
+            assert found == summary["held_out"]["after"]["reverse_kl"]["mean"]
+
+    hard, never = (result["values"]["held_out/reverse_kl"] for result in record["arms"])
+    difference = record["arms"][1]["differences"]["held_out/reverse_kl"]
+    assert difference["count"] == 3
+    expected = sum(never[seed] - hard[seed] for seed in hard) / 3
+    assert difference["mean"] == pytest.approx(expected)
+    assert difference["low"] < difference["mean"] < difference["high"]
+    assert "held_out/reverse_kl" in second.stdout
+
+
+def test_its_report_shows_every_run(swept):
+    page = (swept[0] / "report.html").read_text()
+    assert all(f"{arm}-seed-{seed}" in page for arm in ARMS for seed in SEEDS)
+
+
+def test_a_fork_goes_on_under_another_rate_with_a_fresh_optimiser(swept, program):
+    parent = swept[0] / "gate-hard-seed-1"
+    before = (parent / "metrics.jsonl").read_bytes()
+    settings = ["--set", "learner.lr=5.0e-4", "--set", "run.batches=4"]
+    done = program.run("fork", str(parent), "--name", "forked", *settings, "--fresh-optimizer")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "goes on from step 2 of gate-hard-seed-1; optimiser fresh" in done.stdout
+    assert "from step 3: learner.lr 0.002 -> 0.0005" in done.stdout + done.stderr
+    assert (parent / "metrics.jsonl").read_bytes() == before
+
+    child = swept[0] / "forked"
+    rows = read_rows(child / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[2]["eopd_learning_rate"] == pytest.approx(5e-4)
+    assert rows[:2] == read_rows(parent / "metrics.jsonl")
+    issues = [issue for row in read_rows(child / "trained.jsonl") for issue in row["issues"]]
+    assert sorted(issues) == list(range(4 * 4))
+    summary = json.loads((child / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("completed", 4)
+    assert json.loads((child / "parent.json").read_text())["step"] == 2
