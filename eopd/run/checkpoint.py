@@ -147,9 +147,13 @@ def link_checkpoint(checkpoint: Path, root: Path) -> Path:
         OSError: it could not be written.
     """
     partial, final = root / f".{checkpoint.name}.partial", root / checkpoint.name
-    shutil.copytree(checkpoint, partial, copy_function=_link)
-    if why := fault(partial):
-        raise FileNotFoundError(f"{checkpoint} is not whole any more: {why}")
+    try:
+        shutil.copytree(checkpoint, partial, copy_function=_link)
+    except OSError:
+        _require_whole(checkpoint)
+        raise
+
+    _require_whole(partial)
 
     for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         _force(path)
@@ -240,6 +244,11 @@ def _named(root: Path) -> list[Path]:
     """Returns the directories that are named like checkpoints, by step."""
     paths = (path for path in root.glob("step-*") if re.fullmatch("step-[0-9]+", path.name))
     return sorted(paths, key=step_of)
+
+
+def _require_whole(checkpoint: Path) -> None:
+    if why := fault(checkpoint):
+        raise FileNotFoundError(f"{checkpoint}: {why}")
 
 
 def _link(source: str, target: str) -> None:

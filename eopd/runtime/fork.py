@@ -11,8 +11,8 @@ the parent's. The parent is only read, and may go on meanwhile.
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -65,29 +65,14 @@ def fork(
             f"--set run.batches={at + max(at, 1)}"
         )
 
-    with ExitStack() as stack:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-            stack.callback(shutil.rmtree, made, ignore_errors=True)
-            made.chmod(0o755)
-            child = RunDirectory(made)
-            child.checkpoints.mkdir()
-            # first: the parent may remove it while the rest is checked
-            kept = link_checkpoint(checkpoint, child.checkpoints)
-        except FileNotFoundError:
-            raise ConfigError(
-                f"--step {at}: {checkpoint} was removed meanwhile; name a newer step"
-            ) from None
-        except OSError as error:
-            raise ConfigError(
-                f"--name {name}: {target} cannot be made ({error.strerror})"
-            ) from None
-
+    with _made_beside(target, name) as made:
+        # first: the parent may remove it while the rest is checked
+        kept = _linked(checkpoint, made)
         state = state_of(kept)
-        changed = what_changed(
-            parent, config, state, digests(config, prepare(config)), option="--set"
-        )
+        inputs = digests(config, prepare(config))
+        changed = what_changed(parent, config, state, inputs, option="--set")
+
+        child = RunDirectory(made)
         child.begin_as(parent, state)
         child.go_on(config, at, changed)
         child.write_summary(_summary(parent, state))
@@ -99,9 +84,37 @@ def fork(
             changes={change.key: (change.before, change.after) for change in changed},
             time=time.time(),
         ).write(made)
-        _move(made, target, name)
 
     return RunDirectory(target)
+
+
+@contextmanager
+def _made_beside(target: Path, name: str) -> Iterator[Path]:
+    """Yields a hidden directory, which becomes ``target`` when the block has ended well, and goes
+    otherwise.
+    """
+    made = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+        made.chmod(0o755)
+        yield made
+        made.rename(target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--name {name}: {target} cannot be made ({reason})") from None
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _linked(checkpoint: Path, made: Path) -> Path:
+    root = RunDirectory(made).checkpoints
+    root.mkdir()
+    try:
+        return link_checkpoint(checkpoint, root)
+    except FileNotFoundError:
+        raise ConfigError(f"{checkpoint} was removed meanwhile; name a newer one: --step") from None
 
 
 def _config(source: Path, before: Config, name: str, overrides: Sequence[str]) -> Config:
@@ -144,10 +157,3 @@ def _summary(parent: RunDirectory, state: DriverState) -> Summary:
         wall_s=state.wall_s,
         held_out=replace(summary.held_out, after=None),
     )
-
-
-def _move(made: Path, target: Path, name: str) -> None:
-    try:
-        made.rename(target)
-    except OSError as error:
-        raise ConfigError(f"--name {name}: {target} cannot be made ({error.strerror})") from None

@@ -105,6 +105,7 @@ class Sweep:
         self._say = say
         self._train = train
         self._open_room = open_room or room_of
+        self._running: dict[asyncio.Task[None], Entry] = {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
 
     @property
@@ -129,10 +130,7 @@ class Sweep:
         with held(self.directory, "--name"):
             self._check(parallel)
             with self._open_room(self.entries[0].run.config, parallel) as room:
-                for entry in self.entries:
-                    with _named(entry):
-                        room.require(plan(entry.run.config))
-
+                self._require(room)
                 self._begin()
                 asyncio.run(self._run_all(room, parallel))
 
@@ -159,33 +157,41 @@ class Sweep:
         if done := sum(entry.status in ENDED for entry in self.entries):
             self._say(f"{done} of {len(self.entries)} runs are complete")
 
+    def _require(self, room: Room) -> None:
+        for entry in self.entries:
+            with _named(entry):
+                room.require(plan(entry.run.config))
+
     async def _run_all(self, room: Room, parallel: int) -> None:
         """Runs what waits, as far as there is room; after a signal nothing more is begun."""
-        waiting = deque(entry for entry in self.entries if entry.status == "waiting")
-        running: dict[asyncio.Task[None], Entry] = {}
-
-        def is_next() -> bool:
-            if not waiting or self.interrupted or len(running) == parallel:
-                return False
-
-            beside = [entry.run.config for entry in running.values()]
-            return not beside or room.has([*beside, waiting[0].run.config])
-
         with caught(self._interrupt, asyncio.current_task()):
             try:
-                while running or is_next():
-                    while is_next():
-                        entry = waiting.popleft()
-                        running[asyncio.create_task(self._run(entry, room))] = entry
-
-                    done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        self._tell(running.pop(task))
-                        task.result()
+                await self._take_turns(room, parallel)
             finally:
-                if running:  # something went wrong here: no run is left behind
+                if self._running:  # something went wrong here: no run is left behind
                     self._interrupt()
-                    await asyncio.wait(running)
+                    await asyncio.wait(self._running)
+
+    async def _take_turns(self, room: Room, parallel: int) -> None:
+        waiting = deque(entry for entry in self.entries if entry.status == "waiting")
+
+        def is_next() -> bool:
+            if not waiting or self.interrupted or len(self._running) == parallel:
+                return False
+
+            beside = [entry.run.config for entry in self._running.values()]
+            return not beside or room.has([*beside, waiting[0].run.config])
+
+        while self._running or is_next():
+            while is_next():
+                entry = waiting.popleft()
+                self._running[asyncio.create_task(self._run(entry, room))] = entry
+
+            done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                entry = self._running.pop(task)
+                task.result()
+                self._tell(entry)
 
     async def _run(self, entry: Entry, room: Room) -> None:
         """Runs one run to its end."""

@@ -155,7 +155,21 @@ async def test_a_checkpoint_is_copied_where_it_cannot_be_linked(parent, tmp_path
     assert list_checkpoints(tmp_path / "other") == [copy]
 
 
-async def test_a_checkpoint_that_goes_away_meanwhile_is_no_checkpoint(parent, tmp_path):
+async def test_a_checkpoint_that_goes_away_meanwhile_is_no_checkpoint(parent, monkeypatch):
+    link, original = os.link, parent.checkpoints / "step-000008"
+
+    def removed_between_two_files(source, target):
+        link(source, target)
+        shutil.rmtree(original, ignore_errors=True)
+
+    monkeypatch.setattr(os, "link", removed_between_two_files)
+    assert refusal(parent.path, name="new", step=8) == (
+        f"{original} was removed meanwhile; name a newer one: --step"
+    )
+    assert os.listdir(parent.path.parent) == ["r"]
+
+
+async def test_a_checkpoint_that_was_copied_in_part_is_no_checkpoint(parent, tmp_path):
     original = parent.checkpoints / "step-000008"
     (original / "learner" / "weights").unlink()
     (tmp_path / "other").mkdir()
