@@ -108,6 +108,11 @@ async def test_a_fork_is_taken_up_as_if_it_had_been_stopped_there(parent, path):
     assert (change["from_step"], change["changes"]) == (9, {"learner.lr": [1e-5, 5e-5]})
 
 
+async def test_it_begins_with_the_settings_that_held_there(parent):
+    assert fork(parent.path, name="early", step=8).config().learner.lr == 1e-5
+    assert fork(parent.path, name="late", step=12).config().learner.lr == 2e-5
+
+
 async def test_its_parent_is_recorded(parent):
     child = fork(parent.path, name="new", overrides=["learner.lr=5.0e-5"])
     written = read_parent(child.path)

@@ -261,7 +261,7 @@ def test_numbers_of_benchmarks_are_those_after_the_last_step(bench):
     directory = sweep.entries[0].directory
     rows = [
         {"step": step, "phase": phase, "name": "sums", "measurements": {"avg_at_n": {"mean": mean}}}
-        for step, phase, mean in [(1, "after", 0.1), (2, "during", 0.2), (2, "after", 0.3)]
+        for step, phase, mean in [(2, "after", 0.3), (1, "after", 0.1), (2, "during", 0.2)]
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (directory.path / "evaluations.jsonl").write_text(text)
