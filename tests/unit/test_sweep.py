@@ -16,6 +16,7 @@ import pytest
 
 from eopd.config import ConfigError
 from eopd.run.grid import plan_runs, read_grids
+from eopd.run.lock import held
 from eopd.run.results import final_numbers
 from eopd.runtime.placement import Capacity, Node
 from eopd.runtime.sweep import Room, Sweep
@@ -179,6 +180,25 @@ def test_a_run_of_this_name_is_no_sweep(bench):
     (bench.root / "runs" / "r-sweep").rename(bench.root / "other")
     (bench.root / "other" / "seed-0").rename(bench.root / "runs" / "r-sweep")
     with pytest.raises(ConfigError, match=r"--name: .*r-sweep is a run; choose another name"):
+        bench.sweep().run(1)
+
+
+def test_two_processes_do_not_run_one_sweep(bench):
+    with (
+        held(bench.root / "runs" / "r-sweep"),
+        pytest.raises(ConfigError, match=r"--name: .*r-sweep is being run by process \d+"),
+    ):
+        bench.sweep().run(1)
+
+    assert bench.calls() == []
+
+
+def test_a_run_that_another_process_runs_is_left_to_it(bench):
+    bench.sweep(seeds=(0,)).run(1)
+    with (
+        held(bench.root / "runs" / "r-sweep" / "gate-never-seed-0"),
+        pytest.raises(ConfigError, match=r"gate-never-seed-0: .* is being run by process \d+"),
+    ):
         bench.sweep().run(1)
 
 
