@@ -38,7 +38,10 @@ OPTION_OF: Final = {
 
 
 # The arguments and options of ``eopd eval``.
-_Model = Annotated[Path, typer.Argument(help="A Hugging Face directory, e.g. runs/NAME/hf.")]
+_Model = Annotated[
+    str,
+    typer.Argument(help="A Hugging Face directory, e.g. runs/NAME/hf, or a model's OWNER/NAME."),
+]
 _Data = Annotated[
     str,
     typer.Argument(

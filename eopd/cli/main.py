@@ -195,9 +195,9 @@ def check(
     ] = False,
 ) -> None:
     """Check models, vocabularies, end tokens and prompts, and say what was found."""
-    resolved = load_config(config, overrides or [])
     from eopd import preflight
 
+    resolved = preflight.pinned(load_config(config, overrides or []))
     prepared = preflight.prepare(resolved)
     for line in preflight.describe(resolved, prepared):
         typer.echo(line)
@@ -267,10 +267,12 @@ def export(
 
         require_place("--output", written)
 
+    from eopd.hub import model_directory
     from eopd.learner.export import export_checkpoint
     from eopd.preflight import require_model
 
-    require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
+    student = model_directory(config.student.model, weights=True)
+    require_model("student.model", student, num_tokens=config.max_sequence_tokens)
     with blame_user(target):
         export_checkpoint(config.student, checkpoint / "learner", target)
 

@@ -41,7 +41,8 @@ def serve(
     run = load_config(config, overrides or [])
     chosen = _choose(run.teachers, name)
     token = token_for(api_key_env, host)
-    from eopd.preflight import require_model, require_served
+    from eopd.hub import model_directory
+    from eopd.preflight import pin_model, require_model, require_served
     from eopd.preflight.environment import require_packages
     from eopd.roles import TeacherDownError
     from eopd.runtime.placement import vllm_env
@@ -50,9 +51,11 @@ def serve(
     from eopd.tokenizer import vocab_size
 
     key, longest = f"teachers.{chosen.name}.model", run.max_teacher_tokens(chosen)
-    require_model(key, chosen.model, num_tokens=longest, tokenizer=False)
-    require_served(key, chosen.model)
-    if run.loss.top_k > (size := vocab_size(chosen.model)):
+    model = pin_model(key, chosen.model, {}, weights=True)
+    chosen, directory = chosen.model_copy(update={"model": model}), model_directory(model)
+    require_model(key, directory, num_tokens=longest, tokenizer=False)
+    require_served(key, directory)
+    if run.loss.top_k > (size := vocab_size(directory)):
         raise ConfigError(
             f"loss.top_k: {run.loss.top_k} is larger than the vocabulary of {size} tokens"
         )

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from eopd.config.escapes import control_in
+from eopd.config.names import ModelName
 
 NativeOptions = dict[str, object]
 
@@ -88,6 +89,29 @@ def _not_empty(value: object) -> object:
 
 
 AbsolutePath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_resolve)]
+
+
+def _as_text(value: object) -> object:
+    return os.fspath(value) if isinstance(value, Path) else value
+
+
+def _resolve_model(spec: str) -> str:
+    """Make a path absolute, unless it is the name of a model and nothing lies there."""
+    if "\0" in spec:
+        raise ValueError("a path holds no NUL character")
+
+    is_name = ModelName.parse(spec) is not None and not os.path.lexists(spec)
+    return spec if is_name else str(_resolve(Path(spec)))
+
+
+# An absolute path or the name of a model on the Hub; ``eopd.hub.model_directory`` finds either.
+ModelSpec = Annotated[
+    str,
+    Field(description="a directory, or OWNER/NAME on the Hugging Face Hub"),
+    BeforeValidator(_not_empty),
+    BeforeValidator(_as_text),
+    AfterValidator(_resolve_model),
+]
 
 
 def _resolve_data(spec: str) -> str:

@@ -16,6 +16,7 @@ from eopd.config.base import (
     Count,
     DataSpec,
     FunctionName,
+    ModelSpec,
     Names,
     NativeOptions,
     Positive,
@@ -103,9 +104,11 @@ class LoraConfig(Section):
 class StudentConfig(Section):
     """The model that learns."""
 
-    model: AbsolutePath
-    """The student's Hugging Face directory, with weights, configuration and tokenizer. Every node
-    must be able to read it.
+    model: ModelSpec
+    """The student: a Hugging Face directory with weights, configuration and tokenizer, which every
+    node must be able to read; or a model on the Hugging Face Hub, ``OWNER/NAME`` or
+    ``OWNER/NAME@REVISION``. The chapter docs/configuration.md#models-and-data-by-name says how it
+    is found.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -134,8 +137,8 @@ class PromptsConfig(Section):
 
     data: DataSpec
     """The training rows: a ``.jsonl`` or ``.parquet`` file, or the name of a data set of the
-    ``datasets`` library (``NAME``, ``NAME:SPLIT`` or ``NAME:SUBSET:SPLIT``). The chapter
-    docs/configuration.md#rows says what a row holds.
+    ``datasets`` library (``NAME``, ``NAME:SPLIT`` or ``NAME:SUBSET:SPLIT``, with a revision
+    ``NAME@REVISION:SUBSET:SPLIT``). The chapter docs/configuration.md#rows says what a row holds.
     """
 
     held_out: DataSpec

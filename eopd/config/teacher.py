@@ -6,10 +6,10 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, model_validator
 
 from eopd.config.base import (
-    AbsolutePath,
     Actors,
     Cpus,
     Gpus,
+    ModelSpec,
     Names,
     NativeOptions,
     PromptText,
@@ -111,9 +111,10 @@ class TeacherConfig(Section):
     ``teachers[].server``.
     """
 
-    model: AbsolutePath
-    """The teacher's Hugging Face directory, which shares the student's vocabulary. Of a teacher
-    behind a server configuration and tokenizer are enough.
+    model: ModelSpec
+    """The teacher: a Hugging Face directory, or a model on the Hub as for ``student.model``. It
+    shares the student's vocabulary. Of a teacher behind a server configuration and tokenizer are
+    enough.
     """
 
     server: ServerConfig | None = None

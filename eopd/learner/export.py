@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from eopd.config import StudentConfig
+from eopd.hub import model_directory
 from eopd.learner.deepspeed_backend import read_weights
 from eopd.learner.lora import adapter_tensors, save_adapter, whole_tensors
 from eopd.learner.student import load_student
@@ -41,14 +42,15 @@ def export_checkpoint(student: StudentConfig, checkpoint: Path, directory: Path)
         directory: where to write; an older one is replaced. With LoRA it holds the merged model, and
             the adapter is written to ``<directory>-adapter``, which is replaced too.
     """
+    source = model_directory(student.model)
     loaded = load_student(student, activation_checkpointing=False)
     loaded.load_state_dict(read_weights(checkpoint))
     model = loaded.model
     weights = {name: recipe.whole() for name, recipe in whole_tensors(model).items()}
-    write_student(directory, model, weights, source=student.model)
+    write_student(directory, model, weights, source=source)
     if adapter := {name: recipe.whole() for name, recipe in adapter_tensors(model).items()}:
         save_adapter(
-            directory.with_name(f"{directory.name}-adapter"), model, adapter, source=student.model
+            directory.with_name(f"{directory.name}-adapter"), model, adapter, source=source
         )
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.config.loss import Gate, HardGate, QuantileGate, SigmoidGate
 from eopd.config.teacher import EntropyBound
+from eopd.hub import model_directory
 from eopd.learner.backend import Backend, OpenBackend
 from eopd.learner.collate import Packed, Weighting, body_of, collate, collate_text
 from eopd.learner.estimates import entropy_counts, eval_stats, token_sums
@@ -94,7 +95,8 @@ class LearnerRank:
     ) -> None:
         torch.set_num_threads(learner.threads)
         torch.manual_seed(seed)
-        self._source, self._loss, self._rank, self._broken = student.model, loss, rank, broken
+        self._source = model_directory(student.model)
+        self._loss, self._rank, self._broken = loss, rank, broken
         self._weigh = Weigher(loss=loss, entropy_bounds=entropy_bounds, seed=seed)
         self._weigh_to_measure = replace(self._weigh, loss=LossConfig(gate=_yardstick(loss.gate)))
         self._max_skipped, self._num_skipped = learner.max_skipped_steps, 0

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
 from eopd.config import StudentConfig
+from eopd.hub import model_directory
 from eopd.learner.lora import add_adapters
 from eopd.loss.head import Head
 
@@ -113,7 +114,8 @@ def load_student(
             or recomputed layers would drop out activations.
         ConfigError: ``lora.target_modules`` cannot be adapted.
     """
-    model_config = AutoConfig.from_pretrained(config.model)
+    directory = model_directory(config.model, weights=True)
+    model_config = AutoConfig.from_pretrained(directory)
     attention = choose_attention(
         MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None),
         model_config.get_text_config().to_dict(),
@@ -122,7 +124,7 @@ def load_student(
         flash_installed=is_flash_attn_2_available(),
     )
     model = AutoModelForCausalLM.from_pretrained(
-        config.model, dtype=getattr(torch, config.chosen_dtype), attn_implementation=attention
+        directory, dtype=getattr(torch, config.chosen_dtype), attn_implementation=attention
     ).to(device)
     student = Student(model, num_tokens=num_tokens)
     _prove_packing(student)

@@ -5,12 +5,16 @@ options, prompts. Every failure is one ``ConfigError``.
 from eopd.preflight.answers import require_answers, require_readable_answers
 from eopd.preflight.inputs import Prepared, prepare
 from eopd.preflight.models import require_model, require_served
+from eopd.preflight.pinning import pin_data, pin_model, pinned
 from eopd.preflight.report import describe, notes
 
 __all__ = [
     "Prepared",
     "describe",
     "notes",
+    "pin_data",
+    "pin_model",
+    "pinned",
     "prepare",
     "require_answers",
     "require_model",

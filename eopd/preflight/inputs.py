@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
+from eopd.hub import model_directory
 from eopd.preflight.answers import require_answers, require_readable_answers
 from eopd.preflight.environment import is_local, require_environment
 from eopd.preflight.functions import require_functions
@@ -69,7 +70,8 @@ def _prepared(config: Config) -> Prepared:
     if not all(path.suffix in DATA_SUFFIXES for path in data):
         return _prepare(config)
 
-    models = {config.student.model, *(teacher.model for teacher in config.teachers)}
+    specs = {config.student.model, *(teacher.model for teacher in config.teachers)}
+    models = {model_directory(spec) for spec in specs}
     # A generator: the first directory that cannot be read ends the look-up, and ``_prepare`` raises
     # the error under its key.
     files = (
@@ -102,15 +104,16 @@ def _require_keys(config: Config) -> None:
 
 
 def _prepare(config: Config) -> Prepared:
-    require_model("student.model", config.student.model, num_tokens=config.max_sequence_tokens)
+    student = model_directory(config.student.model, weights=True)
+    require_model("student.model", student, num_tokens=config.max_sequence_tokens)
     require_student(config)
     vocabularies = {teacher.name: _vocabulary(config, teacher) for teacher in config.teachers}
     if config.student.lora is not None:
         from eopd.learner.lora import check_targets
 
-        check_targets(config.student.model, config.student.lora)
+        check_targets(student, config.student.lora)
 
-    tokenizer = load_tokenizer(config.student.model)
+    tokenizer = load_tokenizer(student)
     train = PromptSet.load(
         config.prompts.data,
         config.prompts,
@@ -155,17 +158,19 @@ def _vocabulary(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
     local = teacher.backend == "vllm"
     # a format of vLLM's own has files of its own
     weights = local and "load_format" not in teacher.vllm
+    directory = model_directory(teacher.model, weights=local)
     require_model(
         f"{key}.model",
-        teacher.model,
+        directory,
         num_tokens=config.max_teacher_tokens(teacher),
         weights=weights,
     )
     if local:
-        require_served(f"{key}.model", teacher.model)
+        require_served(f"{key}.model", directory)
 
     try:
-        shared = require_same_vocabulary(config.student.model, teacher.model, teacher.eos_remap)
+        student = model_directory(config.student.model)
+        shared = require_same_vocabulary(student, directory, teacher.eos_remap)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
 
@@ -184,7 +189,7 @@ def _views(config: Config) -> Callable[[str], TeacherView | None]:
         teacher.name: TeacherView(
             name=teacher.name,
             template=teacher.template,
-            tokenizer=load_tokenizer(teacher.model),
+            tokenizer=load_tokenizer(model_directory(teacher.model)),
             options=teacher.template_options,
             max_tokens=teacher.max_prompt_tokens or config.prompts.max_tokens,
         )

@@ -10,6 +10,7 @@ from typing import Final
 from eopd.config import Config, ConfigError
 from eopd.config.json_text import told
 from eopd.config.pointer import require_no_pointer
+from eopd.hub import model_directory
 from eopd.preflight.weights import read_tensors
 from eopd.tokenizer import end_token_ids, load_tokenizer, read_json, vocab_size
 
@@ -85,7 +86,7 @@ def require_student(config: Config) -> None:
     Raises:
         ConfigError: it cannot, for a reason of ``eopd.learner.fitness``.
     """
-    key, directory = "student.model", config.student.model
+    key, directory = "student.model", model_directory(config.student.model, weights=True)
     with _blame(key):
         tensors = read_tensors(directory, standard_names=True)
 
@@ -143,16 +144,12 @@ def _vllm_architectures() -> frozenset[str]:
 
 
 def _require_directory(directory: Path) -> None:
-    """Refuses what is no directory, with the command that makes one of a model on the Hub."""
+    """Refuses what is no directory, and says what else may stand there."""
     if not directory.exists():
-        here = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else Path()
-        is_hub_name = len(here.parts) == 2 and here.parts[0] != "models"
-        name = here if is_hub_name else f"OWNER/{directory.name}"
         raise ConfigError(
-            f"there is no directory {directory}; models are read from directories and never "
-            f"downloaded: `hf download {name} --local-dir {directory}` makes it of a model "
-            "on the Hugging Face Hub, `eopd models demo` and `eopd models tiny` those of "
-            "the shipped configs"
+            f"there is no directory {directory}; a model on the Hugging Face Hub is named "
+            "OWNER/NAME or OWNER/NAME@REVISION, `eopd models demo` and `eopd models tiny` make "
+            "those of the shipped configs"
         )
 
     if not directory.is_dir():

@@ -4,52 +4,17 @@ A row has its columns, and the place where it stands, which a message on it begi
 """
 
 import json
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import cast
 
 from eopd.config import ConfigError
 from eopd.config.base import DATA_SUFFIXES
 from eopd.config.json_text import JsonError, parse_json
 from eopd.config.pointer import require_no_pointer
 from eopd.prompts.arrow import as_written, read_parquet
-
-# Kinds of files that people have rows in, and that are not read here. Any other ending may be part
-# of the name of a data set.
-OTHER_SUFFIXES: Final = frozenset(
-    [
-        ".arrow",
-        ".avro",
-        ".bz2",
-        ".csv",
-        ".feather",
-        ".gz",
-        ".h5",
-        ".json",
-        ".jsonlines",
-        ".ndjson",
-        ".npy",
-        ".npz",
-        ".orc",
-        ".pickle",
-        ".pkl",
-        ".pq",
-        ".tar",
-        ".tsv",
-        ".txt",
-        ".xls",
-        ".xlsx",
-        ".xz",
-        ".yaml",
-        ".yml",
-        ".zip",
-        ".zst",
-    ]
-)
-_PART: Final = re.compile(r":(?![^\[]*\])")  # a colon, but not that of the slice in ``train[:100]``
+from eopd.prompts.named import load_named, names_a_data_set, parse_data_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +34,7 @@ def read_data(spec: str, key: str = "prompts.data") -> list[DataRow]:
     """Reads all rows of a ``.jsonl`` or ``.parquet`` file, or of a data set by name.
 
     A name is ``NAME``, ``NAME:SPLIT`` or ``NAME:SUBSET:SPLIT``, e.g. ``openai/gsm8k:main:train``;
-    the split is ``train`` where none is named.
+    the split is ``train`` where none is named, and a revision stands behind the name.
 
     Args:
         spec: The file or the name.
@@ -111,10 +76,7 @@ def _read(spec: str, key: str) -> list[DataRow]:
     if path.suffix == ".parquet":
         return _numbered(read_parquet(path, f"{key}: {spec}"), f"{key}: {spec}")
 
-    if (
-        path.suffix.lower() in {*OTHER_SUFFIXES, *DATA_SUFFIXES}
-        or Path(os.path.expanduser(spec)).is_file()
-    ):
+    if not names_a_data_set(spec):
         raise ConfigError(
             f"{key}: {spec} must be .jsonl (a JSON object a line), .parquet, or the name of "
             f"a data set; files that end in {path.suffix or 'nothing'} are not read"
@@ -176,22 +138,18 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
 
 
 def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
-    import datasets
     import pyarrow
 
-    name, *parts = _PART.split(spec)
-    if len(parts) > 2 or not all((name, *parts)):
-        raise ConfigError(f"{key}: {spec} must be NAME, NAME:SPLIT or NAME:SUBSET:SPLIT")
-
-    split = parts[-1] if parts else "train"
-    subset = parts[0] if len(parts) == 2 else None
+    name = parse_data_name(key, spec)
 
     try:
-        rows = datasets.load_dataset(name, subset, split=split)
+        rows = load_named(name)
         kind = pyarrow.struct(list(rows.features.arrow_schema))
         return [cast(Mapping[str, object], as_written(row, kind)) for row in rows]
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
     except Exception as error:  # noqa: BLE001 - a data set may run code of its own, which raises what it likes
-        hint = "; a subset is named as NAME:SUBSET:SPLIT" if len(parts) < 2 else ""
+        hint = "" if name.subset else "; a subset is named as NAME:SUBSET:SPLIT"
         raise ConfigError(
             f"{key}: data set {spec} cannot be loaded: {error or type(error).__name__}{hint}"
         ) from None

@@ -29,6 +29,7 @@ from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.config import RolloutConfig, StudentConfig
 from eopd.engine_options import on_cpu
+from eopd.hub import model_directory
 from eopd.roles import EngineDownError
 from eopd.types import (
     Float32Array,
@@ -83,7 +84,7 @@ class VllmRolloutEngine:
             stat_loggers: where vLLM's own metrics go, if its options ask for them.
         """
         options: dict[str, object] = {
-            "model": str(student.model),
+            "model": str(model_directory(student.model, weights=True)),
             "dtype": student.chosen_dtype,
             "max_model_len": max_sequence_tokens,
             "logprobs_mode": "processed_logprobs",  # include the temperature

@@ -140,9 +140,9 @@ def changes(before: Config, after: Config) -> list[Change]:
     for name in sorted(old.keys() | new.keys()):
         key = f"teachers.{name}"
         if name not in old:
-            changed.append(Change(key, None, str(new[name].model), "noted"))
+            changed.append(Change(key, None, new[name].model, "noted"))
         elif name not in new:
-            changed.append(Change(key, str(old[name].model), None, "noted"))
+            changed.append(Change(key, old[name].model, None, "noted"))
         else:
             was, becomes = old[name].model_dump(mode="json"), new[name].model_dump(mode="json")
             changed += _differences(f"{key}.", was, becomes, knob="teachers[].")

@@ -15,7 +15,6 @@ import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import ray
@@ -31,6 +30,7 @@ from ray.exceptions import (
 from eopd.config import RolloutConfig, StudentConfig, TeacherConfig
 from eopd.config.loss import Reward
 from eopd.config.sections import FilterConfig
+from eopd.hub import model_directory
 from eopd.roles import EngineDownError, TeacherDownError, WorkerDownError
 from eopd.runtime import spawned
 from eopd.runtime.process import clean_environment
@@ -176,16 +176,17 @@ class RolloutActor(Actor):
         from eopd.tokenizer import num_tokens
         from eopd.weights.vllm_receiver import engine_options
 
+        directory = model_directory(student.model, weights=True)
         self._engine = await VllmRolloutEngine.start(
             student,
             rollout,
             max_sequence_tokens=max_sequence_tokens,
             weight_options=engine_options(),
             version=version,
-            num_tokens=num_tokens(student.model),
+            num_tokens=num_tokens(directory),
             stat_loggers=stat_loggers(self._name),
         )
-        self._verifier = None if reward is None else Verifier(reward, student.model)
+        self._verifier = None if reward is None else Verifier(reward, directory)
         self._keeps_row = row_is_read_later
 
         return min(self._engine.seats, MAX_REQUESTS)
@@ -262,7 +263,7 @@ class TeacherActor(Actor):
         top_k: int,
         max_sequence_tokens: int,
         filtering: FilterConfig | None,
-        student: Path,
+        student: str,
     ) -> int:
         """Starts the scorer; returns its seats."""
         from eopd.rewards.filtering import Filter
@@ -284,7 +285,7 @@ class TeacherActor(Actor):
                 start = EopdTeacherScorer.start
 
         self._scorer = await start(teacher, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
-        self._filter = None if filtering is None else Filter(filtering, student)
+        self._filter = None if filtering is None else Filter(filtering, model_directory(student))
 
         return min(self._scorer.seats, MAX_REQUESTS)
 

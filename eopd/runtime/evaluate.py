@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from eopd.config import ClusterConfig, PromptsConfig, RolloutConfig, StudentConfig
 from eopd.config.base import GraderName
 from eopd.evaluation.benchmarks import BenchmarkResult, run_benchmark
-from eopd.preflight import require_answers, require_model, require_readable_answers
+from eopd.hub import model_directory
+from eopd.preflight import (
+    pin_data,
+    pin_model,
+    require_answers,
+    require_model,
+    require_readable_answers,
+)
 from eopd.prompts import PromptSet
 from eopd.rewards.graders import open_grader
 from eopd.runtime import cluster
@@ -42,9 +49,12 @@ def evaluate_model(
             read.
     """
     longest = benchmark.prompts.max_tokens + rollout.max_response_tokens
-    require_model("MODEL", student.model, num_tokens=longest)
-    tokenizer = load_tokenizer(student.model)
-    data = PromptSet.load(benchmark.prompts.data, benchmark.prompts, tokenizer, key="DATA")
+    model = pin_model("MODEL", student.model, {}, weights=True)
+    student, directory = student.model_copy(update={"model": model}), model_directory(model)
+    require_model("MODEL", directory, num_tokens=longest)
+    tokenizer = load_tokenizer(directory)
+    spec = pin_data("DATA", benchmark.prompts.data, {})
+    data = PromptSet.load(spec, benchmark.prompts, tokenizer, key="DATA")
     require_answers(data)
     require_readable_answers(data, benchmark.grader)
     for note in data.notes:

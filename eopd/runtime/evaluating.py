@@ -18,6 +18,7 @@ from eopd.config.benchmark import HELD_OUT
 from eopd.evaluation.benchmarks import BenchmarkResult, Fetch, run_benchmark
 from eopd.evaluation.beside import Beside, HeldChannel, OneVersion
 from eopd.evaluation.summary import ByPrompt, by_prompt, differences, measurements
+from eopd.hub import model_directory
 from eopd.preflight import Prepared
 from eopd.rewards.graders import open_grader
 from eopd.run.evaluations import Evaluation, Phase
@@ -170,7 +171,7 @@ class Evaluator:
         """Runs a benchmark on the weights of a step, and records what it measured."""
         started = time.monotonic()
         evaluation = self._config.evaluation
-        tokenizer = load_tokenizer(self._config.student.model)
+        tokenizer = load_tokenizer(model_directory(self._config.student.model))
         sampling = Sampling(
             temperature=benchmark.temperature,
             max_tokens=benchmark.max_response_tokens or evaluation.max_response_tokens,

@@ -2,7 +2,8 @@
 continues from it is compared with them: a path may change where the contents are the same.
 
 Left out: the bytes of weights. The student's come from the checkpoint; those of a teacher would
-take minutes to read, so that their names and sizes stand for them.
+take minutes to read, so that their names and sizes stand for them, or the commit of a model by
+name.
 """
 
 import hashlib
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import Config
+from eopd.config.names import ModelName
+from eopd.hub import model_directory
 from eopd.preflight import Prepared
 from eopd.prompts import PromptSet
 
@@ -53,17 +56,28 @@ def _prompt_parts(prompts: PromptSet) -> Iterator[bytes]:
         yield prompt.token_ids.tobytes()
 
 
-def _digest_model(directory: Path, *, weights: bool) -> str:
+def _digest_model(spec: str, *, weights: bool) -> str:
+    directory = model_directory(spec)
     keys: Mapping[str, object] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     relevant = {key: value for key, value in keys.items() if key not in _IRRELEVANT}
     parts = [json.dumps(relevant, sort_keys=True).encode()]
     parts += [path.read_bytes() for name in TOKENIZER if (path := directory / name).is_file()]
     if weights:
         parts += [path.read_bytes() for name in RENDERING if (path := directory / name).is_file()]
-        files = sorted(file for pattern in WEIGHTS for file in directory.glob(pattern))
-        parts += [f"{file.name} {file.stat().st_size}".encode() for file in files]
+        parts += _weights(spec, directory)
 
     return _digest(parts)
+
+
+def _weights(spec: str, directory: Path) -> list[bytes]:
+    """Returns what stands for a model's weights. A cache may hold more files of a commit than a run
+    reads.
+    """
+    if ModelName.parse(spec) is not None:
+        return [spec.encode()]
+
+    files = sorted(file for pattern in WEIGHTS for file in directory.glob(pattern))
+    return [f"{file.name} {file.stat().st_size}".encode() for file in files]
 
 
 def _digest(parts: Iterable[bytes]) -> str:

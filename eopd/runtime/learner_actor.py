@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from eopd.config import Config
+from eopd.hub import model_directory
 from eopd.metrics import reduce
 from eopd.run.directory import RunDirectory
 from eopd.runtime.actors import Actor
@@ -61,7 +62,7 @@ class LearnerActor(Actor):
             config.learner,
             config.loss,
             temperature=config.rollout.temperature,
-            num_tokens=num_tokens(config.student.model),
+            num_tokens=num_tokens(model_directory(config.student.model)),
             total_batches=config.run.batches,
             seed=config.run.seed,
             entropy_bounds={teacher.name: teacher.entropy_bound for teacher in config.teachers},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from eopd.config import Config
 from eopd.evaluation.held_out import NothingMeasuredError, measure
 from eopd.evaluation.samples import sample_record
+from eopd.hub import model_directory
 from eopd.preflight import Prepared
 from eopd.run.directory import RunDirectory
 from eopd.runtime.logs import logger
@@ -93,7 +94,10 @@ async def keep_samples(
 async def _records(
     config: Config, prepared: Prepared, scored: Sequence[Stored[ScoredTrajectory]]
 ) -> list[Mapping[str, object]]:
-    tokenizer, texts = load_tokenizer(config.student.model), prepared.held_out.texts
+    tokenizer, texts = (
+        load_tokenizer(model_directory(config.student.model)),
+        prepared.held_out.texts,
+    )
     return [
         await asyncio.to_thread(
             sample_record, body, texts[body.trajectory.prompt.prompt_id], tokenizer

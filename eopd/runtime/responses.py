@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from eopd.buffer import Taken
 from eopd.config import Config
 from eopd.evaluation.samples import response_record
+from eopd.hub import model_directory
 from eopd.run.directory import RunDirectory
 from eopd.runtime.logs import logger
 from eopd.runtime.supervisor import fetch
@@ -86,7 +87,7 @@ class Responses:
         bodies: Sequence[ScoredTrajectory | LostTrajectory],
     ) -> list[Mapping[str, object]]:
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._model)
+            self._tokenizer = load_tokenizer(model_directory(self._model))
 
         return [
             response_record(

@@ -157,6 +157,13 @@ def take_up(
     )
 
 
+def config_to_continue(config: Config, resume: Resume) -> Config | None:
+    """Returns the config of the run that goes on as it was written last; None where one begins."""
+    directory = RunDirectory(config.run.path)
+    goes_on = resume != "no" and list_checkpoints(directory.checkpoints)
+    return directory.config() if goes_on else None
+
+
 def _summary_of(directory: RunDirectory) -> Summary:
     summary = directory.read_summary()
     if summary is None:
@@ -306,7 +313,7 @@ def _changed_contents(
     config: Config, before: Mapping[str, str], after: Mapping[str, str]
 ) -> list[Change]:
     """Returns the paths that hold something else than they did, by their digests."""
-    paths = {f"teachers.{teacher.name}.model": str(teacher.model) for teacher in config.teachers}
+    paths = {f"teachers.{teacher.name}.model": teacher.model for teacher in config.teachers}
     paths |= {
         f"evaluation.benchmarks.{benchmark.name}.data": benchmark.data
         for benchmark in config.evaluation.benchmarks
@@ -314,7 +321,7 @@ def _changed_contents(
     paths |= {
         "prompts.data": config.prompts.data,
         "prompts.held_out": config.prompts.held_out,
-        "student.model": str(config.student.model),
+        "student.model": config.student.model,
     }
     return [
         Change(key, OTHER_CONTENTS, path, "never" if key in MUST_BE_THE_SAME else "noted")

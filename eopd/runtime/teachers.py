@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from eopd.config import Config, TeacherConfig
 from eopd.fleet import Fleet
+from eopd.hub import model_directory
 from eopd.pool import Pool
 from eopd.roles import TeacherDownError, TeacherScorer
 from eopd.runtime.actors import MAX_CALLS, ActorProcess, RemoteTeacher, Spawn, TeacherActor
@@ -104,7 +105,7 @@ async def _test(
             return await self_test(
                 [_WithBodies(scorer) for scorer in fleet.workers.values()],
                 prompt_ids=prompt_ids[: max(1, longest)],
-                vocab_size=vocab_size(teacher.model),
+                vocab_size=vocab_size(model_directory(teacher.model)),
                 dtype=teacher.dtype,
                 rounded_logits=teacher.logits_are_rounded,
             )

@@ -19,7 +19,7 @@ import numpy as np
 from eopd.config import Config
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
-from eopd.preflight import Prepared, prepare
+from eopd.preflight import Prepared, pinned, prepare
 from eopd.preflight import notes as notes_on
 from eopd.prompts import PromptOrder
 from eopd.roles import LearnerDownError, WeightChannel
@@ -38,7 +38,7 @@ from eopd.runtime.logs import collect, logger
 from eopd.runtime.outlets import Outlets, open_trackers
 from eopd.runtime.placement import plan
 from eopd.runtime.responses import Responses
-from eopd.runtime.resume import Resume, TakenUp, take_up
+from eopd.runtime.resume import Resume, TakenUp, config_to_continue, take_up
 from eopd.runtime.signals import Interruption, caught, ignored_by_children, obeyed
 from eopd.runtime.state import RunState
 from eopd.runtime.supervisor import Workers, start_workers
@@ -79,6 +79,7 @@ def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> 
     Raises:
         ConfigError: the user's mistake, found before any worker starts.
     """
+    config = pinned(config, config_to_continue(config, resume))
     prepared = prepare(config)
     directory = RunDirectory(config.run.path)
 

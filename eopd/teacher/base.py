@@ -15,6 +15,7 @@ from typing import cast
 import numpy as np
 
 from eopd.config import TeacherConfig
+from eopd.hub import model_directory
 from eopd.teacher.end_tokens import to_student, to_teacher
 from eopd.teacher.signal import SignalError
 from eopd.tokenizer import num_tokens
@@ -44,7 +45,7 @@ class SignalScorer(ABC):
 
     @cached_property
     def _num_tokens(self) -> int:
-        return num_tokens(self._config.model)
+        return num_tokens(model_directory(self._config.model))
 
     @abstractmethod
     async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:

@@ -30,6 +30,7 @@ from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.config import ConfigError, TeacherConfig
 from eopd.engine_options import on_cpu
+from eopd.hub import model_directory
 from eopd.roles import TeacherDownError
 from eopd.teacher import head
 from eopd.teacher.base import SignalScorer, whole_sequence
@@ -188,15 +189,16 @@ def engine_options(
             quantised weights.
     """
     native = dict(config.vllm)
-    declared = _declared(config.model)
-    _require_kernels(config.model, declared, native)
+    directory = model_directory(config.model, weights=True)
+    declared = _declared(directory)
+    _require_kernels(directory, declared, native)
     overrides = {
-        "architectures": [head.PREFIX + _architecture(config.model, declared)],
+        "architectures": [head.PREFIX + _architecture(directory, declared)],
         "head_dtype": config.head_dtype,
     }
     scoring = {head.OPTIONS: {"top_k": top_k, "temperature": config.temperature}}
     options: dict[str, object] = {
-        "model": str(config.model),
+        "model": str(directory),
         "dtype": config.dtype,
         "runner": "pooling",
         "max_model_len": max_sequence_tokens,

@@ -251,7 +251,7 @@ def test_entrypoint_is_a_valid_command_on_an_existing_config(rayjob):
     resolved = load_config(ROOT / config, options[1::2])
     shared = [resolved.run.directory, resolved.student.model, resolved.teachers[0].model]
     for path in shared:
-        assert path.is_relative_to("/shared"), "what nodes share lies on the shared volume"
+        assert Path(path).is_relative_to("/shared"), "what nodes share lies on the shared volume"
 
 
 def test_every_group_runs_an_image_of_this_folder(rayjob):

@@ -40,7 +40,7 @@ def test_the_resolved_config_loads_back_equal(path, tmp_path):
     assert config.loss.gate.kind == "always"
     assert config.teachers[0].temperature == 0.7
     assert config.rollout.vllm == {"seed": 3}
-    assert config.student.model.is_absolute() and config.run.path.is_absolute()
+    assert Path(config.student.model).is_absolute() and config.run.path.is_absolute()
     again = tmp_path / "resolved.yaml"
     again.write_text(dump_config(config))
     assert load_config(again) == config
@@ -405,7 +405,10 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "student.dtype=bf16",
             "student.dtype: must be auto, float32 or bfloat16 (is bf16); did you mean bfloat16?",
         ),
-        ("student.model=", "student.model: must be a path (is null)"),
+        (
+            "student.model=",
+            "student.model: must be a directory, or OWNER/NAME on the Hugging Face Hub (is null)",
+        ),
         ("student.model=''", "student.model: must be a path (is ''); . is the working directory"),
         (
             "student.model=~nosuchuser/x",

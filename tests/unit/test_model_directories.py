@@ -338,11 +338,10 @@ def test_weights_of_the_old_format_pass_and_a_cut_one_does_not(directory):
     assert "DIR/pytorch_model.bin is cut short" in refused(directory)
 
 
-def test_a_name_of_the_hub_is_told_how_to_become_a_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_missing_directory_is_told_what_else_may_stand_there(tmp_path):
     message = refused(tmp_path / "Qwen" / "Qwen3-0.6B")
-    assert "models are read from directories and never downloaded" in message
-    assert "`hf download Qwen/Qwen3-0.6B --local-dir DIR`" in message
+    assert message.startswith("student.model: there is no directory DIR; ")
+    assert "a model on the Hugging Face Hub is named OWNER/NAME or OWNER/NAME@REVISION" in message
     (tmp_path / "file").write_text("")
     assert "is a file; name the Hugging Face model directory" in refused(tmp_path / "file")
 

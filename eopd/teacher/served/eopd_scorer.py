@@ -6,6 +6,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from eopd.config import ConfigError, TeacherConfig
+from eopd.hub import model_directory
 from eopd.teacher.base import SignalScorer, whole_sequence
 from eopd.teacher.served import wire
 from eopd.teacher.served.http import ServerClient, TeacherRefusedError, explain
@@ -20,7 +21,8 @@ class EopdTeacherScorer(SignalScorer):
     """One of our own servers as a teacher. Make it with ``start``."""
 
     def __init__(self, client: ServerClient, config: TeacherConfig, *, top_k: int) -> None:
-        super().__init__(config, top_k=top_k, vocab_size=vocab_size(config.model))
+        size = vocab_size(model_directory(config.model))
+        super().__init__(config, top_k=top_k, vocab_size=size)
         self._client = client
 
     @classmethod

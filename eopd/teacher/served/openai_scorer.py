@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, TeacherConfig
+from eopd.hub import model_directory
 from eopd.teacher.base import SignalScorer, whole_sequence
 from eopd.teacher.served.bounds import entropy_bounds, tail_logprobs
 from eopd.teacher.served.http import ServerClient, TeacherRefusedError, explain
@@ -94,7 +95,7 @@ class OpenAITeacherScorer(SignalScorer):
         assert config.server is not None and config.server.model is not None, (
             "the config of backend openai"
         )
-        size = vocab_size(config.model)
+        size = vocab_size(model_directory(config.model))
         if top_k > size:
             raise ConfigError(
                 f"loss.top_k {top_k} is above the vocabulary of {size} of teacher {config.name}"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from eopd.config import ConfigError, TeacherConfig
+from eopd.hub import model_directory
 from eopd.roles import TeacherDownError
 from eopd.tokenizer import has_tokenizer
 
@@ -101,7 +102,9 @@ def _server_settings(config: TeacherConfig, host: str, port: int) -> dict[str, o
         "shutdown_timeout": math.ceil(config.timeout_s),
         "disable_uvicorn_access_log": True,
         "disable_log_stats": False,
-        "skip_tokenizer_init": not has_tokenizer(config.model),  # vLLM prints its failure
+        "skip_tokenizer_init": not has_tokenizer(
+            model_directory(config.model)
+        ),  # vLLM prints its failure
     }
 
 

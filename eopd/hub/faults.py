@@ -1,0 +1,137 @@
+"""What goes wrong between here and the Hub becomes one line that says what to do."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, Literal, TypeVar
+
+from eopd.config import ConfigError
+
+Kind = Literal["model", "dataset"]
+T = TypeVar("T")
+
+ANSWER_S: Final = 8.0  # the library itself would wait for minutes
+WORDS: Final = {"model": "model", "dataset": "data set"}
+
+
+@contextmanager
+def told(spec: str, kind: Kind, repository: str, revision: str | None) -> Iterator[None]:
+    """Raises what the Hub, the network or the cache does as one line that begins with ``spec``.
+
+    Raises:
+        ConfigError: the block failed so.
+    """
+    import httpx2
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        RevisionResolutionError,
+    )
+
+    try:
+        yield
+    except (
+        EntryNotFoundError,
+        HFValidationError,
+        RevisionResolutionError,
+        httpx2.HTTPError,
+        OSError,
+    ) as error:
+        # what the library says in many lines has its cause in the first error of the chain
+        reason = _reason(_first(error), kind, repository, revision)
+        raise ConfigError(f"{spec}: {reason}") from error
+
+
+def in_time(ask: Callable[[], T]) -> T:
+    """Returns ``ask()``, which asks the Hub one short question.
+
+    It runs in a thread of its own: nothing else ends a look-up of a host's address.
+
+    Raises:
+        TimeoutError: there was no answer in time; the thread is left behind.
+    """
+    answers: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except Exception as error:  # noqa: BLE001 - raised again by the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    if errors:
+        raise errors[0]
+
+    if not answers:
+        raise TimeoutError(f"no answer in {ANSWER_S:g} s")
+
+    return answers[0]
+
+
+def access(page: str) -> str:
+    """Returns what to do about a page that the Hub does not show."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        return "set HF_TOKEN on every node, or log in with `hf auth login`"
+
+    return f"the token that is set (HF_TOKEN, or of `hf auth login`) must be allowed to read {page}"
+
+
+def _reason(error: BaseException, kind: Kind, repository: str, revision: str | None) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    hub = constants.ENDPOINT
+    page = f"{hub}/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    cache = f"the cache {constants.HF_HUB_CACHE}"
+    fill = (
+        f"fill it with `{_download_command(kind, repository, revision)}` where there is a network"
+    )
+
+    match error:
+        case GatedRepoError():
+            return f"is gated; accept its conditions at {page}, and {access(page)}"
+        case RepositoryNotFoundError():
+            return f"{hub} has no such {WORDS[kind]}, or it is private; then {access(page)}"
+        case RevisionNotFoundError():
+            return f"{repository} has no such revision; {page}/tree/main lists its branches"
+        case HfHubHTTPError() if error.response.status_code in (401, 403):
+            return f"{hub} refuses to show it; {access(page)}"
+        case HfHubHTTPError():
+            return f"{hub} answers {error.response.status_code}; try again later, or {fill}"
+        case HFValidationError():
+            return f"is no name that {hub} could know"
+        case OfflineModeIsEnabled():
+            return f"HF_HUB_OFFLINE is set, and it is not whole in {cache}; unset it, or {fill}"
+        case OSError() if error.filename:
+            return f"{error.filename} cannot be read or written ({error.strerror})"
+
+    return f"{hub} cannot be reached ({error}), and it is not whole in {cache}; {fill}"
+
+
+def _download_command(kind: Kind, repository: str, revision: str | None) -> str:
+    """Returns the command that downloads a repository into the cache."""
+    what = "--type dataset " if kind == "dataset" else ""
+    which = f" --revision {revision}" if revision else ""
+    return f"hf download {what}{repository}{which}"
+
+
+def _first(error: BaseException) -> BaseException:
+    """Returns the error that one of the library was raised for, as the library itself met it."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    while not isinstance(error, HfHubHTTPError | OfflineModeIsEnabled) and error.__cause__:
+        error = error.__cause__
+
+    return error

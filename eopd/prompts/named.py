@@ -1,0 +1,161 @@
+"""Data sets by name, of the ``datasets`` library: their names are pinned to commits, and loaded."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from eopd.config import ConfigError
+from eopd.config.base import DATA_SUFFIXES
+from eopd.config.names import DataName, is_commit
+from eopd.hub import find_commit, require_commit
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Kinds of files that people have rows in, and that are not read here. Any other ending may be part
+# of the name of a data set.
+OTHER_SUFFIXES: Final = frozenset(
+    [
+        ".arrow",
+        ".avro",
+        ".bz2",
+        ".csv",
+        ".feather",
+        ".gz",
+        ".h5",
+        ".json",
+        ".jsonlines",
+        ".ndjson",
+        ".npy",
+        ".npz",
+        ".orc",
+        ".pickle",
+        ".pkl",
+        ".pq",
+        ".tar",
+        ".tsv",
+        ".txt",
+        ".xls",
+        ".xlsx",
+        ".xz",
+        ".yaml",
+        ".yml",
+        ".zip",
+        ".zst",
+    ]
+)
+
+
+def names_a_data_set(spec: str) -> bool:
+    """Tells whether a spec is the name of a data set, and not that of a file that has rows.
+
+    Raises:
+        OSError: it is too long for either.
+    """
+    path = Path(os.path.expanduser(spec))
+    return path.suffix.lower() not in {*OTHER_SUFFIXES, *DATA_SUFFIXES} and not path.is_file()
+
+
+def pin_data(key: str, spec: str, before: Mapping[str, str]) -> str:
+    """Returns the spec of a data set with the commit behind its revision; that of a file or of a
+    directory as it is.
+
+    Args:
+        key: the key of the config, for messages.
+        spec: what stands there.
+        before: the specs of the run that goes on, by their keys. A name without a revision keeps
+            the commit that the run began with.
+
+    Raises:
+        ConfigError: it has too many parts, or the Hub does not show it.
+    """
+    name = _name_on_the_hub(key, spec)
+    if name is None:
+        return spec
+
+    began = _name_on_the_hub(key, before.get(key, ""))
+    if name.revision is None and began and began.repository == name.repository:
+        return str(replace(name, revision=began.revision))
+
+    try:
+        commit = find_commit("dataset", name.repository, name.revision, spec)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}; nor is it a file or a directory here") from None
+
+    return str(replace(name, revision=commit))
+
+
+def _name_on_the_hub(key: str, spec: str) -> DataName | None:
+    """Returns the name of a data set; None where a file or a directory is named."""
+    try:
+        if not spec or spec.startswith((".", "/", "~")) or not names_a_data_set(spec):
+            return None
+    except OSError:  # whoever reads it says so
+        return None
+
+    name = parse_data_name(key, spec)
+    return None if os.path.isdir(name.repository) else name
+
+
+def parse_data_name(key: str, spec: str) -> DataName:
+    """Returns the parts of the name of a data set.
+
+    Raises:
+        ConfigError: it has too many parts, or an empty one.
+    """
+    try:
+        return DataName.parse(spec)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def load_named(name: DataName) -> "Dataset":
+    """Loads the rows of a data set by name.
+
+    One that is pinned comes from exactly that commit, from the cache where it is there. The library
+    itself, where it cannot reach the Hub, takes the newest commit that its cache happens to hold.
+
+    Raises:
+        Exception: whatever the library raises, or a ``ConfigError`` of ours.
+    """
+    import datasets
+
+    if not is_commit(name.revision):
+        options = {} if name.revision is None else {"revision": name.revision}
+        return datasets.load_dataset(name.repository, name.subset, split=name.split, **options)
+
+    if (cached := _cached(name)) is not None:
+        return cached
+
+    require_commit("dataset", name.repository, name.revision, str(name))
+    builder = datasets.load_dataset_builder(name.repository, name.subset, revision=name.revision)
+    if builder.hash != name.revision:
+        raise ConfigError(f"{name}: the Hub did not send it; the cache has commit {builder.hash}")
+
+    builder.download_and_prepare()
+    return builder.as_dataset(split=name.split)
+
+
+def _cached(name: DataName) -> "Dataset | None":
+    """Returns the rows of a commit from the library's cache; None where they are not there, or
+    where no subset is named and several are.
+    """
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    root = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
+    whole = list(root.glob(f"*/{name.subset or '*'}/*/{name.revision}/dataset_info.json"))
+    if len(whole) != 1:
+        return None
+
+    subset, version, commit = whole[0].parent.parts[-3:]
+    builder = Cache(
+        repo_id=name.repository,
+        dataset_name=name.repository.rpartition("/")[2],
+        config_name=subset,
+        version=version,
+        hash=commit,
+    )
+    return builder.as_dataset(split=name.split)
