@@ -120,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_json({"name": "org", "type": "user", "orgs": [], "auth": {}})
             case ["api", "repos", "create"]:
                 self._create(json.loads(body))
+            case ["api", "validate-yaml"]:
+                self._send_json({"warnings": [], "errors": []})
             case ["api", kind, owner, name, *rest] if kind in ("models", "datasets"):
                 self._api(self._open(kind, f"{owner}/{name}"), rest, body)
             case ["datasets", owner, name, "resolve", revision, *file]:
@@ -141,7 +143,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._paths(repository, revision, body)
             case ["preupload", _]:
                 files = json.loads(body)["files"]
-                modes = [{"path": file["path"], "uploadMode": "regular"} for file in files]
+                modes = [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in files
+                ]
                 self._send_json({"files": modes})
             case ["commit", _]:
                 self._commit(repository, body)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import rich.console
 import typer
@@ -31,6 +31,9 @@ from eopd.cli.teacher import teacher
 from eopd.config import ConfigError, dump_config, load_config
 from eopd.config.messages import wrong_option
 from eopd.types import RunFailedError
+
+if TYPE_CHECKING:
+    from eopd.run.directory import RunDirectory
 
 
 class _Verbs(typer.core.TyperGroup):
@@ -241,8 +244,20 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="Where to write; else RUN/hf-step-NNNNNN.")
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Upload it to the Hugging Face Hub too, with a model card."
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: a new repository is not private.")
+    ] = False,
 ) -> None:
     """Write the student of a checkpoint as a Hugging Face directory, here, without starting Ray."""
+    if public and push is None:
+        raise ConfigError("--public: goes with --push")
+
     _hush()
     from eopd.run.directory import RunDirectory
 
@@ -273,10 +288,31 @@ def export(
 
     student = model_directory(config.student.model, weights=True)
     require_model("student.model", student, num_tokens=config.max_sequence_tokens)
+    if push is not None:
+        from eopd.hub.push import require_repository
+
+        typer.echo(require_repository(push, public=public), err=True)
+
     with blame_user(target):
         export_checkpoint(config.student, checkpoint / "learner", target)
 
     typer.echo(target)
+    if push is not None:
+        typer.echo(_push(directory, checkpoint, target, push))
+
+
+def _push(run: "RunDirectory", checkpoint: Path, exported: Path, repository: str) -> str:
+    """Uploads an exported student with its model card; returns where it is."""
+    from eopd.hub.push import push
+    from eopd.run.card import model_card
+    from eopd.run.checkpoint import step_of
+
+    step = step_of(checkpoint)
+    card = model_card(run.config(), run.read_summary(), step, repository.rpartition("/")[2])
+    with blame_user(exported):
+        (exported / "README.md").write_text(card, encoding="utf-8")
+
+    return push(exported, repository, f"Student of step {step}")
 
 
 @app.command()

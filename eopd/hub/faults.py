@@ -15,8 +15,12 @@ WORDS: Final = {"model": "model", "dataset": "data set"}
 
 
 @contextmanager
-def told(spec: str, kind: Kind, repository: str, revision: str | None) -> Iterator[None]:
+def told(
+    spec: str, kind: Kind, repository: str, revision: str | None = None, *, upload: bool = False
+) -> Iterator[None]:
     """Raises what the Hub, the network or the cache does as one line that begins with ``spec``.
+
+    ``upload`` is of a repository that is written to: no cache would help.
 
     Raises:
         ConfigError: the block failed so.
@@ -38,7 +42,8 @@ def told(spec: str, kind: Kind, repository: str, revision: str | None) -> Iterat
         OSError,
     ) as error:
         # what the library says in many lines has its cause in the first error of the chain
-        reason = _reason(_first(error), kind, repository, revision)
+        command = "" if upload else _download_command(kind, repository, revision)
+        reason = _reason(_first(error), kind, repository, command)
         raise ConfigError(f"{spec}: {reason}") from error
 
 
@@ -81,7 +86,8 @@ def access(page: str) -> str:
     return f"the token that is set (HF_TOKEN, or of `hf auth login`) must be allowed to read {page}"
 
 
-def _reason(error: BaseException, kind: Kind, repository: str, revision: str | None) -> str:
+def _reason(error: BaseException, kind: Kind, repository: str, command: str) -> str:
+    """Says what an error means, and what to do; ``command`` fills the cache, if that would help."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -94,10 +100,8 @@ def _reason(error: BaseException, kind: Kind, repository: str, revision: str | N
 
     hub = constants.ENDPOINT
     page = f"{hub}/{'datasets/' if kind == 'dataset' else ''}{repository}"
-    cache = f"the cache {constants.HF_HUB_CACHE}"
-    fill = (
-        f"fill it with `{_download_command(kind, repository, revision)}` where there is a network"
-    )
+    lack = f", and it is not whole in the cache {constants.HF_HUB_CACHE}" if command else ""
+    fill = f", or fill the cache with `{command}` where there is a network" if command else ""
 
     match error:
         case GatedRepoError():
@@ -109,15 +113,15 @@ def _reason(error: BaseException, kind: Kind, repository: str, revision: str | N
         case HfHubHTTPError() if error.response.status_code in (401, 403):
             return f"{hub} refuses to show it; {access(page)}"
         case HfHubHTTPError():
-            return f"{hub} answers {error.response.status_code}; try again later, or {fill}"
+            return f"{hub} answers {error.response.status_code}{lack}; try again later{fill}"
         case HFValidationError():
             return f"is no name that {hub} could know"
         case OfflineModeIsEnabled():
-            return f"HF_HUB_OFFLINE is set, and it is not whole in {cache}; unset it, or {fill}"
+            return f"HF_HUB_OFFLINE is set{lack}; unset it{fill}"
         case OSError() if error.filename:
             return f"{error.filename} cannot be read or written ({error.strerror})"
 
-    return f"{hub} cannot be reached ({error}), and it is not whole in {cache}; {fill}"
+    return f"{hub} cannot be reached ({error}){lack}; look at the network and HF_ENDPOINT{fill}"
 
 
 def _download_command(kind: Kind, repository: str, revision: str | None) -> str:

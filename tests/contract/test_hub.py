@@ -31,6 +31,7 @@ PROGRAM = """
 import json, sys, time
 from eopd.config import ConfigError
 from eopd.hub import model_directory
+from eopd.hub.push import push, require_repository
 from eopd.preflight import pin_data, pin_model
 from eopd.prompts import read_data
 
@@ -275,3 +276,62 @@ def test_missing_data_sets_and_revisions_say_what_to_do(hub, ask, rows):
     assert str(said).startswith(
         "error: prompts.data: org/rows@v9:train: org/rows has no such revis"
     )
+
+
+# --- uploads
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "told"),
+    [
+        ("student", {"HF_TOKEN": TOKEN}, "must be OWNER/NAME"),
+        ("org/student@v1", {"HF_TOKEN": TOKEN}, "must be OWNER/NAME"),
+        ("org/student", {}, "needs a token that may write; set HF_TOKEN, or log in with `hf auth "),
+        ("org/student", {"HF_TOKEN": "hf_other"}, "does not let this token write there; "),
+        ("org/student", {"HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_an_upload_that_may_not_be_is_refused_before_it_begins(hub, ask, name, variables, told):
+    created = len(hub.created)
+    said = str(ask(f"require_repository('{name}', public=False)", **variables).value)
+    assert said.startswith(f"error: --push {name}: ")
+    assert told in said
+    assert len(hub.created) == created
+
+
+def test_a_directory_is_uploaded_to_a_private_repository(hub, ask, tmp_path):
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    for file in ("config.json", "model.safetensors", "README.md"):
+        (exported / file).write_bytes(TINY[file])
+
+    token = {"HF_TOKEN": TOKEN}
+    made = ask("require_repository('org/student', public=False)", **token).value
+    assert made == f"made {hub.url}/org/student, private"
+    assert hub.repositories["models", "org/student"].private
+
+    sent = ask(f"push(__import__('pathlib').Path('{exported}'), 'org/student', 'x')", **token)
+    assert sent.value == f"{hub.url}/org/student"
+    repository = hub.repositories["models", "org/student"]
+    assert repository.commits[repository.refs["main"]] == {
+        file: TINY[file] for file in ("config.json", "model.safetensors", "README.md")
+    }
+
+    again = ask("require_repository('org/student', public=True)", **token).value
+    assert again == f"{hub.url}/org/student is there, and stays as visible as it is"
+    found = ask("pin_model('MODEL', 'org/student', {}, weights=True)", **token).value
+    assert found == f"org/student@{repository.refs['main']}"
+
+
+def test_a_public_repository_is_asked_for_by_name(hub, ask):
+    made = ask("require_repository('org/open', public=True)", HF_TOKEN=TOKEN).value
+    assert made == f"made {hub.url}/org/open, public"
+    assert not hub.repositories["models", "org/open"].private
+
+
+def test_an_upload_that_breaks_says_how_to_send_it_again(ask, hub, closed, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    path = "__import__('pathlib').Path('.').absolute()"
+    said = ask(f"push({path}, 'org/student', 'x')", endpoint=closed, HF_TOKEN=TOKEN).value
+    assert str(said).startswith(f"error: --push org/student: {closed} cannot be reached")
+    assert str(said).endswith(f"`hf upload org/student {tmp_path}` sends what was exported")

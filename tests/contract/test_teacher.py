@@ -249,7 +249,7 @@ async def test_a_good_teacher_with_a_remap_passes_its_self_test(mapped):
     report = await self_test(
         [scorer],
         prompt_ids=np.array([5, 6, 7, 8], np.int32),
-        vocab_size=vocab_size(config.model),
+        vocab_size=vocab_size(Path(config.model)),
         dtype="float32",
     )
     assert OWN_END in report.continuation, "the greedy continuation went through an end token"
