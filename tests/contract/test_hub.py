@@ -268,6 +268,24 @@ def test_another_commit_in_the_cache_does_not_stand_for_the_pinned_one(ask, rows
     assert said.seconds < SECONDS
 
 
+def test_a_gated_data_set_is_told_whatever_the_cache_holds(ask, rows):
+    first = rows.refs["main"]
+    rows.gated = True
+    said = str(ask(f"rows('org/rows@{first}:train')").value)
+    assert said.startswith(f"error: prompts.data: data set org/rows@{first}:train cannot be loaded")
+    assert "is a gated dataset on the Hub. You must be authenticated to access it" in said
+
+    rows.gated = False
+    second = rows.commit({"README.md": b"# rows", "train.jsonl": NEWER})
+    assert ask(f"rows('org/rows@{second}:train')").value == ["c"]
+    rows.gated = True
+    # here the library would take the newest commit of its cache
+    said = ask(f"rows('org/rows@{first}:train')").value
+    told = f"the Hub did not send it; the cache has commit {second}"
+    assert said == f"error: prompts.data: org/rows@{first}:train: {told}"
+    assert ask(f"rows('org/rows@{first}:train')", HF_TOKEN=TOKEN).value == ["a", "b"]
+
+
 def test_missing_data_sets_and_revisions_say_what_to_do(hub, ask, rows):
     said = ask("pin_data('prompts.data', 'org/none:train', {})").value
     told = f"error: prompts.data: org/none:train: {hub.url} has no such data set, or it is private;"

@@ -346,7 +346,7 @@ def test_a_quantized_teacher_has_an_exact_head(tmp_path):
     config = TeacherConfig(model=write(case, tmp_path), dtype="bfloat16", vllm=SMALL)
     original = load(config.model, torch.bfloat16)
     restored = load(config.model, torch.bfloat16)
-    missing, unexpected = restored.load_state_dict(quantize(config.model), strict=False)
+    missing, unexpected = restored.load_state_dict(quantize(Path(config.model)), strict=False)
     assert missing and not unexpected
     with engine(config, 16) as llm:
         seen = watch_head(llm)
@@ -370,7 +370,7 @@ def test_a_quantized_teacher_without_a_kernel_is_refused(tmp_path, monkeypatch):
     assert engine_options(config, top_k=16, max_sequence_tokens=MAX_TOKENS)["model"] == str(
         tmp_path
     )
-    quantize(config.model)
+    quantize(Path(config.model))
 
     with pytest.raises(
         ConfigError, match=r"is quantised \(gptq\), and vLLM's CPU build .* cannot run such weights"
