@@ -10,7 +10,7 @@ from eopd.config import ConfigError
 Kind = Literal["model", "dataset"]
 T = TypeVar("T")
 
-ANSWER_S: Final = 8.0  # the library itself would wait for minutes
+ANSWER_S: Final = 6.0  # the library itself would wait for minutes
 WORDS: Final = {"model": "model", "dataset": "data set"}
 
 
@@ -100,7 +100,7 @@ def _reason(error: BaseException, kind: Kind, repository: str, command: str) -> 
 
     hub = constants.ENDPOINT
     page = f"{hub}/{'datasets/' if kind == 'dataset' else ''}{repository}"
-    lack = f", and it is not whole in the cache {constants.HF_HUB_CACHE}" if command else ""
+    lack = f", and the cache {constants.HF_HUB_CACHE} does not hold all of it" if command else ""
     fill = f", or fill the cache with `{command}` where there is a network" if command else ""
 
     match error:

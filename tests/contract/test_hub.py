@@ -166,9 +166,9 @@ def test_a_cache_with_half_a_model_is_told_without_a_network(ask, tiny, closed):
     small = "pin_model('student.model', 'org/tiny', {}, weights=False)"
     assert ask(small).value == f"org/tiny@{tiny.refs['main']}"
     offline = ask(PIN, HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE is set, and it is not whole in the cache " in str(offline.value)
+    assert "HF_HUB_OFFLINE is set, and the cache " in str(offline.value)
     away = ask(PIN, endpoint=closed)
-    assert "cannot be reached ([Errno 111] Connection refused), and it is not whole" in away.value
+    assert "cannot be reached ([Errno 111] Connection refused), and the cache " in str(away.value)
     assert away.seconds < SECONDS
 
 
@@ -182,7 +182,7 @@ def test_no_network_is_one_line_in_time(ask, tmp_path, closed, silent, spec):
     assert f"`hf download {spec.replace('@', ' --revision ')}`" in str(refused.value)
 
     mute = ask(pin, endpoint=silent)
-    assert f"{spec}: {silent} cannot be reached (no answer in 8 s)" in str(mute.value)
+    assert f"{spec}: {silent} cannot be reached (no answer in 6 s)" in str(mute.value)
     for said in (refused, mute):
         assert "\n" not in str(said.value)
         assert said.seconds < SECONDS
