@@ -14,8 +14,8 @@ def config(tmp_path, student: str, data: str) -> Config:
     (tmp_path / "c.yaml").write_text(
         "run: {name: x, batches: 9}\n"
         f"student: {{model: {student}}}\n"
-        "teachers: [{model: /home/alice/big, name: a}, {model: org/code, name: b, sources: s}]\n"
-        f"prompts: {{data: '{data}', held_out: /home/alice/secret/held_out.jsonl}}\n"
+        "teachers: [{model: /disk/alice/big, name: a}, {model: org/code, name: b, sources: s}]\n"
+        f"prompts: {{data: '{data}', held_out: /disk/alice/secret/held_out.jsonl}}\n"
         "flow: {batch_prompts: 4}\n"
         "rollout: {samples_per_prompt: 2}\n"
         "loss: {gate: {kind: hard, tau: 0.75}}\n"
@@ -68,10 +68,10 @@ def test_a_card_says_of_what_a_student_is_made(tmp_path):
 
 
 def test_a_card_names_no_path(tmp_path):
-    local = config(tmp_path, "/home/alice/small", "/home/alice/secret/rows.jsonl")
+    local = config(tmp_path, "/disk/alice/small", "/disk/alice/secret/rows.jsonl")
     metadata, text = parts(model_card(local, SUMMARY, 9, "mine"))
     assert "base_model" not in metadata and "datasets" not in metadata
-    assert "/home" not in text and "alice" not in text
+    assert "/disk" not in text and "alice" not in text
     assert "| student | small |" in text
     assert "| trained on | rows.jsonl |" in text
 
