@@ -1,5 +1,6 @@
 """What goes wrong between here and the Hub becomes one line that says what to do."""
 
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ Kind = Literal["model", "dataset"]
 T = TypeVar("T")
 
 ANSWER_S: Final = 6.0  # the library itself would wait for minutes
+DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 WORDS: Final = {"model": "model", "dataset": "data set"}
 
 
@@ -118,8 +120,9 @@ def _reason(error: BaseException, kind: Kind, repository: str, command: str) -> 
             return f"is no name that {hub} could know"
         case OfflineModeIsEnabled():
             return f"HF_HUB_OFFLINE is set{lack}; unset it{fill}"
-        case OSError() if error.filename:
-            return f"{error.filename} cannot be read or written ({error.strerror})"
+        case OSError() if error.filename or error.errno in DISK:
+            where = error.filename or f"the cache {constants.HF_HUB_CACHE}"
+            return f"{where} cannot be read or written ({error.strerror})"
 
     return f"{hub} cannot be reached ({error}){lack}; look at the network and HF_ENDPOINT{fill}"
 

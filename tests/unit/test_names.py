@@ -2,10 +2,14 @@
 on keeps its commit. No Hub is asked.
 """
 
+import errno
+import os
+
 import pytest
 
 from eopd.config import Config, ConfigError, StudentConfig, dump_config, load_config
 from eopd.config.names import DataName, ModelName
+from eopd.hub.faults import told
 from eopd.hub.models import model_directory, needed
 from eopd.preflight import pin_data, pin_model, pinned
 
@@ -71,6 +75,12 @@ def test_a_data_set_has_a_revision_behind_its_name(spec, name):
 def test_a_data_set_with_an_empty_part_is_refused(spec):
     with pytest.raises(ConfigError, match=r"DATA: .* must be NAME, .*NAME@REVISION"):
         pin_data("DATA", spec, {})
+
+
+def test_a_full_disk_is_not_told_as_a_missing_network():
+    message = r"^a/b: the cache .* cannot be read or written \(No space left on device\)$"
+    with pytest.raises(ConfigError, match=message), told("a/b", "model", "a/b"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 SMALL = ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"]
