@@ -218,6 +218,12 @@ THROUGHPUT: Final = Board(
                 _one("Step of the newest checkpoint", "eopd_checkpoint_step"),
                 _one("Settings changed by --resume", "eopd_config_changes_total"),
             ),
+            (
+                _one("Step of the newest uploaded checkpoint", "eopd_uploaded_step"),
+                _one("Uploaded", "eopd_upload_bytes_total"),
+                _one("Seconds of uploading", "eopd_upload_seconds_total"),
+                _one("Uploads that failed", "eopd_upload_failures_total"),
+            ),
         ),
         "Evaluation": (
             (

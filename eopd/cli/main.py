@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -154,7 +155,7 @@ def train(
     from eopd.telemetry.console import print_summary
 
     try:
-        outcome = run(resolved, resume=resume, step=step)
+        outcome = run(resolved, resume=resume, step=step, say=partial(typer.echo, err=True))
     except RunFailedError:
         typer.echo(f"continue with: {_command(config, overrides or [], ['--resume', 'auto'])}")
         raise

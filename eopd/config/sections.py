@@ -7,7 +7,7 @@ from it.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -31,6 +31,9 @@ from eopd.config.base import (
 from eopd.config.benchmark import HELD_OUT, HELD_OUT_METRICS, BenchmarkConfig
 from eopd.config.teacher import NAME, NAME_WORDS, OWNED_BY_TEMPLATE
 
+UPLOAD: Final = r"^((s3|gs)://[^/@?#\s]+(/[^?#\s]*)?|file://(/[^?#\s]+))$"
+UPLOAD_WORDS: Final = "s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, or file://ABSOLUTE_PATH"
+
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
@@ -44,6 +47,13 @@ class RunConfig(Section):
     """The directory in which run directories lie. On a cluster it must be the same one on every
     node, and every node must be able to write to it. Under ``ray job submit`` give an absolute
     one, since the job runs in a copy of the working directory.
+    """
+
+    upload: str | None = Field(None, pattern=UPLOAD, description=UPLOAD_WORDS)
+    """A folder elsewhere, in which the run is kept too: ``s3://BUCKET/FOLDER``,
+    ``gs://BUCKET/FOLDER`` or ``file://ABSOLUTE_PATH``. The run lies in ``run.upload/run.name``, and
+    ``--resume`` restores it from there. ``null`` keeps it in the run directory alone. The chapter
+    docs/configuration.md#elsewhere says what is uploaded.
     """
 
     seed: Seed = 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import ClusterConfig, Config, ConfigError
+from eopd.run.elsewhere import require_upload
 from eopd.run.place import holds_rows, require_no_foreign_files, require_run_directory
 from eopd.telemetry.prometheus import require_address
 
@@ -40,8 +41,8 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(\d{1,5})")
 
 
 def require_environment(config: Config) -> None:
-    """Checks all that needs no Ray: packages, temporary files, where the run writes, and the address
-    of its metrics.
+    """Checks all that needs no Ray: packages, temporary files, where the run writes and uploads, and
+    the address of its metrics.
 
     Raises:
         ConfigError: something is missing, taken, malformed, or cannot be written.
@@ -51,6 +52,9 @@ def require_environment(config: Config) -> None:
 
     require_run_directory(config.run.path)
     require_no_foreign_files(config.run.path)
+    if config.run.upload is not None:
+        require_upload(config.run)
+
     if config.telemetry.port is not None:
         require_address(config.telemetry.host, config.telemetry.port)
 

@@ -83,6 +83,7 @@ TABLE: Final[Mapping[str, Kind]] = {
     "run.on_stall": "always",
     "run.seed": "never",
     "run.stall_after_s": "always",
+    "run.upload": "always",
     "student.dtype": "never",
     "student.dtype_reason": "always",
     "student.lora": "never",

@@ -21,6 +21,7 @@ runs/<name>/config.yaml     resolved, as it holds now
             adapter/        with LoRA, the adapter as peft reads it; that of the best is hf-best-adapter/
             hf-step-NNNNNN/ the student of a checkpoint, where asked for
             logs/           what the driver and every actor wrote, a file each (``runtime/logs.py``)
+            run-id          what it is known by where run.upload keeps it (``run/upload.py``)
             scale.json      how many rollout engines ``eopd scale`` asks for; forgotten when a process takes up the run
             stop.json       that ``eopd stop`` asks a process to end; gone once it has taken it
 
@@ -138,6 +139,7 @@ class RunDirectory:
             directory._scale,
             directory.report,
             path / PARENT,
+            path / RUN_ID,
         )
 
         try:

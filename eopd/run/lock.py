@@ -112,8 +112,16 @@ def holder(directory: Path) -> Holder | None:
 def last_holder(directory: Path) -> Holder | None:
     """Returns the process that ran a run last and did not end in order, or None."""
     try:
-        return TypeAdapter(Holder).validate_json((directory / LOCK).read_bytes())
-    except (OSError, ValueError):  # missing, empty, or not yet written
+        return holder_in((directory / LOCK).read_bytes())
+    except OSError:
+        return None
+
+
+def holder_in(content: bytes) -> Holder | None:
+    """Returns the process that a lock's content names; None where it is empty, or not yet written."""
+    try:
+        return TypeAdapter(Holder).validate_json(content)
+    except ValueError:
         return None
 
 

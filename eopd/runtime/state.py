@@ -29,6 +29,7 @@ from eopd.run.evaluations import (
 )
 from eopd.run.progress import Progress
 from eopd.run.record import Best, Summary
+from eopd.run.upload import Uploads
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
 from eopd.runtime.resume import TakenUp
@@ -40,15 +41,17 @@ class RunState:
 
     Args:
         taken_up: the run, and the checkpoint it continues from.
+        uploads: those of this process.
     """
 
-    def __init__(self, taken_up: TakenUp) -> None:
+    def __init__(self, taken_up: TakenUp, uploads: Uploads) -> None:
         state, summary = taken_up.state, taken_up.summary
         self.directory = taken_up.directory
         self.progress = Progress.resume(state, summary) if state and summary else Progress()
         self.progress.config_changes = taken_up.total_changes
         self.ledger = self._ledger_of(state)
         self.evaluations: list[Evaluation] = []  # of ``evaluations.jsonl``
+        self.uploads = uploads
         self._taken_up = taken_up
         self._checkpointing = taken_up.config.checkpoint
         self._evaluation = taken_up.config.evaluation
@@ -158,6 +161,7 @@ class RunState:
             keep_last=self._checkpointing.keep_last + spare,
             keep=self._worth_keeping,
         )
+        self.uploads.wake()
         progress.checkpoint_s = time.monotonic() - started
         progress.checkpoint_step = progress.step
         self.write_summary()
@@ -221,17 +225,18 @@ class RunState:
         )
 
     def _worth_keeping(self) -> set[int]:
-        """Returns the steps of checkpoints that stay beside the newest: the best, those that may turn
-        out so, and the newest of those that ``checkpoint.every`` asks for.
+        """Returns the steps of checkpoints that stay beside the newest: one that is being uploaded, the
+        best, those that may turn out so, and the newest of those that ``checkpoint.every`` asks for.
         """
+        uploading = self.uploads.needed()
         if self._compared is None:
-            return set()
+            return uploading
 
         every, keep_last = self._checkpointing.every, self._checkpointing.keep_last
         whole = map(step_of, list_checkpoints(self.directory.checkpoints))
         regular = [step for step in whole if step % every == 0]
         best = {best.step for best in self._best()}
-        return {*regular[-keep_last:], *best, *self._candidates}
+        return {*uploading, *regular[-keep_last:], *best, *self._candidates}
 
     def _ledger_of(self, state: DriverState | None) -> Ledger:
         """Returns the ledger of a checkpoint, or a new one; what was dropped since is not tried

@@ -29,6 +29,8 @@ from eopd.run.lock import held
 from eopd.run.parent import forgets_moments_at
 from eopd.run.progress import Progress, first_line
 from eopd.run.record import Row, Summary
+from eopd.run.restore import restore
+from eopd.run.upload import Uploads
 from eopd.runtime import cluster
 from eopd.runtime.engines import scale_on_request
 from eopd.runtime.evaluating import Evaluator
@@ -64,13 +66,20 @@ class Outcome:
     trained: bool = True
 
 
-def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> Outcome:
+def train(
+    config: Config,
+    *,
+    resume: Resume = "no",
+    step: int | None = None,
+    say: Callable[[str], None] = logger.info,
+) -> Outcome:
     """Runs (or continues) what ``config`` describes, as the only process that does.
 
     Args:
         config: the run.
         resume: whether it goes on from a checkpoint; see ``runtime/resume.py``.
         step: of that checkpoint; else the newest that is whole.
+        say: is told of what is fetched before the run starts, and uploaded after it has ended.
 
     Returns:
         The outcome; the summary's ``status`` is ``completed``, or ``interrupted`` after a signal
@@ -85,9 +94,12 @@ def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> 
 
     with ExitStack() as stack:
         lock_notes = stack.enter_context(held(directory.path))
+        notes = [*lock_notes, *restore(config, resume, say)]
         taken_up = take_up(config, digests(config, prepared), resume, step)
+        uploads = stack.enter_context(Uploads(config, say))
         if taken_up.complete:
             assert taken_up.summary is not None
+            uploads.start()  # what the process that completed it did not get there
             return Outcome(taken_up.summary, directory, trained=False)
 
         with ignored_by_children():
@@ -95,13 +107,16 @@ def train(config: Config, *, resume: Resume = "no", step: int | None = None) -> 
 
         cluster.require_room(plan(config))
         taken_up.begin()
-        return Outcome(asyncio.run(_run(prepared, taken_up, lock_notes)), directory)
+        uploads.start()
+        state = RunState(taken_up, uploads)
+        return Outcome(asyncio.run(_run(prepared, taken_up, state, notes)), directory)
 
 
-async def _run(prepared: Prepared, taken_up: TakenUp, lock_notes: Sequence[str]) -> Summary:
+async def _run(
+    prepared: Prepared, taken_up: TakenUp, state: RunState, first_notes: Sequence[str]
+) -> Summary:
     """Runs, and writes status, summary and report whatever happens."""
     config, directory = taken_up.config, taken_up.directory
-    state = RunState(taken_up)
     status: trackers.Status = "failed"
     tracker_sinks = open_trackers(config, directory)
 
@@ -115,7 +130,7 @@ async def _run(prepared: Prepared, taken_up: TakenUp, lock_notes: Sequence[str])
             closing(Outlets(config, directory, tracker_sinks)) as outlets,
         ):
             interruption.say = outlets.say
-            notes = [*lock_notes, *taken_up.notes, *outlets.notes, *notes_on(config, prepared)]
+            notes = [*first_notes, *taken_up.notes, *outlets.notes, *notes_on(config, prepared)]
             for note in (f"run directory {directory.path}", *notes):
                 outlets.say(note)
 
@@ -342,6 +357,7 @@ class Training:
             **self._workers.teacher.metrics(),
             **self._workers.engines.metrics(),
             **self._state.progress.row(),
+            **self._state.uploads.row(),
             "eopd_weight_failures_total": float(self._workers.channel.num_failures),
             **config_row(self._config),
         }

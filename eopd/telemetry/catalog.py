@@ -456,6 +456,31 @@ _TIME: Final = (
     _bytes("eopd_weight_bytes", "Bytes sent for one weight sync, per engine.", "Constant."),
 )
 
+_UPLOADS: Final = (
+    Metric(
+        "gauge",
+        "steps",
+        "eopd_uploaded_step",
+        "Step of the newest checkpoint that is whole at run.upload.",
+        "eopd_checkpoint_step, or the one before it while that is under way.",
+    ),
+    Metric(
+        "counter", "bytes", "eopd_upload_bytes_total", "Bytes uploaded by this process.", "Grows."
+    ),
+    Metric(
+        "counter",
+        "seconds",
+        "eopd_upload_seconds_total",
+        "Seconds in which this process was uploading.",
+        "Grows by less than the time that passes.",
+    ),
+    _counter(
+        "eopd_upload_failures_total",
+        "Attempts to bring run.upload up to date that failed, and were followed by another.",
+        "Flat.",
+    ),
+)
+
 CATALOG: Final[Mapping[str, Metric]] = {
     metric.name: metric
     for metric in (
@@ -467,5 +492,6 @@ CATALOG: Final[Mapping[str, Metric]] = {
         *_FAULTS,
         *_TIME,
         *EVALUATION,
+        *_UPLOADS,
     )
 }

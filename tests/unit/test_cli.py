@@ -243,7 +243,7 @@ def train(eopd, run, monkeypatch):
     def command(arguments, status="completed", trained=True, error=None):
         asked = {}
 
-        def pretended(config, **options):
+        def pretended(config, *, say, **options):
             asked.update(options)
             if error is not None:
                 raise error

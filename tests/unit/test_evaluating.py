@@ -11,6 +11,7 @@ from eopd.config import load_config
 from eopd.preflight import Prepared
 from eopd.prompts import PromptSet
 from eopd.run.evaluations import read_evaluations
+from eopd.run.upload import Uploads
 from eopd.runtime.evaluating import Evaluator
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
@@ -111,7 +112,7 @@ def made(tmp_path, tiny_model):
         config = load_config(path)
         taken_up = take_up(config, INPUTS, resume)
         taken_up.begin()
-        state, outlets = RunState(taken_up), Outlets()
+        state, outlets = RunState(taken_up, Uploads(taken_up.config, print)), Outlets()
         state.go_on()
         workers = Workers(load_tokenizer(model))
         prepared = Prepared(

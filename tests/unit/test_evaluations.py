@@ -15,6 +15,7 @@ from eopd.run.evaluations import (
     read_evaluations,
 )
 from eopd.run.record import Best, Measurement
+from eopd.run.upload import Uploads
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
 
@@ -122,7 +123,7 @@ def config(tmp_path):
 def begin(config) -> RunState:
     taken_up = take_up(config, INPUTS)
     taken_up.begin()
-    return RunState(taken_up)
+    return RunState(taken_up, Uploads(taken_up.config, print))
 
 
 async def measured(state: RunState, values: dict[int, float], learner=None) -> None:
@@ -197,7 +198,7 @@ async def test_which_are_best_outlives_the_process_and_a_roll_back(config):
     await measured(state, {5: 0.9, 10: 0.3, 15: 0.8, 20: 0.1})
     state.end("interrupted")
 
-    again = RunState(take_up(config(), INPUTS, "yes"))
+    again = RunState(take_up(config(), INPUTS, "yes"), Uploads(config(), print))
     again.go_on()
     assert again.progress.best.step == 5
     assert again.is_measured("math")
@@ -212,7 +213,7 @@ async def test_which_are_best_outlives_the_process_and_a_roll_back(config):
     assert [one.step for one in again.evaluations] == [5, 10, 15, 20, 25, 30, 35]
     assert again.directory.read_summary().best.step == 5
 
-    back = RunState(take_up(config(), INPUTS, "yes", 20))
+    back = RunState(take_up(config(), INPUTS, "yes", 20), Uploads(config(), print))
     back.go_on()
     assert back.progress.best.step == 5
     assert [one.step for one in back.evaluations] == [5, 10, 15, 20]

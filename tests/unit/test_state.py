@@ -11,6 +11,7 @@ from eopd.roles import LearnerDownError
 from eopd.run.checkpoint import StorageError, list_checkpoints
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import Progress
+from eopd.run.upload import Uploads
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
 from eopd.types import LostReason, LostTrajectory
@@ -42,7 +43,7 @@ def config(tmp_path):
 def begin(config) -> RunState:
     taken_up = take_up(config, INPUTS)
     taken_up.begin()
-    return RunState(taken_up)
+    return RunState(taken_up, Uploads(taken_up.config, print))
 
 
 async def interrupted(config, *, checkpoint: int, last: int) -> RunDirectory:
@@ -63,7 +64,7 @@ def steps(directory):
 
 async def test_until_it_goes_on_a_resumed_run_stands_as_it_stood(config):
     directory = await interrupted(config, checkpoint=4, last=6)
-    state = RunState(take_up(config, INPUTS, "yes"))
+    state = RunState(take_up(config, INPUTS, "yes"), Uploads(config, print))
     assert state.checkpoint() == directory.checkpoints / "step-000004"
     assert state.end("failed").status == "failed"
     assert directory.read_summary().status == "interrupted"
