@@ -87,7 +87,8 @@ class Store:
     def objects(self) -> dict[str, bytes]:
         """What is held, by key, read past the server."""
         keys = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].keys
-        return {name: keys[name].value for name in list(keys)}
+        found = {name: keys.get(name) for name in list(keys)}
+        return {name: key.value for name, key in found.items() if key is not None}
 
     def whole_steps(self, run: str) -> list[int]:
         """The checkpoints of a run whose manifest is there.

@@ -71,6 +71,7 @@ class Uploads:
         self._pinned: int | None = None  # the step of the checkpoint that is under way
         self._bytes = self._failures = 0
         self._seconds = 0.0
+        self._busy_since: float | None = None
         self._fault = "it was not reached"
         self._arrived = time.monotonic()
         self._uploaded: dict[str, _Stamp] = {}  # by name
@@ -106,9 +107,11 @@ class Uploads:
         if self._run.upload is None:
             return {}
 
+        busy_since = self._busy_since
+        under_way = 0.0 if busy_since is None else time.monotonic() - busy_since
         row = {
             "eopd_upload_bytes_total": float(self._bytes),
-            "eopd_upload_seconds_total": self._seconds,
+            "eopd_upload_seconds_total": self._seconds + under_way,
             "eopd_upload_failures_total": float(self._failures),
         }
         if self._newest is not None:
@@ -122,7 +125,7 @@ class Uploads:
         while True:
             ending = self._ending.is_set()
             self._wake.clear()
-            started = time.monotonic()
+            started = self._busy_since = time.monotonic()
 
             try:
                 self._pass(last=ending)
@@ -142,6 +145,7 @@ class Uploads:
 
                 wait, pause = EVERY_S, FIRST_PAUSE_S
             finally:
+                self._busy_since = None
                 self._seconds += time.monotonic() - started
 
             self._wake.wait(wait)

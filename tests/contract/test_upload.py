@@ -124,8 +124,8 @@ async def test_a_store_that_disappears_and_comes_back_gets_the_newest(run, store
 
     wait_for(lambda: run[1].row()["eopd_upload_failures_total"] >= 2)
     store.start()
-    wait_for(is_up(run, 3))
-    assert store.whole_steps(RUN) == [3]
+    wait_for(lambda: store.whole_steps(RUN) == [3])
+    assert is_up(run, 3)()
 
 
 async def test_a_slow_store_gets_whole_checkpoints_and_holds_nobody_up(run, store):

@@ -9,6 +9,7 @@ import time
 
 import fakes
 import pytest
+from fsspec.registry import _registry
 
 from eopd.config import ConfigError, load_config
 from eopd.ledger import Ledger
@@ -407,6 +408,7 @@ def test_a_place_that_takes_files_keeps_none_of_the_probe(config, there):
 )
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, url, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(_registry, url.partition(":")[0], raising=False)
     with pytest.raises(ConfigError) as refused:
         require_upload(configured(tmp_path, f"run.upload={url}").run)
 
