@@ -17,7 +17,7 @@ class Done(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checked_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that a config can name: it passes every check before the start of a run."""
     from eopd.models.tiny import build_model, train_tokenizer, write_model
 

@@ -26,14 +26,14 @@ BEFORE = {"reverse_kl": Measurement(mean=2.0, standard_error=0.1)}
 
 
 @pytest.fixture
-def path(tmp_path, tiny_model):
+def path(tmp_path, checked_model):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "a few words"}) + "\n")
     return fakes.write_config(
         tmp_path,
         batches=20,
-        student=f"{{model: {tiny_model}}}",
-        teachers=f"[{{model: {tiny_model}}}]",
+        student=f"{{model: {checked_model}}}",
+        teachers=f"[{{model: {checked_model}}}]",
         prompts=f"{{data: {rows}, held_out: {rows}}}",
         more="learner: {token_budget: 9000, lr: 1.0e-5}",
     )

@@ -63,8 +63,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path, tiny_model):
-    return Bench(tmp_path, tiny_model)
+def bench(tmp_path, checked_model):
+    return Bench(tmp_path, checked_model)
 
 
 NAMES = ["gate-hard-seed-0", "gate-never-seed-0", "gate-hard-seed-1", "gate-never-seed-1"]
