@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from eopd.config import Config
 from eopd.config.document import show
-from eopd.config.shape import item_of, kinds_of, may_be_null, section_of
+from eopd.config.shape import item_of, kinds_of, may_be_null, section_of, short_of
 from eopd.config.words import bound_of, expected, listed, literals
 
 ROOT: Final = Path(__file__).parents[1]
@@ -46,9 +46,19 @@ def descriptions(section: Section) -> dict[str, str]:
     """Returns the description of every field of a section, by name: the text beneath it. That of a
     ``kind`` is the docstring of its section.
     """
+    texts = {"kind": prose(section.__doc__)} if "kind" in section.model_fields else {}
+    for base in reversed(section.__mro__):
+        if issubclass(base, BaseModel) and base.model_fields:
+            texts |= own_descriptions(base)
+
+    return texts
+
+
+def own_descriptions(section: Section) -> dict[str, str]:
+    """Returns the descriptions of the fields that a section has beside those that it inherits."""
     (definition,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(definition, ast.ClassDef)
-    texts = {"kind": prose(section.__doc__)} if "kind" in section.model_fields else {}
+    texts: dict[str, str] = {}
 
     for field, text in itertools.pairwise(definition.body):
         match field, text:
@@ -276,8 +286,10 @@ def value_schema(
         return any_of({"enum": list(kinds)}, *forms_schema(kinds, default_kind))
 
     if section := section_of(annotation):
-        mapping = section_schema(section)
-        return any_of(mapping, {"type": "boolean"}) if may_be_null(annotation) else mapping
+        forms = [section_schema(section)]
+        forms += [{"type": "boolean"}] if may_be_null(annotation) else []
+        forms += [SCALARS[str]] if short_of(section) else []
+        return any_of(*forms) if len(forms) > 1 else forms[0]
 
     if (item := item_of(annotation)) is not None:
         return list_schema(annotation, value_schema(item), metadata)

@@ -185,9 +185,20 @@ class World:
         return PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
 
 
-def order(*, prompts: int = 5, samples: int = 2) -> PromptOrder:
-    """``prompts`` prompts named by their number, ``samples`` responses each."""
-    return PromptOrder([prompt(f"{i}") for i in range(prompts)], samples_per_prompt=samples, seed=3)
+def order(
+    *, prompts: int = 5, samples: int = 2, turns: tuple[int, int] | None = None
+) -> PromptOrder:
+    """``prompts`` prompts named by their number, ``samples`` responses each. With ``turns`` the
+    first two prompts are a part of their own.
+    """
+    all_of_them = [prompt(f"{i}") for i in range(prompts)]
+    return PromptOrder(
+        all_of_them,
+        samples_per_prompt=samples,
+        seed=3,
+        parts=[all_of_them[:2], all_of_them[2:]],
+        turns=turns,
+    )
 
 
 def pipeline(

@@ -4,6 +4,7 @@ from eopd.config.benchmark import BenchmarkConfig
 from eopd.config.learner import LearnerConfig
 from eopd.config.load import ConfigError, dump_config, load_config, make_section
 from eopd.config.loss import LossConfig
+from eopd.config.prompts import Part, PromptsConfig, TrainingPart
 from eopd.config.rollout import RolloutConfig
 from eopd.config.root import Config
 from eopd.config.sections import (
@@ -14,7 +15,6 @@ from eopd.config.sections import (
     GuardConfig,
     KeepBestConfig,
     LoraConfig,
-    PromptsConfig,
     ResponsesConfig,
     RunConfig,
     StudentConfig,
@@ -37,6 +37,7 @@ __all__ = [
     "LearnerConfig",
     "LoraConfig",
     "LossConfig",
+    "Part",
     "PromptsConfig",
     "ResponsesConfig",
     "RolloutConfig",
@@ -46,6 +47,7 @@ __all__ = [
     "TeacherConfig",
     "TelemetryConfig",
     "TrackerName",
+    "TrainingPart",
     "WeightsConfig",
     "dump_config",
     "load_config",

@@ -5,7 +5,7 @@ bounds.
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Final, get_args
+from typing import Annotated, ClassVar, Final, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -114,7 +114,7 @@ ModelSpec = Annotated[
 ]
 
 
-def _resolve_data(spec: str) -> str:
+def resolve_data(spec: str) -> str:
     """Make the path of a file absolute; anything else is the name of a data set."""
     if "\0" in spec:
         raise ValueError("a path holds no NUL character")
@@ -122,7 +122,7 @@ def _resolve_data(spec: str) -> str:
     return str(_resolve(Path(spec))) if Path(spec).suffix in DATA_SUFFIXES else spec
 
 
-DataSpec = Annotated[str, AfterValidator(_resolve_data)]
+DataSpec = Annotated[str, AfterValidator(resolve_data)]
 
 
 def _without_controls(text: str) -> str:
@@ -266,7 +266,11 @@ class Section(BaseModel):
 
     What stands beneath a field is its description. The ``description`` of pydantic's ``Field`` is
     what a message says may stand there, where bounds do not say it.
+
+    ``short`` is the key that a bare text in the place of the section stands for.
     """
+
+    short: ClassVar[str | None] = None
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False

@@ -1,5 +1,5 @@
-"""The sections of a run but those of its four roles and its objective, which have files of their
-own.
+"""The sections of a run but those of its prompts, its four roles and its objective, which have
+files of their own.
 
 A room receives its own section; only ``runtime/`` and ``cli/`` see the whole. What stands beneath
 a field is its description: an editor shows it, and the reference page and the JSON schema are made
@@ -14,22 +14,19 @@ from pydantic import AfterValidator, Field, model_validator
 from eopd.config.base import (
     AbsolutePath,
     Count,
-    DataSpec,
     FunctionName,
     ModelSpec,
     Names,
     NativeOptions,
     Positive,
-    PromptText,
     Seconds,
     Section,
     Seed,
     Tokens,
     each_once,
-    refuse,
 )
 from eopd.config.benchmark import HELD_OUT, HELD_OUT_METRICS, BenchmarkConfig
-from eopd.config.teacher import NAME, NAME_WORDS, OWNED_BY_TEMPLATE
+from eopd.config.teacher import NAME, NAME_WORDS
 
 UPLOAD: Final = r"^((s3|gs)://[^/@?#\s]+(/[^?#\s]*)?|file://(/[^?#\s]+))$"
 UPLOAD_WORDS: Final = "s3://BUCKET/FOLDER, gs://BUCKET/FOLDER, or file://ABSOLUTE_PATH"
@@ -140,52 +137,6 @@ class StudentConfig(Section):
             raise ValueError("student.dtype: auto is chosen by load_config")
 
         return self.dtype
-
-
-class PromptsConfig(Section):
-    """The prompts to train on and to measure on, and how they are rendered."""
-
-    data: DataSpec
-    """The training rows: a ``.jsonl`` or ``.parquet`` file, or the name of a data set of the
-    ``datasets`` library (``NAME``, ``NAME:SPLIT`` or ``NAME:SUBSET:SPLIT``, with a revision
-    ``NAME@REVISION:SUBSET:SPLIT``). The chapter docs/configuration.md#rows says what a row holds.
-    """
-
-    held_out: DataSpec
-    """The rows to measure on, in the same forms as ``prompts.data``."""
-
-    template: Literal["chat", "none"] = "chat"
-    """How a row becomes a prompt. ``chat`` renders it with the student's chat template; ``none``
-    takes its ``prompt`` as it is, for students without a chat template.
-    """
-
-    template_options: NativeOptions = {}
-    """Options of the student's chat template, such as ``{enable_thinking: false}``. None are
-    given as a rule.
-    """
-
-    suffix: PromptText = ""
-    """A text that is appended to the last text of the user, before a template renders it. It is
-    the place for an instruction that every prompt shares. Nothing is appended by default.
-    """
-
-    max_tokens: Tokens = 1024
-    """The longest prompt, in tokens. Together with the longest response it must fit into
-    ``learner.token_budget``.
-    """
-
-    overlong: Literal["error", "drop"] = "error"
-    """What becomes of longer prompts. ``error`` ends the command before the run starts; ``drop``
-    leaves them out and counts them.
-    """
-
-    @model_validator(mode="after")
-    def _options_reach_a_template(self) -> Self:
-        refuse("template_options", self.template_options, OWNED_BY_TEMPLATE)
-        if self.template == "none" and self.template_options:
-            raise ValueError("template_options: go to a chat template; template is none")
-
-        return self
 
 
 class FilterConfig(Section):

@@ -1,10 +1,10 @@
 """From the tree of a document to the values that a section wants: every scalar by the key it is
 for.
 
-Short forms become whole ones where they can mean one thing: ``gate: hard`` is ``{kind: hard}``, one
-item is a list of one, an empty section has its defaults, one without its ``kind`` the usual one.
-What cannot be read is left as it stands, for pydantic to refuse; what can be read in two ways is a
-fault of its own.
+Short forms become whole ones where they can mean one thing: ``gate: hard`` is ``{kind: hard}``, a
+text is the key that a section is ``short`` for, one item is a list of one, an empty section has its
+defaults, one without its ``kind`` the usual one. What cannot be read is left as it stands, for
+pydantic to refuse; what can be read in two ways is a fault of its own.
 """
 
 import types
@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from eopd.config.base import Section
 from eopd.config.scalars import (
     NULLS,
     OLD_TRUTHS,
@@ -59,6 +60,11 @@ def section_of(annotation: object) -> type[BaseModel] | None:
         return None
 
     return first if issubclass(first, BaseModel) else None
+
+
+def short_of(section: type[BaseModel]) -> str | None:
+    """Returns the key of a section that a bare text in its place stands for, if there is one."""
+    return section.short if issubclass(section, Section) else None
 
 
 def kinds_of(annotation: object) -> dict[str, type[BaseModel]]:
@@ -182,13 +188,20 @@ class _Shaper:
         if isinstance(value, Plain) and value in TRUTHS and may_be_null(annotation):
             return {} if TRUTHS[value] else None
 
+        if isinstance(value, str) and (key := short_of(section)):
+            value = {key: value}
+
         return self.section(value, section, place)
 
     def _list(self, value: object, item: object, place: Place) -> object:
         if isinstance(value, Plain) and value in NULLS:
             return []
 
-        if isinstance(value, Mapping) and section_of(item) is None:
+        section = section_of(item)
+        if isinstance(value, str) and section and short_of(section):
+            return self._value(value, str, place)
+
+        if isinstance(value, Mapping) and section is None:
             return value
 
         items = value if isinstance(value, list) else [value]

@@ -9,7 +9,7 @@ from typing import Final
 from pydantic.fields import FieldInfo
 
 from eopd.config.document import show
-from eopd.config.shape import item_of, kinds_of, may_be_null, members, section_of
+from eopd.config.shape import item_of, kinds_of, may_be_null, members, section_of, short_of
 
 _NAMES: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _MOST_KEYS: Final = 4
@@ -58,7 +58,8 @@ def _single(annotation: object, metadata: Sequence[object]) -> str:
     if section := section_of(annotation):
         keys = list(section.model_fields)
         more = ", ..." if len(keys) > _MOST_KEYS else ""
-        return f"a mapping of its keys ({', '.join(keys[:_MOST_KEYS])}{more})"
+        text = "text, or " if short_of(section) else ""
+        return f"{text}a mapping of its keys ({', '.join(keys[:_MOST_KEYS])}{more})"
 
     if (item := item_of(annotation)) is not None:
         return f"a list{_length(annotation, metadata)}, each {expected(item)}"

@@ -5,15 +5,15 @@ options, prompts. Every failure is one ``ConfigError``.
 from eopd.preflight.answers import require_answers, require_readable_answers
 from eopd.preflight.inputs import Prepared, prepare
 from eopd.preflight.models import require_model, require_served
-from eopd.preflight.pinning import pin_data, pin_model, pinned
+from eopd.preflight.pinning import pin_model, pin_parts, pinned
 from eopd.preflight.report import describe, notes
 
 __all__ = [
     "Prepared",
     "describe",
     "notes",
-    "pin_data",
     "pin_model",
+    "pin_parts",
     "pinned",
     "prepare",
     "require_answers",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
+from eopd.config.prompts import names_of
 from eopd.hub import model_directory
 from eopd.preflight.answers import require_answers, require_readable_answers
 from eopd.preflight.environment import is_local, require_environment
@@ -64,9 +65,10 @@ def _prepared(config: Config) -> Prepared:
         require_vllm_options(f"teachers.{teacher.name}.vllm", teacher.vllm)
 
     _require_keys(config)
+    parts = [*config.prompts.data, *config.prompts.held_out]
     benchmarks = [benchmark.data for benchmark in config.evaluation.benchmarks]
-    data = [Path(spec) for spec in (config.prompts.data, config.prompts.held_out, *benchmarks)]
-    # a data set by name may change, and no file here shows it
+    data = [Path(name) for name in (*(part.name for part in parts), *benchmarks)]
+    # a data set by name may change, and so may a function; no file here shows it
     if not all(path.suffix in DATA_SUFFIXES for path in data):
         return _prepare(config)
 
@@ -128,12 +130,12 @@ def _prepare(config: Config) -> Prepared:
     held_out = PromptSet.load(
         config.prompts.held_out, config.prompts, tokenizer, _views(config), key="prompts.held_out"
     )
-    prompts_by_teacher(config.prompts.data, train.prompts, config)
-    prompts_by_teacher(config.prompts.held_out, held_out.prompts, config)
+    prompts_by_teacher(names_of(config.prompts.data), train.prompts, config)
+    prompts_by_teacher(names_of(config.prompts.held_out), held_out.prompts, config)
 
     return Prepared(
         train=train,
-        held_out=held_out,
+        held_out=held_out.in_turn(),
         vocabularies=vocabularies,
         benchmarks=_benchmarks(config, tokenizer),
     )
@@ -203,6 +205,9 @@ def _views(config: Config) -> Callable[[str], TeacherView | None]:
                 f"teachers.{view.name}.template: its tokenizer has no chat "
                 "template to render it with"
             )
+
+        if config.prompts.system is not None:
+            view.rendering(config.prompts).require_system(config.prompts.system)
 
     def view_of(source: str) -> TeacherView | None:
         teacher = config.teacher_of(source)

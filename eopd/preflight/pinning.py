@@ -2,16 +2,17 @@
 node and after every restart.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eopd.config import Config, ConfigError
+from eopd.config import BenchmarkConfig, Config, ConfigError, Part
 from eopd.config.names import ModelName
+from eopd.config.prompts import keys_of
 from eopd.hub import find_commit, model_directory
 from eopd.prompts.named import pin_data
 
-__all__ = ["pin_data", "pin_model", "pinned", "specs"]
+__all__ = ["pin_model", "pin_parts", "pinned", "specs"]
 
 Specs = Mapping[str, str]
 
@@ -44,27 +45,57 @@ def pinned(config: Config, before: Config | None = None) -> Config:
         )
         for teacher in config.teachers
     )
+    prompts = config.prompts
     data = {
-        "data": pin_data("prompts.data", config.prompts.data, known),
-        "held_out": pin_data("prompts.held_out", config.prompts.held_out, known),
+        "data": pin_parts("prompts.data", prompts.data, known),
+        "held_out": pin_parts("prompts.held_out", prompts.held_out, known),
     }
+    benchmarks = tuple(
+        benchmark.model_copy(update={"data": pin_data(_key_of(benchmark), benchmark.data, known)})
+        for benchmark in config.evaluation.benchmarks
+    )
     return config.model_copy(
         update={
             "student": config.student.model_copy(update={"model": student}),
             "teachers": teachers,
-            "prompts": config.prompts.model_copy(update=data),
+            "prompts": prompts.model_copy(update=data),
+            "evaluation": config.evaluation.model_copy(update={"benchmarks": benchmarks}),
         }
     )
+
+
+def pin_parts(key: str, parts: Sequence[Part], before: Specs) -> tuple[Part, ...]:
+    """Returns the parts of the data with the commits behind their names; see ``pin_data``."""
+    pinned_parts = []
+    for key_of_part, part in zip(keys_of(key, parts), parts, strict=True):
+        if part.data is not None:
+            data = pin_data(key_of_part, part.data, before)
+            part = part.model_copy(update={"data": data})
+
+        pinned_parts.append(part)
+
+    return tuple(pinned_parts)
+
+
+def _key_of(benchmark: BenchmarkConfig) -> str:
+    return f"evaluation.benchmarks.{benchmark.name}.data"
 
 
 def specs(config: Config) -> dict[str, str]:
     """Returns what stands at the keys of models and data, teachers by name."""
     models = {f"teachers.{teacher.name}.model": teacher.model for teacher in config.teachers}
-    return models | {
-        "student.model": config.student.model,
-        "prompts.data": config.prompts.data,
-        "prompts.held_out": config.prompts.held_out,
-    }
+    data = {_key_of(benchmark): benchmark.data for benchmark in config.evaluation.benchmarks}
+    for key, parts in (
+        ("prompts.data", config.prompts.data),
+        ("prompts.held_out", config.prompts.held_out),
+    ):
+        data |= {
+            key_of_part: part.data
+            for key_of_part, part in zip(keys_of(key, parts), parts, strict=True)
+            if part.data is not None
+        }
+
+    return models | data | {"student.model": config.student.model}
 
 
 def pin_model(key: str, spec: str, before: Specs, *, weights: bool) -> str:

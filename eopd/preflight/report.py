@@ -11,6 +11,7 @@ from typing import Final
 
 from eopd.config import Config
 from eopd.config.processor import dtype_notes
+from eopd.config.prompts import names_of
 from eopd.plugins import sources
 from eopd.preflight.environment import environment_notes, is_local
 from eopd.preflight.inputs import Prepared, prompts_by_teacher
@@ -23,8 +24,8 @@ STALE: Final = 64
 def describe(config: Config, prepared: Prepared) -> Iterator[str]:
     """Yields what was checked, line by line, for a person to read."""
     train, held_out = prepared.train.prompts, prepared.held_out.prompts
-    num_train = prompts_by_teacher(config.prompts.data, train, config)
-    num_held_out = prompts_by_teacher(config.prompts.held_out, held_out, config)
+    num_train = prompts_by_teacher("prompts.data", train, config)
+    num_held_out = prompts_by_teacher("prompts.held_out", held_out, config)
     yield f"student {config.student.model}"
 
     for teacher in config.teachers:
@@ -102,10 +103,10 @@ def _of_data(config: Config, prepared: Prepared) -> Iterator[str]:
 
     seen = {prompt.token_ids.tobytes() for prompt in train}
     shared = sum(prompt.token_ids.tobytes() in seen for prompt in held_out)
-    if shared and config.prompts.data != config.prompts.held_out:
+    if shared and not _held_out_is_data(config):
         yield f"prompts.held_out: {shared} of its {len(held_out)} prompts are in prompts.data too"
 
-    for name, count in prompts_by_teacher(config.prompts.data, train, config).items():
+    for name, count in prompts_by_teacher("prompts.data", train, config).items():
         if not count:
             yield f"teachers.{name}: teaches nothing: no row has its sources"
 
@@ -189,8 +190,13 @@ def _of_flow(config: Config) -> Iterator[str]:
             "behind what is trained"
         )
 
-    if config.prompts.data == config.prompts.held_out:
+    if _held_out_is_data(config):
         yield "prompts.held_out: is prompts.data; held-out numbers are then those of training"
+
+
+def _held_out_is_data(config: Config) -> bool:
+    """Tells whether the held-out prompts are the training prompts."""
+    return names_of(config.prompts.data) == names_of(config.prompts.held_out)
 
 
 def _listed(ends: Mapping[int, str]) -> str:

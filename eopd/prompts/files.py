@@ -1,20 +1,26 @@
-"""Rows are read from JSONL files, Parquet files, and data sets by name.
+"""Rows are read from JSONL files, Parquet files, data sets by name, and functions of the user.
 
 A row has its columns, and the place where it stands, which a message on it begins with.
 """
 
+import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import cast
+from types import MappingProxyType
+from typing import Final, cast
 
-from eopd.config import ConfigError
+from eopd.config import ConfigError, Part
 from eopd.config.base import DATA_SUFFIXES
 from eopd.config.json_text import JsonError, parse_json
 from eopd.config.pointer import require_no_pointer
+from eopd.plugins import rows_of
 from eopd.prompts.arrow import as_written, read_parquet
 from eopd.prompts.named import load_named, names_a_data_set, parse_data_name
+
+COLUMNS_SHOWN: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,15 +28,27 @@ class DataRow:
     """A data row is one row of a data set.
 
     ``number`` is its line in a JSONL file, and elsewhere its number, counted from 1. ``where``
-    names the key of the config, the data set, and the row.
+    names the key of the config, the data set, and the row. ``names`` has the columns that play a
+    role under another name than their own: ``{"prompt": "question"}``.
     """
 
     where: str
     number: int
     columns: Mapping[str, object]
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def name(self, role: str) -> str:
+        """Returns the name of the column that plays a role, such as ``prompt``."""
+        return self.names.get(role, role)
+
+    def get(self, role: str) -> object:
+        """Returns the value of the column that plays a role; None where there is none."""
+        return self.columns.get(self.name(role))
 
 
-def read_data(spec: str, key: str = "prompts.data") -> list[DataRow]:
+def read_data(
+    spec: str, key: str = "prompts.data", names: Mapping[str, str] = MappingProxyType({})
+) -> list[DataRow]:
     """Reads all rows of a ``.jsonl`` or ``.parquet`` file, or of a data set by name.
 
     A name is ``NAME``, ``NAME:SPLIT`` or ``NAME:SUBSET:SPLIT``, e.g. ``openai/gsm8k:main:train``;
@@ -39,9 +57,10 @@ def read_data(spec: str, key: str = "prompts.data") -> list[DataRow]:
     Args:
         spec: The file or the name.
         key: The key of the config that names it, for messages.
+        names: The columns that play a role under another name.
 
     Raises:
-        ConfigError: it is missing, unreadable, empty, or of another kind.
+        ConfigError: it is missing, unreadable, empty, of another kind, or has no such column.
     """
     if not spec.strip() or "\0" in spec:
         raise ConfigError(
@@ -53,10 +72,64 @@ def read_data(spec: str, key: str = "prompts.data") -> list[DataRow]:
     except OSError as error:
         raise ConfigError(f"{key}: {spec} cannot be read ({error.strerror or error})") from None
 
-    if not rows:
-        raise ConfigError(f"{key}: {spec} has no rows")
+    return _with_names(rows, names, f"{key}: {spec}")
 
-    return rows
+
+def read_part(part: Part, key: str, columns: Mapping[str, str]) -> list[DataRow]:
+    """Reads all rows of a part of the prompts, wherever they come from.
+
+    Args:
+        part: The part.
+        key: The key of the config that names it, for messages.
+        columns: The columns that play a role under another name, where the part names none itself.
+
+    Raises:
+        ConfigError: as ``read_data``; a function cannot be loaded, raises, or yields no rows.
+    """
+    names = columns if part.columns is None else part.columns
+    if part.source is not None:
+        names = {role: name for role, name in names.items() if role != "source"}
+
+    if part.function is None:
+        return read_data(part.name, key, names)
+
+    where = f"{key}: {part.function}"
+    rows = _numbered(rows_of(key, part.function, part.options), where)
+
+    return _with_names(rows, names, where)
+
+
+def _with_names(rows: Sequence[DataRow], names: Mapping[str, str], where: str) -> list[DataRow]:
+    """Returns the rows of a data set, whose columns play the roles of ``names``.
+
+    Raises:
+        ConfigError: there are no rows, or none of them has one of these columns.
+    """
+    if not rows:
+        raise ConfigError(f"{where} has no rows")
+
+    known = dict.fromkeys(chain.from_iterable(row.columns for row in rows))
+    faults = []
+    for role, name in names.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            faults.append(
+                f"{where}: has no column {name!r} to be {role}; {hint}its columns are "
+                f"{_listed(known)}"
+            )
+
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+    return [_named(row, names) for row in rows]
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Returns names for a message: the first so many."""
+    shown = list(names)
+    more = f" and {len(shown) - COLUMNS_SHOWN} more" if len(shown) > COLUMNS_SHOWN else ""
+    return ", ".join(map(repr, shown[:COLUMNS_SHOWN])) + more
 
 
 def _read(spec: str, key: str) -> list[DataRow]:
@@ -85,10 +158,14 @@ def _read(spec: str, key: str) -> list[DataRow]:
     return _numbered(_read_named(spec, key), f"{key}: {spec}")
 
 
-def _row(where: str, number: int, columns: Mapping[str, object]) -> DataRow:
-    row_id = columns.get("id")
-    suffix = f" (id {json.dumps(row_id)[:60]})" if isinstance(row_id, str | int) else ""
-    return DataRow(where=where + suffix, number=number, columns=columns)
+def _named(row: DataRow, names: Mapping[str, str]) -> DataRow:
+    """Returns a row whose columns play the roles of ``names``, with its id in its place."""
+    named = replace(row, names=names)
+    row_id = named.get("id")
+    if not isinstance(row_id, str | int):
+        return named
+
+    return replace(named, where=f"{row.where} (id {json.dumps(row_id)[:60]})")
 
 
 def _read_jsonl(path: Path, where: str) -> Iterator[DataRow]:
@@ -104,7 +181,8 @@ def _read_jsonl(path: Path, where: str) -> Iterator[DataRow]:
 
     for number, text in enumerate(lines, start=1):
         if text.strip():
-            yield _row(f"{where}:{number}", number, _parse(text, f"{where}:{number}"))
+            columns = _parse(text, f"{where}:{number}")
+            yield DataRow(where=f"{where}:{number}", number=number, columns=columns)
 
 
 def _parse(line: str, where: str) -> Mapping[str, object]:
@@ -162,7 +240,7 @@ def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[DataRow]
     numbered = []
     for number, row in enumerate(rows, start=1):
         values = {name: _pruned(value) for name, value in row.items()}
-        numbered.append(_row(f"{where}: row {number}", number, values))
+        numbered.append(DataRow(where=f"{where}: row {number}", number=number, columns=values))
 
     return numbered
 

@@ -7,8 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +18,9 @@ import numpy as np
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from eopd.config import ConfigError, PromptsConfig
-from eopd.prompts.files import DataRow, read_data
+from eopd.config import ConfigError, Part, PromptsConfig
+from eopd.config.prompts import keys_of
+from eopd.prompts.files import DataRow, read_part
 from eopd.prompts.rendering import Rendering, Tokenizer
 from eopd.prompts.rows import Question, read_question
 from eopd.types import PromptSample
@@ -72,6 +74,15 @@ class TeacherView:
                     "here, below `template: |`"
                 )
 
+    def rendering(self, config: PromptsConfig) -> Rendering:
+        """Returns how the teacher's prompts are rendered."""
+        return Rendering(
+            whose=f"teacher {self.name}",
+            tokenizer=self.tokenizer,
+            template=config.template,
+            options=self.options,
+        )
+
     def token_ids(
         self, question: Question, where: str, config: PromptsConfig
     ) -> tuple[list[int], list[str]]:
@@ -98,13 +109,8 @@ class TeacherView:
                 f"teachers.{self.name}.template: {where}: {error or type(error).__name__}"
             ) from None
 
-        rendering = Rendering(
-            whose=f"teacher {self.name}",
-            tokenizer=self.tokenizer,
-            template=config.template,
-            options=self.options,
-        )
-        token_ids, notes = rendering.token_ids(question.with_text(text), question.tools, where)
+        chat = question.with_text(text)
+        token_ids, notes = self.rendering(config).token_ids(chat, question.tools, where)
         if not columns:
             notes.append(
                 f"the template of teacher {self.name} uses no column, so that it "
@@ -146,13 +152,15 @@ def list_places(places: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """A prompt set holds rendered and tokenised prompts; ``num_dropped`` rows were too long.
+    """A prompt set holds rendered and tokenised prompts; ``parts`` has the same prompts by part of
+    the data, and ``num_dropped`` rows were too long.
 
     ``texts`` has the last text of the user, ``places`` the file and row, both by id of the prompt.
     ``notes`` say what is not taken as it stands in the data, and in how many rows.
     """
 
     prompts: tuple[PromptSample, ...]
+    parts: tuple[tuple[PromptSample, ...], ...]
     texts: Mapping[str, str]
     places: Mapping[str, str]
     num_dropped: int
@@ -161,7 +169,7 @@ class PromptSet:
     @classmethod
     def load(
         cls,
-        spec: str,
+        data: str | Sequence[Part],
         config: PromptsConfig,
         tokenizer: Tokenizer,
         view_of: Callable[[str], TeacherView | None] = lambda source: None,
@@ -169,62 +177,120 @@ class PromptSet:
         key: str = "prompts.data",
         keep_rows: bool = False,
     ) -> "PromptSet":
-        """Reads, renders and tokenises every row.
+        """Reads, renders and tokenises every row. Of several parts each id begins with the number
+        of its part: ``1/ID``.
 
         Args:
-            spec: The data set.
-            config: How its rows become prompts.
+            data: The parts; a text is the data of one.
+            config: How their rows become prompts.
             tokenizer: The student's tokenizer.
             view_of: Returns the view of a source's teacher; None where it takes the student's prompt.
-            key: The key of the config that names the data set, for messages.
+            key: The key of the config that names the data, for messages.
             keep_rows: Whether every prompt gets the row of the data, for functions that read it.
 
         Raises:
             ConfigError: rows are malformed (the first few kinds of fault are named), an id stands
                 twice, a prompt is too long under ``overlong: error`` or for its teacher, or none is
-                left.
+                left of a part.
         """
         if config.template == "chat" and not tokenizer.chat_template:
             raise ConfigError(
                 "prompts.template: chat, but the tokenizer has no chat template; set it to none"
             )
 
-        loading = _Loading(config, tokenizer, view_of, keep_rows)
-        rows = read_data(spec, key)
-        loading.add_all(rows)
-        if not loading.prompts:
-            raise ConfigError(
-                f"{key}: {spec}: all {len(rows)} rows are longer than prompts.max_tokens "
-                f"{config.max_tokens}"
-            )
+        if config.system is not None:
+            student_rendering(config, tokenizer).require_system(config.system)
 
-        return cls(
-            prompts=tuple(loading.prompts),
-            texts=loading.texts,
-            places=loading.places,
-            num_dropped=loading.num_dropped,
-            notes=tuple(
-                f"{key}: {number} of {len(rows)} rows: {note}"
-                for note, number in loading.notes.items()
-            ),
-        )
+        parts = [Part(data=data)] if isinstance(data, str) else data
+        loaded, faults = [], []
+        for index, (part, key_of_part) in enumerate(zip(parts, keys_of(key, parts), strict=True)):
+            prefix = f"{index}/" if len(parts) > 1 else ""
+
+            try:
+                rows = read_part(part, key_of_part, config.columns)
+                loading = _Loading(config, tokenizer, view_of, keep_rows, part.source, prefix)
+                loaded.append(loading.load(rows, f"{key_of_part}: {part.name}", key_of_part))
+            except ConfigError as error:
+                faults.append(str(error))
+
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+        return _joined(loaded)
+
+    def in_turn(self) -> "PromptSet":
+        """Returns the same prompts with one of each part in turn, so that the first so many are
+        of all parts.
+        """
+        turns = chain.from_iterable(zip_longest(*self.parts))
+        return replace(self, prompts=tuple(prompt for prompt in turns if prompt is not None))
+
+
+def student_rendering(config: PromptsConfig, tokenizer: Tokenizer) -> Rendering:
+    """Returns how the student's prompts are rendered."""
+    return Rendering(
+        whose="student",
+        tokenizer=tokenizer,
+        template=config.template,
+        options=config.template_options,
+    )
+
+
+def _joined(parts: Sequence[PromptSet]) -> PromptSet:
+    """Returns one set of all prompts; no two have the same id."""
+    return PromptSet(
+        prompts=tuple(chain.from_iterable(part.prompts for part in parts)),
+        parts=tuple(part.prompts for part in parts),
+        texts=dict(chain.from_iterable(part.texts.items() for part in parts)),
+        places=dict(chain.from_iterable(part.places.items() for part in parts)),
+        num_dropped=sum(part.num_dropped for part in parts),
+        notes=tuple(chain.from_iterable(part.notes for part in parts)),
+    )
 
 
 @dataclass(slots=True)
 class _Loading:
-    """Collects what the rows become, one after the other."""
+    """Collects what the rows of a part become, one after the other."""
 
     config: PromptsConfig
     tokenizer: Tokenizer
     view_of: Callable[[str], TeacherView | None]
     keep_rows: bool
+    source: str | None
+    prefix: str
     prompts: list[PromptSample] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     num_dropped: int = 0
     notes: Counter[str] = field(default_factory=Counter)
 
-    def add_all(self, rows: Sequence[DataRow]) -> None:
+    def load(self, rows: Sequence[DataRow], where: str, key: str) -> PromptSet:
+        """Makes prompts of all rows of the data at ``where``, which ``key`` names.
+
+        Raises:
+            ConfigError: a row cannot be one, or all of them are too long.
+        """
+        self._add_all(rows)
+        if not self.prompts:
+            raise ConfigError(
+                f"{where}: all {len(rows)} rows are longer than prompts.max_tokens "
+                f"{self.config.max_tokens}"
+            )
+
+        prompts = tuple(self.prompts)
+        return PromptSet(
+            prompts=prompts,
+            parts=(prompts,),
+            texts=self.texts,
+            places=self.places,
+            num_dropped=self.num_dropped,
+            notes=tuple(
+                f"{key}: {number} of {len(rows)} rows: {note}"
+                for note, number in self.notes.items()
+            ),
+        )
+
+    def _add_all(self, rows: Sequence[DataRow]) -> None:
         """Makes a prompt of every row.
 
         Raises:
@@ -254,15 +320,8 @@ class _Loading:
 
     def _add(self, row: DataRow) -> None:
         config = self.config
-        question = read_question(row, config.suffix)
-        self._name(question, row)
-
-        student = Rendering(
-            whose="student",
-            tokenizer=self.tokenizer,
-            template=config.template,
-            options=config.template_options,
-        )
+        question = self._named(read_question(row, config.suffix, config.system), row)
+        student = student_rendering(config, self.tokenizer)
         token_ids, notes = student.token_ids(question.chat, question.tools, row.where)
         if len(token_ids) > config.max_tokens:
             if config.overlong == "drop":
@@ -292,16 +351,20 @@ class _Loading:
             )
         )
 
-    def _name(self, question: Question, row: DataRow) -> None:
-        prompt_id = question.prompt_id
+    def _named(self, question: Question, row: DataRow) -> Question:
+        """Returns the question with the source and the id that it has in the whole set."""
+        prompt_id = f"{self.prefix}{question.prompt_id}"
         if prompt_id in self.places:
             raise ConfigError(
-                f"{row.where}: id: {prompt_id!r} stands twice: it is that of {self.places[prompt_id]} too (a row "
-                'without an id is called by its number, and 1 and "1" are the same); give every row an id of its own'
+                f"{row.where}: {row.name('id')}: {question.prompt_id!r} stands twice: it is that "
+                f"of {self.places[prompt_id]} too (a row without an id is called by its number, "
+                'and 1 and "1" are the same); give every row an id of its own'
             )
 
         self.places[prompt_id] = row.where
         self.texts[prompt_id] = question.text
+
+        return replace(question, prompt_id=prompt_id, source=self.source or question.source)
 
 
 def _describe(fault: str, overlong: Sequence[tuple[int, str]], num_rows: int) -> str:

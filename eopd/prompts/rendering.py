@@ -79,6 +79,24 @@ class Rendering:
 
         return token_ids, notes
 
+    def require_system(self, system: str) -> None:
+        """Checks that the chat template shows a message of the system.
+
+        Raises:
+            ConfigError: it refuses the message, or leaves it out.
+        """
+        chat = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
+        try:
+            text, fault = self._render(chat, (), ""), "it is not in the text"
+        except ConfigError as error:
+            text, fault = "", str(error).rpartition(": ")[2]
+
+        if system.strip() not in text:
+            raise ConfigError(
+                f"prompts.system: the {self.whose}'s chat template takes no system message "
+                f"({fault}); leave it out (--system of eopd eval), or say it in prompts.suffix"
+            )
+
     def _plain(
         self, chat: Sequence[Message], tools: Sequence[Tool], where: str
     ) -> tuple[list[int], list[str]]:

@@ -22,6 +22,8 @@ from eopd.types import Reference
 Message = Mapping[str, object]
 Tool = Mapping[str, object]  # a JSON schema
 
+ASKING: Final = ("prompt", "messages")  # the roles of columns of which one asks
+INSTRUCTING: Final = ("system", "developer")
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 ANSWER_LEFT_OUT: Final = (
     "the chat ends with the assistant's answer, which is left out: the prompt is what comes before"
@@ -33,7 +35,8 @@ class Question:
     """A question is what a row of the data asks.
 
     ``last_user`` is the position in ``chat`` of the last message of the user. ``columns`` are those
-    of the row, for the template of a teacher. ``notes`` say what is not taken as it stands.
+    of the row, also under the names of their roles, for the template of a teacher. ``notes`` say
+    what is not taken as it stands.
     """
 
     prompt_id: str
@@ -68,30 +71,34 @@ class Question:
         return [*self.chat[: self.last_user], changed, *self.chat[self.last_user + 1 :]]
 
 
-def read_question(row: DataRow, suffix: str) -> Question:
-    """Reads a row, and adds ``suffix`` to the last text of the user.
+def read_question(row: DataRow, suffix: str, system: str | None = None) -> Question:
+    """Reads a row, and adds ``suffix`` to the last text of the user. Where the row has no message
+    of the system, ``system`` is put before the others.
 
     Raises:
         ConfigError: names the row, the field, its value, and what is allowed.
     """
     try:
-        return _read(row, suffix)
+        return _read(row, suffix, system)
     except RecursionError:
         raise ConfigError(f"{row.where}: is nested too deeply") from None
 
 
-def _read(row: DataRow, suffix: str) -> Question:
-    columns = row.columns
+def _read(row: DataRow, suffix: str, system: str | None) -> Question:
     chat, notes = _chat(row)
+    if system is not None and not any(message["role"] in INSTRUCTING for message in chat):
+        chat = [{"role": "system", "content": system}, *chat]
+
     users = [index for index, message in enumerate(chat) if message["role"] == "user"]
     if not users:
-        _refuse(row, "messages", "none is the user's (role: user), so there is nothing to answer")
+        fault = "none is the user's (role: user), so there is nothing to answer"
+        _refuse(row, row.name("messages"), fault)
 
     last_user = users[-1]
     text = str(chat[last_user]["content"])
     if not text.strip():
-        field = "prompt" if isinstance(columns.get("prompt"), str) else "messages"
-        _refuse(row, field, "the user's text is empty")
+        role = "prompt" if isinstance(row.get("prompt"), str) else "messages"
+        _refuse(row, row.name(role), "the user's text is empty")
 
     chat[last_user] = {**chat[last_user], "content": text + suffix}
 
@@ -102,7 +109,7 @@ def _read(row: DataRow, suffix: str) -> Question:
         last_user=last_user,
         tools=_tools(row),
         reference_answer=_answer(row),
-        columns=columns,
+        columns={**row.columns, **{role: row.get(role) for role in row.names}},
         notes=notes,
     )
 
@@ -113,25 +120,21 @@ def _refuse(row: DataRow, field: str, fault: str) -> NoReturn:
 
 def _chat(row: DataRow) -> tuple[list[Message], list[str]]:
     """Returns the messages that are to be answered, and a note where the data has the answer too."""
-    prompt, messages = row.columns.get("prompt"), row.columns.get("messages")
-    if prompt is not None and messages is not None:
-        _refuse(row, "prompt, messages", "both are there; keep the one that is meant")
+    asking = [role for role in ASKING if role in row.names] or ASKING
+    found = {row.name(role): row.get(role) for role in asking if row.get(role) is not None}
+    if len(found) > 1:
+        fault = "both are there; keep the one that is meant, or name it under columns"
+        _refuse(row, ", ".join(found), fault)
 
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": _clean(row, "prompt", prompt)}], []
+    if not found:
+        _refuse_without_prompt(row, [row.name(role) for role in asking])
 
-    if prompt is None and messages is None:
-        if nulls := [name for name in ("prompt", "messages") if name in row.columns]:
-            _refuse(row, ", ".join(nulls), "is null; write text, or a list of messages")
+    ((field, value),) = found.items()
+    may_be_text = field == row.name("prompt")
+    if may_be_text and isinstance(value, str):
+        return [{"role": "user", "content": _clean(row, field, value)}], []
 
-        fields = ", ".join(f"`{name}`" for name in row.columns) or "none"
-        raise ConfigError(
-            f"{row.where}: needs either `prompt` (text, or a list of messages) or `messages` "
-            f"(a list of messages, each with role and content); its fields are {fields}"
-        )
-
-    field, value = ("prompt", prompt) if messages is None else ("messages", messages)
-    allowed = "text or a list of messages" if field == "prompt" else "a list of messages"
+    allowed = "text or a list of messages" if may_be_text else "a list of messages"
     if not isinstance(value, list) or not value:
         _refuse(row, field, f"must be {allowed}, is {told(value)}")
 
@@ -145,6 +148,22 @@ def _chat(row: DataRow) -> tuple[list[Message], list[str]]:
         length -= 1
 
     return chat[:length], [ANSWER_LEFT_OUT] if length < len(chat) else []
+
+
+def _refuse_without_prompt(row: DataRow, names: Sequence[str]) -> NoReturn:
+    """Refuses a row that asks nothing; ``names`` are the columns that might."""
+    if nulls := [name for name in names if name in row.columns]:
+        _refuse(row, ", ".join(nulls), "is null; write text, or a list of messages")
+
+    fields = ", ".join(f"`{name}`" for name in row.columns) or "none"
+    if row.names.keys() & set(ASKING):
+        raise ConfigError(f"{row.where}: has no `{names[0]}`; its fields are {fields}")
+
+    raise ConfigError(
+        f"{row.where}: needs either `prompt` (text, or a list of messages) or `messages` "
+        f"(a list of messages, each with role and content); its fields are {fields}; a column of "
+        "another name is named by columns: {prompt: NAME}"
+    )
 
 
 def _message(row: DataRow, field: str, value: object) -> Message:
@@ -246,14 +265,15 @@ def _tool_call(row: DataRow, field: str, call: object) -> object:
 
 def _tools(row: DataRow) -> Sequence[Tool]:
     """Returns the JSON schemas under ``tools``, which may be JSON text as data sets keep it."""
-    tools = row.columns.get("tools") or []
+    field = row.name("tools")
+    tools = row.get("tools") or []
     if isinstance(tools, str):
-        tools = _parsed(row, "tools", tools)
+        tools = _parsed(row, field, tools)
 
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        _refuse(row, "tools", f"must be a list of JSON schemas (objects), is {told(tools)}")
+        _refuse(row, field, f"must be a list of JSON schemas (objects), is {told(tools)}")
 
-    _require_clean(row, "tools", tools)
+    _require_clean(row, field, tools)
     return tools
 
 
@@ -266,7 +286,7 @@ def _parsed(row: DataRow, field: str, text: str) -> object:
 
 def _id(row: DataRow) -> str:
     """Returns the row's id, or its number where it has none."""
-    value = row.columns.get("id")
+    value = row.get("id")
     if value is None:
         return str(row.number)
 
@@ -278,25 +298,25 @@ def _id(row: DataRow) -> str:
         return str(value)
 
     if not isinstance(value, str) or not value.strip():
-        _refuse(row, "id", f"must be text or a whole number, is {told(value)}")
+        _refuse(row, row.name("id"), f"must be text or a whole number, is {told(value)}")
 
-    return _clean(row, "id", value)
+    return _clean(row, row.name("id"), value)
 
 
 def _source(row: DataRow) -> str:
-    value = row.columns.get("source")
+    value = row.get("source")
     if value is None:
         return "default"
 
     if not isinstance(value, str) or not value.strip():
-        _refuse(row, "source", f"must be text, is {told(value)}")
+        _refuse(row, row.name("source"), f"must be text, is {told(value)}")
 
-    return _clean(row, "source", value)
+    return _clean(row, row.name("source"), value)
 
 
 def _answer(row: DataRow) -> Reference | None:
     """Returns the accepted answer, or several of which any is right."""
-    value = row.columns.get("answer")
+    value = row.get("answer")
     if value is None:
         return None
 
@@ -304,7 +324,8 @@ def _answer(row: DataRow) -> Reference | None:
         return _accepted(row, value)
 
     if not value:
-        _refuse(row, "answer", "is an empty list; name an accepted answer, or leave the field out")
+        fault = "is an empty list; name an accepted answer, or leave the field out"
+        _refuse(row, row.name("answer"), fault)
 
     answers = tuple(dict.fromkeys(_accepted(row, answer) for answer in value))
 
@@ -313,14 +334,14 @@ def _answer(row: DataRow) -> Reference | None:
 
 def _accepted(row: DataRow, value: object) -> str:
     if isinstance(value, str):
-        return _clean(row, "answer", value, formula=True)
+        return _clean(row, row.name("answer"), value, formula=True)
 
     if _is_number(value):
         return written(value)
 
     _refuse(
         row,
-        "answer",
+        row.name("answer"),
         f"must be text, a number, or a list of these that are all right; is {told(value)}",
     )
 

@@ -3,11 +3,12 @@ and no user of this machine.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from eopd import __version__
-from eopd.config import Config
+from eopd.config import Config, Part
 from eopd.config.document import write_tree
 from eopd.config.names import DataName, ModelName
 from eopd.run.record import HeldOut, Measurement, Summary
@@ -70,8 +71,10 @@ def _metadata(config: Config) -> dict[str, object]:
     if (student := ModelName.parse(config.student.model)) is not None:
         metadata["base_model"] = student.repository
 
-    if (data := _data_name(config.prompts.data)) is not None and "/" in data.repository:
-        metadata["datasets"] = [data.repository]
+    names = [_data_name(part) for part in config.prompts.data]
+    repositories = [name.repository for name in names if name is not None]
+    if datasets := [repository for repository in repositories if "/" in repository]:
+        metadata["datasets"] = datasets
 
     return metadata
 
@@ -105,10 +108,14 @@ def _shown(model: str) -> str:
     return model if ModelName.parse(model) is not None else Path(model).name
 
 
-def _shown_data(spec: str) -> str:
-    return spec if _data_name(spec) is not None else Path(spec).name
+def _shown_data(parts: Sequence[Part]) -> str:
+    return ", ".join(
+        part.name if part.data is None or _data_name(part) else Path(part.data).name
+        for part in parts
+    )
 
 
-def _data_name(spec: str) -> DataName | None:
-    """Returns the name of a data set; None of a file."""
-    return None if Path(spec).is_absolute() else DataName.parse(spec)
+def _data_name(part: Part) -> DataName | None:
+    """Returns the name of a data set; None of a file or of a function."""
+    is_named = part.data is not None and not Path(part.data).is_absolute()
+    return DataName.parse(part.name) if is_named else None

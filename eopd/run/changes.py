@@ -8,13 +8,15 @@
 The longest entry that a key begins with decides; a key without any is ``noted``.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Final, Literal
 
 import yaml
 
-from eopd.config import Config, LearnerConfig
+from eopd.config import Config, LearnerConfig, Part
+from eopd.config.prompts import keys_of
 
 Kind = Literal["always", "noted", "contents", "never"]
 
@@ -70,6 +72,7 @@ TABLE: Final[Mapping[str, Kind]] = {
     "learner.deepspeed.zero_optimization.sub_group_size": "never",
     "learner.zero_stage": "never",
     "prompts": "contents",
+    "prompts.data[].weight": "never",
     "rollout.cpus": "always",
     "rollout.engines": "always",
     "rollout.gpus": "always",
@@ -133,8 +136,12 @@ class Change:
 
 
 def changes(before: Config, after: Config) -> list[Change]:
-    """Returns every key that differs, teachers by name: ``teachers.b.temperature``."""
+    """Returns every key that differs, teachers by name (``teachers.b.temperature``), and parts of the
+    prompts by number where there are several (``prompts.data.1.weight``).
+    """
     changed = list(_differences("", _plain(before), _plain(after)))
+    changed += _of_parts("prompts.data", before.prompts.data, after.prompts.data)
+    changed += _of_parts("prompts.held_out", before.prompts.held_out, after.prompts.held_out)
     old = {teacher.name: teacher for teacher in before.teachers}
     new = {teacher.name: teacher for teacher in after.teachers}
 
@@ -151,6 +158,17 @@ def changes(before: Config, after: Config) -> list[Change]:
     kinds = _learner_kinds(before.learner, after.learner)
 
     return [replace(change, kind=kinds.get(change.key, change.kind)) for change in changed]
+
+
+def _of_parts(key: str, before: Sequence[Part], after: Sequence[Part]) -> Iterator[Change]:
+    """Yields the keys that differ between parts of the same number; that of a part itself stands for
+    its ``data``.
+    """
+    keys = keys_of(key, max(before, after, key=len))
+    for name, was, becomes in zip_longest(keys, before, after):
+        old, new = (part.model_dump(mode="json") if part else {} for part in (was, becomes))
+        for change in _differences(f"{name}.", old, new, knob=f"{key}[]."):
+            yield replace(change, key=change.key.removesuffix(".data"))
 
 
 def _learner_kinds(before: LearnerConfig, after: LearnerConfig) -> dict[str, Kind]:
@@ -188,7 +206,8 @@ def _leaves(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def _plain(config: Config) -> dict[str, object]:
-    return config.model_dump(mode="json", exclude={"teachers"})
+    parts = {"data", "held_out"}
+    return config.model_dump(mode="json", exclude={"teachers": True, "prompts": parts})
 
 
 def _yaml(value: object) -> str:

@@ -9,8 +9,8 @@ from eopd.config.base import GraderName
 from eopd.evaluation.benchmarks import BenchmarkResult, run_benchmark
 from eopd.hub import model_directory
 from eopd.preflight import (
-    pin_data,
     pin_model,
+    pin_parts,
     require_answers,
     require_model,
     require_readable_answers,
@@ -53,8 +53,8 @@ def evaluate_model(
     student, directory = student.model_copy(update={"model": model}), model_directory(model)
     require_model("MODEL", directory, num_tokens=longest)
     tokenizer = load_tokenizer(directory)
-    spec = pin_data("DATA", benchmark.prompts.data, {})
-    data = PromptSet.load(spec, benchmark.prompts, tokenizer, key="DATA")
+    parts = pin_parts("DATA", benchmark.prompts.data, {})
+    data = PromptSet.load(parts, benchmark.prompts, tokenizer, key="DATA")
     require_answers(data)
     require_readable_answers(data, benchmark.grader)
     for note in data.notes:

@@ -14,9 +14,10 @@ from typing import Final
 
 from eopd.config import Config
 from eopd.config.names import ModelName
+from eopd.config.prompts import keys_of
 from eopd.hub import model_directory
 from eopd.preflight import Prepared
-from eopd.prompts import PromptSet
+from eopd.types import PromptSample
 
 MADE_AS: Final = "1"  # another number with every change of this file that changes a digest
 WEIGHTS: Final = ("*.safetensors", "*.bin")
@@ -35,12 +36,16 @@ def digests(config: Config, prepared: Prepared) -> dict[str, str]:
     """
     digest_of = {
         "made_as": MADE_AS,
-        "prompts.data": _digest(_prompt_parts(prepared.train)),
-        "prompts.held_out": _digest(_prompt_parts(prepared.held_out)),
+        "prompts.data": _digest(_of_prompts(prepared.train.prompts)),
+        "prompts.held_out": _digest(_of_prompts(prepared.held_out.prompts)),
         "student.model": _digest_model(config.student.model, weights=False),
     }
     for name, data in prepared.benchmarks.items():
-        digest_of[f"evaluation.benchmarks.{name}.data"] = _digest(_prompt_parts(data))
+        digest_of[f"evaluation.benchmarks.{name}.data"] = _digest(_of_prompts(data.prompts))
+
+    keys = keys_of("prompts.data", config.prompts.data)
+    for key, prompts in zip(keys, prepared.train.parts, strict=True):
+        digest_of[key] = _digest(_of_prompts(prompts))
 
     for teacher in config.teachers:
         digest_of[f"teachers.{teacher.name}.model"] = _digest_model(teacher.model, weights=True)
@@ -48,8 +53,8 @@ def digests(config: Config, prepared: Prepared) -> dict[str, str]:
     return digest_of
 
 
-def _prompt_parts(prompts: PromptSet) -> Iterator[bytes]:
-    for prompt in prompts.prompts:
+def _of_prompts(prompts: Iterable[PromptSample]) -> Iterator[bytes]:
+    for prompt in prompts:
         yield prompt.prompt_id.encode()
         yield prompt.source.encode()
         yield repr(prompt.reference_answer).encode()

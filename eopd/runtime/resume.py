@@ -22,6 +22,7 @@ from typing import Final, Literal
 
 from eopd.config import Config, ConfigError
 from eopd.config.processor import with_student_dtype_of
+from eopd.config.prompts import keys_of, names_of
 from eopd.ledger import Ledger
 from eopd.plugins import sources
 from eopd.run.changes import OTHER_CONTENTS, Change, changes
@@ -299,10 +300,10 @@ def what_changed(
     keys = {change.key for change in changed}
     changed += [change for change in contents if change.key not in keys]
     if refused := [change for change in changed if change.kind == "never"]:
-        # why the prompts are others
-        if any(change.key == "prompts.data" for change in refused):
+        other = [change.key for change in refused if change.before == OTHER_CONTENTS]
+        if any(key == "prompts.data" or _is_part(key) for key in other):  # why they are others
             causes = [change for change in paths if "prompts" in change.key]
-            refused += [change for change in causes if change.key != "prompts.data"]
+            refused += [change for change in causes if change.key not in other]
 
         _refuse(directory, refused, option)
 
@@ -319,15 +320,30 @@ def _changed_contents(
         for benchmark in config.evaluation.benchmarks
     }
     paths |= {
-        "prompts.data": config.prompts.data,
-        "prompts.held_out": config.prompts.held_out,
+        "prompts.data": names_of(config.prompts.data),
+        "prompts.held_out": names_of(config.prompts.held_out),
         "student.model": config.student.model,
     }
+    parts = config.prompts.data
+    paths |= {
+        key: part.name for key, part in zip(keys_of("prompts.data", parts), parts, strict=True)
+    }
+    differing = [key for key in paths if key in before and before[key] != after[key]]
+    if any(_is_part(key) for key in differing):  # a part says more than the whole
+        differing.remove("prompts.data")
+
     return [
-        Change(key, OTHER_CONTENTS, path, "never" if key in MUST_BE_THE_SAME else "noted")
-        for key, path in paths.items()
-        if key in before and before[key] != after[key]
+        Change(key, OTHER_CONTENTS, paths[key], "never" if _must_be_the_same(key) else "noted")
+        for key in differing
     ]
+
+
+def _is_part(key: str) -> bool:
+    return key.startswith("prompts.data.")
+
+
+def _must_be_the_same(key: str) -> bool:
+    return key in MUST_BE_THE_SAME or _is_part(key)
 
 
 def _refuse(directory: RunDirectory, refused: Sequence[Change], option: str) -> None:

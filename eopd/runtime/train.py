@@ -421,7 +421,13 @@ def _pipeline(
         alpha_at=config.loss.alpha_at,
     )
     samples = config.rollout.samples_per_prompt
-    order = PromptOrder(prepared.train.prompts, samples_per_prompt=samples, seed=config.run.seed)
+    order = PromptOrder(
+        prepared.train.prompts,
+        samples_per_prompt=samples,
+        seed=config.run.seed,
+        parts=prepared.train.parts,
+        turns=config.prompts.turns,
+    )
 
     return Pipeline(
         plan=numbers,

@@ -96,6 +96,12 @@ def test_every_recipe_names_the_schema_and_is_free_of_marks(path):
         ("cluster", "cluster: {address: auto, cpus: 2}"),
         ("run", "run: {name: 2024, batches: 3, expected_minutes: }"),
         ("run", "run: {name: true, batches: 3}"),
+        ("prompts", "prompts: {data: [a, {data: b, source: c}], held_out: {data: d}}"),
+        (
+            "prompts",
+            "prompts: {data: {data: a, weight: 2}, held_out: {function: 'm:f', options: }}",
+        ),
+        ("prompts", "prompts: {data: a, held_out: b, columns: {prompt: question}, system: Think.}"),
         ("x-mine", "x-mine: {anything: [1]}"),
     ],
 )
@@ -124,6 +130,9 @@ def test_what_the_program_takes_has_no_marks(section, text, tmp_path):
         ("teachers", "teachers: [{model: teacher, eos_remap: {end: 1}}]"),
         ("teachers", "teachers: [{model: teacher, max_prompt_tokens: 0}]"),
         ("telemetry", "telemetry: {trackers: [tensorbord]}"),
+        ("prompts", "prompts: {data: [], held_out: b}"),
+        ("prompts", "prompts: {data: {data: a, weigth: 2}, held_out: b}"),
+        ("prompts", "prompts: {data: a, held_out: {data: b, weight: 2}}"),
         ("rollouts", "rollouts: {engines: 2}"),
     ],
 )

@@ -85,6 +85,7 @@ DECIDED = {
     """,
     "never": """
         learner.zero_stage
+        prompts.data[].weight
         rollout.samples_per_prompt
         run.seed
         student.dtype
@@ -92,11 +93,21 @@ DECIDED = {
         student.lora.target_modules
     """,
     "contents": """
-        prompts.data
-        prompts.held_out
+        prompts.columns
+        prompts.data[].columns
+        prompts.data[].data
+        prompts.data[].function
+        prompts.data[].options
+        prompts.data[].source
+        prompts.held_out[].columns
+        prompts.held_out[].data
+        prompts.held_out[].function
+        prompts.held_out[].options
+        prompts.held_out[].source
         prompts.max_tokens
         prompts.overlong
         prompts.suffix
+        prompts.system
         prompts.template
         prompts.template_options
         student.model
@@ -227,6 +238,30 @@ def config(tmp_path):
         (
             "run.name=other",
             ["run.name r -> other: always"],
+        ),
+        (
+            "prompts.data=c",
+            ["prompts.data a -> c: contents"],
+        ),
+        (
+            "prompts.data={data: a, source: x, columns: {prompt: q}}",
+            [
+                "prompts.data.columns.prompt null -> q: contents",
+                "prompts.data.source null -> x: contents",
+            ],
+        ),
+        (
+            "prompts.data=[{data: a, weight: 1}, {function: m:f, options: {n: 2}, weight: 2}]",
+            [
+                "prompts.data.0.weight null -> 1.0: never",
+                "prompts.data.1.function null -> m:f: contents",
+                "prompts.data.1.options.n null -> 2: contents",
+                "prompts.data.1.weight null -> 2.0: never",
+            ],
+        ),
+        (
+            "prompts.held_out=[b, c]",
+            ["prompts.held_out.1 null -> c: contents"],
         ),
     ],
 )

@@ -443,6 +443,87 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         ('prompts.data="a\\0b.jsonl"', "prompts.data: a path holds no NUL character"),
         (
+            'prompts.data=["a\\0b.jsonl", c]',
+            "prompts.data.0.data: a path holds no NUL character",
+        ),
+        (
+            "prompts.data=[a.jsonl, '']",
+            "prompts.data.1: must be a .jsonl or .parquet file, or a data set's name (is '')",
+        ),
+        (
+            "prompts.held_out=[]",
+            "prompts.held_out: must be text, a mapping of the keys of a part, or a list of these, "
+            "at least one (is [])",
+        ),
+        (
+            "prompts.data=[[a]]",
+            "prompts.data.0: must be text, or a mapping of its keys (data, function, options, "
+            "source, ...) (is [a])",
+        ),
+        (
+            "prompts.data={weight: 2}",
+            "prompts.data.0: must have one of data and function: a part comes from one place",
+        ),
+        (
+            "prompts.data={data: a, function: 'm:f'}",
+            "prompts.data.0: must have one of data and function: a part comes from one place",
+        ),
+        (
+            "prompts.data={data: a, options: {n: 1}}",
+            "prompts.data.0.options: are keyword arguments of function, which is not there",
+        ),
+        (
+            "prompts.data={function: rows}",
+            "prompts.data.0.function: must be package.module:name, such as my_rewards:score (is "
+            "'rows')",
+        ),
+        (
+            "prompts.data={data: a, source: x, columns: {source: y}}",
+            "prompts.data.0.source: is said by columns.source too; keep one of them",
+        ),
+        (
+            "prompts.data={data: a, weigth: 2}",
+            "prompts.data.0.weigth: unknown key; did you mean weight?",
+        ),
+        (
+            "prompts.data=[{data: a, weight: 1}, b]",
+            "prompts.data.1.weight: is missing; give every part a weight, or none",
+        ),
+        (
+            "prompts.data=[{data: a, weight: 0}]",
+            "prompts.data.0.weight: must be a number above 0, at most 1e+06, or null (is 0)",
+        ),
+        (
+            "prompts.data=[{data: a, weight: 0.333333}, {data: b, weight: 0.666667}]",
+            "prompts.data: the ratio of the weights is 333333:666667; write weights with fewer "
+            "digits, such as 0.7 and 0.3",
+        ),
+        (
+            "prompts.held_out={data: b, weight: 1}",
+            "prompts.held_out.0.weight: unknown key; did you mean prompts.data[].weight or "
+            "loss.reverse_kl.reward.weight?",
+        ),
+        (
+            "prompts.columns={promt: q}",
+            "prompts.columns: no column plays the role 'promt'; did you mean prompt? roles are "
+            "prompt, messages, tools, id, answer, source",
+        ),
+        (
+            "prompts.columns={prompt: ''}",
+            "prompts.columns: prompt: must be the name of a column (is '')",
+        ),
+        (
+            "prompts.columns=question",
+            "prompts.columns: must be a mapping from prompt, messages, tools, id, answer or source "
+            "to the name of a column (is question)",
+        ),
+        ("prompts.columns={prompt: [q]}", "prompts.columns.prompt: must be text (is [q])"),
+        ("prompts.system=''", "prompts.system: must be text, or null (is '')"),
+        (
+            "prompts={data: a, held_out: b, system: s, template: none}",
+            "prompts.system: is a message of a chat; template is none",
+        ),
+        (
             "prompts.suffix=#1 answer",
             "--set prompts.suffix=#1 answer: ends at #, where a comment of YAML "
             "begins; put YAML's quotes around a text: --set 'prompts.suffix=\"...\"'",
@@ -1176,6 +1257,7 @@ def test_any_text_is_a_config_or_one_message(tmp_path_factory, text):
 @given(st.sampled_from(KNOBS), TREES)
 def test_any_value_of_any_key_is_taken_or_one_message(tmp_path_factory, knob, value):
     tree = yaml.safe_load(MINIMAL)
+    tree["prompts"] = {"data": [{"data": "a"}], "held_out": [{"data": "b"}]}
     *parents, last = knob.split(".")
     node = tree
     for part in parents:

@@ -106,15 +106,18 @@ class Run:
     undone.
     """
 
-    def __init__(self, path: Path, staleness: int, lookahead: int) -> None:
+    def __init__(
+        self, path: Path, staleness: int, lookahead: int, turns: tuple[int, int] | None = None
+    ) -> None:
         path.mkdir()
         self.directory = RunDirectory(path)
         self.checkpoint = path / "ledger.json"
         self.history: dict[int, list[TrajectoryKey]] = {}
         self.mode = staleness, lookahead
+        self.turns = turns
 
     def order(self) -> PromptOrder:
-        return fakes.order(prompts=PROMPTS, samples=SAMPLES)
+        return fakes.order(prompts=PROMPTS, samples=SAMPLES, turns=self.turns)
 
     def live(self, seed: int, life: int) -> bool:
         """Go on from the checkpoint until the end, or death; says whether it came to the end."""
@@ -202,14 +205,16 @@ def no_disk_is_forced(monkeypatch):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    seed=st.integers(0, 2**32), lives=st.lists(st.integers(1, LONGEST_LIFE), min_size=3, max_size=6)
+    seed=st.integers(0, 2**32),
+    lives=st.lists(st.integers(1, LONGEST_LIFE), min_size=3, max_size=6),
+    turns=st.sampled_from([None, (3, 1), (2, 5)]),
 )
 def test_killed_and_resumed_it_trains_what_an_undisturbed_run_trains(
-    tmp_path_factory, staleness, lookahead, seed, lives
+    tmp_path_factory, staleness, lookahead, seed, lives, turns
 ):
     root = tmp_path_factory.mktemp("once")
     undisturbed, killed = (
-        Run(root / name, staleness, lookahead) for name in ("undisturbed", "killed")
+        Run(root / name, staleness, lookahead, turns) for name in ("undisturbed", "killed")
     )
     assert undisturbed.live(seed, life=-1)
     ended = [killed.live(seed + number, life) for number, life in enumerate([*lives, -1])]
@@ -219,6 +224,8 @@ def test_killed_and_resumed_it_trains_what_an_undisturbed_run_trains(
     once = Counter(range(BATCH * BATCHES))
     assert Counter(itertools.chain(*found)) == once
     assert Counter(itertools.chain(*expected)) == once
+    keys = list(itertools.chain(*killed.history.values()))
+    assert len(keys) == len(set(keys))
     if lookahead == 0:
         # the same batches in the same order, not only the same trajectories
         assert found == expected

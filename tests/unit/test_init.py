@@ -45,9 +45,9 @@ def test_a_written_recipe_loads_and_finds_its_prompts(name, tmp_path, monkeypatc
     first_line = (tmp_path / f"configs/{name}.yaml").read_text().partition("\n")[0]
     assert first_line == "# yaml-language-server: $schema=schema.json"
     assert (tmp_path / "configs/schema.json").is_file()
-    for spec in (prompts.data, prompts.held_out):
-        elsewhere = not Path(spec).is_relative_to(tmp_path / "configs")
-        assert elsewhere or Path(spec).is_file()
+    for part in (*prompts.data, *prompts.held_out):
+        elsewhere = not Path(part.data).is_relative_to(tmp_path / "configs")
+        assert elsewhere or Path(part.data).is_file()
 
 
 def test_it_says_what_it_wrote_and_what_comes_next(eopd, tmp_path, monkeypatch):

@@ -1,10 +1,15 @@
 """Rows to prompts, and issue numbers to samples."""
 
+import itertools
 import json
 import re
 from collections import Counter
+from fractions import Fraction
 
+import fakes
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eopd.config import ConfigError, PromptsConfig
 from eopd.prompts import PromptOrder, PromptSet, TeacherView, read_data
@@ -141,6 +146,86 @@ def test_order_is_a_pure_function_of_seed_and_number(tmp_path):
     seeds = [order.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
     assert len(set(seeds)) == 42
     assert seeds == [again.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
+
+
+def test_without_weights_the_order_is_the_one_that_runs_of_before_have():
+    prompts = [fakes.prompt(str(number)) for number in range(7)]
+    order = PromptOrder(prompts, samples_per_prompt=2, seed=5)
+    assert "".join(order.at(issue)[0].prompt_id for issue in range(0, 42, 2)) == (
+        "1423650" "4206531" "0453126"
+    )  # fmt: skip
+
+
+# --- parts with weights
+
+mixes = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=4)
+
+
+def mixed(mix, samples=1, seed=0):
+    """An order of parts; each is its number of prompts and its turns."""
+    parts = [
+        [fakes.prompt(f"{part}/{number}") for number in range(size)]
+        for part, (size, _) in enumerate(mix)
+    ]
+    return PromptOrder(
+        list(itertools.chain(*parts)),
+        samples_per_prompt=samples,
+        seed=seed,
+        parts=parts,
+        turns=[turns for _, turns in mix],
+    )
+
+
+def parts_of(order, issues):
+    return [int(order.at(issue)[0].prompt_id[0]) for issue in issues]
+
+
+def test_parts_come_in_turn_by_their_weights():
+    assert parts_of(mixed([(5, 3), (5, 1)]), range(8)) == [0, 0, 1, 0] * 2
+    assert parts_of(mixed([(5, 2), (5, 3)]), range(10)) == [1, 0, 1, 0, 1] * 2
+    assert parts_of(mixed([(5, 1), (1, 1)], samples=2), range(6)) == [0, 0, 1, 1, 0, 0]
+
+
+@given(mixes, st.integers(1, 60))
+def test_the_part_that_is_furthest_behind_its_share_comes_next(mix, length):
+    """The oracle counts from the start, as seats of a parliament are given out (Sainte-Lague)."""
+    had, expected = [0] * len(mix), []
+    for _ in range(length):
+        claims = [Fraction(turns, 2 * n + 1) for n, (_, turns) in zip(had, mix, strict=True)]
+        expected.append(claims.index(max(claims)))
+        had[expected[-1]] += 1
+
+    assert parts_of(mixed(mix), range(length)) == expected
+
+
+@given(mixes, st.integers(1, 3), st.integers(0, 2**32), st.randoms(use_true_random=False))
+def test_a_mixed_order_is_a_pure_function_and_gives_nothing_twice(mix, samples, seed, random):
+    issues = list(range(150))
+    order = mixed(mix, samples, seed)
+    keys = [(p.epoch, p.prompt_id, sample) for p, sample in map(order.at, issues)]
+    assert len(set(keys)) == len(keys)
+
+    random.shuffle(issues)
+    again = mixed(mix, samples, seed)
+    found = {issue: again.at(issue) for issue in issues}
+    assert keys == [(p.epoch, p.prompt_id, sample) for _, (p, sample) in sorted(found.items())]
+
+
+def test_a_small_part_repeats_in_epochs_of_its_own():
+    order = mixed([(6, 1), (2, 1)])
+    told = [order.at(issue)[0] for issue in range(12)]
+    small = [(prompt.epoch, prompt.prompt_id) for prompt in told if prompt.prompt_id[0] == "1"]
+    assert [sorted(small[begin : begin + 2]) for begin in (0, 2, 4)] == [
+        [(epoch, "1/0"), (epoch, "1/1")] for epoch in range(3)
+    ]
+    assert {prompt.epoch for prompt in told if prompt.prompt_id[0] == "0"} == {0}
+
+
+def test_another_seed_is_another_order_of_the_same_parts():
+    first, second = (mixed([(6, 2), (6, 1)], seed=seed) for seed in (1, 2))
+    assert parts_of(first, range(18)) == parts_of(second, range(18))
+    orders = [[order.at(issue)[0].prompt_id for issue in range(18)] for order in (first, second)]
+    assert orders[0] != orders[1]
 
 
 # --- prompts that only the teacher sees

@@ -291,6 +291,40 @@ async def test_other_data_or_another_student_is_refused(config, key, message):
     )
 
 
+PARTS = "prompts.data=[{data: a, weight: 3}, {data: c, weight: 1}]"
+OF_PARTS = INPUTS | {"prompts.data.0": "6", "prompts.data.1": "7"}
+
+
+async def test_the_part_that_holds_something_else_is_named(config):
+    await run_of(config(PARTS), 5, inputs=OF_PARTS)
+    other = OF_PARTS | {"prompts.data": "other", "prompts.data.1": "other"}
+    message = refusal(config(PARTS), "yes", inputs=other)
+    assert message.startswith("--resume: prompts.data.1: c does not hold what it held. That would ")
+    assert take_up(config(PARTS), OF_PARTS, "yes").changes == []
+
+
+async def test_other_weights_are_another_run(config):
+    await run_of(config(PARTS), 5, inputs=OF_PARTS)
+    heavier = PARTS.replace("weight: 1", "weight: 2")
+    message = refusal(config(heavier), "yes", inputs=OF_PARTS)
+    assert message.startswith("--resume: prompts.data.1.weight 1.0 -> 2.0. That would be another ")
+    without = "prompts.data=[a, c]"
+    message = refusal(config(without), "yes", inputs=OF_PARTS)
+    assert "prompts.data.0.weight 3.0 -> null; prompts.data.1.weight 1.0 -> null." in message
+
+
+async def test_a_further_part_is_another_run(config):
+    await run_of(config(), 5)
+    message = refusal(config("prompts.data=[a, c]"), "yes", inputs=OF_PARTS | {"prompts.data": "9"})
+    assert "prompts.data: a, c does not hold what it held; prompts.data.1 null -> c. " in message
+
+
+async def test_parts_may_move(config):
+    await run_of(config(PARTS), 5, inputs=OF_PARTS)
+    moved = config(PARTS.replace("data: c", "data: elsewhere"))
+    assert take_up(moved, OF_PARTS, "yes").changes == []
+
+
 async def test_the_key_that_made_other_prompts_is_named(config):
     await run_of(config(), 5)
     other = INPUTS | {"prompts.data": "other"}
