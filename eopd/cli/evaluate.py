@@ -1,12 +1,15 @@
 """``eopd eval`` samples answers, grades them, and prints the scores."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Final, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
+from eopd.cli.mappings import read_mapping
 from eopd.cli.paths import require_file
+from eopd.cli.scores import score_lines, score_record
 from eopd.config import (
     ClusterConfig,
     ConfigError,
@@ -15,20 +18,12 @@ from eopd.config import (
     StudentConfig,
     make_section,
 )
-from eopd.config.document import DocumentError, read_value
 from eopd.config.processor import chosen
-from eopd.config.shape import shape
-from eopd.evaluation.benchmarks import BenchmarkResult, PromptResult
-from eopd.rewards.verdict import Verdict
 
-VERDICT_WORDS = {
-    Verdict.CORRECT: "right",
-    Verdict.WRONG: "wrong",
-    Verdict.NO_ANSWER: "without an answer",
-    Verdict.TIMEOUT: "timed out",
-    Verdict.ERROR: "not graded",
-}
-IDS_SHOWN = 5
+if TYPE_CHECKING:
+    from eopd.runtime.evaluate import Benchmark
+
+PARALLEL: Final = frozenset({"tensor_parallel_size", "pipeline_parallel_size"})
 OPTION_OF: Final = {
     "model": "MODEL",
     "data": "DATA",
@@ -61,15 +56,30 @@ _K = Annotated[
 _Temperature = Annotated[float, typer.Option(min=0.01, help="Samples come from the softmax at it.")]
 _MaxResponseTokens = Annotated[int, typer.Option(min=1, help="Longer answers are cut.")]
 _Template = Annotated[Literal["chat", "none"], typer.Option(help="How prompts are rendered.")]
+_TopP = Annotated[
+    float, typer.Option(help="Samples come from the likeliest tokens of this probability.")
+]
+_Stop = Annotated[
+    list[str] | None, typer.Option(help="A text that ends an answer; may be given more than once.")
+]
 _TemplateOptions = Annotated[
     str,
     typer.Option(help="Options of the chat template as YAML, e.g. '{enable_thinking: false}'."),
 ]
+_Columns = Annotated[
+    list[str] | None,
+    typer.Option(help="prompt=question: a column with another name; may be given more than once."),
+]
+_System = Annotated[str | None, typer.Option(help="A system message for prompts without one.")]
 _MaxPromptTokens = Annotated[int, typer.Option(min=1, help="A longer prompt is an error.")]
 _Suffix = Annotated[str, typer.Option(help="Appended to the last user text of every prompt.")]
 _Engines = Annotated[int, typer.Option(min=1, help="Engines that write side by side.")]
 _Threads = Annotated[int, typer.Option(min=1, help="CPU threads of one engine.")]
 _Gpus = Annotated[float, typer.Option(min=0.0, help="GPUs of one engine.")]
+_Vllm = Annotated[
+    list[str] | None,
+    typer.Option(help="max_num_seqs=64: an option of vLLM's engine; may be given more than once."),
+]
 _Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"],
     typer.Option(help="Precision; auto takes what the machine is fast in."),
@@ -78,6 +88,9 @@ _Seed = Annotated[
     int, typer.Option(min=0, help="The same seed gives every sample the same seed again.")
 ]
 _Output = Annotated[Path | None, typer.Option(help="Write every answer and verdict as JSONL.")]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object with every number, and nothing else.")
+]
 
 
 def evaluate(
@@ -87,108 +100,120 @@ def evaluate(
     n: _N = 8,
     k: _K = None,
     temperature: _Temperature = 1.0,
+    top_p: _TopP = 1.0,
+    stop: _Stop = None,
     max_response_tokens: _MaxResponseTokens = 1024,
     template: _Template = "chat",
     template_options: _TemplateOptions = "{}",
-    max_prompt_tokens: _MaxPromptTokens = 1024,
+    columns: _Columns = None,
+    system: _System = None,
     suffix: _Suffix = "",
+    max_prompt_tokens: _MaxPromptTokens = 1024,
     engines: _Engines = 1,
     threads: _Threads = 2,
     gpus: _Gpus = 0.0,
+    vllm: _Vllm = None,
     dtype: _Dtype = "auto",
     seed: _Seed = 0,
     output: _Output = None,
+    as_json: _Json = False,
 ) -> None:
     """Sample answers and grade them: avg@n and pass@k, with standard errors, and a count of
     every verdict.
     """
-    ks = k or sorted({1, n})
-    if wrong := [value for value in ks if not 1 <= value <= n]:
-        raise ConfigError(f"--k {wrong[0]}: must be between 1 and --n {n}")
-
-    if gpus > 1.0 and gpus.is_integer():
-        raise ConfigError(
-            f"--gpus {gpus:g}: an engine here has one GPU at most; write "
-            f"--engines {gpus:g} --gpus 1"
-        )
-
+    ks, stops = _ks(k, n), tuple(stop or ())
+    _require_sampling(top_p, stops)
     if output is not None:
         require_file("--output", output)
 
-    prompts = {"template": template, "max_tokens": max_prompt_tokens, "suffix": suffix}
-    prompts_config = _prompts(data, template_options, prompts)
-    rollout = {"temperature": temperature, "max_response_tokens": max_response_tokens}
+    asking: dict[str, object] = {"template": template, "suffix": suffix, "system": system}
+    asking |= {"max_tokens": max_prompt_tokens}
+    prompts = _prompts(data, template_options, columns or [], asking)
+    writing = {"engines": engines, "threads": threads, "temperature": temperature}
+    writing |= {"max_response_tokens": max_response_tokens}
+    rollout = _rollout(vllm or [], gpus, writing)
+    student = chosen(make_section(StudentConfig, OPTION_OF, model=model, dtype=dtype), gpus=gpus)
 
     from eopd.runtime.evaluate import Benchmark, evaluate_model
 
-    result = evaluate_model(
-        chosen(make_section(StudentConfig, OPTION_OF, model=model, dtype=dtype), gpus=gpus),
-        make_section(
-            RolloutConfig, OPTION_OF, engines=engines, gpus=gpus, threads=threads, **rollout
-        ),
-        Benchmark(prompts=prompts_config, grader=grader, samples=n, ks=ks, seed=seed),
-        ClusterConfig(),
-        lambda note: typer.echo(note, err=True),
+    benchmark = Benchmark(
+        prompts=prompts, grader=grader, samples=n, ks=ks, seed=seed, top_p=top_p, stop=stops
     )
-    for line in _lines(result, n):
-        typer.echo(line)
+    result = evaluate_model(
+        student, rollout, benchmark, ClusterConfig(), lambda note: typer.echo(note, err=True)
+    )
+    if as_json:
+        record = score_record(result, n, _settings(student, rollout, benchmark))
+        typer.echo(json.dumps(record, allow_nan=False))
+    else:
+        typer.echo("\n".join(score_lines(result, n)))
 
     if output is not None:
         result.write_prompts(output)
 
 
-def _prompts(data: str, options: str, values: Mapping[str, object]) -> PromptsConfig:
-    must = f"--template-options {options}: must be a YAML mapping, e.g. {{enable_thinking: false}}"
-    try:
-        tree = read_value(options)
-    except DocumentError as error:
-        raise ConfigError(f"{must}; this {error}") from None
+def _ks(ks: Sequence[int] | None, n: int) -> Sequence[int]:
+    wanted = ks or sorted({1, n})
+    if wrong := [k for k in wanted if not 1 <= k <= n]:
+        raise ConfigError(f"--k {wrong[0]}: must be between 1 and --n {n}")
 
-    if not isinstance(tree, dict):
-        raise ConfigError(must)
-
-    shaped, faults = shape({"template_options": tree, **values}, PromptsConfig)
-    if faults:
-        lines = [
-            f"--template-options.{'.'.join(place[1:])}: {fault}" for place, fault in faults.items()
-        ]
-        raise ConfigError("\n".join(lines))
-
-    return make_section(
-        PromptsConfig, OPTION_OF, data=data, held_out=data, **cast(Mapping[str, object], shaped)
-    )
+    return wanted
 
 
-def _failed(prompt: PromptResult) -> bool:
-    """Tells whether the grader failed on an answer."""
-    return any(answer.verdict is Verdict.ERROR for answer in prompt.answers)
+def _require_sampling(top_p: float, stop: Sequence[str]) -> None:
+    if not 0.0 < top_p <= 1.0:
+        raise ConfigError(f"--top-p: must be above 0, and 1 at most (is {top_p:g})")
+
+    if "" in stop:
+        raise ConfigError("--stop: must have at least one character (is '')")
 
 
-def _lines(result: BenchmarkResult, n: int) -> Sequence[str]:
-    """Returns the scores, and the counts behind them, line by line."""
-    width = len(f"pass@{max(result.pass_at_k, default=0)}")
-    scores = {f"avg@{n}": result.avg_at_n} | {
-        f"pass@{k}": estimate for k, estimate in result.pass_at_k.items()
-    }
-    lines = [
-        f"{name:<{width}}  {score.mean:.4f} +- {score.standard_error:.4f}"
-        for name, score in scores.items()
-    ]
-    lines.append(
-        f"{len(result.prompts)} prompts, {result.mean_response_tokens:.1f} tokens an answer, "
-        f"{result.truncation_rate:.1%} truncated, {result.num_lost} lost"
-    )
-    counts = ", ".join(
-        f"{number} {VERDICT_WORDS[verdict]}" for verdict, number in result.num_verdicts.items()
-    )
-    lines.append(f"{sum(result.num_verdicts.values())} answers: {counts}")
+def _prompts(
+    data: str, template_options: str, columns: Sequence[str], values: Mapping[str, object]
+) -> PromptsConfig:
+    example = "{enable_thinking: false}"
+    options = read_mapping("--template-options", [template_options], PromptsConfig, example)
+    names = read_mapping("--columns", columns, PromptsConfig, "{prompt: question}")
+    mappings = {"template_options": options, "columns": names}
 
-    failed = [prompt.prompt_id for prompt in result.prompts if _failed(prompt)]
-    if failed:
-        more = f" and {len(failed) - IDS_SHOWN} more" if len(failed) > IDS_SHOWN else ""
-        lines.append(
-            f"not graded: prompts {', '.join(failed[:IDS_SHOWN])}{more}: the grader failed, "
-            "or cannot read the accepted answer; these count as wrong"
+    return make_section(PromptsConfig, OPTION_OF, data=data, held_out=data, **mappings, **values)
+
+
+def _rollout(vllm: Sequence[str], gpus: float, values: Mapping[str, object]) -> RolloutConfig:
+    options = read_mapping("--vllm", vllm, RolloutConfig, "{max_num_seqs: 64}")
+    if gpus > 1.0 and gpus.is_integer() and not options.keys() & PARALLEL:
+        raise ConfigError(
+            f"--gpus {gpus:g}: an engine here has one GPU at most; write "
+            f"--engines {gpus:g} --gpus 1"
         )
 
-    return lines
+    return make_section(RolloutConfig, OPTION_OF, gpus=gpus, vllm=options, **values)
+
+
+def _settings(
+    student: StudentConfig, rollout: RolloutConfig, benchmark: "Benchmark"
+) -> Mapping[str, object]:
+    """Returns what the numbers hang on, by the names of the options."""
+    prompts = benchmark.prompts
+    return {
+        "model": str(student.model),
+        "data": prompts.data[0].name,
+        "grader": benchmark.grader,
+        "n": benchmark.samples,
+        "k": list(benchmark.ks),
+        "temperature": rollout.temperature,
+        "top_p": benchmark.top_p,
+        "stop": list(benchmark.stop),
+        "max_response_tokens": rollout.max_response_tokens,
+        "template": prompts.template,
+        "template_options": prompts.template_options,
+        "columns": prompts.columns,
+        "system": prompts.system,
+        "suffix": prompts.suffix,
+        "max_prompt_tokens": prompts.max_tokens,
+        "engines": rollout.engines,
+        "gpus": rollout.gpus,
+        "vllm": rollout.vllm,
+        "dtype": student.dtype,
+        "seed": benchmark.seed,
+    }

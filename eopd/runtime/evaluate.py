@@ -15,6 +15,7 @@ from eopd.preflight import (
     require_model,
     require_readable_answers,
 )
+from eopd.preflight.options import require_vllm_options
 from eopd.prompts import PromptSet
 from eopd.rewards.graders import open_grader
 from eopd.runtime import cluster
@@ -26,13 +27,15 @@ from eopd.types import Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """A benchmark is what to ask, how often, and how to grade it."""
+    """A benchmark is what to ask, how often, how to sample, and how to grade it."""
 
     prompts: PromptsConfig
     grader: GraderName
     samples: int
     ks: Sequence[int]
     seed: int
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
 
 
 def evaluate_model(
@@ -45,9 +48,10 @@ def evaluate_model(
     """Runs one benchmark; ``log`` is called with notes on the data.
 
     Raises:
-        ConfigError: the model or the data is missing, or a row has no answer that the grader can
-            read.
+        ConfigError: the model or the data is missing, a row has no answer that the grader can
+            read, or vLLM has no such option.
     """
+    require_vllm_options("--vllm", rollout.vllm)
     longest = benchmark.prompts.max_tokens + rollout.max_response_tokens
     model = pin_model("MODEL", student.model, {}, weights=True)
     student, directory = student.model_copy(update={"model": model}), model_directory(model)
@@ -61,7 +65,11 @@ def evaluate_model(
         log(f"note: {note}")
 
     sampling = Sampling(
-        temperature=rollout.temperature, max_tokens=rollout.max_response_tokens, seed=benchmark.seed
+        temperature=rollout.temperature,
+        max_tokens=rollout.max_response_tokens,
+        seed=benchmark.seed,
+        top_p=benchmark.top_p,
+        stop=benchmark.stop,
     )
 
     async def run() -> BenchmarkResult:

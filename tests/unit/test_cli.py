@@ -4,6 +4,7 @@ starts.
 
 import asyncio
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from eopd.cli.scores import score_record
 from eopd.config import ConfigError, load_config
 from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.models.tiny import build_model, train_tokenizer, write_model
@@ -421,6 +423,54 @@ def test_an_export_needs_the_student_that_was_trained(eopd, run, files):
             "error: --gpus 2: an engine here has one GPU at most; write --engines 2 --gpus 1",
         ),
         ([], ["--suffix", "\boxed"], "error: --suffix: holds the control character "),
+        ([], ["--top-p", "0"], "error: --top-p: must be above 0, and 1 at most (is 0)"),
+        ([], ["--top-p", "1.5"], "error: --top-p: must be above 0, and 1 at most (is 1.5)"),
+        ([], ["--top-p", "nan"], "error: --top-p: must be above 0, and 1 at most (is nan)"),
+        ([], ["--stop", ""], "error: --stop: must have at least one character (is '')"),
+        (
+            [{"prompt": "few", "answer": 1}],
+            ["--vllm", "max_num_seq=4"],
+            "error: --vllm.max_num_seq: unknown key; did you mean max_num_seqs?",
+        ),
+        ([], ["--vllm", "max_num_seqs: no"], "error: --vllm.max_num_seqs: no is false in YAML"),
+        ([], ["--vllm", "dtype=float32"], "error: --vllm.dtype: cannot be set here: "),
+        (
+            [],
+            ["--vllm", "max_num_seqs"],
+            "error: --vllm max_num_seqs: must be a YAML mapping, e.g. {{max_num_seqs: 64}}",
+        ),
+        (
+            [],
+            ["--vllm", "max_num_seqs=["],
+            "error: --vllm max_num_seqs=[: must be a YAML mapping, e.g. {{max_num_seqs: 64}}; this",
+        ),
+        (
+            [],
+            ["--vllm", "tensor_parallel_size=2", "--gpus", "1"],
+            "error: --gpus: must be 2 for vllm.tensor_parallel_size 2 (is 1)",
+        ),
+        (
+            [],
+            ["--columns", "promt=question"],
+            "error: --columns: no column plays the role 'promt'; did you mean prompt?",
+        ),
+        (
+            [{"question": "few", "answer": 1}],
+            ["--columns", "prompt=questoin"],
+            "error: DATA: {root}/graded.jsonl: has no column 'questoin' to be prompt; did you mean "
+            "'question'? its columns are 'question', 'answer'\n",
+        ),
+        (
+            [{"question": "few", "solution": " "}],
+            ["--columns", "{{prompt: question, answer: solution}}", "--grader", "math"],
+            "error: DATA: {root}/graded.jsonl:1: answer: the grader math can read nothing",
+        ),
+        ([], ["--system", ""], "error: --system: must be text, or null (is '')"),
+        (
+            [],
+            ["--system", "Think.", "--template", "none"],
+            "error: --system: is a message of a chat; template is none",
+        ),
     ],
 )
 def test_a_mistaken_eval_is_one_message(eopd, files, rows, options, message):
@@ -492,6 +542,101 @@ def test_eval_prints_scores_and_every_verdict(eopd, files, monkeypatch):
         "not graded: prompts 2: the grader failed, or cannot read the accepted answer; "
         "these count as wrong",
     ]
+
+
+def test_eval_prints_one_object_with_every_number(eopd, files, monkeypatch):
+    answers = [(Verdict.CORRECT, 4), (Verdict.ERROR, 7), (Verdict.WRONG, 5)]
+    prompt = PromptResult(
+        prompt_id="7",
+        source="s",
+        reference_answer="",
+        answers=tuple(
+            Answer(
+                sample_index=0,
+                response="",
+                num_response_tokens=length,
+                stop_reason=StopReason.LENGTH,
+                verdict=verdict,
+            )
+            for verdict, length in answers
+        ),
+        lost=(),
+    )
+    result = BenchmarkResult(
+        avg_at_n=Estimate(mean=0.5, standard_error=0.125),
+        pass_at_k={
+            1: Estimate(mean=0.9, standard_error=0.1),
+            3: Estimate(mean=1.0, standard_error=math.nan),
+        },
+        mean_response_tokens=16 / 3,
+        truncation_rate=1.0,
+        num_lost=2,
+        num_verdicts=dict.fromkeys(Verdict, 0) | dict.fromkeys([v for v, _ in answers], 1),
+        prompts=(prompt,),
+    )
+    asked = []
+    monkeypatch.setattr(
+        "eopd.runtime.evaluate.evaluate_model", lambda *given: asked.append(given) or result
+    )
+    options = [
+        *("--n", "3", "--top-p", "0.9", "--stop", "\n\n", "--stop", "Q:", "--system", "Think."),
+        *("--columns", "prompt=question", "--columns", "{answer: solution, id: key}"),
+        *("--vllm", "max_num_seqs=4", "--vllm", "{enforce_eager: true, max_num_seqs: 8}"),
+    ]
+    done = eopd("eval", files / "model", files / "rows.jsonl", "--json", *options)
+    assert done.code == 0
+    assert done.out.count("\n") == 1
+    found = json.loads(done.out)
+    settings = found.pop("settings")
+    assert found == {
+        "prompts": 1,
+        "samples": 3,
+        "avg_at_n": {
+            "mean": 0.5,
+            "standard_error": 0.125,
+            "interval_95": pytest.approx([0.2550045, 0.7449955]),
+        },
+        "pass_at_k": {
+            "1": {
+                "mean": 0.9,
+                "standard_error": 0.1,
+                "interval_95": [pytest.approx(0.7040036), 1.0],
+            },
+            "3": {"mean": 1.0, "standard_error": None, "interval_95": None},
+        },
+        "response_tokens": {"mean": 16 / 3, "median": 5, "max": 7},
+        "truncation_rate": 1.0,
+        "lost": 2,
+        "verdicts": {"correct": 1, "wrong": 1, "no_answer": 0, "timeout": 0, "error": 1},
+        "not_graded": ["7"],
+    }
+    ((student, rollout, benchmark, *_),) = asked
+    assert rollout.vllm == settings["vllm"] == {"max_num_seqs": 8, "enforce_eager": True}
+    assert (benchmark.top_p, benchmark.stop) == (0.9, ("\n\n", "Q:"))
+    assert (settings["top_p"], settings["stop"]) == (0.9, ["\n\n", "Q:"])
+    columns = {"prompt": "question", "answer": "solution", "id": "key"}
+    assert benchmark.prompts.columns == settings["columns"] == columns
+    assert benchmark.prompts.system == settings["system"] == "Think."
+    assert settings["model"] == str(student.model) == f"{files}/model"
+    assert (settings["data"], settings["k"]) == (f"{files}/rows.jsonl", [1, 3])
+
+
+def test_a_result_without_an_answer_has_no_lengths():
+    score = Estimate(mean=0.0, standard_error=0.0)
+    result = BenchmarkResult(
+        avg_at_n=score,
+        pass_at_k={},
+        mean_response_tokens=math.nan,
+        truncation_rate=math.nan,
+        num_lost=4,
+        num_verdicts={},
+        prompts=(),
+    )
+    found = score_record(result, 2, {})
+    assert found["response_tokens"] == {"mean": None, "median": None, "max": None}
+    assert found["truncation_rate"] is None
+    assert found["avg_at_n"] == {"mean": 0.0, "standard_error": 0.0, "interval_95": [0.0, 0.0]}
+    json.dumps(found, allow_nan=False)
 
 
 def test_ctrl_c_before_anything_runs_is_one_line(eopd, files, monkeypatch):

@@ -1,0 +1,106 @@
+"""What a benchmark found: lines for a person, or one object for a program."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from eopd.evaluation.benchmarks import BenchmarkResult, PromptResult
+from eopd.rewards.verdict import Verdict
+from eopd.types import Estimate
+
+VERDICT_WORDS: Final = {
+    Verdict.CORRECT: "right",
+    Verdict.WRONG: "wrong",
+    Verdict.NO_ANSWER: "without an answer",
+    Verdict.TIMEOUT: "timed out",
+    Verdict.ERROR: "not graded",
+}
+IDS_SHOWN: Final = 5
+ERRORS_OF_95_PERCENT: Final = statistics.NormalDist().inv_cdf(0.975)  # 1.96
+
+
+def score_lines(result: BenchmarkResult, samples: int) -> Sequence[str]:
+    """Returns the scores, and the counts behind them, line by line."""
+    width = len(f"pass@{max(result.pass_at_k, default=0)}")
+    scores = {f"avg@{samples}": result.avg_at_n} | {
+        f"pass@{k}": estimate for k, estimate in result.pass_at_k.items()
+    }
+    lines = [
+        f"{name:<{width}}  {score.mean:.4f} +- {score.standard_error:.4f}"
+        for name, score in scores.items()
+    ]
+    lines.append(
+        f"{len(result.prompts)} prompts, {result.mean_response_tokens:.1f} tokens an answer, "
+        f"{result.truncation_rate:.1%} truncated, {result.num_lost} lost"
+    )
+    counts = ", ".join(
+        f"{number} {VERDICT_WORDS[verdict]}" for verdict, number in result.num_verdicts.items()
+    )
+    lines.append(f"{sum(result.num_verdicts.values())} answers: {counts}")
+
+    if failed := _not_graded(result):
+        more = f" and {len(failed) - IDS_SHOWN} more" if len(failed) > IDS_SHOWN else ""
+        lines.append(
+            f"not graded: prompts {', '.join(failed[:IDS_SHOWN])}{more}: the grader failed, "
+            "or cannot read the accepted answer; these count as wrong"
+        )
+
+    return lines
+
+
+def score_record(
+    result: BenchmarkResult, samples: int, settings: Mapping[str, object]
+) -> dict[str, object]:
+    """Returns every number and the settings that it came from, for JSON. What cannot be said, such
+    as the standard error of one prompt, is None.
+    """
+    return {
+        "prompts": len(result.prompts),
+        "samples": samples,
+        "avg_at_n": _estimate(result.avg_at_n),
+        "pass_at_k": {str(k): _estimate(score) for k, score in result.pass_at_k.items()},
+        "response_tokens": _lengths(result),
+        "truncation_rate": _finite(result.truncation_rate),
+        "lost": result.num_lost,
+        "verdicts": {verdict.value: number for verdict, number in result.num_verdicts.items()},
+        "not_graded": _not_graded(result),
+        "settings": dict(settings),
+    }
+
+
+def _estimate(score: Estimate) -> dict[str, object]:
+    """Returns a mean with its standard error and its 95 % interval, which stays within 0 and 1."""
+    error = _finite(score.standard_error)
+    if error is None:
+        return {"mean": score.mean, "standard_error": None, "interval_95": None}
+
+    reach = ERRORS_OF_95_PERCENT * error
+    interval = [max(0.0, score.mean - reach), min(1.0, score.mean + reach)]
+
+    return {"mean": score.mean, "standard_error": error, "interval_95": interval}
+
+
+def _lengths(result: BenchmarkResult) -> dict[str, float | None]:
+    lengths = [answer.num_response_tokens for prompt in result.prompts for answer in prompt.answers]
+    if not lengths:
+        return {"mean": None, "median": None, "max": None}
+
+    return {
+        "mean": result.mean_response_tokens,
+        "median": statistics.median(lengths),
+        "max": max(lengths),
+    }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _not_graded(result: BenchmarkResult) -> list[str]:
+    """Returns the ids of the prompts with an answer on which the grader failed."""
+    return [prompt.prompt_id for prompt in result.prompts if _failed(prompt)]
+
+
+def _failed(prompt: PromptResult) -> bool:
+    return any(answer.verdict is Verdict.ERROR for answer in prompt.answers)
