@@ -1,22 +1,41 @@
 """A run that is measured while it trains, on real Ray, vLLM and DeepSpeed."""
 
+import itertools
 import json
 import signal
 
 import pytest
 from program import Run, read_rows
 
-ARITHMETIC = (
-    "{name: arithmetic, data: configs/prompts/arithmetic.jsonl, grader: math, prompts: 8, "
-    "samples: 2, temperature: 0.7, top_p: 0.9, stop: ['.']}"
+WORDS = itertools.product(
+    ("read", "sing", "walk", "rest"),
+    ("sea", "lake", "fire", "road"),
+    ("day", "night", "week", "year"),
 )
+SENTENCES = [f"I like to {verb} by the {place} every {time}." for verb, place, time in WORDS]
 SETTINGS = (
-    "run.batches=7",
-    f"evaluation={{every: 2, prompts: 8, max_response_tokens: 24, benchmarks: [{ARITHMETIC}]}}",
-    "checkpoint={every: 100, keep_last: 1, keep_best: {metric: arithmetic/distinct_2, mode: max}}",
+    "run.batches=22",
+    "evaluation={every: 6, prompts: 8, max_response_tokens: 32}",
+    "checkpoint={every: 100, keep_last: 1, keep_best: {metric: sentences/avg_at_n, mode: max}}",
     "rollout.engines=1",
     "learner.ranks=1",
 )
+
+
+@pytest.fixture(scope="module")
+def benchmark(program):
+    """Makes a setting: any prompt, and what the teacher answers to it, a sentence of 64."""
+    data = program.runs.parent / "sentences.jsonl"
+    rows = [
+        {"prompt": f"What do you like to do, {name}?", "answer": SENTENCES} for name in range(8)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def setting(**more):
+        keys = {"name": "sentences", "data": str(data), "samples": 4, "stop": ["."]} | more
+        return f"evaluation.benchmarks=[{json.dumps(keys)}]"
+
+    return setting
 
 
 def measured(directory, name):
@@ -34,8 +53,10 @@ def weights(directory):
 
 
 @pytest.fixture(scope="module")
-def evaluated(program):
-    done = program.run(*program.train("evaluated", *SETTINGS))
+def evaluated(program, benchmark):
+    done = program.run(
+        *program.train("evaluated", *SETTINGS, benchmark(temperature=0.7, top_p=0.9))
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return program.runs / "evaluated", done.stdout
 
@@ -43,18 +64,22 @@ def evaluated(program):
 def test_a_run_is_measured_while_it_trains(evaluated):
     directory, output = evaluated
     rows = read_rows(directory / "evaluations.jsonl")
-    phases = [(row["step"], row["phase"]) for row in rows if row["name"] == "arithmetic"]
-    during = [(step, "during") for step in (2, 4, 6)]
-    assert phases == [(0, "before"), *during, (7, "after")]
+    phases = [(row["step"], row["phase"]) for row in rows if row["name"] == "sentences"]
+    during = [(step, "during") for step in (6, 12, 18)]
+    assert phases == [(0, "before"), *during, (22, "after")]
     assert phases == [(row["step"], row["phase"]) for row in rows if row["name"] == "held_out"]
 
-    for step, row in measured(directory, "arithmetic").items():
-        assert (row["prompts"], row["samples"]) == (8, 2)
+    sentences = measured(directory, "sentences")
+    right = {step: row["measurements"]["avg_at_n"]["mean"] for step, row in sentences.items()}
+    assert right[22] > right[0]
+
+    for step, row in sentences.items():
+        assert (row["prompts"], row["samples"]) == (8, 4)
         assert row["measurements"]["lost"]["mean"] == 0, "all answers are of one version"
-        assert 0 < row["measurements"]["response_tokens"]["mean"] <= 24
+        assert 0 < row["measurements"]["response_tokens"]["mean"] <= 32
         assert ("differences" in row) == (step > 0)
         assert len(row["by_prompt"]["avg_at_n"]) == 8
-        assert f"step {step}, arithmetic: avg@2" in output
+        assert f"step {step}, sentences: avg@4" in output
 
     held_out = measured(directory, "held_out")
     assert (
@@ -62,8 +87,8 @@ def test_a_run_is_measured_while_it_trains(evaluated):
         < (held_out[0]["measurements"]["reverse_kl"]["mean"])
     )
     metrics = read_rows(directory / "metrics.jsonl")
-    key = 'eopd_eval_distinct_ratio{benchmark="arithmetic",n="2"}'
-    assert [row["step"] for row in metrics if key in row] == [1, 3, 5, 7]
+    key = 'eopd_eval_avg_at_n_ratio{benchmark="sentences"}'
+    assert [row["step"] for row in metrics if key in row] == [1, 7, 13, 19]
     for row in metrics:
         assert row["eopd_staleness_max"] == 0
         assert row["eopd_logprob_gap_nats"] < 1e-3
@@ -72,37 +97,37 @@ def test_a_run_is_measured_while_it_trains(evaluated):
 def test_the_best_checkpoint_stays_and_is_exported(evaluated, program):
     directory, output = evaluated
     values = {
-        step: row["measurements"]["distinct_2"]["mean"]
-        for step, row in measured(directory, "arithmetic").items()
+        step: row["measurements"]["avg_at_n"]["mean"]
+        for step, row in measured(directory, "sentences").items()
         if step > 0
     }
     best = max(values, key=lambda step: (values[step], -step))
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["best"] == {
         "step": best,
-        "metric": "arithmetic/distinct_2",
+        "metric": "sentences/avg_at_n",
         "value": values[best],
     }
-    kept = sorted({best, 7})
+    kept = sorted({best, 22})
     checkpoints = sorted(path.name for path in (directory / "checkpoints").iterdir())
     assert checkpoints == [f"step-{step:06d}" for step in kept]
-    assert f"best checkpoint: step {best}, arithmetic/distinct_2" in output
+    assert f"best checkpoint: step {best}, sentences/avg_at_n" in output
 
     made = program.run("export", str(directory), "--best", "--output", str(directory / "made"))
     assert made.returncode == 0, made.stderr
     assert weights(directory / "made") == weights(directory / "hf-best")
-    assert (weights(directory / "hf") == weights(directory / "hf-best")) == (best == 7)
+    assert (weights(directory / "hf") == weights(directory / "hf-best")) == (best == 22)
     shown = program.run("status", str(directory)).stdout
-    assert "step 7, arithmetic: avg@2" in shown
+    assert "step 22, sentences: avg@4" in shown
 
 
 @pytest.mark.slow
 def test_a_checkpoint_is_measured_as_the_run_measured_it(evaluated, program):
     directory, _ = evaluated
     before = sorted(path.name for path in directory.iterdir())
-    done = program.run("measure", str(directory), "--step", "7", "--json")
+    done = program.run("measure", str(directory), "--step", "22", "--json")
     assert done.returncode == 0, done.stderr
-    numbers, recorded = json.loads(done.stdout), measured(directory, "held_out")[7]["measurements"]
+    numbers, recorded = json.loads(done.stdout), measured(directory, "held_out")[22]["measurements"]
     assert numbers.keys() == recorded.keys()
     for name, value in numbers.items():
         assert value["mean"] == pytest.approx(recorded[name]["mean"], rel=1e-3, abs=1e-4)
@@ -112,21 +137,15 @@ def test_a_checkpoint_is_measured_as_the_run_measured_it(evaluated, program):
 
 
 @pytest.mark.slow
-def test_a_killed_run_measures_what_it_had_not_and_keeps_its_best(program):
-    many = ARITHMETIC.replace("prompts: 8, samples: 2", "samples: 8")
-    settings = (
-        *SETTINGS,
-        "run.batches=6",
-        f"evaluation.benchmarks=[{many}]",
-        "evaluation.max_response_tokens=100",
-        "learner.token_budget=1024",
-    )
+def test_a_killed_run_measures_what_it_had_not_and_keeps_its_best(program, benchmark):
+    long = benchmark(samples=16, temperature=3, max_response_tokens=200, stop=[])
+    settings = (*SETTINGS, "run.batches=6", "evaluation.every=2", long)
     run = Run(program, "evaluated-killed", *settings)
     run.says(r"^step 2, held out", after=0)
     run.process.kill()
     run.process.wait()
     assert program.left_behind(grace_s=60) == []
-    already = measured(run.directory, "arithmetic")
+    already = measured(run.directory, "sentences")
 
     done = program.run(*program.train("evaluated-killed", *settings), "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -134,30 +153,22 @@ def test_a_killed_run_measures_what_it_had_not_and_keeps_its_best(program):
     rows = read_rows(run.directory / "evaluations.jsonl")
     names = [(row["step"], row["name"]) for row in rows]
     assert sorted(names) == [
-        (step, name) for step in (0, 2, 4, 6) for name in ("arithmetic", "held_out")
+        (step, name) for step in (0, 2, 4, 6) for name in ("held_out", "sentences")
     ]
-    assert {row["measurements"]["lost"]["mean"] for row in rows if row["name"] == "arithmetic"} == {
-        0
-    }
+    lost = {row["measurements"]["lost"]["mean"] for row in rows if row["name"] == "sentences"}
+    assert lost == {0}
     summary = json.loads((run.directory / "summary.json").read_text())
     assert (run.directory / "checkpoints" / f"step-{summary['best']['step']:06d}").is_dir()
 
 
 @pytest.mark.slow
-def test_an_interruption_does_not_wait_for_a_benchmark(program):
-    many = ARITHMETIC.replace("prompts: 8, samples: 2", "samples: 32").replace("0.7", "3")
-    settings = (
-        *SETTINGS,
-        f"evaluation.benchmarks=[{many}]",
-        "evaluation.max_response_tokens=400",
-        "learner.token_budget=1024",
-    )
-    run = Run(program, "interrupted-benchmark", *settings)
+def test_an_interruption_does_not_wait_for_a_benchmark(program, benchmark):
+    long = benchmark(samples=64, temperature=3, max_response_tokens=800, stop=[])
+    run = Run(program, "interrupted-benchmark", *SETTINGS, long)
     said = run.says(r"^step 0, held out", after=0)
     run.process.send_signal(signal.SIGTERM)
     assert run.process.wait(timeout=120) == 130
-    log = run.log.read_text()[said.start() :]
-    assert "the benchmarks under way were given up" in log
-    assert measured(run.directory, "arithmetic") == {}
+    assert "the benchmarks under way were given up" in run.log.read_text()[said.start() :]
+    assert measured(run.directory, "sentences") == {}
     assert run.summary()["status"] == "interrupted"
     assert program.left_behind() == []
