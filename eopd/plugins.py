@@ -73,6 +73,9 @@ class RewardFunction(Protocol):
 class GateTokens:
     """The tokens of one response, as a gate sees them. Entropies and log-probabilities are float32
     and in nats; K is ``loss.top_k``.
+
+    Gates are computed before the student reads the batch, so that its log-probabilities are those
+    of the weights that sampled.
     """
 
     teacher_entropy: "Tensor"  # [R], of its full softmax, or what `entropy_bound` reads of bounds

@@ -91,6 +91,7 @@ def _try_filter(config: FilterConfig, row: Row, *, has_reward: bool) -> None:
 
 def _ask(asked: Asked, *arguments: object) -> Returned | Failed:
     with contextlib.closing(FunctionProcess(asked)) as process:
+        process.start()
         return process.ask(*arguments)
 
 

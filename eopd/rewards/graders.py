@@ -71,6 +71,7 @@ def try_grader(key: str, name: GraderName, response: str, reference: Reference) 
 
     asked = Asked(key=key, function=name, kind=GraderFunction)
     with contextlib.closing(FunctionProcess(asked)) as process:
+        process.start()
         said = process.ask(response, reference)
 
     if isinstance(said, Failed):

@@ -81,12 +81,12 @@ class FunctionProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, *arguments: object) -> Returned | Failed:
-        """Calls the function.
+        """Calls the function, of which ``start`` has seen that it can be loaded."""
+        try:
+            self.start()
+        except ConfigError as error:  # it could be, before
+            return Failed(str(error))
 
-        Raises:
-            ConfigError: the function cannot be loaded.
-        """
-        self.start()
         # a child that died while it was idle gives no reply either
         reply = self._exchange(arguments)
         if isinstance(reply, Failed):

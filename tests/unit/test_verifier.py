@@ -180,6 +180,18 @@ def test_a_function_that_is_not_found_in_the_child_is_a_mistake(functions):
         FunctionProcess(asked).start()
 
 
+def test_a_function_that_is_gone_when_its_child_must_start_again_is_a_fault(functions, tmp_path):
+    child = FunctionProcess(Asked(key="k", function=functions + "odd", kind=RewardFunction))
+    child.start()
+    (tmp_path / "made_up_functions.py").unlink()
+
+    died, gone = child.ask({"case": "dies"}, "", []), child.ask({"case": "text"}, "", [])
+
+    assert died == Failed("made_up_functions:odd: its process ended with code 5")
+    assert isinstance(gone, Failed) and "there is no module made_up_functions" in gone.cause
+    child.close()
+
+
 async def test_calls_side_by_side_have_processes_of_their_own_which_end(functions, monkeypatch):
     import asyncio
 
