@@ -6,7 +6,7 @@ from pathlib import Path
 from program import Program, read_rows
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "letters"
-KEYS = ("flow.filter", "loss.gate", "loss.reverse_kl.reward")
+KEYS = ("flow.filter", "loss.gate", "loss.reverse_kl.reward", "prompts.data.0")
 
 
 def settings(program: Program, runs: Path) -> list[str]:
@@ -38,6 +38,11 @@ def require_its_functions_took_part(run: Path) -> None:
     trained = [issue for row in read_rows(run / "trained.jsonl") for issue in row["issues"]]
     settled = sorted([*trained, *(row["issue"] for row in dropped)])
     assert len(set(settled)) == len(settled), "each is trained or filtered, once"
+
+    measured = read_rows(run / "evaluations.jsonl")
+    graded = [row for row in measured if row["name"] == "all-letters"]
+    assert [row["step"] for row in graded] == [0, 3, 6]
+    assert all(0.0 <= row["measurements"]["avg_at_n"]["mean"] <= 1.0 for row in graded)
 
     versions = json.loads((run / "versions.json").read_text())
     for key in KEYS:
