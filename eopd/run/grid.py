@@ -24,7 +24,7 @@ MOST_SEEDS: Final = 1000
 MOST_RUNS: Final = 1000
 LONGEST_VALUE: Final = 40
 
-_SEEDS = re.compile(r"(\d+)(?:\.\.(\d+))?")
+_SEEDS = re.compile(r"([0-9]{1,20})(?:\.\.([0-9]{1,20}))?")
 _SET_ELSEWHERE: Final = {
     "run.seed": "name seeds with --seeds",
     "run.name": "runs are named after their arm and seed",

@@ -118,9 +118,11 @@ def write_sweep(path: Path, entries: Sequence[Entry], grids: Grids, status: str)
 
 def errors_before(path: Path) -> dict[str, str]:
     """Returns the error of every run that failed when the sweep ran last, by the name of the run."""
-    runs = parse_object(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else {}
-    failed = [run for run in runs.get("runs", ()) if run["status"] == "failed"]
-    return {run["name"]: run["error"] for run in failed}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    runs = parse_object(text).get("runs")
+    rows = [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
+    failed = [run for run in rows if run.get("status") == "failed"]
+    return {str(run.get("name")): str(run.get("error")) for run in failed}
 
 
 def _numbers(entry: Entry) -> Numbers:

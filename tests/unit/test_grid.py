@@ -76,6 +76,7 @@ def test_seeds_are_numbers_and_ranges_with_both_ends(text, seeds):
         ("1,", "--seeds 1,: must be such as 0..4 or 0,1,7 (has '')"),
         ("0...4", "--seeds 0...4: must be such as 0..4 or 0,1,7 (has '0...4')"),
         ("-1", "--seeds -1: must be such as 0..4 or 0,1,7 (has '-1')"),
+        ("9" * 21, f"--seeds {'9' * 21}: must be such as 0..4 or 0,1,7 (has '{'9' * 21}')"),
         ("4..0", "--seeds 4..0: the range 4..0 falls; write 0..4"),
         ("0..2,1", "--seeds 0..2,1: the seed 1 stands twice"),
         ("0..99999999999", "--seeds 0..99999999999: names more than 1000 seeds"),

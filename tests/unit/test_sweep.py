@@ -183,6 +183,17 @@ def test_a_run_of_this_name_is_no_sweep(bench):
         bench.sweep().run(1)
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"runs": 1}', '{"runs": [1, {"status": "failed"}]}'])
+def test_a_damaged_record_of_a_sweep_costs_nothing(bench, text):
+    path = bench.root / "runs" / "r-sweep" / "sweep.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    sweep = bench.sweep(grid=None, seeds=(0,))
+    sweep.run(1)
+    assert sweep.status == "completed"
+    assert bench.record()["runs"][0]["status"] == "completed"
+
+
 def test_two_processes_do_not_run_one_sweep(bench):
     with (
         held(bench.root / "runs" / "r-sweep"),
