@@ -85,7 +85,7 @@ class Part(Section):
 
     function: FunctionName | None = None
     """A function of yours that yields the rows, ``package.module:name``, in the place of ``data``.
-    The page docs/extending.md has its signature.
+    Its signature is that of ``DataFunction`` in ``eopd/plugins.py``.
     """
 
     options: NativeOptions = {}

@@ -6,7 +6,7 @@ Nothing is refused here; ``inputs.py`` does that.
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from eopd.config import Config
@@ -15,6 +15,7 @@ from eopd.config.prompts import names_of
 from eopd.plugins import sources
 from eopd.preflight.environment import environment_notes, is_local
 from eopd.preflight.inputs import Prepared, prompts_by_teacher
+from eopd.types import PromptSample
 
 HIGH_LR: Final = 0.1
 MANY_BATCHES: Final = 1_000_000
@@ -45,16 +46,29 @@ def describe(config: Config, prepared: Prepared) -> Iterator[str]:
         yield f"  prompts     {counts}"
         yield from (f"  note        {note}" for note in shared.notes)
 
+    yield from _parts(config, prepared.train.parts)
     for benchmark in config.evaluation.benchmarks:
         asked = len(prepared.benchmarks[benchmark.name].prompts[: benchmark.prompts])
         every = config.evaluation.period(benchmark.name)
         often = "before and after training" if every is None else f"every {every} batches"
         yield f"benchmark {benchmark.name}: {asked} prompts x {benchmark.samples}, {often}"
+
     for key, source in sources(config.functions).items():
         yield f"function {key}: {source}"
 
     yield from notes(config, prepared)
     yield from environment_notes(config)
+
+
+def _parts(config: Config, parts: Sequence[Sequence[PromptSample]]) -> Iterator[str]:
+    """Yields a line for each part of the training prompts, with its share of them, where there are
+    several.
+    """
+    numbers = [len(part) for part in parts]
+    turns = config.prompts.turns or numbers
+    for part, number, turn in zip(config.prompts.data, numbers, turns, strict=True):
+        if len(parts) > 1:
+            yield f"part {part.name}: {number} prompts, {turn / sum(turns):.1%} of training"
 
 
 def notes(config: Config, prepared: Prepared) -> Iterator[str]:

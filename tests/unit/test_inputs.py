@@ -121,6 +121,23 @@ def test_a_digest_tells_what_is_trained_on_and_by_what(of, arguments, differs):
     assert different(before, after) == differs
 
 
+def test_every_part_has_a_digest_and_weights_have_none(of, tmp_path):
+    def parts(name, weight, second="held_out"):
+        files = [f"{tmp_path}/{name}/{file}.jsonl" for file in ("train", second)]
+        text = ", ".join(f"{{data: {file}, weight: {weight}}}" for file in files)
+        return of(name, ROWS, ROWS, lambda root: None, f"prompts.data=[{text}]")
+
+    before = parts("before", 1)
+    assert before.keys() >= {"prompts.data", "prompts.data.0", "prompts.data.1"}
+    assert before["prompts.data.0"] != before["prompts.data.1"]  # their ids differ
+    assert parts("heavier", 2) == before
+
+    rows = "".join(json.dumps(row) + "\n" for row in ROWS[:2])
+    (tmp_path / "other.jsonl").write_text(rows)
+    after = parts("after", 1, second="../other")
+    assert different(before, after) == {"prompts.data", "prompts.data.1"}
+
+
 def test_a_suffix_makes_other_prompts(of):
     before = of("before")
     after = of("after", ROWS, ROWS, lambda root: None, "prompts.suffix= words")

@@ -121,6 +121,46 @@ def test_the_report_says_which_precision_was_chosen_and_why(check):
     assert told[1] == "teachers.far.dtype: bfloat16 (auto: what most servers compute in)"
 
 
+def test_the_report_has_the_share_of_every_part(check):
+    train, held_out = "{{data: {root}/train.jsonl%s}}", "{{data: {root}/held_out.jsonl%s}}"
+    told = {}
+    for weights in (("", ""), (", weight: 0.1", ", weight: 0.3")):
+        parts = ", ".join([train % weights[0], held_out % weights[1]])
+        code, shown = check(f"prompts.data=[{parts}]", "prompts.held_out={root}/held_out.jsonl")
+        assert code == 0
+        told[weights] = [line for line in shown.splitlines() if line.startswith("part")]
+
+    assert list(told.values()) == [
+        [
+            "part /train.jsonl: 4 prompts, 80.0% of training",
+            "part /held_out.jsonl: 1 prompts, 20.0% of training",
+        ],
+        [
+            "part /train.jsonl: 4 prompts, 25.0% of training",
+            "part /held_out.jsonl: 1 prompts, 75.0% of training",
+        ],
+    ]
+
+
+def test_a_teacher_that_takes_no_system_message_is_named(files, tmp_path):
+    strict = tmp_path / "strict"
+    shutil.copytree(files / "chat", strict)
+    (strict / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    template = ["teachers.0.template='{{ prompt }}'", "teachers.0.max_prompt_tokens=99"]
+    overrides = ["prompts.system=Think.", *template]
+    preflight.prepare(load_config(files / "c.yaml", overrides))
+    with pytest.raises(ConfigError) as caught:
+        preflight.prepare(load_config(files / "c.yaml", [*overrides, f"teachers.0.model={strict}"]))
+
+    assert str(caught.value) == (
+        "prompts.system: the teacher chat's chat template takes no system message (no system); "
+        "leave it out (--system of eopd eval), or say it in prompts.suffix"
+    )
+
+
 def test_notes_compare_the_config_with_the_data(check):
     _, shown = check(
         "flow.batch_prompts=5",
