@@ -10,8 +10,8 @@ runs/<name>/config.yaml     resolved, as it holds now
             responses.jsonl training responses, as ``telemetry.responses`` asks: text, reward, numbers of each token
             evaluations.jsonl  everything that was measured, a line each (``run/evaluations.py``)
             held_out.jsonl  before and after training: entropy histograms, and samples: text, and numbers of each token
-            versions.json   of Python and the packages that matter, where this was run last, and the sources of the
-                            user's functions
+            versions.json   of Python and the packages that matter, the commit, the machines, and the sources of the
+                            user's functions: where this was run last
             report.html     all of it to look at, made when a process leaves the run (``eopd report``)
             summary.json    status, steps, tokens, times, held-out numbers
             checkpoints/    step-NNNNNN/, each with a manifest that says whether it is whole
@@ -61,6 +61,7 @@ from eopd.run.evaluations import best_checkpoints, read_evaluations
 from eopd.run.lock import holder, last_holder
 from eopd.run.parent import PARENT
 from eopd.run.place import require_no_foreign_files
+from eopd.run.provenance import provenance
 from eopd.run.reading import (
     config_before,
     parse_object,
@@ -120,9 +121,13 @@ class RunDirectory:
         )
 
     @classmethod
-    def create(cls, config: Config) -> Self:
+    def create(cls, config: Config, machines: Mapping[str, object] | None = None) -> Self:
         """Make the directory of a run that begins, and remove what an earlier run of this name left
         there. The caller has checked that it may.
+
+        Args:
+            config: the run.
+            machines: what is known of the machines it runs on, for ``versions.json``.
 
         Raises:
             ConfigError: the directory cannot be made, or holds something that is no run of eopd.
@@ -151,7 +156,7 @@ class RunDirectory:
             for made in (directory.broken, *path.glob("hf-best*")):
                 shutil.rmtree(made, ignore_errors=True)
 
-            directory._write_versions(config)
+            directory._write_versions(config, machines or {})
             directory._config.write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run.directory: {path} cannot be made ({error.strerror})") from None
@@ -171,9 +176,15 @@ class RunDirectory:
         rows = [*read_rows(self.metrics, last=2), *read_rows(self.trained, last=2)]
         return max((row["step"] for row in up_to_step(rows, math.inf)), default=0)
 
-    def go_on(self, config: Config, step: int, changes: Sequence[Change]) -> None:
-        """Write the config that holds from the step after ``step`` on, and what it changes of the
-        one before.
+    def go_on(
+        self,
+        config: Config,
+        step: int,
+        changes: Sequence[Change],
+        machines: Mapping[str, object] | None = None,
+    ) -> None:
+        """Write the config that holds from the step after ``step`` on, what it changes of the one
+        before, and on which machines it runs now.
         """
         records = [
             asdict(change) for change in read_changes(self._changes) if change.from_step <= step
@@ -190,7 +201,7 @@ class RunDirectory:
             write_whole(self._changes, "".join(json.dumps(record) + "\n" for record in records))
 
         self._scale.unlink(missing_ok=True)
-        self._write_versions(config)
+        self._write_versions(config, machines or {})
         write_whole(self._config, dump_config(config))
 
     def config_at(self, step: int) -> Config:
@@ -314,9 +325,13 @@ class RunDirectory:
                 self.trained, error, "Free some space, then continue with --resume auto."
             ) from error
 
-    def add_timeline(self, step: int, spans: Mapping[str, Sequence[Span]]) -> None:
-        """Append to ``timeline.jsonl`` when in a step engines generated and teachers scored."""
-        row: dict[str, object] = {"step": step}
+    def add_timeline(
+        self, step: int, incarnation: int, spans: Mapping[str, Sequence[Span]]
+    ) -> None:
+        """Append to ``timeline.jsonl`` when in a step engines generated and teachers scored, and
+        which incarnation of the learner made the step.
+        """
+        row: dict[str, object] = {"step": step, "incarnation": incarnation}
         for stage, times in spans.items():
             row[stage] = [[round(start, 4), round(stop, 4)] for start, stop in times]
         append_jsonl(self.timeline, row)
@@ -454,7 +469,7 @@ class RunDirectory:
 
         return {key: value for key, value in parse_object(text).items() if "." in key}
 
-    def _write_versions(self, config: Config) -> None:
+    def _write_versions(self, config: Config, machines: Mapping[str, object]) -> None:
         installed = {
             dist.name: dist.version
             for dist in importlib.metadata.distributions()
@@ -465,6 +480,7 @@ class RunDirectory:
             "eopd": __version__,
             **dict(sorted(installed.items())),
             **sources(config.functions),
+            "provenance": {**provenance(), **machines},
         }
         write_whole(self._versions, json.dumps(versions, indent=2) + "\n")
 

@@ -29,6 +29,7 @@ from eopd.runtime.placement import Capacity, Node, RoleResources, require_capaci
 from eopd.runtime.process import takes_files
 
 REACH_S: Final = 5.0  # a cluster that runs answers at once
+_MAKE: Final = "accelerator_type:"  # begins the resource that Ray makes of a GPU's make
 SETTLE_S: Final = 5.0  # what an ended run held is free again within seconds
 
 
@@ -91,6 +92,18 @@ def require_room(roles: Sequence[RoleResources]) -> None:
 def joined_address() -> str:
     """Returns the ``HOST:PORT`` of the cluster that this process has joined or started."""
     return str(ray.get_runtime_context().gcs_address)
+
+
+def machines() -> dict[str, object]:
+    """Returns how many machines, CPUs and GPUs the cluster has, and of which make its GPUs are."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    makes = sorted({name for one in resources for name in one if name.startswith(_MAKE)})
+    return {
+        "nodes": len(resources),
+        "cpus": sum(one.get("CPU", 0.0) for one in resources),
+        "gpus": sum(one.get("GPU", 0.0) for one in resources),
+        "gpu_model": ", ".join(make.removeprefix(_MAKE) for make in makes),
+    }
 
 
 def nodes() -> list[Node]:

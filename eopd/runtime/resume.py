@@ -61,6 +61,7 @@ class TakenUp:
         total_changes: the number of such changes in the life of the run.
         complete: whether nothing is left to do.
         notes: messages for people.
+        machines: what is known of the machines it runs on.
     """
 
     directory: RunDirectory
@@ -73,11 +74,12 @@ class TakenUp:
     total_changes: int = 0
     complete: bool = False
     notes: Sequence[str] = ()
+    machines: Mapping[str, object] | None = None
 
     def begin(self) -> None:
         """Makes the files of a run that begins."""
         if self.checkpoint is None:
-            RunDirectory.create(self.config)
+            RunDirectory.create(self.config, self.machines)
 
     def carry_out(self) -> None:
         """Removes what came after the checkpoint, and keeps the new config."""
@@ -91,7 +93,7 @@ class TakenUp:
                 shutil.rmtree(later)
 
         self.directory.drop_rows_after(step)
-        self.directory.go_on(self.config, step, self.changes)
+        self.directory.go_on(self.config, step, self.changes, self.machines)
 
 
 def take_up(

@@ -11,7 +11,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, aclosing, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Never
 
 import numpy as np
@@ -106,6 +106,7 @@ def train(
             stack.enter_context(cluster.connect(config.cluster))
 
         cluster.require_room(plan(config))
+        taken_up = replace(taken_up, machines=cluster.machines())
         taken_up.begin()
         uploads.start()
         state = RunState(taken_up, uploads)

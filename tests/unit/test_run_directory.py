@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import re
+import subprocess
 import time
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from eopd.run.checkpoint import StorageError
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.progress import Progress
+from eopd.run.provenance import provenance
 from eopd.run.record import Measurement, Sample, append_jsonl, held_out_record
 from eopd.runtime.resume import take_up
 from eopd.telemetry.sinks import JsonlSink
@@ -280,6 +282,31 @@ def test_a_run_names_the_versions_it_was_run_with(config):
     assert any(name.startswith("vllm") for name in versions)
 
 
+def test_a_run_names_its_commit_and_its_machines_where_it_ran_last(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no repository
+    run = RunDirectory.create(config(), {"nodes": 2})
+    read = run.path / "versions.json"
+    assert {"commit", "nodes"} & json.loads(read.read_text())["provenance"].keys() == {"nodes"}
+    in_repository(tmp_path)
+    run.go_on(config(), 1, [], {"nodes": 3})
+    kept = json.loads(read.read_text())["provenance"]
+    assert re.fullmatch("[0-9a-f]{12}", kept["commit"]) and kept["nodes"] == 3
+
+
+def test_a_commit_with_changes_says_so(tmp_path):
+    in_repository(tmp_path)
+    clean = provenance(tmp_path)["commit"]
+    (tmp_path / "file").write_text("changed")
+    assert provenance(tmp_path)["commit"] == f"{clean}-dirty"
+
+
+def in_repository(path):
+    (path / "file").write_text("")
+    who = ("-c", "user.name=n", "-c", "user.email=e")
+    for command in (("init",), ("add", "file"), (*who, "commit", "-m", "m")):
+        subprocess.run(["git", *command], cwd=path, check=True, capture_output=True)
+
+
 def done(step: int, tokens: int) -> StepDone:
     version = PolicyVersion(0, step)
     stages = ("step", "generate", "score", "wait", "train", "weights")
@@ -320,9 +347,10 @@ def test_progress_tells_the_steps_that_were_skipped_last():
 
 def test_the_timeline_keeps_the_spans_of_a_step(config):
     run = RunDirectory.create(config())
-    run.add_timeline(3, {"generate": [(0.0, 1.23456)], "score": []})
+    run.add_timeline(3, 1, {"generate": [(0.0, 1.23456)], "score": []})
     assert json.loads(run.timeline.read_text()) == {
         "step": 3,
+        "incarnation": 1,
         "generate": [[0.0, 1.2346]],
         "score": [],
     }
