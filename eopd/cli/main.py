@@ -347,13 +347,16 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="Else RUN/report.html, or ./report.html of several.")
     ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Leave out paths, hosts and users, to give it away.")
+    ] = False,
 ) -> None:
     """Write what runs did, also one under way, into one HTML file that opens anywhere."""
     from eopd.telemetry.report.page import write_report
 
     target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     with blame_user(target):
-        write_report(runs, target)
+        write_report(runs, target, public=public)
 
     typer.echo(target)
 

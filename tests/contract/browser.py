@@ -27,6 +27,8 @@ class Page:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)  # as of a window in front
+
     def send(self, method, **parameters):
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))

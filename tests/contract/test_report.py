@@ -70,6 +70,17 @@ def measured(phase):
     }
 
 
+def evaluation(step, offset):
+    mean = {"mean": 4.0 + offset - step / 10, "standard_error": 0.25}
+    return {
+        "step": step,
+        "phase": "during" if step else "before",
+        "name": "held_out",
+        "prompts": 64,
+        "measurements": {"reverse_kl": mean},
+    }
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """Two runs side by side, one of them with its last row cut short."""
@@ -81,6 +92,7 @@ def report(tmp_path_factory):
         files = {
             "metrics.jsonl": rows(offset),
             "held_out.jsonl": [measured("before"), measured("after")],
+            "evaluations.jsonl": [evaluation(step, offset) for step in (0, 10, 20)],
             "timeline.jsonl": [
                 {"step": s, "generate": [[0, 2]], "score": [[1, 3]]} for s in range(1, 61)
             ],
@@ -128,9 +140,9 @@ def test_charts_are_drawn_inside_their_frames(page, report, width, scheme):
         "[...svg.querySelectorAll('path')].map(path => { const b = path.getBBox(); return "
         "[path.getTotalLength(), b.x, b.y, b.x + b.width, b.y + b.height]}))"
     )
-    assert len(boxes) == 12 + 4 + 2  # curves, histograms, step times
+    assert len(boxes) == 1 + 5 + 2 + 2  # held-out, curves, histograms, step times
     drawn = [box for chart in boxes for box in chart]
-    assert len(drawn) > 40 and all(chart for chart in boxes[:1] + boxes[12:])
+    assert len(drawn) > 40 and all(boxes)
     for length, left, top, right, bottom in drawn:
         assert length > 0 and -8 <= left <= right <= 360 and -8 <= top <= bottom <= 190
 
@@ -242,4 +254,42 @@ def test_a_chart_under_the_pointer_shows_the_value_of_every_run(page, report):
     assert 25 <= step <= 35 and of_ended == "\u2013"
     assert float(of_longer) == pytest.approx(1 + math.exp(-step / 20), rel=1e-3)
     page.point_at("#entropy svg.chart", 0.3)
-    assert page.value(shown) == ["nats from 0.2", "6.7%", "26.7%"]
+    teacher, student = "6.7%", "26.7%"
+    assert page.value(shown) == ["nats from 0.2", teacher, student, teacher, student]
+
+
+def test_a_measurement_under_the_pointer_has_its_interval(page, report):
+    page.open(report)
+    page.point_at("#measured svg.chart")
+    shown = page.value("[...document.querySelectorAll('#readout b')].map(e => e.textContent)")
+    head, first, second = shown
+    assert int(head.removeprefix("step ")) in range(9, 14)
+    assert (first, second) == ("3 (2.51 to 3.49)", "4 (3.51 to 4.49)")
+
+
+@every_view
+def test_a_term_is_explained_when_it_has_the_focus(page, report, width, scheme):
+    page.open(report, width=width, scheme=scheme)
+    shown = (
+        "(style => [style.content, style.visibility])(getComputedStyle("
+        "document.querySelectorAll('dfn')[{}], '::after'))"
+    )
+    count = page.value("document.querySelectorAll('dfn').length")
+    assert count > 5 and page.value(shown.format(0))[0] == "none"
+    for term in range(count):
+        page.value(f"document.querySelectorAll('dfn')[{term}].focus()")
+        content, visibility = page.value(shown.format(term))
+        assert len(content) > 20 and visibility == "visible"
+        assert page.value("document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_is_outside_of_its_range_can_be_seen_and_read(page, report, scheme):
+    page.open(report, scheme=scheme)
+    color = "getComputedStyle(document.querySelector('{}')).{}"
+    warning = page.value(color.format("figure.breached .warning", "color"))
+    paper = page.value(color.format("figure.breached", "backgroundColor"))
+    low, high = sorted((luminance(warning), luminance(paper)))
+    assert (high + 0.05) / (low + 0.05) >= 4.5
+    assert page.value(color.format("figure.breached", "borderTopColor")) == warning
+    assert page.value(color.format("figure.breached .outside", "stroke")) == warning

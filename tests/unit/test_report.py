@@ -11,21 +11,17 @@ import pytest
 
 from eopd.cli.main import main
 from eopd.config import ConfigError
-from eopd.telemetry.report.charts import (
-    Frame,
-    Line,
-    curves,
-    extremes,
-    histogram,
-    look,
-    smoothed,
-    stacked,
-    thinned,
-    ticks,
-)
+from eopd.telemetry.catalog import CATALOG
+from eopd.telemetry.report.charts import Frame, curves, histogram, stacked, ticks
+from eopd.telemetry.report.headline import result
+from eopd.telemetry.report.healthy import HEALTHY
+from eopd.telemetry.report.lines import Line, extremes, look, smoothed, thinned
+from eopd.telemetry.report.objective import gate_value
 from eopd.telemetry.report.page import report_of_ended, write_report
 from eopd.telemetry.report.reading import read_runs
 from eopd.telemetry.report.samples import prompts_of
+from eopd.telemetry.report.subject import objective_words
+from eopd.telemetry.report.terms import explained
 
 CONFIG = "run: {name: r, batches: 10}\nloss:\n  gate: {kind: hard, tau: 0.8}\n"
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -140,13 +136,13 @@ class Parsed(HTMLParser):
         elif self._inside not in ("script", "style"):
             self.text += data
 
+    def labels(self):
+        """What each chart is called."""
+        return [a["aria-label"] for _, a in self.elements if a.get("class") == "chart"]
+
     def chart(self, title):
         """The lines of a chart by label."""
-        charts = [
-            a["aria-label"]
-            for tag, a in self.elements
-            if tag == "svg" and a.get("class") == "chart"
-        ]
+        charts = self.labels()
         numbers = [one for one in self.data if "lines" in one]
         (found,) = [n for label, n in zip(charts, numbers, strict=True) if label.startswith(title)]
 
@@ -239,7 +235,7 @@ def test_a_curve_has_the_values_of_the_rows_and_gaps_where_there_are_none(run, p
         run(rows=[row(i + 1, eopd_reverse_kl_nats=value) for i, value in enumerate(values)])
     )
     assert found.chart("Reverse KL") == {"reverse KL": [[1, 4.0], [4, 2.5]]}
-    assert found.chart("Gate open") == {}
+    assert "Gate open (share of tokens): no numbers" in found.text
 
 
 def test_what_was_changed_is_told_and_marked_from_its_step_on(run, page):
@@ -252,14 +248,16 @@ def test_what_was_changed_is_told_and_marked_from_its_step_on(run, page):
     ]
     changed = page(
         run(
-            "changed", rows=[row(s, eopd_loss=1.0) for s in (1, 2, 3)], **{"changes.jsonl": changes}
+            "changed",
+            rows=[row(s, eopd_loss=1.0 * s) for s in (1, 2, 3)],
+            **{"changes.jsonl": changes},
         )
     )
     assert "From step 2: learner.lr 0.0001 → 5e-05; a.b null → true" in changed.text
     (mark,) = [
         found
         for tag, found in changed.elements
-        if tag == "line" and found.get("class") == "changed"
+        if tag == "line" and found.get("class") == "changed" and found["y1"] == "8"
     ]
     assert mark["x1"] == mark["x2"] == str(Frame([(1.0, 0.0), (3.0, 1.0)]).x(2))
     same = page(run("same"))
@@ -313,14 +311,17 @@ def test_two_runs_of_one_name_are_told_apart(run):
 
 def test_histograms_say_how_many_tokens_are_above_the_run_s_threshold_or_the_paper_s(run, page):
     found = page(run())
-    assert "Tokens above 0.8 nats: teacher 40.0%, student 20.0%. 10 tokens." in found.text
+    shares = (
+        "teacher, before 40.0%; student, before 20.0%; teacher, after 40.0%; student, after 20.0%"
+    )
+    assert f"Tokens above 0.8 nats: {shares}. Tokens: 10 before, 10 after." in found.text
     low = page(
         run("low", **{"config.yaml": CONFIG.replace("0.8", "0.15")}),
         run("none", **{"config.yaml": "run: {}"}),
     )
-    assert "Tokens above 0.2 nats: teacher 50.0%, student 40.0%." in low.text
-    assert "Tokens above 0.8 nats: teacher 40.0%, student 20.0%." in low.text
-    assert found.chart("first: after training")["teacher"][:2] == [[0.0, 0.5], [0.2, 0.1]]
+    assert "Tokens above 0.2 nats: teacher, before 50.0%; student, before 40.0%;" in low.text
+    assert "Tokens above 0.8 nats: teacher, before 40.0%; student, before 20.0%;" in low.text
+    assert found.chart("first: entropy")["teacher, after"][:2] == [[0.0, 0.5], [0.2, 0.1]]
 
 
 def test_the_timeline_shows_one_step_from_its_start(run, page):
@@ -379,7 +380,7 @@ def test_charts_of_several_runs_have_the_same_axes(run, page):
     ]
     ranges = [(one["from"], one["to"]) for one in found.data if "lines" in one]
     shown = dict(zip(charts, ranges, strict=True))
-    assert {to for label, to in shown.items() if "training (step" in label} == {(0.0, 2.0)}
+    assert {to for label, to in shown.items() if ": entropy" in label} == {(0.0, 2.0)}
     assert {to for label, to in shown.items() if "seconds of a step" in label} == {(1, 9)}
     trains = [
         a["width"]
@@ -387,6 +388,529 @@ def test_charts_of_several_runs_have_the_same_axes(run, page):
         if tag == "rect" and a["class"] == "f-train" and "x" in a
     ]
     assert trains == ["25.000%", "75.000%"]
+
+
+def test_a_much_shorter_step_has_an_axis_of_its_own(run, page):
+    slow = run("slow", rows=[row(1, eopd_step_seconds=40.0, eopd_train_seconds=36.0)])
+    found = page(run("quick"), slow)
+    trains = [
+        a["width"]
+        for tag, a in found.elements
+        if tag == "rect" and a["class"] == "f-train" and "x" in a
+    ]
+    assert trains == ["50.000%", "90.000%"]
+    assert found.text.count("On an axis of its own") == 1
+
+
+def test_the_wall_time_is_accounted_for(run, page):
+    rows = [
+        row(1),
+        row(2, eopd_checkpoint_step=1.0, eopd_checkpoint_seconds=5.0),
+        row(3, eopd_checkpoint_step=1.0, eopd_checkpoint_seconds=5.0),
+    ]
+    lines = [evaluation(0, "before", seconds=30.0), evaluation(2, "during", seconds=9.0)]
+    summary = json.dumps(SUMMARY | {"wall_s": 100.0})
+    found = page(run(rows=rows, **{"evaluations.jsonl": lines, "summary.json": summary}))
+    assert (
+        "first: 100 s in all: steps 24 s, evaluations 30 s, checkpoints 5 s, "
+        "start-up and everything else 41 s." in found.text
+    )
+
+
+# ---- of what, and with what result ---------------------------------------------------------------------------------
+
+RESOLVED = """
+run: {name: r, batches: 10, seed: %d}
+student: {model: %s, dtype: bfloat16, lora: {rank: 8}}
+teachers:
+- {name: a, model: 'org/big@0123456789abcdef0123456789abcdef01234567', temperature: 0.6, sources: [x, y]}
+- {name: b, model: org/other}
+prompts: {data: [{data: one.jsonl, weight: 1}, {function: 'pkg:rows', options: {data: no}}], held_out: h.jsonl}
+rollout: {samples_per_prompt: 4, max_response_tokens: 99}
+flow: {batch_prompts: 12, max_staleness: 2}
+loss:
+  top_k: 16
+  alpha: 0.5
+  gate: %s
+  forward_kl: {kind: tail}
+  reverse_kl: {kind: sampled, reward: {function: exact, weight: 2.0}}
+learner: {lr: 1.0e-05, schedule: cosine, warmup_batches: 3}
+"""
+HARD = "{kind: hard, tau: 0.8}"
+
+
+def resolved(gate=HARD, seed=0, model="/models/small"):
+    return RESOLVED % (seed, model, gate)
+
+
+def evaluation(step, phase, name="held_out", seconds=1.0, **means):
+    return {
+        "step": step,
+        "phase": phase,
+        "name": name,
+        "seconds": seconds,
+        "prompts": 64,
+        "samples": 1,
+        "measurements": {key: {"mean": mean, "standard_error": 0.1} for key, mean in means.items()},
+    }
+
+
+def test_the_top_says_what_was_trained(run, page):
+    versions = {
+        "eopd": "1.2",
+        "ray": "2.0",
+        "provenance": {
+            "commit": "abc-dirty",
+            "nodes": 2,
+            "cpus": 8.0,
+            "gpus": 1.0,
+            "gpu_model": "X",
+        },
+    }
+    files = {
+        "config.yaml": resolved(),
+        "versions.json": json.dumps(versions),
+        "parent.json": json.dumps({"run": "older", "step": 7}),
+    }
+    text = " ".join(page(run(**files)).text.split())
+
+    for expected in (
+        "Student small, bfloat16, LoRA of rank 8",
+        "Teachers org/big@01234567, temperature 0.6, for x and y; org/other",
+        "Objective Reverse KL on every token, as a policy gradient on the sampled one, with 2 times "
+        "the advantage of exact. Plus 0.5 times the forward KL where the teacher's entropy is above "
+        "0.8 nats, over the teacher's 16 most likely tokens and all others as one.",
+        "Learning AdamW, learning rate 1e-05, cosine, 3 batches of warm-up, batches of 12 prompts, "
+        "4 answers each of at most 99 tokens, at most 2 versions old",
+        "Data one.jsonl + pkg:rows; held out h.jsonl",
+        "Hardware 2 nodes, 1 GPU (X), 8 CPUs",
+        "Versions eopd 1.2, ray 2.0",
+        "Commit abc and changes",
+        "Forked from older, step 7",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ("{kind: never}", "No forward KL."),
+        ("{kind: quantile, top: 0.2}", "on the 20 % of a batch's tokens at which"),
+        ("{kind: sigmoid, tau: 0.8, scale: 0.1}", "exceeds 0.8 nats, within about 0.1,"),
+        ("{kind: random, rate: 0.25}", "on a random 25 % of the tokens"),
+        ("{kind: always}", "forward KL on every token"),
+        ("{kind: custom, function: 'a.b:c'}", "where a.b:c opens the gate"),
+        ("{kind: new}", "by the gate new"),
+    ],
+)
+def test_every_gate_has_words(run, gate, words):
+    (record,) = read_runs([run(**{"config.yaml": resolved(gate)})])
+    assert words in objective_words(record.config)
+
+
+def sentence(run, *lines, config=CONFIG, **summary):
+    files = {
+        "evaluations.jsonl": lines,
+        "config.yaml": config,
+        "summary.json": json.dumps(SUMMARY | {"held_out": {}} | summary),
+    }
+    return result(read_runs([run(**files)])[0])
+
+
+def test_the_result_is_one_sentence_with_its_interval(run):
+    paired = {"differences": {"reverse_kl": {"mean": -3.0, "standard_error": 0.5}}}
+    before, after = (
+        evaluation(s, p, reverse_kl=kl) for s, p, kl in ((0, "before", 4), (9, "after", 1))
+    )
+    assert sentence(run, before, after | paired) == (
+        "The student came from 4.00 to 1.00 nats of its teacher (\u221275 %), measured on 64 held-out "
+        "prompts; 95 % interval of the difference \u22123.98 to \u22122.02."
+    )
+
+
+def test_without_a_paired_difference_the_two_errors_add_up(run):
+    assert result(read_runs([run()])[0]) == (
+        "The student came from 4.00 to 1.00 nats of its teacher (\u221275 %), held out; 95 % interval "
+        "of the difference \u22123.28 to \u22122.72."  # 1.96 x 0.1 x sqrt 2 on both sides
+    )
+
+
+@pytest.mark.parametrize(
+    ("after", "status", "words"),
+    [
+        (
+            4.1,
+            "completed",
+            "No change can be told from chance: the student was 4.00 and is 4.10 nats",
+        ),
+        (6.0, "completed", "The student went away, from 4.00 to 6.00 nats of its teacher (+50 %)"),
+        (1.0, "running", "So far, at step 9: The student came from 4.00 to 1.00 nats"),
+    ],
+)
+def test_the_result_does_not_promise(run, after, status, words):
+    lines = [evaluation(0, "before", reverse_kl=4.0), evaluation(9, "during", reverse_kl=after)]
+    assert sentence(run, *lines, status=status).startswith(words)
+
+
+def test_a_run_that_was_measured_once_or_never_says_so(run):
+    once = evaluation(0, "before", reverse_kl=4.0)
+    two_teachers = "teachers: [{model: a}, {model: b}]\n"
+    assert "4.00 nats from its teachers at step 0, and was not measured again" in sentence(
+        run, once, config=two_teachers
+    )
+    (record,) = read_runs([run("bare", **{"summary.json": json.dumps({"status": "running"})})])
+    assert result(record).startswith("Nothing was measured")
+
+
+def test_an_after_that_is_missing_is_not_bold(run, page):
+    summary = SUMMARY | {"held_out": {"before": {"reverse_kl": measured(4.0)}}}
+    page(run(**{"summary.json": json.dumps(summary)}))
+    cells = r"<tr><th>.*?reverse KL.*?</td><td>(.*?)</td><td>"
+    page_of = (run("whole").parent / "report.html").read_text
+    assert re.findall(cells, page_of()) == ["-"]
+    page(run("other"))
+    assert re.findall(cells, page_of()) == ["<b>1.000 ± 0.100</b>"]
+
+
+# ---- judgement -----------------------------------------------------------------------------------------------------
+
+
+def test_the_ranges_are_those_of_the_catalogue():
+    for name, healthy in HEALTHY.items():
+        bounds = [bound for bound in (healthy.low, healthy.high) if math.isfinite(bound)]
+        said = [float(word) for word in re.findall(r"\d+(?:\.\d+)?", CATALOG[name].healthy)]
+        assert bounds and set(bounds) <= set(said), name
+
+
+def test_a_breach_is_named_coloured_and_drawn(run, page):
+    rows = [row(step, eopd_gate_ratio=value) for step, value in enumerate((0.18, 0.4, 0.5), 1)]
+    found = page(run(rows=rows))
+    words = "Gate: 50 % at step 3, above the healthy range (15 % to 20 %); outside in 2 of 3 steps."
+    assert words in found.text and "Outside of a healthy range: Gate open." in found.text
+    assert [a for tag, a in found.elements if tag == "figure" and a.get("class") == "breached"]
+    frame = Frame([(1.0, 0.18), (3.0, 0.5)])
+    (band,) = [a for tag, a in found.elements if a.get("class") == "healthy"]
+    assert (float(band["y"]), float(band["height"])) == pytest.approx(
+        (frame.y(0.2), frame.y(0.15) - frame.y(0.2)), abs=0.06
+    )
+    (outside,) = [a for tag, a in found.elements if a.get("class") == "outside c0 d0"]
+    assert outside["d"] == frame.path([(2, 0.4), (3, 0.5)])
+
+
+def test_what_came_back_is_told_and_what_never_left_is_not(run, page):
+    back = page(run("back", rows=[row(s, eopd_gate_ratio=g) for s, g in enumerate((0.9, 0.17), 1)]))
+    words = "Gate: back in the healthy range (15 % to 20 %) at the end; outside in 1 of 2 steps"
+    assert words in back.text and "Outside of a healthy" not in back.text
+    never = page(run("never", rows=[row(s, eopd_gate_ratio=g) for s, g in ((1, 0.16), (2, 0.17))]))
+    assert "outside in" not in never.text
+
+
+def test_too_little_is_a_breach_too(run, page):
+    rows = [row(s, eopd_teacher_topk_mass_ratio=0.95 - 0.1 * s) for s in (1, 2)]
+    assert (
+        "Teacher: 75 % at step 2, below the healthy range (at least 90 %); outside in 2 of 2 steps."
+        in page(run(rows=rows)).text
+    )
+
+
+def test_a_range_is_for_the_runs_that_it_is_for(run, page):
+    rows = [row(s, eopd_gate_ratio=1.0 - 0.1 * s) for s in (1, 2)]
+    always = CONFIG.replace("hard, tau: 0.8", "always")
+    assert "outside in" not in page(run("always", rows=rows, **{"config.yaml": always})).text
+    assert "outside in" in page(run("hard", rows=rows)).text
+
+
+def test_a_range_above_all_values_is_in_the_frame(run, page):
+    rows = [row(s, eopd_teacher_topk_mass_ratio=0.5 + 0.01 * s) for s in (1, 2, 3)]
+    (band,) = [a for _, a in page(run(rows=rows)).elements if a.get("class") == "healthy"]
+    frame = Frame([(1.0, 0.53), (3.0, 0.99)])
+    assert float(band["y"]) == frame.y(1.0) and float(band["height"]) == pytest.approx(
+        frame.y(0.9) - frame.y(1.0)
+    )
+
+
+def test_charts_that_say_nothing_are_a_line_of_a_list(run, page):
+    rows = [
+        row(
+            s,
+            eopd_staleness_mean=0.0,
+            eopd_staleness_max=0.0,
+            eopd_clipped_ratio=0.0,
+            eopd_grad_norm=s,
+        )
+        for s in (1, 2)
+    ]
+    found = page(run(rows=rows))
+    assert "Staleness (versions): 0 all along" in found.text
+    assert "Clipped (share of tokens): 0 % all along" in found.text
+    drawn = [label for label in found.labels() if not label.startswith(("Held", "first"))]
+    assert [label.partition(".")[0] for label in drawn] == ["Gradient norm"]
+    wrong = page(run("wrong", rows=[row(s, eopd_clipped_ratio=0.5) for s in (1, 2)]))
+    assert wrong.chart("Clipped") == {
+        "ratio clipped": [[1, 0.5], [2, 0.5]]
+    }  # constant, and a breach
+
+
+def test_charts_stand_by_importance(run, page):
+    names = ("grad_norm", "gate_ratio", "reverse_kl_nats", "learning_rate", "loss")
+    rows = [row(s, **{f"eopd_{name}": 0.1 * s for name in names}) for s in (1, 2)]
+    labels = [label.partition(" (")[0].partition(".")[0] for label in page(run(rows=rows)).labels()]
+    order = ["Reverse KL", "Gate open", "Loss", "Gradient norm", "Learning rate"]
+    assert [label for label in labels if label in order] == order
+
+
+# ---- what happened on the way --------------------------------------------------------------------------------------
+
+
+def test_checkpoints_restarts_collapse_and_the_best_are_marked(run, page):
+    rows = [
+        row(s, eopd_loss=1.0 * s, eopd_checkpoint_step=s // 2 * 2.0, eopd_checkpoint_seconds=1.0)
+        | {"eopd_collapse": float(s in (4, 5, 7))}
+        for s in range(1, 8)
+    ]
+    timeline = [
+        {"step": s, "incarnation": int(s > 3), "generate": [], "score": []} for s in range(1, 8)
+    ]
+    best = {"step": 5, "metric": "held_out/reverse_kl", "value": 0.5}
+    found = page(
+        run(
+            rows=rows,
+            **{"timeline.jsonl": timeline, "summary.json": json.dumps(SUMMARY | {"best": best})},
+        )
+    )
+    kinds = "checkpoint|best checkpoint|the learner started again|signs of collapse"
+    assert set(re.findall(rf"step \d+: (?:{kinds})", found.text)) == {
+        "step 0: checkpoint",
+        "step 2: checkpoint",
+        "step 4: checkpoint",
+        "step 6: checkpoint",
+        "step 4: the learner started again",
+        "step 4: signs of collapse",
+        "step 7: signs of collapse",
+        "step 5: best checkpoint",
+    } - {"step 0: checkpoint"}  # before the first row
+    assert "Best checkpoint: step 5, where held_out/reverse_kl was 0.5." in found.text
+    assert "Signs of collapse began to show at step 4, 7" in found.text
+
+
+def test_evaluations_are_curves_with_their_intervals(run, page):
+    lines = [
+        evaluation(0, "before", reverse_kl=4.0, teacher_entropy=1.0),
+        evaluation(2, "during", reverse_kl=2.0, teacher_entropy=1.0),
+        evaluation(0, "before", "gsm", avg_at_n=0.1, pass_at_4=0.95, lost=0.0),
+        evaluation(2, "during", "gsm", avg_at_n=0.3, pass_at_4=0.95, lost=0.0),
+    ]
+    found = page(run(**{"evaluations.jsonl": lines}))
+    assert found.chart("Held-out reverse KL") == {
+        "reverse KL": [[0, 4.0, 3.804, 4.196], [2, 2.0, 1.804, 2.196]]
+    }
+    assert found.chart("gsm: correct answers") == {
+        "avg@n": [[0, 0.1, 0.0, 0.296], [2, 0.3, 0.104, 0.496]],  # a share is never below 0
+        "pass@4": [[0, 0.95, 0.754, 1.0], [2, 0.95, 0.754, 1.0]],
+    }
+    assert not [label for label in found.labels() if "entropy (nats)" in label or "lost" in label]
+
+
+def test_a_run_without_evaluations_has_its_two_ends(run, page):
+    summary = json.dumps(SUMMARY | {"steps": 3})
+    found = page(run(**{"summary.json": summary}))
+    assert found.chart("Held-out reverse KL") == {
+        "reverse KL": [[0, 4.0, 3.804, 4.196], [3, 1.0, 0.804, 1.196]]
+    }
+
+
+# ---- arms ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep(run):
+    """Three seeds of a hard gate, two of a gate that never opens; lengths 3, 3, 2, 3, 3."""
+
+    def arm(gate, seeds, lengths):
+        for seed, length in zip(seeds, lengths, strict=True):
+            rows = [
+                row(s, eopd_loss=1.0 * s + seed + 10.0 * (gate != HARD), eopd_grad_norm=1.0 * s)
+                for s in range(1, 1 + length)
+            ]
+            rows[0]["eopd_grad_norm"] = [1.0, None][seed % 2]
+            lines = [
+                evaluation(0, "before", reverse_kl=9.0),
+                evaluation(3, "after", reverse_kl=1.0 + seed + (gate != HARD) * (1.0 + 0.1 * seed)),
+            ]
+            name = f"{gate[7:11]}-{seed}"
+            yield run(
+                name, rows=rows, **{"config.yaml": resolved(gate, seed), "evaluations.jsonl": lines}
+            )
+
+    return [*arm(HARD, (0, 1, 2), (3, 3, 2)), *arm("{kind: never}", (0, 1), (3, 3))]
+
+
+def test_seeds_of_an_arm_are_one_curve_with_a_band(sweep, page):
+    found = page(*sweep)
+    assert found.chart("Loss") == {
+        "loss.gate.kind=hard, loss.gate.tau=0.8, loss": [[1, 2.0, 1.0, 3.0], [2, 3.0, 2.0, 4.0]],
+        "loss.gate.kind=never, loss": [
+            [1, 11.5, 11.0, 12.0],
+            [2, 12.5, 12.0, 13.0],
+            [3, 13.5, 13.0, 14.0],
+        ],
+    }
+    assert "5 runs, 2 arms" in found.text
+    # a seed without a value is a gap of the mean
+    never = found.chart("Gradient norm")["loss.gate.kind=never, norm"]
+    assert never == [[2, 2.0, 2.0, 2.0], [3, 3.0, 3.0, 3.0]]
+
+
+def test_arms_are_compared_in_pairs_of_one_seed(sweep, page):
+    text = " ".join(page(*sweep).text.split())
+    # of 1, 2, 3: 2 and 4.303 / sqrt 3 on both sides; of 2, 3.1: 2.55 and 12.706 x 0.55;
+    # differences 1.0 and 1.1: 1.05 and 12.706 x 0.05
+    assert (
+        "reverse KL 2.000 (-0.484 to 4.484) 2.550 (-4.438 to 9.538)+1.050 (+0.415 to +1.685)"
+    ) in text
+
+
+def test_a_difference_is_bold_where_its_interval_leaves_out_0(sweep, page, tmp_path):
+    page(*sweep)
+    assert "<b>+1.050 (+0.415 to +1.685)</b>" in (tmp_path / "report.html").read_text()
+
+
+def test_runs_of_one_seed_each_are_no_arms(run, page):
+    runs = [
+        run(f"r{n}", **{"config.yaml": resolved(gate)})
+        for n, gate in enumerate((HARD, "{kind: never}"))
+    ]
+    found = page(*runs)
+    assert "r0 \u00b7 r1" in found.text and "paired by seed" not in found.text
+
+
+# ---- to give away --------------------------------------------------------------------------------------------------
+
+HOME = "/home" + "/anna"
+SECRETS = (
+    HOME,
+    "anna",
+    "node17",
+    "corp.example",
+    "/scratch",
+    "bertha",
+    "10.1.2.3",
+    "10.9.8.7",
+    "bucket",
+)
+SECRETS += ("kim", "uni.example")
+PRIVATE = """
+cluster: {address: 'node17:6379'}
+telemetry: {host: 10.1.2.3, trackers: []}
+checkpoints: HOME/runs
+upload: s3://bucket/anna/x
+extra: {server: {url: 'http://bertha:pw@web.corp.example:80/v1'}, note: 'see /scratch/notes.txt'}
+more: ['mail kim@uni.example', 'it was 10.9.8.7, before']
+""".replace("HOME", HOME)
+
+
+def private(run, name="shared"):
+    moved = {"cluster.address": ["node17:1", None], "a.data": ["/scratch/old.jsonl", "b"]}
+    spoken = sample(prompt="Who is anna at node17?", texts=("bertha", " is", " in"))
+    versions = {"eopd": "1", "provenance": {"commit": "abc"}, "x": f"{HOME}/y"}
+    return run(
+        name,
+        **{
+            "config.yaml": resolved(model="/scratch/models/small") + PRIVATE,
+            "changes.jsonl": [{"from_step": 2, "changes": moved}],
+            "parent.json": json.dumps({"run": f"{HOME}/runs/older", "step": 7}),
+            "held_out.jsonl": [held_out("before", spoken)],
+            "versions.json": json.dumps(versions),
+        },
+    )
+
+
+def test_a_public_page_names_no_path_host_or_user(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "machine-of-mine")
+    directory = private(run, "machine-of-mine")
+    (directory / "logs").mkdir()
+    (directory / "logs" / "driver.log").write_text(f"anna@node17: {HOME}\n")
+    write_report([directory], tmp_path / "private.html")
+    write_report([directory], tmp_path / "public.html", public=True)
+    told, kept = ((tmp_path / f"{name}.html").read_text() for name in ("private", "public"))
+    assert [secret for secret in SECRETS if secret not in told] == []
+    assert [
+        secret for secret in (*SECRETS, "machine-of-mine", str(tmp_path)) if secret in kept
+    ] == []
+
+    for expected in (
+        "small, bfloat16",
+        "…/old.jsonl",
+        "Forked from",
+        "…/older, step 7",
+        "…/notes.txt",
+    ):
+        assert expected in kept and ("…" in expected or expected in told)
+
+
+def test_a_public_page_keeps_what_says_nothing_of_anybody(run, tmp_path):
+    directories = [private(run, "a/same"), private(run, "b/same")]
+    write_report(directories, tmp_path / "public.html", public=True)
+    kept = (tmp_path / "public.html").read_text()
+    for expected in ("same (1)", "same (2)", "org/big@01234567", "pkg:rows", "commit"):
+        assert expected in kept.replace("Commit", "commit")
+
+
+def test_the_verb_leaves_out_what_it_is_told_to(run, tmp_path, monkeypatch):
+    directory = private(run)
+    monkeypatch.setattr(sys, "argv", ["eopd", "report", str(directory), "--public"])
+    with pytest.raises(SystemExit):
+        main()
+
+    assert "anna" not in (directory / "report.html").read_text()
+
+
+# ---- explained where it stands -------------------------------------------------------------------------------------
+
+
+def test_terms_are_explained_where_they_stand_and_to_screen_readers(run, page):
+    found = page(run())
+    terms = [a for tag, a in found.elements if tag == "dfn"]
+    ids = {a["id"] for _, a in found.elements if "id" in a}
+    assert terms and all(a["tabindex"] == "0" and a["data-is"] for a in terms)
+    assert {a["aria-describedby"] for a in terms} <= ids
+
+
+def test_a_text_keeps_its_words_when_it_is_explained():
+    assert explained("<b> & nothing") == "&lt;b&gt; &amp; nothing"
+    shown = explained("Reverse KL <nats>")
+    assert shown.startswith('<dfn tabindex="0" data-is="How much surer')
+    assert shown.endswith('aria-describedby="term-reverse-kl">Reverse KL</dfn> &lt;nats&gt;')
+
+
+def test_the_objective_stands_beside_a_token_of_each_kind(run, page):
+    text = " ".join(page(run()).text.split())
+    # entropies 0.05, 1.0, 3.0; of the two above 0.8 the upper one is the middle
+    assert "A The gate is shut …sky" in text and "B The gate is open …sky is blue" in text
+    assert (
+        "log p \u2212 log q = +1.00 nats, so that this token becomes less likely. No FKL here."
+        in text
+    )
+    assert "FKL : every candidate above" in text
+
+
+@pytest.mark.parametrize(
+    ("gate", "values"),
+    [
+        (HARD, [0.0, 0.0, 1.0]),
+        (
+            "{kind: sigmoid, tau: 0.8, scale: 0.1}",
+            [1 / (1 + math.e**8), 0.5, 1 / (1 + math.e**-12)],
+        ),
+        ("{kind: always}", [1.0] * 3),
+        ("{kind: never}", [0.0] * 3),
+        ("{kind: quantile, top: 0.2}", [None] * 3),
+    ],
+)
+def test_the_gate_that_is_drawn_is_the_gate(run, gate, values):
+    (record,) = read_runs([run(**{"config.yaml": resolved(gate)})])
+    found = [gate_value(record.config, entropy) for entropy in (0.0, 0.8, 2.0)]
+    assert found == [value if value is None else pytest.approx(value) for value in values]
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------
@@ -645,12 +1169,30 @@ def test_a_frame_spans_the_data_and_zero():
     ]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "ends"),
+    [(0.0, 0.95, (0.0, 1.0)), (-0.1, 5.3, (-2.0, 6.0)), (0.0, 9.6, (0, 10))],
+)
+def test_both_ends_of_an_axis_have_a_label(low, high, ends):
+    frame = Frame([(0.0, low), (1.0, high)])
+    assert (frame.y_min, frame.y_max) == pytest.approx(ends)
+    for end in ends:
+        assert f'y="{frame.y(end) + 3.5}" text-anchor="end">{end:g}</text>' in frame.axes()
+
+
+def test_what_the_steps_are_called_stands_under_the_axis():
+    assert ">step</text>" in Frame([(0.0, 1.0)]).axes()
+    assert ">nats</text>" in histogram("h", [Line("l", [0.0], [1.0])], 0.2, None)
+
+
 def test_thinning_and_smoothing_are_means():
     line = Line("l", range(10), [0, 2, None, 4, 6, math.inf, 8, 10, 12, 20])
     short = thinned(line, 5)
     assert (list(short.xs), list(short.ys)) == ([1, 3, 5, 7, 9], [1.0, 4.0, 6.0, 9.0, 16.0])
     assert thinned(line, 10).points() == line.points()
     assert thinned(Line("l", range(4), [None, None, 1.0, 2.0]), 2).ys == [None, 1.5]
+    falls = smoothed(Line("l", range(60), [9.0, 6.0, 3.0] + [0.0] * 57))
+    assert list(falls.ys)[:4] == [9.0, 6.0, pytest.approx(3.6), pytest.approx(18 / 7)]
     flat = smoothed(Line("l", range(40), [0.0] * 20 + [10.0] * 20))
     assert list(flat.ys)[16:24] == [0.0, 0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 10.0]
 
@@ -666,7 +1208,7 @@ def test_what_was_measured_keeps_its_peaks_in_their_order_and_its_ends():
     (path,) = re.findall(
         r'class="raw[^"]*" d="([^"]*)"', curves("c", [Line("l", range(2000), values)])
     )
-    assert "8.0L" in path  # the peak is drawn at the top of the frame
+    assert f"{Frame(points).y(9.0)}L" in path
 
 
 @pytest.mark.parametrize("num_points", [10, 300])

@@ -8,74 +8,50 @@ pointer. A script draws no picture, so that the page shows it also where no scri
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias
+from typing import Final
 
 from markupsafe import Markup
 
+from eopd.telemetry.report.lines import Line, Points, extremes, look, smoothed, thinned
+
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 8, 22
-MARKS: Final = (
-    "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
-    "M-3-3h6v6h-6z",
-    "M0-4L4 3H-4z",
-    "M0-4L4 0L0 4L-4 0z",
-    "M0 4L4-3H-4z",
-)
-NUM_COLORS, NUM_DASHES = len(MARKS), 3
 _STEPS: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
+# What a mark of a kind means, and whether it is a line through the chart or a tick at its foot.
+MARK_KINDS: Final = {
+    "changed": "other settings from there on",
+    "restart": "the learner started again",
+    "collapse": "signs of collapse",
+    "best": "best checkpoint",
+    "checkpoint": "checkpoint",
+}
 
 
-def look(index: int) -> tuple[str, str]:
-    """Returns the class of the colour and the mark of a run: 25 runs have different pairs."""
-    return f"c{index % NUM_COLORS}", MARKS[(index + index // NUM_COLORS) % NUM_COLORS]
+@dataclass(frozen=True, slots=True, order=True)
+class Mark:
+    """Something that happened at a step; ``kind`` is one of ``MARK_KINDS``."""
 
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A curve. A value that is None, or not finite, is a gap; ``color`` and ``dash`` count from
-    0.
-    """
-
-    label: str
-    xs: Sequence[float]
-    ys: Sequence[float | None]
-    color: int = 0
-    dash: int = 0
-
-    @property
-    def classes(self) -> str:
-        """The classes by which the style sheet draws the curve."""
-        return f"{look(self.color)[0]} d{self.dash % NUM_DASHES}"
-
-    def pieces(self) -> list[list[tuple[float, float]]]:
-        """Returns the points that can be drawn, from gap to gap."""
-        pieces: list[list[tuple[float, float]]] = [[]]
-        for x, y in zip(self.xs, self.ys, strict=True):
-            if y is not None and math.isfinite(y):
-                pieces[-1].append((x, y))
-            elif pieces[-1]:
-                pieces.append([])
-
-        return [piece for piece in pieces if piece]
-
-    def points(self) -> list[tuple[float, float]]:
-        """Returns the points that can be drawn."""
-        return list(itertools.chain(*self.pieces()))
+    step: float
+    kind: str
 
 
 class Frame:
     """Maps data to pixels: x over the whole width, y from 0 (or the lowest value below it) to the
-    highest.
+    highest, rounded so that both ends have a label.
     """
 
-    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+    def __init__(self, points: Points, x_title: str = "step") -> None:
         xs, ys = [x for x, _ in points] or [0.0], [0.0, *(y for _, y in points)]
+        self.x_title = x_title
         self.x_min, self.x_max = min(xs), max(*xs, min(xs) + 1.0)
-        self.y_min, self.y_max = min(ys), max(ys)
-        if self.y_max == self.y_min:
-            self.y_max += 1.0
+        low, high = min(ys), max(ys)
+        self._step = tick_step(low, high if high > low else low + 1.0, 5)
+        self.y_min = math.floor(low / self._step + 1e-9) * self._step
+        self.y_max = math.ceil(high / self._step - 1e-9) * self._step
+        if self.y_max <= self.y_min:
+            self.y_max = self.y_min + 1.0
 
     def x(self, value: float) -> float:
         """Returns how many pixels from the left a value is drawn."""
@@ -90,80 +66,55 @@ class Frame:
         )
 
     def axes(self, percent: bool = False) -> str:
-        """Draws the grid lines and their labels."""
+        """Draws the grid lines and their labels, and what the steps are called."""
         parts = []
-        for tick in ticks(self.y_min, self.y_max, 4):
+        for tick in multiples(self.y_min, self.y_max, self._step):
             y = self.y(tick)
-            label = f"{100 * tick:.4g}%" if percent else f"{tick:.4g}"
+            label = f"{100 * tick:.4g}%" if percent else f"{tick:.4g}".replace("e-0", "e-")
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
             parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{label}</text>')
 
+        base = HEIGHT - 6
+        parts.append(f'<text x="{LEFT - 12}" y="{base}" text-anchor="end">{self.x_title}</text>')
         for tick in ticks(self.x_min, self.x_max, 5):
             x = min(self.x(tick), WIDTH - RIGHT - 6)
-            parts.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">{tick:.6g}</text>')
+            parts.append(f'<text x="{x}" y="{base}" text-anchor="middle">{tick:.6g}</text>')
 
         return "".join(parts)
 
-    def path(self, points: Sequence[tuple[float, float]]) -> str:
+    def path(self, points: Points) -> str:
         """Returns the ``d`` of a path through the points, which is a dot where there is one."""
         corners = "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
         return f"M{corners}h0" if len(points) == 1 else f"M{corners}"
+
+    def paths(self, pieces: Sequence[Points]) -> str:
+        """Returns the ``d`` of a path through every piece."""
+        return "".join(map(self.path, pieces))
+
+    def upright(self, x: float, classes: str) -> str:
+        """Draws a line from the top to the bottom."""
+        at = self.x(x)
+        return f'<line class="{classes}" x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+
+
+def tick_step(low: float, high: float, number: int) -> float:
+    """Returns a round distance that divides a range into at most ``number`` parts."""
+    rough = (high - low) / number
+    scale = 10.0 ** math.floor(math.log10(rough))
+    return next(scale * factor for factor in _STEPS if scale * factor >= rough * 0.999)
+
+
+def multiples(low: float, high: float, step: float) -> list[float]:
+    """Returns the multiples of ``step`` from ``low`` to ``high``, both included."""
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
 
 def ticks(low: float, high: float, number: int) -> list[float]:
     """Returns about ``number`` round values from ``low`` to ``high``, both included where they are
     round.
     """
-    rough = (high - low) / number
-    scale = 10.0 ** math.floor(math.log10(rough))
-    step = next(scale * factor for factor in _STEPS if scale * factor >= rough * 0.999)
-    return [
-        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
-
-
-def extremes(line: Line, num_points: int) -> Line:
-    """Returns the curve with about ``num_points`` points: its ends and gaps, and the lowest and
-    the highest of every stretch, in their order.
-    """
-    if len(line.xs) <= num_points:
-        return line
-
-    size = math.ceil(2 * len(line.xs) / max(num_points - 2, 1))
-    ys = [math.nan if y is None else y for y in line.ys]
-    finite = [i for i, y in enumerate(ys) if math.isfinite(y)]
-    indices = {*finite[:1], *finite[-1:], *set(range(len(ys))).difference(finite)}
-    for _, group in itertools.groupby(finite, key=lambda i: i // size):
-        stretch = list(group)
-        indices |= {min(stretch, key=ys.__getitem__), max(stretch, key=ys.__getitem__)}
-
-    order = sorted(indices)
-
-    return replace(line, xs=[line.xs[i] for i in order], ys=[line.ys[i] for i in order])
-
-
-def thinned(line: Line, num_points: int) -> Line:
-    """Returns the curve with at most ``num_points`` points, each the mean of a stretch, or a gap
-    where nothing of the stretch can be drawn.
-    """
-    size = max(1, math.ceil(len(line.xs) / num_points))
-    stretches = [slice(i, i + size) for i in range(0, len(line.xs), size)]
-    xs = [line.xs[stretch][-1] for stretch in stretches]
-    return replace(line, xs=xs, ys=[_mean(line.ys[stretch]) for stretch in stretches])
-
-
-def smoothed(line: Line) -> Line:
-    """Returns the running mean over a tenth of the curve, centred; gaps stay."""
-    half = len(line.points()) // 20
-    windows = [slice(max(0, i - half), i + half + 1) for i in range(len(line.xs))]
-    means = [_mean(line.ys[window]) for window in windows]
-    gaps = [_mean([y]) is None for y in line.ys]
-    return replace(line, ys=[None if gap else mean for gap, mean in zip(gaps, means, strict=True)])
-
-
-def _mean(ys: Sequence[float | None]) -> float | None:
-    finite = [y for y in ys if y is not None and math.isfinite(y)]
-    return sum(finite) / len(finite) if finite else None
+    return multiples(low, high, tick_step(low, high, number))
 
 
 def curves(
@@ -172,31 +123,37 @@ def curves(
     *,
     percent: bool = False,
     num_points: int = 300,
-    marks: Sequence[float] = (),
+    marks: Sequence[Mark] = (),
+    smooth: bool = True,
 ) -> Markup:
-    """Draws lines over steps: what was measured, faint, and its running mean.
+    """Draws lines over steps: what was measured, faint, and its running mean; behind them the
+    healthy range, with a shadow under what lies outside.
 
     Args:
         title: What the chart shows, for those who hear the page.
         lines: One for each metric and run.
         percent: Whether the values are shares.
         num_points: The most points of a line that are drawn.
-        marks: Steps at which something changed.
+        marks: What happened on the way.
+        smooth: Whether the running mean is drawn; else the values alone.
     """
     raw = [extremes(line, num_points) for line in lines]
-    frame = Frame([point for line in raw for point in line.points()])
-    parts = [frame.axes(percent)]
-    for x in (frame.x(step) for step in marks if frame.x_min <= step <= frame.x_max):
-        parts.append(f'<line class="changed" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    strong = [smoothed(thinned(line, num_points)) if smooth else line for line in lines]
+    frame = Frame([*itertools.chain(*map(_corners, raw)), *_towards_health(raw)])
+    parts = [*_healthy(frame, raw), frame.axes(percent)]
+    for line in strong:
+        for below, above in line.band():
+            outline = frame.path([*below, *reversed(above)])
+            parts.append(f'<path class="band {line.classes}" d="{outline}Z"/>')
 
-    for line, measured in zip(lines, raw, strict=True):
-        mean = smoothed(thinned(line, num_points))
-        for name, curve in (("raw", measured), ("line", mean)):
-            if pieces := curve.pieces():
-                path = "".join(frame.path(piece) for piece in pieces)
-                parts.append(f'<path class="{name} {line.classes}" d="{path}"/>')
+    parts += [_mark(frame, mark) for mark in marks if frame.x_min <= mark.step <= frame.x_max]
+    for line, measured in zip(strong, raw, strict=True):
+        drawn = [("outside", line.unhealthy()), ("line", line.pieces())]
+        for name, pieces in [("raw", measured.pieces()), *drawn] if smooth else drawn:
+            if pieces:
+                parts.append(f'<path class="{name} {line.classes}" d="{frame.paths(pieces)}"/>')
 
-        for x, y in mean.points()[-1:]:
+        for x, y in line.points()[-1:] if smooth else line.points():
             place = f"translate({frame.x(x)} {frame.y(y)})"
             parts.append(
                 f'<path class="mark {line.classes}" transform="{place}" d="{look(line.color)[1]}"/>'
@@ -205,7 +162,48 @@ def curves(
     return _svg(title, parts, raw, frame, percent=percent)
 
 
-Points: TypeAlias = Sequence[tuple[float, float]]
+def _corners(line: Line) -> Points:
+    """Returns everything of a line that must be inside of the frame."""
+    edges = itertools.chain(*line.band())
+    return list(itertools.chain(line.points(), *edges))
+
+
+def _towards_health(lines: Sequence[Line]) -> Points:
+    """Returns the points that bring a healthy range into the frame, where all values lie below
+    it.
+    """
+    points = []
+    for line in lines:
+        if line.healthy and all(y < line.healthy.low for _, y in line.points()):
+            points += [
+                (x, min(line.healthy.high, 1.1 * line.healthy.low)) for x, _ in line.points()
+            ]
+
+    return points
+
+
+def _healthy(frame: Frame, lines: Sequence[Line]) -> list[str]:
+    """Draws the healthy ranges, as far as they are inside of the frame."""
+    parts = []
+    for healthy in dict.fromkeys(line.healthy for line in lines if line.healthy is not None):
+        top = frame.y(min(healthy.high, frame.y_max))
+        bottom = frame.y(max(healthy.low, frame.y_min))
+        parts.append(
+            f'<rect class="healthy" x="{LEFT}" width="{WIDTH - LEFT - RIGHT}" y="{top}" '
+            f'height="{max(bottom - top, 0.0):.1f}"/>'
+        )
+
+    return parts
+
+
+def _mark(frame: Frame, mark: Mark) -> str:
+    """Draws what happened at a step: a tick at the foot for a checkpoint, else an upright line."""
+    title = f"<title>step {mark.step:g}: {MARK_KINDS[mark.kind]}</title>"
+    if mark.kind == "checkpoint":
+        place = f"translate({frame.x(mark.step)} {HEIGHT - BOTTOM})"
+        return f'<path class="tick" transform="{place}" d="M0 0L3.5 6H-3.5z">{title}</path>'
+
+    return f"<g>{title}{frame.upright(mark.step, mark.kind)}</g>"
 
 
 def totals(lines: Sequence[Line]) -> Points:
@@ -263,7 +261,7 @@ def histogram(
     right = bin_width + max([1.0, *(x for x, _ in filled)])
     num_bins = round(right / bin_width)
     lines = [replace(line, xs=line.xs[:num_bins], ys=line.ys[:num_bins]) for line in lines]
-    frame = Frame([(0.0, 0.0), (right, 0.0), *filled])
+    frame = Frame([(0.0, 0.0), (right, 0.0), *filled], "nats")
     parts = [frame.axes(percent=True)]
 
     for line in lines:
@@ -275,11 +273,9 @@ def histogram(
         parts.append(f'<path class="bars {line.classes}" d="{path}"/>')
 
     if threshold is not None and threshold < right:
-        x = frame.x(threshold)
-        parts.append(
-            f'<line class="threshold" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-        )
-        parts.append(f'<text class="threshold" x="{x + 4}" y="{TOP + 9}">gate opens</text>')
+        x = frame.x(threshold) + 4
+        parts.append(frame.upright(threshold, "threshold"))
+        parts.append(f'<text class="threshold" x="{x}" y="{TOP + 9}">gate opens</text>')
 
     return _svg(title, parts, lines, frame, percent=True, bin_width=bin_width)
 
@@ -295,7 +291,7 @@ def _svg(
 ) -> Markup:
     curves = []
     for line in lines:
-        if points := [(x, float(f"{y:.4g}")) for x, y in line.points()]:
+        if points := list(_numbers(line)):
             curves.append((line.label, points))
 
     numbers = {
@@ -315,57 +311,17 @@ def _svg(
     return picture + Markup("".join(parts)) + Markup("</svg>") + as_json(numbers)
 
 
+def _numbers(line: Line) -> Iterator[tuple[float, ...]]:
+    """Yields x and y of every point, and the edges of the band where there is one."""
+    lows = dict(zip(line.xs, line.lows, strict=False))
+    highs = dict(zip(line.xs, line.highs, strict=False))
+    for x, y in line.points():
+        edges = [edge for edge in (lows.get(x), highs.get(x)) if edge is not None]
+        yield (x, *(float(f"{number:.4g}") for number in (y, *edges)))
+
+
 def as_json(value: object) -> Markup:
     """Returns a script element that holds data; no text in it can end the element."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return Markup('<script type="application/json">') + Markup(safe) + Markup("</script>")
-
-
-@dataclass(frozen=True, slots=True)
-class Lane:
-    """A row of a timeline: ``spans`` of (from, to, class, activity), in seconds; None where they
-    were not recorded.
-    """
-
-    label: str
-    spans: Sequence[tuple[float, float, str, str]] | None
-
-
-def timeline(title: str, lanes: Sequence[Lane], seconds: float) -> Markup:
-    """Draws who was at work when, from 0 to ``seconds``. Positions are shares of the width, so
-    that text keeps its size.
-    """
-    row = 46
-    height = row * len(lanes) + 24
-    parts = []
-
-    for index, lane in enumerate(lanes):
-        y = index * row
-        parts.append(Markup('<text x="0" y="{}" class="lane">{}</text>').format(y + 14, lane.label))
-        if lane.spans is not None:
-            parts.append(
-                Markup('<rect x="0" width="100%" y="{}" height="18" class="idle"/>').format(y + 20)
-            )
-
-        for start, stop, name, activity in lane.spans or ():
-            shape = Markup(
-                '<rect x="{:.3f}%" width="{:.3f}%" y="{}" height="18" class="{}"><title>{}</title></rect>'
-            )
-            share, width = 100 * start / seconds, 100 * (stop - start) / seconds
-            parts.append(
-                shape.format(share, width, y + 20, name, f"{activity}: {start:.2f} to {stop:.2f} s")
-            )
-
-    for tick in ticks(0.0, seconds, 4):
-        share = 100 * tick / seconds
-        anchor = "start" if share < 5 else "end" if share > 95 else "middle"
-        parts.append(
-            Markup('<text x="{:.2f}%" y="{}" text-anchor="{}">{:g} s</text>').format(
-                share, height - 4, anchor, tick
-            )
-        )
-
-    opening = Markup('<svg class="timeline" width="100%" height="{}" role="img" aria-label="{}">')
-
-    return opening.format(height, title) + Markup("").join(parts) + Markup("</svg>")

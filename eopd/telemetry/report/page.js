@@ -129,8 +129,8 @@
       readout.replaceChildren(make("b", name + " " + x), ...lines.map((line) => {
         const row = make("div");
         const point = nearest(line.points, x);
-        const y = point && point[1];
-        row.append(make("span", line.label), make("b", !point ? "–" : shares ? (100 * y).toFixed(1) + "%" : String(y)));
+        const [y, low, high] = (point || []).slice(1).map((value) => (shares ? (100 * value).toFixed(1) + "%" : String(value)));
+        row.append(make("span", line.label), make("b", y === undefined ? "–" : low === undefined ? y : y + " (" + low + " to " + high + ")"));
         return row;
       }));
       readout.hidden = false;

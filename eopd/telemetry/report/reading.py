@@ -6,9 +6,8 @@ Lines that cannot be read are left out and counted; the page says so. The files 
 """
 
 import itertools
-import json
-import time
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,12 @@ from eopd.config.load import flatten
 from eopd.config.saved import require_directory
 from eopd.run.reading import parse_object, read_rows, read_summary
 from eopd.run.record import Measurement, Summary
+from eopd.telemetry.report.public import Public
 
 _OF_EVERY_ROW: Final = ("step", "time", "eopd_step_seconds", "eopd_response_tokens_total")
 
 Record: TypeAlias = Mapping[str, Any]  # one object of a JSON file of ours
+Measurements: TypeAlias = Mapping[str, Measurement]
 
 HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
     "reverse_kl": ("reverse KL", "nats"),
@@ -35,7 +36,24 @@ HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One measurement on prompts that are never trained on: the held-out ones, or a benchmark's.
+
+    ``differences`` are paired by prompt with the first measurement of that name, where they were
+    recorded.
+    """
+
+    step: int
+    phase: str
+    name: str
+    measurements: Measurements
+    differences: Measurements
+    prompts: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """A run. ``rows`` are those of ``metrics.jsonl``, at least one; a value that was not finite is
     None.
@@ -46,9 +64,13 @@ class RunRecord:
     config: Mapping[str, object]  # by dotted key
     rows: Sequence[Record]
     summary: Summary
+    best: Record  # step, metric and value of the best checkpoint; empty where none is kept
     held_out: Mapping[str, Record]  # by phase
+    evaluations: Sequence[Evaluation]  # by step
     timeline: Mapping[int, Record]  # by step
-    versions: Mapping[str, str]
+    versions: Mapping[str, object]
+    provenance: Record  # commit and machines
+    parent: Record  # run and step that this one was forked from
     changes: Sequence[Record]  # what --resume changed, oldest first
     notes: Sequence[str]
 
@@ -60,30 +82,65 @@ class RunRecord:
         return float(tau) if is_hard and isinstance(tau, int | float) else None
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether the summary is as old as the last checkpoint, since the run has not ended."""
+        return self.summary.status in ("running", "unknown")
+
+    @property
+    def wall_s(self) -> float:
+        """The seconds of the run so far."""
+        first, last = self.rows[0], self.rows[-1]
+        of_rows = last["time"] - first["time"] + first["eopd_step_seconds"]
+        return max(self.summary.wall_s, of_rows) if self.is_under_way else self.summary.wall_s
+
+    @property
     def steps(self) -> list[int]:
-        """Returns the step of every row."""
+        """The step of every row."""
         return [row["step"] for row in self.rows]
 
     def column(self, name: str) -> list[float | None]:
         """Returns a metric over all rows; None where a row lacks it."""
         return [row.get(name) for row in self.rows]
 
+    def measured(self, name: str) -> list[Evaluation]:
+        """Returns the evaluations of one name, oldest first."""
+        return [evaluation for evaluation in self.evaluations if evaluation.name == name]
 
-def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
-    """Read run directories. Runs are told apart by their directories where two have one name.
+    def checkpoints(self) -> Mapping[int, float]:
+        """Returns the seconds that each checkpoint took, by step, as far as rows tell."""
+        found = {}
+        for row in self.rows:
+            step, seconds = row.get("eopd_checkpoint_step"), row.get("eopd_checkpoint_seconds")
+            if step is not None and seconds is not None:
+                found[int(step)] = float(seconds)
+
+        return found
+
+
+def read_runs(directories: Sequence[Path], *, public: bool = False) -> list[RunRecord]:
+    """Read run directories. Runs are told apart by their directories where two have one name, or by
+    a number.
+
+    Args:
+        directories: the run directories.
+        public: whether to leave out paths, hosts and users.
 
     Raises:
         ConfigError: one is no run directory, or no step was completed in it.
     """
     names = [directory.resolve().name for directory in directories]
-    unique = len(set(names)) == len(names)
+    if len(set(names)) < len(names) and public:
+        names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    elif len(set(names)) < len(names):
+        names = [str(directory) for directory in directories]
+
     return [
-        _read_run(directory, name if unique else str(directory))
+        _read_run(directory, name, public)
         for directory, name in zip(directories, names, strict=True)
     ]
 
 
-def _read_run(directory: Path, name: str) -> RunRecord:
+def _read_run(directory: Path, name: str, public: bool) -> RunRecord:
     require_directory(directory)
     saved = directory / "config.yaml"
     if not saved.is_file():
@@ -100,27 +157,48 @@ def _read_run(directory: Path, name: str) -> RunRecord:
     if not rows:
         raise ConfigError(f"{directory}: no step was completed yet (metrics.jsonl has no rows)")
 
-    text = saved.read_text(encoding="utf-8", errors="replace")
+    config_text = saved.read_text(encoding="utf-8", errors="replace")
+    config = _yaml(config_text, notes)
+    summary = _summary(directory / "summary.json", notes)
+    held_out = _lines(directory / "held_out.jsonl", notes, "phase")
+    timeline = _lines(directory / "timeline.jsonl", notes, "step")
+    evaluations = _lines(directory / "evaluations.jsonl", notes, "step", "name", "measurements")
+    settings: dict[str, Any] = {
+        "versions": _object(directory / "versions.json"),
+        "parent": _object(directory / "parent.json"),
+        "changes": _lines(directory / "changes.jsonl", notes, "from_step"),
+    }
+    if not settings["versions"]:
+        notes.append("versions.json is missing or cannot be read")
+
+    if public:
+        without = Public([config, settings])
+        name, config = without.text(name), without.settings(config)
+        config_text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        settings, held_out = without.settings(settings), without.texts(held_out)
+
+    versions = dict(settings["versions"])
+    provenance = versions.pop("provenance", {})
 
     return RunRecord(
         name=name,
-        config_text=text,
-        config=flatten(_yaml(text, notes)),
+        config_text=config_text,
+        config=flatten(config),
         rows=rows,
-        summary=_summary(directory / "summary.json", notes),
-        held_out={
-            line["phase"]: line for line in _lines(directory / "held_out.jsonl", notes, "phase")
-        },
-        timeline={
-            line["step"]: line for line in _lines(directory / "timeline.jsonl", notes, "step")
-        },
-        versions=_versions(directory / "versions.json", notes),
-        changes=_lines(directory / "changes.jsonl", notes, "from_step"),
+        summary=summary,
+        best=_object(directory / "summary.json").get("best") or {},
+        held_out=_ends(held_out),
+        evaluations=sorted(_evaluations(evaluations, summary), key=lambda one: one.step),
+        timeline={line["step"]: line for line in timeline},
+        versions=flatten(versions),
+        provenance=provenance if isinstance(provenance, dict) else {},
+        parent=settings["parent"],
+        changes=settings["changes"],
         notes=notes,
     )
 
 
-def _lines(path: Path, notes: list[str], *keys: str) -> Sequence[Record]:
+def _lines(path: Path, notes: list[str], *keys: str) -> list[dict[str, Any]]:
     """Returns the rows of a file that have some keys; none where there is no file, since not every
     run has come that far.
     """
@@ -142,14 +220,10 @@ def _summary(path: Path, notes: list[str]) -> Summary:
     return Summary(status="unknown")
 
 
-def _versions(path: Path, notes: list[str]) -> Mapping[str, str]:
-    versions = parse_object(
-        path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    )
-    if not versions:
-        notes.append(f"{path.name} is missing or cannot be read")
-
-    return versions
+def _object(path: Path) -> dict[str, Any]:
+    """Returns what a JSON file holds; nothing where it is missing or cannot be read."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return parse_object(text)
 
 
 def _yaml(text: str, notes: list[str]) -> object:
@@ -160,66 +234,59 @@ def _yaml(text: str, notes: list[str]) -> object:
         return {}
 
 
-def headline(run: RunRecord) -> Mapping[str, Any]:
-    """Returns what a person wants to know first."""
-    last = run.rows[-1]
-    seconds = sum(row["eopd_step_seconds"] for row in run.rows)
-    tokens = last["eopd_response_tokens_total"]
-    before, after = run.summary.held_out.before or {}, run.summary.held_out.after or {}
-    named = {**HELD_OUT, **_parts([before, after])}
-    status, wall = run.summary.status, run.summary.wall_s
-    if status in ("running", "unknown"):  # then the summary is as old as the last checkpoint
-        wall = max(wall, last["time"] - run.rows[0]["time"] + run.rows[0]["eopd_step_seconds"])
+def _evaluations(rows: Sequence[Record], summary: Summary) -> Iterator[Evaluation]:
+    """Yields what ``evaluations.jsonl`` holds; of a run that has none, the held-out measurements
+    of its summary.
+    """
+    for row in rows:
+        yield Evaluation(
+            step=row["step"],
+            phase=str(row.get("phase", "")),
+            name=row["name"],
+            measurements=_measurements(row["measurements"]),
+            differences=_measurements(row.get("differences")),
+            prompts=row.get("prompts"),
+            seconds=float(row.get("seconds") or 0.0),
+        )
 
-    age = (
-        {"since then": _clock(max(0.0, time.time() - last["time"]))} if status == "running" else {}
+    ends = (
+        (0, "before", summary.held_out.before),
+        (summary.steps, "after", summary.held_out.after),
     )
-
-    return {
-        "name": run.name,
-        "status": status,
-        "notes": run.notes,
-        "changes": [_changed(change) for change in run.changes],
-        "facts": {
-            "steps": f"{last['step']} of {run.config.get('run.batches', '?')}",
-            "response tokens": f"{tokens:,.0f}",
-            "tokens per second": f"{tokens / seconds:.1f}",
-            "wall time": _clock(wall),
-            "last step": time.strftime("%Y-%m-%d %H:%M", time.localtime(last["time"])),
-            **age,
-        },
-        "held_out": [
-            _change(label, unit, before.get(name), after.get(name))
-            for name, (label, unit) in named.items()
-        ],
-    }
+    for step, phase, measurements in ends if not rows else ():
+        if measurements:
+            yield Evaluation(
+                step=step,
+                phase=phase,
+                name="held_out",
+                measurements=measurements,
+                differences={},
+            )
 
 
-def _changed(change: Record) -> str:
-    """Returns from which step on which keys were set to what."""
-    values = change.get("changes", {}).items()
-    settings = [f"{key} {_plain(old)} → {_plain(new)}" for key, (old, new) in values]
-    return f"From step {change['from_step']}: {'; '.join(settings)}"
+def _ends(lines: Sequence[Record]) -> Mapping[str, Record]:
+    """Returns the last measurement of each phase; those during training give way to the one after
+    it.
+    """
+    by_phase = {line["phase"]: line for line in lines}
+    if "after" in by_phase:
+        by_phase.pop("during", None)
+
+    return by_phase
 
 
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _measurements(value: object) -> Measurements:
+    found = {}
+    for name, numbers in value.items() if isinstance(value, dict) else ():
+        mean = numbers.get("mean") if isinstance(numbers, dict) else None
+        if isinstance(mean, int | float) and math.isfinite(mean):
+            error = numbers.get("standard_error")
+            found[name] = Measurement(mean=float(mean), standard_error=error)
+
+    return found
 
 
-def _change(
-    label: str, unit: str, before: Measurement | None, after: Measurement | None
-) -> Mapping[str, str]:
-    difference = "" if before is None or after is None else f"{after.mean - before.mean:+.3f}"
-    return {
-        "label": label,
-        "unit": unit,
-        "before": _measured(before),
-        "after": _measured(after),
-        "change": difference,
-    }
-
-
-def _parts(phases: Sequence[Mapping[str, Measurement]]) -> dict[str, tuple[str, str]]:
+def parts(phases: Sequence[Measurements]) -> dict[str, tuple[str, str]]:
     """Returns label and unit of what was measured on a part of the tokens, such as
     ``reverse_kl: teacher unsure``.
     """
@@ -230,56 +297,3 @@ def _parts(phases: Sequence[Mapping[str, Measurement]]) -> dict[str, tuple[str, 
         for quantity, part in pairs
         if quantity in HELD_OUT
     }
-
-
-def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Returns what runs are compared by: a label, and the value in each run."""
-    after = [run.summary.held_out.after or {} for run in runs]
-    facts = [headline(run)["facts"] for run in runs]
-    names = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
-    labels = {name: HELD_OUT[name][0] for name in names} | {
-        name: label for name, (label, _) in _parts(after).items()
-    }
-    rows = []
-    for name, label in labels.items():
-        values = [_measured(measurements.get(name)) for measurements in after]
-        rows.append((f"held-out {label}, after", values))
-
-    for name in ("response tokens", "wall time", "tokens per second"):
-        rows.append((name, [run_facts[name] for run_facts in facts]))
-
-    return rows
-
-
-def measured_differently(runs: Sequence[RunRecord]) -> list[str]:
-    """Returns the sections by which held-out numbers of the runs do not compare."""
-    differing = []
-    for section in ("teachers", "prompts.held_out", "evaluation", "rollout.temperature"):
-        settings = [_settings(run, section) for run in runs]
-        if any(other != settings[0] for other in settings):
-            differing.append(section)
-
-    return differing
-
-
-def _settings(run: RunRecord, section: str) -> Mapping[str, object]:
-    """Returns the keys of a section that change a measurement: not how many samples are shown."""
-    return {
-        key: value
-        for key, value in run.config.items()
-        if f"{key}.".startswith(f"{section}.") and key != "evaluation.samples"
-    }
-
-
-def _measured(measurement: Measurement | None) -> str:
-    if measurement is None:
-        return "-"
-
-    error = measurement.standard_error
-    return f"{measurement.mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}"

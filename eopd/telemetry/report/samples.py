@@ -108,7 +108,7 @@ def visible(text: str) -> str:
 def _response(
     run: RunRecord, color: int, measurement: Record, sample: Record, room: int
 ) -> Response:
-    tokens = list(_tokens(sample, run.threshold))
+    tokens = list(tokens_of(sample, run.threshold))
     shown = tokens[:room]
     texts = sorted(set(itertools.chain(*(token.texts for token in shown))))
     number = {text: index for index, text in enumerate(texts)}
@@ -125,7 +125,7 @@ def _response(
         step=measurement["step"],
         num_tokens=len(tokens),
         shown_tokens=len(shown),
-        teacher_entropy=fmean((token.low + token.high) / 2 for token in loss_tokens),
+        teacher_entropy=fmean(token.entropy for token in loss_tokens),
         reverse_kl=fmean(finite) if finite else math.nan,
         num_infinite=len(loss_tokens) - len(finite),
         gate_ratio=gate_ratio,
@@ -166,6 +166,11 @@ class Token:
         return [self.text, *(text for text, _ in self.candidates)]
 
     @property
+    def entropy(self) -> float:
+        """The teacher's entropy in nats: the middle of its bounds."""
+        return (self.low + self.high) / 2
+
+    @property
     def kl(self) -> float:
         """Log p - log q; infinite where the teacher rules the token out."""
         if self.teacher_logprob is None or self.student_logprob is None:
@@ -179,7 +184,7 @@ class Token:
         if not self.counts:
             return "masked"
 
-        entropy = bisect_right(ENTROPY_EDGES, (self.low + self.high) / 2)
+        entropy = bisect_right(ENTROPY_EDGES, self.entropy)
         return f"e{entropy} k{bisect_right(KL_EDGES, self.kl)} {self.gate}".rstrip()
 
     @property
@@ -205,7 +210,9 @@ class Token:
         ]
 
 
-def _tokens(sample: Record, threshold: float | None) -> Iterator[Token]:
+def tokens_of(sample: Record, threshold: float | None) -> Iterator[Token]:
+    """Yields the tokens of a held-out sample."""
+
     def text(token_id: int, most: int) -> str:
         return _cut(visible(sample["texts"][str(token_id)]), most) or f"⟨{token_id}⟩"
 
