@@ -448,6 +448,7 @@ def evaluation(step, phase, name="held_out", seconds=1.0, **means):
         "step": step,
         "phase": phase,
         "name": name,
+        "time": 1.7e9,
         "seconds": seconds,
         "prompts": 64,
         "samples": 1,

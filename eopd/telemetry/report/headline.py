@@ -8,8 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from eopd.run.record import Measurement
-from eopd.telemetry.report.reading import HELD_OUT, Evaluation, Record, RunRecord, parts
+from eopd.run.evaluations import Evaluation
+from eopd.run.record import Best, Measurement
+from eopd.telemetry.report.reading import HELD_OUT, Record, RunRecord, parts
 
 Z_95: Final = 1.96  # standard errors on both sides that hold 95 %
 MINUS: Final = "\u2212"
@@ -43,7 +44,7 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
         "result": result(run),
         "notes": run.notes,
         "changes": [_changed(change) for change in run.changes],
-        "best": _best(run.best),
+        "best": _best(run.summary.best),
         "facts": {
             "steps": f"{last['step']} of {run.config.get('run.batches', '?')}",
             "response tokens": f"{tokens:,.0f}",
@@ -132,11 +133,11 @@ def _signed(value: float, style: str) -> str:
     return format(value, f"+{style}").replace("-", MINUS)
 
 
-def _best(best: Record) -> str:
-    if not {"step", "metric", "value"} <= best.keys():
+def _best(best: Best | None) -> str:
+    if best is None:
         return ""
 
-    return f"Best checkpoint: step {best['step']}, where {best['metric']} was {best['value']:.4g}."
+    return f"Best checkpoint: step {best.step}, where {best.metric} was {best.value:.4g}."
 
 
 def _changed(change: Record) -> str:

@@ -109,8 +109,8 @@ def _edge(
 def _best(runs: Sequence[RunRecord], name: str, metrics: Mapping[str, str]) -> list[Mark]:
     """Returns the mark of the best checkpoint, in the chart of what it is the best by."""
     named = {f"{name}/{metric}" for metric in metrics}
-    best = [run.best for run in runs] if len(runs) == 1 else []
-    return [Mark(one["step"], "best") for one in best if one.get("metric") in named]
+    best = runs[0].summary.best if len(runs) == 1 else None
+    return [Mark(best.step, "best")] if best and best.metric in named else []
 
 
 def histograms(runs: Sequence[RunRecord]) -> list[Figure]:

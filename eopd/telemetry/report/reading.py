@@ -6,7 +6,6 @@ Lines that cannot be read are left out and counted; the page says so. The files 
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,14 +17,14 @@ import yaml
 from eopd.config import ConfigError
 from eopd.config.load import flatten
 from eopd.config.saved import require_directory
+from eopd.run.evaluations import Evaluation, Measurements, Phase, read_evaluations
 from eopd.run.reading import parse_object, read_rows, read_summary
-from eopd.run.record import Measurement, Summary
+from eopd.run.record import Summary
 from eopd.telemetry.report.public import Public
 
 _OF_EVERY_ROW: Final = ("step", "time", "eopd_step_seconds", "eopd_response_tokens_total")
 
 Record: TypeAlias = Mapping[str, Any]  # one object of a JSON file of ours
-Measurements: TypeAlias = Mapping[str, Measurement]
 
 HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
     "reverse_kl": ("reverse KL", "nats"),
@@ -34,23 +33,6 @@ HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
     "student_entropy": ("student entropy", "nats"),
     "teacher_entropy": ("teacher entropy", "nats"),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """One measurement on prompts that are never trained on: the held-out ones, or a benchmark's.
-
-    ``differences`` are paired by prompt with the first measurement of that name, where they were
-    recorded.
-    """
-
-    step: int
-    phase: str
-    name: str
-    measurements: Measurements
-    differences: Measurements
-    prompts: int | None = None
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +46,6 @@ class RunRecord:
     config: Mapping[str, object]  # by dotted key
     rows: Sequence[Record]
     summary: Summary
-    best: Record  # step, metric and value of the best checkpoint; empty where none is kept
     held_out: Mapping[str, Record]  # by phase
     evaluations: Sequence[Evaluation]  # by step
     timeline: Mapping[int, Record]  # by step
@@ -162,7 +143,7 @@ def _read_run(directory: Path, name: str, public: bool) -> RunRecord:
     summary = _summary(directory / "summary.json", notes)
     held_out = _lines(directory / "held_out.jsonl", notes, "phase")
     timeline = _lines(directory / "timeline.jsonl", notes, "step")
-    evaluations = _lines(directory / "evaluations.jsonl", notes, "step", "name", "measurements")
+    evaluations = _evaluations(directory / "evaluations.jsonl", summary, notes)
     settings: dict[str, Any] = {
         "versions": _object(directory / "versions.json"),
         "parent": _object(directory / "parent.json"),
@@ -186,9 +167,8 @@ def _read_run(directory: Path, name: str, public: bool) -> RunRecord:
         config=flatten(config),
         rows=rows,
         summary=summary,
-        best=_object(directory / "summary.json").get("best") or {},
         held_out=_ends(held_out),
-        evaluations=sorted(_evaluations(evaluations, summary), key=lambda one: one.step),
+        evaluations=evaluations,
         timeline={line["step"]: line for line in timeline},
         versions=flatten(versions),
         provenance=provenance if isinstance(provenance, dict) else {},
@@ -204,10 +184,13 @@ def _lines(path: Path, notes: list[str], *keys: str) -> list[dict[str, Any]]:
     """
     rows = read_rows(path)
     complete = [row for row in rows if None not in map(row.get, keys)]
-    if unread := len(rows) - len(complete):
-        notes.append(f"{unread} of {len(rows)} lines of {path.name} could not be read")
-
+    _note_unread(path, notes, len(rows), len(complete))
     return complete
+
+
+def _note_unread(path: Path, notes: list[str], num_lines: int, num_read: int) -> None:
+    if unread := num_lines - num_read:
+        notes.append(f"{unread} of {num_lines} lines of {path.name} could not be read")
 
 
 def _summary(path: Path, notes: list[str]) -> Summary:
@@ -234,33 +217,35 @@ def _yaml(text: str, notes: list[str]) -> object:
         return {}
 
 
-def _evaluations(rows: Sequence[Record], summary: Summary) -> Iterator[Evaluation]:
-    """Yields what ``evaluations.jsonl`` holds; of a run that has none, the held-out measurements
-    of its summary.
+def _evaluations(path: Path, summary: Summary, notes: list[str]) -> list[Evaluation]:
+    """Returns what was measured, by step; of several lines of one step and name the last one holds.
+    Of a run of an older version, which kept no such file, these are the two ends of its summary.
     """
-    for row in rows:
-        yield Evaluation(
-            step=row["step"],
-            phase=str(row.get("phase", "")),
-            name=row["name"],
-            measurements=_measurements(row["measurements"]),
-            differences=_measurements(row.get("differences")),
-            prompts=row.get("prompts"),
-            seconds=float(row.get("seconds") or 0.0),
-        )
+    if not path.exists():
+        return list(_two_ends(summary))
 
-    ends = (
-        (0, "before", summary.held_out.before),
-        (summary.steps, "after", summary.held_out.after),
+    evaluations = read_evaluations(path)
+    _note_unread(path, notes, len(read_rows(path)), len(evaluations))
+    holding = {(evaluation.step, evaluation.name): evaluation for evaluation in evaluations}
+    return sorted(holding.values(), key=lambda evaluation: evaluation.step)
+
+
+def _two_ends(summary: Summary) -> Iterator[Evaluation]:
+    phases: tuple[tuple[Phase, int, Measurements | None], ...] = (
+        ("before", 0, summary.held_out.before),
+        ("after", summary.steps, summary.held_out.after),
     )
-    for step, phase, measurements in ends if not rows else ():
+    for phase, step, measurements in phases:
         if measurements:
             yield Evaluation(
                 step=step,
                 phase=phase,
                 name="held_out",
+                time=0.0,
+                seconds=0.0,
+                prompts=0,
+                samples=1,
                 measurements=measurements,
-                differences={},
             )
 
 
@@ -273,17 +258,6 @@ def _ends(lines: Sequence[Record]) -> Mapping[str, Record]:
         by_phase.pop("during", None)
 
     return by_phase
-
-
-def _measurements(value: object) -> Measurements:
-    found = {}
-    for name, numbers in value.items() if isinstance(value, dict) else ():
-        mean = numbers.get("mean") if isinstance(numbers, dict) else None
-        if isinstance(mean, int | float) and math.isfinite(mean):
-            error = numbers.get("standard_error")
-            found[name] = Measurement(mean=float(mean), standard_error=error)
-
-    return found
 
 
 def parts(phases: Sequence[Measurements]) -> dict[str, tuple[str, str]]:

@@ -124,7 +124,7 @@ def marks_of(run: RunRecord, *, alone: bool) -> list[Mark]:
     marks += [Mark(step, "collapse") for step in collapses(run)]
     if alone:
         marks += [Mark(step, "checkpoint") for step in run.checkpoints()]
-        marks += [Mark(run.best["step"], "best")] if "step" in run.best else []
+        marks += [Mark(run.summary.best.step, "best")] if run.summary.best else []
 
     return marks
 
