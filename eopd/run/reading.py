@@ -6,7 +6,7 @@ default; what it cannot is a ``ConfigError`` that names the way out.
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from eopd.config import Config, ConfigError
 from eopd.config.messages import explain
 from eopd.config.saved import parse_saved, read_saved
-from eopd.run.record import Summary
+from eopd.run.record import Sample, Summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +110,36 @@ def each_row(path: Path) -> Iterator[dict[str, Any]]:
 
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         yield from map(parse_object, filter(str.strip, file))
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Returns the samples of ``held_out.jsonl`` of prompts that have one before and one after
+    training, each of the last such measurement.
+    """
+    rows = read_rows(path)
+    before = _last_samples(rows, "before")
+    return [
+        Sample(
+            prompt=after["prompt"],
+            before=before[prompt_id]["response"],
+            after=after["response"],
+        )
+        for prompt_id, after in _last_samples(rows, "after").items()
+        if prompt_id in before
+    ]
+
+
+def _last_samples(rows: Sequence[dict[str, Any]], phase: str) -> dict[str, dict[str, str]]:
+    """Returns the whole samples of the last measurement of a phase, by prompt."""
+    of_phase = [row for row in rows if row.get("phase") == phase]
+    samples = of_phase[-1].get("samples") if of_phase else []
+    whole = {}
+    for sample in samples if isinstance(samples, list) else []:
+        texts = sample if isinstance(sample, dict) else {}
+        if all(isinstance(texts.get(key), str) for key in ("prompt_id", "prompt", "response")):
+            whole[texts["prompt_id"]] = texts
+
+    return whole
 
 
 def parse_object(text: str) -> dict[str, Any]:

@@ -130,14 +130,7 @@ def take_up(
     if resume == "auto" and is_complete and last == config.run.batches:
         return replace(new, summary=summary, complete=True)
 
-    checkpoint = directory.checkpoint(step)
-    if step_of(checkpoint) > config.run.batches:
-        raise ConfigError(
-            f"run.batches: {config.run.batches} is below step {step_of(checkpoint)}, which "
-            "the run goes on from; raise it, or go back to an older checkpoint with "
-            "--resume --step"
-        )
-
+    checkpoint = _checkpoint_to_continue(directory, config, step)
     state = state_of(checkpoint)
     if config.guard.on_collapse == "stop":
         require_no_collapse(directory, state.step)
@@ -158,6 +151,18 @@ def take_up(
             *_other_sources(directory, config),
         ],
     )
+
+
+def _checkpoint_to_continue(directory: RunDirectory, config: Config, step: int | None) -> Path:
+    checkpoint = directory.checkpoint(step)
+    if step_of(checkpoint) > config.run.batches:
+        raise ConfigError(
+            f"run.batches: {config.run.batches} is below step {step_of(checkpoint)}, which "
+            "the run goes on from; raise it, or go back to an older checkpoint with "
+            "--resume --step"
+        )
+
+    return checkpoint
 
 
 def config_to_continue(config: Config, resume: Resume) -> Config | None:

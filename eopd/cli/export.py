@@ -1,0 +1,105 @@
+"""``eopd export``: the student of a checkpoint as a Hugging Face directory."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eopd.cli.models import hush
+from eopd.cli.paths import blame_user, require_place
+from eopd.config import ConfigError
+
+if TYPE_CHECKING:
+    from eopd.run.directory import RunDirectory
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Of which checkpoint; else the newest.")
+    ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of the checkpoint that checkpoint.keep_best finds best.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write; else RUN/hf-step-NNNNNN.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Upload it to the Hugging Face Hub too, with a model card."
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: a new repository is not private.")
+    ] = False,
+) -> None:
+    """Write the student of a checkpoint as a Hugging Face directory, here, without starting Ray."""
+    if public and push is None:
+        raise ConfigError("--public: goes with --push")
+
+    hush()
+    from eopd.run.directory import RunDirectory
+
+    directory = RunDirectory(run)
+    config, checkpoint = directory.config(), _checkpoint(directory, step, best=best)
+    target = output or run / f"hf-{checkpoint.name}"
+    _require_free(target, with_adapter=config.student.lora is not None)
+
+    from eopd.hub import model_directory
+    from eopd.learner.export import export_checkpoint
+    from eopd.preflight import require_model
+
+    student = model_directory(config.student.model, weights=True)
+    require_model("student.model", student, num_tokens=config.max_sequence_tokens)
+    if push is not None:
+        from eopd.hub.push import require_repository
+
+        typer.echo(require_repository(push, public=public), err=True)
+
+    with blame_user(target):
+        export_checkpoint(config.student, checkpoint / "learner", target)
+
+    typer.echo(target)
+    if push is not None:
+        typer.echo(_push(directory, checkpoint, target, push))
+
+
+def _checkpoint(directory: "RunDirectory", step: int | None, *, best: bool) -> Path:
+    """Returns the checkpoint that is meant, and says which newer ones are passed over."""
+    if best and step is not None:
+        raise ConfigError(f"--best, --step {step}: only one can say which checkpoint it is")
+
+    if best:
+        step = directory.best_step()
+
+    checkpoint = directory.checkpoint(step)
+    for message in directory.passed_over() if step is None else ():
+        typer.echo(message, err=True)
+
+    return checkpoint
+
+
+def _require_free(target: Path, *, with_adapter: bool) -> None:
+    """Checks that the directories that are written do not exist, and can be made."""
+    adapter = [target.with_name(f"{target.name}-adapter")] if with_adapter else []
+    for written in (target, *adapter):
+        if os.path.lexists(written):
+            raise ConfigError(f"--output {written}: exists; remove it or name another")
+
+        require_place("--output", written)
+
+
+def _push(run: "RunDirectory", checkpoint: Path, exported: Path, repository: str) -> str:
+    """Uploads an exported student with its model card; returns where it is."""
+    from eopd.hub.push import push
+    from eopd.run.card import model_card
+    from eopd.run.checkpoint import step_of
+
+    step = step_of(checkpoint)
+    card = model_card(run.config(), run.read_summary(), step, repository.rpartition("/")[2])
+    with blame_user(exported):
+        (exported / "README.md").write_text(card, encoding="utf-8")
+
+    return push(exported, repository, f"Student of step {step}")
