@@ -2,6 +2,7 @@
 bounds.
 """
 
+import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -169,7 +170,9 @@ def require_grader(function: str) -> str:
     try:
         return _function(function)
     except ValueError as error:
-        raise ValueError(f"{error}, or one of {', '.join(OWN_GRADERS)}") from None
+        close = difflib.get_close_matches(function, OWN_GRADERS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{error}, or one of {', '.join(OWN_GRADERS)}{hint}") from None
 
 
 # The import path of a user's function (``eopd/plugins.py``), which preflight looks up.

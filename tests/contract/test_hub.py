@@ -32,7 +32,8 @@ import json, sys, time
 from eopd.config import ConfigError
 from eopd.hub import model_directory
 from eopd.hub.push import push, require_repository
-from eopd.preflight import pin_data, pin_model
+from eopd.preflight import pin_model
+from eopd.prompts.named import pin_data
 from eopd.prompts import read_data
 
 def rows(spec):

@@ -554,7 +554,7 @@ def test_eval_prints_one_object_with_every_number(eopd, files, monkeypatch):
             Answer(
                 sample_index=0,
                 response="",
-                num_response_tokens=length,
+                response_ids=(1,) * length,
                 stop_reason=StopReason.LENGTH,
                 verdict=verdict,
             )

@@ -90,7 +90,8 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "evaluation.benchmarks=[{name: m, data: m.jsonl, grader: maths}]",
-            "evaluation.benchmarks.0.grader: must be exact or math (is maths); did you mean math?",
+            "evaluation.benchmarks.0.grader: must be package.module:name, such as "
+            "my_rewards:score (is 'maths'), or one of exact, math; did you mean math?",
         ),
         (
             "evaluation.benchmarks=[{name: m, data: m.jsonl, top_p: 0}]",
@@ -734,7 +735,7 @@ def test_an_item_of_a_list_is_set_by_its_name_too(path):
         (
             "loss.reverse_kl={kind: sampled, reward: {function: maths}}",
             "loss.reverse_kl.reward.function: must be package.module:name, such as "
-            "my_rewards:score (is 'maths'), or one of exact, math",
+            "my_rewards:score (is 'maths'), or one of exact, math; did you mean math?",
         ),
         (
             "loss.reverse_kl={kind: sampled, reward: {function: math, options: {a: 1}}}",

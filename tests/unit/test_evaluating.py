@@ -26,6 +26,7 @@ WORDS = {"right": "#### 7", "wrong": "#### 8"}
 def prompt_set(prompts):
     return PromptSet(
         prompts=tuple(prompts),
+        parts=(tuple(prompts),),
         texts={prompt.prompt_id: "?" for prompt in prompts},
         places={},
         num_dropped=0,

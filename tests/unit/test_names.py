@@ -11,7 +11,8 @@ from eopd.config import Config, ConfigError, StudentConfig, dump_config, load_co
 from eopd.config.names import DataName, ModelName
 from eopd.hub.faults import told
 from eopd.hub.models import model_directory, needed
-from eopd.preflight import pin_data, pin_model, pinned
+from eopd.preflight import pin_model, pinned
+from eopd.prompts.named import pin_data
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40

@@ -736,8 +736,9 @@ def test_a_function_that_cannot_be_used_is_one_message(functions, check, overrid
 
 
 def test_a_grader_of_the_user_is_tried_with_the_first_answer(functions, files):
+    prompts = (fakes.prompt(answer="5"),)
     data = PromptSet(
-        prompts=(fakes.prompt(answer="5"),), texts={}, places={}, num_dropped=0, notes=()
+        prompts=prompts, parts=(prompts,), texts={}, places={}, num_dropped=0, notes=()
     )
     preflight.require_readable_answers(data, "made_up:grade")
     words = "grader: made_up:perhaps: must return True, False or None (is 0.5)"

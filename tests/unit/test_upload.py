@@ -76,7 +76,7 @@ async def train_to(directory, *steps, incarnation=0, keep_last=2, uploads=None):
             progress.state(Ledger(), {}),
             fakes.save_weights,
             keep_last=keep_last,
-            needed=uploads.needed if uploads else tuple,
+            keep=uploads.needed if uploads else tuple,
         )
         directory.write_summary(progress.summary("running"))
         if uploads:
@@ -131,7 +131,7 @@ async def test_a_run_without_an_address_uploads_nothing(tmp_path):
         uploads.wake()
 
     assert uploads.row() == {}
-    assert uploads.needed() == ()
+    assert uploads.needed() == set()
     assert not (directory.path / "run-id").exists()
     assert restore(config, "auto", print) == []
 
