@@ -492,6 +492,13 @@ def test_the_top_says_what_was_trained(run, page):
         assert expected in text
 
 
+def test_machines_without_a_gpu_name_none(run, page):
+    machines = {"nodes": 1, "cpus": 2.0, "gpus": 0.0, "gpu_model": "", "cpu_model": "P"}
+    versions = json.dumps({"eopd": "1.2", "provenance": machines})
+    text = " ".join(page(run(**{"versions.json": versions})).text.split())
+    assert "Hardware 1 node, 2 CPUs (P) Versions" in text
+
+
 @pytest.mark.parametrize(
     ("gate", "words"),
     [

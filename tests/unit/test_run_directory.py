@@ -23,7 +23,9 @@ from eopd.run.lock import held
 from eopd.run.progress import Progress
 from eopd.run.provenance import provenance
 from eopd.run.record import Measurement, Sample, append_jsonl, held_out_record
+from eopd.run.upload import Uploads
 from eopd.runtime.resume import take_up
+from eopd.runtime.state import RunState
 from eopd.telemetry.sinks import JsonlSink
 from eopd.types import Estimate, EvalStats, LearnerStats, PolicyVersion, PublishStats, StepDone
 
@@ -354,6 +356,19 @@ def test_the_timeline_keeps_the_spans_of_a_step(config):
         "generate": [[0.0, 1.2346]],
         "score": [],
     }
+
+
+def test_a_step_is_kept_with_the_incarnation_that_made_it(config):
+    taken_up = take_up(config(), {})
+    taken_up.begin()
+    state = RunState(taken_up, Uploads(taken_up.config, print))
+    for incarnation in (0, 1):
+        state.progress.incarnation = incarnation
+        state.progress.count(done(incarnation + 1, 10))
+        state.keep(done(incarnation + 1, 10))
+
+    kept = [json.loads(line) for line in state.directory.timeline.read_text().splitlines()]
+    assert kept == [{"step": 1, "incarnation": 0}, {"step": 2, "incarnation": 1}]
 
 
 def test_the_last_rows_leave_out_what_was_no_number(config):

@@ -184,7 +184,7 @@ def _hardware(provenance: Mapping[str, object]) -> str:
     parts = []
     for key, unit in (("nodes", "node"), ("gpus", "GPU"), ("cpus", "CPU")):
         number = provenance.get(key)
-        if isinstance(number, int | float):
+        if isinstance(number, int | float) and number > 0:
             model = provenance.get(f"{unit.lower()}_model")
             many = "" if number == 1 else "s"
             parts.append(f"{number:g} {unit}{many}" + (f" ({model})" if model else ""))
