@@ -149,8 +149,12 @@ def test_a_name_without_revision_keeps_the_commit_of_the_run_that_goes_on(config
     student = config.student.model_copy(update={"model": "org/student"})
     (teacher,) = config.teachers
     teacher = teacher.model_copy(update={"model": "org/teacher"})
-    data = config.prompts.model_copy(update={"data": "org/data:main:train"})
-    bare = config.model_copy(update={"student": student, "teachers": (teacher,), "prompts": data})
+    (part,) = config.prompts.data
+    part = part.model_copy(update={"data": "org/data:main:train"})
+    prompts = config.prompts.model_copy(update={"data": (part,)})
+    bare = config.model_copy(
+        update={"student": student, "teachers": (teacher,), "prompts": prompts}
+    )
 
     assert pinned(bare, config) == config
     assert downloaded == [(f"org/student@{COMMIT}", True), (f"org/teacher@{OTHER}", True)]
