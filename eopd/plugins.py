@@ -10,9 +10,9 @@ an example. Keys under ``options`` of the config become keyword arguments of the
     DataFunction       prompts.data.function                  the driver, before the run
     GraderFunction     a benchmark's grader, eval --grader    a child of the driver
 
-A module is looked for where Python looks for any module, and then in the working directory, so
-that no file there can stand in for a module of a library. Ray gives its workers the working
-directory of the driver, and under ``ray job submit --working-dir`` that of the job.
+A module is looked for where Python looks for any module, and then in the working directory. Ray
+lets its workers look first in the working directory of the driver, and under ``ray job submit
+--working-dir`` in that of the job (2.60).
 
 This module loads nothing but the standard library, numpy and the config.
 """
