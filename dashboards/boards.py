@@ -103,6 +103,7 @@ OVERVIEW: Final = Board(
                 _one("How responses end", "eopd_end_token_ratio", "eopd_truncated_ratio"),
                 _one("Repetition", "eopd_repetition_ratio"),
                 _one("Collapse", "eopd_collapse"),
+                Panel("Prompts by source", ("eopd_source_ratio",), stacked=True),
             ),
         ),
         "Evaluation": EVALUATION,

@@ -237,6 +237,13 @@ _FLOW: Final = (
         "1 while the guard finds the student collapsed, by the rule of eopd/telemetry/guard.py.",
         "0; at 1 go back to a checkpoint from before.",
     ),
+    _ratio(
+        "eopd_source_ratio",
+        "Share of the batch's trajectories whose prompts are of a source; of more than 16 sources "
+        "none is told.",
+        "As prompts.data[].weight says.",
+        ("source",),
+    ),
     _versions("eopd_staleness_mean", "Mean age of the batch when consumed.", "0 when synchronous."),
     _versions("eopd_staleness_max", "Oldest token of the batch.", "At most eopd_staleness_bound."),
     _versions("eopd_staleness_bound", "flow.max_staleness of the run.", "Constant."),

@@ -2,7 +2,9 @@
 pipeline's caller publishes them.
 """
 
+import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Final
@@ -14,6 +16,7 @@ from eopd.telemetry.series import series
 from eopd.types import Header, LostReason, Span, StepDone, StopReason
 
 STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")
+MOST_SOURCES: Final = 16  # each is a series of its own
 
 
 class BusyClock:
@@ -53,8 +56,8 @@ class BusyClock:
 
 
 def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
-    """Returns lengths, endings, staleness and missing rewards of a batch that was consumed at learner
-    version ``version``.
+    """Returns lengths, endings, staleness, missing rewards and sources of a batch that was consumed at
+    learner version ``version``.
     """
     count = len(headers)
     missing = sum(h.reward_fault is not None for h in headers)
@@ -63,22 +66,32 @@ def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
     ages = [STALENESS_AGES[min(age, len(STALENESS_AGES) - 1)] for age in staleness]
     ended = sum(h.stop_reason is StopReason.END_TOKEN for h in headers)
 
-    of_rewards = {"eopd_reward_missing_ratio": missing / rewarded} if rewarded else {}
+    row = {
+        "eopd_response_tokens_mean": sum(h.num_response_tokens for h in headers) / count,
+        "eopd_end_token_ratio": ended / count,
+        "eopd_truncated_ratio": 1.0 - ended / count,
+        "eopd_staleness_mean": sum(staleness) / count,
+        "eopd_staleness_max": float(max(staleness)),
+    }
+    for age in STALENESS_AGES:
+        row[series("eopd_staleness_ratio", versions=age)] = ages.count(age) / count
 
-    return (
-        of_rewards
-        | {
-            "eopd_response_tokens_mean": sum(h.num_response_tokens for h in headers) / count,
-            "eopd_end_token_ratio": ended / count,
-            "eopd_truncated_ratio": 1.0 - ended / count,
-            "eopd_staleness_mean": sum(staleness) / count,
-            "eopd_staleness_max": float(max(staleness)),
-        }
-        | {
-            series("eopd_staleness_ratio", versions=age): ages.count(age) / count
-            for age in STALENESS_AGES
-        }
-    )
+    if rewarded:
+        row["eopd_reward_missing_ratio"] = missing / rewarded
+
+    return row | _sources(headers)
+
+
+def _sources(headers: Sequence[Header]) -> dict[str, float]:
+    """Returns the share of every source, unless there are many."""
+    names = Counter(re.sub(r"[^\w.-]", "_", header.source) for header in headers)
+    if len(names) > MOST_SOURCES:
+        return {}
+
+    return {
+        series("eopd_source_ratio", source=name): number / len(headers)
+        for name, number in names.items()
+    }
 
 
 def config_row(config: Config) -> Row:

@@ -113,6 +113,19 @@ def test_a_batch_is_told_by_age() -> None:
     assert (row["eopd_staleness_mean"], row["eopd_staleness_max"]) == (14 / 5, 8)
 
 
+def test_a_batch_is_told_by_source() -> None:
+    sources = ["math", "web", "math", "a b/c"]
+    row = batch_row([fakes.header(source=source) for source in sources], version=0)
+    shares = {key: share for key, share in row.items() if key.startswith("eopd_source_ratio")}
+    assert shares == {
+        'eopd_source_ratio{source="math"}': 0.5,
+        'eopd_source_ratio{source="web"}': 0.25,
+        'eopd_source_ratio{source="a_b_c"}': 0.25,
+    }
+    many = batch_row([fakes.header(source=f"s{number}") for number in range(17)], version=0)
+    assert not any(key.startswith("eopd_source_ratio") for key in many)
+
+
 def test_the_driver_knows_its_memory() -> None:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     assert resident_bytes() == pytest.approx(int(status["VmRSS"].split()[0]) * 1024, rel=0.1)
