@@ -18,7 +18,7 @@ from eopd.preflight.environment import is_local, require_environment
 from eopd.preflight.functions import require_functions
 from eopd.preflight.models import require_model, require_served, require_student
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
-from eopd.prompts import PromptSet, TeacherView
+from eopd.prompts import PromptOrder, PromptSet, TeacherView
 from eopd.prompts.rendering import Tokenizer
 from eopd.remember import remembered
 from eopd.teacher.vocabulary import SharedVocabulary, require_same_vocabulary
@@ -37,6 +37,16 @@ class Prepared:
     held_out: PromptSet
     vocabularies: Mapping[str, SharedVocabulary]
     benchmarks: Mapping[str, PromptSet] = field(default_factory=dict)
+
+    def order(self, config: Config) -> PromptOrder:
+        """Returns the order in which the training prompts of a run come."""
+        return PromptOrder(
+            self.train.prompts,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            seed=config.run.seed,
+            parts=self.train.parts,
+            turns=config.prompts.turns,
+        )
 
 
 def prepare(config: Config) -> Prepared:

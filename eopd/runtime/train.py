@@ -21,7 +21,6 @@ from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline, Plan
 from eopd.preflight import Prepared, pinned, prepare
 from eopd.preflight import notes as notes_on
-from eopd.prompts import PromptOrder
 from eopd.roles import LearnerDownError, WeightChannel
 from eopd.run.checkpoint import StorageError, step_of
 from eopd.run.directory import RunDirectory
@@ -421,14 +420,6 @@ def _pipeline(
         token_budget=config.learner.token_budget,
         alpha_at=config.loss.alpha_at,
     )
-    samples = config.rollout.samples_per_prompt
-    order = PromptOrder(
-        prepared.train.prompts,
-        samples_per_prompt=samples,
-        seed=config.run.seed,
-        parts=prepared.train.parts,
-        turns=config.prompts.turns,
-    )
 
     return Pipeline(
         plan=numbers,
@@ -436,7 +427,7 @@ def _pipeline(
         teacher=workers.teacher,
         learner=workers.learner,
         channel=channel,
-        order=order,
+        order=prepared.order(config),
         ledger=ledger,
         progress=progress,
         on_drop=on_drop,

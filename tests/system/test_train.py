@@ -185,6 +185,12 @@ def test_the_exported_student_answers_a_benchmark(synchronous, program, tmp_path
         "float32",
         "--threads",
         "1",
+        "--stop",
+        "e",
+        "--top-p",
+        "0.9",
+        "--vllm",
+        "max_num_seqs=8",
     ]
     done = program.run(
         "eval",
@@ -200,7 +206,10 @@ def test_the_exported_student_answers_a_benchmark(synchronous, program, tmp_path
     assert "avg@2" in done.stdout
     assert "pass@2" in done.stdout
     assert "40 prompts" in done.stdout
-    assert len(answers.read_text().splitlines()) == 40
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert len(rows) == 40
+    responses = [answer["response"] for row in rows for answer in row["answers"]]
+    assert len(responses) == 80 and not any("e" in response for response in responses)
 
 
 @pytest.mark.slow

@@ -142,6 +142,19 @@ def test_the_report_has_the_share_of_every_part(check):
     ]
 
 
+def test_training_and_held_out_prompts_are_taken_from_all_parts(files):
+    train, held_out = f"{files}/train.jsonl", f"{files}/held_out.jsonl"
+    weighted = f"{{data: {train}, weight: 1}}, {{data: {held_out}, weight: 2}}"
+    overrides = [f"prompts.data=[{weighted}]", f"prompts.held_out=[{train}, {held_out}]"]
+    config = load_config(files / "c.yaml", [*overrides, "rollout.samples_per_prompt=2"])
+    prepared = preflight.prepare(config)
+    order = prepared.order(config)
+    issued = [order.at(issue)[0].prompt_id.split("/")[0] for issue in range(12)]
+    assert "".join(issued) == "110011" * 2
+    held = [prompt.prompt_id for prompt in prepared.held_out.prompts]
+    assert held == ["0/1", "1/1", "0/2", "0/3", "0/4"]
+
+
 def test_a_teacher_that_takes_no_system_message_is_named(files, tmp_path):
     strict = tmp_path / "strict"
     shutil.copytree(files / "chat", strict)

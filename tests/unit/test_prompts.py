@@ -221,6 +221,14 @@ def test_a_small_part_repeats_in_epochs_of_its_own():
     assert {prompt.epoch for prompt in told if prompt.prompt_id[0] == "0"} == {0}
 
 
+def test_the_mixed_order_is_the_one_that_runs_of_before_have():
+    order = mixed([(5, 3), (5, 2)], seed=5)
+    told = [order.at(issue)[0].prompt_id for issue in range(15)]
+    assert " ".join(told) == "0/4 1/4 0/3 1/0 0/1 0/2 1/2 0/0 1/3 0/2 0/0 1/1 0/4 1/1 0/3"
+    apart = [[name[2] for name in told if name[0] == part][:5] for part in "01"]
+    assert sorted(apart[0]) == sorted(apart[1]) and apart[0] != apart[1]
+
+
 def test_another_seed_is_another_order_of_the_same_parts():
     first, second = (mixed([(6, 2), (6, 1)], seed=seed) for seed in (1, 2))
     assert parts_of(first, range(18)) == parts_of(second, range(18))
