@@ -1,5 +1,6 @@
 """Uploads to a real S3 endpoint, which fails, disappears, or is slow."""
 
+import shutil
 import time
 
 import fakes
@@ -126,6 +127,36 @@ async def test_a_store_that_disappears_and_comes_back_gets_the_newest(run, store
     store.start()
     wait_for(lambda: store.whole_steps(RUN) == [3])
     assert is_up(run, 3)()
+
+
+async def test_the_newest_checkpoint_goes_first(run, store):
+    store.before = lambda method, path: "503 Slow Down"
+    for step in (1, 2):
+        await save(run, step, keep_last=2)
+
+    store.requests.clear()
+    store.before = lambda method, path: None
+    wait_for(lambda: store.whole_steps(RUN) == [1, 2])
+    manifests = [
+        path for method, path in store.requests if method == "PUT" and "manifest.json" in path
+    ]
+    folder = f"/{BUCKET}/{RUN}/checkpoints"
+    assert manifests == [f"{folder}/step-00000{step}/manifest.json" for step in (2, 1)]
+
+
+async def test_the_newest_that_is_there_stays_until_a_newer_one_is(run, store):
+    """Also where an older one is kept here for longer, and is there."""
+    seen = []
+    for step in (1, 2):
+        await save(run, step, keep_last=2)
+
+    wait_for(lambda: store.whole_steps(RUN) == [1, 2])
+    store.before = lambda method, path: seen.append(store.whole_steps(RUN)) or time.sleep(0.1)
+    await save(run, 3, keep_last=9)
+    shutil.rmtree(run[0].checkpoints / "step-000002")
+    wait_for(lambda: store.whole_steps(RUN) == [1, 3])
+    assert [1, 2] in seen
+    assert all(steps[-1] >= 2 for steps in seen)
 
 
 async def test_a_slow_store_gets_whole_checkpoints_and_holds_nobody_up(run, store):

@@ -16,7 +16,7 @@ from eopd.ledger import Ledger
 from eopd.run import upload
 from eopd.run.checkpoint import list_checkpoints
 from eopd.run.directory import RunDirectory
-from eopd.run.elsewhere import require_upload
+from eopd.run.elsewhere import Place, require_upload
 from eopd.run.lock import held
 from eopd.run.progress import Progress
 from eopd.run.restore import restore
@@ -236,6 +236,16 @@ async def test_the_process_that_came_later_has_the_place(config, there, caplog):
     assert "process 7 on other" in said[-1]
 
 
+def test_a_reader_has_the_file_that_was_there_or_the_new_one(config, there):
+    place = Place(f"file://{there}")
+    place.write("a", b"old")
+    with (there / "a").open("rb") as reader:
+        place.write("a", b"new")
+        assert reader.read() == b"old"
+
+    assert files_of(there) == {"a": b"new"}
+
+
 # --- back from there
 
 
@@ -303,6 +313,23 @@ async def test_a_restoration_that_was_killed_is_done_again(config, there):
     with held(directory.path):
         restore(config, "auto", print)
         assert files_of(directory.path).keys() - {"run.lock"} == before.keys() - {"run.lock"}
+
+
+async def test_a_run_that_lost_its_checkpoints_gets_them_back(config, there):
+    directory = await uploaded(config, 4, 8)
+    shutil.rmtree(directory.checkpoints)
+    with held(directory.path):
+        assert restore(config, "yes", print) == [f"restored from file://{there}, up to step 8"]
+
+    assert len(list_checkpoints(directory.checkpoints)) == 2
+
+
+async def test_a_run_that_begins_in_an_old_directory_is_another_run(config, there):
+    before = (await uploaded(config)).path / "run-id"
+    first = before.read_text()
+    await uploaded(config)
+    assert before.read_text() != first
+    assert (there / "run-id").read_text() == before.read_text()
 
 
 async def test_the_run_that_went_on_further_counts(config, there, tmp_path):
