@@ -123,8 +123,8 @@ class Uploads:
         """Makes one pass after the other, until one that began after the end was asked for is done."""
         pause = FIRST_PAUSE_S
         while True:
+            self._wake.clear()  # before the end is looked for: it wakes too
             ending = self._ending.is_set()
-            self._wake.clear()
             started = self._busy_since = time.monotonic()
 
             try:
