@@ -21,7 +21,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
@@ -61,7 +61,7 @@ class Uploads:
 
     Args:
         config: the run's.
-        say: is told at the end what is waited for, and what is not up.
+        say: is told when the place fails, and at the end what is waited for and what is not up.
     """
 
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
@@ -87,6 +87,15 @@ class Uploads:
     def __exit__(self, *exception: object) -> None:
         if self._thread.ident is not None:
             self._end()
+
+    @contextmanager
+    def told(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Tells ``say`` instead, while the block runs."""
+        before, self._say = self._say, say
+        try:
+            yield
+        finally:
+            self._say = before
 
     def start(self) -> None:
         """Begins to upload; this process holds the run's lock, and has begun it or taken it up."""
@@ -131,7 +140,7 @@ class Uploads:
                 self._pass(last=ending)
             except TakenOverError as error:
                 self._fault = str(error)
-                logger.warning("run.upload: %s; nothing more is uploaded from here", error)
+                self._say(f"run.upload: {error}; nothing more is uploaded from here")
                 return
             except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on
                 self._fail(error, is_first=pause == FIRST_PAUSE_S)
@@ -141,7 +150,7 @@ class Uploads:
                     return
 
                 if pause > FIRST_PAUSE_S:
-                    logger.warning("run.upload: %s takes files again", url_of(self._run))
+                    self._say(f"run.upload: {url_of(self._run)} takes files again")
 
                 wait, pause = EVERY_S, FIRST_PAUSE_S
             finally:
@@ -153,8 +162,8 @@ class Uploads:
     def _fail(self, error: Exception, *, is_first: bool) -> None:
         self._failures += 1
         self._fault = said_by(error)
-        log = logger.warning if is_first else logger.info
-        log("run.upload: %s: %s; trying again", url_of(self._run), self._fault)
+        say = self._say if is_first else logger.info
+        say(f"run.upload: {url_of(self._run)}: {self._fault}; trying again")
 
     def _pass(self, *, last: bool) -> None:
         place = place_of(self._run)

@@ -128,6 +128,7 @@ async def _run(
             obeyed(directory.path, interruption, asyncio.current_task()),
             collect(directory.logs, config.telemetry.log_format),
             closing(Outlets(config, directory, tracker_sinks)) as outlets,
+            state.uploads.told(outlets.say),
         ):
             interruption.say = outlets.say
             notes = [*first_notes, *taken_up.notes, *outlets.notes, *notes_on(config, prepared)]

@@ -136,19 +136,25 @@ async def test_a_run_without_an_address_uploads_nothing(tmp_path):
     assert restore(config, "auto", print) == []
 
 
-async def test_a_place_that_fails_for_a_while_stops_nothing(config, there):
+async def test_a_place_that_fails_for_a_while_stops_nothing_and_is_said_once(config, there):
     there.parent.write_text("a file in its place")
+    run, afterwards = [], []
     with held(config.run.path):
         directory = RunDirectory.create(config)
-        with Uploads(config, print) as uploads:
+        with Uploads(config, afterwards.append) as uploads, uploads.told(run.append):
             uploads.start()
             await train_to(directory, 4, uploads=uploads)
             wait_for(lambda: uploads.row()["eopd_upload_failures_total"] >= 3)
             assert "eopd_uploaded_step" not in uploads.row()
             there.parent.unlink()
             wait_for(lambda: uploads.row().get("eopd_uploaded_step") == 4.0)
+            wait_for(lambda: len(run) == 2)
 
     assert steps_at(there) == [4]
+    assert run[0].startswith(f"run.upload: file://{there}: [Errno ")
+    assert run[0].endswith("; trying again")
+    assert run[1] == f"run.upload: file://{there} takes files again"
+    assert afterwards == []
 
 
 async def test_what_is_not_up_at_the_end_is_waited_for_and_named(config, there, monkeypatch):
@@ -164,7 +170,8 @@ async def test_what_is_not_up_at_the_end_is_waited_for_and_named(config, there, 
             (directory.path / "hf").mkdir()
             (directory.path / "hf" / "model").write_text("m")
 
-    waits, missing = said
+    failed, waits, missing = said
+    assert failed.endswith("; trying again")
     names = (
         "checkpoints/step-000004, checkpoints/step-000008, config.yaml, run-id, summary.json, "
         "trained.jsonl, versions.json, hf"
@@ -217,7 +224,7 @@ async def test_without_a_whole_checkpoint_here_nothing_is_removed_there(config, 
     assert steps_at(there) == [4, 8]
 
 
-async def test_the_process_that_came_later_has_the_place(config, there, caplog):
+async def test_the_process_that_came_later_has_the_place(config, there):
     with held(config.run.path):
         directory = RunDirectory.create(config)
         said = []
@@ -227,7 +234,8 @@ async def test_the_process_that_came_later_has_the_place(config, there, caplog):
             wait_for(lambda: uploads.row().get("eopd_uploaded_step") == 4.0)
             holder = {"host": "other", "pid": 7, "since": 1e9}
             (there / "run.lock").write_text(json.dumps(holder))
-            wait_for(lambda: "is now uploaded to by process 7 on other" in caplog.text)
+            wait_for(lambda: said)
+            assert "is now uploaded to by process 7 on other" in said[0]
             await train_to(directory, 8, uploads=uploads)
 
     assert steps_at(there) == [4]
