@@ -409,6 +409,7 @@ CURES = {
     "rollout.timeout_s": "900",
     "run.on_stall": "end",
     "run.stall_after_s": "900",
+    "run.upload": "s3://bucket/folder",
     "rollout.vllm": "{gpu_memory_utilization: 0.5}",
     "checkpoint.keep_last": "9",
     "teachers[].entropy_bound": "low",
