@@ -17,30 +17,14 @@ from typing import Final
 from eopd.telemetry.catalog_of_evaluation import EVALUATION
 from eopd.telemetry.metric import (
     Metric,
-)
-from eopd.telemetry.metric import (
-    bytes_metric as _bytes,
-)
-from eopd.telemetry.metric import (
-    counter_metric as _counter,
-)
-from eopd.telemetry.metric import (
-    nats_metric as _nats,
-)
-from eopd.telemetry.metric import (
-    number_metric as _number,
-)
-from eopd.telemetry.metric import (
-    ratio_metric as _ratio,
-)
-from eopd.telemetry.metric import (
-    seconds_metric as _seconds,
-)
-from eopd.telemetry.metric import (
-    trajectories_metric as _trajectories,
-)
-from eopd.telemetry.metric import (
-    versions_metric as _versions,
+    bytes_metric,
+    counter_metric,
+    nats_metric,
+    number_metric,
+    ratio_metric,
+    seconds_metric,
+    trajectories_metric,
+    versions_metric,
 )
 
 ROLLED_BACK: Final = (
@@ -48,66 +32,66 @@ ROLLED_BACK: Final = (
 )
 
 _OBJECTIVE: Final = (
-    _nats(
+    nats_metric(
         "eopd_loss",
         "The objective: clipped reverse KL plus alpha times the gated forward KL.",
         "Falls, then levels off; finite always.",
     ),
-    _nats(
+    nats_metric(
         "eopd_reverse_kl_nats",
         "Mean log p_old(y) - log q(y): how much surer of its own text the student is than "
         "the teacher.",
         "Falls towards 0; a rise together with the response length is the length run-away.",
     ),
-    _nats(
+    nats_metric(
         "eopd_forward_kl_nats",
         "Forward KL on the teacher's top k, gated or not.",
         "Falls, and is never negative.",
     ),
-    _nats(
+    nats_metric(
         "eopd_forward_kl_gated_nats",
         "Forward KL where the gate is open, over these tokens; 0 where there are none.",
         "Falls: this is the part that the forward term trains.",
     ),
-    _nats(
+    nats_metric(
         "eopd_forward_kl_ungated_nats",
         "Forward KL where the gate is shut, over these tokens; 0 where there are none.",
         "Small, and falls with the reverse KL.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_gate_ratio",
         "Mean gate value: the share of tokens on which the forward KL acts.",
         "0.15 to 0.20 in the paper's setting once training settles; 0 means that the gate is shut.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_gate_by_teacher_ratio",
         "Mean gate value, by the teacher that scored the trajectory.",
         "Close to one another, unless one teacher is surer.",
         ("teacher",),
     ),
-    _nats(
+    nats_metric(
         "eopd_gate_threshold_nats",
         "loss.gate.tau, where the gate has one.",
         "Constant, and below the teacher entropy's 0.9 quantile.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_gate_uncertain_ratio",
         "How far the gate would move between the bounds on the teacher's entropy; 0 where "
         "the entropy is exact.",
         "0 with a teacher of ours; above 0.1 a stock server's candidates are too few for the gate.",
     ),
-    _number(
+    number_metric(
         "eopd_reward_mean",
         "Mean reward of the batch's responses, where loss.reverse_kl.reward is set.",
         "Rises; the same throughout leaves no advantage to learn from.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_reward_missing_ratio",
         "Share of the batch's responses for which the reward function failed, took too long, or "
         "returned no finite number. They are trained without a reward; logs/driver.log has why.",
         "0.",
     ),
-    _number(
+    number_metric(
         "eopd_alpha_ratio",
         "Alpha of this batch, warm-up included.",
         "Reaches loss.alpha when the warm-up ends.",
@@ -122,39 +106,39 @@ _OBJECTIVE: Final = (
 )
 
 _DISTRIBUTIONS: Final = (
-    _nats(
+    nats_metric(
         "eopd_teacher_entropy_nats",
         "Teacher entropy over the whole vocabulary.",
         "Steady; a fall together with the gate share is the first sign of collapse.",
     ),
-    _nats(
+    nats_metric(
         "eopd_entropy_by_teacher_nats",
         "Teacher entropy over the whole vocabulary, by teacher.",
         "Close to eopd_teacher_entropy_nats; a fall of one is the collapse of what it teaches.",
         ("teacher",),
     ),
-    _nats(
+    nats_metric(
         "eopd_teacher_entropy_quantile_nats",
         "Quantiles of the teacher entropy over the batch's loss tokens.",
         "A median near 0 under a 0.9 quantile above the gate's threshold; all near 0 is collapse.",
         ("q",),
     ),
-    _nats(
+    nats_metric(
         "eopd_student_entropy_nats",
         "Student entropy over the whole vocabulary.",
         "Comes to the teacher's; far below it, diversity is being lost.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_teacher_topk_mass_ratio",
         "Teacher probability on its top k.",
         "Above 0.9; lower, k is too small.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_student_topk_mass_ratio",
         "Student probability on the teacher's top k.",
         "Rises to the teacher's.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_topk_overlap_ratio",
         "Share of the teacher's top k that is in the student's top k.",
         "Rises.",
@@ -162,29 +146,29 @@ _DISTRIBUTIONS: Final = (
 )
 
 _OPTIMISATION: Final = (
-    _number(
+    number_metric(
         "eopd_importance_weight_mean",
         "Mean truncated weight of the policy before the update against the one that sampled.",
         "Near 1; far from it, rollouts are stale or engine and trainer disagree.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_importance_capped_ratio",
         "Share of tokens whose importance weight is capped.",
         "Below 0.05.",
     ),
-    _nats(
+    nats_metric(
         "eopd_logprob_gap_nats",
         "Mean |log p_old - log b| of the sampled tokens: staleness, and the numeric gap of "
         "engine and trainer.",
         "Below 0.05 at staleness 0; more points to a precision or weight-sync fault.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_clipped_ratio",
         "Share of tokens whose policy ratio is clipped.",
         "0 at one optimiser step; below 0.2.",
     ),
-    _number("eopd_grad_norm", "Gradient norm before clipping.", "Steady; spikes are rare."),
-    _number(
+    number_metric("eopd_grad_norm", "Gradient norm before clipping.", "Steady; spikes are rare."),
+    number_metric(
         "eopd_learning_rate",
         "Learning rate of the last optimiser step.",
         "Follows learner.schedule.",
@@ -217,48 +201,52 @@ _FLOW: Final = (
         "Mean response length of the batch.",
         "Steady; a climb to the limit is the length run-away.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_end_token_ratio",
         "Share of the batch's responses that ended by themselves.",
         "High where the length limit is generous; a fall is collapse.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_truncated_ratio",
         "Share of the batch's responses cut by the length limit.",
         "Low; a rise is collapse.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_repetition_ratio",
         "Mean share of a response's runs of four tokens that it has written before.",
         "Steady and low; a rise with the response length is collapse.",
     ),
-    _number(
+    number_metric(
         "eopd_collapse",
         "1 while the guard finds the student collapsed, by the rule of eopd/telemetry/guard.py.",
         "0; at 1 go back to a checkpoint from before.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_source_ratio",
         "Share of the batch's trajectories whose prompts are of a source; of more than 16 sources "
         "none is told.",
         "As prompts.data[].weight says.",
         ("source",),
     ),
-    _versions("eopd_staleness_mean", "Mean age of the batch when consumed.", "0 when synchronous."),
-    _versions("eopd_staleness_max", "Oldest token of the batch.", "At most eopd_staleness_bound."),
-    _versions("eopd_staleness_bound", "flow.max_staleness of the run.", "Constant."),
-    _ratio(
+    versions_metric(
+        "eopd_staleness_mean", "Mean age of the batch when consumed.", "0 when synchronous."
+    ),
+    versions_metric(
+        "eopd_staleness_max", "Oldest token of the batch.", "At most eopd_staleness_bound."
+    ),
+    versions_metric("eopd_staleness_bound", "flow.max_staleness of the run.", "Constant."),
+    ratio_metric(
         "eopd_staleness_ratio",
         "Share of the batch's trajectories that were so many versions old when consumed.",
         "All at 0 when synchronous; none above eopd_staleness_bound.",
         ("versions",),
     ),
-    _trajectories(
+    trajectories_metric(
         "eopd_in_flight_trajectories",
         "Trajectories being written or scored when the batch was taken.",
         "0 when synchronous; otherwise 0 means that engines idle while the learner trains.",
     ),
-    _trajectories(
+    trajectories_metric(
         "eopd_ready_trajectories",
         "Scored trajectories in the buffer that wait for the learner.",
         "About a batch when asynchronous; 0 means that the learner is the one who waits.",
@@ -326,14 +314,16 @@ _TEACHERS: Final = (
         "Flat.",
         ("teacher",),
     ),
-    _counter(
+    counter_metric(
         "eopd_teacher_replacements_total",
         "Replicas started in the place of one that was lost.",
         "Flat.",
         ("teacher",),
     ),
-    _number("eopd_teacher_replicas_up", "Replicas that take work.", "All of them.", ("teacher",)),
-    _trajectories(
+    number_metric(
+        "eopd_teacher_replicas_up", "Replicas that take work.", "All of them.", ("teacher",)
+    ),
+    trajectories_metric(
         "eopd_teacher_in_flight_trajectories",
         "Trajectories being scored.",
         "Below the batch; steadily high where the teacher is the slowest part.",
@@ -342,40 +332,40 @@ _TEACHERS: Final = (
 )
 
 _FAULTS: Final = (
-    _number("eopd_engines_up", "Rollout engines that take work.", "All of them."),
-    _trajectories(
+    number_metric("eopd_engines_up", "Rollout engines that take work.", "All of them."),
+    trajectories_metric(
         "eopd_engine_in_flight_trajectories",
         "Trajectories that a rollout engine is writing.",
         "Equal on all engines; one far above the rest is slow.",
         ("engine",),
     ),
-    _counter(
+    counter_metric(
         "eopd_engine_failures_total",
         "Trajectories that a rollout engine did not answer, because it was lost or too slow.",
         "Flat.",
     ),
-    _counter(
+    counter_metric(
         "eopd_engine_replacements_total",
         "Rollout engines started in the place of lost ones.",
         "Flat.",
     ),
-    _counter(
+    counter_metric(
         "eopd_learner_restarts_total",
         "Times all learner ranks were started again from a checkpoint.",
         "Flat.",
     ),
-    _counter(
+    counter_metric(
         "eopd_config_changes_total",
         "Keys that change what is computed, changed by --resume so far; "
         "runs/<name>/changes.jsonl has them. " + ROLLED_BACK,
         "0, or what was changed on purpose.",
     ),
-    _counter(
+    counter_metric(
         "eopd_weight_failures_total", "Weight transfers that failed and were repaired.", "Flat."
     ),
-    _bytes("eopd_object_store_bytes", "What the object stores of all nodes hold.", "Flat."),
-    _bytes("eopd_driver_memory_bytes", "Resident memory of the driver.", "Flat."),
-    _bytes(
+    bytes_metric("eopd_object_store_bytes", "What the object stores of all nodes hold.", "Flat."),
+    bytes_metric("eopd_driver_memory_bytes", "Resident memory of the driver.", "Flat."),
+    bytes_metric(
         "eopd_learner_memory_bytes",
         "The most memory a learner rank has held: tensors on its GPU, or its process without one.",
         "Flat after the longest batch; near the device's size, lower learner.token_budget.",
@@ -383,38 +373,38 @@ _FAULTS: Final = (
 )
 
 _TIME: Final = (
-    _seconds(
+    seconds_metric(
         "eopd_step_seconds",
         "From waiting for a batch to its weights being served.",
         "Steady after the first steps.",
     ),
-    _seconds(
+    seconds_metric(
         "eopd_last_step_timestamp_seconds",
         "When the last step ended, in seconds since 1970.",
         "Less than a few eopd_step_seconds ago.",
     ),
-    _seconds(
+    seconds_metric(
         "eopd_generate_seconds",
         "Time of the step with a response being written.",
         "Follows the length.",
     ),
-    _seconds(
+    seconds_metric(
         "eopd_score_seconds", "Time of the step with a response being scored.", "Below generation."
     ),
-    _seconds(
+    seconds_metric(
         "eopd_wait_seconds", "Time the learner waited for a full batch.", "Small when asynchronous."
     ),
-    _seconds(
+    seconds_metric(
         "eopd_wait_rollout_seconds",
         "The part of that wait until the last response of the batch was written.",
         "Small when asynchronous; most of the wait where the engines are the slowest part.",
     ),
-    _seconds(
+    seconds_metric(
         "eopd_wait_teacher_seconds",
         "The rest of that wait: the whole batch was written, and some of it not scored.",
         "Small; most of the wait where the teachers are the slowest part.",
     ),
-    _seconds("eopd_train_seconds", "Time of the learner's update.", "Steady."),
+    seconds_metric("eopd_train_seconds", "Time of the learner's update.", "Steady."),
     Metric(
         "gauge",
         "FLOP per second",
@@ -422,33 +412,33 @@ _TIME: Final = (
         "Mean rate of a learner rank's update, by the formula of eopd/learner/flops.py.",
         "Steady.",
     ),
-    _ratio(
+    ratio_metric(
         "eopd_learner_mfu_ratio",
         "That rate over learner.peak_flops, where it is set: model FLOPs utilisation.",
         "Steady; PaLM reports 0.46 for its training.",
     ),
-    _seconds(
+    seconds_metric(
         "eopd_weights_seconds",
         "From the update's end until every engine serves its weights.",
         "Below training.",
     ),
-    _seconds(
+    seconds_metric(
         "eopd_weight_transfer_seconds",
         "Time the new weights travelled, while engines wrote on.",
         "Steady.",
     ),
-    _seconds(
+    seconds_metric(
         "eopd_weight_pause_seconds",
         "Longest time an engine stood still to load them.",
         "Below one second.",
     ),
-    _nats(
+    nats_metric(
         "eopd_weight_probe_nats",
         "How far an engine's log-probabilities of a fixed text were from the learner's when "
         "last asked, on average.",
         "Below 0.001 in float32, below 0.2 in bfloat16.",
     ),
-    _seconds(
+    seconds_metric(
         "eopd_checkpoint_seconds",
         "Time to write the newest checkpoint of this process; no step ends meanwhile.",
         "Steady, and small beside checkpoint.every steps.",
@@ -460,7 +450,7 @@ _TIME: Final = (
         "Step of the newest checkpoint: what a run that is killed goes on from.",
         "At most checkpoint.every below eopd_step.",
     ),
-    _bytes("eopd_weight_bytes", "Bytes sent for one weight sync, per engine.", "Constant."),
+    bytes_metric("eopd_weight_bytes", "Bytes sent for one weight sync, per engine.", "Constant."),
 )
 
 _UPLOADS: Final = (
@@ -481,7 +471,7 @@ _UPLOADS: Final = (
         "Seconds in which this process was uploading.",
         "Grows by less than the time that passes.",
     ),
-    _counter(
+    counter_metric(
         "eopd_upload_failures_total",
         "Attempts to bring run.upload up to date that failed, and were followed by another.",
         "Flat.",

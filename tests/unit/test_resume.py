@@ -393,7 +393,6 @@ async def test_all_that_would_make_another_run_is_named_at_once(config):
 
 CURES = {
     "checkpoint.keep_best": "{metric: held_out/reverse_kl, mode: min}",
-    "run.upload": "file:///somewhere/else",
     "cluster.start_timeout_s": "900",
     "evaluation.prompts": "8",
     "flow.max_staleness": "1",
