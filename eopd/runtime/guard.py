@@ -54,11 +54,16 @@ class RunGuard:
 
     def say_last_words(self) -> None:
         """Says why the run has ended, where a collapse has ended it, and what to do."""
-        if (collapse := self.ending) is not None:
-            self._say(
-                "the guard has ended the run (guard.on_collapse is stop); hf/ is the student as it "
-                f"is now. {way_back(self._directory, collapse)}"
-            )
+        if (collapse := self.ending) is None:
+            return
+
+        summary = self._directory.read_summary()
+        best = summary.best if summary else None
+        kept = f", hf-best/ the best that was measured, of step {best.step}" if best else ""
+        self._say(
+            "the guard has ended the run (guard.on_collapse is stop); hf/ is the student as it is "
+            f"now{kept}. {way_back(self._directory, collapse)}"
+        )
 
 
 def guard_at(directory: RunDirectory, step: int) -> Guard:

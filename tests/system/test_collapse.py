@@ -40,8 +40,8 @@ def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
         "learner.ranks=1",
         "learner.lr=2e-4",
         "run.batches=80",
-        "checkpoint={every: 5, keep_last: 3}",
-        "evaluation={prompts: 4, max_response_tokens: 96}",
+        "checkpoint={every: 5, keep_last: 3, keep_best: {metric: held_out/reverse_kl, mode: min}}",
+        "evaluation={every: 10, prompts: 4, max_response_tokens: 96}",
         "telemetry.responses={every: 2, prompts: 1}",
     ]
     train = program.train("collapse", *settings)
@@ -60,8 +60,12 @@ def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
     assert (directory / "hf" / "model.safetensors").exists()
 
     steps = [int(path.name[-6:]) for path in sorted((directory / "checkpoints").iterdir())]
+    best = summary["best"]["step"]
     assert steps[-1] == last
-    assert len(steps) == 4, "the last one has replaced none"
+    assert len({*steps} - {best}) >= 3, "the last one has replaced none"
+    assert best in steps
+    assert (directory / "hf-best" / "model.safetensors").exists()
+    assert f"hf-best/ the best that was measured, of step {best}. " in done.stdout
     kept = read_rows(directory / "responses.jsonl")
     assert [row["step"] for row in kept] == list(range(2, last + 1, 2))
     assert all(len(row["ids"]) == len(row["entropy_low"]) for row in kept)

@@ -11,6 +11,7 @@ import pytest
 from eopd.config import ConfigError, load_config
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import Progress
+from eopd.run.record import Best
 from eopd.runtime.guard import RunGuard
 from eopd.runtime.resume import take_up
 from eopd.telemetry.guard import Guard
@@ -170,6 +171,22 @@ async def test_the_guard_ends_a_run_that_asks_for_it(run):
     guard.say_last_words()
     assert "no checkpoint from there is left (checkpoint.every, checkpoint.keep_last)" in said[1]
     assert said[1].startswith("the guard has ended the run (guard.on_collapse is stop); hf/ is")
+    assert "hf-best/" not in said[1]
+
+
+async def test_the_last_words_name_the_best_student(run):
+    said, directory = [], await run([], 30)
+    best = Best(step=20, metric="held_out/reverse_kl", value=1.0)
+    directory.write_summary(Progress(step=30, best=best).summary("running"))
+    guard = guard_of(directory, "stop", said, at=0)
+    for numbers in rows_of((SOUND, 20), (SICK, 10)):
+        guard.take(numbers)
+
+    guard.say_last_words()
+    assert (
+        "hf/ is the student as it is now, hf-best/ the best that was measured, of step 20. "
+        in said[1]
+    )
 
 
 async def test_a_guard_that_is_off_reads_nothing(run):
