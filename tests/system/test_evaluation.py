@@ -84,11 +84,11 @@ def test_a_run_is_measured_while_it_trains(evaluated):
     held_out = measured(directory, "held_out")
     assert (
         held_out[22]["measurements"]["reverse_kl"]["mean"]
-        < (held_out[0]["measurements"]["reverse_kl"]["mean"])
+        < held_out[0]["measurements"]["reverse_kl"]["mean"]
     )
     metrics = read_rows(directory / "metrics.jsonl")
-    key = 'eopd_eval_avg_at_n_ratio{benchmark="sentences"}'
-    assert [row["step"] for row in metrics if key in row] == [1, 7, 13, 19]
+    key = 'eopd_eval_step{evaluation="sentences"}'
+    assert [row[key] for row in metrics if key in row] == [0, 6, 12, 18]
     for row in metrics:
         assert row["eopd_staleness_max"] == 0
         assert row["eopd_logprob_gap_nats"] < 1e-3
