@@ -84,9 +84,9 @@ def _print(results: Sequence[ArmResult]) -> None:
     """Prints the final numbers of all arms, with intervals, and differences to the first arm."""
     console = rich.console.Console()
     for name in _shown(results):
-        table = Table(box=None, padding=(0, 2, 0, 0))
+        table = Table(title=name, title_justify="left", title_style="bold", box=None)
         headings = ("seeds", "mean", "95 % interval", "to the first", "95 % interval")
-        table.add_column(name, header_style="bold", overflow="fold")
+        table.add_column("arm", header_style="dim", overflow="fold")
         for heading in headings:
             table.add_column(heading, justify="right", header_style="dim", no_wrap=True)
 
