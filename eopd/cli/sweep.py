@@ -85,15 +85,14 @@ def _print(results: Sequence[ArmResult]) -> None:
     console = rich.console.Console()
     for name in _shown(results):
         table = Table(title=name, title_justify="left", title_style="bold", box=None)
-        headings = ("seeds", "mean", "95 % interval", "to the first", "95 % interval")
         table.add_column("arm", header_style="dim", overflow="fold")
-        for heading in headings:
+        for heading in ("seeds", "mean ± 95 %", "to the first ± 95 %"):
             table.add_column(heading, justify="right", header_style="dim", no_wrap=True)
 
         for result in results:
             mean, difference = result.means.get(name), result.differences.get(name)
             seeds = str(mean.count) if mean else "-"
-            cells = [*_cells(mean, "{:.4f}"), *_cells(difference, "{:+.4f}")]
+            cells = _cell(mean, "{:.4f}"), _cell(difference, "{:+.4f}")
             table.add_row(result.arm or "all runs", seeds, *cells)
 
         console.print()
@@ -109,16 +108,13 @@ def _shown(results: Sequence[ArmResult]) -> list[str]:
     return [*(name for name in SHOWN if name in names), *scores]
 
 
-def _cells(interval: Interval | None, form: str) -> tuple[str, str]:
-    """Returns a mean and its interval as text; a dash for what is not known."""
+def _cell(interval: Interval | None, form: str) -> str:
+    """Returns a mean and half the width of its interval as text; a dash for what is not known."""
     if interval is None:
-        return "-", "-"
+        return "-"
 
     mean = form.format(interval.mean)
-    if interval.low is None or interval.high is None:
-        return mean, "-"
-
-    return mean, f"{form.format(interval.low)} .. {form.format(interval.high)}"
+    return mean if interval.high is None else f"{mean} ± {interval.high - interval.mean:.4f}"
 
 
 def _command(

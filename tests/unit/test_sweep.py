@@ -302,8 +302,7 @@ def test_numbers_of_benchmarks_are_those_after_the_last_step(bench):
     }
 
 
-def test_the_command_shows_a_table_and_where_its_files_are(bench, eopd, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_the_command_shows_a_table_and_where_its_files_are(bench, eopd):
     bench.fates({"gate-never-seed-1": "collapse"})
     bench.sweep(seeds=(0, 1, 2)).run(1)
     done = eopd("sweep", bench.config, "--grid", GRID, "--seeds", "0..2")
@@ -312,9 +311,9 @@ def test_the_command_shows_a_table_and_where_its_files_are(bench, eopd, monkeypa
     lines = [" ".join(line.split()) for line in done.out.splitlines()]
     # hard: 1, 2, 3, standard error 1 / sqrt(3), t of two degrees of freedom 4.3027
     assert [line for line in lines if line.startswith("loss.gate=")] == [
-        "loss.gate=hard 3 2.0000 -0.4841 .. 4.4841 - -",
+        "loss.gate=hard 3 2.0000 ± 2.4841 -",
         # never: 2 and 4, standard error 1, t of one degree of freedom 12.7062
-        "loss.gate=never 2 3.0000 -9.7062 .. 15.7062 +1.0000 +1.0000 .. +1.0000",
+        "loss.gate=never 2 3.0000 ± 12.7062 +1.0000 ± 0.0000",
     ]
     assert "r-sweep/sweep.json" in done.out
     assert "r-sweep/report.html" in done.out
