@@ -173,6 +173,9 @@ def _run(directory: Path, arm: Mapping[str, str], seed: int, base: Config) -> Pl
     parts = [f"{_short(key, arm)}-{_slug(value)}" for key, value in arm.items()]
     name = f"{'_'.join(parts)}{'-' if parts else ''}seed-{seed}"
     own = {"name": name, "directory": directory, "seed": seed}
+    if (upload := base.run.upload) is not None:  # apart from the runs of other sweeps
+        own["upload"] = f"{upload.rstrip('/')}/{directory.name}"
+
     run = make_section(RunConfig, _OPTIONS, **base.run.model_dump() | own)
     return PlannedRun(arm=_label(arm), seed=seed, config=base.model_copy(update={"run": run}))
 

@@ -108,6 +108,11 @@ def test_runs_are_the_product_of_grids_and_seeds(path, tmp_path):
     assert runs[-1].flat["run.seed"] == 5
 
 
+def test_runs_are_uploaded_below_the_name_of_their_sweep(path):
+    _, (run,) = plan_runs(path, ["run.upload=s3://bucket/runs/"], {}, None, "mine")
+    assert run.config.run.upload == "s3://bucket/runs/mine"
+
+
 def test_without_grids_and_seeds_there_is_one_run(path, tmp_path):
     directory, (run,) = plan_runs(path, ["run.seed=3"], {}, None, "mine")
     assert directory == tmp_path / "runs" / "mine"
