@@ -13,6 +13,7 @@ from eopd.config.base import (
     Temperature,
     Tokens,
 )
+from eopd.config.prompts import COLUMNS_WORDS, Columns
 from eopd.config.teacher import NAME, NAME_WORDS
 
 HELD_OUT: Final = "held_out"  # the name of the held-out measurement among the benchmarks'
@@ -35,9 +36,12 @@ class BenchmarkConfig(Section):
     """The name of the benchmark in metrics, messages and files. ``held_out`` is taken."""
 
     data: DataSpec
-    """The rows, in the same forms as ``prompts.data``; each needs an ``answer``. They are rendered
-    as the section ``prompts`` says.
+    """The rows: a ``.jsonl`` or ``.parquet`` file, or the name of a data set. Each needs an
+    ``answer``. They are rendered as the section ``prompts`` says.
     """
+
+    columns: Columns | None = Field(None, description=f"{COLUMNS_WORDS}, or null")
+    """The columns of these rows, in the place of ``prompts.columns``."""
 
     grader: GraderName = "exact"
     """How an answer is judged: ``exact`` compares text, ``math`` compares mathematics, and

@@ -22,7 +22,7 @@ from eopd.config.teacher import OWNED_BY_TEMPLATE
 
 ROLES_OF_COLUMNS: Final = ("prompt", "messages", "tools", "id", "answer", "source")
 MOST_TURNS: Final = 100_000
-_COLUMNS_WORDS: Final = (
+COLUMNS_WORDS: Final = (
     f"a mapping from {', '.join(ROLES_OF_COLUMNS[:-1])} or {ROLES_OF_COLUMNS[-1]} to the name of "
     "a column"
 )
@@ -96,7 +96,7 @@ class Part(Section):
     (``teachers[].sources``), and reports show their numbers apart.
     """
 
-    columns: Columns | None = Field(None, description=f"{_COLUMNS_WORDS}, or null")
+    columns: Columns | None = Field(None, description=f"{COLUMNS_WORDS}, or null")
     """The columns of these rows, in the place of ``prompts.columns``."""
 
     @property
@@ -161,7 +161,7 @@ class PromptsConfig(Section):
     without weights. Of several parts the prompts are taken in turn.
     """
 
-    columns: Columns = Field({}, description=_COLUMNS_WORDS)
+    columns: Columns = Field({}, description=COLUMNS_WORDS)
     """The columns that play a role under another name, such as ``{prompt: question, answer:
     solution}``. A role that is not named here is played by the column of its own name.
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from eopd.config import Config, ConfigError, TeacherConfig
+from eopd.config import Config, ConfigError, Part, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
 from eopd.config.prompts import names_of
 from eopd.hub import model_directory
@@ -156,7 +156,8 @@ def _benchmarks(config: Config, tokenizer: Tokenizer) -> dict[str, PromptSet]:
     loaded = {}
     for benchmark in config.evaluation.benchmarks:
         key = f"evaluation.benchmarks.{benchmark.name}.data"
-        data = PromptSet.load(benchmark.data, config.prompts, tokenizer, key=key)
+        part = Part(data=benchmark.data, columns=benchmark.columns)
+        data = PromptSet.load([part], config.prompts, tokenizer, key=key)
         require_answers(data)
         require_readable_answers(data, benchmark.grader)
         loaded[benchmark.name] = data

@@ -19,6 +19,7 @@ NATIVE = (
 
 DECIDED = {
     "noted": """
+        evaluation.benchmarks[].columns
         evaluation.benchmarks[].data
         evaluation.benchmarks[].every
         evaluation.benchmarks[].grader

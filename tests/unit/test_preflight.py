@@ -643,6 +643,20 @@ def test_a_benchmark_is_loaded_and_its_answers_are_read(files, check):
     assert "note: evaluation.every: 7 is not below run.batches 7; nothing is measured" in shown
 
 
+def test_a_benchmark_has_columns_of_its_own(files, check):
+    (files / "named.jsonl").write_text('{"question": "a", "solution": 5, "prompt": "no"}\n')
+    (files / "own.jsonl").write_text('{"prompt": "a", "answer": 5}\n')
+    data = "prompts={{data: {root}/named.jsonl, held_out: {root}/named.jsonl, max_tokens: 64, "
+    data += "columns: {{prompt: question, answer: solution}}}}"
+    bench = "evaluation.benchmarks=[{{name: m, data: {root}/own.jsonl%s}}]"
+    code, shown = check(data, bench % "")
+    assert code == 2
+    assert "benchmarks.m.data: /own.jsonl: has no column 'question' to be prompt; " in shown
+    code, shown = check(data, bench % ", columns: {{}}")
+    assert code == 0
+    assert "benchmark m: 1 prompts" in shown
+
+
 def test_several_answers_and_whole_solutions_are_fine_for_a_reward(graded):
     assert (
         graded(
