@@ -5,7 +5,7 @@ import time
 
 import fakes
 import pytest
-from store import BUCKET, Store
+from store import BUCKET, open_store
 
 from eopd.config import ConfigError, load_config
 from eopd.run import upload
@@ -22,9 +22,8 @@ RUN = "some/folder/r"
 
 @pytest.fixture(scope="module")
 def server():
-    store = Store()
-    yield store
-    store.stop()
+    with open_store() as store:
+        yield store
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ async def save(run, step, *, keep_last=1):
         fakes.driver_state(step),
         fakes.save_weights,
         keep_last=keep_last,
-        needed=uploads.needed,
+        keep=uploads.needed,
     )
     directory.write_summary(progress.summary("running"))
     uploads.wake()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from program import Run, read_rows
-from store import BUCKET, Store
+from store import BUCKET, open_store
 
 from eopd.run.checkpoint import list_checkpoints
 
@@ -21,13 +21,11 @@ NAME = "elsewhere"
 
 @pytest.fixture(scope="module")
 def store():
-    with pytest.MonkeyPatch.context() as patch:
-        store = Store()
+    with open_store() as store, pytest.MonkeyPatch.context() as patch:
         for name, value in store.environment.items():
             patch.setenv(name, value)
 
         yield store
-        store.stop()
 
 
 @pytest.fixture(scope="module")
