@@ -38,6 +38,7 @@ Seconds = Annotated[float, Field(ge=0.001, le=1e8)]
 Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]  # what ``torch.manual_seed`` takes
 # vLLM samples at 0.01 when asked for less; then the learner's probabilities are not the engine's.
 Temperature = Annotated[float, Field(ge=0.01, le=100.0)]
+SamplingTemperature = Annotated[float, Field(ge=0.01, le=2.0)]  # above 2 vLLM refuses a request
 
 
 def _whole_or_share(gpus: float) -> float:

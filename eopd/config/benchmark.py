@@ -9,8 +9,8 @@ from eopd.config.base import (
     GraderName,
     Names,
     Positive,
+    SamplingTemperature,
     Section,
-    Temperature,
     Tokens,
 )
 from eopd.config.prompts import COLUMNS_WORDS, Columns
@@ -57,7 +57,7 @@ class BenchmarkConfig(Section):
     max_response_tokens: Tokens | None = None
     """The longest response, in tokens. ``null`` is that of ``evaluation.max_response_tokens``."""
 
-    temperature: Temperature = 1.0
+    temperature: SamplingTemperature = 1.0
     """The temperature of the softmax from which responses are sampled."""
 
     top_p: float = Field(1.0, gt=0.0, le=1.0)

@@ -9,9 +9,9 @@ from eopd.config.base import (
     Cpus,
     Gpus,
     NativeOptions,
+    SamplingTemperature,
     Seconds,
     Section,
-    Temperature,
     Threads,
     Tokens,
     refuse,
@@ -89,7 +89,7 @@ class RolloutConfig(Section):
     max_response_tokens: Tokens = 1024
     """The longest response in training, in tokens. A longer one is cut there."""
 
-    temperature: Temperature = 1.0
+    temperature: SamplingTemperature = 1.0
     """The temperature of the plain softmax from which responses are sampled; the learner uses the
     same one. Below 0.01 vLLM would sample at 0.01 and the learner would not know.
     """

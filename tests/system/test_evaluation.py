@@ -138,7 +138,7 @@ def test_a_checkpoint_is_measured_as_the_run_measured_it(evaluated, program):
 
 @pytest.mark.slow
 def test_a_killed_run_measures_what_it_had_not_and_keeps_its_best(program, benchmark):
-    long = benchmark(samples=16, temperature=3, max_response_tokens=200, stop=[])
+    long = benchmark(samples=16, temperature=2, max_response_tokens=200, stop=[])
     settings = (*SETTINGS, "run.batches=6", "evaluation.every=2", long)
     run = Run(program, "evaluated-killed", *settings)
     run.says(r"^step 2, held out", after=0)
@@ -163,7 +163,7 @@ def test_a_killed_run_measures_what_it_had_not_and_keeps_its_best(program, bench
 
 @pytest.mark.slow
 def test_an_interruption_does_not_wait_for_a_benchmark(program, benchmark):
-    long = benchmark(samples=64, temperature=3, max_response_tokens=800, stop=[])
+    long = benchmark(samples=64, temperature=2, max_response_tokens=800, stop=[])
     run = Run(program, "interrupted-benchmark", *SETTINGS, long)
     said = run.says(r"^step 0, held out", after=0)
     run.process.send_signal(signal.SIGTERM)

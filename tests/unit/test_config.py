@@ -555,9 +555,17 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "rollout.temperature=1e-30",
-            "rollout.temperature: must be a number from 0.01 to 100 (is 1.0e-30)",
+            "rollout.temperature: must be a number from 0.01 to 2 (is 1.0e-30)",
         ),
-        ("rollout.temperature=0", "rollout.temperature: must be a number from 0.01 to 100 (is 0)"),
+        (
+            "rollout.temperature=2.5",
+            "rollout.temperature: must be a number from 0.01 to 2 (is 2.5)",
+        ),
+        (
+            "evaluation.benchmarks=[{name: m, data: m.jsonl, temperature: 3}]",
+            "evaluation.benchmarks.0.temperature: must be a number from 0.01 to 2 (is 3)",
+        ),
+        ("rollout.temperature=0", "rollout.temperature: must be a number from 0.01 to 2 (is 0)"),
         (
             "learner.gpus=2",
             "learner.gpus: one rank uses one GPU (is 2); raise learner.ranks for more",
