@@ -3,6 +3,7 @@ on from S3: equal to the token.
 """
 
 import shutil
+import signal
 import threading
 import time
 
@@ -30,11 +31,15 @@ def store():
 
 @pytest.fixture(scope="module")
 def killed(program, store):
-    """A driver killed in the middle of the upload of step 20, and its directory removed."""
-    under_way = threading.Event()
+    """A driver killed while it uploads the second file of step 20, and its directory removed."""
+    under_way, first = threading.Event(), set()
 
     def look(method, path):
-        if method == "PUT" and "step-000020/learner" in path:
+        if method != "PUT" or "step-000020/learner" not in path:
+            return
+
+        first.add(path)
+        if len(first) > 1:
             under_way.set()
             time.sleep(5)
 
@@ -96,12 +101,14 @@ def test_all_of_it_is_there_at_the_end(resumed, store):
 
 
 def test_a_store_that_is_gone_at_the_end_is_a_warning(program, store):
-    """The run is complete; what it wrote since is not there."""
+    """The run is complete; what it wrote since is not there. A person ends the wait for it."""
     run = Run(program, "alone", UPLOAD, "run.batches=3", "checkpoint.every=1")
     run.wait(lambda row: row["step"] >= 1)
     store.stop()
     try:
-        assert run.process.wait(timeout=300) == 0, run.log.read_text()[-3000:]
+        run.says("Ctrl-C ends the wait", after=0)
+        run.process.send_signal(signal.SIGINT)
+        assert run.process.wait(timeout=60) == 0, run.log.read_text()[-3000:]
         said = run.log.read_text()
     finally:
         store.start()
