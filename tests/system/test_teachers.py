@@ -77,7 +77,7 @@ class Server:
                 stderr=log,
             )
 
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
 
         while not self._answers():
             assert self._process.poll() is None and time.monotonic() < deadline, (
