@@ -62,7 +62,7 @@ def test_a_run_by_name_goes_on_at_its_commits_and_is_uploaded(program, hub, monk
     student, teacher, data = first
     assert config.student.model == f"org/student@{student}"
     assert config.teachers[0].model == f"org/teacher@{teacher}"
-    assert config.prompts.data == f"org/rows@{data}:train"
+    assert [part.data for part in config.prompts.data] == [f"org/rows@{data}:train"]
 
     # all branches move, to what could not be trained; that of the teacher, which the config
     # names, is looked up again
@@ -80,7 +80,7 @@ def test_a_run_by_name_goes_on_at_its_commits_and_is_uploaded(program, hub, monk
     config = load_config(directory / "config.yaml")
     assert config.student.model == f"org/student@{student}"
     assert config.teachers[0].model == newer
-    assert config.prompts.data == f"org/rows@{data}:train"
+    assert [part.data for part in config.prompts.data] == [f"org/rows@{data}:train"]
     assert [row["step"] for row in read_rows(directory / "metrics.jsonl")] == [1, 2]
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
