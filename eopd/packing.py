@@ -50,7 +50,11 @@ def _pack_step(batch: Sequence[Scored], ranks: int, token_budget: int) -> Optimi
     shares: list[list[Scored]] = [[] for _ in range(ranks)]
     costs = [0.0] * ranks
 
-    for stored in sorted(batch, key=lambda stored: estimated_cost(stored.header), reverse=True):
+    for stored in sorted(
+        batch,
+        key=lambda stored: estimated_cost(stored.header),
+        reverse=True,
+    ):
         lightest = costs.index(min(costs))
         shares[lightest].append(stored)
         costs[lightest] += estimated_cost(stored.header)

@@ -216,7 +216,11 @@ class Pool(Generic[W]):
         answer: asyncio.Future[Any] = asyncio.ensure_future(work(member.worker))
         try:
             events: set[asyncio.Future[Any]] = {answer, member.lost}
-            await asyncio.wait(events, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                events,
+                timeout=self._timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
             is_well = answer.done() or (not member.lost.done() and await self._is_well(member))
             if answer.done():
                 return (await answer,)

@@ -20,9 +20,22 @@ def logs(
         typer.Option(help="Of one role, e.g. driver, rollout-0, or rollout for every engine."),
     ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with what is written, until the run ends.")
+        bool,
+        typer.Option(
+            "--follow",
+            "-f",
+            help="Go on with what is written, until the run ends.",
+        ),
     ] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last.")] = 50,
+    lines: Annotated[
+        int,
+        typer.Option(
+            "--lines",
+            "-n",
+            min=0,
+            help="How many of the last.",
+        ),
+    ] = 50,
 ) -> None:
     """Print the last lines of a run's logs, those of all its processes in the order of their
     times.

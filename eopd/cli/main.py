@@ -339,4 +339,9 @@ def main() -> None:
 
 
 def _print_error(text: str) -> None:
-    rich.console.Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    rich.console.Console(stderr=True).print(
+        text,
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -127,7 +127,11 @@ class LearnerConfig(Section):
         refuse("deepspeed", self.deepspeed, OWNED_BY_LEARNER)
         zero = self.deepspeed.get("zero_optimization")
         if isinstance(zero, dict):
-            refuse("deepspeed.zero_optimization", zero, {"stage": "learner.zero_stage says it"})
+            refuse(
+                "deepspeed.zero_optimization",
+                zero,
+                {"stage": "learner.zero_stage says it"},
+            )
             _refuse_offload(zero, self.zero_stage)
 
         return self
@@ -184,6 +188,10 @@ def _refuse_offload(zero: NativeOptions, zero_stage: int) -> None:
             )
 
         if isinstance(options, dict):
-            refuse(f"{key}.{name}", options, {"ratio": _OWN_ADAM, "super_offload": _OWN_ADAM})
+            refuse(
+                f"{key}.{name}",
+                options,
+                {"ratio": _OWN_ADAM, "super_offload": _OWN_ADAM},
+            )
 
     refuse(key, zero, {"cpu_offload": _OLD_OFFLOAD, "cpu_offload_param": _OLD_OFFLOAD})

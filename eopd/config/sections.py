@@ -358,7 +358,11 @@ class ResponsesConfig(Section):
 class TelemetryConfig(Section):
     """Where the numbers of a run go besides its own files."""
 
-    host: str = Field("127.0.0.1", pattern=r"^[^\s/]+$", description="the name or number of a host")
+    host: str = Field(
+        "127.0.0.1",
+        pattern=r"^[^\s/]+$",
+        description="the name or number of a host",
+    )
     """The address at which the driver's Prometheus endpoint listens. The default answers on this
     machine alone; ``0.0.0.0`` answers on every interface.
     """

@@ -112,7 +112,12 @@ class _Shaper:
                 shaped[str(key)] = value
             elif not _stands_for_default(value, field):
                 default_kind = getattr(field.default, "kind", None)
-                shaped[str(key)] = self._value(value, field.annotation, key_place, default_kind)
+                shaped[str(key)] = self._value(
+                    value,
+                    field.annotation,
+                    key_place,
+                    default_kind,
+                )
 
         return shaped
 

@@ -58,7 +58,11 @@ def model_directory(spec: str, *, weights: bool = False) -> Path:
     commit = find_commit("model", name.repository, name.revision, spec)
     with told(spec, "model", name.repository, commit):
         known = _known_files(name.repository, commit)
-        if known is not None and _has(name.repository, commit, needed(known, weights=weights)):
+        if known is not None and _has(
+            name.repository,
+            commit,
+            needed(known, weights=weights),
+        ):
             return _snapshot(name.repository, commit)
 
         return _download(name.repository, commit, weights=weights)

@@ -70,7 +70,11 @@ def push(directory: Path, repository: str, message: str) -> str:
 
     try:
         with _may_write(repository):
-            HfApi().upload_folder(repo_id=repository, folder_path=directory, commit_message=message)
+            HfApi().upload_folder(
+                repo_id=repository,
+                folder_path=directory,
+                commit_message=message,
+            )
     except ConfigError as error:
         again = f"`hf upload {repository} {directory}` sends what was exported"
         raise ConfigError(f"{error}; {again}") from error

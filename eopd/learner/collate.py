@@ -151,7 +151,12 @@ def collate_text(token_ids: Int32Array) -> Packed:
     log-probabilities.
     """
     ids = token_ids.astype(np.int64)
-    return _unscored(ids[:-1], ids[1:], np.ones(ids.size - 1, np.bool_), (slice(0, ids.size - 1),))
+    return _unscored(
+        ids[:-1],
+        ids[1:],
+        np.ones(ids.size - 1, np.bool_),
+        (slice(0, ids.size - 1),),
+    )
 
 
 def _masked_row() -> Packed:
@@ -186,4 +191,9 @@ def _packed(columns: Mapping[str, npt.NDArray[np.generic]], rows: tuple[slice, .
     tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
     input_ids_T, position_ids_T = tensors.pop("input_ids_T"), tensors.pop("position_ids_T")
     tokens = LossTokens(**tensors)
-    return Packed(input_ids_T=input_ids_T, position_ids_T=position_ids_T, tokens=tokens, rows=rows)
+    return Packed(
+        input_ids_T=input_ids_T,
+        position_ids_T=position_ids_T,
+        tokens=tokens,
+        rows=rows,
+    )

@@ -323,7 +323,11 @@ class LearnerRank:
         """
         losses, sums = [], []
         for index, packed in enumerate(packs):
-            loss, terms_N = self._loss_of(packed.to(self._device), step.num_loss_tokens, alpha)
+            loss, terms_N = self._loss_of(
+                packed.to(self._device),
+                step.num_loss_tokens,
+                alpha,
+            )
             self._backend.accumulate(loss, last=index == len(packs) - 1)
             losses.append(loss.detach())
             sums.append(terms_N)

@@ -140,7 +140,11 @@ def save_adapter(
     shutil.rmtree(partial_directory, ignore_errors=True)
     settings.save_pretrained(partial_directory)
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in named.items()}
-    save_file(prefixed, partial_directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(
+        prefixed,
+        partial_directory / SAFETENSORS_WEIGHTS_NAME,
+        metadata={"format": "pt"},
+    )
     shutil.rmtree(directory, ignore_errors=True)
     partial_directory.rename(directory)
 

@@ -205,7 +205,12 @@ def _prove_packing(student: Student) -> None:
     row = torch.arange(length + 5, device=student.model.device)
     ids, positions, first = row % student.head.weight_VD.shape[0], row % length, row < length
     hidden, hidden_of_other = (
-        student(torch.where(first, other, ids), positions, _hidden) for other in (ids, ids.flip(0))
+        student(
+            torch.where(first, other, ids),
+            positions,
+            _hidden,
+        )
+        for other in (ids, ids.flip(0))
     )
     if not _close(hidden[length:], hidden_of_other[length:]):
         raise ValueError(

@@ -149,7 +149,11 @@ class LogitChunks:
         candidates_CK = candidates_CK.masked_fill(~is_candidate_CK, -torch.inf)
 
         # Added, not written: an ignored candidate may share its id with a kept one.
-        logits_CV.scatter_add_(1, candidate_ids_CK, is_candidate_CK.to(self.dtype) * _REMOVED)
+        logits_CV.scatter_add_(
+            1,
+            candidate_ids_CK,
+            is_candidate_CK.to(self.dtype) * _REMOVED,
+        )
         top_k = candidate_ids_CK.shape[1]
         tail_top_CK = logits_CV.topk(top_k).values
         peak_C1 = tail_top_CK[:, :1]
@@ -247,7 +251,11 @@ class LogitChunks:
         for start in range(0, len(logits_CV), _LOGIT_BLOCK_ROWS):
             rows = slice(start, start + _LOGIT_BLOCK_ROWS)
             block_BV = logits_CV[rows]
-            shifted_BV = torch.sub(block_BV, peak_C1[rows], out=self.shifted[: len(block_BV)])
+            shifted_BV = torch.sub(
+                block_BV,
+                peak_C1[rows],
+                out=self.shifted[: len(block_BV)],
+            )
             sum_C1[rows] = torch.exp(shifted_BV, out=block_BV).sum(-1, keepdim=True)
             if self.head.bias_V is not None:
                 # a bias of -inf makes tokens impossible, and 0 x inf is NaN

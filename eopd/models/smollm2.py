@@ -67,7 +67,11 @@ def write_pruned_student(teacher_dir: Path, directory: Path) -> Path:
         teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
         kept = [layer for layer in range(teacher.config.num_hidden_layers) if layer not in LEFT_OUT]
         with _staged(directory) as stage:
-            _save(stage, keep_layers(teacher, kept), AutoTokenizer.from_pretrained(teacher_dir))
+            _save(
+                stage,
+                keep_layers(teacher, kept),
+                AutoTokenizer.from_pretrained(teacher_dir),
+            )
 
     return directory
 

@@ -183,7 +183,11 @@ def _teach(
             for _ in range(8)
         ]
         ids, labels = (
-            torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True, padding_value=-100)
+            torch.nn.utils.rnn.pad_sequence(
+                list(part),
+                batch_first=True,
+                padding_value=-100,
+            )
             for part in zip(*rows, strict=True)
         )
         model(input_ids=ids.clamp_min(0), labels=labels).loss.backward()

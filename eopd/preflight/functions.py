@@ -61,7 +61,12 @@ def _try_gate(gate: CustomGate, top_k: int) -> None:
     try:
         for number in (_TOKENS, 1):
             some = {name: getattr(tokens, name)[:number] for name in GateTokens.__slots__}
-            custom_gate(gate.function, function, GateTokens(**some), torch.ones(number).bool())
+            custom_gate(
+                gate.function,
+                function,
+                GateTokens(**some),
+                torch.ones(number).bool(),
+            )
     except GateError as error:
         raise ConfigError(f"{error}, for {number} made-up tokens") from None
 

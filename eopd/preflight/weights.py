@@ -213,7 +213,16 @@ def _parse(file: Path, text: bytes, *, start: int) -> Iterator[tuple[str, Tensor
         if name != "__metadata__":
             first, last = map(int, info["data_offsets"])
             shape = tuple(map(int, info["shape"]))
-            yield name, TensorInfo(file, start + first, last - first, str(info["dtype"]), shape)
+            yield (
+                name,
+                TensorInfo(
+                    file,
+                    start + first,
+                    last - first,
+                    str(info["dtype"]),
+                    shape,
+                ),
+            )
 
 
 def _require_shape(file: Path, name: str, info: TensorInfo) -> None:

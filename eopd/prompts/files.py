@@ -240,7 +240,13 @@ def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[DataRow]
     numbered = []
     for number, row in enumerate(rows, start=1):
         values = {name: _pruned(value) for name, value in row.items()}
-        numbered.append(DataRow(where=f"{where}: row {number}", number=number, columns=values))
+        numbered.append(
+            DataRow(
+                where=f"{where}: row {number}",
+                number=number,
+                columns=values,
+            )
+        )
 
     return numbered
 

@@ -124,13 +124,22 @@ def load_named(name: DataName) -> "Dataset":
 
     if not is_commit(name.revision):
         options = {} if name.revision is None else {"revision": name.revision}
-        return datasets.load_dataset(name.repository, name.subset, split=name.split, **options)
+        return datasets.load_dataset(
+            name.repository,
+            name.subset,
+            split=name.split,
+            **options,
+        )
 
     if (cached := _cached(name)) is not None:
         return cached
 
     require_commit("dataset", name.repository, name.revision, str(name))
-    builder = datasets.load_dataset_builder(name.repository, name.subset, revision=name.revision)
+    builder = datasets.load_dataset_builder(
+        name.repository,
+        name.subset,
+        revision=name.revision,
+    )
     if builder.hash != name.revision:
         raise ConfigError(f"{name}: the Hub did not send it; the cache has commit {builder.hash}")
 

@@ -173,7 +173,11 @@ def _message(row: DataRow, field: str, value: object) -> Message:
 
     role = value.get("role")
     if role not in ROLES:
-        _refuse(row, f"{field}, role", f"must be one of {', '.join(ROLES)}; is {told(role)}")
+        _refuse(
+            row,
+            f"{field}, role",
+            f"must be one of {', '.join(ROLES)}; is {told(role)}",
+        )
 
     rest = {
         name: inner

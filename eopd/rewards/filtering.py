@@ -42,7 +42,11 @@ class Filter:
         response = self._tokenizer.decode(body.trajectory.response_ids, skip_special_tokens=True)
         keeps = decision_of(function, await self._pool.ask(seen(scored.header, body, response)))
         if isinstance(keeps, Failed):
-            return LostTrajectory(key=key, reason=LostReason.FILTER_FAILED, detail=keeps.cause)
+            return LostTrajectory(
+                key=key,
+                reason=LostReason.FILTER_FAILED,
+                detail=keeps.cause,
+            )
 
         if not keeps:
             detail = f"{function} returned False"
@@ -59,7 +63,12 @@ class Filter:
 
 def asked_for(config: FilterConfig) -> Asked:
     """Returns what is asked for a filter."""
-    return Asked(key=KEY, function=config.function, kind=FilterFunction, options=config.options)
+    return Asked(
+        key=KEY,
+        function=config.function,
+        kind=FilterFunction,
+        options=config.options,
+    )
 
 
 def decision_of(function: str, said: Returned | Failed) -> bool | Failed:

@@ -50,7 +50,12 @@ def open_grader(name: GraderName, *, time_limit_s: float = CPU_LIMIT_S) -> Itera
     except ValueError as error:
         raise ConfigError(f"grader: {error}") from None
 
-    asked = Asked(key="grader", function=name, kind=GraderFunction, cpu_limit_s=time_limit_s)
+    asked = Asked(
+        key="grader",
+        function=name,
+        kind=GraderFunction,
+        cpu_limit_s=time_limit_s,
+    )
     with contextlib.closing(FunctionProcess(asked)) as process:
         process.start()
 

@@ -17,7 +17,12 @@ class MathProcess:
     def __init__(self, time_limit_s: float) -> None:
         function = "eopd.rewards.equality:judge"
         self._process = FunctionProcess(
-            Asked(key="math", function=function, kind=GraderFunction, cpu_limit_s=time_limit_s)
+            Asked(
+                key="math",
+                function=function,
+                kind=GraderFunction,
+                cpu_limit_s=time_limit_s,
+            )
         )
 
     def grade(self, response: str, reference: Reference) -> Verdict:

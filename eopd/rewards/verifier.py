@@ -85,4 +85,9 @@ class _Grading:
 
 def asked_for(reward: Reward) -> Asked:
     """Returns what is asked for a reward that is a user's function."""
-    return Asked(key=KEY, function=reward.function, kind=RewardFunction, options=reward.options)
+    return Asked(
+        key=KEY,
+        function=reward.function,
+        kind=RewardFunction,
+        options=reward.options,
+    )

@@ -37,7 +37,11 @@ class EnginePool:
             )
         except NoAnswerError as error:
             key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
-            return LostTrajectory(key=key, reason=LostReason.ROLLOUT_FAILED, detail=str(error))
+            return LostTrajectory(
+                key=key,
+                reason=LostReason.ROLLOUT_FAILED,
+                detail=str(error),
+            )
 
     def status(self) -> list[str]:
         """Returns for people what each engine does now."""

@@ -128,7 +128,11 @@ class VllmRolloutEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        async for _ in self._llm.generate(TokensPrompt(prompt_token_ids=[1]), params, uuid4().hex):
+        async for _ in self._llm.generate(
+            TokensPrompt(prompt_token_ids=[1]),
+            params,
+            uuid4().hex,
+        ):
             pass
 
     async def generate(
@@ -162,7 +166,11 @@ class VllmRolloutEngine:
                 ):
                     final = output
         except EngineGenerateError as error:
-            return LostTrajectory(key=key, reason=LostReason.ROLLOUT_FAILED, detail=str(error))
+            return LostTrajectory(
+                key=key,
+                reason=LostReason.ROLLOUT_FAILED,
+                detail=str(error),
+            )
 
         if final is None or final.outputs[0].finish_reason not in FINISH_REASONS:
             reason = final.outputs[0].finish_reason if final else "no output"

@@ -141,7 +141,11 @@ def changes(before: Config, after: Config) -> list[Change]:
     """
     changed = list(_differences("", _plain(before), _plain(after)))
     changed += _of_parts("prompts.data", before.prompts.data, after.prompts.data)
-    changed += _of_parts("prompts.held_out", before.prompts.held_out, after.prompts.held_out)
+    changed += _of_parts(
+        "prompts.held_out",
+        before.prompts.held_out,
+        after.prompts.held_out,
+    )
     old = {teacher.name: teacher for teacher in before.teachers}
     new = {teacher.name: teacher for teacher in after.teachers}
 

@@ -177,7 +177,11 @@ def _run(directory: Path, arm: Mapping[str, str], seed: int, base: Config) -> Pl
         own["upload"] = f"{upload.rstrip('/')}/{directory.name}"
 
     run = make_section(RunConfig, _OPTIONS, **base.run.model_dump() | own)
-    return PlannedRun(arm=_label(arm), seed=seed, config=base.model_copy(update={"run": run}))
+    return PlannedRun(
+        arm=_label(arm),
+        seed=seed,
+        config=base.model_copy(update={"run": run}),
+    )
 
 
 def _load(path: Path, overrides: Sequence[str], arm: Mapping[str, str]) -> Config:

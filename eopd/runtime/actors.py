@@ -284,7 +284,11 @@ class TeacherActor(Actor):
 
                 start = EopdTeacherScorer.start
 
-        self._scorer = await start(teacher, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
+        self._scorer = await start(
+            teacher,
+            top_k=top_k,
+            max_sequence_tokens=max_sequence_tokens,
+        )
         self._filter = None if filtering is None else Filter(filtering, model_directory(student))
 
         return min(self._scorer.seats, MAX_REQUESTS)
@@ -321,7 +325,11 @@ class RemoteTeacher:
             return await _join(call.remote(stored.header, stored.body), TeacherDownError)
         except ObjectLostError as error:
             detail = f"its body was lost: {error}"
-            return LostTrajectory(key=stored.header.key, reason=LostReason.BODY_LOST, detail=detail)
+            return LostTrajectory(
+                key=stored.header.key,
+                reason=LostReason.BODY_LOST,
+                detail=detail,
+            )
 
     async def ping(self) -> None:
         """Returns when the scorer answers."""

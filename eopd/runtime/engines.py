@@ -66,7 +66,11 @@ def engine_fleet(
 
     return Fleet(
         "rollout engine",
-        Pool("rollout engine", timeout_s=rollout.timeout_s, ping=lambda engine: engine.version()),  # type: ignore[attr-defined]
+        Pool(
+            "rollout engine",
+            timeout_s=rollout.timeout_s,
+            ping=lambda engine: engine.version(),
+        ),  # type: ignore[attr-defined]
         spawn=processes,
         size=plan.actors,
         count_loss=count_loss,

@@ -124,7 +124,11 @@ def _config(source: Path, before: Config, name: str, overrides: Sequence[str]) -
 
     beside = before.run.model_copy(update={"directory": source.resolve().parent})
     config = change_config("--set", before.model_copy(update={"run": beside}), overrides)
-    run = make_section(RunConfig, {"name": "--name"}, **config.run.model_dump() | {"name": name})
+    run = make_section(
+        RunConfig,
+        {"name": "--name"},
+        **config.run.model_dump() | {"name": name},
+    )
     return config.model_copy(update={"run": run})
 
 

@@ -53,7 +53,12 @@ class RunLogs(logging.Handler):
         """
         lines: Batch = batch  # type: ignore[assignment]
         if lines["actor_name"]:
-            self._write(lines["actor_name"], lines["lines"], node=lines["ip"], pid=lines["pid"])
+            self._write(
+                lines["actor_name"],
+                lines["lines"],
+                node=lines["ip"],
+                pid=lines["pid"],
+            )
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a record of the driver."""

@@ -85,7 +85,11 @@ async def keep_samples(
 ) -> None:
     """Write a measurement and its samples. A failure is logged, and ends no run."""
     try:
-        samples = await _records(config, prepared, measured.scored[: config.evaluation.samples])
+        samples = await _records(
+            config,
+            prepared,
+            measured.scored[: config.evaluation.samples],
+        )
         directory.add_held_out(phase, step, measured.stats, samples)
     except Exception:  # noqa: BLE001 - see above
         logger.warning("the samples of this measurement were not kept", exc_info=True)

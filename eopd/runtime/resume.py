@@ -333,14 +333,24 @@ def _changed_contents(
     }
     parts = config.prompts.data
     paths |= {
-        key: part.name for key, part in zip(keys_of("prompts.data", parts), parts, strict=True)
+        key: part.name
+        for key, part in zip(
+            keys_of("prompts.data", parts),
+            parts,
+            strict=True,
+        )
     }
     differing = [key for key in paths if key in before and before[key] != after[key]]
     if any(_is_part(key) for key in differing):  # a part says more than the whole
         differing.remove("prompts.data")
 
     return [
-        Change(key, OTHER_CONTENTS, paths[key], "never" if _must_be_the_same(key) else "noted")
+        Change(
+            key,
+            OTHER_CONTENTS,
+            paths[key],
+            "never" if _must_be_the_same(key) else "noted",
+        )
         for key in differing
     ]
 

@@ -92,7 +92,11 @@ class RunState:
         """Records a completed step, apart from its row."""
         self.directory.add_trained(self.progress.step, done.trained)
         try:
-            self.directory.add_timeline(self.progress.step, self.progress.incarnation, done.spans)
+            self.directory.add_timeline(
+                self.progress.step,
+                self.progress.incarnation,
+                done.spans,
+            )
         except OSError:  # people look at it; nothing else may be lost with it
             logger.warning(
                 "the timeline of step %d was not kept", self.progress.step, exc_info=True

@@ -107,7 +107,12 @@ async def rollout_engines(
 async def teachers(config: Config) -> AsyncIterator[Mapping[str, Fleet[TeacherScorer]]]:
     """The teachers of a run alone, for a check."""
     async with _actors() as spawn:
-        fleets = teacher_fleets(spawn, config, RestartBudget(0, 0.0).count_loss, lambda text: None)
+        fleets = teacher_fleets(
+            spawn,
+            config,
+            RestartBudget(0, 0.0).count_loss,
+            lambda text: None,
+        )
         starting = {
             name: started for fleet in fleets.values() for name, started in fleet.start().items()
         }
@@ -218,4 +223,8 @@ async def fetch(stored: Stored[T]) -> T | LostTrajectory:
             return body
     except (ObjectLostError, TimeoutError) as error:
         detail = f"its body was lost: {error or 'no answer'}"
-        return LostTrajectory(key=stored.header.key, reason=LostReason.BODY_LOST, detail=detail)
+        return LostTrajectory(
+            key=stored.header.key,
+            reason=LostReason.BODY_LOST,
+            detail=detail,
+        )

@@ -322,7 +322,11 @@ def room_of(config: Config, parallel: int) -> Iterator[Room]:
 
         # the address of a Ray that ends with the sweep belongs into no config
         environment = {"RAY_ADDRESS": cluster.joined_address()}
-        yield Room(nodes=nodes, environment=environment, options=("--set", "cluster.cpus=null"))
+        yield Room(
+            nodes=nodes,
+            environment=environment,
+            options=("--set", "cluster.cpus=null"),
+        )
 
 
 @contextmanager

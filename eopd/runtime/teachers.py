@@ -56,7 +56,11 @@ def _fleet(
 
     return Fleet(
         name,
-        Pool(name, timeout_s=teacher.timeout_s, ping=lambda scorer: scorer.ping()),  # type: ignore[attr-defined]
+        Pool(
+            name,
+            timeout_s=teacher.timeout_s,
+            ping=lambda scorer: scorer.ping(),
+        ),  # type: ignore[attr-defined]
         spawn=processes,
         size=plan.actors,
         count_loss=count_loss,

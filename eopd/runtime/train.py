@@ -164,7 +164,15 @@ async def _work(
         config, state.progress.incarnation, text[:_PROBE_TOKENS], outlets.say
     ) as workers:
         watchdog = Watchdog(config.run.stall_after_s, config.run.on_stall)
-        training = Training(config, prepared, state, workers, outlets, interruption, watchdog)
+        training = Training(
+            config,
+            prepared,
+            state,
+            workers,
+            outlets,
+            interruption,
+            watchdog,
+        )
         await with_background(
             training.run(),
             watchdog.watch(training.status, outlets.say),
@@ -200,7 +208,14 @@ class Training:
         self._outlets = outlets
         self._interruption = interruption
         self._watchdog = watchdog
-        self._evaluator = Evaluator(config, prepared, state, workers, outlets, watchdog.step)
+        self._evaluator = Evaluator(
+            config,
+            prepared,
+            state,
+            workers,
+            outlets,
+            watchdog.step,
+        )
         self._pipeline: Pipeline | None = None  # while it trains
         self._guard = RunGuard(config.guard.on_collapse, state.directory, outlets.say)
         self._has_told_of_rewards = False

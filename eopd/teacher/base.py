@@ -95,7 +95,12 @@ class SignalScorer(ABC):
                 key=stored.header.key, reason=LostReason.TEACHER_FAILED, detail=str(error)
             )
 
-        signal = to_student(said, trajectory.response_ids, remap, num_tokens=self._num_tokens)
+        signal = to_student(
+            said,
+            trajectory.response_ids,
+            remap,
+            num_tokens=self._num_tokens,
+        )
         entropy = (signal.entropy_low + signal.entropy_high) / 2
         gained = {
             "score_s": time.monotonic() - started,

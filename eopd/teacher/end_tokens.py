@@ -139,7 +139,11 @@ def _token_logprobs(
     renamed: TeacherSignal, response_ids: Int32Array, remap: Mapping[int, int]
 ) -> Float32Array:
     """Returns the log-probabilities of the sampled tokens, [R]; all but end tokens keep theirs."""
-    slots_RK = np.where(renamed.topk_ids == response_ids[:, None], renamed.topk_logprobs, -np.inf)
+    slots_RK = np.where(
+        renamed.topk_ids == response_ids[:, None],
+        renamed.topk_logprobs,
+        -np.inf,
+    )
     slot_R = slots_RK.max(axis=1)
     known_RK = renamed.topk_logprobs > -np.inf
     outside_R = np.where(known_RK, renamed.topk_logprobs, np.inf).min(axis=1)

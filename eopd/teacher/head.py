@@ -134,7 +134,11 @@ class Float32Head:
 
         if self._copy is None:
             weight = cast(Tensor, head.weight)
-            self._copy = _PlainHead(weight.float(), head.quant_method, cast(int, head.tp_size))
+            self._copy = _PlainHead(
+                weight.float(),
+                head.quant_method,
+                cast(int, head.tp_size),
+            )
 
         return (self._copy, *args[1:])
 

@@ -206,7 +206,11 @@ async def _continue(scorer: TeacherScorer, prompt_ids: Int32Array) -> Int32Array
     continuation = prompt_ids[-1:]
     for _ in range(CONTINUATION_TOKENS):
         signal = await _score(scorer, 0, prompt_ids, continuation)
-        continuation = np.insert(continuation, len(continuation) - 1, signal.topk_ids[-1, 0])
+        continuation = np.insert(
+            continuation,
+            len(continuation) - 1,
+            signal.topk_ids[-1, 0],
+        )
 
     return continuation[:-1]
 
@@ -250,7 +254,11 @@ def _entropy_error(signal: TeacherSignal, vocab_size: int) -> float:
     """
     outcomes = _outcomes(signal)
     known = outcomes > -np.inf
-    lowest = -np.where(known, np.exp(outcomes) * np.where(known, outcomes, 0.0), 0.0).sum(axis=1)
+    lowest = -np.where(
+        known,
+        np.exp(outcomes) * np.where(known, outcomes, 0.0),
+        0.0,
+    ).sum(axis=1)
     num_known = known[:, :-1].sum(axis=1)
     highest = lowest + np.exp(outcomes[:, -1]) * np.log(np.maximum(vocab_size - num_known, 1))
     highest += math.log(2.0) * (num_known < known.shape[1] - 1)

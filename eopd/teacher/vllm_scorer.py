@@ -114,7 +114,12 @@ class VllmTeacherScorer(SignalScorer):
 
     def __init__(self, llm: AsyncLLM, config: TeacherConfig, *, top_k: int) -> None:
         self._llm = llm
-        self._engine = ScoringEngine(llm, config.name, top_k=top_k, temperature=config.temperature)
+        self._engine = ScoringEngine(
+            llm,
+            config.name,
+            top_k=top_k,
+            temperature=config.temperature,
+        )
         super().__init__(config, top_k=top_k, vocab_size=self._engine.vocab_size)
 
     @classmethod

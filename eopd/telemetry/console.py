@@ -224,7 +224,12 @@ def print_summary(
         text = f"{best_line(summary.best)}; its student: {run_directory / 'hf-best'}"
         output.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    output.print(f"run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True)
+    output.print(
+        f"run directory: {run_directory}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _table(title: str, *headings: str) -> Table:

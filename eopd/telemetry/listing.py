@@ -57,7 +57,13 @@ def print_runs(runs: Sequence[Listed], output: rich.console.Console | None = Non
     for run in runs:
         kl = "-" if run.reverse_kl is None else f"{run.reverse_kl:.3f}"
         steps = "-" if run.fault else f"{run.step}/{run.batches}"
-        table.add_row(Text(run.name), Text(run.status), steps, kl, f"{_age(run.changed_at)} ago")
+        table.add_row(
+            Text(run.name),
+            Text(run.status),
+            steps,
+            kl,
+            f"{_age(run.changed_at)} ago",
+        )
 
     output.print(table)
     for run in runs:

@@ -27,10 +27,19 @@ def require_address(host: str, port: int) -> None:
         ConfigError: the name does not resolve, or the port is taken or not for this user.
     """
     try:
-        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        infos = socket.getaddrinfo(
+            host,
+            port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
+        )
         family, kind, _, _, address = infos[0]
         with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.setsockopt(
+                socket.SOL_SOCKET,
+                socket.SO_REUSEADDR,
+                1,
+            )  # as the server does
             probe.bind(address)
     except (OSError, UnicodeError) as error:
         raise _cannot_serve(host, port, error) from None
@@ -99,7 +108,11 @@ class _LatestRow(Collector):
             if metric.name not in families:
                 make = _FAMILIES[metric.kind]
                 help_text = f"{metric.meaning} Unit: {metric.unit}."
-                families[metric.name] = make(metric.name, help_text, labels=("run", *metric.labels))
+                families[metric.name] = make(
+                    metric.name,
+                    help_text,
+                    labels=("run", *metric.labels),
+                )
 
             families[metric.name].add_metric(
                 [self._run, *(labels[name] for name in metric.labels)], value

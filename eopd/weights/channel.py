@@ -243,7 +243,11 @@ class BroadcastChannel:
             await self._connect(sync)
 
         self._doing = "sending"
-        starts = await self._each(sync, lambda engine: engine.receive_weights(), self._timeout_s)
+        starts = await self._each(
+            sync,
+            lambda engine: engine.receive_weights(),
+            self._timeout_s,
+        )
         sync.raise_first(starts, "it could not begin to receive")
 
         try:
@@ -253,7 +257,11 @@ class BroadcastChannel:
             raise
 
         self._doing = "checking what arrived"
-        checks = await self._each(sync, lambda engine: engine.check_weights(), self._timeout_s)
+        checks = await self._each(
+            sync,
+            lambda engine: engine.check_weights(),
+            self._timeout_s,
+        )
         sync.raise_first(checks, "it did not receive the weights")
 
         return num_bytes

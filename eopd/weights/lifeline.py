@@ -68,7 +68,11 @@ class Lifeline:
         sender = socket.create_connection((address, int(store.get(KEY))), timeout_s)
         sender.sendall(secret.encode() + _RANK.pack(rank))
 
-        return cls(None, {sender: Departure(f"the sender at {address} has left", 0)}, timeout_s)
+        return cls(
+            None,
+            {sender: Departure(f"the sender at {address} has left", 0)},
+            timeout_s,
+        )
 
     def accept(self, world_size: int, secret: str) -> None:
         """Accept the connections of all receivers (rank 0; others return at once).

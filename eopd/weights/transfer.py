@@ -277,7 +277,11 @@ class _Transfer:
         self._messages = [_message(bucket) for bucket in buckets]
         self._error: RuntimeError | None = None
         self._all_arrived = False  # still False where an unforeseen error ends the thread
-        self._thread = threading.Thread(target=self._receive, name="weight-receiver", daemon=True)
+        self._thread = threading.Thread(
+            target=self._receive,
+            name="weight-receiver",
+            daemon=True,
+        )
 
     @classmethod
     def start(cls, wire: Wire, buckets: Sequence[Bucket]) -> Self:

@@ -109,7 +109,12 @@ def open_wire(rendezvous: Rendezvous, store: TCPStore | None = None) -> Wire:
 
     try:
         if store is None:
-            store = TCPStore(rendezvous.address, rendezvous.port, is_master=False, timeout=timeout)
+            store = TCPStore(
+                rendezvous.address,
+                rendezvous.port,
+                is_master=False,
+                timeout=timeout,
+            )
 
         group_store = PrefixStore(hashlib.sha256(secret.encode()).hexdigest(), store)
         lifeline = Lifeline.open(
@@ -157,7 +162,14 @@ class GlooWire:
         self._timeout = timedelta(seconds=rendezvous.timeout_s)
         self._lifeline = lifeline
         self._work: list[Work] = []
-        self._group = [ProcessGroupGloo(store, rendezvous.rank, rendezvous.world_size, options)]
+        self._group = [
+            ProcessGroupGloo(
+                store,
+                rendezvous.rank,
+                rendezvous.world_size,
+                options,
+            )
+        ]
 
     @property
     def is_open(self) -> bool:  # noqa: D102

@@ -104,7 +104,13 @@ class ServerClient:
             TeacherRefusedError: any other status, or 500 to the last.
         """
         return await self._send(
-            self._client.build_request("POST", path, json=json, content=content, headers=headers)
+            self._client.build_request(
+                "POST",
+                path,
+                json=json,
+                content=content,
+                headers=headers,
+            )
         )
 
     async def close(self) -> None:

@@ -102,7 +102,13 @@ class OpenAITeacherScorer(SignalScorer):
             )
 
         client = ServerClient(config.server)
-        scorer = cls(client, config, served_model=config.server.model, top_k=top_k, vocab_size=size)
+        scorer = cls(
+            client,
+            config,
+            served_model=config.server.model,
+            top_k=top_k,
+            vocab_size=size,
+        )
 
         try:
             await scorer._require_working(max_sequence_tokens)
@@ -127,7 +133,11 @@ class OpenAITeacherScorer(SignalScorer):
 
     async def _require_working(self, max_sequence_tokens: int) -> None:
         try:
-            listed = _parse(_Models, (await self._client.get("/v1/models")).content, self._name)
+            listed = _parse(
+                _Models,
+                (await self._client.get("/v1/models")).content,
+                self._name,
+            )
             served = {model.id: model.max_model_len for model in listed.data}
             if self._served_model not in served:
                 raise ConfigError(
@@ -236,7 +246,12 @@ def read_rows(
     raw = np.column_stack((bounds.low, tokens, tail_logprobs(topk, vocab_size), topk, ids)).astype(
         np.float32
     )
-    signal = read_signal(raw, teacher=teacher, num_response_tokens=len(response_ids), top_k=top_k)
+    signal = read_signal(
+        raw,
+        teacher=teacher,
+        num_response_tokens=len(response_ids),
+        top_k=top_k,
+    )
 
     return replace(signal, entropy=bounds)
 

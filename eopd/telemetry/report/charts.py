@@ -232,7 +232,12 @@ def stacked(
     frame = Frame([*axis_points, *totals(lines)])
     parts = [frame.axes()]
 
-    for line, (below, above), name in zip(lines, itertools.pairwise(edges), classes, strict=True):
+    for line, (below, above), name in zip(
+        lines,
+        itertools.pairwise(edges),
+        classes,
+        strict=True,
+    ):
         xs = [*line.xs, *reversed(line.xs)]
         outline = frame.path(list(zip(xs, [*above, *reversed(below)], strict=True)))
         parts.append(f'<path class="area {name}" d="{outline}Z"/>')

@@ -80,7 +80,12 @@ def result(run: RunRecord) -> str:
 
     change = _difference(last, old, new)
     percent = f" ({_signed(100 * change.mean / old.mean, '.0f')} %)" if old.mean > 0 else ""
-    what = _verb(change).format(old=old.mean, new=new.mean, teacher=teacher, percent=percent)
+    what = _verb(change).format(
+        old=old.mean,
+        new=new.mean,
+        teacher=teacher,
+        percent=percent,
+    )
     on = f"measured on {count} held-out prompts" if (count := _prompts(run, last)) else "held out"
     so_far = f"So far, at step {last.step}: " if run.is_under_way else ""
     return f"{so_far}{what}, {on}{_interval(change)}."

@@ -45,7 +45,13 @@ def measured(groups: Sequence[Group]) -> list[Figure]:
             lines = lines_of(groups, metrics, partial(_line, name, is_share))
             if not all(map(is_flat, lines)):
                 marks = _best(runs, name, metrics)
-                picture = charts.curves(title, lines, percent=is_share, marks=marks, smooth=False)
+                picture = charts.curves(
+                    title,
+                    lines,
+                    percent=is_share,
+                    marks=marks,
+                    smooth=False,
+                )
                 note = "Dashed upright: the best checkpoint." if marks else ""
                 figures.append(Figure(title, picture, note, legend_of(groups, metrics)))
 
@@ -153,5 +159,11 @@ def _histogram(run: RunRecord, lines: Sequence[Line], axis_points: Points) -> Fi
         f"{sum(one['teacher_entropy_counts']):,} {phase}" for phase, one in run.held_out.items()
     ]
     note = f"Tokens above {edge:.3g} nats: {'; '.join(shares)}. Tokens: {', '.join(counted)}."
-    picture = charts.histogram(f"{run.name}: entropy", lines, width, run.threshold, axis_points)
+    picture = charts.histogram(
+        f"{run.name}: entropy",
+        lines,
+        width,
+        run.threshold,
+        axis_points,
+    )
     return Figure(run.name, picture, note, {line.classes: line.label for line in lines})

@@ -196,7 +196,13 @@ def timeline(title: str, lanes: Sequence[Lane], seconds: float) -> Markup:
             )
             share, width = 100 * start / seconds, 100 * (stop - start) / seconds
             parts.append(
-                shape.format(share, width, y + 20, name, f"{activity}: {start:.2f} to {stop:.2f} s")
+                shape.format(
+                    share,
+                    width,
+                    y + 20,
+                    name,
+                    f"{activity}: {start:.2f} to {stop:.2f} s",
+                )
             )
 
     for tick in charts.ticks(0.0, seconds, 4):

@@ -58,7 +58,11 @@ CHARTS: Final = (
     Chart("Top k in common (share)", {"eopd_topk_overlap_ratio": "overlap"}),
     Chart("Gradient norm", {"eopd_grad_norm": "norm"}),
     Chart("Learning rate", {"eopd_learning_rate": "rate"}, optional=True),
-    Chart("Clipped (share of tokens)", {"eopd_clipped_ratio": "ratio clipped"}, optional=True),
+    Chart(
+        "Clipped (share of tokens)",
+        {"eopd_clipped_ratio": "ratio clipped"},
+        optional=True,
+    ),
     Chart(
         "Capped (share of tokens)",
         {"eopd_importance_capped_ratio": "weight capped"},
