@@ -125,9 +125,17 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", kind, owner, name, *rest] if kind in ("models", "datasets"):
                 self._api(self._open(kind, f"{owner}/{name}"), rest, body)
             case ["datasets", owner, name, "resolve", revision, *file]:
-                self._resolve(self._open("datasets", f"{owner}/{name}"), revision, "/".join(file))
+                self._resolve(
+                    self._open("datasets", f"{owner}/{name}"),
+                    revision,
+                    "/".join(file),
+                )
             case [owner, name, "resolve", revision, *file]:
-                self._resolve(self._open("models", f"{owner}/{name}"), revision, "/".join(file))
+                self._resolve(
+                    self._open("models", f"{owner}/{name}"),
+                    revision,
+                    "/".join(file),
+                )
             case _:
                 raise _Refused(404)
 

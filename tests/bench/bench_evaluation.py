@@ -69,7 +69,11 @@ class Paced(fakes.World):
     def __init__(self) -> None:
         super().__init__()
         self.random = random.Random(0)
-        self.pool: Pool[object] = Pool("engine", timeout_s=60.0, ping=lambda engine: settled())
+        self.pool: Pool[object] = Pool(
+            "engine",
+            timeout_s=60.0,
+            ping=lambda engine: settled(),
+        )
 
     async def generate(self, of, sample_index, sampling):
         async def write(engine: object) -> object:

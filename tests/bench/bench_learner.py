@@ -225,7 +225,11 @@ def main() -> None:
         choices=[0, 1, 2, 3],
         help="else the faster of 0 and 1",
     )
-    parser.add_argument("--offload", action="store_true", help="keep the optimiser in host memory")
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the optimiser in host memory",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

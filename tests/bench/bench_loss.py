@@ -117,7 +117,11 @@ def loss_of(case: Case, hidden: Tensor, weight: Tensor, tokens: LossTokens) -> T
 
 def make_inputs(case: Case) -> tuple[Tensor, Tensor, LossTokens]:
     torch.manual_seed(0)
-    randn = functools.partial(torch.randn, dtype=getattr(torch, case.dtype), device=case.device)
+    randn = functools.partial(
+        torch.randn,
+        dtype=getattr(torch, case.dtype),
+        device=case.device,
+    )
     hidden = randn(case.t, case.d).requires_grad_()
     weight = (0.05 * randn(case.v, case.d)).requires_grad_()
     return hidden, weight, make_tokens(case.t, case.v, case.device)
@@ -231,7 +235,12 @@ def measure_growth(like: Case, v: int, sizes: tuple[int, ...], threads: int) -> 
         show(case, found)
         extra.append(found.extra_bytes)
 
-    line = verdict("extra memory grows by", max(extra) / min(extra) - 1.0, FLATNESS, at_most=True)
+    line = verdict(
+        "extra memory grows by",
+        max(extra) / min(extra) - 1.0,
+        FLATNESS,
+        at_most=True,
+    )
 
     return f"{like.dtype}, V = {v:,}, T = {sizes[0]:,} to {sizes[-1]:,}: {line}"
 
@@ -262,7 +271,12 @@ def measure_ratios(like: Case, v: int, t: int, rounds: int, threads: int) -> lis
             MEMORY_RATIO,
             at_most=False,
         )
-        seconds = verdict("time ratio", ours.seconds / other.seconds, TIME_RATIO, at_most=True)
+        seconds = verdict(
+            "time ratio",
+            ours.seconds / other.seconds,
+            TIME_RATIO,
+            at_most=True,
+        )
         lines += [
             f"{where}: {memory}",
             f"{where}: {seconds}; of CPU time {ours.cpu_seconds / other.cpu_seconds:.3g}",
@@ -280,7 +294,11 @@ def main() -> None:
         action="store_true",
         help="a glance, on small sizes; not the bars",
     )
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+    )
     parser.add_argument(
         "--bars",
         nargs="+",
@@ -295,7 +313,12 @@ def main() -> None:
         help="hidden size; that of SmolLM2-135M by default",
     )
     parser.add_argument("--chunk-tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2, help="of alternating processes to a ratio")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=2,
+        help="of alternating processes to a ratio",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

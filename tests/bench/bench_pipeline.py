@@ -239,7 +239,12 @@ def cost_s(load: Load, total: int) -> float:
     async def drive() -> None:
         roles = OneByOne(load.num_tokens)
         batches = total // load.batch
-        line = pipeline(roles, batch=load.batch, batches=batches, max_staleness=load.max_staleness)
+        line = pipeline(
+            roles,
+            batch=load.batch,
+            batches=batches,
+            max_staleness=load.max_staleness,
+        )
         async for _ in line.steps(0):
             pass
 
@@ -304,7 +309,12 @@ def alone(engine: Engine, steps: int, speed: float, *, whole_batches: bool) -> f
         for first in range(0, engine.batch * steps, size):
             issues = range(first, first + size)
             sampling = {
-                issue: order.sampling(issue, temperature=1.0, max_tokens=100) for issue in issues
+                issue: order.sampling(
+                    issue,
+                    temperature=1.0,
+                    max_tokens=100,
+                )
+                for issue in issues
             }
             await asyncio.gather(
                 *(roles.generate(*order.at(i), how) for i, how in sampling.items())

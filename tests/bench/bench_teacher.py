@@ -102,7 +102,12 @@ async def pool(llm: AsyncLLM, sequences: Sequences) -> None:
 
 
 async def read_prompts(llm: AsyncLLM, sequences: Sequences) -> None:
-    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=K, detokenize=False)
+    sampling = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=K,
+        detokenize=False,
+    )
 
     async def one(ids: list[int]) -> None:
         request = TokensPrompt(prompt_token_ids=ids)

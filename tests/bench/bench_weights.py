@@ -71,7 +71,11 @@ async def write(engine: VllmRolloutEngine, seed: int, ticks: list[float]) -> Non
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    async for _ in engine._llm.generate(TokensPrompt(prompt_token_ids=ids), sampling, f"r{seed}"):
+    async for _ in engine._llm.generate(
+        TokensPrompt(prompt_token_ids=ids),
+        sampling,
+        f"r{seed}",
+    ):
         ticks.append(time.monotonic())
 
 

@@ -121,13 +121,25 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, names: list[str]
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("changed")
-    return write_models(directory, "qwen3", "llama", vocabulary=VOCABULARY, layers=1, hidden=62)
+    return write_models(
+        directory,
+        "qwen3",
+        "llama",
+        vocabulary=VOCABULARY,
+        layers=1,
+        hidden=62,
+    )
 
 
 @pytest.fixture(scope="module")
 def seen(request: pytest.FixtureRequest, root: Path) -> dict[str, Any]:
     names = {name for pair in asked_for(request, "of", "case") for name in pair}
-    run_gang(root, 2, __file__, sorted(names | {name for (name,) in asked_for(request, "case")}))
+    run_gang(
+        root,
+        2,
+        __file__,
+        sorted(names | {name for (name,) in asked_for(request, "case")}),
+    )
     return read_seen(root, 2)[0]
 
 

@@ -318,7 +318,12 @@ def test_an_export_that_fails_leaves_what_was_there(root, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "older").touch()
     with pytest.raises((OSError, ValueError)):
-        write_student(tmp_path / "hf", model, model.state_dict(), source=tmp_path / "no-tokenizer")
+        write_student(
+            tmp_path / "hf",
+            model,
+            model.state_dict(),
+            source=tmp_path / "no-tokenizer",
+        )
 
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert list(files_of(tmp_path / "hf")) == ["older"]

@@ -45,7 +45,13 @@ def make_batch(number: int) -> PackedBatch:
         )
         for index in range(4)
     ]
-    return pack_batch(list(map(store, scored)), steps=1, ranks=RANKS, token_budget=64, alpha=1.0)
+    return pack_batch(
+        list(map(store, scored)),
+        steps=1,
+        ranks=RANKS,
+        token_budget=64,
+        alpha=1.0,
+    )
 
 
 def run_rank(rank: int, world_size: int, port: int, root: Path, cases: list[Any]) -> None:

@@ -163,7 +163,12 @@ async def test_the_signal_equals_the_oracle_and_its_bounds_hold_the_entropy(
         assert isinstance(result, Stored), result
         said, rows, tokens = result.body.signal, np.arange(len(logprobs)), stored.body.response_ids
         ordered = -np.sort(-logprobs, axis=1)
-        np.testing.assert_allclose(said.token_logprobs, logprobs[rows, tokens], rtol=0, atol=5e-5)
+        np.testing.assert_allclose(
+            said.token_logprobs,
+            logprobs[rows, tokens],
+            rtol=0,
+            atol=5e-5,
+        )
         np.testing.assert_allclose(said.topk_logprobs, ordered[:, :top_k], rtol=0, atol=5e-5)
         np.testing.assert_allclose(
             logprobs[rows[:, None], said.topk_ids], ordered[:, :top_k], rtol=0, atol=5e-5

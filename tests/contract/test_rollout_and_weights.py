@@ -99,7 +99,13 @@ async def test_weights_move_in_flight_and_every_token_names_its_version(engine):
     await asyncio.sleep(0.3)
     stats = await channel.publish(sender.held)
     spanning = (await long).body
-    after = (await engine.generate(one, 1, Sampling(temperature=0.7, max_tokens=40, seed=12))).body
+    after = (
+        await engine.generate(
+            one,
+            1,
+            Sampling(temperature=0.7, max_tokens=40, seed=12),
+        )
+    ).body
     assert condemned == []
     assert stats.num_bytes == sum(p.numel() * 4 for p in new.parameters())
     assert (after.policy_versions == 1).all()

@@ -104,7 +104,11 @@ async def whole(tiny_model, tmp_path_factory):
     top_k = AutoModelForCausalLM.from_pretrained(model).config.vocab_size
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(extension)
-        scorer = await VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS)
+        scorer = await VllmTeacherScorer.start(
+            config,
+            top_k=top_k,
+            max_sequence_tokens=MAX_TOKENS,
+        )
 
     yield scorer, config
     await scorer.close()
@@ -123,7 +127,11 @@ async def mapped(tmp_path_factory):
         vllm=SMALL,
     )
     top_k = len(tokenizer) + PADDING_ROWS
-    scorer = await VllmTeacherScorer.start(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS)
+    scorer = await VllmTeacherScorer.start(
+        config,
+        top_k=top_k,
+        max_sequence_tokens=MAX_TOKENS,
+    )
     yield scorer, config
     await scorer.close()
 
@@ -221,7 +229,11 @@ async def test_a_teacher_reads_its_own_end_token_and_answers_with_the_students(m
     )
     targets = expected[range(4), stored.body.response_ids]
     np.testing.assert_allclose(np.exp(signal.token_logprobs), targets, atol=1e-6)
-    np.testing.assert_allclose(signal.entropy.entropy, -(probs * np.log(probs)).sum(1), atol=1e-4)
+    np.testing.assert_allclose(
+        signal.entropy.entropy,
+        -(probs * np.log(probs)).sum(1),
+        atol=1e-4,
+    )
 
 
 async def test_a_good_teacher_passes_its_self_test(chunked):
@@ -358,7 +370,12 @@ async def test_the_arithmetic_is_exact_at_any_depth(name, top_k):
     targets = np.arange(len(logits))
     out = torch.empty(len(logits), num_columns(top_k))
     score_logits(torch.tensor(logits), torch.tensor(targets), top_k, out=out)
-    signal = read_signal(out.numpy(), teacher="t", num_response_tokens=len(logits), top_k=top_k)
+    signal = read_signal(
+        out.numpy(),
+        teacher="t",
+        num_response_tokens=len(logits),
+        top_k=top_k,
+    )
     logprobs = torch.log_softmax(torch.tensor(logits).double(), -1).numpy()
     worst = deviations(signal, targets, logprobs)
     assert max(worst.values()) < 1e-4, worst
@@ -399,7 +416,11 @@ async def test_missing_rows_raise_and_warm_up_does_not():
     )
     assert (len(rows), targets.tolist()) == (3, [1, 2, 3])
     with pytest.raises(RuntimeError, match="needs one more"):
-        head._response_rows(hidden, ids, PoolingParams(extra_kwargs={head.RESPONSE_TOKENS: 4}))
+        head._response_rows(
+            hidden,
+            ids,
+            PoolingParams(extra_kwargs={head.RESPONSE_TOKENS: 4}),
+        )
 
     rows, targets = head._response_rows(hidden, ids[:1], PoolingParams())
     assert (len(rows), len(targets)) == (1, 1)

@@ -115,7 +115,13 @@ CASES = {
     ),
     "starcoder2, by way of transformers": Case(Starcoder2Config(**SIZES, sliding_window=None)),
     "cohere, scaled": Case(CohereConfig(**SIZES, logit_scale=0.25)),
-    "granite, scaled": Case(GraniteConfig(**SIZES, logits_scaling=3.0, tie_word_embeddings=False)),
+    "granite, scaled": Case(
+        GraniteConfig(
+            **SIZES,
+            logits_scaling=3.0,
+            tie_word_embeddings=False,
+        )
+    ),
 }
 
 
@@ -137,7 +143,11 @@ def write(case: Case, directory: Path) -> Path:
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # the engine replaces it
+    monkeypatch.setattr(
+        torch,
+        "set_num_threads",
+        torch.set_num_threads,
+    )  # the engine replaces it
 
 
 @contextmanager
@@ -406,5 +416,9 @@ def test_a_prefill_preempted_in_the_middle_gives_the_same_signal(tmp_path, monke
 
     assert max(computed) > 0
     model = load(config.model, torch.float32)
-    found = worst_errors(signals, batch, [oracle(model, stored.body, 1.0) for stored in batch])
+    found = worst_errors(
+        signals,
+        batch,
+        [oracle(model, stored.body, 1.0) for stored in batch],
+    )
     assert max(found.values()) < 5e-5, found

@@ -223,7 +223,11 @@ async def hang_up(served, request) -> None:
     """Ask, and close the connection before there is an answer."""
     async with httpx.AsyncClient(headers=served.client.headers) as client:
         with pytest.raises(httpx.ReadTimeout):
-            await client.post(served.client.base_url.join(SCORE_PATH), json=request, timeout=1.0)
+            await client.post(
+                served.client.base_url.join(SCORE_PATH),
+                json=request,
+                timeout=1.0,
+            )
 
 
 def test_scores_are_exact_and_a_stop_finishes_what_is_in_flight(start, model, monkeypatch):
@@ -247,7 +251,14 @@ def test_scores_are_exact_and_a_stop_finishes_what_is_in_flight(start, model, mo
         response_ids = rng.integers(vocab, size=num_response).tolist()
         answer = served.score(prompt_ids, response_ids)
         signal = read(answer, num_response)
-        assert worst_error(signal, response_ids, oracle(model, prompt_ids, response_ids)) < 5e-5
+        assert (
+            worst_error(
+                signal,
+                response_ids,
+                oracle(model, prompt_ids, response_ids),
+            )
+            < 5e-5
+        )
         assert answer.headers["content-type"] == MEDIA_TYPE
 
     bits = write_signal(signal).tobytes()

@@ -23,7 +23,11 @@ async def assert_serves(
     engine: VllmRolloutEngine, model: PreTrainedModel, version: PolicyVersion
 ) -> None:
     assert await engine.version() == version
-    np.testing.assert_allclose(await engine.probe(PROBE), logprobs_of(model, PROBE), atol=2e-4)
+    np.testing.assert_allclose(
+        await engine.probe(PROBE),
+        logprobs_of(model, PROBE),
+        atol=2e-4,
+    )
     prompt = fakes.prompt("p", PROBE[:9])
     written = (
         await engine.generate(prompt, 0, Sampling(temperature=0.7, max_tokens=5, seed=1))

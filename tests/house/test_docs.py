@@ -104,7 +104,11 @@ def test_commands_in_code_blocks_exist(page):
 @pages
 def test_make_verbs_in_code_blocks_exist(page):
     verbs = set(
-        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        re.findall(
+            r"^([a-z]+):",
+            (ROOT / "Makefile").read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
     )
     code = code_of(page.read_text(encoding="utf-8"))
     assert set(re.findall(r"(?:^|&& )make ([a-z]+)", code, re.MULTILINE)) <= verbs

@@ -63,7 +63,11 @@ def test_the_schema_is_one_of_the_draft_that_editors_know():
     jsonschema.Draft7Validator.check_schema(SCHEMA)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "configs").glob("*.yaml")),
+    ids=lambda p: p.name,
+)
 def test_every_recipe_names_the_schema_and_is_free_of_marks(path):
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# yaml-language-server: $schema=schema.json\n")

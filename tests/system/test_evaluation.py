@@ -113,7 +113,13 @@ def test_the_best_checkpoint_stays_and_is_exported(evaluated, program):
     assert checkpoints == [f"step-{step:06d}" for step in kept]
     assert f"best checkpoint: step {best}, sentences/avg_at_n" in output
 
-    made = program.run("export", str(directory), "--best", "--output", str(directory / "made"))
+    made = program.run(
+        "export",
+        str(directory),
+        "--best",
+        "--output",
+        str(directory / "made"),
+    )
     assert made.returncode == 0, made.stderr
     assert weights(directory / "made") == weights(directory / "hf-best")
     assert (weights(directory / "hf") == weights(directory / "hf-best")) == (best == 22)

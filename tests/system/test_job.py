@@ -50,7 +50,13 @@ def head(tmp_path, program):
     ]
 
     with (tmp_path / "head.log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         yield env
         process.terminate()
         process.wait(timeout=60)
@@ -90,7 +96,12 @@ def test_a_submitted_job_finds_the_functions_of_its_working_directory(program, h
 
 @pytest.mark.slow
 def test_a_submitted_job_trains(program, head):
-    arguments = program.train("job", "run.batches=3", "evaluation.prompts=4", "cluster.cpus=null")
+    arguments = program.train(
+        "job",
+        "run.batches=3",
+        "evaluation.prompts=4",
+        "cluster.cpus=null",
+    )
 
     submit(head, ROOT, *arguments)
 

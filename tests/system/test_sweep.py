@@ -103,7 +103,14 @@ def test_a_fork_goes_on_under_another_rate_with_a_fresh_optimiser(swept, program
     parent = swept[0] / "gate-hard-seed-1"
     before = (parent / "metrics.jsonl").read_bytes()
     settings = ["--set", "learner.lr=5.0e-4", "--set", "run.batches=4"]
-    done = program.run("fork", str(parent), "--name", "forked", *settings, "--fresh-optimizer")
+    done = program.run(
+        "fork",
+        str(parent),
+        "--name",
+        "forked",
+        *settings,
+        "--fresh-optimizer",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "goes on from step 2 of gate-hard-seed-1; optimiser fresh" in done.stdout
     assert "from step 3: learner.lr 0.002 -> 0.0005" in done.stdout + done.stderr

@@ -193,7 +193,11 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(Path, "rename", lambda self, to: (seen.append("rename"), rename(self, to)))
+    monkeypatch.setattr(
+        Path,
+        "rename",
+        lambda self, to: (seen.append("rename"), rename(self, to)),
+    )
     write(tmp_path / "checkpoints", 1, save=save)
     partial = "checkpoints/.step-000001.partial"
     assert seen[-2:] == ["rename", "checkpoints"]

@@ -304,7 +304,11 @@ def test_the_summary_tells_where_the_teacher_is_sure_and_which_prompts_are_near_
 
 
 def test_the_summary_of_an_interrupted_run_has_no_after() -> None:
-    summary = replace(SUMMARY, status="interrupted", held_out=replace(SUMMARY.held_out, after=None))
+    summary = replace(
+        SUMMARY,
+        status="interrupted",
+        held_out=replace(SUMMARY.held_out, after=None),
+    )
     cells = [line.split() for line in summary_lines(summary, [])]
     assert ["forward", "KL", "(nats)", "3.900", "±", "0.200", "-", "-"] in cells
 
@@ -325,7 +329,15 @@ def status_of(
     status: str, summary: Summary | None, rows: list[dict[str, float]], advice: str | None = None
 ) -> list[str]:
     terminal = Terminal(interactive=False)
-    print_status("demo", status, summary, rows, batches=40, advice=advice, output=terminal.output)
+    print_status(
+        "demo",
+        status,
+        summary,
+        rows,
+        batches=40,
+        advice=advice,
+        output=terminal.output,
+    )
     return terminal.lines()
 
 

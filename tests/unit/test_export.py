@@ -15,7 +15,11 @@ from eopd.models.tiny import build_model, train_tokenizer, write_model
 @pytest.fixture
 def source(tmp_path):
     tokenizer = train_tokenizer(["a few words to cut into pieces"], 280)
-    return write_model(tmp_path / "source", build_model("qwen3", tokenizer, seed=0), tokenizer)
+    return write_model(
+        tmp_path / "source",
+        build_model("qwen3", tokenizer, seed=0),
+        tokenizer,
+    )
 
 
 def export(source, target):

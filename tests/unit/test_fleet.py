@@ -356,7 +356,11 @@ class Teacher:
     async def score(self, stored):
         match stored.header.key.prompt_id:
             case "bad":
-                return fakes.lost(PROMPT, reason=LostReason.TEACHER_FAILED, detail="not finite")
+                return fakes.lost(
+                    PROMPT,
+                    reason=LostReason.TEACHER_FAILED,
+                    detail="not finite",
+                )
             case "slow":
                 await asyncio.sleep(3600)
             case "killed":

@@ -33,7 +33,13 @@ SIZES = {
 
 
 def model(*, tied: bool) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=24, tie_word_embeddings=tied))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **SIZES,
+            intermediate_size=24,
+            tie_word_embeddings=tied,
+        )
+    )
 
 
 def header(prompt: int = PROMPT, response: int = LOSS_TOKENS) -> Header:

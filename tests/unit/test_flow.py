@@ -53,7 +53,12 @@ class QuickWorld(World):
 
 
 def pipeline(world: QuickWorld, **plan: object) -> Pipeline:
-    return fakes.pipeline(world, of=fakes.order(prompts=100, samples=4), max_attempts=9, **plan)
+    return fakes.pipeline(
+        world,
+        of=fakes.order(prompts=100, samples=4),
+        max_attempts=9,
+        **plan,
+    )
 
 
 def queues(line: Pipeline) -> dict[str, int]:
@@ -122,7 +127,12 @@ async def test_the_wait_of_a_step_is_put_down_to_who_was_waited_for(slow, waited
 
 
 async def test_a_step_tells_when_somebody_wrote_and_when_somebody_scored():
-    line = pipeline(QuickWorld(write_s=0.03, score_s=0.02), batch=4, batches=3, max_staleness=0)
+    line = pipeline(
+        QuickWorld(write_s=0.03, score_s=0.02),
+        batch=4,
+        batches=3,
+        max_staleness=0,
+    )
     async for done in line.steps(0):
         assert len(done.trained) == 4
         for stage in ("generate", "score"):
@@ -159,7 +169,14 @@ async def test_a_batch_that_is_ready_was_not_waited_for():
 
     rows = [
         row
-        async for row in fakes.rows(pipeline(SlowLearner(), batch=4, batches=4, max_staleness=1))
+        async for row in fakes.rows(
+            pipeline(
+                SlowLearner(),
+                batch=4,
+                batches=4,
+                max_staleness=1,
+            )
+        )
     ]
     for row in rows[1:]:
         assert row["eopd_wait_rollout_seconds"] == 0.0 <= row["eopd_wait_teacher_seconds"] < 0.02

@@ -146,7 +146,12 @@ def test_keys_that_end_alike_are_written_out(path):
     ],
 )
 def test_an_arm_that_is_wrong_or_no_other_is_named(path, grid, message):
-    found = refusal(plan_runs, path, ["learner.lr=1e-4"] if "x" in grid else [], read_grids([grid]))
+    found = refusal(
+        plan_runs,
+        path,
+        ["learner.lr=1e-4"] if "x" in grid else [],
+        read_grids([grid]),
+    )
     assert found.startswith(message), found
 
 

@@ -37,7 +37,11 @@ def answer_log_probs(directory: Path, text: str) -> torch.Tensor:
     """[R + 1, V]: before each token of an answer to "Hello." and after the last."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     message = [{"role": "user", "content": "Hello."}]
-    prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    prompt = tokenizer.apply_chat_template(
+        message,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
 
     model = AutoModelForCausalLM.from_pretrained(directory)
     ids = torch.tensor([prompt + tokenizer(text).input_ids])

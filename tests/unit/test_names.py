@@ -163,7 +163,15 @@ def test_a_name_without_revision_keeps_the_commit_of_the_run_that_goes_on(config
 def test_a_commit_that_is_named_is_not_replaced(monkeypatch):
     monkeypatch.setattr("eopd.preflight.pinning.model_directory", lambda spec, weights: None)
     before = {"MODEL": f"org/name@{COMMIT}", "DATA": f"org/data@{COMMIT}"}
-    assert pin_model("MODEL", f"org/name@{OTHER}", before, weights=True) == f"org/name@{OTHER}"
+    assert (
+        pin_model(
+            "MODEL",
+            f"org/name@{OTHER}",
+            before,
+            weights=True,
+        )
+        == f"org/name@{OTHER}"
+    )
     assert pin_data("DATA", f"org/data@{OTHER}:train", before) == f"org/data@{OTHER}:train"
 
 

@@ -164,7 +164,11 @@ def test_a_template_without_system_messages_is_one_message(file, system, fault):
 
 @pytest.fixture
 def two(tmp_path):
-    first = write(tmp_path / "a.jsonl", {"prompt": "a", "id": 7, "source": "own"}, {"prompt": "b"})
+    first = write(
+        tmp_path / "a.jsonl",
+        {"prompt": "a", "id": 7, "source": "own"},
+        {"prompt": "b"},
+    )
     second = write(tmp_path / "b.jsonl", {"question": "cc"}, {"question": "dd", "id": 7})
     return [first, {"data": second, "source": "web", "columns": {"prompt": "question"}}]
 

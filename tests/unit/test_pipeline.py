@@ -148,7 +148,11 @@ class Poisoned(FakeWorld):
         key = stored.header.key
         if key.prompt_id in self.poison:
             self.tried[key] += 1
-            return LostTrajectory(key=key, reason=LostReason.TEACHER_FAILED, detail="not finite")
+            return LostTrajectory(
+                key=key,
+                reason=LostReason.TEACHER_FAILED,
+                detail="not finite",
+            )
 
         return await super().score(stored)
 
@@ -197,7 +201,11 @@ class Picky(FakeWorld):
         key = stored.header.key
         self.asked[key] += 1
         if key.prompt_id in self.unwanted:
-            return LostTrajectory(key=key, reason=LostReason.FILTERED, detail="my:keep said no")
+            return LostTrajectory(
+                key=key,
+                reason=LostReason.FILTERED,
+                detail="my:keep said no",
+            )
 
         return await super().score(stored)
 

@@ -6,7 +6,13 @@ from eopd.run.progress import Progress
 
 
 def test_a_lost_learner_rolls_back_as_another_incarnation():
-    progress = Progress(step=9, tokens=90, trajectories=72, skipped_steps=2, wall_before_s=100.0)
+    progress = Progress(
+        step=9,
+        tokens=90,
+        trajectories=72,
+        skipped_steps=2,
+        wall_before_s=100.0,
+    )
     state = DriverState(
         step=5,
         tokens=50,

@@ -321,7 +321,12 @@ def test_a_template_without_a_column_is_noted(tmp_path):
         ("{% if prompt %}a{% endif %}", 0),
     ):
         taught = {"math": view(template)}
-        found = PromptSet.load(write(tmp_path, *rows), config(), WordTokenizer(), taught.get).notes
+        found = PromptSet.load(
+            write(tmp_path, *rows),
+            config(),
+            WordTokenizer(),
+            taught.get,
+        ).notes
         assert (
             found
             == (

@@ -39,13 +39,23 @@ def rows() -> list[dict[str, dict[str, object]]]:
 def read(rows: list, top_k: int = K, sampled: np.ndarray = SAMPLED, size: int = VOCAB):
     body = json.dumps({"choices": [{"prompt_logprobs": rows}]})
     (choice,) = remote._parse(remote._Completion, body.encode(), "t").choices
-    return read_rows(choice.prompt_logprobs, sampled, teacher="t", top_k=top_k, vocab_size=size)
+    return read_rows(
+        choice.prompt_logprobs,
+        sampled,
+        teacher="t",
+        top_k=top_k,
+        vocab_size=size,
+    )
 
 
 def test_every_part_comes_to_its_place(rows):
     signal = read(rows)
     assert signal.teacher == "t"
-    np.testing.assert_allclose(np.exp(signal.token_logprobs), PROBS[range(3), SAMPLED], rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(signal.token_logprobs),
+        PROBS[range(3), SAMPLED],
+        rtol=1e-5,
+    )
     np.testing.assert_allclose(
         np.exp(signal.topk_logprobs),
         -np.sort(-PROBS, axis=1)[:, :K],
@@ -127,7 +137,11 @@ def without(rows: list, token: int) -> list:
         ("outside the vocabulary of 11", lambda rows: change(without(rows, TOP[1, 0]), 11, -0.5)),
         (
             "broken token id",
-            lambda rows: change(without(rows, TOP[1, 0]), -1, float(np.log(PROBS[1, TOP[1, 0]]))),
+            lambda rows: change(
+                without(rows, TOP[1, 0]),
+                -1,
+                float(np.log(PROBS[1, TOP[1, 0]])),
+            ),
         ),
         ("probability one", lambda rows: change(rows, TOP[1, 0], 0.0)),
     ],

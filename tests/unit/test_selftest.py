@@ -130,7 +130,11 @@ async def test_merged_end_tokens_pass():
 BROKEN: dict[str, tuple[str, Change]] = {
     "unsorted": (
         "mass",
-        lambda s: replace(s, topk_logprobs=s.topk_logprobs[:, ::-1], topk_ids=s.topk_ids[:, ::-1]),
+        lambda s: replace(
+            s,
+            topk_logprobs=s.topk_logprobs[:, ::-1],
+            topk_ids=s.topk_ids[:, ::-1],
+        ),
     ),
     "a candidate twice": ("mass", lambda s: replace(s, topk_ids=s.topk_ids[:, [0, 0, 1, 2, 3]])),
     "a tail too heavy": (

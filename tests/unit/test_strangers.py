@@ -18,7 +18,13 @@ SECRET = "0123456789abcdef"
 
 
 def listener(store, timeout_s: float = 5.0) -> Lifeline:
-    return Lifeline.open(store, address="127.0.0.1", rank=0, secret=SECRET, timeout_s=timeout_s)
+    return Lifeline.open(
+        store,
+        address="127.0.0.1",
+        rank=0,
+        secret=SECRET,
+        timeout_s=timeout_s,
+    )
 
 
 def member(store, rank: int, secret: str = SECRET) -> Lifeline:

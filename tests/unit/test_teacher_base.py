@@ -36,7 +36,12 @@ class Fake(SignalScorer):
 
     async def signal(self, prompt_ids, response_ids):
         self.asked.append(
-            base.whole_sequence(self._name, self._vocab_size, prompt_ids, response_ids).tolist()
+            base.whole_sequence(
+                self._name,
+                self._vocab_size,
+                prompt_ids,
+                response_ids,
+            ).tolist()
         )
         if self.error is not None:
             raise self.error

@@ -111,7 +111,14 @@ async def test_a_function_gives_any_number(functions, model):
     verifier = Verifier(Reward(function=functions + "score", options={"scale": 0.5}), model)
 
     try:
-        header = await rewarded(verifier, answered(model, "a b", {"words": ["a", "b", "x", "y"]}))
+        header = await rewarded(
+            verifier,
+            answered(
+                model,
+                "a b",
+                {"words": ["a", "b", "x", "y"]},
+            ),
+        )
     finally:
         verifier.close()
 

@@ -83,7 +83,11 @@ def test_a_token_that_only_the_teacher_s_head_has_is_named(tmp_path):
         require_same_vocabulary(student, model_directory(tmp_path / "teacher"), {})
 
     assert f"token {last} {token!r}" in str(refused.value)
-    shared = require_same_vocabulary(student, model_directory(tmp_path / "small", rows=last), {})
+    shared = require_same_vocabulary(
+        student,
+        model_directory(tmp_path / "small", rows=last),
+        {},
+    )
     assert shared.num_ids == num_tokens(student) == last  # neither can name it
 
 

@@ -81,7 +81,11 @@ def weigh(bodies, *, bound="mid", rewards=None, **loss):
         header_of(one, reward)
         for one, reward in zip(bodies, rewards or [None] * len(bodies), strict=True)
     ]
-    weigher = Weigher(loss=LossConfig(**loss), entropy_bounds={"t": bound, "u": bound}, seed=3)
+    weigher = Weigher(
+        loss=LossConfig(**loss),
+        entropy_bounds={"t": bound, "u": bound},
+        seed=3,
+    )
     weightings = weigher(list(map(Stored, headers, bodies)))
     assert list(weightings) == [header.key for header in headers]
     return headers, list(weightings.values())

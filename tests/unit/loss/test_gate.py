@@ -27,9 +27,17 @@ def test_gates_by_hand():
     assert gate_weights(ENTROPY, HardGate(tau=1.0)).tolist() == [0, 1, 0, 0, 0]  # above, not at
     assert gate_weights(ENTROPY, AlwaysGate()).tolist() == [1] * 5
     assert gate_weights(ENTROPY, NeverGate()).tolist() == [0] * 5
-    assert gate_weights(ENTROPY, QuantileGate(top=0.4), threshold=1.0).tolist() == [0, 1, 0, 0, 1]
+    assert gate_weights(
+        ENTROPY,
+        QuantileGate(top=0.4),
+        threshold=1.0,
+    ).tolist() == [0, 1, 0, 0, 1]
     draws = torch.tensor([0.0, 0.3, 0.29, 0.9, 0.1], dtype=torch.float64)
-    assert gate_weights(ENTROPY, RandomGate(rate=0.3), draws_T=draws).tolist() == [1, 0, 1, 0, 1]
+    assert gate_weights(
+        ENTROPY,
+        RandomGate(rate=0.3),
+        draws_T=draws,
+    ).tolist() == [1, 0, 1, 0, 1]
     sigmoid = gate_weights(ENTROPY, SigmoidGate(tau=0.8, scale=0.2)).tolist()
     assert sigmoid == pytest.approx(
         [1 / (1 + math.exp(-(h - 0.8) / 0.2)) for h in ENTROPY.tolist()], rel=1e-5
@@ -96,7 +104,15 @@ def test_gates_that_need_more_say_so():
         gate_weights(ENTROPY, RandomGate())
 
 
-@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=60, unique=True), st.floats(0.01, 1.0))
+@given(
+    st.lists(
+        st.integers(0, 10_000),
+        min_size=1,
+        max_size=60,
+        unique=True,
+    ),
+    st.floats(0.01, 1.0),
+)
 def test_quantile_opens_the_asked_share(values, top):
     entropies = torch.tensor(values, dtype=torch.float32)
     threshold = quantile_threshold(entropies, top)

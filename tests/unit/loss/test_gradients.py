@@ -25,7 +25,11 @@ def on_logits(case, signal, student, teacher, *, k, targets=None):
     """
     t, v = student.shape
     targets = torch.zeros(t, dtype=torch.long) if targets is None else targets
-    base = replace(case(0, t=t, v=v, k=k), hidden=student, weight=torch.eye(v, dtype=student.dtype))
+    base = replace(
+        case(0, t=t, v=v, k=k),
+        hidden=student,
+        weight=torch.eye(v, dtype=student.dtype),
+    )
 
     return base.with_tokens(
         loss_mask_T=torch.ones(t, dtype=torch.bool),
@@ -44,7 +48,11 @@ def two_models(t=5, v=9):
 def test_closed_form_of_the_tail_gradient(k, case, signal, run):
     """p_j - q_j on the candidates, p_j (m - P) / (1 - P) off them."""
     student, teacher = two_models()
-    gradient = run(on_logits(case, signal, student, teacher, k=k), config(), num=1)[0].gradients[0]
+    gradient = run(
+        on_logits(case, signal, student, teacher, k=k),
+        config(),
+        num=1,
+    )[0].gradients[0]
     p, q = student.softmax(-1), teacher.softmax(-1)
     inside = torch.zeros_like(p, dtype=torch.bool).scatter(1, teacher.topk(k).indices, True)
     mass_q, mass_p = (q * inside).sum(1, keepdim=True), (p * inside).sum(1, keepdim=True)
@@ -119,9 +127,11 @@ def test_changing_the_teacher_changes_the_gradient(forward, reverse, case, signa
     student, teacher = two_models()
     alpha = 1.0 if reverse == "none" else 0.0
     one, other = (
-        run(on_logits(case, signal, student, logits, k=4), config(forward, reverse), alpha=alpha)[
-            0
-        ].gradients[0]
+        run(
+            on_logits(case, signal, student, logits, k=4),
+            config(forward, reverse),
+            alpha=alpha,
+        )[0].gradients[0]
         for logits in (teacher, teacher + torch.eye(*teacher.shape, dtype=torch.float64))
     )
     assert ((one - other).abs().amax(1) > 1e-3).all()
@@ -133,7 +143,11 @@ def test_gate_and_forward_kl_speak_of_the_same_token(case, signal, run):
         gate_T=torch.tensor([0.0, 1.0, 0.0, 0.5, 0.0])
     )
     gradient = run(gated, config(), num=1)[0].gradients[0]
-    ungated = run(on_logits(case, signal, student, teacher, k=4), config(), num=1)[0].gradients[0]
+    ungated = run(
+        on_logits(case, signal, student, teacher, k=4),
+        config(),
+        num=1,
+    )[0].gradients[0]
     torch.testing.assert_close(gradient, gated.tokens.gate_T[:, None] * ungated)
 
 
@@ -161,7 +175,13 @@ def test_truncated_goes_negative_and_is_not_clamped(case, signal, run):
 def test_renormalized_is_never_negative_and_above_truncated_for_a_small_mass():
     g = torch.Generator().manual_seed(0)
     log_p, log_q = (
-        torch.randn(500, 6, generator=g, dtype=torch.float64).log_softmax(-1) for _ in range(2)
+        torch.randn(
+            500,
+            6,
+            generator=g,
+            dtype=torch.float64,
+        ).log_softmax(-1)
+        for _ in range(2)
     )
     assert (renormalized(log_p, log_q) >= 0).all()
     assert (truncated(log_p, log_q) < 0).any()
@@ -200,7 +220,11 @@ def test_freed_slots_are_ignored_whatever_their_id(case, run, oracle):
     merged = torch.logaddexp(logprobs[:, 1], logprobs[:, 4])
     fewer = full.with_tokens(
         teacher_topk_ids_TK=ids[:, :4],
-        teacher_topk_logprobs_TK=logprobs[:, :4].index_copy(1, torch.tensor([1]), merged[:, None]),
+        teacher_topk_logprobs_TK=logprobs[:, :4].index_copy(
+            1,
+            torch.tensor([1]),
+            merged[:, None],
+        ),
     )
 
     for freed in (ids[:, 1], torch.full((8,), -1), torch.full((8,), 999)):

@@ -36,13 +36,22 @@ def gated(case, loss_config):
 
 
 def assert_same(ours, theirs, tolerance=1e-11):
-    torch.testing.assert_close(ours.loss.double(), theirs.loss, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        ours.loss.double(),
+        theirs.loss,
+        rtol=tolerance,
+        atol=tolerance,
+    )
     for one, other in zip(ours.gradients, theirs.gradients, strict=True):
         assert one.isfinite().all()
         worst = (one.double() - other.double()).abs().max().item() if other.numel() else 0.0
         assert worst <= tolerance * max(1.0, other.abs().max().item() if other.numel() else 0.0)
 
-    assert ours.metrics == pytest.approx(theirs.metrics, rel=tolerance * 10, abs=tolerance * 10)
+    assert ours.metrics == pytest.approx(
+        theirs.metrics,
+        rel=tolerance * 10,
+        abs=tolerance * 10,
+    )
 
 
 @pytest.mark.parametrize(
