@@ -50,10 +50,10 @@ def settings(options: argparse.Namespace) -> list[str]:
 
 def show(name: str, rows: list[dict[str, float]]) -> float:
     """Prints what steps took, in the middle; returns it."""
-    middle = {
-        part: statistics.median(row[f"eopd_{part}_seconds"] for row in rows)
-        for part in ("step", *PARTS)
-    }
+    middle = {}
+    for part in ("step", *PARTS):
+        middle[part] = statistics.median(row[f"eopd_{part}_seconds"] for row in rows)
+
     waited = statistics.median(row["eopd_eval_wait_seconds"] for row in rows)
     parts = ", ".join(f"{part} {middle[part]:.2f}" for part in PARTS)
     sys.stdout.write(

@@ -30,18 +30,24 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run(program):
-    """A run that has every metric: asynchronous, rewarded, probed at every sync, with a peak
-    rate.
+    """A run that has every metric: asynchronous, rewarded, probed at every sync, evaluated, uploaded,
+    with a peak rate.
     """
+    data = "configs/prompts/arithmetic.jsonl"
+    benchmark = f"{{name: sums, data: {data}, grader: math, prompts: 2}}"
     run = Run(
         program,
         "watched",
         "run.batches=3000",
         "rollout.engines=1",
         "learner.ranks=1",
+        f"run.upload=file://{program.runs.parent}/elsewhere",
+        "checkpoint.every=4",
         "evaluation.prompts=2",
+        "evaluation.every=2",
+        f"evaluation.benchmarks=[{benchmark}]",
         "flow={batch_prompts: 4, max_staleness: 1}",
-        "prompts.data=configs/prompts/arithmetic.jsonl",
+        f"prompts.data={data}",
         "loss.reverse_kl={kind: sampled, reward: {function: math, weight: 0.1}}",
         "rollout.samples_per_prompt=2",
         "weights.verify_every=2",

@@ -177,10 +177,9 @@ def test_parts_have_ids_sources_and_columns_of_their_own(two, tmp_path):
     found = load(two)
     told = [(prompt.prompt_id, prompt.source) for prompt in found.prompts]
     assert told == [("0/7", "own"), ("0/2", "default"), ("1/1", "web"), ("1/7", "web")]
-    assert [[prompt.prompt_id for prompt in part] for part in found.parts] == [
-        ["0/7", "0/2"],
-        ["1/1", "1/7"],
-    ]
+    first, second = found.parts
+    assert [prompt.prompt_id for prompt in first] == ["0/7", "0/2"]
+    assert [prompt.prompt_id for prompt in second] == ["1/1", "1/7"]
     assert found.texts == {"0/7": "a", "0/2": "b", "1/1": "cc", "1/7": "dd"}
     assert found.places["1/7"] == f"prompts.data.1: {tmp_path}/b.jsonl:2 (id 7)"
 
