@@ -34,7 +34,7 @@ def run(program):
     with a peak rate.
     """
     data = "configs/prompts/arithmetic.jsonl"
-    benchmark = f"{{name: sums, data: {data}, grader: math, prompts: 2}}"
+    benchmark = f"{{name: sums, data: {data}, grader: math, samples: 2, prompts: 2}}"
     run = Run(
         program,
         "watched",
