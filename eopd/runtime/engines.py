@@ -69,8 +69,8 @@ def engine_fleet(
         Pool(
             "rollout engine",
             timeout_s=rollout.timeout_s,
-            ping=lambda engine: engine.version(),
-        ),  # type: ignore[attr-defined]
+            ping=lambda engine: engine.version(),  # type: ignore[attr-defined]
+        ),
         spawn=processes,
         size=plan.actors,
         count_loss=count_loss,

@@ -59,8 +59,8 @@ def _fleet(
         Pool(
             name,
             timeout_s=teacher.timeout_s,
-            ping=lambda scorer: scorer.ping(),
-        ),  # type: ignore[attr-defined]
+            ping=lambda scorer: scorer.ping(),  # type: ignore[attr-defined]
+        ),
         spawn=processes,
         size=plan.actors,
         count_loss=count_loss,
