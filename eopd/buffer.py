@@ -7,6 +7,9 @@ below ``B (k + 1 - L)`` behind: L = 0 is strict order, and L > 0 lets a slow tra
 for L batches and no longer. (A run that continues with another B counts from the numbers settled so
 far, in place of ``B k``.)
 
+A batch may be taken in parts, while the rest of it is still being written. What is ready among the
+B lowest numbers that are not settled is of the next batch, whatever comes: it may go ahead.
+
     admit ──▶ in flight ──▶ offer ──▶ ready ──▶ take ──▶ taken ──▶ release: trained
                   ▲                     │                  │
                   └─ too stale ◀────────┘                  │
@@ -32,7 +35,7 @@ overtaken for ever.
 
 import asyncio
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from eopd.ledger import Watermark
@@ -55,18 +58,29 @@ class Taken:
     stored: Stored[ScoredTrajectory]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a batch, in the order of issue numbers. ``completes`` the batch where it is the
+    last, or the only one.
+    """
+
+    taken: Sequence[Taken]
+    completes: bool
+
+
 @dataclass(slots=True)
 class Buffer:
     """A buffer holds trajectories between scoring and training.
 
     ``settled`` and ``dropped`` are the ledger's: the numbers that were trained or dropped, and
     those that were dropped. An offer costs the same however many are ready: the learner is woken
-    only when a batch is full.
+    only when a batch is full, or a part of it has ``part_tokens``. With None a batch is one part.
     """
 
     batch: int
     max_staleness: int
     lookahead: int
+    part_tokens: int | None = None
     settled: Watermark = field(default_factory=Watermark)
     dropped: set[int] = field(default_factory=set)
     num_slots_held: int = 0
@@ -79,6 +93,9 @@ class Buffer:
     _dropped_ahead: set[int] = field(init=False)
     # all numbers below are settled, taken or ready
     _next_missing: int = field(init=False)
+    # all numbers below are of the next batch, or settled; and the tokens of those that are ready
+    _next_batch_end: int = field(init=False, default=0)
+    _next_batch_tokens: int = field(init=False, default=0)
     _oldest_allowed: int = field(init=False, default=0)
     _slot_freed: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _take_may_go_on: asyncio.Event = field(init=False, default_factory=asyncio.Event)
@@ -86,6 +103,7 @@ class Buffer:
     def __post_init__(self) -> None:
         self._next_missing = self.settled.floor
         self._dropped_ahead = set(self.dropped)
+        self._look_at_next_batch()
 
     @property
     def num_slots(self) -> int:
@@ -96,6 +114,11 @@ class Buffer:
     def num_ready(self) -> int:
         """Returns how many trajectories are scored, and not yet taken."""
         return len(self._ready)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Returns how many trajectories were admitted, and are not yet scored."""
+        return self.num_slots_held - len(self._ready) - len(self._taken)
 
     @property
     def next_missing(self) -> int:
@@ -131,42 +154,47 @@ class Buffer:
 
         return await offer.outcome
 
-    async def take(self, version: int) -> list[Taken]:
-        """Rejects what is too stale for learner version ``version``, then waits for a full batch.
+    async def take(self, version: int) -> Part | None:
+        """Rejects what is too stale for learner version ``version``, then waits for the next part
+        of a batch.
 
         Returns:
-            A full batch, or nothing once the buffer is closed.
+            A part, or None once the buffer is closed.
         """
         self._reject_older_than(version - self.max_staleness)
         while not self.closed:
             if self._is_full():
-                return [self._take(issue) for issue in self._lowest()]
+                rest = self._lowest(self.batch - len(self._taken))
+                return Part([self._take(issue) for issue in rest], completes=True)
+
+            if self._has_part():
+                return Part([self._take(issue) for issue in self._first_part()], completes=False)
 
             self._take_may_go_on.clear()
             await self._take_may_go_on.wait()
 
-        return []
+        return None
 
-    def put_back(self, lost: Collection[int]) -> None:
-        """Takes back the batch that was taken and not trained: the bodies of ``lost`` are lost, the
+    def put_back(self, part: Part, lost: Collection[int]) -> None:
+        """Takes back a part that was taken and not trained: the bodies of ``lost`` are lost, the
         other trajectories are ready again.
         """
-        for issue, offer in self._taken.items():
-            if issue in lost:
+        for taken in part.taken:
+            offer = self._taken.pop(taken.issue)
+            if taken.issue in lost:
                 offer.outcome.set_result(LostReason.BODY_LOST)
-                self._next_missing = min(self._next_missing, issue)
+                self._next_missing = min(self._next_missing, taken.issue)
             else:
-                self._put(issue, offer)
-
-        self._taken = {}
+                self._put(taken.issue, offer)
 
     def skip(self, issue: int) -> None:
-        """Notes that a number was dropped, and gives out the batch that waited only for it."""
+        """Notes that a number was dropped, and gives out what waited only for it."""
         self._dropped_ahead.add(issue)
+        self._look_at_next_batch()
         self._wake_learner()
 
     async def close(self) -> None:
-        """Gives out no further batch: ``take`` returns nothing, also where it waits now."""
+        """Gives out nothing any more: ``take`` returns None, also where it waits now."""
         self.closed = True
         self._take_may_go_on.set()
 
@@ -179,11 +207,12 @@ class Buffer:
             offer.outcome.set_result(None)
 
         self._taken = {}
+        self._look_at_next_batch()
         self._slot_freed.set()
 
     def _is_full(self) -> bool:
-        """Tells whether a batch is ready that leaves no overdue number behind."""
-        if len(self._ready) < self.batch:
+        """Tells whether the rest of a batch is ready, and leaves no overdue number behind."""
+        if len(self._taken) + len(self._ready) < self.batch:
             return False
 
         missing = self.next_missing
@@ -194,16 +223,47 @@ class Buffer:
 
         return missing >= len(self.settled) - dropped_later + self.batch * (1 - self.lookahead)
 
+    def _has_part(self) -> bool:
+        """Tells whether enough of the next batch is ready to begin with."""
+        return self.part_tokens is not None and self._next_batch_tokens >= self.part_tokens
+
     def _wake_learner(self) -> None:
-        if self._is_full():
+        if self._is_full() or self._has_part():
             self._take_may_go_on.set()
 
-    def _lowest(self) -> list[int]:
-        """Returns the ready numbers of the next batch, in order."""
+    def _lowest(self, count: int) -> list[int]:
+        """Returns the ``count`` lowest ready numbers, in order."""
         # each number from the floor on has a slot or is settled
         admitted = self.num_slots + len(self.settled.ahead)
         numbers = range(self.settled.floor, self.settled.floor + admitted)
-        return list(itertools.islice(filter(self._ready.__contains__, numbers), self.batch))
+        return list(itertools.islice(filter(self._ready.__contains__, numbers), count))
+
+    def _first_part(self) -> list[int]:
+        """Returns ready numbers of the next batch, in order: at most as many as fill whole parts,
+        so that no small remainder is trained by itself.
+        """
+        assert self.part_tokens is not None
+        room = self._next_batch_tokens // self.part_tokens * self.part_tokens
+        part: list[int] = []
+
+        for issue in range(self.settled.floor, self._next_batch_end):
+            if issue in self._ready:
+                room -= self._ready[issue].stored.header.num_tokens
+                if room < 0:
+                    break
+
+                part.append(issue)
+
+        return part
+
+    def _look_at_next_batch(self) -> None:
+        """Finds the end of the next batch, and the tokens of it that are ready."""
+        missing = (n for n in itertools.count(self.settled.floor) if n not in self.settled)
+        numbers = list(itertools.islice(missing, self.batch))
+        self._next_batch_end = numbers[-1] + 1
+        self._next_batch_tokens = sum(
+            self._ready[issue].stored.header.num_tokens for issue in numbers if issue in self._ready
+        )
 
     def _take(self, issue: int) -> Taken:
         offer = self._withdraw(issue)
@@ -218,14 +278,20 @@ class Buffer:
                 self._next_missing = min(self._next_missing, issue)
 
     def _put(self, issue: int, offer: _Offer) -> None:
+        header = offer.stored.header
         self._ready[issue] = offer
-        self._ready_by_version.setdefault(offer.stored.header.oldest_version, set()).add(issue)
+        self._ready_by_version.setdefault(header.oldest_version, set()).add(issue)
+        if issue < self._next_batch_end:
+            self._next_batch_tokens += header.num_tokens
 
     def _withdraw(self, issue: int) -> _Offer:
         offer = self._ready.pop(issue)
-        version = offer.stored.header.oldest_version
-        self._ready_by_version[version].remove(issue)
-        if not self._ready_by_version[version]:
-            del self._ready_by_version[version]
+        header = offer.stored.header
+        self._ready_by_version[header.oldest_version].remove(issue)
+        if not self._ready_by_version[header.oldest_version]:
+            del self._ready_by_version[header.oldest_version]
+
+        if issue < self._next_batch_end:
+            self._next_batch_tokens -= header.num_tokens
 
         return offer

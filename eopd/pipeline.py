@@ -6,8 +6,9 @@
                            the response         a teacher               its scores
                            the scored           its outcome             buffer.release: it was trained
                              trajectory                                 buffer.take, put_back: it is lost
-    steps, the caller      a batch              a full batch            the _produce that completes it
-                           the packed batch     learner.step            the learner ranks
+    steps, the caller      a part of a batch    enough of it, or all    the _produce that completes it
+                           the packed part      learner.accumulate,     the learner ranks
+                                                of the last one step
                            the new weights      channel.publish         the last engine that loads them
 
     issue number ──▶ prompt ──▶ response ──▶ scored ──▶ buffer ──▶ batch ──▶ step ──▶ publish ──▶ release
@@ -18,6 +19,10 @@ Weights are published before slots are released: so the next trajectory to be ad
 weights that are at most ``max_staleness`` versions behind its batch. One loop serves both modes:
 ``max_staleness`` 0 makes as many slots as a batch has trajectories, so that none is admitted before
 the weights of the last batch are published.
+
+The learner begins a batch while the rest of it is still being written: it adds up the gradients of
+what is there, and steps once the last trajectory has come. Its weights stay the same until then, so
+this makes nothing staler.
 
 A trajectory that is lost, or too stale by accident, is sampled again by the same task under the
 same number: nothing is skipped, nothing is trained twice. One that is lost ``max_attempts`` times
@@ -32,7 +37,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from eopd.buffer import Buffer, Taken
+from eopd.buffer import Buffer, Part, Taken
 from eopd.ledger import Ledger
 from eopd.packing import pack_batch
 from eopd.prompts import PromptOrder
@@ -72,7 +77,9 @@ LOST_DETAILS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A plan holds the numbers that the loop needs."""
+    """A plan holds the numbers that the loop needs; with ``streams`` the learner begins a batch
+    before all of it is there.
+    """
 
     batch: int
     batches: int
@@ -85,18 +92,20 @@ class Plan:
     ranks: int
     optimizer_steps: int
     token_budget: int
+    streams: bool
     alpha_at: Callable[[int], float]
 
 
 @dataclass(frozen=True, slots=True)
 class _TrainedBatch:
-    """A batch, the learner's statistics of it, and the state of the buffer when it was full:
-    ``full_at`` is that time, and ``in_flight`` and ``ready`` count the other trajectories.
+    """A batch, the learner's statistics of it, and when it was waited for and trained: spans on the
+    monotonic clock. ``in_flight`` and ``ready`` count the other trajectories when it was full.
     """
 
     taken: Sequence[Taken]
     stats: LearnerStats
-    full_at: float
+    waits: Sequence[Span]
+    works: Sequence[Span]
     in_flight: int
     ready: int
 
@@ -132,6 +141,7 @@ class Pipeline:
             batch=self.plan.batch,
             max_staleness=self.plan.max_staleness,
             lookahead=self.plan.lookahead,
+            part_tokens=self.plan.ranks * self.plan.token_budget if self.plan.streams else None,
             settled=self.ledger.settled,
             dropped=self.ledger.dropped | self.ledger.filtered_ahead,
         )
@@ -178,18 +188,18 @@ class Pipeline:
         self.buffer.release()
         ended = time.monotonic()
 
-        spans = {"generate": self._generating.lap(started), "score": self._scoring.lap(started)}
-        generated = max(started, *(self._generated_at.pop(issue) for issue in trained))
-        seconds = {
-            "generate": _length(spans["generate"]),
-            "score": _length(spans["score"]),
-            "step": ended - started,
-            "wait": batch.full_at - started,
-            "wait_rollout": generated - started,
-            "wait_teacher": batch.full_at - generated,
-            "train": trained_at - batch.full_at,
-            "weights": ended - trained_at,
+        generated = max(self._generated_at.pop(issue) for issue in trained)
+        spans = {
+            "generate": self._generating.lap(started),
+            "score": self._scoring.lap(started),
+            "wait_rollout": _within(batch.waits, started, generated),
+            "wait_teacher": _within(batch.waits, max(started, generated), ended, origin=started),
+            "train": _within(batch.works, started, ended),
+            "weights": [(trained_at - started, ended - started)],
         }
+        seconds = {name: sum(stop - start for start, stop in of) for name, of in spans.items()}
+        seconds["wait"] = seconds["wait_rollout"] + seconds["wait_teacher"]
+        seconds["step"] = ended - started
         done = StepDone(
             trained=trained,
             stats=batch.stats,
@@ -207,35 +217,49 @@ class Pipeline:
         return done
 
     async def _train(self, number: int) -> _TrainedBatch | None:
-        """Takes a batch and trains on it; returns None once the buffer is closed."""
-        plan = self.plan
+        """Takes a batch, part by part, and trains on it; returns None once the buffer is closed."""
+        taken: list[Taken] = []
+        waits, works = list[Span](), list[Span]()
         while True:
             self.activity = "waiting for a batch"
-            batch = await self.buffer.take(version=number)
-            if not batch:
+            waiting_since = time.monotonic()
+            part = await self.buffer.take(version=number)
+            if part is None:
                 return None
 
-            full_at = time.monotonic()
-            ready = self.buffer.num_ready
-            in_flight = self.buffer.num_slots_held - len(batch) - ready
-            packed = pack_batch(
-                [taken.stored for taken in batch],
-                steps=plan.optimizer_steps,
-                ranks=plan.ranks,
-                token_budget=plan.token_budget,
-                alpha=plan.alpha_at(number),
-            )
+            taken_at = time.monotonic()
+            in_flight, ready = self.buffer.num_in_flight, self.buffer.num_ready
             self.activity = "training"
-
             try:
-                stats = await self.learner.step(packed)
-                return _TrainedBatch(
-                    batch, stats, full_at=full_at, in_flight=in_flight, ready=ready
-                )
+                stats = await self._learn(part, self.plan.alpha_at(number))
+                taken += part.taken
             except BodiesLostError as error:
-                self.buffer.put_back(
-                    {taken.issue for taken in batch if taken.stored.header.key in error.keys}
-                )
+                stats = None
+                lost = [one.issue for one in part.taken if one.stored.header.key in error.keys]
+                self.buffer.put_back(part, lost)
+
+            waits.append((waiting_since, taken_at))
+            works.append((taken_at, time.monotonic()))
+            if stats is not None:
+                taken.sort(key=lambda one: one.issue)
+                return _TrainedBatch(taken, stats, waits, works, in_flight=in_flight, ready=ready)
+
+    async def _learn(self, part: Part, alpha: float) -> LearnerStats | None:
+        """Lets the learner accumulate a part of a batch; returns its statistics once it has stepped,
+        with the last part.
+        """
+        packed = pack_batch(
+            [taken.stored for taken in part.taken],
+            steps=self.plan.optimizer_steps,
+            ranks=self.plan.ranks,
+            token_budget=self.plan.token_budget,
+            alpha=alpha,
+        )
+        if part.completes:
+            return await self.learner.step(packed)
+
+        await self.learner.accumulate(packed)
+        return None
 
     async def _issue(self, count: int) -> None:
         """Admits ``count`` trajectories as slots become free, each with a task of its own."""
@@ -335,9 +359,13 @@ class Pipeline:
             return await self.teacher.score(generated)
 
 
-def _length(spans: Sequence[Span]) -> float:
-    """Returns the seconds of spans that do not overlap."""
-    return sum(stop - start for start, stop in spans)
+def _within(
+    spans: Sequence[Span], start: float, stop: float, *, origin: float | None = None
+) -> Sequence[Span]:
+    """Returns what of the spans lies between two times, from ``origin`` on, or from ``start``."""
+    zero = start if origin is None else origin
+    cut = [(max(a, start) - zero, min(b, stop) - zero) for a, b in spans]
+    return [(a, b) for a, b in cut if a < b]
 
 
 @asynccontextmanager

@@ -80,11 +80,18 @@ class TeacherScorer(Protocol):
 class Learner(Protocol):
     """The learner trains the student towards the teacher."""
 
+    async def accumulate(self, part: PackedBatch) -> None:
+        """Adds up the gradients of a part of a batch, which ``step`` will complete; the weights
+        stay as they are. Raises as ``step`` does.
+        """
+        ...
+
     async def step(self, batch: PackedBatch) -> LearnerStats:
-        """Trains on one batch; raises on a broken batch, and never skips one silently.
+        """Trains on one batch, or on the last part of one together with what was accumulated of it;
+        raises on a broken batch, and never skips one silently.
 
         Raises:
-            BodiesLostError: some of the batch is lost; nothing was trained.
+            BodiesLostError: some of what was handed over is lost; none of it was trained.
             LearnerDownError: a rank is lost; the whole gang must start again from a checkpoint.
         """
         ...

@@ -398,11 +398,11 @@ Span = tuple[float, float]  # from and to, in seconds
 class StepDone:
     """A completed step of the loop: a batch is trained, and its weights are published.
 
-    ``trained`` are its headers by issue number. ``seconds`` has step, generate, score, wait with
-    its two parts wait_rollout and wait_teacher, train, and weights. ``spans`` says when in the step
-    an engine generated and a teacher scored, from the start of the step. ``in_flight`` and
-    ``ready`` count trajectories when the batch was taken. ``lost`` and ``dropped`` count those of
-    the whole run so far, and ``filtered`` what its filter dropped.
+    ``trained`` are its headers by issue number. ``spans`` says when in the step, from its start,
+    an engine generated, a teacher scored, and the learner did what: wait_rollout, wait_teacher,
+    train, weights. ``seconds`` has the length of each, of both waits together, and of the step.
+    ``in_flight`` and ``ready`` count the other trajectories when the batch was full. ``lost`` and
+    ``dropped`` count those of the whole run so far, and ``filtered`` what its filter dropped.
     """
 
     trained: Mapping[int, Header]

@@ -162,6 +162,7 @@ class World:
 
     def __init__(self) -> None:
         self.served = self.version = 0
+        self.parts: list[PackedBatch] = []  # accumulated, and not yet stepped on
 
     def write(
         self, of: PromptSample, sample_index: int, version: int, body: object = None
@@ -176,7 +177,15 @@ class World:
     async def score(self, stored: Stored[Trajectory]) -> object:
         return stored
 
+    async def accumulate(self, part: PackedBatch) -> None:
+        self.parts.append(part)
+
+    def whole(self, batch: PackedBatch) -> list[Stored[ScoredTrajectory]]:
+        """The trajectories of a batch of which ``batch`` is the last part."""
+        return [stored for part in (*self.parts, batch) for stored in part.stored()]
+
     async def step(self, batch: PackedBatch) -> LearnerStats:
+        self.parts = []
         self.version += 1
         return LearnerStats(version=PolicyVersion(0, self.version), metrics={"eopd_loss": 1.0})
 
@@ -224,6 +233,7 @@ def pipeline(
         "ranks": 2,
         "optimizer_steps": 1,
         "token_budget": 24,
+        "streams": True,
         "alpha_at": lambda batch: 1.0,
     }
     return Pipeline(

@@ -8,7 +8,7 @@ from pydantic import model_validator
 from eopd.config.base import Section, functions_of
 from eopd.config.document import show
 from eopd.config.learner import LearnerConfig
-from eopd.config.loss import LossConfig, NoReverseKl
+from eopd.config.loss import LossConfig, NoReverseKl, QuantileGate
 from eopd.config.prompts import PromptsConfig, keys_of
 from eopd.config.rollout import RolloutConfig
 from eopd.config.sections import (
@@ -108,6 +108,19 @@ class Config(Section):
     def batch_trajectories(self) -> int:
         """Trajectories in one training batch."""
         return self.flow.batch_prompts * self.rollout.samples_per_prompt
+
+    @property
+    def waits_for_batch(self) -> str | None:
+        """What each step of the learner needs its whole batch for; None where it begins before the
+        batch is complete.
+        """
+        if self.learner.optimizer_steps_per_batch > 1:
+            return "learner.optimizer_steps_per_batch above 1"
+
+        if isinstance(self.loss.gate, QuantileGate):
+            return "loss.gate: quantile"
+
+        return "loss.reverse_kl.reward" if self.loss.reward is not None else None
 
     @model_validator(mode="after")
     def _teachers_differ(self) -> Self:

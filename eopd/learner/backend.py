@@ -36,13 +36,14 @@ class Backend(Protocol):
         """
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of this rank's share of a loss; ``last`` closes the optimiser step.
-        A loss that is not finite must make the gradient so.
+        """Add the gradient of this rank's share of a summed loss; ``last`` closes the optimiser
+        step. A loss that is not finite must make the gradient so.
         """
 
-    def step(self) -> float:
-        """Clip and apply what was accumulated; return the norm of the gradient over all ranks
-        before clipping. Where it is not finite nothing is applied, on any rank.
+    def step(self, num_loss_tokens: int) -> float:
+        """Divide what was accumulated by the loss tokens of all ranks, clip it and apply it; return
+        the norm of the gradient over all ranks before clipping. Where it is not finite nothing is
+        applied, on any rank.
         """
 
     def save(self, directory: Path, state: dict[str, int]) -> None:

@@ -1,10 +1,12 @@
 """A ``Backend`` on DeepSpeed: ZeRO, gradient accumulation, optimiser step, checkpoint. The only
 file that knows DeepSpeed.
 
-Three properties of DeepSpeed 0.19 shape this file.
+Four properties of DeepSpeed 0.19 shape this file.
 
-* It averages gradients over ranks, and under ZeRO-3 cannot do otherwise. The objective is already
-  divided by the loss tokens of all ranks, so ``accumulate`` multiplies by the world size.
+* It averages gradients over ranks, and under ZeRO-3 cannot do otherwise. The objective is a sum over
+  the loss tokens of all ranks, so ``accumulate`` multiplies by the world size.
+* It divides gradients before it clips them only by a loss scale, which some of its optimisers have.
+  ``step`` divides by the number of loss tokens, through that or in place.
 * ZeRO-2 and -3 reduce at every backward, so all ranks must run equally many; the boundary is set by
   hand, since the number of micro-batches varies from step to step.
 * Every stage refuses an update whose global gradient norm is not finite, on all ranks together, and
@@ -41,6 +43,8 @@ if without_mlflow := "mlflow" not in sys.modules:
     sys.modules["mlflow"] = None  # type: ignore[assignment]
 import deepspeed
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 if without_mlflow:
@@ -104,17 +108,25 @@ class DeepspeedBackend:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * poison * dist.get_world_size(), scale_wrt_gas=False)
 
-    def step(self) -> float:
-        """Clip and apply what was accumulated, unless its norm is not finite; collective.
+    def step(self, num_loss_tokens: int) -> float:
+        """Divide what was accumulated by ``num_loss_tokens``, clip it and apply it, unless its norm
+        is not finite; collective.
 
         Returns:
             The norm of the gradient over all ranks, before clipping. When it is not finite nothing
             was applied, on any rank.
         """
+        divisor = max(1, num_loss_tokens)
+        with self._gradients_divided_by(divisor):
+            norm = self._clip_and_apply()
+
+        # bfloat16 under ZeRO-0 heeds a loss scale, and tells the norm as it was before
+        return norm / divisor if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer) else norm
+
+    def _clip_and_apply(self) -> float:
         norm = math.nan
         if self._keeps_no_norm:
-            gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients).item()
+            norm = torch.nn.utils.get_total_norm(self._gradients()).item()
             if not math.isfinite(norm):
                 self._engine.zero_grad()
                 return norm
@@ -130,6 +142,27 @@ class DeepspeedBackend:
             gradients.update(dict.fromkeys(gradients))
 
         return norm
+
+    @contextmanager
+    def _gradients_divided_by(self, divisor: int) -> Iterator[None]:
+        """Within the block DeepSpeed's step divides the gradients, or finds them divided."""
+        optimizer = self._engine.optimizer
+        if self._keeps_no_norm or isinstance(optimizer, BF16_Optimizer):  # have no loss scale
+            flat = None if self._keeps_no_norm else optimizer.fp32_groups_gradients_flat
+            for gradient in flat or self._gradients():
+                gradient.div_(divisor)
+
+            yield
+            return
+
+        optimizer.loss_scale = float(divisor)
+        try:
+            yield
+        finally:
+            optimizer.loss_scale = 1.0  # a backward would multiply by it
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.student.parameters() if p.grad is not None]
 
     def save(self, directory: Path, state: dict[str, int]) -> None:
         """Write weights, optimiser, schedule, ``state`` and this rank's random state; collective.

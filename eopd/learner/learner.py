@@ -3,6 +3,9 @@
     share of a PackedBatch ──▶ weightings ──▶ packed micro-batches
         ──▶ forward and backward of each ──▶ optimiser step ──▶ metrics
 
+A batch may come in parts. ``accumulate`` adds up the gradients of the *summed* loss; ``step`` does so
+with the last part, and divides by the loss tokens of all parts, which are known only then.
+
 All methods are collective: every rank calls the same method with its share of the same batch.
 Denominators, gates and metrics are those of the whole batch, so that neither the cut into
 micro-batches nor the number of ranks changes the result. Left out: fetching bodies and running as
@@ -11,7 +14,7 @@ an actor (``runtime/``), sending weights to the engines (``weights/``).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -51,6 +54,23 @@ from eopd.types import (
     Stored,
     TrajectoryKey,
 )
+
+
+@dataclass(slots=True)
+class _Accumulated:
+    """What was accumulated of an optimiser step on this rank, a list item for each micro-batch; the
+    loss tokens are those of all ranks.
+    """
+
+    micros: list[MicroBatch] = field(default_factory=list)
+    packs: list[Packed] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    terms: list[Tensor] = field(default_factory=list)
+    num_loss_tokens: int = 0
+
+    def trajectories(self) -> Sequence[Stored[ScoredTrajectory]]:
+        """Returns all of them, in the order of the micro-batches."""
+        return list(chain.from_iterable(self.micros))
 
 
 class LearnerRank:
@@ -116,6 +136,8 @@ class LearnerRank:
             dtype=student.chosen_dtype,
             total_steps=total_batches * learner.optimizer_steps_per_batch,
         )
+        self._accumulated = _Accumulated()
+        self._weightings: dict[TrajectoryKey, Weighting] = {}
         # of the weights held now; the actor sets the incarnation
         self.version = PolicyVersion(0, 0)
 
@@ -129,6 +151,17 @@ class LearnerRank:
         """The Hugging Face model; its parameters are partitioned under ZeRO-3."""
         return self._backend.student.model
 
+    def accumulate(self, share: PackedBatch) -> None:
+        """Add up the gradients of a part of a batch, which ``step`` will complete.
+
+        Args:
+            share: this rank's share of the part: one optimiser step, not yet applied.
+        """
+        (packs,), weightings = self._pack(share, self._weigh)
+        (part,) = share.steps
+        self._weightings |= weightings
+        self._accumulate(part, packs, share.alpha, last=False)
+
     def step(self, share: PackedBatch) -> LearnerStats:
         """Update the student from one batch, in as many optimiser steps as it is cut into.
 
@@ -137,8 +170,8 @@ class LearnerRank:
         are skipped so.
 
         Args:
-            share: this rank's share: ``steps[i].ranks`` holds its micro-batches alone, as many as
-                every other rank has.
+            share: this rank's share of the batch, or of its last part: ``steps[i].ranks`` holds its
+                micro-batches alone, as many as every other rank has.
 
         Returns:
             The metrics of the optimiser steps applied, over all ranks: means over their loss
@@ -150,6 +183,7 @@ class LearnerRank:
                 all ranks.
         """
         steps, weightings = self._pack(share, self._weigh)
+        self._weightings |= weightings
         if len(steps) > 1:  # one optimiser step is its own "policy at the start of the batch"
             steps = [list(map(self._with_old_logprobs, step)) for step in steps]
 
@@ -158,28 +192,24 @@ class LearnerRank:
 
         for number, (packs, step) in enumerate(zip(steps, share.steps, strict=True)):
             rate = self._backend.learning_rate
-            losses, sums_N = self._accumulate(step, packs, share.alpha)
-            norm = self._backend.step()
+            self._accumulate(step, packs, share.alpha, last=True)
+            accumulated, self._accumulated = self._accumulated, _Accumulated()
+            norm = self._backend.step(accumulated.num_loss_tokens)
             if not math.isfinite(norm):
-                self._skip(number, step, packs, losses)
+                self._skip(number, accumulated)
                 continue
 
-            terms.append(sums_N)
+            terms += accumulated.terms
             norms.append(norm)
             rates.append(rate)
-            applied += [stored for micro in step.ranks[0] for stored in micro]
+            applied += accumulated.trajectories()
 
         self.version = PolicyVersion(self.version.incarnation, self.version.step + 1)
-        num_loss_tokens = sum(stored.header.num_loss_tokens for stored in applied)
-        metrics: dict[str, Metric] = {"eopd_loss_tokens": Sum(float(num_loss_tokens))}
+        metrics = _metrics_of_steps(terms, norms, rates, applied)
         if terms:
-            metrics |= LossTerms.from_vector(torch.stack(terms).sum(0)).metrics(num_loss_tokens)
-            metrics |= {
-                "eopd_grad_norm": Same(sum(norms) / len(norms)),
-                "eopd_learning_rate": Same(rates[-1]),
-                "eopd_alpha_ratio": Same(share.alpha),
-            }
+            metrics["eopd_alpha_ratio"] = Same(share.alpha)
 
+        weightings, self._weightings = self._weightings, {}
         of_trajectories = [
             trajectory_metrics(stored, weightings[stored.header.key]) for stored in applied
         ]
@@ -314,36 +344,27 @@ class LearnerRank:
             return self._backend.run(on_device, logprobs)
 
     def _accumulate(
-        self, step: OptimizerStep, packs: Sequence[Packed], alpha: float
-    ) -> tuple[list[Tensor], Tensor]:
-        """Accumulates the gradients of one optimiser step.
-
-        Returns:
-            This rank's losses, one for each micro-batch, and sums [N] of its loss terms.
-        """
-        losses, sums = [], []
-        for index, packed in enumerate(packs):
-            loss, terms_N = self._loss_of(
-                packed.to(self._device),
-                step.num_loss_tokens,
-                alpha,
-            )
-            self._backend.accumulate(loss, last=index == len(packs) - 1)
-            losses.append(loss.detach())
-            sums.append(terms_N)
-
-        return losses, torch.stack(sums).sum(0)
-
-    def _skip(
-        self, number: int, step: OptimizerStep, packs: Sequence[Packed], losses: Sequence[Tensor]
+        self, step: OptimizerStep, packs: Sequence[Packed], alpha: float, *, last: bool
     ) -> None:
+        """Adds up the gradients of an optimiser step, or of a part of one; ``last`` closes it."""
+        accumulated, (micros,) = self._accumulated, step.ranks
+        accumulated.num_loss_tokens += step.num_loss_tokens
+
+        for index, (packed, micro) in enumerate(zip(packs, micros, strict=True)):
+            loss, terms_N = self._loss_of(packed.to(self._device), alpha)
+            self._backend.accumulate(loss, last=last and index == len(packs) - 1)
+            accumulated.micros.append(micro)
+            accumulated.packs.append(packed)
+            accumulated.losses.append(loss.detach())
+            accumulated.terms.append(terms_N)
+
+    def _skip(self, number: int, accumulated: "_Accumulated") -> None:
         """Records an optimiser step that was refused, and raises when too many were; collective."""
-        are_finite = gather_all([bool(loss.isfinite()) for loss in losses])
+        are_finite = gather_all([bool(loss.isfinite()) for loss in accumulated.losses])
         quantity = "gradient" if all(are_finite) else "loss"
-        (micros,) = step.ranks
         rows: list[BrokenRow] = []
         keys: list[TrajectoryKey] = []
-        for packed, micro in zip(packs, micros, strict=True):
+        for packed, micro in zip(accumulated.packs, accumulated.micros, strict=True):
             names = [stored.header.key for stored in micro]
             keys += names
             logprobs_T = self._student_logprobs(packed, self._temperature).cpu()
@@ -354,7 +375,9 @@ class LearnerRank:
         message = explain(quantity, every_row, every_key, directory)
 
         try:
-            dump(directory, quantity, every_row, every_key, rank=self._rank, packs=packs)
+            dump(
+                directory, quantity, every_row, every_key, rank=self._rank, packs=accumulated.packs
+            )
         except OSError as error:
             raise NonFiniteUpdateError(f"{message}, which could not be written: {error}") from error
 
@@ -363,8 +386,10 @@ class LearnerRank:
             why = f"learner.max_skipped_steps is {self._max_skipped}, and they are used up"
             raise NonFiniteUpdateError(f"{message} ({why})")
 
-    def _loss_of(self, packed: Packed, num_loss_tokens: int, alpha: float) -> tuple[Tensor, Tensor]:
-        """Returns a micro-batch's share of the loss, and its sums [N] of the loss terms."""
+    def _loss_of(self, packed: Packed, alpha: float) -> tuple[Tensor, Tensor]:
+        """Returns the sum of a micro-batch's loss over its tokens, and its sums [N] of the loss
+        terms.
+        """
 
         def loss_and_terms(hidden_TD: Tensor, head: Head) -> tuple[Tensor, Tensor]:
             loss, terms = objective(
@@ -372,7 +397,7 @@ class LearnerRank:
                 replace(head, temperature=self._temperature),
                 packed.tokens,
                 self._loss,
-                num_loss_tokens=num_loss_tokens,
+                num_loss_tokens=1,  # the backend divides by that of the whole step
                 alpha=alpha,
                 chunk_tokens=self._chunk_tokens,
             )
@@ -403,6 +428,27 @@ class LearnerRank:
 
         with torch.no_grad():
             return self._backend.run(packed, statistics)
+
+
+def _metrics_of_steps(
+    terms: list[Tensor],
+    norms: Sequence[float],
+    rates: Sequence[float],
+    applied: Sequence[Stored[ScoredTrajectory]],
+) -> dict[str, Metric]:
+    """Returns what optimiser steps add to the metrics of their batch, on this rank: the loss ``terms``
+    of its micro-batches, gradient norms, learning rates, and the trajectories of steps applied.
+    """
+    num_loss_tokens = sum(stored.header.num_loss_tokens for stored in applied)
+    metrics: dict[str, Metric] = {"eopd_loss_tokens": Sum(float(num_loss_tokens))}
+    if terms:
+        metrics |= LossTerms.from_vector(torch.stack(terms).sum(0)).metrics(num_loss_tokens)
+        metrics |= {
+            "eopd_grad_norm": Same(sum(norms) / len(norms)),
+            "eopd_learning_rate": Same(rates[-1]),
+        }
+
+    return metrics
 
 
 def _yardstick(gate: Gate) -> Gate:

@@ -76,6 +76,9 @@ def notes(config: Config, prepared: Prepared) -> Iterator[str]:
     data.
     """
     yield from dtype_notes(config)
+    if why := config.waits_for_batch:
+        yield f"the learner begins a step when its whole batch is there, because of {why}"
+
     if dropped := prepared.train.num_dropped + prepared.held_out.num_dropped:
         yield f"dropped {dropped} prompts of more than {config.prompts.max_tokens} tokens"
 

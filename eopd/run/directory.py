@@ -6,7 +6,7 @@ runs/<name>/config.yaml     resolved, as it holds now
             metrics.jsonl   one row a step
             trained.jsonl   what each step trained on: issue numbers, and a checksum of each response's token ids
             dropped.jsonl   trajectories that were given up, each with its last loss, and those that the filter dropped
-            timeline.jsonl  when in each step engines wrote and teachers scored: spans in seconds from its start
+            timeline.jsonl  when in each step who did what: spans in seconds from its start
             responses.jsonl training responses, as ``telemetry.responses`` asks: text, reward, numbers of each token
             evaluations.jsonl  everything that was measured, a line each (``run/evaluations.py``)
             held_out.jsonl  before and after training: entropy histograms, and samples: text, and numbers of each token

@@ -84,6 +84,11 @@ class LearnerGang:
         """Returns the lock that a weight sync holds, so that no update comes between its calls."""
         return self._reserved
 
+    async def accumulate(self, part: PackedBatch) -> None:  # noqa: D102
+        async with self._reserved:
+            await self._hand_over(part)
+            await self._each("accumulate")
+
     async def step(self, batch: PackedBatch) -> LearnerStats:  # noqa: D102
         async with self._reserved:
             await self._hand_over(batch)

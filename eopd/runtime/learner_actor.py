@@ -5,7 +5,8 @@ Heavy libraries are imported inside the actor, never in the driver.
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from eopd.runtime.actors import Actor
 from eopd.types import (
     EvalStats,
     Float32Array,
+    Header,
     Int32Array,
     LearnerStats,
     PackedBatch,
@@ -73,6 +75,8 @@ class LearnerActor(Actor):
             master_port=port,
         )
         self._rank.version = PolicyVersion(incarnation, 0)
+        self._headers: list[Header] = []  # of the batch that is being trained
+        self._busy_s = 0.0
         self._cost = Cost(self._rank.model, config.learner.peak_flops)
         self._sender = WeightSender(
             ModelSource(
@@ -90,7 +94,8 @@ class LearnerActor(Actor):
         )
 
     def take(self, share: PackedBatch, bodies: Sequence[ray.ObjectRef]) -> list[int]:
-        """Fetch this rank's share of a batch, for ``step`` or ``evaluate``.
+        """Fetch this rank's share of a batch, for ``accumulate``, ``step`` or
+        ``evaluate``.
 
         Args:
             share: the share, without bodies.
@@ -106,14 +111,31 @@ class LearnerActor(Actor):
 
         return []
 
+    def accumulate(self) -> None:
+        """Add up the gradients of the share that was taken, a part of a batch."""
+        with self._measured():
+            self._rank.accumulate(self._share)
+
     def step(self) -> LearnerStats:
-        """Update the student from the share that was taken, and measure the costs of all ranks."""
+        """Update the student from the share that was taken and what was accumulated before, and
+        measure the costs of all ranks.
+        """
         from eopd.learner.ranks import gather_all
 
-        headers, started = [stored.header for stored in self._share.stored()], time.monotonic()
-        stats = self._rank.step(self._share)
-        costs = self._cost.metrics(headers, time.monotonic() - started)
+        with self._measured():
+            stats = self._rank.step(self._share)
+
+        costs = self._cost.metrics(self._headers, self._busy_s)
+        self._headers, self._busy_s = [], 0.0
         return replace(stats, metrics={**stats.metrics, **reduce(gather_all([costs]))})
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Counts the seconds of the block, and the trajectories of the share."""
+        started = time.monotonic()
+        yield
+        self._busy_s += time.monotonic() - started
+        self._headers += [stored.header for stored in self._share.stored()]
 
     def evaluate(self) -> EvalStats:
         """Measure student against teacher on the share that was taken."""

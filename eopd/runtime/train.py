@@ -434,6 +434,7 @@ def _pipeline(
         ranks=config.learner.ranks,
         optimizer_steps=config.learner.optimizer_steps_per_batch,
         token_budget=config.learner.token_budget,
+        streams=config.waits_for_batch is None,
         alpha_at=config.loss.alpha_at,
     )
 

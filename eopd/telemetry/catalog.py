@@ -392,7 +392,9 @@ _TIME: Final = (
         "eopd_score_seconds", "Time of the step with a response being scored.", "Below generation."
     ),
     seconds_metric(
-        "eopd_wait_seconds", "Time the learner waited for a full batch.", "Small when asynchronous."
+        "eopd_wait_seconds",
+        "Time of the step in which the learner had nothing of its batch to train on.",
+        "Small when asynchronous.",
     ),
     seconds_metric(
         "eopd_wait_rollout_seconds",
@@ -404,7 +406,9 @@ _TIME: Final = (
         "The rest of that wait: the whole batch was written, and some of it not scored.",
         "Small; most of the wait where the teachers are the slowest part.",
     ),
-    seconds_metric("eopd_train_seconds", "Time of the learner's update.", "Steady."),
+    seconds_metric(
+        "eopd_train_seconds", "Time in which the learner trained on parts of the batch.", "Steady."
+    ),
     Metric(
         "gauge",
         "FLOP per second",

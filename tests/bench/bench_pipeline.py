@@ -19,8 +19,12 @@ divided by ``--speed``. Full lanes write a batch in 1.0 s. There are two engines
 always full.
 
 The slowest stage alone is the slower of that and of the learner, which does update and weights one
-after the other. For every configuration a table explains the seconds of a step by the metrics of
-its row; the four parts must add up to the wall clock between rows, which the bench takes itself.
+after the other. The learner takes two trajectories at a time, one for each rank, while others are
+still written; synchronous steps are measured without that too, and beside what the parts cannot
+hide: the stage, scoring, the last part and the weights.
+
+For every configuration a table explains the seconds of a step by the metrics of its row; the four
+parts must add up to the wall clock between rows, which the bench takes itself.
 """
 
 import argparse
@@ -58,6 +62,7 @@ from eopd.types import (
 IN_FLIGHT, SMALL_BATCH = (100, 1_000, 10_000), 50
 LENGTHS = (100, 100_000)
 RATE, GROWTH, SPEED_UP, OF_SLOWEST, UNEXPLAINED = 1_000.0, 1.5, 1.6, 0.9, 0.02  # the bars
+STREAMED, OF_STAGE_AND_TAIL = 1.4, 1.1
 WRITE_S, SCORE_S, TRAIN_S, WEIGHTS_S = 1.0, 0.2, 0.8, 0.1
 PARTS = ("wait_rollout", "wait_teacher", "train", "weights")
 WARM_UP = 3  # steps: the first find nothing in flight
@@ -88,6 +93,9 @@ class Roles:
 
     async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory]:
         return Stored(stored.header, None)
+
+    async def accumulate(self, part: PackedBatch) -> None:
+        """A fake has nothing to add up."""
 
     async def step(self, batch: PackedBatch) -> LearnerStats:
         return LearnerStats(version=PolicyVersion(0, self.served + 1), metrics={})
@@ -144,6 +152,18 @@ class Engine:
 ENGINES = (Engine("lane each", 8, 8), Engine("full lanes", 16, 2))
 
 
+@dataclass(frozen=True)
+class Flow:
+    max_staleness: int
+    lookahead: int = 0
+    streams: bool = True
+
+
+BY_BATCH, IN_PARTS, STALE = Flow(0, streams=False), Flow(0), Flow(2)
+FLOWS = (BY_BATCH, IN_PARTS, Flow(1), STALE, Flow(2, 1), Flow(4))
+TAIL_S = SCORE_S + TRAIN_S / 8 + WEIGHTS_S  # of a synchronous step after its last response
+
+
 class Paced(Roles):
     """Every stage on a device of its own."""
 
@@ -166,9 +186,15 @@ class Paced(Roles):
         await asyncio.sleep(SCORE_S / self.speed)
         return await super().score(stored)
 
+    async def accumulate(self, part: PackedBatch) -> None:
+        await asyncio.sleep(self.train_s(part) / self.speed)
+
     async def step(self, batch: PackedBatch) -> LearnerStats:
-        await asyncio.sleep(TRAIN_S / self.speed)
+        await asyncio.sleep(self.train_s(batch) / self.speed)
         return await super().step(batch)
+
+    def train_s(self, part: PackedBatch) -> float:
+        return TRAIN_S * len(part.stored()) / self.engine.batch
 
     async def publish(self, version: PolicyVersion) -> PublishStats:
         await asyncio.sleep(WEIGHTS_S / self.speed)
@@ -190,8 +216,16 @@ def prompt_order() -> PromptOrder:
 
 
 def pipeline(
-    roles: Roles, *, batch: int, batches: int, max_staleness: int, lookahead: int = 0
+    roles: Roles,
+    *,
+    batch: int,
+    batches: int,
+    max_staleness: int,
+    lookahead: int = 0,
+    streams: bool = True,
+    budget: int = 8,
 ) -> Pipeline:
+    """A loop of two ranks, whose micro-batches hold ``budget`` trajectories."""
     plan = Plan(
         batch=batch,
         batches=batches,
@@ -203,7 +237,8 @@ def pipeline(
         max_response_tokens=roles.num_tokens,
         ranks=2,
         optimizer_steps=1,
-        token_budget=8 * roles.num_tokens,
+        token_budget=budget * roles.num_tokens,
+        streams=streams,
         alpha_at=lambda batch: 1.0,
     )
     return Pipeline(plan, roles, roles, roles, roles, prompt_order(), Ledger(), Progress())
@@ -325,9 +360,7 @@ def alone(engine: Engine, steps: int, speed: float, *, whole_batches: bool) -> f
     return asyncio.run(drive())
 
 
-def overlapped(
-    engine: Engine, steps: int, speed: float, flow: tuple[int, int]
-) -> tuple[list[Row], float]:
+def overlapped(engine: Engine, steps: int, speed: float, flow: Flow) -> tuple[list[Row], float]:
     """Rows after the warm-up, and the wall seconds they took."""
 
     async def drive() -> tuple[list[Row], float]:
@@ -335,8 +368,10 @@ def overlapped(
             Paced(engine, speed),
             batch=engine.batch,
             batches=steps,
-            max_staleness=flow[0],
-            lookahead=flow[1],
+            max_staleness=flow.max_staleness,
+            lookahead=flow.lookahead,
+            streams=flow.streams,
+            budget=1,
         )
         rows, started = [], 0.0
         async for done in line.steps(0):
@@ -349,7 +384,7 @@ def overlapped(
 
 
 def show(
-    engine: Engine, flow: tuple[int, int], rows: Sequence[Row], wall_s: float, speed: float
+    engine: Engine, flow: Flow, rows: Sequence[Row], wall_s: float, speed: float
 ) -> tuple[float, float]:
     """A line of the table; steps/s, and the share of the wall clock that the four parts do
     not explain.
@@ -364,7 +399,8 @@ def show(
     cells = [f"{seconds * speed / len(rows):.3f}" for seconds in parts.values()]
     staleness = sum(row["eopd_staleness_mean"] for row in rows) / len(rows)
     say(
-        f"| {engine.name} | {flow[0]} | {flow[1]} | {1.0 / step_s:.3f} | {step_s:.3f} | "
+        f"| {engine.name} | {flow.max_staleness} | {flow.lookahead} | "
+        f"{'yes' if flow.streams else 'no'} | {1.0 / step_s:.3f} | {step_s:.3f} | "
         f"{' | '.join(cells)} | {unexplained:.2%} | {staleness:.2f} |"
     )
 
@@ -377,6 +413,7 @@ def measure_overlap(steps: int, speed: float) -> list[str]:
         "engine",
         "max_staleness",
         "lookahead",
+        "in parts",
         "steps/s",
         "step",
         *PARTS,
@@ -388,7 +425,7 @@ def measure_overlap(steps: int, speed: float) -> list[str]:
 
     for engine in ENGINES:
         rates = {}
-        for flow in ((0, 0), (1, 0), (2, 0), (2, 1), (4, 0)):
+        for flow in FLOWS:
             rates[flow], unexplained = show(
                 engine,
                 flow,
@@ -402,14 +439,14 @@ def measure_overlap(steps: int, speed: float) -> list[str]:
         )
         learner = 1.0 / (TRAIN_S + WEIGHTS_S)
         slowest = min(by_batch if engine.lanes == engine.batch else full, learner)
-        rate = rates[2, 0]
+        rate = rates[STALE]
         lines += [
             f"{engine.name}, alone, steps/s: batch after batch {by_batch:.3f}, lanes always "
             f"full {full:.3f}; the learner {learner:.3f}; at max_staleness 2, "
             f"{rate / min(full, learner):.2f} of full lanes",
             verdict(
-                f"{engine.name}, max_staleness 2 beside 0, steps/s",
-                rate / rates[0, 0],
+                f"{engine.name}, max_staleness 2 beside 0 and whole batches, steps/s",
+                rate / rates[BY_BATCH],
                 SPEED_UP,
                 at_most=False,
             ),
@@ -421,6 +458,24 @@ def measure_overlap(steps: int, speed: float) -> list[str]:
             ),
         ]
 
+        streamed = rates[IN_PARTS]
+        lines.append(
+            verdict(
+                f"{engine.name}, synchronous in parts, seconds a step beside the stage and its tail",
+                1.0 / streamed / (1.0 / by_batch + TAIL_S),
+                OF_STAGE_AND_TAIL,
+                at_most=True,
+            )
+        )
+
+    lines.append(
+        verdict(
+            f"{engine.name}, synchronous in parts beside whole batches, steps/s",
+            streamed / rates[BY_BATCH],
+            STREAMED,
+            at_most=False,
+        )
+    )
     return [
         *lines,
         verdict("share of a step that is not explained", worst, UNEXPLAINED, at_most=True),
@@ -446,7 +501,7 @@ def main() -> None:
     parser.add_argument(
         "--speed",
         type=float,
-        default=20.0,
+        default=10.0,
         help="how much faster than said the stages are",
     )
     options = parser.parse_args()

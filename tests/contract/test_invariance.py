@@ -72,6 +72,7 @@ BY_HAND = {
     3: [[[7, 3], [0, 6]], [[], []], [[8], [5, 4, 2, 11, 1, 9, 10]]],
 }
 TOKEN_BUDGETS = (44, 75, 300)
+IN_PARTS = "in parts"
 
 
 def make_batch() -> list[ScoredTrajectory]:
@@ -106,24 +107,22 @@ def cut_by_hand(ranks: Sequence[Sequence[Sequence[int]]]) -> PackedBatch:
     return PackedBatch(steps=(step,), alpha=ALPHA)
 
 
-def cuts(world_size: int) -> dict[str, PackedBatch]:
-    """Cuts of the batch for so many ranks; ``alone`` is the unpacked one."""
+def cuts(world_size: int) -> dict[str, Sequence[PackedBatch]]:
+    """Cuts of the batch for so many ranks; ``alone`` is the unpacked one. Where the batch comes in
+    several parts, no threshold is of the whole of it.
+    """
     batch = [store(scored) for scored in make_batch()]
-    found = {}
-    for budget in TOKEN_BUDGETS:
-        found[f"pack {budget}"] = pack_batch(
-            batch,
-            steps=1,
-            ranks=world_size,
-            token_budget=budget,
-            alpha=ALPHA,
-        )
 
+    def pack(trajectories: Sequence[Stored[ScoredTrajectory]], budget: int) -> PackedBatch:
+        return pack_batch(trajectories, steps=1, ranks=world_size, token_budget=budget, alpha=ALPHA)
+
+    found = {f"pack {budget}": [pack(batch, budget)] for budget in TOKEN_BUDGETS}
     if world_size == 1:
         one_by_one = [[index] for index in range(len(batch))]
-        found["alone"] = cut_by_hand([one_by_one])
+        found["alone"] = [cut_by_hand([one_by_one])]
 
-    found["by hand"] = cut_by_hand(BY_HAND[world_size])
+    found["by hand"] = [cut_by_hand(BY_HAND[world_size])]
+    found[IN_PARTS] = [pack(batch[start:end], 75) for start, end in ((0, 4), (4, 5), (5, 12))]
     return found
 
 
@@ -198,8 +197,14 @@ def run_rank(
         weights, found = whole(learner), {}
         one_token = cut_by_hand([[[4]], *[[[]]] * (world_size - 1)]).share(rank)
 
-        for name, cut in cuts(world_size).items():
-            metrics = dict(learner.step(cut.share(rank)).metrics)
+        for name, parts in cuts(world_size).items():
+            if name == IN_PARTS and gate == "quantile":
+                continue
+
+            for part in parts[:-1]:
+                learner.accumulate(part.share(rank))
+
+            metrics = dict(learner.step(parts[-1].share(rank)).metrics)
             found[name] = {"metrics": metrics, "gradient": whole(learner)}
             learner.step(one_token)
             assert torch.equal(whole(learner), weights)  # ready for the next cut
@@ -323,7 +328,7 @@ def spread(values: Tensor) -> float:
 @every_setting
 def test_loss_gradient_and_norm_do_not_depend_on_cut_ranks_or_stage(seen, gate, clipping):
     metrics, gradients = found(seen, gate, clipping)
-    assert len(gradients) == 13 * (len(STAGES) if gate == "quantile" else 1)
+    assert len(gradients) == (13 * len(STAGES) if gate == "quantile" else 16)
     assert spread(metrics["eopd_loss"]) < 1e-6
     assert spread(metrics["eopd_grad_norm"]) < 1e-6
     assert len(set(metrics["eopd_gate_ratio"].tolist())) == 1
@@ -371,7 +376,8 @@ def test_the_data_tell_gates_and_ranks_apart(directory):
     keys = [scored.trajectory.key for scored in batch]
     gates = dict(zip(keys, gates_of(batch, config, seed=SEED), strict=True))
 
-    for cut in (*cuts(2).values(), *cuts(3).values()):
+    whole = [parts[0] for parts in (*cuts(2).values(), *cuts(3).values()) if len(parts) == 1]
+    for cut in whole:
         ranks = [bodies_of(rank) for rank in cut.steps[0].ranks]
         counts = [num_loss_tokens(rank) for rank in ranks]
         assert len(set(counts)) > 1

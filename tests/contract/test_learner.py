@@ -69,6 +69,12 @@ class Case:
     def steps_per_batch(self) -> int:
         return self.learner.get("optimizer_steps_per_batch", 1)
 
+    @property
+    def streams(self) -> bool:
+        """Whether a batch may come in parts: not where thresholds are of the whole batch."""
+        gate = self.loss.get("gate", {"kind": "hard"})
+        return self.steps_per_batch == 1 and gate["kind"] != "quantile"
+
 
 CLIPPED = {"max_grad_norm": 0.05, "schedule": "cosine", "warmup_batches": 2}
 CASES = {
@@ -105,7 +111,7 @@ CASES = {
     ),
     "half": Case(
         family="qwen3",
-        stages=(0, 2, 3),
+        stages=(0, 1, 2, 3),
         dtype="bfloat16",
         learner=CLIPPED,
         loss={"gate": {"kind": "hard", "tau": 2.0}},
@@ -210,17 +216,35 @@ def run_rank(
             rank
         )
 
-    def train(learner: LearnerRank, case: Case, batches: Sequence[int]) -> list[dict[str, float]]:
-        stats = [learner.step(share_of(case, make_batch(batch))) for batch in batches]
-        return [dict(one.metrics) for one in stats]
+    def step(
+        learner: LearnerRank, case: Case, batch: Sequence[ScoredTrajectory], *, in_parts: bool
+    ) -> LearnerStats:
+        """Trains on a batch, of which the first half may come before the other one is there."""
+        if in_parts:
+            half = len(batch) // 2
+            learner.accumulate(share_of(case, batch[:half]))
+            batch = batch[half:]
 
-    def poisoned_step(learner: LearnerRank, share: PackedBatch) -> dict[str, float]:
-        """A step on a sound batch in which one gradient on rank 0 alone is not finite."""
+        return learner.step(share_of(case, batch))
+
+    def train(learner: LearnerRank, case: Case, batches: Sequence[int]) -> list[dict[str, float]]:
+        """Every other batch in parts, where the case allows that."""
+        metrics = []
+        for number in batches:
+            in_parts = case.streams and number % 2 == 1
+            metrics.append(dict(step(learner, case, make_batch(number), in_parts=in_parts).metrics))
+
+        return metrics
+
+    def poisoned_step(learner: LearnerRank, case: Case) -> dict[str, float]:
+        """A step on a sound batch, in parts where the case allows that, in which one gradient on
+        rank 0 alone is not finite.
+        """
         parameter = next(p for name, p in learner.model.named_parameters() if "down_proj" in name)
         hook = parameter.register_hook(
             lambda gradient: gradient * math.nan if rank == 0 else gradient
         )
-        stats = learner.step(share)
+        stats = step(learner, case, make_batch(BAD_BATCH), in_parts=case.streams)
         hook.remove()
         return counted(stats)
 
@@ -238,7 +262,7 @@ def run_rank(
         before = train(learner, case, range(BAD_BATCH))
         bad_batch = spoil(make_batch(BAD_BATCH), *BAD_TRAJECTORIES)
         skipped = counted(learner.step(share_of(case, bad_batch)))
-        broken_gradient = poisoned_step(learner, share_of(case, make_batch(BAD_BATCH)))
+        broken_gradient = poisoned_step(learner, case)
         if (name, stage) in RESUMES:
             learner.save(run_directory / "checkpoint")
 

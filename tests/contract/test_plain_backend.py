@@ -35,7 +35,10 @@ class PlainBackend:
     def accumulate(self, loss, *, last):
         loss.backward()
 
-    def step(self):
+    def step(self, num_loss_tokens):
+        for parameter in self.student.parameters():
+            parameter.grad /= num_loss_tokens
+
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self._max_norm).item()
         if np.isfinite(norm):
             self._optimizer.step()

@@ -32,6 +32,7 @@ POISON = {"id": "poison", "prompt": "Say nothing.", "source": "poison"}
 SETTINGS = (
     "run.batches=100000",
     "flow={batch_prompts: 8, max_staleness: 1}",
+    "learner.token_budget=152",  # so that batches come in parts
     "rollout.engines=3",
     "checkpoint.every=10",
     "evaluation.prompts=8",

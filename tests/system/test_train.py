@@ -105,10 +105,13 @@ def test_timelines_and_held_out_tokens_fit_what_was_measured(synchronous):
 
     for row, spans in zip(rows(directory), timeline, strict=True):
         assert spans["step"] == row["step"]
-        for stage in ("generate", "score"):
+        for stage in ("generate", "score", "wait_rollout", "wait_teacher", "train", "weights"):
             assert sum(b - a for a, b in spans[stage]) == pytest.approx(
                 row[f"eopd_{stage}_seconds"], abs=0.01
             )
+
+    in_parts = [spans for spans in timeline if len(spans["train"]) > 1]
+    assert len(in_parts) > 10, "the learner begins before its batch is whole"
 
     summary = json.loads((directory / "summary.json").read_text())["held_out"]
     measured = [

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from eopd.buffer import Buffer, Taken
+from eopd.buffer import Buffer, Part
 from eopd.ledger import Watermark
 from eopd.types import LostReason, Stored
 
@@ -20,6 +20,7 @@ def stored(issue: int, version: int) -> Stored:
     return Stored(fakes.header(str(issue), oldest=version), body=None)
 
 
+TOKENS = stored(0, 0).header.num_tokens
 CHOICES = st.lists(st.integers(0, 1_000), min_size=1, max_size=6)
 
 
@@ -37,14 +38,18 @@ class Driving(RuleBasedStateMachine):
         max_staleness=st.integers(0, 3),
         lookahead=st.integers(0, 3),
         period=st.integers(2, 12),
+        part=st.sampled_from([None, 1, 2, 3]),
     )
-    def start(self, batch: int, max_staleness: int, lookahead: int, period: int) -> None:
+    def start(
+        self, batch: int, max_staleness: int, lookahead: int, period: int, part: int | None
+    ) -> None:
         self.settled = Watermark()
         self.dropped = set[int]()
         self.mode = {
             "batch": batch,
             "max_staleness": max_staleness,
             "lookahead": min(lookahead, max_staleness),
+            "part_tokens": part and part * TOKENS,
         }
         self.buffer = self.new_buffer()
         self.period = period
@@ -54,8 +59,10 @@ class Driving(RuleBasedStateMachine):
         # scored, and no fate yet
         self.offers: dict[int, tuple[int, asyncio.Task[LostReason | None]]] = {}
         self.trained: list[int] = []
-        self.taking: asyncio.Task[list[Taken]] | None = None
-        self.taken: list[int] = []
+        self.taking: asyncio.Task[Part | None] | None = None
+        self.part: Part | None = None  # the last one taken, which the learner has
+        self.taken: list[int] = []  # of this batch
+        self.is_whole = False
 
     def new_buffer(self) -> Buffer:
         return Buffer(**self.mode, settled=self.settled, dropped=self.dropped)
@@ -68,18 +75,30 @@ class Driving(RuleBasedStateMachine):
         numbers = (number for number in itertools.count() if number not in self.dropped)
         return set(itertools.islice(numbers, max(0, count)))
 
+    def next_batch(self) -> set[int]:
+        """Those that no batch but the next one can be made of."""
+        numbers = (number for number in itertools.count() if number not in self.settled)
+        return set(itertools.islice(numbers, self.buffer.batch))
+
     def settle(self) -> None:
         """Let everything go on that can; then look at what became of offers and of the
         learner's wait.
         """
         self.loop.run_until_complete(_turns(4))
         if self.taking and self.taking.done():
-            taken, self.taking = self.taking.result(), None
-            self.taken = [one.issue for one in taken]
-            staleness = [self.version - one.stored.header.oldest_version for one in taken]
-            assert len(staleness) == self.buffer.batch
+            self.part, self.taking = self.taking.result(), None
+            self.is_whole = self.part.completes
+            issues = [one.issue for one in self.part.taken]
+            staleness = [self.version - one.stored.header.oldest_version for one in self.part.taken]
+            assert issues == sorted(issues) and not {*issues} & {*self.taken}
             assert max(staleness) <= self.buffer.max_staleness
-            assert self.due() <= {*self.trained, *self.taken}
+            self.taken += issues
+            if self.is_whole:
+                assert len(self.taken) == self.buffer.batch
+                assert self.due() <= {*self.trained, *self.taken}
+            else:
+                assert {*issues} <= self.next_batch()
+                assert len(issues) * TOKENS >= self.buffer.part_tokens
 
         for issue, (_, offer) in list(self.offers.items()):
             if offer.done():
@@ -102,10 +121,10 @@ class Driving(RuleBasedStateMachine):
             slow = min(self.running)
             self.offer(slow, self.running.pop(slow))
 
-        if self.taken:
+        if self.is_whole:
             self.publish()
 
-        if not self.taking and not self.taken:
+        if not self.taking:
             self.take()
 
     @rule(most=st.integers(1, 16))
@@ -165,31 +184,34 @@ class Driving(RuleBasedStateMachine):
         self.issue()
         self.settle()
 
-    @precondition(lambda self: self.taking is None and not self.taken)
+    @precondition(lambda self: self.taking is None and not self.is_whole)
     @rule()
     def take(self) -> None:
+        self.part = None
         self.taking = self.loop.create_task(self.buffer.take(self.version))
         self.settle()
 
-    @precondition(lambda self: self.taken)
+    @precondition(lambda self: self.is_whole)
     @rule()
     def publish(self) -> None:
         for issue in self.taken:
             self.settled.add(issue)
 
-        self.trained += self.taken
-        self.taken = []
+        self.trained += sorted(self.taken)
+        self.taken, self.part, self.is_whole = [], None, False
         self.buffer.release()
         self.version += 1
         self.settle()
 
-    @precondition(lambda self: self.taken)
+    @precondition(lambda self: self.part)
     @rule(choices=CHOICES)
     def lose_bodies(self, choices: list[int]) -> None:
-        """The batch is not trained: some of it is sampled again, the rest waits again."""
-        lost = {self.taken[choice % len(self.taken)] for choice in choices}
-        self.taken = []
-        self.buffer.put_back(lost)
+        """The part is not trained: some of it is sampled again, the rest waits again."""
+        issues = [one.issue for one in self.part.taken]
+        lost = {issues[choice % len(issues)] for choice in choices}
+        self.buffer.put_back(self.part, lost)
+        self.taken = [issue for issue in self.taken if issue not in issues]
+        self.part, self.is_whole = None, False
         self.loop.run_until_complete(_turns(4))
 
         for issue in lost:
@@ -197,7 +219,7 @@ class Driving(RuleBasedStateMachine):
             assert offer.result() is LostReason.BODY_LOST
             self.running[issue] = self.version
 
-    @precondition(lambda self: self.crashes < 2 and not self.taken)
+    @precondition(lambda self: self.crashes < 2)
     @rule()
     def crash_and_resume(self) -> None:
         self.teardown(close=False)
@@ -205,7 +227,8 @@ class Driving(RuleBasedStateMachine):
         self.crashes += 1
         self.running = {}
         self.offers = {}
-        self.taking = None
+        self.taking = self.part = None
+        self.taken, self.is_whole = [], False
         self.accidents = set()
         self.next_issue = self.settled.floor
 
@@ -239,6 +262,10 @@ class Driving(RuleBasedStateMachine):
         assert len(batch) < self.buffer.batch or not due <= set(batch), (
             f"{batch} is a batch that nobody takes"
         )
+        if self.buffer.part_tokens is not None:
+            ready = self.offers.keys() & self.next_batch() - {*self.taken}
+            assert len(ready) * TOKENS < self.buffer.part_tokens, f"{ready} is a part nobody takes"
+
         can_go_on = self.running or self.buffer.num_slots_held < self.buffer.num_slots
         assert can_go_on, "every slot is taken and nothing can be consumed: deadlock"
 
@@ -272,8 +299,9 @@ def offer(buffer: Buffer, issue: int, *, version: int) -> asyncio.Task[LostReaso
 
 
 async def take(buffer: Buffer, *, version: int) -> list[int]:
-    """The numbers of a batch."""
-    return [taken.issue for taken in await buffer.take(version)]
+    """The numbers of a part of a batch."""
+    part = await buffer.take(version)
+    return [taken.issue for taken in part.taken]
 
 
 async def test_synchronous_means_no_admission_before_the_release():
@@ -298,7 +326,7 @@ async def test_a_trajectory_too_stale_by_accident_keeps_its_slot():
     assert await offer is LostReason.TOO_STALE
     assert buffer.num_slots_held == 1 and not taking.done()
     again = asyncio.create_task(buffer.offer(0, stored(0, version=5)))
-    assert [t.issue for t in await taking] == [0]
+    assert [t.issue for t in (await taking).taken] == [0]
     buffer.release()
     assert await again is None
 
@@ -359,8 +387,9 @@ async def test_a_batch_of_another_size_leaves_nothing_overdue():
 async def test_a_batch_with_lost_bodies_is_taken_again():
     buffer = Buffer(batch=2, max_staleness=0, lookahead=0)
     offers = [offer(buffer, issue, version=0) for issue in (0, 1)]
-    assert len(await buffer.take(version=0)) == 2
-    buffer.put_back({1})
+    part = await buffer.take(version=0)
+    assert part.completes and len(part.taken) == 2
+    buffer.put_back(part, {1})
     assert await offers[1] is LostReason.BODY_LOST
     assert not offers[0].done()
     taking = asyncio.create_task(take(buffer, version=0))
@@ -383,3 +412,39 @@ async def test_a_number_that_is_dropped_later_holds_up_no_batch_before_it():
     assert await asyncio.wait_for(take(buffer, version=1), 1.0) == [2, 4]
     train(buffer, 2, 4)
     await asyncio.gather(*offers)
+
+
+async def test_a_batch_begins_with_what_no_other_batch_can_have():
+    buffer = Buffer(batch=4, max_staleness=1, lookahead=0, part_tokens=2 * TOKENS)
+    offers = [offer(buffer, issue, version=0) for issue in (5, 4, 6)]  # of the second batch
+    taking = asyncio.create_task(buffer.take(version=0))
+    await _turns(4)
+    assert not taking.done()
+
+    offers += [offer(buffer, issue, version=0) for issue in (3, 1)]
+    part = await asyncio.wait_for(taking, 1.0)
+    assert [taken.issue for taken in part.taken] == [1, 3] and not part.completes
+    assert buffer.num_ready == 3
+
+    buffer.settled.add(0)  # dropped: 4 takes its place
+    buffer.skip(0)
+    offers.append(offer(buffer, 2, version=0))
+    part = await asyncio.wait_for(buffer.take(version=0), 1.0)
+    assert [taken.issue for taken in part.taken] == [2, 4] and part.completes
+    train(buffer, 1, 2, 3, 4)
+    assert await asyncio.gather(offers[1], *offers[3:]) == [None] * 4
+
+    part = await asyncio.wait_for(buffer.take(version=1), 1.0)
+    assert [taken.issue for taken in part.taken] == [5, 6] and not part.completes
+    for waiting in offers:
+        waiting.cancel()
+
+
+async def test_a_part_has_no_small_remainder():
+    buffer = Buffer(batch=9, max_staleness=0, lookahead=0, part_tokens=2 * TOKENS + 1)
+    offers = [offer(buffer, issue, version=0) for issue in range(8)]
+    await _turns(2)
+    assert await take(buffer, version=0) == list(range(6))  # three parts of two and a bit each
+    assert buffer.num_ready == 2
+    for waiting in offers:
+        waiting.cancel()

@@ -57,6 +57,26 @@ def test_without_lora_there_are_no_adapters_and_a_single_target_is_a_list_of_one
     assert load_config(again) == one
 
 
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ([], None),
+        (["loss.gate={kind: random}", "flow.max_staleness=2", "learner.ranks=2"], None),
+        (["loss.gate=quantile"], "loss.gate: quantile"),
+        (
+            ["learner.optimizer_steps_per_batch=2"],
+            "learner.optimizer_steps_per_batch above 1",
+        ),
+        (
+            ["loss.reverse_kl.reward={function: exact}", "rollout.samples_per_prompt=2"],
+            "loss.reverse_kl.reward",
+        ),
+    ],
+)
+def test_a_step_is_begun_early_unless_it_needs_its_whole_batch(path, overrides, why):
+    assert load_config(path, overrides).waits_for_batch == why
+
+
 def test_alpha_grows_linearly_over_its_warm_up(path):
     loss = load_config(path, ["loss.alpha=2.0", "loss.alpha_warmup={start: 0.5, batches: 4}"]).loss
     assert [loss.alpha_at(b) for b in (0, 2, 4, 9)] == [1.0, 1.5, 2.0, 2.0]

@@ -27,6 +27,8 @@ from eopd.run.directory import RunDirectory
 from eopd.types import TrajectoryKey
 
 BATCH, BATCHES, EVERY, PROMPTS, SAMPLES = 4, 11, 3, 5, 2
+# tokens a micro-batch: two ranks take a batch of five tokens a trajectory whole, or two at a time
+WHOLE, IN_PARTS = 16, 5
 MODES = [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
 LONGEST_LIFE = 500  # callbacks; an undisturbed run takes about 650
 
@@ -91,9 +93,13 @@ class World(fakes.World):
         await self.turns(6)
         return stored
 
+    async def accumulate(self, part):
+        await self.turns(4)
+        await super().accumulate(part)
+
     async def step(self, batch):
         await self.turns(4)
-        self.trained[self.version + 1] = sorted(stored.header.key for stored in batch.stored())
+        self.trained[self.version + 1] = sorted(stored.header.key for stored in self.whole(batch))
         return await super().step(batch)
 
     async def publish(self, version):
@@ -107,7 +113,12 @@ class Run:
     """
 
     def __init__(
-        self, path: Path, staleness: int, lookahead: int, turns: tuple[int, int] | None = None
+        self,
+        path: Path,
+        staleness: int,
+        lookahead: int,
+        turns: tuple[int, int] | None = None,
+        token_budget: int = WHOLE,
     ) -> None:
         path.mkdir()
         self.directory = RunDirectory(path)
@@ -115,6 +126,7 @@ class Run:
         self.history: dict[int, list[TrajectoryKey]] = {}
         self.mode = staleness, lookahead
         self.turns = turns
+        self.token_budget = token_budget
 
     def order(self) -> PromptOrder:
         return fakes.order(prompts=PROMPTS, samples=SAMPLES, turns=self.turns)
@@ -158,13 +170,14 @@ class Run:
 
     async def _train(self, world: World, ledger: Ledger, start: int) -> None:
         staleness, lookahead = self.mode
-        plan = {"batch": BATCH, "batches": BATCHES, "max_attempts": 9, "token_budget": 16}
+        plan = {"batch": BATCH, "batches": BATCHES, "max_attempts": 9}
         line = fakes.pipeline(
             world,
             of=self.order(),
             ledger=ledger,
             max_staleness=staleness,
             lookahead=lookahead,
+            token_budget=self.token_budget,
             **plan,
         )
 
@@ -208,13 +221,15 @@ def no_disk_is_forced(monkeypatch):
     seed=st.integers(0, 2**32),
     lives=st.lists(st.integers(1, LONGEST_LIFE), min_size=3, max_size=6),
     turns=st.sampled_from([None, (3, 1), (2, 5)]),
+    token_budget=st.sampled_from([WHOLE, IN_PARTS]),
 )
 def test_killed_and_resumed_it_trains_what_an_undisturbed_run_trains(
-    tmp_path_factory, staleness, lookahead, seed, lives, turns
+    tmp_path_factory, staleness, lookahead, seed, lives, turns, token_budget
 ):
     root = tmp_path_factory.mktemp("once")
     undisturbed, killed = (
-        Run(root / name, staleness, lookahead, turns) for name in ("undisturbed", "killed")
+        Run(root / name, staleness, lookahead, turns, token_budget)
+        for name in ("undisturbed", "killed")
     )
     assert undisturbed.live(seed, life=-1)
     ended = [killed.live(seed + number, life) for number, life in enumerate([*lives, -1])]

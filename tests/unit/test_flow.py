@@ -4,6 +4,7 @@ by the slots, and the learner's wait is told apart.
 
 import asyncio
 import gc
+import itertools
 import random
 import tracemalloc
 from collections.abc import Sized
@@ -135,8 +136,7 @@ async def test_a_step_tells_when_somebody_wrote_and_when_somebody_scored():
     )
     async for done in line.steps(0):
         assert len(done.trained) == 4
-        for stage in ("generate", "score"):
-            spans = done.spans[stage]
+        for stage, spans in done.spans.items():
             assert spans == sorted(spans)
             assert all(start < stop for start, stop in spans)
             assert sum(stop - start for start, stop in spans) == pytest.approx(done.seconds[stage])
@@ -145,6 +145,27 @@ async def test_a_step_tells_when_somebody_wrote_and_when_somebody_scored():
             done.seconds["wait_rollout"], abs=0.01
         )
         assert done.spans["score"][-1][1] == pytest.approx(done.seconds["wait"], abs=0.01)
+
+
+async def test_the_parts_of_a_step_that_is_begun_early_add_up():
+    class Uneven(QuickWorld):
+        async def accumulate(self, part):
+            await asyncio.sleep(0.02)
+
+        async def score(self, stored):
+            await asyncio.sleep(0.03 * stored.header.key.sample_index)
+            return stored
+
+    line = pipeline(Uneven(write_s=0.01), batch=4, batches=3, max_staleness=0, token_budget=6)
+    async for done in line.steps(0):
+        stages = ("wait_rollout", "wait_teacher", "train", "weights")
+        assert sum(done.seconds[stage] for stage in stages) == pytest.approx(
+            done.seconds["step"], abs=0.01
+        )
+        learner = sorted(span for stage in stages for span in done.spans[stage])
+        assert all(a[1] <= b[0] + 1e-6 for a, b in itertools.pairwise(learner))
+        assert len(done.spans["train"]) == 2 and done.seconds["wait_teacher"] > 0.03
+        assert done.seconds["train"] > 0.02
 
 
 async def test_what_is_under_way_when_a_step_ends_is_told_in_two_parts():

@@ -48,14 +48,16 @@ class FakeWorld(World):
         return stored
 
     async def step(self, batch):
-        self.trained.append(sorted(s.header.key for s in batch.stored()))
-        self.staleness += [self.version - s.header.oldest_version for s in batch.stored()]
+        whole = self.whole(batch)
+        self.trained.append(sorted(stored.header.key for stored in whole))
+        self.staleness += [self.version - stored.header.oldest_version for stored in whole]
         await asyncio.sleep(0.001)
         return await super().step(batch)
 
 
 def pipeline(world: World, *, staleness: int = 0, **options: object) -> Pipeline:
-    return fakes.pipeline(world, max_staleness=staleness, token_budget=16, **options)
+    """Parts of a batch are of two trajectories of six tokens, one for each rank."""
+    return fakes.pipeline(world, max_staleness=staleness, **{"token_budget": 6, **options})
 
 
 async def run(line: Pipeline, start: int = 0) -> list[dict[str, float]]:
@@ -337,25 +339,81 @@ async def test_a_resumed_run_does_not_try_again_what_was_dropped():
     assert set(counts.values()) == {1}
 
 
-async def test_bodies_lost_before_the_update_are_sampled_again():
+@pytest.mark.parametrize("call", ["accumulate", "step"])
+async def test_bodies_lost_before_the_update_are_sampled_again(call):
     class Forgetful(FakeWorld):
         gone = 3
 
-        async def step(self, batch):
-            if self.gone:
+        def forget(self, name, batch):
+            if name == call and self.gone:
                 self.gone -= 1
-                keys = [stored.header.key for stored in batch.stored()]
-                raise BodiesLostError(keys[:2])
+                raise BodiesLostError([stored.header.key for stored in batch.stored()][:1])
 
+        async def accumulate(self, part):
+            self.forget("accumulate", part)
+            await super().accumulate(part)
+
+        async def step(self, batch):
+            self.forget("step", batch)
             return await super().step(batch)
 
     world = Forgetful()
     rows = await run(pipeline(world, max_attempts=1))
-    assert rows[-1]['eopd_lost_trajectories_total{reason="body_lost"}'] == 6
+    assert rows[-1]['eopd_lost_trajectories_total{reason="body_lost"}'] == 3
     assert rows[-1]["eopd_dropped_trajectories_total"] == 0
     counts = times_trained(world)
     assert len(counts) == 48
     assert set(counts.values()) == {1}
+
+
+class Slow(FakeWorld):
+    """The last sample of every batch takes until ``may_end``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_end = asyncio.Event()
+        self.asked = 0
+
+    async def generate(self, prompt, sample_index, sampling):
+        self.asked += 1
+        if self.asked % 4 == 0:
+            await self.may_end.wait()
+
+        return await super().generate(prompt, sample_index, sampling)
+
+
+@pytest.mark.parametrize(
+    ("plan", "begun"),
+    [
+        ({"ranks": 2}, 2),
+        ({"ranks": 1}, 3),
+        ({"ranks": 1, "token_budget": 16}, 2),
+        ({"ranks": 2, "token_budget": 16}, 0),
+        ({"ranks": 1, "streams": False}, 0),
+    ],
+)
+async def test_a_batch_is_begun_while_the_rest_of_it_is_written(plan, begun):
+    world = Slow()
+    line = pipeline(world, batches=1, **plan)
+    running = asyncio.create_task(run(line))
+    await asyncio.sleep(0.05)
+    assert sum(len(part.stored()) for part in world.parts) == begun
+    assert world.trained == [] and world.version == 0
+    world.may_end.set()
+    (row,) = await running
+    assert world.trained == [sorted(keys(line, 4))]
+    assert row["eopd_train_seconds"] + row["eopd_wait_seconds"] > 0.04
+
+
+async def test_one_that_is_stopped_in_the_middle_of_a_batch_has_not_trained_it():
+    world = Slow()
+    line = pipeline(world)
+    running = asyncio.create_task(run(line))
+    await asyncio.sleep(0.05)
+    assert world.parts
+    await line.buffer.close()
+    assert await running == []
+    assert line.ledger.settled.floor == 0 and world.trained == []
 
 
 async def test_a_learner_that_raises_ends_the_run():

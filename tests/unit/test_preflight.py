@@ -191,6 +191,23 @@ def test_notes_compare_the_config_with_the_data(check):
     ]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["loss.gate=hard"], None),
+        (["loss.gate.kind=quantile"], "loss.gate: quantile"),
+        (
+            ["learner.optimizer_steps_per_batch=2", "flow.batch_prompts=2"],
+            "learner.optimizer_steps_per_batch above 1",
+        ),
+    ],
+)
+def test_what_needs_a_whole_batch_is_said(check, overrides, why):
+    told = [line for line in check(*overrides)[1].splitlines() if "whole batch" in line]
+    note = "the learner begins a step when its whole batch is there, because of"
+    assert told == ([] if why is None else [f"{note} {why}"])
+
+
 def test_threads_are_compared_with_the_cores_of_a_run_that_is_local(check, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)

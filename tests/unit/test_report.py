@@ -344,6 +344,29 @@ def test_the_timeline_shows_one_step_from_its_start(run, page):
         assert expected in found.text
 
 
+def test_a_learner_that_began_before_its_batch_was_whole_is_drawn_so(run, page):
+    spans = {
+        "wait_rollout": [[0.0, 1.0], [3.0, 4.0]],
+        "wait_teacher": [[4.0, 5.0]],
+        "train": [[1.0, 3.0], [5.0, 7.0]],
+        "weights": [[7.0, 8.0]],
+    }
+    found = page(run(**{"timeline.jsonl": [{"step": step, **spans} for step in (1, 2, 3)]}))
+    drawn = [
+        (a["class"], a["x"], a["width"])
+        for tag, a in found.elements
+        if tag == "rect" and a.get("class", "").startswith("f-") and "%" in a.get("x", "")
+    ]
+    assert drawn == [
+        ("f-wait-rollout", "0.000%", "12.500%"),
+        ("f-wait-rollout", "37.500%", "12.500%"),
+        ("f-wait-teacher", "50.000%", "12.500%"),
+        ("f-train", "12.500%", "25.000%"),
+        ("f-train", "62.500%", "25.000%"),
+        ("f-weights", "87.500%", "12.500%"),
+    ]
+
+
 def test_a_usual_step_is_one_with_a_timeline(run, page):
     rows = [row(1), row(2, eopd_step_seconds=9.0), row(3, eopd_step_seconds=10.0)]
     found = page(run(rows=rows, **{"timeline.jsonl": [{"step": 3, "generate": [[0.0, 5.0]]}]}))

@@ -12,6 +12,7 @@ from eopd.telemetry.report import charts
 from eopd.telemetry.report.figure import Figure
 from eopd.telemetry.report.lines import Line, Points, smoothed, thinned
 from eopd.telemetry.report.reading import Record, RunRecord
+from eopd.types import Span
 
 # How a step's seconds are split, in their order, with the classes of their colours.
 WAITS: Final[Mapping[str, tuple[str, str]]] = {
@@ -146,15 +147,15 @@ def _timeline(run: RunRecord, row: Record, axis: float, note: str) -> Figure:
         label = f"{workers}, busy {sum(b - a for a, b in busy) / seconds:.0%}"
         lanes.append(Lane(label, [(a, b, name, activity) for a, b in busy]))
 
-    lanes.append(_learner(row))
+    lanes.append(_learner(row, run.timeline.get(row["step"], {})))
     title = f"{run.name}: step {row['step']}, {seconds:.2f} s"
 
     return Figure(title, timeline(title, lanes, axis), note)
 
 
-def _learner(row: Record) -> Lane:
-    """Returns the learner's lane: the parts of its step in their order, up to the step's end where
-    its waits were not recorded.
+def _learner(row: Record, recorded_spans: Mapping[str, Sequence[Span]]) -> Lane:
+    """Returns the learner's lane: the parts of its step when they were, or one after the other where
+    a run has not recorded that, up to the step's end where its waits were not recorded.
     """
     recorded = {name: row[name] for name in PARTS if row.get(name) is not None}
     step = row["eopd_step_seconds"]
@@ -163,7 +164,10 @@ def _learner(row: Record) -> Lane:
 
     for name, seconds in recorded.items():
         activity, classes = PARTS[name]
-        spans.append((start, start + seconds, classes, activity))
+        stage = name.removeprefix("eopd_").removesuffix("_seconds")
+        for begin, end in recorded_spans.get(stage, [(start, start + seconds)]):
+            spans.append((begin, end, classes, activity))
+
         start += seconds
 
     if WAITS.keys() <= recorded.keys():
