@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 SETTLED = {"floor": 8, "trained_ahead": [], "lost": {}, "dropped": []}
+COLLAPSED = 31  # steps
 TOTALS = {"tokens": 3, "trajectories": 2, "skipped_steps": 0, "wall_s": 1.5}
 
 
@@ -41,8 +42,13 @@ def main() -> int:
     if fate == "die":
         os.kill(os.getpid(), signal.SIGKILL)
 
+    after = {"reverse_kl": {"mean": number(config), "standard_error": 0.1}}
     if fate == "collapse":
-        keep(run, {"status": "collapsed", "steps": 1})
+        for step in range(1, COLLAPSED):
+            row = {"eopd_end_token_ratio": 0.9 if step <= 20 else 0.1}
+            append(run / "metrics.jsonl", row | {"step": step, "eopd_repetition_ratio": step / 99})
+
+        keep(run, {"status": "collapsed", "steps": COLLAPSED, "held_out": {"after": after}})
         return 1
 
     if fate == "wait":
@@ -51,7 +57,6 @@ def main() -> int:
         return 130
 
     time.sleep(0.2)
-    after = {"reverse_kl": {"mean": number(config), "standard_error": 0.1}}
     keep(run, {"status": "completed", "steps": batches, "held_out": {"after": after}})
     append(calls, {"name": name, "ended": time.time()})
     return 0

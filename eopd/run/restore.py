@@ -11,18 +11,20 @@ Without ``--resume`` a run that has begun there is refused. A run has gone on fu
 taken up more often (``incarnation``), or as often and has a later checkpoint: on another machine, or
 here before the newest checkpoints were lost.
 
-Whatever is restored is on disk under another name until it is complete, the newest checkpoint last:
-a restoration that is killed is done again.
+Checkpoints of this directory that are not kept there are of the steps that the other process did
+anew, and are removed. Whatever is restored is on disk under another name until it is complete, and
+``summary.json`` comes last: a restoration that is killed is done again.
 """
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
-from eopd.config import Config, ConfigError
+from eopd.config import Config, ConfigError, load_config
 from eopd.run.checkpoint import MANIFEST, fault, list_checkpoints, step_of
 from eopd.run.directory import RunDirectory
 from eopd.run.elsewhere import CHECKPOINTS, Place, blamed, checkpoints_at, place_of, run_id
@@ -30,6 +32,9 @@ from eopd.run.lock import Holder, holder_in
 from eopd.run.place import LOCK
 from eopd.run.reading import parse_object
 from eopd.run.record import RUN_ID
+
+CONFIG: Final = "config.yaml"
+SUMMARY: Final = "summary.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +56,7 @@ class Kept:
         """Looks at a place."""
         sizes = place.sizes()
         checkpoints = checkpoints_at(place, sizes)
-        summary = parse_object((place.read("summary.json") or b"").decode(errors="replace"))
+        summary = parse_object((place.read(SUMMARY) or b"").decode(errors="replace"))
         incarnation = summary.get("incarnation")
         return cls(
             sizes=sizes,
@@ -71,6 +76,27 @@ class Kept:
     def newest(self) -> int:
         """The step of the newest whole checkpoint, or 0."""
         return max((step_of(Path(name)) for name in self.whole), default=0)
+
+
+def config_of_kept(config: Config) -> Config | None:
+    """Returns the config of the run that is kept elsewhere, as it was written last; None where there
+    is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    place = place_of(config.run)
+    if place is None:
+        return None
+
+    with blamed(place.url, "read"), tempfile.TemporaryDirectory() as temporary:
+        text = place.read(CONFIG)
+        if text is None:
+            return None
+
+        file = Path(temporary) / CONFIG
+        file.write_bytes(text)
+        return load_config(file)
 
 
 def restore(
@@ -148,16 +174,20 @@ def _has_gone_as_far(directory: RunDirectory, kept: Kept) -> bool:
         return False
 
     summary = directory.read_summary()
+    if summary is None and SUMMARY in kept.sizes:  # a restoration was killed
+        return False
+
     incarnation = summary.incarnation if summary else 0
     return (incarnation, step_of(here[-1])) >= (kept.incarnation, kept.newest)
 
 
 def _bring_back(run: Path, place: Place, kept: Kept, say: Callable[[str], None]) -> list[str]:
-    """Restores all files of the run, then its checkpoints, the newest last."""
-    files = [name for name in kept.sizes if "/" not in name and name != LOCK]
+    """Restores all files of the run, then its checkpoints, then its summary, in place of what is here."""
+    files = [name for name in kept.sizes if "/" not in name and name not in (LOCK, SUMMARY)]
     files = [name for name in files if not name.startswith(".")]
     size = sum(kept.sizes[f"{CHECKPOINTS}/{name}/{file}"] for name, file in _files_of(kept))
     say(f"restoring {run} from {place.url}: {', '.join(kept.whole)}, {size / 1e9:.2f} GB")
+    _remove_others(run / CHECKPOINTS, kept)
     for name in files:
         place.get(name, run / name)
 
@@ -170,6 +200,9 @@ def _bring_back(run: Path, place: Place, kept: Kept, say: Callable[[str], None])
     if len(notes) == len(kept.whole):
         raise ConfigError(f"run.upload: {place.url} holds no checkpoint that is whole: {notes}")
 
+    if SUMMARY in kept.sizes:
+        place.get(SUMMARY, run / SUMMARY)
+
     notes.append(f"restored from {place.url}, up to step {kept.newest}")
     if kept.holder is not None:
         notes.append(
@@ -178,6 +211,14 @@ def _bring_back(run: Path, place: Place, kept: Kept, say: Callable[[str], None])
         )
 
     return notes
+
+
+def _remove_others(root: Path, kept: Kept) -> None:
+    """Removes the checkpoints here that are not those kept, after the summary, which speaks of them."""
+    (root.parent / SUMMARY).unlink(missing_ok=True)
+    for path in list_checkpoints(root):
+        if (path / MANIFEST).read_bytes() != kept.whole.get(path.name):
+            shutil.rmtree(path)
 
 
 def _files_of(kept: Kept) -> list[tuple[str, str]]:

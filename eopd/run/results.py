@@ -75,14 +75,14 @@ def compare(entries: Sequence[Entry]) -> list[ArmResult]:
 
 
 def final_numbers(directory: RunDirectory) -> Numbers:
-    """Returns what a run measured after its last step, by ``NAME/METRIC``; nothing of a run that did
-    not get there.
+    """Returns what a run measured after its last batch, by ``NAME/METRIC``; nothing of a run that did
+    not get there, such as one that collapsed.
 
     Raises:
         ConfigError: the summary of the run cannot be read.
     """
     summary = directory.read_summary()
-    if summary is None or not summary.held_out.after:
+    if summary is None or summary.status != "completed" or not summary.held_out.after:
         return {}
 
     after = summary.held_out.after

@@ -78,6 +78,7 @@ class Uploads:
         self._there: dict[str, str | bytes] | None = None  # as ``checkpoints_at``
         self._newest: int | None = None  # step of the newest that is whole there
         self._lock_there = b""
+        self._went_back_to: int | None = None  # what is there of later steps is not of this run
         self._wake, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
 
@@ -106,6 +107,12 @@ class Uploads:
     def wake(self) -> None:
         """Lets the next pass begin now: there is a new checkpoint."""
         self._wake.set()
+
+    def go_back(self, step: int) -> None:
+        """Notes that training goes on from a step: checkpoints there of later ones are removed, once
+        this one is whole there.
+        """
+        self._went_back_to = step
 
     def needed(self) -> set[int]:
         """Returns the step of the checkpoint that is being uploaded, which must stay until it is up."""
@@ -265,14 +272,14 @@ class Uploads:
         if not up:
             return
 
-        newest_up, newest_here = (max(map(_step, names)) for names in (up, here))
+        newest_up, back_to = max(map(_step, up)), self._went_back_to
         for name in self._there.keys() - here.keys():
-            if _step(name) < newest_up or _step(name) > newest_here:
+            if _step(name) < newest_up or (back_to is not None and _step(name) > back_to):
                 place.remove(f"{CHECKPOINTS}/{name}/{MANIFEST}")
                 place.remove_folder(f"{CHECKPOINTS}/{name}")
                 del self._there[name]
 
-        self._newest = newest_up
+        self._newest, self._went_back_to = newest_up, None
 
     def _small_files(self) -> Iterator[Path]:
         for path in sorted(self._directory.path.iterdir()):

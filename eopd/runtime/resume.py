@@ -38,6 +38,7 @@ from eopd.run.checkpoint import (
 from eopd.run.directory import RunDirectory
 from eopd.run.reading import instead_of_going_on
 from eopd.run.record import Summary
+from eopd.run.restore import config_of_kept
 from eopd.runtime.guard import require_no_collapse
 
 Resume = Literal["no", "yes", "auto"]
@@ -166,10 +167,17 @@ def _checkpoint_to_continue(directory: RunDirectory, config: Config, step: int |
 
 
 def config_to_continue(config: Config, resume: Resume) -> Config | None:
-    """Returns the config of the run that goes on as it was written last; None where one begins."""
+    """Returns the config of the run that goes on as it was written last, here or where it is kept;
+    None where one begins.
+    """
+    if resume == "no":
+        return None
+
     directory = RunDirectory(config.run.path)
-    goes_on = resume != "no" and list_checkpoints(directory.checkpoints)
-    return directory.config() if goes_on else None
+    if list_checkpoints(directory.checkpoints):
+        return directory.config()
+
+    return config_of_kept(config)
 
 
 def _summary_of(directory: RunDirectory) -> Summary:

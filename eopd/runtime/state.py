@@ -56,6 +56,7 @@ class RunState:
         self._checkpointing = taken_up.config.checkpoint
         self._evaluation = taken_up.config.evaluation
         self._candidates: set[int] = set()  # steps whose measurement is not known yet
+        self._spared: set[int] = set()  # the step from before a collapse
         self._goes_on = taken_up.checkpoint is None
 
     def go_on(self) -> None:
@@ -64,6 +65,7 @@ class RunState:
         """
         if not self._goes_on:
             self._taken_up.carry_out()
+            self.uploads.go_back(self.progress.step)
             self._goes_on = True
             self._read_evaluations()
             self.write_summary()
@@ -84,6 +86,7 @@ class RunState:
         self.progress.roll_back(state)
         self.ledger = self._ledger_of(state)
         if self._goes_on:
+            self.uploads.go_back(self.progress.step)
             self.directory.drop_rows_after(self.progress.step)
             self._read_evaluations()
             self.write_summary()
@@ -145,9 +148,9 @@ class RunState:
         """Returns whether a checkpoint is to be written after this step."""
         return self.progress.step % self._checkpointing.every == 0 or self._is_candidate
 
-    async def save(self, learner: LearnerGang, *, spare: int = 0) -> None:
-        """Writes a checkpoint, unless there is one of this step. ``spare`` older ones stay beyond
-        ``checkpoint.keep_last``.
+    async def save(self, learner: LearnerGang, *, spares_newest: bool = False) -> None:
+        """Writes a checkpoint, unless there is one of this step. With ``spares_newest`` the newest one
+        from before stays to the end of this process, whatever ``checkpoint.keep_last`` says.
 
         Raises:
             StorageError: it could not be written.
@@ -157,12 +160,15 @@ class RunState:
         if progress.step <= (progress.checkpoint_step or 0):
             return
 
+        if spares_newest and (newest := self.checkpoint()) is not None:
+            self._spared.add(step_of(newest))
+
         started = time.monotonic()
         await write_checkpoint(
             self.directory.checkpoints,
             progress.state(self.ledger, self._taken_up.inputs),
             learner.save,
-            keep_last=self._checkpointing.keep_last + spare,
+            keep_last=self._checkpointing.keep_last,
             keep=self._worth_keeping,
         )
         self.uploads.wake()
@@ -229,18 +235,19 @@ class RunState:
         )
 
     def _worth_keeping(self) -> set[int]:
-        """Returns the steps of checkpoints that stay beside the newest: one that is being uploaded, the
-        best, those that may turn out so, and the newest of those that ``checkpoint.every`` asks for.
+        """Returns the steps of checkpoints that stay beside the newest: one that is being uploaded or was
+        spared, the best, those that may turn out so, and the newest of those that
+        ``checkpoint.every`` asks for.
         """
-        uploading = self.uploads.needed()
+        needed = self.uploads.needed() | self._spared
         if self._compared is None:
-            return uploading
+            return needed
 
         every, keep_last = self._checkpointing.every, self._checkpointing.keep_last
         whole = map(step_of, list_checkpoints(self.directory.checkpoints))
         regular = [step for step in whole if step % every == 0]
         best = {best.step for best in self._best()}
-        return {*uploading, *regular[-keep_last:], *best, *self._candidates}
+        return {*needed, *regular[-keep_last:], *best, *self._candidates}
 
     def _ledger_of(self, state: DriverState | None) -> Ledger:
         """Returns the ledger of a checkpoint, or a new one; what was dropped since is not tried

@@ -281,12 +281,14 @@ def _status_of(config: Config, parallel: int) -> Status:
     if other := holder(directory.path):
         raise ConfigError(f"{directory.path} is being run by {other}")
 
+    summary = directory.read_summary()
+    if summary is not None and summary.status == "collapsed":  # which cannot be taken up
+        _require_same(directory, config, ())
+        return "collapsed"
+
     taken_up = take_up(config, digests(config, prepared), "auto")
     if directory.num_steps():
         _require_same(directory, config, taken_up.changes)
-
-    if taken_up.summary is not None and taken_up.summary.status == "collapsed":
-        return "collapsed"
 
     return "completed" if taken_up.complete else "waiting"
 

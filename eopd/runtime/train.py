@@ -344,7 +344,7 @@ class Training:
                 self._pipeline = None
 
             # the checkpoint from before a collapse must not go for the one that has it
-            await state.save(learner, spare=int(self.has_collapsed))
+            await state.save(learner, spares_newest=self.has_collapsed)
 
     async def _follow(self, pipeline: Pipeline) -> None:
         """Runs the loop to its end, with a row, a record and now and then a checkpoint of what it

@@ -193,6 +193,17 @@ async def test_without_keep_best_the_newest_stay_alone(config):
     assert state.directory.read_summary().best is None
 
 
+@pytest.mark.parametrize("keep_best", ["null", "{metric: math/avg_at_n, mode: max}"])
+async def test_the_checkpoint_from_before_a_collapse_stays(config, keep_best):
+    """Also when a measurement after it removes what is needless."""
+    state = begin(config(keep_best, "checkpoint.keep_last=1"))
+    await measured(state, {10: 0.1, 20: 0.2, 30: 0.3})
+    state.progress.step = 33
+    await state.save(Learner(), spares_newest=True)
+    state.record(evaluation(33, 0.9, phase="after"))
+    assert steps(state) == [30, 33]
+
+
 async def test_which_are_best_outlives_the_process_and_a_roll_back(config):
     state = begin(config())
     await measured(state, {5: 0.9, 10: 0.3, 15: 0.8, 20: 0.1})

@@ -215,11 +215,12 @@ def test_a_run_that_another_process_runs_is_left_to_it(bench):
 
 def test_a_run_that_collapsed_has_ended_and_counts_no_number(bench):
     bench.fates({"gate-never-seed-1": "collapse"})
-    sweep = bench.sweep()
+    ends = ("guard.on_collapse=stop", "run.batches=40")
+    sweep = bench.sweep(*ends)
     _, never = sweep.run(1)
     assert sweep.status == "completed"
     assert never.values["held_out/reverse_kl"].keys() == {0}
-    bench.sweep().run(1)
+    bench.sweep(*ends).run(1)
     assert len(bench.began()) == 4
 
 

@@ -21,6 +21,7 @@ from eopd.run.lock import held
 from eopd.run.progress import Progress
 from eopd.run.restore import restore
 from eopd.run.upload import Uploads
+from eopd.runtime.resume import config_to_continue
 
 DIFFERENT = "choose another run.upload, or another run.name"
 
@@ -209,10 +210,23 @@ async def test_what_training_went_back_before_is_removed(config, there):
     directory = await uploaded(config, 4, 8)
     shutil.rmtree(directory.checkpoints / "step-000008")
     with held(directory.path), Uploads(config, print) as uploads:
+        uploads.go_back(4)
         uploads.start()
 
     assert steps_at(there) == [4]
     assert uploads.row()["eopd_uploaded_step"] == 4.0
+
+
+async def test_what_is_damaged_here_stays_there(config, there):
+    directory = await uploaded(config, 4, 8)
+    with held(directory.path), Uploads(config, print) as uploads:
+        uploads.go_back(8)  # it continues from there
+        uploads.start()
+        (directory.checkpoints / "step-000008" / "learner" / "weights").write_text("")
+        uploads.wake()
+
+    assert [path.name for path in list_checkpoints(directory.checkpoints)] == ["step-000004"]
+    assert steps_at(there) == [4, 8]
 
 
 async def test_without_a_whole_checkpoint_here_nothing_is_removed_there(config, there):
@@ -348,9 +362,10 @@ async def test_the_run_that_went_on_further_counts(config, there, tmp_path):
         restore(other, "auto", print)
         second = RunDirectory(other.run.path)
         with Uploads(other, print) as uploads:
-            uploads.start()
             # incarnation 1 stopped before step 8, and is further all the same
             shutil.rmtree(second.checkpoints / "step-000008")
+            uploads.go_back(4)
+            uploads.start()
             await train_to(second, 6, incarnation=1)
 
     assert steps_at(there) == [4, 6]
@@ -360,6 +375,40 @@ async def test_the_run_that_went_on_further_counts(config, there, tmp_path):
         assert restore(config, "auto", print) == []
 
     assert first.read_summary().incarnation == 1
+    whole = [path.name for path in list_checkpoints(first.checkpoints)]
+    assert whole == ["step-000004", "step-000006"], "step 8 is of a run that went back"
+
+
+async def test_a_restoration_that_is_killed_is_done_again(config, monkeypatch):
+    directory = await uploaded(config, 4, 8)
+    shutil.rmtree(directory.checkpoints)
+    fetch = Place.get
+
+    def killed(place, name, target):
+        if name == "summary.json":
+            raise KeyboardInterrupt
+
+        fetch(place, name, target)
+
+    with held(directory.path):
+        monkeypatch.setattr(Place, "get", killed)
+        with pytest.raises(KeyboardInterrupt):
+            restore(config, "auto", print)
+
+        assert len(list_checkpoints(directory.checkpoints)) == 2
+        monkeypatch.setattr(Place, "get", fetch)
+        assert restore(config, "auto", print)[-1].endswith("up to step 8")
+
+    assert directory.read_summary() is not None
+
+
+async def test_names_are_pinned_as_in_the_run_that_is_kept(config):
+    directory = await uploaded(config, 4)
+    shutil.rmtree(directory.path)
+    assert config_to_continue(config, "no") is None
+    assert config_to_continue(config, "auto") == config
+    local = config.model_copy(update={"run": config.run.model_copy(update={"upload": None})})
+    assert config_to_continue(local, "auto") is None
 
 
 async def test_a_process_that_did_not_leave_in_order_is_named(config, there):
