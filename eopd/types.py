@@ -339,41 +339,36 @@ class Estimate:
     standard_error: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartStats:
-    """Part stats describe some of the tokens of a held-out measurement: their ``share`` of all
-    tokens, and the two divergences on them.
-    """
-
-    share: float
-    reverse_kl: Estimate
-    forward_kl: Estimate
+ByPrompt = Mapping[str, Mapping[str, float]]  # metric -> prompt id -> number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalStats:
-    """Evaluation stats compare student and teacher on held-out prompts, per response token.
+    """Eval stats compare student and teacher on held-out prompts, prompt by prompt.
 
-    reverse_kl is the mean of log p(y) - log q(y) over sampled tokens; forward_kl the ``tail`` form;
-    top1_agreement the share of positions with equal argmax. Standard errors are clustered by
-    trajectory (tokens of one response are not independent). The counts are a histogram of the loss
-    tokens by entropy: ``NUM_ENTROPY_BINS`` bins, each ``ENTROPY_BIN_NATS`` wide from 0 on, the last
-    one open above. ``parts`` are the tokens where the teacher is unsure (the gate opens) and where
-    it is sure, and the tokens of each ``source`` of prompts, where there are several.
-    ``num_dropped`` prompts could not be measured.
+    ``by_prompt`` has means over the loss tokens of a prompt's response, in nats: reverse_kl of
+    log p(y) - log q(y) over sampled tokens, forward_kl of the ``tail`` form, student_entropy and
+    teacher_entropy; and top1_agreement, the share of positions with equal argmax. ``tokens`` is the
+    number of the loss tokens, by which the prompts weigh in a mean over all of them. ``reverse_kl:
+    PART``, ``forward_kl: PART`` and ``tokens: PART`` are those of a part of the tokens: those where
+    the teacher is unsure (the gate opens, and a token counts as far as it does), those where it is
+    sure, and those of each ``source`` of prompts, where there are several. A prompt without tokens
+    of a part weighs 0 in it.
+
+    The counts are a histogram of the loss tokens by entropy: ``NUM_ENTROPY_BINS`` bins, each
+    ``ENTROPY_BIN_NATS`` wide from 0 on, the last one open above. ``num_dropped`` prompts could not
+    be measured.
     """
 
-    reverse_kl: Estimate
-    forward_kl: Estimate
-    student_entropy: Estimate
-    teacher_entropy: Estimate
-    top1_agreement: Estimate
+    by_prompt: ByPrompt
     student_entropy_counts: tuple[int, ...]
     teacher_entropy_counts: tuple[int, ...]
-    parts: Mapping[str, PartStats]
-    num_trajectories: int
-    num_tokens: int
     num_dropped: int = 0
+
+    @property
+    def num_prompts(self) -> int:
+        """The number of prompts that were measured."""
+        return len(self.by_prompt["tokens"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,9 @@
-"""Estimators over repeated samples: unbiased pass@k, and means whose standard error respects
-the prompts. Pure.
+"""Estimators over repeated samples: unbiased pass@k, and means and changes whose standard error
+respects the prompts. Pure.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 
 from eopd.types import Estimate
@@ -32,25 +33,81 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def mean_over_prompts(per_prompt: Sequence[float]) -> Estimate:
+def powers_to(n: int) -> list[int]:
+    """Returns the k for which pass@k is reported of n samples: the powers of two below n, and n.
+
+    Example: 1, 2, 4 and 6 for n = 6.
+    """
+    return [*(2**power for power in range((n - 1).bit_length())), n]
+
+
+def mean_over_prompts(per_prompt: Sequence[float], weights: Sequence[float] = ()) -> Estimate:
     """Returns the mean of one number per prompt, and its standard error clustered by prompt.
 
-    Samples of one prompt are not independent. With equally many samples per prompt the clustered
-    standard error is that of the prompts' own means, ``sd / sqrt(prompts)`` with the n - 1 form of
-    sd (clustering as in Miller 2024, arXiv 2411.00640). One prompt says nothing of the spread
-    between prompts: its standard error is nan.
+    Samples and tokens of one prompt are not independent, so that a prompt is one cluster. For m
+    prompts with numbers x_i and weights w_i the mean is sum w_i x_i / sum w_i, and its standard
+    error sqrt(m / (m - 1) sum d_i^2) with d_i = w_i (x_i - mean) / sum w_i, which is what prompt i
+    adds to the error (the ratio estimator: Cochran, Sampling Techniques, chapter 6; clustering as
+    in Miller 2024, arXiv 2411.00640). With equal weights that is sd / sqrt(m). One prompt says
+    nothing of the spread between prompts: its standard error is nan.
+
+    Args:
+        per_prompt: a score, or a mean per token.
+        weights: the number of tokens that each is a mean of; none where all prompts weigh the same.
 
     Raises:
-        ValueError: there is no prompt.
+        ValueError: there is no prompt, or no weight.
     """
-    count = len(per_prompt)
-    if count == 0:
+    mean, deviations = _deviations(per_prompt, weights)
+    return Estimate(mean=mean, standard_error=_standard_error(deviations))
+
+
+def change_over_prompts(
+    per_prompt: Sequence[float],
+    before: Sequence[float],
+    weights: Sequence[float] = (),
+    weights_before: Sequence[float] = (),
+) -> Estimate:
+    """Returns by how much the mean over the same prompts in the same order differs from the one
+    before, with a standard error that is paired by prompt.
+
+    What a prompt adds to the error is d_i - d_i before, with d_i as in ``mean_over_prompts``: what
+    makes a prompt hard is in both measurements, and cancels. With equal weights that is the
+    standard error of the prompts' own differences.
+
+    Example: 0.1, 0.5 before and 0.3, 0.6 now are +0.15 with a standard error of 0.05, far below the
+    0.2 and 0.15 of the two means.
+
+    Raises:
+        ValueError: there is no prompt, or no weight.
+    """
+    mean, deviations = _deviations(per_prompt, weights)
+    mean_before, deviations_before = _deviations(before, weights_before)
+    changes = map(operator.sub, deviations, deviations_before)
+    return Estimate(mean=mean - mean_before, standard_error=_standard_error(list(changes)))
+
+
+def _deviations(
+    per_prompt: Sequence[float], weights: Sequence[float]
+) -> tuple[float, Sequence[float]]:
+    """Returns the weighted mean, and what each prompt adds to its error."""
+    if not per_prompt:
         raise ValueError("a mean over prompts needs at least one prompt")
 
-    mean = math.fsum(per_prompt) / count
+    weights = weights or [1.0] * len(per_prompt)
+    total = math.fsum(weights)
+    if total <= 0.0:
+        raise ValueError(f"the weights of a mean must add up to more than 0 (is {total:g})")
+
+    mean = math.fsum(map(operator.mul, weights, per_prompt)) / total
+    pairs = zip(weights, per_prompt, strict=True)
+
+    return mean, [weight * (value - mean) / total for weight, value in pairs]
+
+
+def _standard_error(deviations: Sequence[float]) -> float:
+    count = len(deviations)
     if count == 1:
-        return Estimate(mean=mean, standard_error=math.nan)
+        return math.nan
 
-    variance = math.fsum((value - mean) ** 2 for value in per_prompt) / (count - 1)
-
-    return Estimate(mean=mean, standard_error=math.sqrt(variance / count))
+    return math.sqrt(count / (count - 1) * math.fsum(each**2 for each in deviations))

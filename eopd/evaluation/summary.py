@@ -1,24 +1,32 @@
-"""What a benchmark measured, prompt by prompt, as ``evaluations.jsonl`` keeps it. Pure.
+"""What was measured, prompt by prompt, as ``evaluations.jsonl`` keeps it, and what it says of all
+prompts. Pure.
+
+    a benchmark        by_prompt ──▶ ByPrompt ──▶ measurements: means
+    held-out prompts   learner   ──▶ ByPrompt ──▶ differences: paired with the first ByPrompt
 
 Every metric is a mean over prompts of one number per prompt, so that two measurements of the same
-prompts can be compared prompt by prompt.
+prompts can be compared prompt by prompt. Prompts weigh the same in a benchmark, and by their tokens
+where these are counted: a metric of held-out prompts is a mean per token (``EvalStats``).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 from eopd.evaluation.benchmarks import BenchmarkResult, PromptResult
 from eopd.evaluation.diversity import distinct_ratio
-from eopd.evaluation.passk import mean_over_prompts, pass_at_k
+from eopd.evaluation.passk import change_over_prompts, mean_over_prompts, pass_at_k, powers_to
 from eopd.run.record import Measurement
-from eopd.types import Estimate, StopReason
+from eopd.types import ByPrompt, Estimate, StopReason
 
-ByPrompt = Mapping[str, Mapping[str, float]]  # metric -> prompt id -> number
+TOKENS: Final = "tokens"  # the weights of all metrics that end as it does
+_OF_PART: Final = ": "  # between a metric and the part of the tokens that it is of
 
 
 def by_prompt(result: BenchmarkResult, samples: int) -> ByPrompt:
-    """Returns the numbers of every prompt by metric: ``avg_at_n``, ``pass_at_8`` for 8 samples,
-    ``response_tokens``, ``truncation_rate``, ``distinct_1`` and ``distinct_2``.
+    """Returns the numbers of every prompt by metric: ``avg_at_n``, ``pass_at_2``, ``pass_at_4`` and
+    so on to ``pass_at_8`` for 8 samples, ``response_tokens``, ``truncation_rate``, ``distinct_1``
+    and ``distinct_2``. What would be ``pass_at_1`` is ``avg_at_n``.
 
     A prompt without any answer has a score, which is 0, and no length.
     """
@@ -32,33 +40,60 @@ def by_prompt(result: BenchmarkResult, samples: int) -> ByPrompt:
 
 
 def measurements(numbers: ByPrompt) -> dict[str, Measurement]:
-    """Returns the mean over prompts of every metric, with its standard error."""
-    return {
-        metric: _measurement(mean_over_prompts(list(values.values())))
-        for metric, values in numbers.items()
-    }
+    """Returns the mean over prompts of every metric, with its standard error, and for each part of
+    the tokens ``share: PART``, its share of all tokens.
+    """
+    found = {}
+    for metric, values in numbers.items():
+        if not _is_weight(metric):
+            weights = _weights(numbers, metric, values)
+            found[metric] = _measurement(mean_over_prompts(list(values.values()), weights))
+        elif metric != TOKENS:
+            part = metric.removeprefix(TOKENS)
+            share = math.fsum(values.values()) / math.fsum(numbers[TOKENS].values())
+            found[f"share{part}"] = Measurement(mean=share)
+
+    return found
 
 
 def differences(numbers: ByPrompt, first: ByPrompt) -> dict[str, Measurement]:
-    """Returns the mean over prompts of what every metric changed by since ``first``.
+    """Returns what the mean over prompts of every metric changed by since ``first``, with a standard
+    error that is paired by prompt.
 
-    Left out are metrics that were not measured on the same prompts then. The standard error is that
-    of the prompts' own differences: what makes a prompt hard is in both measurements, and cancels.
+    Left out are metrics that were not measured on the same prompts then.
     """
-    changed: dict[str, dict[str, float]] = {}
+    found = {}
     for metric, values in numbers.items():
         before = first.get(metric, {})
-        if before.keys() == values.keys():
-            changed[metric] = {name: value - before[name] for name, value in values.items()}
+        if _is_weight(metric) or before.keys() != values.keys():
+            continue
 
-    return measurements(changed)
+        change = change_over_prompts(
+            list(values.values()),
+            [before[prompt] for prompt in values],
+            _weights(numbers, metric, values),
+            _weights(first, metric, values),
+        )
+        found[metric] = _measurement(change)
+
+    return found
+
+
+def _is_weight(metric: str) -> bool:
+    return metric.partition(_OF_PART)[0] == TOKENS
+
+
+def _weights(numbers: ByPrompt, metric: str, prompts: Iterable[str]) -> Sequence[float]:
+    """Returns the weights of a metric's prompts; none where they weigh the same."""
+    _, colon, part = metric.partition(_OF_PART)
+    tokens = numbers.get(f"{TOKENS}{colon}{part}", {})
+    return [tokens[prompt] for prompt in prompts] if tokens else ()
 
 
 def _numbers(prompt: PromptResult, samples: int) -> dict[str, float]:
-    scores = {"avg_at_n": pass_at_k(prompt.num_samples, prompt.num_correct, 1)}
-    if samples > 1:
-        scores[f"pass_at_{samples}"] = pass_at_k(samples, prompt.num_correct, samples)
-
+    right = prompt.num_correct
+    scores = {"avg_at_n": pass_at_k(prompt.num_samples, right, 1)}
+    scores |= {f"pass_at_{k}": pass_at_k(samples, right, k) for k in powers_to(samples) if k > 1}
     if not prompt.answers:
         return scores
 

@@ -30,9 +30,9 @@ from eopd.config.teacher import EntropyBound
 from eopd.hub import model_directory
 from eopd.learner.backend import Backend, OpenBackend
 from eopd.learner.collate import Packed, Weighting, body_of, collate, collate_text
-from eopd.learner.estimates import entropy_counts, eval_stats, token_sums
 from eopd.learner.export import write_student
 from eopd.learner.lora import save_adapter
+from eopd.learner.measuring import entropy_counts, eval_stats, token_sums
 from eopd.learner.nonfinite import BrokenRow, NonFiniteUpdateError, dump, explain, find_rows
 from eopd.learner.ranks import gather_all, join
 from eopd.learner.student import load_student
@@ -221,7 +221,7 @@ class LearnerRank:
         )
 
     def evaluate(self, share: PackedBatch) -> EvalStats:
-        """Measure student against teacher over the loss tokens of all ranks, without an update."""
+        """Measure student against teacher on the prompts of all ranks, without an update."""
         sums: list[Sequence[float]] = []
         counts: list[list[list[int]]] = []
         steps, _ = self._pack(share, self._weigh_to_measure)
@@ -232,9 +232,10 @@ class LearnerRank:
             sums += [token_sums(columns[:, rows], gate_T[rows]) for rows in packed.rows]
             counts.append(entropy_counts(columns))
 
-        sources = [stored.header.source for stored in share.stored()]
+        headers = [stored.header for stored in share.stored()]
+        prompts = [(header.key.prompt_id, header.source) for header in headers]
 
-        return eval_stats(gather_all(sums), gather_all(sources), gather_all(counts))
+        return eval_stats(gather_all(sums), gather_all(prompts), gather_all(counts))
 
     def probe(self, token_ids: Int32Array) -> Float32Array:
         """Returns log-probabilities of a text int32[N] at temperature 1, float32[N - 1] in nats.
@@ -406,7 +407,7 @@ class LearnerRank:
         return self._backend.run(packed, loss_and_terms)
 
     def _statistics(self, packed: Packed) -> Tensor:
-        """Returns the rows of ``ESTIMATES`` and the loss mask: float64 [6, T], 0 where masked."""
+        """Returns the rows of ``measuring.COLUMNS``: float64 [6, T], 0 where masked."""
         tokens = packed.tokens
         mask_T, entropy_T = tokens.loss_mask_T, tokens.teacher_entropy_T
         assert entropy_T is not None  # collate sets it

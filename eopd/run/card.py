@@ -13,7 +13,7 @@ from eopd.config.document import write_tree
 from eopd.config.names import DataName, ModelName
 from eopd.run.record import HeldOut, Measurement, Summary
 
-# What a reader of a card looks for, of the names of ``held_out_record``.
+# What a reader of a card looks for, of the names in ``HeldOut``.
 NUMBERS: Final = {
     "reverse_kl": "KL of the student to the teacher, nats a token",
     "forward_kl": "KL of the teacher to the student, nats a token",

@@ -434,7 +434,7 @@ class RunDirectory:
         record = {
             "phase": phase,
             "step": step,
-            "num_trajectories": stats.num_trajectories,
+            "num_trajectories": stats.num_prompts,
             "num_dropped": stats.num_dropped,
             "entropy_bin_nats": ENTROPY_BIN_NATS,
             "student_entropy_counts": stats.student_entropy_counts,

@@ -7,7 +7,8 @@ the best.
 
 A line is appended once its evaluation is complete. Of several lines of one step and name the last
 one holds. ``differences`` are those to the first line of the name, over the same prompts; the first
-one has none, and neither has ``held_out``, which has no ``by_prompt`` either.
+one has none. In ``held_out`` the numbers of ``by_prompt`` are means per token, and its ``tokens``
+are the weights of the prompts.
 """
 
 import math

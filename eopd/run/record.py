@@ -5,14 +5,11 @@ A field with a default may be missing in the file of an older version.
 
 import errno
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-
-from eopd.types import Estimate, EvalStats
 
 Row = Mapping[str, float]  # by the names of ``telemetry/catalog.py``
 RUN_ID: Final = "run-id"  # the file in which a tracker keeps its name of the run
@@ -20,7 +17,7 @@ RUN_ID: Final = "run-id"  # the file in which a tracker keeps its name of the ru
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """A mean and its standard error, which is None where one trajectory shows no spread."""
+    """A mean and its standard error, which is None where one prompt shows no spread."""
 
     mean: float
     standard_error: float | None = None
@@ -28,8 +25,8 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """Measurements before and after training, by the names that ``held_out_record`` gives them;
-    None where nothing was measured.
+    """Measurements before and after training, by the names of ``EvalStats`` and ``share: PART``, the
+    share of a part in all tokens; None where nothing was measured.
     """
 
     before: Mapping[str, Measurement] | None = None
@@ -72,28 +69,6 @@ class Sample:
     prompt: str
     before: str
     after: str
-
-
-def held_out_record(stats: EvalStats) -> dict[str, Measurement]:
-    """Returns an ``EvalStats`` as ``summary.json`` keeps it: every estimate by its name, and for
-    each part of the tokens ``share: PART``, ``reverse_kl: PART`` and ``forward_kl: PART``, where a
-    part is such as ``teacher unsure``.
-    """
-    fields = ((name, getattr(stats, name)) for name in stats.__dataclass_fields__)
-    estimates = {name: value for name, value in fields if isinstance(value, Estimate)}
-
-    for name, part in stats.parts.items():
-        estimates[f"share: {name}"] = Estimate(mean=part.share, standard_error=math.inf)
-        estimates[f"reverse_kl: {name}"] = part.reverse_kl
-        estimates[f"forward_kl: {name}"] = part.forward_kl
-
-    return {
-        name: Measurement(
-            mean=value.mean,
-            standard_error=value.standard_error if math.isfinite(value.standard_error) else None,
-        )
-        for name, value in estimates.items()
-    }
 
 
 def append_jsonl(path: Path, record: Mapping[str, object]) -> None:

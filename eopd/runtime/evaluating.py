@@ -10,26 +10,26 @@ cuts short is forgotten; a run that goes on at its step measures it then.
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from eopd.config import BenchmarkConfig, Config
 from eopd.config.benchmark import HELD_OUT
-from eopd.evaluation.benchmarks import BenchmarkResult, Fetch, run_benchmark
+from eopd.evaluation.benchmarks import Fetch, run_benchmark
 from eopd.evaluation.beside import Beside, HeldChannel, OneVersion
-from eopd.evaluation.summary import ByPrompt, by_prompt, differences, measurements
+from eopd.evaluation.summary import by_prompt, differences, measurements
 from eopd.hub import model_directory
 from eopd.preflight import Prepared
 from eopd.rewards.graders import open_grader
 from eopd.run.evaluations import Evaluation, Phase
-from eopd.run.record import Measurement, Row, held_out_record
+from eopd.run.record import Measurement, Row
 from eopd.runtime.measurement import keep_samples, measure_held_out
 from eopd.runtime.outlets import Outlets
 from eopd.runtime.state import RunState
 from eopd.runtime.supervisor import Workers, fetch
 from eopd.telemetry.evaluations import evaluation_line, evaluation_row
 from eopd.tokenizer import load_tokenizer
-from eopd.types import PromptSample, Sampling
+from eopd.types import ByPrompt, PromptSample, Sampling
 
 
 class Evaluator:
@@ -131,6 +131,7 @@ class Evaluator:
             self._state.expect_no_more([HELD_OUT])
             return
 
+        stats = measured.stats
         self._record(
             Evaluation(
                 step=step,
@@ -138,9 +139,11 @@ class Evaluator:
                 name=HELD_OUT,
                 time=time.time(),
                 seconds=time.monotonic() - started,
-                prompts=measured.stats.num_trajectories,
+                prompts=stats.num_prompts,
                 samples=1,
-                measurements=held_out_record(measured.stats),
+                measurements=measurements(stats.by_prompt),
+                differences=differences(stats.by_prompt, self._first(HELD_OUT)),
+                by_prompt=stats.by_prompt,
             )
         )
         if phase != "during":
@@ -193,6 +196,7 @@ class Evaluator:
             )
 
         numbers = await asyncio.to_thread(by_prompt, result, benchmark.samples)
+        lost = Measurement(mean=float(result.num_lost))
         self._record(
             Evaluation(
                 step=step,
@@ -202,7 +206,7 @@ class Evaluator:
                 seconds=time.monotonic() - started,
                 prompts=len(prompts),
                 samples=benchmark.samples,
-                measurements=_measurements(numbers, result),
+                measurements={**measurements(numbers), "lost": lost},
                 differences=differences(numbers, self._first(benchmark.name)),
                 by_prompt=numbers,
             )
@@ -226,7 +230,3 @@ class Evaluator:
     def _doing(self, text: str) -> None:
         self._alive()
         self._outlets.doing(text)
-
-
-def _measurements(numbers: ByPrompt, result: BenchmarkResult) -> Mapping[str, Measurement]:
-    return {**measurements(numbers), "lost": Measurement(mean=float(result.num_lost))}

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from eopd.config import Config, TelemetryConfig
+from eopd.evaluation.summary import measurements
 from eopd.preflight import Prepared, prepare
 from eopd.run.checkpoint import step_of
 from eopd.run.directory import RunDirectory
-from eopd.run.record import Measurement, held_out_record
+from eopd.run.record import Measurement
 from eopd.runtime import cluster
 from eopd.runtime.measurement import measure_held_out
 from eopd.runtime.placement import plan
@@ -27,7 +28,7 @@ def measure_checkpoint(
         say: is called with messages for people.
 
     Returns:
-        The numbers, by the names of ``held_out_record``.
+        The numbers, by the names of ``evaluation.summary.measurements``.
 
     Raises:
         ConfigError: this is no run, it has no such checkpoint, or the run's inputs are gone.
@@ -62,4 +63,4 @@ async def _measure(
     if measured is None:
         raise RunFailedError("nothing was measured; the cause is above")
 
-    return held_out_record(measured.stats)
+    return measurements(measured.stats.by_prompt)

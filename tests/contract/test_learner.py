@@ -35,10 +35,10 @@ from transformers import (
 from transformers.models.hyperclovax import HyperCLOVAXConfig
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
+from eopd.evaluation.summary import measurements
 from eopd.learner.student import Student, load_student
 from eopd.loss.head import Head
 from eopd.types import (
-    Estimate,
     LearnerStats,
     OptimizerStep,
     PackedBatch,
@@ -523,6 +523,7 @@ def test_a_loaded_checkpoint_continues_bit_equal_under_its_own_incarnation(
 def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_size):
     model = oracle(name, directory).model
     found = seen[world_size][0][f"{name}-{stage}"]["evaluation"]
+    measured = measurements(found["by_prompt"])
     tokens: dict[str, list[np.ndarray]] = {}
 
     for scored in make_batch(NUM_BATCHES):
@@ -551,8 +552,10 @@ def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_
         size = np.mean([len(one) for one in clusters])
         residuals = [(one.sum() - mean * len(one)) / size for one in clusters]
         error = np.std(residuals, ddof=1) / math.sqrt(len(clusters))
-        assert found[metric]["mean"] == pytest.approx(mean, rel=2e-3, abs=2e-4), metric
-        assert found[metric]["standard_error"] == pytest.approx(error, rel=2e-3, abs=2e-4), metric
+        assert measured[metric].mean == pytest.approx(mean, rel=2e-3, abs=2e-4), metric
+        assert measured[metric].standard_error == pytest.approx(error, rel=2e-3, abs=2e-4), metric
+        means = {f"prompt-{index}": one.mean() for index, one in enumerate(clusters)}
+        assert found["by_prompt"][metric] == pytest.approx(means, rel=2e-3, abs=2e-3), metric
 
     edges = [*(0.2 * np.arange(60)), np.inf]
 
@@ -563,8 +566,9 @@ def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_
         assert moved <= 1 and len(found[f"{metric}_counts"]) == 60, metric
         assert sum(found[f"{metric}_counts"]) == counts.sum() > 0
 
-    assert found["num_trajectories"] == NUM_TRAJECTORIES
-    assert found["num_tokens"] == sum(len(one) for one in tokens["reverse_kl"])
+    counts = {f"prompt-{index}": len(one) for index, one in enumerate(tokens["reverse_kl"])}
+    assert len(counts) == NUM_TRAJECTORIES
+    assert found["by_prompt"]["tokens"] == counts
 
 
 @every_world
@@ -726,11 +730,3 @@ def test_the_schedule_counts_optimiser_steps(kind, expected):
         LearnerConfig(schedule=kind, warmup_batches=2, optimizer_steps_per_batch=2), total_steps=8
     )
     assert [factor(step) for step in range(8)] == pytest.approx(expected, abs=1e-5)
-
-
-def test_one_trajectory_shows_no_spread():
-    from eopd.learner.estimates import cluster_estimate
-
-    assert cluster_estimate(np.array([6.0]), np.array([4.0])) == Estimate(
-        mean=1.5, standard_error=math.inf
-    )

@@ -16,7 +16,7 @@ from eopd.runtime.evaluating import Evaluator
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
 from eopd.tokenizer import load_tokenizer
-from eopd.types import Estimate, EvalStats, StopReason
+from eopd.types import EvalStats, StopReason
 
 INPUTS = {"prompts.data": "1", "student.model": "2"}
 PROMPTS = [fakes.prompt(name, answer="7") for name in "ab"]
@@ -61,18 +61,14 @@ class Workers(fakes.World):
         return fakes.stored(body)
 
     async def evaluate(self, batch):
-        one = Estimate(mean=1.0 / (1 + self.served), standard_error=0.1)
+        mean = 1.0 / (1 + self.served)
         return EvalStats(
-            reverse_kl=one,
-            forward_kl=one,
-            student_entropy=one,
-            teacher_entropy=one,
-            top1_agreement=one,
+            by_prompt={
+                "reverse_kl": {"a": 2 * mean, "b": 2 / 3 * mean},
+                "tokens": {"a": 1.0, "b": 3.0},
+            },
             student_entropy_counts=(1,),
             teacher_entropy_counts=(1,),
-            parts={},
-            num_trajectories=2,
-            num_tokens=4,
         )
 
     async def save(self, directory):
@@ -208,6 +204,50 @@ async def test_later_measurements_are_paired_with_the_first(made):
     assert change.mean == 0.5
     assert change.standard_error == pytest.approx(np.std([0, 1], ddof=1) / np.sqrt(2))
     assert "step 5, math: avg@2 1.000 ± 0.000 (+0.500 ± 0.500)" in "\n".join(run.outlets.said)
+
+
+async def test_held_out_numbers_are_paired_with_the_first(made):
+    """Worked by hand: a is 1 above the mean 1 at first, and a quarter of the tokens; b is 1/3 below,
+    and three quarters. So they add 1/4 and -1/4 to the error of the mean, and of a mean of 1/6 a
+    sixth of that. The change of each is 5/24.
+    """
+    run = made("{every: 5, samples: 0}")
+    for step in (0, 5):
+        run.at(step)
+        await run.evaluator.evaluate("during" if step else "before")
+
+    first, later = run.state.evaluations
+    assert first.differences == {}
+    assert later.by_prompt["reverse_kl"] == pytest.approx({"a": 1 / 3, "b": 1 / 9})
+    change = later.differences["reverse_kl"]
+    assert change.mean == pytest.approx(-5 / 6)
+    assert change.standard_error == pytest.approx(5 / 12)
+    assert later.prompts == 2
+    said = run.outlets.said[-1]
+    assert said.startswith("step 5, held out: reverse KL 0.167 ± 0.083 (-0.833 ± 0.417), in ")
+
+
+async def test_a_run_that_goes_on_finds_its_first_measurement(made):
+    evaluation = f"{{every: 5, samples: 0, benchmarks: [{MATH}]}}"
+    run = made(evaluation)
+    for step in (0, 5):
+        run.at(step)
+        run.workers.says["b"] = "wrong"
+        await run.evaluator.evaluate("during" if step else "before")
+        await run.evaluator.channel.beside.finish()
+
+    await run.state.save(run.workers)
+    run.state.end("failed")
+
+    again = made(evaluation, resume="yes")
+    again.at(10)
+    again.workers.says["b"] = "right"
+    await again.evaluator.evaluate("during")
+    await again.evaluator.channel.beside.finish()
+    held_out, math = again.state.evaluations[-2:]
+    assert held_out.differences["reverse_kl"].mean == pytest.approx(1 / 11 - 1)
+    assert held_out.differences["reverse_kl"].standard_error == pytest.approx(0.5 * 10 / 11)
+    assert math.differences["avg_at_n"].mean == 0.5
 
 
 async def test_what_was_measured_is_in_the_next_row_once_and_shown_at_once(made):

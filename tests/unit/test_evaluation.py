@@ -18,7 +18,12 @@ from hypothesis import strategies as st
 from eopd.config import ConfigError
 from eopd.evaluation.benchmarks import before_stop, run_benchmark, sample_seed
 from eopd.evaluation.diversity import distinct_ratio
-from eopd.evaluation.passk import mean_over_prompts, pass_at_k
+from eopd.evaluation.passk import (
+    change_over_prompts,
+    mean_over_prompts,
+    pass_at_k,
+    powers_to,
+)
 from eopd.evaluation.summary import by_prompt, differences, measurements
 from eopd.rewards.exact import grade_exact
 from eopd.rewards.final_answer import final_answer, last_boxed
@@ -86,10 +91,58 @@ def test_standard_error_is_clustered_by_prompt():
     assert estimate.standard_error > 1.3 * naive
 
 
+def test_prompts_weigh_by_their_tokens():
+    """Worked by hand: 1 of two tokens and 4 of one are 2 a token, from which they are -2 and 2 in
+    all, of three tokens: sqrt(2 * (4 / 9 + 4 / 9)).
+    """
+    found = mean_over_prompts([1.0, 4.0], [2.0, 1.0])
+    assert found.mean == pytest.approx(2.0)
+    assert found.standard_error == pytest.approx(4 / 3)
+    assert mean_over_prompts([1.0, 4.0, 9.0], [2.0, 1.0, 0.0]).mean == pytest.approx(2.0)
+
+
+def test_a_change_of_means_per_token_is_paired():
+    """Worked by hand: the means are 2 and 1.25. Their prompts add -2/3 and 2/3 to the error of the
+    first, and 3/16 and -3/16 to that of the second, whose differences are 41/48 and -41/48.
+    """
+    found = change_over_prompts([2.0, 1.0], [1.0, 4.0], [1.0, 3.0], [2.0, 1.0])
+    assert found.mean == pytest.approx(-0.75)
+    assert found.standard_error == pytest.approx(2 * 41 / 48)
+
+
+def test_the_error_of_a_change_is_the_spread_of_many_measurements():
+    """Prompts are drawn again and again; how hard one is, and how long, is in both measurements."""
+    rng = np.random.default_rng(0)
+    shape = (2000, 60)
+    hard, length = rng.gamma(2.0, 1.0, shape), rng.integers(5, 40, shape)
+    before = hard + rng.normal(0.0, 0.2, shape)
+    tokens, tokens_before = length + rng.integers(0, 5, shape), length + rng.integers(0, 5, shape)
+    after = 0.8 * hard + rng.normal(0.0, 0.2, shape)
+    found = [
+        change_over_prompts(*map(np.ndarray.tolist, columns))
+        for columns in zip(after, before, tokens, tokens_before, strict=True)
+    ]
+    spread = np.std([one.mean for one in found], ddof=1)
+    assert np.mean([one.standard_error for one in found]) == pytest.approx(spread, rel=0.05)
+    alone = [mean_over_prompts(list(row)).standard_error for row in before]
+    assert spread < 0.5 * np.mean(alone)
+
+
+@pytest.mark.parametrize(
+    ("n", "ks"), [(1, [1]), (2, [1, 2]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (9, [1, 2, 4, 8, 9])]
+)
+def test_pass_at_k_is_reported_for_powers_of_two_and_n(n, ks):
+    assert powers_to(n) == ks
+
+
 def test_one_prompt_has_no_standard_error_and_none_has_no_mean():
     assert math.isnan(mean_over_prompts([0.5]).standard_error)
+    assert math.isnan(change_over_prompts([0.5], [0.25]).standard_error)
     with pytest.raises(ValueError, match="at least one prompt"):
         mean_over_prompts([])
+
+    with pytest.raises(ValueError, match="must add up to more than 0"):
+        mean_over_prompts([0.5], [0.0])
 
 
 # --- graders
@@ -539,7 +592,9 @@ async def measured(script, names="ab"):
 async def test_a_benchmark_is_summed_up_prompt_by_prompt():
     numbers = await measured(SCRIPT)
     assert numbers["avg_at_n"] == {"a": 0.5, "b": 0.0}
+    assert numbers["pass_at_2"] == {"a": pytest.approx(5 / 6), "b": 0.0}  # 1 - 1 / 6
     assert numbers["pass_at_4"] == {"a": 1.0, "b": 0.0}
+    assert "pass_at_1" not in numbers, "that is avg_at_n"
     assert numbers["response_tokens"] == pytest.approx({"a": 5 / 3, "b": 2.0})
     assert numbers["truncation_rate"] == pytest.approx({"a": 1 / 3, "b": 1 / 3})
     assert numbers["distinct_1"] == pytest.approx({"a": 2 / 5, "b": 1 / 6})
@@ -567,6 +622,37 @@ async def test_changes_are_paired_by_prompt():
     spread = statistics.stdev([0.1, 0.05, 0.05]) / math.sqrt(3)
     assert change["avg_at_n"].standard_error == pytest.approx(spread)
     assert differences(later, {}) == {}
+
+
+def test_parts_of_the_tokens_weigh_by_their_tokens():
+    """Worked by hand: of 4 tokens 1 is of the part, a prompt of which has none."""
+    first = {
+        "reverse_kl": {"a": 2.0, "b": 4.0},
+        "tokens": {"a": 3.0, "b": 1.0},
+        "reverse_kl: teacher unsure": {"a": 6.0, "b": 0.0},
+        "tokens: teacher unsure": {"a": 1.0, "b": 0.0},
+    }
+    found = measurements(first)
+    assert list(found) == ["reverse_kl", "reverse_kl: teacher unsure", "share: teacher unsure"]
+    assert found["reverse_kl"].mean == pytest.approx(2.5)
+    assert found["reverse_kl: teacher unsure"].mean == pytest.approx(6.0)
+    assert found["share: teacher unsure"].mean == 0.25
+    assert found["share: teacher unsure"].standard_error is None
+
+    later = {
+        "reverse_kl": {"b": 1.0, "a": 2.0},
+        "tokens": {"b": 1.0, "a": 1.0},
+        "reverse_kl: teacher unsure": {"b": 1.0, "a": 5.0},
+        "tokens: teacher unsure": {"b": 1.0, "a": 1.0},
+    }
+    changes = differences(later, first)
+    assert list(changes) == ["reverse_kl", "reverse_kl: teacher unsure"]
+    # a adds 1/4 * 3 * -0.5 = -3/8 at first and 1/2 * 0.5 = 1/4 then, b the opposite
+    assert changes["reverse_kl"].mean == pytest.approx(-1.0)
+    assert changes["reverse_kl"].standard_error == pytest.approx(2 * 5 / 8)
+    # the part of the first has no spread; a adds 1/2 * 2 = 1 then, b the opposite
+    assert changes["reverse_kl: teacher unsure"].mean == pytest.approx(-3.0)
+    assert changes["reverse_kl: teacher unsure"].standard_error == pytest.approx(2.0)
 
 
 async def test_a_body_lost_before_it_is_fetched_is_a_loss():

@@ -7,20 +7,12 @@ import pytest
 
 from eopd.evaluation.held_out import NothingMeasuredError, measure
 from eopd.roles import BodiesLostError
-from eopd.types import Estimate, EvalStats, LostReason, LostTrajectory, TrajectoryKey
+from eopd.types import EvalStats, LostReason, LostTrajectory, TrajectoryKey
 
-ZERO = Estimate(mean=0.0, standard_error=0.0)
 STATS = EvalStats(
-    reverse_kl=ZERO,
-    forward_kl=ZERO,
-    student_entropy=ZERO,
-    teacher_entropy=ZERO,
-    top1_agreement=ZERO,
+    by_prompt={"tokens": dict.fromkeys("abc", 3.0)},
     student_entropy_counts=(),
     teacher_entropy_counts=(),
-    parts={},
-    num_trajectories=3,
-    num_tokens=9,
 )
 
 PROMPTS = [fakes.prompt(name) for name in "abc"]

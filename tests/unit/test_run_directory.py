@@ -22,22 +22,19 @@ from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.progress import Progress
 from eopd.run.provenance import provenance
-from eopd.run.record import Measurement, Sample, append_jsonl, held_out_record
+from eopd.run.record import Measurement, Sample, append_jsonl
 from eopd.run.upload import Uploads
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
 from eopd.telemetry.sinks import JsonlSink
-from eopd.types import Estimate, EvalStats, LearnerStats, PolicyVersion, PublishStats, StepDone
+from eopd.types import EvalStats, LearnerStats, PolicyVersion, PublishStats, StepDone
 
-NAMES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 STATS = EvalStats(
-    **dict.fromkeys(NAMES, Estimate(mean=1.0, standard_error=0.1)),
+    by_prompt={"tokens": {"p": 4.0, "q": 5.0}},
     student_entropy_counts=(2, 7),
     teacher_entropy_counts=(9, 0),
-    parts={},
-    num_trajectories=2,
-    num_tokens=9,
 )
+MEASURED = {"reverse_kl": Measurement(mean=1.0, standard_error=0.1)}
 
 
 @pytest.fixture
@@ -234,7 +231,7 @@ def test_a_run_that_cannot_say_what_it_trained_ends(config):
 
 def test_summary_and_samples_come_back_as_written(config):
     run = RunDirectory.create(config())
-    progress = Progress(step=4, tokens=40, before=held_out_record(STATS))
+    progress = Progress(step=4, tokens=40, before=MEASURED)
     assert run.read_summary() is None
     run.write_summary(progress.summary("running"))
     summary = run.read_summary()
