@@ -66,7 +66,7 @@ EVALUATION: Final = (
     (
         _one("Held-out KL", "eopd_eval_reverse_kl_nats", "eopd_eval_forward_kl_nats"),
         _one("Right answers: avg@n", "eopd_eval_avg_at_n_ratio"),
-        _one("Right at least once: pass@n", "eopd_eval_pass_at_n_ratio"),
+        _one("Right at least once: pass@k", "eopd_eval_pass_at_k_ratio"),
         _one("Different n-grams", "eopd_eval_distinct_ratio"),
     ),
     (

@@ -18,6 +18,7 @@ from eopd.config import (
     StudentConfig,
     make_section,
 )
+from eopd.config.benchmark import ks_of
 from eopd.config.processor import chosen
 
 if TYPE_CHECKING:
@@ -51,7 +52,11 @@ _Grader = Annotated[
 ]
 _N = Annotated[int, typer.Option("--n", min=1, help="Samples per prompt.")]
 _K = Annotated[
-    list[int] | None, typer.Option("--k", help="Report pass@k; may be given more than once.")
+    list[int] | None,
+    typer.Option(
+        "--k",
+        help="Report pass@k; may be given more than once. Else 1, 2, 4 and so on below n, and n.",
+    ),
 ]
 _Temperature = Annotated[float, typer.Option(min=0.01, help="Samples come from the softmax at it.")]
 _MaxResponseTokens = Annotated[int, typer.Option(min=1, help="Longer answers are cut.")]
@@ -153,7 +158,7 @@ def evaluate(
 
 
 def _ks(ks: Sequence[int] | None, n: int) -> Sequence[int]:
-    wanted = ks or sorted({1, n})
+    wanted = ks or ks_of(n)
     if wrong := [k for k in wanted if not 1 <= k <= n]:
         raise ConfigError(f"--k {wrong[0]}: must be between 1 and --n {n}")
 

@@ -20,6 +20,15 @@ HELD_OUT: Final = "held_out"  # the name of the held-out measurement among the b
 HELD_OUT_METRICS: Final = ("reverse_kl", "forward_kl", "top1_agreement")
 
 
+def ks_of(samples: int) -> tuple[int, ...]:
+    """Returns the k for which pass@k is reported: the powers of two below the number of samples, and
+    that number.
+
+    Example: 1, 2, 4 and 6 of 6 samples.
+    """
+    return (*(2**power for power in range((samples - 1).bit_length())), samples)
+
+
 def _not_empty(texts: tuple[str, ...]) -> tuple[str, ...]:
     if "" in texts:
         raise ValueError("a text that ends a response has at least one character")
@@ -49,7 +58,9 @@ class BenchmarkConfig(Section):
     """
 
     samples: int = Field(1, ge=1, le=10_000)
-    """The number n of responses to each prompt, which avg@n and pass@n are of."""
+    """The number n of responses to each prompt, which avg@n is of, and pass@k for k = 2, 4, 8 and
+    so on below n, and n.
+    """
 
     prompts: Positive | None = None
     """The number of prompts that are asked, the first ones. ``null`` asks all."""
@@ -74,6 +85,6 @@ class BenchmarkConfig(Section):
     @property
     def metrics(self) -> tuple[str, ...]:
         """The names of what is measured, without the number of lost responses."""
-        passed = (f"pass_at_{self.samples}",) if self.samples > 1 else ()
+        passed = [f"pass_at_{k}" for k in ks_of(self.samples) if k > 1]
         lengths = ("response_tokens", "truncation_rate")
         return ("avg_at_n", *passed, *lengths, "distinct_1", "distinct_2")

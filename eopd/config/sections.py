@@ -240,8 +240,9 @@ class KeepBestConfig(Section):
         pattern=r"^[^/]+/[^/]+$", description="NAME/METRIC, such as held_out/reverse_kl"
     )
     """What checkpoints are compared by: ``held_out/`` and one of ``reverse_kl``, ``forward_kl`` and
-    ``top1_agreement``, or a benchmark's name and one of ``avg_at_n``, ``pass_at_8`` (for 8
-    samples), ``response_tokens``, ``truncation_rate``, ``distinct_1`` and ``distinct_2``.
+    ``top1_agreement``, or a benchmark's name and one of ``avg_at_n``, ``pass_at_2``,
+    ``pass_at_4`` and so on up to its ``samples``, ``response_tokens``, ``truncation_rate``,
+    ``distinct_1`` and ``distinct_2``.
     """
 
     mode: Literal["min", "max"]

@@ -33,14 +33,6 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def powers_to(n: int) -> list[int]:
-    """Returns the k for which pass@k is reported of n samples: the powers of two below n, and n.
-
-    Example: 1, 2, 4 and 6 for n = 6.
-    """
-    return [*(2**power for power in range((n - 1).bit_length())), n]
-
-
 def mean_over_prompts(per_prompt: Sequence[float], weights: Sequence[float] = ()) -> Estimate:
     """Returns the mean of one number per prompt, and its standard error clustered by prompt.
 

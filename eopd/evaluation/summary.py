@@ -13,9 +13,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from eopd.config.benchmark import ks_of
 from eopd.evaluation.benchmarks import BenchmarkResult, PromptResult
 from eopd.evaluation.diversity import distinct_ratio
-from eopd.evaluation.passk import change_over_prompts, mean_over_prompts, pass_at_k, powers_to
+from eopd.evaluation.passk import change_over_prompts, mean_over_prompts, pass_at_k
 from eopd.run.record import Measurement
 from eopd.types import ByPrompt, Estimate, StopReason
 
@@ -93,7 +94,7 @@ def _weights(numbers: ByPrompt, metric: str, prompts: Iterable[str]) -> Sequence
 def _numbers(prompt: PromptResult, samples: int) -> dict[str, float]:
     right = prompt.num_correct
     scores = {"avg_at_n": pass_at_k(prompt.num_samples, right, 1)}
-    scores |= {f"pass_at_{k}": pass_at_k(samples, right, k) for k in powers_to(samples) if k > 1}
+    scores |= {f"pass_at_{k}": pass_at_k(samples, right, k) for k in ks_of(samples) if k > 1}
     if not prompt.answers:
         return scores
 

@@ -63,10 +63,11 @@ EVALUATION: Final = (
         ("benchmark",),
     ),
     ratio_metric(
-        "eopd_eval_pass_at_n_ratio",
-        "Share of a benchmark's prompts of which at least one response is right.",
+        "eopd_eval_pass_at_k_ratio",
+        "Probability that one of k responses is right, a mean over a benchmark's prompts; k is 2, 4, "
+        "8 and so on below its samples, and their number.",
         "Rises, or stays while avg@n rises; a fall is lost diversity.",
-        ("benchmark",),
+        ("benchmark", "k"),
     ),
     Metric(
         "gauge",

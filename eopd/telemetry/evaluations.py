@@ -20,6 +20,7 @@ _BENCHMARK: Final = {
     "truncation_rate": "eopd_eval_truncated_ratio",
     "lost": "eopd_eval_lost_trajectories",
 }
+_PASS_AT: Final = "pass_at_"
 _SHOWN: Final = ("reverse_kl", "forward_kl", "top1_agreement", "avg_at_n")
 
 
@@ -41,12 +42,12 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
     Example: ``step 5, gsm8k: avg@4 0.512 ± 0.021 (+0.034 ± 0.012), pass@4 0.700 ± 0.030, 312.5
     tokens a response, 2.1% truncated, 0 lost, in 12.1 s``. In parentheses is the change since the
-    first measurement.
+    first measurement. Of all pass@k it has that of the largest k.
     """
     parts = []
     measurements = evaluation.measurements
     for metric, measured in measurements.items():
-        if metric not in _SHOWN and not metric.startswith("pass_at_"):
+        if metric not in (*_SHOWN, f"{_PASS_AT}{evaluation.samples}"):
             continue
 
         part = f"{_label(metric, evaluation.samples)} {_value(measured)}"
@@ -80,10 +81,11 @@ def _key(name: str, metric: str) -> str | None:
         n = metric.removeprefix("distinct_")
         return series("eopd_eval_distinct_ratio", benchmark=name, n=n)
 
-    found = _BENCHMARK.get(metric)
-    if metric.startswith("pass_at_"):
-        found = "eopd_eval_pass_at_n_ratio"
+    if metric.startswith(_PASS_AT):
+        k = metric.removeprefix(_PASS_AT)
+        return series("eopd_eval_pass_at_k_ratio", benchmark=name, k=k)
 
+    found = _BENCHMARK.get(metric)
     return series(found, benchmark=name) if found else None
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import operator
 import signal
 
 import pytest
@@ -79,9 +80,21 @@ def test_a_run_is_measured_while_it_trains(evaluated):
         assert 0 < row["measurements"]["response_tokens"]["mean"] <= 32
         assert ("differences" in row) == (step > 0)
         assert len(row["by_prompt"]["avg_at_n"]) == 8
+        passed = [
+            row["measurements"][name]["mean"] for name in ("avg_at_n", "pass_at_2", "pass_at_4")
+        ]
+        assert passed == sorted(passed)
         assert f"step {step}, sentences: avg@4" in output
 
     held_out = measured(directory, "held_out")
+    first, last = held_out[0], held_out[22]
+    for metric, change in last["differences"].items():
+        means = (row["measurements"][metric]["mean"] for row in (last, first))
+        assert change["mean"] == pytest.approx(operator.sub(*means))
+
+    assert set(last["differences"]) >= {"reverse_kl", "forward_kl", "top1_agreement"}
+    assert last["differences"]["reverse_kl"]["standard_error"] > 0
+    assert len(last["by_prompt"]["reverse_kl"]) == 8
     assert (
         held_out[22]["measurements"]["reverse_kl"]["mean"]
         < held_out[0]["measurements"]["reverse_kl"]["mean"]

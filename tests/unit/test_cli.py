@@ -618,7 +618,7 @@ def test_eval_prints_one_object_with_every_number(eopd, files, monkeypatch):
     assert benchmark.prompts.columns == settings["columns"] == columns
     assert benchmark.prompts.system == settings["system"] == "Think."
     assert settings["model"] == str(student.model) == f"{files}/model"
-    assert (settings["data"], settings["k"]) == (f"{files}/rows.jsonl", [1, 3])
+    assert (settings["data"], settings["k"]) == (f"{files}/rows.jsonl", [1, 2, 3])
 
 
 def test_a_result_without_an_answer_has_no_lengths():

@@ -383,6 +383,7 @@ EVALUATION = Evaluation(
     samples=4,
     measurements={
         "avg_at_n": Measurement(mean=0.512, standard_error=0.021),
+        "pass_at_2": Measurement(mean=0.625, standard_error=None),
         "pass_at_4": Measurement(mean=0.75, standard_error=None),
         "response_tokens": Measurement(mean=312.52, standard_error=1.0),
         "truncation_rate": Measurement(mean=0.021, standard_error=0.01),
@@ -402,7 +403,8 @@ def test_an_evaluation_is_a_line_and_metrics() -> None:
         'eopd_eval_step{evaluation="gsm_8k"}': 5.0,
         'eopd_eval_seconds{evaluation="gsm_8k"}': 12.34,
         'eopd_eval_avg_at_n_ratio{benchmark="gsm_8k"}': 0.512,
-        'eopd_eval_pass_at_n_ratio{benchmark="gsm_8k"}': 0.75,
+        'eopd_eval_pass_at_k_ratio{benchmark="gsm_8k",k="2"}': 0.625,
+        'eopd_eval_pass_at_k_ratio{benchmark="gsm_8k",k="4"}': 0.75,
         'eopd_eval_response_tokens_mean{benchmark="gsm_8k"}': 312.52,
         'eopd_eval_truncated_ratio{benchmark="gsm_8k"}': 0.021,
         'eopd_eval_distinct_ratio{benchmark="gsm_8k",n="1"}': 0.25,

@@ -257,7 +257,7 @@ async def test_what_was_measured_is_in_the_next_row_once_and_shown_at_once(made)
     await run.evaluator.channel.beside.finish()
     row = run.evaluator.new_row()
     assert row['eopd_eval_avg_at_n_ratio{benchmark="math"}'] == 0.5
-    assert row['eopd_eval_pass_at_n_ratio{benchmark="math"}'] == 0.5
+    assert row['eopd_eval_pass_at_k_ratio{benchmark="math",k="2"}'] == 0.5
     assert row['eopd_eval_step{evaluation="held_out"}'] == 0.0
     assert row["eopd_eval_reverse_kl_nats"] == 1.0
     assert row["eopd_eval_wait_seconds"] == 0.0

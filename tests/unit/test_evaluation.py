@@ -16,14 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eopd.config import ConfigError
+from eopd.config.benchmark import ks_of
 from eopd.evaluation.benchmarks import before_stop, run_benchmark, sample_seed
 from eopd.evaluation.diversity import distinct_ratio
-from eopd.evaluation.passk import (
-    change_over_prompts,
-    mean_over_prompts,
-    pass_at_k,
-    powers_to,
-)
+from eopd.evaluation.passk import change_over_prompts, mean_over_prompts, pass_at_k
 from eopd.evaluation.summary import by_prompt, differences, measurements
 from eopd.rewards.exact import grade_exact
 from eopd.rewards.final_answer import final_answer, last_boxed
@@ -132,7 +128,7 @@ def test_the_error_of_a_change_is_the_spread_of_many_measurements():
     ("n", "ks"), [(1, [1]), (2, [1, 2]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (9, [1, 2, 4, 8, 9])]
 )
 def test_pass_at_k_is_reported_for_powers_of_two_and_n(n, ks):
-    assert powers_to(n) == ks
+    assert list(ks_of(n)) == ks
 
 
 def test_one_prompt_has_no_standard_error_and_none_has_no_mean():

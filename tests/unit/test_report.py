@@ -559,6 +559,17 @@ def test_the_result_is_one_sentence_with_its_interval(run):
     )
 
 
+def test_the_table_has_the_error_of_a_paired_change(run, page):
+    paired = {"differences": {"reverse_kl": {"mean": -2.5, "standard_error": 0.5}}}
+    before, after = (
+        evaluation(s, p, reverse_kl=kl, forward_kl=kl)
+        for s, p, kl in ((0, "before", 4.0), (9, "after", 1.5))
+    )
+    text = " ".join(page(run(**{"evaluations.jsonl": [before, after | paired]})).text.split())
+    assert "reverse KL nats 4.000 ± 0.100 1.500 ± 0.100 -2.500 ± 0.500" in text
+    assert "forward KL nats 4.000 ± 0.100 1.500 ± 0.100 -2.500 top-1" in text
+
+
 def test_without_a_paired_difference_the_two_errors_add_up(run):
     assert result(read_runs([run()])[0]) == (
         "The student came from 4.00 to 1.00 nats of its teacher (\u221275 %), held out; 95 % interval "
@@ -728,9 +739,12 @@ def test_evaluations_are_curves_with_their_intervals(run, page):
     lines = [
         evaluation(0, "before", reverse_kl=4.0, teacher_entropy=1.0),
         evaluation(2, "during", reverse_kl=2.0, teacher_entropy=1.0),
-        evaluation(0, "before", "gsm", avg_at_n=0.1, pass_at_4=0.95, lost=0.0),
-        evaluation(2, "during", "gsm", avg_at_n=0.3, pass_at_4=0.95, lost=0.0),
+        evaluation(0, "before", "gsm", avg_at_n=0.1, pass_at_2=0.2, pass_at_4=0.95, lost=0.0),
+        evaluation(2, "during", "gsm", avg_at_n=0.3, pass_at_2=0.5, pass_at_4=0.95, lost=0.0),
     ]
+    for line in lines[2:]:
+        line["samples"] = 4
+
     found = page(run(**{"evaluations.jsonl": lines}))
     assert found.chart("Held-out reverse KL") == {
         "reverse KL": [[0, 4.0, 3.804, 4.196], [2, 2.0, 1.804, 2.196]]

@@ -29,12 +29,13 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
     measured = run.measured("held_out")
     before = measured[0].measurements if measured and measured[0].phase == "before" else {}
     after = measured[-1].measurements if measured and measured[-1].phase != "before" else {}
+    changes = measured[-1].differences if measured else {}
     age = {}
     if run.summary.status == "running":
         age = {"since then": clock(max(0.0, time.time() - last["time"]))}
 
     rows = {
-        name: _change(label, unit, before.get(name), after.get(name))
+        name: _change(label, unit, before.get(name), after.get(name), changes.get(name))
         for name, (label, unit) in {**HELD_OUT, **parts([before, after])}.items()
     }
 
@@ -157,9 +158,18 @@ def _plain(value: object) -> str:
 
 
 def _change(
-    label: str, unit: str, before: Measurement | None, after: Measurement | None
+    label: str,
+    unit: str,
+    before: Measurement | None,
+    after: Measurement | None,
+    paired: Measurement | None,
 ) -> Mapping[str, str]:
-    difference = "" if before is None or after is None else f"{after.mean - before.mean:+.3f}"
+    """Returns a row of the table; its change has an error where it is paired by prompt."""
+    difference = ""
+    if before is not None and after is not None:
+        change = paired or Measurement(mean=after.mean - before.mean)
+        difference = _measured(change, "+")
+
     return {
         "label": label,
         "unit": unit,
@@ -214,12 +224,12 @@ def _settings(run: RunRecord, section: str) -> Mapping[str, object]:
     }
 
 
-def _measured(measurement: Measurement | None) -> str:
+def _measured(measurement: Measurement | None, sign: str = "") -> str:
     if measurement is None:
         return "-"
 
     error = measurement.standard_error
-    return f"{measurement.mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return f"{measurement.mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def clock(seconds: float) -> str:

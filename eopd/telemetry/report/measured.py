@@ -23,10 +23,11 @@ HELD_OUT: Final[Mapping[str, Mapping[str, str]]] = {
     "Held-out entropy (nats)": {"teacher_entropy": "teacher", "student_entropy": "student"},
     "Held-out top-1 agreement": {"top1_agreement": "agreement"},
 }
+_PASS_AT: Final = "pass_at_"  # of several k the largest is drawn
 # Of a benchmark: how a metric's name begins, and the chart in which it is drawn.
 BENCHMARK: Final[Mapping[str, str]] = {
     "avg_at_": "correct answers",
-    "pass_at_": "correct answers",
+    _PASS_AT: "correct answers",
     "response_tokens": "response length (tokens)",
     "truncation_rate": "truncated (share)",
     "distinct_": "distinct n-grams (share)",
@@ -67,7 +68,11 @@ def _charts(runs: Sequence[RunRecord]) -> Mapping[str, Mapping[str, Mapping[str,
             continue
 
         own = found.setdefault(evaluation.name, {})
+        largest = f"{_PASS_AT}{evaluation.samples}"
         for metric in evaluation.measurements:
+            if metric.startswith(_PASS_AT) and metric != largest:
+                continue
+
             title = next((BENCHMARK[start] for start in BENCHMARK if metric.startswith(start)), "")
             if title:
                 own.setdefault(f"{evaluation.name}: {title}", {})[metric] = _label(metric)
