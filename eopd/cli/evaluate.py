@@ -144,17 +144,19 @@ def evaluate(
     benchmark = Benchmark(
         prompts=prompts, grader=grader, samples=n, ks=ks, seed=seed, top_p=top_p, stop=stops
     )
-    result = evaluate_model(
+    evaluated = evaluate_model(
         student, rollout, benchmark, ClusterConfig(), lambda note: typer.echo(note, err=True)
     )
     if as_json:
-        record = score_record(result, n, _settings(student, rollout, benchmark))
+        settings = _settings(student, rollout, benchmark)
+        pinned = {"model": evaluated.model, "data": evaluated.data}
+        record = score_record(evaluated.result, n, settings) | {"pinned": pinned}
         typer.echo(json.dumps(record, allow_nan=False))
     else:
-        typer.echo("\n".join(score_lines(result, n)))
+        typer.echo("\n".join(score_lines(evaluated.result, n)))
 
     if output is not None:
-        result.write_prompts(output)
+        evaluated.result.write_prompts(output)
 
 
 def _ks(ks: Sequence[int] | None, n: int) -> Sequence[int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from eopd.config import ClusterConfig, PromptsConfig, RolloutConfig, StudentConfig
 from eopd.config.base import GraderName
+from eopd.config.prompts import names_of
 from eopd.evaluation.benchmarks import BenchmarkResult, run_benchmark
 from eopd.hub import model_directory
 from eopd.preflight import (
@@ -38,13 +39,24 @@ class Benchmark:
     stop: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """A benchmark's result, and what it is of: ``model`` and ``data`` name the commit behind a name
+    of the Hub, and are a path or another name as it was given.
+    """
+
+    result: BenchmarkResult
+    model: str
+    data: str
+
+
 def evaluate_model(
     student: StudentConfig,
     rollout: RolloutConfig,
     benchmark: Benchmark,
     config: ClusterConfig,
     log: Callable[[str], None],
-) -> BenchmarkResult:
+) -> Evaluated:
     """Runs one benchmark; ``log`` is called with notes on the data.
 
     Raises:
@@ -89,4 +101,6 @@ def evaluate_model(
 
     with open_grader(benchmark.grader) as grader, cluster.connect(config):
         cluster.require_room([plan_rollout(rollout)])
-        return asyncio.run(run())
+        result = asyncio.run(run())
+
+    return Evaluated(result=result, model=model, data=names_of(parts))

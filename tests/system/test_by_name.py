@@ -97,3 +97,23 @@ def test_a_run_by_name_goes_on_at_its_commits_and_is_uploaded(program, hub, monk
     assert f"| teacher | {newer} |" in card
     assert f"{after['reverse_kl']['mean']:.4f} ±" in card
     assert str(program.models) not in card
+
+
+def test_an_evaluation_names_the_commits_that_it_read(program, hub):
+    row = json.dumps({"prompt": "What is 3 + 4?", "answer": "7"}).encode()
+    hub.add("datasets", "org/sums", {"README.md": b"# sums", "train.jsonl": row})
+    names = ("models", "org/teacher"), ("datasets", "org/sums")
+    model, data = (hub.repositories[name].refs["main"] for name in names)
+    options = ("--n", "2", "--max-response-tokens", "4", "--dtype", "float32", "--json")
+    done = program.run("eval", "org/teacher", "org/sums:train", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["settings"]["model"], found["settings"]["data"]) == (
+        "org/teacher",
+        "org/sums:train",
+    )
+    assert found["pinned"] == {
+        "model": f"org/teacher@{model}",
+        "data": f"org/sums@{data}:train",
+    }
+    assert list(found["pass_at_k"]) == ["1", "2"]

@@ -23,6 +23,7 @@ from eopd.rewards.verdict import Verdict
 from eopd.run.checkpoint import StorageError
 from eopd.run.directory import RunDirectory
 from eopd.run.record import Summary
+from eopd.runtime.evaluate import Evaluated
 from eopd.runtime.train import Outcome
 from eopd.types import Estimate, StopReason
 
@@ -500,6 +501,11 @@ def test_eval_writes_over_a_file_only_at_the_end(eopd, files, monkeypatch):
     assert not new.exists()
 
 
+def of(result):
+    """A result of a model and of data that were named as on the Hub."""
+    return Evaluated(result=result, model="org/m@c0ffee", data="org/rows@beef:train")
+
+
 def test_eval_prints_scores_and_every_verdict(eopd, files, monkeypatch):
     def answer(verdict):
         return Answer(
@@ -531,7 +537,7 @@ def test_eval_prints_scores_and_every_verdict(eopd, files, monkeypatch):
         num_verdicts={v: [*verdicts["1"], *verdicts["2"]].count(v) for v in Verdict},
         prompts=tuple(prompts),
     )
-    monkeypatch.setattr("eopd.runtime.evaluate.evaluate_model", lambda *arguments: result)
+    monkeypatch.setattr("eopd.runtime.evaluate.evaluate_model", lambda *arguments: of(result))
     done = eopd("eval", files / "model", files / "rows.jsonl", "--n", "2")
     assert done.code == 0
     assert done.out.splitlines() == [
@@ -576,7 +582,7 @@ def test_eval_prints_one_object_with_every_number(eopd, files, monkeypatch):
     )
     asked = []
     monkeypatch.setattr(
-        "eopd.runtime.evaluate.evaluate_model", lambda *given: asked.append(given) or result
+        "eopd.runtime.evaluate.evaluate_model", lambda *given: asked.append(given) or of(result)
     )
     options = [
         *("--n", "3", "--top-p", "0.9", "--stop", "\n\n", "--stop", "Q:", "--system", "Think."),
@@ -609,6 +615,7 @@ def test_eval_prints_one_object_with_every_number(eopd, files, monkeypatch):
         "lost": 2,
         "verdicts": {"correct": 1, "wrong": 1, "no_answer": 0, "timeout": 0, "error": 1},
         "not_graded": ["7"],
+        "pinned": {"model": "org/m@c0ffee", "data": "org/rows@beef:train"},
     }
     ((student, rollout, benchmark, *_),) = asked
     assert rollout.vllm == settings["vllm"] == {"max_num_seqs": 8, "enforce_eager": True}
