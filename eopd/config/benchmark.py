@@ -5,7 +5,6 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, Field
 
 from eopd.config.base import (
-    DataSpec,
     GraderName,
     Names,
     Positive,
@@ -13,7 +12,7 @@ from eopd.config.base import (
     Section,
     Tokens,
 )
-from eopd.config.prompts import COLUMNS_WORDS, Columns
+from eopd.config.prompts import COLUMNS_WORDS, PARTS_WORDS, Columns, Parts
 from eopd.config.teacher import NAME, NAME_WORDS
 
 HELD_OUT: Final = "held_out"  # the name of the held-out measurement among the benchmarks'
@@ -44,13 +43,13 @@ class BenchmarkConfig(Section):
     name: str = Field(pattern=NAME, max_length=100, description=NAME_WORDS)
     """The name of the benchmark in metrics, messages and files. ``held_out`` is taken."""
 
-    data: DataSpec
-    """The rows: a ``.jsonl`` or ``.parquet`` file, or the name of a data set. Each needs an
-    ``answer``. They are rendered as the section ``prompts`` says.
+    data: Parts = Field(description=PARTS_WORDS)
+    """The rows, in the same forms as ``prompts.held_out``: of several parts the prompts are taken in
+    turn. Each row needs an ``answer``. They are rendered as the section ``prompts`` says.
     """
 
     columns: Columns | None = Field(None, description=f"{COLUMNS_WORDS}, or null")
-    """The columns of these rows, in the place of ``prompts.columns``."""
+    """The columns of all parts that have none of their own, in the place of ``prompts.columns``."""
 
     grader: GraderName = "exact"
     """How an answer is judged: ``exact`` compares text, ``math`` compares mathematics, and

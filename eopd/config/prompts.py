@@ -26,7 +26,7 @@ COLUMNS_WORDS: Final = (
     f"a mapping from {', '.join(ROLES_OF_COLUMNS[:-1])} or {ROLES_OF_COLUMNS[-1]} to the name of "
     "a column"
 )
-_PARTS_WORDS: Final = "text, a mapping of the keys of a part, or a list of these, at least one"
+PARTS_WORDS: Final = "text, a mapping of the keys of a part, or a list of these, at least one"
 
 
 def _roles_and_names(columns: dict[str, str]) -> dict[str, str]:
@@ -97,7 +97,7 @@ class Part(Section):
     """
 
     columns: Columns | None = Field(None, description=f"{COLUMNS_WORDS}, or null")
-    """The columns of these rows, in the place of ``prompts.columns``."""
+    """The columns of these rows, in the place of ``prompts.columns``, or of those of a benchmark."""
 
     @property
     def name(self) -> str:
@@ -150,13 +150,13 @@ def keys_of(key: str, parts: Sequence[Part]) -> list[str]:
 class PromptsConfig(Section):
     """The prompts to train on and to measure on, and how they are rendered."""
 
-    data: TrainingParts = Field(description=_PARTS_WORDS)
+    data: TrainingParts = Field(description=PARTS_WORDS)
     """The training rows: a ``.jsonl`` or ``.parquet`` file, the name of a data set, a mapping with
     the keys of a part, or a list of these. The chapter docs/configuration.md#rows says what a row
     holds, docs/configuration.md#several-files-and-weights how parts mix.
     """
 
-    held_out: Parts = Field(description=_PARTS_WORDS)
+    held_out: Parts = Field(description=PARTS_WORDS)
     """The rows to measure on, in the same forms as ``prompts.data`` but
     without weights. Of several parts the prompts are taken in turn.
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from eopd.config import Config, ConfigError, Part, TeacherConfig
+from eopd.config import Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
 from eopd.config.prompts import names_of
 from eopd.hub import model_directory
@@ -75,9 +75,9 @@ def _prepared(config: Config) -> Prepared:
         require_vllm_options(f"teachers.{teacher.name}.vllm", teacher.vllm)
 
     _require_keys(config)
-    parts = [*config.prompts.data, *config.prompts.held_out]
-    benchmarks = [benchmark.data for benchmark in config.evaluation.benchmarks]
-    data = [Path(name) for name in (*(part.name for part in parts), *benchmarks)]
+    benchmarks = (benchmark.data for benchmark in config.evaluation.benchmarks)
+    parts = chain(config.prompts.data, config.prompts.held_out, *benchmarks)
+    data = [Path(part.name) for part in parts]
     # a data set by name may change, and so may a function; no file here shows it
     if not all(path.suffix in DATA_SUFFIXES for path in data):
         return _prepare(config)
@@ -156,11 +156,14 @@ def _benchmarks(config: Config, tokenizer: Tokenizer) -> dict[str, PromptSet]:
     loaded = {}
     for benchmark in config.evaluation.benchmarks:
         key = f"evaluation.benchmarks.{benchmark.name}.data"
-        part = Part(data=benchmark.data, columns=benchmark.columns)
-        data = PromptSet.load([part], config.prompts, tokenizer, key=key)
+        prompts = config.prompts
+        if benchmark.columns is not None:
+            prompts = prompts.model_copy(update={"columns": benchmark.columns})
+
+        data = PromptSet.load(benchmark.data, prompts, tokenizer, key=key)
         require_answers(data)
         require_readable_answers(data, benchmark.grader)
-        loaded[benchmark.name] = data
+        loaded[benchmark.name] = data.in_turn()
 
     return loaded
 

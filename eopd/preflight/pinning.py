@@ -51,7 +51,7 @@ def pinned(config: Config, before: Config | None = None) -> Config:
         "held_out": pin_parts("prompts.held_out", prompts.held_out, known),
     }
     benchmarks = tuple(
-        benchmark.model_copy(update={"data": pin_data(_key_of(benchmark), benchmark.data, known)})
+        benchmark.model_copy(update={"data": pin_parts(_key_of(benchmark), benchmark.data, known)})
         for benchmark in config.evaluation.benchmarks
     )
     return config.model_copy(
@@ -84,10 +84,11 @@ def _key_of(benchmark: BenchmarkConfig) -> str:
 def specs(config: Config) -> dict[str, str]:
     """Returns what stands at the keys of models and data, teachers by name."""
     models = {f"teachers.{teacher.name}.model": teacher.model for teacher in config.teachers}
-    data = {_key_of(benchmark): benchmark.data for benchmark in config.evaluation.benchmarks}
+    data: dict[str, str] = {}
     for key, parts in (
         ("prompts.data", config.prompts.data),
         ("prompts.held_out", config.prompts.held_out),
+        *((_key_of(benchmark), benchmark.data) for benchmark in config.evaluation.benchmarks),
     ):
         data |= {
             key_of_part: part.data

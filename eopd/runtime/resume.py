@@ -331,7 +331,7 @@ def _changed_contents(
     """Returns the paths that hold something else than they did, by their digests."""
     paths = {f"teachers.{teacher.name}.model": teacher.model for teacher in config.teachers}
     paths |= {
-        f"evaluation.benchmarks.{benchmark.name}.data": benchmark.data
+        f"evaluation.benchmarks.{benchmark.name}.data": names_of(benchmark.data)
         for benchmark in config.evaluation.benchmarks
     }
     paths |= {

@@ -20,7 +20,11 @@ NATIVE = (
 DECIDED = {
     "noted": """
         evaluation.benchmarks[].columns
-        evaluation.benchmarks[].data
+        evaluation.benchmarks[].data[].columns
+        evaluation.benchmarks[].data[].data
+        evaluation.benchmarks[].data[].function
+        evaluation.benchmarks[].data[].options
+        evaluation.benchmarks[].data[].source
         evaluation.benchmarks[].every
         evaluation.benchmarks[].grader
         evaluation.benchmarks[].max_response_tokens

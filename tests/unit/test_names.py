@@ -130,6 +130,7 @@ def config(tmp_path) -> Config:
         f"prompts: {{data: 'org/data@{COMMIT}:main:train', held_out: rows.jsonl}}\n"
         "flow: {batch_prompts: 1}\n"
         "learner: {token_budget: 10000}\n"
+        f"evaluation: {{benchmarks: [{{name: m, data: [b.jsonl, 'org/m@{COMMIT}']}}]}}\n"
     )
     return load_config(tmp_path / "c.yaml")
 
@@ -152,8 +153,18 @@ def test_a_name_without_revision_keeps_the_commit_of_the_run_that_goes_on(config
     (part,) = config.prompts.data
     part = part.model_copy(update={"data": "org/data:main:train"})
     prompts = config.prompts.model_copy(update={"data": (part,)})
+    (benchmark,) = config.evaluation.benchmarks
+    one, two = benchmark.data
+    data = (one, two.model_copy(update={"data": "org/m"}))
+    benchmark = benchmark.model_copy(update={"data": data})
+    evaluation = config.evaluation.model_copy(update={"benchmarks": (benchmark,)})
     bare = config.model_copy(
-        update={"student": student, "teachers": (teacher,), "prompts": prompts}
+        update={
+            "student": student,
+            "teachers": (teacher,),
+            "prompts": prompts,
+            "evaluation": evaluation,
+        }
     )
 
     assert pinned(bare, config) == config

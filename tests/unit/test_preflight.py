@@ -674,6 +674,24 @@ def test_a_benchmark_has_columns_of_its_own(files, check):
     assert "benchmark m: 1 prompts" in shown
 
 
+def test_a_benchmark_of_several_parts_asks_one_of_each_in_turn(files, check):
+    (files / "one.jsonl").write_text(
+        '{"id": "p", "prompt": "a", "answer": 5}\n{"id": "q", "prompt": "b", "answer": 6}\n'
+    )
+    (files / "two.jsonl").write_text('{"id": "p", "question": "c", "solution": 7}\n')
+    data = "[{{data: {root}/one.jsonl, columns: {{}}}}, {root}/two.jsonl]"
+    columns = "{{prompt: question, answer: solution}}"
+    bench = f"evaluation.benchmarks=[{{{{name: m, data: {data}, columns: %s}}}}]"
+    config = load_config(files / "c.yaml", [(bench % columns).format(root=files)])
+    prompts = preflight.prepare(config).benchmarks["m"].prompts
+    assert [prompt.prompt_id for prompt in prompts] == ["0/p", "1/p", "0/q"]
+    assert [prompt.reference_answer for prompt in prompts] == ["5", "7", "6"]
+
+    code, shown = check(bench % "null")
+    assert code == 2
+    assert 'error: evaluation.benchmarks.m.data.1: /two.jsonl:1 (id "p"): needs either' in shown
+
+
 def test_several_answers_and_whole_solutions_are_fine_for_a_reward(graded):
     assert (
         graded(
