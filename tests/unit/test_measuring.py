@@ -73,7 +73,10 @@ def test_several_responses_to_a_prompt_are_added_up_in_any_order():
     found = eval_stats(sums, prompts, COUNTS)
     assert found.by_prompt["reverse_kl"] == {"p": 2.5, "q": 5.0}
     assert found.by_prompt["tokens"] == {"p": 4.0, "q": 1.0}
-    assert eval_stats(sums[::-1], prompts[::-1], COUNTS) == found
+    order = (1, 2, 0)
+    other = eval_stats([sums[i] for i in order], [prompts[i] for i in order], COUNTS)
+    assert other == found
+    assert list(other.by_prompt["tokens"]) == ["p", "q"]
 
 
 def test_a_part_without_tokens_is_left_out():
