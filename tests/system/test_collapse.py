@@ -1,5 +1,5 @@
-"""A run that is made to collapse: student and teacher end with different tokens. What a person does
-with it is tried on it too.
+"""Runs that are made to collapse: student and teacher end with different tokens, or the rate is far
+too high. What a person does about it is tried too.
 """
 
 import json
@@ -100,3 +100,23 @@ def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
     kept = [row["step"] for row in read_rows(directory / "responses.jsonl")]
     assert kept == list(range(2, summary["steps"] + 1, 2))
     assert program.left_behind() == []
+
+
+@pytest.mark.slow
+def test_a_rate_that_tears_a_sound_student_apart_is_a_collapse(program, synchronous):
+    """The fork knows its sound steps by the rows of its parent."""
+    settings = ("learner.lr=0.1", "run.batches=45", "guard.on_collapse=stop", "rollout.engines=1")
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = program.run("fork", str(synchronous[0]), "--name", "torn", *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    directory = program.runs / "torn"
+    rows = read_rows(directory / "metrics.jsonl")
+    last = rows[-1]["step"]
+    # those of step 31 were still written by the weights of the parent, and ten it takes
+    assert 41 <= last < 45
+    assert [row["eopd_collapse"] for row in rows] == [0.0] * (last - 1) + [1.0]
+    said = done.stdout.replace("\n", " ")
+    assert said.count(f"the student collapses: over steps {last - 9} to {last}, compared with") == 1
+    assert "it is further from the teacher than before it learned anything" in said
+    assert "go back with --resume --step " in said
+    assert json.loads((directory / "summary.json").read_text())["status"] == "collapsed"

@@ -16,23 +16,25 @@ from eopd.runtime.guard import RunGuard
 from eopd.runtime.resume import take_up
 from eopd.telemetry.guard import Guard
 
-SOUND, SICK = (0.9, 0.02), (0.3, 0.4)  # end-token rate, repetition
+# end-token rate, repetition, and reverse KL where it is not that of a sound student
+SOUND, SICK, TORN = (0.9, 0.02), (0.3, 0.4), (0.6, 0.02, 3.0)
 
 
-def rows_of(*parts: tuple[tuple[float, float], int], start: int = 1) -> Iterator[dict[str, float]]:
-    """Rows of a run: so many steps with the same end-token rate and repetition, then others."""
+def rows_of(*parts: tuple[tuple[float, ...], int], start: int = 1) -> Iterator[dict[str, float]]:
+    """Rows of a run: so many steps with the same numbers, then others."""
     steps = itertools.count(start)
-    for (ended, repeated), count in parts:
+    for numbers, count in parts:
         for _ in range(count):
-            yield row(next(steps), ended, repeated)
+            yield row(next(steps), *numbers)
 
 
-def row(step: int, ended: float, repeated: float) -> dict[str, float]:
+def row(step: int, ended: float, repeated: float, reverse_kl: float = 0.2) -> dict[str, float]:
     return {
         "step": step,
         "eopd_step": float(step),
         "eopd_end_token_ratio": ended,
         "eopd_repetition_ratio": repeated,
+        "eopd_reverse_kl_nats": reverse_kl,
         "eopd_teacher_entropy_nats": 2 * ended,
         "eopd_gate_ratio": ended / 3,
     }
@@ -57,9 +59,33 @@ def test_a_collapse_is_half_the_endings_and_more_repetition(then, step):
     assert begins(list(rows_of((SOUND, 20), (then, 30)))) == ([step] if step else [])
 
 
-@pytest.mark.parametrize("numbers", [SOUND, (0.3, 0.02), (0.9, 0.4)])
-def test_one_step_that_is_none_of_a_collapse_delays_the_word(numbers):
-    rows = list(rows_of((SOUND, 20), (SICK, 30)))
+@pytest.mark.parametrize(
+    ("before", "then", "step"),
+    [
+        (0.6, 1.21, 30),  # of the first ten, and twice as much
+        (0.6, 1.19, None),
+        (0.2, 1.01, 30),
+        (0.2, 0.99, None),  # close to the teacher all the same
+        (3.0, 0.2, None),
+    ],
+)
+def test_it_is_one_too_to_be_twice_as_far_from_the_teacher_as_at_first(before, then, step):
+    """Whatever endings and repetition do."""
+    rows = rows_of(((0.9, 0.02, before), 10), (SOUND, 10), ((0.9, 0.0, then), 30))
+    assert begins(list(rows)) == ([step] if step else [])
+
+
+def test_every_step_must_be_further_than_any_of_the_first_ten():
+    first = [((0.9, 0.02, 3.1), 1), ((0.9, 0.02, 0.3), 9)]
+    assert begins(list(rows_of(*first, (SOUND, 10), (TORN, 30)))) == []
+    assert begins(list(rows_of(*first, (SOUND, 10), ((0.9, 0.02, 3.2), 10)))) == [30]
+
+
+@pytest.mark.parametrize(
+    ("sick", "numbers"), [(SICK, SOUND), (SICK, (0.3, 0.02)), (SICK, (0.9, 0.4)), (TORN, SOUND)]
+)
+def test_one_step_that_is_none_of_a_collapse_delays_the_word(sick, numbers):
+    rows = list(rows_of((SOUND, 20), (sick, 30)))
     rows[23] = row(24, *numbers)  # leaves the newest ten with step 34
     assert begins(rows) == [34]
 
@@ -97,20 +123,46 @@ def test_the_message_has_the_numbers_of_both_windows():
     guard = Guard.replay(rows_of((SOUND, 20), (SICK, 10)))
     assert str(guard.collapse) == (
         "the student collapses: over steps 21 to 30, compared with steps 11 to 20, fewer responses "
-        "end by themselves (90% -> 30%) and they repeat more (2.0% -> 40.0%); teacher entropy "
-        "1.80 -> 0.60 nats, gate open 30% -> 10%"
+        "end by themselves, and they repeat more (responses that end 90% -> 30%, repetition 2.0% "
+        "-> 40.0%, reverse KL 0.20 -> 0.20 nats, teacher entropy 1.80 -> 0.60 nats, gate open 30% "
+        "-> 10%)"
     )
+
+
+def test_a_torn_student_is_compared_with_the_steps_nearest_to_the_teacher():
+    guard = Guard.replay(
+        rows_of(((0.9, 0.02, 1.4), 10), (SOUND, 10), ((1.0, 0.0, 0.5), 10), (TORN, 10))
+    )
+    assert str(guard.collapse) == (
+        "the student collapses: over steps 31 to 40, compared with steps 11 to 20, it is further "
+        "from the teacher than before it learned anything (responses that end 90% -> 60%, "
+        "repetition 2.0% -> 2.0%, reverse KL 0.20 -> 3.00 nats, teacher entropy 1.80 -> 1.20 nats, "
+        "gate open 30% -> 20%)"
+    )
+
+
+def test_a_torn_student_has_recovered_once_it_is_as_near_as_at_first():
+    learned = ((0.9, 0.02, 1.4), 1), ((0.9, 0.02, 0.6), 9), (SOUND, 10)
+    guard = Guard.replay(rows_of(*learned, ((0.9, 0.02, 3.0), 10)))
+    assert guard.collapse is not None
+    ended = []
+    for step in range(31, 41):
+        guard.take(row(step, 0.9, 0.02, 0.2))
+        ended.append(guard.collapse is None)
+
+    # 3 nats and 0.2 have a mean of 1.32 from the sixth on
+    assert ended == [False] * 5 + [True] * 5
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.8, 0.95])
 @pytest.mark.parametrize("size", [8, 12, 64])
 def test_it_is_silent_on_noise(rate, size):
-    """Batches of independent responses; those that do not end repeat far more."""
+    """Batches of independent responses; those that do not end repeat far more, and are further."""
     rng = random.Random(size)
 
     def noisy(step: int) -> dict[str, float]:
         ended = sum(rng.random() < rate for _ in range(size)) / size
-        return row(step, ended, (1 - ended) * rng.uniform(0.0, 0.4))
+        return row(step, ended, (1 - ended) * rng.uniform(0.0, 0.4), 2 - ended + rng.random())
 
     assert begins([noisy(step) for step in range(1, 3001)]) == []
 
