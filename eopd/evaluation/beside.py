@@ -4,6 +4,7 @@
     a benchmark, background  its answers, then their grades     engines, then its grader
     the learner's next step  nothing of it                      -
     the next publish         ``Beside.written``                 the last answer; it need not be graded
+    an engine that joins     the same, while others are up      the same, or the loss of the others
 
 Held-out prompts cannot be measured so: they need the learner's weights of the version, of which
 there is one set alone.
@@ -11,8 +12,9 @@ there is one set alone.
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Final, Generic, TypeVar
 
 from eopd.roles import RolloutEngine, WeightChannel
 from eopd.types import (
@@ -27,11 +29,16 @@ from eopd.types import (
     Trajectory,
 )
 
+W = TypeVar("W")
+
+_LOOK_AGAIN_S: Final = 0.5
+
 
 class OneVersion:
     """A ``RolloutEngine`` for one benchmark, which lets through what was written under one version.
 
-    An engine that was replaced meanwhile may have the learner's newer weights: its answers are lost.
+    Where all engines were lost, those in their place may have the learner's newer weights: their
+    answers are lost.
 
     Args:
         engines: what writes.
@@ -145,6 +152,30 @@ class HeldChannel:
         await self.beside.written()
         self.waited_s = time.monotonic() - started
         return await self.channel.publish(version)
+
+
+@dataclass(slots=True)
+class HeldJoin(Generic[W]):
+    """Lets a new engine join once the answers of benchmarks are written. It gets the learner's
+    weights, which may be newer than theirs, and as the one with most free seats it would be asked
+    first. With no other engine up it joins at once: else nobody would ever write them.
+
+    Args:
+        join: brings the engine of a number to the learner's weights.
+        beside: the benchmarks under way.
+        num_up: tells how many engines take requests.
+    """
+
+    join: Callable[[int, W], Awaitable[None]]
+    beside: Beside
+    num_up: Callable[[], int]
+
+    async def __call__(self, number: int, engine: W) -> None:
+        """Returns once the engine has joined; raises what ``join`` does."""
+        while self.beside.left and self.num_up():
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+        await self.join(number, engine)
 
 
 def _raise_what_failed(task: asyncio.Task[None]) -> None:

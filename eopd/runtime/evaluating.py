@@ -16,7 +16,7 @@ from functools import partial
 from eopd.config import BenchmarkConfig, Config
 from eopd.config.benchmark import HELD_OUT
 from eopd.evaluation.benchmarks import Fetch, run_benchmark
-from eopd.evaluation.beside import Beside, HeldChannel, OneVersion
+from eopd.evaluation.beside import Beside, HeldChannel, HeldJoin, OneVersion
 from eopd.evaluation.summary import by_prompt, differences, measurements
 from eopd.hub import model_directory
 from eopd.preflight import Prepared
@@ -65,6 +65,8 @@ class Evaluator:
         self._beside = Beside()
         self._news: dict[str, float] = {}
         self.channel = HeldChannel(workers.channel, self._beside)
+        fleet = workers.engine_fleet
+        fleet.join = HeldJoin(fleet.join, self._beside, lambda: fleet.pool.num_up)
 
     async def evaluate(self, phase: Phase) -> None:
         """Measures what is due at this step, whose weights the engines serve. Benchmarks go on when it

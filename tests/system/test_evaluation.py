@@ -3,10 +3,11 @@
 import itertools
 import json
 import operator
+import re
 import signal
 
 import pytest
-from program import Run, read_rows
+from program import Run, engine_of, read_rows
 
 WORDS = itertools.product(
     ("read", "sing", "walk", "rest"),
@@ -21,6 +22,7 @@ SETTINGS = (
     "rollout.engines=1",
     "learner.ranks=1",
 )
+GIVEN_UP = "^the benchmarks under way were given up"
 
 
 @pytest.fixture(scope="module")
@@ -156,38 +158,50 @@ def test_a_checkpoint_is_measured_as_the_run_measured_it(evaluated, program):
 
 
 @pytest.mark.slow
-def test_a_killed_run_measures_what_it_had_not_and_keeps_its_best(program, benchmark):
-    long = benchmark(samples=16, temperature=2, max_response_tokens=200, stop=[])
-    settings = (*SETTINGS, "run.batches=6", "evaluation.every=2", long)
+def test_whoever_is_killed_in_a_benchmark_its_numbers_are_whole(program, benchmark):
+    """An engine in the first one, a learner rank in the second, the run itself in the third; the
+    last one is under way when the run is asked to end.
+    """
+    long = benchmark(samples=32, temperature=2, max_response_tokens=200, stop=[])
+    settings = (*SETTINGS, "run.batches=8", "evaluation.every=2", "rollout.engines=2", long)
     run = Run(program, "evaluated-killed", *settings)
+    run.says("its engine answers as a teacher must", after=0)
+    engine = engine_of(run.actors("RolloutActor")[0])
+    (rank,) = run.actors("LearnerActor")
+    run.says(r"^step 0, held out", after=0)
+    engine.kill()
+    assert measured(run.directory, "sentences") == {}
+    failures = run.wait(lambda row: row["step"] >= 1)["eopd_engine_failures_total"]
+    assert failures > 8, "it held answers of the benchmark, beside those of a batch"
+
     run.says(r"^step 2, held out", after=0)
+    rank.kill()
+    assert measured(run.directory, "sentences").keys() == {0}
+    run.says(GIVEN_UP, after=0)
+
+    run.says(r"^step 4, held out", after=0)
     run.process.kill()
     run.process.wait()
     assert program.left_behind(grace_s=60) == []
-    already = measured(run.directory, "sentences")
+    assert measured(run.directory, "sentences").keys() == {0, 2}
 
-    done = program.run(*program.train("evaluated-killed", *settings), "--resume")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert set(already) <= {0, 2}
-    rows = read_rows(run.directory / "evaluations.jsonl")
-    names = [(row["step"], row["name"]) for row in rows]
-    assert sorted(names) == [
-        (step, name) for step in (0, 2, 4, 6) for name in ("held_out", "sentences")
-    ]
-    lost = {row["measurements"]["lost"]["mean"] for row in rows if row["name"] == "sentences"}
-    assert lost == {0}
-    summary = json.loads((run.directory / "summary.json").read_text())
-    assert (run.directory / "checkpoints" / f"step-{summary['best']['step']:06d}").is_dir()
-
-
-@pytest.mark.slow
-def test_an_interruption_does_not_wait_for_a_benchmark(program, benchmark):
-    long = benchmark(samples=64, temperature=2, max_response_tokens=800, stop=[])
-    run = Run(program, "interrupted-benchmark", *SETTINGS, long)
-    said = run.says(r"^step 0, held out", after=0)
+    run = Run(program, "evaluated-killed", *settings, options=["--resume"])
+    said = run.says(r"^step 6, held out", after=0)
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(timeout=120) == 130
-    assert "the benchmarks under way were given up" in run.log.read_text()[said.start() :]
-    assert measured(run.directory, "sentences") == {}
-    assert run.summary()["status"] == "interrupted"
+    assert re.search(GIVEN_UP, run.ended(130)[said.start() :], re.M)
     assert program.left_behind() == []
+
+    names = [(row["step"], row["name"]) for row in read_rows(run.directory / "evaluations.jsonl")]
+    done = [(step, name) for step in (0, 2, 4) for name in ("held_out", "sentences")]
+    assert sorted(names) == [*done, (6, "held_out")]
+    for row in measured(run.directory, "sentences").values():
+        assert (row["prompts"], row["samples"]) == (8, 32)
+        assert row["measurements"]["lost"]["mean"] == 0
+        assert {len(numbers) for numbers in row["by_prompt"].values()} == {8}
+
+    summary, trained = run.summary(), read_rows(run.directory / "trained.jsonl")
+    assert summary["status"] == "interrupted"
+    assert summary["steps"] in (6, 7)
+    assert (run.directory / "checkpoints" / f"step-{summary['best']['step']:06d}").is_dir()
+    issues = [issue for row in trained for issue in row["issues"]]
+    assert issues == list(range(8 * summary["steps"])), "each is trained once"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eopd.config import load_config
+from eopd.evaluation.beside import OneVersion
 from eopd.preflight import Prepared
 from eopd.prompts import PromptSet
 from eopd.run.evaluations import read_evaluations
@@ -16,7 +17,7 @@ from eopd.runtime.evaluating import Evaluator
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
 from eopd.tokenizer import load_tokenizer
-from eopd.types import EvalStats, StopReason
+from eopd.types import EvalStats, Sampling, StopReason
 
 INPUTS = {"prompts.data": "1", "student.model": "2"}
 PROMPTS = [fakes.prompt(name, answer="7") for name in "ab"]
@@ -46,6 +47,11 @@ class Workers(fakes.World):
         self.asked: list[tuple[str, int, int]] = []
         self.priorities: list[int] = []
         self.engines = self.teacher = self.learner = self.channel = self
+        self.joined: list[int] = []
+        self.engine_fleet = SimpleNamespace(join=self.join, pool=SimpleNamespace(num_up=1))
+
+    async def join(self, number, engine):
+        self.joined.append(number)
 
     async def generate(self, of, sample_index, sampling):
         await self.free.wait()
@@ -183,6 +189,40 @@ async def test_seeds_and_prompts_are_the_same_each_time(made):
     assert asked[0] == asked[1] == asked[2]
     assert len({seed for _, _, seed in asked[0]}) == 6  # two held out, and two of two
     assert max(run.workers.priorities) < 0, "they go before the requests of training"
+
+
+async def test_a_new_engine_waits_for_a_benchmark_unless_no_other_is_up(made):
+    run = made(f"{{every: 5, samples: 0, benchmarks: [{MATH}]}}")
+    run.at(0)
+    await run.evaluator.evaluate("before")
+    fleet, joined = run.workers.engine_fleet, run.workers.joined
+
+    async with asyncio.timeout(10):
+        await run.evaluator.channel.beside.finish()
+        await fleet.join(0, None)
+        assert joined == [0]
+
+        run.workers.free.clear()
+        engines = OneVersion(run.workers, 0, 1)
+        sampling = Sampling(temperature=1.0, max_tokens=1, seed=0)
+        run.evaluator.channel.beside.start(engines, engines.generate(PROMPTS[0], 0, sampling))
+        joining = asyncio.create_task(fleet.join(1, None))
+        await asyncio.sleep(0.6)
+        assert not joining.done()
+
+        fleet.pool.num_up = 0
+        await joining
+        assert run.evaluator.channel.beside.left == 1, "it is what will be asked"
+
+        fleet.pool.num_up = 1
+        joining = asyncio.create_task(fleet.join(2, None))
+        await asyncio.sleep(0)
+        assert not joining.done()
+
+        run.workers.free.set()
+        await joining
+
+    assert joined == [0, 1, 2]
 
 
 async def test_later_measurements_are_paired_with_the_first(made):
