@@ -32,6 +32,7 @@ from eopd.config.loss import Reward
 from eopd.config.sections import FilterConfig
 from eopd.hub import model_directory
 from eopd.roles import EngineDownError, TeacherDownError, WorkerDownError
+from eopd.run.progress import first_line
 from eopd.runtime import spawned
 from eopd.runtime.process import clean_environment
 from eopd.types import (
@@ -92,9 +93,13 @@ async def _join(
 
 @contextmanager
 def dies_as(error_type: type[WorkerDownError]) -> Iterator[None]:
-    """Raises Ray's errors of a dead actor as an error of the roles."""
+    """Raises Ray's errors of a dead actor as an error of the roles; one that the actor raised itself
+    without its traceback, which Ray has made the message of it.
+    """
     try:
         yield
+    except WorkerDownError as error:
+        raise error_type(first_line(error)) from error
     except (RayActorError, OutOfMemoryError, ActorUnschedulableError) as error:
         raise error_type(f"its actor died: {error}") from error
 
