@@ -103,20 +103,34 @@ def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
 
 
 @pytest.mark.slow
-def test_a_rate_that_tears_a_sound_student_apart_is_a_collapse(program, synchronous):
-    """The fork knows its sound steps by the rows of its parent."""
+def test_a_fork_goes_on_under_another_rate_which_tears_its_student_apart(program, synchronous):
+    """With a fresh optimiser. That the steps of the parent were sound, the guard of the fork knows."""
+    parent = synchronous[0]
+    before = (parent / "metrics.jsonl").read_bytes()
     settings = ("learner.lr=0.1", "run.batches=45", "guard.on_collapse=stop", "rollout.engines=1")
     options = [part for setting in settings for part in ("--set", setting)]
-    done = program.run("fork", str(synchronous[0]), "--name", "torn", *options)
+    done = program.run("fork", str(parent), "--name", "torn", *options, "--fresh-optimizer")
     assert done.returncode == 1, done.stdout + done.stderr
+    said = (done.stdout + done.stderr).replace("\n", " ")
+    assert "goes on from step 30 of synchronous; optimiser fresh" in said
+    assert "from step 31: learner.lr 0.002 -> 0.1" in said
+    assert (parent / "metrics.jsonl").read_bytes() == before
+
     directory = program.runs / "torn"
     rows = read_rows(directory / "metrics.jsonl")
     last = rows[-1]["step"]
+    assert rows[:30] == read_rows(parent / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, last + 1))
+    assert rows[30]["eopd_learning_rate"] == pytest.approx(0.1)
+    issues = [issue for row in read_rows(directory / "trained.jsonl") for issue in row["issues"]]
+    assert sorted(issues) == list(range(8 * last))
+    assert json.loads((directory / "parent.json").read_text())["step"] == 30
+
     # those of step 31 were still written by the weights of the parent, and ten it takes
     assert 41 <= last < 45
     assert [row["eopd_collapse"] for row in rows] == [0.0] * (last - 1) + [1.0]
-    said = done.stdout.replace("\n", " ")
     assert said.count(f"the student collapses: over steps {last - 9} to {last}, compared with") == 1
     assert "it is further from the teacher than before it learned anything" in said
     assert "go back with --resume --step " in said
-    assert json.loads((directory / "summary.json").read_text())["status"] == "collapsed"
+    summary = json.loads((directory / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("collapsed", last)

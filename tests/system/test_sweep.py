@@ -1,4 +1,4 @@
-"""A sweep of two arms over three seeds on real workers, its report, and a fork of one of its runs."""
+"""A sweep of two arms over three seeds on real workers, and its report."""
 
 import json
 import signal
@@ -97,32 +97,3 @@ def test_its_numbers_are_those_of_the_runs(swept):
 def test_its_report_shows_every_run(swept):
     page = (swept[0] / "report.html").read_text()
     assert all(f"{arm}-seed-{seed}" in page for arm in ARMS for seed in SEEDS)
-
-
-def test_a_fork_goes_on_under_another_rate_with_a_fresh_optimiser(swept, program):
-    parent = swept[0] / "gate-hard-seed-1"
-    before = (parent / "metrics.jsonl").read_bytes()
-    settings = ["--set", "learner.lr=5.0e-4", "--set", "run.batches=4"]
-    done = program.run(
-        "fork",
-        str(parent),
-        "--name",
-        "forked",
-        *settings,
-        "--fresh-optimizer",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "goes on from step 2 of gate-hard-seed-1; optimiser fresh" in done.stdout
-    assert "from step 3: learner.lr 0.002 -> 0.0005" in done.stdout + done.stderr
-    assert (parent / "metrics.jsonl").read_bytes() == before
-
-    child = swept[0] / "forked"
-    rows = read_rows(child / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert rows[2]["eopd_learning_rate"] == pytest.approx(5e-4)
-    assert rows[:2] == read_rows(parent / "metrics.jsonl")
-    issues = [issue for row in read_rows(child / "trained.jsonl") for issue in row["issues"]]
-    assert sorted(issues) == list(range(4 * 4))
-    summary = json.loads((child / "summary.json").read_text())
-    assert (summary["status"], summary["steps"]) == ("completed", 4)
-    assert json.loads((child / "parent.json").read_text())["step"] == 2
