@@ -26,8 +26,8 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-@pytest.fixture
-def head(tmp_path, program):
+@pytest.fixture(scope="module")
+def head(tmp_path_factory, program):
     """A Ray head of our own, stopped by its own process; yields the environment of its clients."""
     # a socket's path must be short
     dashboard = free_port()
@@ -49,7 +49,7 @@ def head(tmp_path, program):
         *ports,
     ]
 
-    with (tmp_path / "head.log").open("w") as log:
+    with (tmp_path_factory.mktemp("head") / "log").open("w") as log:
         process = subprocess.Popen(
             command,
             env=env,
@@ -100,6 +100,8 @@ def test_a_submitted_job_trains(program, head):
         "job",
         "run.batches=3",
         "evaluation.prompts=4",
+        "rollout.engines=1",
+        "learner.ranks=1",
         "cluster.cpus=null",
     )
 

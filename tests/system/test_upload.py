@@ -102,7 +102,8 @@ def test_all_of_it_is_there_at_the_end(resumed, store):
 
 def test_a_store_that_is_gone_at_the_end_is_a_warning(program, store):
     """The run is complete; what it wrote since is not there. A person ends the wait for it."""
-    run = Run(program, "alone", UPLOAD, "run.batches=3", "checkpoint.every=1")
+    small = (UPLOAD, "run.batches=3", "rollout.engines=1", "learner.ranks=1")
+    run = Run(program, "alone", *small, "checkpoint.every=1")
     run.wait(lambda row: row["step"] >= 1)
     store.stop()
     try:
@@ -117,7 +118,7 @@ def test_a_store_that_is_gone_at_the_end_is_a_warning(program, store):
     assert "warning: run.upload: not up at " in said
     assert "--resume auto uploads it" in said
 
-    done = program.run(*program.train("alone", UPLOAD, "run.batches=3"), "--resume", "auto")
+    done = program.run(*program.train("alone", *small), "--resume", "auto")
     assert done.returncode == 0, done.stdout + done.stderr
     assert store.whole_steps("runs/alone")[-1] == 3
     assert "runs/alone/hf/config.json" in store.objects()

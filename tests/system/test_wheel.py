@@ -86,7 +86,8 @@ def test_a_wheel_starts_from_an_empty_folder(folder, environment):
         folder, environment, "check", "configs/tiny.yaml"
     )
 
-    settings = ["run.batches=2", "evaluation.prompts=4", "cluster.cpus=2"]
+    small = ["run.batches=2", "evaluation.prompts=4", "rollout.engines=1", "learner.ranks=1"]
+    settings = [*small, "cluster.cpus=2"]
     options = [part for setting in settings for part in ("--set", setting)]
     eopd(folder, environment, "train", "configs/tiny.yaml", *options)
     assert (folder / "runs/tiny/report.html").is_file()
