@@ -54,7 +54,7 @@ format: setup ## rewrite the code in its one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## loss, driver, overlap, evaluation, a weight sync; the learner and the teacher beside what others do
+bench: setup ## loss, driver, overlap, evaluation, a weight sync, an upload; the learner and the teacher beside what others do
 	$(BIN)/python tests/bench/bench_loss.py
 	$(BIN)/eopd models demo
 	$(BIN)/python tests/bench/bench_learner.py
@@ -63,6 +63,7 @@ bench: setup ## loss, driver, overlap, evaluation, a weight sync; the learner an
 	$(BIN)/python tests/bench/bench_weights.py
 	$(BIN)/python tests/bench/bench_overlap.py
 	$(BIN)/python tests/bench/bench_evaluation.py
+	$(BIN)/python tests/bench/bench_upload.py
 
 soak: setup ## half an hour of training with a fault every minute: what is lost, what leaks
 	$(BIN)/python tests/system/soak.py
