@@ -37,9 +37,9 @@ test: setup ## the tests of every change, about twelve minutes on two cores
 	$(PYTEST) -m "not slow" $(PAIRED) $(ONE)
 	$(PYTEST) -m "not slow" $(WHOLE)
 
-test-all: setup ## and the slow ones: whole matrices, a Prometheus, a browser, a submitted job
-	$(PYTEST) $(PAIRED) $(ONE)
-	$(PYTEST) $(WHOLE)
+test-all: test ## and the slow ones: whole matrices, a Prometheus, a browser, a submitted job
+	$(PYTEST) -m slow $(PAIRED) $(ONE)
+	$(PYTEST) -m slow $(WHOLE)
 
 unit: setup ## the quick tests alone
 	$(PYTEST) tests/house tests/unit

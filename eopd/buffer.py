@@ -121,6 +121,11 @@ class Buffer:
         return self.num_slots_held - len(self._ready) - len(self._taken)
 
     @property
+    def num_taken(self) -> int:
+        """Returns how many trajectories of the batch the learner has."""
+        return len(self._taken)
+
+    @property
     def next_missing(self) -> int:
         """Returns the lowest issue number that is neither settled, nor taken, nor ready."""
         places = (self._ready, self._taken, self.settled)
@@ -190,7 +195,9 @@ class Buffer:
     def skip(self, issue: int) -> None:
         """Notes that a number was dropped, and gives out what waited only for it."""
         self._dropped_ahead.add(issue)
-        self._look_at_next_batch()
+        if issue < self._next_batch_end:
+            self._extend_next_batch()
+
         self._wake_learner()
 
     async def close(self) -> None:
@@ -221,7 +228,10 @@ class Buffer:
         }
         dropped_later = sum(issue > missing for issue in self._dropped_ahead)
 
-        return missing >= len(self.settled) - dropped_later + self.batch * (1 - self.lookahead)
+        due = len(self.settled) - dropped_later + self.batch * (1 - self.lookahead)
+
+        # the B lowest are a batch also where a run was continued with another B or L
+        return missing >= min(due, self._next_batch_end)
 
     def _has_part(self) -> bool:
         """Tells whether enough of the next batch is ready to begin with."""
@@ -276,6 +286,14 @@ class Buffer:
             for issue in list(self._ready_by_version[version]):
                 self._withdraw(issue).outcome.set_result(LostReason.TOO_STALE)
                 self._next_missing = min(self._next_missing, issue)
+
+    def _extend_next_batch(self) -> None:
+        """Takes one number more into the next batch, in place of one that was dropped."""
+        beyond = itertools.count(self._next_batch_end)
+        number = next(issue for issue in beyond if issue not in self.settled)
+        self._next_batch_end = number + 1
+        if number in self._ready:
+            self._next_batch_tokens += self._ready[number].stored.header.num_tokens
 
     def _put(self, issue: int, offer: _Offer) -> None:
         header = offer.stored.header

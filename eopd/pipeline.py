@@ -150,7 +150,8 @@ class Pipeline:
         """Runs batches ``start`` to ``plan.batches``, yielding each once its weights are published.
 
         Closing the iterator between two steps stops every task; closing ``buffer`` ends it after
-        the current step. An error of any task ends the iteration.
+        the current step, or at once where the batch is not whole yet: it is begun again by whoever
+        continues the run. An error of any task ends the iteration.
 
         Raises:
             TooManyDroppedError: more than ``plan.max_dropped`` trajectories were dropped.
@@ -169,9 +170,9 @@ class Pipeline:
         """Returns what the loop waits for, for people."""
         buffer = self.buffer
         return (
-            f"{self.activity}; {buffer.num_ready} of {self.plan.batch} trajectories ready, the "
-            f"lowest missing is issue {buffer.next_missing}, {buffer.num_slots_held} of "
-            f"{buffer.num_slots} slots taken"
+            f"{self.activity}; of {self.plan.batch} trajectories the learner has "
+            f"{buffer.num_taken}, and {buffer.num_ready} are ready, the lowest missing is issue "
+            f"{buffer.next_missing}, {buffer.num_slots_held} of {buffer.num_slots} slots taken"
         )
 
     async def _step(self, number: int, started: float) -> StepDone | None:
@@ -232,12 +233,13 @@ class Pipeline:
             self.activity = "training"
             try:
                 stats = await self._learn(part, self.plan.alpha_at(number))
-                taken += part.taken
             except BodiesLostError as error:
-                stats = None
                 lost = [one.issue for one in part.taken if one.stored.header.key in error.keys]
                 self.buffer.put_back(part, lost)
+                waits.append((waiting_since, time.monotonic()))
+                continue
 
+            taken += part.taken
             waits.append((waiting_since, taken_at))
             works.append((taken_at, time.monotonic()))
             if stats is not None:

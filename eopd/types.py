@@ -273,8 +273,8 @@ MicroBatch = tuple[Stored[ScoredTrajectory], ...]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerStep:
     """An optimiser step holds the micro-batches of rank r in ``ranks[r]``: equally many on every
-    rank, so that a short rank gets empty ones. ``num_loss_tokens`` is counted over all ranks, and
-    is the denominator of the loss.
+    rank, so that a short rank gets empty ones. ``num_loss_tokens`` is counted over all ranks; those
+    of all parts of a step together are the denominator of its loss.
     """
 
     num_loss_tokens: int

@@ -35,6 +35,7 @@ OWNED_BY_LEARNER: Final = {
     "torch_autocast": _DTYPE,
     "checkpoint": "the checkpoint section says it",
 }
+_SUMS: Final = "sums over the tokens of a batch leave the range of float16"
 _OWN_ADAM: Final = "it needs DeepSpeed's compiled Adam; the optimiser here is that of torch"
 _OLD_OFFLOAD: Final = "write offload_optimizer: {device: cpu} or offload_param: {device: cpu}"
 
@@ -107,7 +108,7 @@ class LearnerConfig(Section):
     """Computes activations again in the backward pass, which needs less memory and more time."""
 
     timeout_s: Seconds = 3600.0
-    """The seconds in which an update must be done. When one takes longer, all ranks are started
+    """The seconds in which an update, or a part of one, must be done. When it takes longer, all ranks are started
     again from the newest checkpoint.
     """
 
@@ -125,6 +126,9 @@ class LearnerConfig(Section):
     @model_validator(mode="after")
     def _ours_stay_ours(self) -> Self:
         refuse("deepspeed", self.deepspeed, OWNED_BY_LEARNER)
+        if self.deepspeed.get("communication_data_type") == "fp16":
+            raise ValueError(f"deepspeed.communication_data_type: may not be fp16: {_SUMS}")
+
         zero = self.deepspeed.get("zero_optimization")
         if isinstance(zero, dict):
             refuse(

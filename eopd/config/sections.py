@@ -167,7 +167,8 @@ class FlowConfig(Section):
 
     max_staleness: int = Field(0, ge=0, le=1_000_000)
     """The most policy versions that a trajectory may be behind when it is trained on. 0 is
-    synchronous: engines wait while the learner trains. With 1 or more, both work at the same time.
+    synchronous: a batch is written by the newest weights, and the next one waits for the update. With
+    1 or more, engines write the next batches meanwhile.
     """
 
     lookahead: int = Field(0, ge=0, le=1_000_000)

@@ -349,6 +349,9 @@ class LearnerRank:
     ) -> None:
         """Adds up the gradients of an optimiser step, or of a part of one; ``last`` closes it."""
         accumulated, (micros,) = self._accumulated, step.ranks
+        if not micros:
+            raise ValueError("an optimiser step has no micro-batch")
+
         accumulated.num_loss_tokens += step.num_loss_tokens
 
         for index, (packed, micro) in enumerate(zip(packs, micros, strict=True)):

@@ -1,4 +1,5 @@
-"""The gate of every trajectory, and the bonus of its reward, computed from the whole batch before it is cut.
+"""The gate of every trajectory, and the bonus of its reward, computed before a batch is cut: from all
+of it, where they are relative to the others.
 
 The share of every rank goes in, thresholds and baselines are taken over all ranks, and one
 ``Weighting`` per trajectory comes out. So no result depends on how the batch is cut or spread.

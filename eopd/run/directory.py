@@ -313,8 +313,8 @@ class RunDirectory:
     def add_timeline(
         self, step: int, incarnation: int, spans: Mapping[str, Sequence[Span]]
     ) -> None:
-        """Append to ``timeline.jsonl`` when in a step engines generated and teachers scored, and
-        which incarnation of the learner made the step.
+        """Append to ``timeline.jsonl`` who did what when in a step, and which incarnation of the learner
+        made the step.
         """
         row: dict[str, object] = {"step": step, "incarnation": incarnation}
         for stage, times in spans.items():

@@ -113,8 +113,12 @@ class LearnerActor(Actor):
 
     def accumulate(self) -> None:
         """Add up the gradients of the share that was taken, a part of a batch."""
+        import torch
+
         with self._measured():
             self._rank.accumulate(self._share)
+            if torch.cuda.is_available():  # backward was only enqueued
+                torch.cuda.synchronize()
 
     def step(self) -> LearnerStats:
         """Update the student from the share that was taken and what was accumulated before, and

@@ -271,7 +271,9 @@ class Training:
             await asyncio.sleep(_STATE_S)
             if (pipeline := self._pipeline) is not None:
                 step = self._state.progress.step + 1
-                ready = f"{pipeline.buffer.num_ready} of {pipeline.plan.batch} trajectories ready"
+                buffer = pipeline.buffer
+                there = buffer.num_taken + buffer.num_ready
+                ready = f"{there} of {pipeline.plan.batch} trajectories ready"
                 self._outlets.doing(f"step {step}: {pipeline.activity}, {ready}")
 
             self._outlets.show_state(self._row())

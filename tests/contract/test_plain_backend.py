@@ -138,6 +138,12 @@ def test_it_learns_and_a_step_that_is_not_finite_changes_nothing(learner, tmp_pa
     assert all(map(np.isfinite, found.by_prompt["reverse_kl"].values()))
 
 
+def test_an_update_from_nothing_is_refused(learner):
+    nothing = pack_batch([], steps=1, ranks=1, token_budget=64, alpha=1.0)
+    with pytest.raises(ValueError, match="no micro-batch"):
+        learner.step(nothing.share(0))
+
+
 def test_it_goes_on_from_what_it_saved(learner, tmp_path):
     learner.step(batch().share(0))
     learner.save(tmp_path / "saved")

@@ -17,9 +17,7 @@ def program(tmp_path_factory) -> Program:
 
 @pytest.fixture(scope="session")
 def synchronous(program):
-    """One run from beginning to end; shared. Micro-batches are so small that most batches come in
-    parts.
-    """
-    done = program.run(*program.train("synchronous", "learner.token_budget=152"))
+    """One run from beginning to end; shared."""
+    done = program.run(*program.train("synchronous"))
     assert done.returncode == 0, done.stdout + done.stderr
     return program.runs / "synchronous", done.stdout

@@ -21,7 +21,9 @@ SETTINGS = (
     "checkpoint={every: 100, keep_last: 1, keep_best: {metric: sentences/avg_at_n, mode: max}}",
     "rollout.engines=1",
     "learner.ranks=1",
+    "learner.token_budget=152",  # so that batches come in parts
 )
+pytestmark = pytest.mark.slow
 GIVEN_UP = "^the benchmarks under way were given up"
 
 
@@ -109,6 +111,16 @@ def test_a_run_is_measured_while_it_trains(evaluated):
         assert row["eopd_logprob_gap_nats"] < 1e-3
 
 
+def test_what_is_trained_in_parts_is_of_the_weights_that_the_learner_held(evaluated):
+    directory, _ = evaluated
+    rows, timeline = (read_rows(directory / f"{name}.jsonl") for name in ("metrics", "timeline"))
+    in_parts = [spans for spans in timeline if len(spans["train"]) > 1]
+    assert len(in_parts) > 10, "the learner begins before its batch is whole"
+    for row in rows:
+        assert row["eopd_staleness_max"] == 0
+        assert row["eopd_logprob_gap_nats"] < 1e-3
+
+
 def test_the_best_checkpoint_stays_and_is_exported(evaluated, program):
     directory, output = evaluated
     values = {
@@ -142,7 +154,6 @@ def test_the_best_checkpoint_stays_and_is_exported(evaluated, program):
     assert "step 22, sentences: avg@4" in shown
 
 
-@pytest.mark.slow
 def test_a_checkpoint_is_measured_as_the_run_measured_it(evaluated, program):
     directory, _ = evaluated
     before = sorted(path.name for path in directory.iterdir())
@@ -157,7 +168,6 @@ def test_a_checkpoint_is_measured_as_the_run_measured_it(evaluated, program):
     assert program.left_behind() == []
 
 
-@pytest.mark.slow
 def test_whoever_is_killed_in_a_benchmark_its_numbers_are_whole(program, benchmark):
     """An engine in the first one, a learner rank in the second, the run itself in the third; the
     last one is under way when the run is asked to end.

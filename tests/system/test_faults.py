@@ -87,7 +87,6 @@ def test_an_engine_that_stands_still_costs_one_time_out(run):
     assert replaced(run, 4) == failed + 1
 
 
-@pytest.mark.slow
 def test_engines_come_and_go_on_request(run):
     before = run.actors("RolloutActor")
     replaced_before = run.rows()[-1]["eopd_engine_replacements_total"]

@@ -110,9 +110,6 @@ def test_timelines_and_held_out_tokens_fit_what_was_measured(synchronous):
                 row[f"eopd_{stage}_seconds"], abs=0.01
             )
 
-    in_parts = [spans for spans in timeline if len(spans["train"]) > 1]
-    assert len(in_parts) > 10, "the learner begins before its batch is whole"
-
     summary = json.loads((directory / "summary.json").read_text())["held_out"]
     measured = [
         json.loads(line) for line in (directory / "held_out.jsonl").read_text().splitlines()

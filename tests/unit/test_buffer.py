@@ -448,3 +448,26 @@ async def test_a_part_has_no_small_remainder():
     assert buffer.num_ready == 2
     for waiting in offers:
         waiting.cancel()
+
+
+@pytest.mark.parametrize(
+    ("mode", "ahead"),
+    [
+        ({"lookahead": 0, "max_staleness": 4}, range(12, 16)),  # was 1
+        ({"lookahead": 1, "max_staleness": 3}, range(8, 16)),  # with batches of 8
+    ],
+)
+async def test_a_run_that_goes_on_in_another_mode_has_no_empty_part(mode, ahead):
+    settled = Watermark(0, {*ahead})
+    buffer = Buffer(batch=4, part_tokens=2 * TOKENS, settled=settled, **mode)
+    offers, parts = [], []
+    for issues in (range(2), range(2, 8)):
+        offers += [offer(buffer, issue, version=0) for issue in issues]
+        await _turns(2)
+        parts.append(await asyncio.wait_for(buffer.take(version=0), 1.0))
+
+    taken = [[one.issue for one in part.taken] for part in parts]
+    assert taken == [[0, 1], [2, 3]]
+    assert [part.completes for part in parts] == [False, True]
+    for waiting in offers:
+        waiting.cancel()

@@ -411,6 +411,7 @@ async def test_one_that_is_stopped_in_the_middle_of_a_batch_has_not_trained_it()
     running = asyncio.create_task(run(line))
     await asyncio.sleep(0.05)
     assert world.parts
+    assert "of 4 trajectories the learner has 2, and 1 are ready" in line.status()
     await line.buffer.close()
     assert await running == []
     assert line.ledger.settled.floor == 0 and world.trained == []
