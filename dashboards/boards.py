@@ -231,7 +231,11 @@ THROUGHPUT: Final = Board(
                 _one("Weights waited for answers", "eopd_eval_wait_seconds"),
                 _one("A measurement took", "eopd_eval_seconds"),
                 _one("Step measured last", "eopd_eval_step"),
-                _one("Lost answers", "eopd_eval_lost_trajectories"),
+                _one(
+                    "Answers that were lost or not graded",
+                    "eopd_eval_lost_trajectories",
+                    "eopd_eval_not_graded_trajectories",
+                ),
             ),
         ),
         "Queues": (

@@ -10,17 +10,20 @@ cuts short is forgotten; a run that goes on at its step measures it then.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from functools import partial
+from typing import TypeVar
 
-from eopd.config import BenchmarkConfig, Config
+from eopd.config import BenchmarkConfig, Config, ConfigError
 from eopd.config.benchmark import HELD_OUT
-from eopd.evaluation.benchmarks import Fetch, run_benchmark
+from eopd.evaluation.benchmarks import BenchmarkResult, Fetch, run_benchmark
 from eopd.evaluation.beside import Beside, HeldChannel, HeldJoin, OneVersion
 from eopd.evaluation.summary import by_prompt, differences, measurements
 from eopd.hub import model_directory
 from eopd.preflight import Prepared
 from eopd.rewards.graders import open_grader
+from eopd.rewards.verdict import Grader, Verdict
 from eopd.run.evaluations import Evaluation, Phase
 from eopd.run.record import Measurement, Row
 from eopd.runtime.measurement import keep_samples, measure_held_out
@@ -30,6 +33,8 @@ from eopd.runtime.supervisor import Workers, fetch
 from eopd.telemetry.evaluations import evaluation_line, evaluation_row
 from eopd.tokenizer import load_tokenizer
 from eopd.types import ByPrompt, PromptSample, Sampling
+
+T = TypeVar("T")
 
 
 class Evaluator:
@@ -173,8 +178,44 @@ class Evaluator:
         phase: Phase,
         step: int,
     ) -> None:
-        """Runs a benchmark on the weights of a step, and records what it measured."""
+        """Runs a benchmark on the weights of a step, and records what it measured; says so where its
+        grader cannot be loaded any more, and training goes on.
+        """
         started = time.monotonic()
+        try:
+            async with _in_a_thread(open_grader(benchmark.grader)) as grader:
+                result = await self._answers(benchmark, prompts, engines, grader)
+        except ConfigError as error:
+            self._outlets.say(f"step {step}, {benchmark.name}: not measured: {error}")
+            self._state.expect_no_more([benchmark.name])
+            return
+
+        numbers = await asyncio.to_thread(by_prompt, result, benchmark.samples)
+        failed = result.num_verdicts[Verdict.ERROR] + result.num_verdicts[Verdict.TIMEOUT]
+        counts = {"lost": result.num_lost, "not_graded": failed}
+        counted = {name: Measurement(mean=float(count)) for name, count in counts.items()}
+        self._record(
+            Evaluation(
+                step=step,
+                phase=phase,
+                name=benchmark.name,
+                time=time.time(),
+                seconds=time.monotonic() - started,
+                prompts=len(prompts),
+                samples=benchmark.samples,
+                measurements=measurements(numbers) | counted,
+                differences=differences(numbers, self._first(benchmark.name)),
+                by_prompt=numbers,
+            )
+        )
+
+    async def _answers(
+        self,
+        benchmark: BenchmarkConfig,
+        prompts: Sequence[PromptSample],
+        engines: OneVersion,
+        grader: Grader,
+    ) -> BenchmarkResult:
         evaluation = self._config.evaluation
         tokenizer = load_tokenizer(model_directory(self._config.student.model))
         sampling = Sampling(
@@ -185,33 +226,15 @@ class Evaluator:
             stop=benchmark.stop,
         )
 
-        with open_grader(benchmark.grader) as grader:
-            result = await run_benchmark(
-                [engines],
-                prompts,
-                lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-                grader,
-                fetch=self._fetch,
-                samples=benchmark.samples,
-                sampling=sampling,
-                ks=(),
-            )
-
-        numbers = await asyncio.to_thread(by_prompt, result, benchmark.samples)
-        lost = Measurement(mean=float(result.num_lost))
-        self._record(
-            Evaluation(
-                step=step,
-                phase=phase,
-                name=benchmark.name,
-                time=time.time(),
-                seconds=time.monotonic() - started,
-                prompts=len(prompts),
-                samples=benchmark.samples,
-                measurements={**measurements(numbers), "lost": lost},
-                differences=differences(numbers, self._first(benchmark.name)),
-                by_prompt=numbers,
-            )
+        return await run_benchmark(
+            [engines],
+            prompts,
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            grader,
+            fetch=self._fetch,
+            samples=benchmark.samples,
+            sampling=sampling,
+            ks=(),
         )
 
     def _first(self, name: str) -> ByPrompt:
@@ -232,3 +255,15 @@ class Evaluator:
     def _doing(self, text: str) -> None:
         self._alive()
         self._outlets.doing(text)
+
+
+@asynccontextmanager
+async def _in_a_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enters and leaves a context in a thread, since that starts and ends a process."""
+    stack = ExitStack()
+    entering = asyncio.create_task(asyncio.to_thread(stack.enter_context, manager))
+    try:
+        yield await asyncio.shield(entering)
+    finally:
+        await asyncio.wait([entering])  # where it was cancelled, it still enters
+        await asyncio.to_thread(stack.close)

@@ -95,4 +95,10 @@ EVALUATION: Final = (
         "0; a few where an engine was replaced.",
         ("benchmark",),
     ),
+    trajectories_metric(
+        "eopd_eval_not_graded_trajectories",
+        "Responses of a benchmark whose grader failed or took too long; they count as wrong.",
+        "0; more than a few are a fault of the grader.",
+        ("benchmark",),
+    ),
 )

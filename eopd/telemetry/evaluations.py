@@ -19,6 +19,7 @@ _BENCHMARK: Final = {
     "response_tokens": "eopd_eval_response_tokens_mean",
     "truncation_rate": "eopd_eval_truncated_ratio",
     "lost": "eopd_eval_lost_trajectories",
+    "not_graded": "eopd_eval_not_graded_trajectories",
 }
 _PASS_AT: Final = "pass_at_"
 _SHOWN: Final = ("reverse_kl", "forward_kl", "top1_agreement", "avg_at_n")
@@ -62,6 +63,9 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
     if "lost" in measurements:
         parts.append(f"{measurements['lost'].mean:.0f} lost")
+
+    if "not_graded" in measurements and measurements["not_graded"].mean:
+        parts.append(f"{measurements['not_graded'].mean:.0f} not graded, since the grader failed")
 
     name = "held out" if evaluation.name == HELD_OUT else evaluation.name
     return f"step {evaluation.step}, {name}: {', '.join(parts)}, in {evaluation.seconds:.1f} s"

@@ -1,6 +1,7 @@
 """Evaluation in a run, on fake workers: what is due, what is recorded, what people and metrics see."""
 
 import asyncio
+import sys
 from types import SimpleNamespace
 
 import fakes
@@ -17,7 +18,7 @@ from eopd.runtime.evaluating import Evaluator
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
 from eopd.tokenizer import load_tokenizer
-from eopd.types import EvalStats, Sampling, StopReason
+from eopd.types import EvalStats, PolicyVersion, Sampling, StopReason
 
 INPUTS = {"prompts.data": "1", "student.model": "2"}
 PROMPTS = [fakes.prompt(name, answer="7") for name in "ab"]
@@ -367,3 +368,42 @@ async def test_a_benchmark_of_the_last_evaluation_is_known_before_the_next(made)
 
     await run.evaluator.channel.beside.finish()
     assert [step for step, _, _ in lines(run)] == [0, 0, 5, 5, 10, 10]
+
+
+@pytest.fixture
+def grader(tmp_path, monkeypatch):
+    """Writes the module of a user's grader; the name of the grader."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def write(text: str) -> str:
+        (tmp_path / "my_grader.py").write_text(text)
+        return "my_grader:grade"
+
+    return write
+
+
+async def test_a_grader_that_was_broken_meanwhile_costs_its_measurement_and_no_more(made, grader):
+    name = grader("def grade(response, reference):\n    return True\n")
+    mine = f"{{name: mine, data: m.jsonl, samples: 2, grader: '{name}'}}"
+    run = made(f"{{every: 5, samples: 0, benchmarks: [{mine}, {MATH}]}}")
+    grader("def grade(response, reference)\n")
+    await run.evaluator.evaluate("before")
+    await run.evaluator.channel.publish(PolicyVersion(0, 1))
+    await run.evaluator.channel.beside.finish()
+    assert lines(run) == [(0, "before", "held_out"), (0, "before", "math")]
+    (told,) = [text for text in run.outlets.said if "not measured" in text]
+    assert told.startswith("step 0, mine: not measured: grader: my_grader:grade: importing")
+
+
+async def test_answers_that_were_not_graded_are_counted_and_said(made, grader):
+    name = grader("def grade(response, reference):\n    raise KeyError('answer')\n")
+    mine = f"{{name: mine, data: m.jsonl, samples: 2, grader: '{name}'}}"
+    run = made(f"{{every: 5, samples: 0, benchmarks: [{mine}]}}")
+    await run.evaluator.evaluate("before")
+    await run.evaluator.channel.beside.finish()
+    (measured,) = [one for one in run.state.evaluations if one.name == "mine"]
+    assert measured.measurements["not_graded"].mean == 4
+    assert measured.measurements["avg_at_n"].mean == 0
+    assert run.outlets.shown['eopd_eval_not_graded_trajectories{benchmark="mine"}'] == 4
+    assert any("4 not graded, since the grader failed" in text for text in run.outlets.said)

@@ -32,8 +32,14 @@ BENCHMARK: Final[Mapping[str, str]] = {
     "truncation_rate": "truncated (share)",
     "distinct_": "distinct n-grams (share)",
     "lost": "lost answers",
+    "not_graded": "answers that were not graded",
 }
-_NUMBERS: Final = ("(nats)", "(tokens)", "lost answers")  # what is no share
+_NUMBERS: Final = (
+    "(nats)",
+    "(tokens)",
+    "lost answers",
+    "answers that were not graded",
+)  # what is no share
 
 
 def measured(groups: Sequence[Group]) -> list[Figure]:
