@@ -96,9 +96,11 @@ def _push(run: "RunDirectory", checkpoint: Path, exported: Path, repository: str
     from eopd.hub.push import push
     from eopd.run.card import model_card
     from eopd.run.checkpoint import step_of
+    from eopd.run.evaluations import read_evaluations
 
     step = step_of(checkpoint)
-    card = model_card(run.config(), run.read_summary(), step, repository.rpartition("/")[2])
+    measured = read_evaluations(run.evaluations)
+    card = model_card(run.config_at(step), measured, step, repository.rpartition("/")[2])
     with blame_user(exported):
         (exported / "README.md").write_text(card, encoding="utf-8")
 

@@ -3,17 +3,19 @@ and no user of this machine.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from eopd import __version__
 from eopd.config import Config, Part
+from eopd.config.benchmark import HELD_OUT
 from eopd.config.document import write_tree
 from eopd.config.names import DataName, ModelName
-from eopd.run.record import HeldOut, Measurement, Summary
+from eopd.run.evaluations import Evaluation
+from eopd.run.record import Measurement
 
-# What a reader of a card looks for, of the names in ``HeldOut``.
+# What a reader of a card looks for, of what is measured on held-out prompts.
 NUMBERS: Final = {
     "reverse_kl": "KL of the student to the teacher, nats a token",
     "forward_kl": "KL of the teacher to the student, nats a token",
@@ -23,12 +25,12 @@ NUMBERS: Final = {
 }
 
 
-def model_card(config: Config, summary: Summary | None, step: int, title: str) -> str:
+def model_card(config: Config, evaluations: Sequence[Evaluation], step: int, title: str) -> str:
     """Writes the card of a student.
 
     Args:
-        config: the config of its run.
-        summary: what the run measured, if it came so far.
+        config: the config of its run, as it held at that step.
+        evaluations: what the run measured.
         step: the batches that the student was trained on.
         title: the name under which it is shown.
     """
@@ -51,7 +53,7 @@ def model_card(config: Config, summary: Summary | None, step: int, title: str) -
         f"| held out | {_shown_data(config.prompts.held_out)} |",
         f"| batches | {step} of {config.batch_trajectories} responses each |",
         "",
-        *_numbers(summary, step),
+        *_numbers(evaluations, step),
         "## Objective",
         "",
         "```yaml",
@@ -79,21 +81,42 @@ def _metadata(config: Config) -> dict[str, object]:
     return metadata
 
 
-def _numbers(summary: Summary | None, step: int) -> list[str]:
-    """Returns the table of what was measured before and after; a checkpoint from the middle of a
-    run has no numbers of its own.
-    """
-    held_out = summary.held_out if summary is not None and summary.steps == step else HeldOut()
-    before, after = held_out.before or {}, held_out.after or {}
-    rows = [
-        f"| {words} | {_number(before.get(name))} | {_number(after.get(name))} |"
-        for name, words in NUMBERS.items()
-        if name in after
-    ]
+def _numbers(evaluations: Sequence[Evaluation], step: int) -> list[str]:
+    """Returns the table of what was measured before training and at this step, if it was."""
+    first = {one.name: one for one in reversed(evaluations) if one.step == 0}
+    at_step = {one.name: one for one in evaluations if one.step == step}
+    rows = []
+
+    for name, one in at_step.items():
+        before = first[name].measurements if name in first else {}
+        for metric, words in _words(one).items():
+            if metric in one.measurements:
+                numbers = _number(before.get(metric)), _number(one.measurements[metric])
+                rows.append(f"| {words} | {' | '.join(numbers)} |")
+
     if not rows:
         return []
 
-    return ["## On held-out prompts", "", "| | before | after |", "|---|---|---|", *rows, ""]
+    return [
+        "## What was measured",
+        "",
+        f"| | before | after {step} batches |",
+        "|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def _words(one: Evaluation) -> Mapping[str, str]:
+    """Returns what is shown of an evaluation, by the names of its measurements."""
+    if one.name == HELD_OUT:
+        return {metric: f"held out: {words}" for metric, words in NUMBERS.items()}
+
+    n = one.samples
+    return {
+        "avg_at_n": f"{one.name}: share of responses that are right (avg@{n})",
+        f"pass_at_{n}": f"{one.name}: prompts with a right one among {n} (pass@{n})",
+    }
 
 
 def _number(measured: Measurement | None) -> str:

@@ -18,12 +18,12 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
 from eopd.config import Config, ConfigError, dump_config
-from eopd.preflight import prepare
+from eopd.preflight import pinned, prepare
 from eopd.preflight.environment import gpus_here, is_local
 from eopd.run.changes import Change, changes
 from eopd.run.checkpoint import write_whole
@@ -145,6 +145,7 @@ class Sweep:
         if RunDirectory(self.directory).holds_a_run():
             raise ConfigError(f"--name: {self.directory} is a run; choose another name")
 
+        self._pin()
         before = errors_before(self.directory / FILE)
         for entry in self.entries:
             with _named(entry):
@@ -156,6 +157,19 @@ class Sweep:
 
         if done := sum(entry.status in ENDED for entry in self.entries):
             self._say(f"{done} of {len(self.entries)} runs are complete")
+
+    def _pin(self) -> None:
+        """Puts the same commits behind the names of models and data in all runs: those that the first
+        run of the sweep began with.
+        """
+        begun = [entry.directory for entry in self.entries if entry.directory.holds_a_run()]
+        before = begun[0].config() if begun else None
+        for entry in self.entries:
+            with _named(entry):
+                config = pinned(entry.run.config, before)
+
+            before = before or config
+            entry.run = replace(entry.run, config=config)
 
     def _require(self, room: Room) -> None:
         for entry in self.entries:
