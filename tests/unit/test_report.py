@@ -780,12 +780,17 @@ def sweep(run):
             rows[0]["eopd_grad_norm"] = [1.0, None][seed % 2]
             lines = [
                 evaluation(0, "before", reverse_kl=9.0),
-                evaluation(3, "after", reverse_kl=1.0 + seed + (gate != HARD) * (1.0 + 0.1 * seed)),
+                evaluation(
+                    length, "after", reverse_kl=1.0 + seed + (gate != HARD) * (1.0 + 0.1 * seed)
+                ),
             ]
             name = f"{gate[7:11]}-{seed}"
-            yield run(
-                name, rows=rows, **{"config.yaml": resolved(gate, seed), "evaluations.jsonl": lines}
-            )
+            files = {
+                "config.yaml": resolved(gate, seed),
+                "evaluations.jsonl": lines,
+                "summary.json": json.dumps(SUMMARY | {"steps": length}),
+            }
+            yield run(name, rows=rows, **files)
 
     return [*arm(HARD, (0, 1, 2), (3, 3, 2)), *arm("{kind: never}", (0, 1), (3, 3))]
 
@@ -804,6 +809,13 @@ def test_seeds_of_an_arm_are_one_curve_with_a_band(sweep, page):
     # a seed without a value is a gap of the mean
     never = found.chart("Gradient norm")["loss.gate.kind=never, norm"]
     assert never == [[2, 2.0, 2.0, 2.0], [3, 3.0, 3.0, 3.0]]
+
+
+def test_what_a_run_measured_before_it_went_on_is_not_its_end(run, page):
+    lines = [evaluation(0, "before", reverse_kl=9.0), evaluation(3, "after", reverse_kl=1.25)]
+    went_on = {"evaluations.jsonl": lines, "summary.json": json.dumps(SUMMARY | {"steps": 5})}
+    text = " ".join(page(run("first"), run("second", **went_on)).text.split())
+    assert "held-out reverse KL, after 1.000 ± 0.100 -" in text
 
 
 def test_arms_are_compared_in_pairs_of_one_seed(sweep, page):

@@ -148,15 +148,10 @@ def _results(runs: Sequence[RunRecord]) -> Mapping[str, list[float | None]]:
 
     names = dict.fromkeys(one.name for run in runs for one in run.evaluations)
     for name in filter("held_out".__ne__, names):
-        results[f"{name}, avg@n"] = [_last_average(run, name) for run in runs]
+        averages = [final(run, name).get("avg_at_n") for run in runs]
+        results[f"{name}, avg@n"] = [each.mean if each else None for each in averages]
 
     return {label: values for label, values in results.items() if values.count(None) < len(runs)}
-
-
-def _last_average(run: RunRecord, name: str) -> float | None:
-    measured = [one for one in run.measured(name) if one.phase == "after"]
-    last = measured[-1].measurements.get("avg_at_n") if measured else None
-    return last.mean if last else None
 
 
 def _shown(found: Interval | None, sign: str) -> str:

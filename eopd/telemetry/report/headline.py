@@ -198,9 +198,12 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def final(run: RunRecord) -> Mapping[str, Measurement]:
-    """Returns what was measured on held-out prompts after training; nothing where it was not."""
-    measured = [one for one in run.measured("held_out") if one.phase == "after"]
+def final(run: RunRecord, name: str = "held_out") -> Mapping[str, Measurement]:
+    """Returns what was measured under a name after the last step; nothing where that was not, also
+    of a run that went on since.
+    """
+    last = ("after", run.summary.steps)
+    measured = [one for one in run.measured(name) if (one.phase, one.step) == last]
     return measured[-1].measurements if measured else {}
 
 
