@@ -93,8 +93,9 @@ class Buffer:
     _dropped_ahead: set[int] = field(init=False)
     # all numbers below are settled, taken or ready
     _next_missing: int = field(init=False)
-    # all numbers below are of the next batch, or settled; and the tokens of those that are ready
+    # all numbers below are of the next batch, or settled; those of it that are ready; their tokens
     _next_batch_end: int = field(init=False, default=0)
+    _next_batch: set[int] = field(init=False, default_factory=set)
     _next_batch_tokens: int = field(init=False, default=0)
     _oldest_allowed: int = field(init=False, default=0)
     _slot_freed: asyncio.Event = field(init=False, default_factory=asyncio.Event)
@@ -256,13 +257,12 @@ class Buffer:
         room = self._next_batch_tokens // self.part_tokens * self.part_tokens
         part: list[int] = []
 
-        for issue in range(self.settled.floor, self._next_batch_end):
-            if issue in self._ready:
-                room -= self._ready[issue].stored.header.num_tokens
-                if room < 0:
-                    break
+        for issue in sorted(self._next_batch):
+            room -= self._ready[issue].stored.header.num_tokens
+            if room < 0:
+                break
 
-                part.append(issue)
+            part.append(issue)
 
         return part
 
@@ -271,9 +271,9 @@ class Buffer:
         missing = (n for n in itertools.count(self.settled.floor) if n not in self.settled)
         numbers = list(itertools.islice(missing, self.batch))
         self._next_batch_end = numbers[-1] + 1
-        self._next_batch_tokens = sum(
-            self._ready[issue].stored.header.num_tokens for issue in numbers if issue in self._ready
-        )
+        self._next_batch, self._next_batch_tokens = set(), 0
+        for issue in filter(self._ready.__contains__, numbers):
+            self._count_in(issue)
 
     def _take(self, issue: int) -> Taken:
         offer = self._withdraw(issue)
@@ -293,14 +293,19 @@ class Buffer:
         number = next(issue for issue in beyond if issue not in self.settled)
         self._next_batch_end = number + 1
         if number in self._ready:
-            self._next_batch_tokens += self._ready[number].stored.header.num_tokens
+            self._count_in(number)
+
+    def _count_in(self, issue: int) -> None:
+        """Counts a ready trajectory to the next batch."""
+        self._next_batch.add(issue)
+        self._next_batch_tokens += self._ready[issue].stored.header.num_tokens
 
     def _put(self, issue: int, offer: _Offer) -> None:
         header = offer.stored.header
         self._ready[issue] = offer
         self._ready_by_version.setdefault(header.oldest_version, set()).add(issue)
         if issue < self._next_batch_end:
-            self._next_batch_tokens += header.num_tokens
+            self._count_in(issue)
 
     def _withdraw(self, issue: int) -> _Offer:
         offer = self._ready.pop(issue)
@@ -309,7 +314,8 @@ class Buffer:
         if not self._ready_by_version[header.oldest_version]:
             del self._ready_by_version[header.oldest_version]
 
-        if issue < self._next_batch_end:
+        if issue in self._next_batch:
+            self._next_batch.remove(issue)
             self._next_batch_tokens -= header.num_tokens
 
         return offer
