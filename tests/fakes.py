@@ -169,7 +169,14 @@ class World:
     ) -> Stored[Trajectory]:
         """The answer of an engine that served ``version`` when it was asked."""
         key = {"epoch": of.epoch, "sample_index": sample_index, "source": of.source}
-        return Stored(header(of.prompt_id, **key, oldest=version), body)  # type: ignore[arg-type]
+        return Stored(
+            header(
+                of.prompt_id,
+                **key,
+                oldest=version,
+            ),
+            body,
+        )  # type: ignore[arg-type]
 
     async def generate(self, of: PromptSample, sample_index: int, sampling: Sampling) -> object:
         return self.write(of, sample_index, self.served)

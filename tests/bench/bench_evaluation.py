@@ -97,13 +97,28 @@ async def paced(num_answers: int) -> tuple[list[float], list[float]]:
     world, beside, others = Paced(), [], []
     world.pool.add(0, object(), SEATS)
     under_way = Beside()
-    loop = fakes.pipeline(world, batch=16, batches=STEPS, max_staleness=2, token_budget=64)
+    loop = fakes.pipeline(
+        world,
+        batch=16,
+        batches=STEPS,
+        max_staleness=2,
+        token_budget=64,
+    )
     loop.channel = HeldChannel(world, under_way)
 
     async def ask(engines: OneVersion) -> None:
         sampling = Sampling(temperature=1.0, max_tokens=4, seed=0, priority=-1)
         one = fakes.prompt()
-        await asyncio.gather(*(engines.generate(one, i, sampling) for i in range(num_answers)))
+        await asyncio.gather(
+            *(
+                engines.generate(
+                    one,
+                    i,
+                    sampling,
+                )
+                for i in range(num_answers)
+            )
+        )
 
     async for done in loop.steps(0):
         step = done.stats.version.step

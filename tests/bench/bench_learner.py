@@ -79,7 +79,17 @@ def make_scored(
         teacher="teacher",
         token_logprobs=rng.normal(size=num_response).astype(np.float32) - 5.0,
         entropy=Exact(rng.uniform(0.0, 3.0, num_response).astype(np.float32)),
-        topk_ids=((rng.integers(0, v, (num_response, 1)) + 97 * np.arange(K)) % v).astype(np.int32),
+        topk_ids=(
+            (
+                rng.integers(
+                    0,
+                    v,
+                    (num_response, 1),
+                )
+                + 97 * np.arange(K)
+            )
+            % v
+        ).astype(np.int32),
         topk_logprobs=outcomes[:, :K],
         tail_logprobs=outcomes[:, K],
     )
@@ -194,9 +204,25 @@ def compare(
     count, num_prompt, num_response = shape
     stage = FASTER_STAGE[dtype] if options.zero_stage is None else options.zero_stage
     rng = np.random.default_rng(0)
-    batch = [make_scored(rng, index, num_prompt, num_response, v) for index in range(count)]
+    batch = [
+        make_scored(
+            rng,
+            index,
+            num_prompt,
+            num_response,
+            v,
+        )
+        for index in range(count)
+    ]
     packed = pack_batch(batch, steps=1, ranks=1, token_budget=8192, alpha=1.0)
-    ours = our_step(student, dtype, stage, options.threads, packed, offload=options.offload)
+    ours = our_step(
+        student,
+        dtype,
+        stage,
+        options.threads,
+        packed,
+        offload=options.offload,
+    )
     found, bare = measure([ours, bare_step(student, dtype, batch)], options.rounds)
     num_tokens = count * (num_prompt + num_response - 1)
     ratio = bare / found

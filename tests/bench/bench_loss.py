@@ -349,7 +349,15 @@ def main() -> None:
     lines = []
     if "growth" in options.bars:
         growth = QUICK_GROWTH if options.quick else GROWTH
-        lines += [measure_growth(like, v, sizes, options.threads) for v, sizes in growth.items()]
+        lines += [
+            measure_growth(
+                like,
+                v,
+                sizes,
+                options.threads,
+            )
+            for v, sizes in growth.items()
+        ]
 
     if "ratios" in options.bars:
         beside = CUDA_BESIDE if options.device == "cuda" else BESIDE

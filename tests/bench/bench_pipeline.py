@@ -241,7 +241,16 @@ def pipeline(
         streams=streams,
         alpha_at=lambda batch: 1.0,
     )
-    return Pipeline(plan, roles, roles, roles, roles, prompt_order(), Ledger(), Progress())
+    return Pipeline(
+        plan,
+        roles,
+        roles,
+        roles,
+        roles,
+        prompt_order(),
+        Ledger(),
+        Progress(),
+    )
 
 
 def say(line: str) -> None:
@@ -478,7 +487,12 @@ def measure_overlap(steps: int, speed: float) -> list[str]:
     )
     return [
         *lines,
-        verdict("share of a step that is not explained", worst, UNEXPLAINED, at_most=True),
+        verdict(
+            "share of a step that is not explained",
+            worst,
+            UNEXPLAINED,
+            at_most=True,
+        ),
     ]
 
 

@@ -106,7 +106,14 @@ def main() -> None:
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        seconds = [first_step(options.config, number, Path(root)) for number in range(options.runs)]
+        seconds = [
+            first_step(
+                options.config,
+                number,
+                Path(root),
+            )
+            for number in range(options.runs)
+        ]
 
     sys.exit(seconds[-1] > options.bar)
 

@@ -111,7 +111,14 @@ async def read_prompts(llm: AsyncLLM, sequences: Sequences) -> None:
 
     async def one(ids: list[int]) -> None:
         request = TokensPrompt(prompt_token_ids=ids)
-        outputs = [output async for output in llm.generate(request, sampling, uuid4().hex)]
+        outputs = [
+            output
+            async for output in llm.generate(
+                request,
+                sampling,
+                uuid4().hex,
+            )
+        ]
         if len(outputs[-1].prompt_logprobs) != len(ids):
             raise RuntimeError(
                 f"{len(outputs[-1].prompt_logprobs)} prompt log-probabilities came for "
@@ -132,7 +139,11 @@ async def measure(count: int, rounds: int) -> dict[str, float]:
     }
     for name, scorer in ours.items():
         variants[name] = lambda some, scorer=scorer: score(scorer, some, HALF)
-        variants[f"{name}, all rows"] = lambda some, scorer=scorer: score(scorer, some, WHOLE)
+        variants[f"{name}, all rows"] = lambda some, scorer=scorer: score(
+            scorer,
+            some,
+            WHOLE,
+        )
 
     sequences = np.random.default_rng(0).integers(0, V, (count, LENGTH)).tolist()
     best = dict.fromkeys(variants, float("inf"))
@@ -171,7 +182,14 @@ def show(best: dict[str, float], num_tokens: int) -> None:
         cells = [f"{speed:.2f}", f"{times:.2f}"]
         if name in BARS:
             at_least, at_most = BARS[name]
-            cells = [verdict(speed, at_least, at_most=False), verdict(times, at_most, at_most=True)]
+            cells = [
+                verdict(
+                    speed,
+                    at_least,
+                    at_most=False,
+                ),
+                verdict(times, at_most, at_most=True),
+            ]
 
         say(f"| {name} | {seconds:.2f} | {num_tokens / seconds:,.0f} | {cells[0]} | {cells[1]} |\n")
 

@@ -168,7 +168,16 @@ async def measure(rounds: int) -> tuple[dict[str, list[float]], int]:
         setattr(engine._llm, method, watch.around(name, getattr(engine._llm, method)))
 
     ticks: list[list[float]] = [[] for _ in range(REQUESTS)]
-    writing = [asyncio.create_task(write(engine, seed, ticks[seed])) for seed in range(REQUESTS)]
+    writing = [
+        asyncio.create_task(
+            write(
+                engine,
+                seed,
+                ticks[seed],
+            )
+        )
+        for seed in range(REQUESTS)
+    ]
     seconds: dict[str, list[float]] = {
         "transfer": [],
         "hash, each end": [],

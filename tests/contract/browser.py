@@ -132,7 +132,11 @@ def chromium(directory):
             time.sleep(0.1)
 
         port, path = port_file.read_text().split()
-        with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as browser:
+        with connect(
+            f"ws://127.0.0.1:{port}{path}",
+            max_size=None,
+            proxy=None,
+        ) as browser:
             browser.send(json.dumps({"id": 0, "method": "Target.getTargets"}))
             targets = json.loads(browser.recv(timeout=START_S))["result"]["targetInfos"]
 

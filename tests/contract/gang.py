@@ -211,7 +211,17 @@ def run_gangs(directory: Path, program: str, cases: Iterable[tuple[Any, ...]]) -
         of_sizes[world_size].append(case)
 
     with ThreadPoolExecutor() as gangs:
-        list(gangs.map(lambda size: run_gang(directory, size, program, of_sizes[size]), of_sizes))
+        list(
+            gangs.map(
+                lambda size: run_gang(
+                    directory,
+                    size,
+                    program,
+                    of_sizes[size],
+                ),
+                of_sizes,
+            )
+        )
 
     return of_sizes
 

@@ -76,7 +76,14 @@ def deviations(
         ),
         "topk": float(np.abs(signal.topk_logprobs - ordered[:, :k]).max()),
         "ids": float(
-            np.abs(np.take_along_axis(logprobs, signal.topk_ids, 1) - ordered[:, :k]).max()
+            np.abs(
+                np.take_along_axis(
+                    logprobs,
+                    signal.topk_ids,
+                    1,
+                )
+                - ordered[:, :k]
+            ).max()
         ),
         "tail": float(tail.max()),
     }

@@ -114,7 +114,13 @@ def cuts(world_size: int) -> dict[str, Sequence[PackedBatch]]:
     batch = [store(scored) for scored in make_batch()]
 
     def pack(trajectories: Sequence[Stored[ScoredTrajectory]], budget: int) -> PackedBatch:
-        return pack_batch(trajectories, steps=1, ranks=world_size, token_budget=budget, alpha=ALPHA)
+        return pack_batch(
+            trajectories,
+            steps=1,
+            ranks=world_size,
+            token_budget=budget,
+            alpha=ALPHA,
+        )
 
     found = {f"pack {budget}": [pack(batch, budget)] for budget in TOKEN_BUDGETS}
     if world_size == 1:
@@ -222,7 +228,12 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_models(tmp_path_factory.mktemp("invariance"), *FAMILIES, layers=1, hidden=32)
+    return write_models(
+        tmp_path_factory.mktemp("invariance"),
+        *FAMILIES,
+        layers=1,
+        hidden=32,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -212,9 +212,12 @@ def run_rank(
 
     def share_of(case: Case, batch: Sequence[ScoredTrajectory]) -> PackedBatch:
         alpha = case.loss.get("alpha", 1.0)
-        return cut(batch, world_size=world_size, steps=case.steps_per_batch, alpha=alpha).share(
-            rank
-        )
+        return cut(
+            batch,
+            world_size=world_size,
+            steps=case.steps_per_batch,
+            alpha=alpha,
+        ).share(rank)
 
     def step(
         learner: LearnerRank, case: Case, batch: Sequence[ScoredTrajectory], *, in_parts: bool
@@ -232,7 +235,16 @@ def run_rank(
         metrics = []
         for number in batches:
             in_parts = case.streams and number % 2 == 1
-            metrics.append(dict(step(learner, case, make_batch(number), in_parts=in_parts).metrics))
+            metrics.append(
+                dict(
+                    step(
+                        learner,
+                        case,
+                        make_batch(number),
+                        in_parts=in_parts,
+                    ).metrics
+                )
+            )
 
         return metrics
 
@@ -302,7 +314,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def seen(request: pytest.FixtureRequest, directory: Path) -> dict[int, list[dict[str, Any]]]:
     """By world size, what every rank saw."""
-    sizes = run_gangs(directory, __file__, asked_for(request, "name", "stage", "world_size"))
+    sizes = run_gangs(
+        directory,
+        __file__,
+        asked_for(request, "name", "stage", "world_size"),
+    )
     return {world_size: read_seen(directory, world_size) for world_size in sizes}
 
 
@@ -330,7 +346,15 @@ def oracle(name: str, root: Path) -> Expected:
 
         with torch.no_grad():
             old = [
-                sampled(dense_logprobs(model, scored, case.temperature), scored) for scored in batch
+                sampled(
+                    dense_logprobs(
+                        model,
+                        scored,
+                        case.temperature,
+                    ),
+                    scored,
+                )
+                for scored in batch
             ]
 
         masks = [torch.tensor(scored.trajectory.loss_mask) for scored in batch]
@@ -553,9 +577,17 @@ def test_evaluation_is_that_of_dense_logits(seen, directory, name, stage, world_
         residuals = [(one.sum() - mean * len(one)) / size for one in clusters]
         error = np.std(residuals, ddof=1) / math.sqrt(len(clusters))
         assert measured[metric].mean == pytest.approx(mean, rel=2e-3, abs=2e-4), metric
-        assert measured[metric].standard_error == pytest.approx(error, rel=2e-3, abs=2e-4), metric
+        assert measured[metric].standard_error == pytest.approx(
+            error,
+            rel=2e-3,
+            abs=2e-4,
+        ), metric
         means = {f"prompt-{index}": one.mean() for index, one in enumerate(clusters)}
-        assert found["by_prompt"][metric] == pytest.approx(means, rel=2e-3, abs=2e-3), metric
+        assert found["by_prompt"][metric] == pytest.approx(
+            means,
+            rel=2e-3,
+            abs=2e-3,
+        ), metric
 
     edges = [*(0.2 * np.arange(60)), np.inf]
 
@@ -653,7 +685,16 @@ def test_activation_checkpointing_runs_every_layer_again_in_backward(checkpointe
         (LlamaConfig(**TINY), 1.0, None, "sdpa"),
         (Qwen2Config(**TINY), 1.0, None, "sdpa"),
         (Qwen3Config(**TINY, head_dim=32), 1.0, None, "sdpa"),
-        (Gemma2Config(**TINY, head_dim=32, final_logit_softcapping=5.0), 1.0, 5.0, "eager"),
+        (
+            Gemma2Config(
+                **TINY,
+                head_dim=32,
+                final_logit_softcapping=5.0,
+            ),
+            1.0,
+            5.0,
+            "eager",
+        ),
         (Gemma3TextConfig(**TINY, head_dim=32, sliding_window=3), 1.0, None, "sdpa"),
         (CohereConfig(**TINY, logit_scale=0.25), 0.25, None, "sdpa"),
         (GraniteConfig(**TINY, logits_scaling=8.0), 0.125, None, "sdpa"),
@@ -727,6 +768,11 @@ def test_the_schedule_counts_optimiser_steps(kind, expected):
     from eopd.learner.deepspeed_backend import schedule
 
     factor = schedule(
-        LearnerConfig(schedule=kind, warmup_batches=2, optimizer_steps_per_batch=2), total_steps=8
+        LearnerConfig(
+            schedule=kind,
+            warmup_batches=2,
+            optimizer_steps_per_batch=2,
+        ),
+        total_steps=8,
     )
     assert [factor(step) for step in range(8)] == pytest.approx(expected, abs=1e-5)

@@ -198,7 +198,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(request: pytest.FixtureRequest, directory: Path) -> dict[int, list[dict[str, Any]]]:
-    sizes = run_gangs(directory, __file__, asked_for(request, "name", "stage", "world_size"))
+    sizes = run_gangs(
+        directory,
+        __file__,
+        asked_for(request, "name", "stage", "world_size"),
+    )
     return {world_size: read_seen(directory, world_size) for world_size in sizes}
 
 
@@ -275,7 +279,17 @@ def oracle(name: str, root: Path) -> Expected:
         batch = make_batch(number)
         gates = gates_of(batch, config, seed=SEED)
         with torch.no_grad():
-            old = [sampled(dense_logprobs(model, scored, 1.0), scored) for scored in batch]
+            old = [
+                sampled(
+                    dense_logprobs(
+                        model,
+                        scored,
+                        1.0,
+                    ),
+                    scored,
+                )
+                for scored in batch
+            ]
 
         total = 0.0
         count = 0
@@ -408,7 +422,12 @@ def test_published_weights_are_merged_and_plain(seen, directory, name, stage, wo
     for n, tensor in published.items():
         assert tensor.dtype == getattr(torch, case.dtype)
         if n in expected:
-            assert torch.allclose(tensor.float(), expected[n], rtol=rounding, atol=noise), n
+            assert torch.allclose(
+                tensor.float(),
+                expected[n],
+                rtol=rounding,
+                atol=noise,
+            ), n
             assert (tensor.float() - base.state_dict()[n]).abs().max() > 0.02
         else:
             assert torch.equal(tensor.float(), base.state_dict()[n]), n
@@ -423,7 +442,14 @@ def test_published_weights_are_those_of_plain_torch(seen, directory, name, stage
     with torch.no_grad():
         expected = oracle(name, directory).model.merged()
 
-    assert all(torch.allclose(published[n], tensor, atol=2e-5) for n, tensor in expected.items())
+    assert all(
+        torch.allclose(
+            published[n],
+            tensor,
+            atol=2e-5,
+        )
+        for n, tensor in expected.items()
+    )
 
 
 @every()

@@ -82,4 +82,12 @@ async def test_trajectories_of_a_lost_node(cluster, tmp_path):
 
     assert lost_bodies.value.keys == {stored[1].header.key}
     del stored[1]
-    await gang._hand_over(pack_batch(stored, steps=1, ranks=2, token_budget=100, alpha=1.0))
+    await gang._hand_over(
+        pack_batch(
+            stored,
+            steps=1,
+            ranks=2,
+            token_budget=100,
+            alpha=1.0,
+        )
+    )

@@ -119,7 +119,13 @@ def batch(nan: bool = False):
     ]
     if nan:
         scored[1].signal.token_logprobs[0] = np.nan
-    return pack_batch(list(map(store, scored)), steps=1, ranks=1, token_budget=64, alpha=1.0)
+    return pack_batch(
+        list(map(store, scored)),
+        steps=1,
+        ranks=1,
+        token_budget=64,
+        alpha=1.0,
+    )
 
 
 def weights_of(learner):

@@ -169,7 +169,12 @@ async def test_the_signal_equals_the_oracle_and_its_bounds_hold_the_entropy(
             rtol=0,
             atol=5e-5,
         )
-        np.testing.assert_allclose(said.topk_logprobs, ordered[:, :top_k], rtol=0, atol=5e-5)
+        np.testing.assert_allclose(
+            said.topk_logprobs,
+            ordered[:, :top_k],
+            rtol=0,
+            atol=5e-5,
+        )
         np.testing.assert_allclose(
             logprobs[rows[:, None], said.topk_ids], ordered[:, :top_k], rtol=0, atol=5e-5
         )

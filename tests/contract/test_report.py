@@ -167,7 +167,14 @@ def luminance(color):
     linear = [
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
     ]
-    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return sum(
+        weight * part
+        for weight, part in zip(
+            (0.2126, 0.7152, 0.0722),
+            linear,
+            strict=True,
+        )
+    )
 
 
 def blend(over, under):

@@ -156,12 +156,30 @@ async def test_padding_of_the_head_is_never_sampled(tiny_model, tmp_path):
 
     try:
         said.append(
-            ((await engine.generate(one, 0, sampling)).body, await engine.probe(one.token_ids))
+            (
+                (
+                    await engine.generate(
+                        one,
+                        0,
+                        sampling,
+                    )
+                ).body,
+                await engine.probe(one.token_ids),
+            )
         )
         sender = Sender(padded[1])
         await channel_of(sender, engine, condemned, probe_every=0).publish(sender.held)
         said.append(
-            ((await engine.generate(one, 0, sampling)).body, await engine.probe(one.token_ids))
+            (
+                (
+                    await engine.generate(
+                        one,
+                        0,
+                        sampling,
+                    )
+                ).body,
+                await engine.probe(one.token_ids),
+            )
         )
     finally:
         await engine.close()

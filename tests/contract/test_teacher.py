@@ -63,7 +63,11 @@ async def chunked(tiny_model):
         temperature=0.7,
         vllm={**SMALL, "enable_chunked_prefill": True, "max_num_batched_tokens": 48},
     )
-    scorer = await VllmTeacherScorer.start(config, top_k=8, max_sequence_tokens=MAX_TOKENS)
+    scorer = await VllmTeacherScorer.start(
+        config,
+        top_k=8,
+        max_sequence_tokens=MAX_TOKENS,
+    )
     yield scorer, config
     await scorer.close()
 
@@ -138,13 +142,23 @@ async def mapped(tmp_path_factory):
 
 async def test_float32_signal_equals_the_oracle_when_prefills_are_cut(chunked):
     scorer, config = chunked
-    worst, _ = await worst_deviations(scorer, config.model, torch.float32, config.temperature)
+    worst, _ = await worst_deviations(
+        scorer,
+        config.model,
+        torch.float32,
+        config.temperature,
+    )
     assert max(worst.values()) < 1e-4, worst
 
 
 async def test_float32_signal_equals_the_oracle_when_prefills_are_whole(whole):
     scorer, config = whole
-    worst, _ = await worst_deviations(scorer, config.model, torch.float32, config.temperature)
+    worst, _ = await worst_deviations(
+        scorer,
+        config.model,
+        torch.float32,
+        config.temperature,
+    )
     assert max(worst.values()) < 1e-4, worst
 
 
@@ -194,7 +208,11 @@ async def test_tensor_parallelism_changes_no_score(tiny_model):
         dtype="float32",
         vllm={**SMALL, "tensor_parallel_size": 2},
     )
-    scorer = await VllmTeacherScorer.start(config, top_k=16, max_sequence_tokens=MAX_TOKENS)
+    scorer = await VllmTeacherScorer.start(
+        config,
+        top_k=16,
+        max_sequence_tokens=MAX_TOKENS,
+    )
 
     try:
         worst, _ = await worst_deviations(scorer, config.model, torch.float32, 1.0)
@@ -337,7 +355,11 @@ async def test_a_bfloat16_teacher_is_near_the_oracle(tiny_model, head_dtype):
         head_dtype=head_dtype,
         vllm=SMALL,
     )
-    scorer = await VllmTeacherScorer.start(config, top_k=32, max_sequence_tokens=MAX_TOKENS)
+    scorer = await VllmTeacherScorer.start(
+        config,
+        top_k=32,
+        max_sequence_tokens=MAX_TOKENS,
+    )
 
     try:
         worst, signals = await worst_deviations(scorer, config.model, torch.bfloat16, 1.0)
@@ -468,4 +490,8 @@ async def test_native_options_win_and_nested_ones_are_merged(tiny_model):
     )
     assert {name: through[name] for name in native} == native
     with pytest.raises(ConfigError, match="no config"):
-        engine_options(TeacherConfig(model=Path("/nowhere")), top_k=5, max_sequence_tokens=64)
+        engine_options(
+            TeacherConfig(model=Path("/nowhere")),
+            top_k=5,
+            max_sequence_tokens=64,
+        )

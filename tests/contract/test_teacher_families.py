@@ -376,10 +376,16 @@ def test_a_quantized_teacher_has_an_exact_head(tmp_path):
 
 def test_a_quantized_teacher_without_a_kernel_is_refused(tmp_path, monkeypatch):
     config = TeacherConfig(model=write(CASES["llama"], tmp_path), vllm=SMALL)
-    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())  # as on a machine without AVX-512
-    assert engine_options(config, top_k=16, max_sequence_tokens=MAX_TOKENS)["model"] == str(
-        tmp_path
-    )
+    monkeypatch.setattr(
+        torch.ops,
+        "_C",
+        SimpleNamespace(),
+    )  # as on a machine without AVX-512
+    assert engine_options(
+        config,
+        top_k=16,
+        max_sequence_tokens=MAX_TOKENS,
+    )["model"] == str(tmp_path)
     quantize(Path(config.model))
 
     with pytest.raises(
@@ -409,7 +415,11 @@ def test_a_prefill_preempted_in_the_middle_gives_the_same_signal(tmp_path, monke
         "num_gpu_blocks_override": 8,
     }
     case = CASES["qwen3"]
-    config = TeacherConfig(model=write(case, tmp_path), dtype="float32", vllm=SMALL | tight)
+    config = TeacherConfig(
+        model=write(case, tmp_path),
+        dtype="float32",
+        vllm=SMALL | tight,
+    )
     batch = mixed_batch(VOCAB)
     with engine(config, 16) as llm:
         signals = score(llm, batch, 16)

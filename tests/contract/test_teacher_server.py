@@ -193,7 +193,11 @@ async def check_client(served, model, prompt_ids, response_ids, expected: bytes)
         temperature=TEMPERATURE,
         server=server,
     )
-    scorer = await EopdTeacherScorer.start(config, top_k=TOP_K, max_sequence_tokens=LONGEST)
+    scorer = await EopdTeacherScorer.start(
+        config,
+        top_k=TOP_K,
+        max_sequence_tokens=LONGEST,
+    )
     found = await scorer.signal(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
     assert found.teacher == "m" and write_signal(found).tobytes() == expected
     with pytest.raises(SignalError, match=r"teacher m: POST .*/v1/teacher/score: 422"):

@@ -36,7 +36,14 @@ class Source:
         self.happens = lambda: None
 
     def metadata(self):
-        return [ParameterMeta(f"p{i}", "float32", (BUCKET_FLOATS,)) for i in range(NUM_BUCKETS)]
+        return [
+            ParameterMeta(
+                f"p{i}",
+                "float32",
+                (BUCKET_FLOATS,),
+            )
+            for i in range(NUM_BUCKETS)
+        ]
 
     def gather(self, bucket):
         index = int(bucket[0].name[1:])

@@ -290,4 +290,11 @@ def test_the_readme_s_gpu_settings_are_valid(rayjob):
     config = shlex.split(rayjob["spec"]["entrypoint"])[2]
     resolved = load_config(ROOT / config, settings)
     assert resolved.weights.backend == "nccl"
-    assert min(resolved.rollout.gpus, resolved.teachers[0].gpus, resolved.learner.gpus) > 0
+    assert (
+        min(
+            resolved.rollout.gpus,
+            resolved.teachers[0].gpus,
+            resolved.learner.gpus,
+        )
+        > 0
+    )

@@ -53,7 +53,11 @@ def metrics_of(expression: str) -> set[str]:
     label or range.
     """
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"", " ", expression)
-    bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", " ", bare)
+    bare = re.sub(
+        r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)",
+        " ",
+        bare,
+    )
     bare = re.sub(r"label_values\((\w+),\s*\w+\)", r"\1", bare)
     words = re.findall(r"\b[A-Za-z_:][\w:]*(?!\w*\s*\()", bare)
     return set(words) - {"and", "or", "unless", "bool", "offset", "group_left"}

@@ -40,7 +40,11 @@ FILE_SUFFIXES = {
     "js",
 }
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+pages = pytest.mark.parametrize(
+    "page",
+    PAGES,
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 
 
 def code_of(text: str) -> str:
@@ -126,7 +130,14 @@ def test_configs_in_code_blocks_exist(page):
 def anchors(page: Path) -> set[str]:
     """The anchors that the headings of a page have on GitHub."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {
+        re.sub(
+            r"[^\w\- ]",
+            "",
+            heading.lower(),
+        ).replace(" ", "-")
+        for heading in headings
+    }
 
 
 def broken_links(page: Path, text: str) -> list[str]:

@@ -73,7 +73,15 @@ def refusing_server(*, vocab_size: int) -> Iterator[Refusing]:
                 return
 
             ids, top_k = asked["prompt"], asked["prompt_logprobs"]
-            rows = [row(before, token, top_k, vocab_size) for before, token in pairwise(ids)]
+            rows = [
+                row(
+                    before,
+                    token,
+                    top_k,
+                    vocab_size,
+                )
+                for before, token in pairwise(ids)
+            ]
             self._answer(200, {"choices": [{"prompt_logprobs": [None, *rows]}]})
 
         def _answer(self, status: int, answer: object) -> None:

@@ -83,7 +83,12 @@ def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
     assert again.returncode == 2
     assert f"guard.on_collapse: is stop, and at step {last} of {directory}" in again.stderr
 
-    run = Run(program, "collapse", *settings, options=["--resume", "--step", str(steps[0])])
+    run = Run(
+        program,
+        "collapse",
+        *settings,
+        options=["--resume", "--step", str(steps[0])],
+    )
     try:
         run.wait(lambda row: steps[0] + 2 <= row["step"] < last)
         stopped = program.run("stop", str(directory))
@@ -109,7 +114,14 @@ def test_a_fork_goes_on_under_another_rate_which_tears_its_student_apart(program
     before = (parent / "metrics.jsonl").read_bytes()
     settings = ("learner.lr=0.1", "run.batches=45", "guard.on_collapse=stop", "rollout.engines=1")
     options = [part for setting in settings for part in ("--set", setting)]
-    done = program.run("fork", str(parent), "--name", "torn", *options, "--fresh-optimizer")
+    done = program.run(
+        "fork",
+        str(parent),
+        "--name",
+        "torn",
+        *options,
+        "--fresh-optimizer",
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     said = (done.stdout + done.stderr).replace("\n", " ")
     assert "goes on from step 30 of synchronous; optimiser fresh" in said

@@ -49,7 +49,14 @@ async def ask(engines: OneVersion, answers: list[object]) -> None:
     """A benchmark of two prompts."""
     async with asyncio.TaskGroup() as group:
         asked = [
-            group.create_task(engines.generate(fakes.prompt(name), 0, SAMPLING)) for name in "ab"
+            group.create_task(
+                engines.generate(
+                    fakes.prompt(name),
+                    0,
+                    SAMPLING,
+                )
+            )
+            for name in "ab"
         ]
 
     answers += [one.result() for one in asked]

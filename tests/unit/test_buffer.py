@@ -416,7 +416,14 @@ async def test_a_number_that_is_dropped_later_holds_up_no_batch_before_it():
 
 async def test_a_batch_begins_with_what_no_other_batch_can_have():
     buffer = Buffer(batch=4, max_staleness=1, lookahead=0, part_tokens=2 * TOKENS)
-    offers = [offer(buffer, issue, version=0) for issue in (5, 4, 6)]  # of the second batch
+    offers = [
+        offer(
+            buffer,
+            issue,
+            version=0,
+        )
+        for issue in (5, 4, 6)
+    ]  # of the second batch
     taking = asyncio.create_task(buffer.take(version=0))
     await _turns(4)
     assert not taking.done()

@@ -106,5 +106,10 @@ def test_a_checkpoint_from_the_middle_has_its_own_numbers(tmp_path):
 
 def test_a_checkpoint_that_was_not_measured_has_no_numbers(tmp_path):
     for evaluations in (MEASURED, []):
-        text = model_card(config(tmp_path, "org/small", "org/rows"), evaluations, 6, "mine")
+        text = model_card(
+            config(tmp_path, "org/small", "org/rows"),
+            evaluations,
+            6,
+            "mine",
+        )
         assert "before" not in text

@@ -91,7 +91,11 @@ class FakeEngine:
     async def probe(self, token_ids):
         await self._call("probe")
         self.bad_loads -= 1
-        return np.full(len(token_ids) - 1, -1.0 if self.bad_loads >= 0 else 0.0, np.float32)
+        return np.full(
+            len(token_ids) - 1,
+            -1.0 if self.bad_loads >= 0 else 0.0,
+            np.float32,
+        )
 
     async def install_weights(self, version):
         await self._call("install")
@@ -444,7 +448,11 @@ async def test_a_newcomer_that_fails_costs_the_others_nothing():
     first = asyncio.create_task(channel.join(1, gate))
     await gate.reached.wait()
     well, ill = FakeEngine(), FakeEngine(dies_in="install")
-    joins = asyncio.gather(channel.join(2, well), channel.join(3, ill), return_exceptions=True)
+    joins = asyncio.gather(
+        channel.join(2, well),
+        channel.join(3, ill),
+        return_exceptions=True,
+    )
     await asyncio.sleep(0.01)
     gate.gate.set()
     await first

@@ -33,7 +33,11 @@ def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     tokenizer = train_tokenizer(["a few words to cut into pieces"], 270)
     other = train_tokenizer(["entirely different text, and more of it"], 280)
-    write_model(root / "model", build_model("qwen3", tokenizer, seed=0, layers=1), tokenizer)
+    write_model(
+        root / "model",
+        build_model("qwen3", tokenizer, seed=0, layers=1),
+        tokenizer,
+    )
     write_model(root / "other", build_model("qwen3", other, seed=0, layers=1), other)
     words = Tokenizer(WordLevel({"<eos>": 0, "few": 1, "words": 2}, unk_token="<eos>"))
     small = PreTrainedTokenizerFast(
@@ -251,7 +255,11 @@ def train(eopd, run, monkeypatch):
             if error is not None:
                 raise error
 
-            return Outcome(replace(RAN, status=status), RunDirectory(run / "run"), trained)
+            return Outcome(
+                replace(RAN, status=status),
+                RunDirectory(run / "run"),
+                trained,
+            )
 
         monkeypatch.setattr("eopd.runtime.train.train", pretended)
         config = str(run / "run" / "config.yaml")

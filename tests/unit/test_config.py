@@ -1249,7 +1249,12 @@ KEYS = st.one_of(
 TREES = st.recursive(
     SCALARS,
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.integers(0, 9), inner, max_size=4)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            KEYS | st.integers(0, 9),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )

@@ -344,7 +344,12 @@ def status_of(
 def test_the_status_of_a_run_is_made_of_its_files() -> None:
     before = {"reverse_kl": measured(2.5, 0.1)}
     best = Best(step=10, metric="held_out/reverse_kl", value=0.25)
-    summary = Summary(status="running", steps=10, held_out=HeldOut(before=before), best=best)
+    summary = Summary(
+        status="running",
+        steps=10,
+        held_out=HeldOut(before=before),
+        best=best,
+    )
     faults = {
         "eopd_engines_up": 2.0,
         "eopd_engine_replacements_total": 1.0,

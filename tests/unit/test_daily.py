@@ -64,7 +64,13 @@ def test_runs_are_listed_with_status_step_and_newest_reverse_kl(make, tmp_path, 
         {"step": 4, "name": "gsm8k", "measurements": {"avg_at_n": {"mean": 0.1}}},
     ]
     (during.path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, evaluations)))
-    make("arm", below="runs/sweep", steps=1, at=700.0, summary=Summary(status="interrupted"))
+    make(
+        "arm",
+        below="runs/sweep",
+        steps=1,
+        at=700.0,
+        summary=Summary(status="interrupted"),
+    )
     (tmp_path / "runs" / "notes").mkdir()
     monkeypatch.setattr(listing.time, "time", lambda: 90_300.0)
     done = eopd("list", tmp_path / "runs")

@@ -150,7 +150,12 @@ def test_every_position_is_mapped_not_only_the_last():
     ],
 )
 def test_a_stop_has_the_probability_of_its_slot(row, top_k, expected):
-    signal = to_student(signal_of([row], top_k, [THEIRS]), ids(OWN), REMAP, num_tokens=VOCAB)
+    signal = to_student(
+        signal_of([row], top_k, [THEIRS]),
+        ids(OWN),
+        REMAP,
+        num_tokens=VOCAB,
+    )
     assert math.exp(signal.token_logprobs[0]) == pytest.approx(expected, abs=1e-6)
     seen = candidates(signal)
     assert OWN not in seen or seen[OWN] == pytest.approx(expected, abs=1e-6)

@@ -127,7 +127,15 @@ def made(tmp_path, tiny_model):
                 benchmark.name: prompt_set(PROMPTS) for benchmark in config.evaluation.benchmarks
             },
         )
-        evaluator = Evaluator(config, prepared, state, workers, outlets, lambda: None, fetch)
+        evaluator = Evaluator(
+            config,
+            prepared,
+            state,
+            workers,
+            outlets,
+            lambda: None,
+            fetch,
+        )
 
         def at(step: int) -> None:
             state.progress.step = workers.served = step
@@ -206,7 +214,14 @@ async def test_a_new_engine_waits_for_a_benchmark_unless_no_other_is_up(made):
         run.workers.free.clear()
         engines = OneVersion(run.workers, 0, 1)
         sampling = Sampling(temperature=1.0, max_tokens=1, seed=0)
-        run.evaluator.channel.beside.start(engines, engines.generate(PROMPTS[0], 0, sampling))
+        run.evaluator.channel.beside.start(
+            engines,
+            engines.generate(
+                PROMPTS[0],
+                0,
+                sampling,
+            ),
+        )
         joining = asyncio.create_task(fleet.join(1, None))
         await asyncio.sleep(0.6)
         assert not joining.done()

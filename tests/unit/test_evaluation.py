@@ -44,7 +44,11 @@ from eopd.types import (
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
         subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+        assert pass_at_k(
+            n,
+            c,
+            k,
+        ) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
 
 
 @given(n=st.integers(1, 3000), data=st.data())
@@ -112,7 +116,15 @@ def test_the_error_of_a_change_is_the_spread_of_many_measurements():
     shape = (2000, 60)
     hard, length = rng.gamma(2.0, 1.0, shape), rng.integers(5, 40, shape)
     before = hard + rng.normal(0.0, 0.2, shape)
-    tokens, tokens_before = length + rng.integers(0, 5, shape), length + rng.integers(0, 5, shape)
+    tokens, tokens_before = (
+        length
+        + rng.integers(
+            0,
+            5,
+            shape,
+        ),
+        length + rng.integers(0, 5, shape),
+    )
     after = 0.8 * hard + rng.normal(0.0, 0.2, shape)
     found = [
         change_over_prompts(*map(np.ndarray.tolist, columns))
@@ -506,7 +518,12 @@ async def test_all_samples_are_in_flight_at_once_and_shared_evenly():
             return answer
 
     async with asyncio.timeout(5):
-        result = await benchmark([Gate(engine) for engine in engines], prompts, samples=5, ks=(5,))
+        result = await benchmark(
+            [Gate(engine) for engine in engines],
+            prompts,
+            samples=5,
+            ks=(5,),
+        )
 
     assert sorted(len(engine.calls) for engine in engines) == [3, 4, 4, 4]
     issued = sorted(call[:2] for engine in engines for call in engine.calls)
@@ -554,7 +571,13 @@ def test_what_is_graded_ends_before_a_text_that_ends_a_response(text, stop, befo
 async def test_a_benchmark_grades_what_stands_before_its_stop():
     engine = ScriptedEngine({("a", 0): [7, 8]})
     sampling = replace(SAMPLING, stop=(" 8",), top_p=0.5)
-    result = await benchmark([engine], [prompt_sample("a")], samples=1, ks=(), sampling=sampling)
+    result = await benchmark(
+        [engine],
+        [prompt_sample("a")],
+        samples=1,
+        ks=(),
+        sampling=sampling,
+    )
     (prompt,) = result.prompts
     assert prompt.answers[0].response == "7"
     assert prompt.answers[0].num_response_tokens == 2
@@ -659,7 +682,11 @@ async def test_a_body_lost_before_it_is_fetched_is_a_loss():
             detail="node lost",
         )
 
-    result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a")], fetch=fetch_none)
+    result = await benchmark(
+        [ScriptedEngine(SCRIPT)],
+        [prompt_sample("a")],
+        fetch=fetch_none,
+    )
     assert result.num_lost == 4
     assert result.avg_at_n.mean == 0.0
     assert math.isnan(result.mean_response_tokens)

@@ -196,7 +196,14 @@ class Run:
         assert [row["step"] for row in rows] == list(range(1, BATCHES + 1))
 
         for row in rows:
-            keys = [TrajectoryKey(p.epoch, p.prompt_id, k) for p, k in map(order.at, row["issues"])]
+            keys = [
+                TrajectoryKey(
+                    p.epoch,
+                    p.prompt_id,
+                    k,
+                )
+                for p, k in map(order.at, row["issues"])
+            ]
             assert sorted(keys) == self.history[row["step"]]  # what it says is what the learner saw
             ids = [
                 np.array([key.epoch, int(key.prompt_id), key.sample_index], "<i4") for key in keys

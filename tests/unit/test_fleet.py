@@ -336,7 +336,11 @@ class Engine:
 async def test_a_response_that_does_not_end_in_time_is_lost():
     pool = EnginePool(await one_of(Engine()))
     assert await pool.generate(PROMPT, 0, SAMPLING) == 11
-    found = await pool.generate(PROMPT, 3, Sampling(temperature=1.0, max_tokens=4, seed=13))
+    found = await pool.generate(
+        PROMPT,
+        3,
+        Sampling(temperature=1.0, max_tokens=4, seed=13),
+    )
     assert isinstance(found, LostTrajectory)
     assert found.key == (1, "p", 3)
     assert found.reason == LostReason.ROLLOUT_FAILED

@@ -156,7 +156,13 @@ async def test_the_parts_of_a_step_that_is_begun_early_add_up():
             await asyncio.sleep(0.03 * stored.header.key.sample_index)
             return stored
 
-    line = pipeline(Uneven(write_s=0.01), batch=4, batches=3, max_staleness=0, token_budget=6)
+    line = pipeline(
+        Uneven(write_s=0.01),
+        batch=4,
+        batches=3,
+        max_staleness=0,
+        token_budget=6,
+    )
     async for done in line.steps(0):
         stages = ("wait_rollout", "wait_teacher", "train", "weights")
         assert sum(done.seconds[stage] for stage in stages) == pytest.approx(

@@ -226,5 +226,9 @@ async def test_another_run_of_the_name_forgets_the_parent(parent, path):
 async def test_a_moved_parent_has_its_forks_beside_it(parent, tmp_path):
     moved = parent.path.rename(tmp_path / "elsewhere")
     assert fork(moved, name="new").path == tmp_path / "new"
-    there = fork(moved, name="new", overrides=[f"run.directory={tmp_path / 'deep' / 'er'}"])
+    there = fork(
+        moved,
+        name="new",
+        overrides=[f"run.directory={tmp_path / 'deep' / 'er'}"],
+    )
     assert there.path == tmp_path / "deep" / "er" / "new"

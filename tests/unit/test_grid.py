@@ -128,7 +128,14 @@ def test_values_that_fit_no_name_are_told_apart_by_a_checksum(path):
 
 def test_keys_that_end_alike_are_written_out(path):
     grids = read_grids(["rollout.threads=1,2", "learner.threads=1"])
-    assert plan_runs(path, [], grids)[1][0].name == "rollout.threads-1_learner.threads-1-seed-0"
+    assert (
+        plan_runs(
+            path,
+            [],
+            grids,
+        )[1][0].name
+        == "rollout.threads-1_learner.threads-1-seed-0"
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,6 +164,13 @@ def test_an_arm_that_is_wrong_or_no_other_is_named(path, grid, message):
 
 def test_a_seed_and_a_name_have_bounds(path):
     assert refusal(plan_runs, path, [], {}, [2**64]).startswith("--seeds: ")
-    assert refusal(plan_runs, path, [], {}, None, "a/b").startswith("--name a/b: must be letters")
+    assert refusal(
+        plan_runs,
+        path,
+        [],
+        {},
+        None,
+        "a/b",
+    ).startswith("--name a/b: must be letters")
     many = {f"rollout.vllm.{'x' * 40}{number}": ["1"] for number in range(6)}
     assert refusal(plan_runs, path, [], many).startswith("the name of a run: ")

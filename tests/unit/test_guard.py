@@ -162,7 +162,12 @@ def test_it_is_silent_on_noise(rate, size):
 
     def noisy(step: int) -> dict[str, float]:
         ended = sum(rng.random() < rate for _ in range(size)) / size
-        return row(step, ended, (1 - ended) * rng.uniform(0.0, 0.4), 2 - ended + rng.random())
+        return row(
+            step,
+            ended,
+            (1 - ended) * rng.uniform(0.0, 0.4),
+            2 - ended + rng.random(),
+        )
 
     assert begins([noisy(step) for step in range(1, 3001)]) == []
 

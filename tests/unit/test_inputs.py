@@ -26,7 +26,11 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     tokenizer = train_tokenizer(["a few words to cut into pieces"], 270)
     for name in ("student", "teacher"):
-        write_model(root / name, build_model("qwen3", tokenizer, seed=0, layers=1), tokenizer)
+        write_model(
+            root / name,
+            build_model("qwen3", tokenizer, seed=0, layers=1),
+            tokenizer,
+        )
 
     return root
 

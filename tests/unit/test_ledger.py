@@ -24,7 +24,13 @@ def test_after_a_resume_every_number_is_trained_exactly_once(was_trained):
     assert not resumed.settled.ahead
 
 
-@given(st.lists(st.sampled_from(["trained", "dropped", "neither"]), min_size=1, max_size=60))
+@given(
+    st.lists(
+        st.sampled_from(["trained", "dropped", "neither"]),
+        min_size=1,
+        max_size=60,
+    )
+)
 def test_what_was_dropped_is_not_issued_again_either(fates):
     ledger = Ledger()
     issued = {ledger.issue(): fate for fate in fates}

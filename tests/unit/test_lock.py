@@ -133,7 +133,11 @@ def test_a_look_at_a_lock_does_not_keep_a_run_from_it(directory, monkeypatch):
     (directory / "run.lock").write_text("")
     looking = os.open(directory / "run.lock", os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH)
-    monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+    monkeypatch.setattr(
+        time,
+        "sleep",
+        lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN),
+    )
     with held(directory):
         assert holder(directory) is not None
 

@@ -89,7 +89,15 @@ def test_a_disk_that_takes_nothing_costs_the_lines_and_not_the_run(tmp_path):
 
 def test_blank_lines_between_progress_bars_are_left_out(tmp_path):
     with collect(tmp_path / "logs", "text"):
-        dispatcher.emit(batch("rollout-0", "", "\rloading:  0%", "  ", "\rloading: 100%\n"))
+        dispatcher.emit(
+            batch(
+                "rollout-0",
+                "",
+                "\rloading:  0%",
+                "  ",
+                "\rloading: 100%\n",
+            )
+        )
 
     lines = (tmp_path / "logs" / "rollout-0.log").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == ["loading:  0%", "loading: 100%"]

@@ -156,7 +156,11 @@ def test_from_outside_there_is_one_plain_merged_model(config):
         found,
         kwargs={"input_ids": torch.arange(7)[None]},
     ).logits
-    assert torch.allclose(merged, model(input_ids=torch.arange(7)[None]).logits, atol=1e-4)
+    assert torch.allclose(
+        merged,
+        model(input_ids=torch.arange(7)[None]).logits,
+        atol=1e-4,
+    )
 
 
 def test_without_adapters_the_live_tensors_are_handed_out():

@@ -92,7 +92,12 @@ def replace_by_directory(path: Path) -> None:
 
 
 def test_a_greedy_generation_config_with_a_temperature_passes(directory, capfd):
-    edit(directory / "generation_config.json", do_sample=False, temperature=0.9, top_p=0.6)
+    edit(
+        directory / "generation_config.json",
+        do_sample=False,
+        temperature=0.9,
+        top_p=0.6,
+    )
     models.require_model("student.model", directory, num_tokens=64)
     assert capfd.readouterr() == ("", "")
 

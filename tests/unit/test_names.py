@@ -61,7 +61,14 @@ def test_a_path_that_exists_wins_over_a_name(tmp_path, monkeypatch):
         ("gsm8k", DataName("gsm8k")),
         ("openai/gsm8k@v1", DataName("openai/gsm8k", "v1")),
         ("a/b:test", DataName("a/b", None, ("test",))),
-        (f"a/b@{COMMIT}:main:train[:5%]", DataName("a/b", COMMIT, ("main", "train[:5%]"))),
+        (
+            f"a/b@{COMMIT}:main:train[:5%]",
+            DataName(
+                "a/b",
+                COMMIT,
+                ("main", "train[:5%]"),
+            ),
+        ),
         ("a/b@v1:train[10:20]", DataName("a/b", "v1", ("train[10:20]",))),
     ],
 )
@@ -183,7 +190,14 @@ def test_a_commit_that_is_named_is_not_replaced(monkeypatch):
         )
         == f"org/name@{OTHER}"
     )
-    assert pin_data("DATA", f"org/data@{OTHER}:train", before) == f"org/data@{OTHER}:train"
+    assert (
+        pin_data(
+            "DATA",
+            f"org/data@{OTHER}:train",
+            before,
+        )
+        == f"org/data@{OTHER}:train"
+    )
 
 
 @pytest.mark.parametrize("spec", ["/a/rows.jsonl", "rows.csv", "./folder", "/a/folder:train"])

@@ -88,7 +88,14 @@ def test_an_impossible_token_is_to_blame(packed):
         ("teacher_tail_logprobs_T", 1, torch.inf),
     ]:
         broken = with_values(packed, **{name: (where, value)})
-        assert [row.columns for row in find_rows(broken, KEYS, torch.zeros(T))] == [(name,)]
+        assert [
+            row.columns
+            for row in find_rows(
+                broken,
+                KEYS,
+                torch.zeros(T),
+            )
+        ] == [(name,)]
 
 
 def test_the_dump_of_a_step_is_whole(packed, tmp_path):
@@ -110,9 +117,21 @@ def test_the_dump_of_a_step_is_whole(packed, tmp_path):
 
 
 def test_the_message_names_a_few_rows_and_where_the_rest_is(tmp_path):
-    rows = [BrokenRow(trajectory=KEYS[0], position=r, columns=("gate_T",)) for r in range(7)]
+    rows = [
+        BrokenRow(
+            trajectory=KEYS[0],
+            position=r,
+            columns=("gate_T",),
+        )
+        for r in range(7)
+    ]
     message = explain("loss", rows, KEYS, tmp_path)
     assert "(0, 'a', 0) token 4 (gate_T) and 2 more" in message
     assert "token 5" not in message
     assert str(tmp_path) in message
-    assert "trajectories: (0, 'a', 0), (0, 'b', 1);" in explain("gradient", [], KEYS, tmp_path)
+    assert "trajectories: (0, 'a', 0), (0, 'b', 1);" in explain(
+        "gradient",
+        [],
+        KEYS,
+        tmp_path,
+    )

@@ -98,7 +98,11 @@ def test_without_a_number_of_tokens_all_rows_count(pair):
     for number in (None, size, size + PADDING, size + 2 * PADDING):
         config = StudentConfig(model=padded, dtype="float32")
         student = load_student(config, activation_checkpointing=False, num_tokens=number)
-        found = student(ids, ids, lambda hidden, head: token_statistics(hidden, head, tokens))
+        found = student(
+            ids,
+            ids,
+            lambda hidden, head: token_statistics(hidden, head, tokens),
+        )
         logprobs.append(found.student_logprobs_T)
 
     assert torch.equal(logprobs[0], logprobs[2])

@@ -288,7 +288,11 @@ def test_subsets_and_splits_of_a_data_set_are_parts(tmp_path, monkeypatch):
     folder.mkdir()
     names = [f"{subset}_{split}" for subset in ("main", "hard") for split in ("train", "test")]
     for name in names:
-        write(folder / f"{name}.jsonl", {"question": f"{name} a"}, {"question": f"{name} b"})
+        write(
+            folder / f"{name}.jsonl",
+            {"question": f"{name} a"},
+            {"question": f"{name} b"},
+        )
 
     subsets = "".join(
         f"- config_name: {subset}\n  data_files:\n"

@@ -57,7 +57,11 @@ class FakeWorld(World):
 
 def pipeline(world: World, *, staleness: int = 0, **options: object) -> Pipeline:
     """Parts of a batch are of two trajectories of six tokens, one for each rank."""
-    return fakes.pipeline(world, max_staleness=staleness, **{"token_budget": 6, **options})
+    return fakes.pipeline(
+        world,
+        max_staleness=staleness,
+        **{"token_budget": 6, **options},
+    )
 
 
 async def run(line: Pipeline, start: int = 0) -> list[dict[str, float]]:
@@ -67,7 +71,14 @@ async def run(line: Pipeline, start: int = 0) -> list[dict[str, float]]:
 def keys(line: Pipeline, count: int) -> list[TrajectoryKey]:
     """The first trajectories that a loop issues."""
     samples = map(line.order.at, range(count))
-    return [TrajectoryKey(prompt.epoch, prompt.prompt_id, index) for prompt, index in samples]
+    return [
+        TrajectoryKey(
+            prompt.epoch,
+            prompt.prompt_id,
+            index,
+        )
+        for prompt, index in samples
+    ]
 
 
 def times_trained(*worlds: FakeWorld) -> Counter[TrajectoryKey]:

@@ -28,11 +28,29 @@ def node(
 
 def test_fractions_that_add_up_fit():
     require_capacity(
-        [role("learner", 2, 0.25), role("rollout", 2, 0.25), role("teacher a", 1, 1.0)], [node(2)]
+        [
+            role(
+                "learner",
+                2,
+                0.25,
+            ),
+            role("rollout", 2, 0.25),
+            role("teacher a", 1, 1.0),
+        ],
+        [node(2)],
     )
     require_capacity([role("rollout", 10, 0.1)], [node(2, free=1.0)])
     require_capacity(
-        [role("rollout", 3, 0.1, 1.0), role("learner", 1, 1.0)], [node(2), node(1, 1), node(1, 2)]
+        [
+            role(
+                "rollout",
+                3,
+                0.1,
+                1.0,
+            ),
+            role("learner", 1, 1.0),
+        ],
+        [node(2), node(1, 1), node(1, 2)],
     )
 
 
@@ -50,7 +68,15 @@ def test_fractions_that_add_up_fit():
             "the roles ask for 1 gpus (teacher a 1 x 1); the cluster has 0",
         ),
         (
-            [role("learner", 1, 0.25), role("rollout", 1, 1.0), role("teacher a", 1, 0.25)],
+            [
+                role(
+                    "learner",
+                    1,
+                    0.25,
+                ),
+                role("rollout", 1, 1.0),
+                role("teacher a", 1, 0.25),
+            ],
             [node(2, free=0.5)],
             "the roles ask for 1.5 cpus (learner 1 x 0.25, rollout 1 x 1, teacher a 1 x "
             "0.25); 0.5 of 2 are free (1.5 are held by others)",

@@ -86,7 +86,16 @@ async def test_the_worker_with_the_most_free_seats_is_asked():
 async def test_a_worker_has_seats_and_the_rest_goes_by_priority():
     worker = Worker("a", delay_s=0.005)
     pool, _ = pool_of(worker, seats=2)
-    requests = [asyncio.create_task(ask(pool, number, priority=-number)) for number in range(8)]
+    requests = [
+        asyncio.create_task(
+            ask(
+                pool,
+                number,
+                priority=-number,
+            )
+        )
+        for number in range(8)
+    ]
     await asyncio.sleep(0.001)
     assert pool.status() == [
         "worker 0: 2 of 2 in flight, the oldest for 0 s",

@@ -34,7 +34,11 @@ def files(tmp_path_factory):
     ):
         tokenizer = train_tokenizer(["a few words to cut into pieces"], 270)
         tokenizer.eos_token = end
-        write_model(root / name, build_model("qwen3", tokenizer, seed=0, layers=1), tokenizer)
+        write_model(
+            root / name,
+            build_model("qwen3", tokenizer, seed=0, layers=1),
+            tokenizer,
+        )
 
     (root / "chat" / "chat_template.jinja").write_text("{{ messages }}<think>")
     for weights in (root / "base").glob("*.safetensors"):

@@ -41,7 +41,13 @@ def test_a_lost_learner_rolls_back_as_another_incarnation():
 
 
 def test_a_row_says_what_the_newest_checkpoint_is_and_took():
-    progress = Progress(step=9, tokens=90, trajectories=72, skipped_steps=2, config_changes=3)
+    progress = Progress(
+        step=9,
+        tokens=90,
+        trajectories=72,
+        skipped_steps=2,
+        config_changes=3,
+    )
     assert progress.row() == {
         "eopd_response_tokens_total": 90.0,
         "eopd_trajectories_total": 72.0,

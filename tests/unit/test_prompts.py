@@ -125,7 +125,11 @@ def test_a_chat_needs_the_chat_template(tmp_path):
     with pytest.raises(ConfigError, match="a chat of 2 messages needs"):
         load(tmp_path, chat, template="none")
 
-    assert load(tmp_path, {"prompt": "a bb"}, template="none").prompts[0].token_ids.tolist() == [
+    assert load(
+        tmp_path,
+        {"prompt": "a bb"},
+        template="none",
+    ).prompts[0].token_ids.tolist() == [
         1,
         2,
     ]
@@ -145,7 +149,14 @@ def test_order_is_a_pure_function_of_seed_and_number(tmp_path):
     assert [n[1] for n in names[:21]] != [n[1] for n in names[21:]]
     seeds = [order.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
     assert len(set(seeds)) == 42
-    assert seeds == [again.sampling(i, temperature=1.0, max_tokens=4).seed for i in range(42)]
+    assert seeds == [
+        again.sampling(
+            i,
+            temperature=1.0,
+            max_tokens=4,
+        ).seed
+        for i in range(42)
+    ]
 
 
 def test_without_weights_the_order_is_the_one_that_runs_of_before_have():
@@ -191,7 +202,14 @@ def test_the_part_that_is_furthest_behind_its_share_comes_next(mix, length):
     """The oracle counts from the start, as seats of a parliament are given out (Sainte-Lague)."""
     had, expected = [0] * len(mix), []
     for _ in range(length):
-        claims = [Fraction(turns, 2 * n + 1) for n, (_, turns) in zip(had, mix, strict=True)]
+        claims = [
+            Fraction(turns, 2 * n + 1)
+            for n, (_, turns) in zip(
+                had,
+                mix,
+                strict=True,
+            )
+        ]
         expected.append(claims.index(max(claims)))
         had[expected[-1]] += 1
 

@@ -135,7 +135,11 @@ def test_a_check_is_remembered_until_its_inputs_change(tiny_config, directory, m
     config, paths = tiny_config
     calls = []
     check = inputs._prepare
-    monkeypatch.setattr(inputs, "_prepare", lambda config: calls.append(1) or check(config))
+    monkeypatch.setattr(
+        inputs,
+        "_prepare",
+        lambda config: calls.append(1) or check(config),
+    )
     first = inputs.prepare(config)
     again = inputs.prepare(config)
     assert len(calls) == 1

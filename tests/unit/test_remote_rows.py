@@ -129,12 +129,26 @@ def without(rows: list, token: int) -> list:
             "5 entries that are not the top 3",
             lambda rows: change(rows, np.argsort(PROBS[1])[1], -3.0),
         ),
-        ("4 entries that are not the top 3", lambda rows: change(rows, SAMPLED[1], -0.01)),
+        (
+            "4 entries that are not the top 3",
+            lambda rows: change(
+                rows,
+                SAMPLED[1],
+                -0.01,
+            ),
+        ),
         ("not finite", lambda rows: change(rows, SAMPLED[1], -9999.0)),
         ("not finite", lambda rows: change(rows, TOP[1, 0], float("nan"))),
         ("not finite", lambda rows: change(rows, TOP[1, 0], float("-inf"))),
         ("no log-probability", lambda rows: change(rows, TOP[1, 0], 1e30)),
-        ("outside the vocabulary of 11", lambda rows: change(without(rows, TOP[1, 0]), 11, -0.5)),
+        (
+            "outside the vocabulary of 11",
+            lambda rows: change(
+                without(rows, TOP[1, 0]),
+                11,
+                -0.5,
+            ),
+        ),
         (
             "broken token id",
             lambda rows: change(

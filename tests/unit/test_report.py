@@ -90,7 +90,14 @@ def run(tmp_path):
             "config.yaml": CONFIG,
             "metrics.jsonl": rows or [row(1), row(2), row(3)],
             "summary.json": json.dumps(SUMMARY),
-            "held_out.jsonl": [held_out("before", sample()), held_out("after", sample(), step=3)],
+            "held_out.jsonl": [
+                held_out("before", sample()),
+                held_out(
+                    "after",
+                    sample(),
+                    step=3,
+                ),
+            ],
             "timeline.jsonl": [
                 {"step": s, "generate": [[-1.0, 2.0]], "score": [[1.0, 3.0]]} for s in (1, 2, 3)
             ],
@@ -144,7 +151,15 @@ class Parsed(HTMLParser):
         """The lines of a chart by label."""
         charts = self.labels()
         numbers = [one for one in self.data if "lines" in one]
-        (found,) = [n for label, n in zip(charts, numbers, strict=True) if label.startswith(title)]
+        (found,) = [
+            n
+            for label, n in zip(
+                charts,
+                numbers,
+                strict=True,
+            )
+            if label.startswith(title)
+        ]
 
         return {line["label"]: line["points"] for line in found["lines"]}
 
@@ -282,7 +297,18 @@ def test_what_only_some_runs_have_is_drawn_where_it_is(run, page):
     assert found.chart("Written before") == {"repetition": [[1, 0.5]]}
     assert found.chart("Reward") == {"reward": [[1, 0.75]]}
     assert found.chart("Lost") == {"too_stale": [[1, 2.0]]}
-    bare = page(run("bare", rows=[row(1, eopd_reward_mean=None, **dict.fromkeys(lost, 0.0))])).text
+    bare = page(
+        run(
+            "bare",
+            rows=[
+                row(
+                    1,
+                    eopd_reward_mean=None,
+                    **dict.fromkeys(lost, 0.0),
+                )
+            ],
+        )
+    ).text
     assert not [
         title for title in ("Loss", "Clipped", "Written before", "Reward", "Lost") if title in bare
     ]
@@ -551,7 +577,12 @@ def sentence(run, *lines, config=CONFIG, **summary):
 def test_the_result_is_one_sentence_with_its_interval(run):
     paired = {"differences": {"reverse_kl": {"mean": -3.0, "standard_error": 0.5}}}
     before, after = (
-        evaluation(s, p, reverse_kl=kl) for s, p, kl in ((0, "before", 4), (9, "after", 1))
+        evaluation(
+            s,
+            p,
+            reverse_kl=kl,
+        )
+        for s, p, kl in ((0, "before", 4), (9, "after", 1))
     )
     assert sentence(run, before, after | paired) == (
         "The student came from 4.00 to 1.00 nats of its teacher (\u221275 %), measured on 64 held-out "
@@ -590,7 +621,14 @@ def test_without_a_paired_difference_the_two_errors_add_up(run):
     ],
 )
 def test_the_result_does_not_promise(run, after, status, words):
-    lines = [evaluation(0, "before", reverse_kl=4.0), evaluation(9, "during", reverse_kl=after)]
+    lines = [
+        evaluation(
+            0,
+            "before",
+            reverse_kl=4.0,
+        ),
+        evaluation(9, "during", reverse_kl=after),
+    ]
     assert sentence(run, *lines, status=status).startswith(words)
 
 
@@ -658,7 +696,16 @@ def test_too_little_is_a_breach_too(run, page):
 def test_a_range_is_for_the_runs_that_it_is_for(run, page):
     rows = [row(s, eopd_gate_ratio=1.0 - 0.1 * s) for s in (1, 2)]
     always = CONFIG.replace("hard, tau: 0.8", "always")
-    assert "outside in" not in page(run("always", rows=rows, **{"config.yaml": always})).text
+    assert (
+        "outside in"
+        not in page(
+            run(
+                "always",
+                rows=rows,
+                **{"config.yaml": always},
+            )
+        ).text
+    )
     assert "outside in" in page(run("hard", rows=rows)).text
 
 
@@ -706,7 +753,12 @@ def test_charts_stand_by_importance(run, page):
 
 def test_checkpoints_restarts_collapse_and_the_best_are_marked(run, page):
     rows = [
-        row(s, eopd_loss=1.0 * s, eopd_checkpoint_step=s // 2 * 2.0, eopd_checkpoint_seconds=1.0)
+        row(
+            s,
+            eopd_loss=1.0 * s,
+            eopd_checkpoint_step=s // 2 * 2.0,
+            eopd_checkpoint_seconds=1.0,
+        )
         | {"eopd_collapse": float(s in (4, 5, 7))}
         for s in range(1, 8)
     ]
@@ -739,8 +791,24 @@ def test_evaluations_are_curves_with_their_intervals(run, page):
     lines = [
         evaluation(0, "before", reverse_kl=4.0, teacher_entropy=1.0),
         evaluation(2, "during", reverse_kl=2.0, teacher_entropy=1.0),
-        evaluation(0, "before", "gsm", avg_at_n=0.1, pass_at_2=0.2, pass_at_4=0.95, lost=0.0),
-        evaluation(2, "during", "gsm", avg_at_n=0.3, pass_at_2=0.5, pass_at_4=0.95, lost=0.0),
+        evaluation(
+            0,
+            "before",
+            "gsm",
+            avg_at_n=0.1,
+            pass_at_2=0.2,
+            pass_at_4=0.95,
+            lost=0.0,
+        ),
+        evaluation(
+            2,
+            "during",
+            "gsm",
+            avg_at_n=0.3,
+            pass_at_2=0.5,
+            pass_at_4=0.95,
+            lost=0.0,
+        ),
     ]
     for line in lines[2:]:
         line["samples"] = 4
@@ -774,7 +842,11 @@ def sweep(run):
     def arm(gate, seeds, lengths):
         for seed, length in zip(seeds, lengths, strict=True):
             rows = [
-                row(s, eopd_loss=1.0 * s + seed + 10.0 * (gate != HARD), eopd_grad_norm=1.0 * s)
+                row(
+                    s,
+                    eopd_loss=1.0 * s + seed + 10.0 * (gate != HARD),
+                    eopd_grad_norm=1.0 * s,
+                )
                 for s in range(1, 1 + length)
             ]
             rows[0]["eopd_grad_norm"] = [1.0, None][seed % 2]
@@ -812,7 +884,14 @@ def test_seeds_of_an_arm_are_one_curve_with_a_band(sweep, page):
 
 
 def test_what_a_run_measured_before_it_went_on_is_not_its_end(run, page):
-    lines = [evaluation(0, "before", reverse_kl=9.0), evaluation(3, "after", reverse_kl=1.25)]
+    lines = [
+        evaluation(
+            0,
+            "before",
+            reverse_kl=9.0,
+        ),
+        evaluation(3, "after", reverse_kl=1.25),
+    ]
     went_on = {"evaluations.jsonl": lines, "summary.json": json.dumps(SUMMARY | {"steps": 5})}
     text = " ".join(page(run("first"), run("second", **went_on)).text.split())
     assert "held-out reverse KL, after 1.000 ± 0.100 -" in text
@@ -1024,7 +1103,11 @@ def test_prompts_of_all_runs_come_first_and_every_run_is_shown(run, page):
             name,
             **{
                 "held_out.jsonl": [
-                    held_out("after", *(sample(prompt=f"{name} {n}") for n in range(9)), *both)
+                    held_out(
+                        "after",
+                        *(sample(prompt=f"{name} {n}") for n in range(9)),
+                        *both,
+                    )
                 ]
             },
         )
@@ -1201,7 +1284,14 @@ def test_long_runs_with_long_samples_stay_under_5_mb(run, page, tmp_path):
     samples = [sample(prompt=f"{n:03}" * 3000, num_tokens=120) | wide for n in range(14)]
     lines = [held_out(phase, *samples) for phase in ("before", "after")]
     found = page(
-        *(run(name, rows=rows, **{"held_out.jsonl": lines}) for name in ("first", "second"))
+        *(
+            run(
+                name,
+                rows=rows,
+                **{"held_out.jsonl": lines},
+            )
+            for name in ("first", "second")
+        )
     )
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
     assert len(found.chart("Reverse KL")["first, reverse KL"]) in range(286, 289)
@@ -1282,7 +1372,18 @@ def test_a_gap_in_a_line_is_a_gap_in_its_path(num_points):
 
 def test_25_runs_are_told_apart_by_colour_and_mark():
     assert len({look(run) for run in range(25)}) == 25
-    picture = curves("c", [Line(str(run), [1, 2], [1.0, 2.0], color=run) for run in range(25)])
+    picture = curves(
+        "c",
+        [
+            Line(
+                str(run),
+                [1, 2],
+                [1.0, 2.0],
+                color=run,
+            )
+            for run in range(25)
+        ],
+    )
     assert (
         len(set(re.findall(r'class="mark (c\d) d0" transform="[^"]*" d="([^"]*)"', picture))) == 25
     )

@@ -116,7 +116,11 @@ async def test_the_end_of_the_loop_waits_for_a_body(make):
     body = asyncio.get_running_loop().create_future()
     async with responses:
         responses.take(2, taken(stored(body=body)))
-        asyncio.get_running_loop().call_later(0.05, body.set_result, fakes.scored(ENTROPY))
+        asyncio.get_running_loop().call_later(
+            0.05,
+            body.set_result,
+            fakes.scored(ENTROPY),
+        )
 
     assert [row["step"] for row in fakes.read_rows(directory.responses)] == [2]
 
@@ -187,7 +191,15 @@ def shown(rows, *, terminal=False, **options):
 
 
 def test_a_pipe_gets_plain_text():
-    rows = [row(), row(sample_index=1, reward=None, stop_reason="length"), row(prompt_id="q")]
+    rows = [
+        row(),
+        row(
+            sample_index=1,
+            reward=None,
+            stop_reason="length",
+        ),
+        row(prompt_id="q"),
+    ]
     head = "3 tokens, ended by itself, reward 0.5, reverse KL -0.500 nats, teacher entropy 1.000 nats, gate open 50%"
     assert shown(rows).splitlines() == [
         "",

@@ -315,7 +315,11 @@ async def test_other_weights_are_another_run(config):
 
 async def test_a_further_part_is_another_run(config):
     await run_of(config(), 5)
-    message = refusal(config("prompts.data=[a, c]"), "yes", inputs=OF_PARTS | {"prompts.data": "9"})
+    message = refusal(
+        config("prompts.data=[a, c]"),
+        "yes",
+        inputs=OF_PARTS | {"prompts.data": "9"},
+    )
     assert "prompts.data: a, c does not hold what it held; prompts.data.1 null -> c. " in message
 
 

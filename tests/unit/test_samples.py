@@ -11,7 +11,16 @@ from eopd.types import Bounds, Exact
 
 def test_a_record_has_every_token_and_strict_json():
     exact = fakes.scored(Exact(np.array([0.0, 0.123456, 2.0], np.float32)))
-    record = json.loads(json.dumps(sample_record(exact, "What?", fakes.Strips()), allow_nan=False))
+    record = json.loads(
+        json.dumps(
+            sample_record(
+                exact,
+                "What?",
+                fakes.Strips(),
+            ),
+            allow_nan=False,
+        )
+    )
     assert record == {
         "prompt_id": "p",
         "prompt": "What?",

@@ -227,7 +227,11 @@ def test_heads_of_the_model_s_own_precision_round_logits(options, rounded):
 
 async def test_a_replica_with_slightly_other_weights_is_named():
     other = logits_of()
-    other[PROMPT[-1]] += np.where(np.arange(VOCAB) == other[PROMPT[-1]].argmax(), 0.02, 0.0)
+    other[PROMPT[-1]] += np.where(
+        np.arange(VOCAB) == other[PROMPT[-1]].argmax(),
+        0.02,
+        0.0,
+    )
     with pytest.raises(TeacherSelfTestError, match=r"replica 2: replicas is off by 0\.0"):
         await run(Bigram(logits_of()), Bigram(logits_of()), Bigram(other))
 

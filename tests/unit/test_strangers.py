@@ -28,7 +28,13 @@ def listener(store, timeout_s: float = 5.0) -> Lifeline:
 
 
 def member(store, rank: int, secret: str = SECRET) -> Lifeline:
-    return Lifeline.open(store, address="127.0.0.1", rank=rank, secret=secret, timeout_s=5.0)
+    return Lifeline.open(
+        store,
+        address="127.0.0.1",
+        rank=rank,
+        secret=secret,
+        timeout_s=5.0,
+    )
 
 
 def knock(store, said: bytes = b"") -> socket.socket:

@@ -67,7 +67,11 @@ def _vocabulary(monkeypatch):
 
 
 def stored(response, stop=StopReason.END_TOKEN, teacher_prompt=None):
-    body = fakes.trajectory(response, of=fakes.prompt(for_teacher=teacher_prompt), stop=stop)
+    body = fakes.trajectory(
+        response,
+        of=fakes.prompt(for_teacher=teacher_prompt),
+        stop=stop,
+    )
     return fakes.stored(body, {"generate_s": 1.0})
 
 

@@ -282,7 +282,13 @@ async def test_a_deadline_missed_is_tried_again_on_a_new_connection(hurried):
 
 async def test_a_server_that_never_answers_is_unavailable(hurried):
     async with Server(hang=9) as server:
-        client = ServerClient(ServerConfig(url=server.url, timeout_s=0.05, max_attempts=2))
+        client = ServerClient(
+            ServerConfig(
+                url=server.url,
+                timeout_s=0.05,
+                max_attempts=2,
+            )
+        )
         with pytest.raises(TeacherUnavailableError, match=r"2 attempts .* no answer within 0.05 s"):
             await client.get("/")
 
@@ -326,7 +332,11 @@ async def test_a_server_that_fails_on_one_request_time_and_again_is_not_away(ans
     ):
         await client.get("/v1/models")
 
-    client, _ = answering(httpx.Response(500), httpx.ConnectError("refused"), max_attempts=2)
+    client, _ = answering(
+        httpx.Response(500),
+        httpx.ConnectError("refused"),
+        max_attempts=2,
+    )
     with pytest.raises(TeacherUnavailableError, match="refused"):
         await client.get("/v1/models")
 

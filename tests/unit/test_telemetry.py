@@ -226,7 +226,14 @@ def scrape(sink: PrometheusSink, accept: str = "text/plain") -> str:
 
 
 def test_a_scrape_shows_the_newest_row_of_its_run() -> None:
-    first, second = PrometheusSink("127.0.0.1", 0, run="a"), PrometheusSink("127.0.0.1", 0, run="b")
+    first, second = (
+        PrometheusSink(
+            "127.0.0.1",
+            0,
+            run="a",
+        ),
+        PrometheusSink("127.0.0.1", 0, run="b"),
+    )
     try:
         first.write({"eopd_step": 1.0, "eopd_trajectories_total": 8.0, LOST: 0.0})
         first.write({"eopd_step": 2.0, "eopd_trajectories_total": 16.0, LOST: 1.0})

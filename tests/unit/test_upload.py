@@ -341,7 +341,11 @@ async def test_a_run_that_lost_its_checkpoints_gets_them_back(config, there):
     directory = await uploaded(config, 4, 8)
     shutil.rmtree(directory.checkpoints)
     with held(directory.path):
-        assert restore(config, "yes", print) == [f"restored from file://{there}, up to step 8"]
+        assert restore(
+            config,
+            "yes",
+            print,
+        ) == [f"restored from file://{there}, up to step 8"]
 
     assert len(list_checkpoints(directory.checkpoints)) == 2
 
@@ -370,7 +374,11 @@ async def test_the_run_that_went_on_further_counts(config, there, tmp_path):
 
     assert steps_at(there) == [4, 6]
     with held(first.path):
-        assert restore(config, "auto", print) == [f"restored from file://{there}, up to step 6"]
+        assert restore(
+            config,
+            "auto",
+            print,
+        ) == [f"restored from file://{there}, up to step 6"]
         # and nothing is fetched where the run here is as far
         assert restore(config, "auto", print) == []
 

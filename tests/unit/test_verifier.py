@@ -129,7 +129,17 @@ async def test_a_coroutine_function_is_awaited(functions, model):
     verifier = Verifier(Reward(function=functions + "later"), model)
 
     try:
-        headers = [await rewarded(verifier, answered(model, "1 2 3", {})) for _ in range(2)]
+        headers = [
+            await rewarded(
+                verifier,
+                answered(
+                    model,
+                    "1 2 3",
+                    {},
+                ),
+            )
+            for _ in range(2)
+        ]
     finally:
         verifier.close()
 
@@ -188,7 +198,13 @@ def test_a_function_that_is_not_found_in_the_child_is_a_mistake(functions):
 
 
 def test_a_function_that_is_gone_when_its_child_must_start_again_is_a_fault(functions, tmp_path):
-    child = FunctionProcess(Asked(key="k", function=functions + "odd", kind=RewardFunction))
+    child = FunctionProcess(
+        Asked(
+            key="k",
+            function=functions + "odd",
+            kind=RewardFunction,
+        )
+    )
     child.start()
     (tmp_path / "made_up_functions.py").unlink()
 

@@ -136,7 +136,14 @@ def test_repetition_is_a_mean_over_trajectories(others):
     again = dataclasses.replace(
         repeated.trajectory, response_ids=np.array([1, 2, 1, 2, 1, 2, 1], np.int32)
     )
-    bodies = [dataclasses.replace(repeated, trajectory=again), scored("b", exact(1.0), [True])]
+    bodies = [
+        dataclasses.replace(repeated, trajectory=again),
+        scored(
+            "b",
+            exact(1.0),
+            [True],
+        ),
+    ]
     assert metrics_of(bodies)["eopd_repetition_ratio"] == pytest.approx((0.5 + 0.0) / 2)
 
 
@@ -178,7 +185,14 @@ def test_repetition_is_the_share_of_runs_that_were_there_before(ids, share):
 def test_an_unsure_sigmoid_counts_by_how_far_it_may_move(others):
     known = bounds([0.8, 0.8], [0.8, 1.0])
     _, (weighting,) = weigh(
-        [scored("a", known, [True, True])], gate={"kind": "sigmoid", "tau": 0.8, "scale": 0.1}
+        [
+            scored(
+                "a",
+                known,
+                [True, True],
+            )
+        ],
+        gate={"kind": "sigmoid", "tau": 0.8, "scale": 0.1},
     )
     assert weighting.gate_uncertain == pytest.approx(1 / (1 + np.exp(-2)) - 0.5, abs=1e-6)
 

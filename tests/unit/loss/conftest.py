@@ -250,7 +250,14 @@ def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int 
             else float(tokens.advantage_bonus_T[t]),
             "rest": float(tokens.teacher_tail_logprobs_T[t]),
         }
-        reverse, importance, capped, clipped = row_reverse(config, log_p, y, row, ids, log_q)
+        reverse, importance, capped, clipped = row_reverse(
+            config,
+            log_p,
+            y,
+            row,
+            ids,
+            log_q,
+        )
         forward, gate = (
             row_forward(config.forward_kl.kind, log_p, ids, log_q, row["rest"]),
             float(tokens.gate_T[t]),
@@ -281,7 +288,15 @@ def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int 
     sums = [sum(column) for column in zip(*seen, strict=True)] if seen else [0.0] * len(METRICS)
     count, gate_sum = max(len(rows), 1), sums[5]
     denominators = [count, count, count, gate_sum or 1.0, (count - gate_sum) or 1.0] + [count] * 10
-    metrics = {f"eopd_{n}": s / d for n, s, d in zip(METRICS, sums, denominators, strict=True)}
+    metrics = {
+        f"eopd_{n}": s / d
+        for n, s, d in zip(
+            METRICS,
+            sums,
+            denominators,
+            strict=True,
+        )
+    }
     gradients = torch.autograd.grad(total / num, [hidden, weight, *bias])
 
     return Result(loss=total.detach() / num, gradients=list(gradients), metrics=metrics)

@@ -49,7 +49,11 @@ def padded(case, count):
 
     nan = torch.full((count, case.hidden.shape[1]), float("nan"), dtype=case.hidden.dtype)
 
-    return replace(case, hidden=torch.cat([nan, case.hidden]), tokens=LossTokens(**poison))
+    return replace(
+        case,
+        hidden=torch.cat([nan, case.hidden]),
+        tokens=LossTokens(**poison),
+    )
 
 
 @pytest.mark.parametrize("kind", GATES)
@@ -78,7 +82,14 @@ def test_the_cut_changes_nothing(kind, case, run):
         losses = sum(part.loss for part, _ in parts)
         assert losses.item() == pytest.approx(reference.loss.item(), rel=1e-6)
         hidden = torch.cat(
-            [part.gradients[0][a % 3 :] for (part, _), (a, _) in zip(parts, pairs, strict=True)]
+            [
+                part.gradients[0][a % 3 :]
+                for (part, _), (a, _) in zip(
+                    parts,
+                    pairs,
+                    strict=True,
+                )
+            ]
         )
         weight = sum(part.gradients[1] for part, _ in parts)
         for one, other in zip((hidden, weight), reference.gradients, strict=True):
@@ -155,7 +166,13 @@ def test_no_tensor_is_larger_than_a_chunk(differentiate, case):
     arguments = (big.hidden.requires_grad_(differentiate), big.head(big.weight), big.tokens)
 
     with LargestTensor() as largest:
-        loss, _ = objective(*arguments, DEFAULT, num_loss_tokens=1, alpha=1.0, chunk_tokens=8)
+        loss, _ = objective(
+            *arguments,
+            DEFAULT,
+            num_loss_tokens=1,
+            alpha=1.0,
+            chunk_tokens=8,
+        )
         if differentiate:
             loss.backward()
 
@@ -281,7 +298,12 @@ def test_tokens_that_a_bias_makes_impossible_leave_the_rest_as_it_was(case, run)
     plain, padded = run(random, DEFAULT)[0], run(wider, DEFAULT)[0]
     assert padded.metrics == pytest.approx(plain.metrics, rel=1e-12)
     for found, expected in zip(padded.gradients, plain.gradients, strict=True):
-        torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            found[: len(expected)],
+            expected,
+            rtol=1e-10,
+            atol=1e-12,
+        )
         assert not found[len(expected) :].any()
 
 

@@ -87,7 +87,12 @@ def test_what_is_no_gate_is_refused_with_the_name_of_the_function(function, word
 def test_where_numbers_are_missing_the_custom_gate_is_not_asked_to_be_one():
     entropy = torch.tensor([0.5, math.nan])
     counted = entropy.isfinite()
-    gate = custom_gate("my:gate", lambda read: read.teacher_entropy, tokens(entropy), counted)
+    gate = custom_gate(
+        "my:gate",
+        lambda read: read.teacher_entropy,
+        tokens(entropy),
+        counted,
+    )
     assert gate.tolist() == [0.5, 0.0]
 
 
@@ -151,6 +156,8 @@ def test_draws_are_uniform():
     assert draws.max() < 1.0
     counts = torch.histc(draws, 10, 0.0, 1.0)
     assert (counts - 2000).abs().max() < 200  # 4.7 standard deviations
-    assert gate_weights(draws, RandomGate(rate=0.2), draws_T=draws).mean().item() == pytest.approx(
-        0.2, abs=0.015
-    )
+    assert gate_weights(
+        draws,
+        RandomGate(rate=0.2),
+        draws_T=draws,
+    ).mean().item() == pytest.approx(0.2, abs=0.015)

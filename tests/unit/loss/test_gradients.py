@@ -54,7 +54,11 @@ def test_closed_form_of_the_tail_gradient(k, case, signal, run):
         num=1,
     )[0].gradients[0]
     p, q = student.softmax(-1), teacher.softmax(-1)
-    inside = torch.zeros_like(p, dtype=torch.bool).scatter(1, teacher.topk(k).indices, True)
+    inside = torch.zeros_like(p, dtype=torch.bool).scatter(
+        1,
+        teacher.topk(k).indices,
+        True,
+    )
     mass_q, mass_p = (q * inside).sum(1, keepdim=True), (p * inside).sum(1, keepdim=True)
     torch.testing.assert_close(
         gradient, torch.where(inside, p - q, p * (mass_q - mass_p) / (1 - mass_p))
@@ -83,7 +87,16 @@ def test_a_nearly_certain_sampled_candidate_keeps_its_gradient(case, signal, run
     """
     student = torch.tensor([[15.0, 0.0, -0.5, -1.0, -1.5, -2.0]])
     one = on_logits(case, signal, student, 0.5 * student, k=3)
-    gradient = run(one, config(reverse="sampled"), alpha=0.0, num=1)[0].gradients[0][0].double()
+    gradient = (
+        run(
+            one,
+            config(reverse="sampled"),
+            alpha=0.0,
+            num=1,
+        )[0]
+        .gradients[0][0]
+        .double()
+    )
     log_p, log_q = student.double().log_softmax(-1)[0], (0.5 * student).double().log_softmax(-1)[0]
     weight = (log_p[0] - one.tokens.rollout_logprobs_T[0].double()).exp().clamp(max=2.0)
     others = log_p[1:].exp()
@@ -94,11 +107,32 @@ def test_a_nearly_certain_sampled_candidate_keeps_its_gradient(case, signal, run
 def test_the_teacher_is_stationary_for_tail_only(case, signal, run):
     _, teacher = two_models()
     same = on_logits(case, signal, teacher, teacher, k=4)
-    gradients = {f: run(same, config(f), num=1)[0].gradients[0].abs().max().item() for f in FORWARD}
+    gradients = {
+        f: run(
+            same,
+            config(f),
+            num=1,
+        )[0]
+        .gradients[0]
+        .abs()
+        .max()
+        .item()
+        for f in FORWARD
+    }
     assert gradients["tail"] < 1e-14
     assert gradients["renormalized"] > 0.01
     assert gradients["truncated"] > 0.01
-    assert run(same, config("tail", "topk_tail"), num=1)[0].gradients[0].abs().max() < 1e-14
+    assert (
+        run(
+            same,
+            config("tail", "topk_tail"),
+            num=1,
+        )[0]
+        .gradients[0]
+        .abs()
+        .max()
+        < 1e-14
+    )
 
 
 def test_sampled_reverse_kl_in_expectation_is_the_full_kl(case, signal, run):
@@ -110,7 +144,12 @@ def test_sampled_reverse_kl_in_expectation_is_the_full_kl(case, signal, run):
         case, signal, student.expand(v, v), teacher.expand(v, v), k=4, targets=torch.arange(v)
     )
     on_policy = every.with_tokens(rollout_logprobs_T=student.log_softmax(-1)[0])
-    per_token = run(on_policy, config("tail", "sampled"), alpha=0.0, num=1)[0].gradients[0]
+    per_token = run(
+        on_policy,
+        config("tail", "sampled"),
+        alpha=0.0,
+        num=1,
+    )[0].gradients[0]
     expected = (student.softmax(-1)[0][:, None] * per_token).sum(0)
     leaf = student.clone().requires_grad_()
     kl = (leaf.softmax(-1) * (leaf.log_softmax(-1) - teacher.log_softmax(-1))).sum()
@@ -156,7 +195,12 @@ def test_the_reverse_term_is_no_switch(case, signal, run):
     student, teacher = two_models()
     both = on_logits(case, signal, student, teacher, k=4)
     summed, forward = (
-        run(both, config("tail", r), alpha=0.5)[0].gradients[0] for r in ("sampled", "none")
+        run(
+            both,
+            config("tail", r),
+            alpha=0.5,
+        )[0].gradients[0]
+        for r in ("sampled", "none")
     )
     reverse = run(both, config("tail", "sampled"), alpha=0.0)[0].gradients[0]
     torch.testing.assert_close(summed, forward + reverse)

@@ -61,7 +61,14 @@ def test_every_combination(gate, forward, reverse, case, run, oracle):
     loss_config = config(forward, reverse, gate)
     for old in (False, True):
         random = gated(case(3, t=9, old=old, bonus=old, bias=old), loss_config)
-        assert_same(run(random, loss_config, alpha=0.7)[0], oracle(random, loss_config, alpha=0.7))
+        assert_same(
+            run(
+                random,
+                loss_config,
+                alpha=0.7,
+            )[0],
+            oracle(random, loss_config, alpha=0.7),
+        )
 
 
 @settings(max_examples=60, deadline=None)
