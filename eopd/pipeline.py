@@ -31,6 +31,7 @@ the run drops one.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -189,13 +190,17 @@ class Pipeline:
         self.buffer.release()
         ended = time.monotonic()
 
-        generated = max(self._generated_at.pop(issue) for issue in trained)
+        waits, works = (
+            [(start - started, stop - started) for start, stop in spans]
+            for spans in (batch.waits, batch.works)
+        )
+        generated = max(self._generated_at.pop(issue) for issue in trained) - started
         spans = {
             "generate": self._generating.lap(started),
             "score": self._scoring.lap(started),
-            "wait_rollout": _within(batch.waits, started, generated),
-            "wait_teacher": _within(batch.waits, max(started, generated), ended, origin=started),
-            "train": _within(batch.works, started, ended),
+            "wait_rollout": _within(waits, 0.0, generated),
+            "wait_teacher": _within(waits, generated, math.inf),
+            "train": works,
             "weights": [(trained_at - started, ended - started)],
         }
         seconds = {name: sum(stop - start for start, stop in of) for name, of in spans.items()}
@@ -361,12 +366,9 @@ class Pipeline:
             return await self.teacher.score(generated)
 
 
-def _within(
-    spans: Sequence[Span], start: float, stop: float, *, origin: float | None = None
-) -> Sequence[Span]:
-    """Returns what of the spans lies between two times, from ``origin`` on, or from ``start``."""
-    zero = start if origin is None else origin
-    cut = [(max(a, start) - zero, min(b, stop) - zero) for a, b in spans]
+def _within(spans: Sequence[Span], start: float, stop: float) -> Sequence[Span]:
+    """Returns what of the spans lies between two times."""
+    cut = [(max(a, start), min(b, stop)) for a, b in spans]
     return [(a, b) for a, b in cut if a < b]
 
 

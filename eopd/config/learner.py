@@ -108,8 +108,8 @@ class LearnerConfig(Section):
     """Computes activations again in the backward pass, which needs less memory and more time."""
 
     timeout_s: Seconds = 3600.0
-    """The seconds in which an update, or a part of one, must be done. When it takes longer, all ranks are started
-    again from the newest checkpoint.
+    """The seconds in which an update, or a part of one, must be done. When it takes longer, all ranks
+    are started again from the newest checkpoint.
     """
 
     peak_flops: float | None = Field(None, ge=1e9, le=1e18)

@@ -94,8 +94,7 @@ class LearnerActor(Actor):
         )
 
     def take(self, share: PackedBatch, bodies: Sequence[ray.ObjectRef]) -> list[int]:
-        """Fetch this rank's share of a batch, for ``accumulate``, ``step`` or
-        ``evaluate``.
+        """Fetch this rank's share of a batch, for ``accumulate``, ``step`` or ``evaluate``.
 
         Args:
             share: the share, without bodies.

@@ -161,6 +161,11 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             ".optimizer_steps_per_batch cut the batches",
         ),
         (
+            "learner.deepspeed={communication_data_type: fp16}",
+            "learner.deepspeed.communication_data_type: may not be fp16: sums over the tokens of a "
+            "batch leave the range of float16",
+        ),
+        (
             "learner.deepspeed={bfloat16: {enabled: true}}",
             "learner.deepspeed.bfloat16: cannot be set here: student.dtype says it",
         ),
