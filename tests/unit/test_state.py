@@ -99,6 +99,22 @@ async def test_a_lost_learner_goes_back_to_the_newest_checkpoint(config):
     assert state.ledger.dropped == {2}, "what was dropped is not tried again"
 
 
+async def test_uploads_are_told_where_training_goes_on(config, monkeypatch):
+    told = []
+    monkeypatch.setattr(Uploads, "go_back", lambda uploads, step: told.append(step))
+    await interrupted(config, checkpoint=4, last=6)
+    state = RunState(take_up(config, INPUTS, "yes"), Uploads(config, print))
+    assert told == []
+    state.go_on()
+    assert told == [4]
+
+    state.progress.step = 8
+    await state.save(Learner())
+    state.progress.step = 9
+    state.roll_back()
+    assert told == [4, 8]
+
+
 async def test_a_step_is_saved_once(config):
     state = begin(config)
     learner = Learner()

@@ -2,6 +2,7 @@
 of ``fake_train.py``.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import fakes
 import pytest
 
-from eopd.config import ConfigError
+from eopd.config import ConfigError, load_config
 from eopd.run.grid import plan_runs, read_grids
 from eopd.run.lock import held
 from eopd.run.results import final_numbers
@@ -222,6 +223,24 @@ def test_a_run_that_collapsed_has_ended_and_counts_no_number(bench):
     assert never.values["held_out/reverse_kl"].keys() == {0}
     bench.sweep(*ends).run(1)
     assert len(bench.began()) == 4
+
+
+def test_names_are_pinned_once_for_all_runs_and_stay_so(bench, monkeypatch):
+    """``learner.timeout_s`` stands for the commit of a name whose branch moves all the time."""
+    moving = itertools.count(100)
+
+    def pinned(config, before):
+        commit = before.learner.timeout_s if before else float(next(moving))
+        learner = config.learner.model_copy(update={"timeout_s": commit})
+        return config.model_copy(update={"learner": learner})
+
+    monkeypatch.setattr("eopd.runtime.sweep.pinned", pinned)
+    for seeds in ((0, 1), (0, 1, 2)):
+        bench.sweep(seeds=seeds).run(1)
+
+    configs = (bench.root / "runs" / "r-sweep" / "configs").glob("*.yaml")
+    commits = [load_config(path).learner.timeout_s for path in configs]
+    assert commits == [100.0] * 6
 
 
 def test_a_signal_ends_the_runs_softly_and_begins_no_other(bench):
