@@ -468,7 +468,7 @@ async def test_a_run_that_goes_on_in_another_mode_has_no_empty_part(mode, ahead)
     settled = Watermark(0, {*ahead})
     buffer = Buffer(batch=4, part_tokens=2 * TOKENS, settled=settled, **mode)
     offers, parts = [], []
-    for issues in (range(2), range(2, 8)):
+    for issues in (range(2), range(2, 4)):
         offers += [offer(buffer, issue, version=0) for issue in issues]
         await _turns(2)
         parts.append(await asyncio.wait_for(buffer.take(version=0), 1.0))

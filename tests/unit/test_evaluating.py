@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import fakes
@@ -12,6 +13,7 @@ from eopd.config import load_config
 from eopd.evaluation.beside import OneVersion
 from eopd.preflight import Prepared
 from eopd.prompts import PromptSet
+from eopd.rewards.verdict import Verdict
 from eopd.run.evaluations import read_evaluations
 from eopd.run.upload import Uploads
 from eopd.runtime.evaluating import Evaluator
@@ -409,6 +411,17 @@ async def test_a_grader_that_was_broken_meanwhile_costs_its_measurement_and_no_m
     assert lines(run) == [(0, "before", "held_out"), (0, "before", "math")]
     (told,) = [text for text in run.outlets.said if "not measured" in text]
     assert told.startswith("step 0, mine: not measured: grader: my_grader:grade: importing")
+
+
+@pytest.mark.parametrize("verdict", [Verdict.ERROR, Verdict.TIMEOUT])
+async def test_an_error_and_a_time_out_are_no_grades(made, monkeypatch, verdict):
+    grades = nullcontext(lambda response, reference: verdict)
+    monkeypatch.setattr("eopd.runtime.evaluating.open_grader", lambda name: grades)
+    run = made(f"{{every: 5, samples: 0, benchmarks: [{MATH}]}}")
+    await run.evaluator.evaluate("before")
+    await run.evaluator.channel.beside.finish()
+    (measured,) = [one for one in run.state.evaluations if one.name == "math"]
+    assert measured.measurements["not_graded"].mean == 4
 
 
 async def test_answers_that_were_not_graded_are_counted_and_said(made, grader):

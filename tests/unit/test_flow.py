@@ -14,6 +14,7 @@ import pytest
 from fakes import World
 
 from eopd.pipeline import Pipeline
+from eopd.roles import BodiesLostError
 from eopd.telemetry.step import BusyClock
 from eopd.types import LostReason
 
@@ -172,6 +173,23 @@ async def test_the_parts_of_a_step_that_is_begun_early_add_up():
         assert all(a[1] <= b[0] + 1e-6 for a, b in itertools.pairwise(learner))
         assert len(done.spans["train"]) == 2 and done.seconds["wait_teacher"] > 0.03
         assert done.seconds["train"] > 0.02
+
+
+async def test_a_part_whose_bodies_are_lost_was_waited_for():
+    class Forgetful(QuickWorld):
+        is_lost = True
+
+        async def step(self, batch):
+            if self.is_lost:
+                self.is_lost = False
+                await asyncio.sleep(0.04)
+                raise BodiesLostError([stored.header.key for stored in batch.stored()])
+
+            return await super().step(batch)
+
+    done = await anext(pipeline(Forgetful(), batch=4, batches=2, max_staleness=0).steps(0))
+    assert done.seconds["train"] < 0.02 < done.seconds["wait"]
+    assert done.seconds["wait"] == pytest.approx(done.seconds["step"], abs=0.02)
 
 
 async def test_what_is_under_way_when_a_step_ends_is_told_in_two_parts():
