@@ -221,15 +221,21 @@ class GlooWire:
         """
         (work,) = message
         while message and not work.is_completed():
-            if gone := self._lifeline.departure():
-                raise WeightTransferError(gone.reason, [gone.rank] if gone.rank else ())
-
+            self._all_must_be_there()
             time.sleep(POLL_S)
 
         if not message:
             raise RuntimeError("the wire was closed")
 
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError:
+            self._all_must_be_there()  # gloo may notice one that leaves first, and names nobody
+            raise
+
+    def _all_must_be_there(self) -> None:
+        if gone := self._lifeline.departure():
+            raise WeightTransferError(gone.reason, [gone.rank] if gone.rank else ())
 
 
 def _release(group: list[ProcessGroupGloo], message: list[Work]) -> None:

@@ -18,6 +18,7 @@ import torch
 from gang import PROCESSES
 
 from eopd.types import WeightTransferError
+from eopd.weights import wire
 from eopd.weights.layout import ParameterMeta
 from eopd.weights.transfer import InitInfo, WeightReceiver, WeightSender
 from eopd.weights.wire import WireError
@@ -215,6 +216,20 @@ def test_an_engine_killed_between_two_transfers_fails_the_next():
 
         them.connect(sender)
         assert_publishes(them, sender, source, 2.0)
+
+
+@pytest.mark.timeout(120)
+def test_who_has_left_is_named_also_when_gloo_notices_first(monkeypatch):
+    with gang(1, timeout_s=HOUR) as (them, sender, source):
+        them.connect(sender)
+        source.at_bucket = 3
+        source.happens = lambda: them.remove(0, signal.SIGKILL)
+        monkeypatch.setattr(wire, "POLL_S", 0.5)  # gloo has failed before the next look
+        assert them.tell("start")() == ["started"]
+        with pytest.raises(WireError, match=r"rank 1 at .* has left") as caught:
+            sender.send()
+
+        assert list(caught.value.ranks) == [1]
 
 
 @pytest.mark.timeout(120)
