@@ -1,7 +1,7 @@
 """The whole of a run: its sections, and what must hold between them."""
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -77,6 +77,19 @@ class Config(Section):
         specialists = (teacher for teacher in self.teachers if source in teacher.sources)
         generalists = (teacher for teacher in self.teachers if not teacher.sources)
         return next(specialists, next(generalists, None))
+
+    @property
+    def weights_backend(self) -> Literal["auto", "shared", "gloo", "nccl"]:
+        """Returns ``weights.backend``, with ``auto`` decided as far as the config says; where the
+        engines are is known once they meet the learner.
+        """
+        is_open = self.weights.backend == "auto"
+        return "nccl" if is_open and self._has_whole_gpus else self.weights.backend
+
+    @property
+    def _has_whole_gpus(self) -> bool:
+        gpus = self.learner.gpus, self.rollout.gpus
+        return all(share >= 1.0 and share.is_integer() for share in gpus)
 
     @property
     def reads_rows(self) -> bool:
@@ -209,13 +222,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         learner, rollout = self.learner.gpus, self.rollout.gpus
-        if self.weights.backend == "nccl" and not (
-            learner.is_integer() and rollout.is_integer() and learner * rollout
-        ):
+        if self.weights.backend == "nccl" and not self._has_whole_gpus:
             raise ValueError(
                 "weights.backend: nccl moves weights between GPUs that are not shared; it "
                 f"needs learner.gpus 1 (is {learner:g}) and rollout.gpus of 1 or more (is "
-                f"{rollout:g}); else write gloo"
+                f"{rollout:g}); else write auto"
             )
 
         if isinstance(self.loss.reverse_kl, NoReverseKl) and not self.loss.forward_counts:

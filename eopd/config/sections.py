@@ -206,9 +206,11 @@ class FlowConfig(Section):
 class WeightsConfig(Section):
     """The wire on which weights go from the learner to the engines, and how they are verified."""
 
-    backend: Literal["gloo", "nccl"] = "gloo"
-    """What carries the weights: ``gloo`` goes through host memory, ``nccl`` goes between GPUs
-    that are not shared.
+    backend: Literal["auto", "shared", "gloo", "nccl"] = "auto"
+    """What carries the weights. ``shared`` is memory of one host, into which the learner writes them
+    once; ``gloo`` goes over sockets; ``nccl`` goes between GPUs that are not shared. ``auto`` takes
+    ``nccl`` where learner and engines have GPUs of their own, else ``shared`` where all engines are
+    on the learner's host, else ``gloo``.
     """
 
     bucket_bytes: int = Field(64 * 1024 * 1024, ge=1024, le=2**40)

@@ -194,7 +194,7 @@ class VllmRolloutEngine:
                 may connect again.
         """
         request = WeightTransferInitRequest(init_info=dict(init_info))
-        await self._transfer(self._llm.init_weight_transfer_engine(request))
+        await self._transfer("weight_failure", self._llm.init_weight_transfer_engine(request))
 
     async def receive_weights(self) -> None:
         """Start to receive new weights into host memory, and return at once; generation goes on.
@@ -202,7 +202,7 @@ class VllmRolloutEngine:
         Raises:
             WeightTransferError: the engine is in no group, or the group has failed: connect again.
         """
-        await self._transfer(self._update("receive"))
+        await self._transfer("begin_weights")
 
     async def check_weights(self) -> None:
         """Find out, after the sender's ``send``, that every bucket arrived with the right hash.
@@ -211,7 +211,7 @@ class VllmRolloutEngine:
             WeightTransferError: one did not; nothing was loaded. After a wrong hash the next
                 ``receive_weights`` may follow, after any other failure ``connect_weights`` must.
         """
-        await self._transfer(self._update("check"))
+        await self._transfer("check_weights")
 
     async def install_weights(self, version: PolicyVersion) -> float:
         """Pause, load what ``check_weights`` has found complete, label it, resume.
@@ -226,16 +226,22 @@ class VllmRolloutEngine:
         """
         started = time.monotonic()
         await self._llm.pause_generation(mode="keep", clear_cache=True)
-        await self._update("load", version)
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={}))
+        await self._llm.finish_weight_update(weight_version=version.label)
         await self._llm.resume_generation()
         return time.monotonic() - started
 
-    async def _transfer(self, call: Awaitable[None]) -> None:
-        """Make a call that loads nothing, and ask every worker of the engine whether it failed."""
+    async def _transfer(self, method: str, first: Awaitable[None] | None = None) -> None:
+        """Await a call that loads nothing, and then a method of every worker, which returns why it
+        failed.
+        """
         try:
             with _dies_as_down():
-                await call
-                failures = await self._llm.collective_rpc("weight_failure")
+                if first is not None:
+                    await first
+
+                failures = await self._llm.collective_rpc(method)
         except EngineDownError:
             raise
         except Exception as error:  # across processes vLLM keeps its message, and not its type
@@ -243,12 +249,6 @@ class VllmRolloutEngine:
 
         if any(failures):
             raise WeightTransferError("; ".join(dict.fromkeys(filter(None, failures))))
-
-    async def _update(self, phase: str, version: PolicyVersion | None = None) -> None:
-        """Go through one phase of ``weights/vllm_receiver.py``, as one session of vLLM."""
-        await self._llm.start_weight_update()
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"phase": phase}))
-        await self._llm.finish_weight_update(weight_version=version.label if version else None)
 
     async def version(self) -> PolicyVersion:
         """Return the label of the weights that serve now.

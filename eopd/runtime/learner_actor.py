@@ -86,7 +86,7 @@ class LearnerActor(Actor):
                 gathered=self._rank.backend.gathered,
             ),
             rank=rank,
-            backend=config.weights.backend,
+            backend=config.weights_backend,
             address=address,
             bucket_bytes=config.weights.bucket_bytes,
             timeout_s=config.weights.timeout_s,

@@ -9,6 +9,9 @@ For example three parameters of 60, 30 and 50 bytes, in buckets of at most 100 b
     gather p2     ────▶ [ p2  50 B | hash 16 B ] ────────────▶ hash, keep       bucket, and at the
                         barrier                          ◀───▶ barrier          end one barrier
 
+On one host the message is not sent: it is packed into memory that the workers have mapped
+(``weights/shared.py``), and only its hash travels.
+
 This is phase one of a weight sync: buckets travel while generation goes on, and nothing is loaded.
 In phase two (``weights/vllm_receiver.py``) the engine pauses, and loads what is in its memory.
 
@@ -38,6 +41,7 @@ from eopd.weights.layout import (
     unpack,
     write_digest,
 )
+from eopd.weights.shared import SharedMemory
 from eopd.weights.wire import Backend, Rendezvous, Wire, WireError, open_store, open_wire
 
 # Once the sender has finished, a receiver's transfer ends within this, also on a busy machine.
@@ -105,8 +109,10 @@ class WeightSender:
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._buckets = cut_into_buckets(source.metadata(), bucket_bytes)
+        self._sizes = _message_sizes(self._buckets)
         self._rendezvous: Rendezvous | None = None
         self._store: TCPStore | None = None
+        self._memory: SharedMemory | None = None
         self._wire: Wire | None = None
 
     def open(self, engine_workers: Sequence[int], secret: str) -> list[dict[str, object]]:
@@ -124,6 +130,10 @@ class WeightSender:
             return []
 
         self._store = open_store(self._address, self._connect_timeout_s)
+        if self._backend in ("auto", "shared"):
+            self._memory = self._memory or SharedMemory(self._sizes)
+            self._memory.mark(secret)
+
         self._rendezvous = Rendezvous(
             backend=self._backend,
             address=self._address,
@@ -133,6 +143,7 @@ class WeightSender:
             secret=secret,
             connect_timeout_s=self._connect_timeout_s,
             timeout_s=self._timeout_s,
+            memory=self._memory.path if self._memory else "",
         )
         fields = asdict(self._rendezvous)
         buckets = [list(map(asdict, bucket)) for bucket in self._buckets]
@@ -154,7 +165,9 @@ class WeightSender:
             raise WireError("weight transfer: accept before open")
 
         try:
-            self._wire = open_wire(self._rendezvous, self._store)
+            self._wire = open_wire(
+                self._rendezvous, self._sizes, store=self._store, memory=self._memory
+            )
         except WireError:
             self.close()
             raise
@@ -188,13 +201,13 @@ class WeightSender:
         if self._is_sender and wire is None:
             failure = WireError("no group to send to: open, accept")
 
-        for bucket in self._buckets:
+        for index, bucket in enumerate(self._buckets):
             # to the last bucket, also after a failure: the other ranks gather all of them
             tensors = self._source.gather(bucket)
             if tensors is None or failure is not None or wire is None:
                 continue
 
-            message_B = _message(bucket)
+            message_B = wire.message(index)
             bucket_B, digest_D = _split(message_B)
             pack(tensors, bucket_B)
             write_digest(bucket_B, digest_D)
@@ -219,8 +232,10 @@ class WeightReceiver:
     """An engine worker's end: a thread receives and hashes buckets while the engine generates."""
 
     def __init__(self, info: InitInfo, worker: int) -> None:
-        self._wire = open_wire(replace(info, rank=info.rank + worker))
         self._buckets = info.layout()
+        self._wire = open_wire(
+            replace(info, rank=info.rank + worker), _message_sizes(self._buckets)
+        )
         self._timeout_s = info.timeout_s
         self._transfer: _Transfer | None = None
 
@@ -274,7 +289,7 @@ class _Transfer:
     def __init__(self, wire: Wire, buckets: Sequence[Bucket]) -> None:
         self._wire = wire
         self._buckets = buckets
-        self._messages = [_message(bucket) for bucket in buckets]
+        self._messages = [wire.message(index) for index in range(len(buckets))]
         self._error: RuntimeError | None = None
         self._all_arrived = False  # still False where an unforeseen error ends the thread
         self._thread = threading.Thread(
@@ -334,8 +349,8 @@ class _Transfer:
         return [_split(message_B)[0] for message_B in self._messages]
 
 
-def _message(bucket: Bucket) -> torch.Tensor:
-    return torch.empty(bucket_num_bytes(bucket) + DIGEST_BYTES, dtype=torch.uint8)
+def _message_sizes(buckets: Sequence[Bucket]) -> list[int]:
+    return [bucket_num_bytes(bucket) + DIGEST_BYTES for bucket in buckets]
 
 
 def _split(message_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

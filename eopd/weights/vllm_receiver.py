@@ -1,19 +1,20 @@
 """The engine's end inside vLLM: a ``WeightTransferEngine`` that loads what ``WeightReceiver`` took.
 ``vllm_plugin.py`` registers it in every process of vLLM.
 
-vLLM's handshake, as it is used here (checked against 0.32.0):
-    init_weight_transfer_engine(InitInfo)      leave the old group, join the new one
-    session {"phase": "receive"}               start the receiving thread, return at once: generation goes on
-    session {"phase": "check"}                 fail unless everything arrived whole
+Calls to the engine, in order (checked against 0.32.0):
+    init_weight_transfer_engine(InitInfo)      leave the old group, join the new one; weight_failure
+    begin_weights                              start the receiving thread, return at once: generation goes on
+    check_weights                              tell whether everything arrived whole
     ... pause_generation ...
-    session {"phase": "load"}                  layer-wise reload from host memory, repack, set the label
-A session is start_weight_update, update_weights, finish_weight_update. Each phase is a session of its own, because the
-worker refuses to start one while another is active: one that spanned phases would stay active after a transfer that
-was given up, and no engine would ever take weights again.
+    start_weight_update, update_weights        layer-wise reload from host memory
+    finish_weight_update                       repack, set the label
+Every call waits for the step under way of the engine, so as few are made as can be. The last three
+are a session of vLLM's. None spans what may be given up, since a worker starts no second session
+while one is active.
 
-All phases but the load may fail without harm. They raise nothing here: the driver asks for the
-failure afterwards (``WeightWorker.weight_failure``). For vLLM stops reading replies at the first
-worker that raises, and takes the replies of the others for those of its next call (0.32.0,
+All but those of the session may fail without harm. They raise nothing here, they return why they
+failed, as ``weight_failure`` does for the first. For vLLM stops reading replies at the first worker
+that raises, and takes the replies of the others for those of its next call (0.32.0,
 ``MultiprocExecutor.collective_rpc``).
 
 On CPU, linear weights are repacked after loading and the original parameters emptied, so
@@ -24,8 +25,7 @@ On CPU, linear weights are repacked after loading and the original parameters em
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from vllm.config import WeightTransferConfig
@@ -56,21 +56,15 @@ class _VllmInitInfo(InitInfo, WeightTransferInitInfo):
     """``InitInfo`` under the base class of vLLM, which makes it of the fields it hands through."""
 
 
-@dataclass
-class _VllmUpdateInfo(WeightTransferUpdateInfo):
-    phase: Literal["receive", "check", "load"]
-
-
-class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdateInfo]):
+class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, WeightTransferUpdateInfo]):
     """Receives while generation goes on, loads while it is paused."""
 
     init_info_cls = _VllmInitInfo
-    update_info_cls = _VllmUpdateInfo
+    update_info_cls = WeightTransferUpdateInfo
     supports_draft_weight_update = False
 
     failure = ""  # of the last call
     _receiver: WeightReceiver | None = None
-    _loaded = False
     _never_sent: Collection[str] = ()
 
     def init_transfer_engine(self, init_info: _VllmInitInfo) -> None:
@@ -79,34 +73,39 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
         with self._keeps_failure():
             self._receiver = WeightReceiver(init_info, worker=self.parallel_config.rank)
 
+    def begin(self) -> str:
+        """Start receiving; returns why it cannot be, empty where it can."""
+        with self._keeps_failure():
+            self._joined().start()
+
+        return self.failure
+
+    def check(self) -> str:
+        """Returns why what was sent did not arrive whole; empty where it did."""
+        with self._keeps_failure():
+            self._joined().check()
+
+        return self.failure
+
     def start_weight_update(self) -> None:
         """Nothing is touched before the load."""
-        self._loaded = False
 
     def update_weights(self, update_info: dict[str, object]) -> None:
-        """Go through one phase; overridden since the base class ends in a synchronisation of the
-        device, which a CPU lacks.
+        """Load; overridden since the base class ends in a synchronisation of the device, which a CPU
+        lacks.
         """
         self.receive_weights(self.parse_update_info(update_info))
 
-    def receive_weights(self, update_info: _VllmUpdateInfo) -> None:
-        """Start receiving, check or load what was received.
+    def receive_weights(self, update_info: WeightTransferUpdateInfo) -> None:
+        """Load what was received.
 
         Raises:
-            WeightTransferError: what is to be loaded is not there.
+            WeightTransferError: it is not there.
         """
-        if update_info.phase == "receive":
-            with self._keeps_failure():
-                self._joined().start()
-        elif update_info.phase == "check":
-            with self._keeps_failure():
-                self._joined().check()
-        else:
-            received = self._joined().take()
-            self._never_sent = _never_sent(self.model)
-            initialize_layerwise_reload(self.model)
-            self.model.load_weights(received)
-            self._loaded = True
+        received = self._joined().take()
+        self._never_sent = _never_sent(self.model)
+        initialize_layerwise_reload(self.model)
+        self.model.load_weights(received)
 
     def _joined(self) -> WeightReceiver:
         if self._receiver is None:
@@ -126,10 +125,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, _VllmUpdate
             )
 
     def finish_weight_update(self) -> None:
-        """Repack the layers; nothing to do after a phase that loads nothing."""
-        if not self._loaded:
-            return
-
+        """Repack the layers."""
         with _expecting(self._never_sent):
             finalize_layerwise_reload(self.model, self.model_config)
 
@@ -151,8 +147,16 @@ class WeightWorker:
     model_runner: "_ModelRunner"
 
     def weight_failure(self) -> str:
-        """Returns why the last phase failed on this worker; empty where it did not."""
+        """Returns why this worker has joined no group; empty where it has."""
         return self.weight_transfer_engine.failure
+
+    def begin_weights(self) -> str:
+        """Start receiving; returns why it cannot be, empty where it can."""
+        return self.weight_transfer_engine.begin()
+
+    def check_weights(self) -> str:
+        """Returns why what was sent did not arrive whole; empty where it did."""
+        return self.weight_transfer_engine.check()
 
     def leave_out_padding(self, num_tokens: int) -> None:
         """Make ids from ``num_tokens`` on impossible, wherever this worker computes logits."""

@@ -1,4 +1,9 @@
-"""The wires: how bytes get from the learner's rank 0 to every engine worker, ``gloo`` or ``nccl``.
+"""The wires: how bytes get from the learner's rank 0 to every engine worker.
+
+    shared   through memory of one host, which gloo announces     all members are on the sender's host
+    gloo     through host memory, over TCP                        anywhere
+    nccl     from GPU to GPU                                      whole GPUs at both ends
+    auto     shared where every worker sees the sender's memory, else gloo
 
 A wire is a process group of its own over a TCP store of its own. No default group is touched, so it
 cannot clash with DeepSpeed's or with vLLM's. Both ends of each wire are in this file.
@@ -8,10 +13,11 @@ fail within moments of the first. A closed wire stays closed: the group is built
 """
 
 import hashlib
+import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol
@@ -28,12 +34,17 @@ from torch._C._distributed_c10d import (
 )
 
 from eopd.types import WeightTransferError
+from eopd.weights.layout import DIGEST_BYTES
 from eopd.weights.lifeline import Lifeline
+from eopd.weights.shared import SharedMemory, is_reachable, map_messages
 
-Backend = Literal["gloo", "nccl"]
+Backend = Literal["auto", "shared", "gloo", "nccl"]
 
-ALL_HERE = "eopd/all-here"  # a key of the store, as the next one is
-NCCL_ID = "eopd/nccl-id"
+ALL_HERE = "eopd/all-here"  # keys of the store: the wire that was chosen, once all are there,
+SEES_MEMORY = "eopd/sees-memory"  # what each worker says of the sender's memory,
+NCCL_ID = "eopd/nccl-id"  # and the id of NCCL's group
+
+logger = logging.getLogger(__name__)
 POLL_S = 0.001  # between two looks at a message under way
 
 
@@ -41,8 +52,9 @@ POLL_S = 0.001  # between two looks at a message under way
 class Rendezvous:
     """Where a group meets, and which of its members this one is: rank 0 is the sender.
 
-    The members alone know ``secret``. ``connect_timeout_s`` is the limit of the handshake,
-    ``timeout_s`` that of each message afterwards.
+    The members alone know ``secret``. ``memory`` is the path of the sender's shared memory, empty
+    where no wire would use it. ``connect_timeout_s`` is the limit of the handshake, ``timeout_s``
+    that of each message afterwards.
     """
 
     backend: Backend
@@ -53,6 +65,7 @@ class Rendezvous:
     secret: str
     connect_timeout_s: float
     timeout_s: float
+    memory: str = ""
 
 
 class WireError(WeightTransferError):
@@ -66,8 +79,11 @@ class Wire(Protocol):
     def is_open(self) -> bool:
         """Whether the wire has neither failed nor been closed."""
 
-    def broadcast(self, buffer_B: torch.Tensor) -> None:
-        """Send (rank 0) or receive (others) a uint8 host buffer.
+    def message(self, index: int) -> torch.Tensor:
+        """Returns the uint8 host memory for a message; its last bytes are the hash of the others."""
+
+    def broadcast(self, message_B: torch.Tensor) -> None:
+        """Send (rank 0) or receive (others) a message.
 
         Raises:
             WireError: a member is gone, or did not answer within the time-out.
@@ -94,8 +110,17 @@ def open_store(address: str, timeout_s: float) -> TCPStore:
     )
 
 
-def open_wire(rendezvous: Rendezvous, store: TCPStore | None = None) -> Wire:
-    """Join the group; blocks until all members have. The sender passes the store it opened.
+def open_wire(
+    rendezvous: Rendezvous,
+    sizes: Sequence[int],
+    *,
+    store: TCPStore | None = None,
+    memory: SharedMemory | None = None,
+) -> Wire:
+    """Join the group; blocks until all members have.
+
+    ``sizes`` are those of the messages, in bytes. The sender passes the store that it opened, and
+    the memory that it would share.
 
     The process group is made once all members are connected: NCCL has no time-out of its own for
     that, and a member that dies in that moment hangs the others until ``learner.timeout_s``.
@@ -104,38 +129,9 @@ def open_wire(rendezvous: Rendezvous, store: TCPStore | None = None) -> Wire:
         WireError: not all have joined within ``connect_timeout_s``; the sender's error names the
             ``ranks`` that have not.
     """
-    lifeline: Lifeline | None = None
-    secret, timeout = rendezvous.secret, timedelta(seconds=rendezvous.connect_timeout_s)
-
     try:
-        if store is None:
-            store = TCPStore(
-                rendezvous.address,
-                rendezvous.port,
-                is_master=False,
-                timeout=timeout,
-            )
-
-        group_store = PrefixStore(hashlib.sha256(secret.encode()).hexdigest(), store)
-        lifeline = Lifeline.open(
-            group_store,
-            address=rendezvous.address,
-            rank=rendezvous.rank,
-            secret=secret,
-            timeout_s=rendezvous.connect_timeout_s,
-        )
-        lifeline.accept(rendezvous.world_size, secret)
-        if rendezvous.rank == 0:
-            group_store.set(ALL_HERE, "1")
-        else:
-            group_store.wait([ALL_HERE], timeout)
-
-        make = GlooWire if rendezvous.backend == "gloo" else NcclWire
-        return make(group_store, rendezvous, lifeline)
+        return _meet(rendezvous, sizes, store, memory)
     except (RuntimeError, OSError) as error:
-        if lifeline is not None:
-            lifeline.close()
-
         where = (
             f"{rendezvous.address}:{rendezvous.port}, as rank {rendezvous.rank} of "
             f"{rendezvous.world_size}"
@@ -147,6 +143,77 @@ def open_wire(rendezvous: Rendezvous, store: TCPStore | None = None) -> Wire:
         ) from error
 
 
+def _meet(
+    rendezvous: Rendezvous,
+    sizes: Sequence[int],
+    store: TCPStore | None,
+    memory: SharedMemory | None,
+) -> Wire:
+    secret, timeout = rendezvous.secret, timedelta(seconds=rendezvous.connect_timeout_s)
+    if store is None:
+        store = TCPStore(
+            rendezvous.address,
+            rendezvous.port,
+            is_master=False,
+            timeout=timeout,
+        )
+
+    group_store = PrefixStore(hashlib.sha256(secret.encode()).hexdigest(), store)
+    if rendezvous.rank > 0 and rendezvous.memory:
+        sees = is_reachable(rendezvous.memory, secret)
+        group_store.set(f"{SEES_MEMORY}/{rendezvous.rank}", str(int(sees)))
+
+    lifeline = Lifeline.open(
+        group_store,
+        address=rendezvous.address,
+        rank=rendezvous.rank,
+        secret=secret,
+        timeout_s=rendezvous.connect_timeout_s,
+    )
+    try:
+        lifeline.accept(rendezvous.world_size, secret)
+        if rendezvous.rank == 0:
+            group_store.set(ALL_HERE, _choose(group_store, rendezvous, memory))
+        else:
+            group_store.wait([ALL_HERE], timeout)
+
+        if group_store.get(ALL_HERE) == b"shared":
+            messages = memory.reserve() if memory else map_messages(rendezvous.memory, sizes)
+            return SharedWire(group_store, rendezvous, lifeline, messages)
+
+        make = NcclWire if rendezvous.backend == "nccl" else GlooWire
+        return make(group_store, rendezvous, lifeline, sizes)
+    except BaseException:
+        lifeline.close()
+        raise
+
+
+def _choose(store: Store, rendezvous: Rendezvous, memory: SharedMemory | None) -> str:
+    """Returns the wire of a group that is complete; shared memory is reserved for it.
+
+    Raises:
+        WeightTransferError: it must be shared memory, and some ``ranks`` do not see it.
+    """
+    if memory is None:
+        return rendezvous.backend
+
+    ranks = range(1, rendezvous.world_size)
+    elsewhere = [rank for rank in ranks if store.get(f"{SEES_MEMORY}/{rank}") != b"1"]
+    if elsewhere and rendezvous.backend == "shared":
+        raise WeightTransferError(
+            f"ranks {elsewhere} do not see the memory of the learner's rank 0: with weights.backend: "
+            "shared every engine must be on its host, in its container; else write auto",
+            elsewhere,
+        )
+
+    if not elsewhere:
+        memory.reserve()
+
+    chosen = "gloo" if elsewhere else "shared"
+    logger.info("weights travel by %s to %d workers", chosen, len(ranks))
+    return chosen
+
+
 class GlooWire:
     """A wire through host memory, over TCP.
 
@@ -155,12 +222,15 @@ class GlooWire:
     and a thread that may sleep keeps both lists until the message has ended.
     """
 
-    def __init__(self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
+    def __init__(
+        self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline, sizes: Sequence[int]
+    ) -> None:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=rendezvous.connect_timeout_s)
         options._devices = [ProcessGroupGloo.create_device(hostname=_own_address(rendezvous))]
         self._timeout = timedelta(seconds=rendezvous.timeout_s)
         self._lifeline = lifeline
+        self._sizes = sizes
         self._work: list[Work] = []
         self._group = [
             ProcessGroupGloo(
@@ -175,10 +245,13 @@ class GlooWire:
     def is_open(self) -> bool:  # noqa: D102
         return bool(self._group)
 
-    def broadcast(self, buffer_B: torch.Tensor) -> None:  # noqa: D102
+    def message(self, index: int) -> torch.Tensor:  # noqa: D102
+        return torch.empty(self._sizes[index], dtype=torch.uint8)
+
+    def broadcast(self, message_B: torch.Tensor) -> None:  # noqa: D102
         options = BroadcastOptions()
         options.timeout = self._timeout
-        self._wait(lambda group: group.broadcast([buffer_B], options))  # type: ignore[attr-defined]
+        self._wait(lambda group: group.broadcast([message_B], options))  # type: ignore[attr-defined]
 
     def barrier(self) -> None:  # noqa: D102
         options = BarrierOptions()
@@ -246,6 +319,32 @@ def _release(group: list[ProcessGroupGloo], message: list[Work]) -> None:
     group.clear()
 
 
+class SharedWire(GlooWire):
+    """A wire through the memory of one host: gloo carries the hash of a message, and the message is
+    there already.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rendezvous: Rendezvous,
+        lifeline: Lifeline,
+        messages: Sequence[torch.Tensor],
+    ) -> None:
+        super().__init__(store, rendezvous, lifeline, [len(message_B) for message_B in messages])
+        self._messages = messages
+
+    def message(self, index: int) -> torch.Tensor:  # noqa: D102
+        return self._messages[index]
+
+    def broadcast(self, message_B: torch.Tensor) -> None:  # noqa: D102
+        digest_D = message_B[-DIGEST_BYTES:]
+        sent_D = digest_D.clone()
+        super().broadcast(sent_D)
+        if not torch.equal(digest_D, sent_D):  # whoever checks it then finds another message
+            digest_D.copy_(sent_D)
+
+
 class NcclWire:
     """A wire between GPUs, through one device buffer of the largest bucket so far.
 
@@ -254,7 +353,9 @@ class NcclWire:
     a store holds is unpickled.
     """
 
-    def __init__(self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
+    def __init__(
+        self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline, sizes: Sequence[int]
+    ) -> None:
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
         from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
@@ -274,6 +375,7 @@ class NcclWire:
                 device=self._device,
             )
 
+        self._sizes = sizes
         self._is_sender = rendezvous.rank == 0
         self._timeout_s = rendezvous.timeout_s
         self._lifeline = lifeline
@@ -284,21 +386,24 @@ class NcclWire:
     def is_open(self) -> bool:  # noqa: D102
         return self._open
 
-    def broadcast(self, buffer_B: torch.Tensor) -> None:  # noqa: D102
+    def message(self, index: int) -> torch.Tensor:  # noqa: D102
+        return torch.empty(self._sizes[index], dtype=torch.uint8)
+
+    def broadcast(self, message_B: torch.Tensor) -> None:  # noqa: D102
         self._must_be_open()
         with torch.cuda.stream(self._stream):
-            if self._staging_B.numel() < buffer_B.numel():
+            if self._staging_B.numel() < message_B.numel():
                 self._staging_B = torch.empty(
-                    buffer_B.numel(), dtype=torch.uint8, device=self._device
+                    message_B.numel(), dtype=torch.uint8, device=self._device
                 )
 
-            staged_B = self._staging_B[: buffer_B.numel()]
+            staged_B = self._staging_B[: message_B.numel()]
             if self._is_sender:
-                staged_B.copy_(buffer_B)
+                staged_B.copy_(message_B)
 
             self._communicator.broadcast(staged_B, src=0, stream=self._stream)
             if not self._is_sender:
-                buffer_B.copy_(staged_B, non_blocking=True)
+                message_B.copy_(staged_B, non_blocking=True)
 
         self._wait()
 

@@ -35,6 +35,7 @@ from eopd.weights.layout import DIGEST_BYTES, bucket_num_bytes, pack, write_dige
 from eopd.weights.source import ModelSource
 from eopd.weights.transfer import WeightSender
 from eopd.weights.vllm_receiver import engine_options
+from eopd.weights.wire import Backend
 
 STUDENT = Path("~/.cache/eopd/models/smollm2-26-layers").expanduser()
 REQUESTS, PROMPT, RESPONSE, BUCKET_BYTES = 8, 64, 900, 64 << 20
@@ -131,7 +132,7 @@ async def publish(
     return transfer_s, await engine.install_weights(PolicyVersion(0, step)), num_bytes
 
 
-async def measure(rounds: int) -> tuple[dict[str, list[float]], int]:
+async def measure(rounds: int, backend: Backend) -> tuple[dict[str, list[float]], int]:
     model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.bfloat16)
     engine = await VllmRolloutEngine.start(
         StudentConfig(model=STUDENT, dtype="bfloat16"),
@@ -149,7 +150,7 @@ async def measure(rounds: int) -> tuple[dict[str, list[float]], int]:
     sender = WeightSender(
         source,
         rank=0,
-        backend="gloo",
+        backend=backend,
         address="127.0.0.1",
         bucket_bytes=BUCKET_BYTES,
         connect_timeout_s=60.0,
@@ -207,11 +208,7 @@ async def measure(rounds: int) -> tuple[dict[str, list[float]], int]:
         task.cancel()
 
     await asyncio.gather(*writing, return_exceptions=True)
-    sessions = {"load": 3, "repack, label": 3}  # of three sessions of a sync, the last one loads
-    parts = {
-        name: all_s[sessions.get(name, 1) - 1 :: sessions.get(name, 1)]
-        for name, all_s in watch.seconds.items()
-    }
+    parts = dict(watch.seconds)
     text = np.random.default_rng(1).integers(100, 20_000, 200).astype(np.int32)
     parts["probe gap, nats"] = [probe_gap(model, text, await engine.probe(text))]
     await engine.close()
@@ -225,16 +222,17 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backend", choices=["shared", "gloo"], default="shared")
     options = parser.parse_args()
     if not STUDENT.is_dir():
         sys.exit(f"{STUDENT} is missing; make it with: eopd models demo")
 
     os.environ.update(vllm_env(options.threads))
     torch.set_num_threads(1)
-    seconds, num_bytes = asyncio.run(measure(options.rounds))
+    seconds, num_bytes = asyncio.run(measure(options.rounds, options.backend))
     say = sys.stdout.write
     say(
-        f"{num_bytes / 1e6:.0f} MB in buckets of {BUCKET_BYTES >> 20} MiB, {REQUESTS} "
+        f"{num_bytes / 1e6:.0f} MB over {options.backend}, in buckets of {BUCKET_BYTES >> 20} MiB, {REQUESTS} "
         "requests in flight\n"
     )
     say("| seconds | median | worst |\n|---|---|---|\n")

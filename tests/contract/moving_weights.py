@@ -21,6 +21,7 @@ from eopd.weights.probe import Probe
 from eopd.weights.source import ModelSource
 from eopd.weights.transfer import WeightSender
 from eopd.weights.vllm_receiver import engine_options
+from eopd.weights.wire import Backend
 
 PROBE = np.random.default_rng(3).integers(3, 320, 60).astype(np.int32)
 
@@ -73,11 +74,11 @@ class Sender:
     bucket on its way.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, backend: Backend = "auto") -> None:
         self.sender = WeightSender(
             brittle_source(model),
             rank=0,
-            backend="gloo",
+            backend=backend,
             address="127.0.0.1",
             bucket_bytes=50_000,
             timeout_s=600.0,

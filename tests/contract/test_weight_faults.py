@@ -1,5 +1,5 @@
-"""A receiver that dies or stalls, in processes of their own over the gloo wire: all are told, and
-those alive go on.
+"""A receiver that dies or stalls, in processes of their own, over sockets and over shared memory:
+all are told, and those alive go on.
 
 Where the others must be told at once, time-outs are an hour, and the test's own limit is what a
 slow answer meets.
@@ -21,7 +21,7 @@ from eopd.types import WeightTransferError
 from eopd.weights import wire
 from eopd.weights.layout import ParameterMeta
 from eopd.weights.transfer import InitInfo, WeightReceiver, WeightSender
-from eopd.weights.wire import WireError
+from eopd.weights.wire import Backend, WireError
 
 # 16 MiB: more than sockets take, so that a message meets the fault half-way
 NUM_BUCKETS, BUCKET_FLOATS = 6, 4 << 20
@@ -119,12 +119,14 @@ class Gang:
 
 
 @contextmanager
-def gang(num: int, timeout_s: float) -> Iterator[tuple[Gang, WeightSender, Source]]:
+def gang(
+    num: int, timeout_s: float, backend: Backend = "gloo"
+) -> Iterator[tuple[Gang, WeightSender, Source]]:
     source = Source()
     sender = WeightSender(
         source,
         rank=0,
-        backend="gloo",
+        backend=backend,
         address="127.0.0.1",
         bucket_bytes=4 * BUCKET_FLOATS,
         timeout_s=timeout_s,
@@ -148,11 +150,19 @@ def assert_publishes(them: Gang, sender: WeightSender, source: Source, value: fl
 
 
 @pytest.mark.timeout(120)
-# each has another place in the tree that a broadcast goes down
-@pytest.mark.parametrize("victim", [0, 1, 2])
-@pytest.mark.parametrize("at_bucket", [0, 3])
-def test_a_receiver_killed_in_a_transfer_fails_it_for_all_at_once(victim, at_bucket):
-    with gang(3, timeout_s=HOUR) as (them, sender, source):
+@pytest.mark.parametrize(
+    ("backend", "victim", "at_bucket"),
+    [
+        # each has another place in the tree that a broadcast of gloo goes down
+        ("gloo", 0, 3),
+        ("gloo", 1, 0),
+        ("gloo", 2, 3),
+        ("shared", 0, 0),
+        ("shared", 2, 3),
+    ],
+)
+def test_a_receiver_killed_in_a_transfer_fails_it_for_all_at_once(backend, victim, at_bucket):
+    with gang(3, HOUR, backend) as (them, sender, source):
         them.connect(sender)
         assert_publishes(them, sender, source, 1.0)
         source.at_bucket = at_bucket
@@ -172,9 +182,9 @@ def test_a_receiver_killed_in_a_transfer_fails_it_for_all_at_once(victim, at_buc
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_stalled_receiver_costs_one_time_out(victim):
-    with gang(3, timeout_s=3.0) as (them, sender, source):
+@pytest.mark.parametrize(("backend", "victim"), [("gloo", 0), ("gloo", 2), ("shared", 1)])
+def test_a_stalled_receiver_costs_one_time_out(backend, victim):
+    with gang(3, 3.0, backend) as (them, sender, source):
         them.connect(sender)
         stalled: list[int] = []
         source.at_bucket = 3
@@ -194,11 +204,12 @@ def test_a_stalled_receiver_costs_one_time_out(victim):
 
 
 @pytest.mark.timeout(120)
-def test_a_group_is_built_again_while_an_old_transfer_waits():
+@pytest.mark.parametrize("backend", ["gloo", "shared"])
+def test_a_group_is_built_again_while_an_old_transfer_waits(backend):
     """The learner gives up a transfer that it never sent: its own leaving ends the receivers'
     threads.
     """
-    with gang(2, timeout_s=HOUR) as (them, sender, source):
+    with gang(2, HOUR, backend) as (them, sender, source):
         them.connect(sender)
         them.tell("start")()
         them.connect(sender)
@@ -206,8 +217,9 @@ def test_a_group_is_built_again_while_an_old_transfer_waits():
 
 
 @pytest.mark.timeout(120)
-def test_an_engine_killed_between_two_transfers_fails_the_next():
-    with gang(2, timeout_s=HOUR) as (them, sender, source):
+@pytest.mark.parametrize("backend", ["gloo", "shared"])
+def test_an_engine_killed_between_two_transfers_fails_the_next(backend):
+    with gang(2, HOUR, backend) as (them, sender, source):
         them.connect(sender)
         assert_publishes(them, sender, source, 1.0)
         them.remove(0, signal.SIGKILL)
@@ -242,6 +254,45 @@ def test_a_group_is_built_without_one_that_never_joins():
 
         assert all(
             answer.startswith("WireError: weight transfer: no group at") for answer in answers()
+        )
+        them.connect(sender)
+        assert_publishes(them, sender, source, 1.0)
+
+
+@pytest.mark.timeout(120)
+def test_all_receivers_on_the_host_read_the_senders_memory(caplog):
+    with gang(2, HOUR, "auto") as (them, sender, source), caplog.at_level("INFO"):
+        them.connect(sender)
+        assert_publishes(them, sender, source, 1.0)
+        assert_publishes(them, sender, source, 2.0)
+
+    assert "weights travel by shared to 2 workers" in caplog.text
+
+
+@pytest.mark.timeout(120)
+def test_weights_go_over_sockets_where_one_receiver_does_not_see_the_memory(caplog):
+    with gang(2, HOUR, "auto") as (them, sender, source), caplog.at_level("INFO"):
+        here, elsewhere = sender.open([1, 1], "secret")
+        answers = them.tell("connect", [here, {**elsewhere, "memory": "/proc/self/fd/9999"}])
+        sender.accept()
+        assert answers() == ["joined"] * 2
+        assert_publishes(them, sender, source, 1.0)
+
+    assert "weights travel by gloo to 2 workers" in caplog.text
+
+
+@pytest.mark.timeout(120)
+def test_shared_memory_that_was_asked_for_is_refused_where_one_does_not_see_it():
+    with gang(2, HOUR, "shared") as (them, sender, source):
+        sender._connect_timeout_s = 2.0
+        here, elsewhere = sender.open([1, 1], "secret")
+        answers = them.tell("connect", [here, {**elsewhere, "memory": "/proc/self/fd/9999"}])
+        with pytest.raises(WireError, match=r"ranks \[2\] do not see the memory") as refused:
+            sender.accept()
+
+        assert list(refused.value.ranks) == [2]
+        assert all(
+            answer.startswith("WireError: weight transfer: no group") for answer in answers()
         )
         them.connect(sender)
         assert_publishes(them, sender, source, 1.0)

@@ -97,6 +97,12 @@ async def test_a_failed_transfer_leaves_the_old_weights_in_service(tiny_model, w
         await transfer(engine, sender)
         await engine.install_weights(PolicyVersion(0, 3))
         await assert_serves(engine, old, PolicyVersion(0, 3))
+
+        # what is in memory shared with the sender is not what serves
+        sender.sender._source = brittle_source(new)
+        await transfer(engine, sender)
+        await engine.check_weights()
+        await assert_serves(engine, old, PolicyVersion(0, 3))
     finally:
         await engine.close()
 

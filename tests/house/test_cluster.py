@@ -289,7 +289,7 @@ def test_the_readme_s_gpu_settings_are_valid(rayjob):
     assert settings
     config = shlex.split(rayjob["spec"]["entrypoint"])[2]
     resolved = load_config(ROOT / config, settings)
-    assert resolved.weights.backend == "nccl"
+    assert resolved.weights_backend == "nccl"
     assert (
         min(
             resolved.rollout.gpus,

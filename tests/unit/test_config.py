@@ -226,7 +226,7 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         (
             "weights.backend=nccl",
             "weights.backend: nccl moves weights between GPUs that are not shared; it needs "
-            "learner.gpus 1 (is 0) and rollout.gpus of 1 or more (is 0); else write gloo",
+            "learner.gpus 1 (is 0) and rollout.gpus of 1 or more (is 0); else write auto",
         ),
         (
             "learner.deepspeed={zero_optimization: {stage: 3}}",
@@ -1413,3 +1413,20 @@ def test_the_best_can_be_found_by_whatever_is_measured(evaluated):
 
     with pytest.raises(ConfigError, match="m has no pass_at_8; it has avg_at_n, response_tokens"):
         evaluated("checkpoint.keep_best={metric: m/pass_at_8, mode: max}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "auto"),
+        (["learner.gpus=1", "rollout.gpus=1"], "nccl"),
+        (["learner.gpus=1", "rollout={gpus: 2, vllm: {tensor_parallel_size: 2}}"], "nccl"),
+        (["learner.gpus=0.5", "rollout.gpus=0.5"], "auto"),
+        (["learner.gpus=1", "rollout.gpus=0.5"], "auto"),
+        (["learner.gpus=1"], "auto"),
+        (["learner.gpus=1", "rollout.gpus=1", "weights.backend=gloo"], "gloo"),
+        (["weights.backend=shared"], "shared"),
+    ],
+)
+def test_weights_go_from_gpu_to_gpu_where_no_gpu_is_shared(path, overrides, expected):
+    assert load_config(path, overrides).weights_backend == expected

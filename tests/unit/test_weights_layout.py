@@ -7,6 +7,7 @@ import torch
 
 from eopd.types import WeightTransferError
 from eopd.weights.layout import (
+    DIGEST_BYTES,
     BucketHashError,
     ParameterMeta,
     bucket_num_bytes,
@@ -219,6 +220,9 @@ def test_a_source_that_fails_ends_the_receivers_transfer_at_once():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_receiver_thread_that_ends_early_has_received_nothing():
     class Wire:
+        def message(self, index):
+            return torch.empty(16 + DIGEST_BYTES, dtype=torch.uint8)
+
         def broadcast(self, message):
             raise IndexError("a fault of ours")
 
