@@ -10,19 +10,23 @@ far, in place of ``B k``.)
 A batch may be taken in parts, while the rest of it is still being written. What is ready among the
 B lowest numbers that are not settled is of the next batch, whatever comes: it may go ahead.
 
-    admit ──▶ in flight ──▶ offer ──▶ ready ──▶ take ──▶ taken ──▶ release: trained
+    admit ──▶ in flight ──▶ offer ──▶ ready ──▶ take ──▶ taken ──▶ settle ──▶ trained ──▶ release
                   ▲                     │                  │
                   └─ too stale ◀────────┘                  │
                   └─ its body was lost ◀───────────────────┘  put_back: the others are ready again
 
+Between ``settle`` and ``release`` the weights are on their way to the engines; parts of the next
+batch may be taken meanwhile.
+
 Example: B = 1, s = 1, L = 0, which makes two slots, and the issues 0, 1 and 2.
 
-    event                  in flight   ready   taken   who waits
-    0 and 1 are admitted   0 1                         2 for a slot, the learner for 0
-    1 is scored            0           1               the same: batch 0 may not leave 0 behind
-    0 is scored                        0 1             2 for a slot
-    take(version=0)                    1       0       2 for a slot
-    release, version 1     2           1               2 was admitted, and may be trained at version 2
+    event                  in flight   ready   taken   trained   who waits
+    0 and 1 are admitted   0 1                                   2 for a slot, the learner for 0
+    1 is scored            0           1                         the same: batch 0 may not leave 0 behind
+    0 is scored                        0 1                       2 for a slot
+    take(version=0)                    1       0                 2 for a slot
+    settle, version 1                  1               0         2 for a slot
+    release                2           1                         2 was admitted, and may be trained at version 2
     take(version=1)        2                   1
 
 Bound: trajectory n is consumed by batch ``floor(n / B) + L`` at the latest, when the learner is at
@@ -89,6 +93,7 @@ class Buffer:
     # by the oldest version that sampled a token of the trajectory
     _ready_by_version: dict[int, set[int]] = field(init=False, default_factory=dict)
     _taken: dict[int, _Offer] = field(init=False, default_factory=dict)
+    _trained: list[_Offer] = field(init=False, default_factory=list)  # and not yet published
     # all dropped numbers above the floor of `settled`, and perhaps some below
     _dropped_ahead: set[int] = field(init=False)
     # all numbers below are settled, taken or ready
@@ -119,7 +124,7 @@ class Buffer:
     @property
     def num_in_flight(self) -> int:
         """Returns how many trajectories were admitted, and are not yet scored."""
-        return self.num_slots_held - len(self._ready) - len(self._taken)
+        return self.num_slots_held - len(self._ready) - len(self._taken) - len(self._trained)
 
     @property
     def num_taken(self) -> int:
@@ -160,21 +165,26 @@ class Buffer:
 
         return await offer.outcome
 
-    async def take(self, version: int) -> Part | None:
+    async def take(self, version: int, *, ahead: bool = False) -> Part | None:
         """Rejects what is too stale for learner version ``version``, then waits for the next part
         of a batch.
+
+        Args:
+            version: what the learner holds.
+            ahead: whether the part that completes a batch must wait, since the one before is not
+                released yet.
 
         Returns:
             A part, or None once the buffer is closed.
         """
         self._reject_older_than(version - self.max_staleness)
         while not self.closed:
-            if self._is_full():
+            if self._is_full() and not ahead:
                 rest = self._lowest(self.batch - len(self._taken))
-                return Part([self._take(issue) for issue in rest], completes=True)
+                return Part(list(map(self._take, rest)), completes=True)
 
-            if self._has_part():
-                return Part([self._take(issue) for issue in self._first_part()], completes=False)
+            if part := self._first_part(ahead):
+                return Part(list(map(self._take, part)), completes=False)
 
             self._take_may_go_on.clear()
             await self._take_may_go_on.wait()
@@ -206,16 +216,23 @@ class Buffer:
         self.closed = True
         self._take_may_go_on.set()
 
-    def release(self) -> None:
-        """Frees the slots of the batch that was taken; to be called once it is settled and the
-        weights made of it are published.
+    def settle(self) -> None:
+        """Begins the next batch; to be called once the ledger has the one that was taken, which keeps
+        its slots.
         """
-        self.num_slots_held -= len(self._taken)
-        for offer in self._taken.values():
-            offer.outcome.set_result(None)
-
+        self._trained += self._taken.values()
         self._taken = {}
         self._look_at_next_batch()
+
+    def release(self) -> None:
+        """Frees the slots of the batch that was settled; to be called once the weights made of it are
+        published.
+        """
+        self.num_slots_held -= len(self._trained)
+        for offer in self._trained:
+            offer.outcome.set_result(None)
+
+        self._trained = []
         self._slot_freed.set()
 
     def _is_full(self) -> bool:
@@ -249,13 +266,20 @@ class Buffer:
         numbers = range(self.settled.floor, self.settled.floor + admitted)
         return list(itertools.islice(filter(self._ready.__contains__, numbers), count))
 
-    def _first_part(self) -> list[int]:
+    def _first_part(self, ahead: bool) -> list[int]:
         """Returns ready numbers of the next batch, in order: at most as many as fill whole parts,
-        so that no small remainder is trained by itself.
+        so that no small remainder is trained by itself. ``ahead`` leaves one for later.
         """
-        assert self.part_tokens is not None
-        room = self._next_batch_tokens // self.part_tokens * self.part_tokens
         part: list[int] = []
+        if not self._has_part():
+            return part
+
+        assert self.part_tokens is not None
+        tokens = self._next_batch_tokens
+        if ahead and len(self._taken) + len(self._next_batch) == self.batch:
+            tokens -= self._ready[max(self._next_batch)].stored.header.num_tokens
+
+        room = tokens // self.part_tokens * self.part_tokens
 
         for issue in sorted(self._next_batch):
             room -= self._ready[issue].stored.header.num_tokens

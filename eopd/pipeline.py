@@ -10,13 +10,18 @@
                            the packed part      learner.accumulate,     the learner ranks
                                                 of the last one step
                            the new weights      channel.publish         the last engine that loads them
+    _begin_next, within    a part of the next   learner.accumulate      the learner ranks
+      a publish              batch, once the
+                             weights are sent
 
     issue number ──▶ prompt ──▶ response ──▶ scored ──▶ buffer ──▶ batch ──▶ step ──▶ publish ──▶ release
          ▲                                                                                           │
          └──────────────────────────────────── free slots ◀──────────────────────────────────────────┘
 
 Weights are published before slots are released: so the next trajectory to be admitted is sampled by
-weights that are at most ``max_staleness`` versions behind its batch. One loop serves both modes:
+weights that are at most ``max_staleness`` versions behind its batch. Once the learner has sent them
+it adds up gradients of the next batch, where parts of it are ready: its weights stay as they were
+sent until all engines have them. One loop serves both modes:
 ``max_staleness`` 0 makes as many slots as a batch has trajectories, so that none is admitted before
 the weights of the last batch are published.
 
@@ -34,7 +39,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -49,6 +54,8 @@ from eopd.types import (
     LearnerStats,
     LostReason,
     LostTrajectory,
+    PolicyVersion,
+    PublishStats,
     RunFailedError,
     ScoredTrajectory,
     Span,
@@ -136,6 +143,7 @@ class Pipeline:
     _scoring: BusyClock = field(init=False, default_factory=BusyClock)
     _generated_at: dict[int, float] = field(init=False, default_factory=dict)
     _filtered_in_a_row: int = field(init=False, default=0)
+    _begun: list[Taken] = field(init=False, default_factory=list)  # of the next batch
 
     def __post_init__(self) -> None:
         self.buffer = Buffer(
@@ -181,18 +189,16 @@ class Pipeline:
         if batch is None:
             return None
 
-        self.activity = "bringing the weights to the engines"
-        trained_at = time.monotonic()
-        published = await self.channel.publish(batch.stats.version)
-
         trained = {taken.issue: taken.stored.header for taken in batch.taken}
         self.ledger.train(trained)
-        self.buffer.release()
+        self.buffer.settle()
+        trained_at = time.monotonic()
+        published, begun = await self._publish(batch.stats.version)
         ended = time.monotonic()
 
-        waits, works = (
+        waits, works, begun, sending = (
             [(start - started, stop - started) for start, stop in spans]
-            for spans in (batch.waits, batch.works)
+            for spans in (batch.waits, batch.works, begun, _rest(trained_at, begun, ended))
         )
         generated = max(self._generated_at.pop(issue) for issue in trained) - started
         spans = {
@@ -200,8 +206,8 @@ class Pipeline:
             "score": self._scoring.lap(started),
             "wait_rollout": _within(waits, 0.0, generated),
             "wait_teacher": _within(waits, generated, math.inf),
-            "train": works,
-            "weights": [(trained_at - started, ended - started)],
+            "train": [*works, *begun],
+            "weights": sending,
         }
         seconds = {name: sum(stop - start for start, stop in of) for name, of in spans.items()}
         seconds["wait"] = seconds["wait_rollout"] + seconds["wait_teacher"]
@@ -224,7 +230,7 @@ class Pipeline:
 
     async def _train(self, number: int) -> _TrainedBatch | None:
         """Takes a batch, part by part, and trains on it; returns None once the buffer is closed."""
-        taken: list[Taken] = []
+        taken, self._begun = self._begun, []
         waits, works = list[Span](), list[Span]()
         while True:
             self.activity = "waiting for a batch"
@@ -237,10 +243,8 @@ class Pipeline:
             in_flight, ready = self.buffer.num_in_flight, self.buffer.num_ready
             self.activity = "training"
             try:
-                stats = await self._learn(part, self.plan.alpha_at(number))
-            except BodiesLostError as error:
-                lost = [one.issue for one in part.taken if one.stored.header.key in error.keys]
-                self.buffer.put_back(part, lost)
+                stats = await self._learn(part, number)
+            except BodiesLostError:
                 waits.append((waiting_since, time.monotonic()))
                 continue
 
@@ -251,22 +255,78 @@ class Pipeline:
                 taken.sort(key=lambda one: one.issue)
                 return _TrainedBatch(taken, stats, waits, works, in_flight=in_flight, ready=ready)
 
-    async def _learn(self, part: Part, alpha: float) -> LearnerStats | None:
+    async def _publish(self, version: PolicyVersion) -> tuple[PublishStats, Sequence[Span]]:
+        """Brings the weights to the engines and frees the slots of the batch; begins the next one as
+        soon as the learner has sent them.
+
+        Returns:
+            What the channel says, and when the learner worked on the next batch.
+        """
+        self.activity = "bringing the weights to the engines"
+        sent = asyncio.Event()
+
+        async def publish() -> PublishStats:
+            published = await self.channel.publish(version, sent.set)
+            self.buffer.release()
+            return published
+
+        publishing = asyncio.create_task(publish())
+        publishing.add_done_callback(lambda _: sent.set())
+        try:
+            await sent.wait()
+            works = await self._begin_next(version.step, publishing)
+            return await publishing, works
+        finally:
+            publishing.cancel()
+            await asyncio.gather(publishing, return_exceptions=True)
+
+    async def _begin_next(
+        self, number: int, publishing: asyncio.Task[PublishStats]
+    ) -> Sequence[Span]:
+        """Accumulates parts of a batch while the weights before it are published; returns when."""
+        works = list[Span]()
+        while not publishing.done() and number < self.plan.batches:
+            taking = asyncio.create_task(self.buffer.take(number, ahead=True))
+            try:
+                await asyncio.wait({publishing, taking}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                taking.cancel()  # nothing is taken by then, or everything
+
+            if not taking.done() or (part := taking.result()) is None:
+                break
+
+            started = time.monotonic()
+            with suppress(BodiesLostError):
+                await self._learn(part, number)
+                self._begun += part.taken
+                works.append((started, time.monotonic()))
+
+        return works
+
+    async def _learn(self, part: Part, number: int) -> LearnerStats | None:
         """Lets the learner accumulate a part of a batch; returns its statistics once it has stepped,
         with the last part.
+
+        Raises:
+            BodiesLostError: bodies are gone; the buffer has the part again.
         """
         packed = pack_batch(
             [taken.stored for taken in part.taken],
             steps=self.plan.optimizer_steps,
             ranks=self.plan.ranks,
             token_budget=self.plan.token_budget,
-            alpha=alpha,
+            alpha=self.plan.alpha_at(number),
         )
-        if part.completes:
-            return await self.learner.step(packed)
+        try:
+            if part.completes:
+                return await self.learner.step(packed)
 
-        await self.learner.accumulate(packed)
-        return None
+            await self.learner.accumulate(packed)
+            return None
+        except BodiesLostError as error:
+            lost = [one.issue for one in part.taken if one.stored.header.key in error.keys]
+            self.buffer.put_back(part, lost)
+            raise
 
     async def _issue(self, count: int) -> None:
         """Admits ``count`` trajectories as slots become free, each with a task of its own."""
@@ -364,6 +424,13 @@ class Pipeline:
         self._generated_at[issue] = time.monotonic()
         with self._scoring:
             return await self.teacher.score(generated)
+
+
+def _rest(start: float, spans: Sequence[Span], stop: float) -> Sequence[Span]:
+    """Returns what lies between two times, and in none of the spans, which are in order."""
+    starts = [start, *(end for _, end in spans)]
+    stops = [*(begin for begin, _ in spans), stop]
+    return list(zip(starts, stops, strict=True))
 
 
 def _within(spans: Sequence[Span], start: float, stop: float) -> Sequence[Span]:

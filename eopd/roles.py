@@ -5,7 +5,7 @@ implementations live in their rooms and are wrapped as actors in ``runtime/``; t
 pipeline with fakes of ten lines.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -112,6 +112,10 @@ class Learner(Protocol):
 class WeightChannel(Protocol):
     """A weight channel brings the learner's weights to every rollout engine."""
 
-    async def publish(self, version: PolicyVersion) -> PublishStats:
-        """Returns once every live engine serves ``version``."""
+    async def publish(
+        self, version: PolicyVersion, on_sent: Callable[[], None] = lambda: None
+    ) -> PublishStats:
+        """Returns once every live engine serves ``version``; ``on_sent`` is called once the learner
+        has sent it, and is only needed again where that fails.
+        """
         ...

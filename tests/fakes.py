@@ -196,7 +196,10 @@ class World:
         self.version += 1
         return LearnerStats(version=PolicyVersion(0, self.version), metrics={"eopd_loss": 1.0})
 
-    async def publish(self, version: PolicyVersion) -> PublishStats:
+    async def publish(
+        self, version: PolicyVersion, on_sent: Callable[[], None] = lambda: None
+    ) -> PublishStats:
+        on_sent()
         self.served = version.step
         return PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
 

@@ -146,12 +146,14 @@ class HeldChannel:
     beside: Beside
     waited_s: float = 0.0
 
-    async def publish(self, version: PolicyVersion) -> PublishStats:
+    async def publish(
+        self, version: PolicyVersion, on_sent: Callable[[], None] = lambda: None
+    ) -> PublishStats:
         """Returns once every live engine serves ``version``."""
         started = time.monotonic()
         await self.beside.written()
         self.waited_s = time.monotonic() - started
-        return await self.channel.publish(version)
+        return await self.channel.publish(version, on_sent)
 
 
 @dataclass(slots=True)

@@ -44,6 +44,7 @@ class LearnerGang:
         self._config = config
         self._timeout_s = config.learner.timeout_s
         self._reserved = asyncio.Lock()
+        self._working = asyncio.Lock()  # the ranks hold one share at a time
         self._actors: list[ActorHandle] = []
 
     async def start(self, incarnation: int) -> None:
@@ -81,23 +82,25 @@ class LearnerGang:
             raise LearnerDownError(f"not up within cluster.start_timeout_s = {limit_s:g}") from None
 
     def reserved(self) -> asyncio.Lock:
-        """Returns the lock that a weight sync holds, so that no update comes between its calls."""
+        """Returns the lock that a weight sync holds, so that no step comes between its calls."""
         return self._reserved
 
-    async def accumulate(self, part: PackedBatch) -> None:  # noqa: D102
-        async with self._reserved:
-            await self._hand_over(part)
-            await self._each("accumulate")
+    async def accumulate(self, part: PackedBatch) -> None:
+        """Adds up gradients; no weights change, so that a sync of weights may be under way."""
+        await self._work("accumulate", part)
 
     async def step(self, batch: PackedBatch) -> LearnerStats:  # noqa: D102
         async with self._reserved:
-            await self._hand_over(batch)
-            return (await self._each("step"))[0]  # type: ignore[return-value]
+            return await self._work("step", batch)  # type: ignore[return-value]
 
     async def evaluate(self, batch: PackedBatch) -> EvalStats:  # noqa: D102
         async with self._reserved:
+            return await self._work("evaluate", batch)  # type: ignore[return-value]
+
+    async def _work(self, method: str, batch: PackedBatch) -> object:
+        async with self._working:
             await self._hand_over(batch)
-            return (await self._each("evaluate"))[0]  # type: ignore[return-value]
+            return (await self._each(method))[0]
 
     async def save(self, directory: Path) -> None:  # noqa: D102
         async with self._reserved:

@@ -2,6 +2,7 @@
 
     driver, here             learner ranks: the sender          engines, which go on generating
     ────────────             ─────────────────────────          ───────────────────────────────
+    probe           ───────▶ log-probabilities of one text, at intervals
     open            ───────▶ opens a store
                     ◀─────── one InitInfo for each engine
     connect_weights ──────────────────────────────────────────▶ join the group   ┐ only where the engines are others
@@ -12,13 +13,13 @@
     check_weights   ──────────────────────────────────────────▶ is all here, is every hash right?
     install_weights ──────────────────────────────────────────▶ pause, load, label, resume               phase two
     version         ──────────────────────────────────────────▶ must be the learner's
-    probe           ───────▶ log-probabilities of one text, at intervals ──▶ do they agree?
+    probe           ──────────────────────────────────────────▶ do log-probabilities of one text agree?
 
 Every call ends on all engines before the next call begins. Besides that, these wait:
 
     who                       waits for
-    an update of the learner  the end of the transfer (``SenderLink.reserved``)
-    a publish                 an update, publish or join that is under way
+    a step of the learner     the end of the sync (``SenderLink.reserved``); gradients may add up meanwhile
+    a publish                 a step, publish or join that is under way
     a join                    the same; engines that arrive meanwhile are then joined in one transfer
     generation on an engine   the installation on that engine alone
 
@@ -41,7 +42,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from eopd.roles import EngineDownError, LearnerDownError
-from eopd.types import PolicyVersion, PublishStats, WeightTransferError
+from eopd.types import Float32Array, PolicyVersion, PublishStats, WeightTransferError
 from eopd.weights.links import EngineLink, SenderLink
 from eopd.weights.probe import Probe, ProbeError, compare_probe
 
@@ -101,8 +102,12 @@ class BroadcastChannel:
         """Returns for people what goes on."""
         return f"{self._doing if self._lock.locked() else 'idle'}, {len(self._engines)} engines"
 
-    async def publish(self, version: PolicyVersion) -> PublishStats:
+    async def publish(
+        self, version: PolicyVersion, on_sent: Callable[[], None] = lambda: None
+    ) -> PublishStats:
         """Bring every engine to ``version``, which the learner holds.
+
+        ``on_sent`` is called when the learner has sent it, each time that it has to.
 
         Raises:
             WeightSyncError: ``MAX_ROUNDS`` transfers failed, or the learner holds another version.
@@ -112,7 +117,7 @@ class BroadcastChannel:
             interval = self._probe.every
             verify = interval > 0 and self._num_published % interval == 0
             stats = await self._bring_up_to_date(
-                dict(self._engines), verify=verify, lose=self._lose
+                dict(self._engines), verify=verify, lose=self._lose, on_sent=on_sent
             )
             self._num_published += 1
 
@@ -172,7 +177,12 @@ class BroadcastChannel:
         return not is_in and number not in self._refused
 
     async def _bring_up_to_date(
-        self, engines: dict[int, EngineLink], *, verify: bool, lose: Callable[[int, str], None]
+        self,
+        engines: dict[int, EngineLink],
+        *,
+        verify: bool,
+        lose: Callable[[int, str], None],
+        on_sent: Callable[[], None] = lambda: None,
     ) -> PublishStats:
         """Bring ``engines`` to the learner's version.
 
@@ -180,7 +190,10 @@ class BroadcastChannel:
         """
         self._doing = "waiting for the learner"
         async with self._sender.reserved():
-            sync = self._sync = _Sync(await self._sender.version(), engines, lose)
+            sync = self._sync = _Sync(await self._sender.version(), engines, lose, on_sent)
+            if verify and engines:
+                sync.expected = await self._sender.probe(self._probe.token_ids)
+
             for _ in range(MAX_ROUNDS):
                 if not engines:
                     return PublishStats(
@@ -193,7 +206,7 @@ class BroadcastChannel:
 
                 transfer_s = time.monotonic() - sync.started
                 pause_s = await self._install(sync)
-                if not verify or await self._verify(sync):
+                if sync.expected is None or await self._verify(sync, sync.expected):
                     return PublishStats(
                         version=sync.version,
                         transfer_s=transfer_s,
@@ -252,6 +265,7 @@ class BroadcastChannel:
 
         try:
             num_bytes = await self._sender.send()
+            sync.on_sent()
         except WeightTransferError as error:
             self._attribute(sync, error, "it left a weight transfer", list(self._group))
             raise
@@ -326,15 +340,14 @@ class BroadcastChannel:
 
         return longest_s
 
-    async def _verify(self, sync: "_Sync") -> bool:
-        """Compares all engines with the learner on the probe.
+    async def _verify(self, sync: "_Sync", expected: Float32Array) -> bool:
+        """Compares all engines with what the learner said of the probe.
 
         Returns:
             False where the weights are to be sent to an engine once more.
         """
         self._doing = "probing"
         token_ids = self._probe.token_ids
-        expected = await self._sender.probe(token_ids)
         answers = await self._each(sync, lambda engine: engine.probe(token_ids), PROBE_S)
         send_again, sync.gaps = False, []
 
@@ -414,8 +427,9 @@ class BroadcastChannel:
 class _Sync:
     """One version on its way to ``engines``.
 
-    ``faults`` are the reasons, by engine, why the transfer of this round failed; engines in
-    ``forgiven`` had a fault before. ``gaps`` are the differences at the last probe, in nats.
+    ``expected`` is what the learner says of the probe, None where engines are not asked. ``faults`` are
+    the reasons, by engine, why the transfer of this round failed; engines in ``forgiven`` had a
+    fault before. ``gaps`` are the differences at the last probe, in nats.
     """
 
     def __init__(
@@ -423,10 +437,13 @@ class _Sync:
         version: PolicyVersion,
         engines: dict[int, EngineLink],
         lose: Callable[[int, str], None],
+        on_sent: Callable[[], None],
     ) -> None:
         self.version = version
         self.engines = engines
         self.lose = lose
+        self.on_sent = on_sent
+        self.expected: Float32Array | None = None
         self.started = time.monotonic()
         self.cause = ""
         self.forgiven: set[int] = set()

@@ -10,7 +10,7 @@ from eopd.types import Float32Array, Int32Array, PolicyVersion
 class SenderLink(Protocol):
     """The learner gang's ``WeightSender``, seen from the driver."""
 
-    def reserved(self) -> AbstractAsyncContextManager[object]: ...  # noqa: D102 - no update comes between its calls
+    def reserved(self) -> AbstractAsyncContextManager[object]: ...  # noqa: D102 - no step comes between its calls
     async def version(self) -> PolicyVersion: ...  # noqa: D102
     async def open(  # noqa: D102
         self, engine_workers: Sequence[int], secret: str

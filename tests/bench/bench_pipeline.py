@@ -33,7 +33,7 @@ import gc
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,7 +100,9 @@ class Roles:
     async def step(self, batch: PackedBatch) -> LearnerStats:
         return LearnerStats(version=PolicyVersion(0, self.served + 1), metrics={})
 
-    async def publish(self, version: PolicyVersion) -> PublishStats:
+    async def publish(
+        self, version: PolicyVersion, on_sent: Callable[[], None] = lambda: None
+    ) -> PublishStats:
         self.served = version.step
         return PublishStats(version=version, transfer_s=0.0, pause_s=0.0, num_bytes=0)
 
@@ -196,7 +198,9 @@ class Paced(Roles):
     def train_s(self, part: PackedBatch) -> float:
         return TRAIN_S * len(part.stored()) / self.engine.batch
 
-    async def publish(self, version: PolicyVersion) -> PublishStats:
+    async def publish(
+        self, version: PolicyVersion, on_sent: Callable[[], None] = lambda: None
+    ) -> PublishStats:
         await asyncio.sleep(WEIGHTS_S / self.speed)
         return await super().publish(version)
 

@@ -222,10 +222,15 @@ def run_rank(
     def step(
         learner: LearnerRank, case: Case, batch: Sequence[ScoredTrajectory], *, in_parts: bool
     ) -> LearnerStats:
-        """Trains on a batch, of which the first half may come before the other one is there."""
+        """Trains on a batch, of which the first half may come before the other one is there; what may
+        be asked of the learner in between changes nothing.
+        """
         if in_parts:
             half = len(batch) // 2
             learner.accumulate(share_of(case, batch[:half]))
+            learner.evaluate(share_of(case, batch[half:]))
+            learner.probe(batch[0].trajectory.response_ids)
+            learner.save(learner._broken.with_name(f"between-{learner.version.step}"))
             batch = batch[half:]
 
         return learner.step(share_of(case, batch))

@@ -40,9 +40,9 @@ class Watched(fakes.World):
         self.done.append(f"step {self.version}")
         return stats
 
-    async def publish(self, version):
+    async def publish(self, version, on_sent):
         self.done.append(f"publish {version.step}")
-        return await super().publish(version)
+        return await super().publish(version, on_sent)
 
 
 async def ask(engines: OneVersion, answers: list[object]) -> None:

@@ -53,12 +53,14 @@ class Driving(RuleBasedStateMachine):
         }
         self.buffer = self.new_buffer()
         self.period = period
-        self.version = self.next_issue = self.crashes = 0
+        self.version = self.next_issue = self.crashes = 0  # the version that the learner holds
+        self.served = 0
         self.accidents: set[int] = set()  # may be turned away
         self.running: dict[int, int] = {}  # issue -> version that writes it
         # scored, and no fate yet
         self.offers: dict[int, tuple[int, asyncio.Task[LostReason | None]]] = {}
         self.trained: list[int] = []
+        self.unpublished: set[int] = set()  # of those, what engines have no weights of
         self.taking: asyncio.Task[Part | None] | None = None
         self.part: Part | None = None  # the last one taken, which the learner has
         self.taken: list[int] = []  # of this batch
@@ -88,6 +90,7 @@ class Driving(RuleBasedStateMachine):
         if self.taking and self.taking.done():
             self.part, self.taking = self.taking.result(), None
             self.is_whole = self.part.completes
+            assert not (self.is_whole and self.unpublished)
             issues = [one.issue for one in self.part.taken]
             staleness = [self.version - one.stored.header.oldest_version for one in self.part.taken]
             assert issues == sorted(issues) and not {*issues} & {*self.taken}
@@ -110,7 +113,7 @@ class Driving(RuleBasedStateMachine):
                 assert offer.result() is LostReason.TOO_STALE
                 assert issue in self.accidents, "turned away although admission bounds staleness"
                 self.accidents.remove(issue)
-                self.running[issue] = self.version  # it keeps its slot and is sampled again
+                self.running[issue] = self.served  # it keeps its slot and is sampled again
 
     @rule(most=st.integers(1, 16), choices=CHOICES)
     def go_on(self, most: int, choices: list[int]) -> None:
@@ -121,8 +124,11 @@ class Driving(RuleBasedStateMachine):
             slow = min(self.running)
             self.offer(slow, self.running.pop(slow))
 
-        if self.is_whole:
+        if self.unpublished:
             self.publish()
+
+        if self.is_whole:
+            self.step()
 
         if not self.taking:
             self.take()
@@ -137,7 +143,7 @@ class Driving(RuleBasedStateMachine):
         while self.next_issue in self.settled:
             self.next_issue += 1
 
-        self.running[self.next_issue] = self.version
+        self.running[self.next_issue] = self.served
         self.next_issue += 1
 
     @property
@@ -170,7 +176,7 @@ class Driving(RuleBasedStateMachine):
     @rule(choice=st.integers(0, 1_000))
     def lose(self, choice: int) -> None:
         issue = self.quick[choice % len(self.quick)]
-        self.running[issue] = self.version
+        self.running[issue] = self.served
 
     @precondition(lambda self: self.running)
     @rule(choice=st.integers(0, 1_000))
@@ -188,19 +194,33 @@ class Driving(RuleBasedStateMachine):
     @rule()
     def take(self) -> None:
         self.part = None
-        self.taking = self.loop.create_task(self.buffer.take(self.version))
+        take = self.buffer.take(self.version, ahead=bool(self.unpublished))
+        self.taking = self.loop.create_task(take)
         self.settle()
 
     @precondition(lambda self: self.is_whole)
     @rule()
-    def publish(self) -> None:
+    def step(self) -> None:
         for issue in self.taken:
             self.settled.add(issue)
 
         self.trained += sorted(self.taken)
+        self.unpublished = {*self.taken}
         self.taken, self.part, self.is_whole = [], None, False
-        self.buffer.release()
+        self.buffer.settle()
         self.version += 1
+        self.settle()
+
+    @precondition(lambda self: self.unpublished)
+    @rule()
+    def publish(self) -> None:
+        if self.taking:
+            self.taking.cancel()
+            self.taking = None
+
+        self.unpublished = set()
+        self.buffer.release()
+        self.served = self.version
         self.settle()
 
     @precondition(lambda self: self.part)
@@ -217,7 +237,7 @@ class Driving(RuleBasedStateMachine):
         for issue in lost:
             _, offer = self.offers.pop(issue)
             assert offer.result() is LostReason.BODY_LOST
-            self.running[issue] = self.version
+            self.running[issue] = self.served
 
     @precondition(lambda self: self.crashes < 2)
     @rule()
@@ -229,6 +249,7 @@ class Driving(RuleBasedStateMachine):
         self.offers = {}
         self.taking = self.part = None
         self.taken, self.is_whole = [], False
+        self.served, self.unpublished = self.version, set()
         self.accidents = set()
         self.next_issue = self.settled.floor
 
@@ -236,7 +257,8 @@ class Driving(RuleBasedStateMachine):
     def slots_bound_everything(self) -> None:
         held = len(self.running) + len(self.offers)
         assert self.buffer.num_slots_held == held <= self.buffer.num_slots
-        assert self.buffer.num_ready == len(self.offers) - len(self.taken)
+        assert self.buffer.num_ready == len(self.offers) - len(self.taken) - len(self.unpublished)
+        assert self.buffer.num_in_flight == len(self.running)
         ahead = self.settled.ahead - self.dropped
         assert len(ahead) <= self.buffer.batch * self.buffer.lookahead
 
@@ -256,17 +278,21 @@ class Driving(RuleBasedStateMachine):
             return
 
         oldest_allowed = self.version - self.buffer.max_staleness
-        assert all(version >= oldest_allowed for version, _ in self.offers.values())
-        batch = sorted(self.offers)[: self.buffer.batch]
+        offered = self.offers.keys() - self.unpublished
+        assert all(self.offers[issue][0] >= oldest_allowed for issue in offered)
+        batch = sorted(offered)[: self.buffer.batch]
         due = self.due() - set(self.trained)
-        assert len(batch) < self.buffer.batch or not due <= set(batch), (
+        assert self.unpublished or len(batch) < self.buffer.batch or not due <= set(batch), (
             f"{batch} is a batch that nobody takes"
         )
         if self.buffer.part_tokens is not None:
-            ready = self.offers.keys() & self.next_batch() - {*self.taken}
-            assert len(ready) * TOKENS < self.buffer.part_tokens, f"{ready} is a part nobody takes"
+            ready = offered & self.next_batch() - {*self.taken}
+            is_last = len(ready) + len(self.taken) == self.buffer.batch
+            count = len(ready) - (1 if self.unpublished and is_last else 0)
+            assert count * TOKENS < self.buffer.part_tokens, f"{ready} is a part nobody takes"
 
-        can_go_on = self.running or self.buffer.num_slots_held < self.buffer.num_slots
+        is_free = self.buffer.num_slots_held < self.buffer.num_slots
+        can_go_on = self.running or self.unpublished or is_free
         assert can_go_on, "every slot is taken and nothing can be consumed: deadlock"
 
     def teardown(self, close: bool = True) -> None:
@@ -291,6 +317,7 @@ def train(buffer: Buffer, *issues: int) -> None:
     for issue in issues:
         buffer.settled.add(issue)
 
+    buffer.settle()
     buffer.release()
 
 
@@ -313,6 +340,7 @@ async def test_synchronous_means_no_admission_before_the_release():
     assert await take(buffer, version=0) == [0, 1]
     await asyncio.sleep(0)
     assert not third.done()
+    buffer.settle()
     buffer.release()
     await third
     assert await asyncio.gather(*offers) == [None, None]
@@ -327,6 +355,7 @@ async def test_a_trajectory_too_stale_by_accident_keeps_its_slot():
     assert buffer.num_slots_held == 1 and not taking.done()
     again = asyncio.create_task(buffer.offer(0, stored(0, version=5)))
     assert [t.issue for t in (await taking).taken] == [0]
+    buffer.settle()
     buffer.release()
     assert await again is None
 

@@ -533,3 +533,30 @@ async def test_a_group_has_a_secret_of_its_own():
     await channel.publish(NEW)
     assert len(set(secrets)) == 2
     assert min(map(len, secrets)) >= 32
+
+
+async def test_the_learner_is_needed_no_more_once_it_has_sent():
+    """It is asked for the probe before, so that it may train while the engines load."""
+    happened = []
+
+    class Sender(FakeSender):
+        async def send(self):
+            happened.append("send")
+            return await super().send()
+
+        async def probe(self, token_ids):
+            happened.append("probe")
+            return await super().probe(token_ids)
+
+    class Engine(FakeEngine):
+        async def _call(self, name):
+            happened.append(name)
+            await super()._call(name)
+
+    channel = channel_of(Sender(failures=1), Engine(), every=1)
+    stats = await channel.publish(NEW, lambda: happened.append("sent"))
+    assert stats.probe_nats == 0.0
+    assert happened[0] == "probe"
+    assert happened.count("sent") == 1, "the first transfer failed"
+    after = happened[happened.index("sent") + 1 :]
+    assert after == ["check", "install", "version", "probe"], "all of them calls to the engine"

@@ -102,8 +102,10 @@ class World(fakes.World):
         self.trained[self.version + 1] = sorted(stored.header.key for stored in self.whole(batch))
         return await super().step(batch)
 
-    async def publish(self, version):
+    async def publish(self, version, on_sent):
         await self.turns(4)
+        on_sent()
+        await self.turns(12)
         return await super().publish(version)
 
 

@@ -8,9 +8,11 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from eopd.config import load_config
+from eopd.packing import pack_batch
 from eopd.roles import LearnerDownError
 from eopd.runtime import gang as module
 from eopd.runtime.gang import LearnerGang
+from eopd.types import Stored
 
 
 class Method:
@@ -93,3 +95,32 @@ async def test_a_rank_that_cannot_write_is_told_at_once_also_while_the_others_wa
         await gang._each("step")
 
     assert time.monotonic() - started < 1.0
+
+
+async def test_gradients_add_up_while_weights_are_on_their_way_and_a_step_waits(gang):
+    class Working(Rank):
+        def __init__(self) -> None:
+            super().__init__()
+            self.done = []
+            self.take = Method(self._take)
+            self.accumulate = Method(lambda: self._work("accumulate"))
+            self.step = Method(lambda: self._work("step"))
+
+        async def _take(self, share, bodies):
+            self.done.append("take")
+            return []
+
+        async def _work(self, name):
+            await asyncio.sleep(0.01)
+            self.done.append(name)
+
+    gang._actors = [rank] = [Working()]
+    part = pack_batch([Stored(fakes.header(), None)], steps=1, ranks=1, token_budget=99, alpha=1.0)
+    async with gang.reserved():
+        stepping = asyncio.create_task(gang.step(part))
+        await asyncio.gather(gang.accumulate(part), gang.accumulate(part))
+        assert rank.done == ["take", "accumulate"] * 2
+        assert not stepping.done()
+
+    await stepping
+    assert rank.done[4:] == ["take", "step"]

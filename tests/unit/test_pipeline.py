@@ -14,7 +14,7 @@ from fakes import World
 
 from eopd.ledger import Ledger
 from eopd.pipeline import NothingKeptError, Pipeline, TooManyDroppedError
-from eopd.roles import BodiesLostError
+from eopd.roles import BodiesLostError, LearnerDownError
 from eopd.types import LostReason, LostTrajectory, TrajectoryKey
 
 
@@ -426,6 +426,127 @@ async def test_one_that_is_stopped_in_the_middle_of_a_batch_has_not_trained_it()
     await line.buffer.close()
     assert await running == []
     assert line.ledger.settled.floor == 0 and world.trained == []
+
+
+class Publishing(FakeWorld):
+    """The first publish sends, and ends, when it is told to; ``gone`` parts lose a body."""
+
+    def __init__(self, gone: int = 0) -> None:
+        super().__init__()
+        self.may_send, self.may_end = asyncio.Event(), asyncio.Event()
+        self.gone = gone
+        self.failure: Exception | None = None
+
+    async def publish(self, version, on_sent):
+        await self.may_send.wait()
+        on_sent()
+        await self.may_end.wait()
+        if self.failure:
+            raise self.failure
+
+        return await super().publish(version)
+
+    async def accumulate(self, part):
+        if self.version == 1 and self.gone:
+            self.gone -= 1
+            raise BodiesLostError([stored.header.key for stored in part.stored()][:1])
+
+        await super().accumulate(part)
+
+    def begun(self) -> int:
+        return sum(len(part.stored()) for part in self.parts)
+
+
+@pytest.mark.parametrize(("staleness", "begun"), [(0, 0), (1, 2), (2, 2)])
+async def test_the_next_batch_is_begun_once_the_weights_are_sent(staleness, begun):
+    """Parts are of two trajectories, and the last one of a batch waits for the engines."""
+    world = Publishing()
+    line = pipeline(world, staleness=staleness)
+    running = asyncio.create_task(run(line))
+    await asyncio.sleep(0.05)
+    assert (world.version, world.served, world.begun()) == (1, 0, 0)
+    world.may_send.set()
+    await asyncio.sleep(0.05)
+    assert (world.version, world.served, world.begun()) == (1, 0, begun)
+    assert line.buffer.num_slots_held == line.buffer.num_slots
+    world.may_end.set()
+    rows = await running
+    assert max(world.staleness) <= staleness
+    assert world.trained == [sorted(keys(line, 48)[4 * n : 4 * n + 4]) for n in range(12)]
+    assert rows[0]["eopd_weights_seconds"] > 0.09
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+async def test_the_stages_of_a_step_are_all_of_its_time_also_where_batches_overlap(staleness):
+    class Slow(FakeWorld):
+        async def accumulate(self, part):
+            await asyncio.sleep(0.004)
+            await super().accumulate(part)
+
+        async def publish(self, version, on_sent):
+            await asyncio.sleep(0.004)
+            on_sent()
+            await asyncio.sleep(0.01)
+            return await super().publish(version)
+
+    for row in await run(pipeline(Slow(), staleness=staleness, ranks=1)):
+        parts = ("wait_rollout", "wait_teacher", "train", "weights")
+        whole = sum(row[f"eopd_{part}_seconds"] for part in parts)
+        assert whole == pytest.approx(row["eopd_step_seconds"], rel=0.02)
+
+
+async def test_while_the_learner_trains_it_does_not_wait_for_weights():
+    class Training(Publishing):
+        async def accumulate(self, part):
+            await super().accumulate(part)
+            if self.version == 1 and not self.may_end.is_set():
+                await asyncio.sleep(0.1)
+                self.may_end.set()
+
+    world = Training()
+    world.may_send.set()
+    row, *_ = await run(pipeline(world, staleness=2))
+    assert row["eopd_train_seconds"] > 0.1 > row["eopd_weights_seconds"]
+
+
+async def test_a_batch_that_was_begun_and_lost_a_body_is_begun_again():
+    world = Publishing(gone=2)
+    world.may_send.set()
+    line = pipeline(world, staleness=2, max_attempts=1)
+    running = asyncio.create_task(run(line))
+    await asyncio.sleep(0.1)
+    world.may_end.set()
+    rows = await running
+    assert rows[-1]['eopd_lost_trajectories_total{reason="body_lost"}'] == 2
+    assert set(times_trained(world).values()) == {1}
+    assert len(times_trained(world)) == 48
+
+
+async def test_a_publish_that_fails_while_the_next_batch_is_begun_ends_the_run():
+    world = Publishing()
+    world.failure = LearnerDownError("rank 1 died")
+    world.may_send.set()
+    running = asyncio.create_task(run(pipeline(world, staleness=2)))
+    await asyncio.sleep(0.05)
+    assert world.begun() == 2
+    world.may_end.set()
+    with pytest.raises(LearnerDownError, match="rank 1 died"):
+        await running
+
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_one_that_is_stopped_while_weights_are_published_ends_with_that_step():
+    world = Publishing()
+    world.may_send.set()
+    line = pipeline(world, staleness=2)
+    running = asyncio.create_task(run(line))
+    await asyncio.sleep(0.05)
+    await line.buffer.close()
+    world.may_end.set()
+    (row,) = await running
+    assert row["eopd_step"] == 1
+    assert line.ledger.settled.floor == 4 and len(world.trained) == 1
 
 
 async def test_a_learner_that_raises_ends_the_run():
