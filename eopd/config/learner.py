@@ -1,5 +1,6 @@
 """The gang that trains: its ranks, its optimiser, and what goes to DeepSpeed."""
 
+from collections.abc import Mapping
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
@@ -19,6 +20,10 @@ from eopd.config.base import (
 from eopd.config.document import show
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+ZeroStage = Literal[0, 1, 2, 3]
+
+# The ZeRO stages that can keep a state in host memory begin here (DeepSpeed 0.19.8).
+LOWEST_STAGE: Final[Mapping[str, ZeroStage]] = {"offload_optimizer": 1, "offload_param": 3}
 
 _BATCHES: Final = "learner.token_budget and .optimizer_steps_per_batch cut the batches"
 _DTYPE: Final = "student.dtype says it"
@@ -99,10 +104,15 @@ class LearnerConfig(Section):
     or gradient was not finite. The next one ends the run.
     """
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """The ZeRO stage: what is sharded over the ranks. 0 is nothing, 1 the optimiser's state, 2 also
-    gradients, 3 also weights. On one CPU rank, 1 is the fastest in bfloat16 and 0 in float32.
+    gradients, 3 also weights. ``auto`` is chosen when the config is loaded: 0 on one rank in
+    float32, else 1; where states are offloaded to host memory, the lowest that can. A run that
+    continues keeps the stage of its checkpoints.
     """
+
+    zero_stage_reason: str | None = None
+    """Why ``auto`` chose the stage it did. The program writes it; leave it out."""
 
     activation_checkpointing: bool = False
     """Computes activations again in the backward pass, which needs less memory and more time."""
@@ -156,6 +166,21 @@ class LearnerConfig(Section):
         return self
 
     @property
+    def chosen_zero_stage(self) -> ZeroStage:
+        """The ``zero_stage`` of a config that was loaded, where nothing is ``auto`` any more."""
+        if self.zero_stage == "auto":
+            raise ValueError("learner.zero_stage: auto is chosen by load_config")
+
+        return self.zero_stage
+
+    @property
+    def offloaded(self) -> tuple[str, ...]:
+        """The options by which DeepSpeed is told to keep states in host memory."""
+        zero = self.deepspeed.get("zero_optimization")
+        named = zero if isinstance(zero, dict) else {}
+        return tuple(name for name in LOWEST_STAGE if _device_of(named, name) == "cpu")
+
+    @property
     def ranks_may_change(self) -> bool:
         """Returns whether another number of ranks may continue a checkpoint.
 
@@ -164,13 +189,18 @@ class LearnerConfig(Section):
         """
         zero = self.deepspeed.get("zero_optimization")
         return not (
-            self.zero_stage in (1, 2)
+            self.chosen_zero_stage in (1, 2)
             and isinstance(zero, dict)
             and zero.get("round_robin_gradients")
         )
 
 
-def _refuse_offload(zero: NativeOptions, zero_stage: int) -> None:
+def _device_of(zero: NativeOptions, name: str) -> object:
+    options = zero.get(name) or {}
+    return options.get("device", "none") if isinstance(options, dict) else options
+
+
+def _refuse_offload(zero: NativeOptions, zero_stage: Literal["auto"] | ZeroStage) -> None:
     """Refuse offloading that DeepSpeed 0.19.8 ignores, does with its own Adam alone, or leaves out
     of checkpoints.
 
@@ -178,15 +208,14 @@ def _refuse_offload(zero: NativeOptions, zero_stage: int) -> None:
         ValueError: names the option and what to write.
     """
     key = "deepspeed.zero_optimization"
-    for name, lowest_stage in (("offload_optimizer", 1), ("offload_param", 3)):
-        options = zero.get(name) or {}
-        device = options.get("device", "none") if isinstance(options, dict) else options
+    for name, lowest_stage in LOWEST_STAGE.items():
+        options, device = zero.get(name), _device_of(zero, name)
         if device not in ("none", "cpu"):
             raise ValueError(
                 f"{key}.{name}: must be {{device: cpu}} or {{device: none}} (is {show(device)})"
             )
 
-        if device == "cpu" and zero_stage < lowest_stage:
+        if device == "cpu" and zero_stage != "auto" and zero_stage < lowest_stage:
             raise ValueError(
                 f"{key}.{name}: needs zero_stage {lowest_stage} or more (is {zero_stage})"
             )

@@ -9,9 +9,9 @@ from types import MappingProxyType
 
 from pydantic import BaseModel, ValidationError
 
+from eopd.config.choices import with_choices
 from eopd.config.document import DocumentError, read_tree, read_value, show, write_tree
 from eopd.config.messages import explain
-from eopd.config.processor import with_dtypes
 from eopd.config.root import Config
 from eopd.config.shape import shape
 from eopd.config.teacher import TeacherConfig
@@ -32,7 +32,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing, is no YAML mapping, or a key or value is wrong.
 
-    Every ``dtype: auto`` is chosen for this machine.
+    Every ``dtype: auto`` is chosen for this machine, and ``learner.zero_stage: auto`` for the run.
     """
     return _config_of(str(path), _read(path), overrides)
 
@@ -68,7 +68,7 @@ def _config_of(name: str, tree: dict[str, object], overrides: Sequence[str]) -> 
     if mistakes:
         raise ConfigError(f"{name}: " + "\n".join(mistakes.values()))
 
-    return with_dtypes(config)
+    return with_choices(config)
 
 
 def make_section(
@@ -157,6 +157,7 @@ def _apply(tree: dict[str, object], override: str) -> None:
 
     if isinstance(node, dict):
         node[last] = value
+        node.pop(f"{last}_reason", None)  # of another value, which was chosen
     elif isinstance(node, list):
         node[_index(node, last, parents, override)] = value
     else:

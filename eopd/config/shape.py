@@ -266,7 +266,7 @@ class _Shaper:
         if annotation is bool:
             return (TRUTHS | OLD_TRUTHS).get(value, value)
 
-        if annotation in (int, float) or _is_literal_of_numbers(annotation):
+        if annotation in (int, float) or _is_literal_with_numbers(annotation):
             if reason := two_readings(value):
                 self.faults[place] = reason
                 return value
@@ -291,9 +291,9 @@ def _is_literal(annotation: object) -> bool:
     return typing.get_origin(annotation) is typing.Literal
 
 
-def _is_literal_of_numbers(annotation: object) -> bool:
+def _is_literal_with_numbers(annotation: object) -> bool:
     words = typing.get_args(annotation)
-    return _is_literal(annotation) and all(isinstance(word, int) for word in words)
+    return _is_literal(annotation) and any(isinstance(word, int) for word in words)
 
 
 def _null(value: object) -> object:

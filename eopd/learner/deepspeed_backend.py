@@ -77,7 +77,7 @@ class DeepspeedBackend:
             lr_scheduler=lambda basic: LambdaLR(basic, factor),
             config=native_config(config, dtype),
         )
-        if config.zero_stage == 0 and dtype == "bfloat16":
+        if config.chosen_zero_stage == 0 and dtype == "bfloat16":
             # This wrapper has already stepped once, on zero gradients: forget its moments and its
             # weight decay.
             self._engine.optimizer.refresh_fp32_params()
@@ -85,9 +85,9 @@ class DeepspeedBackend:
 
         self.student = student
         self._config = config
-        self._sharded = config.zero_stage == 3
-        self._keeps_no_norm = config.zero_stage == 0 and dtype == "float32"
-        if config.zero_stage == 3:
+        self._sharded = config.chosen_zero_stage == 3
+        self._keeps_no_norm = config.chosen_zero_stage == 0 and dtype == "float32"
+        if config.chosen_zero_stage == 3:
             deepspeed.zero.register_external_parameter(student, student.whole_head_VD)
 
     @property
@@ -205,7 +205,7 @@ class DeepspeedBackend:
             raise FileNotFoundError(f"{directory}: holds no learner checkpoint")
 
         saved_ranks = len(list(directory.glob("rng-*.pt")))
-        if saved_ranks == dist.get_world_size() or self._config.zero_stage == 0:
+        if saved_ranks == dist.get_world_size() or self._config.chosen_zero_stage == 0:
             _, state = self._engine.load_checkpoint(str(directory), tag=_TAG)
         elif not self._config.ranks_may_change:
             raise ValueError(
@@ -370,14 +370,14 @@ def native_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": config.chosen_zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
     if dtype == "bfloat16":
         options["bf16"] = {"enabled": True}
-        if config.zero_stage > 0:
+        if config.chosen_zero_stage > 0:
             options["data_types"] = {"grad_accum_dtype": "fp32"}
             options["communication_data_type"] = "fp32"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from eopd.config import Config
-from eopd.config.processor import dtype_notes
+from eopd.config.choices import choice_notes
 from eopd.config.prompts import names_of
 from eopd.plugins import sources
 from eopd.preflight.environment import environment_notes, is_local
@@ -75,7 +75,7 @@ def notes(config: Config, prepared: Prepared) -> Iterator[str]:
     """Yields what was chosen for the user, and what is odd and may be meant, in the config and in its
     data.
     """
-    yield from dtype_notes(config)
+    yield from choice_notes(config)
     if why := config.waits_for_batch:
         yield f"the learner begins a step when its whole batch is there, because of {why}"
 

@@ -28,6 +28,7 @@ PLACES: Final = (
     "run.upload",
     "run.expected_minutes",
     "student.dtype_reason",
+    "learner.zero_stage_reason",
     "cluster",
     "telemetry",
 )

@@ -71,6 +71,7 @@ TABLE: Final[Mapping[str, Kind]] = {
     "learner.deepspeed.zero_optimization.round_robin_gradients": "never",
     "learner.deepspeed.zero_optimization.sub_group_size": "never",
     "learner.zero_stage": "never",
+    "learner.zero_stage_reason": "always",
     "prompts": "contents",
     "prompts.data[].weight": "never",
     "rollout.cpus": "always",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import Config, ConfigError, RunConfig, make_section
+from eopd.config.choices import with_choices_of
 from eopd.config.load import change_config
 from eopd.preflight import prepare
 from eopd.run.checkpoint import DriverState, link_checkpoint, step_of
@@ -129,7 +130,7 @@ def _config(source: Path, before: Config, name: str, overrides: Sequence[str]) -
         {"name": "--name"},
         **config.run.model_dump() | {"name": name},
     )
-    return config.model_copy(update={"run": run})
+    return with_choices_of(before, config.model_copy(update={"run": run}))
 
 
 def _require_new(name: str, target: Path) -> None:

@@ -1,7 +1,10 @@
 """A config decides what each actor asks of Ray, and the environment of its processes. Pure functions.
 
 Thread counts are set explicitly: Ray's CPU numbers are admission, not affinity, and may be
-fractional.
+fractional. Threads that wait always sleep: spinning would pay only where roles take turns, but a
+teacher scores while engines write and a step begins before its batch is whole, and under
+``OMP_WAIT_POLICY=ACTIVE`` a role without work keeps its cores busy too (torch 2.13: 1.5 s of CPU in
+1.5 s of sleep).
 """
 
 from collections.abc import Mapping, Sequence

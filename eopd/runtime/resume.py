@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from eopd.config import Config, ConfigError
-from eopd.config.processor import with_student_dtype_of
+from eopd.config.choices import with_choices_of
 from eopd.config.prompts import keys_of, names_of
 from eopd.ledger import Ledger
 from eopd.plugins import sources
@@ -136,7 +136,7 @@ def take_up(
     if config.guard.on_collapse == "stop":
         require_no_collapse(directory, state.step)
 
-    config = with_student_dtype_of(directory.config_at(state.step), config)
+    config = with_choices_of(directory.config_at(state.step), config)
     changed = what_changed(directory, config, state, inputs)
 
     return replace(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from eopd.config import Config, ConfigError, dump_config
+from eopd.config.choices import with_choices_of
 from eopd.preflight import pinned, prepare
 from eopd.preflight.environment import gpus_here, is_local
 from eopd.run.changes import Change, changes
@@ -309,7 +310,9 @@ def _status_of(config: Config, parallel: int) -> Status:
 
 def _require_same(directory: RunDirectory, config: Config, noted: Sequence[Change]) -> None:
     """Raises ConfigError where a run would go on, or be counted, under other settings than before."""
-    computed = [each for each in changes(directory.config(), config) if each.kind in COMPUTED]
+    before = directory.config()
+    changed = changes(before, with_choices_of(before, config))
+    computed = [each for each in changed if each.kind in COMPUTED]
     others = {str(each): None for each in (*computed, *noted) if each.key not in MAY_CHANGE}
     if others:
         raise ConfigError(

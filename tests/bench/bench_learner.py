@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
+from eopd.config.choices import choose_zero_stage
 from eopd.learner.deepspeed_backend import DeepspeedBackend
 from eopd.learner.learner import LearnerRank
 from eopd.packing import pack_batch
@@ -47,8 +48,7 @@ SHAPES = [(8, 32, 32), (4, 128, 384)]  # trajectories, prompt, response
 GPU_SHAPES = [(8, 64, 448), (4, 64, 1984)]
 K, BAR = 16, 0.9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# on one rank: 302 to 259 and 199 to 150 tokens/s, 8 x (32 + 32)
-FASTER_STAGE = {"bfloat16": 1, "float32": 0}
+OFFLOADED = ("offload_optimizer",)
 
 
 def make_scored(
@@ -157,7 +157,7 @@ def our_step(
     *,
     offload: bool = False,
 ) -> Callable[[], object]:
-    native = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}} if offload else {}
+    zero = {name: {"device": "cpu"} for name in OFFLOADED if offload}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -165,7 +165,9 @@ def our_step(
     learner = LearnerRank(
         DeepspeedBackend,
         StudentConfig(model=student, dtype=dtype),
-        LearnerConfig(threads=threads, zero_stage=stage, lr=1e-6, deepspeed=native),
+        LearnerConfig(
+            threads=threads, zero_stage=stage, lr=1e-6, deepspeed={"zero_optimization": zero}
+        ),
         LossConfig(top_k=K),
         temperature=1.0,
         total_batches=100,
@@ -202,7 +204,9 @@ def compare(
 ) -> str:
     """A row of the table."""
     count, num_prompt, num_response = shape
-    stage = FASTER_STAGE[dtype] if options.zero_stage is None else options.zero_stage
+    offloaded = OFFLOADED if options.offload else ()
+    chosen, _ = choose_zero_stage(ranks=1, dtype=dtype, offloaded=offloaded)
+    stage = chosen if options.zero_stage is None else options.zero_stage
     rng = np.random.default_rng(0)
     batch = [
         make_scored(
@@ -249,7 +253,7 @@ def main() -> None:
         "--zero-stage",
         type=int,
         choices=[0, 1, 2, 3],
-        help="else the faster of 0 and 1",
+        help="else what auto chooses",
     )
     parser.add_argument(
         "--offload",

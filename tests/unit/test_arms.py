@@ -68,6 +68,7 @@ def test_runs_of_one_setting_are_one_arm():
         "cluster.address",
         "telemetry.trackers.0",
         "student.dtype_reason",
+        "learner.zero_stage_reason",
         "teachers.1.dtype_reason",
     ],
 )
@@ -78,7 +79,15 @@ def test_names_and_places_make_no_arm(place):
 
 
 @pytest.mark.parametrize(
-    "key", ["run.batches", "teachers.1.dtype", "run.names", "learner.lr", "teachers.0.model"]
+    "key",
+    [
+        "run.batches",
+        "teachers.1.dtype",
+        "run.names",
+        "learner.lr",
+        "learner.zero_stage",
+        "teachers.0.model",
+    ],
 )
 def test_every_other_key_makes_an_arm(key):
     first, second = group_runs([config(**{key: 1}), config(**{key: 2})])

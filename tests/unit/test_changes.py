@@ -147,6 +147,7 @@ def config(tmp_path):
         student="{model: /s}",
         teachers="[{model: /t, name: a.b, sources: [x]}, {model: /u, name: b}]",
         flow="{batch_prompts: 8, max_staleness: 2}",
+        more="learner: {zero_stage: 1}",
     )
     return lambda *overrides: load_config(path, overrides)
 

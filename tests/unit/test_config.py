@@ -425,8 +425,16 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "learner.betas=[0.9]",
             "learner.betas: must be a list of 2, each a number of 0 or more, below 1 (is [0.9])",
         ),
-        ("learner.zero_stage=4", "learner.zero_stage: must be 0, 1, 2 or 3 (is 4)"),
-        ("learner.zero_stage=true", "learner.zero_stage: must be 0, 1, 2 or 3 (is true)"),
+        ("learner.zero_stage=4", "learner.zero_stage: must be auto, 0, 1, 2 or 3 (is 4)"),
+        ("learner.zero_stage=true", "learner.zero_stage: must be auto, 0, 1, 2 or 3 (is true)"),
+        (
+            "learner.zero_stage=01",
+            "learner.zero_stage: 01 is octal in YAML 1.1, for its leading zero: write it without",
+        ),
+        (
+            "learner.zero_stage=avto",
+            "learner.zero_stage: must be auto, 0, 1, 2 or 3 (is avto); did you mean auto?",
+        ),
         (
             "student.dtype=bf16",
             "student.dtype: must be auto, float32 or bfloat16 (is bf16); did you mean bfloat16?",
@@ -865,6 +873,8 @@ ZERO = "learner.deepspeed.zero_optimization"
             "cpu_offload=true",
             "cpu_offload: cannot be set here: write offload_optimizer: {device: cpu} or ",
         ),
+        ("auto", "offload_optimizer.device=nvme", "offload_optimizer: must be {device: cpu} or "),
+        ("auto", "offload_param={device: cpu}", None),
         (0, "offload_optimizer.device=none", None),
         (1, "offload_optimizer.device=cpu", None),
         (3, "offload_param={device: cpu, pin_memory: false}", None),

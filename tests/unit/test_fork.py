@@ -212,6 +212,34 @@ async def test_what_cannot_be_forked_is_one_message_and_leaves_nothing(parent, o
     assert os.listdir(parent.path.parent) == ["r"]
 
 
+async def run_at_step_4(path, *overrides):
+    config = load_config(path, ["student.dtype=float32", *overrides])
+    directory = RunDirectory.create(config)
+    directory.write_summary(Summary(status="running", steps=4))
+    await keep(directory, 4, digests(config, prepare(config)))
+    return directory
+
+
+async def test_a_fork_keeps_the_stage_of_the_checkpoint_under_other_ranks(path):
+    directory = await run_at_step_4(path)
+    assert directory.config().learner.zero_stage == 0
+    for name, override in (
+        ("wide", "learner.ranks=2"),
+        ("whole", "learner={ranks: 2, token_budget: 9000, lr: 1.0e-5}"),
+    ):
+        learner = fork(directory.path, name=name, overrides=[override]).config().learner
+        assert (learner.ranks, learner.zero_stage) == (2, 0)
+        assert learner.zero_stage_reason == "auto: that of the checkpoints"
+
+
+async def test_a_stage_that_a_fork_is_told_is_told_as_its_own(path):
+    directory = await run_at_step_4(path, "learner.ranks=2")
+    assert directory.config().learner.zero_stage_reason is not None
+    child = fork(directory.path, name="new", overrides=["learner.zero_stage=2"])
+    learner = child.config().learner
+    assert (learner.zero_stage, learner.zero_stage_reason) == (2, None)
+
+
 def test_there_is_nothing_to_fork_where_there_is_no_run(tmp_path):
     assert refusal(tmp_path, name="new") == f"{tmp_path} holds no run (it has no config.yaml)"
 

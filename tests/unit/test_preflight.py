@@ -108,6 +108,7 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
         "  end tokens  student 0 <|endoftext|>; teacher 0 <|endoftext|>",
         "  eos_remap   none",
         "  prompts     1 to train, 0 held out",
+        "learner.zero_stage: 0 (auto: the fastest on one rank in float32)",
         "dropped 1 prompts of more than 64 tokens",
         "note: checkpoint.every: 50 is above run.batches 1; the only one is at the end",
         "note: evaluation.prompts: 64 is above the 1 prompts of prompts.held_out; all of "

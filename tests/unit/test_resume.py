@@ -233,6 +233,68 @@ async def test_a_precision_that_was_chosen_is_kept_on_another_machine(config, mo
     assert "student.dtype bfloat16 -> float32" in message
 
 
+def kept_stage(config):
+    """The stage that a run goes on with, the reason, and what changes."""
+    taken_up = take_up(config, INPUTS, "yes")
+    learner = taken_up.config.learner
+    return learner.zero_stage, learner.zero_stage_reason, texts(taken_up.changes)
+
+
+KEPT = "auto: that of the checkpoints"
+
+
+async def test_a_zero_stage_that_was_chosen_is_kept_by_any_number_of_ranks(config):
+    one = ("student.dtype=float32",)
+    two = (*one, "learner.ranks=2")
+    await run_of(config(*one), 2)
+    assert config(*two).learner.zero_stage == 1
+    assert kept_stage(config(*two)) == (0, KEPT, [])
+    assert kept_stage(config(*one)) == (0, "auto: the fastest on one rank in float32", [])
+
+    await run_of(config(*two, "run.name=gang"), 2)
+    alone = config(*one, "run.name=gang")
+    assert alone.learner.zero_stage == 0
+    assert kept_stage(alone) == (1, KEPT, [])
+    message = refusal(config(*one, "run.name=gang", "learner.zero_stage=0"), "yes")
+    assert "learner.zero_stage 1 -> 0. That would be another run" in message
+
+
+async def test_a_stage_that_was_kept_is_kept_again(config):
+    directory = await run_of(config("student.dtype=float32"), 2)
+    grown = config("student.dtype=float32", "learner.ranks=2")
+    take_up(grown, INPUTS, "yes").carry_out()
+    resolved = load_config(directory.path / "config.yaml")
+    assert (resolved.learner.zero_stage, resolved.learner.zero_stage_reason) == (0, KEPT)
+    assert kept_stage(resolved) == kept_stage(grown) == (0, KEPT, [])
+
+
+async def test_a_run_of_before_auto_goes_on_with_the_number_in_its_config(config):
+    directory = await run_of(config("student.dtype=float32", "learner.zero_stage=1"), 2)
+    file = directory.path / "config.yaml"
+    without_reason = file.read_text().replace("  zero_stage_reason: null\n", "")
+    assert without_reason != file.read_text()
+    file.write_text(without_reason)
+    here = config("student.dtype=float32")
+    assert here.learner.zero_stage == 0
+    assert kept_stage(here) == (1, KEPT, [])
+    assert kept_stage(load_config(file)) == (1, None, [])
+    assert kept_stage(config("student.dtype=float32", "learner.zero_stage=2"))[0] == 2
+
+
+async def test_offloading_that_the_stage_of_the_checkpoints_cannot_do_is_refused(config):
+    await run_of(config("student.dtype=float32"), 2)
+    zero = "learner.deepspeed.zero_optimization"
+    for name, stage in (("offload_optimizer", 1), ("offload_param", 3)):
+        message = refusal(config("student.dtype=float32", f"{zero}.{name}.device=cpu"), "yes")
+        assert f"learner.zero_stage 0 -> {stage}" in message
+
+    sharded = ("student.dtype=float32", "run.name=sharded")
+    await run_of(config(*sharded, "learner.zero_stage=2"), 2)
+    offloads = config(*sharded, f"{zero}.offload_optimizer.device=cpu")
+    assert offloads.learner.zero_stage == 1
+    assert kept_stage(offloads) == (2, KEPT, [])
+
+
 async def test_a_run_directory_may_be_moved_and_renamed(config, tmp_path):
     directory = await run_of(config(), 10)
     (tmp_path / "moved").mkdir()

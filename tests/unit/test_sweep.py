@@ -156,6 +156,14 @@ def test_a_run_that_was_begun_with_other_settings_is_refused_before_any_starts(b
     assert len(bench.began()) == 2
 
 
+def test_more_ranks_are_no_other_setting_where_auto_chooses_the_stage(bench):
+    bench.sweep("student.dtype=float32", seeds=(0,)).run(1)
+    bench.sweep("student.dtype=float32", "learner.ranks=2", seeds=(0, 1)).run(1)
+    assert bench.began() == NAMES
+    with pytest.raises(ConfigError, match=r"learner.zero_stage 0 -> 1"):
+        bench.sweep("student.dtype=float32", "learner.zero_stage=1").run(1)
+
+
 @pytest.mark.parametrize(
     ("overrides", "grid", "parallel", "message"),
     [
