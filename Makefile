@@ -7,10 +7,11 @@ PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=10
 ONE    := tests/house tests/unit tests/contract
 WHOLE  := tests/system
 PAIRED := -n 2 --dist loadfile
+PEERS  := .peers
 RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tiny test test-all unit check format bench soak dashboards reference lock clean
+.PHONY: help setup demo tiny test test-all unit check format bench bench-peers soak dashboards reference lock clean
 
 help: ## print these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +66,11 @@ bench: setup ## loss, driver, overlap, evaluation, a weight sync, an upload; the
 	$(BIN)/python tests/bench/bench_evaluation.py
 	$(BIN)/python tests/bench/bench_upload.py
 
+bench-peers: setup ## a step of ours beside one of TRL's trainers, which it installs into .peers
+	test -d $(PEERS) || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $(PEERS) trl==1.16.0
+	$(BIN)/eopd models demo
+	$(BIN)/python tests/bench/bench_peers.py --trl $(PEERS)
+
 soak: setup ## half an hour of training with a fault every minute: what is lost, what leaks
 	$(BIN)/python tests/system/soak.py
 
@@ -78,5 +84,5 @@ lock: ## rewrite both lock files (needs uv; options in cluster/lock.sh)
 	cluster/lock.sh --torch-backend cpu
 
 clean: ## remove what tests and tools leave behind; runs and models stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find eopd tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -285,7 +285,7 @@ class Pipeline:
     ) -> Sequence[Span]:
         """Accumulates parts of a batch while the weights before it are published; returns when."""
         works = list[Span]()
-        while not publishing.done() and number < self.plan.batches:
+        while not publishing.done():
             taking = asyncio.create_task(self.buffer.take(number, ahead=True))
             try:
                 await asyncio.wait({publishing, taking}, return_when=asyncio.FIRST_COMPLETED)

@@ -536,6 +536,22 @@ async def test_a_publish_that_fails_while_the_next_batch_is_begun_ends_the_run()
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+async def test_a_learner_that_is_lost_while_weights_are_published_ends_the_publish_too():
+    class Lost(Publishing):
+        async def accumulate(self, part):
+            if self.version == 1:
+                raise LearnerDownError("rank 1 died")
+
+            await super().accumulate(part)
+
+    world = Lost()
+    world.may_send.set()
+    with pytest.raises(LearnerDownError, match="rank 1 died"):
+        await run(pipeline(world, staleness=2))
+
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_one_that_is_stopped_while_weights_are_published_ends_with_that_step():
     world = Publishing()
     world.may_send.set()
