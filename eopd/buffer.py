@@ -53,6 +53,11 @@ class _Offer:
     stored: Stored[ScoredTrajectory]
     outcome: asyncio.Future[LostReason | None]
 
+    def end(self, outcome: LostReason | None) -> None:
+        """Tells whoever waits for it; nobody does any more where the run has failed meanwhile."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
 
 @dataclass(frozen=True, slots=True)
 class Taken:
@@ -198,7 +203,7 @@ class Buffer:
         for taken in part.taken:
             offer = self._taken.pop(taken.issue)
             if taken.issue in lost:
-                offer.outcome.set_result(LostReason.BODY_LOST)
+                offer.end(LostReason.BODY_LOST)
                 self._next_missing = min(self._next_missing, taken.issue)
             else:
                 self._put(taken.issue, offer)
@@ -230,7 +235,7 @@ class Buffer:
         """
         self.num_slots_held -= len(self._trained)
         for offer in self._trained:
-            offer.outcome.set_result(None)
+            offer.end(None)
 
         self._trained = []
         self._slot_freed.set()
@@ -308,7 +313,7 @@ class Buffer:
         self._oldest_allowed = oldest_allowed
         for version in [version for version in self._ready_by_version if version < oldest_allowed]:
             for issue in list(self._ready_by_version[version]):
-                self._withdraw(issue).outcome.set_result(LostReason.TOO_STALE)
+                self._withdraw(issue).end(LostReason.TOO_STALE)
                 self._next_missing = min(self._next_missing, issue)
 
     def _extend_next_batch(self) -> None:

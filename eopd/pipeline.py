@@ -160,7 +160,8 @@ class Pipeline:
 
         Closing the iterator between two steps stops every task; closing ``buffer`` ends it after
         the current step, or at once where the batch is not whole yet: it is begun again by whoever
-        continues the run. An error of any task ends the iteration.
+        continues the run. An error of any task ends the iteration: a step that the learner has begun
+        comes to its end before, so that what it holds is what was yielded.
 
         Raises:
             TooManyDroppedError: more than ``plan.max_dropped`` trajectories were dropped.
@@ -169,7 +170,7 @@ class Pipeline:
         count = (self.plan.batches - start) * self.plan.batch
         async with _background(self._issue(count)) as issuing:
             for number in range(start, self.plan.batches):
-                done = await _unless_failed(issuing, self._step(number, time.monotonic()))
+                done = await self._or_failure(issuing, self._step(number, time.monotonic()))
                 if done is None:
                     return
 
@@ -183,6 +184,24 @@ class Pipeline:
             f"{buffer.num_taken}, and {buffer.num_ready} are ready, the lowest missing is issue "
             f"{buffer.next_missing}, {buffer.num_slots_held} of {buffer.num_slots} slots taken"
         )
+
+    async def _or_failure(
+        self, issuing: asyncio.Task[None], step: Coroutine[object, object, StepDone | None]
+    ) -> StepDone | None:
+        """Awaits a step; where there is none to come, since ``issuing`` has failed, raises its error."""
+        stepping = asyncio.create_task(step)
+        try:
+            await asyncio.wait({issuing, stepping}, return_when=asyncio.FIRST_COMPLETED)
+            if issuing.done() and issuing.exception() is not None:
+                await self.buffer.close()
+
+            done = await stepping
+            if done is None and issuing.done():
+                await issuing
+
+            return done
+        finally:
+            stepping.cancel()
 
     async def _step(self, number: int, started: float) -> StepDone | None:
         batch = await self._train(number)
@@ -448,20 +467,3 @@ async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[as
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def _unless_failed(
-    background: asyncio.Task[None], work: Coroutine[object, object, StepDone | None]
-) -> StepDone | None:
-    """Awaits ``work``, unless ``background`` raises first: then its error is raised and ``work`` is
-    cancelled.
-    """
-    working = asyncio.create_task(work)
-    try:
-        await asyncio.wait({background, working}, return_when=asyncio.FIRST_COMPLETED)
-        if background.done() and not working.done():
-            await background  # raises, or returns once everything was issued, and work continues
-
-        return await working
-    finally:
-        working.cancel()

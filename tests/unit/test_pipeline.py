@@ -331,6 +331,33 @@ async def test_too_many_dropped_end_the_run_with_the_last_reason():
         await run(pipeline(Poisoned("3"), max_dropped=0))
 
 
+@pytest.mark.parametrize("staleness", [1, 2])
+async def test_a_step_that_has_begun_is_finished_before_the_run_ends(staleness):
+    """Else a checkpoint of the learner would hold a step that nobody has counted."""
+
+    class Fails(Poisoned):
+        async def step(self, batch):
+            self.is_stepping = True
+            await asyncio.sleep(0.05)  # meanwhile one too many is dropped
+            return await super().step(batch)
+
+        async def generate(self, prompt, sample_index, sampling):
+            while prompt.prompt_id == "3" and not hasattr(self, "is_stepping"):
+                await asyncio.sleep(0.001)
+
+            return await super().generate(prompt, sample_index, sampling)
+
+    world = Fails("3")
+    line = pipeline(world, staleness=staleness, lookahead=1, max_dropped=0)
+    steps = []
+    with pytest.raises(TooManyDroppedError):
+        async for done in line.steps(0):
+            steps.append(done.stats.version.step)
+
+    assert steps == [1] and world.version == line.progress.step == 1
+    assert len(line.ledger.settled) == 4 + len(line.ledger.dropped)
+
+
 async def test_a_resumed_run_does_not_try_again_what_was_dropped():
     first, second = Poisoned("3"), Poisoned("3")
     line = pipeline(first, max_dropped=99)
