@@ -215,7 +215,12 @@ THROUGHPUT: Final = Board(
                 _one("Model FLOPs utilisation", "eopd_learner_mfu_ratio"),
             ),
             (
-                _one("Newest checkpoint took", "eopd_checkpoint_seconds"),
+                _one(
+                    "Between two steps, and the newest checkpoint",
+                    "eopd_between_steps_seconds",
+                    "eopd_checkpoint_seconds",
+                ),
+                _one("Share of a step whose cause is known", "eopd_step_accounted_ratio"),
                 _one("Step of the newest checkpoint", "eopd_checkpoint_step"),
                 _one("Settings changed by --resume", "eopd_config_changes_total"),
             ),

@@ -49,7 +49,7 @@ from eopd.packing import pack_batch
 from eopd.prompts import PromptOrder
 from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer, WeightChannel
 from eopd.run.progress import Progress
-from eopd.telemetry.step import BusyClock
+from eopd.telemetry.step import BusyClock, gaps, within
 from eopd.types import (
     LearnerStats,
     LostReason,
@@ -144,6 +144,7 @@ class Pipeline:
     _generated_at: dict[int, float] = field(init=False, default_factory=dict)
     _filtered_in_a_row: int = field(init=False, default=0)
     _begun: list[Taken] = field(init=False, default_factory=list)  # of the next batch
+    _ended: float | None = field(init=False, default=None)  # the step before
 
     def __post_init__(self) -> None:
         self.buffer = Buffer(
@@ -204,33 +205,39 @@ class Pipeline:
             stepping.cancel()
 
     async def _step(self, number: int, started: float) -> StepDone | None:
-        batch = await self._train(number)
+        batch = await self._train(number, started)
         if batch is None:
             return None
 
         trained = {taken.issue: taken.stored.header for taken in batch.taken}
         self.ledger.train(trained)
         self.buffer.settle()
-        trained_at = time.monotonic()
         published, begun = await self._publish(batch.stats.version)
         ended = time.monotonic()
 
         waits, works, begun, sending = (
             [(start - started, stop - started) for start, stop in spans]
-            for spans in (batch.waits, batch.works, begun, _rest(trained_at, begun, ended))
+            for spans in (
+                batch.waits,
+                batch.works,
+                begun,
+                gaps(batch.works[-1][1], begun, ended),
+            )
         )
         generated = max(self._generated_at.pop(issue) for issue in trained) - started
         spans = {
             "generate": self._generating.lap(started),
             "score": self._scoring.lap(started),
-            "wait_rollout": _within(waits, 0.0, generated),
-            "wait_teacher": _within(waits, generated, math.inf),
+            "wait_rollout": within(waits, 0.0, generated),
+            "wait_teacher": within(waits, generated, math.inf),
             "train": [*works, *begun],
             "weights": sending,
         }
         seconds = {name: sum(stop - start for start, stop in of) for name, of in spans.items()}
         seconds["wait"] = seconds["wait_rollout"] + seconds["wait_teacher"]
         seconds["step"] = ended - started
+        seconds["between_steps"] = 0.0 if self._ended is None else started - self._ended
+        self._ended = ended
         done = StepDone(
             trained=trained,
             stats=batch.stats,
@@ -247,13 +254,16 @@ class Pipeline:
         self.on_trained(batch.stats.version.step, batch.taken)
         return done
 
-    async def _train(self, number: int) -> _TrainedBatch | None:
-        """Takes a batch, part by part, and trains on it; returns None once the buffer is closed."""
+    async def _train(self, number: int, started: float) -> _TrainedBatch | None:
+        """Takes a batch, part by part, and trains on it; returns None once the buffer is closed.
+
+        Its waits and works follow one another from ``started`` on, so that no moment is of neither.
+        """
         taken, self._begun = self._begun, []
         waits, works = list[Span](), list[Span]()
+        since = started
         while True:
             self.activity = "waiting for a batch"
-            waiting_since = time.monotonic()
             part = await self.buffer.take(version=number)
             if part is None:
                 return None
@@ -264,12 +274,16 @@ class Pipeline:
             try:
                 stats = await self._learn(part, number)
             except BodiesLostError:
-                waits.append((waiting_since, time.monotonic()))
+                now = time.monotonic()
+                waits.append((since, now))
+                since = now
                 continue
 
+            now = time.monotonic()
             taken += part.taken
-            waits.append((waiting_since, taken_at))
-            works.append((taken_at, time.monotonic()))
+            waits.append((since, taken_at))
+            works.append((taken_at, now))
+            since = now
             if stats is not None:
                 taken.sort(key=lambda one: one.issue)
                 return _TrainedBatch(taken, stats, waits, works, in_flight=in_flight, ready=ready)
@@ -443,19 +457,6 @@ class Pipeline:
         self._generated_at[issue] = time.monotonic()
         with self._scoring:
             return await self.teacher.score(generated)
-
-
-def _rest(start: float, spans: Sequence[Span], stop: float) -> Sequence[Span]:
-    """Returns what lies between two times, and in none of the spans, which are in order."""
-    starts = [start, *(end for _, end in spans)]
-    stops = [*(begin for begin, _ in spans), stop]
-    return list(zip(starts, stops, strict=True))
-
-
-def _within(spans: Sequence[Span], start: float, stop: float) -> Sequence[Span]:
-    """Returns what of the spans lies between two times."""
-    cut = [(max(a, start), min(b, stop)) for a, b in spans]
-    return [(a, b) for a, b in cut if a < b]
 
 
 @asynccontextmanager

@@ -395,7 +395,8 @@ class StepDone:
 
     ``trained`` are its headers by issue number. ``spans`` says when in the step, from its start,
     an engine generated, a teacher scored, and the learner did what: wait_rollout, wait_teacher,
-    train, weights. ``seconds`` has the length of each, of both waits together, and of the step.
+    train, weights. ``seconds`` has the length of each, of both waits together, of the step, and
+    of the time between the step before and this one (0 for the first).
     ``in_flight`` and ``ready`` count the other trajectories when the batch was full. ``lost`` and
     ``dropped`` count those of the whole run so far, and ``filtered`` what its filter dropped.
     """

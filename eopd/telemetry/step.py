@@ -16,6 +16,8 @@ from eopd.telemetry.series import series
 from eopd.types import Header, LostReason, Span, StepDone, StopReason
 
 STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")
+# What the learner does, one after the other: each moment of a step is of one of them.
+PARTS: Final = ("wait_rollout", "wait_teacher", "train", "weights")
 MOST_SOURCES: Final = 16  # each is a series of its own
 
 
@@ -53,6 +55,19 @@ class BusyClock:
         spans = [*self._spans, (self._since, now)] if self._active else self._spans
         self._spans, self._since = [], now
         return [(start - origin, stop - origin) for start, stop in spans]
+
+
+def within(spans: Sequence[Span], start: float, stop: float) -> Sequence[Span]:
+    """Returns what of the spans lies between two times."""
+    cut = [(max(a, start), min(b, stop)) for a, b in spans]
+    return [(a, b) for a, b in cut if a < b]
+
+
+def gaps(start: float, spans: Sequence[Span], stop: float) -> Sequence[Span]:
+    """Returns what lies between two times and in none of the spans, which are in order."""
+    starts = [start, *(end for _, end in spans)]
+    stops = [*(begin for begin, _ in spans), stop]
+    return list(zip(starts, stops, strict=True))
 
 
 def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
@@ -128,6 +143,8 @@ def step_row(done: StepDone) -> Row:
         "eopd_filtered_trajectories_total": float(done.filtered),
         "eopd_in_flight_trajectories": float(done.in_flight),
         "eopd_ready_trajectories": float(done.ready),
+        "eopd_step_accounted_ratio": sum(done.seconds[part] for part in PARTS)
+        / done.seconds["step"],
         "eopd_response_tokens_per_second": num_tokens / done.seconds["step"],
         "eopd_weight_transfer_seconds": published.transfer_s,
         "eopd_weight_pause_seconds": published.pause_s,

@@ -137,6 +137,27 @@ def test_timelines_and_held_out_tokens_fit_what_was_measured(synchronous):
                     assert listed == pytest.approx(sample["teacher_logprobs"][i], abs=1e-3)
 
 
+def test_every_second_of_the_run_has_a_stage_or_a_cause(synchronous):
+    directory, _ = synchronous
+    found = rows(directory)
+    for row in found:
+        parts = ("wait_rollout", "wait_teacher", "train", "weights")
+        known = sum(row[f"eopd_{part}_seconds"] for part in parts)
+        assert 0.95 * row["eopd_step_seconds"] <= known <= 1.01 * row["eopd_step_seconds"]
+        assert row["eopd_step_accounted_ratio"] == pytest.approx(known / row["eopd_step_seconds"])
+
+    # of the clock of the file, which knows nothing of steps
+    passed = found[-1]["time"] - found[0]["time"]
+    steps = sum(row["eopd_step_seconds"] for row in found[1:])
+    between = sum(row["eopd_between_steps_seconds"] for row in found[1:])
+    assert steps + between == pytest.approx(passed, rel=0.05)
+
+    # a checkpoint is written between its step and the next one
+    for row in found[10::10]:
+        assert row["eopd_checkpoint_step"] == row["step"] - 1
+        assert row["eopd_between_steps_seconds"] >= row["eopd_checkpoint_seconds"]
+
+
 def test_the_exported_student_is_the_trained_one(synchronous, program):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

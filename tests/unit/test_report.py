@@ -452,17 +452,37 @@ def test_a_much_shorter_step_has_an_axis_of_its_own(run, page):
 
 
 def test_the_wall_time_is_accounted_for(run, page):
-    rows = [
-        row(1),
-        row(2, eopd_checkpoint_step=1.0, eopd_checkpoint_seconds=5.0),
-        row(3, eopd_checkpoint_step=1.0, eopd_checkpoint_seconds=5.0),
-    ]
+    checkpoint = {"eopd_checkpoint_step": 1.0, "eopd_checkpoint_seconds": 5.0}
+    rows = [row(1), row(2, **checkpoint), row(3, **checkpoint)]
     lines = [evaluation(0, "before", seconds=30.0), evaluation(2, "during", seconds=9.0)]
     summary = json.dumps(SUMMARY | {"wall_s": 100.0})
     found = page(run(rows=rows, **{"evaluations.jsonl": lines, "summary.json": summary}))
     assert (
-        "first: 100 s in all: steps 24 s, evaluations 30 s, checkpoints 5 s, "
-        "start-up and everything else 41 s." in found.text
+        "first: 100 s in all: steps 24 s, evaluations 39 s, checkpoints 5 s, "
+        "start-up and everything else 32 s." in found.text
+    )
+
+
+def test_the_time_between_steps_is_told_apart_from_start_up(run, page):
+    """Of 22 s between steps a checkpoint took 5 and the held-out prompts 9; a benchmark is measured
+    beside a step, and the last checkpoint is written behind the last step."""
+    first = {"eopd_checkpoint_step": 1.0, "eopd_checkpoint_seconds": 5.0}
+    last = {"eopd_checkpoint_step": 3.0, "eopd_checkpoint_seconds": 6.0}
+    rows = [
+        row(1, eopd_between_steps_seconds=0.0),
+        row(2, eopd_between_steps_seconds=10.0, **first),
+        row(3, eopd_between_steps_seconds=12.0, **last),
+    ]
+    lines = [
+        evaluation(0, "before", seconds=30.0),
+        evaluation(2, "during", seconds=9.0),
+        evaluation(2, "during", name="arithmetic", seconds=7.0),
+    ]
+    summary = json.dumps(SUMMARY | {"wall_s": 100.0})
+    found = page(run(rows=rows, **{"evaluations.jsonl": lines, "summary.json": summary}))
+    assert (
+        "first: 100 s in all: steps 24 s, evaluations 39 s, checkpoints 11 s, "
+        "other time between steps 8 s, start-up and everything else 18 s." in found.text
     )
 
 
