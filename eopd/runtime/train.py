@@ -315,7 +315,7 @@ class Training:
 
     async def _train(self) -> None:
         state, learner = self._state, self._workers.learner
-        pipeline = _pipeline(
+        pipeline = pipeline_of(
             self._config,
             self._prepared,
             self._workers,
@@ -412,7 +412,7 @@ class Training:
         )
 
 
-def _pipeline(
+def pipeline_of(
     config: Config,
     prepared: Prepared,
     workers: Workers,
@@ -421,7 +421,7 @@ def _pipeline(
     progress: Progress,
     on_drop: Callable[[int, LostTrajectory], None],
 ) -> Pipeline:
-    """The loop of a run, from where ``ledger`` and ``progress`` stand."""
+    """Returns the loop of a run, from where ``ledger`` and ``progress`` stand."""
     numbers = Plan(
         batch=config.batch_trajectories,
         batches=config.run.batches,

@@ -1,0 +1,307 @@
+"""``eopd profile``: where the time of a run's steps goes, by actors of its own.
+
+    stage by stage ──▶ what each stage costs alone ─┐
+    the loop of ``train`` ──▶ rows of its steps ────┴─▶ telemetry/profile.py
+
+Both train the student that the actors hold; nothing of it is kept.
+"""
+
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Final
+
+from eopd.config import Config, TelemetryConfig
+from eopd.ledger import Ledger
+from eopd.packing import pack_batch
+from eopd.pipeline import Pipeline
+from eopd.preflight import Prepared, pinned, prepare
+from eopd.preflight.environment import is_local
+from eopd.roles import WorkerDownError
+from eopd.run.progress import Progress
+from eopd.run.record import Row
+from eopd.runtime import cluster
+from eopd.runtime.logs import collect
+from eopd.runtime.placement import plan
+from eopd.runtime.signals import caught, ignored_by_children
+from eopd.runtime.supervisor import Workers, start_workers
+from eopd.runtime.train import pipeline_of
+from eopd.telemetry.profile import STAGES, Alone, Clocks, Profile, summarise
+from eopd.telemetry.step import step_row
+from eopd.types import (
+    LostReason,
+    LostTrajectory,
+    RunFailedError,
+    ScoredTrajectory,
+    Stored,
+    Trajectory,
+)
+
+WARM_UP_ALONE: Final = 1  # batches; the first of everything compiles and allocates
+ALONE: Final = 3
+WARM_UP: Final = 2  # steps, until batches overlap as they will
+MOST_ROUNDS: Final = 20  # in which one batch must become full
+
+Say = Callable[[str], None]
+
+
+def profile(config: Config, *, steps: int, say: Say) -> Profile:
+    """Measures ``steps`` steps of the run that ``config`` describes, after a few that warm it up.
+
+    The actors, the loop and the data are those of ``eopd train``. There is no evaluation, checkpoint,
+    export, upload or tracker, and no run directory. The logs of the actors are in a folder of
+    their own, which goes with them, unless the run has failed.
+
+    Args:
+        config: the run.
+        steps: how many are measured.
+        say: is told how far it is.
+
+    Raises:
+        ConfigError: the user's mistake, found before any worker starts.
+        RunFailedError: the run did not work.
+        KeyboardInterrupt: a signal has ended it.
+    """
+    config = pinned(config)
+    with _folder() as folder:
+        config = _without_outlets(config, folder, WARM_UP_ALONE + ALONE + WARM_UP + steps)
+        prepared = prepare(config)
+        with ignored_by_children(), cluster.connect(config.cluster):
+            cluster.require_room(plan(config))
+            config.run.path.mkdir()
+            try:
+                return asyncio.run(_profile(config, prepared, steps, say))
+            except asyncio.CancelledError:
+                raise KeyboardInterrupt from None
+
+
+def _without_outlets(config: Config, folder: Path, batches: int) -> Config:
+    """Returns the config of the same run in another place, without what it writes elsewhere, and with
+    at least so many batches.
+    """
+    changes = {"directory": folder, "upload": None, "batches": max(config.run.batches, batches)}
+    telemetry = TelemetryConfig(port=None, log_format=config.telemetry.log_format)
+    run = config.run.model_copy(update=changes)
+    return config.model_copy(update={"run": run, "telemetry": telemetry})
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Yields a folder for the logs, which stays where a run has failed: the error names it."""
+    folder = Path(tempfile.mkdtemp(prefix="eopd-profile-"))
+    try:
+        yield folder
+    except RunFailedError as error:
+        if str(folder) in str(error):
+            raise
+
+        raise RunFailedError(f"{error}; its logs are in {folder}") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _profile(config: Config, prepared: Prepared, steps: int, say: Say) -> Profile:
+    with (
+        caught(lambda: False, asyncio.current_task()),
+        collect(config.run.path / "logs", config.telemetry.log_format),
+    ):
+        say("starting the learner, the rollout engines and the teacher")
+        text = prepared.train.prompts[0].token_ids
+        try:
+            async with start_workers(config, 0, text, say) as workers:
+                await workers.channel.publish(await workers.learner.version())
+                return await _measure(config, prepared, workers, steps, say)
+        except WorkerDownError as error:
+            raise RunFailedError(str(error)) from error
+
+
+async def _measure(
+    config: Config, prepared: Prepared, workers: Workers, steps: int, say: Say
+) -> Profile:
+    """Trains some batches stage by stage, and then goes on with the loop of a run."""
+    ledger, progress = Ledger(), Progress()
+
+    def begin() -> Pipeline:
+        return pipeline_of(
+            config,
+            prepared,
+            workers,
+            workers.channel,
+            ledger,
+            progress,
+            lambda issue, lost: say(f"gave up {lost.key}: {lost.reason.value}: {lost.detail}"),
+        )
+
+    here = is_local(config.cluster)
+    alone = await _alone(begin(), here, say)
+    rows, clocks = await _overlapped(begin(), steps, here, say)
+    return summarise(rows, alone, clocks)
+
+
+async def _alone(line: Pipeline, here: bool, say: Say) -> Alone:
+    """Measures batches that are trained stage by stage, after one that warms everything up."""
+    measured, cpu_s = list[Mapping[str, float]](), 0.0
+    for number in range(WARM_UP_ALONE + ALONE):
+        before_s = cpu_seconds(os.getpid())
+        spent = await stage_by_stage(line, number)
+        if number >= WARM_UP_ALONE:
+            measured.append(spent)
+            cpu_s += cpu_seconds(os.getpid()) - before_s
+
+        say(f"stage by stage: batch {number + 1} of {WARM_UP_ALONE + ALONE}, {_words(spent)}")
+
+    means = {stage: sum(spent[stage] for spent in measured) / ALONE for stage in STAGES}
+    return Alone(seconds=means, cpu_s=cpu_s / ALONE if here else None)
+
+
+async def _overlapped(
+    line: Pipeline, steps: int, here: bool, say: Say
+) -> tuple[Sequence[Row], Clocks]:
+    """Runs the loop as ``train`` does, and returns the rows of its steps after the warm-up."""
+    rows: list[Row] = []
+    started = before_s = 0.0
+
+    async with aclosing(line.steps(WARM_UP_ALONE + ALONE)) as done_steps:
+        async for done in done_steps:
+            rows.append(step_row(done))
+            say(f"as a run: step {len(rows)} of {WARM_UP + steps}, {done.seconds['step']:.2f} s")
+            if len(rows) == WARM_UP:
+                started, before_s = time.monotonic(), cpu_seconds(os.getpid())
+
+            if len(rows) == WARM_UP + steps:
+                break
+
+        wall_s, cpu_s = time.monotonic() - started, cpu_seconds(os.getpid()) - before_s
+
+    cores = len(os.sched_getaffinity(0))
+    return rows[WARM_UP:], Clocks(wall_s=wall_s, cpu_s=cpu_s if here else None, cores=cores)
+
+
+async def stage_by_stage(line: Pipeline, number: int) -> Mapping[str, float]:
+    """Trains batch ``number`` with the roles of a loop, one stage after the other.
+
+    The engines get all prompts of the batch at once, and the teachers all its responses once the
+    last one is written. The learner gets the whole batch, and then the engines get its weights.
+
+    Returns:
+        The seconds from the first request to the last answer, of each stage.
+
+    Raises:
+        RunFailedError: the batch did not become full, since responses are lost or filtered.
+    """
+    plan, seconds = line.plan, dict.fromkeys(STAGES, 0.0)
+    batch: dict[int, Stored[ScoredTrajectory]] = {}
+
+    for _ in range(MOST_ROUNDS):
+        lost = await _fill(line, batch, seconds)
+        if len(batch) == plan.batch:
+            break
+    else:
+        raise RunFailedError(
+            f"a batch of {plan.batch} trajectories did not become full: in {MOST_ROUNDS} attempts "
+            f"{len(batch)} were kept; the last one lost was {lost[-1].key}: "
+            f"{lost[-1].reason.value}: {lost[-1].detail}"
+        )
+
+    with _timed(seconds, "train"):
+        packed = pack_batch(
+            [stored for _, stored in sorted(batch.items())],
+            steps=plan.optimizer_steps,
+            ranks=plan.ranks,
+            token_budget=plan.token_budget,
+            alpha=plan.alpha_at(number),
+        )
+        stats = await line.learner.step(packed)
+
+    with _timed(seconds, "weights"):
+        await line.channel.publish(stats.version)
+
+    line.ledger.train(batch)
+    return seconds
+
+
+async def _fill(
+    line: Pipeline, batch: dict[int, Stored[ScoredTrajectory]], seconds: dict[str, float]
+) -> Sequence[LostTrajectory]:
+    """Writes what a batch lacks, and then scores it; returns what was lost or filtered of it."""
+    issues = [line.ledger.issue() for _ in range(line.plan.batch - len(batch))]
+    with _timed(seconds, "generate"):
+        written = await asyncio.gather(*(_generate(line, issue) for issue in issues))
+
+    with _timed(seconds, "score"):
+        read = await asyncio.gather(*(_score(line, one) for one in written))
+
+    lost = []
+    for issue, one in zip(issues, read, strict=True):
+        if not isinstance(one, LostTrajectory):
+            batch[issue] = one
+            continue
+
+        lost.append(one)
+        if one.reason is LostReason.FILTERED:
+            line.ledger.filter(issue)
+        else:
+            line.ledger.drop(issue)
+
+    return lost
+
+
+async def _generate(line: Pipeline, issue: int) -> Stored[Trajectory] | LostTrajectory:
+    prompt, sample_index = line.order.at(issue)
+    sampling = line.order.sampling(
+        issue,
+        temperature=line.plan.temperature,
+        max_tokens=line.plan.max_response_tokens,
+        attempt=0,
+    )
+    return await line.engines.generate(prompt, sample_index, sampling)
+
+
+async def _score(
+    line: Pipeline, written: Stored[Trajectory] | LostTrajectory
+) -> Stored[ScoredTrajectory] | LostTrajectory:
+    return written if isinstance(written, LostTrajectory) else await line.teacher.score(written)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[stage] += time.monotonic() - started
+
+
+def _words(spent: Mapping[str, float]) -> str:
+    return ", ".join(f"{stage} {spent[stage]:.2f} s" for stage in STAGES)
+
+
+def cpu_seconds(root: int) -> float:
+    """Returns the CPU seconds so far of a process and all that descend from it, those included that
+    have ended and were waited for.
+    """
+    parents, ticks = dict[int, int](), dict[int, int]()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # the name, in brackets, may hold anything
+            fields = file.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+
+        number = int(file.parent.name)
+        parents[number] = int(fields[1])
+        ticks[number] = sum(map(int, fields[11:15]))
+
+    def descends(number: int) -> bool:
+        while number != root and number in parents:
+            number = parents[number]
+
+        return number == root
+
+    return sum(ticks[one] for one in ticks if descends(one)) / os.sysconf("SC_CLK_TCK")
