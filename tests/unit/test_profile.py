@@ -262,10 +262,10 @@ class Slow(World):
         await asyncio.sleep(0.03)
         return await super().step(batch)
 
-    async def publish(self, version):
+    async def publish(self, version, on_sent=lambda: None):
         self.events.append("weights")
         await asyncio.sleep(0.01)
-        return await super().publish(version)
+        return await super().publish(version, on_sent)
 
 
 async def test_stages_alone_do_not_overlap_and_their_seconds_are_those_of_the_whole_batch():
