@@ -500,7 +500,7 @@ async def test_the_next_batch_is_begun_once_the_weights_are_sent(staleness, begu
     rows = await running
     assert max(world.staleness) <= staleness
     assert world.trained == [sorted(keys(line, 48)[4 * n : 4 * n + 4]) for n in range(12)]
-    assert rows[0]["eopd_weights_seconds"] > 0.09
+    assert rows[0]["eopd_weights_seconds"] > 0.045, "from the sending to the end of the publish"
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
@@ -527,13 +527,13 @@ async def test_while_the_learner_trains_it_does_not_wait_for_weights():
         async def accumulate(self, part):
             await super().accumulate(part)
             if self.version == 1 and not self.may_end.is_set():
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.3)
                 self.may_end.set()
 
     world = Training()
     world.may_send.set()
     row, *_ = await run(pipeline(world, staleness=2))
-    assert row["eopd_train_seconds"] > 0.1 > row["eopd_weights_seconds"]
+    assert row["eopd_train_seconds"] > 0.3 > row["eopd_weights_seconds"]
 
 
 async def test_a_batch_that_was_begun_and_lost_a_body_is_begun_again():
