@@ -47,6 +47,8 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     address = cluster_address(config)
     # it explains how to switch authentication off, which nobody asked
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
+    # the error of a call that was under way when the run ended: nobody waits for it any more
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     local: dict[str, object] = {}
     if address == LOCAL:
         require_local_ray()
