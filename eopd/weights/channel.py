@@ -256,6 +256,7 @@ class BroadcastChannel:
             await self._connect(sync)
 
         self._doing = "sending"
+        members = list(self._group)  # one that is dropped meanwhile ends the group
         starts = await self._each(
             sync,
             lambda engine: engine.receive_weights(),
@@ -267,7 +268,7 @@ class BroadcastChannel:
             num_bytes = await self._sender.send()
             sync.on_sent()
         except WeightTransferError as error:
-            self._attribute(sync, error, "it left a weight transfer", list(self._group))
+            self._attribute(sync, error, "it left a weight transfer", members)
             raise
 
         self._doing = "checking what arrived"

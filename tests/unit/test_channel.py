@@ -560,3 +560,23 @@ async def test_the_learner_is_needed_no_more_once_it_has_sent():
     assert happened.count("sent") == 1, "the first transfer failed"
     after = happened[happened.index("sent") + 1 :]
     assert after == ["check", "install", "version", "probe"], "all of them calls to the engine"
+
+
+async def test_an_engine_that_is_dropped_while_weights_are_sent_costs_that_transfer():
+    """Its fleet may hear of its death before the sender names its rank."""
+
+    class Sender(FakeSender):
+        async def send(self):
+            if self.failures:
+                self.failures = 0
+                await channel.drop(0)
+                raise WeightTransferError("rank 1 at 127.0.0.1 has left", [1])
+
+            return 100
+
+    engines, lost = [FakeEngine(), FakeEngine()], []
+    channel = channel_of(Sender(failures=1), *engines, lost=lost)
+    stats = await channel.publish(NEW)
+    assert stats.num_bytes == 100 and lost == []
+    assert [engine.serves for engine in engines] == [PolicyVersion(0, 0), NEW]
+    assert channel.num_failures == 1
