@@ -48,12 +48,14 @@ from eopd.ledger import Ledger
 from eopd.packing import pack_batch
 from eopd.prompts import PromptOrder
 from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer, WeightChannel
+from eopd.run.plan import Plan
 from eopd.run.progress import Progress
 from eopd.telemetry.step import BusyClock, gaps, within
 from eopd.types import (
     LearnerStats,
     LostReason,
     LostTrajectory,
+    PackedBatch,
     PolicyVersion,
     PublishStats,
     RunFailedError,
@@ -61,6 +63,7 @@ from eopd.types import (
     Span,
     StepDone,
     Stored,
+    Trajectory,
 )
 
 
@@ -81,27 +84,6 @@ LOST_DETAILS = {
     LostReason.TOO_STALE: "older than max_staleness when its batch was taken",
     LostReason.BODY_LOST: "its body was lost with its node",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A plan holds the numbers that the loop needs; with ``streams`` the learner begins a batch
-    before all of it is there.
-    """
-
-    batch: int
-    batches: int
-    max_staleness: int
-    lookahead: int
-    max_attempts: int
-    max_dropped: int
-    temperature: float
-    max_response_tokens: int
-    ranks: int
-    optimizer_steps: int
-    token_budget: int
-    streams: bool
-    alpha_at: Callable[[int], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,13 +325,7 @@ class Pipeline:
         Raises:
             BodiesLostError: bodies are gone; the buffer has the part again.
         """
-        packed = pack_batch(
-            [taken.stored for taken in part.taken],
-            steps=self.plan.optimizer_steps,
-            ranks=self.plan.ranks,
-            token_budget=self.plan.token_budget,
-            alpha=self.plan.alpha_at(number),
-        )
+        packed = self.pack([taken.stored for taken in part.taken], number)
         try:
             if part.completes:
                 return await self.learner.step(packed)
@@ -360,6 +336,16 @@ class Pipeline:
             lost = [one.issue for one in part.taken if one.stored.header.key in error.keys]
             self.buffer.put_back(part, lost)
             raise
+
+    def pack(self, stored: Sequence[Stored[ScoredTrajectory]], number: int) -> PackedBatch:
+        """Returns trajectories of batch ``number`` as the learner's ranks take them."""
+        return pack_batch(
+            stored,
+            steps=self.plan.optimizer_steps,
+            ranks=self.plan.ranks,
+            token_budget=self.plan.token_budget,
+            alpha=self.plan.alpha_at(number),
+        )
 
     async def _issue(self, count: int) -> None:
         """Admits ``count`` trajectories as slots become free, each with a task of its own."""
@@ -437,19 +423,22 @@ class Pipeline:
             if attempt == self.plan.max_attempts:
                 return result
 
+    async def generate(self, issue: int, attempt: int) -> Stored[Trajectory] | LostTrajectory:
+        """Has the engines write what an issue number stands for."""
+        prompt, sample_index = self.order.at(issue)
+        sampling = self.order.sampling(
+            issue,
+            temperature=self.plan.temperature,
+            max_tokens=self.plan.max_response_tokens,
+            attempt=attempt,
+        )
+        return await self.engines.generate(prompt, sample_index, sampling)
+
     async def _generate_and_score(
         self, issue: int, attempt: int
     ) -> Stored[ScoredTrajectory] | LostTrajectory:
-        prompt, sample_index = self.order.at(issue)
-        plan = self.plan
-        sampling = self.order.sampling(
-            issue,
-            temperature=plan.temperature,
-            max_tokens=plan.max_response_tokens,
-            attempt=attempt,
-        )
         with self._generating:
-            generated = await self.engines.generate(prompt, sample_index, sampling)
+            generated = await self.generate(issue, attempt)
 
         if isinstance(generated, LostTrajectory):
             return generated

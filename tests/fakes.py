@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from eopd.ledger import Ledger, Watermark
-from eopd.pipeline import Pipeline, Plan
+from eopd.pipeline import Pipeline
 from eopd.prompts import PromptOrder
 from eopd.run.checkpoint import DriverState, write_checkpoint
+from eopd.run.plan import Plan
 from eopd.run.progress import Progress
 from eopd.telemetry.step import step_row
 from eopd.types import (
@@ -312,6 +313,19 @@ def write_config(
         f"{more}"
     )
     return file
+
+
+def write_whole_config(directory: Path, model: Path, **rest: Any) -> Path:
+    """Write the config of a run whose model, student and teacher in one, and prompts are there."""
+    rows = directory / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a few words"}) + "\n")
+    return write_config(
+        directory,
+        student=f"{{model: {model}}}",
+        teachers=f"[{{model: {model}}}]",
+        prompts=f"{{data: {rows}, held_out: {rows}}}",
+        **rest,
+    )
 
 
 def read_rows(path: Path) -> list[Any]:

@@ -12,13 +12,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 from eopd.config import Config, TelemetryConfig
 from eopd.ledger import Ledger
-from eopd.packing import pack_batch
 from eopd.pipeline import Pipeline
 from eopd.preflight import Prepared, pinned, prepare
 from eopd.preflight.environment import is_local
@@ -212,14 +213,8 @@ async def stage_by_stage(line: Pipeline, number: int) -> Mapping[str, float]:
         )
 
     with _timed(seconds, "train"):
-        packed = pack_batch(
-            [stored for _, stored in sorted(batch.items())],
-            steps=plan.optimizer_steps,
-            ranks=plan.ranks,
-            token_budget=plan.token_budget,
-            alpha=plan.alpha_at(number),
-        )
-        stats = await line.learner.step(packed)
+        whole = [stored for _, stored in sorted(batch.items())]
+        stats = await line.learner.step(line.pack(whole, number))
 
     with _timed(seconds, "weights"):
         await line.channel.publish(stats.version)
@@ -234,7 +229,7 @@ async def _fill(
     """Writes what a batch lacks, and then scores it; returns what was lost or filtered of it."""
     issues = [line.ledger.issue() for _ in range(line.plan.batch - len(batch))]
     with _timed(seconds, "generate"):
-        written = await asyncio.gather(*(_generate(line, issue) for issue in issues))
+        written = await asyncio.gather(*(line.generate(issue, attempt=0) for issue in issues))
 
     with _timed(seconds, "score"):
         read = await asyncio.gather(*(_score(line, one) for one in written))
@@ -252,17 +247,6 @@ async def _fill(
             line.ledger.drop(issue)
 
     return lost
-
-
-async def _generate(line: Pipeline, issue: int) -> Stored[Trajectory] | LostTrajectory:
-    prompt, sample_index = line.order.at(issue)
-    sampling = line.order.sampling(
-        issue,
-        temperature=line.plan.temperature,
-        max_tokens=line.plan.max_response_tokens,
-        attempt=0,
-    )
-    return await line.engines.generate(prompt, sample_index, sampling)
 
 
 async def _score(
@@ -286,22 +270,11 @@ def cpu_seconds(root: int) -> float:
     """Returns the CPU seconds so far of a process and all that descend from it, those included that
     have ended and were waited for.
     """
-    parents, ticks = dict[int, int](), dict[int, int]()
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # the name, in brackets, may hold anything
-            fields = file.read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:  # it has just ended
-            continue
+    total = 0.0
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(root)
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                total += sum(one.cpu_times()[:4])
 
-        number = int(file.parent.name)
-        parents[number] = int(fields[1])
-        ticks[number] = sum(map(int, fields[11:15]))
-
-    def descends(number: int) -> bool:
-        while number != root and number in parents:
-            number = parents[number]
-
-        return number == root
-
-    return sum(ticks[one] for one in ticks if descends(one)) / os.sysconf("SC_CLK_TCK")
+    return total

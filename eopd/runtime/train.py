@@ -8,7 +8,6 @@ outlets. The learner may be lost under it; then it goes on from the newest check
 """
 
 import asyncio
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, aclosing, closing
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import numpy as np
 
 from eopd.config import Config
 from eopd.ledger import Ledger
-from eopd.pipeline import Pipeline, Plan
+from eopd.pipeline import Pipeline
 from eopd.preflight import Prepared, pinned, prepare
 from eopd.preflight import notes as notes_on
 from eopd.roles import LearnerDownError, WeightChannel
@@ -26,6 +25,7 @@ from eopd.run.checkpoint import StorageError, step_of
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.parent import forgets_moments_at
+from eopd.run.plan import Plan
 from eopd.run.progress import Progress, first_line
 from eopd.run.record import Row, Summary
 from eopd.run.restore import restore
@@ -422,26 +422,8 @@ def pipeline_of(
     on_drop: Callable[[int, LostTrajectory], None],
 ) -> Pipeline:
     """Returns the loop of a run, from where ``ledger`` and ``progress`` stand."""
-    numbers = Plan(
-        batch=config.batch_trajectories,
-        batches=config.run.batches,
-        max_staleness=config.flow.max_staleness,
-        lookahead=config.flow.lookahead,
-        max_attempts=config.flow.max_attempts,
-        max_dropped=math.ceil(
-            config.flow.max_dropped_ratio * config.batch_trajectories * config.run.batches
-        ),
-        temperature=config.rollout.temperature,
-        max_response_tokens=config.rollout.max_response_tokens,
-        ranks=config.learner.ranks,
-        optimizer_steps=config.learner.optimizer_steps_per_batch,
-        token_budget=config.learner.token_budget,
-        streams=config.waits_for_batch is None,
-        alpha_at=config.loss.alpha_at,
-    )
-
     return Pipeline(
-        plan=numbers,
+        plan=Plan.of(config),
         engines=workers.engines,
         teacher=workers.teacher,
         learner=workers.learner,

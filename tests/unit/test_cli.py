@@ -47,16 +47,8 @@ def files(tmp_path_factory):
         pad_token="<eos>",
     )
     write_model(root / "small", build_model("qwen3", small, seed=0, layers=1), small)
-    (root / "rows.jsonl").write_text(json.dumps({"prompt": "a few words"}) + "\n")
     (root / "empty.jsonl").write_text("\n")
-    fakes.write_config(
-        root,
-        batches=1,
-        student=f"{{model: {root}/model}}",
-        teachers=f"[{{model: {root}/model}}]",
-        prompts=f"{{data: {root}/rows.jsonl, held_out: {root}/rows.jsonl}}",
-        flow="{batch_prompts: 1}",
-    )
+    fakes.write_whole_config(root, root / "model", batches=1, flow="{batch_prompts: 1}")
 
     return root
 

@@ -27,16 +27,8 @@ BEFORE = {"reverse_kl": Measurement(mean=2.0, standard_error=0.1)}
 
 @pytest.fixture
 def path(tmp_path, checked_model):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"prompt": "a few words"}) + "\n")
-    return fakes.write_config(
-        tmp_path,
-        batches=20,
-        student=f"{{model: {checked_model}}}",
-        teachers=f"[{{model: {checked_model}}}]",
-        prompts=f"{{data: {rows}, held_out: {rows}}}",
-        more="learner: {token_budget: 9000, lr: 1.0e-5}",
-    )
+    more = "learner: {token_budget: 9000, lr: 1.0e-5}"
+    return fakes.write_whole_config(tmp_path, checked_model, batches=20, more=more)
 
 
 @pytest.fixture

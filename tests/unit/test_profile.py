@@ -397,13 +397,9 @@ def starts(monkeypatch):
 
 @pytest.fixture
 def whole(tmp_path, checked_model):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"prompt": "a few words"}) + "\n")
-    return fakes.write_config(
+    return fakes.write_whole_config(
         tmp_path,
-        student=f"{{model: {checked_model}}}",
-        teachers=f"[{{model: {checked_model}}}]",
-        prompts=f"{{data: {rows}, held_out: {rows}}}",
+        checked_model,
         more="rollout: {max_response_tokens: 24}\nevaluation: {max_response_tokens: 24}\n",
     )
 

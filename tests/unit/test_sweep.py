@@ -32,13 +32,9 @@ class Bench:
     def __init__(self, root, model):
         self.root = root
         self.said = []
-        rows = root / "rows.jsonl"
-        rows.write_text(json.dumps({"prompt": "a few words"}) + "\n")
-        self.config = fakes.write_config(
+        self.config = fakes.write_whole_config(
             root,
-            student=f"{{model: {model}}}",
-            teachers=f"[{{model: {model}}}]",
-            prompts=f"{{data: {rows}, held_out: {rows}}}",
+            model,
             more="learner: {token_budget: 9000, lr: 1.0e-5}\ncluster: {cpus: 4}",
         )
         self.fates({})
