@@ -93,7 +93,8 @@ def ours(options: argparse.Namespace, staleness: int, memory: Memory) -> list[St
         )
         try:
             with memory.watched(run.program.marked):
-                run.wait(lambda row: row["step"] >= WARM_UP + options.steps)
+                for step in range(1, WARM_UP + options.steps + 1):  # each has its own time-out
+                    run.wait(lambda row, step=step: row["step"] >= step)
 
             rows = run.rows()[WARM_UP : WARM_UP + options.steps]
         finally:
