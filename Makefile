@@ -11,7 +11,7 @@ PEERS  := .peers
 RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tiny test test-all unit check format bench bench-peers soak dashboards reference lock clean
+.PHONY: help setup demo tiny test test-all unit check format bench bench-peers gpu soak dashboards reference lock clean
 
 help: ## print these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,12 @@ bench-peers: setup ## a step of ours beside one of TRL's trainers, which it inst
 	test -d $(PEERS) || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $(PEERS) trl==1.16.0
 	$(BIN)/eopd models demo
 	$(BIN)/python tests/bench/bench_peers.py --trl $(PEERS)
+
+gpu: setup ## what only a GPU shows: the loss, attention and a learner's step, right and how fast
+	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available() and 'torch sees no GPU here: skipped')"
+	$(PYTEST) tests/gpu --confcutdir=tests/gpu
+	$(BIN)/python tests/bench/bench_loss.py --device cuda --hidden 1024 --dtype bfloat16 --chunk-tokens 2048
+	$(BIN)/python tests/bench/bench_learner.py --dtype bfloat16
 
 soak: setup ## half an hour of training with a fault every minute: what is lost, what leaks
 	$(BIN)/python tests/system/soak.py

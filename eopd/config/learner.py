@@ -74,8 +74,10 @@ class LearnerConfig(Section):
     together. Lower it where memory runs out.
     """
 
-    logit_chunk_tokens: int = Field(256, ge=1, le=10 * MAX_TOKENS)
-    """The rows of logits that are held at once. Fewer need less memory and more time."""
+    logit_chunk_tokens: int | None = Field(None, ge=1, le=10 * MAX_TOKENS)
+    """The rows of logits that are held at once. Fewer need less memory and more time. Left out, there
+    are 256 on CPUs, and on GPUs as many as a 32nd of the memory holds, from 256 to 4096.
+    """
 
     lr: float = Field(1e-6, gt=0.0, le=1.0)
     """The learning rate of AdamW; one step moves every weight by about as much. Adapters want about

@@ -28,9 +28,11 @@ from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.config.loss import Gate, HardGate, QuantileGate, SigmoidGate
 from eopd.config.teacher import EntropyBound
 from eopd.hub import model_directory
+from eopd.learner.attention import check_mask
 from eopd.learner.backend import Backend, OpenBackend
 from eopd.learner.collate import Packed, Weighting, body_of, collate, collate_text
 from eopd.learner.export import write_student
+from eopd.learner.gpu import total_memory
 from eopd.learner.lora import save_adapter
 from eopd.learner.measuring import entropy_counts, eval_stats, token_sums
 from eopd.learner.nonfinite import BrokenRow, NonFiniteUpdateError, dump, explain, find_rows
@@ -39,6 +41,7 @@ from eopd.learner.student import load_student
 from eopd.learner.weighting import Weigher, trajectory_metrics
 from eopd.loss.chunked import token_statistics
 from eopd.loss.head import Head
+from eopd.loss.kernels import choose_chunk_tokens
 from eopd.loss.objective import LossTerms, objective
 from eopd.metrics import Metric, Same, Sum, reduce
 from eopd.types import (
@@ -120,7 +123,7 @@ class LearnerRank:
         self._weigh = Weigher(loss=loss, entropy_bounds=entropy_bounds, seed=seed)
         self._weigh_to_measure = replace(self._weigh, loss=LossConfig(gate=_yardstick(loss.gate)))
         self._max_skipped, self._num_skipped = learner.max_skipped_steps, 0
-        self._temperature, self._chunk_tokens = temperature, learner.logit_chunk_tokens
+        self._temperature = temperature
         self._device = join(
             rank=rank, world_size=world_size, master_address=master_address, master_port=master_port
         )
@@ -136,6 +139,10 @@ class LearnerRank:
             dtype=student.chosen_dtype,
             total_steps=total_batches * learner.optimizer_steps_per_batch,
         )
+        self._chunk_tokens = learner.logit_chunk_tokens or choose_chunk_tokens(
+            self.model.config.get_text_config().vocab_size, gpu_bytes=total_memory(self._device)
+        )
+        check_mask(self.model, device=self._device, token_budget=learner.token_budget)
         self._accumulated = _Accumulated()
         self._weightings: dict[TrajectoryKey, Weighting] = {}
         # of the weights held now; the actor sets the incarnation

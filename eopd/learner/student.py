@@ -18,10 +18,11 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import is_flash_attn_2_available
 
 from eopd.config import StudentConfig
 from eopd.hub import model_directory
+from eopd.learner.attention import choose_attention, sequences_of
+from eopd.learner.gpu import compute_capability
 from eopd.learner.lora import add_adapters
 from eopd.loss.head import Head
 
@@ -93,6 +94,7 @@ class Student(nn.Module):
             position_ids=position_ids_T[None],
             attention_mask=None,
             use_cache=False,
+            **sequences_of(self.model, position_ids_T),
         )
         return use_head(output.last_hidden_state[0], self.head)
 
@@ -120,8 +122,7 @@ def load_student(
         MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None),
         model_config.get_text_config().to_dict(),
         dtype=config.chosen_dtype,
-        device_type=torch.device(device).type,
-        flash_installed=is_flash_attn_2_available(),
+        capability=compute_capability(torch.device(device)),
     )
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, config.chosen_dtype), attn_implementation=attention
@@ -137,33 +138,6 @@ def load_student(
         _prove_no_dropout(student)
 
     return student
-
-
-def choose_attention(
-    family: type[PreTrainedModel] | None,
-    text_config: Mapping[str, object],
-    *,
-    dtype: str,
-    device_type: str,
-    flash_installed: bool,
-) -> str:
-    """Returns the ``attn_implementation`` to load with.
-
-    ``eager`` under a soft-cap: SDPA drops it silently, as FlashAttention below 2.6 does
-    (transformers 5.19). ``flash_attention_2`` on GPUs in half precision, where it is installed and
-    the model class takes it; some take only other kernels, since it knows no attention sinks. It
-    never ran here, for want of a GPU: the checks on load are its first test. ``sdpa`` otherwise;
-    transformers raises ValueError for model classes without it.
-    """
-    if text_config.get("attn_logit_softcapping") is not None:
-        return "eager"
-
-    if family is None or device_type != "cuda" or dtype == "float32" or not flash_installed:
-        return "sdpa"
-
-    others = getattr(family, "_compatible_flash_implementations", None)
-    takes_flash = family._supports_flash_attn and (others is None or "flash_attention_2" in others)
-    return "flash_attention_2" if takes_flash else "sdpa"
 
 
 def _recompute_layers(model: PreTrainedModel) -> None:

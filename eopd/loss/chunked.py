@@ -157,16 +157,16 @@ def token_statistics(
 
 def _statistics(reading: Reading, tokens: LossTokens) -> Tensor:
     """Returns the fields of ``TokenStatistics`` for C rows, float64 [5, C]."""
-    logprobs = reading.student_logprobs()
+    logprobs, log_p = reading.student_logprobs(), reading.student_outcomes()
     teacher_top = tokens.teacher_topk_logprobs_TK.argmax(-1, keepdim=True)
     agrees = reading.topk_logits_CK.gather(1, teacher_top).squeeze(1) >= reading.top_logits_C
 
     return torch.stack(
         [
             logprobs,
-            reading.student_entropy(),
+            reading.student_entropy(log_p),
             logprobs - tokens.teacher_logprobs_T.double(),
-            tail(reading.student_outcomes(), tokens.teacher_outcomes()),
+            tail(log_p, tokens.teacher_outcomes()),
             agrees.double(),
         ]
     )

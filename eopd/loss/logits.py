@@ -11,12 +11,10 @@ of these numbers has the gradient
     dL/dz_j = dL/dz_c   where j is a candidate c
               dL/ds exp(z_j - s)   where j is in the tail      + dL/dz_y   where j is y
 
-so that one buffer [C, V] is enough. It holds, one after the other,
-
-    z   ->   e = exp(z - peak), 0 at candidates   ->   dL/dz
-
-where peak is the largest z in the tail. With Z = sum of e, s = peak + log Z, and the entropy within
-the tail is log Z - sum of e log(e) / Z.
+so that one buffer [C, V] is enough, which holds logits first and dL/dz last. Between them stands
+e = exp(z - peak), 0 at candidates, where peak is the largest z in the tail. With Z = sum of e,
+s = peak + log Z, and the entropy within the tail is log Z - sum of e log(e) / Z. ``kernels.py`` has
+what is done to whole rows.
 
 Work on the vocabulary is float32 (float64 for float64 inputs), on the K + 2 numbers float64: that
 costs nothing, and in nearly certain rows they cancel. Of half-precision inputs the logits are
@@ -32,15 +30,8 @@ from torch import Tensor
 
 from eopd.loss.forward_kl import outcomes
 from eopd.loss.head import Head
+from eopd.loss.kernels import REMOVED, Derivatives, Tail, open_kernels
 from eopd.loss.tokens import LossTokens
-
-# Added to the candidates' logits to take them out of the tail: far below any logit, yet finite,
-# since 0 x inf is NaN.
-_REMOVED = -1e30
-
-# Rows to a block that stays in a CPU's cache: of logits, and of the head (whole on CUDA, where
-# launches cost more).
-_LOGIT_BLOCK_ROWS, _HEAD_BLOCK_ROWS = 16, 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +54,10 @@ class Reading:
         normalizers_C = outcomes(self.topk_logits_CK, self.tail_logits_C).logsumexp(-1)
         return self.target_logits_C - normalizers_C
 
-    def student_entropy(self) -> Tensor:
-        """Returns the exact full-vocabulary entropy, [C]: that of the K + 1 outcomes, plus that
-        within the last one.
+    def student_entropy(self, log_p: Tensor) -> Tensor:
+        """Returns the exact full-vocabulary entropy, [C]: that of the K + 1 outcomes, which are
+        ``log_p``, plus that within the last one.
         """
-        log_p = self.student_outcomes()
         entropy_of_outcomes: Tensor = torch.special.entr(log_p.exp()).sum(-1)
         return entropy_of_outcomes + log_p[:, -1].exp() * self.tail_entropy_C
 
@@ -83,8 +73,8 @@ class Chunk:
     target_ids_C1: Tensor
     candidate_ids_CK: Tensor  # 0 where ignored
     is_candidate_CK: Tensor  # False where ignored
-    tail_exp_CV: Tensor  # exp(logit - peak), 0 at candidates; lies in the shared buffer
-    tail_sum_C1: Tensor  # the sums of its rows
+    logits_CV: Tensor  # in the shared buffer, as ``tail`` has left them
+    tail: Tail
 
 
 class Gradients(NamedTuple):
@@ -106,9 +96,9 @@ class LogitChunks:
     ) -> None:
         self.hidden_TD = hidden_TD
         self.head = head
-        self.tokens = tokens
-        loss_rows_L = tokens.loss_mask_T.nonzero().squeeze(1)
-        self.rows_of_chunks = torch.split(loss_rows_L, chunk_tokens)
+        self.chunk_tokens = chunk_tokens
+        self.rows_L = tokens.loss_mask_T.nonzero().squeeze(1)
+        self.tokens = tokens.map(lambda column: column[self.rows_L])
 
         weight_VD = head.weight_VD
         any_double = torch.float64 in (weight_VD.dtype, hidden_TD.dtype)
@@ -118,28 +108,23 @@ class LogitChunks:
         same_dtype = weight_VD.dtype == hidden_TD.dtype
         self.operand_dtype = weight_VD.dtype if same_dtype else self.dtype
         self.operand_VD = weight_VD.to(self.operand_dtype)
-        is_half = self.operand_dtype != self.dtype
-        # Only CUDA multiplies half-precision operands straight into float32; elsewhere blocks of
-        # the head are copied.
-        self.mixes_dtypes = weight_VD.is_cuda and is_half
 
-        vocabulary = len(weight_VD)
-        block = vocabulary if weight_VD.is_cuda else _HEAD_BLOCK_ROWS
-        self.head_blocks = [slice(start, start + block) for start in range(0, vocabulary, block)]
-
-        shape = (min(chunk_tokens, len(loss_rows_L)), vocabulary)
-        self.logits = torch.empty(shape, dtype=self.dtype, device=weight_VD.device)
-        self.shifted = torch.empty_like(self.logits[:_LOGIT_BLOCK_ROWS])
-        self.operand = torch.empty_like(self.logits, dtype=self.operand_dtype) if is_half else None
-        self.capped = None if head.logit_softcap is None else torch.empty_like(self.logits)
+        rows, has_bias = min(chunk_tokens, len(self.rows_L)), head.bias_V is not None
+        self.kernels = open_kernels(self.operand_VD, rows, self.dtype, has_bias=has_bias)
+        shape = (rows, len(weight_VD))
+        self.capped = (
+            None if head.logit_softcap is None else weight_VD.new_empty(shape, dtype=self.dtype)
+        )
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yields every chunk; a single empty one where no row counts."""
-        return map(self._read, self.rows_of_chunks)
+        starts = range(0, max(len(self.rows_L), 1), self.chunk_tokens)
+        return (self._read(slice(start, start + self.chunk_tokens)) for start in starts)
 
-    def _read(self, rows_C: Tensor) -> Chunk:
+    def _read(self, chunk: slice) -> Chunk:
+        rows_C = self.rows_L[chunk]
         hidden_CD = self.hidden_TD[rows_C]
-        tokens = self.tokens.map(lambda column: column[rows_C])
+        tokens = self.tokens.map(lambda column: column[chunk])
         logits_CV = self._project(hidden_CD)
         is_candidate_CK = tokens.teacher_topk_logprobs_TK != -torch.inf
         candidate_ids_CK = tokens.teacher_topk_ids_TK.long().masked_fill(~is_candidate_CK, 0)
@@ -152,23 +137,22 @@ class LogitChunks:
         logits_CV.scatter_add_(
             1,
             candidate_ids_CK,
-            is_candidate_CK.to(self.dtype) * _REMOVED,
+            is_candidate_CK.to(self.dtype) * REMOVED,
         )
-        top_k = candidate_ids_CK.shape[1]
-        tail_top_CK = logits_CV.topk(top_k).values
-        peak_C1 = tail_top_CK[:, :1]
-        tail_sum_C1, weighted_sum_C1 = self._exponentiate(logits_CV, peak_C1)
-
-        tail_sum_C = tail_sum_C1.squeeze(1).double()
-        tail_C = peak_C1.squeeze(1).double() + tail_sum_C.log()
-        no_tail = is_candidate_CK.sum(-1) == logits_CV.shape[1]
-        student_top = torch.cat([candidates_CK, tail_top_CK], dim=1).topk(top_k)
+        top_k, vocabulary = candidate_ids_CK.shape[1], logits_CV.shape[1]
+        tail = self.kernels.tail(logits_CV, top_k)
+        tail_sum_C, weighted_sum_C = (
+            sums_C1.squeeze(1).double() for sums_C1 in (tail.sum_C1, tail.weighted_sum_C1)
+        )
+        tail_C = tail.top_CK[:, 0].double() + tail_sum_C.log()
+        no_tail = is_candidate_CK.sum(-1) == vocabulary
+        student_top = torch.cat([candidates_CK, tail.top_CK], dim=1).topk(top_k)
 
         reading = Reading(
             target_logits_C=target_C.double(),
             topk_logits_CK=candidates_CK.double(),
             tail_logits_C=tail_C.masked_fill(no_tail, -torch.inf),
-            tail_entropy_C=tail_sum_C.log() - weighted_sum_C1.squeeze(1).double() / tail_sum_C,
+            tail_entropy_C=tail_sum_C.log() - weighted_sum_C / tail_sum_C,
             top_logits_C=student_top.values[:, 0].double(),
             topk_overlap_C=(student_top.indices < top_k).double().mean(-1),
         )
@@ -180,8 +164,8 @@ class LogitChunks:
             target_ids_C1=target_ids_C1,
             candidate_ids_CK=candidate_ids_CK,
             is_candidate_CK=is_candidate_CK,
-            tail_exp_CV=logits_CV,
-            tail_sum_C1=tail_sum_C1,
+            logits_CV=logits_CV,
+            tail=tail,
         )
 
     def add_gradients(
@@ -194,32 +178,24 @@ class LogitChunks:
         """
         gradient_CV = self._logit_gradient(chunk, target_C, topk_CK, tail_C)
         if sums.bias_V is not None:
-            sums.bias_V.add_(gradient_CV.sum(0))
+            sums.bias_V.add_(gradient_CV.sum(0, dtype=self.dtype))
 
         if self.head.logit_scale != 1.0:
             gradient_CV.mul_(self.head.logit_scale)
 
-        operand_CV, hidden_CD = gradient_CV, chunk.hidden_CD.to(self.operand_dtype)
-        if self.operand is not None:
-            operand_CV = self.operand[: len(gradient_CV)].copy_(gradient_CV)
-
+        operand_CV, hidden_CD = self.kernels.operand(gradient_CV), chunk.hidden_CD
         if sums.hidden_TD is not None:
             sums.hidden_TD[chunk.rows_C] = (operand_CV @ self.operand_VD).to(sums.hidden_TD.dtype)
 
-        if sums.weight_VD is None:
-            return
-
-        for block in self.head_blocks:
-            if self.operand is None:
-                sums.weight_VD[block].addmm_(operand_CV[:, block].t(), hidden_CD)
-            else:
-                sums.weight_VD[block].add_(operand_CV[:, block].t() @ hidden_CD)
+        if sums.weight_VD is not None:
+            hidden_CD = hidden_CD.to(self.operand_dtype)
+            self.kernels.add_weight_gradient(sums.weight_VD, operand_CV, hidden_CD)
 
     def _logit_gradient(
         self, chunk: Chunk, target_C: Tensor, topk_CK: Tensor, tail_C: Tensor
     ) -> Tensor:
-        """Returns the gradient by ``hidden @ weight^T * logit_scale + bias``, in place of the
-        chunk's exponentials.
+        """Returns the gradient by ``hidden @ weight^T * logit_scale + bias``, in place of what
+        ``tail`` has left of the logits.
         """
         # The share of a sampled candidate is added in float64: of a nearly certain one, 1 - p would
         # be lost in float32.
@@ -232,49 +208,25 @@ class LogitChunks:
         target_C, topk_CK, tail_C = (
             derivative.to(self.dtype) / self.head.temperature for derivative in merged
         )
-        gradient_CV = chunk.tail_exp_CV.mul_(tail_C.unsqueeze(1) / chunk.tail_sum_C1)
-        gradient_CV.scatter_add_(1, chunk.candidate_ids_CK, topk_CK)
-        gradient_CV.scatter_add_(1, chunk.target_ids_C1, target_C.unsqueeze(1))
+        gradient_CV = self.kernels.gradient(
+            chunk.logits_CV,
+            chunk.tail,
+            Derivatives(
+                factor_C1=tail_C.unsqueeze(1) / chunk.tail.sum_C1,
+                candidate_ids_CK=chunk.candidate_ids_CK,
+                candidates_CK=topk_CK,
+                target_ids_C1=chunk.target_ids_C1,
+                target_C1=target_C.unsqueeze(1),
+            ),
+        )
         if self.capped is not None:  # the derivative of tanh is 1 - tanh^2
             gradient_CV.mul_(self.capped[: len(gradient_CV)].square_().neg_().add_(1.0))
 
         return gradient_CV
 
-    def _exponentiate(self, logits_CV: Tensor, peak_C1: Tensor) -> tuple[Tensor, Tensor]:
-        """Turns logits into e = exp(logit - peak), in place.
-
-        Returns:
-            The row sums of e and of e log(e), each [C, 1].
-        """
-        sum_C1, weighted_sum_C1 = torch.empty_like(peak_C1), torch.empty_like(peak_C1)
-
-        for start in range(0, len(logits_CV), _LOGIT_BLOCK_ROWS):
-            rows = slice(start, start + _LOGIT_BLOCK_ROWS)
-            block_BV = logits_CV[rows]
-            shifted_BV = torch.sub(
-                block_BV,
-                peak_C1[rows],
-                out=self.shifted[: len(block_BV)],
-            )
-            sum_C1[rows] = torch.exp(shifted_BV, out=block_BV).sum(-1, keepdim=True)
-            if self.head.bias_V is not None:
-                # a bias of -inf makes tokens impossible, and 0 x inf is NaN
-                shifted_BV.clamp_(min=_REMOVED)
-
-            weighted_sum_C1[rows] = shifted_BV.mul_(block_BV).sum(-1, keepdim=True)
-
-        return sum_C1, weighted_sum_C1
-
     def _project(self, hidden_CD: Tensor) -> Tensor:
         """Returns the logits of ``Head``, in the shared buffer."""
-        head, logits_CV = self.head, self.logits[: len(hidden_CD)]
-        for block in self.head_blocks:
-            weight, out = self.operand_VD[block], logits_CV[:, block]
-            if self.mixes_dtypes:
-                torch.mm(hidden_CD, weight.t(), out_dtype=self.dtype, out=out)
-            else:
-                torch.mm(hidden_CD.to(self.dtype), weight.to(self.dtype).t(), out=out)
-
+        head, logits_CV = self.head, self.kernels.project(hidden_CD)
         if head.logit_scale != 1.0:
             logits_CV.mul_(head.logit_scale)
 

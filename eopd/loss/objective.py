@@ -165,7 +165,7 @@ def _terms(reading: Reading, tokens: LossTokens, config: LossConfig, alpha: floa
         forward_kl_gated=(gate * forward.detach()).sum(),
         gate=gate.sum(),
         teacher_entropy=entropy.double().sum(),
-        student_entropy=reading.student_entropy().detach().sum(),
+        student_entropy=reading.student_entropy(log_p.detach()).sum(),
         teacher_topk_mass=log_q[:, :-1].exp().sum(),
         student_topk_mass=log_p[:, :-1].detach().exp().sum(),
         topk_overlap=reading.topk_overlap_C.sum(),

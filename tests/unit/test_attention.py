@@ -2,8 +2,11 @@
 recomputing it drops nothing out.
 """
 
+import itertools
+
 import pytest
 import torch
+from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     DogeConfig,
@@ -16,8 +19,11 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from eopd.config import StudentConfig
-from eopd.learner.student import Student, choose_attention, load_student
+from eopd.config import ConfigError, StudentConfig
+from eopd.learner import attention
+from eopd.learner import student as student_module
+from eopd.learner.attention import VARLEN, check_mask, choose_attention
+from eopd.learner.student import Student, load_student
 
 SIZES = {
     "vocab_size": 300,
@@ -30,41 +36,100 @@ SIZES = {
 SOFT = {"attn_logit_softcapping": 50.0}
 
 
+HOPPER, VOLTA = (9, 0), (7, 0)
+HEADS = {"hidden_size": 64, "num_attention_heads": 2}
+
+
 @pytest.mark.parametrize(
-    ("family", "text_config", "dtype", "device_type", "flash_installed", "expected"),
+    ("family", "text_config", "dtype", "capability", "expected"),
     [
-        (LlamaForCausalLM, {}, "bfloat16", "cuda", True, "flash_attention_2"),
-        (
-            LlamaForCausalLM,
-            {"attn_logit_softcapping": None},
-            "bfloat16",
-            "cuda",
-            True,
-            "flash_attention_2",
-        ),
-        (LlamaForCausalLM, {}, "float32", "cuda", True, "sdpa"),
-        (LlamaForCausalLM, {}, "bfloat16", "cpu", True, "sdpa"),
-        (LlamaForCausalLM, {}, "bfloat16", "cuda", False, "sdpa"),
-        (Gemma2ForCausalLM, SOFT, "bfloat16", "cuda", True, "eager"),
-        (Gemma2ForCausalLM, SOFT, "float32", "cpu", False, "eager"),
-        (DogeForCausalLM, {}, "bfloat16", "cuda", True, "sdpa"),  # without FlashAttention
+        (LlamaForCausalLM, {}, "bfloat16", HOPPER, VARLEN),
+        (LlamaForCausalLM, {"attn_logit_softcapping": None}, "bfloat16", HOPPER, VARLEN),
+        (LlamaForCausalLM, {"head_dim": 256}, "bfloat16", HOPPER, VARLEN),
+        (LlamaForCausalLM, {"head_dim": 512}, "bfloat16", HOPPER, "sdpa"),
+        (LlamaForCausalLM, {"head_dim": 36}, "bfloat16", HOPPER, "sdpa"),
+        (LlamaForCausalLM, {}, "float32", HOPPER, "sdpa"),
+        (LlamaForCausalLM, {}, "bfloat16", VOLTA, "sdpa"),
+        (LlamaForCausalLM, {}, "bfloat16", None, "sdpa"),
+        # values of another width, and attention within chunks
+        (LlamaForCausalLM, {"v_head_dim": 128}, "bfloat16", HOPPER, "sdpa"),
+        (LlamaForCausalLM, {"attention_chunk_size": 8192}, "bfloat16", HOPPER, "sdpa"),
+        (Gemma2ForCausalLM, SOFT, "bfloat16", HOPPER, "eager"),
+        (Gemma2ForCausalLM, SOFT, "float32", None, "eager"),
+        (DogeForCausalLM, {}, "bfloat16", HOPPER, "sdpa"),  # without FlashAttention
         # only with other kernels, for its sinks
-        (GptOssForCausalLM, {}, "bfloat16", "cuda", True, "sdpa"),
+        (GptOssForCausalLM, {}, "bfloat16", HOPPER, "sdpa"),
         # transformers will say that it knows no such model
-        (None, {}, "bfloat16", "cuda", True, "sdpa"),
+        (None, {}, "bfloat16", HOPPER, "sdpa"),
     ],
 )
-def test_flash_is_for_half_precision_on_gpus_without_a_soft_cap(
-    family, text_config, dtype, device_type, flash_installed, expected
+def test_variable_lengths_are_for_half_precision_on_gpus_whose_kernel_can_do_the_model(
+    family, text_config, dtype, capability, expected
 ):
-    chosen = choose_attention(
-        family,
-        text_config,
-        dtype=dtype,
-        device_type=device_type,
-        flash_installed=flash_installed,
-    )
+    chosen = choose_attention(family, HEADS | text_config, dtype=dtype, capability=capability)
     assert chosen == expected
+
+
+def kernel_on_a_cpu(query, key, value, ends, _ends, longest, _longest, *, scale, window_size, **_):
+    """What torch's kernel does, sequence by sequence; its own is for GPUs alone."""
+    outputs = []
+    assert ends.dtype == torch.int32
+    assert longest == int(ends.diff().max())
+
+    for start, end in itertools.pairwise(ends.tolist()):
+        ahead = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (ahead >= 0) & ((ahead <= window_size[0]) | (window_size[0] < 0))
+        states = (part[start:end].transpose(0, 1) for part in (query, key, value))
+        outputs.append(
+            functional.scaled_dot_product_attention(
+                *states, attn_mask=seen, scale=scale, enable_gqa=True
+            ).transpose(0, 1)
+        )
+
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_ends_of_packed_sequences_reach_the_kernel(
+    window, activation_checkpointing, tmp_path, monkeypatch
+):
+    config = MistralConfig(**SIZES | {"num_hidden_layers": 2}, sliding_window=window)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(attention, "varlen_attn", kernel_on_a_cpu)
+    ids, positions = torch.arange(18), torch.cat([torch.arange(n) for n in (1, 10, 7)])
+    results = []
+
+    for name in ("sdpa", VARLEN):
+        monkeypatch.setattr(student_module, "choose_attention", lambda *_, name=name, **__: name)
+        student = load_student(
+            StudentConfig(model=tmp_path, dtype="float32"),
+            activation_checkpointing=activation_checkpointing,
+        )
+        hidden = student(ids, positions, lambda hidden_TD, _head: hidden_TD)
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        results.append((hidden, student.model.get_input_embeddings().weight.grad))
+
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def model_with(name):
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES))
+    model.config._attn_implementation = name
+    return model
+
+
+def test_a_mask_over_all_tokens_is_said_on_a_gpu_and_refused_when_it_is_large(caplog):
+    for name, device in ((VARLEN, "cuda"), ("sdpa", "cpu")):
+        check_mask(model_with(name), device=torch.device(device), token_budget=100_000)
+
+    assert not caplog.records
+    check_mask(model_with("sdpa"), device=torch.device("cuda"), token_budget=8192)
+    assert "learner.token_budget: 8192 tokens" in caplog.text
+    assert "0.2 GB" in caplog.text
+    with pytest.raises(ConfigError, match="at most 53509 tokens"):
+        check_mask(model_with("sdpa"), device=torch.device("cuda"), token_budget=60_000)
 
 
 @pytest.mark.parametrize("config_class", [Gemma2Config, VaultGemmaConfig])

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from eopd.config import LossConfig
+from eopd.loss import logits as logits_module
 from eopd.loss.head import Head
+from eopd.loss.kernels import CudaKernels
 from eopd.loss.objective import LossTerms, objective
 from eopd.loss.tokens import LossTokens
 from eopd.metrics import reduce
@@ -300,6 +302,28 @@ def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int 
     gradients = torch.autograd.grad(total / num, [hidden, weight, *bias])
 
     return Result(loss=total.detach() / num, gradients=list(gradients), metrics=metrics)
+
+
+class ImitatedCudaKernels(CudaKernels):
+    """What a GPU does, where a CPU cannot multiply half precision into float32."""
+
+    def __init__(self, weight: Tensor, rows: int, dtype: torch.dtype, *, has_bias: bool) -> None:
+        super().__init__(weight, rows, dtype)
+
+    def project(self, hidden_CD: Tensor) -> Tensor:
+        logits_CV = self._padded[: len(hidden_CD), : self._vocabulary]
+        weight_VD = self._weight_VD.to(self._dtype)
+        return torch.mm(hidden_CD.to(self._dtype), weight_VD.t(), out=logits_CV)
+
+    def add_weight_gradient(self, sums_VD: Tensor, operand_CV: Tensor, hidden_CD: Tensor) -> None:
+        sums_VD.addmm_(operand_CV.t().to(self._dtype), hidden_CD.to(self._dtype))
+
+
+@pytest.fixture(autouse=True, params=["cpu", "cuda"])
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of the loss runs on the kernels of both devices."""
+    if request.param == "cuda":
+        monkeypatch.setattr(logits_module, "open_kernels", ImitatedCudaKernels)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eopd.config import LossConfig
-from eopd.loss import logits
+from eopd.loss import kernels
 from eopd.loss.chunked import token_statistics
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
 from eopd.loss.head import Head
@@ -115,8 +115,9 @@ def test_blocks_of_any_size_change_nothing(dtype, case, run, monkeypatch):
     whole, blocks = [], []
 
     for found, logit_rows, head_rows in ((whole, 64, 64), (blocks, 3, 7)):
-        monkeypatch.setattr(logits, "_LOGIT_BLOCK_ROWS", logit_rows)
-        monkeypatch.setattr(logits, "_HEAD_BLOCK_ROWS", head_rows)
+        monkeypatch.setattr(kernels, "_BLOCK_COLUMNS", logit_rows)
+        monkeypatch.setattr(kernels, "_LOGIT_BLOCK_ROWS", logit_rows)
+        monkeypatch.setattr(kernels, "_HEAD_BLOCK_ROWS", head_rows)
         result, _ = run(random, DEFAULT, chunk_tokens=8)
         found += [result.loss, *result.gradients, torch.tensor(list(result.metrics.values()))]
 
@@ -337,3 +338,44 @@ def test_old_logprobs_of_the_same_weights_give_ratio_one(case, run):
     assert with_old[0].loss.item() == pytest.approx(without[0].loss.item(), rel=1e-6)
     torch.testing.assert_close(with_old[0].gradients, without[0].gradients)
     assert with_old[0].metrics["eopd_clipped_ratio"] == 0.0
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts operations that a device is given; views cost it nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not (function.is_view or "empty" in str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gpu_is_given_few_operations(case, request):
+    if "cuda" not in request.node.name:
+        pytest.skip("a CPU is given many small blocks on purpose")
+
+    big = case(0, t=4096, v=300, d=4, k=16)
+    arguments = (big.hidden.requires_grad_(), big.head(big.weight.requires_grad_()), big.tokens)
+    with CountOperations() as operations:
+        loss, _ = objective(*arguments, DEFAULT, num_loss_tokens=1, alpha=1.0, chunk_tokens=2048)
+        loss.backward()
+
+    # It was 4,527 for as many tokens in chunks of 256.
+    assert operations.count <= 480
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "gibibytes", "expected"),
+    [
+        (151_936, None, 256),
+        (151_936, 140, 4096),
+        (151_936, 80, 2048),
+        (151_936, 24, 512),
+        (151_936, 8, 256),
+        (32_000, 24, 4096),
+        (32_000, 1000, 4096),
+    ],
+)
+def test_chunks_are_as_large_as_the_memory_of_a_gpu_allows(vocabulary, gibibytes, expected):
+    gpu_bytes = None if gibibytes is None else gibibytes * 2**30
+    assert kernels.choose_chunk_tokens(vocabulary, gpu_bytes=gpu_bytes) == expected
