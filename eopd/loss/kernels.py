@@ -7,8 +7,8 @@
 
 A CPU's caches hold a few rows: operations work on blocks of them, and exponentials take the place of
 logits, so that none is computed twice. On a GPU starting an operation costs more than computing an
-exponential, and memory is what it waits for: the logits are read once for ``tail`` and once for
-``gradient``, by two kernels that torch compiles, which write the operand of the products that follow.
+exponential, and memory is what it waits for: torch compiles ``tail`` and ``gradient`` into three
+kernels, which read the logits once each, and the last writes the operand of the products that follow.
 """
 
 import functools
