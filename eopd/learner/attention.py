@@ -12,7 +12,7 @@ know; ``cu_seq_lens_q`` and ``max_length_q`` are its ``FlashAttentionKwargs``) a
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,64 +30,93 @@ _LEAST_CAPABILITY, _LARGEST_HEAD = (8, 0), 256
 # Keys of configs whose attention the kernel cannot do: chunks, and values of another width.
 _BEYOND_VARLEN = ("attention_chunk_size", "v_head_dim")
 
-# What a mask and its copy in half precision take a pair of tokens, and what is refused.
-_MASK_BYTES, _MOST_MASK_BYTES = 3, 8 * 2**30
+# Families that tell their window to the mask alone (transformers 5.19).
+_WINDOW_IN_MASK = ("phimoe", "qwen2_moe")
+
+# How far hidden states may be from those under SDPA, in half precision.
+_TOLERANCE = 0.05
+
+# What the tensors of all pairs of tokens may take.
+_MOST_PAIR_BYTES = 8 * 2**30
 
 _log = logging.getLogger(__name__)
 
 
-def choose_attention(
-    family: type[PreTrainedModel] | None,
-    text_config: Mapping[str, object],
-    *,
-    dtype: str,
-    capability: tuple[int, int] | None,
-) -> str:
-    """Returns the ``attn_implementation`` to load with, on a GPU of a compute capability, or on none.
-
-    ``eager`` under a soft-cap: SDPA drops it silently, as FlashAttention below 2.6 does
-    (transformers 5.19). The variable-length kernel on GPUs in half precision, where the model class
-    takes FlashAttention; some take only kernels that know attention sinks. ``sdpa`` otherwise;
-    transformers raises ValueError for model classes without it.
+def choose_attention(text_config: Mapping[str, object]) -> str:
+    """Returns the ``attn_implementation`` to load with: ``eager`` under a soft-cap, which SDPA drops
+    silently (transformers 5.19), else ``sdpa``; transformers raises ValueError for model classes
+    without that.
     """
-    if text_config.get("attn_logit_softcapping") is not None:
-        return "eager"
+    return "sdpa" if text_config.get("attn_logit_softcapping") is None else "eager"
 
-    if family is None or capability is None or dtype == "float32":
-        return "sdpa"
 
-    others = getattr(family, "_compatible_flash_implementations", None)
-    takes_flash = family._supports_flash_attn and (others is None or "flash_attention_2" in others)
-    is_plain = all(text_config.get(key) is None for key in _BEYOND_VARLEN)
-    head_dim = _head_dim(text_config)
-    fits = head_dim <= _LARGEST_HEAD and head_dim % 8 == 0
+def may_take_varlen(
+    model: PreTrainedModel, *, dtype: str, capability: tuple[int, int] | None
+) -> bool:
+    """Returns whether torch's variable-length kernel is worth a try: on a GPU of some compute
+    capability, in half precision, for a model that takes FlashAttention. Some take only kernels that
+    know attention sinks.
+    """
+    if model.config.get_text_config()._attn_implementation != "sdpa" or dtype == "float32":
+        return False
 
-    if takes_flash and is_plain and fits and capability >= _LEAST_CAPABILITY:
-        return VARLEN
+    config = model.config.get_text_config().to_dict()
+    others = getattr(model, "_compatible_flash_implementations", None)
+    takes_flash = model._supports_flash_attn and (others is None or "flash_attention_2" in others)
+    is_plain = all(config.get(key) is None for key in _BEYOND_VARLEN)
+    hides_window = (
+        config.get("model_type") in _WINDOW_IN_MASK and config.get("sliding_window") is not None
+    )
+    head_dim = _head_dim(config)
+    fits = 0 < head_dim <= _LARGEST_HEAD and head_dim % 8 == 0
+    is_able = capability is not None and capability >= _LEAST_CAPABILITY
 
-    return "sdpa"
+    return bool(takes_flash and is_plain and not hides_window and fits and is_able)
+
+
+def try_varlen(model: PreTrainedModel, hidden_states: Callable[[], Tensor]) -> None:
+    """Gives a model the variable-length kernel, and takes it back where hidden states of packed
+    sequences are no more what they are under SDPA: layers that do not hand on what they are called
+    with, or heads of several widths.
+    """
+    expected = hidden_states().float()
+    model.set_attn_implementation(VARLEN)
+
+    try:
+        found = hidden_states().float()
+        is_same = bool((found - expected).norm() <= _TOLERANCE * expected.norm())
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        _log.info("%s cannot be given variable-length attention: %s", type(model).__name__, error)
+        is_same = False
+
+    if not is_same:
+        model.set_attn_implementation("sdpa")
 
 
 def check_mask(model: PreTrainedModel, *, device: torch.device, token_budget: int) -> None:
-    """Says what a mask over all packed tokens costs on a GPU.
+    """Says what attention to all pairs of packed tokens costs on a GPU.
 
     Raises:
-        ConfigError: it takes more than 8 GiB.
+        ConfigError: its tensors take more than 8 GiB.
     """
-    attention = model.config.get_text_config()._attn_implementation
+    config = model.config.get_text_config()
+    attention = config._attn_implementation
     if device.type != "cuda" or attention == VARLEN:
         return
 
-    mask_bytes = _MASK_BYTES * token_budget**2
+    width = model.dtype.itemsize
+    # SDPA has a mask and its copy; eager has scores of every head, and once more in float32.
+    pair_bytes = 1 + width if attention == "sdpa" else config.num_attention_heads * (width + 4)
     cost = (
-        f"learner.token_budget: {token_budget} tokens are attended to with a mask of "
-        f"{mask_bytes / 1e9:.2g} GB, since {type(model).__name__} cannot be given torch's "
-        f"variable-length attention here (it has {attention}, in {model.dtype})"
+        f"learner.token_budget: attention to all pairs of {token_budget} tokens takes "
+        f"{pair_bytes * token_budget**2 / 1e9:.2g} GB, since {type(model).__name__} cannot be given "
+        f"torch's variable-length attention here (it has {attention}, in {model.dtype})"
     )
-    if mask_bytes > _MOST_MASK_BYTES:
-        raise ConfigError(f"{cost}; at most {int((_MOST_MASK_BYTES / _MASK_BYTES) ** 0.5)} tokens")
+    most_tokens = int((_MOST_PAIR_BYTES / pair_bytes) ** 0.5)
+    if token_budget > most_tokens:
+        raise ConfigError(f"{cost}; at most {most_tokens} tokens")
 
-    _log.warning("%s; attention takes time and memory by the square of it", cost)
+    _log.warning("%s; its time and memory grow with the square of it", cost)
 
 
 def sequences_of(model: PreTrainedModel, position_ids_T: Tensor) -> dict[str, Tensor | int]:

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from eopd.config import StudentConfig
 from eopd.hub import model_directory
-from eopd.learner.attention import choose_attention, sequences_of
+from eopd.learner.attention import choose_attention, may_take_varlen, sequences_of, try_varlen
 from eopd.learner.gpu import compute_capability
 from eopd.learner.lora import add_adapters
 from eopd.loss.head import Head
@@ -118,16 +117,15 @@ def load_student(
     """
     directory = model_directory(config.model, weights=True)
     model_config = AutoConfig.from_pretrained(directory)
-    attention = choose_attention(
-        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None),
-        model_config.get_text_config().to_dict(),
-        dtype=config.chosen_dtype,
-        capability=compute_capability(torch.device(device)),
-    )
+    attention = choose_attention(model_config.get_text_config().to_dict())
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, config.chosen_dtype), attn_implementation=attention
     ).to(device)
     student = Student(model, num_tokens=num_tokens)
+    capability = compute_capability(torch.device(device))
+    if may_take_varlen(model, dtype=config.chosen_dtype, capability=capability):
+        _try_varlen(student)
+
     _prove_packing(student)
     _prove_head(student)
     if config.lora is not None:
@@ -163,11 +161,9 @@ def _head_form(text_config: Mapping[str, object]) -> tuple[float, float | None]:
     return scale, float(softcap) if isinstance(softcap, int | float) else None
 
 
-@torch.no_grad()
-def _prove_packing(student: Student) -> None:
-    """Checks that the second sequence of a packed pair does not change when the first one does.
-
-    The first is longer than every window and chunk of the attention that is short enough to try.
+def _packed_pair(student: Student) -> tuple[Tensor, Tensor, int]:
+    """Returns ids and positions of a packed pair, and the length of its first sequence, which is
+    longer than every window and chunk of the attention that is short enough to try.
     """
     config = student.model.config.get_text_config().to_dict()
     windows = [
@@ -177,7 +173,21 @@ def _prove_packing(student: Student) -> None:
     ]
     length = max([6, *windows]) + 1
     row = torch.arange(length + 5, device=student.model.device)
-    ids, positions, first = row % student.head.weight_VD.shape[0], row % length, row < length
+    return row % student.head.weight_VD.shape[0], row % length, length
+
+
+@torch.no_grad()
+def _try_varlen(student: Student) -> None:
+    """Gives the model the variable-length attention, if it is the same there on a packed pair."""
+    ids, positions, _ = _packed_pair(student)
+    try_varlen(student.model, lambda: student(ids, positions, _hidden))
+
+
+@torch.no_grad()
+def _prove_packing(student: Student) -> None:
+    """Checks that the second sequence of a packed pair does not change when the first one does."""
+    ids, positions, length = _packed_pair(student)
+    first = torch.arange(len(ids), device=ids.device) < length
     hidden, hidden_of_other = (
         student(
             torch.where(first, other, ids),

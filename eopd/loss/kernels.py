@@ -196,7 +196,7 @@ class CudaKernels:
         shape = (rows, -(-self._vocabulary // _BLOCK_COLUMNS) * _BLOCK_COLUMNS)
         self._padded = weight_VD.new_empty(shape, dtype=dtype)
         # In full precision the gradient takes the place of the logits.
-        self._gradient = weight_VD.new_empty(shape) if self._is_half else self._padded
+        self._gradient = weight_VD.new_empty(shape if self._is_half else (0, 0))
 
     def project(self, hidden_CD: Tensor) -> Tensor:  # noqa: D102
         logits_CV = self._padded[: len(hidden_CD), : self._vocabulary]
@@ -232,7 +232,8 @@ class CudaKernels:
         target_C1 = logits_CV.gather(1, derivatives.target_ids_C1)
         target_C1 = (target_C1 - peak_C1).exp() * factor_C1 + derivatives.target_C1
 
-        padded, gradient = self._padded[: len(logits_CV)], self._gradient[: len(logits_CV)]
+        padded = self._padded[: len(logits_CV)]
+        gradient = self._gradient[: len(logits_CV)] if self._is_half else padded
         _on(padded.device, _tail_gradient)(padded, peak_C1, factor_C1, gradient)
         gradient_CV = gradient[:, : self._vocabulary]
         gradient_CV.scatter_(1, derivatives.target_ids_C1, target_C1.to(gradient.dtype))

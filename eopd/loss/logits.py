@@ -18,7 +18,8 @@ what is done to whole rows.
 
 Work on the vocabulary is float32 (float64 for float64 inputs), on the K + 2 numbers float64: that
 costs nothing, and in nearly certain rows they cancel. Of half-precision inputs the logits are
-float32 too; the two gradient products take half-precision operands.
+float32 too; the two gradient products take half-precision operands, and on a GPU the gradient of a
+head's bias is a sum of them.
 """
 
 from collections.abc import Iterator

@@ -15,3 +15,4 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    torch._dynamo.reset()  # several types in one process are more kernels than it keeps

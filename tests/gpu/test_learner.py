@@ -1,4 +1,4 @@
-"""A step of the learner on a GPU, in bfloat16, beside the same one in float32 on the CPU's formulas."""
+"""A step of the learner on a GPU, in bfloat16, beside the same one in float32."""
 
 import pytest
 import torch

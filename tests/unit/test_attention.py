@@ -9,20 +9,24 @@ import torch
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     DogeConfig,
     Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GraniteConfig,
     MistralConfig,
+    NemotronConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+    StableLmConfig,
     VaultGemmaConfig,
 )
-from transformers.models.doge.modeling_doge import DogeForCausalLM
-from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from eopd.config import ConfigError, StudentConfig
 from eopd.learner import attention
 from eopd.learner import student as student_module
-from eopd.learner.attention import VARLEN, check_mask, choose_attention
+from eopd.learner.attention import VARLEN, check_mask, choose_attention, may_take_varlen
 from eopd.learner.student import Student, load_student
 
 SIZES = {
@@ -37,37 +41,44 @@ SOFT = {"attn_logit_softcapping": 50.0}
 
 
 HOPPER, VOLTA = (9, 0), (7, 0)
-HEADS = {"hidden_size": 64, "num_attention_heads": 2}
+WINDOW = {"sliding_window": 4}
+
+
+def model_of(config_class, **options):
+    return AutoModelForCausalLM.from_config(config_class(**SIZES | options))
 
 
 @pytest.mark.parametrize(
-    ("family", "text_config", "dtype", "capability", "expected"),
+    ("config_class", "options", "dtype", "capability", "expected"),
     [
-        (LlamaForCausalLM, {}, "bfloat16", HOPPER, VARLEN),
-        (LlamaForCausalLM, {"attn_logit_softcapping": None}, "bfloat16", HOPPER, VARLEN),
-        (LlamaForCausalLM, {"head_dim": 256}, "bfloat16", HOPPER, VARLEN),
-        (LlamaForCausalLM, {"head_dim": 512}, "bfloat16", HOPPER, "sdpa"),
-        (LlamaForCausalLM, {"head_dim": 36}, "bfloat16", HOPPER, "sdpa"),
-        (LlamaForCausalLM, {}, "float32", HOPPER, "sdpa"),
-        (LlamaForCausalLM, {}, "bfloat16", VOLTA, "sdpa"),
-        (LlamaForCausalLM, {}, "bfloat16", None, "sdpa"),
-        # values of another width, and attention within chunks
-        (LlamaForCausalLM, {"v_head_dim": 128}, "bfloat16", HOPPER, "sdpa"),
-        (LlamaForCausalLM, {"attention_chunk_size": 8192}, "bfloat16", HOPPER, "sdpa"),
-        (Gemma2ForCausalLM, SOFT, "bfloat16", HOPPER, "eager"),
-        (Gemma2ForCausalLM, SOFT, "float32", None, "eager"),
-        (DogeForCausalLM, {}, "bfloat16", HOPPER, "sdpa"),  # without FlashAttention
-        # only with other kernels, for its sinks
-        (GptOssForCausalLM, {}, "bfloat16", HOPPER, "sdpa"),
-        # transformers will say that it knows no such model
-        (None, {}, "bfloat16", HOPPER, "sdpa"),
+        (MistralConfig, {}, "bfloat16", HOPPER, True),
+        (MistralConfig, WINDOW, "float16", HOPPER, True),
+        (MistralConfig, {"head_dim": 256}, "bfloat16", HOPPER, True),
+        (MistralConfig, {"head_dim": 512}, "bfloat16", HOPPER, False),
+        (MistralConfig, {"head_dim": 36}, "bfloat16", HOPPER, False),
+        (MistralConfig, {"v_head_dim": 128}, "bfloat16", HOPPER, False),
+        (MistralConfig, {"attention_chunk_size": 8192}, "bfloat16", HOPPER, False),
+        (MistralConfig, {}, "float32", HOPPER, False),
+        (MistralConfig, {}, "bfloat16", VOLTA, False),
+        (MistralConfig, {}, "bfloat16", None, False),
+        (Gemma2Config, {"attn_logit_softcapping": None}, "bfloat16", HOPPER, True),
+        (PhimoeConfig, WINDOW, "bfloat16", HOPPER, False),  # tells its mask alone
+        (PhimoeConfig, {"sliding_window": None}, "bfloat16", HOPPER, True),
+        (DogeConfig, {}, "bfloat16", HOPPER, False),  # takes no FlashAttention
+        (GptOssConfig, {}, "bfloat16", HOPPER, False),  # only kernels that know its sinks
     ],
 )
 def test_variable_lengths_are_for_half_precision_on_gpus_whose_kernel_can_do_the_model(
-    family, text_config, dtype, capability, expected
+    config_class, options, dtype, capability, expected
 ):
-    chosen = choose_attention(family, HEADS | text_config, dtype=dtype, capability=capability)
-    assert chosen == expected
+    model = model_of(config_class, **options)
+    assert may_take_varlen(model, dtype=dtype, capability=capability) is expected
+
+
+def test_a_soft_capped_attention_is_eager():
+    assert choose_attention(SOFT) == "eager"
+    assert choose_attention({"attn_logit_softcapping": None}) == "sdpa"
+    assert choose_attention({}) == "sdpa"
 
 
 def kernel_on_a_cpu(query, key, value, ends, _ends, longest, _longest, *, scale, window_size, **_):
@@ -89,47 +100,75 @@ def kernel_on_a_cpu(query, key, value, ends, _ends, longest, _longest, *, scale,
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
-@pytest.mark.parametrize("window", [None, 4])
-def test_the_ends_of_packed_sequences_reach_the_kernel(
-    window, activation_checkpointing, tmp_path, monkeypatch
-):
-    config = MistralConfig(**SIZES | {"num_hidden_layers": 2}, sliding_window=window)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+@pytest.fixture
+def imitated_gpu(monkeypatch):
+    """A CPU that is taken for a GPU, in whatever precision."""
     monkeypatch.setattr(attention, "varlen_attn", kernel_on_a_cpu)
+    monkeypatch.setattr(
+        student_module,
+        "may_take_varlen",
+        lambda model, **_: may_take_varlen(model, dtype="bfloat16", capability=HOPPER),
+    )
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("config_class", "options", "expected"),
+    [
+        (MistralConfig, {"sliding_window": None}, VARLEN),
+        (MistralConfig, WINDOW, VARLEN),
+        (Cohere2Config, WINDOW, VARLEN),  # windows in some layers alone
+        (Gemma3TextConfig, WINDOW | {"head_dim": 32}, VARLEN),
+        (GraniteConfig, {"attention_multiplier": 0.3}, VARLEN),  # a scale of its own
+        (PhimoeConfig, WINDOW, "sdpa"),
+        (Qwen2MoeConfig, WINDOW | {"use_sliding_window": True, "max_window_layers": 0}, "sdpa"),
+        # their layers do not hand on where sequences end
+        (StableLmConfig, {}, "sdpa"),
+        (NemotronConfig, {}, "sdpa"),
+    ],
+)
+def test_a_model_gets_the_kernel_where_that_changes_nothing(
+    config_class, options, expected, activation_checkpointing, imitated_gpu, tmp_path
+):
+    torch.manual_seed(0)
+    model_of(config_class, **{"num_hidden_layers": 2} | options).save_pretrained(tmp_path)
+    student = load_student(
+        StudentConfig(model=tmp_path, dtype="float32"),
+        activation_checkpointing=activation_checkpointing,
+    )
+    assert student.model.config._attn_implementation == expected
+
     ids, positions = torch.arange(18), torch.cat([torch.arange(n) for n in (1, 10, 7)])
     results = []
 
-    for name in ("sdpa", VARLEN):
-        monkeypatch.setattr(student_module, "choose_attention", lambda *_, name=name, **__: name)
-        student = load_student(
-            StudentConfig(model=tmp_path, dtype="float32"),
-            activation_checkpointing=activation_checkpointing,
-        )
+    for _ in range(2):
         hidden = student(ids, positions, lambda hidden_TD, _head: hidden_TD)
-        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
-        results.append((hidden, student.model.get_input_embeddings().weight.grad))
+        weight = student.model.get_input_embeddings().weight
+        weighed = hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
+        (gradient,) = torch.autograd.grad(weighed.sum(), [weight])
+        results.append((hidden, gradient))
+        student.model.set_attn_implementation("sdpa")
 
-    for expected, found in zip(*results, strict=True):
-        assert (found - expected).norm() < 1e-5 * expected.norm()
-
-
-def model_with(name):
-    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES))
-    model.config._attn_implementation = name
-    return model
+    for found, exact in zip(*results, strict=True):
+        assert (found - exact).norm() < 1e-5 * exact.norm()
 
 
-def test_a_mask_over_all_tokens_is_said_on_a_gpu_and_refused_when_it_is_large(caplog):
-    for name, device in ((VARLEN, "cuda"), ("sdpa", "cpu")):
-        check_mask(model_with(name), device=torch.device(device), token_budget=100_000)
-
+def test_attention_to_all_pairs_is_said_on_a_gpu_and_refused_when_it_is_large(caplog):
+    model = model_of(MistralConfig)
+    check_mask(model, device=torch.device("cpu"), token_budget=100_000)
+    model.config._attn_implementation = VARLEN
+    check_mask(model, device=torch.device("cuda"), token_budget=100_000)
     assert not caplog.records
-    check_mask(model_with("sdpa"), device=torch.device("cuda"), token_budget=8192)
-    assert "learner.token_budget: 8192 tokens" in caplog.text
-    assert "0.2 GB" in caplog.text
-    with pytest.raises(ConfigError, match="at most 53509 tokens"):
-        check_mask(model_with("sdpa"), device=torch.device("cuda"), token_budget=60_000)
+
+    model.config._attn_implementation = "sdpa"
+    check_mask(model, device=torch.device("cuda"), token_budget=8192)
+    assert "all pairs of 8192 tokens takes 0.34 GB" in caplog.text
+    with pytest.raises(ConfigError, match="at most 41448 tokens"):
+        check_mask(model, device=torch.device("cuda"), token_budget=60_000)
+
+    model.config._attn_implementation = "eager"
+    check_mask(model, device=torch.device("cuda"), token_budget=8192)
+    assert "all pairs of 8192 tokens takes 1.1 GB" in caplog.text
 
 
 @pytest.mark.parametrize("config_class", [Gemma2Config, VaultGemmaConfig])
