@@ -1,4 +1,4 @@
-"""Every vLLM engine on CPUs, of rollouts and of teachers, has these defaults. Loads no vLLM."""
+"""What vLLM's engines have in common, those of rollouts and of teachers. Loads no vLLM."""
 
 from collections.abc import Mapping
 
@@ -19,3 +19,15 @@ def on_cpu(native: Mapping[str, object]) -> dict[str, object]:
         options["distributed_executor_backend"] = _ONE_PROCESS
 
     return options
+
+
+def usage_context(*, on_cpu: bool) -> str:
+    """Returns the ``UsageContext`` by which vLLM chooses how many sequences and tokens an engine
+    works on at a time, where the user's options leave that open.
+
+    On GPUs it is the use for whole batches: 1,024 sequences and 16,384 tokens on an H100, 256 and
+    8,192 on a smaller GPU (vLLM 0.32.0, ``EngineArgs.get_batch_defaults``). ``AsyncLLM`` by itself
+    names a use that this table lacks, and would get 128 and 2,048. On CPUs that is kept: larger
+    batches are no faster there, and need more memory.
+    """
+    return "ENGINE_CONTEXT" if on_cpu else "LLM_CLASS"

@@ -245,5 +245,16 @@ class Fleet(Generic[W]):
             self._log(f"{text}; trying again")
 
 
+def one_by_one(starting: Mapping[str, Awaitable[None]]) -> dict[str, Awaitable[None]]:
+    """Returns the same starts, of which each begins when the one before it has ended."""
+    turn = asyncio.Lock()
+
+    async def in_turn(started: Awaitable[None]) -> None:
+        async with turn:
+            await started
+
+    return {name: in_turn(started) for name, started in starting.items()}
+
+
 async def _nothing(*arguments: object) -> None:
     """Does nothing: most workers need nothing before the first request and after the last one."""

@@ -224,12 +224,15 @@ def refuse(key: str, options: Mapping[str, object], owned: Mapping[str, str]) ->
         )
 
 
+_MEMORY = ("gpu_memory_utilization", "kv_cache_memory_bytes")
+
+
 def require_gpus_for_workers(gpus: float, vllm: Mapping[str, object]) -> None:
     """Compare the GPUs of one engine with the workers that its ``vllm`` options start, one GPU
-    each.
+    each. An engine that has a share of a GPU must say how much of its memory it takes.
 
     Raises:
-        ValueError: they differ, or the workers are more than a node has.
+        ValueError: they differ, the workers are more than a node has, or the memory is not said.
     """
     names = ("tensor_parallel_size", "pipeline_parallel_size")
     sizes = {name: size for name in names if type(size := vllm.get(name, 1)) is int}
@@ -239,6 +242,12 @@ def require_gpus_for_workers(gpus: float, vllm: Mapping[str, object]) -> None:
         workers *= size
         if size < 1 or workers > MAX_GPUS_OF_AN_ACTOR:
             raise ValueError(f"vllm.{name}: must be from 1 to {MAX_GPUS_OF_AN_ACTOR} (is {size})")
+
+    if 0.0 < gpus < 1.0 and workers == 1 and not any(name in vllm for name in _MEMORY):
+        raise ValueError(
+            f"gpus: {gpus:g} is a share, and the engine would take 92 % of the GPU's memory; add "
+            f"vllm: {{gpu_memory_utilization: {0.9 * gpus:.2g}}}, or kv_cache_memory_bytes"
+        )
 
     if gpus == 0.0 or (workers == 1 and gpus <= 1.0) or gpus == workers:
         return

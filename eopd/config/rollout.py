@@ -99,6 +99,14 @@ class RolloutConfig(Section):
     replaced, and its responses are written elsewhere. Raise it for very long responses.
     """
 
+    keep_kv: bool = False
+    """Whether responses under way keep the keys and values that they read under older weights. By
+    default every engine reads them again when new weights arrive: the whole response is then
+    conditioned on the weights that go on with it, for the price of a prefill of all responses under
+    way. Losses are right either way, since the learner computes the log-probabilities of every
+    token itself; ``eopd_logprob_gap_nats`` grows where they are kept.
+    """
+
     vllm: NativeOptions = {}
     """Options of vLLM's engine, which go to it untouched. Those that the numbers rest on, such as
     ``model``, ``dtype`` and ``logprobs_mode``, are refused, and the message says which key decides

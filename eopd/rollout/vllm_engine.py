@@ -23,12 +23,13 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.config import RolloutConfig, StudentConfig
-from eopd.engine_options import on_cpu
+from eopd.engine_options import on_cpu, usage_context
 from eopd.hub import model_directory
 from eopd.roles import EngineDownError
 from eopd.types import (
@@ -56,8 +57,9 @@ class VllmRolloutEngine:
     call concurrently.
     """
 
-    def __init__(self, llm: AsyncLLM) -> None:
+    def __init__(self, llm: AsyncLLM, *, keep_kv: bool) -> None:
         self._llm = llm
+        self._keep_kv = keep_kv
 
     @classmethod
     async def start(
@@ -106,7 +108,12 @@ class VllmRolloutEngine:
             }
 
         args = AsyncEngineArgs(**(options | dict(rollout.vllm)))
-        engine = cls(AsyncLLM.from_engine_args(args, stat_loggers=list(stat_loggers)))
+        llm = AsyncLLM.from_engine_args(
+            args,
+            usage_context=UsageContext(usage_context(on_cpu=rollout.gpus == 0)),
+            stat_loggers=list(stat_loggers),
+        )
+        engine = cls(llm, keep_kv=rollout.keep_kv)
         if num_tokens is not None and num_tokens < engine._llm.model_config.get_vocab_size():
             await engine._llm.collective_rpc("leave_out_padding", args=(num_tokens,))
 
@@ -218,14 +225,14 @@ class VllmRolloutEngine:
 
         Returns:
             Seconds from asking for the pause, which the step under way ends first, to the
-            resumption: the time between two engine steps, and the rest of the first. The step after
-            it reads all running responses again, under the new weights, and may take far longer
-            than the pause.
+            resumption: the time between two engine steps, and the rest of the first. Unless
+            ``rollout.keep_kv`` is set, the step after it reads all running responses again, under
+            the new weights, and may take far longer than the pause.
 
         After any error the engine pauses, and nothing is known of its weights: replace it.
         """
         started = time.monotonic()
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        await self._llm.pause_generation(mode="keep", clear_cache=not self._keep_kv)
         await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info={}))
         await self._llm.finish_weight_update(weight_version=version.label)

@@ -25,6 +25,9 @@ COMMON_ENV: Mapping[str, str] = {
 }
 
 
+# An actor that asks Ray for no GPU would see all of them (Ray 2.60, ``set_visible_accelerator_ids``),
+# and take one that Ray has given to another.
+NO_GPU: Mapping[str, str] = {"CUDA_VISIBLE_DEVICES": ""}
 ROUNDING = 1e-6  # the error of sums of fractions
 
 
@@ -46,13 +49,21 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleResources:
-    """The number of actors of a role, and what each of them asks for."""
+    """The number of actors of a role, and what each of them asks for.
+
+    ``env`` is the environment of their processes, to which one is added where they ask for no GPU:
+    they see none.
+    """
 
     role: str
     actors: int
     cpus: float
     gpus: float
     env: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if not self.gpus:
+            object.__setattr__(self, "env", {**self.env, **NO_GPU})
 
 
 def vllm_env(threads: int) -> dict[str, str]:
@@ -108,6 +119,11 @@ def plan_rollout(rollout: RolloutConfig) -> RoleResources:
     return RoleResources(
         role="rollout", actors=rollout.engines, cpus=rollout.cpus, gpus=rollout.gpus, env=env
     )
+
+
+def shares_gpus(config: Config) -> bool:
+    """Tells whether some role asks for a share of a GPU, so that another one may have the rest."""
+    return any(0 < role.gpus < 1 for role in plan(config))
 
 
 def require_capacity(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> None:

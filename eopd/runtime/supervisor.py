@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
-from eopd.fleet import Fleet
+from eopd.fleet import Fleet, one_by_one
 from eopd.roles import RolloutEngine, TeacherScorer
 from eopd.rollout.pool import EnginePool
 from eopd.run.directory import RunDirectory
@@ -21,7 +21,7 @@ from eopd.runtime.cluster import log_directory
 from eopd.runtime.engines import engine_fleet, engine_process, open_channel
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
-from eopd.runtime.placement import RoleResources, plan_rollout
+from eopd.runtime.placement import RoleResources, plan_rollout, shares_gpus
 from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.teachers import route, teacher_fleets
 from eopd.teacher.pool import TeacherRouter
@@ -52,8 +52,11 @@ class Workers:
 async def start_workers(
     config: Config, incarnation: int, text: Int32Array, say: Callable[[str], None]
 ) -> AsyncIterator[Workers]:
-    """Starts every actor of a training run, all at the same time; engines are probed with ``text``,
-    int32[N].
+    """Starts every actor of a training run; engines are probed with ``text``, int32[N].
+
+    All start at the same time, unless GPUs are shared: a vLLM engine measures how much memory is
+    free while it starts, and nobody else may take or free some meanwhile (vLLM 0.32.0,
+    ``gpu_worker.py``).
     """
     restarts = RestartBudget(config.cluster.max_restarts, config.cluster.restart_window_s)
     async with _actors() as spawn:
@@ -66,6 +69,9 @@ async def start_workers(
         starting: dict[str, Awaitable[None]] = {"learner": gang.start(incarnation)}
         for fleet in fleets:
             starting |= fleet.start()
+
+        if shares_gpus(config):
+            starting = one_by_one(starting)
 
         await _all_up(
             starting, config.cluster.start_timeout_s, logs=str(RunDirectory(config.run.path).logs)

@@ -24,12 +24,13 @@ from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMClientError
 from vllm.outputs import PoolingRequestOutput
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.config import ConfigError, TeacherConfig
-from eopd.engine_options import on_cpu
+from eopd.engine_options import on_cpu, usage_context
 from eopd.hub import model_directory
 from eopd.roles import TeacherDownError
 from eopd.teacher import head
@@ -148,7 +149,10 @@ class VllmTeacherScorer(SignalScorer):
             **engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
         )
         llm = await asyncio.to_thread(
-            AsyncLLM.from_engine_args, args, stat_loggers=list(stat_loggers)
+            AsyncLLM.from_engine_args,
+            args,
+            usage_context=UsageContext(usage_context(on_cpu=current_platform.is_cpu())),
+            stat_loggers=list(stat_loggers),
         )
         scorer = cls(llm, config, top_k=top_k)
 

@@ -118,11 +118,12 @@ async def start(
     weight_options: Mapping[str, object] | None = None,
     *,
     num_tokens: int | None = None,
+    keep_kv: bool = False,
     **vllm: object,
 ) -> VllmRolloutEngine:
     return await VllmRolloutEngine.start(
         StudentConfig(model=directory, dtype="float32"),
-        RolloutConfig(vllm={"kv_cache_memory_bytes": 64 << 20, **vllm}),
+        RolloutConfig(keep_kv=keep_kv, vllm={"kv_cache_memory_bytes": 64 << 20, **vllm}),
         max_sequence_tokens=512,
         weight_options=weight_options or engine_options(),
         version=PolicyVersion(0, 0),

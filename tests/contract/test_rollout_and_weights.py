@@ -133,6 +133,43 @@ async def test_weights_move_in_flight_and_every_token_names_its_version(engine):
     assert await engine.version() == PolicyVersion(0, 1)
 
 
+async def test_a_response_may_keep_what_it_has_read_under_old_weights(tiny_model):
+    """Oracle: transformers reads the beginning with the old weights, and goes on from its cache
+    with the new ones.
+    """
+    directories = [tiny_model("qwen3", seed=seed, scale=0.2) for seed in (1, 2)]
+    old, new = map(load, directories)
+    engine = await start(directories[0], keep_kv=True)
+    try:
+        sender, condemned = Sender(new), []
+        channel = channel_of(sender, engine, condemned, probe_every=0)
+        one = fakes.prompt("p", [5, 80, 90, 33])
+        long = asyncio.create_task(
+            engine.generate(one, 0, Sampling(temperature=1.0, max_tokens=400, seed=11))
+        )
+        await asyncio.sleep(0.3)
+        await channel.publish(sender.held)
+        body = (await long).body
+    finally:
+        await engine.close()
+
+    assert condemned == []
+    before = int((body.policy_versions == 0).sum())
+    assert 0 < before < len(body.response_ids)
+
+    tokens = torch.from_numpy(np.concatenate([one.token_ids, body.response_ids])).long()
+    read = len(one.token_ids) + before - 1  # the last token is read in the step that goes on
+    with torch.no_grad():
+        cache = old(tokens[None, :read], use_cache=True).past_key_values
+        logits = new(tokens[None, read:-1], past_key_values=cache).logits[0].double()
+
+    expected = torch.log_softmax(logits, -1).gather(1, tokens[read + 1 :, None])[:, 0].numpy()
+    found = body.rollout_logprobs[before:]
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    alone = logprobs_of(new, tokens.numpy())[read:]
+    assert np.abs(found - alone).max() > 0.01, "it was read again under the new weights"
+
+
 async def test_padding_of_the_head_is_never_sampled(tiny_model, tmp_path):
     """Before and after new weights, in samples and in the probe."""
     padded = []

@@ -613,6 +613,11 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "rollout.gpus: 1.5 is neither a whole number of GPUs nor, below 1, a share of one",
         ),
         (
+            "rollout.gpus=0.5",
+            "rollout.gpus: 0.5 is a share, and the engine would take 92 % of the GPU's memory; "
+            "add vllm: {gpu_memory_utilization: 0.45}, or kv_cache_memory_bytes",
+        ),
+        (
             "rollout={max_response_tokens: 100, gpus: 1, vllm: {tensor_parallel_size: 4}}",
             "rollout.gpus: must be 4 for vllm.tensor_parallel_size 4 (is 1)",
         ),
@@ -1425,14 +1430,17 @@ def test_the_best_can_be_found_by_whatever_is_measured(evaluated):
         evaluated("checkpoint.keep_best={metric: m/pass_at_8, mode: max}")
 
 
+HALF_A_GPU = "rollout={gpus: 0.5, vllm: {gpu_memory_utilization: 0.4}}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         ([], "auto"),
         (["learner.gpus=1", "rollout.gpus=1"], "nccl"),
         (["learner.gpus=1", "rollout={gpus: 2, vllm: {tensor_parallel_size: 2}}"], "nccl"),
-        (["learner.gpus=0.5", "rollout.gpus=0.5"], "auto"),
-        (["learner.gpus=1", "rollout.gpus=0.5"], "auto"),
+        (["learner.gpus=0.5", HALF_A_GPU], "auto"),
+        (["learner.gpus=1", HALF_A_GPU], "auto"),
         (["learner.gpus=1"], "auto"),
         (["learner.gpus=1", "rollout.gpus=1", "weights.backend=gloo"], "gloo"),
         (["weights.backend=shared"], "shared"),

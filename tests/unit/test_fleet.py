@@ -7,7 +7,7 @@ import fakes
 import pytest
 
 from eopd import fleet as module
-from eopd.fleet import Fleet, NobodyLeftError
+from eopd.fleet import Fleet, NobodyLeftError, one_by_one
 from eopd.pool import Pool
 from eopd.roles import EngineDownError, TeacherDownError
 from eopd.rollout.pool import EnginePool
@@ -403,3 +403,33 @@ async def test_sources_have_their_teachers_and_the_rest_the_default():
     assert [router.metrics()[name] for name in names] == [10.0, 5.0]
     with pytest.raises(KeyError, match="code"):
         await TeacherRouter({"math": maths}, None).score(stored(source="code"))
+
+
+async def test_starts_one_by_one_never_overlap_and_keep_their_order():
+    events = []
+
+    async def start(name):
+        events.append(f"{name} begins")
+        await asyncio.sleep(0)
+        events.append(f"{name} is up")
+
+    starting = one_by_one({name: start(name) for name in "abc"})
+    await asyncio.gather(*starting.values())
+    assert list(starting) == ["a", "b", "c"]
+    assert events == [f"{name} {what}" for name in "abc" for what in ("begins", "is up")]
+
+
+async def test_a_start_that_fails_lets_the_next_one_begin():
+    async def fail():
+        raise RuntimeError("no memory")
+
+    began = asyncio.Event()
+
+    async def begin():
+        began.set()
+
+    outcomes = await asyncio.gather(
+        *one_by_one({"a": fail(), "b": begin()}).values(), return_exceptions=True
+    )
+    assert began.is_set()
+    assert str(outcomes[0]) == "no memory"

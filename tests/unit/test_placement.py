@@ -1,14 +1,17 @@
 """Config to resources: what roles ask for is compared with what there is, and with what is free."""
 
 import pytest
+from fakes import write_config
 
-from eopd.config import ConfigError
+from eopd.config import ConfigError, load_config
 from eopd.runtime.placement import (
     Capacity,
     Node,
     RoleResources,
     learner_env,
+    plan,
     require_capacity,
+    shares_gpus,
     vllm_env,
 )
 
@@ -123,3 +126,24 @@ def test_threads_are_explicit():
         vllm_env(3)["OMP_WAIT_POLICY"] == learner_env(3, gpu=False)["OMP_WAIT_POLICY"] == "PASSIVE"
     )
     assert "DS_ACCELERATOR" not in learner_env(1, gpu=True)
+
+
+def test_who_asks_for_no_gpu_sees_none(tmp_path):
+    config = load_config(write_config(tmp_path), ["learner.gpus=1", "rollout.gpus=1"])
+    learner, rollout, teacher = plan(config)
+    assert "CUDA_VISIBLE_DEVICES" not in learner.env | rollout.env, "Ray says which they see"
+    assert teacher.env["CUDA_VISIBLE_DEVICES"] == ""
+    assert teacher.env["VLLM_PLUGINS"] == "eopd"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], False),
+        (["learner.gpus=1", "rollout={gpus: 2, vllm: {tensor_parallel_size: 2}}"], False),
+        (["learner.gpus=0.5"], True),
+        (["teachers.0.gpus=0.3", "teachers.0.vllm={kv_cache_memory_bytes: 1000000}"], True),
+    ],
+)
+def test_a_gpu_is_shared_where_a_role_asks_for_a_part_of_it(tmp_path, overrides, expected):
+    assert shares_gpus(load_config(write_config(tmp_path), overrides)) == expected
