@@ -18,6 +18,7 @@ import typer.core
 from pydantic import ValidationError
 
 from eopd import __version__
+from eopd.cli.config import CONFIG_HELP, SET_EPILOG, Overrides, config
 from eopd.cli.evaluate import evaluate
 from eopd.cli.export import export
 from eopd.cli.fork import fork
@@ -31,7 +32,7 @@ from eopd.cli.show import show
 from eopd.cli.stop import stop
 from eopd.cli.sweep import sweep
 from eopd.cli.teacher import teacher
-from eopd.config import ConfigError, dump_config, load_config
+from eopd.config import ConfigError, load_config
 from eopd.config.messages import wrong_option
 from eopd.types import RunFailedError
 
@@ -57,17 +58,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings=HELP,
-)
-CONFIG_HELP = (
-    "A YAML file, e.g. configs/tiny.yaml; docs/configuration-reference.md describes its keys."
-)
-SET_HELP = "Override one key; may be given more than once. See the end of this help."
-SET_EPILOG = (
-    "--set takes section.key=value; the value is YAML, and an item of a list is named by "
-    "its number: --set learner.lr=1e-5 --set loss.gate=always --set "
-    "teachers.0.temperature=0.7 --set 'rollout.vllm={max_num_seqs: 64}'. Every key is "
-    "described in docs/configuration-reference.md; `eopd config CONFIG` prints them all with their "
-    "values."
 )
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -116,9 +106,7 @@ class _Train(typer.core.TyperCommand):
 @app.command(cls=_Train, epilog=SET_EPILOG)
 def train(
     config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[
         Literal["no", "yes", "auto"],
         typer.Option(
@@ -181,9 +169,7 @@ def _command(config: Path, overrides: Sequence[str], options: Sequence[str]) -> 
 @app.command(epilog=SET_EPILOG)
 def check(
     config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)
-    ] = None,
+    overrides: Overrides = None,
     live: Annotated[
         bool, typer.Option("--live", help="Start the teachers too, and test what they answer.")
     ] = False,
@@ -210,17 +196,6 @@ def check(
             typer.echo(report)
 
     typer.echo("no mistake was found")
-
-
-@app.command("config", epilog=SET_EPILOG)
-def show_config(
-    config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)
-    ] = None,
-) -> None:
-    """Print a config with every default written out, as the run directory keeps it."""
-    typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
 
 
 @app.command()
@@ -320,6 +295,7 @@ for verb in (profile, stop, show, logs, fork, sweep, export):
 
 app.command("list")(list_runs)
 app.command("eval")(evaluate)
+app.add_typer(config, name="config")
 app.add_typer(models, name="models")
 app.add_typer(teacher, name="teacher")
 
