@@ -3,7 +3,6 @@ user becomes one message and exit code 2.
 """
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import typer.core
 from pydantic import ValidationError
 
 from eopd import __version__
+from eopd.cli.check import check
 from eopd.cli.config import CONFIG_HELP, SET_EPILOG, Overrides, config
 from eopd.cli.evaluate import evaluate
 from eopd.cli.export import export
@@ -166,38 +166,6 @@ def _command(config: Path, overrides: Sequence[str], options: Sequence[str]) -> 
     return shlex.join(["eopd", "train", str(config), *settings, *options])
 
 
-@app.command(epilog=SET_EPILOG)
-def check(
-    config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
-    overrides: Overrides = None,
-    live: Annotated[
-        bool, typer.Option("--live", help="Start the teachers too, and test what they answer.")
-    ] = False,
-) -> None:
-    """Check models, vocabularies, end tokens and prompts, and say what was found."""
-    from eopd import preflight
-
-    resolved = preflight.pinned(load_config(config, overrides or []))
-    prepared = preflight.prepare(resolved)
-    for line in preflight.describe(resolved, prepared):
-        typer.echo(line)
-
-    from eopd.preflight.environment import gpus_here, is_local
-    from eopd.runtime.placement import room_here
-
-    here = is_local(resolved.cluster)
-    if here and (lack := room_here(resolved, cpus=os.cpu_count() or 1, gpus=gpus_here())):
-        typer.echo(f"note: there is no room for it on this machine: {lack}")
-
-    if live:
-        from eopd.runtime.check import check_live
-
-        for report in check_live(resolved, prepared):
-            typer.echo(report)
-
-    typer.echo("no mistake was found")
-
-
 @app.command()
 def measure(
     run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
@@ -293,6 +261,7 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
 for verb in (profile, stop, show, logs, fork, sweep, export):
     app.command()(verb)
 
+app.command(epilog=SET_EPILOG)(check)
 app.command("list")(list_runs)
 app.command("eval")(evaluate)
 app.add_typer(config, name="config")

@@ -71,10 +71,7 @@ class Written:
             ConfigError: it has no key and value, or a part of its key leads nowhere.
         """
         place = apply_override(self.tree, override)
-        kept = {
-            other: origin for other, origin in self.origins.items() if not _is_within(other, place)
-        }
-        expanded = self.of(self.tree, kept)
+        expanded = self.of(self.tree, self.origins)
         own = {leaf: SET for leaf in leaves(expanded.tree) if _is_within(leaf, place)}
 
         return type(self)(expanded.tree, {**expanded.origins, **own})
@@ -100,6 +97,7 @@ def _origin(file: ConfigFile, place: Place) -> Origin:
 
 
 def _merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
+    """Lays one mapping over another. The reason of a value that was chosen goes with the value."""
     merged = {
         key: value
         for key, value in below.items()
