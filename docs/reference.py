@@ -87,6 +87,8 @@ HEAD: Final = """\
 Every key of a config, by section. [configuration.md](configuration.md) says how a config is
 written and read, and has a chapter for each topic that needs more than a line.
 `eopd config show CONFIG` prints a config with every default, and where each value was written.
+Besides sections a file may have `extends`, which
+[lays it over another one](configuration.md#a-config-that-extends-another).
 """
 
 
