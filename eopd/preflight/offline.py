@@ -109,8 +109,9 @@ class _Model:
             return f"{self.key}: {self.spec} is {_NOT_CHECKED}"
 
         config = read_json(self.directory / "config.json")
-        facts = [f"{config[key]} {name}" for name, key in _FACTS.items() if key in config]
-        text = f"{self.key}: {self.spec} has {', '.join([f'{vocab_size(self.directory)} rows', *facts])}"
+        rows = f"{vocab_size(self.directory)} rows"
+        facts = [rows, *(f"{config[key]} {name}" for name, key in _FACTS.items() if key in config)]
+        text = f"{self.key}: {self.spec} has {', '.join(facts)}"
         missing = [name for name in ("tokenizer", "weights") if not getattr(self, name)]
 
         return f"{text}; {' and '.join(missing)} {_NOT_CHECKED}" if missing else text
