@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from eopd.config import Config
+from eopd.config.chain import EXTENDS as EXTENDS_KEY
 from eopd.config.document import show
 from eopd.config.shape import item_of, kinds_of, may_be_null, section_of, short_of
 from eopd.config.words import bound_of, expected, listed, literals
@@ -85,7 +86,9 @@ HEAD: Final = """\
 
 Every key of a config, by section. [configuration.md](configuration.md) says how a config is
 written and read, and has a chapter for each topic that needs more than a line.
-`eopd config CONFIG` prints a config with every default.
+`eopd config show CONFIG` prints a config with every default, and where each value was written.
+Besides sections a file may have `extends`, which
+[lays it over another one](configuration.md#a-config-that-extends-another).
 """
 
 
@@ -231,16 +234,45 @@ NUMBERS: Final[Json] = {
 }
 
 
+EXTENDS: Final[Json] = {
+    "description": "Another config file, by its path from the folder of this one. What stands here "
+    "lies over it: mappings are merged key by key, lists and values replaced.",
+    "type": "string",
+    "minLength": 1,
+}
+
+
 def schema_text() -> str:
-    """Writes the JSON schema of a config as a user writes it, for an editor."""
+    """Writes the JSON schema of a config as a user writes it, for an editor. In a config that
+    extends another one, no key is required.
+    """
     sections = section_schema(Config) | {"patternProperties": {"^x-": {}}}
+    keys = typing.cast(dict[str, Json], sections["properties"])
+    keys[EXTENDS_KEY] = EXTENDS
+    forms: Json = {
+        "if": {"required": [EXTENDS_KEY]},
+        "then": without_required(sections),
+        "else": sections,
+    }
     heading: Json = {
         "$schema": DRAFT,
         "title": "eopd",
         "description": "A run of eopd. Short forms are taken as the program takes them; what must "
         "hold between several keys is only seen by `eopd check`.",
     }
-    return json.dumps(heading | sections, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(heading | forms, indent=1, ensure_ascii=False) + "\n"
+
+
+def without_required(schema: object) -> object:
+    """Returns a schema in which mappings need no key; those in a list do, since it is replaced whole."""
+    if isinstance(schema, list):
+        return [without_required(part) for part in schema]
+
+    if not isinstance(schema, dict):
+        return schema
+
+    kept = {key: part for key, part in schema.items() if key != "required"}
+    return {key: part if key == "items" else without_required(part) for key, part in kept.items()}
 
 
 def section_schema(section: Section) -> Json:

@@ -1,5 +1,5 @@
-"""``eopd init`` writes a shipped recipe, its prompts and the schema for an editor into the current
-folder.
+"""``eopd init`` writes a shipped recipe, the recipes it extends, its prompts and the schema for an
+editor into the current folder.
 
 The recipes are the files of ``configs/``, which the package carries as ``eopd/recipes``. They keep
 their names and their place below ``configs/``, so that the paths inside a recipe, and the command
@@ -8,10 +8,10 @@ in its header, are right as they are.
 
 from pathlib import Path
 
-import yaml
-
 import eopd
 from eopd.config import ConfigError
+from eopd.config.chain import read_chain
+from eopd.config.load import flatten
 
 RECIPES = Path(eopd.__file__).with_name("recipes")
 _FOLDER = "configs"
@@ -24,7 +24,8 @@ def recipe_names() -> list[str]:
 
 
 def write_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
-    """Writes ``configs/NAME.yaml``, the prompts it names, and the schema below ``folder``.
+    """Writes ``configs/NAME.yaml``, the recipes it extends, the prompts they name, and the schema
+    below ``folder``.
 
     Files that are there already, with the same contents, are left alone.
 
@@ -38,26 +39,29 @@ def write_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
     if name not in (known := recipe_names()):
         raise ConfigError(f"init {name}: there is no such recipe; choose one of {', '.join(known)}")
 
-    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
     target = folder / _FOLDER
-    missing = [path for path in _files(name, text) if not _is_there(target / path, RECIPES / path)]
+    missing = [path for path in _files(name) if not _is_there(target / path, RECIPES / path)]
 
     for path in missing:
         _copy(RECIPES / path, target / path)
 
-    return [Path(_FOLDER) / path for path in missing], _command(text)
+    return [Path(_FOLDER) / path for path in missing], _command(RECIPES / f"{name}.yaml")
 
 
-def _files(name: str, text: str) -> list[Path]:
-    """Returns the paths of a recipe, its prompts and the schema below ``configs/``."""
-    prompts = yaml.safe_load(text)["prompts"]
-    specs = dict.fromkeys((prompts["data"], prompts["held_out"]))
-    paths = [Path(spec).relative_to(_FOLDER) for spec in specs if spec.startswith(f"{_FOLDER}/")]
-    return [Path(f"{name}.yaml"), *paths, _SCHEMA]
+def _files(name: str) -> list[Path]:
+    """Returns the paths of a recipe, of those it extends, their prompts and the schema below
+    ``configs/``.
+    """
+    chain = read_chain(RECIPES / f"{name}.yaml")
+    recipes = [file.path.relative_to(RECIPES) for file in reversed(chain)]
+    values = (value for file in chain for value in flatten(file.tree).values())
+    specs = dict.fromkeys(str(value) for value in values if str(value).startswith(f"{_FOLDER}/"))
+    return [*recipes, *(Path(spec).relative_to(_FOLDER) for spec in specs), _SCHEMA]
 
 
-def _command(text: str) -> str:
+def _command(recipe: Path) -> str:
     """Returns the line of the header that runs the recipe."""
+    text = recipe.read_text(encoding="utf-8")
     lines = (line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
     return next(line for line in lines if "eopd train" in line)
 

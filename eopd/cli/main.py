@@ -3,7 +3,6 @@ user becomes one message and exit code 2.
 """
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,8 @@ import typer.core
 from pydantic import ValidationError
 
 from eopd import __version__
+from eopd.cli.check import check
+from eopd.cli.config import CONFIG_HELP, SET_EPILOG, Overrides, config
 from eopd.cli.evaluate import evaluate
 from eopd.cli.export import export
 from eopd.cli.fork import fork
@@ -31,7 +32,7 @@ from eopd.cli.show import show
 from eopd.cli.stop import stop
 from eopd.cli.sweep import sweep
 from eopd.cli.teacher import teacher
-from eopd.config import ConfigError, dump_config, load_config
+from eopd.config import ConfigError, load_config
 from eopd.config.messages import wrong_option
 from eopd.types import RunFailedError
 
@@ -57,17 +58,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings=HELP,
-)
-CONFIG_HELP = (
-    "A YAML file, e.g. configs/tiny.yaml; docs/configuration-reference.md describes its keys."
-)
-SET_HELP = "Override one key; may be given more than once. See the end of this help."
-SET_EPILOG = (
-    "--set takes section.key=value; the value is YAML, and an item of a list is named by "
-    "its number: --set learner.lr=1e-5 --set loss.gate=always --set "
-    "teachers.0.temperature=0.7 --set 'rollout.vllm={max_num_seqs: 64}'. Every key is "
-    "described in docs/configuration-reference.md; `eopd config CONFIG` prints them all with their "
-    "values."
 )
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -116,9 +106,7 @@ class _Train(typer.core.TyperCommand):
 @app.command(cls=_Train, epilog=SET_EPILOG)
 def train(
     config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[
         Literal["no", "yes", "auto"],
         typer.Option(
@@ -176,51 +164,6 @@ def _command(config: Path, overrides: Sequence[str], options: Sequence[str]) -> 
     """Returns ``eopd train`` as a line for the shell."""
     settings = [part for override in overrides for part in ("--set", override)]
     return shlex.join(["eopd", "train", str(config), *settings, *options])
-
-
-@app.command(epilog=SET_EPILOG)
-def check(
-    config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)
-    ] = None,
-    live: Annotated[
-        bool, typer.Option("--live", help="Start the teachers too, and test what they answer.")
-    ] = False,
-) -> None:
-    """Check models, vocabularies, end tokens and prompts, and say what was found."""
-    from eopd import preflight
-
-    resolved = preflight.pinned(load_config(config, overrides or []))
-    prepared = preflight.prepare(resolved)
-    for line in preflight.describe(resolved, prepared):
-        typer.echo(line)
-
-    from eopd.preflight.environment import gpus_here, is_local
-    from eopd.runtime.placement import room_here
-
-    here = is_local(resolved.cluster)
-    if here and (lack := room_here(resolved, cpus=os.cpu_count() or 1, gpus=gpus_here())):
-        typer.echo(f"note: there is no room for it on this machine: {lack}")
-
-    if live:
-        from eopd.runtime.check import check_live
-
-        for report in check_live(resolved, prepared):
-            typer.echo(report)
-
-    typer.echo("no mistake was found")
-
-
-@app.command("config", epilog=SET_EPILOG)
-def show_config(
-    config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)
-    ] = None,
-) -> None:
-    """Print a config with every default written out, as the run directory keeps it."""
-    typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
 
 
 @app.command()
@@ -318,8 +261,10 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
 for verb in (profile, stop, show, logs, fork, sweep, export):
     app.command()(verb)
 
+app.command(epilog=SET_EPILOG)(check)
 app.command("list")(list_runs)
 app.command("eval")(evaluate)
+app.add_typer(config, name="config")
 app.add_typer(models, name="models")
 app.add_typer(teacher, name="teacher")
 

@@ -1,8 +1,9 @@
 """What a run is: YAML in, one frozen ``Config`` out. Loads neither torch nor ray."""
 
 from eopd.config.benchmark import BenchmarkConfig
+from eopd.config.errors import ConfigError
 from eopd.config.learner import LearnerConfig
-from eopd.config.load import ConfigError, dump_config, load_config, make_section
+from eopd.config.load import dump_config, load_config, make_section
 from eopd.config.loss import LossConfig
 from eopd.config.prompts import Part, PromptsConfig, TrainingPart
 from eopd.config.rollout import RolloutConfig

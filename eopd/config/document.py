@@ -1,10 +1,12 @@
 """YAML text to a tree and back. Keys that stand twice, endless trees and tags are refused here.
 
 In: the text of a file, or the value of an override. Out: dicts, lists, ``str`` for what is quoted,
-and ``Plain`` for what is not; what a ``Plain`` means is decided later, by its key. Merge keys
-(``<<``) and anchors are resolved. Left out: tags (``!!set``, ``!!python/...``), which no key needs.
+and ``Plain`` for what is not; what a ``Plain`` means is decided later, by its key. Beside the tree
+comes the line of each value, by its place. Merge keys (``<<``) and anchors are resolved. Left out:
+tags (``!!set``, ``!!python/...``), which no key needs.
 """
 
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Final
 
@@ -20,6 +22,9 @@ _DEEPEST: Final = 64
 _MOST: Final = 100_000
 _SHOWN: Final = 80
 _WIDE: Final = 1_000_000_000
+_LINE_BREAKS: Final = "\n\x85\u2028\u2029"  # of YAML 1.1
+
+Lines = Mapping[tuple[str, ...], int]
 
 
 class DocumentError(Exception):
@@ -55,8 +60,22 @@ def read_tree(text: str) -> object:
     Raises:
         DocumentError: the text is not YAML, a key stands twice, or there is no end to the tree.
     """
+    return read_document(text)[0]
+
+
+def read_document(text: str) -> tuple[object, Lines]:
+    """Reads the tree of one YAML document, and the line of every key and item of a list by its place:
+    that of ``a: [{b: 1}]`` has the places ``(a,)``, ``(a, 0)`` and ``(a, 0, b)``.
+
+    Raises:
+        DocumentError: as in ``read_tree``.
+    """
     node, _ = _compose(text)
-    return None if node is None else _Reader(text).tree(node, ())
+    if node is None:
+        return None, {}
+
+    reader = _Reader(text)
+    return reader.tree(node, ()), reader.lines
 
 
 def read_value(text: str) -> object:
@@ -109,6 +128,7 @@ class _Reader:
     """Turns nodes into a tree; an alias is expanded wherever it stands, as long as that ends."""
 
     def __init__(self, text: str) -> None:
+        self.lines: dict[tuple[str, ...], int] = {}
         self._text = text
         self._open: set[int] = set()
         self._count = 0
@@ -121,6 +141,7 @@ class _Reader:
         if id(node) in self._open:
             raise DocumentError(f"line {_line(node)}: {_dotted(place)} contains itself")
 
+        self.lines.setdefault(place, _line(node))
         self._open.add(id(node))
         tree = self._tree(node, place)
         self._open.remove(id(node))
@@ -162,10 +183,11 @@ class _Reader:
                 )
                 raise DocumentError(f"{_dotted(key_place)} stands twice ({at}): remove one")
 
-            lines[key] = line
+            lines[key] = self.lines[key_place] = line
             value = self.tree(value_node, key_place)
             if key == "<<" and isinstance(key, Plain):
                 merged = _merged(value, line)
+                self.lines |= {(*place, str(name)): line for name in merged if name not in lines}
             else:
                 entries[key] = value
 
@@ -235,7 +257,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     quoted = unclear(text) is not None or native(text) != text
-    return dumper.represent_scalar(f"{_TAG}str", text, style="'" if quoted else None)
+    style = '"' if any(mark in text for mark in _LINE_BREAKS) else "'" if quoted else None
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
 
 
 def _represent_plain(dumper: yaml.SafeDumper, text: Plain) -> yaml.Node:
@@ -256,8 +279,8 @@ _Dumper.add_multi_representer(PurePath, _represent_path)
 
 
 def write_tree(tree: object) -> str:
-    """Writes YAML that ``read_tree`` reads as the same tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+    """Writes YAML that ``read_tree`` reads as the same tree, with each value in a line of its own."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=_WIDE)
 
 
 def show(value: object) -> str:

@@ -4,37 +4,47 @@ names the key.
 
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from pydantic import BaseModel, ValidationError
 
+from eopd.config.chain import read_chain
 from eopd.config.choices import with_choices
-from eopd.config.document import DocumentError, read_tree, read_value, show, write_tree
+from eopd.config.document import read_tree, write_tree
+from eopd.config.errors import ConfigError
 from eopd.config.messages import explain
 from eopd.config.root import Config
-from eopd.config.shape import shape
-from eopd.config.teacher import TeacherConfig
+from eopd.config.shape import Place, shape
+from eopd.config.written import SET, Origins, Written
 
 SectionT = typing.TypeVar("SectionT", bound=BaseModel)
 
-DEFAULT_NAME = TeacherConfig.model_fields["name"].default
-_HOLDER = "x-"  # begins the name of a top-level key that only holds anchors
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A config, and the origin of every value that was written, by its place; others are defaults."""
 
-class ConfigError(Exception):
-    """A user's mistake: shown as one message, exit code 2, no traceback."""
+    config: Config
+    origins: Origins
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file and apply ``a.b=c`` overrides, whose values are YAML.
+    """Read a config file, over those that it extends, and apply ``a.b=c`` overrides, whose values
+    are YAML.
 
     Raises:
-        ConfigError: the file is missing, is no YAML mapping, or a key or value is wrong.
+        ConfigError: a file is missing, is no YAML mapping, or a key or value is wrong.
 
     Every ``dtype: auto`` is chosen for this machine, and ``learner.zero_stage: auto`` for the run.
     """
-    return _config_of(str(path), _read(path), overrides)
+    return load_with_origins(path, overrides).config
+
+
+def load_with_origins(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Loads a config as ``load_config`` does, and says where each value was written."""
+    return _loaded(str(path), Written.in_files(read_chain(path)), overrides)
 
 
 def change_config(name: str, config: Config, overrides: Sequence[str]) -> Config:
@@ -44,16 +54,14 @@ def change_config(name: str, config: Config, overrides: Sequence[str]) -> Config
         ConfigError: as in ``load_config``.
     """
     tree = typing.cast(dict[str, object], read_tree(dump_config(config)))
-    return _config_of(name, tree, overrides)
+    return _loaded(name, Written.of(tree, {}), overrides).config
 
 
-def _config_of(name: str, tree: dict[str, object], overrides: Sequence[str]) -> Config:
-    tree = _expanded(tree)
+def _loaded(name: str, written: Written, overrides: Sequence[str]) -> Loaded:
     for override in overrides:
-        _apply(tree, override)
-        tree = _expanded(tree)  # the next one may name what a short form stands for
+        written = written.overridden(override)
 
-    values, faults = shape(tree, Config)
+    values, faults = shape(written.tree, Config)
     mistakes = {place: f"{'.'.join(place)}: {fault}" for place, fault in faults.items()}
 
     try:
@@ -63,12 +71,23 @@ def _config_of(name: str, tree: dict[str, object], overrides: Sequence[str]) -> 
             place, line = explain(detail, Config)
             mistakes.setdefault(place, line)
 
-        raise ConfigError(f"{name}: " + "\n".join(mistakes.values())) from None
+        raise ConfigError(_message(name, mistakes, written.origins)) from None
 
     if mistakes:
-        raise ConfigError(f"{name}: " + "\n".join(mistakes.values()))
+        raise ConfigError(_message(name, mistakes, written.origins))
 
-    return with_choices(config)
+    return Loaded(with_choices(config), written.origins)
+
+
+def _message(name: str, mistakes: Mapping[Place, str], origins: Origins) -> str:
+    """Writes a line for each mistake; one of a value in another file of the chain names its line."""
+    lines: list[str] = []
+    for place, line in mistakes.items():
+        origin = origins.get(place, SET)
+        elsewhere = origin != SET and origin.source != name
+        lines.append(f"{line} (in {origin})" if elsewhere else line)
+
+    return f"{name}: " + "\n".join(lines)
 
 
 def make_section(
@@ -100,108 +119,6 @@ def make_section(
 def dump_config(config: Config) -> str:
     """Writes the resolved config as YAML; loading it again gives an equal config."""
     return write_tree(config.model_dump())
-
-
-def _read(path: Path) -> dict[str, object]:
-    try:
-        tree = read_tree(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        fault = f"byte {error.start + 1} is no UTF-8; save it as UTF-8 text"
-        raise ConfigError(f"{path}: is not YAML: {fault}") from None
-    except DocumentError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-    if not isinstance(tree, dict):
-        contents = "is empty" if tree is None else f"is {show(tree)}"
-        raise ConfigError(f"{path}: must be a mapping of sections ({contents})")
-
-    return {key: value for key, value in tree.items() if not key.startswith(_HOLDER)}
-
-
-def _expanded(tree: dict[str, object]) -> dict[str, object]:
-    """The tree with short forms written out, so that an override can name what they stand for."""
-    expanded, _ = shape(tree, Config)
-    return typing.cast(dict[str, object], expanded)
-
-
-def _apply(tree: dict[str, object], override: str) -> None:
-    """Set one key in place; list items are named by index (``teachers.0.model=...``)."""
-    dotted, equals, text = override.partition("=")
-    *parents, last = dotted.split(".")
-    if not equals:
-        raise ConfigError(f"--set {override}: must be section.key=value")
-
-    if "[" in dotted:
-        numbered = dotted.replace("[", ".").replace("]", "")
-        raise ConfigError(
-            f"--set {override}: an item of a list is named by its number: {numbered}=..."
-        )
-
-    if not all((*parents, last)):
-        raise ConfigError(
-            f"--set {override}: must be section.key=value; a part of the key is empty"
-        )
-
-    try:
-        value = read_value(text)
-    except DocumentError as error:
-        fault = str(error).replace("line 1: ", "")
-        quoted = f"put YAML's quotes around a text: --set '{dotted}=\"...\"'"
-        raise ConfigError(f"--set {override}: {fault}; {quoted}") from None
-
-    node: object = tree
-    for depth, part in enumerate(parents):
-        node = _below(node, part, parents[:depth], override)
-
-    if isinstance(node, dict):
-        node[last] = value
-        node.pop(f"{last}_reason", None)  # of another value, which was chosen
-    elif isinstance(node, list):
-        node[_index(node, last, parents, override)] = value
-    else:
-        raise ConfigError(f"--set {override}: {'.'.join(parents)} is a value, it has no key {last}")
-
-
-def _below(node: object, part: str, parents: Sequence[str], override: str) -> object:
-    if isinstance(node, list):
-        return typing.cast(object, node[_index(node, part, parents, override)])
-
-    if not isinstance(node, dict):
-        raise ConfigError(f"--set {override}: {'.'.join(parents)} is a value, it has no key {part}")
-
-    if node.get(part) in (None, ""):
-        node[part] = {}
-
-    return typing.cast(object, node[part])
-
-
-def _index(node: Sequence[object], part: str, parents: Sequence[str], override: str) -> int:
-    if (
-        part.isascii()
-        and part.isdigit()
-        and len(part) <= len(str(len(node)))
-        and int(part) < len(node)
-    ):
-        return int(part)
-
-    key = ".".join(parents)
-    if not node:
-        raise ConfigError(f"--set {override}: {key} is an empty list; set all of it: {key}=[...]")
-
-    names = [
-        str(item.get("name", DEFAULT_NAME)) if isinstance(item, dict) else None for item in node
-    ]
-    if names.count(part) == 1:
-        return names.index(part)
-
-    if not part.lstrip("-").isdigit():
-        raise ConfigError(
-            f"--set {override}: {key} is a list; write {key}.0.{part} for its first item"
-        )
-
-    raise ConfigError(f"--set {override}: {key}.{part} must be an index below {len(node)}")
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, object]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from eopd.config.load import ConfigError
+from eopd.config.errors import ConfigError
 
 SavedT = typing.TypeVar("SavedT")
 

@@ -87,17 +87,24 @@ def item_of(annotation: object) -> object | None:
     return typing.cast(object, typing.get_args(only)[0])
 
 
-def shape(tree: object, model: type[BaseModel]) -> tuple[object, Faults]:
+def shape(tree: object, model: type[BaseModel], *, is_whole: bool = True) -> tuple[object, Faults]:
     """Returns the tree with values in the place of scalars, and the faults by place: what can be
     read in two ways.
+
+    Args:
+        tree: what was written.
+        model: the section that it is.
+        is_whole: false where it will lie over another tree, which may name the ``kind`` of a
+            section that has none here. Then none is filled in.
     """
-    shaper = _Shaper()
+    shaper = _Shaper(is_whole)
     return shaper.section(tree, model, ()), shaper.faults
 
 
 class _Shaper:
-    def __init__(self) -> None:
+    def __init__(self, is_whole: bool) -> None:
         self.faults: Faults = {}
+        self._is_whole = is_whole
 
     def section(self, tree: object, model: type[BaseModel], place: Place) -> object:
         if not isinstance(tree, Mapping):
@@ -172,7 +179,8 @@ class _Shaper:
             return _null(value)
 
         if (
-            default_kind is not None
+            self._is_whole
+            and default_kind is not None
             and "kind" not in value
             and value.keys() <= kinds[default_kind].model_fields.keys()
         ):

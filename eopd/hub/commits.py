@@ -39,6 +39,30 @@ def find_commit(kind: Kind, repository: str, revision: str | None, spec: str) ->
                 raise silence from None
 
 
+def cached_commit(kind: Kind, repository: str, revision: str | None, spec: str) -> str | None:
+    """Returns the commit that a revision stood for when the Hub was last asked, or None. Nobody is
+    asked now. The arguments are those of ``find_commit``.
+
+    Raises:
+        ConfigError: no repository can have such a name.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionResolutionError
+
+    if revision is not None and is_commit(revision):
+        return revision
+
+    with told(spec, kind, repository, revision):
+        try:
+            found = HfApi().resolve_revision(
+                repository, repo_type=kind, revision=revision, local_files_only=True
+            )
+        except RevisionResolutionError:
+            return None
+
+    return found.resolved
+
+
 def require_commit(kind: Kind, repository: str, commit: str | None, spec: str) -> None:
     """Checks that the Hub shows a commit, before a library asks for it again and again.
 

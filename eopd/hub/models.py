@@ -3,6 +3,7 @@
 This is the one place that does so, on whatever node it is called.
 """
 
+import os
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -11,7 +12,7 @@ from typing import Final
 
 from eopd.config import ConfigError
 from eopd.config.names import ModelName
-from eopd.hub.commits import find_commit
+from eopd.hub.commits import cached_commit, find_commit
 from eopd.hub.faults import in_time, told
 
 # What a run, transformers and vLLM read of a model besides its weights; all of it is small.
@@ -66,6 +67,40 @@ def model_directory(spec: str, *, weights: bool = False) -> Path:
             return _snapshot(name.repository, commit)
 
         return _download(name.repository, commit, weights=weights)
+
+
+def cached_directory(spec: str, *, weights: bool = False) -> Path | None:
+    """Returns the directory of a model as far as it is on this machine, where at least its
+    ``config.json`` is there, or None. Nobody is asked, and nothing downloaded.
+
+    Args:
+        spec: as in ``model_directory``.
+        weights: whether the cache must hold all weights of a name, as far as it knows them. A
+            directory that is named by its path may lack them.
+
+    Raises:
+        ConfigError: no model can have such a name.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    name = ModelName.parse(spec)
+    if name is None:
+        return Path(spec) if os.path.lexists(spec) else None
+
+    commit = cached_commit("model", name.repository, name.revision, spec)
+    if commit is None:
+        return None
+
+    found = try_to_load_from_cache(name.repository, "config.json", revision=commit)
+    if not isinstance(found, str):
+        return None
+
+    if weights:
+        known = _known_files(name.repository, commit)
+        if known is None or not _has(name.repository, commit, needed(known, weights=True)):
+            return None
+
+    return Path(found).parent
 
 
 def needed(files: Iterable[str], *, weights: bool) -> list[str]:

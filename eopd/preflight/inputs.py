@@ -9,15 +9,21 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from eopd.config import Config, ConfigError, TeacherConfig
+from eopd.config import BenchmarkConfig, Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
 from eopd.config.prompts import names_of
 from eopd.hub import model_directory
 from eopd.preflight.answers import require_answers, require_readable_answers
 from eopd.preflight.environment import is_local, require_environment
 from eopd.preflight.functions import require_functions
-from eopd.preflight.models import require_model, require_served, require_student
+from eopd.preflight.models import (
+    require_heads,
+    require_model,
+    require_served,
+    require_student,
+)
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
+from eopd.preflight.pinning import key_of_benchmark
 from eopd.prompts import PromptOrder, PromptSet, TeacherView
 from eopd.prompts.rendering import Tokenizer
 from eopd.remember import remembered
@@ -69,11 +75,7 @@ def prepare(config: Config) -> Prepared:
 def _prepared(config: Config) -> Prepared:
     require_environment(config)
     require_trackers(config.telemetry.trackers)
-    require_vllm_options("rollout.vllm", config.rollout.vllm)
-    require_deepspeed_options("learner.deepspeed", config.learner.deepspeed)
-    for teacher in config.teachers:
-        require_vllm_options(f"teachers.{teacher.name}.vllm", teacher.vllm)
-
+    require_native_options(config)
     _require_keys(config)
     benchmarks = (benchmark.data for benchmark in config.evaluation.benchmarks)
     parts = chain(config.prompts.data, config.prompts.held_out, *benchmarks)
@@ -97,6 +99,18 @@ def _prepared(config: Config) -> Prepared:
     return remembered(question, chain(data, files), lambda: _prepare(config))
 
 
+def require_native_options(config: Config) -> None:
+    """Compares all native options with those of the installed vLLM and DeepSpeed.
+
+    Raises:
+        ConfigError: there is no such option, or its value is not allowed.
+    """
+    require_vllm_options("rollout.vllm", config.rollout.vllm)
+    require_deepspeed_options("learner.deepspeed", config.learner.deepspeed)
+    for teacher in config.teachers:
+        require_vllm_options(f"teachers.{teacher.name}.vllm", teacher.vllm)
+
+
 def _require_keys(config: Config) -> None:
     """Checks that the keys of served teachers are set, where their clients run on this machine. On a
     cluster they run on other nodes, which have their own variables.
@@ -118,7 +132,8 @@ def _require_keys(config: Config) -> None:
 def _prepare(config: Config) -> Prepared:
     student = model_directory(config.student.model, weights=True)
     require_model("student.model", student, num_tokens=config.max_sequence_tokens)
-    require_student(config)
+    require_student(student, num_tokens=config.max_sequence_tokens)
+    require_heads("rollout.vllm", student, config.rollout.vllm)
     vocabularies = {teacher.name: _vocabulary(config, teacher) for teacher in config.teachers}
     if config.student.lora is not None:
         from eopd.learner.lora import check_targets
@@ -126,6 +141,25 @@ def _prepare(config: Config) -> Prepared:
         check_targets(student, config.student.lora)
 
     tokenizer = load_tokenizer(student)
+
+    return Prepared(
+        train=load_train(config, tokenizer),
+        held_out=load_held_out(config, tokenizer),
+        vocabularies=vocabularies,
+        benchmarks={
+            benchmark.name: load_benchmark(config, benchmark, tokenizer)
+            for benchmark in config.evaluation.benchmarks
+        },
+    )
+
+
+def load_train(config: Config, tokenizer: Tokenizer) -> PromptSet:
+    """Loads the training prompts.
+
+    Raises:
+        ConfigError: rows are malformed, too long or without a teacher, or a verifier cannot read
+            an answer.
+    """
     train = PromptSet.load(
         config.prompts.data,
         config.prompts,
@@ -137,35 +171,37 @@ def _prepare(config: Config) -> Prepared:
         require_answers(train)
         require_readable_answers(train, config.loss.reward.function)
 
+    prompts_by_teacher(names_of(config.prompts.data), train.prompts, config)
+    return train
+
+
+def load_held_out(config: Config, tokenizer: Tokenizer) -> PromptSet:
+    """Loads the held-out prompts, one of each part in turn.
+
+    Raises:
+        ConfigError: rows are malformed, too long or without a teacher.
+    """
     held_out = PromptSet.load(
         config.prompts.held_out, config.prompts, tokenizer, _views(config), key="prompts.held_out"
     )
-    prompts_by_teacher(names_of(config.prompts.data), train.prompts, config)
     prompts_by_teacher(names_of(config.prompts.held_out), held_out.prompts, config)
-
-    return Prepared(
-        train=train,
-        held_out=held_out.in_turn(),
-        vocabularies=vocabularies,
-        benchmarks=_benchmarks(config, tokenizer),
-    )
+    return held_out.in_turn()
 
 
-def _benchmarks(config: Config, tokenizer: Tokenizer) -> dict[str, PromptSet]:
-    """Loads the rows of every benchmark, and checks that its grader can read their answers."""
-    loaded = {}
-    for benchmark in config.evaluation.benchmarks:
-        key = f"evaluation.benchmarks.{benchmark.name}.data"
-        prompts = config.prompts
-        if benchmark.columns is not None:
-            prompts = prompts.model_copy(update={"columns": benchmark.columns})
+def load_benchmark(config: Config, benchmark: BenchmarkConfig, tokenizer: Tokenizer) -> PromptSet:
+    """Loads the rows of a benchmark, and checks that its grader can read their answers.
 
-        data = PromptSet.load(benchmark.data, prompts, tokenizer, key=key)
-        require_answers(data)
-        require_readable_answers(data, benchmark.grader)
-        loaded[benchmark.name] = data.in_turn()
+    Raises:
+        ConfigError: rows are malformed, too long, or without such an answer.
+    """
+    prompts = config.prompts
+    if benchmark.columns is not None:
+        prompts = prompts.model_copy(update={"columns": benchmark.columns})
 
-    return loaded
+    data = PromptSet.load(benchmark.data, prompts, tokenizer, key=key_of_benchmark(benchmark))
+    require_answers(data)
+    require_readable_answers(data, benchmark.grader)
+    return data.in_turn()
 
 
 def _vocabulary(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
@@ -183,12 +219,29 @@ def _vocabulary(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
     )
     if local:
         require_served(f"{key}.model", directory)
+        require_heads(f"{key}.vllm", directory, teacher.vllm)
 
+    return shared_vocabulary(config, model_directory(config.student.model), teacher, directory)
+
+
+def shared_vocabulary(
+    config: Config, student: Path, teacher: TeacherConfig, directory: Path
+) -> SharedVocabulary:
+    """Returns the vocabulary that a teacher shares with the student.
+
+    Args:
+        config: the run's.
+        student: the student's directory.
+        teacher: the teacher's section.
+        directory: the teacher's directory.
+
+    Raises:
+        ConfigError: there is none, or ``loss.top_k`` is above it.
+    """
     try:
-        student = model_directory(config.student.model)
         shared = require_same_vocabulary(student, directory, teacher.eos_remap)
     except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
+        raise ConfigError(f"teachers.{teacher.name}: {error}") from None
 
     if config.loss.top_k > shared.num_ids:
         raise ConfigError(

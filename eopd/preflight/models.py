@@ -2,15 +2,14 @@
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from eopd.config import Config, ConfigError
+from eopd.config import ConfigError
 from eopd.config.json_text import told
 from eopd.config.pointer import require_no_pointer
-from eopd.hub import model_directory
 from eopd.preflight.weights import read_tensors
 from eopd.tokenizer import end_token_ids, load_tokenizer, read_json, vocab_size
 
@@ -80,22 +79,58 @@ def require_model(
             _require_generation_config(directory)
 
 
-def require_student(config: Config) -> None:
+def require_student(directory: Path, *, num_tokens: int, weights: bool = True) -> None:
     """Checks on a model without weights that the learner can train ``student.model``.
+
+    Args:
+        directory: the student's.
+        num_tokens: the longest sequence of the run.
+        weights: false where they are not here, so that only their shapes can be checked.
 
     Raises:
         ConfigError: it cannot, for a reason of ``eopd.learner.fitness``.
     """
-    key, directory = "student.model", model_directory(config.student.model, weights=True)
+    key = "student.model"
     with _blame(key):
-        tensors = read_tensors(directory, standard_names=True)
+        tensors = read_tensors(directory, standard_names=True) if weights else None
 
     with _blame(key), quiet():
         from eopd.learner.fitness import check_student, check_weights
 
-        model = check_student(directory, num_tokens=config.max_sequence_tokens)
+        model = check_student(directory, num_tokens=num_tokens)
         if tensors is not None:
             check_weights(model, tensors)
+
+
+def require_heads(key: str, directory: Path, vllm: Mapping[str, object]) -> None:
+    """Checks that the workers of an engine can share the heads of a model's attention.
+
+    Each worker has as many of the query heads (``ModelConfig.verify_with_parallel_config`` of vLLM
+    0.32.0), and as many key-value heads, or one that it shares with others (``Qwen3Attention``).
+
+    Args:
+        key: the key of the engine's options of vLLM.
+        directory: the model's.
+        vllm: the options.
+
+    Raises:
+        ConfigError: the number of workers does not divide them.
+    """
+    described = read_json(directory / "config.json")
+    nested = described.get("text_config")
+    described |= nested if isinstance(nested, dict) else {}
+    heads = described.get("num_attention_heads")
+    shared = described.get("num_key_value_heads") or heads
+    workers = vllm.get("tensor_parallel_size", 1)
+    if not (isinstance(heads, int) and isinstance(shared, int) and isinstance(workers, int)):
+        return
+
+    fault = f"{key}.tensor_parallel_size: {workers} workers cannot share the"
+    if heads % workers:
+        raise ConfigError(f"{fault} {heads} attention heads of {directory}")
+
+    if max(shared, workers) % min(shared, workers):
+        raise ConfigError(f"{fault} {shared} key-value heads of {directory}")
 
 
 def require_served(key: str, directory: Path) -> None:

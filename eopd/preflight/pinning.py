@@ -12,7 +12,7 @@ from eopd.config.prompts import keys_of
 from eopd.hub import find_commit, model_directory
 from eopd.prompts.named import pin_data
 
-__all__ = ["pin_model", "pin_parts", "pinned", "specs"]
+__all__ = ["key_of_benchmark", "pin_model", "pin_parts", "pinned", "specs"]
 
 Specs = Mapping[str, str]
 
@@ -51,7 +51,9 @@ def pinned(config: Config, before: Config | None = None) -> Config:
         "held_out": pin_parts("prompts.held_out", prompts.held_out, known),
     }
     benchmarks = tuple(
-        benchmark.model_copy(update={"data": pin_parts(_key_of(benchmark), benchmark.data, known)})
+        benchmark.model_copy(
+            update={"data": pin_parts(key_of_benchmark(benchmark), benchmark.data, known)}
+        )
         for benchmark in config.evaluation.benchmarks
     )
     return config.model_copy(
@@ -77,7 +79,8 @@ def pin_parts(key: str, parts: Sequence[Part], before: Specs) -> tuple[Part, ...
     return tuple(pinned_parts)
 
 
-def _key_of(benchmark: BenchmarkConfig) -> str:
+def key_of_benchmark(benchmark: BenchmarkConfig) -> str:
+    """Returns the key of a benchmark's data, for messages."""
     return f"evaluation.benchmarks.{benchmark.name}.data"
 
 
@@ -88,7 +91,10 @@ def specs(config: Config) -> dict[str, str]:
     for key, parts in (
         ("prompts.data", config.prompts.data),
         ("prompts.held_out", config.prompts.held_out),
-        *((_key_of(benchmark), benchmark.data) for benchmark in config.evaluation.benchmarks),
+        *(
+            (key_of_benchmark(benchmark), benchmark.data)
+            for benchmark in config.evaluation.benchmarks
+        ),
     ):
         data |= {
             key_of_part: part.data

@@ -81,6 +81,11 @@ def read_tensors(directory: Path, *, standard_names: bool) -> Mapping[str, Tenso
     return _read_files(files)
 
 
+def has_weights(directory: Path) -> bool:
+    """Tells whether a model directory holds weights, or an index of them, whole or not."""
+    return any((directory / name).exists() for name in _STANDARD) or bool(_other_files(directory))
+
+
 def _other_files(directory: Path) -> list[Path]:
     """Returns the weights of other names that vLLM takes: all safetensors files, or else all others
     that may be weights.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from eopd.config import ConfigError
 from eopd.config.base import DATA_SUFFIXES
 from eopd.config.names import DataName, is_commit
-from eopd.hub import find_commit, require_commit
+from eopd.hub import cached_commit, find_commit, require_commit
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,6 +85,23 @@ def pin_data(key: str, spec: str, before: Mapping[str, str]) -> str:
         raise ConfigError(f"{key}: {error}; nor is it a file or a directory here") from None
 
     return str(replace(name, revision=commit))
+
+
+def cached_data(key: str, spec: str) -> str | None:
+    """Returns the spec of data that is on this machine, a data set with the commit that its cache
+    holds; None where it is not here. Nobody is asked.
+
+    Raises:
+        ConfigError: it has too many parts.
+    """
+    name = _name_on_the_hub(key, spec)
+    if name is None:
+        is_here = os.path.exists(spec) or os.path.isdir(spec.partition(":")[0])
+        return spec if is_here else None
+
+    commit = cached_commit("dataset", name.repository, name.revision, spec)
+    pinned = replace(name, revision=commit)
+    return None if commit is None or _cached(pinned) is None else str(pinned)
 
 
 def _name_on_the_hub(key: str, spec: str) -> DataName | None:

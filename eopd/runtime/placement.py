@@ -162,10 +162,21 @@ def room_here(config: Config, *, cpus: float, gpus: float) -> str | None:
     return None
 
 
-def _require_sum(roles: Sequence[RoleResources], resource: str, total: float, free: float) -> None:
+def summarize(config: Config) -> str:
+    """Returns what the roles of a run ask of Ray, as a line."""
+    roles = plan(config)
+    return "; ".join(_asked(roles, resource)[1] for resource in ("cpus", "gpus"))
+
+
+def _asked(roles: Sequence[RoleResources], resource: str) -> tuple[float, str]:
+    """Returns what all roles together ask for of a resource, as a number and in words."""
     asked = sum(role.actors * getattr(role, resource) for role in roles)
     parts = ", ".join(f"{role.role} {role.actors} x {getattr(role, resource):g}" for role in roles)
-    all_roles = f"the roles ask for {asked:.9g} {resource} ({parts})"
+    return asked, f"the roles ask for {asked:.9g} {resource} ({parts})"
+
+
+def _require_sum(roles: Sequence[RoleResources], resource: str, total: float, free: float) -> None:
+    asked, all_roles = _asked(roles, resource)
     if asked > total + ROUNDING:
         raise ConfigError(f"{all_roles}; the cluster has {total:g}")
 

@@ -147,6 +147,15 @@ def test_every_config_is_valid_short_and_says_how_to_run_it(path):
     )
 
 
+@pytest.mark.parametrize("path", config_files(), ids=lambda path: path.name)
+def test_a_config_for_gpus_says_that_it_was_not_run_and_what_it_expects(path):
+    config = load_config(path)
+    roles = (config.learner, config.rollout, *config.teachers)
+    header = path.read_text(encoding="utf-8").partition("\nrun:")[0]
+    for words in ("NOT YET RUN on GPUs", "Expected: "):
+        assert (words in header) == any(role.gpus for role in roles)
+
+
 # --- README
 
 

@@ -149,6 +149,26 @@ def test_what_the_program_refuses_is_marked(section, text, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "is_marked"),
+    [
+        ("extends: base.yaml", False),
+        ("extends: base.yaml\nrun: {batches: 3}\nloss: {gate: {scale: 0.2}}", False),
+        ("extends: base.yaml\ncheckpoint: {keep_best: {n: 2}}\nx-mine: 1", False),
+        ("extends: base.yaml\nteachers: [{model: t}]", False),
+        ("extends: [base.yaml]", True),
+        ("extends:", True),
+        ("extends: base.yaml\nrun: {batch: 3}", True),
+        ("extends: base.yaml\nlearner: {lr: 3}", True),
+        ("extends: base.yaml\nloss: {gate: {scala: 0.2}}", True),
+        ("extends: base.yaml\nteachers: [{name: t}, {name: u}]", True),
+        ("run: {batches: 3}", True),
+    ],
+)
+def test_a_config_that_extends_another_needs_no_keys_but_in_lists(text, is_marked):
+    assert bool(marks(text)) == is_marked
+
+
+@pytest.mark.parametrize(
     "section, text",
     [
         ("run", "run: {name: test, batches: 1_000}"),

@@ -29,6 +29,10 @@ def environment(tmp_path_factory) -> dict[str, str]:
             ignore=shutil.ignore_patterns("__pycache__"),
         )
 
+    page = Path("docs/configuration-reference.md")
+    (source / page).parent.mkdir()
+    shutil.copy(ROOT / page, source / page)
+
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
 
@@ -80,6 +84,8 @@ def test_a_wheel_starts_from_an_empty_folder(folder, environment):
         "next: eopd models tiny && eopd train configs/tiny.yaml"
     )
     assert (folder / "configs/prompts/demo_train.jsonl").is_file()
+    assert eopd(folder, environment, "config", "schema").startswith("{")
+    assert eopd(folder, environment, "config", "docs").startswith("# Configuration reference")
     models = eopd(folder, environment, "models", "tiny").splitlines()
     assert all(Path(line).is_relative_to(environment["HOME"]) for line in models)
     assert "prompts     320 to train, 64 held out" in eopd(

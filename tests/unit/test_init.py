@@ -72,6 +72,17 @@ def test_it_says_what_it_wrote_and_what_comes_next(eopd, tmp_path, monkeypatch):
         assert content == (ROOT / name).read_bytes()
 
 
+def test_the_recipes_that_one_extends_are_written_with_it(tmp_path):
+    written, _ = write_recipe("one-node-8-gpus", tmp_path)
+    assert written == [
+        Path("configs/one-node-8-gpus.yaml"),
+        Path("configs/paper-qwen3-4b.yaml"),
+        Path("configs/paper-qwen3-0.6b.yaml"),
+        Path("configs/schema.json"),
+    ]
+    assert write_recipe("paper-qwen3-1.7b", tmp_path)[0] == [Path("configs/paper-qwen3-1.7b.yaml")]
+
+
 def test_a_second_recipe_shares_what_is_there_already(tmp_path):
     write_recipe("tiny", tmp_path)
     assert write_recipe("demo", tmp_path)[0] == [Path("configs/demo.yaml")]
@@ -96,7 +107,7 @@ def test_a_file_of_the_user_is_never_overwritten(eopd, changed, tmp_path, monkey
 
 
 def test_an_unknown_recipe_and_a_folder_in_the_way_are_one_message(tmp_path):
-    unknown = r"init tyni: there is no such recipe; choose one of demo, math, .*tiny"
+    unknown = r"init tyni: there is no such recipe; choose one of demo, .*math, .*tiny"
     with pytest.raises(ConfigError, match=unknown):
         write_recipe("tyni", tmp_path)
 
