@@ -4,6 +4,6 @@ student is uploaded. All of it goes through ``huggingface_hub``, with its cache 
 """
 
 from eopd.hub.commits import find_commit, require_commit
-from eopd.hub.models import model_directory
+from eopd.hub.models import cached_directory, model_directory
 
-__all__ = ["find_commit", "model_directory", "require_commit"]
+__all__ = ["cached_directory", "find_commit", "model_directory", "require_commit"]

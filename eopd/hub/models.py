@@ -4,6 +4,7 @@ This is the one place that does so, on whatever node it is called.
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
@@ -66,6 +67,42 @@ def model_directory(spec: str, *, weights: bool = False) -> Path:
             return _snapshot(name.repository, commit)
 
         return _download(name.repository, commit, weights=weights)
+
+
+def cached_directory(spec: str) -> Path:
+    """Returns the directory of a model as far as this machine has it: the path itself, or the
+    snapshot of a name in the cache. Nothing is asked of the Hub, and nothing is downloaded.
+
+    Raises:
+        ConfigError: there is no ``config.json``.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    name = ModelName.parse(spec)
+    directory = None if name else Path(spec)
+    if name is not None:
+        with suppress(LocalEntryNotFoundError, HFValidationError):
+            directory = Path(
+                snapshot_download(
+                    name.repository,
+                    revision=name.revision,
+                    allow_patterns="config.json",
+                    local_files_only=True,
+                )
+            )
+
+    if directory is not None and (directory / "config.json").is_file():
+        return directory
+
+    if name is None:
+        raise ConfigError(f"{spec}: there is no such model directory, or no config.json in it")
+
+    revision = f" --revision {name.revision}" if name.revision else ""
+    raise ConfigError(
+        f"{spec}: the cache of this machine has no config.json of it; "
+        f"`hf download {name.repository} config.json{revision}` fetches that file alone"
+    )
 
 
 def needed(files: Iterable[str], *, weights: bool) -> list[str]:
