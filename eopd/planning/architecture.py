@@ -6,9 +6,11 @@ attention), which is counted as if it kept those.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -27,8 +29,8 @@ _GATED = ("gate_proj", "gate_up_proj", "w1")  # of a layer whose MLP multiplies 
 class Architecture:
     """The sizes of a decoder, in elements.
 
-    ``norms`` counts the norms over the hidden size in a layer, of which ``plain_norms`` says that they
-    are LayerNorm and not RMSNorm. ``mlp_kept`` is what the MLP of a layer keeps of a token for its
+    ``norms`` counts the norms over the hidden size in a layer. RMSNorm multiplies with its weight in the
+    model's type, that of Gemma in float32. ``mlp_kept`` is what the MLP of a layer keeps of a token for its
     backward pass: of a gated one both products, the activation and what goes into the last product.
     ``windowed_layers`` attend to the last ``window`` tokens alone.
     """
@@ -44,7 +46,7 @@ class Architecture:
     head_dim: int
     mlp_kept: int
     norms: int
-    plain_norms: bool
+    norm_kind: Literal["rms", "gemma", "layer"]
     has_head_norms: bool
     vocabulary: int
     windowed_layers: int
@@ -102,7 +104,7 @@ def read_architecture(directory: Path, lora: LoraConfig | None = None) -> Archit
         head_dim=getattr(config, "head_dim", None) or hidden // heads,
         mlp_kept=_mlp_kept(layer, config),
         norms=len(hidden_norms),
-        plain_norms=any(type(norm).__name__ == "LayerNorm" for norm in hidden_norms),
+        norm_kind=_norm_kind(norms),
         has_head_norms=len(norms) > len(hidden_norms),
         vocabulary=_size(directory, config, "vocab_size"),
         windowed_layers=windowed if window else 0,
@@ -121,12 +123,20 @@ def _first_layer(model: PreTrainedModel) -> nn.Module:
     if not layers:
         raise ConfigError(f"{type(model).__name__}: has no decoder layers that can be told apart")
 
-    return layers[0]
+    first: nn.Module = layers[0]
+    return first
 
 
 def _norm_size(norm: nn.Module) -> int | None:
     """Returns over how many dimensions a norm goes; None where it has no weight to tell."""
     return next((parameter.numel() for parameter in norm.parameters()), None)
+
+
+def _norm_kind(norms: Sequence[nn.Module]) -> Literal["rms", "gemma", "layer"]:
+    if any(isinstance(norm, nn.LayerNorm) for norm in norms):
+        return "layer"
+
+    return "gemma" if any(type(norm).__name__.startswith("Gemma") for norm in norms) else "rms"
 
 
 def _mlp_kept(layer: nn.Module, config: PreTrainedConfig) -> int:

@@ -124,9 +124,11 @@ def activations(model: Architecture, training: Training) -> int:
     A decoder layer keeps of a token, as autograd saves it:
 
         RMSNorm        its input, the normalised input and its output: 3 D w in float32; in bfloat16
-                       the input is float32: 8 D bytes. One behind a sublayer keeps no output: 8 D.
+                       the input is float32: 8 D bytes, and 10 D in Gemma, whose normalised input
+                       is too. One behind a sublayer keeps no output: 8 D.
         LayerNorm      its input and its output: 2 D w
-        norms of heads of queries and keys, (heads + kv_heads) head_dim together: 8 or 6 bytes each
+        norms of heads of queries and keys, (heads + kv_heads) head_dim together: 8 bytes each, and 6
+                       in bfloat16 but for Gemma
         attention      queries, keys, values and output: w head_dim (2 heads + 2 kv_heads), where a
                        mask is needed 4 heads in place of both; a float32 logsumexp for every head
         MLP            4 intermediate sizes where it is gated (both products, the activation, what
@@ -138,16 +140,17 @@ def activations(model: Architecture, training: Training) -> int:
     and the gradients of the MLP under way, which are three quarters of what it keeps.
     """
     w, tokens, d = training.width, training.token_budget, model.hidden
-    norm = 8 * d if model.norms and w < FULL else 12 * d
-    if model.plain_norms:
-        norm = 2 * d * w
+    in_half = {"rms": 8, "gemma": 10, "layer": 4}
+    in_full = {"rms": 12, "gemma": 12, "layer": 8}
+    norm = d * (in_full if w == FULL else in_half)[model.norm_kind]
 
     groups = 2 * model.kv_heads if training.one_kernel else 2 * model.heads
     heads = model.head_dim * (2 * model.heads + groups)
     of_token = min(model.norms, 2) * norm + max(model.norms - 2, 0) * 8 * d
     of_token += w * heads + FULL * model.heads + w * model.mlp_kept
     if model.has_head_norms:
-        of_token += (8 if w == FULL else 6) * model.head_dim * (model.heads + model.kv_heads)
+        of_element = 6 if w < FULL and model.norm_kind == "rms" else 8
+        of_token += of_element * model.head_dim * (model.heads + model.kv_heads)
 
     of_pair = 0 if training.one_kernel else w
     if model.eager_attention:

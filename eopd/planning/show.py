@@ -122,10 +122,10 @@ def _of_traffic(traffic: Traffic) -> list[str]:
 
 
 def _of_balance(balance: Balance, config: Config) -> list[str]:
-    workers = ", ".join(f"{count} {WORKERS[name]}" for name, count in balance.counts.items())
+    workers = ", ".join(f"{WORKERS[name]} {count}" for name, count in balance.counts.items())
     spare = f", {balance.spare} of them spare" if balance.spare else ""
     lines = [
-        f"Balance of {balance.devices} devices{spare}: {workers} do {balance.tokens_per_s:,.0f} "
+        f"Balance of {balance.devices} devices{spare}: with {workers} they do {balance.tokens_per_s:,.0f} "
         f"response tokens/s, {balance.steps_per_hour:,.1f} steps an hour.",
         f"The bottleneck is {balance.bottleneck}; one worker more there moves it to "
         f"{balance.next_bottleneck}, at {balance.next_tokens_per_s:,.0f} tokens/s.",
