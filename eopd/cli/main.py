@@ -27,6 +27,7 @@ from eopd.cli.listing import list_runs
 from eopd.cli.logs import logs
 from eopd.cli.models import models
 from eopd.cli.paths import blame_user
+from eopd.cli.plan import plan
 from eopd.cli.profile import profile
 from eopd.cli.show import show
 from eopd.cli.stop import stop
@@ -258,7 +259,7 @@ def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/
     )
 
 
-for verb in (profile, stop, show, logs, fork, sweep, export):
+for verb in (plan, profile, stop, show, logs, fork, sweep, export):
     app.command()(verb)
 
 app.command(epilog=SET_EPILOG)(check)

@@ -4,12 +4,13 @@ student is uploaded. All of it goes through ``huggingface_hub``, with its cache 
 """
 
 from eopd.hub.commits import cached_commit, find_commit, require_commit
-from eopd.hub.models import cached_directory, model_directory
+from eopd.hub.models import cached_directory, model_directory, require_cached_directory
 
 __all__ = [
     "cached_commit",
     "cached_directory",
     "find_commit",
     "model_directory",
+    "require_cached_directory",
     "require_commit",
 ]

@@ -103,6 +103,27 @@ def cached_directory(spec: str, *, weights: bool = False) -> Path | None:
     return Path(found).parent
 
 
+def require_cached_directory(spec: str) -> Path:
+    """Returns the directory of a model on this machine, which holds at least its ``config.json``.
+
+    Raises:
+        ConfigError: it is not here.
+    """
+    directory = cached_directory(spec)
+    if directory is not None and (directory / "config.json").is_file():
+        return directory
+
+    name = ModelName.parse(spec)
+    if name is None:
+        raise ConfigError(f"{spec}: there is no such model directory, or no config.json in it")
+
+    revision = f" --revision {name.revision}" if name.revision else ""
+    raise ConfigError(
+        f"{spec}: the cache of this machine has no config.json of it; "
+        f"`hf download {name.repository} config.json{revision}` fetches that file alone"
+    )
+
+
 def needed(files: Iterable[str], *, weights: bool) -> list[str]:
     """Returns those files of a repository that a run reads: of weights that are there in several
     formats, one.

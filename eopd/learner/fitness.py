@@ -154,6 +154,17 @@ def _require_plain_names(where: Path, model: PreTrainedModel) -> None:
         )
 
 
+def open_without_weights(directory: Path) -> PreTrainedModel:
+    """Make the model that ``config.json`` describes, of any kind that transformers knows, with shapes
+    and no weights.
+
+    Raises:
+        ConfigError: transformers does not know it, or its sizes do not fit each other.
+    """
+    file = directory / "config.json"
+    return _without_weights(file, _load_config(file))
+
+
 def _load_config(file: Path) -> PreTrainedConfig:
     kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:

@@ -235,6 +235,19 @@ def _on_weights(profile: Profile, config: Config) -> str:
     )
 
 
+def rates(profile: Profile, config: Config) -> dict[str, float]:
+    """Returns the response tokens a second of one engine, one replica and one rank, each stage alone:
+    what ``eopd plan --rates`` takes.
+    """
+    tokens = profile.tokens_per_s * profile.step_s
+    workers = {
+        "generate": config.rollout.engines,
+        "score": sum(teacher.replicas for teacher in config.teachers),
+        "train": config.learner.ranks,
+    }
+    return {stage: tokens / profile.alone_s[stage] / number for stage, number in workers.items()}
+
+
 def as_record(profile: Profile, config: Config) -> dict[str, object]:
     """Returns everything that ``print_profile`` shows, as JSON."""
     return asdict(profile) | {
@@ -242,6 +255,7 @@ def as_record(profile: Profile, config: Config) -> dict[str, object]:
         "longest": profile.longest,
         "cpu_bound_s": profile.cpu_bound_s if profile.cpu_s is not None else None,
         "best_s": profile.best_s,
+        "rates": rates(profile, config),
         "advice": advice(profile, config),
     }
 
@@ -278,8 +292,13 @@ def print_profile(
 
     output.print(table)
     output.print()
-    for line in (*_pace(profile), *advice(profile, config)):
+    for line in (*_pace(profile), *advice(profile, config), _for_plan(profile, config)):
         output.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _for_plan(profile: Profile, config: Config) -> str:
+    told = ",".join(f"{stage}={rate:.4g}" for stage, rate in rates(profile, config).items())
+    return f"To balance more devices: eopd plan CONFIG --devices N --rates {told}"
 
 
 def _pace(profile: Profile) -> list[str]:

@@ -1,0 +1,300 @@
+"""From a config and the shapes of its models to what each role needs of one device.
+
+    learner rank      states, activations, loss, packed weights
+    rollout engine    weights, KV cache, the engine's own step, received weights
+    teacher replica   weights, KV cache, the engine's own step, chunks of logits
+
+What is not in the config has the defaults of DeepSpeed 0.19.8 and vLLM 0.32.0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from eopd.config import Config, LearnerConfig, RolloutConfig, TeacherConfig
+from eopd.loss.kernels import choose_chunk_tokens
+from eopd.planning.architecture import Architecture
+from eopd.planning.memory import (
+    FULL,
+    Parts,
+    Training,
+    engine_working,
+    kv_bytes,
+    learner_states,
+    passes,
+    scoring_buffers,
+)
+
+USABLE: Final = 0.9  # of a GPU's memory: the rest is its context, and what an allocator loses
+_UTILISATION: Final = 0.92  # vLLM's gpu_memory_utilization
+_CPU_CACHE: Final = 1 << 30  # bytes (``engine_options.py``)
+_BATCHED_TOKENS, _SEQUENCES = 2048, 128  # vLLM's, of an AsyncLLM
+_WIDTH: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CPU_SCORING, _GPU_SCORING = (128, 16), (256, 256)  # rows of ``teacher/head.py``
+_TENSOR, _PIPELINE = "tensor_parallel_size", "pipeline_parallel_size"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """The devices that a run is planned for. ``bandwidth`` is bytes a second between two nodes."""
+
+    gpu_bytes: int
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    bandwidth: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The shapes of the student, and of each teacher by its name."""
+
+    student: Architecture
+    teachers: Mapping[str, Architecture]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What one of ``actors`` needs: ``device`` on each of its GPUs, or of the machine's memory where it
+    has none (``on_gpu``); ``host`` beside a GPU. ``limit`` is what a GPU offers it, None on CPUs.
+    """
+
+    role: str
+    key: str
+    actors: int
+    gpus: float
+    device: Parts
+    host: Parts = field(default_factory=dict)
+    limit: int | None = None
+    responses: int | None = None  # of full length, that an engine holds at a time
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the role has GPUs."""
+        return self.gpus > 0
+
+    @property
+    def device_bytes(self) -> int:
+        """The sum of one device."""
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """The sum of host memory of one actor, beside its GPUs."""
+        return sum(self.host.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a GPU offers what is needed; None on CPUs, whose memory all share."""
+        return None if self.limit is None else self.device_bytes <= self.limit
+
+
+def needs_of(config: Config, models: Models, hardware: Hardware) -> tuple[Need, ...]:
+    """Returns what each role of a run needs; a teacher behind a server needs nothing here."""
+    teachers = [
+        teacher_need(config, number, models.teachers[teacher.name], hardware)
+        for number, teacher in enumerate(config.teachers)
+        if teacher.backend == "vllm"
+    ]
+    return (
+        learner_need(config, models.student, hardware),
+        rollout_need(config, models.student, hardware),
+        *teachers,
+    )
+
+
+def wire_of(config: Config, hardware: Hardware) -> str:
+    """Returns the wire of the weights; that of ``auto`` by the number of nodes."""
+    backend = config.weights_backend
+    return backend if backend != "auto" else ("shared" if hardware.nodes == 1 else "gloo")
+
+
+def weight_bytes(config: Config, model: Architecture) -> int:
+    """Returns the bytes of a publish: all of the student's weights, adapters merged."""
+    return model.parameters * _WIDTH[config.student.chosen_dtype]
+
+
+def training_of(config: Config, model: Architecture, hardware: Hardware) -> Training:
+    """Returns how a rank trains, from the config."""
+    learner = config.learner
+    gpu_bytes = hardware.gpu_bytes if learner.gpus else None
+    return Training(
+        width=_WIDTH[config.student.chosen_dtype],
+        zero_stage=learner.chosen_zero_stage,
+        ranks=learner.ranks,
+        token_budget=learner.token_budget,
+        checkpointing=learner.activation_checkpointing,
+        logit_chunk=learner.logit_chunk_tokens
+        or choose_chunk_tokens(model.vocabulary, gpu_bytes=gpu_bytes),
+        on_gpu=learner.gpus > 0,
+        offload_optimizer="offload_optimizer" in learner.offloaded,
+        offload_param="offload_param" in learner.offloaded,
+    )
+
+
+def learner_need(config: Config, model: Architecture, hardware: Hardware) -> Need:
+    """Returns what a rank of the learner needs; rank 0, which also sends the weights."""
+    learner, training = config.learner, training_of(config, model, hardware)
+    states = learner_states(model, training)
+    device, host = states.device | passes(model, training), dict(states.host)
+    wire = wire_of(config, hardware)
+    bucket = max(config.weights.bucket_bytes, model.largest_tensor * training.width)
+    bucket = min(bucket, weight_bytes(config, model))
+    host["packed weights"] = weight_bytes(config, model) if wire == "shared" else bucket
+    if wire == "nccl" or training.zero_stage == 3 or config.student.lora is not None:
+        device["a bucket of weights"] = bucket
+
+    return _placed(
+        Need(
+            role="learner rank",
+            key="learner",
+            actors=learner.ranks,
+            gpus=learner.gpus,
+            device=device,
+            host=host,
+            limit=_limit(learner, hardware, USABLE),
+        )
+    )
+
+
+def rollout_need(config: Config, model: Architecture, hardware: Hardware) -> Need:
+    """Returns what a GPU of a rollout engine needs, or the engine where it runs on CPUs."""
+    rollout, width = config.rollout, _WIDTH[config.student.chosen_dtype]
+    workers, stages = split_of(rollout)
+    longest, wire = config.max_sequence_tokens, wire_of(config, hardware)
+    tokens = _option(rollout, "max_num_batched_tokens", max(_BATCHED_TOKENS, longest))
+    device = {
+        "weights": weight_bytes(config, model) // (workers * stages),
+        "a step of the engine": engine_working(
+            model,
+            width=width,
+            tokens=tokens,
+            rows=_option(rollout, "max_num_seqs", _SEQUENCES),
+            workers=workers,
+        ),
+    }
+    host: Parts = {}
+    if wire != "shared":
+        host["received weights"] = weight_bytes(config, model) * workers * stages
+
+    if wire == "nccl":
+        bucket = max(config.weights.bucket_bytes, model.largest_tensor * width)
+        device["a bucket of weights"] = bucket
+
+    need = Need(
+        role="rollout engine",
+        key="rollout",
+        actors=rollout.engines,
+        gpus=rollout.gpus,
+        device=device,
+        host=host,
+    )
+    return _with_cache(need, rollout, model, longest, width, hardware)
+
+
+def teacher_need(config: Config, number: int, model: Architecture, hardware: Hardware) -> Need:
+    """Returns what a GPU of a teacher's replica needs, or the replica where it runs on CPUs."""
+    teacher = config.teachers[number]
+    width = _WIDTH[teacher.dtype]
+    workers, stages = split_of(teacher)
+    longest = config.max_teacher_tokens(teacher)
+    exact = teacher.head_dtype == "float32"
+    rows, passes = _GPU_SCORING if teacher.gpus else _CPU_SCORING
+    tokens = _option(teacher, "max_num_batched_tokens", max(_BATCHED_TOKENS, longest))
+    device = {
+        "weights": model.parameters * width // (workers * stages),
+        "a step of the engine": engine_working(
+            model, width=width, tokens=tokens, rows=0, workers=workers
+        ),
+        "chunks of logits": scoring_buffers(
+            model, rows=rows, passes=passes, width=FULL if exact else width
+        ),
+    }
+    if exact and width < FULL and not teacher.gpus:
+        device["float32 head"] = model.vocabulary * model.hidden * FULL
+
+    need = Need(
+        role=f"teacher {teacher.name}",
+        key=f"teachers.{number}",
+        actors=teacher.replicas,
+        gpus=teacher.gpus,
+        device=device,
+    )
+    return _with_cache(need, teacher, model, longest, width, hardware)
+
+
+def split_of(section: RolloutConfig | TeacherConfig) -> tuple[int, int]:
+    """Returns the workers that share every layer of an engine, and the stages that share the layers."""
+    return _option(section, _TENSOR, 1), _option(section, _PIPELINE, 1)
+
+
+def _with_cache(
+    need: Need,
+    section: RolloutConfig | TeacherConfig,
+    model: Architecture,
+    longest: int,
+    width: int,
+    hardware: Hardware,
+) -> Need:
+    """Returns the need with a KV cache: of the size that the config names; else all that
+    ``gpu_memory_utilization`` leaves, and at least one sequence.
+    """
+    workers, stages = split_of(section)
+    width = 1 if str(section.vllm.get("kv_cache_dtype", "auto")).startswith("fp8") else width
+    of_one = kv_bytes(model, tokens=longest, width=width, workers=workers, stages=stages)
+    named = section.vllm.get("kv_cache_memory_bytes")
+    utilisation = section.vllm.get("gpu_memory_utilization", _UTILISATION)
+    share = USABLE if named else float(str(utilisation))
+    if isinstance(named, int):
+        cache = named
+    elif section.gpus:
+        cache = max(int(share * hardware.gpu_bytes) - need.device_bytes, of_one)
+    else:
+        cache = _CPU_CACHE
+
+    device = {"weights": need.device["weights"], "KV cache": cache, **need.device}
+    return _placed(
+        Need(
+            role=need.role,
+            key=need.key,
+            actors=need.actors,
+            gpus=need.gpus,
+            device=device,
+            host=need.host,
+            limit=_limit(section, hardware, share),
+            responses=cache // of_one,
+        )
+    )
+
+
+def _placed(need: Need) -> Need:
+    """Returns the need with all of it in one place, where the role has no GPU."""
+    if need.on_gpu:
+        return need
+
+    device = dict(need.device)
+    for name, size in need.host.items():
+        device[name] = device.get(name, 0) + size
+
+    return Need(
+        role=need.role,
+        key=need.key,
+        actors=need.actors,
+        gpus=0.0,
+        device=device,
+        responses=need.responses,
+    )
+
+
+def _limit(
+    section: LearnerConfig | RolloutConfig | TeacherConfig, hardware: Hardware, share: float
+) -> int | None:
+    """Returns what a role may take of a GPU, of which it may have a fraction; None without one."""
+    if not section.gpus:
+        return None
+
+    return int(min(share, section.gpus) * hardware.gpu_bytes)
+
+
+def _option(section: RolloutConfig | TeacherConfig, name: str, default: int) -> int:
+    value = section.vllm.get(name, default)
+    return value if isinstance(value, int) else default
