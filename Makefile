@@ -80,7 +80,7 @@ gpu: setup ## what only a GPU shows: the loss, attention and a learner's step, r
 soak: setup ## half an hour of training with a fault every minute: what is lost, what leaks
 	$(BIN)/python tests/system/soak.py
 
-dashboards: setup ## make the Grafana dashboards again
+dashboards: setup ## make the Grafana dashboards and the PrometheusRule again
 	$(BIN)/python dashboards/build.py
 
 reference: setup ## make the page of all configuration keys and the JSON schema again

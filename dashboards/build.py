@@ -1,6 +1,8 @@
-"""Make ``grafana/*.json`` from ``boards.py`` and the metric catalogue: ``make dashboards``.
+"""Make ``grafana/*.json`` from ``boards.py`` and the metric catalogue, and ``prometheusrule.yaml`` from
+``rules/eopd.yml``: ``make dashboards``.
 
-The JSON is Grafana's classic model as ``grafana-foundation-sdk`` writes it for version 11.6.
+The JSON is Grafana's classic model as ``grafana-foundation-sdk`` writes it for version 11.6. The YAML
+holds the same rules as an object of Kubernetes, for the Prometheus operator.
 """
 
 import itertools
@@ -9,6 +11,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Final
 
+import yaml
 from boards import BOARDS, Board, Panel
 from grafana_foundation_sdk.builders import common, prometheus, stat, timeseries
 from grafana_foundation_sdk.builders import dashboard as grafana
@@ -19,7 +22,7 @@ from grafana_foundation_sdk.models import dashboard as models
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.metric import Unit
 
-TARGET: Final = Path(__file__).parent / "grafana"
+FOLDER: Final = Path(__file__).parent
 SELECTOR: Final = '{run=~"$run"}'
 DATASOURCE: Final = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 WIDTH: Final = 24
@@ -154,11 +157,39 @@ def _lines(stacked: bool) -> timeseries.Panel:
     )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes a text of several lines as it is."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    ),
+)
+
+
+def prometheus_rule() -> str:
+    """The alert and recording rules as a PrometheusRule."""
+    rules = yaml.safe_load((FOLDER / "rules" / "eopd.yml").read_text(encoding="utf-8"))
+    resource = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "eopd"},
+        "spec": rules,
+    }
+    header = "# Made from rules/eopd.yml by `make dashboards`; kustomization.yaml applies it.\n"
+
+    return header + yaml.dump(resource, Dumper=_Dumper, sort_keys=False, width=120)
+
+
 def render() -> dict[str, str]:
-    """Texts by file name."""
-    return {f"{board.uid.removeprefix('eopd-')}.json": build(board) for board in BOARDS}
+    """Texts by file name, below the folder of this file."""
+    boards = {f"grafana/{board.uid.removeprefix('eopd-')}.json": build(board) for board in BOARDS}
+
+    return boards | {"prometheusrule.yaml": prometheus_rule()}
 
 
 if __name__ == "__main__":
     for name, text in render().items():
-        (TARGET / name).write_text(text, encoding="utf-8")
+        (FOLDER / name).write_text(text, encoding="utf-8")

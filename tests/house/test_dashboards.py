@@ -78,9 +78,12 @@ def test_the_reader_of_expressions_finds_metrics_only(expression: str, names: se
 def test_the_committed_dashboards_are_what_the_code_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DASHBOARDS))
     made = runpy.run_path(str(DASHBOARDS / "build.py"))["render"]()
-    committed = {path.name: path.read_text(encoding="utf-8") for path in GRAFANA.glob("*.json")}
+    written = [*GRAFANA.glob("*.json"), DASHBOARDS / "prometheusrule.yaml"]
+    committed = {
+        str(path.relative_to(DASHBOARDS)): path.read_text(encoding="utf-8") for path in written
+    }
     assert committed == made, "make dashboards"
-    assert len(made) == 4
+    assert len(made) == 5
 
 
 def test_dashboards_and_catalogue_name_the_same_metrics() -> None:
@@ -245,3 +248,25 @@ def test_compose_mounts_what_exists_where_it_is_looked_for() -> None:
     with_ray = read_yaml(DASHBOARDS / "compose.ray.yml")["services"]
     # where prometheus.yml looks for Ray's file
     assert with_ray["prometheus"] == {"volumes": ["/tmp/ray:/tmp/ray:ro"]}
+
+
+# --- objects of Kubernetes
+
+
+def test_prometheus_operator_gets_the_same_rules() -> None:
+    rule = read_yaml(DASHBOARDS / "prometheusrule.yaml")
+    assert rule["kind"] == "PrometheusRule"
+    assert rule["spec"] == {"groups": GROUPS}
+
+
+def test_every_board_is_a_config_map_that_kubectl_can_apply() -> None:
+    made = read_yaml(DASHBOARDS / "kustomization.yaml")
+    maps = made["configMapGenerator"]
+    files = [file for config_map in maps for file in config_map["files"]]
+    assert sorted(files) == [f"grafana/{name}" for name in BOARDS]
+    assert made["generatorOptions"]["labels"] == {"grafana_dashboard": "1"}
+
+    for config_map in maps:
+        # kubectl's annotation holds the ConfigMap as JSON, with the board as a text inside
+        texts = [(DASHBOARDS / file).read_text(encoding="utf-8") for file in config_map["files"]]
+        assert len(json.dumps(json.dumps(texts))) < 256 * 1024
