@@ -28,7 +28,6 @@ from eopd.planning.memory import (
 USABLE: Final = 0.9  # of a GPU's memory: the rest is its context, and what an allocator loses
 _UTILISATION: Final = 0.92  # vLLM's gpu_memory_utilization
 _CPU_CACHE: Final = 1 << 30  # bytes (``engine_options.py``)
-_BATCHED_TOKENS, _SEQUENCES = 2048, 128  # vLLM's, of an AsyncLLM
 _WIDTH: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CPU_SCORING, _GPU_SCORING = (128, 16), (256, 256)  # rows of ``teacher/head.py``
 _TENSOR, _PIPELINE = "tensor_parallel_size", "pipeline_parallel_size"
@@ -161,14 +160,15 @@ def rollout_need(config: Config, model: Architecture, hardware: Hardware) -> Nee
     rollout, width = config.rollout, _WIDTH[config.student.chosen_dtype]
     workers, stages = split_of(rollout)
     longest, wire = config.max_sequence_tokens, wire_of(config, hardware)
-    tokens = _option(rollout, "max_num_batched_tokens", max(_BATCHED_TOKENS, longest))
+    sequences, batched = _batch_limits(rollout, hardware)
+    tokens = _option(rollout, "max_num_batched_tokens", max(batched, longest))
     device = {
         "weights": weight_bytes(config, model) // (workers * stages),
         "a step of the engine": engine_working(
             model,
             width=width,
             tokens=tokens,
-            rows=_option(rollout, "max_num_seqs", _SEQUENCES),
+            rows=_option(rollout, "max_num_seqs", sequences),
             workers=workers,
         ),
     }
@@ -199,7 +199,8 @@ def teacher_need(config: Config, number: int, model: Architecture, hardware: Har
     longest = config.max_teacher_tokens(teacher)
     exact = teacher.head_dtype == "float32"
     rows, passes = _GPU_SCORING if teacher.gpus else _CPU_SCORING
-    tokens = _option(teacher, "max_num_batched_tokens", max(_BATCHED_TOKENS, longest))
+    _, batched = _batch_limits(teacher, hardware)
+    tokens = _option(teacher, "max_num_batched_tokens", max(batched, longest))
     device = {
         "weights": model.parameters * width // (workers * stages),
         "a step of the engine": engine_working(
@@ -220,6 +221,16 @@ def teacher_need(config: Config, number: int, model: Architecture, hardware: Har
         device=device,
     )
     return _with_cache(need, teacher, model, longest, width, hardware)
+
+
+def _batch_limits(section: RolloutConfig | TeacherConfig, hardware: Hardware) -> tuple[int, int]:
+    """Returns the most sequences and tokens of an engine's step by vLLM's defaults for the use that
+    engines name (``engine_options.usage_context``). Those of an A100 are of the smaller GPUs.
+    """
+    if not section.gpus:
+        return 128, 2048
+
+    return (1024, 16384) if hardware.gpu_bytes >= 70 << 30 else (256, 8192)
 
 
 def split_of(section: RolloutConfig | TeacherConfig) -> tuple[int, int]:

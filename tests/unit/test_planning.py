@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from eopd.config import ConfigError, LoraConfig, load_config
-from eopd.hub import cached_directory
+from eopd.hub import require_cached_directory
 from eopd.learner.attention import choose_attention
 from eopd.planning.architecture import Architecture, read_architecture
 from eopd.planning.balance import Stage, balance, best_counts, stages_of
@@ -624,9 +624,9 @@ def test_a_name_is_read_from_the_cache_alone(tmp_path, monkeypatch):
     (tmp_path / "models--org--name" / "refs").mkdir()
     (tmp_path / "models--org--name" / "refs" / "main").write_text(commit)
     with pytest.raises(ConfigError, match=r"^org/name: the cache .* `hf download org/name config"):
-        cached_directory("org/name")
+        require_cached_directory("org/name")
 
     (snapshot / "config.json").write_text("{}")
-    assert cached_directory("org/name") == snapshot
+    assert require_cached_directory("org/name") == snapshot
     with pytest.raises(ConfigError, match=r"config.json --revision v2`"):
-        cached_directory("org/name@v2")
+        require_cached_directory("org/name@v2")
