@@ -2,7 +2,7 @@
 
 from eopd.config.benchmark import BenchmarkConfig
 from eopd.config.learner import LearnerConfig
-from eopd.config.load import ConfigError, dump_config, load_config, make_section
+from eopd.config.load import ConfigError, dump_config, load_config, make_section, read_leaves
 from eopd.config.loss import LossConfig
 from eopd.config.prompts import Part, PromptsConfig, TrainingPart
 from eopd.config.rollout import RolloutConfig
@@ -52,4 +52,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "make_section",
+    "read_leaves",
 ]

@@ -47,13 +47,27 @@ def change_config(name: str, config: Config, overrides: Sequence[str]) -> Config
     return _config_of(name, tree, overrides)
 
 
-def _config_of(name: str, tree: dict[str, object], overrides: Sequence[str]) -> Config:
+def read_leaves(path: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
+    """Returns the values of a config file with ``a.b=c`` overrides by dotted name, as they were
+    written: a relative path stays one. Values are not checked.
+
+    Raises:
+        ConfigError: as in ``load_config``, but for keys and values that are wrong.
+    """
+    return flatten(_overridden(_read(path), overrides))
+
+
+def _overridden(tree: dict[str, object], overrides: Sequence[str]) -> dict[str, object]:
     tree = _expanded(tree)
     for override in overrides:
         _apply(tree, override)
         tree = _expanded(tree)  # the next one may name what a short form stands for
 
-    values, faults = shape(tree, Config)
+    return tree
+
+
+def _config_of(name: str, tree: dict[str, object], overrides: Sequence[str]) -> Config:
+    values, faults = shape(_overridden(tree, overrides), Config)
     mistakes = {place: f"{'.'.join(place)}: {fault}" for place, fault in faults.items()}
 
     try:
