@@ -8,6 +8,7 @@ uploaded. Left out: whatever no config names, such as runs, checkpoints, models 
 import ast
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ MOST_BYTES: Final = 95 << 20
 _SHARED: Final = "give an absolute path that every node of the cluster sees"
 _OURS: Final = "eopd"  # is installed on every node
 _SHOWN: Final = 3
+_MODEL: Final = re.compile(r"(student|teachers(\.\d+)?)\.model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +92,11 @@ def _require_paths_of_the_cluster(leaves: Mapping[str, object]) -> None:
         )
 
     for key, value in leaves.items():
-        names_a_model = key == "student.model" or (
-            key.startswith("teachers.") and key.endswith(".model") and ".server." not in key
-        )
-        if not names_a_model or not isinstance(value, str) or not _is_relative(value):
+        if not isinstance(value, str) or not _is_relative(value):
             continue
 
-        if ModelName.parse(value) is None or os.path.lexists(value):
+        is_path = _MODEL.fullmatch(key) is not None and ModelName.parse(value) is None
+        if is_path or (key.endswith("model") and os.path.isdir(value)):
             faults.append(
                 f"{key}: {value} is a relative path, and models are not uploaded with a job; "
                 f"{_SHARED}, or a name of the Hub"

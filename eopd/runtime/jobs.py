@@ -3,12 +3,14 @@
 In: an address such as ``http://HEAD:8265``. Out: ``Jobs``, whose errors are one line each. Left out:
 what a job's folder holds (``job_files.py``), and the run itself, which goes on without this process.
 
-The job client of Ray that is used was checked against 2.60. It prefers
-``RAY_API_SERVER_ADDRESS`` to the address that it is given, and waits for an answer without a limit.
-The job's supervisor reads ``RAY_JOB_STOP_WAIT_TIME_S`` in the environment of the job.
+The job client of Ray was checked against 2.60. It prefers ``RAY_API_SERVER_ADDRESS`` to the address
+that it is given, waits for an answer without a limit, and knows the cluster's version as
+``_server_ray_version``. The job's supervisor reads ``RAY_JOB_STOP_WAIT_TIME_S`` in the environment
+of the job.
 """
 
 import asyncio
+import logging
 import os
 import re
 import time
@@ -36,6 +38,8 @@ ANSWER_S: Final = 10.0  # a head that is busy takes seconds
 POLL_S: Final = 1.0
 _LONGEST: Final = 300
 _ENDED: Final = ("SUCCEEDED", "FAILED", "STOPPED")
+
+logger = logging.getLogger("eopd")
 
 
 class Client(Protocol):
@@ -166,9 +170,15 @@ class Jobs:
         Raises:
             RunFailedError: the server does not answer any more; the job may go on.
         """
+        is_told = False
         while True:
-            skipped = asyncio.run(self._read_on(name, write, skipped))
+            before = skipped
+            skipped, fault = asyncio.run(self._read_on(name, write, skipped))
             job = self._look_up_again(name)
+            if fault is not None and not (is_told and skipped == before):
+                logger.warning("the log of job %s was cut: %s; reading on", name, _reason(fault))
+                is_told = True
+
             if job.is_over:
                 return job
 
@@ -192,19 +202,23 @@ class Jobs:
         except ConfigError as error:
             raise RunFailedError(f"{error}; job {name} may go on") from None
 
-    async def _read_on(self, name: str, write: Callable[[str], None], skipped: int) -> int:
-        """Reads a log until its connection ends or is cut; returns how much of it was handed on."""
-        read = 0
+    async def _read_on(
+        self, name: str, write: Callable[[str], None], skipped: int
+    ) -> tuple[int, Exception | None]:
+        """Reads a log until its connection ends; returns how much of it was handed on, and what has
+        cut it.
+        """
+        read, fault = 0, None
         try:
             async for text in self._client.tail_job_logs(name):
                 if fresh := text[max(0, skipped - read) :]:
                     write(fresh)
 
                 read += len(text)
-        except (aiohttp.ClientError, OSError, RuntimeError):
-            pass  # the caller asks how the job is, and says where nobody answers
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            fault = error
 
-        return max(skipped, read)
+        return max(skipped, read), fault
 
 
 def server_address(option: str | None) -> str:

@@ -165,6 +165,11 @@ def test_a_module_that_is_installed_elsewhere_is_not_uploaded(project, client, s
     assert set(client.uploaded) == {"c.yaml"}
 
 
+def test_the_program_itself_is_not_uploaded_from_its_checkout(monkeypatch):
+    monkeypatch.chdir(job_files.Path(__file__).parents[2])
+    assert job_files._modules(["eopd.plugins:load"]) == []
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -175,6 +180,7 @@ def test_a_module_that_is_installed_elsewhere_is_not_uploaded(project, client, s
             "student.model: models/s is a relative path, and models are not",
         ),
         ("teachers.0.model=owner/here", "teachers.0.model: owner/here is a relative path"),
+        ("rollout.vllm={speculative_config: {model: owner/here}}", "config.model: owner/here is a"),
         ("prompts.data=no.jsonl", "prompts.data: no.jsonl cannot be read here, to be uploaded"),
         (
             "prompts.held_out=[b, no.parquet]",
@@ -317,6 +323,16 @@ def test_a_connection_that_is_cut_is_made_again_and_nothing_comes_twice(project,
     client.states = [("RUNNING", None)] * 2 + [("SUCCEEDED", 0)]
     done = submit(write(project))
     assert (done.code, done.out, client.tails) == (0, "one\ntwo\nthree\n", 3)
+
+
+def test_a_log_that_cannot_be_read_is_said_once_and_the_end_is_waited_for(
+    project, client, submit, caplog
+):
+    client.log = [RuntimeError("no agent")] * 3
+    client.states = [("RUNNING", None)] * 3 + [("SUCCEEDED", 0)]
+    assert submit(write(project)).code == 0
+    said = "the log of job raysubmit_1 was cut: no agent; reading on"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_a_server_that_is_gone_ends_the_following_alone(project, client, submit):
