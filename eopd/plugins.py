@@ -11,8 +11,8 @@ an example. Keys under ``options`` of the config become keyword arguments of the
     GraderFunction     a benchmark's grader, eval --grader    a child of the driver
 
 A module is looked for where Python looks for any module, and then in the working directory. Ray
-lets its workers look first in the working directory of the driver, and under ``ray job submit
---working-dir`` in that of the job (2.60).
+lets its workers look first in the working directory of the driver, and in a job in that of the job
+(2.60).
 
 This module loads nothing but the standard library, numpy and the config.
 """

@@ -1,11 +1,14 @@
-"""``eopd logs`` prints what the processes of a run wrote."""
+"""``eopd logs`` prints what the processes of a run wrote, or its job."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
+from eopd.cli.commands import JobServer
+from eopd.config import ConfigError
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import holder
 from eopd.run.log_lines import Log, files_of, merged
@@ -36,10 +39,19 @@ def logs(
             help="How many of the last.",
         ),
     ] = 50,
+    address: JobServer = None,
 ) -> None:
     """Print the last lines of a run's logs, those of all its processes in the order of their
-    times.
+    times; of a job, what it has written on its terminal.
     """
+    if address is not None:
+        if role is not None:
+            raise ConfigError(
+                f"--role {role}: goes with a run directory; a job writes what its driver says"
+            )
+
+        return _print_job(str(run), address, lines, follow=follow)
+
     directory = RunDirectory(run)
     directory.config()
     reading = {path: Log(path) for path in files_of(directory.logs, role)}
@@ -59,3 +71,16 @@ def logs(
             return
 
         time.sleep(POLL_S)
+
+
+def _print_job(name: str, address: str, lines: int, *, follow: bool) -> None:
+    """Prints the last lines of a job, and follows it if asked to."""
+    from eopd.runtime.jobs import connect, server_address
+
+    jobs = connect(server_address(address))
+    text = jobs.log_of(name)
+    written = text.splitlines(keepends=True)
+    typer.echo("".join(written[len(written) - lines :] if lines else []), nl=False)
+    if follow:
+        job = jobs.follow(name, partial(typer.echo, nl=False), skipped=len(text))
+        typer.echo(f"job {name} has ended: {job.status}", err=True)

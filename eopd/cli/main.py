@@ -3,9 +3,7 @@ user becomes one message and exit code 2.
 """
 
 import json
-import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from pydantic import ValidationError
 
 from eopd import __version__
 from eopd.cli.check import check
+from eopd.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, train_command
 from eopd.cli.config import CONFIG_HELP, SET_EPILOG, Overrides, config
 from eopd.cli.evaluate import evaluate
 from eopd.cli.export import export
@@ -30,7 +29,9 @@ from eopd.cli.paths import blame_user
 from eopd.cli.plan import plan
 from eopd.cli.profile import profile
 from eopd.cli.show import show
+from eopd.cli.status import status
 from eopd.cli.stop import stop
+from eopd.cli.submit import submit
 from eopd.cli.sweep import sweep
 from eopd.cli.teacher import teacher
 from eopd.config import ConfigError, load_config
@@ -60,8 +61,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=HELP,
 )
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
 
 
 @app.callback(invoke_without_command=True)
@@ -136,7 +135,7 @@ def train(
     try:
         outcome = run(resolved, resume=resume, step=step, say=partial(typer.echo, err=True))
     except RunFailedError:
-        typer.echo(f"continue with: {_command(config, overrides or [], ['--resume', 'auto'])}")
+        typer.echo(f"continue with: {train_command(config, overrides or [], ['--resume', 'auto'])}")
         raise
 
     summary, directory = outcome.summary, outcome.directory
@@ -156,15 +155,9 @@ def train(
 
     if summary.status != "completed":
         typer.echo(
-            f"continue with: {_command(config, overrides or [], directory.resume_options())}"
+            f"continue with: {train_command(config, overrides or [], directory.resume_options())}"
         )
         raise typer.Exit(EXIT_INTERRUPTED)
-
-
-def _command(config: Path, overrides: Sequence[str], options: Sequence[str]) -> str:
-    """Returns ``eopd train`` as a line for the shell."""
-    settings = [part for override in overrides for part in ("--set", override)]
-    return shlex.join(["eopd", "train", str(config), *settings, *options])
 
 
 @app.command()
@@ -229,39 +222,10 @@ def scale(
     )
 
 
-@app.command()
-def status(run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")]) -> None:
-    """Say how far a run is, whether it is running or has ended."""
-    from eopd.run.directory import RunDirectory
-    from eopd.run.evaluations import newest, read_evaluations
-    from eopd.telemetry.console import PACE_WINDOW
-    from eopd.telemetry.status import print_status
-
-    directory = RunDirectory(run)
-    settings, status = directory.config().run, directory.status()
-    summary, rows = directory.read_summary(), directory.last_rows(PACE_WINDOW + 1)
-    stopped = status.split()[0] in ("dead", "interrupted", "failed")
-    here = run.resolve()
-    overrides = []
-    if settings.path.resolve() != here:  # the directory was moved
-        overrides = [f"run.directory={here.parent}", f"run.name={here.name}"]
-
-    again = _command(run / "config.yaml", overrides, directory.resume_options())
-    advice = f"continue with: {again}" if stopped else None
-    print_status(
-        settings.name,
-        status,
-        summary,
-        rows,
-        batches=settings.batches,
-        evaluations=newest(read_evaluations(directory.evaluations)),
-        advice=advice,
-    )
-
-
-for verb in (plan, profile, stop, show, logs, fork, sweep, export):
+for verb in (plan, profile, status, stop, show, logs, fork, sweep, export):
     app.command()(verb)
 
+app.command(cls=_Train, epilog=SET_EPILOG)(submit)
 app.command(epilog=SET_EPILOG)(check)
 app.command("list")(list_runs)
 app.command("eval")(evaluate)

@@ -7,6 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
+from eopd.cli.commands import JobServer
 from eopd.cli.paths import blame_user
 from eopd.config import ConfigError
 from eopd.config.saved import require_directory
@@ -26,10 +27,17 @@ def stop(
     now: Annotated[
         bool, typer.Option("--now", help="At once, without a checkpoint of the step under way.")
     ] = False,
+    address: JobServer = None,
 ) -> None:
     """Ask a run to end after the step under way, with a checkpoint, as SIGTERM does, and wait for
-    it; from any machine that sees its directory. Ctrl-C ends the wait alone.
+    it; from any machine that sees its directory, or its job server. Ctrl-C ends the wait alone.
     """
+    if address is not None:
+        if now:
+            raise ConfigError("--now: goes with a run directory; `ray job stop` cannot ask for it")
+
+        return _stop_job(str(run), address)
+
     process, is_certain = _process_of(run)
     with blame_user(run):
         ask_to_stop(run, process, now=now)
@@ -40,6 +48,31 @@ def stop(
     directory = RunDirectory(run)
     status = directory.status() if directory.holds_a_run() else "before it had begun"
     typer.echo(f"{run} has ended: {status}")
+
+
+def _stop_job(name: str, address: str) -> None:
+    """Asks the job of a run to end, and waits until it has.
+
+    Raises:
+        ConfigError: it has ended, or Ray would kill it before its checkpoint is written.
+    """
+    from eopd.runtime.jobs import STOP_WAIT, connect, server_address
+
+    jobs = connect(server_address(address))
+    job = jobs.look_up(name)
+    if job.is_over:
+        raise ConfigError(f"job {name} is {job.status}: only a job that is running can be stopped")
+
+    if not job.ends_softly:
+        raise ConfigError(
+            f"job {name}: was submitted without {STOP_WAIT}, so Ray would kill it after 3 s, and "
+            "the steps since its last checkpoint would be lost; `eopd stop RUN_DIRECTORY` ends it "
+            "with a checkpoint"
+        )
+
+    jobs.stop(name)
+    typer.echo(f"asked job {name} to end after the step under way, with a checkpoint")
+    typer.echo(f"job {name} has ended: {jobs.wait(name).status}")
 
 
 def _process_of(run: Path) -> tuple[Holder, bool]:

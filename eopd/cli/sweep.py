@@ -9,12 +9,11 @@ import rich.console
 import typer
 from rich.table import Table
 
+from eopd.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED
 from eopd.run.arms import Interval
 from eopd.run.grid import plan_runs, read_grids, read_seeds
 from eopd.run.results import FILE, ArmResult
 
-EXIT_FAILED: Final = 1
-EXIT_INTERRUPTED: Final = 130
 SHOWN: Final = ("held_out/reverse_kl", "held_out/forward_kl", "held_out/top1_agreement")
 OF_BENCHMARKS: Final = ("avg_at_n",)
 

@@ -3,7 +3,7 @@
 from eopd.config.benchmark import BenchmarkConfig
 from eopd.config.errors import ConfigError
 from eopd.config.learner import LearnerConfig
-from eopd.config.load import dump_config, load_config, make_section
+from eopd.config.load import dump_config, load_config, make_section, read_leaves
 from eopd.config.loss import LossConfig
 from eopd.config.prompts import Part, PromptsConfig, TrainingPart
 from eopd.config.rollout import RolloutConfig
@@ -53,4 +53,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "make_section",
+    "read_leaves",
 ]

@@ -57,10 +57,26 @@ def change_config(name: str, config: Config, overrides: Sequence[str]) -> Config
     return _loaded(name, Written.of(tree, {}), overrides).config
 
 
-def _loaded(name: str, written: Written, overrides: Sequence[str]) -> Loaded:
+def read_leaves(path: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
+    """Returns the values of a config file, over those that it extends, with ``a.b=c`` overrides, by
+    dotted name and as they were written: a relative path stays one. Values are not checked.
+
+    Raises:
+        ConfigError: as in ``load_config``, but for keys and values that are wrong.
+    """
+    written = _overridden(Written.in_files(read_chain(path)), overrides)
+    return flatten(written.tree)
+
+
+def _overridden(written: Written, overrides: Sequence[str]) -> Written:
     for override in overrides:
         written = written.overridden(override)
 
+    return written
+
+
+def _loaded(name: str, written: Written, overrides: Sequence[str]) -> Loaded:
+    written = _overridden(written, overrides)
     values, faults = shape(written.tree, Config)
     mistakes = {place: f"{'.'.join(place)}: {fault}" for place, fault in faults.items()}
 

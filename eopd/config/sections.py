@@ -42,8 +42,8 @@ class RunConfig(Section):
 
     directory: AbsolutePath = Path("runs")
     """The directory in which run directories lie. On a cluster it must be the same one on every
-    node, and every node must be able to write to it. Under ``ray job submit`` give an absolute
-    one, since the job runs in a copy of the working directory.
+    node, and every node must be able to write to it. A job needs an absolute one, since it runs in
+    a copy of the working directory.
     """
 
     upload: str | None = Field(None, pattern=UPLOAD, description=UPLOAD_WORDS)

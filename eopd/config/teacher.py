@@ -79,7 +79,8 @@ class ServerConfig(Section):
 
     api_key_env: str | None = Field(None, pattern=VARIABLE, description=VARIABLE_WORDS)
     """The environment variable that holds the key, which is thus in no file and no log. It is
-    read on the node where the client runs, so set it on every node. ``null`` sends no key.
+    read on the node where the client runs, so set it on every node; ``eopd submit`` hands it on.
+    ``null`` sends no key.
     """
 
     max_connections: int = Field(32, ge=1, le=10_000)

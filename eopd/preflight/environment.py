@@ -106,7 +106,7 @@ def cluster_address(config: ClusterConfig) -> str:
         "told another), or by `auto` on one of its machines; leave it out to start Ray here"
     )
     if address.startswith(("http://", "https://")):
-        raise ConfigError(f"{key}: {address} is the job server, for `ray job submit`; {instead}")
+        raise ConfigError(f"{key}: {address} is the job server, for `eopd submit`; {instead}")
 
     if address.startswith("ray://"):
         raise ConfigError(

@@ -38,7 +38,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     """Joins ``config.address`` or ``RAY_ADDRESS``, or else starts Ray on this machine, for the time
     of the block.
 
-    Under ``ray job submit`` the job server sets the address and the working directory; neither is
+    In a job the job server sets the address and the working directory; neither is
     set again here.
 
     Raises:
@@ -192,6 +192,6 @@ def log_directory() -> str:
 
 def is_job_copy(directory: Path) -> bool:
     """Tells whether a directory lies in the copy of a working directory that ``ray job submit``
-    made; that copy is removed with the job.
+    or ``eopd submit`` made; that copy is removed with the job.
     """
     return "working_dir_files" in directory.parts

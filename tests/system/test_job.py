@@ -1,5 +1,5 @@
-"""``ray job submit --working-dir . -- eopd train`` against a local Ray with its job server
-and token authentication.
+"""``eopd submit``, and ``ray job submit --working-dir . -- eopd train``, against a local Ray with
+its job server and token authentication.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from example import EXAMPLE, require_its_functions_took_part, settings
+from program import read_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,49 +65,85 @@ def head(tmp_path_factory, program):
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def submit(head: dict[str, str], directory: Path, *arguments: str) -> None:
-    """Submit ``eopd`` with a working directory, once the job server is up, and wait for its end."""
-    command = ["ray", "job", "submit", "--working-dir", ".", "--", "eopd", *arguments]
+def ask(head: dict[str, str], directory: Path, *command: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command of the environment beside the cluster, once the job server is up."""
     deadline = time.monotonic() + 60
-
-    while subprocess.run(
-        [BIN / "ray", "job", "list"],
-        env=head,
-        cwd=directory,
-        capture_output=True,
-    ).returncode:
+    while subprocess.run([BIN / "ray", "job", "list"], env=head, capture_output=True).returncode:
         assert time.monotonic() < deadline, "the job server did not come up"
         time.sleep(1)
 
-    done = subprocess.run(
-        command, env=head, cwd=directory, capture_output=True, text=True, timeout=300
+    return run_beside(head, directory, *command)
+
+
+def run_beside(
+    env: dict[str, str], directory: Path, program: str, *arguments: str
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [BIN / program, *arguments],
+        env=env,
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_a_submitted_job_finds_the_functions_of_its_working_directory(program, head, tmp_path):
     project = shutil.copytree(EXAMPLE, tmp_path / "project")
-    runs = tmp_path / "runs"
+    runs, server = tmp_path / "runs", ["--address", head["RAY_API_SERVER_ADDRESS"]]
+    secret = secrets.token_hex(16)
+    options = [*settings(program, runs), *server, "--env", "A_SECRET", "--name", "letters-1"]
 
-    submit(head, project, "train", "config.yaml", *settings(program, runs))
-
+    done = ask(head | {"A_SECRET": secret}, project, "eopd", "submit", "config.yaml", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "job letters-1 has ended: SUCCEEDED, exit code 0" in done.stderr
+    assert f"report: {runs / 'letters' / 'report.html'}" in done.stdout.splitlines()
     require_its_functions_took_part(runs / "letters")
+
+    status = ask(head, tmp_path, "eopd", "status", "letters-1", *server)
+    assert status.returncode == 0, status.stderr
+    assert status.stdout.startswith("job letters-1: SUCCEEDED\n")
+    assert f"run directory: {runs / 'letters'}\nletters: completed, step 6/6" in status.stdout
+
+    logs = ask(head, tmp_path, "eopd", "logs", "letters-1", *server, "--lines", "100000")
+    assert logs.stdout == done.stdout, "what was streamed is what was written"
+    assert secret not in done.stdout + done.stderr + status.stdout
+
+    for token in ({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, {"RAY_AUTH_MODE": "disabled"}):
+        refused = run_beside(head | token, tmp_path, "eopd", "status", "letters-1", *server)
+        assert refused.returncode == 2
+        assert "the cluster wants another token" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_a_submitted_job_trains(program, head):
+def test_a_job_submitted_by_ray_is_stopped_with_a_checkpoint(program, head):
     arguments = program.train(
         "job",
-        "run.batches=3",
+        "run.batches=1000",
         "evaluation.prompts=4",
         "rollout.engines=1",
         "learner.ranks=1",
+        "checkpoint.every=1000",
         "cluster.cpus=null",
     )
+    environment = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "3600"}})
+    options = ["--no-wait", "--submission-id", "by-ray", "--runtime-env-json", environment]
+    command = ["ray", "job", "submit", "--working-dir", ".", *options, "--", "eopd", *arguments]
+    done = ask(head, ROOT, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
 
-    submit(head, ROOT, *arguments)
+    run, deadline = program.runs / "job", time.monotonic() + 200
+    while not read_rows(run / "metrics.jsonl"):
+        assert time.monotonic() < deadline, ask(head, ROOT, "ray", "job", "logs", "by-ray").stdout
+        time.sleep(0.5)
 
-    summary = json.loads((program.runs / "job" / "summary.json").read_text())
-    assert summary["status"] == "completed"
-    assert summary["steps"] == 3
+    done = ask(head, ROOT, "eopd", "stop", "by-ray", "--address", head["RAY_API_SERVER_ADDRESS"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "job by-ray has ended: STOPPED"
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    checkpoints = [path.name for path in (run / "checkpoints").iterdir()]
+    assert checkpoints == [f"step-{summary['steps']:06d}"]

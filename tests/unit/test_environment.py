@@ -72,7 +72,7 @@ def test_the_address_comes_from_config_or_environment(given, variable, found, mo
         (
             None,
             "http://127.0.0.1:8265",
-            "RAY_ADDRESS: http://127.0.0.1:8265 is the job server, for `ray job submit`; ",
+            "RAY_ADDRESS: http://127.0.0.1:8265 is the job server, for `eopd submit`; ",
         ),
         ("https://head:8265", None, "cluster.address: https://head:8265 is the job server"),
         ("auto", "http://127.0.0.1:8265", "RAY_ADDRESS: http://127.0.0.1:8265 is the job server"),

@@ -1,0 +1,64 @@
+"""``eopd status`` says how far a run is, from its files, or how its job is, from the job server."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eopd.cli.commands import JobServer, train_command
+
+
+def status(
+    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
+    address: JobServer = None,
+) -> None:
+    """Say how far a run is, whether it is running or has ended."""
+    from eopd.run.directory import RunDirectory
+
+    if address is None:
+        return _print_run(run)
+
+    from eopd.runtime.jobs import connect, server_address
+
+    job = connect(server_address(address)).look_up(str(run))
+    typer.echo(f"job {job.name}: {job.status}")
+    typer.echo(f"command: {job.command}")
+    if job.run is None:
+        return
+
+    typer.echo(f"run directory: {job.run}")
+    if RunDirectory(job.run).holds_a_run():
+        _print_run(job.run)
+    else:
+        typer.echo(
+            "it is not seen from this machine, or not begun; on one that sees it, `eopd status "
+            f"{job.run}` says how far the run is"
+        )
+
+
+def _print_run(run: Path) -> None:
+    from eopd.run.directory import RunDirectory
+    from eopd.run.evaluations import newest, read_evaluations
+    from eopd.telemetry.console import PACE_WINDOW
+    from eopd.telemetry.status import print_status
+
+    directory = RunDirectory(run)
+    settings, status = directory.config().run, directory.status()
+    summary, rows = directory.read_summary(), directory.last_rows(PACE_WINDOW + 1)
+    stopped = status.split()[0] in ("dead", "interrupted", "failed")
+    here = run.resolve()
+    overrides = []
+    if settings.path.resolve() != here:  # the directory was moved
+        overrides = [f"run.directory={here.parent}", f"run.name={here.name}"]
+
+    again = train_command(run / "config.yaml", overrides, directory.resume_options())
+    advice = f"continue with: {again}" if stopped else None
+    print_status(
+        settings.name,
+        status,
+        summary,
+        rows,
+        batches=settings.batches,
+        evaluations=newest(read_evaluations(directory.evaluations)),
+        advice=advice,
+    )
