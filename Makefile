@@ -55,9 +55,10 @@ format: setup ## rewrite the code in its one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## loss, driver, overlap, evaluation, a weight sync, an upload; the learner and the teacher beside what others do
+bench: setup ## loss, driver, overlap, evaluation, a weight sync, an upload, the plan; the learner and the teacher beside what others do
 	$(BIN)/python tests/bench/bench_loss.py
 	$(BIN)/eopd models demo
+	$(BIN)/eopd models tiny
 	$(BIN)/python tests/bench/bench_learner.py
 	$(BIN)/python tests/bench/bench_teacher.py
 	$(BIN)/python tests/bench/bench_pipeline.py
@@ -65,6 +66,7 @@ bench: setup ## loss, driver, overlap, evaluation, a weight sync, an upload; the
 	$(BIN)/python tests/bench/bench_overlap.py
 	$(BIN)/python tests/bench/bench_evaluation.py
 	$(BIN)/python tests/bench/bench_upload.py
+	$(BIN)/python tests/bench/bench_plan.py
 
 bench-peers: setup ## a step of ours beside one of TRL's trainers, which it installs into .peers
 	test -d $(PEERS) || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $(PEERS) trl==1.16.0
