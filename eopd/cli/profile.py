@@ -8,7 +8,7 @@ import typer
 
 from eopd.config import load_config
 
-STEPS: Final = 8
+STEPS: Final = 5
 
 _Config = Annotated[Path, typer.Argument(help="A YAML file, as for `eopd train`.")]
 _Overrides = Annotated[

@@ -44,7 +44,7 @@ from eopd.types import (
 )
 
 WARM_UP_ALONE: Final = 1  # batches; the first of everything compiles and allocates
-ALONE: Final = 3
+ALONE: Final = 2
 WARM_UP: Final = 2  # steps, until batches overlap as they will
 MOST_ROUNDS: Final = 20  # in which one batch must become full
 

@@ -117,7 +117,7 @@ def test_kustomize_makes_the_same_of_every_folder(folder):
     assert done.returncode == 0, done.stderr
 
     def in_order(objects):
-        return sorted(map(json.dumps, objects, [False] * len(objects)))
+        return sorted(map(json.dumps, objects))
 
     written = json.loads(json.dumps(list(yaml.safe_load_all(done.stdout)), sort_keys=True))
     ours = json.loads(json.dumps(build(folder), sort_keys=True))

@@ -191,7 +191,6 @@ def test_several_nodes_head_then_workers_then_driver_then_their_end(job):
             "ray start --head --port=6379 .*--num-cpus=64 .*--block$",
             "ray health-check --address first:6379",
             "srun --nodes=2 --ntasks=2 --exclude=first .* ray start --address=first:6379 .*--block$",
-            "ray status --address first:6379",
             TRAIN,
             "eopd got USR1",
             "(head|workers) ended",

@@ -21,7 +21,7 @@ def folders(monkeypatch):
 @pytest.fixture
 def command(program, folders):
     """The command without its steps."""
-    _, config, *settings = program.train("profiled")
+    _, config, *settings = program.train("profiled", "rollout.engines=1", "learner.ranks=1")
     return ["profile", config, *settings]
 
 

@@ -68,6 +68,7 @@ DECIDED = {
         loss.reverse_kl.reward.options
         loss.reverse_kl.reward.weight
         loss.top_k
+        rollout.keep_kv
         rollout.max_response_tokens
         rollout.temperature
         rollout.vllm

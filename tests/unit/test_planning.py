@@ -496,7 +496,9 @@ def test_an_engine_is_advised_more_gpus_or_less_of_a_shared_one(config, shapes):
     teacher = [text for text in plan.advice if text.startswith("A teacher")]
     assert len(teacher) == 1
     assert "teachers.0.vllm.tensor_parallel_size: 2 with teachers.0.gpus: 2" in teacher[0]
-    shared = advised(config("rollout.gpus=0.5"), small, small, 80 * GB).advice
+    shared = advised(
+        config("rollout={gpus: 0.5, vllm: {gpu_memory_utilization: 0.9}}"), small, small, 80 * GB
+    ).advice
     assert len(shared) == 1 and "rollout.vllm.gpu_memory_utilization: 0.45" in shared[0]
 
 

@@ -154,6 +154,24 @@ def test_a_config_from_elsewhere_lies_at_the_top_and_absolute_paths_stay(project
     assert shlex.split(client.asked["entrypoint"]) == ["eopd", "train", "c.yaml"]
 
 
+def test_what_a_config_extends_goes_with_it(project, client, submit):
+    put(project, "recipes/base.yaml", text=(project / write(project)).read_text())
+    put(project, "recipes/own.yaml", text="extends: base.yaml\nprompts: {data: rows.jsonl}\n")
+    put(project, "rows.jsonl")
+    done = submit("recipes/own.yaml")
+    assert done.code == 0, done.err
+    assert set(client.uploaded) == {"recipes/base.yaml", "recipes/own.yaml", "rows.jsonl"}
+    assert shlex.split(client.asked["entrypoint"]) == ["eopd", "train", "recipes/own.yaml"]
+
+
+def test_what_is_extended_must_lie_in_the_working_directory(project, client, submit):
+    write(project.parent)
+    put(project, "own.yaml", text="extends: ../c.yaml\n")
+    done = submit("own.yaml")
+    assert (done.code, client.asked) == (2, {})
+    assert "extends: ../c.yaml lies outside the working directory" in done.err
+
+
 def test_a_module_that_is_installed_elsewhere_is_not_uploaded(project, client, submit, monkeypatch):
     installed = project.parent / "installed"
     for folder in (project, installed):
