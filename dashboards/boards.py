@@ -1,17 +1,25 @@
 """What the dashboards show, as data: boards of rows of lines of panels. ``build.py`` makes
 Grafana's JSON of it.
 
-A panel is a title and the catalogue's metrics that it draws, all of one unit. The panels of a line
-share its width equally; units, descriptions and healthy ranges come from the catalogue.
+A panel is a title and the metrics that it draws, all of one unit. The panels of a line share its
+width equally; units, descriptions and healthy ranges come from the catalogue, and for what vLLM and
+Ray measure from ``others.py``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from others import OTHERS
+
 from eopd.telemetry.catalog import CATALOG
-from eopd.telemetry.metric import Unit
+from eopd.telemetry.metric import Metric, Unit
 
 Kind = Literal["timeseries", "stat"]
+METRICS: Final[Mapping[str, Metric]] = {
+    **CATALOG,
+    **{name: other.metric for name, other in OTHERS.items()},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +38,7 @@ class Panel:
     @property
     def unit(self) -> Unit:
         """What the panel is drawn in."""
-        (unit,) = {CATALOG[name].unit for name in self.metrics}
+        (unit,) = {METRICS[name].unit for name in self.metrics}
         return self.result or unit
 
 
@@ -46,6 +54,15 @@ class Board:
 
 def _one(title: str, *metrics: str) -> Panel:
     return Panel(title, metrics)
+
+
+def _rate(title: str, metric: str) -> Panel:
+    query = "rate({}[$__rate_interval])"
+    return Panel(title, (metric,), query=query, result="tokens per second")
+
+
+def _percentage(title: str, metric: str) -> Panel:
+    return Panel(title, (metric,), query="{} / 100")
 
 
 def _stat(title: str, metric: str) -> Panel:
@@ -97,6 +114,11 @@ OVERVIEW: Final = Board(
                 _one("Loss", "eopd_loss"),
                 _one("KL", "eopd_reverse_kl_nats", "eopd_forward_kl_nats"),
                 _one("Entropy", "eopd_teacher_entropy_nats", "eopd_student_entropy_nats"),
+            ),
+            (
+                Panel("What it does", ("eopd_phase",), stacked=True),
+                _one("Since when", "eopd_phase_timestamp_seconds"),
+                _one("What it is", "eopd_run_info"),
             ),
             (
                 _one("Response length", "eopd_response_tokens_mean"),
@@ -175,12 +197,7 @@ DISTILLATION: Final = Board(
         ),
         "Teachers": (
             (
-                Panel(
-                    "Tokens scored per second",
-                    ("eopd_teacher_tokens_total",),
-                    query="rate({}[$__rate_interval])",
-                    result="tokens per second",
-                ),
+                _rate("Tokens scored per second", "eopd_teacher_tokens_total"),
                 _one("Gate open", "eopd_gate_by_teacher_ratio"),
                 _one("Entropy", "eopd_entropy_by_teacher_nats"),
             ),
@@ -243,6 +260,13 @@ THROUGHPUT: Final = Board(
                 ),
             ),
         ),
+        "Who is late": (
+            (
+                _one("An engine took for a response", "eopd_response_quantile_seconds"),
+                _one("A teacher took for a response", "eopd_scoring_quantile_seconds"),
+                _one("Length of responses", "eopd_response_tokens_quantile"),
+            ),
+        ),
         "Queues": (
             (
                 _one(
@@ -264,6 +288,31 @@ THROUGHPUT: Final = Board(
                 ),
                 Panel("Shares by age", ("eopd_staleness_ratio",), stacked=True),
                 _one("Log-probability gap", "eopd_logprob_gap_nats"),
+            ),
+        ),
+        "Inside vLLM: engines and teachers of the run": (
+            (
+                _one(
+                    "Requests",
+                    "ray_vllm_num_requests_running",
+                    "ray_vllm_num_requests_waiting",
+                ),
+                _one("KV cache", "ray_vllm_kv_cache_usage_perc"),
+                _rate("Tokens written per second", "ray_vllm_generation_tokens_total"),
+            ),
+        ),
+        "Served teachers": (
+            (
+                _one("Requests", "vllm:num_requests_running", "vllm:num_requests_waiting"),
+                _one("KV cache", "vllm:kv_cache_usage_perc"),
+                _rate("Tokens read per second", "vllm:prompt_tokens_total"),
+            ),
+        ),
+        "Machines, as Ray sees them": (
+            (
+                _percentage("CPUs", "ray_node_cpu_utilization"),
+                _one("Memory", "ray_node_mem_used"),
+                _percentage("GPUs", "ray_node_gpus_utilization"),
             ),
         ),
     },
@@ -288,8 +337,12 @@ FAULTS: Final = Board(
         ),
         "Faults": (
             (
-                _one("Engines that take work", "eopd_engines_up"),
-                _one("Teacher replicas that take work", "eopd_teacher_replicas_up"),
+                _one("Engines that take work", "eopd_engines_up", "eopd_engines_wanted"),
+                _one(
+                    "Teacher replicas that take work",
+                    "eopd_teacher_replicas_up",
+                    "eopd_teacher_replicas_wanted",
+                ),
                 _one(
                     "Lost, dropped and filtered trajectories",
                     "eopd_lost_trajectories_total",
@@ -307,6 +360,17 @@ FAULTS: Final = Board(
                     "eopd_teacher_replacements_total",
                 ),
                 _one("Learner restarts", "eopd_learner_restarts_total"),
+                _one("Losses that are allowed, used", "eopd_restart_budget_ratio"),
+            ),
+        ),
+        "Disk": (
+            (
+                _one(
+                    "Free, and the newest checkpoint",
+                    "eopd_run_free_bytes",
+                    "eopd_checkpoint_bytes",
+                ),
+                _one("Since the newest checkpoint", "eopd_checkpoint_age_seconds"),
             ),
         ),
         "Memory": (

@@ -7,19 +7,20 @@ holds the same rules as an object of Kubernetes, for the Prometheus operator.
 
 import itertools
 import json
+import re
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Final
 
 import yaml
-from boards import BOARDS, Board, Panel
+from boards import BOARDS, METRICS, Board, Panel
 from grafana_foundation_sdk.builders import common, prometheus, stat, timeseries
 from grafana_foundation_sdk.builders import dashboard as grafana
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models import dashboard as models
+from others import OTHERS
 
-from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.metric import Unit
 
 FOLDER: Final = Path(__file__).parent
@@ -95,7 +96,7 @@ def _panel(panel: Panel, width: int) -> stat.Panel | timeseries.Panel:
 
     unit = (
         "dateTimeFromNow"
-        if panel.metrics == ("eopd_last_step_timestamp_seconds",)
+        if all(name.endswith("_timestamp_seconds") for name in panel.metrics)
         else UNITS[panel.unit]
     )
 
@@ -103,7 +104,7 @@ def _panel(panel: Panel, width: int) -> stat.Panel | timeseries.Panel:
         made.title(panel.title)
         .description(
             "\n\n".join(
-                f"`{n}`: {CATALOG[n].meaning} Healthy: {CATALOG[n].healthy}" for n in panel.metrics
+                f"`{n}`: {METRICS[n].meaning} Healthy: {METRICS[n].healthy}" for n in panel.metrics
             )
         )
         .datasource(DATASOURCE)
@@ -114,17 +115,19 @@ def _panel(panel: Panel, width: int) -> stat.Panel | timeseries.Panel:
 
 
 def _target(panel: Panel, name: str) -> prometheus.Dataquery:
-    """A query and its legend; a stat is one number a run."""
+    """A query and its legend; a stat is one number a run. What others measure has no label ``run``."""
     # Grafana's times are ms
-    factor = " * 1000" if panel.kind == "stat" and name.endswith("_timestamp_seconds") else ""
-    legend = ["{{run}}"]
+    factor = " * 1000" if name.endswith("_timestamp_seconds") else ""
+    other = OTHERS.get(name)
+    legend = ["{{run}}"] if other is None else []
     if panel.kind != "stat":
         legend += [
-            *(f"{{{{{label}}}}}" for label in CATALOG[name].labels),
-            name.removeprefix("eopd_").replace("_", " "),
+            *(f"{{{{{label}}}}}" for label in METRICS[name].labels),
+            re.sub("^(eopd_|ray_vllm_|ray_node_|vllm:)", "", name).replace("_", " "),
         ]
 
-    expression = panel.query.format(name + SELECTOR) + factor
+    selector = SELECTOR if other is None else other.selector
+    expression = panel.query.format(name + selector) + factor
 
     return (
         prometheus.Dataquery()

@@ -56,9 +56,8 @@ def serve(
     require_model(key, directory, num_tokens=longest, tokenizer=False)
     require_served(key, directory)
     if run.loss.top_k > (size := vocab_size(directory)):
-        raise ConfigError(
-            f"loss.top_k: {run.loss.top_k} is larger than the vocabulary of {size} tokens"
-        )
+        wrong = f"loss.top_k: {run.loss.top_k} is larger than the vocabulary of {size} tokens"
+        raise ConfigError(wrong)
 
     require_packages()
     clean_environment(os.environ)
@@ -74,6 +73,7 @@ def serve(
             token=token,
             options=context.args,
             say=typer.echo,
+            discovery=run.telemetry.discovery,
         )
     except TeacherDownError as error:
         typer.echo(f"error: {error}", err=True)

@@ -372,8 +372,12 @@ class TelemetryConfig(Section):
     """
 
     port: int | None = Field(0, ge=0, le=65535)
-    """The port of the Prometheus endpoint. 0 takes a free one, ``null`` opens no endpoint. The
-    scrape config in ``dashboards/`` expects 9400.
+    """The port of the Prometheus endpoint. 0 takes a free one, ``null`` opens no endpoint."""
+
+    discovery: AbsolutePath | None = None
+    """A folder in which the run tells Prometheus its address while it is running: a file for
+    ``file_sd_configs``. ``dashboards/prometheus.yml`` watches ``dashboards/targets``. ``null``
+    writes none. The chapter docs/monitoring.md#several-runs says more.
     """
 
     log_format: Literal["text", "json"] = "text"
@@ -389,6 +393,16 @@ class TelemetryConfig(Section):
 
     responses: ResponsesConfig | None = None
     """Keeps some responses of some batches, for people to look at. ``null`` keeps none."""
+
+    @model_validator(mode="after")
+    def _what_is_announced_is_served(self) -> Self:
+        if self.discovery is not None and self.port is None:
+            raise ValueError(
+                "discovery: there is no endpoint to tell of, since telemetry.port is null; 0 takes "
+                "a free one"
+            )
+
+        return self
 
 
 class ClusterConfig(Section):

@@ -17,6 +17,7 @@ from typing import Final
 from eopd.config import ClusterConfig, Config, ConfigError
 from eopd.run.elsewhere import require_upload
 from eopd.run.place import holds_rows, require_no_foreign_files, require_run_directory
+from eopd.telemetry.discovery import require_discovery
 from eopd.telemetry.prometheus import require_address
 
 LOCAL: Final = "local"  # Ray is started here
@@ -41,8 +42,8 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(\d{1,5})")
 
 
 def require_environment(config: Config) -> None:
-    """Checks all that needs no Ray: packages, temporary files, where the run writes and uploads, and
-    the address of its metrics.
+    """Checks all that needs no Ray: packages, temporary files, where the run writes and uploads,
+    and where its metrics are served and announced.
 
     Raises:
         ConfigError: something is missing, taken, malformed, or cannot be written.
@@ -57,6 +58,9 @@ def require_environment(config: Config) -> None:
 
     if config.telemetry.port is not None:
         require_address(config.telemetry.host, config.telemetry.port)
+
+    if config.telemetry.discovery is not None:
+        require_discovery(config.telemetry.discovery)
 
 
 def environment_notes(config: Config) -> Iterator[str]:

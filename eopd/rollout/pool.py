@@ -48,11 +48,14 @@ class EnginePool:
         return self._pool.status()
 
     def metrics(self) -> Row:
-        """Returns how many engines failed, were replaced and are up, and what each has in flight."""
+        """Returns how many engines failed, were replaced, are up and should be, and what each has in
+        flight.
+        """
         row = {
             "eopd_engine_failures_total": float(self._pool.num_failures),
             "eopd_engine_replacements_total": float(self._fleet.num_replacements),
             "eopd_engines_up": float(self._pool.num_up),
+            "eopd_engines_wanted": float(self._fleet.size),
         }
         for number, count in self._pool.in_flight.items():
             row[series("eopd_engine_in_flight_trajectories", engine=str(number))] = float(count)

@@ -200,6 +200,12 @@ def fault(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is not what was written"
 
 
+def size_of(checkpoint: Path) -> int:
+    """Returns the bytes of a whole checkpoint's files, but for the manifest."""
+    files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
+    return sum(entry["bytes"] for entry in files.values())
+
+
 def step_of(checkpoint: Path) -> int:
     """Returns the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))

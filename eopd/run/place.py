@@ -4,12 +4,14 @@ another program.
 
 import json
 import os
+import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from eopd.config import ConfigError, load_config
+from eopd.run.record import Row
 
 LOCK: Final = "run.lock"
 MOST_SHOWN: Final = 3
@@ -84,3 +86,13 @@ def _is_config(path: Path) -> bool:
         return False
 
     return True
+
+
+def free_row(path: Path) -> Row:
+    """Returns the metric of the space that is free for a run directory; nothing where the file system
+    does not say.
+    """
+    try:
+        return {"eopd_run_free_bytes": float(shutil.disk_usage(path).free)}
+    except OSError:  # it may answer the next time
+        return {}

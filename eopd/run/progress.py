@@ -28,11 +28,13 @@ class Progress:
     config_changes: int = 0
     checkpoint_step: int | None = None
     checkpoint_s: float | None = None
+    checkpoint_bytes: int | None = None
     wall_before_s: float = 0.0
     before: Mapping[str, Measurement] | None = None
     after: Mapping[str, Measurement] | None = None
     best: Best | None = None
     _started: float = field(default_factory=time.monotonic)
+    _saved: float = field(default_factory=time.monotonic)
     _rows: int = 0
     _tokens_here: int = 0
     _seconds: dict[str, float] = field(
@@ -85,6 +87,12 @@ class Progress:
         for stage in self._seconds:
             self._seconds[stage] += done.seconds[stage]
 
+    def count_checkpoint(self, seconds: float, num_bytes: int) -> None:
+        """Counts the checkpoint of this step, which was just written."""
+        self.checkpoint_step = self.step
+        self.checkpoint_s, self.checkpoint_bytes = seconds, num_bytes
+        self._saved = time.monotonic()
+
     def row(self) -> Row:
         """Returns the metrics of the run so far that every row has."""
         row = {
@@ -93,12 +101,16 @@ class Progress:
             "eopd_learner_restarts_total": float(self.learner_restarts),
             "eopd_skipped_steps_total": float(self.skipped_steps),
             "eopd_config_changes_total": float(self.config_changes),
+            "eopd_checkpoint_age_seconds": time.monotonic() - self._saved,
         }
         if self.checkpoint_step is not None:
             row["eopd_checkpoint_step"] = float(self.checkpoint_step)
 
         if self.checkpoint_s is not None:
             row["eopd_checkpoint_seconds"] = self.checkpoint_s
+
+        if self.checkpoint_bytes is not None:
+            row["eopd_checkpoint_bytes"] = float(self.checkpoint_bytes)
 
         return row
 

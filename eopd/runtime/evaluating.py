@@ -85,6 +85,10 @@ class Evaluator:
         if not names:
             return
 
+        with self._outlets.phase("measuring"):
+            await self._measure(phase, names)
+
+    async def _measure(self, phase: Phase, names: Sequence[str]) -> None:
         await self._beside.finish()  # what was measured before comes first
         self._alive()
         self._state.expect(names)

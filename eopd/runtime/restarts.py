@@ -35,6 +35,20 @@ class RestartBudget:
         self._window_s = window_s
         self._causes: deque[tuple[float, str]] = deque()
 
+    @property
+    def used(self) -> float:
+        """Returns the losses that count now, as a share of those that are allowed; 0 where none is."""
+        self._forget_old(time.monotonic())
+        return len(self._causes) / self._limit if self._limit else 0.0
+
+    @property
+    def _limit(self) -> int:
+        return self._max_restarts * math.ceil(self.num_workers() / WORKERS)
+
+    def _forget_old(self, now: float) -> None:
+        while self._causes and self._causes[0][0] < now - self._window_s:
+            self._causes.popleft()
+
     def count_loss(self, cause: str) -> None:
         """Counts one lost worker.
 
@@ -43,12 +57,9 @@ class RestartBudget:
         """
         now = time.monotonic()
         self._causes.append((now, cause))
-        while self._causes[0][0] < now - self._window_s:
-            self._causes.popleft()
-
+        self._forget_old(now)
         workers = self.num_workers()
-        limit = self._max_restarts * math.ceil(workers / WORKERS)
-        if len(self._causes) <= limit:
+        if len(self._causes) <= self._limit:
             return
 
         counts = Counter(cause for _, cause in self._causes)

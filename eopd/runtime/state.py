@@ -18,6 +18,7 @@ from eopd.run.checkpoint import (
     StorageError,
     list_checkpoints,
     remove_old,
+    size_of,
     step_of,
     write_checkpoint,
 )
@@ -164,7 +165,7 @@ class RunState:
             self._spared.add(step_of(newest))
 
         started = time.monotonic()
-        await write_checkpoint(
+        written = await write_checkpoint(
             self.directory.checkpoints,
             progress.state(self.ledger, self._taken_up.inputs),
             learner.save,
@@ -172,8 +173,7 @@ class RunState:
             keep=self._worth_keeping,
         )
         self.uploads.wake()
-        progress.checkpoint_s = time.monotonic() - started
-        progress.checkpoint_step = progress.step
+        progress.count_checkpoint(time.monotonic() - started, size_of(written))
         self.write_summary()
 
     async def save_in_spite_of(self, error: Exception, learner: LearnerGang) -> None:

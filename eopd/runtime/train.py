@@ -25,6 +25,7 @@ from eopd.run.checkpoint import StorageError, step_of
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.parent import forgets_moments_at
+from eopd.run.place import free_row
 from eopd.run.plan import Plan
 from eopd.run.progress import Progress, first_line
 from eopd.run.record import Row, Summary
@@ -36,7 +37,7 @@ from eopd.runtime.evaluating import Evaluator
 from eopd.runtime.guard import RunGuard
 from eopd.runtime.inputs import digests
 from eopd.runtime.logs import collect, logger
-from eopd.runtime.outlets import Outlets, open_trackers
+from eopd.runtime.outlets import Outlets, monitored, open_trackers, show_end
 from eopd.runtime.placement import plan
 from eopd.runtime.responses import Responses
 from eopd.runtime.resume import Resume, TakenUp, config_to_continue, take_up
@@ -46,6 +47,7 @@ from eopd.runtime.supervisor import Workers, start_workers
 from eopd.runtime.teachers import self_test_replicas
 from eopd.runtime.watchdog import Watchdog, with_background
 from eopd.telemetry import trackers
+from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
 from eopd.telemetry.step import config_row, step_row
 from eopd.types import LostReason, LostTrajectory, RunFailedError, StepDone
@@ -109,11 +111,20 @@ def train(
         taken_up.begin()
         uploads.start()
         state = RunState(taken_up, uploads)
-        return Outcome(asyncio.run(_run(prepared, taken_up, state, notes)), directory)
+        endpoint = stack.enter_context(monitored(config))
+        summary = asyncio.run(_run(prepared, taken_up, state, notes, endpoint))
+        if summary.status in ("completed", "interrupted"):
+            show_end(endpoint)
+
+        return Outcome(summary, directory)
 
 
 async def _run(
-    prepared: Prepared, taken_up: TakenUp, state: RunState, first_notes: Sequence[str]
+    prepared: Prepared,
+    taken_up: TakenUp,
+    state: RunState,
+    first_notes: Sequence[str],
+    endpoint: PrometheusSink | None,
 ) -> Summary:
     """Runs, and writes status, summary and report whatever happens."""
     config, directory = taken_up.config, taken_up.directory
@@ -127,7 +138,7 @@ async def _run(
             caught(interruption.take, asyncio.current_task()),
             obeyed(directory.path, interruption, asyncio.current_task()),
             collect(directory.logs, config.telemetry.log_format),
-            closing(Outlets(config, directory, tracker_sinks)) as outlets,
+            closing(Outlets(config, directory, tracker_sinks, endpoint)) as outlets,
             state.uploads.told(outlets.say),
         ):
             interruption.say = outlets.say
@@ -156,6 +167,7 @@ async def _work(
     interruption: Interruption,
 ) -> trackers.Status:
     """Starts the actors, and trains with them while others watch; returns how it ended."""
+    outlets.show_incarnation(state.progress.incarnation)
     outlets.say("starting the learner, the rollout engines and the teacher")
     first_prompts = prepared.train.prompts[:_PROBE_TOKENS]
     text = np.concatenate([prompt.token_ids for prompt in first_prompts])
@@ -293,6 +305,7 @@ class Training:
         else:
             await self._evaluator.evaluate("after")
 
+        self._outlets.begin("saving")
         await self._state.export(learner)
         self._guard.say_last_words()
 
@@ -310,6 +323,7 @@ class Training:
             f"the learner was lost ({first_line(lost)}); another one goes on from step "
             f"{progress.step}, as incarnation {progress.incarnation}"
         )
+        self._outlets.show_incarnation(progress.incarnation)
         await self._workers.learner.start(progress.incarnation)
         self._workers.channel.disconnect()
 
@@ -333,7 +347,7 @@ class Training:
             await self._evaluator.cancel()
             await pipeline.buffer.close()
 
-        with self._interruption.ends_softly(end):
+        with self._interruption.ends_softly(end), self._outlets.phase("training"):
             try:
                 async with responses:
                     await self._follow(pipeline)
@@ -346,7 +360,11 @@ class Training:
                 self._pipeline = None
 
             # the checkpoint from before a collapse must not go for the one that has it
-            await state.save(learner, spares_newest=self.has_collapsed)
+            await self._save(spares_newest=self.has_collapsed)
+
+    async def _save(self, *, spares_newest: bool = False) -> None:
+        with self._outlets.phase("saving"):
+            await self._state.save(self._workers.learner, spares_newest=spares_newest)
 
     async def _follow(self, pipeline: Pipeline) -> None:
         """Runs the loop to its end, with a row, a record and now and then a checkpoint of what it
@@ -365,7 +383,7 @@ class Training:
                     return
 
                 if self._state.is_due:
-                    await self._state.save(self._workers.learner)
+                    await self._save()
 
                 await self._evaluate()
 
@@ -377,6 +395,8 @@ class Training:
             **self._state.progress.row(),
             **self._state.uploads.row(),
             "eopd_weight_failures_total": float(self._workers.channel.num_failures),
+            "eopd_restart_budget_ratio": self._workers.restarts.used,
+            **free_row(self._state.directory.path),
             **config_row(self._config),
         }
 

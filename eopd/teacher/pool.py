@@ -46,12 +46,13 @@ class TeacherPool:
         return outcome
 
     def metrics(self) -> Row:
-        """Returns what the replicas have done so far, and how many take requests."""
+        """Returns what the replicas have done so far, and how many take requests and should."""
         values = {
             "eopd_teacher_tokens_total": self._num_tokens,
             "eopd_teacher_failures_total": self._pool.num_failures,
             "eopd_teacher_replacements_total": self._fleet.num_replacements,
             "eopd_teacher_replicas_up": self._pool.num_up,
+            "eopd_teacher_replicas_wanted": self._fleet.size,
             "eopd_teacher_in_flight_trajectories": sum(self._pool.in_flight.values()),
         }
         return {series(name, teacher=self._name): float(value) for name, value in values.items()}

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from eopd.telemetry.catalog_of_evaluation import EVALUATION
+from eopd.telemetry.catalog_of_state import STATE
 from eopd.telemetry.catalog_of_time import TIME
 from eopd.telemetry.metric import (
     Metric,
@@ -408,6 +409,7 @@ CATALOG: Final[Mapping[str, Metric]] = {
         *_FAULTS,
         *TIME,
         *EVALUATION,
+        *STATE,
         *_UPLOADS,
     )
 }

@@ -7,7 +7,9 @@ their tests, apart.
 """
 
 import socket
+import time
 from collections.abc import Iterator
+from typing import Final
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,6 +19,8 @@ from eopd.config import ConfigError
 from eopd.run.record import Row
 from eopd.telemetry.series import parse_series
 
+_LAST_SCRAPE_S: Final = 35.0  # a Prometheus on Kubernetes comes every 30 s
+_POLL_S: Final = 0.1
 _FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 
 
@@ -43,6 +47,10 @@ def require_address(host: str, port: int) -> None:
             probe.bind(address)
     except (OSError, UnicodeError) as error:
         raise _cannot_serve(host, port, error) from None
+
+
+def _name(key: str) -> str:
+    return key.partition("{")[0]
 
 
 def _cannot_serve(host: str, port: int, error: OSError | UnicodeError) -> ConfigError:
@@ -81,9 +89,25 @@ class PrometheusSink:
 
     def write(self, row: Row) -> None:
         """Show these series as they are now, and the others as they were last: not every step has
-        them all, and state goes on when steps do not.
+        them all, and state goes on when steps do not. What says what runs (``_info``) is replaced
+        whole.
         """
-        self._latest.row = {**self._latest.row, **row}
+        told = {_name(key) for key in row if _name(key).endswith("_info")}
+        kept = {key: value for key, value in self._latest.row.items() if _name(key) not in told}
+        self._latest.row = {**kept, **row}
+
+    def wait_for_scrape(self) -> None:
+        """Wait until what was written last has been scraped, where somebody does that regularly: for
+        two of the pauses between scrapes, and no longer than ``_LAST_SCRAPE_S``.
+        """
+        latest = self._latest
+        pause_s, now = latest.pause_s, time.monotonic()
+        if latest.scraped_at is None or pause_s is None or now - latest.scraped_at > 2 * pause_s:
+            return
+
+        until, seen = now + min(2 * pause_s, _LAST_SCRAPE_S), latest.scraped_at
+        while latest.scraped_at == seen and time.monotonic() < until:
+            time.sleep(_POLL_S)
 
     def close(self) -> None:
         """Stop serving and free the port."""
@@ -94,14 +118,22 @@ class PrometheusSink:
 
 class _LatestRow(Collector):
     """Turns the newest row into metric families at each scrape, in the server's thread: it
-    reads ``row`` once.
+    reads ``row`` once, after it has noted the time. ``pause_s`` is what was between the last two
+    scrapes.
     """
 
     def __init__(self, run: str) -> None:
         self._run = run
         self.row: Row = {}
+        self.scraped_at: float | None = None
+        self.pause_s: float | None = None
 
     def collect(self) -> Iterator[Metric]:
+        now = time.monotonic()
+        if self.scraped_at is not None:
+            self.pause_s = now - self.scraped_at
+
+        self.scraped_at = now
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for key, value in self.row.items():
             metric, labels = parse_series(key)

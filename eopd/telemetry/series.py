@@ -8,7 +8,8 @@ from eopd.run.record import Row
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.metric import Metric, MetricError
 
-_SERIES = re.compile(r'(?P<name>\w+)(?:\{(?P<labels>\w+="[\w.-]+"(?:,\w+="[\w.-]+")*)\})?')
+_LABEL = r'\w+="[\w.@/+-]+"'
+_SERIES = re.compile(rf"(?P<name>\w+)(?:\{{(?P<labels>{_LABEL}(?:,{_LABEL})*)\}})?")
 
 
 def series(name: str, **labels: str) -> str:
@@ -39,7 +40,7 @@ def parse_series(key: str) -> tuple[Metric, Mapping[str, str]]:
         hint = f"did you mean {close[0]}?" if close else "add it to eopd/telemetry/catalog.py"
         raise MetricError(f"{key}: no metric of this name; {hint}")
 
-    labels = dict(re.findall(r'(\w+)="([\w.-]+)"', match["labels"] or ""))
+    labels = dict(re.findall(r'(\w+)="([^"]+)"', match["labels"] or ""))
     if set(labels) != set(metric.labels):
         raise MetricError(f"{key}: its labels must be {metric.labels}, are {tuple(labels)}")
 

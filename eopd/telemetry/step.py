@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final
 
+import numpy as np
+
 from eopd.config import Config
 from eopd.config.loss import HardGate, SigmoidGate
 from eopd.run.record import Row
@@ -19,6 +21,7 @@ STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")
 # What the learner does, one after the other: each moment of a step is of one of them.
 PARTS: Final = ("wait_rollout", "wait_teacher", "train", "weights")
 MOST_SOURCES: Final = 16  # each is a series of its own
+TAILS: Final = (0.5, 0.95, 0.99)
 
 
 class BusyClock:
@@ -71,8 +74,8 @@ def gaps(start: float, spans: Sequence[Span], stop: float) -> Sequence[Span]:
 
 
 def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
-    """Returns lengths, endings, staleness, missing rewards and sources of a batch that was consumed at
-    learner version ``version``.
+    """Returns lengths, endings, staleness, missing rewards, times and sources of a batch that was
+    consumed at learner version ``version``.
     """
     count = len(headers)
     missing = sum(h.reward_fault is not None for h in headers)
@@ -94,7 +97,23 @@ def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:
     if rewarded:
         row["eopd_reward_missing_ratio"] = missing / rewarded
 
+    lengths = [float(header.num_response_tokens) for header in headers]
+    row |= _tails("eopd_response_tokens_quantile", lengths)
+    for name, spent in (("response", "generate_s"), ("scoring", "score_s")):
+        seconds = [header.sums[spent] for header in headers if spent in header.sums]
+        row |= _tails(f"eopd_{name}_quantile_seconds", seconds)
+
     return row | _sources(headers)
+
+
+def _tails(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Returns the quantiles of a metric; the highest is what a synchronous step waits for."""
+    if not values:
+        return {}
+
+    found = np.quantile(values, TAILS)
+    levels = zip(TAILS, found, strict=True)
+    return {series(name, q=str(level)): float(value) for level, value in levels}
 
 
 def _sources(headers: Sequence[Header]) -> dict[str, float]:

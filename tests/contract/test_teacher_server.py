@@ -3,6 +3,7 @@ with transformers.
 """
 
 import asyncio
+import json
 import os
 import re
 import signal as signal_module
@@ -42,6 +43,7 @@ rollout: {{max_response_tokens: 64}}
 evaluation: {{max_response_tokens: 64}}
 flow: {{batch_prompts: 1}}
 loss: {{top_k: {top_k}}}
+telemetry: {{discovery: {targets}}}
 """
 
 
@@ -58,7 +60,7 @@ class Served:
             str(config),
         ]
         options = ["--teacher", "maths", "--port", "0", "--api-key-env", VARIABLE]
-        self.log = log
+        self.config, self.log = config, log
 
         with log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -134,7 +136,8 @@ def model(tiny_model):
 @pytest.fixture(scope="module")
 def config(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("served") / "config.yaml"
-    path.write_text(CONFIG.format(model=model, temperature=TEMPERATURE, top_k=TOP_K))
+    given = {"model": model, "temperature": TEMPERATURE, "top_k": TOP_K}
+    path.write_text(CONFIG.format(**given, targets=path.parent / "targets"))
     return path
 
 
@@ -150,6 +153,12 @@ def start(config, tmp_path):
     yield make
     for served in started:
         served.close()
+
+
+def targets(served: Served) -> list[dict]:
+    """What Prometheus is told of teachers."""
+    files = (served.config.parent / "targets").glob("*.json")
+    return [target for file in files for target in json.loads(file.read_text())]
 
 
 def oracle(model: Path, prompt_ids: list[int], response_ids: list[int]) -> np.ndarray:
@@ -238,6 +247,9 @@ def test_scores_are_exact_and_a_stop_finishes_what_is_in_flight(start, model, mo
     monkeypatch.setenv(VARIABLE, TOKEN)
     served = start()
     served.wait_until_ready()
+    (target,) = targets(served)
+    assert target["targets"] == [f"{served.client.base_url.host}:{served.client.base_url.port}"]
+    assert target["labels"]["teacher"] == "maths" and target["labels"]["__scheme__"] == "http"
     info = served.client.get(INFO_PATH).json()
     vocab = info["vocab_size"]
     assert info == {
@@ -309,6 +321,7 @@ def test_scores_are_exact_and_a_stop_finishes_what_is_in_flight(start, model, mo
         assert {code for code, _ in outcomes} == {200}, outcomes
 
     assert served.process.wait(30) == 0
+    assert targets(served) == []
     assert psutil.wait_procs(descendants, timeout=5)[1] == []
 
 
@@ -356,3 +369,4 @@ def test_the_process_ends_with_an_error_when_its_engine_dies(start):
 
     assert served.process.wait(30) == 1
     assert "error: teacher maths: its engine died" in served.log.read_text()
+    assert targets(served), "Prometheus misses it"

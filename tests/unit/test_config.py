@@ -406,6 +406,11 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "telemetry.port=99999",
             "telemetry.port: must be a whole number from 0 to 65535, or null (is 99999)",
         ),
+        (
+            "telemetry={port: null, discovery: targets}",
+            "telemetry.discovery: there is no endpoint to tell of, since telemetry.port is "
+            "null; 0 takes a free one",
+        ),
         ("teachers=null", "teachers: there must be at least one; write - {model: ...} below it"),
         (
             "teachers=x",

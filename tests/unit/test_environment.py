@@ -254,6 +254,14 @@ def test_where_metrics_are_served_is_tried(config):
     require_environment(config(f"telemetry.port={port}"))
     require_environment(config("telemetry.port=null", "telemetry.host=no.such.host.invalid"))
 
+
+def test_where_prometheus_is_told_of_a_run_is_tried(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^telemetry.discovery: \S+/file takes no files"):
+        require_environment(config(f"telemetry.discovery={tmp_path}/file"))
+
+    require_environment(config(f"telemetry.discovery={tmp_path}/targets"))
+
     for host in ("no.such.host.invalid", "192.0.2.1", "a..b", "x" * 70):
         with pytest.raises(
             ConfigError,

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import fakes
@@ -88,6 +88,12 @@ class Outlets:
     def __init__(self) -> None:
         self.said: list[str] = []
         self.shown: dict[str, float] = {}
+        self.phases: list[str] = []
+
+    @contextmanager
+    def phase(self, phase):
+        self.phases.append(phase)
+        yield
 
     def say(self, text):
         self.said.append(text)
@@ -182,6 +188,7 @@ async def test_without_a_period_the_two_ends_are_measured(made):
 
     await run.evaluator.evaluate("after")
     assert {step for step, _, _ in lines(run)} == {0, 10}
+    assert run.outlets.phases == ["measuring", "measuring"]
     summary = run.state.directory.read_summary()
     assert summary.held_out.before["reverse_kl"].mean == 1.0
     assert summary.held_out.after["reverse_kl"].mean == pytest.approx(1 / 11)

@@ -315,7 +315,7 @@ SAMPLING = Sampling(temperature=1.0, max_tokens=4, seed=11)
 
 async def one_of(worker, *, timeout_s: float = 0.05) -> Fleet:
     """A fleet of one that is up."""
-    world = World(0)
+    world = World(1)
     world.fleet.pool = world.pool = Pool(
         "it",
         timeout_s=timeout_s,
@@ -349,6 +349,7 @@ async def test_a_response_that_does_not_end_in_time_is_lost():
         "eopd_engine_failures_total": 1.0,
         "eopd_engine_replacements_total": 0.0,
         "eopd_engines_up": 1.0,
+        "eopd_engines_wanted": 1.0,
         'eopd_engine_in_flight_trajectories{engine="0"}': 0.0,
     }
 
@@ -386,9 +387,9 @@ async def test_what_a_teacher_cannot_score_or_not_in_time_is_lost_at_once():
     assert slow.detail == "no answer of it 0 within 0.05 s"
     metrics = {
         name: pool.metrics()[series(f"eopd_teacher_{name}", teacher="t")]
-        for name in ("tokens_total", "failures_total", "replicas_up")
+        for name in ("tokens_total", "failures_total", "replicas_up", "replicas_wanted")
     }
-    assert metrics == {"tokens_total": 5.0, "failures_total": 1.0, "replicas_up": 1.0}
+    assert list(metrics.values()) == [5.0, 1.0, 1.0, 1.0]
 
 
 async def test_sources_have_their_teachers_and_the_rest_the_default():

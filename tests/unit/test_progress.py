@@ -1,6 +1,9 @@
 """Where a run goes back to when its learner is lost."""
 
+from types import SimpleNamespace
+
 from eopd.ledger import Ledger
+from eopd.run import progress as module
 from eopd.run.checkpoint import DriverState
 from eopd.run.progress import Progress
 
@@ -48,7 +51,9 @@ def test_a_row_says_what_the_newest_checkpoint_is_and_took():
         skipped_steps=2,
         config_changes=3,
     )
-    assert progress.row() == {
+    row = dict(progress.row())
+    assert 0.0 <= row.pop("eopd_checkpoint_age_seconds") < 60.0
+    assert row == {
         "eopd_response_tokens_total": 90.0,
         "eopd_trajectories_total": 72.0,
         "eopd_learner_restarts_total": 0.0,
@@ -64,10 +69,10 @@ def test_a_row_says_what_the_newest_checkpoint_is_and_took():
         ledger=Ledger().state(),
     )
     assert Progress.resume(state, progress.summary("running")).row()["eopd_checkpoint_step"] == 5.0
-    progress.checkpoint_step = 9
-    progress.checkpoint_s = 1.5
+    progress.count_checkpoint(1.5, 4096)
     assert progress.row()["eopd_checkpoint_step"] == 9.0
     assert progress.row()["eopd_checkpoint_seconds"] == 1.5
+    assert progress.row()["eopd_checkpoint_bytes"] == 4096.0
     progress.roll_back(state)
     assert progress.row()["eopd_checkpoint_step"] == 5.0
     progress.roll_back(None)
@@ -76,3 +81,14 @@ def test_a_row_says_what_the_newest_checkpoint_is_and_took():
 
 def test_a_checkpoint_keeps_what_the_paths_stood_for():
     assert Progress().state(Ledger(), {"prompts.data": "abc"}).inputs == {"prompts.data": "abc"}
+
+
+def test_the_age_of_a_checkpoint_begins_anew_with_each(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    progress = Progress(step=1, _saved=100.0)
+    now[0] = 160.0
+    assert progress.row()["eopd_checkpoint_age_seconds"] == 60.0
+    progress.count_checkpoint(1.0, 1)
+    now[0] = 165.0
+    assert progress.row()["eopd_checkpoint_age_seconds"] == 5.0

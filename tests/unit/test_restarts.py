@@ -53,3 +53,17 @@ def test_a_larger_run_may_lose_more(workers, survived):
 def test_a_run_that_is_to_survive_nothing_does_not():
     with pytest.raises(TooManyRestartsError):
         RestartBudget(0, 60.0, lambda: 72).count_loss("x")
+
+
+def test_it_says_how_much_of_it_is_used_and_forgets_what_is_long_past(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    budget = RestartBudget(4, 60.0)
+    assert budget.used == 0.0
+    budget.count_loss("x")
+    now[0] = 50.0
+    budget.count_loss("x")
+    assert budget.used == 0.5
+    now[0] = 61.0
+    assert budget.used == 0.25
+    assert RestartBudget(0, 60.0).used == 0.0

@@ -8,7 +8,7 @@ import pytest
 
 from eopd.config import load_config
 from eopd.roles import LearnerDownError
-from eopd.run.checkpoint import StorageError, list_checkpoints
+from eopd.run.checkpoint import MANIFEST, StorageError, list_checkpoints
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import Progress
 from eopd.run.upload import Uploads
@@ -129,6 +129,9 @@ async def test_a_step_is_saved_once(config):
     await state.save(learner)
     assert learner.num_saves == 1
     assert state.progress.checkpoint_step == 4
+    files = state.directory.checkpoint(4).rglob("*")
+    sizes = [path.stat().st_size for path in files if path.is_file() and path.name != MANIFEST]
+    assert state.progress.checkpoint_bytes == sum(sizes) > 0
     assert state.directory.read_summary().steps == 4
 
 

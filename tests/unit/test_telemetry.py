@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import fakes
@@ -82,6 +83,7 @@ def test_a_series_names_its_metric_and_labels() -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
+        ('eopd_lost_trajectories_total{reason="a b"}', "no metric of this name"),
         ("eopd_los", "did you mean eopd_loss?"),
         ("temperature", "add it to eopd/telemetry/catalog.py"),
         ("eopd_loss{", "no metric of this name"),
@@ -129,6 +131,19 @@ def test_a_batch_is_told_by_source() -> None:
 def test_the_driver_knows_its_memory() -> None:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     assert resident_bytes() == pytest.approx(int(status["VmRSS"].split()[0]) * 1024, rel=0.1)
+
+
+def test_a_batch_tells_its_tails() -> None:
+    headers = [
+        replace(fakes.header(num_response=count), sums={"generate_s": float(count)})
+        for count in range(1, 102)
+    ]
+    row = batch_row(headers, version=0)
+    for name in ("eopd_response_tokens_quantile", "eopd_response_quantile_seconds"):
+        found = [row[series(name, q=q)] for q in ("0.5", "0.95", "0.99")]
+        assert found == pytest.approx([51.0, 96.0, 100.0])
+
+    assert not any(key.startswith("eopd_scoring") for key in row)  # nobody has said it
 
 
 # --- fan-out and files

@@ -13,11 +13,14 @@ import signal
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Final
 
 from eopd.config import ConfigError, TeacherConfig
 from eopd.hub import model_directory
 from eopd.roles import TeacherDownError
+from eopd.telemetry.discovery import announced
 from eopd.tokenizer import has_tokenizer
 
 # longer than clients keep an idle connection, so that none is closed under a request
@@ -45,6 +48,7 @@ def serve(
     token: str | None,
     options: Sequence[str],
     say: Callable[[str], None],
+    discovery: Path | None = None,
 ) -> None:
     """Serves a teacher until SIGTERM or Ctrl-C.
 
@@ -58,6 +62,7 @@ def serve(
         options: more options of vLLM's server, as on the command line of ``vllm serve``: TLS,
             CORS, limits of headers, logs.
         say: is told the address.
+        discovery: the folder in which Prometheus is told the address (``telemetry.discovery``).
 
     Raises:
         ConfigError: the address cannot be served, an option is not for this server, or the model's
@@ -84,14 +89,22 @@ def serve(
         settings |= _server_settings(config, host, listener.getsockname()[1])
         ScoringRoutes.engine_died = None
         arguments = _arguments(settings, options)
-        asyncio.run(
-            run_server_worker(address, listener, arguments, timeout_graceful_shutdown=_CLOSE_S)
-        )
+        with _told(discovery, config.name, address):
+            asyncio.run(
+                run_server_worker(address, listener, arguments, timeout_graceful_shutdown=_CLOSE_S)
+            )
+            if ScoringRoutes.engine_died:
+                raise TeacherDownError(
+                    f"teacher {config.name}: its engine died; what vLLM says of it is above"
+                )
 
-    if ScoringRoutes.engine_died:
-        raise TeacherDownError(
-            f"teacher {config.name}: its engine died; what vLLM says of it is above"
-        )
+
+def _told(discovery: Path | None, name: str, address: str) -> AbstractContextManager[None]:
+    """Returns a block in which Prometheus knows a teacher, which answers once its engine is up."""
+    scheme, _, target = address.partition("://")
+    identity = Path(f"teacher-{name}-{target.rpartition(':')[2]}")
+    labels = {"teacher": name, "__scheme__": scheme}
+    return announced(discovery, target, identity, labels)
 
 
 def _server_settings(config: TeacherConfig, host: str, port: int) -> dict[str, object]:
