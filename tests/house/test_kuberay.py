@@ -116,12 +116,11 @@ def test_kustomize_makes_the_same_of_every_folder(folder):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-    def in_order(objects):
-        return sorted(map(json.dumps, objects))
+    assert in_order(yaml.safe_load_all(done.stdout)) == in_order(build(folder))
 
-    written = json.loads(json.dumps(list(yaml.safe_load_all(done.stdout)), sort_keys=True))
-    ours = json.loads(json.dumps(build(folder), sort_keys=True))
-    assert in_order(written) == in_order(ours)
+
+def in_order(objects):
+    return sorted(json.dumps(one, sort_keys=True) for one in objects)
 
 
 def test_every_folder_says_how_it_is_applied():

@@ -35,9 +35,9 @@ FAKES = {
             while :; do sleep 0.05; done ;;
         health-check*) [ -e "$FOLDER/head" ] ;;
         status*)
-            touch "$FOLDER/asked"
             echo "Active:"
-            for node in $(cat "$FOLDER"/joined-* 2>/dev/null) first; do echo " 1 node_$node"; done ;;
+            for node in $(cat "$FOLDER"/joined-* 2>/dev/null) first; do echo " 1 node_$node"; done
+            touch "$FOLDER/asked" ;;
         esac
     """,
     "srun": """
@@ -189,7 +189,6 @@ def test_several_nodes_head_then_workers_then_driver_then_their_end(job):
         for pattern in (
             "scontrol show hostnames n",
             "ray start --head --port=6379 .*--num-cpus=64 .*--block$",
-            "ray health-check --address first:6379",
             "srun --nodes=2 --ntasks=2 --exclude=first .* ray start --address=first:6379 .*--block$",
             TRAIN,
             "eopd got USR1",
@@ -197,6 +196,8 @@ def test_several_nodes_head_then_workers_then_driver_then_their_end(job):
         )
     ]
     assert order == sorted(order)
+    answered = max(i for i, call in enumerate(calls) if call.startswith("ray health-check"))
+    assert answered < order[2], "workers start once the head answers"
     assert calls.index("scontrol requeue 42") == len(calls) - 1
     assert {"head ended", "workers ended"} <= set(calls)
     asked = [call for call in calls[: calls.index(TRAIN)] if call.startswith("ray status")]
