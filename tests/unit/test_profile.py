@@ -467,7 +467,7 @@ def test_a_profile_writes_nowhere_else(eopd, whole, monkeypatch, folders, tmp_pa
     assert steps == 20
     assert config.run.upload is config.telemetry.port is None
     assert config.telemetry.trackers == []
-    assert config.run.batches == 26  # 4 stage by stage, 2 to warm up; the config has 2
+    assert config.run.batches == 25  # 3 stage by stage, 2 to warm up; the config has 2
     assert config.run.path.parent.parent == folders
     assert list(folders.iterdir()) == []
     assert not (tmp_path / "runs").exists() and not (tmp_path / "away").exists()

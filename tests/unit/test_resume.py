@@ -458,6 +458,13 @@ async def test_all_that_would_make_another_run_is_named_at_once(config):
 # --- the runbook
 
 CURES = {
+    "checkpoint.every": "9",
+    "cluster.max_restarts": "9",
+    "cluster.restart_window_s": "900",
+    "evaluation.every": "5",
+    "flow.lookahead": "2",
+    "flow.max_attempts": "9",
+    "telemetry.discovery": "dashboards/targets",
     "checkpoint.keep_best": "{metric: held_out/reverse_kl, mode: min}",
     "cluster.start_timeout_s": "900",
     "evaluation.prompts": "8",
@@ -485,7 +492,10 @@ CURES = {
     "weights.connect_timeout_s": "90",
     "weights.timeout_s": "900",
 }
-NEEDED = {"checkpoint.keep_best": ["evaluation.every=5"]}  # with the cure of a key
+NEEDED = {  # with the cure of a key
+    "checkpoint.keep_best": ["evaluation.every=5"],
+    "flow.lookahead": ["flow.max_staleness=2"],
+}
 
 KNOBS = (ROOT / "tests" / "house" / "knobs.txt").read_text(encoding="utf-8").split()
 
