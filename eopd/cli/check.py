@@ -1,15 +1,13 @@
 """``eopd check`` looks for mistakes before anything starts."""
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from eopd.cli.config import CONFIG_HELP, Overrides
+from eopd.cli.commands import ConfigFile, Overrides
 from eopd.config import Config, ConfigError, load_config
 
-_Config = Annotated[Path, typer.Argument(help=CONFIG_HELP)]
 _Live = Annotated[
     bool, typer.Option("--live", help="Start the teachers too, and test what they answer.")
 ]
@@ -23,7 +21,7 @@ _Offline = Annotated[
 
 
 def check(
-    config: _Config, overrides: Overrides = None, live: _Live = False, offline: _Offline = False
+    config: ConfigFile, overrides: Overrides = None, live: _Live = False, offline: _Offline = False
 ) -> None:
     """Check models, vocabularies, end tokens and prompts, and say what was found."""
     if live and offline:

@@ -11,6 +11,29 @@ EXIT_FAILED: Final = 1
 EXIT_MISTAKEN: Final = 2  # by a mistake of the user
 EXIT_INTERRUPTED: Final = 130
 
+SET_EPILOG: Final = (
+    "--set takes section.key=value; the value is YAML, and an item of a list is named by "
+    "its number: --set learner.lr=1e-5 --set loss.gate=always --set "
+    "teachers.0.temperature=0.7 --set 'rollout.vllm={max_num_seqs: 64}'. Every key is "
+    "described in docs/configuration-reference.md (`eopd config docs` prints it); `eopd config show "
+    "CONFIG` prints them all with their values."
+)
+
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(
+        help="A YAML file, e.g. configs/tiny.yaml; docs/configuration-reference.md describes its "
+        "keys."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one key; may be given more than once. See the end of this help.",
+    ),
+]
 JobServer = Annotated[
     str | None,
     typer.Option(

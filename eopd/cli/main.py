@@ -16,8 +16,15 @@ from pydantic import ValidationError
 
 from eopd import __version__
 from eopd.cli.check import check
-from eopd.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, train_command
-from eopd.cli.config import CONFIG_HELP, SET_EPILOG, Overrides, config
+from eopd.cli.commands import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    SET_EPILOG,
+    ConfigFile,
+    Overrides,
+    train_command,
+)
+from eopd.cli.config import config
 from eopd.cli.evaluate import evaluate
 from eopd.cli.export import export
 from eopd.cli.fork import fork
@@ -105,7 +112,7 @@ class _Train(typer.core.TyperCommand):
 
 @app.command(cls=_Train, epilog=SET_EPILOG)
 def train(
-    config: Annotated[Path, typer.Argument(help=CONFIG_HELP)],
+    config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[
         Literal["no", "yes", "auto"],
@@ -222,11 +229,13 @@ def scale(
     )
 
 
-for verb in (plan, profile, status, stop, show, logs, fork, sweep, export):
+for verb in (status, stop, show, logs, fork, sweep, export):
     app.command()(verb)
 
+for verb_of_config in (check, plan, profile):
+    app.command(epilog=SET_EPILOG)(verb_of_config)
+
 app.command(cls=_Train, epilog=SET_EPILOG)(submit)
-app.command(epilog=SET_EPILOG)(check)
 app.command("list")(list_runs)
 app.command("eval")(evaluate)
 app.add_typer(config, name="config")

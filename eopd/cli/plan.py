@@ -1,11 +1,11 @@
 """``eopd plan`` says what a run needs of each device, and whether it fits, before anything starts."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from eopd.cli.commands import ConfigFile, Overrides
 from eopd.config import Config, ConfigError, load_config
 
 if TYPE_CHECKING:
@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 
 _ANY_CPUS = 1e6  # a plan says nothing of CPUs
 
-_Config = Annotated[Path, typer.Argument(help="A YAML file, as for `eopd train`.")]
-_Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as for `eopd train`."),
-]
 _GpuMemory = Annotated[
     str, typer.Option("--gpu-memory", metavar="SIZE", help="The memory of a GPU: 80GB, 40GiB.")
 ]
@@ -54,8 +49,8 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON."
 
 
 def plan(
-    config: _Config,
-    overrides: _Overrides = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     gpu_memory: _GpuMemory = "80GB",
     nodes: _Nodes = 1,
     gpus_per_node: _GpusPerNode = None,

@@ -1,26 +1,21 @@
 """``eopd profile`` says where the time of a step goes, and what to change."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
+from eopd.cli.commands import ConfigFile, Overrides
 from eopd.config import load_config
 
 STEPS: Final = 5
 
-_Config = Annotated[Path, typer.Argument(help="A YAML file, as for `eopd train`.")]
-_Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as for `eopd train`."),
-]
 _Steps = Annotated[int, typer.Option(min=1, help="Steps that are measured, after the warm-up.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")]
 
 
 def profile(
-    config: _Config, overrides: _Overrides = None, steps: _Steps = STEPS, as_json: _Json = False
+    config: ConfigFile, overrides: Overrides = None, steps: _Steps = STEPS, as_json: _Json = False
 ) -> None:
     """Train a few steps, keep nothing of them, and say where their time goes: each stage alone and
     in the run, who waits for whom, what the machine could do, and what to change.

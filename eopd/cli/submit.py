@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from eopd.cli.commands import EXIT_INTERRUPTED, EXIT_MISTAKEN, train_command
+from eopd.cli.commands import (
+    EXIT_INTERRUPTED,
+    EXIT_MISTAKEN,
+    ConfigFile,
+    Overrides,
+    train_command,
+)
 from eopd.cli.paths import blame_user
 from eopd.config import Config, ConfigError, load_config, read_leaves
 from eopd.config.teacher import NAME, NAME_WORDS, VARIABLE
@@ -21,19 +27,12 @@ if TYPE_CHECKING:
 
 _FILLED_IN: Final = re.compile(r"\$[\w{]")  # which Ray fills in, also within a value
 
-_Config = Annotated[Path, typer.Argument(help="A YAML file, as for `eopd train`.")]
 _Address = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
         help="The job server of the cluster, e.g. http://HEAD:8265; else RAY_API_SERVER_ADDRESS, or "
         "RAY_ADDRESS where that begins with http.",
-    ),
-]
-_Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override one key; may be given more than once."
     ),
 ]
 _Resume = Annotated[
@@ -65,9 +64,9 @@ _Name = Annotated[
 
 
 def submit(
-    config: _Config,
+    config: ConfigFile,
     address: _Address = None,
-    overrides: _Overrides = None,
+    overrides: Overrides = None,
     resume: _Resume = "no",
     variables: _Variables = None,
     include: _Include = None,

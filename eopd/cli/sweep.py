@@ -9,7 +9,7 @@ import rich.console
 import typer
 from rich.table import Table
 
-from eopd.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED
+from eopd.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, ConfigFile
 from eopd.run.arms import Interval
 from eopd.run.grid import plan_runs, read_grids, read_seeds
 from eopd.run.results import FILE, ArmResult
@@ -17,7 +17,6 @@ from eopd.run.results import FILE, ArmResult
 SHOWN: Final = ("held_out/reverse_kl", "held_out/forward_kl", "held_out/top1_agreement")
 OF_BENCHMARKS: Final = ("avg_at_n",)
 
-_Config = Annotated[Path, typer.Argument(help="A YAML file, as for `eopd train`.")]
 _Grid = Annotated[
     list[str] | None,
     typer.Option(
@@ -45,7 +44,7 @@ _Name = Annotated[
 
 
 def sweep(
-    config: _Config,
+    config: ConfigFile,
     grid: _Grid = None,
     seeds: _Seeds = None,
     overrides: _Overrides = None,

@@ -42,22 +42,19 @@ def serve(
     chosen = _choose(run.teachers, name)
     token = token_for(api_key_env, host)
     from eopd.hub import model_directory
-    from eopd.preflight import pin_model, require_model, require_served
+    from eopd.preflight import pin_model, require_model, require_served, require_top_k
     from eopd.preflight.environment import require_packages
     from eopd.roles import TeacherDownError
     from eopd.runtime.placement import vllm_env
     from eopd.runtime.process import clean_environment
     from eopd.teacher.served import server
-    from eopd.tokenizer import vocab_size
 
     key, longest = f"teachers.{chosen.name}.model", run.max_teacher_tokens(chosen)
     model = pin_model(key, chosen.model, {}, weights=True)
     chosen, directory = chosen.model_copy(update={"model": model}), model_directory(model)
     require_model(key, directory, num_tokens=longest, tokenizer=False)
     require_served(key, directory)
-    if run.loss.top_k > (size := vocab_size(directory)):
-        wrong = f"loss.top_k: {run.loss.top_k} is larger than the vocabulary of {size} tokens"
-        raise ConfigError(wrong)
+    require_top_k(run.loss.top_k, chosen.model, directory)
 
     require_packages()
     clean_environment(os.environ)

@@ -70,8 +70,8 @@ def model_directory(spec: str, *, weights: bool = False) -> Path:
 
 
 def cached_directory(spec: str, *, weights: bool = False) -> Path | None:
-    """Returns the directory of a model as far as it is on this machine, where at least its
-    ``config.json`` is there, or None. Nobody is asked, and nothing downloaded.
+    """Returns the directory of a model as far as it is on this machine, or None: of a name where the
+    cache has at least its ``config.json``. Nobody is asked, and nothing downloaded.
 
     Args:
         spec: as in ``model_directory``.

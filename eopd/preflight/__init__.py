@@ -4,7 +4,7 @@ options, prompts. Every failure is one ``ConfigError``.
 
 from eopd.preflight.answers import require_answers, require_readable_answers
 from eopd.preflight.inputs import Prepared, prepare
-from eopd.preflight.models import require_model, require_served
+from eopd.preflight.models import require_model, require_served, require_top_k
 from eopd.preflight.offline import check_offline
 from eopd.preflight.pinning import pin_model, pin_parts, pinned
 from eopd.preflight.report import describe, notes
@@ -22,4 +22,5 @@ __all__ = [
     "require_model",
     "require_readable_answers",
     "require_served",
+    "require_top_k",
 ]

@@ -133,6 +133,18 @@ def require_heads(key: str, directory: Path, vllm: Mapping[str, object]) -> None
         raise ConfigError(f"{fault} {shared} key-value heads of {directory}")
 
 
+def require_top_k(top_k: int, model: str, directory: Path) -> None:
+    """Checks that a model, in a directory, has as many tokens as ``loss.top_k`` asks for.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    if top_k > (rows := vocab_size(directory)):
+        raise ConfigError(
+            f"loss.top_k: {top_k} is larger than the vocabulary of {rows} tokens of {model}"
+        )
+
+
 def require_served(key: str, directory: Path) -> None:
     """Checks that the installed vLLM has a teacher's architecture. It is looked up in the source of
     vLLM, since an import takes seconds.

@@ -26,7 +26,13 @@ from eopd.preflight.inputs import (
     require_native_options,
     shared_vocabulary,
 )
-from eopd.preflight.models import require_heads, require_model, require_served, require_student
+from eopd.preflight.models import (
+    require_heads,
+    require_model,
+    require_served,
+    require_student,
+    require_top_k,
+)
 from eopd.preflight.pinning import key_of_benchmark
 from eopd.preflight.report import oddities
 from eopd.preflight.weights import has_weights
@@ -128,7 +134,7 @@ def _check_student(config: Config, student: _Model, directory: Path) -> None:
     )
     require_student(directory, num_tokens=longest, weights=student.weights)
     require_heads("rollout.vllm", directory, config.rollout.vllm)
-    _require_top_k(config, student.spec, directory)
+    require_top_k(config.loss.top_k, student.spec, directory)
 
     if config.student.lora is not None:
         from eopd.learner.lora import check_targets
@@ -156,18 +162,10 @@ def _check_teacher(config: Config, teacher: TeacherConfig, student: _Model, mode
         require_served(model.key, model.directory)
         require_heads(f"teachers.{teacher.name}.vllm", model.directory, teacher.vllm)
 
-    _require_top_k(config, model.spec, model.directory)
+    require_top_k(config.loss.top_k, model.spec, model.directory)
     _require_rows(teacher, student, model)
     if student.directory is not None and student.tokenizer and model.tokenizer:
         shared_vocabulary(config, student.directory, teacher, model.directory)
-
-
-def _require_top_k(config: Config, spec: str, directory: Path) -> None:
-    if config.loss.top_k > (rows := vocab_size(directory)):
-        raise ConfigError(
-            f"loss.top_k: {config.loss.top_k} is larger than the vocabulary of {rows} tokens "
-            f"of {spec}"
-        )
 
 
 def _require_rows(teacher: TeacherConfig, student: _Model, model: _Model) -> None:

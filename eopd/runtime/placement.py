@@ -49,21 +49,13 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleResources:
-    """The number of actors of a role, and what each of them asks for.
-
-    ``env`` is the environment of their processes, to which one is added where they ask for no GPU:
-    they see none.
-    """
+    """The number of actors of a role, and what each of them asks for."""
 
     role: str
     actors: int
     cpus: float
     gpus: float
     env: Mapping[str, str]
-
-    def __post_init__(self) -> None:
-        if not self.gpus:
-            object.__setattr__(self, "env", {**self.env, **NO_GPU})
 
 
 def vllm_env(threads: int) -> dict[str, str]:
@@ -97,27 +89,33 @@ def plan(config: Config) -> tuple[RoleResources, ...]:
 def plan_learner(learner: LearnerConfig) -> RoleResources:
     """Returns what the learner ranks ask for."""
     env = learner_env(learner.threads, gpu=learner.gpus > 0)
-    return RoleResources(
-        role="learner", actors=learner.ranks, cpus=learner.cpus, gpus=learner.gpus, env=env
-    )
+    return _resources("learner", learner.ranks, learner, env)
 
 
 def plan_teacher(teacher: TeacherConfig) -> RoleResources:
     """Returns what a teacher's replicas ask for. A replica of a served teacher is a client."""
-    return RoleResources(
-        role=f"teacher {teacher.name}",
-        actors=teacher.replicas,
-        cpus=teacher.cpus,
-        gpus=teacher.gpus,
-        env=vllm_env(teacher.threads),
-    )
+    env = vllm_env(teacher.threads)
+    return _resources(f"teacher {teacher.name}", teacher.replicas, teacher, env)
 
 
 def plan_rollout(rollout: RolloutConfig) -> RoleResources:
     """Returns what the rollout engines ask for."""
-    env = vllm_env(rollout.threads)
+    return _resources("rollout", rollout.engines, rollout, vllm_env(rollout.threads))
+
+
+def _resources(
+    role: str,
+    actors: int,
+    section: LearnerConfig | TeacherConfig | RolloutConfig,
+    env: Mapping[str, str],
+) -> RoleResources:
+    """Returns what the actors of a section ask for. Those that ask for no GPU see none."""
     return RoleResources(
-        role="rollout", actors=rollout.engines, cpus=rollout.cpus, gpus=rollout.gpus, env=env
+        role=role,
+        actors=actors,
+        cpus=section.cpus,
+        gpus=section.gpus,
+        env=env if section.gpus else {**env, **NO_GPU},
     )
 
 

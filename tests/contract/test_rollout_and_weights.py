@@ -88,17 +88,25 @@ async def test_a_benchmark_samples_from_the_top_and_ends_at_a_text(engine, tiny_
     assert len(cut.policy_versions) == count
 
 
-async def test_weights_move_in_flight_and_every_token_names_its_version(engine):
-    engine, old, new = engine
+async def publish_in_flight(engine, new, prompt, *, temperature):
+    """Publishes new weights while a response is written; returns it, and what the publish says."""
     sender, condemned = Sender(new), []
     channel = channel_of(sender, engine, condemned, probe_every=0)
-    one = fakes.prompt("p", [5, 80, 90, 33])
     long = asyncio.create_task(
-        engine.generate(one, 0, Sampling(temperature=0.7, max_tokens=400, seed=11))
+        engine.generate(prompt, 0, Sampling(temperature=temperature, max_tokens=400, seed=11))
     )
     await asyncio.sleep(0.3)
     stats = await channel.publish(sender.held)
     spanning = (await long).body
+    assert condemned == []
+
+    return spanning, stats
+
+
+async def test_weights_move_in_flight_and_every_token_names_its_version(engine):
+    engine, old, new = engine
+    one = fakes.prompt("p", [5, 80, 90, 33])
+    spanning, stats = await publish_in_flight(engine, new, one, temperature=0.7)
     after = (
         await engine.generate(
             one,
@@ -106,7 +114,6 @@ async def test_weights_move_in_flight_and_every_token_names_its_version(engine):
             Sampling(temperature=0.7, max_tokens=40, seed=12),
         )
     ).body
-    assert condemned == []
     assert stats.num_bytes == sum(p.numel() * 4 for p in new.parameters())
     assert (after.policy_versions == 1).all()
 
@@ -141,19 +148,11 @@ async def test_a_response_may_keep_what_it_has_read_under_old_weights(tiny_model
     old, new = map(load, directories)
     engine = await start(directories[0], keep_kv=True)
     try:
-        sender, condemned = Sender(new), []
-        channel = channel_of(sender, engine, condemned, probe_every=0)
         one = fakes.prompt("p", [5, 80, 90, 33])
-        long = asyncio.create_task(
-            engine.generate(one, 0, Sampling(temperature=1.0, max_tokens=400, seed=11))
-        )
-        await asyncio.sleep(0.3)
-        await channel.publish(sender.held)
-        body = (await long).body
+        body, _ = await publish_in_flight(engine, new, one, temperature=1.0)
     finally:
         await engine.close()
 
-    assert condemned == []
     before = int((body.policy_versions == 0).sum())
     assert 0 < before < len(body.response_ids)
 
