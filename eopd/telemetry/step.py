@@ -6,10 +6,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
+from statistics import quantiles
 from types import TracebackType
 from typing import Final
-
-import numpy as np
 
 from eopd.config import Config
 from eopd.config.loss import HardGate, SigmoidGate
@@ -21,7 +20,7 @@ STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")
 # What the learner does, one after the other: each moment of a step is of one of them.
 PARTS: Final = ("wait_rollout", "wait_teacher", "train", "weights")
 MOST_SOURCES: Final = 16  # each is a series of its own
-TAILS: Final = (0.5, 0.95, 0.99)
+TAILS: Final = (50, 95, 99)  # percent
 
 
 class BusyClock:
@@ -111,9 +110,9 @@ def _tails(name: str, values: Sequence[float]) -> dict[str, float]:
     if not values:
         return {}
 
-    found = np.quantile(values, TAILS)
-    levels = zip(TAILS, found, strict=True)
-    return {series(name, q=str(level)): float(value) for level, value in levels}
+    pairs = [*values, *values] if len(values) == 1 else values  # one value has no quantiles
+    percentiles = quantiles(pairs, n=100, method="inclusive")
+    return {series(name, q=str(level / 100)): percentiles[level - 1] for level in TAILS}
 
 
 def _sources(headers: Sequence[Header]) -> dict[str, float]:
