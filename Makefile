@@ -73,7 +73,7 @@ bench-peers: setup ## a step of ours beside one of TRL's trainers, which it inst
 	$(BIN)/eopd models demo
 	$(BIN)/python tests/bench/bench_peers.py --trl $(PEERS)
 
-gpu: setup ## what only a GPU shows: the loss, attention and a learner's step, right and how fast
+gpu: setup ## what only a GPU shows: the loss, attention, a learner's step and a whole run, right and how fast
 	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available() and 'torch sees no GPU here; make setup LOCK=cluster/requirements-gpu.lock installs the one for GPUs')"
 	$(PYTEST) tests/gpu --confcutdir=tests/gpu
 	$(BIN)/python tests/bench/bench_loss.py --device cuda --hidden 1024 --dtype bfloat16 --chunk-tokens 2048

@@ -1,4 +1,9 @@
-"""What vLLM's engines have in common, those of rollouts and of teachers. Loads no vLLM."""
+"""What vLLM's engines have in common, those of rollouts and of teachers. Loads no vLLM.
+
+On a GPU vLLM 0.32.0 runs its second model runner (``v1/worker/gpu/``), on a CPU, where there is no
+Triton, its first (``VllmConfig.use_v2_model_runner``). What this project touches is the same in both:
+the pooler, the logits layer, the calls of a worker.
+"""
 
 from collections.abc import Mapping
 

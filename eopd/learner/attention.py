@@ -86,7 +86,7 @@ def try_varlen(model: PreTrainedModel, hidden_states: Callable[[], Tensor]) -> N
         found = hidden_states().float()
         is_same = bool((found - expected).norm() <= _TOLERANCE * expected.norm())
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        _log.info("%s cannot be given variable-length attention: %s", type(model).__name__, error)
+        _log.warning("variable-length attention of %s failed: %r", type(model).__name__, error)
         is_same = False
 
     if not is_same:

@@ -57,9 +57,9 @@ class Program:
             start_new_session=True,
         )
 
-    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    def run(self, *arguments: str, timeout_s: float = 400) -> "subprocess.CompletedProcess[str]":
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=timeout_s)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def train(self, name: str, *overrides: str, config: str = "configs/tiny.yaml") -> list[str]:
