@@ -30,6 +30,7 @@ from eopd.run.place import LOCK
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 _TRIES: Final = 5  # a process that only looks at a lock holds it for a moment
 _PAUSE_S: Final = 0.2
+_SEEN_S: Final = 60.0  # NFS keeps for so long what it knows of a directory (acdirmax)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +124,30 @@ def holder_in(content: bytes) -> Holder | None:
         return TypeAdapter(Holder).validate_json(content)
     except ValueError:
         return None
+
+
+def require_same(directory: Path, expected: Holder) -> None:
+    """Checks, on any machine, that a run directory is the one that the driver holds.
+
+    A shared file system may show a new file late, so that this looks for ``_SEEN_S`` seconds.
+
+    Args:
+        directory: the run directory, as this machine sees it.
+        expected: the driver, as its lock names it.
+
+    Raises:
+        ConfigError: the lock is not there, or names another process.
+    """
+    until = time.monotonic() + _SEEN_S
+    while last_holder(directory) != expected:
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"run.directory: {directory} is not the same directory on {socket.gethostname()}, "
+                f"where a learner rank writes its part of every checkpoint, as on {expected.host}, "
+                "where the driver runs. Give an absolute path on a disk that every node mounts"
+            )
+
+        time.sleep(_PAUSE_S)
 
 
 def _take(path: Path, key: str) -> tuple[int, list[str]]:

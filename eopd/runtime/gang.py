@@ -10,8 +10,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-from eopd.config import Config
+from eopd.config import Config, ConfigError
 from eopd.roles import BodiesLostError, LearnerDownError
+from eopd.run.lock import holder
 from eopd.runtime.actors import Spawn, dies_as
 from eopd.runtime.learner_actor import LearnerActor
 from eopd.runtime.placement import plan_learner
@@ -54,6 +55,8 @@ class LearnerGang:
         Raises:
             LearnerDownError: one of them died, or they are not up within
                 ``cluster.start_timeout_s``.
+            ConfigError: a rank found the user's mistake, such as a run directory that is another
+                one on its node.
         """
         for actor in self._actors:
             ray.kill(actor)  # so that a call that still holds the gang fails at once
@@ -66,6 +69,7 @@ class LearnerGang:
             LearnerActor, plan_learner(self._config.learner), range(self._config.learner.ranks)
         )
         limit_s = self._config.cluster.start_timeout_s
+        driver = holder(self._config.run.path)  # None where nothing is written, as in a profile
 
         try:
             async with asyncio.timeout(limit_s):
@@ -74,7 +78,7 @@ class LearnerGang:
 
                 await self._all(
                     [
-                        actor.start.remote(self._config, rank, address, port, incarnation)
+                        actor.start.remote(self._config, rank, address, port, incarnation, driver)
                         for rank, actor in enumerate(self._actors)
                     ]
                 )
@@ -178,8 +182,11 @@ class LearnerGang:
             if isinstance(error.cause, RunFailedError):  # what the ranks found together
                 raise RunFailedError(str(error.cause)) from error
 
-            # a disk that a rank cannot write to is nobody's death
-            if isinstance(error, OSError) or (rank := await self._dead_rank()) is None:
+            # a disk that a rank cannot write to is nobody's death, nor is a user's mistake
+            if (
+                isinstance(error, OSError | ConfigError)
+                or (rank := await self._dead_rank()) is None
+            ):
                 raise
 
             raise LearnerDownError(f"rank {rank} died") from error

@@ -18,6 +18,7 @@ from eopd.config import Config
 from eopd.hub import model_directory
 from eopd.metrics import reduce
 from eopd.run.directory import RunDirectory
+from eopd.run.lock import Holder, require_same
 from eopd.runtime.actors import Actor
 from eopd.types import (
     EvalStats,
@@ -49,7 +50,18 @@ class LearnerActor(Actor):
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, config: Config, rank: int, address: str, port: int, incarnation: int) -> None:  # noqa: D102
+    def start(  # noqa: D102
+        self,
+        config: Config,
+        rank: int,
+        address: str,
+        port: int,
+        incarnation: int,
+        driver: Holder | None,
+    ) -> None:
+        if driver is not None:
+            require_same(config.run.path, driver)
+
         from eopd.learner.deepspeed_backend import DeepspeedBackend
         from eopd.learner.flops import Cost
         from eopd.learner.learner import LearnerRank

@@ -15,7 +15,7 @@ import pytest
 
 from eopd.config import ConfigError
 from eopd.run import lock
-from eopd.run.lock import held, holder, last_holder
+from eopd.run.lock import held, holder, last_holder, require_same
 
 HOLD = (
     "import pathlib, sys, time\n"
@@ -157,3 +157,31 @@ def test_a_lock_that_names_no_process_is_held_by_nobody_known(directory, since):
     assert last_holder(directory) is None
     with held(directory) as notes:
         assert notes == []
+
+
+def test_the_directory_that_the_driver_holds_is_known_on_every_node(directory):
+    with held(directory):
+        require_same(directory, holder(directory))
+
+
+def test_a_lock_that_is_seen_late_is_waited_for(directory, monkeypatch):
+    with held(directory):
+        driver = holder(directory)
+        (directory / "run.lock").rename(directory / "hidden")
+        show = iter([lambda: None, lambda: (directory / "hidden").rename(directory / "run.lock")])
+        monkeypatch.setattr(lock.time, "sleep", lambda seconds: next(show)())
+        require_same(directory, driver)
+
+
+@pytest.mark.parametrize("there", [None, {"host": "other", "pid": 7, "since": 5.0}])
+def test_another_directory_of_that_name_is_the_users_mistake(directory, there, monkeypatch):
+    monkeypatch.setattr(lock, "_SEEN_S", 0.0)
+    monkeypatch.setattr(lock.socket, "gethostname", lambda: "node-7")
+    if there is not None:
+        (directory / "run.lock").write_text(json.dumps(there))
+
+    driver = lock.Holder(host="head", pid=7, since=5.0)
+    with pytest.raises(
+        ConfigError, match=r"run\.directory: .* on node-7, .* on head, .* every node"
+    ):
+        require_same(directory, driver)
