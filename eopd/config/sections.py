@@ -421,6 +421,12 @@ class ClusterConfig(Section):
     cpus: float | None = Field(None, gt=0.0, le=100_000.0)
     """The CPUs of the Ray that the run starts. ``null`` takes those of the machine."""
 
+    wait_s: float = Field(0.0, ge=0.0, le=1e7)
+    """The seconds to wait, before anything is started, for room in a cluster that is joined: until
+    an autoscaler has added machines, or others have ended. With zero, what does not fit is an error
+    at once.
+    """
+
     start_timeout_s: Seconds = 600.0
     """The seconds in which every worker must be up. Raise it where models are loaded from slow
     disks.

@@ -17,7 +17,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -136,10 +136,19 @@ def require_same(directory: Path, expected: Holder) -> None:
         expected: the driver, as its lock names it.
 
     Raises:
-        ConfigError: the lock is not there, or names another process.
+        ConfigError: the lock is not there, or names another process. Where it names none, its holder
+            has left meanwhile.
     """
+
+    def is_here() -> bool:
+        with suppress(OSError):
+            content = (directory / LOCK).read_bytes()
+            return not content or holder_in(content) == expected
+
+        return False
+
     until = time.monotonic() + _SEEN_S
-    while last_holder(directory) != expected:
+    while not is_here():
         if time.monotonic() > until:
             raise ConfigError(
                 f"run.directory: {directory} is not the same directory on {socket.gethostname()}, "

@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ import ray
 from ray._private.authentication import authentication_token_setup
 from ray._private.state import available_resources_per_node
 from ray.exceptions import AuthenticationError
+from ray.util import placement_group, remove_placement_group
 
 from eopd.config import ClusterConfig, ConfigError
 from eopd.preflight.environment import LOCAL, cluster_address, require_local_ray, split_address
@@ -71,12 +72,35 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def require_room(roles: Sequence[RoleResources]) -> None:
+def require_room(
+    roles: Sequence[RoleResources],
+    wait_s: float = 0.0,
+    say: Callable[[str], None] = logs.logger.info,
+) -> None:
     """Compares what the roles ask for with what is free in the cluster.
 
+    Args:
+        roles: what is to be started.
+        wait_s: how long to wait for room, if there is none now.
+        say: is told what is waited for.
+
     Raises:
-        ConfigError: there is no room for all of them, also after ``SETTLE_S``.
+        ConfigError: there is no room for all of them, also after ``wait_s`` and ``SETTLE_S``.
     """
+    try:
+        return _settle(roles)
+    except ConfigError as error:
+        if not wait_s:
+            raise
+
+        say(f"waiting for room, for up to {wait_s:g} s (cluster.wait_s): {error}")
+
+    _wait_for_room(roles, wait_s)
+    _settle(roles)
+
+
+def _settle(roles: Sequence[RoleResources]) -> None:
+    """Raises ConfigError where there is no room, or none within ``SETTLE_S``."""
     idle = [replace(node, free=node.total) for node in nodes()]
     require_capacity(roles, idle)
     until = time.monotonic() + SETTLE_S
@@ -89,6 +113,19 @@ def require_room(roles: Sequence[RoleResources]) -> None:
                 raise
 
         time.sleep(0.25)
+
+
+def _wait_for_room(roles: Sequence[RoleResources], wait_s: float) -> None:
+    """Waits until Ray could start everybody at the same time: for that long a placement group of all
+    actors is asked for, which an autoscaler takes as demand. It is given back at once.
+    """
+    actors = ({"CPU": role.cpus, "GPU": role.gpus} for role in roles for _ in range(role.actors))
+    bundles = [{name: number for name, number in actor.items() if number} for actor in actors]
+    group = placement_group([bundle for bundle in bundles if bundle])
+    try:
+        group.wait(wait_s)
+    finally:
+        remove_placement_group(group)
 
 
 def joined_address() -> str:

@@ -106,7 +106,7 @@ def train(
         with ignored_by_children():
             stack.enter_context(cluster.connect(config.cluster))
 
-        cluster.require_room(plan(config))
+        cluster.require_room(plan(config), config.cluster.wait_s, say)
         taken_up = replace(taken_up, machines=cluster.machines())
         taken_up.begin()
         uploads.start()

@@ -161,7 +161,10 @@ def test_a_lock_that_names_no_process_is_held_by_nobody_known(directory, since):
 
 def test_the_directory_that_the_driver_holds_is_known_on_every_node(directory):
     with held(directory):
-        require_same(directory, holder(directory))
+        driver = holder(directory)
+        require_same(directory, driver)
+
+    require_same(directory, driver)  # it has left, and the directory is still that one
 
 
 def test_a_lock_that_is_seen_late_is_waited_for(directory, monkeypatch):

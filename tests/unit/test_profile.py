@@ -457,7 +457,7 @@ def test_a_profile_writes_nowhere_else(eopd, whole, monkeypatch, folders, tmp_pa
 
     monkeypatch.setattr(module, "_profile", measured)
     monkeypatch.setattr(cluster, "connect", connect)
-    monkeypatch.setattr(cluster, "require_room", lambda roles: None)
+    monkeypatch.setattr(cluster, "require_room", lambda *asked: None)
     uploads = ["--set", f"run.upload=file://{tmp_path}/away", "--set", "telemetry.port=9400"]
     trackers = ["--set", "telemetry.trackers=[tensorboard]"]
     done = eopd("profile", whole, *uploads, *trackers, "--steps", "20", "--json")
