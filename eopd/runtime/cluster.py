@@ -26,7 +26,14 @@ from eopd.config import ClusterConfig, ConfigError
 from eopd.preflight.environment import LOCAL, cluster_address, require_local_ray, split_address
 from eopd.run.record import Row
 from eopd.runtime import logs
-from eopd.runtime.placement import Capacity, Node, RoleResources, require_capacity
+from eopd.runtime.placement import (
+    Capacity,
+    Node,
+    Places,
+    RoleResources,
+    choose_nodes,
+    require_capacity,
+)
 from eopd.runtime.process import takes_files
 
 REACH_S: Final = 5.0  # a cluster that runs answers at once
@@ -128,6 +135,17 @@ def _wait_for_room(roles: Sequence[RoleResources], wait_s: float) -> None:
         remove_placement_group(group)
 
 
+def find_places(roles: Sequence[RoleResources]) -> Places:
+    """Returns where the actors are to be started, in a cluster of several machines. None have a place
+    where somebody has taken room since ``require_room``: then Ray looks for them, or waits.
+    """
+    here = nodes()
+    try:
+        return choose_nodes(roles, here) if len(here) > 1 else {}
+    except ConfigError:
+        return {}
+
+
 def joined_address() -> str:
     """Returns the ``HOST:PORT`` of the cluster that this process has joined or started."""
     return str(ray.get_runtime_context().gcs_address)
@@ -149,7 +167,11 @@ def nodes() -> list[Node]:
     """Returns the machines of the cluster; one that has not reported yet has nothing free."""
     free = available_resources_per_node()
     return [
-        Node(total=_capacity(node["Resources"]), free=_capacity(free.get(node["NodeID"], {})))
+        Node(
+            total=_capacity(node["Resources"]),
+            free=_capacity(free.get(node["NodeID"], {})),
+            id=node["NodeID"],
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]

@@ -29,6 +29,9 @@ COMMON_ENV: Mapping[str, str] = {
 # and take one that Ray has given to another.
 NO_GPU: Mapping[str, str] = {"CUDA_VISIBLE_DEVICES": ""}
 ROUNDING = 1e-6  # the error of sums of fractions
+LEARNER = "learner"
+
+Places = dict[tuple[str, int], str]  # the ids of the nodes of actors, by role and number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +44,11 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A node is a machine of the cluster: what it has in total, and what is free now."""
+    """A node is a machine of the cluster: what it has in total, what is free now, and Ray's id of it."""
 
     total: Capacity
     free: Capacity
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,7 @@ def plan(config: Config) -> tuple[RoleResources, ...]:
 def plan_learner(learner: LearnerConfig) -> RoleResources:
     """Returns what the learner ranks ask for."""
     env = learner_env(learner.threads, gpu=learner.gpus > 0)
-    return _resources("learner", learner.ranks, learner, env)
+    return _resources(LEARNER, learner.ranks, learner, env)
 
 
 def plan_teacher(teacher: TeacherConfig) -> RoleResources:
@@ -146,7 +150,7 @@ def require_capacity(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> N
             if number > max(free) + ROUNDING:
                 raise ConfigError(f"{request}; no node has more than {max(free):g} free")
 
-    _require_places(roles, nodes)
+    choose_nodes(roles, nodes)
 
 
 def room_here(config: Config, *, cpus: float, gpus: float) -> str | None:
@@ -184,30 +188,52 @@ def _require_sum(roles: Sequence[RoleResources], resource: str, total: float, fr
         )
 
 
-def _require_places(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> None:
-    """Gives every actor, the largest first, the first node that has room for it.
+def choose_nodes(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> Places:
+    """Gives every actor a node that has room for it.
+
+    Ray gives one actor after the other the node that suits it best, so that a large engine may find
+    no node any more, and learner ranks lie apart. Here the learner's ranks come first, on as few
+    nodes as can be, and then the largest actors; or all of them by size, where only that works.
 
     Raises:
         ConfigError: a node is missing for one of them.
     """
-    remaining = [node.free for node in nodes]
-    for role in sorted(roles, key=lambda role: (role.gpus, role.cpus), reverse=True):
-        for _ in range(role.actors):
-            fits = (index for index, free in enumerate(remaining) if _fits(role, free))
-            if (index := next(fits, None)) is None:
-                free = ", ".join(
-                    f"{node.free.cpus:g} cpus and {node.free.gpus:g} gpus" for node in nodes
-                )
-                raise ConfigError(
-                    f"{_key(role)}: {role.actors} x {role.cpus:g} cpus and {role.gpus:g} "
-                    "gpus find no room beside the other roles; free on single nodes are "
-                    f"{free}"
-                )
+    by_size = sorted(roles, key=lambda role: (role.gpus, role.cpus), reverse=True)
+    try:
+        return _fill(sorted(by_size, key=lambda role: role.role != LEARNER), nodes)
+    except ConfigError:
+        return _fill(by_size, nodes)
 
-            free_before = remaining[index]
-            remaining[index] = Capacity(
-                cpus=free_before.cpus - role.cpus, gpus=free_before.gpus - role.gpus
+
+def _fill(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> Places:
+    """Gives the actors of one role after the other the first node that has room."""
+    remaining = [node.free for node in nodes]
+    places: Places = {}
+    for role in roles:
+        order = list(range(len(nodes)))
+        if role.role == LEARNER:
+            order.sort(
+                key=lambda index: (remaining[index].gpus, remaining[index].cpus), reverse=True
             )
+
+        for number in range(role.actors):
+            index = next((index for index in order if _fits(role, remaining[index])), None)
+            if index is None:
+                raise ConfigError(_no_place(role, nodes))
+
+            free = remaining[index]
+            remaining[index] = Capacity(cpus=free.cpus - role.cpus, gpus=free.gpus - role.gpus)
+            places[role.role, number] = nodes[index].id
+
+    return places
+
+
+def _no_place(role: RoleResources, nodes: Sequence[Node]) -> str:
+    free = ", ".join(f"{node.free.cpus:g} cpus and {node.free.gpus:g} gpus" for node in nodes)
+    return (
+        f"{_key(role)}: {role.actors} x {role.cpus:g} cpus and {role.gpus:g} gpus find no room "
+        f"beside the other roles; free on single nodes are {free}"
+    )
 
 
 def _fits(role: RoleResources, free: Capacity) -> bool:

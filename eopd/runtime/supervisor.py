@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
 from eopd.fleet import Fleet, one_by_one
@@ -17,11 +18,11 @@ from eopd.rollout.pool import EnginePool
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import first_line
 from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, end_actor
-from eopd.runtime.cluster import log_directory
+from eopd.runtime.cluster import find_places, log_directory
 from eopd.runtime.engines import engine_fleet, engine_process, open_channel
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
-from eopd.runtime.placement import RoleResources, plan_rollout, shares_gpus
+from eopd.runtime.placement import Places, RoleResources, plan, plan_rollout, shares_gpus
 from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.teachers import route, teacher_fleets
 from eopd.teacher.pool import TeacherRouter
@@ -59,7 +60,7 @@ async def start_workers(
     ``gpu_worker.py``).
     """
     restarts = RestartBudget(config.cluster.max_restarts, config.cluster.restart_window_s)
-    async with _actors() as spawn:
+    async with _actors(find_places(plan(config))) as spawn:
         gang = LearnerGang(spawn, config)
         engines = engine_fleet(spawn, config, restarts.count_loss, say)
         teachers = teacher_fleets(spawn, config, restarts.count_loss, say)
@@ -179,9 +180,10 @@ def _hear(task: asyncio.Future[object]) -> None:
 
 
 @asynccontextmanager
-async def _actors() -> AsyncIterator[Spawn]:
+async def _actors(places: Places | None = None) -> AsyncIterator[Spawn]:
     """A function that spawns actors; on the way out all of them are closed and killed, whatever
-    happened.
+    happened. The first one of a role and number starts on its node in ``places``, those that replace
+    it wherever there is room.
 
     Where some did not come up, or nobody waits any more, they are killed at once: what still starts
     does not listen.
@@ -191,15 +193,20 @@ async def _actors() -> AsyncIterator[Spawn]:
     def spawn(
         role: type, resources: RoleResources, numbers: Iterable[int], **options: object
     ) -> list[ActorHandle]:
-        remote = ray.remote(role).options(
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            runtime_env={"env_vars": dict(resources.env)},
-            **options,
-        )
-        actors = [
-            remote.remote(f"{resources.role.replace(' ', '-')}-{number}") for number in numbers
-        ]
+        def make(number: int) -> ActorHandle:
+            node = places.pop((resources.role, number), None) if places else None
+            remote = ray.remote(role).options(
+                num_cpus=resources.cpus,
+                num_gpus=resources.gpus,
+                runtime_env={"env_vars": dict(resources.env)},
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)
+                if node
+                else None,
+                **options,
+            )
+            return remote.remote(f"{resources.role.replace(' ', '-')}-{number}")
+
+        actors = [make(number) for number in numbers]
         spawned.extend(actors)
 
         return actors

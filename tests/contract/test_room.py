@@ -1,14 +1,16 @@
-"""A run waits for room in a real cluster: until others have ended."""
+"""A real cluster: a run waits for room until others have ended, and its actors get their nodes."""
 
+import asyncio
 import sys
 import threading
 
 import pytest
 import ray
 from ray import cloudpickle
+from ray.cluster_utils import Cluster
 
 from eopd.config import ConfigError
-from eopd.runtime import cluster
+from eopd.runtime import cluster, supervisor
 from eopd.runtime.placement import RoleResources
 
 # workers do not find the tests' modules
@@ -22,7 +24,13 @@ ROLES = [
 
 
 class Other:
-    def ping(self):
+    def __init__(self, name=""):
+        pass
+
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+
+    def close(self):
         pass
 
 
@@ -33,7 +41,7 @@ def other(monkeypatch):
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         actor = ray.remote(num_cpus=1)(Other).remote()
-        ray.get(actor.ping.remote())
+        ray.get(actor.node.remote())
         yield actor
     finally:
         ray.shutdown()
@@ -53,3 +61,32 @@ def test_room_that_others_give_back_is_waited_for_and_stays_free(other):
         f"waiting for room, for up to {seconds}" for seconds in (1, 60)
     ]
     cluster.require_room(ROLES)
+
+
+@pytest.fixture
+def two_nodes():
+    """A head of one CPU, and a node of three; the id of the latter."""
+    nodes = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    try:
+        large = nodes.add_node(num_cpus=3)
+        ray.init(address=nodes.address, log_to_driver=False)
+        yield large.node_id
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+@pytest.mark.timeout(120)
+async def test_actors_start_on_their_nodes_and_are_replaced_wherever_there_is_room(two_nodes):
+    learner = RoleResources(role="learner", actors=2, cpus=1.0, gpus=0.0, env={})
+    engine = RoleResources(role="rollout", actors=1, cpus=1.0, gpus=0.0, env={})
+    async with supervisor._actors(cluster.find_places([engine, learner])) as spawn:
+        ranks = spawn(Other, learner, range(2))
+        assert await asyncio.gather(*(rank.node.remote() for rank in ranks)) == [two_nodes] * 2
+        (first,) = spawn(Other, engine, [0])
+        assert await first.node.remote() != two_nodes
+
+        (waiting,) = spawn(Other, engine, [0])
+        assert await waiting.node.remote() == two_nodes

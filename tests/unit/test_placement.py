@@ -1,5 +1,7 @@
 """Config to resources: what roles ask for is compared with what there is, and with what is free."""
 
+from dataclasses import replace
+
 import pytest
 from fakes import write_config
 
@@ -8,6 +10,7 @@ from eopd.runtime.placement import (
     Capacity,
     Node,
     RoleResources,
+    choose_nodes,
     learner_env,
     plan,
     require_capacity,
@@ -118,6 +121,47 @@ def test_asking_for_too_much_says_what_there_is_and_what_is_free(roles, nodes, m
         require_capacity(roles, nodes)
 
     assert str(caught.value) == message
+
+
+def machines(*gpus):
+    """Nodes a, b, ... with so many free GPUs."""
+    here = [node(64, free_gpus) for free_gpus in gpus]
+    return [replace(one, id=name) for one, name in zip(here, "abcd", strict=False)]
+
+
+LEARNER, ENGINE = role("learner", 4, 1.0, gpus=1.0), role("rollout", 2, 1.0, gpus=1.0)
+
+
+@pytest.mark.parametrize(
+    ("roles", "gpus", "expected"),
+    [
+        # the ranks lie together, also where the first node has room for some of them
+        ([ENGINE, LEARNER], (2, 4), {"learner": "bbbb", "rollout": "aa"}),
+        # on as few nodes as there are, and rank by rank
+        ([LEARNER, ENGINE], (1, 3, 2), {"learner": "bbbc", "rollout": "ac"}),
+        # an engine of four GPUs needs the only node that has them
+        (
+            [LEARNER, role("rollout", 1, 1.0, gpus=4.0)],
+            (2, 4, 2),
+            {"learner": "aacc", "rollout": "b"},
+        ),
+        # the largest first: else the smaller ones would take its node
+        (
+            [role("rollout", 2, 1.0, gpus=1.0), role("teacher a", 1, 1.0, gpus=2.0)],
+            (2, 2),
+            {"teacher a": "a", "rollout": "bb"},
+        ),
+    ],
+)
+def test_the_learner_lies_together_and_nobody_takes_the_place_of_a_larger_one(
+    roles, gpus, expected
+):
+    places = choose_nodes(roles, machines(*gpus))
+    assert places == {
+        (name, number): place
+        for name, letters in expected.items()
+        for number, place in enumerate(letters)
+    }
 
 
 def test_threads_are_explicit():
