@@ -29,10 +29,11 @@ COMMON_ENV: Mapping[str, str] = {
 # and take one that Ray has given to another.
 NO_GPU: Mapping[str, str] = {"CUDA_VISIBLE_DEVICES": ""}
 
-# An eager engine compiles nothing. vLLM 0.32.0 would compile what gives a sampled token its rank
-# also under ``enforce_eager``: the engine stands still for 5 s, twice, and the kernel that it gets
-# on a CPU takes 9 ms where torch takes 1 (16 rows of 49,152).
-EAGER: Mapping[str, str] = {"TORCH_COMPILE_DISABLE": "1"}
+# Compiles nothing. vLLM 0.32.0 would compile what gives a sampled token its rank also in an eager
+# engine, which stands still for 5 s, twice, and the kernel that it gets on a CPU takes 9 ms where
+# torch takes 1 (16 rows of 49,152). DeepSpeed 0.19.8 imports an optimiser that nobody asked for, whose
+# decorator loads the compiler: a second of each rank's start.
+EAGER: Mapping[str, str] = {"TORCHDYNAMO_DISABLE": "1"}
 ROUNDING = 1e-6  # the error of sums of fractions
 
 
@@ -79,7 +80,7 @@ def vllm_env(threads: int) -> dict[str, str]:
 def learner_env(threads: int, *, gpu: bool) -> dict[str, str]:
     """Returns the environment of a learner rank."""
     env = dict(COMMON_ENV) | {"OMP_NUM_THREADS": str(threads), "LOCAL_RANK": "0"}
-    return env if gpu else env | {"DS_ACCELERATOR": "cpu"}
+    return env if gpu else env | {"DS_ACCELERATOR": "cpu"} | EAGER
 
 
 def plan(config: Config) -> tuple[RoleResources, ...]:
