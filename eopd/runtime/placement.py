@@ -80,7 +80,7 @@ def vllm_env(threads: int) -> dict[str, str]:
 def learner_env(threads: int, *, gpu: bool) -> dict[str, str]:
     """Returns the environment of a learner rank."""
     env = dict(COMMON_ENV) | {"OMP_NUM_THREADS": str(threads), "LOCAL_RANK": "0"}
-    return env if gpu else env | {"DS_ACCELERATOR": "cpu"} | EAGER
+    return env if gpu else env | {"DS_ACCELERATOR": "cpu", **EAGER}
 
 
 def plan(config: Config) -> tuple[RoleResources, ...]:
