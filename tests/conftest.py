@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from eopd.runtime.placement import vllm_env
+from eopd.runtime.placement import EAGER, vllm_env
 
-os.environ.update(vllm_env(threads=1))
+os.environ.update(vllm_env(threads=1) | EAGER)
 os.environ["DS_ACCELERATOR"] = "cpu"
 settings.register_profile("eopd", deadline=None)  # an example may take long on a busy machine
 settings.load_profile("eopd")

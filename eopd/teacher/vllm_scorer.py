@@ -184,7 +184,7 @@ class VllmTeacherScorer(SignalScorer):
 
     async def close(self) -> None:
         """Stops the engine's processes."""
-        self._llm.shutdown()
+        self._llm.shutdown(timeout=0)  # else it waits 5 s for garbage to be collected
 
 
 def engine_options(

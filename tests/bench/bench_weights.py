@@ -29,7 +29,7 @@ from vllm.sampling_params import RequestOutputKind
 from eopd.config import RolloutConfig, StudentConfig
 from eopd.learner.lora import whole_tensors
 from eopd.rollout.vllm_engine import VllmRolloutEngine
-from eopd.runtime.placement import vllm_env
+from eopd.runtime.placement import EAGER, vllm_env
 from eopd.types import PolicyVersion
 from eopd.weights.layout import DIGEST_BYTES, bucket_num_bytes, pack, write_digest
 from eopd.weights.source import ModelSource
@@ -227,7 +227,7 @@ def main() -> None:
     if not STUDENT.is_dir():
         sys.exit(f"{STUDENT} is missing; make it with: eopd models demo")
 
-    os.environ.update(vllm_env(options.threads))
+    os.environ.update(vllm_env(options.threads) | EAGER)
     torch.set_num_threads(1)
     seconds, num_bytes = asyncio.run(measure(options.rounds, options.backend))
     say = sys.stdout.write

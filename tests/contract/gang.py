@@ -2,6 +2,7 @@
 of one process per rank.
 """
 
+import gc
 import importlib
 import json
 import math
@@ -188,6 +189,7 @@ def _be_rank(log: Path, program: str, *arguments: Any) -> NoReturn:
         os.dup2(output, stream)
 
     code = 1
+    gc.freeze()  # what was imported stays: DeepSpeed's collections need not look at it
 
     try:
         importlib.import_module(Path(program).stem).run_rank(*arguments)

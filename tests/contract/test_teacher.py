@@ -335,7 +335,7 @@ async def test_an_engine_of_another_temperature_does_not_start(tiny_model, tmp_p
         await VllmTeacherScorer.start(config, top_k=8, max_sequence_tokens=MAX_TOKENS)
 
     for process in set(multiprocessing.active_children()) - before:
-        # vLLM kills, without waiting, what has not ended five seconds after it was asked to
+        # vLLM kills, without waiting, what has not ended when it is asked to
         process.join(timeout=30)
         assert process.exitcode is not None
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from eopd.runtime.placement import EAGER
+
 ROOT = Path(__file__).parents[2]
 STEP_S = 300
 
@@ -31,9 +33,9 @@ class Program:
 
     def environment(self) -> dict[str, str]:
         """A user's environment, marked."""
-        return {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "RAY_"))} | {
-            self.mark: "1"
-        }
+        return {
+            k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "RAY_", *EAGER))
+        } | {self.mark: "1"}
 
     def start(self, *arguments: str, log: Path | None = None) -> "subprocess.Popen[str]":
         """``log`` takes the output of a long run: a pipe that nobody reads fills, and then

@@ -24,11 +24,11 @@ LIMIT_S = 900
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S + 60)]
 
 
-def arguments(program, seeds):
+def arguments(program, seeds, parallel):
     """``eopd sweep`` of the tiny config."""
     _, config, *settings = program.train("swept", *SMALL)
     grid = ["--grid", "loss.gate=hard,never", "--seeds", seeds, "--name", "swept"]
-    return ["sweep", config, *settings, *grid, "--parallel", "2"]
+    return ["sweep", config, *settings, *grid, "--parallel", parallel]
 
 
 def ended(process, log):
@@ -42,7 +42,7 @@ def swept(program):
     seed.
     """
     log = program.runs.parent / "swept.log"
-    process = program.start(*arguments(program, "0"), log=log)
+    process = program.start(*arguments(program, "0", "2"), log=log)
     killed = program.runs / "swept" / "gate-hard-seed-0"
     while not read_rows(killed / "metrics.jsonl"):
         assert process.poll() is None, log.read_text()[-3000:]
@@ -53,7 +53,7 @@ def swept(program):
     first = ended(process, log)
 
     log = program.runs.parent / "swept-again.log"
-    second = ended(program.start(*arguments(program, "0..1"), log=log), log)
+    second = ended(program.start(*arguments(program, "0..1", "3"), log=log), log)
     return program.runs / "swept", first, second
 
 

@@ -18,6 +18,7 @@ import torch
 from program import ROOT, Run, lost
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eopd.runtime.placement import EAGER
 from eopd.telemetry.series import series
 
 
@@ -72,7 +73,7 @@ class Server:
             self._process = subprocess.Popen(
                 self._command,
                 cwd=ROOT,
-                env=self._program.environment(),
+                env=self._program.environment() | EAGER,
                 stdout=log,
                 stderr=log,
             )

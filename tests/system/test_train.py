@@ -239,6 +239,7 @@ def test_a_failure_leaves_no_process_and_says_failed(program):
         "broken",
         "teachers.0.vllm={kv_cache_memory_bytes: 1}",
         "rollout.engines=1",
+        "learner.ranks=1",
     )
     done = program.run(*command)
     assert done.returncode == 1
@@ -254,13 +255,12 @@ def test_a_failure_leaves_no_process_and_says_failed(program):
 
 
 @pytest.mark.slow
-def test_a_processor_without_bfloat16_trains_in_float32(program, monkeypatch, tmp_path):
-    # its keys know nothing of ATEN_CPU_CAPABILITY
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_a_processor_without_bfloat16_trains_in_float32(program, monkeypatch):
     for name, value in AVX2_ALONE.items():
         monkeypatch.setenv(name, value)
 
     settings = (
+        "run.batches=15",
         "student.dtype=auto",
         "teachers.0.dtype=auto",
         "rollout.engines=1",

@@ -191,3 +191,21 @@ def test_who_asks_for_no_gpu_sees_none(tmp_path):
 )
 def test_a_gpu_is_shared_where_a_role_asks_for_a_part_of_it(tmp_path, overrides, expected):
     assert shares_gpus(load_config(write_config(tmp_path), overrides)) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "compiles"),
+    [
+        ([], False),
+        (["rollout.vllm.enforce_eager=false"], True),
+        (["rollout.gpus=1"], True),
+    ],
+)
+def test_an_engine_on_cpus_compiles_nothing_unless_it_is_told_to(tmp_path, overrides, compiles):
+    _, rollout, _ = plan(load_config(write_config(tmp_path), overrides))
+    assert ("TORCHDYNAMO_DISABLE" not in rollout.env) == compiles
+
+
+def test_a_learner_compiles_its_kernels_on_gpus_only():
+    assert "TORCHDYNAMO_DISABLE" in learner_env(1, gpu=False)
+    assert "TORCHDYNAMO_DISABLE" not in learner_env(1, gpu=True)
