@@ -5,7 +5,9 @@ Triton, its first (``VllmConfig.use_v2_model_runner``). What this project touche
 the pooler, the logits layer, the calls of a worker.
 """
 
+import logging
 from collections.abc import Mapping
+from typing import Protocol
 
 _ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 _SPLIT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
@@ -36,3 +38,15 @@ def usage_context(*, on_cpu: bool) -> str:
     batches are no faster there, and need more memory.
     """
     return "ENGINE_CONTEXT" if on_cpu else "LLM_CLASS"
+
+
+class _Engine(Protocol):
+    def shutdown(self, timeout: float) -> None: ...
+
+
+def end_engine(llm: _Engine) -> None:
+    """Ends an engine's processes at once. By itself vLLM gives them 5 s, in which they collect
+    garbage, and kills them then, with a warning (0.32.0, ``v1/utils.py``).
+    """
+    logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)
+    llm.shutdown(timeout=0)

@@ -29,7 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.config import RolloutConfig, StudentConfig
-from eopd.engine_options import on_cpu, usage_context
+from eopd.engine_options import end_engine, on_cpu, usage_context
 from eopd.hub import model_directory
 from eopd.roles import EngineDownError
 from eopd.types import (
@@ -305,7 +305,7 @@ class VllmRolloutEngine:
 
     async def close(self) -> None:
         """Stop the engine's processes."""
-        self._llm.shutdown(timeout=0)  # else it waits 5 s for garbage to be collected
+        end_engine(self._llm)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -136,19 +136,10 @@ def require_same(directory: Path, expected: Holder) -> None:
         expected: the driver, as its lock names it.
 
     Raises:
-        ConfigError: the lock is not there, or names another process. Where it names none, its holder
-            has left meanwhile.
+        ConfigError: the lock is not there, or names another process.
     """
-
-    def is_here() -> bool:
-        with suppress(OSError):
-            content = (directory / LOCK).read_bytes()
-            return not content or holder_in(content) == expected
-
-        return False
-
     until = time.monotonic() + _SEEN_S
-    while not is_here():
+    while last_holder(directory) != expected:
         if time.monotonic() > until:
             raise ConfigError(
                 f"run.directory: {directory} is not the same directory on {socket.gethostname()}, "
@@ -201,3 +192,4 @@ def _lock(descriptor: int, path: Path, key: str) -> list[str]:
 def _write(descriptor: int, text: str) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text.encode(), 0)
+    os.fsync(descriptor)  # for other machines

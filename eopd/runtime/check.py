@@ -26,5 +26,5 @@ def check_live(config: Config, prepared: Prepared) -> list[SelfTestReport]:
             return await self_test_replicas(config, fleets, prompt_ids)
 
     with cluster.connect(config.cluster):
-        cluster.require_room([plan_teacher(teacher) for teacher in config.teachers])
+        cluster.require_room([plan_teacher(teacher) for teacher in config.teachers], config.cluster)
         return asyncio.run(run())

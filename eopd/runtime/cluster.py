@@ -2,7 +2,8 @@
 
 The internals of Ray that are used were checked against 2.60: ``available_resources_per_node``; how
 a cluster that is started here gets its token (``authentication_token_setup``); how often a driver
-tries to join (``Node._init_gcs_client``).
+tries to join (``Node._init_gcs_client``); that an actor may be placed elsewhere than on its node
+(``_spill_on_unavailable``).
 """
 
 import logging
@@ -21,6 +22,7 @@ from ray._private.authentication import authentication_token_setup
 from ray._private.state import available_resources_per_node
 from ray.exceptions import AuthenticationError
 from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eopd.config import ClusterConfig, ConfigError
 from eopd.preflight.environment import LOCAL, cluster_address, require_local_ray, split_address
@@ -39,6 +41,7 @@ from eopd.runtime.process import takes_files
 REACH_S: Final = 5.0  # a cluster that runs answers at once
 _MAKE: Final = "accelerator_type:"  # begins the resource that Ray makes of a GPU's make
 SETTLE_S: Final = 5.0  # what an ended run held is free again within seconds
+LOOK_S: Final = 1.0
 
 
 @contextmanager
@@ -81,19 +84,21 @@ def connect(config: ClusterConfig) -> Iterator[None]:
 
 def require_room(
     roles: Sequence[RoleResources],
-    wait_s: float = 0.0,
+    config: ClusterConfig,
     say: Callable[[str], None] = logs.logger.info,
 ) -> None:
     """Compares what the roles ask for with what is free in the cluster.
 
     Args:
         roles: what is to be started.
-        wait_s: how long to wait for room, if there is none now.
+        config: of the cluster, which says how long to wait for room, if there is none now.
         say: is told what is waited for.
 
     Raises:
         ConfigError: there is no room for all of them, also after ``wait_s`` and ``SETTLE_S``.
     """
+    wait_s = 0.0 if cluster_address(config) == LOCAL else config.wait_s
+    until = time.monotonic() + wait_s
     try:
         return _settle(roles)
     except ConfigError as error:
@@ -102,8 +107,13 @@ def require_room(
 
         say(f"waiting for room, for up to {wait_s:g} s (cluster.wait_s): {error}")
 
-    _wait_for_room(roles, wait_s)
-    _settle(roles)
+    while True:
+        _wait_for_room(roles, until)
+        try:
+            return _settle(roles)
+        except ConfigError:  # also where somebody else was quicker
+            if time.monotonic() > until:
+                raise
 
 
 def _settle(roles: Sequence[RoleResources]) -> None:
@@ -122,7 +132,7 @@ def _settle(roles: Sequence[RoleResources]) -> None:
         time.sleep(0.25)
 
 
-def _wait_for_room(roles: Sequence[RoleResources], wait_s: float) -> None:
+def _wait_for_room(roles: Sequence[RoleResources], until: float) -> None:
     """Waits until Ray could start everybody at the same time: for that long a placement group of all
     actors is asked for, which an autoscaler takes as demand. It is given back at once.
     """
@@ -130,20 +140,32 @@ def _wait_for_room(roles: Sequence[RoleResources], wait_s: float) -> None:
     bundles = [{name: number for name, number in actor.items() if number} for actor in actors]
     group = placement_group([bundle for bundle in bundles if bundle])
     try:
-        group.wait(wait_s)
+        # signals are heard between two waits
+        while time.monotonic() < until and not group.wait(LOOK_S):
+            pass
     finally:
         remove_placement_group(group)
 
 
 def find_places(roles: Sequence[RoleResources]) -> Places:
     """Returns where the actors are to be started, in a cluster of several machines. None have a place
-    where somebody has taken room since ``require_room``: then Ray looks for them, or waits.
+    where somebody has taken room since ``require_room``.
     """
     here = nodes()
     try:
         return choose_nodes(roles, here) if len(here) > 1 else {}
     except ConfigError:
         return {}
+
+
+def place_on(node: str | None) -> NodeAffinitySchedulingStrategy | None:
+    """Returns how Ray places an actor that is to start on a node: elsewhere, where the node is gone or
+    has no room any more; None stands for Ray's own choice.
+    """
+    if node is None:
+        return None
+
+    return NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
 
 
 def joined_address() -> str:

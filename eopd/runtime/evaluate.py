@@ -100,7 +100,7 @@ def evaluate_model(
             )
 
     with open_grader(benchmark.grader) as grader, cluster.connect(config):
-        cluster.require_room([plan_rollout(rollout)])
+        cluster.require_room([plan_rollout(rollout)], config)
         result = asyncio.run(run())
 
     return Evaluated(result=result, model=model, data=names_of(parts))

@@ -12,7 +12,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from eopd.config import Config, ConfigError
 from eopd.roles import BodiesLostError, LearnerDownError
-from eopd.run.lock import holder
+from eopd.run.lock import Holder
 from eopd.runtime.actors import Spawn, dies_as
 from eopd.runtime.learner_actor import LearnerActor
 from eopd.runtime.placement import plan_learner
@@ -40,9 +40,10 @@ class LearnerGang:
     raises ``LearnerDownError`` until ``start`` has started new ranks.
     """
 
-    def __init__(self, spawn: Spawn, config: Config) -> None:
+    def __init__(self, spawn: Spawn, config: Config, driver: Holder | None = None) -> None:
         self._spawn = spawn
         self._config = config
+        self._driver = driver  # the holder of the run directory, where the ranks write there
         self._timeout_s = config.learner.timeout_s
         self._reserved = asyncio.Lock()
         self._working = asyncio.Lock()  # the ranks hold one share at a time
@@ -69,7 +70,6 @@ class LearnerGang:
             LearnerActor, plan_learner(self._config.learner), range(self._config.learner.ranks)
         )
         limit_s = self._config.cluster.start_timeout_s
-        driver = holder(self._config.run.path)  # None where nothing is written, as in a profile
 
         try:
             async with asyncio.timeout(limit_s):
@@ -78,7 +78,9 @@ class LearnerGang:
 
                 await self._all(
                     [
-                        actor.start.remote(self._config, rank, address, port, incarnation, driver)
+                        actor.start.remote(
+                            self._config, rank, address, port, incarnation, self._driver
+                        )
                         for rank, actor in enumerate(self._actors)
                     ]
                 )

@@ -40,7 +40,7 @@ def measure_checkpoint(
     config = config.model_copy(update={"telemetry": TelemetryConfig(port=None)})
     prepared = prepare(config)
     with cluster.connect(config.cluster):
-        cluster.require_room(plan(config), config.cluster.wait_s, say)
+        cluster.require_room(plan(config), config.cluster, say)
         return asyncio.run(_measure(config, prepared, checkpoint, say))
 
 

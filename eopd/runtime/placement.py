@@ -210,21 +210,22 @@ def choose_nodes(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> Place
     """
     by_size = sorted(roles, key=lambda role: (role.gpus, role.cpus), reverse=True)
     try:
-        return _fill(sorted(by_size, key=lambda role: role.role != LEARNER), nodes)
+        return _fill(sorted(by_size, key=lambda role: role.role != LEARNER), nodes, together=True)
     except ConfigError:
-        return _fill(by_size, nodes)
+        return _fill(by_size, nodes, together=False)
 
 
-def _fill(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> Places:
-    """Gives the actors of one role after the other the first node that has room."""
-    remaining = [node.free for node in nodes]
+def _fill(roles: Sequence[RoleResources], nodes: Sequence[Node], *, together: bool) -> Places:
+    """Gives the actors of one role after the other the smallest node that has room; where the learner's
+    ranks are to lie ``together``, they go first to the nodes that hold the most of them.
+    """
+    smallest = sorted(nodes, key=lambda node: (node.free.gpus, node.free.cpus))
+    remaining = [node.free for node in smallest]
     places: Places = {}
     for role in roles:
         order = list(range(len(nodes)))
-        if role.role == LEARNER:
-            order.sort(
-                key=lambda index: (remaining[index].gpus, remaining[index].cpus), reverse=True
-            )
+        if together and role.role == LEARNER:
+            order.sort(key=lambda index: -_num_held(role, remaining[index]))
 
         for number in range(role.actors):
             index = next((index for index in order if _fits(role, remaining[index])), None)
@@ -233,7 +234,7 @@ def _fill(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> Places:
 
             free = remaining[index]
             remaining[index] = Capacity(cpus=free.cpus - role.cpus, gpus=free.gpus - role.gpus)
-            places[role.role, number] = nodes[index].id
+            places[role.role, number] = smallest[index].id
 
     return places
 
@@ -244,6 +245,13 @@ def _no_place(role: RoleResources, nodes: Sequence[Node]) -> str:
         f"{_key(role)}: {role.actors} x {role.cpus:g} cpus and {role.gpus:g} gpus find no room "
         f"beside the other roles; free on single nodes are {free}"
     )
+
+
+def _num_held(role: RoleResources, free: Capacity) -> float:
+    """Returns how many of a role's actors find room, at most all of them."""
+    pairs = ((free.cpus, role.cpus), (free.gpus, role.gpus))
+    counts = [(has + ROUNDING) // asks for has, asks in pairs if asks]
+    return min([role.actors, *counts])
 
 
 def _fits(role: RoleResources, free: Capacity) -> bool:

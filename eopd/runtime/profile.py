@@ -73,7 +73,7 @@ def profile(config: Config, *, steps: int, say: Say) -> Profile:
         config = _without_outlets(config, folder, WARM_UP_ALONE + ALONE + WARM_UP + steps)
         prepared = prepare(config)
         with ignored_by_children(), cluster.connect(config.cluster):
-            cluster.require_room(plan(config), config.cluster.wait_s, say)
+            cluster.require_room(plan(config), config.cluster, say)
             config.run.path.mkdir()
             try:
                 return asyncio.run(_profile(config, prepared, steps, say))

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
 from eopd.fleet import Fleet, one_by_one
 from eopd.roles import RolloutEngine, TeacherScorer
 from eopd.rollout.pool import EnginePool
 from eopd.run.directory import RunDirectory
+from eopd.run.lock import Holder
 from eopd.run.progress import first_line
 from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, end_actor
-from eopd.runtime.cluster import find_places, log_directory
+from eopd.runtime.cluster import find_places, log_directory, place_on
 from eopd.runtime.engines import engine_fleet, engine_process, open_channel
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
@@ -51,9 +51,15 @@ class Workers:
 
 @asynccontextmanager
 async def start_workers(
-    config: Config, incarnation: int, text: Int32Array, say: Callable[[str], None]
+    config: Config,
+    incarnation: int,
+    text: Int32Array,
+    say: Callable[[str], None],
+    *,
+    driver: Holder | None = None,
 ) -> AsyncIterator[Workers]:
-    """Starts every actor of a training run; engines are probed with ``text``, int32[N].
+    """Starts every actor of a training run; engines are probed with ``text``, int32[N], and learner
+    ranks look for the run directory of ``driver``, if they are to write there.
 
     All start at the same time, unless GPUs are shared: a vLLM engine measures how much memory is
     free while it starts, and nobody else may take or free some meanwhile (vLLM 0.32.0,
@@ -61,7 +67,7 @@ async def start_workers(
     """
     restarts = RestartBudget(config.cluster.max_restarts, config.cluster.restart_window_s)
     async with _actors(find_places(plan(config))) as spawn:
-        gang = LearnerGang(spawn, config)
+        gang = LearnerGang(spawn, config, driver)
         engines = engine_fleet(spawn, config, restarts.count_loss, say)
         teachers = teacher_fleets(spawn, config, restarts.count_loss, say)
         fleets: list[Fleet[Any]] = [engines, *teachers.values()]
@@ -199,9 +205,7 @@ async def _actors(places: Places | None = None) -> AsyncIterator[Spawn]:
                 num_cpus=resources.cpus,
                 num_gpus=resources.gpus,
                 runtime_env={"env_vars": dict(resources.env)},
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)
-                if node
-                else None,
+                scheduling_strategy=place_on(node),
                 **options,
             )
             return remote.remote(f"{resources.role.replace(' ', '-')}-{number}")

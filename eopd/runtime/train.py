@@ -23,7 +23,7 @@ from eopd.preflight import notes as notes_on
 from eopd.roles import LearnerDownError, WeightChannel
 from eopd.run.checkpoint import StorageError, step_of
 from eopd.run.directory import RunDirectory
-from eopd.run.lock import held
+from eopd.run.lock import held, last_holder
 from eopd.run.parent import forgets_moments_at
 from eopd.run.place import free_row
 from eopd.run.plan import Plan
@@ -106,7 +106,7 @@ def train(
         with ignored_by_children():
             stack.enter_context(cluster.connect(config.cluster))
 
-        cluster.require_room(plan(config), config.cluster.wait_s, say)
+        cluster.require_room(plan(config), config.cluster, say)
         taken_up = replace(taken_up, machines=cluster.machines())
         taken_up.begin()
         uploads.start()
@@ -173,7 +173,11 @@ async def _work(
     text = np.concatenate([prompt.token_ids for prompt in first_prompts])
 
     async with start_workers(
-        config, state.progress.incarnation, text[:_PROBE_TOKENS], outlets.say
+        config,
+        state.progress.incarnation,
+        text[:_PROBE_TOKENS],
+        outlets.say,
+        driver=last_holder(config.run.path),
     ) as workers:
         watchdog = Watchdog(config.run.stall_after_s, config.run.on_stall)
         training = Training(

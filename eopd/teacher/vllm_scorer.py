@@ -30,7 +30,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.config import ConfigError, TeacherConfig
-from eopd.engine_options import on_cpu, usage_context
+from eopd.engine_options import end_engine, on_cpu, usage_context
 from eopd.hub import model_directory
 from eopd.roles import TeacherDownError
 from eopd.teacher import head
@@ -184,7 +184,7 @@ class VllmTeacherScorer(SignalScorer):
 
     async def close(self) -> None:
         """Stops the engine's processes."""
-        self._llm.shutdown(timeout=0)  # else it waits 5 s for garbage to be collected
+        end_engine(self._llm)
 
 
 def engine_options(

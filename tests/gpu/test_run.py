@@ -33,6 +33,7 @@ def pair(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.timeout(START_S + 120)
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_ten_steps(pair, staleness, capsys):
     name = f"staleness-{staleness}"

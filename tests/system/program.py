@@ -61,7 +61,12 @@ class Program:
 
     def run(self, *arguments: str, timeout_s: float = 400) -> "subprocess.CompletedProcess[str]":
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=timeout_s)
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def train(self, name: str, *overrides: str, config: str = "configs/tiny.yaml") -> list[str]:

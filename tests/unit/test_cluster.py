@@ -166,13 +166,13 @@ def test_what_others_hold_is_not_free(ray, monkeypatch):
     with pytest.raises(
         ConfigError, match=r"ask for 1.5 cpus \(rollout 1 x 1.5\); 0.5 of 2 are free \(1.5 are held"
     ):
-        cluster.require_room(ROLES)
+        cluster.require_room(ROLES, ClusterConfig())
 
 
 def test_what_an_ended_run_still_holds_is_waited_for(ray, monkeypatch):
     fake = ray(free=(-1.0, 0.5, 2.0))
     monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
-    cluster.require_room(ROLES)
+    cluster.require_room(ROLES, ClusterConfig())
     assert fake.free == [2.0]
 
 
@@ -181,4 +181,50 @@ def test_what_no_wait_can_make_is_told_at_once(ray, monkeypatch):
     monkeypatch.setattr(cluster.time, "sleep", lambda seconds: pytest.fail("it waits"))
     roles = [RoleResources(role="rollout", actors=3, cpus=1.0, gpus=0.0, env={})]
     with pytest.raises(ConfigError, match=r"ask for 3 cpus \(rollout 3 x 1\); the cluster has 2$"):
-        cluster.require_room(roles)
+        cluster.require_room(roles, ClusterConfig())
+
+
+@pytest.mark.parametrize(
+    ("address", "waits"), [("1.2.3.4:6379", ["group", 1.0, 1.0, "removed"]), (None, [])]
+)
+def test_room_is_waited_for_in_a_cluster_that_others_use_too(ray, monkeypatch, address, waits):
+    """Waits are short, so that a signal is heard between two; a Ray of one's own never grows."""
+    fake = ray(free=(0.5,))
+    monkeypatch.setattr(cluster, "SETTLE_S", 0.0)
+    asked = []
+
+    class Group:
+        def wait(self, seconds):
+            asked.append(seconds)
+            if len(asked) == 3:
+                fake.free = [2.0]
+
+            return len(asked) == 3
+
+    monkeypatch.setattr(
+        cluster, "placement_group", lambda bundles: asked.append("group") or Group()
+    )
+    monkeypatch.setattr(cluster, "remove_placement_group", lambda group: asked.append("removed"))
+    config = ClusterConfig(address=address, wait_s=60)
+    said = []
+    if address is None:
+        with pytest.raises(ConfigError, match=r"0\.5 of 2 are free"):
+            cluster.require_room(ROLES, config, said.append)
+    else:
+        cluster.require_room(ROLES, config, said.append)
+
+    assert asked == waits
+    assert len(said) == bool(waits)
+
+
+def test_room_that_somebody_else_was_quicker_to_take_is_waited_for_again(ray, monkeypatch):
+    fake = ray(free=(0.5,))
+    monkeypatch.setattr(cluster, "SETTLE_S", 0.0)
+    waits = iter([0.5, 0.5, 2.0])
+
+    def wait(roles, until):
+        fake.free = [next(waits)]
+
+    monkeypatch.setattr(cluster, "_wait_for_room", wait)
+    cluster.require_room(ROLES, ClusterConfig(address="1.2.3.4:6379", wait_s=60), lambda text: None)
+    assert list(waits) == []

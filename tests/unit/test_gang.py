@@ -10,8 +10,11 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from eopd.config import ConfigError, load_config
 from eopd.packing import pack_batch
 from eopd.roles import LearnerDownError
+from eopd.run import lock
+from eopd.run.lock import Holder
 from eopd.runtime import gang as module
 from eopd.runtime.gang import LearnerGang
+from eopd.runtime.learner_actor import LearnerActor
 from eopd.types import Stored
 
 
@@ -126,3 +129,32 @@ async def test_gradients_add_up_while_weights_are_on_their_way_and_a_step_waits(
 
     await stepping
     assert rank.done[4:] == ["take", "step"]
+
+
+async def test_every_rank_is_told_whose_run_directory_to_look_for(tmp_path):
+    asked = []
+
+    class Starting:
+        def __init__(self) -> None:
+            self.rendezvous = Method(self._meet)
+            self.start = Method(self._start)
+
+        async def _meet(self):
+            return "1.2.3.4", 5
+
+        async def _start(self, config, *arguments):
+            asked.append(arguments)
+
+    config = load_config(fakes.write_config(tmp_path), ["learner.ranks=2"])
+    driver = Holder(host="head", pid=7, since=5.0)
+    gang = LearnerGang(lambda *_: [Starting(), Starting()], config, driver)
+    await gang.start(3)
+    assert asked == [(0, "1.2.3.4", 5, 3, driver), (1, "1.2.3.4", 5, 3, driver)]
+
+
+def test_a_rank_on_a_machine_with_another_run_directory_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_SEEN_S", 0.0)
+    config = load_config(fakes.write_config(tmp_path))
+    actor = object.__new__(LearnerActor)
+    with pytest.raises(ConfigError, match=r"run\.directory: .* is not the same directory"):
+        actor.start(config, 0, "1.2.3.4", 5, 0, Holder(host="head", pid=7, since=5.0))

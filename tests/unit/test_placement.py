@@ -129,6 +129,18 @@ def machines(*gpus):
     return [replace(one, id=name) for one, name in zip(here, "abcd", strict=False)]
 
 
+def test_a_learner_without_gpus_goes_to_the_node_that_holds_all_of_it():
+    nodes = [replace(node(8, 8), id="a"), replace(node(64), id="b")]
+    assert set(choose_nodes([role("learner", 4, 4.0)], nodes).values()) == {"b"}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_learner_leaves_the_large_node_to_whom_only_that_has_room(order):
+    nodes = [replace(node(16, 4), id="a"), replace(node(32, 4), id="b")][::order]
+    roles = [role("learner", 4, 4.0, gpus=1.0), role("rollout", 1, 28.0)]
+    assert choose_nodes(roles, nodes)["rollout", 0] == "b"
+
+
 LEARNER, ENGINE = role("learner", 4, 1.0, gpus=1.0), role("rollout", 2, 1.0, gpus=1.0)
 
 
