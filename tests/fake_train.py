@@ -56,7 +56,7 @@ def main() -> int:
         keep(run, {"status": "interrupted", "steps": 1})
         return 130
 
-    time.sleep(0.2)
+    time.sleep(float(os.environ.get("FAKE_TRAIN_S", "0.2")))
     keep(run, {"status": "completed", "steps": batches, "held_out": {"after": after}})
     append(calls, {"name": name, "ended": time.time()})
     return 0
