@@ -212,7 +212,7 @@ def test_a_head_that_does_not_start_ends_the_job_before_any_driver(job):
 
 
 def test_nodes_that_do_not_join_in_time_end_the_job(job):
-    job.start("many-nodes.sbatch", nodes=4, JOIN_SECONDS="1")
+    job.start("many-nodes.sbatch", nodes=4, JOIN_SECONDS="3")
     code, written = job.end()
     assert (code, "the time is over before all 4 nodes had joined" in written) == (1, True)
     assert "head ended" in job.calls()
