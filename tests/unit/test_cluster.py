@@ -126,9 +126,12 @@ def test_an_address_at_which_nobody_answers_is_not_waited_for(ray):
     assert fake.asked == {}
 
 
-def test_ray_that_does_not_start_here_is_one_line(ray):
-    ray(OSError("the disk is full"))
-    told = r"^Ray cannot be started on this machine: the disk is full$"
+@pytest.mark.parametrize(
+    "failure", [OSError("the disk is full"), Exception("The node timed out during startup.")]
+)
+def test_ray_that_does_not_start_here_is_one_line(ray, failure):
+    ray(failure)
+    told = f"^Ray cannot be started on this machine: {failure}$"
     with pytest.raises(ConfigError, match=told), cluster.connect(ClusterConfig()):
         pytest.fail("it was started")
 
