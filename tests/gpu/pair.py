@@ -1,11 +1,13 @@
 """A student and a teacher of the shape of Qwen3-0.6B with random weights, and a run of both on one GPU."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from model_facts import QWEN3_06B
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -13,20 +15,9 @@ from eopd.models.tiny import CHAT_TEMPLATE, train_tokenizer, write_model
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ROOT / "configs" / "prompts"
-QWEN3_06B = {
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
 
 
-def write_pair(directory: Path, shape: dict[str, Any] = QWEN3_06B) -> None:
+def write_pair(directory: Path, shape: Mapping[str, Any] = QWEN3_06B) -> None:
     """Makes ``directory/student`` and ``directory/teacher``, whose tokenizer has a name for each row
     of the head.
 
@@ -37,7 +28,7 @@ def write_pair(directory: Path, shape: dict[str, Any] = QWEN3_06B) -> None:
     special = {
         name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
-    config = Qwen3Config(**shape, **special, dtype="bfloat16")
+    config = Qwen3Config.from_dict({**shape, **special})
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     for seed, (name, scale) in enumerate({"student": 1.0, "teacher": 3.0}.items()):

@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 import fakes
+import model_facts
 import numpy as np
 import pytest
 import torch
@@ -51,26 +52,10 @@ GB = 10**9
 
 def qwen3(**changes):
     """Qwen3-0.6B, from its published config."""
-    sizes = {
-        "vocab_size": 151_936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "tie_word_embeddings": True,
-    }
-    return Qwen3Config(**(sizes | changes))
+    return Qwen3Config.from_dict(model_facts.QWEN3_06B | changes)
 
 
-QWEN3_8B = qwen3(
-    hidden_size=4096,
-    intermediate_size=12_288,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    tie_word_embeddings=False,
-)
+QWEN3_8B = Qwen3Config.from_dict(model_facts.QWEN3_8B)
 TINY = {
     "vocab_size": 256,
     "hidden_size": 64,
