@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import asynccontextmanager
 
 import fakes
 import pytest
@@ -13,6 +14,7 @@ from eopd.roles import LearnerDownError
 from eopd.run import lock
 from eopd.run.lock import Holder
 from eopd.runtime import gang as module
+from eopd.runtime import supervisor
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.learner_actor import LearnerActor
 from eopd.types import Stored
@@ -158,3 +160,32 @@ def test_a_rank_on_a_machine_with_another_run_directory_does_not_start(tmp_path,
     actor = object.__new__(LearnerActor)
     with pytest.raises(ConfigError, match=r"run\.directory: .* is not the same directory"):
         actor.start(config, 0, "1.2.3.4", 5, 0, Holder(host="head", pid=7, since=5.0))
+
+
+async def test_a_run_starts_its_gang_on_the_places_that_were_found_and_with_its_driver(
+    tmp_path, monkeypatch
+):
+    class Enough(Exception):
+        pass
+
+    told = []
+
+    @asynccontextmanager
+    async def actors(places):
+        told.append(places)
+        yield "spawn"
+
+    def make_gang(*arguments):
+        told.append(arguments)
+        raise Enough
+
+    config = load_config(fakes.write_config(tmp_path))
+    driver = Holder(host="head", pid=7, since=5.0)
+    monkeypatch.setattr(supervisor, "find_places", lambda roles: [role.role for role in roles])
+    monkeypatch.setattr(supervisor, "_actors", actors)
+    monkeypatch.setattr(supervisor, "LearnerGang", make_gang)
+    with pytest.raises(Enough):
+        async with supervisor.start_workers(config, 0, None, pytest.fail, driver=driver):
+            pytest.fail("it was started")
+
+    assert told == [["learner", "rollout", "teacher teacher"], ("spawn", config, driver)]
