@@ -5,11 +5,9 @@ Triton, its first (``VllmConfig.use_v2_model_runner``). What this project touche
 the pooler, the logits layer, the calls of a worker.
 """
 
-import logging
 from collections.abc import Mapping
-from typing import Protocol
 
-_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 _SPLIT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
@@ -17,13 +15,13 @@ def on_cpu(native: Mapping[str, object]) -> dict[str, object]:
     """Returns the defaults of an engine on CPUs; ``native`` are the user's options, which override
     them.
 
-    An engine of one worker keeps it in the engine's own process: one process less that imports
-    vLLM. vLLM 0.32.0 turns the short name ``uni`` back into a process of its own on CPUs, to set
-    OpenMP's threads there (``platforms/cpu.py``); here they are set for the whole engine.
+    An engine of one worker keeps it in the process of its core: one less that imports vLLM. vLLM
+    0.32.0 turns the short name ``uni`` back into a process of its own on CPUs, to set OpenMP's
+    threads there (``platforms/cpu.py``); here they are set for the whole engine.
     """
     options: dict[str, object] = {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
     if not any(name in native for name in _SPLIT):
-        options["distributed_executor_backend"] = _ONE_PROCESS
+        options["distributed_executor_backend"] = ONE_PROCESS
 
     return options
 
@@ -38,15 +36,3 @@ def usage_context(*, on_cpu: bool) -> str:
     batches are no faster there, and need more memory.
     """
     return "ENGINE_CONTEXT" if on_cpu else "LLM_CLASS"
-
-
-class _Engine(Protocol):
-    def shutdown(self, timeout: float) -> None: ...
-
-
-def end_engine(llm: _Engine) -> None:
-    """Ends an engine's processes at once. By itself vLLM gives them 5 s, in which they collect
-    garbage, and kills them then, with a warning (0.32.0, ``v1/utils.py``).
-    """
-    logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)
-    llm.shutdown(timeout=0)

@@ -16,20 +16,20 @@ from typing import Self
 from uuid import uuid4
 
 import numpy as np
-from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
+from vllm import SamplingParams, TokensPrompt
 from vllm.distributed.weight_transfer.base import (
     WeightTransferInitRequest,
     WeightTransferUpdateRequest,
 )
 from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
 from vllm.sampling_params import RequestOutputKind
-from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
+from eopd.async_llm import end_llm, start_llm
 from eopd.config import RolloutConfig, StudentConfig
-from eopd.engine_options import end_engine, on_cpu, usage_context
+from eopd.engine_options import on_cpu
 from eopd.hub import model_directory
 from eopd.roles import EngineDownError
 from eopd.types import (
@@ -72,6 +72,7 @@ class VllmRolloutEngine:
         version: PolicyVersion,
         num_tokens: int | None = None,
         stat_loggers: Sequence[StatLoggerFactory] = (),
+        in_thread: bool = False,
     ) -> Self:
         """Start the engine and warm it up.
 
@@ -84,34 +85,16 @@ class VllmRolloutEngine:
             num_tokens: ids from here on are padding of the head, and get no probability; None where
                 the head has no padding.
             stat_loggers: where vLLM's own metrics go, if its options ask for them.
+            in_thread: whether this process may hold the engine, and will hold no other one
+                (``async_llm.py``).
         """
-        options: dict[str, object] = {
-            "model": str(model_directory(student.model, weights=True)),
-            "dtype": student.chosen_dtype,
-            "max_model_len": max_sequence_tokens,
-            "logprobs_mode": "processed_logprobs",  # include the temperature
-            # the probe's and evaluation's; those of training are equal, and come in turn
-            "scheduling_policy": "priority",
-            # cached prefixes of old weights must serve no new request
-            "enable_prefix_caching": False,
-            "disable_log_stats": True,
-            "generation_config": "auto",
-            **weight_options,
-        }
-        if rollout.gpus == 0:
-            options |= {
-                **on_cpu(rollout.vllm),
-                # A seeded request whose prefill is cut rewinds its generator, which CPU generators
-                # cannot (0.32.0).
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(2048, max_sequence_tokens),
-            }
-
-        args = AsyncEngineArgs(**(options | dict(rollout.vllm)))
-        llm = AsyncLLM.from_engine_args(
-            args,
-            usage_context=UsageContext(usage_context(on_cpu=rollout.gpus == 0)),
-            stat_loggers=list(stat_loggers),
+        llm = start_llm(
+            _options(student, rollout, max_sequence_tokens)
+            | dict(weight_options)
+            | dict(rollout.vllm),
+            on_cpu=rollout.gpus == 0,
+            in_thread=in_thread,
+            stat_loggers=stat_loggers,
         )
         engine = cls(llm, keep_kv=rollout.keep_kv)
         if num_tokens is not None and num_tokens < engine._llm.model_config.get_vocab_size():
@@ -148,7 +131,7 @@ class VllmRolloutEngine:
         """Sample one response. A request that fails is a ``LostTrajectory``.
 
         Raises:
-            EngineDownError: the engine's processes died.
+            EngineDownError: the engine has died.
         """
         started = time.monotonic()
         params = SamplingParams(
@@ -261,7 +244,7 @@ class VllmRolloutEngine:
         """Return the label of the weights that serve now.
 
         Raises:
-            EngineDownError: the engine's processes died.
+            EngineDownError: the engine has died.
         """
         with _dies_as_down():
             return PolicyVersion.parse(await self._llm.get_weight_version())
@@ -281,7 +264,7 @@ class VllmRolloutEngine:
             it.
 
         Raises:
-            EngineDownError: the engine's processes died.
+            EngineDownError: the engine has died.
         """
         params = SamplingParams(
             max_tokens=1,
@@ -304,8 +287,36 @@ class VllmRolloutEngine:
         )
 
     async def close(self) -> None:
-        """Stop the engine's processes."""
-        end_engine(self._llm)
+        """Stop the engine."""
+        end_llm(self._llm)
+
+
+def _options(
+    student: StudentConfig, rollout: RolloutConfig, max_sequence_tokens: int
+) -> dict[str, object]:
+    """``AsyncEngineArgs`` of a rollout engine, before its user's."""
+    options: dict[str, object] = {
+        "model": str(model_directory(student.model, weights=True)),
+        "dtype": student.chosen_dtype,
+        "max_model_len": max_sequence_tokens,
+        "logprobs_mode": "processed_logprobs",  # include the temperature
+        # the probe's and evaluation's; those of training are equal, and come in turn
+        "scheduling_policy": "priority",
+        # cached prefixes of old weights must serve no new request
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "generation_config": "auto",
+    }
+    if rollout.gpus == 0:
+        options |= {
+            **on_cpu(rollout.vllm),
+            # A seeded request whose prefill is cut rewinds its generator, which CPU generators
+            # cannot (0.32.0).
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(2048, max_sequence_tokens),
+        }
+
+    return options
 
 
 @contextmanager

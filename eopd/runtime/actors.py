@@ -105,7 +105,7 @@ def dies_as(error_type: type[WorkerDownError]) -> Iterator[None]:
 
 
 async def end_actor(actor: ActorHandle) -> None:
-    """Lets an actor stop its engine's processes, then kills it; it may be dead, or hang."""
+    """Lets an actor stop its engine, then kills it; it may be dead, or hang."""
     with suppress(RayError, TimeoutError):
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await actor.close.remote()
@@ -190,6 +190,7 @@ class RolloutActor(Actor):
             version=version,
             num_tokens=num_tokens(directory),
             stat_loggers=stat_loggers(self._name),
+            in_thread=True,
         )
         self._verifier = None if reward is None else Verifier(reward, directory)
         self._keeps_row = row_is_read_later
@@ -213,7 +214,7 @@ class RolloutActor(Actor):
         return await getattr(self._engine, method)(*arguments)
 
     async def close(self) -> None:
-        """Stops the verifier and the engine's processes."""
+        """Stops the verifier and the engine."""
         if self._verifier is not None:
             self._verifier.close()
 
@@ -279,7 +280,8 @@ class TeacherActor(Actor):
                 from eopd.runtime.engine_metrics import stat_loggers
                 from eopd.teacher.vllm_scorer import VllmTeacherScorer
 
-                start = partial(VllmTeacherScorer.start, stat_loggers=stat_loggers(self._name))
+                loggers = stat_loggers(self._name)
+                start = partial(VllmTeacherScorer.start, stat_loggers=loggers, in_thread=True)
             case "openai":
                 from eopd.teacher.served.openai_scorer import OpenAITeacherScorer
 

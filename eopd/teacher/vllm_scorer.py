@@ -19,18 +19,18 @@ from uuid import uuid4
 import numpy as np
 import torch
 import vllm._custom_ops  # noqa: F401  # fills torch.ops._C with what this machine's build of vLLM has
-from vllm import AsyncEngineArgs, PoolingParams, TokensPrompt
+from vllm import PoolingParams, TokensPrompt
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMClientError
 from vllm.outputs import PoolingRequestOutput
 from vllm.platforms import current_platform
-from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
+from eopd.async_llm import end_llm, start_llm
 from eopd.config import ConfigError, TeacherConfig
-from eopd.engine_options import end_engine, on_cpu, usage_context
+from eopd.engine_options import on_cpu
 from eopd.hub import model_directory
 from eopd.roles import TeacherDownError
 from eopd.teacher import head
@@ -131,6 +131,7 @@ class VllmTeacherScorer(SignalScorer):
         top_k: int,
         max_sequence_tokens: int,
         stat_loggers: Sequence[StatLoggerFactory] = (),
+        in_thread: bool = False,
     ) -> Self:
         """Starts the engine, and checks that it scores as hot as it should. The event loop stays
         free while the engine loads.
@@ -140,19 +141,19 @@ class VllmTeacherScorer(SignalScorer):
             top_k: K, candidates per response token.
             max_sequence_tokens: the longest prompt and response together.
             stat_loggers: where vLLM's own metrics go, if ``config.vllm`` switches them on.
+            in_thread: whether this process may hold the engine, and will hold no other one
+                (``async_llm.py``).
 
         Raises:
             ConfigError: the model's directory names no architecture.
             TeacherSelfTestError: it scores at another temperature than it was asked for.
         """
-        args = AsyncEngineArgs(
-            **engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens)
-        )
         llm = await asyncio.to_thread(
-            AsyncLLM.from_engine_args,
-            args,
-            usage_context=UsageContext(usage_context(on_cpu=current_platform.is_cpu())),
-            stat_loggers=list(stat_loggers),
+            start_llm,
+            engine_options(config, top_k=top_k, max_sequence_tokens=max_sequence_tokens),
+            on_cpu=current_platform.is_cpu(),
+            in_thread=in_thread,
+            stat_loggers=stat_loggers,
         )
         scorer = cls(llm, config, top_k=top_k)
 
@@ -176,15 +177,15 @@ class VllmTeacherScorer(SignalScorer):
         return int(self._llm.vllm_config.scheduler_config.max_num_seqs)
 
     async def ping(self) -> None:
-        """Returns when the engine's own process answers, between two of its steps."""
+        """Returns when the engine answers, between two of its steps."""
         try:
             await self._llm.collective_rpc("check_health")
         except EngineDeadError as error:
             raise TeacherDownError(f"teacher {self._name}: its engine died") from error
 
     async def close(self) -> None:
-        """Stops the engine's processes."""
-        end_engine(self._llm)
+        """Stops the engine."""
+        end_llm(self._llm)
 
 
 def engine_options(

@@ -119,6 +119,7 @@ async def start(
     *,
     num_tokens: int | None = None,
     keep_kv: bool = False,
+    in_thread: bool = False,
     **vllm: object,
 ) -> VllmRolloutEngine:
     return await VllmRolloutEngine.start(
@@ -128,6 +129,7 @@ async def start(
         weight_options=weight_options or engine_options(),
         version=PolicyVersion(0, 0),
         num_tokens=num_tokens,
+        in_thread=in_thread,
     )
 
 

@@ -39,6 +39,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from eopd.async_llm import models_inspected_here
 from eopd.config import ConfigError, TeacherConfig
 from eopd.teacher import head
 from eopd.teacher.signal import read_signal
@@ -155,7 +156,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def engine(config: TeacherConfig, top_k: int) -> Iterator[LLM]:
-    llm = LLM(**engine_options(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS))
+    with models_inspected_here():
+        llm = LLM(**engine_options(config, top_k=top_k, max_sequence_tokens=MAX_TOKENS))
+
     try:
         yield llm
     finally:

@@ -198,4 +198,5 @@ class Run:
 
 
 def engine_of(actor: psutil.Process) -> psutil.Process:
+    """The process of its engine's own, which an actor has where the engine is not a thread of it."""
     return next(child for child in actor.children(recursive=True) if "EngineCore" in child.name())

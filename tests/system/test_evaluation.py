@@ -173,7 +173,14 @@ def test_whoever_is_killed_in_a_benchmark_its_numbers_are_whole(program, benchma
     last one is under way when the run is asked to end.
     """
     long = benchmark(samples=32, temperature=2, max_response_tokens=200, stop=[])
-    settings = (*SETTINGS, "run.batches=8", "evaluation.every=2", "rollout.engines=2", long)
+    settings = (
+        *SETTINGS,
+        "run.batches=8",
+        "evaluation.every=2",
+        "rollout.engines=2",
+        "rollout.vllm.distributed_executor_backend=mp",  # an engine in a process of its own
+        long,
+    )
     run = Run(program, "evaluated-killed", *settings)
     run.says("its engine answers as a teacher must", after=0)
     engine = engine_of(run.actors("RolloutActor")[0])

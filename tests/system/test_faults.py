@@ -6,7 +6,7 @@ import re
 
 import psutil
 import pytest
-from program import Run, engine_of, lost, read_rows
+from program import Run, lost, read_rows
 
 from eopd.telemetry.series import series
 
@@ -51,10 +51,9 @@ def replaced(run: Run, number: int) -> float:
 
 
 def test_engines_are_replaced_also_when_both_are_lost_at_once(run):
-    """One with its actor, the other one with the engine's own process."""
-    first, second = run.actors("RolloutActor")
-    engine_of(second).kill()
-    first.kill()
+    for actor in run.actors("RolloutActor"):
+        actor.kill()
+
     replaced(run, 2)
 
 
@@ -63,7 +62,7 @@ def suspended_in_a_transfer(run: Run) -> psutil.Process:
     else, the engine goes on, and it is tried again.
     """
     while True:
-        engine = engine_of(run.actors("RolloutActor")[0])
+        engine = run.actors("RolloutActor")[0]
         before = len(run.log.read_text())
         engine.suspend()
         report = run.says(r"^  weights: (\w+)", after=before)
@@ -83,7 +82,7 @@ def test_an_engine_killed_in_a_weight_transfer_costs_that_transfer(run):
 
 def test_an_engine_that_stands_still_costs_one_time_out(run):
     failed = run.rows()[-1]["eopd_weight_failures_total"]
-    engine_of(run.actors("RolloutActor")[0]).suspend()
+    run.actors("RolloutActor")[0].suspend()
     assert replaced(run, 4) == failed + 1
 
 
@@ -101,8 +100,8 @@ def test_engines_come_and_go_on_request(run):
     assert run.rows()[-1]["eopd_engine_replacements_total"] == replaced_before
 
 
-def test_a_dead_teacher_engine_is_replaced(run):
-    engine_of(run.actors("TeacherActor")[0]).kill()
+def test_a_dead_teacher_is_replaced(run):
+    run.actors("TeacherActor")[0].kill()
     run.wait(lambda row: row[REPLACED] == 1 and row[REPLICAS_UP] == 2)
     run.goes_on()
 

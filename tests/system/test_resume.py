@@ -4,6 +4,7 @@ equal to the token.
 
 import json
 import random
+import shutil
 import subprocess
 import time
 
@@ -102,13 +103,9 @@ def test_its_losses_are_those_of_an_undisturbed_run(resumed, synchronous):
 
 
 @pytest.fixture
-def small_disk(tmp_path, synchronous):
-    """A file system with room for one checkpoint of the tiny student, not for two."""
-    directory, _ = synchronous
-    files = (directory / "checkpoints/step-000030").rglob("*")
-    size = sum(path.stat().st_size for path in files)
-    options = f"size={size * 8 // 5}"
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path]
+def small_disk(tmp_path):
+    """A file system of its own."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", tmp_path]
     mount = subprocess.run(command, capture_output=True)
     if mount.returncode != 0:
         pytest.skip("mounting a small disk needs root")
@@ -119,23 +116,28 @@ def small_disk(tmp_path, synchronous):
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(program, small_disk):
-    command = program.train(
-        "full",
-        "run.batches=9",
-        "checkpoint.every=1",
+    settings = (
+        "run.batches=50",
+        "checkpoint.every=5",
         "evaluation.prompts=8",
         "rollout.engines=1",
         f"run.directory={small_disk}",
     )
-    done = program.run(*command)
-    assert done.returncode == 1, done.stdout + done.stderr
-    checkpoints = small_disk / "full" / "checkpoints"
-    message = done.stderr.splitlines()[-1]
-    advice = "step-000001 is whole and kept. Free some space"
-    assert message.startswith(f"error: {checkpoints}/step-000002 could not be written: ")
+    run = Run(program, "full", *settings)
+    run.directory = small_disk / "full"
+    run.wait(lambda row: row.get("eopd_checkpoint_step") == 5)
+    # what a run writes beside its checkpoints has room
+    free = shutil.disk_usage(small_disk).free - (1 << 19)
+    (small_disk / "others").write_bytes(bytes(free))
+    said = run.ended(1)
+
+    checkpoints = run.directory / "checkpoints"
+    message = said.splitlines()[-1]
+    advice = "step-000005 is whole and kept. Free some space"
+    assert message.startswith(f"error: {checkpoints}/step-000010 could not be written: ")
     assert f"bytes were free there. {advice}" in message
-    assert "Traceback" not in done.stderr
-    assert [path.name for path in checkpoints.iterdir()] == ["step-000001"]
+    assert "Traceback" not in said
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000005"]
     assert list_checkpoints(checkpoints)
-    assert summary_of(small_disk / "full")["status"] == "failed"
+    assert run.summary()["status"] == "failed"
     assert program.left_behind() == []

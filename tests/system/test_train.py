@@ -9,9 +9,6 @@ import pytest
 import yaml
 from program import read_rows
 
-# What oneDNN and torch take for a processor's best; forward and backward in bfloat16 are then 120
-# times as slow.
-AVX2_ALONE = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 PARAMETERS = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
 
 
@@ -191,8 +188,7 @@ def test_the_exported_student_is_the_trained_one(synchronous, program):
 
 
 @pytest.mark.slow
-def test_the_exported_student_answers_a_benchmark(synchronous, program, tmp_path):
-    directory, _ = synchronous
+def test_a_model_answers_a_benchmark(program, tmp_path):
     answers = tmp_path / "answers.jsonl"
     data = "configs/prompts/arithmetic.jsonl"
     settings = [
@@ -215,7 +211,7 @@ def test_the_exported_student_answers_a_benchmark(synchronous, program, tmp_path
     ]
     done = program.run(
         "eval",
-        str(directory / "hf"),
+        str(program.models / "student"),
         data,
         *settings,
         "--grader",
@@ -255,20 +251,8 @@ def test_a_failure_leaves_no_process_and_says_failed(program):
 
 
 @pytest.mark.slow
-def test_a_processor_without_bfloat16_trains_in_float32(program, monkeypatch):
-    for name, value in AVX2_ALONE.items():
-        monkeypatch.setenv(name, value)
-
-    settings = (
-        "run.batches=15",
-        "student.dtype=auto",
-        "teachers.0.dtype=auto",
-        "rollout.engines=1",
-        "learner.ranks=1",
-    )
-    done = program.run(*program.train("avx2", *settings))
-    assert done.returncode == 0, done.stdout + done.stderr
-    directory = program.runs / "avx2"
+def test_a_processor_without_bfloat16_trains_in_float32(without_bfloat16):
+    directory = without_bfloat16
     config = yaml.safe_load((directory / "config.yaml").read_text())
 
     for model in (config["student"], *config["teachers"]):

@@ -1,0 +1,177 @@
+"""Starts and ends vLLM's ``AsyncLLM``, for rollouts and for teachers.
+
+    on a CPU, in an actor                       everywhere else
+    one process                                 two processes
+      event loop: AsyncLLM                        AsyncLLM
+          │ sockets                                   │ sockets
+      thread: EngineCoreProc                      EngineCoreProc
+
+By itself vLLM keeps the core of an ``AsyncLLM`` in a process of its own, which imports vLLM once more:
+half of the CPU time of a start, 10 of 20 s, and 0.4 GB (0.32.0, the tiny student). A thread takes
+nothing from an engine on a CPU, whose forward pass holds no lock of Python's. On a GPU, where a step is
+mostly Python, it would.
+
+vLLM internals used here were checked against 0.32.0: ``CoreEngineProcManager`` (``v1/engine/utils.py``)
+makes the core's process out of ``get_mp_context``; ``EngineCoreProc.run_engine_core``
+(``v1/engine/core.py``) is what runs in it; ``_run_in_subprocess``
+(``model_executor/models/registry.py``) is how vLLM looks at the class of a model.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from vllm import AsyncEngineArgs
+from vllm.model_executor.models import registry
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import utils
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+from vllm.v1.engine.core import EngineCoreRequestType as RequestType
+from vllm.v1.metrics.loggers import StatLoggerFactory
+
+from eopd.engine_options import ONE_PROCESS, usage_context
+
+_log = logging.getLogger(__name__)
+
+
+def start_llm(
+    options: Mapping[str, Any],
+    *,
+    on_cpu: bool,
+    in_thread: bool,
+    stat_loggers: Sequence[StatLoggerFactory],
+) -> AsyncLLM:
+    """Starts an engine; blocks until it is up.
+
+    Args:
+        options: ``AsyncEngineArgs``.
+        on_cpu: whether it runs on CPUs.
+        in_thread: whether this process may hold the engine, if that has one worker and runs on a
+            CPU. Then the process must hold no other one: vLLM's forward context is one per process.
+        stat_loggers: where vLLM's own metrics go, if the options ask for them.
+
+    Raises:
+        Exception: whatever has kept the engine from starting.
+    """
+    args = AsyncEngineArgs(**options)
+    with ExitStack() as stack:
+        if on_cpu:
+            stack.enter_context(models_inspected_here())
+
+        if on_cpu and in_thread and args.distributed_executor_backend == ONE_PROCESS:
+            stack.enter_context(_core_in_thread())
+
+        return AsyncLLM.from_engine_args(
+            args,
+            usage_context=UsageContext(usage_context(on_cpu=on_cpu)),
+            stat_loggers=list(stat_loggers),
+        )
+
+
+def end_llm(llm: AsyncLLM) -> None:
+    """Ends an engine, a process of its own at once. By itself vLLM gives that 5 s, in which it
+    collects garbage, and kills it then, with a warning (0.32.0, ``v1/utils.py``). A thread ends
+    after the step under way.
+    """
+    logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)
+    llm.shutdown(timeout=0)
+
+
+@contextmanager
+def models_inspected_here() -> Iterator[None]:
+    """In this context vLLM looks at the class of a model in this process.
+
+    By itself it starts another one, so that this one gets nothing of CUDA, and keeps the answer in a
+    file of the user's: 10 s of CPU for every architecture that it has not seen on a machine.
+    """
+    with _replaced(registry, "_run_in_subprocess", lambda look: look()):
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    own = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, own)
+
+
+class _CoreThread(threading.Thread):
+    """An engine's core in this process, for vLLM in the place of a ``multiprocessing.Process``.
+
+    ``sentinel`` is the end of a pipe that becomes readable when the thread has ended. There is no
+    ``pid``, by which vLLM would kill what does not end in time.
+    """
+
+    pid = None
+
+    def __init__(self, name: str, arguments: Mapping[str, Any]) -> None:
+        super().__init__(name=name, daemon=True)
+        ranks = ("dp_rank", "local_dp_rank")  # of one engine: 0
+        self._arguments = {key: value for key, value in arguments.items() if key not in ranks}
+        self._core: EngineCoreProc | None = None
+        self.exitcode: int | None = None
+        self.error: Exception | None = None
+        self.sentinel, self._ended = os.pipe()
+
+    def run(self) -> None:
+        """Does what ``run_engine_core`` does, but for the signals, which belong to the actor."""
+        try:
+            self._arguments["vllm_config"].parallel_config.reconfigure_for_independent_dp_rank()
+            self._core = EngineCoreProc(**self._arguments)
+            self._core.run_busy_loop()
+        except SystemExit:  # the loop ends so when it was told to end
+            self._end(0)
+        except Exception as error:  # noqa: BLE001  # raised where the engine was asked for
+            self.error = error
+            _log.exception("the engine has failed")
+            if self._core is not None:
+                self._core._send_engine_dead()
+
+            self._end(1)
+
+    def _end(self, exitcode: int) -> None:
+        self.exitcode = exitcode
+        try:
+            if self._core is not None:
+                self._core.shutdown()
+        finally:
+            os.close(self._ended)
+
+    def terminate(self) -> None:
+        """Tells the core to end after the step under way."""
+        if self._core is not None:
+            self._core.shutdown_state = EngineShutdownState.REQUESTED
+            self._core.input_queue.put_nowait((RequestType.WAKEUP, None))
+
+
+@contextmanager
+def _core_in_thread() -> Iterator[None]:
+    """The engine that is made in this context gets a thread.
+
+    Raises:
+        RuntimeError: this process has such an engine already.
+        Exception: whatever has kept the engine from starting.
+    """
+    if any(isinstance(thread, _CoreThread) for thread in threading.enumerate()):
+        raise RuntimeError("this process has an engine already, and may have one")
+
+    threads: list[_CoreThread] = []
+
+    def make(target: object, name: str, kwargs: Mapping[str, Any]) -> _CoreThread:
+        threads.append(_CoreThread(name, kwargs))
+        return threads[-1]
+
+    with _replaced(utils, "get_mp_context", lambda: SimpleNamespace(Process=make)):
+        try:
+            yield
+        except RuntimeError as error:  # that the core has failed, see above
+            cause = threads[0].error if threads else None
+            raise cause or error from error

@@ -1,0 +1,85 @@
+"""An engine in a thread of its actor: the same as one in a process, also where it fails."""
+
+import multiprocessing
+import threading
+
+import fakes
+import pytest
+from moving_weights import start
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from eopd.async_llm import _CoreThread
+from eopd.roles import EngineDownError
+from eopd.types import PolicyVersion, Sampling
+
+pytestmark = pytest.mark.asyncio
+
+
+def cores() -> list[_CoreThread]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, _CoreThread)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    """Engines of other files share this process."""
+    yield
+    for core in cores():
+        core.join(timeout=30)
+
+    cleanup_dist_env_and_memory()
+
+
+async def write(engine):
+    sampling = Sampling(temperature=1.0, max_tokens=20, seed=5)
+    return (await engine.generate(fakes.prompt("p", [7, 8, 9]), 0, sampling)).body
+
+
+async def test_it_has_no_process_and_writes_what_one_with_a_process_writes(tiny_model):
+    student = tiny_model("llama", seed=1, scale=0.2)
+    other = await start(student)
+    expected = await write(other)
+    processes = multiprocessing.active_children()
+    engine = await start(student, in_thread=True)
+    assert multiprocessing.active_children() == processes
+
+    found = await write(engine)
+    assert found.response_ids.tolist() == expected.response_ids.tolist()
+    assert found.rollout_logprobs == pytest.approx(expected.rollout_logprobs, abs=1e-6)
+    assert await engine.version() == PolicyVersion(0, 0)
+
+    with pytest.raises(RuntimeError, match="this process has an engine already"):
+        await start(student, in_thread=True)
+
+    assert (await write(engine)).response_ids.tolist() == expected.response_ids.tolist()
+    await other.close()
+    await engine.close()
+    (core,) = cores() or [None]
+    if core is not None:
+        core.join(timeout=30)
+
+    assert cores() == []
+
+
+async def test_one_that_does_not_start_says_why(tiny_model):
+    student = tiny_model("llama", seed=1, scale=0.2)
+    with pytest.raises(ValueError, match="No available memory for the cache blocks"):
+        await start(student, in_thread=True, kv_cache_memory_bytes=1)
+
+
+async def test_one_that_fails_is_down_and_its_process_is_told(tiny_model):
+    engine = await start(tiny_model("llama", seed=1, scale=0.2), in_thread=True)
+    (core,) = cores()
+
+    def fails():
+        raise OSError("no memory is left")
+
+    core._core.step_fn = fails
+    with pytest.raises(EngineDownError):
+        await write(engine)
+
+    core.join(timeout=30)
+    assert core.exitcode == 1
+    with pytest.raises(EngineDownError):
+        await engine.version()
+
+    await engine.close()
