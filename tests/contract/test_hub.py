@@ -154,6 +154,7 @@ def test_tags_branches_and_commits_are_revisions(ask, tiny):
         assert ask(pin).value == f"org/tiny@{first}"
 
 
+@pytest.mark.slow
 def test_a_filled_cache_is_enough_without_a_network(ask, tiny, closed):
     pinned = ask(PIN).value
     # nothing is asked of a commit, and the last answer stands for a name
@@ -163,6 +164,7 @@ def test_a_filled_cache_is_enough_without_a_network(ask, tiny, closed):
         assert found == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
+@pytest.mark.slow
 def test_a_cache_with_half_a_model_is_told_without_a_network(ask, tiny, closed):
     small = "pin_model('student.model', 'org/tiny', {}, weights=False)"
     assert ask(small).value == f"org/tiny@{tiny.refs['main']}"
@@ -173,7 +175,9 @@ def test_a_cache_with_half_a_model_is_told_without_a_network(ask, tiny, closed):
     assert away.seconds < SECONDS
 
 
-@pytest.mark.parametrize("spec", ["org/tiny", f"org/tiny@{NO_COMMIT}"])
+@pytest.mark.parametrize(
+    "spec", ["org/tiny", pytest.param(f"org/tiny@{NO_COMMIT}", marks=pytest.mark.slow)]
+)
 def test_no_network_is_one_line_in_time(ask, tmp_path, closed, silent, spec):
     pin = f"pin_model('student.model', '{spec}', {{}}, weights=True)"
     refused = ask(pin, endpoint=closed)
@@ -251,6 +255,7 @@ def test_a_data_set_is_pinned_and_read_at_that_commit(hub, ask, rows):
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_a_pinned_data_set_needs_no_network_once_it_was_read(ask, rows, closed):
     pinned = f"org/rows@{rows.refs['main']}:train"
     assert ask("rows(pin_data('prompts.data', 'org/rows:train', {}))").value == ["a", "b"]
@@ -259,6 +264,7 @@ def test_a_pinned_data_set_needs_no_network_once_it_was_read(ask, rows, closed):
         assert ask(f"rows('{pinned}')", **variables).value == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_another_commit_in_the_cache_does_not_stand_for_the_pinned_one(ask, rows, closed):
     first = rows.refs["main"]
     second = rows.commit({"README.md": b"# rows", "train.jsonl": NEWER})
@@ -269,6 +275,7 @@ def test_another_commit_in_the_cache_does_not_stand_for_the_pinned_one(ask, rows
     assert said.seconds < SECONDS
 
 
+@pytest.mark.slow
 def test_a_gated_data_set_is_told_whatever_the_cache_holds(ask, rows):
     first = rows.refs["main"]
     rows.gated = True
@@ -348,6 +355,7 @@ def test_a_public_repository_is_asked_for_by_name(hub, ask):
     assert not hub.repositories["models", "org/open"].private
 
 
+@pytest.mark.slow
 def test_an_upload_that_breaks_says_how_to_send_it_again(ask, hub, closed, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     path = "__import__('pathlib').Path('.').absolute()"

@@ -30,6 +30,8 @@ from eopd.types import LostReason, LostTrajectory, Stored, Trajectory
 
 MAX_TOKENS = 160
 KEY = "sk-teacher"
+
+pytestmark = pytest.mark.slow
 LENGTHS = [(1, 1), (3, 40), (70, 2), (1, 90), (40, 119), (17, 23)]  # prompt, response
 
 
@@ -300,7 +302,6 @@ async def test_answers_that_may_be_better_later_lose_nothing(server, scoring, ba
     assert set(faults) == set(FAULTS)
 
 
-@pytest.mark.slow  # a whole run outlives its servers in tests/system/test_teachers.py
 async def test_a_server_killed_and_started_again_loses_nothing(server, scoring, batch):
     async with scoring(top_k=4, max_attempts=1000, max_connections=2) as scorer:
         before = [await scorer.score(stored) for stored in batch]

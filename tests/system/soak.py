@@ -12,6 +12,7 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from refusing_server import refusing_server, teachers
 
 from eopd.models.tiny import write_tiny_pair
 
-SAMPLE_S = 5.0
+SAMPLE_S, STOPPED_S = 5.0, 60.0
 POISON = {"id": "poison", "prompt": "Say nothing.", "source": "poison"}
 SETTINGS = (
     "run.batches=100000",
@@ -58,9 +59,15 @@ def lose_node(run: Run) -> None:
         actor.kill()
 
 
+def stop(actor: psutil.Process) -> None:
+    """It stands still. Ray asks a process to end, and kills none that it cannot reach (2.60)."""
+    actor.suspend()
+    threading.Timer(STOPPED_S, lambda: actor.is_running() and actor.kill()).start()
+
+
 FAULTS: dict[str, Callable[[Run], None]] = {
     "engine's actor killed": lambda run: pick(run, "RolloutActor").kill(),
-    "engine's actor stopped": lambda run: pick(run, "RolloutActor").suspend(),
+    "engine's actor stopped": lambda run: stop(pick(run, "RolloutActor")),
     "node of two engines lost": lose_node,
     "teacher's actor killed": lambda run: pick(run, "TeacherActor").kill(),
     "learner's rank killed": lambda run: pick(run, "LearnerActor").kill(),
