@@ -1,16 +1,19 @@
 """``eopd plan`` says what a run needs of each device, and whether it fits, before anything starts."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 
 import typer
 
 from eopd.cli.commands import ConfigFile, Overrides
+from eopd.cli.paths import require_file
 from eopd.config import Config, ConfigError, load_config
 
 if TYPE_CHECKING:
     from eopd.planning.balance import Balance
     from eopd.planning.needs import Hardware
+    from eopd.planning.simulate import Simulated
 
 _ANY_CPUS = 1e6  # a plan says nothing of CPUs
 
@@ -45,7 +48,63 @@ _Mean = Annotated[
         help="With --rates: the mean length of a response; else rollout.max_response_tokens.",
     ),
 ]
+_Simulate = Annotated[
+    bool,
+    typer.Option(
+        "--simulate",
+        help="With --rates: run the loop in virtual time, on workers of these rates, and tell the "
+        "steps an hour, who is at work and who waits, and the staleness.",
+    ),
+]
+_Scale = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FROM..TO",
+        help="With --simulate: a row for each number of devices, which doubles: 8..4096.",
+    ),
+]
+_Sigma = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=5.0,
+        help="With --simulate: the spread of the lengths, which are lognormal: the standard "
+        "deviation of their logarithms. Else 1.",
+    ),
+]
+_Publish = Annotated[
+    float | None,
+    typer.Option(
+        "--publish-s", min=0.0, help="With --simulate: the seconds that a publish takes; else 0."
+    ),
+]
+_Plot = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.svg", help="With --scale: draw the rows into this file."),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")]
+
+
+_GOES_WITH: Final = {
+    "--devices": "--rates, which `eopd profile CONFIG` measures",
+    "--response-tokens": "--rates, which `eopd profile CONFIG` measures",
+    "--simulate": "--rates, which `eopd profile CONFIG` measures",
+    "--scale": "--simulate",
+    "--sigma": "--simulate",
+    "--publish-s": "--simulate",
+    "--plot": "--scale",
+}
+
+
+class _Given(NamedTuple):
+    """What a simulation was told on the command line."""
+
+    rates: str
+    devices: int | None
+    mean: float | None
+    scale: str | None
+    sigma: float | None
+    publish_s: float | None
 
 
 def plan(
@@ -58,19 +117,35 @@ def plan(
     rates: _Rates = None,
     devices: _Devices = None,
     response_tokens: _Mean = None,
+    simulate: _Simulate = False,
+    scale: _Scale = None,
+    sigma: _Sigma = None,
+    publish_s: _Publish = None,
+    plot: _Plot = None,
     as_json: _Json = False,
 ) -> None:
     """Reckon what a run needs of each device, whether it fits, and what to change where it does not,
     from the config and its models' config.json alone. Nothing starts.
     """
     resolved = load_config(config, overrides or [])
-    if rates is None and (devices is not None or response_tokens is not None):
-        option = "--devices" if devices is not None else "--response-tokens"
-        raise ConfigError(f"{option}: goes with --rates, which `eopd profile CONFIG` measures")
+    for option, value, needed in (
+        ("--devices", devices, rates),
+        ("--response-tokens", response_tokens, rates),
+        ("--simulate", simulate or None, rates),
+        ("--scale", scale, simulate or None),
+        ("--sigma", sigma, simulate or None),
+        ("--publish-s", publish_s, simulate or None),
+        ("--plot", plot, scale),
+    ):
+        if value is not None and needed is None:
+            raise ConfigError(f"{option}: goes with {_GOES_WITH[option]}")
+
+    if plot is not None:
+        require_file("--plot", plot)
 
     from eopd.planning.needs import Hardware
     from eopd.planning.plan import plan_run, read_models
-    from eopd.planning.show import as_record, print_plan
+    from eopd.planning.show import as_record, print_plan, print_simulation, simulation_record
     from eopd.planning.units import read_bandwidth, read_bytes
 
     hardware = Hardware(
@@ -82,9 +157,14 @@ def plan(
     balanced = None if rates is None else _balance(resolved, rates, devices, response_tokens)
     planned = plan_run(resolved, read_models(resolved), hardware)
     lack = _lack_of_gpus(resolved, hardware)
+    rows = []
+    if rates is not None and simulate:
+        given = _Given(rates, devices, response_tokens, scale, sigma, publish_s)
+        rows = _simulated(resolved, given, hardware, plot)
 
     if as_json:
         record = as_record(planned, balanced) | {"lack_of_gpus": lack}
+        record["simulation"] = simulation_record(rows) or None
         typer.echo(json.dumps(record, allow_nan=False))
         return
 
@@ -92,17 +172,71 @@ def plan(
     if lack:
         typer.echo(f"There is no room for it on {nodes} x {gpus_per_node} GPUs: {lack}.")
 
+    if rows:
+        print_simulation(rows, resolved)
 
-def _balance(config: Config, rates: str, devices: int | None, mean: float | None) -> "Balance":
-    """Returns the best workers of so many devices, or what those of the config do."""
+
+def _balance(
+    config: Config,
+    rates: str,
+    devices: int | None,
+    mean: float | None,
+    *,
+    option: str = "--devices",
+    fewest: int | None = None,
+) -> "Balance":
+    """Returns the best workers of so many devices, or what those of the config do. The batch is the
+    config's, or where it is that for the ``fewest`` devices, as many trajectories a device.
+    """
     from eopd.planning.balance import balance, best_counts, counts_of, devices_of, stages_of
     from eopd.planning.units import read_rates
 
     stages = stages_of(config, read_rates("--rates", rates))
-    counts = counts_of(config) if devices is None else best_counts(stages, devices)
-    tokens = config.batch_trajectories * (mean or config.rollout.max_response_tokens)
+    counts = counts_of(config) if devices is None else best_counts(stages, devices, option)
     number = devices or devices_of(stages, counts)
+    batch = config.batch_trajectories * number // (fewest or number)
+    tokens = batch * (mean or config.rollout.max_response_tokens)
     return balance(stages, counts, devices=number, batch_tokens=tokens)
+
+
+def _simulated(
+    config: Config, given: _Given, hardware: "Hardware", plot: Path | None
+) -> "list[Simulated]":
+    """Simulates the devices that were given, and draws them where that is wanted."""
+    from eopd.planning.lengths import Lengths
+    from eopd.planning.picture import draw
+    from eopd.planning.simulate import simulate_each
+    from eopd.planning.units import read_rates, read_scale
+    from eopd.planning.workers import Work
+
+    most = config.rollout.max_response_tokens
+    mean = most if given.mean is None else given.mean
+    if mean > most:
+        raise ConfigError(
+            f"--response-tokens {mean:g}: is above rollout.max_response_tokens ({most})"
+        )
+
+    if given.scale is None:
+        balances = [_balance(config, given.rates, given.devices, mean)]
+    elif given.devices is not None:
+        raise ConfigError("--devices: goes without --scale, which says the devices of each row")
+    else:
+        sizes = read_scale("--scale", given.scale)
+        balances = [
+            _balance(config, given.rates, size, mean, option="--scale", fewest=sizes[0])
+            for size in sizes
+        ]
+
+    work = Work(
+        rates=read_rates("--rates", given.rates),
+        lengths=Lengths(mean, 1.0 if given.sigma is None else given.sigma, most),
+        publish_s=given.publish_s or 0.0,
+    )
+    rows = simulate_each(config, work, balances, hardware)
+    if plot is not None:
+        plot.write_text(draw(rows), encoding="utf-8")
+
+    return rows
 
 
 def _lack_of_gpus(config: Config, hardware: "Hardware") -> str | None:

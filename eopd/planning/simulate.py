@@ -29,7 +29,7 @@ from eopd.config import Config
 from eopd.ledger import Ledger
 from eopd.packing import pack_batch
 from eopd.pipeline import Pipeline
-from eopd.planning.balance import WORKERS, Balance, Counts, Stage, balance, best_counts, counts_of
+from eopd.planning.balance import WORKERS, Balance, Counts, counts_of
 from eopd.planning.needs import Hardware
 from eopd.planning.virtual import VirtualLoop
 from eopd.planning.workers import Roles, Work
@@ -59,6 +59,7 @@ class Simulation:
 
     counts: Counts
     batch: int
+    max_staleness: int
     steps: int
     steps_per_hour: float
     tokens_per_s: float
@@ -70,12 +71,46 @@ class Simulation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scaled:
-    """A simulation of so many devices, beside what the closed formulas say of them."""
+class Simulated:
+    """A simulation beside what the closed formulas say of the same workers and batch."""
 
-    devices: int
     balance: Balance
     simulation: Simulation
+
+    @property
+    def closed_steps(self) -> float:
+        """The steps an hour of the closed formula: of stages that overlap, or where the flow is
+        synchronous, of stages that follow one another.
+        """
+        synchronous = self.simulation.max_staleness == 0
+        return self.balance.in_turn_steps if synchronous else self.balance.steps_per_hour
+
+
+def simulate_each(
+    config: Config, work: Work, balances: Sequence[Balance], hardware: Hardware
+) -> list[Simulated]:
+    """Simulates a run with the workers of each balance. The first has the batch of the config, and the
+    others have as many trajectories a device.
+
+    Args:
+        config: of the run, with the workers and the batch for which rates were measured.
+        work: what its stages have to do, at the rates that were measured.
+        balances: the workers and devices.
+        hardware: says how many requests an engine holds at a time where the config does not.
+    """
+    full = full_rates(config, work, hardware)
+    rows = []
+    for balance in balances:
+        batch = batch_of(config, balance.devices, balances[0].devices)
+        simulation = simulate(config, full, counts=balance.counts, batch=batch, hardware=hardware)
+        rows.append(Simulated(balance=balance, simulation=simulation))
+
+    return rows
+
+
+def batch_of(config: Config, devices: int, fewest: int) -> int:
+    """Returns the trajectories of a batch on so many devices, if the config's is for the fewest."""
+    return config.batch_trajectories * devices // fewest
 
 
 def full_rates(config: Config, work: Work, hardware: Hardware) -> Work:
@@ -115,31 +150,6 @@ def simulate(
     )
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(_simulate(config, full, plan, measured, counts, hardware))
-
-
-def simulate_scales(
-    config: Config,
-    full: Work,
-    stages: tuple[Stage, ...],
-    sizes: Sequence[int],
-    hardware: Hardware,
-    option: str,
-) -> list[Scaled]:
-    """Simulates a run on each of some numbers of devices, with the workers that balance best there.
-    The first has the batch of the config, and the others the same number of trajectories a device.
-
-    Raises:
-        ConfigError: the devices of ``option`` do not hold one worker of each stage.
-    """
-    rows = []
-    for devices in sizes:
-        counts = best_counts(stages, devices, option)
-        batch = config.batch_trajectories * devices // sizes[0]
-        simulation = simulate(config, full, counts=counts, batch=batch, hardware=hardware)
-        closed = balance(stages, counts, devices=devices, batch_tokens=batch * full.lengths.mean)
-        rows.append(Scaled(devices=devices, balance=closed, simulation=simulation))
-
-    return rows
 
 
 async def _alone(config: Config, work: Work, hardware: Hardware) -> tuple[Mapping[str, float], int]:
@@ -212,11 +222,11 @@ async def _simulate(
             if len(done) == measured:
                 break
 
-        return _summary(done, roles, counts, full, clock() - started)
+        return _summary(done, roles, plan, counts, full, clock() - started)
 
 
 def _summary(
-    done: Sequence[StepDone], roles: Roles, counts: Counts, full: Work, seconds: float
+    done: Sequence[StepDone], roles: Roles, plan: Plan, counts: Counts, full: Work, seconds: float
 ) -> Simulation:
     """Returns what steps were like that took so many seconds together."""
     learner = {part: sum(step.seconds[part] for step in done) / seconds for part in PARTS}
@@ -231,7 +241,8 @@ def _summary(
 
     return Simulation(
         counts=counts,
-        batch=len(headers) // len(done),
+        batch=plan.batch,
+        max_staleness=plan.max_staleness,
         steps=len(done),
         steps_per_hour=3600.0 * len(done) / seconds,
         tokens_per_s=tokens / seconds,
