@@ -19,7 +19,7 @@ class Lengths:
     """
 
     def __init__(self, mean: float, sigma: float, most: int) -> None:
-        self.mean, self._sigma, self._most = mean, sigma, most
+        self.mean, self.sigma, self._most = mean, sigma, most
         self._mu = math.inf if mean >= most else _mu(mean, sigma, most)
 
     def of(self, seed: int) -> int:
@@ -28,7 +28,7 @@ class Lengths:
             return self._most
 
         deviates = _NORMAL.inv_cdf((seed + 0.5) / _SEEDS)
-        return max(1, min(self._most, round(math.exp(self._mu + self._sigma * deviates))))
+        return max(1, min(self._most, round(math.exp(self._mu + self.sigma * deviates))))
 
 
 def _mu(mean: float, sigma: float, most: int) -> float:
