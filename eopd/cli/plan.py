@@ -78,6 +78,14 @@ _Publish = Annotated[
         "--publish-s", min=0.0, help="With --simulate: the seconds that a publish takes; else 0."
     ),
 ]
+_FullAt = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With --simulate: the responses at a time with which an engine does its whole rate; "
+        "fewer are written no faster each. Else its share of the config's batch.",
+    ),
+]
 _Plot = Annotated[
     Path | None,
     typer.Option(metavar="FILE.svg", help="With --scale: draw the rows into this file."),
@@ -92,6 +100,7 @@ _GOES_WITH: Final = {
     "--scale": "--simulate",
     "--sigma": "--simulate",
     "--publish-s": "--simulate",
+    "--full-at": "--simulate",
     "--plot": "--scale",
 }
 
@@ -105,6 +114,7 @@ class _Given(NamedTuple):
     scale: str | None
     sigma: float | None
     publish_s: float | None
+    full_at: int | None
 
 
 def plan(
@@ -121,6 +131,7 @@ def plan(
     scale: _Scale = None,
     sigma: _Sigma = None,
     publish_s: _Publish = None,
+    full_at: _FullAt = None,
     plot: _Plot = None,
     as_json: _Json = False,
 ) -> None:
@@ -135,6 +146,7 @@ def plan(
         ("--scale", scale, simulate or None),
         ("--sigma", sigma, simulate or None),
         ("--publish-s", publish_s, simulate or None),
+        ("--full-at", full_at, simulate or None),
         ("--plot", plot, scale),
     ):
         if value is not None and needed is None:
@@ -159,7 +171,7 @@ def plan(
     lack = _lack_of_gpus(resolved, hardware)
     rows = []
     if rates is not None and simulate:
-        given = _Given(rates, devices, response_tokens, scale, sigma, publish_s)
+        given = _Given(rates, devices, response_tokens, scale, sigma, publish_s, full_at)
         rows = _simulated(resolved, given, hardware, plot)
 
     if as_json:
@@ -231,6 +243,7 @@ def _simulated(
         rates=read_rates("--rates", given.rates),
         lengths=Lengths(mean, 1.0 if given.sigma is None else given.sigma, most),
         publish_s=given.publish_s or 0.0,
+        full_at=given.full_at,
     )
     rows = simulate_each(config, work, balances, hardware)
     if plot is not None:

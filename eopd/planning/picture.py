@@ -29,7 +29,7 @@ def draw(rows: Sequence[Simulated]) -> str:
     }
     height = _TOP + 2 * (_PANEL + _GAP)
     panels = [
-        _panel("steps an hour", devices, steps, _TOP, max(map(max, steps.values()))),
+        _panel("steps an hour", devices, steps, _TOP, 1.05 * max(map(max, steps.values()))),
         _panel("share of time, by devices", devices, shares, _TOP + _PANEL + _GAP, 1.0),
     ]
     return (

@@ -31,7 +31,7 @@ _HEADINGS: Final = (
     "staleness\nmean",
     "staleness\nmax",
 )
-_TABLE_WIDTH: Final = 140
+_TABLE_WIDTH: Final = 150
 
 
 def as_record(plan: RunPlan, balance: Balance | None) -> dict[str, object]:

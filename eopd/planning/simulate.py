@@ -10,8 +10,10 @@ What waits for what is decided by the code of a run, and nothing of it is repeat
 * Rates are those of ``eopd profile``: each stage alone, with a whole batch of the config at once,
   to its last response. While the last ones are written, engines are not full; so the rate of a
   full engine is the one with which a batch takes as long as the profile says (``full_rates``).
-  An engine is full with its share of such a batch, and no response is written faster where there
-  are fewer. More do not make it faster either.
+* An engine is full with its share of such a batch, or with ``full_at`` responses. Fewer are
+  written no faster each, as where every token waits for the weights to be read; with more, each
+  gets its part of the rate. With ``full_at`` 1 an engine does its whole rate however many there
+  are, as where arithmetic is what takes the time.
 * All teachers are one, with all replicas; one behind a server takes no time. Nothing is lost, the
   driver and the network cost nothing, and new weights do not pause an engine.
 """

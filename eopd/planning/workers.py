@@ -41,12 +41,14 @@ W = TypeVar("W")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What stages have to do: ``rates`` in response tokens a second of one engine, one replica and one
-    rank; the lengths of responses; the seconds of a publish.
+    rank; the lengths of responses; the seconds of a publish. An engine does its whole rate with
+    ``full_at`` responses at a time; None is its share of the config's batch.
     """
 
     rates: Mapping[str, float]
     lengths: Lengths
     publish_s: float = 0.0
+    full_at: int | None = None
 
 
 class Engine:
@@ -126,7 +128,8 @@ class Roles:
     """Every role of the loop at once: workers that do nothing for as long as it takes."""
 
     def __init__(self, config: Config, work: Work, counts: Counts, hardware: Hardware) -> None:
-        full = math.ceil(config.batch_trajectories / config.rollout.engines)
+        share = math.ceil(config.batch_trajectories / config.rollout.engines)
+        full = work.full_at or share
         rates = work.rates
         self.engines = [Engine(rates["generate"], full) for _ in range(counts["generate"])]
         self.replicas = [Replica(rates["score"]) for _ in range(counts.get("score", 0))]

@@ -156,7 +156,9 @@ def run(tmp_path):
     a rate of 100 is 4 seconds of a step.
     """
 
-    def simulated(generate, score, train, *overrides, sigma=0.0, mean=100, publish_s=0.0):
+    def simulated(
+        generate, score, train, *overrides, sigma=0.0, mean=100, publish_s=0.0, full_at=None
+    ):
         config = load_config(
             fakes.write_config(tmp_path, batches=9),
             [
@@ -171,7 +173,12 @@ def run(tmp_path):
             ],
         )
         rates = {"generate": generate, "score": score, "train": train}
-        work = Work(rates=rates, lengths=Lengths(mean, sigma, 100), publish_s=publish_s)
+        work = Work(
+            rates=rates,
+            lengths=Lengths(mean, sigma, 100),
+            publish_s=publish_s,
+            full_at=full_at,
+        )
         full = full_rates(config, work, HARDWARE)
         batch = config.batch_trajectories
         return simulate(config, full, counts=ONE_EACH, batch=batch, hardware=HARDWARE)
@@ -223,19 +230,19 @@ def test_two_batches_that_an_engine_writes_together_end_together(run):
 
 def test_more_staleness_waits_less_where_lengths_differ(run):
     rates = (100.0, 1000.0, 100.0)
-    took = [
-        seconds(run(*rates, f"flow.max_staleness={s}", sigma=1.0, mean=30)) for s in (0, 1, 2)
-    ]
+    took = [seconds(run(*rates, f"flow.max_staleness={s}", sigma=1.0, mean=30)) for s in (0, 1, 2)]
     assert took[0] > 1.2 * took[1] > 1.2 * took[2]
 
 
-def test_a_batch_alone_takes_as_long_as_the_rates_say(run):
+@pytest.mark.parametrize("full_at", [None, 1])
+def test_a_batch_alone_takes_as_long_as_the_rates_say(run, full_at):
     """By a rate of 30 the engine writes the 120 tokens of a batch in 4 s, to the last response; a
-    synchronous step adds the last scoring, and nothing else here.
+    synchronous step adds nothing here. An engine that does its rate also for the last response is
+    always full meanwhile.
     """
-    found = run(30.0, 1e6, 1e6, sigma=1.0, mean=30)
+    found = run(30.0, 1e6, 1e6, sigma=1.0, mean=30, full_at=full_at)
     assert seconds(found) == pytest.approx(4.0, rel=0.05)
-    assert found.engines_full < 0.8
+    assert (found.engines_full > 0.99) if full_at else (found.engines_full < 0.8)
 
 
 def test_a_simulation_is_the_same_each_time(run):
@@ -263,6 +270,7 @@ RATES = ("--rates", "generate=10,score=20,train=30")
         ([*RATES, "--scale", "8..16"], "--scale: goes with --simulate"),
         ([*RATES, "--sigma", "1"], "--sigma: goes with --simulate"),
         ([*RATES, "--publish-s", "1"], "--publish-s: goes with --simulate"),
+        ([*RATES, "--full-at", "1"], "--full-at: goes with --simulate"),
         ([*RATES, "--simulate", "--plot", "x.svg"], "--plot: goes with --scale"),
         ([*RATES, "--simulate", "--scale", "2..8"], "--scale 2: one worker of each stage needs 3"),
         ([*RATES, "--simulate", "--scale", "8"], "--scale 8: must be the fewest and the most"),
