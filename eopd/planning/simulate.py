@@ -44,7 +44,7 @@ from eopd.types import PromptSample, StepDone, Stored, Trajectory
 
 _WARM_UP: Final = 3  # steps, and as many more as a trajectory may be stale
 _RESPONSES: Final = 20_000  # that are measured, in at least and at most so many steps
-_FEWEST_STEPS, _MOST_STEPS = 4, 50
+_FEWEST_STEPS, _MOST_STEPS = 4, 100
 _RESPONSES_ALONE: Final = 4_000  # by which the rates of full workers are found
 _PROMPTS: Final = 1_000
 

@@ -12,7 +12,6 @@ import fakes
 import pytest
 
 from eopd.config import ConfigError, load_config
-from eopd.ledger import Ledger
 from eopd.planning.lengths import Lengths
 from eopd.planning.needs import Hardware
 from eopd.planning.simulate import full_rates, simulate
@@ -241,7 +240,7 @@ def test_a_batch_alone_takes_as_long_as_the_rates_say(run, full_at):
     always full meanwhile.
     """
     found = run(30.0, 1e6, 1e6, sigma=1.0, mean=30, full_at=full_at)
-    assert seconds(found) == pytest.approx(4.0, rel=0.05)
+    assert seconds(found) == pytest.approx(4.0, rel=0.1)
     assert (found.engines_full > 0.99) if full_at else (found.engines_full < 0.8)
 
 
