@@ -93,28 +93,21 @@ _Plot = Annotated[
 _Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")]
 
 
-_GOES_WITH: Final = {
-    "--devices": "--rates, which `eopd profile CONFIG` measures",
-    "--response-tokens": "--rates, which `eopd profile CONFIG` measures",
-    "--simulate": "--rates, which `eopd profile CONFIG` measures",
-    "--scale": "--simulate",
-    "--sigma": "--simulate",
-    "--publish-s": "--simulate",
-    "--full-at": "--simulate",
-    "--plot": "--scale",
-}
+_PROFILE: Final = "--rates, which `eopd profile CONFIG` measures"
 
 
 class _Given(NamedTuple):
-    """What a simulation was told on the command line."""
+    """The options of a balance and of its simulation."""
 
-    rates: str
+    rates: str | None
     devices: int | None
-    mean: float | None
+    response_tokens: float | None
+    simulate: bool
     scale: str | None
     sigma: float | None
     publish_s: float | None
     full_at: int | None
+    plot: Path | None
 
 
 def plan(
@@ -139,22 +132,10 @@ def plan(
     from the config and its models' config.json alone. Nothing starts.
     """
     resolved = load_config(config, overrides or [])
-    for option, value, needed in (
-        ("--devices", devices, rates),
-        ("--response-tokens", response_tokens, rates),
-        ("--simulate", simulate or None, rates),
-        ("--scale", scale, simulate or None),
-        ("--sigma", sigma, simulate or None),
-        ("--publish-s", publish_s, simulate or None),
-        ("--full-at", full_at, simulate or None),
-        ("--plot", plot, scale),
-    ):
-        if value is not None and needed is None:
-            raise ConfigError(f"{option}: goes with {_GOES_WITH[option]}")
-
-    if plot is not None:
-        require_file("--plot", plot)
-
+    given = _Given(
+        rates, devices, response_tokens, simulate, scale, sigma, publish_s, full_at, plot
+    )
+    _check(given)
     from eopd.planning.needs import Hardware
     from eopd.planning.plan import plan_run, read_models
     from eopd.planning.show import as_record, print_plan, print_simulation, simulation_record
@@ -169,10 +150,7 @@ def plan(
     balanced = None if rates is None else _balance(resolved, rates, devices, response_tokens)
     planned = plan_run(resolved, read_models(resolved), hardware)
     lack = _lack_of_gpus(resolved, hardware)
-    rows = []
-    if rates is not None and simulate:
-        given = _Given(rates, devices, response_tokens, scale, sigma, publish_s, full_at)
-        rows = _simulated(resolved, given, hardware, plot)
+    rows = _simulated(resolved, given, hardware) if simulate else []
 
     if as_json:
         record = as_record(planned, balanced) | {"lack_of_gpus": lack}
@@ -188,6 +166,32 @@ def plan(
         print_simulation(rows, resolved)
 
 
+def _check(given: _Given) -> None:
+    """Checks that no option stands without the one that it belongs to.
+
+    Raises:
+        ConfigError: one does, or two exclude each other, or there is no place for the picture.
+    """
+    for option, value, needed, name in (
+        ("--devices", given.devices, given.rates, _PROFILE),
+        ("--response-tokens", given.response_tokens, given.rates, _PROFILE),
+        ("--simulate", given.simulate or None, given.rates, _PROFILE),
+        ("--scale", given.scale, given.simulate or None, "--simulate"),
+        ("--sigma", given.sigma, given.simulate or None, "--simulate"),
+        ("--publish-s", given.publish_s, given.simulate or None, "--simulate"),
+        ("--full-at", given.full_at, given.simulate or None, "--simulate"),
+        ("--plot", given.plot, given.scale, "--scale"),
+    ):
+        if value is not None and needed is None:
+            raise ConfigError(f"{option}: goes with {name}")
+
+    if given.devices is not None and given.scale is not None:
+        raise ConfigError("--devices: goes without --scale, which says the devices of each row")
+
+    if given.plot is not None:
+        require_file("--plot", given.plot)
+
+
 def _balance(
     config: Config,
     rates: str,
@@ -200,20 +204,25 @@ def _balance(
     """Returns the best workers of so many devices, or what those of the config do. The batch is the
     config's, or where it is that for the ``fewest`` devices, as many trajectories a device.
     """
-    from eopd.planning.balance import balance, best_counts, counts_of, devices_of, stages_of
+    from eopd.planning.balance import (
+        balance,
+        batch_of,
+        best_counts,
+        counts_of,
+        devices_of,
+        stages_of,
+    )
     from eopd.planning.units import read_rates
 
     stages = stages_of(config, read_rates("--rates", rates))
     counts = counts_of(config) if devices is None else best_counts(stages, devices, option)
     number = devices or devices_of(stages, counts)
-    batch = config.batch_trajectories * number // (fewest or number)
+    batch = batch_of(config, number, fewest or number)
     tokens = batch * (mean or config.rollout.max_response_tokens)
     return balance(stages, counts, devices=number, batch_tokens=tokens)
 
 
-def _simulated(
-    config: Config, given: _Given, hardware: "Hardware", plot: Path | None
-) -> "list[Simulated]":
+def _simulated(config: Config, given: _Given, hardware: "Hardware") -> "list[Simulated]":
     """Simulates the devices that were given, and draws them where that is wanted."""
     from eopd.planning.lengths import Lengths
     from eopd.planning.picture import draw
@@ -221,8 +230,9 @@ def _simulated(
     from eopd.planning.units import read_rates, read_scale
     from eopd.planning.workers import Work
 
+    assert given.rates is not None  # else _check has refused it
     most = config.rollout.max_response_tokens
-    mean = most if given.mean is None else given.mean
+    mean = given.response_tokens or most
     if mean > most:
         raise ConfigError(
             f"--response-tokens {mean:g}: is above rollout.max_response_tokens ({most})"
@@ -230,8 +240,6 @@ def _simulated(
 
     if given.scale is None:
         balances = [_balance(config, given.rates, given.devices, mean)]
-    elif given.devices is not None:
-        raise ConfigError("--devices: goes without --scale, which says the devices of each row")
     else:
         sizes = read_scale("--scale", given.scale)
         balances = [
@@ -246,8 +254,8 @@ def _simulated(
         full_at=given.full_at,
     )
     rows = simulate_each(config, work, balances, hardware)
-    if plot is not None:
-        plot.write_text(draw(rows), encoding="utf-8")
+    if given.plot is not None:
+        given.plot.write_text(draw(rows), encoding="utf-8")
 
     return rows
 

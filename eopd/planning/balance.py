@@ -78,6 +78,11 @@ def counts_of(config: Config) -> Counts:
     return {name: count for name, count in counts.items() if count}
 
 
+def batch_of(config: Config, devices: int, fewest: int) -> int:
+    """Returns the trajectories of a batch on so many devices, if the config's is for the fewest."""
+    return config.batch_trajectories * devices // fewest
+
+
 def best_counts(stages: tuple[Stage, ...], devices: int, option: str = "--devices") -> Counts:
     """Returns the workers of each stage that do most on so many devices; of equals the fewest.
 

@@ -31,7 +31,7 @@ from eopd.config import Config
 from eopd.ledger import Ledger
 from eopd.packing import pack_batch
 from eopd.pipeline import Pipeline
-from eopd.planning.balance import WORKERS, Balance, Counts, counts_of
+from eopd.planning.balance import WORKERS, Balance, Counts, batch_of, counts_of
 from eopd.planning.needs import Hardware
 from eopd.planning.virtual import VirtualLoop
 from eopd.planning.workers import Roles, Work
@@ -108,11 +108,6 @@ def simulate_each(
         rows.append(Simulated(balance=balance, simulation=simulation))
 
     return rows
-
-
-def batch_of(config: Config, devices: int, fewest: int) -> int:
-    """Returns the trajectories of a batch on so many devices, if the config's is for the fewest."""
-    return config.batch_trajectories * devices // fewest
 
 
 def full_rates(config: Config, work: Work, hardware: Hardware) -> Work:

@@ -12,6 +12,7 @@ import fakes
 import pytest
 
 from eopd.config import ConfigError, load_config
+from eopd.planning.balance import counts_of
 from eopd.planning.lengths import Lengths
 from eopd.planning.needs import Hardware
 from eopd.planning.simulate import full_rates, simulate
@@ -20,7 +21,6 @@ from eopd.planning.virtual import VirtualLoop
 from eopd.planning.workers import Engine, Replica, Work
 
 HARDWARE = Hardware(gpu_bytes=80 * 10**9)
-ONE_EACH = {"generate": 1, "score": 1, "train": 1}
 
 
 def virtually(work):
@@ -180,7 +180,7 @@ def run(tmp_path):
         )
         full = full_rates(config, work, HARDWARE)
         batch = config.batch_trajectories
-        return simulate(config, full, counts=ONE_EACH, batch=batch, hardware=HARDWARE)
+        return simulate(config, full, counts=counts_of(config), batch=batch, hardware=HARDWARE)
 
     return simulated
 
@@ -225,6 +225,12 @@ def test_two_batches_that_an_engine_writes_together_end_together(run):
     found = run(100.0, 400.0, 400.0, "flow.max_staleness=1")
     assert seconds(found) == pytest.approx(4.5, rel=1e-6)
     assert found.busy["generate"] == pytest.approx(8 / 9)
+
+
+def test_a_teacher_behind_a_server_takes_no_time(run):
+    served = ("teachers.0.backend=eopd", "teachers.0.server={url: 'http://host:8000'}")
+    found = run(100.0, 1.0, 400.0, *served)
+    assert seconds(found) == pytest.approx(5.0) and "score" not in found.busy
 
 
 def test_more_staleness_waits_less_where_lengths_differ(run):
