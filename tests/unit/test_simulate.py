@@ -178,7 +178,8 @@ def run(tmp_path):
             publish_s=publish_s,
             full_at=full_at,
         )
-        full = full_rates(config, work, HARDWARE)
+        # where all responses are equal, so are the rates of full workers
+        full = full_rates(config, work, HARDWARE) if sigma else work
         batch = config.batch_trajectories
         return simulate(config, full, counts=counts_of(config), batch=batch, hardware=HARDWARE)
 
@@ -215,6 +216,13 @@ def test_a_step_that_overlaps_takes_as_long_as_its_slowest_stage(run, rates, sta
     assert seconds(found) == pytest.approx(4.0, rel=0.02)
     assert found.staleness_mean == pytest.approx(staleness)
     assert found.staleness_max == staleness
+
+
+def test_workers_with_equal_responses_are_always_full(tmp_path):
+    config = load_config(fakes.write_config(tmp_path, batches=9), ["flow.batch_prompts=4"])
+    rates = {"generate": 10.0, "score": 20.0, "train": 30.0}
+    work = Work(rates=rates, lengths=Lengths(5, 0.0, 8))
+    assert full_rates(config, work, HARDWARE).rates == pytest.approx(rates)
 
 
 def test_two_batches_that_an_engine_writes_together_end_together(run):
