@@ -89,7 +89,7 @@ LOST_DETAILS = {
 @dataclass(frozen=True, slots=True)
 class _TrainedBatch:
     """A batch, the learner's statistics of it, and when it was waited for and trained: spans on the
-    monotonic clock. ``in_flight`` and ``ready`` count the other trajectories when it was full.
+    loop's clock. ``in_flight`` and ``ready`` count the other trajectories when it was full.
     """
 
     taken: Sequence[Taken]
@@ -106,7 +106,8 @@ class Pipeline:
 
     ``on_drop`` is called with the issue number of every trajectory that is dropped or filtered, and
     with its last loss; ``on_trained`` with the number of every completed step, and what it trained
-    on. ``activity`` is what the next step waits for, for people.
+    on. ``activity`` is what the next step waits for, for people. ``clock`` is what seconds are
+    measured by: a simulation has one of its own.
     """
 
     plan: Plan
@@ -119,16 +120,18 @@ class Pipeline:
     progress: Progress
     on_drop: Callable[[int, LostTrajectory], None] = lambda issue, lost: None
     on_trained: Callable[[int, Sequence[Taken]], None] = lambda step, taken: None
+    clock: Callable[[], float] = time.monotonic
     buffer: Buffer = field(init=False)
     activity: str = field(init=False, default="starting")
-    _generating: BusyClock = field(init=False, default_factory=BusyClock)
-    _scoring: BusyClock = field(init=False, default_factory=BusyClock)
+    _generating: BusyClock = field(init=False)
+    _scoring: BusyClock = field(init=False)
     _generated_at: dict[int, float] = field(init=False, default_factory=dict)
     _filtered_in_a_row: int = field(init=False, default=0)
     _begun: list[Taken] = field(init=False, default_factory=list)  # of the next batch
     _ended: float | None = field(init=False, default=None)  # the step before
 
     def __post_init__(self) -> None:
+        self._generating, self._scoring = BusyClock(self.clock), BusyClock(self.clock)
         self.buffer = Buffer(
             batch=self.plan.batch,
             max_staleness=self.plan.max_staleness,
@@ -153,7 +156,7 @@ class Pipeline:
         count = (self.plan.batches - start) * self.plan.batch
         async with _background(self._issue(count)) as issuing:
             for number in range(start, self.plan.batches):
-                done = await self._or_failure(issuing, self._step(number, time.monotonic()))
+                done = await self._or_failure(issuing, self._step(number, self.clock()))
                 if done is None:
                     return
 
@@ -195,7 +198,7 @@ class Pipeline:
         self.ledger.train(trained)
         self.buffer.settle()
         published, begun = await self._publish(batch.stats.version)
-        ended = time.monotonic()
+        ended = self.clock()
 
         waits, works, begun, sending = (
             [(start - started, stop - started) for start, stop in spans]
@@ -250,18 +253,18 @@ class Pipeline:
             if part is None:
                 return None
 
-            taken_at = time.monotonic()
+            taken_at = self.clock()
             in_flight, ready = self.buffer.num_in_flight, self.buffer.num_ready
             self.activity = "training"
             try:
                 stats = await self._learn(part, number)
             except BodiesLostError:
-                now = time.monotonic()
+                now = self.clock()
                 waits.append((since, now))
                 since = now
                 continue
 
-            now = time.monotonic()
+            now = self.clock()
             taken += part.taken
             waits.append((since, taken_at))
             works.append((taken_at, now))
@@ -310,11 +313,11 @@ class Pipeline:
             if not taking.done() or (part := taking.result()) is None:
                 break
 
-            started = time.monotonic()
+            started = self.clock()
             with suppress(BodiesLostError):
                 await self._learn(part, number)
                 self._begun += part.taken
-                works.append((started, time.monotonic()))
+                works.append((started, self.clock()))
 
         return works
 
@@ -443,7 +446,7 @@ class Pipeline:
         if isinstance(generated, LostTrajectory):
             return generated
 
-        self._generated_at[issue] = time.monotonic()
+        self._generated_at[issue] = self.clock()
         with self._scoring:
             return await self.teacher.score(generated)
 

@@ -52,10 +52,6 @@ class _Member(Generic[W]):
     draining: bool = False
     ping: asyncio.Task[bool] | None = None
 
-    @property
-    def takes_work(self) -> bool:
-        return not self.draining and len(self.started) < self.seats
-
 
 class Pool(Generic[W]):
     """A pool hands out requests to workers of one kind, which may be added and removed.
@@ -200,14 +196,28 @@ class Pool(Generic[W]):
                 heapq.heappop(self._waiting)
                 continue
 
-            free = [member for member in self._members.values() if member.takes_work]
-            if not free:
+            member = self._most_free()
+            if member is None:
                 return
 
-            member = min(free, key=lambda member: len(member.started) / member.seats)
             request = heapq.heappop(self._waiting)[-1]
             member.started[request] = time.monotonic()
             request.set_result(member)
+
+    def _most_free(self) -> _Member[W] | None:
+        """Returns the worker of which the smallest share of seats is taken; None where all are full.
+
+        It looks at thousands of workers for each request, so it is one plain loop.
+        """
+        found, least = None, 1.0
+        for member in self._members.values():
+            taken = len(member.started) / member.seats
+            if taken < least and not member.draining:
+                found, least = member, taken
+                if not taken:
+                    break
+
+        return found
 
     async def _serve(
         self, member: _Member[W], work: Callable[[W], Awaitable[R]]

@@ -78,17 +78,22 @@ def counts_of(config: Config) -> Counts:
     return {name: count for name, count in counts.items() if count}
 
 
-def best_counts(stages: tuple[Stage, ...], devices: int) -> Counts:
+def batch_of(config: Config, devices: int, fewest: int) -> int:
+    """Returns the trajectories of a batch on so many devices, if the config's is for the fewest."""
+    return config.batch_trajectories * devices // fewest
+
+
+def best_counts(stages: tuple[Stage, ...], devices: int, option: str = "--devices") -> Counts:
     """Returns the workers of each stage that do most on so many devices; of equals the fewest.
 
     Raises:
-        ConfigError: the devices do not hold one worker of each stage.
+        ConfigError: the devices, which ``option`` names, do not hold one worker of each stage.
     """
     least = sum(stage.devices for stage in stages)
     if devices < least:
         needed = ", ".join(f"{stage.name} {stage.devices}" for stage in stages)
         raise ConfigError(
-            f"--devices {devices}: one worker of each stage needs {least} devices ({needed})"
+            f"{option} {devices}: one worker of each stage needs {least} devices ({needed})"
         )
 
     best = {stage.name: 1 for stage in stages}

@@ -160,7 +160,7 @@ def rollout_need(config: Config, model: Architecture, hardware: Hardware) -> Nee
     rollout, width = config.rollout, _WIDTH[config.student.chosen_dtype]
     workers, stages = split_of(rollout)
     longest, wire = config.max_sequence_tokens, wire_of(config, hardware)
-    sequences, batched = _batch_limits(rollout, hardware)
+    _, batched = _batch_limits(rollout, hardware)
     tokens = _option(rollout, "max_num_batched_tokens", max(batched, longest))
     device = {
         "weights": weight_bytes(config, model) // (workers * stages),
@@ -168,7 +168,7 @@ def rollout_need(config: Config, model: Architecture, hardware: Hardware) -> Nee
             model,
             width=width,
             tokens=tokens,
-            rows=_option(rollout, "max_num_seqs", sequences),
+            rows=seats_of(rollout, hardware),
             workers=workers,
         ),
     }
@@ -231,6 +231,11 @@ def _batch_limits(section: RolloutConfig | TeacherConfig, hardware: Hardware) ->
         return 128, 2048
 
     return (1024, 16384) if hardware.gpu_bytes >= 70 << 30 else (256, 8192)
+
+
+def seats_of(section: RolloutConfig | TeacherConfig, hardware: Hardware) -> int:
+    """Returns how many requests an engine holds at a time."""
+    return _option(section, "max_num_seqs", _batch_limits(section, hardware)[0])
 
 
 def split_of(section: RolloutConfig | TeacherConfig) -> tuple[int, int]:

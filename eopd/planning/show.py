@@ -1,6 +1,8 @@
 """A plan is printed as a table and sentences, or becomes a record for JSON."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Final
 
 import rich.console
 from rich.table import Table
@@ -9,7 +11,27 @@ from eopd.config import Config
 from eopd.planning.balance import WORKERS, Balance
 from eopd.planning.needs import Need
 from eopd.planning.plan import RunPlan
+from eopd.planning.simulate import Simulated
 from eopd.planning.traffic import Traffic
+from eopd.telemetry.step import PARTS
+
+_HEADINGS: Final = (
+    "devices",
+    "workers",
+    "batch",
+    "formula\nsteps/h",
+    "simulated\nsteps/h",
+    "engines\nat work",
+    "engines\nfull",
+    "replicas\nat work",
+    "waits for\nengines",
+    "waits for\nteachers",
+    "learner\ntrains",
+    "learner\nsends",
+    "staleness\nmean",
+    "staleness\nmax",
+)
+_TABLE_WIDTH: Final = 150
 
 
 def as_record(plan: RunPlan, balance: Balance | None) -> dict[str, object]:
@@ -134,6 +156,83 @@ def _of_balance(balance: Balance, config: Config) -> list[str]:
         lines.append(
             "That is with stages that overlap: flow.max_staleness is 0, and then it may be as few as "
             f"{balance.in_turn_steps:,.1f} steps an hour."
+        )
+
+    return lines
+
+
+def simulation_record(rows: Sequence[Simulated]) -> list[dict[str, object]]:
+    """Returns everything that ``print_simulation`` shows, as JSON, a record for each row."""
+    return [
+        {
+            "devices": row.balance.devices,
+            "closed_steps_per_hour": row.closed_steps,
+            "balance": asdict(row.balance),
+            **asdict(row.simulation),
+        }
+        for row in rows
+    ]
+
+
+def print_simulation(
+    rows: Sequence[Simulated], config: Config, *, output: rich.console.Console | None = None
+) -> None:
+    """Prints a row for each number of devices, and what the columns mean.
+
+    Args:
+        rows: the simulations.
+        config: of the run.
+        output: else the terminal.
+    """
+    output = output or rich.console.Console(width=_TABLE_WIDTH)
+    table = Table(title="simulation", title_justify="left", title_style="bold", box=None)
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", header_style="dim", no_wrap=True)
+
+    for row in rows:
+        table.add_row(*_cells(row))
+
+    output.print()
+    output.print(table)
+    output.print()
+    for line in _of_simulation(rows, config):
+        output.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cells(row: Simulated) -> list[str]:
+    simulation, counts = row.simulation, row.balance.counts
+    shares = [
+        simulation.busy["generate"],
+        simulation.engines_full,
+        simulation.busy.get("score"),
+        *(simulation.learner[part] for part in PARTS),
+    ]
+    return [
+        str(row.balance.devices),
+        "/".join(str(count) for count in counts.values()),
+        str(simulation.batch),
+        f"{row.closed_steps:,.1f}",
+        f"{simulation.steps_per_hour:,.1f}",
+        *("" if share is None else f"{share:.0%}" for share in shares),
+        f"{simulation.staleness_mean:.2f}",
+        str(simulation.staleness_max),
+    ]
+
+
+def _of_simulation(rows: Sequence[Simulated], config: Config) -> list[str]:
+    names = ", ".join(WORKERS[name] for name in rows[0].balance.counts)
+    closed = "follow one another" if config.flow.max_staleness == 0 else "overlap"
+    lines = [
+        f"Workers are {names}. Formula: steps an hour by the closed formula for stages that {closed}; "
+        "simulated: those of the simulation.",
+        "Engines and replicas are at work while they have something to do; full is what engines "
+        "write, of what they would with all of their places taken. The learner waits for engines, "
+        "waits for teachers, trains, or sends weights. Staleness is in versions.",
+    ]
+    if len(rows) > 1:
+        lines.append(
+            f"The batch grows with the devices: as many trajectories a device as {rows[0].simulation.batch} "
+            f"(the config's) on {rows[0].balance.devices}."
         )
 
     return lines

@@ -80,3 +80,23 @@ def read_rates(option: str, text: str) -> dict[str, float]:
         )
 
     return rates
+
+
+def read_scale(option: str, text: str) -> list[int]:
+    """Reads ``8..4096``: 8, 16, 32 and so on, up to 4,096.
+
+    Raises:
+        ConfigError: it is no such range of whole numbers above 0.
+    """
+    match = re.fullmatch(r"(\d+)\.\.(\d+)", text.strip())
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 < first <= last:
+        raise ConfigError(
+            f"{option} {text}: must be the fewest and the most devices, as in 8..4096"
+        )
+
+    sizes = [first]
+    while sizes[-1] * 2 <= last:
+        sizes.append(sizes[-1] * 2)
+
+    return sizes

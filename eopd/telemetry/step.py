@@ -5,7 +5,7 @@ pipeline's caller publishes them.
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import quantiles
 from types import TracebackType
 from typing import Final
@@ -24,18 +24,19 @@ TAILS: Final = (50, 95, 99)  # percent
 
 
 class BusyClock:
-    """Records when at least one request was under way: a context manager that is entered around
-    each request.
+    """Records when at least one request was under way, by ``clock``: a context manager that is
+    entered around each request.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._active = 0
         self._since = 0.0
         self._spans: list[Span] = []
 
     def __enter__(self) -> None:
         if self._active == 0:
-            self._since = time.monotonic()
+            self._since = self._clock()
 
         self._active += 1
 
@@ -47,13 +48,13 @@ class BusyClock:
     ) -> None:
         self._active -= 1
         if self._active == 0:
-            self._spans.append((self._since, time.monotonic()))
+            self._spans.append((self._since, self._clock()))
 
     def lap(self, origin: float = 0.0) -> list[Span]:
         """Returns the spans since the last lap, from and to, in seconds since ``origin`` on the
-        monotonic clock.
+        clock.
         """
-        now = time.monotonic()
+        now = self._clock()
         spans = [*self._spans, (self._since, now)] if self._active else self._spans
         self._spans, self._since = [], now
         return [(start - origin, stop - origin) for start, stop in spans]
