@@ -55,7 +55,7 @@ format: setup ## rewrite the code in its one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## loss, driver, overlap, evaluation, a weight sync, an upload, the plan, the simulation; the learner and the teacher beside what others do
+bench: setup ## loss, driver, overlap, evaluation, a weight sync, an upload, the plan, the simulation, Ray alone; the learner and the teacher beside what others do
 	$(BIN)/python tests/bench/bench_loss.py
 	$(BIN)/eopd models demo
 	$(BIN)/eopd models tiny
@@ -68,6 +68,7 @@ bench: setup ## loss, driver, overlap, evaluation, a weight sync, an upload, the
 	$(BIN)/python tests/bench/bench_upload.py
 	$(BIN)/python tests/bench/bench_plan.py
 	$(BIN)/python tests/bench/bench_simulate.py
+	$(BIN)/python tests/bench/bench_ray.py
 
 bench-peers: setup ## a step of ours beside one of TRL's trainers, which it installs into .peers
 	test -d $(PEERS) || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $(PEERS) trl==1.16.0
