@@ -4,7 +4,7 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN    := $(VENV)/bin
 LOCK   ?= cluster/requirements-cpu.lock
 PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=10
-ONE    := tests/contract tests/unit tests/house
+ONE    := tests/house tests/unit tests/contract
 WHOLE  := tests/system
 PAIRED := -n 2 --dist loadfile --no-loadscope-reorder
 PEERS  := .peers

@@ -5,6 +5,7 @@ import threading
 
 import fakes
 import pytest
+import torch
 from moving_weights import start
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -20,13 +21,17 @@ def cores() -> list[_CoreThread]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays():
-    """Engines of other files share this process."""
+def nothing_stays(monkeypatch):
+    """Tests of other files share this process."""
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # an engine replaces it
+    threads = torch.get_num_threads()
     yield
     for core in cores():
         core.join(timeout=30)
 
     cleanup_dist_env_and_memory()
+    monkeypatch.undo()
+    torch.set_num_threads(threads)
 
 
 async def write(engine):
