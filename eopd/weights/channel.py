@@ -42,6 +42,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from eopd.roles import EngineDownError, LearnerDownError
+from eopd.run.progress import first_line
 from eopd.types import Float32Array, PolicyVersion, PublishStats, WeightTransferError
 from eopd.weights.links import EngineLink, SenderLink
 from eopd.weights.probe import Probe, ProbeError, compare_probe
@@ -226,7 +227,7 @@ class BroadcastChannel:
         try:
             return await self._transfer(sync)
         except (WeightTransferError, EngineDownError, TimeoutError, OSError) as error:
-            sync.cause = sync.cause or str(error) or type(error).__name__
+            sync.cause = sync.cause or first_line(error)
 
         self.num_failures += 1
         self._group = {}

@@ -60,7 +60,7 @@ def lose_node(run: Run) -> None:
 
 
 def stop(actor: psutil.Process) -> None:
-    """It stands still. Ray asks a process to end, and kills none that it cannot reach (2.60)."""
+    """It stands still. Ray 2.60 asks it to end, and does not always kill what cannot answer."""
     actor.suspend()
     threading.Timer(STOPPED_S, lambda: actor.is_running() and actor.kill()).start()
 

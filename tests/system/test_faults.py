@@ -3,6 +3,7 @@ it should. At last there is one failure more than it may have.
 """
 
 import re
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -84,7 +85,8 @@ def test_an_engine_that_stands_still_costs_one_time_out(run):
     engine = suspended_in_a_transfer(run)
     failed = run.rows()[-1]["eopd_weight_failures_total"]
     assert replaced(run, 4) == failed + 1
-    engine.kill()  # Ray asks a process to end, and kills none that it cannot reach (2.60)
+    with suppress(psutil.NoSuchProcess):
+        engine.kill()  # Ray 2.60 asks it to end, and does not always kill what cannot answer
 
 
 def test_engines_come_and_go_on_request(run):

@@ -186,6 +186,25 @@ async def test_an_engine_that_hangs_costs_one_time_out(monkeypatch):
     assert other.serves == NEW
 
 
+async def test_the_error_of_a_worker_is_told_by_its_cause_in_one_line(monkeypatch):
+    """Ray makes the message of such an error from the worker's traceback."""
+    monkeypatch.setattr(module, "PING_S", 0.05)
+
+    class Stopped(FakeEngine):
+        async def version(self):
+            await asyncio.sleep(3600)
+
+    class FromWorker(WeightTransferError):
+        cause = WeightTransferError("the other side is gone\nand more")
+
+    lost, sender = [], FakeSender(error=FromWorker("ray::LearnerActor.send_weights() (pid=1)"))
+    with pytest.raises(WeightSyncError):
+        await channel_of(sender, Stopped(), FakeEngine(), lost=lost).publish(NEW)
+
+    told = "it does not answer (after a weight transfer failed: the other side is gone)"
+    assert lost[0] == (0, told)
+
+
 async def test_a_failed_transfer_is_sent_again_and_not_for_ever():
     sender, engine = FakeSender(failures=2), FakeEngine()
     channel = channel_of(sender, engine)
