@@ -34,7 +34,7 @@ tiny: setup ## the whole loop on tiny models, about two minutes
 	$(BIN)/eopd models tiny
 	$(BIN)/eopd train configs/tiny.yaml --set run.name=tiny-$(RUN)
 
-test: setup ## the tests of every change, about twelve minutes on two cores
+test: setup ## the tests of every change, 12 to 17 minutes on two cores
 	$(PYTEST) -m "not slow" $(PAIRED) $(ONE)
 	$(PYTEST) -m "not slow" $(WHOLE)
 
