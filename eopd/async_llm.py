@@ -28,10 +28,9 @@ from typing import Any
 from vllm import AsyncEngineArgs
 from vllm.model_executor.models import registry
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine import utils
+from vllm.v1.engine import EngineCoreRequestType, utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
-from vllm.v1.engine.core import EngineCoreRequestType as RequestType
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.engine_options import ONE_PROCESS, usage_context
@@ -149,7 +148,7 @@ class _CoreThread(threading.Thread):
         """Tells the core to end after the step under way."""
         if self._core is not None:
             self._core.shutdown_state = EngineShutdownState.REQUESTED
-            self._core.input_queue.put_nowait((RequestType.WAKEUP, None))
+            self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
 @contextmanager

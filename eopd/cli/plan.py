@@ -150,7 +150,9 @@ def plan(
     balanced = None if rates is None else _balance(resolved, rates, devices, response_tokens)
     planned = plan_run(resolved, read_models(resolved), hardware)
     lack = _lack_of_gpus(resolved, hardware)
-    rows = _simulated(resolved, given, hardware) if simulate else []
+    rows = (
+        [] if balanced is None or not simulate else _simulated(resolved, given, balanced, hardware)
+    )
 
     if as_json:
         record = as_record(planned, balanced) | {"lack_of_gpus": lack}
@@ -222,8 +224,12 @@ def _balance(
     return balance(stages, counts, devices=number, batch_tokens=tokens)
 
 
-def _simulated(config: Config, given: _Given, hardware: "Hardware") -> "list[Simulated]":
-    """Simulates the devices that were given, and draws them where that is wanted."""
+def _simulated(
+    config: Config, given: _Given, balanced: "Balance", hardware: "Hardware"
+) -> "list[Simulated]":
+    """Simulates what was balanced, or each number of devices of ``--scale``, and draws that where it
+    is wanted.
+    """
     from eopd.planning.lengths import Lengths
     from eopd.planning.picture import draw
     from eopd.planning.simulate import simulate_each
@@ -239,7 +245,7 @@ def _simulated(config: Config, given: _Given, hardware: "Hardware") -> "list[Sim
         )
 
     if given.scale is None:
-        balances = [_balance(config, given.rates, given.devices, mean)]
+        balances = [balanced]
     else:
         sizes = read_scale("--scale", given.scale)
         balances = [

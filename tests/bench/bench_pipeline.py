@@ -374,19 +374,24 @@ def alone(engine: Engine, steps: int, speed: float, *, whole_batches: bool) -> f
     return asyncio.run(drive())
 
 
+def paced_pipeline(engine: Engine, flow: Flow, steps: int, speed: float) -> Pipeline:
+    """A loop on paced fakes, whose micro-batches hold one trajectory."""
+    return pipeline(
+        Paced(engine, speed),
+        batch=engine.batch,
+        batches=steps,
+        max_staleness=flow.max_staleness,
+        lookahead=flow.lookahead,
+        streams=flow.streams,
+        budget=1,
+    )
+
+
 def overlapped(engine: Engine, steps: int, speed: float, flow: Flow) -> tuple[list[Row], float]:
     """Rows after the warm-up, and the wall seconds they took."""
 
     async def drive() -> tuple[list[Row], float]:
-        line = pipeline(
-            Paced(engine, speed),
-            batch=engine.batch,
-            batches=steps,
-            max_staleness=flow.max_staleness,
-            lookahead=flow.lookahead,
-            streams=flow.streams,
-            budget=1,
-        )
+        line = paced_pipeline(engine, flow, steps, speed)
         rows, started = [], 0.0
         async for done in line.steps(0):
             rows.append(step_row(done))

@@ -25,7 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_pipeline import ENGINES, FLOWS, WARM_UP, Engine, Flow, Paced, pipeline
+from bench_pipeline import ENGINES, FLOWS, WARM_UP, Engine, Flow, paced_pipeline
 
 from eopd.config import Config, load_config
 from eopd.planning.balance import counts_of
@@ -139,15 +139,7 @@ def compare_runs(runs: list[Path]) -> bool:
 async def step_s(engine: Engine, flow: Flow, steps: int, speed: float) -> float:
     """Seconds of a step of the loop on paced fakes, by the clock of the loop that runs it."""
     clock = asyncio.get_running_loop().time
-    line = pipeline(
-        Paced(engine, speed),
-        batch=engine.batch,
-        batches=steps,
-        max_staleness=flow.max_staleness,
-        lookahead=flow.lookahead,
-        streams=flow.streams,
-        budget=1,
-    )
+    line = paced_pipeline(engine, flow, steps, speed)
     number, started = 0, 0.0
     async for _ in line.steps(0):
         number += 1

@@ -1,6 +1,7 @@
 """An engine in a thread of its actor: the same as one in a process, also where it fails."""
 
 import multiprocessing
+import os
 import threading
 
 import fakes
@@ -8,12 +9,12 @@ import pytest
 import torch
 from moving_weights import start
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models import registry
+from vllm.v1.engine.async_llm import AsyncLLM
 
-from eopd.async_llm import _CoreThread
+from eopd.async_llm import _CoreThread, start_llm
 from eopd.roles import EngineDownError
 from eopd.types import PolicyVersion, Sampling
-
-pytestmark = pytest.mark.asyncio
 
 
 def cores() -> list[_CoreThread]:
@@ -37,6 +38,20 @@ def nothing_stays(monkeypatch):
 async def write(engine):
     sampling = Sampling(temperature=1.0, max_tokens=20, seed=5)
     return (await engine.generate(fakes.prompt("p", [7, 8, 9]), 0, sampling)).body
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_model_is_looked_at_in_this_process_on_cpus_alone(tmp_path, monkeypatch, on_cpu):
+    def look(args, **options):
+        return registry._run_in_subprocess
+
+    own = registry._run_in_subprocess
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", look)
+    options = {"model": str(tmp_path)}
+    used = start_llm(options, on_cpu=on_cpu, in_thread=False, stat_loggers=[])
+    assert (used is own) != on_cpu
+    assert not on_cpu or used(os.getpid) == os.getpid()
+    assert registry._run_in_subprocess is own
 
 
 async def test_it_has_no_process_and_writes_what_one_with_a_process_writes(tiny_model):

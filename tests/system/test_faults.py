@@ -40,6 +40,15 @@ def run(program):
     run.close()
 
 
+def test_engines_on_cpus_are_threads_of_their_actors(run):
+    for role in ("RolloutActor", "TeacherActor"):
+        actors = run.actors(role)
+        assert len(actors) == 2
+        for actor in actors:
+            children = [child.name() for child in actor.children(recursive=True)]
+            assert not any("EngineCore" in name for name in children)
+
+
 def replaced(run: Run, number: int) -> float:
     """Wait until so many engines were replaced, and the run goes on; how many weight
     transfers had failed by then.

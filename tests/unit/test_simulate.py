@@ -7,6 +7,7 @@ import json
 import random
 import time
 import xml.etree.ElementTree
+from dataclasses import replace
 
 import fakes
 import pytest
@@ -84,6 +85,22 @@ def test_what_happens_has_the_order_of_real_sleeps():
         return world.events
 
     assert virtually(events) == asyncio.run(events())
+
+
+def test_all_seconds_of_a_step_are_those_of_the_given_clock():
+    async def steps():
+        clock = asyncio.get_running_loop().time
+        line = fakes.pipeline(Sleeper(), batch=8, batches=3, max_staleness=0)
+        line = replace(line, clock=clock)
+        return [done async for done in line.steps(0)], clock()
+
+    done, ended = virtually(steps)
+    assert sum(step.seconds["step"] for step in done) == pytest.approx(ended)
+    for step in done:
+        # the slowest of eight responses takes between 0.05 and 0.1 s, and the loop's own work none
+        assert 0.05 < step.seconds["generate"] <= 0.1
+        for spans in step.spans.values():
+            assert all(0 <= start <= stop <= step.seconds["step"] + 1e-9 for start, stop in spans)
 
 
 # --- workers
@@ -315,3 +332,15 @@ def test_the_command_prints_and_draws_what_its_json_holds(checked_model, tmp_pat
 
     lines = xml.etree.ElementTree.parse(picture).findall(".//{*}polyline")
     assert len(lines) == 6 and len(lines[0].get("points").split()) == 3
+
+
+@pytest.mark.parametrize(("staleness", "formula"), [(0, "in_turn_steps"), (1, "steps_per_hour")])
+def test_the_command_has_the_formula_of_its_flow_and_takes_the_time_of_a_publish(
+    checked_model, tmp_path, eopd, staleness, formula
+):
+    path = fakes.write_whole_config(tmp_path, checked_model)
+    options = [*RATES, "--simulate", "--json", "--set", f"flow.max_staleness={staleness}"]
+    (row,) = json.loads(eopd("plan", path, *options).out)["simulation"]
+    assert row["closed_steps_per_hour"] == row["balance"][formula]
+    (slow,) = json.loads(eopd("plan", path, *options, "--publish-s", "3600").out)["simulation"]
+    assert slow["steps_per_hour"] < 1.0 < row["steps_per_hour"]
