@@ -69,7 +69,11 @@ stage() {
     echo "$(($(date +%s) - begun)) s"
 }
 
-install() { "$venv/bin/pip" install --quiet --no-deps "$@"; }
+# pip would compile every module on one core.
+install() { "$venv/bin/pip" install --quiet --no-deps --no-compile "$@"; }
+
+# Some packages carry modules that are for other versions of Python.
+compile() { "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true; }
 
 # A +cpu build of torch is in few indexes; where the configured ones lack it, PyTorch's own serves it, in this step alone.
 install_torch() {
@@ -80,6 +84,7 @@ install_torch() {
 }
 
 torch=$(grep '^torch==' "$lock")
-stage "1 of 3, a virtual environment in $venv, with Python $version" "$python" -m venv --clear "$venv"
-stage "2 of 3, $torch" install_torch "$torch"
-stage "3 of 3, the $(grep -c '==' "$lock") packages of $lock, a few minutes" install -r "$lock"
+stage "1 of 4, a virtual environment in $venv, with Python $version" "$python" -m venv --clear "$venv"
+stage "2 of 4, $torch" install_torch "$torch"
+stage "3 of 4, the $(grep -c '==' "$lock") packages of $lock, a few minutes" install -r "$lock"
+stage "4 of 4, their modules of Python, compiled on all cores" compile

@@ -95,7 +95,7 @@ PYTHON = """#!/bin/sh
 case "$*" in
 *python_version*) echo {version} ;;
 *ctypes*) exit {ctypes} ;;
-"-m venv "*) mkdir -p "$4/bin" && cp {pip} "$4/bin/pip" ;;
+"-m venv "*) mkdir -p "$4/bin" && cp {pip} "$4/bin/pip" && cp "$0" "$4/bin/python" ;;
 esac
 """
 
@@ -169,10 +169,10 @@ def test_setup_has_a_line_for_each_stage_and_no_warnings_of_pip(setup):
     done = setup()
     assert done.returncode == 0
     assert done.stderr == ""
-    first, second, third = done.stdout.splitlines()
-    assert re.match(r"setup: 1 of 3.* \.\.\. \d+ s$", first)
-    assert re.match(r"setup: 2 of 3.* \.\.\. \d+ s$", second)
-    assert re.match(r"setup: 3 of 3.* \.\.\. \d+ s$", third)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    for number, line in enumerate(lines, start=1):
+        assert re.match(rf"setup: {number} of 4.* \.\.\. \d+ s$", line)
 
 
 def test_setup_shows_what_pip_wrote_when_it_fails(setup):

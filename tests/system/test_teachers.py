@@ -147,7 +147,8 @@ def run(program, servers, tmp_path_factory):
         f"prompts.data={data}",
         f"prompts.held_out={data}",
         "run.batches=3000",
-        "flow={batch_prompts: 16, max_staleness: 0}",  # of every source there is one in a batch
+        # Of every source there is one in a batch, and who waits for one server has rows for the other.
+        "flow={batch_prompts: 16, max_staleness: 2}",
         "cluster.max_restarts=100",  # a client is started anew while its server is away
         "checkpoint.every=1000",
         "rollout.engines=1",
@@ -168,8 +169,7 @@ def test_a_run_outlives_its_teachers_servers(run, servers):
     for server in servers:
         server.kill()
 
-    time.sleep(5.0)  # longer than their two attempts
-    start(servers)
+    start(servers)  # which takes longer than the two attempts of their clients
     last = run.wait(lambda row: row["step"] >= before["step"] + 10)
     assert min(of_teachers(last, "failures_total")) > 0
     assert lost(last) == 0
