@@ -1,9 +1,11 @@
 """The learner's ranks as a process group of torch.distributed; no backend is used here."""
 
 import os
+import socket
 from itertools import chain
 from typing import TypeVar
 
+import psutil
 import torch
 from torch import distributed as dist
 
@@ -26,9 +28,25 @@ def join(*, rank: int, world_size: int, master_address: str, master_port: int) -
     os.environ.update({name: str(value) for name, value in environment.items()})
     on_gpu = torch.cuda.is_available()
     if not dist.is_initialized():
+        _listen_towards(master_address, master_port)
         dist.init_process_group("nccl" if on_gpu else "gloo")
 
     return torch.device("cuda:0" if on_gpu else "cpu")
+
+
+def _listen_towards(address: str, port: int) -> None:
+    """Lets gloo listen where the machine of rank 0 can reach this one, unless the user has said where.
+
+    By itself it listens where the name of this machine leads (torch 2.13, ``ProcessGroupGloo``): on a
+    Debian machine to 127.0.1.1, which no other one reaches.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # UDP connect sends nothing
+        probe.connect((address, port))
+        own = probe.getsockname()[0]
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == own for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def gather_all(items: list[T]) -> list[T]:

@@ -198,7 +198,7 @@ class LearnerGang:
 
         async def is_dead(rank: int, actor: ActorHandle) -> int | None:
             try:
-                await actor.version.remote()
+                await actor.ping.remote()
             except _DEAD:
                 return rank
 

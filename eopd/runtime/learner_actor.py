@@ -162,6 +162,9 @@ class LearnerActor(Actor):
     def load(self, directory: Path, fresh_optimizer: bool) -> None:  # noqa: D102
         self._rank.load(directory, fresh_optimizer=fresh_optimizer)
 
+    def ping(self) -> None:
+        """Returns when the rank answers, whether it has started or not."""
+
     def version(self) -> PolicyVersion:  # noqa: D102
         return self._rank.version
 

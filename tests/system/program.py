@@ -29,6 +29,7 @@ class Program:
 
     models: Path
     runs: Path
+    inside: tuple[str, ...] = ()  # what begins a command
     mark: str = field(default_factory=lambda: f"EOPD_TEST_{uuid.uuid4().hex}")
 
     def environment(self) -> dict[str, str]:
@@ -41,7 +42,7 @@ class Program:
         """``log`` takes the output of a long run: a pipe that nobody reads fills, and then
         the run stands still.
         """
-        command = [str(Path(sys.executable).with_name("eopd")), *arguments]
+        command = [*self.inside, str(Path(sys.executable).with_name("eopd")), *arguments]
         env = self.environment()
         out, err = (
             (subprocess.PIPE, subprocess.PIPE)

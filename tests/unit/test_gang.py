@@ -26,7 +26,7 @@ class Method:
 
 
 class Rank:
-    """``step`` raises what a rank says whose peer is gone; ``version`` is answered, or dies,
+    """``step`` raises what a rank says whose peer is gone; ``ping`` is answered, or dies,
     after a while.
     """
 
@@ -34,7 +34,7 @@ class Rank:
         self.lost_after_s = lost_after_s
         self.busy_s = busy_s
         self.step = Method(self._step)
-        self.version = Method(self._version)
+        self.ping = Method(self._ping)
 
     async def _step(self):
         if self.lost_after_s is not None:
@@ -48,13 +48,12 @@ class Rank:
             RuntimeError("Connection closed by peer"),
         )
 
-    async def _version(self):
+    async def _ping(self):
         if self.lost_after_s is not None:
             await asyncio.sleep(self.lost_after_s)
             raise ActorDiedError
 
         await asyncio.sleep(self.busy_s)
-        return (0, 0)
 
 
 @pytest.fixture
@@ -189,3 +188,8 @@ async def test_a_run_starts_its_gang_on_the_places_that_were_found_and_with_its_
             pytest.fail("it was started")
 
     assert told == [["learner", "rollout", "teacher teacher"], ("spawn", config, driver)]
+
+
+def test_a_rank_that_has_not_started_answers():
+    """So that what it did not start of is told, and not that it could not be asked."""
+    LearnerActor.__new__(LearnerActor).ping()
