@@ -5,7 +5,6 @@ on from S3: equal to the token.
 import shutil
 import signal
 import threading
-import time
 
 import pytest
 from program import Run, read_rows
@@ -32,7 +31,7 @@ def store():
 @pytest.fixture(scope="module")
 def killed(program, store):
     """A driver killed while it uploads the second file of step 20, and its directory removed."""
-    under_way, first = threading.Event(), set()
+    under_way, killed, first = threading.Event(), threading.Event(), set()
 
     def look(method, path):
         if method != "PUT" or "step-000020/learner" not in path:
@@ -41,17 +40,17 @@ def killed(program, store):
         first.add(path)
         if len(first) > 1:
             under_way.set()
-            time.sleep(5)
+            killed.wait(60)
 
     store.before = look
     run = Run(program, NAME, UPLOAD)
     assert under_way.wait(300), run.log.read_text()[-3000:]
     run.process.kill()
     run.process.wait()
+    store.before = lambda method, path: None
+    killed.set()
     assert program.left_behind(grace_s=60) == []
 
-    store.before = lambda method, path: None
-    time.sleep(6)  # until the request that was held up is over
     trained = read_rows(run.directory / "trained.jsonl")
     shutil.rmtree(run.directory)
     return run.directory, trained
