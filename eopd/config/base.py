@@ -4,6 +4,7 @@ bounds.
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, get_args
@@ -50,6 +51,27 @@ def _whole_or_share(gpus: float) -> float:
 
 Gpus = Annotated[
     float, Field(ge=0.0, le=float(MAX_GPUS_OF_AN_ACTOR)), AfterValidator(_whole_or_share)
+]
+
+
+_LABEL: Final = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+
+
+def _are_labels(labels: dict[str, str]) -> dict[str, str]:
+    for name, value in labels.items():
+        if not (re.fullmatch(rf"({_LABEL}/)?{_LABEL}", name) and re.fullmatch(_LABEL, value)):
+            raise ValueError(
+                f"{name}: {value} is no label: a name and a value have up to 63 letters, digits, -, "
+                "_ and ., with a letter or digit at both ends, and a name may have one / within"
+            )
+
+    return labels
+
+
+NodeLabels = Annotated[
+    dict[str, str],
+    AfterValidator(_are_labels),
+    Field(description="a mapping from the names of labels to their values"),
 ]
 
 

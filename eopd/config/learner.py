@@ -12,6 +12,7 @@ from eopd.config.base import (
     Cpus,
     Gpus,
     NativeOptions,
+    NodeLabels,
     Seconds,
     Section,
     Threads,
@@ -62,6 +63,11 @@ class LearnerConfig(Section):
     threads: Threads = 1
     """The compute threads of one rank, which are never taken from Ray. Where the optimiser is
     offloaded to host memory, they are the speed of its step.
+    """
+
+    node_labels: NodeLabels = {}
+    """The labels that a machine must have for a rank, such as ``{ray.io/accelerator-type: H100}``,
+    which Ray gives by itself, or those of ``ray start --labels``. With none, any machine will do.
     """
 
     optimizer_steps_per_batch: int = Field(1, ge=1, le=1_000_000)

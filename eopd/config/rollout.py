@@ -9,6 +9,7 @@ from eopd.config.base import (
     Cpus,
     Gpus,
     NativeOptions,
+    NodeLabels,
     SamplingTemperature,
     Seconds,
     Section,
@@ -81,6 +82,11 @@ class RolloutConfig(Section):
     threads: Threads = 1
     """The compute threads of one engine, which are never taken from Ray. Threads that wait sleep
     (``OMP_WAIT_POLICY=PASSIVE``), since roles may share cores.
+    """
+
+    node_labels: NodeLabels = {}
+    """The labels that a machine must have for an engine, such as ``{ray.io/accelerator-type: H100}``,
+    which Ray gives by itself, or those of ``ray start --labels``. With none, any machine will do.
     """
 
     samples_per_prompt: int = Field(1, ge=1, le=10_000)

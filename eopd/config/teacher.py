@@ -12,6 +12,7 @@ from eopd.config.base import (
     ModelSpec,
     Names,
     NativeOptions,
+    NodeLabels,
     PromptText,
     Seconds,
     Section,
@@ -190,6 +191,11 @@ class TeacherConfig(Section):
 
     threads: Threads = 1
     """The compute threads of one replica, which are never taken from Ray."""
+
+    node_labels: NodeLabels = {}
+    """The labels that a machine must have for a replica, such as ``{ray.io/accelerator-type: H100}``,
+    which Ray gives by itself, or those of ``ray start --labels``. With none, any machine will do.
+    """
 
     vllm: NativeOptions = {}
     """Options of vLLM's engine, which go to it untouched. Those that the numbers rest on, such as

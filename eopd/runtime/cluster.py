@@ -135,9 +135,12 @@ def _wait_for_room(roles: Sequence[RoleResources], until: float) -> None:
     """Waits until Ray could start everybody at the same time: for that long a placement group of all
     actors is asked for, which an autoscaler takes as demand. It is given back at once.
     """
-    actors = ({"CPU": role.cpus, "GPU": role.gpus} for role in roles for _ in range(role.actors))
-    bundles = [{name: number for name, number in actor.items() if number} for actor in actors]
-    group = placement_group([bundle for bundle in bundles if bundle])
+    actors = [role for role in roles for _ in range(role.actors) if role.cpus or role.gpus]
+    asked = ({"CPU": actor.cpus, "GPU": actor.gpus} for actor in actors)
+    group = placement_group(
+        [{name: number for name, number in bundle.items() if number} for bundle in asked],
+        bundle_label_selector=[dict(actor.labels) for actor in actors],
+    )
     try:
         # signals are heard between two waits
         while time.monotonic() < until and not group.wait(LOOK_S):
@@ -192,6 +195,7 @@ def nodes() -> list[Node]:
             total=_capacity(node["Resources"]),
             free=_capacity(free.get(node["NodeID"], {})),
             id=node["NodeID"],
+            labels=node["Labels"],
         )
         for node in ray.nodes()
         if node["Alive"]

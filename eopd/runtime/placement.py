@@ -8,7 +8,7 @@ teacher scores while engines write and a step begins before its batch is whole, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eopd.config import Config, ConfigError, LearnerConfig, RolloutConfig, TeacherConfig
 
@@ -50,22 +50,26 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A node is a machine of the cluster: what it has in total, what is free now, and Ray's id of it."""
+    """A node is a machine of the cluster: what it has in total, what is free now, and Ray's id and
+    labels of it.
+    """
 
     total: Capacity
     free: Capacity
     id: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleResources:
-    """The number of actors of a role, and what each of them asks for."""
+    """The number of actors of a role, and what each of them asks for, also of its node."""
 
     role: str
     actors: int
     cpus: float
     gpus: float
     env: Mapping[str, str]
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def vllm_env(threads: int) -> dict[str, str]:
@@ -130,6 +134,7 @@ def _resources(
         cpus=section.cpus,
         gpus=section.gpus,
         env=env if section.gpus else {**env, **NO_GPU},
+        labels=section.node_labels,
     )
 
 
@@ -152,15 +157,27 @@ def require_capacity(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> N
         _require_sum(roles, resource, sum(total), sum(free))
 
         for role in roles:
-            number = getattr(role, resource)
-            request = f"{_key(role)}.{resource}: one actor asks for {number:g}"
-            if number > max(total) + ROUNDING:
-                raise ConfigError(f"{request}; the largest node has {max(total):g}")
-
-            if number > max(free) + ROUNDING:
-                raise ConfigError(f"{request}; no node has more than {max(free):g} free")
+            _require_node(role, resource, nodes)
 
     choose_nodes(roles, nodes)
+
+
+def _require_node(role: RoleResources, resource: str, nodes: Sequence[Node]) -> None:
+    suited = [node for node in nodes if _suits(role, node)]
+    labels = ", ".join(f"{name}: {value}" for name, value in role.labels.items())
+    if not suited:
+        raise ConfigError(f"{_key(role)}.node_labels: no node has {labels}")
+
+    number = getattr(role, resource)
+    total = max(getattr(node.total, resource) for node in suited)
+    free = max(getattr(node.free, resource) for node in suited)
+    request = f"{_key(role)}.{resource}: one actor asks for {number:g}"
+    those = f" with {labels}" if labels else ""
+    if number > total + ROUNDING:
+        raise ConfigError(f"{request}; the largest node{those} has {total:g}")
+
+    if number > free + ROUNDING:
+        raise ConfigError(f"{request}; no node{those} has more than {free:g} free")
 
 
 def room_here(config: Config, *, cpus: float, gpus: float) -> str | None:
@@ -203,12 +220,15 @@ def choose_nodes(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> Place
 
     Ray gives one actor after the other the node that suits it best, so that a large engine may find
     no node any more, and learner ranks lie apart. Here the learner's ranks come first, on as few
-    nodes as can be, and then the largest actors; or all of them by size, where only that works.
+    nodes as can be, then actors that may not go everywhere, and then the largest; or all of them in
+    the order of the latter, where only that works.
 
     Raises:
         ConfigError: a node is missing for one of them.
     """
-    by_size = sorted(roles, key=lambda role: (role.gpus, role.cpus), reverse=True)
+    by_size = sorted(
+        roles, key=lambda role: (bool(role.labels), role.gpus, role.cpus), reverse=True
+    )
     try:
         return _fill(sorted(by_size, key=lambda role: role.role != LEARNER), nodes, together=True)
     except ConfigError:
@@ -228,7 +248,14 @@ def _fill(roles: Sequence[RoleResources], nodes: Sequence[Node], *, together: bo
             order.sort(key=lambda index: -_num_held(role, remaining[index]))
 
         for number in range(role.actors):
-            index = next((index for index in order if _fits(role, remaining[index])), None)
+            index = next(
+                (
+                    index
+                    for index in order
+                    if _suits(role, smallest[index]) and _fits(role, remaining[index])
+                ),
+                None,
+            )
             if index is None:
                 raise ConfigError(_no_place(role, nodes))
 
@@ -240,7 +267,8 @@ def _fill(roles: Sequence[RoleResources], nodes: Sequence[Node], *, together: bo
 
 
 def _no_place(role: RoleResources, nodes: Sequence[Node]) -> str:
-    free = ", ".join(f"{node.free.cpus:g} cpus and {node.free.gpus:g} gpus" for node in nodes)
+    suited = [node.free for node in nodes if _suits(role, node)]
+    free = ", ".join(f"{one.cpus:g} cpus and {one.gpus:g} gpus" for one in suited)
     return (
         f"{_key(role)}: {role.actors} x {role.cpus:g} cpus and {role.gpus:g} gpus find no room "
         f"beside the other roles; free on single nodes are {free}"
@@ -252,6 +280,10 @@ def _num_held(role: RoleResources, free: Capacity) -> float:
     pairs = ((free.cpus, role.cpus), (free.gpus, role.gpus))
     counts = [(has + ROUNDING) // asks for has, asks in pairs if asks]
     return min([role.actors, *counts])
+
+
+def _suits(role: RoleResources, node: Node) -> bool:
+    return all(node.labels.get(name) == value for name, value in role.labels.items())
 
 
 def _fits(role: RoleResources, free: Capacity) -> bool:

@@ -206,6 +206,7 @@ async def _actors(places: Places | None = None) -> AsyncIterator[Spawn]:
                 num_gpus=resources.gpus,
                 runtime_env={"env_vars": dict(resources.env)},
                 scheduling_strategy=place_on(node),
+                label_selector=dict(resources.labels),
                 **options,
             )
             return remote.remote(f"{resources.role.replace(' ', '-')}-{number}")

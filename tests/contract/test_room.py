@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import ray
@@ -66,12 +67,12 @@ def test_room_that_others_give_back_is_waited_for_and_stays_free(other):
 
 @pytest.fixture
 def two_nodes():
-    """A head of one CPU, and a node of three."""
+    """A head of one CPU, and a node of three with a label."""
     nodes = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
     try:
-        nodes.add_node(num_cpus=3)
+        nodes.add_node(num_cpus=3, labels={"pool": "large"})
         ray.init(nodes.address, log_to_driver=False)
         yield
     finally:
@@ -94,3 +95,28 @@ async def test_actors_start_on_their_nodes_or_where_there_is_room(two_nodes):
         # whose node is full by now, and who replaces somebody
         others = [*spawn(Other, engine, [1])]
         assert await others[0].node.remote() != expected[2]
+
+
+@pytest.mark.timeout(120)
+async def test_who_wants_a_label_starts_there_and_waits_there_for_room(two_nodes):
+    labels = {"pool": "large"}
+    engine = RoleResources(role="rollout", actors=3, cpus=1.0, gpus=0.0, env={}, labels=labels)
+    places = cluster.find_places([engine])
+    assert len(set(places.values())) == 1
+    said = []
+    joined = ClusterConfig(address=ray.get_runtime_context().gcs_address, wait_s=1)
+    with pytest.raises(ConfigError, match=r"no node has pool: small$"):
+        cluster.require_room([replace(engine, labels={"pool": "small"})], joined, said.append)
+
+    async with supervisor._actors(dict(places)) as spawn:
+        actors = spawn(Other, engine, range(3))
+        found = set(await asyncio.gather(*(actor.node.remote() for actor in actors)))
+        assert found == set(places.values())
+
+        # who replaces one of them does not go to the other node, which has room
+        (another,) = spawn(Other, engine, [0])
+        started = asyncio.ensure_future(another.node.remote())
+        await asyncio.sleep(2.0)
+        assert not started.done()
+        ray.kill(actors[0])
+        assert {await started} == found

@@ -34,8 +34,8 @@ class FakeRay:
     def nodes(self):
         resources = {"CPU": 2.0, "node:1.2.3.4": 1.0}
         return [
-            {"NodeID": "a", "Alive": True, "Resources": resources},
-            {"NodeID": "b", "Alive": False, "Resources": resources},
+            {"NodeID": "a", "Alive": True, "Resources": resources, "Labels": {}},
+            {"NodeID": "b", "Alive": False, "Resources": resources, "Labels": {}},
         ]
 
     def available(self):
@@ -205,7 +205,7 @@ def test_room_is_waited_for_in_a_cluster_that_others_use_too(ray, monkeypatch, a
             return len(asked) == 3
 
     monkeypatch.setattr(
-        cluster, "placement_group", lambda bundles: asked.append("group") or Group()
+        cluster, "placement_group", lambda bundles, **labels: asked.append("group") or Group()
     )
     monkeypatch.setattr(cluster, "remove_placement_group", lambda group: asked.append("removed"))
     config = ClusterConfig(address=address, wait_s=60)

@@ -176,6 +176,51 @@ def test_the_learner_lies_together_and_nobody_takes_the_place_of_a_larger_one(
     }
 
 
+OLD, NEW = {"pool": "old"}, {"pool": "new", "disk": "fast"}
+
+
+def test_a_role_goes_to_nodes_of_its_labels_alone():
+    nodes = [
+        replace(node(8), id="any"),
+        replace(node(8), id="old", labels=OLD),
+        replace(node(2), id="new", labels=NEW),
+    ]
+    engines = replace(role("rollout", 2, 1.0), labels={"pool": "new"})
+    places = choose_nodes([role("learner", 1, 2.0), role("teacher a", 1, 2.0), engines], nodes)
+    assert places["rollout", 0] == places["rollout", 1] == "new"
+    assert "new" not in (places["learner", 0], places["teacher a", 0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            replace(role("rollout", 1, 1.0), labels={"pool": "newer", "disk": "fast"}),
+            "rollout.node_labels: no node has pool: newer, disk: fast",
+        ),
+        (
+            replace(role("teacher a", 1, 4.0), labels=NEW),
+            "teachers.a.cpus: one actor asks for 4; the largest node with pool: new, disk: fast has 2",
+        ),
+        (
+            replace(role("learner", 1, 2.0), labels={"disk": "fast"}),
+            "learner.cpus: one actor asks for 2; no node with disk: fast has more than 1 free",
+        ),
+        (
+            replace(role("rollout", 2, 1.0), labels={"disk": "fast"}),
+            "rollout: 2 x 1 cpus and 0 gpus find no room beside the other roles; free on single "
+            "nodes are 1 cpus and 0 gpus",
+        ),
+    ],
+)
+def test_what_nodes_of_its_labels_lack_is_told(asked, message):
+    nodes = [replace(node(8), labels=OLD), replace(node(2, free=1), labels=NEW)]
+    with pytest.raises(ConfigError) as caught:
+        require_capacity([asked], nodes)
+
+    assert str(caught.value) == message
+
+
 def test_threads_are_explicit():
     assert vllm_env(3)["OMP_NUM_THREADS"] == learner_env(3, gpu=True)["OMP_NUM_THREADS"] == "3"
     assert (
