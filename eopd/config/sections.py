@@ -427,6 +427,12 @@ class ClusterConfig(Section):
     at once.
     """
 
+    spread: bool = False
+    """Whether engines and teacher replicas start on the machines that have the most room left, and
+    not on the smallest that have enough. The learner's ranks stay together. What replaces a lost
+    worker starts wherever there is room.
+    """
+
     start_timeout_s: Seconds = 600.0
     """The seconds in which every worker must be up. Raise it where models are loaded from slow
     disks.

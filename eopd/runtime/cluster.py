@@ -149,13 +149,13 @@ def _wait_for_room(roles: Sequence[RoleResources], until: float) -> None:
         remove_placement_group(group)
 
 
-def find_places(roles: Sequence[RoleResources]) -> Places:
+def find_places(roles: Sequence[RoleResources], *, spread: bool = False) -> Places:
     """Returns where the actors are to be started, in a cluster of several machines. None have a place
-    where somebody has taken room since ``require_room``.
+    where somebody has taken room since ``require_room``; ``spread`` is that of ``choose_nodes``.
     """
     here = nodes()
     try:
-        return choose_nodes(roles, here) if len(here) > 1 else {}
+        return choose_nodes(roles, here, spread=spread) if len(here) > 1 else {}
     except ConfigError:
         return {}
 

@@ -8,6 +8,7 @@ teacher scores while engines write and a step begins before its batch is whole, 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from eopd.config import Config, ConfigError, LearnerConfig, RolloutConfig, TeacherConfig
@@ -215,7 +216,9 @@ def _require_sum(roles: Sequence[RoleResources], resource: str, total: float, fr
         )
 
 
-def choose_nodes(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> Places:
+def choose_nodes(
+    roles: Sequence[RoleResources], nodes: Sequence[Node], *, spread: bool = False
+) -> Places:
     """Gives every actor a node that has room for it.
 
     Ray gives one actor after the other the node that suits it best, so that a large engine may find
@@ -223,21 +226,35 @@ def choose_nodes(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> Place
     nodes as can be, then actors that may not go everywhere, and then the largest; or all of them in
     the order of the latter, where only that works.
 
+    Args:
+        roles: what is to be placed.
+        nodes: where.
+        spread: whether others than the learner go to the nodes with the most room left, if all
+            find room so.
+
     Raises:
         ConfigError: a node is missing for one of them.
     """
     by_size = sorted(
         roles, key=lambda role: (bool(role.labels), role.gpus, role.cpus), reverse=True
     )
+    learner_first = sorted(by_size, key=lambda role: role.role != LEARNER)
+    if spread:
+        with suppress(ConfigError):
+            return _fill(learner_first, nodes, together=True, spread=True)
+
     try:
-        return _fill(sorted(by_size, key=lambda role: role.role != LEARNER), nodes, together=True)
+        return _fill(learner_first, nodes, together=True)
     except ConfigError:
         return _fill(by_size, nodes, together=False)
 
 
-def _fill(roles: Sequence[RoleResources], nodes: Sequence[Node], *, together: bool) -> Places:
-    """Gives the actors of one role after the other the smallest node that has room; where the learner's
-    ranks are to lie ``together``, they go first to the nodes that hold the most of them.
+def _fill(
+    roles: Sequence[RoleResources], nodes: Sequence[Node], *, together: bool, spread: bool = False
+) -> Places:
+    """Gives the actors of one role after the other the smallest node that has room, or with ``spread``
+    the one that has the most left; where the learner's ranks are to lie ``together``, they go first
+    to the nodes that hold the most of them.
     """
     smallest = sorted(nodes, key=lambda node: (node.free.gpus, node.free.cpus))
     remaining = [node.free for node in smallest]
@@ -248,16 +265,17 @@ def _fill(roles: Sequence[RoleResources], nodes: Sequence[Node], *, together: bo
             order.sort(key=lambda index: -_num_held(role, remaining[index]))
 
         for number in range(role.actors):
-            index = next(
-                (
-                    index
-                    for index in order
-                    if _suits(role, smallest[index]) and _fits(role, remaining[index])
-                ),
-                None,
-            )
-            if index is None:
+            room = [
+                index
+                for index in order
+                if _suits(role, smallest[index]) and _fits(role, remaining[index])
+            ]
+            if not room:
                 raise ConfigError(_no_place(role, nodes))
+
+            index = room[0]
+            if spread and role.role != LEARNER:
+                index = max(room, key=lambda one: (remaining[one].gpus, remaining[one].cpus))
 
             free = remaining[index]
             remaining[index] = Capacity(cpus=free.cpus - role.cpus, gpus=free.gpus - role.gpus)

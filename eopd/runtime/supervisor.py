@@ -66,7 +66,7 @@ async def start_workers(
     ``gpu_worker.py``).
     """
     restarts = RestartBudget(config.cluster.max_restarts, config.cluster.restart_window_s)
-    async with _actors(find_places(plan(config))) as spawn:
+    async with _actors(find_places(plan(config), spread=config.cluster.spread)) as spawn:
         gang = LearnerGang(spawn, config, driver)
         engines = engine_fleet(spawn, config, restarts.count_loss, say)
         teachers = teacher_fleets(spawn, config, restarts.count_loss, say)

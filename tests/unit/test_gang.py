@@ -178,16 +178,18 @@ async def test_a_run_starts_its_gang_on_the_places_that_were_found_and_with_its_
         told.append(arguments)
         raise Enough
 
-    config = load_config(fakes.write_config(tmp_path))
+    config = load_config(fakes.write_config(tmp_path), ["cluster.spread=true"])
     driver = Holder(host="head", pid=7, since=5.0)
-    monkeypatch.setattr(supervisor, "find_places", lambda roles: [role.role for role in roles])
+    monkeypatch.setattr(
+        supervisor, "find_places", lambda roles, spread: [*(role.role for role in roles), spread]
+    )
     monkeypatch.setattr(supervisor, "_actors", actors)
     monkeypatch.setattr(supervisor, "LearnerGang", make_gang)
     with pytest.raises(Enough):
         async with supervisor.start_workers(config, 0, None, pytest.fail, driver=driver):
             pytest.fail("it was started")
 
-    assert told == [["learner", "rollout", "teacher teacher"], ("spawn", config, driver)]
+    assert told == [["learner", "rollout", "teacher teacher", True], ("spawn", config, driver)]
 
 
 def test_a_rank_that_has_not_started_answers():

@@ -1,5 +1,6 @@
 """Config to resources: what roles ask for is compared with what there is, and with what is free."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -174,6 +175,22 @@ def test_the_learner_lies_together_and_nobody_takes_the_place_of_a_larger_one(
         for name, letters in expected.items()
         for number, place in enumerate(letters)
     }
+
+
+def test_engines_are_spread_where_that_is_asked_for():
+    nodes = [replace(node(8, gpus), id=name) for name, gpus in (("a", 4), ("b", 6), ("c", 8))]
+    roles = [role("rollout", 6, 1.0, 1.0), role("learner", 2, 1.0, 2.0)]
+    packed, spread = (choose_nodes(roles, nodes, spread=asked) for asked in (False, True))
+    assert Counter(packed.values()) == {"a": 2, "b": 6}
+    assert Counter(spread.values()) == {"a": 2, "b": 2, "c": 4}
+    assert spread["learner", 0] == spread["learner", 1] == "a"
+
+
+def test_what_finds_room_only_packed_is_packed():
+    nodes = [replace(node(8, 2), id=name) for name in "ab"]
+    roles = [role("rollout", 2, 1.0, 1.0), role("teacher a", 1, 8.0)]
+    places = choose_nodes(roles, nodes, spread=True)
+    assert places["rollout", 0] == places["rollout", 1] != places["teacher a", 0]
 
 
 OLD, NEW = {"pool": "old"}, {"pool": "new", "disk": "fast"}
