@@ -22,6 +22,8 @@ from program import ROOT, Program
 
 NETWORK, PORT = "10.203.0", 6379
 NAMESPACES = ("--net", "--mount", "--uts", "--pid")
+HOLDS = ("--fork", "--mount-proc", "--kill-child", "sleep", "infinity")
+TRY = "ip link add a type bridge && ip link add b type veth && mount -t tmpfs tmpfs /dev/shm"
 # Ray gives a node up that has not answered for some seconds; by itself it has more patience.
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -66,16 +68,7 @@ class Machine:
         self._starts = 0
         self._link = f"{bridge}-{number}"
         self._log = folder / f"ray-{number}.log"
-        sleeps = [
-            "unshare",
-            *NAMESPACES,
-            "--fork",
-            "--mount-proc",
-            "--kill-child",
-            "sleep",
-            "infinity",
-        ]
-        self._holder = subprocess.Popen(sleeps)
+        self._holder = subprocess.Popen(["unshare", *NAMESPACES, *HOLDS])
         while not (children := psutil.Process(self._holder.pid).children()):
             time.sleep(0.01)
 

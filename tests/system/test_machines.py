@@ -4,10 +4,8 @@ import machines
 import pytest
 from program import Run, read_rows
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(machines.why_not() is not None, reason=str(machines.why_not())),
-]
+WHY_NOT = machines.why_not()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
 # One rank finds room on the first machine and on the second, an engine on the third, and the other
 # engine and the teacher beside the ranks.
