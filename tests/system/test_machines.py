@@ -72,7 +72,7 @@ def test_one_is_cut_off_with_all_it_has_and_comes_back(cluster, run):
     _, (_, second, _) = cluster
     before = len(run.log.read_text())
     second.cut_off()
-    run.says("^teacher teacher replica 0: .*; going on with 0 of 1", after=before)
+    run.says("its actor died", after=before)  # of whom is heard first, depends on the moment
     second.join()
     second.node_ended()
     second.start_node()
