@@ -142,9 +142,11 @@ class Machine:
 
 
 @contextmanager
-def cluster(program: Program, cpus: Sequence[int]) -> Iterator[tuple[Program, list[Machine]]]:
-    """Machines of so many CPUs, and a Ray over all of them. The first one is the head, where the
-    program runs.
+def cluster(
+    program: Program, nodes: Sequence[tuple[int, str]]
+) -> Iterator[tuple[Program, list[Machine]]]:
+    """Machines of so many CPUs and with these labels, and a Ray over all of them. The first one is the
+    head, where the program runs.
     """
     name = f"eopd{secrets.token_hex(3)}"
     folder = Path("/tmp") / name  # short, for Ray's sockets
@@ -159,8 +161,12 @@ def cluster(program: Program, cpus: Sequence[int]) -> Iterator[tuple[Program, li
         stack.callback(_ip, "link", "delete", name)
         _ip("link", "set", name, "up")
         machines = []
-        for number, size in enumerate(cpus, start=1):
-            options = (f"--num-cpus={size}", *(head if number == 1 else member))
+        for number, (cpus, labels) in enumerate(nodes, start=1):
+            options = (
+                f"--num-cpus={cpus}",
+                f"--labels={labels}",
+                *(head if number == 1 else member),
+            )
             machines.append(Machine(name, number, folder, env, options))
             stack.callback(machines[-1].close)
             machines[-1].start_node()

@@ -7,14 +7,13 @@ from program import Run, read_rows
 WHY_NOT = machines.why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
-# One rank finds room on the first machine and on the second, an engine on the third, and the other
-# engine and the teacher beside the ranks.
-CPUS = (3, 3, 1)
+# The engines find room on the third machine, the teacher beside a rank on the second.
+NODES = ((2, "ranks=here"), (3, "ranks=here,engines=here"), (2, "engines=here"))
 
 
 @pytest.fixture(scope="module")
 def cluster(program):
-    with machines.cluster(program, CPUS) as joined:
+    with machines.cluster(program, NODES) as joined:
         yield joined
 
 
@@ -30,6 +29,9 @@ def run(cluster):
         "learner.cpus=2",
         "rollout.cpus=1",
         "teachers.0.cpus=1",
+        "learner.node_labels={ranks: here}",
+        "rollout.node_labels={engines: here}",
+        "teachers.0.node_labels={engines: here}",
         "run.batches=5000",
         "checkpoint.every=5",
         "evaluation.prompts=8",
@@ -52,10 +54,10 @@ def test_every_machine_has_its_part_and_weights_reach_all_of_them(cluster, run):
         }
         for role in ("LearnerActor", "RolloutActor", "TeacherActor")
     }
-    addresses = {machine.address for machine in joined}
-    assert places["LearnerActor"] == addresses - {joined[2].address}
-    assert len(places["RolloutActor"]) == 2
-    assert set.union(*places.values()) == addresses
+    first, second, third = (machine.address for machine in joined)
+    assert places["LearnerActor"] == {first, second}
+    assert places["RolloutActor"] == {third}
+    assert places["TeacherActor"] == {second}
 
     before, step = joined[2].received, run.rows()[-1]["step"]
     row = run.goes_on(5)
