@@ -1,13 +1,14 @@
 """The learner's ranks as a process group of torch.distributed; no backend is used here."""
 
 import os
-import socket
 from itertools import chain
 from typing import TypeVar
 
 import psutil
 import torch
 from torch import distributed as dist
+
+from eopd.network import address_towards
 
 T = TypeVar("T")
 
@@ -40,10 +41,7 @@ def _listen_towards(address: str, port: int) -> None:
     By itself it listens where the name of this machine leads (torch 2.13, ``ProcessGroupGloo``): on a
     Debian machine to 127.0.1.1, which no other one reaches.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # UDP connect sends nothing
-        probe.connect((address, port))
-        own = probe.getsockname()[0]
-
+    own = address_towards(address, port)
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.address == own for one in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

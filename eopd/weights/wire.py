@@ -33,6 +33,7 @@ from torch._C._distributed_c10d import (
     Work,
 )
 
+from eopd.network import address_towards
 from eopd.types import WeightTransferError
 from eopd.weights.layout import DIGEST_BYTES
 from eopd.weights.lifeline import Lifeline
@@ -227,7 +228,8 @@ class GlooWire:
     ) -> None:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=rendezvous.connect_timeout_s)
-        options._devices = [ProcessGroupGloo.create_device(hostname=_own_address(rendezvous))]
+        own = address_towards(rendezvous.address, rendezvous.port)
+        options._devices = [ProcessGroupGloo.create_device(hostname=own)]
         self._timeout = timedelta(seconds=rendezvous.timeout_s)
         self._lifeline = lifeline
         self._sizes = sizes
@@ -444,13 +446,3 @@ class NcclWire:
         if failure is not None:
             self.close()
             raise failure
-
-
-def _own_address(rendezvous: Rendezvous) -> str:
-    """Returns the address of this host that the sender's host can reach."""
-    if rendezvous.rank == 0:
-        return rendezvous.address
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # UDP connect sends nothing
-        probe.connect((rendezvous.address, rendezvous.port))
-        return str(probe.getsockname()[0])

@@ -95,6 +95,7 @@ PYTHON = """#!/bin/sh
 case "$*" in
 *python_version*) echo {version} ;;
 *ctypes*) exit {ctypes} ;;
+"-m compileall "*) for folder; do :; done; touch "$folder.compiled" ;;
 "-m venv "*) mkdir -p "$4/bin" && cp {pip} "$4/bin/pip" && cp "$0" "$4/bin/python" ;;
 esac
 """
@@ -165,10 +166,11 @@ def test_setup_names_everything_that_is_missing_at_once(setup):
     assert done.stderr.count("  * ") == 4
 
 
-def test_setup_has_a_line_for_each_stage_and_no_warnings_of_pip(setup):
+def test_setup_has_a_line_for_each_stage_and_no_warnings_of_pip(setup, tmp_path):
     done = setup()
     assert done.returncode == 0
     assert done.stderr == ""
+    assert (tmp_path / "venv" / "lib.compiled").exists()
     lines = done.stdout.splitlines()
     assert len(lines) == 4
     for number, line in enumerate(lines, start=1):

@@ -22,6 +22,7 @@ from program import ROOT, Program
 
 NETWORK, PORT = "10.203.0", 6379
 NAMESPACES = ("--net", "--mount", "--uts", "--pid")
+ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 HOLDS = ("--fork", "--mount-proc", "--kill-child", "sleep", "infinity")
 TRY = "ip link add a type bridge && ip link add b type veth && mount -t tmpfs tmpfs /dev/shm"
 # Ray gives a node up that has not answered for some seconds; by itself it has more patience.
@@ -68,7 +69,7 @@ class Machine:
         self._starts = 0
         self._link = f"{bridge}-{number}"
         self._log = folder / f"ray-{number}.log"
-        self._holder = subprocess.Popen(["unshare", *NAMESPACES, *HOLDS])
+        self._holder = subprocess.Popen([*ENDS_WITH_US, "unshare", *NAMESPACES, *HOLDS])
         while not (children := psutil.Process(self._holder.pid).children()):
             time.sleep(0.01)
 

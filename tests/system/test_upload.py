@@ -31,7 +31,7 @@ def store():
 @pytest.fixture(scope="module")
 def killed(program, store):
     """A driver killed while it uploads the second file of step 20, and its directory removed."""
-    under_way, killed, first = threading.Event(), threading.Event(), set()
+    under_way, gone, first = threading.Event(), threading.Event(), set()
 
     def look(method, path):
         if method != "PUT" or "step-000020/learner" not in path:
@@ -40,7 +40,7 @@ def killed(program, store):
         first.add(path)
         if len(first) > 1:
             under_way.set()
-            killed.wait(60)
+            gone.wait(60)
 
     store.before = look
     run = Run(program, NAME, UPLOAD)
@@ -48,7 +48,7 @@ def killed(program, store):
     run.process.kill()
     run.process.wait()
     store.before = lambda method, path: None
-    killed.set()
+    gone.set()
     assert program.left_behind(grace_s=60) == []
 
     trained = read_rows(run.directory / "trained.jsonl")

@@ -33,9 +33,10 @@ class FakeRay:
 
     def nodes(self):
         resources = {"CPU": 2.0, "node:1.2.3.4": 1.0}
+        labels = {"pool": "new"}
         return [
-            {"NodeID": "a", "Alive": True, "Resources": resources, "Labels": {}},
-            {"NodeID": "b", "Alive": False, "Resources": resources, "Labels": {}},
+            {"NodeID": "a", "Alive": True, "Resources": resources, "Labels": labels},
+            {"NodeID": "b", "Alive": False, "Resources": resources, "Labels": labels},
         ]
 
     def available(self):
@@ -159,7 +160,8 @@ def test_a_cluster_started_here_keeps_strangers_out_without_a_word(ray, monkeypa
         assert "RAY_AUTH_TOKEN" not in os.environ
 
 
-ROLES = [RoleResources(role="rollout", actors=1, cpus=1.5, gpus=0.0, env={})]
+LABELS = {"pool": "new"}
+ROLES = [RoleResources(role="rollout", actors=1, cpus=1.5, gpus=0.0, env={}, labels=LABELS)]
 
 
 def test_what_others_hold_is_not_free(ray, monkeypatch):
@@ -204,9 +206,12 @@ def test_room_is_waited_for_in_a_cluster_that_others_use_too(ray, monkeypatch, a
 
             return len(asked) == 3
 
-    monkeypatch.setattr(
-        cluster, "placement_group", lambda bundles, **labels: asked.append("group") or Group()
-    )
+    def group(bundles, bundle_label_selector):
+        assert (bundles, bundle_label_selector) == ([{"CPU": 1.5}], [{"pool": "new"}])
+        asked.append("group")
+        return Group()
+
+    monkeypatch.setattr(cluster, "placement_group", group)
     monkeypatch.setattr(cluster, "remove_placement_group", lambda group: asked.append("removed"))
     config = ClusterConfig(address=address, wait_s=60)
     said = []

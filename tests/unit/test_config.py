@@ -316,6 +316,18 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "learner: must be a mapping of its keys (ranks, cpus, gpus, threads, ...) (is [1])",
         ),
         (
+            "rollout.node_labels={a/b/c: d}",
+            "rollout.node_labels: a/b/c: d is no label: a name and a value have up to 63 "
+            "letters, digits, -, _ and ., with a letter or digit at both ends, and a name may have one / "
+            "within",
+        ),
+        (
+            "learner.node_labels={pool: in(a)}",
+            "learner.node_labels: pool: in(a) is no label: a name and a value have up to 63 "
+            "letters, digits, -, _ and ., with a letter or digit at both ends, and a name may have one / "
+            "within",
+        ),
+        (
             "learner=5",
             "learner: must be a mapping of its keys (ranks, cpus, gpus, threads, ...) (is 5)",
         ),

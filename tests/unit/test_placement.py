@@ -238,6 +238,13 @@ def test_what_nodes_of_its_labels_lack_is_told(asked, message):
     assert str(caught.value) == message
 
 
+def test_each_role_asks_for_its_own_labels(tmp_path):
+    names = ("learner", "rollout", "teachers.0")
+    overrides = [f"{name}.node_labels={{pool: {name}}}" for name in names]
+    roles = plan(load_config(write_config(tmp_path), overrides))
+    assert [role.labels["pool"] for role in roles] == list(names)
+
+
 def test_threads_are_explicit():
     assert vllm_env(3)["OMP_NUM_THREADS"] == learner_env(3, gpu=True)["OMP_NUM_THREADS"] == "3"
     assert (

@@ -1,12 +1,12 @@
 """Where the learner's ranks listen for each other."""
 
 import os
-import socket
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from eopd.learner import ranks
 from eopd.learner.ranks import _listen_towards
 
 CHOSEN = "GLOO_SOCKET_IFNAME"
@@ -29,8 +29,7 @@ def test_a_rank_listens_where_the_machine_of_the_first_one_reaches_it(monkeypatc
     cards = {"lo": "127.0.0.1", "slow0": "192.0.2.7", "fast0": "198.51.100.7"}
     found = {name: [SimpleNamespace(address=address)] for name, address in cards.items()}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
-    monkeypatch.setattr(socket.socket, "connect", lambda probe, address: None)
-    monkeypatch.setattr(socket.socket, "getsockname", lambda probe: (cards["fast0"], 1))
+    monkeypatch.setattr(ranks, "address_towards", lambda host, port: cards["fast0"])
     _listen_towards("198.51.100.1", 29500)
     assert os.environ[CHOSEN] == "fast0"
 
