@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Final
 
 from eopd.config import BenchmarkConfig, Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES
@@ -31,6 +32,9 @@ from eopd.teacher.vocabulary import SharedVocabulary, require_same_vocabulary
 from eopd.telemetry.trackers import require_trackers
 from eopd.tokenizer import load_tokenizer
 from eopd.types import PromptSample
+
+# the sections of a config that ``_prepare`` reads
+_READ: Final = {"student", "teachers", "prompts", "rollout", "flow", "loss", "evaluation"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +98,7 @@ def _prepared(config: Config) -> Prepared:
         for name in ("*", "additional_chat_templates/*")
         for file in model.glob(name)
     )
-    question = config.model_dump_json(exclude={"run", "cluster", "telemetry", "checkpoint"})
+    question = config.model_dump_json(include=_READ)
 
     return remembered(question, chain(data, files), lambda: _prepare(config))
 

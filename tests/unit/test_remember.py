@@ -10,7 +10,7 @@ import fakes
 import pytest
 
 from eopd import remember
-from eopd.config import load_config
+from eopd.config import Config, load_config
 from eopd.preflight import inputs
 from eopd.remember import remembered
 
@@ -152,6 +152,28 @@ def test_a_check_is_remembered_until_its_inputs_change(tiny_config, directory, m
         inputs.prepare(config)
 
     assert len(calls) == 1 + len(paths)
+
+
+def test_a_check_is_asked_again_for_what_it_reads_and_for_nothing_else(tiny_config, directory):
+    config, _ = tiny_config
+    read = set()
+
+    class Watched(Config):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    watched = Watched(**{name: getattr(config, name) for name in Config.model_fields})
+    read.clear()  # what the validation has read
+    inputs._prepare(watched)
+    assert read & Config.model_fields.keys() == inputs._READ
+
+    for change, answers in (("learner", {"lr": 0.5}), 1), (("loss", {"top_k": 8}), 2):
+        section, keys = change
+        changed = getattr(config, section).model_copy(update=keys)
+        inputs.prepare(config)
+        inputs.prepare(config.model_copy(update={section: changed}))
+        assert len(list(directory.iterdir())) == answers
 
 
 @pytest.fixture
