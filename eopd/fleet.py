@@ -141,6 +141,16 @@ class Fleet(Generic[W]):
             if isinstance(outcome, BaseException):
                 raise outcome
 
+    async def give_way(self) -> None:
+        """Ends the replacements that are still starting, for somebody else to have their room. Each
+        is started again, after him.
+        """
+        starting = [number for number, task in self._replacing.items() if not task.done()]
+        for number in starting:
+            self._log(f"{self.name} {number} gives way to others, who find no room")
+
+        await asyncio.gather(*(self._processes[number].end() for number in starting))
+
     async def close(self) -> None:
         """Ends every replacement under way, and begins no other one."""
         self._closed = True

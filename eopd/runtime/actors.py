@@ -144,15 +144,22 @@ class ActorProcess(Generic[W]):
         self._actor = actor
         self._error_type = error_type
         self._arguments = arguments
+        self._has_started = False
 
     async def start(self) -> int:
         """Starts the worker; returns its seats."""
         with dies_as(self._error_type):
-            return int(await self._actor.start.remote(*self._arguments))
+            seats = int(await self._actor.start.remote(*self._arguments))
+
+        self._has_started = True
+        return seats
 
     async def end(self) -> None:
-        """Stops the worker's processes and the actor."""
-        await end_actor(self._actor)
+        """Stops the worker's processes and the actor, which does not listen before it has started."""
+        if self._has_started:
+            await end_actor(self._actor)
+        else:
+            ray.kill(self._actor)
 
 
 class RolloutActor(Actor):

@@ -1,7 +1,7 @@
 """The gang of all learner ranks: they start together, answer together, and are lost together."""
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
@@ -31,13 +31,16 @@ _DEAD = (RayActorError, OutOfMemoryError)
 # waits 10 s, and believes the fifth failure (health_check_period_ms, _timeout_ms and
 # _failure_threshold of Ray 2.60).
 _REPORT_S = 90.0
+# How long ranks may take to begin where there is room: a process each, which imports nothing heavy.
+_ROOM_S = 15.0
 
 
 class LearnerGang:
     """A ``Learner`` and a ``SenderLink`` that calls all learner actors together.
 
     When a rank dies, or does not answer within ``learner.timeout_s``, all are lost: every call
-    raises ``LearnerDownError`` until ``start`` has started new ranks.
+    raises ``LearnerDownError`` until ``start`` has started new ranks. Where these find no room,
+    ``give_way`` is called, for others to free some.
     """
 
     def __init__(self, spawn: Spawn, config: Config, driver: Holder | None = None) -> None:
@@ -45,6 +48,7 @@ class LearnerGang:
         self._config = config
         self._driver = driver  # the holder of the run directory, where the ranks write there
         self._timeout_s = config.learner.timeout_s
+        self.give_way: Callable[[], Awaitable[None]] = _nobody
         self._reserved = asyncio.Lock()
         self._working = asyncio.Lock()  # the ranks hold one share at a time
         self._actors: list[ActorHandle] = []
@@ -73,6 +77,7 @@ class LearnerGang:
 
         try:
             async with asyncio.timeout(limit_s):
+                await self._find_room()
                 with dies_as(LearnerDownError):
                     address, port = await self._actors[0].rendezvous.remote()
 
@@ -86,6 +91,15 @@ class LearnerGang:
                 )
         except TimeoutError:
             raise LearnerDownError(f"not up within cluster.start_timeout_s = {limit_s:g}") from None
+
+    async def _find_room(self) -> None:
+        """Waits until every rank has begun, but no longer than one takes that has room."""
+        try:
+            async with asyncio.timeout(_ROOM_S):
+                with dies_as(LearnerDownError):
+                    await asyncio.gather(*(actor.ping.remote() for actor in self._actors))
+        except TimeoutError:
+            await self.give_way()
 
     def reserved(self) -> asyncio.Lock:
         """Returns the lock that a weight sync holds, so that no step comes between its calls."""
@@ -212,3 +226,7 @@ class LearnerGang:
                     return rank
 
         return None
+
+
+async def _nobody() -> None:
+    """Frees no room: nobody else has any."""

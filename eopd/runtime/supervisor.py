@@ -73,6 +73,12 @@ async def start_workers(
         fleets: list[Fleet[Any]] = [engines, *teachers.values()]
         restarts.num_workers = lambda: 1 + sum(fleet.size for fleet in fleets)
 
+        async def give_way() -> None:
+            """A run goes on without one of its engines, and never without a rank."""
+            await asyncio.gather(*(fleet.give_way() for fleet in fleets))
+
+        gang.give_way = give_way
+
         starting: dict[str, Awaitable[None]] = {"learner": gang.start(incarnation)}
         for fleet in fleets:
             starting |= fleet.start()

@@ -3,15 +3,22 @@
 import asyncio
 import sys
 import threading
+import time
 from dataclasses import replace
 
+import fakes
 import pytest
 import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
-from eopd.config import ClusterConfig, ConfigError
+from eopd.config import ClusterConfig, ConfigError, load_config
+from eopd.fleet import Fleet
+from eopd.pool import Pool
+from eopd.roles import EngineDownError
 from eopd.runtime import cluster, supervisor
+from eopd.runtime import gang as gang_module
+from eopd.runtime.actors import ActorProcess
 from eopd.runtime.placement import RoleResources
 
 # workers do not find the tests' modules
@@ -63,6 +70,71 @@ def test_room_that_others_give_back_is_waited_for_and_stays_free(other):
         f"waiting for room, for up to {seconds}" for seconds in (1, 60)
     ]
     cluster.require_room(ROLES, ClusterConfig())
+
+
+class Rank(Other):
+    def ping(self):
+        pass
+
+    def rendezvous(self):
+        return "127.0.0.1", 1
+
+    def start(self, *arguments):
+        pass
+
+
+class Engine(Other):
+    def start(self, seconds):
+        time.sleep(seconds)
+        return 1
+
+
+@pytest.mark.timeout(120)
+async def test_a_rank_takes_the_room_of_an_engine_that_is_still_starting(
+    other, tmp_path, monkeypatch
+):
+    """Both were lost with their machine; what is left is one CPU, and the engine was quicker."""
+    monkeypatch.setattr(gang_module, "LearnerActor", Rank)
+    monkeypatch.setattr(gang_module, "_ROOM_S", 3.0)
+    settings = ["learner.ranks=1", "learner.cpus=1", "cluster.start_timeout_s=60"]
+    config = load_config(fakes.write_config(tmp_path), settings)
+    engine = RoleResources(role="rollout", actors=1, cpus=1.0, gpus=0.0, env={})
+    seconds, said = [0.0, 3600.0, 0.0], []
+
+    async with supervisor._actors() as spawn:
+
+        def processes(numbers):
+            actors = spawn(Engine, engine, numbers)
+            return [ActorProcess(one, one, EngineDownError, seconds.pop(0)) for one in actors]
+
+        pool = Pool("engine", timeout_s=60.0, ping=lambda worker: asyncio.sleep(0))
+        fleet = Fleet(
+            "rollout engine",
+            pool,
+            spawn=processes,
+            size=1,
+            count_loss=said.append,
+            start_timeout_s=100.0,
+            log=said.append,
+        )
+        await asyncio.gather(*fleet.start().values())
+        pool.lose(0, "its machine is gone")
+        while seconds != [0.0]:  # the other one is on its way
+            await asyncio.sleep(0.1)
+
+        await asyncio.sleep(2.0)
+        gang = gang_module.LearnerGang(spawn, config)
+        gang.give_way = fleet.give_way
+        await gang.start(1)
+        assert "rollout engine 0 gives way to others, who find no room" in said
+        assert pool.num_up == 0
+
+        ray.kill(other)
+        while pool.num_up == 0:
+            await asyncio.sleep(0.1)
+
+        await gang._actors[0].ping.remote()
+        await fleet.close()
 
 
 @pytest.fixture

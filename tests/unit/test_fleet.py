@@ -126,6 +126,25 @@ async def test_a_lost_worker_is_ended_and_another_one_has_its_number():
     ]
 
 
+async def test_only_who_is_still_starting_gives_way_and_starts_again():
+    world = World(2)
+    fleet = await world.start()
+    world.pool.lose(0, "its actor died")
+    await until(lambda: world.pool.num_up == 2)
+    world.slow(3600.0)
+    world.pool.lose(1, "its actor died")
+    await until(lambda: len(world.processes) == 4)
+    up, starting = world.processes[2:]
+
+    await fleet.give_way()
+    assert starting.ended and not up.ended
+    assert world.said[-1] == "engine 1 gives way to others, who find no room"
+
+    world.slow(0.0)
+    await until(lambda: world.pool.num_up == 2)
+    assert not up.ended and world.alive() == [0, 1]
+
+
 async def test_a_lost_node_costs_a_loss_for_each_worker():
     """8 of 64, and no room for others until it is back."""
     world = World(64, start_timeout_s=0.02)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import fakes
 import pytest
@@ -132,11 +133,40 @@ async def test_gradients_add_up_while_weights_are_on_their_way_and_a_step_waits(
     assert rank.done[4:] == ["take", "step"]
 
 
+@pytest.mark.parametrize("has_room", [True, False])
+async def test_ranks_that_find_no_room_ask_others_to_give_way(tmp_path, monkeypatch, has_room):
+    told = []
+    room = asyncio.Event()
+
+    async def give_way():
+        told.append("give way")
+        room.set()
+
+    async def meet():
+        await room.wait()
+        told.append("meet")
+        return "1.2.3.4", 5
+
+    async def start(*arguments):
+        told.append("start")
+
+    if has_room:
+        room.set()
+
+    monkeypatch.setattr(module, "_ROOM_S", 0.05)
+    rank = SimpleNamespace(ping=Method(room.wait), rendezvous=Method(meet), start=Method(start))
+    gang = LearnerGang(lambda *_: [rank], load_config(fakes.write_config(tmp_path)))
+    gang.give_way = give_way
+    await gang.start(0)
+    assert told == [*([] if has_room else ["give way"]), "meet", "start"]
+
+
 async def test_every_rank_is_told_whose_run_directory_to_look_for(tmp_path):
     asked = []
 
     class Starting:
         def __init__(self) -> None:
+            self.ping = Method(lambda: asyncio.sleep(0))
             self.rendezvous = Method(self._meet)
             self.start = Method(self._start)
 
