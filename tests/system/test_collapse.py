@@ -3,6 +3,7 @@ too high. What a person does about it is tried too.
 """
 
 import json
+import re
 
 import pytest
 from program import Run, read_rows
@@ -27,6 +28,15 @@ def models(tmp_path_factory):
         model.lm_head.weight[ends] = model.lm_head.weight[ends[::-1]].clone()
 
     return student, write_model(root / "other-end", model, tokenizer)
+
+
+def steps_to_keep(last, logs):
+    """The steps whose responses are kept: every second one, but for those that the log says were
+    passed over.
+    """
+    passed_over = set(map(int, re.findall(r"the responses of step (\d+) are not kept", logs)))
+    assert len(passed_over) < 5
+    return [step for step in range(2, last + 1, 2) if step not in passed_over]
 
 
 @pytest.mark.slow
@@ -67,7 +77,8 @@ def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
     assert (directory / "hf-best" / "model.safetensors").exists()
     assert f"hf-best/ the best that was measured, of step {best}. " in done.stdout
     kept = read_rows(directory / "responses.jsonl")
-    assert [row["step"] for row in kept] == list(range(2, last + 1, 2))
+    logs = program.run("logs", str(directory), "--role", "driver").stdout
+    assert [row["step"] for row in kept] == steps_to_keep(last, logs)
     assert all(len(row["ids"]) == len(row["entropy_low"]) for row in kept)
 
     shown = program.run("show", str(directory), "--step", "2").stdout
@@ -75,7 +86,6 @@ def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
     assert "I like to " in shown
     listed = program.run("list", str(program.runs)).stdout
     assert f"{last}/80" in next(line for line in listed.splitlines() if "collapse " in line)
-    logs = program.run("logs", str(directory), "--role", "driver").stdout
     assert "the guard has ended the run" in logs
 
     # it would end again
@@ -103,7 +113,8 @@ def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
     assert steps[0] + 2 <= summary["steps"] < last
     assert (directory / "checkpoints" / f"step-{summary['steps']:06d}").exists()
     kept = [row["step"] for row in read_rows(directory / "responses.jsonl")]
-    assert kept == list(range(2, summary["steps"] + 1, 2))
+    logs = program.run("logs", str(directory), "--role", "driver").stdout
+    assert kept == steps_to_keep(summary["steps"], logs)
     assert program.left_behind() == []
 
 
