@@ -77,7 +77,7 @@ def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
     assert (directory / "hf-best" / "model.safetensors").exists()
     assert f"hf-best/ the best that was measured, of step {best}. " in done.stdout
     kept = read_rows(directory / "responses.jsonl")
-    logs = program.run("logs", str(directory), "--role", "driver").stdout
+    logs = program.run("logs", str(directory), "--role", "driver", "--lines", "9999").stdout
     assert [row["step"] for row in kept] == steps_to_keep(last, logs)
     assert all(len(row["ids"]) == len(row["entropy_low"]) for row in kept)
 
@@ -113,7 +113,7 @@ def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
     assert steps[0] + 2 <= summary["steps"] < last
     assert (directory / "checkpoints" / f"step-{summary['steps']:06d}").exists()
     kept = [row["step"] for row in read_rows(directory / "responses.jsonl")]
-    logs = program.run("logs", str(directory), "--role", "driver").stdout
+    logs = program.run("logs", str(directory), "--role", "driver", "--lines", "9999").stdout
     assert kept == steps_to_keep(summary["steps"], logs)
     assert program.left_behind() == []
 
