@@ -14,7 +14,7 @@ from eopd.run.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.slow
 
-UPLOAD = f"run.upload=s3://{BUCKET}/runs"
+UPLOAD = (f"run.upload=s3://{BUCKET}/runs", "rollout.engines=1")
 COMPARED = 15  # steps, of which five were trained again
 NAME = "elsewhere"
 
@@ -43,7 +43,7 @@ def killed(program, store):
             gone.wait(60)
 
     store.before = look
-    run = Run(program, NAME, UPLOAD)
+    run = Run(program, NAME, *UPLOAD)
     assert under_way.wait(300), run.log.read_text()[-3000:]
     run.process.kill()
     run.process.wait()
@@ -60,7 +60,7 @@ def killed(program, store):
 def resumed(program, store, killed):
     directory, _ = killed
     assert store.whole_steps(f"runs/{NAME}") == [10]
-    done = program.run(*program.train(NAME, UPLOAD), "--resume", "auto")
+    done = program.run(*program.train(NAME, *UPLOAD), "--resume", "auto")
     assert done.returncode == 0, done.stdout + done.stderr
     return directory, done
 
@@ -101,7 +101,7 @@ def test_all_of_it_is_there_at_the_end(resumed, store):
 
 def test_a_store_that_is_gone_at_the_end_is_a_warning(program, store):
     """The run is complete; what it wrote since is not there. A person ends the wait for it."""
-    small = (UPLOAD, "run.batches=3", "rollout.engines=1", "learner.ranks=1")
+    small = (*UPLOAD, "run.batches=3", "learner.ranks=1")
     run = Run(program, "alone", *small, "checkpoint.every=1")
     run.wait(lambda row: row["step"] >= 1)
     store.stop()
