@@ -9,7 +9,8 @@ under its number; ``scale`` adds and removes workers.
 
 A lost worker is counted once, however long its replacement takes: there may be no room until a node
 is back, and the run continues with the other workers meanwhile. With no worker left, and none
-started within ``start_timeout_s``, the fleet fails with the causes.
+started within ``start_timeout_s``, the fleet fails with the causes. Where somebody else needs the
+room that is left, ``give_way`` leaves it to him.
 
 Example: 64 engines, 8 of them on a node that is lost.
 
@@ -22,7 +23,8 @@ Example: 64 engines, 8 of them on a node that is lost.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 from eopd.pool import Pool
@@ -38,6 +40,10 @@ PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 class NobodyLeftError(RunFailedError):
     """No worker of a kind is left, and none could be started in time; the message has the causes."""
+
+
+class GaveWayError(Exception):
+    """A start has ended for somebody else, who needs its room."""
 
 
 class WorkerProcess(Protocol[W_co]):
@@ -99,6 +105,9 @@ class Fleet(Generic[W]):
         self._giving_up: asyncio.Task[None] | None = None
         self._causes: list[str] = []
         self._started = asyncio.Event()  # set by a start since the last worker was lost
+        self._starts: set[asyncio.Future[int]] = set()  # of replacements and newcomers
+        self._may_start = asyncio.Event()
+        self._may_start.set()
         self._closed = False
         self._draining: set[int] = set()  # if these are lost, they are not replaced
         pool.on_loss = self._on_loss
@@ -125,6 +134,7 @@ class Fleet(Generic[W]):
             TimeoutError: a newcomer did not start in time: there may be no room. Those that came up
                 stay.
             WorkerDownError: one died.
+            GaveWayError: one has given way.
         """
         by_use = sorted(self._processes, key=lambda number: (number in self.pool, -number))
         for number in by_use[: max(0, self.size - size)]:
@@ -141,15 +151,25 @@ class Fleet(Generic[W]):
             if isinstance(outcome, BaseException):
                 raise outcome
 
-    async def give_way(self) -> None:
-        """Ends the replacements that are still starting, for somebody else to have their room. Each
-        is started again, after him.
+    @contextmanager
+    def give_way(self) -> Iterator[None]:
+        """Leaves room to somebody else: whoever is still starting ends, and nobody starts before the
+        end of this context. Meanwhile the fleet does not fail for having no worker.
         """
-        starting = [number for number, task in self._replacing.items() if not task.done()]
-        for number in starting:
-            self._log(f"{self.name} {number} gives way to others, who find no room")
+        self._may_start.clear()
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
 
-        await asyncio.gather(*(self._processes[number].end() for number in starting))
+        for start in self._starts:
+            start.cancel()
+
+        try:
+            yield
+        finally:
+            self._may_start.set()
+            if any(not task.done() for task in self._replacing.values()):
+                self._require_start()
 
     async def close(self) -> None:
         """Ends every replacement under way, and begins no other one."""
@@ -169,14 +189,29 @@ class Fleet(Generic[W]):
 
     async def _bring_up(self, number: int) -> None:
         """Starts a worker under a free number, lets it join, and adds it to the pool."""
+        await self._may_start.wait()
         (process,) = self._spawn([number])
         self._processes[number] = process
+        start = asyncio.ensure_future(self._start_and_join(number, process))
+        self._starts.add(start)
+        try:
+            self.pool.add(number, process.worker, await start)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # it is this task that shall end
+                raise
+
+            raise GaveWayError("it gives way to others, who find no room") from None
+        finally:
+            self._starts.remove(start)
+
+    async def _start_and_join(self, number: int, process: WorkerProcess[W]) -> int:
         async with asyncio.timeout(self._start_timeout_s):
             seats = await process.start()
 
         self._started.set()
         await self.join(number, process.worker)
-        self.pool.add(number, process.worker, seats)
+        return seats
 
     async def _remove(self, number: int) -> None:
         if (replacing := self._replacing.pop(number, None)) is not None:
@@ -232,7 +267,10 @@ class Fleet(Generic[W]):
 
     def _require_start(self) -> None:
         """With no worker left, fails the pool unless one is started in time."""
-        if self.pool.num_up == 0 and (self._giving_up is None or self._giving_up.done()):
+        if self._closed or self.pool.num_up > 0 or not self._may_start.is_set():
+            return
+
+        if self._giving_up is None or self._giving_up.done():
             self._started.clear()
             self._giving_up = asyncio.create_task(self._give_up())
 

@@ -10,7 +10,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -20,7 +20,16 @@ T = TypeVar("T")
 
 DIRECTORY = Path("~/.cache/eopd/remembered")
 KEEP: Final = 16  # answers
-LIBRARIES: Final = ("transformers", "tokenizers", "pydantic", "numpy")
+LIBRARIES: Final = (
+    "transformers",
+    "tokenizers",
+    "pydantic",
+    "numpy",
+    "torch",
+    "vllm",
+    "peft",
+    "math-verify",
+)
 WEIGHTS: Final = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 )
@@ -61,7 +70,8 @@ def remembered(question: str, files: Iterable[Path], compute: Callable[[], T]) -
 def _digest(question: str, files: Iterable[Path]) -> str:
     digest = hashlib.sha256(question.encode())
     for library in LIBRARIES:
-        digest.update(f"\0{library} {version(library)}".encode())
+        with suppress(PackageNotFoundError):  # on a machine that submits runs and starts none
+            digest.update(f"\0{library} {version(library)}".encode())
 
     code = sorted(Path(eopd.__file__).parent.rglob("*.py"))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import BenchmarkConfig, Config, ConfigError, TeacherConfig
-from eopd.config.base import DATA_SUFFIXES
+from eopd.config.base import DATA_SUFFIXES, OWN_GRADERS
 from eopd.config.prompts import names_of
 from eopd.hub import model_directory
 from eopd.preflight.answers import require_answers, require_readable_answers
@@ -84,8 +84,9 @@ def _prepared(config: Config) -> Prepared:
     benchmarks = (benchmark.data for benchmark in config.evaluation.benchmarks)
     parts = chain(config.prompts.data, config.prompts.held_out, *benchmarks)
     data = [Path(part.name) for part in parts]
+    graders = {benchmark.grader for benchmark in config.evaluation.benchmarks}
     # a data set by name may change, and so may a function; no file here shows it
-    if not all(path.suffix in DATA_SUFFIXES for path in data):
+    if not all(path.suffix in DATA_SUFFIXES for path in data) or graders.difference(OWN_GRADERS):
         return _prepare(config)
 
     specs = {config.student.model, *(teacher.model for teacher in config.teachers)}

@@ -149,6 +149,16 @@ def _wait_for_room(roles: Sequence[RoleResources], until: float) -> None:
         remove_placement_group(group)
 
 
+def has_room(role: RoleResources) -> bool:
+    """Tells whether the cluster has room for all actors of a role now."""
+    try:
+        require_capacity([role], nodes())
+    except ConfigError:
+        return False
+
+    return True
+
+
 def find_places(roles: Sequence[RoleResources], *, spread: bool = False) -> Places:
     """Returns where the actors are to be started, in a cluster of several machines. None have a place
     where somebody has taken room since ``require_room``; ``spread`` is that of ``choose_nodes``.

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import repeat
 from pathlib import Path
 
@@ -39,8 +39,9 @@ class LearnerGang:
     """A ``Learner`` and a ``SenderLink`` that calls all learner actors together.
 
     When a rank dies, or does not answer within ``learner.timeout_s``, all are lost: every call
-    raises ``LearnerDownError`` until ``start`` has started new ranks. Where these find no room,
-    ``give_way`` is called, for others to free some.
+    raises ``LearnerDownError`` until ``start`` has started new ranks. Where some of these find no
+    room, ``give_way`` is called with their number, for others to leave it to them for the time of a
+    context.
     """
 
     def __init__(self, spawn: Spawn, config: Config, driver: Holder | None = None) -> None:
@@ -48,7 +49,7 @@ class LearnerGang:
         self._config = config
         self._driver = driver  # the holder of the run directory, where the ranks write there
         self._timeout_s = config.learner.timeout_s
-        self.give_way: Callable[[], Awaitable[None]] = _nobody
+        self.give_way: Callable[[int], AbstractContextManager[None]] = _nobody
         self._reserved = asyncio.Lock()
         self._working = asyncio.Lock()  # the ranks hold one share at a time
         self._actors: list[ActorHandle] = []
@@ -93,13 +94,15 @@ class LearnerGang:
             raise LearnerDownError(f"not up within cluster.start_timeout_s = {limit_s:g}") from None
 
     async def _find_room(self) -> None:
-        """Waits until every rank has begun, but no longer than one takes that has room."""
+        """Waits until every rank has begun."""
+        pings = [asyncio.ensure_future(_begun(actor)) for actor in self._actors]
         try:
-            async with asyncio.timeout(_ROOM_S):
-                with dies_as(LearnerDownError):
-                    await asyncio.gather(*(actor.ping.remote() for actor in self._actors))
-        except TimeoutError:
-            await self.give_way()
+            _, waiting = await asyncio.wait(pings, timeout=_ROOM_S)
+            with self.give_way(len(waiting)) if waiting else nullcontext():
+                await asyncio.gather(*pings)
+        finally:
+            for ping in pings:
+                ping.cancel()
 
     def reserved(self) -> asyncio.Lock:
         """Returns the lock that a weight sync holds, so that no step comes between its calls."""
@@ -228,5 +231,11 @@ class LearnerGang:
         return None
 
 
-async def _nobody() -> None:
-    """Frees no room: nobody else has any."""
+async def _begun(actor: ActorHandle) -> None:
+    with dies_as(LearnerDownError):
+        await actor.ping.remote()
+
+
+def _nobody(num_ranks: int) -> AbstractContextManager[None]:
+    """Leaves no room to ranks: nobody else has any."""
+    return nullcontext()

@@ -1,9 +1,9 @@
 """Brings the actors of a run up and down. Whatever happens, nothing is left running."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
@@ -18,11 +18,18 @@ from eopd.run.directory import RunDirectory
 from eopd.run.lock import Holder
 from eopd.run.progress import first_line
 from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, end_actor
-from eopd.runtime.cluster import find_places, log_directory, place_on
+from eopd.runtime.cluster import find_places, has_room, log_directory, place_on
 from eopd.runtime.engines import engine_fleet, engine_process, open_channel
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
-from eopd.runtime.placement import Places, RoleResources, plan, plan_rollout, shares_gpus
+from eopd.runtime.placement import (
+    Places,
+    RoleResources,
+    plan,
+    plan_learner,
+    plan_rollout,
+    shares_gpus,
+)
 from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.teachers import route, teacher_fleets
 from eopd.teacher.pool import TeacherRouter
@@ -72,12 +79,8 @@ async def start_workers(
         teachers = teacher_fleets(spawn, config, restarts.count_loss, say)
         fleets: list[Fleet[Any]] = [engines, *teachers.values()]
         restarts.num_workers = lambda: 1 + sum(fleet.size for fleet in fleets)
-
-        async def give_way() -> None:
-            """A run goes on without one of its engines, and never without a rank."""
-            await asyncio.gather(*(fleet.give_way() for fleet in fleets))
-
-        gang.give_way = give_way
+        ranks = plan_learner(config.learner)
+        gang.give_way = lambda number: _room_for(replace(ranks, actors=number), fleets)
 
         starting: dict[str, Awaitable[None]] = {"learner": gang.start(incarnation)}
         for fleet in fleets:
@@ -102,6 +105,19 @@ async def start_workers(
             )
         finally:
             await asyncio.gather(*(fleet.close() for fleet in fleets))
+
+
+@contextmanager
+def _room_for(ranks: RoleResources, fleets: Iterable[Fleet[Any]]) -> Iterator[None]:
+    """Leaves the room of whoever is still starting to learner ranks, where there is no other. A run
+    goes on without one of its engines, and never without a rank.
+    """
+    with ExitStack() as stack:
+        if not has_room(ranks):
+            for fleet in fleets:
+                stack.enter_context(fleet.give_way())
+
+        yield
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ import asyncio
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import fakes
@@ -84,28 +85,38 @@ class Rank(Other):
 
 
 class Engine(Other):
-    def start(self, seconds):
-        time.sleep(seconds)
+    def start(self, begun):
+        """Starts at once; or says so with a file and never ends."""
+        if begun is not None:
+            begun.touch()
+            time.sleep(3600.0)
+
         return 1
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 async def test_a_rank_takes_the_room_of_an_engine_that_is_still_starting(
     other, tmp_path, monkeypatch
 ):
     """Both were lost with their machine; what is left is one CPU, and the engine was quicker."""
+
+    async def until(condition):
+        while not condition():
+            await asyncio.sleep(0.1)
+
     monkeypatch.setattr(gang_module, "LearnerActor", Rank)
     monkeypatch.setattr(gang_module, "_ROOM_S", 3.0)
-    settings = ["learner.ranks=1", "learner.cpus=1", "cluster.start_timeout_s=60"]
+    settings = ["learner.ranks=1", "learner.cpus=1", "cluster.start_timeout_s=100"]
     config = load_config(fakes.write_config(tmp_path), settings)
     engine = RoleResources(role="rollout", actors=1, cpus=1.0, gpus=0.0, env={})
-    seconds, said = [0.0, 3600.0, 0.0], []
+    begun, said = tmp_path / "begun", []
+    starts = iter([None, begun])
 
     async with supervisor._actors() as spawn:
 
         def processes(numbers):
             actors = spawn(Engine, engine, numbers)
-            return [ActorProcess(one, one, EngineDownError, seconds.pop(0)) for one in actors]
+            return [ActorProcess(one, one, EngineDownError, next(starts, None)) for one in actors]
 
         pool = Pool("engine", timeout_s=60.0, ping=lambda worker: asyncio.sleep(0))
         fleet = Fleet(
@@ -114,25 +125,28 @@ async def test_a_rank_takes_the_room_of_an_engine_that_is_still_starting(
             spawn=processes,
             size=1,
             count_loss=said.append,
-            start_timeout_s=100.0,
+            start_timeout_s=200.0,
             log=said.append,
         )
         await asyncio.gather(*fleet.start().values())
         pool.lose(0, "its machine is gone")
-        while seconds != [0.0]:  # the other one is on its way
-            await asyncio.sleep(0.1)
+        await until(begun.exists)
 
-        await asyncio.sleep(2.0)
         gang = gang_module.LearnerGang(spawn, config)
-        gang.give_way = fleet.give_way
+
+        @contextmanager
+        def give_way(num_ranks):
+            assert not cluster.has_room(replace(engine, actors=num_ranks))
+            with fleet.give_way():
+                yield
+
+        gang.give_way = give_way
         await gang.start(1)
-        assert "rollout engine 0 gives way to others, who find no room" in said
+        assert any("it gives way to others, who find no room" in line for line in said)
         assert pool.num_up == 0
 
         ray.kill(other)
-        while pool.num_up == 0:
-            await asyncio.sleep(0.1)
-
+        await until(lambda: pool.num_up == 1)
         await gang._actors[0].ping.remote()
         await fleet.close()
 

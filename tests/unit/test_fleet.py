@@ -7,7 +7,7 @@ import fakes
 import pytest
 
 from eopd import fleet as module
-from eopd.fleet import Fleet, NobodyLeftError, one_by_one
+from eopd.fleet import Fleet, GaveWayError, NobodyLeftError, one_by_one
 from eopd.pool import Pool
 from eopd.roles import EngineDownError, TeacherDownError
 from eopd.rollout.pool import EnginePool
@@ -127,22 +127,94 @@ async def test_a_lost_worker_is_ended_and_another_one_has_its_number():
 
 
 async def test_only_who_is_still_starting_gives_way_and_starts_again():
-    world = World(2)
+    world = World(2, start_timeout_s=60.0)
     fleet = await world.start()
     world.pool.lose(0, "its actor died")
     await until(lambda: world.pool.num_up == 2)
     world.slow(3600.0)
     world.pool.lose(1, "its actor died")
     await until(lambda: len(world.processes) == 4)
-    up, starting = world.processes[2:]
+    _, starting = world.processes[2:]
 
-    await fleet.give_way()
-    assert starting.ended and not up.ended
-    assert world.said[-1] == "engine 1 gives way to others, who find no room"
+    with fleet.give_way():
+        await until(lambda: starting.ended)
+        assert world.said[-1] == (
+            "engine 1 did not start: it gives way to others, who find no room; trying again"
+        )
+        world.pool.lose(0, "its actor died")  # whose replacement waits too
+        await asyncio.sleep(0.05)
+        assert len(world.processes) == 4 and not world.alive()
 
     world.slow(0.0)
     await until(lambda: world.pool.num_up == 2)
-    assert not up.ended and world.alive() == [0, 1]
+    assert world.alive() == [0, 1]
+
+
+async def test_a_join_under_way_gives_way_and_so_does_a_newcomer():
+    world = World(1, start_timeout_s=60.0)
+    fleet = await world.start()
+    ended = []
+
+    async def join(number, worker):
+        try:
+            await asyncio.sleep(3600.0)
+        finally:
+            ended.append(number)
+
+    fleet.join = join
+    growing = asyncio.create_task(fleet.scale(2))
+    world.pool.lose(0, "its actor died")
+    await until(lambda: len(world.processes) == 3)
+    await asyncio.sleep(0.01)
+    with fleet.give_way():
+        with pytest.raises(GaveWayError, match="gives way to others"):
+            await growing
+
+        assert sorted(ended) == [0, 1]
+        assert fleet.size == 1 and not world.alive()
+
+    await fleet.close()
+
+
+async def test_who_gives_way_is_given_all_the_time_to_start_that_there_is():
+    """An only worker: the fleet does not fail while it may not start."""
+    world = World(1)
+    fleet = await world.start()
+    world.slow(3600.0)
+    world.pool.lose(0, "its actor died")
+    await until(lambda: len(world.processes) == 2)
+    with fleet.give_way():
+        await asyncio.sleep(3 * 0.2)  # three times the time-out
+        world.slow(0.0)
+        waiting = asyncio.create_task(world.pool.run(name))
+        await asyncio.sleep(0)
+
+    assert await waiting == "worker 0"
+
+
+async def test_a_fleet_whose_first_workers_are_still_starting_gives_way_to_nobody():
+    world = World(1, start_timeout_s=0.05)
+    world.processes[0].start_s = 0.1
+    starting = asyncio.gather(*world.fleet.start().values())
+    with world.fleet.give_way():
+        await asyncio.sleep(0.01)
+
+    await starting
+    await asyncio.sleep(0.1)  # and no clock runs on that ends the run
+    assert await world.pool.run(name) == "worker 0"
+    assert world.alive() == [0]
+
+
+async def test_a_fleet_that_gives_way_can_be_closed():
+    world = World(2)
+    fleet = await world.start()
+    world.slow(3600.0)
+    world.pool.lose(0, "its actor died")
+    await until(lambda: len(world.processes) == 3)
+    with fleet.give_way():
+        await fleet.close()
+
+    assert len(world.processes) == 3
 
 
 async def test_a_lost_node_costs_a_loss_for_each_worker():

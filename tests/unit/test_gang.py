@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from types import SimpleNamespace
 
 import fakes
@@ -14,8 +14,8 @@ from eopd.packing import pack_batch
 from eopd.roles import LearnerDownError
 from eopd.run import lock
 from eopd.run.lock import Holder
+from eopd.runtime import actors, supervisor
 from eopd.runtime import gang as module
-from eopd.runtime import supervisor
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.learner_actor import LearnerActor
 from eopd.types import Stored
@@ -138,9 +138,12 @@ async def test_ranks_that_find_no_room_ask_others_to_give_way(tmp_path, monkeypa
     told = []
     room = asyncio.Event()
 
-    async def give_way():
-        told.append("give way")
+    @contextmanager
+    def give_way(num_ranks):
+        told.append(f"{num_ranks} find no room")
         room.set()
+        yield
+        told.append("they have begun")
 
     async def meet():
         await room.wait()
@@ -152,13 +155,15 @@ async def test_ranks_that_find_no_room_ask_others_to_give_way(tmp_path, monkeypa
 
     if has_room:
         room.set()
+    else:
+        monkeypatch.setattr(module, "_ROOM_S", 0.05)
 
-    monkeypatch.setattr(module, "_ROOM_S", 0.05)
     rank = SimpleNamespace(ping=Method(room.wait), rendezvous=Method(meet), start=Method(start))
     gang = LearnerGang(lambda *_: [rank], load_config(fakes.write_config(tmp_path)))
     gang.give_way = give_way
     await gang.start(0)
-    assert told == [*([] if has_room else ["give way"]), "meet", "start"]
+    asked = [] if has_room else ["1 find no room", "they have begun"]
+    assert told == [*asked, "meet", "start"]
 
 
 async def test_every_rank_is_told_whose_run_directory_to_look_for(tmp_path):
@@ -200,7 +205,7 @@ async def test_a_run_starts_its_gang_on_the_places_that_were_found_and_with_its_
     told = []
 
     @asynccontextmanager
-    async def actors(places):
+    async def spawner(places):
         told.append(places)
         yield "spawn"
 
@@ -213,13 +218,72 @@ async def test_a_run_starts_its_gang_on_the_places_that_were_found_and_with_its_
     monkeypatch.setattr(
         supervisor, "find_places", lambda roles, spread: [*(role.role for role in roles), spread]
     )
-    monkeypatch.setattr(supervisor, "_actors", actors)
+    monkeypatch.setattr(supervisor, "_actors", spawner)
     monkeypatch.setattr(supervisor, "LearnerGang", make_gang)
     with pytest.raises(Enough):
         async with supervisor.start_workers(config, 0, None, pytest.fail, driver=driver):
             pytest.fail("it was started")
 
     assert told == [["learner", "rollout", "teacher teacher", True], ("spawn", config, driver)]
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+async def test_all_fleets_of_a_run_give_way_to_its_learner(tmp_path, monkeypatch, has_room):
+    class Enough(Exception):
+        pass
+
+    class SomeFleet:
+        size = 1
+        num_waiting = 0
+
+        def start(self):
+            return {}
+
+        @contextmanager
+        def give_way(self):
+            self.num_waiting += 1
+            yield
+            self.num_waiting -= 1
+
+    class Gang:
+        async def start(self, incarnation):
+            with self.give_way(1):
+                assert [fleet.num_waiting for fleet in fleets] == [int(not has_room)] * 2
+
+            assert [fleet.num_waiting for fleet in fleets] == [0, 0]
+            raise Enough
+
+    def room(role):
+        asked.append((role.role, role.actors))
+        return has_room
+
+    config = load_config(fakes.write_config(tmp_path), ["learner.ranks=2"])
+    fleets, asked = [SomeFleet(), SomeFleet()], []
+    monkeypatch.setattr(supervisor, "find_places", lambda roles, spread: {})
+    monkeypatch.setattr(supervisor, "LearnerGang", lambda *_: Gang())
+    monkeypatch.setattr(supervisor, "engine_fleet", lambda *_: fleets[0])
+    monkeypatch.setattr(supervisor, "teacher_fleets", lambda *_: {"teacher": fleets[1]})
+    monkeypatch.setattr(supervisor, "has_room", room)
+    with pytest.raises(supervisor.StartError, match="learner did not start: Enough"):
+        async with supervisor.start_workers(config, 0, None, pytest.fail):
+            pytest.fail("it was started")
+
+    assert asked == [("learner", 1)]
+
+
+async def test_an_actor_that_has_not_started_is_ended_without_being_asked(monkeypatch):
+    async def never():
+        await asyncio.Event().wait()
+
+    killed = []
+    monkeypatch.setattr(actors.ray, "kill", killed.append)
+    actor = SimpleNamespace(start=Method(never), close=Method(never))
+    process = actors.ActorProcess(actor, None, LearnerDownError)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(process.start(), 0.01)
+
+    await asyncio.wait_for(process.end(), 5.0)
+    assert killed == [actor]
 
 
 def test_a_rank_that_has_not_started_answers():

@@ -154,8 +154,20 @@ def test_a_check_is_remembered_until_its_inputs_change(tiny_config, directory, m
     assert len(calls) == 1 + len(paths)
 
 
-def test_a_check_is_asked_again_for_what_it_reads_and_for_nothing_else(tiny_config, directory):
-    config, _ = tiny_config
+@pytest.mark.parametrize("has_more", [False, True])
+def test_a_check_reads_no_section_that_it_is_not_asked_again_for(tiny_config, tmp_path, has_more):
+    config, (rows, *_) = tiny_config
+    if has_more:
+        rows.write_text('{"prompt": "one", "answer": "1"}\n')
+        more = (
+            "student.lora={rank: 4}",
+            "rollout.samples_per_prompt=2",
+            "loss.reverse_kl={kind: sampled, reward: {function: exact}}",
+            "teachers.0.template='{{ prompt }}'",
+            f"evaluation={{every: 1, benchmarks: [{{name: b, data: {rows}}}]}}",
+        )
+        config = load_config(tmp_path / "c.yaml", more)
+
     read = set()
 
     class Watched(Config):
@@ -165,15 +177,40 @@ def test_a_check_is_asked_again_for_what_it_reads_and_for_nothing_else(tiny_conf
 
     watched = Watched(**{name: getattr(config, name) for name in Config.model_fields})
     read.clear()  # what the validation has read
-    inputs._prepare(watched)
-    assert read & Config.model_fields.keys() == inputs._READ
+    assert inputs._prepare(watched).benchmarks.keys() == ({"b"} if has_more else set())
+    sections = read & Config.model_fields.keys()
+    # a reward is known to need rows before a filter is looked for
+    assert inputs._READ - {"flow"} <= sections <= inputs._READ
 
-    for change, answers in (("learner", {"lr": 0.5}), 1), (("loss", {"top_k": 8}), 2):
-        section, keys = change
-        changed = getattr(config, section).model_copy(update=keys)
-        inputs.prepare(config)
-        inputs.prepare(config.model_copy(update={section: changed}))
-        assert len(list(directory.iterdir())) == answers
+
+@pytest.mark.parametrize(
+    ("section", "keys", "answers"), [("learner", {"lr": 0.5}, 1), ("loss", {"top_k": 8}, 2)]
+)
+def test_a_check_is_asked_again_where_a_section_changes_that_it_reads(
+    tiny_config, directory, section, keys, answers
+):
+    config, _ = tiny_config
+    changed = getattr(config, section).model_copy(update=keys)
+    inputs.prepare(config)
+    inputs.prepare(config.model_copy(update={section: changed}))
+    assert len(list(directory.iterdir())) == answers
+
+
+def test_a_check_with_a_grader_of_the_user_is_not_remembered(
+    tiny_config, directory, tmp_path, monkeypatch
+):
+    """It is tried in it, and may change."""
+    _, (rows, *_) = tiny_config
+    rows.write_text('{"prompt": "one", "answer": "1"}\n')
+    (tmp_path / "a_grader.py").write_text("def grade(response, answer):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    benchmark = f"{{name: b, data: {rows}, grader: 'a_grader:grade'}}"
+    config = load_config(
+        tmp_path / "c.yaml", [f"evaluation={{every: 1, benchmarks: [{benchmark}]}}"]
+    )
+    monkeypatch.setattr(inputs, "_prepare", lambda config: "prepared")
+    assert inputs._prepared(config) == "prepared"
+    assert not directory.exists()
 
 
 @pytest.fixture
