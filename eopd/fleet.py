@@ -154,7 +154,8 @@ class Fleet(Generic[W]):
     @contextmanager
     def give_way(self) -> Iterator[None]:
         """Leaves room to somebody else: whoever is still starting ends, and nobody starts before the
-        end of this context. Meanwhile the fleet does not fail for having no worker.
+        end of this context. Meanwhile the fleet does not fail for having no worker, nor before the
+        next attempt to start one has failed too.
         """
         self._may_start.clear()
         if self._giving_up is not None:
@@ -168,8 +169,6 @@ class Fleet(Generic[W]):
             yield
         finally:
             self._may_start.set()
-            if any(not task.done() for task in self._replacing.values()):
-                self._require_start()
 
     async def close(self) -> None:
         """Ends every replacement under way, and begins no other one."""

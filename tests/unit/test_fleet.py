@@ -192,6 +192,21 @@ async def test_who_gives_way_is_given_all_the_time_to_start_that_there_is():
     assert await waiting == "worker 0"
 
 
+async def test_who_has_given_way_and_finds_no_room_after_all_ends_the_run():
+    world = World(1)
+    fleet = await world.start()
+    world.slow(3600.0)
+    world.pool.lose(0, "its actor died")
+    await until(lambda: len(world.processes) == 2)
+    with fleet.give_way():
+        await asyncio.sleep(0.01)
+
+    with pytest.raises(NobodyLeftError):
+        await asyncio.wait_for(world.pool.run(name), 5.0)
+
+    await fleet.close()
+
+
 async def test_a_fleet_whose_first_workers_are_still_starting_gives_way_to_nobody():
     world = World(1, start_timeout_s=0.05)
     world.processes[0].start_s = 0.1
