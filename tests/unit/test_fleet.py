@@ -126,6 +126,16 @@ async def test_a_lost_worker_is_ended_and_another_one_has_its_number():
     ]
 
 
+async def with_a_slow_start() -> World:
+    """A fleet whose only worker was lost, and another one does not come up."""
+    world = World(1)
+    await world.start()
+    world.slow(3600.0)
+    world.pool.lose(0, "its actor died")
+    await until(lambda: len(world.processes) == 2)
+    return world
+
+
 async def test_only_who_is_still_starting_gives_way_and_starts_again():
     world = World(2, start_timeout_s=60.0)
     fleet = await world.start()
@@ -178,11 +188,8 @@ async def test_a_join_under_way_gives_way_and_so_does_a_newcomer():
 
 async def test_who_gives_way_is_given_all_the_time_to_start_that_there_is():
     """An only worker: the fleet does not fail while it may not start."""
-    world = World(1)
-    fleet = await world.start()
-    world.slow(3600.0)
-    world.pool.lose(0, "its actor died")
-    await until(lambda: len(world.processes) == 2)
+    world = await with_a_slow_start()
+    fleet = world.fleet
     with fleet.give_way():
         await asyncio.sleep(3 * 0.2)  # three times the time-out
         world.slow(0.0)
@@ -193,11 +200,8 @@ async def test_who_gives_way_is_given_all_the_time_to_start_that_there_is():
 
 
 async def test_who_has_given_way_and_finds_no_room_after_all_ends_the_run():
-    world = World(1)
-    fleet = await world.start()
-    world.slow(3600.0)
-    world.pool.lose(0, "its actor died")
-    await until(lambda: len(world.processes) == 2)
+    world = await with_a_slow_start()
+    fleet = world.fleet
     with fleet.give_way():
         await asyncio.sleep(0.01)
 
