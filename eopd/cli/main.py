@@ -43,6 +43,7 @@ from eopd.cli.sweep import sweep
 from eopd.cli.teacher import teacher
 from eopd.config import ConfigError, load_config
 from eopd.config.messages import wrong_option
+from eopd.runtime import spawned  # noqa: F401  garbage collection is rarer from here
 from eopd.types import RunFailedError
 
 
