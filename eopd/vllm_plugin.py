@@ -7,6 +7,8 @@ when it starts.
 import atexit
 import gc
 
+import torch
+
 from eopd.teacher import head
 from eopd.weights import vllm_receiver
 
@@ -14,11 +16,17 @@ from eopd.weights import vllm_receiver
 def register() -> None:
     """Registers the scoring head and the weight-transfer engine; vLLM may call this more than once.
 
+    vLLM's attention on CPUs uses the tiles of AMX where a processor has them, and Linux ends a process
+    that has not asked for them (SIGILL; 0.32.0, ``csrc/cpu/cpu_attn_amx.hpp``). oneDNN asks when it
+    first multiplies in bfloat16, which a model with small matrices may never make it do. So it is
+    asked for here.
+
     What was imported until now stays, so that no collection need look at it: vLLM makes five whole
     ones before an engine is up (0.32.0), of half a second each. At the end of the process it may be
     collected, or libraries would report it as leaked.
     """
     head.register()
     vllm_receiver.register()
+    torch.cpu._init_amx()  # without AMX it does nothing
     gc.freeze()
     atexit.register(gc.unfreeze)

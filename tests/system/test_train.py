@@ -188,48 +188,6 @@ def test_the_exported_student_is_the_trained_one(synchronous, program):
 
 
 @pytest.mark.slow
-def test_a_model_answers_a_benchmark(program, tmp_path):
-    answers = tmp_path / "answers.jsonl"
-    data = "configs/prompts/arithmetic.jsonl"
-    settings = [
-        "--n",
-        "2",
-        "--k",
-        "2",
-        "--max-response-tokens",
-        "16",
-        "--dtype",
-        "float32",
-        "--threads",
-        "1",
-        "--stop",
-        "e",
-        "--top-p",
-        "0.9",
-        "--vllm",
-        "max_num_seqs=8",
-    ]
-    done = program.run(
-        "eval",
-        str(program.models / "student"),
-        data,
-        *settings,
-        "--grader",
-        "math",
-        "--output",
-        str(answers),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "avg@2" in done.stdout
-    assert "pass@2" in done.stdout
-    assert "40 prompts" in done.stdout
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert len(rows) == 40
-    responses = [answer["response"] for row in rows for answer in row["answers"]]
-    assert len(responses) == 80 and not any("e" in response for response in responses)
-
-
-@pytest.mark.slow
 def test_a_failure_leaves_no_process_and_says_failed(program):
     command = program.train(
         "broken",

@@ -1,18 +1,20 @@
-"""The wheel alone, in an empty folder: what ``pip install`` brings is enough to start with."""
+"""The wheel alone, in an empty folder: what ``pip install`` brings is enough to start with, and to run
+the project in ``examples/`` as its README says.
+"""
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from example import EXAMPLE, require_its_functions_took_part
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
+def environment(program, tmp_path_factory) -> dict[str, str]:
     """Variables under which Python finds the wheel before this environment's own packages,
     and no checkout.
     """
@@ -42,9 +44,8 @@ def environment(tmp_path_factory) -> dict[str, str]:
     (wheel,) = wheels.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
 
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "RAY_", "PYTHON"))}
-
-    return clean | {"PYTHONPATH": str(site), "HOME": str(tmp_path_factory.mktemp("home"))}
+    home = tmp_path_factory.mktemp("home")
+    return program.environment() | {"PYTHONPATH": str(site), "HOME": str(home)}
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +93,19 @@ def test_a_wheel_starts_from_an_empty_folder(folder, environment):
         folder, environment, "check", "configs/tiny.yaml"
     )
 
-    small = ["run.batches=2", "evaluation.prompts=4", "rollout.engines=1", "learner.ranks=1"]
-    settings = [*small, "cluster.cpus=2"]
-    options = [part for setting in settings for part in ("--set", setting)]
-    eopd(folder, environment, "train", "configs/tiny.yaml", *options)
-    assert (folder / "runs/tiny/report.html").is_file()
-    assert (folder / "runs/tiny/hf/config.json").is_file()
+
+@pytest.mark.slow
+def test_a_project_brings_functions_of_its_own(program, folder, environment):
+    project = shutil.copytree(EXAMPLE, folder / "project")
+    eopd(project, environment, "models", "tiny")
+    eopd(project, environment, "train", "config.yaml", "--set", "cluster.cpus=2")
+    run = project / "runs" / "letters"
+    require_its_functions_took_part(run)
+    assert (run / "report.html").is_file()
+    assert (run / "hf" / "config.json").is_file()
+
+    options = ("--grader", "letters.grader:has_all", "--n", "2", "--max-response-tokens", "24")
+    graded = eopd(project, environment, "eval", str(run / "hf"), "data/held_out.jsonl", *options)
+    assert "16 answers: " in graded and " 0 not graded" in graded
+    assert "avg@2" in graded and "pass@2" in graded
+    assert program.left_behind() == []
