@@ -51,11 +51,11 @@ def test_a_profile_says_where_the_time_goes_and_leaves_nothing(program, command,
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_profile_and_everything_it_has_started(program, command, folders, tmp_path):
+def test_ctrl_c_ends_a_profile_that_starts_and_everything_it_has_started(program, command, folders, tmp_path):
     log = tmp_path / "log"
-    process = program.start(*command, "--steps", "100000", log=log)
+    process = program.start(*command, log=log)
     deadline = time.monotonic() + 200
-    while "as a run: step 3" not in log.read_text():
+    while not any(one.name().startswith("ray::Rollout") for one in program.marked()):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
 

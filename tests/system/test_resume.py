@@ -14,14 +14,15 @@ from program import Run, read_rows
 from eopd.run.checkpoint import list_checkpoints
 
 CONTINUED_FROM, COMPARED = 10, 15  # steps
+ONE = "rollout.engines=1"  # whichever engine writes a response, it is the same
 
 
 @pytest.fixture(scope="module")
 def killed(program):
-    """The settings of ``synchronous``, and a driver killed after its second checkpoint; with
+    """The settings of ``synchronous`` but for an engine, and a driver killed after its second checkpoint; with
     what was left running.
     """
-    run = Run(program, "killed")
+    run = Run(program, "killed", ONE)
     run.wait(lambda row: row["step"] >= 21)
     time.sleep(random.uniform(0, 1))  # anywhere in a step
     run.process.kill()
@@ -48,7 +49,7 @@ def resumed(program, killed):
         file.truncate(largest.stat().st_size - 1)
 
     before = measured_before(directory)
-    done = program.run(*program.train("killed"), "--resume")
+    done = program.run(*program.train("killed", ONE), "--resume")
     assert measured_before(directory) == before, "the measurement before training is kept"
 
     return directory, done, older, newest
@@ -120,7 +121,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(program, small
         "run.batches=50",
         "checkpoint.every=5",
         "evaluation.prompts=8",
-        "rollout.engines=1",
+        ONE,
         f"run.directory={small_disk}",
     )
     run = Run(program, "full", *settings)

@@ -7,7 +7,6 @@ import time
 
 import psutil
 import pytest
-from program import read_rows
 
 ARMS = ("gate-hard", "gate-never")
 SMALL = (
@@ -38,15 +37,15 @@ def ended(process, log):
 
 @pytest.fixture(scope="module")
 def swept(program):
-    """A sweep of which a run is killed, and which the same command then completes."""
+    """A sweep of which a run is killed while it starts, and which the same command then completes."""
     log = program.runs.parent / "swept.log"
     process = program.start(*arguments(program), log=log)
-    killed = program.runs / "swept" / "gate-hard-seed-0"
-    while not read_rows(killed / "metrics.jsonl"):
+    lock = program.runs / "swept" / "gate-hard-seed-0" / "run.lock"
+    while not (lock.exists() and lock.read_text()):
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.2)
 
-    holder = json.loads((killed / "run.lock").read_text())
+    holder = json.loads(lock.read_text())
     psutil.Process(holder["pid"]).send_signal(signal.SIGKILL)
     first = ended(process, log)
 
