@@ -87,6 +87,11 @@ class Config(Section):
         return "nccl" if is_open and self._has_whole_gpus else self.weights.backend
 
     @property
+    def sends_adapters(self) -> bool:
+        """Whether engines are sent adapters alone, if the files that they read hold the weights."""
+        return self.student.lora is not None and "load_format" not in self.rollout.vllm
+
+    @property
     def _has_whole_gpus(self) -> bool:
         gpus = self.learner.gpus, self.rollout.gpus
         return all(share >= 1.0 and share.is_integer() for share in gpus)

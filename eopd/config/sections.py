@@ -107,6 +107,11 @@ class LoraConfig(Section):
     other names are each the end of a layer's path, as in ``[q_proj, mlp.down_proj]``.
     """
 
+    @property
+    def scale(self) -> float:
+        """What the product of the adapters is multiplied by."""
+        return self.alpha / self.rank
+
 
 class StudentConfig(Section):
     """The model that learns."""

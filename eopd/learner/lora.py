@@ -1,7 +1,8 @@
-"""Low-rank adapters: they alone are trained, and weights leave the learner with them merged.
+"""Low-rank adapters are all that is trained, and leave the learner alone or merged.
 
     y = W x + scale B (A x)                 in the learner; scale = alpha / rank, W frozen, B zero at first
-    W + scale B A, under W's plain name     on the wire to the engines, and in the exported model
+    A and B                                 on the wire to engines that have W
+    W + scale B A, under W's plain name     on the wire to others, and in the exported model
     A and B, in peft's own files            in the exported adapter
 
 The only file that knows peft (checked against 0.21.2). Left out: dropout, under which the
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from eopd.adapters import LORA_A, LORA_B, merge
 from eopd.config import ConfigError, LoraConfig
 
 _ALL_LINEAR, _ADAPTER = "all-linear", "default"
@@ -105,7 +107,7 @@ def whole_tensors(model: PreTrainedModel) -> dict[str, CheckpointTensor]:
         elif leaf == "weight":
             adapter = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
             tensors[f"{owner}.{leaf}"] = CheckpointTensor(
-                (tensor, *adapter), partial(_merge, scale=layer.scaling[_ADAPTER])
+                (tensor, *adapter), partial(merge, scale=layer.scaling[_ADAPTER])
             )
         else:
             tensors[f"{owner}.{leaf}"] = CheckpointTensor((tensor,))
@@ -116,6 +118,15 @@ def whole_tensors(model: PreTrainedModel) -> dict[str, CheckpointTensor]:
 def adapter_tensors(model: PreTrainedModel) -> dict[str, CheckpointTensor]:
     """Returns the adapters' tensors, by their names in ``model``."""
     return {name: CheckpointTensor((parameter,)) for name, parameter in _adapters(model).items()}
+
+
+def sent_adapters(model: PreTrainedModel) -> dict[str, CheckpointTensor]:
+    """Returns the adapters' tensors by the names that engines know them by (``eopd/adapters.py``)."""
+    return {
+        f"{name}{end}": CheckpointTensor((part[_ADAPTER].weight,))
+        for name, layer in _adapted(model)
+        for end, part in ((LORA_A, layer.lora_A), (LORA_B, layer.lora_B))
+    }
 
 
 def save_adapter(
@@ -161,14 +172,6 @@ def _adapters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
         for name, layer in _adapted(model)
         for part in ("lora_A", "lora_B")
     }
-
-
-@torch.no_grad()
-def _merge(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
-    """Returns ``weight + scale b a``, computed in float32, in the weight's dtype."""
-    return torch.addmm(weight_OI.float(), b_OR.float(), a_RI.float(), alpha=scale).to(
-        weight_OI.dtype
-    )
 
 
 def _target_layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:

@@ -108,8 +108,14 @@ def wire_of(config: Config, hardware: Hardware) -> str:
 
 
 def weight_bytes(config: Config, model: Architecture) -> int:
-    """Returns the bytes of a publish: all of the student's weights, adapters merged."""
+    """Returns the bytes of the student's weights, without adapters."""
     return model.parameters * _WIDTH[config.student.chosen_dtype]
+
+
+def sync_bytes(config: Config, model: Architecture) -> int:
+    """Returns the bytes of a publish: all of the student's weights, or its adapters alone."""
+    sent = model.trained if config.sends_adapters else model.parameters
+    return sent * _WIDTH[config.student.chosen_dtype]
 
 
 def training_of(config: Config, model: Architecture, hardware: Hardware) -> Training:
@@ -137,9 +143,9 @@ def learner_need(config: Config, model: Architecture, hardware: Hardware) -> Nee
     device, host = states.device | passes(model, training), dict(states.host)
     wire = wire_of(config, hardware)
     bucket = max(config.weights.bucket_bytes, model.largest_tensor * training.width)
-    bucket = min(bucket, weight_bytes(config, model))
-    host["packed weights"] = weight_bytes(config, model) if wire == "shared" else bucket
-    if wire == "nccl" or training.zero_stage == 3 or config.student.lora is not None:
+    bucket = min(bucket, sync_bytes(config, model))
+    host["packed weights"] = sync_bytes(config, model) if wire == "shared" else bucket
+    if wire == "nccl" or training.zero_stage == 3:
         device["a bucket of weights"] = bucket
 
     return _placed(
@@ -174,11 +180,11 @@ def rollout_need(config: Config, model: Architecture, hardware: Hardware) -> Nee
     }
     host: Parts = {}
     if wire != "shared":
-        host["received weights"] = weight_bytes(config, model) * workers * stages
+        host["received weights"] = sync_bytes(config, model) * workers * stages
 
     if wire == "nccl":
         bucket = max(config.weights.bucket_bytes, model.largest_tensor * width)
-        device["a bucket of weights"] = bucket
+        device["a bucket of weights"] = min(bucket, sync_bytes(config, model))
 
     need = Need(
         role="rollout engine",

@@ -6,7 +6,7 @@ from typing import Final
 
 from eopd.config import Config
 from eopd.planning.architecture import Architecture
-from eopd.planning.needs import Hardware, weight_bytes, wire_of
+from eopd.planning.needs import Hardware, sync_bytes, wire_of
 
 # Of a response token (``types.py``): id, mask, log-probability and policy version; then the teacher's
 # log-probability, entropy and tail; then id and log-probability of each candidate.
@@ -45,7 +45,7 @@ def traffic_of(config: Config, model: Architecture, hardware: Hardware) -> Traff
     body = prompts + of_token * config.rollout.max_response_tokens
     slots = config.batch_trajectories * (1 + flow.max_staleness - flow.lookahead)
 
-    wire, size = wire_of(config, hardware), weight_bytes(config, model)
+    wire, size = wire_of(config, hardware), sync_bytes(config, model)
     seconds = None
     if wire != "shared" and hardware.bandwidth is not None:
         members = 1 + config.rollout.engines * max(1, math.ceil(config.rollout.gpus))

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 W = TypeVar("W")
 Spawn = Callable[..., list[ActorHandle]]
 
-CLOSE_TIMEOUT_S = 20.0
+CLOSE_TIMEOUT_S = 10.0
 # A pool gives no actor more requests than this, and Ray runs more calls at a time: so weight calls
 # never wait for requests. (A concurrency group of Ray's has an event loop of its own, in which
 # vLLM's engine cannot be called; Ray 2.60.)

@@ -3,9 +3,10 @@
 Heavy libraries are imported inside the actor, never in the driver.
 """
 
+import logging
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING
 import ray
 from ray.exceptions import ObjectLostError
 
+from eopd.adapters import LORA_A, WEIGHT
 from eopd.config import Config
 from eopd.hub import model_directory
 from eopd.metrics import reduce
+from eopd.preflight.weights import read_tensors
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import Holder, require_same
 from eopd.runtime.actors import Actor
@@ -31,9 +34,15 @@ from eopd.types import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from eopd.learner.flops import Cost
     from eopd.learner.learner import LearnerRank
+    from eopd.learner.lora import CheckpointTensor
     from eopd.weights.transfer import WeightSender
+
+_PLAIN = ("F32", "BF16", "F16")  # a weight that is neither quantized nor packed
+_log = logging.getLogger(__name__)
 
 
 class LearnerActor(Actor):
@@ -65,7 +74,6 @@ class LearnerActor(Actor):
         from eopd.learner.deepspeed_backend import DeepspeedBackend
         from eopd.learner.flops import Cost
         from eopd.learner.learner import LearnerRank
-        from eopd.learner.lora import whole_tensors
         from eopd.tokenizer import num_tokens
         from eopd.weights.source import ModelSource
         from eopd.weights.transfer import WeightSender
@@ -90,12 +98,14 @@ class LearnerActor(Actor):
         self._headers: list[Header] = []  # of the batch that is being trained
         self._busy_s = 0.0
         self._cost = Cost(self._rank.model, config.learner.peak_flops)
+        tensors, scale = sent_tensors(self._rank.model, config)
         self._sender = WeightSender(
             ModelSource(
-                whole_tensors(self._rank.model),
+                tensors,
                 rank=rank,
                 shape=self._rank.backend.shape,
                 gathered=self._rank.backend.gathered,
+                scale=scale,
             ),
             rank=rank,
             backend=config.weights_backend,
@@ -185,6 +195,27 @@ class LearnerActor(Actor):
 
     def close(self) -> None:  # noqa: D102
         self._rank.close()
+
+
+def sent_tensors(
+    model: "PreTrainedModel", config: Config
+) -> "tuple[Mapping[str, CheckpointTensor], float | None]":
+    """Returns what the engines are sent: adapters alone and their scale, where an engine finds each
+    weight that they belong to in the model's files; otherwise all weights, and None.
+    """
+    from eopd.learner.lora import sent_adapters, whole_tensors
+
+    if config.student.lora is not None and config.sends_adapters:
+        adapters = sent_adapters(model)
+        files = read_tensors(model_directory(config.student.model), standard_names=False) or {}
+        plain = {name for name, tensor in files.items() if tensor.dtype in _PLAIN}
+        if {name.removesuffix(LORA_A) + WEIGHT for name in adapters if LORA_A in name} <= plain:
+            return adapters, config.student.lora.scale
+
+    if config.student.lora is not None:
+        _log.info("engines cannot merge adapters into what they read: they are sent all weights")
+
+    return whole_tensors(model), None
 
 
 def _is_lost(body: ray.ObjectRef) -> bool:

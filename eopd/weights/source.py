@@ -29,10 +29,11 @@ class ModelSource:
     """A ``ParameterSource`` over a model's parameters, without its buffers, which never change.
 
     Args:
-        tensors: the checkpoint's tensors, by name.
+        tensors: the checkpoint's tensors, by name; or those of its adapters alone.
         rank: of this process; 0 sends.
         shape: gives the full shape of a parameter (``Backend.shape``).
         gathered: makes parameters whole in a block (``Backend.gathered``).
+        scale: with which adapters are merged that are sent alone; None where weights are sent.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class ModelSource:
         rank: int,
         shape: Callable[[torch.Tensor], Sequence[int]],
         gathered: Callable[[Sequence[torch.Tensor]], AbstractContextManager[bool]],
+        scale: float | None = None,
     ) -> None:
+        self.scale = scale
         self._recipes = {
             name: recipe
             for name, recipe in tensors.items()

@@ -49,10 +49,14 @@ SETTLE_S = 5.0
 
 
 class ParameterSource(Protocol):
-    """The learner's parameters as checkpoint tensors (``weights/source.py``).
+    """The learner's parameters as checkpoint tensors, or its adapters alone (``weights/source.py``).
 
     All ranks call ``gather`` with the same buckets in the same order.
     """
+
+    @property
+    def scale(self) -> float | None:
+        """The scale of adapters that are sent alone; None where weights are sent."""
 
     def metadata(self) -> Sequence[ParameterMeta]:
         """Returns a description of all parameters in order, without gathering any."""
@@ -66,9 +70,11 @@ class InitInfo(Rendezvous):
     """Where one engine joins, and what it will be sent: plain values, which vLLM hands through.
 
     ``rank`` is that of the engine's first worker; worker w (tensor parallel) joins as ``rank + w``.
+    ``scale`` is that of adapters that are sent alone, None where weights are sent.
     """
 
     buckets: Sequence[Sequence[Mapping[str, object]]]
+    scale: float | None = None
 
     def layout(self) -> tuple[Bucket, ...]:
         """Returns the buckets, typed again after the journey."""
@@ -149,7 +155,8 @@ class WeightSender:
         buckets = [list(map(asdict, bucket)) for bucket in self._buckets]
         first_ranks = [1 + sum(engine_workers[:engine]) for engine in range(len(engine_workers))]
 
-        return [{**fields, "rank": rank, "buckets": buckets} for rank in first_ranks]
+        sent = {"buckets": buckets, "scale": self._source.scale}
+        return [{**fields, **sent, "rank": rank} for rank in first_ranks]
 
     def accept(self) -> None:
         """Join as rank 0; returns when every engine has joined.
@@ -232,6 +239,7 @@ class WeightReceiver:
     """An engine worker's end: a thread receives and hashes buckets while the engine generates."""
 
     def __init__(self, info: InitInfo, worker: int) -> None:
+        self.scale = info.scale
         self._buckets = info.layout()
         self._wire = open_wire(
             replace(info, rank=info.rank + worker), _message_sizes(self._buckets)

@@ -23,9 +23,10 @@ On CPU, linear weights are repacked after loading and the original parameters em
 """
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import replace
+from typing import Protocol, cast
 
 import torch
 from vllm.config import WeightTransferConfig
@@ -40,11 +41,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
 
+from eopd.adapters import merged
 from eopd.types import WeightTransferError
 from eopd.weights.transfer import InitInfo, WeightReceiver
 
@@ -102,10 +105,28 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, WeightTrans
         Raises:
             WeightTransferError: it is not there.
         """
-        received = self._joined().take()
+        receiver = self._joined()
+        weights = receiver.take()
+        if receiver.scale is not None:
+            weights = self._merged(dict(weights), receiver.scale)
+
         self._never_sent = _never_sent(self.model)
         initialize_layerwise_reload(self.model)
-        self.model.load_weights(received)
+        self.model.load_weights(weights)
+
+    def _merged(
+        self, adapters: Mapping[str, torch.Tensor], scale: float
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the weights of the model's own files, merged with what the learner has trained."""
+        config = replace(self.vllm_config.load_config, use_tqdm_on_load=False)
+        loader = cast(DefaultModelLoader, get_model_loader(config))
+        return merged(
+            loader.get_all_weights(self.model_config, self.model),
+            adapters,
+            scale=scale,
+            dtype=self.model_config.dtype,
+            device=self.device,
+        )
 
     def _joined(self) -> WeightReceiver:
         if self._receiver is None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eopd.config import RolloutConfig, StudentConfig
-from eopd.learner.lora import whole_tensors
+from eopd.learner.lora import sent_adapters, whole_tensors
 from eopd.rollout.vllm_engine import VllmRolloutEngine
 from eopd.types import Int32Array, PolicyVersion
 from eopd.weights.channel import BroadcastChannel
@@ -59,13 +59,14 @@ class BrittleSource(ModelSource):
         return super().gather(bucket)
 
 
-def brittle_source(model: torch.nn.Module) -> BrittleSource:
-    """All of a model that is not sharded."""
+def brittle_source(model: torch.nn.Module, scale: float | None = None) -> BrittleSource:
+    """All of a model that is not sharded, or its adapters alone, if there is a scale of theirs."""
     return BrittleSource(
-        whole_tensors(model),
+        whole_tensors(model) if scale is None else sent_adapters(model),
         rank=0,
         shape=lambda tensor: tensor.shape,
         gathered=lambda tensors: nullcontext(False),
+        scale=scale,
     )
 
 
@@ -74,9 +75,11 @@ class Sender:
     bucket on its way.
     """
 
-    def __init__(self, model: PreTrainedModel, backend: Backend = "auto") -> None:
+    def __init__(
+        self, model: PreTrainedModel, backend: Backend = "auto", scale: float | None = None
+    ) -> None:
         self.sender = WeightSender(
-            brittle_source(model),
+            brittle_source(model, scale),
             rank=0,
             backend=backend,
             address="127.0.0.1",

@@ -7,7 +7,7 @@ losses come.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,8 +23,9 @@ from test_learner import NUM_BATCHES, SEED, Case, cut, make_batch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from eopd.adapters import merged
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
-from eopd.learner.lora import whole_tensors
+from eopd.learner.lora import sent_adapters, whole_tensors
 
 RANK, ALPHA, LR, WEIGHT_DECAY, SAVED_AT = 4, 12.0, 1e-2, 0.1, 2
 SCALE = 3.0  # ALPHA / RANK
@@ -117,9 +118,11 @@ def run_rank(
 
         return metrics
 
-    def publish(learner: LearnerRank, stage: int) -> dict[str, Tensor]:
+    def publish(
+        learner: LearnerRank, tensors_of: Callable[..., Any] = whole_tensors
+    ) -> dict[str, Tensor]:
         source = ModelSource(
-            whole_tensors(learner.model),
+            tensors_of(learner.model),
             rank=rank,
             shape=learner.backend.shape,
             gathered=learner.backend.gathered,
@@ -148,10 +151,11 @@ def run_rank(
         learner.export(run_directory / "start" / "hf")
         metrics = train(learner, case, range(SAVED_AT))
         learner.save(run_directory / "checkpoint")
-        publish(learner, stage)
+        publish(learner)
         metrics += train(learner, case, range(SAVED_AT, NUM_BATCHES))
-        published = publish(learner, stage)
-        again = publish(learner, stage)
+        published = publish(learner)
+        again = publish(learner)
+        alone = publish(learner, sent_adapters)
         learner.export(run_directory / "hf")
 
         parameters = dict(learner.model.named_parameters())
@@ -169,11 +173,12 @@ def run_rank(
             "digest": digest(adapters),
             "moments": num_values(moments),
             "masters": num_values(masters),
-            "resumed": [resumed_metrics, digest(publish(resumed, stage))],
+            "resumed": [resumed_metrics, digest(publish(resumed))],
             "published": [digest(published), digest(again)],
         }
         if rank == 0:
             torch.save((published, frozen), run_directory / "tensors.pt")
+            torch.save(alone, run_directory / "alone.pt")
 
     (directory / f"seen-{world_size}-{rank}.json").write_text(json.dumps(seen))
 
@@ -434,6 +439,26 @@ def test_published_weights_are_merged_and_plain(seen, directory, name, stage, wo
 
     # to merge changes nothing
     assert len(set(seen[world_size][0][f"{name}-{stage}"]["published"])) == 1
+
+
+@every()
+def test_an_engine_makes_the_same_weights_of_adapters_alone(
+    seen, directory, name, stage, world_size
+):
+    case = CASES[name]
+    run_directory = directory / f"{name}-{stage}-{world_size}"
+    made = merged(
+        load_file(directory / case.family / "model.safetensors").items(),
+        torch.load(run_directory / "alone.pt"),
+        scale=SCALE,
+        dtype=getattr(torch, case.dtype),
+        device=torch.device("cpu"),
+    )
+    published, _ = torch.load(run_directory / "tensors.pt")
+    adapted = read_adapter(run_directory / "adapter")
+    found = {n: tensor for n, tensor in made if n.removesuffix(".weight") in adapted}
+    assert len(found) == len(adapted)
+    assert all(torch.equal(tensor, published[n]) for n, tensor in found.items())
 
 
 @every("float32")

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from moving_weights import Sender, channel_of, load, logprobs_of, start
+from moving_weights import PROBE, Sender, channel_of, load, logprobs_of, start
 
+from eopd.config import LoraConfig
+from eopd.learner.lora import add_adapters
 from eopd.tokenizer import load_tokenizer
 from eopd.types import PolicyVersion, Sampling, StopReason, Trajectory
 
@@ -138,6 +140,30 @@ async def test_weights_move_in_flight_and_every_token_names_its_version(engine):
         atol=2e-4,
     )
     assert await engine.version() == PolicyVersion(0, 1)
+
+
+async def test_adapters_alone_are_merged_with_the_weights_in_the_files(engine):
+    """The engine holds other weights by now, from the test before: all come from its files."""
+    engine, old, _ = engine
+    lora = LoraConfig(rank=4, alpha=6.0, target_modules=("q_proj", "mlp.down_proj"))
+    adapted = load(old.name_or_path)
+    add_adapters(adapted, lora, seed=0)
+    trained = [matrix for matrix in adapted.parameters() if matrix.requires_grad]
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for matrix in trained:
+            matrix.normal_(std=0.2)
+
+    sender, condemned = Sender(adapted, scale=lora.scale), []
+    sender.held = PolicyVersion(0, 2)
+    stats = await channel_of(sender, engine, condemned).publish(sender.held)
+    assert condemned == []
+    assert stats.num_bytes == sum(matrix.numel() * 4 for matrix in trained)
+    assert await engine.version() == PolicyVersion(0, 2)
+
+    found = await engine.probe(PROBE)
+    np.testing.assert_allclose(found, logprobs_of(adapted, PROBE), atol=2e-4)
+    assert np.abs(found - logprobs_of(old, PROBE)).max() > 0.1
 
 
 async def test_a_response_may_keep_what_it_has_read_under_old_weights(tiny_model):

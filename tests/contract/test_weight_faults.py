@@ -31,6 +31,8 @@ HOUR = 3600.0
 class Source:
     """A ``ParameterSource`` of constants, with something that happens before one bucket."""
 
+    scale = None
+
     def __init__(self) -> None:
         self.value = 0.0
         self.at_bucket = -1

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from example import EXAMPLE, require_its_functions_took_part, settings
 from program import read_rows
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,6 +120,7 @@ def test_a_submitted_job_finds_the_functions_of_its_working_directory(program, h
 
 @pytest.mark.slow
 def test_a_job_submitted_by_ray_is_stopped_with_a_checkpoint(program, head):
+    """Its engines are sent adapters alone."""
     arguments = program.train(
         "job",
         "run.batches=1000",
@@ -127,6 +129,7 @@ def test_a_job_submitted_by_ray_is_stopped_with_a_checkpoint(program, head):
         "learner.ranks=1",
         "checkpoint.every=1000",
         "cluster.cpus=null",
+        "student.lora={rank: 4}",
     )
     environment = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "3600"}})
     options = ["--no-wait", "--submission-id", "by-ray", "--runtime-env-json", environment]
@@ -147,3 +150,7 @@ def test_a_job_submitted_by_ray_is_stopped_with_a_checkpoint(program, head):
     assert summary["status"] == "interrupted"
     checkpoints = [path.name for path in (run / "checkpoints").iterdir()]
     assert checkpoints == [f"step-{summary['steps']:06d}"]
+    adapters = load_file(run / "adapter" / "adapter_model.safetensors")
+    for row in read_rows(run / "metrics.jsonl"):
+        assert row["eopd_weight_bytes"] == sum(matrix.nbytes for matrix in adapters.values())
+        assert row["eopd_logprob_gap_nats"] < 1e-3

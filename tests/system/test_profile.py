@@ -51,7 +51,9 @@ def test_a_profile_says_where_the_time_goes_and_leaves_nothing(program, command,
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_profile_that_starts_and_everything_it_has_started(program, command, folders, tmp_path):
+def test_ctrl_c_ends_a_profile_that_starts_and_everything_it_has_started(
+    program, command, folders, tmp_path
+):
     log = tmp_path / "log"
     process = program.start(*command, log=log)
     deadline = time.monotonic() + 200

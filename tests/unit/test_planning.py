@@ -432,6 +432,30 @@ def test_a_publish_takes_as_long_as_the_senders_link(config, shapes):
     assert traffic_of(config(), model, replace(apart, nodes=1)).sync_s is None
 
 
+def test_a_publish_of_adapters_takes_them_alone(config, shapes):
+    """Rank 16 of seven matrices in each of 28 layers."""
+    lora = LoraConfig(rank=16)
+    model = shapes(qwen3(), lora)
+    per_layer = sum(
+        16 * (inner + outer)
+        for inner, outer in (
+            (1024, 2048),
+            (1024, 1024),
+            (1024, 1024),
+            (2048, 1024),
+            (1024, 3072),
+            (1024, 3072),
+            (3072, 1024),
+        )
+    )
+    alone = config("student.lora={rank: 16}", "student.dtype=bfloat16")
+    assert traffic_of(alone, model, Hardware(gpu_bytes=80 * GB)).sync_bytes == 2 * 28 * per_layer
+    whole = config(
+        "student.lora={rank: 16}", "student.dtype=bfloat16", "rollout.vllm={load_format: dummy}"
+    )
+    assert traffic_of(whole, model, Hardware(gpu_bytes=80 * GB)).sync_bytes == 2 * 596_049_920
+
+
 # --- what to change
 
 

@@ -22,6 +22,8 @@ from eopd.weights.wire import WireError
 class DictSource:
     """A ``ParameterSource`` over a dict of tensors."""
 
+    scale = None
+
     def __init__(self, tensors):
         self.tensors = tensors
 
