@@ -15,14 +15,21 @@ import torch
 from torch import Tensor
 
 WEIGHT, LORA_A, LORA_B = ".weight", ".lora_A.weight", ".lora_B.weight"  # behind a layer's name
+_ROWS = 1024
 
 
 @torch.no_grad()
 def merge(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
-    """Returns ``weight + scale b a``, computed in float32, in the weight's dtype."""
-    return torch.addmm(weight_OI.float(), b_OR.float(), a_RI.float(), alpha=scale).to(
-        weight_OI.dtype
-    )
+    """Returns ``weight + scale b a``, computed in float32, in the weight's dtype.
+
+    Some rows at a time, since engines leave little memory of a GPU free.
+    """
+    made_OI = torch.empty_like(weight_OI)
+    parts = (torch.split(tensor, _ROWS) for tensor in (made_OI, weight_OI, b_OR))
+    for made, weight, b in zip(*parts, strict=True):
+        made.copy_(torch.addmm(weight.float(), b.float(), a_RI.float(), alpha=scale))
+
+    return made_OI
 
 
 def merged(
@@ -33,10 +40,10 @@ def merged(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields weights by name, those that have an adapter merged with it.
+    """Yields weights by name as the learner has them: cast, and merged with their adapters.
 
     Args:
-        weights: those of the model that was adapted, as its files hold them.
+        weights: those of the model that was adapted, as its files hold them, in floating point.
         adapters: for each adapted layer a matrix ``LAYER.lora_A.weight`` [rank, in] and
             ``LAYER.lora_B.weight`` [out, rank].
         scale: ``alpha / rank``.
@@ -50,7 +57,7 @@ def merged(
     for name, weight in weights:
         layer = name.removesuffix(WEIGHT)
         if layer not in left:
-            yield name, weight
+            yield name, weight.to(dtype)
             continue
 
         left.remove(layer)

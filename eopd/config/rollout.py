@@ -46,7 +46,7 @@ OWNED_BY_ENGINES: Final = {
     "master_port": _ONE_NODE,
     "prefill_context_parallel_size": _CONTEXT,
     "decode_context_parallel_size": _CONTEXT,
-    "enable_lora": "engines get whole weights; student.lora trains adapters",
+    "enable_lora": "student.lora trains adapters, which engines merge into their weights",
 }
 OWNED_BY_ROLLOUT: Final = {
     **OWNED_BY_ENGINES,

@@ -87,8 +87,10 @@ class Config(Section):
         return "nccl" if is_open and self._has_whole_gpus else self.weights.backend
 
     @property
-    def sends_adapters(self) -> bool:
-        """Whether engines are sent adapters alone, if the files that they read hold the weights."""
+    def may_send_adapters(self) -> bool:
+        """Whether engines are sent adapters alone, if they find the weights in the model's files.
+        ``load_format``, even vLLM's default, turns it off.
+        """
         return self.student.lora is not None and "load_format" not in self.rollout.vllm
 
     @property

@@ -227,8 +227,8 @@ class WeightsConfig(Section):
     """The seconds in which all engines must join a transfer."""
 
     timeout_s: Seconds = 120.0
-    """The seconds in which one bucket must reach all engines. Raise it with
-    ``weights.bucket_bytes``, or on a slow network.
+    """The seconds in which one bucket must reach all engines, and in which they must load what they
+    were sent. Raise it with ``weights.bucket_bytes``, on a slow network, or for a large model.
     """
 
     verify_every: Count = 10

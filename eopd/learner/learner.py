@@ -259,6 +259,16 @@ class LearnerRank:
         """
         self._backend.save(directory, self.version._asdict() | {"num_skipped": self._num_skipped})
 
+    def frozen(self) -> list[int]:
+        """Returns a checksum of each parameter that is not trained; collective."""
+        checksums = []
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                with self._backend.gathered([parameter]):
+                    checksums.append(int(torch.hash_tensor(parameter.detach())))
+
+        return checksums
+
     def load(self, directory: Path, *, fresh_optimizer: bool = False) -> None:
         """Continue from what ``save`` wrote, under the incarnation that ``version`` has now.
 

@@ -114,7 +114,7 @@ def weight_bytes(config: Config, model: Architecture) -> int:
 
 def sync_bytes(config: Config, model: Architecture) -> int:
     """Returns the bytes of a publish: all of the student's weights, or its adapters alone."""
-    sent = model.trained if config.sends_adapters else model.parameters
+    sent = model.trained if config.may_send_adapters else model.parameters
     return sent * _WIDTH[config.student.chosen_dtype]
 
 
@@ -145,7 +145,8 @@ def learner_need(config: Config, model: Architecture, hardware: Hardware) -> Nee
     bucket = max(config.weights.bucket_bytes, model.largest_tensor * training.width)
     bucket = min(bucket, sync_bytes(config, model))
     host["packed weights"] = sync_bytes(config, model) if wire == "shared" else bucket
-    if wire == "nccl" or training.zero_stage == 3:
+    merges = config.student.lora is not None and not config.may_send_adapters
+    if wire == "nccl" or training.zero_stage == 3 or merges:
         device["a bucket of weights"] = bucket
 
     return _placed(

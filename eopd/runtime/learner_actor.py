@@ -6,7 +6,7 @@ Heavy libraries are imported inside the actor, never in the driver.
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from eopd.types import (
     LearnerStats,
     PackedBatch,
     PolicyVersion,
+    RunFailedError,
 )
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ class LearnerActor(Actor):
         self._busy_s = 0.0
         self._cost = Cost(self._rank.model, config.learner.peak_flops)
         tensors, scale = sent_tensors(self._rank.model, config)
+        self._sends_adapters = scale is not None
+        if config.student.lora is not None and not self._sends_adapters and rank == 0:
+            _log.warning("engines cannot merge adapters with what they read: all weights are sent")
+
         self._sender = WeightSender(
             ModelSource(
                 tensors,
@@ -169,8 +174,20 @@ class LearnerActor(Actor):
     def save(self, directory: Path) -> None:  # noqa: D102
         self._rank.save(directory)
 
-    def load(self, directory: Path, fresh_optimizer: bool) -> None:  # noqa: D102
+    def load(self, directory: Path, fresh_optimizer: bool) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            RunFailedError: engines would merge its adapters with other weights than it holds.
+        """
+        files = self._rank.frozen() if self._sends_adapters else []
         self._rank.load(directory, fresh_optimizer=fresh_optimizer)
+        if self._sends_adapters and self._rank.frozen() != files:
+            raise RunFailedError(
+                "student.model: its files hold other weights than the checkpoint, whose adapters "
+                "engines merge with those of the files; give the model that the run began with, or "
+                "set rollout.vllm: {load_format: auto}, and engines are sent all weights"
+            )
 
     def ping(self) -> None:
         """Returns when the rank answers, whether it has started or not."""
@@ -205,17 +222,24 @@ def sent_tensors(
     """
     from eopd.learner.lora import sent_adapters, whole_tensors
 
-    if config.student.lora is not None and config.sends_adapters:
+    lora = config.student.lora
+    if lora is not None and config.may_send_adapters:
         adapters = sent_adapters(model)
-        files = read_tensors(model_directory(config.student.model), standard_names=False) or {}
-        plain = {name for name, tensor in files.items() if tensor.dtype in _PLAIN}
-        if {name.removesuffix(LORA_A) + WEIGHT for name in adapters if LORA_A in name} <= plain:
-            return adapters, config.student.lora.scale
-
-    if config.student.lora is not None:
-        _log.info("engines cannot merge adapters into what they read: they are sent all weights")
+        weights = {name.removesuffix(LORA_A) + WEIGHT for name in adapters if LORA_A in name}
+        if weights <= _weights_in(model_directory(config.student.model)):
+            return adapters, lora.scale
 
     return whole_tensors(model), None
+
+
+def _weights_in(directory: Path) -> Set[str]:
+    """Returns the names of the tensors in a model's files; none where transformers and vLLM might
+    read different files, or where there are other than plain weights.
+    """
+    tensors = read_tensors(directory, standard_names=True) or {}
+    files = {tensor.file for tensor in tensors.values()}
+    is_plain = all(tensor.dtype in _PLAIN for tensor in tensors.values())
+    return tensors.keys() if is_plain and files == set(directory.rglob("*.safetensors")) else set()
 
 
 def _is_lost(body: ray.ObjectRef) -> bool:

@@ -163,6 +163,7 @@ def run_rank(
         adapters = whole({n: p for n, p in parameters.items() if p.requires_grad})
         optimizer = learner._backend._engine.basic_optimizer
         resumed = learner_of(case, stage)
+        of_files = resumed.frozen()
         resumed.load(run_directory / "checkpoint")
         resumed_metrics = train(resumed, case, range(SAVED_AT, NUM_BATCHES))
         moments = [state["exp_avg"] for state in optimizer.state.values()]
@@ -175,6 +176,7 @@ def run_rank(
             "masters": num_values(masters),
             "resumed": [resumed_metrics, digest(publish(resumed))],
             "published": [digest(published), digest(again)],
+            "frozen": [of_files, resumed.frozen()],
         }
         if rank == 0:
             torch.save((published, frozen), run_directory / "tensors.pt")
@@ -439,6 +441,15 @@ def test_published_weights_are_merged_and_plain(seen, directory, name, stage, wo
 
     # to merge changes nothing
     assert len(set(seen[world_size][0][f"{name}-{stage}"]["published"])) == 1
+
+
+@every()
+def test_a_checkpoint_is_known_to_hold_the_weights_of_the_files(
+    seen, directory, name, stage, world_size
+):
+    of_files, of_checkpoint = seen[world_size][0][f"{name}-{stage}"]["frozen"]
+    _, frozen = torch.load(directory / f"{name}-{stage}-{world_size}" / "tensors.pt")
+    assert of_files == of_checkpoint == [int(torch.hash_tensor(w)) for w in frozen.values()]
 
 
 @every()

@@ -1,6 +1,7 @@
 """Adapters and the weights that they belong to become one, in an engine that has the weights."""
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from eopd.adapters import merge, merged
 from eopd.config import Config, LoraConfig
 from eopd.learner.lora import add_adapters
-from eopd.runtime.learner_actor import sent_tensors
+from eopd.runtime.learner_actor import LearnerActor, sent_tensors
+from eopd.types import RunFailedError
 
 SCALE = 1.5
 LORA = LoraConfig(
@@ -38,8 +40,19 @@ def test_a_layer_with_an_adapter_gets_their_product_and_others_stay(adapters):
     found = dict(merge_all(weights, adapters))
     product = adapters["up.lora_B.weight"] @ adapters["up.lora_A.weight"]
     torch.testing.assert_close(found.pop("up.weight"), weights["up.weight"] + 1.5 * product)
-    assert all(found[name] is weights[name] for name in ("norm.weight", "up.bias"))
+    assert all(torch.equal(found[name], weights[name]) for name in ("norm.weight", "up.bias"))
     assert len(found) == 2
+
+
+def test_a_layer_of_many_rows_is_merged_in_parts():
+    weight, a, b = torch.randn(2500, 8), torch.randn(2, 8), torch.randn(2500, 2)
+    torch.testing.assert_close(merge(weight, a, b, scale=SCALE), weight + 1.5 * (b @ a))
+
+
+def test_weights_without_adapters_are_cast_too(adapters):
+    weights = {"up.weight": torch.randn(4, 6), "norm.weight": torch.tensor([1 / 3])}
+    found = dict(merge_all(weights, adapters, torch.bfloat16))
+    assert torch.equal(found["norm.weight"], weights["norm.weight"].bfloat16())
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -107,7 +120,11 @@ def to_whole_numbers(directory):
     save_file(rounded, directory / "model.safetensors")
 
 
-@pytest.mark.parametrize("rewrite", [to_bin, to_other_names, to_whole_numbers])
+def to_two_formats(directory):
+    shutil.copy(directory / "model.safetensors", directory / "consolidated.safetensors")
+
+
+@pytest.mark.parametrize("rewrite", [to_bin, to_other_names, to_whole_numbers, to_two_formats])
 def test_where_the_files_do_not_hold_them_all_weights_are_sent(sent, rewrite):
     names, scale = sent(rewrite)
     assert "model.norm.weight" in names and scale is None
@@ -116,3 +133,25 @@ def test_where_the_files_do_not_hold_them_all_weights_are_sent(sent, rewrite):
 def test_an_engine_that_reads_no_files_is_sent_all_weights(sent):
     names, scale = sent(vllm={"load_format": "dummy"})
     assert "model.norm.weight" in names and scale is None
+
+
+class Rank:
+    """A rank whose checkpoints hold other frozen weights than the model's files."""
+
+    weights = 1
+
+    def frozen(self):
+        return [self.weights]
+
+    def load(self, directory, fresh_optimizer):
+        self.weights = 2
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_adapters_of_other_weights_are_not_sent_alone(tmp_path, alone):
+    actor = object.__new__(LearnerActor)
+    actor._rank, actor._sends_adapters = Rank(), alone
+    with pytest.raises(RunFailedError, match=r"^student\.model: ") if alone else nullcontext():
+        actor.load(tmp_path, fresh_optimizer=False)
+
+    assert actor._rank.weights == 2

@@ -649,8 +649,9 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "rollout.vllm={enable_lora: true, model: x}",
-            "rollout.vllm.enable_lora: cannot be set here: engines get whole weights; "
-            "student.lora trains adapters; vllm.model: cannot be set here: student.model says it",
+            "rollout.vllm.enable_lora: cannot be set here: student.lora trains "
+            "adapters, which engines merge into their weights; vllm.model: cannot be set here: "
+            "student.model says it",
         ),
         (
             "rollout.vllm={enforce_eager: yes}",

@@ -455,6 +455,10 @@ def test_a_publish_of_adapters_takes_them_alone(config, shapes):
     )
     assert traffic_of(whole, model, Hardware(gpu_bytes=80 * GB)).sync_bytes == 2 * 596_049_920
 
+    for sent, copies in ((alone, False), (whole, True)):  # merging makes copies
+        need = learner_need(sent, model, Hardware(gpu_bytes=80 * GB))
+        assert ("a bucket of weights" in need.device | need.host) == copies
+
 
 # --- what to change
 
