@@ -265,7 +265,8 @@ class LearnerRank:
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
                 with self._backend.gathered([parameter]):
-                    checksums.append(int(torch.hash_tensor(parameter.detach())))
+                    checksum = torch.hash_tensor(parameter.detach())
+                    checksums.append(int(checksum.view(torch.int64)))
 
         return checksums
 
