@@ -121,8 +121,12 @@ def test_blocks_of_any_size_change_nothing(dtype, case, run, monkeypatch):
         result, _ = run(random, DEFAULT, chunk_tokens=8)
         found += [result.loss, *result.gradients, torch.tensor(list(result.metrics.values()))]
 
+    # Sums run over up to 50 terms, in another order: each addition may round once. What a product
+    # rounds depends on the processor.
+    sums = torch.promote_types(dtype, torch.float32)
+    rounding = max(50 * torch.finfo(sums).eps, 4 * torch.finfo(dtype).eps)
     for one, other in zip(blocks, whole, strict=True):
-        assert (one - other).abs().max() <= 4 * torch.finfo(dtype).eps * other.abs().max()
+        assert (one - other).abs().max() <= rounding * other.abs().max()
 
 
 @pytest.mark.parametrize("t", [0, 6])
