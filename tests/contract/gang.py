@@ -6,7 +6,6 @@ import gc
 import importlib
 import json
 import math
-import multiprocessing
 import os
 import socket
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from processes import FORKED
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.learner.learner import LearnerRank
@@ -32,12 +32,6 @@ from eopd.types import (
     ScoredTrajectory,
     Stored,
     TeacherSignal,
-)
-
-# Ranks are forked from one process that has imported what they need, once for all modules of tests.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["eopd.learner.learner", "eopd.learner.lora", "gang", "plain_torch", "pytest"]
 )
 
 VOCABULARY, TOP_K = 280, 4  # the vocabulary of the tokenizer, checked where it is trained
@@ -163,7 +157,7 @@ def run_gang(
     log = directory / f"log-{'-'.join([*name, str(world_size)])}"
     shared = (world_size, port, directory, cases, *name)
     ranks = [
-        PROCESSES.Process(target=_be_rank, args=(log, program, rank, *shared))
+        FORKED.Process(target=_be_rank, args=(log, program, rank, *shared))
         for rank in range(world_size)
     ]
 

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
-from gang import PROCESSES
+from processes import FORKED
 
 from eopd.types import WeightTransferError
 from eopd.weights import wire
@@ -86,8 +86,8 @@ class Gang:
     def __init__(self, num: int) -> None:
         self.members: list[tuple[BaseProcess, Connection]] = []
         for _ in range(num):
-            ours, theirs = PROCESSES.Pipe()
-            process = PROCESSES.Process(target=receive, args=(theirs,), daemon=True)
+            ours, theirs = FORKED.Pipe()
+            process = FORKED.Process(target=receive, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self.members.append((process, ours))
