@@ -20,20 +20,29 @@ class RunGuard:
         on_collapse: ``guard.on_collapse``.
         directory: where the rows of the run so far are.
         say: is called with messages for people.
+        spare: is called with the step of the checkpoint to go back to from a collapse under way, or
+            with None where there is none.
     """
 
     def __init__(
-        self, on_collapse: OnCollapse, directory: RunDirectory, say: Callable[[str], None]
+        self,
+        on_collapse: OnCollapse,
+        directory: RunDirectory,
+        say: Callable[[str], None],
+        spare: Callable[[int | None], None],
     ) -> None:
         self._on_collapse = on_collapse
         self._directory = directory
         self._say = say
+        self._spare = spare
         self._guard = Guard()
 
     def go_on_from(self, step: int) -> None:
         """Reads the rows of the run up to a step; what it read before is forgotten."""
         if self._on_collapse != "off":
             self._guard = guard_at(self._directory, step)
+            collapse = self._guard.collapse
+            self._spare(None if collapse is None else checkpoint_before(self._directory, collapse))
 
     def take(self, row: Row) -> Mapping[str, float]:
         """Reads the row of a step, and says that a collapse has begun with it; returns what the
@@ -42,10 +51,14 @@ class RunGuard:
         if self._on_collapse == "off":
             return {}
 
-        if self._guard.take(row) and self._guard.collapse is not None:
-            self._say(f"{self._guard.collapse}. {way_back(self._directory, self._guard.collapse)}")
+        begins = self._guard.take(row)
+        if (collapse := self._guard.collapse) is None:
+            self._spare(None)
+        elif begins:
+            self._spare(checkpoint_before(self._directory, collapse))
+            self._say(f"{collapse}. {advice(self._directory, collapse)}")
 
-        return {"eopd_collapse": float(self._guard.collapse is not None)}
+        return {"eopd_collapse": float(collapse is not None)}
 
     @property
     def ending(self) -> Collapse | None:
@@ -62,7 +75,7 @@ class RunGuard:
         kept = f", hf-best/ the best that was measured, of step {best.step}" if best else ""
         self._say(
             "the guard has ended the run (guard.on_collapse is stop); hf/ is the student as it is "
-            f"now{kept}. {way_back(self._directory, collapse)}"
+            f"now{kept}. {advice(self._directory, collapse)}"
         )
 
 
@@ -80,22 +93,26 @@ def require_no_collapse(directory: RunDirectory, step: int) -> None:
     if (collapse := guard_at(directory, step).collapse) is not None:
         raise ConfigError(
             f"guard.on_collapse: is stop, and at step {step} of {directory.path} {collapse}. "
-            f"{way_back(directory, collapse)}; or go on with --set guard.on_collapse=warn"
+            f"{advice(directory, collapse)}; or go on with --set guard.on_collapse=warn"
         )
 
 
-def way_back(directory: RunDirectory, collapse: Collapse) -> str:
-    """Returns what to do about a collapse: the newest checkpoint from the best steps, or before."""
+def checkpoint_before(directory: RunDirectory, collapse: Collapse) -> int | None:
+    """Returns the step of the newest checkpoint from the best steps, or before, or None."""
+    steps = map(step_of, list_checkpoints(directory.checkpoints))
+    return max((step for step in steps if step <= collapse.best.last_step), default=None)
+
+
+def advice(directory: RunDirectory, collapse: Collapse) -> str:
+    """Returns what to do about a collapse."""
     best = collapse.best.last_step
-    steps = [step_of(path) for path in list_checkpoints(directory.checkpoints)]
-    before = [step for step in steps if step <= best]
-    if not before:
+    if (step := checkpoint_before(directory, collapse)) is None:
         return (
             f"The best steps end with {best}, and no checkpoint from there is left "
             "(checkpoint.every, checkpoint.keep_last); see docs/runbook.md#collapse"
         )
 
     return (
-        f"The best steps end with {best}; go back with --resume --step {max(before)}, and see "
+        f"The best steps end with {best}; go back with --resume --step {step}, and see "
         "docs/runbook.md#collapse"
     )

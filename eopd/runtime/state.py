@@ -57,7 +57,7 @@ class RunState:
         self._checkpointing = taken_up.config.checkpoint
         self._evaluation = taken_up.config.evaluation
         self._candidates: set[int] = set()  # steps whose measurement is not known yet
-        self._spared: set[int] = set()  # the step from before a collapse
+        self._spared: int | None = None  # the step to go back to from a collapse under way
         self._goes_on = taken_up.checkpoint is None
 
     def go_on(self) -> None:
@@ -144,14 +144,19 @@ class RunState:
         if self._compared in names:
             self._candidates.clear()
 
+    def spare(self, step: int | None) -> None:
+        """Keeps the checkpoint of a step, whatever ``checkpoint.keep_last`` says, until it is told
+        another one, or None.
+        """
+        self._spared = step
+
     @property
     def is_due(self) -> bool:
         """Returns whether a checkpoint is to be written after this step."""
         return self.progress.step % self._checkpointing.every == 0 or self._is_candidate
 
-    async def save(self, learner: LearnerGang, *, spares_newest: bool = False) -> None:
-        """Writes a checkpoint, unless there is one of this step. With ``spares_newest`` the newest one
-        from before stays to the end of this process, whatever ``checkpoint.keep_last`` says.
+    async def save(self, learner: LearnerGang) -> None:
+        """Writes a checkpoint, unless there is one of this step.
 
         Raises:
             StorageError: it could not be written.
@@ -160,9 +165,6 @@ class RunState:
         progress = self.progress
         if progress.step <= (progress.checkpoint_step or 0):
             return
-
-        if spares_newest and (newest := self.checkpoint()) is not None:
-            self._spared.add(step_of(newest))
 
         started = time.monotonic()
         written = await write_checkpoint(
@@ -235,11 +237,14 @@ class RunState:
         )
 
     def _worth_keeping(self) -> set[int]:
-        """Returns the steps of checkpoints that stay beside the newest: one that is being uploaded or was
+        """Returns the steps of checkpoints that stay beside the newest: one that is being uploaded or is
         spared, the best, those that may turn out so, and the newest of those that
         ``checkpoint.every`` asks for.
         """
-        needed = self.uploads.needed() | self._spared
+        needed = self.uploads.needed()
+        if self._spared is not None:
+            needed.add(self._spared)
+
         if self._compared is None:
             return needed
 

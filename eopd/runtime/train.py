@@ -233,7 +233,7 @@ class Training:
             watchdog.step,
         )
         self._pipeline: Pipeline | None = None  # while it trains
-        self._guard = RunGuard(config.guard.on_collapse, state.directory, outlets.say)
+        self._guard = RunGuard(config.guard.on_collapse, state.directory, outlets.say, state.spare)
         self._has_told_of_rewards = False
 
     @property
@@ -302,6 +302,7 @@ class Training:
 
         await self._workers.channel.publish(await learner.version())
         self._state.go_on()
+        self._guard.go_on_from(self._state.progress.step)
         await self._evaluate()
         await self._train()
         if self._interruption.requested:
@@ -345,7 +346,6 @@ class Training:
         responses = Responses(self._config, state.directory, self._prepared.train.texts)
         pipeline.on_trained = responses.take
         self._pipeline = pipeline
-        self._guard.go_on_from(state.progress.step)
 
         async def end() -> None:
             await self._evaluator.cancel()
@@ -363,12 +363,11 @@ class Training:
             finally:
                 self._pipeline = None
 
-            # the checkpoint from before a collapse must not go for the one that has it
-            await self._save(spares_newest=self.has_collapsed)
+            await self._save()
 
-    async def _save(self, *, spares_newest: bool = False) -> None:
+    async def _save(self) -> None:
         with self._outlets.phase("saving"):
-            await self._state.save(self._workers.learner, spares_newest=spares_newest)
+            await self._state.save(self._workers.learner)
 
     async def _follow(self, pipeline: Pipeline) -> None:
         """Runs the loop to its end, with a row, a record and now and then a checkpoint of what it

@@ -72,8 +72,8 @@ def test_a_collapse_ends_the_run_with_what_it_takes_to_go_back(program, models):
     steps = [int(path.name[-6:]) for path in sorted((directory / "checkpoints").iterdir())]
     best = summary["best"]["step"]
     assert steps[-1] == last
-    assert len({*steps} - {best}) >= 3, "the last one has replaced none"
-    assert best in steps
+    (way_back,) = set(re.findall(r"go back with --resume --step (\d+)", done.stdout))
+    assert {int(way_back), best} <= set(steps), "the last one has replaced neither"
     assert (directory / "hf-best" / "model.safetensors").exists()
     assert f"hf-best/ the best that was measured, of step {best}. " in done.stdout
     kept = read_rows(directory / "responses.jsonl")
@@ -155,7 +155,11 @@ def test_a_fork_goes_on_under_another_rate_which_tears_its_student_apart(program
     assert 26 <= last < 30
     assert [row["eopd_collapse"] for row in rows] == [0.0] * (last - 1) + [1.0]
     assert said.count(f"the student collapses: over steps {last - 9} to {last}, compared with") == 1
-    assert "it is further from the teacher than before it learned anything" in said
-    assert "go back with --resume --step " in said
+    # which of the two signs is first, depends on the processor's numerics
+    torn = "it is further from the teacher than before it learned anything"
+    assert torn in said or "fewer responses end by themselves, and they repeat more" in said
+    (way_back,) = set(re.findall(r"go back with --resume --step (\d+)", said))
+    assert int(way_back) <= 20
+    assert (directory / "checkpoints" / f"step-{int(way_back):06d}").is_dir()
     summary = json.loads((directory / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("collapsed", last)

@@ -194,14 +194,18 @@ async def test_without_keep_best_the_newest_stay_alone(config):
 
 
 @pytest.mark.parametrize("keep_best", ["null", "{metric: math/avg_at_n, mode: max}"])
-async def test_the_checkpoint_from_before_a_collapse_stays(config, keep_best):
+async def test_the_checkpoint_from_before_a_collapse_stays_as_long_as_that_lasts(config, keep_best):
     """Also when a measurement after it removes what is needless."""
     state = begin(config(keep_best, "checkpoint.keep_last=1"))
-    await measured(state, {10: 0.1, 20: 0.2, 30: 0.3})
-    state.progress.step = 33
-    await state.save(Learner(), spares_newest=True)
-    state.record(evaluation(33, 0.9, phase="after"))
-    assert steps(state) == [30, 33]
+    await measured(state, {10: 0.1, 20: 0.2})
+    state.spare(20)
+    await measured(state, {30: 0.3, 40: 0.4})
+    state.record(evaluation(40, 0.9, phase="after"))
+    assert steps(state) == [20, 40]
+
+    state.spare(None)
+    await measured(state, {50: 0.95})
+    assert steps(state) == [50]
 
 
 async def test_which_are_best_outlives_the_process_and_a_roll_back(config):
