@@ -36,6 +36,8 @@ STOP_WAIT_S: Final = 3600  # a step and a checkpoint of the largest runs
 RUN: Final = "eopd_run"  # the metadata of a job that holds its run directory
 ANSWER_S: Final = 10.0  # a head that is busy takes seconds
 POLL_S: Final = 1.0
+AGENT_S: Final = 60.0  # a node that has just started has no agent yet, which is what starts jobs
+_NO_AGENT: Final = "No available agent"  # after 10 s; job_head.py of Ray 2.60
 _LONGEST: Final = 300
 _ENDED: Final = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -126,15 +128,18 @@ class Jobs:
             The id.
 
         Raises:
-            ConfigError: the server does not take it, for example because the id was used before.
+            ConfigError: the server does not take it, for example because the id was used before, or
+                no node of the cluster is ready for jobs within ``AGENT_S``.
         """
         environment = {STOP_WAIT: str(STOP_WAIT_S), **variables}
         with _in_one_line(self.address):
-            return self._client.submit_job(
-                entrypoint=command,
-                runtime_env={"working_dir": str(directory), "env_vars": environment},
-                metadata={RUN: str(run)},
-                submission_id=name,
+            return _once_ready(
+                lambda: self._client.submit_job(
+                    entrypoint=command,
+                    runtime_env={"working_dir": str(directory), "env_vars": environment},
+                    metadata={RUN: str(run)},
+                    submission_id=name,
+                )
             )
 
     def look_up(self, name: str) -> Job:
@@ -298,6 +303,20 @@ def _require_answer(address: str) -> None:
             f"{address}: is no job server of Ray {ray.__version__} (it answers /api/version with "
             f"status {answer.status_code}); its port is 8265 unless `ray start` was told another"
         )
+
+
+def _once_ready(submit: Callable[[], str]) -> str:
+    """Submits a job as soon as a node of the cluster is ready for jobs, or fails after ``AGENT_S``."""
+    deadline = time.monotonic() + AGENT_S
+    while True:
+        try:
+            return submit()
+        except RuntimeError as error:
+            if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                raise
+
+        logger.warning("no node of the cluster is ready for jobs yet; trying again")
+        time.sleep(POLL_S)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parents[2]
 
 BIN = Path(sys.executable).parent
+NO_AGENT = "No available agent to submit job"
 
 
 def free_port() -> str:
@@ -73,7 +74,11 @@ def ask(head: dict[str, str], directory: Path, *command: str) -> "subprocess.Com
         assert time.monotonic() < deadline, "the job server did not come up"
         time.sleep(1)
 
-    return run_beside(head, directory, *command)
+    # its node may be up later, which `eopd submit` waits for
+    while NO_AGENT in (done := run_beside(head, directory, *command)).stderr:
+        assert command[0] == "ray" and time.monotonic() < deadline, done.stderr
+
+    return done
 
 
 def run_beside(

@@ -1,6 +1,7 @@
 """``eopd submit``: what a job is given, what it is asked for, and how its end is told."""
 
 import http.server
+import itertools
 import json
 import shlex
 import socket
@@ -30,9 +31,13 @@ class FakeClient:
 
     def __init__(self, log=("hello\n",), states=(("SUCCEEDED", 0),), **details):
         self.log, self.states, self.details = list(log), list(states), details
+        self.faults = iter(())  # of the next submissions
         self.asked, self.uploaded, self.stopped, self.tails = {}, {}, [], 0
 
     def submit_job(self, **asked):
+        if (fault := next(self.faults, None)) is not None:
+            raise fault
+
         self.asked = asked
         folder = job_files.Path(asked["runtime_env"]["working_dir"])
         files = [file for file in folder.rglob("*") if file.is_file()]
@@ -334,6 +339,33 @@ def test_the_exit_code_is_that_of_the_job(project, client, submit, state, code):
     assert ("Ray says: no such package" in done.err) == (state == ("FAILED", None))
     again = f"continue with: eopd submit c.yaml --address {URL} --resume auto"
     assert (again in done.err) == (code not in (0, 2))
+
+
+NO_AGENT = RuntimeError(
+    "Request failed with status code 500: No available agent to submit job, please try again later."
+)
+
+
+def test_a_cluster_that_has_just_started_is_waited_for(project, client, submit, caplog):
+    client.faults = iter([NO_AGENT, NO_AGENT])
+    done = submit(write(project), "--no-wait")
+    assert (done.code, done.out) == (0, "raysubmit_1\n")
+    said = "no node of the cluster is ready for jobs yet; trying again"
+    assert [record.getMessage() for record in caplog.records] == [said, said]
+
+
+def test_a_cluster_without_an_agent_is_one_line_in_time(project, client, submit, monkeypatch):
+    monkeypatch.setattr(jobs, "AGENT_S", 0.1)
+    client.faults = itertools.repeat(NO_AGENT)
+    done = submit(write(project), "--no-wait")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith(f"error: {URL}: No available agent to submit job")
+
+
+def test_a_submission_that_is_refused_is_not_tried_again(project, client, submit, caplog):
+    client.faults = iter([RuntimeError("Job with submission_id a already exists")])
+    assert submit(write(project), "--no-wait").code == 2
+    assert caplog.records == []
 
 
 def test_a_connection_that_is_cut_is_made_again_and_nothing_comes_twice(project, client, submit):
