@@ -1,7 +1,8 @@
 """A benchmark runs on rollout engines: a model directory and rows go in, avg@n and pass@k come out."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from eopd.config import ClusterConfig, PromptsConfig, RolloutConfig, StudentConfig
@@ -19,11 +20,12 @@ from eopd.preflight import (
 from eopd.preflight.options import require_vllm_options
 from eopd.prompts import PromptSet
 from eopd.rewards.graders import open_grader
+from eopd.roles import EngineDownError
 from eopd.runtime import cluster
 from eopd.runtime.placement import plan_rollout
 from eopd.runtime.supervisor import fetch, rollout_engines
 from eopd.tokenizer import load_tokenizer
-from eopd.types import Sampling
+from eopd.types import RunFailedError, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,7 @@ def evaluate_model(
     Raises:
         ConfigError: the model or the data is missing, a row has no answer that the grader can
             read, or vLLM has no such option.
+        RunFailedError: an engine was lost.
     """
     require_vllm_options("--vllm", rollout.vllm)
     longest = benchmark.prompts.max_tokens + rollout.max_response_tokens
@@ -88,19 +91,33 @@ def evaluate_model(
         async with rollout_engines(
             student, rollout, max_sequence_tokens=longest, timeout_s=config.start_timeout_s
         ) as engines:
-            return await run_benchmark(
-                engines,
-                data.prompts,
-                lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-                grader,
-                fetch=fetch,
-                samples=benchmark.samples,
-                sampling=sampling,
-                ks=benchmark.ks,
-            )
+            with _loss_in_one_line():
+                return await run_benchmark(
+                    engines,
+                    data.prompts,
+                    lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+                    grader,
+                    fetch=fetch,
+                    samples=benchmark.samples,
+                    sampling=sampling,
+                    ks=benchmark.ks,
+                )
 
     with open_grader(benchmark.grader) as grader, cluster.connect(config):
         cluster.require_room([plan_rollout(rollout)], config)
         result = asyncio.run(run())
 
     return Evaluated(result=result, model=model, data=names_of(parts))
+
+
+@contextmanager
+def _loss_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except ExceptionGroup as errors:
+        if (lost := errors.subgroup(EngineDownError)) is None:
+            raise
+
+        raise RunFailedError(
+            f"a rollout engine was lost: {lost.exceptions[0]}; its log is in {cluster.log_directory()}"
+        ) from None

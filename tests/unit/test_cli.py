@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import shutil
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from eopd.config import ConfigError, load_config
 from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.rewards.verdict import Verdict
+from eopd.roles import EngineDownError
 from eopd.run.checkpoint import StorageError
 from eopd.run.directory import RunDirectory
 from eopd.run.record import Summary
+from eopd.runtime import evaluate
 from eopd.runtime.evaluate import Evaluated
 from eopd.runtime.train import Outcome
 from eopd.types import Estimate, StopReason
@@ -499,6 +502,28 @@ def test_eval_writes_over_a_file_only_at_the_end(eopd, files, monkeypatch):
 
     assert old.read_text() == "old"
     assert not new.exists()
+
+
+def test_an_engine_that_is_lost_under_an_eval_is_one_line(eopd, files, tmp_path, monkeypatch):
+    class Engine:
+        async def generate(self, *arguments):
+            raise EngineDownError("its actor died")
+
+    @asynccontextmanager
+    async def engines(*arguments, **options):
+        yield [Engine()]
+
+    monkeypatch.setattr(evaluate, "rollout_engines", engines)
+    monkeypatch.setattr(evaluate.cluster, "connect", lambda config: nullcontext())
+    monkeypatch.setattr(evaluate.cluster, "require_room", lambda *arguments: None)
+    monkeypatch.setattr(evaluate.cluster, "log_directory", lambda: "session/logs")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a few words", "answer": "1"}\n')
+    done = eopd("eval", files / "model", rows, "--max-response-tokens", "8")
+    assert done.code == 1
+    said = "error: a rollout engine was lost: its actor died; its log is in session/logs"
+    assert done.err.splitlines()[-1] == said
+    assert "Traceback" not in done.err
 
 
 def of(result):
