@@ -4,9 +4,7 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN    := $(VENV)/bin
 LOCK   ?= cluster/requirements-cpu.lock
 PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=10
-ONE    := tests/house tests/unit tests/contract
-WHOLE  := tests/system
-PAIRED := -n 2 --dist loadfile --no-loadscope-reorder
+PAIRED := $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 PEERS  := .peers
 RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
@@ -34,13 +32,11 @@ tiny: setup ## the whole loop on tiny models, about two minutes
 	$(BIN)/eopd models tiny
 	$(BIN)/eopd train configs/tiny.yaml --set run.name=tiny-$(RUN)
 
-test: setup ## the tests of every change, 12 to 17 minutes on two cores
-	$(PYTEST) -m "not slow" $(PAIRED) $(ONE)
-	$(PYTEST) -m "not slow" $(WHOLE)
+test: setup ## the tests of every change, TIME on two cores
+	$(PAIRED) -m "not slow" tests/system tests/contract tests/unit tests/house
 
 test-all: test ## and the slow ones: whole matrices, a Prometheus, a browser, a submitted job
-	$(PYTEST) -m slow $(PAIRED) $(ONE)
-	$(PYTEST) -m slow $(WHOLE)
+	$(PAIRED) -m slow tests/system tests/contract
 
 unit: setup ## the quick tests alone
 	$(PYTEST) tests/house tests/unit
