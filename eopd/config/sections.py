@@ -272,7 +272,7 @@ class CheckpointConfig(Section):
 
     keep_last: Positive = 2
     """The number of checkpoints that are kept, the newest ones. ``eopd train --resume --step N``
-    can go back to any of them.
+    can go back to any of them. The one to go back to from a collapse is kept beside them.
     """
 
     keep_best: KeepBestConfig | None = None

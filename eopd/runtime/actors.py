@@ -101,7 +101,7 @@ def dies_as(error_type: type[WorkerDownError]) -> Iterator[None]:
     except WorkerDownError as error:
         raise error_type(first_line(error)) from error
     except (RayActorError, OutOfMemoryError, ActorUnschedulableError) as error:
-        raise error_type(f"its actor died: {error}") from error
+        raise error_type(f"its actor died: {first_line(error)}") from error
 
 
 async def end_actor(actor: ActorHandle) -> None:

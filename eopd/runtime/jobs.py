@@ -36,7 +36,7 @@ STOP_WAIT_S: Final = 3600  # a step and a checkpoint of the largest runs
 RUN: Final = "eopd_run"  # the metadata of a job that holds its run directory
 ANSWER_S: Final = 10.0  # a head that is busy takes seconds
 POLL_S: Final = 1.0
-AGENT_S: Final = 60.0  # a node that has just started has no agent yet, which is what starts jobs
+AGENT_S: Final = 60.0  # a head that has just started has no agent yet, which is what starts jobs
 _NO_AGENT: Final = "No available agent"  # after 10 s; job_head.py of Ray 2.60
 _LONGEST: Final = 300
 _ENDED: Final = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -129,7 +129,7 @@ class Jobs:
 
         Raises:
             ConfigError: the server does not take it, for example because the id was used before, or
-                no node of the cluster is ready for jobs within ``AGENT_S``.
+                the head of the cluster is not ready for jobs within ``AGENT_S``.
         """
         environment = {STOP_WAIT: str(STOP_WAIT_S), **variables}
         with _in_one_line(self.address):
@@ -306,16 +306,28 @@ def _require_answer(address: str) -> None:
 
 
 def _once_ready(submit: Callable[[], str]) -> str:
-    """Submits a job as soon as a node of the cluster is ready for jobs, or fails after ``AGENT_S``."""
+    """Submits a job as soon as the head of the cluster is ready for jobs.
+
+    Raises:
+        RuntimeError: the job was refused, or the head is not ready within ``AGENT_S``. It never is
+            where another Ray of its machine has the port of its agent.
+    """
     deadline = time.monotonic() + AGENT_S
     while True:
         try:
             return submit()
         except RuntimeError as error:
-            if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+            if _NO_AGENT not in str(error):
                 raise
 
-        logger.warning("no node of the cluster is ready for jobs yet; trying again")
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    "the head takes no jobs: its agent has not come up (dashboard_agent.log in the "
+                    "head's logs says why; a second Ray on one machine needs another `ray start "
+                    "--dashboard-agent-listen-port`)"
+                ) from error
+
+        logger.warning("the head of the cluster is not ready for jobs yet; trying again")
         time.sleep(POLL_S)
 
 

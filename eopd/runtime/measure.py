@@ -7,6 +7,7 @@ from pathlib import Path
 from eopd.config import Config, TelemetryConfig
 from eopd.evaluation.summary import measurements
 from eopd.preflight import Prepared, prepare
+from eopd.roles import WorkerDownError
 from eopd.run.checkpoint import step_of
 from eopd.run.directory import RunDirectory
 from eopd.run.record import Measurement
@@ -32,7 +33,8 @@ def measure_checkpoint(
 
     Raises:
         ConfigError: this is no run, it has no such checkpoint, or the run's inputs are gone.
-        RunFailedError: the actors did not come up, or no prompt could be measured.
+        RunFailedError: the actors did not come up, or no prompt could be measured, or
+            the learner was lost.
     """
     directory = RunDirectory(run)
     config, checkpoint = directory.config(), directory.checkpoint(step)
@@ -41,7 +43,10 @@ def measure_checkpoint(
     prepared = prepare(config)
     with cluster.connect(config.cluster):
         cluster.require_room(plan(config), config.cluster, say)
-        return asyncio.run(_measure(config, prepared, checkpoint, say))
+        try:
+            return asyncio.run(_measure(config, prepared, checkpoint, say))
+        except WorkerDownError as error:
+            raise RunFailedError(str(error)) from error
 
 
 async def _measure(

@@ -12,8 +12,6 @@ FORKED.set_forkserver_preload(
         "eopd.learner.learner",
         "eopd.learner.lora",
         "eopd.weights.vllm_receiver",
-        "gang",
-        "plain_torch",
         "pytest",
         "vllm.v1.engine.core",
         "vllm.v1.worker.cpu_worker",
@@ -22,8 +20,8 @@ FORKED.set_forkserver_preload(
 
 
 class ForkedEngine(ForkServerProcess):
-    """A process under the environment of its parent, which one that is forked has of itself only where
-    the parent has changed nothing since.
+    """A process that sees the environment of its parent. One that is forked has that of the process it
+    is forked from, which libraries have read when they were loaded.
     """
 
     def start(self) -> None:

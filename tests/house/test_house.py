@@ -224,6 +224,11 @@ def forbidden_in(text):
     ]
 
 
+def test_slow_tests_are_where_the_slow_tier_looks_for_them():
+    files = [*(ROOT / "tests/unit").rglob("*.py"), *(ROOT / "tests/house").rglob("*.py")]
+    assert not [file for file in files if "mark." + "slow" in file.read_text()]
+
+
 def test_no_machine_paths_indexes_or_loose_ends():
     found = {}
     for path in tracked_files():

@@ -1,5 +1,5 @@
-"""Runs that are made to collapse: student and teacher end with different tokens, or the rate is far
-too high. What a person does about it is tried too.
+"""A run that is made to collapse: student and teacher end with different tokens. What a person does
+about it is tried too.
 """
 
 import json

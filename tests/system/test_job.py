@@ -41,7 +41,9 @@ def head(tmp_path_factory, program):
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
-    ports = ["--port", free_port(), "--dashboard-port", dashboard, "--temp-dir", str(temporary)]
+    ports = ["--port", free_port(), "--dashboard-port", dashboard]
+    # of which a machine has one, unless it is told another: a run beside this one may have it
+    ports += ["--dashboard-agent-listen-port", free_port()]
     command = [
         BIN / "ray",
         "start",
@@ -49,6 +51,7 @@ def head(tmp_path_factory, program):
         "--block",
         "--num-cpus=2",
         "--include-dashboard=true",
+        *("--temp-dir", str(temporary)),
         *ports,
     ]
 

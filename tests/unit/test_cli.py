@@ -21,11 +21,11 @@ from eopd.config import ConfigError, load_config
 from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.rewards.verdict import Verdict
-from eopd.roles import EngineDownError
+from eopd.roles import EngineDownError, LearnerDownError
 from eopd.run.checkpoint import StorageError
 from eopd.run.directory import RunDirectory
 from eopd.run.record import Summary
-from eopd.runtime import evaluate
+from eopd.runtime import evaluate, measure
 from eopd.runtime.evaluate import Evaluated
 from eopd.runtime.train import Outcome
 from eopd.types import Estimate, StopReason
@@ -502,6 +502,20 @@ def test_eval_writes_over_a_file_only_at_the_end(eopd, files, monkeypatch):
 
     assert old.read_text() == "old"
     assert not new.exists()
+
+
+def test_a_rank_that_is_lost_under_a_measurement_is_one_line(eopd, tmp_path, monkeypatch):
+    async def fails(*arguments):
+        raise LearnerDownError("its actor died")
+
+    monkeypatch.setattr(measure, "prepare", lambda config: None)
+    monkeypatch.setattr(measure.cluster, "connect", lambda config: nullcontext())
+    monkeypatch.setattr(measure.cluster, "require_room", lambda *arguments: None)
+    monkeypatch.setattr(measure, "_measure", fails)
+    monkeypatch.setattr(RunDirectory, "checkpoint", lambda directory, step: tmp_path)
+    config = load_config(fakes.write_config(tmp_path))
+    done = eopd("measure", RunDirectory.create(config).path)
+    assert (done.code, done.err) == (1, "error: its actor died\n")
 
 
 def test_an_engine_that_is_lost_under_an_eval_is_one_line(eopd, files, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import fakes
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayTaskError
 
 from eopd.config import ConfigError, load_config
 from eopd.packing import pack_batch
@@ -289,3 +289,13 @@ async def test_an_actor_that_has_not_started_is_ended_without_being_asked(monkey
 def test_a_rank_that_has_not_started_answers():
     """So that what it did not start of is told, and not that it could not be asked."""
     LearnerActor.__new__(LearnerActor).ping()
+
+
+def test_of_a_dead_actor_the_first_line_is_told():
+    died = ActorUnschedulableError("no node is left\n\tactor_id: 7\n\tpid: 1")
+    with pytest.raises(LearnerDownError) as caught, actors.dies_as(LearnerDownError):
+        raise died
+
+    told = str(caught.value)
+    assert told == "its actor died: The actor is not schedulable: no node is left"
+    assert caught.value.__cause__ is died

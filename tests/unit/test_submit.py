@@ -350,7 +350,7 @@ def test_a_cluster_that_has_just_started_is_waited_for(project, client, submit, 
     client.faults = iter([NO_AGENT, NO_AGENT])
     done = submit(write(project), "--no-wait")
     assert (done.code, done.out) == (0, "raysubmit_1\n")
-    said = "no node of the cluster is ready for jobs yet; trying again"
+    said = "the head of the cluster is not ready for jobs yet; trying again"
     assert [record.getMessage() for record in caplog.records] == [said, said]
 
 
@@ -359,7 +359,7 @@ def test_a_cluster_without_an_agent_is_one_line_in_time(project, client, submit,
     client.faults = itertools.repeat(NO_AGENT)
     done = submit(write(project), "--no-wait")
     assert done.code == 2
-    assert done.err.splitlines()[-1].startswith(f"error: {URL}: No available agent to submit job")
+    assert done.err.splitlines()[-1].startswith(f"error: {URL}: the head takes no jobs: ")
 
 
 def test_a_submission_that_is_refused_is_not_tried_again(project, client, submit, caplog):
