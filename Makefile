@@ -32,7 +32,7 @@ tiny: setup ## the whole loop on tiny models, about two minutes
 	$(BIN)/eopd models tiny
 	$(BIN)/eopd train configs/tiny.yaml --set run.name=tiny-$(RUN)
 
-test: setup ## the tests of every change, TIME on two cores
+test: setup ## the tests of every change, 10 to 15 minutes on two cores
 	$(PAIRED) -m "not slow" tests/system tests/contract tests/unit tests/house
 
 test-all: test ## and the slow ones: whole matrices, a Prometheus, a browser, a submitted job

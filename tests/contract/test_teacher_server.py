@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -109,11 +110,13 @@ class Served:
 
     def engines(self) -> list[psutil.Process]:
         """vLLM's processes: Python's name for them until they have given themselves one."""
-        return [
-            child
-            for child in self.descendants()
-            if re.search("spawn_main|VLLM::", " ".join(child.cmdline()))
-        ]
+        found = []
+        for child in self.descendants():
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                if re.search("spawn_main|VLLM::", " ".join(child.cmdline())):
+                    found.append(child)
+
+        return found
 
     def listens(self) -> bool:
         return any(

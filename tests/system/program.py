@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,12 @@ class Program:
         while self.marked() and time.monotonic() < deadline:
             time.sleep(0.5)
 
-        return [" ".join(process.cmdline()) for process in self.marked() if process.is_running()]
+        left = []
+        for process in self.marked():
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                left.append(" ".join(process.cmdline()))
+
+        return left
 
     def marked(self) -> list[psutil.Process]:
         """Processes that carry the mark."""
