@@ -103,7 +103,9 @@ async def test_memory_is_flat_and_every_queue_is_bounded():
 
     assert line.ledger.settled.floor == line.progress.trajectories == batch * batches
     assert 0 < line.ledger.lost[LostReason.ROLLOUT_FAILED] < 200
-    assert memory[late] - memory[early] < 20_000  # bytes, over 8,000 trajectories
+    # Bytes, over 8,000 trajectories: one pointer kept of each would be 64,000. What is in flight at
+    # the two looks differs by up to 21,000 on a busy machine.
+    assert memory[late] - memory[early] < 40_000
     assert objects[late] - objects[early] < 100
     assert batch < world.most_held <= slots and max(most.values()) <= slots, most
     assert {"Buffer._ready", "Buffer._taken", "Pipeline._generated_at", "Watermark.ahead"} <= set(
