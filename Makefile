@@ -33,7 +33,7 @@ tiny: setup ## the whole loop on tiny models, about two minutes
 	$(BIN)/eopd train configs/tiny.yaml --set run.name=tiny-$(RUN)
 
 test: setup ## the tests of every change, 10 to 15 minutes on two cores
-	$(PAIRED) -m "not slow" tests/system tests/contract tests/unit tests/house
+	$(PAIRED) -m "not slow" tests/system tests/house tests/unit tests/contract
 
 test-all: test ## and the slow ones: whole matrices, a Prometheus, a browser, a submitted job
 	$(PAIRED) -m slow tests/system tests/contract
