@@ -33,8 +33,8 @@ def measure_checkpoint(
 
     Raises:
         ConfigError: this is no run, it has no such checkpoint, or the run's inputs are gone.
-        RunFailedError: the actors did not come up, or no prompt could be measured, or
-            the learner was lost.
+        RunFailedError: the actors did not come up, or no prompt could be measured, or a
+            worker was lost.
     """
     directory = RunDirectory(run)
     config, checkpoint = directory.config(), directory.checkpoint(step)
@@ -46,7 +46,7 @@ def measure_checkpoint(
         try:
             return asyncio.run(_measure(config, prepared, checkpoint, say))
         except WorkerDownError as error:
-            raise RunFailedError(str(error)) from error
+            raise RunFailedError(f"a worker was lost: {error}") from error
 
 
 async def _measure(

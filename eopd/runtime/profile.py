@@ -121,7 +121,7 @@ async def _profile(config: Config, prepared: Prepared, steps: int, say: Say) -> 
                 await workers.channel.publish(await workers.learner.version())
                 return await _measure(config, prepared, workers, steps, say)
         except WorkerDownError as error:
-            raise RunFailedError(str(error)) from error
+            raise RunFailedError(f"a worker was lost: {error}") from error
 
 
 async def _measure(

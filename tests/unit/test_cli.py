@@ -515,7 +515,7 @@ def test_a_rank_that_is_lost_under_a_measurement_is_one_line(eopd, tmp_path, mon
     monkeypatch.setattr(RunDirectory, "checkpoint", lambda directory, step: tmp_path)
     config = load_config(fakes.write_config(tmp_path))
     done = eopd("measure", RunDirectory.create(config).path)
-    assert (done.code, done.err) == (1, "error: its actor died\n")
+    assert (done.code, done.err) == (1, "error: a worker was lost: its actor died\n")
 
 
 def test_an_engine_that_is_lost_under_an_eval_is_one_line(eopd, files, tmp_path, monkeypatch):
