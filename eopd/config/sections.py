@@ -428,8 +428,8 @@ class ClusterConfig(Section):
 
     wait_s: float = Field(0.0, ge=0.0, le=1e7)
     """The seconds to wait, before anything is started, for room in a cluster that is joined: until
-    an autoscaler has added machines, or others have ended. With zero, what does not fit is an error
-    at once.
+    an autoscaler has added machines, or others have ended. A run that is resumed waits as long for
+    the process that still runs it. With zero, either is an error at once.
     """
 
     spread: bool = False

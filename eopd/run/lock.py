@@ -16,7 +16,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from eopd.config import ConfigError
 from eopd.run.place import LOCK
 
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
-_TRIES: Final = 5  # a process that only looks at a lock holds it for a moment
+_MOMENT_S: Final = 1.0  # a process that only looks at a lock holds it for less
 _PAUSE_S: Final = 0.2
 _SEEN_S: Final = 60.0  # NFS keeps for so long what it knows of a directory (acdirmax)
 
@@ -47,13 +47,22 @@ class Holder:
 
 
 @contextmanager
-def held(directory: Path, key: str = "run.name") -> Iterator[list[str]]:
+def held(
+    directory: Path,
+    key: str = "run.name",
+    *,
+    wait_s: float = 0.0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[list[str]]:
     """Holds the lock of a run directory, which is made where there is none, and removed if it stays
     empty.
 
     Args:
         directory: the run directory.
         key: what names the directory, for messages.
+        wait_s: how long to wait for another process that holds it: where a scheduler repeats a
+            command, the one before may still be writing its last checkpoint.
+        say: is told what is waited for.
 
     Yields:
         Notes for people; none where the lock keeps other processes out for certain.
@@ -65,7 +74,7 @@ def held(directory: Path, key: str = "run.name") -> Iterator[list[str]]:
     path = directory / LOCK
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor, notes = _take(path, key)
+        descriptor, notes = _take(path, key, wait_s, say)
     except OSError as error:
         raise ConfigError(f"run.directory: {directory} cannot be made ({error.strerror})") from None
 
@@ -150,43 +159,51 @@ def require_same(directory: Path, expected: Holder) -> None:
         time.sleep(_PAUSE_S)
 
 
-def _take(path: Path, key: str) -> tuple[int, list[str]]:
+def _take(path: Path, key: str, wait_s: float, say: Callable[[str], None]) -> tuple[int, list[str]]:
     """Returns the descriptor that holds the lock, and notes on it."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            notes = _lock(descriptor, path, key)
-        except BaseException:
+    began, has_said = time.monotonic(), False
+    while (taken := _try(path)) is None:
+        holder_is = last_holder(path.parent) or "another process"
+        waited_s = time.monotonic() - began
+        if waited_s > max(wait_s, _MOMENT_S):
+            raise ConfigError(
+                f"{key}: {path.parent} is being run by {holder_is}. Wait for it, stop it (Ctrl-C, "
+                f"or SIGTERM to that process), or choose another {key}"
+            )
+
+        if waited_s > _MOMENT_S and not has_said:
+            say(f"waiting for {holder_is} to end, for up to {wait_s:g} s (cluster.wait_s)")
+            has_said = True
+
+        time.sleep(_PAUSE_S)
+
+    return taken
+
+
+def _try(path: Path) -> tuple[int, list[str]] | None:
+    """Returns what ``_take`` does, or None while another process holds the lock."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    notes = []
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
             os.close(descriptor)
             raise
 
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-            return descriptor, notes
+        notes = [
+            f"the file system of {path.parent} has no locks: nothing keeps a second process out "
+            "of this run"
+        ]
 
-        os.close(descriptor)  # its holder has just removed it: nothing was begun there
+    if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        return descriptor, notes
 
-
-def _lock(descriptor: int, path: Path, key: str) -> list[str]:
-    for _ in range(_TRIES):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_PAUSE_S)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-
-            return [
-                f"the file system of {path.parent} has no locks: nothing keeps a second "
-                "process out of this run"
-            ]
-        else:
-            return []
-
-    raise ConfigError(
-        f"{key}: {path.parent} is being run by {last_holder(path.parent) or 'another process'}. Wait "
-        f"for it, stop it (Ctrl-C, or SIGTERM to that process), or choose another {key}"
-    )
+    os.close(descriptor)  # its holder has just removed it: nothing was begun there
+    return None
 
 
 def _write(descriptor: int, text: str) -> None:

@@ -94,8 +94,12 @@ def train(
     directory = RunDirectory(config.run.path)
 
     with ExitStack() as stack:
-        lock_notes = stack.enter_context(held(directory.path))
-        notes = [*lock_notes, *restore(config, resume, say)]
+        lock = held(
+            directory.path,
+            wait_s=0.0 if resume == "no" else config.cluster.wait_s,
+            say=say,
+        )
+        notes = [*stack.enter_context(lock), *restore(config, resume, say)]
         taken_up = take_up(config, digests(config, prepared), resume, step)
         uploads = stack.enter_context(Uploads(config, say))
         if taken_up.complete:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -71,6 +72,31 @@ def test_a_process_that_is_killed_leaves_its_name_and_no_lock(directory, other, 
 
     assert holder(directory) is None
     assert last_holder(directory) is None
+
+
+def test_it_waits_for_the_holder_as_long_as_it_may(directory, other):
+    said = []
+    threading.Timer(1.5, other.kill).start()
+    began = time.monotonic()
+    with held(directory, wait_s=30.0, say=said.append) as notes:
+        assert notes == []
+        assert 1.2 < time.monotonic() - began < 20.0
+
+    host = socket.gethostname()
+    (line,) = said
+    assert line.startswith(f"waiting for process {other.pid} on {host}, since ")
+    assert line.endswith(" to end, for up to 30 s (cluster.wait_s)")
+
+
+def test_it_waits_no_longer_than_it_may(directory, other):
+    began = time.monotonic()
+    with (
+        pytest.raises(ConfigError, match="is being run by process"),
+        held(directory, wait_s=2.0),
+    ):
+        raise AssertionError("held twice")
+
+    assert 2.0 < time.monotonic() - began < 10.0
 
 
 def test_a_directory_in_which_nothing_was_begun_does_not_stay(tmp_path):
