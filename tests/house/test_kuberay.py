@@ -321,13 +321,39 @@ def test_the_entrypoint_fits_into_the_pods(overlay):
     require_capacity(plan(run), nodes)
     asked = sum(role.actors * role.gpus for role in plan(run))
     assert asked == sum(node.total.gpus for node in nodes), "every GPU has work"
-    assert cluster_of(overlay)["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    assert cluster_of(overlay)["headGroupSpec"]["rayStartParams"] == {
+        "num-cpus": "0",
+        "num-gpus": "0",
+    }
 
 
 def test_a_repeat_goes_on_where_the_last_attempt_ended(overlay):
     if overlay["kind"] == "RayJob":
         assert overlay["spec"]["backoffLimit"] > 0
         assert overlay["spec"]["shutdownAfterJobFinishes"] is True
+        run = load_config(ROOT / "configs/tiny.yaml", settings_of(overlay))
+        for group in groups(overlay):  # the pods of the last attempt may still be there
+            pod = group["template"]["spec"]
+            assert run.cluster.wait_s >= pod["terminationGracePeriodSeconds"]
+
+
+def settings_of(overlay):
+    """Returns the settings of the entrypoint that every config takes."""
+    options = shlex.split(overlay["spec"]["entrypoint"])
+    return [text for text in options if text.startswith(("cluster.", "telemetry."))]
+
+
+def test_no_autoscaler_moves_a_pod_of_a_run(overlay):
+    templates = [group["template"] for group in groups(overlay)]
+    if overlay["kind"] == "RayJob":
+        templates.append(overlay["spec"]["submitterPodTemplate"])
+        assert overlay["spec"]["submitterConfig"]["backoffLimit"] >= 100
+
+    for template in templates:
+        assert template["metadata"]["annotations"] == {
+            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+            "karpenter.sh/do-not-disrupt": "true",
+        }
 
 
 # --- metrics
