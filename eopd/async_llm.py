@@ -17,13 +17,14 @@ makes the core's process out of ``get_mp_context``; ``EngineCoreProc.run_engine_
 (``model_executor/models/registry.py``) is how vLLM looks at the class of a model.
 """
 
+import asyncio
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm import AsyncEngineArgs
 from vllm.model_executor.models import registry
@@ -31,9 +32,12 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequestType, utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from eopd.engine_options import ONE_PROCESS, usage_context
+
+R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +74,28 @@ def start_llm(
             usage_context=UsageContext(usage_context(on_cpu=on_cpu)),
             stat_loggers=list(stat_loggers),
         )
+
+
+async def answer_of(llm: AsyncLLM, call: Awaitable[R]) -> R:
+    """Returns the answer of an engine's core to a call that is no request. By itself vLLM waits for it
+    for ever where the core dies meanwhile (0.32.0, ``utility_results`` of ``v1/engine/core_client.py``).
+
+    Raises:
+        EngineDeadError: the core has died.
+    """
+    answer = asyncio.ensure_future(call)
+    waits_for: set[asyncio.Future[Any]] = {answer}
+    if llm.output_handler is not None:
+        waits_for.add(llm.output_handler)  # a task that ends with the core
+
+    try:
+        await asyncio.wait(waits_for, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise EngineDeadError()
+
+        return await answer
+    finally:
+        answer.cancel()
 
 
 def end_llm(llm: AsyncLLM) -> None:

@@ -12,7 +12,7 @@ the weight-transfer calls.
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Self
+from typing import Self, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -27,7 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
-from eopd.async_llm import end_llm, start_llm
+from eopd.async_llm import answer_of, end_llm, start_llm
 from eopd.config import RolloutConfig, StudentConfig
 from eopd.engine_options import on_cpu
 from eopd.hub import model_directory
@@ -47,6 +47,8 @@ from eopd.types import (
     TrajectoryKey,
     WeightTransferError,
 )
+
+R = TypeVar("R")
 
 FINISH_REASONS = {"stop": StopReason.END_TOKEN, "length": StopReason.LENGTH}
 PROBE_FIRST = -(2**31)  # vLLM's priority of the probe: before evaluation, which is before training
@@ -215,23 +217,34 @@ class VllmRolloutEngine:
         After any error the engine pauses, and nothing is known of its weights: replace it.
         """
         started = time.monotonic()
+        await self._answer(self._install(version))
+        return time.monotonic() - started
+
+    async def _install(self, version: PolicyVersion) -> None:
         await self._llm.pause_generation(mode="keep", clear_cache=not self._keep_kv)
         await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info={}))
         await self._llm.finish_weight_update(weight_version=version.label)
         await self._llm.resume_generation()
-        return time.monotonic() - started
+
+    async def _answer(self, call: Awaitable[R]) -> R:
+        """Awaits a call of vLLM's that is no request.
+
+        Raises:
+            EngineDownError: the engine has died.
+        """
+        with _dies_as_down():
+            return await answer_of(self._llm, call)
 
     async def _transfer(self, method: str, first: Awaitable[None] | None = None) -> None:
         """Await a call that loads nothing, and then a method of every worker, which returns why it
         failed.
         """
         try:
-            with _dies_as_down():
-                if first is not None:
-                    await first
+            if first is not None:
+                await self._answer(first)
 
-                failures = await self._llm.collective_rpc(method)
+            failures = await self._answer(self._llm.collective_rpc(method))
         except EngineDownError:
             raise
         except Exception as error:  # across processes vLLM keeps its message, and not its type
@@ -246,8 +259,7 @@ class VllmRolloutEngine:
         Raises:
             EngineDownError: the engine has died.
         """
-        with _dies_as_down():
-            return PolicyVersion.parse(await self._llm.get_weight_version())
+        return PolicyVersion.parse(await self._answer(self._llm.get_weight_version()))
 
     async def probe(self, token_ids: Int32Array) -> Float32Array:
         """Return log-probabilities of a fixed text under the weights that serve now, for

@@ -28,7 +28,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
-from eopd.async_llm import end_llm, start_llm
+from eopd.async_llm import answer_of, end_llm, start_llm
 from eopd.config import ConfigError, TeacherConfig
 from eopd.engine_options import on_cpu
 from eopd.hub import model_directory
@@ -179,7 +179,7 @@ class VllmTeacherScorer(SignalScorer):
     async def ping(self) -> None:
         """Returns when the engine answers, between two of its steps."""
         try:
-            await self._llm.collective_rpc("check_health")
+            await answer_of(self._llm, self._llm.collective_rpc("check_health"))
         except EngineDeadError as error:
             raise TeacherDownError(f"teacher {self._name}: its engine died") from error
 

@@ -1,7 +1,9 @@
 """An engine in a thread of its actor: the same as one in a process, also where it fails."""
 
+import asyncio
 import multiprocessing
 import os
+import signal
 import threading
 
 import fakes
@@ -78,6 +80,24 @@ async def test_it_has_no_process_and_writes_what_one_with_a_process_writes(tiny_
         core.join(timeout=30)
 
     assert cores() == []
+
+
+async def test_what_is_asked_of_a_core_that_dies_meanwhile_has_an_end(tiny_model):
+    others = set(multiprocessing.active_children())
+    engine = await start(tiny_model("llama", seed=1, scale=0.2))
+    (core,) = set(multiprocessing.active_children()) - others
+    os.kill(core.pid, signal.SIGSTOP)
+    asked = [engine.version(), engine.check_weights(), engine.install_weights(PolicyVersion(0, 1))]
+    answers = [asyncio.ensure_future(call) for call in asked]
+    done, _ = await asyncio.wait(answers, timeout=1.0)
+    assert done == set()
+
+    core.kill()
+    for answer in answers:
+        with pytest.raises(EngineDownError):
+            await asyncio.wait_for(answer, timeout=20.0)
+
+    await engine.close()
 
 
 async def test_one_that_does_not_start_says_why(tiny_model):

@@ -161,6 +161,18 @@ class Run:
 
         return sorted(found, key=lambda process: process.create_time())
 
+    def engine(self) -> psutil.Process:
+        """The process of the first engine, once it is there, where engines are no threads."""
+        deadline = time.monotonic() + STEP_S
+        while True:
+            for actor in self.actors("RolloutActor"):
+                for child in actor.children(recursive=True):
+                    if "EngineCore" in child.name():
+                        return child
+
+            assert self.process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.5)
+
     def wait(self, ready: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The last row, once ``ready`` of it."""
         deadline = time.monotonic() + STEP_S
@@ -202,8 +214,3 @@ class Run:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
             self.process.wait(timeout=120)
-
-
-def engine_of(actor: psutil.Process) -> psutil.Process:
-    """The process of its engine's own, which an actor has where the engine is not a thread of it."""
-    return next(child for child in actor.children(recursive=True) if "EngineCore" in child.name())

@@ -7,7 +7,7 @@ import re
 import signal
 
 import pytest
-from program import Run, engine_of, read_rows
+from program import Run, read_rows
 
 WORDS = itertools.product(
     ("read", "sing", "walk", "rest"),
@@ -182,8 +182,7 @@ def test_whoever_is_killed_in_a_benchmark_its_numbers_are_whole(program, benchma
         long,
     )
     run = Run(program, "evaluated-killed", *settings)
-    run.says("its engine answers as a teacher must", after=0)
-    engine = engine_of(run.actors("RolloutActor")[0])
+    engine = run.engine()
     (rank,) = run.actors("LearnerActor")
     run.says(r"^step 0, held out", after=0)
     engine.kill()
