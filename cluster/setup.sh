@@ -39,6 +39,10 @@ case $lock in
 *)
     gigabytes=20 # an estimate: this lock has never been installed
     command -v nvidia-smi >/dev/null || echo "setup: note: this machine has no nvidia-smi; $lock is for nodes with GPUs" >&2
+    # Triton, of which torch and vLLM make kernels while they run, compiles with one of these (3.7, runtime/build.py).
+    command -v "${CC:-gcc}" >/dev/null || command -v clang >/dev/null || lacks "a C compiler (Debian: gcc)"
+    headers=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])' 2>/dev/null) || headers=
+    [ -f "$headers/Python.h" ] || lacks "Python's headers, for kernels (Debian: python3.11-dev)"
     ;;
 esac
 

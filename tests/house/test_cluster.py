@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import subprocess
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -14,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 KINDS = ("cpu", "gpu")
+HEADERS = sysconfig.get_paths()["include"]
 
 
 def lock_lines(kind):
@@ -80,6 +83,16 @@ def test_both_locks_run_the_same_stack():
         assert cpu[name] == gpu[name]
 
 
+def test_what_compiles_for_gpus_is_of_the_cuda_that_torch_has_the_headers_of():
+    """Headers of another minor version end each compilation (flashinfer-ai/flashinfer#3493)."""
+    pinned = locked("gpu")
+    release = pinned["nvidia-cuda-runtime"].rpartition(".")[0]
+    for name in ("nvcc", "crt", "cccl"):
+        assert pinned[f"nvidia-cuda-{name}"].rpartition(".")[0] == release
+
+    assert pinned["nvidia-nvvm"].rpartition(".")[0] == release
+
+
 def test_the_lock_script_is_valid_shell_and_writes_these_locks():
     script = CLUSTER / "lock.sh"
     subprocess.run(["sh", "-n", str(script)], check=True)
@@ -95,6 +108,7 @@ PYTHON = """#!/bin/sh
 case "$*" in
 *python_version*) echo {version} ;;
 *ctypes*) exit {ctypes} ;;
+*sysconfig*) echo {headers} ;;
 "-m compileall "*) for folder; do :; done; touch "$folder.compiled" ;;
 "-m venv "*) mkdir -p "$4/bin" && cp {pip} "$4/bin/pip" && cp "$0" "$4/bin/python" ;;
 esac
@@ -112,22 +126,32 @@ def setup(tmp_path):
         path.chmod(0o755)
         return path
 
-    def run(*, version="3.11.9", ctypes=0, free_kb=99_000_000, compiler="g++", pip="exit 0"):
+    def run(
+        *,
+        version="3.11.9",
+        ctypes=0,
+        free_kb=99_000_000,
+        compiler="g++",
+        headers=HEADERS,
+        pip="exit 0",
+        lock="cpu",
+    ):
         warning = "echo 'WARNING: a location is ignored' >&2"
         fake_pip = program("pip", f"#!/bin/sh\n{warning}\n{pip}\n")
-        text = PYTHON.format(version=version, ctypes=ctypes, pip=fake_pip)
+        text = PYTHON.format(version=version, ctypes=ctypes, pip=fake_pip, headers=headers)
         python = program("python", text)
         program("g++", "#!/bin/sh\n")
+        program("nvidia-smi", "#!/bin/sh\n")
         program("df", f"#!/bin/sh\necho header\necho /dev/x 1 1 {free_kb} 1% /\n")
         environment = {
             **os.environ,
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "PYTHON": str(python),
+            "CC": compiler,
             "CXX": compiler,
         }
-        lock = "cluster/requirements-cpu.lock"
         return subprocess.run(
-            [CLUSTER / "setup.sh", tmp_path / "venv", lock],
+            [CLUSTER / "setup.sh", tmp_path / "venv", f"cluster/requirements-{lock}.lock"],
             cwd=ROOT,
             env=environment,
             capture_output=True,
@@ -150,6 +174,15 @@ def setup(tmp_path):
             "a C++ compiler, which vLLM uses while it runs (Debian: g++)",
         ),
         ({"free_kb": 3_200_000}, "disk space: 6 GB are needed in {venv}, 3 GB are free"),
+        (
+            {"lock": "gpu", "headers": "/nowhere"},
+            "Python's headers, for kernels (Debian: python3.11-",
+        ),
+        pytest.param(
+            {"lock": "gpu", "compiler": "no-such-compiler"},
+            "a C compiler (Debian: gcc)",
+            marks=pytest.mark.skipif(shutil.which("clang") is not None, reason="clang is one"),
+        ),
     ],
 )
 def test_setup_says_what_a_machine_lacks_before_it_downloads(machine, lacks, setup, tmp_path):
