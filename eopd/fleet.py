@@ -292,11 +292,11 @@ class Fleet(Generic[W]):
             self._log(f"{text}; trying again")
 
 
-def one_by_one(starting: Mapping[str, Awaitable[None]]) -> dict[str, Awaitable[None]]:
+def one_by_one(starting: Mapping[str, Awaitable[object]]) -> dict[str, Awaitable[None]]:
     """Returns the same starts, of which each begins when the one before it has ended."""
     turn = asyncio.Lock()
 
-    async def in_turn(started: Awaitable[None]) -> None:
+    async def in_turn(started: Awaitable[object]) -> None:
         async with turn:
             await started
 

@@ -6,6 +6,10 @@ when it starts.
 
 import atexit
 import gc
+import multiprocessing
+import os
+from multiprocessing.process import BaseProcess
+from threading import Thread
 
 import torch
 
@@ -27,6 +31,21 @@ def register() -> None:
     """
     head.register()
     vllm_receiver.register()
+    _end_with_parent()
     torch.cpu._init_amx()  # without AMX it does nothing
     gc.freeze()
     atexit.register(gc.unfreeze)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it has ended, however that ended: vLLM's engine
+    process would go on, and hold its GPU (0.32.0, ``v1/engine/core.py``).
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

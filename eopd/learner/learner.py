@@ -125,7 +125,11 @@ class LearnerRank:
         self._max_skipped, self._num_skipped = learner.max_skipped_steps, 0
         self._temperature = temperature
         self._device = join(
-            rank=rank, world_size=world_size, master_address=master_address, master_port=master_port
+            rank=rank,
+            world_size=world_size,
+            master_address=master_address,
+            master_port=master_port,
+            timeout_s=learner.timeout_s,
         )
         self._backend = open_backend(
             load_student(

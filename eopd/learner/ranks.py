@@ -1,6 +1,7 @@
 """The learner's ranks as a process group of torch.distributed; no backend is used here."""
 
 import os
+from datetime import timedelta
 from itertools import chain
 from typing import TypeVar
 
@@ -13,8 +14,13 @@ from eopd.network import address_towards
 T = TypeVar("T")
 
 
-def join(*, rank: int, world_size: int, master_address: str, master_port: int) -> torch.device:
+def join(
+    *, rank: int, world_size: int, master_address: str, master_port: int, timeout_s: float
+) -> torch.device:
     """Join the gang's process group (gloo on CPU, nccl on GPU), once in a process.
+
+    A rank waits at most ``timeout_s`` for the others. torch's own ten minutes of nccl may be short
+    where rank 0 writes a checkpoint, or turns one into that of another number of ranks.
 
     Returns:
         This rank's device: the only one it sees.
@@ -30,7 +36,8 @@ def join(*, rank: int, world_size: int, master_address: str, master_port: int) -
     on_gpu = torch.cuda.is_available()
     if not dist.is_initialized():
         _listen_towards(master_address, master_port)
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        limit = timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit)
 
     return torch.device("cuda:0" if on_gpu else "cpu")
 

@@ -131,9 +131,12 @@ async def rollout_engines(
         processes = [
             engine_process(actor, student, rollout, max_sequence_tokens) for actor in actors
         ]
-        starting = {
+        starting: Mapping[str, Awaitable[object]] = {
             f"rollout engine {number}": process.start() for number, process in enumerate(processes)
         }
+        if 0 < rollout.gpus < 1:
+            starting = one_by_one(starting)
+
         await _all_up(starting, timeout_s, logs=log_directory())
         yield [process.worker for process in processes]
 
@@ -151,6 +154,9 @@ async def teachers(config: Config) -> AsyncIterator[Mapping[str, Fleet[TeacherSc
         starting = {
             name: started for fleet in fleets.values() for name, started in fleet.start().items()
         }
+        if shares_gpus(config):
+            starting = one_by_one(starting)
+
         await _all_up(starting, config.cluster.start_timeout_s, logs=log_directory())
         yield fleets
 

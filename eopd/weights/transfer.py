@@ -42,7 +42,15 @@ from eopd.weights.layout import (
     write_digest,
 )
 from eopd.weights.shared import SharedMemory
-from eopd.weights.wire import Backend, Rendezvous, Wire, WireError, open_store, open_wire
+from eopd.weights.wire import (
+    Backend,
+    Rendezvous,
+    Wire,
+    WireError,
+    import_nccl,
+    open_store,
+    open_wire,
+)
 
 # Once the sender has finished, a receiver's transfer ends within this, also on a busy machine.
 SETTLE_S = 5.0
@@ -120,6 +128,8 @@ class WeightSender:
         self._store: TCPStore | None = None
         self._memory: SharedMemory | None = None
         self._wire: Wire | None = None
+        if self._is_sender and backend == "nccl":
+            import_nccl()
 
     def open(self, engine_workers: Sequence[int], secret: str) -> list[dict[str, object]]:
         """Leave the last group, and open a store for the next one.

@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol
@@ -347,6 +348,13 @@ class SharedWire(GlooWire):
             digest_D.copy_(sent_D)
 
 
+def import_nccl() -> None:
+    """Imports what ``NcclWire`` is made of. It takes longer than a handshake may, where many processes
+    start on a slow disk.
+    """
+    from vllm.distributed.device_communicators import pynccl  # noqa: F401
+
+
 class NcclWire:
     """A wire between GPUs, through one device buffer of the largest bucket so far.
 
@@ -360,6 +368,7 @@ class NcclWire:
     ) -> None:
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
         from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+        from vllm.utils.nccl import unpinned_nccl_env
 
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -368,8 +377,9 @@ class NcclWire:
 
         unique_id = bytes.fromhex(store.get(NCCL_ID).decode())
 
-        # vLLM would make a stream of its own, and leave it the current one
-        with torch.cuda.stream(self._stream):
+        # vLLM would make a stream of its own, and leave it the current one. Some of its settings change
+        # variables of NCCL in engines, and members whose variables differ hang.
+        with torch.cuda.stream(self._stream), unpinned_nccl_env():
             self._communicator = PyNcclCommunicator.from_unique_id_bytes(
                 unique_id,
                 rank=rendezvous.rank,
@@ -393,7 +403,7 @@ class NcclWire:
 
     def broadcast(self, message_B: torch.Tensor) -> None:  # noqa: D102
         self._must_be_open()
-        with torch.cuda.stream(self._stream):
+        with self._streaming():
             if self._staging_B.numel() < message_B.numel():
                 self._staging_B = torch.empty(
                     message_B.numel(), dtype=torch.uint8, device=self._device
@@ -404,15 +414,17 @@ class NcclWire:
                 staged_B.copy_(message_B)
 
             self._communicator.broadcast(staged_B, src=0, stream=self._stream)
-            if not self._is_sender:
-                message_B.copy_(staged_B, non_blocking=True)
 
         self._wait()
+        if (
+            not self._is_sender
+        ):  # a copy to pageable memory may wait for the stream, without a limit
+            message_B.copy_(staged_B)
 
     def barrier(self) -> None:
         """Return once every member has entered an all-reduce of one element."""
         self._must_be_open()
-        with torch.cuda.stream(self._stream):
+        with self._streaming():
             self._communicator.all_reduce(torch.zeros(1, device=self._device), stream=self._stream)
 
         self._wait()
@@ -427,6 +439,13 @@ class NcclWire:
     def _must_be_open(self) -> None:
         if not self._open:
             raise WireError("the wire is closed: connect again")
+
+    def _streaming(self) -> AbstractContextManager[object]:
+        """Makes the stream the current one. A new thread has device 0 until it is told another, and
+        would be given it back.
+        """
+        torch.cuda.set_device(self._device)
+        return torch.cuda.stream(self._stream)
 
     def _wait(self) -> None:
         """Waits until the stream is done; a live peer that never enters the collective costs one

@@ -1,10 +1,15 @@
 """What our plugin does to a process of vLLM."""
 
+import multiprocessing
+import os
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
+from processes import FORKED
 
 REGISTER = """
 import ctypes
@@ -40,3 +45,27 @@ def test_collections_pass_over_what_was_imported_and_nothing_is_reported_as_leak
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="the processor has no AMX")
 def test_linux_lets_the_process_use_tiles(registered):
     assert registered[1] & TILES
+
+
+def _engine(pipe):
+    from eopd.vllm_plugin import register
+
+    register()
+    pipe.send(os.getpid())
+    time.sleep(600)
+
+
+def _actor(pipe):
+    multiprocessing.get_context("fork").Process(target=_engine, args=(pipe,)).start()
+    time.sleep(600)
+
+
+def test_an_engine_process_does_not_outlive_the_process_that_started_it():
+    ours, theirs = multiprocessing.Pipe()
+    actor = FORKED.Process(target=_actor, args=(theirs,))
+    actor.start()
+    engine = psutil.Process(ours.recv())
+    assert engine.is_running()
+
+    actor.kill()
+    engine.wait(timeout=20)
