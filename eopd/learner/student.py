@@ -124,7 +124,7 @@ def load_student(
     student = Student(model, num_tokens=num_tokens)
     capability = compute_capability(torch.device(device))
     if may_take_varlen(model, dtype=config.chosen_dtype, capability=capability):
-        _try_varlen(student)
+        _try_varlen(student, config.chosen_dtype)
 
     _prove_packing(student)
     _prove_head(student)
@@ -177,10 +177,10 @@ def _packed_pair(student: Student) -> tuple[Tensor, Tensor, int]:
 
 
 @torch.no_grad()
-def _try_varlen(student: Student) -> None:
-    """Gives the model the variable-length attention, if it is the same there on a packed pair."""
+def _try_varlen(student: Student, dtype: str) -> None:
+    """Gives the model the attention by sequences, if it is the same there on a packed pair."""
     ids, positions, _ = _packed_pair(student)
-    try_varlen(student.model, lambda: student(ids, positions, _hidden))
+    try_varlen(student.model, dtype, lambda: student(ids, positions, _hidden))
 
 
 @torch.no_grad()

@@ -37,9 +37,11 @@ class Training:
     offload_param: bool = False
 
     @property
-    def one_kernel(self) -> bool:
-        """Whether attention needs no mask: on GPUs in half precision (``learner/attention.py``)."""
-        return self.on_gpu and self.width < FULL
+    def by_sequences(self) -> bool:
+        """Whether attention needs no mask: on CPUs, and on GPUs in half precision
+        (``learner/attention.py``).
+        """
+        return not self.on_gpu or self.width < FULL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +132,8 @@ def activations(model: Architecture, training: Training) -> int:
         norms of heads of queries and keys, (heads + kv_heads) head_dim together: 8 bytes each, and 6
                        in bfloat16 but for Gemma
         attention      queries, keys, values and output: w head_dim (2 heads + 2 kv_heads), where a
-                       mask is needed 4 heads in place of both; a float32 logsumexp for every head
+                       mask is needed 4 heads in place of both; on a CPU, where sequences are joined
+                       afterwards, the output once more; a float32 logsumexp for every head
         MLP            4 intermediate sizes where it is gated (both products, the activation, what
                        goes into the last product), else 2: w each
 
@@ -144,15 +147,17 @@ def activations(model: Architecture, training: Training) -> int:
     in_full = {"rms": 12, "gemma": 12, "layer": 8}
     norm = d * (in_full if w == FULL else in_half)[model.norm_kind]
 
-    groups = 2 * model.kv_heads if training.one_kernel else 2 * model.heads
-    heads = model.head_dim * (2 * model.heads + groups)
+    by_sequences = training.by_sequences and not model.eager_attention
+    groups = 2 * model.kv_heads if by_sequences else 2 * model.heads
+    outputs = 2 * model.heads if by_sequences and not training.on_gpu else model.heads
+    heads = model.head_dim * (model.heads + groups + outputs)
     of_token = min(model.norms, 2) * norm + max(model.norms - 2, 0) * 8 * d
     of_token += w * heads + FULL * model.heads + w * model.mlp_kept
     if model.has_head_norms:
         of_element = 6 if w < FULL and model.norm_kind == "rms" else 8
         of_token += of_element * model.head_dim * (model.heads + model.kv_heads)
 
-    of_pair = 0 if training.one_kernel else w
+    of_pair = 0 if by_sequences else w
     if model.eager_attention:
         of_pair = 8 * model.heads
 
@@ -161,7 +166,7 @@ def activations(model: Architecture, training: Training) -> int:
     if training.checkpointing:
         kept = model.layers * tokens * d * w + layer
 
-    mask = 0 if training.one_kernel else tokens**2
+    mask = 0 if by_sequences else tokens**2
     ends = tokens * (norm + 2 * d * w)
     under_way = 3 * tokens * w * model.mlp_kept // 4
 

@@ -36,6 +36,7 @@ from transformers.models.hyperclovax import HyperCLOVAXConfig
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.evaluation.summary import measurements
+from eopd.learner.attention import VARLEN
 from eopd.learner.student import Student, load_student
 from eopd.loss.head import Head
 from eopd.types import (
@@ -687,9 +688,9 @@ def test_activation_checkpointing_runs_every_layer_again_in_backward(checkpointe
 @pytest.mark.parametrize(
     ("config", "scale", "softcap", "attention"),
     [
-        (LlamaConfig(**TINY), 1.0, None, "sdpa"),
-        (Qwen2Config(**TINY), 1.0, None, "sdpa"),
-        (Qwen3Config(**TINY, head_dim=32), 1.0, None, "sdpa"),
+        (LlamaConfig(**TINY), 1.0, None, VARLEN),
+        (Qwen2Config(**TINY), 1.0, None, VARLEN),
+        (Qwen3Config(**TINY, head_dim=32), 1.0, None, VARLEN),
         (
             Gemma2Config(
                 **TINY,
@@ -700,9 +701,9 @@ def test_activation_checkpointing_runs_every_layer_again_in_backward(checkpointe
             5.0,
             "eager",
         ),
-        (Gemma3TextConfig(**TINY, head_dim=32, sliding_window=3), 1.0, None, "sdpa"),
-        (CohereConfig(**TINY, logit_scale=0.25), 0.25, None, "sdpa"),
-        (GraniteConfig(**TINY, logits_scaling=8.0), 0.125, None, "sdpa"),
+        (Gemma3TextConfig(**TINY, head_dim=32, sliding_window=3), 1.0, None, VARLEN),
+        (CohereConfig(**TINY, logit_scale=0.25), 0.25, None, VARLEN),
+        (GraniteConfig(**TINY, logits_scaling=8.0), 0.125, None, VARLEN),
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else None,
 )

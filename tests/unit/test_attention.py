@@ -2,11 +2,8 @@
 recomputing it drops nothing out.
 """
 
-import itertools
-
 import pytest
 import torch
-from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -25,7 +22,6 @@ from transformers import (
 
 from eopd.config import ConfigError, StudentConfig
 from eopd.learner import attention
-from eopd.learner import student as student_module
 from eopd.learner.attention import VARLEN, check_mask, choose_attention, may_take_varlen
 from eopd.learner.student import Student, load_student
 
@@ -60,7 +56,9 @@ def model_of(config_class, **options):
         (MistralConfig, {"attention_chunk_size": 8192}, "bfloat16", HOPPER, False),
         (MistralConfig, {}, "float32", HOPPER, False),
         (MistralConfig, {}, "bfloat16", VOLTA, False),
-        (MistralConfig, {}, "bfloat16", None, False),
+        (MistralConfig, {}, "bfloat16", None, True),
+        (MistralConfig, {"head_dim": 36}, "float32", None, True),
+        (DogeConfig, {}, "float32", None, False),
         (Gemma2Config, {"attn_logit_softcapping": None}, "bfloat16", HOPPER, True),
         (PhimoeConfig, WINDOW, "bfloat16", HOPPER, False),  # tells its mask alone
         (PhimoeConfig, {"sliding_window": None}, "bfloat16", HOPPER, True),
@@ -68,7 +66,7 @@ def model_of(config_class, **options):
         (GptOssConfig, {}, "bfloat16", HOPPER, False),  # only kernels that know its sinks
     ],
 )
-def test_variable_lengths_are_for_half_precision_on_gpus_whose_kernel_can_do_the_model(
+def test_attention_goes_by_sequences_on_cpus_and_on_gpus_whose_kernel_can_do_the_model(
     config_class, options, dtype, capability, expected
 ):
     model = model_of(config_class, **options)
@@ -81,34 +79,25 @@ def test_a_soft_capped_attention_is_eager():
     assert choose_attention({}) == "sdpa"
 
 
-def kernel_on_a_cpu(query, key, value, ends, _ends, longest, _longest, *, scale, window_size, **_):
-    """What torch's kernel does, sequence by sequence; its own is for GPUs alone."""
-    outputs = []
-    assert ends.dtype == torch.int32
-    assert longest == int(ends.diff().max())
+@pytest.mark.parametrize(("window", "expected"), [(None, (-1, 0)), (4, (3, 0))])
+def test_a_gpu_gets_torch_s_kernel_for_whole_packs(window, expected, monkeypatch):
+    def kernel(query, key, value, ends, _ends, longest, _longest, *, scale, window_size, **_):
+        assert query.shape == (6, 4, 8)
+        assert key.shape == value.shape == (6, 2, 8)
+        assert (ends.dtype, ends.tolist(), longest) == (torch.int32, [0, 4, 6], 4)
+        assert (scale, window_size) == (0.3, expected)
+        return query
 
-    for start, end in itertools.pairwise(ends.tolist()):
-        ahead = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        seen = (ahead >= 0) & ((ahead <= window_size[0]) | (window_size[0] < 0))
-        states = (part[start:end].transpose(0, 1) for part in (query, key, value))
-        outputs.append(
-            functional.scaled_dot_product_attention(
-                *states, attn_mask=seen, scale=scale, enable_gqa=True
-            ).transpose(0, 1)
-        )
-
-    return torch.cat(outputs)
-
-
-@pytest.fixture
-def imitated_gpu(monkeypatch):
-    """A CPU that is taken for a GPU, in whatever precision."""
-    monkeypatch.setattr(attention, "varlen_attn", kernel_on_a_cpu)
-    monkeypatch.setattr(
-        student_module,
-        "may_take_varlen",
-        lambda model, **_: may_take_varlen(model, dtype="bfloat16", capability=HOPPER),
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    query, key = (torch.empty(1, heads, 6, 8, device="meta") for heads in (4, 2))
+    ends = {
+        "cu_seq_lens_q": torch.tensor([0, 4, 6], dtype=torch.int32),
+        "max_length_q": 4,
+    }
+    output, _ = attention.varlen_attention(
+        None, query, key, key, None, scaling=0.3, sliding_window=window, **ends
     )
+    assert output.shape == (1, 6, 4, 8)
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
@@ -127,8 +116,8 @@ def imitated_gpu(monkeypatch):
         (NemotronConfig, {}, "sdpa"),
     ],
 )
-def test_a_model_gets_the_kernel_where_that_changes_nothing(
-    config_class, options, expected, activation_checkpointing, imitated_gpu, tmp_path
+def test_a_model_attends_by_sequences_where_that_changes_nothing(
+    config_class, options, expected, activation_checkpointing, tmp_path
 ):
     torch.manual_seed(0)
     model_of(config_class, **{"num_hidden_layers": 2} | options).save_pretrained(tmp_path)

@@ -29,7 +29,7 @@ from transformers import (
 
 from eopd.config import ConfigError, LoraConfig, load_config
 from eopd.hub import require_cached_directory
-from eopd.learner.attention import choose_attention
+from eopd.learner.attention import VARLEN, choose_attention, sequences_of
 from eopd.planning.architecture import Architecture, read_architecture
 from eopd.planning.balance import Stage, balance, best_counts, stages_of
 from eopd.planning.memory import (
@@ -121,7 +121,8 @@ def test_a_config_that_is_no_model_names_its_file(tmp_path):
 
 def saved_bytes(config, dtype, tokens):
     """Bytes of all storages that autograd saves of a packed forward pass, without parameters."""
-    config._attn_implementation = choose_attention(config.to_dict())
+    attention = choose_attention(config.to_dict())
+    config._attn_implementation = VARLEN if attention == "sdpa" else attention
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -133,9 +134,13 @@ def saved_bytes(config, dtype, tokens):
         return tensor
 
     row = torch.arange(tokens)
+    positions = row % (tokens // 2)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.base_model(
-            input_ids=row[None] % 200, position_ids=row[None] % (tokens // 2), use_cache=False
+            input_ids=row[None] % 200,
+            position_ids=positions[None],
+            use_cache=False,
+            **sequences_of(model, positions),
         )
 
     return sum(size for address, (size, _) in saved.items() if address not in own)
@@ -213,10 +218,25 @@ def test_activations_by_hand():
     assert activations(SMALL, recomputed) == 10 * 1000 * 16 + 1000 * 312 + ENDS + UNDER_WAY
 
 
+def test_a_cpu_keeps_the_output_of_attention_twice():
+    """By sequences and joined: 2 x 2 x 4 = 16 bytes more."""
+    on_cpu = training_of(on_gpu=False)
+    assert activations(SMALL, on_cpu) == 10 * 1000 * 328 + ENDS + UNDER_WAY
+
+
 def test_a_mask_grows_with_the_square_of_the_micro_batch():
-    """Keys and values are spread to all heads: 16 bytes more; a mask in each layer, and one more."""
-    masked = activations(SMALL, training_of(on_gpu=False))
-    assert masked == 10 * (1000 * 328 + 2 * 10**6) + 10**6 + ENDS + UNDER_WAY
+    """In float32 on a GPU: keys and values are spread to all heads, 192 + 4 x 4 x 8 + 8 + 256 = 584
+    bytes a token; a mask in each layer, and one more.
+    """
+    masked = activations(SMALL, training_of(on_gpu=True, width=4))
+    ends = 1000 * (96 + 64) + 1000 * 192
+    assert masked == 10 * (1000 * 584 + 4 * 10**6) + 10**6 + ends
+
+    eager = replace(SMALL, eager_attention=True)
+    of_pairs = 8 * 2 * 10**6
+    assert activations(eager, training_of()) == (
+        10 * (1000 * 328 + of_pairs) + 10**6 + ENDS + UNDER_WAY
+    )
 
 
 # --- states
