@@ -21,8 +21,8 @@ lacks() {
 version=$("$python" -c 'import platform; print(platform.python_version())' 2>/dev/null) || version=
 case $version in
 3.11.*) "$python" -c 'import ensurepip, venv' 2>/dev/null || lacks "Python's venv module (Debian: python3.11-venv)" ;;
-"") lacks "Python 3.11: $python does not run; name another with: make setup PYTHON=/path/to/python3.11" ;;
-*) lacks "Python 3.11: $python is $version; name another with: make setup PYTHON=/path/to/python3.11" ;;
+"") lacks "Python 3.11: $python does not run; name another with: make setup PYTHON=/path/to/python3.11 (uv python install 3.11 brings one)" ;;
+*) lacks "Python 3.11: $python is $version; name another with: make setup PYTHON=/path/to/python3.11 (uv python install 3.11 brings one)" ;;
 esac
 
 [ "$(uname -sm)" = "Linux x86_64" ] || lacks "x86-64 Linux: this is $(uname -sm), for which the lock has no packages"
