@@ -14,6 +14,7 @@ know; ``cu_seq_lens_q`` and ``max_length_q`` are its ``FlashAttentionKwargs``) a
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +90,17 @@ def try_varlen(model: PreTrainedModel, dtype: str, hidden_states: Callable[[], T
     try:
         found = hidden_states().float()
         is_same = bool((found - expected).norm() <= _TOLERANCE[dtype] * expected.norm())
+        reason = "hidden states differ"
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        _log.warning("variable-length attention of %s failed: %r", type(model).__name__, error)
-        is_same = False
+        is_same, reason = False, repr(error)
 
     if not is_same:
+        _log.warning(
+            "%s does not attend by sequences (%s): it attends to all pairs of packed tokens, whose "
+            "cost grows with the square of learner.token_budget",
+            type(model).__name__,
+            reason,
+        )
         model.set_attn_implementation("sdpa")
 
 
@@ -201,8 +208,7 @@ def _each_sequence(
     for length, sequence in zip(lengths, zip(*states, strict=True), strict=True):
         mask = None
         if window is not None and window < length:
-            behind = torch.arange(length)[:, None] - torch.arange(length)
-            mask = (behind >= 0) & (behind < window)
+            mask = _window_mask(max(lengths), window, query_THD.dtype)[:length, :length]
 
         query, key, value = (part.transpose(0, 1)[None] for part in sequence)
         output = functional.scaled_dot_product_attention(
@@ -211,6 +217,13 @@ def _each_sequence(
         outputs.append(output[0].transpose(0, 1))
 
     return torch.cat(outputs)
+
+
+@lru_cache(maxsize=1)
+def _window_mask(length: int, window: int, dtype: torch.dtype) -> Tensor:
+    """Returns what is added to the scores [length, length], once for all layers of a pass."""
+    sees = torch.ones(length, length, dtype=torch.bool).tril_().triu_(1 - window)
+    return torch.zeros(length, length, dtype=dtype).masked_fill_(~sees, -torch.inf)
 
 
 def _head_dim(text_config: Mapping[str, object]) -> int:

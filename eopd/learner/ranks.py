@@ -19,8 +19,9 @@ def join(
 ) -> torch.device:
     """Join the gang's process group (gloo on CPU, nccl on GPU), once in a process.
 
-    A rank waits at most ``timeout_s`` for the others. torch's own ten minutes of nccl may be short
-    where rank 0 writes a checkpoint, or turns one into that of another number of ranks.
+    A rank waits at most ``timeout_s`` for the others at the barriers of this group. torch's own ten
+    minutes of nccl may be short where rank 0 writes a checkpoint, or turns one into that of another
+    number of ranks. (ZeRO's collectives have a group of their own, with torch's limits.)
 
     Returns:
         This rank's device: the only one it sees.

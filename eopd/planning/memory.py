@@ -138,9 +138,10 @@ def activations(model: Architecture, training: Training) -> int:
                        goes into the last product), else 2: w each
 
     Attention with a mask keeps w T^2 of it in every layer, eager attention (under a soft-cap) 8 T^2
-    for every head. With ``checkpointing`` a layer keeps its input, w D T, and the layer under way
-    everything. To this come the embedding and the last norm, the hidden states and their gradient,
-    and the gradients of the MLP under way, which are three quarters of what it keeps.
+    for every head. On a CPU windows have one mask for all layers, of the longest sequence. With
+    ``checkpointing`` a layer keeps its input, w D T, and the layer under way everything. To this
+    come the embedding and the last norm, the hidden states and their gradient, and the gradients of
+    the MLP under way, which are three quarters of what it keeps.
     """
     w, tokens, d = training.width, training.token_budget, model.hidden
     in_half = {"rms": 8, "gemma": 10, "layer": 4}
@@ -167,6 +168,9 @@ def activations(model: Architecture, training: Training) -> int:
         kept = model.layers * tokens * d * w + layer
 
     mask = 0 if by_sequences else tokens**2
+    if by_sequences and not training.on_gpu and model.windowed_layers and model.window < tokens:
+        mask = w * tokens**2
+
     ends = tokens * (norm + 2 * d * w)
     under_way = 3 * tokens * w * model.mlp_kept // 4
 

@@ -100,9 +100,10 @@ class VllmRolloutEngine:
         )
         engine = cls(llm, keep_kv=rollout.keep_kv)
         if num_tokens is not None and num_tokens < engine._llm.model_config.get_vocab_size():
-            await engine._llm.collective_rpc("leave_out_padding", args=(num_tokens,))
+            leave_out = engine._llm.collective_rpc("leave_out_padding", args=(num_tokens,))
+            await engine._answer(leave_out)
 
-        await engine._llm.update_weight_version(version.label)
+        await engine._answer(engine._llm.update_weight_version(version.label))
         await engine._warm_up()
 
         return engine

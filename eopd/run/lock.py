@@ -17,7 +17,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -73,7 +73,6 @@ def held(
     """
     path = directory / LOCK
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         descriptor, notes = _take(path, key, wait_s, say)
     except OSError as error:
         raise ConfigError(f"run.directory: {directory} cannot be made ({error.strerror})") from None
@@ -94,7 +93,8 @@ def held(
         _write(descriptor, "")
         if directory.is_dir() and os.listdir(directory) == [LOCK]:  # nothing was begun
             path.unlink()
-            directory.rmdir()
+            with suppress(OSError):  # another process waits for it, and has made its file
+                directory.rmdir()
 
         os.close(descriptor)
 
@@ -181,9 +181,16 @@ def _take(path: Path, key: str, wait_s: float, say: Callable[[str], None]) -> tu
 
 
 def _try(path: Path) -> tuple[int, list[str]] | None:
-    """Returns what ``_take`` does, or None while another process holds the lock."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    """Returns what ``_take`` does, or None while another process holds the lock, or where its directory
+    has gone with it.
+    """
     notes = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return None
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -165,10 +165,11 @@ class Run:
         """The process of the first engine, once it is there, where engines are no threads."""
         deadline = time.monotonic() + STEP_S
         while True:
-            for actor in self.actors("RolloutActor"):
-                for child in actor.children(recursive=True):
-                    if "EngineCore" in child.name():
-                        return child
+            with suppress(psutil.NoSuchProcess):  # what it looks at may have just ended
+                for actor in self.actors("RolloutActor"):
+                    for child in actor.children(recursive=True):
+                        if "EngineCore" in child.name():
+                            return child
 
             assert self.process.poll() is None and time.monotonic() < deadline
             time.sleep(0.5)

@@ -183,9 +183,9 @@ def test_whoever_is_killed_in_a_benchmark_its_numbers_are_whole(program, benchma
     )
     run = Run(program, "evaluated-killed", *settings)
     engine = run.engine()
-    (rank,) = run.actors("LearnerActor")
     run.says(r"^step 0, held out", after=0)
     engine.kill()
+    (rank,) = run.actors("LearnerActor")
     run.says(r"^rollout engine \d: its engine died; going on with 1 of 2", after=0)
     assert measured(run.directory, "sentences") == {}
     failures = run.wait(lambda row: row["step"] >= 1)["eopd_engine_failures_total"]

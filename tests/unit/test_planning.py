@@ -119,10 +119,10 @@ def test_a_config_that_is_no_model_names_its_file(tmp_path):
 # --- activations, beside what autograd saves
 
 
-def saved_bytes(config, dtype, tokens):
+def saved_bytes(config, dtype, tokens, attention=None):
     """Bytes of all storages that autograd saves of a packed forward pass, without parameters."""
-    attention = choose_attention(config.to_dict())
-    config._attn_implementation = VARLEN if attention == "sdpa" else attention
+    chosen = choose_attention(config.to_dict())
+    config._attn_implementation = attention or (VARLEN if chosen == "sdpa" else chosen)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -154,6 +154,7 @@ def saved_bytes(config, dtype, tokens):
         (Qwen2Config(**TINY), 0.02),
         (Qwen3Config(**TINY), 0.02),
         (MistralConfig(**TINY), 0.02),
+        (MistralConfig(**TINY, sliding_window=8), 0.02),
         (Gemma2Config(**TINY), 0.03),
         (Gemma3TextConfig(**TINY), 0.05),
         (GPTNeoXConfig(**TINY), 0.2),  # queries, keys and values are one product, kept as a whole
@@ -170,6 +171,18 @@ def test_activations_of_a_layer_are_what_autograd_saves(shapes, config, toleranc
     training = training_of(width=4 if dtype == torch.float32 else 2, token_budget=64)
     planned = activations(shapes(more), training) - activations(shapes(config), training)
     assert planned == pytest.approx(saved, rel=tolerance)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**TINY), Qwen3Config(**TINY)])
+def test_activations_under_a_mask_are_what_autograd_saves(shapes, config):
+    """In float32 on a GPU, imitated by the attention that it has there."""
+    more = type(config)(**(config.to_dict() | {"num_hidden_layers": 3, "layer_types": None}))
+    saved = saved_bytes(more, torch.float32, 64, "sdpa")
+    saved -= saved_bytes(config, torch.float32, 64, "sdpa")
+
+    training = training_of(width=4, token_budget=64, on_gpu=True)
+    planned = activations(shapes(more), training) - activations(shapes(config), training)
+    assert planned == pytest.approx(saved, rel=0.02)
 
 
 def training_of(**changes):
@@ -231,6 +244,10 @@ def test_a_mask_grows_with_the_square_of_the_micro_batch():
     masked = activations(SMALL, training_of(on_gpu=True, width=4))
     ends = 1000 * (96 + 64) + 1000 * 192
     assert masked == 10 * (1000 * 584 + 4 * 10**6) + 10**6 + ends
+
+    windowed = replace(SMALL, windowed_layers=3, window=100)
+    on_cpu = training_of(on_gpu=False)
+    assert activations(windowed, on_cpu) == activations(SMALL, on_cpu) + 2 * 10**6
 
     eager = replace(SMALL, eager_attention=True)
     of_pairs = 8 * 2 * 10**6
