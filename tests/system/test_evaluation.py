@@ -194,7 +194,7 @@ def test_whoever_is_killed_in_a_benchmark_its_numbers_are_whole(program, benchma
     run.says(r"^step 2, held out", after=0)
     rank.kill()
     assert measured(run.directory, "sentences").keys() == {0}
-    run.says(GIVEN_UP, after=0)
+    run.says("^the learner was lost", after=0)  # in the benchmark, or when it is next needed
 
     run.says(r"^step 4, held out", after=0)
     run.process.kill()
