@@ -99,13 +99,13 @@ def test_it_goes_on_where_the_holder_has_begun_nothing_and_taken_its_directory_a
     def begins_nothing():
         with held(path):
             left.set()
-            leaves.wait(60.0)
+            leaves.wait(10.0)
 
-    first = threading.Thread(target=begins_nothing)
+    first = threading.Thread(target=begins_nothing, daemon=True)
     first.start()
-    left.wait(60.0)
+    assert left.wait(10.0)
     with held(path, wait_s=60.0, say=lambda text: leaves.set()) as notes:
-        first.join(60.0)
+        first.join(10.0)
         assert notes == []
         assert holder(path).pid == os.getpid()
 
