@@ -59,6 +59,7 @@ bench: setup ## loss, driver, overlap, evaluation, a weight sync, an upload, the
 	$(BIN)/python tests/bench/bench_teacher.py
 	$(BIN)/python tests/bench/bench_pipeline.py
 	$(BIN)/python tests/bench/bench_weights.py
+	$(BIN)/python tests/bench/bench_wire.py
 	$(BIN)/python tests/bench/bench_overlap.py
 	$(BIN)/python tests/bench/bench_evaluation.py
 	$(BIN)/python tests/bench/bench_upload.py

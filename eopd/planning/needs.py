@@ -143,8 +143,9 @@ def learner_need(config: Config, model: Architecture, hardware: Hardware) -> Nee
     device, host = states.device | passes(model, training), dict(states.host)
     wire = wire_of(config, hardware)
     bucket = max(config.weights.bucket_bytes, model.largest_tensor * training.width)
-    bucket = min(bucket, sync_bytes(config, model))
-    host["packed weights"] = sync_bytes(config, model) if wire == "shared" else bucket
+    sent = sync_bytes(config, model)
+    bucket = min(bucket, sent)
+    host["packed weights"] = sent if wire == "shared" else min(2 * bucket, sent)
     merges = config.student.lora is not None and not config.may_send_adapters
     if wire == "nccl" or training.zero_stage == 3 or merges:
         device["a bucket of weights"] = bucket
@@ -181,7 +182,7 @@ def rollout_need(config: Config, model: Architecture, hardware: Hardware) -> Nee
     }
     host: Parts = {}
     if wire != "shared":
-        host["received weights"] = sync_bytes(config, model) * workers * stages
+        host["received weights"] = sync_bytes(config, model)
 
     if wire == "nccl":
         bucket = max(config.weights.bucket_bytes, model.largest_tensor * width)

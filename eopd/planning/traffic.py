@@ -48,7 +48,7 @@ def traffic_of(config: Config, model: Architecture, hardware: Hardware) -> Traff
     wire, size = wire_of(config, hardware), sync_bytes(config, model)
     seconds = None
     if wire != "shared" and hardware.bandwidth is not None:
-        members = 1 + config.rollout.engines * max(1, math.ceil(config.rollout.gpus))
+        members = 1 + config.rollout.engines
         rounds = math.ceil(math.log2(members)) if wire == "gloo" else 1
         seconds = rounds * size / hardware.bandwidth
 

@@ -94,7 +94,6 @@ def open_channel(
     channel = BroadcastChannel(
         sender,
         fleet.workers,  # type: ignore[arg-type]
-        workers_per_engine=_workers(config.rollout),
         probe=Probe(
             token_ids=text[: config.max_sequence_tokens - 1],
             dtype=config.student.chosen_dtype,
@@ -139,10 +138,3 @@ async def scale_on_request(
             await asyncio.sleep(RETRY_S)
         else:
             log(f"{size} rollout engines")
-
-
-def _workers(rollout: RolloutConfig) -> int:
-    """Returns the vLLM workers of one rollout engine; each takes part in the weight transfer."""
-    options = rollout.vllm
-    tensor_parallel = int(str(options.get("tensor_parallel_size", 1)))
-    return tensor_parallel * int(str(options.get("pipeline_parallel_size", 1)))

@@ -142,10 +142,8 @@ class LearnerGang:
         """The weights the ranks hold."""
         return PolicyVersion(*(await self._each("version"))[0])  # type: ignore[misc]
 
-    async def open(  # noqa: D102
-        self, engine_workers: Sequence[int], secret: str
-    ) -> Sequence[Mapping[str, object]]:
-        return (await self._each("open_wire", engine_workers, secret))[0]  # type: ignore[return-value]
+    async def open(self, engines: int, secret: str) -> Sequence[Mapping[str, object]]:  # noqa: D102
+        return (await self._each("open_wire", engines, secret))[0]  # type: ignore[return-value]
 
     async def accept(self) -> None:  # noqa: D102
         await self._each("accept_engines")

@@ -201,8 +201,8 @@ class LearnerActor(Actor):
     def probe(self, token_ids: Int32Array) -> Float32Array:  # noqa: D102
         return self._rank.probe(token_ids)
 
-    def open_wire(self, engine_workers: Sequence[int], secret: str) -> list[dict[str, object]]:  # noqa: D102
-        return self._sender.open(engine_workers, secret)
+    def open_wire(self, engines: int, secret: str) -> list[dict[str, object]]:  # noqa: D102
+        return self._sender.open(engines, secret)
 
     def accept_engines(self) -> None:  # noqa: D102
         self._sender.accept()

@@ -64,7 +64,6 @@ class BroadcastChannel:
     Args:
         sender: the learner gang.
         engines: by number.
-        workers_per_engine: each takes part in the transfer.
         probe: what engines and learner are compared on.
         lose: called with the number of an engine that is to be replaced, and the reason.
         connect_timeout_s: the limit until all have joined the group.
@@ -77,7 +76,6 @@ class BroadcastChannel:
         sender: SenderLink,
         engines: Mapping[int, EngineLink],
         *,
-        workers_per_engine: int,
         probe: Probe,
         lose: Callable[[int, str], None],
         connect_timeout_s: float,
@@ -88,7 +86,6 @@ class BroadcastChannel:
         self._engines = dict(engines)
         self._newcomers: dict[int, EngineLink] = {}
         self._refused: dict[int, str] = {}
-        self._workers = workers_per_engine
         self._probe = probe
         self._lose = lose
         self._connect_timeout_s = connect_timeout_s
@@ -286,7 +283,7 @@ class BroadcastChannel:
         """Build a group of the sender and the engines of a sync."""
         self._doing = "building the group"
         members = dict(sync.engines)  # one of them may be dropped meanwhile
-        infos = await self._sender.open([self._workers] * len(members), secrets.token_hex(16))
+        infos = await self._sender.open(len(members), secrets.token_hex(16))
         accepting = asyncio.ensure_future(self._sender.accept())
 
         async def connect(number: int, info: Mapping[str, object]) -> None:
@@ -393,7 +390,7 @@ class BroadcastChannel:
     ) -> None:
         """Put a failure of the sender down to those of the group's engines whose ranks it names."""
         for rank in getattr(error, "cause", error).ranks:
-            sync.faults.setdefault(engines[(rank - 1) // self._workers], f"{reason}: {error}")
+            sync.faults.setdefault(engines[rank - 1], f"{reason}: {error}")
 
     def _forgive_once(self, sync: "_Sync", number: int, reason: str) -> bool:
         """Note a fault of an engine; the second one with the same weights loses it.

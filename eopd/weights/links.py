@@ -12,9 +12,7 @@ class SenderLink(Protocol):
 
     def reserved(self) -> AbstractAsyncContextManager[object]: ...  # noqa: D102 - no step comes between its calls
     async def version(self) -> PolicyVersion: ...  # noqa: D102
-    async def open(  # noqa: D102
-        self, engine_workers: Sequence[int], secret: str
-    ) -> Sequence[Mapping[str, object]]: ...
+    async def open(self, engines: int, secret: str) -> Sequence[Mapping[str, object]]: ...  # noqa: D102
     async def accept(self) -> None: ...  # noqa: D102
     async def send(self) -> int: ...  # noqa: D102
     async def probe(self, token_ids: Int32Array) -> Float32Array: ...  # noqa: D102

@@ -1,11 +1,11 @@
-"""Host memory that the sender and the engines of its host share: weights are written once, and every
-engine worker reads them where they are.
+"""Host memory that processes share: weights are written once, and read where they are. The sender
+shares it with the engines of its host, and the first worker of an engine with the others.
 
-    sender      [ mark 64 B | message 0 | message 1 | ... ]   one file of memory, without a name
+    writer      [ mark 64 B | message 0 | message 1 | ... ]   one file of memory, without a name
                                    ▲
-    workers     /proc/PID/fd/N ────┘  mapped, each with pages of its own where it writes
+    readers     /proc/PID/fd/N ────┘  mapped, each with pages of its own where it writes
 
-A worker that finds the group's mark behind the path can map the memory. On another host, or in
+An engine that finds the group's mark behind the path can map the memory. On another host, or in
 another container, it finds none: such a group sends its weights over sockets (``wire.py``). The file
 lives as long as somebody has it open or mapped, so that a process that is killed leaves nothing
 behind, and its size is not limited by ``/dev/shm``.
@@ -23,7 +23,7 @@ _ALIGNED = 64  # bytes: every message begins on a cache line, and its tensors ne
 
 
 class SharedMemory:
-    """The sender's end: memory for messages of these sizes, in bytes, once ``reserve`` is called."""
+    """The writer's end: memory for messages of these sizes, in bytes, once ``reserve`` is called."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = sizes
@@ -40,7 +40,7 @@ class SharedMemory:
         os.pwrite(self._file, _mark(secret), 0)
 
     def reserve(self) -> list[torch.Tensor]:
-        """Returns uint8 tensors of the sizes, which all workers see; the same ones every time."""
+        """Returns uint8 tensors of the sizes, which all readers see; the same ones every time."""
         if not self._messages:
             os.ftruncate(self._file, _total(self._sizes))
             self._messages = list(_cut(mmap.mmap(self._file, _total(self._sizes)), self._sizes))
@@ -61,9 +61,9 @@ def is_reachable(path: str, secret: str) -> bool:
 
 
 def map_messages(path: str, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Returns the sender's messages, for an engine worker.
+    """Returns the writer's messages, for a reader.
 
-    Whatever the worker writes into them stays its own (``MAP_PRIVATE``): a loader that changes a
+    Whatever the reader writes into them stays its own (``MAP_PRIVATE``): a loader that changes a
     tensor in place cannot change the weights of the other engines.
 
     Raises:

@@ -1,16 +1,20 @@
 """Sender and receiver of one transfer: the learner's parameters, bucket by bucket, into host memory
-of every engine worker.
+of every engine.
 
 For example three parameters of 60, 30 and 50 bytes, in buckets of at most 100 bytes:
 
-    learner ranks            rank 0                            every engine worker
-    ─────────────            ──────                            ───────────────────
+    learner ranks            rank 0                            every engine's first worker
+    ─────────────            ──────                            ───────────────────────────
     gather p0, p1 ────▶ [ p0  60 B | p1 30 B | hash 16 B ] ──▶ hash, keep       a broadcast for each
     gather p2     ────▶ [ p2  50 B | hash 16 B ] ────────────▶ hash, keep       bucket, and at the
                         barrier                          ◀───▶ barrier          end one barrier
 
-On one host the message is not sent: it is packed into memory that the workers have mapped
-(``weights/shared.py``), and only its hash travels.
+The stages overlap: while a message is hashed and sent, the next bucket is gathered and packed; while
+one arrives, the one before it is hashed.
+
+On one host the message is not sent: it is packed into memory that the engines have mapped
+(``weights/shared.py``), and only its hash travels. In the same way the other workers of an engine
+read what its first one has received.
 
 This is phase one of a weight sync: buckets travel while generation goes on, and nothing is loaded.
 In phase two (``weights/vllm_receiver.py``) the engine pauses, and loads what is in its memory.
@@ -21,9 +25,10 @@ dies or stalls fails the transfer for all, and the group is built again.
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Protocol, Self, cast
+from typing import Protocol, cast
 
 import torch
 from torch._C._distributed_c10d import TCPStore
@@ -41,7 +46,7 @@ from eopd.weights.layout import (
     unpack,
     write_digest,
 )
-from eopd.weights.shared import SharedMemory
+from eopd.weights.shared import SharedMemory, map_messages
 from eopd.weights.wire import (
     Backend,
     Rendezvous,
@@ -77,7 +82,6 @@ class ParameterSource(Protocol):
 class InitInfo(Rendezvous):
     """Where one engine joins, and what it will be sent: plain values, which vLLM hands through.
 
-    ``rank`` is that of the engine's first worker; worker w (tensor parallel) joins as ``rank + w``.
     ``scale`` is that of adapters that are sent alone, None where weights are sent.
     """
 
@@ -87,6 +91,19 @@ class InitInfo(Rendezvous):
     def layout(self) -> tuple[Bucket, ...]:
         """Returns the buckets, typed again after the journey."""
         return tuple(tuple(map(_parameter, bucket)) for bucket in self.buckets)
+
+    def map(self, memory: str) -> list[torch.Tensor]:
+        """Returns the messages in a process's memory, by its path.
+
+        Raises:
+            WeightTransferError: it cannot be mapped.
+        """
+        try:
+            return map_messages(memory, _message_sizes(self.layout()))
+        except OSError as error:
+            raise WeightTransferError(
+                f"the weights cannot be read where they are: {error}"
+            ) from error
 
 
 def _parameter(values: Mapping[str, object]) -> ParameterMeta:
@@ -127,15 +144,16 @@ class WeightSender:
         self._rendezvous: Rendezvous | None = None
         self._store: TCPStore | None = None
         self._memory: SharedMemory | None = None
+        self._buffers: list[torch.Tensor] = []
         self._wire: Wire | None = None
         if self._is_sender and backend == "nccl":
             import_nccl()
 
-    def open(self, engine_workers: Sequence[int], secret: str) -> list[dict[str, object]]:
+    def open(self, engines: int, secret: str) -> list[dict[str, object]]:
         """Leave the last group, and open a store for the next one.
 
         Args:
-            engine_workers: the number of workers of each engine.
+            engines: the number of engines.
             secret: what the members of the group alone will know.
 
         Returns:
@@ -155,7 +173,7 @@ class WeightSender:
             address=self._address,
             port=self._store.port,
             rank=0,
-            world_size=1 + sum(engine_workers),
+            world_size=1 + engines,
             secret=secret,
             connect_timeout_s=self._connect_timeout_s,
             timeout_s=self._timeout_s,
@@ -163,10 +181,8 @@ class WeightSender:
         )
         fields = asdict(self._rendezvous)
         buckets = [list(map(asdict, bucket)) for bucket in self._buckets]
-        first_ranks = [1 + sum(engine_workers[:engine]) for engine in range(len(engine_workers))]
-
         sent = {"buckets": buckets, "scale": self._source.scale}
-        return [{**fields, **sent, "rank": rank} for rank in first_ranks]
+        return [{**fields, **sent, "rank": rank} for rank in range(1, 1 + engines)]
 
     def accept(self) -> None:
         """Join as rank 0; returns when every engine has joined.
@@ -182,9 +198,7 @@ class WeightSender:
             raise WireError("weight transfer: accept before open")
 
         try:
-            self._wire = open_wire(
-                self._rendezvous, self._sizes, store=self._store, memory=self._memory
-            )
+            self._wire = open_wire(self._rendezvous, store=self._store, memory=self._memory)
         except WireError:
             self.close()
             raise
@@ -213,49 +227,104 @@ class WeightSender:
         self._wire = self._store = self._rendezvous = None
 
     def _send(self) -> int:
-        num_bytes, wire = 0, self._wire
-        failure: WireError | None = None
-        if self._is_sender and wire is None:
-            failure = WireError("no group to send to: open, accept")
+        wire = self._wire
+        with ThreadPoolExecutor(1, "weight-sender") as thread:
+            sending = thread.submit(_nothing)
+            for index, bucket in enumerate(self._buckets):
+                # to the last bucket, also after a failure: the other ranks gather all of them
+                tensors = self._source.gather(bucket)
+                if tensors is None or wire is None:
+                    continue
 
-        for index, bucket in enumerate(self._buckets):
-            # to the last bucket, also after a failure: the other ranks gather all of them
-            tensors = self._source.gather(bucket)
-            if tensors is None or failure is not None or wire is None:
-                continue
+                message_B = self._message(wire, index)
+                pack(tensors, _split(message_B)[0])
+                if sending.exception() is None:  # once the message before has been sent
+                    sending = thread.submit(_hash_and_send, wire, message_B)
 
-            message_B = wire.message(index)
-            bucket_B, digest_D = _split(message_B)
-            pack(tensors, bucket_B)
-            write_digest(bucket_B, digest_D)
-
-            try:
-                wire.broadcast(message_B)
-            except WireError as error:
-                failure = error
-
-            num_bytes += bucket_num_bytes(bucket)
-
-        if failure is not None:
-            raise failure
-
+        sending.result()
         if wire is not None:
             wire.barrier()
+        elif self._is_sender:
+            raise WireError("no group to send to: open, accept")
 
-        return num_bytes
+        return sum(map(bucket_num_bytes, self._buckets)) if self._is_sender else 0
+
+    def _message(self, wire: Wire, index: int) -> torch.Tensor:
+        """Returns uint8 host memory for a message, of which the one before it is still being sent.
+
+        GPUs read it at full speed only where it is pinned.
+        """
+        if wire.is_in_place and self._memory is not None:
+            return self._memory.reserve()[index]
+
+        if not self._buffers:
+            pins, largest = self._backend == "nccl", max(self._sizes)
+            self._buffers = [
+                torch.empty(largest, dtype=torch.uint8, pin_memory=pins) for _ in self._sizes[:2]
+            ]
+
+        return self._buffers[index % 2][: self._sizes[index]]
+
+
+def _hash_and_send(wire: Wire, message_B: torch.Tensor) -> None:
+    bucket_B, digest_D = _split(message_B)
+    write_digest(bucket_B, digest_D)
+    wire.broadcast(digest_D if wire.is_in_place else message_B)
+
+
+def _nothing() -> None:
+    """Stands for the message before the first one."""
+
+
+class WeightReader:
+    """The end of an engine's other workers, which read what the first one has received and checked.
+
+    ``memory`` is the path of what it received.
+    """
+
+    def __init__(self, info: InitInfo, memory: str) -> None:
+        self.scale = info.scale
+        self.memory = memory
+        self._info = info
+        info.map(memory)
+
+    def start(self) -> None:
+        """Returns at once: another worker receives."""
+
+    def check(self) -> None:
+        """Returns at once: another worker checks."""
+
+    def take(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Returns the parameters by name.
+
+        Raises:
+            WeightTransferError: the memory of the first worker is gone.
+        """
+        return _unpacked(self._info.map(self.memory), self._info.layout())
+
+    def close(self) -> None:
+        """Returns at once: it is in no group."""
 
 
 class WeightReceiver:
-    """An engine worker's end: a thread receives and hashes buckets while the engine generates."""
+    """The end of an engine's first worker: a thread receives and hashes buckets while the engine
+    generates. ``memory`` is the path of what it receives, for its other workers.
 
-    def __init__(self, info: InitInfo, worker: int) -> None:
+    Buckets are mapped anew for every transfer: where a loader has changed one in place, nobody sees
+    the change, and this worker does not see it again.
+    """
+
+    def __init__(self, info: InitInfo) -> None:
         self.scale = info.scale
-        self._buckets = info.layout()
-        self._wire = open_wire(
-            replace(info, rank=info.rank + worker), _message_sizes(self._buckets)
-        )
-        self._timeout_s = info.timeout_s
+        self._info = info
+        self._own: SharedMemory | None = None
         self._transfer: _Transfer | None = None
+        self._wire = open_wire(info)
+        if not self._wire.is_in_place:
+            self._own = SharedMemory(_message_sizes(info.layout()))
+            self._own.reserve()
+
+        self.memory = info.memory if self._own is None else self._own.path
 
     def start(self) -> None:
         """Begin to receive, and return at once. What was received and never taken is discarded.
@@ -269,7 +338,14 @@ class WeightReceiver:
         if not self._wire.is_open:
             raise WireError("the group of an earlier weight transfer has failed: connect again")
 
-        self._transfer = _Transfer.start(self._wire, self._buckets)
+        messages = self._info.map(self.memory)
+        arriving = [torch.empty(DIGEST_BYTES, dtype=torch.uint8) for _ in messages]
+        self._transfer = _Transfer(
+            self._wire,
+            self._info.layout(),
+            arriving=arriving if self._own is None else self._own.reserve(),
+            messages=messages,
+        )
 
     def check(self) -> None:
         """Find out, after the sender's ``send``, that everything is here and every hash is right.
@@ -286,9 +362,9 @@ class WeightReceiver:
             WeightTransferError: no transfer was started, it failed, a bucket's hash was wrong
                 (``BucketHashError``), or it did not end in time.
         """
-        buffers = self._started().result(self._timeout_s)
+        messages = self._started().result(self._info.timeout_s)
         self._transfer = None
-        return chain.from_iterable(map(unpack, buffers, self._buckets))
+        return _unpacked(messages, self._info.layout())
 
     def close(self) -> None:
         """Leave the group. A transfer under way ends by itself, at its time-out at the latest."""
@@ -302,12 +378,24 @@ class WeightReceiver:
 
 
 class _Transfer:
-    """One set of buckets on its way into host memory."""
+    """One set of buckets on its way into host memory.
 
-    def __init__(self, wire: Wire, buckets: Sequence[Bucket]) -> None:
+    ``arriving`` is what the wire fills, and ``messages`` is the same memory, as the engine reads it;
+    where messages are in place only their hashes arrive.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        buckets: Sequence[Bucket],
+        *,
+        arriving: Sequence[torch.Tensor],
+        messages: Sequence[torch.Tensor],
+    ) -> None:
         self._wire = wire
         self._buckets = buckets
-        self._messages = [wire.message(index) for index in range(len(buckets))]
+        self._arriving = arriving
+        self._messages = messages
         self._error: RuntimeError | None = None
         self._all_arrived = False  # still False where an unforeseen error ends the thread
         self._thread = threading.Thread(
@@ -315,21 +403,21 @@ class _Transfer:
             name="weight-receiver",
             daemon=True,
         )
-
-    @classmethod
-    def start(cls, wire: Wire, buckets: Sequence[Bucket]) -> Self:
-        transfer = cls(wire, buckets)
-        transfer._thread.start()
-        return transfer
+        self._thread.start()
 
     def _receive(self) -> None:
         """Receives all buckets, also after one with a wrong hash: a fault of this receiver must
         not fail the others.
         """
         try:
-            for index in range(len(self._messages)):
-                self._wire.broadcast(self._messages[index])
-                self._verify(index)
+            with ThreadPoolExecutor(1, "weight-hash") as thread:
+                checks = []
+                for index, arriving_B in enumerate(self._arriving):
+                    self._wire.broadcast(arriving_B)
+                    checks.append(thread.submit(self._verify, index))
+
+                for check in checks:
+                    check.result()
 
             self._wire.barrier()
             self._all_arrived = True
@@ -349,7 +437,7 @@ class _Transfer:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def result(self, timeout_s: float) -> list[torch.Tensor]:
+    def result(self, timeout_s: float) -> Sequence[torch.Tensor]:
         if not self.ends_within(timeout_s):
             raise WeightTransferError(f"weight transfer did not end within {timeout_s:g} s")
 
@@ -364,7 +452,17 @@ class _Transfer:
                 "weight transfer failed: its thread has ended; its error is in the log"
             )
 
-        return [_split(message_B)[0] for message_B in self._messages]
+        return self._messages
+
+
+def _unpacked(
+    messages: Sequence[torch.Tensor], buckets: Sequence[Bucket]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Returns views of all parameters, by name."""
+    return chain.from_iterable(
+        unpack(_split(message_B)[0], bucket)
+        for message_B, bucket in zip(messages, buckets, strict=True)
+    )
 
 
 def _message_sizes(buckets: Sequence[Bucket]) -> list[int]:

@@ -2,7 +2,8 @@
 ``vllm_plugin.py`` registers it in every process of vLLM.
 
 Calls to the engine, in order (checked against 0.32.0):
-    init_weight_transfer_engine(InitInfo)      leave the old group, join the new one; weight_failure
+    init_weight_transfer_engine(InitInfo)      leave the old group, join the new one; weight_failure.
+                                               The first worker joins, the others read its memory
     begin_weights                              start the receiving thread, return at once: generation goes on
     check_weights                              tell whether everything arrived whole
     ... pause_generation ...
@@ -30,6 +31,7 @@ from typing import Protocol, cast
 
 import torch
 from vllm.config import WeightTransferConfig
+from vllm.distributed.parallel_state import get_world_group
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -49,7 +51,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from eopd.adapters import merged
 from eopd.types import WeightTransferError
-from eopd.weights.transfer import InitInfo, WeightReceiver
+from eopd.weights.transfer import InitInfo, WeightReader, WeightReceiver
 
 ENGINE_NAME = "eopd"
 logger = logging.getLogger(__name__)
@@ -67,14 +69,21 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, WeightTrans
     supports_draft_weight_update = False
 
     failure = ""  # of the last call
-    _receiver: WeightReceiver | None = None
+    _receiver: WeightReceiver | WeightReader | None = None
     _never_sent: Collection[str] = ()
 
     def init_transfer_engine(self, init_info: _VllmInitInfo) -> None:
         """Leave the last group and join the sender's; a transfer under way ends by itself."""
         self.shutdown()
+        workers = get_world_group()
         with self._keeps_failure():
-            self._receiver = WeightReceiver(init_info, worker=self.parallel_config.rank)
+            if workers.is_first_rank:
+                self._receiver = WeightReceiver(init_info)
+
+        memory = workers.broadcast_object(self._receiver.memory if self._receiver else "")
+        if memory and not workers.is_first_rank:
+            with self._keeps_failure():
+                self._receiver = WeightReader(init_info, memory)
 
     def begin(self) -> str:
         """Start receiving; returns why it cannot be, empty where it can."""
@@ -128,7 +137,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[_VllmInitInfo, WeightTrans
             device=self.device,
         )
 
-    def _joined(self) -> WeightReceiver:
+    def _joined(self) -> WeightReceiver | WeightReader:
         if self._receiver is None:
             raise WeightTransferError("in no weight transfer group: connect first")
 

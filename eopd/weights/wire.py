@@ -1,9 +1,9 @@
-"""The wires: how bytes get from the learner's rank 0 to every engine worker.
+"""The wires: how bytes get from the learner's rank 0 to the first worker of every engine.
 
     shared   through memory of one host, which gloo announces     all members are on the sender's host
     gloo     through host memory, over TCP                        anywhere
     nccl     from GPU to GPU                                      whole GPUs at both ends
-    auto     shared where every worker sees the sender's memory, else gloo
+    auto     shared where every engine sees the sender's memory, else gloo
 
 A wire is a process group of its own over a TCP store of its own. No default group is touched, so it
 cannot clash with DeepSpeed's or with vLLM's. Both ends of each wire are in this file.
@@ -17,7 +17,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,14 +36,13 @@ from torch._C._distributed_c10d import (
 
 from eopd.network import address_towards
 from eopd.types import WeightTransferError
-from eopd.weights.layout import DIGEST_BYTES
 from eopd.weights.lifeline import Lifeline
-from eopd.weights.shared import SharedMemory, is_reachable, map_messages
+from eopd.weights.shared import SharedMemory, is_reachable
 
 Backend = Literal["auto", "shared", "gloo", "nccl"]
 
 ALL_HERE = "eopd/all-here"  # keys of the store: the wire that was chosen, once all are there,
-SEES_MEMORY = "eopd/sees-memory"  # what each worker says of the sender's memory,
+SEES_MEMORY = "eopd/sees-memory"  # what each engine says of the sender's memory,
 NCCL_ID = "eopd/nccl-id"  # and the id of NCCL's group
 
 logger = logging.getLogger(__name__)
@@ -81,11 +80,12 @@ class Wire(Protocol):
     def is_open(self) -> bool:
         """Whether the wire has neither failed nor been closed."""
 
-    def message(self, index: int) -> torch.Tensor:
-        """Returns the uint8 host memory for a message; its last bytes are the hash of the others."""
+    @property
+    def is_in_place(self) -> bool:
+        """Whether messages are in memory that all members see, so that only their hashes travel."""
 
     def broadcast(self, message_B: torch.Tensor) -> None:
-        """Send (rank 0) or receive (others) a message.
+        """Send (rank 0) or receive (others) uint8 in host memory: a message, or its hash.
 
         Raises:
             WireError: a member is gone, or did not answer within the time-out.
@@ -113,16 +113,11 @@ def open_store(address: str, timeout_s: float) -> TCPStore:
 
 
 def open_wire(
-    rendezvous: Rendezvous,
-    sizes: Sequence[int],
-    *,
-    store: TCPStore | None = None,
-    memory: SharedMemory | None = None,
+    rendezvous: Rendezvous, *, store: TCPStore | None = None, memory: SharedMemory | None = None
 ) -> Wire:
     """Join the group; blocks until all members have.
 
-    ``sizes`` are those of the messages, in bytes. The sender passes the store that it opened, and
-    the memory that it would share.
+    The sender passes the store that it opened, and the memory that it would share.
 
     The process group is made once all members are connected: NCCL has no time-out of its own for
     that, and a member that dies in that moment hangs the others until ``learner.timeout_s``.
@@ -132,7 +127,7 @@ def open_wire(
             ``ranks`` that have not.
     """
     try:
-        return _meet(rendezvous, sizes, store, memory)
+        return _meet(rendezvous, store, memory)
     except (RuntimeError, OSError) as error:
         where = (
             f"{rendezvous.address}:{rendezvous.port}, as rank {rendezvous.rank} of "
@@ -145,12 +140,7 @@ def open_wire(
         ) from error
 
 
-def _meet(
-    rendezvous: Rendezvous,
-    sizes: Sequence[int],
-    store: TCPStore | None,
-    memory: SharedMemory | None,
-) -> Wire:
+def _meet(rendezvous: Rendezvous, store: TCPStore | None, memory: SharedMemory | None) -> Wire:
     secret, timeout = rendezvous.secret, timedelta(seconds=rendezvous.connect_timeout_s)
     if store is None:
         store = TCPStore(
@@ -179,12 +169,8 @@ def _meet(
         else:
             group_store.wait([ALL_HERE], timeout)
 
-        if group_store.get(ALL_HERE) == b"shared":
-            messages = memory.reserve() if memory else map_messages(rendezvous.memory, sizes)
-            return SharedWire(group_store, rendezvous, lifeline, messages)
-
-        make = NcclWire if rendezvous.backend == "nccl" else GlooWire
-        return make(group_store, rendezvous, lifeline, sizes)
+        kind = _KINDS[group_store.get(ALL_HERE).decode()]
+        return kind(group_store, rendezvous, lifeline)
     except BaseException:
         lifeline.close()
         raise
@@ -212,7 +198,7 @@ def _choose(store: Store, rendezvous: Rendezvous, memory: SharedMemory | None) -
         memory.reserve()
 
     chosen = "gloo" if elsewhere else "shared"
-    logger.info("weights travel by %s to %d workers", chosen, len(ranks))
+    logger.info("weights travel by %s to %d engines", chosen, len(ranks))
     return chosen
 
 
@@ -224,16 +210,15 @@ class GlooWire:
     and a thread that may sleep keeps both lists until the message has ended.
     """
 
-    def __init__(
-        self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline, sizes: Sequence[int]
-    ) -> None:
+    is_in_place = False
+
+    def __init__(self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=rendezvous.connect_timeout_s)
         own = address_towards(rendezvous.address, rendezvous.port)
         options._devices = [ProcessGroupGloo.create_device(hostname=own)]
         self._timeout = timedelta(seconds=rendezvous.timeout_s)
         self._lifeline = lifeline
-        self._sizes = sizes
         self._work: list[Work] = []
         self._group = [
             ProcessGroupGloo(
@@ -247,9 +232,6 @@ class GlooWire:
     @property
     def is_open(self) -> bool:  # noqa: D102
         return bool(self._group)
-
-    def message(self, index: int) -> torch.Tensor:  # noqa: D102
-        return torch.empty(self._sizes[index], dtype=torch.uint8)
 
     def broadcast(self, message_B: torch.Tensor) -> None:  # noqa: D102
         options = BroadcastOptions()
@@ -323,29 +305,11 @@ def _release(group: list[ProcessGroupGloo], message: list[Work]) -> None:
 
 
 class SharedWire(GlooWire):
-    """A wire through the memory of one host: gloo carries the hash of a message, and the message is
-    there already.
+    """A wire through the memory of one host: gloo carries the hash of a message, which says that the
+    message is there.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        rendezvous: Rendezvous,
-        lifeline: Lifeline,
-        messages: Sequence[torch.Tensor],
-    ) -> None:
-        super().__init__(store, rendezvous, lifeline, [len(message_B) for message_B in messages])
-        self._messages = messages
-
-    def message(self, index: int) -> torch.Tensor:  # noqa: D102
-        return self._messages[index]
-
-    def broadcast(self, message_B: torch.Tensor) -> None:  # noqa: D102
-        digest_D = message_B[-DIGEST_BYTES:]
-        sent_D = digest_D.clone()
-        super().broadcast(sent_D)
-        if not torch.equal(digest_D, sent_D):  # whoever checks it then finds another message
-            digest_D.copy_(sent_D)
+    is_in_place = True
 
 
 def import_nccl() -> None:
@@ -358,14 +322,17 @@ def import_nccl() -> None:
 class NcclWire:
     """A wire between GPUs, through one device buffer of the largest bucket so far.
 
+    While it sends, the learner gathers the next bucket over a communicator of its own. Only rank 0
+    is a member of both, so neither waits for the other in a circle.
+
     The host keeps the weights until they are loaded. The communicator is vLLM's own
     (``PyNcclCommunicator``, vLLM 0.32.0), made from an id that travels as plain bytes: nothing that
     a store holds is unpickled.
     """
 
-    def __init__(
-        self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline, sizes: Sequence[int]
-    ) -> None:
+    is_in_place = False
+
+    def __init__(self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
         from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
         from vllm.utils.nccl import unpinned_nccl_env
@@ -387,7 +354,6 @@ class NcclWire:
                 device=self._device,
             )
 
-        self._sizes = sizes
         self._is_sender = rendezvous.rank == 0
         self._timeout_s = rendezvous.timeout_s
         self._lifeline = lifeline
@@ -397,9 +363,6 @@ class NcclWire:
     @property
     def is_open(self) -> bool:  # noqa: D102
         return self._open
-
-    def message(self, index: int) -> torch.Tensor:  # noqa: D102
-        return torch.empty(self._sizes[index], dtype=torch.uint8)
 
     def broadcast(self, message_B: torch.Tensor) -> None:  # noqa: D102
         self._must_be_open()
@@ -465,3 +428,10 @@ class NcclWire:
         if failure is not None:
             self.close()
             raise failure
+
+
+_KINDS: Mapping[str, Callable[[Store, Rendezvous, Lifeline], Wire]] = {
+    "shared": SharedWire,
+    "gloo": GlooWire,
+    "nccl": NcclWire,
+}

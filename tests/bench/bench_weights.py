@@ -156,7 +156,7 @@ async def measure(rounds: int, backend: Backend) -> tuple[dict[str, list[float]]
         connect_timeout_s=60.0,
         timeout_s=120.0,
     )
-    (info,) = sender.open([1], "secret")
+    (info,) = sender.open(1, "secret")
     await asyncio.gather(asyncio.to_thread(sender.accept), engine.connect_weights(info))
     watch = Stopwatch()
 

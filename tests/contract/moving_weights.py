@@ -98,8 +98,8 @@ class Sender:
     async def probe(self, token_ids):
         return logprobs_of(self.model, token_ids).astype(np.float32)
 
-    async def open(self, engine_workers, secret):
-        return self.sender.open(engine_workers, secret)
+    async def open(self, engines, secret):
+        return self.sender.open(engines, secret)
 
     async def accept(self):
         await asyncio.to_thread(self.sender.accept)
@@ -142,7 +142,6 @@ def channel_of(
     return BroadcastChannel(
         sender,
         {0: engine},
-        workers_per_engine=1,
         probe=Probe(token_ids=PROBE, dtype="float32", every=probe_every),
         lose=lambda number, reason: condemned.append(reason),
         connect_timeout_s=60.0,

@@ -67,7 +67,7 @@ def receive(pipe: Connection) -> None:
         order, argument = pipe.recv()
         try:
             if order == "connect":
-                receiver = WeightReceiver(InitInfo(**argument), 0)
+                receiver = WeightReceiver(InitInfo(**argument))
                 answer = "joined"
             elif order == "start":
                 answer = receiver.start() or "started"
@@ -102,7 +102,7 @@ class Gang:
         return lambda: [pipe.recv() for _, pipe in self.members]
 
     def connect(self, sender: WeightSender) -> None:
-        answers = self.tell("connect", sender.open([1] * len(self.members), "secret"))
+        answers = self.tell("connect", sender.open(len(self.members), "secret"))
         sender.accept()
         assert answers() == ["joined"] * len(self.members)
 
@@ -250,7 +250,7 @@ def test_who_has_left_is_named_also_when_gloo_notices_first(monkeypatch):
 def test_a_group_is_built_without_one_that_never_joins():
     with gang(2, timeout_s=HOUR) as (them, sender, source):
         sender._connect_timeout_s = 2.0
-        answers = them.tell("connect", sender.open([1, 1, 1], "secret")[:2])
+        answers = them.tell("connect", sender.open(3, "secret")[:2])
         with pytest.raises(WireError, match="as rank 0 of 4"), ThreadPoolExecutor() as pool:
             pool.submit(sender.accept).result()
 
@@ -268,26 +268,26 @@ def test_all_receivers_on_the_host_read_the_senders_memory(caplog):
         assert_publishes(them, sender, source, 1.0)
         assert_publishes(them, sender, source, 2.0)
 
-    assert "weights travel by shared to 2 workers" in caplog.text
+    assert "weights travel by shared to 2 engines" in caplog.text
 
 
 @pytest.mark.timeout(120)
 def test_weights_go_over_sockets_where_one_receiver_does_not_see_the_memory(caplog):
     with gang(2, HOUR, "auto") as (them, sender, source), caplog.at_level("INFO"):
-        here, elsewhere = sender.open([1, 1], "secret")
+        here, elsewhere = sender.open(2, "secret")
         answers = them.tell("connect", [here, {**elsewhere, "memory": "/proc/self/fd/9999"}])
         sender.accept()
         assert answers() == ["joined"] * 2
         assert_publishes(them, sender, source, 1.0)
 
-    assert "weights travel by gloo to 2 workers" in caplog.text
+    assert "weights travel by gloo to 2 engines" in caplog.text
 
 
 @pytest.mark.timeout(120)
 def test_shared_memory_that_was_asked_for_is_refused_where_one_does_not_see_it():
     with gang(2, HOUR, "shared") as (them, sender, source):
         sender._connect_timeout_s = 2.0
-        here, elsewhere = sender.open([1, 1], "secret")
+        here, elsewhere = sender.open(2, "secret")
         answers = them.tell("connect", [here, {**elsewhere, "memory": "/proc/self/fd/9999"}])
         with pytest.raises(WireError, match=r"ranks \[2\] do not see the memory") as refused:
             sender.accept()

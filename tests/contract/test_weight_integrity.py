@@ -35,8 +35,8 @@ async def assert_serves(
     assert set(written.policy_versions.tolist()) == {version.step}
 
 
-async def connect(engine: VllmRolloutEngine, sender: Sender, workers: int) -> None:
-    (info,) = await sender.open([workers], "secret")
+async def connect(engine: VllmRolloutEngine, sender: Sender) -> None:
+    (info,) = await sender.open(1, "secret")
     await asyncio.gather(sender.accept(), engine.connect_weights(info))
 
 
@@ -46,25 +46,26 @@ async def transfer(engine: VllmRolloutEngine, sender: Sender) -> None:
 
 
 @pytest.mark.parametrize(
-    "workers",
+    ("workers", "backend"),
     [
-        1,
-        pytest.param(2, marks=pytest.mark.slow),
+        (1, "auto"),
+        pytest.param(2, "auto", marks=pytest.mark.slow),
+        pytest.param(2, "gloo", marks=pytest.mark.slow),
     ],
 )
-async def test_a_failed_transfer_leaves_the_old_weights_in_service(tiny_model, workers):
-    """Two workers fail together: what one says must not be taken for the other's next answer."""
+async def test_a_failed_transfer_leaves_the_old_weights_in_service(tiny_model, workers, backend):
+    """Of two workers one receives: what it says must not be taken for the other's next answer."""
     old_dir = tiny_model("qwen3", seed=1, scale=0.2)
     new_dir = tiny_model("qwen3", seed=2, scale=0.2)
     old, new = load(old_dir), load(new_dir)
     engine = await start(old_dir, tensor_parallel_size=workers)
-    sender = Sender(new)
+    sender = Sender(new, backend)
 
     try:
         with pytest.raises(WeightTransferError, match="in no weight transfer group"):
             await engine.receive_weights()
 
-        await connect(engine, sender, workers)
+        await connect(engine, sender)
         sender.corrupts = True
         await transfer(engine, sender)
 
@@ -92,7 +93,7 @@ async def test_a_failed_transfer_leaves_the_old_weights_in_service(tiny_model, w
             await engine.receive_weights()
 
         await assert_serves(engine, new, PolicyVersion(0, 2))
-        await connect(engine, sender, workers)
+        await connect(engine, sender)
         sender.sender._source.fails = False
         await transfer(engine, sender)
         await engine.install_weights(PolicyVersion(0, 3))

@@ -28,9 +28,9 @@ class FakeSender:
     async def version(self):
         return self.held
 
-    async def open(self, engine_workers, secret):
-        self.groups.append(list(engine_workers))
-        return [{"rank": rank} for rank in range(len(engine_workers))]
+    async def open(self, engines, secret):
+        self.groups.append(engines)
+        return [{"rank": rank} for rank in range(engines)]
 
     async def accept(self):
         pass
@@ -112,7 +112,6 @@ def channel_of(sender, *engines, lost=None, every=0):
     return BroadcastChannel(
         sender,
         dict(enumerate(engines)),
-        workers_per_engine=2,
         lose=lambda number, reason: told.append((number, reason)),
         probe=Probe(token_ids=np.arange(5, dtype=np.int32), dtype="float32", every=every),
         connect_timeout_s=0.2,
@@ -130,7 +129,7 @@ async def test_the_group_is_built_once_and_every_engine_serves_the_version():
     assert stats.version == NEW
     assert stats.num_bytes == 100
     assert stats.pause_s == 0.25
-    assert sender.groups == [[2, 2]]
+    assert sender.groups == [2]
     assert channel.num_failures == 0
     assert [engine.serves for engine in engines] == [NEW, NEW]
 
@@ -143,7 +142,7 @@ async def test_an_engine_that_dies_in_phase_one_is_left_out(phase):
     await channel.publish(NEW)
     assert [number for number, _ in lost] == [1]
     assert f"died in {phase}" in lost[0][1]
-    assert sender.groups == [[2, 2, 2], [2, 2]]
+    assert sender.groups == [3, 2]
     assert [engine.serves.step for engine in engines] == [7, 0, 7]
     assert channel.num_failures == 1
 
@@ -155,9 +154,9 @@ async def test_an_engine_that_dies_while_it_loads_is_condemned():
     await channel.publish(NEW)
     assert lost == [(0, "installing weights failed: died in install")]
     assert engines[1].serves == NEW
-    assert sender.groups == [[2, 2]]
+    assert sender.groups == [2]
     await channel.publish(NEW)
-    assert sender.groups == [[2, 2], [2]]
+    assert sender.groups == [2, 1]
 
 
 async def test_an_engine_that_serves_another_version_is_condemned():
@@ -242,10 +241,10 @@ async def test_a_newcomer_is_brought_to_the_learner_s_version():
     sender.held = PolicyVersion(0, 8)
     await channel.join(1, new)
     assert (old.serves, new.serves) == (NEW, sender.held)
-    assert sender.groups == [[2], [2]]
+    assert sender.groups == [1, 1]
     await channel.publish(sender.held)
     assert old.serves == sender.held
-    assert sender.groups[-1] == [2, 2]
+    assert sender.groups[-1] == 2
 
 
 async def test_a_newcomer_that_dies_is_told_to_who_started_it():
@@ -276,7 +275,7 @@ async def test_an_engine_that_left_takes_no_part():
     await channel.publish(NEW)
     channel.disconnect()
     await channel.publish(NEW)
-    assert sender.groups == [[2, 2], [2], [2]]
+    assert sender.groups == [2, 1, 1]
     assert gone.calls.count("receive") == 1
 
 
@@ -293,7 +292,7 @@ async def test_leaving_while_the_group_is_built_costs_one_round(moment, monkeypa
 
     monkeypatch.setattr(sender, moment, and_one_leaves)
     await channel.publish(NEW)
-    assert sender.groups == [[2, 2], [2]]
+    assert sender.groups == [2, 1]
     assert channel.num_failures == 1
     assert [engine.serves.step for engine in engines] == [0, 7]
 
@@ -335,10 +334,10 @@ async def test_an_engine_that_is_wrong_twice_is_condemned(fault, reason):
     assert number == 0
     assert told.startswith(f"twice with the same weights: {reason}")
     assert other.serves == NEW
-    assert sender.groups[-1] == ([2] if fault == "bad_hashes" else [2, 2])
+    assert sender.groups[-1] == (1 if fault == "bad_hashes" else 2)
     lost.clear()
     await channel.publish(NEW)
-    assert lost == [] and sender.groups[-1] == [2]
+    assert lost == [] and sender.groups[-1] == 1
 
 
 async def test_an_engine_that_does_not_answer_the_probe_is_condemned():
@@ -420,7 +419,7 @@ async def test_a_newcomer_that_met_a_lost_learner_is_left_out_again():
 
     sender.error = None
     await channel.publish(NEW)
-    assert lost == [] and sender.groups[-1] == [2]
+    assert lost == [] and sender.groups[-1] == 1
 
 
 async def test_an_engine_without_a_seat_for_the_probe_stays(monkeypatch):
@@ -454,11 +453,11 @@ async def test_newcomers_share_one_transfer_of_their_own():
     await asyncio.sleep(0.01)
     first.gate.set()
     await asyncio.gather(*joins)
-    assert sender.groups[1:] == [[2], [2] * 8]
+    assert sender.groups[1:] == [1, 8]
     assert [engine.calls for engine in old] == before
     assert {engine.serves for engine in new} == {NEW}
     await channel.publish(NEW)
-    assert sender.groups[-1] == [2] * 65
+    assert sender.groups[-1] == 65
 
 
 async def test_a_newcomer_that_fails_costs_the_others_nothing():
@@ -498,7 +497,7 @@ class WaitsForAll(FakeSender):
 
     async def accept(self):
         await asyncio.sleep(0.02)
-        if self.missing and len(self.groups[-1]) == 64:
+        if self.missing and self.groups[-1] == 64:
             raise WeightTransferError("ranks have not come", self.missing)
 
 
@@ -508,7 +507,7 @@ async def test_one_of_many_engines_that_cannot_join_is_lost(
 ):
     engines = [FakeEngine() for _ in range(64)]
     lost = []
-    sender = WaitsForAll(2 * 5 + 1, 2 * 5 + 2)
+    sender = WaitsForAll(1 + 5)
     if fault == "connect":
         engines[5], sender.missing = Unconnectable(), ()
 
@@ -524,8 +523,8 @@ async def test_one_of_many_engines_that_cannot_join_is_lost(
 async def test_one_that_leaves_in_the_middle_of_a_transfer_twice_is_lost():
     class Left(FakeSender):
         async def send(self):
-            if len(self.groups[-1]) == 3:
-                raise WeightTransferError("rank 4 at host has left", [4])
+            if self.groups[-1] == 3:
+                raise WeightTransferError("rank 2 at host has left", [2])
 
             return 100
 
@@ -534,17 +533,17 @@ async def test_one_that_leaves_in_the_middle_of_a_transfer_twice_is_lost():
     await channel.publish(NEW)
     ((number, reason),) = lost
     assert number == 1
-    assert reason.startswith("twice with the same weights: it left a weight transfer: rank 4")
-    assert sender.groups == [[2, 2, 2], [2, 2, 2], [2, 2]]
+    assert reason.startswith("twice with the same weights: it left a weight transfer: rank 2")
+    assert sender.groups == [3, 3, 2]
 
 
 async def test_a_group_has_a_secret_of_its_own():
     secrets = []
 
     class Noting(FakeSender):
-        async def open(self, engine_workers, secret):
+        async def open(self, engines, secret):
             secrets.append(secret)
-            return await super().open(engine_workers, secret)
+            return await super().open(engines, secret)
 
     channel = channel_of(Noting(), FakeEngine())
     await channel.publish(NEW)

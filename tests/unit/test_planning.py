@@ -373,7 +373,7 @@ def test_a_learner_rank_is_the_sum_of_its_parts(config, shapes):
     assert need.device["weights"] == 2 * p and need.device["two moments"] == 8 * p
     assert need.device_bytes == sum(need.device.values()) and need.limit == 72 * GB
     assert need.device["a bucket of weights"] == 2 * 151_936 * 1024  # NCCL's: the embedding
-    assert need.host == {"packed weights": 2 * 151_936 * 1024}
+    assert need.host == {"packed weights": 2 * 2 * 151_936 * 1024}  # two buckets of that size
 
 
 def test_weights_are_packed_whole_where_a_host_shares_them(config, shapes):
@@ -381,7 +381,7 @@ def test_weights_are_packed_whole_where_a_host_shares_them(config, shapes):
     need = learner_need(config("learner.gpus=0.5"), model, HARDWARE)
     assert need.host["packed weights"] == 2 * 596_049_920
     apart = learner_need(config("learner.gpus=0.5"), model, replace(HARDWARE, nodes=2))
-    assert apart.host["packed weights"] == 2 * 151_936 * 1024
+    assert apart.host["packed weights"] == 2 * 2 * 151_936 * 1024
 
 
 def test_a_role_without_a_gpu_needs_the_memory_of_its_machine(config, shapes):
@@ -407,6 +407,7 @@ def test_the_cache_of_an_engine_takes_what_is_left_of_its_gpu(config, shapes):
         HARDWARE,
     )
     assert halved.device["weights"] == 8_190_735_360 and halved.limit == 40 * GB
+    assert halved.host["received weights"] == 2 * 8_190_735_360  # once, for both GPUs
 
 
 def test_a_cache_of_a_named_size_holds_so_many_responses(config, shapes):

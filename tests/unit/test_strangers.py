@@ -109,7 +109,7 @@ def test_the_sender_names_who_has_not_come():
         timeout_s=5.0,
     )
     with pytest.raises(WireError) as missing:
-        open_wire(sender, [], store=store)
+        open_wire(sender, store=store)
 
     assert missing.value.ranks == (1, 2, 3)
 
@@ -132,9 +132,9 @@ def test_what_a_stranger_writes_into_the_store_is_not_read():
         timeout_s=10.0,
     )
     wires = []
-    joining = threading.Thread(target=lambda: wires.append(open_wire(replace(sender, rank=1), [])))
+    joining = threading.Thread(target=lambda: wires.append(open_wire(replace(sender, rank=1))))
     joining.start()
-    wires.append(open_wire(sender, [], store=store))
+    wires.append(open_wire(sender, store=store))
     joining.join()
     assert all(wire.is_open for wire in wires)
     assert stranger.get(KEY) == b"1", "the group has written nothing where a stranger can"

@@ -1,5 +1,6 @@
 """Both ends of the wire cut and read buckets alike, and the two ends together move every byte."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +16,7 @@ from eopd.weights.layout import (
     pack,
     unpack,
 )
-from eopd.weights.transfer import InitInfo, WeightReceiver, WeightSender, _Transfer
+from eopd.weights.transfer import InitInfo, WeightReader, WeightReceiver, WeightSender, _Transfer
 from eopd.weights.wire import WireError
 
 
@@ -68,20 +69,86 @@ def test_a_wrong_sized_bucket_is_loud():
 
 
 def make_sender(source, **options):
-    options = {"bucket_bytes": 100, "connect_timeout_s": 20.0, "timeout_s": 20.0} | options
-    return WeightSender(source, rank=0, backend="gloo", address="127.0.0.1", **options)
+    limits = {"connect_timeout_s": 20.0, "timeout_s": 20.0}
+    options = {"backend": "gloo", "bucket_bytes": 100} | limits | options
+    return WeightSender(source, rank=0, address="127.0.0.1", **options)
 
 
 def connect(sender, num_receivers):
     """``open``, ``accept``, and so many receivers, each in its own thread."""
-    infos = sender.open([1] * num_receivers, "secret")
+    infos = sender.open(num_receivers, "secret")
     with ThreadPoolExecutor() as pool:
         accepting = pool.submit(sender.accept)
-        joining = [pool.submit(WeightReceiver, InitInfo(**info), 0) for info in infos]
+        joining = [pool.submit(WeightReceiver, InitInfo(**info)) for info in infos]
         receivers = [future.result() for future in joining]
         accepting.result()
 
     return receivers
+
+
+@pytest.mark.parametrize("backend", ["gloo", "shared"])
+def test_the_other_workers_of_an_engine_read_what_its_first_one_has_received(backend):
+    source = DictSource(tensors())
+    sender = make_sender(source, backend=backend)
+    (info,) = sender.open(1, "secret")
+    with ThreadPoolExecutor() as pool:
+        joining = pool.submit(WeightReceiver, InitInfo(**info))
+        sender.accept()
+        receiver = joining.result()
+
+    reader = WeightReader(InitInfo(**info), receiver.memory)
+    for _ in range(2):
+        receiver.start()
+        reader.start()
+        source.tensors = {name: t + 1 for name, t in source.tensors.items()}
+        sender.send()
+        receiver.check()
+        reader.check()
+
+        for end in (reader, receiver):
+            taken = dict(end.take())
+            assert all(torch.equal(taken[name], t) for name, t in source.tensors.items())
+            for tensor in taken.values():
+                tensor.zero_()  # a loader that works in place disturbs nobody else
+
+
+def test_memory_of_another_worker_that_cannot_be_read_is_a_failed_connection():
+    (info,) = make_sender(DictSource(tensors())).open(1, "secret")
+    with pytest.raises(WeightTransferError, match=r"cannot be read where they are: .*No such file"):
+        WeightReader(InitInfo(**info), "/proc/1/fd/100000")
+
+
+def test_the_next_bucket_is_gathered_while_one_is_sent():
+    """And no other one: two buckets are in host memory at a time."""
+    source = DictSource(tensors())
+    sender = make_sender(source)
+    connect(sender, 1)[0].start()
+    number, gathered, sent = {}, [], []
+    moved = threading.Condition()
+    gather, broadcast = source.gather, sender._wire.broadcast
+
+    def note(seen, what):
+        with moved:
+            seen.append(what)
+            moved.notify_all()
+
+    def gather_and_note(bucket):
+        assert len(sent) >= len(gathered) - 1
+        note(gathered, bucket)
+        return gather(bucket)
+
+    def broadcast_late(message_B):
+        due = min(len(sent) + 2, 4)
+        with moved:
+            number[len(sent)] = moved.wait_for(lambda: len(gathered) >= due, timeout=20)
+
+        broadcast(message_B)
+        note(sent, message_B.data_ptr())
+
+    source.gather, sender._wire.broadcast = gather_and_note, broadcast_late
+    sender.send()
+    assert list(number.values()) == [True] * 4
+    assert len(set(sent)) == 2
 
 
 class CorruptingWire:
@@ -168,10 +235,10 @@ def test_a_sender_that_never_sends_costs_one_time_out():
 def test_an_engine_that_never_connects_costs_a_handshake():
     source = DictSource(tensors())
     sender = make_sender(source, timeout_s=3600.0, connect_timeout_s=1.0)
-    present, _ = sender.open([1, 1], "secret")
+    present, _ = sender.open(2, "secret")
 
     with ThreadPoolExecutor() as pool:
-        joining = pool.submit(WeightReceiver, InitInfo(**present), 0)
+        joining = pool.submit(WeightReceiver, InitInfo(**present))
         with pytest.raises(WireError, match=r"as rank 0 of 3, within connect_timeout_s = 1: "):
             sender.accept()
 
@@ -230,4 +297,4 @@ def test_a_receiver_thread_that_ends_early_has_received_nothing():
 
     buckets = cut_into_buckets([ParameterMeta("p", "float32", (4,))], 100)
     with pytest.raises(WeightTransferError, match="its thread has ended"):
-        _Transfer.start(Wire(), buckets).result(5.0)
+        _Transfer(Wire(), buckets, arriving=[torch.empty(32)], messages=[]).result(5.0)
