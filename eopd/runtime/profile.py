@@ -3,16 +3,19 @@
     stage by stage ──▶ what each stage costs alone ─┐
     the loop of ``train`` ──▶ rows of its steps ────┴─▶ telemetry/profile.py
 
-Both train the student that the actors hold; nothing of it is kept.
+Both train the student that the actors hold; nothing of it is kept. Where batches take long, fewer of
+them are measured, so that the command takes about two minutes.
 """
 
 import asyncio
 import os
 import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -39,20 +42,36 @@ from eopd.types import (
     LostTrajectory,
     RunFailedError,
     ScoredTrajectory,
+    StepDone,
     Stored,
     Trajectory,
 )
 
 WARM_UP_ALONE: Final = 1  # batches; the first of everything compiles and allocates
-ALONE: Final = 2
+ALONE: Final = (1, 2)  # at least, and where there is time
 WARM_UP: Final = 2  # steps, until batches overlap as they will
+STEPS: Final = (2, 5)
+PATIENCE_S: Final = 110.0
 MOST_ROUNDS: Final = 20  # in which one batch must become full
 
 Say = Callable[[str], None]
 
 
-def profile(config: Config, *, steps: int, say: Say) -> Profile:
-    """Measures ``steps`` steps of the run that ``config`` describes, after a few that warm it up.
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How many steps are measured: at least, and at most where there is time, until ``until``."""
+
+    steps: tuple[int, int]
+    until: float
+
+    def is_over(self, measured: int, wanted: tuple[int, int]) -> bool:
+        """Returns whether as many are enough."""
+        least, most = wanted
+        return measured >= (most if time.monotonic() < self.until else least)
+
+
+def profile(config: Config, *, steps: int | None, say: Say) -> Profile:
+    """Measures some steps of the run that ``config`` describes, after a few that warm it up.
 
     The actors, the loop and the data are those of ``eopd train``. There is no evaluation, checkpoint,
     export, upload or tracker, and no run directory. The logs of the actors are in a folder of
@@ -60,7 +79,7 @@ def profile(config: Config, *, steps: int, say: Say) -> Profile:
 
     Args:
         config: the run.
-        steps: how many are measured.
+        steps: how many are measured; None for as many as there is time for.
         say: is told how far it is.
 
     Raises:
@@ -68,15 +87,17 @@ def profile(config: Config, *, steps: int, say: Say) -> Profile:
         RunFailedError: the run did not work.
         KeyboardInterrupt: a signal has ended it.
     """
+    patience = Patience((steps, steps) if steps else STEPS, time.monotonic() + PATIENCE_S)
+    most = WARM_UP_ALONE + ALONE[1] + WARM_UP + patience.steps[1]
     config = pinned(config)
     with _folder() as folder:
-        config = _without_outlets(config, folder, WARM_UP_ALONE + ALONE + WARM_UP + steps)
+        config = _without_outlets(config, folder, most)
         prepared = prepare(config)
         with ignored_by_children(), cluster.connect(config.cluster):
             cluster.require_room(plan(config), config.cluster, say)
             config.run.path.mkdir()
             try:
-                return asyncio.run(_profile(config, prepared, steps, say))
+                return asyncio.run(_profile(config, prepared, patience, say))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None
 
@@ -109,7 +130,7 @@ def _folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _profile(config: Config, prepared: Prepared, steps: int, say: Say) -> Profile:
+async def _profile(config: Config, prepared: Prepared, patience: Patience, say: Say) -> Profile:
     with (
         caught(lambda: False, asyncio.current_task()),
         collect(config.run.path / "logs", config.telemetry.log_format),
@@ -119,13 +140,13 @@ async def _profile(config: Config, prepared: Prepared, steps: int, say: Say) -> 
         try:
             async with start_workers(config, 0, text, say) as workers:
                 await workers.channel.publish(await workers.learner.version())
-                return await _measure(config, prepared, workers, steps, say)
+                return await _measure(config, prepared, workers, patience, say)
         except WorkerDownError as error:
             raise RunFailedError(f"a worker was lost: {error}") from error
 
 
 async def _measure(
-    config: Config, prepared: Prepared, workers: Workers, steps: int, say: Say
+    config: Config, prepared: Prepared, workers: Workers, patience: Patience, say: Say
 ) -> Profile:
     """Trains some batches stage by stage, and then goes on with the loop of a run."""
     ledger, progress = Ledger(), Progress()
@@ -142,42 +163,42 @@ async def _measure(
         )
 
     here = is_local(config.cluster)
-    alone = await _alone(begin(), here, say)
-    rows, clocks = await _overlapped(begin(), steps, here, say)
+    alone = await _alone(begin(), patience, here, say)
+    trained = (await workers.learner.version()).step
+    rows, clocks = await _overlapped(begin().steps(trained), patience, here, say)
     return summarise(rows, alone, clocks)
 
 
-async def _alone(line: Pipeline, here: bool, say: Say) -> Alone:
-    """Measures batches that are trained stage by stage, after one that warms everything up."""
-    measured, cpu_s = list[Mapping[str, float]](), 0.0
-    for number in range(WARM_UP_ALONE + ALONE):
-        before_s = cpu_seconds(os.getpid())
-        spent = await stage_by_stage(line, number)
-        if number >= WARM_UP_ALONE:
-            measured.append(spent)
-            cpu_s += cpu_seconds(os.getpid()) - before_s
+async def _alone(line: Pipeline, patience: Patience, here: bool, say: Say) -> Alone:
+    """Measures batches that are trained stage by stage, after some that warm everything up."""
+    batches, before_s = list[Mapping[str, float]](), 0.0
+    while not patience.is_over(len(batches) - WARM_UP_ALONE, ALONE):
+        if len(batches) == WARM_UP_ALONE:
+            before_s = cpu_seconds(os.getpid())
 
-        say(f"stage by stage: batch {number + 1} of {WARM_UP_ALONE + ALONE}, {_words(spent)}")
+        batches.append(await stage_by_stage(line, len(batches)))
+        say(f"stage by stage: batch {len(batches)}, {_words(batches[-1])}")
 
-    means = {stage: sum(spent[stage] for spent in measured) / ALONE for stage in STAGES}
-    return Alone(seconds=means, cpu_s=cpu_s / ALONE if here else None)
+    cpu_s, measured = cpu_seconds(os.getpid()) - before_s, batches[WARM_UP_ALONE:]
+    means = {stage: statistics.fmean(spent[stage] for spent in measured) for stage in STAGES}
+    return Alone(seconds=means, cpu_s=cpu_s / len(measured) if here else None)
 
 
 async def _overlapped(
-    line: Pipeline, steps: int, here: bool, say: Say
+    steps: AsyncGenerator[StepDone, None], patience: Patience, here: bool, say: Say
 ) -> tuple[Sequence[Row], Clocks]:
     """Runs the loop as ``train`` does, and returns the rows of its steps after the warm-up."""
     rows: list[Row] = []
     started = before_s = 0.0
 
-    async with aclosing(line.steps(WARM_UP_ALONE + ALONE)) as done_steps:
+    async with aclosing(steps) as done_steps:
         async for done in done_steps:
             rows.append(step_row(done))
-            say(f"as a run: step {len(rows)} of {WARM_UP + steps}, {done.seconds['step']:.2f} s")
+            say(f"as a run: step {len(rows)}, {done.seconds['step']:.2f} s")
             if len(rows) == WARM_UP:
                 started, before_s = time.monotonic(), cpu_seconds(os.getpid())
 
-            if len(rows) == WARM_UP + steps:
+            if patience.is_over(len(rows) - WARM_UP, patience.steps):
                 break
 
         wall_s, cpu_s = time.monotonic() - started, cpu_seconds(os.getpid()) - before_s

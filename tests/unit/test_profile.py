@@ -20,8 +20,9 @@ from fakes import World
 
 from eopd.config import load_config
 from eopd.runtime import cluster
-from eopd.runtime.profile import cpu_seconds, stage_by_stage
+from eopd.runtime.profile import STEPS, Patience, _alone, _overlapped, cpu_seconds, stage_by_stage
 from eopd.telemetry.profile import (
+    STAGES,
     Alone,
     Clocks,
     Profile,
@@ -365,6 +366,27 @@ async def test_every_step_of_the_loop_is_accounted_for_and_so_is_the_time_betwee
         assert known == pytest.approx(end - before, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("seconds_left", "asked", "batches", "steps"),
+    [
+        (60.0, None, 3, 7),
+        (-1.0, None, 2, 4),
+        (-1.0, 3, 2, 5),
+    ],
+)
+async def test_fewer_batches_are_measured_where_they_take_long(seconds_left, asked, batches, steps):
+    patience = Patience((asked, asked) if asked else STEPS, time.monotonic() + seconds_left)
+    world, told = Slow(), []
+    line = fakes.pipeline(world)
+    alone = await _alone(line, patience, here=True, say=told.append)
+    assert len(told) == len(world.trained) == batches
+    assert set(alone.seconds) == set(STAGES)
+    loop = fakes.pipeline(world, ledger=line.ledger)
+    rows, _ = await _overlapped(loop.steps(batches), patience, here=True, say=told.append)
+    assert len(world.trained) - batches == steps
+    assert [row["eopd_step"] for row in rows] == list(range(batches + 3, batches + steps + 1))
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -447,8 +469,8 @@ def test_a_profile_writes_nowhere_else(eopd, whole, monkeypatch, folders, tmp_pa
 
     asked = []
 
-    async def measured(config, prepared, steps, say):
-        asked.append((config, steps))
+    async def measured(config, prepared, patience, say):
+        asked.append((config, patience.steps))
         return profile()
 
     @contextmanager
@@ -464,7 +486,7 @@ def test_a_profile_writes_nowhere_else(eopd, whole, monkeypatch, folders, tmp_pa
     assert done.code == 0
     assert json.loads(done.out)["step_s"] == 10.0
     ((config, steps),) = asked
-    assert steps == 20
+    assert steps == (20, 20)
     assert config.run.upload is config.telemetry.port is None
     assert config.telemetry.trackers == []
     assert config.run.batches == 25  # 3 stage by stage, 2 to warm up; the config has 2
