@@ -101,8 +101,9 @@ class RolloutConfig(Section):
     """
 
     timeout_s: Seconds = 1800.0
-    """The seconds in which an engine must finish a response. An engine that takes longer is
-    replaced, and its responses are written elsewhere. Raise it for very long responses.
+    """The seconds in which an engine must finish a response. One that takes longer is lost, and
+    sampled again; an engine that then answers nothing else either is replaced. Raise it for very
+    long responses.
     """
 
     keep_kv: bool = False

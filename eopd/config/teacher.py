@@ -91,8 +91,8 @@ class ServerConfig(Section):
     """The seconds of one request."""
 
     max_attempts: int = Field(6, ge=1, le=1_000_000)
-    """The number of attempts at one request. They pause up to 1, 2, 4, ... 30 s: raise it for a
-    server that may be away for longer than half a minute.
+    """The number of attempts at one request. Between two of them lies a random pause of up to 1, 2,
+    4, ... 30 s, some 15 s in all: raise it for a server that may be away for longer.
     """
 
 

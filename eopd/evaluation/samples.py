@@ -20,7 +20,7 @@ def sample_record(
     """Returns a sample as ``held_out.jsonl`` keeps it.
 
     Lists of R response tokens, and of K candidates for each, in nats; null is minus infinity.
-    ``student_logprobs`` are the engine's, which wrote at temperature 1. ``entropy_low`` and
+    ``student_logprobs`` are the engine's, which wrote at ``rollout.temperature``. ``entropy_low`` and
     ``_high`` are equal where the teacher's entropy is exact. ``texts`` has the text of every token
     id that occurs.
     """

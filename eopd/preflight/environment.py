@@ -159,14 +159,14 @@ def require_packages() -> None:
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigError(
-            f"{', '.join(missing)}: not installed for this Python; `pip install eopd` "
-            "installs what it needs"
+            f"{', '.join(missing)}: not installed for this Python; `make setup` in a "
+            "checkout of eopd makes an environment that has all of them"
         )
 
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "vllm: not installed for this Python; `pip install 'eopd[gpu]'` installs it, and "
-            "`pip install 'eopd[cpu]'` the one for machines without a GPU"
+            "vllm: not installed for this Python; `make setup` in a checkout of eopd makes an "
+            "environment that has it, for GPUs with LOCK=cluster/requirements-gpu.lock"
         )
 
 

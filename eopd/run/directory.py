@@ -26,8 +26,8 @@ runs/<name>/config.yaml     resolved, as it holds now
             stop.json       that ``eopd stop`` asks a process to end; gone once it has taken it
 
 ``trained.jsonl`` is a proof that a user can check. Issue number i is a pure function of the seed
-(``PromptOrder``), so the ``issues`` of all rows hold every number once, whatever the run went
-through; and the ``crc32`` of two runs that sampled the same tokens are equal. Rows after the
+(``PromptOrder``), so the ``issues`` of all rows, and of ``dropped.jsonl``, hold every number once,
+whatever the run went through; and the ``crc32`` of two runs that sampled the same tokens are equal. Rows after the
 checkpoint that a run continues from are dropped, as in ``metrics.jsonl`` and ``timeline.jsonl``.
 """
 

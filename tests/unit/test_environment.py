@@ -181,12 +181,12 @@ def test_the_longest_socket_that_fits_is_one_the_kernel_takes(tmp_path, monkeypa
         (
             {"vllm"},
             r"^vllm: not installed for this Python; "
-            r"`pip install 'eopd\[gpu\]'` installs it, and `pip install 'eopd",
+            r"`make setup` in a checkout of eopd makes an environment that has it",
         ),
         (
             {"deepspeed", "ray"},
             r"^deepspeed, ray: not installed for this Python; "
-            r"`pip install eopd` installs what it needs",
+            r"`make setup` in a checkout of eopd makes an environment that has all",
         ),
     ],
 )
