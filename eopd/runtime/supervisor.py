@@ -12,8 +12,8 @@ from ray.exceptions import ObjectLostError, RayTaskError
 
 from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
 from eopd.fleet import Fleet, one_by_one
+from eopd.pools import EnginePool, TeacherRouter
 from eopd.roles import RolloutEngine, TeacherScorer
-from eopd.rollout.pool import EnginePool
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import Holder
 from eopd.run.progress import first_line
@@ -32,7 +32,6 @@ from eopd.runtime.placement import (
 )
 from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.teachers import route, teacher_fleets
-from eopd.teacher.pool import TeacherRouter
 from eopd.types import Int32Array, LostReason, LostTrajectory, RunFailedError, Stored
 from eopd.weights.channel import BroadcastChannel
 

@@ -9,10 +9,10 @@ from eopd.config import Config, TeacherConfig
 from eopd.fleet import Fleet
 from eopd.hub import model_directory
 from eopd.pool import Pool
+from eopd.pools import TeacherPool, TeacherRouter
 from eopd.roles import TeacherDownError, TeacherScorer
 from eopd.runtime.actors import MAX_CALLS, ActorProcess, RemoteTeacher, Spawn, TeacherActor
 from eopd.runtime.placement import plan_teacher
-from eopd.teacher.pool import TeacherPool, TeacherRouter
 from eopd.teacher.selftest import (
     CONTINUATION_TOKENS,
     SelfTestReport,

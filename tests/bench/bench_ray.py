@@ -30,8 +30,8 @@ from eopd.config import Config, load_config
 from eopd.fleet import Fleet
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline
+from eopd.pools import EnginePool
 from eopd.prompts import PromptOrder
-from eopd.rollout.pool import EnginePool
 from eopd.run.plan import Plan
 from eopd.run.progress import Progress
 from eopd.runtime.actors import RemoteEngine, RolloutActor, TeacherActor

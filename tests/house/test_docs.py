@@ -262,6 +262,16 @@ def test_a_description_is_what_stands_beneath_its_field():
 # --- the checks themselves -------------------------------------------------------------------------------------------
 
 
+def test_a_prompt_meets_at_most_thirty_files_on_its_way():
+    page = (ROOT / "docs/architecture.md").read_text()
+    walk = page.partition("## One prompt, file by file")[2].partition("\n## ")[0]
+    table = [line for line in walk.splitlines() if line.startswith("| ")]
+    files = set(re.findall(r"`((?:\w+/)*\w+\.py)`", "\n".join(table)))
+    there = [str(path.relative_to(ROOT / "eopd")) for path in (ROOT / "eopd").rglob("*.py")]
+    assert all(any(known.endswith(file) for known in there) for file in files)
+    assert 20 < len(files) <= 30
+
+
 def test_the_checks_find_what_they_are_for(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A page, `of` two words\n")

@@ -9,10 +9,9 @@ import pytest
 from eopd import fleet as module
 from eopd.fleet import Fleet, GaveWayError, NobodyLeftError, one_by_one
 from eopd.pool import Pool
+from eopd.pools import EnginePool, TeacherPool, TeacherRouter
 from eopd.roles import EngineDownError, TeacherDownError
-from eopd.rollout.pool import EnginePool
 from eopd.runtime.restarts import RestartBudget, TooManyRestartsError
-from eopd.teacher.pool import TeacherPool, TeacherRouter
 from eopd.telemetry.series import series
 from eopd.types import LostReason, LostTrajectory, Sampling, Stored
 

@@ -1,6 +1,7 @@
-"""Replicas of a teacher as one, and several teachers as one: who scores what.
+"""Many workers behind the interface of one, over the ``Pool`` of a fleet.
 
-TeacherPool    the replicas of one teacher, over a ``Pool``
+EnginePool     the rollout engines of a run
+TeacherPool    the replicas of one teacher
 TeacherRouter  the teachers of a run, by the source of the prompt
 """
 
@@ -8,12 +9,66 @@ from collections.abc import Mapping
 
 from eopd.fleet import Fleet
 from eopd.pool import NoAnswerError
-from eopd.roles import TeacherScorer
+from eopd.roles import RolloutEngine, TeacherScorer
 from eopd.run.record import Row
 from eopd.telemetry.series import series
-from eopd.types import LostReason, LostTrajectory, ScoredTrajectory, Stored, Trajectory
+from eopd.types import (
+    LostReason,
+    LostTrajectory,
+    PromptSample,
+    Sampling,
+    ScoredTrajectory,
+    Stored,
+    Trajectory,
+    TrajectoryKey,
+)
 
-Outcome = Stored[ScoredTrajectory] | LostTrajectory
+
+class EnginePool:
+    """A ``RolloutEngine`` that passes each request to an engine of a fleet."""
+
+    def __init__(self, fleet: Fleet[RolloutEngine]) -> None:
+        self._fleet = fleet
+        self._pool = fleet.pool
+
+    async def generate(
+        self, prompt: PromptSample, sample_index: int, sampling: Sampling
+    ) -> Stored[Trajectory] | LostTrajectory:
+        """Sample one response on an engine; where that is lost, again on another one.
+
+        Raises:
+            RunFailedError: no engine is left.
+        """
+        try:
+            return await self._pool.run(
+                lambda engine: engine.generate(prompt, sample_index, sampling), sampling.priority
+            )
+        except NoAnswerError as error:
+            key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
+            return LostTrajectory(
+                key=key,
+                reason=LostReason.ROLLOUT_FAILED,
+                detail=str(error),
+            )
+
+    def status(self) -> list[str]:
+        """Returns for people what each engine does now."""
+        return self._pool.status()
+
+    def metrics(self) -> Row:
+        """Returns how many engines failed, were replaced, are up and should be, and what each has in
+        flight.
+        """
+        row = {
+            "eopd_engine_failures_total": float(self._pool.num_failures),
+            "eopd_engine_replacements_total": float(self._fleet.num_replacements),
+            "eopd_engines_up": float(self._pool.num_up),
+            "eopd_engines_wanted": float(self._fleet.size),
+        }
+        for number, count in self._pool.in_flight.items():
+            row[series("eopd_engine_in_flight_trajectories", engine=str(number))] = float(count)
+
+        return row
 
 
 class TeacherPool:
@@ -25,7 +80,7 @@ class TeacherPool:
         self._pool = fleet.pool
         self._num_tokens = 0
 
-    async def score(self, stored: Stored[Trajectory]) -> Outcome:
+    async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
         """Score on one replica; where that is lost, on another one.
 
         Raises:
@@ -74,7 +129,7 @@ class TeacherRouter:
         self._by_source = by_source
         self._default = default
 
-    async def score(self, stored: Stored[Trajectory]) -> Outcome:
+    async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
         """Score by the teacher of the header's source.
 
         Raises:
