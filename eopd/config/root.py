@@ -111,7 +111,18 @@ class Config(Section):
     @property
     def max_response_tokens(self) -> int:
         """The longest response that a teacher and the learner read, in training or held out."""
-        return max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens)
+        return max(self.rollout.max_response_tokens, self.held_out_response_tokens)
+
+    @property
+    def held_out_response_tokens(self) -> int:
+        """The longest held-out response."""
+        return self.evaluation.max_response_tokens or self.rollout.max_response_tokens
+
+    @property
+    def longest_response(self) -> str:
+        """The key that says ``max_response_tokens``, for messages."""
+        held_out = self.held_out_response_tokens > self.rollout.max_response_tokens
+        return f"{'evaluation' if held_out else 'rollout'}.max_response_tokens"
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -177,7 +188,7 @@ class Config(Section):
         if self.learner.token_budget < longest:
             raise ValueError(
                 f"learner.token_budget: {self.learner.token_budget} is below "
-                f"prompts.max_tokens + max_response_tokens = {longest}; the "
+                f"prompts.max_tokens + {self.longest_response} = {longest}; the "
                 "longest trajectory would fit no micro-batch"
             )
 

@@ -300,10 +300,8 @@ class EvaluationConfig(Section):
     and the measurement longer.
     """
 
-    max_response_tokens: Tokens = 1024
-    """The longest held-out response, in tokens. Set it like ``rollout.max_response_tokens``
-    unless you mean to measure on longer or shorter ones.
-    """
+    max_response_tokens: Tokens | None = None
+    """The longest held-out response, in tokens; null for ``rollout.max_response_tokens``."""
 
     seed: Seed = 1234
     """The seed of the samples of every evaluation."""

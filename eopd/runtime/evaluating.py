@@ -224,7 +224,7 @@ class Evaluator:
         tokenizer = load_tokenizer(model_directory(self._config.student.model))
         sampling = Sampling(
             temperature=benchmark.temperature,
-            max_tokens=benchmark.max_response_tokens or evaluation.max_response_tokens,
+            max_tokens=benchmark.max_response_tokens or self._config.held_out_response_tokens,
             seed=evaluation.seed,
             top_p=benchmark.top_p,
             stop=benchmark.stop,

@@ -57,7 +57,7 @@ async def measure_held_out(
             workers.learner,
             prompts,
             temperature=config.rollout.temperature,
-            max_tokens=evaluation.max_response_tokens,
+            max_tokens=config.held_out_response_tokens,
             seed=evaluation.seed,
             max_attempts=config.flow.max_attempts,
             ranks=learner.ranks,

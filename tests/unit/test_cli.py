@@ -82,7 +82,7 @@ def files(tmp_path_factory):
         ),
         (
             "learner.token_budget=64",
-            "learner.token_budget: 64 is below prompts.max_tokens + max_response_tokens = 204",
+            "learner.token_budget: 64 is below prompts.max_tokens + rollout.max_response_tokens = 204",
         ),
         ("teachers.0.model={root}/other", "{root}/other"),
         (

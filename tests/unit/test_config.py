@@ -97,7 +97,7 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "learner.token_budget=150",
-            "learner.token_budget: 150 is below prompts.max_tokens + max_response_tokens = 200; "
+            "learner.token_budget: 150 is below prompts.max_tokens + rollout.max_response_tokens = 200; "
             "the longest trajectory would fit no micro-batch",
         ),
         (
@@ -1437,6 +1437,16 @@ def test_engines_hold_the_longest_answer_and_the_learner_the_longest_it_reads(ev
     assert config.max_sequence_tokens == 1024 + 5000
     assert config.max_response_tokens == 1024
     assert config.max_teacher_tokens(config.teachers[0]) == 2048
+
+
+def test_held_out_responses_are_as_long_as_those_of_training_unless_a_key_says_otherwise(evaluated):
+    config = evaluated("rollout.max_response_tokens=300")
+    assert config.held_out_response_tokens == config.max_response_tokens == 300
+    longer = evaluated("rollout.max_response_tokens=300", "evaluation.max_response_tokens=700")
+    assert longer.held_out_response_tokens == longer.max_response_tokens == 700
+    expected = r"is below prompts.max_tokens \+ evaluation.max_response_tokens = 3024; "
+    with pytest.raises(ConfigError, match=expected):
+        evaluated("evaluation.max_response_tokens=2000")
 
 
 def test_the_best_can_be_found_by_whatever_is_measured(evaluated):
