@@ -48,7 +48,9 @@ from eopd.types import LostReason, ScoredTrajectory, Stored
 
 @dataclass(slots=True)
 class _Offer:
-    """A scored trajectory. Its ``outcome`` is None once it is trained, else why it was lost."""
+    """A scored trajectory. Its ``outcome`` is None once the weights made of it are published, else
+    why it was lost.
+    """
 
     stored: Stored[ScoredTrajectory]
     outcome: asyncio.Future[LostReason | None]
@@ -81,9 +83,10 @@ class Part:
 class Buffer:
     """A buffer holds trajectories between scoring and training.
 
-    ``settled`` and ``dropped`` are the ledger's: the numbers that were trained or dropped, and
-    those that were dropped. An offer costs the same however many are ready: the learner is woken
-    only when a batch is full, or a part of it has ``part_tokens``. With None a batch is one part.
+    ``settled`` is the ledger's: the numbers that were trained, dropped or filtered. ``dropped`` are
+    those of them that were not trained, as far as they are known at first. An offer costs the same
+    however many are ready: the learner is woken only when a batch is full, or a part of it has
+    ``part_tokens``. With None a batch is one part.
     """
 
     batch: int
@@ -95,8 +98,6 @@ class Buffer:
     num_slots_held: int = 0
     closed: bool = False
     _ready: dict[int, _Offer] = field(init=False, default_factory=dict)
-    # by the oldest version that sampled a token of the trajectory
-    _ready_by_version: dict[int, set[int]] = field(init=False, default_factory=dict)
     _taken: dict[int, _Offer] = field(init=False, default_factory=dict)
     _trained: list[_Offer] = field(init=False, default_factory=list)  # and not yet published
     # all dropped numbers above the floor of `settled`, and perhaps some below
@@ -157,7 +158,7 @@ class Buffer:
         """Hands in a scored trajectory, and waits until it is trained or lost.
 
         Returns:
-            None once a batch has trained on it; else why it is lost. Its slot is still held then,
+            None once the weights of its batch are published; else why it is lost. Its slot is still held then,
             for it to be sampled again.
         """
         version = stored.header.oldest_version
@@ -216,7 +217,7 @@ class Buffer:
 
         self._wake_learner()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Gives out nothing any more: ``take`` returns None, also where it waits now."""
         self.closed = True
         self._take_may_go_on.set()
@@ -310,9 +311,12 @@ class Buffer:
         return Taken(issue, offer.stored)
 
     def _reject_older_than(self, oldest_allowed: int) -> None:
+        if oldest_allowed == self._oldest_allowed:
+            return  # and none that is older was offered since
+
         self._oldest_allowed = oldest_allowed
-        for version in [version for version in self._ready_by_version if version < oldest_allowed]:
-            for issue in list(self._ready_by_version[version]):
+        for issue, offer in list(self._ready.items()):
+            if offer.stored.header.oldest_version < oldest_allowed:
                 self._withdraw(issue).end(LostReason.TOO_STALE)
                 self._next_missing = min(self._next_missing, issue)
 
@@ -330,21 +334,14 @@ class Buffer:
         self._next_batch_tokens += self._ready[issue].stored.header.num_tokens
 
     def _put(self, issue: int, offer: _Offer) -> None:
-        header = offer.stored.header
         self._ready[issue] = offer
-        self._ready_by_version.setdefault(header.oldest_version, set()).add(issue)
         if issue < self._next_batch_end:
             self._count_in(issue)
 
     def _withdraw(self, issue: int) -> _Offer:
         offer = self._ready.pop(issue)
-        header = offer.stored.header
-        self._ready_by_version[header.oldest_version].remove(issue)
-        if not self._ready_by_version[header.oldest_version]:
-            del self._ready_by_version[header.oldest_version]
-
         if issue in self._next_batch:
             self._next_batch.remove(issue)
-            self._next_batch_tokens -= header.num_tokens
+            self._next_batch_tokens -= offer.stored.header.num_tokens
 
         return offer

@@ -179,7 +179,7 @@ class Pipeline:
         try:
             await asyncio.wait({issuing, stepping}, return_when=asyncio.FIRST_COMPLETED)
             if issuing.done() and issuing.exception() is not None:
-                await self.buffer.close()
+                self.buffer.close()
 
             done = await stepping
             if done is None and issuing.done():

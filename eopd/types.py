@@ -248,8 +248,8 @@ class Header:
 class Stored(Generic[T]):
     """A stored object is a header and a body of type T.
 
-    The body is opaque to the driver: it is a Ray object reference in ``runtime/``, and the object
-    itself in fakes.
+    The body is opaque to the driver: there it is a reference of Ray's, and inside of an actor the
+    object itself.
     """
 
     header: Header

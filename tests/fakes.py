@@ -2,6 +2,7 @@
 of the loop, and the files of a run.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -219,6 +220,13 @@ def order(
         parts=[all_of_them[:2], all_of_them[2:]],
         turns=turns,
     )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for what comes soon, on a busy machine too."""
+    async with asyncio.timeout(20.0):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 def pipeline(

@@ -1,4 +1,4 @@
-"""Packs trajectories into the tensors of a micro-batch: the only place in the project that shifts.
+"""Packs trajectories into the tensors of a micro-batch: the only place in the learner that shifts.
 
 Row t of a packed micro-batch is an input token. All that belongs to row t (its target, its mask,
 the teacher's numbers) is about the *next* token of the same trajectory. So the last response token

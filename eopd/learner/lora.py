@@ -1,4 +1,5 @@
-"""Low-rank adapters are all that is trained, and leave the learner alone or merged.
+"""Low-rank adapters: all that is trained then, and sent alone or merged. Also which tensors are sent
+without them (``whole_tensors``).
 
     y = W x + scale B (A x)                 in the learner; scale = alpha / rank, W frozen, B zero at first
     A and B                                 on the wire to engines that have W

@@ -1,8 +1,9 @@
-"""The gate of every trajectory, and the bonus of its reward, computed before a batch is cut: from all
-of it, where they are relative to the others.
+"""The gate of every trajectory, and the bonus of its reward: from the whole batch, where they are
+relative to the others.
 
 The share of every rank goes in, thresholds and baselines are taken over all ranks, and one
-``Weighting`` per trajectory comes out. So no result depends on how the batch is cut or spread.
+``Weighting`` per trajectory comes out. So no result depends on how the batch is cut into parts and
+micro-batches, or spread over ranks.
 
 For example a hard gate with tau = 0.8 nats, on a teacher of which bounds on the entropy are known,
 and that is to be read in the middle (``teachers[].entropy_bound: mid``):

@@ -1,9 +1,8 @@
 """The gate of each token, g in [0, 1]: how much forward KL it gets, from the teacher's entropy.
 
-Gates are computed once per batch, before it is cut into micro-batches, so that no gate depends on
-the cut. ``quantile`` has a threshold over the loss tokens of all ranks, and ``random`` has draws
-that depend on a token's trajectory and position alone. ``custom`` is a function of the user, which
-sees one trajectory at a time.
+No gate depends on how a batch is cut: ``quantile`` has a threshold over the loss tokens of all ranks,
+and ``random`` has draws that depend on a token's trajectory and position alone. ``custom`` is a
+function of the user, which sees one trajectory at a time.
 """
 
 import hashlib

@@ -234,8 +234,8 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
 
 
 def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[DataRow]:
-    """Numbers the rows of an Arrow table. There every object of a column has every key; those without
-    a value are removed.
+    """Numbers rows that are not lines of JSON. In an Arrow table every object of a column has every
+    key; those without a value are removed.
     """
     numbered = []
     for number, row in enumerate(rows, start=1):

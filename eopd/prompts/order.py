@@ -60,7 +60,8 @@ class PromptOrder:
         self, issue: int, *, temperature: float, max_tokens: int, attempt: int = 0
     ) -> Sampling:
         """Returns how to sample an attempt of an issue: with a seed of its own, the same in every run
-        of this order's seed. The lower issue goes first.
+        of this order's seed. Its priority is the issue number: of two requests the lower one goes
+        first.
         """
         seed = np.random.SeedSequence([self._seed, issue, attempt]).generate_state(1)[0]
         return Sampling(

@@ -1,1 +1,1 @@
-"""The engine that samples responses, and the pool of several engines."""
+"""The engine that samples responses."""

@@ -71,19 +71,17 @@ class VllmRolloutEngine:
         *,
         max_sequence_tokens: int,
         weight_options: Mapping[str, object],
-        version: PolicyVersion,
         num_tokens: int | None = None,
         stat_loggers: Sequence[StatLoggerFactory] = (),
         in_thread: bool = False,
     ) -> Self:
-        """Start the engine and warm it up.
+        """Start the engine and warm it up. Its weights are those of no version yet, 0.
 
         Args:
             student: the model that it serves.
             rollout: how it serves; its ``vllm`` options win over ours.
             max_sequence_tokens: the longest prompt and response together.
             weight_options: options for receiving new weights (``weights/vllm_receiver.py``).
-            version: the label of its weights.
             num_tokens: ids from here on are padding of the head, and get no probability; None where
                 the head has no padding.
             stat_loggers: where vLLM's own metrics go, if its options ask for them.
@@ -103,7 +101,7 @@ class VllmRolloutEngine:
             leave_out = engine._llm.collective_rpc("leave_out_padding", args=(num_tokens,))
             await engine._answer(leave_out)
 
-        await engine._answer(engine._llm.update_weight_version(version.label))
+        await engine._answer(engine._llm.update_weight_version(PolicyVersion(0, 0).label))
         await engine._warm_up()
 
         return engine
@@ -189,7 +187,7 @@ class VllmRolloutEngine:
         request = WeightTransferInitRequest(init_info=dict(init_info))
         await self._transfer("weight_failure", self._llm.init_weight_transfer_engine(request))
 
-    async def receive_weights(self) -> None:
+    async def begin_weights(self) -> None:
         """Start to receive new weights into host memory, and return at once; generation goes on.
 
         Raises:
@@ -202,7 +200,7 @@ class VllmRolloutEngine:
 
         Raises:
             WeightTransferError: one did not; nothing was loaded. After a wrong hash the next
-                ``receive_weights`` may follow, after any other failure ``connect_weights`` must.
+                ``begin_weights`` may follow, after any other failure ``connect_weights`` must.
         """
         await self._transfer("check_weights")
 

@@ -174,7 +174,6 @@ class RolloutActor(Actor):
         student: StudentConfig,
         rollout: RolloutConfig,
         max_sequence_tokens: int,
-        version: PolicyVersion,
         reward: Reward | None,
         row_is_read_later: bool,
     ) -> int:
@@ -194,7 +193,6 @@ class RolloutActor(Actor):
             rollout,
             max_sequence_tokens=max_sequence_tokens,
             weight_options=engine_options(),
-            version=version,
             num_tokens=num_tokens(directory),
             stat_loggers=stat_loggers(self._name),
             in_thread=True,
@@ -243,8 +241,8 @@ class RemoteEngine:
     async def connect_weights(self, init_info: Mapping[str, object]) -> None:  # noqa: D102
         await self._call("connect_weights", init_info)
 
-    async def receive_weights(self) -> None:  # noqa: D102
-        await self._call("receive_weights")
+    async def begin_weights(self) -> None:  # noqa: D102
+        await self._call("begin_weights")
 
     async def check_weights(self) -> None:  # noqa: D102
         await self._call("check_weights")

@@ -17,7 +17,7 @@ from eopd.run.directory import RunDirectory
 from eopd.run.progress import first_line
 from eopd.runtime.actors import MAX_CALLS, ActorProcess, RemoteEngine, RolloutActor, Spawn
 from eopd.runtime.placement import plan_rollout
-from eopd.types import Int32Array, PolicyVersion
+from eopd.types import Int32Array
 from eopd.weights.channel import BroadcastChannel
 from eopd.weights.links import SenderLink
 from eopd.weights.probe import Probe
@@ -38,8 +38,7 @@ def engine_process(
     row_is_read_later: bool = False,
 ) -> ActorProcess[RemoteEngine]:
     """Returns the process of one engine, which starts with the weights of ``student.model``."""
-    version = PolicyVersion(0, 0)
-    arguments = (student, rollout, max_sequence_tokens, version, reward, row_is_read_later)
+    arguments = (student, rollout, max_sequence_tokens, reward, row_is_read_later)
     return ActorProcess(actor, RemoteEngine(actor), EngineDownError, *arguments)
 
 

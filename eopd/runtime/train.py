@@ -353,7 +353,7 @@ class Training:
 
         async def end() -> None:
             await self._evaluator.cancel()
-            await pipeline.buffer.close()
+            pipeline.buffer.close()
 
         with self._interruption.ends_softly(end), self._outlets.phase("training"):
             try:

@@ -7,7 +7,7 @@
                     ◀─────── one InitInfo for each engine
     connect_weights ──────────────────────────────────────────▶ join the group   ┐ only where the engines are others
     accept          ───────▶ joins, and waits for all engines ◀─────────────────▶┘ than in the last transfer
-    receive_weights ──────────────────────────────────────────▶ start a thread that receives
+    begin_weights ────────────────────────────────────────────▶ start a thread that receives
     send            ───────▶ sends every bucket ──────────────▶ into host memory         phase one: nothing is loaded
                     ◀─────── the bytes, once all have all
     check_weights   ──────────────────────────────────────────▶ is all here, is every hash right?
@@ -15,7 +15,8 @@
     version         ──────────────────────────────────────────▶ must be the learner's
     probe           ──────────────────────────────────────────▶ do log-probabilities of one text agree?
 
-Every call ends on all engines before the next call begins. Besides that, these wait:
+Every call ends on all engines before the next one begins, but that ``accept`` runs while they connect,
+and that each says its version once it has installed. Besides that, these wait:
 
     who                       waits for
     a step of the learner     the end of the sync (``SenderLink.reserved``); gradients may add up meanwhile
@@ -257,7 +258,7 @@ class BroadcastChannel:
         members = list(self._group)  # one that is dropped meanwhile ends the group
         starts = await self._each(
             sync,
-            lambda engine: engine.receive_weights(),
+            lambda engine: engine.begin_weights(),
             self._timeout_s,
         )
         sync.raise_first(starts, "it could not begin to receive")

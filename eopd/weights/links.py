@@ -22,7 +22,7 @@ class EngineLink(Protocol):
     """A rollout engine's weight calls, seen from the driver (``rollout/vllm_engine.py``)."""
 
     async def connect_weights(self, init_info: Mapping[str, object]) -> None: ...  # noqa: D102
-    async def receive_weights(self) -> None: ...  # noqa: D102
+    async def begin_weights(self) -> None: ...  # noqa: D102
     async def check_weights(self) -> None: ...  # noqa: D102
     async def install_weights(self, version: PolicyVersion) -> float: ...  # noqa: D102
     async def probe(self, token_ids: Int32Array) -> Float32Array: ...  # noqa: D102

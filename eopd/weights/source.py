@@ -1,8 +1,8 @@
 """The learner's parameters as checkpoint tensors, however they are sharded.
 
-All ranks gather a bucket together. Rank 0 has a copy of it afterwards, so that nothing is sent while
-parameters are gathered. The learner knows what a checkpoint tensor is made of (a parameter, or with LoRA a
-weight and its adapter) and how parameters are sharded: it passes functions for both.
+All ranks gather a bucket together. Where parameters are sharded, rank 0 has copies of them afterwards,
+so that nothing is sent while they are gathered. The learner knows what a checkpoint tensor is made of
+(a parameter, or with LoRA a weight and its adapter), and how its parameters are sharded.
 """
 
 from collections.abc import Callable, Mapping, Sequence

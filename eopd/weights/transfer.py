@@ -429,7 +429,8 @@ class _Transfer:
         name = f"bucket {index + 1} of {len(self._buckets)} ({bucket[0].name} to {bucket[-1].name})"
 
         try:
-            check_digest(*_split(self._messages[index]), name)
+            bucket_B, _ = _split(self._messages[index])
+            check_digest(bucket_B, self._arriving[index][-DIGEST_BYTES:], name)
         except BucketHashError as error:
             self._error = self._error or error
 

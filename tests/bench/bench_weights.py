@@ -126,7 +126,7 @@ async def publish(
 ) -> tuple[float, float, int]:
     """Transfer seconds, seconds paused, bytes."""
     started = time.monotonic()
-    await engine.receive_weights()
+    await engine.begin_weights()
     num_bytes = await asyncio.to_thread(sender.send)
     transfer_s = time.monotonic() - started
     return transfer_s, await engine.install_weights(PolicyVersion(0, step)), num_bytes
@@ -139,7 +139,6 @@ async def measure(rounds: int, backend: Backend) -> tuple[dict[str, list[float]]
         RolloutConfig(),
         max_sequence_tokens=PROMPT + RESPONSE,
         weight_options=engine_options(),
-        version=PolicyVersion(0, 0),
     )
     source = ModelSource(
         whole_tensors(model),

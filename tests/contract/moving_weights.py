@@ -130,7 +130,6 @@ async def start(
         RolloutConfig(keep_kv=keep_kv, vllm={"kv_cache_memory_bytes": 64 << 20, **vllm}),
         max_sequence_tokens=512,
         weight_options=weight_options or engine_options(),
-        version=PolicyVersion(0, 0),
         num_tokens=num_tokens,
         in_thread=in_thread,
     )

@@ -41,7 +41,7 @@ async def connect(engine: VllmRolloutEngine, sender: Sender) -> None:
 
 
 async def transfer(engine: VllmRolloutEngine, sender: Sender) -> None:
-    await engine.receive_weights()
+    await engine.begin_weights()
     await sender.send()
 
 
@@ -63,7 +63,7 @@ async def test_a_failed_transfer_leaves_the_old_weights_in_service(tiny_model, w
 
     try:
         with pytest.raises(WeightTransferError, match="in no weight transfer group"):
-            await engine.receive_weights()
+            await engine.begin_weights()
 
         await connect(engine, sender)
         sender.corrupts = True
@@ -90,7 +90,7 @@ async def test_a_failed_transfer_leaves_the_old_weights_in_service(tiny_model, w
             await engine.check_weights()
 
         with pytest.raises(WeightTransferError, match="connect again"):
-            await engine.receive_weights()
+            await engine.begin_weights()
 
         await assert_serves(engine, new, PolicyVersion(0, 2))
         await connect(engine, sender)

@@ -79,7 +79,7 @@ class FakeEngine:
     async def connect_weights(self, init_info):
         await self._call("connect")
 
-    async def receive_weights(self):
+    async def begin_weights(self):
         await self._call("receive")
 
     async def check_weights(self):

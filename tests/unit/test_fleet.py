@@ -91,12 +91,6 @@ async def name(worker: str) -> str:
     return worker
 
 
-async def until(condition) -> None:
-    async with asyncio.timeout(5.0):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 async def test_a_lost_worker_is_ended_and_another_one_has_its_number():
     world = World(2)
     fleet = await world.start()
@@ -111,7 +105,7 @@ async def test_a_lost_worker_is_ended_and_another_one_has_its_number():
     fleet.after_loss, fleet.join = leave, join
     world.pool.lose(1, "its actor died")
     assert world.pool.num_up == 1 and fleet.size == 2
-    await until(lambda: world.pool.num_up == 2)
+    await fakes.until(lambda: world.pool.num_up == 2)
     assert (left, joined, world.alive(), world.processes[1].ended) == (
         [1],
         [(1, "worker 1")],
@@ -131,7 +125,7 @@ async def with_a_slow_start() -> World:
     await world.start()
     world.slow(3600.0)
     world.pool.lose(0, "its actor died")
-    await until(lambda: len(world.processes) == 2)
+    await fakes.until(lambda: len(world.processes) == 2)
     return world
 
 
@@ -139,14 +133,14 @@ async def test_only_who_is_still_starting_gives_way_and_starts_again():
     world = World(2, start_timeout_s=60.0)
     fleet = await world.start()
     world.pool.lose(0, "its actor died")
-    await until(lambda: world.pool.num_up == 2)
+    await fakes.until(lambda: world.pool.num_up == 2)
     world.slow(3600.0)
     world.pool.lose(1, "its actor died")
-    await until(lambda: len(world.processes) == 4)
+    await fakes.until(lambda: len(world.processes) == 4)
     _, starting = world.processes[2:]
 
     with fleet.give_way():
-        await until(lambda: starting.ended)
+        await fakes.until(lambda: starting.ended)
         assert world.said[-1] == (
             "engine 1 did not start: it gives way to others, who find no room; trying again"
         )
@@ -155,7 +149,7 @@ async def test_only_who_is_still_starting_gives_way_and_starts_again():
         assert len(world.processes) == 4 and not world.alive()
 
     world.slow(0.0)
-    await until(lambda: world.pool.num_up == 2)
+    await fakes.until(lambda: world.pool.num_up == 2)
     assert world.alive() == [0, 1]
 
 
@@ -173,7 +167,7 @@ async def test_a_join_under_way_gives_way_and_so_does_a_newcomer():
     fleet.join = join
     growing = asyncio.create_task(fleet.scale(2))
     world.pool.lose(0, "its actor died")
-    await until(lambda: len(world.processes) == 3)
+    await fakes.until(lambda: len(world.processes) == 3)
     await asyncio.sleep(0.01)
     with fleet.give_way():
         with pytest.raises(GaveWayError, match="gives way to others"):
@@ -228,7 +222,7 @@ async def test_a_fleet_that_gives_way_can_be_closed():
     fleet = await world.start()
     world.slow(3600.0)
     world.pool.lose(0, "its actor died")
-    await until(lambda: len(world.processes) == 3)
+    await fakes.until(lambda: len(world.processes) == 3)
     with fleet.give_way():
         await fleet.close()
 
@@ -244,13 +238,13 @@ async def test_a_lost_node_costs_a_loss_for_each_worker():
     for number in range(8):
         world.pool.lose(number, "its node is gone")
 
-    await until(lambda: len(world.processes) > 64 + 3 * 8)  # it is tried again and again
+    await fakes.until(lambda: len(world.processes) > 64 + 3 * 8)  # it is tried again and again
     assert world.pool.num_up == 56 and fleet.size == 64 and fleet.num_replacements == 0
     assert len(world.budget._causes) == 8, "attempts to start cost nothing"
     assert await world.pool.run(name) != "worker 0"
     assert sum("did not start" in text for text in world.said) == 8, "and are told once"
     world.spoil = lambda process: None
-    await until(lambda: world.pool.num_up == 64)
+    await fakes.until(lambda: world.pool.num_up == 64)
     assert len(world.alive()) == 64
     await fleet.close()
 
@@ -313,7 +307,7 @@ async def test_one_loss_too_many_is_told_to_all_who_wait():
     world = World(2, max_restarts=1)
     fleet = await world.start()
     world.pool.lose(0, "died")
-    await until(lambda: world.pool.num_up == 2)
+    await fakes.until(lambda: world.pool.num_up == 2)
     waiting = [
         asyncio.create_task(world.pool.run(lambda worker: asyncio.sleep(3600))) for _ in range(12)
     ]

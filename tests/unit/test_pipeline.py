@@ -434,6 +434,7 @@ async def test_a_batch_is_begun_while_the_rest_of_it_is_written(plan, begun):
     world = Slow()
     line = pipeline(world, batches=1, **plan)
     running = asyncio.create_task(run(line))
+    await fakes.until(lambda: line.buffer.num_ready + line.buffer.num_taken == 3)
     await asyncio.sleep(0.05)
     assert sum(len(part.stored()) for part in world.parts) == begun
     assert world.trained == [] and world.version == 0
@@ -447,10 +448,10 @@ async def test_one_that_is_stopped_in_the_middle_of_a_batch_has_not_trained_it()
     world = Slow()
     line = pipeline(world)
     running = asyncio.create_task(run(line))
-    await asyncio.sleep(0.05)
-    assert world.parts
+    await fakes.until(lambda: line.buffer.num_ready + line.buffer.num_taken == 3)
+    await fakes.until(lambda: bool(world.parts))
     assert "of 4 trajectories the learner has 2, and 1 are ready" in line.status()
-    await line.buffer.close()
+    line.buffer.close()
     assert await running == []
     assert line.ledger.settled.floor == 0 and world.trained == []
 
@@ -490,9 +491,10 @@ async def test_the_next_batch_is_begun_once_the_weights_are_sent(staleness, begu
     world = Publishing()
     line = pipeline(world, staleness=staleness)
     running = asyncio.create_task(run(line))
-    await asyncio.sleep(0.05)
+    await fakes.until(lambda: world.version == 1)
     assert (world.version, world.served, world.begun()) == (1, 0, 0)
     world.may_send.set()
+    await fakes.until(lambda: world.begun() == begun)
     await asyncio.sleep(0.05)
     assert (world.version, world.served, world.begun()) == (1, 0, begun)
     assert line.buffer.num_slots_held == line.buffer.num_slots
@@ -541,7 +543,7 @@ async def test_a_batch_that_was_begun_and_lost_a_body_is_begun_again():
     world.may_send.set()
     line = pipeline(world, staleness=2, max_attempts=1)
     running = asyncio.create_task(run(line))
-    await asyncio.sleep(0.1)
+    await fakes.until(lambda: world.gone == 0)
     world.may_end.set()
     rows = await running
     assert rows[-1]['eopd_lost_trajectories_total{reason="body_lost"}'] == 2
@@ -554,8 +556,7 @@ async def test_a_publish_that_fails_while_the_next_batch_is_begun_ends_the_run()
     world.failure = LearnerDownError("rank 1 died")
     world.may_send.set()
     running = asyncio.create_task(run(pipeline(world, staleness=2)))
-    await asyncio.sleep(0.05)
-    assert world.begun() == 2
+    await fakes.until(lambda: world.begun() == 2)
     world.may_end.set()
     with pytest.raises(LearnerDownError, match="rank 1 died"):
         await running
@@ -584,8 +585,8 @@ async def test_one_that_is_stopped_while_weights_are_published_ends_with_that_st
     world.may_send.set()
     line = pipeline(world, staleness=2)
     running = asyncio.create_task(run(line))
-    await asyncio.sleep(0.05)
-    await line.buffer.close()
+    await fakes.until(lambda: world.version == 1)
+    line.buffer.close()
     world.may_end.set()
     (row,) = await running
     assert row["eopd_step"] == 1
