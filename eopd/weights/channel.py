@@ -7,7 +7,7 @@
                     ◀─────── one InitInfo for each engine
     connect_weights ──────────────────────────────────────────▶ join the group   ┐ only where the engines are others
     accept          ───────▶ joins, and waits for all engines ◀─────────────────▶┘ than in the last transfer
-    begin_weights ────────────────────────────────────────────▶ start a thread that receives
+    begin_weights   ──────────────────────────────────────────▶ start a thread that receives
     send            ───────▶ sends every bucket ──────────────▶ into host memory         phase one: nothing is loaded
                     ◀─────── the bytes, once all have all
     check_weights   ──────────────────────────────────────────▶ is all here, is every hash right?
