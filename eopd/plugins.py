@@ -22,6 +22,7 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from eopd.config import ConfigError
 from eopd.config.base import split_function
@@ -220,17 +221,33 @@ def rows_of(key: str, function: str, options: Mapping[str, object]) -> list[Row]
         ConfigError: it cannot be loaded, raises, or yields something that is no mapping by name.
     """
     data = load(key, function, DataFunction, options)
+    rows: list[Row] = []
     with blamed(key, function):
-        rows = list(data())
-
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
-            raise ConfigError(
-                f"{key}: {function}: row {number} is {type(row).__name__}; every row must be a "
-                "mapping from names of columns to values"
-            )
+        for number, row in enumerate(data(), start=1):
+            rows.append(_checked(row, f"{key}: {function}: row {number}"))
 
     return rows
+
+
+def _checked(row: object, where: str) -> Row:
+    """Returns a copy of a row, which its function may change for the next one, and which goes to the
+    processes of other functions.
+
+    Raises:
+        ConfigError: it is no mapping by name, or cannot be copied.
+    """
+    if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
+        raise ConfigError(
+            f"{where} is {type(row).__name__}; every row must be a mapping from names of columns "
+            "to values"
+        )
+
+    try:
+        return cast(Row, pickle.loads(pickle.dumps(row)))
+    except Exception as error:  # noqa: BLE001 - a class of the user may raise what it likes
+        raise ConfigError(
+            f"{where} holds what cannot be copied to another process: {error}"
+        ) from None
 
 
 @contextmanager

@@ -41,7 +41,9 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         raise ConfigError(f"{directory}: has no tokenizer ({', '.join(_VOCABULARY_FILES)})")
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except (
         Exception
     ) as error:  # `tokenizers` raises bare ones, of a file that a newer release wrote
@@ -145,7 +147,7 @@ def _blame_a_file(directory: Path, error: Exception) -> None:
             read_json(directory / name)
 
     try:
-        AutoConfig.from_pretrained(directory, local_files_only=True)
+        AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as first:  # whatever the family's own checks raise
         reason = " ".join(str(first).split())
         if str(first) != str(error):

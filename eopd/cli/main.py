@@ -2,6 +2,7 @@
 user becomes one message and exit code 2.
 """
 
+import errno
 import json
 import sys
 from dataclasses import asdict
@@ -41,6 +42,7 @@ from eopd.cli.stop import stop
 from eopd.cli.submit import submit
 from eopd.cli.sweep import sweep
 from eopd.cli.teacher import teacher
+from eopd.cli.terminal import outlive_readers, take_any_character
 from eopd.config import ConfigError, load_config
 from eopd.config.messages import wrong_option
 from eopd.runtime import spawned  # noqa: F401  garbage collection is rarer from here
@@ -140,6 +142,7 @@ def train(
     from eopd.runtime.train import train as run
     from eopd.telemetry.console import print_summary
 
+    outlive_readers()
     try:
         outcome = run(resolved, resume=resume, step=step, say=partial(typer.echo, err=True))
     except RunFailedError:
@@ -246,11 +249,18 @@ app.add_typer(teacher, name="teacher")
 
 def main() -> None:
     """Runs the ``eopd`` command."""
+    take_any_character()
     try:
         app()
     except (ConfigError, RunFailedError) as error:
         _print_error(f"error: {error}")
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+
+        _print_error(f"error: {error}")
+        sys.exit(1)
     except SystemExit as end:
         # typer turns Ctrl-C into this
         if end.__context__ and isinstance(end.__context__.__cause__, KeyboardInterrupt):

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from eopd.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, ConfigFile
+from eopd.cli.terminal import outlive_readers
 from eopd.run.arms import Interval
 from eopd.run.grid import plan_runs, read_grids, read_seeds
 from eopd.run.results import FILE, ArmResult
@@ -60,6 +61,7 @@ def sweep(
     directory, runs = plan_runs(config, overrides or [], grids, numbers, name)
     from eopd.runtime.sweep import Sweep
 
+    outlive_readers()
     typer.echo(f"sweep {directory}: {len(runs)} runs of {len({run.arm for run in runs})} arms")
     work = Sweep(directory, runs, grids, typer.echo)
     results = work.run(parallel)

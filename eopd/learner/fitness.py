@@ -174,7 +174,9 @@ def _load_config(file: Path) -> PreTrainedConfig:
         )
 
     try:
-        return AutoConfig.from_pretrained(file.parent, local_files_only=True)
+        return AutoConfig.from_pretrained(
+            file.parent, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # whatever the family's own checks raise
         raise ConfigError(
             f"{file}: transformers cannot read it: {' '.join(str(error).split())}"

@@ -10,7 +10,7 @@ from typing import Final
 from eopd.config import ConfigError
 from eopd.config.json_text import told
 from eopd.config.pointer import require_no_pointer
-from eopd.preflight.weights import read_tensors
+from eopd.preflight.weights import TensorInfo, read_tensors
 from eopd.tokenizer import end_token_ids, load_tokenizer, read_json, vocab_size
 
 # The files that a run reads of a model directory, without the weights.
@@ -70,7 +70,8 @@ def require_model(
 
         vocab_size(directory)
         if weights:
-            read_tensors(directory, standard_names=False)
+            tensors = read_tensors(directory, standard_names=False)
+            _require_plain(directory, tensors or {})
 
     if tokenizer:
         with _blame(key), quiet():
@@ -190,6 +191,22 @@ def _vllm_architectures() -> frozenset[str]:
     return frozenset(str(name.value) for name in keys)
 
 
+def _require_plain(directory: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuses what would be loaded as another model than it looks like."""
+    if (directory / "adapter_config.json").exists():
+        raise ConfigError(
+            f"{directory} holds adapter_config.json beside the weights: transformers would lay that "
+            "adapter over them, and vLLM would not; merge it into them, or move it away"
+        )
+
+    formats = {tensor.dtype for tensor in tensors.values()}
+    if formats and not any(name.startswith(("F", "BF")) for name in formats):
+        raise ConfigError(
+            f"{directory}: its weights are whole numbers ({', '.join(sorted(formats))}), which "
+            "no model computes with"
+        )
+
+
 def _require_directory(directory: Path) -> None:
     """Refuses what is no directory, and says what else may stand there."""
     if not directory.exists():
@@ -202,6 +219,11 @@ def _require_directory(directory: Path) -> None:
     if not directory.is_dir():
         raise ConfigError(
             f"{directory} is a file; name the Hugging Face model directory that holds it"
+        )
+
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"{directory} is an adapter alone; merge it into its model, and name that directory"
         )
 
     if not (directory / "config.json").is_file():

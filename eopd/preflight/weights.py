@@ -72,6 +72,9 @@ def read_tensors(directory: Path, *, standard_names: bool) -> Mapping[str, Tenso
         _read_shards(index)  # transformers passes over it, vLLM takes only the files that it names
 
     files = standard[:1]
+    if files and index not in standard:
+        _require_no_other(directory, files[0])
+
     if not files and not standard_names:
         files = _other_files(directory)
 
@@ -79,6 +82,17 @@ def read_tensors(directory: Path, *, standard_names: bool) -> Mapping[str, Tenso
         raise ValueError(f"{directory} has no weights: {_what_is_there(directory, standard_names)}")
 
     return _read_files(files)
+
+
+def _require_no_other(directory: Path, file: Path) -> None:
+    """Refuses weights beside the only standard file: vLLM loads them too (0.32.0, where no index
+    names its files), and of two tensors of one name the last.
+    """
+    if others := [other.name for other in _other_files(directory) if other != file]:
+        raise ValueError(
+            f"{directory} holds {', '.join(others[:3])} beside {file.name}; vLLM would load "
+            "all of them as one model: move away what does not belong to it"
+        )
 
 
 def has_weights(directory: Path) -> bool:

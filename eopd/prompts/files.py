@@ -227,6 +227,12 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
     except Exception as error:  # noqa: BLE001 - a data set may run code of its own, which raises what it likes
+        if "load_from_disk" in str(error):
+            raise ConfigError(
+                f"{key}: {spec} was written by save_to_disk; write it with to_parquet, and name "
+                "that file"
+            ) from None
+
         hint = "" if name.subset else "; a subset is named as NAME:SUBSET:SPLIT"
         raise ConfigError(
             f"{key}: data set {spec} cannot be loaded: {error or type(error).__name__}{hint}"

@@ -6,11 +6,17 @@ a tokenizer adds, is refused or noted: a prompt never loses or gains anything si
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Final, Literal, Protocol
 
 from eopd.config import ConfigError
 from eopd.prompts.rows import Message, Tool
 from eopd.prompts.text import fault_of
+
+# What a template that asks for the date is told, so that prompts are the same on every day, and on
+# the one on which a run is resumed: the date of templates that ask for none (Llama 3.2).
+TODAY: Final = date(2024, 7, 26)
+_ASKS_DATE: Final = "strftime_now"
 
 # fields of a chat without which the prompt asks something else
 MUST_SHOW: Final = frozenset({"tools", "tool_calls"})
@@ -197,13 +203,25 @@ class Rendering:
             return False
 
     def _unread(self) -> Iterator[str]:
-        source = str(self.options.get("chat_template", self.tokenizer.chat_template))
+        source = self._source()
+        if _ASKS_DATE in source:
+            yield (
+                f"the {self.whose}'s chat template asks for the date, and is always told "
+                f"{TODAY}, so that prompts do not change from day to day"
+            )
+
         for name in self.options:
             if name not in source and name != "chat_template":
                 yield f"the {self.whose}'s chat template does not know the template option {name}"
 
+    def _source(self) -> str:
+        return str(self.options.get("chat_template", self.tokenizer.chat_template))
+
     def _render(self, chat: Sequence[Message], tools: Sequence[Tool], where: str) -> str:
-        options = {**self.options, "tools": list(tools)} if tools else self.options
+        options = {**self.options, "tools": list(tools)} if tools else dict(self.options)
+        if _ASKS_DATE in self._source():
+            options[_ASKS_DATE] = TODAY.strftime
+
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(message) for message in chat],

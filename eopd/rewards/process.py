@@ -272,6 +272,9 @@ def _answer(
     except BaseException as error:  # noqa: BLE001 - a user's function raises what it likes
         return {"failed": cause_of(error)[:_LONGEST_CAUSE]}
 
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return {"failed": "returned a whole number beyond all others that are finite"}
+
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
 

@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from itertools import repeat
+from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import ray
 from ray.actor import ActorHandle
@@ -24,6 +25,7 @@ from eopd.types import (
     PackedBatch,
     PolicyVersion,
     RunFailedError,
+    TrajectoryKey,
 )
 
 _DEAD = (RayActorError, OutOfMemoryError)
@@ -166,19 +168,9 @@ class LearnerGang:
         Raises:
             BodiesLostError: some are gone with their node; the ranks are as they were.
         """
-        shares = [batch.share(rank) for rank in range(len(self._actors))]
-        calls = []
-        for actor, share in zip(self._actors, shares, strict=True):
-            bodies = [stored.body for stored in share.stored()]
-            calls.append(actor.take.remote(share.with_bodies(repeat(None)), bodies))
-
-        lost = await self._all(calls)
-        keys = [
-            share.stored()[position].header.key
-            for share, positions in zip(shares, lost, strict=True)
-            for position in positions  # type: ignore[attr-defined]
-        ]
-        if keys:
+        calls = [actor.take.remote(batch.share(rank)) for rank, actor in enumerate(self._actors)]
+        lost = cast(list[list[TrajectoryKey]], await self._all(calls))
+        if keys := list(chain.from_iterable(lost)):
             raise BodiesLostError(keys)
 
     async def _all(self, calls: Sequence[Awaitable[object]]) -> list[object]:

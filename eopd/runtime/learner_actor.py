@@ -6,7 +6,7 @@ Heavy libraries are imported inside the actor, never in the driver.
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from eopd.types import (
     PackedBatch,
     PolicyVersion,
     RunFailedError,
+    TrajectoryKey,
 )
 
 if TYPE_CHECKING:
@@ -120,20 +121,19 @@ class LearnerActor(Actor):
             connect_timeout_s=config.weights.connect_timeout_s,
         )
 
-    def take(self, share: PackedBatch, bodies: Sequence[ray.ObjectRef]) -> list[int]:
+    def take(self, share: PackedBatch) -> list[TrajectoryKey]:
         """Fetch this rank's share of a batch, for ``accumulate``, ``step`` or ``evaluate``.
 
         Args:
-            share: the share, without bodies.
-            bodies: references to the bodies, in the order of ``share.stored()``.
+            share: the share, whose bodies are references.
 
         Returns:
-            The positions of those that are lost; empty once everything is here.
+            The trajectories whose bodies are lost; empty once everything is here.
         """
         try:
-            self._share = share.with_bodies(ray.get(list(bodies)))
+            self._share = share.with_bodies(ray.get([stored.body for stored in share.stored()]))
         except ObjectLostError:
-            return [position for position, body in enumerate(bodies) if _is_lost(body)]
+            return [stored.header.key for stored in share.stored() if _is_lost(stored.body)]
 
         return []
 

@@ -77,17 +77,17 @@ def _listed(path: Path, name: str) -> Listed:
     try:
         config, status = directory.config(), directory.status()
         summary = directory.read_summary()
-    except ConfigError as error:
+        rows, reverse_kl = directory.last_rows(1), _reverse_kl(path, summary)
+    except (ConfigError, OSError) as error:
         fault = str(error).splitlines()[0]
         return Listed(name=name, status="unreadable", changed_at=changed_at, fault=fault)
 
-    rows = directory.last_rows(1)
     return Listed(
         name=name,
         status=status.split()[0],
         step=int(rows[-1]["eopd_step"]) if rows else 0,
         batches=config.run.batches,
-        reverse_kl=_reverse_kl(path, summary),
+        reverse_kl=reverse_kl,
         changed_at=rows[-1]["time"] if rows else changed_at,
     )
 

@@ -85,6 +85,19 @@ def test_runs_are_listed_with_status_step_and_newest_reverse_kl(make, tmp_path, 
     ]
 
 
+def test_a_run_whose_rows_cannot_be_read_hides_no_other(make, tmp_path, eopd):
+    make("sound", steps=1, summary=Summary(status="completed"))
+    rows = make("barred", steps=1).path / "metrics.jsonl"
+    rows.unlink()
+    rows.mkdir()
+    done = eopd("list", tmp_path / "runs")
+    assert done.code == 0
+    assert "sound" in done.out and "unreadable" in done.out
+    assert done.out.splitlines()[-1] == f"barred: [Errno 21] Is a directory: '{rows}'"
+    done = eopd("status", tmp_path / "runs/barred")
+    assert (done.code, done.err) == (1, f"error: [Errno 21] Is a directory: '{rows}'\n")
+
+
 def test_a_run_whose_files_are_damaged_is_named_below_the_list(make, tmp_path, eopd):
     make("sound", steps=1, summary=Summary(status="completed"))
     broken = make("broken")

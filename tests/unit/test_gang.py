@@ -113,7 +113,7 @@ async def test_gradients_add_up_while_weights_are_on_their_way_and_a_step_waits(
             self.accumulate = Method(lambda: self._work("accumulate"))
             self.step = Method(lambda: self._work("step"))
 
-        async def _take(self, share, bodies):
+        async def _take(self, share):
             self.done.append("take")
             return []
 

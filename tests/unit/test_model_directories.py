@@ -331,6 +331,33 @@ def test_every_shard_is_there_and_holds_its_tensors(sharded):
     assert "DIR/model.safetensors.index.json has no weight_map" in refused(sharded)
 
 
+@pytest.mark.parametrize("other", ["model_old.safetensors", "adapter_model.safetensors"])
+def test_weights_that_vllm_would_load_besides_are_refused(directory, other):
+    shutil.copy(directory / "model.safetensors", directory / other)
+    message = refused(directory)
+    assert message.startswith(f"student.model: DIR holds {other} beside model.safetensors; vLLM")
+
+
+def test_weights_beside_those_of_an_index_are_nobody_s(sharded):
+    shutil.copy(next(sharded.glob("*.safetensors")), sharded / "old.safetensors")
+    models.require_model("student.model", sharded, num_tokens=64)
+
+
+def test_an_adapter_is_neither_a_model_nor_beside_one(directory):
+    (directory / "adapter_config.json").write_text("{}")
+    assert "DIR holds adapter_config.json beside the weights" in refused(directory)
+    (directory / "config.json").unlink()
+    assert "DIR is an adapter alone; merge it into its model" in refused(directory)
+
+
+def test_weights_of_whole_numbers_are_refused(directory):
+    names = {"a": torch.zeros(3, dtype=torch.int8), "b": torch.zeros(3, dtype=torch.int32)}
+    save_file(names, directory / "model.safetensors")
+    assert "DIR: its weights are whole numbers (I32, I8)" in refused(directory)
+    save_file({**names, "scale": torch.ones(1)}, directory / "model.safetensors")
+    models.require_model("student.model", directory, num_tokens=64)
+
+
 def test_weights_of_the_old_format_pass_and_a_cut_one_does_not(directory):
     (directory / "model.safetensors").unlink()
     old = directory / "pytorch_model.bin"

@@ -114,12 +114,23 @@ def test_rows_come_from_a_generator(directory):
     assert plugins.rows_of("k", "rows_a:rows", {"n": 2}) == [{"id": 0}, {"id": 1}]
 
 
+def test_a_row_stays_as_it_was_yielded(directory):
+    (directory / "rows_d.py").write_text(
+        "def rows():\n    row = {'tags': []}\n    for i in range(3):\n"
+        "        row['id'] = i\n        row['tags'].append(i)\n        yield row\n"
+    )
+
+    rows = plugins.rows_of("k", "rows_d:rows", {})
+    assert rows == [{"id": i, "tags": list(range(i + 1))} for i in range(3)]
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
         ("yield {'prompt': 'a'}\n    raise OSError('no disk')", "raised OSError: no disk"),
         ("yield {'prompt': 'a'}\n    yield 'b'", "row 2 is str"),
         ("return 3", "raised TypeError: 'int' object is not iterable"),
+        ("yield {'f': lambda: 1}", "row 1 holds what cannot be copied to another process: "),
     ],
 )
 def test_a_data_function_that_fails_is_named(directory, body, words):

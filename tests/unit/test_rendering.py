@@ -77,6 +77,16 @@ def test_a_template_that_drops_tools_is_refused(chat, tools, message):
         rendered(chat, tools=tools)
 
 
+def test_a_template_that_asks_for_the_date_is_told_one_that_stays():
+    template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    text, notes = rendered([{"role": "user", "content": "Weather?"}], template)
+    assert text == "26 Jul 2024: Weather?"
+    assert notes == [
+        "the student's chat template asks for the date, and is always told 2024-07-26, so that "
+        "prompts do not change from day to day"
+    ]
+
+
 def test_what_else_a_template_drops_is_noted():
     thought = {"role": "assistant", "content": "b", "reasoning_content": "hm", "weight": 1}
     _, notes = rendered([ASK, thought, ASK], enable_thinking=False)

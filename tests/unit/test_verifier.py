@@ -56,7 +56,8 @@ def odd(row, response, response_ids):
             pass
     if case == "sleeps":
         time.sleep(60)
-    return {"nan": float("nan"), "text": "high", "none": None, "list": [1.0]}[case]
+    odd = {"nan": float("nan"), "text": "high", "none": None, "list": [1.0]}
+    return {"huge": 10**5000, "large": -(10**400), **odd}[case]
 
 def keep(scored, *, nats):
     if scored.row["case"] == "raises":
@@ -156,6 +157,8 @@ async def test_a_coroutine_function_is_awaited(functions, model):
         ("text", "returned 'high', which is no finite number"),
         ("none", "returned None, which is no finite number"),
         ("list", "returned list"),
+        ("huge", "returned a whole number beyond all others that are finite"),
+        ("large", "returned a whole number beyond all others that are finite"),
     ],
 )
 async def test_a_function_without_a_number_gives_a_named_fault(functions, model, case, words):

@@ -1,0 +1,53 @@
+"""What a command says, where nobody takes it."""
+
+import io
+import logging
+import os
+import sys
+
+import pytest
+
+from eopd.cli.terminal import Lasting, take_any_character
+
+
+def closed_pipe() -> io.TextIOWrapper:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+def full_disk() -> io.TextIOWrapper:
+    return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+
+
+@pytest.mark.parametrize("made", [closed_pipe, full_disk])
+def test_a_stream_that_nobody_reads_ends_nothing_and_is_told_once(made, caplog):
+    with made() as stream, caplog.at_level(logging.WARNING):
+        lasting = Lasting(stream)
+        for _ in range(3):
+            assert lasting.write("step 1\n") == 7
+            lasting.flush()
+
+        assert lasting.fileno() == stream.fileno() and lasting.encoding == stream.encoding
+
+    (record,) = caplog.records
+    assert "takes nothing more" in record.getMessage()
+
+
+def test_a_stream_that_is_read_says_everything(tmp_path):
+    with (tmp_path / "out").open("w") as stream:
+        lasting = Lasting(stream)
+        print("step 1", file=lasting, flush=True)
+
+    assert (tmp_path / "out").read_text() == "step 1\n"
+
+
+def test_what_an_encoding_lacks_is_a_question_mark(monkeypatch):
+    written = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding="ascii"))
+
+    take_any_character()
+    sys.stdout.write("0.5 \u00b1 0.1")
+    sys.stdout.flush()
+    assert written.getvalue() == b"0.5 ? 0.1"
