@@ -137,6 +137,11 @@ def _read(spec: str, key: str) -> list[DataRow]:
     if path.suffix in DATA_SUFFIXES and path.is_dir():
         raise ConfigError(f"{key}: {spec} is a directory; name one file in it")
 
+    if path.suffix in DATA_SUFFIXES and path.exists() and not path.is_file():
+        raise ConfigError(
+            f"{key}: {spec} is no file; a pipe can be read only once, and a run reads twice"
+        )
+
     if path.suffix in DATA_SUFFIXES:
         try:
             require_no_pointer(path)

@@ -6,6 +6,7 @@ an escape left of a command of LaTeX.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -25,6 +26,11 @@ Tool = Mapping[str, object]  # a JSON schema
 ASKING: Final = ("prompt", "messages")  # the roles of columns of which one asks
 INSTRUCTING: Final = ("system", "developer")
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+CHAT_AS_TEXT: Final = (
+    "the prompt is JSON text of a chat, and taken as it stands; prompts.columns: {messages: prompt} "
+    "reads it as messages"
+)
+_CHAT_TEXT: Final = re.compile(r'\s*\[\s*\{.*"role"', re.DOTALL)
 ANSWER_LEFT_OUT: Final = (
     "the chat ends with the assistant's answer, which is left out: the prompt is what comes before"
 )
@@ -119,7 +125,9 @@ def _refuse(row: DataRow, field: str, fault: str) -> NoReturn:
 
 
 def _chat(row: DataRow) -> tuple[list[Message], list[str]]:
-    """Returns the messages that are to be answered, and a note where the data has the answer too."""
+    """Returns the messages that are to be answered, and a note where the data has the answer too.
+    Messages may be JSON text, as data sets keep them.
+    """
     asking = [role for role in ASKING if role in row.names] or ASKING
     found = {row.name(role): row.get(role) for role in asking if row.get(role) is not None}
     if len(found) > 1:
@@ -132,7 +140,11 @@ def _chat(row: DataRow) -> tuple[list[Message], list[str]]:
     ((field, value),) = found.items()
     may_be_text = field == row.name("prompt")
     if may_be_text and isinstance(value, str):
-        return [{"role": "user", "content": _clean(row, field, value)}], []
+        notes = [CHAT_AS_TEXT] if _CHAT_TEXT.match(value) else []
+        return [{"role": "user", "content": _clean(row, field, value)}], notes
+
+    if isinstance(value, str) and _CHAT_TEXT.match(value):
+        value = _parsed(row, field, value)
 
     allowed = "text or a list of messages" if may_be_text else "a list of messages"
     if not isinstance(value, list) or not value:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from fractions import Fraction
@@ -118,6 +119,13 @@ def test_missing_files_and_unknown_kinds_are_one_clear_error(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             read_data(spec)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match=r"rows.jsonl is no file; a pipe can be read only once"):
+        read_data(str(pipe), "prompts.data")
 
 
 def test_a_chat_needs_the_chat_template(tmp_path):

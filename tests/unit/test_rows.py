@@ -237,6 +237,16 @@ def test_parts_of_text_are_one_text_a_line_each():
     assert read(messages=[{"role": "user", "content": parts}]).text == "look\nhere"
 
 
+def test_messages_may_be_json_text_and_a_prompt_that_is_one_is_noted():
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    assert read(messages=json.dumps(chat)).chat == chat
+    question = read(prompt=json.dumps(chat))
+    assert question.text == json.dumps(chat)
+    (note,) = question.notes
+    assert "prompts.columns: {messages: prompt}" in note
+    assert not read(prompt="[1, 2] and a role").notes
+
+
 def test_tools_may_be_json_text():
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert read(prompt="a", tools=json.dumps(tools)).tools == tools
@@ -260,6 +270,10 @@ def test_tools_may_be_json_text():
         ({"prompt": "a\ud83d"}, r"prompt: holds half a character \(\\ud83d at position 1\)"),
         ({"prompt": "a\0"}, "prompt: holds the NUL character"),
         ({"messages": []}, "messages: must be a list of messages, is an empty list"),
+        (
+            {"messages": '[{"role": "user", "content": 1'},
+            "messages: is text, which is not JSON: Expecting ',' delimiter",
+        ),
         ({"messages": "a"}, 'messages: must be a list of messages, is "a"'),
         ({"messages": ["a"]}, "messages, number 1: must be an object with role and content, is"),
         ({"messages": [SAY]}, r"messages: none is the user's"),
