@@ -27,6 +27,7 @@ _STANDARD: Final = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_MISTRAL: Final = "consolidated"
 _MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
 _LARGEST: Final = 2**62
 _BYTES: Final = {
@@ -86,9 +87,11 @@ def read_tensors(directory: Path, *, standard_names: bool) -> Mapping[str, Tenso
 
 def _require_no_other(directory: Path, file: Path) -> None:
     """Refuses weights beside the only standard file: vLLM loads them too (0.32.0, where no index
-    names its files), and of two tensors of one name the last.
+    names its files), and of two tensors of one name the last. Not Mistral's own files, which it
+    would load alone.
     """
-    if others := [other.name for other in _other_files(directory) if other != file]:
+    others = [other.name for other in _other_files(directory) if other != file]
+    if others and not any(name.startswith(_MISTRAL) for name in others):
         raise ValueError(
             f"{directory} holds {', '.join(others[:3])} beside {file.name}; vLLM would load "
             "all of them as one model: move away what does not belong to it"

@@ -338,6 +338,11 @@ def test_weights_that_vllm_would_load_besides_are_refused(directory, other):
     assert message.startswith(f"student.model: DIR holds {other} beside model.safetensors; vLLM")
 
 
+def test_a_model_may_be_there_in_mistral_s_format_too(directory):
+    shutil.copy(directory / "model.safetensors", directory / "consolidated.safetensors")
+    models.require_model("student.model", directory, num_tokens=64)
+
+
 def test_weights_beside_those_of_an_index_are_nobody_s(sharded):
     shutil.copy(next(sharded.glob("*.safetensors")), sharded / "old.safetensors")
     models.require_model("student.model", sharded, num_tokens=64)
