@@ -44,7 +44,7 @@ def test_a_profile_says_where_the_time_goes_and_leaves_nothing(program, command,
     assert found["tokens_per_s"] > 0
     assert 0 < found["cpu_s"] <= 1.01 * found["step_s"] * found["cores"]
     assert 1 <= len(found["advice"]) <= 3
-    assert "as a run: step 8 of 8" in done.stderr
+    assert "as a run: step 8, " in done.stderr
     assert "error" not in done.stderr.lower()
 
     assert program.left_behind() == []
