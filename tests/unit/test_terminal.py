@@ -21,11 +21,12 @@ def full_disk() -> io.TextIOWrapper:
 
 
 @pytest.mark.parametrize("made", [closed_pipe, full_disk])
-def test_a_stream_that_nobody_reads_ends_nothing_and_is_told_once(made, caplog):
+@pytest.mark.parametrize("size", [7, 100_000])  # in a flush, and in the writing itself
+def test_a_stream_that_nobody_reads_ends_nothing_and_is_told_once(made, size, caplog):
     with made() as stream, caplog.at_level(logging.WARNING):
         lasting = Lasting(stream)
         for _ in range(3):
-            assert lasting.write("step 1\n") == 7
+            assert lasting.write("x" * size) == size
             lasting.flush()
 
         assert lasting.fileno() == stream.fileno() and lasting.encoding == stream.encoding
