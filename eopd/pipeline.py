@@ -36,7 +36,6 @@ the run drops one.
 """
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -50,7 +49,7 @@ from eopd.prompts import PromptOrder
 from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer, WeightChannel
 from eopd.run.plan import Plan
 from eopd.run.progress import Progress
-from eopd.telemetry.step import BusyClock, gaps, within
+from eopd.telemetry.clocks import StepClock
 from eopd.types import (
     LearnerStats,
     LostReason,
@@ -60,7 +59,6 @@ from eopd.types import (
     PublishStats,
     RunFailedError,
     ScoredTrajectory,
-    Span,
     StepDone,
     Stored,
     Trajectory,
@@ -88,14 +86,12 @@ LOST_DETAILS = {
 
 @dataclass(frozen=True, slots=True)
 class _TrainedBatch:
-    """A batch, the learner's statistics of it, and when it was waited for and trained: spans on the
-    loop's clock. ``in_flight`` and ``ready`` count the other trajectories when it was full.
+    """A batch and the learner's statistics of it. ``in_flight`` and ``ready`` count the other
+    trajectories when it was full.
     """
 
     taken: Sequence[Taken]
     stats: LearnerStats
-    waits: Sequence[Span]
-    works: Sequence[Span]
     in_flight: int
     ready: int
 
@@ -123,15 +119,12 @@ class Pipeline:
     clock: Callable[[], float] = time.monotonic
     buffer: Buffer = field(init=False)
     activity: str = field(init=False, default="starting")
-    _generating: BusyClock = field(init=False)
-    _scoring: BusyClock = field(init=False)
-    _generated_at: dict[int, float] = field(init=False, default_factory=dict)
+    _times: StepClock = field(init=False)
     _filtered_in_a_row: int = field(init=False, default=0)
     _begun: list[Taken] = field(init=False, default_factory=list)  # of the next batch
-    _ended: float | None = field(init=False, default=None)  # the step before
 
     def __post_init__(self) -> None:
-        self._generating, self._scoring = BusyClock(self.clock), BusyClock(self.clock)
+        self._times = StepClock(self.clock)
         self.buffer = Buffer(
             batch=self.plan.batch,
             max_staleness=self.plan.max_staleness,
@@ -156,7 +149,7 @@ class Pipeline:
         count = (self.plan.batches - start) * self.plan.batch
         async with _background(self._issue(count)) as issuing:
             for number in range(start, self.plan.batches):
-                done = await self._or_failure(issuing, self._step(number, self.clock()))
+                done = await self._or_failure(issuing, self._step(number))
                 if done is None:
                     return
 
@@ -189,40 +182,19 @@ class Pipeline:
         finally:
             stepping.cancel()
 
-    async def _step(self, number: int, started: float) -> StepDone | None:
-        batch = await self._train(number, started)
+    async def _step(self, number: int) -> StepDone | None:
+        self._times.start()
+        batch = await self._train(number)
         if batch is None:
             return None
 
+        self._times.trained()
         trained = {taken.issue: taken.stored.header for taken in batch.taken}
         self.ledger.train(trained)
         self.buffer.settle()
-        published, begun = await self._publish(batch.stats.version)
-        ended = self.clock()
+        published = await self._publish(batch.stats.version)
 
-        waits, works, begun, sending = (
-            [(start - started, stop - started) for start, stop in spans]
-            for spans in (
-                batch.waits,
-                batch.works,
-                begun,
-                gaps(batch.works[-1][1], begun, ended),
-            )
-        )
-        generated = max(self._generated_at.pop(issue) for issue in trained) - started
-        spans = {
-            "generate": self._generating.lap(started),
-            "score": self._scoring.lap(started),
-            "wait_rollout": within(waits, 0.0, generated),
-            "wait_teacher": within(waits, generated, math.inf),
-            "train": [*works, *begun],
-            "weights": sending,
-        }
-        seconds = {name: sum(stop - start for start, stop in of) for name, of in spans.items()}
-        seconds["wait"] = seconds["wait_rollout"] + seconds["wait_teacher"]
-        seconds["step"] = ended - started
-        seconds["between_steps"] = 0.0 if self._ended is None else started - self._ended
-        self._ended = ended
+        spans, seconds = self._times.end(trained)
         done = StepDone(
             trained=trained,
             stats=batch.stats,
@@ -239,46 +211,30 @@ class Pipeline:
         self.on_trained(batch.stats.version.step, batch.taken)
         return done
 
-    async def _train(self, number: int, started: float) -> _TrainedBatch | None:
-        """Takes a batch, part by part, and trains on it; returns None once the buffer is closed.
-
-        Its waits and works follow one another from ``started`` on, so that no moment is of neither.
-        """
+    async def _train(self, number: int) -> _TrainedBatch | None:
+        """Takes a batch, part by part, and trains on it; returns None once the buffer is closed."""
         taken, self._begun = self._begun, []
-        waits, works = list[Span](), list[Span]()
-        since = started
         while True:
             self.activity = "waiting for a batch"
             part = await self.buffer.take(version=number)
             if part is None:
                 return None
 
-            taken_at = self.clock()
             in_flight, ready = self.buffer.num_in_flight, self.buffer.num_ready
             self.activity = "training"
             try:
                 stats = await self._learn(part, number)
             except BodiesLostError:
-                now = self.clock()
-                waits.append((since, now))
-                since = now
                 continue
 
-            now = self.clock()
             taken += part.taken
-            waits.append((since, taken_at))
-            works.append((taken_at, now))
-            since = now
             if stats is not None:
                 taken.sort(key=lambda one: one.issue)
-                return _TrainedBatch(taken, stats, waits, works, in_flight=in_flight, ready=ready)
+                return _TrainedBatch(taken, stats, in_flight=in_flight, ready=ready)
 
-    async def _publish(self, version: PolicyVersion) -> tuple[PublishStats, Sequence[Span]]:
+    async def _publish(self, version: PolicyVersion) -> PublishStats:
         """Brings the weights to the engines and frees the slots of the batch; begins the next one as
         soon as the learner has sent them.
-
-        Returns:
-            What the channel says, and when the learner worked on the next batch.
         """
         self.activity = "bringing the weights to the engines"
         sent = asyncio.Event()
@@ -292,17 +248,14 @@ class Pipeline:
         publishing.add_done_callback(lambda _: sent.set())
         try:
             await sent.wait()
-            works = await self._begin_next(version.step, publishing)
-            return await publishing, works
+            await self._begin_next(version.step, publishing)
+            return await publishing
         finally:
             publishing.cancel()
             await asyncio.gather(publishing, return_exceptions=True)
 
-    async def _begin_next(
-        self, number: int, publishing: asyncio.Task[PublishStats]
-    ) -> Sequence[Span]:
-        """Accumulates parts of a batch while the weights before it are published; returns when."""
-        works = list[Span]()
+    async def _begin_next(self, number: int, publishing: asyncio.Task[PublishStats]) -> None:
+        """Accumulates parts of a batch while the weights before it are published."""
         while not publishing.done():
             taking = asyncio.create_task(self.buffer.take(number, ahead=True))
             try:
@@ -311,15 +264,11 @@ class Pipeline:
                 taking.cancel()  # nothing is taken by then, or everything
 
             if not taking.done() or (part := taking.result()) is None:
-                break
+                return
 
-            started = self.clock()
             with suppress(BodiesLostError):
                 await self._learn(part, number)
                 self._begun += part.taken
-                works.append((started, self.clock()))
-
-        return works
 
     async def _learn(self, part: Part, number: int) -> LearnerStats | None:
         """Lets the learner accumulate a part of a batch; returns its statistics once it has stepped,
@@ -328,17 +277,18 @@ class Pipeline:
         Raises:
             BodiesLostError: bodies are gone; the buffer has the part again.
         """
+        since = self.clock()
         packed = self.pack([taken.stored for taken in part.taken], number)
         try:
-            if part.completes:
-                return await self.learner.step(packed)
-
-            await self.learner.accumulate(packed)
-            return None
+            work = self.learner.step if part.completes else self.learner.accumulate
+            stats = await work(packed)
         except BodiesLostError as error:
             lost = [one.issue for one in part.taken if one.stored.header.key in error.keys]
             self.buffer.put_back(part, lost)
             raise
+
+        self._times.learned(since)
+        return stats
 
     def pack(self, stored: Sequence[Stored[ScoredTrajectory]], number: int) -> PackedBatch:
         """Returns trajectories of batch ``number`` as the learner's ranks take them."""
@@ -368,7 +318,7 @@ class Pipeline:
         the next one takes its place.
         """
         while (lost := await self._until_trained(issue)) is not None:
-            self._generated_at.pop(issue, None)
+            self._times.forget(issue)
             if lost.reason is LostReason.FILTERED:
                 self._filter(issue, lost)
             else:
@@ -440,14 +390,14 @@ class Pipeline:
     async def _generate_and_score(
         self, issue: int, attempt: int
     ) -> Stored[ScoredTrajectory] | LostTrajectory:
-        with self._generating:
+        with self._times.generating:
             generated = await self.generate(issue, attempt)
 
         if isinstance(generated, LostTrajectory):
             return generated
 
-        self._generated_at[issue] = self.clock()
-        with self._scoring:
+        self._times.generated(issue)
+        with self._times.scoring:
             return await self.teacher.score(generated)
 
 

@@ -18,7 +18,7 @@ from eopd.planning.balance import Counts
 from eopd.planning.lengths import Lengths
 from eopd.planning.needs import Hardware, seats_of
 from eopd.pool import Pool
-from eopd.telemetry.step import BusyClock
+from eopd.telemetry.clocks import BusyClock
 from eopd.types import (
     Header,
     LearnerStats,

@@ -1,76 +1,25 @@
-"""Makes a step's row of headers, the learner's numbers and clocks. Metrics are returned values; the
+"""Makes a step's row of headers, the learner's numbers and seconds. Metrics are returned values; the
 pipeline's caller publishes them.
 """
 
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import quantiles
-from types import TracebackType
 from typing import Final
 
 from eopd.config import Config
 from eopd.config.loss import HardGate, SigmoidGate
 from eopd.run.record import Row
 from eopd.telemetry.series import series
-from eopd.types import Header, LostReason, Span, StepDone, StopReason
+from eopd.types import Header, LostReason, StepDone, StopReason
 
 STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")
 # What the learner does, one after the other: each moment of a step is of one of them.
 PARTS: Final = ("wait_rollout", "wait_teacher", "train", "weights")
 MOST_SOURCES: Final = 16  # each is a series of its own
 TAILS: Final = (50, 95, 99)  # percent
-
-
-class BusyClock:
-    """Records when at least one request was under way, by ``clock``: a context manager that is
-    entered around each request.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._active = 0
-        self._since = 0.0
-        self._spans: list[Span] = []
-
-    def __enter__(self) -> None:
-        if self._active == 0:
-            self._since = self._clock()
-
-        self._active += 1
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._active -= 1
-        if self._active == 0:
-            self._spans.append((self._since, self._clock()))
-
-    def lap(self, origin: float = 0.0) -> list[Span]:
-        """Returns the spans since the last lap, from and to, in seconds since ``origin`` on the
-        clock.
-        """
-        now = self._clock()
-        spans = [*self._spans, (self._since, now)] if self._active else self._spans
-        self._spans, self._since = [], now
-        return [(start - origin, stop - origin) for start, stop in spans]
-
-
-def within(spans: Sequence[Span], start: float, stop: float) -> Sequence[Span]:
-    """Returns what of the spans lies between two times."""
-    cut = [(max(a, start), min(b, stop)) for a, b in spans]
-    return [(a, b) for a, b in cut if a < b]
-
-
-def gaps(start: float, spans: Sequence[Span], stop: float) -> Sequence[Span]:
-    """Returns what lies between two times and in none of the spans, which are in order."""
-    starts = [start, *(end for _, end in spans)]
-    stops = [*(begin for begin, _ in spans), stop]
-    return list(zip(starts, stops, strict=True))
 
 
 def batch_row(headers: Sequence[Header], version: int) -> dict[str, float]:

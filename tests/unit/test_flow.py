@@ -17,7 +17,7 @@ from fakes import World
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline
 from eopd.roles import BodiesLostError
-from eopd.telemetry.step import BusyClock
+from eopd.telemetry.clocks import BusyClock
 from eopd.types import LostReason
 
 
@@ -69,8 +69,8 @@ def queues(line: Pipeline) -> dict[str, int]:
     """Everything in the driver that has a length, by name."""
     return {
         f"{type(part).__name__}.{name}": len(value)
-        for part in (line, line.buffer, line.ledger, line.ledger.settled)
-        for name in type(part).__slots__
+        for part in (line, line._times, line.buffer, line.ledger, line.ledger.settled)
+        for name in getattr(part, "__slots__", None) or vars(part)
         if isinstance(value := getattr(part, name), Sized)
         and name not in ("lost", "activity", "settled")
     }
@@ -108,7 +108,7 @@ async def test_memory_is_flat_and_every_queue_is_bounded():
     assert memory[late] - memory[early] < 40_000
     assert objects[late] - objects[early] < 100
     assert batch < world.most_held <= slots and max(most.values()) <= slots, most
-    assert {"Buffer._ready", "Buffer._taken", "Pipeline._generated_at", "Watermark.ahead"} <= set(
+    assert {"Buffer._ready", "Buffer._taken", "StepClock._generated_at", "Watermark.ahead"} <= set(
         most
     )
     left = queues(line)
