@@ -9,6 +9,7 @@ that a resumed run needs no state but a number.
 
 from eopd.prompts.files import DataRow, read_data
 from eopd.prompts.order import PromptOrder
-from eopd.prompts.prompt_set import PromptSet, TeacherView, list_places
+from eopd.prompts.prompt_set import PromptSet, list_places
+from eopd.prompts.teacher_view import TeacherView
 
 __all__ = ["DataRow", "PromptOrder", "PromptSet", "TeacherView", "list_places", "read_data"]

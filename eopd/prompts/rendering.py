@@ -41,6 +41,17 @@ class Tokenizer(Protocol):
     ) -> str: ...
 
 
+class OverlongError(Exception):
+    """A prompt has more tokens than it may have; ``fault`` names the limit, with ``{rows}`` in place
+    of its rows.
+    """
+
+    def __init__(self, num_tokens: int, fault: str) -> None:
+        super().__init__(fault)
+        self.num_tokens = num_tokens
+        self.fault = fault
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
     """A rendering turns chats into the token ids of one model.
