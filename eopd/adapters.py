@@ -9,13 +9,31 @@ An engine keeps no adapters: what it computes with is merged, so that its steps 
 without adapters.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 WEIGHT, LORA_A, LORA_B = ".weight", ".lora_A.weight", ".lora_B.weight"  # behind a layer's name
 _ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointTensor:
+    """How a tensor that leaves the learner is made of parameters.
+
+    The first of them has the tensor's shape and dtype.
+    """
+
+    parts: tuple[Tensor, ...]
+    make: Callable[..., Tensor] = Tensor.detach
+
+    def whole(self) -> Tensor:
+        """Returns the tensor: a parameter itself where it is the only part. Under ZeRO-3 all parts
+        must be gathered.
+        """
+        return self.make(*self.parts)
 
 
 @torch.no_grad()

@@ -30,9 +30,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
+from eopd.adapters import CheckpointTensor
 from eopd.config import LearnerConfig
 from eopd.learner.collate import Packed
-from eopd.learner.lora import CheckpointTensor, adapter_tensors, whole_tensors
+from eopd.learner.lora import adapter_tensors, whole_tensors
 from eopd.learner.student import Student
 from eopd.loss.head import Head
 

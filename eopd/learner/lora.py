@@ -13,8 +13,7 @@ policy that sampled.
 
 import copy
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,27 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from eopd.adapters import LORA_A, LORA_B, merge
+from eopd.adapters import LORA_A, LORA_B, CheckpointTensor, merge
 from eopd.config import ConfigError, LoraConfig
 
 _ALL_LINEAR, _ADAPTER = "all-linear", "default"
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointTensor:
-    """How a tensor that leaves the learner is made of parameters.
-
-    The first of them has the tensor's shape and dtype.
-    """
-
-    parts: tuple[Tensor, ...]
-    make: Callable[..., Tensor] = Tensor.detach
-
-    def whole(self) -> Tensor:
-        """Returns the tensor: a parameter itself where it is the only part. Under ZeRO-3 all parts
-        must be gathered.
-        """
-        return self.make(*self.parts)
 
 
 def check_targets(directory: Path, config: LoraConfig) -> None:

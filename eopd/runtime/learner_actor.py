@@ -38,9 +38,9 @@ from eopd.types import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from eopd.adapters import CheckpointTensor
     from eopd.learner.flops import Cost
     from eopd.learner.learner import LearnerRank
-    from eopd.learner.lora import CheckpointTensor
     from eopd.weights.transfer import WeightSender
 
 _PLAIN = ("F32", "BF16", "F16")  # a weight that is neither quantized nor packed

@@ -7,22 +7,11 @@ so that nothing is sent while they are gathered. The learner knows what a checkp
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 
+from eopd.adapters import CheckpointTensor
 from eopd.weights.layout import Bucket, ParameterMeta
-
-
-class GatherableTensor(Protocol):
-    """A checkpoint tensor (``learner/lora.py``)."""
-
-    @property
-    def parts(self) -> tuple[torch.Tensor, ...]:
-        """The parameters it is made of; the first has its dtype and shape."""
-
-    def whole(self) -> torch.Tensor:
-        """Returns the tensor; all parts must be gathered."""
 
 
 class ModelSource:
@@ -38,7 +27,7 @@ class ModelSource:
 
     def __init__(
         self,
-        tensors: Mapping[str, GatherableTensor],
+        tensors: Mapping[str, CheckpointTensor],
         *,
         rank: int,
         shape: Callable[[torch.Tensor], Sequence[int]],
