@@ -33,6 +33,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+import numpy as np
+
 from eopd.config import ConfigError
 from eopd.config.base import split_function
 from eopd.types import BoolArray, Float32Array, Int32Array, Reference
@@ -243,11 +245,35 @@ def _checked(row: object, where: str) -> Row:
         )
 
     try:
-        return cast(Row, pickle.loads(pickle.dumps(row)))
+        return cast(Row, _plain(pickle.loads(pickle.dumps(row))))
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply, or holds itself") from None
     except Exception as error:  # noqa: BLE001 - a class of the user may raise what it likes
         raise ConfigError(
             f"{where} holds what cannot be copied to another process: {error}"
         ) from None
+
+
+def _plain(value: object) -> object:
+    """Returns a value as JSON would have it: lists in place of tuples and arrays, and Python's numbers
+    in place of numpy's, as they are written (0.1 for ``float32(0.1)``).
+    """
+    if isinstance(value, np.floating):
+        return float(str(value))
+
+    if isinstance(value, np.generic):
+        return value.item()
+
+    if isinstance(value, np.ndarray):
+        return _plain(list(value) if value.ndim else value[()])
+
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+
+    return value
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import json
 import re
 import sys
 
@@ -124,6 +125,29 @@ def test_a_row_stays_as_it_was_yielded(directory):
     assert rows == [{"id": i, "tags": list(range(i + 1))} for i in range(3)]
 
 
+def test_a_row_of_numpy_values_and_tuples_becomes_what_json_would_have(directory):
+    (directory / "rows_e.py").write_text(
+        "import numpy as np\n"
+        "def rows():\n"
+        "    yield {'answer': np.int64(3), 'level': np.float32(0.1), 'low': np.array(0.1, 'f4'),\n"
+        "           'id': np.str_('a'), 'ok': np.bool_(True), 'grid': np.array([[1, 2], [3, 4]]),\n"
+        "           'messages': ({'role': 'user', 'content': 'b'},)}\n"
+    )
+
+    (row,) = plugins.rows_of("k", "rows_e:rows", {})
+
+    expected = {
+        "answer": 3,
+        "level": 0.1,
+        "low": 0.1,
+        "id": "a",
+        "ok": True,
+        "grid": [[1, 2], [3, 4]],
+        "messages": [{"role": "user", "content": "b"}],
+    }
+    assert json.dumps(row) == json.dumps(expected)
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -131,6 +155,7 @@ def test_a_row_stays_as_it_was_yielded(directory):
         ("yield {'prompt': 'a'}\n    yield 'b'", "row 2 is str"),
         ("return 3", "raised TypeError: 'int' object is not iterable"),
         ("yield {'f': lambda: 1}", "row 1 holds what cannot be copied to another process: "),
+        ("row = {}\n    row['row'] = row\n    yield row", "row 1 is nested too deeply, or holds"),
     ],
 )
 def test_a_data_function_that_fails_is_named(directory, body, words):
