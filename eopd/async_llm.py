@@ -1,4 +1,5 @@
-"""Starts and ends vLLM's ``AsyncLLM``, for rollouts and for teachers.
+"""What engines of vLLM have in common, those of rollouts and of teachers: their options, and how
+``AsyncLLM`` starts and ends.
 
     on a CPU, in an actor                       everywhere else
     one process                                 two processes
@@ -14,7 +15,10 @@ mostly Python, it would.
 vLLM internals used here were checked against 0.32.0: ``CoreEngineProcManager`` (``v1/engine/utils.py``)
 makes the core's process out of ``get_mp_context``; ``EngineCoreProc.run_engine_core``
 (``v1/engine/core.py``) is what runs in it; ``_run_in_subprocess``
-(``model_executor/models/registry.py``) is how vLLM looks at the class of a model.
+(``model_executor/models/registry.py``) is how vLLM looks at the class of a model. On a GPU it runs its
+second model runner (``v1/worker/gpu/``), on a CPU, where there is no Triton, its first
+(``VllmConfig.use_v2_model_runner``). What this project touches is the same in both: the pooler, the
+logits layer, the calls of a worker.
 """
 
 import asyncio
@@ -35,11 +39,38 @@ from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
-from eopd.engine_options import ONE_PROCESS, usage_context
-
 R = TypeVar("R")
 
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_SPLIT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 _log = logging.getLogger(__name__)
+
+
+def cpu_options(native: Mapping[str, object]) -> dict[str, object]:
+    """Returns the defaults of an engine on CPUs; ``native`` are the user's options, which override
+    them.
+
+    An engine of one worker keeps it in the process of its core: one less that imports vLLM. vLLM
+    0.32.0 turns the short name ``uni`` back into a process of its own on CPUs, to set OpenMP's
+    threads there (``platforms/cpu.py``); here they are set for the whole engine.
+    """
+    options: dict[str, object] = {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+    if not any(name in native for name in _SPLIT):
+        options["distributed_executor_backend"] = ONE_PROCESS
+
+    return options
+
+
+def usage_context(*, on_cpu: bool) -> UsageContext:
+    """Returns the use by which vLLM chooses how many sequences and tokens an engine works on at a
+    time, where the user's options leave that open.
+
+    On GPUs it is the use for whole batches: 1,024 sequences and 16,384 tokens on an H100, 256 and
+    8,192 on a smaller GPU (vLLM 0.32.0, ``EngineArgs.get_batch_defaults``). ``AsyncLLM`` by itself
+    names a use that this table lacks, and would get 128 and 2,048. On CPUs that is kept: larger
+    batches are no faster there, and need more memory.
+    """
+    return UsageContext.ENGINE_CONTEXT if on_cpu else UsageContext.LLM_CLASS
 
 
 def start_llm(
@@ -71,7 +102,7 @@ def start_llm(
 
         return AsyncLLM.from_engine_args(
             args,
-            usage_context=UsageContext(usage_context(on_cpu=on_cpu)),
+            usage_context=usage_context(on_cpu=on_cpu),
             stat_loggers=list(stat_loggers),
         )
 

@@ -27,7 +27,7 @@ from eopd.planning.memory import (
 
 USABLE: Final = 0.9  # of a GPU's memory: the rest is its context, and what an allocator loses
 _UTILISATION: Final = 0.92  # vLLM's gpu_memory_utilization
-_CPU_CACHE: Final = 1 << 30  # bytes (``engine_options.py``)
+_CPU_CACHE: Final = 1 << 30  # bytes (``async_llm.cpu_options``)
 _WIDTH: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CPU_SCORING, _GPU_SCORING = (128, 16), (256, 256)  # rows of ``teacher/head.py``
 _TENSOR, _PIPELINE = "tensor_parallel_size", "pipeline_parallel_size"
@@ -233,7 +233,7 @@ def teacher_need(config: Config, number: int, model: Architecture, hardware: Har
 
 def _batch_limits(section: RolloutConfig | TeacherConfig, hardware: Hardware) -> tuple[int, int]:
     """Returns the most sequences and tokens of an engine's step by vLLM's defaults for the use that
-    engines name (``engine_options.usage_context``). Those of an A100 are of the smaller GPUs.
+    engines name (``async_llm.usage_context``). Those of an A100 are of the smaller GPUs.
     """
     if not section.gpus:
         return 128, 2048

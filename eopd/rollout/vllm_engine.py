@@ -27,9 +27,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
-from eopd.async_llm import answer_of, end_llm, start_llm
+from eopd.async_llm import answer_of, cpu_options, end_llm, start_llm
 from eopd.config import RolloutConfig, StudentConfig
-from eopd.engine_options import on_cpu
 from eopd.hub import model_directory
 from eopd.roles import EngineDownError
 from eopd.types import (
@@ -320,7 +319,7 @@ def _options(
     }
     if rollout.gpus == 0:
         options |= {
-            **on_cpu(rollout.vllm),
+            **cpu_options(rollout.vllm),
             # A seeded request whose prefill is cut rewinds its generator, which CPU generators
             # cannot (0.32.0).
             "enable_chunked_prefill": False,

@@ -28,9 +28,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
-from eopd.async_llm import answer_of, end_llm, start_llm
+from eopd.async_llm import answer_of, cpu_options, end_llm, start_llm
 from eopd.config import ConfigError, TeacherConfig
-from eopd.engine_options import on_cpu
 from eopd.hub import model_directory
 from eopd.roles import TeacherDownError
 from eopd.teacher import head
@@ -218,7 +217,7 @@ def engine_options(
         "use_tqdm_on_load": False,
     }
     if current_platform.is_cpu():
-        options |= on_cpu(native)
+        options |= cpu_options(native)
 
     merged = {
         "hf_overrides": _section(native, "hf_overrides") | overrides,

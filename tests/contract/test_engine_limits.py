@@ -4,12 +4,12 @@ import pytest
 from vllm import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 
-from eopd.engine_options import usage_context
+from eopd.async_llm import usage_context
 
 
 def test_on_gpus_the_use_is_one_for_which_vllm_has_limits():
     tokens, sequences = AsyncEngineArgs.get_batch_defaults(world_size=1)
-    context = UsageContext(usage_context(on_cpu=False))
+    context = usage_context(on_cpu=False)
     assert tokens[context] > 2048
     assert sequences[context] > 128
     assert UsageContext.ENGINE_CONTEXT not in tokens, "AsyncLLM's own has limits now: read them"
@@ -23,6 +23,6 @@ def test_an_engine_gets_the_limits_of_its_use(tiny_model, on_cpu, expected):
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 26,
     )
-    context = UsageContext(usage_context(on_cpu=on_cpu))
+    context = usage_context(on_cpu=on_cpu)
     scheduler = args.create_engine_config(context).scheduler_config
     assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == expected
