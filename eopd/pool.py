@@ -183,7 +183,8 @@ class Pool(Generic[W]):
         try:
             return await request
         except asyncio.CancelledError:
-            if request.done() and not request.cancelled():  # given a seat in the same moment
+            # given a seat, or failed, in the same moment
+            if request.done() and not request.cancelled() and request.exception() is None:
                 request.result().started.pop(request, None)
                 self._hand_out()
 

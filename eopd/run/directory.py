@@ -291,8 +291,10 @@ class RunDirectory:
             if path.exists():
                 _write_rows(self.path / path.name, up_to_step(read_rows(path), state.step))
 
-        known = Ledger.restore(**state.ledger).dropped  # type: ignore[arg-type]
-        dropped = [row for row in read_rows(parent.dropped) if row.get("issue") in known]
+        settled = Ledger.restore(**state.ledger).settled  # type: ignore[arg-type]
+        dropped = [
+            row for row in read_rows(parent.dropped) if row.get("issue", math.inf) in settled
+        ]
         if dropped:
             _write_rows(self.dropped, dropped)
 

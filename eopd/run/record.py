@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 Row = Mapping[str, float]  # by the names of ``telemetry/catalog.py``
-RUN_ID: Final = "run-id"  # the file in which a tracker keeps its name of the run
+RUN_ID: Final = "run-id"  # the file of the run's id, also of the one that a tracker has for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

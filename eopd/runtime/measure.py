@@ -52,8 +52,7 @@ def measure_checkpoint(
 async def _measure(
     config: Config, prepared: Prepared, checkpoint: Path, say: Callable[[str], None]
 ) -> Mapping[str, Measurement]:
-    text = prepared.held_out.prompts[0].token_ids
-    async with start_workers(config, 0, text, say) as workers:
+    async with start_workers(config, 0, prepared.held_out.prompts, say) as workers:
         await workers.learner.load(checkpoint / "learner")
         await workers.channel.publish(await workers.learner.version())
         measured = await measure_held_out(

@@ -136,9 +136,8 @@ async def _profile(config: Config, prepared: Prepared, patience: Patience, say: 
         collect(config.run.path / "logs", config.telemetry.log_format),
     ):
         say("starting the learner, the rollout engines and the teacher")
-        text = prepared.train.prompts[0].token_ids
         try:
-            async with start_workers(config, 0, text, say) as workers:
+            async with start_workers(config, 0, prepared.train.prompts, say) as workers:
                 await workers.channel.publish(await workers.learner.version())
                 return await _measure(config, prepared, workers, patience, say)
         except WorkerDownError as error:

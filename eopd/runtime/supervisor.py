@@ -1,7 +1,15 @@
 """Brings the actors of a run up and down. Whatever happens, nothing is left running."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -32,8 +40,9 @@ from eopd.runtime.placement import (
 )
 from eopd.runtime.restarts import RestartBudget
 from eopd.runtime.teachers import route, teacher_fleets
-from eopd.types import Int32Array, LostReason, LostTrajectory, RunFailedError, Stored
+from eopd.types import LostReason, LostTrajectory, PromptSample, RunFailedError, Stored
 from eopd.weights.channel import BroadcastChannel
+from eopd.weights.probe import probe_text
 
 T = TypeVar("T")
 
@@ -59,12 +68,12 @@ class Workers:
 async def start_workers(
     config: Config,
     incarnation: int,
-    text: Int32Array,
+    prompts: Sequence[PromptSample],
     say: Callable[[str], None],
     *,
     driver: Holder | None = None,
 ) -> AsyncIterator[Workers]:
-    """Starts every actor of a training run; engines are probed with ``text``, int32[N], and learner
+    """Starts every actor of a training run; engines are probed with the first of ``prompts``, and learner
     ranks look for the run directory of ``driver``, if they are to write there.
 
     All start at the same time, unless GPUs are shared: a vLLM engine measures how much memory is
@@ -97,7 +106,7 @@ async def start_workers(
                 engines=EnginePool(engines),
                 teacher=route(config, teachers),
                 learner=gang,
-                channel=open_channel(engines, gang, config, text),
+                channel=open_channel(engines, gang, config, probe_text(prompts)),
                 engine_fleet=engines,
                 teacher_fleets=teachers,
                 restarts=restarts,

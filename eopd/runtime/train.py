@@ -13,8 +13,6 @@ from contextlib import ExitStack, aclosing, closing
 from dataclasses import dataclass, replace
 from typing import Never
 
-import numpy as np
-
 from eopd.config import Config
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline
@@ -53,7 +51,6 @@ from eopd.telemetry.step import config_row, step_row
 from eopd.types import LostReason, LostTrajectory, RunFailedError, StepDone
 
 _STATE_S = 5.0  # how often Prometheus sees who is up
-_PROBE_TOKENS = 256  # of prompts, which the student finds probable
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +170,10 @@ async def _work(
     """Starts the actors, and trains with them while others watch; returns how it ended."""
     outlets.show_incarnation(state.progress.incarnation)
     outlets.say("starting the learner, the rollout engines and the teacher")
-    first_prompts = prepared.train.prompts[:_PROBE_TOKENS]
-    text = np.concatenate([prompt.token_ids for prompt in first_prompts])
-
     async with start_workers(
         config,
         state.progress.incarnation,
-        text[:_PROBE_TOKENS],
+        prepared.train.prompts,
         outlets.say,
         driver=last_holder(config.run.path),
     ) as workers:

@@ -8,20 +8,22 @@ the difference of two correct implementations, such as one step of a small learn
 bfloat16.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
-from eopd.types import Float32Array, Int32Array
+from eopd.types import Float32Array, Int32Array, PromptSample
 
 # Mean absolute difference in nats. In float32 two right implementations differ by the order of
 # their sums: below 1e-4 on the tiny models of the tests. In bfloat16 a logit between 16 and 32 has
 # steps of 1/8, between 32 and 64 of 1/4, and only the mean over many tokens is steady: vLLM and
 # transformers, both right, differ by 0.04 to 0.07 on SmolLM2 135M and by 0.07 to 0.10 on its pruned
-# version, most on text that the model finds improbable. So take some hundred tokens that the
-# student finds probable.
+# version, most on text that the model finds improbable. So the probe is some hundred tokens of
+# prompts, which the student finds probable.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+PROBE_TOKENS: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,14 @@ class Probe:
     token_ids: Int32Array
     dtype: Literal["float32", "bfloat16"]
     every: int
+
+
+def probe_text(prompts: Sequence[PromptSample]) -> Int32Array:
+    """Returns int32[N], the first tokens of these prompts: at least two, so that one has a
+    predecessor.
+    """
+    first = np.concatenate([prompt.token_ids for prompt in prompts[:PROBE_TOKENS]])
+    return np.resize(first, max(2, min(len(first), PROBE_TOKENS)))
 
 
 class ProbeError(RuntimeError):

@@ -42,7 +42,8 @@ async def parent(path):
     held_out = HeldOut(before=BEFORE, after=BEFORE)
     summary = Summary(status="running", steps=13, incarnation=3, held_out=held_out)
     directory.write_summary(summary)
-    rows = [{"issue": 5, "reason": "timeout"}, {"issue": 100, "reason": "timeout"}]
+    lost = {5: "timeout", 6: "filtered", 100: "timeout", 101: "filtered"}
+    rows = [{"issue": issue, "reason": reason} for issue, reason in lost.items()]
     directory.dropped.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     for step in (4, 8):
@@ -58,7 +59,7 @@ async def parent(path):
 
 
 async def keep(directory, step, inputs):
-    ledger = Ledger(Watermark(8 * step), dropped={5})
+    ledger = Ledger(Watermark(8 * step), dropped={5}, num_filtered=1)
     state = replace(fakes.driver_state(step, inputs=inputs), ledger=ledger.state())
     await fakes.save_checkpoint(directory.checkpoints, state)
 
@@ -82,7 +83,7 @@ async def test_a_fork_is_taken_up_as_if_it_had_been_stopped_there(parent, path):
     assert child.path == parent.path.with_name("new")
     assert [row["step"] for row in fakes.read_rows(child.metrics)] == list(range(1, 9))
     assert fakes.read_rows(child.metrics)[0]["text"] == "é"
-    assert [row["issue"] for row in fakes.read_rows(child.dropped)] == [5]
+    assert [row["issue"] for row in fakes.read_rows(child.dropped)] == [5, 6]
 
     config = child.config()
     assert (config.run.name, config.learner.lr) == ("new", 5e-5)

@@ -235,6 +235,16 @@ async def test_a_request_cancelled_in_the_moment_it_gets_a_seat_leaves_it():
     assert worker.asked == ["next"]
 
 
+async def test_a_request_cancelled_in_the_moment_the_pool_fails_is_cancelled():
+    pool, _ = pool_of()
+    request = asyncio.create_task(ask(pool))
+    await asyncio.sleep(0)
+    pool.fail(RuntimeError("nobody is left"))
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+
+
 async def test_when_nobody_comes_any_more_all_who_wait_are_told():
     pool, _ = pool_of()
     waiting = asyncio.create_task(ask(pool))

@@ -1,9 +1,12 @@
 """The comparison of an engine's probe with the learner's."""
 
+from dataclasses import replace
+
+import fakes
 import numpy as np
 import pytest
 
-from eopd.weights.probe import ProbeError, compare_probe
+from eopd.weights.probe import PROBE_TOKENS, ProbeError, compare_probe, probe_text
 
 LEARNER = np.array([-0.5, -3.0, -11.0, -0.01], np.float32)
 
@@ -35,6 +38,21 @@ def test_what_is_no_number_is_refused(bad):
 
     with pytest.raises(ProbeError):
         compare_probe(LEARNER, engine, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((3, 2), [0, 1, 2, 0, 1]),
+        ((1, 2), [0, 0, 1]),
+        ((1,), [0, 0]),  # one token alone predicts nothing
+        ((200, 200), [*range(200), *range(56)]),
+    ],
+)
+def test_the_probe_is_the_first_tokens_of_prompts(lengths, expected):
+    prompts = [replace(fakes.prompt(), token_ids=np.arange(n, dtype=np.int32)) for n in lengths]
+    assert probe_text(prompts).tolist() == expected
+    assert len(expected) <= PROBE_TOKENS
 
 
 def test_probes_of_other_lengths_are_no_probe():
