@@ -203,9 +203,6 @@ class Pipeline:
             spans=spans,
             in_flight=batch.in_flight,
             ready=batch.ready,
-            lost=dict(self.ledger.lost),
-            dropped=len(self.ledger.dropped),
-            filtered=self.ledger.num_filtered,
         )
         self.progress.count(done)
         self.on_trained(batch.stats.version.step, batch.taken)

@@ -1,16 +1,19 @@
 """The verbs: every contract of the loop, on one screen.
 
-``pipeline.py`` knows only these; the calls of a weight transfer are in ``weights/links.py``. Real
-implementations live in their rooms and are wrapped as actors in ``runtime/``; tests drive the
-pipeline with fakes of ten lines.
+``pipeline.py`` knows only these; the two links at the end are the calls of a weight transfer
+(``weights/channel.py``). Real implementations live in their rooms and are wrapped as actors in
+``runtime/``; tests drive the pipeline with fakes of ten lines.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
 from eopd.types import (
     EvalStats,
+    Float32Array,
+    Int32Array,
     LearnerStats,
     LostTrajectory,
     PackedBatch,
@@ -119,3 +122,25 @@ class WeightChannel(Protocol):
         has sent it, and is only needed again where that fails.
         """
         ...
+
+
+class SenderLink(Protocol):
+    """The learner gang's ``WeightSender``, seen from the driver."""
+
+    def reserved(self) -> AbstractAsyncContextManager[object]: ...  # noqa: D102 - no step comes between its calls
+    async def version(self) -> PolicyVersion: ...  # noqa: D102
+    async def open(self, engines: int, secret: str) -> Sequence[Mapping[str, object]]: ...  # noqa: D102
+    async def accept(self) -> None: ...  # noqa: D102
+    async def send(self) -> int: ...  # noqa: D102
+    async def probe(self, token_ids: Int32Array) -> Float32Array: ...  # noqa: D102
+
+
+class EngineLink(Protocol):
+    """A rollout engine's weight calls, seen from the driver (``rollout/vllm_engine.py``)."""
+
+    async def connect_weights(self, init_info: Mapping[str, object]) -> None: ...  # noqa: D102
+    async def begin_weights(self) -> None: ...  # noqa: D102
+    async def check_weights(self) -> None: ...  # noqa: D102
+    async def install_weights(self, version: PolicyVersion) -> float: ...  # noqa: D102
+    async def probe(self, token_ids: Int32Array) -> Float32Array: ...  # noqa: D102
+    async def version(self) -> PolicyVersion: ...  # noqa: D102

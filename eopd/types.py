@@ -397,8 +397,7 @@ class StepDone:
     an engine generated, a teacher scored, and the learner did what: wait_rollout, wait_teacher,
     train, weights. ``seconds`` has the length of each, of both waits together, of the step, and
     of the time between the step before and this one (0 for the first).
-    ``in_flight`` and ``ready`` count the other trajectories when the batch was full. ``lost`` and
-    ``dropped`` count those of the whole run so far, and ``filtered`` what its filter dropped.
+    ``in_flight`` and ``ready`` count the other trajectories when the batch was full.
     """
 
     trained: Mapping[int, Header]
@@ -408,9 +407,6 @@ class StepDone:
     spans: Mapping[str, Sequence[Span]]
     in_flight: int
     ready: int
-    lost: Mapping[LostReason, int]
-    dropped: int
-    filtered: int = 0
 
 
 class RunFailedError(RuntimeError):

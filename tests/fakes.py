@@ -16,7 +16,7 @@ from eopd.prompts import PromptOrder
 from eopd.run.checkpoint import DriverState, write_checkpoint
 from eopd.run.plan import Plan
 from eopd.run.progress import Progress
-from eopd.telemetry.step import step_row
+from eopd.telemetry.step import ledger_row, step_row
 from eopd.types import (
     Bounds,
     Exact,
@@ -271,7 +271,7 @@ def pipeline(
 async def rows(line: Pipeline, start: int = 0) -> AsyncIterator[dict[str, float]]:
     """Run a loop; the row of each step."""
     async for done in line.steps(start):
-        yield {**step_row(done), **line.progress.row()}
+        yield {**step_row(done), **line.progress.row(), **ledger_row(line.ledger)}
 
 
 def driver_state(

@@ -32,7 +32,6 @@ from eopd.learner.attention import check_mask
 from eopd.learner.backend import Backend, OpenBackend
 from eopd.learner.collate import Packed, Weighting, body_of, collate, collate_text
 from eopd.learner.export import write_student
-from eopd.learner.gpu import total_memory
 from eopd.learner.lora import save_adapter
 from eopd.learner.measuring import entropy_counts, eval_stats, token_sums
 from eopd.learner.nonfinite import BrokenRow, NonFiniteUpdateError, dump, explain, find_rows
@@ -143,8 +142,12 @@ class LearnerRank:
             dtype=student.chosen_dtype,
             total_steps=total_batches * learner.optimizer_steps_per_batch,
         )
+        on_gpu = self._device.type == "cuda"
         self._chunk_tokens = learner.logit_chunk_tokens or choose_chunk_tokens(
-            self.model.config.get_text_config().vocab_size, gpu_bytes=total_memory(self._device)
+            self.model.config.get_text_config().vocab_size,
+            gpu_bytes=torch.cuda.get_device_properties(self._device).total_memory
+            if on_gpu
+            else None,
         )
         check_mask(self.model, device=self._device, token_budget=learner.token_budget)
         self._accumulated = _Accumulated()

@@ -21,7 +21,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from eopd.config import StudentConfig
 from eopd.hub import model_directory
 from eopd.learner.attention import choose_attention, may_take_varlen, sequences_of, try_varlen
-from eopd.learner.gpu import compute_capability
 from eopd.learner.lora import add_adapters
 from eopd.loss.head import Head
 
@@ -122,7 +121,8 @@ def load_student(
         directory, dtype=getattr(torch, config.chosen_dtype), attn_implementation=attention
     ).to(device)
     student = Student(model, num_tokens=num_tokens)
-    capability = compute_capability(torch.device(device))
+    on_gpu = torch.device(device).type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if on_gpu else None
     if may_take_varlen(model, dtype=config.chosen_dtype, capability=capability):
         _try_varlen(student, config.chosen_dtype)
 

@@ -1,7 +1,7 @@
 """The engine that samples responses: vLLM's ``AsyncLLM`` in the role of ``RolloutEngine``.
 
 In: a prompt and how to sample it. Out: the response with the log-probability and the policy version
-of every token. Weights arrive in flight (``EngineLink`` of ``weights/links.py``): running requests
+of every token. Weights arrive in flight (``EngineLink`` of ``roles.py``): running requests
 are frozen, not aborted, and go on under the new weights. Left out: any sampling transform but the
 top-p of benchmarks, since the recorded log-probability would not be the policy's own.
 

@@ -1,5 +1,5 @@
-"""The rollout engines of a run are a ``Fleet`` of actors. A newcomer gets the learner's weights before
-its first request; ``eopd scale`` changes the number of engines.
+"""The rollout engines of a run are a ``Fleet`` of actors, behind the interface of one. A newcomer gets
+the learner's weights before its first request; ``eopd scale`` changes the number of engines.
 """
 
 import asyncio
@@ -11,21 +11,78 @@ from ray.actor import ActorHandle
 from eopd.config import Config, RolloutConfig, StudentConfig
 from eopd.config.loss import Reward
 from eopd.fleet import Fleet
-from eopd.pool import Pool
-from eopd.roles import EngineDownError, LearnerDownError, RolloutEngine
+from eopd.pool import NoAnswerError, Pool
+from eopd.roles import EngineDownError, LearnerDownError, RolloutEngine, SenderLink
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import first_line
+from eopd.run.record import Row
 from eopd.runtime.actors import MAX_CALLS, ActorProcess, RemoteEngine, RolloutActor, Spawn
 from eopd.runtime.placement import plan_rollout
-from eopd.types import Int32Array
+from eopd.telemetry.series import series
+from eopd.types import (
+    Int32Array,
+    LostReason,
+    LostTrajectory,
+    PromptSample,
+    Sampling,
+    Stored,
+    Trajectory,
+    TrajectoryKey,
+)
 from eopd.weights.channel import BroadcastChannel
-from eopd.weights.links import SenderLink
 from eopd.weights.probe import Probe
 
 POLL_S = 1.0  # between two looks at what `eopd scale` asks for
 RETRY_S = 30.0  # after engines did not start
 _JOIN_AGAIN_S = 1.0
 _GRACE_S = 10.0  # the wire's own time-outs come first: they tell what is wrong
+
+
+class EnginePool:
+    """A ``RolloutEngine`` that passes each request to an engine of a fleet."""
+
+    def __init__(self, fleet: Fleet[RolloutEngine]) -> None:
+        self._fleet = fleet
+        self._pool = fleet.pool
+
+    async def generate(
+        self, prompt: PromptSample, sample_index: int, sampling: Sampling
+    ) -> Stored[Trajectory] | LostTrajectory:
+        """Sample one response on an engine; where that is lost, again on another one.
+
+        Raises:
+            RunFailedError: no engine is left.
+        """
+        try:
+            return await self._pool.run(
+                lambda engine: engine.generate(prompt, sample_index, sampling), sampling.priority
+            )
+        except NoAnswerError as error:
+            key = TrajectoryKey(prompt.epoch, prompt.prompt_id, sample_index)
+            return LostTrajectory(
+                key=key,
+                reason=LostReason.ROLLOUT_FAILED,
+                detail=str(error),
+            )
+
+    def status(self) -> list[str]:
+        """Returns for people what each engine does now."""
+        return self._pool.status()
+
+    def metrics(self) -> Row:
+        """Returns how many engines failed, were replaced, are up and should be, and what each has in
+        flight.
+        """
+        row = {
+            "eopd_engine_failures_total": float(self._pool.num_failures),
+            "eopd_engine_replacements_total": float(self._fleet.num_replacements),
+            "eopd_engines_up": float(self._pool.num_up),
+            "eopd_engines_wanted": float(self._fleet.size),
+        }
+        for number, count in self._pool.in_flight.items():
+            row[series("eopd_engine_in_flight_trajectories", engine=str(number))] = float(count)
+
+        return row
 
 
 def engine_process(

@@ -77,8 +77,7 @@ class LearnerActor(Actor):
         from eopd.learner.flops import Cost
         from eopd.learner.learner import LearnerRank
         from eopd.tokenizer import num_tokens
-        from eopd.weights.source import ModelSource
-        from eopd.weights.transfer import WeightSender
+        from eopd.weights.transfer import ModelSource, WeightSender
 
         self._rank = LearnerRank(
             DeepspeedBackend,

@@ -20,14 +20,13 @@ from ray.exceptions import ObjectLostError, RayTaskError
 
 from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
 from eopd.fleet import Fleet, one_by_one
-from eopd.pools import EnginePool, TeacherRouter
 from eopd.roles import RolloutEngine, TeacherScorer
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import Holder
 from eopd.run.progress import first_line
 from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, end_actor
 from eopd.runtime.cluster import find_places, has_room, log_directory, place_on
-from eopd.runtime.engines import engine_fleet, engine_process, open_channel
+from eopd.runtime.engines import EnginePool, engine_fleet, engine_process, open_channel
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
 from eopd.runtime.placement import (
@@ -39,7 +38,7 @@ from eopd.runtime.placement import (
     shares_gpus,
 )
 from eopd.runtime.restarts import RestartBudget
-from eopd.runtime.teachers import route, teacher_fleets
+from eopd.runtime.teachers import TeacherPool, TeacherRouter, teacher_fleets
 from eopd.types import LostReason, LostTrajectory, PromptSample, RunFailedError, Stored
 from eopd.weights.channel import BroadcastChannel
 from eopd.weights.probe import probe_text
@@ -101,10 +100,12 @@ async def start_workers(
             starting, config.cluster.start_timeout_s, logs=str(RunDirectory(config.run.path).logs)
         )
 
+        pools = {name: TeacherPool(name, fleet) for name, fleet in teachers.items()}
+
         try:
             yield Workers(
                 engines=EnginePool(engines),
-                teacher=route(config, teachers),
+                teacher=TeacherRouter(pools, config.teacher_of),
                 learner=gang,
                 channel=open_channel(engines, gang, config, probe_text(prompts)),
                 engine_fleet=engines,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from eopd.config import Config, TeacherConfig
 from eopd.fleet import Fleet
 from eopd.hub import model_directory
-from eopd.pool import Pool
-from eopd.pools import TeacherPool, TeacherRouter
+from eopd.pool import NoAnswerError, Pool
 from eopd.roles import TeacherDownError, TeacherScorer
+from eopd.run.record import Row
 from eopd.runtime.actors import MAX_CALLS, ActorProcess, RemoteTeacher, Spawn, TeacherActor
 from eopd.runtime.placement import plan_teacher
 from eopd.teacher.selftest import (
@@ -19,8 +19,100 @@ from eopd.teacher.selftest import (
     TeacherSelfTestError,
     self_test,
 )
+from eopd.telemetry.series import series
 from eopd.tokenizer import vocab_size
-from eopd.types import Int32Array, LostTrajectory, ScoredTrajectory, Stored, Trajectory
+from eopd.types import (
+    Int32Array,
+    LostReason,
+    LostTrajectory,
+    ScoredTrajectory,
+    Stored,
+    Trajectory,
+)
+
+
+class TeacherPool:
+    """A ``TeacherScorer`` over the replicas of one teacher."""
+
+    def __init__(self, name: str, fleet: Fleet[TeacherScorer]) -> None:
+        self._name = name
+        self._fleet = fleet
+        self._pool = fleet.pool
+        self._num_tokens = 0
+
+    async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
+        """Score on one replica; where that is lost, on another one.
+
+        Raises:
+            RunFailedError: no replica is left.
+        """
+        try:
+            outcome = await self._pool.run(
+                lambda scorer: scorer.score(stored), stored.header.priority
+            )
+        except NoAnswerError as error:
+            return LostTrajectory(
+                key=stored.header.key, reason=LostReason.TEACHER_FAILED, detail=str(error)
+            )
+
+        if isinstance(outcome, Stored):
+            self._num_tokens += outcome.header.num_response_tokens
+
+        return outcome
+
+    def metrics(self) -> Row:
+        """Returns what the replicas have done so far, and how many take requests and should."""
+        values = {
+            "eopd_teacher_tokens_total": self._num_tokens,
+            "eopd_teacher_failures_total": self._pool.num_failures,
+            "eopd_teacher_replacements_total": self._fleet.num_replacements,
+            "eopd_teacher_replicas_up": self._pool.num_up,
+            "eopd_teacher_replicas_wanted": self._fleet.size,
+            "eopd_teacher_in_flight_trajectories": sum(self._pool.in_flight.values()),
+        }
+        return {series(name, teacher=self._name): float(value) for name, value in values.items()}
+
+    def status(self) -> list[str]:
+        """Returns what each replica does now, a line each, for people."""
+        return self._pool.status()
+
+
+class TeacherRouter:
+    """A ``TeacherScorer`` over the teachers of a run: each prompt's source has one.
+
+    Args:
+        pools: the teachers, by name.
+        teacher_of: returns the teacher of a source.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[str, TeacherPool],
+        teacher_of: Callable[[str], TeacherConfig | None],
+    ) -> None:
+        self._pools = pools
+        self._teacher_of = teacher_of
+
+    async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
+        """Score by the teacher of the header's source.
+
+        Raises:
+            KeyError: nobody teaches it.
+        """
+        teacher = self._teacher_of(stored.header.source)
+        if teacher is None:
+            raise KeyError(f"no teacher for source {stored.header.source!r}")
+
+        return await self._pools[teacher.name].score(stored)
+
+    def metrics(self) -> Row:
+        """The metrics of all teachers."""
+        pools = self._pools.values()
+        return {name: value for pool in pools for name, value in pool.metrics().items()}
+
+    def status(self) -> list[str]:
+        """Returns what each replica of each teacher does now, a line each, for people."""
+        return [line for pool in self._pools.values() for line in pool.status()]
 
 
 def teacher_fleets(
@@ -67,18 +159,6 @@ def _fleet(
         start_timeout_s=config.cluster.start_timeout_s,
         log=log,
     )
-
-
-def route(config: Config, fleets: Mapping[str, Fleet[TeacherScorer]]) -> TeacherRouter:
-    """Returns one scorer for all sources, over the fleets of all teachers."""
-    by_source, default = {}, None
-    for teacher in config.teachers:
-        pool = TeacherPool(teacher.name, fleets[teacher.name])
-        by_source.update(dict.fromkeys(teacher.sources, pool))
-        if not teacher.sources:
-            default = pool
-
-    return TeacherRouter(by_source, default)
 
 
 async def self_test_replicas(

@@ -47,7 +47,7 @@ from eopd.runtime.watchdog import Watchdog, with_background
 from eopd.telemetry import trackers
 from eopd.telemetry.prometheus import PrometheusSink
 from eopd.telemetry.report.page import report_of_ended
-from eopd.telemetry.step import config_row, step_row
+from eopd.telemetry.step import config_row, ledger_row, step_row
 from eopd.types import LostReason, LostTrajectory, RunFailedError, StepDone
 
 _STATE_S = 5.0  # how often Prometheus sees who is up
@@ -394,6 +394,7 @@ class Training:
             **self._workers.teacher.metrics(),
             **self._workers.engines.metrics(),
             **self._state.progress.row(),
+            **ledger_row(self._state.ledger),
             **self._state.uploads.row(),
             "eopd_weight_failures_total": float(self._workers.channel.num_failures),
             "eopd_restart_budget_ratio": self._workers.restarts.used,

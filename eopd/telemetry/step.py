@@ -11,6 +11,7 @@ from typing import Final
 
 from eopd.config import Config
 from eopd.config.loss import HardGate, SigmoidGate
+from eopd.ledger import Ledger
 from eopd.run.record import Row
 from eopd.telemetry.series import series
 from eopd.types import Header, LostReason, StepDone, StopReason
@@ -89,26 +90,32 @@ def config_row(config: Config) -> Row:
     )
 
 
+def ledger_row(ledger: Ledger) -> Row:
+    """Returns how many trajectories the run has lost, dropped and filtered so far."""
+    row = {
+        "eopd_dropped_trajectories_total": float(len(ledger.dropped)),
+        "eopd_filtered_trajectories_total": float(ledger.num_filtered),
+    }
+    for reason in LostReason:
+        if reason is not LostReason.FILTERED:
+            name = series("eopd_lost_trajectories_total", reason=reason.value)
+            row[name] = float(ledger.lost[reason])
+
+    return row
+
+
 def step_row(done: StepDone) -> Row:
     """Returns the row of one completed step, without what the whole run has done so far
-    (``Progress.row``).
+    (``Progress.row``, ``ledger_row``).
     """
     headers, stats, published = list(done.trained.values()), done.stats, done.published
     row = dict(stats.metrics) | batch_row(headers, stats.version.step - 1)
     for stage, spent in done.seconds.items():
         row[f"eopd_{stage}_seconds"] = spent
-    losses = [reason for reason in LostReason if reason is not LostReason.FILTERED]
-    for reason in losses:
-        row[series("eopd_lost_trajectories_total", reason=reason.value)] = float(
-            done.lost.get(reason, 0)
-        )
-
     num_tokens = sum(header.num_response_tokens for header in headers)
     row |= {
         "eopd_step": float(stats.version.step),
         "eopd_last_step_timestamp_seconds": time.time(),
-        "eopd_dropped_trajectories_total": float(done.dropped),
-        "eopd_filtered_trajectories_total": float(done.filtered),
         "eopd_in_flight_trajectories": float(done.in_flight),
         "eopd_ready_trajectories": float(done.ready),
         "eopd_step_accounted_ratio": sum(done.seconds[part] for part in PARTS)

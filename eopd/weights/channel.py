@@ -42,10 +42,9 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
-from eopd.roles import EngineDownError, LearnerDownError
+from eopd.roles import EngineDownError, EngineLink, LearnerDownError, SenderLink
 from eopd.run.progress import first_line
 from eopd.types import Float32Array, PolicyVersion, PublishStats, WeightTransferError
-from eopd.weights.links import EngineLink, SenderLink
 from eopd.weights.probe import Probe, ProbeError, compare_probe
 
 T = TypeVar("T")

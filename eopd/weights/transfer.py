@@ -24,15 +24,18 @@ dies or stalls fails the transfer for all, and the group is built again.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
-from typing import Protocol, cast
+from typing import TypeVar, cast
 
 import torch
 from torch._C._distributed_c10d import TCPStore
 
+from eopd.adapters import CheckpointTensor
 from eopd.types import WeightTransferError
 from eopd.weights.layout import (
     DIGEST_BYTES,
@@ -57,25 +60,62 @@ from eopd.weights.wire import (
     open_wire,
 )
 
+T = TypeVar("T")
+
 # Once the sender has finished, a receiver's transfer ends within this, also on a busy machine.
 SETTLE_S = 5.0
 
 
-class ParameterSource(Protocol):
-    """The learner's parameters as checkpoint tensors, or its adapters alone (``weights/source.py``).
+class ModelSource:
+    """A model's parameters as checkpoint tensors, however they are sharded; without its buffers, which
+    never change.
 
-    All ranks call ``gather`` with the same buckets in the same order.
+    All ranks gather a bucket together. Where parameters are sharded, rank 0 has copies of them
+    afterwards, so that nothing is sent while they are gathered.
+
+    Args:
+        tensors: the checkpoint's tensors, by name; or those of its adapters alone.
+        rank: of this process; 0 sends.
+        shape: gives the full shape of a parameter (``Backend.shape``).
+        gathered: makes parameters whole in a block (``Backend.gathered``).
+        scale: with which adapters are merged that are sent alone; None where weights are sent.
     """
 
-    @property
-    def scale(self) -> float | None:
-        """The scale of adapters that are sent alone; None where weights are sent."""
+    def __init__(
+        self,
+        tensors: Mapping[str, CheckpointTensor],
+        *,
+        rank: int,
+        shape: Callable[[torch.Tensor], Sequence[int]],
+        gathered: Callable[[Sequence[torch.Tensor]], AbstractContextManager[bool]],
+        scale: float | None = None,
+    ) -> None:
+        self.scale = scale
+        self._recipes = {
+            name: recipe
+            for name, recipe in tensors.items()
+            if isinstance(recipe.parts[0], torch.nn.Parameter)
+        }
+        self._rank = rank
+        self._shape = shape
+        self._gathered = gathered
 
     def metadata(self) -> Sequence[ParameterMeta]:
-        """Returns a description of all parameters in order, without gathering any."""
+        """Returns full shapes, also where a tensor is empty because it is sharded."""
+        firsts = {name: recipe.parts[0] for name, recipe in self._recipes.items()}
+        return [
+            ParameterMeta.of(name, tensor, self._shape(tensor)) for name, tensor in firsts.items()
+        ]
 
     def gather(self, bucket: Bucket) -> Sequence[torch.Tensor] | None:
-        """Returns the full tensors of a bucket on rank 0, None elsewhere; collective."""
+        """Returns full tensors on rank 0; all ranks must call this in the same order."""
+        recipes = [self._recipes[parameter.name] for parameter in bucket]
+        with self._gathered([part for recipe in recipes for part in recipe.parts]) as are_copies:
+            if self._rank != 0:
+                return None
+
+            whole = [recipe.whole() for recipe in recipes]
+            return [tensor.clone() for tensor in whole] if are_copies else whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +164,7 @@ class WeightSender:
 
     def __init__(
         self,
-        source: ParameterSource,
+        source: ModelSource,
         *,
         rank: int,
         backend: Backend,
@@ -318,7 +358,7 @@ class WeightReceiver:
         self.scale = info.scale
         self._info = info
         self._own: SharedMemory | None = None
-        self._transfer: _Transfer | None = None
+        self._transfer: Future[Sequence[torch.Tensor]] | None = None
         self._wire = open_wire(info)
         if not self._wire.is_in_place:
             self._own = SharedMemory(_message_sizes(info.layout()))
@@ -332,7 +372,7 @@ class WeightReceiver:
         Raises:
             WeightTransferError: the group has failed, or an earlier transfer is still on its way.
         """
-        if self._transfer is not None and not self._transfer.ends_within(SETTLE_S):
+        if self._transfer is not None and wait([self._transfer], SETTLE_S).not_done:
             raise WeightTransferError("a weight transfer is still on its way")
 
         if not self._wire.is_open:
@@ -340,12 +380,14 @@ class WeightReceiver:
 
         messages = self._info.map(self.memory)
         arriving = [torch.empty(DIGEST_BYTES, dtype=torch.uint8) for _ in messages]
-        self._transfer = _Transfer(
+        receive = partial(
+            _receive,
             self._wire,
             self._info.layout(),
             arriving=arriving if self._own is None else self._own.reserve(),
             messages=messages,
         )
+        self._transfer = _in_daemon(receive)
 
     def check(self) -> None:
         """Find out, after the sender's ``send``, that everything is here and every hash is right.
@@ -353,7 +395,7 @@ class WeightReceiver:
         Raises:
             WeightTransferError: as ``take`` does.
         """
-        self._started().result(SETTLE_S)
+        _arrived(self._started(), SETTLE_S)
 
     def take(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Wait for the transfer to end, and return its parameters by name; can be done once.
@@ -362,7 +404,7 @@ class WeightReceiver:
             WeightTransferError: no transfer was started, it failed, a bucket's hash was wrong
                 (``BucketHashError``), or it did not end in time.
         """
-        messages = self._started().result(self._info.timeout_s)
+        messages = _arrived(self._started(), self._info.timeout_s)
         self._transfer = None
         return _unpacked(messages, self._info.layout())
 
@@ -370,90 +412,73 @@ class WeightReceiver:
         """Leave the group. A transfer under way ends by itself, at its time-out at the latest."""
         self._wire.close()
 
-    def _started(self) -> "_Transfer":
+    def _started(self) -> Future[Sequence[torch.Tensor]]:
         if self._transfer is None:
             raise WeightTransferError("no weight transfer was started")
 
         return self._transfer
 
 
-class _Transfer:
-    """One set of buckets on its way into host memory.
+def _receive(
+    wire: Wire,
+    buckets: Sequence[Bucket],
+    *,
+    arriving: Sequence[torch.Tensor],
+    messages: Sequence[torch.Tensor],
+) -> Sequence[torch.Tensor]:
+    """Receives all buckets, also after one with a wrong hash: a fault of this receiver must not fail
+    the others. Returns ``messages``.
 
-    ``arriving`` is what the wire fills, and ``messages`` is the same memory, as the engine reads it;
-    where messages are in place only their hashes arrive.
+    Args:
+        wire: where they come from.
+        buckets: what they hold.
+        arriving: what the wire fills; where messages are in place only their hashes.
+        messages: the same memory, as the engine reads it.
     """
+    with ThreadPoolExecutor(1, "weight-hash") as thread:
+        checks = []
+        for index, arriving_B in enumerate(arriving):
+            wire.broadcast(arriving_B)
+            first, last = buckets[index][0].name, buckets[index][-1].name
+            name = f"bucket {index + 1} of {len(buckets)} ({first} to {last})"
+            bucket_B, digest_D = _split(messages[index])[0], arriving_B[-DIGEST_BYTES:]
+            checks.append(thread.submit(check_digest, bucket_B, digest_D, name))
 
-    def __init__(
-        self,
-        wire: Wire,
-        buckets: Sequence[Bucket],
-        *,
-        arriving: Sequence[torch.Tensor],
-        messages: Sequence[torch.Tensor],
-    ) -> None:
-        self._wire = wire
-        self._buckets = buckets
-        self._arriving = arriving
-        self._messages = messages
-        self._error: RuntimeError | None = None
-        self._all_arrived = False  # still False where an unforeseen error ends the thread
-        self._thread = threading.Thread(
-            target=self._receive,
-            name="weight-receiver",
-            daemon=True,
-        )
-        self._thread.start()
+    wire.barrier()
+    for check in checks:
+        check.result()
 
-    def _receive(self) -> None:
-        """Receives all buckets, also after one with a wrong hash: a fault of this receiver must
-        not fail the others.
-        """
+    return messages
+
+
+def _arrived(transfer: Future[T], timeout_s: float) -> T:
+    """Returns what a transfer brings.
+
+    Raises:
+        WeightTransferError: see ``WeightReceiver.take``.
+    """
+    try:
+        return transfer.result(timeout_s)
+    except BucketHashError:
+        raise
+    except TimeoutError:
+        raise WeightTransferError(f"weight transfer did not end within {timeout_s:g} s") from None
+    except Exception as error:  # whatever has ended its thread
+        raise WeightTransferError(f"weight transfer failed: {error}") from error
+
+
+def _in_daemon(work: Callable[[], T]) -> Future[T]:
+    """Works in a thread for which no process waits at its end."""
+    outcome = Future[T]()
+
+    def run() -> None:
         try:
-            with ThreadPoolExecutor(1, "weight-hash") as thread:
-                checks = []
-                for index, arriving_B in enumerate(self._arriving):
-                    self._wire.broadcast(arriving_B)
-                    checks.append(thread.submit(self._verify, index))
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised where the outcome is asked for
+            outcome.set_exception(error)
 
-                for check in checks:
-                    check.result()
-
-            self._wire.barrier()
-            self._all_arrived = True
-        except RuntimeError as error:  # what the wires, gloo and nccl raise; ``result`` raises it
-            self._error = error
-
-    def _verify(self, index: int) -> None:
-        bucket = self._buckets[index]
-        name = f"bucket {index + 1} of {len(self._buckets)} ({bucket[0].name} to {bucket[-1].name})"
-
-        try:
-            bucket_B, _ = _split(self._messages[index])
-            check_digest(bucket_B, self._arriving[index][-DIGEST_BYTES:], name)
-        except BucketHashError as error:
-            self._error = self._error or error
-
-    def ends_within(self, timeout_s: float) -> bool:
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def result(self, timeout_s: float) -> Sequence[torch.Tensor]:
-        if not self.ends_within(timeout_s):
-            raise WeightTransferError(f"weight transfer did not end within {timeout_s:g} s")
-
-        if isinstance(self._error, BucketHashError):
-            raise self._error
-
-        if self._error is not None:
-            raise WeightTransferError(f"weight transfer failed: {self._error}") from self._error
-
-        if not self._all_arrived:
-            raise WeightTransferError(
-                "weight transfer failed: its thread has ended; its error is in the log"
-            )
-
-        return self._messages
+    threading.Thread(target=run, name="weight-receiver", daemon=True).start()
+    return outcome
 
 
 def _unpacked(

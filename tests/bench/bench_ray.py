@@ -30,17 +30,16 @@ from eopd.config import Config, load_config
 from eopd.fleet import Fleet
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline
-from eopd.pools import EnginePool
 from eopd.prompts import PromptOrder
 from eopd.run.plan import Plan
 from eopd.run.progress import Progress
 from eopd.runtime.actors import RemoteEngine, RolloutActor, TeacherActor
 from eopd.runtime.cluster import connect, memory_row
-from eopd.runtime.engines import engine_fleet
+from eopd.runtime.engines import EnginePool, engine_fleet
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.learner_actor import LearnerActor
 from eopd.runtime.placement import RoleResources
-from eopd.runtime.teachers import route, teacher_fleets
+from eopd.runtime.teachers import TeacherPool, TeacherRouter, teacher_fleets
 from eopd.types import (
     Exact,
     Header,
@@ -218,10 +217,11 @@ async def move(config: Config) -> Seen:
         )
         for number in range(1_000)
     ]
+    pools = {name: TeacherPool(name, fleet) for name, fleet in teachers.items()}
     line = Pipeline(
         Plan.of(config),
         EnginePool(engines),
-        route(config, teachers),
+        TeacherRouter(pools, config.teacher_of),
         gang,
         Labels(engines),
         PromptOrder(prompts, samples_per_prompt=1, seed=0),

@@ -75,7 +75,7 @@ def run_rank(
 
     from eopd.learner.learner import LearnerRank
     from eopd.weights.layout import cut_into_buckets
-    from eopd.weights.source import ModelSource
+    from eopd.weights.transfer import ModelSource
 
     def learner_of(case: LoraCase, stage: int) -> LearnerRank:
         return start_learner(

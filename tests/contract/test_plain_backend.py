@@ -15,7 +15,7 @@ from eopd.learner.learner import LearnerRank
 from eopd.learner.lora import whole_tensors
 from eopd.packing import pack_batch
 from eopd.weights.layout import cut_into_buckets
-from eopd.weights.source import ModelSource
+from eopd.weights.transfer import ModelSource
 
 
 class PlainBackend:

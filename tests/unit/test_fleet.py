@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import fakes
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from eopd import fleet as module
 from eopd.fleet import Fleet, GaveWayError, NobodyLeftError, one_by_one
 from eopd.pool import Pool
-from eopd.pools import EnginePool, TeacherPool, TeacherRouter
 from eopd.roles import EngineDownError, TeacherDownError
+from eopd.runtime.engines import EnginePool
 from eopd.runtime.restarts import RestartBudget, TooManyRestartsError
+from eopd.runtime.teachers import TeacherPool, TeacherRouter
 from eopd.telemetry.series import series
 from eopd.types import LostReason, LostTrajectory, Sampling, Stored
 
@@ -498,15 +500,19 @@ async def test_what_a_teacher_cannot_score_or_not_in_time_is_lost_at_once():
 async def test_sources_have_their_teachers_and_the_rest_the_default():
     maths = TeacherPool("m", await one_of(Teacher("m")))
     rest = TeacherPool("r", await one_of(Teacher("r")))
-    router = TeacherRouter({"math": maths, "aime": maths}, rest)
+    names = {"math": "m", "aime": "m", "code": "r"}
+    router = TeacherRouter(
+        {"m": maths, "r": rest},
+        lambda source: SimpleNamespace(name=names[source]) if source in names else None,
+    )
     found = [
         (await router.score(stored(source=source))).body for source in ("math", "aime", "code")
     ]
     assert found == ["m", "m", "r"]
-    names = [series("eopd_teacher_tokens_total", teacher=name) for name in ("m", "r")]
-    assert [router.metrics()[name] for name in names] == [10.0, 5.0]
-    with pytest.raises(KeyError, match="code"):
-        await TeacherRouter({"math": maths}, None).score(stored(source="code"))
+    totals = [series("eopd_teacher_tokens_total", teacher=name) for name in ("m", "r")]
+    assert [router.metrics()[name] for name in totals] == [10.0, 5.0]
+    with pytest.raises(KeyError, match="law"):
+        await router.score(stored(source="law"))
 
 
 async def test_starts_one_by_one_never_overlap_and_keep_their_order():

@@ -317,8 +317,6 @@ def done(step: int, tokens: int) -> StepDone:
         spans={},
         in_flight=0,
         ready=0,
-        lost={},
-        dropped=0,
     )
 
 

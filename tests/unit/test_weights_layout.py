@@ -8,7 +8,6 @@ import torch
 
 from eopd.types import WeightTransferError
 from eopd.weights.layout import (
-    DIGEST_BYTES,
     BucketHashError,
     ParameterMeta,
     bucket_num_bytes,
@@ -16,7 +15,7 @@ from eopd.weights.layout import (
     pack,
     unpack,
 )
-from eopd.weights.transfer import InitInfo, WeightReader, WeightReceiver, WeightSender, _Transfer
+from eopd.weights.transfer import InitInfo, WeightReader, WeightReceiver, WeightSender
 from eopd.weights.wire import WireError
 
 
@@ -286,15 +285,15 @@ def test_a_source_that_fails_ends_the_receivers_transfer_at_once():
         receiver.take()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_receiver_thread_that_ends_early_has_received_nothing():
-    class Wire:
-        def message(self, index):
-            return torch.empty(16 + DIGEST_BYTES, dtype=torch.uint8)
+def test_a_receiver_thread_that_ends_early_has_received_nothing(monkeypatch):
+    sender = make_sender(DictSource(tensors()))
+    (receiver,) = connect(sender, 1)
 
-        def broadcast(self, message):
-            raise IndexError("a fault of ours")
+    def broken(message):
+        raise IndexError("a fault of ours")
 
-    buckets = cut_into_buckets([ParameterMeta("p", "float32", (4,))], 100)
-    with pytest.raises(WeightTransferError, match="its thread has ended"):
-        _Transfer(Wire(), buckets, arriving=[torch.empty(32)], messages=[]).result(5.0)
+    monkeypatch.setattr(receiver._wire, "broadcast", broken)
+    receiver.start()
+    for look in (receiver.check, receiver.take):
+        with pytest.raises(WeightTransferError, match="transfer failed: a fault of ours"):
+            look()
