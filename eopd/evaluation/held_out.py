@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
+from eopd.config import Config
 from eopd.packing import pack_batch
 from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer
 from eopd.types import (
@@ -20,47 +21,56 @@ from eopd.types import (
 )
 
 
-class NothingMeasuredError(RuntimeError):
-    """Not a single response could be measured; the message has how one of them was lost."""
-
-
-async def measure(
+async def measure_held_out(
     engines: RolloutEngine,
     teacher: TeacherScorer,
     learner: Learner,
     prompts: Sequence[PromptSample],
+    config: Config,
     *,
-    temperature: float,
-    max_tokens: int,
-    seed: int,
-    max_attempts: int,
-    ranks: int,
-    token_budget: int,
-    tell: Callable[[int], None] = lambda done: None,
-) -> tuple[EvalStats, Sequence[Stored[ScoredTrajectory]]]:
-    """Measure one response to each prompt, with the same seeds and order at every call. ``tell`` is
-    called with how many were sampled and scored so far.
+    when: str,
+    say: Callable[[str], None],
+    doing: Callable[[str], None],
+) -> tuple[EvalStats, Sequence[Stored[ScoredTrajectory]]] | None:
+    """Measure one response to each of the first prompts, with the same seeds and order at every call.
+
+    Args:
+        engines: write the responses.
+        teacher: scores them.
+        learner: measures.
+        prompts: the held-out prompts, of which ``evaluation.prompts`` are measured.
+        config: the run's.
+        when: ``before training``, or the like, for messages.
+        say: is called with messages for people.
+        doing: is called with how far the measurement is.
 
     Returns:
         The statistics, and the scored trajectories in the order of ``prompts``. A prompt that is
-        lost ``max_attempts`` times is left out, and counted as ``num_dropped``.
-
-    Raises:
-        NothingMeasuredError: every prompt was lost.
+        lost ``flow.max_attempts`` times is left out, and counted as ``num_dropped``. None where all
+        are lost, which ends no run.
     """
+    evaluation = config.evaluation
+    prompts = prompts[: evaluation.prompts]
+    say(f"measuring on {len(prompts)} held-out prompts, {when}")
     done = itertools.count(1)
-    plain = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    plain = Sampling(
+        temperature=config.rollout.temperature,
+        max_tokens=config.held_out_response_tokens,
+        seed=evaluation.seed,
+    )
 
     async def respond(index: int) -> Stored[ScoredTrajectory] | LostTrajectory:
         first = index - len(prompts)  # before the requests of training
-        sampling = replace(plain, seed=seed + index, priority=first)
-        for _ in range(max_attempts):  # with the same seed, so that it is the same response
+        sampling = replace(plain, seed=plain.seed + index, priority=first)
+        for _ in range(
+            config.flow.max_attempts
+        ):  # with the same seed, so that it is the same response
             written = await engines.generate(prompts[index], 0, sampling)
             scored = (
                 written if isinstance(written, LostTrajectory) else await teacher.score(written)
             )
             if isinstance(scored, Stored):
-                tell(next(done))
+                doing(f"held-out prompts written and read: {next(done)}/{len(prompts)}")
                 break
 
         return scored
@@ -70,18 +80,29 @@ async def measure(
     while True:
         scored = [response for response in responses if isinstance(response, Stored)]
         if not scored:
-            raise NothingMeasuredError(
-                f"no held-out prompt could be measured, the last one: {responses[-1]}"
-            )
+            say(f"not measured {when}: no held-out prompt could be, the last one: {responses[-1]}")
+            return None
 
-        batch = pack_batch(scored, steps=1, ranks=ranks, token_budget=token_budget, alpha=1.0)
+        batch = pack_batch(
+            scored,
+            steps=1,
+            ranks=config.learner.ranks,
+            token_budget=config.learner.token_budget,
+            alpha=1.0,
+        )
 
         try:
             stats = await learner.evaluate(batch)
-            return replace(stats, num_dropped=len(prompts) - len(scored)), scored
+            break
         except BodiesLostError as error:
             for index in _positions(responses, error.keys):
                 responses[index] = await respond(index)
+
+    num_dropped = len(prompts) - len(scored)
+    if num_dropped:
+        say(f"{num_dropped} of {len(prompts)} held-out prompts could not be measured {when}")
+
+    return replace(stats, num_dropped=num_dropped), scored
 
 
 def _positions(

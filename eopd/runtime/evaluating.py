@@ -10,7 +10,7 @@ cuts short is forgotten; a run that goes on at its step measures it then.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from functools import partial
 from typing import TypeVar
@@ -19,20 +19,31 @@ from eopd.config import BenchmarkConfig, Config, ConfigError
 from eopd.config.benchmark import HELD_OUT
 from eopd.evaluation.benchmarks import BenchmarkResult, Fetch, run_benchmark
 from eopd.evaluation.beside import Beside, HeldChannel, HeldJoin, OneVersion
+from eopd.evaluation.held_out import measure_held_out
+from eopd.evaluation.samples import sample_record
 from eopd.evaluation.summary import by_prompt, differences, measurements
 from eopd.hub import model_directory
 from eopd.preflight import Prepared
 from eopd.rewards.graders import open_grader
 from eopd.rewards.verdict import Grader, Verdict
+from eopd.run.directory import RunDirectory
 from eopd.run.evaluations import Evaluation, Phase
 from eopd.run.record import Measurement, Row
-from eopd.runtime.measurement import keep_samples, measure_held_out
+from eopd.runtime.logs import logger
 from eopd.runtime.outlets import Outlets
 from eopd.runtime.state import RunState
 from eopd.runtime.supervisor import Workers, fetch
 from eopd.telemetry.evaluations import evaluation_line, evaluation_row
 from eopd.tokenizer import load_tokenizer
-from eopd.types import ByPrompt, PromptSample, Sampling
+from eopd.types import (
+    ByPrompt,
+    EvalStats,
+    LostTrajectory,
+    PromptSample,
+    Sampling,
+    ScoredTrajectory,
+    Stored,
+)
 
 T = TypeVar("T")
 
@@ -131,9 +142,11 @@ class Evaluator:
     async def _measure_held_out(self, phase: Phase) -> None:
         started, step = time.monotonic(), self._state.progress.step
         measured = await measure_held_out(
-            self._workers,
+            self._workers.engines,
+            self._workers.teacher,
+            self._workers.learner,
+            self._prepared.held_out.prompts,
             self._config,
-            self._prepared,
             when=f"after step {step}" if phase == "during" else f"{phase} training",
             say=self._outlets.say,
             doing=self._doing,
@@ -142,7 +155,7 @@ class Evaluator:
             self._state.expect_no_more([HELD_OUT])
             return
 
-        stats = measured.stats
+        stats, scored = measured
         self._record(
             Evaluation(
                 step=step,
@@ -158,13 +171,14 @@ class Evaluator:
             )
         )
         if phase != "during":
-            await keep_samples(
+            await _keep_samples(
                 self._state.directory,
                 self._config,
                 self._prepared,
                 phase=phase,
                 step=step,
-                measured=measured,
+                stats=stats,
+                scored=scored,
             )
 
     def _start(self, benchmark: BenchmarkConfig, phase: Phase) -> None:
@@ -259,6 +273,38 @@ class Evaluator:
     def _doing(self, text: str) -> None:
         self._alive()
         self._outlets.doing(text)
+
+
+async def _keep_samples(
+    directory: RunDirectory,
+    config: Config,
+    prepared: Prepared,
+    *,
+    phase: str,
+    step: int,
+    stats: EvalStats,
+    scored: Sequence[Stored[ScoredTrajectory]],
+) -> None:
+    """Write a measurement and its samples. A failure is logged, and ends no run."""
+    try:
+        samples = await _records(config, prepared, scored[: config.evaluation.samples])
+        directory.add_held_out(phase, step, stats, samples)
+    except Exception:  # noqa: BLE001 - see above
+        logger.warning("the samples of this measurement were not kept", exc_info=True)
+
+
+async def _records(
+    config: Config, prepared: Prepared, scored: Sequence[Stored[ScoredTrajectory]]
+) -> list[Mapping[str, object]]:
+    tokenizer = load_tokenizer(model_directory(config.student.model))
+    texts = prepared.held_out.texts
+    return [
+        await asyncio.to_thread(
+            sample_record, body, texts[body.trajectory.prompt.prompt_id], tokenizer
+        )
+        for body in await asyncio.gather(*map(fetch, scored))
+        if not isinstance(body, LostTrajectory)
+    ]
 
 
 @asynccontextmanager

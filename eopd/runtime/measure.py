@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from eopd.config import Config, TelemetryConfig
+from eopd.evaluation.held_out import measure_held_out
 from eopd.evaluation.summary import measurements
 from eopd.preflight import Prepared, prepare
 from eopd.roles import WorkerDownError
@@ -12,7 +13,6 @@ from eopd.run.checkpoint import step_of
 from eopd.run.directory import RunDirectory
 from eopd.run.record import Measurement
 from eopd.runtime import cluster
-from eopd.runtime.measurement import measure_held_out
 from eopd.runtime.placement import plan
 from eopd.runtime.supervisor import start_workers
 from eopd.types import RunFailedError
@@ -56,9 +56,11 @@ async def _measure(
         await workers.learner.load(checkpoint / "learner")
         await workers.channel.publish(await workers.learner.version())
         measured = await measure_held_out(
-            workers,
+            workers.engines,
+            workers.teacher,
+            workers.learner,
+            prepared.held_out.prompts,
             config,
-            prepared,
             when=f"after step {step_of(checkpoint)}",
             say=say,
             doing=lambda text: None,
@@ -67,4 +69,5 @@ async def _measure(
     if measured is None:
         raise RunFailedError("nothing was measured; the cause is above")
 
-    return measurements(measured.stats.by_prompt)
+    stats, _ = measured
+    return measurements(stats.by_prompt)

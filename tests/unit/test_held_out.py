@@ -5,7 +5,8 @@ from dataclasses import replace
 import fakes
 import pytest
 
-from eopd.evaluation.held_out import NothingMeasuredError, measure
+from eopd.config import load_config
+from eopd.evaluation.held_out import measure_held_out
 from eopd.roles import BodiesLostError
 from eopd.types import EvalStats, LostReason, LostTrajectory, TrajectoryKey
 
@@ -52,49 +53,66 @@ class World(fakes.World):
         return STATS
 
 
-async def run(world: World, **more):
-    settings = {
-        "temperature": 0.7,
-        "max_tokens": 4,
-        "seed": 40,
-        "max_attempts": 3,
-        "ranks": 2,
-        "token_budget": 100,
-        **more,
-    }
-    return await measure(world, world, world, PROMPTS, **settings)
+@pytest.fixture
+def run(tmp_path):
+    """Measures the first three of four prompts; returns the outcome, and what was said and shown."""
+    settings = [
+        "rollout.temperature=0.7",
+        "evaluation={prompts: 3, seed: 40, max_response_tokens: 4}",
+        "flow.max_attempts=3",
+        "learner.ranks=2",
+    ]
+    config = load_config(fakes.write_config(tmp_path), settings)
+
+    async def measured(world):
+        said, done = [], []
+        outcome = await measure_held_out(
+            world,
+            world,
+            world,
+            [*PROMPTS, fakes.prompt("d")],
+            config,
+            when="before training",
+            say=said.append,
+            doing=done.append,
+        )
+        return outcome, said, done
+
+    return measured
 
 
-async def test_what_is_lost_is_written_again_with_the_same_seed():
+FIRST = "measuring on 3 held-out prompts, before training"
+
+
+async def test_what_is_lost_is_written_again_with_the_same_seed(run):
     world = World(write_a=1, score_b=2)
-    stats, scored = await run(world)
+    (stats, scored), said, done = await run(world)
     assert stats == STATS and world.measured == ["a", "b", "c"]
     assert [stored.header.key.prompt_id for stored in scored] == ["a", "b", "c"]
     expected = [("a", 40, 0.7)] * 2 + [("b", 41, 0.7)] * 3 + [("c", 42, 0.7)]
     assert sorted(world.asked) == expected
+    assert said == [FIRST]
+    assert done == [f"held-out prompts written and read: {n}/3" for n in (1, 2, 3)]
 
 
-async def test_it_is_told_how_far_it_is():
-    told = []
-    await run(World(write_a=1, score_b=2), tell=told.append)
-    assert told == [1, 2, 3]
-
-
-async def test_a_prompt_that_is_always_lost_is_left_out_and_counted():
+async def test_a_prompt_that_is_always_lost_is_left_out_and_counted(run):
     world = World(score_c=3)
-    stats, scored = await run(world)
+    (stats, scored), said, _ = await run(world)
     assert world.measured == ["a", "b"] == [stored.header.key.prompt_id for stored in scored]
     assert stats == replace(STATS, num_dropped=1)
+    assert said == [FIRST, "1 of 3 held-out prompts could not be measured before training"]
 
 
-async def test_without_a_single_response_nothing_is_measured():
-    with pytest.raises(NothingMeasuredError, match="its body was lost"):
-        await run(World(score_a=3, write_b=3, score_c=3))
+async def test_without_a_single_response_nothing_is_measured(run):
+    outcome, said, _ = await run(World(score_a=3, write_b=3, score_c=3))
+    assert outcome is None
+    assert said[-1].startswith("not measured before training: no held-out prompt could be")
+    assert "its body was lost" in said[-1]
 
 
-async def test_bodies_that_are_lost_before_they_are_measured_are_written_again():
+async def test_bodies_that_are_lost_before_they_are_measured_are_written_again(run):
     world = World()
     world.gone = [TrajectoryKey(0, "b", 0)]
-    stats, scored = await run(world)
+    (stats, scored), _, _ = await run(world)
     assert stats == STATS and [stored.header.key.prompt_id for stored in scored] == ["a", "b", "c"]
     assert sorted(name for name, *_ in world.asked) == ["a", "b", "b", "c"]
