@@ -15,6 +15,7 @@ from eopd.hub import model_directory
 from eopd.learner.deepspeed_backend import read_weights
 from eopd.learner.lora import adapter_tensors, save_adapter, whole_tensors
 from eopd.learner.student import load_student
+from eopd.run.storage import replaced
 
 # Files of a model directory that training does not change; they are copied byte by byte.
 _GIVEN = (
@@ -66,19 +67,12 @@ def write_student(
         source: the directory that was trained; its tokenizer and generation config go with it, as
             they are.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-
-    try:
+    with replaced(directory) as partial:
         # its own may be one that transformers refuses to write
         model.generation_config = GenerationConfig()
         model.save_pretrained(partial, state_dict=dict(weights))
         (partial / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
         _copy_given(source, partial)
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_given(source: Path, directory: Path) -> None:

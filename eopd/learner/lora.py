@@ -12,7 +12,6 @@ policy that sampled.
 """
 
 import copy
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from eopd.adapters import LORA_A, LORA_B, CheckpointTensor, merge
 from eopd.config import ConfigError, LoraConfig
+from eopd.run.storage import replaced
 
 _ALL_LINEAR, _ADAPTER = "all-linear", "default"
 
@@ -130,17 +130,11 @@ def save_adapter(
     named = peft.get_peft_model_state_dict(
         model, dict(tensors), adapter_name=_ADAPTER, save_embedding_layers=False
     )
-    partial_directory = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial_directory, ignore_errors=True)
-    settings.save_pretrained(partial_directory)
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in named.items()}
-    save_file(
-        prefixed,
-        partial_directory / SAFETENSORS_WEIGHTS_NAME,
-        metadata={"format": "pt"},
-    )
-    shutil.rmtree(directory, ignore_errors=True)
-    partial_directory.rename(directory)
+    with replaced(directory) as partial_directory:
+        settings.save_pretrained(partial_directory)
+        file = partial_directory / SAFETENSORS_WEIGHTS_NAME
+        save_file(prefixed, file, metadata={"format": "pt"})
 
 
 def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:

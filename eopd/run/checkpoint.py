@@ -33,28 +33,12 @@ from typing import Self
 from pydantic import TypeAdapter
 
 from eopd.config.saved import read_saved
-from eopd.types import RunFailedError
+from eopd.run.storage import StorageError, force
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
 DIGEST_BYTES = 1 << 20
 WITHOUT_IT = "Go on from an older checkpoint (--resume --step N), or begin another run (run.name)"
-
-
-class StorageError(RunFailedError):
-    """A file that the run cannot do without could not be written. The message has the file, the free
-    space, and what to do.
-    """
-
-    @classmethod
-    def of(cls, path: Path, error: OSError, advice: str) -> Self:
-        """Returns the error for ``path``; to be called before anything is removed, since it has the
-        free space.
-        """
-        # the message of an actor's error has a traceback, that of its cause has none
-        cause: object = getattr(error, "cause", error)
-        free = f"{_free_bytes(path):,} bytes were free there"
-        return cls(f"{path} could not be written: {cause}; {free}. {advice}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +95,7 @@ async def write_checkpoint(
         # a checkpoint of this step is broken: training went back before it
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _force(root)
+        force(root)
     except OSError as error:
         failure = StorageError.of(final, error, _advice(root))
         shutil.rmtree(partial, ignore_errors=True)
@@ -156,10 +140,10 @@ def link_checkpoint(checkpoint: Path, root: Path) -> Path:
     _require_whole(partial)
 
     for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-        _force(path)
+        force(path)
 
     partial.rename(final)
-    _force(root)
+    force(root)
     return final
 
 
@@ -169,13 +153,13 @@ def write_manifest(directory: Path) -> None:
     """
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     for path in files:
-        _force(path)
+        force(path)
 
     entries = {str(path.relative_to(directory)): _entry(path) for path in files}
     (directory / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
-    _force(directory / MANIFEST)
+    force(directory / MANIFEST)
     for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory):
-        _force(path)
+        force(path)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -227,25 +211,6 @@ def remove_checkpoints(root: Path) -> None:
         root.rmdir()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a small file, whole or not at all; it is on disk when this returns.
-
-    Raises:
-        StorageError: it could not be written; the file is as it was.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        _force(partial)
-        partial.rename(path)
-        _force(path.parent)
-    except OSError as error:
-        advice = "Free some space, then continue the run with --resume auto."
-        failure = StorageError.of(path, error, advice)
-        partial.unlink(missing_ok=True)
-        raise failure from error
-
-
 def _named(root: Path) -> list[Path]:
     """Returns the directories that are named like checkpoints, by step."""
     paths = (path for path in root.glob("step-*") if re.fullmatch("step-[0-9]+", path.name))
@@ -264,7 +229,7 @@ def _link(source: str, target: str) -> None:
         raise
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
-        _force(Path(target))
+        force(Path(target))
 
 
 def _entry(path: Path) -> dict[str, object]:
@@ -287,20 +252,6 @@ def _fault_of(path: Path, name: str, entry: Mapping[str, object]) -> str | None:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _force(path: Path) -> None:
-    """Forces a file or a directory to disk, also one that another process wrote."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _free_bytes(path: Path) -> int:
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    return shutil.disk_usage(there).free
 
 
 def _advice(root: Path) -> str:

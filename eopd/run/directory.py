@@ -46,12 +46,10 @@ from eopd.ledger import Ledger
 from eopd.run.changes import Change
 from eopd.run.checkpoint import (
     DriverState,
-    StorageError,
     broken_checkpoints,
     list_checkpoints,
     remove_checkpoints,
     step_of,
-    write_whole,
 )
 from eopd.run.evaluations import best_checkpoints, read_evaluations
 from eopd.run.lock import holder, last_holder
@@ -68,6 +66,7 @@ from eopd.run.reading import (
     up_to_step,
 )
 from eopd.run.record import RUN_ID, Row, Sample, Summary, append_jsonl
+from eopd.run.storage import append_kept, write_whole
 from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostReason, LostTrajectory, Span
 
 
@@ -305,12 +304,7 @@ class RunDirectory:
             StorageError: the disk did not take it.
         """
         checksums = [header.response_crc32 for header in trained.values()]
-        try:
-            append_jsonl(self.trained, {"step": step, "issues": list(trained), "crc32": checksums})
-        except OSError as error:
-            raise StorageError.of(
-                self.trained, error, "Free some space, then continue with --resume auto."
-            ) from error
+        append_kept(self.trained, {"step": step, "issues": list(trained), "crc32": checksums})
 
     def add_timeline(
         self, step: int, incarnation: int, spans: Mapping[str, Sequence[Span]]
@@ -345,12 +339,7 @@ class RunDirectory:
             "reason": lost.reason.value,
             "detail": lost.detail[:1000],
         }
-        try:
-            append_jsonl(self.dropped, row)
-        except OSError as error:
-            raise StorageError.of(
-                self.dropped, error, "Free some space, then continue with --resume auto."
-            ) from error
+        append_kept(self.dropped, row)
 
     def dropped_issues(self) -> tuple[list[int], list[int]]:
         """Returns the issue numbers of ``dropped.jsonl``: those that were given up, and those that

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Final
 
 from eopd.config import ConfigError, RunConfig
-from eopd.run.checkpoint import MANIFEST, write_whole
+from eopd.run.checkpoint import MANIFEST
 from eopd.run.record import RUN_ID
+from eopd.run.storage import write_whole
 
 CHECKPOINTS: Final = "checkpoints"
 PROBE: Final = ".eopd-check-"

@@ -20,9 +20,10 @@ from typing import Any, Final, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from eopd.config import KeepBestConfig
-from eopd.run.checkpoint import StorageError, list_checkpoints, step_of
+from eopd.run.checkpoint import list_checkpoints, step_of
 from eopd.run.reading import read_rows
-from eopd.run.record import Best, Measurement, append_jsonl
+from eopd.run.record import Best, Measurement
+from eopd.run.storage import append_kept
 
 Phase = Literal["before", "during", "after"]
 Measurements = Mapping[str, Measurement]
@@ -60,11 +61,7 @@ def append_evaluation(path: Path, evaluation: Evaluation) -> None:
         if not record[name]:
             del record[name]
 
-    try:
-        append_jsonl(path, record)
-    except OSError as error:
-        advice = "Free some space, then continue with --resume auto."
-        raise StorageError.of(path, error, advice) from error
+    append_kept(path, record)
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:

@@ -9,7 +9,7 @@ from typing import Final
 from pydantic import TypeAdapter
 
 from eopd.config.saved import read_saved
-from eopd.run.checkpoint import write_whole
+from eopd.run.storage import write_whole
 
 PARENT: Final = "parent.json"
 

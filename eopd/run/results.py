@@ -17,11 +17,11 @@ from typing import Final, Literal
 
 from eopd.config import ConfigError
 from eopd.run.arms import Arm, Interval, by_seed, group_runs, interval, paired
-from eopd.run.checkpoint import write_whole
 from eopd.run.directory import RunDirectory
 from eopd.run.grid import Grids, PlannedRun
 from eopd.run.reading import parse_object, read_rows
 from eopd.run.record import Summary
+from eopd.run.storage import write_whole
 
 FILE: Final = "sweep.json"
 

@@ -13,8 +13,8 @@ from typing import Final
 
 from pydantic import TypeAdapter
 
-from eopd.run.checkpoint import write_whole
 from eopd.run.lock import Holder, last_holder
+from eopd.run.storage import write_whole
 
 STOP: Final = "stop.json"
 

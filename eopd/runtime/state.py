@@ -15,7 +15,6 @@ from eopd.ledger import Ledger
 from eopd.roles import LearnerDownError
 from eopd.run.checkpoint import (
     DriverState,
-    StorageError,
     list_checkpoints,
     remove_old,
     size_of,
@@ -30,6 +29,7 @@ from eopd.run.evaluations import (
 )
 from eopd.run.progress import Progress
 from eopd.run.record import Best, Summary
+from eopd.run.storage import StorageError
 from eopd.run.upload import Uploads
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger

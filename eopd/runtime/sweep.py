@@ -27,11 +27,11 @@ from eopd.config.choices import with_choices_of
 from eopd.preflight import pinned, prepare
 from eopd.preflight.environment import gpus_here, is_local
 from eopd.run.changes import Change, changes
-from eopd.run.checkpoint import write_whole
 from eopd.run.directory import RunDirectory
 from eopd.run.grid import Grids, PlannedRun
 from eopd.run.lock import held, holder
 from eopd.run.results import FILE, ArmResult, Entry, Status, errors_before, write_sweep
+from eopd.run.storage import write_whole
 from eopd.runtime import cluster
 from eopd.runtime.inputs import digests
 from eopd.runtime.placement import Capacity, Node, RoleResources, plan, require_capacity

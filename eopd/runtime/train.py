@@ -19,7 +19,7 @@ from eopd.pipeline import Pipeline
 from eopd.preflight import Prepared, pinned, prepare
 from eopd.preflight import notes as notes_on
 from eopd.roles import LearnerDownError, WeightChannel
-from eopd.run.checkpoint import StorageError, step_of
+from eopd.run.checkpoint import step_of
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held, last_holder
 from eopd.run.parent import forgets_moments_at
@@ -28,6 +28,7 @@ from eopd.run.plan import Plan
 from eopd.run.progress import Progress, first_line
 from eopd.run.record import Row, Summary
 from eopd.run.restore import restore
+from eopd.run.storage import StorageError
 from eopd.run.upload import Uploads
 from eopd.runtime import cluster
 from eopd.runtime.engines import scale_on_request

@@ -18,13 +18,12 @@ import pytest
 from eopd.run.checkpoint import (
     DIGEST_BYTES,
     DriverState,
-    StorageError,
     broken_checkpoints,
     fault,
     list_checkpoints,
     write_checkpoint,
-    write_whole,
 )
+from eopd.run.storage import StorageError, write_whole
 
 FILES = ("learner/big", "learner/deep/small", "state.json", "manifest.json")
 

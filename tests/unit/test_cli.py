@@ -22,9 +22,9 @@ from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.rewards.verdict import Verdict
 from eopd.roles import EngineDownError, LearnerDownError
-from eopd.run.checkpoint import StorageError
 from eopd.run.directory import RunDirectory
 from eopd.run.record import Summary
+from eopd.run.storage import StorageError
 from eopd.runtime import evaluate, measure
 from eopd.runtime.evaluate import Evaluated
 from eopd.runtime.train import Outcome

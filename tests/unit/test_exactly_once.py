@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from eopd.ledger import Ledger
 from eopd.prompts import PromptOrder
-from eopd.run.checkpoint import write_whole
 from eopd.run.directory import RunDirectory
+from eopd.run.storage import write_whole
 from eopd.types import TrajectoryKey
 
 BATCH, BATCHES, EVERY, PROMPTS, SAMPLES = 4, 11, 3, 5, 2

@@ -17,12 +17,12 @@ import eopd
 from eopd.config import ConfigError, load_config
 from eopd.preflight.environment import require_environment
 from eopd.run.changes import Change
-from eopd.run.checkpoint import StorageError
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
 from eopd.run.progress import Progress
 from eopd.run.provenance import provenance
 from eopd.run.record import Measurement, Sample, append_jsonl
+from eopd.run.storage import StorageError
 from eopd.run.upload import Uploads
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState

@@ -8,9 +8,10 @@ import pytest
 
 from eopd.config import load_config
 from eopd.roles import LearnerDownError
-from eopd.run.checkpoint import MANIFEST, StorageError, list_checkpoints
+from eopd.run.checkpoint import MANIFEST, list_checkpoints
 from eopd.run.directory import RunDirectory
 from eopd.run.progress import Progress
+from eopd.run.storage import StorageError
 from eopd.run.upload import Uploads
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState

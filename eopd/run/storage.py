@@ -1,0 +1,88 @@
+"""The files of a run reach the disk whole or not at all; where one does not, the error says what to do."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Self
+
+from eopd.run.record import append_jsonl
+from eopd.types import RunFailedError
+
+_ADVICE: Final = "Free some space, then continue with --resume auto."
+
+
+class StorageError(RunFailedError):
+    """A file that the run cannot do without could not be written. The message has the file, the free
+    space, and what to do.
+    """
+
+    @classmethod
+    def of(cls, path: Path, error: OSError, advice: str) -> Self:
+        """Returns the error for ``path``; to be called before anything is removed, since it has the
+        free space.
+        """
+        # the message of an actor's error has a traceback, that of its cause has none
+        cause: object = getattr(error, "cause", error)
+        free = f"{_free_bytes(path):,} bytes were free there"
+        return cls(f"{path} could not be written: {cause}; {free}. {advice}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a small file, whole or not at all; it is on disk when this returns.
+
+    Raises:
+        StorageError: it could not be written; the file is as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        force(partial)
+        partial.rename(path)
+        force(path.parent)
+    except OSError as error:
+        failure = StorageError.of(path, error, _ADVICE)
+        partial.unlink(missing_ok=True)
+        raise failure from error
+
+
+def append_kept(path: Path, record: Mapping[str, object]) -> None:
+    """Appends a line that the run cannot do without (``record.append_jsonl``).
+
+    Raises:
+        StorageError: the disk did not take it.
+    """
+    try:
+        append_jsonl(path, record)
+    except OSError as error:
+        raise StorageError.of(path, error, _ADVICE) from error
+
+
+@contextmanager
+def replaced(directory: Path) -> Iterator[Path]:
+    """Yields a directory to make and fill, which replaces ``directory`` at the end of the block; where
+    that raises, the old one stays.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def force(path: Path) -> None:
+    """Forces a file or a directory to disk, also one that another process wrote."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(path: Path) -> int:
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    return shutil.disk_usage(there).free
