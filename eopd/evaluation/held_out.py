@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
 from eopd.config import Config
 from eopd.packing import pack_batch
@@ -32,17 +33,9 @@ async def measure_held_out(
     say: Callable[[str], None],
     doing: Callable[[str], None],
 ) -> tuple[EvalStats, Sequence[Stored[ScoredTrajectory]]] | None:
-    """Measure one response to each of the first prompts, with the same seeds and order at every call.
-
-    Args:
-        engines: write the responses.
-        teacher: scores them.
-        learner: measures.
-        prompts: the held-out prompts, of which ``evaluation.prompts`` are measured.
-        config: the run's.
-        when: ``before training``, or the like, for messages.
-        say: is called with messages for people.
-        doing: is called with how far the measurement is.
+    """Measure one response to each of the first ``evaluation.prompts`` prompts, with the same seeds and
+    order at every call. ``say`` is called with messages for people, which tell ``when`` it was, and
+    ``doing`` with how far the measurement is.
 
     Returns:
         The statistics, and the scored trajectories in the order of ``prompts``. A prompt that is
@@ -62,20 +55,22 @@ async def measure_held_out(
     async def respond(index: int) -> Stored[ScoredTrajectory] | LostTrajectory:
         first = index - len(prompts)  # before the requests of training
         sampling = replace(plain, seed=plain.seed + index, priority=first)
-        for _ in range(
-            config.flow.max_attempts
-        ):  # with the same seed, so that it is the same response
-            written = await engines.generate(prompts[index], 0, sampling)
-            scored = (
-                written if isinstance(written, LostTrajectory) else await teacher.score(written)
-            )
-            if isinstance(scored, Stored):
-                doing(f"held-out prompts written and read: {next(done)}/{len(prompts)}")
-                break
+        attempts = config.flow.max_attempts
+        scored = await _scored(engines, teacher, prompts[index], sampling, attempts)
+        if isinstance(scored, Stored):
+            doing(f"held-out prompts written and read: {next(done)}/{len(prompts)}")
 
         return scored
 
     responses = await asyncio.gather(*map(respond, range(len(prompts))))
+
+    packed = partial(
+        pack_batch,
+        steps=1,
+        ranks=config.learner.ranks,
+        token_budget=config.learner.token_budget,
+        alpha=1.0,
+    )
 
     while True:
         scored = [response for response in responses if isinstance(response, Stored)]
@@ -83,16 +78,8 @@ async def measure_held_out(
             say(f"not measured {when}: no held-out prompt could be, the last one: {responses[-1]}")
             return None
 
-        batch = pack_batch(
-            scored,
-            steps=1,
-            ranks=config.learner.ranks,
-            token_budget=config.learner.token_budget,
-            alpha=1.0,
-        )
-
         try:
-            stats = await learner.evaluate(batch)
+            stats = await learner.evaluate(packed(scored))
             break
         except BodiesLostError as error:
             for index in _positions(responses, error.keys):
@@ -103,6 +90,23 @@ async def measure_held_out(
         say(f"{num_dropped} of {len(prompts)} held-out prompts could not be measured {when}")
 
     return replace(stats, num_dropped=num_dropped), scored
+
+
+async def _scored(
+    engines: RolloutEngine,
+    teacher: TeacherScorer,
+    prompt: PromptSample,
+    sampling: Sampling,
+    max_attempts: int,
+) -> Stored[ScoredTrajectory] | LostTrajectory:
+    """Returns a scored response; every attempt has the same seed, so that it is the same one."""
+    for _ in range(max_attempts):
+        written = await engines.generate(prompt, 0, sampling)
+        scored = written if isinstance(written, LostTrajectory) else await teacher.score(written)
+        if isinstance(scored, Stored):
+            break
+
+    return scored
 
 
 def _positions(
