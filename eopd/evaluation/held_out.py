@@ -42,21 +42,13 @@ async def measure_held_out(
         lost ``flow.max_attempts`` times is left out, and counted as ``num_dropped``. None where all
         are lost, which ends no run.
     """
-    evaluation = config.evaluation
-    prompts = prompts[: evaluation.prompts]
+    prompts = prompts[: config.evaluation.prompts]
     say(f"measuring on {len(prompts)} held-out prompts, {when}")
     done = itertools.count(1)
-    plain = Sampling(
-        temperature=config.rollout.temperature,
-        max_tokens=config.held_out_response_tokens,
-        seed=evaluation.seed,
-    )
 
     async def respond(index: int) -> Stored[ScoredTrajectory] | LostTrajectory:
         first = index - len(prompts)  # before the requests of training
-        sampling = replace(plain, seed=plain.seed + index, priority=first)
-        attempts = config.flow.max_attempts
-        scored = await _scored(engines, teacher, prompts[index], sampling, attempts)
+        scored = await _scored(engines, teacher, config, prompts[index], index, first)
         if isinstance(scored, Stored):
             doing(f"held-out prompts written and read: {next(done)}/{len(prompts)}")
 
@@ -71,36 +63,38 @@ async def measure_held_out(
         token_budget=config.learner.token_budget,
         alpha=1.0,
     )
-
-    while True:
-        scored = [response for response in responses if isinstance(response, Stored)]
-        if not scored:
-            say(f"not measured {when}: no held-out prompt could be, the last one: {responses[-1]}")
-            return None
-
+    while scored := [response for response in responses if isinstance(response, Stored)]:
         try:
             stats = await learner.evaluate(packed(scored))
-            break
         except BodiesLostError as error:
             for index in _positions(responses, error.keys):
                 responses[index] = await respond(index)
+        else:
+            if num_dropped := len(prompts) - len(scored):
+                say(f"{num_dropped} of {len(prompts)} prompts could not be measured {when}")
 
-    num_dropped = len(prompts) - len(scored)
-    if num_dropped:
-        say(f"{num_dropped} of {len(prompts)} held-out prompts could not be measured {when}")
+            return replace(stats, num_dropped=num_dropped), scored
 
-    return replace(stats, num_dropped=num_dropped), scored
+    say(f"not measured {when}: no held-out prompt could be, the last one: {responses[-1]}")
+    return None
 
 
 async def _scored(
     engines: RolloutEngine,
     teacher: TeacherScorer,
+    config: Config,
     prompt: PromptSample,
-    sampling: Sampling,
-    max_attempts: int,
+    index: int,
+    priority: int,
 ) -> Stored[ScoredTrajectory] | LostTrajectory:
     """Returns a scored response; every attempt has the same seed, so that it is the same one."""
-    for _ in range(max_attempts):
+    sampling = Sampling(
+        temperature=config.rollout.temperature,
+        max_tokens=config.held_out_response_tokens,
+        seed=config.evaluation.seed + index,
+        priority=priority,
+    )
+    for _ in range(config.flow.max_attempts):
         written = await engines.generate(prompt, 0, sampling)
         scored = written if isinstance(written, LostTrajectory) else await teacher.score(written)
         if isinstance(scored, Stored):

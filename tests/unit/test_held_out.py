@@ -100,7 +100,7 @@ async def test_a_prompt_that_is_always_lost_is_left_out_and_counted(run):
     (stats, scored), said, _ = await run(world)
     assert world.measured == ["a", "b"] == [stored.header.key.prompt_id for stored in scored]
     assert stats == replace(STATS, num_dropped=1)
-    assert said == [FIRST, "1 of 3 held-out prompts could not be measured before training"]
+    assert said == [FIRST, "1 of 3 prompts could not be measured before training"]
 
 
 async def test_without_a_single_response_nothing_is_measured(run):
