@@ -36,12 +36,14 @@ class Lasting:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        logger.warning("%s takes nothing more (%s); the run goes on", self._stream.name, error)
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
         with suppress(OSError):
             self._stream.flush()
+
+        # only now: where nobody handles logs, this comes back as a write
+        logger.warning("%s takes nothing more (%s); the run goes on", self._stream.name, error)
 
 
 def take_any_character() -> None:

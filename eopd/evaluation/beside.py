@@ -107,23 +107,26 @@ class Beside:
         )
 
     async def written(self) -> None:
-        """Waits until the last answer is written.
-
-        Raises:
-            RunFailedError: no engine is left.
-        """
+        """Waits until the last answer is written, or its benchmark has failed."""
         for engines in list(self._under_way.values()):
             await engines.written.wait()
 
+    def raise_failed(self) -> None:
+        """Raises what a benchmark has failed with. A publish does not: by then the learner has made a
+        step, which is to be counted first.
+
+        Raises:
+            RunFailedError: no engine is left, or the disk is full.
+        """
         for task in [task for task in self._under_way if task.done()]:
             del self._under_way[task]
             _raise_what_failed(task)
 
     async def finish(self) -> None:
-        """Waits until everything is graded and recorded; raises as ``written`` does."""
+        """Waits until everything is graded and recorded; raises as ``raise_failed`` does."""
         while self._under_way:
             await asyncio.wait(self._under_way)
-            await self.written()
+            self.raise_failed()
 
     async def cancel(self) -> bool:
         """Gives up what is under way; returns whether there was anything."""

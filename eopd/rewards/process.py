@@ -17,10 +17,11 @@ import inspect
 import json
 import os
 import pickle
-import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -86,6 +87,8 @@ class FunctionProcess:
             self.start()
         except ConfigError as error:  # it could be, before
             return Failed(str(error))
+        except OSError as error:  # the machine takes no more processes or files
+            return Failed(f"{self._asked.function}: its process cannot be started: {error}")
 
         # a child that died while it was idle gives no reply either
         reply = self._exchange(arguments)
@@ -154,25 +157,38 @@ class FunctionProcess:
     def _exchange(self, message: object) -> dict[str, Any] | Failed:
         """Sends a message; returns the reply, or why there is none."""
         stdin, stdout = self._pipes()
-        with contextlib.suppress(BrokenPipeError):
-            pickle.dump(message, stdin)
-            stdin.flush()
+        limit_s = self._asked.clock_limit_s
+        late = threading.Event()
 
-        poll = select.poll()
-        poll.register(stdout, select.POLLIN)
-        if not poll.poll(1000 * self._asked.clock_limit_s):
+        def end() -> None:
+            late.set()
             self.kill()
-            return self._ended(f"did not return within {self._asked.clock_limit_s:g} s")
 
-        line = stdout.readline()
-        return cast(dict[str, Any], json.loads(line)) if line else self._ended()
+        timer = threading.Timer(limit_s, end)
+        timer.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                pickle.dump(message, stdin)
+                stdin.flush()
+
+            line = stdout.readline()
+        finally:
+            timer.cancel()
+
+        if line.endswith(b"\n"):
+            return cast(dict[str, Any], json.loads(line))
+
+        return self._ended(f"did not return within {limit_s:g} s" if late.is_set() else "")
 
     def _ended(self, why: str = "") -> Failed:
         """Takes leave of a child that gave no reply; returns why, which ``why`` knows better."""
         asked, process = self._asked, self._process
         assert process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_CLOSE_S)  # it may have closed its output, and go on
+
+        self.kill()  # also what it started
         code = process.wait()
-        self.kill()  # what it started
         self.close()
         if not why and code == -signal.SIGPROF:
             why = f"used more than {asked.cpu_limit_s:g} s of CPU"
@@ -232,6 +248,7 @@ def _serve() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
 
     def reply(**answer: object) -> None:
         replies.write(json.dumps(answer) + "\n")
@@ -255,6 +272,14 @@ def _serve() -> None:
             answer = _answer(function, arguments, runner)
             signal.setitimer(signal.ITIMER_PROF, 0.0)
             reply(**answer)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process, and what it started, once its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+
+    os.killpg(0, signal.SIGKILL)
 
 
 def _answer(

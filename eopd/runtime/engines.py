@@ -79,8 +79,10 @@ class EnginePool:
             "eopd_engines_up": float(self._pool.num_up),
             "eopd_engines_wanted": float(self._fleet.size),
         }
-        for number, count in self._pool.in_flight.items():
-            row[series("eopd_engine_in_flight_trajectories", engine=str(number))] = float(count)
+        in_flight = self._pool.in_flight
+        for number in self._fleet.workers:
+            key = series("eopd_engine_in_flight_trajectories", engine=str(number))
+            row[key] = float(in_flight.get(number, 0))
 
         return row
 

@@ -86,12 +86,13 @@ class Evaluator:
 
     async def evaluate(self, phase: Phase) -> None:
         """Measures what is due at this step, whose weights the engines serve. Benchmarks go on when it
-        returns, but for those after training.
+        returns, but for those after training; if one has failed meanwhile, the next call raises that.
 
         Raises:
             LearnerDownError: the learner was lost.
             RunFailedError: no engine is left, or the disk is full.
         """
+        self._beside.raise_failed()
         names = self._due(phase)
         if not names:
             return

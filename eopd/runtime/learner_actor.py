@@ -127,12 +127,14 @@ class LearnerActor(Actor):
             share: the share, whose bodies are references.
 
         Returns:
-            The trajectories whose bodies are lost; empty once everything is here.
+            The trajectories whose bodies are lost; empty once everything is here. Where some were not
+            found, and each of them is by now, all count as lost: they were not taken.
         """
         try:
             self._share = share.with_bodies(ray.get([stored.body for stored in share.stored()]))
         except ObjectLostError:
-            return [stored.header.key for stored in share.stored() if _is_lost(stored.body)]
+            lost = [stored.header.key for stored in share.stored() if _is_lost(stored.body)]
+            return lost or [stored.header.key for stored in share.stored()]
 
         return []
 

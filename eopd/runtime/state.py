@@ -179,8 +179,14 @@ class RunState:
         self.write_summary()
 
     async def save_in_spite_of(self, error: Exception, learner: LearnerGang) -> None:
-        """Writes a checkpoint of what was trained before ``error``, which stays the one to report."""
+        """Writes a checkpoint of what was trained before ``error``, which stays the one to report; none
+        where the learner has made a step that was not counted.
+        """
         try:
+            if (version := await learner.version()).step != self.progress.step:
+                logger.warning("not saved: the learner is at step %d already", version.step)
+                return
+
             await self.save(learner)
         except (StorageError, LearnerDownError):
             logger.warning("the steps before %r could not be saved", error, exc_info=True)

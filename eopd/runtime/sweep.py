@@ -237,13 +237,13 @@ class Sweep:
 
     def _interrupt(self) -> bool:
         """Passes a signal on to the runs: the first ends them after a step, the next at once."""
-        again = "once more to end them at once"
-        self._say("ending the runs at once" if self.interrupted else f"ending the runs; {again}")
-        self.interrupted = True
         for process in self._processes.values():
             if process.returncode is None:
                 process.send_signal(signal.SIGINT)
 
+        again = "once more to end them at once"
+        self._say("ending the runs at once" if self.interrupted else f"ending the runs; {again}")
+        self.interrupted = True
         return True
 
     def _tell(self, entry: Entry) -> None:

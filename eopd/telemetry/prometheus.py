@@ -89,10 +89,10 @@ class PrometheusSink:
 
     def write(self, row: Row) -> None:
         """Show these series as they are now, and the others as they were last: not every step has
-        them all, and state goes on when steps do not. What says what runs (``_info``) is replaced
-        whole.
+        them all, and state goes on when steps do not. All series of a metric are replaced together,
+        so that none of an engine stays that is gone; those of measurements come one by one.
         """
-        told = {_name(key) for key in row if _name(key).endswith("_info")}
+        told = {_name(key) for key in row if not _name(key).startswith("eopd_eval_")}
         kept = {key: value for key, value in self._latest.row.items() if _name(key) not in told}
         self._latest.row = {**kept, **row}
 

@@ -14,6 +14,7 @@ behind, and its size is not limited by ``/dev/shm``.
 import hashlib
 import mmap
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
@@ -52,10 +53,15 @@ class SharedMemory:
 
 
 def is_reachable(path: str, secret: str) -> bool:
-    """Returns whether this process sees a group's memory behind the path."""
+    """Returns whether this process sees a group's memory behind the path. On another host it may be
+    anything, such as a pipe of somebody else, which is neither waited for nor read.
+    """
     try:
-        with open(path, "rb") as file:
-            return file.read(_ALIGNED) == _mark(secret)
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
+            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            return is_file and file.read(_ALIGNED) == _mark(secret)
     except OSError:
         return False
 

@@ -7,14 +7,19 @@ from types import SimpleNamespace
 
 import fakes
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnschedulableError,
+    ObjectFetchTimedOutError,
+    RayTaskError,
+)
 
 from eopd.config import ConfigError, load_config
 from eopd.packing import pack_batch
 from eopd.roles import LearnerDownError
 from eopd.run import lock
 from eopd.run.lock import Holder
-from eopd.runtime import actors, supervisor
+from eopd.runtime import actors, learner_actor, supervisor
 from eopd.runtime import gang as module
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.learner_actor import LearnerActor
@@ -194,6 +199,25 @@ def test_a_rank_on_a_machine_with_another_run_directory_does_not_start(tmp_path,
     actor = object.__new__(LearnerActor)
     with pytest.raises(ConfigError, match=r"run\.directory: .* is not the same directory"):
         actor.start(config, 0, "1.2.3.4", 5, 0, Holder(host="head", pid=7, since=5.0))
+
+
+def test_a_part_that_is_found_one_body_at_a_time_was_not_taken(monkeypatch):
+    """Ray may find each body a moment after it did not find all of them."""
+
+    def get(bodies):
+        if isinstance(bodies, list) and "body of c" in bodies:
+            raise ObjectFetchTimedOutError("00" * 28, "", "")
+
+        return bodies
+
+    def share_of(names):
+        stored = [Stored(fakes.header(name), f"body of {name}") for name in names]
+        return pack_batch(stored, steps=1, ranks=1, token_budget=99, alpha=1.0).share(0)
+
+    monkeypatch.setattr(learner_actor, "ray", SimpleNamespace(get=get))
+    actor = object.__new__(LearnerActor)
+    assert actor.take(share_of("ab")) == []
+    assert [key.prompt_id for key in actor.take(share_of("cd"))] == ["c", "d"]
 
 
 async def test_a_run_starts_its_gang_on_the_places_that_were_found_and_with_its_driver(

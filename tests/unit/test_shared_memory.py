@@ -35,6 +35,19 @@ def test_what_the_sender_writes_is_what_a_worker_reads(memory):
     assert all(message_B.data_ptr() % 64 == 0 for message_B in theirs)
 
 
+def test_what_is_no_memory_is_neither_waited_for_nor_read(tmp_path):
+    """On another host the same path may lead to a pipe of somebody else."""
+    reading, writing = os.pipe()
+    os.write(writing, b"theirs")
+    os.mkfifo(tmp_path / "fifo")
+    for path in (f"/proc/self/fd/{reading}", tmp_path / "fifo", tmp_path, tmp_path / "none"):
+        assert not is_reachable(str(path), "secret")
+
+    assert os.read(reading, 100) == b"theirs"
+    os.close(reading)
+    os.close(writing)
+
+
 def test_a_worker_of_another_process_reads_it(memory):
     memory.reserve()[1].fill_(7)
     program = (

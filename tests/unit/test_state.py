@@ -15,7 +15,7 @@ from eopd.run.storage import StorageError
 from eopd.run.upload import Uploads
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
-from eopd.types import LostReason, LostTrajectory
+from eopd.types import LostReason, LostTrajectory, PolicyVersion
 
 INPUTS = {"prompts.data": "1", "student.model": "2"}
 
@@ -23,9 +23,13 @@ INPUTS = {"prompts.data": "1", "student.model": "2"}
 class Learner:
     """Saves its weights, or raises ``error``."""
 
-    def __init__(self, error=None):
+    def __init__(self, error=None, step=0):
         self.error = error
+        self.step = step
         self.num_saves = 0
+
+    async def version(self):
+        return PolicyVersion(0, self.step)
 
     async def save(self, directory):
         if self.error is not None:
@@ -140,7 +144,7 @@ async def test_a_step_is_saved_once(config):
 async def test_a_save_that_fails_hides_no_error(config, error, caplog):
     state = begin(config)
     state.progress.step = 4
-    await state.save_in_spite_of(RuntimeError("first"), Learner(error))
+    await state.save_in_spite_of(RuntimeError("first"), Learner(error, step=4))
     assert list_checkpoints(state.directory.checkpoints) == []
     assert "RuntimeError('first')" in caplog.text
 
@@ -148,5 +152,7 @@ async def test_a_save_that_fails_hides_no_error(config, error, caplog):
 async def test_what_was_trained_before_an_error_is_saved(config):
     state = begin(config)
     state.progress.step = 3
-    await state.save_in_spite_of(RuntimeError("first"), Learner())
+    await state.save_in_spite_of(RuntimeError("first"), Learner(step=4))
+    assert list_checkpoints(state.directory.checkpoints) == [], "the rows end with step 3"
+    await state.save_in_spite_of(RuntimeError("first"), Learner(step=3))
     assert [path.name for path in list_checkpoints(state.directory.checkpoints)] == ["step-000003"]

@@ -266,6 +266,21 @@ def test_a_scrape_shows_the_newest_row_of_its_run() -> None:
         second.close()
 
 
+def test_an_engine_that_is_gone_leaves_no_series_and_a_measurement_stays():
+    sink = PrometheusSink("127.0.0.1", 0, run="a")
+    name = "eopd_engine_in_flight_trajectories"
+    try:
+        sink.write({f'{name}{{engine="0"}}': 60.0, f'{name}{{engine="1"}}': 64.0})
+        sink.write({'eopd_eval_step{evaluation="a"}': 1.0})
+        sink.write({f'{name}{{engine="0"}}': 3.0, 'eopd_eval_step{evaluation="b"}': 2.0})
+        shown = scrape(sink)
+    finally:
+        sink.close()
+
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith(name)] == ["3.0"]
+    assert shown.count("eopd_eval_step{") == 2
+
+
 def test_state_goes_on_between_steps() -> None:
     sink = PrometheusSink("127.0.0.1", 0, run="a")
     try:

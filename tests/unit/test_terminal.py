@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import subprocess
 import sys
 
 import pytest
@@ -33,6 +34,23 @@ def test_a_stream_that_nobody_reads_ends_nothing_and_is_told_once(made, size, ca
 
     (record,) = caplog.records
     assert "takes nothing more" in record.getMessage()
+
+
+def test_where_nobody_handles_logs_a_closed_pipe_ends_nothing_either():
+    program = (
+        "import sys\n"
+        "from eopd.cli.terminal import outlive_readers\n"
+        "outlive_readers()\n"
+        "for _ in range(3):\n"
+        "    print('x', file=sys.stderr, flush=True)\n"
+        "print('went on', flush=True)\n"
+    )
+    with closed_pipe() as stderr:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+
+    assert (done.returncode, done.stdout) == (0, "went on\n")
 
 
 def test_a_stream_that_is_read_says_everything(tmp_path):

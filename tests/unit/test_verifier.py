@@ -1,10 +1,13 @@
 """Rewards and filters: what becomes of what a function says, or does not say."""
 
 import os
+import subprocess
 import sys
+import time
 
 import fakes
 import numpy as np
+import psutil
 import pytest
 
 from eopd.config import ConfigError
@@ -55,6 +58,9 @@ def odd(row, response, response_ids):
         while True:
             pass
     if case == "sleeps":
+        time.sleep(60)
+    if case == "closes":
+        os.closerange(3, 64)
         time.sleep(60)
     odd = {"nan": float("nan"), "text": "high", "none": None, "list": [1.0]}
     return {"huge": 10**5000, "large": -(10**400), **odd}[case]
@@ -191,6 +197,57 @@ def test_a_limit_ends_the_call_and_the_next_one_is_answered(functions, case, lim
 
     assert said == Failed(f"made_up_functions:odd: {words}", timed_out=True)
     assert after == Returned("high")
+
+
+def test_a_function_that_closes_its_pipes_and_goes_on_is_ended(functions, monkeypatch):
+    monkeypatch.setattr(process, "_CLOSE_S", 0.2)
+    child = FunctionProcess(Asked(key="k", function=functions + "odd", kind=RewardFunction))
+
+    said = child.ask({"case": "closes"}, "", [])
+    after = child.ask({"case": "text"}, "", [])
+    child.close()
+
+    assert said == Failed("made_up_functions:odd: its process ended with code -9")
+    assert after == Returned("high")
+
+
+def test_a_machine_that_starts_no_process_is_a_fault(functions, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(24, "Too many open files")
+
+    child = FunctionProcess(Asked(key="k", function=functions + "odd", kind=RewardFunction))
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", full)
+        said = child.ask({"case": "text"}, "", [])
+
+    assert isinstance(said, Failed) and "cannot be started: [Errno 24] Too many" in said.cause
+    assert child.ask({"case": "text"}, "", []) == Returned("high")
+    child.close()
+
+
+def test_a_function_does_not_outlive_a_parent_that_was_killed(functions):
+    program = (
+        "import os, signal, threading, time\n"
+        "from eopd.plugins import RewardFunction\n"
+        "from eopd.rewards.process import Asked, FunctionProcess\n"
+        f"asked = Asked(key='k', function='{functions}odd', kind=RewardFunction)\n"
+        "child = FunctionProcess(asked)\n"
+        "child.start()\n"
+        "print(child._process.pid, flush=True)\n"
+        "threading.Thread(target=child.ask, args=({'case': 'sleeps'}, '', [])).start()\n"
+        "time.sleep(0.5)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    child = int(ended.stdout)
+
+    for _ in range(100):
+        if not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie":
+            return
+
+        time.sleep(0.1)
+
+    pytest.fail("it still runs")
 
 
 def test_a_function_that_is_not_found_in_the_child_is_a_mistake(functions):
