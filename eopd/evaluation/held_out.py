@@ -39,8 +39,8 @@ async def measure_held_out(
 
     Returns:
         The statistics, and the scored trajectories in the order of ``prompts``. A prompt that is
-        lost ``flow.max_attempts`` times is left out, and counted as ``num_dropped``. None where all
-        are lost, which ends no run.
+        lost ``flow.max_attempts`` times is left out, and counted as ``num_dropped``; so is one whose
+        numbers are not finite. None where none is left, which ends no run.
     """
     prompts = prompts[: config.evaluation.prompts]
     say(f"measuring on {len(prompts)} held-out prompts, {when}")
@@ -70,10 +70,11 @@ async def measure_held_out(
             for index in _positions(responses, error.keys):
                 responses[index] = await respond(index)
         else:
-            if num_dropped := len(prompts) - len(scored):
+            num_dropped = len(prompts) - stats.num_prompts
+            if num_dropped:
                 say(f"{num_dropped} of {len(prompts)} prompts could not be measured {when}")
 
-            return replace(stats, num_dropped=num_dropped), scored
+            return (replace(stats, num_dropped=num_dropped), scored) if stats.num_prompts else None
 
     say(f"not measured {when}: no held-out prompt could be, the last one: {responses[-1]}")
     return None

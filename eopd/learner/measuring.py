@@ -51,7 +51,8 @@ def eval_stats(
     prompts: Sequence[tuple[str, str]],
     counts: Sequence[list[list[int]]],
 ) -> EvalStats:
-    """Makes a measurement of the sums of all ranks. It does not depend on their order.
+    """Makes a measurement of the sums of all ranks. It does not depend on their order. A prompt whose
+    numbers are not all finite is dropped, as a step is skipped in training.
 
     Args:
         sums: ``token_sums`` of each trajectory; those of one prompt are added up.
@@ -65,11 +66,15 @@ def eval_stats(
         sums_PS[places[pair]] += row_S
 
     student, teacher = np.sum(counts, axis=0).tolist()
+    is_finite_P = [bool(np.isfinite(sums_S).all()) for sums_S in sums_PS]
+    measured = [pair for pair, is_finite in zip(pairs, is_finite_P, strict=True) if is_finite]
+    names, sources = [name for name, _ in measured], [source for _, source in measured]
 
     return EvalStats(
-        by_prompt=_by_prompt(sums_PS, [name for name, _ in pairs], [source for _, source in pairs]),
+        by_prompt=_by_prompt(sums_PS[is_finite_P], names, sources),
         student_entropy_counts=tuple(student),
         teacher_entropy_counts=tuple(teacher),
+        num_dropped=len(pairs) - len(measured),
     )
 
 

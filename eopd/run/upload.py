@@ -279,7 +279,11 @@ class Uploads:
                 place.remove_folder(f"{CHECKPOINTS}/{name}")
                 del self._there[name]
 
-        self._newest, self._went_back_to = newest_up, None
+        self._newest = newest_up
+        if (
+            self._went_back_to == back_to
+        ):  # else it has gone back meanwhile: the next pass does that
+            self._went_back_to = None
 
     def _small_files(self) -> Iterator[Path]:
         for path in sorted(self._directory.path.iterdir()):

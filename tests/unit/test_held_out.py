@@ -50,7 +50,7 @@ class World(fakes.World):
             keys, self.gone = self.gone, ()
             raise BodiesLostError(keys)
 
-        return STATS
+        return replace(STATS, by_prompt={"tokens": dict.fromkeys(self.measured, 3.0)})
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ async def test_a_prompt_that_is_always_lost_is_left_out_and_counted(run):
     world = World(score_c=3)
     (stats, scored), said, _ = await run(world)
     assert world.measured == ["a", "b"] == [stored.header.key.prompt_id for stored in scored]
-    assert stats == replace(STATS, num_dropped=1)
+    assert (stats.num_prompts, stats.num_dropped) == (2, 1)
     assert said == [FIRST, "1 of 3 prompts could not be measured before training"]
 
 
@@ -108,6 +108,20 @@ async def test_without_a_single_response_nothing_is_measured(run):
     assert outcome is None
     assert said[-1].startswith("not measured before training: no held-out prompt could be")
     assert "its body was lost" in said[-1]
+
+
+@pytest.mark.parametrize("num_finite", [2, 0])
+async def test_a_prompt_whose_numbers_are_not_finite_is_counted_too(run, monkeypatch, num_finite):
+    finite = replace(STATS, by_prompt={"tokens": dict.fromkeys("abc"[:num_finite], 3.0)})
+    world = World()
+
+    async def evaluate(batch):
+        return replace(finite, num_dropped=3 - num_finite)
+
+    monkeypatch.setattr(world, "evaluate", evaluate)
+    outcome, said, _ = await run(world)
+    assert said[-1] == f"{3 - num_finite} of 3 prompts could not be measured before training"
+    assert outcome is None if not num_finite else outcome[0] == replace(finite, num_dropped=1)
 
 
 async def test_bodies_that_are_lost_before_they_are_measured_are_written_again(run):

@@ -37,6 +37,19 @@ def two_responses():
     ]
 
 
+def test_a_prompt_whose_numbers_are_not_finite_is_dropped():
+    first, second = two_responses()
+    first[0] = math.nan
+    found = eval_stats([first, second], [("p", "lists"), ("q", "stories")], COUNTS)
+    assert (found.num_prompts, found.num_dropped) == (1, 1)
+    assert found.by_prompt["reverse_kl"] == {"q": 5.0}
+    assert not any("lists" in metric for metric in found.by_prompt)
+
+    second[3] = math.inf
+    nothing = eval_stats([first, second], [("p", "lists"), ("q", "stories")], COUNTS)
+    assert (nothing.num_prompts, nothing.num_dropped) == (0, 2)
+
+
 def test_every_prompt_has_its_means_by_certainty_and_source():
     """Worked by hand."""
     sums = two_responses()

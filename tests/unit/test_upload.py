@@ -84,13 +84,13 @@ async def train_to(directory, *steps, incarnation=0, keep_last=2, uploads=None):
             uploads.wake()
 
 
-async def uploaded(config, *steps, incarnation=0):
+async def uploaded(config, *steps, **options):
     """A run that was uploaded, and ended."""
     with held(config.run.path):
         directory = RunDirectory.create(config)
         with Uploads(config, print) as uploads:
             uploads.start()
-            await train_to(directory, *steps, incarnation=incarnation)
+            await train_to(directory, *steps, **options)
 
     return directory
 
@@ -385,6 +385,27 @@ async def test_the_run_that_went_on_further_counts(config, there, tmp_path):
     assert first.read_summary().incarnation == 1
     whole = [path.name for path in list_checkpoints(first.checkpoints)]
     assert whole == ["step-000004", "step-000006"], "step 8 is of a run that went back"
+
+
+async def test_a_run_that_goes_back_while_others_are_removed_there_removes_its_own_next(
+    config, there, monkeypatch
+):
+    directory = await uploaded(config, 4, 8, 12, keep_last=3)
+    assert steps_at(there) == [4, 8, 12]
+    shutil.rmtree(directory.checkpoints / "step-000004")
+    with Uploads(config, print) as uploads:
+        remove = Place.remove_folder
+
+        def remove_and_go_back(place, name):
+            if "000004" in name:
+                shutil.rmtree(directory.checkpoints / "step-000012")
+                uploads.go_back(8)
+
+            remove(place, name)
+
+        monkeypatch.setattr(Place, "remove_folder", remove_and_go_back)
+        uploads.start()
+        await fakes.until(lambda: steps_at(there) == [8])
 
 
 async def test_a_restoration_that_is_killed_is_done_again(config, monkeypatch):
