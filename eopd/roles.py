@@ -128,6 +128,7 @@ class SenderLink(Protocol):
     """The learner gang's ``WeightSender``, seen from the driver."""
 
     def reserved(self) -> AbstractAsyncContextManager[object]: ...  # noqa: D102 - no step comes between its calls
+    def undisturbed(self) -> AbstractAsyncContextManager[object]: ...  # noqa: D102 - nor a part of one
     async def version(self) -> PolicyVersion: ...  # noqa: D102
     async def open(self, engines: int, secret: str) -> Sequence[Mapping[str, object]]: ...  # noqa: D102
     async def accept(self) -> None: ...  # noqa: D102

@@ -110,6 +110,12 @@ class LearnerGang:
         """Returns the lock that a weight sync holds, so that no step comes between its calls."""
         return self._reserved
 
+    def undisturbed(self) -> asyncio.Lock:
+        """Returns the lock that a weight sync holds while it sends, so that none of its calls waits for
+        a part of a batch, which may take longer than the engines wait.
+        """
+        return self._working
+
     async def accumulate(self, part: PackedBatch) -> None:
         """Adds up gradients; no weights change, so that a sync of weights may be under way."""
         await self._work("accumulate", part)

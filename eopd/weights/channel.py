@@ -250,9 +250,24 @@ class BroadcastChannel:
             The bytes sent.
         """
         sync.cause = ""
-        if self._group != sync.engines:
-            await self._connect(sync)
+        # who waits for the learner's next call has a limit of time
+        async with self._sender.undisturbed():
+            if self._group != sync.engines:
+                await self._connect(sync)
 
+            num_bytes = await self._send(sync)
+
+        self._doing = "checking what arrived"
+        checks = await self._each(
+            sync,
+            lambda engine: engine.check_weights(),
+            self._timeout_s,
+        )
+        sync.raise_first(checks, "it did not receive the weights")
+
+        return num_bytes
+
+    async def _send(self, sync: "_Sync") -> int:
         self._doing = "sending"
         members = list(self._group)  # one that is dropped meanwhile ends the group
         starts = await self._each(
@@ -264,19 +279,11 @@ class BroadcastChannel:
 
         try:
             num_bytes = await self._sender.send()
-            sync.on_sent()
         except WeightTransferError as error:
             self._attribute(sync, error, "it left a weight transfer", members)
             raise
 
-        self._doing = "checking what arrived"
-        checks = await self._each(
-            sync,
-            lambda engine: engine.check_weights(),
-            self._timeout_s,
-        )
-        sync.raise_first(checks, "it did not receive the weights")
-
+        sync.on_sent()
         return num_bytes
 
     async def _connect(self, sync: "_Sync") -> None:

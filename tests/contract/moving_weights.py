@@ -91,6 +91,8 @@ class Sender:
     def reserved(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    undisturbed = reserved
+
     async def version(self):
         return self.held
 

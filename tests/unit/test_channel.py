@@ -21,9 +21,13 @@ class FakeSender:
     def __init__(self, failures: int = 0, error: Exception | None = None) -> None:
         self.failures, self.error = failures, error
         self.held, self.groups, self.probed = NEW, [], 0
+        self.working = asyncio.Lock()
 
     def reserved(self):
         return nullcontext()
+
+    def undisturbed(self):
+        return self.working
 
     async def version(self):
         return self.held
@@ -117,6 +121,29 @@ def channel_of(sender, *engines, lost=None, every=0):
         connect_timeout_s=0.2,
         timeout_s=0.2,
     )
+
+
+async def test_nothing_that_the_learner_works_on_delays_a_transfer():
+    """Engines wait for each of its calls with a limit, and a part of a batch may take longer."""
+
+    class Watching(FakeEngine):
+        async def _call(self, name):
+            await super()._call(name)
+            held.append((name, sender.working.locked()))
+
+    held, sent = [], []
+    sender = FakeSender()
+    channel = channel_of(sender, Watching())
+    await sender.working.acquire()  # a part is under way
+    joining = asyncio.create_task(
+        channel.publish(NEW, lambda: sent.append(sender.working.locked()))
+    )
+    await asyncio.sleep(0.01)
+    assert held == []
+    sender.working.release()
+    await joining
+    assert held[:4] == [("connect", True), ("receive", True), ("check", False), ("install", False)]
+    assert sent == [True], "whoever goes on then waits for a moment"
 
 
 async def test_the_group_is_built_once_and_every_engine_serves_the_version():
