@@ -36,6 +36,7 @@ STOP_WAIT_S: Final = 3600  # a step and a checkpoint of the largest runs
 RUN: Final = "eopd_run"  # the metadata of a job that holds its run directory
 ANSWER_S: Final = 10.0  # a head that is busy takes seconds
 POLL_S: Final = 1.0
+AWAY_S: Final = 120.0  # a head that is started again under a run that goes on
 AGENT_S: Final = 60.0  # a head that has just started has no agent yet, which is what starts jobs
 _NO_AGENT: Final = "No available agent"  # after 10 s; job_head.py of Ray 2.60
 _LONGEST: Final = 300
@@ -202,10 +203,16 @@ class Jobs:
         return job
 
     def _look_up_again(self, name: str) -> Job:
-        try:
-            return self.look_up(name)
-        except ConfigError as error:
-            raise RunFailedError(f"{error}; job {name} may go on") from None
+        """Returns a job that was there, for as long as ``AWAY_S`` again and again."""
+        end = time.monotonic() + AWAY_S
+        while True:
+            try:
+                return self.look_up(name)
+            except ConfigError as error:
+                if time.monotonic() > end:
+                    raise RunFailedError(f"{error}; job {name} may go on") from None
+
+            time.sleep(POLL_S)
 
     async def _read_on(
         self, name: str, write: Callable[[str], None], skipped: int

@@ -310,6 +310,7 @@ class Training:
             await self._evaluator.evaluate("after")
 
         self._outlets.begin("saving")
+        self._watchdog.step()
         await self._state.export(learner)
         self._guard.say_last_words()
 
@@ -366,7 +367,10 @@ class Training:
 
     async def _save(self) -> None:
         with self._outlets.phase("saving"):
+            self._watchdog.step()
             await self._state.save(self._workers.learner)
+
+        self._watchdog.step()  # the time of the next step begins here
 
     async def _follow(self, pipeline: Pipeline) -> None:
         """Runs the loop to its end, with a row, a record and now and then a checkpoint of what it

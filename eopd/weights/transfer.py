@@ -141,9 +141,7 @@ class InitInfo(Rendezvous):
         try:
             return map_messages(memory, _message_sizes(self.layout()))
         except OSError as error:
-            raise WeightTransferError(
-                f"the weights cannot be read where they are: {error}"
-            ) from error
+            raise WeightTransferError(f"the weights cannot be mapped: {error}") from error
 
 
 def _parameter(values: Mapping[str, object]) -> ParameterMeta:
@@ -326,21 +324,22 @@ class WeightReader:
         self.scale = info.scale
         self.memory = memory
         self._info = info
-        info.map(memory)
+        self._messages = info.map(memory)
 
     def start(self) -> None:
-        """Returns at once: another worker receives."""
+        """Maps the memory anew, and returns at once: another worker receives.
+
+        Raises:
+            WeightTransferError: the memory is gone.
+        """
+        self._messages = self._info.map(self.memory)
 
     def check(self) -> None:
         """Returns at once: another worker checks."""
 
     def take(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Returns the parameters by name.
-
-        Raises:
-            WeightTransferError: the memory of the first worker is gone.
-        """
-        return _unpacked(self._info.map(self.memory), self._info.layout())
+        """Returns the parameters by name."""
+        return _unpacked(self._messages, self._info.layout())
 
     def close(self) -> None:
         """Returns at once: it is in no group."""

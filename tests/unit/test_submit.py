@@ -385,7 +385,19 @@ def test_a_log_that_cannot_be_read_is_said_once_and_the_end_is_waited_for(
     assert [record.getMessage() for record in caplog.records] == [said]
 
 
-def test_a_server_that_is_gone_ends_the_following_alone(project, client, submit):
+def test_a_server_that_is_away_for_a_while_is_waited_for(project, client, submit):
+    client.log = ["one\n", OSError("cut"), "two\n"]
+    client.states = [("RUNNING", None), ("SUCCEEDED", 0)]
+    answers, look_up = iter([False, False, True, False]), client.get_job_info
+    client.get_job_info = lambda name: (
+        look_up(name) if next(answers, True) else connect("http://127.0.0.1:1")
+    )
+    done = submit(write(project))
+    assert (done.code, done.out) == (0, "one\ntwo\n")
+
+
+def test_a_server_that_is_gone_ends_the_following_alone(project, client, submit, monkeypatch):
+    monkeypatch.setattr(jobs, "AWAY_S", 0.1)
     client.log = [OSError("cut")]
     client.get_job_info = lambda name: connect("http://127.0.0.1:1")
     done = submit(write(project))

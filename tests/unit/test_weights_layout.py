@@ -113,7 +113,7 @@ def test_the_other_workers_of_an_engine_read_what_its_first_one_has_received(bac
 
 def test_memory_of_another_worker_that_cannot_be_read_is_a_failed_connection():
     (info,) = make_sender(DictSource(tensors())).open(1, "secret")
-    with pytest.raises(WeightTransferError, match=r"cannot be read where they are: .*No such file"):
+    with pytest.raises(WeightTransferError, match=r"cannot be mapped: .*No such file"):
         WeightReader(InitInfo(**info), "/proc/1/fd/100000")
 
 
