@@ -77,7 +77,8 @@ class LearnerActor(Actor):
         from eopd.learner.flops import Cost
         from eopd.learner.learner import LearnerRank
         from eopd.tokenizer import num_tokens
-        from eopd.weights.transfer import ModelSource, WeightSender
+        from eopd.weights.layout import ModelSource
+        from eopd.weights.transfer import WeightSender
 
         self._rank = LearnerRank(
             DeepspeedBackend,

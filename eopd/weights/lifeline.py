@@ -21,11 +21,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from torch._C._distributed_c10d import Store
-
 from eopd.types import WeightTransferError
 
-KEY = "eopd/lifeline"
 _RANK = struct.Struct("<I")
 
 
@@ -38,7 +35,10 @@ class Departure:
 
 
 class Lifeline:
-    """This member's connections. ``open`` makes it; the sender then calls ``accept``."""
+    """This member's connections. The sender makes it by ``listen``, and calls ``accept``; the others
+    by ``connect``. They learn the port from the driver, not where others can write it: who listens
+    there is told the secret.
+    """
 
     def __init__(
         self,
@@ -51,21 +51,26 @@ class Lifeline:
         self._timeout_s = timeout_s
 
     @classmethod
-    def open(
-        cls, store: Store, *, address: str, rank: int, secret: str, timeout_s: float
+    def listen(cls, address: str, timeout_s: float) -> "Lifeline":
+        """Listens on a free port of the sender's ``address``."""
+        return cls(socket.create_server((address, 0), backlog=1024), {}, timeout_s)
+
+    @property
+    def port(self) -> int:
+        """The port that the sender listens on."""
+        assert self._listener is not None
+        return int(self._listener.getsockname()[1])
+
+    @classmethod
+    def connect(
+        cls, address: str, port: int, *, rank: int, secret: str, timeout_s: float
     ) -> "Lifeline":
-        """Listen on the sender's ``address`` (rank 0), or connect to it; the store has the port.
+        """Connects a receiver to the sender.
 
         Raises:
             OSError: the sender cannot be reached.
-            RuntimeError: the store does not answer.
         """
-        if rank == 0:
-            listener = socket.create_server((address, 0), backlog=1024)
-            store.set(KEY, str(listener.getsockname()[1]))
-            return cls(listener, {}, timeout_s)
-
-        sender = socket.create_connection((address, int(store.get(KEY))), timeout_s)
+        sender = socket.create_connection((address, port), timeout_s)
         sender.sendall(secret.encode() + _RANK.pack(rank))
 
         return cls(

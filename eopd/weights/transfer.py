@@ -26,7 +26,6 @@ dies or stalls fails the transfer for all, and the group is built again.
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -35,12 +34,12 @@ from typing import TypeVar, cast
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from eopd.adapters import CheckpointTensor
 from eopd.types import WeightTransferError
 from eopd.weights.layout import (
     DIGEST_BYTES,
     Bucket,
     BucketHashError,
+    ModelSource,
     ParameterMeta,
     bucket_num_bytes,
     check_digest,
@@ -49,6 +48,7 @@ from eopd.weights.layout import (
     unpack,
     write_digest,
 )
+from eopd.weights.lifeline import Lifeline
 from eopd.weights.shared import SharedMemory, map_messages
 from eopd.weights.wire import (
     Backend,
@@ -64,58 +64,6 @@ T = TypeVar("T")
 
 # Once the sender has finished, a receiver's transfer ends within this, also on a busy machine.
 SETTLE_S = 5.0
-
-
-class ModelSource:
-    """A model's parameters as checkpoint tensors, however they are sharded; without its buffers, which
-    never change.
-
-    All ranks gather a bucket together. Where parameters are sharded, rank 0 has copies of them
-    afterwards, so that nothing is sent while they are gathered.
-
-    Args:
-        tensors: the checkpoint's tensors, by name; or those of its adapters alone.
-        rank: of this process; 0 sends.
-        shape: gives the full shape of a parameter (``Backend.shape``).
-        gathered: makes parameters whole in a block (``Backend.gathered``).
-        scale: with which adapters are merged that are sent alone; None where weights are sent.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, CheckpointTensor],
-        *,
-        rank: int,
-        shape: Callable[[torch.Tensor], Sequence[int]],
-        gathered: Callable[[Sequence[torch.Tensor]], AbstractContextManager[bool]],
-        scale: float | None = None,
-    ) -> None:
-        self.scale = scale
-        self._recipes = {
-            name: recipe
-            for name, recipe in tensors.items()
-            if isinstance(recipe.parts[0], torch.nn.Parameter)
-        }
-        self._rank = rank
-        self._shape = shape
-        self._gathered = gathered
-
-    def metadata(self) -> Sequence[ParameterMeta]:
-        """Returns full shapes, also where a tensor is empty because it is sharded."""
-        firsts = {name: recipe.parts[0] for name, recipe in self._recipes.items()}
-        return [
-            ParameterMeta.of(name, tensor, self._shape(tensor)) for name, tensor in firsts.items()
-        ]
-
-    def gather(self, bucket: Bucket) -> Sequence[torch.Tensor] | None:
-        """Returns full tensors on rank 0; all ranks must call this in the same order."""
-        recipes = [self._recipes[parameter.name] for parameter in bucket]
-        with self._gathered([part for recipe in recipes for part in recipe.parts]) as are_copies:
-            if self._rank != 0:
-                return None
-
-            whole = [recipe.whole() for recipe in recipes]
-            return [tensor.clone() for tensor in whole] if are_copies else whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +128,7 @@ class WeightSender:
         self._buckets = cut_into_buckets(source.metadata(), bucket_bytes)
         self._sizes = _message_sizes(self._buckets)
         self._rendezvous: Rendezvous | None = None
+        self._lifeline: Lifeline | None = None
         self._store: TCPStore | None = None
         self._memory: SharedMemory | None = None
         self._buffers: list[torch.Tensor] = []
@@ -202,6 +151,7 @@ class WeightSender:
             return []
 
         self._store = open_store(self._address, self._connect_timeout_s)
+        self._lifeline = Lifeline.listen(self._address, self._connect_timeout_s)
         if self._backend in ("auto", "shared"):
             self._memory = self._memory or SharedMemory(self._sizes)
             self._memory.mark(secret)
@@ -210,6 +160,7 @@ class WeightSender:
             backend=self._backend,
             address=self._address,
             port=self._store.port,
+            lifeline_port=self._lifeline.port,
             rank=0,
             world_size=1 + engines,
             secret=secret,
@@ -236,7 +187,9 @@ class WeightSender:
             raise WireError("weight transfer: accept before open")
 
         try:
-            self._wire = open_wire(self._rendezvous, store=self._store, memory=self._memory)
+            self._wire = open_wire(
+                self._rendezvous, store=self._store, lifeline=self._lifeline, memory=self._memory
+            )
         except WireError:
             self.close()
             raise
@@ -259,10 +212,11 @@ class WeightSender:
 
     def close(self) -> None:
         """Leave the group and close the store; safe at any time."""
-        if self._wire is not None:
-            self._wire.close()
+        for open_end in (self._wire, self._lifeline):
+            if open_end is not None:
+                open_end.close()
 
-        self._wire = self._store = self._rendezvous = None
+        self._wire = self._store = self._lifeline = self._rendezvous = None
 
     def _send(self) -> int:
         wire = self._wire

@@ -53,14 +53,15 @@ POLL_S = 0.001  # between two looks at a message under way
 class Rendezvous:
     """Where a group meets, and which of its members this one is: rank 0 is the sender.
 
-    The members alone know ``secret``. ``memory`` is the path of the sender's shared memory, empty
-    where no wire would use it. ``connect_timeout_s`` is the limit of the handshake, ``timeout_s``
-    that of each message afterwards.
+    The members alone know ``secret``. ``port`` is that of the sender's store. ``memory`` is the path
+    of the sender's shared memory, empty where no wire would use it. ``connect_timeout_s`` is the
+    limit of the handshake, ``timeout_s`` that of each message afterwards.
     """
 
     backend: Backend
     address: str
     port: int
+    lifeline_port: int
     rank: int
     world_size: int
     secret: str
@@ -113,11 +114,15 @@ def open_store(address: str, timeout_s: float) -> TCPStore:
 
 
 def open_wire(
-    rendezvous: Rendezvous, *, store: TCPStore | None = None, memory: SharedMemory | None = None
+    rendezvous: Rendezvous,
+    *,
+    store: TCPStore | None = None,
+    lifeline: Lifeline | None = None,
+    memory: SharedMemory | None = None,
 ) -> Wire:
     """Join the group; blocks until all members have.
 
-    The sender passes the store that it opened, and the memory that it would share.
+    The sender passes the store and the lifeline that it opened, and the memory that it would share.
 
     The process group is made once all members are connected: NCCL has no time-out of its own for
     that, and a member that dies in that moment hangs the others until ``learner.timeout_s``.
@@ -127,7 +132,7 @@ def open_wire(
             ``ranks`` that have not.
     """
     try:
-        return _meet(rendezvous, store, memory)
+        return _meet(rendezvous, store, lifeline, memory)
     except (RuntimeError, OSError) as error:
         where = (
             f"{rendezvous.address}:{rendezvous.port}, as rank {rendezvous.rank} of "
@@ -140,7 +145,12 @@ def open_wire(
         ) from error
 
 
-def _meet(rendezvous: Rendezvous, store: TCPStore | None, memory: SharedMemory | None) -> Wire:
+def _meet(
+    rendezvous: Rendezvous,
+    store: TCPStore | None,
+    lifeline: Lifeline | None,
+    memory: SharedMemory | None,
+) -> Wire:
     secret, timeout = rendezvous.secret, timedelta(seconds=rendezvous.connect_timeout_s)
     if store is None:
         store = TCPStore(
@@ -155,9 +165,9 @@ def _meet(rendezvous: Rendezvous, store: TCPStore | None, memory: SharedMemory |
         sees = is_reachable(rendezvous.memory, secret)
         group_store.set(f"{SEES_MEMORY}/{rendezvous.rank}", str(int(sees)))
 
-    lifeline = Lifeline.open(
-        group_store,
-        address=rendezvous.address,
+    lifeline = lifeline or Lifeline.connect(
+        rendezvous.address,
+        rendezvous.lifeline_port,
         rank=rendezvous.rank,
         secret=secret,
         timeout_s=rendezvous.connect_timeout_s,

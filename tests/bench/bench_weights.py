@@ -31,8 +31,8 @@ from eopd.learner.lora import whole_tensors
 from eopd.rollout.vllm_engine import VllmRolloutEngine
 from eopd.runtime.placement import EAGER, vllm_env
 from eopd.types import PolicyVersion
-from eopd.weights.layout import DIGEST_BYTES, bucket_num_bytes, pack, write_digest
-from eopd.weights.transfer import ModelSource, WeightSender
+from eopd.weights.layout import DIGEST_BYTES, ModelSource, bucket_num_bytes, pack, write_digest
+from eopd.weights.transfer import WeightSender
 from eopd.weights.vllm_receiver import engine_options
 from eopd.weights.wire import Backend
 

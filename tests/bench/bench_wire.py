@@ -17,6 +17,7 @@ from statistics import median
 import torch
 
 from eopd.weights.layout import Bucket, ParameterMeta
+from eopd.weights.lifeline import Lifeline
 from eopd.weights.transfer import InitInfo, WeightReceiver, WeightSender
 from eopd.weights.wire import GlooWire, open_store, open_wire
 
@@ -81,8 +82,9 @@ def main() -> None:
     )
     (fields,) = sender.open(1, "of weights")
     info = InitInfo(**fields)
-    store = open_store("127.0.0.1", 60.0)
-    bare = InitInfo(**fields | {"port": store.port, "secret": "of nothing"})
+    store, lifeline = open_store("127.0.0.1", 60.0), Lifeline.listen("127.0.0.1", 60.0)
+    ports = {"port": store.port, "lifeline_port": lifeline.port, "secret": "of nothing"}
+    bare = InitInfo(**fields | ports)
     sizes = sender._sizes
 
     ours, theirs = multiprocessing.Pipe()
@@ -91,9 +93,7 @@ def main() -> None:
     )
     receiver.start()
     sender.accept()
-    wire = open_wire(
-        InitInfo(**fields | {"port": store.port, "secret": "of nothing", "rank": 0}), store=store
-    )
+    wire = open_wire(InitInfo(**fields | ports | {"rank": 0}), store=store, lifeline=lifeline)
     messages = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
     assert ours.recv() == "joined"
 

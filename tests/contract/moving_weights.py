@@ -17,8 +17,9 @@ from eopd.learner.lora import sent_adapters, whole_tensors
 from eopd.rollout.vllm_engine import VllmRolloutEngine
 from eopd.types import Int32Array, PolicyVersion
 from eopd.weights.channel import BroadcastChannel
+from eopd.weights.layout import ModelSource
 from eopd.weights.probe import Probe
-from eopd.weights.transfer import ModelSource, WeightSender
+from eopd.weights.transfer import WeightSender
 from eopd.weights.vllm_receiver import engine_options
 from eopd.weights.wire import Backend
 

@@ -74,8 +74,7 @@ def run_rank(
     import deepspeed
 
     from eopd.learner.learner import LearnerRank
-    from eopd.weights.layout import cut_into_buckets
-    from eopd.weights.transfer import ModelSource
+    from eopd.weights.layout import ModelSource, cut_into_buckets
 
     def learner_of(case: LoraCase, stage: int) -> LearnerRank:
         return start_learner(

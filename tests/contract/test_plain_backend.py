@@ -14,8 +14,7 @@ from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.learner.learner import LearnerRank
 from eopd.learner.lora import whole_tensors
 from eopd.packing import pack_batch
-from eopd.weights.layout import cut_into_buckets
-from eopd.weights.transfer import ModelSource
+from eopd.weights.layout import ModelSource, cut_into_buckets
 
 
 class PlainBackend:

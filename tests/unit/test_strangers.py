@@ -8,37 +8,25 @@ import time
 from dataclasses import replace
 
 import pytest
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from eopd.types import WeightTransferError
-from eopd.weights.lifeline import KEY, Lifeline
+from eopd.weights.lifeline import Lifeline
 from eopd.weights.wire import Rendezvous, WireError, open_store, open_wire
 
 SECRET = "0123456789abcdef"
 
 
-def listener(store, timeout_s: float = 5.0) -> Lifeline:
-    return Lifeline.open(
-        store,
-        address="127.0.0.1",
-        rank=0,
-        secret=SECRET,
-        timeout_s=timeout_s,
-    )
+def listener(timeout_s: float = 5.0) -> Lifeline:
+    return Lifeline.listen("127.0.0.1", timeout_s)
 
 
-def member(store, rank: int, secret: str = SECRET) -> Lifeline:
-    return Lifeline.open(
-        store,
-        address="127.0.0.1",
-        rank=rank,
-        secret=secret,
-        timeout_s=5.0,
-    )
+def member(sender: Lifeline, rank: int) -> Lifeline:
+    return Lifeline.connect("127.0.0.1", sender.port, rank=rank, secret=SECRET, timeout_s=5.0)
 
 
-def knock(store, said: bytes = b"") -> socket.socket:
-    stranger = socket.create_connection(("127.0.0.1", int(store.get(KEY))), 5.0)
+def knock(sender: Lifeline, said: bytes = b"") -> socket.socket:
+    stranger = socket.create_connection(("127.0.0.1", sender.port), 5.0)
     stranger.sendall(said)
     return stranger
 
@@ -57,18 +45,17 @@ def test_the_store_listens_on_the_address_it_is_given_alone():
 
 
 def test_whoever_knows_no_secret_gets_no_seat_and_holds_up_nobody():
-    store = HashStore()
-    sender = listener(store)
+    sender = listener()
     strangers = [
-        knock(store),  # silent
-        knock(store, b"\x01\x00"),  # half a greeting
-        knock(store, b"\x01\x00\x00\x00"),  # a rank, as one was greeted with once
-        knock(store, b"x" * len(SECRET) + b"\x01\x00\x00\x00"),
-        knock(store, b"GET / HTTP/1.1\r\nHost: eopd\r\n\r\n"),
+        knock(sender),  # silent
+        knock(sender, b"\x01\x00"),  # half a greeting
+        knock(sender, b"\x01\x00\x00\x00"),  # a rank, as one was greeted with once
+        knock(sender, b"x" * len(SECRET) + b"\x01\x00\x00\x00"),
+        knock(sender, b"GET / HTTP/1.1\r\nHost: eopd\r\n\r\n"),
     ]
-    gone = knock(store, SECRET.encode())
+    gone = knock(sender, SECRET.encode())
     gone.close()
-    members = [member(store, rank) for rank in (2, 1)]
+    members = [member(sender, rank) for rank in (2, 1)]
     started = time.monotonic()
     sender.accept(3, SECRET)
     assert time.monotonic() - started < 1.0
@@ -84,9 +71,8 @@ def test_whoever_knows_no_secret_gets_no_seat_and_holds_up_nobody():
 
 
 def test_a_seat_is_given_once():
-    store = HashStore()
-    sender = listener(store, timeout_s=0.3)
-    member(store, 1), member(store, 1), member(store, 7)
+    sender = listener(timeout_s=0.3)
+    member(sender, 1), member(sender, 1), member(sender, 7)
 
     with pytest.raises(
         WeightTransferError, match=r"ranks \[2\] have not come within 0.3 s"
@@ -97,11 +83,12 @@ def test_a_seat_is_given_once():
 
 
 def test_the_sender_names_who_has_not_come():
-    store = open_store("127.0.0.1", 5.0)
+    store, lifeline = open_store("127.0.0.1", 5.0), listener(0.5)
     sender = Rendezvous(
         backend="gloo",
         address="127.0.0.1",
         port=store.port,
+        lifeline_port=lifeline.port,
         rank=0,
         world_size=4,
         secret=SECRET,
@@ -109,22 +96,23 @@ def test_the_sender_names_who_has_not_come():
         timeout_s=5.0,
     )
     with pytest.raises(WireError) as missing:
-        open_wire(sender, store=store)
+        open_wire(sender, store=store, lifeline=lifeline)
 
     assert missing.value.ranks == (1, 2, 3)
 
 
 def test_what_a_stranger_writes_into_the_store_is_not_read():
-    """Keys of a group lie under a prefix that only its members can compute."""
-    store = open_store("127.0.0.1", 5.0)
+    """Keys of a group lie under a prefix that its members compute of their secret."""
+    store, lifeline = open_store("127.0.0.1", 5.0), listener(10.0)
     stranger = TCPStore("127.0.0.1", store.port, is_master=False)
-    for key in (KEY, "eopd/all-here", "eopd/nccl-id", "broadcast_from/0/0"):
+    for key in ("eopd/all-here", "eopd/nccl-id", "broadcast_from/0/0"):
         stranger.set(key, "1")
 
     sender = Rendezvous(
         backend="gloo",
         address="127.0.0.1",
         port=store.port,
+        lifeline_port=lifeline.port,
         rank=0,
         world_size=2,
         secret=SECRET,
@@ -134,9 +122,9 @@ def test_what_a_stranger_writes_into_the_store_is_not_read():
     wires = []
     joining = threading.Thread(target=lambda: wires.append(open_wire(replace(sender, rank=1))))
     joining.start()
-    wires.append(open_wire(sender, store=store))
+    wires.append(open_wire(sender, store=store, lifeline=lifeline))
     joining.join()
     assert all(wire.is_open for wire in wires)
-    assert stranger.get(KEY) == b"1", "the group has written nothing where a stranger can"
+    assert stranger.get("eopd/all-here") == b"1"
     for wire in wires:
         wire.close()
