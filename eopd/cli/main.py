@@ -42,7 +42,7 @@ from eopd.cli.stop import stop
 from eopd.cli.submit import submit
 from eopd.cli.sweep import sweep
 from eopd.cli.teacher import teacher
-from eopd.cli.terminal import outlive_readers, take_any_character
+from eopd.cli.terminal import outlive_readers, write_anything
 from eopd.config import ConfigError, load_config
 from eopd.config.messages import wrong_option
 from eopd.runtime import spawned  # noqa: F401  garbage collection is rarer from here
@@ -249,7 +249,7 @@ app.add_typer(teacher, name="teacher")
 
 def main() -> None:
     """Runs the ``eopd`` command."""
-    take_any_character()
+    write_anything()
     try:
         app()
     except (ConfigError, RunFailedError) as error:

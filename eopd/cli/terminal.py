@@ -46,11 +46,16 @@ class Lasting:
         logger.warning("%s takes nothing more (%s); the run goes on", self._stream.name, error)
 
 
-def take_any_character() -> None:
-    """Lets both streams write every text: what their encoding lacks becomes a question mark."""
+def write_anything() -> None:
+    """Lets both streams write every text: what their encoding lacks becomes a question mark. A terminal
+    that says it has no columns has the usual number.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+    if os.environ.get("COLUMNS") == "0":
+        del os.environ["COLUMNS"]
 
 
 def outlive_readers() -> None:

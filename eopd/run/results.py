@@ -18,8 +18,9 @@ from typing import Final, Literal
 from eopd.config import ConfigError
 from eopd.run.arms import Arm, Interval, by_seed, group_runs, interval, paired
 from eopd.run.directory import RunDirectory
+from eopd.run.evaluations import read_evaluations
 from eopd.run.grid import Grids, PlannedRun
-from eopd.run.reading import parse_object, read_rows
+from eopd.run.reading import parse_object
 from eopd.run.record import Summary
 from eopd.run.storage import write_whole
 
@@ -133,12 +134,11 @@ def _numbers(entry: Entry) -> Numbers:
 
 
 def _of_benchmarks(directory: RunDirectory, summary: Summary) -> Numbers:
-    rows = read_rows(directory.path / "evaluations.jsonl")
-    last = [row for row in rows if (row.get("phase"), row.get("step")) == ("after", summary.steps)]
     return {
-        f"{row['name']}/{name}": measured["mean"]
-        for row in last
-        for name, measured in row["measurements"].items()
+        f"{one.name}/{name}": measured.mean
+        for one in read_evaluations(directory.evaluations)
+        if (one.phase, one.step) == ("after", summary.steps)
+        for name, measured in one.measurements.items()
     }
 
 

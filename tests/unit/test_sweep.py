@@ -16,8 +16,10 @@ import fakes
 import pytest
 
 from eopd.config import ConfigError, load_config
+from eopd.run.evaluations import Evaluation, append_evaluation
 from eopd.run.grid import plan_runs, read_grids
 from eopd.run.lock import held
+from eopd.run.record import Measurement, append_jsonl
 from eopd.run.results import final_numbers
 from eopd.runtime.placement import Capacity, Node
 from eopd.runtime.sweep import Room, Sweep
@@ -315,12 +317,14 @@ def test_numbers_of_benchmarks_are_those_after_the_last_step(bench):
     sweep = bench.sweep(grid=None, seeds=(0,))
     sweep.run(1)
     directory = sweep.entries[0].directory
-    rows = [
-        {"step": step, "phase": phase, "name": "sums", "measurements": {"avg_at_n": {"mean": mean}}}
-        for step, phase, mean in [(2, "after", 0.3), (1, "after", 0.1), (2, "during", 0.2)]
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (directory.path / "evaluations.jsonl").write_text(text)
+    made = {"name": "sums", "time": 5.0, "seconds": 1.0, "prompts": 2, "samples": 4}
+    for step, phase, mean in [(2, "after", 0.3), (1, "after", 0.1), (2, "during", 0.2)]:
+        measured = {"avg_at_n": Measurement(mean=mean)}
+        evaluation = Evaluation(step=step, phase=phase, measurements=measured, **made)
+        append_evaluation(directory.evaluations, evaluation)
+
+    damaged = {"step": 2, "phase": "after", "name": "lists"}
+    append_jsonl(directory.evaluations, damaged)
     assert final_numbers(directory) == {
         "held_out/reverse_kl": pytest.approx(1.0),
         "sums/avg_at_n": 0.3,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from eopd.cli.terminal import Lasting, take_any_character
+from eopd.cli.terminal import Lasting, write_anything
 
 
 def closed_pipe() -> io.TextIOWrapper:
@@ -66,7 +66,14 @@ def test_what_an_encoding_lacks_is_a_question_mark(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding="ascii"))
 
-    take_any_character()
+    write_anything()
     sys.stdout.write("0.5 \u00b1 0.1")
     sys.stdout.flush()
     assert written.getvalue() == b"0.5 ? 0.1"
+
+
+@pytest.mark.parametrize(("columns", "kept"), [("0", None), ("100", "100")])
+def test_a_terminal_without_columns_has_the_usual_number(monkeypatch, columns, kept):
+    monkeypatch.setenv("COLUMNS", columns)
+    write_anything()
+    assert os.environ.get("COLUMNS") == kept
