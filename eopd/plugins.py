@@ -24,6 +24,7 @@ import inspect
 import os
 import pickle
 import sys
+import sysconfig
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 import numpy as np
 
@@ -41,6 +42,13 @@ from eopd.types import BoolArray, Float32Array, Int32Array, Reference
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# where code lies that is not the user's: of Python, of installed packages, of this one
+_NOT_THE_USERS: Final = (
+    "<frozen",
+    *(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "purelib", "platlib")),
+    f"{Path(__file__).parent}{os.sep}",
+)
 
 # What a row of the data holds: its own columns as they stand there, and always ``id``, ``source``,
 # ``prompt`` (the user's last text, with ``prompts.suffix``), ``messages`` (role and content of each)
@@ -62,7 +70,7 @@ class RewardFunction(Protocol):
     def __call__(
         self, row: Row, response: str, response_ids: Sequence[int], /
     ) -> float | Awaitable[float]:
-        """Returns the reward of one response, a finite number of any size.
+        """Returns the reward of one response, a number from -1e9 to 1e9.
 
         Args:
             row: the row of the data that was asked, with ``answer`` and its own columns.
@@ -288,9 +296,12 @@ def blamed(key: str, function: str) -> Iterator[None]:
 
 
 def cause_of(error: BaseException) -> str:
-    """Returns what was raised, and the line that raised it, in one line."""
-    frames = traceback.extract_tb(error.__traceback__)[-1:]
-    place = f" ({frames[0].filename}:{frames[0].lineno})" if frames else ""
+    """Returns what was raised, and the last line of the user's on the way there, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)] or frames[
+        -1:
+    ]
+    place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
     if isinstance(error, SyntaxError):  # its text says where
         place = ""
 

@@ -7,6 +7,8 @@ from typing import Annotated, Final
 
 import typer
 
+from eopd.config import RunConfig
+
 EXIT_FAILED: Final = 1
 EXIT_MISTAKEN: Final = 2  # by a mistake of the user
 EXIT_INTERRUPTED: Final = 130
@@ -50,3 +52,14 @@ def train_command(
     """Returns ``eopd train``, or another verb with the same options, as a line for the shell."""
     settings = [part for override in overrides for part in ("--set", override)]
     return shlex.join(["eopd", verb, str(config), *settings, *options])
+
+
+def place_of_moved(directory: Path, run: RunConfig) -> list[str]:
+    """Returns the overrides by which the config of a run names the directory that it lies in now; none
+    where it does so already.
+    """
+    here = directory.resolve()
+    if run.path.resolve() == here:
+        return []
+
+    return [f"run.directory={here.parent}", f"run.name={here.name}"]

@@ -4,13 +4,13 @@ user becomes one message and exit code 2.
 
 import errno
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import rich.console
 import typer
 import typer.core
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ from eopd.cli.commands import (
     SET_EPILOG,
     ConfigFile,
     Overrides,
+    place_of_moved,
     train_command,
 )
 from eopd.cli.config import config
@@ -43,9 +44,10 @@ from eopd.cli.submit import submit
 from eopd.cli.sweep import sweep
 from eopd.cli.teacher import teacher
 from eopd.cli.terminal import outlive_readers, write_anything
-from eopd.config import ConfigError, load_config
+from eopd.config import ConfigError, RunConfig, load_config
 from eopd.config.messages import wrong_option
 from eopd.runtime import spawned  # noqa: F401  garbage collection is rarer from here
+from eopd.telemetry.plain import say, terminal
 from eopd.types import RunFailedError
 
 
@@ -139,6 +141,9 @@ def train(
         )
 
     resolved = load_config(config, overrides or [])
+    if resume != "no":
+        _require_own_config(config, resolved.run, overrides or [])
+
     from eopd.runtime.train import train as run
     from eopd.telemetry.console import print_summary
 
@@ -169,6 +174,25 @@ def train(
             f"continue with: {train_command(config, overrides or [], directory.resume_options())}"
         )
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _require_own_config(config: Path, run: RunConfig, overrides: list[str]) -> None:
+    """Checks that the config in the directory of a run is not one of a copy, by which another run would
+    go on.
+
+    Raises:
+        ConfigError: it is, and no override says where the run is.
+    """
+    named = any(text.startswith(("run.name=", "run.directory=", "run=")) for text in overrides)
+    if named or config.name != "config.yaml" or not (config.parent / "summary.json").exists():
+        return
+
+    if moved := place_of_moved(config.parent, run):
+        places = " ".join(f"--set {shlex.quote(override)}" for override in moved)
+        raise ConfigError(
+            f"--resume: {config} lies with a run that was copied or moved, and names {run.path}; to go "
+            f"on with the one where it lies add {places}; with the other name its own config"
+        )
 
 
 @app.command()
@@ -270,9 +294,4 @@ def main() -> None:
 
 
 def _print_error(text: str) -> None:
-    rich.console.Console(stderr=True).print(
-        text,
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(terminal(stderr=True), text)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from eopd.cli.commands import JobServer, train_command
+from eopd.cli.commands import JobServer, place_of_moved, train_command
 
 
 def status(
@@ -46,11 +46,7 @@ def _print_run(run: Path) -> None:
     settings, status = directory.config().run, directory.status()
     summary, rows = directory.read_summary(), directory.last_rows(PACE_WINDOW + 1)
     stopped = status.split()[0] in ("dead", "interrupted", "failed")
-    here = run.resolve()
-    overrides = []
-    if settings.path.resolve() != here:  # the directory was moved
-        overrides = [f"run.directory={here.parent}", f"run.name={here.name}"]
-
+    overrides = place_of_moved(run, settings)
     again = train_command(run / "config.yaml", overrides, directory.resume_options())
     advice = f"continue with: {again}" if stopped else None
     print_status(

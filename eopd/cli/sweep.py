@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
-import rich.console
 import typer
 from rich.table import Table
 
@@ -14,6 +13,7 @@ from eopd.cli.terminal import outlive_readers
 from eopd.run.arms import Interval
 from eopd.run.grid import plan_runs, read_grids, read_seeds
 from eopd.run.results import FILE, ArmResult
+from eopd.telemetry.plain import terminal
 
 SHOWN: Final = ("held_out/reverse_kl", "held_out/forward_kl", "held_out/top1_agreement")
 OF_BENCHMARKS: Final = ("avg_at_n",)
@@ -82,7 +82,7 @@ def sweep(
 
 def _print(results: Sequence[ArmResult]) -> None:
     """Prints the final numbers of all arms, with intervals, and differences to the first arm."""
-    console = rich.console.Console()
+    console = terminal()
     for name in _shown(results):
         table = Table(title=name, title_justify="left", title_style="bold", box=None)
         table.add_column("arm", header_style="dim", overflow="fold")

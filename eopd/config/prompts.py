@@ -126,8 +126,8 @@ class TrainingPart(Part):
 
     weight: float | None = Field(None, gt=0.0, le=1e6)
     """The part's share of the training prompts, as a ratio to the weights of the others: 3 and 1
-    are three prompts of every four. All parts have one or none has. Without them every row comes
-    once in an epoch.
+    are three prompts of every four. The ratio is kept to one part in 100,000. All parts have one or
+    none has. Without them every row comes once in an epoch.
     """
 
 
@@ -201,15 +201,18 @@ class PromptsConfig(Section):
         """How many of the training prompts come from each part until their order begins again;
         None without weights.
 
-        Example: weights of 0.75 and 0.25 are 3 and 1.
+        Example: weights of 0.75 and 0.25 are 3 and 1. A ratio that needs more turns than
+        ``MOST_TURNS`` is rounded to so many.
         """
         weights = [part.weight for part in self.data if part.weight is not None]
         if not weights:
             return None
 
         exact = [Fraction(str(weight)) for weight in weights]
-        scale = math.lcm(*(weight.denominator for weight in exact))
-        whole = [int(weight * scale) for weight in exact]
+        scale = Fraction(math.lcm(*(weight.denominator for weight in exact)))
+        scale /= math.gcd(*(int(weight * scale) for weight in exact))
+        scale = min(scale, Fraction(MOST_TURNS) / sum(exact))
+        whole = [max(1, round(weight * scale)) for weight in exact]
         common = math.gcd(*whole)
 
         return tuple(number // common for number in whole)
@@ -231,12 +234,6 @@ class PromptsConfig(Section):
         if without and len(without) < len(self.data):
             raise ValueError(
                 f"data.{without[0]}.weight: is missing; give every part a weight, or none"
-            )
-
-        if (turns := self.turns) and sum(turns) > MOST_TURNS:
-            raise ValueError(
-                f"data: the ratio of the weights is {':'.join(map(str, turns))}; write "
-                "weights with fewer digits, such as 0.7 and 0.3"
             )
 
         return self

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eopd.learner.collate import Packed
-from eopd.types import TrajectoryKey
+from eopd.types import RunFailedError, TrajectoryKey
 
 # Only these may say "impossible": a freed slot, an empty tail.
 _MAY_BE_IMPOSSIBLE = ("teacher_topk_logprobs_TK", "teacher_tail_logprobs_T")
 _NAMED_ROWS = 5  # in the message; the file has all
 
 
-class NonFiniteUpdateError(RuntimeError):
+class NonFiniteUpdateError(RunFailedError):
     """A loss or gradient was not finite, and no more optimiser steps may be skipped.
 
     The update was applied on no rank.

@@ -6,6 +6,7 @@ function of the user, which sees one trajectory at a time.
 """
 
 import hashlib
+from dataclasses import fields, replace
 from typing import assert_never
 
 import torch
@@ -97,8 +98,9 @@ def custom_gate(name: str, function: GateFunction, tokens: GateTokens, counted_R
         GateError: the function raised, or returned no tensor [R] of numbers from 0 to 1.
     """
     name, num_tokens = f"loss.gate.function: {name}", len(counted_R)
+    columns = {field.name: getattr(tokens, field.name).clone() for field in fields(tokens)}
     try:
-        gate_R = function(tokens)
+        gate_R = function(replace(tokens, **columns))  # it may work in place
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function raises what it likes
         raise GateError(f"{name}: {cause_of(error)}") from None
 

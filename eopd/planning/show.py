@@ -13,6 +13,7 @@ from eopd.planning.needs import Need
 from eopd.planning.plan import RunPlan
 from eopd.planning.simulate import Simulated
 from eopd.planning.traffic import Traffic
+from eopd.telemetry.plain import say, terminal
 from eopd.telemetry.step import PARTS
 
 _HEADINGS: Final = (
@@ -81,7 +82,7 @@ def print_plan(
         config: of the run.
         output: else the terminal.
     """
-    output = output or rich.console.Console()
+    output = output or terminal()
     table = Table(title="memory, GB", title_justify="left", title_style="bold", box=None)
     table.add_column(no_wrap=True)
     table.add_column("of one", justify="right", header_style="dim", no_wrap=True)
@@ -97,7 +98,7 @@ def print_plan(
         lines += _of_balance(balance, config)
 
     for line in (*lines, *plan.advice, *plan.notes):
-        output.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(output, line)
 
 
 def _add(table: Table, need: Need) -> None:
@@ -184,7 +185,7 @@ def print_simulation(
         config: of the run.
         output: else the terminal.
     """
-    output = output or rich.console.Console(width=_TABLE_WIDTH)
+    output = output or terminal(width=_TABLE_WIDTH)
     table = Table(title="simulation", title_justify="left", title_style="bold", box=None)
     for heading in _HEADINGS:
         table.add_column(heading, justify="right", header_style="dim", no_wrap=True)
@@ -196,7 +197,7 @@ def print_simulation(
     output.print(table)
     output.print()
     for line in _of_simulation(rows, config):
-        output.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(output, line)
 
 
 def _cells(row: Simulated) -> list[str]:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 from eopd.config.loss import Reward
 from eopd.plugins import RewardFunction, Row
@@ -17,6 +17,7 @@ from eopd.tokenizer import load_tokenizer
 from eopd.types import Header, Reference, Trajectory
 
 KEY = "loss.reverse_kl.reward.function"
+LARGEST_REWARD: Final = 1e9  # times a weight of up to 1e6, its square is still a float32
 
 
 class Verifier:
@@ -57,10 +58,15 @@ def reward_of(function: str, said: Returned | Failed) -> float | Failed:
         return said
 
     value = said.value
-    if isinstance(value, int | float) and isfinite(value):
-        return float(value)
+    if not isinstance(value, int | float) or not isfinite(value):
+        return Failed(f"{function}: returned {value!r}, which is no finite number")
 
-    return Failed(f"{function}: returned {value!r}, which is no finite number")
+    if abs(value) > LARGEST_REWARD:
+        return Failed(
+            f"{function}: returned {value:g}; a reward is at most {LARGEST_REWARD:g} in size"
+        )
+
+    return float(value)
 
 
 class _Grading:

@@ -69,6 +69,8 @@ from eopd.run.record import RUN_ID, Row, Sample, Summary, append_jsonl
 from eopd.run.storage import append_kept, write_whole
 from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostReason, LostTrajectory, Span
 
+_MAY_BE_CUT = 8  # lines at the end of a file, by crashes and full disks
+
 
 class RunDirectory:
     """Names and writes the files of one run."""
@@ -406,15 +408,16 @@ class RunDirectory:
         return read_summary(self._summary)
 
     def last_rows(self, count: int) -> list[Row]:
-        """Returns at most ``count`` of the newest rows of ``metrics.jsonl``, with their ``time``
+        """Returns at most ``count`` of the newest whole rows of ``metrics.jsonl``, with their ``time``
         (seconds since 1970), without what was no number.
         """
         rows: list[Row] = []
-        for row in read_rows(self.metrics, last=count):
+        for row in read_rows(self.metrics, last=count + _MAY_BE_CUT):
             numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
             if {"eopd_step", "time"} <= numbers.keys():
                 rows.append(numbers)
-        return rows
+
+        return rows[-count:]
 
     def add_held_out(
         self, phase: str, step: int, stats: EvalStats, samples: Sequence[Mapping[str, object]]

@@ -192,6 +192,12 @@ def require_upload(run: RunConfig) -> None:
                 f"run.upload: {url} is in the run directory {here}, or holds it; name another folder"
             )
 
+        if not there.parent.parent.is_dir():
+            raise ConfigError(
+                f"run.upload: there is no folder {there.parent.parent} to hold {there.parent.name}; "
+                "make it, or mount the disk that has it"
+            )
+
     errors: list[ConfigError] = []
 
     def probe() -> None:

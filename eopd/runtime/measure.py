@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from eopd.config import Config, TelemetryConfig
 from eopd.evaluation.held_out import measure_held_out
@@ -38,8 +39,16 @@ def measure_checkpoint(
     """
     directory = RunDirectory(run)
     config, checkpoint = directory.config(), directory.checkpoint(step)
-    # the run may be under way, and serve its metrics
-    config = config.model_copy(update={"telemetry": TelemetryConfig(port=None)})
+    with TemporaryDirectory(prefix="eopd-measure-") as scratch:
+        # the run may be under way, and serve its metrics; or nobody may write there
+        apart = config.run.model_copy(update={"directory": Path(scratch), "upload": None})
+        update = {"run": apart, "telemetry": TelemetryConfig(port=None)}
+        return _measure_apart(config.model_copy(update=update), checkpoint, say)
+
+
+def _measure_apart(
+    config: Config, checkpoint: Path, say: Callable[[str], None]
+) -> Mapping[str, Measurement]:
     prepared = prepare(config)
     with cluster.connect(config.cluster):
         cluster.require_room(plan(config), config.cluster, say)

@@ -26,6 +26,7 @@ from eopd.run.record import HeldOut, Measurement, Row, Sample, Summary
 from eopd.telemetry.cells import LINE, cells, show, value
 from eopd.telemetry.evaluations import best_line
 from eopd.telemetry.forecast import AFTER_STEPS, forecast
+from eopd.telemetry.plain import say, terminal, visible
 
 logger = logging.getLogger(__name__)
 MAX_WIDTH: Final = 100
@@ -73,7 +74,7 @@ class Console:
         expected_minutes: float | None = None,
         output: rich.console.Console | None = None,
     ) -> None:
-        self._output = output or rich.console.Console()
+        self._output = output or terminal()
         self._run = run
         self._batches = batches
         self._expected_minutes = expected_minutes
@@ -125,7 +126,7 @@ class Console:
     def message(self, text: str) -> None:
         """Print a text above the live view; brackets in it are not markup."""
         self._said_at = self._output.get_time()
-        self._output.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self._output, text)
 
     def doing(self, text: str) -> None:
         """Show what is under way, and how far it is, until the next step: in the live view, or on a
@@ -196,12 +197,10 @@ def print_summary(
     """Print the table at the end of a run: rate, where the time went, held-out numbers and texts
     before and after training. A run that did not get as far as any number has one line.
     """
-    output = output or rich.console.Console()
+    output = output or terminal()
     if not summary.steps and summary.held_out.before is None:
         head = f"{summary.status} before the first step, after {clock(summary.wall_s)}"
-        output.print(
-            f"{head}; run directory: {run_directory}", markup=False, highlight=False, soft_wrap=True
-        )
+        say(output, f"{head}; run directory: {run_directory}")
         return
 
     rate = Text(
@@ -222,14 +221,9 @@ def print_summary(
     output.print()
     if summary.best is not None:
         text = f"{best_line(summary.best)}; its student: {run_directory / 'hf-best'}"
-        output.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(output, text)
 
-    output.print(
-        f"run directory: {run_directory}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(output, f"run directory: {run_directory}")
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -265,7 +259,7 @@ def print_measured(
     measured: Mapping[str, Measurement], output: rich.console.Console | None = None
 ) -> None:
     """Print one held-out measurement."""
-    output = output or rich.console.Console()
+    output = output or terminal()
     table = _table("held out, per response token", "measured")
     for name, label in _HELD_OUT.items():
         table.add_row(label, _measured(measured, name))
@@ -322,10 +316,8 @@ def _sample_table(sample: Sample) -> Table:
 
 
 def _printable(text: str) -> str:
-    """Returns one paragraph of bounded length, without the control characters that a model's text
-    may hold, such as escape sequences of a terminal.
-    """
-    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    """Returns one paragraph of bounded length."""
+    line = visible(" ".join(text.split()))
     return line if len(line) <= SAMPLE_CHARACTERS else line[:SAMPLE_CHARACTERS] + "…"
 
 

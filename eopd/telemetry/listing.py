@@ -15,6 +15,7 @@ from eopd.config.saved import require_directory
 from eopd.run.directory import RunDirectory
 from eopd.run.reading import each_row
 from eopd.run.record import Summary
+from eopd.telemetry.plain import terminal
 
 _UNITS: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
@@ -48,7 +49,7 @@ def runs_in(directory: Path) -> list[Listed]:
 
 def print_runs(runs: Sequence[Listed], output: rich.console.Console | None = None) -> None:
     """Print runs as a table, and below it what cannot be read."""
-    output = output or rich.console.Console(highlight=False)
+    output = output or terminal()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("run", "status", "step", "held-out reverse KL", "changed"):
         right = heading in ("step", "held-out reverse KL", "changed")

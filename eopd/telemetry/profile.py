@@ -18,6 +18,7 @@ from rich.table import Table
 
 from eopd.config import Config
 from eopd.run.record import Row
+from eopd.telemetry.plain import say, terminal
 from eopd.telemetry.step import PARTS
 
 STAGES: Final = ("generate", "score", "train", "weights")
@@ -270,7 +271,7 @@ def print_profile(
         config: of the run that was measured.
         output: else the terminal.
     """
-    output = output or rich.console.Console()
+    output = output or terminal()
     table = Table(title="seconds of a step", title_justify="left", title_style="bold", box=None)
     table.add_column(no_wrap=True)
     for heading in ("alone", "in the run", "share of the step"):
@@ -293,7 +294,7 @@ def print_profile(
     output.print(table)
     output.print()
     for line in (*_pace(profile), *advice(profile, config), _for_plan(profile, config)):
-        output.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(output, line)
 
 
 def _for_plan(profile: Profile, config: Config) -> str:

@@ -15,7 +15,8 @@ import rich.console
 from rich.text import Text
 
 from eopd.config import ConfigError
-from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, visible
+from eopd.telemetry.plain import terminal, visible
+from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES
 
 Shade = Literal["entropy", "kl"]
 Response: TypeAlias = Mapping[str, Any]  # a row of ``responses.jsonl``
@@ -102,7 +103,7 @@ def print_responses(
         shade: what the ground of a token shows.
         output: else the terminal.
     """
-    output = output or rich.console.Console(highlight=False)
+    output = output or terminal()
     if output.is_terminal and not output.no_color:
         output.print(_scale(shade, threshold), soft_wrap=True)
 

@@ -11,6 +11,7 @@ from eopd.run.record import Row, Summary
 from eopd.telemetry.cells import FAULTS, cells, value
 from eopd.telemetry.console import MAX_WIDTH, clock, held_out_table
 from eopd.telemetry.evaluations import best_line, evaluation_line
+from eopd.telemetry.plain import say, terminal
 
 
 def print_status(
@@ -37,7 +38,7 @@ def print_status(
         advice: a last line: what to do.
         output: else the terminal.
     """
-    output = output or rich.console.Console()
+    output = output or terminal()
     step = int(rows[-1]["eopd_step"]) if rows else 0
     head = f"{run}: {status}, step {step}/{batches}"
     if rows and status != "completed":
@@ -47,24 +48,24 @@ def print_status(
         pace_s = (rows[-1]["time"] - rows[0]["time"]) / (len(rows) - 1)
         head += f", about {clock(pace_s * (batches - step))} left"
 
-    output.print(head, style="bold", markup=False, highlight=False, soft_wrap=True)
+    say(output, head, style="bold")
     if rows:
         output.print(Constrain(cells(rows[-1]), MAX_WIDTH))
         faults = ", ".join(f"{label} {value(rows[-1], names)}" for label, names in FAULTS)
-        output.print(faults, markup=False, highlight=False, soft_wrap=True)
+        say(output, faults)
 
     for evaluation in evaluations:
         line = evaluation_line(evaluation)
-        output.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(output, line)
 
     if summary and summary.best:
-        output.print(best_line(summary.best), markup=False, highlight=False, soft_wrap=True)
+        say(output, best_line(summary.best))
 
     if summary:
         output.print(held_out_table(summary.held_out))
 
     if advice is not None:
-        output.print(advice, markup=False, highlight=False, soft_wrap=True)
+        say(output, advice)
 
 
 def _since(moment: float, *, running: bool) -> str:

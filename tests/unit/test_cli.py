@@ -283,6 +283,30 @@ def test_resume_stands_alone_or_takes_auto(train, arguments, asked):
     assert train(arguments)[:2] == (0, asked)
 
 
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume", "auto"]])
+def test_the_config_of_a_copy_does_not_continue_the_original(eopd, tmp_path, monkeypatch, resume):
+    original = RunDirectory.create(load_config(fakes.write_config(tmp_path)))
+    original.write_summary(RAN)
+    outcome = Outcome(RAN, original, True)
+    monkeypatch.setattr("eopd.runtime.train.train", lambda config, **options: outcome)
+
+    more = ["--set", "run.batches=9"]
+    assert eopd("train", original.path / "config.yaml", *resume, *more).code == 0
+
+    copy = tmp_path / "copy"
+    shutil.copytree(original.path, copy)
+    words = ["train", copy / "config.yaml", *resume]
+    done = eopd(*words, *more)
+    assert done.code == 2
+    assert f"{copy / 'config.yaml'} lies with a run that was copied or moved" in done.err
+    places = [f"run.directory={tmp_path}", "run.name=copy"]
+    assert f"--set {places[0]} --set {places[1]}" in done.err
+
+    # who says where it is has thought of it
+    assert eopd(*words, "--set", places[0], "--set", places[1]).code == 0
+    assert eopd("train", copy / "config.yaml").code == 0, "another run may begin with it"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

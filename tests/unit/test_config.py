@@ -545,11 +545,6 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "prompts.data.0.weight: must be a number above 0, at most 1e+06, or null (is 0)",
         ),
         (
-            "prompts.data=[{data: a, weight: 0.333333}, {data: b, weight: 0.666667}]",
-            "prompts.data: the ratio of the weights is 333333:666667; write weights with fewer "
-            "digits, such as 0.7 and 0.3",
-        ),
-        (
             "prompts.held_out={data: b, weight: 1}",
             "prompts.held_out.0.weight: unknown key; did you mean prompts.data[].weight or "
             "loss.reverse_kl.reward.weight?",
@@ -1476,3 +1471,26 @@ HALF_A_GPU = "rollout={gpus: 0.5, vllm: {gpu_memory_utilization: 0.4}}"
 )
 def test_weights_go_from_gpu_to_gpu_where_no_gpu_is_shared(path, overrides, expected):
     assert load_config(path, overrides).weights_backend == expected
+
+
+@pytest.mark.parametrize(
+    ("weights", "turns"),
+    [
+        ((3, 1), (3, 1)),
+        ((0.75, 0.25), (3, 1)),
+        ((0.3, 0.7), (3, 7)),
+        ((7473, 1), (7473, 1)),
+        ((0.333333, 0.666667), (33333, 66667)),
+        ((1, 1_000_000), (1, 100_000)),
+        ((7473, 93733, 860123), (259, 3250, 29824)),  # rows of three files
+        ((1.1, 2.37, 3.14159265), (16637, 35846, 47516)),
+    ],
+)
+def test_weights_are_turns_and_a_ratio_of_many_is_rounded(path, weights, turns):
+    parts = ", ".join(f"{{data: '{n}', weight: {weight}}}" for n, weight in enumerate(weights))
+    found = load_config(path, [f"prompts.data=[{parts}]"]).prompts.turns
+    assert sum(found) <= 100_000 + len(found)
+    assert [n / sum(found) for n in found] == pytest.approx(
+        [weight / sum(weights) for weight in weights], abs=1e-5
+    )
+    assert found == turns

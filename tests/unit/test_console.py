@@ -17,7 +17,16 @@ from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.cells import COLUMNS
 from eopd.telemetry.console import Console, print_measured, print_summary
 from eopd.telemetry.evaluations import evaluation_line, evaluation_row
+from eopd.telemetry.plain import say
 from eopd.telemetry.status import print_status
+
+
+def test_text_is_shown_as_it_is():
+    """No ``:100:`` is an emoji, no bracket markup, and no escape sequence reaches a terminal."""
+    for interactive in (False, True):
+        terminal = Terminal(interactive=interactive)
+        say(terminal.output, "data.jsonl:100: [red]not[/red] JSON \x1b[31m")
+        assert terminal.raw() == "data.jsonl:100: [red]not[/red] JSON \ufffd[31m\n"
 
 
 class Terminal:

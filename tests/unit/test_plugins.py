@@ -167,6 +167,18 @@ def test_a_data_function_that_fails_is_named(directory, body, words):
     assert words in str(caught.value)
 
 
+def test_what_is_raised_in_a_library_is_blamed_on_the_line_that_called_it(directory):
+    (directory / "rows_f.py").write_text(
+        "import json\n\ndef rows():\n    yield {'prompt': json.loads('{')}\n"
+    )
+
+    with pytest.raises(ConfigError) as caught:
+        plugins.rows_of("k", "rows_f:rows", {})
+
+    assert "raised JSONDecodeError: " in str(caught.value)
+    assert str(caught.value).endswith(f"({directory / 'rows_f.py'}:4)")
+
+
 def test_a_function_without_parameters_is_no_data_function_with_some(directory):
     (directory / "rows_c.py").write_text("def rows(path): pass\n")
 

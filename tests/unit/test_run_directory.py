@@ -380,6 +380,20 @@ def test_the_last_rows_leave_out_what_was_no_number(config):
     assert abs(fourth["time"] - time.time()) < 60
 
 
+@pytest.mark.parametrize("end", ['{"eopd_st', "garbage\n", "\0\0\0", '{"step": 5}\n'])
+def test_a_damaged_end_leaves_the_last_whole_rows(config, end):
+    run = RunDirectory.create(config())
+    sink = JsonlSink(run.metrics)
+    for step in (1.0, 2.0, 3.0):
+        sink.write({"eopd_step": step})
+
+    with run.metrics.open("a") as file:
+        file.write(end)
+
+    assert [row["eopd_step"] for row in run.last_rows(1)] == [3.0]
+    assert [row["eopd_step"] for row in run.last_rows(2)] == [2.0, 3.0]
+
+
 def test_the_status_is_held_against_whoever_runs_the_run(config):
     path = config().run.path
     started = r"is being started by process \d+ on .*; look again"

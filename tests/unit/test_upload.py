@@ -529,6 +529,18 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, url, package,
     assert str(refused.value).endswith(f"pip install 'eopd[{extra}]'")
 
 
+def test_a_disk_that_is_not_mounted_is_a_mistake_and_nothing_is_made(tmp_path):
+    config = configured(tmp_path, f"run.upload=file://{tmp_path}/disk/backup")
+    with pytest.raises(
+        ConfigError, match=rf"there is no folder {tmp_path}/disk to hold backup; make"
+    ):
+        require_upload(config.run)
+
+    assert not (tmp_path / "disk").exists()
+    (tmp_path / "disk").mkdir()
+    require_upload(config.run)
+
+
 @pytest.mark.parametrize("folder", ["runs", "runs/r/elsewhere"])
 def test_the_run_directory_itself_is_refused(tmp_path, folder):
     config = configured(tmp_path, f"run.upload=file://{tmp_path}/{folder}")

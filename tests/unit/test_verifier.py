@@ -63,7 +63,7 @@ def odd(row, response, response_ids):
         os.closerange(3, 64)
         time.sleep(60)
     odd = {"nan": float("nan"), "text": "high", "none": None, "list": [1.0]}
-    return {"huge": 10**5000, "large": -(10**400), **odd}[case]
+    return {"huge": 10**5000, "enormous": 1e300, "large": -(10**400), **odd}[case]
 
 def keep(scored, *, nats):
     if scored.row["case"] == "raises":
@@ -164,6 +164,7 @@ async def test_a_coroutine_function_is_awaited(functions, model):
         ("none", "returned None, which is no finite number"),
         ("list", "returned list"),
         ("huge", "returned a whole number beyond all others that are finite"),
+        ("enormous", "returned 1e+300; a reward is at most 1e+09 in size"),
         ("large", "returned a whole number beyond all others that are finite"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Final
 
 from markupsafe import Markup
 
+from eopd.telemetry.plain import visible
 from eopd.telemetry.report.charts import as_json
 from eopd.telemetry.report.reading import Record, RunRecord
 
@@ -96,13 +97,6 @@ def _chosen(texts: Sequence[Sequence[str]]) -> list[str]:
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def visible(text: str) -> str:
-    """Returns a model's text as a person can see it, without control characters and those that
-    turn the line around.
-    """
-    return "".join(c if c.isprintable() or c in "\n\t\u00a0\u3000" else "\ufffd" for c in text)
 
 
 def _response(

@@ -67,6 +67,23 @@ def test_a_custom_gate_is_what_the_function_says():
     assert gate.dtype == torch.float32
 
 
+def test_a_gate_that_works_in_place_changes_nothing_else():
+    def narrow(read):
+        entropy = read.teacher_entropy
+        entropy -= 0.7
+        read.rollout_logprobs.exp_()
+        read.loss_mask.zero_()
+        return (entropy > 0).float()
+
+    given = tokens(ENTROPY.clone())
+    gate = custom_gate("my:gate", narrow, given, torch.ones(5).bool())
+
+    assert gate.tolist() == (ENTROPY > 0.7).float().tolist()
+    assert given.teacher_entropy.tolist() == ENTROPY.tolist()
+    assert given.rollout_logprobs.tolist() == (-ENTROPY).tolist()
+    assert given.loss_mask.all()
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [

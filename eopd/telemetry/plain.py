@@ -1,0 +1,25 @@
+"""Texts of people, models and programs are shown as they are: rich reads no brackets in them as markup
+and no ``:100:`` as an emoji, and no control character reaches a terminal.
+"""
+
+import rich.console
+
+
+def terminal(*, width: int | None = None, stderr: bool = False) -> rich.console.Console:
+    """Returns the terminal, for tables and lines of plain text."""
+    return rich.console.Console(
+        width=width, stderr=stderr, emoji=False, markup=False, highlight=False
+    )
+
+
+def say(output: rich.console.Console, text: str, *, style: str | None = None) -> None:
+    """Prints a text, whose lines are as long as they are."""
+    plain = visible(text)
+    output.print(plain, style=style, emoji=False, markup=False, highlight=False, soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """Returns a text as a person can see it, without control characters and those that turn the line
+    around.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t\u00a0\u3000" else "\ufffd" for c in text)
