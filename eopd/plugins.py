@@ -246,11 +246,14 @@ def _checked(row: object, where: str) -> Row:
     Raises:
         ConfigError: it is no mapping by name, or cannot be copied.
     """
-    if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
+    if not isinstance(row, Mapping):
         raise ConfigError(
             f"{where} is {type(row).__name__}; every row must be a mapping from names of columns "
             "to values"
         )
+
+    if others := [name for name in row if not isinstance(name, str)]:
+        raise ConfigError(f"{where} has a column {others[0]!r}; names of columns are text")
 
     try:
         return cast(Row, _plain(pickle.loads(pickle.dumps(row))))

@@ -378,7 +378,8 @@ class RunDirectory:
             return f"{status} (and being taken up, or left, by {running})"
 
         if not running and status in ("running", "starting"):
-            return f"dead ({last_holder(self.path) or 'the process that ran it'}, is gone)"
+            process = last_holder(self.path)
+            return f"dead ({f'{process},' if process else 'the process that ran it'} is gone)"
 
         return status
 

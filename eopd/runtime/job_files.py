@@ -147,6 +147,9 @@ def _place(key: str, path: Path) -> str:
             f"a copy; start in a folder that holds it, or {_SHARED}"
         )
 
+    if os.path.normpath(path).split(os.sep)[0] == os.pardir:
+        raise ConfigError(f"{key}: {path} leads out of the working directory first; write {place}")
+
     return place
 
 

@@ -345,7 +345,7 @@ def _in_one_line(address: str) -> Iterator[None]:
         yield
     except AuthenticationError:
         raise ConfigError(
-            f"{address}: the cluster wants another token: set RAY_AUTH_MODE=token and "
+            f"{address}: the cluster wants its token: set RAY_AUTH_MODE=token and "
             "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to that of the cluster"
         ) from None
     except (OSError, RuntimeError, ValueError) as error:

@@ -205,7 +205,7 @@ def print_summary(
 
     rate = Text(
         f"{summary.status}: {summary.steps} steps, {summary.tokens:,} response tokens "
-        f"in {clock(summary.wall_s)}, {summary.tokens_per_s:.1f} response tokens/s",
+        f"in {clock(summary.wall_s)} ({summary.tokens_per_s:.1f}/s in the steps)",
         style="bold",
     )
     tables = [

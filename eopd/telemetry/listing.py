@@ -43,7 +43,8 @@ def runs_in(directory: Path) -> list[Listed]:
     """
     require_directory(directory)
     configs = [*directory.glob("*/config.yaml"), *directory.glob("*/*/config.yaml")]
-    runs = [_listed(path.parent, str(path.parent.relative_to(directory))) for path in configs]
+    once = {path.resolve(): path.parent for path in reversed(configs)}  # links may lead in a circle
+    runs = [_listed(path, str(path.relative_to(directory))) for path in once.values()]
     return sorted(runs, key=lambda run: run.changed_at, reverse=True)
 
 

@@ -122,7 +122,7 @@ def test_a_submitted_job_finds_the_functions_of_its_working_directory(program, h
     for token in ({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, {"RAY_AUTH_MODE": "disabled"}):
         refused = run_beside(head | token, tmp_path, "eopd", "status", "letters-1", *server)
         assert refused.returncode == 2
-        assert "the cluster wants another token" in refused.stderr
+        assert "the cluster wants its token" in refused.stderr
         assert len(refused.stderr.splitlines()) == 1
 
 

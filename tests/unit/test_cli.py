@@ -364,7 +364,7 @@ def test_the_status_of_a_run_that_was_killed_says_what_continues_it(eopd, run):
     directory = RunDirectory(run / "run")
     directory.write_summary(replace(RAN, status="running"))
     lines = eopd("status", directory.path).out.splitlines()
-    assert lines[0] == "r: dead (the process that ran it, is gone), step 0/1"
+    assert lines[0] == "r: dead (the process that ran it is gone), step 0/1"
     # by the fixture, which has copied the config
     moved = f"--set run.directory={run} --set run.name=run"
     command = f"eopd train {directory.path}/config.yaml {moved} --resume"

@@ -98,6 +98,12 @@ def test_a_run_whose_rows_cannot_be_read_hides_no_other(make, tmp_path, eopd):
     assert (done.code, done.err) == (1, f"error: [Errno 21] Is a directory: '{rows}'\n")
 
 
+def test_a_link_that_leads_in_a_circle_shows_no_run_twice(make, tmp_path):
+    make("a")
+    (tmp_path / "runs" / "loop").symlink_to(".")
+    assert [run.name for run in runs_in(tmp_path / "runs")] == ["a"]
+
+
 def test_a_run_whose_files_are_damaged_is_named_below_the_list(make, tmp_path, eopd):
     make("sound", steps=1, summary=Summary(status="completed"))
     broken = make("broken")

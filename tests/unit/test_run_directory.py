@@ -401,7 +401,7 @@ def test_the_status_is_held_against_whoever_runs_the_run(config):
         RunDirectory(path).status()
 
     run = RunDirectory.create(config())
-    assert run.status() == "dead (the process that ran it, is gone)"
+    assert run.status() == "dead (the process that ran it is gone)"
 
     with held(run.path):
         assert run.status() == "starting"

@@ -209,13 +209,17 @@ def test_the_program_itself_is_not_uploaded_from_its_checkout(monkeypatch):
             "prompts.held_out=[b, no.parquet]",
             "prompts.held_out.1.data: no.parquet cannot be read here",
         ),
+        (
+            "prompts.data=../project/in.jsonl",
+            "prompts.data: ../project/in.jsonl leads out of the working directory first; write in.j",
+        ),
         ("prompts.data=../out.jsonl", "prompts.data: ../out.jsonl lies outside the working direct"),
         ("cluster.cpus=2", "cluster.cpus: 2 is for Ray started by a run, and a job joins the clus"),
         ("learner.lr=fast", "learner.lr: must be a number"),
     ],
 )
 def test_what_no_job_can_use_is_a_mistake(project, client, submit, override, message):
-    put(project, "owner/here/config.json", "../out.jsonl")
+    put(project, "owner/here/config.json", "../out.jsonl", "in.jsonl")
     done = submit(write(project), "--set", override)
     assert (done.code, client.asked) == (2, {})
     assert message in done.err
@@ -531,8 +535,8 @@ def serving(status, text):
     ("status", "text", "message"),
     [
         (200, json.dumps({"ray_version": "2.9.0"}), "the cluster runs Ray 2.9.0, and this eopd ne"),
-        (403, "Forbidden", "the cluster wants another token: set RAY_AUTH_MODE=token and RAY_AUT"),
-        (401, "Unauthorized", "the cluster wants another token: set RAY_AUTH_MODE=token and RAY_"),
+        (403, "Forbidden", "the cluster wants its token: set RAY_AUTH_MODE=token and RAY_AUT"),
+        (401, "Unauthorized", "the cluster wants its token: set RAY_AUTH_MODE=token and RAY_"),
         (404, "", "is no job server of Ray 2.60.0 (it answers /api/version with status 404); its"),
         (200, "<html>", "is no job server of Ray 2.60.0 (it answers /api/version with status 200"),
     ],
