@@ -32,9 +32,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from eopd.loss.forward_kl import tail
-from eopd.loss.head import Head
+from eopd.loss.inputs import Head, LossTokens
 from eopd.loss.logits import Gradients, LogitChunks, Reading
-from eopd.loss.tokens import LossTokens
 
 # From a chunk to sums over its rows, float64 [N]; the first is the loss, and alone has gradients.
 Measure = Callable[[Reading, LossTokens], Tensor]

@@ -30,9 +30,8 @@ import torch
 from torch import Tensor
 
 from eopd.loss.forward_kl import outcomes
-from eopd.loss.head import Head
+from eopd.loss.inputs import Head, LossTokens
 from eopd.loss.kernels import REMOVED, Derivatives, Tail, open_kernels
-from eopd.loss.tokens import LossTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,10 +16,9 @@ from torch import Tensor
 from eopd.config.loss import LossConfig
 from eopd.loss.chunked import chunked_sums
 from eopd.loss.forward_kl import forward_kl
-from eopd.loss.head import Head
+from eopd.loss.inputs import Head, LossTokens
 from eopd.loss.logits import Reading
 from eopd.loss.reverse_kl import SampledTokens, reverse_kl
-from eopd.loss.tokens import LossTokens
 from eopd.metrics import Mean, Metric
 
 __all__ = ["LossTerms", "LossTokens", "objective"]

@@ -10,8 +10,7 @@ from datetime import date
 from typing import Final, Literal, Protocol
 
 from eopd.config import ConfigError
-from eopd.prompts.rows import Message, Tool
-from eopd.prompts.text import fault_of
+from eopd.prompts.rows import Message, Tool, fault_of
 
 # What a template that asks for the date is told, so that prompts are the same on every day, and on
 # the one on which a run is resumed: the date of templates that ask for none (Llama 3.2).

@@ -13,10 +13,10 @@ from decimal import Decimal
 from typing import Final, NoReturn, TypeGuard
 
 from eopd.config import ConfigError
+from eopd.config.escapes import eaten_by_json
 from eopd.config.json_text import JsonError, parse_json, told
 from eopd.plugins import Row
 from eopd.prompts.files import DataRow
-from eopd.prompts.text import fault_of_field
 from eopd.types import Reference
 
 # role and content, both text, and further fields that a chat template may use
@@ -30,6 +30,8 @@ CHAT_AS_TEXT: Final = (
     "the prompt is JSON text of a chat, and taken as it stands; prompts.columns: {messages: prompt} "
     "reads it as messages"
 )
+# half of a character, and NUL
+_NO_TEXT: Final = re.compile("[\ud800-\udfff\0]")
 _CHAT_TEXT: Final = re.compile(r'\s*\[\s*\{.*"role"', re.DOTALL)
 ANSWER_LEFT_OUT: Final = (
     "the chat ends with the assistant's answer, which is left out: the prompt is what comes before"
@@ -377,6 +379,44 @@ def written(number: float | Decimal) -> str:
 
     digits = f"{Decimal(number) if isinstance(number, int) else Decimal(str(number)):f}"
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def fault_of(text: str) -> str | None:
+    r"""Returns what keeps ``text`` from being tokenised, or None.
+
+    JSON can write half of a character that UTF-16 needs two units for (``"\ud83d"``); no tokenizer
+    takes it.
+    """
+    match = _NO_TEXT.search(text)
+    if match is None:
+        return None
+
+    if match.group() == "\0":
+        return (
+            f"holds the NUL character (\\u0000 at position {match.start()}), which is no "
+            "text; take it out"
+        )
+
+    return (
+        f"holds half a character (\\u{ord(match.group()):04x} at position {match.start()}), "
+        "which is no text; write the whole character, or \\ufffd in its place"
+    )
+
+
+def fault_of_field(text: str, *, formula: bool = False) -> str | None:
+    r"""Returns why a text of a row cannot be what was meant, or None.
+
+    JSON reads ``"\frac"`` as a form feed and ``rac``, which silently makes a wrong prompt or answer.
+    ``formula`` says that the text is short, and no prose behind tabs.
+    """
+    if fault := fault_of(text):
+        return fault
+
+    escape = eaten_by_json(text, formula=formula)
+    if escape is None:
+        return None
+
+    return f"{escape}, which JSON makes of {escape.meant}; double the backslash: \\{escape.meant}"
 
 
 def _clean(row: DataRow, field: str, text: str, *, formula: bool = False) -> str:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from eopd.config import LossConfig
-from eopd.loss.head import Head
+from eopd.loss.inputs import Head
 from eopd.loss.objective import LossTokens, objective
 
 K = 16

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from eopd.config import LossConfig
 from eopd.loss.chunked import token_statistics
-from eopd.loss.head import Head
+from eopd.loss.inputs import Head
 from eopd.loss.objective import objective
 
 QWEN, ODD = 151_936, 50_257  # the latter fills no whole number of blocks

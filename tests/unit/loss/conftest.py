@@ -13,10 +13,9 @@ from torch import Tensor
 
 from eopd.config import LossConfig
 from eopd.loss import logits as logits_module
-from eopd.loss.head import Head
+from eopd.loss.inputs import Head, LossTokens
 from eopd.loss.kernels import CudaKernels
 from eopd.loss.objective import LossTerms, objective
-from eopd.loss.tokens import LossTokens
 from eopd.metrics import reduce
 
 METRICS = [

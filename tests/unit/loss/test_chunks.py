@@ -13,9 +13,8 @@ from eopd.config import LossConfig
 from eopd.loss import kernels
 from eopd.loss.chunked import token_statistics
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
-from eopd.loss.head import Head
+from eopd.loss.inputs import Head, LossTokens
 from eopd.loss.objective import LossTerms, objective
-from eopd.loss.tokens import LossTokens
 from eopd.metrics import reduce
 from eopd.types import TrajectoryKey
 
