@@ -40,11 +40,17 @@ def apply_override(tree: dict[str, object], override: str) -> Place:
     if dotted == EXTENDS:
         raise ConfigError(f"--set {override}: a config extends another one in its file alone")
 
+    quoted = f"put YAML's quotes around a text: --set '{dotted}=\"...\"'"
+    if text.lstrip().startswith(("|", ">")) and "\n" not in text:
+        mark = text.lstrip()[0]
+        raise ConfigError(
+            f"--set {override}: {mark} begins a text in the lines below, and there are none; {quoted}"
+        )
+
     try:
         value = read_value(text)
     except DocumentError as error:
         fault = str(error).replace("line 1: ", "")
-        quoted = f"put YAML's quotes around a text: --set '{dotted}=\"...\"'"
         raise ConfigError(f"--set {override}: {fault}; {quoted}") from None
 
     node: object = tree

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from eopd.config import LossConfig
-from eopd.loss.inputs import Head
-from eopd.loss.objective import LossTokens, objective
+from eopd.loss.inputs import Head, LossTokens
+from eopd.loss.objective import objective
 
 K = 16
 FLATNESS, MEMORY_RATIO, TIME_RATIO = 0.10, 10.0, 1.25  # the bars

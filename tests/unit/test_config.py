@@ -1494,3 +1494,14 @@ def test_weights_are_turns_and_a_ratio_of_many_is_rounded(path, weights, turns):
         [weight / sum(weights) for weight in weights], abs=1e-5
     )
     assert found == turns
+
+
+@pytest.mark.parametrize("value", ["|", ">", "|-", " | a"])
+def test_a_mark_of_a_block_without_its_lines_is_a_mistake(path, value):
+    with pytest.raises(
+        ConfigError, match="begins a text in the lines below, and there are none; put"
+    ):
+        load_config(path, [f"prompts.suffix={value}"])
+
+    assert load_config(path, ["prompts.suffix=|\n  a\n  b\n"]).prompts.suffix == "a\nb\n"
+    assert load_config(path, ["prompts.suffix='|'"]).prompts.suffix == "|"
