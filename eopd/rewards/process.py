@@ -174,8 +174,9 @@ class FunctionProcess:
             line = stdout.readline()
         finally:
             timer.cancel()
+            timer.join()  # it may be at work
 
-        if line.endswith(b"\n"):
+        if line.endswith(b"\n") and not late.is_set():
             return cast(dict[str, Any], json.loads(line))
 
         return self._ended(f"did not return within {limit_s:g} s" if late.is_set() else "")

@@ -294,7 +294,9 @@ class RunDirectory:
 
         settled = Ledger.restore(**state.ledger).settled  # type: ignore[arg-type]
         dropped = [
-            row for row in read_rows(parent.dropped) if row.get("issue", math.inf) in settled
+            row
+            for row in read_rows(parent.dropped)
+            if isinstance(issue := row.get("issue"), int) and issue in settled
         ]
         if dropped:
             _write_rows(self.dropped, dropped)

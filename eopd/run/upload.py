@@ -280,9 +280,8 @@ class Uploads:
                 del self._there[name]
 
         self._newest = newest_up
-        if (
-            self._went_back_to == back_to
-        ):  # else it has gone back meanwhile: the next pass does that
+        # it may have gone back once more meanwhile, for the next pass
+        if self._went_back_to == back_to:
             self._went_back_to = None
 
     def _small_files(self) -> Iterator[Path]:
