@@ -272,6 +272,9 @@ def _plain(value: object) -> object:
     if isinstance(value, np.floating):
         return float(str(value))
 
+    if isinstance(value, np.datetime64 | np.timedelta64):
+        return str(value)
+
     if isinstance(value, np.generic):
         return value.item()
 

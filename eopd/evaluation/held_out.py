@@ -72,7 +72,10 @@ async def measure_held_out(
         else:
             num_dropped = len(prompts) - stats.num_prompts
             if num_dropped:
-                say(f"{num_dropped} of {len(prompts)} prompts could not be measured {when}")
+                say(
+                    f"{num_dropped} of {len(prompts)} held-out prompts could not be measured {when}: "
+                    "their responses are lost, or their numbers not finite"
+                )
 
             return (replace(stats, num_dropped=num_dropped), scored) if stats.num_prompts else None
 

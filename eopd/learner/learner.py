@@ -203,6 +203,7 @@ class LearnerRank:
 
         terms, norms, rates = [], [], []
         applied: list[Stored[ScoredTrajectory]] = []
+        before, after = self.version.step, self.version.step + 1
 
         for number, (packs, step) in enumerate(zip(steps, share.steps, strict=True)):
             rate = self._backend.learning_rate
@@ -210,15 +211,17 @@ class LearnerRank:
             accumulated, self._accumulated = self._accumulated, _Accumulated()
             norm = self._backend.step(accumulated.num_loss_tokens)
             if not math.isfinite(norm):
-                self._skip(number, accumulated)
+                self._skip(self._broken / f"batch-{before:06d}-step-{number}", accumulated)
                 continue
 
+            # at once: where a later step ends the run, these are not the weights of before
+            self.version = PolicyVersion(self.version.incarnation, after)
             terms += accumulated.terms
             norms.append(norm)
             rates.append(rate)
             applied += accumulated.trajectories()
 
-        self.version = PolicyVersion(self.version.incarnation, self.version.step + 1)
+        self.version = PolicyVersion(self.version.incarnation, after)
         metrics = _metrics_of_steps(terms, norms, rates, applied)
         if terms:
             metrics["eopd_alpha_ratio"] = Same(share.alpha)
@@ -387,7 +390,7 @@ class LearnerRank:
             accumulated.losses.append(loss.detach())
             accumulated.terms.append(terms_N)
 
-    def _skip(self, number: int, accumulated: "_Accumulated") -> None:
+    def _skip(self, directory: Path, accumulated: "_Accumulated") -> None:
         """Records an optimiser step that was refused, and raises when too many were; collective."""
         are_finite = gather_all([bool(loss.isfinite()) for loss in accumulated.losses])
         quantity = "gradient" if all(are_finite) else "loss"
@@ -400,20 +403,24 @@ class LearnerRank:
             rows += find_rows(packed, names, logprobs_T)
 
         every_row, every_key = gather_all(rows), gather_all(keys)
-        directory = self._broken / f"batch-{self.version.step:06d}-step-{number}"
         message = explain(quantity, every_row, every_key, directory)
 
+        faults = []
         try:
             dump(
                 directory, quantity, every_row, every_key, rank=self._rank, packs=accumulated.packs
             )
         except OSError as error:
-            raise NonFiniteUpdateError(f"{message}, which could not be written: {error}") from error
+            faults.append(f"which could not be written: {error}")
 
-        self._num_skipped += 1
-        if self._num_skipped > self._max_skipped:
+        for fault in gather_all(faults):
+            raise NonFiniteUpdateError(f"{message}, {fault}")
+
+        if self._num_skipped == self._max_skipped:
             why = f"learner.max_skipped_steps is {self._max_skipped}, and they are used up"
             raise NonFiniteUpdateError(f"{message} ({why})")
+
+        self._num_skipped += 1
 
     def _loss_of(self, packed: Packed, alpha: float) -> tuple[Tensor, Tensor]:
         """Returns the sum of a micro-batch's loss over its tokens, and its sums [N] of the loss

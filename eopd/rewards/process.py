@@ -17,6 +17,7 @@ import inspect
 import json
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -158,28 +159,13 @@ class FunctionProcess:
         """Sends a message; returns the reply, or why there is none."""
         stdin, stdout = self._pipes()
         limit_s = self._asked.clock_limit_s
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
+        end = time.monotonic() + limit_s
+        if not (_write(stdin, pickle.dumps(message), end) and _is_ready(stdout, end)):
             self.kill()
+            return self._ended(f"did not return within {limit_s:g} s")
 
-        timer = threading.Timer(limit_s, end)
-        timer.start()
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                pickle.dump(message, stdin)
-                stdin.flush()
-
-            line = stdout.readline()
-        finally:
-            timer.cancel()
-            timer.join()  # it may be at work
-
-        if line.endswith(b"\n") and not late.is_set():
-            return cast(dict[str, Any], json.loads(line))
-
-        return self._ended(f"did not return within {limit_s:g} s" if late.is_set() else "")
+        line = stdout.readline()
+        return cast(dict[str, Any], json.loads(line)) if line else self._ended()
 
     def _ended(self, why: str = "") -> Failed:
         """Takes leave of a child that gave no reply; returns why, which ``why`` knows better."""
@@ -196,6 +182,27 @@ class FunctionProcess:
 
         cause = why or f"its process ended with code {code}"
         return Failed(f"{asked.function}: {cause}", timed_out=bool(why))
+
+
+def _write(pipe: IO[bytes], content: bytes, end: float) -> bool:
+    """Writes to a pipe, whose reader may be gone; returns whether that was done by ``end``."""
+    os.set_blocking(pipe.fileno(), False)
+    left = memoryview(content)
+    with contextlib.suppress(BrokenPipeError):
+        while left:
+            if not _is_ready(pipe, end, select.POLLOUT):
+                return False
+
+            left = left[os.write(pipe.fileno(), left) :]
+
+    return True
+
+
+def _is_ready(pipe: IO[bytes], end: float, event: int = select.POLLIN) -> bool:
+    """Waits until a pipe can be read or has ended, or else can be written to, or until ``end``."""
+    poll = select.poll()
+    poll.register(pipe, event)
+    return bool(poll.poll(1000 * max(0.0, end - time.monotonic())))
 
 
 class FunctionPool:

@@ -62,7 +62,7 @@ def append_kept(path: Path, record: Mapping[str, object]) -> None:
 @contextmanager
 def replaced(directory: Path) -> Iterator[Path]:
     """Yields a directory to make and fill, which replaces ``directory`` at the end of the block; where
-    that raises, the old one stays.
+    the block raises, the old one stays.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

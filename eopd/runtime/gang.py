@@ -117,7 +117,7 @@ class LearnerGang:
         return self._working
 
     async def accumulate(self, part: PackedBatch) -> None:
-        """Adds up gradients; no weights change, so that a sync of weights may be under way."""
+        """Adds up gradients. No weights change, so that a sync may be under way that has sent them."""
         await self._work("accumulate", part)
 
     async def step(self, batch: PackedBatch) -> LearnerStats:  # noqa: D102

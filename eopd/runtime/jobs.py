@@ -204,13 +204,17 @@ class Jobs:
 
     def _look_up_again(self, name: str) -> Job:
         """Returns a job that was there, for as long as ``AWAY_S`` again and again."""
-        end = time.monotonic() + AWAY_S
+        end, is_told = time.monotonic() + AWAY_S, False
         while True:
             try:
                 return self.look_up(name)
             except ConfigError as error:
                 if time.monotonic() > end:
                     raise RunFailedError(f"{error}; job {name} may go on") from None
+
+                if not is_told:
+                    logger.warning("%s; trying again for %g s", error, AWAY_S)
+                    is_told = True
 
             time.sleep(POLL_S)
 

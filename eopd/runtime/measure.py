@@ -61,7 +61,8 @@ def _measure_apart(
 async def _measure(
     config: Config, prepared: Prepared, checkpoint: Path, say: Callable[[str], None]
 ) -> Mapping[str, Measurement]:
-    async with start_workers(config, 0, prepared.held_out.prompts, say) as workers:
+    prompts, logs = prepared.held_out.prompts, cluster.log_directory()
+    async with start_workers(config, 0, prompts, say, logs=logs) as workers:
         await workers.learner.load(checkpoint / "learner")
         await workers.channel.publish(await workers.learner.version())
         measured = await measure_held_out(

@@ -71,6 +71,7 @@ async def start_workers(
     say: Callable[[str], None],
     *,
     driver: Holder | None = None,
+    logs: str | None = None,
 ) -> AsyncIterator[Workers]:
     """Starts every actor of a training run; engines are probed with the first of ``prompts``, and learner
     ranks look for the run directory of ``driver``, if they are to write there.
@@ -96,9 +97,8 @@ async def start_workers(
         if shares_gpus(config):
             starting = one_by_one(starting)
 
-        await _all_up(
-            starting, config.cluster.start_timeout_s, logs=str(RunDirectory(config.run.path).logs)
-        )
+        logs = logs or str(RunDirectory(config.run.path).logs)
+        await _all_up(starting, config.cluster.start_timeout_s, logs=logs)
 
         pools = {name: TeacherPool(name, fleet) for name, fleet in teachers.items()}
 

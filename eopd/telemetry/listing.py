@@ -43,7 +43,8 @@ def runs_in(directory: Path) -> list[Listed]:
     """
     require_directory(directory)
     configs = [*directory.glob("*/config.yaml"), *directory.glob("*/*/config.yaml")]
-    once = {path.resolve(): path.parent for path in reversed(configs)}  # links may lead in a circle
+    configs.sort(key=lambda path: not (path.parent.is_symlink() or path.parent.parent.is_symlink()))
+    once = {path.resolve(): path.parent for path in configs}  # the last of a run is behind no link
     runs = [_listed(path, str(path.relative_to(directory))) for path in once.values()]
     return sorted(runs, key=lambda run: run.changed_at, reverse=True)
 

@@ -2,6 +2,8 @@
 and no ``:100:`` as an emoji, and no control character reaches a terminal.
 """
 
+import unicodedata
+
 import rich.console
 
 
@@ -20,6 +22,11 @@ def say(output: rich.console.Console, text: str, *, style: str | None = None) ->
 
 def visible(text: str) -> str:
     """Returns a text as a person can see it, without control characters and those that turn the line
-    around.
+    around. Spaces of every width stay.
     """
-    return "".join(c if c.isprintable() or c in "\n\t\u00a0\u3000" else "\ufffd" for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" or is_space(c) else "\ufffd" for c in text)
+
+
+def is_space(character: str) -> bool:
+    """Tells whether a character is a space, and ends no line."""
+    return unicodedata.category(character) == "Zs"

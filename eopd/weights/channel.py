@@ -19,7 +19,8 @@ Every call ends on all engines before the next one begins, but that ``accept`` r
 and that each says its version once it has installed. Besides that, these wait:
 
     who                       waits for
-    a step of the learner     the end of the sync (``SenderLink.reserved``); gradients may add up meanwhile
+    a step of the learner     the end of the sync (``SenderLink.reserved``)
+    a part of a step          the end of the sending (``SenderLink.undisturbed``)
     a publish                 a step, publish or join that is under way
     a join                    the same; engines that arrive meanwhile are then joined in one transfer
     generation on an engine   the installation on that engine alone

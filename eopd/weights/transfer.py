@@ -278,7 +278,7 @@ class WeightReader:
         self.scale = info.scale
         self.memory = memory
         self._info = info
-        self._messages = info.map(memory)
+        self._messages: Sequence[torch.Tensor] = info.map(memory)
 
     def start(self) -> None:
         """Maps the memory anew, and returns at once: another worker receives.
@@ -292,8 +292,9 @@ class WeightReader:
         """Returns at once: another worker checks."""
 
     def take(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Returns the parameters by name."""
-        return _unpacked(self._messages, self._info.layout())
+        """Returns the parameters by name; can be done once."""
+        messages, self._messages = self._messages, ()
+        return _unpacked(messages, self._info.layout())
 
     def close(self) -> None:
         """Returns at once: it is in no group."""

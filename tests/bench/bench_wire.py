@@ -26,7 +26,7 @@ BAR = 0.6  # of the bytes a second of a bare broadcast, at least
 
 
 class Weights:
-    """A ``ParameterSource`` of equal tensors."""
+    """A ``ModelSource`` of equal tensors."""
 
     scale = None
 

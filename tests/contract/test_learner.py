@@ -302,6 +302,12 @@ def run_rank(
             "version": learner.version,
             "evaluation": dataclasses.asdict(found),
         }
+        before_it = learner.version.step
+        last_is_bad = BAD_TRAJECTORIES[case.steps_per_batch - 1]
+        with pytest.raises(NonFiniteUpdateError):
+            learner.step(share_of(case, spoil(make_batch(BAD_BATCH), last_is_bad)))
+
+        seen[f"{name}-{stage}"]["moved"] = learner.version.step - before_it
         if (name, stage) in RESUMES:
             resumed = learner_of(case, stage, run_directory / "broken-again")
             resumed.version = PolicyVersion(7, 0)
@@ -536,6 +542,16 @@ def test_one_skipped_step_too_many_ends_it_and_names_rows(seen, name, stage, wor
     assert message.startswith("the loss is not finite, nothing was applied; rows: ")
     assert f"{first} token 0 (teacher_logprobs_T)" in message
     assert "max_skipped_steps" in message
+
+
+@every_world
+@pytest.mark.parametrize(("name", "stage"), RUNS)
+def test_a_batch_that_ends_the_run_after_a_step_of_it_has_another_version(
+    seen, name, stage, world_size
+):
+    """So that its weights are not saved as those of the batch before."""
+    moved = seen[world_size][0][f"{name}-{stage}"]["moved"]
+    assert moved == (1 if CASES[name].steps_per_batch > 1 else 0)
 
 
 @every_world

@@ -29,7 +29,7 @@ HOUR = 3600.0
 
 
 class Source:
-    """A ``ParameterSource`` of constants, with something that happens before one bucket."""
+    """A ``ModelSource`` of constants, with something that happens before one bucket."""
 
     scale = None
 

@@ -25,8 +25,8 @@ def test_text_is_shown_as_it_is():
     """No ``:100:`` is an emoji, no bracket markup, and no escape sequence reaches a terminal."""
     for interactive in (False, True):
         terminal = Terminal(interactive=interactive)
-        say(terminal.output, "data.jsonl:100: [red]not[/red] JSON \x1b[31m")
-        assert terminal.raw() == "data.jsonl:100: [red]not[/red] JSON \ufffd[31m\n"
+        say(terminal.output, "data.jsonl:100: [red]not[/red] JSON \x1b[31m 1\u202f000")
+        assert terminal.raw() == "data.jsonl:100: [red]not[/red] JSON \ufffd[31m 1\u202f000\n"
 
 
 class Terminal:

@@ -81,6 +81,10 @@ def run(tmp_path):
     return measured
 
 
+DROPPED = (
+    "held-out prompts could not be measured before training: their responses are lost, or their "
+    "numbers not finite"
+)
 FIRST = "measuring on 3 held-out prompts, before training"
 
 
@@ -100,7 +104,7 @@ async def test_a_prompt_that_is_always_lost_is_left_out_and_counted(run):
     (stats, scored), said, _ = await run(world)
     assert world.measured == ["a", "b"] == [stored.header.key.prompt_id for stored in scored]
     assert (stats.num_prompts, stats.num_dropped) == (2, 1)
-    assert said == [FIRST, "1 of 3 prompts could not be measured before training"]
+    assert said == [FIRST, f"1 of 3 {DROPPED}"]
 
 
 async def test_without_a_single_response_nothing_is_measured(run):
@@ -120,7 +124,7 @@ async def test_a_prompt_whose_numbers_are_not_finite_is_counted_too(run, monkeyp
 
     monkeypatch.setattr(world, "evaluate", evaluate)
     outcome, said, _ = await run(world)
-    assert said[-1] == f"{3 - num_finite} of 3 prompts could not be measured before training"
+    assert said[-1] == f"{3 - num_finite} of 3 {DROPPED}"
     assert outcome is None if not num_finite else outcome[0] == replace(finite, num_dropped=1)
 
 

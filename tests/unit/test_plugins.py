@@ -131,6 +131,7 @@ def test_a_row_of_numpy_values_and_tuples_becomes_what_json_would_have(directory
         "def rows():\n"
         "    yield {'answer': np.int64(3), 'level': np.float32(0.1), 'low': np.array(0.1, 'f4'),\n"
         "           'id': np.str_('a'), 'ok': np.bool_(True), 'grid': np.array([[1, 2], [3, 4]]),\n"
+        "           'day': np.datetime64('2024-07-26T10:00:00', 'ns'),\n"
         "           'messages': ({'role': 'user', 'content': 'b'},)}\n"
     )
 
@@ -143,6 +144,7 @@ def test_a_row_of_numpy_values_and_tuples_becomes_what_json_would_have(directory
         "id": "a",
         "ok": True,
         "grid": [[1, 2], [3, 4]],
+        "day": "2024-07-26T10:00:00.000000000",
         "messages": [{"role": "user", "content": "b"}],
     }
     assert json.dumps(row) == json.dumps(expected)

@@ -20,7 +20,7 @@ from eopd.weights.wire import WireError
 
 
 class DictSource:
-    """A ``ParameterSource`` over a dict of tensors."""
+    """A ``ModelSource`` over a dict of tensors."""
 
     scale = None
 
