@@ -1197,6 +1197,27 @@ def test_a_run_of_a_version_that_kept_no_tokens_says_what_it_lacks(run, page):
     assert "No samples yet" in found.text
 
 
+@pytest.mark.parametrize("name", ["metrics", "held_out", "timeline", "evaluations", "changes"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": "x", "phase": "after", "from_step": "y"}',
+        '{"step": null, "phase": 3}',
+        '{"step": 3, "phase": "after", "samples": 5, "measurements": []}',
+        "[1]",
+    ],
+)
+def test_lines_of_another_kind_are_named_and_left_out(run, page, name, line):
+    directory = run()
+    path = directory / f"{name}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.write_text("\n".join([*lines, line]) + "\n")
+
+    unread = f"1 of {len(lines) + 1} lines of {name}.jsonl could not be read"
+    taken = name == "timeline" and '"step": 3' in line
+    assert (unread in page(directory).text) != taken
+
+
 def test_lines_and_files_that_cannot_be_read_are_counted(run, page):
     rows = json.dumps(row(1)) + "\n[1]\n" + json.dumps(row(2))[:-9]
     found = page(run(**{"metrics.jsonl": rows, "config.yaml": "a: [", "summary.json": "{"}))
@@ -1242,9 +1263,8 @@ def test_no_run_or_no_rows_is_one_message_and_exit_code_2(run, files, message, c
 def test_a_report_that_fails_does_not_fail_the_run(run, tmp_path, caplog):
     report_of_ended(run("empty", **{"metrics.jsonl": None}), tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
-    report_of_ended(
-        run("spoilt", **{"held_out.jsonl": [{"step": 0, "phase": "before"}]}), tmp_path / "x.html"
-    )
+    spoilt = held_out("before", {"prompt": "Why?"})
+    report_of_ended(run("spoilt", **{"held_out.jsonl": [spoilt]}), tmp_path / "x.html")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [f"{tmp_path}/x.html could not be written"]
 

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -22,6 +23,13 @@ from eopd.run.reading import parse_object, read_rows, read_summary
 from eopd.run.record import Summary
 from eopd.telemetry.report.public import Public
 
+_MEASURED: Final = {
+    "phase": str,
+    "step": int,
+    "samples": list,
+    "student_entropy_counts": list,
+    "teacher_entropy_counts": list,
+}
 _OF_EVERY_ROW: Final = ("step", "time", "eopd_step_seconds", "eopd_response_tokens_total")
 
 Record: TypeAlias = Mapping[str, Any]  # one object of a JSON file of ours
@@ -134,20 +142,20 @@ def _read_run(directory: Path, name: str, public: bool) -> RunRecord:
             "in samples.jsonl"
         )
 
-    rows = _lines(directory / "metrics.jsonl", notes, *_OF_EVERY_ROW)
+    rows = _lines(directory / "metrics.jsonl", notes, dict.fromkeys(_OF_EVERY_ROW, Real))
     if not rows:
         raise ConfigError(f"{directory}: no step was completed yet (metrics.jsonl has no rows)")
 
     config_text = saved.read_text(encoding="utf-8", errors="replace")
     config = _yaml(config_text, notes)
     summary = _summary(directory / "summary.json", notes)
-    held_out = _lines(directory / "held_out.jsonl", notes, "phase")
-    timeline = _lines(directory / "timeline.jsonl", notes, "step")
+    held_out = _lines(directory / "held_out.jsonl", notes, _MEASURED)
+    timeline = _lines(directory / "timeline.jsonl", notes, {"step": int})
     evaluations = _evaluations(directory / "evaluations.jsonl", summary, notes)
     settings: dict[str, Any] = {
         "versions": _object(directory / "versions.json"),
         "parent": _object(directory / "parent.json"),
-        "changes": _lines(directory / "changes.jsonl", notes, "from_step"),
+        "changes": _lines(directory / "changes.jsonl", notes, {"from_step": int}),
     }
     if not settings["versions"]:
         notes.append("versions.json is missing or cannot be read")
@@ -178,12 +186,14 @@ def _read_run(directory: Path, name: str, public: bool) -> RunRecord:
     )
 
 
-def _lines(path: Path, notes: list[str], *keys: str) -> list[dict[str, Any]]:
-    """Returns the rows of a file that have some keys; none where there is no file, since not every
-    run has come that far.
+def _lines(path: Path, notes: list[str], kinds: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Returns the rows of a file that have some keys, with values of these kinds; none where there is
+    no file, since not every run has come that far.
     """
     rows = read_rows(path)
-    complete = [row for row in rows if None not in map(row.get, keys)]
+    complete = [
+        row for row in rows if all(isinstance(row.get(key), kind) for key, kind in kinds.items())
+    ]
     _note_unread(path, notes, len(rows), len(complete))
     return complete
 
