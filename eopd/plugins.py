@@ -304,10 +304,9 @@ def blamed(key: str, function: str) -> Iterator[None]:
 def cause_of(error: BaseException) -> str:
     """Returns what was raised, and the last line of the user's on the way there, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)] or frames[
-        -1:
-    ]
-    place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)]
+    last = (own or frames)[-1:]
+    place = f" ({last[0].filename}:{last[0].lineno})" if last else ""
     if isinstance(error, SyntaxError):  # its text says where
         place = ""
 

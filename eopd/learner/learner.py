@@ -142,12 +142,12 @@ class LearnerRank:
             dtype=student.chosen_dtype,
             total_steps=total_batches * learner.optimizer_steps_per_batch,
         )
-        on_gpu = self._device.type == "cuda"
+        gpu_bytes = None
+        if self._device.type == "cuda":
+            gpu_bytes = torch.cuda.get_device_properties(self._device).total_memory
+
         self._chunk_tokens = learner.logit_chunk_tokens or choose_chunk_tokens(
-            self.model.config.get_text_config().vocab_size,
-            gpu_bytes=torch.cuda.get_device_properties(self._device).total_memory
-            if on_gpu
-            else None,
+            self.model.config.get_text_config().vocab_size, gpu_bytes=gpu_bytes
         )
         check_mask(self.model, device=self._device, token_budget=learner.token_budget)
         self._accumulated = _Accumulated()
