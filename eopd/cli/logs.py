@@ -56,7 +56,7 @@ def logs(
     directory.config()
     reading = {path: Log(path) for path in files_of(directory.logs, role)}
     last = merged([log.last(lines) for log in reading.values()])
-    for line in last[len(last) - lines :] if lines else []:
+    for line in last[-lines:] if lines else []:
         typer.echo(line)
 
     while follow:
@@ -80,7 +80,7 @@ def _print_job(name: str, address: str, lines: int, *, follow: bool) -> None:
     jobs = connect(server_address(address))
     text = jobs.log_of(name)
     written = text.splitlines(keepends=True)
-    typer.echo("".join(written[len(written) - lines :] if lines else []), nl=False)
+    typer.echo("".join(written[-lines:] if lines else []), nl=False)
     if follow:
         job = jobs.follow(name, partial(typer.echo, nl=False), skipped=len(text))
         typer.echo(f"job {name} has ended: {job.status}", err=True)

@@ -95,7 +95,7 @@ async def _scored(
     sampling = Sampling(
         temperature=config.rollout.temperature,
         max_tokens=config.held_out_response_tokens,
-        seed=config.evaluation.seed + index,
+        seed=(config.evaluation.seed + index) % 2**64,
         priority=priority,
     )
     for _ in range(config.flow.max_attempts):

@@ -247,7 +247,7 @@ class LearnerRank:
             columns = self._statistics(packed.to(self._device)).cpu()
             gate_T = packed.tokens.gate_T
             sums += [token_sums(columns[:, rows], gate_T[rows]) for rows in packed.rows]
-            counts.append(entropy_counts(columns))
+            counts += [entropy_counts(columns[:, rows]) for rows in packed.rows]
 
         headers = [stored.header for stored in share.stored()]
         prompts = [(header.key.prompt_id, header.source) for header in headers]

@@ -57,16 +57,18 @@ def eval_stats(
     Args:
         sums: ``token_sums`` of each trajectory; those of one prompt are added up.
         prompts: id and source of each trajectory's prompt.
-        counts: ``entropy_counts`` of each micro-batch.
+        counts: ``entropy_counts`` of each trajectory.
     """
     pairs = sorted(set(prompts))
     places = {pair: place for place, pair in enumerate(pairs)}
     sums_PS = np.zeros((len(pairs), len(COLUMNS) + len(_OF_A_PART)))
-    for pair, row_S in zip(prompts, sums, strict=True):
+    counts_P2N = np.zeros((len(pairs), 2, NUM_ENTROPY_BINS), np.int64)
+    for pair, row_S, counts_2N in zip(prompts, sums, counts, strict=True):
         sums_PS[places[pair]] += row_S
+        counts_P2N[places[pair]] += counts_2N
 
-    student, teacher = np.sum(counts, axis=0).tolist()
     is_finite_P = [bool(np.isfinite(sums_S).all()) for sums_S in sums_PS]
+    student, teacher = counts_P2N[is_finite_P].sum(0).tolist()
     measured = [pair for pair, is_finite in zip(pairs, is_finite_P, strict=True) if is_finite]
     names, sources = [name for name, _ in measured], [source for _, source in measured]
 

@@ -117,9 +117,8 @@ def read_architecture(directory: Path, lora: LoraConfig | None = None) -> Archit
 
 def _first_layer(model: PreTrainedModel) -> nn.Module:
     """Returns the first decoder layer: what transformers would compute again in a backward pass."""
-    layers = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
+    modules = model.get_decoder().modules()  # not those of a vision tower, which may come first
+    layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(f"{type(model).__name__}: has no decoder layers that can be told apart")
 

@@ -8,7 +8,7 @@ What is not in the config has the defaults of DeepSpeed 0.19.8 and vLLM 0.32.0.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from eopd.config import Config, LearnerConfig, RolloutConfig, TeacherConfig
@@ -54,7 +54,8 @@ class Models:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
     """What one of ``actors`` needs: ``device`` on each of its GPUs, or of the machine's memory where it
-    has none (``on_gpu``); ``host`` beside a GPU. ``limit`` is what a GPU offers it, None on CPUs.
+    has none (``on_gpu``); ``host`` beside a GPU. ``limit`` is what a GPU offers it, None on CPUs. The
+    first actor alone needs ``of_first`` bytes of the memory.
     """
 
     role: str
@@ -63,6 +64,7 @@ class Need:
     gpus: float
     device: Parts
     host: Parts = field(default_factory=dict)
+    of_first: int = 0
     limit: int | None = None
     responses: int | None = None  # of full length, that an engine holds at a time
 
@@ -80,6 +82,12 @@ class Need:
     def host_bytes(self) -> int:
         """The sum of host memory of one actor, beside its GPUs."""
         return sum(self.host.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory of machines that all actors need together."""
+        each = self.host_bytes if self.on_gpu else self.device_bytes
+        return self.of_first + self.actors * (each - self.of_first)
 
     @property
     def fits(self) -> bool | None:
@@ -145,7 +153,8 @@ def learner_need(config: Config, model: Architecture, hardware: Hardware) -> Nee
     bucket = max(config.weights.bucket_bytes, model.largest_tensor * training.width)
     sent = sync_bytes(config, model)
     bucket = min(bucket, sent)
-    host["packed weights"] = sent if wire == "shared" else min(2 * bucket, sent)
+    packed = sent if wire == "shared" else min(2 * bucket, sent)
+    host["packed weights"] = packed
     merges = config.student.lora is not None and not config.may_send_adapters
     if wire == "nccl" or training.zero_stage == 3 or merges:
         device["a bucket of weights"] = bucket
@@ -158,6 +167,7 @@ def learner_need(config: Config, model: Architecture, hardware: Hardware) -> Nee
             gpus=learner.gpus,
             device=device,
             host=host,
+            of_first=packed,
             limit=_limit(learner, hardware, USABLE),
         )
     )
@@ -299,14 +309,7 @@ def _placed(need: Need) -> Need:
     for name, size in need.host.items():
         device[name] = device.get(name, 0) + size
 
-    return Need(
-        role=need.role,
-        key=need.key,
-        actors=need.actors,
-        gpus=0.0,
-        device=device,
-        responses=need.responses,
-    )
+    return replace(need, device=device, host={}, limit=None)
 
 
 def _limit(

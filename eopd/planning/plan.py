@@ -27,10 +27,7 @@ class RunPlan:
     @property
     def memory_bytes(self) -> int:
         """The memory of all machines together: of roles without a GPU, and beside GPUs."""
-        return sum(
-            need.actors * (need.host_bytes if need.on_gpu else need.device_bytes)
-            for need in self.needs
-        )
+        return sum(need.memory_bytes for need in self.needs)
 
     @property
     def fits(self) -> bool | None:

@@ -92,10 +92,8 @@ class TeacherView:
                 )
 
         try:
-            text = _TEMPLATES.from_string(self.template).render(
-                {**question.columns, "prompt": question.text}
-            )
-            columns = _columns_of(self.template)
+            template, columns = _compiled(self.template)
+            text = template.render({**question.columns, "prompt": question.text})
         except Exception as error:  # noqa: BLE001 - a template is a program of the user's, and raises what it likes
             raise ConfigError(
                 f"teachers.{self.name}.template: {where}: {error or type(error).__name__}"
@@ -120,6 +118,7 @@ class TeacherView:
 
 
 @cache
-def _columns_of(template: str) -> frozenset[str]:
-    """Returns the names in a template that are columns of the row."""
-    return frozenset(meta.find_undeclared_variables(_TEMPLATES.parse(template)))
+def _compiled(text: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """Returns a template, and the names in it that are columns of the row."""
+    columns = meta.find_undeclared_variables(_TEMPLATES.parse(text))
+    return _TEMPLATES.from_string(text), frozenset(columns)

@@ -5,6 +5,7 @@ default; what it cannot is a ``ConfigError`` that names the way out.
 """
 
 import json
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,23 +94,18 @@ def read_rows(path: Path, last: int | None = None) -> list[dict[str, Any]]:
     """Returns the rows of a file of JSON lines, or those of its last lines; none where there is no
     file. A line that is no JSON object is an empty row.
     """
-    if not path.exists():
-        return []
-
-    # newline: a text may hold the other separators of Unicode
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        lines = deque(file, maxlen=last)
-
-    return [parse_object(line) for line in lines if line.strip()]
+    return list(each_row(path, last))
 
 
-def each_row(path: Path) -> Iterator[dict[str, Any]]:
+def each_row(path: Path, last: int | None = None) -> Iterator[dict[str, Any]]:
     """Yields the rows of a file of JSON lines one by one, however many there are; see ``read_rows``."""
     if not path.exists():
         return
 
+    # newline: a text may hold the other separators of Unicode
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        yield from map(parse_object, filter(str.strip, file))
+        lines = file if last is None else deque(file, maxlen=last)
+        yield from map(parse_object, filter(str.strip, lines))
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -149,7 +145,8 @@ def parse_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
 
-    return value if isinstance(value, dict) else {}
+    # the names are the same in every row
+    return {sys.intern(key): kept for key, kept in value.items()} if isinstance(value, dict) else {}
 
 
 def up_to_step(rows: Iterable[dict[str, Any]], step: float) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ from eopd.types import RunFailedError
 def measure_checkpoint(
     run: Path, step: int | None, say: Callable[[str], None]
 ) -> Mapping[str, Measurement]:
-    """Measures the student of a checkpoint as the run measures it, and leaves the run as it is.
+    """Measures the student of a checkpoint as the run measured it by the config of that step, and
+    leaves the run as it is.
 
     Args:
         run: the run directory.
@@ -38,7 +39,8 @@ def measure_checkpoint(
             worker was lost.
     """
     directory = RunDirectory(run)
-    config, checkpoint = directory.config(), directory.checkpoint(step)
+    checkpoint = directory.checkpoint(step)
+    config = directory.config_at(step_of(checkpoint))
     with TemporaryDirectory(prefix="eopd-measure-") as scratch:
         # the run may be under way, and serve its metrics; or nobody may write there
         apart = config.run.model_copy(update={"directory": Path(scratch), "upload": None})

@@ -353,6 +353,7 @@ def test_a_stop_while_the_engine_starts_leaves_nothing(start):
     # as a terminal does on Ctrl-C: to vLLM's processes too
     os.killpg(served.process.pid, signal_module.SIGINT)
     assert served.process.wait(15) == 0
+    assert targets(served) == []
     assert psutil.wait_procs(descendants, timeout=5)[1] == []
 
 

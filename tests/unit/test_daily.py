@@ -182,6 +182,11 @@ def test_logs_are_one_in_the_order_of_their_times(logged, eopd, options, found):
     assert (done.code, texts(done.out), done.err) == (0, found, "")
 
 
+@pytest.mark.parametrize("lines", [3, 4, 5, 6, 9])
+def test_fewer_lines_than_asked_for_are_all_there(logged, eopd, lines):
+    assert texts(eopd("logs", logged.path, "-n", lines).out) == "abcde"[-lines:]
+
+
 def test_what_there_are_no_logs_of_is_said(logged, make, eopd):
     done = eopd("logs", logged.path, "--role", "teacher")
     assert done.code == 2

@@ -56,15 +56,15 @@ class World(fakes.World):
 @pytest.fixture
 def run(tmp_path):
     """Measures the first three of four prompts; returns the outcome, and what was said and shown."""
-    settings = [
+    defaults = [
         "rollout.temperature=0.7",
         "evaluation={prompts: 3, seed: 40, max_response_tokens: 4}",
         "flow.max_attempts=3",
         "learner.ranks=2",
     ]
-    config = load_config(fakes.write_config(tmp_path), settings)
 
-    async def measured(world):
+    async def measured(world, *settings):
+        config = load_config(fakes.write_config(tmp_path), [*defaults, *settings])
         said, done = [], []
         outcome = await measure_held_out(
             world,
@@ -97,6 +97,12 @@ async def test_what_is_lost_is_written_again_with_the_same_seed(run):
     assert sorted(world.asked) == expected
     assert said == [FIRST]
     assert done == [f"held-out prompts written and read: {n}/3" for n in (1, 2, 3)]
+
+
+async def test_seeds_begin_again_behind_the_largest(run):
+    world = World()
+    await run(world, f"evaluation.seed={2**64 - 2}")
+    assert sorted(world.asked) == [("a", 2**64 - 2, 0.7), ("b", 2**64 - 1, 0.7), ("c", 0, 0.7)]
 
 
 async def test_a_prompt_that_is_always_lost_is_left_out_and_counted(run):

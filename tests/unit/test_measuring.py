@@ -19,7 +19,7 @@ def test_entropies_are_counted_by_bin():
     assert teacher == [*[0] * (NUM_ENTROPY_BINS - 1), 4]
 
 
-COUNTS = [[[0] * NUM_ENTROPY_BINS] * 2]
+COUNTS = [[[0] * NUM_ENTROPY_BINS] * 2] * 2
 
 
 def two_responses():
@@ -40,8 +40,10 @@ def two_responses():
 def test_a_prompt_whose_numbers_are_not_finite_is_dropped():
     first, second = two_responses()
     first[0] = math.nan
-    found = eval_stats([first, second], [("p", "lists"), ("q", "stories")], COUNTS)
+    counts = [[[rank, *[0] * (NUM_ENTROPY_BINS - 1)]] * 2 for rank in (3, 1)]
+    found = eval_stats([first, second], [("p", "lists"), ("q", "stories")], counts)
     assert (found.num_prompts, found.num_dropped) == (1, 1)
+    assert found.student_entropy_counts == (1, *[0] * (NUM_ENTROPY_BINS - 1))
     assert found.by_prompt["reverse_kl"] == {"q": 5.0}
     assert not any("lists" in metric for metric in found.by_prompt)
 
@@ -83,11 +85,13 @@ def test_every_prompt_has_its_means_by_certainty_and_source():
 def test_several_responses_to_a_prompt_are_added_up_in_any_order():
     sums = [*two_responses(), [6.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0]]
     prompts = [("p", "s"), ("q", "s"), ("p", "s")]
-    found = eval_stats(sums, prompts, COUNTS)
+    counts = [*COUNTS, [[1] * NUM_ENTROPY_BINS, [2] * NUM_ENTROPY_BINS]]
+    found = eval_stats(sums, prompts, counts)
     assert found.by_prompt["reverse_kl"] == {"p": 2.5, "q": 5.0}
     assert found.by_prompt["tokens"] == {"p": 4.0, "q": 1.0}
     order = (1, 2, 0)
-    other = eval_stats([sums[i] for i in order], [prompts[i] for i in order], COUNTS)
+    reordered = ([values[i] for i in order] for values in (sums, prompts, counts))
+    other = eval_stats(*reordered)
     assert other == found
     assert list(other.by_prompt["tokens"]) == ["p", "q"]
 

@@ -17,6 +17,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -89,6 +90,14 @@ def shapes(tmp_path):
 )
 def test_parameters_are_those_that_are_published(shapes, config, parameters):
     assert shapes(config).parameters == parameters
+
+
+def test_layers_are_those_of_the_text(shapes):
+    """Gemma 3 has a vision tower in front, whose layers are of another shape."""
+    text = Gemma3TextConfig(num_hidden_layers=2)
+    alone, behind = shapes(text), shapes(Gemma3Config(text_config=text))
+    sizes = [(one.norms, one.norm_kind, one.mlp_kept, one.layers) for one in (alone, behind)]
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -374,6 +383,15 @@ def test_a_learner_rank_is_the_sum_of_its_parts(config, shapes):
     assert need.device_bytes == sum(need.device.values()) and need.limit == 72 * GB
     assert need.device["a bucket of weights"] == 2 * 151_936 * 1024  # NCCL's: the embedding
     assert need.host == {"packed weights": 2 * 2 * 151_936 * 1024}  # two buckets of that size
+
+
+@pytest.mark.parametrize("settings", [(), ("learner.gpus=1",)])
+def test_the_first_of_several_ranks_alone_packs_the_weights(config, shapes, settings):
+    alone = learner_need(config(*settings), shapes(qwen3()), HARDWARE)
+    ranks = learner_need(config(*settings, "learner.ranks=8"), shapes(qwen3()), HARDWARE)
+    each = 0 if settings else ranks.device_bytes - 2 * 596_049_920
+    assert alone.of_first == 2 * 596_049_920
+    assert ranks.memory_bytes == 2 * 596_049_920 + 8 * each
 
 
 def test_weights_are_packed_whole_where_a_host_shares_them(config, shapes):

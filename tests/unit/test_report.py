@@ -18,6 +18,7 @@ from eopd.telemetry.report.healthy import HEALTHY
 from eopd.telemetry.report.lines import Line, extremes, look, smoothed, thinned
 from eopd.telemetry.report.objective import gate_value
 from eopd.telemetry.report.page import report_of_ended, write_report
+from eopd.telemetry.report.public import Public
 from eopd.telemetry.report.reading import read_runs
 from eopd.telemetry.report.samples import prompts_of
 from eopd.telemetry.report.subject import objective_words
@@ -242,6 +243,15 @@ def test_runs_that_were_measured_differently_are_said_not_to_compare(run, page):
         "do not compare, since their configs differ in teachers, rollout.temperature."
         in page(*runs).text
     )
+
+
+def test_runs_whose_teachers_differ_in_what_computes_nothing_do_compare(run, page):
+    teachers = ("{model: a, replicas: 1}", "{model: a, replicas: 2, node_labels: {zone: b}}")
+    runs = [
+        run(f"r{i}", **{"config.yaml": f"{CONFIG}teachers: [{text}]\n"})
+        for i, text in enumerate(teachers)
+    ]
+    assert "do not compare" not in page(*runs).text
 
 
 def test_a_curve_has_the_values_of_the_rows_and_gaps_where_there_are_none(run, page):
@@ -1010,6 +1020,28 @@ def test_a_public_page_keeps_what_says_nothing_of_anybody(run, tmp_path):
     kept = (tmp_path / "public.html").read_text()
     for expected in ("same (1)", "same (2)", "org/big@01234567", "pkg:rows", "commit"):
         assert expected in kept.replace("Commit", "commit")
+
+
+def test_what_labels_choose_nodes_by_is_left_out_of_a_public_page():
+    settings = {
+        "learner": {"node_labels": {"kubernetes.io/hostname": "gpu-17.corp", "zone": "north"}}
+    }
+    public = Public(settings)
+    assert public.text("seen on gpu-17.corp") == "seen on …"
+    assert public.settings(settings) == {
+        "learner": {"node_labels": {"kubernetes.io/hostname": "…", "zone": "…"}}
+    }
+
+
+def test_the_keys_of_settings_are_no_names(monkeypatch):
+    monkeypatch.setattr("eopd.telemetry.report.public._own_names", lambda: ["run"])
+    settings = {"run": {"name": "a run"}}
+    assert Public({}).settings(settings) == {"run": {"name": "a …"}}
+
+
+def test_nothing_is_left_out_where_there_is_no_name(monkeypatch):
+    monkeypatch.setattr("eopd.telemetry.report.public._own_names", lambda: ["root", "localhost"])
+    assert Public({}).text("a text") == "a text"
 
 
 def test_the_verb_leaves_out_what_it_is_told_to(run, tmp_path, monkeypatch):

@@ -435,6 +435,7 @@ def test_the_id_alone_goes_to_the_output_where_nobody_waits(project, client, sub
 def test_logs_of_a_job_are_its_last_lines_and_go_on(client, eopd):
     client.log = ["one\ntwo\n", "three\n"]
     assert eopd("logs", "j", "--address", URL, "-n", 2).out == "two\nthree\n"
+    assert eopd("logs", "j", "--address", URL, "-n", 4).out == "one\ntwo\nthree\n"
     assert eopd("logs", "j", "--address", URL, "-n", 0).out == ""
     client.get_job_logs = lambda name: "one\ntwo\n"
     done = eopd("logs", "j", "--address", URL, "-n", 1, "--follow")

@@ -13,7 +13,7 @@ import signal
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -69,7 +69,7 @@ def serve(
             directory is no model.
         TeacherDownError: the engine died.
     """
-    with bind(host, port) as listener:
+    with bind(host, port) as listener, ExitStack() as told:
         scheme = "https" if any("--ssl-certfile" in option for option in options) else "http"
         name = f"[{host}]" if ":" in host else host
         address = f"{scheme}://{name}:{listener.getsockname()[1]}"
@@ -78,7 +78,7 @@ def serve(
         # Before the imports, which read it, and which take seconds.
         os.environ |= _environment(token)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _end_start)
+            signal.signal(number, lambda *_: _end_start(told))
 
         from vllm.entrypoints.launchers.api_server.entry import run_server_worker
 
@@ -89,14 +89,14 @@ def serve(
         settings |= _server_settings(config, host, listener.getsockname()[1])
         ScoringRoutes.engine_died = None
         arguments = _arguments(settings, options)
-        with _told(discovery, config.name, address):
-            asyncio.run(
-                run_server_worker(address, listener, arguments, timeout_graceful_shutdown=_CLOSE_S)
+        told.enter_context(_told(discovery, config.name, address))
+        asyncio.run(
+            run_server_worker(address, listener, arguments, timeout_graceful_shutdown=_CLOSE_S)
+        )
+        if ScoringRoutes.engine_died:
+            raise TeacherDownError(
+                f"teacher {config.name}: its engine died; what vLLM says of it is above"
             )
-            if ScoringRoutes.engine_died:
-                raise TeacherDownError(
-                    f"teacher {config.name}: its engine died; what vLLM says of it is above"
-                )
 
 
 def _told(discovery: Path | None, name: str, address: str) -> AbstractContextManager[None]:
@@ -168,8 +168,9 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _end_start(*_: object) -> None:
-    """Ends a process whose engine is being started, and the engine with it.
+def _end_start(told: ExitStack) -> None:
+    """Ends a process whose engine is being started, and the engine with it; Prometheus is told no
+    more of it.
 
     Nobody is served yet. An exception would not do: vLLM may lose it, or wait for an engine that a
     Ctrl-C has ended. Once it serves, its server takes the signals.
@@ -177,6 +178,7 @@ def _end_start(*_: object) -> None:
     for process in multiprocessing.active_children():
         process.kill()
 
+    told.close()
     os._exit(0)
 
 

@@ -4,21 +4,18 @@ how several runs compare.
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from eopd.run.changes import kind_of
 from eopd.run.evaluations import Evaluation
 from eopd.run.record import Best, Measurement
 from eopd.telemetry.report.reading import HELD_OUT, Record, RunRecord, parts
 
 Z_95: Final = 1.96  # standard errors on both sides that hold 95 %
 MINUS: Final = "\u2212"
-_OF_NO_HELD_OUT_NUMBER: Final = (
-    "evaluation.samples",
-    "evaluation.every",
-    "evaluation.benchmarks",
-)
 
 
 def headline(run: RunRecord) -> Mapping[str, Any]:
@@ -223,7 +220,9 @@ def _settings(run: RunRecord, section: str) -> Mapping[str, object]:
     return {
         key: value
         for key, value in run.config.items()
-        if f"{key}.".startswith(f"{section}.") and not key.startswith(_OF_NO_HELD_OUT_NUMBER)
+        if f"{key}.".startswith(f"{section}.")
+        and not key.startswith("evaluation.benchmarks.")
+        and kind_of(re.sub(r"\.\d+", "[]", key)) != "always"
     }
 
 

@@ -123,7 +123,7 @@
       const share = (at - left) / (right - left);
       if (share < 0 || share > 1 || !lines.length) return hide();
       const cell = (from + share * (to - from)) / grid;
-      const x = Number((grid * (name === "step" ? Math.round(cell) : Math.floor(cell))).toPrecision(6)); // bins: their left edge
+      const x = name === "step" ? Math.round(cell) : Number((Math.floor(cell) * grid).toPrecision(6)); // bins: their left edge
       cross.style.display = "";
       for (const end of ["x1", "x2"]) cross.setAttribute(end, at);
       readout.replaceChildren(make("b", name + " " + x), ...lines.map((line) => {

@@ -16,6 +16,7 @@ from typing import Any, Final
 LEFT_OUT: Final = "…"
 _ANYBODY: Final = {"root", "localhost", "auto", "local", "127.0.0.1", "0.0.0.0", "::1", ""}
 _HOST_KEYS: Final = {"address", "host", "entity", "user", "hostname"}
+_NODE_LABELS: Final = "node_labels"
 
 _HOME = re.compile(r"/(?:home|Users)/([^/\s]+)")
 _ADDRESS = re.compile(
@@ -32,17 +33,21 @@ class Public:
     def __init__(self, settings: object) -> None:
         names = {*_own_names(), *_names("", settings)} - _ANYBODY
         ordered = sorted(names, key=len, reverse=True)
-        self._names = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in ordered))
+        words = [rf"(?<!\w){re.escape(name)}(?!\w)" for name in ordered]
+        self._names = re.compile("|".join(words) or "(?!)")  # without a name, nothing is one
 
-    def settings(self, value: Any) -> Any:  # noqa: ANN401  what JSON holds
-        """Returns a tree of settings without paths, addresses and names."""
+    def settings(self, value: Any, key: str = "") -> Any:  # noqa: ANN401  what JSON holds
+        """Returns a tree of settings, whose names are whole, without paths, addresses and names."""
         if isinstance(value, Mapping):
-            return {self.text(str(name)): self.settings(inner) for name, inner in value.items()}
+            return {name: self.settings(inner, f"{key}.{name}") for name, inner in value.items()}
 
         if isinstance(value, list):
-            return [self.settings(inner) for inner in value]
+            return [self.settings(inner, key) for inner in value]
 
-        return self._setting(value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return LEFT_OUT if _NODE_LABELS in key.split(".") else self._setting(value)
+
+        return value
 
     def texts(self, value: Any) -> Any:  # noqa: ANN401  what JSON holds
         """Returns a tree of other texts without the names."""
@@ -89,7 +94,7 @@ def _names(key: str, value: object) -> Iterator[str]:
         for pair in _MAIL.findall(value):
             yield from pair
 
-        if key.rpartition(".")[2] in _HOST_KEYS:
+        if re.split("[./]", key)[-1] in _HOST_KEYS:  # a label's, as in kubernetes.io/hostname
             yield from (value, value.rpartition(":")[0])
 
 

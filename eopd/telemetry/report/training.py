@@ -30,6 +30,8 @@ class Chart:
     optional: bool = False
 
 
+_MOST_MARKS: Final = 200  # more checkpoints than these would be one bar
+
 # By importance.
 CHARTS: Final = (
     Chart("Reverse KL (nats)", {"eopd_reverse_kl_nats": "reverse KL"}),
@@ -127,7 +129,8 @@ def marks_of(run: RunRecord, *, alone: bool) -> list[Mark]:
 
     marks += [Mark(step, "collapse") for step in collapses(run)]
     if alone:
-        marks += [Mark(step, "checkpoint") for step in run.checkpoints()]
+        written = list(run.checkpoints())
+        marks += [Mark(step, "checkpoint") for step in written if len(written) <= _MOST_MARKS]
         marks += [Mark(run.summary.best.step, "best")] if run.summary.best else []
 
     return marks
