@@ -36,18 +36,19 @@ the run drops one.
 """
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 from eopd.buffer import Buffer, Part, Taken
+from eopd.config import Config
 from eopd.ledger import Ledger
 from eopd.packing import pack_batch
 from eopd.prompts import PromptOrder
 from eopd.roles import BodiesLostError, Learner, RolloutEngine, TeacherScorer, WeightChannel
-from eopd.run.plan import Plan
 from eopd.run.progress import Progress
 from eopd.telemetry.clocks import StepClock
 from eopd.types import (
@@ -84,6 +85,48 @@ LOST_DETAILS = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A plan holds the numbers that the loop needs; with ``streams`` the learner begins a batch
+    before all of it is there.
+    """
+
+    batch: int
+    batches: int
+    max_staleness: int
+    lookahead: int
+    max_attempts: int
+    max_dropped: int
+    temperature: float
+    max_response_tokens: int
+    ranks: int
+    optimizer_steps: int
+    token_budget: int
+    streams: bool
+    alpha_at: Callable[[int], float]
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Returns the plan of a run."""
+        return cls(
+            batch=config.batch_trajectories,
+            batches=config.run.batches,
+            max_staleness=config.flow.max_staleness,
+            lookahead=config.flow.lookahead,
+            max_attempts=config.flow.max_attempts,
+            max_dropped=math.ceil(
+                config.flow.max_dropped_ratio * config.batch_trajectories * config.run.batches
+            ),
+            temperature=config.rollout.temperature,
+            max_response_tokens=config.rollout.max_response_tokens,
+            ranks=config.learner.ranks,
+            optimizer_steps=config.learner.optimizer_steps_per_batch,
+            token_budget=config.learner.token_budget,
+            streams=config.waits_for_batch is None,
+            alpha_at=config.loss.alpha_at,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _TrainedBatch:
     """A batch and the learner's statistics of it. ``in_flight`` and ``ready`` count the other
@@ -102,8 +145,8 @@ class Pipeline:
 
     ``on_drop`` is called with the issue number of every trajectory that is dropped or filtered, and
     with its last loss; ``on_trained`` with the number of every completed step, and what it trained
-    on. ``activity`` is what the next step waits for, for people. ``clock`` is what seconds are
-    measured by: a simulation has one of its own.
+    on. A publish begins once ``before_publish`` returns. ``activity`` is what the next step waits
+    for, for people. ``clock`` is what seconds are measured by: a simulation has one of its own.
     """
 
     plan: Plan
@@ -116,6 +159,7 @@ class Pipeline:
     progress: Progress
     on_drop: Callable[[int, LostTrajectory], None] = lambda issue, lost: None
     on_trained: Callable[[int, Sequence[Taken]], None] = lambda step, taken: None
+    before_publish: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)
     clock: Callable[[], float] = time.monotonic
     buffer: Buffer = field(init=False)
     activity: str = field(init=False, default="starting")
@@ -237,6 +281,7 @@ class Pipeline:
         sent = asyncio.Event()
 
         async def publish() -> PublishStats:
+            await self.before_publish()
             published = await self.channel.publish(version, sent.set)
             self.buffer.release()
             return published

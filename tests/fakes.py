@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from eopd.ledger import Ledger, Watermark
-from eopd.pipeline import Pipeline
+from eopd.pipeline import Pipeline, Plan
 from eopd.prompts import PromptOrder
 from eopd.run.checkpoint import DriverState, write_checkpoint
-from eopd.run.plan import Plan
 from eopd.run.progress import Progress
 from eopd.telemetry.step import ledger_row, step_row
 from eopd.types import (

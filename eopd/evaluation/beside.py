@@ -12,24 +12,20 @@ there is one set alone.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
+from typing import Final
 
-from eopd.roles import RolloutEngine, WeightChannel
+from eopd.roles import RolloutEngine
 from eopd.types import (
     LostReason,
     LostTrajectory,
-    PolicyVersion,
     PromptSample,
-    PublishStats,
     RunFailedError,
     Sampling,
     Stored,
     Trajectory,
 )
-
-W = TypeVar("W")
 
 _LOOK_AGAIN_S: Final = 0.5
 
@@ -89,6 +85,7 @@ class OneVersion:
 class Beside:
     """The benchmarks that are under way, each a task of its own."""
 
+    waited_s: float = 0.0  # in the last ``written``
     _under_way: dict[asyncio.Task[None], OneVersion] = field(default_factory=dict)
 
     def start(self, engines: OneVersion, work: Coroutine[object, object, None]) -> None:
@@ -108,8 +105,19 @@ class Beside:
 
     async def written(self) -> None:
         """Waits until the last answer is written, or its benchmark has failed."""
+        started = time.monotonic()
         for engines in list(self._under_way.values()):
             await engines.written.wait()
+
+        self.waited_s = time.monotonic() - started
+
+    async def written_or_nobody(self, num_up: Callable[[], int]) -> None:
+        """Waits until the last answer is written, or ``num_up`` engines that could are none: an engine
+        that joins gets the learner's weights, which may be newer than those of the benchmark, and as
+        the one with most free seats it would be asked first.
+        """
+        while self.left and num_up():
+            await asyncio.sleep(_LOOK_AGAIN_S)
 
     def raise_failed(self) -> None:
         """Raises what a benchmark has failed with. A publish does not: by then the learner has made a
@@ -137,50 +145,6 @@ class Beside:
 
         await asyncio.gather(*tasks, return_exceptions=True)
         return bool(tasks)
-
-
-@dataclass(slots=True)
-class HeldChannel:
-    """A ``WeightChannel`` that publishes once the answers of benchmarks are written. ``waited_s`` is
-    how long the last publish waited for that.
-    """
-
-    channel: WeightChannel
-    beside: Beside
-    waited_s: float = 0.0
-
-    async def publish(
-        self, version: PolicyVersion, on_sent: Callable[[], None] = lambda: None
-    ) -> PublishStats:
-        """Returns once every live engine serves ``version``."""
-        started = time.monotonic()
-        await self.beside.written()
-        self.waited_s = time.monotonic() - started
-        return await self.channel.publish(version, on_sent)
-
-
-@dataclass(slots=True)
-class HeldJoin(Generic[W]):
-    """Lets a new engine join once the answers of benchmarks are written. It gets the learner's
-    weights, which may be newer than theirs, and as the one with most free seats it would be asked
-    first. With no other engine up it joins at once: else nobody would ever write them.
-
-    Args:
-        join: brings the engine of a number to the learner's weights.
-        beside: the benchmarks under way.
-        num_up: tells how many engines take requests.
-    """
-
-    join: Callable[[int, W], Awaitable[None]]
-    beside: Beside
-    num_up: Callable[[], int]
-
-    async def __call__(self, number: int, engine: W) -> None:
-        """Returns once the engine has joined; raises what ``join`` does."""
-        while self.beside.left and self.num_up():
-            await asyncio.sleep(_LOOK_AGAIN_S)
-
-        await self.join(number, engine)
 
 
 def _raise_what_failed(task: asyncio.Task[None]) -> None:

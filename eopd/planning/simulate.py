@@ -30,14 +30,13 @@ import numpy as np
 from eopd.config import Config
 from eopd.ledger import Ledger
 from eopd.packing import pack_batch
-from eopd.pipeline import Pipeline
+from eopd.pipeline import Pipeline, Plan
 from eopd.planning.balance import WORKERS, Balance, Counts, batch_of, counts_of
 from eopd.planning.needs import Hardware
 from eopd.planning.virtual import VirtualLoop
 from eopd.planning.workers import Roles, Work
 from eopd.prompts import PromptOrder
 from eopd.roles import Learner
-from eopd.run.plan import Plan
 from eopd.run.progress import Progress
 from eopd.telemetry.step import PARTS
 from eopd.types import PromptSample, StepDone, Stored, Trajectory

@@ -18,14 +18,16 @@ from typing import TypeVar
 from eopd.config import BenchmarkConfig, Config, ConfigError
 from eopd.config.benchmark import HELD_OUT
 from eopd.evaluation.benchmarks import BenchmarkResult, Fetch, run_benchmark
-from eopd.evaluation.beside import Beside, HeldChannel, HeldJoin, OneVersion
+from eopd.evaluation.beside import Beside, OneVersion
 from eopd.evaluation.held_out import measure_held_out
 from eopd.evaluation.samples import sample_record
 from eopd.evaluation.summary import by_prompt, differences, measurements
+from eopd.fleet import Fleet
 from eopd.hub import model_directory
 from eopd.preflight import Prepared
 from eopd.rewards.graders import open_grader
 from eopd.rewards.verdict import Grader, Verdict
+from eopd.roles import RolloutEngine
 from eopd.run.directory import RunDirectory
 from eopd.run.evaluations import Evaluation, Phase
 from eopd.run.record import Measurement, Row
@@ -78,11 +80,9 @@ class Evaluator:
         self._outlets = outlets
         self._alive = alive
         self._fetch = fetch
-        self._beside = Beside()
+        self.beside = Beside()
         self._news: dict[str, float] = {}
-        self.channel = HeldChannel(workers.channel, self._beside)
-        fleet = workers.engine_fleet
-        fleet.join = HeldJoin(fleet.join, self._beside, lambda: fleet.pool.num_up)
+        _join_when_written(workers.engine_fleet, self.beside)
 
     async def evaluate(self, phase: Phase) -> None:
         """Measures what is due at this step, whose weights the engines serve. Benchmarks go on when it
@@ -92,7 +92,7 @@ class Evaluator:
             LearnerDownError: the learner was lost.
             RunFailedError: no engine is left, or the disk is full.
         """
-        self._beside.raise_failed()
+        self.beside.raise_failed()
         names = self._due(phase)
         if not names:
             return
@@ -101,7 +101,7 @@ class Evaluator:
             await self._measure(phase, names)
 
     async def _measure(self, phase: Phase, names: Sequence[str]) -> None:
-        await self._beside.finish()  # what was measured before comes first
+        await self.beside.finish()  # what was measured before comes first
         self._alive()
         self._state.expect(names)
         if HELD_OUT in names:
@@ -112,12 +112,12 @@ class Evaluator:
                 self._start(benchmark, phase)
 
         if phase == "after":
-            await self._beside.finish()
+            await self.beside.finish()
 
     async def cancel(self) -> None:
         """Gives up the benchmarks under way, so that nothing waits for them."""
         self._state.expect_no_more(self._config.evaluation.names)
-        if await self._beside.cancel():
+        if await self.beside.cancel():
             self._outlets.say("the benchmarks under way were given up")
 
     def new_row(self) -> Row:
@@ -125,11 +125,11 @@ class Evaluator:
         waited.
         """
         news, self._news = self._news, {}
-        return news | {"eopd_eval_wait_seconds": self.channel.waited_s}
+        return news | {"eopd_eval_wait_seconds": self.beside.waited_s}
 
     def status(self) -> str:
         """Returns what is under way, for people."""
-        left = self._beside.left
+        left = self.beside.left
         return f"{left} answers of benchmarks to be written" if left else "idle"
 
     def _due(self, phase: Phase) -> list[str]:
@@ -187,7 +187,7 @@ class Evaluator:
         step, expected = self._state.progress.step, len(prompts) * benchmark.samples
         tell = partial(self._tell, benchmark.name, expected)
         engines = OneVersion(self._workers.engines, step, expected, tell)
-        self._beside.start(engines, self._run(benchmark, prompts, engines, phase, step))
+        self.beside.start(engines, self._run(benchmark, prompts, engines, phase, step))
 
     async def _run(
         self,
@@ -274,6 +274,16 @@ class Evaluator:
     def _doing(self, text: str) -> None:
         self._alive()
         self._outlets.doing(text)
+
+
+def _join_when_written(fleet: Fleet[RolloutEngine], beside: Beside) -> None:
+    join = fleet.join
+
+    async def join_later(number: int, engine: RolloutEngine) -> None:
+        await beside.written_or_nobody(lambda: fleet.pool.num_up)
+        await join(number, engine)
+
+    fleet.join = join_later
 
 
 async def _keep_samples(

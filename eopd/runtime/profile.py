@@ -155,7 +155,6 @@ async def _measure(
             config,
             prepared,
             workers,
-            workers.channel,
             ledger,
             progress,
             lambda issue, lost: say(f"gave up {lost.key}: {lost.reason.value}: {lost.detail}"),

@@ -15,16 +15,15 @@ from typing import Never
 
 from eopd.config import Config
 from eopd.ledger import Ledger
-from eopd.pipeline import Pipeline
+from eopd.pipeline import Pipeline, Plan
 from eopd.preflight import Prepared, pinned, prepare
 from eopd.preflight import notes as notes_on
-from eopd.roles import LearnerDownError, WeightChannel
+from eopd.roles import LearnerDownError
 from eopd.run.checkpoint import step_of
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held, last_holder
 from eopd.run.parent import forgets_moments_at
 from eopd.run.place import free_row
-from eopd.run.plan import Plan
 from eopd.run.progress import Progress, first_line
 from eopd.run.record import Row, Summary
 from eopd.run.restore import restore
@@ -338,11 +337,11 @@ class Training:
             self._config,
             self._prepared,
             self._workers,
-            self._evaluator.channel,
             state.ledger,
             state.progress,
             self._drop,
         )
+        pipeline.before_publish = self._evaluator.beside.written
         responses = Responses(self._config, state.directory, self._prepared.train.texts)
         pipeline.on_trained = responses.take
         self._pipeline = pipeline
@@ -443,7 +442,6 @@ def pipeline_of(
     config: Config,
     prepared: Prepared,
     workers: Workers,
-    channel: WeightChannel,
     ledger: Ledger,
     progress: Progress,
     on_drop: Callable[[int, LostTrajectory], None],
@@ -454,7 +452,7 @@ def pipeline_of(
         engines=workers.engines,
         teacher=workers.teacher,
         learner=workers.learner,
-        channel=channel,
+        channel=workers.channel,
         order=prepared.order(config),
         ledger=ledger,
         progress=progress,

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "system")]
 import fakes  # noqa: E402
 from program import Program, read_rows  # noqa: E402
 
-from eopd.evaluation.beside import Beside, HeldChannel, OneVersion  # noqa: E402
+from eopd.evaluation.beside import Beside, OneVersion  # noqa: E402
 from eopd.models.tiny import write_tiny_pair  # noqa: E402
 from eopd.pool import Pool  # noqa: E402
 from eopd.types import Sampling  # noqa: E402
@@ -104,7 +104,7 @@ async def paced(num_answers: int) -> tuple[list[float], list[float]]:
         max_staleness=2,
         token_budget=64,
     )
-    loop.channel = HeldChannel(world, under_way)
+    loop.before_publish = under_way.written
 
     async def ask(engines: OneVersion) -> None:
         sampling = Sampling(temperature=1.0, max_tokens=4, seed=0, priority=-1)

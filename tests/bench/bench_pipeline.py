@@ -39,9 +39,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from eopd.ledger import Ledger
-from eopd.pipeline import Pipeline
+from eopd.pipeline import Pipeline, Plan
 from eopd.prompts import PromptOrder
-from eopd.run.plan import Plan
 from eopd.run.progress import Progress
 from eopd.run.record import Row
 from eopd.telemetry.step import step_row

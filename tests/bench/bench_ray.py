@@ -29,9 +29,8 @@ from ray.actor import ActorHandle
 from eopd.config import Config, load_config
 from eopd.fleet import Fleet
 from eopd.ledger import Ledger
-from eopd.pipeline import Pipeline
+from eopd.pipeline import Pipeline, Plan
 from eopd.prompts import PromptOrder
-from eopd.run.plan import Plan
 from eopd.run.progress import Progress
 from eopd.runtime.actors import RemoteEngine, RolloutActor, TeacherActor
 from eopd.runtime.cluster import connect, memory_row

@@ -5,7 +5,7 @@ import asyncio
 import fakes
 import pytest
 
-from eopd.evaluation.beside import Beside, HeldChannel, OneVersion
+from eopd.evaluation.beside import Beside, OneVersion
 from eopd.pipeline import Pipeline
 from eopd.types import LostTrajectory, PolicyVersion, RunFailedError, Sampling, Stored
 
@@ -65,8 +65,14 @@ async def ask(engines: OneVersion, answers: list[object]) -> None:
 def line(world: fakes.World, beside: Beside, **plan: object) -> Pipeline:
     """A loop whose publish waits for what is beside it."""
     made = fakes.pipeline(world, **plan)
-    made.channel = HeldChannel(world, beside)
+    made.before_publish = beside.written
     return made
+
+
+async def publish(world: fakes.World, beside: Beside) -> None:
+    """What the loop does with new weights."""
+    await beside.written()
+    await world.publish(PolicyVersion(0, 1), lambda: None)
 
 
 async def settle() -> None:
@@ -114,7 +120,7 @@ async def test_grades_hold_up_no_publish():
 
     beside.start(asked, work())
     async with asyncio.timeout(5):
-        await HeldChannel(world, beside).publish(PolicyVersion(0, 1))
+        await publish(world, beside)
         graded.set()
         await beside.finish()
 
@@ -140,7 +146,7 @@ async def test_what_is_given_up_holds_nothing_up():
     world, beside = Watched(), Beside()
     asked = OneVersion(Engines(world), 0, 2)
     beside.start(asked, ask(asked, []))
-    publishing = asyncio.create_task(HeldChannel(world, beside).publish(PolicyVersion(0, 1)))
+    publishing = asyncio.create_task(publish(world, beside))
     await settle()
     assert world.done == []
 
@@ -165,7 +171,7 @@ async def test_a_benchmark_that_fails_lets_a_publish_go_on_and_ends_the_run_then
     beside.start(asked, ask(asked, []))
 
     async with asyncio.timeout(5):
-        await HeldChannel(world, beside).publish(PolicyVersion(0, 1))
+        await publish(world, beside)
 
     assert world.done == ["publish 1"]
     with pytest.raises(raised) as caught:

@@ -20,7 +20,7 @@ from eopd.runtime.evaluating import Evaluator
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
 from eopd.tokenizer import load_tokenizer
-from eopd.types import EvalStats, PolicyVersion, Sampling, StopReason
+from eopd.types import EvalStats, Sampling, StopReason
 
 INPUTS = {"prompts.data": "1", "student.model": "2"}
 PROMPTS = [fakes.prompt(name, answer="7") for name in "ab"]
@@ -201,7 +201,7 @@ async def test_seeds_and_prompts_are_the_same_each_time(made):
         run.at(step)
         run.workers.asked = []
         await run.evaluator.evaluate("during" if step else "before")
-        await run.evaluator.channel.beside.finish()
+        await run.evaluator.beside.finish()
         asked.append(sorted(run.workers.asked))
 
     assert asked[0] == asked[1] == asked[2]
@@ -216,14 +216,14 @@ async def test_a_new_engine_waits_for_a_benchmark_unless_no_other_is_up(made):
     fleet, joined = run.workers.engine_fleet, run.workers.joined
 
     async with asyncio.timeout(10):
-        await run.evaluator.channel.beside.finish()
+        await run.evaluator.beside.finish()
         await fleet.join(0, None)
         assert joined == [0]
 
         run.workers.free.clear()
         engines = OneVersion(run.workers, 0, 1)
         sampling = Sampling(temperature=1.0, max_tokens=1, seed=0)
-        run.evaluator.channel.beside.start(
+        run.evaluator.beside.start(
             engines,
             engines.generate(
                 PROMPTS[0],
@@ -237,7 +237,7 @@ async def test_a_new_engine_waits_for_a_benchmark_unless_no_other_is_up(made):
 
         fleet.pool.num_up = 0
         await joining
-        assert run.evaluator.channel.beside.left == 1, "it is what will be asked"
+        assert run.evaluator.beside.left == 1, "it is what will be asked"
 
         fleet.pool.num_up = 1
         joining = asyncio.create_task(fleet.join(2, None))
@@ -256,7 +256,7 @@ async def test_later_measurements_are_paired_with_the_first(made):
         run.at(step)
         run.workers.says["b"] = says
         await run.evaluator.evaluate("during" if step else "before")
-        await run.evaluator.channel.beside.finish()
+        await run.evaluator.beside.finish()
 
     first, later = (one for one in run.state.evaluations if one.name == "math")
     assert first.measurements["avg_at_n"].mean == 0.5
@@ -299,7 +299,7 @@ async def test_a_run_that_goes_on_finds_its_first_measurement(made):
         run.at(step)
         run.workers.says["b"] = "wrong"
         await run.evaluator.evaluate("during" if step else "before")
-        await run.evaluator.channel.beside.finish()
+        await run.evaluator.beside.finish()
 
     await run.state.save(run.workers)
     run.state.end("failed")
@@ -308,7 +308,7 @@ async def test_a_run_that_goes_on_finds_its_first_measurement(made):
     again.at(10)
     again.workers.says["b"] = "right"
     await again.evaluator.evaluate("during")
-    await again.evaluator.channel.beside.finish()
+    await again.evaluator.beside.finish()
     held_out, math = again.state.evaluations[-2:]
     assert held_out.differences["reverse_kl"].mean == pytest.approx(1 / 11 - 1)
     assert held_out.differences["reverse_kl"].standard_error == pytest.approx(0.5 * 10 / 11)
@@ -319,7 +319,7 @@ async def test_what_was_measured_is_in_the_next_row_once_and_shown_at_once(made)
     run = made(f"{{every: 5, samples: 0, benchmarks: [{MATH}]}}")
     run.at(0)
     await run.evaluator.evaluate("before")
-    await run.evaluator.channel.beside.finish()
+    await run.evaluator.beside.finish()
     row = run.evaluator.new_row()
     assert row['eopd_eval_avg_at_n_ratio{benchmark="math"}'] == 0.5
     assert row['eopd_eval_pass_at_k_ratio{benchmark="math",k="2"}'] == 0.5
@@ -358,7 +358,7 @@ async def test_what_is_given_up_is_measured_where_the_run_goes_on(made):
     )
     again.at(5)
     await again.evaluator.evaluate("during")
-    await again.evaluator.channel.beside.finish()
+    await again.evaluator.beside.finish()
     assert lines(again) == [(5, "during", "held_out"), (5, "during", "math")]
     assert again.state.progress.best.step == 5
 
@@ -368,7 +368,7 @@ async def test_what_other_weights_wrote_is_lost_and_counted(made):
     run.at(5)
     run.workers.free.clear()
     await asyncio.gather(run.evaluator.evaluate("during"), free_then_replace(run))
-    await run.evaluator.channel.beside.finish()
+    await run.evaluator.beside.finish()
     (math,) = (one for one in run.state.evaluations if one.name == "math")
     assert math.measurements["lost"].mean == 4
     assert math.measurements["avg_at_n"].mean == 0
@@ -378,7 +378,7 @@ async def test_what_other_weights_wrote_is_lost_and_counted(made):
 async def free_then_replace(run) -> None:
     """Lets the held-out responses be written, and then has an engine of other weights."""
     run.workers.free.set()
-    while not run.evaluator.channel.beside.left:
+    while not run.evaluator.beside.left:
         await asyncio.sleep(0)
 
     run.workers.served = 6
@@ -390,7 +390,7 @@ async def test_a_benchmark_of_the_last_evaluation_is_known_before_the_next(made)
         run.at(step)
         await run.evaluator.evaluate("during" if step else "before")
 
-    await run.evaluator.channel.beside.finish()
+    await run.evaluator.beside.finish()
     assert [step for step, _, _ in lines(run)] == [0, 0, 5, 5, 10, 10]
 
 
@@ -413,8 +413,8 @@ async def test_a_grader_that_was_broken_meanwhile_costs_its_measurement_and_no_m
     run = made(f"{{every: 5, samples: 0, benchmarks: [{mine}, {MATH}]}}")
     grader("def grade(response, reference)\n")
     await run.evaluator.evaluate("before")
-    await run.evaluator.channel.publish(PolicyVersion(0, 1))
-    await run.evaluator.channel.beside.finish()
+    await run.evaluator.beside.written()
+    await run.evaluator.beside.finish()
     assert lines(run) == [(0, "before", "held_out"), (0, "before", "math")]
     (told,) = [text for text in run.outlets.said if "not measured" in text]
     assert told.startswith("step 0, mine: not measured: grader: my_grader:grade: importing")
@@ -426,7 +426,7 @@ async def test_an_error_and_a_time_out_are_no_grades(made, monkeypatch, verdict)
     monkeypatch.setattr("eopd.runtime.evaluating.open_grader", lambda name: grades)
     run = made(f"{{every: 5, samples: 0, benchmarks: [{MATH}]}}")
     await run.evaluator.evaluate("before")
-    await run.evaluator.channel.beside.finish()
+    await run.evaluator.beside.finish()
     (measured,) = [one for one in run.state.evaluations if one.name == "math"]
     assert measured.measurements["not_graded"].mean == 4
 
@@ -436,7 +436,7 @@ async def test_answers_that_were_not_graded_are_counted_and_said(made, grader):
     mine = f"{{name: mine, data: m.jsonl, samples: 2, grader: '{name}'}}"
     run = made(f"{{every: 5, samples: 0, benchmarks: [{mine}]}}")
     await run.evaluator.evaluate("before")
-    await run.evaluator.channel.beside.finish()
+    await run.evaluator.beside.finish()
     (measured,) = [one for one in run.state.evaluations if one.name == "mine"]
     assert measured.measurements["not_graded"].mean == 4
     assert measured.measurements["avg_at_n"].mean == 0

@@ -4,7 +4,7 @@ import fakes
 import pytest
 
 from eopd.config import load_config
-from eopd.run.plan import Plan
+from eopd.pipeline import Plan
 
 OVERRIDES = [
     "rollout.samples_per_prompt=3",
