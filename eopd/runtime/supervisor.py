@@ -38,7 +38,7 @@ from eopd.runtime.placement import (
     shares_gpus,
 )
 from eopd.runtime.restarts import RestartBudget
-from eopd.runtime.teachers import TeacherPool, TeacherRouter, teacher_fleets
+from eopd.runtime.teachers import TeacherRouter, teacher_fleets
 from eopd.types import LostReason, LostTrajectory, PromptSample, RunFailedError, Stored
 from eopd.weights.channel import BroadcastChannel
 from eopd.weights.probe import probe_text
@@ -94,18 +94,17 @@ async def start_workers(
         for fleet in fleets:
             starting |= fleet.start()
 
-        if shares_gpus(config):
-            starting = one_by_one(starting)
-
-        logs = logs or str(RunDirectory(config.run.path).logs)
-        await _all_up(starting, config.cluster.start_timeout_s, logs=logs)
-
-        pools = {name: TeacherPool(name, fleet) for name, fleet in teachers.items()}
+        await _all_up(
+            starting,
+            config.cluster.start_timeout_s,
+            in_turn=shares_gpus(config),
+            logs=logs or str(RunDirectory(config.run.path).logs),
+        )
 
         try:
             yield Workers(
                 engines=EnginePool(engines),
-                teacher=TeacherRouter(pools, config.teacher_of),
+                teacher=TeacherRouter(teachers, config.teacher_of),
                 learner=gang,
                 channel=open_channel(engines, gang, config, probe_text(prompts)),
                 engine_fleet=engines,
@@ -140,13 +139,10 @@ async def rollout_engines(
         processes = [
             engine_process(actor, student, rollout, max_sequence_tokens) for actor in actors
         ]
-        starting: Mapping[str, Awaitable[object]] = {
+        starting = {
             f"rollout engine {number}": process.start() for number, process in enumerate(processes)
         }
-        if 0 < rollout.gpus < 1:
-            starting = one_by_one(starting)
-
-        await _all_up(starting, timeout_s, logs=log_directory())
+        await _all_up(starting, timeout_s, in_turn=0 < rollout.gpus < 1, logs=log_directory())
         yield [process.worker for process in processes]
 
 
@@ -163,10 +159,12 @@ async def teachers(config: Config) -> AsyncIterator[Mapping[str, Fleet[TeacherSc
         starting = {
             name: started for fleet in fleets.values() for name, started in fleet.start().items()
         }
-        if shares_gpus(config):
-            starting = one_by_one(starting)
-
-        await _all_up(starting, config.cluster.start_timeout_s, logs=log_directory())
+        await _all_up(
+            starting,
+            config.cluster.start_timeout_s,
+            in_turn=shares_gpus(config),
+            logs=log_directory(),
+        )
         yield fleets
 
 
@@ -175,15 +173,18 @@ class StartError(RunFailedError):
 
 
 async def _all_up(
-    starting: Mapping[str, Awaitable[object]], timeout_s: float, *, logs: str
+    starting: Mapping[str, Awaitable[object]], timeout_s: float, *, in_turn: bool, logs: str
 ) -> None:
-    """Wait until everybody has started.
+    """Wait until everybody has started, one after the other where they start ``in_turn``.
 
     Raises:
         ConfigError: somebody found the user's mistake.
         StartError: somebody failed, or did not come up in time; the driver's log has the worker's
             traceback.
     """
+    if in_turn:
+        starting = one_by_one(starting)
+
     tasks = {asyncio.ensure_future(started): name for name, started in starting.items()}
     try:
         done, pending = await asyncio.wait(

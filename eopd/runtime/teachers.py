@@ -31,88 +31,71 @@ from eopd.types import (
 )
 
 
-class TeacherPool:
-    """A ``TeacherScorer`` over the replicas of one teacher."""
-
-    def __init__(self, name: str, fleet: Fleet[TeacherScorer]) -> None:
-        self._name = name
-        self._fleet = fleet
-        self._pool = fleet.pool
-        self._num_tokens = 0
-
-    async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
-        """Score on one replica; where that is lost, on another one.
-
-        Raises:
-            RunFailedError: no replica is left.
-        """
-        try:
-            outcome = await self._pool.run(
-                lambda scorer: scorer.score(stored), stored.header.priority
-            )
-        except NoAnswerError as error:
-            return LostTrajectory(
-                key=stored.header.key, reason=LostReason.TEACHER_FAILED, detail=str(error)
-            )
-
-        if isinstance(outcome, Stored):
-            self._num_tokens += outcome.header.num_response_tokens
-
-        return outcome
-
-    def metrics(self) -> Row:
-        """Returns what the replicas have done so far, and how many take requests and should."""
-        values = {
-            "eopd_teacher_tokens_total": self._num_tokens,
-            "eopd_teacher_failures_total": self._pool.num_failures,
-            "eopd_teacher_replacements_total": self._fleet.num_replacements,
-            "eopd_teacher_replicas_up": self._pool.num_up,
-            "eopd_teacher_replicas_wanted": self._fleet.size,
-            "eopd_teacher_in_flight_trajectories": sum(self._pool.in_flight.values()),
-        }
-        return {series(name, teacher=self._name): float(value) for name, value in values.items()}
-
-    def status(self) -> list[str]:
-        """Returns what each replica does now, a line each, for people."""
-        return self._pool.status()
-
-
 class TeacherRouter:
     """A ``TeacherScorer`` over the teachers of a run: each prompt's source has one.
 
     Args:
-        pools: the teachers, by name.
+        fleets: the replicas of the teachers, by name.
         teacher_of: returns the teacher of a source.
     """
 
     def __init__(
         self,
-        pools: Mapping[str, TeacherPool],
+        fleets: Mapping[str, Fleet[TeacherScorer]],
         teacher_of: Callable[[str], TeacherConfig | None],
     ) -> None:
-        self._pools = pools
+        self._fleets = fleets
         self._teacher_of = teacher_of
+        self._num_tokens = dict.fromkeys(fleets, 0)
 
     async def score(self, stored: Stored[Trajectory]) -> Stored[ScoredTrajectory] | LostTrajectory:
-        """Score by the teacher of the header's source.
+        """Score on one replica of the teacher of the header's source; where that is lost, on another.
 
         Raises:
-            KeyError: nobody teaches it.
+            KeyError: nobody teaches the source.
+            RunFailedError: no replica is left.
         """
-        teacher = self._teacher_of(stored.header.source)
+        header = stored.header
+        teacher = self._teacher_of(header.source)
         if teacher is None:
-            raise KeyError(f"no teacher for source {stored.header.source!r}")
+            raise KeyError(f"no teacher for source {header.source!r}")
 
-        return await self._pools[teacher.name].score(stored)
+        pool = self._fleets[teacher.name].pool
+        try:
+            outcome = await pool.run(lambda scorer: scorer.score(stored), header.priority)
+        except NoAnswerError as error:
+            return LostTrajectory(
+                key=header.key,
+                reason=LostReason.TEACHER_FAILED,
+                detail=str(error),
+            )
+
+        if isinstance(outcome, Stored):
+            self._num_tokens[teacher.name] += outcome.header.num_response_tokens
+
+        return outcome
 
     def metrics(self) -> Row:
-        """The metrics of all teachers."""
-        pools = self._pools.values()
-        return {name: value for pool in pools for name, value in pool.metrics().items()}
+        """Returns what the replicas of each teacher have done so far, and how many take requests and
+        should.
+        """
+        row: dict[str, float] = {}
+        for teacher, fleet in self._fleets.items():
+            values = {
+                "eopd_teacher_tokens_total": self._num_tokens[teacher],
+                "eopd_teacher_failures_total": fleet.pool.num_failures,
+                "eopd_teacher_replacements_total": fleet.num_replacements,
+                "eopd_teacher_replicas_up": fleet.pool.num_up,
+                "eopd_teacher_replicas_wanted": fleet.size,
+                "eopd_teacher_in_flight_trajectories": sum(fleet.pool.in_flight.values()),
+            }
+            row |= {series(name, teacher=teacher): float(value) for name, value in values.items()}
+
+        return row
 
     def status(self) -> list[str]:
         """Returns what each replica of each teacher does now, a line each, for people."""
-        return [line for pool in self._pools.values() for line in pool.status()]
+        return [line for fleet in self._fleets.values() for line in fleet.pool.status()]
 
 
 def teacher_fleets(

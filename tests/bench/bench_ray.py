@@ -38,7 +38,7 @@ from eopd.runtime.engines import EnginePool, engine_fleet
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.learner_actor import LearnerActor
 from eopd.runtime.placement import RoleResources
-from eopd.runtime.teachers import TeacherPool, TeacherRouter, teacher_fleets
+from eopd.runtime.teachers import TeacherRouter, teacher_fleets
 from eopd.types import (
     Exact,
     Header,
@@ -216,11 +216,10 @@ async def move(config: Config) -> Seen:
         )
         for number in range(1_000)
     ]
-    pools = {name: TeacherPool(name, fleet) for name, fleet in teachers.items()}
     line = Pipeline(
         Plan.of(config),
         EnginePool(engines),
-        TeacherRouter(pools, config.teacher_of),
+        TeacherRouter(teachers, config.teacher_of),
         gang,
         Labels(engines),
         PromptOrder(prompts, samples_per_prompt=1, seed=0),

@@ -13,7 +13,7 @@ from eopd.pool import Pool
 from eopd.roles import EngineDownError, TeacherDownError
 from eopd.runtime.engines import EnginePool
 from eopd.runtime.restarts import RestartBudget, TooManyRestartsError
-from eopd.runtime.teachers import TeacherPool, TeacherRouter
+from eopd.runtime.teachers import TeacherRouter
 from eopd.telemetry.series import series
 from eopd.types import LostReason, LostTrajectory, Sampling, Stored
 
@@ -484,7 +484,8 @@ def stored(prompt_id: str = "p", source: str = "s") -> Stored:
 
 
 async def test_what_a_teacher_cannot_score_or_not_in_time_is_lost_at_once():
-    pool = TeacherPool("t", await one_of(Teacher("a")))
+    fleets = {"t": await one_of(Teacher("a"))}
+    pool = TeacherRouter(fleets, lambda source: SimpleNamespace(name="t"))
     assert (await pool.score(stored())).body == "a"
     assert (await pool.score(stored("bad"))).detail == "not finite"
     slow = await pool.score(stored("slow"))
@@ -498,11 +499,10 @@ async def test_what_a_teacher_cannot_score_or_not_in_time_is_lost_at_once():
 
 
 async def test_sources_have_their_teachers_and_the_rest_the_default():
-    maths = TeacherPool("m", await one_of(Teacher("m")))
-    rest = TeacherPool("r", await one_of(Teacher("r")))
+    fleets = {name: await one_of(Teacher(name)) for name in ("m", "r")}
     names = {"math": "m", "aime": "m", "code": "r"}
     router = TeacherRouter(
-        {"m": maths, "r": rest},
+        fleets,
         lambda source: SimpleNamespace(name=names[source]) if source in names else None,
     )
     found = [
