@@ -268,16 +268,11 @@ def _simulated(
 
 def _lack_of_gpus(config: Config, hardware: "Hardware") -> str | None:
     """Returns why the GPUs of all machines do not hold every actor, or None."""
-    from eopd.runtime.placement import Capacity, Node, require_capacity
+    from eopd.runtime.placement import Capacity, Node, lack_of
     from eopd.runtime.placement import plan as placed
 
     if hardware.gpus_per_node is None:
         return None
 
     here = Capacity(cpus=_ANY_CPUS, gpus=hardware.gpus_per_node)
-    try:
-        require_capacity(placed(config), [Node(total=here, free=here)] * hardware.nodes)
-    except ConfigError as error:
-        return str(error)
-
-    return None
+    return lack_of(placed(config), [Node(total=here, free=here)] * hardware.nodes)

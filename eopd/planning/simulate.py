@@ -19,27 +19,27 @@ What waits for what is decided by the code of a run, and nothing of it is repeat
 """
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Final, cast
 
 import numpy as np
 
 from eopd.config import Config
 from eopd.ledger import Ledger
-from eopd.packing import pack_batch
 from eopd.pipeline import Pipeline, Plan
 from eopd.planning.balance import WORKERS, Balance, Counts, batch_of, counts_of
 from eopd.planning.needs import Hardware
+from eopd.planning.stages import stage_by_stage
 from eopd.planning.virtual import VirtualLoop
 from eopd.planning.workers import Roles, Work
 from eopd.prompts import PromptOrder
 from eopd.roles import Learner
 from eopd.run.progress import Progress
 from eopd.telemetry.step import PARTS
-from eopd.types import PromptSample, StepDone, Stored, Trajectory
+from eopd.types import PromptSample, StepDone
 
 _WARM_UP: Final = 3  # steps, and as many more as a trajectory may be stale
 _RESPONSES: Final = 20_000  # that are measured, in at least and at most so many steps
@@ -152,56 +152,41 @@ async def _alone(config: Config, work: Work, hardware: Hardware) -> tuple[Mappin
     """Returns the seconds of each stage for some batches, each stage alone with a whole batch at once;
     and their response tokens.
     """
-    loop, plan, order = asyncio.get_running_loop(), Plan.of(config), _order(config)
     roles = Roles(config, work, counts_of(config), hardware)
+    line = _line(Plan.of(config), roles, _order(config))
     spent, tokens = dict.fromkeys(WORKERS, 0.0), 0
 
-    for first in range(0, _RESPONSES_ALONE, plan.batch):
-        times = [loop.time()]
-        written = await asyncio.gather(
-            *(_written(roles, order, issue) for issue in range(first, first + plan.batch))
-        )
-        times.append(loop.time())
-        read = await asyncio.gather(*map(roles.score, written))
-        times.append(loop.time())
-        packed = pack_batch(
-            read,
-            steps=plan.optimizer_steps,
-            ranks=plan.ranks,
-            token_budget=plan.token_budget,
-            alpha=1.0,
-        )
-        await roles.step(packed)
-        times.append(loop.time())
-        tokens += sum(stored.header.num_response_tokens for stored in read)
-        for stage, (start, stop) in zip(WORKERS, pairwise(times), strict=True):
-            spent[stage] += stop - start
+    for number in range(math.ceil(_RESPONSES_ALONE / line.plan.batch)):
+        seconds, more = await stage_by_stage(line, number)
+        tokens += more
+        for stage in spent:
+            spent[stage] += seconds[stage]
 
     return spent, tokens
 
 
-async def _written(roles: Roles, order: PromptOrder, issue: int) -> Stored[Trajectory]:
-    sampling = order.sampling(issue, temperature=1.0, max_tokens=1)
-    return await roles.generate(*order.at(issue), sampling)
+def _line(plan: Plan, roles: Roles, order: PromptOrder) -> Pipeline:
+    """Returns a loop in virtual time."""
+    return Pipeline(
+        plan,
+        roles,
+        roles,
+        cast(Learner, roles),  # the loop calls no other methods of it
+        roles,
+        order,
+        Ledger(),
+        Progress(),
+        clock=asyncio.get_running_loop().time,
+    )
 
 
 async def _simulate(
     config: Config, full: Work, plan: Plan, measured: int, counts: Counts, hardware: Hardware
 ) -> Simulation:
     """Runs the loop up to the end of the last step that is measured."""
-    clock = asyncio.get_running_loop().time
     roles = Roles(config, full, counts, hardware)
-    line = Pipeline(
-        plan,
-        roles,
-        roles,
-        cast(Learner, roles),  # the loop calls no other methods of it
-        roles,
-        _order(config),
-        Ledger(),
-        Progress(),
-        clock=clock,
-    )
+    line = _line(plan, roles, _order(config))
+    clock = line.clock
     done: list[StepDone] = []
     warm_up = plan.batches - measured - config.flow.max_staleness - 1
     started = 0.0

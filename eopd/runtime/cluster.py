@@ -33,6 +33,7 @@ from eopd.runtime.placement import (
     Places,
     RoleResources,
     choose_nodes,
+    lack_of,
     require_capacity,
 )
 from eopd.runtime.process import takes_files
@@ -151,12 +152,7 @@ def _wait_for_room(roles: Sequence[RoleResources], until: float) -> None:
 
 def has_room(role: RoleResources) -> bool:
     """Tells whether the cluster has room for all actors of a role now."""
-    try:
-        require_capacity([role], nodes())
-    except ConfigError:
-        return False
-
-    return True
+    return lack_of([role], nodes()) is None
 
 
 def find_places(roles: Sequence[RoleResources], *, spread: bool = False) -> Places:

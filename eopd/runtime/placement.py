@@ -181,15 +181,20 @@ def _require_node(role: RoleResources, resource: str, nodes: Sequence[Node]) -> 
         raise ConfigError(f"{request}; no node{those} has more than {free:g} free")
 
 
-def room_here(config: Config, *, cpus: float, gpus: float) -> str | None:
-    """Returns what a run lacks where Ray is started on a machine of so many CPUs and GPUs, or None."""
-    here = Capacity(cpus=config.cluster.cpus or cpus, gpus=gpus)
+def lack_of(roles: Sequence[RoleResources], nodes: Sequence[Node]) -> str | None:
+    """Returns what ``require_capacity`` says that roles lack on some nodes; None where it is nothing."""
     try:
-        require_capacity(plan(config), [Node(total=here, free=here)])
+        require_capacity(roles, nodes)
     except ConfigError as error:
         return str(error)
 
     return None
+
+
+def room_here(config: Config, *, cpus: float, gpus: float) -> str | None:
+    """Returns what a run lacks where Ray is started on a machine of so many CPUs and GPUs, or None."""
+    here = Capacity(cpus=config.cluster.cpus or cpus, gpus=gpus)
+    return lack_of(plan(config), [Node(total=here, free=here)])
 
 
 def summarize(config: Config) -> str:

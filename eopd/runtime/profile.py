@@ -24,6 +24,7 @@ import psutil
 from eopd.config import Config, TelemetryConfig
 from eopd.ledger import Ledger
 from eopd.pipeline import Pipeline
+from eopd.planning.stages import stage_by_stage
 from eopd.preflight import Prepared, pinned, prepare
 from eopd.preflight.environment import is_local
 from eopd.roles import WorkerDownError
@@ -37,22 +38,13 @@ from eopd.runtime.supervisor import Workers, start_workers
 from eopd.runtime.train import pipeline_of
 from eopd.telemetry.profile import STAGES, Alone, Clocks, Profile, summarise
 from eopd.telemetry.step import step_row
-from eopd.types import (
-    LostReason,
-    LostTrajectory,
-    RunFailedError,
-    ScoredTrajectory,
-    StepDone,
-    Stored,
-    Trajectory,
-)
+from eopd.types import RunFailedError, StepDone
 
 WARM_UP_ALONE: Final = 1  # batches; the first of everything compiles and allocates
 ALONE: Final = (1, 2)  # at least, and where there is time
 WARM_UP: Final = 2  # steps, until batches overlap as they will
 STEPS: Final = (2, 5)
 PATIENCE_S: Final = 110.0
-MOST_ROUNDS: Final = 20  # in which one batch must become full
 
 Say = Callable[[str], None]
 
@@ -174,7 +166,8 @@ async def _alone(line: Pipeline, patience: Patience, here: bool, say: Say) -> Al
         if len(batches) == WARM_UP_ALONE:
             before_s = cpu_seconds(os.getpid())
 
-        batches.append(await stage_by_stage(line, len(batches)))
+        seconds, _ = await stage_by_stage(line, len(batches))
+        batches.append(seconds)
         say(f"stage by stage: batch {len(batches)}, {_words(batches[-1])}")
 
     cpu_s, measured = cpu_seconds(os.getpid()) - before_s, batches[WARM_UP_ALONE:]
@@ -203,82 +196,6 @@ async def _overlapped(
 
     cores = len(os.sched_getaffinity(0))
     return rows[WARM_UP:], Clocks(wall_s=wall_s, cpu_s=cpu_s if here else None, cores=cores)
-
-
-async def stage_by_stage(line: Pipeline, number: int) -> Mapping[str, float]:
-    """Trains batch ``number`` with the roles of a loop, one stage after the other.
-
-    The engines get all prompts of the batch at once, and the teachers all its responses once the
-    last one is written. The learner gets the whole batch, and then the engines get its weights.
-
-    Returns:
-        The seconds from the first request to the last answer, of each stage.
-
-    Raises:
-        RunFailedError: the batch did not become full, since responses are lost or filtered.
-    """
-    plan, seconds = line.plan, dict.fromkeys(STAGES, 0.0)
-    batch: dict[int, Stored[ScoredTrajectory]] = {}
-
-    for _ in range(MOST_ROUNDS):
-        lost = await _fill(line, batch, seconds)
-        if len(batch) == plan.batch:
-            break
-    else:
-        raise RunFailedError(
-            f"a batch of {plan.batch} trajectories did not become full: in {MOST_ROUNDS} attempts "
-            f"{len(batch)} were kept; the last one lost was {lost[-1].key}: "
-            f"{lost[-1].reason.value}: {lost[-1].detail}"
-        )
-
-    with _timed(seconds, "train"):
-        whole = [stored for _, stored in sorted(batch.items())]
-        stats = await line.learner.step(line.pack(whole, number))
-
-    with _timed(seconds, "weights"):
-        await line.channel.publish(stats.version)
-
-    line.ledger.train(batch)
-    return seconds
-
-
-async def _fill(
-    line: Pipeline, batch: dict[int, Stored[ScoredTrajectory]], seconds: dict[str, float]
-) -> Sequence[LostTrajectory]:
-    """Writes what a batch lacks, and then scores it; returns what was lost or filtered of it."""
-    issues = [line.ledger.issue() for _ in range(line.plan.batch - len(batch))]
-    with _timed(seconds, "generate"):
-        written = await asyncio.gather(*(line.generate(issue, attempt=0) for issue in issues))
-
-    with _timed(seconds, "score"):
-        read = await asyncio.gather(*(_score(line, one) for one in written))
-
-    lost = []
-    for issue, one in zip(issues, read, strict=True):
-        if not isinstance(one, LostTrajectory):
-            batch[issue] = one
-            continue
-
-        lost.append(one)
-        if one.reason is LostReason.FILTERED:
-            line.ledger.filter(issue)
-        else:
-            line.ledger.drop(issue)
-
-    return lost
-
-
-async def _score(
-    line: Pipeline, written: Stored[Trajectory] | LostTrajectory
-) -> Stored[ScoredTrajectory] | LostTrajectory:
-    return written if isinstance(written, LostTrajectory) else await line.teacher.score(written)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[stage] += time.monotonic() - started
 
 
 def _words(spent: Mapping[str, float]) -> str:

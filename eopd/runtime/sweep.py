@@ -34,7 +34,7 @@ from eopd.run.results import FILE, ArmResult, Entry, Status, errors_before, writ
 from eopd.run.storage import write_whole
 from eopd.runtime import cluster
 from eopd.runtime.inputs import digests
-from eopd.runtime.placement import Capacity, Node, RoleResources, plan, require_capacity
+from eopd.runtime.placement import Capacity, Node, RoleResources, lack_of, plan, require_capacity
 from eopd.runtime.resume import take_up
 from eopd.runtime.signals import caught, ignored_by_children
 from eopd.telemetry.report.page import write_report
@@ -65,12 +65,8 @@ class Room:
 
     def has(self, configs: Sequence[Config]) -> bool:
         """Tells whether some runs fit side by side."""
-        try:
-            self.require([role for config in configs for role in plan(config)])
-        except ConfigError:
-            return False
-
-        return True
+        roles = [role for config in configs for role in plan(config)]
+        return lack_of(roles, self.nodes) is None
 
 
 OpenRoom = Callable[[Config, int], AbstractContextManager[Room]]

@@ -536,7 +536,7 @@ def test_a_rank_that_is_lost_under_a_measurement_is_one_line(eopd, tmp_path, mon
     monkeypatch.setattr(measure.cluster, "connect", lambda config: nullcontext())
     monkeypatch.setattr(measure.cluster, "require_room", lambda *arguments: None)
     monkeypatch.setattr(measure, "_measure", fails)
-    monkeypatch.setattr(RunDirectory, "checkpoint", lambda directory, step: tmp_path)
+    monkeypatch.setattr(RunDirectory, "checkpoint", lambda directory, step: tmp_path / "step-7")
     config = load_config(fakes.write_config(tmp_path))
     done = eopd("measure", RunDirectory.create(config).path)
     assert (done.code, done.err) == (1, "error: a worker was lost: its actor died\n")

@@ -273,7 +273,7 @@ async def test_stages_alone_do_not_overlap_and_their_seconds_are_those_of_the_wh
     world = Slow()
     line = fakes.pipeline(world)
     started = time.monotonic()
-    seconds = await stage_by_stage(line, 0)
+    seconds, tokens = await stage_by_stage(line, 0)
     took = time.monotonic() - started
     assert world.events == [*["generate"] * 4, *["score"] * 4, "train", "weights"]
     expected = {"generate": 0.04, "score": 0.02, "train": 0.03, "weights": 0.01}
@@ -281,6 +281,7 @@ async def test_stages_alone_do_not_overlap_and_their_seconds_are_those_of_the_wh
         assert at_least <= seconds[stage] < at_least + 0.1
 
     assert sum(seconds.values()) == pytest.approx(took, abs=0.01)
+    assert tokens == 4 * fakes.header().num_response_tokens
     assert world.served == 1
     assert len(world.trained[0]) == 4
     assert line.ledger.settled.floor == 4
@@ -313,7 +314,7 @@ async def test_what_is_lost_is_written_again_and_counts_to_its_stage(reason, fil
         return reason if len(asked) <= 2 else None
 
     line = fakes.pipeline(Slow(first_two))
-    seconds = await stage_by_stage(line, 0)
+    seconds, _ = await stage_by_stage(line, 0)
     assert seconds["generate"] >= 0.08 and seconds["score"] >= 0.04
     assert len(asked) == 6
     assert (line.ledger.num_filtered, len(line.ledger.dropped)) == (filtered, dropped)
