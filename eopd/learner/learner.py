@@ -38,10 +38,9 @@ from eopd.learner.nonfinite import BrokenRow, NonFiniteUpdateError, dump, explai
 from eopd.learner.ranks import gather_all, join
 from eopd.learner.student import load_student
 from eopd.learner.weighting import Weigher, trajectory_metrics
-from eopd.loss.chunked import token_statistics
-from eopd.loss.inputs import Head
+from eopd.loss.chunked import Head
 from eopd.loss.kernels import choose_chunk_tokens
-from eopd.loss.objective import LossTerms, objective
+from eopd.loss.objective import LossTerms, objective, token_statistics
 from eopd.metrics import Metric, Same, Sum, reduce
 from eopd.types import (
     EvalStats,

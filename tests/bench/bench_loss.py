@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from eopd.config import LossConfig
-from eopd.loss.inputs import Head, LossTokens
+from eopd.loss.chunked import Head, LossTokens
 from eopd.loss.objective import objective
 
 K = 16

@@ -12,9 +12,8 @@ from bench_loss import Case, make_inputs, make_tokens, measure
 from torch.profiler import ProfilerActivity, profile
 
 from eopd.config import LossConfig
-from eopd.loss.chunked import token_statistics
-from eopd.loss.inputs import Head
-from eopd.loss.objective import objective
+from eopd.loss.chunked import Head
+from eopd.loss.objective import objective, token_statistics
 
 QWEN, ODD = 151_936, 50_257  # the latter fills no whole number of blocks
 CONFIG = LossConfig()

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from eopd.learner.collate import Packed
 from eopd.learner.nonfinite import BrokenRow, dump, explain, find_rows
-from eopd.loss.inputs import LossTokens
+from eopd.loss.chunked import LossTokens
 from eopd.types import TrajectoryKey
 
 KEYS = [TrajectoryKey(0, "a", 0), TrajectoryKey(0, "b", 1)]

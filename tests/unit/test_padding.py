@@ -9,9 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from eopd.config import LossConfig, StudentConfig
 from eopd.learner.student import load_student
-from eopd.loss.chunked import token_statistics
-from eopd.loss.inputs import LossTokens
-from eopd.loss.objective import objective
+from eopd.loss.chunked import LossTokens
+from eopd.loss.objective import objective, token_statistics
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.tokenizer import num_tokens
 

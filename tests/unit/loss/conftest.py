@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from eopd.config import LossConfig
-from eopd.loss import logits as logits_module
-from eopd.loss.inputs import Head, LossTokens
+from eopd.loss import chunked
+from eopd.loss.chunked import Head, LossTokens
 from eopd.loss.kernels import CudaKernels
 from eopd.loss.objective import LossTerms, objective
 from eopd.metrics import reduce
@@ -322,7 +322,7 @@ class ImitatedCudaKernels(CudaKernels):
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test of the loss runs on the kernels of both devices."""
     if request.param == "cuda":
-        monkeypatch.setattr(logits_module, "open_kernels", ImitatedCudaKernels)
+        monkeypatch.setattr(chunked, "open_kernels", ImitatedCudaKernels)
 
 
 @pytest.fixture(scope="session")

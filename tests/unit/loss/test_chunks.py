@@ -11,10 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eopd.config import LossConfig
 from eopd.loss import kernels
-from eopd.loss.chunked import token_statistics
+from eopd.loss.chunked import Head, LossTokens
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
-from eopd.loss.inputs import Head, LossTokens
-from eopd.loss.objective import LossTerms, objective
+from eopd.loss.objective import LossTerms, objective, token_statistics
 from eopd.metrics import reduce
 from eopd.types import TrajectoryKey
 
