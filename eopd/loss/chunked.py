@@ -105,7 +105,7 @@ class LossTokens:
     teacher_topk_logprobs_TK: Tensor
     teacher_tail_logprobs_T: Tensor  # log of the mass outside the top k; -inf where k = V
     advantage_bonus_T: Tensor | None = None
-    teacher_entropy_T: Tensor | None = None  # a diagnostic only
+    teacher_entropy_T: Tensor  # a diagnostic only
 
     def columns(self) -> dict[str, Tensor]:
         """Returns all columns that are there, by name."""

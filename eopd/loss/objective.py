@@ -146,32 +146,35 @@ def objective(
     return (loss / max(num_loss_tokens, 1)).to(dtype), LossTerms.from_vector(sums)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenStatistics:
-    """Student against teacher, per token: float64 [T], 0 where masked. KL and entropy in nats."""
-
-    student_logprobs_T: Tensor  # what ``old_logprobs_T`` is made of
-    student_entropy_T: Tensor
-    reverse_kl_T: Tensor  # log p(y) - log q(y)
-    forward_kl_T: Tensor  # the ``tail`` form
-    top1_agreement_T: Tensor  # 1 where both have the same most likely token
-
-
 def token_statistics(
     hidden_TD: Tensor, head: Head, tokens: LossTokens, *, chunk_tokens: int = 256
-) -> TokenStatistics:
-    """Measures without gradient, in the arithmetic of ``objective`` and with its arguments."""
-    columns = torch.zeros((5, len(hidden_TD)), dtype=torch.float64, device=hidden_TD.device)
+) -> Tensor:
+    """Compares student and teacher token by token, without gradient, in the arithmetic of
+    ``objective`` and with its arguments.
+
+    Returns:
+        Float64 [7, T], 0 where masked. Of the token y its rows have, log-probabilities, KL and
+        entropies in nats:
+
+            log p(y), which is what ``old_logprobs_T`` is made of
+            log p(y) - log q(y)
+            the forward KL in its ``tail`` form
+            the student's entropy
+            the teacher's entropy
+            1 where student and teacher have the same most likely token
+            1
+    """
+    columns = torch.zeros((7, len(hidden_TD)), dtype=torch.float64, device=hidden_TD.device)
 
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
         for chunk in LogitChunks(hidden_TD, head, tokens, chunk_tokens):
             columns[:, chunk.rows_C] = _statistics(chunk.reading, chunk.tokens)
 
-    return TokenStatistics(*columns)
+    return columns
 
 
 def _statistics(reading: Reading, tokens: LossTokens) -> Tensor:
-    """Returns the fields of ``TokenStatistics`` for C rows, float64 [5, C]."""
+    """Returns the rows of ``token_statistics`` for C tokens, float64 [7, C]."""
     logprobs, log_p = reading.student_logprobs(), reading.student_outcomes()
     teacher_top = tokens.teacher_topk_logprobs_TK.argmax(-1, keepdim=True)
     agrees = reading.topk_logits_CK.gather(1, teacher_top).squeeze(1) >= reading.top_logits_C
@@ -179,10 +182,12 @@ def _statistics(reading: Reading, tokens: LossTokens) -> Tensor:
     return torch.stack(
         [
             logprobs,
-            reading.student_entropy(log_p),
             logprobs - tokens.teacher_logprobs_T.double(),
             _divergence(tokens.teacher_outcomes(), log_p),
+            reading.student_entropy(log_p),
+            tokens.teacher_entropy_T.double(),
             agrees.double(),
+            tokens.loss_mask_T.double(),
         ]
     )
 
@@ -201,9 +206,6 @@ def _terms(reading: Reading, tokens: LossTokens, config: LossConfig, alpha: floa
     log_p, log_q = reading.student_outcomes(), tokens.teacher_outcomes()
     reverse = reverse_kl(config.reverse_kl, sampled, log_p, log_q)
     forward, gate = forward_kl(config.forward_kl, log_p, log_q), tokens.gate_T.double()
-    entropy = (
-        torch.zeros_like(gate) if tokens.teacher_entropy_T is None else tokens.teacher_entropy_T
-    )
 
     return LossTerms(
         loss=(reverse.loss_T + alpha * gate * forward).sum(),
@@ -211,7 +213,7 @@ def _terms(reading: Reading, tokens: LossTokens, config: LossConfig, alpha: floa
         forward_kl=forward.detach().sum(),
         forward_kl_gated=(gate * forward.detach()).sum(),
         gate=gate.sum(),
-        teacher_entropy=entropy.double().sum(),
+        teacher_entropy=tokens.teacher_entropy_T.double().sum(),
         student_entropy=reading.student_entropy(log_p.detach()).sum(),
         teacher_topk_mass=log_q[:, :-1].exp().sum(),
         student_topk_mass=log_p[:, :-1].detach().exp().sum(),

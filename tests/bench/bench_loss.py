@@ -86,6 +86,7 @@ def make_tokens(t: int, v: int, device: str) -> LossTokens:
         % v,
         teacher_topk_logprobs_TK=outcomes[:, :K],
         teacher_tail_logprobs_T=outcomes[:, K],
+        teacher_entropy_T=3.0 * torch.rand(t, device=device),
     )
 
 

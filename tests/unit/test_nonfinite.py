@@ -32,6 +32,7 @@ def packed() -> Packed:
             teacher_topk_ids_TK=torch.zeros(T, K, dtype=torch.int64),
             teacher_topk_logprobs_TK=torch.zeros(T, K),
             teacher_tail_logprobs_T=torch.zeros(T),
+            teacher_entropy_T=torch.zeros(T),
         ),
         rows=(slice(1, 4), slice(4, 7)),
     )

@@ -223,9 +223,6 @@ def row_reverse(
 def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int = 20) -> Result:
     hidden, weight, *bias = case.leaves()
     tokens, rows = case.tokens, case.tokens.loss_mask_T.nonzero()[:, 0].tolist()
-    entropy = (
-        torch.zeros(len(hidden)) if tokens.teacher_entropy_T is None else tokens.teacher_entropy_T
-    )
     total = 0.0 * (
         hidden.double().sum() + weight.double().sum() + sum(x.double().sum() for x in bias)
     )
@@ -274,7 +271,7 @@ def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int 
                 gate * forward.item(),
                 (1 - gate) * forward.item(),
                 gate,
-                float(entropy[t]),
+                float(tokens.teacher_entropy_T[t]),
                 float(-(fixed.exp() * fixed).sum()),
                 sum(math.exp(x) for x in log_q),
                 float(fixed[ids].exp().sum()),
