@@ -16,7 +16,7 @@ from torch import Tensor
 from eopd.config import LearnerConfig
 from eopd.learner.collate import Packed
 from eopd.learner.student import Student
-from eopd.loss.inputs import Head
+from eopd.loss.chunked import Head
 
 T = TypeVar("T")
 

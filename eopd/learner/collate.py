@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eopd.loss.inputs import LossTokens
+from eopd.loss.chunked import LossTokens
 from eopd.types import Int32Array, ScoredTrajectory, Stored
 
 Int64Array = npt.NDArray[np.int64]

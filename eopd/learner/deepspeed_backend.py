@@ -35,7 +35,7 @@ from eopd.config import LearnerConfig
 from eopd.learner.collate import Packed
 from eopd.learner.lora import adapter_tensors, whole_tensors
 from eopd.learner.student import Student
-from eopd.loss.inputs import Head
+from eopd.loss.chunked import Head
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read while deepspeed is imported

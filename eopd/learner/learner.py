@@ -38,10 +38,9 @@ from eopd.learner.nonfinite import BrokenRow, NonFiniteUpdateError, dump, explai
 from eopd.learner.ranks import gather_all, join
 from eopd.learner.student import load_student
 from eopd.learner.weighting import Weigher, trajectory_metrics
-from eopd.loss.chunked import token_statistics
-from eopd.loss.inputs import Head
+from eopd.loss.chunked import Head
 from eopd.loss.kernels import choose_chunk_tokens
-from eopd.loss.objective import LossTerms, objective
+from eopd.loss.objective import LossTerms, objective, token_statistics
 from eopd.metrics import Metric, Same, Sum, reduce
 from eopd.types import (
     EvalStats,
@@ -244,7 +243,7 @@ class LearnerRank:
         steps, _ = self._pack(share, self._weigh_to_measure)
 
         for packed in chain.from_iterable(steps):
-            columns = self._statistics(packed.to(self._device)).cpu()
+            columns = self._statistics(packed, self._temperature)[1:].cpu()
             gate_T = packed.tokens.gate_T
             sums += [token_sums(columns[:, rows], gate_T[rows]) for rows in packed.rows]
             counts += [entropy_counts(columns[:, rows]) for rows in packed.rows]
@@ -358,19 +357,20 @@ class LearnerRank:
 
     def _student_logprobs(self, packed: Packed, temperature: float) -> Tensor:
         """Returns log-probabilities of the tokens [T], 0 where masked, without gradient."""
+        return self._statistics(packed, temperature)[0]
+
+    def _statistics(self, packed: Packed, temperature: float) -> Tensor:
+        """Returns ``token_statistics`` [7, T] of a micro-batch that is on the CPU."""
         on_device = packed.to(self._device)
 
-        def logprobs(hidden_TD: Tensor, head: Head) -> Tensor:
-            statistics = token_statistics(
-                hidden_TD,
-                replace(head, temperature=temperature),
-                on_device.tokens,
-                chunk_tokens=self._chunk_tokens,
+        def statistics(hidden_TD: Tensor, head: Head) -> Tensor:
+            policy_head = replace(head, temperature=temperature)
+            return token_statistics(
+                hidden_TD, policy_head, on_device.tokens, chunk_tokens=self._chunk_tokens
             )
-            return statistics.student_logprobs_T
 
         with torch.no_grad():
-            return self._backend.run(on_device, logprobs)
+            return self._backend.run(on_device, statistics)
 
     def _accumulate(
         self, step: OptimizerStep, packs: Sequence[Packed], alpha: float, *, last: bool
@@ -440,30 +440,6 @@ class LearnerRank:
             return loss, terms.vector()
 
         return self._backend.run(packed, loss_and_terms)
-
-    def _statistics(self, packed: Packed) -> Tensor:
-        """Returns the rows of ``measuring.COLUMNS``: float64 [6, T], 0 where masked."""
-        tokens = packed.tokens
-        mask_T, entropy_T = tokens.loss_mask_T, tokens.teacher_entropy_T
-        assert entropy_T is not None  # collate sets it
-
-        def statistics(hidden_TD: Tensor, head: Head) -> Tensor:
-            policy_head = replace(head, temperature=self._temperature)
-            measured = token_statistics(
-                hidden_TD, policy_head, tokens, chunk_tokens=self._chunk_tokens
-            )
-            columns = [
-                measured.reverse_kl_T,
-                measured.forward_kl_T,
-                measured.student_entropy_T,
-                torch.where(mask_T, entropy_T, 0.0),
-                measured.top1_agreement_T,
-                mask_T,
-            ]
-            return torch.stack([column.double() for column in columns])
-
-        with torch.no_grad():
-            return self._backend.run(packed, statistics)
 
 
 def _metrics_of_steps(

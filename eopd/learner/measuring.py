@@ -14,7 +14,7 @@ from eopd.types import ENTROPY_BIN_NATS, NUM_ENTROPY_BINS, ByPrompt, EvalStats
 
 Float64Array = npt.NDArray[np.float64]
 
-# The rows of a micro-batch's statistics; the last one is the loss mask, whose sum counts tokens.
+# The rows of ``token_statistics`` after the first; the last one is 1, whose sum counts tokens.
 COLUMNS: Final = (
     "reverse_kl",
     "forward_kl",

@@ -22,7 +22,7 @@ from eopd.config import StudentConfig
 from eopd.hub import model_directory
 from eopd.learner.attention import choose_attention, may_take_varlen, sequences_of, try_varlen
 from eopd.learner.lora import add_adapters
-from eopd.loss.inputs import Head
+from eopd.loss.chunked import Head
 
 T = TypeVar("T")
 

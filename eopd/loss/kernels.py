@@ -14,7 +14,7 @@ kernels, which read the logits once each, and the last writes the operand of the
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -82,45 +82,6 @@ class Derivatives:
     target_C1: Tensor  # 0 where the target is a candidate, which has its share then
 
 
-class Kernels(Protocol):
-    """The work on one chunk after the other, in buffers that all chunks share."""
-
-    def project(self, hidden_CD: Tensor) -> Tensor:
-        """Returns ``hidden @ W^T`` [C, V] in the working dtype; overwrites the chunk before."""
-        ...
-
-    def tail(self, logits_CV: Tensor, top_k: int) -> Tail:
-        """Reads all logits, and may leave their exponentials instead."""
-        ...
-
-    def gradient(self, logits_CV: Tensor, tail: Tail, derivatives: Derivatives) -> Tensor:
-        """Returns the gradient [C, V] by what ``tail`` was given; overwrites the logits."""
-        ...
-
-    def operand(self, gradient_CV: Tensor) -> Tensor:
-        """Returns a gradient in the dtype in which it is multiplied."""
-        ...
-
-    def add_weight_gradient(self, sums_VD: Tensor, operand_CV: Tensor, hidden_CD: Tensor) -> None:
-        """Adds ``operand^T @ hidden`` to sums in the working dtype."""
-        ...
-
-
-def open_kernels(weight_VD: Tensor, rows: int, dtype: torch.dtype, *, has_bias: bool) -> Kernels:
-    """Returns the kernels of the device on which a head's weight lies.
-
-    Args:
-        weight_VD: in the dtype in which it is multiplied.
-        rows: the most of a chunk.
-        dtype: in which logits are computed.
-        has_bias: a bias is added to them, which may be -inf.
-    """
-    if weight_VD.is_cuda:
-        return CudaKernels(weight_VD, rows, dtype)
-
-    return CpuKernels(weight_VD, rows, dtype, has_bias=has_bias)
-
-
 class CpuKernels:
     """Blocks of rows that stay in a cache. After ``tail`` the logits are exponentials."""
 
@@ -133,7 +94,8 @@ class CpuKernels:
         starts = range(0, len(weight_VD), _HEAD_BLOCK_ROWS)
         self._head_blocks = [slice(start, start + _HEAD_BLOCK_ROWS) for start in starts]
 
-    def project(self, hidden_CD: Tensor) -> Tensor:  # noqa: D102
+    def project(self, hidden_CD: Tensor) -> Tensor:
+        """Returns ``hidden @ W^T`` [C, V] in the working dtype; overwrites the chunk before."""
         logits_CV = self._logits[: len(hidden_CD)]
         hidden_CD = hidden_CD.to(self._dtype)
 
@@ -143,7 +105,8 @@ class CpuKernels:
 
         return logits_CV
 
-    def tail(self, logits_CV: Tensor, top_k: int) -> Tail:  # noqa: D102
+    def tail(self, logits_CV: Tensor, top_k: int) -> Tail:
+        """Reads all logits, and leaves e = exp(logit - largest) instead."""
         top_CK = logits_CV.topk(top_k).values
         peak_C1 = top_CK[:, :1]
         sum_C1, weighted_sum_C1 = torch.empty_like(peak_C1), torch.empty_like(peak_C1)
@@ -162,20 +125,21 @@ class CpuKernels:
 
         return Tail(top_CK=top_CK, sum_C1=sum_C1, weighted_sum_C1=weighted_sum_C1)
 
-    def gradient(self, logits_CV: Tensor, tail: Tail, derivatives: Derivatives) -> Tensor:  # noqa: D102
+    def gradient(self, logits_CV: Tensor, tail: Tail, derivatives: Derivatives) -> Tensor:
+        """Returns the gradient [C, V] in the working dtype, in place of what ``tail`` has left."""
         gradient_CV = logits_CV.mul_(derivatives.factor_C1)
         gradient_CV.scatter_add_(1, derivatives.candidate_ids_CK, derivatives.candidates_CK)
         return gradient_CV.scatter_add_(1, derivatives.target_ids_C1, derivatives.target_C1)
 
-    def operand(self, gradient_CV: Tensor) -> Tensor:  # noqa: D102
+    def operand(self, gradient_CV: Tensor) -> Tensor:
+        """Returns the gradient in the dtype in which it is multiplied, that of the weight."""
         if self._operand is None:
             return gradient_CV
 
         return self._operand[: len(gradient_CV)].copy_(gradient_CV)
 
-    def add_weight_gradient(  # noqa: D102
-        self, sums_VD: Tensor, operand_CV: Tensor, hidden_CD: Tensor
-    ) -> None:
+    def add_weight_gradient(self, sums_VD: Tensor, operand_CV: Tensor, hidden_CD: Tensor) -> None:
+        """Adds ``operand^T @ hidden`` to sums in the working dtype."""
         for block in self._head_blocks:
             if self._operand is None:
                 sums_VD[block].addmm_(operand_CV[:, block].t(), hidden_CD)
@@ -198,14 +162,16 @@ class CudaKernels:
         # In full precision the gradient takes the place of the logits.
         self._gradient = weight_VD.new_empty(shape if self._is_half else (0, 0))
 
-    def project(self, hidden_CD: Tensor) -> Tensor:  # noqa: D102
+    def project(self, hidden_CD: Tensor) -> Tensor:
+        """Returns ``hidden @ W^T`` [C, V] in the working dtype; overwrites the chunk before."""
         logits_CV = self._padded[: len(hidden_CD), : self._vocabulary]
         if self._is_half:
             return torch.mm(hidden_CD, self._weight_VD.t(), out_dtype=self._dtype, out=logits_CV)
 
         return torch.mm(hidden_CD.to(self._dtype), self._weight_VD.t(), out=logits_CV)
 
-    def tail(self, logits_CV: Tensor, top_k: int) -> Tail:  # noqa: D102
+    def tail(self, logits_CV: Tensor, top_k: int) -> Tail:
+        """Reads all logits, and leaves them as they are."""
         rows = self._padded[: len(logits_CV)]
         rows[:, self._vocabulary :] = REMOVED
         peaks_CB, sums_CB, weighted_CB = _on(rows.device, _block_tails)(rows)
@@ -226,7 +192,11 @@ class CudaKernels:
             weighted_sum_C1=weighted_CB.sum(-1, keepdim=True),
         )
 
-    def gradient(self, logits_CV: Tensor, tail: Tail, derivatives: Derivatives) -> Tensor:  # noqa: D102
+    def gradient(self, logits_CV: Tensor, tail: Tail, derivatives: Derivatives) -> Tensor:
+        """Returns the gradient [C, V] in the dtype in which it is multiplied.
+
+        In full precision it takes the place of the logits.
+        """
         peak_C1, factor_C1 = tail.top_CK[:, :1], derivatives.factor_C1
         # The target's is added up before it is rounded; removed candidates have 0 until then.
         target_C1 = logits_CV.gather(1, derivatives.target_ids_C1)
@@ -242,16 +212,34 @@ class CudaKernels:
             1, derivatives.candidate_ids_CK, derivatives.candidates_CK.to(gradient.dtype)
         )
 
-    def operand(self, gradient_CV: Tensor) -> Tensor:  # noqa: D102
+    def operand(self, gradient_CV: Tensor) -> Tensor:
+        """Returns the gradient as it is: ``gradient`` has made it in the right dtype."""
         return gradient_CV
 
-    def add_weight_gradient(  # noqa: D102
-        self, sums_VD: Tensor, operand_CV: Tensor, hidden_CD: Tensor
-    ) -> None:
+    def add_weight_gradient(self, sums_VD: Tensor, operand_CV: Tensor, hidden_CD: Tensor) -> None:
+        """Adds ``operand^T @ hidden`` to sums in the working dtype."""
         if self._is_half:
             torch.addmm(sums_VD, operand_CV.t(), hidden_CD, out_dtype=self._dtype, out=sums_VD)
         else:
             sums_VD.addmm_(operand_CV.t(), hidden_CD)
+
+
+Kernels = CpuKernels | CudaKernels
+
+
+def open_kernels(weight_VD: Tensor, rows: int, dtype: torch.dtype, *, has_bias: bool) -> Kernels:
+    """Returns the kernels of the device on which a head's weight lies.
+
+    Args:
+        weight_VD: in the dtype in which it is multiplied.
+        rows: the most of a chunk.
+        dtype: in which logits are computed.
+        has_bias: a bias is added to them, which may be -inf.
+    """
+    if weight_VD.is_cuda:
+        return CudaKernels(weight_VD, rows, dtype)
+
+    return CpuKernels(weight_VD, rows, dtype, has_bias=has_bias)
 
 
 @functools.cache

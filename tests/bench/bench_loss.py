@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from eopd.config import LossConfig
-from eopd.loss.inputs import Head, LossTokens
+from eopd.loss.chunked import Head, LossTokens
 from eopd.loss.objective import objective
 
 K = 16
@@ -86,6 +86,7 @@ def make_tokens(t: int, v: int, device: str) -> LossTokens:
         % v,
         teacher_topk_logprobs_TK=outcomes[:, :K],
         teacher_tail_logprobs_T=outcomes[:, K],
+        teacher_entropy_T=3.0 * torch.rand(t, device=device),
     )
 
 

@@ -38,7 +38,7 @@ from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.evaluation.summary import measurements
 from eopd.learner.attention import VARLEN
 from eopd.learner.student import Student, load_student
-from eopd.loss.inputs import Head
+from eopd.loss.chunked import Head
 from eopd.types import (
     LearnerStats,
     OptimizerStep,

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from eopd.learner.collate import Packed
 from eopd.learner.nonfinite import BrokenRow, dump, explain, find_rows
-from eopd.loss.inputs import LossTokens
+from eopd.loss.chunked import LossTokens
 from eopd.types import TrajectoryKey
 
 KEYS = [TrajectoryKey(0, "a", 0), TrajectoryKey(0, "b", 1)]
@@ -32,6 +32,7 @@ def packed() -> Packed:
             teacher_topk_ids_TK=torch.zeros(T, K, dtype=torch.int64),
             teacher_topk_logprobs_TK=torch.zeros(T, K),
             teacher_tail_logprobs_T=torch.zeros(T),
+            teacher_entropy_T=torch.zeros(T),
         ),
         rows=(slice(1, 4), slice(4, 7)),
     )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from eopd.config import LossConfig
-from eopd.loss import logits as logits_module
-from eopd.loss.inputs import Head, LossTokens
+from eopd.loss import chunked
+from eopd.loss.chunked import Head, LossTokens
 from eopd.loss.kernels import CudaKernels
 from eopd.loss.objective import LossTerms, objective
 from eopd.metrics import reduce
@@ -223,9 +223,6 @@ def row_reverse(
 def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int = 20) -> Result:
     hidden, weight, *bias = case.leaves()
     tokens, rows = case.tokens, case.tokens.loss_mask_T.nonzero()[:, 0].tolist()
-    entropy = (
-        torch.zeros(len(hidden)) if tokens.teacher_entropy_T is None else tokens.teacher_entropy_T
-    )
     total = 0.0 * (
         hidden.double().sum() + weight.double().sum() + sum(x.double().sum() for x in bias)
     )
@@ -274,7 +271,7 @@ def brute_force(case: Case, config: LossConfig, *, alpha: float = 1.0, num: int 
                 gate * forward.item(),
                 (1 - gate) * forward.item(),
                 gate,
-                float(entropy[t]),
+                float(tokens.teacher_entropy_T[t]),
                 float(-(fixed.exp() * fixed).sum()),
                 sum(math.exp(x) for x in log_q),
                 float(fixed[ids].exp().sum()),
@@ -322,7 +319,7 @@ class ImitatedCudaKernels(CudaKernels):
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test of the loss runs on the kernels of both devices."""
     if request.param == "cuda":
-        monkeypatch.setattr(logits_module, "open_kernels", ImitatedCudaKernels)
+        monkeypatch.setattr(chunked, "open_kernels", ImitatedCudaKernels)
 
 
 @pytest.fixture(scope="session")

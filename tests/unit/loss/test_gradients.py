@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from eopd.config import LossConfig
-from eopd.loss.forward_kl import renormalized, truncated
+from eopd.config.loss import RenormalizedForwardKl, TruncatedForwardKl
+from eopd.loss.objective import forward_kl
 
 FORWARD = ("renormalized", "tail", "truncated")
 
@@ -227,8 +228,8 @@ def test_renormalized_is_never_negative_and_above_truncated_for_a_small_mass():
         ).log_softmax(-1)
         for _ in range(2)
     )
-    assert (renormalized(log_p, log_q) >= 0).all()
-    assert (truncated(log_p, log_q) < 0).any()
+    assert (forward_kl(RenormalizedForwardKl(), log_p, log_q) >= 0).all()
+    assert (forward_kl(TruncatedForwardKl(), log_p, log_q) < 0).any()
 
 
 def test_clip_stops_the_gradient_and_the_weight_is_capped(case, signal, run):

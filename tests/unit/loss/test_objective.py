@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eopd.config import LossConfig
+from eopd.loss.chunked import Head
 from eopd.loss.gate import gate_weights, quantile_threshold, random_draws
-from eopd.loss.objective import LossTerms
+from eopd.loss.objective import LossTerms, token_statistics
 from eopd.types import TrajectoryKey
 
 FORWARD = ("renormalized", "tail", "truncated")
@@ -205,7 +206,7 @@ def test_entropy_is_a_diagnostic_only(case, run):
     random = case(0)
     with_entropy, without = (
         run(random, config())[0],
-        run(random.with_tokens(teacher_entropy_T=None), config())[0],
+        run(random.with_tokens(teacher_entropy_T=torch.zeros(7)), config())[0],
     )
     assert with_entropy.loss == without.loss
     assert without.metrics["eopd_teacher_entropy_nats"] == 0.0
@@ -214,3 +215,73 @@ def test_entropy_is_a_diagnostic_only(case, run):
 def test_num_loss_tokens_must_count(case, run):
     with pytest.raises(ValueError, match="num_loss_tokens is 0"):
         run(case(0), config(), num=0)
+
+
+@pytest.mark.parametrize(
+    "head", [{}, {"scale": 0.5, "softcap": 2.0, "temperature": 0.7, "bias": True}]
+)
+def test_token_statistics(head, case):
+    random = case(8, t=12, v=14, k=5, **head)
+    found = token_statistics(
+        random.hidden, random.head(random.weight, random.bias), random.tokens, chunk_tokens=4
+    )
+    logits = random.hidden @ random.weight.T * random.scale + (
+        0.0 if random.bias is None else random.bias
+    )
+    logits = logits if random.softcap is None else random.softcap * (logits / random.softcap).tanh()
+    log_p, tokens = (logits / random.temperature).log_softmax(-1), random.tokens
+
+    for t in range(12):
+        row = found[:, t].tolist()
+        if not tokens.loss_mask_T[t]:
+            assert row == [0.0] * 7
+            continue
+
+        ids, rest = tokens.teacher_topk_ids_TK[t], log_p[t].clone()
+        rest[ids] = -torch.inf
+        log_q, log_rest = tokens.teacher_topk_logprobs_TK[t], tokens.teacher_tail_logprobs_T[t]
+        kl = (log_q.exp() * (log_q - log_p[t, ids])).sum() + log_rest.exp() * (
+            log_rest - rest.logsumexp(0)
+        )
+        sampled = log_p[t, tokens.target_ids_T[t]]
+        expected = [
+            sampled,
+            sampled - tokens.teacher_logprobs_T[t],
+            kl,
+            -(log_p[t].exp() * log_p[t]).sum(),
+            tokens.teacher_entropy_T[t],
+            log_p[t].argmax() == ids[0],
+            1.0,
+        ]
+        assert row == pytest.approx([float(x) for x in expected])
+
+
+def test_top1_agreement_needs_equal_argmax(case):
+    """Also after an end token was merged: then the candidates are no longer sorted."""
+    student = torch.tensor(
+        [[0.0, 9.0, 1.0, 2.0], [9.0, 0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 9.0]], dtype=torch.float64
+    )
+    ids = torch.tensor([[0, 1], [1, 0], [0, 1]])
+    logprobs = torch.tensor([[0.2, 0.7], [0.2, 0.7], [0.2, 0.7]], dtype=torch.float64).log()
+    base = case(0, t=3, v=4, k=2).with_tokens(
+        loss_mask_T=torch.ones(3, dtype=torch.bool),
+        teacher_topk_ids_TK=ids,
+        teacher_topk_logprobs_TK=logprobs,
+    )
+    head = Head(weight_VD=torch.eye(4, dtype=torch.float64))
+    *_, agreement_T, _ = token_statistics(student, head, base.tokens)
+    assert agreement_T.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_old_logprobs_of_the_same_weights_give_ratio_one(case, run):
+    """The pass without gradient reads bit-equal numbers, so a first optimiser step is neither
+    clipped nor moved.
+    """
+    random = case(5, t=20, v=30, d=8)
+    random = replace(random, hidden=random.hidden.float(), weight=random.weight.float())
+    head = random.head(random.weight)
+    old = token_statistics(random.hidden, head, random.tokens)[0]
+    with_old, without = run(random.with_tokens(old_logprobs_T=old), config()), run(random, config())
+    assert with_old[0].loss.item() == pytest.approx(without[0].loss.item(), rel=1e-6)
+    torch.testing.assert_close(with_old[0].gradients, without[0].gradients)
+    assert with_old[0].metrics["eopd_clipped_ratio"] == 0.0
