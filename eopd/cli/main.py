@@ -4,6 +4,7 @@ user becomes one message and exit code 2.
 
 import errno
 import json
+import re
 import shlex
 import sys
 from dataclasses import asdict
@@ -46,6 +47,7 @@ from eopd.cli.teacher import teacher
 from eopd.cli.terminal import outlive_readers, write_anything
 from eopd.config import ConfigError, RunConfig, load_config
 from eopd.config.messages import wrong_option
+from eopd.config.teacher import NAME, NAME_WORDS
 from eopd.runtime import spawned  # noqa: F401  garbage collection is rarer from here
 from eopd.telemetry.plain import say, terminal
 from eopd.types import RunFailedError
@@ -189,9 +191,13 @@ def _require_own_config(config: Path, run: RunConfig, overrides: list[str]) -> N
 
     if moved := place_of_moved(config.parent, run):
         places = " ".join(f"--set {shlex.quote(override)}" for override in moved)
+        own = f"add {places}"
+        if not re.fullmatch(NAME, name := config.parent.resolve().name):
+            own = f"rename its directory, as {name!r} is no run.name ({NAME_WORDS})"
+
         raise ConfigError(
             f"--resume: {config} lies with a run that was copied or moved, and names {run.path}; to go "
-            f"on with the one where it lies add {places}; with the other name its own config"
+            f"on with the one where it lies {own}; with the other name its own config"
         )
 
 

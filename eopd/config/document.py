@@ -280,7 +280,7 @@ _Dumper.add_multi_representer(PurePath, _represent_path)
 
 def write_tree(tree: object) -> str:
     """Writes YAML that ``read_tree`` reads as the same tree, with each value in a line of its own."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=_WIDE)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=_WIDE, allow_unicode=True)
 
 
 def show(value: object) -> str:
@@ -289,7 +289,12 @@ def show(value: object) -> str:
         text = str(value)
     else:
         text = yaml.dump(
-            value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=_WIDE
+            value,
+            Dumper=_Dumper,
+            default_flow_style=True,
+            sort_keys=False,
+            width=_WIDE,
+            allow_unicode=True,
         )
         text = text.removesuffix("\n").removesuffix("\n...")
 

@@ -17,7 +17,7 @@ from eopd.config.errors import ConfigError
 from eopd.config.messages import explain
 from eopd.config.root import Config
 from eopd.config.shape import Place, shape
-from eopd.config.written import SET, Origins, Written
+from eopd.config.written import Origins, Written
 
 SectionT = typing.TypeVar("SectionT", bound=BaseModel)
 
@@ -96,12 +96,14 @@ def _loaded(name: str, written: Written, overrides: Sequence[str]) -> Loaded:
 
 
 def _message(name: str, mistakes: Mapping[Place, str], origins: Origins) -> str:
-    """Writes a line for each mistake; one of a value in another file of the chain names its line."""
+    """Writes a line for each mistake; one of a value from elsewhere, another file of the chain or the
+    command line, says so.
+    """
     lines: list[str] = []
     for place, line in mistakes.items():
-        origin = origins.get(place, SET)
-        elsewhere = origin != SET and origin.source != name
-        lines.append(f"{line} (in {origin})" if elsewhere else line)
+        origin = origins.get(place)
+        is_elsewhere = origin is not None and origin.source != name
+        lines.append(f"{line} (in {origin})" if is_elsewhere else line)
 
     return f"{name}: " + "\n".join(lines)
 

@@ -4,6 +4,7 @@ Any error of theirs becomes one message that names the row. What a template does
 a tokenizer adds, is refused or noted: a prompt never loses or gains anything silently.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -221,7 +222,7 @@ class Rendering:
             )
 
         for name in self.options:
-            if name not in source and name != "chat_template":
+            if not re.search(rf"\b{re.escape(name)}\b", source) and name != "chat_template":
                 yield f"the {self.whose}'s chat template does not know the template option {name}"
 
     def _source(self) -> str:

@@ -307,6 +307,8 @@ def _options(
     """``AsyncEngineArgs`` of a rollout engine, before its user's."""
     options: dict[str, object] = {
         "model": str(model_directory(student.model, weights=True)),
+        # in place of the directory, since Ray takes metrics whose labels are ASCII alone (2.60.0)
+        "served_model_name": "student",
         "dtype": student.chosen_dtype,
         "max_model_len": max_sequence_tokens,
         "logprobs_mode": "processed_logprobs",  # include the temperature

@@ -14,6 +14,7 @@ from eopd.config import ConfigError, load_config
 from eopd.run.record import Row
 
 LOCK: Final = "run.lock"
+STOP: Final = "stop.json"  # a request of ``eopd stop``
 MOST_SHOWN: Final = 3
 PROBE: Final = ".eopd-check-"
 
@@ -56,7 +57,7 @@ def require_no_foreign_files(path: Path) -> None:
     except OSError as error:
         raise ConfigError(f"run.directory: {path} cannot be read ({error.strerror})") from None
 
-    names = [name for name in names if name != LOCK and not name.startswith(PROBE)]
+    names = [name for name in names if name not in (LOCK, STOP) and not name.startswith(PROBE)]
     is_run = (
         _names_versions_of_eopd(path / "versions.json")
         or _is_config(path / "config.yaml")

@@ -9,14 +9,12 @@ answer: the process has taken it, and treats it like a signal.
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
 
 from pydantic import TypeAdapter
 
 from eopd.run.lock import Holder, last_holder
+from eopd.run.place import STOP
 from eopd.run.storage import write_whole
-
-STOP: Final = "stop.json"
 
 
 def ask_to_stop(directory: Path, holder: Holder, *, now: bool) -> None:

@@ -208,6 +208,7 @@ def engine_options(
     scoring = {head.OPTIONS: {"top_k": top_k, "temperature": config.temperature}}
     options: dict[str, object] = {
         "model": str(directory),
+        "served_model_name": config.name,  # as in ``rollout/vllm_engine.py``
         "dtype": config.dtype,
         "runner": "pooling",
         "max_model_len": max_sequence_tokens,

@@ -303,8 +303,8 @@ _TEACHERS: Final = (
         "counter",
         "tokens",
         "eopd_teacher_tokens_total",
-        "Response tokens scored.",
-        "Grows.",
+        "Response tokens scored since the process of the run started, held-out ones too.",
+        "Grows; a process that resumes the run begins at 0.",
         ("teacher",),
     ),
     Metric(

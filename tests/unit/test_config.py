@@ -767,7 +767,18 @@ def test_a_mistake_names_key_value_and_what_is_allowed(path, override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(path, [override])
 
-    assert str(caught.value).removeprefix(f"{path}: ") == message
+    told = str(caught.value).removeprefix(f"{path}: ")
+    assert told.replace(" (in --set)", "") == message
+
+
+def test_a_mistake_of_the_command_line_is_told_as_its_own(path):
+    path.write_text(path.read_text().replace("student:", "learner: {lr: -1}\nstudent:"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["learner.lrr=1", "run.seed=-1"])
+
+    lines = str(caught.value).removeprefix(f"{path}: ").splitlines()
+    told = {line.partition(":")[0]: line.endswith(" (in --set)") for line in lines}
+    assert told == {"learner.lr": False, "learner.lrr": True, "run.seed": True}
 
 
 def test_an_item_of_a_list_is_set_by_its_name_too(path):
@@ -816,7 +827,8 @@ def test_a_function_is_written_as_an_import_path(path, override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(path, [override, "rollout.samples_per_prompt=2"])
 
-    assert str(caught.value).removeprefix(f"{path}: ") == message
+    told = str(caught.value).removeprefix(f"{path}: ")
+    assert told.replace(" (in --set)", "") == message
 
 
 def test_the_functions_of_a_user_are_known_by_their_keys(path):
@@ -1137,7 +1149,7 @@ def test_a_backslash_that_double_quotes_took_is_refused(path, key, text, written
     assert str(caught.value) == (
         f"{path}: {key}: holds the control character {written}, which double quotes in YAML "
         f"make of {meant}; double the backslash (\\{meant}), or write the text in single "
-        "quotes"
+        "quotes (in --set)"
     )
 
 
