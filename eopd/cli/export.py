@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from eopd.cli.commands import Overrides
 from eopd.cli.models import hush
 from eopd.cli.paths import blame_user, require_place
 from eopd.config import ConfigError
+from eopd.config.load import change_config
 
 if TYPE_CHECKING:
     from eopd.run.directory import RunDirectory
@@ -25,6 +27,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="Where to write; else RUN/hf-step-NNNNNN.")
     ] = None,
+    overrides: Overrides = None,
     push: Annotated[
         str | None,
         typer.Option(
@@ -43,7 +46,8 @@ def export(
     from eopd.run.directory import RunDirectory
 
     directory = RunDirectory(run)
-    config, checkpoint = directory.config(), _checkpoint(directory, step, best=best)
+    config = change_config(directory.config(), overrides or [])
+    checkpoint = _checkpoint(directory, step, best=best)
     target = output or run / f"hf-{checkpoint.name}"
     _require_free(target, with_adapter=config.student.lora is not None)
 

@@ -201,12 +201,13 @@ def _require_own_config(config: Path, run: RunConfig, overrides: list[str]) -> N
         )
 
 
-@app.command()
+@app.command(epilog=SET_EPILOG)
 def measure(
     run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
     step: Annotated[
         int | None, typer.Option(min=1, help="Of which checkpoint; else the newest.")
     ] = None,
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Measure the student of a checkpoint on the run's held-out prompts, with actors of its own; the
@@ -215,7 +216,7 @@ def measure(
     from eopd.runtime.measure import measure_checkpoint
     from eopd.telemetry.console import print_measured
 
-    measured = measure_checkpoint(run, step, lambda text: typer.echo(text, err=True))
+    measured = measure_checkpoint(run, step, overrides or [], partial(typer.echo, err=True))
     if as_json:
         numbers = {name: asdict(value) for name, value in measured.items()}
         typer.echo(json.dumps(numbers, allow_nan=False))
@@ -263,10 +264,10 @@ def scale(
     )
 
 
-for verb in (status, stop, show, logs, fork, sweep, export):
+for verb in (status, stop, show, logs, fork, sweep):
     app.command()(verb)
 
-for verb_of_config in (check, plan, profile):
+for verb_of_config in (check, plan, profile, export):
     app.command(epilog=SET_EPILOG)(verb_of_config)
 
 app.command(cls=_Train, epilog=SET_EPILOG)(submit)

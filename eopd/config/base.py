@@ -96,6 +96,13 @@ def _resolve(path: Path) -> Path:
     except RuntimeError:
         raise ValueError(f"{text}: there is no such user, or no home directory") from None
 
+    try:
+        str(absolute).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the path {absolute} is not UTF-8; give its folder another name"
+        ) from None
+
     if (longest := max(len(os.fsencode(part)) for part in absolute.parts)) > MAX_NAME_BYTES:
         raise ValueError(f"a name in a path has {MAX_NAME_BYTES} bytes at most (has {longest})")
 

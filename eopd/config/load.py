@@ -47,14 +47,14 @@ def load_with_origins(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     return _loaded(str(path), Written.in_files(read_chain(path)), overrides)
 
 
-def change_config(name: str, config: Config, overrides: Sequence[str]) -> Config:
-    """Returns a config with ``a.b=c`` overrides; ``name`` begins the message where one is wrong.
+def change_config(config: Config, overrides: Sequence[str]) -> Config:
+    """Returns a config with ``a.b=c`` overrides of the command line.
 
     Raises:
         ConfigError: as in ``load_config``.
     """
     tree = typing.cast(dict[str, object], read_tree(dump_config(config)))
-    return _loaded(name, Written.of(tree, {}), overrides).config
+    return _loaded("--set", Written.of(tree, {}), overrides).config
 
 
 def read_leaves(path: Path, overrides: Sequence[str] = ()) -> dict[str, object]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from eopd.config import StudentConfig
 from eopd.hub import model_directory
@@ -72,6 +72,9 @@ def write_student(
         model.generation_config = GenerationConfig()
         model.save_pretrained(partial, state_dict=dict(weights))
         (partial / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
+        for file in partial.glob("*.safetensors"):
+            shutil.copymode(partial / CONFIG_NAME, file)  # safetensors 0.8.0: for its owner alone
+
         _copy_given(source, partial)
 
 

@@ -12,6 +12,7 @@ policy that sampled.
 """
 
 import copy
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners import lora
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -135,6 +136,7 @@ def save_adapter(
         settings.save_pretrained(partial_directory)
         file = partial_directory / SAFETENSORS_WEIGHTS_NAME
         save_file(prefixed, file, metadata={"format": "pt"})
+        shutil.copymode(partial_directory / CONFIG_NAME, file)  # as in ``export.py``
 
 
 def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:

@@ -124,7 +124,7 @@ def _config(source: Path, before: Config, name: str, overrides: Sequence[str]) -
         raise ConfigError(f"--set {NAME}...: the fork is named by --name")
 
     beside = before.run.model_copy(update={"directory": source.resolve().parent})
-    config = change_config("--set", before.model_copy(update={"run": beside}), overrides)
+    config = change_config(before.model_copy(update={"run": beside}), overrides)
     run = make_section(
         RunConfig,
         {"name": "--name"},

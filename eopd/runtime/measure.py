@@ -1,11 +1,12 @@
 """``eopd measure``: the held-out numbers of a checkpoint, by actors of its own."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from eopd.config import Config, TelemetryConfig
+from eopd.config.load import change_config
 from eopd.evaluation.held_out import measure_held_out
 from eopd.evaluation.summary import measurements
 from eopd.preflight import Prepared, prepare
@@ -20,7 +21,7 @@ from eopd.types import RunFailedError
 
 
 def measure_checkpoint(
-    run: Path, step: int | None, say: Callable[[str], None]
+    run: Path, step: int | None, overrides: Sequence[str], say: Callable[[str], None]
 ) -> Mapping[str, Measurement]:
     """Measures the student of a checkpoint as the run measured it by the config of that step, and
     leaves the run as it is.
@@ -28,6 +29,7 @@ def measure_checkpoint(
     Args:
         run: the run directory.
         step: of the checkpoint; else the newest that is whole.
+        overrides: ``a.b=c`` over the config of that step, as where another machine measures.
         say: is called with messages for people.
 
     Returns:
@@ -40,7 +42,7 @@ def measure_checkpoint(
     """
     directory = RunDirectory(run)
     checkpoint = directory.checkpoint(step)
-    config = directory.config_at(step_of(checkpoint))
+    config = change_config(directory.config_at(step_of(checkpoint)), overrides)
     with TemporaryDirectory(prefix="eopd-measure-") as scratch:
         # the run may be under way, and serve its metrics; or nobody may write there
         apart = config.run.model_copy(update={"directory": Path(scratch), "upload": None})

@@ -510,6 +510,8 @@ def test_an_export_is_the_merged_model_and_the_adapter_beside_it(
         logits_of(adapted),
         atol=1e-4 if dtype == torch.float32 else 0.2,
     )
+    modes = {path.stat().st_mode for path in (run_directory / "adapter").iterdir()}
+    assert len(modes) == 1
     settings = json.loads((run_directory / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(directory / case.family)
     assert settings["r"] == RANK

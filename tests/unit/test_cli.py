@@ -379,6 +379,9 @@ def test_an_export_needs_the_student_that_was_trained(eopd, run, files):
     done = eopd("export", run / "run", "--step", "2")
     assert done.code == 2
     assert "error: student.model: there is no directory /gone;" in done.err
+    moved = f"student.model={files / 'model'}"
+    done = eopd("export", run / "run", "--step", "2", "--set", moved)
+    assert "student.model" not in done.err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 what is allowed.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -769,6 +770,14 @@ def test_a_mistake_names_key_value_and_what_is_allowed(path, override, message):
 
     told = str(caught.value).removeprefix(f"{path}: ")
     assert told.replace(" (in --set)", "") == message
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused(path, tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"\xfcber")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match=r"run.directory: the path .*/runs is not UTF-8; give"):
+        load_config(path)
 
 
 def test_a_mistake_of_the_command_line_is_told_as_its_own(path):

@@ -57,6 +57,12 @@ def test_the_generation_config_is_the_one_that_was_given(source, tmp_path, given
         assert torch.equal(tensor, weights[name])
 
 
+def test_the_weights_may_be_read_by_whoever_may_read_the_rest(source, tmp_path):
+    export(source, tmp_path / "hf")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_tokenizer_and_templates_are_the_ones_that_were_given(source, tmp_path):
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")

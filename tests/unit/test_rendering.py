@@ -95,6 +95,10 @@ def test_what_else_a_template_drops_is_noted():
         "the student's chat template does not show `weight` of the messages",
         "the student's chat template does not know the template option enable_thinking",
     ]
+    asks = "{% if enable_thinking %}{% endif %}{{ messages[0].content }}"
+    _, notes = rendered([ASK], asks, thinking=False)
+    assert notes == ["the student's chat template does not know the template option thinking"]
+    assert rendered([ASK], asks, enable_thinking=False)[1] == []
     users_only = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     _, notes = rendered([{"role": "system", "content": "s"}, ASK], users_only)
     assert notes == ["the student's chat template does not show `system` messages as they stand"]

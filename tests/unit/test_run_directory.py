@@ -80,6 +80,7 @@ def test_a_directory_of_somebody_else_is_left_alone(config):
     run.path.mkdir(parents=True)
     run.require_no_foreign_files()
     (run.path / "run.lock").write_text("")  # of a process that is about to begin here
+    (run.path / "stop.json").write_text("{}")  # and is asked to end already
     run.require_no_foreign_files()
     (run.path / "thesis.tex").write_text("")
 
