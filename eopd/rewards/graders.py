@@ -12,7 +12,7 @@ from eopd.config.base import OWN_GRADERS, GraderName, require_grader
 from eopd.plugins import GraderFunction
 from eopd.rewards.exact import grade_exact
 from eopd.rewards.math import JUDGE, grade_math
-from eopd.rewards.process import CPU_LIMIT_S, Asked, Failed, FunctionProcess, Returned
+from eopd.rewards.process import CPU_LIMIT_S, Asked, Failed, FunctionProcess, Returned, ask_once
 from eopd.rewards.verdict import Grader, Verdict
 from eopd.types import Reference
 
@@ -75,11 +75,7 @@ def try_grader(key: str, name: GraderName, response: str, reference: Reference) 
     if name in OWN_GRADERS:
         return
 
-    asked = Asked(key=key, function=name, kind=GraderFunction)
-    with contextlib.closing(FunctionProcess(asked)) as process:
-        process.start()
-        said = process.ask(response, reference)
-
+    said = ask_once(Asked(key=key, function=name, kind=GraderFunction), response, reference)
     if isinstance(said, Failed):
         raise ConfigError(f"{key}: {said.cause}")
 

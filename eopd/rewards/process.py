@@ -190,6 +190,17 @@ class FunctionProcess:
         return Failed(f"{asked.function}: {cause}", timed_out=bool(why))
 
 
+def ask_once(asked: Asked, *arguments: object) -> Returned | Failed:
+    """Calls a function in a process that ends with the call.
+
+    Raises:
+        ConfigError: the function cannot be loaded there, or the process not be started.
+    """
+    with contextlib.closing(FunctionProcess(asked)) as process:
+        process.start()
+        return process.ask(*arguments)
+
+
 def _write(pipe: IO[bytes], content: bytes, end: float) -> bool:
     """Writes to a pipe, whose reader may be gone; returns whether that was done by ``end``."""
     os.set_blocking(pipe.fileno(), False)
