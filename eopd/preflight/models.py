@@ -1,7 +1,6 @@
 """Model directories are opened before a worker does, to find what is missing, broken, or misfits."""
 
 import ast
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Final
 from eopd.config import ConfigError
 from eopd.config.json_text import told
 from eopd.config.pointer import require_no_pointer
+from eopd.preflight.declared import source_of
 from eopd.preflight.weights import TensorInfo, are_equal, read_tensors
 from eopd.tokenizer import end_token_ids, load_tokenizer, read_json, vocab_size
 
@@ -176,11 +176,11 @@ def require_served(key: str, directory: Path) -> None:
 
 def _vllm_architectures() -> frozenset[str]:
     """Returns the names of vLLM's models that compute logits; none where it is not installed."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
+    root = source_of("vllm")
+    if root is None:
         return frozenset()
 
-    source = Path(spec.origin).parent / "model_executor" / "models" / "registry.py"
+    source = root / "model_executor" / "models" / "registry.py"
     lists = [
         node.value
         for node in ast.parse(source.read_text(encoding="utf-8")).body
