@@ -28,6 +28,7 @@ ConfigFile = Annotated[
         "keys."
     ),
 ]
+RunPath = Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

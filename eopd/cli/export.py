@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eopd.cli.commands import Overrides
+from eopd.cli.commands import Overrides, RunPath
 from eopd.cli.models import hush
 from eopd.cli.paths import blame_user, require_place
 from eopd.config import ConfigError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
+    run: RunPath,
     step: Annotated[
         int | None, typer.Option(min=1, help="Of which checkpoint; else the newest.")
     ] = None,

@@ -2,12 +2,11 @@
 
 import time
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from eopd.cli.commands import JobServer
+from eopd.cli.commands import JobServer, RunPath
 from eopd.config import ConfigError
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import holder
@@ -17,7 +16,7 @@ POLL_S: Final = 0.5
 
 
 def logs(
-    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
+    run: RunPath,
     role: Annotated[
         str | None,
         typer.Option(help="Of one role, e.g. driver, rollout-0, or rollout for every engine."),

@@ -24,6 +24,7 @@ from eopd.cli.commands import (
     SET_EPILOG,
     ConfigFile,
     Overrides,
+    RunPath,
     place_of_moved,
     train_command,
 )
@@ -203,7 +204,7 @@ def _require_own_config(config: Path, run: RunConfig, overrides: list[str]) -> N
 
 @app.command(epilog=SET_EPILOG)
 def measure(
-    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
+    run: RunPath,
     step: Annotated[
         int | None, typer.Option(min=1, help="Of which checkpoint; else the newest.")
     ] = None,

@@ -1,15 +1,15 @@
 """``eopd show`` prints training responses that a run has kept."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from eopd.cli.commands import RunPath
 from eopd.config import ConfigError
 
 
 def show(
-    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
+    run: RunPath,
     step: Annotated[
         int | None, typer.Option(min=1, help="Of which step; else the newest there are any of.")
     ] = None,

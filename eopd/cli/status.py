@@ -1,15 +1,14 @@
 """``eopd status`` says how far a run is, from its files, or how its job is, from the job server."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from eopd.cli.commands import JobServer, place_of_moved, train_command
+from eopd.cli.commands import JobServer, RunPath, place_of_moved, train_command
 
 
 def status(
-    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/NAME.")],
+    run: RunPath,
     address: JobServer = None,
 ) -> None:
     """Say how far a run is, whether it is running or has ended."""

@@ -1,14 +1,12 @@
 """``eopd sweep`` runs the arms of a grid over several seeds, and compares them."""
 
-import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 from rich.table import Table
 
-from eopd.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, ConfigFile
+from eopd.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, ConfigFile, train_command
 from eopd.cli.terminal import outlive_readers
 from eopd.run.arms import Interval
 from eopd.run.grid import plan_runs, read_grids, read_seeds
@@ -75,7 +73,8 @@ def sweep(
             typer.echo(path)
 
     if work.status != "completed":
-        again = _command(config, grid or [], seeds, overrides or [], parallel, name)
+        options = _options(grid or [], seeds, parallel, name)
+        again = train_command(config, overrides or [], options, verb="sweep")
         typer.echo(f"continue with: {again}")
         raise typer.Exit(EXIT_FAILED if work.status == "failed" else EXIT_INTERRUPTED)
 
@@ -117,19 +116,10 @@ def _cell(interval: Interval | None, form: str) -> str:
     return mean if interval.high is None else f"{mean} ± {interval.high - interval.mean:.4f}"
 
 
-def _command(
-    config: Path,
-    grids: Sequence[str],
-    seeds: str | None,
-    overrides: Sequence[str],
-    parallel: int,
-    name: str | None,
-) -> str:
-    """Returns the command as a line for the shell."""
-    words = ["eopd", "sweep", str(config)]
-    words += [word for grid in grids for word in ("--grid", grid)]
-    words += [word for override in overrides for word in ("--set", override)]
+def _options(grids: Sequence[str], seeds: str | None, parallel: int, name: str | None) -> list[str]:
+    """Returns the options of the command without its overrides, as words."""
+    words = [word for grid in grids for word in ("--grid", grid)]
     words += [] if seeds is None else ["--seeds", seeds]
     words += [] if parallel == 1 else ["--parallel", str(parallel)]
     words += [] if name is None else ["--name", name]
-    return shlex.join(words)
+    return words

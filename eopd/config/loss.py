@@ -4,7 +4,6 @@ Every form is chosen by ``kind`` and carries only its own options, so that an im
 be written. The docstring of a form is the description of its ``kind``.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -141,14 +140,6 @@ class Reward(Section):
 
     options: NativeOptions = {}
     """Keyword arguments of a function of your own. None are given by default."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _grader_is_function(cls, value: object) -> object:
-        if isinstance(value, Mapping) and "grader" in value:
-            raise ValueError(f"grader: is called function now; write function: {value['grader']}")
-
-        return value
 
     @model_validator(mode="after")
     def _options_reach_a_function(self) -> Self:

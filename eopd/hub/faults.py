@@ -1,12 +1,13 @@
 """What goes wrong between here and the Hub becomes one line that says what to do."""
 
 import errno
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Final, Literal, TypeVar
 
 from eopd.config import ConfigError
+from eopd.daemon import in_daemon
 
 Kind = Literal["model", "dataset"]
 T = TypeVar("T")
@@ -57,25 +58,11 @@ def in_time(ask: Callable[[], T]) -> T:
     Raises:
         TimeoutError: there was no answer in time; the thread is left behind.
     """
-    answers: list[T] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            answers.append(ask())
-        except Exception as error:  # noqa: BLE001 - raised again by the caller's thread
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(ANSWER_S)
-    if errors:
-        raise errors[0]
-
-    if not answers:
+    answer = in_daemon(ask, "hub")
+    if wait([answer], ANSWER_S).not_done:
         raise TimeoutError(f"no answer in {ANSWER_S:g} s")
 
-    return answers[0]
+    return answer.result()
 
 
 def access(page: str) -> str:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from transformers import (
@@ -29,32 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from eopd.config import ConfigError
 from eopd.config.json_text import told
 
-_CHUNK_BYTES: Final = 1 << 22
 _SHOWN: Final = 3
-
-
-class StoredTensor(Protocol):
-    """A tensor in a file, as the file's header describes it (``preflight/weights.py``)."""
-
-    @property
-    def file(self) -> Path:
-        """The file that holds the tensor."""
-
-    @property
-    def start(self) -> int:
-        """The position of the tensor's first byte in the file."""
-
-    @property
-    def num_bytes(self) -> int:
-        """The tensor's size in bytes."""
-
-    @property
-    def dtype(self) -> str:
-        """The dtype, such as ``F32`` or ``BF16``."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's shape."""
 
 
 def check_student(directory: Path, *, num_tokens: int) -> PreTrainedModel:
@@ -89,14 +64,16 @@ def check_student(directory: Path, *, num_tokens: int) -> PreTrainedModel:
     return model
 
 
-def check_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> None:
-    """Compare stored tensors with the model, by transformers' own rules of which name is which
-    parameter.
+def check_weights(
+    model: PreTrainedModel, where: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compare the shapes of stored tensors with the model, by transformers' own rules of which name
+    is which parameter. ``where`` is their directory.
 
     Raises:
-        ConfigError: some are missing or of another shape, or tied ones differ.
+        ConfigError: some are missing or of another shape.
     """
-    stored = {name: torch.empty(info.shape, device="meta") for name, info in tensors.items()}
+    stored = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     loaded, report = type(model).from_pretrained(
         None,
         config=model.config,
@@ -105,7 +82,6 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    where = next(iter(tensors.values())).file.parent
     name = type(model).__name__
     if missing := sorted(report["missing_keys"]):
         unexpected = (
@@ -125,15 +101,6 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -
         )
 
     _require_plain_names(where, loaded)
-
-    for tied, source in model.all_tied_weights_keys.items():
-        if tied in tensors and source in tensors and not _equal(tensors[tied], tensors[source]):
-            raise ConfigError(
-                f"{where}: config.json ties {tied} to {source} (tie_word_embeddings), and "
-                "the weights hold two different tensors: vLLM would serve another model "
-                "than is trained; write tie_word_embeddings: false in config.json, or take "
-                f"{tied} out of the weights"
-            )
 
 
 def _require_plain_names(where: Path, model: PreTrainedModel) -> None:
@@ -261,23 +228,6 @@ def _require_writable(file: Path, config: PreTrainedConfig) -> None:
             raise ConfigError(
                 f"{file}: transformers would not write it again for the trained student: {reason}"
             ) from error
-
-
-def _equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Returns whether two stored tensors are the same bytes."""
-    if (a.dtype, a.shape, a.num_bytes) != (b.dtype, b.shape, b.num_bytes):
-        return False
-
-    with a.file.open("rb") as file_a, b.file.open("rb") as file_b:
-        file_a.seek(a.start)
-        file_b.seek(b.start)
-
-        for start in range(0, a.num_bytes, _CHUNK_BYTES):
-            size = min(_CHUNK_BYTES, a.num_bytes - start)
-            if file_a.read(size) != file_b.read(size):
-                return False
-
-    return True
 
 
 def _some(names: list[str]) -> str:

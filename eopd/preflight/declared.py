@@ -14,6 +14,7 @@ Example: of this file ``Declarations.read([file]).model("Args")`` is a model tha
 """
 
 import ast
+import importlib.util
 import types
 import typing
 from collections.abc import Container, Iterable, Mapping
@@ -205,6 +206,14 @@ class _AnnotatedName(ast.AnnAssign):
     """A statement ``name: annotation = value``."""
 
     target: ast.Name
+
+
+def source_of(library: str) -> Path | None:
+    """Returns the directory of a library's source, found without importing it; None where it is not
+    installed.
+    """
+    spec = importlib.util.find_spec(library)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def options_model(name: str, fields: Mapping[str, object]) -> type[BaseModel]:

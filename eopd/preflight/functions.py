@@ -5,7 +5,6 @@ A row is a real one, the first of the training data, since nobody else knows its
 function is tried by reading the data (``prompts/``), and a grader by ``answers.py``.
 """
 
-import contextlib
 from dataclasses import replace
 from typing import Final
 
@@ -17,7 +16,7 @@ from eopd.config.sections import FilterConfig
 from eopd.plugins import GateTokens, Row, Scored
 from eopd.prompts import PromptSet
 from eopd.rewards import filtering, verifier
-from eopd.rewards.process import Asked, Failed, FunctionProcess, Returned
+from eopd.rewards.process import Failed, ask_once
 
 _TOKENS: Final = 4
 _RESPONSE: Final = "This response is made up."
@@ -72,7 +71,7 @@ def _try_gate(gate: CustomGate, top_k: int) -> None:
 
 
 def _try_reward(reward: Reward, row: Row) -> None:
-    said = _ask(verifier.asked_for(reward), row, _RESPONSE, list(range(_TOKENS)))
+    said = ask_once(verifier.asked_for(reward), row, _RESPONSE, list(range(_TOKENS)))
     _require(verifier.KEY, verifier.reward_of(reward.function, said))
 
 
@@ -90,14 +89,8 @@ def _try_filter(config: FilterConfig, row: Row, *, has_reward: bool) -> None:
         reward=0.5 if has_reward else None,
     )
     for made_up in (scored, replace(scored, stop_reason="length")):
-        said = _ask(filtering.asked_for(config), made_up)
+        said = ask_once(filtering.asked_for(config), made_up)
         _require(filtering.KEY, filtering.decision_of(config.function, said))
-
-
-def _ask(asked: Asked, *arguments: object) -> Returned | Failed:
-    with contextlib.closing(FunctionProcess(asked)) as process:
-        process.start()
-        return process.ask(*arguments)
 
 
 def _require(key: str, outcome: object) -> None:

@@ -136,15 +136,8 @@ def _require_keys(config: Config) -> None:
 
 def _prepare(config: Config) -> Prepared:
     student = model_directory(config.student.model, weights=True)
-    require_model("student.model", student, num_tokens=config.max_sequence_tokens)
-    require_student(student, num_tokens=config.max_sequence_tokens)
-    require_heads("rollout.vllm", student, config.rollout.vllm)
+    require_as_student(config, student)
     vocabularies = {teacher.name: _vocabulary(config, teacher) for teacher in config.teachers}
-    if config.student.lora is not None:
-        from eopd.learner.lora import check_targets
-
-        check_targets(student, config.student.lora)
-
     tokenizer = load_tokenizer(student)
 
     return Prepared(
@@ -156,6 +149,67 @@ def _prepare(config: Config) -> Prepared:
             for benchmark in config.evaluation.benchmarks
         },
     )
+
+
+def require_as_student(
+    config: Config, directory: Path, *, weights: bool = True, tokenizer: bool = True
+) -> None:
+    """Checks that rollout engines and the learner of a run can use its student.
+
+    Args:
+        config: the run's.
+        directory: the student's.
+        weights: false where they are not here.
+        tokenizer: false where it is not here.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    longest = config.max_sequence_tokens
+    require_model(
+        "student.model", directory, num_tokens=longest, weights=weights, tokenizer=tokenizer
+    )
+    require_student(directory, num_tokens=longest, weights=weights)
+    require_heads("rollout.vllm", directory, config.rollout.vllm)
+    if config.student.lora is not None:
+        from eopd.learner.lora import check_targets
+
+        check_targets(directory, config.student.lora)
+
+
+def require_as_teacher(
+    config: Config,
+    teacher: TeacherConfig,
+    directory: Path,
+    *,
+    weights: bool = True,
+    tokenizer: bool = True,
+) -> None:
+    """Checks that a teacher's model can teach, whoever its student is.
+
+    Args:
+        config: the run's.
+        teacher: the teacher's section.
+        directory: the teacher's directory.
+        weights: false where they are not here.
+        tokenizer: false where it is not here.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    key = f"teachers.{teacher.name}"
+    is_engine = teacher.backend == "vllm"
+    require_model(
+        f"{key}.model",
+        directory,
+        num_tokens=config.max_teacher_tokens(teacher),
+        # a format of vLLM's own has files of its own
+        weights=weights and is_engine and "load_format" not in teacher.vllm,
+        tokenizer=tokenizer,
+    )
+    if is_engine:
+        require_served(f"{key}.model", directory)
+        require_heads(f"{key}.vllm", directory, teacher.vllm)
 
 
 def load_train(config: Config, tokenizer: Tokenizer) -> PromptSet:
@@ -211,21 +265,8 @@ def load_benchmark(config: Config, benchmark: BenchmarkConfig, tokenizer: Tokeni
 
 def _vocabulary(config: Config, teacher: TeacherConfig) -> SharedVocabulary:
     """Checks a teacher's model; returns the vocabulary that it shares with the student."""
-    key = f"teachers.{teacher.name}"
-    local = teacher.backend == "vllm"
-    # a format of vLLM's own has files of its own
-    weights = local and "load_format" not in teacher.vllm
-    directory = model_directory(teacher.model, weights=local)
-    require_model(
-        f"{key}.model",
-        directory,
-        num_tokens=config.max_teacher_tokens(teacher),
-        weights=weights,
-    )
-    if local:
-        require_served(f"{key}.model", directory)
-        require_heads(f"{key}.vllm", directory, teacher.vllm)
-
+    directory = model_directory(teacher.model, weights=teacher.backend == "vllm")
+    require_as_teacher(config, teacher, directory)
     return shared_vocabulary(config, model_directory(config.student.model), teacher, directory)
 
 

@@ -1,7 +1,6 @@
 """Model directories are opened before a worker does, to find what is missing, broken, or misfits."""
 
 import ast
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Final
 from eopd.config import ConfigError
 from eopd.config.json_text import told
 from eopd.config.pointer import require_no_pointer
-from eopd.preflight.weights import TensorInfo, read_tensors
+from eopd.preflight.declared import source_of
+from eopd.preflight.weights import TensorInfo, are_equal, read_tensors
 from eopd.tokenizer import end_token_ids, load_tokenizer, read_json, vocab_size
 
 # The files that a run reads of a model directory, without the weights.
@@ -89,7 +89,7 @@ def require_student(directory: Path, *, num_tokens: int, weights: bool = True) -
         weights: false where they are not here, so that only their shapes can be checked.
 
     Raises:
-        ConfigError: it cannot, for a reason of ``eopd.learner.fitness``.
+        ConfigError: it cannot, for a reason of ``eopd.learner.fitness``, or since tied weights differ.
     """
     key = "student.model"
     with _blame(key):
@@ -100,7 +100,8 @@ def require_student(directory: Path, *, num_tokens: int, weights: bool = True) -
 
         model = check_student(directory, num_tokens=num_tokens)
         if tensors is not None:
-            check_weights(model, tensors)
+            check_weights(model, directory, {name: one.shape for name, one in tensors.items()})
+            _require_tied(directory, model.all_tied_weights_keys, tensors)
 
 
 def require_heads(key: str, directory: Path, vllm: Mapping[str, object]) -> None:
@@ -175,11 +176,11 @@ def require_served(key: str, directory: Path) -> None:
 
 def _vllm_architectures() -> frozenset[str]:
     """Returns the names of vLLM's models that compute logits; none where it is not installed."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
+    root = source_of("vllm")
+    if root is None:
         return frozenset()
 
-    source = Path(spec.origin).parent / "model_executor" / "models" / "registry.py"
+    source = root / "model_executor" / "models" / "registry.py"
     lists = [
         node.value
         for node in ast.parse(source.read_text(encoding="utf-8")).body
@@ -205,6 +206,20 @@ def _require_plain(directory: Path, tensors: Mapping[str, TensorInfo]) -> None:
             f"{directory}: its weights are whole numbers ({', '.join(sorted(formats))}), which "
             "no model computes with"
         )
+
+
+def _require_tied(
+    directory: Path, source_of: Mapping[str, str], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Refuses tied weights that are stored twice, and differently."""
+    for tied, source in source_of.items():
+        if tied in tensors and source in tensors and not are_equal(tensors, tied, source):
+            raise ConfigError(
+                f"{directory}: config.json ties {tied} to {source} (tie_word_embeddings), and "
+                "the weights hold two different tensors: vLLM would serve another model "
+                "than is trained; write tie_word_embeddings: false in config.json, or take "
+                f"{tied} out of the weights"
+            )
 
 
 def _require_directory(directory: Path) -> None:

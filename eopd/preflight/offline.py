@@ -23,16 +23,12 @@ from eopd.preflight.inputs import (
     load_benchmark,
     load_held_out,
     load_train,
+    require_as_student,
+    require_as_teacher,
     require_native_options,
     shared_vocabulary,
 )
-from eopd.preflight.models import (
-    require_heads,
-    require_model,
-    require_served,
-    require_student,
-    require_top_k,
-)
+from eopd.preflight.models import require_top_k
 from eopd.preflight.pinning import key_of_benchmark
 from eopd.preflight.report import oddities
 from eopd.preflight.weights import has_weights
@@ -70,7 +66,10 @@ def check_offline(config: Config) -> list[str]:
 
     student = _Model.find("student.model", config.student.model)
     if student.directory is not None:
-        _check_student(config, student, student.directory)
+        require_as_student(
+            config, student.directory, weights=student.weights, tokenizer=student.tokenizer
+        )
+        require_top_k(config.loss.top_k, student.spec, student.directory)
 
     lines.append(student.told())
 
@@ -123,25 +122,6 @@ class _Model:
         return f"{text}; {' and '.join(missing)} {_NOT_CHECKED}" if missing else text
 
 
-def _check_student(config: Config, student: _Model, directory: Path) -> None:
-    longest = config.max_sequence_tokens
-    require_model(
-        student.key,
-        directory,
-        num_tokens=longest,
-        weights=student.weights,
-        tokenizer=student.tokenizer,
-    )
-    require_student(directory, num_tokens=longest, weights=student.weights)
-    require_heads("rollout.vllm", directory, config.rollout.vllm)
-    require_top_k(config.loss.top_k, student.spec, directory)
-
-    if config.student.lora is not None:
-        from eopd.learner.lora import check_targets
-
-        check_targets(directory, config.student.lora)
-
-
 def _teacher(teacher: TeacherConfig) -> _Model:
     return _Model.find(f"teachers.{teacher.name}.model", teacher.model)
 
@@ -150,18 +130,9 @@ def _check_teacher(config: Config, teacher: TeacherConfig, student: _Model, mode
     if model.directory is None:
         return
 
-    is_engine = teacher.backend == "vllm"
-    require_model(
-        model.key,
-        model.directory,
-        num_tokens=config.max_teacher_tokens(teacher),
-        weights=model.weights and is_engine and "load_format" not in teacher.vllm,
-        tokenizer=model.tokenizer,
+    require_as_teacher(
+        config, teacher, model.directory, weights=model.weights, tokenizer=model.tokenizer
     )
-    if is_engine:
-        require_served(model.key, model.directory)
-        require_heads(f"teachers.{teacher.name}.vllm", model.directory, teacher.vllm)
-
     require_top_k(config.loss.top_k, model.spec, model.directory)
     _require_rows(teacher, student, model)
     if student.directory is not None and student.tokenizer and model.tokenizer:

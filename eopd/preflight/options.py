@@ -6,17 +6,15 @@ out: options that are mappings of vLLM's own, such as ``compilation_config``.
 """
 
 import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
 from eopd.config import ConfigError
 from eopd.config.messages import explain
-from eopd.preflight.declared import Declarations, options_model
+from eopd.preflight.declared import Declarations, options_model, source_of
 
 _Dtype = Literal["fp32", "fp16", "bf16", "float32", "float16", "bfloat16"]
 _Level = Literal["debug", "info", "warning", "error", "critical"]
@@ -87,7 +85,7 @@ def require_vllm_options(key: str, options: Mapping[str, object]) -> None:
     Raises:
         ConfigError: there is no such option, or its value is not allowed.
     """
-    root = _source("vllm")
+    root = source_of("vllm")
     if not options or root is None:
         return
 
@@ -120,7 +118,7 @@ def require_deepspeed_options(key: str, options: Mapping[str, object]) -> None:
     Raises:
         ConfigError: there is no such option, or its value is not allowed.
     """
-    root = _source("deepspeed")
+    root = source_of("deepspeed")
     if not options or root is None:
         return
 
@@ -137,12 +135,6 @@ def require_deepspeed_options(key: str, options: Mapping[str, object]) -> None:
     )
     model = options_model("DeepSpeed", {**_DEEPSPEED_KEYS, **sections})
     _require(key, _as_deepspeed_reads(options), model)
-
-
-def _source(library: str) -> Path | None:
-    """Returns the directory of a library's source, found without importing it."""
-    spec = importlib.util.find_spec(library)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def _as_deepspeed_reads(options: Mapping[str, object]) -> dict[str, object]:

@@ -1,16 +1,17 @@
-"""The weights of a model directory are checked by the headers of their files; no tensor is read.
+"""The weights of a model directory are checked by the headers of their files.
 
 A file that is missing, empty, cut short, or a Git LFS pointer is found here in milliseconds, and
 not by an engine after minutes. Files of the ``.bin`` format have no header, so that only their
 container is checked.
 """
 
-import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from safetensors import SafetensorError, safe_open
 
 from eopd.config.json_text import JsonError, parse_json, told
 from eopd.config.pointer import require_no_pointer
@@ -28,26 +29,14 @@ _STANDARD: Final = (
     "pytorch_model.bin.index.json",
 )
 _MISTRAL: Final = "consolidated"
-_MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
-_LARGEST: Final = 2**62
-_BYTES: Final = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
-}
 _PICKLE: Final = b"\x80"  # how a .bin file of the oldest format begins
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor of a safetensors file: where its bytes are, their format (``F32``, ``BF16``), and its
-    shape.
-    """
+    """A tensor of a safetensors file: its file, its format (``F32``, ``BF16``), and its shape."""
 
     file: Path
-    start: int
-    num_bytes: int
     dtype: str
     shape: tuple[int, ...]
 
@@ -101,6 +90,23 @@ def _require_no_other(directory: Path, file: Path) -> None:
 def has_weights(directory: Path) -> bool:
     """Tells whether a model directory holds weights, or an index of them, whole or not."""
     return any((directory / name).exists() for name in _STANDARD) or bool(_other_files(directory))
+
+
+def are_equal(tensors: Mapping[str, TensorInfo], a: str, b: str) -> bool:
+    """Tells whether two tensors are the same bytes. Their files are mapped, so that this takes no
+    memory of their size.
+    """
+    if (tensors[a].dtype, tensors[a].shape) != (tensors[b].dtype, tensors[b].shape):
+        return False
+
+    import torch
+
+    with (
+        safe_open(tensors[a].file, framework="pt") as file_a,
+        safe_open(tensors[b].file, framework="pt") as file_b,
+    ):
+        bytes_of_a = file_a.get_tensor(a).flatten().view(torch.uint8)
+        return torch.equal(bytes_of_a, file_b.get_tensor(b).flatten().view(torch.uint8))
 
 
 def _other_files(directory: Path) -> list[Path]:
@@ -166,7 +172,7 @@ def _read_files(files: Sequence[Path]) -> Mapping[str, TensorInfo] | None:
 
         return None
 
-    tensors = {name: info for file in files for name, info in _header(file)}
+    tensors = {name: info for file in files for name, info in _read_header(file)}
     if not tensors:
         raise ValueError(f"{files[0]} holds no tensors; copy or download it again")
 
@@ -194,69 +200,14 @@ def _require_container(file: Path) -> None:
         )
 
 
-def _header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """Yields the tensors that a safetensors file describes, if its size is what they need."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        num_bytes = int.from_bytes(opened.read(8), "little")
-        if size < 8 or num_bytes > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(
-                f"{file} is cut short, or no safetensors file; copy or download it again"
-            )
-
-        text = opened.read(num_bytes)
-
+def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+    """Yields the tensors of a safetensors file, which holds all their bytes and no other."""
     try:
-        tensors = list(_parse(file, text, start=8 + num_bytes))
-    except (JsonError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        raise ValueError(f"{file} is no safetensors file: its header cannot be read") from None
-
-    for name, info in tensors:
-        _require_shape(file, name, info)
-
-    end = max((info.start + info.num_bytes for _, info in tensors), default=8 + num_bytes)
-    if end != size:
+        with safe_open(file, framework="numpy") as opened:
+            for name in opened.offset_keys():
+                tensor = opened.get_slice(name)
+                yield name, TensorInfo(file, tensor.get_dtype(), tuple(tensor.get_shape()))
+    except SafetensorError as error:
         raise ValueError(
-            f"{file} has {size} bytes, and its tensors need {end}; copy or download it again"
-        )
-
-    yield from tensors
-
-
-def _parse(file: Path, text: bytes, *, start: int) -> Iterator[tuple[str, TensorInfo]]:
-    """Yields the tensors of a header ``{name: {"dtype": ..., "shape": [...], "data_offsets": [first,
-    last]}}``, with offsets from ``start``.
-    """
-    header = parse_json(text)
-    if not isinstance(header, dict):
-        raise TypeError("a header is an object")
-
-    for name, info in header.items():
-        if name != "__metadata__":
-            first, last = map(int, info["data_offsets"])
-            shape = tuple(map(int, info["shape"]))
-            yield (
-                name,
-                TensorInfo(
-                    file,
-                    start + first,
-                    last - first,
-                    str(info["dtype"]),
-                    shape,
-                ),
-            )
-
-
-def _require_shape(file: Path, name: str, info: TensorInfo) -> None:
-    """Refuses a shape that no tensor has, or that its bytes do not fill.
-
-    Raises:
-        ValueError: names the tensor.
-    """
-    needs = math.prod(info.shape) * _BYTES.get(info.dtype, 0)
-    wrong = info.num_bytes != needs if info.dtype in _BYTES else info.num_bytes < 0
-    if wrong or not all(0 <= size <= _LARGEST for size in info.shape):
-        raise ValueError(
-            f"{file} is no safetensors file: its tensor {name} of shape {list(info.shape)} "
-            f"and type {info.dtype} has {info.num_bytes} bytes; copy or download it again"
-        )
+            f"{file} is cut short, or no safetensors file ({error}); copy or download it again"
+        ) from None

@@ -10,24 +10,24 @@ import logging
 from math_verify import LatexExtractionConfig, parse, verify
 
 from eopd.rewards.final_answer import is_prose
-from eopd.rewards.verdict import Verdict
 
 _EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0)]
 
 logging.disable()  # math-verify warns that its time-outs are off
 
 
-def judge(answer: str, reference: str) -> str:
-    """Returns the verdict over an answer, both as LaTeX."""
+def judge(answer: str, reference: str) -> bool | None:
+    """Returns whether two answers, both as LaTeX, are equal; None where the first one is none.
+
+    Raises:
+        ValueError: the reference cannot be read.
+    """
     expected, given = _expressions(reference), _expressions(answer)
     # math-verify 0.9 reads words as products of letters
     if not expected or is_prose(reference):
-        return Verdict.ERROR
+        raise ValueError(f"{reference} cannot be read")
 
-    if not given:
-        return Verdict.NO_ANSWER
-
-    return Verdict.CORRECT if verify(expected, given, timeout_seconds=None) else Verdict.WRONG
+    return verify(expected, given, timeout_seconds=None) if given else None
 
 
 def _expressions(answer: str) -> list[object]:

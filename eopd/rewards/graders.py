@@ -4,14 +4,15 @@ a function of the user, by its import path.
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Final
 
 from eopd.config import ConfigError
 from eopd.config.base import OWN_GRADERS, GraderName, require_grader
 from eopd.plugins import GraderFunction
 from eopd.rewards.exact import grade_exact
-from eopd.rewards.math import MathProcess
-from eopd.rewards.process import CPU_LIMIT_S, Asked, Failed, FunctionProcess, Returned
+from eopd.rewards.math import JUDGE, grade_math
+from eopd.rewards.process import CPU_LIMIT_S, Asked, Failed, FunctionProcess, Returned, ask_once
 from eopd.rewards.verdict import Grader, Verdict
 from eopd.types import Reference
 
@@ -33,15 +34,15 @@ def open_grader(name: GraderName, *, time_limit_s: float = CPU_LIMIT_S) -> Itera
             A busy machine changes no verdict, since waiting is not counted.
 
     Raises:
-        ConfigError: there is no such grader.
+        ConfigError: there is no such grader, or its process cannot be started.
     """
     if name == "exact":
         yield grade_exact
         return
 
     if name == "math":
-        with contextlib.closing(MathProcess(time_limit_s)) as math:
-            yield math.grade
+        with open_grader(JUDGE, time_limit_s=time_limit_s) as judge:
+            yield partial(grade_math, judge)
 
         return
 
@@ -74,11 +75,7 @@ def try_grader(key: str, name: GraderName, response: str, reference: Reference) 
     if name in OWN_GRADERS:
         return
 
-    asked = Asked(key=key, function=name, kind=GraderFunction)
-    with contextlib.closing(FunctionProcess(asked)) as process:
-        process.start()
-        said = process.ask(response, reference)
-
+    said = ask_once(Asked(key=key, function=name, kind=GraderFunction), response, reference)
     if isinstance(said, Failed):
         raise ConfigError(f"{key}: {said.cause}")
 

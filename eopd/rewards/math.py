@@ -3,61 +3,43 @@
 The library runs in a process of its own, since a short answer can keep sympy busy for hours.
 """
 
-from eopd.plugins import GraderFunction
+from typing import Final
+
 from eopd.rewards.final_answer import as_latex, final_answer
-from eopd.rewards.process import Asked, Failed, FunctionProcess
 from eopd.rewards.spelling import are_words_of_the_same_letters, stand_side_by_side
-from eopd.rewards.verdict import Verdict, best, each
+from eopd.rewards.verdict import Grader, Verdict, best, each
 from eopd.types import Reference
 
+JUDGE: Final = "eopd.rewards.equality:judge"
 
-class MathProcess:
-    """A math process grades in a child that runs ``equality.judge``."""
 
-    def __init__(self, time_limit_s: float) -> None:
-        function = "eopd.rewards.equality:judge"
-        self._process = FunctionProcess(
-            Asked(
-                key="math",
-                function=function,
-                kind=GraderFunction,
-                cpu_limit_s=time_limit_s,
-            )
-        )
+def grade_math(judge: Grader, response: str, reference: Reference) -> Verdict:
+    r"""Judges whether the final answers of response and reference are equal as mathematics
+    (math-verify's ``verify``). ``judge`` is the grader ``JUDGE``, asked once for each accepted
+    answer.
 
-    def grade(self, response: str, reference: Reference) -> Verdict:
-        r"""Judges whether the final answers of response and reference are equal as mathematics
-        (math-verify's ``verify``).
+    The final answer is the last box or a last line ``#### ...``; a reference without one is an
+    answer as a whole. For a response without one the verdict is ``NO_ANSWER``: in free text
+    math-verify 0.9 reads ``3\sqrt{13}`` as 3. Two expressions that it fails to compare are
+    ``WRONG``, as it decides itself. Two numbers side by side (``12 34``) are not read.
+    """
+    answer = as_latex(final_answer(response) or "")
+    if not answer:
+        return Verdict.NO_ANSWER
 
-        The final answer is the last box or a last line ``#### ...``; a reference without one is an
-        answer as a whole. For a response without one the verdict is ``NO_ANSWER``: in free text
-        math-verify 0.9 reads ``3\sqrt{13}`` as 3. Two expressions that it fails to compare are
-        ``WRONG``, as it decides itself. Two numbers side by side (``12 34``) are not read.
-        """
-        answer = as_latex(final_answer(response) or "")
-        if not answer:
-            return Verdict.NO_ANSWER
+    return best(_compare(judge, answer, accepted) for accepted in each(reference))
 
-        return best(self._compare(answer, accepted) for accepted in each(reference))
 
-    def _compare(self, answer: str, accepted: str) -> Verdict:
-        expected = final_answer(accepted)
-        expected = as_latex(accepted if expected is None else expected)
-        if stand_side_by_side(expected):
-            return Verdict.ERROR
+def _compare(judge: Grader, answer: str, accepted: str) -> Verdict:
+    expected = final_answer(accepted)
+    expected = as_latex(accepted if expected is None else expected)
+    if stand_side_by_side(expected):
+        return Verdict.ERROR
 
-        if stand_side_by_side(answer):
-            return Verdict.NO_ANSWER
+    if stand_side_by_side(answer):
+        return Verdict.NO_ANSWER
 
-        if are_words_of_the_same_letters(answer, expected):
-            return Verdict.WRONG
+    if are_words_of_the_same_letters(answer, expected):
+        return Verdict.WRONG
 
-        said = self._process.ask(answer, expected)
-        if isinstance(said, Failed):
-            return Verdict.TIMEOUT if said.timed_out else Verdict.ERROR
-
-        return Verdict(str(said.value))
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.close()
+    return judge(answer, expected)

@@ -88,8 +88,6 @@ class FunctionProcess:
             self.start()
         except ConfigError as error:  # it could be, before
             return Failed(str(error))
-        except OSError as error:  # the machine takes no more processes or files
-            return Failed(f"{self._asked.function}: its process cannot be started: {error}")
 
         # a child that died while it was idle gives no reply either
         reply = self._exchange(arguments)
@@ -105,22 +103,30 @@ class FunctionProcess:
         """Starts the child where there is none.
 
         Raises:
-            ConfigError: the function cannot be loaded there.
+            ConfigError: the function cannot be loaded there, or the machine takes no more processes
+                or files.
         """
+        asked = self._asked
         if self._process is not None:
             return
 
         # A session of its own: Ctrl-C in the terminal is for the parent, whose end closes the
         # child's input. -P: no module of the working directory stands in for one of Python's.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD, json.dumps(search_path())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        reply = self._exchange(self._asked)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _CHILD, json.dumps(search_path())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"{asked.key}: {asked.function}: its process cannot be started: {error}"
+            ) from None
+
+        reply = self._exchange(asked)
         if isinstance(reply, Failed):
-            raise ConfigError(f"{self._asked.key}: {reply.cause}, at its start")
+            raise ConfigError(f"{asked.key}: {reply.cause}, at its start")
 
         if "failed" in reply:
             self.close()
@@ -182,6 +188,17 @@ class FunctionProcess:
 
         cause = why or f"its process ended with code {code}"
         return Failed(f"{asked.function}: {cause}", timed_out=bool(why))
+
+
+def ask_once(asked: Asked, *arguments: object) -> Returned | Failed:
+    """Calls a function in a process that ends with the call.
+
+    Raises:
+        ConfigError: the function cannot be loaded there, or the process not be started.
+    """
+    with contextlib.closing(FunctionProcess(asked)) as process:
+        process.start()
+        return process.ask(*arguments)
 
 
 def _write(pipe: IO[bytes], content: bytes, end: float) -> bool:

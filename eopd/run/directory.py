@@ -123,7 +123,6 @@ class RunDirectory:
         path = directory.path
         old_files = (
             *directory._by_step,
-            path / "samples.jsonl",  # of a version that kept the texts twice
             directory.dropped,
             directory._changes,
             directory._summary,

@@ -15,14 +15,16 @@ Credentials, endpoints and regions are those of the store's own environment vari
 
 import json
 import re
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from eopd.config import ConfigError, RunConfig
+from eopd.daemon import in_daemon
 from eopd.run.checkpoint import MANIFEST
 from eopd.run.record import RUN_ID
 from eopd.run.storage import write_whole
@@ -198,30 +200,20 @@ def require_upload(run: RunConfig) -> None:
                 "make it, or mount the disk that has it"
             )
 
-    errors: list[ConfigError] = []
-
-    def probe() -> None:
-        try:
-            with blamed(url, "written"):
-                _write_probe(Place(url))
-        except ConfigError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=probe, name="upload-probe", daemon=True)
-    thread.start()
-    thread.join(PROBE_S)
-    if thread.is_alive():
+    probe = in_daemon(partial(_probe, url), "upload-probe")
+    if wait([probe], PROBE_S).not_done:
         raise ConfigError(f"run.upload: {url} does not answer within {PROBE_S:g} s. {_NETWORK}")
 
-    for error in errors:
-        raise error
+    probe.result()
 
 
-def _write_probe(place: Place) -> None:
+def _probe(url: str) -> None:
     name = f"{PROBE}{uuid.uuid4().hex}"
-    place.write(name, b"1")
-    place.sizes()
-    place.remove(name)
+    with blamed(url, "written"):
+        place = Place(url)
+        place.write(name, b"1")
+        place.sizes()
+        place.remove(name)
 
 
 _NETWORK: Final = (

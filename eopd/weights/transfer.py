@@ -23,8 +23,7 @@ The receiver of a bucket with a wrong hash reports it, and the group stays as it
 dies or stalls fails the transfer for all, and the group is built again.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,6 +33,7 @@ from typing import TypeVar, cast
 import torch
 from torch._C._distributed_c10d import TCPStore
 
+from eopd.daemon import in_daemon
 from eopd.types import WeightTransferError
 from eopd.weights.layout import (
     DIGEST_BYTES,
@@ -341,7 +341,7 @@ class WeightReceiver:
             arriving=arriving if self._own is None else self._own.reserve(),
             messages=messages,
         )
-        self._transfer = _in_daemon(receive)
+        self._transfer = in_daemon(receive, "weight-receiver")
 
     def check(self) -> None:
         """Find out, after the sender's ``send``, that everything is here and every hash is right.
@@ -419,20 +419,6 @@ def _arrived(transfer: Future[T], timeout_s: float) -> T:
         raise WeightTransferError(f"weight transfer did not end within {timeout_s:g} s") from None
     except Exception as error:  # whatever has ended its thread
         raise WeightTransferError(f"weight transfer failed: {error}") from error
-
-
-def _in_daemon(work: Callable[[], T]) -> Future[T]:
-    """Works in a thread for which no process waits at its end."""
-    outcome = Future[T]()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - raised where the outcome is asked for
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name="weight-receiver", daemon=True).start()
-    return outcome
 
 
 def _unpacked(

@@ -808,10 +808,6 @@ def test_an_item_of_a_list_is_set_by_its_name_too(path):
     ("override", "message"),
     [
         (
-            "loss.reverse_kl={kind: sampled, reward: {grader: math}}",
-            "loss.reverse_kl.reward: grader: is called function now; write function: math",
-        ),
-        (
             "loss.reverse_kl={kind: sampled, reward: {function: maths}}",
             "loss.reverse_kl.reward.function: must be package.module:name, such as "
             "my_rewards:score (is 'maths'), or one of exact, math; did you mean math?",

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import statistics
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -372,17 +373,22 @@ def test_math_grader_survives_an_endless_comparison_in_a_thread(math_grader):
     assert verdicts == [Verdict.TIMEOUT, Verdict.CORRECT]
 
 
-def test_math_grader_names_a_dead_process_an_error_and_goes_on():
+def test_math_grader_names_a_dead_process_an_error_and_goes_on(monkeypatch):
+    started, start = [], subprocess.Popen
+
+    def start_and_note(*arguments, **options):
+        started.append(start(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_note)
     with open_grader("math") as grade:
         assert grade(r"\boxed{1}", "1") is Verdict.CORRECT
-        process = grade.__self__._process._process
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        os.kill(started[0].pid, signal.SIGKILL)
+        started[0].wait()
         assert grade(r"\boxed{1}", "1") is Verdict.ERROR
         assert grade(r"\boxed{1}", "1") is Verdict.CORRECT
-        process = grade.__self__._process._process
 
-    assert process.returncode == 0
+    assert [process.returncode for process in started] == [-signal.SIGKILL, 0]
 
 
 def test_unknown_grader_is_named():

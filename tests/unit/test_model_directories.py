@@ -143,11 +143,11 @@ def header(directory: Path, tree: object) -> None:
         (lambda d: cut(d / "model.safetensors", 500), "DIR/model.safetensors is cut short"),
         (
             lambda d: cut(d / "model.safetensors", 99_000),
-            "DIR/model.safetensors has 99000 bytes, and its tensors need",
+            "DIR/model.safetensors is cut short, or no safetensors file (",
         ),
         (
             lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]"),
-            "its header cannot be read",
+            "DIR/model.safetensors is cut short, or no safetensors file (",
         ),
         (
             lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 999),
@@ -236,17 +236,17 @@ def header(directory: Path, tree: object) -> None:
         (lambda d: header(d, {}), "DIR/model.safetensors holds no tensors"),
         (
             lambda d: header(d, tensor([-1], 0)),
-            "its tensor a of shape [-1] and type F32 has 0 bytes",
+            "no safetensors file (Error while deserializing header: invalid JSON in header: ",
         ),
-        (lambda d: header(d, tensor([10**30], 0)), "its tensor a of shape [1000"),
-        (lambda d: header(d, tensor([0, 10**30], 0)), "its tensor a of shape [0, 1000"),
+        (lambda d: header(d, tensor([10**30], 0)), "invalid JSON in header: "),
+        (lambda d: header(d, tensor([0, 10**30], 0)), "invalid JSON in header: "),
         (
             lambda d: header(d, tensor([9], 40)),
-            "its tensor a of shape [9] and type F32 has 40 bytes",
+            "invalid shape, data type, or offset for tensor",
         ),
         (
             lambda d: header(d, "[" * 100_000),
-            "DIR/model.safetensors is no safetensors file: its header cannot be read",
+            "DIR/model.safetensors is cut short, or no safetensors file (",
         ),
         (
             lambda d: (d / INDEX).write_text('{"weight_map"'),
@@ -321,7 +321,7 @@ def test_every_shard_is_there_and_holds_its_tensors(sharded):
         in refused(sharded)
     )
     cut(shards[2], 3000)
-    assert f"DIR/{shards[2].name} has 3000 bytes" in refused(sharded)
+    assert f"DIR/{shards[2].name} is cut short, or no safetensors file (" in refused(sharded)
     shards[1].unlink()
     assert (
         f"DIR lacks 1 of the {len(shards)} files of its weights, the first is {shards[1].name}"
@@ -385,14 +385,10 @@ def test_a_missing_directory_is_told_what_else_may_stand_there(tmp_path):
 
 def student(directory: Path, num_tokens: int = 64) -> str:
     """What is said of a directory as a student; nothing where it passes."""
-    tensors = models.read_tensors(directory, standard_names=True)
-    with models.quiet():
-        from eopd.learner.fitness import check_student, check_weights
-
-        try:
-            check_weights(check_student(directory, num_tokens=num_tokens), tensors)
-        except ConfigError as error:
-            return str(error).replace(str(directory), "DIR")
+    try:
+        models.require_student(directory, num_tokens=num_tokens)
+    except ConfigError as error:
+        return str(error).replace(str(directory), "DIR")
 
     return ""
 

@@ -58,7 +58,6 @@ def test_a_run_that_is_begun_again_is_another_one_to_trackers(config):
 async def test_a_run_that_begins_keeps_nothing_of_one_of_its_name(config):
     sample = {"prompt_id": "p", "prompt": "?", "response": "a"}
     run = RunDirectory.create(config())
-    (run.path / "samples.jsonl").write_text("of an older version\n")
     run.add_held_out("before", 0, STATS, [sample])
     run.write_summary(Progress().summary("running"))
     run.add_trained(1, {0: fakes.header(crc32=7)})

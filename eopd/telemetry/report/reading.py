@@ -6,7 +6,7 @@ Lines that cannot be read are left out and counted; the page says so. The files 
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
@@ -18,7 +18,7 @@ import yaml
 from eopd.config import ConfigError
 from eopd.config.load import flatten
 from eopd.config.saved import require_directory
-from eopd.run.evaluations import Evaluation, Measurements, Phase, read_evaluations
+from eopd.run.evaluations import Evaluation, Measurements, read_evaluations
 from eopd.run.reading import parse_object, read_rows, read_summary
 from eopd.run.record import Summary
 from eopd.telemetry.report.public import Public
@@ -136,12 +136,6 @@ def _read_run(directory: Path, name: str, public: bool) -> RunRecord:
         raise ConfigError(f"{directory} holds no run (it has no config.yaml)")
 
     notes: list[str] = []
-    if (directory / "samples.jsonl").exists() and not (directory / "held_out.jsonl").exists():
-        notes.append(
-            "held_out.jsonl is missing: an older version kept the texts of samples alone, "
-            "in samples.jsonl"
-        )
-
     rows = _lines(directory / "metrics.jsonl", notes, dict.fromkeys(_OF_EVERY_ROW, Real))
     if not rows:
         raise ConfigError(f"{directory}: no step was completed yet (metrics.jsonl has no rows)")
@@ -151,7 +145,7 @@ def _read_run(directory: Path, name: str, public: bool) -> RunRecord:
     summary = _summary(directory / "summary.json", notes)
     held_out = _lines(directory / "held_out.jsonl", notes, _MEASURED)
     timeline = _lines(directory / "timeline.jsonl", notes, {"step": int})
-    evaluations = _evaluations(directory / "evaluations.jsonl", summary, notes)
+    evaluations = _evaluations(directory / "evaluations.jsonl", notes)
     settings: dict[str, Any] = {
         "versions": _object(directory / "versions.json"),
         "parent": _object(directory / "parent.json"),
@@ -227,36 +221,14 @@ def _yaml(text: str, notes: list[str]) -> object:
         return {}
 
 
-def _evaluations(path: Path, summary: Summary, notes: list[str]) -> list[Evaluation]:
-    """Returns what was measured, by step; of several lines of one step and name the last one holds.
-    Of a run of an older version, which kept no such file, these are the two ends of its summary.
+def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:
+    """Returns what was measured, by step; of several lines of one step and name the last one
+    holds.
     """
-    if not path.exists():
-        return list(_two_ends(summary))
-
     evaluations = read_evaluations(path)
     _note_unread(path, notes, len(read_rows(path)), len(evaluations))
     holding = {(evaluation.step, evaluation.name): evaluation for evaluation in evaluations}
     return sorted(holding.values(), key=lambda evaluation: evaluation.step)
-
-
-def _two_ends(summary: Summary) -> Iterator[Evaluation]:
-    phases: tuple[tuple[Phase, int, Measurements | None], ...] = (
-        ("before", 0, summary.held_out.before),
-        ("after", summary.steps, summary.held_out.after),
-    )
-    for phase, step, measurements in phases:
-        if measurements:
-            yield Evaluation(
-                step=step,
-                phase=phase,
-                name="held_out",
-                time=0.0,
-                seconds=0.0,
-                prompts=0,
-                samples=1,
-                measurements=measurements,
-            )
 
 
 def _ends(lines: Sequence[Record]) -> Mapping[str, Record]:

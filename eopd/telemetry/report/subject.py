@@ -103,10 +103,9 @@ def gate_words(config: Config) -> str:
 def reward_words(config: Config) -> str:
     """Returns what a verifier adds; nothing where there is none."""
     reward = "loss.reverse_kl.reward"
-    names = [config.get(f"{reward}.{key}") for key in ("function", "grader")]
-    named = next((str(name) for name in names if name), "")
+    function = config.get(f"{reward}.function")
     weight = config.get(f"{reward}.weight", 1.0)
-    return f"{weight:g} times the advantage of {named}" if named else ""
+    return f"{weight:g} times the advantage of {function}" if function else ""
 
 
 def _student(config: Config) -> str:
