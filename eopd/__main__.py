@@ -1,5 +1,43 @@
-"""``python -m eopd`` is the ``eopd`` command."""
+"""The process of the ``eopd`` command, also of ``python -m eopd``."""
 
-from eopd.cli.main import main
+import logging
+import signal
+import sys
 
-main()
+
+class _Message(logging.Formatter):
+    """Shows what is logged without a traceback, which stands in the logs of a run."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage()
+
+
+def main() -> None:
+    """Runs the command. A Ctrl-C ends it with one word, also while the rest is still being imported, and
+    does nothing any more once all is said.
+    """
+    _log_in_lines()
+    try:
+        from eopd.cli.main import main as command
+
+        command()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _log_in_lines() -> None:
+    """Shows warnings that no run collects as lines, and none of ours again by the root logger, which
+    functions of the user may configure.
+    """
+    last = logging.StreamHandler()
+    last.setLevel(logging.WARNING)
+    last.setFormatter(_Message())
+    logging.lastResort = last
+    logging.getLogger("eopd").propagate = False
+
+
+if __name__ == "__main__":
+    main()

@@ -99,9 +99,8 @@ def _resolve(path: Path) -> Path:
     try:
         str(absolute).encode()
     except UnicodeEncodeError:
-        raise ValueError(
-            f"the path {absolute} is not UTF-8; give its folder another name"
-        ) from None
+        shown = os.fsencode(absolute).decode(errors="replace")
+        raise ValueError(f"the path {shown} is not UTF-8; give its folder another name") from None
 
     if (longest := max(len(os.fsencode(part)) for part in absolute.parts)) > MAX_NAME_BYTES:
         raise ValueError(f"a name in a path has {MAX_NAME_BYTES} bytes at most (has {longest})")
