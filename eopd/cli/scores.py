@@ -27,7 +27,7 @@ def score_lines(result: BenchmarkResult, samples: int, ks: Sequence[int]) -> Seq
     scores = {f"avg@{samples}": found["avg_at_n"]}
     scores |= {f"pass@{k}": found[f"pass_at_{k}"] for k in ks}
     width = max(map(len, scores))
-    lines = [f"{name:<{width}}  {_with_error(score)}" for name, score in scores.items()]
+    lines = [f"{name:<{width}}  {score.shown(digits=4)}" for name, score in scores.items()]
 
     lines.append(
         f"{len(result.prompts)} prompts, {_mean(found, 'response_tokens'):.1f} tokens an answer, "
@@ -78,11 +78,6 @@ def score_record(
 def _mean(found: Mapping[str, Measurement], metric: str) -> float:
     """Returns the mean of a metric; nan where no prompt has any answer."""
     return found[metric].mean if metric in found else math.nan
-
-
-def _with_error(score: Measurement) -> str:
-    error = score.standard_error
-    return f"{score.mean:.4f}" + ("" if error is None else f" +- {error:.4f}")
 
 
 def _estimate(score: Measurement) -> dict[str, object]:

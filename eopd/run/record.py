@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 Row = Mapping[str, float]  # by the names of ``telemetry/catalog.py``
 RUN_ID: Final = "run-id"  # the file of the run's id, also of the one that a tracker has for it
@@ -21,6 +21,11 @@ class Measurement:
 
     mean: float
     standard_error: float | None = None
+
+    def shown(self, sign: Literal["", "+"] = "", digits: int = 3) -> str:
+        """Returns both for people, as in ``0.512 ± 0.021``; with ``sign="+"`` a change, ``+0.512``."""
+        mean, error = f"{self.mean:{sign}.{digits}f}", self.standard_error
+        return mean if error is None else f"{mean} ± {error:.{digits}f}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

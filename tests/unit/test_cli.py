@@ -611,9 +611,9 @@ def test_eval_prints_scores_and_every_verdict(eopd, files, monkeypatch):
     done = eopd("eval", files / "model", files / "rows.jsonl", "--n", "2")
     assert done.code == 0
     assert done.out.splitlines() == [
-        "avg@2   0.2500 +- 0.2500",
-        "pass@1  0.2500 +- 0.2500",
-        "pass@2  0.5000 +- 0.5000",
+        "avg@2   0.2500 ± 0.2500",
+        "pass@1  0.2500 ± 0.2500",
+        "pass@2  0.5000 ± 0.5000",
         "2 prompts, 4.0 tokens an answer, 100.0% truncated, 0 lost",
         "4 answers: 1 right, 0 wrong, 1 without an answer, 0 timed out, 2 not graded",
         "not graded: prompts 2: the grader failed, or cannot read the accepted answer; "

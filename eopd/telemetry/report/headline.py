@@ -164,8 +164,7 @@ def _change(
     """Returns a row of the table; its change has an error where it is paired by prompt."""
     difference = ""
     if before is not None and after is not None:
-        change = paired or Measurement(mean=after.mean - before.mean)
-        difference = _measured(change, "+")
+        difference = (paired or Measurement(mean=after.mean - before.mean)).shown("+")
 
     return {
         "label": label,
@@ -226,12 +225,8 @@ def _settings(run: RunRecord, section: str) -> Mapping[str, object]:
     }
 
 
-def _measured(measurement: Measurement | None, sign: str = "") -> str:
-    if measurement is None:
-        return "-"
-
-    error = measurement.standard_error
-    return f"{measurement.mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+def _measured(measurement: Measurement | None) -> str:
+    return "-" if measurement is None else measurement.shown()
 
 
 def clock(seconds: float) -> str:
