@@ -190,7 +190,7 @@ def _lines(path: Path, notes: list[str], kinds: Mapping[str, type]) -> list[dict
     """Returns the rows of a file that have some keys, with values of these kinds; none where there is
     no file, since not every run has come that far.
     """
-    rows = read_rows(path)
+    rows = list(read_rows(path))
     complete = [
         row for row in rows if all(isinstance(row.get(key), kind) for key, kind in kinds.items())
     ]
@@ -235,7 +235,7 @@ def _evaluations(path: Path, summary: Summary, notes: list[str]) -> list[Evaluat
         return list(_two_ends(summary))
 
     evaluations = read_evaluations(path)
-    _note_unread(path, notes, len(read_rows(path)), len(evaluations))
+    _note_unread(path, notes, len(list(read_rows(path))), len(evaluations))
     holding = {(evaluation.step, evaluation.name): evaluation for evaluation in evaluations}
     return sorted(holding.values(), key=lambda evaluation: evaluation.step)
 
