@@ -177,7 +177,7 @@ def _change(
 
 def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Returns what runs are compared by: a label, and the value in each run."""
-    after = [final(run) for run in runs]
+    after = [run.final.get("held_out", {}) for run in runs]
     facts = [headline(run)["facts"] for run in runs]
     names = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
     labels = {name: HELD_OUT[name][0] for name in names} | {
@@ -192,15 +192,6 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         rows.append((name, [run_facts[name] for run_facts in facts]))
 
     return rows
-
-
-def final(run: RunRecord, name: str = "held_out") -> Mapping[str, Measurement]:
-    """Returns what was measured under a name after the last step; nothing where that was not, also
-    of a run that went on since.
-    """
-    last = ("after", run.summary.steps)
-    measured = [one for one in run.measured(name) if (one.phase, one.step) == last]
-    return measured[-1].measurements if measured else {}
 
 
 def measured_differently(runs: Sequence[RunRecord]) -> list[str]:

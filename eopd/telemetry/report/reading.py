@@ -18,7 +18,7 @@ import yaml
 from eopd.config import ConfigError
 from eopd.config.load import flatten
 from eopd.config.saved import require_directory
-from eopd.run.evaluations import Evaluation, Measurements, Phase, read_evaluations
+from eopd.run.evaluations import Evaluation, Measurements, Phase, final, read_evaluations
 from eopd.run.reading import parse_object, read_rows, read_summary
 from eopd.run.record import Summary
 from eopd.telemetry.report.public import Public
@@ -94,6 +94,11 @@ class RunRecord:
     def measured(self, name: str) -> list[Evaluation]:
         """Returns the evaluations of one name, oldest first."""
         return [evaluation for evaluation in self.evaluations if evaluation.name == name]
+
+    @property
+    def final(self) -> Mapping[str, Measurements]:
+        """What was measured after the last step, by name; nothing of a run that went on since."""
+        return final(self.evaluations, self.summary.steps)
 
     def checkpoints(self) -> Mapping[int, float]:
         """Returns the seconds that each checkpoint took, by step, as far as rows tell."""
