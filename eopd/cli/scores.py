@@ -18,7 +18,6 @@ VERDICT_WORDS: Final = {
     Verdict.ERROR: "not graded",
 }
 IDS_SHOWN: Final = 5
-ERRORS_OF_95_PERCENT: Final = statistics.NormalDist().inv_cdf(0.975)  # 1.96
 
 
 def score_lines(result: BenchmarkResult, samples: int, ks: Sequence[int]) -> Sequence[str]:
@@ -82,14 +81,15 @@ def _mean(found: Mapping[str, Measurement], metric: str) -> float:
 
 def _estimate(score: Measurement) -> dict[str, object]:
     """Returns a mean with its standard error and its 95 % interval, which stays within 0 and 1."""
-    error = score.standard_error
-    if error is None:
-        return {"mean": score.mean, "standard_error": None, "interval_95": None}
+    half, interval = score.half_width, None
+    if half is not None:
+        interval = [max(0.0, score.mean - half), min(1.0, score.mean + half)]
 
-    reach = ERRORS_OF_95_PERCENT * error
-    interval = [max(0.0, score.mean - reach), min(1.0, score.mean + reach)]
-
-    return {"mean": score.mean, "standard_error": error, "interval_95": interval}
+    return {
+        "mean": score.mean,
+        "standard_error": score.standard_error,
+        "interval_95": interval,
+    }
 
 
 def _finite(number: float) -> float | None:

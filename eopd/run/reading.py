@@ -133,6 +133,12 @@ def _last_samples(rows: Sequence[dict[str, Any]], phase: str) -> dict[str, dict[
     return whole
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns what a JSON file holds; nothing where it is missing or holds something else."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return parse_object(text)
+
+
 def parse_object(text: str) -> dict[str, Any]:
     """Returns the JSON object that a text holds; an empty one where it holds something else."""
     try:

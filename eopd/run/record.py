@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 Row = Mapping[str, float]  # by the names of ``telemetry/catalog.py``
+ERRORS_OF_95_PERCENT: Final = 1.959964  # on both sides of a mean, of a normal distribution
 RUN_ID: Final = "run-id"  # the file of the run's id, also of the one that a tracker has for it
 
 
@@ -21,6 +22,12 @@ class Measurement:
 
     mean: float
     standard_error: float | None = None
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the 95 % interval of the mean; None where its error is not known."""
+        error = self.standard_error
+        return None if error is None else ERRORS_OF_95_PERCENT * error
 
     def shown(self, sign: Literal["", "+"] = "", digits: int = 3) -> str:
         """Returns both for people, as in ``0.512 ± 0.021``; with ``sign="+"`` a change, ``+0.512``."""

@@ -21,7 +21,7 @@ from eopd.run.arms import Arm, Interval, by_seed, group_runs, interval, paired
 from eopd.run.directory import RunDirectory
 from eopd.run.evaluations import final, read_evaluations
 from eopd.run.grid import Grids, PlannedRun
-from eopd.run.reading import parse_object
+from eopd.run.reading import read_object
 from eopd.run.storage import write_whole
 
 FILE: Final = "sweep.json"
@@ -122,8 +122,7 @@ def write_sweep(path: Path, entries: Sequence[Entry], grids: Grids, status: str)
 
 def errors_before(path: Path) -> dict[str, str]:
     """Returns the error of every run that failed when the sweep ran last, by the name of the run."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    runs = parse_object(text).get("runs")
+    runs = read_object(path).get("runs")
     rows = [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
     failed = [run for run in rows if run.get("status") == "failed"]
     return {str(run.get("name")): str(run.get("error")) for run in failed}

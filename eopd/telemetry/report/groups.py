@@ -4,13 +4,10 @@ over their seeds.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from eopd.run.arms import Arm, Interval, by_seed, group_runs, interval, paired
 from eopd.telemetry.report.lines import Line, Values, finite, mean
-from eopd.telemetry.report.reading import HELD_OUT, RunRecord
-
-SHOWN: Final = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
+from eopd.telemetry.report.reading import HELD_OUT, SHOWN, RunRecord
 
 
 @dataclass(frozen=True, slots=True)

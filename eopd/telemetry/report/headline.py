@@ -12,9 +12,8 @@ from typing import Any, Final
 from eopd.run.changes import kind_of
 from eopd.run.evaluations import Evaluation
 from eopd.run.record import Best, Measurement
-from eopd.telemetry.report.reading import HELD_OUT, Record, RunRecord, parts
+from eopd.telemetry.report.reading import HELD_OUT, SHOWN, Record, RunRecord, parts
 
-Z_95: Final = 1.96  # standard errors on both sides that hold 95 %
 MINUS: Final = "\u2212"
 
 
@@ -102,7 +101,7 @@ def _difference(last: Evaluation, old: Measurement, new: Measurement) -> Measure
 
 
 def _verb(change: Measurement) -> str:
-    half = half_width(change)
+    half = change.half_width
     if half is not None and abs(change.mean) <= half:
         return (
             "No change can be told from chance: the student was {old:.2f} and is {new:.2f} nats "
@@ -114,7 +113,7 @@ def _verb(change: Measurement) -> str:
 
 
 def _interval(change: Measurement) -> str:
-    half = half_width(change)
+    half = change.half_width
     if half is None:
         return ""
 
@@ -124,12 +123,6 @@ def _interval(change: Measurement) -> str:
 
 def _prompts(run: RunRecord, last: Evaluation) -> object:
     return last.prompts or run.config.get("evaluation.prompts")
-
-
-def half_width(measurement: Measurement) -> float | None:
-    """Returns half of the 95 % interval of a mean; None where its error is not known."""
-    error = measurement.standard_error
-    return None if error is None else Z_95 * error
 
 
 def _signed(value: float, style: str) -> str:
@@ -179,8 +172,7 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Returns what runs are compared by: a label, and the value in each run."""
     after = [run.final.get("held_out", {}) for run in runs]
     facts = [headline(run)["facts"] for run in runs]
-    names = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
-    labels = {name: HELD_OUT[name][0] for name in names} | {
+    labels = {name: HELD_OUT[name][0] for name in SHOWN} | {
         name: label for name, (label, _) in parts(after).items()
     }
     rows = []

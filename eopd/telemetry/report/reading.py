@@ -19,7 +19,7 @@ from eopd.config import ConfigError
 from eopd.config.load import flatten
 from eopd.config.saved import require_directory
 from eopd.run.evaluations import Evaluation, Measurements, Phase, final, read_evaluations
-from eopd.run.reading import parse_object, read_rows, read_summary
+from eopd.run.reading import read_object, read_rows, read_summary
 from eopd.run.record import Summary
 from eopd.telemetry.report.public import Public
 
@@ -41,6 +41,12 @@ HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
     "student_entropy": ("student entropy", "nats"),
     "teacher_entropy": ("teacher entropy", "nats"),
 }
+SHOWN: Final = (
+    "reverse_kl",
+    "forward_kl",
+    "student_entropy",
+    "top1_agreement",
+)  # where runs compare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,8 +164,8 @@ def _read_run(directory: Path, name: str, public: bool) -> RunRecord:
     timeline = _lines(directory / "timeline.jsonl", notes, {"step": int})
     evaluations = _evaluations(directory / "evaluations.jsonl", summary, notes)
     settings: dict[str, Any] = {
-        "versions": _object(directory / "versions.json"),
-        "parent": _object(directory / "parent.json"),
+        "versions": read_object(directory / "versions.json"),
+        "parent": read_object(directory / "parent.json"),
         "changes": _lines(directory / "changes.jsonl", notes, {"from_step": int}),
     }
     if not settings["versions"]:
@@ -216,12 +222,6 @@ def _summary(path: Path, notes: list[str]) -> Summary:
     notes.append(f"{path.name} is missing or cannot be read")
 
     return Summary(status="unknown")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """Returns what a JSON file holds; nothing where it is missing or cannot be read."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return parse_object(text)
 
 
 def _yaml(text: str, notes: list[str]) -> object:
