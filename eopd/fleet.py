@@ -52,15 +52,12 @@ class WorkerProcess(Protocol[W_co]):
     @property
     def worker(self) -> W_co:
         """Returns the worker in its role."""
-        ...
 
     async def start(self) -> int:
         """Starts the worker; returns its seats, the number of requests that it holds at a time."""
-        ...
 
     async def end(self) -> None:
         """Ends the process, whatever state it is in."""
-        ...
 
 
 class Fleet(Generic[W]):

@@ -77,7 +77,6 @@ class RewardFunction(Protocol):
             response: the text of the response, without special tokens.
             response_ids: [R], its token ids, the end token included.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +109,6 @@ class GateFunction(Protocol):
 
     def __call__(self, tokens: GateTokens, /) -> "Tensor":
         """Returns the gate of every token, [R] in [0, 1], a tensor of floats."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +141,6 @@ class FilterFunction(Protocol):
 
     def __call__(self, scored: Scored, /) -> bool:
         """Returns whether the response is kept."""
-        ...
 
 
 class DataFunction(Protocol):
@@ -160,7 +157,6 @@ class DataFunction(Protocol):
 
     def __call__(self) -> Iterable[Mapping[str, object]]:
         """Yields rows: text, numbers, lists and mappings by the names of their columns."""
-        ...
 
 
 class GraderFunction(Protocol):
@@ -183,7 +179,6 @@ class GraderFunction(Protocol):
             response: the text of the response, without special tokens.
             reference: the accepted answer of the row, or a tuple of several.
         """
-        ...
 
 
 def load(

@@ -65,7 +65,6 @@ class RolloutEngine(Protocol):
         Raises:
             EngineDownError: the engine cannot answer.
         """
-        ...
 
 
 class TeacherScorer(Protocol):
@@ -77,7 +76,6 @@ class TeacherScorer(Protocol):
         Raises:
             TeacherDownError: the teacher cannot answer.
         """
-        ...
 
 
 class Learner(Protocol):
@@ -87,7 +85,6 @@ class Learner(Protocol):
         """Adds up the gradients of a part of a batch, which ``step`` will complete; the weights
         stay as they are. Raises as ``step`` does.
         """
-        ...
 
     async def step(self, batch: PackedBatch) -> LearnerStats:
         """Trains on one batch, or on the last part of one together with what was accumulated of it;
@@ -97,19 +94,15 @@ class Learner(Protocol):
             BodiesLostError: some of what was handed over is lost; none of it was trained.
             LearnerDownError: a rank is lost; the whole gang must start again from a checkpoint.
         """
-        ...
 
     async def evaluate(self, batch: PackedBatch) -> EvalStats:
         """Measures student against teacher without an update; raises as ``step`` does."""
-        ...
 
     async def save(self, directory: Path) -> None:
         """Writes everything that ``load`` needs to continue bit-equal."""
-        ...
 
     async def load(self, directory: Path) -> None:
         """Restores what ``save`` wrote."""
-        ...
 
 
 class WeightChannel(Protocol):
@@ -121,7 +114,6 @@ class WeightChannel(Protocol):
         """Returns once every live engine serves ``version``; ``on_sent`` is called once the learner
         has sent it, and is only needed again where that fails.
         """
-        ...
 
 
 class SenderLink(Protocol):

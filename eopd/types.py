@@ -331,14 +331,6 @@ class LearnerStats:
     skipped_steps: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """An estimate is a mean and its standard error."""
-
-    mean: float
-    standard_error: float
-
-
 ByPrompt = Mapping[str, Mapping[str, float]]  # metric -> prompt id -> number
 
 

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -11,6 +12,7 @@ from eopd.cli.mappings import read_mapping
 from eopd.cli.paths import require_file
 from eopd.cli.scores import score_lines, score_record
 from eopd.config import (
+    BenchmarkConfig,
     ClusterConfig,
     ConfigError,
     PromptsConfig,
@@ -21,14 +23,12 @@ from eopd.config import (
 from eopd.config.benchmark import ks_of
 from eopd.config.processor import chosen
 
-if TYPE_CHECKING:
-    from eopd.runtime.evaluate import Benchmark
-
 PARALLEL: Final = frozenset({"tensor_parallel_size", "pipeline_parallel_size"})
 OPTION_OF: Final = {
     "model": "MODEL",
     "data": "DATA",
     "held_out": "DATA",
+    "samples": "--n",
     "max_tokens": "--max-prompt-tokens",
 }
 
@@ -126,34 +126,34 @@ def evaluate(
     """Sample answers and grade them: avg@n and pass@k, with standard errors, and a count of
     every verdict.
     """
-    ks, stops = _ks(k, n), tuple(stop or ())
-    _require_sampling(top_p, stops)
+    ks = _ks(k, n)
     if output is not None:
         require_file("--output", output)
 
     asking: dict[str, object] = {"template": template, "suffix": suffix, "system": system}
     asking |= {"max_tokens": max_prompt_tokens}
     prompts = _prompts(data, template_options, columns or [], asking)
-    writing = {"engines": engines, "threads": threads, "temperature": temperature}
-    writing |= {"max_response_tokens": max_response_tokens}
+    writing = {"engines": engines, "threads": threads, "max_response_tokens": max_response_tokens}
     rollout = _rollout(vllm or [], gpus, writing)
     student = chosen(make_section(StudentConfig, OPTION_OF, model=model, dtype=dtype), gpus=gpus)
 
-    from eopd.runtime.evaluate import Benchmark, evaluate_model
-
-    benchmark = Benchmark(
-        prompts=prompts, grader=grader, samples=n, ks=ks, seed=seed, top_p=top_p, stop=stops
+    sampling = {"samples": n, "temperature": temperature, "top_p": top_p, "stop": stop or ()}
+    benchmark = make_section(
+        BenchmarkConfig, OPTION_OF, name="eval", data=data, grader=grader, **sampling
     )
+
+    from eopd.runtime.evaluate import evaluate_model
+
     evaluated = evaluate_model(
-        student, rollout, benchmark, ClusterConfig(), lambda note: typer.echo(note, err=True)
+        student, rollout, prompts, benchmark, seed, ClusterConfig(), partial(typer.echo, err=True)
     )
     if as_json:
-        settings = _settings(student, rollout, benchmark)
+        settings = _settings(student, rollout, prompts, benchmark) | {"k": list(ks), "seed": seed}
         pinned = {"model": evaluated.model, "data": evaluated.data}
-        record = score_record(evaluated.result, n, settings) | {"pinned": pinned}
+        record = score_record(evaluated.result, n, ks, settings) | {"pinned": pinned}
         typer.echo(json.dumps(record, allow_nan=False))
     else:
-        typer.echo("\n".join(score_lines(evaluated.result, n)))
+        typer.echo("\n".join(score_lines(evaluated.result, n, ks)))
 
     if output is not None:
         evaluated.result.write_prompts(output)
@@ -165,14 +165,6 @@ def _ks(ks: Sequence[int] | None, n: int) -> Sequence[int]:
         raise ConfigError(f"--k {wrong[0]}: must be between 1 and --n {n}")
 
     return wanted
-
-
-def _require_sampling(top_p: float, stop: Sequence[str]) -> None:
-    if not 0.0 < top_p <= 1.0:
-        raise ConfigError(f"--top-p: must be above 0, and 1 at most (is {top_p:g})")
-
-    if "" in stop:
-        raise ConfigError("--stop: must have at least one character (is '')")
 
 
 def _prompts(
@@ -198,17 +190,18 @@ def _rollout(vllm: Sequence[str], gpus: float, values: Mapping[str, object]) -> 
 
 
 def _settings(
-    student: StudentConfig, rollout: RolloutConfig, benchmark: "Benchmark"
-) -> Mapping[str, object]:
-    """Returns what the numbers hang on, by the names of the options."""
-    prompts = benchmark.prompts
+    student: StudentConfig,
+    rollout: RolloutConfig,
+    prompts: PromptsConfig,
+    benchmark: BenchmarkConfig,
+) -> dict[str, object]:
+    """Returns what the numbers hang on besides k and the seed, by the names of the options."""
     return {
         "model": str(student.model),
-        "data": prompts.data[0].name,
+        "data": benchmark.data[0].name,
         "grader": benchmark.grader,
         "n": benchmark.samples,
-        "k": list(benchmark.ks),
-        "temperature": rollout.temperature,
+        "temperature": benchmark.temperature,
         "top_p": benchmark.top_p,
         "stop": list(benchmark.stop),
         "max_response_tokens": rollout.max_response_tokens,
@@ -222,5 +215,4 @@ def _settings(
         "gpus": rollout.gpus,
         "vllm": rollout.vllm,
         "dtype": student.dtype,
-        "seed": benchmark.seed,
     }

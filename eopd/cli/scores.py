@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from eopd.evaluation.benchmarks import BenchmarkResult, PromptResult
+from eopd.evaluation.summary import by_prompt, measurements
 from eopd.rewards.verdict import Verdict
-from eopd.types import Estimate
+from eopd.run.record import Measurement
 
 VERDICT_WORDS: Final = {
     Verdict.CORRECT: "right",
@@ -17,22 +18,19 @@ VERDICT_WORDS: Final = {
     Verdict.ERROR: "not graded",
 }
 IDS_SHOWN: Final = 5
-ERRORS_OF_95_PERCENT: Final = statistics.NormalDist().inv_cdf(0.975)  # 1.96
 
 
-def score_lines(result: BenchmarkResult, samples: int) -> Sequence[str]:
+def score_lines(result: BenchmarkResult, samples: int, ks: Sequence[int]) -> Sequence[str]:
     """Returns the scores, and the counts behind them, line by line."""
-    width = len(f"pass@{max(result.pass_at_k, default=0)}")
-    scores = {f"avg@{samples}": result.avg_at_n} | {
-        f"pass@{k}": estimate for k, estimate in result.pass_at_k.items()
-    }
-    lines = [
-        f"{name:<{width}}  {score.mean:.4f} +- {score.standard_error:.4f}"
-        for name, score in scores.items()
-    ]
+    found = measurements(by_prompt(result, ks))
+    scores = {f"avg@{samples}": found["avg_at_n"]}
+    scores |= {f"pass@{k}": found[f"pass_at_{k}"] for k in ks}
+    width = max(map(len, scores))
+    lines = [f"{name:<{width}}  {score.shown(digits=4)}" for name, score in scores.items()]
+
     lines.append(
-        f"{len(result.prompts)} prompts, {result.mean_response_tokens:.1f} tokens an answer, "
-        f"{result.truncation_rate:.1%} truncated, {result.num_lost} lost"
+        f"{len(result.prompts)} prompts, {_mean(found, 'response_tokens'):.1f} tokens an answer, "
+        f"{_mean(found, 'truncation_rate'):.1%} truncated, {result.num_lost} lost"
     )
     counts = ", ".join(
         f"{number} {VERDICT_WORDS[verdict]}" for verdict, number in result.num_verdicts.items()
@@ -50,18 +48,25 @@ def score_lines(result: BenchmarkResult, samples: int) -> Sequence[str]:
 
 
 def score_record(
-    result: BenchmarkResult, samples: int, settings: Mapping[str, object]
+    result: BenchmarkResult, samples: int, ks: Sequence[int], settings: Mapping[str, object]
 ) -> dict[str, object]:
     """Returns every number and the settings that it came from, for JSON. What cannot be said, such
     as the standard error of one prompt, is None.
     """
+    found = measurements(by_prompt(result, ks))
+    lengths = [answer.num_response_tokens for answer in result.answers]
+
     return {
         "prompts": len(result.prompts),
         "samples": samples,
-        "avg_at_n": _estimate(result.avg_at_n),
-        "pass_at_k": {str(k): _estimate(score) for k, score in result.pass_at_k.items()},
-        "response_tokens": _lengths(result),
-        "truncation_rate": _finite(result.truncation_rate),
+        "avg_at_n": _estimate(found["avg_at_n"]),
+        "pass_at_k": {str(k): _estimate(found[f"pass_at_{k}"]) for k in ks},
+        "response_tokens": {
+            "mean": _finite(_mean(found, "response_tokens")),
+            "median": statistics.median(lengths) if lengths else None,
+            "max": max(lengths, default=None),
+        },
+        "truncation_rate": _finite(_mean(found, "truncation_rate")),
         "lost": result.num_lost,
         "verdicts": {verdict.value: number for verdict, number in result.num_verdicts.items()},
         "not_graded": _not_graded(result),
@@ -69,27 +74,21 @@ def score_record(
     }
 
 
-def _estimate(score: Estimate) -> dict[str, object]:
+def _mean(found: Mapping[str, Measurement], metric: str) -> float:
+    """Returns the mean of a metric; nan where no prompt has any answer."""
+    return found[metric].mean if metric in found else math.nan
+
+
+def _estimate(score: Measurement) -> dict[str, object]:
     """Returns a mean with its standard error and its 95 % interval, which stays within 0 and 1."""
-    error = _finite(score.standard_error)
-    if error is None:
-        return {"mean": score.mean, "standard_error": None, "interval_95": None}
-
-    reach = ERRORS_OF_95_PERCENT * error
-    interval = [max(0.0, score.mean - reach), min(1.0, score.mean + reach)]
-
-    return {"mean": score.mean, "standard_error": error, "interval_95": interval}
-
-
-def _lengths(result: BenchmarkResult) -> dict[str, float | None]:
-    lengths = [answer.num_response_tokens for prompt in result.prompts for answer in prompt.answers]
-    if not lengths:
-        return {"mean": None, "median": None, "max": None}
+    half, interval = score.half_width, None
+    if half is not None:
+        interval = [max(0.0, score.mean - half), min(1.0, score.mean + half)]
 
     return {
-        "mean": result.mean_response_tokens,
-        "median": statistics.median(lengths),
-        "max": max(lengths),
+        "mean": score.mean,
+        "standard_error": score.standard_error,
+        "interval_95": interval,
     }
 
 

@@ -26,7 +26,7 @@ def show(
     """
     from eopd.config.loss import HardGate
     from eopd.run.directory import RunDirectory
-    from eopd.run.reading import each_row
+    from eopd.run.reading import read_rows
     from eopd.telemetry.responses import print_responses, responses_of
 
     directory = RunDirectory(run)
@@ -39,7 +39,7 @@ def show(
         setting = "telemetry.responses: {every: 10}"
         raise ConfigError(f"{run} keeps no responses; set {setting}, also with --resume")
 
-    rows = responses_of(each_row(directory.responses), step=step, prompt=prompt)
+    rows = responses_of(read_rows(directory.responses), step=step, prompt=prompt)
     gate = config.loss.gate
     threshold = gate.tau if isinstance(gate, HardGate) else None
     print_responses(rows, threshold=threshold, shade=by)

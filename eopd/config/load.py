@@ -139,13 +139,19 @@ def dump_config(config: Config) -> str:
     return write_tree(config.model_dump())
 
 
-def flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    """Returns the leaves of a tree by dotted name; items of lists are named by number."""
+def flatten(tree: object, prefix: str = "", *, lists: bool = True) -> dict[str, object]:
+    """Returns the leaves of a tree by dotted name. Items of lists are named by number; without
+    ``lists`` a list is a leaf.
+    """
     if isinstance(tree, Mapping):
         items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in tree.items()]
-    elif isinstance(tree, list):
+    elif lists and isinstance(tree, list):
         items = [(f"{prefix}.{index}", value) for index, value in enumerate(tree)]
     else:
         return {prefix: tree}
 
-    return {key: leaf for name, value in items for key, leaf in flatten(value, name).items()}
+    return {
+        key: leaf
+        for name, value in items
+        for key, leaf in flatten(value, name, lists=lists).items()
+    }

@@ -93,15 +93,16 @@ def _range(metadata: Sequence[object]) -> str:
     least, above = bound_of(metadata, "ge"), bound_of(metadata, "gt")
     most, below = bound_of(metadata, "le"), bound_of(metadata, "lt")
     if least is not None and most is not None:
-        return f" from {_short(least)} to {_short(most)}"
+        return f" from {short(least)} to {short(most)}"
 
-    lower = f" above {_short(above)}" if above is not None else ""
-    lower = f" of {_short(least)} or more" if least is not None else lower
-    upper = f" below {_short(below)}" if below is not None else ""
-    upper = f" at most {_short(most)}" if most is not None else upper
+    lower = f" above {short(above)}" if above is not None else ""
+    lower = f" of {short(least)} or more" if least is not None else lower
+    upper = f" below {short(below)}" if below is not None else ""
+    upper = f" at most {short(most)}" if most is not None else upper
 
     return f"{lower}{',' if lower and upper else ''}{upper}"
 
 
-def _short(bound: object) -> str:
-    return f"{bound:g}" if isinstance(bound, float) else str(bound)
+def short(value: object) -> str:
+    """Returns a number as people write it: ``1e-05``, and 1 for 1.0."""
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Runs a benchmark: n samples per prompt on every engine, graded, and summed up.
+"""Runs a benchmark: n samples per prompt on every engine, graded.
 
 Samples are handed out in turn, all at once: each engine gets the same number (plus or minus one)
 and batches them itself. A common queue would be more even in time, but an engine that fails fast
@@ -11,18 +11,16 @@ import asyncio
 import hashlib
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from eopd.evaluation.passk import mean_over_prompts, pass_at_k
+from eopd.config import BenchmarkConfig
 from eopd.rewards.verdict import Grader, Verdict
 from eopd.roles import RolloutEngine
 from eopd.types import (
-    Estimate,
     Int32Array,
     LostTrajectory,
     PromptSample,
@@ -76,20 +74,25 @@ class PromptResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkResult:
-    """Scores over all samples, with standard errors clustered by prompt, and lengths over the
-    answers.
+    """All samples of all prompts, and how many were lost and judged in which way."""
 
-    ``truncation_rate`` is the share of answers cut at the length limit. Without any answer it is
-    nan, and so is ``mean_response_tokens``.
-    """
-
-    avg_at_n: Estimate
-    pass_at_k: Mapping[int, Estimate]
-    mean_response_tokens: float
-    truncation_rate: float
-    num_lost: int
-    num_verdicts: Mapping[Verdict, int]  # of the answered ones; every verdict is a key
     prompts: tuple[PromptResult, ...]
+
+    @property
+    def answers(self) -> Sequence[Answer]:
+        """The answers to all prompts."""
+        return [answer for prompt in self.prompts for answer in prompt.answers]
+
+    @property
+    def num_lost(self) -> int:
+        """The number of samples that were lost."""
+        return sum(len(prompt.lost) for prompt in self.prompts)
+
+    @property
+    def num_verdicts(self) -> Mapping[Verdict, int]:
+        """The number of answers by verdict; every verdict is a key."""
+        found = Counter(answer.verdict for answer in self.answers)
+        return {verdict: found[verdict] for verdict in Verdict}
 
     def write_prompts(self, path: Path) -> None:
         """Write one prompt per line as JSON: its counts, each answer with text and verdict, each
@@ -106,31 +109,31 @@ async def run_benchmark(
     prompts: Sequence[PromptSample],
     decode: Decode,
     grader: Grader,
+    benchmark: BenchmarkConfig,
     *,
     fetch: Fetch,
-    samples: int,
-    sampling: Sampling,
-    ks: Sequence[int],
+    seed: int,
+    max_tokens: int,
 ) -> BenchmarkResult:
-    """Sample every prompt ``samples`` times, grade the answers, and sum up.
+    """Sample every prompt ``benchmark.samples`` times, and grade the answers.
 
     Args:
         engines: At least one.
         prompts: At least one, each with a reference answer.
         decode: Token ids to text.
         grader: Called from one thread, one answer at a time.
+        benchmark: How many samples, and how they are drawn.
         fetch: Brings the body of a stored trajectory here.
-        samples: n, samples per prompt.
-        sampling: Of each sample, which gets a seed made from this one's, and a priority below 0.
-        ks: The k of every pass@k wanted, each in 1..n.
+        seed: Of the benchmark: every sample has a seed made from it, and a priority below 0.
+        max_tokens: The longest response.
 
     Raises:
-        ValueError: engines or prompts are missing, a prompt has no reference answer, or a k is
-            outside 1..n.
+        ValueError: engines or prompts are missing, or a prompt has no reference answer.
         ExceptionGroup: an engine, ``fetch``, ``decode`` or the grader raised; the rest is
             cancelled.
     """
-    _check(engines, prompts, samples, ks)
+    _check(engines, prompts)
+    samples, sampling = benchmark.samples, _sampling(benchmark, seed, max_tokens)
     turns = itertools.cycle(engines)
     grade = asyncio.get_running_loop().run_in_executor
     priorities = itertools.count(-samples * len(prompts))  # all below 0, the first prompt's lowest
@@ -140,14 +143,14 @@ async def run_benchmark(
         async def sample(
             engine: RolloutEngine, prompt: PromptSample, index: int
         ) -> Answer | LostTrajectory:
-            seed = sample_seed(sampling.seed, prompt.prompt_id, index)
-            request = replace(sampling, seed=seed, priority=next(priorities))
+            own = sample_seed(seed, prompt.prompt_id, index)
+            request = replace(sampling, seed=own, priority=next(priorities))
             stored = await engine.generate(prompt, index, request)
             trajectory = stored if isinstance(stored, LostTrajectory) else await fetch(stored)
             if isinstance(trajectory, LostTrajectory):
                 return trajectory
 
-            response = before_stop(decode(trajectory.response_ids), sampling.stop)
+            response = before_stop(decode(trajectory.response_ids), benchmark.stop)
             verdict = await grade(grading, grader, response, _reference(prompt))
             return _answer(trajectory, response, verdict)
 
@@ -157,10 +160,17 @@ async def run_benchmark(
                 pending = [sample(next(turns), prompt, index) for index in range(samples)]
                 rows.append(list(map(group.create_task, pending)))
 
-    results = []
-    for prompt, tasks in zip(prompts, rows, strict=True):
-        results.append(_collect(prompt, [task.result() for task in tasks]))
-    return _summarize(results, ks)
+    return BenchmarkResult(prompts=tuple(map(_collect, prompts, rows)))
+
+
+def _sampling(benchmark: BenchmarkConfig, seed: int, max_tokens: int) -> Sampling:
+    return Sampling(
+        temperature=benchmark.temperature,
+        max_tokens=max_tokens,
+        seed=seed,
+        top_p=benchmark.top_p,
+        stop=benchmark.stop,
+    )
 
 
 def _answer(trajectory: Trajectory, response: str, verdict: Verdict) -> Answer:
@@ -187,21 +197,11 @@ def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _check(
-    engines: Sequence[RolloutEngine],
-    prompts: Sequence[PromptSample],
-    samples: int,
-    ks: Sequence[int],
-) -> None:
+def _check(engines: Sequence[RolloutEngine], prompts: Sequence[PromptSample]) -> None:
     if not engines or not prompts:
         raise ValueError(
             f"a benchmark needs engines and prompts; it has {len(engines)} engines, "
             f"{len(prompts)} prompts"
-        )
-
-    if invalid := [k for k in ks if not 1 <= k <= samples]:
-        raise ValueError(
-            f"pass@k for k = {invalid}: must lie in 1..{samples}, the number of samples per prompt"
         )
 
     for prompt in prompts:
@@ -215,7 +215,10 @@ def _reference(prompt: PromptSample) -> Reference:
     return prompt.reference_answer
 
 
-def _collect(prompt: PromptSample, outcomes: Sequence[Answer | LostTrajectory]) -> PromptResult:
+def _collect(
+    prompt: PromptSample, tasks: Sequence[asyncio.Task[Answer | LostTrajectory]]
+) -> PromptResult:
+    outcomes = [task.result() for task in tasks]
     return PromptResult(
         prompt_id=prompt.prompt_id,
         source=prompt.source,
@@ -223,30 +226,6 @@ def _collect(prompt: PromptSample, outcomes: Sequence[Answer | LostTrajectory]) 
         answers=tuple(outcome for outcome in outcomes if isinstance(outcome, Answer)),
         lost=tuple(outcome for outcome in outcomes if isinstance(outcome, LostTrajectory)),
     )
-
-
-def _summarize(prompts: Sequence[PromptResult], ks: Sequence[int]) -> BenchmarkResult:
-    def passed(k: int) -> Estimate:
-        return mean_over_prompts(
-            [pass_at_k(prompt.num_samples, prompt.num_correct, k) for prompt in prompts]
-        )
-
-    answers = [answer for prompt in prompts for answer in prompt.answers]
-    verdicts = Counter(answer.verdict for answer in answers)
-
-    return BenchmarkResult(
-        avg_at_n=passed(1),
-        pass_at_k={k: passed(k) for k in ks},
-        mean_response_tokens=_mean([answer.num_response_tokens for answer in answers]),
-        truncation_rate=_mean([answer.stop_reason is StopReason.LENGTH for answer in answers]),
-        num_lost=sum(len(prompt.lost) for prompt in prompts),
-        num_verdicts={verdict: verdicts[verdict] for verdict in Verdict},
-        prompts=tuple(prompts),
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
 
 
 def _row(prompt: PromptResult) -> dict[str, object]:

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 
-from eopd.types import Estimate
+from eopd.run.record import Measurement
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -33,7 +33,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def mean_over_prompts(per_prompt: Sequence[float], weights: Sequence[float] = ()) -> Estimate:
+def mean_over_prompts(per_prompt: Sequence[float], weights: Sequence[float] = ()) -> Measurement:
     """Returns the mean of one number per prompt, and its standard error clustered by prompt.
 
     Samples and tokens of one prompt are not independent, so that a prompt is one cluster. For m
@@ -41,7 +41,7 @@ def mean_over_prompts(per_prompt: Sequence[float], weights: Sequence[float] = ()
     error sqrt(m / (m - 1) sum d_i^2) with d_i = w_i (x_i - mean) / sum w_i, which is what prompt i
     adds to the error (the ratio estimator: Cochran, Sampling Techniques, chapter 6; clustering as
     in Miller 2024, arXiv 2411.00640). With equal weights that is sd / sqrt(m). One prompt says
-    nothing of the spread between prompts: its standard error is nan.
+    nothing of the spread between prompts: it has no standard error.
 
     Args:
         per_prompt: a score, or a mean per token.
@@ -51,7 +51,7 @@ def mean_over_prompts(per_prompt: Sequence[float], weights: Sequence[float] = ()
         ValueError: there is no prompt, or no weight.
     """
     mean, deviations = _deviations(per_prompt, weights)
-    return Estimate(mean=mean, standard_error=_standard_error(deviations))
+    return Measurement(mean=mean, standard_error=_standard_error(deviations))
 
 
 def change_over_prompts(
@@ -59,7 +59,7 @@ def change_over_prompts(
     before: Sequence[float],
     weights: Sequence[float] = (),
     weights_before: Sequence[float] = (),
-) -> Estimate:
+) -> Measurement:
     """Returns by how much the mean over the same prompts in the same order differs from the one
     before, with a standard error that is paired by prompt.
 
@@ -76,7 +76,7 @@ def change_over_prompts(
     mean, deviations = _deviations(per_prompt, weights)
     mean_before, deviations_before = _deviations(before, weights_before)
     changes = map(operator.sub, deviations, deviations_before)
-    return Estimate(mean=mean - mean_before, standard_error=_standard_error(list(changes)))
+    return Measurement(mean=mean - mean_before, standard_error=_standard_error(list(changes)))
 
 
 def _deviations(
@@ -97,9 +97,9 @@ def _deviations(
     return mean, [weight * (value - mean) / total for weight, value in pairs]
 
 
-def _standard_error(deviations: Sequence[float]) -> float:
+def _standard_error(deviations: Sequence[float]) -> float | None:
     count = len(deviations)
     if count == 1:
-        return math.nan
+        return None
 
     return math.sqrt(count / (count - 1) * math.fsum(each**2 for each in deviations))

@@ -13,27 +13,28 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from eopd.config.benchmark import ks_of
 from eopd.evaluation.benchmarks import BenchmarkResult, PromptResult
 from eopd.evaluation.diversity import distinct_ratio
 from eopd.evaluation.passk import change_over_prompts, mean_over_prompts, pass_at_k
 from eopd.run.record import Measurement
-from eopd.types import ByPrompt, Estimate, StopReason
+from eopd.types import ByPrompt, StopReason
 
 TOKENS: Final = "tokens"  # the weights of all metrics that end as it does
 _OF_PART: Final = ": "  # between a metric and the part of the tokens that it is of
 
 
-def by_prompt(result: BenchmarkResult, samples: int) -> ByPrompt:
-    """Returns the numbers of every prompt by metric: ``avg_at_n``, ``pass_at_2``, ``pass_at_4`` and
-    so on to ``pass_at_8`` for 8 samples, ``response_tokens``, ``truncation_rate``, ``distinct_1``
-    and ``distinct_2``. What would be ``pass_at_1`` is ``avg_at_n``.
+def by_prompt(result: BenchmarkResult, ks: Sequence[int]) -> ByPrompt:
+    """Returns the numbers of every prompt by metric: ``avg_at_n``, ``pass_at_2`` and ``pass_at_4``
+    for the k 2 and 4, ``response_tokens``, ``truncation_rate``, ``distinct_1`` and ``distinct_2``.
 
     A prompt without any answer has a score, which is 0, and no length.
+
+    Raises:
+        ValueError: a k is outside 1..n.
     """
     numbers: dict[str, dict[str, float]] = {}
     for prompt in result.prompts:
-        for metric, value in _numbers(prompt, samples).items():
+        for metric, value in _numbers(prompt, ks).items():
             if math.isfinite(value):
                 numbers.setdefault(metric, {})[prompt.prompt_id] = value
 
@@ -48,7 +49,7 @@ def measurements(numbers: ByPrompt) -> dict[str, Measurement]:
     for metric, values in numbers.items():
         if not _is_weight(metric):
             weights = _weights(numbers, metric, values)
-            found[metric] = _measurement(mean_over_prompts(list(values.values()), weights))
+            found[metric] = mean_over_prompts(list(values.values()), weights)
         elif metric != TOKENS:
             part = metric.removeprefix(TOKENS)
             share = math.fsum(values.values()) / math.fsum(numbers[TOKENS].values())
@@ -69,13 +70,12 @@ def differences(numbers: ByPrompt, first: ByPrompt) -> dict[str, Measurement]:
         if _is_weight(metric) or before.keys() != values.keys():
             continue
 
-        change = change_over_prompts(
+        found[metric] = change_over_prompts(
             list(values.values()),
             [before[prompt] for prompt in values],
             _weights(numbers, metric, values),
             _weights(first, metric, values),
         )
-        found[metric] = _measurement(change)
 
     return found
 
@@ -91,10 +91,10 @@ def _weights(numbers: ByPrompt, metric: str, prompts: Iterable[str]) -> Sequence
     return [tokens[prompt] for prompt in prompts] if tokens else ()
 
 
-def _numbers(prompt: PromptResult, samples: int) -> dict[str, float]:
-    right = prompt.num_correct
-    scores = {"avg_at_n": pass_at_k(prompt.num_samples, right, 1)}
-    scores |= {f"pass_at_{k}": pass_at_k(samples, right, k) for k in ks_of(samples) if k > 1}
+def _numbers(prompt: PromptResult, ks: Sequence[int]) -> dict[str, float]:
+    samples, right = prompt.num_samples, prompt.num_correct
+    scores = {"avg_at_n": pass_at_k(samples, right, 1)}
+    scores |= {f"pass_at_{k}": pass_at_k(samples, right, k) for k in ks}
     if not prompt.answers:
         return scores
 
@@ -109,9 +109,3 @@ def _numbers(prompt: PromptResult, samples: int) -> dict[str, float]:
         "distinct_1": distinct_ratio(responses, 1),
         "distinct_2": distinct_ratio(responses, 2),
     }
-
-
-def _measurement(estimate: Estimate) -> Measurement:
-    """Returns an estimate as it is kept: one prompt shows no spread."""
-    error = estimate.standard_error
-    return Measurement(mean=estimate.mean, standard_error=error if math.isfinite(error) else None)

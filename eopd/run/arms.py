@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from eopd.config.words import short
+
 CONFIDENCE: Final = 0.95
 SEED: Final = "run.seed"
 
@@ -54,7 +56,7 @@ class Arm:
     @property
     def label(self) -> str:
         """Returns the settings in one line, as in ``loss.gate.kind=hard, learner.lr=1e-05``."""
-        return ", ".join(f"{key}={_shown(value)}" for key, value in self.settings.items())
+        return ", ".join(f"{key}={short(value)}" for key, value in self.settings.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +176,3 @@ def _seed_of(config: FlatConfig) -> int:
 
 def _all_keys(configs: Sequence[FlatConfig]) -> Iterable[str]:
     return (key for config in configs for key in config)
-
-
-def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

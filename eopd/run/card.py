@@ -123,8 +123,7 @@ def _number(measured: Measurement | None) -> str:
     if measured is None or not math.isfinite(measured.mean):
         return ""
 
-    error = measured.standard_error
-    return f"{measured.mean:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return measured.shown(digits=4)
 
 
 def _shown(model: str) -> str:

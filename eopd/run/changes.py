@@ -16,6 +16,7 @@ from typing import Final, Literal
 import yaml
 
 from eopd.config import Config, LearnerConfig, Part
+from eopd.config.load import flatten
 from eopd.config.prompts import keys_of
 
 Kind = Literal["always", "noted", "contents", "never"]
@@ -195,22 +196,11 @@ def _differences(
     """Yields the leaves that differ. ``knob`` is the prefix of the keys in the table, where it differs
     from ``prefix``.
     """
-    old, new = _leaves(before), _leaves(after)
+    old, new = flatten(before, lists=False), flatten(after, lists=False)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             kind = kind_of(f"{prefix if knob is None else knob}{key}")
             yield Change(f"{prefix}{key}", old.get(key), new.get(key), kind)
-
-
-def _leaves(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    leaves: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves |= _leaves(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-
-    return leaves
 
 
 def _plain(config: Config) -> dict[str, object]:

@@ -190,9 +190,9 @@ def size_of(checkpoint: Path) -> int:
     return sum(entry["bytes"] for entry in files.values())
 
 
-def step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path | str) -> int:
     """Returns the step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step-"))
+    return int(Path(checkpoint).name.removeprefix("step-"))
 
 
 def remove_partial(root: Path) -> None:

@@ -35,7 +35,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -461,6 +461,6 @@ class RunDirectory:
         return read_samples(self._held_out)
 
 
-def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+def _write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     write_whole(path, "".join(f"{line}\n" for line in lines))

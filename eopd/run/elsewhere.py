@@ -25,7 +25,7 @@ from typing import Final
 
 from eopd.config import ConfigError, RunConfig
 from eopd.daemon import in_daemon
-from eopd.run.checkpoint import MANIFEST
+from eopd.run.checkpoint import MANIFEST, step_of
 from eopd.run.record import RUN_ID
 from eopd.run.storage import write_whole
 
@@ -157,8 +157,7 @@ def checkpoints_at(place: Place, sizes: Mapping[str, int]) -> dict[str, str | by
     """
     names = {name.split("/")[1] for name in sizes if name.startswith(f"{CHECKPOINTS}/")}
     steps = (name for name in names if re.fullmatch("step-[0-9]+", name))
-    ordered = sorted(steps, key=lambda name: int(name.removeprefix("step-")))
-    return {name: _manifest_or_fault(place, name, sizes) for name in ordered}
+    return {name: _manifest_or_fault(place, name, sizes) for name in sorted(steps, key=step_of)}
 
 
 def _manifest_or_fault(place: Place, checkpoint: str, sizes: Mapping[str, int]) -> str | bytes:

@@ -64,6 +64,14 @@ def append_evaluation(path: Path, evaluation: Evaluation) -> None:
     append_kept(path, record)
 
 
+def final(evaluations: Iterable[Evaluation], steps: int) -> Mapping[str, Measurements]:
+    """Returns what was measured after the last of so many steps, by name; nothing of a run that went
+    on since.
+    """
+    last = ("after", steps)
+    return {one.name: one.measurements for one in evaluations if (one.phase, one.step) == last}
+
+
 def read_evaluations(path: Path) -> list[Evaluation]:
     """Returns the evaluations of a file, in order; none where there is no file. A line that is
     damaged is left out.

@@ -90,15 +90,10 @@ def config_before(path: Path, change: ChangeRecord) -> Config:
         ) from None
 
 
-def read_rows(path: Path, last: int | None = None) -> list[dict[str, Any]]:
-    """Returns the rows of a file of JSON lines, or those of its last lines; none where there is no
-    file. A line that is no JSON object is an empty row.
+def read_rows(path: Path, last: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file of JSON lines, or those of its last lines, one by one, however many
+    there are; none where there is no file. A line that is no JSON object is an empty row.
     """
-    return list(each_row(path, last))
-
-
-def each_row(path: Path, last: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file of JSON lines one by one, however many there are; see ``read_rows``."""
     if not path.exists():
         return
 
@@ -112,7 +107,7 @@ def read_samples(path: Path) -> list[Sample]:
     """Returns the samples of ``held_out.jsonl`` of prompts that have one before and one after
     training, each of the last such measurement.
     """
-    rows = read_rows(path)
+    rows = list(read_rows(path))
     before = _last_samples(rows, "before")
     return [
         Sample(
@@ -138,6 +133,12 @@ def _last_samples(rows: Sequence[dict[str, Any]], phase: str) -> dict[str, dict[
     return whole
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns what a JSON file holds; nothing where it is missing or holds something else."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return parse_object(text)
+
+
 def parse_object(text: str) -> dict[str, Any]:
     """Returns the JSON object that a text holds; an empty one where it holds something else."""
     try:
@@ -149,12 +150,7 @@ def parse_object(text: str) -> dict[str, Any]:
     return {sys.intern(key): kept for key, kept in value.items()} if isinstance(value, dict) else {}
 
 
-def up_to_step(rows: Iterable[dict[str, Any]], step: float) -> list[dict[str, Any]]:
-    """Returns the rows that name a step up to ``step``."""
-    return list(each_up_to_step(rows, step))
-
-
-def each_up_to_step(rows: Iterable[dict[str, Any]], step: float) -> Iterator[dict[str, Any]]:
+def up_to_step(rows: Iterable[dict[str, Any]], step: float) -> Iterator[dict[str, Any]]:
     """Yields the rows that name a step up to ``step``."""
     return (row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step)
 

@@ -9,9 +9,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 Row = Mapping[str, float]  # by the names of ``telemetry/catalog.py``
+ERRORS_OF_95_PERCENT: Final = 1.959964  # on both sides of a mean, of a normal distribution
 RUN_ID: Final = "run-id"  # the file of the run's id, also of the one that a tracker has for it
 
 
@@ -21,6 +22,17 @@ class Measurement:
 
     mean: float
     standard_error: float | None = None
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the 95 % interval of the mean; None where its error is not known."""
+        error = self.standard_error
+        return None if error is None else ERRORS_OF_95_PERCENT * error
+
+    def shown(self, sign: Literal["", "+"] = "", digits: int = 3) -> str:
+        """Returns both for people, as in ``0.512 ± 0.021``; with ``sign="+"`` a change, ``+0.512``."""
+        mean, error = f"{self.mean:{sign}.{digits}f}", self.standard_error
+        return mean if error is None else f"{mean} ± {error:.{digits}f}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,7 +75,7 @@ class Kept:
     @property
     def newest(self) -> int:
         """The step of the newest whole checkpoint, or 0."""
-        return max((step_of(Path(name)) for name in self.whole), default=0)
+        return max((step_of(name) for name in self.whole), default=0)
 
 
 def config_of_kept(config: Config) -> Config | None:
@@ -130,7 +130,7 @@ def restore(
         passed_over = [
             f"passing over {place.url}/{CHECKPOINTS}/{name}: {why}"
             for name, why in kept.faults.items()
-            if step_of(Path(name)) > kept.newest
+            if step_of(name) > kept.newest
         ]
         if not kept.whole or _has_gone_as_far(directory, kept):
             return passed_over

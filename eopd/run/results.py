@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Final, Literal
 
 from eopd.config import ConfigError
+from eopd.config.benchmark import HELD_OUT
 from eopd.run.arms import Arm, Interval, by_seed, group_runs, interval, paired
 from eopd.run.directory import RunDirectory
-from eopd.run.evaluations import read_evaluations
+from eopd.run.evaluations import final, read_evaluations
 from eopd.run.grid import Grids, PlannedRun
-from eopd.run.reading import parse_object
-from eopd.run.record import Summary
+from eopd.run.reading import read_object
 from eopd.run.storage import write_whole
 
 FILE: Final = "sweep.json"
@@ -86,9 +86,12 @@ def final_numbers(directory: RunDirectory) -> Numbers:
     if summary is None or summary.status != "completed" or not summary.held_out.after:
         return {}
 
-    after = summary.held_out.after
-    held_out = {f"held_out/{name}": measured.mean for name, measured in after.items()}
-    return {**held_out, **_of_benchmarks(directory, summary)}
+    benchmarks = final(read_evaluations(directory.evaluations), summary.steps)
+    return {
+        f"{name}/{metric}": measured.mean
+        for name, measurements in {HELD_OUT: summary.held_out.after, **benchmarks}.items()
+        for metric, measured in measurements.items()
+    }
 
 
 def write_sweep(path: Path, entries: Sequence[Entry], grids: Grids, status: str) -> list[ArmResult]:
@@ -119,8 +122,7 @@ def write_sweep(path: Path, entries: Sequence[Entry], grids: Grids, status: str)
 
 def errors_before(path: Path) -> dict[str, str]:
     """Returns the error of every run that failed when the sweep ran last, by the name of the run."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    runs = parse_object(text).get("runs")
+    runs = read_object(path).get("runs")
     rows = [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
     failed = [run for run in rows if run.get("status") == "failed"]
     return {str(run.get("name")): str(run.get("error")) for run in failed}
@@ -131,15 +133,6 @@ def _numbers(entry: Entry) -> Numbers:
         return final_numbers(entry.directory)
     except ConfigError:  # the run itself says so when it is taken up
         return {}
-
-
-def _of_benchmarks(directory: RunDirectory, summary: Summary) -> Numbers:
-    return {
-        f"{one.name}/{name}": measured.mean
-        for one in read_evaluations(directory.evaluations)
-        if (one.phase, one.step) == ("after", summary.steps)
-        for name, measured in one.measurements.items()
-    }
 
 
 def _values(arm: Arm, numbers: Sequence[Numbers]) -> dict[str, dict[int, float]]:

@@ -248,7 +248,7 @@ class Uploads:
         assert self._there is not None
         folder = f"{CHECKPOINTS}/{name}"
         checkpoint = self._directory.checkpoints / name
-        self._pinned = _step(name)
+        self._pinned = step_of(name)
         try:
             place.remove(f"{folder}/{MANIFEST}")
             self._there[name] = "it is being uploaded"
@@ -260,7 +260,7 @@ class Uploads:
             self._pinned = None
 
         self._there[name] = manifest
-        self._newest = max(self._newest or 0, _step(name))
+        self._newest = max(self._newest or 0, step_of(name))
         logger.info("run.upload: %s is whole at %s", name, place.url)
 
     def _remove_there(self, place: Place, here: Mapping[str, bytes]) -> None:
@@ -272,9 +272,9 @@ class Uploads:
         if not up:
             return
 
-        newest_up, back_to = max(map(_step, up)), self._went_back_to
+        newest_up, back_to = max(map(step_of, up)), self._went_back_to
         for name in self._there.keys() - here.keys():
-            if _step(name) < newest_up or (back_to is not None and _step(name) > back_to):
+            if step_of(name) < newest_up or (back_to is not None and step_of(name) > back_to):
                 place.remove(f"{CHECKPOINTS}/{name}/{MANIFEST}")
                 place.remove_folder(f"{CHECKPOINTS}/{name}")
                 del self._there[name]
@@ -346,7 +346,3 @@ class _Stamp(NamedTuple):
 def _stamp(path: Path) -> _Stamp:
     entry = path.stat()
     return _Stamp(entry.st_ino, entry.st_size, entry.st_mtime_ns)
-
-
-def _step(checkpoint: str) -> int:
-    return step_of(Path(checkpoint))

@@ -1,12 +1,17 @@
 """A benchmark runs on rollout engines: a model directory and rows go in, avg@n and pass@k come out."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from eopd.config import ClusterConfig, PromptsConfig, RolloutConfig, StudentConfig
-from eopd.config.base import GraderName
+from eopd.config import (
+    BenchmarkConfig,
+    ClusterConfig,
+    PromptsConfig,
+    RolloutConfig,
+    StudentConfig,
+)
 from eopd.config.prompts import names_of
 from eopd.evaluation.benchmarks import BenchmarkResult, run_benchmark
 from eopd.hub import model_directory
@@ -25,20 +30,7 @@ from eopd.runtime import cluster
 from eopd.runtime.placement import plan_rollout
 from eopd.runtime.supervisor import fetch, rollout_engines
 from eopd.tokenizer import load_tokenizer
-from eopd.types import RunFailedError, Sampling
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Benchmark:
-    """A benchmark is what to ask, how often, how to sample, and how to grade it."""
-
-    prompts: PromptsConfig
-    grader: GraderName
-    samples: int
-    ks: Sequence[int]
-    seed: int
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
+from eopd.types import RunFailedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +47,14 @@ class Evaluated:
 def evaluate_model(
     student: StudentConfig,
     rollout: RolloutConfig,
-    benchmark: Benchmark,
+    prompts: PromptsConfig,
+    benchmark: BenchmarkConfig,
+    seed: int,
     config: ClusterConfig,
     log: Callable[[str], None],
 ) -> Evaluated:
-    """Runs one benchmark; ``log`` is called with notes on the data.
+    """Runs one benchmark, whose prompts are rendered as ``prompts`` says; ``log`` is called with
+    notes on the data.
 
     Raises:
         ConfigError: the model or the data is missing, a row has no answer that the grader can
@@ -67,25 +62,17 @@ def evaluate_model(
         RunFailedError: an engine was lost.
     """
     require_vllm_options("--vllm", rollout.vllm)
-    longest = benchmark.prompts.max_tokens + rollout.max_response_tokens
+    longest = prompts.max_tokens + rollout.max_response_tokens
     model = pin_model("MODEL", student.model, {}, weights=True)
     student, directory = student.model_copy(update={"model": model}), model_directory(model)
     require_model("MODEL", directory, num_tokens=longest)
     tokenizer = load_tokenizer(directory)
-    parts = pin_parts("DATA", benchmark.prompts.data, {})
-    data = PromptSet.load(parts, benchmark.prompts, tokenizer, key="DATA")
+    parts = pin_parts("DATA", benchmark.data, {})
+    data = PromptSet.load(parts, prompts, tokenizer, key="DATA")
     require_answers(data)
     require_readable_answers(data, benchmark.grader)
     for note in data.notes:
         log(f"note: {note}")
-
-    sampling = Sampling(
-        temperature=rollout.temperature,
-        max_tokens=rollout.max_response_tokens,
-        seed=benchmark.seed,
-        top_p=benchmark.top_p,
-        stop=benchmark.stop,
-    )
 
     async def run() -> BenchmarkResult:
         async with rollout_engines(
@@ -97,10 +84,10 @@ def evaluate_model(
                     data.prompts,
                     lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
                     grader,
+                    benchmark,
                     fetch=fetch,
-                    samples=benchmark.samples,
-                    sampling=sampling,
-                    ks=benchmark.ks,
+                    seed=seed,
+                    max_tokens=rollout.max_response_tokens,
                 )
 
     with open_grader(benchmark.grader) as grader, cluster.connect(config):

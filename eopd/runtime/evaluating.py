@@ -16,7 +16,7 @@ from functools import partial
 from typing import TypeVar
 
 from eopd.config import BenchmarkConfig, Config, ConfigError
-from eopd.config.benchmark import HELD_OUT
+from eopd.config.benchmark import HELD_OUT, ks_of
 from eopd.evaluation.benchmarks import BenchmarkResult, Fetch, run_benchmark
 from eopd.evaluation.beside import Beside, OneVersion
 from eopd.evaluation.held_out import measure_held_out
@@ -42,7 +42,6 @@ from eopd.types import (
     EvalStats,
     LostTrajectory,
     PromptSample,
-    Sampling,
     ScoredTrajectory,
     Stored,
 )
@@ -209,7 +208,8 @@ class Evaluator:
             self._state.expect_no_more([benchmark.name])
             return
 
-        numbers = await asyncio.to_thread(by_prompt, result, benchmark.samples)
+        ks = ks_of(benchmark.samples)[1:]  # what would be pass@1 is avg@n
+        numbers = await asyncio.to_thread(by_prompt, result, ks)
         failed = result.num_verdicts[Verdict.ERROR] + result.num_verdicts[Verdict.TIMEOUT]
         counts = {"lost": result.num_lost, "not_graded": failed}
         counted = {name: Measurement(mean=float(count)) for name, count in counts.items()}
@@ -235,25 +235,16 @@ class Evaluator:
         engines: OneVersion,
         grader: Grader,
     ) -> BenchmarkResult:
-        evaluation = self._config.evaluation
         tokenizer = load_tokenizer(model_directory(self._config.student.model))
-        sampling = Sampling(
-            temperature=benchmark.temperature,
-            max_tokens=benchmark.max_response_tokens or self._config.held_out_response_tokens,
-            seed=evaluation.seed,
-            top_p=benchmark.top_p,
-            stop=benchmark.stop,
-        )
-
         return await run_benchmark(
             [engines],
             prompts,
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             grader,
+            benchmark,
             fetch=self._fetch,
-            samples=benchmark.samples,
-            sampling=sampling,
-            ks=(),
+            seed=self._config.evaluation.seed,
+            max_tokens=benchmark.max_response_tokens or self._config.held_out_response_tokens,
         )
 
     def _first(self, name: str) -> ByPrompt:

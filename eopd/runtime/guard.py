@@ -6,7 +6,7 @@ from typing import Literal
 from eopd.config import ConfigError
 from eopd.run.checkpoint import list_checkpoints, step_of
 from eopd.run.directory import RunDirectory
-from eopd.run.reading import each_row, each_up_to_step
+from eopd.run.reading import read_rows, up_to_step
 from eopd.run.record import Row
 from eopd.telemetry.guard import Collapse, Guard
 
@@ -81,7 +81,7 @@ class RunGuard:
 
 def guard_at(directory: RunDirectory, step: int) -> Guard:
     """Returns the guard that has read the rows of a run up to a step."""
-    return Guard.replay(each_up_to_step(each_row(directory.metrics), step))
+    return Guard.replay(up_to_step(read_rows(directory.metrics), step))
 
 
 def require_no_collapse(directory: RunDirectory, step: int) -> None:

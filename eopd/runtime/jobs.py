@@ -14,11 +14,11 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -43,37 +43,6 @@ _LONGEST: Final = 300
 _ENDED: Final = ("SUCCEEDED", "FAILED", "STOPPED")
 
 logger = logging.getLogger("eopd")
-
-
-class Client(Protocol):
-    """What is used of Ray's ``JobSubmissionClient``."""
-
-    def submit_job(
-        self,
-        *,
-        entrypoint: str,
-        runtime_env: dict[str, Any],
-        metadata: dict[str, str],
-        submission_id: str | None,
-    ) -> str:
-        """Submits a job; returns its id."""
-        ...
-
-    def get_job_info(self, job_id: str) -> Any:  # noqa: ANN401 - Ray's JobDetails
-        """Returns what is known of a job."""
-        ...
-
-    def get_job_logs(self, job_id: str) -> str:
-        """Returns what a job has written."""
-        ...
-
-    def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
-        """Yields what a job has written and writes, until it ends."""
-        ...
-
-    def stop_job(self, job_id: str) -> bool:
-        """Asks a job to end; tells whether it was running."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +71,7 @@ class Job:
 class Jobs:
     """The jobs of one cluster."""
 
-    def __init__(self, client: Client, address: str) -> None:
+    def __init__(self, client: JobSubmissionClient, address: str) -> None:
         self.address = address
         self._client = client
 
@@ -167,7 +136,7 @@ class Jobs:
     def log_of(self, name: str) -> str:
         """Returns what a job has written; raises as ``look_up`` does."""
         with _in_one_line(self.address):
-            return self._client.get_job_logs(name)
+            return str(self._client.get_job_logs(name))
 
     def follow(self, name: str, write: Callable[[str], None], skipped: int = 0) -> Job:
         """Hands on what a job writes until it ends, behind its first ``skipped`` characters. A

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal, TypedDict
+from typing import Any, Final, Literal
 
 from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
@@ -31,15 +31,6 @@ FULL_BYTES: Final = 64 << 20
 logger = logging.getLogger("eopd")
 
 
-class Batch(TypedDict):
-    """A batch holds lines of one worker process, as Ray hands them out."""
-
-    ip: str
-    pid: str
-    actor_name: str
-    lines: Sequence[str]
-
-
 class RunLogs(logging.Handler):
     """A logging handler that writes the driver's records, and the lines of actors, to their files."""
 
@@ -47,17 +38,17 @@ class RunLogs(logging.Handler):
         super().__init__()
         self._directory, self._json = directory, log_format == "json"
 
-    def take(self, batch: Mapping[str, object]) -> None:
-        """Writes lines from Ray. Those of Ray's own processes (``actor_name`` is empty) stay in Ray's
-        logs.
+    def take(self, batch: Mapping[str, Any]) -> None:
+        """Writes lines of one worker process, as Ray hands them out: ``lines`` by ``actor_name``, ``ip``
+        and ``pid``, all of them texts. Those of Ray's own processes (``actor_name`` is empty) stay in
+        Ray's logs.
         """
-        lines: Batch = batch  # type: ignore[assignment]
-        if lines["actor_name"]:
+        if batch["actor_name"]:
             self._write(
-                lines["actor_name"],
-                lines["lines"],
-                node=lines["ip"],
-                pid=lines["pid"],
+                batch["actor_name"],
+                batch["lines"],
+                node=batch["ip"],
+                pid=batch["pid"],
             )
 
     def emit(self, record: logging.LogRecord) -> None:

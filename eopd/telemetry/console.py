@@ -298,11 +298,7 @@ def parts_table(held_out: HeldOut) -> Table:
 
 
 def _measured(measurements: Mapping[str, Measurement], name: str) -> str:
-    if name not in measurements:
-        return "-"
-
-    error = measurements[name].standard_error
-    return f"{measurements[name].mean:.3f} ± {'-' if error is None else f'{error:.3f}'}"
+    return measurements[name].shown() if name in measurements else "-"
 
 
 def _sample_table(sample: Sample) -> Table:

@@ -4,7 +4,7 @@ from typing import Final
 
 from eopd.config.benchmark import HELD_OUT
 from eopd.run.evaluations import Evaluation
-from eopd.run.record import Best, Measurement, Row
+from eopd.run.record import Best, Row
 from eopd.telemetry.series import series
 
 _HELD_OUT: Final = {
@@ -51,9 +51,9 @@ def evaluation_line(evaluation: Evaluation) -> str:
         if metric not in (*_SHOWN, f"{_PASS_AT}{evaluation.samples}"):
             continue
 
-        part = f"{_label(metric, evaluation.samples)} {_value(measured)}"
+        part = f"{_label(metric, evaluation.samples)} {measured.shown()}"
         if (change := evaluation.differences.get(metric)) is not None:
-            part += f" ({_value(change, '+')})"
+            part += f" ({change.shown('+')})"
 
         parts.append(part)
 
@@ -101,8 +101,3 @@ def _label(metric: str, samples: int) -> str:
         "avg_at_n": f"avg@{samples}",
     }
     return words.get(metric, metric.replace("_at_", "@"))
-
-
-def _value(measured: Measurement, sign: str = "") -> str:
-    error = measured.standard_error
-    return f"{measured.mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -4,7 +4,7 @@ import hashlib
 import re
 import socket
 import time
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from eopd import __version__
 from eopd.config import Config, dump_config
@@ -12,7 +12,7 @@ from eopd.run.record import Row
 from eopd.telemetry.series import series
 
 Phase = Literal["starting", "training", "measuring", "saving", "ended"]
-PHASES: Final[tuple[Phase, ...]] = ("starting", "training", "measuring", "saving", "ended")
+PHASES: Final[tuple[Phase, ...]] = get_args(Phase)
 _HASH_DIGITS: Final = 12
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from eopd.config import ConfigError
 from eopd.config.saved import require_directory
 from eopd.run.directory import RunDirectory
-from eopd.run.reading import each_row
+from eopd.run.reading import read_rows
 from eopd.run.record import Summary
 from eopd.telemetry.plain import terminal
 
@@ -98,7 +98,7 @@ def _listed(path: Path, name: str) -> Listed:
 def _reverse_kl(path: Path, summary: Summary | None) -> float | None:
     """Returns the newest held-out reverse KL in nats, also one that was measured while training."""
     newest = None
-    for row in each_row(path / "evaluations.jsonl"):
+    for row in read_rows(path / "evaluations.jsonl"):
         if row.get("name") == "held_out":
             newest = row
 

@@ -27,12 +27,6 @@ WAITS: Final = 0.10  # of a step, a wait is worth a word
 LONG_WEIGHTS: Final = 0.20  # of a step
 BUSY: Final = 0.90  # of a step, engines have no pauses
 MOST_SENTENCES: Final = 3
-LEARNER: Final = {
-    "wait_rollout": "waits for engines",
-    "wait_teacher": "waits for teachers",
-    "train": "trains",
-    "weights": "sends weights",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,7 +279,7 @@ def print_profile(
         add(stage, profile.busy_s[stage], f"{profile.alone_s[stage]:.2f}")
 
     table.add_row("the learner", style="dim")
-    for part, name in LEARNER.items():
+    for part, name in PARTS.items():
         add(name, profile.parts_s[part])
 
     add("between two steps", profile.between_s)

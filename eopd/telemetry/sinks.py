@@ -21,11 +21,9 @@ class Sink(Protocol):
 
     def write(self, row: Row) -> None:
         """Take the row of one completed step."""
-        ...
 
     def close(self) -> None:
         """Let go of what the sink holds."""
-        ...
 
 
 class Telemetry:

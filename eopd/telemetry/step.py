@@ -18,7 +18,12 @@ from eopd.types import Header, LostReason, StepDone, StopReason
 
 STALENESS_AGES: Final = ("0", "1", "2", "3", "4_or_more")
 # What the learner does, one after the other: each moment of a step is of one of them.
-PARTS: Final = ("wait_rollout", "wait_teacher", "train", "weights")
+PARTS: Final = {
+    "wait_rollout": "waits for engines",
+    "wait_teacher": "waits for teachers",
+    "train": "trains",
+    "weights": "sends weights",
+}
 MOST_SOURCES: Final = 16  # each is a series of its own
 TAILS: Final = (50, 95, 99)  # percent
 

@@ -57,11 +57,9 @@ class Tracker(Protocol):
 
     def write(self, row: Row) -> None:
         """Take the row of one completed step."""
-        ...
 
     def end(self, status: Status) -> None:
         """Pass on how the run ended, and close the connection."""
-        ...
 
 
 def tracker(

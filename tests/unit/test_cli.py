@@ -4,7 +4,6 @@ starts.
 
 import asyncio
 import json
-import math
 import shutil
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
@@ -16,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from eopd.cli.scores import score_record
+from eopd.cli.scores import score_lines, score_record
 from eopd.config import ConfigError, load_config
 from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.models.tiny import build_model, train_tokenizer, write_model
@@ -28,7 +27,7 @@ from eopd.run.storage import StorageError
 from eopd.runtime import evaluate, measure
 from eopd.runtime.evaluate import Evaluated
 from eopd.runtime.train import Outcome
-from eopd.types import Estimate, StopReason
+from eopd.types import StopReason
 
 
 @pytest.fixture(scope="module")
@@ -454,10 +453,22 @@ def test_an_export_needs_the_student_that_was_trained(eopd, run, files):
             "error: --gpus 2: an engine here has one GPU at most; write --engines 2 --gpus 1",
         ),
         ([], ["--suffix", "\boxed"], "error: --suffix: holds the control character "),
-        ([], ["--top-p", "0"], "error: --top-p: must be above 0, and 1 at most (is 0)"),
-        ([], ["--top-p", "1.5"], "error: --top-p: must be above 0, and 1 at most (is 1.5)"),
-        ([], ["--top-p", "nan"], "error: --top-p: must be above 0, and 1 at most (is nan)"),
-        ([], ["--stop", ""], "error: --stop: must have at least one character (is '')"),
+        ([], ["--top-p", "0"], "error: --top-p: must be a number above 0, at most 1 (is 0.0)"),
+        (
+            [],
+            ["--top-p", "1.5"],
+            "error: --top-p: must be a number above 0, at most 1 (is 1.5)",
+        ),
+        (
+            [],
+            ["--top-p", "nan"],
+            "error: --top-p: must be a number above 0, at most 1 (is .nan)",
+        ),
+        (
+            [],
+            ["--stop", ""],
+            "error: --stop: a text that ends a response has at least one character",
+        ),
         (
             [{"prompt": "few", "answer": 1}],
             ["--vllm", "max_num_seq=4"],
@@ -572,54 +583,10 @@ def of(result):
     return Evaluated(result=result, model="org/m@c0ffee", data="org/rows@beef:train")
 
 
-def test_eval_prints_scores_and_every_verdict(eopd, files, monkeypatch):
-    def answer(verdict):
-        return Answer(
-            sample_index=0,
-            response="",
-            response_ids=(1, 2, 3, 4),
-            stop_reason=StopReason.LENGTH,
-            verdict=verdict,
-        )
-
-    verdicts = {"1": [Verdict.CORRECT, Verdict.NO_ANSWER], "2": [Verdict.ERROR, Verdict.ERROR]}
-    prompts = [
-        PromptResult(
-            prompt_id=name,
-            source="s",
-            reference_answer="",
-            answers=tuple(map(answer, found)),
-            lost=(),
-        )
-        for name, found in verdicts.items()
-    ]
-    score = Estimate(mean=0.25, standard_error=0.125)
-    result = BenchmarkResult(
-        avg_at_n=score,
-        pass_at_k={1: score},
-        mean_response_tokens=4.0,
-        truncation_rate=1.0,
-        num_lost=0,
-        num_verdicts={v: [*verdicts["1"], *verdicts["2"]].count(v) for v in Verdict},
-        prompts=tuple(prompts),
-    )
-    monkeypatch.setattr("eopd.runtime.evaluate.evaluate_model", lambda *arguments: of(result))
-    done = eopd("eval", files / "model", files / "rows.jsonl", "--n", "2")
-    assert done.code == 0
-    assert done.out.splitlines() == [
-        "avg@2   0.2500 +- 0.1250",
-        "pass@1  0.2500 +- 0.1250",
-        "2 prompts, 4.0 tokens an answer, 100.0% truncated, 0 lost",
-        "4 answers: 1 right, 0 wrong, 1 without an answer, 0 timed out, 2 not graded",
-        "not graded: prompts 2: the grader failed, or cannot read the accepted answer; "
-        "these count as wrong",
-    ]
-
-
-def test_eval_prints_one_object_with_every_number(eopd, files, monkeypatch):
-    answers = [(Verdict.CORRECT, 4), (Verdict.ERROR, 7), (Verdict.WRONG, 5)]
-    prompt = PromptResult(
-        prompt_id="7",
+def judged(name, stop, answers, lost):
+    """A prompt, the verdicts and lengths of its answers, and the number of samples that were lost."""
+    return PromptResult(
+        prompt_id=name,
         source="s",
         reference_answer="",
         answers=tuple(
@@ -627,31 +594,59 @@ def test_eval_prints_one_object_with_every_number(eopd, files, monkeypatch):
                 sample_index=0,
                 response="",
                 response_ids=(1,) * length,
-                stop_reason=StopReason.LENGTH,
+                stop_reason=stop,
                 verdict=verdict,
             )
             for verdict, length in answers
         ),
-        lost=(),
+        lost=(fakes.lost(fakes.prompt(name)),) * lost,
     )
-    result = BenchmarkResult(
-        avg_at_n=Estimate(mean=0.5, standard_error=0.125),
-        pass_at_k={
-            1: Estimate(mean=0.9, standard_error=0.1),
-            3: Estimate(mean=1.0, standard_error=math.nan),
-        },
-        mean_response_tokens=16 / 3,
-        truncation_rate=1.0,
-        num_lost=2,
-        num_verdicts=dict.fromkeys(Verdict, 0) | dict.fromkeys([v for v, _ in answers], 1),
-        prompts=(prompt,),
+
+
+def test_eval_prints_scores_and_every_verdict(eopd, files, monkeypatch):
+    verdicts = {"1": [Verdict.CORRECT, Verdict.NO_ANSWER], "2": [Verdict.ERROR, Verdict.ERROR]}
+    prompts = [
+        judged(name, StopReason.LENGTH, [(verdict, 4) for verdict in found], lost=0)
+        for name, found in verdicts.items()
+    ]
+    result = BenchmarkResult(prompts=tuple(prompts))
+    monkeypatch.setattr("eopd.runtime.evaluate.evaluate_model", lambda *arguments: of(result))
+    done = eopd("eval", files / "model", files / "rows.jsonl", "--n", "2")
+    assert done.code == 0
+    assert done.out.splitlines() == [
+        "avg@2   0.2500 ± 0.2500",
+        "pass@1  0.2500 ± 0.2500",
+        "pass@2  0.5000 ± 0.5000",
+        "2 prompts, 4.0 tokens an answer, 100.0% truncated, 0 lost",
+        "4 answers: 1 right, 0 wrong, 1 without an answer, 0 timed out, 2 not graded",
+        "not graded: prompts 2: the grader failed, or cannot read the accepted answer; "
+        "these count as wrong",
+    ]
+
+
+def scored(mean, error, interval):
+    """A score in the object."""
+    return {
+        "mean": pytest.approx(mean),
+        "standard_error": pytest.approx(error),
+        "interval_95": pytest.approx(interval),
+    }
+
+
+def test_eval_prints_one_object_with_every_number(eopd, files, monkeypatch):
+    """Worked by hand: 1 and 2 of 5 samples are right."""
+    answers = [(Verdict.CORRECT, 4), (Verdict.ERROR, 7), (Verdict.WRONG, 5)]
+    prompts = (
+        judged("7", StopReason.LENGTH, answers, lost=2),
+        judged("8", StopReason.END_TOKEN, [(Verdict.CORRECT, 2)] * 2, lost=3),
     )
+    result = BenchmarkResult(prompts=prompts)
     asked = []
     monkeypatch.setattr(
         "eopd.runtime.evaluate.evaluate_model", lambda *given: asked.append(given) or of(result)
     )
     options = [
-        *("--n", "3", "--top-p", "0.9", "--stop", "\n\n", "--stop", "Q:", "--system", "Think."),
+        *("--n", "5", "--top-p", "0.9", "--stop", "\n\n", "--stop", "Q:", "--system", "Think."),
         *("--columns", "prompt=question", "--columns", "{answer: solution, id: key}"),
         *("--vllm", "max_num_seqs=4", "--vllm", "{enforce_eager: true, max_num_seqs: 8}"),
     ]
@@ -661,55 +656,48 @@ def test_eval_prints_one_object_with_every_number(eopd, files, monkeypatch):
     found = json.loads(done.out)
     settings = found.pop("settings")
     assert found == {
-        "prompts": 1,
-        "samples": 3,
-        "avg_at_n": {
-            "mean": 0.5,
-            "standard_error": 0.125,
-            "interval_95": pytest.approx([0.2550045, 0.7449955]),
-        },
+        "prompts": 2,
+        "samples": 5,
+        "avg_at_n": scored(0.3, 0.1, [0.1040036, 0.4959964]),
         "pass_at_k": {
-            "1": {
-                "mean": 0.9,
-                "standard_error": 0.1,
-                "interval_95": [pytest.approx(0.7040036), 1.0],
-            },
-            "3": {"mean": 1.0, "standard_error": None, "interval_95": None},
+            "1": scored(0.3, 0.1, [0.1040036, 0.4959964]),
+            "2": scored((0.4 + 0.7) / 2, 0.15, [0.2560054, 0.8439946]),
+            "4": scored((0.8 + 1.0) / 2, 0.1, [0.7040036, 1.0]),
+            "5": scored(1.0, 0.0, [1.0, 1.0]),
         },
-        "response_tokens": {"mean": 16 / 3, "median": 5, "max": 7},
-        "truncation_rate": 1.0,
-        "lost": 2,
-        "verdicts": {"correct": 1, "wrong": 1, "no_answer": 0, "timeout": 0, "error": 1},
+        "response_tokens": {"mean": (16 / 3 + 2) / 2, "median": 4, "max": 7},
+        "truncation_rate": 0.5,
+        "lost": 5,
+        "verdicts": {"correct": 3, "wrong": 1, "no_answer": 0, "timeout": 0, "error": 1},
         "not_graded": ["7"],
         "pinned": {"model": "org/m@c0ffee", "data": "org/rows@beef:train"},
     }
-    ((student, rollout, benchmark, *_),) = asked
+    ((student, rollout, prompts, benchmark, *_),) = asked
     assert rollout.vllm == settings["vllm"] == {"max_num_seqs": 8, "enforce_eager": True}
     assert (benchmark.top_p, benchmark.stop) == (0.9, ("\n\n", "Q:"))
     assert (settings["top_p"], settings["stop"]) == (0.9, ["\n\n", "Q:"])
     columns = {"prompt": "question", "answer": "solution", "id": "key"}
-    assert benchmark.prompts.columns == settings["columns"] == columns
-    assert benchmark.prompts.system == settings["system"] == "Think."
+    assert prompts.columns == settings["columns"] == columns
+    assert prompts.system == settings["system"] == "Think."
     assert settings["model"] == str(student.model) == f"{files}/model"
-    assert (settings["data"], settings["k"]) == (f"{files}/rows.jsonl", [1, 2, 3])
+    assert (settings["data"], settings["k"]) == (f"{files}/rows.jsonl", [1, 2, 4, 5])
 
 
 def test_a_result_without_an_answer_has_no_lengths():
-    score = Estimate(mean=0.0, standard_error=0.0)
-    result = BenchmarkResult(
-        avg_at_n=score,
-        pass_at_k={},
-        mean_response_tokens=math.nan,
-        truncation_rate=math.nan,
-        num_lost=4,
-        num_verdicts={},
-        prompts=(),
-    )
-    found = score_record(result, 2, {})
+    result = BenchmarkResult(prompts=(judged("7", StopReason.LENGTH, [], lost=2),))
+    found = score_record(result, 2, [1], {})
     assert found["response_tokens"] == {"mean": None, "median": None, "max": None}
     assert found["truncation_rate"] is None
-    assert found["avg_at_n"] == {"mean": 0.0, "standard_error": 0.0, "interval_95": [0.0, 0.0]}
+    assert found["avg_at_n"] == {"mean": 0.0, "standard_error": None, "interval_95": None}
     json.dumps(found, allow_nan=False)
+    assert score_lines(result, 2, [1])[:2] == ["avg@2   0.0000", "pass@1  0.0000"]
+
+
+def test_a_score_without_any_spread_has_an_interval_of_no_width():
+    prompts = tuple(judged(name, StopReason.LENGTH, [], lost=2) for name in "78")
+    found = score_record(BenchmarkResult(prompts=prompts), 2, [], {})
+    assert found["avg_at_n"] == {"mean": 0.0, "standard_error": 0.0, "interval_95": [0.0, 0.0]}
+    assert found["pass_at_k"] == {}
 
 
 def test_ctrl_c_before_anything_runs_is_one_line(eopd, files, monkeypatch):

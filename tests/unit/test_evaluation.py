@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import threading
 import time
-from dataclasses import replace
 
 import fakes
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eopd.config import ConfigError
+from eopd.config import BenchmarkConfig, ConfigError
 from eopd.config.benchmark import ks_of
 from eopd.evaluation.benchmarks import before_stop, run_benchmark, sample_seed
 from eopd.evaluation.diversity import distinct_ratio
@@ -34,7 +33,6 @@ from eopd.rewards.verdict import Verdict
 from eopd.types import (
     LostReason,
     LostTrajectory,
-    Sampling,
     StopReason,
 )
 
@@ -145,8 +143,8 @@ def test_pass_at_k_is_reported_for_powers_of_two_and_n(n, ks):
 
 
 def test_one_prompt_has_no_standard_error_and_none_has_no_mean():
-    assert math.isnan(mean_over_prompts([0.5]).standard_error)
-    assert math.isnan(change_over_prompts([0.5], [0.25]).standard_error)
+    assert mean_over_prompts([0.5]).standard_error is None
+    assert change_over_prompts([0.5], [0.25]).standard_error is None
     with pytest.raises(ValueError, match="at least one prompt"):
         mean_over_prompts([])
 
@@ -436,12 +434,18 @@ def decode(ids):
     return " ".join(str(token) for token in ids)
 
 
-SAMPLING = Sampling(temperature=1.0, max_tokens=3, seed=5)
-
-
-async def benchmark(engines, prompts, grader=grade_exact, **changes):
-    options = {"fetch": fetch, "samples": 4, "sampling": SAMPLING, "ks": (1, 2, 4)} | changes
-    return await run_benchmark(engines, prompts, decode, grader, **options)
+async def benchmark(engines, prompts, grader=grade_exact, *, fetch=fetch, **changes):
+    config = BenchmarkConfig(**{"name": "b", "data": "b.jsonl", "samples": 4} | changes)
+    return await run_benchmark(
+        engines,
+        prompts,
+        decode,
+        grader,
+        config,
+        fetch=fetch,
+        seed=5,
+        max_tokens=3,
+    )
 
 
 SCRIPT = {
@@ -460,11 +464,12 @@ async def test_result_counts_lost_samples_as_unanswered():
     result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a"), prompt_sample("b")])
     assert [prompt.num_correct for prompt in result.prompts] == [2, 0]
     assert [prompt.num_samples for prompt in result.prompts] == [4, 4]
-    assert result.avg_at_n.mean == pytest.approx(2 / 8)
-    assert result.avg_at_n.standard_error == pytest.approx(
+    found = measurements(by_prompt(result, (1, 2, 4)))
+    assert found["avg_at_n"].mean == pytest.approx(2 / 8)
+    assert found["avg_at_n"].standard_error == pytest.approx(
         statistics.stdev([0.5, 0.0]) / math.sqrt(2)
     )
-    assert {k: estimate.mean for k, estimate in result.pass_at_k.items()} == pytest.approx(
+    assert {k: found[f"pass_at_{k}"].mean for k in (1, 2, 4)} == pytest.approx(
         {1: 0.25, 2: (5 / 6) / 2, 4: 0.5}
     )
     assert result.num_lost == 2
@@ -475,8 +480,9 @@ async def test_result_counts_lost_samples_as_unanswered():
         Verdict.TIMEOUT: 0,
         Verdict.ERROR: 0,
     }
-    assert result.mean_response_tokens == pytest.approx((1 + 1 + 3 + 1 + 2 + 3) / 6)
-    assert result.truncation_rate == pytest.approx(2 / 6)
+    lengths = (1 + 1 + 3) / 3, (1 + 2 + 3) / 3
+    assert found["response_tokens"].mean == pytest.approx(sum(lengths) / 2)
+    assert found["truncation_rate"].mean == pytest.approx(1 / 3)
 
 
 async def test_rows_are_json_lines(tmp_path):
@@ -528,13 +534,12 @@ async def test_all_samples_are_in_flight_at_once_and_shared_evenly():
             [Gate(engine) for engine in engines],
             prompts,
             samples=5,
-            ks=(5,),
         )
 
     assert sorted(len(engine.calls) for engine in engines) == [3, 4, 4, 4]
     issued = sorted(call[:2] for engine in engines for call in engine.calls)
     assert issued == sorted(itertools.product("abc", range(5)))
-    assert result.avg_at_n.mean == 1.0
+    assert [prompt.num_correct for prompt in result.prompts] == [5, 5, 5]
 
 
 async def test_seeds_are_fixed_per_sample():
@@ -576,19 +581,20 @@ def test_what_is_graded_ends_before_a_text_that_ends_a_response(text, stop, befo
 
 async def test_a_benchmark_grades_what_stands_before_its_stop():
     engine = ScriptedEngine({("a", 0): [7, 8]})
-    sampling = replace(SAMPLING, stop=(" 8",), top_p=0.5)
     result = await benchmark(
         [engine],
         [prompt_sample("a")],
         samples=1,
-        ks=(),
-        sampling=sampling,
+        stop=(" 8",),
+        top_p=0.5,
+        temperature=0.7,
     )
     (prompt,) = result.prompts
     assert prompt.answers[0].response == "7"
     assert prompt.answers[0].num_response_tokens == 2
     assert prompt.num_correct == 1
-    assert engine.calls[0][2].top_p == 0.5
+    asked = engine.calls[0][2]
+    assert (asked.top_p, asked.temperature, asked.stop, asked.max_tokens) == (0.5, 0.7, (" 8",), 3)
 
 
 # --- what a benchmark says of every prompt
@@ -610,8 +616,7 @@ def test_distinct_ratio(responses, n, ratio):
 
 async def measured(script, names="ab"):
     prompts = [prompt_sample(name) for name in names]
-    result = await benchmark([ScriptedEngine(script)], prompts, ks=())
-    return by_prompt(result, 4)
+    return by_prompt(await benchmark([ScriptedEngine(script)], prompts), (2, 4))
 
 
 async def test_a_benchmark_is_summed_up_prompt_by_prompt():
@@ -619,7 +624,7 @@ async def test_a_benchmark_is_summed_up_prompt_by_prompt():
     assert numbers["avg_at_n"] == {"a": 0.5, "b": 0.0}
     assert numbers["pass_at_2"] == {"a": pytest.approx(5 / 6), "b": 0.0}  # 1 - 1 / 6
     assert numbers["pass_at_4"] == {"a": 1.0, "b": 0.0}
-    assert "pass_at_1" not in numbers, "that is avg_at_n"
+    assert "pass_at_1" not in numbers, "it was not asked for"
     assert numbers["response_tokens"] == pytest.approx({"a": 5 / 3, "b": 2.0})
     assert numbers["truncation_rate"] == pytest.approx({"a": 1 / 3, "b": 1 / 3})
     assert numbers["distinct_1"] == pytest.approx({"a": 2 / 5, "b": 1 / 6})
@@ -694,9 +699,7 @@ async def test_a_body_lost_before_it_is_fetched_is_a_loss():
         fetch=fetch_none,
     )
     assert result.num_lost == 4
-    assert result.avg_at_n.mean == 0.0
-    assert math.isnan(result.mean_response_tokens)
-    assert math.isnan(result.truncation_rate)
+    assert set(by_prompt(result, (4,))) == {"avg_at_n", "pass_at_4"}, "and no length"
 
 
 async def test_answers_are_graded_one_at_a_time_while_the_loop_goes_on():
@@ -723,7 +726,7 @@ async def test_answers_are_graded_one_at_a_time_while_the_loop_goes_on():
     assert len(threads) == 1
     assert loop_thread not in threads
     assert result.num_verdicts[Verdict.TIMEOUT] == 6
-    assert result.avg_at_n.mean == 0.0
+    assert [prompt.num_correct for prompt in result.prompts] == [0, 0]
 
 
 async def test_an_engine_that_raises_ends_the_benchmark():
@@ -734,26 +737,19 @@ async def test_an_engine_that_raises_ends_the_benchmark():
 
 
 @pytest.mark.parametrize(
-    ("engines", "prompts", "changes", "message"),
+    ("engines", "prompts", "message"),
     [
-        ([], [prompt_sample("a")], {}, "0 engines, 1 prompts"),
-        ([ScriptedEngine(SCRIPT)], [], {}, "1 engines, 0 prompts"),
-        (
-            [ScriptedEngine(SCRIPT)],
-            [prompt_sample("a")],
-            {"ks": (1, 5)},
-            r"k = \[5\]: must lie in 1..4",
-        ),
+        ([], [prompt_sample("a")], "0 engines, 1 prompts"),
+        ([ScriptedEngine(SCRIPT)], [], "1 engines, 0 prompts"),
         (
             [ScriptedEngine(SCRIPT)],
             [prompt_sample("a", None)],
-            {},
             "prompt a: has no reference answer",
         ),
     ],
 )
-async def test_mistakes_are_found_before_anything_is_sampled(engines, prompts, changes, message):
+async def test_mistakes_are_found_before_anything_is_sampled(engines, prompts, message):
     with pytest.raises(ValueError, match=message):
-        await benchmark(engines, prompts, **changes)
+        await benchmark(engines, prompts)
 
     assert all(not engine.calls for engine in engines)

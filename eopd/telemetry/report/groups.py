@@ -4,14 +4,10 @@ over their seeds.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from eopd.run.arms import Arm, Interval, by_seed, group_runs, interval, paired
-from eopd.telemetry.report.headline import final
 from eopd.telemetry.report.lines import Line, Values, finite, mean
-from eopd.telemetry.report.reading import HELD_OUT, RunRecord
-
-SHOWN: Final = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
+from eopd.telemetry.report.reading import HELD_OUT, SHOWN, RunRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +135,13 @@ def compared(runs: Sequence[RunRecord], arms: Sequence[Arm]) -> list[Compared]:
 
 def _results(runs: Sequence[RunRecord]) -> Mapping[str, list[float | None]]:
     """Returns the last numbers of every run by label; None where a run has none."""
+    labels = {("held_out", metric): HELD_OUT[metric][0] for metric in SHOWN}
+    names = dict.fromkeys(name for run in runs for name in run.final if name != "held_out")
+    labels |= {(name, "avg_at_n"): f"{name}, avg@n" for name in names}
     results = {}
-    after = [final(run) for run in runs]
-    for name in SHOWN:
-        results[HELD_OUT[name][0]] = [
-            found[name].mean if name in found else None for found in after
-        ]
-
-    names = dict.fromkeys(one.name for run in runs for one in run.evaluations)
-    for name in filter("held_out".__ne__, names):
-        averages = [final(run, name).get("avg_at_n") for run in runs]
-        results[f"{name}, avg@n"] = [each.mean if each else None for each in averages]
+    for (name, metric), label in labels.items():
+        found = [run.final.get(name, {}).get(metric) for run in runs]
+        results[label] = [each.mean if each else None for each in found]
 
     return {label: values for label, values in results.items() if values.count(None) < len(runs)}
 

@@ -12,9 +12,8 @@ from typing import Any, Final
 from eopd.run.changes import kind_of
 from eopd.run.evaluations import Evaluation
 from eopd.run.record import Best, Measurement
-from eopd.telemetry.report.reading import HELD_OUT, Record, RunRecord, parts
+from eopd.telemetry.report.reading import HELD_OUT, SHOWN, Record, RunRecord, parts
 
-Z_95: Final = 1.96  # standard errors on both sides that hold 95 %
 MINUS: Final = "\u2212"
 
 
@@ -102,7 +101,7 @@ def _difference(last: Evaluation, old: Measurement, new: Measurement) -> Measure
 
 
 def _verb(change: Measurement) -> str:
-    half = half_width(change)
+    half = change.half_width
     if half is not None and abs(change.mean) <= half:
         return (
             "No change can be told from chance: the student was {old:.2f} and is {new:.2f} nats "
@@ -114,7 +113,7 @@ def _verb(change: Measurement) -> str:
 
 
 def _interval(change: Measurement) -> str:
-    half = half_width(change)
+    half = change.half_width
     if half is None:
         return ""
 
@@ -124,12 +123,6 @@ def _interval(change: Measurement) -> str:
 
 def _prompts(run: RunRecord, last: Evaluation) -> object:
     return last.prompts or run.config.get("evaluation.prompts")
-
-
-def half_width(measurement: Measurement) -> float | None:
-    """Returns half of the 95 % interval of a mean; None where its error is not known."""
-    error = measurement.standard_error
-    return None if error is None else Z_95 * error
 
 
 def _signed(value: float, style: str) -> str:
@@ -164,8 +157,7 @@ def _change(
     """Returns a row of the table; its change has an error where it is paired by prompt."""
     difference = ""
     if before is not None and after is not None:
-        change = paired or Measurement(mean=after.mean - before.mean)
-        difference = _measured(change, "+")
+        difference = (paired or Measurement(mean=after.mean - before.mean)).shown("+")
 
     return {
         "label": label,
@@ -178,10 +170,9 @@ def _change(
 
 def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Returns what runs are compared by: a label, and the value in each run."""
-    after = [final(run) for run in runs]
+    after = [run.final.get("held_out", {}) for run in runs]
     facts = [headline(run)["facts"] for run in runs]
-    names = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
-    labels = {name: HELD_OUT[name][0] for name in names} | {
+    labels = {name: HELD_OUT[name][0] for name in SHOWN} | {
         name: label for name, (label, _) in parts(after).items()
     }
     rows = []
@@ -193,15 +184,6 @@ def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         rows.append((name, [run_facts[name] for run_facts in facts]))
 
     return rows
-
-
-def final(run: RunRecord, name: str = "held_out") -> Mapping[str, Measurement]:
-    """Returns what was measured under a name after the last step; nothing where that was not, also
-    of a run that went on since.
-    """
-    last = ("after", run.summary.steps)
-    measured = [one for one in run.measured(name) if (one.phase, one.step) == last]
-    return measured[-1].measurements if measured else {}
 
 
 def measured_differently(runs: Sequence[RunRecord]) -> list[str]:
@@ -226,12 +208,8 @@ def _settings(run: RunRecord, section: str) -> Mapping[str, object]:
     }
 
 
-def _measured(measurement: Measurement | None, sign: str = "") -> str:
-    if measurement is None:
-        return "-"
-
-    error = measurement.standard_error
-    return f"{measurement.mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+def _measured(measurement: Measurement | None) -> str:
+    return "-" if measurement is None else measurement.shown()
 
 
 def clock(seconds: float) -> str:

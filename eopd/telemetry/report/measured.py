@@ -12,7 +12,6 @@ from eopd.telemetry.report import charts
 from eopd.telemetry.report.charts import Mark
 from eopd.telemetry.report.figure import Figure
 from eopd.telemetry.report.groups import Group, legend_of, lines_of, spread
-from eopd.telemetry.report.headline import half_width
 from eopd.telemetry.report.lines import Line, Points, Values, is_flat
 from eopd.telemetry.report.reading import RunRecord
 
@@ -119,7 +118,7 @@ def _edge(
     of a share is no lower than 0 and no higher than 1.
     """
     found = [column[step] for step in steps]
-    edge = [None if one is None else one.mean + sign * (half_width(one) or 0.0) for one in found]
+    edge = [None if one is None else one.mean + sign * (one.half_width or 0.0) for one in found]
     return [y if y is None or not is_share else min(max(y, 0.0), 1.0) for y in edge]
 
 

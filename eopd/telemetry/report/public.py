@@ -8,7 +8,7 @@ answers stay, apart from the names that the settings and this machine gave away.
 import getpass
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -36,37 +36,36 @@ class Public:
         words = [rf"(?<!\w){re.escape(name)}(?!\w)" for name in ordered]
         self._names = re.compile("|".join(words) or "(?!)")  # without a name, nothing is one
 
-    def settings(self, value: Any, key: str = "") -> Any:  # noqa: ANN401  what JSON holds
+    def settings(self, value: Any) -> Any:  # noqa: ANN401  what JSON holds
         """Returns a tree of settings, whose names are whole, without paths, addresses and names."""
-        if isinstance(value, Mapping):
-            return {name: self.settings(inner, f"{key}.{name}") for name, inner in value.items()}
-
-        if isinstance(value, list):
-            return [self.settings(inner, key) for inner in value]
-
-        if isinstance(value, str):
-            return LEFT_OUT if _NODE_LABELS in key.split(".") else self._setting(value)
-
-        return value
+        return _with_texts(value, self._setting)
 
     def texts(self, value: Any) -> Any:  # noqa: ANN401  what JSON holds
         """Returns a tree of other texts without the names."""
-        if isinstance(value, Mapping):
-            return {name: self.texts(inner) for name, inner in value.items()}
-
-        if isinstance(value, list):
-            return [self.texts(inner) for inner in value]
-
-        return self.text(value) if isinstance(value, str) else value
+        return _with_texts(value, lambda text, _: self.text(text))
 
     def text(self, text: str) -> str:
         """Returns a text without the names."""
         return self._names.sub(LEFT_OUT, text)
 
-    def _setting(self, text: str) -> str:
+    def _setting(self, text: str, key: str) -> str:
+        if _NODE_LABELS in key.split("."):
+            return LEFT_OUT
+
         text = _IP.sub(LEFT_OUT, _ADDRESS.sub(rf"\1://{LEFT_OUT}", text))
         is_path = text.startswith(("/", "~")) and "\n" not in text
         return self.text(_last_part(text) if is_path else _PATH.sub(_shortened, text))
+
+
+def _with_texts(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:  # noqa: ANN401
+    """Returns a tree with every text changed, by itself and the key of its place."""
+    if isinstance(value, Mapping):
+        return {name: _with_texts(inner, change, f"{key}.{name}") for name, inner in value.items()}
+
+    if isinstance(value, list):
+        return [_with_texts(inner, change, key) for inner in value]
+
+    return change(value, key) if isinstance(value, str) else value
 
 
 def _shortened(match: re.Match[str]) -> str:

@@ -18,8 +18,8 @@ import yaml
 from eopd.config import ConfigError
 from eopd.config.load import flatten
 from eopd.config.saved import require_directory
-from eopd.run.evaluations import Evaluation, Measurements, read_evaluations
-from eopd.run.reading import parse_object, read_rows, read_summary
+from eopd.run.evaluations import Evaluation, Measurements, final, read_evaluations
+from eopd.run.reading import read_object, read_rows, read_summary
 from eopd.run.record import Summary
 from eopd.telemetry.report.public import Public
 
@@ -41,6 +41,12 @@ HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
     "student_entropy": ("student entropy", "nats"),
     "teacher_entropy": ("teacher entropy", "nats"),
 }
+SHOWN: Final = (
+    "reverse_kl",
+    "forward_kl",
+    "student_entropy",
+    "top1_agreement",
+)  # where runs compare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +101,11 @@ class RunRecord:
         """Returns the evaluations of one name, oldest first."""
         return [evaluation for evaluation in self.evaluations if evaluation.name == name]
 
+    @property
+    def final(self) -> Mapping[str, Measurements]:
+        """What was measured after the last step, by name; nothing of a run that went on since."""
+        return final(self.evaluations, self.summary.steps)
+
     def checkpoints(self) -> Mapping[int, float]:
         """Returns the seconds that each checkpoint took, by step, as far as rows tell."""
         found = {}
@@ -147,8 +158,8 @@ def _read_run(directory: Path, name: str, public: bool) -> RunRecord:
     timeline = _lines(directory / "timeline.jsonl", notes, {"step": int})
     evaluations = _evaluations(directory / "evaluations.jsonl", notes)
     settings: dict[str, Any] = {
-        "versions": _object(directory / "versions.json"),
-        "parent": _object(directory / "parent.json"),
+        "versions": read_object(directory / "versions.json"),
+        "parent": read_object(directory / "parent.json"),
         "changes": _lines(directory / "changes.jsonl", notes, {"from_step": int}),
     }
     if not settings["versions"]:
@@ -184,7 +195,7 @@ def _lines(path: Path, notes: list[str], kinds: Mapping[str, type]) -> list[dict
     """Returns the rows of a file that have some keys, with values of these kinds; none where there is
     no file, since not every run has come that far.
     """
-    rows = read_rows(path)
+    rows = list(read_rows(path))
     complete = [
         row for row in rows if all(isinstance(row.get(key), kind) for key, kind in kinds.items())
     ]
@@ -207,12 +218,6 @@ def _summary(path: Path, notes: list[str]) -> Summary:
     return Summary(status="unknown")
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """Returns what a JSON file holds; nothing where it is missing or cannot be read."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return parse_object(text)
-
-
 def _yaml(text: str, notes: list[str]) -> object:
     try:
         return yaml.safe_load(text)
@@ -226,7 +231,7 @@ def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:
     holds.
     """
     evaluations = read_evaluations(path)
-    _note_unread(path, notes, len(read_rows(path)), len(evaluations))
+    _note_unread(path, notes, len(list(read_rows(path))), len(evaluations))
     holding = {(evaluation.step, evaluation.name): evaluation for evaluation in evaluations}
     return sorted(holding.values(), key=lambda evaluation: evaluation.step)
 

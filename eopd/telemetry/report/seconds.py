@@ -9,6 +9,7 @@ from typing import Final
 from markupsafe import Markup
 
 from eopd.config.benchmark import HELD_OUT
+from eopd.telemetry import step
 from eopd.telemetry.report import charts
 from eopd.telemetry.report.figure import Figure
 from eopd.telemetry.report.lines import Line, Points, smoothed, thinned
@@ -16,15 +17,11 @@ from eopd.telemetry.report.reading import Record, RunRecord
 from eopd.types import Span
 
 # How a step's seconds are split, in their order, with the classes of their colours.
-WAITS: Final[Mapping[str, tuple[str, str]]] = {
-    "eopd_wait_rollout_seconds": ("waits for engines", "f-wait-rollout"),
-    "eopd_wait_teacher_seconds": ("waits for teachers", "f-wait-teacher"),
-}
 PARTS: Final[Mapping[str, tuple[str, str]]] = {
-    **WAITS,
-    "eopd_train_seconds": ("trains", "f-train"),
-    "eopd_weights_seconds": ("sends weights", "f-weights"),
+    f"eopd_{part}_seconds": (activity, f"f-{part.replace('_', '-')}")
+    for part, activity in step.PARTS.items()
 }
+WAITS: Final = ("eopd_wait_rollout_seconds", "eopd_wait_teacher_seconds")
 STAGES: Final[Mapping[str, str]] = {
     "engines write": "f-rollout",
     "teachers read": "f-teacher",
@@ -166,8 +163,8 @@ def _learner(row: Record, recorded_spans: Mapping[str, Sequence[Span]]) -> Lane:
     a run has not recorded that, up to the step's end where its waits were not recorded.
     """
     recorded = {name: row[name] for name in PARTS if row.get(name) is not None}
-    step = row["eopd_step_seconds"]
-    start = 0.0 if len(recorded) == len(PARTS) else max(0.0, step - sum(recorded.values()))
+    whole = row["eopd_step_seconds"]
+    start = 0.0 if len(recorded) == len(PARTS) else max(0.0, whole - sum(recorded.values()))
     spans = []
 
     for name, seconds in recorded.items():
@@ -178,8 +175,8 @@ def _learner(row: Record, recorded_spans: Mapping[str, Sequence[Span]]) -> Lane:
 
         start += seconds
 
-    if WAITS.keys() <= recorded.keys():
-        share = sum(recorded[name] for name in WAITS) / step
+    if recorded.keys() >= set(WAITS):
+        share = sum(recorded[name] for name in WAITS) / whole
         return Lane(f"Learner, waits {share:.0%}", spans)
 
     return Lane("Learner: waits not recorded", spans)
