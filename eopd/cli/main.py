@@ -229,7 +229,10 @@ def measure(
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Run directories, e.g. runs/NAME; several are shown together."),
+        typer.Argument(
+            help="Run directories, e.g. runs/NAME, or one that holds some, such as a sweep's; several "
+            "are shown together."
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option(help="Else RUN/report.html, or ./report.html of several.")
@@ -239,11 +242,14 @@ def report(
     ] = False,
 ) -> None:
     """Write what runs did, also one under way, into one HTML file that opens anywhere."""
+    from eopd.telemetry.listing import directories_in
     from eopd.telemetry.report.page import write_report
 
     target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    shown = [one for run in runs for one in directories_in(run) or [run]]
+    leave_out = partial(typer.echo, err=True) if len(shown) > 1 else None
     with blame_user(target):
-        write_report(runs, target, public=public)
+        write_report(shown, target, public=public, leave_out=leave_out)
 
     typer.echo(target)
 

@@ -6,6 +6,7 @@ Nothing is refused here; ``inputs.py`` does that.
 
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
@@ -201,6 +202,14 @@ def _of_learning(config: Config) -> Iterator[str]:
 
 def _of_flow(config: Config) -> Iterator[str]:
     """Yields what is odd in the prompts that the run reads, and in its staleness."""
+    for name in ("suffix", "system"):
+        text = getattr(config.prompts, name) or ""
+        if re.search(r"\\n(?![a-z])", text):  # \nabla is a formula
+            yield (
+                f"prompts.{name}: holds \\n as two characters, and no line end; a line end needs "
+                f"double quotes in YAML, on the command line --set 'prompts.{name}=\"...\\n...\"'"
+            )
+
     if config.flow.max_staleness > STALE:
         yield (
             f"flow.max_staleness: trajectories may be {config.flow.max_staleness} versions "

@@ -157,7 +157,8 @@ def _read(spec: str, key: str) -> list[DataRow]:
     if not names_a_data_set(spec):
         raise ConfigError(
             f"{key}: {spec} must be .jsonl (a JSON object a line), .parquet, or the name of "
-            f"a data set; files that end in {path.suffix or 'nothing'} are not read"
+            f"a data set; files that end in {path.suffix or 'nothing'} are not read by themselves, "
+            "but a folder of them may be a data set: FOLDER:train"
         )
 
     return _numbered(_read_named(spec, key), f"{key}: {spec}")
@@ -238,9 +239,10 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
                 "that file"
             ) from None
 
-        hint = "" if name.subset else "; a subset is named as NAME:SUBSET:SPLIT"
+        cause = error.__cause__  # of a file that is broken, or another one than the first
+        hint = "" if name.subset or cause else "; a subset is named as NAME:SUBSET:SPLIT"
         raise ConfigError(
-            f"{key}: data set {spec} cannot be loaded: {error or type(error).__name__}{hint}"
+            f"{key}: data set {spec} cannot be loaded: {cause or error or type(error).__name__}{hint}"
         ) from None
 
 

@@ -4,11 +4,13 @@ does ``eopd stop``, from any machine, with a file.
 
 import asyncio
 import signal
+import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Never
 
+from eopd.config import ConfigError
 from eopd.run.stopping import take_request
 from eopd.runtime.logs import logger
 
@@ -55,6 +57,23 @@ class Interruption:
         self._closing = asyncio.create_task(self._close())
 
         return True
+
+
+def require_main_thread() -> None:
+    """Checks that signals can be handled here, and a loop be run.
+
+    Raises:
+        ConfigError: this is another thread than the main one, or the cell of a notebook.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise ConfigError("a run takes signals, and so needs the main thread of a process")
+
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise ConfigError(
+            "an event loop is running here, as in a notebook; start the run as a process of its "
+            "own: !eopd train CONFIG"
+        )
 
 
 @contextmanager

@@ -39,7 +39,13 @@ from eopd.runtime.outlets import Outlets, monitored, open_trackers, show_end
 from eopd.runtime.placement import plan
 from eopd.runtime.responses import Responses
 from eopd.runtime.resume import Resume, TakenUp, config_to_continue, take_up
-from eopd.runtime.signals import Interruption, caught, ignored_by_children, obeyed
+from eopd.runtime.signals import (
+    Interruption,
+    caught,
+    ignored_by_children,
+    obeyed,
+    require_main_thread,
+)
 from eopd.runtime.state import RunState
 from eopd.runtime.supervisor import Workers, start_workers
 from eopd.runtime.teachers import self_test_replicas
@@ -84,8 +90,10 @@ def train(
         that asked for it, or ``collapsed`` where the guard has ended the run.
 
     Raises:
-        ConfigError: the user's mistake, found before any worker starts.
+        ConfigError: the user's mistake, found before any worker starts; or this is no place for a
+            run (``require_main_thread``).
     """
+    require_main_thread()
     config = pinned(config, config_to_continue(config, resume))
     prepared = prepare(config)
     directory = RunDirectory(config.run.path)

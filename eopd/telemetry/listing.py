@@ -42,11 +42,16 @@ def runs_in(directory: Path) -> list[Listed]:
         ConfigError: there is no such directory.
     """
     require_directory(directory)
+    runs = [_listed(path, str(path.relative_to(directory))) for path in directories_in(directory)]
+    return sorted(runs, key=lambda run: run.changed_at, reverse=True)
+
+
+def directories_in(directory: Path) -> list[Path]:
+    """Returns the directories of the runs in a directory and in those of its sweeps, each once."""
     configs = [*directory.glob("*/config.yaml"), *directory.glob("*/*/config.yaml")]
     configs.sort(key=lambda path: not (path.parent.is_symlink() or path.parent.parent.is_symlink()))
     once = {path.resolve(): path.parent for path in configs}  # the last of a run is behind no link
-    runs = [_listed(path, str(path.relative_to(directory))) for path in once.values()]
-    return sorted(runs, key=lambda run: run.changed_at, reverse=True)
+    return sorted(once.values())
 
 
 def print_runs(runs: Sequence[Listed], output: rich.console.Console | None = None) -> None:

@@ -1404,13 +1404,19 @@ def test_the_property_itself_sees_a_config(tmp_path):
             "flow.max_staleness: trajectories may be 65 versions behind what is trained",
         ),
         (
+            r"prompts.suffix='\n\nThink.'",
+            r"prompts.suffix: holds \n as two characters, and no line end; a line end needs double "
+            r"""quotes in YAML, on the command line --set 'prompts.suffix="...\n..."'""",
+        ),
+        (
             "prompts.held_out=a.jsonl",
             "prompts.held_out: is prompts.data; held-out numbers are then those of training",
         ),
     ],
 )
 def test_what_is_odd_and_can_be_meant_is_a_note(path, override, note):
-    assert list(oddities(load_config(path, ["run.batches=60"]))) == []
+    meant = ["run.batches=60", r"prompts.suffix='as \nabla f'"]
+    assert list(oddities(load_config(path, meant))) == []
     assert list(oddities(load_config(path, ["run.batches=60", override]))) == [note]
 
 

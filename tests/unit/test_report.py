@@ -1291,6 +1291,21 @@ def test_no_run_or_no_rows_is_one_message_and_exit_code_2(run, files, message, c
     assert not (directory / "report.html").exists()
 
 
+def test_of_several_runs_those_that_cannot_be_shown_are_left_out(run, capsys, monkeypatch):
+    directory = run("sweep/a").parent
+    run("sweep/b")
+    empty = run("sweep/c", **{"metrics.jsonl": None})
+    monkeypatch.setattr(sys, "argv", ["eopd", "report", str(directory)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+
+    assert caught.value.code == 0
+    why = "no step was completed yet (metrics.jsonl has no rows)"
+    assert capsys.readouterr() == (f"{directory}/report.html\n", f"left out: {empty}: {why}\n")
+    page = (directory / "report.html").read_text()
+    assert [name in page for name in (">a<", ">b<", ">c<")] == [True, True, False]
+
+
 def test_a_report_that_fails_does_not_fail_the_run(run, tmp_path, caplog):
     report_of_ended(run("empty", **{"metrics.jsonl": None}), tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()

@@ -5,15 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from eopd.config import ConfigError
 from eopd.runtime.signals import (
     ASK_TO_END,
     OF_THE_DRIVER,
     Interruption,
     caught,
     ignored_by_children,
+    require_main_thread,
 )
 
 
@@ -122,3 +125,17 @@ def test_processes_started_within_ignore_the_driver_s_signals():
 
     assert within.stdout.split() == ["SIG_IGN", "SIG_IGN", "SIG_DFL"]
     assert all(signal.getsignal(number) is signal.SIG_DFL for number in OF_THE_DRIVER)
+
+
+def test_a_run_is_refused_where_it_can_take_no_signals():
+    with ThreadPoolExecutor(1) as threads:
+        refused = threads.submit(require_main_thread).exception()
+
+    assert isinstance(refused, ConfigError)
+    assert "main thread" in str(refused)
+    require_main_thread()
+
+
+async def test_a_run_is_refused_in_a_notebook():
+    with pytest.raises(ConfigError, match="as in a notebook; start the run as a process"):
+        require_main_thread()

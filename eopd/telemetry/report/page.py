@@ -4,7 +4,7 @@ files beside this one.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,27 @@ _ENVIRONMENT = jinja2.Environment(
 _ENVIRONMENT.filters |= {"explained": explained, "anchor": anchor}
 
 
-def write_report(directories: Sequence[Path], output: Path, *, public: bool = False) -> None:
+def write_report(
+    directories: Sequence[Path],
+    output: Path,
+    *,
+    public: bool = False,
+    leave_out: Callable[[str], None] | None = None,
+) -> None:
     """Write the report of one run, or of several side by side; seeds of one arm are grouped.
 
     Args:
         directories: the run directories.
         output: the HTML file.
         public: whether to leave out paths, hosts and users.
+        leave_out: is told which runs cannot be shown, and why.
 
     Raises:
-        ConfigError: one is no run directory, or no step was completed in it.
+        ConfigError: as in ``read_runs``.
         OSError: ``output`` cannot be written.
     """
-    output.write_text(render(read_runs(directories, public=public)), encoding="utf-8")
+    runs = read_runs(directories, public=public, leave_out=leave_out)
+    output.write_text(render(runs), encoding="utf-8")
 
 
 def report_of_ended(directory: Path, output: Path) -> None:

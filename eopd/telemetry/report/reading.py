@@ -6,7 +6,7 @@ Lines that cannot be read are left out and counted; the page says so. The files 
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
@@ -117,16 +117,23 @@ class RunRecord:
         return found
 
 
-def read_runs(directories: Sequence[Path], *, public: bool = False) -> list[RunRecord]:
+def read_runs(
+    directories: Sequence[Path],
+    *,
+    public: bool = False,
+    leave_out: Callable[[str], None] | None = None,
+) -> list[RunRecord]:
     """Read run directories. Runs are told apart by their directories where two have one name, or by
     a number.
 
     Args:
         directories: the run directories.
         public: whether to leave out paths, hosts and users.
+        leave_out: is told why a run cannot be shown, as long as another one can be.
 
     Raises:
-        ConfigError: one is no run directory, or no step was completed in it.
+        ConfigError: one is no run directory, or no step was completed in it; with ``leave_out``,
+            that none can be shown.
     """
     names = [directory.resolve().name for directory in directories]
     if len(set(names)) < len(names) and public:
@@ -134,10 +141,20 @@ def read_runs(directories: Sequence[Path], *, public: bool = False) -> list[RunR
     elif len(set(names)) < len(names):
         names = [str(directory) for directory in directories]
 
-    return [
-        _read_run(directory, name, public)
-        for directory, name in zip(directories, names, strict=True)
-    ]
+    runs = []
+    for directory, name in zip(directories, names, strict=True):
+        try:
+            runs.append(_read_run(directory, name, public))
+        except ConfigError as fault:
+            if leave_out is None:
+                raise
+
+            leave_out(f"left out: {fault}")
+
+    if not runs:
+        raise ConfigError("there is no run to show")
+
+    return runs
 
 
 def _read_run(directory: Path, name: str, public: bool) -> RunRecord:
