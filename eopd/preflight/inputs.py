@@ -29,6 +29,7 @@ from eopd.prompts import PromptOrder, PromptSet, TeacherView
 from eopd.prompts.rendering import Tokenizer
 from eopd.remember import remembered
 from eopd.teacher.vocabulary import SharedVocabulary, require_same_vocabulary
+from eopd.telemetry.plain import told_while_slow
 from eopd.telemetry.trackers import require_trackers
 from eopd.tokenizer import load_tokenizer
 from eopd.types import PromptSample
@@ -70,8 +71,9 @@ def prepare(config: Config) -> Prepared:
             benchmark has no answers, a tracker cannot be used, a server's key is not set, a function of the user
             cannot be used, or the machine lacks something (``environment.py``).
     """
-    prepared = _prepared(config)
-    require_functions(config, prepared.train)
+    with told_while_slow("checking models and reading prompts"):
+        prepared = _prepared(config)
+        require_functions(config, prepared.train)
 
     return prepared
 

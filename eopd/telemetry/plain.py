@@ -2,9 +2,16 @@
 and no ``:100:`` as an emoji, and no control character reaches a terminal.
 """
 
+import threading
+import time
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
 
 import rich.console
+
+SLOW_S: Final = 20.0
 
 
 def terminal(*, width: int | None = None, stderr: bool = False) -> rich.console.Console:
@@ -18,6 +25,24 @@ def say(output: rich.console.Console, text: str, *, style: str | None = None) ->
     """Prints a text, whose lines are as long as they are."""
     plain = visible(text)
     output.print(plain, style=style, emoji=False, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def told_while_slow(what: str) -> Iterator[None]:
+    """Says on the terminal every ``SLOW_S`` what is still being done, while the block runs."""
+    started, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(SLOW_S):
+            say(terminal(stderr=True), f"still {what}, for {time.monotonic() - started:.0f} s")
+
+    telling = threading.Thread(target=tell, daemon=True)
+    telling.start()
+    try:
+        yield
+    finally:
+        done.set()
+        telling.join()
 
 
 def visible(text: str) -> str:

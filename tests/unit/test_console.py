@@ -9,10 +9,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import rich.console
 
 from eopd.run.evaluations import Evaluation
 from eopd.run.record import Best, HeldOut, Measurement, Sample, Summary
+from eopd.telemetry import plain
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.cells import COLUMNS
 from eopd.telemetry.console import Console, print_measured, print_summary
@@ -463,3 +465,15 @@ def test_one_measurement_is_a_table() -> None:
     text = "\n".join(terminal.lines())
     assert "reverse KL (nats)             0.500 ± 0.100" in text
     assert "teacher sure" in text and "60%" in text
+
+
+def test_what_takes_long_is_told_again_and_again(capsys, monkeypatch):
+    monkeypatch.setattr(plain, "SLOW_S", 0.05)
+    with plain.told_while_slow("reading"):
+        time.sleep(0.3)
+
+    assert set(capsys.readouterr().err.splitlines()) == {"still reading, for 0 s"}
+    with pytest.raises(KeyError), plain.told_while_slow("reading"):
+        raise KeyError
+
+    assert capsys.readouterr().err == ""
