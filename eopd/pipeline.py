@@ -63,6 +63,7 @@ from eopd.types import (
     StepDone,
     Stored,
     Trajectory,
+    first_failure,
 )
 
 
@@ -344,16 +345,11 @@ class Pipeline:
 
     async def _issue(self, count: int) -> None:
         """Admits ``count`` trajectories as slots become free, each with a task of its own."""
-        try:
+        with first_failure():
             async with asyncio.TaskGroup() as producers:
                 for _ in range(count):
                     await self.buffer.admit()
                     producers.create_task(self._produce(self.ledger.issue()))
-        except ExceptionGroup as errors:
-            if (failures := errors.subgroup(RunFailedError)) is not None:
-                raise failures.exceptions[0] from None  # the first is what a person is shown
-
-            raise
 
     async def _produce(self, issue: int) -> None:
         """Generates and scores one trajectory until a batch has trained on it. Where it is dropped,

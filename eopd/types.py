@@ -14,7 +14,8 @@ Entropies and KL are in nats, durations end in ``_s``, sizes in ``_tokens`` or `
 Axes: P prompt, R response, K teacher candidates.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Generic, NamedTuple, Self, TypeVar
@@ -405,6 +406,18 @@ class RunFailedError(RuntimeError):
     """The run ends with exit code 1. The message is all that a person needs: it is shown without a
     traceback.
     """
+
+
+@contextmanager
+def first_failure() -> Iterator[None]:
+    """Raises of a group of errors the first ``RunFailedError``, for a person, and otherwise the group."""
+    try:
+        yield
+    except ExceptionGroup as errors:
+        if (failures := errors.subgroup(RunFailedError)) is not None:
+            raise failures.exceptions[0] from None
+
+        raise
 
 
 class WeightTransferError(RuntimeError):

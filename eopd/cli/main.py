@@ -246,9 +246,9 @@ def report(
     from eopd.telemetry.report.page import write_report
 
     target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    shown = [one for run in runs for one in directories_in(run) or [run]]
-    leave_out = partial(typer.echo, err=True) if len(shown) > 1 else None
     with blame_user(target):
+        shown = [one for run in runs for one in directories_in(run) or [run]]
+        leave_out = partial(typer.echo, err=True) if len(shown) > 1 else None
         write_report(shown, target, public=public, leave_out=leave_out)
 
     typer.echo(target)

@@ -1,10 +1,8 @@
-"""Runs a benchmark: n samples per prompt on every engine, graded.
+"""Runs a benchmark: n samples per prompt, graded.
 
-Samples are handed out in turn, all at once: each engine gets the same number (plus or minus one)
-and batches them itself. A common queue would be more even in time, but an engine that fails fast
-would empty it; this way a failing engine loses its own share. Grading runs beside generation, one
-answer at a time. A lost trajectory is unanswered: it scores 0, is not sampled again, and is
-reported.
+All samples are asked for at once, and those of the first prompts are written first. Grading runs
+beside generation, one answer at a time. A lost trajectory is unanswered: it scores 0, is not sampled
+again, and is reported.
 """
 
 import asyncio
@@ -29,6 +27,7 @@ from eopd.types import (
     StopReason,
     Stored,
     Trajectory,
+    first_failure,
 )
 
 Decode = Callable[[Int32Array], str]  # response_ids [R] -> text without special tokens
@@ -105,7 +104,7 @@ class BenchmarkResult:
 
 
 async def run_benchmark(
-    engines: Sequence[RolloutEngine],
+    engines: RolloutEngine,
     prompts: Sequence[PromptSample],
     decode: Decode,
     grader: Grader,
@@ -118,7 +117,7 @@ async def run_benchmark(
     """Sample every prompt ``benchmark.samples`` times, and grade the answers.
 
     Args:
-        engines: At least one.
+        engines: What writes.
         prompts: At least one, each with a reference answer.
         decode: Token ids to text.
         grader: Called from one thread, one answer at a time.
@@ -128,24 +127,22 @@ async def run_benchmark(
         max_tokens: The longest response.
 
     Raises:
-        ValueError: engines or prompts are missing, or a prompt has no reference answer.
-        ExceptionGroup: an engine, ``fetch``, ``decode`` or the grader raised; the rest is
-            cancelled.
+        ValueError: prompts are missing, or one has no reference answer.
+        RunFailedError: no engine is left.
+        ExceptionGroup: an engine, ``fetch``, ``decode`` or the grader raised another error; the rest
+            is cancelled.
     """
-    _check(engines, prompts)
+    _check(prompts)
     samples, sampling = benchmark.samples, _sampling(benchmark, seed, max_tokens)
-    turns = itertools.cycle(engines)
     grade = asyncio.get_running_loop().run_in_executor
     priorities = itertools.count(-samples * len(prompts))  # all below 0, the first prompt's lowest
 
     with ThreadPoolExecutor(max_workers=1) as grading:
 
-        async def sample(
-            engine: RolloutEngine, prompt: PromptSample, index: int
-        ) -> Answer | LostTrajectory:
+        async def sample(prompt: PromptSample, index: int) -> Answer | LostTrajectory:
             own = sample_seed(seed, prompt.prompt_id, index)
             request = replace(sampling, seed=own, priority=next(priorities))
-            stored = await engine.generate(prompt, index, request)
+            stored = await engines.generate(prompt, index, request)
             trajectory = stored if isinstance(stored, LostTrajectory) else await fetch(stored)
             if isinstance(trajectory, LostTrajectory):
                 return trajectory
@@ -154,12 +151,12 @@ async def run_benchmark(
             verdict = await grade(grading, grader, response, _reference(prompt))
             return _answer(trajectory, response, verdict)
 
-        async with asyncio.TaskGroup() as group:
-            rows = []
-            for prompt in prompts:
-                pending = [sample(next(turns), prompt, index) for index in range(samples)]
-                rows.append(list(map(group.create_task, pending)))
+        with first_failure():
+            async with asyncio.TaskGroup() as group:
+                asked = itertools.product(prompts, range(samples))
+                tasks = [group.create_task(sample(prompt, index)) for prompt, index in asked]
 
+    rows = [tasks[first : first + samples] for first in range(0, len(tasks), samples)]
     return BenchmarkResult(prompts=tuple(map(_collect, prompts, rows)))
 
 
@@ -197,12 +194,9 @@ def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _check(engines: Sequence[RolloutEngine], prompts: Sequence[PromptSample]) -> None:
-    if not engines or not prompts:
-        raise ValueError(
-            f"a benchmark needs engines and prompts; it has {len(engines)} engines, "
-            f"{len(prompts)} prompts"
-        )
+def _check(prompts: Sequence[PromptSample]) -> None:
+    if not prompts:
+        raise ValueError("a benchmark needs prompts")
 
     for prompt in prompts:
         _reference(prompt)

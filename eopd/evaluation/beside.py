@@ -21,7 +21,6 @@ from eopd.types import (
     LostReason,
     LostTrajectory,
     PromptSample,
-    RunFailedError,
     Sampling,
     Stored,
     Trajectory,
@@ -128,7 +127,7 @@ class Beside:
         """
         for task in [task for task in self._under_way if task.done()]:
             del self._under_way[task]
-            _raise_what_failed(task)
+            task.result()
 
     async def finish(self) -> None:
         """Waits until everything is graded and recorded; raises as ``raise_failed`` does."""
@@ -145,14 +144,3 @@ class Beside:
 
         await asyncio.gather(*tasks, return_exceptions=True)
         return bool(tasks)
-
-
-def _raise_what_failed(task: asyncio.Task[None]) -> None:
-    """Raises what a benchmark failed with; of many failures of the run the first, for a person."""
-    try:
-        task.result()
-    except ExceptionGroup as errors:
-        if (failures := errors.subgroup(RunFailedError)) is not None:
-            raise failures.exceptions[0] from None
-
-        raise

@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Never
 
-from ray.actor import ActorHandle
-
 from eopd.config import Config, RolloutConfig, StudentConfig
 from eopd.config.loss import Reward
 from eopd.fleet import Fleet
@@ -87,38 +85,28 @@ class EnginePool:
         return row
 
 
-def engine_process(
-    actor: ActorHandle,
+def engine_fleet(
+    spawn: Spawn,
     student: StudentConfig,
     rollout: RolloutConfig,
     max_sequence_tokens: int,
-    reward: Reward | None = None,
     *,
+    reward: Reward | None = None,
     row_is_read_later: bool = False,
-) -> ActorProcess[RemoteEngine]:
-    """Returns the process of one engine, which starts with the weights of ``student.model``."""
-    arguments = (student, rollout, max_sequence_tokens, reward, row_is_read_later)
-    return ActorProcess(actor, RemoteEngine(actor), EngineDownError, *arguments)
-
-
-def engine_fleet(
-    spawn: Spawn, config: Config, count_loss: Callable[[str], None], log: Callable[[str], None]
+    start_timeout_s: float,
+    count_loss: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Fleet[RolloutEngine]:
-    """Returns the fleet of a run's engines; ``spawn`` makes their actors, and its owner ends them."""
-    rollout = config.rollout
+    """Returns a fleet of engines, which start with the weights of ``student.model``; ``spawn`` makes
+    their actors, and its owner ends them.
+    """
     plan = plan_rollout(rollout)
+    arguments = (student, rollout, max_sequence_tokens, reward, row_is_read_later)
 
     def processes(numbers: Sequence[int]) -> list[ActorProcess[RemoteEngine]]:
         actors = spawn(RolloutActor, plan, numbers, max_concurrency=MAX_CALLS)
         return [
-            engine_process(
-                actor,
-                config.student,
-                rollout,
-                config.max_sequence_tokens,
-                config.loss.reward,
-                row_is_read_later=config.flow.filter is not None,
-            )
+            ActorProcess(actor, RemoteEngine(actor), EngineDownError, *arguments)
             for actor in actors
         ]
 
@@ -132,7 +120,7 @@ def engine_fleet(
         spawn=processes,
         size=plan.actors,
         count_loss=count_loss,
-        start_timeout_s=config.cluster.start_timeout_s,
+        start_timeout_s=start_timeout_s,
         log=log,
     )
 

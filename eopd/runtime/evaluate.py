@@ -1,8 +1,7 @@
 """A benchmark runs on rollout engines: a model directory and rows go in, avg@n and pass@k come out."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from eopd.config import (
@@ -25,12 +24,10 @@ from eopd.preflight import (
 from eopd.preflight.options import require_vllm_options
 from eopd.prompts import PromptSet
 from eopd.rewards.graders import open_grader
-from eopd.roles import EngineDownError
 from eopd.runtime import cluster
 from eopd.runtime.placement import plan_rollout
 from eopd.runtime.supervisor import fetch, rollout_engines
 from eopd.tokenizer import load_tokenizer
-from eopd.types import RunFailedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +51,12 @@ def evaluate_model(
     log: Callable[[str], None],
 ) -> Evaluated:
     """Runs one benchmark, whose prompts are rendered as ``prompts`` says; ``log`` is called with
-    notes on the data.
+    notes on the data, and with what becomes of engines.
 
     Raises:
         ConfigError: the model or the data is missing, a row has no answer that the grader can
             read, or vLLM has no such option.
-        RunFailedError: an engine was lost.
+        RunFailedError: more engines were lost than ``config`` allows.
     """
     require_vllm_options("--vllm", rollout.vllm)
     longest = prompts.max_tokens + rollout.max_response_tokens
@@ -75,36 +72,20 @@ def evaluate_model(
         log(f"note: {note}")
 
     async def run() -> BenchmarkResult:
-        async with rollout_engines(
-            student, rollout, max_sequence_tokens=longest, timeout_s=config.start_timeout_s
-        ) as engines:
-            with _loss_in_one_line():
-                return await run_benchmark(
-                    engines,
-                    data.prompts,
-                    lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-                    grader,
-                    benchmark,
-                    fetch=fetch,
-                    seed=seed,
-                    max_tokens=rollout.max_response_tokens,
-                )
+        async with rollout_engines(student, rollout, longest, config, log) as engines:
+            return await run_benchmark(
+                engines,
+                data.prompts,
+                lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+                grader,
+                benchmark,
+                fetch=fetch,
+                seed=seed,
+                max_tokens=rollout.max_response_tokens,
+            )
 
     with open_grader(benchmark.grader) as grader, cluster.connect(config):
         cluster.require_room([plan_rollout(rollout)], config)
         result = asyncio.run(run())
 
     return Evaluated(result=result, model=model, data=names_of(parts))
-
-
-@contextmanager
-def _loss_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except ExceptionGroup as errors:
-        if (lost := errors.subgroup(EngineDownError)) is None:
-            raise
-
-        raise RunFailedError(
-            f"a rollout engine was lost: {lost.exceptions[0]}; its log is in {cluster.log_directory()}"
-        ) from None

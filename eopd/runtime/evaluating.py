@@ -237,7 +237,7 @@ class Evaluator:
     ) -> BenchmarkResult:
         tokenizer = load_tokenizer(model_directory(self._config.student.model))
         return await run_benchmark(
-            [engines],
+            engines,
             prompts,
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             grader,

@@ -18,15 +18,15 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayTaskError
 
-from eopd.config import Config, ConfigError, RolloutConfig, StudentConfig
+from eopd.config import ClusterConfig, Config, ConfigError, RolloutConfig, StudentConfig
 from eopd.fleet import Fleet, one_by_one
 from eopd.roles import RolloutEngine, TeacherScorer
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import Holder
 from eopd.run.progress import first_line
-from eopd.runtime.actors import MAX_CALLS, RemoteEngine, RolloutActor, Spawn, end_actor
+from eopd.runtime.actors import Spawn, end_actor
 from eopd.runtime.cluster import find_places, has_room, log_directory, place_on
-from eopd.runtime.engines import EnginePool, engine_fleet, engine_process, open_channel
+from eopd.runtime.engines import EnginePool, engine_fleet, open_channel
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
 from eopd.runtime.placement import (
@@ -34,7 +34,6 @@ from eopd.runtime.placement import (
     RoleResources,
     plan,
     plan_learner,
-    plan_rollout,
     shares_gpus,
 )
 from eopd.runtime.restarts import RestartBudget
@@ -83,7 +82,17 @@ async def start_workers(
     restarts = RestartBudget(config.cluster.max_restarts, config.cluster.restart_window_s)
     async with _actors(find_places(plan(config), spread=config.cluster.spread)) as spawn:
         gang = LearnerGang(spawn, config, driver)
-        engines = engine_fleet(spawn, config, restarts.count_loss, say)
+        engines = engine_fleet(
+            spawn,
+            config.student,
+            config.rollout,
+            config.max_sequence_tokens,
+            reward=config.loss.reward,
+            row_is_read_later=config.flow.filter is not None,
+            start_timeout_s=config.cluster.start_timeout_s,
+            count_loss=restarts.count_loss,
+            log=say,
+        )
         teachers = teacher_fleets(spawn, config, restarts.count_loss, say)
         fleets: list[Fleet[Any]] = [engines, *teachers.values()]
         restarts.num_workers = lambda: 1 + sum(fleet.size for fleet in fleets)
@@ -130,20 +139,37 @@ def _room_for(ranks: RoleResources, fleets: Iterable[Fleet[Any]]) -> Iterator[No
 
 @asynccontextmanager
 async def rollout_engines(
-    student: StudentConfig, rollout: RolloutConfig, *, max_sequence_tokens: int, timeout_s: float
-) -> AsyncIterator[list[RemoteEngine]]:
-    """Rollout engines alone, for benchmarks."""
+    student: StudentConfig,
+    rollout: RolloutConfig,
+    max_sequence_tokens: int,
+    cluster: ClusterConfig,
+    say: Callable[[str], None],
+) -> AsyncIterator[EnginePool]:
+    """Rollout engines alone, for a benchmark. Those that are lost are replaced, as in a run."""
+    restarts = RestartBudget(cluster.max_restarts, cluster.restart_window_s)
     async with _actors() as spawn:
-        plan = plan_rollout(rollout)
-        actors = spawn(RolloutActor, plan, range(plan.actors), max_concurrency=MAX_CALLS)
-        processes = [
-            engine_process(actor, student, rollout, max_sequence_tokens) for actor in actors
-        ]
-        starting = {
-            f"rollout engine {number}": process.start() for number, process in enumerate(processes)
-        }
-        await _all_up(starting, timeout_s, in_turn=0 < rollout.gpus < 1, logs=log_directory())
-        yield [process.worker for process in processes]
+        fleet = engine_fleet(
+            spawn,
+            student,
+            rollout,
+            max_sequence_tokens,
+            start_timeout_s=cluster.start_timeout_s,
+            count_loss=restarts.count_loss,
+            log=say,
+        )
+        restarts.num_workers = lambda: fleet.size
+        await _all_up(
+            fleet.start(),
+            cluster.start_timeout_s,
+            in_turn=0 < rollout.gpus < 1,
+            logs=log_directory(),
+        )
+        try:
+            yield EnginePool(fleet)
+        except RunFailedError as error:
+            raise RunFailedError(f"{error}; logs in {log_directory()}") from error
+        finally:
+            await fleet.close()
 
 
 @asynccontextmanager

@@ -293,8 +293,7 @@ class Training:
             await asyncio.sleep(_STATE_S)
             if (pipeline := self._pipeline) is not None:
                 step = self._state.progress.step + 1
-                buffer = pipeline.buffer
-                there = buffer.num_taken + buffer.num_ready
+                there = pipeline.buffer.num_taken + pipeline.buffer.num_ready
                 ready = f"{there} of {pipeline.plan.batch} trajectories ready"
                 self._outlets.doing(f"step {step}: {pipeline.activity}, {ready}")
 

@@ -41,13 +41,17 @@ def runs_in(directory: Path) -> list[Listed]:
     Raises:
         ConfigError: there is no such directory.
     """
-    require_directory(directory)
     runs = [_listed(path, str(path.relative_to(directory))) for path in directories_in(directory)]
     return sorted(runs, key=lambda run: run.changed_at, reverse=True)
 
 
 def directories_in(directory: Path) -> list[Path]:
-    """Returns the directories of the runs in a directory and in those of its sweeps, each once."""
+    """Returns the directories of the runs in a directory and in those of its sweeps, each once.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
+    require_directory(directory)
     configs = [*directory.glob("*/config.yaml"), *directory.glob("*/*/config.yaml")]
     configs.sort(key=lambda path: not (path.parent.is_symlink() or path.parent.parent.is_symlink()))
     once = {path.resolve(): path.parent for path in configs}  # the last of a run is behind no link

@@ -199,7 +199,15 @@ def growth(values: Sequence[float]) -> float:
 
 async def move(config: Config) -> Seen:
     """Move all trajectories of a run."""
-    engines = engine_fleet(spawn, config, fail, fail)
+    engines = engine_fleet(
+        spawn,
+        config.student,
+        config.rollout,
+        config.max_sequence_tokens,
+        start_timeout_s=60.0,
+        count_loss=fail,
+        log=fail,
+    )
     teachers = teacher_fleets(spawn, config, fail, fail)
     gang = LearnerGang(spawn, config)
     starting = [*engines.start().values()]

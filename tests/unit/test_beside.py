@@ -7,7 +7,14 @@ import pytest
 
 from eopd.evaluation.beside import Beside, OneVersion
 from eopd.pipeline import Pipeline
-from eopd.types import LostTrajectory, PolicyVersion, RunFailedError, Sampling, Stored
+from eopd.types import (
+    LostTrajectory,
+    PolicyVersion,
+    RunFailedError,
+    Sampling,
+    Stored,
+    first_failure,
+)
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=4, seed=1, priority=-1)
 
@@ -47,17 +54,12 @@ class Watched(fakes.World):
 
 async def ask(engines: OneVersion, answers: list[object]) -> None:
     """A benchmark of two prompts."""
-    async with asyncio.TaskGroup() as group:
-        asked = [
-            group.create_task(
-                engines.generate(
-                    fakes.prompt(name),
-                    0,
-                    SAMPLING,
-                )
-            )
-            for name in "ab"
-        ]
+    with first_failure():
+        async with asyncio.TaskGroup() as group:
+            asked = [
+                group.create_task(engines.generate(fakes.prompt(name), 0, SAMPLING))
+                for name in "ab"
+            ]
 
     answers += [one.result() for one in asked]
 

@@ -20,14 +20,14 @@ from eopd.config import ConfigError, load_config
 from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.rewards.verdict import Verdict
-from eopd.roles import EngineDownError, LearnerDownError
+from eopd.roles import LearnerDownError
 from eopd.run.directory import RunDirectory
 from eopd.run.record import Summary
 from eopd.run.storage import StorageError
 from eopd.runtime import evaluate, measure
 from eopd.runtime.evaluate import Evaluated
 from eopd.runtime.train import Outcome
-from eopd.types import StopReason
+from eopd.types import RunFailedError, StopReason
 
 
 @pytest.fixture(scope="module")
@@ -556,25 +556,23 @@ def test_a_rank_that_is_lost_under_a_measurement_is_one_line(eopd, tmp_path, mon
     assert (done.code, done.err) == (1, "error: a worker was lost: its actor died\n")
 
 
-def test_an_engine_that_is_lost_under_an_eval_is_one_line(eopd, files, tmp_path, monkeypatch):
+def test_engines_that_are_lost_under_an_eval_are_one_line(eopd, files, tmp_path, monkeypatch):
     class Engine:
         async def generate(self, *arguments):
-            raise EngineDownError("its actor died")
+            raise RunFailedError("no rollout engine is left")
 
     @asynccontextmanager
-    async def engines(*arguments, **options):
-        yield [Engine()]
+    async def engines(*arguments):
+        yield Engine()
 
     monkeypatch.setattr(evaluate, "rollout_engines", engines)
     monkeypatch.setattr(evaluate.cluster, "connect", lambda config: nullcontext())
     monkeypatch.setattr(evaluate.cluster, "require_room", lambda *arguments: None)
-    monkeypatch.setattr(evaluate.cluster, "log_directory", lambda: "session/logs")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a few words", "answer": "1"}\n')
     done = eopd("eval", files / "model", rows, "--max-response-tokens", "8")
     assert done.code == 1
-    said = "error: a rollout engine was lost: its actor died; its log is in session/logs"
-    assert done.err.splitlines()[-1] == said
+    assert done.err.splitlines()[-1] == "error: no rollout engine is left"
     assert "Traceback" not in done.err
 
 

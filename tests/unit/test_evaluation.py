@@ -33,6 +33,7 @@ from eopd.rewards.verdict import Verdict
 from eopd.types import (
     LostReason,
     LostTrajectory,
+    RunFailedError,
     StopReason,
 )
 
@@ -461,7 +462,7 @@ SCRIPT = {
 
 
 async def test_result_counts_lost_samples_as_unanswered():
-    result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a"), prompt_sample("b")])
+    result = await benchmark(ScriptedEngine(SCRIPT), [prompt_sample("a"), prompt_sample("b")])
     assert [prompt.num_correct for prompt in result.prompts] == [2, 0]
     assert [prompt.num_samples for prompt in result.prompts] == [4, 4]
     found = measurements(by_prompt(result, (1, 2, 4)))
@@ -486,7 +487,7 @@ async def test_result_counts_lost_samples_as_unanswered():
 
 
 async def test_rows_are_json_lines(tmp_path):
-    result = await benchmark([ScriptedEngine(SCRIPT)], [prompt_sample("a"), prompt_sample("b")])
+    result = await benchmark(ScriptedEngine(SCRIPT), [prompt_sample("a"), prompt_sample("b")])
     result.write_prompts(tmp_path / "prompts.jsonl")
     rows = [
         json.loads(line)
@@ -508,37 +509,27 @@ async def test_rows_are_json_lines(tmp_path):
     ]
 
 
-async def test_all_samples_are_in_flight_at_once_and_shared_evenly():
-    """No engine answers before every sample has been handed out: a benchmark that waits for
-    answers would hang.
+async def test_all_samples_are_asked_for_at_once():
+    """No answer comes before every sample has been asked for: a benchmark that waits for answers
+    would hang.
     """
     prompts = [prompt_sample(name) for name in "abc"]
     everybody = asyncio.Event()
-    script = {(prompt.prompt_id, i): [7] for prompt in prompts for i in range(5)}
-    engines = [ScriptedEngine(dict(script)) for _ in range(4)]
+    engine = ScriptedEngine({(prompt.prompt_id, i): [7] for prompt in prompts for i in range(5)})
 
     class Gate:
-        def __init__(self, engine):
-            self.engine = engine
-
         async def generate(self, prompt, sample_index, sampling):
-            answer = await self.engine.generate(prompt, sample_index, sampling)
-            if sum(len(engine.calls) for engine in engines) == 15:
+            answer = await engine.generate(prompt, sample_index, sampling)
+            if len(engine.calls) == 15:
                 everybody.set()
 
             await everybody.wait()
             return answer
 
     async with asyncio.timeout(5):
-        result = await benchmark(
-            [Gate(engine) for engine in engines],
-            prompts,
-            samples=5,
-        )
+        result = await benchmark(Gate(), prompts, samples=5)
 
-    assert sorted(len(engine.calls) for engine in engines) == [3, 4, 4, 4]
-    issued = sorted(call[:2] for engine in engines for call in engine.calls)
-    assert issued == sorted(itertools.product("abc", range(5)))
+    assert sorted(call[:2] for call in engine.calls) == sorted(itertools.product("abc", range(5)))
     assert [prompt.num_correct for prompt in result.prompts] == [5, 5, 5]
 
 
@@ -546,10 +537,10 @@ async def test_seeds_are_fixed_per_sample():
     prompts = [prompt_sample(name) for name in "ab"]
     seeds = []
 
-    for count, order in ((1, prompts), (3, prompts[::-1])):
-        engines = [ScriptedEngine(SCRIPT) for _ in range(count)]
-        await benchmark(engines, order)
-        seeds.append({call[:2]: call[2].seed for engine in engines for call in engine.calls})
+    for order in (prompts, prompts[::-1]):
+        engine = ScriptedEngine(SCRIPT)
+        await benchmark(engine, order)
+        seeds.append({call[:2]: call[2].seed for call in engine.calls})
 
     assert seeds[0] == seeds[1]
     assert len(set(seeds[0].values())) == 8
@@ -559,7 +550,7 @@ async def test_seeds_are_fixed_per_sample():
 
 async def test_samples_go_before_those_of_training_the_first_prompt_first():
     engine = ScriptedEngine(SCRIPT)
-    await benchmark([engine], [prompt_sample("b"), prompt_sample("a")])
+    await benchmark(engine, [prompt_sample("b"), prompt_sample("a")])
     priorities = {call[:2]: call[2].priority for call in engine.calls}
     assert [priorities["b", index] for index in range(4)] == [-8, -7, -6, -5]
     assert [priorities["a", index] for index in range(4)] == [-4, -3, -2, -1]
@@ -582,7 +573,7 @@ def test_what_is_graded_ends_before_a_text_that_ends_a_response(text, stop, befo
 async def test_a_benchmark_grades_what_stands_before_its_stop():
     engine = ScriptedEngine({("a", 0): [7, 8]})
     result = await benchmark(
-        [engine],
+        engine,
         [prompt_sample("a")],
         samples=1,
         stop=(" 8",),
@@ -616,7 +607,7 @@ def test_distinct_ratio(responses, n, ratio):
 
 async def measured(script, names="ab"):
     prompts = [prompt_sample(name) for name in names]
-    return by_prompt(await benchmark([ScriptedEngine(script)], prompts), (2, 4))
+    return by_prompt(await benchmark(ScriptedEngine(script), prompts), (2, 4))
 
 
 async def test_a_benchmark_is_summed_up_prompt_by_prompt():
@@ -694,7 +685,7 @@ async def test_a_body_lost_before_it_is_fetched_is_a_loss():
         )
 
     result = await benchmark(
-        [ScriptedEngine(SCRIPT)],
+        ScriptedEngine(SCRIPT),
         [prompt_sample("a")],
         fetch=fetch_none,
     )
@@ -718,7 +709,7 @@ async def test_answers_are_graded_one_at_a_time_while_the_loop_goes_on():
         return Verdict.TIMEOUT
 
     result = await benchmark(
-        [ScriptedEngine(SCRIPT)],
+        ScriptedEngine(SCRIPT),
         [prompt_sample("a"), prompt_sample("b")],
         grade,
     )
@@ -731,25 +722,30 @@ async def test_answers_are_graded_one_at_a_time_while_the_loop_goes_on():
 
 async def test_an_engine_that_raises_ends_the_benchmark():
     with pytest.raises(ExceptionGroup) as caught:
-        await benchmark([ScriptedEngine({})], [prompt_sample("a")])
+        await benchmark(ScriptedEngine({}), [prompt_sample("a")])
 
     assert caught.group_contains(KeyError)
 
 
 @pytest.mark.parametrize(
-    ("engines", "prompts", "message"),
+    ("prompts", "message"),
     [
-        ([], [prompt_sample("a")], "0 engines, 1 prompts"),
-        ([ScriptedEngine(SCRIPT)], [], "1 engines, 0 prompts"),
-        (
-            [ScriptedEngine(SCRIPT)],
-            [prompt_sample("a", None)],
-            "prompt a: has no reference answer",
-        ),
+        ([], "a benchmark needs prompts"),
+        ([prompt_sample("b"), prompt_sample("a", None)], "prompt a: has no reference answer"),
     ],
 )
-async def test_mistakes_are_found_before_anything_is_sampled(engines, prompts, message):
+async def test_mistakes_are_found_before_anything_is_sampled(prompts, message):
+    engine = ScriptedEngine(SCRIPT)
     with pytest.raises(ValueError, match=message):
-        await benchmark(engines, prompts)
+        await benchmark(engine, prompts)
 
-    assert all(not engine.calls for engine in engines)
+    assert not engine.calls
+
+
+async def test_of_engines_that_are_all_lost_one_failure_is_told():
+    class Lost:
+        async def generate(self, *arguments):
+            raise RunFailedError("no engine is left")
+
+    with pytest.raises(RunFailedError, match="no engine is left"):
+        await benchmark(Lost(), [prompt_sample("a")])

@@ -285,7 +285,7 @@ async def test_all_fleets_of_a_run_give_way_to_its_learner(tmp_path, monkeypatch
     fleets, asked = [SomeFleet(), SomeFleet()], []
     monkeypatch.setattr(supervisor, "find_places", lambda roles, spread: {})
     monkeypatch.setattr(supervisor, "LearnerGang", lambda *_: Gang())
-    monkeypatch.setattr(supervisor, "engine_fleet", lambda *_: fleets[0])
+    monkeypatch.setattr(supervisor, "engine_fleet", lambda *_, **__: fleets[0])
     monkeypatch.setattr(supervisor, "teacher_fleets", lambda *_: {"teacher": fleets[1]})
     monkeypatch.setattr(supervisor, "has_room", room)
     with pytest.raises(supervisor.StartError, match="learner did not start: Enough"):
