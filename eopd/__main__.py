@@ -5,16 +5,17 @@ import signal
 import sys
 
 
-class _Message(logging.Formatter):
-    """Shows what is logged without a traceback, which stands in the logs of a run."""
+class _Lines(logging.Formatter):
+    """Shows what eopd logs without a traceback, which stands in the logs of a run."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return record.getMessage()
+        is_ours = record.name.partition(".")[0] == "eopd"
+        return record.getMessage() if is_ours else super().format(record)
 
 
 def main() -> None:
-    """Runs the command. A Ctrl-C ends it with one word, also while the rest is still being imported, and
-    does nothing any more once all is said.
+    """Runs the command. A Ctrl-C ends it with one word, also while the rest is still being imported,
+    and with none once all is said.
     """
     _log_in_lines()
     try:
@@ -25,7 +26,7 @@ def main() -> None:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _log_in_lines() -> None:
@@ -34,7 +35,7 @@ def _log_in_lines() -> None:
     """
     last = logging.StreamHandler()
     last.setLevel(logging.WARNING)
-    last.setFormatter(_Message())
+    last.setFormatter(_Lines())
     logging.lastResort = last
     logging.getLogger("eopd").propagate = False
 

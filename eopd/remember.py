@@ -29,6 +29,7 @@ LIBRARIES: Final = (
     "vllm",
     "peft",
     "math-verify",
+    "safetensors",
 )
 WEIGHTS: Final = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}

@@ -27,7 +27,8 @@ hand_on() {
 
 # end: queue the job again where the driver saved a checkpoint because the time was up; else end with the driver's exit code.
 end() {
-    if [ -n "$time_is_up" ] && [ "$status" -eq 130 ]; then
+    # 138 is SIGUSR1 itself, which ends a driver that is not up yet
+    if [ -n "$time_is_up" ] && { [ "$status" -eq 130 ] || [ "$status" -eq 138 ]; }; then
         echo "the time is up: job $SLURM_JOB_ID is queued again and goes on from its checkpoint"
         scontrol requeue "$SLURM_JOB_ID"
     fi

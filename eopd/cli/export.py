@@ -62,8 +62,16 @@ def export(
 
         typer.echo(require_repository(push, public=public), err=True)
 
-    with blame_user(target):
-        export_checkpoint(config.student, checkpoint / "learner", target)
+    try:
+        with blame_user(target):
+            export_checkpoint(config.student, checkpoint / "learner", target)
+    except (ConfigError, ValueError):
+        if checkpoint.exists():
+            raise
+
+        raise ConfigError(
+            f"{checkpoint} was removed meanwhile by its run; name a newer one: --step"
+        ) from None
 
     typer.echo(target)
     if push is not None:

@@ -9,6 +9,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -247,7 +248,7 @@ def report(
 
     target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     with blame_user(target):
-        shown = [one for run in runs for one in directories_in(run) or [run]]
+        shown = list(dict.fromkeys(chain.from_iterable(map(directories_in, runs))))
         leave_out = partial(typer.echo, err=True) if len(shown) > 1 else None
         write_report(shown, target, public=public, leave_out=leave_out)
 
@@ -264,7 +265,9 @@ def scale(
     """Add rollout engines to a running job, or let some finish what they have and end."""
     from eopd.run.directory import RunDirectory
 
-    RunDirectory(run).ask_for_engines(engines)
+    with blame_user(run):
+        RunDirectory(run).ask_for_engines(engines)
+
     typer.echo(
         f"asked for {engines} rollout engines; the job says when they are there "
         "(metric eopd_engines_up)"

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from eopd.config import ConfigError
+from eopd.run.storage import StorageError
 
 
 def require_place(option: str, path: Path) -> None:
@@ -44,7 +45,11 @@ def blame_user(path: Path) -> Iterator[None]:
     """Raises errors of files in the block as a ``ConfigError``, since the user named ``path``."""
     try:
         yield
-    except OSError as error:
+    except (OSError, StorageError) as failure:
+        error = failure if isinstance(failure, OSError) else failure.__cause__
+        if not isinstance(error, OSError):
+            raise
+
         raise ConfigError(f"{error.filename or path}: {error.strerror or error}") from None
 
 

@@ -17,7 +17,7 @@ from eopd.config.errors import ConfigError
 from eopd.config.messages import explain
 from eopd.config.root import Config
 from eopd.config.shape import Place, shape
-from eopd.config.written import Origins, Written
+from eopd.config.written import SET, Origins, Written
 
 SectionT = typing.TypeVar("SectionT", bound=BaseModel)
 
@@ -102,8 +102,12 @@ def _message(name: str, mistakes: Mapping[Place, str], origins: Origins) -> str:
     lines: list[str] = []
     for place, line in mistakes.items():
         origin = origins.get(place)
-        is_elsewhere = origin is not None and origin.source != name
-        lines.append(f"{line} (in {origin})" if is_elsewhere else line)
+        if origin == SET:
+            line += " (on the command line)"
+        elif origin is not None and origin.source != name:
+            line += f" (in {origin})"
+
+        lines.append(line)
 
     return f"{name}: " + "\n".join(lines)
 

@@ -70,7 +70,10 @@ def read_data(
     try:
         rows = _read(spec, key)
     except OSError as error:
-        raise ConfigError(f"{key}: {spec} cannot be read ({error.strerror or error})") from None
+        hint = "; it was uploaded with a job that is gone" if "/_ray_pkg_" in spec else ""
+        raise ConfigError(
+            f"{key}: {spec} cannot be read ({error.strerror or error}){hint}"
+        ) from None
 
     return _with_names(rows, names, f"{key}: {spec}")
 

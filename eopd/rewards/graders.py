@@ -34,16 +34,10 @@ def open_grader(name: GraderName, *, time_limit_s: float = CPU_LIMIT_S) -> Itera
             A busy machine changes no verdict, since waiting is not counted.
 
     Raises:
-        ConfigError: there is no such grader, or its process cannot be started.
+        ConfigError: there is no such grader, or the process of a function cannot be started.
     """
     if name == "exact":
         yield grade_exact
-        return
-
-    if name == "math":
-        with open_grader(JUDGE, time_limit_s=time_limit_s) as judge:
-            yield partial(grade_math, judge)
-
         return
 
     try:
@@ -53,17 +47,20 @@ def open_grader(name: GraderName, *, time_limit_s: float = CPU_LIMIT_S) -> Itera
 
     asked = Asked(
         key="grader",
-        function=name,
+        function=JUDGE if name == "math" else name,
         kind=GraderFunction,
         cpu_limit_s=time_limit_s,
     )
     with contextlib.closing(FunctionProcess(asked)) as process:
-        process.start()
 
         def grade(response: str, reference: Reference) -> Verdict:
             return _verdict(process.ask(response, reference))
 
-        yield grade
+        if name == "math":  # it can be loaded, and starts when it is first asked
+            yield partial(grade_math, grade)
+        else:
+            process.start()
+            yield grade
 
 
 def try_grader(key: str, name: GraderName, response: str, reference: Reference) -> None:

@@ -258,11 +258,11 @@ def _advice(root: Path) -> str:
     whole = list_checkpoints(root)
     if not whole:
         return (
-            "There is no older checkpoint. Free some space or name another run.directory; "
-            "start with --resume auto."
+            "There is no older checkpoint. Start with --resume auto, perhaps in another "
+            "run.directory."
         )
 
     return (
-        f"{whole[-1].name} is whole and kept. Free some space (or lower "
-        "checkpoint.keep_last), then continue from it with --resume."
+        f"{whole[-1].name} is whole and kept: perhaps with a lower checkpoint.keep_last, "
+        "continue from it with --resume."
     )

@@ -87,7 +87,13 @@ def held(
                 "two"
             )
 
-        _write(descriptor, json.dumps(asdict(here)))
+        try:
+            _write(descriptor, json.dumps(asdict(here)))
+        except OSError as error:
+            raise ConfigError(
+                f"run.directory: {path} cannot be written ({error.strerror})"
+            ) from None
+
         yield notes
     finally:
         _write(descriptor, "")

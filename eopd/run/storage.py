@@ -1,5 +1,6 @@
 """The files of a run reach the disk whole or not at all; where one does not, the error says what to do."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,8 @@ from typing import Final, Self
 from eopd.run.record import append_jsonl
 from eopd.types import RunFailedError
 
-_ADVICE: Final = "Free some space, then continue with --resume auto."
+_ADVICE: Final = "Continue with --resume auto."
+_CLOSED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class StorageError(RunFailedError):
@@ -25,8 +27,11 @@ class StorageError(RunFailedError):
         """
         # the message of an actor's error has a traceback, that of its cause has none
         cause: object = getattr(error, "cause", error)
-        free = f"{_free_bytes(path):,} bytes were free there"
-        return cls(f"{path} could not be written: {cause}; {free}. {advice}")
+        remedy = "look at who may write there."
+        if getattr(cause, "errno", error.errno) not in _CLOSED:
+            remedy = f"{_free_bytes(path):,} bytes were free there: free some space."
+
+        return cls(f"{path} could not be written: {cause}; {remedy} {advice}")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from eopd.evaluation.held_out import measure_held_out
 from eopd.evaluation.summary import measurements
 from eopd.preflight import Prepared, prepare
 from eopd.roles import WorkerDownError
+from eopd.run.changes import changes
 from eopd.run.checkpoint import step_of
 from eopd.run.directory import RunDirectory
 from eopd.run.record import Measurement
@@ -29,7 +30,7 @@ def measure_checkpoint(
     Args:
         run: the run directory.
         step: of the checkpoint; else the newest that is whole.
-        overrides: ``a.b=c`` over the config of that step, as where another machine measures.
+        overrides: ``a.b=c`` over the config, as where another machine measures.
         say: is called with messages for people.
 
     Returns:
@@ -42,12 +43,34 @@ def measure_checkpoint(
     """
     directory = RunDirectory(run)
     checkpoint = directory.checkpoint(step)
-    config = change_config(directory.config_at(step_of(checkpoint)), overrides)
+    config = change_config(_config_of(directory, step_of(checkpoint)), overrides)
     with TemporaryDirectory(prefix="eopd-measure-") as scratch:
         # the run may be under way, and serve its metrics; or nobody may write there
         apart = config.run.model_copy(update={"directory": Path(scratch), "upload": None})
         update = {"run": apart, "telemetry": TelemetryConfig(port=None)}
         return _measure_apart(config.model_copy(update=update), checkpoint, say)
+
+
+def _config_of(directory: RunDirectory, step: int) -> Config:
+    """Returns the present config, which says where everything lies and runs, with what made the numbers
+    at a step.
+    """
+    now, then = directory.config(), directory.config_at(step)
+    of_rollout = {"temperature", "max_response_tokens"}
+    made: dict[str, object] = {
+        "loss": then.loss,
+        "evaluation": then.evaluation,
+        "rollout": now.rollout.model_copy(
+            update={key: getattr(then.rollout, key) for key in of_rollout}
+        ),
+    }
+    if any(
+        change.kind == "noted" and change.key.startswith("teachers.")
+        for change in changes(then, now)
+    ):
+        made["teachers"] = then.teachers
+
+    return now.model_copy(update=made)
 
 
 def _measure_apart(

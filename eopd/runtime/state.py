@@ -34,7 +34,7 @@ from eopd.run.upload import Uploads
 from eopd.runtime.gang import LearnerGang
 from eopd.runtime.logs import logger
 from eopd.runtime.resume import TakenUp
-from eopd.types import StepDone
+from eopd.types import RunFailedError, StepDone
 
 
 class RunState:
@@ -81,8 +81,17 @@ class RunState:
     def roll_back(self) -> None:
         """Forgets what came after the newest checkpoint: it is issued again, under a new
         incarnation.
+
+        Raises:
+            RunFailedError: there was one, and none is left.
         """
         checkpoint = self.checkpoint()
+        if checkpoint is None and (step := self.progress.checkpoint_step) is not None:
+            raise RunFailedError(
+                f"{self.directory.checkpoints} holds no whole checkpoint any more, that of step {step} "
+                "neither; nothing was removed. Bring them back, then continue with --resume"
+            )
+
         state = DriverState.read(checkpoint) if checkpoint else None
         self.progress.roll_back(state)
         self.ledger = self._ledger_of(state)

@@ -41,21 +41,29 @@ def runs_in(directory: Path) -> list[Listed]:
     Raises:
         ConfigError: there is no such directory.
     """
-    runs = [_listed(path, str(path.relative_to(directory))) for path in directories_in(directory)]
+    require_directory(directory)
+    runs = [_listed(path, str(path.relative_to(directory))) for path in _below(directory)]
     return sorted(runs, key=lambda run: run.changed_at, reverse=True)
 
 
 def directories_in(directory: Path) -> list[Path]:
-    """Returns the directories of the runs in a directory and in those of its sweeps, each once.
+    """Returns the directory itself where it is that of a run, or holds none; else those of the runs in
+    it and in its sweeps, by name.
 
     Raises:
         ConfigError: there is no such directory.
     """
     require_directory(directory)
+    is_run = (directory / "config.yaml").exists()
+    return [directory] if is_run else sorted(_below(directory)) or [directory]
+
+
+def _below(directory: Path) -> list[Path]:
+    """Returns the directories of the runs in a directory and in those of its sweeps, each once."""
     configs = [*directory.glob("*/config.yaml"), *directory.glob("*/*/config.yaml")]
     configs.sort(key=lambda path: not (path.parent.is_symlink() or path.parent.parent.is_symlink()))
     once = {path.resolve(): path.parent for path in configs}  # the last of a run is behind no link
-    return sorted(once.values())
+    return list(once.values())
 
 
 def print_runs(runs: Sequence[Listed], output: rich.console.Console | None = None) -> None:

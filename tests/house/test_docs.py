@@ -233,7 +233,9 @@ def test_every_section_is_in_the_reference():
 
 def subclasses(section):
     for child in section.__subclasses__():
-        yield child
+        if child.__module__.startswith("eopd."):  # tests make some too
+            yield child
+
         yield from subclasses(child)
 
 

@@ -40,9 +40,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoint(program, small
 
     checkpoints = run.directory / "checkpoints"
     message = said.splitlines()[-1]
-    advice = "step-000005 is whole and kept. Free some space"
+    advice = "free some space. step-000005 is whole and kept"
     assert message.startswith(f"error: {checkpoints}/step-000010 could not be written: ")
-    assert f"bytes were free there. {advice}" in message
+    assert f"bytes were free there: {advice}" in message
     assert "Traceback" not in said
     assert [path.name for path in checkpoints.iterdir()] == ["step-000005"]
     assert list_checkpoints(checkpoints)

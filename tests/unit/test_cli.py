@@ -21,6 +21,7 @@ from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.rewards.verdict import Verdict
 from eopd.roles import LearnerDownError
+from eopd.run.changes import changes
 from eopd.run.directory import RunDirectory
 from eopd.run.record import Summary
 from eopd.run.storage import StorageError
@@ -554,6 +555,38 @@ def test_a_rank_that_is_lost_under_a_measurement_is_one_line(eopd, tmp_path, mon
     config = load_config(fakes.write_config(tmp_path))
     done = eopd("measure", RunDirectory.create(config).path)
     assert (done.code, done.err) == (1, "error: a worker was lost: its actor died\n")
+
+
+def test_a_checkpoint_is_measured_as_then_where_actors_are_now(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(measure, "_measure_apart", lambda config, *rest: measured.append(config))
+    monkeypatch.setattr(
+        RunDirectory, "checkpoint", lambda run, step: run.checkpoints / f"step-{step}"
+    )
+    path = fakes.write_config(tmp_path)
+    before = load_config(path)
+    settings = [
+        "rollout.temperature=0.5",
+        "loss.gate=always",
+        "evaluation.seed=9",
+        "learner.lr=0.5",
+        "rollout.engines=5",
+        "cluster.address=head:6379",
+    ]
+    run, after = RunDirectory.create(before), load_config(path, settings)
+    run.go_on(after, 10, changes(before, after))
+    for step in (10, 11):
+        measure.measure_checkpoint(run.path, step, [], print)
+
+    then, now = measured
+    assert (then.rollout.temperature, now.rollout.temperature) == (before.rollout.temperature, 0.5)
+    assert (then.loss, then.evaluation) == (before.loss, before.evaluation)
+    assert (now.loss, now.evaluation) == (after.loss, after.evaluation)
+    for config in measured:
+        assert (config.rollout.engines, config.cluster.address) == (5, "head:6379")
+
+    measure.measure_checkpoint(run.path, 10, ["rollout.engines=2"], print)
+    assert measured[-1].rollout.engines == 2
 
 
 def test_engines_that_are_lost_under_an_eval_are_one_line(eopd, files, tmp_path, monkeypatch):

@@ -769,7 +769,7 @@ def test_a_mistake_names_key_value_and_what_is_allowed(path, override, message):
         load_config(path, [override])
 
     told = str(caught.value).removeprefix(f"{path}: ")
-    assert told.replace(" (in --set)", "") == message
+    assert told.replace(" (on the command line)", "") == message
 
 
 def test_a_folder_whose_name_is_not_utf_8_is_refused(path, tmp_path, monkeypatch):
@@ -786,7 +786,7 @@ def test_a_mistake_of_the_command_line_is_told_as_its_own(path):
         load_config(path, ["learner.lrr=1", "run.seed=-1"])
 
     lines = str(caught.value).removeprefix(f"{path}: ").splitlines()
-    told = {line.partition(":")[0]: line.endswith(" (in --set)") for line in lines}
+    told = {line.partition(":")[0]: line.endswith(" (on the command line)") for line in lines}
     assert told == {"learner.lr": False, "learner.lrr": True, "run.seed": True}
 
 
@@ -833,7 +833,7 @@ def test_a_function_is_written_as_an_import_path(path, override, message):
         load_config(path, [override, "rollout.samples_per_prompt=2"])
 
     told = str(caught.value).removeprefix(f"{path}: ")
-    assert told.replace(" (in --set)", "") == message
+    assert told.replace(" (on the command line)", "") == message
 
 
 def test_the_functions_of_a_user_are_known_by_their_keys(path):
@@ -1154,7 +1154,7 @@ def test_a_backslash_that_double_quotes_took_is_refused(path, key, text, written
     assert str(caught.value) == (
         f"{path}: {key}: holds the control character {written}, which double quotes in YAML "
         f"make of {meant}; double the backslash (\\{meant}), or write the text in single "
-        "quotes (in --set)"
+        "quotes (on the command line)"
     )
 
 

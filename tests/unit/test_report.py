@@ -1045,6 +1045,15 @@ def test_the_keys_of_settings_are_no_names(monkeypatch):
     assert Public({}).settings(settings) == {"run": {"name": "a …"}}
 
 
+def test_names_of_labels_and_options_are_left_out_too():
+    settings = {
+        "cluster": {"address": "gpu-17.corp:6379"},
+        "rollout": {"vllm": {"gpu-17.corp": "on", "/srv/alice/cache": "off"}},
+    }
+    vllm = Public(settings).settings(settings)["rollout"]["vllm"]
+    assert vllm == {"…": "on", "…/cache": "off"}
+
+
 def test_nothing_is_left_out_where_there_is_no_name(monkeypatch):
     monkeypatch.setattr("eopd.telemetry.report.public._own_names", lambda: ["root", "localhost"])
     assert Public({}).text("a text") == "a text"
@@ -1304,6 +1313,15 @@ def test_of_several_runs_those_that_cannot_be_shown_are_left_out(run, capsys, mo
     assert capsys.readouterr() == (f"{directory}/report.html\n", f"left out: {empty}: {why}\n")
     page = (directory / "report.html").read_text()
     assert [name in page for name in (">a<", ">b<", ">c<")] == [True, True, False]
+
+
+def test_a_run_that_is_named_and_not_there_is_a_mistake(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eopd", "report", str(run()), str(tmp_path / "typo")])
+    with pytest.raises(SystemExit) as caught:
+        main()
+
+    assert caught.value.code == 2
+    assert f"error: {tmp_path}/typo" in capsys.readouterr().err
 
 
 def test_a_report_that_fails_does_not_fail_the_run(run, tmp_path, caplog):

@@ -15,7 +15,7 @@ from eopd.run.storage import StorageError
 from eopd.run.upload import Uploads
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
-from eopd.types import LostReason, LostTrajectory, PolicyVersion
+from eopd.types import LostReason, LostTrajectory, PolicyVersion, RunFailedError
 
 INPUTS = {"prompts.data": "1", "student.model": "2"}
 
@@ -102,6 +102,20 @@ async def test_a_lost_learner_goes_back_to_the_newest_checkpoint(config):
     assert state.checkpoint() == state.directory.checkpoints / "step-000004"
     assert steps(state.directory) == [1, 2, 3, 4]
     assert state.ledger.dropped == {2}, "what was dropped is not tried again"
+
+
+async def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(config, tmp_path):
+    state = begin(config)
+    state.progress.step = 4
+    await state.save(Learner())
+    state.directory.metrics.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 5)))
+    state.directory.checkpoints.rename(tmp_path / "away")
+    with pytest.raises(
+        RunFailedError, match=r"no whole checkpoint any more, that of step 4 neither"
+    ):
+        state.roll_back()
+
+    assert (steps(state.directory), state.progress.step) == ([1, 2, 3, 4], 4)
 
 
 async def test_uploads_are_told_where_training_goes_on(config, monkeypatch):

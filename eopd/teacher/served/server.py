@@ -178,8 +178,10 @@ def _end_start(told: ExitStack) -> None:
     for process in multiprocessing.active_children():
         process.kill()
 
-    told.close()
-    os._exit(0)
+    try:
+        told.close()
+    finally:
+        os._exit(0)
 
 
 def _environment(token: str | None) -> dict[str, str]:

@@ -18,6 +18,7 @@ _ANYBODY: Final = {"root", "localhost", "auto", "local", "127.0.0.1", "0.0.0.0",
 _HOST_KEYS: Final = {"address", "host", "entity", "user", "hostname"}
 _NODE_LABELS: Final = "node_labels"
 
+_WORD = re.compile(r"[a-z_][a-z0-9_]*")
 _HOME = re.compile(r"/(?:home|Users)/([^/\s]+)")
 _ADDRESS = re.compile(
     r"\b([a-z][a-z0-9+.-]*)://(?:([^/@\s:]+)[^/@\s]*@)?([^/:\s]*)\S*", re.IGNORECASE
@@ -37,7 +38,7 @@ class Public:
         self._names = re.compile("|".join(words) or "(?!)")  # without a name, nothing is one
 
     def settings(self, value: Any) -> Any:  # noqa: ANN401  what JSON holds
-        """Returns a tree of settings, whose names are whole, without paths, addresses and names."""
+        """Returns a tree of settings, whose keys are whole, without paths, addresses and names."""
         return _with_texts(value, self._setting)
 
     def texts(self, value: Any) -> Any:  # noqa: ANN401  what JSON holds
@@ -58,9 +59,16 @@ class Public:
 
 
 def _with_texts(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:  # noqa: ANN401
-    """Returns a tree with every text changed, by itself and the key of its place."""
+    """Returns a tree with every text changed, by itself and the key of its place; so are names that
+    are no words, as of a label or an option.
+    """
     if isinstance(value, Mapping):
-        return {name: _with_texts(inner, change, f"{key}.{name}") for name, inner in value.items()}
+        return {
+            name if _WORD.fullmatch(str(name)) else change(str(name), ""): _with_texts(
+                inner, change, f"{key}.{name}"
+            )
+            for name, inner in value.items()
+        }
 
     if isinstance(value, list):
         return [_with_texts(inner, change, key) for inner in value]

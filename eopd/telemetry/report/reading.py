@@ -117,6 +117,10 @@ class RunRecord:
         return found
 
 
+class NoStepError(ConfigError):
+    """No step was completed in a run yet."""
+
+
 def read_runs(
     directories: Sequence[Path],
     *,
@@ -129,11 +133,11 @@ def read_runs(
     Args:
         directories: the run directories.
         public: whether to leave out paths, hosts and users.
-        leave_out: is told why a run cannot be shown, as long as another one can be.
+        leave_out: is told of runs without a step, and of those that cannot be read.
 
     Raises:
-        ConfigError: one is no run directory, or no step was completed in it; with ``leave_out``,
-            that none can be shown.
+        ConfigError: one is no run directory, or no step was completed in it; with ``leave_out``, in
+            none of them.
     """
     names = [directory.resolve().name for directory in directories]
     if len(set(names)) < len(names) and public:
@@ -145,7 +149,7 @@ def read_runs(
     for directory, name in zip(directories, names, strict=True):
         try:
             runs.append(_read_run(directory, name, public))
-        except ConfigError as fault:
+        except (NoStepError, OSError) as fault:
             if leave_out is None:
                 raise
 
@@ -166,7 +170,7 @@ def _read_run(directory: Path, name: str, public: bool) -> RunRecord:
     notes: list[str] = []
     rows = _lines(directory / "metrics.jsonl", notes, dict.fromkeys(_OF_EVERY_ROW, Real))
     if not rows:
-        raise ConfigError(f"{directory}: no step was completed yet (metrics.jsonl has no rows)")
+        raise NoStepError(f"{directory}: no step was completed yet (metrics.jsonl has no rows)")
 
     config_text = saved.read_text(encoding="utf-8", errors="replace")
     config = _yaml(config_text, notes)
