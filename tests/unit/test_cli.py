@@ -635,11 +635,11 @@ def judged(name, stop, answers, lost):
 
 
 def test_eval_prints_scores_and_every_verdict(eopd, files, monkeypatch):
-    verdicts = {"1": [Verdict.CORRECT, Verdict.NO_ANSWER], "2": [Verdict.ERROR, Verdict.ERROR]}
-    prompts = [
-        judged(name, StopReason.LENGTH, [(verdict, 4) for verdict in found], lost=0)
-        for name, found in verdicts.items()
-    ]
+    answers = {
+        "1": [(Verdict.CORRECT, 4), (Verdict.NO_ANSWER, 4)],
+        "2": [(Verdict.ERROR, 4), (Verdict.ERROR, 4)],
+    }
+    prompts = [judged(name, StopReason.LENGTH, found, lost=0) for name, found in answers.items()]
     result = BenchmarkResult(prompts=tuple(prompts))
     monkeypatch.setattr("eopd.runtime.evaluate.evaluate_model", lambda *arguments: of(result))
     done = eopd("eval", files / "model", files / "rows.jsonl", "--n", "2")

@@ -89,9 +89,8 @@ def test_several_responses_to_a_prompt_are_added_up_in_any_order():
     found = eval_stats(sums, prompts, counts)
     assert found.by_prompt["reverse_kl"] == {"p": 2.5, "q": 5.0}
     assert found.by_prompt["tokens"] == {"p": 4.0, "q": 1.0}
-    order = (1, 2, 0)
-    reordered = ([values[i] for i in order] for values in (sums, prompts, counts))
-    other = eval_stats(*reordered)
+    turned = (values[1:] + values[:1] for values in (sums, prompts, counts))
+    other = eval_stats(*turned)
     assert other == found
     assert list(other.by_prompt["tokens"]) == ["p", "q"]
 
