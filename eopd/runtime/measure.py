@@ -24,8 +24,8 @@ from eopd.types import RunFailedError
 def measure_checkpoint(
     run: Path, step: int | None, overrides: Sequence[str], say: Callable[[str], None]
 ) -> Mapping[str, Measurement]:
-    """Measures the student of a checkpoint as the run measured it by the config of that step, and
-    leaves the run as it is.
+    """Measures the student of a checkpoint as the run measured it at that step, and leaves the run as
+    it is.
 
     Args:
         run: the run directory.
