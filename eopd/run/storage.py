@@ -11,7 +11,7 @@ from typing import Final, Self
 from eopd.run.record import append_jsonl
 from eopd.types import RunFailedError
 
-_ADVICE: Final = "Continue with --resume auto."
+_ADVICE: Final = "Then continue with --resume auto."
 _CLOSED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
