@@ -155,7 +155,7 @@ def train(
     try:
         outcome = run(resolved, resume=resume, step=step, say=partial(typer.echo, err=True))
     except RunFailedError:
-        typer.echo(f"continue with: {train_command(config, overrides or [], ['--resume', 'auto'])}")
+        _say_how_to_continue(config, overrides or [], ["--resume", "auto"])
         raise
 
     summary, directory = outcome.summary, outcome.directory
@@ -174,10 +174,19 @@ def train(
         raise typer.Exit(EXIT_FAILED)
 
     if summary.status != "completed":
-        typer.echo(
-            f"continue with: {train_command(config, overrides or [], directory.resume_options())}"
-        )
+        _say_how_to_continue(config, overrides or [], directory.resume_options())
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _say_how_to_continue(config: Path, overrides: list[str], options: list[str]) -> None:
+    """Prints what continues a run. The config of a job is gone with the job."""
+    from eopd.runtime.cluster import is_job_copy
+
+    command = train_command(config, overrides, options)
+    if is_job_copy(Path.cwd()):
+        command = "this job, submitted again with --resume auto"
+
+    typer.echo(f"continue with: {command}")
 
 
 def _require_own_config(config: Path, run: RunConfig, overrides: list[str]) -> None:

@@ -161,6 +161,9 @@ def _place_of_config(path: Path) -> str:
 def _files_below(path: Path) -> Iterator[Path]:
     """Yields the files of a folder, relative to it, without hidden and compiled ones; ``.`` of a
     file.
+
+    Raises:
+        ConfigError: a link leads to a folder or to nothing, so that files would be left out.
     """
     if path.is_file():
         yield Path()
@@ -168,9 +171,17 @@ def _files_below(path: Path) -> Iterator[Path]:
 
     for file in sorted(path.rglob("*")):
         inner = file.relative_to(path)
-        is_hidden = any(part.startswith(".") or part == "__pycache__" for part in inner.parts)
-        if file.is_file() and not is_hidden:
+        if any(part.startswith(".") or part == "__pycache__" for part in inner.parts):
+            continue
+
+        if file.is_file():
             yield inner
+        elif file.is_symlink():
+            what = "a folder, and such links are not followed" if file.is_dir() else "nothing"
+            raise ConfigError(
+                f"{file}: is a link to {what}, so the job would miss it; put what it needs in its "
+                "place"
+            )
 
 
 def _modules(functions: Iterable[str]) -> list[Path]:

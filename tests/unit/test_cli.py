@@ -353,6 +353,14 @@ def test_a_failed_run_says_what_continues_it(train):
     ]
 
 
+def test_a_job_that_was_interrupted_is_to_be_submitted_again(train, tmp_path, monkeypatch):
+    copy = tmp_path / "working_dir_files/_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    _, _, shown = train("CONFIG", status="interrupted")
+    assert shown.splitlines()[-1] == ("continue with: this job, submitted again with --resume auto")
+
+
 def test_a_complete_run_says_so_and_is_exit_code_0(train, run):
     code, _, shown = train("CONFIG --resume auto", trained=False)
     assert code == 0

@@ -254,6 +254,18 @@ def test_a_module_that_is_no_python_and_a_missing_folder_are_mistakes(project, s
     assert (done.code, "--include nowhere: there is no such file" in done.err) == (2, True)
 
 
+def test_a_link_to_a_folder_or_to_nothing_is_not_left_out_in_silence(project, submit):
+    put(project, "extra/one.txt")
+    link = project / "extra/linked"
+    link.symlink_to("nowhere")
+    done = submit(write(project), "--include", "extra")
+    assert (done.code, "extra/linked: is a link to nothing, so the" in done.err) == (2, True)
+    link.unlink()
+    link.symlink_to(project)
+    done = submit(write(project), "--include", "extra")
+    assert (done.code, "extra/linked: is a link to a folder, and such" in done.err) == (2, True)
+
+
 # --- what the job is asked for
 
 
