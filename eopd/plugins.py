@@ -306,7 +306,10 @@ def cause_of(error: BaseException) -> str:
         place = ""
 
     said = " ".join(str(error).split())
-    return f"raised {type(error).__name__}{': ' if said else ''}{said}{place}"
+    cause = f"raised {type(error).__name__}{': ' if said else ''}{said}{place}"
+
+    # the name of a file may be no UTF-8, and this is written to files that are
+    return cause.encode(errors="backslashreplace").decode()
 
 
 def sources(functions: Mapping[str, str]) -> dict[str, str]:

@@ -254,11 +254,10 @@ class Pool(Generic[W]):
         """Pings a worker that missed a deadline, once for all its requests. It is lost if it does
         not answer.
         """
-        if member.ping is None:
+        if member.ping is None or member.ping.done():
             member.ping = asyncio.create_task(self._answers(member.worker))
 
         answers = await asyncio.shield(member.ping)
-        member.ping = None
         if not answers:
             self._lose(
                 member, f"no answer within {self._timeout_s:g} s, nor to a ping within {PING_S:g} s"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
@@ -22,6 +22,9 @@ from eopd.config import (
 )
 from eopd.config.benchmark import ks_of
 from eopd.config.processor import chosen
+
+if TYPE_CHECKING:
+    from eopd.runtime.evaluate import Evaluated
 
 PARALLEL: Final = frozenset({"tensor_parallel_size", "pipeline_parallel_size"})
 OPTION_OF: Final = {
@@ -81,6 +84,14 @@ _Suffix = Annotated[str, typer.Option(help="Appended to the last user text of ev
 _Engines = Annotated[int, typer.Option(min=1, help="Engines that write side by side.")]
 _Threads = Annotated[int, typer.Option(min=1, help="CPU threads of one engine.")]
 _Gpus = Annotated[float, typer.Option(min=0.0, help="GPUs of one engine.")]
+_Timeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout",
+        min=1.0,
+        help="Seconds that an engine has for one answer; one that takes longer is lost, and wrong.",
+    ),
+]
 _Vllm = Annotated[
     list[str] | None,
     typer.Option(help="max_num_seqs=64: an option of vLLM's engine; may be given more than once."),
@@ -117,6 +128,7 @@ def evaluate(
     engines: _Engines = 1,
     threads: _Threads = 2,
     gpus: _Gpus = 0.0,
+    timeout: _Timeout = 1800.0,
     vllm: _Vllm = None,
     dtype: _Dtype = "auto",
     seed: _Seed = 0,
@@ -133,7 +145,8 @@ def evaluate(
     asking: dict[str, object] = {"template": template, "suffix": suffix, "system": system}
     asking |= {"max_tokens": max_prompt_tokens}
     prompts = _prompts(data, template_options, columns or [], asking)
-    writing = {"engines": engines, "threads": threads, "max_response_tokens": max_response_tokens}
+    writing: dict[str, object] = {"engines": engines, "threads": threads, "timeout_s": timeout}
+    writing |= {"max_response_tokens": max_response_tokens}
     rollout = _rollout(vllm or [], gpus, writing)
     student = chosen(make_section(StudentConfig, OPTION_OF, model=model, dtype=dtype), gpus=gpus)
 
@@ -149,9 +162,7 @@ def evaluate(
     )
     if as_json:
         settings = _settings(student, rollout, prompts, benchmark) | {"k": list(ks), "seed": seed}
-        pinned = {"model": evaluated.model, "data": evaluated.data}
-        record = score_record(evaluated.result, n, ks, settings) | {"pinned": pinned}
-        typer.echo(json.dumps(record, allow_nan=False))
+        typer.echo(_record(evaluated, n, ks, settings))
     else:
         typer.echo("\n".join(score_lines(evaluated.result, n, ks)))
 
@@ -187,6 +198,12 @@ def _rollout(vllm: Sequence[str], gpus: float, values: Mapping[str, object]) -> 
         )
 
     return make_section(RolloutConfig, OPTION_OF, gpus=gpus, vllm=options, **values)
+
+
+def _record(evaluated: "Evaluated", n: int, ks: Sequence[int], settings: dict[str, object]) -> str:
+    pinned = {"model": evaluated.model, "data": evaluated.data}
+    record = score_record(evaluated.result, n, ks, settings) | {"pinned": pinned}
+    return json.dumps(record, allow_nan=False)
 
 
 def _settings(

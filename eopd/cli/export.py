@@ -1,6 +1,7 @@
 """``eopd export``: the student of a checkpoint as a Hugging Face directory."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 from eopd.cli.commands import Overrides, RunPath
 from eopd.cli.models import hush
 from eopd.cli.paths import blame_user, require_place
-from eopd.config import ConfigError
+from eopd.config import Config, ConfigError
 from eopd.config.load import change_config
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ def export(
     from eopd.run.directory import RunDirectory
 
     directory = RunDirectory(run)
-    config = change_config(directory.config(), overrides or [])
-    checkpoint = _checkpoint(directory, step, best=best)
+    config, checkpoint = _trained(directory, step, overrides or [], best=best)
     target = output or run / f"hf-{checkpoint.name}"
     _require_free(target, with_adapter=config.student.lora is not None)
 
@@ -78,8 +78,15 @@ def export(
         typer.echo(_push(directory, checkpoint, target, push))
 
 
-def _checkpoint(directory: "RunDirectory", step: int | None, *, best: bool) -> Path:
-    """Returns the checkpoint that is meant, and says which newer ones are passed over."""
+def _trained(
+    directory: "RunDirectory", step: int | None, overrides: Sequence[str], *, best: bool
+) -> tuple[Config, Path]:
+    """Returns the checkpoint that is meant, and the config that goes with it; says which newer ones
+    are passed over.
+    """
+    from eopd.run.checkpoint import step_of
+
+    change_config(directory.config(), overrides)  # a mistake in them comes first
     if best and step is not None:
         raise ConfigError(f"--best, --step {step}: only one can say which checkpoint it is")
 
@@ -90,7 +97,8 @@ def _checkpoint(directory: "RunDirectory", step: int | None, *, best: bool) -> P
     for message in directory.passed_over() if step is None else ():
         typer.echo(message, err=True)
 
-    return checkpoint
+    config = directory.config_of_student(step_of(checkpoint))
+    return change_config(config, overrides), checkpoint
 
 
 def _require_free(target: Path, *, with_adapter: bool) -> None:

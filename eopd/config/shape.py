@@ -198,8 +198,9 @@ class _Shaper:
         if isinstance(value, Plain) and value in NULLS:
             return {}
 
-        if isinstance(value, Plain) and value in TRUTHS and may_be_null(annotation):
-            return {} if TRUTHS[value] else None
+        truths = TRUTHS | OLD_TRUTHS
+        if isinstance(value, Plain) and value in truths and may_be_null(annotation):
+            return {} if truths[value] else None
 
         if isinstance(value, str) and (key := short_of(section)):
             value = {key: value}

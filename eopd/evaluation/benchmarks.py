@@ -137,24 +137,27 @@ async def run_benchmark(
     grade = asyncio.get_running_loop().run_in_executor
     priorities = itertools.count(-samples * len(prompts))  # all below 0, the first prompt's lowest
 
-    with ThreadPoolExecutor(max_workers=1) as grading:
+    grading = ThreadPoolExecutor(max_workers=1)
 
-        async def sample(prompt: PromptSample, index: int) -> Answer | LostTrajectory:
-            own = sample_seed(seed, prompt.prompt_id, index)
-            request = replace(sampling, seed=own, priority=next(priorities))
-            stored = await engines.generate(prompt, index, request)
-            trajectory = stored if isinstance(stored, LostTrajectory) else await fetch(stored)
-            if isinstance(trajectory, LostTrajectory):
-                return trajectory
+    async def sample(prompt: PromptSample, index: int) -> Answer | LostTrajectory:
+        own = sample_seed(seed, prompt.prompt_id, index)
+        request = replace(sampling, seed=own, priority=next(priorities))
+        stored = await engines.generate(prompt, index, request)
+        trajectory = stored if isinstance(stored, LostTrajectory) else await fetch(stored)
+        if isinstance(trajectory, LostTrajectory):
+            return trajectory
 
-            response = before_stop(decode(trajectory.response_ids), benchmark.stop)
-            verdict = await grade(grading, grader, response, _reference(prompt))
-            return _answer(trajectory, response, verdict)
+        response = before_stop(decode(trajectory.response_ids), benchmark.stop)
+        verdict = await grade(grading, grader, response, _reference(prompt))
+        return _answer(trajectory, response, verdict)
 
+    try:
         with first_failure():
             async with asyncio.TaskGroup() as group:
                 asked = itertools.product(prompts, range(samples))
                 tasks = [group.create_task(sample(prompt, index)) for prompt, index in asked]
+    finally:  # the grader may be busy, which must not hold up the event loop
+        await asyncio.to_thread(grading.shutdown, cancel_futures=True)
 
     rows = [tasks[first : first + samples] for first in range(0, len(tasks), samples)]
     return BenchmarkResult(prompts=tuple(map(_collect, prompts, rows)))

@@ -113,6 +113,9 @@ def _name_on_the_hub(key: str, spec: str) -> DataName | None:
         return None
 
     name = parse_data_name(key, spec)
+    if os.path.isfile(name.repository):
+        raise ConfigError(f"{key}: {spec}: a file has no splits; write {name.repository}")
+
     return None if os.path.isdir(name.repository) else name
 
 

@@ -197,6 +197,13 @@ class RunDirectory:
 
         return self.config()
 
+    def config_of_student(self, step: int) -> Config:
+        """Returns the config as it holds now, with the adapters that the student of a step was trained
+        with: their ``alpha`` may have been changed since.
+        """
+        now, lora = self.config(), self.config_at(step).student.lora
+        return now.model_copy(update={"student": now.student.model_copy(update={"lora": lora})})
+
     def num_changes(self, step: int) -> int:
         """Returns how many keys were changed up to a step."""
         return sum(

@@ -14,9 +14,7 @@ STAGES = ("generate", "score", "train", "weights", "wait")
 
 @dataclass(slots=True)
 class Progress:
-    """Progress counts steps. Seconds and rates are those of this process; steps, tokens and wall time
-    those of the whole run.
-    """
+    """Progress counts the steps of a run, over all its processes, with their tokens and seconds."""
 
     step: int = 0
     tokens: int = 0
@@ -36,7 +34,7 @@ class Progress:
     _started: float = field(default_factory=time.monotonic)
     _saved: float = field(default_factory=time.monotonic)
     _rows: int = 0
-    _tokens_here: int = 0
+    _timed_tokens: int = 0
     _seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("step", *STAGES), 0.0)
     )
@@ -44,9 +42,18 @@ class Progress:
     @classmethod
     def resume(cls, state: DriverState, summary: Summary) -> "Progress":
         """Returns the progress at a checkpoint, under a new incarnation; the measurement before
-        training is kept.
+        training is kept, and so are the mean times of its steps.
         """
+        rate = summary.tokens_per_s
+        means = summary.step_seconds if rate else {}
+        seconds = {stage: mean * state.step for stage, mean in means.items()}
+        if rate:
+            seconds["step"] = state.tokens / rate
+
         return cls(
+            _seconds=dict.fromkeys(("step", *STAGES), 0.0) | seconds,
+            _rows=state.step if rate else 0,
+            _timed_tokens=state.tokens if rate else 0,
             incarnation=summary.incarnation + 1,
             step=state.step,
             tokens=state.tokens,
@@ -83,7 +90,7 @@ class Progress:
         self.newly_skipped = done.stats.skipped_steps - self.skipped_steps
         self.skipped_steps = done.stats.skipped_steps
         self._rows += 1
-        self._tokens_here += tokens
+        self._timed_tokens += tokens
         for stage in self._seconds:
             self._seconds[stage] += done.seconds[stage]
 
@@ -136,7 +143,7 @@ class Progress:
             skipped_steps=self.skipped_steps,
             incarnation=self.incarnation,
             wall_s=round(self.wall_s, 3),
-            tokens_per_s=self._tokens_here / self._seconds["step"] if self._rows else 0.0,
+            tokens_per_s=self._timed_tokens / self._seconds["step"] if self._rows else 0.0,
             step_seconds={stage: self._seconds[stage] / rows for stage in STAGES},
             held_out=HeldOut(before=self.before, after=self.after),
             best=self.best,

@@ -37,14 +37,15 @@ def take_request(directory: Path) -> bool | None:
     process is removed.
 
     Returns:
-        Whether it asks to end at once; None where there is no such request.
+        Whether it asks to end at once; None where there is no such request, or it could not be read
+        or removed, which is tried again.
     """
     try:
         request = json.loads((directory / STOP).read_bytes())
         holder = TypeAdapter(Holder).validate_python(request["holder"])
         now = bool(request["now"])
+        withdraw(directory)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
-    withdraw(directory)
     return now if holder == last_holder(directory) else None

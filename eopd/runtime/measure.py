@@ -11,7 +11,7 @@ from eopd.evaluation.held_out import measure_held_out
 from eopd.evaluation.summary import measurements
 from eopd.preflight import Prepared, prepare
 from eopd.roles import WorkerDownError
-from eopd.run.changes import changes
+from eopd.run.changes import changes, kind_of
 from eopd.run.checkpoint import step_of
 from eopd.run.directory import RunDirectory
 from eopd.run.record import Measurement
@@ -55,14 +55,18 @@ def _config_of(directory: RunDirectory, step: int) -> Config:
     """Returns the present config, which says where everything lies and runs, with what made the numbers
     at a step.
     """
-    now, then = directory.config(), directory.config_at(step)
-    of_rollout = {"temperature", "max_response_tokens"}
+    now, then = directory.config_of_student(step), directory.config_at(step)
+    vllm = [(key, value) for key, value in now.rollout.vllm.items() if not _is_noted(key)]
+    vllm += [(key, value) for key, value in then.rollout.vllm.items() if _is_noted(key)]
+    rollout: dict[str, object] = {
+        "temperature": then.rollout.temperature,
+        "max_response_tokens": then.rollout.max_response_tokens,
+        "vllm": dict(vllm),
+    }
     made: dict[str, object] = {
         "loss": then.loss,
         "evaluation": then.evaluation,
-        "rollout": now.rollout.model_copy(
-            update={key: getattr(then.rollout, key) for key in of_rollout}
-        ),
+        "rollout": now.rollout.model_copy(update=rollout),
     }
     if any(
         change.kind == "noted" and change.key.startswith("teachers.")
@@ -71,6 +75,10 @@ def _config_of(directory: RunDirectory, step: int) -> Config:
         made["teachers"] = then.teachers
 
     return now.model_copy(update=made)
+
+
+def _is_noted(option: str) -> bool:
+    return kind_of(f"rollout.vllm.{option}") == "noted"
 
 
 def _measure_apart(

@@ -8,7 +8,6 @@ summary.
 
 import time
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from eopd.config.benchmark import HELD_OUT
 from eopd.ledger import Ledger
@@ -59,6 +58,7 @@ class RunState:
         self._candidates: set[int] = set()  # steps whose measurement is not known yet
         self._spared: int | None = None  # the step to go back to from a collapse under way
         self._goes_on = taken_up.checkpoint is None
+        self.checkpoint = taken_up.checkpoint  # what a learner starts from; None at the beginning
 
     def go_on(self) -> None:
         """Gives up what came after the checkpoint that the run continues from; until then the run
@@ -71,28 +71,25 @@ class RunState:
             self._read_evaluations()
             self.write_summary()
 
-    def checkpoint(self) -> Path | None:
-        """Returns what a learner starts from; None at the beginning."""
-        if not self._goes_on:
-            return self._taken_up.checkpoint
-
-        return next(reversed(list_checkpoints(self.directory.checkpoints)), None)
-
     def roll_back(self) -> None:
         """Forgets what came after the newest checkpoint: it is issued again, under a new
         incarnation.
 
         Raises:
-            RunFailedError: there was one, and none is left.
+            RunFailedError: it is gone, or cannot be read.
         """
-        checkpoint = self.checkpoint()
-        if checkpoint is None and (step := self.progress.checkpoint_step) is not None:
+        if self._goes_on:
+            whole = list_checkpoints(self.directory.checkpoints)
+            self.checkpoint = next(reversed(whole), None)
+
+        step = self.progress.checkpoint_step or 0
+        if step > (step_of(self.checkpoint) if self.checkpoint else 0):
             raise RunFailedError(
-                f"{self.directory.checkpoints} holds no whole checkpoint any more, that of step {step} "
-                "neither; nothing was removed. Bring them back, then continue with --resume"
+                f"{self.directory.checkpoints} holds no whole checkpoint of step {step} any more; "
+                "nothing was removed. Bring it back, then continue with --resume"
             )
 
-        state = DriverState.read(checkpoint) if checkpoint else None
+        state = DriverState.read(self.checkpoint) if self.checkpoint else None
         self.progress.roll_back(state)
         self.ledger = self._ledger_of(state)
         if self._goes_on:
@@ -222,10 +219,20 @@ class RunState:
         self.directory.write_summary(self.progress.summary("running"))
 
     def end(self, status: str) -> Summary:
-        """Returns the summary of a run that ends, and writes it if the run has gone on."""
+        """Returns the summary of a run that ends, and writes it if the run has gone on.
+
+        Raises:
+            StorageError: the disk did not take it; that of a run that has failed is only logged.
+        """
         summary = self.progress.summary(status)
-        if self._goes_on:
-            self.directory.write_summary(summary)
+        try:
+            if self._goes_on:
+                self.directory.write_summary(summary)
+        except StorageError as error:  # why it failed is what people need
+            if status != "failed":
+                raise
+
+            logger.warning("%s", error)
 
         return summary
 

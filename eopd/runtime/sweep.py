@@ -210,6 +210,7 @@ class Sweep:
         self._say(f"{entry.run.name}: starts; its output is in {entry.log}")
         self._write("running")
         with entry.log.open("ab") as log:
+            start = log.tell()  # an earlier attempt may have written before it
             process = await asyncio.create_subprocess_exec(
                 *self._train,
                 str(self._config_of(entry)),
@@ -229,7 +230,7 @@ class Sweep:
 
         code = await process.wait()
         del self._processes[entry.run.name]
-        entry.status, entry.error = _outcome(entry, code)
+        entry.status, entry.error = _outcome(entry, code, start)
 
     def _interrupt(self) -> bool:
         """Passes a signal on to the runs: the first ends them after a step, the next at once."""
@@ -353,8 +354,10 @@ def _named(entry: Entry) -> Iterator[None]:
         raise ConfigError(f"{entry.run.name}: {error}") from None
 
 
-def _outcome(entry: Entry, code: int) -> tuple[Status, str | None]:
-    """Returns what became of a run whose process has ended, and its error."""
+def _outcome(entry: Entry, code: int, start: int) -> tuple[Status, str | None]:
+    """Returns what became of a run whose process has ended, and its error. Its output begins at byte
+    ``start`` of the log.
+    """
     if code == 0:
         return "completed", None
 
@@ -372,12 +375,12 @@ def _outcome(entry: Entry, code: int) -> tuple[Status, str | None]:
     if code < 0:
         return "failed", f"killed by {signal.Signals(-code).name}"
 
-    return "failed", _last_error(entry.log) or f"exit code {code}"
+    return "failed", _last_error(entry.log.read_bytes()[start:]) or f"exit code {code}"
 
 
-def _last_error(log: Path) -> str:
+def _last_error(output: bytes) -> str:
     """Returns the last error in the output of a run, or else its last line."""
-    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
+    lines = [line.strip() for line in output.decode(errors="replace").splitlines()]
     written = [line for line in lines if line]
     errors = [line.removeprefix("error: ") for line in written if line.startswith("error: ")]
     return next(reversed(errors or written), "")[:_LONGEST_ERROR]

@@ -161,9 +161,9 @@ async def _run(
         if not interruption.requested:
             raise
     finally:
+        trackers.end(tracker_sinks, status)
         summary = state.end(status)
         report_of_ended(directory.path, directory.report)
-        trackers.end(tracker_sinks, status)
 
     return summary
 
@@ -301,7 +301,7 @@ class Training:
 
     async def _from_checkpoint_to_end(self) -> None:
         learner = self._workers.learner
-        if (checkpoint := self._state.checkpoint()) is not None:
+        if (checkpoint := self._state.checkpoint) is not None:
             fresh = forgets_moments_at(self._state.directory.path, step_of(checkpoint))
             await learner.load(checkpoint / "learner", fresh_optimizer=fresh)
 

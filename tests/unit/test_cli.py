@@ -572,8 +572,10 @@ def test_a_checkpoint_is_measured_as_then_where_actors_are_now(tmp_path, monkeyp
         RunDirectory, "checkpoint", lambda run, step: run.checkpoints / f"step-{step}"
     )
     path = fakes.write_config(tmp_path)
-    before = load_config(path)
+    before = load_config(path, ["student.lora={rank: 4, alpha: 8}", "rollout.vllm={seed: 1}"])
     settings = [
+        "student.lora={rank: 4, alpha: 64}",
+        "rollout.vllm={seed: 2, max_num_seqs: 4}",
         "rollout.temperature=0.5",
         "loss.gate=always",
         "evaluation.seed=9",
@@ -590,6 +592,8 @@ def test_a_checkpoint_is_measured_as_then_where_actors_are_now(tmp_path, monkeyp
     assert (then.rollout.temperature, now.rollout.temperature) == (before.rollout.temperature, 0.5)
     assert (then.loss, then.evaluation) == (before.loss, before.evaluation)
     assert (now.loss, now.evaluation) == (after.loss, after.evaluation)
+    assert (then.student.lora.alpha, now.student.lora.alpha) == (8, 64)
+    assert then.rollout.vllm == {"max_num_seqs": 4, "seed": 1}
     for config in measured:
         assert (config.rollout.engines, config.cluster.address) == (5, "head:6379")
 

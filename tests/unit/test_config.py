@@ -997,6 +997,8 @@ def test_a_value_is_read_as_its_key_means_it(path, tmp_path, override, value):
         ("loss.forward_kl=tail", "loss.forward_kl={kind: tail}"),
         ("loss.reverse_kl=none", "loss.reverse_kl={kind: none}"),
         ("student.lora=true", "student.lora={}"),
+        ("student.lora=yes", "student.lora={}"),
+        ("student.lora=off", "student.lora=null"),
         ("student.lora=false", "student.lora=null"),
         ("teachers={model: x}", "teachers=[{model: x}]"),
         ("learner=null", "learner={}"),

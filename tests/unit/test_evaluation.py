@@ -720,6 +720,26 @@ async def test_answers_are_graded_one_at_a_time_while_the_loop_goes_on():
     assert [prompt.num_correct for prompt in result.prompts] == [0, 0]
 
 
+async def test_a_grader_that_is_busy_does_not_hold_up_who_cancels_the_benchmark():
+    began, release = threading.Event(), threading.Event()
+
+    def grade(response, reference):
+        began.set()
+        release.wait(10.0)
+        return Verdict.CORRECT
+
+    task = asyncio.create_task(benchmark(ScriptedEngine(SCRIPT), [prompt_sample("a")], grade))
+    while not began.is_set():
+        await asyncio.sleep(0.01)
+
+    task.cancel()
+    await asyncio.sleep(0.1)
+    assert not task.done()
+    release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_an_engine_that_raises_ends_the_benchmark():
     with pytest.raises(ExceptionGroup) as caught:
         await benchmark(ScriptedEngine({}), [prompt_sample("a")])

@@ -12,7 +12,7 @@ from eopd.config.names import DataName, ModelName
 from eopd.hub.faults import told
 from eopd.hub.models import model_directory, needed
 from eopd.preflight import pin_model, pinned
-from eopd.prompts.named import pin_data
+from eopd.prompts.named import cached_data, pin_data
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
@@ -209,3 +209,11 @@ def test_a_directory_of_rows_wins_over_a_data_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "rows").mkdir(parents=True)
     assert pin_data("DATA", "org/rows:train", {}) == "org/rows:train"
+
+
+def test_a_file_with_a_split_behind_it_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/rows.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"a file has no splits; write data/rows\.jsonl"):
+        cached_data("prompts.data", "data/rows.jsonl:train")

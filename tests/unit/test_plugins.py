@@ -6,7 +6,7 @@ import pytest
 
 from eopd import plugins
 from eopd.config import ConfigError
-from eopd.plugins import DataFunction, FilterFunction, RewardFunction
+from eopd.plugins import DataFunction, FilterFunction, RewardFunction, cause_of
 
 FUNCTIONS = {"k": "scores_d.rewards:score"}
 SCORE = "def score(row, response, response_ids, *, scale=1.0):\n    return scale * len(response)\n"
@@ -187,3 +187,8 @@ def test_a_function_without_parameters_is_no_data_function_with_some(directory):
 
     with pytest.raises(ConfigError, match="called with no argument: missing a required argument"):
         plugins.load("k", "rows_c:rows", DataFunction)
+
+
+def test_a_cause_can_be_written_whatever_a_function_has_read():
+    cause = ascii(cause_of(ValueError("cannot read caf\udce9.txt")))
+    assert cause == r"'raised ValueError: cannot read caf\\udce9.txt'"

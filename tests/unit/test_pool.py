@@ -27,10 +27,13 @@ class Worker:
     answers pings alone.
     """
 
-    def __init__(self, name: str, mood: str = "well", delay_s: float = 0.0) -> None:
+    def __init__(
+        self, name: str, mood: str = "well", delay_s: float = 0.0, ping_s: float = 0.0
+    ) -> None:
         self.name = name
         self.mood = mood
         self.delay_s = delay_s
+        self.ping_s = ping_s
         self.asked: list[object] = []
         self.in_flight = self.most = self.pings = 0
 
@@ -51,8 +54,7 @@ class Worker:
 
     async def ping(self) -> None:
         self.pings += 1
-        if self.mood == "hung":
-            await asyncio.sleep(3600)
+        await asyncio.sleep(3600 if self.mood == "hung" else self.ping_s)
 
 
 def pool_of(
@@ -173,6 +175,27 @@ async def test_a_request_that_is_not_answered_has_failed():
     assert lost == []
     assert pool.num_up == 2
     assert deaf.pings in (1, 2) and pool.num_failures == 2  # one for all that are late at a time
+
+
+async def test_a_ping_that_nobody_waited_for_vouches_for_no_worker_later(monkeypatch):
+    monkeypatch.setattr(module, "PING_S", 0.5)
+    slow, well = Worker("slow", "deaf", ping_s=0.2), Worker("well")
+    pool, lost = pool_of(slow)
+    asked = asyncio.create_task(ask(pool))
+    while not slow.pings:
+        await asyncio.sleep(0.01)
+
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    await asyncio.sleep(0.3)  # the ping is answered
+    slow.mood = "hung"
+    asked = asyncio.create_task(ask(pool))
+    while not slow.in_flight:
+        await asyncio.sleep(0.01)
+
+    pool.add(1, well, 100)
+    assert await asked == "well"
+    assert (slow.pings, [number for number, _ in lost]) == (2, [0])
 
 
 async def test_a_worker_that_is_found_lost_gives_back_what_it_holds():

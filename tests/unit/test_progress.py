@@ -1,11 +1,15 @@
-"""Where a run goes back to when its learner is lost."""
+"""Where a run goes back to when its learner is lost, and what it keeps when it goes on."""
 
+from dataclasses import replace
 from types import SimpleNamespace
+
+import fakes
 
 from eopd.ledger import Ledger
 from eopd.run import progress as module
 from eopd.run.checkpoint import DriverState
 from eopd.run.progress import Progress
+from eopd.run.record import Summary
 
 
 def test_a_lost_learner_rolls_back_as_another_incarnation():
@@ -92,3 +96,15 @@ def test_the_age_of_a_checkpoint_begins_anew_with_each(monkeypatch):
     progress.count_checkpoint(1.0, 1)
     now[0] = 165.0
     assert progress.row()["eopd_checkpoint_age_seconds"] == 5.0
+
+
+def test_a_run_that_goes_on_keeps_how_long_its_steps_took():
+    summary = Summary(
+        status="completed", steps=4, tokens=400, tokens_per_s=50.0, step_seconds={"train": 1.5}
+    )
+    state = replace(fakes.driver_state(4), tokens=400)
+    again = Progress.resume(state, summary).summary("completed")
+    assert (again.tokens_per_s, again.step_seconds["train"]) == (50.0, 1.5)
+
+    nothing = Progress.resume(state, Summary(status="running")).summary("completed")
+    assert (nothing.tokens_per_s, nothing.step_seconds["train"]) == (0.0, 0.0)

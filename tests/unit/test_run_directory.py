@@ -320,7 +320,7 @@ def done(step: int, tokens: int) -> StepDone:
     )
 
 
-def test_rates_are_of_this_process_and_totals_of_the_run():
+def test_rates_are_of_the_steps_whose_times_are_known():
     progress = Progress(step=10, tokens=1000, trajectories=10)
     for step, tokens in ((11, 100), (12, 200)):
         progress.count(done(step, tokens))

@@ -10,14 +10,35 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from eopd.config import ConfigError
+from eopd.run import stopping
+from eopd.run.lock import held, last_holder
+from eopd.runtime import signals
 from eopd.runtime.signals import (
     ASK_TO_END,
     OF_THE_DRIVER,
     Interruption,
     caught,
     ignored_by_children,
+    obeyed,
     require_main_thread,
 )
+
+
+async def test_a_request_to_stop_that_cannot_be_removed_yet_is_heard_later(tmp_path, monkeypatch):
+    def stale(directory):
+        raise OSError(116, "Stale file handle")
+
+    interruption = Interruption()
+    monkeypatch.setattr(signals, "POLL_S", 0.01)
+    with held(tmp_path), obeyed(tmp_path, interruption, asyncio.create_task(asyncio.sleep(9))):
+        with monkeypatch.context() as patch:
+            patch.setattr(stopping, "withdraw", stale)
+            stopping.ask_to_stop(tmp_path, last_holder(tmp_path), now=False)
+            await asyncio.sleep(0.1)
+            assert not interruption.requested
+
+        await asyncio.sleep(0.1)
+        assert interruption.requested and stopping.is_taken(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def steps(directory):
 async def test_until_it_goes_on_a_resumed_run_stands_as_it_stood(config):
     directory = await interrupted(config, checkpoint=4, last=6)
     state = RunState(take_up(config, INPUTS, "yes"), Uploads(config, print))
-    assert state.checkpoint() == directory.checkpoints / "step-000004"
+    assert state.checkpoint == directory.checkpoints / "step-000004"
     assert state.end("failed").status == "failed"
     assert directory.read_summary().status == "interrupted"
     assert steps(directory) == [1, 2, 3, 4, 5, 6]
@@ -99,7 +99,7 @@ async def test_a_lost_learner_goes_back_to_the_newest_checkpoint(config):
     assert state.progress.step == 4
     assert (state.ledger.num_filtered, state.ledger.filtered_ahead) == (1, {3})
     assert state.progress.incarnation == 1
-    assert state.checkpoint() == state.directory.checkpoints / "step-000004"
+    assert state.checkpoint == state.directory.checkpoints / "step-000004"
     assert steps(state.directory) == [1, 2, 3, 4]
     assert state.ledger.dropped == {2}, "what was dropped is not tried again"
 
@@ -110,12 +110,43 @@ async def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(config, tmp
     await state.save(Learner())
     state.directory.metrics.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 5)))
     state.directory.checkpoints.rename(tmp_path / "away")
-    with pytest.raises(
-        RunFailedError, match=r"no whole checkpoint any more, that of step 4 neither"
-    ):
+    with pytest.raises(RunFailedError, match=r"holds no whole checkpoint of step 4 any more"):
         state.roll_back()
 
     assert (steps(state.directory), state.progress.step) == ([1, 2, 3, 4], 4)
+
+
+async def test_a_run_whose_newest_checkpoint_cannot_be_read_goes_no_further_back(config):
+    state = begin(config)
+    for state.progress.step in (4, 8):
+        await state.save(Learner())
+
+    manifest = state.directory.checkpoints / "step-000008" / MANIFEST
+    manifest.rename(manifest.with_name("unread"))
+    with pytest.raises(RunFailedError, match=r"holds no whole checkpoint of step 8 any more"):
+        state.roll_back()
+
+
+async def test_a_learner_starts_from_the_checkpoint_that_the_run_went_back_to(config):
+    state = begin(config)
+    for state.progress.step in (4, 8):
+        await state.save(Learner())
+
+    state.roll_back()
+    chosen = state.directory.checkpoints / "step-000008"
+    (chosen / MANIFEST).unlink()  # while the learner starts
+    assert (state.checkpoint, state.progress.step) == (chosen, 8)
+
+
+def test_a_disk_that_takes_no_summary_does_not_hide_why_a_run_failed(config, monkeypatch):
+    def full(directory, summary):
+        raise StorageError("full")
+
+    state = begin(config)
+    monkeypatch.setattr(RunDirectory, "write_summary", full)
+    assert state.end("failed").status == "failed"
+    with pytest.raises(StorageError, match="full"):
+        state.end("completed")
 
 
 async def test_uploads_are_told_where_training_goes_on(config, monkeypatch):

@@ -22,7 +22,7 @@ from eopd.run.lock import held
 from eopd.run.record import Measurement, append_jsonl
 from eopd.run.results import final_numbers
 from eopd.runtime.placement import Capacity, Node
-from eopd.runtime.sweep import Room, Sweep
+from eopd.runtime.sweep import Room, Sweep, _last_error
 
 FAKE = Path(__file__).parents[1] / "fake_train.py"
 GRID = "loss.gate=hard,never"
@@ -352,3 +352,14 @@ def test_a_mistake_is_one_message(bench, eopd):
     done = eopd("sweep", bench.config, "--grid", "loss.gate=hard,soft", "--seeds", "0..1")
     assert done.code == 2
     assert "arm loss.gate=soft: " in done.err
+
+
+def test_the_error_of_a_run_is_that_of_its_last_attempt(bench):
+    log = bench.root / "a.log"
+    log.write_text("error: the disk is full\n")
+    start = log.stat().st_size
+    with log.open("a") as file:
+        file.write("step 1\nRuntimeError: device-side assert\n")
+
+    assert _last_error(log.read_bytes()[start:]) == "RuntimeError: device-side assert"
+    assert _last_error(log.read_bytes()) == "the disk is full"
