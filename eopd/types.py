@@ -409,12 +409,15 @@ class RunFailedError(RuntimeError):
 
 
 @contextmanager
-def first_failure() -> Iterator[None]:
-    """Raises of a group of errors the first ``RunFailedError``, for a person, and otherwise the group."""
+def first_failure(*kinds: type[Exception]) -> Iterator[None]:
+    """Raises of a group of errors the first ``RunFailedError`` or other one of ``kinds``, for a person,
+    and otherwise the group.
+    """
+    told: tuple[type[Exception], ...] = (RunFailedError, *kinds)
     try:
         yield
     except ExceptionGroup as errors:
-        if (failures := errors.subgroup(RunFailedError)) is not None:
+        if (failures := errors.subgroup(told)) is not None:
             raise failures.exceptions[0] from None
 
         raise

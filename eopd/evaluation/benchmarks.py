@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from eopd.config import BenchmarkConfig
+from eopd.config import BenchmarkConfig, ConfigError
 from eopd.rewards.verdict import Grader, Verdict
 from eopd.roles import RolloutEngine
 from eopd.types import (
@@ -129,6 +129,7 @@ async def run_benchmark(
     Raises:
         ValueError: prompts are missing, or one has no reference answer.
         RunFailedError: no engine is left.
+        ConfigError: the grader's process cannot be started.
         ExceptionGroup: an engine, ``fetch``, ``decode`` or the grader raised another error; the rest
             is cancelled.
     """
@@ -152,7 +153,7 @@ async def run_benchmark(
         return _answer(trajectory, response, verdict)
 
     try:
-        with first_failure():
+        with first_failure(ConfigError):
             async with asyncio.TaskGroup() as group:
                 asked = itertools.product(prompts, range(samples))
                 tasks = [group.create_task(sample(prompt, index)) for prompt, index in asked]

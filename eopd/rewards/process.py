@@ -1,7 +1,8 @@
 """A function runs in processes of its own, which are limited in time.
 
 What a user wrote, or a library that may take for ever, must not hold up an engine. A function is
-asked by its import path (``eopd/plugins.py``); whatever becomes of it is a value.
+asked by its import path (``eopd/plugins.py``); whatever becomes of it is a value. That no process
+can be started is the machine's fault, and an error.
 
     FunctionPool ──▶ FunctionProcess ── pickled arguments ─▶ child: _serve ──▶ the function
                                      ◀── a line of JSON ───
@@ -83,11 +84,12 @@ class FunctionProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, *arguments: object) -> Returned | Failed:
-        """Calls the function, of which ``start`` has seen that it can be loaded."""
-        try:
-            self.start()
-        except ConfigError as error:  # it could be, before
-            return Failed(str(error))
+        """Calls the function.
+
+        Raises:
+            ConfigError: as ``start``.
+        """
+        self.start()
 
         # a child that died while it was idle gives no reply either
         reply = self._exchange(arguments)
@@ -260,6 +262,8 @@ class FunctionPool:
 
         try:
             return process.ask(*arguments)
+        except ConfigError as error:  # another one was started, before
+            return Failed(str(error))
         finally:
             self._idle.append(process)
 

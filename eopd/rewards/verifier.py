@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Final, cast
 
+from eopd.config import ConfigError
 from eopd.config.loss import Reward
 from eopd.plugins import RewardFunction, Row
 from eopd.rewards.graders import open_grader
@@ -77,11 +78,14 @@ class _Grading:
         self._thread = self._open.enter_context(ThreadPoolExecutor(max_workers=1))
         self._grade = self._open.enter_context(open_grader(reward.function))
 
-    async def ask(self, row: Row, response: str, response_ids: list[int]) -> Returned:
+    async def ask(self, row: Row, response: str, response_ids: list[int]) -> Returned | Failed:
         reference = cast(Reference, row["answer"])
-        verdict = await asyncio.get_running_loop().run_in_executor(
-            self._thread, self._grade, response, reference
-        )
+        try:
+            verdict = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._grade, response, reference
+            )
+        except ConfigError as error:  # its process cannot be started, which is no wrong answer
+            return Failed(str(error))
 
         return Returned(1.0 if verdict is Verdict.CORRECT else 0.0)
 

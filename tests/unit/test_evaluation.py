@@ -769,3 +769,19 @@ async def test_of_engines_that_are_all_lost_one_failure_is_told():
 
     with pytest.raises(RunFailedError, match="no engine is left"):
         await benchmark(Lost(), [prompt_sample("a")])
+
+
+async def test_a_benchmark_that_cannot_be_graded_has_no_number(monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", full)
+    with (
+        open_grader("math") as grade,
+        pytest.raises(ConfigError, match=r"cannot be started: \[Errno 11\]"),
+    ):
+        await benchmark(
+            ScriptedEngine(SCRIPT),
+            [prompt_sample("a")],
+            lambda response, reference: grade(r"\boxed{7}", reference),
+        )

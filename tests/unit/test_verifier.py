@@ -17,7 +17,7 @@ from eopd.plugins import RewardFunction
 from eopd.rewards import process
 from eopd.rewards.filtering import Filter
 from eopd.rewards.process import Asked, Failed, FunctionPool, FunctionProcess, Returned
-from eopd.rewards.verifier import Verifier
+from eopd.rewards.verifier import Verifier, _Grading
 from eopd.tokenizer import load_tokenizer
 from eopd.types import (
     Exact,
@@ -212,16 +212,39 @@ def test_a_function_that_closes_its_pipes_and_goes_on_is_ended(functions, monkey
     assert after == Returned("high")
 
 
-def test_a_machine_that_starts_no_process_is_a_fault(functions, monkeypatch):
+async def test_an_answer_that_no_process_can_grade_has_no_reward(monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(subprocess, "Popen", full)
+    grading = _Grading(Reward(function="math"))
+    said = await grading.ask({"answer": "5"}, r"\boxed{5}", [])
+    grading.close()
+    assert isinstance(said, Failed) and "cannot be started: [Errno 24] Too many" in said.cause
+
+
+async def test_a_pool_that_can_start_no_further_process_says_so(functions, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(24, "Too many open files")
+
+    pool = FunctionPool(Asked(key="k", function=functions + "odd", kind=RewardFunction))
+    pool._idle.clear()
+    monkeypatch.setattr(subprocess, "Popen", full)
+    said = await pool.ask({"case": "text"}, "", [])
+    pool.close()
+    assert isinstance(said, Failed) and "cannot be started: [Errno 24] Too many" in said.cause
+
+
+def test_a_machine_that_starts_no_process_is_told(functions, monkeypatch):
     def full(*arguments, **options):
         raise OSError(24, "Too many open files")
 
     child = FunctionProcess(Asked(key="k", function=functions + "odd", kind=RewardFunction))
     with monkeypatch.context() as patched:
         patched.setattr(subprocess, "Popen", full)
-        said = child.ask({"case": "text"}, "", [])
+        with pytest.raises(ConfigError, match=r"cannot be started: \[Errno 24\] Too many"):
+            child.ask({"case": "text"}, "", [])
 
-    assert isinstance(said, Failed) and "cannot be started: [Errno 24] Too many" in said.cause
     assert child.ask({"case": "text"}, "", []) == Returned("high")
     child.close()
 
@@ -259,7 +282,7 @@ def test_a_function_that_is_not_found_in_the_child_is_a_mistake(functions):
         FunctionProcess(asked).start()
 
 
-def test_a_function_that_is_gone_when_its_child_must_start_again_is_a_fault(functions, tmp_path):
+def test_a_function_that_is_gone_when_its_child_must_start_again_is_told(functions, tmp_path):
     child = FunctionProcess(
         Asked(
             key="k",
@@ -270,10 +293,11 @@ def test_a_function_that_is_gone_when_its_child_must_start_again_is_a_fault(func
     child.start()
     (tmp_path / "made_up_functions.py").unlink()
 
-    died, gone = child.ask({"case": "dies"}, "", []), child.ask({"case": "text"}, "", [])
-
+    died = child.ask({"case": "dies"}, "", [])
     assert died == Failed("made_up_functions:odd: its process ended with code 5")
-    assert isinstance(gone, Failed) and "there is no module made_up_functions" in gone.cause
+    with pytest.raises(ConfigError, match="there is no module made_up_functions"):
+        child.ask({"case": "text"}, "", [])
+
     child.close()
 
 
