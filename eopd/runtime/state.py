@@ -8,6 +8,7 @@ summary.
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from eopd.config.benchmark import HELD_OUT
 from eopd.ledger import Ledger
@@ -50,7 +51,7 @@ class RunState:
         self.progress = Progress.resume(state, summary) if state and summary else Progress()
         self.progress.config_changes = taken_up.total_changes
         self.ledger = self._ledger_of(state)
-        self.evaluations: list[Evaluation] = []  # of ``evaluations.jsonl``
+        self.evaluations: list[Evaluation] = []  # see ``_remember``
         self.uploads = uploads
         self._taken_up = taken_up
         self._checkpointing = taken_up.config.checkpoint
@@ -119,7 +120,7 @@ class RunState:
             StorageError: the disk did not take it.
         """
         append_evaluation(self.directory.evaluations, evaluation)
-        self.evaluations.append(evaluation)
+        self._remember(evaluation)
         if evaluation.name == HELD_OUT and evaluation.phase == "before":
             self.progress.before = evaluation.measurements
 
@@ -249,9 +250,21 @@ class RunState:
         return name is not None and self._evaluation.is_due(name, self.progress.step)
 
     def _read_evaluations(self) -> None:
-        self.evaluations = read_evaluations(self.directory.evaluations)
+        self.evaluations = []
+        for evaluation in read_evaluations(self.directory.evaluations):
+            self._remember(evaluation)
+
         self._candidates.clear()
         self.progress.best = next(iter(self._best()), None)
+
+    def _remember(self, evaluation: Evaluation) -> None:
+        """Keeps a measurement in memory; the numbers of single prompts only of the first of each name,
+        with which the later ones are compared.
+        """
+        if any(one.name == evaluation.name for one in self.evaluations):
+            evaluation = replace(evaluation, by_prompt={})
+
+        self.evaluations.append(evaluation)
 
     def _best(self) -> Sequence[Best]:
         return best_checkpoints(

@@ -276,3 +276,13 @@ async def test_the_best_step_is_found_or_one_message_says_why_not(config):
     directory = RunDirectory.create(config("null"))
     with pytest.raises(ConfigError, match=r"keeps no best \(checkpoint.keep_best is null\)"):
         directory.best_step()
+
+
+def test_the_numbers_of_single_prompts_stay_in_memory_for_the_first_of_a_name(config):
+    state = begin(config())
+    for step in (1, 2):
+        for name in ("math", "code"):
+            state.record(evaluation(step, 0.5, name=name, by_prompt={"avg_at_n": {"p": 0.5}}))
+
+    assert [bool(one.by_prompt) for one in state.evaluations] == [True, True, False, False]
+    assert all(one.by_prompt for one in read_evaluations(state.directory.evaluations))
