@@ -135,7 +135,7 @@ class Progress:
 
     def summary(self, status: str) -> Summary:
         """Returns what ``summary.json`` holds."""
-        rows = max(self._rows, 1)
+        rows, seconds = max(self._rows, 1), self._seconds["step"]
         return Summary(
             status=status,
             steps=self.step,
@@ -143,7 +143,7 @@ class Progress:
             skipped_steps=self.skipped_steps,
             incarnation=self.incarnation,
             wall_s=round(self.wall_s, 3),
-            tokens_per_s=self._timed_tokens / self._seconds["step"] if self._rows else 0.0,
+            tokens_per_s=self._timed_tokens / seconds if seconds else 0.0,
             step_seconds={stage: self._seconds[stage] / rows for stage in STAGES},
             held_out=HeldOut(before=self.before, after=self.after),
             best=self.best,

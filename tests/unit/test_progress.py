@@ -106,5 +106,8 @@ def test_a_run_that_goes_on_keeps_how_long_its_steps_took():
     again = Progress.resume(state, summary).summary("completed")
     assert (again.tokens_per_s, again.step_seconds["train"]) == (50.0, 1.5)
 
+    silent = Progress.resume(replace(state, tokens=0), summary).summary("completed")
+    assert silent.tokens_per_s == 0.0
+
     nothing = Progress.resume(state, Summary(status="running")).summary("completed")
     assert (nothing.tokens_per_s, nothing.step_seconds["train"]) == (0.0, 0.0)
