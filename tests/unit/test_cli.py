@@ -606,8 +606,11 @@ def test_engines_that_are_lost_under_an_eval_are_one_line(eopd, files, tmp_path,
         async def generate(self, *arguments):
             raise RunFailedError("no rollout engine is left")
 
+    limits = []
+
     @asynccontextmanager
-    async def engines(*arguments):
+    async def engines(student, rollout, *arguments):
+        limits.append(rollout.timeout_s)
         yield Engine()
 
     monkeypatch.setattr(evaluate, "rollout_engines", engines)
@@ -619,6 +622,8 @@ def test_engines_that_are_lost_under_an_eval_are_one_line(eopd, files, tmp_path,
     assert done.code == 1
     assert done.err.splitlines()[-1] == "error: no rollout engine is left"
     assert "Traceback" not in done.err
+    eopd("eval", files / "model", rows, "--max-response-tokens", "8", "--timeout", "7")
+    assert limits == [1800.0, 7.0]
 
 
 def of(result):
