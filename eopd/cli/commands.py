@@ -13,6 +13,8 @@ EXIT_FAILED: Final = 1
 EXIT_MISTAKEN: Final = 2  # by a mistake of the user
 EXIT_INTERRUPTED: Final = 130
 
+JOB_AGAIN: Final = "this job, submitted again with --resume auto"
+
 SET_EPILOG: Final = (
     "--set takes section.key=value; the value is YAML, and an item of a list is named by "
     "its number: --set learner.lr=1e-5 --set loss.gate=always --set "

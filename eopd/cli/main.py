@@ -22,6 +22,7 @@ from eopd.cli.check import check
 from eopd.cli.commands import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    JOB_AGAIN,
     SET_EPILOG,
     ConfigFile,
     Overrides,
@@ -184,7 +185,7 @@ def _say_how_to_continue(config: Path, overrides: list[str], options: list[str])
 
     command = train_command(config, overrides, options)
     if is_job_copy(Path.cwd()):
-        command = "this job, submitted again with --resume auto"
+        command = JOB_AGAIN
 
     typer.echo(f"continue with: {command}")
 

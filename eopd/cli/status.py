@@ -4,7 +4,13 @@ from pathlib import Path
 
 import typer
 
-from eopd.cli.commands import JobServer, RunPath, place_of_moved, train_command
+from eopd.cli.commands import (
+    JOB_AGAIN,
+    JobServer,
+    RunPath,
+    place_of_moved,
+    train_command,
+)
 
 
 def status(
@@ -17,17 +23,21 @@ def status(
     if address is None:
         return _print_run(run)
 
+    from eopd.cli.submit import continued_by
     from eopd.runtime.jobs import connect, server_address
 
     job = connect(server_address(address)).look_up(str(run))
     typer.echo(f"job {job.name}: {job.status}")
     typer.echo(f"command: {job.command}")
+    if (again := continued_by(job)) is not None:
+        typer.echo(f"continue, in the folder that it was submitted from, with: {again}")
+
     if job.run is None:
         return
 
     typer.echo(f"run directory: {job.run}")
     if RunDirectory(job.run).holds_a_run():
-        _print_run(job.run)
+        _print_run(job.run, is_job=True)
     else:
         typer.echo(
             "it is not seen from this machine, or not begun; on one that sees it, `eopd status "
@@ -35,7 +45,8 @@ def status(
         )
 
 
-def _print_run(run: Path) -> None:
+def _print_run(run: Path, *, is_job: bool = False) -> None:
+    """Prints how far a run is; what continues it too, unless it is a job that is told already."""
     from eopd.run.directory import RunDirectory
     from eopd.run.evaluations import newest, read_evaluations
     from eopd.telemetry.console import PACE_WINDOW
@@ -47,7 +58,10 @@ def _print_run(run: Path) -> None:
     stopped = status.split()[0] in ("dead", "interrupted", "failed")
     overrides = place_of_moved(run, settings)
     again = train_command(run / "config.yaml", overrides, directory.resume_options())
-    advice = f"continue with: {again}" if stopped else None
+    if "/working_dir_files/" in (run / "config.yaml").read_text(encoding="utf-8"):
+        again = JOB_AGAIN
+
+    advice = f"continue with: {again}" if stopped and not is_job else None
     print_status(
         settings.name,
         status,

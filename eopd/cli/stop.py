@@ -56,6 +56,7 @@ def _stop_job(name: str, address: str) -> None:
     Raises:
         ConfigError: it has ended, or Ray would kill it before its checkpoint is written.
     """
+    from eopd.cli.submit import continued_by
     from eopd.runtime.jobs import STOP_WAIT, connect, server_address
 
     jobs = connect(server_address(address))
@@ -72,7 +73,10 @@ def _stop_job(name: str, address: str) -> None:
 
     jobs.stop(name)
     typer.echo(f"asked job {name} to end after the step under way, with a checkpoint")
-    typer.echo(f"job {name} has ended: {jobs.wait(name).status}")
+    ended = jobs.wait(name)
+    typer.echo(f"job {name} has ended: {ended.status}")
+    if (again := continued_by(ended)) is not None:
+        typer.echo(f"continue, in the folder that it was submitted from, with: {again}")
 
 
 def _process_of(run: Path) -> tuple[Holder, bool]:

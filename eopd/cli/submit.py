@@ -89,6 +89,9 @@ def submit(
     files = files_of_job(config, resolved, read_leaves(config, overrides or []), include or [])
     jobs = connect(jobs_address)
     options = {"no": [], "yes": ["--resume"], "auto": ["--resume", "auto"]}[resume]
+    again = ["--address", jobs.address, "--resume", "auto"]
+    again += [word for variable in variables or [] for word in ("--env", variable)]
+    again += [word for path in include or [] for word in ("--include", str(path))]
     with tempfile.TemporaryDirectory(prefix="eopd-job-") as folder, blame_user(config):
         files.copy_to(Path(folder))
         job = jobs.submit(
@@ -96,6 +99,7 @@ def submit(
             Path(folder),
             environment,
             run=resolved.run.path,
+            again=train_command(config, overrides or [], again, verb="submit"),
             name=name,
         )
 
@@ -107,10 +111,7 @@ def submit(
         typer.echo(job)
         return
 
-    again = ["--address", jobs.address, "--resume", "auto"]
-    again += [word for variable in variables or [] for word in ("--env", variable)]
-    again += [word for path in include or [] for word in ("--include", str(path))]
-    _follow(jobs, job, train_command(config, overrides or [], again, verb="submit"))
+    _follow(jobs, job)
 
 
 def _require_for_jobs(config: Config, name: str | None) -> None:
@@ -187,7 +188,7 @@ def _commands(job: str, address: str) -> list[str]:
     ]
 
 
-def _follow(jobs: "Jobs", name: str, again: str) -> None:
+def _follow(jobs: "Jobs", name: str) -> None:
     """Prints what a job writes, and exits as it does.
 
     Raises:
@@ -207,7 +208,7 @@ def _follow(jobs: "Jobs", name: str, again: str) -> None:
     if job.status == "FAILED" and job.exit_code is None:
         _say(f"Ray says: {job.message}")
 
-    if code not in (0, EXIT_MISTAKEN):
+    if (again := continued_by(job)) is not None:
         _say(f"continue with: {again}")
 
     if code:
@@ -225,6 +226,16 @@ def exit_code(job: "Job") -> int:
         return 0 if job.status == "SUCCEEDED" else 1
 
     return job.exit_code if job.exit_code >= 0 else 128 - job.exit_code
+
+
+def continued_by(job: "Job") -> str | None:
+    """Returns the command that continues a job that has ended, in the folder that it was submitted
+    from; None where nothing does.
+    """
+    if job.again is None or not job.is_over or exit_code(job) in (0, EXIT_MISTAKEN):
+        return None
+
+    return job.again
 
 
 def _say(text: str) -> None:

@@ -1,6 +1,7 @@
 """Data sets by name, of the ``datasets`` library: their names are pinned to commits, and loaded."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,17 @@ OTHER_SUFFIXES: Final = frozenset(
         ".zst",
     ]
 )
+
+# Files that surely hold rows, and which of them are of one kind; a .json often says something about
+# others.
+KINDS: Final = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".arrow": "arrow",
+}
 
 
 def names_a_data_set(spec: str) -> bool:
@@ -142,6 +154,9 @@ def load_named(name: DataName) -> "Dataset":
     """
     import datasets
 
+    if os.path.isdir(name.repository):
+        _require_one_kind(Path(name.repository))
+
     if not is_commit(name.revision):
         options = {} if name.revision is None else {"revision": name.revision}
         return datasets.load_dataset(
@@ -165,6 +180,32 @@ def load_named(name: DataName) -> "Dataset":
 
     builder.download_and_prepare()
     return builder.as_dataset(split=name.split)
+
+
+def _require_one_kind(folder: Path) -> None:
+    """Refuses a folder with rows in files of several kinds: the library would read the files of the
+    most frequent kind, and leave out the others without a word (``infer_module_for_data_files_list``
+    of datasets 5.2). A folder with a card of its own says itself which files it reads.
+
+    Raises:
+        ConfigError: it has files of several kinds.
+    """
+    if (folder / "README.md").is_file() or (folder / ".huggingface.yaml").is_file():
+        return
+
+    counts = Counter(
+        suffix
+        for file in folder.rglob("*")
+        if not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+        for suffix in file.suffixes
+        if suffix in KINDS
+    )
+    if len({KINDS[suffix] for suffix in counts}) > 1:
+        found = ", ".join(f"{number} {suffix}" for suffix, number in counts.items())
+        raise ConfigError(
+            f"{folder} holds files of several kinds ({found}), of which only the most frequent "
+            "would be read; give each kind a folder of its own, and name them both"
+        )
 
 
 def _cached(name: DataName) -> "Dataset | None":

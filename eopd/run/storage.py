@@ -12,6 +12,7 @@ from eopd.run.record import append_jsonl
 from eopd.types import RunFailedError
 
 _ADVICE: Final = "Then continue with --resume auto."
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -27,9 +28,14 @@ class StorageError(RunFailedError):
         """
         # the message of an actor's error has a traceback, that of its cause has none
         cause: object = getattr(error, "cause", error)
-        remedy = "look at who may write there."
-        if getattr(cause, "errno", error.errno) not in _CLOSED:
-            remedy = f"{_free_bytes(path):,} bytes were free there: free some space."
+        number = getattr(cause, "errno", error.errno)
+        free = _free_bytes(path)
+        if number in _CLOSED:
+            remedy = "look at who may write there."
+        elif number in _FULL:
+            remedy = f"{free} bytes were free there: free some space."
+        else:
+            remedy = f"look at that disk; {free} bytes were free there."
 
         return cls(f"{path} could not be written: {cause}; {remedy} {advice}")
 
@@ -88,6 +94,10 @@ def force(path: Path) -> None:
         os.close(descriptor)
 
 
-def _free_bytes(path: Path) -> int:
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    return shutil.disk_usage(there).free
+def _free_bytes(path: Path) -> str:
+    """Returns how many bytes are free where a file belongs; the disk may not say so any more."""
+    try:
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        return f"{shutil.disk_usage(there).free:,}"
+    except OSError:
+        return "an unknown number of"

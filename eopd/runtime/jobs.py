@@ -34,6 +34,7 @@ API_ADDRESS: Final = "RAY_API_SERVER_ADDRESS"
 STOP_WAIT: Final = "RAY_JOB_STOP_WAIT_TIME_S"
 STOP_WAIT_S: Final = 3600  # a step and a checkpoint of the largest runs
 RUN: Final = "eopd_run"  # the metadata of a job that holds its run directory
+AGAIN: Final = "eopd_again"  # and the one that holds the command which continues it
 ANSWER_S: Final = 10.0  # a head that is busy takes seconds
 POLL_S: Final = 1.0
 AWAY_S: Final = 120.0  # a head that is started again under a run that goes on
@@ -49,9 +50,9 @@ logger = logging.getLogger("eopd")
 class Job:
     """A job as its server knows it.
 
-    ``exit_code`` is None where the command did not end by itself. ``run`` is its run directory, and
-    ``ends_softly`` says whether it is given time for a checkpoint; both are known of what ``eopd
-    submit`` has submitted.
+    ``exit_code`` is None where the command did not end by itself. ``run`` is its run directory,
+    ``again`` the command that continues it, and ``ends_softly`` says whether it is given time for a
+    checkpoint; these are known of what ``eopd submit`` has submitted.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Job:
     exit_code: int | None
     message: str
     run: Path | None
+    again: str | None
     ends_softly: bool
 
     @property
@@ -82,6 +84,7 @@ class Jobs:
         variables: Mapping[str, str],
         *,
         run: Path,
+        again: str,
         name: str | None,
     ) -> str:
         """Uploads a directory and runs a command in the copy of it.
@@ -92,6 +95,7 @@ class Jobs:
             variables: of the job's environment; it also gets time for a checkpoint when it is
                 stopped.
             run: the run directory.
+            again: the command that continues the run, where it was submitted.
             name: the id of the job; else Ray gives it one.
 
         Returns:
@@ -107,7 +111,7 @@ class Jobs:
                 lambda: self._client.submit_job(
                     entrypoint=command,
                     runtime_env={"working_dir": str(directory), "env_vars": environment},
-                    metadata={RUN: str(run)},
+                    metadata={RUN: str(run), AGAIN: again},
                     submission_id=name,
                 )
             )
@@ -121,7 +125,8 @@ class Jobs:
         with _in_one_line(self.address):
             details = self._client.get_job_info(name)
 
-        run = (details.metadata or {}).get(RUN)
+        metadata = details.metadata or {}
+        run = metadata.get(RUN)
         variables = (details.runtime_env or {}).get("env_vars") or {}
         return Job(
             name=name,
@@ -130,6 +135,7 @@ class Jobs:
             exit_code=details.driver_exit_code,
             message=details.message or "",
             run=None if run is None else Path(run),
+            again=metadata.get(AGAIN),
             ends_softly=STOP_WAIT in variables,
         )
 

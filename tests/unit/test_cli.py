@@ -4,6 +4,7 @@ starts.
 
 import asyncio
 import json
+import re
 import shutil
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
@@ -377,6 +378,16 @@ def test_the_status_of_a_run_that_was_killed_says_what_continues_it(eopd, run):
     moved = f"--set run.directory={run} --set run.name=run"
     command = f"eopd train {directory.path}/config.yaml {moved} --resume"
     assert lines[-1] == f"continue with: {command}"
+
+
+def test_the_status_of_a_job_that_is_gone_says_that_it_is_submitted_again(eopd, run):
+    directory = RunDirectory(run / "run")
+    directory.write_summary(replace(RAN, status="running"))
+    config = directory.path / "config.yaml"
+    copy = "/tmp/ray/runtime_resources/working_dir_files/_ray_pkg_1/x.jsonl"
+    config.write_text(re.sub(r"\S+\.jsonl", copy, config.read_text()))
+    lines = eopd("status", directory.path).out.splitlines()
+    assert lines[-1] == "continue with: this job, submitted again with --resume auto"
 
 
 def test_an_export_needs_the_student_that_was_trained(eopd, run, files):

@@ -306,3 +306,35 @@ def test_subsets_and_splits_of_a_data_set_are_parts(tmp_path, monkeypatch):
     assert found.texts == {"0/1": "main_train a", "0/2": "main_train b", "1/1": "hard_test b"}
     with pytest.raises(ConfigError, match=r"prompts.data: .*:easy:train cannot be loaded: .*easy"):
         load(f"{folder}:easy:train", columns={"prompt": "question"})
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"a.jsonl": '{"prompt": "x"}', "b.csv": "prompt\ny"}, "1 .jsonl, 1 .csv"),
+        ({"train/a.csv": "prompt\ny", "train/b.tsv": "prompt\nz"}, "1 .csv, 1 .tsv"),
+        ({"a.csv.gz": "", "b.csv.gz": "", "c.parquet": ""}, "2 .csv, 1 .parquet"),
+    ],
+)
+def test_a_folder_of_several_kinds_of_files_is_not_read_in_part(tmp_path, files, found):
+    folder = tmp_path / "rows"
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+    with pytest.raises(ConfigError, match=r"rows holds files of several kinds \(") as raised:
+        load(f"{folder}:train")
+
+    assert sorted(found.split(", ")) == sorted(
+        str(raised.value).partition("(")[2].partition(")")[0].split(", ")
+    )
+
+
+def test_a_folder_of_one_kind_may_hold_what_is_no_rows(tmp_path):
+    folder = tmp_path / "rows"
+    (folder / ".cache").mkdir(parents=True)
+    write(folder / "a.jsonl", {"prompt": "x"})
+    write(folder / "b.ndjson", {"prompt": "y"})
+    (folder / ".cache" / "old.csv").write_text("prompt\nz")
+    (folder / "notes.txt").write_text("made by hand")
+    assert load(f"{folder}:train").texts == {"1": "x", "2": "y"}

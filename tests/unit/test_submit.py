@@ -50,7 +50,8 @@ class FakeClient:
 
         status, code = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         runtime_env = {"env_vars": {jobs.STOP_WAIT: "3600"}}
-        fields = {"metadata": {}, "runtime_env": runtime_env, "message": "", "entrypoint": "eopd"}
+        fields = {"runtime_env": runtime_env, "message": "", "entrypoint": "eopd"}
+        fields["metadata"] = self.asked.get("metadata", {})
         return SimpleNamespace(
             **(fields | self.details), status=SimpleNamespace(value=status), driver_exit_code=code
         )
@@ -277,7 +278,11 @@ def test_quoting_survives_and_a_stop_is_given_time(project, client, submit):
     words = shlex.split(client.asked["entrypoint"])
     assert words == ["eopd", "train", "c.yaml", *settings, "--resume"]
     assert client.asked["submission_id"] == "my-job"
-    assert client.asked["metadata"] == {"eopd_run": f"{project}/runs/r"}
+    again = ["eopd", "submit", "c.yaml", *settings, "--address", URL, "--resume", "auto"]
+    assert client.asked["metadata"] == {
+        "eopd_run": f"{project}/runs/r",
+        "eopd_again": shlex.join(again),
+    }
     assert client.asked["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "3600"}
 
 
@@ -468,11 +473,31 @@ def test_status_of_a_job_names_its_command_and_its_run(client, eopd, tmp_path):
     assert f"`eopd status {tmp_path}`" in lines[3]
 
 
+@pytest.mark.parametrize(
+    ("state", "is_told"),
+    [
+        (("RUNNING", None), False),
+        (("SUCCEEDED", 0), False),
+        (("FAILED", 2), False),  # a mistake: the same again would fail again
+        (("FAILED", 1), True),
+        (("STOPPED", None), True),
+    ],
+)
+def test_status_of_a_job_says_what_continues_it(client, eopd, state, is_told):
+    client.states, client.details = [state], {"metadata": {"eopd_again": "eopd submit c.yaml"}}
+    lines = eopd("status", "j", "--address", URL).out.splitlines()
+    told = "continue, in the folder that it was submitted from, with: eopd submit c.yaml"
+    assert (told in lines) == is_told
+
+
 def test_a_job_is_stopped_and_waited_for(client, eopd):
     client.states = [("RUNNING", None), ("RUNNING", None), ("STOPPED", None)]
+    client.details["metadata"] = {"eopd_again": "eopd submit c.yaml"}
     done = eopd("stop", "j", "--address", URL)
     assert (done.code, client.stopped) == (0, ["j"])
-    assert done.out.splitlines()[-1] == "job j has ended: STOPPED"
+    ended, advice = done.out.splitlines()[-2:]
+    assert ended == "job j has ended: STOPPED"
+    assert advice.endswith("submitted from, with: eopd submit c.yaml")
 
 
 def test_jobs_that_cannot_be_stopped_softly_are_left_alone(client, eopd):
