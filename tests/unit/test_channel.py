@@ -8,9 +8,10 @@ import pytest
 
 from eopd.roles import EngineDownError, LearnerDownError
 from eopd.types import PolicyVersion, WeightTransferError
-from eopd.weights import channel as module
-from eopd.weights.channel import BroadcastChannel, WeightSyncError
+from eopd.weights import sync as module
+from eopd.weights.channel import BroadcastChannel
 from eopd.weights.probe import Probe
+from eopd.weights.sync import WeightSyncError
 
 NEW = PolicyVersion(0, 7)
 
@@ -625,3 +626,20 @@ async def test_an_engine_that_is_dropped_while_weights_are_sent_costs_that_trans
     assert stats.num_bytes == 100 and lost == []
     assert [engine.serves for engine in engines] == [PolicyVersion(0, 0), NEW]
     assert channel.num_failures == 1
+
+
+async def test_the_last_words_of_an_engine_do_not_put_out_the_one_that_replaces_it():
+    class Slow(FakeEngine):
+        async def install_weights(self, version):
+            installing.set()
+            await asyncio.sleep(0.05)
+            raise EngineDownError("killed")
+
+    installing, lost = asyncio.Event(), []
+    channel = channel_of(FakeSender(), FakeEngine(), Slow(), lost=lost)
+    publishing = asyncio.create_task(channel.publish(NEW))
+    await installing.wait()
+    await channel.drop(1)
+    another = FakeEngine()
+    await asyncio.gather(publishing, channel.join(1, another))
+    assert (another.serves, lost) == (NEW, [])
