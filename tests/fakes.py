@@ -4,6 +4,7 @@ of the loop, and the files of a run.
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,7 @@ def pipeline(
     of: PromptOrder | None = None,
     ledger: Ledger | None = None,
     on_drop: Callable[[int, LostTrajectory], None] = lambda issue, lost: None,
+    clock: Callable[[], float] = time.monotonic,
     **plan: object,
 ) -> Pipeline:
     """The loop on a world: four trajectories a batch, two ranks, and what else ``plan`` says
@@ -264,6 +266,7 @@ def pipeline(
         ledger or Ledger(),
         Progress(),
         on_drop,
+        clock=clock,
     )
 
 

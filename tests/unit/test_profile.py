@@ -19,6 +19,7 @@ import rich.console
 from fakes import World
 
 from eopd.config import load_config
+from eopd.planning.virtual import VirtualLoop
 from eopd.runtime import cluster
 from eopd.runtime.profile import STEPS, Patience, _alone, _overlapped, cpu_seconds, stage_by_stage
 from eopd.telemetry.profile import (
@@ -351,20 +352,26 @@ def test_cpu_seconds_are_those_of_a_process_and_its_descendants():
     assert cpu_seconds(process.pid) == 0.0
 
 
-async def test_every_step_of_the_loop_is_accounted_for_and_so_is_the_time_between_two():
-    line = fakes.pipeline(Slow(), batch=4, batches=4)
-    ends, rows = [], []
-    async for done in line.steps(0):
-        ends.append(time.monotonic())
-        rows.append(step_row(done))
-        await asyncio.sleep(0.05)  # a checkpoint, say
+def test_every_step_of_the_loop_is_accounted_for_and_so_is_the_time_between_two():
+    async def run():
+        clock = asyncio.get_running_loop().time
+        ends, rows = [], []
+        async for done in fakes.pipeline(Slow(), batch=4, batches=4, clock=clock).steps(0):
+            ends.append(clock())
+            rows.append(step_row(done))
+            await asyncio.sleep(0.05)  # a checkpoint, say
 
-    assert [row["eopd_step_accounted_ratio"] for row in rows] == pytest.approx([1.0] * 4, abs=0.01)
-    assert rows[0]["eopd_between_steps_seconds"] == 0.0
+        return ends, rows
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        ends, rows = runner.run(run())
+
+    assert [row["eopd_step_accounted_ratio"] for row in rows] == pytest.approx([1.0] * 4)
+    between = [row["eopd_between_steps_seconds"] for row in rows]
+    assert between == pytest.approx([0.0, 0.05, 0.05, 0.05])
     for row, before, end in zip(rows[1:], ends, ends[1:], strict=False):
-        assert 0.05 <= row["eopd_between_steps_seconds"] < 0.15
         known = row["eopd_between_steps_seconds"] + row["eopd_step_seconds"]
-        assert known == pytest.approx(end - before, abs=0.01)
+        assert known == pytest.approx(end - before)
 
 
 @pytest.mark.parametrize(
