@@ -66,9 +66,9 @@ def _stop_job(name: str, address: str) -> None:
 
     if not job.ends_softly:
         raise ConfigError(
-            f"job {name}: was submitted without {STOP_WAIT}, so Ray would kill it after 3 s, and "
-            "the steps since its last checkpoint would be lost; `eopd stop RUN_DIRECTORY` ends it "
-            "with a checkpoint"
+            f"job {name}: was submitted without {STOP_WAIT}. Unless the head of the cluster sets it, "
+            "Ray would kill the job after 3 s, and the steps since its last checkpoint would be lost; "
+            "`eopd stop RUN_DIRECTORY` ends it with a checkpoint"
         )
 
     jobs.stop(name)

@@ -192,8 +192,9 @@ class PromptsConfig(Section):
     """
 
     overlong: Literal["error", "drop"] = "error"
-    """What becomes of longer prompts. ``error`` ends the command before the run starts; ``drop``
-    leaves them out and counts them.
+    """What becomes of longer prompts, and of those that are longer than
+    ``teachers[].max_prompt_tokens`` in the teacher's template. ``error`` ends the command before the
+    run starts; ``drop`` leaves them out, and a note counts them.
     """
 
     @property

@@ -75,7 +75,7 @@ class RunConfig(Section):
 
     on_stall: Literal["report", "end"] = "report"
     """What a stalled run does. ``report`` says who waits for whom and goes on; ``end`` also ends
-    the run, with exit code 1, for example to free a cluster.
+    the run, with exit code 1 and without another checkpoint, for example to free a cluster.
     """
 
     @property

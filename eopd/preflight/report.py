@@ -80,9 +80,6 @@ def notes(config: Config, prepared: Prepared) -> Iterator[str]:
     if why := config.waits_for_batch:
         yield f"the learner begins a step when its whole batch is there, because of {why}"
 
-    if dropped := prepared.train.num_dropped + prepared.held_out.num_dropped:
-        yield f"dropped {dropped} prompts of more than {config.prompts.max_tokens} tokens"
-
     of_benchmarks = itertools.chain(*(data.notes for data in prepared.benchmarks.values()))
     of_prompts = (*prepared.train.notes, *prepared.held_out.notes, *of_benchmarks)
     for note in (*of_prompts, *oddities(config), *_of_data(config, prepared), *_of_threads(config)):

@@ -31,7 +31,7 @@ def list_places(places: Sequence[str]) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
     """A prompt set holds rendered and tokenised prompts; ``parts`` has the same prompts by part of
-    the data, and ``num_dropped`` rows were too long.
+    the data.
 
     ``texts`` has the last text of the user, ``places`` the file and row, both by id of the prompt.
     ``notes`` say what is not taken as it stands in the data, and in how many rows.
@@ -41,7 +41,6 @@ class PromptSet:
     parts: tuple[tuple[PromptSample, ...], ...]
     texts: Mapping[str, str]
     places: Mapping[str, str]
-    num_dropped: int
     notes: tuple[str, ...]
 
     @classmethod
@@ -98,7 +97,6 @@ class PromptSet:
             parts=tuple(loaded),
             texts=loading.texts,
             places=loading.places,
-            num_dropped=loading.num_dropped,
             notes=tuple(loading.notes),
         )
 
@@ -130,7 +128,6 @@ class _Loading:
     keep_rows: bool
     texts: dict[str, str] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
-    num_dropped: int = 0
     notes: list[str] = field(default_factory=list)
 
     def part(self, part: Part, key: str, prefix: str) -> tuple[PromptSample, ...]:
@@ -149,21 +146,21 @@ class _Loading:
 
         for row in rows:
             try:
-                prompts += self._prompts(self._read(row, part.source, prefix), row.where, noted)
+                prompts.append(self._prompt(self._read(row, part.source, prefix), row.where, noted))
             except ConfigError as error:
                 faults.setdefault(str(error).replace(row.where, _ROW), []).append(row.where)
             except OverlongError as error:
-                overlong.setdefault(error.fault, []).append((error.num_tokens, row.where))
+                overlong.setdefault(error.limit, []).append((error.num_tokens, row.where))
 
-        if lines := [*_first(faults), *_longest(overlong, len(rows))]:
+        is_fault = self.config.overlong == "error"
+        if lines := [*_first(faults), *(_longest(overlong, len(rows)) if is_fault else ())]:
             raise ConfigError("\n".join(lines))
 
         if not prompts:
-            raise ConfigError(
-                f"{key}: {part.name}: all {len(rows)} rows are longer than prompts.max_tokens "
-                f"{self.config.max_tokens}"
-            )
+            limits = " or ".join(overlong)
+            raise ConfigError(f"{key}: {part.name}: all {len(rows)} rows are {limits}")
 
+        noted.update({f"left out, {limit}": len(rows) for limit, rows in overlong.items()})
         self.notes += [
             f"{key}: {number} of {len(rows)} rows: {note}" for note, number in noted.items()
         ]
@@ -185,18 +182,19 @@ class _Loading:
 
         return replace(question, prompt_id=prompt_id, source=source or question.source)
 
-    def _prompts(self, question: Question, where: str, noted: Counter[str]) -> list[PromptSample]:
-        """Returns the prompt of a question; none where it is too long, and such are dropped."""
+    def _prompt(self, question: Question, where: str, noted: Counter[str]) -> PromptSample:
+        """Returns the prompt of a question.
+
+        Raises:
+            ConfigError: it cannot be rendered.
+            OverlongError: it is too long, as the student reads it or as its teacher does.
+        """
         config = self.config
         student = student_rendering(config, self.tokenizer)
         token_ids, notes = student.token_ids(question.chat, question.tools, where)
         if len(token_ids) > config.max_tokens:
-            if config.overlong == "drop":
-                self.num_dropped += 1
-                return []
-
             raise OverlongError(
-                len(token_ids), f"{{rows}} longer than prompts.max_tokens {config.max_tokens}"
+                len(token_ids), f"longer than prompts.max_tokens {config.max_tokens}"
             )
 
         teacher_token_ids = None
@@ -206,7 +204,7 @@ class _Loading:
             notes += teacher_notes
 
         noted.update(list(dict.fromkeys([*question.notes, *notes])))
-        prompt = PromptSample(
+        return PromptSample(
             epoch=0,
             prompt_id=question.prompt_id,
             source=question.source,
@@ -215,7 +213,6 @@ class _Loading:
             teacher_token_ids=teacher_token_ids,
             row=question.row if self.keep_rows else None,
         )
-        return [prompt]
 
 
 def _first(faults: Mapping[str, Sequence[str]]) -> list[str]:
@@ -234,17 +231,16 @@ def _longest(overlong: Mapping[str, Sequence[tuple[int, str]]], num_rows: int) -
     enough.
     """
     lines = []
-    for fault, rows in overlong.items():
+    for limit, rows in overlong.items():
         num_tokens, where = max(rows, key=lambda tokens_and_place: tokens_and_place[0])
         count = f"{len(rows)} of {num_rows} rows {'is' if len(rows) == 1 else 'are'}"
         raised = f"raise the limit to {num_tokens}"
-        ways = f"or {raised}"
-        if "teachers." not in fault:
-            ways = f"{raised} (--max-prompt-tokens of eopd eval), or set prompts.overlong: drop"
+        if "teachers." not in limit:
+            raised += " (--max-prompt-tokens of eopd eval)"
 
         lines.append(
-            f"{where}: {fault.format(rows=count)}; this is the longest, with {num_tokens} tokens: "
-            f"shorten what is too long, {ways}"
+            f"{where}: {count} {limit}; this is the longest, with {num_tokens} tokens: shorten what "
+            f"is too long, {raised}, or set prompts.overlong: drop"
         )
 
     return lines

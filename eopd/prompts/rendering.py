@@ -42,14 +42,14 @@ class Tokenizer(Protocol):
 
 
 class OverlongError(Exception):
-    """A prompt has more tokens than it may have; ``fault`` names the limit, with ``{rows}`` in place
-    of its rows.
+    """A prompt has more tokens than it may have; ``limit`` says it, such as ``longer than
+    prompts.max_tokens 64``.
     """
 
-    def __init__(self, num_tokens: int, fault: str) -> None:
-        super().__init__(fault)
+    def __init__(self, num_tokens: int, limit: str) -> None:
+        super().__init__(limit)
         self.num_tokens = num_tokens
-        self.fault = fault
+        self.limit = limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

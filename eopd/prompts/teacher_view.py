@@ -110,7 +110,7 @@ class TeacherView:
         if len(token_ids) > self.max_tokens:
             raise OverlongError(
                 len(token_ids),
-                f"{{rows}} longer than teachers.{self.name}.max_prompt_tokens "
+                f"longer than teachers.{self.name}.max_prompt_tokens "
                 f"{self.max_tokens} in its template",
             )
 

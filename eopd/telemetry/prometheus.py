@@ -9,6 +9,7 @@ their tests, apart.
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -98,7 +99,7 @@ class PrometheusSink:
 
     def wait_for_scrape(self) -> None:
         """Wait until what was written last has been scraped, where somebody does that regularly: for
-        two of the pauses between scrapes, and no longer than ``_LAST_SCRAPE_S``.
+        two of the pauses between scrapes, and no longer than ``_LAST_SCRAPE_S``. Ctrl-C ends the wait.
         """
         latest = self._latest
         pause_s, now = latest.pause_s, time.monotonic()
@@ -106,8 +107,9 @@ class PrometheusSink:
             return
 
         until, seen = now + min(2 * pause_s, _LAST_SCRAPE_S), latest.scraped_at
-        while latest.scraped_at == seen and time.monotonic() < until:
-            time.sleep(_POLL_S)
+        with suppress(KeyboardInterrupt):
+            while latest.scraped_at == seen and time.monotonic() < until:
+                time.sleep(_POLL_S)
 
     def close(self) -> None:
         """Stop serving and free the port."""

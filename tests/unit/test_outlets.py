@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import threading
 import time
 import urllib.request
@@ -135,6 +136,19 @@ def test_a_run_that_ended_shows_it_until_it_was_scraped_once_more(tmp_path):
         show_end(endpoint)
         late.join()
         assert phase_of(seen[0]) == "ended"
+
+
+def test_ctrl_c_ends_the_wait_for_the_last_scrape_alone(tmp_path):
+    config = load_config(fakes.write_config(tmp_path), ["telemetry.port=0"])
+    with monitored(config) as endpoint:
+        scrape(f"http://{endpoint.address}/metrics")
+        time.sleep(2.0)
+        scrape(f"http://{endpoint.address}/metrics")
+        pressed = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+        started = time.monotonic()
+        pressed.start()
+        show_end(endpoint)
+        assert time.monotonic() - started < 2.0
 
 
 def test_nobody_waits_for_a_scrape_that_does_not_come(tmp_path):

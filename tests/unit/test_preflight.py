@@ -109,7 +109,7 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
         "  eos_remap   none",
         "  prompts     1 to train, 0 held out",
         "learner.zero_stage: 0 (auto: the fastest on one rank in float32)",
-        "dropped 1 prompts of more than 64 tokens",
+        "note: prompts.data: 1 of 5 rows: left out, longer than prompts.max_tokens 64",
         "note: checkpoint.every: 50 is above run.batches 1; the only one is at the end",
         "note: evaluation.prompts: 64 is above the 1 prompts of prompts.held_out; all of "
         "them are used",
@@ -187,6 +187,7 @@ def test_notes_compare_the_config_with_the_data(check):
         "cluster.cpus=9",
     )
     assert [line for line in shown.splitlines() if line.startswith("note")] == [
+        "note: prompts.data: 1 of 5 rows: left out, longer than prompts.max_tokens 64",
         "note: flow.batch_prompts: 5 is above the 4 prompts of prompts.data; a batch holds "
         "some of them more than once",
         "note: evaluation.prompts: 64 is above the 1 prompts of prompts.held_out; all of "
@@ -804,9 +805,7 @@ def test_a_function_that_cannot_be_used_is_one_message(functions, check, overrid
 
 def test_a_grader_of_the_user_is_tried_with_the_first_answer(functions, files):
     prompts = (fakes.prompt(answer="5"),)
-    data = PromptSet(
-        prompts=prompts, parts=(prompts,), texts={}, places={}, num_dropped=0, notes=()
-    )
+    data = PromptSet(prompts=prompts, parts=(prompts,), texts={}, places={}, notes=())
     preflight.require_readable_answers(data, "made_up:grade")
     words = "grader: made_up:perhaps: must return True, False or None (is 0.5)"
     with pytest.raises(ConfigError, match=re.escape(words)):

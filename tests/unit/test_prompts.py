@@ -78,8 +78,9 @@ def test_overlong_prompts_are_an_error_or_dropped_and_counted(tmp_path):
         load(tmp_path, *rows)
 
     kept = load(tmp_path, *rows, overlong="drop")
-    assert len(kept.prompts) == 1 and kept.num_dropped == 1
-    with pytest.raises(ConfigError, match="all 1 rows are longer"):
+    assert len(kept.prompts) == 1
+    assert kept.notes == ("prompts.data: 1 of 2 rows: left out, longer than prompts.max_tokens 6",)
+    with pytest.raises(ConfigError, match=r"all 1 rows are longer than prompts\.max_tokens 6"):
         load(tmp_path, rows[1], overlong="drop")
 
 
@@ -391,7 +392,14 @@ def test_what_is_too_long_for_a_teacher_is_one_line(tmp_path):
     assert str(caught.value) == (
         f"prompts.data: {tmp_path}/rows.jsonl:3: 2 of 3 rows are longer than "
         "teachers.t.max_prompt_tokens 6 in its template; this is the longest, with 9 "
-        "tokens: shorten what is too long, or raise the limit to 9"
+        "tokens: shorten what is too long, raise the limit to 9, or set prompts.overlong: drop"
+    )
+    path, settings = write(tmp_path, *rows), config(overlong="drop")
+    kept = PromptSet.load(path, settings, WordTokenizer(), {"math": view(max_tokens=6)}.get)
+    assert [prompt.prompt_id for prompt in kept.prompts] == ["1"]
+    assert kept.notes == (
+        "prompts.data: 2 of 3 rows: left out, longer than teachers.t.max_prompt_tokens 6 in "
+        "its template",
     )
 
 
