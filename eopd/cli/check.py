@@ -49,9 +49,11 @@ def _check_offline(config: Config) -> None:
 
 def _check(config: Config, *, live: bool) -> None:
     from eopd import preflight
+    from eopd.preflight.disk import require_disk
 
     resolved = preflight.pinned(config)
     prepared = preflight.prepare(resolved)
+    require_disk(resolved)
     for line in preflight.describe(resolved, prepared):
         typer.echo(line)
 

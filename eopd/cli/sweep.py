@@ -60,7 +60,9 @@ def sweep(
     from eopd.runtime.sweep import Sweep
 
     outlive_readers()
-    typer.echo(f"sweep {directory}: {len(runs)} runs of {len({run.arm for run in runs})} arms")
+    typer.echo(
+        f"sweep {directory}: {_counted(len(runs), 'run')} of {_counted(len({run.arm for run in runs}), 'arm')}"
+    )
     work = Sweep(directory, runs, grids, typer.echo)
     results = work.run(parallel)
 
@@ -123,3 +125,7 @@ def _options(grids: Sequence[str], seeds: str | None, parallel: int, name: str |
     words += [] if parallel == 1 else ["--parallel", str(parallel)]
     words += [] if name is None else ["--name", name]
     return words
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -196,6 +196,12 @@ def _prove_packing(student: Student) -> None:
         )
         for other in (ids, ids.flip(0))
     )
+    if not hidden.isfinite().all():
+        raise ValueError(
+            f"student.model: {_name(student)} gives numbers that are not finite: its weights hold "
+            f"such, or overflow in {hidden.dtype}"
+        )
+
     if not _close(hidden[length:], hidden_of_other[length:]):
         raise ValueError(
             f"student.model: {_name(student)} sees other sequences of a packed batch; it "

@@ -78,11 +78,29 @@ def prepare(config: Config) -> Prepared:
     return prepared
 
 
-def _prepared(config: Config) -> Prepared:
+def prepare_held_out(config: Config) -> PromptSet:
+    """Checks what a measurement on held-out prompts needs, and loads these. Training prompts and
+    benchmarks are not read: they may be gone.
+
+    Raises:
+        ConfigError: as ``prepare``, but of these.
+    """
+    with told_while_slow("checking models and reading prompts"):
+        _require_machine(config)
+        _vocabularies(config)
+        return load_held_out(config, load_tokenizer(model_directory(config.student.model)))
+
+
+def _require_machine(config: Config) -> None:
+    """Checks what is no model and no data; raises as ``prepare`` does."""
     require_environment(config)
     require_trackers(config.telemetry.trackers)
     require_native_options(config)
     _require_keys(config)
+
+
+def _prepared(config: Config) -> Prepared:
+    _require_machine(config)
     benchmarks = (benchmark.data for benchmark in config.evaluation.benchmarks)
     parts = chain(config.prompts.data, config.prompts.held_out, *benchmarks)
     data = [Path(part.name) for part in parts]
@@ -137,10 +155,8 @@ def _require_keys(config: Config) -> None:
 
 
 def _prepare(config: Config) -> Prepared:
-    student = model_directory(config.student.model, weights=True)
-    require_as_student(config, student)
-    vocabularies = {teacher.name: _vocabulary(config, teacher) for teacher in config.teachers}
-    tokenizer = load_tokenizer(student)
+    vocabularies = _vocabularies(config)
+    tokenizer = load_tokenizer(model_directory(config.student.model))
 
     return Prepared(
         train=load_train(config, tokenizer),
@@ -263,6 +279,12 @@ def load_benchmark(config: Config, benchmark: BenchmarkConfig, tokenizer: Tokeni
     require_answers(data)
     require_readable_answers(data, benchmark.grader)
     return data.in_turn()
+
+
+def _vocabularies(config: Config) -> Mapping[str, SharedVocabulary]:
+    """Checks all models; returns what each teacher shares with the student, by the teacher's name."""
+    require_as_student(config, model_directory(config.student.model, weights=True))
+    return {teacher.name: _vocabulary(config, teacher) for teacher in config.teachers}
 
 
 def _vocabulary(config: Config, teacher: TeacherConfig) -> SharedVocabulary:

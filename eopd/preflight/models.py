@@ -242,7 +242,15 @@ def _require_directory(directory: Path) -> None:
         )
 
     if not (directory / "config.json").is_file():
-        raise ConfigError(f"{directory} is no Hugging Face model directory (it has no config.json)")
+        hint = ""
+        if (directory / "config.yaml").is_file():
+            hint = (
+                f"; it is a run: its student is {directory / 'hf'}, which `eopd export` writes too"
+            )
+
+        raise ConfigError(
+            f"{directory} is no Hugging Face model directory (it has no config.json){hint}"
+        )
 
 
 def _require_generation_config(directory: Path) -> None:

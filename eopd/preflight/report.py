@@ -14,9 +14,10 @@ from eopd.config import Config
 from eopd.config.choices import choice_notes
 from eopd.config.prompts import names_of
 from eopd.plugins import sources
+from eopd.preflight.disk import disk_notes
 from eopd.preflight.environment import environment_notes, is_local
 from eopd.preflight.inputs import Prepared, prompts_by_teacher
-from eopd.types import PromptSample
+from eopd.types import PromptSample, Reference
 
 HIGH_LR: Final = 0.1
 MANY_BATCHES: Final = 1_000_000
@@ -82,7 +83,8 @@ def notes(config: Config, prepared: Prepared) -> Iterator[str]:
 
     of_benchmarks = itertools.chain(*(data.notes for data in prepared.benchmarks.values()))
     of_prompts = (*prepared.train.notes, *prepared.held_out.notes, *of_benchmarks)
-    for note in (*of_prompts, *oddities(config), *_of_data(config, prepared), *_of_threads(config)):
+    of_machine = (*_of_threads(config), *disk_notes(config))
+    for note in (*of_prompts, *oddities(config), *_of_data(config, prepared), *of_machine):
         yield f"note: {note}"
 
 
@@ -115,6 +117,9 @@ def _of_data(config: Config, prepared: Prepared) -> Iterator[str]:
             f"evaluation.prompts: {config.evaluation.prompts} is above the {len(held_out)} "
             "prompts of prompts.held_out; all of them are used"
         )
+
+    if repeated := len(train) - len({_read_of(prompt) for prompt in train}):
+        yield f"prompts.data: {repeated} of its {len(train)} prompts stand there more than once"
 
     seen = {prompt.token_ids.tobytes() for prompt in train}
     shared = sum(prompt.token_ids.tobytes() in seen for prompt in held_out)
@@ -213,8 +218,23 @@ def _of_flow(config: Config) -> Iterator[str]:
             "behind what is trained"
         )
 
+    for teacher in config.teachers:
+        is_same = teacher.model == config.student.model and teacher.template is None
+        if is_same and teacher.temperature == config.rollout.temperature:
+            yield (
+                f"teachers.{teacher.name}.model: is student.model, and reads the same prompts: it "
+                "teaches what the student does already; give it a template, or another model"
+            )
+
     if _held_out_is_data(config):
         yield "prompts.held_out: is prompts.data; held-out numbers are then those of training"
+
+
+def _read_of(prompt: PromptSample) -> tuple[bytes, bytes | None, Reference | None]:
+    """Returns what student, teacher and verifier read of a prompt."""
+    of_teacher = prompt.teacher_token_ids
+    shown = None if of_teacher is None else of_teacher.tobytes()
+    return prompt.token_ids.tobytes(), shown, prompt.reference_answer
 
 
 def _held_out_is_data(config: Config) -> bool:

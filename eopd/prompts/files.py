@@ -70,7 +70,12 @@ def read_data(
     try:
         rows = _read(spec, key)
     except OSError as error:
-        hint = "; it was uploaded with a job that is gone" if "/_ray_pkg_" in spec else ""
+        hint = ""
+        if "/_ray_pkg_" in spec:
+            hint = "; it was uploaded with a job that is gone: name a copy with --set"
+        elif "*" in spec:
+            hint = "; there are no patterns: name each file in a list, or a folder as FOLDER:train"
+
         raise ConfigError(
             f"{key}: {spec} cannot be read ({error.strerror or error}){hint}"
         ) from None

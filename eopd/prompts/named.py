@@ -1,7 +1,6 @@
 """Data sets by name, of the ``datasets`` library: their names are pinned to commits, and loaded."""
 
 import os
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -48,16 +47,8 @@ OTHER_SUFFIXES: Final = frozenset(
     ]
 )
 
-# Files that surely hold rows, and which of them are of one kind; a .json often says something about
-# others.
-KINDS: Final = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".arrow": "arrow",
-}
+ROW_SUFFIXES: Final = frozenset([".arrow", ".csv", ".jsonl", ".ndjson", ".parquet", ".tsv"])
+_SHOWN: Final = 3
 
 
 def names_a_data_set(spec: str) -> bool:
@@ -155,7 +146,7 @@ def load_named(name: DataName) -> "Dataset":
     import datasets
 
     if os.path.isdir(name.repository):
-        _require_one_kind(Path(name.repository))
+        _require_all_read(name)
 
     if not is_commit(name.revision):
         options = {} if name.revision is None else {"revision": name.revision}
@@ -182,30 +173,47 @@ def load_named(name: DataName) -> "Dataset":
     return builder.as_dataset(split=name.split)
 
 
-def _require_one_kind(folder: Path) -> None:
-    """Refuses a folder with rows in files of several kinds: the library would read the files of the
-    most frequent kind, and leave out the others without a word (``infer_module_for_data_files_list``
-    of datasets 5.2). A folder with a card of its own says itself which files it reads.
+def _require_all_read(name: DataName) -> None:
+    """Refuses a folder of which files with rows would be left out. Without a word the library reads the
+    most frequent kind of files alone; and where some names say a split (``train``, ``test``), it
+    leaves out those that say none (datasets 5.2). A folder with a card says itself what is read.
 
     Raises:
-        ConfigError: it has files of several kinds.
+        ConfigError: rows would be left out.
     """
+    import datasets
+
+    folder = Path(name.repository)
     if (folder / "README.md").is_file() or (folder / ".huggingface.yaml").is_file():
         return
 
-    counts = Counter(
-        suffix
-        for file in folder.rglob("*")
-        if not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
-        for suffix in file.suffixes
-        if suffix in KINDS
-    )
-    if len({KINDS[suffix] for suffix in counts}) > 1:
-        found = ", ".join(f"{number} {suffix}" for suffix, number in counts.items())
+    builder = datasets.load_dataset_builder(name.repository, name.subset)
+    splits = (builder.config.data_files or {}).values()
+    read = {Path(file) for files in splits for file in files}
+    left_out = [
+        str(path.relative_to(folder.resolve())) for path in _row_files(folder) if path not in read
+    ]
+    if left_out:
+        shown = ", ".join(left_out[:_SHOWN]) + (", ..." if left_out[_SHOWN:] else "")
         raise ConfigError(
-            f"{folder} holds files of several kinds ({found}), of which only the most frequent "
-            "would be read; give each kind a folder of its own, and name them both"
+            f"{folder}: {len(left_out)} of its files would be left out ({shown}): files of another "
+            "kind than most, or whose names say no split where others do; name each file in a list, "
+            "or give them folders of their own"
         )
+
+
+def _row_files(folder: Path) -> list[Path]:
+    """Returns the files below a folder that surely hold rows, in order; a .json often says something
+    about others.
+    """
+    return sorted(
+        path.resolve()
+        for path in folder.resolve().rglob("*")
+        if not ROW_SUFFIXES.isdisjoint(path.suffixes)
+        and not any(
+            part.startswith((".", "_")) for part in path.relative_to(folder.resolve()).parts
+        )
+    )
 
 
 def _cached(name: DataName) -> "Dataset | None":

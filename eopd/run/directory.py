@@ -223,7 +223,9 @@ class RunDirectory:
             raise ConfigError(f"{self.path} is being started by {starting}; look again in a moment")
 
         if not self.holds_a_run():
-            raise ConfigError(f"{self.path} holds no run (it has no config.yaml)")
+            is_sweep = (self.path / "sweep.json").exists()
+            hint = f"; it is a sweep, whose runs `eopd list {self.path}` shows" if is_sweep else ""
+            raise ConfigError(f"{self.path} holds no run (it has no config.yaml){hint}")
 
         return load_config(self._config)
 

@@ -40,6 +40,7 @@ POLL_S: Final = 1.0
 AWAY_S: Final = 120.0  # a head that is started again under a run that goes on
 AGENT_S: Final = 60.0  # a head that has just started has no agent yet, which is what starts jobs
 _NO_AGENT: Final = "No available agent"  # after 10 s; job_head.py of Ray 2.60
+_TAKEN: Final = "already exists"  # an id; job_manager.py of Ray 2.60
 _LONGEST: Final = 300
 _ENDED: Final = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -106,15 +107,27 @@ class Jobs:
                 the head of the cluster is not ready for jobs within ``AGENT_S``.
         """
         environment = {STOP_WAIT: str(STOP_WAIT_S), **variables}
-        with _in_one_line(self.address):
-            return _once_ready(
-                lambda: self._client.submit_job(
-                    entrypoint=command,
-                    runtime_env={"working_dir": str(directory), "env_vars": environment},
-                    metadata={RUN: str(run), AGAIN: again},
-                    submission_id=name,
-                )
+
+        def submit() -> str:
+            job = self._client.submit_job(
+                entrypoint=command,
+                runtime_env={"working_dir": str(directory), "env_vars": environment},
+                metadata={RUN: str(run), AGAIN: again},
+                submission_id=name,
             )
+            return str(job)
+
+        try:
+            with _in_one_line(self.address):
+                return _once_ready(submit)
+        except ConfigError as error:
+            if _TAKEN not in str(error):
+                raise
+
+            raise ConfigError(
+                f"--name: the cluster had a job {name} already, and takes each id once; leave "
+                "--name out, or choose another id"
+            ) from None
 
     def look_up(self, name: str) -> Job:
         """Returns what is known of a job.

@@ -9,7 +9,7 @@ from eopd.config import Config, TelemetryConfig
 from eopd.config.load import change_config
 from eopd.evaluation.held_out import measure_held_out
 from eopd.evaluation.summary import measurements
-from eopd.preflight import Prepared, prepare
+from eopd.preflight.inputs import prepare_held_out
 from eopd.roles import WorkerDownError
 from eopd.run.changes import changes, kind_of
 from eopd.run.checkpoint import step_of
@@ -18,7 +18,7 @@ from eopd.run.record import Measurement
 from eopd.runtime import cluster
 from eopd.runtime.placement import plan
 from eopd.runtime.supervisor import start_workers
-from eopd.types import RunFailedError
+from eopd.types import PromptSample, RunFailedError
 
 
 def measure_checkpoint(
@@ -84,19 +84,19 @@ def _is_noted(option: str) -> bool:
 def _measure_apart(
     config: Config, checkpoint: Path, say: Callable[[str], None]
 ) -> Mapping[str, Measurement]:
-    prepared = prepare(config)
+    prompts = prepare_held_out(config).prompts
     with cluster.connect(config.cluster):
         cluster.require_room(plan(config), config.cluster, say)
         try:
-            return asyncio.run(_measure(config, prepared, checkpoint, say))
+            return asyncio.run(_measure(config, prompts, checkpoint, say))
         except WorkerDownError as error:
             raise RunFailedError(f"a worker was lost: {error}") from error
 
 
 async def _measure(
-    config: Config, prepared: Prepared, checkpoint: Path, say: Callable[[str], None]
+    config: Config, prompts: Sequence[PromptSample], checkpoint: Path, say: Callable[[str], None]
 ) -> Mapping[str, Measurement]:
-    prompts, logs = prepared.held_out.prompts, cluster.log_directory()
+    logs = cluster.log_directory()
     async with start_workers(config, 0, prompts, say, logs=logs) as workers:
         await workers.learner.load(checkpoint / "learner")
         await workers.channel.publish(await workers.learner.version())
@@ -104,7 +104,7 @@ async def _measure(
             workers.engines,
             workers.teacher,
             workers.learner,
-            prepared.held_out.prompts,
+            prompts,
             config,
             when=f"after step {step_of(checkpoint)}",
             say=say,

@@ -25,6 +25,7 @@ from eopd.config.choices import with_choices_of
 from eopd.config.prompts import keys_of, names_of
 from eopd.ledger import Ledger
 from eopd.plugins import sources
+from eopd.preflight.disk import require_disk
 from eopd.run.changes import OTHER_CONTENTS, Change, changes
 from eopd.run.checkpoint import (
     STATE,
@@ -117,6 +118,7 @@ def take_up(
     new = TakenUp(directory=directory, config=config, inputs=inputs)
     if not checkpoints:
         require_no_broken(directory)
+        require_disk(config)
         return replace(new, notes=_begin(directory, resume))
 
     last = step_of(checkpoints[-1])
@@ -131,6 +133,7 @@ def take_up(
     if resume == "auto" and is_complete and last == config.run.batches:
         return replace(new, summary=summary, complete=True)
 
+    require_disk(config)
     checkpoint = _checkpoint_to_continue(directory, config, step)
     state = state_of(checkpoint)
     if config.guard.on_collapse == "stop":

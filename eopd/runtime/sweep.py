@@ -44,6 +44,7 @@ MAY_CHANGE: Final = ("run.batches",)  # a sweep can be made longer
 COMPUTED: Final = ("noted", "never")  # kinds of changes to what is computed
 ENDED: Final = ("completed", "collapsed")
 INTERRUPTED: Final = 130
+_OTHERS_SHOWN: Final = 3
 _LONGEST_ERROR: Final = 500
 
 Say = Callable[[str], None]
@@ -152,8 +153,21 @@ class Sweep:
                 error = before[entry.run.name]
                 self._say(f"{entry.run.name}: failed before ({error}); it is tried again")
 
+        if others := self._others():
+            some = ", ".join(others[:_OTHERS_SHOWN]) + (", ..." if others[_OTHERS_SHOWN:] else "")
+            self._say(
+                f"note: {len(others)} more runs lie in {self.directory}, which are not of this "
+                f"command: its table, {FILE} and its report leave them out ({some})"
+            )
+
         if done := sum(entry.status in ENDED for entry in self.entries):
             self._say(f"{done} of {len(self.entries)} runs are complete")
+
+    def _others(self) -> list[str]:
+        """Returns the names of runs of an earlier command, of which this one has not all arms or seeds."""
+        mine = {entry.directory.path for entry in self.entries}
+        runs = (config.parent for config in self.directory.glob("*/config.yaml"))
+        return sorted(path.name for path in runs if path not in mine)
 
     def _pin(self) -> None:
         """Puts the same commits behind the names of models and data in all runs: those that the first

@@ -1,5 +1,6 @@
 """``eopd list``: the runs of a directory at a glance, from their files."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from eopd.run.reading import read_rows
 from eopd.run.record import Summary
 from eopd.telemetry.plain import terminal
 
+_WIDEST: Final = 1000
 _UNITS: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
@@ -68,11 +70,14 @@ def _below(directory: Path) -> list[Path]:
 
 def print_runs(runs: Sequence[Listed], output: rich.console.Console | None = None) -> None:
     """Print runs as a table, and below it what cannot be read."""
-    output = output or terminal()
+    # a program that reads it wants whole names
+    output = output or terminal(width=None if sys.stdout.isatty() else _WIDEST)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("run", "status", "step", "held-out reverse KL", "changed"):
         right = heading in ("step", "held-out reverse KL", "changed")
-        table.add_column(heading, header_style="dim", justify="right" if right else "left")
+        table.add_column(
+            heading, header_style="dim", justify="right" if right else "left", overflow="fold"
+        )
 
     for run in runs:
         kl = "-" if run.reverse_kl is None else f"{run.reverse_kl:.3f}"

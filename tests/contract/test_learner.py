@@ -757,6 +757,15 @@ def test_a_state_that_leaks_between_packed_sequences_is_refused(tmp_path):
         tiny_student(FalconH1Config(**TINY, mamba_d_ssm=64, mamba_n_heads=8), tmp_path)
 
 
+def test_weights_that_are_not_finite_are_told_from_what_leaks(tmp_path):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
+    torch.nn.init.constant_(model.get_input_embeddings().weight, torch.nan)
+    model.save_pretrained(tmp_path)
+    config = StudentConfig(model=tmp_path, dtype="float32")
+    with pytest.raises(ValueError, match="gives numbers that are not finite: its weights hold"):
+        load_student(config, activation_checkpointing=False)
+
+
 # ---- options and schedule -------------------------------------------------------------------------------------------
 
 

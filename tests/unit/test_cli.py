@@ -9,6 +9,7 @@ import shutil
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fakes
 import pytest
@@ -566,7 +567,7 @@ def test_a_rank_that_is_lost_under_a_measurement_is_one_line(eopd, tmp_path, mon
     async def fails(*arguments):
         raise LearnerDownError("its actor died")
 
-    monkeypatch.setattr(measure, "prepare", lambda config: None)
+    monkeypatch.setattr(measure, "prepare_held_out", lambda config: SimpleNamespace(prompts=()))
     monkeypatch.setattr(measure.cluster, "connect", lambda config: nullcontext())
     monkeypatch.setattr(measure.cluster, "require_room", lambda *arguments: None)
     monkeypatch.setattr(measure, "_measure", fails)

@@ -85,6 +85,22 @@ def test_runs_are_listed_with_status_step_and_newest_reverse_kl(make, tmp_path, 
     ]
 
 
+def test_names_are_whole_where_no_terminal_shows_them(make, tmp_path, eopd):
+    names = [f"kv_cache_memory_bytes-1000-{'x' * 60}-seed-{seed}" for seed in (0, 1)]
+    for name in names:
+        make(name)
+
+    lines = eopd("list", tmp_path / "runs").out.splitlines()
+    assert {line.split()[0] for line in lines[1:]} == set(names)
+
+
+def test_a_sweep_is_no_run_and_said_to_be_one(tmp_path, eopd):
+    (tmp_path / "sweep.json").write_text("{}")
+    done = eopd("status", tmp_path)
+    assert done.code == 2
+    assert f"it is a sweep, whose runs `eopd list {tmp_path}` shows" in done.err
+
+
 def test_a_run_whose_rows_cannot_be_read_hides_no_other(make, tmp_path, eopd):
     make("sound", steps=1, summary=Summary(status="completed"))
     rows = make("barred", steps=1).path / "metrics.jsonl"

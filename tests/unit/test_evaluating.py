@@ -34,7 +34,6 @@ def prompt_set(prompts):
         parts=(tuple(prompts),),
         texts={prompt.prompt_id: "?" for prompt in prompts},
         places={},
-        num_dropped=0,
         notes=(),
     )
 

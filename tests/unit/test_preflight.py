@@ -179,6 +179,17 @@ def test_a_teacher_that_takes_no_system_message_is_named(files, tmp_path):
     )
 
 
+def test_rows_that_stand_twice_and_a_teacher_that_is_the_student_are_noted(check, files):
+    rows = (files / "train.jsonl").read_text().splitlines()[:2]
+    (files / "twice.jsonl").write_text("\n".join([*rows, *rows]).replace('"id"', '"was"') + "\n")
+    same = "teachers.1={name: far, model: {root}/student, dtype: float32}".replace(
+        "{root}", str(files)
+    )
+    _, shown = check("prompts.data={root}/twice.jsonl", same.replace("{", "{{").replace("}", "}}"))
+    assert "note: prompts.data: 2 of its 4 prompts stand there more than once" in shown
+    assert "note: teachers.far.model: is student.model, and reads the same prompts" in shown
+
+
 def test_notes_compare_the_config_with_the_data(check):
     _, shown = check(
         "flow.batch_prompts=5",

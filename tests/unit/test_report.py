@@ -633,6 +633,14 @@ def test_the_result_is_one_sentence_with_its_interval(run):
     )
 
 
+def test_no_share_is_told_of_a_distance_that_was_none(run):
+    ends = ((0, "before", 4e-8), (9, "after", 2.0))
+    before, after = (evaluation(step, phase, reverse_kl=kl) for step, phase, kl in ends)
+    assert sentence(run, before, after).startswith(
+        "The student went away, from 0.00 to 2.00 nats of its teacher, measured on"
+    )
+
+
 def test_the_table_has_the_error_of_a_paired_change(run, page):
     paired = {"differences": {"reverse_kl": {"mean": -2.5, "standard_error": 0.5}}}
     before, after = (

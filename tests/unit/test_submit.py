@@ -367,6 +367,17 @@ NO_AGENT = RuntimeError(
 )
 
 
+def test_an_id_that_was_used_before_is_a_mistake_of_the_option(project, client, submit):
+    reason = "Request failed with status code 500: Traceback\nValueError: Job with submission_id j "
+    client.faults = iter([RuntimeError(reason + "already exists. Please use a different one.")])
+    done = submit(write(project), "--name", "j")
+    assert done.code == 2
+    assert done.err == (
+        "error: --name: the cluster had a job j already, and takes each id once; leave --name out, "
+        "or choose another id\n"
+    )
+
+
 def test_a_cluster_that_has_just_started_is_waited_for(project, client, submit, caplog):
     client.faults = iter([NO_AGENT, NO_AGENT])
     done = submit(write(project), "--no-wait")

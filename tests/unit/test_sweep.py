@@ -144,6 +144,15 @@ def test_a_complete_sweep_is_left_as_it_is_and_can_grow(bench):
     assert bench.began()[4:] == NAMES[:2]
 
 
+def test_runs_that_a_smaller_sweep_leaves_out_are_named(bench):
+    bench.sweep(seeds=(0, 1)).run(1)
+    assert not any("more runs" in text for text in bench.said)
+    bench.sweep(seeds=(0,)).run(1)
+    (told,) = (text for text in bench.said if "more runs" in text)
+    assert told.startswith(f"note: 2 more runs lie in {bench.root}/runs/r-sweep, which are not of")
+    assert told.endswith("leave them out (gate-hard-seed-1, gate-never-seed-1)")
+
+
 def test_a_run_that_was_begun_with_other_settings_is_refused_before_any_starts(bench):
     bench.sweep(seeds=(1,)).run(1)
     with pytest.raises(ConfigError) as caught:

@@ -77,7 +77,9 @@ def result(run: RunRecord) -> str:
         )
 
     change = _difference(last, old, new)
-    percent = f" ({_signed(100 * change.mean / old.mean, '.0f')} %)" if old.mean > 0 else ""
+    percent = (
+        f" ({_signed(100 * change.mean / old.mean, '.0f')} %)" if round(old.mean, 2) > 0 else ""
+    )
     what = _verb(change).format(
         old=old.mean,
         new=new.mean,
