@@ -1,6 +1,7 @@
 """Data sets by name, of the ``datasets`` library: their names are pinned to commits, and loaded."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ OTHER_SUFFIXES: Final = frozenset(
 
 ROW_SUFFIXES: Final = frozenset([".arrow", ".csv", ".jsonl", ".ndjson", ".parquet", ".tsv"])
 _SHOWN: Final = 3
+_CONFIGS: Final = re.compile(rb"^configs:", re.MULTILINE)
 
 
 def names_a_data_set(spec: str) -> bool:
@@ -176,7 +178,8 @@ def load_named(name: DataName) -> "Dataset":
 def _require_all_read(name: DataName) -> None:
     """Refuses a folder of which files with rows would be left out. Without a word the library reads the
     most frequent kind of files alone; and where some names say a split (``train``, ``test``), it
-    leaves out those that say none (datasets 5.2). A folder with a card says itself what is read.
+    leaves out those that say none (datasets 5.2). A folder whose card has ``configs`` says itself what
+    is read.
 
     Raises:
         ConfigError: rows would be left out.
@@ -184,7 +187,8 @@ def _require_all_read(name: DataName) -> None:
     import datasets
 
     folder = Path(name.repository)
-    if (folder / "README.md").is_file() or (folder / ".huggingface.yaml").is_file():
+    cards = (folder / name for name in ("README.md", ".huggingface.yaml"))
+    if any(card.is_file() and _CONFIGS.search(card.read_bytes()) for card in cards):
         return
 
     builder = datasets.load_dataset_builder(name.repository, name.subset)

@@ -327,6 +327,7 @@ def test_a_folder_is_not_read_in_part(tmp_path, files, left_out):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
+    (folder / "README.md").write_text("Rows of mine.\n")
     told = f"rows: 1 of its files would be left out ({left_out}): "
     with pytest.raises(ConfigError, match=re.escape(told)):
         load(f"{folder}:train")
