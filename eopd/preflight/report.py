@@ -218,7 +218,7 @@ def _of_flow(config: Config) -> Iterator[str]:
             "behind what is trained"
         )
 
-    for teacher in config.teachers:
+    for teacher in config.teachers if config.loss.reward is None else ():
         is_same = teacher.model == config.student.model and teacher.template is None
         if is_same and teacher.temperature == config.rollout.temperature:
             yield (
