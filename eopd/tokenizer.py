@@ -40,12 +40,6 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     if not has_tokenizer(directory):
         raise ConfigError(f"{directory}: has no tokenizer ({', '.join(_VOCABULARY_FILES)})")
 
-    if not (directory / "tokenizer_config.json").is_file():
-        raise ConfigError(
-            f"{directory}: has no tokenizer_config.json, which names the end token and the chat "
-            "template; copy it from where the model came from"
-        )
-
     try:
         return AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False

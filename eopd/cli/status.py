@@ -37,7 +37,7 @@ def status(
 
     typer.echo(f"run directory: {job.run}")
     if RunDirectory(job.run).holds_a_run():
-        _print_run(job.run, is_job=True)
+        _print_run(job.run, is_told=job.again is not None)
     else:
         typer.echo(
             "it is not seen from this machine, or not begun; on one that sees it, `eopd status "
@@ -45,8 +45,8 @@ def status(
         )
 
 
-def _print_run(run: Path, *, is_job: bool = False) -> None:
-    """Prints how far a run is; what continues it too, unless it is a job that is told already."""
+def _print_run(run: Path, *, is_told: bool = False) -> None:
+    """Prints how far a run is, and what continues it, unless that is told already."""
     from eopd.run.directory import RunDirectory
     from eopd.run.evaluations import newest, read_evaluations
     from eopd.telemetry.console import PACE_WINDOW
@@ -61,7 +61,7 @@ def _print_run(run: Path, *, is_job: bool = False) -> None:
     if "/working_dir_files/" in (run / "config.yaml").read_text(encoding="utf-8"):
         again = JOB_AGAIN
 
-    advice = f"continue with: {again}" if stopped and not is_job else None
+    advice = f"continue with: {again}" if stopped and not is_told else None
     print_status(
         settings.name,
         status,

@@ -14,6 +14,7 @@ Four properties of DeepSpeed 0.19 shape this file.
   one number decides; ZeRO-0 in float32 has no such check, and gets it here.
 """
 
+import errno
 import io
 import math
 import os
@@ -350,7 +351,8 @@ def full_disk_is_an_oserror() -> Iterator[None]:
         if "inline_container.cc" not in str(error):
             raise
 
-        raise OSError(f"torch could not write all of it; is the disk full? ({error})") from error
+        what = f"torch could not write all of it; is the disk full? ({error})"
+        raise OSError(errno.ENOSPC, what) from error
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""Whether the disk of a run directory has room for checkpoints, from the sizes in the student's files.
+"""Whether the disk of a run that begins has room for checkpoints, from the sizes in the student's files.
 
-Of P parameters a checkpoint holds the weights in the student's type, AdamW's two moments in float32,
-and in half precision float32 masters: 12 P bytes in float32, 14 P in bfloat16. That is the least: what
-DeepSpeed stores twice, or adapters store besides, comes on top. Under LoRA it is the weights alone.
+Of P parameters a checkpoint holds 12 P bytes or more: weights and AdamW's two moments in float32, or in
+half precision float32 masters too. Under LoRA it is the weights alone, in the student's type.
 """
 
 import math
@@ -13,17 +12,20 @@ from pathlib import Path
 from eopd.config import Config, ConfigError
 from eopd.hub import model_directory
 from eopd.preflight.weights import read_tensors
+from eopd.run.place import holds_rows
+from eopd.tokenizer import read_json
 
 
 def require_disk(config: Config) -> None:
-    """Checks that a checkpoint of the run fits where it will be written.
+    """Checks that a checkpoint fits where a run that begins will write it. One that goes on has those
+    that it may remove.
 
     Raises:
         ConfigError: not even one does.
     """
     path, least = config.run.path, checkpoint_bytes(config)
     free = _free_bytes(path)
-    if free < least:
+    if not holds_rows(path) and free < least:
         raise ConfigError(
             f"run.directory: {_shown(free)} are free where {path} lies, and one checkpoint of this "
             f"student takes {_shown(least)} or more; free some space, or name another disk"
@@ -31,14 +33,15 @@ def require_disk(config: Config) -> None:
 
 
 def disk_notes(config: Config) -> Iterator[str]:
-    """Yields what the checkpoints of a run need, where that is more than is free: those that are kept,
-    and the one that is written before the oldest is removed.
+    """Yields what the checkpoints of a run that begins take, where that is more than is free: those that
+    are kept, and the one that is written before the oldest is removed.
     """
-    number, free = config.checkpoint.keep_last + 1, _free_bytes(config.run.path)
+    written = math.ceil(config.run.batches / config.checkpoint.every)
+    number, free = min(config.checkpoint.keep_last + 1, written), _free_bytes(config.run.path)
     needed = number * checkpoint_bytes(config)
-    if free < needed:
+    if not holds_rows(config.run.path) and free < needed:
         yield (
-            f"checkpoint.keep_last: {number} checkpoints, the newest beside those that are kept, take "
+            f"checkpoint.keep_last: the {number} checkpoints that lie there at a time take "
             f"{_shown(needed)} or more, and {_shown(free)} are free where {config.run.path} lies"
         )
 
@@ -46,20 +49,30 @@ def disk_notes(config: Config) -> Iterator[str]:
 def checkpoint_bytes(config: Config) -> int:
     """Returns what a checkpoint of the run takes at least; 0 where the student's files do not say."""
     try:
-        tensors = read_tensors(model_directory(config.student.model), standard_names=True) or {}
+        directory = model_directory(config.student.model)
+        tensors = dict(read_tensors(directory, standard_names=True) or {})
+        is_tied = bool(read_json(directory / "config.json").get("tie_word_embeddings"))
     except (ConfigError, ValueError, OSError):  # whoever reads the weights says so
         return 0
 
+    if is_tied:
+        tensors.pop("lm_head.weight", None)  # a copy, which some files hold
+
     width = 4 if config.student.chosen_dtype == "float32" else 2
-    optimizer = 8 if width == 4 else 12
-    of_parameter = width + (0 if config.student.lora is not None else optimizer)
+    of_parameter = 12 if config.student.lora is None else width
     return of_parameter * sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
-def _free_bytes(path: Path) -> int:
+def _free_bytes(path: Path) -> float:
+    """Returns the bytes that are free where a path belongs; infinity where its disk does not say."""
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    return shutil.disk_usage(there).free
+    try:
+        usage = shutil.disk_usage(there)
+    except OSError:
+        return math.inf
+
+    return usage.free if usage.total else math.inf
 
 
-def _shown(size: int) -> str:
+def _shown(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

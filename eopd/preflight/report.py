@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from eopd.config import Config
+from eopd.config import Config, TeacherConfig
 from eopd.config.choices import choice_notes
 from eopd.config.prompts import names_of
 from eopd.plugins import sources
@@ -118,8 +118,9 @@ def _of_data(config: Config, prepared: Prepared) -> Iterator[str]:
             "prompts of prompts.held_out; all of them are used"
         )
 
-    if repeated := len(train) - len({_read_of(prompt) for prompt in train}):
-        yield f"prompts.data: {repeated} of its {len(train)} prompts stand there more than once"
+    repeated = len(train) - len({_read_of(prompt) for prompt in train})
+    if repeated and not config.reads_rows:
+        yield f"prompts.data: {repeated} of its {len(train)} prompts are copies of others"
 
     seen = {prompt.token_ids.tobytes() for prompt in train}
     shared = sum(prompt.token_ids.tobytes() in seen for prompt in held_out)
@@ -218,23 +219,27 @@ def _of_flow(config: Config) -> Iterator[str]:
             "behind what is trained"
         )
 
-    for teacher in config.teachers if config.loss.reward is None else ():
-        is_same = teacher.model == config.student.model and teacher.template is None
-        if is_same and teacher.temperature == config.rollout.temperature:
-            yield (
-                f"teachers.{teacher.name}.model: is student.model, and reads the same prompts: it "
-                "teaches what the student does already; give it a template, or another model"
-            )
+    if config.loss.reward is None and all(_is_student(config, each) for each in config.teachers):
+        yield (
+            "teachers: all are student.model and read the same prompts, so they teach what the student "
+            "does already; give them a template, or another model"
+        )
 
     if _held_out_is_data(config):
         yield "prompts.held_out: is prompts.data; held-out numbers are then those of training"
 
 
-def _read_of(prompt: PromptSample) -> tuple[bytes, bytes | None, Reference | None]:
+def _is_student(config: Config, teacher: TeacherConfig) -> bool:
+    """Tells whether a teacher is the student as it begins, asked in the same way."""
+    is_same = teacher.model == config.student.model and teacher.template is None
+    return is_same and teacher.temperature == config.rollout.temperature
+
+
+def _read_of(prompt: PromptSample) -> tuple[str, bytes, bytes | None, Reference | None]:
     """Returns what student, teacher and verifier read of a prompt."""
     of_teacher = prompt.teacher_token_ids
     shown = None if of_teacher is None else of_teacher.tobytes()
-    return prompt.token_ids.tobytes(), shown, prompt.reference_answer
+    return prompt.source, prompt.token_ids.tobytes(), shown, prompt.reference_answer
 
 
 def _held_out_is_data(config: Config) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -49,6 +49,7 @@ OTHER_SUFFIXES: Final = frozenset(
 )
 
 ROW_SUFFIXES: Final = frozenset([".arrow", ".csv", ".jsonl", ".ndjson", ".parquet", ".tsv"])
+_SAVED_TO_DISK: Final = ("state.json", "dataset_dict.json")
 _SHOWN: Final = 3
 _CONFIGS: Final = re.compile(rb"^configs:", re.MULTILINE)
 
@@ -147,8 +148,12 @@ def load_named(name: DataName) -> "Dataset":
     """
     import datasets
 
-    if os.path.isdir(name.repository):
-        _require_all_read(name)
+    folder = Path(name.repository)
+    if folder.is_dir() and not any((folder / mark).exists() for mark in _SAVED_TO_DISK):
+        builder = datasets.load_dataset_builder(name.repository, name.subset)
+        _require_all_read(folder, builder.config.data_files or {})
+        builder.download_and_prepare()
+        return builder.as_dataset(split=name.split)
 
     if not is_commit(name.revision):
         options = {} if name.revision is None else {"revision": name.revision}
@@ -175,49 +180,50 @@ def load_named(name: DataName) -> "Dataset":
     return builder.as_dataset(split=name.split)
 
 
-def _require_all_read(name: DataName) -> None:
+def _require_all_read(folder: Path, by_split: Mapping[str, Iterable[str]]) -> None:
     """Refuses a folder of which files with rows would be left out. Without a word the library reads the
     most frequent kind of files alone; and where some names say a split (``train``, ``test``), it
     leaves out those that say none (datasets 5.2). A folder whose card has ``configs`` says itself what
     is read.
 
+    Args:
+        folder: where they lie.
+        by_split: the files that the library reads, by absolute path, of every split.
+
     Raises:
         ConfigError: rows would be left out.
     """
-    import datasets
-
-    folder = Path(name.repository)
-    cards = (folder / name for name in ("README.md", ".huggingface.yaml"))
-    if any(card.is_file() and _CONFIGS.search(card.read_bytes()) for card in cards):
-        return
-
-    builder = datasets.load_dataset_builder(name.repository, name.subset)
-    splits = (builder.config.data_files or {}).values()
-    read = {Path(file) for files in splits for file in files}
-    left_out = [
-        str(path.relative_to(folder.resolve())) for path in _row_files(folder) if path not in read
-    ]
-    if left_out:
+    root = folder.resolve()
+    read = {Path(file) for files in by_split.values() for file in files}
+    left_out = [str(path.relative_to(root)) for path in _row_files(root) if path not in read]
+    if left_out and not _says_what_is_read(folder):
         shown = ", ".join(left_out[:_SHOWN]) + (", ..." if left_out[_SHOWN:] else "")
         raise ConfigError(
             f"{folder}: {len(left_out)} of its files would be left out ({shown}): files of another "
-            "kind than most, or whose names say no split where others do; name each file in a list, "
-            "or give them folders of their own"
+            "kind than most, or whose names say no split where others do; move them to a folder of "
+            "their own, or say by `configs` in a README.md what is read"
         )
 
 
-def _row_files(folder: Path) -> list[Path]:
+def _row_files(root: Path) -> list[Path]:
     """Returns the files below a folder that surely hold rows, in order; a .json often says something
     about others.
     """
     return sorted(
-        path.resolve()
-        for path in folder.resolve().rglob("*")
-        if not ROW_SUFFIXES.isdisjoint(path.suffixes)
-        and not any(
-            part.startswith((".", "_")) for part in path.relative_to(folder.resolve()).parts
-        )
+        path
+        for path in root.rglob("*")
+        if not ROW_SUFFIXES.isdisjoint(suffix.lower() for suffix in path.suffixes)
+        and not any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
+        and path.is_file()
     )
+
+
+def _says_what_is_read(folder: Path) -> bool:
+    """Whether the card of a folder has ``configs``: at the top of its README, or in a file alone."""
+    readme, alone = folder / "README.md", folder / ".huggingface.yaml"
+    top = readme.read_bytes().split(b"---")[1:2] if readme.is_file() else []
+    texts = [*top, alone.read_bytes()] if alone.is_file() else top
+    return any(_CONFIGS.search(text) for text in texts)
 
 
 def _cached(name: DataName) -> "Dataset | None":

@@ -121,7 +121,7 @@ class Jobs:
             with _in_one_line(self.address):
                 return _once_ready(submit)
         except ConfigError as error:
-            if _TAKEN not in str(error):
+            if name is None or _TAKEN not in str(error):
                 raise
 
             raise ConfigError(

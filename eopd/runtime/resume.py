@@ -118,8 +118,9 @@ def take_up(
     new = TakenUp(directory=directory, config=config, inputs=inputs)
     if not checkpoints:
         require_no_broken(directory)
+        begun = replace(new, notes=_begin(directory, resume))
         require_disk(config)
-        return replace(new, notes=_begin(directory, resume))
+        return begun
 
     last = step_of(checkpoints[-1])
     if resume == "no":
@@ -133,7 +134,6 @@ def take_up(
     if resume == "auto" and is_complete and last == config.run.batches:
         return replace(new, summary=summary, complete=True)
 
-    require_disk(config)
     checkpoint = _checkpoint_to_continue(directory, config, step)
     state = state_of(checkpoint)
     if config.guard.on_collapse == "stop":

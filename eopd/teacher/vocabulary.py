@@ -84,7 +84,8 @@ def require_same_vocabulary(
             usual=(tokenizers[0].eos_token_id, tokenizers[1].eos_token_id),
         )
     except ConfigError as error:
-        raise ConfigError(f"student {student}, teacher {teacher}: {error}") from None
+        told = f"student {student}, teacher {teacher}: {error}{_guessed(student, teacher)}"
+        raise ConfigError(told) from None
 
     num_ids = min(1 + max(names), *rows)
 
@@ -96,6 +97,20 @@ def require_same_vocabulary(
         student_ends=student_ends,
         teacher_ends=teacher_ends,
         notes=(*_padding(num_ids, *rows), *_harmless(*tokenizers)),
+    )
+
+
+def _guessed(*directories: Path) -> str:
+    """Returns a remark on end tokens, where a tokenizer does not name its own: transformers then takes
+    that of its family.
+    """
+    lacking = [str(path) for path in directories if not (path / "tokenizer_config.json").is_file()]
+    if not lacking:
+        return ""
+
+    return (
+        f"; but first: {' and '.join(lacking)} without tokenizer_config.json, in whose place a token "
+        "was guessed: copy that file from where the model came from"
     )
 
 

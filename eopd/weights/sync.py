@@ -178,10 +178,8 @@ class Sync:
 
     async def _connect(self) -> None:
         """Build a group of the sender and the engines."""
-        connection, members = (
-            self._connection,
-            dict(self.engines),
-        )  # one of them may be dropped meanwhile
+        connection = self._connection
+        members = dict(self.engines)  # one of them may be dropped meanwhile
         connection.doing = "building the group"
         infos = await connection.sender.open(len(members), secrets.token_hex(16))
         accepting = asyncio.ensure_future(connection.sender.accept())

@@ -32,6 +32,7 @@ from gang import (
 from eopd.cli.main import main
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.run.checkpoint import write_manifest
+from eopd.run.storage import StorageError
 from eopd.types import OptimizerStep, PackedBatch, PolicyVersion, ScoredTrajectory, Stored
 
 VOCABULARY = 277  # no weight has a multiple of three entries: shards are padded
@@ -413,9 +414,13 @@ def test_what_torch_says_of_a_full_disk_becomes_an_oserror(tmp_path):
 
     try:
         with (
-            pytest.raises(OSError, match="torch could not write all of it; is the disk full"),
+            pytest.raises(
+                OSError, match="torch could not write all of it; is the disk full"
+            ) as full,
             full_disk_is_an_oserror(),
         ):
             torch.save(torch.zeros(100_000), tmp_path / "weights.pt")
+
+        assert "free some space" in str(StorageError.of(tmp_path / "step-1", full.value, ""))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -267,10 +267,6 @@ def header(directory: Path, tree: object) -> None:
             ),
             "DIR: its tokenizer cannot be loaded: ",
         ),
-        (
-            lambda d: (d / "tokenizer_config.json").unlink(),
-            "DIR: has no tokenizer_config.json, which names the end token and the chat template",
-        ),
     ],
 )
 def test_one_thing_wrong_is_told_in_one_sentence(directory, damage, message):

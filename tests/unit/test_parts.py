@@ -327,7 +327,7 @@ def test_a_folder_is_not_read_in_part(tmp_path, files, left_out):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
-    (folder / "README.md").write_text("Rows of mine.\n")
+    (folder / "README.md").write_text("Rows of mine.\nconfigs: none\n")
     told = f"rows: 1 of its files would be left out ({left_out}): "
     with pytest.raises(ConfigError, match=re.escape(told)):
         load(f"{folder}:train")
@@ -341,3 +341,16 @@ def test_a_folder_of_one_kind_may_hold_what_is_no_rows(tmp_path):
     (folder / ".cache" / "old.csv").write_text("prompt\nz")
     (folder / "notes.txt").write_text("made by hand")
     assert load(f"{folder}:train").texts == {"1": "x", "2": "y"}
+
+
+def test_a_folder_may_hold_links_and_folders_named_like_files(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    write(tmp_path / "blobs" / "1f", {"prompt": "x"})
+    folder = tmp_path / "rows"
+    (folder / "part.jsonl").mkdir(parents=True)
+    (folder / "train.jsonl").symlink_to(tmp_path / "blobs" / "1f")
+    (folder / "part.jsonl" / "train-0.jsonl").symlink_to(tmp_path / "blobs" / "1f")
+    assert len(load(f"{folder}:train").prompts) == 2
+    (folder / "more.JSONL").write_text('{"prompt": "y"}')
+    with pytest.raises(ConfigError, match=r"1 of its files would be left out \(more.JSONL\)"):
+        load(f"{folder}:train")

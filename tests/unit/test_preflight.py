@@ -179,15 +179,28 @@ def test_a_teacher_that_takes_no_system_message_is_named(files, tmp_path):
     )
 
 
-def test_rows_that_stand_twice_and_a_teacher_that_is_the_student_are_noted(check, files):
+def test_rows_that_stand_twice_are_noted(check, files):
     rows = (files / "train.jsonl").read_text().splitlines()[:2]
-    (files / "twice.jsonl").write_text("\n".join([*rows, *rows]).replace('"id"', '"was"') + "\n")
-    same = "teachers.1={name: far, model: {root}/student, dtype: float32}".replace(
-        "{root}", str(files)
-    )
-    _, shown = check("prompts.data={root}/twice.jsonl", same.replace("{", "{{").replace("}", "}}"))
-    assert "note: prompts.data: 2 of its 4 prompts stand there more than once" in shown
-    assert "note: teachers.far.model: is student.model, and reads the same prompts" in shown
+    text = "\n".join([*rows, *rows]).replace('"id"', '"was"')
+    (files / "twice.jsonl").write_text(f"{text}\n")
+    _, shown = check("prompts.data={root}/twice.jsonl")
+    assert "note: prompts.data: 2 of its 4 prompts are copies of others" in shown
+
+
+def test_a_teacher_that_is_the_student_is_noted_where_nothing_else_teaches(check):
+    far = "backend: eopd, dtype: float32, server: {{url: 'http://far:8000'}}"
+    same = "{{name: a, model: {root}/student}}"
+    other = f"{{{{name: b, model: {{root}}/base, {far}}}}}"
+    note = "note: teachers: all are student.model and read the same prompts"
+    shared = ["student.dtype=float32", "teachers.0.dtype=float32"]
+    assert note in check(f"teachers=[{same}]", *shared)[1]
+    for told_more in (
+        [f"teachers=[{same[:-2]}, sources: [chat, math]}}}}, {other}]"],
+        [f"teachers=[{same}]", "teachers.0.temperature=0.5"],
+        [f"teachers=[{same}]", "teachers.0.template='{{{{ prompt }}}} please'"],
+    ):
+        code, shown = check(*told_more, *shared)
+        assert (code, note in shown) == (0, False), shown
 
 
 def test_notes_compare_the_config_with_the_data(check):

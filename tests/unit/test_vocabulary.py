@@ -236,6 +236,23 @@ def test_what_a_remap_alone_cannot_mend_is_said(tmp_path, own, theirs, advice):
     assert f"never stop; {advice}" in str(refused.value)
 
 
+def test_an_end_token_that_was_guessed_is_said_to_be(tmp_path):
+    student = ending(tmp_path / "student", IM_END)
+    teacher = ending(tmp_path / "teacher", IM_END, END)
+    with pytest.raises(ConfigError) as refused:
+        require_same_vocabulary(student, teacher, {})
+
+    assert "guessed" not in str(refused.value)
+    (teacher / "tokenizer_config.json").unlink()
+    load_tokenizer.cache_clear()
+    with pytest.raises(ConfigError) as refused:
+        require_same_vocabulary(student, teacher, {})
+
+    assert f"but first: {teacher} without tokenizer_config.json, in whose place" in str(
+        refused.value
+    )
+
+
 @pytest.mark.parametrize(
     ("own", "theirs", "remap", "message"),
     [

@@ -12,7 +12,6 @@ from typing import Any, Final
 from eopd.run.changes import kind_of
 from eopd.run.evaluations import Evaluation
 from eopd.run.record import Best, Measurement
-from eopd.telemetry.console import clock
 from eopd.telemetry.report.reading import HELD_OUT, SHOWN, Record, RunRecord, parts
 
 MINUS: Final = "\u2212"
@@ -29,7 +28,7 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
     changes = measured[-1].differences if measured else {}
     age = {}
     if run.summary.status == "running":
-        age = {"since then": clock(time.time() - last["time"])}
+        age = {"since then": clock(max(0.0, time.time() - last["time"]))}
 
     rows = {
         name: _change(label, unit, before.get(name), after.get(name), changes.get(name))
@@ -213,3 +212,10 @@ def _settings(run: RunRecord, section: str) -> Mapping[str, object]:
 
 def _measured(measurement: Measurement | None) -> str:
     return "-" if measurement is None else measurement.shown()
+
+
+def clock(seconds: float) -> str:
+    """Returns seconds as hours, minutes and seconds."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}"
