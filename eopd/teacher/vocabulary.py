@@ -84,7 +84,7 @@ def require_same_vocabulary(
             usual=(tokenizers[0].eos_token_id, tokenizers[1].eos_token_id),
         )
     except ConfigError as error:
-        told = f"student {student}, teacher {teacher}: {error}{_guessed(student, teacher)}"
+        told = f"student {student}, teacher {teacher}: {_guessed(student, teacher)}{error}"
         raise ConfigError(told) from None
 
     num_ids = min(1 + max(names), *rows)
@@ -109,8 +109,8 @@ def _guessed(*directories: Path) -> str:
         return ""
 
     return (
-        f"; but first: {' and '.join(lacking)} without tokenizer_config.json, in whose place a token "
-        "was guessed: copy that file from where the model came from"
+        f"first copy tokenizer_config.json into {' and '.join(lacking)}, from where the model came: "
+        "without it an end token was guessed; as it is, "
     )
 
 
