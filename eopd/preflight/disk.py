@@ -5,14 +5,13 @@ half precision float32 masters too. Under LoRA it is the weights alone, in the s
 """
 
 import math
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 from eopd.config import Config, ConfigError
 from eopd.hub import model_directory
 from eopd.preflight.weights import read_tensors
 from eopd.run.place import holds_rows
+from eopd.run.storage import free_bytes
 from eopd.tokenizer import read_json
 
 
@@ -24,7 +23,7 @@ def require_disk(config: Config) -> None:
         ConfigError: not even one does.
     """
     path, least = config.run.path, checkpoint_bytes(config)
-    free = _free_bytes(path)
+    free = free_bytes(path)
     if not holds_rows(path) and free < least:
         raise ConfigError(
             f"run.directory: {_shown(free)} are free where {path} lies, and one checkpoint of this "
@@ -37,7 +36,7 @@ def disk_notes(config: Config) -> Iterator[str]:
     are kept, and the one that is written before the oldest is removed.
     """
     written = math.ceil(config.run.batches / config.checkpoint.every)
-    number, free = min(config.checkpoint.keep_last + 1, written), _free_bytes(config.run.path)
+    number, free = min(config.checkpoint.keep_last + 1, written), free_bytes(config.run.path)
     needed = number * checkpoint_bytes(config)
     if not holds_rows(config.run.path) and free < needed:
         yield (
@@ -61,17 +60,6 @@ def checkpoint_bytes(config: Config) -> int:
     width = 4 if config.student.chosen_dtype == "float32" else 2
     of_parameter = 12 if config.student.lora is None else width
     return of_parameter * sum(math.prod(tensor.shape) for tensor in tensors.values())
-
-
-def _free_bytes(path: Path) -> float:
-    """Returns the bytes that are free where a path belongs; infinity where its disk does not say."""
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    try:
-        usage = shutil.disk_usage(there)
-    except OSError:
-        return math.inf
-
-    return usage.free if usage.total else math.inf
 
 
 def _shown(size: float) -> str:

@@ -1,6 +1,7 @@
 """The files of a run reach the disk whole or not at all; where one does not, the error says what to do."""
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,8 @@ class StorageError(RunFailedError):
         # the message of an actor's error has a traceback, that of its cause has none
         cause: object = getattr(error, "cause", error)
         number = getattr(cause, "errno", error.errno)
-        free = _free_bytes(path)
+        known = free_bytes(path)
+        free = "an unknown number of" if known == math.inf else f"{known:,}"
         if number in _CLOSED:
             remedy = "look at who may write there."
         elif number in _FULL:
@@ -94,10 +96,12 @@ def force(path: Path) -> None:
         os.close(descriptor)
 
 
-def _free_bytes(path: Path) -> str:
-    """Returns how many bytes are free where a file belongs; the disk may not say so any more."""
+def free_bytes(path: Path) -> float:
+    """Returns the bytes that are free where a path belongs; infinity where its disk does not say."""
     try:
-        there = next(parent for parent in path.absolute().parents if parent.exists())
-        return f"{shutil.disk_usage(there).free:,}"
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+        usage = shutil.disk_usage(there)
     except OSError:
-        return "an unknown number of"
+        return math.inf
+
+    return usage.free if usage.total else math.inf

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from eopd.config import ConfigError, load_config
-from eopd.preflight import disk
 from eopd.preflight.disk import checkpoint_bytes, disk_notes, require_disk
 from eopd.run.directory import RunDirectory
 from eopd.runtime.resume import take_up
@@ -33,7 +32,7 @@ def num_parameters(checked_model):
 def free(monkeypatch):
     def leave(number, total=1):
         usage = SimpleNamespace(free=number, total=total)
-        monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
     return leave
 
