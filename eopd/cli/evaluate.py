@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
+from eopd.cli.like import Like, note_of_others
 from eopd.cli.mappings import read_mapping
 from eopd.cli.paths import require_file
 from eopd.cli.scores import score_lines, score_record
@@ -112,6 +113,7 @@ _Json = Annotated[
 def evaluate(
     model: _Model,
     data: _Data,
+    like: Like = None,
     grader: _Grader = "exact",
     n: _N = 8,
     k: _K = None,
@@ -136,7 +138,7 @@ def evaluate(
     as_json: _Json = False,
 ) -> None:
     """Sample answers and grade them: avg@n and pass@k, with standard errors, and a count of
-    every verdict.
+    every verdict. `--like RUN` asks and writes as that run does.
     """
     ks = _ks(k, n)
     if output is not None:
@@ -155,17 +157,17 @@ def evaluate(
         BenchmarkConfig, OPTION_OF, name="eval", data=data, grader=grader, **sampling
     )
 
+    settings = _settings(student, rollout, prompts, benchmark) | {"k": list(ks), "seed": seed}
+    if like is None and (note := note_of_others(model, settings)):
+        typer.echo(f"note: {note}", err=True)
+
     from eopd.runtime.evaluate import evaluate_model
 
     evaluated = evaluate_model(
         student, rollout, prompts, benchmark, seed, ClusterConfig(), partial(typer.echo, err=True)
     )
-    if as_json:
-        settings = _settings(student, rollout, prompts, benchmark) | {"k": list(ks), "seed": seed}
-        typer.echo(_record(evaluated, n, ks, settings))
-    else:
-        typer.echo("\n".join(score_lines(evaluated.result, n, ks)))
-
+    scores = score_lines(evaluated.result, n, ks)
+    typer.echo(_record(evaluated, n, ks, settings) if as_json else "\n".join(scores))
     if output is not None:
         evaluated.result.write_prompts(output)
 

@@ -3,6 +3,7 @@ starts.
 """
 
 import asyncio
+import inspect
 import json
 import re
 import shutil
@@ -17,8 +18,17 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from eopd.cli.evaluate import evaluate as evaluate_command
+from eopd.cli.like import settings_of
 from eopd.cli.scores import score_lines, score_record
-from eopd.config import ConfigError, load_config
+from eopd.config import (
+    ConfigError,
+    PromptsConfig,
+    RolloutConfig,
+    StudentConfig,
+    dump_config,
+    load_config,
+)
 from eopd.evaluation.benchmarks import Answer, BenchmarkResult, PromptResult
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 from eopd.rewards.verdict import Verdict
@@ -682,6 +692,79 @@ def test_eval_prints_scores_and_every_verdict(eopd, files, monkeypatch):
         "not graded: prompts 2: the grader failed, or cannot read the accepted answer; "
         "these count as wrong",
     ]
+
+
+LIKE = (
+    "prompts={data: rows.jsonl, held_out: rows.jsonl, suffix: ' Think.', system: Sums.,"
+    " template_options: {enable_thinking: false, words: 'a: [b'}, max_tokens: 300}",
+    "rollout={temperature: 0.6, max_response_tokens: 77, threads: 3, timeout_s: 99,"
+    " vllm: {max_num_seqs: 5}}",
+    "student.dtype=float32",
+)
+
+
+@pytest.fixture
+def trained(files, tmp_path):
+    """A run directory with settings of its own, whose student was written."""
+    config = load_config(files / "c.yaml", LIKE)
+    directory = tmp_path / "trained"
+    directory.mkdir()
+    (directory / "config.yaml").write_text(dump_config(config))
+    shutil.copytree(files / "model", directory / "hf")
+    return directory
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What ``eopd eval`` asks for, each time."""
+    asked = []
+    result = BenchmarkResult(prompts=(judged("1", StopReason.LENGTH, [(Verdict.CORRECT, 4)], 0),))
+    monkeypatch.setattr(
+        "eopd.runtime.evaluate.evaluate_model", lambda *given: asked.append(given) or of(result)
+    )
+    return asked
+
+
+def test_eval_like_a_run_has_its_settings_and_what_is_given_wins(eopd, files, trained, asked):
+    options = ("--like", trained, "--n", "1", "--suffix", " Now.", "--vllm", "seed=1")
+    done = eopd("eval", files / "model", files / "rows.jsonl", *options)
+    assert (done.code, done.err) == (0, "")
+    ((student, rollout, prompts, benchmark, *_),) = asked
+    assert (prompts.system, prompts.suffix, prompts.max_tokens) == ("Sums.", " Now.", 300)
+    assert prompts.template_options == {"enable_thinking": False, "words": "a: [b"}
+    assert (benchmark.temperature, rollout.max_response_tokens) == (0.6, 77)
+    assert (rollout.threads, rollout.timeout_s, rollout.vllm) == (3, 99.0, {"seed": 1})
+    assert student.dtype == "float32"
+
+
+def test_every_setting_that_a_run_and_an_eval_share_is_taken(trained):
+    """An option of the name of a key of the run's sections is one that they share."""
+    sections = (RolloutConfig, PromptsConfig, StudentConfig)
+    keys = {key for section in sections for key in section.model_fields}
+    named = {"timeout": "timeout_s", "max_prompt_tokens": "max_tokens"}
+    options = set(inspect.signature(evaluate_command).parameters)
+    shared = {option for option in options if named.get(option, option) in keys}
+    assert set(settings_of(RunDirectory(trained).config())) == shared - {"data", "model", "columns"}
+
+
+def test_an_eval_of_a_runs_student_under_other_settings_says_so(eopd, files, trained, asked):
+    rows = files / "rows.jsonl"
+    done = eopd("eval", trained / "hf", rows, "--n", "1", "--system", "Sums.")
+    assert done.err == (
+        "note: the run that wrote it had template_options {enable_thinking: false, words: 'a: [b'} "
+        "(here {}), suffix ' Think.' (here ''), temperature 0.6 (here 1.0), "
+        "max_response_tokens 77 (here 1024); "
+        f"--like {trained} takes its settings\n"
+    )
+    assert eopd("eval", trained / "hf", rows, "--n", "1", "--like", trained).err == ""
+
+
+def test_eval_like_what_is_no_run_is_a_mistake(eopd, files, tmp_path):
+    done = eopd("eval", files / "model", files / "rows.jsonl", "--like", tmp_path)
+    assert (done.code, done.err) == (
+        2,
+        f"error: {tmp_path} holds no run (it has no config.yaml)\n",
+    )
 
 
 def scored(mean, error, interval):
