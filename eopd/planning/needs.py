@@ -7,6 +7,7 @@
 What is not in the config has the defaults of DeepSpeed 0.19.8 and vLLM 0.32.0.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -124,6 +125,23 @@ def sync_bytes(config: Config, model: Architecture) -> int:
     """Returns the bytes of a publish: all of the student's weights, or its adapters alone."""
     sent = model.trained if config.may_send_adapters else model.parameters
     return sent * _WIDTH[config.student.chosen_dtype]
+
+
+def checkpoint_bytes(config: Config, parameters: int) -> int:
+    """Returns what a checkpoint of a student takes at least: weights and AdamW's two moments in
+    float32, or in half precision float32 masters too. Under LoRA it is the weights alone, in the
+    student's type.
+    """
+    whole = config.student.lora is None
+    return parameters * (12 if whole else _WIDTH[config.student.chosen_dtype])
+
+
+def checkpoints_at_a_time(config: Config) -> int:
+    """Returns how many checkpoints lie on disk at a time: those that are kept, and the one that is
+    written before the oldest is removed.
+    """
+    written = math.ceil(config.run.batches / config.checkpoint.every)
+    return min(config.checkpoint.keep_last + 1, written)
 
 
 def training_of(config: Config, model: Architecture, hardware: Hardware) -> Training:

@@ -141,6 +141,8 @@ def _of_traffic(traffic: Traffic) -> list[str]:
         f"{traffic.batch_bytes / 1e6:,.1f} MB; {traffic.slots} may be under way, "
         f"{traffic.in_flight_bytes / 1e6:,.1f} MB.",
         f"A publish is {gigabytes(traffic.sync_bytes)} GB by {traffic.wire}{seconds}.",
+        f"A checkpoint takes {gigabytes(traffic.checkpoint_bytes)} GB of disk or more, and "
+        f"{traffic.checkpoints} lie there at a time.",
     ]
 
 

@@ -1,4 +1,6 @@
-"""The bytes of a step that travel: bodies of trajectories through the object store, and weights."""
+"""The bytes that leave a process: bodies of trajectories through the object store, weights to the
+engines, and checkpoints to the disk.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +8,13 @@ from typing import Final
 
 from eopd.config import Config
 from eopd.planning.architecture import Architecture
-from eopd.planning.needs import Hardware, sync_bytes, wire_of
+from eopd.planning.needs import (
+    Hardware,
+    checkpoint_bytes,
+    checkpoints_at_a_time,
+    sync_bytes,
+    wire_of,
+)
 
 # Of a response token (``types.py``): id, mask, log-probability and policy version; then the teacher's
 # log-probability, entropy and tail; then id and log-probability of each candidate.
@@ -19,7 +27,8 @@ _OF_CANDIDATE: Final = 4 + 4
 class Traffic:
     """What travels. ``body_bytes`` is a scored trajectory of full length, ``batch_bytes`` a batch of
     them; ``in_flight_bytes`` all that may be admitted and not yet published. ``sync_s`` is None where
-    no network carries the weights, or its bandwidth is not known.
+    no network carries the weights, or its bandwidth is not known. ``checkpoint_bytes`` is what one
+    checkpoint takes at least, of which ``checkpoints`` lie on disk at a time.
     """
 
     body_bytes: int
@@ -29,6 +38,8 @@ class Traffic:
     wire: str
     sync_bytes: int
     sync_s: float | None
+    checkpoint_bytes: int
+    checkpoints: int
 
 
 def traffic_of(config: Config, model: Architecture, hardware: Hardware) -> Traffic:
@@ -60,4 +71,6 @@ def traffic_of(config: Config, model: Architecture, hardware: Hardware) -> Traff
         wire=wire,
         sync_bytes=size,
         sync_s=seconds,
+        checkpoint_bytes=checkpoint_bytes(config, model.parameters),
+        checkpoints=checkpoints_at_a_time(config),
     )

@@ -1,14 +1,11 @@
-"""Whether the disk of a run that begins has room for checkpoints, from the sizes in the student's files.
-
-Of P parameters a checkpoint holds 12 P bytes or more: weights and AdamW's two moments in float32, or in
-half precision float32 masters too. Under LoRA it is the weights alone, in the student's type.
-"""
+"""Whether the disk of a run that begins has room for checkpoints, from the sizes in the student's files."""
 
 import math
 from collections.abc import Iterator
 
 from eopd.config import Config, ConfigError
 from eopd.hub import model_directory
+from eopd.planning.needs import checkpoint_bytes, checkpoints_at_a_time
 from eopd.preflight.weights import read_tensors
 from eopd.run.place import holds_rows
 from eopd.run.storage import free_bytes
@@ -22,7 +19,7 @@ def require_disk(config: Config) -> None:
     Raises:
         ConfigError: not even one does.
     """
-    path, least = config.run.path, checkpoint_bytes(config)
+    path, least = config.run.path, least_bytes(config)
     free = free_bytes(path)
     if not holds_rows(path) and free < least:
         raise ConfigError(
@@ -32,12 +29,9 @@ def require_disk(config: Config) -> None:
 
 
 def disk_notes(config: Config) -> Iterator[str]:
-    """Yields what the checkpoints of a run that begins take, where that is more than is free: those that
-    are kept, and the one that is written before the oldest is removed.
-    """
-    written = math.ceil(config.run.batches / config.checkpoint.every)
-    number, free = min(config.checkpoint.keep_last + 1, written), free_bytes(config.run.path)
-    needed = number * checkpoint_bytes(config)
+    """Yields what the checkpoints of a run that begins take, where that is more than is free."""
+    number, free = checkpoints_at_a_time(config), free_bytes(config.run.path)
+    needed = number * least_bytes(config)
     if not holds_rows(config.run.path) and free < needed:
         yield (
             f"checkpoint.keep_last: the {number} checkpoints that lie there at a time take "
@@ -45,7 +39,7 @@ def disk_notes(config: Config) -> Iterator[str]:
         )
 
 
-def checkpoint_bytes(config: Config) -> int:
+def least_bytes(config: Config) -> int:
     """Returns what a checkpoint of the run takes at least; 0 where the student's files do not say."""
     try:
         directory = model_directory(config.student.model)
@@ -57,9 +51,7 @@ def checkpoint_bytes(config: Config) -> int:
     if is_tied:
         tensors.pop("lm_head.weight", None)  # a copy, which some files hold
 
-    width = 4 if config.student.chosen_dtype == "float32" else 2
-    of_parameter = 12 if config.student.lora is None else width
-    return of_parameter * sum(math.prod(tensor.shape) for tensor in tensors.values())
+    return checkpoint_bytes(config, sum(math.prod(tensor.shape) for tensor in tensors.values()))
 
 
 def _shown(size: float) -> str:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from eopd.config import ConfigError, load_config
-from eopd.preflight.disk import checkpoint_bytes, disk_notes, require_disk
+from eopd.preflight.disk import disk_notes, least_bytes, require_disk
 from eopd.run.directory import RunDirectory
 from eopd.runtime.resume import take_up
 
@@ -46,7 +46,7 @@ def free(monkeypatch):
     ],
 )
 def test_a_checkpoint_has_weights_and_moments(config, num_parameters, student, of_parameter):
-    found = checkpoint_bytes(config("student.dtype=float32", student))
+    found = least_bytes(config("student.dtype=float32", student))
     assert found == of_parameter * num_parameters
 
 
@@ -57,12 +57,12 @@ def test_a_tied_head_that_a_file_holds_twice_counts_once(config, tmp_path, check
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     save_file(tensors, student / "model.safetensors", {"format": "pt"})
     assert json.loads((student / "config.json").read_text())["tie_word_embeddings"]
-    assert checkpoint_bytes(config(f"student.model={student}")) == checkpoint_bytes(config())
+    assert least_bytes(config(f"student.model={student}")) == least_bytes(config())
 
 
 def test_a_run_is_refused_before_it_starts_where_no_checkpoint_fits(config, free):
     asked = config("checkpoint={keep_last: 2, every: 10}", "run.batches=30")
-    size = checkpoint_bytes(asked)
+    size = least_bytes(asked)
     free(size - 1)
     message = r"run.directory: .* are free where .*/runs/r lies, and one checkpoint .* or more"
     for check in (require_disk, lambda config: take_up(config, {})):

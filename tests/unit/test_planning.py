@@ -488,6 +488,17 @@ def test_a_publish_takes_as_long_as_the_senders_link(config, shapes):
     assert traffic_of(config(), model, replace(apart, nodes=1)).sync_s is None
 
 
+def test_what_checkpoints_take_on_disk(config, shapes):
+    """596,049,920 parameters: float32 masters and two moments, and under LoRA two bytes of weights."""
+    model = shapes(qwen3())
+    two = ("checkpoint={keep_last: 3, every: 10}", "run.batches=20")
+    traffic = traffic_of(config(*two), model, HARDWARE)
+    assert (traffic.checkpoint_bytes, traffic.checkpoints) == (7_152_599_040, 2)
+    adapters = ("student.lora={rank: 16}", "student.dtype=bfloat16", "run.batches=100")
+    traffic = traffic_of(config(*two, *adapters), model, HARDWARE)
+    assert (traffic.checkpoint_bytes, traffic.checkpoints) == (1_192_099_840, 4)
+
+
 def test_a_publish_of_adapters_takes_them_alone(config, shapes):
     """Rank 16 of seven matrices in each of 28 layers."""
     lora = LoraConfig(rank=16)
