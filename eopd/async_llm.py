@@ -39,6 +39,8 @@ from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
+from eopd.config import ConfigError
+
 R = TypeVar("R")
 
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -90,11 +92,13 @@ def start_llm(
         stat_loggers: where vLLM's own metrics go, if the options ask for them.
 
     Raises:
-        Exception: whatever has kept the engine from starting.
+        ConfigError: its KV cache, on a CPU, is too small.
+        Exception: whatever else has kept the engine from starting.
     """
     args = AsyncEngineArgs(**options)
     with ExitStack() as stack:
         if on_cpu:
+            stack.enter_context(_small_cache_told(args.kv_cache_memory_bytes))
             stack.enter_context(models_inspected_here())
 
         if on_cpu and in_thread and args.distributed_executor_backend == ONE_PROCESS:
@@ -206,6 +210,23 @@ class _CoreThread(threading.Thread):
         if self._core is not None:
             self._core.shutdown_state = EngineShutdownState.REQUESTED
             self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+
+@contextmanager
+def _small_cache_told(size: int | None) -> Iterator[None]:
+    """Names the option that sets the size of the KV cache on a CPU, where vLLM finds it too small and
+    advises another one, which changes nothing there.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "gpu_memory_utilization" not in str(error):
+            raise
+
+        raise ConfigError(
+            f"vllm.kv_cache_memory_bytes: a KV cache of {size} bytes is too small for one sequence of "
+            f"full length ({error})"
+        ) from error
 
 
 @contextmanager
