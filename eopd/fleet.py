@@ -9,8 +9,9 @@ under its number; ``scale`` adds and removes workers.
 
 A lost worker is counted once, however long its replacement takes: there may be no room until a node
 is back, and the run continues with the other workers meanwhile. With no worker left, and none
-started within ``start_timeout_s``, the fleet fails with the causes. Where somebody else needs the
-room that is left, ``give_way`` leaves it to him.
+that comes up within ``start_timeout_s``, the fleet fails with the causes; the time in which a
+newcomer joins does not count. Where somebody else needs the room that is left, ``give_way`` leaves
+it to him.
 
 Example: 64 engines, 8 of them on a node that is lost.
 
@@ -36,6 +37,7 @@ W_co = TypeVar("W_co", covariant=True)
 
 # the pause before each attempt to start another worker; the last one is used again and again
 PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+TICK_S = 1.0  # between two looks at whether a newcomer joins
 
 
 class NobodyLeftError(RunFailedError):
@@ -101,7 +103,7 @@ class Fleet(Generic[W]):
         self._replacing: dict[int, asyncio.Task[None]] = {}  # also those that have ended
         self._giving_up: asyncio.Task[None] | None = None
         self._causes: list[str] = []
-        self._started = asyncio.Event()  # set by a start since the last worker was lost
+        self._num_joining = 0
         self._starts: set[asyncio.Future[int]] = set()  # of replacements and newcomers
         self._may_start = asyncio.Event()
         self._may_start.set()
@@ -155,10 +157,7 @@ class Fleet(Generic[W]):
         next attempt to start one has failed too.
         """
         self._may_start.clear()
-        if self._giving_up is not None:
-            self._giving_up.cancel()
-            self._giving_up = None
-
+        self._keep_up()
         for start in self._starts:
             start.cancel()
 
@@ -192,6 +191,7 @@ class Fleet(Generic[W]):
         self._starts.add(start)
         try:
             self.pool.add(number, process.worker, await start)
+            self._keep_up()
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():  # it is this task that shall end
@@ -205,8 +205,12 @@ class Fleet(Generic[W]):
         async with asyncio.timeout(self._start_timeout_s):
             seats = await process.start()
 
-        self._started.set()
-        await self.join(number, process.worker)
+        self._num_joining += 1
+        try:
+            await self.join(number, process.worker)
+        finally:
+            self._num_joining -= 1
+
         return seats
 
     async def _remove(self, number: int) -> None:
@@ -262,26 +266,32 @@ class Fleet(Generic[W]):
             return
 
     def _require_start(self) -> None:
-        """With no worker left, fails the pool unless one is started in time."""
+        """With no worker left, fails the pool unless one comes up in time."""
         if self._closed or self.pool.num_up > 0 or not self._may_start.is_set():
             return
 
-        if self._giving_up is None or self._giving_up.done():
-            self._started.clear()
+        if self._giving_up is None:
             self._giving_up = asyncio.create_task(self._give_up())
 
+    def _keep_up(self) -> None:
+        """Gives up no more: somebody is up, or leaves room to others."""
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+
     async def _give_up(self) -> None:
-        try:
-            async with asyncio.timeout(self._start_timeout_s):
-                await self._started.wait()
-        except TimeoutError:
-            causes = "\n".join(f"  {cause}" for cause in self._causes)
-            limit = f"cluster.start_timeout_s = {self._start_timeout_s:g}"
-            self.pool.fail(
-                NobodyLeftError(
-                    f"no {self.name} is left, and none came up within {limit}:\n{causes}"
-                )
-            )
+        left_s = self._start_timeout_s
+        while left_s > 0:
+            tick_s = min(left_s, TICK_S)
+            await asyncio.sleep(tick_s)
+            if not self._num_joining:
+                left_s -= tick_s
+
+        causes = "\n".join(f"  {cause}" for cause in self._causes)
+        limit = f"cluster.start_timeout_s = {self._start_timeout_s:g}"
+        self.pool.fail(
+            NobodyLeftError(f"no {self.name} is left, and none came up within {limit}:\n{causes}")
+        )
 
     def _log_once(self, text: str) -> None:
         if text not in self._causes:

@@ -264,7 +264,9 @@ class Training:
                 if lost is not None:
                     await self._restart_learner(lost)
 
-                await self._from_checkpoint_to_end()
+                await with_background(
+                    self._from_checkpoint_to_end(), self._workers.channel.sender_lost()
+                )
                 return
             except LearnerDownError as error:
                 # a signal reaches the ranks too: the newest checkpoint stands

@@ -16,8 +16,9 @@ that joins later is brought to the learner's version.
 
 import asyncio
 from collections.abc import Callable, Mapping
+from typing import Never
 
-from eopd.roles import EngineDownError, EngineLink, SenderLink
+from eopd.roles import EngineDownError, EngineLink, LearnerDownError, SenderLink
 from eopd.types import PolicyVersion, PublishStats
 from eopd.weights.probe import Probe
 from eopd.weights.sync import Connection, Lose, Sync, WeightSyncError
@@ -56,6 +57,8 @@ class BroadcastChannel:
         self._sync: Sync | None = None
         self._lock = asyncio.Lock()
         self._num_published = 0
+        self._sender_loss: LearnerDownError | None = None
+        self._is_sender_lost = asyncio.Event()
 
     @property
     def num_failures(self) -> int:
@@ -107,11 +110,23 @@ class BroadcastChannel:
                 # otherwise the transfer of another newcomer included it, or it was dropped
                 if number in self._newcomers and self._waits(number):
                     await self._take_in()
+        except LearnerDownError as error:
+            self._sender_loss = error
+            self._is_sender_lost.set()
+            raise
         finally:
             self._newcomers.pop(number, None)
             reason = self._refused.pop(number, "it was dropped")
         if self._engines.get(number) is not engine:
             raise EngineDownError(f"rollout engine {number} did not take the weights: {reason}")
+
+    async def sender_lost(self) -> Never:
+        """Waits until a newcomer finds the sender lost, and raises its ``LearnerDownError``. Nobody else
+        may find out: where no engine is left, the loop waits for this newcomer.
+        """
+        await self._is_sender_lost.wait()
+        assert self._sender_loss is not None
+        raise self._sender_loss
 
     async def drop(self, number: int) -> None:
         """Drop an engine that is lost, at once: a transfer with it fails anyway."""
@@ -125,6 +140,7 @@ class BroadcastChannel:
     def disconnect(self) -> None:
         """Have the group built again before the next transfer, since the sender is another."""
         self._connection.group = {}
+        self._is_sender_lost.clear()
 
     async def _take_in(self) -> None:
         """Bring all newcomers that wait to the learner's version; note why others cannot be."""

@@ -450,6 +450,20 @@ async def test_a_newcomer_that_met_a_lost_learner_is_left_out_again():
     assert lost == [] and sender.groups[-1] == 1
 
 
+async def test_a_newcomer_s_word_of_a_lost_learner_stands_until_there_is_another():
+    sender = FakeSender(error=LearnerDownError("rank 1 died"))
+    channel = channel_of(sender)
+    with pytest.raises(LearnerDownError):
+        await channel.join(1, FakeEngine())
+
+    with pytest.raises(LearnerDownError, match="rank 1 died"):
+        await channel.sender_lost()
+
+    channel.disconnect()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(channel.sender_lost(), 0.01)
+
+
 async def test_an_engine_without_a_seat_for_the_probe_stays(monkeypatch):
     monkeypatch.setattr(module, "PROBE_S", 0.02)
     lost = []

@@ -305,6 +305,22 @@ async def test_one_that_has_started_and_waits_for_the_learner_is_coming():
     assert await waiting == "worker 0"
 
 
+async def test_with_nobody_left_newcomers_that_cannot_join_end_the_run():
+    world = World(1, start_timeout_s=0.3)
+    fleet = await world.start()
+
+    async def join(number, worker):
+        raise EngineDownError("no route to host")
+
+    fleet.join = join
+    world.spoil = lambda process: setattr(process, "start_s", 0.05)
+    world.pool.lose(0, "died")
+    with pytest.raises(NobodyLeftError, match="engine 0 did not start: no route to host"):
+        await asyncio.wait_for(world.pool.run(name), 5.0)
+
+    await fleet.close()
+
+
 async def test_one_loss_too_many_is_told_to_all_who_wait():
     world = World(2, max_restarts=1)
     fleet = await world.start()
