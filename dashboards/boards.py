@@ -371,6 +371,7 @@ FAULTS: Final = Board(
                     "eopd_checkpoint_bytes",
                 ),
                 _one("Since the newest checkpoint", "eopd_checkpoint_age_seconds"),
+                _one("Time of the run, in all its processes", "eopd_run_seconds_total"),
             ),
         ),
         "Memory": (

@@ -89,6 +89,8 @@ class Ledger:
         for issue in issues:
             self._settle(issue)
 
+        self.filtered_ahead &= self.settled.ahead
+
     def drop(self, issue: int) -> None:
         """Records that a number will never be trained.
 
@@ -155,7 +157,6 @@ class Ledger:
     def _count_filtered(self, issue: int) -> None:
         self.num_filtered += 1
         self.filtered_ahead.add(issue)
-        self.filtered_ahead &= self.settled.ahead
 
     def _settle(self, issue: int) -> None:
         if issue in self.settled or issue >= self._next:

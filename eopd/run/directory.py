@@ -66,10 +66,11 @@ from eopd.run.reading import (
     up_to_step,
 )
 from eopd.run.record import RUN_ID, Row, Sample, Summary, append_jsonl
-from eopd.run.storage import append_kept, write_whole
+from eopd.run.storage import append_kept, force_kept, write_whole
 from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostReason, LostTrajectory, Span
 
 _MAY_BE_CUT = 8  # lines at the end of a file, by crashes and full disks
+_OUT_OF_ORDER = 64  # among so many rows steps may go back: benchmarks end beside later steps
 
 
 class RunDirectory:
@@ -283,10 +284,22 @@ class RunDirectory:
         ]
 
     def drop_rows_after(self, step: int) -> None:
-        """Remove the rows of steps after the checkpoint that the run continues from."""
+        """Remove the rows of steps after the checkpoint that the run continues from. A file whose last
+        rows are of steps before it is left as it is: it may be large.
+        """
         for path in self._by_step:
-            if path.exists():
+            last = list(read_rows(path, last=_OUT_OF_ORDER))
+            if len(list(up_to_step(last, step))) < len(last):
                 _write_rows(path, up_to_step(read_rows(path), step))
+
+    def force_rows(self) -> None:
+        """Brings to the disk what says which steps were trained, and how the student did by then.
+
+        Raises:
+            StorageError: the disk did not take it.
+        """
+        for path in (self.trained, self.dropped, self.metrics, self.evaluations):
+            force_kept(path)
 
     def begin_as(self, parent: "RunDirectory", state: DriverState) -> None:
         """Write what another run holds of itself up to a checkpoint: its config with the changes of
@@ -471,5 +484,4 @@ class RunDirectory:
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    write_whole(path, "".join(f"{line}\n" for line in lines))
+    write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -59,7 +59,9 @@ class Best:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """What ``summary.json`` holds. ``step_seconds``: mean seconds of generate, score, train,
-    weights, wait. ``best`` is None where no checkpoint was measured, or none is kept for it.
+    weights, wait. ``resumes`` is how often the run was taken up again, and ``incarnation`` counts
+    that and every loss of the learner. ``best`` is None where no checkpoint was measured, or none is
+    kept for it.
     """
 
     status: str
@@ -67,6 +69,7 @@ class Summary:
     tokens: int = 0
     skipped_steps: int = 0
     incarnation: int = 0
+    resumes: int = 0
     wall_s: float = 0.0
     tokens_per_s: float = 0.0
     step_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -81,6 +84,13 @@ class Sample:
     prompt: str
     before: str
     after: str
+
+
+def run_seconds(row: Row) -> float:
+    """Returns the seconds that a run had taken by a row, up to a constant: by the clock where an
+    earlier version wrote it.
+    """
+    return row.get("eopd_run_seconds_total", row["time"])
 
 
 def append_jsonl(path: Path, record: Mapping[str, object]) -> None:

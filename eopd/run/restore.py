@@ -8,7 +8,7 @@
     anything                          no whole checkpoint              nothing to restore
 
 Without ``--resume`` a run that has begun there is refused. A run has gone on further where it was
-taken up more often (``incarnation``), or as often and has a later checkpoint: on another machine, or
+taken up more often (``resumes``), or as often and has a later checkpoint: on another machine, or
 here before the newest checkpoints were lost.
 
 Checkpoints of this directory that are not kept there are of the steps that the other process did
@@ -35,6 +35,9 @@ from eopd.run.record import RUN_ID
 
 CONFIG: Final = "config.yaml"
 SUMMARY: Final = "summary.json"
+_VERSIONS: Final = (
+    "versions.json"  # comes first: it says that there is a run, to who restores it again
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +52,7 @@ class Kept:
     faults: Mapping[str, str]
     holder: Holder | None
     id: str
-    incarnation: int
+    resumes: int
 
     @classmethod
     def at(cls, place: Place) -> "Kept":
@@ -57,14 +60,14 @@ class Kept:
         sizes = place.sizes()
         checkpoints = checkpoints_at(place, sizes)
         summary = parse_object((place.read(SUMMARY) or b"").decode(errors="replace"))
-        incarnation = summary.get("incarnation")
+        resumes = summary.get("resumes")
         return cls(
             sizes=sizes,
             whole={name: state for name, state in checkpoints.items() if isinstance(state, bytes)},
             faults={name: state for name, state in checkpoints.items() if isinstance(state, str)},
             holder=holder_in(place.read(LOCK) or b""),
             id=(place.read(RUN_ID) or b"").decode(errors="replace"),
-            incarnation=incarnation if isinstance(incarnation, int) else 0,
+            resumes=resumes if isinstance(resumes, int) else 0,
         )
 
     @property
@@ -177,14 +180,15 @@ def _has_gone_as_far(directory: RunDirectory, kept: Kept) -> bool:
     if summary is None and SUMMARY in kept.sizes:  # a restoration was killed
         return False
 
-    incarnation = summary.incarnation if summary else 0
-    return (incarnation, step_of(here[-1])) >= (kept.incarnation, kept.newest)
+    resumes = summary.resumes if summary else 0
+    return (resumes, step_of(here[-1])) >= (kept.resumes, kept.newest)
 
 
 def _bring_back(run: Path, place: Place, kept: Kept, say: Callable[[str], None]) -> list[str]:
     """Restores all files of the run, then its checkpoints, then its summary, in place of what is here."""
     files = [name for name in kept.sizes if "/" not in name and name not in (LOCK, SUMMARY)]
     files = [name for name in files if not name.startswith(".")]
+    files.sort(key=lambda name: (name != _VERSIONS, name != RUN_ID))
     size = sum(kept.sizes[f"{CHECKPOINTS}/{name}/{file}"] for name, file in _files_of(kept))
     say(f"restoring {run} from {place.url}: {', '.join(kept.whole)}, {size / 1e9:.2f} GB")
     _remove_others(run / CHECKPOINTS, kept)

@@ -4,7 +4,7 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
@@ -42,15 +42,18 @@ class StorageError(RunFailedError):
         return cls(f"{path} could not be written: {cause}; {remedy} {advice}")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a small file, whole or not at all; it is on disk when this returns.
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
+    """Replaces a file, whole or not at all; it is on disk when this returns. The text may come in
+    pieces, for which the old file may still be read.
 
     Raises:
         StorageError: it could not be written; the file is as it was.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+
         force(partial)
         partial.rename(path)
         force(path.parent)
@@ -68,6 +71,19 @@ def append_kept(path: Path, record: Mapping[str, object]) -> None:
     """
     try:
         append_jsonl(path, record)
+    except OSError as error:
+        raise StorageError.of(path, error, _ADVICE) from error
+
+
+def force_kept(path: Path) -> None:
+    """Forces to disk what was appended to a file, if there is one.
+
+    Raises:
+        StorageError: the disk did not take it.
+    """
+    try:
+        if path.exists():
+            force(path)
     except OSError as error:
         raise StorageError.of(path, error, _ADVICE) from error
 

@@ -81,7 +81,8 @@ class TakenUp:
     def begin(self) -> None:
         """Makes the files of a run that begins."""
         if self.checkpoint is None:
-            RunDirectory.create(self.config, self.machines)
+            directory = RunDirectory.create(self.config, self.machines)
+            directory.write_summary(Summary(status="running"))  # no checkpoint is without one
 
     def carry_out(self) -> None:
         """Removes what came after the checkpoint, and keeps the new config."""

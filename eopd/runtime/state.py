@@ -174,6 +174,7 @@ class RunState:
             return
 
         started = time.monotonic()
+        self.directory.force_rows()  # what proves the checkpoint survives whatever it survives
         written = await write_checkpoint(
             self.directory.checkpoints,
             progress.state(self.ledger, self._taken_up.inputs),

@@ -351,6 +351,12 @@ _FAULTS: Final = (
         "Flat.",
     ),
     counter_metric(
+        "eopd_run_seconds_total",
+        "Seconds that the run has taken, in all its processes; the time between two of them does not "
+        "count.",
+        "Rises by a second each second.",
+    ),
+    counter_metric(
         "eopd_learner_restarts_total",
         "Times all learner ranks were started again from a checkpoint.",
         "Flat.",

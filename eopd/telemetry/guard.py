@@ -18,10 +18,11 @@ teacher than before it learned anything, which the first window shows:
 It has recovered once the newest window has, on average, as many responses that end as the worst step
 of the best one, and no more reverse KL than the worst step of the first one.
 
-The rule is silent on noise, whatever its distribution: of twenty values in random order the lower
-ten are the newest ten once in 184,756 times, and more than that must hold. The half keeps it silent
-on responses that merely grow. A teacher's entropy and the gate fall in a collapse into repetition,
-but also while a sound student learns, and not in other collapses: they are told, and decide nothing.
+Noise rarely looks like that, whatever its distribution: of twenty values in random order the lower
+ten are the newest ten once in 184,756 times, and more than that must hold. In hundreds of thousands
+of steps it may happen once, for the rule is asked after each. The half keeps it silent on responses
+that merely grow. A teacher's entropy and the gate fall in a collapse into repetition, but also while
+a sound student learns, and not in other collapses: they are told, and decide nothing.
 
     end-token rate   best 0.9 0.8 0.9 ... 0.7      newest 0.3 0.1 ... 0.0: below 0.7, half of it
     repetition       best 0.0 0.1 0.0 ... 0.1      newest 0.2 0.4 ... 0.6: above 0.1

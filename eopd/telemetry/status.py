@@ -7,7 +7,7 @@ import rich.console
 from rich.constrain import Constrain
 
 from eopd.run.evaluations import Evaluation
-from eopd.run.record import Row, Summary
+from eopd.run.record import Row, Summary, run_seconds
 from eopd.telemetry.cells import FAULTS, cells, value
 from eopd.telemetry.console import MAX_WIDTH, clock, held_out_table
 from eopd.telemetry.evaluations import best_line, evaluation_line
@@ -31,8 +31,8 @@ def print_status(
         run: its name.
         status: how it stands, see ``RunDirectory.status``.
         summary: ``summary.json``; None before it is first written.
-        rows: the last of ``metrics.jsonl``, with their ``time``; the gaps between them tell the
-            remaining time.
+        rows: the last of ``metrics.jsonl``, with their ``time``; the seconds of the run between them
+            tell the remaining time.
         batches: of the whole run.
         evaluations: the newest of every name.
         advice: a last line: what to do.
@@ -45,7 +45,7 @@ def print_status(
         head += _since(rows[-1]["time"], running=status == "running")
 
     if len(rows) > 1 and status == "running":
-        pace_s = (rows[-1]["time"] - rows[0]["time"]) / (len(rows) - 1)
+        pace_s = (run_seconds(rows[-1]) - run_seconds(rows[0])) / (len(rows) - 1)
         head += f", about {clock(pace_s * (batches - step))} left"
 
     say(output, head, style="bold")

@@ -369,6 +369,12 @@ def test_the_status_of_a_run_is_made_of_its_files() -> None:
     rows = [row_of(step) | faults | {"time": time.time() - 100 + 10 * step} for step in range(1, 5)]
     lines = status_of("running", summary, rows)
     assert lines[0] == "demo: running, step 4/40, the last one 1:00 ago, about 6:00 left"
+    # two days down, and a clock that was set back: neither is the run's pace
+    taken = [row | {"eopd_run_seconds_total": 10.0 * row["eopd_step"]} for row in rows]
+    for moved in (2 * 86_400.0, -3_600.0):
+        resumed = [*taken[:2], *(row | {"time": row["time"] + moved} for row in taken[2:])]
+        assert "about 6:00 left" in status_of("running", summary, resumed)[0]
+
     assert "1.234" in " ".join(lines[1:6]) and "31%" in " ".join(lines[1:6])
     assert (
         lines[6] == "engines up / replaced 2 / 1, learner restarts -, failed weight transfers -, "

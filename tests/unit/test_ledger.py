@@ -1,6 +1,7 @@
 """Exactly once: what is trained is never issued again, what is not trained is."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -72,6 +73,29 @@ def test_what_was_filtered_is_counted_and_remembered_while_it_is_ahead():
     assert resumed.state()["filtered_ahead"] == []
     resumed.drop_again([], filtered=[3, 7])
     assert (resumed.num_filtered, resumed.filtered_ahead) == (3, {7})
+
+
+def test_filtered_numbers_below_the_floor_are_forgotten_batch_by_batch():
+    ledger = Ledger()
+    for _ in range(6):
+        ledger.issue()
+
+    for issue in (0, 1, 4):
+        ledger.filter(issue)
+
+    ledger.train([2, 5])
+    assert ledger.filtered_ahead == {4}
+
+
+def test_dropping_many_numbers_again_costs_as_much_for_each_as_dropping_few():
+    def seconds(count):
+        ledger = Ledger()
+        started = time.process_time()
+        ledger.drop_again([], filtered=range(1, 2 * count, 2))
+        return time.process_time() - started
+
+    seconds(1_000)
+    assert min(seconds(80_000) for _ in range(3)) < 8 * 20 * min(seconds(4_000) for _ in range(3))
 
 
 def test_training_twice_or_something_never_issued_is_loud():

@@ -44,7 +44,8 @@ def test_a_lost_learner_rolls_back_as_another_incarnation():
     )
     assert (progress.incarnation, progress.learner_restarts) == (2, 2)
     assert progress.wall_s >= 100.0 and progress.summary("running").incarnation == 2
-    assert Progress.resume(state, progress.summary("running")).incarnation == 3
+    resumed = Progress.resume(state, progress.summary("running"))
+    assert (resumed.incarnation, resumed.resumes, resumed.learner_restarts) == (3, 1, 2)
 
 
 def test_a_row_says_what_the_newest_checkpoint_is_and_took():
@@ -57,6 +58,7 @@ def test_a_row_says_what_the_newest_checkpoint_is_and_took():
     )
     row = dict(progress.row())
     assert 0.0 <= row.pop("eopd_checkpoint_age_seconds") < 60.0
+    assert 0.0 <= row.pop("eopd_run_seconds_total") < 60.0
     assert row == {
         "eopd_response_tokens_total": 90.0,
         "eopd_trajectories_total": 72.0,

@@ -209,14 +209,15 @@ def test_the_headline_has_the_numbers_of_the_run(run, page):
 def test_a_run_under_way_has_the_wall_time_of_its_rows_and_the_age_of_the_last(run, page):
     now = time.time()
     rows = [row(1, time=now - 7300.0), row(2, time=now - 100.0)]
-    found = page(
-        run(
-            rows=rows,
-            **{"summary.json": json.dumps(SUMMARY | {"status": "running", "wall_s": 9.0})},
-        )
-    )
+    text_of_summary = json.dumps(SUMMARY | {"status": "running", "wall_s": 9.0})
+    found = page(run(rows=rows, **{"summary.json": text_of_summary}))
     text = " ".join(found.text.split())
     assert "wall time 2:00:08" in text and re.search(r"since then 0:01:4\d", text)
+    for number, seconds in enumerate((50.0, 150.0)):  # the run was down in between
+        rows[number]["eopd_run_seconds_total"] = seconds
+
+    resumed = page(run("resumed", rows=rows, **{"summary.json": text_of_summary}))
+    assert "wall time 0:01:48" in " ".join(resumed.text.split())
     ended = page(run("ended", rows=rows))
     assert "wall time 1:02:05" in " ".join(ended.text.split()) and "since then" not in ended.text
 

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import time
+import tracemalloc
 from dataclasses import replace
 
 import fakes
@@ -80,6 +81,7 @@ def test_a_directory_of_somebody_else_is_left_alone(config):
     run.require_no_foreign_files()
     (run.path / "run.lock").write_text("")  # of a process that is about to begin here
     (run.path / "stop.json").write_text("{}")  # and is asked to end already
+    (run.path / ".versions.json.partial").write_text("")  # or was killed in its first file
     run.require_no_foreign_files()
     (run.path / "thesis.tex").write_text("")
 
@@ -154,6 +156,27 @@ def test_a_line_that_is_no_row_has_no_step(config, line):
     assert run.metrics.read_text() == '{"step": 3}\n'
     run.metrics.write_bytes(b"\xff\xfe")
     assert run.num_steps() == 0
+
+
+def test_rows_are_dropped_line_by_line_and_a_file_that_needs_none_is_left(config):
+    """A benchmark ends beside a later step, so that its row comes late. Files may be larger than the
+    memory of the driver.
+    """
+    run = RunDirectory.create(config())
+    late = [*range(1, 40), 38, 41, 40]
+    run.evaluations.write_text(text_of({"step": step} for step in late))
+    with run.metrics.open("w") as file:
+        file.writelines(text_of([{"step": step, "text": "é😀" * 500}]) for step in range(5_000))
+
+    unchanged = run.metrics.stat().st_mtime_ns
+    run.drop_rows_after(4_999)
+    assert run.metrics.stat().st_mtime_ns == unchanged
+    tracemalloc.start()
+    run.drop_rows_after(40)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20  # of 30 MB
+    tracemalloc.stop()
+    assert [row["step"] for row in fakes.read_rows(run.metrics)] == list(range(41))
+    assert [row["step"] for row in fakes.read_rows(run.evaluations)] == [*range(1, 40), 38, 40]
 
 
 async def test_a_broken_checkpoint_is_passed_over_with_a_message(config):

@@ -185,6 +185,23 @@ async def test_a_step_is_saved_once(config):
     assert state.directory.read_summary().steps == 4
 
 
+async def test_what_says_which_steps_were_trained_is_on_disk_before_the_checkpoint(
+    config, monkeypatch
+):
+    """A machine that loses its power keeps no checkpoint whose rows it has lost."""
+    state, forced = begin(config), []
+    directory = state.directory
+    monkeypatch.setattr("eopd.run.storage.force", lambda path: forced.append(path.name))
+    monkeypatch.setattr("eopd.run.checkpoint.force", lambda path: forced.append(path.name))
+    for path in (directory.trained, directory.metrics, directory.evaluations):
+        path.touch()
+
+    state.progress.step = 4
+    await state.save(Learner())
+    rows = {"trained.jsonl", "metrics.jsonl", "evaluations.jsonl"}
+    assert set(forced[:3]) == rows and rows.isdisjoint(forced[3:])
+
+
 @pytest.mark.parametrize("error", [StorageError("full"), LearnerDownError("a rank died")])
 async def test_a_save_that_fails_hides_no_error(config, error, caplog):
     state = begin(config)

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import replace
 
 import fakes
 import pytest
@@ -18,6 +19,7 @@ from eopd.run.checkpoint import list_checkpoints
 from eopd.run.directory import RunDirectory
 from eopd.run.elsewhere import Place, require_upload
 from eopd.run.lock import held
+from eopd.run.place import require_no_foreign_files
 from eopd.run.progress import Progress
 from eopd.run.restore import restore
 from eopd.run.upload import Uploads
@@ -66,12 +68,12 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-async def train_to(directory, *steps, incarnation=0, keep_last=2, uploads=None):
+async def train_to(directory, *steps, resumes=0, keep_last=2, uploads=None):
     """The files of a run that trained up to the last of ``steps``, with a checkpoint at each."""
     for step in steps:
         rows = [{"step": number, "issues": [number]} for number in range(1, step + 1)]
         directory.trained.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        progress = Progress(step=step, incarnation=incarnation)
+        progress = Progress(step=step, incarnation=resumes, resumes=resumes)
         await fakes.write_checkpoint(
             directory.checkpoints,
             progress.state(Ledger(), {}),
@@ -196,7 +198,7 @@ async def test_a_process_that_finds_the_run_complete_uploads_the_rest(config, th
 async def test_a_checkpoint_of_the_same_step_is_replaced(config, there):
     directory = await uploaded(config, 4, 8)
     shutil.rmtree(directory.checkpoints / "step-000008")
-    await train_to(directory, 8, incarnation=1)
+    await train_to(directory, 8, resumes=1)
     with held(directory.path), Uploads(config, print) as uploads:
         uploads.start()
 
@@ -359,18 +361,21 @@ async def test_a_run_that_begins_in_an_old_directory_is_another_run(config, ther
 
 
 async def test_the_run_that_went_on_further_counts(config, there, tmp_path):
-    """Begun on one machine, gone on on another, and back on the first."""
+    """Begun on one machine, gone on on another, and back on the first, where the learner was lost
+    more often than the run was taken up.
+    """
     first = await uploaded(config, 4, 8)
+    first.write_summary(replace(first.read_summary(), incarnation=5))
     other = configured(tmp_path, f"run.directory={tmp_path}/other")
     with held(other.run.path):
         restore(other, "auto", print)
         second = RunDirectory(other.run.path)
         with Uploads(other, print) as uploads:
-            # incarnation 1 stopped before step 8, and is further all the same
+            # taken up again it stopped before step 8, and is further all the same
             shutil.rmtree(second.checkpoints / "step-000008")
             uploads.go_back(4)
             uploads.start()
-            await train_to(second, 6, incarnation=1)
+            await train_to(second, 6, resumes=1)
 
     assert steps_at(there) == [4, 6]
     with held(first.path):
@@ -382,7 +387,7 @@ async def test_the_run_that_went_on_further_counts(config, there, tmp_path):
         # and nothing is fetched where the run here is as far
         assert restore(config, "auto", print) == []
 
-    assert first.read_summary().incarnation == 1
+    assert first.read_summary().resumes == 1
     whole = [path.name for path in list_checkpoints(first.checkpoints)]
     assert whole == ["step-000004", "step-000006"], "step 8 is of a run that went back"
 
@@ -429,6 +434,34 @@ async def test_a_restoration_that_is_killed_is_done_again(config, monkeypatch):
         assert restore(config, "auto", print)[-1].endswith("up to step 8")
 
     assert directory.read_summary() is not None
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+async def test_a_restoration_that_ends_in_any_file_is_done_again(config, monkeypatch, number):
+    """On a new machine, where `require_no_foreign_files` looks at what it has left."""
+    directory = await uploaded(config, 4)
+    (directory.path / "changes.jsonl").touch()
+    with held(directory.path), Uploads(config, print) as uploads:
+        uploads.start()
+
+    shutil.rmtree(directory.path)
+    fetch, fetched = Place.get, []
+
+    def fails(place, name, target):
+        fetched.append(name)
+        if len(fetched) == number:
+            raise OSError("connection reset by peer")
+
+        fetch(place, name, target)
+
+    with held(directory.path):
+        monkeypatch.setattr(Place, "get", fails)
+        with pytest.raises(ConfigError, match="connection reset by peer"):
+            restore(config, "auto", print)
+
+        monkeypatch.setattr(Place, "get", fetch)
+        require_no_foreign_files(directory.path)
+        assert restore(config, "auto", print)[-1].endswith("up to step 4")
 
 
 async def test_names_are_pinned_as_in_the_run_that_is_kept(config):
