@@ -59,6 +59,9 @@ def main() -> int:
     time.sleep(float(os.environ.get("FAKE_TRAIN_S", "0.2")))
     keep(run, {"status": "completed", "steps": batches, "held_out": {"after": after}})
     append(calls, {"name": name, "ended": time.time()})
+    if fate == "be killed at the exit":
+        os.kill(os.getpid(), signal.SIGTERM)
+
     return 0
 
 

@@ -64,7 +64,7 @@ def export(
 
     try:
         with blame_user(target):
-            export_checkpoint(config.student, checkpoint / "learner", target)
+            export_checkpoint(config.student, checkpoint / "learner", target, _note)
     except (ConfigError, ValueError):
         if checkpoint.exists():
             raise
@@ -76,6 +76,10 @@ def export(
     typer.echo(target)
     if push is not None:
         typer.echo(_push(directory, checkpoint, target, push))
+
+
+def _note(text: str) -> None:
+    typer.echo(f"note: {text}", err=True)
 
 
 def _trained(

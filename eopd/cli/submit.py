@@ -25,6 +25,7 @@ from eopd.config.teacher import NAME, NAME_WORDS, VARIABLE
 if TYPE_CHECKING:
     from eopd.runtime.jobs import Job, Jobs
 
+_NOT_FOUND: Final = 127  # of a shell, for a command
 _FILLED_IN: Final = re.compile(r"\$[\w{]")  # which Ray fills in, also within a value
 
 _Address = Annotated[
@@ -208,7 +209,12 @@ def _follow(jobs: "Jobs", name: str) -> None:
     if job.status == "FAILED" and job.exit_code is None:
         _say(f"Ray says: {job.message}")
 
-    if (again := continued_by(job)) is not None:
+    if code == _NOT_FOUND:
+        _say(
+            "the shell of the job found no eopd: start Ray, on every node, in the environment that "
+            "has it (. .venv/bin/activate)"
+        )
+    elif (again := continued_by(job)) is not None:
         _say(f"continue with: {again}")
 
     if code:

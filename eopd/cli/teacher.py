@@ -97,7 +97,10 @@ def _choose(teachers: tuple[TeacherConfig, ...], name: str | None) -> TeacherCon
 def token_for(variable: str | None, host: str) -> str | None:
     """The token in the environment; without one, nobody outside this machine is let in."""
     if variable is not None:
-        token = os.environ.get(variable, "")
+        token = os.environ.get(variable)
+        if token is None:
+            raise ConfigError(f"--api-key-env {variable}: there is no such environment variable")
+
         if not token or not token.isascii() or not token.isprintable() or " " in token:
             raise ConfigError(
                 f"--api-key-env {variable}: must hold a token of printable ASCII, without spaces"

@@ -3,9 +3,10 @@ needs no process group, no Ray and no GPU.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
@@ -33,7 +34,9 @@ _GIVEN = (
 )
 
 
-def export_checkpoint(student: StudentConfig, checkpoint: Path, directory: Path) -> None:
+def export_checkpoint(
+    student: StudentConfig, checkpoint: Path, directory: Path, note: Callable[[str], None]
+) -> None:
     """Write the student as it was when ``LearnerRank.save`` wrote ``checkpoint``; bit-equal to an
     export at that time.
 
@@ -42,17 +45,27 @@ def export_checkpoint(student: StudentConfig, checkpoint: Path, directory: Path)
         checkpoint: the learner's part of a checkpoint, of any ZeRO stage and number of ranks.
         directory: where to write; an older one is replaced. With LoRA it holds the merged model, and
             the adapter is written to ``<directory>-adapter``, which is replaced too.
+        note: is told where the adapter is left out, since it does not fit the model any more that it
+            would name.
     """
     source = model_directory(student.model)
     loaded = load_student(student, activation_checkpointing=False)
-    loaded.load_state_dict(read_weights(checkpoint))
+    trained = read_weights(checkpoint)
+    fits = all(
+        torch.equal(parameter, trained[name].to(parameter.dtype))
+        for name, parameter in loaded.named_parameters()
+        if not parameter.requires_grad
+    )
+    loaded.load_state_dict(trained)
     model = loaded.model
     weights = {name: recipe.whole() for name, recipe in whole_tensors(model).items()}
     write_student(directory, model, weights, source=source)
     if adapter := {name: recipe.whole() for name, recipe in adapter_tensors(model).items()}:
-        save_adapter(
-            directory.with_name(f"{directory.name}-adapter"), model, adapter, source=source
-        )
+        if fits:
+            place = directory.with_name(f"{directory.name}-adapter")
+            save_adapter(place, model, adapter, source=source)
+        else:
+            note(f"the adapter is left out: {source} holds other weights than it was trained on")
 
 
 def write_student(

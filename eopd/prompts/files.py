@@ -249,9 +249,8 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
 
         cause = error.__cause__  # of a file that is broken, or another one than the first
         hint = "" if name.subset or cause else "; a subset is named as NAME:SUBSET:SPLIT"
-        raise ConfigError(
-            f"{key}: data set {spec} cannot be loaded: {cause or error or type(error).__name__}{hint}"
-        ) from None
+        reason = str(cause or error) or type(cause or error).__name__
+        raise ConfigError(f"{key}: data set {spec} cannot be loaded: {reason}{hint}") from None
 
 
 def _numbered(rows: Iterable[Mapping[str, object]], where: str) -> list[DataRow]:

@@ -72,7 +72,8 @@ class PromptSet:
         """
         if config.template == "chat" and not tokenizer.chat_template:
             raise ConfigError(
-                "prompts.template: chat, but the tokenizer has no chat template; set it to none"
+                "prompts.template: chat, but the tokenizer has no chat template; set it to none "
+                "(--template none of eopd eval)"
             )
 
         if config.system is not None:

@@ -242,7 +242,7 @@ class RunDirectory:
 
         whole = {step_of(path): path for path in list_checkpoints(self.checkpoints)}
         if not whole:
-            raise ConfigError(f"{self.path} holds no checkpoint")
+            raise ConfigError(f"{self.path} holds no checkpoint{self._broken_ones()}")
 
         if step is None:
             return whole[max(whole)]
@@ -269,9 +269,16 @@ class RunDirectory:
         if not (best := best_checkpoints(self.checkpoints, evaluations, keep_best)):
             raise ConfigError(
                 f"--best: {self.path} holds no checkpoint whose {keep_best.metric} was measured"
+                f"{self._broken_ones()}"
             )
 
         return best[0].step
+
+    def _broken_ones(self) -> str:
+        """Returns the end of a message about checkpoints that are missing: those that are not whole."""
+        broken = broken_checkpoints(self.checkpoints)
+        faults = [f"{path.name} ({why})" for path, why in broken.items()]
+        return f"; these are not whole: {', '.join(faults)}" if faults else ""
 
     def passed_over(self) -> list[str]:
         """Returns a message for every checkpoint that is newer than the newest whole one."""

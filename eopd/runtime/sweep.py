@@ -156,8 +156,8 @@ class Sweep:
         if others := self._others():
             some = ", ".join(others[:_OTHERS_SHOWN]) + (", ..." if others[_OTHERS_SHOWN:] else "")
             self._say(
-                f"note: {len(others)} more runs lie in {self.directory}, which are not of this "
-                f"command: its table, {FILE} and its report leave them out ({some})"
+                f"note: other runs lie in {self.directory} too, {len(others)} of them, which are not of "
+                f"this command: its table, {FILE} and its report leave them out ({some})"
             )
 
         if done := sum(entry.status in ENDED for entry in self.entries):
@@ -372,11 +372,8 @@ def _outcome(entry: Entry, code: int, start: int) -> tuple[Status, str | None]:
     """Returns what became of a run whose process has ended, and its error. Its output begins at byte
     ``start`` of the log.
     """
-    if code == 0:
-        return "completed", None
-
-    if code == INTERRUPTED:
-        return "interrupted", None
+    if code in (0, INTERRUPTED):
+        return ("interrupted" if code else "completed"), None
 
     try:
         summary = entry.directory.read_summary()
@@ -387,6 +384,10 @@ def _outcome(entry: Entry, code: int, start: int) -> tuple[Status, str | None]:
         return "collapsed", None
 
     if code < 0:
+        done = ("completed", entry.run.config.run.batches)
+        if summary is not None and (summary.status, summary.steps) == done:
+            return "completed", None  # it had only to exit
+
         return "failed", f"killed by {signal.Signals(-code).name}"
 
     return "failed", _last_error(entry.log.read_bytes()[start:]) or f"exit code {code}"

@@ -161,7 +161,7 @@ def _harmless(
         )
 
     if student.chat_template != teacher.chat_template:
-        yield "chat templates differ; prompts are rendered with the student's"
+        yield "chat templates differ; that of the student is the one that may render prompts"
 
     roles = student.special_tokens_map, teacher.special_tokens_map
     for role in sorted(roles[0].keys() | roles[1].keys()):

@@ -67,7 +67,10 @@ def root(tmp_path, monkeypatch):
         ),
         ("{root}/c.yaml --host ::", "--host ::: needs --api-key-env"),
         ("{root}/c.yaml --host teacher.example", "--host teacher.example: needs --api-key-env"),
-        ("{root}/c.yaml --api-key-env UNSET", "--api-key-env UNSET: must hold a token"),
+        (
+            "{root}/c.yaml --api-key-env UNSET",
+            "--api-key-env UNSET: there is no such environment variable",
+        ),
         ("{root}/c.yaml --api-key-env EMPTY", "--api-key-env EMPTY: must hold a token"),
         ("{root}/c.yaml --api-key-env SPACED", "--api-key-env SPACED: must hold a token"),
     ],

@@ -268,10 +268,21 @@ async def test_the_best_step_is_found_or_one_message_says_why_not(config):
 
     await measured(state, {5: 0.9, 10: 0.3})
     assert state.directory.best_step() == 5
+
     (state.directory.checkpoints / "step-000005" / "manifest.json").unlink()
     assert state.directory.best_step() == 10
     keep_best = config().checkpoint.keep_best
     assert best_checkpoints(state.directory.checkpoints, [], keep_best) == []
+
+    for checkpoint in list_checkpoints(state.directory.checkpoints):
+        (checkpoint / "state.json").unlink()
+
+    these = r"these are not whole: .*, step-000010 \(state.json is missing\)"
+    with pytest.raises(ConfigError, match=f"whose math/avg_at_n was measured; {these}"):
+        state.directory.best_step()
+
+    with pytest.raises(ConfigError, match=f"holds no checkpoint; {these}"):
+        state.directory.checkpoint(None)
 
     directory = RunDirectory.create(config("null"))
     with pytest.raises(ConfigError, match=r"keeps no best \(checkpoint.keep_best is null\)"):

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eopd.config import StudentConfig
-from eopd.learner.export import write_student
+from eopd.learner.export import export_checkpoint, write_student
 from eopd.learner.student import load_student
 from eopd.models.tiny import build_model, train_tokenizer, write_model
 
@@ -55,6 +56,30 @@ def test_the_generation_config_is_the_one_that_was_given(source, tmp_path, given
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     for name, tensor in exported.state_dict().items():
         assert torch.equal(tensor, weights[name])
+
+
+def test_an_adapter_is_exported_only_beside_the_model_that_it_fits(source, tmp_path):
+    """The merged model is of the checkpoint's own weights, whatever became of the directory."""
+    student = StudentConfig.model_validate(
+        {"model": str(source), "dtype": "float32", "lora": {"rank": 2}}
+    )
+    loaded = load_student(student, activation_checkpointing=False)
+    states = tmp_path / "learner" / "deepspeed" / "mp_rank_00_model_states.pt"
+    states.parent.mkdir(parents=True)
+    torch.save({"module": loaded.state_dict()}, states)
+    told = []
+    export_checkpoint(student, tmp_path / "learner", tmp_path / "first", told.append)
+    assert told == [] and (tmp_path / "first-adapter" / "adapter_model.safetensors").exists()
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    write_model(source, build_model("qwen3", tokenizer, seed=1), tokenizer)
+    export_checkpoint(student, tmp_path / "learner", tmp_path / "second", told.append)
+    assert told == [f"the adapter is left out: {source} holds other weights than it was trained on"]
+    assert not (tmp_path / "second-adapter").exists()
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_weights_may_be_read_by_whoever_may_read_the_rest(source, tmp_path):

@@ -362,6 +362,14 @@ def test_the_exit_code_is_that_of_the_job(project, client, submit, state, code):
     assert (again in done.err) == (code not in (0, 2))
 
 
+def test_a_job_whose_shell_finds_no_eopd_is_told_the_cure(project, client, submit):
+    client.states = [("RUNNING", None), ("FAILED", 127)]
+    done = submit(write(project))
+    assert done.code == 127
+    assert "found no eopd: start Ray, on every node, in the environment" in done.err
+    assert "continue with" not in done.err
+
+
 NO_AGENT = RuntimeError(
     "Request failed with status code 500: No available agent to submit job, please try again later."
 )

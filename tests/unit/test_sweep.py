@@ -103,6 +103,13 @@ def test_each_run_is_trained_with_a_config_of_its_own(bench):
     assert "batches: 3" in saved.read_text()
 
 
+def test_a_run_that_is_killed_once_it_is_complete_is_complete(bench):
+    bench.fates({"gate-never-seed-0": "be killed at the exit"})
+    sweep = bench.sweep()
+    sweep.run(1)
+    assert (sweep.status, list(sweep.failed)) == ("completed", [])
+
+
 def test_a_run_that_fails_is_named_and_tried_again_alone(bench):
     bench.fates({"gate-never-seed-0": "fail", "gate-hard-seed-1": "die"})
     sweep = bench.sweep()
@@ -146,10 +153,12 @@ def test_a_complete_sweep_is_left_as_it_is_and_can_grow(bench):
 
 def test_runs_that_a_smaller_sweep_leaves_out_are_named(bench):
     bench.sweep(seeds=(0, 1)).run(1)
-    assert not any("more runs" in text for text in bench.said)
+    assert not any("other runs" in text for text in bench.said)
     bench.sweep(seeds=(0,)).run(1)
-    (told,) = (text for text in bench.said if "more runs" in text)
-    assert told.startswith(f"note: 2 more runs lie in {bench.root}/runs/r-sweep, which are not of")
+    (told,) = (text for text in bench.said if "other runs" in text)
+    assert told.startswith(
+        f"note: other runs lie in {bench.root}/runs/r-sweep too, 2 of them, which are not of"
+    )
     assert told.endswith("leave them out (gate-hard-seed-1, gate-never-seed-1)")
 
 

@@ -293,7 +293,7 @@ def test_harmless_differences_are_notes(student, tmp_path):
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "pad_token": "<|im_end|>"}))
     assert require_same_vocabulary(student, other, {}).notes == (
-        "chat templates differ; prompts are rendered with the student's",
+        "chat templates differ; that of the student is the one that may render prompts",
         "pad_token is '<|endoftext|>' for the student and '<|im_end|>' for the teacher",
     )
 
