@@ -38,8 +38,8 @@ the run drops one.
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -192,13 +192,21 @@ class Pipeline:
             NothingKeptError: the filter dropped ``FILTERED_BATCHES`` batches' worth in a row.
         """
         count = (self.plan.batches - start) * self.plan.batch
-        async with _background(self._issue(count)) as issuing:
+        issuing = asyncio.create_task(self._issue(count))
+        issuing.add_done_callback(lambda _: self.buffer.close())  # no batch becomes full any more
+        try:
             for number in range(start, self.plan.batches):
-                done = await self._or_failure(issuing, self._step(number))
+                done = await self._step(number)
                 if done is None:
-                    return
+                    break
 
                 yield done
+
+            if issuing.done():
+                issuing.result()  # raises the error that has closed the buffer
+        finally:
+            issuing.cancel()
+            await asyncio.gather(issuing, return_exceptions=True)
 
     def status(self) -> str:
         """Returns what the loop waits for, for people."""
@@ -208,24 +216,6 @@ class Pipeline:
             f"{buffer.num_taken}, and {buffer.num_ready} are ready, the lowest missing is issue "
             f"{buffer.next_missing}, {buffer.num_slots_held} of {buffer.num_slots} slots taken"
         )
-
-    async def _or_failure(
-        self, issuing: asyncio.Task[None], step: Coroutine[object, object, StepDone | None]
-    ) -> StepDone | None:
-        """Awaits a step; where there is none to come, since ``issuing`` has failed, raises its error."""
-        stepping = asyncio.create_task(step)
-        try:
-            await asyncio.wait({issuing, stepping}, return_when=asyncio.FIRST_COMPLETED)
-            if issuing.done() and issuing.exception() is not None:
-                self.buffer.close()
-
-            done = await stepping
-            if done is None and issuing.done():
-                await issuing
-
-            return done
-        finally:
-            stepping.cancel()
 
     async def _step(self, number: int) -> StepDone | None:
         self._times.start()
@@ -437,14 +427,3 @@ class Pipeline:
         self._times.generated(issue)
         with self._times.scoring:
             return await self.teacher.score(generated)
-
-
-@asynccontextmanager
-async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[asyncio.Task[None]]:
-    """Runs ``work`` as a task while the block runs, and cancels it with all its children at the end."""
-    task = asyncio.create_task(work)
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
