@@ -36,7 +36,7 @@ from eopd.runtime.placement import plan
 from eopd.runtime.signals import caught, ignored_by_children
 from eopd.runtime.supervisor import Workers, start_workers
 from eopd.runtime.train import pipeline_of
-from eopd.telemetry.profile import STAGES, Alone, Clocks, Profile, summarise
+from eopd.telemetry.profile import STAGES, Profile, summarise
 from eopd.telemetry.step import step_row
 from eopd.types import RunFailedError, StepDone
 
@@ -152,15 +152,22 @@ async def _measure(
             lambda issue, lost: say(f"gave up {lost.key}: {lost.reason.value}: {lost.detail}"),
         )
 
-    here = is_local(config.cluster)
-    alone = await _alone(begin(), patience, here, say)
+    alone_s, cpu_alone_s = await _alone(begin(), patience, say)
     trained = (await workers.learner.version()).step
-    rows, clocks = await _overlapped(begin().steps(trained), patience, here, say)
-    return summarise(rows, alone, clocks)
+    rows, wall_s, cpu_s = await _overlapped(begin().steps(trained), patience, say)
+    return summarise(
+        rows,
+        alone_s,
+        wall_s=wall_s,
+        cpu_s=(cpu_alone_s, cpu_s) if is_local(config.cluster) else None,
+        cores=len(os.sched_getaffinity(0)),
+    )
 
 
-async def _alone(line: Pipeline, patience: Patience, here: bool, say: Say) -> Alone:
-    """Measures batches that are trained stage by stage, after some that warm everything up."""
+async def _alone(line: Pipeline, patience: Patience, say: Say) -> tuple[Mapping[str, float], float]:
+    """Trains batches stage by stage, after some that warm everything up; returns the mean seconds of
+    every stage, and of CPU work on this machine.
+    """
     batches, before_s = list[Mapping[str, float]](), 0.0
     while not patience.is_over(len(batches) - WARM_UP_ALONE, ALONE):
         if len(batches) == WARM_UP_ALONE:
@@ -172,13 +179,15 @@ async def _alone(line: Pipeline, patience: Patience, here: bool, say: Say) -> Al
 
     cpu_s, measured = cpu_seconds(os.getpid()) - before_s, batches[WARM_UP_ALONE:]
     means = {stage: statistics.fmean(spent[stage] for spent in measured) for stage in STAGES}
-    return Alone(seconds=means, cpu_s=cpu_s / len(measured) if here else None)
+    return means, cpu_s / len(measured)
 
 
 async def _overlapped(
-    steps: AsyncGenerator[StepDone, None], patience: Patience, here: bool, say: Say
-) -> tuple[Sequence[Row], Clocks]:
-    """Runs the loop as ``train`` does, and returns the rows of its steps after the warm-up."""
+    steps: AsyncGenerator[StepDone, None], patience: Patience, say: Say
+) -> tuple[Sequence[Row], float, float]:
+    """Runs the loop as ``train`` does; returns the rows of its steps after the warm-up, their wall
+    seconds, and the mean seconds of CPU work on this machine.
+    """
     rows: list[Row] = []
     started = before_s = 0.0
 
@@ -194,8 +203,8 @@ async def _overlapped(
 
         wall_s, cpu_s = time.monotonic() - started, cpu_seconds(os.getpid()) - before_s
 
-    cores = len(os.sched_getaffinity(0))
-    return rows[WARM_UP:], Clocks(wall_s=wall_s, cpu_s=cpu_s if here else None, cores=cores)
+    measured = rows[WARM_UP:]
+    return measured, wall_s, cpu_s / len(measured)
 
 
 def _words(spent: Mapping[str, float]) -> str:

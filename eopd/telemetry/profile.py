@@ -30,27 +30,6 @@ MOST_SENTENCES: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Alone:
-    """What a batch costs when one stage follows the other, and nothing overlaps: mean seconds of
-    each stage, and CPU seconds of all processes, where those are all on this machine.
-    """
-
-    seconds: Mapping[str, float]
-    cpu_s: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clocks:
-    """What clocks outside of the loop say of the steps that were measured, all together: wall
-    seconds, and CPU seconds of all processes, where those are all on ``cores`` of this machine.
-    """
-
-    wall_s: float
-    cpu_s: float | None
-    cores: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """A profile holds means over ``steps`` steps, in seconds of a step.
 
@@ -101,13 +80,23 @@ class Profile:
         return max(self.alone_s[self.longest], self.cpu_bound_s)
 
 
-def summarise(rows: Sequence[Row], alone: Alone, clocks: Clocks) -> Profile:
+def summarise(
+    rows: Sequence[Row],
+    alone_s: Mapping[str, float],
+    *,
+    wall_s: float,
+    cpu_s: tuple[float, float] | None,
+    cores: int,
+) -> Profile:
     """Returns the profile of steps that followed one another.
 
     Args:
         rows: of the steps, as ``telemetry.step.step_row`` makes them.
-        alone: what a batch costs where nothing overlaps.
-        clocks: of the same steps.
+        alone_s: mean seconds of each stage of a batch where nothing overlaps.
+        wall_s: of the steps together, by a clock outside of the loop.
+        cpu_s: the mean CPU seconds of all processes in a batch where nothing overlaps, and in one of
+            the steps; None where those processes are not all on this machine.
+        cores: of this machine.
     """
     steps = len(rows)
 
@@ -115,20 +104,16 @@ def summarise(rows: Sequence[Row], alone: Alone, clocks: Clocks) -> Profile:
         return sum(row[f"eopd_{name}_seconds"] for row in rows) / steps
 
     tokens = sum(row["eopd_response_tokens_per_second"] * row["eopd_step_seconds"] for row in rows)
-    cpu_s = None
-    if clocks.cpu_s is not None and alone.cpu_s is not None:
-        cpu_s = min(clocks.cpu_s / steps, alone.cpu_s)
-
     return Profile(
         steps=steps,
-        step_s=clocks.wall_s / steps,
-        tokens_per_s=tokens / clocks.wall_s,
+        step_s=wall_s / steps,
+        tokens_per_s=tokens / wall_s,
         busy_s={stage: mean_s(stage) for stage in STAGES},
-        alone_s=dict(alone.seconds),
+        alone_s=alone_s,
         parts_s={part: mean_s(part) for part in PARTS},
         between_s=mean_s("between_steps"),
-        cpu_s=cpu_s,
-        cores=clocks.cores,
+        cpu_s=None if cpu_s is None else min(cpu_s),
+        cores=cores,
     )
 
 

@@ -24,8 +24,6 @@ from eopd.runtime import cluster
 from eopd.runtime.profile import STEPS, Patience, _alone, _overlapped, cpu_seconds, stage_by_stage
 from eopd.telemetry.profile import (
     STAGES,
-    Alone,
-    Clocks,
     Profile,
     advice,
     as_record,
@@ -90,8 +88,7 @@ def config(tmp_path):
 
 def test_a_profile_is_the_mean_of_its_steps():
     rows = [row(), row(train=8.0, step=12.0, between_steps=1.5)]
-    costs = Alone(seconds=alone(), cpu_s=11.0)
-    found = summarise(rows, costs, Clocks(wall_s=24.0, cpu_s=26.0, cores=4))
+    found = summarise(rows, alone(), wall_s=24.0, cpu_s=(11.0, 13.0), cores=4)
     assert found.steps == 2
     assert found.step_s == 12.0
     assert found.tokens_per_s == (50 * 10 + 50 * 12) / 24
@@ -107,15 +104,12 @@ def test_a_profile_is_the_mean_of_its_steps():
 
 
 def test_the_lower_cpu_time_counts_and_none_where_it_is_not_known():
-    costs, clocks = Alone(seconds=alone(), cpu_s=9.0), Clocks(wall_s=10.0, cpu_s=8.0, cores=2)
-    assert summarise([row()], costs, clocks).cpu_s == 8.0
-    for known in (
-        summarise([row()], replace(costs, cpu_s=None), clocks),
-        summarise([row()], costs, replace(clocks, cpu_s=None)),
-    ):
-        assert known.cpu_s is None
-        assert known.cpu_bound_s == 0.0
-        assert known.best_s == 5.0
+    found = summarise([row()], alone(), wall_s=10.0, cpu_s=(9.0, 8.0), cores=2)
+    assert found.cpu_s == 8.0
+    unknown = summarise([row()], alone(), wall_s=10.0, cpu_s=None, cores=2)
+    assert unknown.cpu_s is None
+    assert unknown.cpu_bound_s == 0.0
+    assert unknown.best_s == 5.0
 
 
 def test_the_cores_may_allow_less_than_the_longest_stage():
@@ -386,11 +380,11 @@ async def test_fewer_batches_are_measured_where_they_take_long(seconds_left, ask
     patience = Patience((asked, asked) if asked else STEPS, time.monotonic() + seconds_left)
     world, told = Slow(), []
     line = fakes.pipeline(world)
-    alone = await _alone(line, patience, here=True, say=told.append)
+    alone_s, _ = await _alone(line, patience, told.append)
     assert len(told) == len(world.trained) == batches
-    assert set(alone.seconds) == set(STAGES)
+    assert set(alone_s) == set(STAGES)
     loop = fakes.pipeline(world, ledger=line.ledger)
-    rows, _ = await _overlapped(loop.steps(batches), patience, here=True, say=told.append)
+    rows, _, _ = await _overlapped(loop.steps(batches), patience, told.append)
     assert len(world.trained) - batches == steps
     assert [row["eopd_step"] for row in rows] == list(range(batches + 3, batches + steps + 1))
 
