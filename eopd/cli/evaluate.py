@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -23,9 +23,6 @@ from eopd.config import (
 )
 from eopd.config.benchmark import ks_of
 from eopd.config.processor import chosen
-
-if TYPE_CHECKING:
-    from eopd.runtime.evaluate import Evaluated
 
 PARALLEL: Final = frozenset({"tensor_parallel_size", "pipeline_parallel_size"})
 OPTION_OF: Final = {
@@ -163,13 +160,14 @@ def evaluate(
 
     from eopd.runtime.evaluate import evaluate_model
 
-    evaluated = evaluate_model(
+    result, pinned = evaluate_model(
         student, rollout, prompts, benchmark, seed, ClusterConfig(), partial(typer.echo, err=True)
     )
-    scores = score_lines(evaluated.result, n, ks)
-    typer.echo(_record(evaluated, n, ks, settings) if as_json else "\n".join(scores))
+    record = score_record(result, n, ks, settings) | {"pinned": pinned}
+    lines = [json.dumps(record, allow_nan=False)] if as_json else score_lines(result, n, ks)
+    typer.echo("\n".join(lines))
     if output is not None:
-        evaluated.result.write_prompts(output)
+        result.write_prompts(output)
 
 
 def _ks(ks: Sequence[int] | None, n: int) -> Sequence[int]:
@@ -200,12 +198,6 @@ def _rollout(vllm: Sequence[str], gpus: float, values: Mapping[str, object]) -> 
         )
 
     return make_section(RolloutConfig, OPTION_OF, gpus=gpus, vllm=options, **values)
-
-
-def _record(evaluated: "Evaluated", n: int, ks: Sequence[int], settings: dict[str, object]) -> str:
-    pinned = {"model": evaluated.model, "data": evaluated.data}
-    record = score_record(evaluated.result, n, ks, settings) | {"pinned": pinned}
-    return json.dumps(record, allow_nan=False)
 
 
 def _settings(

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from eopd.config import (
     BenchmarkConfig,
@@ -30,17 +29,6 @@ from eopd.runtime.supervisor import fetch, rollout_engines
 from eopd.tokenizer import load_tokenizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluated:
-    """A benchmark's result, and what it is of: ``model`` and ``data`` name the commit behind a name
-    of the Hub, and are a path or another name as it was given.
-    """
-
-    result: BenchmarkResult
-    model: str
-    data: str
-
-
 def evaluate_model(
     student: StudentConfig,
     rollout: RolloutConfig,
@@ -49,9 +37,13 @@ def evaluate_model(
     seed: int,
     config: ClusterConfig,
     log: Callable[[str], None],
-) -> Evaluated:
+) -> tuple[BenchmarkResult, dict[str, str]]:
     """Runs one benchmark, whose prompts are rendered as ``prompts`` says; ``log`` is called with
     notes on the data, and with what becomes of engines.
+
+    Returns:
+        Its result, and what that is of: ``model`` and ``data`` with the commit behind a name of the
+        Hub, and a path or another name as it was given.
 
     Raises:
         ConfigError: the model or the data is missing, a row has no answer that the grader can
@@ -88,4 +80,4 @@ def evaluate_model(
         cluster.require_room([plan_rollout(rollout)], config)
         result = asyncio.run(run())
 
-    return Evaluated(result=result, model=model, data=names_of(parts))
+    return result, {"model": model, "data": names_of(parts)}

@@ -38,7 +38,6 @@ from eopd.run.directory import RunDirectory
 from eopd.run.record import Summary
 from eopd.run.storage import StorageError
 from eopd.runtime import evaluate, measure
-from eopd.runtime.evaluate import Evaluated
 from eopd.runtime.train import Outcome
 from eopd.types import RunFailedError, StopReason
 
@@ -650,7 +649,7 @@ def test_engines_that_are_lost_under_an_eval_are_one_line(eopd, files, tmp_path,
 
 def of(result):
     """A result of a model and of data that were named as on the Hub."""
-    return Evaluated(result=result, model="org/m@c0ffee", data="org/rows@beef:train")
+    return result, {"model": "org/m@c0ffee", "data": "org/rows@beef:train"}
 
 
 def judged(name, stop, answers, lost):
