@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 
 from eopd.config import Config
 from eopd.config.load import flatten
@@ -14,7 +15,7 @@ from eopd.telemetry.console import Console
 from eopd.telemetry.discovery import announced
 from eopd.telemetry.info import Phase, info_row, phase_row
 from eopd.telemetry.prometheus import PrometheusSink
-from eopd.telemetry.sinks import JsonlSink, Sink, Telemetry
+from eopd.telemetry.sinks import Telemetry, append_row
 from eopd.telemetry.trackers import BackgroundSink, tracker
 
 
@@ -80,11 +81,16 @@ class Outlets:
         self._endpoint = endpoint
         commit = provenance().get("commit")
         self._commit = commit if isinstance(commit, str) else None
-        sinks: list[Sink] = [JsonlSink(directory.metrics), *trackers]
         self._console = Console(
             run=run.name, batches=run.batches, expected_minutes=run.expected_minutes
         )
-        self._telemetry = Telemetry([*sinks, self._console])
+        self._telemetry = Telemetry(
+            {
+                directory.metrics.name: partial(append_row, directory.metrics),
+                **{sink.name: sink.write for sink in trackers},
+                "the terminal": self._console.write,
+            }
+        )
         self._is_job_copy = cluster.is_job_copy(directory.path)
         self._phase: Phase = "starting"
         self.begin(self._phase)
@@ -145,5 +151,5 @@ class Outlets:
             self.begin(before)
 
     def close(self) -> None:
-        """Closes all but the trackers' threads and the endpoint."""
-        self._telemetry.close()
+        """Closes the live view; the trackers' threads and the endpoint stay."""
+        self._console.close()

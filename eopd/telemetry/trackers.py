@@ -93,14 +93,14 @@ def end(trackers: Sequence["BackgroundSink"], status: Status) -> None:
 
 class BackgroundSink:
     """A sink that hands rows to a tracker, which is made, written to and ended in a thread of its
-    own. A failure is logged once.
+    own. A failure is logged once. How the run ended is known later, once its own files are whole.
 
     Rows wait until the tracker takes them: ``QUEUE_ROWS``, 100 MB of a run with a hundred series.
     Those beyond are missing there, which is logged.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
-        self._name = name
+        self.name = name
         self._queue: queue.SimpleQueue[Row | Status] = queue.SimpleQueue()
         self._said: set[str] = set()
         self._thread = threading.Thread(
@@ -117,9 +117,6 @@ class BackgroundSink:
             self._queue.put(row)
         else:
             self._say(f"is behind by {QUEUE_ROWS} steps: later ones are missing there")
-
-    def close(self) -> None:
-        """Does nothing: how a run ended is known once its own files are whole (``end``)."""
 
     def end(self, status: Status) -> None:
         """Queues how the run ended, after its last row."""
@@ -151,7 +148,7 @@ class BackgroundSink:
 
     def _say(self, text: str, *, exc_info: bool = False) -> None:
         if text not in self._said:
-            logger.warning("%s %s", self._name, text, exc_info=exc_info)
+            logger.warning("%s %s", self.name, text, exc_info=exc_info)
 
         self._said.add(text)
 

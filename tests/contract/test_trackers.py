@@ -29,7 +29,6 @@ def write(name, directory, *steps: int, status="completed") -> None:
     for step in steps:
         sink.write(row(step))
 
-    sink.close()
     end([sink], status)
 
 

@@ -27,7 +27,7 @@ from eopd.run.storage import StorageError
 from eopd.run.upload import Uploads
 from eopd.runtime.resume import take_up
 from eopd.runtime.state import RunState
-from eopd.telemetry.sinks import JsonlSink
+from eopd.telemetry.sinks import append_row
 from eopd.types import EvalStats, LearnerStats, PolicyVersion, PublishStats, StepDone
 
 STATS = EvalStats(
@@ -392,9 +392,8 @@ def test_a_step_is_kept_with_the_incarnation_that_made_it(config):
 def test_the_last_rows_leave_out_what_was_no_number(config):
     run = RunDirectory.create(config())
     assert run.last_rows(3) == []
-    sink = JsonlSink(run.metrics)
     for step, loss in enumerate((0.5, 0.5, 0.5, math.nan), start=1):
-        sink.write({"eopd_step": float(step), "eopd_loss": loss})
+        append_row(run.metrics, {"eopd_step": float(step), "eopd_loss": loss})
 
     third, fourth = run.last_rows(2)
     assert (third["step"], third["eopd_loss"]) == (3, 0.5)
@@ -406,9 +405,8 @@ def test_the_last_rows_leave_out_what_was_no_number(config):
 @pytest.mark.parametrize("end", ['{"eopd_st', "garbage\n", "\0\0\0", '{"step": 5}\n'])
 def test_a_damaged_end_leaves_the_last_whole_rows(config, end):
     run = RunDirectory.create(config())
-    sink = JsonlSink(run.metrics)
     for step in (1.0, 2.0, 3.0):
-        sink.write({"eopd_step": step})
+        append_row(run.metrics, {"eopd_step": step})
 
     with run.metrics.open("a") as file:
         file.write(end)
