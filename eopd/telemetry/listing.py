@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from eopd.config import ConfigError
+from eopd.config.benchmark import HELD_OUT
 from eopd.config.saved import require_directory
 from eopd.run.directory import RunDirectory
-from eopd.run.reading import read_rows
+from eopd.run.evaluations import read_evaluations
 from eopd.run.record import Summary
 from eopd.telemetry.plain import terminal
 
@@ -102,7 +103,7 @@ def _listed(path: Path, name: str) -> Listed:
     try:
         config, status = directory.config(), directory.status()
         summary = directory.read_summary()
-        rows, reverse_kl = directory.last_rows(1), _reverse_kl(path, summary)
+        rows, reverse_kl = directory.last_rows(1), _reverse_kl(directory, summary)
     except (ConfigError, OSError) as error:
         fault = str(error).splitlines()[0]
         return Listed(name=name, status="unreadable", changed_at=changed_at, fault=fault)
@@ -117,21 +118,15 @@ def _listed(path: Path, name: str) -> Listed:
     )
 
 
-def _reverse_kl(path: Path, summary: Summary | None) -> float | None:
+def _reverse_kl(directory: RunDirectory, summary: Summary | None) -> float | None:
     """Returns the newest held-out reverse KL in nats, also one that was measured while training."""
-    newest = None
-    for row in read_rows(path / "evaluations.jsonl"):
-        if row.get("name") == "held_out":
-            newest = row
+    newest = {one.name: one.measurements for one in read_evaluations(directory.evaluations)}
+    measured = newest.get(HELD_OUT)
+    if measured is None and summary is not None:
+        measured = summary.held_out.after or summary.held_out.before
 
-    try:
-        return float(newest["measurements"]["reverse_kl"]["mean"])  # type: ignore[index]
-    except (KeyError, TypeError, ValueError):
-        pass
-
-    held_out = summary.held_out if summary else None
-    measured = (held_out.after or held_out.before) if held_out else None
-    return measured["reverse_kl"].mean if measured and "reverse_kl" in measured else None
+    kl = None if measured is None else measured.get("reverse_kl")
+    return None if kl is None else kl.mean
 
 
 def _age(moment: float) -> str:

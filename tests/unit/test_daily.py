@@ -15,6 +15,7 @@ from eopd.cli import logs as printing
 from eopd.cli import stop as stopping
 from eopd.config import load_config
 from eopd.run.directory import RunDirectory
+from eopd.run.evaluations import Evaluation, append_evaluation
 from eopd.run.lock import held, last_holder
 from eopd.run.log_lines import Log
 from eopd.run.progress import Progress
@@ -58,12 +59,23 @@ def test_runs_are_listed_with_status_step_and_newest_reverse_kl(make, tmp_path, 
     during = make(
         "during", steps=5, at=4600.0, summary=Summary(status="collapsed", held_out=before)
     )
-    evaluations = [
-        {"step": 2, "name": "held_out", "measurements": {"reverse_kl": {"mean": 1.5}}},
-        {"step": 4, "name": "held_out", "measurements": {"reverse_kl": {"mean": 1.25}}},
-        {"step": 4, "name": "gsm8k", "measurements": {"avg_at_n": {"mean": 0.1}}},
-    ]
-    (during.path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, evaluations)))
+    for step, name, metric, mean in (
+        (2, "held_out", "reverse_kl", 1.5),
+        (4, "held_out", "reverse_kl", 1.25),
+        (4, "gsm8k", "avg_at_n", 0.1),
+    ):
+        evaluation = Evaluation(
+            step=step,
+            phase="during",
+            name=name,
+            time=1000.0,
+            seconds=1.0,
+            prompts=4,
+            samples=1,
+            measurements={metric: Measurement(mean=mean)},
+        )
+        append_evaluation(during.evaluations, evaluation)
+
     make(
         "arm",
         below="runs/sweep",
