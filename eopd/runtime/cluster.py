@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import psutil
 import ray
 from ray._private.authentication import authentication_token_setup
 from ray._private.state import available_resources_per_node
@@ -268,8 +269,7 @@ def memory_row() -> Row:
 
 def resident_bytes() -> float:
     """Returns the bytes of memory that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+    return float(psutil.Process().memory_info().rss)
 
 
 def log_directory() -> str:
