@@ -33,7 +33,6 @@ from eopd.run.elsewhere import (
     Place,
     checkpoints_at,
     name_run,
-    place_of,
     said_by,
     url_of,
 )
@@ -75,7 +74,7 @@ class Uploads:
         self._fault = "it was not reached"
         self._arrived = time.monotonic()
         self._uploaded: dict[str, _Stamp] = {}  # by name
-        self._there: dict[str, str | bytes] | None = None  # as ``checkpoints_at``
+        self._there: dict[str, str | bytes] = {}  # as ``checkpoints_at``, once it was looked at
         self._newest: int | None = None  # step of the newest that is whole there
         self._lock_there = b""
         self._went_back_to: int | None = None  # what is there of later steps is not of this run
@@ -173,12 +172,8 @@ class Uploads:
         say(f"run.upload: {url_of(self._run)}: {self._fault}; trying again")
 
     def _pass(self, *, last: bool) -> None:
-        place = place_of(self._run)
-        assert place is not None
+        place = Place(url_of(self._run))
         self._require_ours(place)
-        if self._there is None:
-            self._there = checkpoints_at(place, place.sizes())
-
         while True:
             here = self._whole_here()
             self._remove_there(place, here)
@@ -210,16 +205,17 @@ class Uploads:
         """Returns which of the checkpoints ``here`` are not whole there. A manifest has the digest of
         a state with its time: those of two checkpoints of one step differ.
         """
-        there = self._there or {}
-        return [name for name, manifest in here.items() if there.get(name) != manifest]
+        return [name for name, manifest in here.items() if self._there.get(name) != manifest]
 
     def _require_ours(self, place: Place) -> None:
-        """Notes there that this process uploads the run, and stops where a later one has done so.
+        """Looks at what is there, and notes there that this process uploads the run; later, stops where
+        another one has noted so since.
 
         Raises:
             TakenOverError: a later one has.
         """
         if not self._lock_there:
+            self._there = checkpoints_at(place, place.sizes())
             lock = (self._directory.path / LOCK).read_bytes()
             place.write(LOCK, lock)
             self._lock_there = lock
@@ -245,7 +241,6 @@ class Uploads:
         """Uploads a checkpoint, its manifest last; one of that name that is there is not whole
         meanwhile.
         """
-        assert self._there is not None
         folder = f"{CHECKPOINTS}/{name}"
         checkpoint = self._directory.checkpoints / name
         self._pinned = step_of(name)
@@ -267,7 +262,6 @@ class Uploads:
         """Removes what is not here any more: what is older than one that is whole there, and what
         training went back before.
         """
-        assert self._there is not None
         up = here.keys() - self._missing(here)
         if not up:
             return
