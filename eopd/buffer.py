@@ -83,8 +83,8 @@ class Part:
 class Buffer:
     """A buffer holds trajectories between scoring and training.
 
-    ``settled`` is the ledger's: the numbers that were trained, dropped or filtered. ``dropped`` are
-    those of them that were not trained, as far as they are known at first. An offer costs the same
+    ``settled`` is the ledger's: the numbers that were trained, dropped or filtered. ``dropped`` has
+    those above its floor that were not trained, and perhaps some below. An offer costs the same
     however many are ready: the learner is woken only when a batch is full, or a part of it has
     ``part_tokens``. With None a batch is one part.
     """
@@ -100,8 +100,6 @@ class Buffer:
     _ready: dict[int, _Offer] = field(init=False, default_factory=dict)
     _taken: dict[int, _Offer] = field(init=False, default_factory=dict)
     _trained: list[_Offer] = field(init=False, default_factory=list)  # and not yet published
-    # all dropped numbers above the floor of `settled`, and perhaps some below
-    _dropped_ahead: set[int] = field(init=False)
     # all numbers below are settled, taken or ready
     _next_missing: int = field(init=False)
     # all numbers below are of the next batch, or settled; those of it that are ready; their tokens
@@ -114,7 +112,6 @@ class Buffer:
 
     def __post_init__(self) -> None:
         self._next_missing = self.settled.floor
-        self._dropped_ahead = set(self.dropped)
         self._look_at_next_batch()
 
     @property
@@ -211,7 +208,7 @@ class Buffer:
 
     def skip(self, issue: int) -> None:
         """Notes that a number was dropped, and gives out what waited only for it."""
-        self._dropped_ahead.add(issue)
+        self.dropped.add(issue)
         if issue < self._next_batch_end:
             self._extend_next_batch()
 
@@ -228,6 +225,7 @@ class Buffer:
         """
         self._trained += self._taken.values()
         self._taken = {}
+        self.dropped = {issue for issue in self.dropped if issue >= self.settled.floor}
         self._look_at_next_batch()
 
     def release(self) -> None:
@@ -247,11 +245,7 @@ class Buffer:
             return False
 
         missing = self.next_missing
-        self._dropped_ahead = {
-            issue for issue in self._dropped_ahead if issue >= self.settled.floor
-        }
-        dropped_later = sum(issue > missing for issue in self._dropped_ahead)
-
+        dropped_later = sum(issue > missing for issue in self.dropped)
         due = len(self.settled) - dropped_later + self.batch * (1 - self.lookahead)
 
         # the B lowest are a batch also where a run was continued with another B or L
