@@ -37,7 +37,6 @@ W_co = TypeVar("W_co", covariant=True)
 
 # the pause before each attempt to start another worker; the last one is used again and again
 PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-TICK_S = 1.0  # between two looks at whether a newcomer joins
 
 
 class NobodyLeftError(RunFailedError):
@@ -101,8 +100,9 @@ class Fleet(Generic[W]):
         self._start_timeout_s = start_timeout_s
         self._processes = dict(enumerate(spawn(range(size))))
         self._replacing: dict[int, asyncio.Task[None]] = {}  # also those that have ended
-        self._giving_up: asyncio.Task[None] | None = None
+        self._giving_up: asyncio.TimerHandle | None = None  # while no worker is left
         self._causes: list[str] = []
+        self._left_s = start_timeout_s  # until it fails, without the time of joins
         self._num_joining = 0
         self._starts: set[asyncio.Future[int]] = set()  # of replacements and newcomers
         self._may_start = asyncio.Event()
@@ -169,14 +169,11 @@ class Fleet(Generic[W]):
     async def close(self) -> None:
         """Ends every replacement under way, and begins no other one."""
         self._closed = True
-        tasks = list(self._replacing.values())
-        if self._giving_up is not None:
-            tasks.append(self._giving_up)
-
-        for task in tasks:
+        self._stop_clock()
+        for task in self._replacing.values():
             task.cancel()
 
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._replacing.values(), return_exceptions=True)
 
     async def _start_first(self, number: int) -> None:
         process = self._processes[number]
@@ -206,6 +203,7 @@ class Fleet(Generic[W]):
             seats = await process.start()
 
         self._num_joining += 1
+        self._stop_clock()
         try:
             await self.join(number, process.worker)
         finally:
@@ -270,23 +268,22 @@ class Fleet(Generic[W]):
         if self._closed or self.pool.num_up > 0 or not self._may_start.is_set():
             return
 
-        if self._giving_up is None:
-            self._giving_up = asyncio.create_task(self._give_up())
+        if self._giving_up is None and not self._num_joining:
+            loop = asyncio.get_running_loop()
+            self._giving_up = loop.call_later(self._left_s, self._give_up)
 
     def _keep_up(self) -> None:
         """Gives up no more: somebody is up, or leaves room to others."""
+        self._stop_clock()
+        self._left_s = self._start_timeout_s
+
+    def _stop_clock(self) -> None:
         if self._giving_up is not None:
+            self._left_s = self._giving_up.when() - asyncio.get_running_loop().time()
             self._giving_up.cancel()
             self._giving_up = None
 
-    async def _give_up(self) -> None:
-        left_s = self._start_timeout_s
-        while left_s > 0:
-            tick_s = min(left_s, TICK_S)
-            await asyncio.sleep(tick_s)
-            if not self._num_joining:
-                left_s -= tick_s
-
+    def _give_up(self) -> None:
         causes = "\n".join(f"  {cause}" for cause in self._causes)
         limit = f"cluster.start_timeout_s = {self._start_timeout_s:g}"
         self.pool.fail(
