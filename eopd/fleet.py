@@ -187,16 +187,16 @@ class Fleet(Generic[W]):
         start = asyncio.ensure_future(self._start_and_join(number, process))
         self._starts.add(start)
         try:
-            self.pool.add(number, process.worker, await start)
-            self._keep_up()
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():  # it is this task that shall end
-                raise
-
-            raise GaveWayError("it gives way to others, who find no room") from None
+            await asyncio.wait([start])
         finally:
+            start.cancel()
             self._starts.remove(start)
+
+        if start.cancelled():  # by ``give_way``: else this task would have been
+            raise GaveWayError("it gives way to others, who find no room")
+
+        self.pool.add(number, process.worker, start.result())
+        self._keep_up()
 
     async def _start_and_join(self, number: int, process: WorkerProcess[W]) -> int:
         async with asyncio.timeout(self._start_timeout_s):
