@@ -107,7 +107,6 @@ class Fleet(Generic[W]):
         self._starts: set[asyncio.Future[int]] = set()  # of replacements and newcomers
         self._may_start = asyncio.Event()
         self._may_start.set()
-        self._closed = False
         self._draining: set[int] = set()  # if these are lost, they are not replaced
         pool.on_loss = self._on_loss
 
@@ -168,7 +167,7 @@ class Fleet(Generic[W]):
 
     async def close(self) -> None:
         """Ends every replacement under way, and begins no other one."""
-        self._closed = True
+        self.pool.on_loss = lambda number, reason: None
         self._stop_clock()
         for task in self._replacing.values():
             task.cancel()
@@ -223,7 +222,7 @@ class Fleet(Generic[W]):
         self._draining.remove(number)
 
     def _on_loss(self, number: int, reason: str) -> None:
-        if self._closed or number in self._draining or number not in self._processes:
+        if number in self._draining or number not in self._processes:
             return
 
         cause = f"{self.name} {number}: {reason.splitlines()[0]}"
@@ -265,7 +264,7 @@ class Fleet(Generic[W]):
 
     def _require_start(self) -> None:
         """With no worker left, fails the pool unless one comes up in time."""
-        if self._closed or self.pool.num_up > 0 or not self._may_start.is_set():
+        if self.pool.num_up > 0 or not self._may_start.is_set():
             return
 
         if self._giving_up is None and not self._num_joining:
