@@ -107,7 +107,6 @@ class Fleet(Generic[W]):
         self._starts: set[asyncio.Future[int]] = set()  # of replacements and newcomers
         self._may_start = asyncio.Event()
         self._may_start.set()
-        self._draining: set[int] = set()  # if these are lost, they are not replaced
         pool.on_loss = self._on_loss
 
     @property
@@ -215,14 +214,13 @@ class Fleet(Generic[W]):
             replacing.cancel()
             await asyncio.gather(replacing, return_exceptions=True)
 
-        self._draining.add(number)
+        process = self._processes.pop(number)  # if it is lost from here on, it is not replaced
         await self.pool.drain(number)
         await self.after_drain(number)
-        await self._processes.pop(number).end()
-        self._draining.remove(number)
+        await process.end()
 
     def _on_loss(self, number: int, reason: str) -> None:
-        if number in self._draining or number not in self._processes:
+        if number not in self._processes:  # it was being removed
             return
 
         cause = f"{self.name} {number}: {reason.splitlines()[0]}"
