@@ -149,18 +149,21 @@ def train(
     if resume != "no":
         _require_own_config(config, resolved.run, overrides or [])
 
+    from eopd.run.directory import RunDirectory
     from eopd.runtime.train import train as run
     from eopd.telemetry.console import print_summary
 
     outlive_readers()
     try:
-        outcome = run(resolved, resume=resume, step=step, say=partial(typer.echo, err=True))
+        summary, has_trained = run(
+            resolved, resume=resume, step=step, say=partial(typer.echo, err=True)
+        )
     except RunFailedError:
         _say_how_to_continue(config, overrides or [], ["--resume", "auto"])
         raise
 
-    summary, directory = outcome.summary, outcome.directory
-    if not outcome.trained:
+    directory = RunDirectory(resolved.run.path)
+    if not has_trained:
         batches = resolved.run.batches
         typer.echo(
             f"{directory.path} is complete: {batches} of {batches} steps; raise "

@@ -10,7 +10,7 @@ outlets. The learner may be lost under it; then it goes on from the newest check
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, aclosing, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Never
 
 from eopd.config import Config
@@ -20,7 +20,6 @@ from eopd.preflight import Prepared, pinned, prepare
 from eopd.preflight import notes as notes_on
 from eopd.roles import LearnerDownError
 from eopd.run.checkpoint import step_of
-from eopd.run.directory import RunDirectory
 from eopd.run.lock import held, last_holder
 from eopd.run.parent import forgets_moments_at
 from eopd.run.place import free_row
@@ -59,24 +58,13 @@ from eopd.types import LostReason, LostTrajectory, RunFailedError, StepDone
 _STATE_S = 5.0  # how often Prometheus sees who is up
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a run. ``trained`` is false where it was complete already, and nothing was
-    done.
-    """
-
-    summary: Summary
-    directory: RunDirectory
-    trained: bool = True
-
-
 def train(
     config: Config,
     *,
     resume: Resume = "no",
     step: int | None = None,
     say: Callable[[str], None] = logger.info,
-) -> Outcome:
+) -> tuple[Summary, bool]:
     """Runs (or continues) what ``config`` describes, as the only process that does.
 
     Args:
@@ -86,8 +74,9 @@ def train(
         say: is told of what is fetched before the run starts, and uploaded after it has ended.
 
     Returns:
-        The outcome; the summary's ``status`` is ``completed``, or ``interrupted`` after a signal
-        that asked for it, or ``collapsed`` where the guard has ended the run.
+        The summary, whose ``status`` is ``completed``, or ``interrupted`` after a signal that asked
+        for it, or ``collapsed`` where the guard has ended the run; and whether anything was done: the
+        run may have been complete already.
 
     Raises:
         ConfigError: the user's mistake, found before any worker starts; or this is no place for a
@@ -96,11 +85,9 @@ def train(
     require_main_thread()
     config = pinned(config, config_to_continue(config, resume))
     prepared = prepare(config)
-    directory = RunDirectory(config.run.path)
-
     with ExitStack() as stack:
         lock = held(
-            directory.path,
+            config.run.path,
             wait_s=0.0 if resume == "no" else config.cluster.wait_s,
             say=say,
         )
@@ -110,7 +97,7 @@ def train(
         if taken_up.complete:
             assert taken_up.summary is not None
             uploads.start()  # what the process that completed it did not get there
-            return Outcome(taken_up.summary, directory, trained=False)
+            return taken_up.summary, False
 
         with ignored_by_children():
             stack.enter_context(cluster.connect(config.cluster))
@@ -125,7 +112,7 @@ def train(
         if summary.status in ("completed", "interrupted"):
             show_end(endpoint)
 
-        return Outcome(summary, directory)
+        return summary, True
 
 
 async def _run(

@@ -38,7 +38,6 @@ from eopd.run.directory import RunDirectory
 from eopd.run.record import Summary
 from eopd.run.storage import StorageError
 from eopd.runtime import evaluate, measure
-from eopd.runtime.train import Outcome
 from eopd.types import RunFailedError, StopReason
 
 
@@ -252,6 +251,9 @@ def train(eopd, run, monkeypatch):
     """``eopd train`` with a run that does nothing: its exit code, what it was asked for, and
     what was shown.
     """
+    file = run / "run" / "config.yaml"
+    its_own = load_config(file, [f"run.directory={run}", "run.name=run"])
+    file.write_text(dump_config(its_own))
 
     def command(arguments, status="completed", trained=True, error=None):
         asked = {}
@@ -261,14 +263,10 @@ def train(eopd, run, monkeypatch):
             if error is not None:
                 raise error
 
-            return Outcome(
-                replace(RAN, status=status),
-                RunDirectory(run / "run"),
-                trained,
-            )
+            return replace(RAN, status=status), trained
 
         monkeypatch.setattr("eopd.runtime.train.train", pretended)
-        config = str(run / "run" / "config.yaml")
+        config = str(file)
         done = eopd("train", *arguments.replace("CONFIG", config).split())
         shown = done.out + done.err
         return int(done.code or 0), asked, shown.replace(config, "CONFIG")
@@ -298,8 +296,7 @@ def test_resume_stands_alone_or_takes_auto(train, arguments, asked):
 def test_the_config_of_a_copy_does_not_continue_the_original(eopd, tmp_path, monkeypatch, resume):
     original = RunDirectory.create(load_config(fakes.write_config(tmp_path)))
     original.write_summary(RAN)
-    outcome = Outcome(RAN, original, True)
-    monkeypatch.setattr("eopd.runtime.train.train", lambda config, **options: outcome)
+    monkeypatch.setattr("eopd.runtime.train.train", lambda config, **options: (RAN, True))
 
     more = ["--set", "run.batches=9"]
     assert eopd("train", original.path / "config.yaml", *resume, *more).code == 0
