@@ -68,7 +68,6 @@ class Fleet(Generic[W]):
     number of a worker that was lost, and of one that was removed.
 
     Args:
-        name: the name of one worker, for messages: ``rollout engine``.
         pool: hands out requests to the workers that are up.
         spawn: makes the processes of new workers, by number.
         size: the number of workers at first.
@@ -79,7 +78,6 @@ class Fleet(Generic[W]):
 
     def __init__(
         self,
-        name: str,
         pool: Pool[W],
         *,
         spawn: Callable[[Sequence[int]], Sequence[WorkerProcess[W]]],
@@ -88,7 +86,6 @@ class Fleet(Generic[W]):
         start_timeout_s: float,
         log: Callable[[str], None],
     ) -> None:
-        self.name = name
         self.pool = pool
         self.num_replacements = 0
         self.join: Callable[[int, W], Awaitable[None]] = _nothing
@@ -121,7 +118,9 @@ class Fleet(Generic[W]):
 
     def start(self) -> Mapping[str, Awaitable[None]]:
         """Starts the first workers, without ``join``; returns an awaitable for each, by name."""
-        return {f"{self.name} {number}": self._start_first(number) for number in self._processes}
+        return {
+            f"{self.pool.name} {number}": self._start_first(number) for number in self._processes
+        }
 
     async def scale(self, size: int) -> None:
         """Brings the fleet to another size. Newcomers start together; workers that take no requests
@@ -223,7 +222,7 @@ class Fleet(Generic[W]):
         if number not in self._processes:  # it was being removed
             return
 
-        cause = f"{self.name} {number}: {reason.splitlines()[0]}"
+        cause = f"{self.pool.name} {number}: {reason.splitlines()[0]}"
 
         try:
             self._count_loss(cause)
@@ -249,7 +248,7 @@ class Fleet(Generic[W]):
             try:
                 await self._bring_up(number)
             except Exception as error:  # noqa: BLE001 - whatever keeps it from starting is logged, and tried again
-                self._log_once(f"{self.name} {number} did not start: {first_line(error)}")
+                self._log_once(f"{self.pool.name} {number} did not start: {first_line(error)}")
                 await self._processes[number].end()
                 self._require_start()
                 attempt += 1
@@ -257,7 +256,7 @@ class Fleet(Generic[W]):
 
             self.num_replacements += 1
             self._causes.clear()
-            self._log(f"{self.name} {number} is up again: {self.pool.num_up} of {self.size}")
+            self._log(f"{self.pool.name} {number} is up again: {self.pool.num_up} of {self.size}")
             return
 
     def _require_start(self) -> None:
@@ -284,7 +283,9 @@ class Fleet(Generic[W]):
         causes = "\n".join(f"  {cause}" for cause in self._causes)
         limit = f"cluster.start_timeout_s = {self._start_timeout_s:g}"
         self.pool.fail(
-            NobodyLeftError(f"no {self.name} is left, and none came up within {limit}:\n{causes}")
+            NobodyLeftError(
+                f"no {self.pool.name} is left, and none came up within {limit}:\n{causes}"
+            )
         )
 
     def _log_once(self, text: str) -> None:

@@ -111,7 +111,6 @@ def engine_fleet(
         ]
 
     return Fleet(
-        "rollout engine",
         Pool(
             "rollout engine",
             timeout_s=rollout.timeout_s,

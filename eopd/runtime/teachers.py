@@ -117,7 +117,6 @@ def _fleet(
     log: Callable[[str], None],
 ) -> Fleet[TeacherScorer]:
     plan = plan_teacher(teacher)
-    name = f"teacher {teacher.name} replica"
     longest = config.max_teacher_tokens(teacher)
 
     arguments = (teacher, config.loss.top_k, longest, config.flow.filter, config.student.model)
@@ -130,9 +129,8 @@ def _fleet(
         ]
 
     return Fleet(
-        name,
         Pool(
-            name,
+            f"teacher {teacher.name} replica",
             timeout_s=teacher.timeout_s,
             ping=lambda scorer: scorer.ping(),  # type: ignore[attr-defined]
         ),

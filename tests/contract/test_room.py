@@ -120,7 +120,6 @@ async def test_a_rank_takes_the_room_of_an_engine_that_is_still_starting(
 
         pool = Pool("engine", timeout_s=60.0, ping=lambda worker: asyncio.sleep(0))
         fleet = Fleet(
-            "rollout engine",
             pool,
             spawn=processes,
             size=1,

@@ -56,7 +56,6 @@ class World:
         self.budget = RestartBudget(max_restarts, 3600.0, lambda: self.fleet.size)
         self.pool = Pool("engine", timeout_s=5.0, ping=lambda worker: asyncio.sleep(0))
         self.fleet = Fleet(
-            "engine",
             self.pool,
             spawn=self.spawn,
             size=size,
