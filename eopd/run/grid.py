@@ -41,7 +41,6 @@ class PlannedRun:
     """A run of a sweep; ``arm`` has the settings of the grids, and is empty without any."""
 
     arm: str
-    seed: int
     config: Config
 
     @property
@@ -179,7 +178,6 @@ def _run(directory: Path, arm: Mapping[str, str], seed: int, base: Config) -> Pl
     run = make_section(RunConfig, _OPTIONS, **base.run.model_dump() | own)
     return PlannedRun(
         arm=_label(arm),
-        seed=seed,
         config=base.model_copy(update={"run": run}),
     )
 

@@ -101,7 +101,7 @@ def write_sweep(path: Path, entries: Sequence[Entry], grids: Grids, status: str)
         {
             "name": entry.run.name,
             "arm": entry.run.arm,
-            "seed": entry.run.seed,
+            "seed": entry.run.config.run.seed,
             "status": entry.status,
             "error": entry.error,
             "log": str(entry.log),
@@ -112,7 +112,7 @@ def write_sweep(path: Path, entries: Sequence[Entry], grids: Grids, status: str)
         "name": path.parent.name,
         "status": status,
         "grids": grids,
-        "seeds": list(dict.fromkeys(entry.run.seed for entry in entries)),
+        "seeds": list(dict.fromkeys(entry.run.config.run.seed for entry in entries)),
         "runs": runs,
         "arms": [asdict(result) for result in results],
     }

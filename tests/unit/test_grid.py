@@ -116,7 +116,7 @@ def test_runs_are_uploaded_below_the_name_of_their_sweep(path):
 def test_without_grids_and_seeds_there_is_one_run(path, tmp_path):
     directory, (run,) = plan_runs(path, ["run.seed=3"], {}, None, "mine")
     assert directory == tmp_path / "runs" / "mine"
-    assert (run.name, run.arm, run.seed) == ("seed-3", "", 3)
+    assert (run.name, run.arm, run.config.run.seed) == ("seed-3", "", 3)
 
 
 def test_values_that_fit_no_name_are_told_apart_by_a_checksum(path):
