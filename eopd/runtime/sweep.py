@@ -34,7 +34,7 @@ from eopd.run.results import FILE, ArmResult, Entry, Status, errors_before, writ
 from eopd.run.storage import write_whole
 from eopd.runtime import cluster
 from eopd.runtime.inputs import digests
-from eopd.runtime.placement import Capacity, Node, RoleResources, lack_of, plan, require_capacity
+from eopd.runtime.placement import Capacity, Node, lack_of, plan, require_capacity
 from eopd.runtime.resume import take_up
 from eopd.runtime.signals import caught, ignored_by_children
 from eopd.telemetry.report.page import write_report
@@ -59,10 +59,6 @@ class Room:
     nodes: Sequence[Node]
     environment: Mapping[str, str] = field(default_factory=dict)
     options: Sequence[str] = ()
-
-    def require(self, roles: Sequence[RoleResources]) -> None:
-        """Raises ConfigError where so much was never free together."""
-        require_capacity(roles, self.nodes)
 
     def has(self, configs: Sequence[Config]) -> bool:
         """Tells whether some runs fit side by side."""
@@ -185,7 +181,7 @@ class Sweep:
     def _require(self, room: Room) -> None:
         for entry in self.entries:
             with _named(entry):
-                room.require(plan(entry.run.config))
+                require_capacity(plan(entry.run.config), room.nodes)
 
     async def _run_all(self, room: Room, parallel: int) -> None:
         """Runs what waits, as far as there is room; after a signal nothing more is begun."""
