@@ -9,7 +9,7 @@ from typing import cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from eopd.config import Config, ConfigError
 from eopd.roles import BodiesLostError, LearnerDownError
@@ -28,7 +28,6 @@ from eopd.types import (
     TrajectoryKey,
 )
 
-_DEAD = (RayActorError, OutOfMemoryError)
 # How long Ray may take to report a rank that was lost with its node: it asks a node every 3 s,
 # waits 10 s, and believes the fifth failure (health_check_period_ms, _timeout_ms and
 # _failure_threshold of Ray 2.60).
@@ -211,8 +210,8 @@ class LearnerGang:
 
         async def is_dead(rank: int, actor: ActorHandle) -> int | None:
             try:
-                await actor.ping.remote()
-            except _DEAD:
+                await _begun(actor)
+            except LearnerDownError:
                 return rank
 
             return None
