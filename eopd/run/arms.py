@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 from eopd.config.words import short
@@ -74,7 +75,7 @@ class Interval:
 def group_runs(configs: Sequence[FlatConfig]) -> list[Arm]:
     """Returns the arms of some runs, in the order in which the first run of each stands."""
     members: dict[tuple[object, ...], list[int]] = {}
-    keys = [key for key in dict.fromkeys(_all_keys(configs)) if not is_place(key)]
+    keys = [key for key in dict.fromkeys(chain(*configs)) if not is_place(key)]
     for index, config in enumerate(configs):
         # repr: a list is no key of a dict, and 1 is not true
         setting = tuple(repr(config[key]) if key in config else None for key in keys)
@@ -172,7 +173,3 @@ def _arm(configs: Sequence[FlatConfig], runs: Sequence[int], varied: Sequence[st
 def _seed_of(config: FlatConfig) -> int:
     seed = config.get(SEED)
     return seed if isinstance(seed, int) else 0
-
-
-def _all_keys(configs: Sequence[FlatConfig]) -> Iterable[str]:
-    return (key for config in configs for key in config)
