@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from eopd.config import Config, ConfigError
 from eopd.config.choices import with_choices_of
@@ -43,8 +43,6 @@ from eopd.run.restore import config_of_kept
 from eopd.runtime.guard import require_no_collapse
 
 Resume = Literal["no", "yes", "auto"]
-
-MUST_BE_THE_SAME: Final = ("prompts.data", "student.model")  # of the paths that inputs.py digests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,7 +318,7 @@ def what_changed(
     changed += [change for change in contents if change.key not in keys]
     if refused := [change for change in changed if change.kind == "never"]:
         other = [change.key for change in refused if change.before == OTHER_CONTENTS]
-        if any(key == "prompts.data" or _is_part(key) for key in other):  # why they are others
+        if any(map(_is_trained_on, other)):  # why they are others
             causes = [change for change in paths if "prompts" in change.key]
             refused += [change for change in causes if change.key not in other]
 
@@ -353,7 +351,7 @@ def _changed_contents(
         )
     }
     differing = [key for key in paths if key in before and before[key] != after[key]]
-    if any(_is_part(key) for key in differing):  # a part says more than the whole
+    if any(key.startswith("prompts.data.") for key in differing):  # a part says more than the whole
         differing.remove("prompts.data")
 
     return [
@@ -361,18 +359,15 @@ def _changed_contents(
             key,
             OTHER_CONTENTS,
             paths[key],
-            "never" if _must_be_the_same(key) else "noted",
+            "never" if key == "student.model" or _is_trained_on(key) else "noted",
         )
         for key in differing
     ]
 
 
-def _is_part(key: str) -> bool:
-    return key.startswith("prompts.data.")
-
-
-def _must_be_the_same(key: str) -> bool:
-    return key in MUST_BE_THE_SAME or _is_part(key)
+def _is_trained_on(key: str) -> bool:
+    """Tells whether a path names the prompts of training, or a part of them."""
+    return key == "prompts.data" or key.startswith("prompts.data.")
 
 
 def _refuse(directory: RunDirectory, refused: Sequence[Change], option: str) -> None:
