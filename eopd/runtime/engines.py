@@ -37,11 +37,10 @@ _GRACE_S = 10.0  # the wire's own time-outs come first: they tell what is wrong
 
 
 class EnginePool:
-    """A ``RolloutEngine`` that passes each request to an engine of a fleet."""
+    """A ``RolloutEngine`` that passes each request to an engine of ``fleet``."""
 
     def __init__(self, fleet: Fleet[RolloutEngine]) -> None:
-        self._fleet = fleet
-        self._pool = fleet.pool
+        self.fleet = fleet
 
     async def generate(
         self, prompt: PromptSample, sample_index: int, sampling: Sampling
@@ -52,7 +51,7 @@ class EnginePool:
             RunFailedError: no engine is left.
         """
         try:
-            return await self._pool.run(
+            return await self.fleet.pool.run(
                 lambda engine: engine.generate(prompt, sample_index, sampling), sampling.priority
             )
         except NoAnswerError as error:
@@ -65,20 +64,20 @@ class EnginePool:
 
     def status(self) -> list[str]:
         """Returns for people what each engine does now."""
-        return self._pool.status()
+        return self.fleet.pool.status()
 
     def metrics(self) -> Row:
         """Returns how many engines failed, were replaced, are up and should be, and what each has in
         flight.
         """
         row = {
-            "eopd_engine_failures_total": float(self._pool.num_failures),
-            "eopd_engine_replacements_total": float(self._fleet.num_replacements),
-            "eopd_engines_up": float(self._pool.num_up),
-            "eopd_engines_wanted": float(self._fleet.size),
+            "eopd_engine_failures_total": float(self.fleet.pool.num_failures),
+            "eopd_engine_replacements_total": float(self.fleet.num_replacements),
+            "eopd_engines_up": float(self.fleet.pool.num_up),
+            "eopd_engines_wanted": float(self.fleet.size),
         }
-        in_flight = self._pool.in_flight
-        for number in self._fleet.workers:
+        in_flight = self.fleet.pool.in_flight
+        for number in self.fleet.workers:
             key = series("eopd_engine_in_flight_trajectories", engine=str(number))
             row[key] = float(in_flight.get(number, 0))
 

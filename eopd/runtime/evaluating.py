@@ -81,7 +81,7 @@ class Evaluator:
         self._fetch = fetch
         self.beside = Beside()
         self._news: dict[str, float] = {}
-        _join_when_written(workers.engine_fleet, self.beside)
+        _join_when_written(workers.engines.fleet, self.beside)
 
     async def evaluate(self, phase: Phase) -> None:
         """Measures what is due at this step, whose weights the engines serve. Benchmarks go on when it

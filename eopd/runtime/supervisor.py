@@ -20,7 +20,7 @@ from ray.exceptions import ObjectLostError, RayTaskError
 
 from eopd.config import ClusterConfig, Config, ConfigError, RolloutConfig, StudentConfig
 from eopd.fleet import Fleet, one_by_one
-from eopd.roles import RolloutEngine, TeacherScorer
+from eopd.roles import TeacherScorer
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import Holder
 from eopd.run.progress import first_line
@@ -49,16 +49,14 @@ FETCH_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """Everything of a run that lives in actors: the roles of the loop, and the fleets behind
-    them.
+    """Everything of a run that lives in actors: the roles of the loop. Engines and teacher know the
+    fleets behind them.
     """
 
     engines: EnginePool
     teacher: TeacherRouter
     learner: LearnerGang
     channel: BroadcastChannel
-    engine_fleet: Fleet[RolloutEngine]
-    teacher_fleets: Mapping[str, Fleet[TeacherScorer]]
     restarts: RestartBudget
 
 
@@ -116,8 +114,6 @@ async def start_workers(
                 teacher=TeacherRouter(teachers, config.teacher_of),
                 learner=gang,
                 channel=open_channel(engines, gang, config, probe_text(prompts)),
-                engine_fleet=engines,
-                teacher_fleets=teachers,
                 restarts=restarts,
             )
         finally:

@@ -44,7 +44,7 @@ class TeacherRouter:
         fleets: Mapping[str, Fleet[TeacherScorer]],
         teacher_of: Callable[[str], TeacherConfig | None],
     ) -> None:
-        self._fleets = fleets
+        self.fleets = fleets
         self._teacher_of = teacher_of
         self._num_tokens = dict.fromkeys(fleets, 0)
 
@@ -60,7 +60,7 @@ class TeacherRouter:
         if teacher is None:
             raise KeyError(f"no teacher for source {header.source!r}")
 
-        pool = self._fleets[teacher.name].pool
+        pool = self.fleets[teacher.name].pool
         try:
             outcome = await pool.run(lambda scorer: scorer.score(stored), header.priority)
         except NoAnswerError as error:
@@ -80,7 +80,7 @@ class TeacherRouter:
         should.
         """
         row: dict[str, float] = {}
-        for teacher, fleet in self._fleets.items():
+        for teacher, fleet in self.fleets.items():
             values = {
                 "eopd_teacher_tokens_total": self._num_tokens[teacher],
                 "eopd_teacher_failures_total": fleet.pool.num_failures,
@@ -95,7 +95,7 @@ class TeacherRouter:
 
     def status(self) -> list[str]:
         """Returns what each replica of each teacher does now, a line each, for people."""
-        return [line for fleet in self._fleets.values() for line in fleet.pool.status()]
+        return [line for fleet in self.fleets.values() for line in fleet.pool.status()]
 
 
 def teacher_fleets(

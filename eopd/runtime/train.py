@@ -185,7 +185,7 @@ async def _work(
         await with_background(
             training.run(),
             watchdog.watch(training.status, outlets.say),
-            scale_on_request(state.directory, workers.engine_fleet, outlets.say),
+            scale_on_request(state.directory, workers.engines.fleet, outlets.say),
             training.show_state(),
         )
 
@@ -239,7 +239,7 @@ class Training:
         it.
         """
         prompt_ids = self._prepared.train.prompts[0].token_ids
-        fleets = self._workers.teacher_fleets
+        fleets = self._workers.teacher.fleets
         for report in await self_test_replicas(self._config, fleets, prompt_ids):
             self._outlets.say(report.verdict)
             logger.info(str(report))

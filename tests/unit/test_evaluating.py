@@ -51,7 +51,7 @@ class Workers(fakes.World):
         self.priorities: list[int] = []
         self.engines = self.teacher = self.learner = self.channel = self
         self.joined: list[int] = []
-        self.engine_fleet = SimpleNamespace(join=self.join, pool=SimpleNamespace(num_up=1))
+        self.fleet = SimpleNamespace(join=self.join, pool=SimpleNamespace(num_up=1))
 
     async def join(self, number, engine):
         self.joined.append(number)
@@ -215,7 +215,7 @@ async def test_a_new_engine_waits_for_a_benchmark_unless_no_other_is_up(made):
     run = made(f"{{every: 5, samples: 0, benchmarks: [{MATH}]}}")
     run.at(0)
     await run.evaluator.evaluate("before")
-    fleet, joined = run.workers.engine_fleet, run.workers.joined
+    fleet, joined = run.workers.fleet, run.workers.joined
 
     async with asyncio.timeout(10):
         await run.evaluator.beside.finish()
