@@ -120,8 +120,8 @@ class RunDirectory:
             ConfigError: the directory cannot be made, or holds something that is no run of eopd.
         """
         directory = cls(config.run.path)
-        directory.require_no_foreign_files()
         path = directory.path
+        require_no_foreign_files(path)
         old_files = (
             *directory._by_step,
             directory.dropped,
@@ -148,10 +148,6 @@ class RunDirectory:
             raise ConfigError(f"run.directory: {path} cannot be made ({error.strerror})") from None
 
         return directory
-
-    def require_no_foreign_files(self) -> None:
-        """Raises ConfigError where the directory holds something, and that is no run of eopd."""
-        require_no_foreign_files(self.path)
 
     def holds_a_run(self) -> bool:
         """Returns whether a run was begun here."""

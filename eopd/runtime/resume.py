@@ -37,6 +37,7 @@ from eopd.run.checkpoint import (
     step_of,
 )
 from eopd.run.directory import RunDirectory
+from eopd.run.place import require_no_foreign_files
 from eopd.run.reading import instead_of_going_on
 from eopd.run.record import Summary
 from eopd.run.restore import config_of_kept
@@ -112,7 +113,7 @@ def take_up(
         ConfigError: it cannot be taken up so; the message has what can be done.
     """
     directory = RunDirectory(config.run.path)
-    directory.require_no_foreign_files()
+    require_no_foreign_files(directory.path)
     checkpoints = list_checkpoints(directory.checkpoints)
     new = TakenUp(directory=directory, config=config, inputs=inputs)
     if not checkpoints:

@@ -20,6 +20,7 @@ from eopd.preflight.environment import require_environment
 from eopd.run.changes import Change
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import held
+from eopd.run.place import require_no_foreign_files
 from eopd.run.progress import Progress
 from eopd.run.provenance import provenance
 from eopd.run.record import Measurement, Sample, append_jsonl
@@ -76,21 +77,21 @@ async def test_a_run_that_begins_keeps_nothing_of_one_of_its_name(config):
 
 def test_a_directory_of_somebody_else_is_left_alone(config):
     run = RunDirectory(config().run.path)
-    run.require_no_foreign_files()
+    require_no_foreign_files(run.path)
     run.path.mkdir(parents=True)
-    run.require_no_foreign_files()
+    require_no_foreign_files(run.path)
     (run.path / "run.lock").write_text("")  # of a process that is about to begin here
     (run.path / "stop.json").write_text("{}")  # and is asked to end already
     (run.path / ".versions.json.partial").write_text("")  # or was killed in its first file
-    run.require_no_foreign_files()
+    require_no_foreign_files(run.path)
     (run.path / "thesis.tex").write_text("")
 
     holds = r"run.name: .*/runs/r holds thesis.tex and is no run of eopd; name another"
     with pytest.raises(ConfigError, match=holds):
-        run.require_no_foreign_files()
+        require_no_foreign_files(run.path)
 
     (run.path / "versions.json").write_text('{"eopd": "0.1"}')  # killed as it began
-    run.require_no_foreign_files()
+    require_no_foreign_files(run.path)
 
 
 FOREIGN = {
