@@ -3,8 +3,8 @@ another program.
 """
 
 import json
+import math
 import os
-import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Final
 
 from eopd.config import ConfigError, load_config
 from eopd.run.record import Row
+from eopd.run.storage import free_bytes
 
 LOCK: Final = "run.lock"
 STOP: Final = "stop.json"  # a request of ``eopd stop``
@@ -95,7 +96,5 @@ def free_row(path: Path) -> Row:
     """Returns the metric of the space that is free for a run directory; nothing where the file system
     does not say.
     """
-    try:
-        return {"eopd_run_free_bytes": float(shutil.disk_usage(path).free)}
-    except OSError:  # it may answer the next time
-        return {}
+    free = free_bytes(path)
+    return {} if free == math.inf else {"eopd_run_free_bytes": float(free)}
