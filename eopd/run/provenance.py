@@ -49,7 +49,7 @@ def versions_of(config: Config, machines: Mapping[str, object]) -> dict[str, obj
     }
 
 
-def provenance(working_directory: Path = Path()) -> dict[str, object]:
+def provenance(working_directory: Path = Path()) -> dict[str, str]:
     """Returns what is known of ``commit`` (with ``-dirty`` where files were changed since) and
     ``cpu_model``; a working directory that is in no repository has no commit.
     """

@@ -79,8 +79,7 @@ class Outlets:
         run = config.run
         self._config = config
         self._endpoint = endpoint
-        commit = provenance().get("commit")
-        self._commit = commit if isinstance(commit, str) else None
+        self._commit = provenance().get("commit")
         self._console = Console(
             run=run.name, batches=run.batches, expected_minutes=run.expected_minutes
         )
