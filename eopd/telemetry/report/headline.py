@@ -85,9 +85,8 @@ def result(run: RunRecord) -> str:
         teacher=teacher,
         percent=percent,
     )
-    on = f"measured on {count} held-out prompts" if (count := _prompts(run, last)) else "held out"
     so_far = f"So far, at step {last.step}: " if run.is_under_way else ""
-    return f"{so_far}{what}, {on}{_interval(change)}."
+    return f"{so_far}{what}, measured on {last.prompts} held-out prompts{_interval(change)}."
 
 
 def _difference(last: Evaluation, old: Measurement, new: Measurement) -> Measurement:
@@ -121,10 +120,6 @@ def _interval(change: Measurement) -> str:
 
     low, high = (_signed(change.mean + sign * half, ".2f") for sign in (-1, 1))
     return f"; 95 % interval of the difference {low} to {high}"
-
-
-def _prompts(run: RunRecord, last: Evaluation) -> object:
-    return last.prompts or run.config.get("evaluation.prompts")
 
 
 def _signed(value: float, style: str) -> str:
