@@ -174,14 +174,14 @@ class Buffer:
 
         Args:
             version: what the learner holds.
-            ahead: whether the part that completes a batch must wait, since the one before is not
-                released yet.
+            ahead: whether this goes on only until the batch before is released; the part that
+                completes a batch must wait for that.
 
         Returns:
-            A part, or None once the buffer is closed.
+            A part, or None once the buffer is closed, or the batch before is released.
         """
         self._reject_older_than(version - self.max_staleness)
-        while not self.closed:
+        while not self.closed and (self._trained or not ahead):
             if self._is_full() and not ahead:
                 rest = self._lowest(self.batch - len(self._taken))
                 return Part(list(map(self._take, rest)), completes=True)
@@ -238,6 +238,7 @@ class Buffer:
 
         self._trained = []
         self._slot_freed.set()
+        self._take_may_go_on.set()
 
     def _is_full(self) -> bool:
         """Tells whether the rest of a batch is ready, and leaves no overdue number behind."""

@@ -272,33 +272,29 @@ class Pipeline:
         sent = asyncio.Event()
 
         async def publish() -> PublishStats:
-            await self.before_publish()
-            published = await self.channel.publish(version, sent.set)
-            self.buffer.release()
-            return published
+            try:
+                await self.before_publish()
+                published = await self.channel.publish(version, sent.set)
+                self.buffer.release()
+                return published
+            except BaseException:
+                self.buffer.close()  # no part of the next batch is begun any more
+                raise
+            finally:
+                sent.set()
 
         publishing = asyncio.create_task(publish())
-        publishing.add_done_callback(lambda _: sent.set())
         try:
             await sent.wait()
-            await self._begin_next(version.step, publishing)
+            await self._begin_next(version.step)
             return await publishing
         finally:
             publishing.cancel()
             await asyncio.gather(publishing, return_exceptions=True)
 
-    async def _begin_next(self, number: int, publishing: asyncio.Task[PublishStats]) -> None:
-        """Accumulates parts of a batch while the weights before it are published."""
-        while not publishing.done():
-            taking = asyncio.create_task(self.buffer.take(number, ahead=True))
-            try:
-                await asyncio.wait({publishing, taking}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                taking.cancel()  # nothing is taken by then, or everything
-
-            if not taking.done() or (part := taking.result()) is None:
-                return
-
+    async def _begin_next(self, number: int) -> None:
+        """Accumulates parts of a batch until the one before it is released."""
+        while (part := await self.buffer.take(number, ahead=True)) is not None:
             with suppress(BodiesLostError):
                 await self._learn(part, number)
                 self._begun += part.taken

@@ -214,12 +214,12 @@ class Driving(RuleBasedStateMachine):
     @precondition(lambda self: self.unpublished)
     @rule()
     def publish(self) -> None:
-        if self.taking:
-            self.taking.cancel()
-            self.taking = None
-
         self.unpublished = set()
         self.buffer.release()
+        if self.taking:
+            assert self.loop.run_until_complete(self.taking) is None
+            self.taking = None
+
         self.served = self.version
         self.settle()
 
