@@ -24,6 +24,7 @@ Example: 64 engines, 8 of them on a node that is lost.
 """
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
@@ -241,23 +242,20 @@ class Fleet(Generic[W]):
         """Starts another worker under a number, again and again until one is up."""
         await self.after_loss(number)
         await self._processes[number].end()
-        attempt = 0
-
-        while True:
-            await asyncio.sleep(PAUSES_S[min(attempt, len(PAUSES_S) - 1)])
+        for pause_s in itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1])):
+            await asyncio.sleep(pause_s)
             try:
                 await self._bring_up(number)
             except Exception as error:  # noqa: BLE001 - whatever keeps it from starting is logged, and tried again
                 self._log_once(f"{self.pool.name} {number} did not start: {first_line(error)}")
                 await self._processes[number].end()
                 self._require_start()
-                attempt += 1
-                continue
+            else:
+                break
 
-            self.num_replacements += 1
-            self._causes.clear()
-            self._log(f"{self.pool.name} {number} is up again: {self.pool.num_up} of {self.size}")
-            return
+        self.num_replacements += 1
+        self._causes.clear()
+        self._log(f"{self.pool.name} {number} is up again: {self.pool.num_up} of {self.size}")
 
     def _require_start(self) -> None:
         """With no worker left, fails the pool unless one comes up in time."""
