@@ -9,7 +9,7 @@ so that few bodies are held however slow the disk is.
 import asyncio
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from eopd.buffer import Taken
 from eopd.config import Config
@@ -20,9 +20,6 @@ from eopd.runtime.logs import logger
 from eopd.runtime.supervisor import fetch
 from eopd.tokenizer import load_tokenizer
 from eopd.types import LostTrajectory, ScoredTrajectory, Stored
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Responses:
@@ -40,7 +37,6 @@ class Responses:
         self._model = config.student.model
         self._directory = directory
         self._texts = texts
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -86,12 +82,10 @@ class Responses:
         chosen: Sequence[Stored[ScoredTrajectory]],
         bodies: Sequence[ScoredTrajectory | LostTrajectory],
     ) -> list[Mapping[str, object]]:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(model_directory(self._model))
-
+        tokenizer = load_tokenizer(model_directory(self._model))
         return [
             response_record(
-                stored.header, body, self._texts[stored.header.key.prompt_id], self._tokenizer
+                stored.header, body, self._texts[stored.header.key.prompt_id], tokenizer
             )
             for stored, body in zip(chosen, bodies, strict=True)
             if not isinstance(body, LostTrajectory)
