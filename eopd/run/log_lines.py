@@ -43,14 +43,14 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._older = path.with_name(f"{path.name}.1")
         self._inode, self._offset = 0, 0
 
     def last(self, count: int) -> list[str]:
         """Returns the last lines; reading goes on behind them."""
-        older = self._path.with_name(f"{self._path.name}.1")
         lines = deque(self.added(), maxlen=count)
-        if len(lines) < count and older.exists():
-            with older.open("rb") as file:
+        if len(lines) < count and self._older.exists():
+            with self._older.open("rb") as file:
                 before = deque(file, maxlen=count - len(lines))
 
             lines.extendleft(_text(line) for line in reversed(before))
@@ -59,9 +59,8 @@ class Log:
 
     def added(self) -> Iterator[str]:
         """Yields the whole lines that were added since."""
-        older = self._path.with_name(f"{self._path.name}.1")
-        if self._inode and self._is_at(older):
-            yield from self._rest(older)
+        if self._inode and self._is_at(self._older):
+            yield from self._rest(self._older)
 
         if not self._path.exists():
             return
