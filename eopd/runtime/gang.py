@@ -50,7 +50,7 @@ class LearnerGang:
         self._config = config
         self._driver = driver  # the holder of the run directory, where the ranks write there
         self._timeout_s = config.learner.timeout_s
-        self.give_way: Callable[[int], AbstractContextManager[None]] = _nobody
+        self.give_way: Callable[[int], AbstractContextManager[None]] = lambda number: nullcontext()
         self._reserved = asyncio.Lock()
         self._working = asyncio.Lock()  # the ranks hold one share at a time
         self._actors: list[ActorHandle] = []
@@ -229,8 +229,3 @@ class LearnerGang:
 async def _begun(actor: ActorHandle) -> None:
     with dies_as(LearnerDownError):
         await actor.ping.remote()
-
-
-def _nobody(num_ranks: int) -> AbstractContextManager[None]:
-    """Leaves no room to ranks: nobody else has any."""
-    return nullcontext()
