@@ -128,18 +128,6 @@ class Plan:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _TrainedBatch:
-    """A batch and the learner's statistics of it. ``in_flight`` and ``ready`` count the other
-    trajectories when it was full.
-    """
-
-    taken: Sequence[Taken]
-    stats: LearnerStats
-    in_flight: int
-    ready: int
-
-
 @dataclass(slots=True)
 class Pipeline:
     """A pipeline runs everything between prompts and weights. Iterate ``steps`` to run it.
@@ -218,35 +206,13 @@ class Pipeline:
         )
 
     async def _step(self, number: int) -> StepDone | None:
+        """Takes a batch, part by part, trains on it, and brings its weights to the engines; returns
+        None once the buffer is closed.
+        """
         self._times.start()
-        batch = await self._train(number)
-        if batch is None:
-            return None
-
-        self._times.trained()
-        trained = {taken.issue: taken.stored.header for taken in batch.taken}
-        self.ledger.train(trained)
-        self.buffer.settle()
-        published = await self._publish(batch.stats.version)
-
-        spans, seconds = self._times.end(trained)
-        done = StepDone(
-            trained=trained,
-            stats=batch.stats,
-            published=published,
-            seconds=seconds,
-            spans=spans,
-            in_flight=batch.in_flight,
-            ready=batch.ready,
-        )
-        self.progress.count(done)
-        self.on_trained(batch.stats.version.step, batch.taken)
-        return done
-
-    async def _train(self, number: int) -> _TrainedBatch | None:
-        """Takes a batch, part by part, and trains on it; returns None once the buffer is closed."""
         taken, self._begun = self._begun, []
-        while True:
+        stats = None
+        while stats is None:
             self.activity = "waiting for a batch"
             part = await self.buffer.take(version=number)
             if part is None:
@@ -254,15 +220,30 @@ class Pipeline:
 
             in_flight, ready = self.buffer.num_in_flight, self.buffer.num_ready
             self.activity = "training"
-            try:
+            with suppress(BodiesLostError):
                 stats = await self._learn(part, number)
-            except BodiesLostError:
-                continue
+                taken += part.taken
 
-            taken += part.taken
-            if stats is not None:
-                taken.sort(key=lambda one: one.issue)
-                return _TrainedBatch(taken, stats, in_flight=in_flight, ready=ready)
+        self._times.trained()
+        taken.sort(key=lambda one: one.issue)
+        trained = {one.issue: one.stored.header for one in taken}
+        self.ledger.train(trained)
+        self.buffer.settle()
+        published = await self._publish(stats.version)
+
+        spans, seconds = self._times.end(trained)
+        done = StepDone(
+            trained=trained,
+            stats=stats,
+            published=published,
+            seconds=seconds,
+            spans=spans,
+            in_flight=in_flight,
+            ready=ready,
+        )
+        self.progress.count(done)
+        self.on_trained(stats.version.step, taken)
+        return done
 
     async def _publish(self, version: PolicyVersion) -> PublishStats:
         """Brings the weights to the engines and frees the slots of the batch; begins the next one as
