@@ -23,7 +23,6 @@ def find_commit(kind: Kind, repository: str, revision: str | None, spec: str) ->
             be reached and the cache does not know it.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RevisionResolutionError
 
     if revision is not None and is_commit(revision):
         return revision
@@ -32,11 +31,11 @@ def find_commit(kind: Kind, repository: str, revision: str | None, spec: str) ->
     with told(spec, kind, repository, revision):
         try:
             return in_time(ask).resolved
-        except TimeoutError as silence:
-            try:
-                return ask(local_files_only=True).resolved
-            except RevisionResolutionError:
-                raise silence from None
+        except TimeoutError:
+            if (commit := cached_commit(kind, repository, revision, spec)) is None:
+                raise
+
+            return commit
 
 
 def cached_commit(kind: Kind, repository: str, revision: str | None, spec: str) -> str | None:
