@@ -62,7 +62,7 @@ def _cannot_serve(host: str, port: int, error: OSError | UnicodeError) -> Config
     )
 
 
-class PrometheusSink:
+class PrometheusSink(Collector):
     """Serves the newest row from construction to ``close``; every series carries the label
     ``run``.
     """
@@ -73,9 +73,12 @@ class PrometheusSink:
         Raises:
             ConfigError: the address cannot be served.
         """
-        self._latest = _LatestRow(run)
+        self._run = run
+        self._row: Row = {}
+        self._scraped_at: float | None = None
+        self._pause_s: float | None = None  # between the last two scrapes
         registry = CollectorRegistry()
-        registry.register(self._latest)
+        registry.register(self)
 
         try:
             self._server, self._thread = start_http_server(port, host, registry)
@@ -94,50 +97,33 @@ class PrometheusSink:
         so that none of an engine stays that is gone; those of measurements come one by one.
         """
         told = {_name(key) for key in row if not _name(key).startswith("eopd_eval_")}
-        kept = {key: value for key, value in self._latest.row.items() if _name(key) not in told}
-        self._latest.row = {**kept, **row}
+        kept = {key: value for key, value in self._row.items() if _name(key) not in told}
+        self._row = {**kept, **row}
 
     def wait_for_scrape(self) -> None:
         """Wait until what was written last has been scraped, where somebody does that regularly: for
         two of the pauses between scrapes, and no longer than ``_LAST_SCRAPE_S``. Ctrl-C ends the wait.
         """
-        latest = self._latest
-        pause_s, now = latest.pause_s, time.monotonic()
-        if latest.scraped_at is None or pause_s is None or now - latest.scraped_at > 2 * pause_s:
+        pause_s, seen, now = self._pause_s, self._scraped_at, time.monotonic()
+        if seen is None or pause_s is None or now - seen > 2 * pause_s:
             return
 
-        until, seen = now + min(2 * pause_s, _LAST_SCRAPE_S), latest.scraped_at
+        until = now + min(2 * pause_s, _LAST_SCRAPE_S)
         with suppress(KeyboardInterrupt):
-            while latest.scraped_at == seen and time.monotonic() < until:
+            while self._scraped_at == seen and time.monotonic() < until:
                 time.sleep(_POLL_S)
 
-    def close(self) -> None:
-        """Stop serving and free the port."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-class _LatestRow(Collector):
-    """Turns the newest row into metric families at each scrape, in the server's thread: it
-    reads ``row`` once, after it has noted the time. ``pause_s`` is what was between the last two
-    scrapes.
-    """
-
-    def __init__(self, run: str) -> None:
-        self._run = run
-        self.row: Row = {}
-        self.scraped_at: float | None = None
-        self.pause_s: float | None = None
-
     def collect(self) -> Iterator[Metric]:
+        """Yields the families of the newest row at each scrape, in the server's thread: it reads the
+        row once, after it has noted the time.
+        """
         now = time.monotonic()
-        if self.scraped_at is not None:
-            self.pause_s = now - self.scraped_at
+        if self._scraped_at is not None:
+            self._pause_s = now - self._scraped_at
 
-        self.scraped_at = now
+        self._scraped_at = now
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-        for key, value in self.row.items():
+        for key, value in self._row.items():
             metric, labels = parse_series(key)
             if metric.name not in families:
                 make = _FAMILIES[metric.kind]
@@ -153,3 +139,9 @@ class _LatestRow(Collector):
             )
 
         yield from families.values()
+
+    def close(self) -> None:
+        """Stop serving and free the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
