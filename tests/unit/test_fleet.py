@@ -305,7 +305,7 @@ async def test_one_that_has_started_and_waits_for_the_learner_is_coming():
 
 
 async def test_with_nobody_left_newcomers_that_cannot_join_end_the_run():
-    world = World(1, start_timeout_s=0.3)
+    world = World(1, start_timeout_s=1.0)
     fleet = await world.start()
 
     async def join(number, worker):
