@@ -295,7 +295,7 @@ def test_its_losses_are_those_of_an_undisturbed_run(resumed, synchronous):
 def test_a_failure_leaves_no_process_and_says_failed(program):
     command = program.train(
         "broken",
-        "teachers.0.vllm={max_num_batched_tokens: 1}",
+        "teachers.0.vllm={quantization: awq}",
         "rollout.engines=1",
         "learner.ranks=1",
     )
@@ -307,7 +307,7 @@ def test_a_failure_leaves_no_process_and_says_failed(program):
     logs = program.runs / "broken" / "logs"
     assert "Traceback" in (logs / "driver.log").read_text()
     of_teacher = (logs / "teacher-teacher-0.log").read_text()
-    assert "max_num_batched_tokens" in of_teacher
+    assert "awq" in of_teacher
     assert json.loads((program.runs / "broken" / "summary.json").read_text())["status"] == "failed"
     assert program.left_behind() == []
 
