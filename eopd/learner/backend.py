@@ -6,7 +6,7 @@ Runs use ``deepspeed_backend.py``. Another backend is another file, which implem
 and is passed to ``LearnerRank``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -63,14 +63,6 @@ class Backend(Protocol):
 
     def forget_moments(self) -> None:
         """Set the optimiser back to its beginning, with the weights and the schedule as they are."""
-
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of the Hugging Face model by its plain name, whole, adapters merged;
-        all ranks take them in lockstep.
-        """
-
-    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of the adapters, whole, in lockstep; none without LoRA."""
 
     def shape(self, parameter: Tensor) -> Sequence[int]:
         """Return the full shape of a parameter that may be sharded."""

@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,10 +31,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
-from eopd.adapters import CheckpointTensor
 from eopd.config import LearnerConfig
 from eopd.learner.collate import Packed
-from eopd.learner.lora import adapter_tensors, whole_tensors
 from eopd.learner.student import Student
 from eopd.loss.chunked import Head
 
@@ -278,16 +276,6 @@ class DeepspeedBackend:
 
         return dict(state)
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of the Hugging Face model by its plain name, whole, adapters merged, a
-        tied one once; collective, in lockstep.
-        """
-        return self._gathered(whole_tensors(self.student.model))
-
-    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of the adapters, whole; none without LoRA; collective, in lockstep."""
-        return self._gathered(adapter_tensors(self.student.model))
-
     def shape(self, parameter: Tensor) -> Sequence[int]:
         """Return the full shape: ZeRO-3 empties a parameter, and keeps its shape as an attribute."""
         shape: Sequence[int] = parameter.ds_shape if self._sharded else parameter.shape  # type: ignore[attr-defined]
@@ -298,11 +286,6 @@ class DeepspeedBackend:
         """Gather parameters within a block under ZeRO-3; below it every rank has all of them."""
         with deepspeed.zero.GatheredParameters(list(parameters), enabled=self._sharded):
             yield self._sharded
-
-    def _gathered(self, tensors: Mapping[str, CheckpointTensor]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors.items():
-            with deepspeed.zero.GatheredParameters(tensor.parts):
-                yield name, tensor.whole()
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

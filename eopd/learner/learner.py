@@ -24,6 +24,7 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers import PreTrainedModel
 
+from eopd.adapters import CheckpointTensor
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
 from eopd.config.loss import Gate, HardGate, QuantileGate, SigmoidGate
 from eopd.config.teacher import EntropyBound
@@ -32,7 +33,7 @@ from eopd.learner.attention import check_mask
 from eopd.learner.backend import Backend, OpenBackend
 from eopd.learner.collate import Packed, Weighting, body_of, collate, collate_text
 from eopd.learner.export import write_student
-from eopd.learner.lora import save_adapter
+from eopd.learner.lora import adapter_tensors, save_adapter, whole_tensors
 from eopd.learner.measuring import entropy_counts, eval_stats, token_sums
 from eopd.learner.nonfinite import BrokenRow, NonFiniteUpdateError, dump, explain, find_rows
 from eopd.learner.ranks import gather_all, join
@@ -308,22 +309,25 @@ class LearnerRank:
         With LoRA that is the merged model, and ``adapter_directory``, as a rule ``adapter`` beside
         it, is the adapter in peft's format.
         """
-        weights: dict[str, Tensor] = {}
-        for name, tensor in self._backend.whole_weights():
-            if self._rank == 0:
-                weights[name] = tensor.to("cpu", copy=True)
-
+        weights = self._on_rank_0(whole_tensors(self.model))
         if self._rank == 0:
             write_student(directory, self.model, weights, source=self._source)
 
-        adapter = {
-            name: tensor.to("cpu", copy=True) for name, tensor in self._backend.adapter_weights()
-        }
-        if adapter and self._rank == 0:
+        if adapter := self._on_rank_0(adapter_tensors(self.model)):
             target = adapter_directory or directory.with_name("adapter")
             save_adapter(target, self.model, adapter, source=self._source)
 
         dist.barrier()
+
+    def _on_rank_0(self, tensors: Mapping[str, CheckpointTensor]) -> dict[str, Tensor]:
+        """Returns whole tensors on the CPU, and none on other ranks; collective."""
+        copies = {}
+        for name, tensor in tensors.items():
+            with self._backend.gathered(tensor.parts):
+                if self._rank == 0:
+                    copies[name] = tensor.whole().to("cpu", copy=True)
+
+        return copies
 
     def close(self) -> None:
         """Leave the gang; its threads must not outlive the interpreter."""

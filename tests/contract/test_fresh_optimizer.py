@@ -23,6 +23,7 @@ from gang import (
 )
 
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
+from eopd.learner.lora import whole_tensors
 from eopd.packing import pack_batch
 from eopd.types import PackedBatch
 
@@ -69,7 +70,12 @@ def run_rank(rank: int, world_size: int, port: int, root: Path, cases: list[Any]
         )
 
     def weights(learner):
-        return {name: tensor.float().clone() for name, tensor in learner.backend.whole_weights()}
+        copies = {}
+        for name, tensor in whole_tensors(learner.model).items():
+            with learner.backend.gathered(tensor.parts):
+                copies[name] = tensor.whole().float().clone()
+
+        return copies
 
     seen: dict[str, float] = {}
     for dtype, stage in cases:

@@ -58,13 +58,6 @@ class PlainBackend:
     def forget_moments(self):
         self._optimizer.state.clear()
 
-    def whole_weights(self):
-        for name, recipe in whole_tensors(self.student.model).items():
-            yield name, recipe.whole()
-
-    def adapter_weights(self):
-        return iter(())
-
     def shape(self, parameter):
         return parameter.shape
 
@@ -128,7 +121,7 @@ def batch(nan: bool = False):
 
 
 def weights_of(learner):
-    return {name: tensor.clone() for name, tensor in learner.backend.whole_weights()}
+    return {name: tensor.whole().clone() for name, tensor in whole_tensors(learner.model).items()}
 
 
 def test_it_learns_and_a_step_that_is_not_finite_changes_nothing(learner, tmp_path):
