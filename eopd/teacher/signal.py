@@ -1,9 +1,9 @@
-"""From the scoring head's raw rows to a checked ``TeacherSignal``: pure numpy, and the one place
-that knows the layout.
+"""What a teacher says of a response is checked, wherever it was computed: pure numpy. For the scoring
+head's raw rows this is also the one place that knows the layout.
 
-In: float32 [R, 3 + 2 K], one row per response token, in the columns named below. Out: arrays
-aligned by response position. ``write_signal`` is the way back, for a signal that travels. Left out:
-any repair. A row that is no distribution is an error, never clamped into one.
+In: a ``TeacherSignal``, or float32 [R, 3 + 2 K], one row per response token, in the columns named
+below. Out: arrays aligned by response position. Left out: any repair. A row that is no distribution
+is an error, never clamped into one.
 """
 
 from typing import Final
@@ -42,8 +42,7 @@ def read_signal(
         top_k: K.
 
     Raises:
-        SignalError: wrong shape or type, a value that is not finite, unsorted or repeated
-            candidates, or outcomes whose probabilities do not add up to one.
+        SignalError: wrong shape or type, an id that is none, or as ``checked``.
 
     Example: K = 1 and one token with probabilities 0.75 and 0.25, the second one sampled:
     ``[[0.562, -1.386, -1.386, -0.288, 0.0]]``.
@@ -54,56 +53,44 @@ def read_signal(
             f"teacher {teacher}: raw signal is {raw.dtype} {raw.shape}, must be float32 {expected}"
         )
 
-    entropy, token, tail = raw[:, ENTROPY], raw[:, TOKEN], raw[:, TAIL]
-    logprobs, ids = raw[:, TOPK : TOPK + top_k], raw[:, TOPK + top_k :]
-    _require(
-        np.isfinite(raw).all(axis=1) | _only_tail_is_empty(raw),
-        "has a value that is not finite",
-        teacher,
+    ids = raw[:, TOPK + top_k :]
+    is_id = (ids >= 0) & (ids < MAX_EXACT_ID) & (ids == np.floor(ids))
+    _require(is_id.all(axis=1), "has a broken token id", teacher)
+
+    return checked(
+        TeacherSignal(
+            teacher=teacher,
+            token_logprobs=raw[:, TOKEN].copy(),
+            entropy=Exact(raw[:, ENTROPY].copy()),
+            topk_ids=ids.astype(np.int32),
+            topk_logprobs=raw[:, TOPK : TOPK + top_k].copy(),
+            tail_logprobs=raw[:, TAIL].copy(),
+        )
     )
-    _require(entropy >= 0.0, "has a negative entropy", teacher)
+
+
+def checked(signal: TeacherSignal) -> TeacherSignal:
+    """Returns a signal of which every row is what a teacher can have said.
+
+    Raises:
+        SignalError: a value is not finite (but the tail's where K = V), candidates are unsorted or
+            repeated, or the probabilities of the outcomes do not add up to one.
+    """
+    teacher, ids = signal.teacher, signal.topk_ids
+    token, logprobs, tail = signal.token_logprobs, signal.topk_logprobs, signal.tail_logprobs
+    numbers = np.column_stack((signal.entropy_low, signal.entropy_high, token, logprobs))
+    is_finite = np.isfinite(numbers).all(axis=1) & (tail < np.inf)
+    _require(is_finite, "has a value that is not finite", teacher)
+    _require(signal.entropy_low >= 0.0, "has a negative entropy", teacher)
     _require(token <= _SLACK, "has a positive log-probability of the sampled token", teacher)
     _require(np.all(np.diff(logprobs, axis=1) <= 0.0, axis=1), "has unsorted candidates", teacher)
-    _require(
-        ((ids >= 0) & (ids < MAX_EXACT_ID) & (ids == np.floor(ids))).all(axis=1),
-        "has a broken token id",
-        teacher,
-    )
-    _require(
-        np.all(np.diff(np.sort(ids, axis=1), axis=1) > 0, axis=1),
-        "names a candidate twice",
-        teacher,
-    )
+    _require(np.all(ids >= 0, axis=1), "has a broken token id", teacher)
+    is_distinct = np.all(np.diff(np.sort(ids, axis=1), axis=1) > 0, axis=1)
+    _require(is_distinct, "names a candidate twice", teacher)
     mass = np.exp(logprobs, dtype=np.float64).sum(axis=1) + np.exp(tail, dtype=np.float64)
     _require(np.abs(mass - 1.0) <= _SLACK, "does not add up to probability one", teacher)
 
-    return TeacherSignal(
-        teacher=teacher,
-        token_logprobs=token.copy(),
-        entropy=Exact(entropy.copy()),
-        topk_ids=ids.astype(np.int32),
-        topk_logprobs=logprobs.copy(),
-        tail_logprobs=tail.copy(),
-    )
-
-
-def write_signal(signal: TeacherSignal) -> Float32Array:
-    """The raw rows that ``read_signal`` reads: float32 [R, 3 + 2 K], a new array.
-
-    Raises:
-        TypeError: the entropy is known only within bounds, for which there are no columns.
-    """
-    if not isinstance(signal.entropy, Exact):
-        raise TypeError(f"teacher {signal.teacher}: a signal with entropy bounds has no raw rows")
-
-    columns = (signal.entropy.entropy, signal.token_logprobs, signal.tail_logprobs)
-    return np.column_stack((*columns, signal.topk_logprobs, signal.topk_ids.astype(np.float32)))
-
-
-def _only_tail_is_empty(raw: Float32Array) -> BoolArray:
-    """Rows whose one infinite value is a tail of no mass: K = V."""
-    rest = np.delete(raw, TAIL, axis=1)
-    return np.isneginf(raw[:, TAIL]) & np.isfinite(rest).all(axis=1)
+    return signal
 
 
 def _require(good: BoolArray, fault: str, teacher: str) -> None:

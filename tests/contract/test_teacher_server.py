@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 from eopd.config import ConfigError, ServerConfig, TeacherConfig
 from eopd.teacher.served import server
 from eopd.teacher.served.eopd_scorer import EopdTeacherScorer
-from eopd.teacher.served.wire import INFO_PATH, MEDIA_TYPE, SCORE_PATH, decode_answer
-from eopd.teacher.signal import SignalError, write_signal
+from eopd.teacher.served.wire import INFO_PATH, MEDIA_TYPE, SCORE_PATH, decode_answer, encode_answer
+from eopd.teacher.signal import SignalError
 from eopd.types import TeacherSignal
 
 TOP_K, LONGEST, TEMPERATURE = 8, 96, 0.7
@@ -211,7 +211,7 @@ async def check_client(served, model, prompt_ids, response_ids, expected: bytes)
         max_sequence_tokens=LONGEST,
     )
     found = await scorer.signal(np.array(prompt_ids, np.int32), np.array(response_ids, np.int32))
-    assert found.teacher == "m" and write_signal(found).tobytes() == expected
+    assert found.teacher == "m" and encode_answer(found) == expected
     with pytest.raises(SignalError, match=r"teacher m: POST .*/v1/teacher/score: 422"):
         await scorer.signal(np.ones(LONGEST, np.int32), np.ones(1, np.int32))
 
@@ -280,7 +280,7 @@ def test_scores_are_exact_and_a_stop_finishes_what_is_in_flight(start, model, mo
         )
         assert answer.headers["content-type"] == MEDIA_TYPE
 
-    bits = write_signal(signal).tobytes()
+    bits = encode_answer(signal)
     asyncio.run(check_client(served, model, prompt_ids, response_ids, bits))
 
     assert served.score([1] * 33, [1] * 64).status_code == 422

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors.numpy import load, save
 
 from eopd.teacher.served.wire import ScoreRequest, decode_answer, encode_answer, encode_request
-from eopd.teacher.signal import SignalError, write_signal
+from eopd.teacher.signal import SignalError
 from eopd.types import Bounds, Exact, TeacherSignal
 
 VOCABULARY = 60
@@ -64,7 +64,7 @@ def read(body: bytes, signal: TeacherSignal) -> TeacherSignal:
 def test_an_answer_comes_back_bit_for_bit(signal):
     back = read(encode_answer(signal), signal)
     assert back.teacher == "t"
-    assert write_signal(back).tobytes() == write_signal(signal).tobytes()
+    assert encode_answer(back) == encode_answer(signal)
 
 
 def test_a_request_is_the_json_that_the_server_reads():

@@ -14,7 +14,6 @@ cache.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Final, Self, TypeVar
 
 import numpy as np
@@ -25,7 +24,7 @@ from eopd.hub import model_directory
 from eopd.teacher.base import SignalScorer, whole_sequence
 from eopd.teacher.served.bounds import entropy_bounds, tail_logprobs
 from eopd.teacher.served.http import ServerClient, TeacherRefusedError, explain
-from eopd.teacher.signal import SignalError, read_signal
+from eopd.teacher.signal import SignalError, checked
 from eopd.tokenizer import vocab_size
 from eopd.types import (
     Int32Array,
@@ -242,18 +241,17 @@ def read_rows(
         ids.append([token_id for _, token_id in top])
 
     topk = np.array(logprobs, np.float32)
-    bounds = entropy_bounds(topk, vocab_size)
-    raw = np.column_stack((bounds.low, tokens, tail_logprobs(topk, vocab_size), topk, ids)).astype(
-        np.float32
-    )
-    signal = read_signal(
-        raw,
-        teacher=teacher,
-        num_response_tokens=len(response_ids),
-        top_k=top_k,
-    )
 
-    return replace(signal, entropy=bounds)
+    return checked(
+        TeacherSignal(
+            teacher=teacher,
+            token_logprobs=np.array(tokens, np.float32),
+            entropy=entropy_bounds(topk, vocab_size),
+            topk_ids=np.array(ids, np.int32),
+            topk_logprobs=topk,
+            tail_logprobs=tail_logprobs(topk, vocab_size),
+        )
+    )
 
 
 def _parse(form: type[Answer], content: bytes, teacher: str) -> Answer:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from eopd.teacher.signal import SignalError, read_signal, write_signal
+from eopd.teacher.signal import SignalError, checked
 from eopd.types import Exact, Int32Array, TeacherSignal
 
 INFO_PATH: Final = "/v1/teacher"
@@ -109,11 +109,4 @@ def decode_answer(
         )
 
     entropy = Exact(tensors.pop("entropy"))
-    signal = TeacherSignal(teacher=teacher, entropy=entropy, **tensors)
-
-    return read_signal(
-        write_signal(signal),
-        teacher=teacher,
-        num_response_tokens=num_response_tokens,
-        top_k=top_k,
-    )
+    return checked(TeacherSignal(teacher=teacher, entropy=entropy, **tensors))
