@@ -63,6 +63,22 @@ Url = Annotated[
     ),
     AfterValidator(_root_of_a_server),
 ]
+
+
+def _one_to_one(remap: dict[int, int]) -> dict[int, int]:
+    if wrong := [token for pair in remap.items() for token in pair if token < 0]:
+        raise ValueError(f"{wrong[0]} is no token id")
+
+    back = {theirs: own for own, theirs in remap.items()}
+    for own, theirs in remap.items():
+        if back[theirs] != own:
+            raise ValueError(
+                f"{own} and {back[theirs]} both become {theirs}, which has one way back only"
+            )
+
+    return remap
+
+
 VARIABLE: Final = r"^[A-Za-z_][A-Za-z0-9_]*$"
 VARIABLE_WORDS: Final = (
     "the name of an environment variable, which holds the key, and not the key itself"
@@ -155,7 +171,7 @@ class TeacherConfig(Section):
     ``openai``): the lower one, the upper one, or the middle of the two.
     """
 
-    eos_remap: dict[int, int] = {}
+    eos_remap: Annotated[dict[int, int], AfterValidator(_one_to_one)] = {}
     """The end tokens of the student and those of the teacher that stand for them, as
     ``{student id: teacher id}``. ``eopd check`` proposes it where it is needed.
     """

@@ -2,7 +2,7 @@
 ways, pure numpy.
 
 A base student ends a response with its own token, a chat teacher expects another. ``remap`` is
-``{student end id: teacher end id}``. In the teacher's copy of a response the terminal end token
+``{student end id: teacher end id}``, one to one. In the teacher's copy of a response the terminal end token
 becomes the teacher's, or the teacher would call every stop impossible; in its signal the teacher's
 end token becomes the student's, or forward KL would raise a token on which the student does not
 stop. (The first half is Jin et al.'s, arXiv 2603.07079; the second follows.)
@@ -23,27 +23,6 @@ import numpy as np
 from eopd.types import Float32Array, Int32Array, StopReason, TeacherSignal
 
 
-def inverse(remap: Mapping[int, int]) -> dict[int, int]:
-    """``{teacher end id: student end id}``.
-
-    Raises:
-        ValueError: an id is negative, or two student tokens share one of the teacher's, which would
-            have no way back.
-    """
-    if wrong := [token for pair in remap.items() for token in pair if token < 0]:
-        raise ValueError(f"eos_remap: {wrong[0]} is no token id")
-
-    back = {theirs: own for own, theirs in remap.items()}
-    if shared := [own for own, theirs in remap.items() if back[theirs] != own]:
-        theirs = remap[shared[0]]
-        raise ValueError(
-            f"eos_remap: {shared[0]} and {back[theirs]} both become {theirs}, "
-            "which has one way back only"
-        )
-
-    return back
-
-
 def to_teacher(
     response_ids: Int32Array, stop_reason: StopReason, remap: Mapping[int, int]
 ) -> Int32Array:
@@ -56,11 +35,7 @@ def to_teacher(
         response_ids: [R], left as they are.
         stop_reason: why the response ended.
         remap: ``{student end id: teacher end id}``.
-
-    Raises:
-        ValueError: a remap without a way back.
     """
-    inverse(remap)
     if stop_reason is not StopReason.END_TOKEN or int(response_ids[-1]) not in remap:
         return response_ids
 
@@ -93,11 +68,8 @@ def to_student(
         response_ids: [R], the student's, not the teacher's copy.
         remap: ``{student end id: teacher end id}``.
         num_tokens: ids from here on name no token.
-
-    Raises:
-        ValueError: a remap without a way back.
     """
-    back = inverse(remap)
+    back = {theirs: own for own, theirs in remap.items()}
     padding_RK = signal.topk_ids >= num_tokens
     if not (back or padding_RK.any()):
         return signal

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.config import ConfigError
-from eopd.teacher.end_tokens import inverse
 from eopd.tokenizer import end_token_ids, load_tokenizer, vocab_size
 
 if TYPE_CHECKING:
@@ -183,11 +182,6 @@ def _require_same_ends(
         remap: student id to teacher id.
         usual: the end tokens of the two tokenizers, the likeliest to be a pair.
     """
-    try:
-        inverse(remap)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
     for who, ends, named in (("student", own, remap.keys()), ("teacher", theirs, remap.values())):
         if strangers := [token_id for token_id in named if token_id not in ends]:
             raise ConfigError(
@@ -211,7 +205,7 @@ def _agree(own: Ends, theirs: Ends, remap: Mapping[int, int]) -> bool:
 
 def _lonely(own: Ends, theirs: Ends, remap: Mapping[int, int]) -> tuple[Ends, Ends]:
     """End tokens of the student, and of the teacher, that end nothing on the other side."""
-    back = inverse(remap)
+    back = {there: here for here, there in remap.items()}
     return (
         {
             token_id: token

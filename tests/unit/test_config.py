@@ -706,6 +706,11 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "teachers.0.eos_remap.0x1: stands twice, written in two ways",
         ),
         (
+            "teachers.0.eos_remap={0: 2, 1: 2}",
+            "teachers.0.eos_remap: 0 and 1 both become 2, which has one way back only",
+        ),
+        ("teachers.0.eos_remap={-1: 2}", "teachers.0.eos_remap: -1 is no token id"),
+        (
             "teachers.0.eos_remap=5",
             "teachers.0.eos_remap: must be a mapping of whole numbers (is 5)",
         ),

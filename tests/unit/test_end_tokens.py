@@ -220,21 +220,6 @@ def test_bounds_stay_bounds():
     assert to_student(bounded, ids(9), REMAP, num_tokens=VOCAB).entropy is bounds
 
 
-@pytest.mark.parametrize(
-    ("remap", "message"),
-    [
-        ({0: 2, 1: 2}, "0 and 1 both become 2"),
-        ({-1: 2}, "-1 is no token"),
-    ],
-)
-def test_a_remap_without_a_way_back_is_refused(remap, message):
-    with pytest.raises(ValueError, match=message):
-        to_teacher(ids(7), StopReason.LENGTH, remap)
-
-    with pytest.raises(ValueError, match=message):
-        to_student(signal_of([FULL], 3, [9]), ids(9), remap, num_tokens=VOCAB)
-
-
 weights = st.lists(st.integers(1, 1000), min_size=VOCAB, max_size=VOCAB)
 
 

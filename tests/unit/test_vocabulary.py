@@ -267,7 +267,6 @@ def test_an_end_token_that_was_guessed_is_said_to_be(tmp_path):
             {END: IM_START},
             "the teacher ends no response with 1, but with 2 '<|im_end|>'",
         ),
-        ((END, IM_START), (IM_END,), {END: IM_END, IM_START: IM_END}, "0 and 1 both become 2"),
         ((IM_END,), (IM_END,), {END: IM_END}, "the student ends no response with 0"),
         ((END, IM_END), (IM_END,), {END: IM_END}, "makes the student never stop"),  # two of one
         ((END, IM_START), (IM_END,), {END: IM_END}, "take 1 '<|im_start|>' out of"),
