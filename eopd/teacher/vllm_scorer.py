@@ -10,10 +10,9 @@ process that hosts the engine.
 """
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 from uuid import uuid4
 
 import numpy as np
@@ -36,10 +35,8 @@ from eopd.teacher import head
 from eopd.teacher.base import SignalScorer, whole_sequence
 from eopd.teacher.selftest import TeacherSelfTestError, check_temperature
 from eopd.teacher.signal import SignalError, read_signal
-from eopd.types import (
-    Int32Array,
-    TeacherSignal,
-)
+from eopd.tokenizer import read_json
+from eopd.types import Int32Array, TeacherSignal
 
 _MADE_UP_TOKENS = 8
 _FOUR_BIT_METHODS = ("gptq", "awq", "auto-round")
@@ -144,7 +141,7 @@ class VllmTeacherScorer(SignalScorer):
                 (``async_llm.py``).
 
         Raises:
-            ConfigError: the model's directory names no architecture.
+            ConfigError: as ``engine_options``.
             TeacherSelfTestError: it scores at another temperature than it was asked for.
         """
         llm = await asyncio.to_thread(
@@ -164,11 +161,9 @@ class VllmTeacherScorer(SignalScorer):
 
         return scorer
 
-    async def signal(
-        self, prompt_ids: Int32Array, response_ids: Int32Array, *, temperature: float | None = None
-    ) -> TeacherSignal:
+    async def signal(self, prompt_ids: Int32Array, response_ids: Int32Array) -> TeacherSignal:
         """Scores a response on the engine; see ``ScoringEngine.signal`` for its errors."""
-        return await self._engine.signal(prompt_ids, response_ids, temperature=temperature)
+        return await self._engine.signal(prompt_ids, response_ids)
 
     @property
     def seats(self) -> int:
@@ -194,15 +189,15 @@ def engine_options(
     are merged with ours.
 
     Raises:
-        ConfigError: the model's directory names no architecture, or this machine cannot run its
-            quantised weights.
+        ConfigError: this machine cannot run the quantised weights of the model.
     """
     native = dict(config.vllm)
     directory = model_directory(config.model, weights=True)
-    declared = _declared(directory)
+    declared = read_json(directory / "config.json")
+    architectures = cast(Sequence[str], declared["architectures"])  # as ``require_served`` found
     _require_kernels(directory, declared, native)
     overrides = {
-        "architectures": [head.PREFIX + _architecture(directory, declared)],
+        "architectures": [head.PREFIX + architectures[0]],
         "head_dtype": config.head_dtype,
     }
     scoring = {head.OPTIONS: {"top_k": top_k, "temperature": config.temperature}}
@@ -234,25 +229,6 @@ def _section(native: Mapping[str, object], name: str) -> dict[str, object]:
         raise ConfigError(f"teachers.vllm.{name}: must be a mapping (is {section!r})")
 
     return dict(section)
-
-
-def _declared(model: Path) -> Mapping[str, object]:
-    """Returns what ``config.json`` says."""
-    path = model / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"teachers.model: {model} has no config.json")
-
-    declared: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
-    return declared
-
-
-def _architecture(model: Path, declared: Mapping[str, object]) -> str:
-    """The first architecture of ``config.json``: the one vLLM takes."""
-    architectures = declared.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        raise ConfigError(f"teachers.model: {model / 'config.json'} names no architecture")
-
-    return str(architectures[0])
 
 
 def _require_kernels(

@@ -26,10 +26,7 @@ from eopd.teacher.served.bounds import entropy_bounds, tail_logprobs
 from eopd.teacher.served.http import ServerClient, TeacherRefusedError, explain
 from eopd.teacher.signal import SignalError, checked
 from eopd.tokenizer import vocab_size
-from eopd.types import (
-    Int32Array,
-    TeacherSignal,
-)
+from eopd.types import Int32Array, TeacherSignal
 
 _MINUS_INFINITY: Final = -9999.0
 
