@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 from eopd.config import BenchmarkConfig, ConfigError
 from eopd.rewards.verdict import Grader, Verdict
@@ -118,7 +119,7 @@ async def run_benchmark(
 
     Args:
         engines: What writes.
-        prompts: At least one, each with a reference answer.
+        prompts: At least one, each with a reference answer, as preflight requires.
         decode: Token ids to text.
         grader: Called from one thread, one answer at a time.
         benchmark: How many samples, and how they are drawn.
@@ -127,13 +128,11 @@ async def run_benchmark(
         max_tokens: The longest response.
 
     Raises:
-        ValueError: prompts are missing, or one has no reference answer.
         RunFailedError: no engine is left.
         ConfigError: the grader's process cannot be started.
         ExceptionGroup: an engine, ``fetch``, ``decode`` or the grader raised another error; the rest
             is cancelled.
     """
-    _check(prompts)
     samples, sampling = benchmark.samples, _sampling(benchmark, seed, max_tokens)
     grade = asyncio.get_running_loop().run_in_executor
     priorities = itertools.count(-samples * len(prompts))  # all below 0, the first prompt's lowest
@@ -149,7 +148,8 @@ async def run_benchmark(
             return trajectory
 
         response = before_stop(decode(trajectory.response_ids), benchmark.stop)
-        verdict = await grade(grading, grader, response, _reference(prompt))
+        reference = cast(Reference, prompt.reference_answer)
+        verdict = await grade(grading, grader, response, reference)
         return _answer(trajectory, response, verdict)
 
     try:
@@ -198,21 +198,6 @@ def sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _check(prompts: Sequence[PromptSample]) -> None:
-    if not prompts:
-        raise ValueError("a benchmark needs prompts")
-
-    for prompt in prompts:
-        _reference(prompt)
-
-
-def _reference(prompt: PromptSample) -> Reference:
-    if prompt.reference_answer is None:
-        raise ValueError(f"prompt {prompt.prompt_id}: has no reference answer to grade against")
-
-    return prompt.reference_answer
-
-
 def _collect(
     prompt: PromptSample, tasks: Sequence[asyncio.Task[Answer | LostTrajectory]]
 ) -> PromptResult:
@@ -220,7 +205,7 @@ def _collect(
     return PromptResult(
         prompt_id=prompt.prompt_id,
         source=prompt.source,
-        reference_answer=_reference(prompt),
+        reference_answer=cast(Reference, prompt.reference_answer),
         answers=tuple(outcome for outcome in outcomes if isinstance(outcome, Answer)),
         lost=tuple(outcome for outcome in outcomes if isinstance(outcome, LostTrajectory)),
     )

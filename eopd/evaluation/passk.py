@@ -18,18 +18,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     prompts is avg@n.
 
     Example: 4 samples, 1 correct, k = 2. Of the 6 pairs 3 hold the correct sample: 0.5.
-
-    Raises:
-        ValueError: c is outside 0..n, or k outside 1..n.
     """
-    if not 0 <= num_correct <= num_samples:
-        raise ValueError(
-            f"num_correct {num_correct} must lie in 0..{num_samples}, the number of samples"
-        )
-
-    if not 1 <= k <= num_samples:
-        raise ValueError(f"k {k} must lie in 1..{num_samples}, the number of samples")
-
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
@@ -44,11 +33,8 @@ def mean_over_prompts(per_prompt: Sequence[float], weights: Sequence[float] = ()
     nothing of the spread between prompts: it has no standard error.
 
     Args:
-        per_prompt: a score, or a mean per token.
+        per_prompt: a score, or a mean per token; of one prompt or more.
         weights: the number of tokens that each is a mean of; none where all prompts weigh the same.
-
-    Raises:
-        ValueError: there is no prompt, or no weight.
     """
     mean, deviations = _deviations(per_prompt, weights)
     return Measurement(mean=mean, standard_error=_standard_error(deviations))
@@ -69,9 +55,6 @@ def change_over_prompts(
 
     Example: 0.1, 0.5 before and 0.3, 0.6 now are +0.15 with a standard error of 0.05, far below the
     0.2 and 0.15 of the two means.
-
-    Raises:
-        ValueError: there is no prompt, or no weight.
     """
     mean, deviations = _deviations(per_prompt, weights)
     mean_before, deviations_before = _deviations(before, weights_before)
@@ -83,14 +66,8 @@ def _deviations(
     per_prompt: Sequence[float], weights: Sequence[float]
 ) -> tuple[float, Sequence[float]]:
     """Returns the weighted mean, and what each prompt adds to its error."""
-    if not per_prompt:
-        raise ValueError("a mean over prompts needs at least one prompt")
-
     weights = weights or [1.0] * len(per_prompt)
     total = math.fsum(weights)
-    if total <= 0.0:
-        raise ValueError(f"the weights of a mean must add up to more than 0 (is {total:g})")
-
     mean = math.fsum(map(operator.mul, weights, per_prompt)) / total
     pairs = zip(weights, per_prompt, strict=True)
 

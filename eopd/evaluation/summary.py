@@ -28,9 +28,6 @@ def by_prompt(result: BenchmarkResult, ks: Sequence[int]) -> ByPrompt:
     for the k 2 and 4, ``response_tokens``, ``truncation_rate``, ``distinct_1`` and ``distinct_2``.
 
     A prompt without any answer has a score, which is 0, and no length.
-
-    Raises:
-        ValueError: a k is outside 1..n.
     """
     numbers: dict[str, dict[str, float]] = {}
     for prompt in result.prompts:

@@ -59,20 +59,6 @@ def test_pass_at_k_equals_the_product_form_for_many_samples(n, data):
     assert pass_at_k(n, c, k) == pytest.approx(1 - none_correct, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("n", "c", "k"),
-    [
-        (4, 5, 1),
-        (4, -1, 1),
-        (4, 2, 0),
-        (4, 2, 5),
-    ],
-)
-def test_pass_at_k_refuses_impossible_counts(n, c, k):
-    with pytest.raises(ValueError, match="must lie in"):
-        pass_at_k(n, c, k)
-
-
 def test_standard_error_is_clustered_by_prompt():
     """Against the sandwich formula over single samples: sqrt(sum over prompts of (sum of
     residuals)^2) / N, times the small-sample factor sqrt(G / (G - 1))."""
@@ -143,14 +129,9 @@ def test_pass_at_k_is_reported_for_powers_of_two_and_n(n, ks):
     assert list(ks_of(n)) == ks
 
 
-def test_one_prompt_has_no_standard_error_and_none_has_no_mean():
+def test_one_prompt_has_no_standard_error():
     assert mean_over_prompts([0.5]).standard_error is None
     assert change_over_prompts([0.5], [0.25]).standard_error is None
-    with pytest.raises(ValueError, match="at least one prompt"):
-        mean_over_prompts([])
-
-    with pytest.raises(ValueError, match="must add up to more than 0"):
-        mean_over_prompts([0.5], [0.0])
 
 
 # --- graders
@@ -745,21 +726,6 @@ async def test_an_engine_that_raises_ends_the_benchmark():
         await benchmark(ScriptedEngine({}), [prompt_sample("a")])
 
     assert caught.group_contains(KeyError)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
-        ([], "a benchmark needs prompts"),
-        ([prompt_sample("b"), prompt_sample("a", None)], "prompt a: has no reference answer"),
-    ],
-)
-async def test_mistakes_are_found_before_anything_is_sampled(prompts, message):
-    engine = ScriptedEngine(SCRIPT)
-    with pytest.raises(ValueError, match=message):
-        await benchmark(engine, prompts)
-
-    assert not engine.calls
 
 
 async def test_of_engines_that_are_all_lost_one_failure_is_told():
