@@ -17,33 +17,26 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from eopd.types import WeightTransferError
 
 _RANK = struct.Struct("<I")
 
 
-@dataclass(frozen=True, slots=True)
-class Departure:
-    """A member that is gone: its rank, and a sentence for people."""
-
-    reason: str
-    rank: int
-
-
 class Lifeline:
     """This member's connections. The sender makes it by ``listen``, and calls ``accept``; the others
     by ``connect``. They learn the port from the driver, not where others can write it: who listens
     there is told the secret.
+
+    ``peers`` has what is said of each member when it has left: a sentence, and the ranks at fault.
     """
 
     def __init__(
         self,
         listener: socket.socket | None,
-        peers: dict[socket.socket, Departure],
+        peers: dict[socket.socket, tuple[str, Collection[int]]],
         timeout_s: float,
     ) -> None:
         self._listener = listener
@@ -73,11 +66,7 @@ class Lifeline:
         sender = socket.create_connection((address, port), timeout_s)
         sender.sendall(secret.encode() + _RANK.pack(rank))
 
-        return cls(
-            None,
-            {sender: Departure(f"the sender at {address} has left", 0)},
-            timeout_s,
-        )
+        return cls(None, {sender: (f"the sender at {address} has left", ())}, timeout_s)
 
     def accept(self, world_size: int, secret: str) -> None:
         """Accept the connections of all receivers (rank 0; others return at once).
@@ -142,21 +131,26 @@ class Lifeline:
         if rank in missing and hmac.compare_digest(greeting[: len(secret)], secret.encode()):
             missing.remove(rank)
             reason = f"rank {rank} at {ready.getpeername()[0]} has left"
-            self._peers[ready] = Departure(reason, rank)
+            self._peers[ready] = reason, [rank]
         else:
             ready.close()
 
-    def departure(self) -> Departure | None:
-        """Returns a member that is gone; None while all are there."""
+    def require_all(self) -> None:
+        """Requires that all members are there.
+
+        Raises:
+            WeightTransferError: one is gone; it names the ``ranks`` of receivers.
+        """
         poll = select.poll()  # select would refuse the high descriptors of a busy engine
-        peers = {peer.fileno(): departure for peer, departure in self._peers.items()}
+        peers = {peer.fileno(): said for peer, said in self._peers.items()}
         if -1 in peers:
-            return Departure("this member has left", 0)  # closed in another thread
+            raise WeightTransferError("this member has left")  # closed in another thread
 
         for descriptor in peers:
             poll.register(descriptor, select.POLLIN | select.POLLRDHUP)
 
-        return next((peers[descriptor] for descriptor, _ in poll.poll(0)), None)
+        for descriptor, _ in poll.poll(0):
+            raise WeightTransferError(*peers[descriptor])
 
     def close(self) -> None:
         """Close all connections; the other ends notice."""

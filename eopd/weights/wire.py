@@ -289,7 +289,7 @@ class GlooWire:
         """
         (work,) = message
         while message and not work.is_completed():
-            self._all_must_be_there()
+            self._lifeline.require_all()
             time.sleep(POLL_S)
 
         if not message:
@@ -298,12 +298,8 @@ class GlooWire:
         try:
             work.wait()
         except RuntimeError:
-            self._all_must_be_there()  # gloo may notice one that leaves first, and names nobody
+            self._lifeline.require_all()  # gloo may notice one that leaves first, and names nobody
             raise
-
-    def _all_must_be_there(self) -> None:
-        if gone := self._lifeline.departure():
-            raise WeightTransferError(gone.reason, [gone.rank] if gone.rank else ())
 
 
 def _release(group: list[ProcessGroupGloo], message: list[Work]) -> None:
@@ -426,18 +422,16 @@ class NcclWire:
         """
         event = self._stream.record_event()
         deadline = time.monotonic() + self._timeout_s
-        failure: WireError | None = None
 
-        while failure is None and not event.query():
-            time.sleep(POLL_S)
-            if gone := self._lifeline.departure():
-                failure = WireError(gone.reason, [gone.rank] if gone.rank else ())
-            elif time.monotonic() > deadline:
-                failure = WireError(f"NCCL did not answer within {self._timeout_s:g} s")
-
-        if failure is not None:
+        try:
+            while not event.query():
+                time.sleep(POLL_S)
+                self._lifeline.require_all()
+                if time.monotonic() > deadline:
+                    raise WireError(f"NCCL did not answer within {self._timeout_s:g} s")
+        except WeightTransferError as error:
             self.close()
-            raise failure
+            raise WireError(str(error), error.ranks) from None
 
 
 _KINDS: Mapping[str, Callable[[Store, Rendezvous, Lifeline], Wire]] = {

@@ -59,15 +59,16 @@ def test_whoever_knows_no_secret_gets_no_seat_and_holds_up_nobody():
     started = time.monotonic()
     sender.accept(3, SECRET)
     assert time.monotonic() - started < 1.0
-    assert sender.departure() is None
+    sender.require_all()
     for stranger in strangers:
         stranger.close()
 
-    assert sender.departure() is None, "a stranger who hangs up is nobody's loss"
+    sender.require_all()  # a stranger who hangs up is nobody's loss
     members[0].close()
-    gone = sender.departure()
-    assert gone.rank == 2
-    assert "rank 2 at 127.0.0.1 has left" in gone.reason
+    with pytest.raises(WeightTransferError, match=r"rank 2 at 127\.0\.0\.1 has left") as gone:
+        sender.require_all()
+
+    assert gone.value.ranks == (2,)
 
 
 def test_a_seat_is_given_once():
