@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch._C._distributed_c10d import (
@@ -74,31 +74,6 @@ class WireError(WeightTransferError):
     """A member is gone, or did not answer in time. The wire is closed."""
 
 
-class Wire(Protocol):
-    """What sender and receiver need of a group. One thread at a time sends or receives."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the wire has neither failed nor been closed."""
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether messages are in memory that all members see, so that only their hashes travel."""
-
-    def broadcast(self, message_B: torch.Tensor) -> None:
-        """Send (rank 0) or receive (others) uint8 in host memory: a message, or its hash.
-
-        Raises:
-            WireError: a member is gone, or did not answer within the time-out.
-        """
-
-    def barrier(self) -> None:
-        """Return once every member has called it; raises as ``broadcast`` does."""
-
-    def close(self) -> None:
-        """Leave the group: messages of the others fail. A message of another thread ends first."""
-
-
 def open_store(address: str, timeout_s: float) -> TCPStore:
     """Opens the sender's store on a free port of ``address`` alone; ``store.port`` is the port."""
     listener = socket.create_server((address, 0), backlog=1024)
@@ -119,7 +94,7 @@ def open_wire(
     store: TCPStore | None = None,
     lifeline: Lifeline | None = None,
     memory: SharedMemory | None = None,
-) -> Wire:
+) -> "Wire":
     """Join the group; blocks until all members have.
 
     The sender passes the store and the lifeline that it opened, and the memory that it would share.
@@ -150,7 +125,7 @@ def _meet(
     store: TCPStore | None,
     lifeline: Lifeline | None,
     memory: SharedMemory | None,
-) -> Wire:
+) -> "Wire":
     secret, timeout = rendezvous.secret, timedelta(seconds=rendezvous.connect_timeout_s)
     if store is None:
         store = TCPStore(
@@ -213,14 +188,14 @@ def _choose(store: Store, rendezvous: Rendezvous, memory: SharedMemory | None) -
 
 
 class GlooWire:
-    """A wire through host memory, over TCP.
+    """A wire through host memory, over TCP. One thread at a time sends or receives.
 
     The last reference to a process group closes its sockets, and waits for a message under way;
     ``abort`` and ``shutdown`` end none (torch 2.13). So group and message are held in lists of one,
     and a thread that may sleep keeps both lists until the message has ended.
     """
 
-    is_in_place = False
+    is_in_place = False  # whether all members see messages where they are, and only hashes travel
 
     def __init__(self, store: Store, rendezvous: Rendezvous, lifeline: Lifeline) -> None:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -240,21 +215,28 @@ class GlooWire:
         ]
 
     @property
-    def is_open(self) -> bool:  # noqa: D102
+    def is_open(self) -> bool:
+        """Whether the wire has neither failed nor been closed."""
         return bool(self._group)
 
-    def broadcast(self, message_B: torch.Tensor) -> None:  # noqa: D102
+    def broadcast(self, message_B: torch.Tensor) -> None:
+        """Send (rank 0) or receive (others) uint8 in host memory: a message, or its hash.
+
+        Raises:
+            WireError: a member is gone, or did not answer within the time-out.
+        """
         options = BroadcastOptions()
         options.timeout = self._timeout
         self._wait(lambda group: group.broadcast([message_B], options))  # type: ignore[attr-defined]
 
-    def barrier(self) -> None:  # noqa: D102
+    def barrier(self) -> None:
+        """Return once every member has called it; raises as ``broadcast`` does."""
         options = BarrierOptions()
         options.timeout = self._timeout
         self._wait(lambda group: group.barrier(options))  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Leave the group; another thread waits for a message under way."""
+        """Leave the group: messages of the others fail. Another thread waits for one under way."""
         self._lifeline.close()
         group, message = self._group, self._work
         self._group, self._work = [], []
@@ -363,14 +345,11 @@ class NcclWire:
         self._is_sender = rendezvous.rank == 0
         self._timeout_s = rendezvous.timeout_s
         self._lifeline = lifeline
-        self._open = True
+        self.is_open = True
         self._staging_B = torch.empty(0, dtype=torch.uint8, device=self._device)
 
-    @property
-    def is_open(self) -> bool:  # noqa: D102
-        return self._open
-
-    def broadcast(self, message_B: torch.Tensor) -> None:  # noqa: D102
+    def broadcast(self, message_B: torch.Tensor) -> None:
+        """Send or receive a message, as the other wires do."""
         self._must_be_open()
         with self._streaming():
             if self._staging_B.numel() < message_B.numel():
@@ -400,13 +379,13 @@ class NcclWire:
 
     def close(self) -> None:
         """Abort the communicator, so that a kernel that waits for a dead peer ends."""
-        if self._open:
-            self._open = False
+        if self.is_open:
+            self.is_open = False
             self._lifeline.close()
             self._communicator.destroy()
 
     def _must_be_open(self) -> None:
-        if not self._open:
+        if not self.is_open:
             raise WireError("the wire is closed: connect again")
 
     def _streaming(self) -> AbstractContextManager[object]:
@@ -434,6 +413,7 @@ class NcclWire:
             raise WireError(str(error), error.ranks) from None
 
 
+Wire = GlooWire | NcclWire
 _KINDS: Mapping[str, Callable[[Store, Rendezvous, Lifeline], Wire]] = {
     "shared": SharedWire,
     "gloo": GlooWire,
