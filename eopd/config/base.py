@@ -5,7 +5,7 @@ bounds.
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, get_args
 
@@ -287,18 +287,6 @@ def require_gpus_for_workers(gpus: float, vllm: Mapping[str, object]) -> None:
     raise ValueError(
         f"gpus: the engine would use one of {gpus:g}; add vllm: {{tensor_parallel_size: {gpus:g}}}"
     )
-
-
-def each_once(noun: str) -> Callable[[list[str]], list[str]]:
-    """A check that no value of a list stands there twice; ``noun`` names a value."""
-
-    def check(values: list[str]) -> list[str]:
-        if duplicates := [value for value in values if values.count(value) > 1]:
-            raise ValueError(f"{noun} {duplicates[0]} stands twice")
-
-        return values
-
-    return check
 
 
 class Section(BaseModel):

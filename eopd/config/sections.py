@@ -23,7 +23,6 @@ from eopd.config.base import (
     Section,
     Seed,
     Tokens,
-    each_once,
 )
 from eopd.config.benchmark import HELD_OUT, HELD_OUT_METRICS, BenchmarkConfig
 from eopd.config.teacher import NAME, NAME_WORDS
@@ -362,6 +361,13 @@ class ResponsesConfig(Section):
     """
 
 
+def _each_once(trackers: list[str]) -> list[str]:
+    if duplicates := [tracker for tracker in trackers if trackers.count(tracker) > 1]:
+        raise ValueError(f"tracker {duplicates[0]} stands twice")
+
+    return trackers
+
+
 class TelemetryConfig(Section):
     """Where the numbers of a run go besides its own files."""
 
@@ -389,7 +395,7 @@ class TelemetryConfig(Section):
     before it.
     """
 
-    trackers: Annotated[list[TrackerName], AfterValidator(each_once("tracker"))] = []
+    trackers: Annotated[list[TrackerName], AfterValidator(_each_once)] = []
     """The experiment trackers to which every row of ``metrics.jsonl`` goes too; none by default.
     The chapter docs/configuration.md#trackers says how each is set up.
     """
