@@ -127,9 +127,6 @@ def _as_text(value: object) -> object:
 
 def _resolve_model(spec: str) -> str:
     """Make a path absolute, unless it is the name of a model and nothing lies there."""
-    if "\0" in spec:
-        raise ValueError("a path holds no NUL character")
-
     is_name = ModelName.parse(spec) is not None and not os.path.lexists(spec)
     return spec if is_name else str(_resolve(Path(spec)))
 
@@ -146,6 +143,9 @@ ModelSpec = Annotated[
 
 def resolve_data(spec: str) -> str:
     """Make the path of a file absolute; anything else is the name of a data set."""
+    if not spec.strip():
+        raise ValueError("must be a .jsonl or .parquet file, or a data set's name (is '')")
+
     if "\0" in spec:
         raise ValueError("a path holds no NUL character")
 

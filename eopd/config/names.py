@@ -8,7 +8,7 @@ from typing import Final, Self
 
 _WORD: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 # ``models/`` is where people keep directories: a misspelt one must not become a stranger's model
-_MODEL: Final = re.compile(rf"(?!models/)({_WORD}/{_WORD})(?:@([^\s@:]+))?")
+_MODEL: Final = re.compile(rf"(?!models/)({_WORD}/{_WORD})(?:@([^\s@:\0]+))?")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 # a colon between the parts of a data set's name, but not that of the slice in ``train[:100]``
 _COLON: Final = re.compile(r":(?![^\[]*\])")

@@ -9,7 +9,7 @@ from eopd.config.base import Section, functions_of
 from eopd.config.document import show
 from eopd.config.learner import LearnerConfig
 from eopd.config.loss import LossConfig, NoReverseKl, QuantileGate
-from eopd.config.prompts import PromptsConfig, keys_of
+from eopd.config.prompts import PromptsConfig
 from eopd.config.rollout import RolloutConfig
 from eopd.config.sections import (
     CheckpointConfig,
@@ -168,17 +168,6 @@ class Config(Section):
             raise ValueError(
                 f"teachers: {' and '.join(defaults)} name no sources; only one can be the default"
             )
-
-        return self
-
-    @model_validator(mode="after")
-    def _there_is_data(self) -> Self:
-        for name, parts in (("data", self.prompts.data), ("held_out", self.prompts.held_out)):
-            for key, part in zip(keys_of(f"prompts.{name}", parts), parts, strict=True):
-                if part.data is not None and not part.data.strip():
-                    raise ValueError(
-                        f"{key}: must be a .jsonl or .parquet file, or a data set's name (is '')"
-                    )
 
         return self
 

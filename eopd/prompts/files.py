@@ -62,11 +62,6 @@ def read_data(
     Raises:
         ConfigError: it is missing, unreadable, empty, of another kind, or has no such column.
     """
-    if not spec.strip() or "\0" in spec:
-        raise ConfigError(
-            f"{key}: must be a .jsonl or .parquet file or the name of a data set (is {spec!r})"
-        )
-
     try:
         rows = _read(spec, key)
     except OSError as error:

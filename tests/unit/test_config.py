@@ -489,6 +489,7 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
             "run.directory: a path has 4095 bytes at most (has 4096)",
         ),
         ('student.model="a\\0b"', "student.model: a path holds no NUL character"),
+        ('student.model="a/b@\\0"', "student.model: a path holds no NUL character"),
         (
             "prompts.data=''",
             "prompts.data: must be a .jsonl or .parquet file, or a data set's name (is '')",
@@ -500,7 +501,12 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "prompts.data=[a.jsonl, '']",
-            "prompts.data.1: must be a .jsonl or .parquet file, or a data set's name (is '')",
+            "prompts.data.1.data: must be a .jsonl or .parquet file, or a data set's name (is '')",
+        ),
+        (
+            "evaluation.benchmarks=[{name: m, data: ' '}]",
+            "evaluation.benchmarks.0.data: must be a .jsonl or .parquet file, or a data set's "
+            "name (is '')",
         ),
         (
             "prompts.held_out=[]",

@@ -34,7 +34,7 @@ class WordTokenizer:
 
 
 def config(**changes):
-    return PromptsConfig(**({"data": "", "held_out": "", "max_tokens": 6} | changes))
+    return PromptsConfig(**({"data": "made-up", "held_out": "made-up", "max_tokens": 6} | changes))
 
 
 def write(tmp_path, *rows):
