@@ -2,7 +2,7 @@
 options, prompts. Every failure is one ``ConfigError``.
 """
 
-from eopd.preflight.answers import require_answers, require_readable_answers
+from eopd.preflight.answers import require_answers
 from eopd.preflight.inputs import Prepared, prepare
 from eopd.preflight.models import require_model, require_served, require_top_k
 from eopd.preflight.offline import check_offline
@@ -20,7 +20,6 @@ __all__ = [
     "prepare",
     "require_answers",
     "require_model",
-    "require_readable_answers",
     "require_served",
     "require_top_k",
 ]

@@ -14,7 +14,7 @@ from eopd.config import BenchmarkConfig, Config, ConfigError, TeacherConfig
 from eopd.config.base import DATA_SUFFIXES, OWN_GRADERS
 from eopd.config.prompts import names_of
 from eopd.hub import model_directory
-from eopd.preflight.answers import require_answers, require_readable_answers
+from eopd.preflight.answers import require_answers
 from eopd.preflight.environment import is_local, require_environment
 from eopd.preflight.functions import require_functions
 from eopd.preflight.models import (
@@ -245,8 +245,7 @@ def load_train(config: Config, tokenizer: Tokenizer) -> PromptSet:
         keep_rows=config.reads_rows,
     )
     if config.loss.reward is not None and config.loss.reward.is_ours:
-        require_answers(train)
-        require_readable_answers(train, config.loss.reward.function)
+        require_answers(train, config.loss.reward.function)
 
     prompts_by_teacher(names_of(config.prompts.data), train.prompts, config)
     return train
@@ -276,8 +275,7 @@ def load_benchmark(config: Config, benchmark: BenchmarkConfig, tokenizer: Tokeni
         prompts = prompts.model_copy(update={"columns": benchmark.columns})
 
     data = PromptSet.load(benchmark.data, prompts, tokenizer, key=key_of_benchmark(benchmark))
-    require_answers(data)
-    require_readable_answers(data, benchmark.grader)
+    require_answers(data, benchmark.grader)
     return data.in_turn()
 
 

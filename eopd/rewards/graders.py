@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from eopd.config import ConfigError
-from eopd.config.base import OWN_GRADERS, GraderName, require_grader
+from eopd.config.base import GraderName
 from eopd.plugins import GraderFunction
 from eopd.rewards.exact import grade_exact
 from eopd.rewards.math import JUDGE, grade_math
@@ -16,6 +16,7 @@ from eopd.rewards.process import CPU_LIMIT_S, Asked, Failed, FunctionProcess, Re
 from eopd.rewards.verdict import Grader, Verdict
 from eopd.types import Reference
 
+_KEY: Final = "grader"
 # 1 and 0 are equal to True and False
 _VERDICTS: Final[Mapping[object, Verdict]] = {
     True: Verdict.CORRECT,
@@ -34,19 +35,14 @@ def open_grader(name: GraderName, *, time_limit_s: float = CPU_LIMIT_S) -> Itera
             A busy machine changes no verdict, since waiting is not counted.
 
     Raises:
-        ConfigError: there is no such grader, or the process of a function cannot be started.
+        ConfigError: a function cannot be loaded, or its process cannot be started.
     """
     if name == "exact":
         yield grade_exact
         return
 
-    try:
-        require_grader(name)
-    except ValueError as error:
-        raise ConfigError(f"grader: {error}") from None
-
     asked = Asked(
-        key="grader",
+        key=_KEY,
         function=JUDGE if name == "math" else name,
         kind=GraderFunction,
         cpu_limit_s=time_limit_s,
@@ -63,21 +59,21 @@ def open_grader(name: GraderName, *, time_limit_s: float = CPU_LIMIT_S) -> Itera
             yield grade
 
 
-def try_grader(key: str, name: GraderName, response: str, reference: Reference) -> None:
-    """Calls a user's grader once; nothing is done for one of ours.
+def try_grader(function: str, reference: Reference) -> None:
+    """Calls a user's grader once, with a response that is made up.
 
     Raises:
         ConfigError: it cannot be loaded, fails, or gives something else than a verdict.
     """
-    if name in OWN_GRADERS:
-        return
-
-    said = ask_once(Asked(key=key, function=name, kind=GraderFunction), response, reference)
+    asked = Asked(key=_KEY, function=function, kind=GraderFunction)
+    said = ask_once(asked, "made up", reference)
     if isinstance(said, Failed):
-        raise ConfigError(f"{key}: {said.cause}")
+        raise ConfigError(f"{_KEY}: {said.cause}")
 
     if said.value not in _VERDICTS:
-        raise ConfigError(f"{key}: {name}: must return True, False or None (is {said.value!r})")
+        raise ConfigError(
+            f"{_KEY}: {function}: must return True, False or None (is {said.value!r})"
+        )
 
 
 def _verdict(said: Returned | Failed) -> Verdict:

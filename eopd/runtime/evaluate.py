@@ -13,13 +13,7 @@ from eopd.config import (
 from eopd.config.prompts import names_of
 from eopd.evaluation.benchmarks import BenchmarkResult, run_benchmark
 from eopd.hub import model_directory
-from eopd.preflight import (
-    pin_model,
-    pin_parts,
-    require_answers,
-    require_model,
-    require_readable_answers,
-)
+from eopd.preflight import pin_model, pin_parts, require_answers, require_model
 from eopd.preflight.options import require_vllm_options
 from eopd.prompts import PromptSet
 from eopd.rewards.graders import open_grader
@@ -58,8 +52,7 @@ def evaluate_model(
     tokenizer = load_tokenizer(directory)
     parts = pin_parts("DATA", benchmark.data, {})
     data = PromptSet.load(parts, prompts, tokenizer, key="DATA")
-    require_answers(data)
-    require_readable_answers(data, benchmark.grader)
+    require_answers(data, benchmark.grader)
     for note in data.notes:
         log(f"note: {note}")
 

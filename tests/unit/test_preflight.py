@@ -830,7 +830,7 @@ def test_a_function_that_cannot_be_used_is_one_message(functions, check, overrid
 def test_a_grader_of_the_user_is_tried_with_the_first_answer(functions, files):
     prompts = (fakes.prompt(answer="5"),)
     data = PromptSet(prompts=prompts, parts=(prompts,), texts={}, places={}, notes=())
-    preflight.require_readable_answers(data, "made_up:grade")
+    preflight.require_answers(data, "made_up:grade")
     words = "grader: made_up:perhaps: must return True, False or None (is 0.5)"
     with pytest.raises(ConfigError, match=re.escape(words)):
-        preflight.require_readable_answers(data, "made_up:perhaps")
+        preflight.require_answers(data, "made_up:perhaps")
