@@ -98,7 +98,7 @@ class Weigher:
                     entropy_R=entropy_R,
                     gate_R=gate_of(entropy_R).masked_fill(~_finite(scored, entropy_R), torch.nan),
                     gate_uncertain=float(uncertain_R[_loss_mask(scored)].sum()),
-                    advantage_bonus=bonuses.get(header.key, self._no_bonus),
+                    advantage_bonus=bonuses[header.key],
                 )
         except GateError as error:
             faults = [str(error)]
@@ -154,18 +154,17 @@ class Weigher:
         ]
         return quantile_threshold(torch.cat(gather_all(counted)), gate.top)
 
-    @property
-    def _no_bonus(self) -> float | None:
-        """Returns the bonus of a trajectory without a reward; all of a batch have one, or none."""
-        return None if self.loss.reward is None else 0.0
-
-    def _bonuses(self, headers: Sequence[Header]) -> Mapping[TrajectoryKey, float]:
-        if self.loss.reward is None:
-            return {}
+    def _bonuses(self, headers: Sequence[Header]) -> Mapping[TrajectoryKey, float | None]:
+        """Returns the bonus of each trajectory: None without a reward of the run, and 0 for one
+        that has none.
+        """
+        keys, reward = [header.key for header in headers], self.loss.reward
+        if reward is None:
+            return dict.fromkeys(keys)
 
         mine = [(header.key, header.reward) for header in headers if header.reward is not None]
-        rewards = dict(gather_all(mine))
-        return {key: self.loss.reward.weight * value for key, value in advantages(rewards).items()}
+        found = advantages(dict(gather_all(mine)))
+        return {key: reward.weight * found.get(key, 0.0) for key in keys}
 
 
 def gate_tokens(scored: ScoredTrajectory, entropy_R: Tensor) -> GateTokens:
