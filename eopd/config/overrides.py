@@ -1,7 +1,7 @@
 """An override ``--set a.b=c`` is applied to a tree in long form; its value is YAML."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from eopd.config.chain import EXTENDS
 from eopd.config.document import DocumentError, read_value
@@ -53,38 +53,33 @@ def apply_override(tree: dict[str, object], override: str) -> Place:
         fault = str(error).replace("line 1: ", "")
         raise ConfigError(f"--set {override}: {fault}; {quoted}") from None
 
-    node: object = tree
+    node: Any = tree
     place: Place = ()
     for depth, part in enumerate(parents):
-        key, node = _below(node, part, parents[:depth], override)
-        place = (*place, key)
+        key = _key(node, part, parents[:depth], override)
+        if isinstance(node, dict) and node.get(part) in (None, ""):
+            node[part] = {}
 
+        node = node[key]
+        place = (*place, str(key))
+
+    key = _key(node, last, parents, override)
+    node[key] = value
     if isinstance(node, dict):
-        node[last] = value
         node.pop(f"{last}_reason", None)  # of another value, which was chosen
-        return (*place, last)
+
+    return (*place, str(key))
+
+
+def _key(node: object, part: str, parents: Sequence[str], override: str) -> str | int:
+    """Returns the key of a mapping, or the index of a list, that a part of an override names."""
+    if isinstance(node, dict):
+        return part
 
     if isinstance(node, list):
-        index = _index(node, last, parents, override)
-        node[index] = value
-        return (*place, str(index))
+        return _index(node, part, parents, override)
 
-    raise ConfigError(f"--set {override}: {'.'.join(parents)} is a value, it has no key {last}")
-
-
-def _below(node: object, part: str, parents: Sequence[str], override: str) -> tuple[str, object]:
-    """Returns the key that a part of an override names, and what stands there."""
-    if isinstance(node, list):
-        index = _index(node, part, parents, override)
-        return str(index), node[index]
-
-    if not isinstance(node, dict):
-        raise ConfigError(f"--set {override}: {'.'.join(parents)} is a value, it has no key {part}")
-
-    if node.get(part) in (None, ""):
-        node[part] = {}
-
-    return part, node[part]
+    raise ConfigError(f"--set {override}: {'.'.join(parents)} is a value, it has no key {part}")
 
 
 def _index(node: Sequence[object], part: str, parents: Sequence[str], override: str) -> int:
