@@ -209,11 +209,10 @@ def _of_another_kind(spot: _Spot) -> str | None:
     if not kinds:
         return None
 
-    current = next(kind for kind, section in spot.siblings.items() if section is spot.owner)
-
+    current = spot.owner.model_fields["kind"].default
+    plural = "s" if len(kinds) > 1 else ""
     return (
-        f"is of kind{'s' if len(kinds) > 1 else ''} {listed(kinds)}, and kind is {current}; "
-        "leave it out, or change kind"
+        f"is of kind{plural} {listed(kinds)}, and kind is {current}; leave it out, or change kind"
     )
 
 

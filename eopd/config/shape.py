@@ -118,13 +118,8 @@ class _Shaper:
             if field is None:
                 shaped[str(key)] = value
             elif not _stands_for_default(value, field):
-                default_kind = getattr(field.default, "kind", None)
-                shaped[str(key)] = self._value(
-                    value,
-                    field.annotation,
-                    key_place,
-                    default_kind,
-                )
+                usual = getattr(field.default, "kind", None)
+                shaped[str(key)] = self._value(value, field.annotation, key_place, usual)
 
         return shaped
 
@@ -148,19 +143,10 @@ class _Shaper:
             return self._list(value, item, place)
 
         (single, *_) = members(annotation)
-        if (
-            single is str
-            and may_be_null(annotation)
-            and isinstance(value, Plain)
-            and value.lower() == "none"
-        ):
-            self.faults[place] = f"{value} is text in YAML: write null, or '{value}' in quotes"
-            return value
-
         if typing.get_origin(single) is dict:
             return self._mapping(value, typing.get_args(single), place)
 
-        return self._scalar(value, single, place) if isinstance(value, Plain) else value
+        return self._scalar(value, annotation, place) if isinstance(value, Plain) else value
 
     def _union(
         self,
@@ -176,7 +162,7 @@ class _Shaper:
             return {"kind": str(value)}
 
         if not isinstance(value, Mapping):
-            return _null(value)
+            return None if isinstance(value, Plain) else value
 
         if (
             self._is_whole
@@ -269,13 +255,18 @@ class _Shaper:
         return option
 
     def _scalar(self, value: Plain, annotation: object, place: Place) -> object:
+        (single, *_) = members(annotation)
         if value in NULLS:
             return None
 
-        if annotation is bool:
+        if single is str and may_be_null(annotation) and value.lower() == "none":
+            self.faults[place] = f"{value} is text in YAML: write null, or '{value}' in quotes"
+            return value
+
+        if single is bool:
             return (TRUTHS | OLD_TRUTHS).get(value, value)
 
-        if annotation in (int, float) or _is_literal_with_numbers(annotation):
+        if single in (int, float) or _is_literal_with_numbers(single):
             if reason := two_readings(value):
                 self.faults[place] = reason
                 return value
@@ -283,30 +274,20 @@ class _Shaper:
             quantity = meant_number(value)
             return value if quantity is None else quantity
 
-        return str(value) if annotation in (str, Path) else value
+        return str(value) if single in (str, Path) else value
 
 
 def _stands_for_default(value: object, field: FieldInfo) -> bool:
-    """Whether a key without a value leaves the default in place: of sections and lists, not
-    of a number.
+    """Whether a section of several kinds stands there without a value, which leaves the default in
+    place.
     """
-    if field.is_required() or may_be_null(field.annotation):
-        return False
-
     return isinstance(value, Plain) and value == "" and bool(kinds_of(field.annotation))
-
-
-def _is_literal(annotation: object) -> bool:
-    return typing.get_origin(annotation) is typing.Literal
 
 
 def _is_literal_with_numbers(annotation: object) -> bool:
     words = typing.get_args(annotation)
-    return _is_literal(annotation) and any(isinstance(word, int) for word in words)
-
-
-def _null(value: object) -> object:
-    return None if isinstance(value, Plain) else value
+    is_literal = typing.get_origin(annotation) is typing.Literal
+    return is_literal and any(isinstance(word, int) for word in words)
 
 
 def _key(key: object) -> object:
