@@ -26,8 +26,7 @@ import pickle
 import sys
 import sysconfig
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -181,9 +180,7 @@ class GraderFunction(Protocol):
         """
 
 
-def load(
-    key: str, function: str, kind: type, options: Mapping[str, object] | None = None
-) -> Callable[..., Any]:
+def load(key: str, function: str, kind: type, options: Mapping[str, object]) -> Callable[..., Any]:
     """Imports a function, and binds its options.
 
     Example: ``load("loss.gate.function", "gates:narrow", GateFunction, {"tau": 1.0})`` returns
@@ -214,9 +211,9 @@ def load(
     if not callable(found):
         raise ConfigError(f"{where}: is {type(found).__name__}, which cannot be called")
 
-    _require_parameters(where, found, kind, options or {})
+    _require_parameters(where, found, kind, options)
 
-    return partial(found, **(options or {}))
+    return partial(found, **options)
 
 
 def rows_of(key: str, function: str, options: Mapping[str, object]) -> list[Row]:
@@ -227,9 +224,14 @@ def rows_of(key: str, function: str, options: Mapping[str, object]) -> list[Row]
     """
     data = load(key, function, DataFunction, options)
     rows: list[Row] = []
-    with blamed(key, function):
+
+    try:
         for number, row in enumerate(data(), start=1):
             rows.append(_checked(row, f"{key}: {function}: row {number}"))
+    except (ConfigError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # noqa: BLE001 - a user's code raises what it likes, SystemExit too
+        raise ConfigError(f"{key}: {function}: {cause_of(error)}") from None
 
     return rows
 
@@ -283,17 +285,6 @@ def _plain(value: object) -> object:
         return [_plain(inner) for inner in value]
 
     return value
-
-
-@contextmanager
-def blamed(key: str, function: str) -> Iterator[None]:
-    """Raises whatever a user's function raises in the block as a ConfigError with its place."""
-    try:
-        yield
-    except (ConfigError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # noqa: BLE001 - a user's code raises what it likes, SystemExit too
-        raise ConfigError(f"{key}: {function}: {cause_of(error)}") from None
 
 
 def cause_of(error: BaseException) -> str:

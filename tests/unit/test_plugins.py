@@ -35,7 +35,7 @@ def test_a_function_of_the_working_directory_has_its_options_bound(directory):
 def test_a_file_of_the_working_directory_stands_in_for_no_library(directory):
     (directory / "wave.py").write_text("def open(*args):\n    return 'ours'\n")
 
-    found = plugins.load("k", "wave:open", FilterFunction)
+    found = plugins.load("k", "wave:open", FilterFunction, {})
 
     assert found.func.__module__ == "wave" and "python3.11" in sys.modules["wave"].__file__
 
@@ -75,7 +75,7 @@ def test_a_package_that_lacks_a_library_is_there(directory):
     (package / "deep.py").write_text(SCORE)
 
     with pytest.raises(ConfigError, match=r"importing scores_c\.deep raised ModuleNotFoundError"):
-        plugins.load("k", "scores_c.deep:score", RewardFunction)
+        plugins.load("k", "scores_c.deep:score", RewardFunction, {})
 
 
 def test_the_hash_is_of_all_files_of_the_package(directory):
@@ -83,7 +83,7 @@ def test_the_hash_is_of_all_files_of_the_package(directory):
     package.mkdir()
     (package / "rewards.py").write_text(SCORE)
     (package / "helpers.py").write_text("A = 1\n")
-    plugins.load("k", "scores_d.rewards:score", RewardFunction)
+    plugins.load("k", "scores_d.rewards:score", RewardFunction, {})
     first = plugins.sources(FUNCTIONS)
 
     (package / "helpers.py").write_text("A = 2\n")
@@ -98,7 +98,7 @@ def test_the_hash_is_of_all_files_of_the_package(directory):
 def test_the_version_is_that_of_the_installed_distribution():
     import importlib.metadata
 
-    plugins.load("k", "yaml:safe_load", FilterFunction)
+    plugins.load("k", "yaml:safe_load", FilterFunction, {})
 
     version = importlib.metadata.version("PyYAML")
     assert (
@@ -186,7 +186,7 @@ def test_a_function_without_parameters_is_no_data_function_with_some(directory):
     (directory / "rows_c.py").write_text("def rows(path): pass\n")
 
     with pytest.raises(ConfigError, match="called with no argument: missing a required argument"):
-        plugins.load("k", "rows_c:rows", DataFunction)
+        plugins.load("k", "rows_c:rows", DataFunction, {})
 
 
 def test_a_cause_can_be_written_whatever_a_function_has_read():
