@@ -104,21 +104,21 @@ async def self_test(
     step = LOGIT_STEP if rounded_logits and dtype == "bfloat16" else 0.0
     same, aligned = max(TOLERANCE[dtype], step), max(ALIGNMENT, step)
     worst: dict[str, float] = {}
-    first: TeacherSignal | None = None
+    signals: list[TeacherSignal] = []
 
     for number, replica in enumerate(replicas):
         signal, again, moved = [
             await _score(replica, number, prompt_ids, response)
             for response in (continuation, continuation, elsewhere)
         ]
-        first = first or signal
+        signals.append(signal)
         found = {
             "mass": (_mass_error(signal), _ROUNDING),
             "entropy": (_entropy_error(signal, vocab_size), _ROUNDING),
             "alignment": (_alignment_error(signal), aligned),
             "context": (_context_error(signal, moved, same), same),
             "repeat": (_difference(signal, again), same),
-            "replicas": (_difference(first, signal), same),
+            "replicas": (_difference(signals[0], signal), same),
         }
 
         for check, (deviation, allowed) in found.items():
@@ -128,10 +128,8 @@ async def self_test(
                     _failure(number, check, deviation, allowed, continuation, signal)
                 )
 
-    assert first is not None, "there is a replica"
-
     return SelfTestReport(
-        teacher=first.teacher,
+        teacher=signals[0].teacher,
         replicas=len(replicas),
         continuation=tuple(continuation.tolist()),
         worst=worst,
@@ -227,7 +225,7 @@ async def _score(
 
 def _alignment_error(signal: TeacherSignal) -> float:
     """Returns how far a token is below the first candidate, at most."""
-    return float(_gap(signal.topk_logprobs[:, 0], signal.token_logprobs).max())
+    return float(np.abs(signal.topk_logprobs[:, 0] - signal.token_logprobs).max())
 
 
 def _mass_error(signal: TeacherSignal) -> float:
@@ -262,7 +260,7 @@ def _entropy_error(signal: TeacherSignal, vocab_size: int) -> float:
     num_known = known[:, :-1].sum(axis=1)
     highest = lowest + np.exp(outcomes[:, -1]) * np.log(np.maximum(vocab_size - num_known, 1))
     highest += math.log(2.0) * (num_known < known.shape[1] - 1)
-    low, high = (signal.entropy_low, signal.entropy_high)
+    low, high = signal.entropy_low, signal.entropy_high
 
     return float(np.max([lowest - high, low - highest, low - high]))
 
@@ -272,7 +270,7 @@ def _context_error(signal: TeacherSignal, moved: TeacherSignal, same: float) -> 
     move the next row.
     """
     rows = [
-        _gap(one[:2], other[:2])
+        np.abs(one[:2] - other[:2])
         for one, other in zip(_compared(signal), _compared(moved), strict=True)
     ]
     # the first token's own log-probability is of another token now
@@ -286,9 +284,8 @@ def _outcomes(signal: TeacherSignal) -> np.ndarray:
 
 
 def _difference(one: TeacherSignal, other: TeacherSignal) -> float:
-    return float(
-        max(_gap(a, b).max() for a, b in zip(_compared(one), _compared(other), strict=True))
-    )
+    pairs = zip(_compared(one), _compared(other), strict=True)
+    return float(max(np.abs(of_one - of_other).max() for of_one, of_other in pairs))
 
 
 def _compared(signal: TeacherSignal) -> tuple[Float32Array, ...]:
@@ -296,13 +293,9 @@ def _compared(signal: TeacherSignal) -> tuple[Float32Array, ...]:
     return (
         signal.token_logprobs,
         signal.topk_logprobs[:, 0],
-        *(signal.entropy_low, signal.entropy_high),
+        signal.entropy_low,
+        signal.entropy_high,
     )
-
-
-def _gap(one: Float32Array, other: Float32Array) -> Float32Array:
-    gap: Float32Array = np.abs(one - other)
-    return gap
 
 
 def _stored(prompt_ids: Int32Array, response_ids: Int32Array) -> Stored[Trajectory]:
