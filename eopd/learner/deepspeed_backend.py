@@ -116,53 +116,43 @@ class DeepspeedBackend:
             The norm of the gradient over all ranks, before clipping. When it is not finite nothing
             was applied, on any rank.
         """
-        divisor = max(1, num_loss_tokens)
-        with self._gradients_divided_by(divisor):
-            norm = self._clip_and_apply()
-
-        # bfloat16 under ZeRO-0 heeds a loss scale, and tells the norm as it was before
-        return norm / divisor if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer) else norm
-
-    def _clip_and_apply(self) -> float:
-        norm = math.nan
+        divisor, optimizer = max(1, num_loss_tokens), self._engine.optimizer
         if self._keeps_no_norm:
-            norm = torch.nn.utils.get_total_norm(self._gradients()).item()
-            if not math.isfinite(norm):
-                self._engine.zero_grad()
-                return norm
+            return self._step_in_float32(divisor)
 
-        self._engine.step()
-        if not self._keeps_no_norm:
-            norm = float(self._engine.get_global_grad_norm())
+        if isinstance(optimizer, BF16_Optimizer):  # has no loss scale
+            for gradient in optimizer.fp32_groups_gradients_flat:
+                gradient.div_(divisor)
 
+            self._engine.step()
+        else:
+            optimizer.loss_scale = float(divisor)
+            self._engine.step()
+            optimizer.loss_scale = 1.0  # a backward would multiply by it
+
+        norm = float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm) and self._engine.zero_cpu_offload():
             # In bfloat16 under ZeRO-1 and 2 DeepSpeed keeps the refused gradient, and adds all
             # later ones to it.
-            gradients = self._engine.optimizer.averaged_gradients
+            gradients = optimizer.averaged_gradients
             gradients.update(dict.fromkeys(gradients))
 
+        # bfloat16 under ZeRO-0 heeds a loss scale, and tells the norm as it was before
+        return norm / divisor if isinstance(optimizer, FP16_UnfusedOptimizer) else norm
+
+    def _step_in_float32(self, divisor: int) -> float:
+        """Does what ``step`` does under ZeRO-0 in float32, where DeepSpeed tells no norm."""
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        for gradient in gradients:
+            gradient.div_(divisor)
+
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+
         return norm
-
-    @contextmanager
-    def _gradients_divided_by(self, divisor: int) -> Iterator[None]:
-        """Within the block DeepSpeed's step divides the gradients, or finds them divided."""
-        optimizer = self._engine.optimizer
-        if self._keeps_no_norm or isinstance(optimizer, BF16_Optimizer):  # have no loss scale
-            flat = None if self._keeps_no_norm else optimizer.fp32_groups_gradients_flat
-            for gradient in flat or self._gradients():
-                gradient.div_(divisor)
-
-            yield
-            return
-
-        optimizer.loss_scale = float(divisor)
-        try:
-            yield
-        finally:
-            optimizer.loss_scale = 1.0  # a backward would multiply by it
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.student.parameters() if p.grad is not None]
 
     def save(self, directory: Path, state: dict[str, int]) -> None:
         """Write weights, optimiser, schedule, ``state`` and this rank's random state; collective.
