@@ -156,12 +156,8 @@ def load_named(name: DataName) -> "Dataset":
         return builder.as_dataset(split=name.split)
 
     if not is_commit(name.revision):
-        options = {} if name.revision is None else {"revision": name.revision}
         return datasets.load_dataset(
-            name.repository,
-            name.subset,
-            split=name.split,
-            **options,
+            name.repository, name.subset, split=name.split, revision=name.revision
         )
 
     if (cached := _cached(name)) is not None:

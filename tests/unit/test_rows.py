@@ -556,7 +556,7 @@ def test_what_an_arrow_table_fills_up_is_taken_out_again(tmp_path):
 def test_a_data_set_is_named_with_subset_and_split(monkeypatch, spec, arguments):
     import datasets
 
-    def load_dataset(name, subset, *, split):
+    def load_dataset(name, subset, *, split, revision):
         assert (name, subset, split) == arguments
         return datasets.Dataset.from_list([{"prompt": "a", "id": None}])
 
