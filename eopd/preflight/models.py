@@ -275,11 +275,9 @@ def _blame(key: str) -> Iterator[None]:
     """Begins the message of every error with the config key that the user has to look at."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from error
     except OSError as error:
         raise ConfigError(f"{key}: {error.filename} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ConfigError, ValueError) as error:
         raise ConfigError(f"{key}: {error}") from error
 
 
