@@ -46,7 +46,7 @@ class PromptSet:
     @classmethod
     def load(
         cls,
-        data: str | Sequence[Part],
+        parts: Sequence[Part],
         config: PromptsConfig,
         tokenizer: Tokenizer,
         view_of: Callable[[str], TeacherView | None] = lambda source: None,
@@ -58,7 +58,7 @@ class PromptSet:
         of its part: ``1/ID``.
 
         Args:
-            data: The parts; a text is the data of one.
+            parts: Where the rows come from.
             config: How their rows become prompts.
             tokenizer: The student's tokenizer.
             view_of: Returns the view of a source's teacher; None where it takes the student's prompt.
@@ -79,7 +79,6 @@ class PromptSet:
         if config.system is not None:
             student_rendering(config, tokenizer).require_system(config.system)
 
-        parts = [Part(data=data)] if isinstance(data, str) else data
         loading = _Loading(config, tokenizer, view_of, keep_rows)
         loaded, faults = [], []
         for index, (part, key_of_part) in enumerate(zip(parts, keys_of(key, parts), strict=True)):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eopd.config import ConfigError, PromptsConfig
+from eopd.config import ConfigError, Part, PromptsConfig
 from eopd.prompts import PromptOrder, PromptSet, TeacherView, read_data
 
 
@@ -44,7 +44,8 @@ def write(tmp_path, *rows):
 
 
 def load(tmp_path, *rows, **changes):
-    return PromptSet.load(write(tmp_path, *rows), config(**changes), WordTokenizer())
+    parts = [Part(data=write(tmp_path, *rows))]
+    return PromptSet.load(parts, config(**changes), WordTokenizer())
 
 
 def test_prompts_and_chats_are_rendered(tmp_path):
@@ -287,7 +288,7 @@ def view(template="hint {{ solution }} for {{ prompt }}", **changes):
 def load_for(tmp_path, teacher, *rows, **changes):
     taught = {"math": teacher}
     return PromptSet.load(
-        write(tmp_path, *rows),
+        [Part(data=write(tmp_path, *rows))],
         config(**changes),
         WordTokenizer(),
         taught.get,
@@ -349,7 +350,7 @@ def test_a_template_without_a_column_is_noted(tmp_path):
     ):
         taught = {"math": view(template)}
         found = PromptSet.load(
-            write(tmp_path, *rows),
+            [Part(data=write(tmp_path, *rows))],
             config(),
             WordTokenizer(),
             taught.get,
@@ -394,8 +395,8 @@ def test_what_is_too_long_for_a_teacher_is_one_line(tmp_path):
         "teachers.t.max_prompt_tokens 6 in its template; this is the longest, with 9 "
         "tokens: shorten what is too long, raise the limit to 9, or set prompts.overlong: drop"
     )
-    path, settings = write(tmp_path, *rows), config(overlong="drop")
-    kept = PromptSet.load(path, settings, WordTokenizer(), {"math": view(max_tokens=6)}.get)
+    parts, settings = [Part(data=write(tmp_path, *rows))], config(overlong="drop")
+    kept = PromptSet.load(parts, settings, WordTokenizer(), {"math": view(max_tokens=6)}.get)
     assert [prompt.prompt_id for prompt in kept.prompts] == ["1"]
     assert kept.notes == (
         "prompts.data: 2 of 3 rows: left out, longer than teachers.t.max_prompt_tokens 6 in "

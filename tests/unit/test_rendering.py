@@ -7,7 +7,7 @@ import json
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from eopd.config import ConfigError, PromptsConfig
+from eopd.config import ConfigError, Part, PromptsConfig
 from eopd.models.tiny import train_tokenizer
 from eopd.prompts import PromptSet, TeacherView
 from eopd.prompts.rendering import Rendering
@@ -220,7 +220,7 @@ def load(tmp_path, *rows, view=None, **changes):
         {"data": "d", "held_out": "d", "max_tokens": 512} | changes
     )
     own = tokenizer(SHOWS_ALL, "<|im_start|> $A <|im_end|>")
-    return own, PromptSet.load(str(path), config, own, lambda source: view)
+    return own, PromptSet.load([Part(data=str(path))], config, own, lambda source: view)
 
 
 def test_options_of_the_student_reach_its_template(tmp_path):
