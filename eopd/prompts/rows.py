@@ -230,18 +230,16 @@ def _content(row: DataRow, field: str, value: object, *, may_lack: bool) -> str:
     texts = []
 
     for part in value:
-        text = (
-            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        )
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, Mapping) else part
-            _refuse(
-                row,
-                field,
-                f'every part must be {{"type": "text", "text": "..."}}; one is {told(kind)}',
-            )
-
-        texts.append(_clean(row, field, text))
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(_clean(row, field, text))
+            case _:
+                kind = part.get("type") if isinstance(part, Mapping) else part
+                _refuse(
+                    row,
+                    field,
+                    f'every part must be {{"type": "text", "text": "..."}}; one is {told(kind)}',
+                )
 
     return "\n".join(texts)
 
