@@ -72,7 +72,7 @@ class Written:
         """
         place = apply_override(self.tree, override)
         expanded = self.of(self.tree, self.origins)
-        own = {leaf: SET for leaf in leaves(expanded.tree) if _is_within(leaf, place)}
+        own = {leaf: SET for leaf in leaves(expanded.tree) if leaf[: len(place)] == place}
 
         return type(self)(expanded.tree, {**expanded.origins, **own})
 
@@ -112,7 +112,3 @@ def _merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[st
             merged[key] = value
 
     return merged
-
-
-def _is_within(place: Place, outer: Place) -> bool:
-    return place[: len(outer)] == outer
