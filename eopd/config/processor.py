@@ -6,7 +6,6 @@ bfloat16 and 2.9 s in float32 on two cores with AVX2 alone.
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -24,16 +23,10 @@ _BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # Intel and AMD; bf16 is 
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # both imitate a lesser processor
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A precision and why it was taken, as half a sentence."""
-
-    dtype: ChosenDtype
-    reason: str
-
-
-def choose_dtype(*, gpus: float, flags: Collection[str], environment: Mapping[str, str]) -> Choice:
-    """Chooses the precision of a model by where it runs.
+def choose_dtype(
+    *, gpus: float, flags: Collection[str], environment: Mapping[str, str]
+) -> tuple[ChosenDtype, str]:
+    """Chooses the precision of a model by where it runs, and says why, as half a sentence.
 
     Args:
         gpus: GPUs that one of its actors asks for.
@@ -42,20 +35,16 @@ def choose_dtype(*, gpus: float, flags: Collection[str], environment: Mapping[st
             instructions back.
     """
     if gpus:
-        return Choice("bfloat16", "runs on GPUs")
+        return "bfloat16", "runs on GPUs"
 
     if held_back := [name for name in _LIMITS if _holds_back(environment.get(name, ""))]:
-        return Choice(
-            "float32",
-            f"{held_back[0]}={environment[held_back[0]]} keeps bfloat16 instructions from use",
-        )
+        name = held_back[0]
+        return "float32", f"{name}={environment[name]} keeps bfloat16 instructions from use"
 
     if instructions := [flag for flag in _BFLOAT16_FLAGS if flag in flags]:
-        return Choice("bfloat16", f"this processor has bfloat16 instructions ({instructions[0]})")
+        return "bfloat16", f"this processor has bfloat16 instructions ({instructions[0]})"
 
-    return Choice(
-        "float32", "this processor has no bfloat16 instructions (neither AVX-512 BF16 nor AMX)"
-    )
+    return "float32", "this processor has no bfloat16 instructions (neither AVX-512 BF16 nor AMX)"
 
 
 def _holds_back(limit: str) -> bool:
@@ -118,14 +107,11 @@ def chosen(model: Model, *, gpus: float) -> Model:
     if model.dtype != "auto":
         return model
 
+    dtype, reason = "bfloat16", "what most servers compute in"
     if _runs_here(model):
-        choice = choose_dtype(gpus=gpus, flags=processor_flags(), environment=os.environ)
-    else:
-        choice = Choice("bfloat16", "what most servers compute in")
+        dtype, reason = choose_dtype(gpus=gpus, flags=processor_flags(), environment=os.environ)
 
-    return model.model_copy(
-        update={"dtype": choice.dtype, "dtype_reason": f"auto: {choice.reason}"}
-    )
+    return model.model_copy(update={"dtype": dtype, "dtype_reason": f"auto: {reason}"})
 
 
 def dtype_notes(config: Config) -> list[str]:
@@ -139,13 +125,11 @@ def dtype_notes(config: Config) -> list[str]:
     notes: dict[str, list[str]] = {}
 
     for key, model, gpus in models:
-        choice = choose_dtype(gpus=gpus, flags=processor_flags(), environment=os.environ)
+        dtype, reason = choose_dtype(gpus=gpus, flags=processor_flags(), environment=os.environ)
         if model.dtype_reason:
             notes.setdefault(f"{model.dtype} ({model.dtype_reason})", []).append(key)
-        elif model.dtype != "float32" and choice.dtype == "float32" and _runs_here(model):
-            slow = (
-                f"{model.dtype}, although {choice.reason}: about {SLOWER} times as slow as float32"
-            )
+        elif model.dtype != "float32" and dtype == "float32" and _runs_here(model):
+            slow = f"{model.dtype}, although {reason}: about {SLOWER} times as slow as float32"
             notes.setdefault(f"{slow}; write auto, or float32", []).append(key)
 
     return [f"{', '.join(keys)}: {text}" for text, keys in notes.items()]

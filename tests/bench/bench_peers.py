@@ -117,7 +117,8 @@ def trl(options: argparse.Namespace, trainer: str, memory: Memory) -> list[Step]
         *("--batch", options.batch, "--tokens", options.tokens),
         *("--steps", WARM_UP + options.steps),
     ]
-    if choose_dtype(gpus=0, flags=processor_flags(), environment=os.environ).dtype == "bfloat16":
+    dtype, _ = choose_dtype(gpus=0, flags=processor_flags(), environment=os.environ)
+    if dtype == "bfloat16":
         command.append("--bf16")
 
     with subprocess.Popen(
