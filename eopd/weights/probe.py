@@ -69,11 +69,7 @@ def compare_probe(
 
     Raises:
         ProbeError: the difference is above the tolerance, or is no number.
-        ValueError: the two have different numbers of tokens, or none.
     """
-    if engine_logprobs.shape != learner_logprobs.shape or engine_logprobs.size == 0:
-        raise ValueError(f"probes of {engine_logprobs.shape} and {learner_logprobs.shape} tokens")
-
     gap = float(np.abs(engine_logprobs.astype(np.float64) - learner_logprobs).mean())
     if not gap <= TOLERANCE[dtype]:  # NaN too
         raise ProbeError(

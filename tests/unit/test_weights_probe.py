@@ -53,11 +53,3 @@ def test_the_probe_is_the_first_tokens_of_prompts(lengths, expected):
     prompts = [replace(fakes.prompt(), token_ids=np.arange(n, dtype=np.int32)) for n in lengths]
     assert probe_text(prompts).tolist() == expected
     assert len(expected) <= PROBE_TOKENS
-
-
-def test_probes_of_other_lengths_are_no_probe():
-    with pytest.raises(ValueError, match=r"\(3,\) and \(4,\)"):
-        compare_probe(LEARNER[:3], LEARNER, dtype="float32")
-
-    with pytest.raises(ValueError, match=r"\(0,\)"):
-        compare_probe(LEARNER[:0], LEARNER[:0], dtype="float32")
