@@ -212,10 +212,7 @@ async def test_a_server_without_prompt_logprobs_is_refused(start, name):
         await start(body)
 
 
-async def test_a_name_not_served_and_a_top_k_too_high_are_refused(start):
+async def test_a_name_not_served_is_refused(start):
     message = r"server\.model: bigger is not served there; big, small is"
     with pytest.raises(ConfigError, match=message):
         await start({}, model="bigger")
-
-    with pytest.raises(ConfigError, match="top_k 12 is above the vocabulary of 11"):
-        await start({}, top_k=12)

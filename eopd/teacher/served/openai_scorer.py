@@ -84,26 +84,20 @@ class OpenAITeacherScorer(SignalScorer):
             max_sequence_tokens: the longest prompt and response together.
 
         Raises:
-            ConfigError: the key is missing; another model is served; K is above V, or above what
-                the server allows; or it returns no prompt log-probabilities.
+            ConfigError: the key is missing; another model is served; K is above what the server
+                allows; or it returns no prompt log-probabilities.
             TeacherUnavailableError: no attempt reached the server.
         """
         assert config.server is not None and config.server.model is not None, (
             "the config of backend openai"
         )
-        size = vocab_size(model_directory(config.model))
-        if top_k > size:
-            raise ConfigError(
-                f"loss.top_k {top_k} is above the vocabulary of {size} of teacher {config.name}"
-            )
-
         client = ServerClient(config.server)
         scorer = cls(
             client,
             config,
             served_model=config.server.model,
             top_k=top_k,
-            vocab_size=size,
+            vocab_size=vocab_size(model_directory(config.model)),
         )
 
         try:
