@@ -298,16 +298,13 @@ class Sync:
 
     def _raise_first(self, answers: Mapping[int, object], reason: str) -> None:
         """Raise the first error among answers; those of engines that are alive are their faults."""
-        errors = []
         for number, answer in answers.items():
-            if isinstance(answer, BaseException):
-                errors.append(answer)
-
             if isinstance(answer, WeightTransferError):
                 self._faults[number] = f"{reason}: {answer}"
 
-        if errors:
-            raise errors[0]
+        for answer in answers.values():
+            if isinstance(answer, BaseException):
+                raise answer
 
     def _attribute(self, error: WeightTransferError, reason: str, engines: Sequence[int]) -> None:
         """Put a failure of the sender down to those of the group's engines whose ranks it names."""
