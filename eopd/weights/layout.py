@@ -113,9 +113,9 @@ class ModelSource:
 
     def metadata(self) -> Sequence[ParameterMeta]:
         """Returns full shapes, also where a tensor is empty because it is sharded."""
-        firsts = {name: recipe.parts[0] for name, recipe in self._recipes.items()}
         return [
-            ParameterMeta.of(name, tensor, self._shape(tensor)) for name, tensor in firsts.items()
+            ParameterMeta.of(name, recipe.parts[0], self._shape(recipe.parts[0]))
+            for name, recipe in self._recipes.items()
         ]
 
     def gather(self, bucket: Bucket) -> Sequence[torch.Tensor] | None:
