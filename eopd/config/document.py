@@ -54,21 +54,13 @@ class _Composer(yaml.SafeLoader):
         return node
 
 
-def read_tree(text: str) -> object:
-    """Reads the tree of one YAML document; that of an empty one is None.
+def read_document(text: str) -> tuple[object, Lines]:
+    """Reads the tree of one YAML document, and the line of every key and item of a list by its place:
+    that of ``a: [{b: 1}]`` has the places ``(a,)``, ``(a, 0)`` and ``(a, 0, b)``. The tree of an empty
+    document is None.
 
     Raises:
         DocumentError: the text is not YAML, a key stands twice, or there is no end to the tree.
-    """
-    return read_document(text)[0]
-
-
-def read_document(text: str) -> tuple[object, Lines]:
-    """Reads the tree of one YAML document, and the line of every key and item of a list by its place:
-    that of ``a: [{b: 1}]`` has the places ``(a,)``, ``(a, 0)`` and ``(a, 0, b)``.
-
-    Raises:
-        DocumentError: as in ``read_tree``.
     """
     node, _ = _compose(text)
     if node is None:
@@ -82,7 +74,7 @@ def read_value(text: str) -> object:
     """Reads the tree of an override's value, which must be the whole text.
 
     Raises:
-        DocumentError: as in ``read_tree``, or a comment begins in it.
+        DocumentError: as in ``read_document``, or a comment begins in it.
     """
     node, end = _compose(text)
     if text[end:].strip() or (node is None and text.strip()):
@@ -279,7 +271,7 @@ _Dumper.add_multi_representer(PurePath, _represent_path)
 
 
 def write_tree(tree: object) -> str:
-    """Writes YAML that ``read_tree`` reads as the same tree, with each value in a line of its own."""
+    """Writes YAML that ``read_document`` reads as the same tree, with each value in a line of its own."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=_WIDE, allow_unicode=True)
 
 

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from eopd.config import ConfigError, dump_config, load_config
-from eopd.config.document import read_tree
+from eopd.config.document import read_document
 from eopd.config.scalars import Plain, native
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def config_with(section: str, text: str) -> str:
 
 def marks(text: str) -> list[str]:
     """What an editor marks in a config."""
-    tree = seen_by_an_editor(read_tree(text))
+    tree = seen_by_an_editor(read_document(text)[0])
     return [error.message for error in VALIDATOR.iter_errors(tree)]
 
 
