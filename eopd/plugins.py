@@ -205,7 +205,8 @@ def load(key: str, function: str, kind: type, options: Mapping[str, object]) -> 
     module = _import(key, function, module_name)
     where = f"{key}: {function}"
     if not hasattr(module, name):
-        raise ConfigError(f"{where}: there is no {name!r} in {_file_of(module)}")
+        file = getattr(module, "__file__", None) or module_name
+        raise ConfigError(f"{where}: there is no {name!r} in {file}")
 
     found = getattr(module, name)
     if not callable(found):
@@ -389,10 +390,6 @@ def _files(module: ModuleType) -> list[tuple[str, Path]]:
 
     files = [(root, file) for root in roots for file in root.rglob("*.py")]
     return sorted((str(file.relative_to(root)), file) for root, file in files)
-
-
-def _file_of(module: ModuleType) -> str:
-    return str(getattr(module, "__file__", None) or module.__name__)
 
 
 def _version(top: str) -> str | None:
