@@ -38,7 +38,10 @@ def describe(config: Config, prepared: Prepared) -> Iterator[str]:
             f"{own} {ends[own]} -> {theirs} {other_ends[theirs]}"
             for own, theirs in teacher.eos_remap.items()
         )
-        where = teacher.server.url if teacher.server else f"{teacher.replicas} x {teacher.backend}"
+        where = f"{teacher.replicas} x {teacher.backend}"
+        if teacher.server is not None:
+            where = f"{teacher.server.url}, which --live asks"
+
         yield f"teacher {teacher.name}: {teacher.model} ({where})"
         rows = f"student {shared.student_rows}, teacher {shared.teacher_rows}"
         yield f"  vocabulary  {shared.num_tokens} tokens; rows of the heads: {rows}"

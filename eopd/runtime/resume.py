@@ -81,7 +81,7 @@ class TakenUp:
         """Makes the files of a run that begins."""
         if self.checkpoint is None:
             directory = RunDirectory.create(self.config, self.machines)
-            directory.write_summary(Summary(status="running"))  # no checkpoint is without one
+            directory.write_summary(Summary(status="starting"))  # no checkpoint is without one
 
     def carry_out(self) -> None:
         """Removes what came after the checkpoint, and keeps the new config."""

@@ -228,7 +228,7 @@ async def _all_up(
             # Ray's error carries the worker's traceback
             cause = getattr(error, "cause", None) or error
             reason = f"{type(cause).__name__}: {first_line(cause)}"
-            raise StartError(f"the {tasks[task]} did not start: {reason}; its log is in {logs}")
+            raise StartError(f"the {tasks[task]} did not start: {reason}; logs in {logs}")
 
     if pending:
         names = ", ".join(tasks[task] for task in pending)

@@ -302,7 +302,7 @@ def test_a_failure_leaves_no_process_and_says_failed(program):
     done = program.run(*command)
     assert done.returncode == 1
     failed = r"^error: the teacher teacher replica 0 did not start: \w+: .+"
-    assert re.search(rf"{failed}; its log is in .+/broken/logs$", done.stderr, re.M)
+    assert re.search(rf"{failed}; logs in .+/broken/logs$", done.stderr, re.M)
     assert "Traceback" not in done.stderr
     logs = program.runs / "broken" / "logs"
     assert "Traceback" in (logs / "driver.log").read_text()

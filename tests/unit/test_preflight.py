@@ -103,7 +103,7 @@ def test_the_report_says_what_every_teacher_shares_and_teaches(check):
         "  eos_remap   0 <|endoftext|> -> 2 <|im_end|>",
         "  prompts     3 to train, 1 held out",
         "  note        chat templates differ; that of the student is the one that may render prompts",
-        "teacher far: /base (http://far:8000)",
+        "teacher far: /base (http://far:8000, which --live asks)",
         f"  vocabulary  {tokens} tokens; rows of the heads: student {tokens}, teacher {tokens}",
         "  end tokens  student 0 <|endoftext|>; teacher 0 <|endoftext|>",
         "  eos_remap   none",

@@ -101,7 +101,7 @@ async def test_a_run_killed_before_its_first_checkpoint_is_started_over(config):
     assert taken_up.notes == [f"starting over: {holds}; they are forgotten"]
     assert rows(directory) == [1, 2, 3], "nothing is lost before it begins"
     taken_up.begin()
-    assert directory.read_summary().status == "running"  # also beside a first checkpoint
+    assert directory.read_summary().status == "starting"  # also beside a first checkpoint
     assert not directory.metrics.exists()
     assert directory.config().learner.lr == 0.1
 

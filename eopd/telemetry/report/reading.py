@@ -79,7 +79,7 @@ class RunRecord:
     @property
     def is_under_way(self) -> bool:
         """Whether the summary is as old as the last checkpoint, since the run has not ended."""
-        return self.summary.status in ("running", "unknown")
+        return self.summary.status in ("starting", "running", "unknown")
 
     @property
     def wall_s(self) -> float:
