@@ -134,9 +134,7 @@ def evaluate(
     output: _Output = None,
     as_json: _Json = False,
 ) -> None:
-    """Sample answers and grade them: avg@n and pass@k, with standard errors, and a count of
-    every verdict. `--like RUN` asks and writes as that run does.
-    """
+    """Sample answers and grade them: avg@n and pass@k with errors, and a count of every verdict."""
     ks = _ks(k, n)
     if output is not None:
         require_file("--output", output)
