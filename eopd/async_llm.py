@@ -98,7 +98,9 @@ def start_llm(
     args = AsyncEngineArgs(**options)
     with ExitStack() as stack:
         if on_cpu:
-            stack.enter_context(_small_cache_told(args.kv_cache_memory_bytes))
+            if args.kv_cache_memory_bytes is not None:
+                stack.enter_context(_small_cache_told(args.kv_cache_memory_bytes))
+
             stack.enter_context(models_inspected_here())
 
         if on_cpu and in_thread and args.distributed_executor_backend == ONE_PROCESS:
@@ -213,7 +215,7 @@ class _CoreThread(threading.Thread):
 
 
 @contextmanager
-def _small_cache_told(size: int | None) -> Iterator[None]:
+def _small_cache_told(size: int) -> Iterator[None]:
     """Names the option that sets the size of the KV cache on a CPU, where vLLM finds it too small and
     advises another one, which changes nothing there.
     """

@@ -188,6 +188,7 @@ class Fleet(Generic[W]):
             await asyncio.wait([start])
         finally:
             start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
             self._starts.remove(start)
 
         if start.cancelled():  # by ``give_way``: else this task would have been

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 
 import typer
 
-from eopd.cli.like import Like, note_of_others
+from eopd.cli.like import Like, note_of_others, over_those_of_the_run
 from eopd.cli.mappings import read_mapping
 from eopd.cli.paths import require_file
 from eopd.cli.scores import score_lines, score_record
@@ -86,13 +86,16 @@ _Timeout = Annotated[
     float,
     typer.Option(
         "--timeout",
-        min=1.0,
+        min=0.001,
         help="Seconds that an engine has for one answer; one that takes longer is lost, and wrong.",
     ),
 ]
 _Vllm = Annotated[
     list[str] | None,
-    typer.Option(help="max_num_seqs=64: an option of vLLM's engine; may be given more than once."),
+    typer.Option(
+        callback=over_those_of_the_run,
+        help="max_num_seqs=64: an option of vLLM's engine; may be given more than once.",
+    ),
 ]
 _Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"],

@@ -1,6 +1,6 @@
 """``eopd eval --like RUN`` asks and writes as a run does, so that the scores are of what was trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Final
@@ -31,6 +31,14 @@ def _take_settings(context: typer.Context, run: Path | None) -> Path | None:
         }
 
     return run
+
+
+def over_those_of_the_run(
+    context: typer.Context, given: Sequence[str] | None
+) -> Sequence[str] | None:
+    """Puts vLLM's options of the run before those that are given, which win key by key."""
+    of_run = (context.default_map or {}).get("vllm", [])
+    return [*of_run, *(given or [])]
 
 
 Like = Annotated[
@@ -68,16 +76,17 @@ def settings_of(config: Config) -> dict[str, object]:
 
 def note_of_others(model: str, settings: Mapping[str, object]) -> str | None:
     """Returns a note where a model lies in a run that asked or wrote otherwise than ``settings``."""
-    run = Path(model).absolute().parent
-    with suppress(ConfigError):
-        trained = settings_of(_config_of(run))
-        others = [
-            f"{name} {show(trained[name])} (here {show(settings[name])})"
-            for name in _ASKED
-            if trained[name] != settings[name]
-        ]
-        if others:
-            return f"the run that wrote it had {', '.join(others)}; --like {run} takes its settings"
+    path = Path(model)
+    for run in (path.absolute().parent, path.resolve().parent):
+        with suppress(ConfigError):
+            trained = settings_of(_config_of(run))
+            others = [
+                f"{name} {show(trained[name])} (here {show(settings[name])})"
+                for name in _ASKED
+                if trained[name] != settings[name]
+            ]
+            had = ", ".join(others)
+            return had and f"the run that wrote it had {had}; --like {run} takes its settings"
 
     return None
 

@@ -127,8 +127,10 @@ class DeepspeedBackend:
             self._engine.step()
         else:
             optimizer.loss_scale = float(divisor)
-            self._engine.step()
-            optimizer.loss_scale = 1.0  # a backward would multiply by it
+            try:
+                self._engine.step()
+            finally:
+                optimizer.loss_scale = 1.0  # a backward would multiply by it
 
         norm = float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm) and self._engine.zero_cpu_offload():

@@ -137,11 +137,12 @@ def checkpoint_bytes(config: Config, parameters: int) -> int:
 
 
 def checkpoints_at_a_time(config: Config) -> int:
-    """Returns how many checkpoints lie on disk at a time: those that are kept, and the one that is
-    written before the oldest is removed.
+    """Returns how many checkpoints lie on disk at a time: the last and the best ones that are kept, and
+    the one that is written before another is removed.
     """
-    written = math.ceil(config.run.batches / config.checkpoint.every)
-    return min(config.checkpoint.keep_last + 1, written)
+    best = config.checkpoint.keep_best
+    kept = config.checkpoint.keep_last + (0 if best is None else best.n)
+    return min(kept + 1, math.ceil(config.run.batches / config.checkpoint.every))
 
 
 def training_of(config: Config, model: Architecture, hardware: Hardware) -> Training:

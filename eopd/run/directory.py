@@ -58,6 +58,7 @@ from eopd.run.place import require_no_foreign_files
 from eopd.run.provenance import versions_of
 from eopd.run.reading import (
     config_before,
+    is_up_to_step,
     parse_object,
     read_changes,
     read_rows,
@@ -70,7 +71,7 @@ from eopd.run.storage import append_kept, force_kept, write_whole
 from eopd.types import ENTROPY_BIN_NATS, EvalStats, Header, LostReason, LostTrajectory, Span
 
 _MAY_BE_CUT = 8  # lines at the end of a file, by crashes and full disks
-_OUT_OF_ORDER = 64  # among so many rows steps may go back: benchmarks end beside later steps
+_OUT_OF_ORDER = 1_000  # among so many rows steps may go back: benchmarks end beside later steps
 
 
 class RunDirectory:
@@ -291,8 +292,8 @@ class RunDirectory:
         rows are of steps before it is left as it is: it may be large.
         """
         for path in self._by_step:
-            last = list(read_rows(path, last=_OUT_OF_ORDER))
-            if len(list(up_to_step(last, step))) < len(last):
+            last = read_rows(path, last=_OUT_OF_ORDER)
+            if not all(is_up_to_step(row, step) for row in last):
                 _write_rows(path, up_to_step(read_rows(path), step))
 
     def force_rows(self) -> None:
@@ -431,7 +432,7 @@ class RunDirectory:
         write_whole(self._summary, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
 
     def read_summary(self) -> Summary | None:
-        """Returns the summary as it was last written; None in the first minutes of a run."""
+        """Returns the summary as it was last written; None where there is none."""
         return read_summary(self._summary)
 
     def last_rows(self, count: int) -> list[Row]:

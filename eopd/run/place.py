@@ -19,7 +19,7 @@ STOP: Final = "stop.json"  # a request of ``eopd stop``
 MOST_SHOWN: Final = 3
 PROBE: Final = ".eopd-check-"
 # `.versions.json.partial` is there where a process was killed while it wrote its first file
-_PROVE_NOTHING: Final = (LOCK, STOP, PROBE, ".versions.json.partial")
+_PROVE_NOTHING: Final = (LOCK, STOP, ".versions.json.partial")
 
 
 def holds_rows(path: Path) -> bool:
@@ -60,7 +60,7 @@ def require_no_foreign_files(path: Path) -> None:
     except OSError as error:
         raise ConfigError(f"run.directory: {path} cannot be read ({error.strerror})") from None
 
-    names = [name for name in names if not name.startswith(_PROVE_NOTHING)]
+    names = [name for name in names if name not in _PROVE_NOTHING and not name.startswith(PROBE)]
     is_run = (
         _names_versions_of_eopd(path / "versions.json")
         or _is_config(path / "config.yaml")

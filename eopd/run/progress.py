@@ -22,7 +22,7 @@ class Progress:
     skipped_steps: int = 0
     newly_skipped: int = 0  # by the step that was counted last
     incarnation: int = 0
-    resumes: int = 0
+    learner_restarts: int = 0
     config_changes: int = 0
     checkpoint_step: int | None = None
     checkpoint_s: float | None = None
@@ -55,7 +55,7 @@ class Progress:
             _rows=state.step if rate else 0,
             _timed_tokens=state.tokens if rate else 0,
             incarnation=summary.incarnation + 1,
-            resumes=summary.resumes + 1,
+            learner_restarts=summary.learner_restarts,
             step=state.step,
             tokens=state.tokens,
             trajectories=state.trajectories,
@@ -75,11 +75,7 @@ class Progress:
         self.skipped_steps = state.skipped_steps if state else 0
         self.checkpoint_step = state.step if state else None
         self.incarnation += 1
-
-    @property
-    def learner_restarts(self) -> int:
-        """Returns how often the learner was lost, since the run began."""
-        return self.incarnation - self.resumes
+        self.learner_restarts += 1
 
     @property
     def wall_s(self) -> float:
@@ -148,7 +144,7 @@ class Progress:
             tokens=self.tokens,
             skipped_steps=self.skipped_steps,
             incarnation=self.incarnation,
-            resumes=self.resumes,
+            learner_restarts=self.learner_restarts,
             wall_s=round(self.wall_s, 3),
             tokens_per_s=self._timed_tokens / seconds if seconds else 0.0,
             step_seconds={stage: self._seconds[stage] / rows for stage in STAGES},

@@ -152,7 +152,12 @@ def parse_object(text: str) -> dict[str, Any]:
 
 def up_to_step(rows: Iterable[dict[str, Any]], step: float) -> Iterator[dict[str, Any]]:
     """Yields the rows that name a step up to ``step``."""
-    return (row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step)
+    return (row for row in rows if is_up_to_step(row, step))
+
+
+def is_up_to_step(row: dict[str, Any], step: float) -> bool:
+    """Tells whether a row names a step up to ``step``."""
+    return isinstance(row.get("step"), int) and row["step"] <= step
 
 
 def _without_changes(path: Path) -> str:

@@ -59,9 +59,9 @@ class Best:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """What ``summary.json`` holds. ``step_seconds``: mean seconds of generate, score, train,
-    weights, wait. ``resumes`` is how often the run was taken up again, and ``incarnation`` counts
-    that and every loss of the learner. ``best`` is None where no checkpoint was measured, or none is
-    kept for it.
+    weights, wait. ``incarnation`` counts how often the run was taken up again, and also how often its
+    learner was lost (``learner_restarts``). ``best`` is None where no checkpoint was measured, or none
+    is kept for it.
     """
 
     status: str
@@ -69,7 +69,7 @@ class Summary:
     tokens: int = 0
     skipped_steps: int = 0
     incarnation: int = 0
-    resumes: int = 0
+    learner_restarts: int = 0
     wall_s: float = 0.0
     tokens_per_s: float = 0.0
     step_seconds: Mapping[str, float] = field(default_factory=dict)
@@ -86,11 +86,15 @@ class Sample:
     after: str
 
 
-def run_seconds(row: Row) -> float:
-    """Returns the seconds that a run had taken by a row, up to a constant: by the clock where an
-    earlier version wrote it.
+def seconds_between(first: Row, last: Row) -> float:
+    """Returns the seconds that a run took between two rows: by the clock where an earlier version
+    wrote one of them.
     """
-    return row.get("eopd_run_seconds_total", row["time"])
+    name = "eopd_run_seconds_total"
+    if name not in first or name not in last:
+        name = "time"
+
+    return last[name] - first[name]
 
 
 def append_jsonl(path: Path, record: Mapping[str, object]) -> None:

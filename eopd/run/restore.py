@@ -8,7 +8,7 @@
     anything                          no whole checkpoint              nothing to restore
 
 Without ``--resume`` a run that has begun there is refused. A run has gone on further where it was
-taken up more often (``resumes``), or as often and has a later checkpoint: on another machine, or
+taken up more often (``_resumes``), or as often and has a later checkpoint: on another machine, or
 here before the newest checkpoints were lost.
 
 Checkpoints of this directory that are not kept there are of the steps that the other process did
@@ -20,7 +20,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -60,14 +60,13 @@ class Kept:
         sizes = place.sizes()
         checkpoints = checkpoints_at(place, sizes)
         summary = parse_object((place.read(SUMMARY) or b"").decode(errors="replace"))
-        resumes = summary.get("resumes")
         return cls(
             sizes=sizes,
             whole={name: state for name, state in checkpoints.items() if isinstance(state, bytes)},
             faults={name: state for name, state in checkpoints.items() if isinstance(state, str)},
             holder=holder_in(place.read(LOCK) or b""),
             id=(place.read(RUN_ID) or b"").decode(errors="replace"),
-            resumes=resumes if isinstance(resumes, int) else 0,
+            resumes=_resumes(summary),
         )
 
     @property
@@ -180,8 +179,15 @@ def _has_gone_as_far(directory: RunDirectory, kept: Kept) -> bool:
     if summary is None and SUMMARY in kept.sizes:  # a restoration was killed
         return False
 
-    resumes = summary.resumes if summary else 0
+    resumes = 0 if summary is None else _resumes(asdict(summary))
     return (resumes, step_of(here[-1])) >= (kept.resumes, kept.newest)
+
+
+def _resumes(summary: Mapping[str, object]) -> int:
+    """Returns how often a run was taken up again, by its summary."""
+    counts = [summary.get(name, 0) for name in ("incarnation", "learner_restarts")]
+    incarnation, restarts = (count if isinstance(count, int) else 0 for count in counts)
+    return incarnation - restarts
 
 
 def _bring_back(run: Path, place: Place, kept: Kept, say: Callable[[str], None]) -> list[str]:

@@ -77,7 +77,7 @@ class EnginePool:
             "eopd_engines_wanted": float(self.fleet.size),
         }
         in_flight = self.fleet.pool.in_flight
-        for number in self.fleet.workers:
+        for number in sorted({*self.fleet.workers, *in_flight}):  # also those that will end
             key = series("eopd_engine_in_flight_trajectories", engine=str(number))
             row[key] = float(in_flight.get(number, 0))
 

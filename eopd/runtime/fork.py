@@ -159,7 +159,6 @@ def _summary(parent: RunDirectory, state: DriverState) -> Summary:
         tokens=state.tokens,
         skipped_steps=state.skipped_steps,
         incarnation=summary.incarnation,
-        resumes=summary.incarnation,  # a fork has lost no learner
         wall_s=state.wall_s,
         held_out=replace(summary.held_out, after=None),
     )

@@ -150,5 +150,10 @@ class Outlets:
             self.begin(before)
 
     def close(self) -> None:
-        """Closes the live view; the trackers' threads and the endpoint stay."""
-        self._console.close()
+        """Closes the live view, whose failure ends no run; the trackers' threads and the endpoint
+        stay.
+        """
+        try:
+            self._console.close()
+        except Exception:  # noqa: BLE001 - see above
+            logger.warning("the terminal failed", exc_info=True)

@@ -381,8 +381,9 @@ def _outcome(entry: Entry, code: int, start: int) -> tuple[Status, str | None]:
 
     if code < 0:
         done = ("completed", entry.run.config.run.batches)
-        if summary is not None and (summary.status, summary.steps) == done:
-            return "completed", None  # it had only to exit
+        is_done = summary is not None and (summary.status, summary.steps) == done
+        if is_done and entry.run.config.run.upload is None:  # it had only to exit
+            return "completed", None
 
         return "failed", f"killed by {signal.Signals(-code).name}"
 

@@ -189,12 +189,16 @@ def engine_options(
     are merged with ours.
 
     Raises:
-        ConfigError: this machine cannot run the quantised weights of the model.
+        ConfigError: the model's directory names no architecture, or this machine cannot run its
+            quantised weights.
     """
     native = dict(config.vllm)
     directory = model_directory(config.model, weights=True)
     declared = read_json(directory / "config.json")
-    architectures = cast(Sequence[str], declared["architectures"])  # as ``require_served`` found
+    architectures = cast(Sequence[str], declared.get("architectures"))
+    if not architectures:
+        raise ConfigError(f"teachers.model: {directory / 'config.json'} names no architecture")
+
     _require_kernels(directory, declared, native)
     overrides = {
         "architectures": [head.PREFIX + architectures[0]],

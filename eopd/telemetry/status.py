@@ -7,7 +7,7 @@ import rich.console
 from rich.constrain import Constrain
 
 from eopd.run.evaluations import Evaluation
-from eopd.run.record import Row, Summary, run_seconds
+from eopd.run.record import Row, Summary, seconds_between
 from eopd.telemetry.cells import FAULTS, cells, value
 from eopd.telemetry.console import MAX_WIDTH, clock, held_out_table
 from eopd.telemetry.evaluations import best_line, evaluation_line
@@ -30,7 +30,7 @@ def print_status(
     Args:
         run: its name.
         status: how it stands, see ``RunDirectory.status``.
-        summary: ``summary.json``; None before it is first written.
+        summary: ``summary.json``; None where there is none.
         rows: the last of ``metrics.jsonl``, with their ``time``; the seconds of the run between them
             tell the remaining time.
         batches: of the whole run.
@@ -45,7 +45,7 @@ def print_status(
         head += _since(rows[-1]["time"], running=status == "running")
 
     if len(rows) > 1 and status == "running":
-        pace_s = (run_seconds(rows[-1]) - run_seconds(rows[0])) / (len(rows) - 1)
+        pace_s = seconds_between(rows[0], rows[-1]) / (len(rows) - 1)
         head += f", about {clock(pace_s * (batches - step))} left"
 
     say(output, head, style="bold")
@@ -61,7 +61,7 @@ def print_status(
     if summary and summary.best:
         say(output, best_line(summary.best))
 
-    if summary:
+    if summary and (summary.held_out.before or summary.held_out.after):
         output.print(held_out_table(summary.held_out))
 
     if advice is not None:

@@ -723,13 +723,15 @@ def asked(monkeypatch):
 
 def test_eval_like_a_run_has_its_settings_and_what_is_given_wins(eopd, files, trained, asked):
     options = ("--like", trained, "--n", "1", "--suffix", " Now.", "--vllm", "seed=1")
+    options += ("--timeout", "0.5")
     done = eopd("eval", files / "model", files / "rows.jsonl", *options)
     assert (done.code, done.err) == (0, "")
     ((student, rollout, prompts, benchmark, *_),) = asked
     assert (prompts.system, prompts.suffix, prompts.max_tokens) == ("Sums.", " Now.", 300)
     assert prompts.template_options == {"enable_thinking": False, "words": "a: [b"}
     assert (benchmark.temperature, rollout.max_response_tokens) == (0.6, 77)
-    assert (rollout.threads, rollout.timeout_s, rollout.vllm) == (3, 99.0, {"seed": 1})
+    assert (rollout.threads, rollout.timeout_s) == (3, 0.5)
+    assert rollout.vllm == {"max_num_seqs": 5, "seed": 1}, "key by key"
     assert student.dtype == "float32"
 
 
@@ -746,12 +748,16 @@ def test_every_setting_that_a_run_and_an_eval_share_is_taken(trained):
 def test_an_eval_of_a_runs_student_under_other_settings_says_so(eopd, files, trained, asked):
     rows = files / "rows.jsonl"
     done = eopd("eval", trained / "hf", rows, "--n", "1", "--system", "Sums.")
-    assert done.err == (
+    told = (
         "note: the run that wrote it had template_options {enable_thinking: false, words: 'a: [b'} "
         "(here {}), suffix ' Think.' (here ''), temperature 0.6 (here 1.0), "
         "max_response_tokens 77 (here 1024); "
         f"--like {trained} takes its settings\n"
     )
+    (files / "link").symlink_to(trained / "hf")
+    linked = eopd("eval", files / "link", rows, "--n", "1", "--system", "Sums.")
+    (files / "link").unlink()
+    assert done.err == linked.err == told
     assert eopd("eval", trained / "hf", rows, "--n", "1", "--like", trained).err == ""
 
 

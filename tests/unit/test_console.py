@@ -375,6 +375,11 @@ def test_the_status_of_a_run_is_made_of_its_files() -> None:
         resumed = [*taken[:2], *(row | {"time": row["time"] + moved} for row in taken[2:])]
         assert "about 6:00 left" in status_of("running", summary, resumed)[0]
 
+    # rows of an earlier version have the clock alone
+    mixed = [*rows[:2], *taken[2:]]
+    assert "about 6:00 left" in status_of("running", summary, mixed)[0]
+    assert status_of("starting", Summary(status="starting"), []) == ["demo: starting, step 0/40"]
+
     assert "1.234" in " ".join(lines[1:6]) and "31%" in " ".join(lines[1:6])
     assert (
         lines[6] == "engines up / replaced 2 / 1, learner restarts -, failed weight transfers -, "

@@ -320,6 +320,27 @@ async def test_with_nobody_left_newcomers_that_cannot_join_end_the_run():
     await fleet.close()
 
 
+async def test_a_fleet_is_closed_once_the_joins_under_way_have_ended():
+    """Until then the learner and the other engines are in the middle of a transfer with it."""
+    world, happened, joining = World(1), [], asyncio.Event()
+    fleet = await world.start()
+
+    async def join(number, worker):
+        joining.set()
+        try:
+            await asyncio.sleep(3600.0)
+        finally:
+            await asyncio.sleep(0.01)
+            happened.append("the join has ended")
+
+    fleet.join = join
+    world.pool.lose(0, "died")
+    await joining.wait()
+    await fleet.close()
+    happened.append("closed")
+    assert happened == ["the join has ended", "closed"]
+
+
 async def test_one_loss_too_many_is_told_to_all_who_wait():
     world = World(2, max_restarts=1)
     fleet = await world.start()
@@ -409,6 +430,9 @@ async def test_one_that_is_lost_while_it_leaves_is_not_replaced():
     leaving = asyncio.create_task(fleet.scale(1))
     await asyncio.sleep(0.01)
     assert not leaving.done() and fleet.size == 1, "who leaves is not wanted"
+    row = EnginePool(fleet).metrics()
+    in_flight = [row[f'eopd_engine_in_flight_trajectories{{engine="{n}"}}'] for n in (0, 1)]
+    assert (row["eopd_engines_wanted"], in_flight) == (1.0, [1.0, 1.0]), "and ends its answers"
     world.pool.lose(1, "its node is gone")
     await asyncio.wait_for(leaving, 2.0)
     await asyncio.sleep(0.05)

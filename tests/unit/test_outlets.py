@@ -57,6 +57,17 @@ def test_prometheus_sees_who_is_up_while_no_step_ends(open_outlets):
     assert "eopd_engines_up" not in row
 
 
+def test_a_terminal_that_cannot_be_closed_ends_no_run(open_outlets, monkeypatch, caplog):
+    outlets, _ = open_outlets()
+
+    def fails(console):
+        raise OSError("gone")
+
+    monkeypatch.setattr(type(outlets._console), "close", fails)
+    outlets.close()
+    assert "the terminal failed" in caplog.text
+
+
 def test_without_a_port_there_is_nothing_to_scrape(open_outlets):
     outlets, directory = open_outlets("telemetry.port=null")
     outlets.show_state({"eopd_engines_up": 1.0})

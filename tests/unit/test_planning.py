@@ -494,6 +494,9 @@ def test_what_checkpoints_take_on_disk(config, shapes):
     two = ("checkpoint={keep_last: 3, every: 10}", "run.batches=20")
     traffic = traffic_of(config(*two), model, HARDWARE)
     assert (traffic.checkpoint_bytes, traffic.checkpoints) == (7_152_599_040, 2)
+    best = "checkpoint={keep_last: 3, every: 10, keep_best: {metric: held_out/reverse_kl, mode: min, n: 2}}"
+    held_out = traffic_of(config(best, "run.batches=100", "evaluation.every=10"), model, HARDWARE)
+    assert held_out.checkpoints == 6
     adapters = ("student.lora={rank: 16}", "student.dtype=bfloat16", "run.batches=100")
     traffic = traffic_of(config(*two, *adapters), model, HARDWARE)
     assert (traffic.checkpoint_bytes, traffic.checkpoints) == (1_192_099_840, 4)

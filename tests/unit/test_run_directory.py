@@ -84,6 +84,11 @@ def test_a_directory_of_somebody_else_is_left_alone(config):
     (run.path / "stop.json").write_text("{}")  # and is asked to end already
     (run.path / ".versions.json.partial").write_text("")  # or was killed in its first file
     require_no_foreign_files(run.path)
+    (run.path / "run.locksmith").write_text("")
+    with pytest.raises(ConfigError, match=r"holds run.locksmith and is no run"):
+        require_no_foreign_files(run.path)
+
+    (run.path / "run.locksmith").unlink()
     (run.path / "thesis.tex").write_text("")
 
     holds = r"run.name: .*/runs/r holds thesis.tex and is no run of eopd; name another"
@@ -174,7 +179,7 @@ def test_rows_are_dropped_line_by_line_and_a_file_that_needs_none_is_left(config
     assert run.metrics.stat().st_mtime_ns == unchanged
     tracemalloc.start()
     run.drop_rows_after(40)
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20  # of 30 MB
+    assert tracemalloc.get_traced_memory()[1] < 12 << 20  # of 45 MB
     tracemalloc.stop()
     assert [row["step"] for row in fakes.read_rows(run.metrics)] == list(range(41))
     assert [row["step"] for row in fakes.read_rows(run.evaluations)] == [*range(1, 40), 38, 40]

@@ -110,6 +110,14 @@ def test_a_run_that_is_killed_once_it_is_complete_is_complete(bench):
     assert (sweep.status, list(sweep.failed)) == ("completed", [])
 
 
+def test_a_run_that_is_killed_while_it_uploads_is_not_complete(bench):
+    (bench.root / "elsewhere").mkdir()
+    bench.fates({"gate-never-seed-0": "be killed at the exit"})
+    sweep = bench.sweep(f"run.upload=file://{bench.root}/elsewhere")
+    sweep.run(1)
+    assert [entry.error for entry in sweep.failed] == ["killed by SIGTERM"]
+
+
 def test_a_run_that_fails_is_named_and_tried_again_alone(bench):
     bench.fates({"gate-never-seed-0": "fail", "gate-hard-seed-1": "die"})
     sweep = bench.sweep()

@@ -73,7 +73,7 @@ async def train_to(directory, *steps, resumes=0, keep_last=2, uploads=None):
     for step in steps:
         rows = [{"step": number, "issues": [number]} for number in range(1, step + 1)]
         directory.trained.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        progress = Progress(step=step, incarnation=resumes, resumes=resumes)
+        progress = Progress(step=step, incarnation=resumes)
         await fakes.write_checkpoint(
             directory.checkpoints,
             progress.state(Ledger(), {}),
@@ -365,7 +365,7 @@ async def test_the_run_that_went_on_further_counts(config, there, tmp_path):
     more often than the run was taken up.
     """
     first = await uploaded(config, 4, 8)
-    first.write_summary(replace(first.read_summary(), incarnation=5))
+    first.write_summary(replace(first.read_summary(), incarnation=5, learner_restarts=5))
     other = configured(tmp_path, f"run.directory={tmp_path}/other")
     with held(other.run.path):
         restore(other, "auto", print)
@@ -387,7 +387,7 @@ async def test_the_run_that_went_on_further_counts(config, there, tmp_path):
         # and nothing is fetched where the run here is as far
         assert restore(config, "auto", print) == []
 
-    assert first.read_summary().resumes == 1
+    assert first.read_summary().incarnation == 1
     whole = [path.name for path in list_checkpoints(first.checkpoints)]
     assert whole == ["step-000004", "step-000006"], "step 8 is of a run that went back"
 

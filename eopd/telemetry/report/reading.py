@@ -20,7 +20,7 @@ from eopd.config.load import flatten
 from eopd.config.saved import require_directory
 from eopd.run.evaluations import Evaluation, Measurements, final, read_evaluations
 from eopd.run.reading import read_object, read_rows, read_summary
-from eopd.run.record import Summary, run_seconds
+from eopd.run.record import Summary, seconds_between
 from eopd.telemetry.report.public import Public
 
 _MEASURED: Final = {
@@ -85,7 +85,7 @@ class RunRecord:
     def wall_s(self) -> float:
         """The seconds of the run so far."""
         first, last = self.rows[0], self.rows[-1]
-        of_rows = run_seconds(last) - run_seconds(first) + first["eopd_step_seconds"]
+        of_rows = seconds_between(first, last) + first["eopd_step_seconds"]
         return max(self.summary.wall_s, of_rows) if self.is_under_way else self.summary.wall_s
 
     @property
