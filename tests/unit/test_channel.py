@@ -457,7 +457,7 @@ async def test_a_newcomer_s_word_of_a_lost_learner_stands_until_there_is_another
         await channel.join(1, FakeEngine())
 
     with pytest.raises(LearnerDownError, match="rank 1 died"):
-        await channel.sender_lost()
+        await asyncio.wait_for(channel.sender_lost(), 5.0)
 
     channel.disconnect()
     with pytest.raises(TimeoutError):
