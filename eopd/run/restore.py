@@ -8,7 +8,7 @@
     anything                          no whole checkpoint              nothing to restore
 
 Without ``--resume`` a run that has begun there is refused. A run has gone on further where it was
-taken up more often (``_resumes``), or as often and has a later checkpoint: on another machine, or
+taken up more often, or as often and has a later checkpoint: on another machine, or
 here before the newest checkpoints were lost.
 
 Checkpoints of this directory that are not kept there are of the steps that the other process did
@@ -35,9 +35,8 @@ from eopd.run.record import RUN_ID
 
 CONFIG: Final = "config.yaml"
 SUMMARY: Final = "summary.json"
-_VERSIONS: Final = (
-    "versions.json"  # comes first: it says that there is a run, to who restores it again
-)
+# restored first: it says that there is a run, to who has to restore it again
+_VERSIONS: Final = "versions.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
