@@ -163,7 +163,8 @@ class PromptsConfig(Section):
 
     columns: Columns = Field({}, description=COLUMNS_WORDS)
     """The columns that play a role under another name, such as ``{prompt: question, answer:
-    solution}``. A role that is not named here is played by the column of its own name.
+    solution}``. A name may lead to a field of an object, as ``reward_model.ground_truth`` does. A
+    role that is not named here is played by the column of its own name.
     """
 
     system: SystemText | None = None

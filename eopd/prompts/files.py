@@ -28,8 +28,8 @@ class DataRow:
     """A data row is one row of a data set.
 
     ``number`` is its line in a JSONL file, and elsewhere its number, counted from 1. ``where``
-    names the key of the config, the data set, and the row. ``names`` has the columns that play a
-    role under another name than their own: ``{"prompt": "question"}``.
+    names the key of the config, the data set, and the row. ``names`` has the columns, or fields
+    in them, that play a role under another name than their own: ``{"prompt": "question"}``.
     """
 
     where: str
@@ -38,12 +38,27 @@ class DataRow:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, role: str) -> str:
-        """Returns the name of the column that plays a role, such as ``prompt``."""
+        """Returns the name of the column or field that plays a role, such as ``prompt``."""
         return self.names.get(role, role)
 
     def get(self, role: str) -> object:
-        """Returns the value of the column that plays a role; None where there is none."""
-        return self.columns.get(self.name(role))
+        """Returns the value that plays a role; None where there is none."""
+        return value_of(self.columns, self.name(role))
+
+
+def value_of(columns: Mapping[str, object], name: str) -> object:
+    """Returns the value of a column, or of a field in it; None where there is none.
+
+    Example: ``a.b`` is the column ``a.b`` where there is one, else the field ``b`` of the object in
+    the column ``a``.
+    """
+    if name in columns:
+        return columns[name]
+
+    outer, _, inner = name.partition(".")
+    within = columns.get(outer)
+
+    return value_of(within, inner) if inner and isinstance(within, Mapping) else None
 
 
 def read_data(
@@ -57,7 +72,7 @@ def read_data(
     Args:
         spec: The file or the name.
         key: The key of the config that names it, for messages.
-        names: The columns that play a role under another name.
+        names: The columns, or fields in them, that play a role under another name.
 
     Raises:
         ConfigError: it is missing, unreadable, empty, of another kind, or has no such column.
@@ -114,18 +129,29 @@ def _with_names(rows: Sequence[DataRow], names: Mapping[str, str], where: str) -
     known = dict.fromkeys(chain.from_iterable(row.columns for row in rows))
     faults = []
     for role, name in names.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            faults.append(
-                f"{where}: has no column {name!r} to be {role}; {hint}its columns are "
-                f"{_listed(known)}"
-            )
+        if name in known or any(value_of(row.columns, name) is not None for row in rows):
+            continue
+
+        named = dict.fromkeys(chain.from_iterable(_names(row.columns) for row in rows))
+        close = difflib.get_close_matches(name, named, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        faults.append(
+            f"{where}: has no column {name!r} to be {role}; {hint}its columns are "
+            f"{_listed(named if '.' in name else known)}"
+        )
 
     if faults:
         raise ConfigError("\n".join(faults))
 
     return [_named(row, names) for row in rows]
+
+
+def _names(columns: Mapping[str, object], within: str = "") -> Iterator[str]:
+    """Yields the names of columns, each followed by those of the fields in it."""
+    for name, value in columns.items():
+        yield within + name
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{within}{name}.")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -77,6 +77,30 @@ def test_a_named_chat_is_taken_although_there_is_a_prompt(file):
         assert found.token_ids.tolist() == [4, 3]
 
 
+@pytest.mark.parametrize(
+    ("row", "name", "answer"),
+    [
+        (
+            {"reward_model": {"style": "rule", "ground_truth": "7"}},
+            "reward_model.ground_truth",
+            "7",
+        ),
+        ({"answers": {"text": ["7", "seven"]}}, "answers.text", ("7", "seven")),
+        ({"a": {"b": {"c": 7}}}, "a.b.c", "7"),
+        ({"a.b": 7, "a": {"b": 8}}, "a.b", "7"),
+        ({"a": {"b.c": 7}}, "a.b.c", "7"),
+        ({"a": "no object"}, "a.b", None),
+        ({"a": {"b": None}}, "a.b", None),
+        ({}, "a.b", None),
+    ],
+)
+def test_a_dot_leads_to_a_field_of_an_object(file, row, name, answer):
+    whole = {"prompt": "a", "a": {"b": {"c": 1}}, "answers": {"text": "1"}}
+    other = whole | {"a.b": 1, "reward_model": {"ground_truth": "1"}}
+    first, _ = read_part(Part(data=file({"prompt": "a", **row}, other)), "k", {"answer": name})
+    assert read_question(first, "").reference_answer == answer
+
+
 def test_a_template_of_a_teacher_reads_a_column_under_both_names(file):
     (row,) = read_part(
         Part(data=file({"prompt": "a", "solution": 5, "answer": 6})), "k", {"answer": "solution"}
@@ -98,6 +122,7 @@ def test_a_template_of_a_teacher_reads_a_column_under_both_names(file):
             {"prompt": "question", "answer": "xyz"},
             "rows.jsonl: has no column 'xyz' to be answer; its columns are 'question', ",
         ),
+        ({"prompt": "question", "answer": "level.truth"}, "has no column 'level.truth' to be "),
         ({"prompt": "solution"}, "rows.jsonl:1: has no `solution`; its fields are `question`"),
         ({"prompt": "level"}, "(and 1 more row): level: must be text or a list of"),
         ({"prompt": "question", "id": "level"}, "rows.jsonl:2 (id 3): level: '3' stands twice"),
@@ -112,6 +137,18 @@ def test_a_column_that_cannot_play_its_role_is_named(file, columns, message):
         load(spec, columns=columns)
 
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["meta.trueth", "truth"])
+def test_a_field_of_an_object_is_named_where_it_was_meant(file, name):
+    spec = file({"prompt": "a", "meta": {"truth": "7", "style": "rule"}})
+    columns = "'prompt', 'meta', 'meta.truth', 'meta.style'" if "." in name else "'prompt', 'meta'"
+    with pytest.raises(ConfigError) as caught:
+        load(spec, columns={"answer": name})
+
+    assert str(caught.value).endswith(
+        f"has no column {name!r} to be answer; did you mean 'meta.truth'? its columns are {columns}"
+    )
 
 
 def test_the_first_of_many_columns_are_named(file):
