@@ -88,8 +88,11 @@ def _resolve(path: Path) -> Path:
             f"{text}: variables are not filled in; write the path out, or begin it with ~"
         )
 
-    if "://" in text or text.partition("/")[0].endswith(":"):
-        raise ValueError(f"{text} is an address; it must be a path on a disk that every node reads")
+    scheme, is_address, rest = text.partition(":/")  # of the two strokes a path has kept one
+    if is_address and "/" not in scheme:
+        raise ValueError(
+            f"{scheme}://{rest} is an address; it must be a path on a disk that every node reads"
+        )
 
     try:
         absolute = path.expanduser().absolute()
@@ -149,7 +152,8 @@ def resolve_data(spec: str) -> str:
     if "\0" in spec:
         raise ValueError("a path holds no NUL character")
 
-    return str(_resolve(Path(spec))) if Path(spec).suffix in DATA_SUFFIXES else spec
+    is_path = "://" in spec or Path(spec).suffix in DATA_SUFFIXES
+    return str(_resolve(Path(spec))) if is_path else spec
 
 
 DataSpec = Annotated[str, AfterValidator(resolve_data)]

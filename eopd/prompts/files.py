@@ -252,6 +252,7 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
 
 def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
     import pyarrow
+    from datasets.table import CastError
 
     name = parse_data_name(key, spec)
 
@@ -269,6 +270,13 @@ def _read_named(spec: str, key: str) -> list[Mapping[str, object]]:
             ) from None
 
         cause = error.__cause__  # of a file that is broken, or another one than the first
+        if isinstance(cause, CastError):
+            own = set(cause.table_column_names) ^ set(cause.requested_column_names)
+            raise ConfigError(
+                f"{key}: data set {spec}: a file of it has other columns than the first one "
+                f"({_listed(sorted(own))}); name its files one by one, in a list"
+            ) from None
+
         hint = "" if name.subset or cause else "; a subset is named as NAME:SUBSET:SPLIT"
         reason = str(cause or error) or type(cause or error).__name__
         raise ConfigError(f"{key}: data set {spec} cannot be loaded: {reason}{hint}") from None

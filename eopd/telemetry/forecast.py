@@ -48,4 +48,7 @@ def forecast(
 
 
 def _duration(minutes: float) -> str:
+    if minutes < 1.5:
+        return "a minute"
+
     return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"

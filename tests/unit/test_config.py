@@ -473,8 +473,16 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "student.model=s3://bucket/x",
-            "student.model: s3:/bucket/x is an address; it must be a path on a disk that "
+            "student.model: s3://bucket/x is an address; it must be a path on a disk that "
             "every node reads",
+        ),
+        *(
+            (
+                f"prompts.data={address}",
+                f"prompts.data: {address} is an address; it must be a path on a disk that every "
+                "node reads",
+            )
+            for address in ("https://a.org/rows.jsonl", "hf://datasets/a/b")
         ),
         (
             "student.model=/" + "ä" * 128,

@@ -27,6 +27,11 @@ def test_the_whole_run_is_foretold_with_what_is_spent():
     )
 
 
+def test_a_short_run_takes_a_minute():
+    said = told(spent_s=15.0, step_s=1.0)
+    assert said == "this run will take about a minute in all: 57 more steps of 1.0 s"
+
+
 def test_a_far_longer_run_names_what_it_spends_its_time_on():
     said = told(expected_minutes=12)
     assert said.startswith(

@@ -317,7 +317,22 @@ def test_a_function_that_fails_is_named_with_its_row(module, body, message):
     assert "\n" not in str(caught.value)
 
 
-# --- subsets of data sets
+# --- folders, and subsets of data sets
+
+
+def test_files_of_a_folder_that_differ_in_their_columns_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder / "train-1.jsonl", {"prompt": "a", "level": 1})
+    write(folder / "train-2.jsonl", {"prompt": "b", "meta": {"truth": 7}})
+    with pytest.raises(ConfigError) as caught:
+        load(f"{folder}:train")
+
+    assert str(caught.value) == (
+        f"prompts.data: data set {folder}:train: a file of it has other columns than the first "
+        "one ('meta'); name its files one by one, in a list"
+    )
 
 
 def test_subsets_and_splits_of_a_data_set_are_parts(tmp_path, monkeypatch):
