@@ -1,12 +1,14 @@
 """Shared by all tests: environment of real engines, and tiny models made once a session."""
 
+import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from eopd.planning.virtual import VirtualLoop
 from eopd.runtime.placement import EAGER, vllm_env
 
 os.environ.update(vllm_env(threads=1) | EAGER)
@@ -20,6 +22,16 @@ TEXTS = [
     "Name three fruits that are red. Apples, cherries and strawberries are red.",
     "Why is the sky blue? Because air scatters short waves of light more than long ones.",
 ]
+
+
+def pytest_asyncio_loop_factories(
+    item: pytest.Item,
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Gives the tests that are marked so a loop in virtual time, and the others one of asyncio."""
+    if item.get_closest_marker("virtual_time"):
+        return {"virtual": VirtualLoop}
+
+    return {"real": asyncio.new_event_loop}
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from eopd.roles import WorkerDownError
 TIMEOUT_S = 0.1
 
 # a worker that is waited for without end is what some of these tests are about
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.virtual_time]
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ async def test_a_dead_worker_costs_no_request_and_is_told_once():
     pool, lost = pool_of(*dead, seats=2)
     requests = [asyncio.create_task(ask(pool)) for _ in range(16)]
     await asyncio.sleep(0.05)
-    assert [number for number, _ in lost] == list(range(8))
+    assert sorted(number for number, _ in lost) == list(range(8))
     assert pool.num_up == 0
     assert not any(request.done() for request in requests)
     pool.add(3, Worker("new"), 100)
@@ -159,9 +159,10 @@ async def test_a_worker_that_misses_a_deadline_and_a_ping_is_lost():
     hung = Worker("hung", "hung")
     well = Worker("well", delay_s=0.01)
     pool, lost = pool_of(hung, well)
-    started = time.monotonic()
+    clock = asyncio.get_running_loop()
+    started = clock.time()
     assert await asyncio.gather(*(ask(pool) for _ in range(6))) == ["well"] * 6
-    assert time.monotonic() - started < 1.0
+    assert clock.time() - started < 1.0
     assert lost == [(0, "no answer within 0.1 s, nor to a ping within 0.05 s")]
     assert (hung.pings, hung.in_flight) == (1, 0)
 
