@@ -83,12 +83,16 @@ def submit(
     resolved = load_config(config, overrides or [])
     _require_for_jobs(resolved, name)
     environment = _given(variables or []) | dict(_keys_of(resolved))
+    from eopd.run.provenance import COMMIT, commit_of
     from eopd.runtime.job_files import files_of_job
     from eopd.runtime.jobs import connect, server_address
 
     jobs_address = server_address(address)
     files = files_of_job(config, resolved, read_leaves(config, overrides or []), include or [])
     jobs = connect(jobs_address)
+    if commit := commit_of(Path()):
+        environment.setdefault(COMMIT, commit)
+
     options = {"no": [], "yes": ["--resume"], "auto": ["--resume", "auto"]}[resume]
     again = ["--address", jobs.address, "--resume", "auto"]
     again += [word for variable in variables or [] for word in ("--env", variable)]

