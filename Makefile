@@ -1,15 +1,16 @@
-# Every verb makes the virtual environment first, when it is missing or older than the lock file.
+# Every verb makes the virtual environment first, when it is missing, or older than the lock file that it was made of.
 VENV   := .venv
+MADE_OF := $(shell cat .venv/locked 2>/dev/null)
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN    := $(VENV)/bin
-LOCK   ?= cluster/requirements-cpu.lock
+LOCK   ?= $(or $(MADE_OF),cluster/requirements-cpu.lock)
 PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=10
 PAIRED := $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 PEERS  := .peers
 RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tiny test test-all unit check format bench bench-peers gpu soak dashboards reference lock clean
+.PHONY: help another setup demo tiny test test-all unit check format bench bench-peers gpu soak dashboards reference lock clean
 
 help: ## print these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,9 +21,9 @@ $(VENV)/ready: $(VENV)/locked pyproject.toml
 	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/locked: $(LOCK) cluster/setup.sh
+$(VENV)/locked: $(LOCK) cluster/setup.sh $(if $(filter-out $(LOCK),$(MADE_OF)),another)
 	PYTHON=$(PYTHON) cluster/setup.sh $(VENV) $(LOCK)
-	touch $@
+	echo $(LOCK) >$@
 
 demo: setup ## distil a real language model on this machine, about ten minutes with its models; ARM=never opens no gate
 	$(BIN)/eopd models demo

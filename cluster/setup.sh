@@ -25,6 +25,9 @@ case $version in
 *) lacks "Python 3.11: $python is $version; name another with: make setup PYTHON=/path/to/python3.11 (uv python install 3.11 brings one)" ;;
 esac
 
+# venv would empty what a link leads to, and then fail
+[ ! -L "$venv" ] || lacks "an environment of its own: $venv is a link; remove it"
+
 [ "$(uname -sm)" = "Linux x86_64" ] || lacks "x86-64 Linux: this is $(uname -sm), for which the lock has no packages"
 
 case $lock in

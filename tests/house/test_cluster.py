@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 KINDS = ("cpu", "gpu")
+PATH = os.environ["PATH"]
 HEADERS = sysconfig.get_paths()["include"]
 
 
@@ -216,6 +217,48 @@ def test_setup_shows_what_pip_wrote_when_it_fails(setup):
     assert "ERROR: no such version" in done.stderr
     assert "WARNING: a location" in done.stderr
     assert done.stdout.endswith("failed\n")
+
+
+def test_setup_does_not_empty_what_a_link_leads_to(setup, tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "venv").symlink_to(tmp_path / "shared")
+    done = setup()
+    assert done.returncode == 1
+    assert f"{tmp_path}/venv is a link; remove it" in done.stderr
+
+
+def test_make_keeps_to_the_lock_that_the_environment_was_made_of(tmp_path):
+    """And makes it again where another one is named, or that one is newer."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "cluster").mkdir()
+    for kind in KINDS:
+        (tmp_path / f"cluster/requirements-{kind}.lock").touch()
+
+    script = tmp_path / "cluster/setup.sh"
+    script.write_text(
+        "#!/bin/sh\nrm -rf $1; mkdir -p $1/bin; ln -s /bin/true $1/bin/pip; echo $2\n"
+    )
+    script.chmod(0o755)
+
+    def made(*words):
+        command = ["make", "--silent", "setup", *words]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=True, env={"PATH": PATH}
+        )
+        return done.stdout.split()
+
+    def renew(kind):
+        stamp = (tmp_path / ".venv/locked").stat().st_mtime + 5
+        os.utime(tmp_path / f"cluster/requirements-{kind}.lock", (stamp, stamp))
+
+    cpu, gpu = (f"cluster/requirements-{kind}.lock" for kind in KINDS)
+    assert (made(), made()) == ([cpu], [])
+    assert (made(f"LOCK={gpu}"), made()) == ([gpu], [])
+    renew("cpu")
+    assert made() == []
+    renew("gpu")
+    assert made() == [gpu]
 
 
 # --- images
