@@ -76,7 +76,8 @@ class RolloutConfig(Section):
 
     gpus: Gpus = 0.0
     """The GPUs of one engine, which Ray reserves: ``tensor_parallel_size`` x
-    ``pipeline_parallel_size`` of ``rollout.vllm``, or a share of one GPU. 0 runs on CPUs.
+    ``pipeline_parallel_size`` of ``rollout.vllm``, or a share of one GPU. 0 runs on CPUs, for
+    which vLLM has a build of its own (cluster/requirements-cpu.lock).
     """
 
     threads: Threads = 1

@@ -443,8 +443,8 @@ class ClusterConfig(Section):
     """
 
     start_timeout_s: Seconds = 600.0
-    """The seconds in which every worker must be up. Raise it where models are loaded from slow
-    disks.
+    """The seconds in which every worker must be up; each of them, where roles share GPUs and so
+    start one after the other. Raise it where models are loaded from slow disks.
     """
 
     max_restarts: Count = 10

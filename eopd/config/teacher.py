@@ -155,8 +155,8 @@ class TeacherConfig(Section):
     """Why ``auto`` chose the precision it did. The program writes it; leave it out."""
 
     head_dtype: Literal["float32", "model"] = "float32"
-    """The precision in which the head computes logits. ``float32`` keeps a float32 copy of the head
-    and is exact; ``model`` computes in the model's own precision, which is faster and good enough
+    """The precision in which the head computes logits. ``float32`` is exact, and on CPUs keeps a
+    float32 copy of the head; ``model`` computes in the model's own precision, which is faster and good enough
     for a gate.
     """
 
@@ -201,8 +201,8 @@ class TeacherConfig(Section):
 
     gpus: Gpus = 0.0
     """The GPUs of one replica, which Ray reserves: ``tensor_parallel_size`` x
-    ``pipeline_parallel_size`` of ``teachers[].vllm``, or a share of one GPU. 0 runs on CPUs, or
-    behind a server.
+    ``pipeline_parallel_size`` of ``teachers[].vllm``, or a share of one GPU. 0 runs on CPUs, with
+    vLLM's build for them, or behind a server.
     """
 
     threads: Threads = 1

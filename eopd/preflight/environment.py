@@ -9,8 +9,10 @@ and what to set instead. Left out: what only the cluster knows, such as how much
 import importlib.util
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +39,7 @@ PACKAGES: Final = (
 RAY_SOCKET: Final = "/ray/session_2026-11-26_01-18-19_123456_1234567/sockets/plasma_store"
 LONGEST_TEMPORARY: Final = 107 - len(RAY_SOCKET)
 SOME_BYTES: Final = 1 << 16
+_SETUP: Final = "in a checkout of eopd, make setup"
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):(\d{1,5})")
 
@@ -167,6 +170,43 @@ def require_packages() -> None:
         raise ConfigError(
             "vllm: not installed for this Python; `make setup` in a checkout of eopd makes an "
             "environment that has it, for GPUs with LOCK=cluster/requirements-gpu.lock"
+        )
+
+
+def require_engine_build(gpus: float) -> None:
+    """Checks in an actor, before it starts an engine, that the vLLM of its machine is built for what
+    the actor asks for: for GPUs, or for CPUs. No build computes on both (vLLM 0.32.0,
+    ``platforms/__init__.py``).
+
+    Raises:
+        ConfigError: it is the other one.
+    """
+    try:
+        is_for_cpus = "cpu" in version("vllm")
+    except PackageNotFoundError:  # the build for CPUs is a package of its own
+        is_for_cpus = True
+
+    if is_for_cpus != (gpus == 0):
+        built, other, kind = ("CPUs", "GPUs", "gpu") if is_for_cpus else ("GPUs", "CPUs", "cpu")
+        raise ConfigError(
+            f"gpus is {gpus:g}, and vLLM on {socket.gethostname()} is built for {built}; {_SETUP} "
+            f"LOCK=cluster/requirements-{kind}.lock makes an environment for {other}"
+        )
+
+
+def require_gpu(gpus: float) -> None:
+    """Checks in a learner rank that torch sees the GPU that it asks for: it would compute on CPUs.
+
+    Raises:
+        ConfigError: it sees none.
+    """
+    import torch
+
+    if gpus and not torch.cuda.is_available():
+        raise ConfigError(
+            f"gpus is {gpus:g}, and torch {torch.__version__} on {socket.gethostname()} sees no "
+            "GPU: it is built for CPUs, or for a newer driver than that of nvidia-smi. "
+            f"{_SETUP} LOCK=cluster/requirements-gpu.lock makes an environment for GPUs"
         )
 
 

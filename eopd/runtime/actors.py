@@ -31,6 +31,7 @@ from eopd.config import RolloutConfig, StudentConfig, TeacherConfig
 from eopd.config.loss import Reward
 from eopd.config.sections import FilterConfig
 from eopd.hub import model_directory
+from eopd.preflight.environment import require_engine_build
 from eopd.roles import EngineDownError, TeacherDownError, WorkerDownError
 from eopd.run.progress import first_line
 from eopd.runtime import spawned
@@ -181,6 +182,7 @@ class RolloutActor(Actor):
 
         Where the teacher's actor reads the row of a prompt too, it stays in the trajectory.
         """
+        require_engine_build(rollout.gpus)
         from eopd.rewards.verifier import Verifier
         from eopd.rollout.vllm_engine import VllmRolloutEngine
         from eopd.runtime.engine_metrics import stat_loggers
@@ -282,6 +284,7 @@ class TeacherActor(Actor):
         start: Callable[..., Awaitable[SignalScorer]]
         match teacher.backend:
             case "vllm":
+                require_engine_build(teacher.gpus)
                 from eopd.runtime.engine_metrics import stat_loggers
                 from eopd.teacher.vllm_scorer import VllmTeacherScorer
 

@@ -19,6 +19,7 @@ from eopd.adapters import LORA_A, WEIGHT
 from eopd.config import Config
 from eopd.hub import model_directory
 from eopd.metrics import reduce
+from eopd.preflight.environment import require_gpu
 from eopd.preflight.weights import read_tensors
 from eopd.run.directory import RunDirectory
 from eopd.run.lock import Holder, require_same
@@ -73,6 +74,7 @@ class LearnerActor(Actor):
         if driver is not None:
             require_same(config.run.path, driver)
 
+        require_gpu(config.learner.gpus)
         from eopd.learner.deepspeed_backend import DeepspeedBackend
         from eopd.learner.flops import Cost
         from eopd.learner.learner import LearnerRank

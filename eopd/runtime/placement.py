@@ -7,6 +7,7 @@ teacher scores while engines write and a step begins before its batch is whole, 
 1.5 s of sleep).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -71,6 +72,48 @@ class RoleResources:
     gpus: float
     env: Mapping[str, str]
     labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Room:
+    """What is left of a node while actors are given places: CPUs, and a share of each GPU.
+
+    Ray takes a share from one GPU, the fullest that has it, and more than a share from GPUs that are
+    whole (2.60, ``NodeResourceInstanceSet``). How shares that others hold lie on the GPUs is not
+    known: they are counted as if they lay on as few as can be.
+    """
+
+    def __init__(self, free: Capacity) -> None:
+        whole, share = divmod(free.gpus + ROUNDING, 1.0)
+        self.cpus = free.cpus
+        self.gpus = sorted([*[1.0] * int(whole), share])
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Returns the GPUs and the CPUs."""
+        return sum(self.gpus), self.cpus
+
+    def num_held(self, role: RoleResources) -> float:
+        """Returns how many of a role's actors find room, at most all of them."""
+        counts = [float(role.actors)]
+        if role.cpus:
+            counts.append((self.cpus + ROUNDING) // role.cpus)
+
+        if 0 < role.gpus < 1:
+            counts.append(sum((share + ROUNDING) // role.gpus for share in self.gpus))
+        elif role.gpus:
+            counts.append(sum(share + ROUNDING >= 1 for share in self.gpus) // role.gpus)
+
+        return min(counts)
+
+    def give(self, role: RoleResources) -> None:
+        """Takes away what an actor asks for, which is there."""
+        self.cpus -= role.cpus
+        asked = min(role.gpus, 1.0)
+        for _ in range(math.ceil(role.gpus)):
+            index = next(i for i, share in enumerate(self.gpus) if share + ROUNDING >= asked)
+            self.gpus[index] -= asked
+
+        self.gpus.sort()
 
 
 def vllm_env(threads: int) -> dict[str, str]:
@@ -262,28 +305,27 @@ def _fill(
     to the nodes that hold the most of them.
     """
     smallest = sorted(nodes, key=lambda node: (node.free.gpus, node.free.cpus))
-    remaining = [node.free for node in smallest]
+    rooms = [_Room(node.free) for node in smallest]
     places: Places = {}
     for role in roles:
         order = list(range(len(nodes)))
         if together and role.role == LEARNER:
-            order.sort(key=lambda index: -_num_held(role, remaining[index]))
+            order.sort(key=lambda index: -rooms[index].num_held(role))
 
         for number in range(role.actors):
-            room = [
+            fitting = [
                 index
                 for index in order
-                if _suits(role, smallest[index]) and _fits(role, remaining[index])
+                if _suits(role, smallest[index]) and rooms[index].num_held(role)
             ]
-            if not room:
+            if not fitting:
                 raise ConfigError(_no_place(role, nodes))
 
-            index = room[0]
+            index = fitting[0]
             if spread and role.role != LEARNER:
-                index = max(room, key=lambda one: (remaining[one].gpus, remaining[one].cpus))
+                index = max(fitting, key=lambda one: rooms[one].size)
 
-            free = remaining[index]
-            remaining[index] = Capacity(cpus=free.cpus - role.cpus, gpus=free.gpus - role.gpus)
+            rooms[index].give(role)
             places[role.role, number] = smallest[index].id
 
     return places
@@ -292,25 +334,15 @@ def _fill(
 def _no_place(role: RoleResources, nodes: Sequence[Node]) -> str:
     suited = [node.free for node in nodes if _suits(role, node)]
     free = ", ".join(f"{one.cpus:g} cpus and {one.gpus:g} gpus" for one in suited)
+    shares = "; a share comes from one GPU" if 0 < role.gpus < 1 else ""
     return (
         f"{_key(role)}: {role.actors} x {role.cpus:g} cpus and {role.gpus:g} gpus find no room "
-        f"beside the other roles; free on single nodes are {free}"
+        f"beside the other roles; free on single nodes are {free}{shares}"
     )
-
-
-def _num_held(role: RoleResources, free: Capacity) -> float:
-    """Returns how many of a role's actors find room, at most all of them."""
-    pairs = ((free.cpus, role.cpus), (free.gpus, role.gpus))
-    counts = [(has + ROUNDING) // asks for has, asks in pairs if asks]
-    return min([role.actors, *counts])
 
 
 def _suits(role: RoleResources, node: Node) -> bool:
     return all(node.labels.get(name) == value for name, value in role.labels.items())
-
-
-def _fits(role: RoleResources, free: Capacity) -> bool:
-    return role.cpus <= free.cpus + ROUNDING and role.gpus <= free.gpus + ROUNDING
 
 
 def _key(role: RoleResources) -> str:

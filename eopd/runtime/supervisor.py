@@ -197,7 +197,7 @@ class StartError(RunFailedError):
 async def _all_up(
     starting: Mapping[str, Awaitable[object]], timeout_s: float, *, in_turn: bool, logs: str
 ) -> None:
-    """Wait until everybody has started, one after the other where they start ``in_turn``.
+    """Wait until everybody has started; where they start ``in_turn``, ``timeout_s`` is for each.
 
     Raises:
         ConfigError: somebody found the user's mistake.
@@ -208,33 +208,35 @@ async def _all_up(
         starting = one_by_one(starting)
 
     tasks = {asyncio.ensure_future(started): name for name, started in starting.items()}
+    until = asyncio.FIRST_COMPLETED if in_turn else asyncio.FIRST_EXCEPTION
+    pending = set(tasks)
     try:
-        done, pending = await asyncio.wait(
-            tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
-        )
+        while pending:
+            done, pending = await asyncio.wait(pending, timeout=timeout_s, return_when=until)
+            for task in done:
+                _require_started(tasks[task], task.exception(), logs)
+
+            if pending and not (in_turn and done):
+                names = ", ".join(tasks[task] for task in pending)
+                limit = f"cluster.start_timeout_s = {timeout_s:g}"
+                raise StartError(f"not up within {limit}: {names}; logs in {logs}")
     finally:
         for task in tasks:
             task.cancel()
             task.add_done_callback(_hear)
 
-    for task in done:
-        error = task.exception()
-        # what only the worker could find out
-        if isinstance(error, ConfigError) and isinstance(error, RayTaskError):
-            raise ConfigError(f"{tasks[task]}: {error.cause}") from None  # type: ignore[attr-defined]
 
-        if error is not None:
-            logger.error("the %s did not start", tasks[task], exc_info=error)
-            # Ray's error carries the worker's traceback
-            cause = getattr(error, "cause", None) or error
-            reason = f"{type(cause).__name__}: {first_line(cause)}"
-            raise StartError(f"the {tasks[task]} did not start: {reason}; logs in {logs}")
+def _require_started(name: str, error: BaseException | None, logs: str) -> None:
+    # what only the worker could find out
+    if isinstance(error, ConfigError) and isinstance(error, RayTaskError):
+        raise ConfigError(f"{name}: {error.cause}") from None  # type: ignore[attr-defined]
 
-    if pending:
-        names = ", ".join(tasks[task] for task in pending)
-        raise StartError(
-            f"not up within cluster.start_timeout_s = {timeout_s:g}: {names}; logs in {logs}"
-        )
+    if error is not None:
+        logger.error("the %s did not start", name, exc_info=error)
+        # Ray's error carries the worker's traceback
+        cause = getattr(error, "cause", None) or error
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
+        raise StartError(f"the {name} did not start: {reason}; logs in {logs}")
 
 
 def _hear(task: asyncio.Future[object]) -> None:

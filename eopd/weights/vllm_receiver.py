@@ -31,7 +31,7 @@ from typing import Protocol, cast
 
 import torch
 from vllm.config import WeightTransferConfig
-from vllm.distributed.parallel_state import get_world_group
+from vllm.distributed.parallel_state import get_pp_group, get_world_group
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -189,8 +189,11 @@ class WeightWorker:
         return self.weight_transfer_engine.check()
 
     def leave_out_padding(self, num_tokens: int) -> None:
-        """Make ids from ``num_tokens`` on impossible, wherever this worker computes logits."""
-        leave_out_padding(self.model_runner.get_model(), num_tokens)
+        """Make ids from ``num_tokens`` on impossible, if this worker computes logits: of a pipeline the
+        last stage alone does, and others may have no layer for it.
+        """
+        if get_pp_group().is_last_rank:
+            leave_out_padding(self.model_runner.get_model(), num_tokens)
 
 
 class _ModelRunner(Protocol):

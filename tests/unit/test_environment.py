@@ -8,10 +8,12 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import fakes
 import pytest
+import torch
 
 from eopd.config import ClusterConfig, ConfigError, load_config
 from eopd.preflight import environment
@@ -19,7 +21,9 @@ from eopd.preflight.environment import (
     LONGEST_TEMPORARY,
     cluster_address,
     environment_notes,
+    require_engine_build,
     require_environment,
+    require_gpu,
     require_local_ray,
 )
 from eopd.run.place import require_run_directory
@@ -288,6 +292,62 @@ class PrometheusSinkAt:
 
     def __exit__(self, *failure: object) -> None:
         self._sink.close()
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """Makes vLLM of a version, or of the package for CPUs."""
+
+    def install(installed):
+        def version(name):
+            if name == "vllm" and installed is None:
+                raise PackageNotFoundError(name)
+
+            return installed
+
+        monkeypatch.setattr(environment, "version", version)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpus"), [(None, 0.0), ("0.32.0+cpu", 0.0), ("0.32.0", 1.0), ("0.32.0", 0.4)]
+)
+def test_an_engine_computes_on_what_vllm_is_built_for(vllm, installed, gpus):
+    vllm(installed)
+    require_engine_build(gpus)
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpus", "built", "other"),
+    [
+        (None, 1.0, "CPUs", "GPUs"),
+        ("0.32.0+cpu", 0.4, "CPUs", "GPUs"),
+        ("0.32.0", 0.0, "GPUs", "CPUs"),
+    ],
+)
+def test_an_engine_does_not_compute_on_what_vllm_is_not_built_for(
+    vllm, installed, gpus, built, other
+):
+    vllm(installed)
+    with pytest.raises(ConfigError) as caught:
+        require_engine_build(gpus)
+
+    assert str(caught.value) == (
+        f"gpus is {gpus:g}, and vLLM on {socket.gethostname()} is built for {built}; in a checkout "
+        f"of eopd, make setup LOCK=cluster/requirements-{other[:-1].lower()}.lock makes an "
+        f"environment for {other}"
+    )
+
+
+def test_a_rank_that_asks_for_a_gpu_must_see_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    require_gpu(0.0)
+    with pytest.raises(ConfigError, match=r"^gpus is 1, and torch .* sees no GPU: .* make setup "):
+        require_gpu(1.0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    require_gpu(1.0)
 
 
 @pytest.mark.parametrize("home", [None, "/proc/none", "", "relative"])

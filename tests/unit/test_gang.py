@@ -294,6 +294,24 @@ async def test_all_fleets_of_a_run_give_way_to_its_learner(tmp_path, monkeypatch
     assert asked == [("learner", 1)]
 
 
+def starts(*seconds):
+    return {f"engine {number}": asyncio.sleep(s) for number, s in enumerate(seconds)}
+
+
+async def test_those_that_start_in_turn_have_the_whole_time_each():
+    clock = asyncio.get_running_loop()
+    await supervisor._all_up(starts(*[0.9] * 5), 1.0, in_turn=True, logs="logs")
+    assert clock.time() == pytest.approx(4.5)
+    await supervisor._all_up(starts(*[0.9] * 5), 1.0, in_turn=False, logs="logs")
+    assert clock.time() == pytest.approx(5.4)
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+async def test_whoever_is_not_up_in_time_is_named(in_turn):
+    with pytest.raises(supervisor.StartError, match=r"start_timeout_s = 1: engine 1; logs in logs"):
+        await supervisor._all_up(starts(0.5, 1.1), 1.0, in_turn=in_turn, logs="logs")
+
+
 async def test_an_actor_that_has_not_started_is_ended_without_being_asked(monkeypatch):
     async def never():
         await asyncio.Event().wait()

@@ -115,6 +115,12 @@ def test_fractions_that_add_up_fit():
             "rollout: 1 x 1 cpus and 1 gpus find no room beside the other roles; free on "
             "single nodes are 8 cpus and 0 gpus, 0.5 cpus and 1 gpus",
         ),
+        (  # 1.8 of 2 GPUs, and 0.4 twice is not 0.6
+            [role("rollout", 3, 1.0, gpus=0.6)],
+            [node(8, 2)],
+            "rollout: 3 x 1 cpus and 0.6 gpus find no room beside the other roles; free on "
+            "single nodes are 8 cpus and 2 gpus; a share comes from one GPU",
+        ),
     ],
 )
 def test_asking_for_too_much_says_what_there_is_and_what_is_free(roles, nodes, message):
@@ -122,6 +128,20 @@ def test_asking_for_too_much_says_what_there_is_and_what_is_free(roles, nodes, m
         require_capacity(roles, nodes)
 
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {"rollout": (3, 0.3), "teacher a": (1, 1.0)},  # three shares lie on one GPU
+        {"rollout": (2, 0.6), "teacher a": (2, 0.4)},
+        {"learner": (1, 0.4), "rollout": (4, 0.2), "teacher a": (1, 0.6)},
+        {"rollout": (20, 0.1)},
+    ],
+)
+def test_shares_fill_one_gpu_after_the_other(shares):
+    roles = [role(name, actors, 0.1, gpus=gpus) for name, (actors, gpus) in shares.items()]
+    require_capacity(roles, [node(8, 2)])
 
 
 def machines(*gpus):
