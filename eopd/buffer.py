@@ -39,7 +39,7 @@ overtaken for ever.
 
 import asyncio
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from eopd.ledger import Watermark
@@ -62,20 +62,12 @@ class _Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """A trajectory of a batch that was taken, and its issue number."""
-
-    issue: int
-    stored: Stored[ScoredTrajectory]
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a batch, in the order of issue numbers. ``completes`` the batch where it is the
-    last, or the only one.
+    """A part of a batch by issue number, in order. ``completes`` the batch where it is the last, or
+    the only one.
     """
 
-    taken: Sequence[Taken]
+    taken: Mapping[int, Stored[ScoredTrajectory]]
     completes: bool
 
 
@@ -128,6 +120,11 @@ class Buffer:
     def num_in_flight(self) -> int:
         """Returns how many trajectories were admitted, and are not yet scored."""
         return self.num_slots_held - len(self._ready) - len(self._taken) - len(self._trained)
+
+    @property
+    def taken(self) -> dict[int, Stored[ScoredTrajectory]]:
+        """Returns what the learner has of the batch, by issue number, in order."""
+        return {issue: self._taken[issue].stored for issue in sorted(self._taken)}
 
     @property
     def num_taken(self) -> int:
@@ -184,10 +181,10 @@ class Buffer:
         while not self.closed and (self._trained or not ahead):
             if self._is_full() and not ahead:
                 rest = self._lowest(self.batch - len(self._taken))
-                return Part(list(map(self._take, rest)), completes=True)
+                return Part({issue: self._take(issue) for issue in rest}, completes=True)
 
             if part := self._first_part(ahead):
-                return Part(list(map(self._take, part)), completes=False)
+                return Part({issue: self._take(issue) for issue in part}, completes=False)
 
             self._take_may_go_on.clear()
             await self._take_may_go_on.wait()
@@ -198,13 +195,13 @@ class Buffer:
         """Takes back a part that was taken and not trained: the bodies of ``lost`` are lost, the
         other trajectories are ready again.
         """
-        for taken in part.taken:
-            offer = self._taken.pop(taken.issue)
-            if taken.issue in lost:
+        for issue in part.taken:
+            offer = self._taken.pop(issue)
+            if issue in lost:
                 offer.end(LostReason.BODY_LOST)
-                self._next_missing = min(self._next_missing, taken.issue)
+                self._next_missing = min(self._next_missing, issue)
             else:
-                self._put(taken.issue, offer)
+                self._put(issue, offer)
 
     def skip(self, issue: int) -> None:
         """Notes that a number was dropped, and gives out what waited only for it."""
@@ -300,10 +297,9 @@ class Buffer:
         for issue in filter(self._ready.__contains__, numbers):
             self._count_in(issue)
 
-    def _take(self, issue: int) -> Taken:
-        offer = self._withdraw(issue)
-        self._taken[issue] = offer
-        return Taken(issue, offer.stored)
+    def _take(self, issue: int) -> Stored[ScoredTrajectory]:
+        self._taken[issue] = offer = self._withdraw(issue)
+        return offer.stored
 
     def _reject_older_than(self, oldest_allowed: int) -> None:
         if oldest_allowed == self._oldest_allowed:

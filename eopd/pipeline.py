@@ -43,7 +43,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Self
 
-from eopd.buffer import Buffer, Part, Taken
+from eopd.buffer import Buffer, Part
 from eopd.config import Config
 from eopd.ledger import Ledger
 from eopd.packing import pack_batch
@@ -147,14 +147,13 @@ class Pipeline:
     ledger: Ledger
     progress: Progress
     on_drop: Callable[[int, LostTrajectory], None] = lambda issue, lost: None
-    on_trained: Callable[[int, Sequence[Taken]], None] = lambda step, taken: None
+    on_trained: Callable[[int, Sequence[Stored[ScoredTrajectory]]], None] = lambda step, batch: None
     before_publish: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)
     clock: Callable[[], float] = time.monotonic
     buffer: Buffer = field(init=False)
     activity: str = field(init=False, default="starting")
     _times: StepClock = field(init=False)
     _filtered_in_a_row: int = field(init=False, default=0)
-    _begun: list[Taken] = field(init=False, default_factory=list)  # of the next batch
 
     def __post_init__(self) -> None:
         self._times = StepClock(self.clock)
@@ -210,7 +209,6 @@ class Pipeline:
         None once the buffer is closed.
         """
         self._times.start()
-        taken, self._begun = self._begun, []
         stats = None
         while stats is None:
             self.activity = "waiting for a batch"
@@ -222,11 +220,10 @@ class Pipeline:
             self.activity = "training"
             with suppress(BodiesLostError):
                 stats = await self._learn(part, number)
-                taken += part.taken
 
         self._times.trained()
-        taken.sort(key=lambda one: one.issue)
-        trained = {one.issue: one.stored.header for one in taken}
+        taken = self.buffer.taken
+        trained = {issue: stored.header for issue, stored in taken.items()}
         self.ledger.train(trained)
         self.buffer.settle()
         published = await self._publish(stats.version)
@@ -242,7 +239,7 @@ class Pipeline:
             ready=ready,
         )
         self.progress.count(done)
-        self.on_trained(stats.version.step, taken)
+        self.on_trained(stats.version.step, list(taken.values()))
         return done
 
     async def _publish(self, version: PolicyVersion) -> PublishStats:
@@ -278,7 +275,6 @@ class Pipeline:
         while (part := await self.buffer.take(number, ahead=True)) is not None:
             with suppress(BodiesLostError):
                 await self._learn(part, number)
-                self._begun += part.taken
 
     async def _learn(self, part: Part, number: int) -> LearnerStats | None:
         """Lets the learner accumulate a part of a batch; returns its statistics once it has stepped,
@@ -288,12 +284,12 @@ class Pipeline:
             BodiesLostError: bodies are gone; the buffer has the part again.
         """
         since = self.clock()
-        packed = self.pack([taken.stored for taken in part.taken], number)
+        packed = self.pack(list(part.taken.values()), number)
         try:
             work = self.learner.step if part.completes else self.learner.accumulate
             stats = await work(packed)
         except BodiesLostError as error:
-            lost = [one.issue for one in part.taken if one.stored.header.key in error.keys]
+            lost = {issue for issue, one in part.taken.items() if one.header.key in error.keys}
             self.buffer.put_back(part, lost)
             raise
 

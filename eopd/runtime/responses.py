@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from eopd.buffer import Taken
 from eopd.config import Config
 from eopd.evaluation.samples import response_record
 from eopd.hub import model_directory
@@ -56,7 +55,7 @@ class Responses:
 
         await asyncio.gather(self._task, return_exceptions=True)
 
-    def take(self, step: int, taken: Sequence[Taken]) -> None:
+    def take(self, step: int, batch: Sequence[Stored[ScoredTrajectory]]) -> None:
         """Begins to keep the responses of a step, if it is one whose responses are kept."""
         if self._kept is None or step % self._kept.every:
             return
@@ -65,7 +64,7 @@ class Responses:
             logger.warning("the responses of step %d are not kept: still at those before", step)
             return
 
-        chosen = of_first_prompts([one.stored for one in taken], self._kept.prompts)
+        chosen = of_first_prompts(batch, self._kept.prompts)
         self._task = asyncio.create_task(self._keep(step, chosen))
 
     async def _keep(self, step: int, chosen: Sequence[Stored[ScoredTrajectory]]) -> None:

@@ -91,11 +91,12 @@ class Driving(RuleBasedStateMachine):
             self.part, self.taking = self.taking.result(), None
             self.is_whole = self.part.completes
             assert not (self.is_whole and self.unpublished)
-            issues = [one.issue for one in self.part.taken]
-            staleness = [self.version - one.stored.header.oldest_version for one in self.part.taken]
+            issues = list(self.part.taken)
+            versions = [one.header.oldest_version for one in self.part.taken.values()]
             assert issues == sorted(issues) and not {*issues} & {*self.taken}
-            assert max(staleness) <= self.buffer.max_staleness
+            assert self.version - min(versions) <= self.buffer.max_staleness
             self.taken += issues
+            assert list(self.buffer.taken) == sorted(self.taken)
             if self.is_whole:
                 assert len(self.taken) == self.buffer.batch
                 assert self.due() <= {*self.trained, *self.taken}
@@ -227,7 +228,7 @@ class Driving(RuleBasedStateMachine):
     @rule(choices=CHOICES)
     def lose_bodies(self, choices: list[int]) -> None:
         """The part is not trained: some of it is sampled again, the rest waits again."""
-        issues = [one.issue for one in self.part.taken]
+        issues = list(self.part.taken)
         lost = {issues[choice % len(issues)] for choice in choices}
         self.buffer.put_back(self.part, lost)
         self.taken = [issue for issue in self.taken if issue not in issues]
@@ -328,7 +329,7 @@ def offer(buffer: Buffer, issue: int, *, version: int) -> asyncio.Task[LostReaso
 async def take(buffer: Buffer, *, version: int) -> list[int]:
     """The numbers of a part of a batch."""
     part = await buffer.take(version)
-    return [taken.issue for taken in part.taken]
+    return list(part.taken)
 
 
 async def test_synchronous_means_no_admission_before_the_release():
@@ -354,7 +355,7 @@ async def test_a_trajectory_too_stale_by_accident_keeps_its_slot():
     assert await offer is LostReason.TOO_STALE
     assert buffer.num_slots_held == 1 and not taking.done()
     again = asyncio.create_task(buffer.offer(0, stored(0, version=5)))
-    assert [t.issue for t in (await taking).taken] == [0]
+    assert list((await taking).taken) == [0]
     buffer.settle()
     buffer.release()
     assert await again is None
@@ -459,19 +460,19 @@ async def test_a_batch_begins_with_what_no_other_batch_can_have():
 
     offers += [offer(buffer, issue, version=0) for issue in (3, 1)]
     part = await asyncio.wait_for(taking, 1.0)
-    assert [taken.issue for taken in part.taken] == [1, 3] and not part.completes
+    assert list(part.taken) == [1, 3] and not part.completes
     assert buffer.num_ready == 3
 
     buffer.settled.add(0)  # dropped: 4 takes its place
     buffer.skip(0)
     offers.append(offer(buffer, 2, version=0))
     part = await asyncio.wait_for(buffer.take(version=0), 1.0)
-    assert [taken.issue for taken in part.taken] == [2, 4] and part.completes
+    assert list(part.taken) == [2, 4] and part.completes
     train(buffer, 1, 2, 3, 4)
     assert await asyncio.gather(offers[1], *offers[3:]) == [None] * 4
 
     part = await asyncio.wait_for(buffer.take(version=1), 1.0)
-    assert [taken.issue for taken in part.taken] == [5, 6] and not part.completes
+    assert list(part.taken) == [5, 6] and not part.completes
     for waiting in offers:
         waiting.cancel()
 
@@ -502,7 +503,7 @@ async def test_a_run_that_goes_on_in_another_mode_has_no_empty_part(mode, ahead)
         await _turns(2)
         parts.append(await asyncio.wait_for(buffer.take(version=0), 1.0))
 
-    taken = [[one.issue for one in part.taken] for part in parts]
+    taken = [list(part.taken) for part in parts]
     assert taken == [[0, 1], [2, 3]]
     assert [part.completes for part in parts] == [False, True]
     for waiting in offers:

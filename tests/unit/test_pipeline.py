@@ -90,10 +90,10 @@ async def test_whoever_looks_on_sees_each_step_with_the_batch_it_trained_on():
     world = FakeWorld()
     line = pipeline(world)
     seen = []
-    line.on_trained = lambda step, taken: seen.append((step, taken))
+    line.on_trained = lambda step, batch: seen.append((step, batch))
     await run(line)
     assert [step for step, _ in seen] == list(range(1, 13))
-    trained = [sorted(one.stored.header.key for one in taken) for _, taken in seen]
+    trained = [sorted(one.header.key for one in batch) for _, batch in seen]
     assert trained == world.trained
 
 

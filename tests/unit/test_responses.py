@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import rich.console
 
-from eopd.buffer import Taken
 from eopd.config import ConfigError, load_config
 from eopd.evaluation.samples import response_record
 from eopd.run.directory import RunDirectory
@@ -83,17 +82,11 @@ def make(tmp_path, monkeypatch):
     return made
 
 
-def taken(*batch):
-    return [Taken(issue, one) for issue, one in enumerate(batch)]
-
-
 async def test_every_so_many_steps_are_kept(make):
     responses, directory = make()
     async with responses:
         for step in range(1, 5):
-            responses.take(
-                step, taken(stored(sample_index=step), stored("a")) if step % 2 == 0 else []
-            )
+            responses.take(step, [stored(sample_index=step), stored("a")] if step % 2 == 0 else [])
             await asyncio.sleep(0.05)
 
     rows = fakes.read_rows(directory.responses)
@@ -115,7 +108,7 @@ async def test_the_end_of_the_loop_waits_for_a_body(make):
     responses, directory = make()
     body = asyncio.get_running_loop().create_future()
     async with responses:
-        responses.take(2, taken(stored(body=body)))
+        responses.take(2, [stored(body=body)])
         asyncio.get_running_loop().call_later(
             0.05,
             body.set_result,
@@ -130,7 +123,7 @@ async def test_a_loop_that_fails_gives_up_what_is_under_way(make):
     body = asyncio.get_running_loop().create_future()
     with pytest.raises(RuntimeError):
         async with asyncio.timeout(5.0), responses:
-            responses.take(2, taken(stored(body=body)))
+            responses.take(2, [stored(body=body)])
             await asyncio.sleep(0.01)
             raise RuntimeError("the learner was lost")
 
@@ -142,8 +135,8 @@ async def test_a_step_is_passed_over_while_another_is_under_way(make):
     responses, directory = make()
     body = asyncio.get_running_loop().create_future()
     async with responses:
-        responses.take(2, taken(stored(body=body)))
-        responses.take(4, taken(stored("a")))
+        responses.take(2, [stored(body=body)])
+        responses.take(4, [stored("a")])
         body.set_result(fakes.scored(ENTROPY))
 
     assert [row["step"] for row in fakes.read_rows(directory.responses)] == [2]
@@ -156,7 +149,7 @@ async def test_a_failure_is_logged_and_ends_nothing(make, caplog):
         raise OSError("no space")
 
     async with responses:
-        responses.take(2, taken(stored(body=fails())))
+        responses.take(2, [stored(body=fails())])
 
     assert "the responses of step 2 were not kept" in caplog.text
     assert not directory.responses.exists()
