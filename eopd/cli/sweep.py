@@ -67,8 +67,8 @@ def sweep(
     results = work.run(parallel)
 
     _print(results)
-    for entry in work.failed:
-        typer.echo(f"failed: {entry.run.name}: {entry.error}; see {entry.log}")
+    for run in work.failed:
+        typer.echo(f"failed: {run.name}: {run.error}; see {run.log}")
 
     for path in (directory / FILE, work.report):
         if path.exists():

@@ -12,13 +12,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from eopd.config import Config, ConfigError, RunConfig, load_config, make_section
 from eopd.config.document import DocumentError, read_items
 from eopd.config.load import flatten
 from eopd.config.teacher import NAME, NAME_WORDS
-from eopd.run.arms import FlatConfig, group_runs
+from eopd.run.arms import group_runs
+from eopd.run.directory import RunDirectory
 
 MOST_SEEDS: Final = 1000
 MOST_RUNS: Final = 1000
@@ -34,14 +35,19 @@ _SET_ELSEWHERE: Final = {
 _OPTIONS: Final = {"seed": "--seeds", "name": "the name of a run"}
 
 Grids = Mapping[str, Sequence[str]]  # the texts of the values of each key
+Status = Literal["waiting", "running", "completed", "collapsed", "interrupted", "failed"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedRun:
-    """A run of a sweep; ``arm`` has the settings of the grids, and is empty without any."""
+@dataclass(slots=True, kw_only=True)
+class SweepRun:
+    """A run of a sweep, and what became of it so far. ``arm`` has the settings of the grids, and is
+    empty without any.
+    """
 
     arm: str
     config: Config
+    status: Status = "waiting"
+    error: str | None = None
 
     @property
     def name(self) -> str:
@@ -49,9 +55,14 @@ class PlannedRun:
         return self.config.run.name
 
     @property
-    def flat(self) -> FlatConfig:
-        """Returns the config as ``arms.group_runs`` takes it."""
-        return flatten(self.config.model_dump(mode="json"))
+    def directory(self) -> RunDirectory:
+        """Returns the directory of the run."""
+        return RunDirectory(self.config.run.path)
+
+    @property
+    def log(self) -> Path:
+        """Returns the file of what the run prints, in the directory of the sweep."""
+        return self.config.run.directory / "logs" / f"{self.name}.log"
 
 
 def read_grids(options: Sequence[str], overrides: Sequence[str] = ()) -> Grids:
@@ -125,7 +136,7 @@ def plan_runs(
     grids: Grids,
     seeds: Sequence[int] | None = None,
     name: str | None = None,
-) -> tuple[Path, list[PlannedRun]]:
+) -> tuple[Path, list[SweepRun]]:
     """Loads the config of every run of a sweep.
 
     Args:
@@ -168,7 +179,7 @@ def _name_of(sweep: str) -> str:
     return sweep
 
 
-def _run(directory: Path, arm: Mapping[str, str], seed: int, base: Config) -> PlannedRun:
+def _run(directory: Path, arm: Mapping[str, str], seed: int, base: Config) -> SweepRun:
     parts = [f"{_short(key, arm)}-{_slug(value)}" for key, value in arm.items()]
     name = f"{'_'.join(parts)}{'-' if parts else ''}seed-{seed}"
     own = {"name": name, "directory": directory, "seed": seed}
@@ -176,10 +187,7 @@ def _run(directory: Path, arm: Mapping[str, str], seed: int, base: Config) -> Pl
         own["upload"] = f"{upload.rstrip('/')}/{directory.name}"
 
     run = make_section(RunConfig, _OPTIONS, **base.run.model_dump() | own)
-    return PlannedRun(
-        arm=_label(arm),
-        config=base.model_copy(update={"run": run}),
-    )
+    return SweepRun(arm=_label(arm), config=base.model_copy(update={"run": run}))
 
 
 def _load(path: Path, overrides: Sequence[str], arm: Mapping[str, str]) -> Config:
@@ -206,7 +214,7 @@ def _require_different(arms: Sequence[Mapping[str, str]], configs: Sequence[Conf
             raise ConfigError(f"--grid: the arms {first} and {second} are the same run; remove one")
 
 
-def _require_names(runs: Sequence[PlannedRun]) -> None:
+def _require_names(runs: Sequence[SweepRun]) -> None:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -13,36 +13,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from eopd.config import ConfigError
 from eopd.config.benchmark import HELD_OUT
+from eopd.config.load import flatten
 from eopd.run.arms import Arm, Interval, by_seed, group_runs, interval, paired
 from eopd.run.directory import RunDirectory
 from eopd.run.evaluations import final, read_evaluations
-from eopd.run.grid import Grids, PlannedRun
+from eopd.run.grid import Grids, SweepRun
 from eopd.run.reading import read_object
 from eopd.run.storage import write_whole
 
 FILE: Final = "sweep.json"
 
-Status = Literal["waiting", "running", "completed", "collapsed", "interrupted", "failed"]
 Numbers = Mapping[str, float]  # by names such as ``held_out/reverse_kl``
-
-
-@dataclass(slots=True)
-class Entry:
-    """A run of a sweep, and what became of it so far."""
-
-    run: PlannedRun
-    log: Path
-    status: Status = "waiting"
-    error: str | None = None
-
-    @property
-    def directory(self) -> RunDirectory:
-        """Returns the directory of the run."""
-        return RunDirectory(self.run.config.run.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +42,14 @@ class ArmResult:
     differences: Mapping[str, Interval]
 
 
-def compare(entries: Sequence[Entry]) -> list[ArmResult]:
+def compare(runs: Sequence[SweepRun]) -> list[ArmResult]:
     """Returns the result of every arm of a sweep, the first arm first."""
-    numbers = [_numbers(entry) for entry in entries]
-    arms = group_runs([entry.run.flat for entry in entries])
+    numbers = [_numbers(run) for run in runs]
+    arms = group_runs([flatten(run.config.model_dump(mode="json")) for run in runs])
     values = [_values(arm, numbers) for arm in arms]
     return [
         ArmResult(
-            arm=entries[arm.runs[0]].run.arm,
+            arm=runs[arm.runs[0]].arm,
             settings=arm.settings,
             seeds=arm.seeds,
             values=own,
@@ -94,26 +79,26 @@ def final_numbers(directory: RunDirectory) -> Numbers:
     }
 
 
-def write_sweep(path: Path, entries: Sequence[Entry], grids: Grids, status: str) -> list[ArmResult]:
+def write_sweep(path: Path, runs: Sequence[SweepRun], grids: Grids, status: str) -> list[ArmResult]:
     """Replaces ``sweep.json``, and returns the results in it."""
-    results = compare(entries)
-    runs = [
+    results = compare(runs)
+    rows = [
         {
-            "name": entry.run.name,
-            "arm": entry.run.arm,
-            "seed": entry.run.config.run.seed,
-            "status": entry.status,
-            "error": entry.error,
-            "log": str(entry.log),
+            "name": run.name,
+            "arm": run.arm,
+            "seed": run.config.run.seed,
+            "status": run.status,
+            "error": run.error,
+            "log": str(run.log),
         }
-        for entry in entries
+        for run in runs
     ]
     record = {
         "name": path.parent.name,
         "status": status,
         "grids": grids,
-        "seeds": list(dict.fromkeys(entry.run.config.run.seed for entry in entries)),
-        "runs": runs,
+        "seeds": list(dict.fromkeys(run.config.run.seed for run in runs)),
+        "runs": rows,
         "arms": [asdict(result) for result in results],
     }
     write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -128,9 +113,9 @@ def errors_before(path: Path) -> dict[str, str]:
     return {str(run.get("name")): str(run.get("error")) for run in failed}
 
 
-def _numbers(entry: Entry) -> Numbers:
+def _numbers(run: SweepRun) -> Numbers:
     try:
-        return final_numbers(entry.directory)
+        return final_numbers(run.directory)
     except ConfigError:  # the run itself says so when it is taken up
         return {}
 

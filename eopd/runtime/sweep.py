@@ -18,7 +18,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -28,9 +28,9 @@ from eopd.preflight import pinned, prepare
 from eopd.preflight.environment import gpus_here, is_local
 from eopd.run.changes import Change, changes
 from eopd.run.directory import RunDirectory
-from eopd.run.grid import Grids, PlannedRun
+from eopd.run.grid import Grids, Status, SweepRun
 from eopd.run.lock import held, holder
-from eopd.run.results import FILE, ArmResult, Entry, Status, errors_before, write_sweep
+from eopd.run.results import FILE, ArmResult, errors_before, write_sweep
 from eopd.run.storage import write_whole
 from eopd.runtime import cluster
 from eopd.runtime.inputs import digests
@@ -85,35 +85,35 @@ class Sweep:
     def __init__(
         self,
         directory: Path,
-        runs: Sequence[PlannedRun],
+        runs: Sequence[SweepRun],
         grids: Grids,
         say: Say,
         train: Sequence[str] = TRAIN,
         open_room: OpenRoom | None = None,
     ) -> None:
         self.directory = directory
-        self.entries = [Entry(run, directory / "logs" / f"{run.name}.log") for run in runs]
+        self.runs = runs
         self.report = directory / "report.html"
         self.interrupted = False
         self._grids = grids
         self._say = say
         self._train = train
         self._open_room = open_room or room_of
-        self._running: dict[asyncio.Task[None], Entry] = {}
+        self._running: dict[asyncio.Task[None], SweepRun] = {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
 
     @property
     def status(self) -> Literal["completed", "failed", "interrupted"]:
         """Returns what became of the sweep; a run that collapsed has ended in order."""
-        if all(entry.status in ENDED for entry in self.entries):
+        if all(run.status in ENDED for run in self.runs):
             return "completed"
 
         return "failed" if self.failed and not self.interrupted else "interrupted"
 
     @property
-    def failed(self) -> list[Entry]:
+    def failed(self) -> list[SweepRun]:
         """Returns the runs that failed."""
-        return [entry for entry in self.entries if entry.status == "failed"]
+        return [run for run in self.runs if run.status == "failed"]
 
     def run(self, parallel: int) -> list[ArmResult]:
         """Checks every run, then runs those that are not complete, at most ``parallel`` at a time.
@@ -123,7 +123,7 @@ class Sweep:
         """
         with held(self.directory, "--name"):
             self._check(parallel)
-            with self._open_room(self.entries[0].run.config, parallel) as room:
+            with self._open_room(self.runs[0].config, parallel) as room:
                 self._require(room)
                 self._begin()
                 asyncio.run(self._run_all(room, parallel))
@@ -141,13 +141,13 @@ class Sweep:
 
         self._pin()
         before = errors_before(self.directory / FILE)
-        for entry in self.entries:
-            with _named(entry):
-                entry.status = _status_of(entry.run.config, parallel)
+        for run in self.runs:
+            with _named(run):
+                run.status = _status_of(run.config, parallel)
 
-            if entry.status == "waiting" and entry.run.name in before:
-                error = before[entry.run.name]
-                self._say(f"{entry.run.name}: failed before ({error}); it is tried again")
+            if run.status == "waiting" and run.name in before:
+                error = before[run.name]
+                self._say(f"{run.name}: failed before ({error}); it is tried again")
 
         if others := self._others():
             some = ", ".join(others[:_OTHERS_SHOWN]) + (", ..." if others[_OTHERS_SHOWN:] else "")
@@ -156,12 +156,12 @@ class Sweep:
                 f"this command: its table, {FILE} and its report leave them out ({some})"
             )
 
-        if done := sum(entry.status in ENDED for entry in self.entries):
-            self._say(f"{done} of {len(self.entries)} runs are complete")
+        if done := sum(run.status in ENDED for run in self.runs):
+            self._say(f"{done} of {len(self.runs)} runs are complete")
 
     def _others(self) -> list[str]:
         """Returns the names of runs of an earlier command, of which this one has not all arms or seeds."""
-        mine = {entry.directory.path for entry in self.entries}
+        mine = {run.directory.path for run in self.runs}
         runs = (config.parent for config in self.directory.glob("*/config.yaml"))
         return sorted(path.name for path in runs if path not in mine)
 
@@ -169,19 +169,18 @@ class Sweep:
         """Puts the same commits behind the names of models and data in all runs: those that the first
         run of the sweep began with.
         """
-        begun = [entry.directory for entry in self.entries if entry.directory.holds_a_run()]
+        begun = [run.directory for run in self.runs if run.directory.holds_a_run()]
         before = begun[0].config() if begun else None
-        for entry in self.entries:
-            with _named(entry):
-                config = pinned(entry.run.config, before)
+        for run in self.runs:
+            with _named(run):
+                run.config = pinned(run.config, before)
 
-            before = before or config
-            entry.run = replace(entry.run, config=config)
+            before = before or run.config
 
     def _require(self, room: Room) -> None:
-        for entry in self.entries:
-            with _named(entry):
-                require_capacity(plan(entry.run.config), room.nodes)
+        for run in self.runs:
+            with _named(run):
+                require_capacity(plan(run.config), room.nodes)
 
     async def _run_all(self, room: Room, parallel: int) -> None:
         """Runs what waits, as far as there is room; after a signal nothing more is begun."""
@@ -194,36 +193,36 @@ class Sweep:
                     await asyncio.wait(self._running)
 
     async def _take_turns(self, room: Room, parallel: int) -> None:
-        waiting = deque(entry for entry in self.entries if entry.status == "waiting")
+        waiting = deque(run for run in self.runs if run.status == "waiting")
 
         def is_next() -> bool:
             if not waiting or self.interrupted or len(self._running) == parallel:
                 return False
 
-            beside = [entry.run.config for entry in self._running.values()]
-            return not beside or room.has([*beside, waiting[0].run.config])
+            beside = [run.config for run in self._running.values()]
+            return not beside or room.has([*beside, waiting[0].config])
 
         while self._running or is_next():
             while is_next():
-                entry = waiting.popleft()
-                self._running[asyncio.create_task(self._run(entry, room))] = entry
+                run = waiting.popleft()
+                self._running[asyncio.create_task(self._run(run, room))] = run
 
             done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                entry = self._running.pop(task)
+                run = self._running.pop(task)
                 task.result()
-                self._tell(entry)
+                self._tell(run)
 
-    async def _run(self, entry: Entry, room: Room) -> None:
+    async def _run(self, run: SweepRun, room: Room) -> None:
         """Runs one run to its end."""
-        entry.status = "running"
-        self._say(f"{entry.run.name}: starts; its output is in {entry.log}")
+        run.status = "running"
+        self._say(f"{run.name}: starts; its output is in {run.log}")
         self._write("running")
-        with entry.log.open("ab") as log:
+        with run.log.open("ab") as log:
             start = log.tell()  # an earlier attempt may have written before it
             process = await asyncio.create_subprocess_exec(
                 *self._train,
-                str(self._config_of(entry)),
+                str(self._config_of(run)),
                 "--resume",
                 "auto",
                 *room.options,
@@ -234,13 +233,13 @@ class Sweep:
                 start_new_session=True,  # Ctrl-C of a terminal reaches it through the sweep
             )
 
-        self._processes[entry.run.name] = process
+        self._processes[run.name] = process
         if self.interrupted:
             process.send_signal(signal.SIGINT)
 
         code = await process.wait()
-        del self._processes[entry.run.name]
-        entry.status, entry.error = _outcome(entry, code, start)
+        del self._processes[run.name]
+        run.status, run.error = _outcome(run, code, start)
 
     def _interrupt(self) -> bool:
         """Passes a signal on to the runs: the first ends them after a step, the next at once."""
@@ -253,24 +252,24 @@ class Sweep:
         self.interrupted = True
         return True
 
-    def _tell(self, entry: Entry) -> None:
-        ended = sum(each.status not in ("waiting", "running") for each in self.entries)
-        why = f": {entry.error}; see {entry.log}" if entry.error else ""
-        self._say(f"{entry.run.name}: {entry.status}{why} ({ended} of {len(self.entries)} runs)")
+    def _tell(self, run: SweepRun) -> None:
+        ended = sum(each.status not in ("waiting", "running") for each in self.runs)
+        why = f": {run.error}; see {run.log}" if run.error else ""
+        self._say(f"{run.name}: {run.status}{why} ({ended} of {len(self.runs)} runs)")
         self._write("running")
 
     def _begin(self) -> None:
         """Writes the configs of the runs, and the first ``sweep.json``."""
-        for entry in self.entries:
-            entry.log.parent.mkdir(parents=True, exist_ok=True)
-            self._config_of(entry).parent.mkdir(exist_ok=True)
-            write_whole(self._config_of(entry), dump_config(entry.run.config))
+        for run in self.runs:
+            run.log.parent.mkdir(parents=True, exist_ok=True)
+            self._config_of(run).parent.mkdir(exist_ok=True)
+            write_whole(self._config_of(run), dump_config(run.config))
 
         self._write("running")
 
     def _end(self) -> list[ArmResult]:
         """Writes the last ``sweep.json`` and the report."""
-        shown = [entry.directory for entry in self.entries if entry.directory.num_steps()]
+        shown = [run.directory for run in self.runs if run.directory.num_steps()]
         if shown:
             try:
                 write_report([directory.path for directory in shown], self.report)
@@ -279,11 +278,11 @@ class Sweep:
 
         return self._write(self.status)
 
-    def _config_of(self, entry: Entry) -> Path:
-        return self.directory / "configs" / f"{entry.run.name}.yaml"
+    def _config_of(self, run: SweepRun) -> Path:
+        return self.directory / "configs" / f"{run.name}.yaml"
 
     def _write(self, status: str) -> list[ArmResult]:
-        return write_sweep(self.directory / FILE, self.entries, self._grids, status)
+        return write_sweep(self.directory / FILE, self.runs, self._grids, status)
 
 
 def _status_of(config: Config, parallel: int) -> Status:
@@ -356,15 +355,15 @@ def room_of(config: Config, parallel: int) -> Iterator[Room]:
 
 
 @contextmanager
-def _named(entry: Entry) -> Iterator[None]:
+def _named(run: SweepRun) -> Iterator[None]:
     """Lets a mistake in the block begin with the name of the run."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{entry.run.name}: {error}") from None
+        raise ConfigError(f"{run.name}: {error}") from None
 
 
-def _outcome(entry: Entry, code: int, start: int) -> tuple[Status, str | None]:
+def _outcome(run: SweepRun, code: int, start: int) -> tuple[Status, str | None]:
     """Returns what became of a run whose process has ended, and its error. Its output begins at byte
     ``start`` of the log.
     """
@@ -372,7 +371,7 @@ def _outcome(entry: Entry, code: int, start: int) -> tuple[Status, str | None]:
         return ("interrupted" if code else "completed"), None
 
     try:
-        summary = entry.directory.read_summary()
+        summary = run.directory.read_summary()
     except ConfigError as error:
         return "failed", str(error)
 
@@ -380,14 +379,14 @@ def _outcome(entry: Entry, code: int, start: int) -> tuple[Status, str | None]:
         return "collapsed", None
 
     if code < 0:
-        done = ("completed", entry.run.config.run.batches)
+        done = ("completed", run.config.run.batches)
         is_done = summary is not None and (summary.status, summary.steps) == done
-        if is_done and entry.run.config.run.upload is None:  # it had only to exit
+        if is_done and run.config.run.upload is None:  # it had only to exit
             return "completed", None
 
         return "failed", f"killed by {signal.Signals(-code).name}"
 
-    return "failed", _last_error(entry.log.read_bytes()[start:]) or f"exit code {code}"
+    return "failed", _last_error(run.log.read_bytes()[start:]) or f"exit code {code}"
 
 
 def _last_error(output: bytes) -> str:

@@ -115,7 +115,7 @@ def test_a_run_that_is_killed_while_it_uploads_is_not_complete(bench):
     bench.fates({"gate-never-seed-0": "be killed at the exit"})
     sweep = bench.sweep(f"run.upload=file://{bench.root}/elsewhere")
     sweep.run(1)
-    assert [entry.error for entry in sweep.failed] == ["killed by SIGTERM"]
+    assert [run.error for run in sweep.failed] == ["killed by SIGTERM"]
 
 
 def test_a_run_that_fails_is_named_and_tried_again_alone(bench):
@@ -124,7 +124,7 @@ def test_a_run_that_fails_is_named_and_tried_again_alone(bench):
     sweep.run(1)
     assert bench.began() == NAMES  # the others do not wait for it
     assert sweep.status == "failed"
-    assert {entry.run.name: entry.error for entry in sweep.failed} == {
+    assert {run.name: run.error for run in sweep.failed} == {
         "gate-never-seed-0": "no luck today",
         "gate-hard-seed-1": "killed by SIGKILL",
     }
@@ -288,7 +288,7 @@ def test_a_signal_ends_the_runs_softly_and_begins_no_other(bench):
     sweep = bench.sweep()
     sweep.run(1)
     assert sweep.status == "interrupted"
-    assert [entry.status for entry in sweep.entries] == [
+    assert [run.status for run in sweep.runs] == [
         "completed",
         "interrupted",
         "waiting",
@@ -342,7 +342,7 @@ def overlap(calls):
 def test_numbers_of_benchmarks_are_those_after_the_last_step(bench):
     sweep = bench.sweep(grid=None, seeds=(0,))
     sweep.run(1)
-    directory = sweep.entries[0].directory
+    directory = sweep.runs[0].directory
     made = {"name": "sums", "time": 5.0, "seconds": 1.0, "prompts": 2, "samples": 4}
     for step, phase, mean in [(2, "after", 0.3), (1, "after", 0.1), (2, "during", 0.2)]:
         measured = {"avg_at_n": Measurement(mean=mean)}
