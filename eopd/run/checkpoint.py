@@ -27,13 +27,14 @@ import shutil
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from pydantic import TypeAdapter
 
 from eopd.config.saved import read_saved
-from eopd.run.storage import StorageError, force
+from eopd.run.storage import force, needed, replaced
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
@@ -82,27 +83,16 @@ async def write_checkpoint(
         StorageError: it could not be written. It is removed, and the checkpoints before it are as
             they were.
     """
+    # one of this step that is there already is broken: training went back before it
     final = root / f"step-{state.step:06d}"
-    partial = root / f".{final.name}.partial"
+    advice = partial(_advice, root)
     remove_partial(root)
-
-    try:
-        partial.mkdir(parents=True)
-        await save(partial / "learner")
-        (partial / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+    with needed(final, advice), replaced(final) as made, needed(final, advice):
+        made.mkdir(parents=True)
+        await save(made / "learner")
+        (made / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         # generation continues while gigabytes are written to disk
-        await asyncio.to_thread(write_manifest, partial)
-        # a checkpoint of this step is broken: training went back before it
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        force(root)
-    except OSError as error:
-        failure = StorageError.of(final, error, _advice(root))
-        shutil.rmtree(partial, ignore_errors=True)
-        raise failure from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        await asyncio.to_thread(write_manifest, made)
 
     remove_old(root, keep_last, {*keep(), state.step})
     return final
@@ -130,20 +120,17 @@ def link_checkpoint(checkpoint: Path, root: Path) -> Path:
         FileNotFoundError: the original was removed meanwhile.
         OSError: it could not be written.
     """
-    partial, final = root / f".{checkpoint.name}.partial", root / checkpoint.name
-    try:
-        shutil.copytree(checkpoint, partial, copy_function=_link)
-    except OSError:
-        _require_whole(checkpoint)
-        raise
+    final = root / checkpoint.name
+    with replaced(final) as made:
+        try:
+            shutil.copytree(checkpoint, made, copy_function=_link)
+        except OSError:
+            _require_whole(checkpoint)
+            raise
 
-    _require_whole(partial)
+        _require_whole(made)
+        _force_directories(made)
 
-    for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-        force(path)
-
-    partial.rename(final)
-    force(root)
     return final
 
 
@@ -158,8 +145,7 @@ def write_manifest(directory: Path) -> None:
     entries = {str(path.relative_to(directory)): _entry(path) for path in files}
     (directory / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
     force(directory / MANIFEST)
-    for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory):
-        force(path)
+    _force_directories(directory)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -220,6 +206,11 @@ def _named(root: Path) -> list[Path]:
 def _require_whole(checkpoint: Path) -> None:
     if why := fault(checkpoint):
         raise FileNotFoundError(f"{checkpoint}: {why}")
+
+
+def _force_directories(root: Path) -> None:
+    for path in (*(path for path in root.rglob("*") if path.is_dir()), root):
+        force(path)
 
 
 def _link(source: str, target: str) -> None:

@@ -27,7 +27,7 @@ from eopd.config import ConfigError, RunConfig
 from eopd.daemon import in_daemon
 from eopd.run.checkpoint import MANIFEST, step_of
 from eopd.run.record import RUN_ID
-from eopd.run.storage import write_whole
+from eopd.run.storage import replaced, write_whole
 
 CHECKPOINTS: Final = "checkpoints"
 PROBE: Final = ".eopd-check-"
@@ -83,12 +83,8 @@ class Place:
     def get(self, name: str, local: Path) -> None:
         """Writes a file from there over the one that is here, whole or not at all."""
         local.parent.mkdir(parents=True, exist_ok=True)
-        partial = local.with_name(f".{local.name}.partial")
-        try:
-            self._fs.get_file(self._path(name), str(partial))
-            partial.rename(local)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replaced(local) as made:
+            self._fs.get_file(self._path(name), str(made))
 
     def remove(self, name: str) -> None:
         """Removes a file, where it is there."""

@@ -4,8 +4,8 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -49,18 +49,11 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
     Raises:
         StorageError: it could not be written; the file is as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with needed(path), replaced(path) as partial, needed(path):
         with partial.open("w", encoding="utf-8") as file:
             file.writelines([text] if isinstance(text, str) else text)
 
         force(partial)
-        partial.rename(path)
-        force(path.parent)
-    except OSError as error:
-        failure = StorageError.of(path, error, _ADVICE)
-        partial.unlink(missing_ok=True)
-        raise failure from error
 
 
 def append_kept(path: Path, record: Mapping[str, object]) -> None:
@@ -69,10 +62,8 @@ def append_kept(path: Path, record: Mapping[str, object]) -> None:
     Raises:
         StorageError: the disk did not take it.
     """
-    try:
+    with needed(path):
         append_jsonl(path, record)
-    except OSError as error:
-        raise StorageError.of(path, error, _ADVICE) from error
 
 
 def force_kept(path: Path) -> None:
@@ -81,26 +72,42 @@ def force_kept(path: Path) -> None:
     Raises:
         StorageError: the disk did not take it.
     """
-    try:
+    with needed(path):
         if path.exists():
             force(path)
-    except OSError as error:
-        raise StorageError.of(path, error, _ADVICE) from error
 
 
 @contextmanager
-def replaced(directory: Path) -> Iterator[Path]:
-    """Yields a directory to make and fill, which replaces ``directory`` at the end of the block; where
-    the block raises, the old one stays.
+def needed(path: Path, advice: Callable[[], str] = lambda: _ADVICE) -> Iterator[None]:
+    """Raises an ``OSError`` of the block as a ``StorageError`` about ``path``. Around ``replaced`` this
+    is for the renaming; inside of it, the free space is that before anything is removed.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield
+    except OSError as error:
+        raise StorageError.of(path, error, advice()) from error
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yields where to make a file or a directory, which replaces the one at ``path`` at the end of the
+    block; where the block raises, the old one stays.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    _remove(partial)
     try:
         yield partial
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+        shutil.rmtree(path, ignore_errors=True)  # a file is replaced by the renaming
+        partial.rename(path)
+        force(path.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
 
 
 def force(path: Path) -> None:
