@@ -21,7 +21,7 @@ from typing import Never
 from eopd.roles import EngineDownError, EngineLink, LearnerDownError, SenderLink
 from eopd.types import PolicyVersion, PublishStats
 from eopd.weights.probe import Probe
-from eopd.weights.sync import Connection, Lose, Sync, WeightSyncError
+from eopd.weights.sync import Sync, WeightSyncError
 
 
 class BroadcastChannel:
@@ -43,18 +43,22 @@ class BroadcastChannel:
         engines: Mapping[int, EngineLink],
         *,
         probe: Probe,
-        lose: Lose,
+        lose: Callable[[int, str], None],
         connect_timeout_s: float,
         timeout_s: float,
     ) -> None:
-        self._connection = Connection(
-            sender, probe, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s
+        self._sync = Sync(
+            sender,
+            probe,
+            lost=self._lost,
+            connect_timeout_s=connect_timeout_s,
+            timeout_s=timeout_s,
         )
+        self._verify_every = probe.every
         self._lose = lose
         self._engines = dict(engines)
         self._newcomers: dict[int, EngineLink] = {}
         self._refused: dict[int, str] = {}
-        self._sync: Sync | None = None
         self._lock = asyncio.Lock()
         self._num_published = 0
         self._sender_loss: LearnerDownError | None = None
@@ -63,11 +67,11 @@ class BroadcastChannel:
     @property
     def num_failures(self) -> int:
         """The number of transfers, installations and probes that failed."""
-        return self._connection.num_failures
+        return self._sync.num_failures
 
     def status(self) -> str:
         """Returns for people what goes on."""
-        doing = self._connection.doing if self._lock.locked() else "idle"
+        doing = self._sync.doing if self._lock.locked() else "idle"
         return f"{doing}, {len(self._engines)} engines"
 
     async def publish(
@@ -82,11 +86,9 @@ class BroadcastChannel:
             LearnerDownError: the sender is lost.
         """
         async with self._lock:
-            interval = self._connection.probe.every
-            verify = interval > 0 and self._num_published % interval == 0
-            stats = await self._bring_up_to_date(
-                dict(self._engines), verify=verify, lose=self._lose, on_sent=on_sent
-            )
+            every = self._verify_every
+            verify = every > 0 and self._num_published % every == 0
+            stats = await self._sync.run(dict(self._engines), verify=verify, on_sent=on_sent)
             self._num_published += 1
 
         if stats.version != version:
@@ -108,7 +110,7 @@ class BroadcastChannel:
         try:
             async with self._lock:
                 # otherwise the transfer of another newcomer included it, or it was dropped
-                if number in self._newcomers and self._waits(number):
+                if self._newcomers.get(number) is engine:
                     await self._take_in()
         except LearnerDownError as error:
             self._sender_loss = error
@@ -139,49 +141,31 @@ class BroadcastChannel:
 
     def disconnect(self) -> None:
         """Have the group built again before the next transfer, since the sender is another."""
-        self._connection.group = {}
+        self._sync.group = {}
         self._is_sender_lost.clear()
 
     async def _take_in(self) -> None:
         """Bring all newcomers that wait to the learner's version; note why others cannot be."""
-        arrived = {
-            number: self._newcomers[number] for number in filter(self._waits, self._newcomers)
-        }
-        await self._bring_up_to_date(
-            arrived, verify=self._connection.probe.every > 0, lose=self._refused.__setitem__
-        )
+        arrived = dict(self._newcomers)
+        await self._sync.run(arrived, verify=self._verify_every > 0)
         self._engines |= arrived
+        waiting = self._newcomers.items()
+        self._newcomers = {
+            number: engine for number, engine in waiting if arrived.get(number) is not engine
+        }
 
-    def _waits(self, number: int) -> bool:
-        """Returns whether a newcomer is neither taken in nor refused."""
-        is_in = self._engines.get(number) is self._newcomers[number]
-        return not is_in and number not in self._refused
-
-    async def _bring_up_to_date(
-        self,
-        engines: dict[int, EngineLink],
-        *,
-        verify: bool,
-        lose: Lose,
-        on_sent: Callable[[], None] = lambda: None,
-    ) -> PublishStats:
-        """Bring ``engines`` to the learner's version.
-
-        Those that cannot be are taken out of the mapping, and ``lose`` is called for them.
-        """
-
-        def lost(number: int, reason: str) -> None:
-            self._forget(number)
-            lose(number, reason)
-
-        self._sync = Sync(self._connection, engines, lost, on_sent)
-        return await self._sync.run(verify=verify)
+    def _lost(self, number: int, reason: str) -> None:
+        """Takes out an engine that cannot be brought to the learner's version."""
+        has_joined = number not in self._newcomers
+        self._forget(number)
+        if has_joined:
+            self._lose(number, reason)
+        else:
+            self._refused[number] = reason
 
     def _forget(self, number: int) -> None:
         self._engines.pop(number, None)
         self._newcomers.pop(number, None)
-        if self._sync is not None:
-            self._sync.engines.pop(number, None)
-
-        if number in self._connection.group:
-            self._connection.group = {}
+        self._sync.engines.pop(number, None)
+        if number in self._sync.group:
+            self._sync.group = {}

@@ -30,7 +30,6 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from eopd.roles import EngineDownError, EngineLink, LearnerDownError, SenderLink
@@ -39,7 +38,6 @@ from eopd.types import Float32Array, PolicyVersion, PublishStats, WeightTransfer
 from eopd.weights.probe import Probe, ProbeError, compare_probe
 
 T = TypeVar("T")
-Lose = Callable[[int, str], None]  # the number of an engine, and why it is lost
 
 PROBE_S = 30.0  # a full engine may have no seat for the probe: then it is not compared this time
 PING_S = 10.0  # an engine that does not answer with its version within this time is lost
@@ -50,63 +48,62 @@ class WeightSyncError(RuntimeError):
     """The weights cannot be brought to the engines, though all are alive; names the last cause."""
 
 
-@dataclass(slots=True)
-class Connection:
-    """A connection is what the syncs of one channel share: a sender, and the engines that it reaches.
-
-    ``group`` has the engines that are connected to the sender now, ``num_failures`` counts, and
-    ``doing`` is for people.
-    """
-
-    sender: SenderLink
-    probe: Probe
-    connect_timeout_s: float = field(kw_only=True)
-    timeout_s: float = field(kw_only=True)
-    group: Mapping[int, EngineLink] = field(default_factory=dict)
-    num_failures: int = 0
-    doing: str = "idle"
-
-
 class Sync:
-    """A sync brings the learner's version to ``engines``, by number.
+    """Syncs bring the learner's version to engines, one sync after the other.
 
-    Args:
-        connection: what it shares with the syncs before and after it.
-        engines: whoever is dropped meanwhile is taken out, here or by the channel.
-        lost: called with the number of an engine that cannot be brought there, and the reason; it
-            takes the engine out.
-        on_sent: called when the learner has sent its weights, each time that it has to.
+    ``engines`` has those of the sync under way by number: whoever is dropped meanwhile is taken out,
+    here or by the channel. ``group`` has those that are connected to the sender now, and ``doing`` is
+    for people. ``lost`` is called with the number of an engine that cannot be brought there, and the
+    reason; it takes the engine out.
     """
 
     def __init__(
         self,
-        connection: Connection,
-        engines: dict[int, EngineLink],
-        lost: Lose,
-        on_sent: Callable[[], None],
+        sender: SenderLink,
+        probe: Probe,
+        *,
+        lost: Callable[[int, str], None],
+        connect_timeout_s: float,
+        timeout_s: float,
     ) -> None:
-        self.engines = engines
-        self._connection = connection
+        self.engines: dict[int, EngineLink] = {}
+        self.group: Mapping[int, EngineLink] = {}
+        self.num_failures = 0
+        self.doing = "idle"
+        self._sender = sender
+        self._probe = probe
         self._lost = lost
-        self._on_sent = on_sent
-        self._forgiven: set[int] = set()  # had a fault before
+        self._on_sent: Callable[[], None] = lambda: None
+        self._connect_timeout_s = connect_timeout_s
+        self._timeout_s = timeout_s
+        self._forgiven: set[int] = set()  # had a fault before, in this sync
         self._faults: dict[int, str] = {}  # of the transfer of this round, by engine
         self._cause = ""  # of the last failure
 
-    async def run(self, *, verify: bool) -> PublishStats:
-        """Brings the engines to the learner's version, and compares them with it if ``verify``.
+    async def run(
+        self,
+        engines: dict[int, EngineLink],
+        *,
+        verify: bool,
+        on_sent: Callable[[], None] = lambda: None,
+    ) -> PublishStats:
+        """Brings engines to the learner's version, and compares them with it if ``verify``. Whoever
+        cannot be brought there is taken out of the mapping. ``on_sent`` is called when the learner has
+        sent its weights, each time that it has to.
 
         Raises:
             WeightSyncError: ``MAX_ROUNDS`` transfers failed.
             LearnerDownError: the sender is lost.
         """
-        connection = self._connection
-        connection.doing = "waiting for the learner"
-        async with connection.sender.reserved():
-            version, started = await connection.sender.version(), time.monotonic()
+        self.engines, self._on_sent = engines, on_sent
+        self._forgiven.clear()
+        self._faults.clear()
+        self.doing = "waiting for the learner"
+        async with self._sender.reserved():
+            version, started = await self._sender.version(), time.monotonic()
             expected = None
             if verify and self.engines:
-                expected = await connection.sender.probe(connection.probe.token_ids)
+                expected = await self._sender.probe(self._probe.token_ids)
 
             for _ in range(MAX_ROUNDS):
                 if not self.engines:
@@ -141,8 +138,8 @@ class Sync:
         except (WeightTransferError, EngineDownError, TimeoutError, OSError) as error:
             self._cause = self._cause or first_line(error)
 
-        self._connection.num_failures += 1
-        self._connection.group = {}
+        self.num_failures += 1
+        self.group = {}
         for number, reason in self._faults.items():
             self._forgive_once(number, reason)
 
@@ -164,25 +161,24 @@ class Sync:
         """
         self._cause = ""
         # who waits for the learner's next call has a limit of time
-        async with self._connection.sender.undisturbed():
-            if self._connection.group != self.engines:
+        async with self._sender.undisturbed():
+            if self.group != self.engines:
                 await self._connect()
 
             num_bytes = await self._send()
 
-        self._connection.doing = "checking what arrived"
-        checks = await self._each(lambda engine: engine.check_weights(), self._connection.timeout_s)
+        self.doing = "checking what arrived"
+        checks = await self._each(lambda engine: engine.check_weights(), self._timeout_s)
         self._raise_first(checks, "it did not receive the weights")
 
         return num_bytes
 
     async def _connect(self) -> None:
         """Build a group of the sender and the engines."""
-        connection = self._connection
         members = dict(self.engines)  # one of them may be dropped meanwhile
-        connection.doing = "building the group"
-        infos = await connection.sender.open(len(members), secrets.token_hex(16))
-        accepting = asyncio.ensure_future(connection.sender.accept())
+        self.doing = "building the group"
+        infos = await self._sender.open(len(members), secrets.token_hex(16))
+        accepting = asyncio.ensure_future(self._sender.accept())
 
         async def connect(number: int, info: Mapping[str, object]) -> None:
             try:
@@ -197,7 +193,7 @@ class Sync:
         joins = [connect(number, info) for number, info in zip(members, infos, strict=True)]
 
         try:
-            await _together(connection.connect_timeout_s, accepting, *joins)
+            await _together(self._connect_timeout_s, accepting, *joins)
         except WeightTransferError as error:
             self._attribute(error, "it did not connect", list(members))
             raise
@@ -205,17 +201,17 @@ class Sync:
         if self.engines != members:
             raise WeightTransferError("an engine was dropped while the group was built")
 
-        connection.group = members
+        self.group = members
 
     async def _send(self) -> int:
         """Has the engines receive what the sender sends; returns the bytes."""
-        self._connection.doing = "sending"
-        members = list(self._connection.group)  # one that is dropped meanwhile ends the group
-        starts = await self._each(lambda engine: engine.begin_weights(), self._connection.timeout_s)
+        self.doing = "sending"
+        members = list(self.group)  # one that is dropped meanwhile ends the group
+        starts = await self._each(lambda engine: engine.begin_weights(), self._timeout_s)
         self._raise_first(starts, "it could not begin to receive")
 
         try:
-            num_bytes = await self._connection.sender.send()
+            num_bytes = await self._sender.send()
         except WeightTransferError as error:
             self._attribute(error, "it left a weight transfer", members)
             raise
@@ -237,13 +233,13 @@ class Sync:
 
             return pause_s
 
-        self._connection.doing = "installing"
-        answers = await self._each(install, self._connection.timeout_s)
+        self.doing = "installing"
+        answers = await self._each(install, self._timeout_s)
         longest_s = 0.0
 
         for number, answer in answers.items():
             if isinstance(answer, BaseException):
-                self._connection.num_failures += 1
+                self.num_failures += 1
                 self._lose(number, f"installing weights failed: {answer or type(answer).__name__}")
             else:
                 longest_s = max(longest_s, answer)
@@ -256,9 +252,8 @@ class Sync:
         Returns:
             The differences in nats; None where the weights are to be sent to an engine once more.
         """
-        probe = self._connection.probe
-        self._connection.doing = "probing"
-        answers = await self._each(lambda engine: engine.probe(probe.token_ids), PROBE_S)
+        self.doing = "probing"
+        answers = await self._each(lambda engine: engine.probe(self._probe.token_ids), PROBE_S)
         gaps, send_again = [], False
 
         for number, answer in answers.items():
@@ -271,9 +266,9 @@ class Sync:
                 continue
 
             try:
-                gaps.append(compare_probe(answer, expected, dtype=probe.dtype))
+                gaps.append(compare_probe(answer, expected, dtype=self._probe.dtype))
             except ProbeError as error:
-                self._connection.num_failures += 1
+                self.num_failures += 1
                 send_again |= self._forgive_once(number, str(error))
 
         return None if send_again else gaps
