@@ -20,8 +20,6 @@ class RunGuard:
         on_collapse: ``guard.on_collapse``.
         directory: where the rows of the run so far are.
         say: is called with messages for people.
-        spare: is called with the step of the checkpoint to go back to from a collapse under way, or
-            with None where there is none.
     """
 
     def __init__(
@@ -29,20 +27,16 @@ class RunGuard:
         on_collapse: OnCollapse,
         directory: RunDirectory,
         say: Callable[[str], None],
-        spare: Callable[[int | None], None],
     ) -> None:
         self._on_collapse = on_collapse
         self._directory = directory
         self._say = say
-        self._spare = spare
         self._guard = Guard()
 
     def go_on_from(self, step: int) -> None:
         """Reads the rows of the run up to a step; what it read before is forgotten."""
         if self._on_collapse != "off":
             self._guard = guard_at(self._directory, step)
-            collapse = self._guard.collapse
-            self._spare(None if collapse is None else checkpoint_before(self._directory, collapse))
 
     def take(self, row: Row) -> Mapping[str, float]:
         """Reads the row of a step, and says that a collapse has begun with it; returns what the
@@ -52,13 +46,15 @@ class RunGuard:
             return {}
 
         begins = self._guard.take(row)
-        if (collapse := self._guard.collapse) is None:
-            self._spare(None)
-        elif begins:
-            self._spare(checkpoint_before(self._directory, collapse))
+        if (collapse := self._guard.collapse) is not None and begins:
             self._say(f"{collapse}. {advice(self._directory, collapse)}")
 
         return {"eopd_collapse": float(collapse is not None)}
+
+    def spared(self) -> int | None:
+        """Returns the step of the checkpoint to go back to from a collapse under way, or None."""
+        collapse = self._guard.collapse
+        return None if collapse is None else checkpoint_before(self._directory, collapse)
 
     @property
     def ending(self) -> Collapse | None:

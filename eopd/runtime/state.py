@@ -7,7 +7,7 @@ summary.
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from eopd.config.benchmark import HELD_OUT
@@ -57,7 +57,8 @@ class RunState:
         self._checkpointing = taken_up.config.checkpoint
         self._evaluation = taken_up.config.evaluation
         self._candidates: set[int] = set()  # steps whose measurement is not known yet
-        self._spared: int | None = None  # the step to go back to from a collapse under way
+        # returns the step of a checkpoint to go back to, which stays whatever ``keep_last`` says
+        self.spared: Callable[[], int | None] = lambda: None
         self._goes_on = taken_up.checkpoint is None
         self.checkpoint = taken_up.checkpoint  # what a learner starts from; None at the beginning
 
@@ -150,12 +151,6 @@ class RunState:
         """Keeps no checkpoint any more for measurements of these names, which will not come."""
         if self._compared in names:
             self._candidates.clear()
-
-    def spare(self, step: int | None) -> None:
-        """Keeps the checkpoint of a step, whatever ``checkpoint.keep_last`` says, until it is told
-        another one, or None.
-        """
-        self._spared = step
 
     @property
     def is_due(self) -> bool:
@@ -278,8 +273,8 @@ class RunState:
         ``checkpoint.every`` asks for.
         """
         needed = self.uploads.needed()
-        if self._spared is not None:
-            needed.add(self._spared)
+        if (spared := self.spared()) is not None:
+            needed.add(spared)
 
         if self._compared is None:
             return needed

@@ -226,7 +226,8 @@ class Training:
             watchdog.step,
         )
         self._pipeline: Pipeline | None = None  # while it trains
-        self._guard = RunGuard(config.guard.on_collapse, state.directory, outlets.say, state.spare)
+        self._guard = RunGuard(config.guard.on_collapse, state.directory, outlets.say)
+        state.spared = self._guard.spared
         self._has_told_of_rewards = False
 
     @property

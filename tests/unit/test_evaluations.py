@@ -198,12 +198,12 @@ async def test_the_checkpoint_from_before_a_collapse_stays_as_long_as_that_lasts
     """Also when a measurement after it removes what is needless."""
     state = begin(config(keep_best, "checkpoint.keep_last=1"))
     await measured(state, {10: 0.1, 20: 0.2})
-    state.spare(20)
+    state.spared = lambda: 20
     await measured(state, {30: 0.3, 40: 0.4})
     state.record(evaluation(40, 0.9, phase="after"))
     assert steps(state) == [20, 40]
 
-    state.spare(None)
+    state.spared = lambda: None
     await measured(state, {50: 0.95})
     assert steps(state) == [50]
 

@@ -201,7 +201,7 @@ def run(tmp_path):
 
 
 def guard_of(directory, on_collapse, said, *, at):
-    guard = RunGuard(on_collapse, directory, said.append, spare=lambda step: None)
+    guard = RunGuard(on_collapse, directory, said.append)
     guard.go_on_from(at)
     return guard
 
@@ -221,19 +221,19 @@ async def test_a_run_is_warned_once_and_every_row_shows_it(run):
 
 
 async def test_the_checkpoint_to_go_back_to_is_spared_as_long_as_a_collapse_lasts(run):
-    rows, spared = list(rows_of((SOUND, 20), (SICK, 20), (SOUND, 20))), [None]
+    rows = list(rows_of((SOUND, 20), (SICK, 20), (SOUND, 20)))
     directory = await run(rows, 10, 15, 30)
-    guard = RunGuard("warn", directory, print, spared.append)
+    guard = RunGuard("warn", directory, print)
     guard.go_on_from(0)
-    then = [guard.take(numbers) and spared[-1] for numbers in rows]
+    then = [guard.take(numbers) and guard.spared() for numbers in rows]
     recovered = then.index(None, 29)
     assert recovered > 40, "the sick steps end with 40"
     assert then == [None] * 29 + [15] * (recovered - 29) + [None] * (60 - recovered)
 
     guard.go_on_from(35)
-    assert spared[-1] == 15
+    assert guard.spared() == 15
     guard.go_on_from(20)
-    assert spared[-1] is None
+    assert guard.spared() is None
 
 
 async def test_the_guard_ends_a_run_that_asks_for_it(run):
