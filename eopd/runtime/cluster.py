@@ -100,21 +100,16 @@ def require_room(
     """
     wait_s = 0.0 if cluster_address(config) == LOCAL else config.wait_s
     until = time.monotonic() + wait_s
-    try:
-        return _settle(roles)
-    except ConfigError as error:
-        if not wait_s:
-            raise
-
-        say(f"waiting for room, for up to {wait_s:g} s (cluster.wait_s): {error}")
-
     while True:
-        _wait_for_room(roles, until)
         try:
             return _settle(roles)
-        except ConfigError:  # also where somebody else was quicker
+        except ConfigError as error:  # also where somebody else was quicker
             if time.monotonic() > until:
                 raise
+
+            say(f"waiting for room, for up to {wait_s:g} s (cluster.wait_s): {error}")
+
+        _wait_for_room(roles, until)
 
 
 def _settle(roles: Sequence[RoleResources]) -> None:
