@@ -119,7 +119,9 @@ class WeightChannel(Protocol):
 class SenderLink(Protocol):
     """The learner gang's ``WeightSender``, seen from the driver."""
 
+    @property
     def reserved(self) -> AbstractAsyncContextManager[object]: ...  # noqa: D102 - no step comes between its calls
+    @property
     def undisturbed(self) -> AbstractAsyncContextManager[object]: ...  # noqa: D102 - nor a part of one
     async def version(self) -> PolicyVersion: ...  # noqa: D102
     async def open(self, engines: int, secret: str) -> Sequence[Mapping[str, object]]: ...  # noqa: D102

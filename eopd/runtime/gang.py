@@ -51,8 +51,11 @@ class LearnerGang:
         self._driver = driver  # the holder of the run directory, where the ranks write there
         self._timeout_s = config.learner.timeout_s
         self.give_way: Callable[[int], AbstractContextManager[None]] = lambda number: nullcontext()
-        self._reserved = asyncio.Lock()
-        self._working = asyncio.Lock()  # the ranks hold one share at a time
+        # a weight sync holds it, so that no step comes between its calls
+        self.reserved = asyncio.Lock()
+        # and this one while it sends, so that none of its calls waits for a part of a batch, which may
+        # take longer than the engines wait; the ranks hold one share at a time
+        self.undisturbed = asyncio.Lock()
         self._actors: list[ActorHandle] = []
 
     async def start(self, incarnation: int) -> None:
@@ -68,7 +71,7 @@ class LearnerGang:
         for actor in self._actors:
             ray.kill(actor)  # so that a call that still holds the gang fails at once
 
-        async with self._reserved:
+        async with self.reserved:
             await self._start(incarnation)
 
     async def _start(self, incarnation: int) -> None:
@@ -105,44 +108,34 @@ class LearnerGang:
             for ping in pings:
                 ping.cancel()
 
-    def reserved(self) -> asyncio.Lock:
-        """Returns the lock that a weight sync holds, so that no step comes between its calls."""
-        return self._reserved
-
-    def undisturbed(self) -> asyncio.Lock:
-        """Returns the lock that a weight sync holds while it sends, so that none of its calls waits for
-        a part of a batch, which may take longer than the engines wait.
-        """
-        return self._working
-
     async def accumulate(self, part: PackedBatch) -> None:
         """Adds up gradients. No weights change, so that a sync may be under way that has sent them."""
         await self._work("accumulate", part)
 
     async def step(self, batch: PackedBatch) -> LearnerStats:  # noqa: D102
-        async with self._reserved:
+        async with self.reserved:
             return await self._work("step", batch)  # type: ignore[return-value]
 
     async def evaluate(self, batch: PackedBatch) -> EvalStats:  # noqa: D102
-        async with self._reserved:
+        async with self.reserved:
             return await self._work("evaluate", batch)  # type: ignore[return-value]
 
     async def _work(self, method: str, batch: PackedBatch) -> object:
-        async with self._working:
+        async with self.undisturbed:
             await self._hand_over(batch)
             return (await self._each(method))[0]
 
     async def save(self, directory: Path) -> None:  # noqa: D102
-        async with self._reserved:
+        async with self.reserved:
             await self._each("save", directory)
 
     async def load(self, directory: Path, *, fresh_optimizer: bool = False) -> None:  # noqa: D102
-        async with self._reserved:
+        async with self.reserved:
             await self._each("load", directory, fresh_optimizer)
 
     async def export(self, directory: Path, adapter: Path) -> None:
         """Write the student as a Hugging Face directory, and with LoRA its adapter."""
-        async with self._reserved:
+        async with self.reserved:
             await self._each("export", directory, adapter)
 
     async def version(self) -> PolicyVersion:

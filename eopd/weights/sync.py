@@ -99,7 +99,7 @@ class Sync:
         self._forgiven.clear()
         self._faults.clear()
         self.doing = "waiting for the learner"
-        async with self._sender.reserved():
+        async with self._sender.reserved:
             version, started = await self._sender.version(), time.monotonic()
             expected = None
             if verify and self.engines:
@@ -161,7 +161,7 @@ class Sync:
         """
         self._cause = ""
         # who waits for the learner's next call has a limit of time
-        async with self._sender.undisturbed():
+        async with self._sender.undisturbed:
             if self.group != self.engines:
                 await self._connect()
 

@@ -4,7 +4,7 @@ own process.
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -89,10 +89,7 @@ class Sender:
         )
         self.model, self.corrupts, self.held = model, False, PolicyVersion(0, 1)
 
-    def reserved(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    undisturbed = reserved
+    reserved = undisturbed = nullcontext()
 
     async def version(self):
         return self.held

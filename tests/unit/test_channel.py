@@ -22,13 +22,7 @@ class FakeSender:
     def __init__(self, failures: int = 0, error: Exception | None = None) -> None:
         self.failures, self.error = failures, error
         self.held, self.groups, self.probed = NEW, [], 0
-        self.working = asyncio.Lock()
-
-    def reserved(self):
-        return nullcontext()
-
-    def undisturbed(self):
-        return self.working
+        self.reserved, self.undisturbed = nullcontext(), asyncio.Lock()
 
     async def version(self):
         return self.held
@@ -130,18 +124,18 @@ async def test_nothing_that_the_learner_works_on_delays_a_transfer():
     class Watching(FakeEngine):
         async def _call(self, name):
             await super()._call(name)
-            held.append((name, sender.working.locked()))
+            held.append((name, sender.undisturbed.locked()))
 
     held, sent = [], []
     sender = FakeSender()
     channel = channel_of(sender, Watching())
-    await sender.working.acquire()  # a part is under way
+    await sender.undisturbed.acquire()  # a part is under way
     joining = asyncio.create_task(
-        channel.publish(NEW, lambda: sent.append(sender.working.locked()))
+        channel.publish(NEW, lambda: sent.append(sender.undisturbed.locked()))
     )
     await asyncio.sleep(0.01)
     assert held == []
-    sender.working.release()
+    sender.undisturbed.release()
     await joining
     assert held[:4] == [("connect", True), ("receive", True), ("check", False), ("install", False)]
     assert sent == [True], "whoever goes on then waits for a moment"

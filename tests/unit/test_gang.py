@@ -127,7 +127,7 @@ async def test_gradients_add_up_while_weights_are_on_their_way_and_a_step_waits(
 
     gang._actors = [rank] = [Working()]
     part = pack_batch([Stored(fakes.header(), None)], steps=1, ranks=1, token_budget=99, alpha=1.0)
-    async with gang.reserved():
+    async with gang.reserved:
         stepping = asyncio.create_task(gang.step(part))
         await asyncio.gather(gang.accumulate(part), gang.accumulate(part))
         assert rank.done == ["take", "accumulate"] * 2
