@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -200,23 +200,17 @@ class LearnerGang:
 
     async def _dead_rank(self) -> int | None:
         """Returns the first rank that is known to be dead; None if all answer, or time is over."""
+        pings = [asyncio.ensure_future(_begun(actor)) for actor in self._actors]
+        try:
+            done, _ = await asyncio.wait(
+                pings, timeout=_REPORT_S, return_when=asyncio.FIRST_EXCEPTION
+            )
+        finally:
+            for ping in pings:
+                ping.cancel()
 
-        async def is_dead(rank: int, actor: ActorHandle) -> int | None:
-            try:
-                await _begun(actor)
-            except LearnerDownError:
-                return rank
-
-            return None
-
-        pings = [is_dead(rank, actor) for rank, actor in enumerate(self._actors)]
-
-        with suppress(TimeoutError):
-            for ping in asyncio.as_completed(pings, timeout=_REPORT_S):
-                if (rank := await ping) is not None:
-                    return rank
-
-        return None
+        dead = [rank for rank, ping in enumerate(pings) if ping in done and ping.exception()]
+        return min(dead, default=None)
 
 
 async def _begun(actor: ActorHandle) -> None:
