@@ -223,7 +223,9 @@ async def _all_up(
     finally:
         for task in tasks:
             task.cancel()
-            task.add_done_callback(_hear)
+
+        # the first failure is the one that is told
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _require_started(name: str, error: BaseException | None, logs: str) -> None:
@@ -237,14 +239,6 @@ def _require_started(name: str, error: BaseException | None, logs: str) -> None:
         cause = getattr(error, "cause", None) or error
         reason = f"{type(cause).__name__}: {first_line(cause)}"
         raise StartError(f"the {name} did not start: {reason}; logs in {logs}")
-
-
-def _hear(task: asyncio.Future[object]) -> None:
-    """Take what a task ended with, so that asyncio does not print it: the first failure is
-    the one that is told.
-    """
-    if not task.cancelled():
-        task.exception()
 
 
 @asynccontextmanager
