@@ -86,6 +86,7 @@ class Started:
         copied = self.folder / "slurm_script"
         shutil.copy(SLURM / script, copied)
         defaults = {"EXIT_CODE": "130", "ENDS_AT_ONCE": "", "HANGS": "", "HEAD_FAILS": ""}
+        defaults["LEAST_SECONDS"] = "0"
         slurm = {
             "SLURM_JOB_ID": "42",
             "SLURM_JOB_NUM_NODES": str(nodes),
@@ -131,6 +132,26 @@ def test_a_job_whose_time_is_up_ends_with_a_checkpoint_and_is_queued_again(scrip
     assert job.calls()[-1] == "scontrol requeue 42"
     assert job.calls().index("eopd got USR1") > job.calls().index(TRAIN)
     assert (code, "job 42 is queued again" in written) == (130, True)
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
+def test_a_job_whose_time_is_up_at_once_is_not_queued_again_for_ever(script, job):
+    job.start(script, LEAST_SECONDS="1800")
+    job.until(TRAIN)
+    time.sleep(0.2)
+    job.process.send_signal(signal.SIGUSR1)
+    code, written = job.end()
+    assert (code, "job 42 is not queued again. Submit it with a --time" in written) == (130, True)
+    assert "scontrol requeue 42" not in job.calls()
+
+
+def test_a_time_that_is_up_while_nodes_join_ends_ray(job):
+    job.start("many-nodes.sbatch", nodes=4)
+    job.until("ray status")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.end()[0] == 130
+    assert {"head ended", "scontrol requeue 42"} <= set(job.calls())
+    assert TRAIN not in job.calls()
 
 
 def test_the_time_that_is_up_twice_is_handed_on_twice(job):
