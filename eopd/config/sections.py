@@ -427,8 +427,8 @@ class ClusterConfig(Section):
     docs/configuration.md#the-machine says which addresses work.
     """
 
-    cpus: float | None = Field(None, gt=0.0, le=100_000.0)
-    """The CPUs of the Ray that the run starts. ``null`` takes those of the machine."""
+    cpus: int | None = Field(None, ge=1, le=100_000)
+    """The CPUs of the Ray that the run starts, a whole number. ``null`` takes those of the machine."""
 
     wait_s: float = Field(0.0, ge=0.0, le=1e7)
     """The seconds to wait, before anything is started, for room in a cluster that is joined: until

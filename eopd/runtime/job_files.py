@@ -83,16 +83,19 @@ def files_of_job(
 
 
 def _require_paths_of_the_cluster(leaves: Mapping[str, object]) -> None:
-    """Checks that the run directory and the models lie where the nodes see them, and not in the
+    """Checks that what a job writes and the models lie where the nodes see them, and not in the
     job's copy of the working directory, which is removed with the job.
     """
-    faults = []
-    directory = str(leaves.get("run.directory") or "runs")
-    if _is_relative(directory):
-        faults.append(
-            f"run.directory: {directory} is relative, so a job would write into its copy of the "
-            f"working directory, which is removed with it; {_SHARED}"
-        )
+    written = {
+        "run.directory": str(leaves.get("run.directory") or "runs"),
+        "telemetry.discovery": str(leaves.get("telemetry.discovery") or "/"),
+    }
+    faults = [
+        f"{key}: {folder} is relative, so a job would write into its copy of the working "
+        f"directory, which is removed with it; {_SHARED}"
+        for key, folder in written.items()
+        if _is_relative(folder)
+    ]
 
     for key, value in leaves.items():
         if not isinstance(value, str) or not _is_relative(value):

@@ -82,6 +82,7 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
+        partial.chmod(0o644)  # Prometheus is another user
         os.replace(partial, path)
     except OSError as error:
         raise ConfigError(

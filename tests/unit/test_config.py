@@ -775,7 +775,11 @@ def test_alpha_grows_linearly_over_its_warm_up(path):
         ),
         (
             "cluster.cpus=-1",
-            "cluster.cpus: must be a number above 0, at most 100000, or null (is -1)",
+            "cluster.cpus: must be a whole number from 1 to 100000, or null (is -1)",
+        ),
+        (
+            "cluster.cpus=0.5",  # Ray has whole ones alone
+            "cluster.cpus: must be a whole number from 1 to 100000, or null (is 0.5)",
         ),
         (
             "learner.peak_flops=989",

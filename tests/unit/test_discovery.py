@@ -1,6 +1,7 @@
 """The file by which Prometheus finds a run: what is in it, and when it is there."""
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -28,6 +29,16 @@ def test_a_file_has_the_target_while_the_block_runs(tmp_path: Path) -> None:
         }
 
     assert list(folder.iterdir()) == []
+
+
+def test_every_user_may_read_the_file_as_the_one_of_prometheus_must(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with announced(tmp_path, "127.0.0.1:9400", RUN, {"run": "r"}):
+            (path,) = tmp_path.glob("*.json")
+            assert path.stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
 
 
 def test_the_file_of_a_process_that_failed_stays(tmp_path: Path) -> None:

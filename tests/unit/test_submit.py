@@ -200,6 +200,7 @@ def test_the_program_itself_is_not_uploaded_from_its_checkout(monkeypatch):
     [
         ("run.directory=runs", "run.directory: runs is relative, so a job would write into its"),
         ("run.directory=./x", "run.directory: ./x is relative"),
+        ("telemetry.discovery=targets", "telemetry.discovery: targets is relative, so a job would"),
         (
             "student.model=models/s",
             "student.model: models/s is a relative path, and models are not",

@@ -8,6 +8,8 @@ import resource
 import shutil
 import socket
 import subprocess
+import threading
+import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from eopd.config import ConfigError, load_config
 from eopd.run.record import Row, append_jsonl
 from eopd.runtime.cluster import resident_bytes
+from eopd.telemetry import prometheus
 from eopd.telemetry.catalog import CATALOG
 from eopd.telemetry.metric import MetricError
 from eopd.telemetry.prometheus import PrometheusSink
@@ -246,6 +249,27 @@ def test_a_scrape_shows_the_newest_row_of_its_run() -> None:
     finally:
         first.close()
         second.close()
+
+
+def test_who_connects_and_says_nothing_holds_no_thread(monkeypatch, capfd):
+    monkeypatch.setattr(prometheus._Handler, "timeout", 0.1)
+    sink = PrometheusSink("127.0.0.1", 0, run="a")
+    host, _, port = sink.address.rpartition(":")
+    before = threading.active_count()
+    try:
+        with socket.create_connection((host, int(port))) as silent:
+            silent.settimeout(10)
+            assert silent.recv(1) == b"", "the sink closes it"
+
+        deadline = time.monotonic() + 10
+        while threading.active_count() > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+        assert threading.active_count() <= before
+    finally:
+        sink.close()
+
+    assert capfd.readouterr().err == ""
 
 
 def test_an_engine_that_is_gone_leaves_no_series_and_a_measurement_stays():
