@@ -465,16 +465,16 @@ class RunDirectory:
         }
         append_jsonl(self._held_out, record)
 
-    def sources(self) -> dict[str, str]:
-        """Returns where the user's functions came from when the run was taken up last, by key of the
-        config, as ``plugins.sources`` has it; none where that cannot be read.
+    def versions(self) -> dict[str, object]:
+        """Returns what ``provenance.versions_of`` said when the run was taken up last; nothing where
+        that cannot be read.
         """
         try:
             text = self._versions.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return {}
 
-        return {key: value for key, value in parse_object(text).items() if "." in key}
+        return parse_object(text)
 
     def _write_versions(self, config: Config, machines: Mapping[str, object]) -> None:
         versions = versions_of(config, machines)

@@ -52,6 +52,18 @@ def versions_of(config: Config, machines: Mapping[str, object]) -> dict[str, obj
     }
 
 
+def in_words(versions: Mapping[str, object]) -> dict[str, str]:
+    """Returns what computes a run, of what ``versions_of`` returned: the version of each package, and
+    the commit.
+    """
+    known = {f"versions.{name}": value for name, value in versions.items() if "." not in name}
+    where = known.pop("versions.provenance", None)
+    if isinstance(where, dict):
+        known["versions.commit"] = where.get("commit")
+
+    return {name: value for name, value in known.items() if isinstance(value, str)}
+
+
 def provenance(working_directory: Path = Path()) -> dict[str, str]:
     """Returns what is known of ``commit`` (with ``-dirty`` where files were changed since) and
     ``cpu_model``. A working directory that is in no repository has the commit that the environment

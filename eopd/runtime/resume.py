@@ -38,6 +38,7 @@ from eopd.run.checkpoint import (
 )
 from eopd.run.directory import RunDirectory
 from eopd.run.place import require_no_foreign_files
+from eopd.run.provenance import in_words, versions_of
 from eopd.run.reading import instead_of_going_on
 from eopd.run.record import Summary
 from eopd.run.restore import config_of_kept
@@ -140,7 +141,7 @@ def take_up(
         require_no_collapse(directory, state.step)
 
     config = with_choices_of(directory.config_at(state.step), config)
-    changed = what_changed(directory, config, state, inputs)
+    changed = [*what_changed(directory, config, state, inputs), *_other_versions(directory, config)]
 
     return replace(
         new,
@@ -278,11 +279,21 @@ def _notes(
 
 def _other_sources(directory: RunDirectory, config: Config) -> list[str]:
     """Returns a note for every function of the user whose source is not what it was."""
-    before = directory.sources()
+    before = {key: str(source) for key, source in directory.versions().items()}
     return [
         f"{key}: {config.functions[key]} is not what it was: {before[key]}; now {source}"
         for key, source in sources(config.functions).items()
         if before.get(key, "").startswith(config.functions[key] + ",") and before[key] != source
+    ]
+
+
+def _other_versions(directory: RunDirectory, config: Config) -> list[Change]:
+    """Returns the packages that have another version than they had, and the commit."""
+    before, now = in_words(directory.versions()), in_words(versions_of(config, {}))
+    return [
+        Change(name, before[name], now[name], "noted")
+        for name in before
+        if name in now and before[name] != now[name]
     ]
 
 

@@ -363,7 +363,7 @@ _FAULTS: Final = (
     ),
     counter_metric(
         "eopd_config_changes_total",
-        "Keys that change what is computed, changed by --resume so far; "
+        "Keys that change what is computed, and versions of packages, changed by --resume so far; "
         "runs/<name>/changes.jsonl has them. " + ROLLED_BACK,
         "0, or what was changed on purpose.",
     ),
