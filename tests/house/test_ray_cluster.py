@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import jsonschema
@@ -40,6 +42,27 @@ def test_commands_find_the_checkout_where_it_is_put():
     assert set(re.findall(r"(~/[\w-]+)(?=[/ ])", text)) == {"~/eopd"}
     for lock in re.findall(r"LOCK=(\S+)", text):
         assert (ROOT / lock).is_file()
+
+
+def test_a_shell_on_the_head_finds_ray(tmp_path):
+    """As that of ``ray exec`` and of ``ray down``, which otherwise leaves Ray running; written once."""
+    (command,) = [text for text in written()["setup_commands"] if ".bashrc" in text]
+    program = tmp_path / "eopd/.venv/bin/ray"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho found $RAY_AUTH_MODE\n")
+    program.chmod(0o755)
+
+    def shell(*words):
+        environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            ["bash", *words], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
+        return done.stdout
+
+    shell("-c", command)
+    shell("-c", command)
+    assert len((tmp_path / ".bashrc").read_text().splitlines()) == 1
+    assert shell("--rcfile", str(tmp_path / ".bashrc"), "-i", "-c", "ray status") == "found token\n"
 
 
 def test_head_and_workers_ask_for_the_token_that_is_copied_to_them():
