@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from eopd.config.chain import read_chain
 from eopd.config.choices import with_choices
-from eopd.config.document import read_document, write_tree
+from eopd.config.document import write_tree
 from eopd.config.errors import ConfigError
 from eopd.config.messages import explain
 from eopd.config.root import Config
@@ -53,9 +53,7 @@ def change_config(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: as in ``load_config``.
     """
-    tree, _ = read_document(dump_config(config))
-    written = Written.of(typing.cast(dict[str, object], tree), {})
-    return _loaded("--set", written, overrides).config
+    return _loaded("--set", Written.of(config.model_dump(), {}), overrides).config
 
 
 def read_leaves(path: Path, overrides: Sequence[str] = ()) -> dict[str, object]:

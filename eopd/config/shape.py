@@ -130,7 +130,8 @@ class _Shaper:
             self.faults[place] = reason
             return value
 
-        if isinstance(value, Plain) and value in NULLS and may_be_null(annotation):
+        is_null = isinstance(value, Plain) and value in NULLS and may_be_null(annotation)
+        if value is None or is_null:
             return None
 
         if kinds := kinds_of(annotation):
@@ -204,7 +205,7 @@ class _Shaper:
         if isinstance(value, Mapping) and section is None:
             return value
 
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, list | tuple) else [value]
         return [self._value(part, item, (*place, str(index))) for index, part in enumerate(items)]
 
     def _mapping(self, value: object, types_: tuple[object, ...], place: Place) -> object:

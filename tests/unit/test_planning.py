@@ -573,6 +573,15 @@ def test_several_changes_are_one_sentence_where_no_single_one_fits(config, shape
     assert "does not fit on up to 64 ranks" in impossible
 
 
+def test_a_change_that_the_config_refuses_is_not_advised(config, shapes):
+    """A batch of one trajectory trains on one rank alone."""
+    large, small = shapes(QWEN3_8B), shapes(qwen3())
+    for prompts, told in ((8, True), (1, False)):
+        alone = config(*ON_GPUS, f"flow.batch_prompts={prompts}")
+        found = advised(alone, large, small, 80 * GB).advice
+        assert found and any("learner.ranks" in text for text in found) == told
+
+
 def test_an_engine_is_advised_more_gpus_or_less_of_a_shared_one(config, shapes):
     small, large = shapes(qwen3()), shapes(QWEN3_8B)
     plan = advised(config(*ON_GPUS), small, large, 16 * GB)
