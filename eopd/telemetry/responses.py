@@ -6,6 +6,7 @@ pipe, the text is the same.
 """
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from eopd.config import ConfigError
 from eopd.telemetry.plain import terminal, visible
-from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES
+from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, Token, tokens_of
 
 Shade = Literal["entropy", "kl"]
 Response: TypeAlias = Mapping[str, Any]  # a row of ``responses.jsonl``
@@ -115,20 +116,21 @@ def print_responses(
             output.print(Text(f"step {response['step']}, prompt {shown}", style="bold"))
             output.print(Text(visible(response["prompt"])), soft_wrap=True)
 
+        tokens = list(tokens_of(response, threshold, longest=sys.maxsize))
         output.print()
-        output.print(Text(_head(response, threshold), style="dim"), soft_wrap=True)
-        output.print(_coloured(response, threshold, shade), soft_wrap=True)
+        output.print(Text(_head(response, tokens), style="dim"), soft_wrap=True)
+        output.print(_coloured(tokens, shade), soft_wrap=True)
 
 
-def _head(response: Response, threshold: float | None) -> str:
+def _head(response: Response, tokens: Sequence[Token]) -> str:
     """Returns what is said of a response: how it ended, its reward, and means over its tokens."""
-    counted = [r for r, counts in enumerate(response["loss_mask"]) if counts]
+    counted = [token for token in tokens if token.counts]
     means = {
-        "reverse KL": [_kl(response, r) for r in counted],
-        "teacher entropy": [_entropy(response, r) for r in counted],
+        "reverse KL": [token.kl for token in counted],
+        "teacher entropy": [token.entropy for token in counted],
     }
     parts = [
-        f"sample {response['sample_index']}: {len(response['ids'])} tokens",
+        f"sample {response['sample_index']}: {len(tokens)} tokens",
         _ENDINGS.get(response["stop_reason"], "ended"),
     ]
     if response.get("reward") is not None:
@@ -138,32 +140,30 @@ def _head(response: Response, threshold: float | None) -> str:
         if finite := list(filter(math.isfinite, values)):
             parts.append(f"{name} {fmean(finite):.3f} nats")
 
-    if counted and threshold is not None:
-        opened = fmean(_is_open(response, r, threshold) for r in counted)
-        parts.append(f"gate open {opened:.0%}")
+    if gates := [token.gate for token in counted if token.gate]:
+        parts.append(f"gate open {gates.count('open') / len(gates):.0%}")
 
     return ", ".join(parts)
 
 
-def _coloured(response: Response, threshold: float | None, shade: Shade) -> Text:
+def _coloured(tokens: Sequence[Token], shade: Shade) -> Text:
     text = Text()
-    for r, token in enumerate(response["ids"]):
-        word = visible(response["texts"].get(str(token), "")) or f"⟨{token}⟩"
-        text.append(word.replace("\n", "↵\n"), style=_style(response, r, threshold, shade))
+    for token in tokens:
+        text.append(token.text.replace("\n", "↵\n"), style=_style(token, shade))
 
     return text
 
 
-def _style(response: Response, r: int, threshold: float | None, shade: Shade) -> str:
-    if not response["loss_mask"][r]:
+def _style(token: Token, shade: Shade) -> str:
+    if not token.counts:
         return "dim"
 
     if shade == "entropy":
-        alpha = _ENTROPY_ALPHAS[bisect_right(ENTROPY_EDGES, _entropy(response, r))]
+        alpha = _ENTROPY_ALPHAS[bisect_right(ENTROPY_EDGES, token.entropy)]
     else:
-        alpha = _KL_ALPHAS[bisect_right(KL_EDGES, _kl(response, r))]
+        alpha = _KL_ALPHAS[bisect_right(KL_EDGES, token.kl)]
 
-    line = "underline " if _is_open(response, r, threshold) else ""
+    line = "underline " if token.gate == "open" else ""
     return f"{line}{_ground(alpha)}".strip()
 
 
@@ -191,21 +191,3 @@ def _scale(shade: Shade, threshold: float | None) -> Text:
         text.append("gate open", style="underline")
 
     return text
-
-
-def _is_open(response: Response, r: int, threshold: float | None) -> bool:
-    """Tells whether the gate is open for certain."""
-    low = response["entropy_low"][r]
-    return threshold is not None and low is not None and low > threshold
-
-
-def _entropy(response: Response, r: int) -> float:
-    """Returns the middle of the bounds on the teacher's entropy; they are equal where it is exact."""
-    low, high = response["entropy_low"][r], response["entropy_high"][r]
-    return math.inf if low is None or high is None else float((low + high) / 2)
-
-
-def _kl(response: Response, r: int) -> float:
-    """Returns log p - log q; infinite where the teacher rules the token out."""
-    student, teacher = response["student_logprobs"][r], response["teacher_logprobs"][r]
-    return math.inf if student is None or teacher is None else float(student - teacher)

@@ -138,8 +138,9 @@ class Token:
     """A token of a response: numbers in nats, and (text, log-probability) of the teacher's
     candidates, most likely first.
 
-    ``rank`` is where the token itself is among all candidates, -1 where it is not; ``rest`` is the
-    probability of all tokens that are no candidate here.
+    ``low`` and ``high`` bound the teacher's entropy. ``rank`` is where the token itself is among all
+    candidates, -1 where it is not; ``rest`` is the probability of all tokens that are no candidate
+    here.
     """
 
     text: str
@@ -147,8 +148,8 @@ class Token:
     counts: bool
     student_logprob: float | None
     teacher_logprob: float | None
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     gate: str
     candidates: Sequence[tuple[str, float]]
     rest: float
@@ -161,8 +162,8 @@ class Token:
 
     @property
     def entropy(self) -> float:
-        """The teacher's entropy in nats: the middle of its bounds."""
-        return (self.low + self.high) / 2
+        """The teacher's entropy in nats: the middle of its bounds, infinite where one was not finite."""
+        return math.inf if self.low is None or self.high is None else (self.low + self.high) / 2
 
     @property
     def kl(self) -> float:
@@ -204,15 +205,21 @@ class Token:
         ]
 
 
-def tokens_of(sample: Record, threshold: float | None) -> Iterator[Token]:
-    """Yields the tokens of a held-out sample."""
+def tokens_of(sample: Record, threshold: float | None, longest: int = MAX_TEXT) -> Iterator[Token]:
+    """Yields the tokens of a held-out sample, or of a training response, which has no candidates;
+    ``longest`` is where their texts are cut.
+    """
 
     def text(token_id: int, most: int) -> str:
-        return _cut(visible(sample["texts"][str(token_id)]), most) or f"⟨{token_id}⟩"
+        return _cut(visible(sample["texts"].get(str(token_id), "")), most) or f"⟨{token_id}⟩"
+
+    nothing: Sequence[Sequence[float]] = [()] * len(sample["ids"])
+    candidate_ids = sample.get("topk_ids", nothing)
+    candidate_logprobs = sample.get("topk_logprobs", nothing)
 
     for r, token_id in enumerate(sample["ids"]):
         low, high = sample["entropy_low"][r], sample["entropy_high"][r]
-        pairs = zip(sample["topk_ids"][r], sample["topk_logprobs"][r], strict=True)
+        pairs = zip(candidate_ids[r], candidate_logprobs[r], strict=True)
         finite = [(candidate, logprob) for candidate, logprob in pairs if logprob is not None]
         ids = [candidate for candidate, _ in finite]
         candidates = [
@@ -220,7 +227,7 @@ def tokens_of(sample: Record, threshold: float | None) -> Iterator[Token]:
             for candidate, logprob in finite[:MAX_ALTERNATIVES]
         ]
         yield Token(
-            text=text(token_id, MAX_TEXT),
+            text=text(token_id, longest),
             token_id=token_id,
             counts=bool(sample["loss_mask"][r]),
             student_logprob=sample["student_logprobs"][r],
@@ -234,11 +241,14 @@ def tokens_of(sample: Record, threshold: float | None) -> Iterator[Token]:
         )
 
 
-def _gate(low: float, high: float, threshold: float | None) -> str:
+def _gate(low: float | None, high: float | None, threshold: float | None) -> str:
     """Returns how the gate stands: unsure where the bounds on the entropy lie on both sides of
-    the threshold, nothing where there is none.
+    the threshold, or one was not finite; nothing where there is no threshold.
     """
     if threshold is None:
         return ""
+
+    if low is None or high is None:
+        return "unsure"
 
     return "open" if low > threshold else "shut" if high <= threshold else "unsure"
