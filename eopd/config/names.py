@@ -4,6 +4,7 @@ read here; ``eopd.hub`` looks them up.
 
 import re
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Final, Self
 
 _WORD: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
@@ -17,6 +18,13 @@ _COLON: Final = re.compile(r":(?![^\[]*\])")
 def is_commit(revision: str | None) -> bool:
     """Tells whether a revision is a whole commit, which never moves."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
+def shown(spec: str) -> str:
+    """Returns a model or a data set for others to read: its name, or the last part of its path, since
+    paths tell of machines and users.
+    """
+    return PurePosixPath(spec).name if spec.startswith(("/", "…")) else spec
 
 
 @dataclass(frozen=True, slots=True)

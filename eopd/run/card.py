@@ -11,7 +11,7 @@ from eopd import __version__
 from eopd.config import Config, Part
 from eopd.config.benchmark import HELD_OUT
 from eopd.config.document import write_tree
-from eopd.config.names import DataName, ModelName
+from eopd.config.names import DataName, ModelName, shown
 from eopd.run.evaluations import Evaluation
 from eopd.run.record import Measurement
 
@@ -34,8 +34,8 @@ def model_card(config: Config, evaluations: Sequence[Evaluation], step: int, tit
         step: the batches that the student was trained on.
         title: the name under which it is shown.
     """
-    teachers = ", ".join(_shown(teacher.model) for teacher in config.teachers)
-    student = _shown(config.student.model)
+    teachers = ", ".join(shown(teacher.model) for teacher in config.teachers)
+    student = shown(config.student.model)
     objective = config.loss.model_dump(mode="json")
     lines = [
         "---",
@@ -126,15 +126,8 @@ def _number(measured: Measurement | None) -> str:
     return measured.shown(digits=4)
 
 
-def _shown(model: str) -> str:
-    return model if ModelName.parse(model) is not None else Path(model).name
-
-
 def _shown_data(parts: Sequence[Part]) -> str:
-    return ", ".join(
-        part.name if part.data is None or _data_name(part) else Path(part.data).name
-        for part in parts
-    )
+    return ", ".join(shown(part.name) for part in parts)
 
 
 def _data_name(part: Part) -> DataName | None:

@@ -8,6 +8,7 @@ from typing import Final, Literal, get_args
 
 from eopd import __version__
 from eopd.config import Config, dump_config
+from eopd.config.names import shown
 from eopd.run.record import Row
 from eopd.telemetry.series import series
 
@@ -29,8 +30,8 @@ def info_row(config: Config, incarnation: int, commit: str | None) -> Row:
         "version": __version__,
         "commit": commit or "none",
         "incarnation": str(incarnation),
-        "student": _name(config.student.model),
-        "teachers": "+".join(_name(teacher.model) for teacher in config.teachers),
+        "student": shown(config.student.model),
+        "teachers": "+".join(shown(teacher.model) for teacher in config.teachers),
         "config": digest[:_HASH_DIGITS],
         "node": socket.gethostname(),
     }
@@ -42,10 +43,3 @@ def phase_row(phase: Phase) -> Row:
     """Returns the series of a phase that begins now."""
     row = {series("eopd_phase", phase=name): float(name == phase) for name in PHASES}
     return {**row, "eopd_phase_timestamp_seconds": time.time()}
-
-
-def _name(model: str) -> str:
-    """Returns the name of a model on the Hub; of a directory its last part, since paths tell of
-    machines and users.
-    """
-    return model.rstrip("/").rpartition("/")[2] if model.startswith("/") else model

@@ -5,9 +5,9 @@ A value that a config lacks, since an older version wrote it, is left out.
 
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Final
 
+from eopd.config.names import shown
 from eopd.telemetry.report.reading import RunRecord
 
 Config = Mapping[str, object]
@@ -56,8 +56,7 @@ def subject(run: RunRecord) -> dict[str, str]:
 
 def model_name(value: object) -> str:
     """Returns the name of a model: the last part of a directory, or a name with a short commit."""
-    text = str(value)
-    return _COMMIT.sub(r"@\1", PurePosixPath(text).name if text.startswith(("/", "…")) else text)
+    return _COMMIT.sub(r"@\1", shown(str(value)))
 
 
 def objective_words(config: Config) -> str:
