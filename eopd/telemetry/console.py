@@ -24,7 +24,7 @@ from rich.text import Text
 
 from eopd.run.record import HeldOut, Measurement, Row, Sample, Summary
 from eopd.telemetry.cells import LINE, cells, show, value
-from eopd.telemetry.evaluations import best_line
+from eopd.telemetry.evaluations import COMPARED, MEASURED, best_line
 from eopd.telemetry.forecast import AFTER_STEPS, forecast
 from eopd.telemetry.plain import say, terminal, visible
 
@@ -35,12 +35,6 @@ SAMPLE_CHARACTERS: Final = 200
 SILENCE_S: Final = 60.0  # seconds without a plain line, until one says what is under way
 
 _DIVERGENCES: Final = ("reverse_kl", "forward_kl")
-_HELD_OUT: Final = {
-    "reverse_kl": "reverse KL (nats)",
-    "forward_kl": "forward KL (nats)",
-    "student_entropy": "student entropy (nats)",
-    "top1_agreement": "top-1 agreement",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,12 +239,12 @@ def held_out_table(held_out: HeldOut) -> Table:
     """Returns the table of held-out numbers before and after training."""
     before, after = held_out.before or {}, held_out.after or {}
     table = _table("held out, per response token", "before", "after", "change")
-    for name, label in _HELD_OUT.items():
+    for name in COMPARED:
         change = "-"
         if name in before and name in after:
             change = f"{after[name].mean - before[name].mean:+.3f}"
 
-        table.add_row(label, _measured(before, name), _measured(after, name), change)
+        table.add_row(_label(name), _measured(before, name), _measured(after, name), change)
 
     return table
 
@@ -261,8 +255,8 @@ def print_measured(
     """Print one held-out measurement."""
     output = output or terminal()
     table = _table("held out, per response token", "measured")
-    for name, label in _HELD_OUT.items():
-        table.add_row(label, _measured(measured, name))
+    for name in COMPARED:
+        table.add_row(_label(name), _measured(measured, name))
 
     output.print(table)
     parts = parts_table(HeldOut(before=measured))
@@ -295,6 +289,11 @@ def parts_table(held_out: HeldOut) -> Table:
         )
 
     return table
+
+
+def _label(name: str) -> str:
+    label, unit = MEASURED[name]
+    return f"{label} (nats)" if unit == "nats" else label
 
 
 def _measured(measurements: Mapping[str, Measurement], name: str) -> str:

@@ -1,5 +1,6 @@
 """An evaluation as metrics, and as a line for people."""
 
+from collections.abc import Mapping
 from typing import Final
 
 from eopd.config.benchmark import HELD_OUT
@@ -7,13 +8,17 @@ from eopd.run.evaluations import Evaluation
 from eopd.run.record import Best, Row
 from eopd.telemetry.series import series
 
-_HELD_OUT: Final = {
-    "reverse_kl": "eopd_eval_reverse_kl_nats",
-    "forward_kl": "eopd_eval_forward_kl_nats",
-    "student_entropy": "eopd_eval_student_entropy_nats",
-    "teacher_entropy": "eopd_eval_teacher_entropy_nats",
-    "top1_agreement": "eopd_eval_top1_agreement_ratio",
+# What is measured on the held-out prompts: how people call it, and its unit, which ends its metric.
+MEASURED: Final[Mapping[str, tuple[str, str]]] = {
+    "reverse_kl": ("reverse KL", "nats"),
+    "forward_kl": ("forward KL", "nats"),
+    "top1_agreement": ("top-1 agreement", "ratio"),
+    "student_entropy": ("student entropy", "nats"),
+    "teacher_entropy": ("teacher entropy", "nats"),
 }
+# Of these, what a run is compared by with itself and with others.
+COMPARED: Final = ("reverse_kl", "forward_kl", "student_entropy", "top1_agreement")
+
 _BENCHMARK: Final = {
     "avg_at_n": "eopd_eval_avg_at_n_ratio",
     "response_tokens": "eopd_eval_response_tokens_mean",
@@ -79,7 +84,7 @@ def best_line(best: Best) -> str:
 def _key(name: str, metric: str) -> str | None:
     """Returns the series of a measurement, or None where it has none."""
     if name == HELD_OUT:
-        return _HELD_OUT.get(metric)
+        return f"eopd_eval_{metric}_{MEASURED[metric][1]}" if metric in MEASURED else None
 
     if metric.startswith("distinct_"):
         n = metric.removeprefix("distinct_")
@@ -94,10 +99,7 @@ def _key(name: str, metric: str) -> str | None:
 
 
 def _label(metric: str, samples: int) -> str:
-    words = {
-        "reverse_kl": "reverse KL",
-        "forward_kl": "forward KL",
-        "top1_agreement": "top-1 agreement",
-        "avg_at_n": f"avg@{samples}",
-    }
-    return words.get(metric, metric.replace("_at_", "@"))
+    if metric in MEASURED:
+        return MEASURED[metric][0]
+
+    return f"avg@{samples}" if metric == "avg_at_n" else metric.replace("_at_", "@")

@@ -5,9 +5,11 @@ over their seeds.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from eopd.config.benchmark import HELD_OUT
 from eopd.run.arms import Arm, Interval, by_seed, group_runs, interval, paired
+from eopd.telemetry.evaluations import COMPARED, MEASURED
 from eopd.telemetry.report.lines import Line, Values, finite, mean
-from eopd.telemetry.report.reading import HELD_OUT, SHOWN, RunRecord
+from eopd.telemetry.report.reading import RunRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,8 @@ def compared(runs: Sequence[RunRecord], arms: Sequence[Arm]) -> list[Compared]:
 
 def _results(runs: Sequence[RunRecord]) -> Mapping[str, list[float | None]]:
     """Returns the last numbers of every run by label; None where a run has none."""
-    labels = {("held_out", metric): HELD_OUT[metric][0] for metric in SHOWN}
-    names = dict.fromkeys(name for run in runs for name in run.final if name != "held_out")
+    labels = {(HELD_OUT, metric): MEASURED[metric][0] for metric in COMPARED}
+    names = dict.fromkeys(name for run in runs for name in run.final if name != HELD_OUT)
     labels |= {(name, "avg_at_n"): f"{name}, avg@n" for name in names}
     results = {}
     for (name, metric), label in labels.items():

@@ -9,10 +9,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from eopd.config.benchmark import HELD_OUT
 from eopd.run.changes import kind_of
 from eopd.run.evaluations import Evaluation
 from eopd.run.record import Best, Measurement
-from eopd.telemetry.report.reading import HELD_OUT, SHOWN, Record, RunRecord, parts
+from eopd.telemetry.evaluations import COMPARED, MEASURED
+from eopd.telemetry.report.reading import Record, RunRecord, parts
 
 MINUS: Final = "\u2212"
 
@@ -22,7 +24,7 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
     last = run.rows[-1]
     seconds = sum(row["eopd_step_seconds"] for row in run.rows)
     tokens = last["eopd_response_tokens_total"]
-    measured = run.measured("held_out")
+    measured = run.measured(HELD_OUT)
     before = measured[0].measurements if measured and measured[0].phase == "before" else {}
     after = measured[-1].measurements if measured and measured[-1].phase != "before" else {}
     changes = measured[-1].differences if measured else {}
@@ -32,7 +34,7 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
 
     rows = {
         name: _change(label, unit, before.get(name), after.get(name), changes.get(name))
-        for name, (label, unit) in {**HELD_OUT, **parts([before, after])}.items()
+        for name, (label, unit) in {**MEASURED, **parts([before, after])}.items()
     }
 
     return {
@@ -51,8 +53,8 @@ def headline(run: RunRecord) -> Mapping[str, Any]:
             **age,
         },
         "after": f"after step {measured[-1].step}" if after and run.is_under_way else "after",
-        "held_out": [row for name, row in rows.items() if name in HELD_OUT],
-        "parts": [row for name, row in rows.items() if name not in HELD_OUT],
+        "held_out": [row for name, row in rows.items() if name in MEASURED],
+        "parts": [row for name, row in rows.items() if name not in MEASURED],
     }
 
 
@@ -60,7 +62,7 @@ def result(run: RunRecord) -> str:
     """Returns how far the student came towards its teacher, with the 95 % interval of the
     difference.
     """
-    measured = [one for one in run.measured("held_out") if "reverse_kl" in one.measurements]
+    measured = [one for one in run.measured(HELD_OUT) if "reverse_kl" in one.measurements]
     if not measured:
         return (
             "Nothing was measured on held-out prompts, so that nothing can be said of the result."
@@ -167,9 +169,9 @@ def _change(
 
 def comparison(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Returns what runs are compared by: a label, and the value in each run."""
-    after = [run.final.get("held_out", {}) for run in runs]
+    after = [run.final.get(HELD_OUT, {}) for run in runs]
     facts = [headline(run)["facts"] for run in runs]
-    labels = {name: HELD_OUT[name][0] for name in SHOWN} | {
+    labels = {name: MEASURED[name][0] for name in COMPARED} | {
         name: label for name, (label, _) in parts(after).items()
     }
     rows = []

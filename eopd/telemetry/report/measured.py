@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final
 
+from eopd.config.benchmark import HELD_OUT
 from eopd.run.record import Measurement
 from eopd.telemetry.report import charts
 from eopd.telemetry.report.charts import Mark
@@ -16,7 +17,7 @@ from eopd.telemetry.report.lines import Line, Points, Values, is_flat
 from eopd.telemetry.report.reading import RunRecord
 
 PAPER_TAU: Final = 0.8  # nats
-HELD_OUT: Final[Mapping[str, Mapping[str, str]]] = {
+_HELD_OUT: Final[Mapping[str, Mapping[str, str]]] = {
     "Held-out reverse KL (nats)": {"reverse_kl": "reverse KL"},
     "Held-out forward KL (nats)": {"forward_kl": "forward KL"},
     "Held-out entropy (nats)": {"teacher_entropy": "teacher", "student_entropy": "student"},
@@ -68,8 +69,8 @@ def _charts(runs: Sequence[RunRecord]) -> Mapping[str, Mapping[str, Mapping[str,
     """Returns the charts of every name: titles, and the metrics in them with their labels."""
     found: dict[str, dict[str, dict[str, str]]] = {}
     for evaluation in (one for run in runs for one in run.evaluations):
-        if evaluation.name == "held_out":
-            found["held_out"] = {title: dict(metrics) for title, metrics in HELD_OUT.items()}
+        if evaluation.name == HELD_OUT:
+            found[HELD_OUT] = {title: dict(metrics) for title, metrics in _HELD_OUT.items()}
             continue
 
         own = found.setdefault(evaluation.name, {})

@@ -21,6 +21,7 @@ from eopd.config.saved import require_directory
 from eopd.run.evaluations import Evaluation, Measurements, final, read_evaluations
 from eopd.run.reading import read_object, read_rows, read_summary
 from eopd.run.record import Summary, seconds_between
+from eopd.telemetry.evaluations import MEASURED
 from eopd.telemetry.report.public import Public
 
 _MEASURED: Final = {
@@ -33,20 +34,6 @@ _MEASURED: Final = {
 _OF_EVERY_ROW: Final = ("step", "time", "eopd_step_seconds", "eopd_response_tokens_total")
 
 Record: TypeAlias = Mapping[str, Any]  # one object of a JSON file of ours
-
-HELD_OUT: Final[Mapping[str, tuple[str, str]]] = {
-    "reverse_kl": ("reverse KL", "nats"),
-    "forward_kl": ("forward KL", "nats"),
-    "top1_agreement": ("top-1 agreement", "ratio"),
-    "student_entropy": ("student entropy", "nats"),
-    "teacher_entropy": ("teacher entropy", "nats"),
-}
-SHOWN: Final = (
-    "reverse_kl",
-    "forward_kl",
-    "student_entropy",
-    "top1_agreement",
-)  # where runs compare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +262,7 @@ def parts(phases: Sequence[Measurements]) -> dict[str, tuple[str, str]]:
     names = {name for name in itertools.chain(*phases) if ": " in name}
     pairs = [name.split(": ", maxsplit=1) for name in sorted(names, reverse=True)]
     return {
-        f"{quantity}: {part}": (f"{HELD_OUT[quantity][0]}, {part}", HELD_OUT[quantity][1])
+        f"{quantity}: {part}": (f"{MEASURED[quantity][0]}, {part}", MEASURED[quantity][1])
         for quantity, part in pairs
-        if quantity in HELD_OUT
+        if quantity in MEASURED
     }
