@@ -16,11 +16,11 @@ from typing import Final
 from eopd.config.document import read_document
 from eopd.config.load import Loaded, dump_config
 from eopd.config.shape import Place
-from eopd.config.written import Origin, Origins
+from eopd.config.written import Origins
 
 _COLUMN: Final = 40  # where comments begin, unless a line is longer
 _CHOSEN: Final = "auto: "  # begins every reason of a choice
-_DEFAULT: Final = Origin("default")
+_DEFAULT: Final = "default"
 
 
 def annotate(loaded: Loaded) -> str:
@@ -50,7 +50,7 @@ def _comments(tree: object, origins: Origins, place: Place) -> Iterator[tuple[Pl
         for index, value in enumerate(tree):
             yield from _comments(value, origins, (*place, str(index)))
     else:
-        yield place, str(_origin(tree, origins, place))
+        yield place, _origin(tree, origins, place)
 
 
 def _reason(
@@ -65,7 +65,7 @@ def _reason(
     return "chosen" if key != owner else f"chosen: {reason.removeprefix(_CHOSEN)}"
 
 
-def _origin(value: object, origins: Origins, place: Place) -> Origin:
+def _origin(value: object, origins: Origins, place: Place) -> str:
     """Returns the origin of a value: its own, or that of the text that stands for its section."""
     if place in origins:
         return origins[place]

@@ -103,7 +103,7 @@ def _message(name: str, mistakes: Mapping[Place, str], origins: Origins) -> str:
         origin = origins.get(place)
         if origin == SET:
             line += " (on the command line)"
-        elif origin is not None and origin.source != name:
+        elif origin is not None and origin.rpartition(":")[0] != name:
             line += f" (in {origin})"
 
         lines.append(line)

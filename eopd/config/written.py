@@ -20,19 +20,8 @@ from eopd.config.shape import Place, shape
 _REASON: Final = "_reason"  # ends the key that says why a value was chosen
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a value was written: a file and a line, or an option of the command line."""
-
-    source: str
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return self.source if self.line is None else f"{self.source}:{self.line}"
-
-
-Origins = Mapping[Place, Origin]
-SET: Final = Origin("--set")
+Origins = Mapping[Place, str]  # where each value was written: FILE:LINE, or an option
+SET: Final = "--set"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +78,11 @@ def leaves(tree: object, place: Place = ()) -> Iterator[Place]:
         yield place
 
 
-def _origin(file: ConfigFile, place: Place) -> Origin:
+def _origin(file: ConfigFile, place: Place) -> str:
     """Returns where a value stands in a file. What a short form stands for is where that stands."""
     depths = range(len(place), 0, -1)
-    lines = (file.lines[place[:depth]] for depth in depths if place[:depth] in file.lines)
-    return Origin(str(file.path), next(lines, None))
+    line = next(file.lines[place[:depth]] for depth in depths if place[:depth] in file.lines)
+    return f"{file.path}:{line}"
 
 
 def _merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
