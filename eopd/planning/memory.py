@@ -1,7 +1,8 @@
 """What a learner's rank and an engine hold, in bytes: formulas of sizes, and nothing else.
 
-Letters: P parameters, of which p are trained; N ranks; w bytes of the student's type (4 in float32,
-2 in bfloat16); T tokens of a micro-batch; V vocabulary; D hidden size; C rows of a chunk of logits.
+Letters: P parameters, of which p are trained; N ranks; w, ``width``, bytes of the student's type (4
+in float32, 2 in bfloat16); T tokens of a micro-batch; V vocabulary; D hidden size; C rows of a chunk
+of logits, all T where the learner's section has none.
 
 The states follow DeepSpeed 0.19.8 with the options of ``learner/deepspeed_backend.py``, the
 activations the modules of transformers 5.19, which no compiler fuses. Left out: what a process
@@ -11,7 +12,7 @@ takes before it has a model, and what an allocator cannot use of what it has.
 from dataclasses import dataclass
 from typing import Final
 
-from eopd.config.learner import ZeroStage
+from eopd.config import LearnerConfig
 from eopd.planning.architecture import Architecture
 
 FULL: Final = 4  # bytes of float32
@@ -23,28 +24,6 @@ Parts = dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """How a rank trains. ``width`` is w; ``logit_chunk`` is C; ``on_gpu`` tells where."""
-
-    width: int
-    zero_stage: ZeroStage
-    ranks: int
-    token_budget: int
-    checkpointing: bool
-    logit_chunk: int
-    on_gpu: bool
-    offload_optimizer: bool = False
-    offload_param: bool = False
-
-    @property
-    def by_sequences(self) -> bool:
-        """Whether attention needs no mask: on CPUs, and on GPUs in half precision
-        (``learner/attention.py``).
-        """
-        return not self.on_gpu or self.width < FULL
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class States:
     """What a rank holds between two steps: on its device, and in host memory beside a GPU."""
 
@@ -52,7 +31,7 @@ class States:
     host: Parts
 
 
-def learner_states(model: Architecture, training: Training) -> States:
+def learner_states(model: Architecture, learner: LearnerConfig, width: int) -> States:
     """Returns weights, gradients, float32 masters, AdamW's two moments, and DeepSpeed's buffers.
 
     Bytes of a trained parameter on each of N ranks, as DeepSpeed's classes hold them:
@@ -71,7 +50,7 @@ def learner_states(model: Architecture, training: Training) -> States:
     to 1e9 parameters at a time. ``offload_optimizer`` moves masters and moments into host memory,
     with the gradients of the rank's share, ``offload_param`` the weights of stage 3.
     """
-    w, stage, ranks, p = training.width, training.zero_stage, training.ranks, model.trained
+    w, stage, ranks, p = width, learner.chosen_zero_stage, learner.ranks, model.trained
     shards = ranks if stage else 1
     plain = w == FULL and stage == 0
     gradients = {
@@ -80,7 +59,7 @@ def learner_states(model: Architecture, training: Training) -> States:
         2: (w + FULL) * p // ranks,
         3: FULL * p // ranks,
     }[stage]
-    if stage == 1 and w < FULL and training.offload_optimizer:
+    if stage == 1 and w < FULL and "offload_optimizer" in learner.offloaded:
         gradients = FULL * p  # accumulated in float32 alone (DeepSpeedZeroOptimizer)
 
     weights = w * model.held // (ranks if stage == 3 else 1)
@@ -91,36 +70,37 @@ def learner_states(model: Architecture, training: Training) -> States:
     device = {"weights": weights, "gradients": gradients}
     host: Parts = {}
 
-    if training.offload_optimizer:
+    if "offload_optimizer" in learner.offloaded:
         host = optimizer | {"gradients of the share": (FULL + w) * p // shards}
     else:
         device |= optimizer
 
-    if training.offload_param:
+    if "offload_param" in learner.offloaded:
         host["weights"] = device.pop("weights")
 
     if stage == 3:
         device["gathered weights"] = w * min(model.held, _LIVE)
 
-    device["reduction bucket"] = _bucket(model, training)
+    device["reduction bucket"] = _bucket(model, learner, width)
     return States(device=_some(device), host=_some(host))
 
 
-def _bucket(model: Architecture, training: Training) -> int:
-    if training.zero_stage == 0 or _is_bf16_optimizer(training):
+def _bucket(model: Architecture, learner: LearnerConfig, width: int) -> int:
+    stage = learner.chosen_zero_stage
+    if stage == 0 or _is_bf16_optimizer(learner, width):
         return 0
 
-    width = FULL if training.zero_stage != 2 else training.width
-    return width * (_BUCKET if training.on_gpu else min(_BUCKET, model.trained))
+    elements = _BUCKET if learner.gpus else min(_BUCKET, model.trained)
+    return elements * (width if stage == 2 else FULL)
 
 
-def _is_bf16_optimizer(training: Training) -> bool:
+def _is_bf16_optimizer(learner: LearnerConfig, width: int) -> bool:
     """Whether DeepSpeed takes its ``BF16_Optimizer``."""
-    is_half = training.width < FULL
-    return training.zero_stage == 1 and is_half and not training.offload_optimizer
+    is_offloaded = "offload_optimizer" in learner.offloaded
+    return learner.chosen_zero_stage == 1 and width < FULL and not is_offloaded
 
 
-def activations(model: Architecture, training: Training) -> int:
+def activations(model: Architecture, learner: LearnerConfig, width: int) -> int:
     """Returns what the backward pass of one micro-batch of T tokens needs of its forward pass.
 
     A decoder layer keeps of a token, as autograd saves it:
@@ -139,18 +119,19 @@ def activations(model: Architecture, training: Training) -> int:
 
     Attention with a mask keeps w T^2 of it in every layer, eager attention (under a soft-cap) 8 T^2
     for every head. On a CPU windows have one mask for all layers, of the longest sequence. With
-    ``checkpointing`` a layer keeps its input, w D T, and the layer under way everything. To this
+    ``activation_checkpointing`` a layer keeps its input, w D T, and the layer under way everything. To this
     come the embedding and the last norm, the hidden states and their gradient, and the gradients of
     the MLP under way, which are three quarters of what it keeps.
     """
-    w, tokens, d = training.width, training.token_budget, model.hidden
+    w, tokens, d, on_gpu = width, learner.token_budget, model.hidden, learner.gpus > 0
     in_half = {"rms": 8, "gemma": 10, "layer": 4}
     in_full = {"rms": 12, "gemma": 12, "layer": 8}
     norm = d * (in_full if w == FULL else in_half)[model.norm_kind]
 
-    by_sequences = training.by_sequences and not model.eager_attention
+    # what needs no mask: on CPUs, and on GPUs in half precision (``learner/attention.py``)
+    by_sequences = (not on_gpu or w < FULL) and not model.eager_attention
     groups = 2 * model.kv_heads if by_sequences else 2 * model.heads
-    outputs = 2 * model.heads if by_sequences and not training.on_gpu else model.heads
+    outputs = 2 * model.heads if by_sequences and not on_gpu else model.heads
     heads = model.head_dim * (model.heads + groups + outputs)
     of_token = min(model.norms, 2) * norm + max(model.norms - 2, 0) * 8 * d
     of_token += w * heads + FULL * model.heads + w * model.mlp_kept
@@ -164,11 +145,11 @@ def activations(model: Architecture, training: Training) -> int:
 
     layer = tokens * of_token + tokens**2 * of_pair
     kept = model.layers * layer
-    if training.checkpointing:
+    if learner.activation_checkpointing:
         kept = model.layers * tokens * d * w + layer
 
     mask = 0 if by_sequences else tokens**2
-    if by_sequences and not training.on_gpu and model.windowed_layers and model.window < tokens:
+    if by_sequences and not on_gpu and model.windowed_layers and model.window < tokens:
         mask = w * tokens**2
 
     ends = tokens * (norm + 2 * d * w)
@@ -177,49 +158,49 @@ def activations(model: Architecture, training: Training) -> int:
     return kept + mask + ends + under_way
 
 
-def loss_buffers(model: Architecture, training: Training) -> int:
+def loss_buffers(model: Architecture, learner: LearnerConfig, width: int) -> int:
     """Returns what the chunked loss holds besides its hidden states (``loss/chunked.py``).
 
     The logits of a chunk, 4 C V bytes, once more under a soft-cap, and in bfloat16 the operand of the
     products, 2 C V; the gradient of the head in float32, 4 V D, which adapters do without, and
     in bfloat16 its copy in that type.
     """
-    rows = min(training.logit_chunk, training.token_budget)
-    half = training.width < FULL
+    rows = min(learner.logit_chunk_tokens or learner.token_budget, learner.token_budget)
+    half = width < FULL
     chunk = rows * model.vocabulary * (FULL * (1 + model.has_softcap) + (2 if half else 0))
     trains_head = model.trained == model.parameters
-    head = model.vocabulary * model.hidden * (FULL + (training.width if half else 0))
+    head = model.vocabulary * model.hidden * (FULL + (width if half else 0))
     return chunk + (head if trains_head else 0)
 
 
-def passes(model: Architecture, training: Training) -> Parts:
+def passes(model: Architecture, learner: LearnerConfig, width: int) -> Parts:
     """Returns what a rank needs for a while beside its states: the activations and the loss of one
     micro-batch, or the buffers of an update, which begins when those are gone, where they are larger.
     """
     needed = {
-        "activations": activations(model, training),
-        "loss": loss_buffers(model, training),
+        "activations": activations(model, learner, width),
+        "loss": loss_buffers(model, learner, width),
     }
-    update = _update_buffers(model, training)
+    update = _update_buffers(model, learner, width)
     return needed if sum(needed.values()) >= update else {"buffers of an update": update}
 
 
-def _update_buffers(model: Architecture, training: Training) -> int:
+def _update_buffers(model: Architecture, learner: LearnerConfig, width: int) -> int:
     """Returns what an update needs: under stage 0, and 1 in bfloat16, gradients are reduced in flat
     copies of up to 500 million elements, also on one rank; else, and under stage 0 in
     bfloat16, those of the rank's share become float32.
     """
-    trained, ranks = model.trained, training.ranks
-    if training.offload_optimizer:
+    trained, stage = model.trained, learner.chosen_zero_stage
+    if "offload_optimizer" in learner.offloaded:
         return 0
 
-    if training.zero_stage == 0 and training.width < FULL:
+    if stage == 0 and width < FULL:
         return FULL * trained
 
-    if training.zero_stage == 0 or _is_bf16_optimizer(training):
+    if stage == 0 or _is_bf16_optimizer(learner, width):
         return FULL * min(trained, _BUCKET)
 
-    return FULL * trained // ranks
+    return FULL * trained // learner.ranks
 
 
 def kv_bytes(model: Architecture, *, tokens: int, width: int, workers: int, stages: int = 1) -> int:

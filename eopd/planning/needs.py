@@ -18,7 +18,6 @@ from eopd.planning.architecture import Architecture
 from eopd.planning.memory import (
     FULL,
     Parts,
-    Training,
     engine_working,
     kv_bytes,
     learner_states,
@@ -145,37 +144,24 @@ def checkpoints_at_a_time(config: Config) -> int:
     return min(kept + 1, math.ceil(config.run.batches / config.checkpoint.every))
 
 
-def training_of(config: Config, model: Architecture, hardware: Hardware) -> Training:
-    """Returns how a rank trains, from the config."""
-    learner = config.learner
-    gpu_bytes = hardware.gpu_bytes if learner.gpus else None
-    return Training(
-        width=_WIDTH[config.student.chosen_dtype],
-        zero_stage=learner.chosen_zero_stage,
-        ranks=learner.ranks,
-        token_budget=learner.token_budget,
-        checkpointing=learner.activation_checkpointing,
-        logit_chunk=learner.logit_chunk_tokens
-        or choose_chunk_tokens(model.vocabulary, gpu_bytes=gpu_bytes),
-        on_gpu=learner.gpus > 0,
-        offload_optimizer="offload_optimizer" in learner.offloaded,
-        offload_param="offload_param" in learner.offloaded,
-    )
-
-
 def learner_need(config: Config, model: Architecture, hardware: Hardware) -> Need:
     """Returns what a rank of the learner needs; rank 0, which also sends the weights."""
-    learner, training = config.learner, training_of(config, model, hardware)
-    states = learner_states(model, training)
-    device, host = states.device | passes(model, training), dict(states.host)
+    learner, width = config.learner, _WIDTH[config.student.chosen_dtype]
     wire = wire_of(config, hardware)
-    bucket = max(config.weights.bucket_bytes, model.largest_tensor * training.width)
+    if learner.logit_chunk_tokens is None:
+        gpu_bytes = hardware.gpu_bytes if learner.gpus else None
+        rows = choose_chunk_tokens(model.vocabulary, gpu_bytes=gpu_bytes)
+        learner = learner.model_copy(update={"logit_chunk_tokens": rows})
+
+    states = learner_states(model, learner, width)
+    device, host = states.device | passes(model, learner, width), dict(states.host)
+    bucket = max(config.weights.bucket_bytes, model.largest_tensor * width)
     sent = sync_bytes(config, model)
     bucket = min(bucket, sent)
     packed = sent if wire == "shared" else min(2 * bucket, sent)
     host["packed weights"] = packed
     merges = config.student.lora is not None and not config.may_send_adapters
-    if wire == "nccl" or training.zero_stage == 3 or merges:
+    if wire == "nccl" or learner.chosen_zero_stage == 3 or merges:
         device["a bucket of weights"] = bucket
 
     return _placed(

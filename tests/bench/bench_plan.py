@@ -66,7 +66,7 @@ def measure(name: str, dtype: str, *, checkpointing: bool, length: int) -> str:
     from eopd.learner.learner import LearnerRank
     from eopd.packing import pack_batch
     from eopd.planning.architecture import read_architecture
-    from eopd.planning.memory import Training, learner_states, passes
+    from eopd.planning.memory import learner_states, passes
 
     torch.set_num_threads(2)
     student, stage = STUDENTS[name], choose_zero_stage(ranks=1, dtype=dtype)[0]
@@ -85,16 +85,18 @@ def measure(name: str, dtype: str, *, checkpointing: bool, length: int) -> str:
     gc.collect()
     before = resident()
 
+    settings = LearnerConfig(
+        threads=2,
+        zero_stage=stage,
+        lr=1e-6,
+        token_budget=TOKENS,
+        logit_chunk_tokens=256,
+        activation_checkpointing=checkpointing,
+    )
     learner = LearnerRank(
         DeepspeedBackend,
         StudentConfig(model=student, dtype=dtype),
-        LearnerConfig(
-            threads=2,
-            zero_stage=stage,
-            lr=1e-6,
-            token_budget=TOKENS,
-            activation_checkpointing=checkpointing,
-        ),
+        settings,
         LossConfig(top_k=K),
         temperature=1.0,
         total_batches=100,
@@ -114,17 +116,9 @@ def measure(name: str, dtype: str, *, checkpointing: bool, length: int) -> str:
         learner.step(parts[1])
 
     most = peak.most - before
-    training = Training(
-        width=4 if dtype == "float32" else 2,
-        zero_stage=stage,
-        ranks=1,
-        token_budget=TOKENS,
-        checkpointing=checkpointing,
-        logit_chunk=256,
-        on_gpu=False,
-    )
-    held = sum(learner_states(model, training).device.values())
-    needed = sum(passes(model, training).values())
+    width = 4 if dtype == "float32" else 2
+    held = sum(learner_states(model, settings, width).device.values())
+    needed = sum(passes(model, settings, width).values())
     label = f"{name}, {dtype}" + (", checkpointing" if checkpointing else "")
     pairs = [(held, states), (needed, most - states), (held + needed, most)]
 

@@ -28,13 +28,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from eopd.config import ConfigError, LoraConfig, load_config
+from eopd.config import ConfigError, LearnerConfig, LoraConfig, load_config
 from eopd.hub import require_cached_directory
 from eopd.learner.attention import VARLEN, choose_attention, sequences_of
 from eopd.planning.architecture import Architecture, read_architecture
 from eopd.planning.balance import Stage, balance, best_counts, stages_of
 from eopd.planning.memory import (
-    Training,
     activations,
     kv_bytes,
     learner_states,
@@ -178,7 +177,7 @@ def test_activations_of_a_layer_are_what_autograd_saves(shapes, config, toleranc
     saved = saved_bytes(more, dtype, 64) - saved_bytes(config, dtype, 64)
 
     training = training_of(width=4 if dtype == torch.float32 else 2, token_budget=64)
-    planned = activations(shapes(more), training) - activations(shapes(config), training)
+    planned = activations(shapes(more), *training) - activations(shapes(config), *training)
     assert planned == pytest.approx(saved, rel=tolerance)
 
 
@@ -189,22 +188,15 @@ def test_activations_under_a_mask_are_what_autograd_saves(shapes, config):
     saved = saved_bytes(more, torch.float32, 64, "sdpa")
     saved -= saved_bytes(config, torch.float32, 64, "sdpa")
 
-    training = training_of(width=4, token_budget=64, on_gpu=True)
-    planned = activations(shapes(more), training) - activations(shapes(config), training)
+    training = training_of(width=4, token_budget=64, gpus=1)
+    planned = activations(shapes(more), *training) - activations(shapes(config), *training)
     assert planned == pytest.approx(saved, rel=0.02)
 
 
-def training_of(**changes):
-    values = {
-        "width": 2,
-        "zero_stage": 1,
-        "ranks": 1,
-        "token_budget": 1000,
-        "checkpointing": False,
-        "logit_chunk": 256,
-        "on_gpu": False,
-    }
-    return Training(**(values | changes))
+def training_of(width=2, **changes):
+    """The learner's section, and the bytes of the student's type."""
+    values = {"zero_stage": 1, "token_budget": 1000, "logit_chunk_tokens": 256}
+    return LearnerConfig(**(values | changes)), width
 
 
 # A layer in bfloat16 on a GPU: norms 2 x 8 x 8 = 128; heads 2 x 4 x (2 x 2 + 2 x 1) = 48, their
@@ -234,33 +226,33 @@ ENDS, UNDER_WAY = 1000 * (64 + 32), 1000 * 96  # last norm, hidden states, their
 
 
 def test_activations_by_hand():
-    on_gpu = training_of(on_gpu=True)
-    assert activations(SMALL, on_gpu) == 10 * 1000 * 312 + ENDS + UNDER_WAY
-    recomputed = replace(on_gpu, checkpointing=True)
-    assert activations(SMALL, recomputed) == 10 * 1000 * 16 + 1000 * 312 + ENDS + UNDER_WAY
+    on_gpu = training_of(gpus=1)
+    assert activations(SMALL, *on_gpu) == 10 * 1000 * 312 + ENDS + UNDER_WAY
+    recomputed = training_of(gpus=1, activation_checkpointing=True)
+    assert activations(SMALL, *recomputed) == 10 * 1000 * 16 + 1000 * 312 + ENDS + UNDER_WAY
 
 
 def test_a_cpu_keeps_the_output_of_attention_twice():
     """By sequences and joined: 2 x 2 x 4 = 16 bytes more."""
-    on_cpu = training_of(on_gpu=False)
-    assert activations(SMALL, on_cpu) == 10 * 1000 * 328 + ENDS + UNDER_WAY
+    on_cpu = training_of(gpus=0)
+    assert activations(SMALL, *on_cpu) == 10 * 1000 * 328 + ENDS + UNDER_WAY
 
 
 def test_a_mask_grows_with_the_square_of_the_micro_batch():
     """In float32 on a GPU: keys and values are spread to all heads, 192 + 4 x 4 x 8 + 8 + 256 = 584
     bytes a token; a mask in each layer, and one more.
     """
-    masked = activations(SMALL, training_of(on_gpu=True, width=4))
+    masked = activations(SMALL, *training_of(gpus=1, width=4))
     ends = 1000 * (96 + 64) + 1000 * 192
     assert masked == 10 * (1000 * 584 + 4 * 10**6) + 10**6 + ends
 
     windowed = replace(SMALL, windowed_layers=3, window=100)
-    on_cpu = training_of(on_gpu=False)
-    assert activations(windowed, on_cpu) == activations(SMALL, on_cpu) + 2 * 10**6
+    on_cpu = training_of(gpus=0)
+    assert activations(windowed, *on_cpu) == activations(SMALL, *on_cpu) + 2 * 10**6
 
     eager = replace(SMALL, eager_attention=True)
     of_pairs = 8 * 2 * 10**6
-    assert activations(eager, training_of()) == (
+    assert activations(eager, *training_of()) == (
         10 * (1000 * 328 + of_pairs) + 10**6 + ENDS + UNDER_WAY
     )
 
@@ -282,15 +274,18 @@ STATES = {
 
 @pytest.mark.parametrize("stage, width", STATES)
 def test_states_of_a_rank_by_zero_stage_and_type(stage, width):
-    states = learner_states(SMALL, training_of(zero_stage=stage, width=width, ranks=2))
+    states = learner_states(SMALL, *training_of(zero_stage=stage, width=width, ranks=2))
     names = ("weights", "gradients", "float32 masters", "two moments")
     assert tuple(states.device.get(name, 0) / 1000 for name in names) == STATES[stage, width]
     assert states.host == {}
 
 
+OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
 def test_an_offloaded_optimiser_lies_in_host_memory():
-    training = training_of(zero_stage=2, ranks=2, on_gpu=True, offload_optimizer=True)
-    states = learner_states(SMALL, training)
+    training = training_of(zero_stage=2, ranks=2, gpus=1, deepspeed=OFFLOADED)
+    states = learner_states(SMALL, *training)
     assert states.host == {
         "float32 masters": 2000,
         "two moments": 4000,
@@ -302,7 +297,7 @@ def test_an_offloaded_optimiser_lies_in_host_memory():
 def test_frozen_weights_have_neither_gradients_nor_moments():
     """900 frozen parameters and 100 of adapters, in bfloat16 under ZeRO-1 on one rank."""
     adapted = replace(SMALL, parameters=900, trained=100)
-    assert learner_states(adapted, training_of()).device == {
+    assert learner_states(adapted, *training_of()).device == {
         "weights": 2000,
         "gradients": 600,
         "float32 masters": 400,
@@ -312,19 +307,19 @@ def test_frozen_weights_have_neither_gradients_nor_moments():
 
 def test_the_loss_holds_one_chunk_and_the_gradient_of_the_head():
     """In bfloat16 logits and operand take 6 bytes, the head's gradient and its copy too."""
-    assert loss_buffers(SMALL, training_of()) == 6 * 256 * 100 + 6 * 100 * 8
-    assert loss_buffers(SMALL, training_of(width=4)) == 4 * 256 * 100 + 4 * 100 * 8
-    assert loss_buffers(SMALL, training_of(token_budget=10)) == 6 * 10 * 100 + 6 * 100 * 8
+    assert loss_buffers(SMALL, *training_of()) == 6 * 256 * 100 + 6 * 100 * 8
+    assert loss_buffers(SMALL, *training_of(width=4)) == 4 * 256 * 100 + 4 * 100 * 8
+    assert loss_buffers(SMALL, *training_of(token_budget=10)) == 6 * 10 * 100 + 6 * 100 * 8
     capped = replace(SMALL, has_softcap=True)
-    assert loss_buffers(capped, training_of(width=4)) == 8 * 256 * 100 + 4 * 100 * 8
+    assert loss_buffers(capped, *training_of(width=4)) == 8 * 256 * 100 + 4 * 100 * 8
     adapted = replace(SMALL, trained=10)
-    assert loss_buffers(adapted, training_of()) == 6 * 256 * 100
+    assert loss_buffers(adapted, *training_of()) == 6 * 256 * 100
 
 
 def test_an_update_needs_more_than_a_short_micro_batch():
     large = replace(SMALL, parameters=10**8, trained=10**8)
-    assert passes(large, training_of(zero_stage=0, width=4)) == {"buffers of an update": 4 * 10**8}
-    assert set(passes(SMALL, training_of(zero_stage=0, width=4))) == {"activations", "loss"}
+    assert passes(large, *training_of(zero_stage=0, width=4)) == {"buffers of an update": 4 * 10**8}
+    assert set(passes(SMALL, *training_of(zero_stage=0, width=4))) == {"activations", "loss"}
 
 
 # --- keys and values
