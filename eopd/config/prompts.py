@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, ClassVar, Final, Literal, Self
 
@@ -52,17 +52,10 @@ def _some_text(text: str) -> str:
 
 
 def _as_parts(value: object) -> object:
-    """Writes out the short forms: one part is a list of one, a text is the data of a part."""
-    if isinstance(value, str):
-        return [{"data": resolve_data(value)}]
-
-    if isinstance(value, Mapping | Part):
-        return [value]
-
-    if not isinstance(value, list | tuple):
-        return value
-
-    return [{"data": item} if isinstance(item, str) else item for item in value]
+    """Writes out the shortest form, a text that is the data of the one part: a mistake in it has the
+    key where it stands. The other ones are written out before (``shape.py``).
+    """
+    return [{"data": resolve_data(value)}] if isinstance(value, str) else value
 
 
 Columns = Annotated[dict[str, str], AfterValidator(_roles_and_names)]

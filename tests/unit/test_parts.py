@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from eopd.config import ConfigError, Part, PromptsConfig
+from eopd.config.shape import shape
 from eopd.prompts import PromptSet
 from eopd.prompts.files import read_part
 from eopd.prompts.rows import read_question
@@ -41,7 +42,8 @@ def write(path, *rows):
 
 
 def config(**changes):
-    return PromptsConfig(**({"data": "a", "held_out": "b"} | changes))
+    values, _ = shape({"data": "a", "held_out": "b"} | changes, PromptsConfig)
+    return PromptsConfig.model_validate(values)
 
 
 def load(parts, tokenizer=None, **changes):
