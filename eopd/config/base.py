@@ -16,6 +16,7 @@ from eopd.config.escapes import control_in
 from eopd.config.names import ModelName
 
 NativeOptions = dict[str, object]
+Names = tuple[str, ...]  # of which one may stand without a list
 
 OWN_GRADERS: Final = ("exact", "math")
 DATA_SUFFIXES = (".jsonl", ".parquet")
@@ -235,13 +236,6 @@ def functions_of(value: object, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
             yield from functions_of(inner, f"{key}.{number}")
-
-
-def _text_as_list(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_text_as_list)]
 
 
 def refuse(key: str, options: Mapping[str, object], owned: Mapping[str, str]) -> None:

@@ -55,11 +55,11 @@ def adapted(model):
 @pytest.mark.parametrize(
     ("config", "targets", "layers"),
     [
-        (LLAMA, "all-linear", LINEAR),
-        (TIED, "all-linear", LINEAR),
+        (LLAMA, ["all-linear"], LINEAR),
+        (TIED, ["all-linear"], LINEAR),
         (LLAMA, ["q_proj", "mlp.up_proj"], {"q_proj", "up_proj"}),
         (LLAMA, ["all-linear", "q_proj"], LINEAR),
-        (LLAMA, "model.layers.1.self_attn.v_proj", {"v_proj"}),
+        (LLAMA, ["model.layers.1.self_attn.v_proj"], {"v_proj"}),
     ],
 )
 def test_names_are_ends_of_paths_and_all_linear_leaves_out_the_head(config, targets, layers):
@@ -67,7 +67,7 @@ def test_names_are_ends_of_paths_and_all_linear_leaves_out_the_head(config, targ
     add_adapters(model, LoraConfig(rank=2, target_modules=targets), seed=0)
     paths = {name.partition(".lora_")[0] for name in adapted(model)}
     assert {path.rpartition(".")[2] for path in paths} == layers
-    assert len(paths) == (1 if "1." in targets else 2 * len(layers))
+    assert len(paths) == (1 if "1." in targets[0] else 2 * len(layers))
 
 
 @pytest.mark.parametrize(
@@ -79,17 +79,17 @@ def test_names_are_ends_of_paths_and_all_linear_leaves_out_the_head(config, targ
             "'proj' matches no layer of LlamaForCausalLM; its linear layers are down_proj, ",
         ),
         (LLAMA, ["q_proj", "lm_head"], "'lm_head' is the embedding or the output head"),
-        (TIED, "embed_tokens", "'embed_tokens' is the embedding or the output head"),
-        (LLAMA, "mlp", "'mlp' is a LlamaMLP; only linear layers can be adapted"),
+        (TIED, ["embed_tokens"], "'embed_tokens' is the embedding or the output head"),
+        (LLAMA, ["mlp"], "'mlp' is a LlamaMLP; only linear layers can be adapted"),
         # peft takes them for the routed experts, which transformers 5 fuses
         (
             DeepseekV3Config(**MIXTURE, first_k_dense_replace=1),
-            "all-linear",
+            ["all-linear"],
             "peft takes .*gate_proj, up_proj",
         ),
         (
             DeepseekV3Config(**MIXTURE, first_k_dense_replace=1),
-            "gate_proj",
+            ["gate_proj"],
             "Cannot convert PEFT target",
         ),
     ],
