@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from eopd.config.benchmark import HELD_OUT
 from eopd.run.arms import Arm, Interval, by_seed, group_runs, interval, paired
 from eopd.telemetry.evaluations import COMPARED, MEASURED
-from eopd.telemetry.report.lines import Line, Values, finite, mean
+from eopd.telemetry.report.lines import Line, finite, mean
 from eopd.telemetry.report.reading import RunRecord
 
 
@@ -19,37 +19,25 @@ class Group:
     label: str
     runs: Sequence[RunRecord]
 
-    @property
-    def steps(self) -> list[int]:
-        """The steps that all runs have done."""
-        common = set.intersection(*(set(run.steps) for run in self.runs))
-        return sorted(common)
-
-    def values(self, name: str) -> tuple[Values, Values, Values]:
-        """Returns a metric at ``steps``: mean, lowest and highest; a gap where a run has none. Of
-        one run there is no lowest and no highest.
+    def line(self, column: Callable[[RunRecord], Mapping[int, float | None]]) -> Line:
+        """Returns the mean of what ``column`` has of each run by step, at the steps that all have,
+        with the band; a gap where a run has none. Of one run there is no band.
         """
-        steps = self.steps
-        columns = []
-        for run in self.runs:
-            by_step = dict(zip(run.steps, run.column(name), strict=True))
-            columns.append([by_step[step] for step in steps])
+        columns = [column(run) for run in self.runs]
+        steps = sorted(set.intersection(*map(set, columns)))
+        values = [list(map(one.__getitem__, steps)) for one in columns]
+        if len(columns) == 1:
+            return Line("", steps, values[0])
 
-        return spread(columns)
-
-
-def spread(columns: Sequence[Values]) -> tuple[Values, Values, Values]:
-    """Returns mean, lowest and highest over columns; a gap where one of them has a gap."""
-    if len(columns) == 1:
-        return columns[0], (), ()
-
-    stacks = [finite(ys) for ys in zip(*columns, strict=True)]
-    whole = [ys if len(ys) == len(columns) else [] for ys in stacks]
-    return (
-        [mean(ys) for ys in whole],
-        [min(ys, default=None) for ys in whole],
-        [max(ys, default=None) for ys in whole],
-    )
+        stacks = [finite(ys) for ys in zip(*values, strict=True)]
+        whole = [ys if len(ys) == len(columns) else [] for ys in stacks]
+        return Line(
+            "",
+            steps,
+            [mean(ys) for ys in whole],
+            lows=[min(ys, default=None) for ys in whole],
+            highs=[max(ys, default=None) for ys in whole],
+        )
 
 
 def lines_of(

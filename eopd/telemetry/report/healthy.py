@@ -56,7 +56,11 @@ class Verdict:
 
 
 def judge(
-    label: str, steps: Sequence[int], values: Sequence[float | None], healthy: Range, percent: bool
+    label: str,
+    steps: Sequence[float],
+    values: Sequence[float | None],
+    healthy: Range,
+    percent: bool,
 ) -> Verdict | None:
     """Judges a metric by the mean over the last tenth of its steps; returns None where it was
     never outside of its range.

@@ -4,16 +4,16 @@ over steps, with their 95 % intervals, and how sure student and teacher were bef
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from eopd.config.benchmark import HELD_OUT
-from eopd.run.record import Measurement
 from eopd.telemetry.report import charts
 from eopd.telemetry.report.charts import Mark
 from eopd.telemetry.report.figure import Figure
-from eopd.telemetry.report.groups import Group, legend_of, lines_of, spread
-from eopd.telemetry.report.lines import Line, Points, Values, is_flat
+from eopd.telemetry.report.groups import Group, legend_of, lines_of
+from eopd.telemetry.report.lines import Line, Points, is_flat
 from eopd.telemetry.report.reading import RunRecord
 
 PAPER_TAU: Final = 0.8  # nats
@@ -94,33 +94,27 @@ def _line(name: str, is_share: bool, group: Group, metric: str) -> Line:
     """Returns a metric of a group: of one run with its 95 % interval, of several their mean with a
     band from the lowest to the highest.
     """
-    columns = [_column(run, name, metric) for run in group.runs]
-    steps = sorted(set.intersection(*map(set, columns)))
-    ys, lows, highs = spread([_means(column, steps) for column in columns])
-    if len(columns) == 1:
-        lows, highs = (_edge(columns[0], steps, sign, is_share) for sign in (-1, 1))
+    line = group.line(partial(_edge, name, metric, is_share, 0))
+    if len(group.runs) > 1:
+        return line
 
-    return Line("", steps, ys, lows=lows, highs=highs)
-
-
-def _column(run: RunRecord, name: str, metric: str) -> Mapping[int, Measurement | None]:
-    return {one.step: one.measurements.get(metric) for one in run.measured(name)}
-
-
-def _means(column: Mapping[int, Measurement | None], steps: Sequence[int]) -> Values:
-    found = [column[step] for step in steps]
-    return [None if one is None else one.mean for one in found]
+    low, high = (group.line(partial(_edge, name, metric, is_share, sign)) for sign in (-1, 1))
+    return replace(line, lows=low.ys, highs=high.ys)
 
 
 def _edge(
-    column: Mapping[int, Measurement | None], steps: Sequence[int], sign: int, is_share: bool
-) -> Values:
-    """Returns an edge of the 95 % interval, which is the mean itself where no error is known. That
-    of a share is no lower than 0 and no higher than 1.
+    name: str, metric: str, is_share: bool, sign: int, run: RunRecord
+) -> Mapping[int, float | None]:
+    """Returns an edge of the 95 % interval by step, which is the mean itself where no error is known,
+    or where ``sign`` is 0. That of a share is no lower than 0 and no higher than 1.
     """
-    found = [column[step] for step in steps]
-    edge = [None if one is None else one.mean + sign * (one.half_width or 0.0) for one in found]
-    return [y if y is None or not is_share else min(max(y, 0.0), 1.0) for y in edge]
+    edges: dict[int, float | None] = {}
+    for evaluation in run.measured(name):
+        one = evaluation.measurements.get(metric)
+        edge = None if one is None else one.mean + sign * (one.half_width or 0.0)
+        edges[evaluation.step] = edge if edge is None or not is_share else min(max(edge, 0.0), 1.0)
+
+    return edges
 
 
 def _best(runs: Sequence[RunRecord], name: str, metrics: Mapping[str, str]) -> list[Mark]:

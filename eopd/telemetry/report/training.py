@@ -4,7 +4,7 @@ something happened. Charts that say nothing become a line of a list.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from eopd.telemetry.report import charts
@@ -168,9 +168,8 @@ def _lost(runs: Sequence[RunRecord]) -> list[Chart]:
 
 
 def _line(group: Group, name: str) -> Line:
-    ys, lows, highs = group.values(name)
-    healthy = _healthy(name, group.runs[0])
-    return Line("", group.steps, ys, lows=lows, highs=highs, healthy=healthy)
+    line = group.line(lambda run: dict(zip(run.steps, run.column(name), strict=True)))
+    return replace(line, healthy=_healthy(name, group.runs[0]))
 
 
 def _healthy(name: str, run: RunRecord) -> Range | None:
@@ -185,8 +184,8 @@ def _verdicts(chart: Chart, groups: Sequence[Group]) -> list[Verdict]:
         for name, label in chart.metrics.items():
             if (healthy := _healthy(name, group.runs[0])) is not None:
                 what = f"{group.label}, {label}" if len(groups) > 1 else label.capitalize()
-                values, _, _ = group.values(name)
-                verdicts.append(judge(what, group.steps, values, healthy, _percent(chart)))
+                line = _line(group, name)
+                verdicts.append(judge(what, line.xs, line.ys, healthy, _percent(chart)))
 
     return [verdict for verdict in verdicts if verdict is not None]
 
