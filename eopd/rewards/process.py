@@ -18,8 +18,8 @@ import inspect
 import json
 import os
 import pickle
-import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +27,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import IO, Any, Final, cast
+from io import BufferedRWPair
+from typing import Final, cast
 
 from eopd.config import ConfigError
 from eopd.plugins import cause_of, load, search_path
@@ -82,6 +83,7 @@ class FunctionProcess:
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
         self._process: subprocess.Popen[bytes] | None = None
+        self._stream: BufferedRWPair  # to the process and from it, while there is one
 
     def ask(self, *arguments: object) -> Returned | Failed:
         """Calls the function.
@@ -113,14 +115,18 @@ class FunctionProcess:
             return
 
         # A session of its own: Ctrl-C in the terminal is for the parent, whose end closes the
-        # child's input. -P: no module of the working directory stands in for one of Python's.
+        # stream. -P: no module of the working directory stands in for one of Python's.
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CHILD, json.dumps(search_path())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,
-            )
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                ours.settimeout(asked.clock_limit_s)
+                self._stream = ours.makefile("rwb")
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _CHILD, json.dumps(search_path())],
+                    stdin=theirs.fileno(),
+                    stdout=2,  # what the function prints
+                    start_new_session=True,
+                )
         except OSError as error:
             raise ConfigError(
                 f"{asked.key}: {asked.function}: its process cannot be started: {error}"
@@ -132,7 +138,7 @@ class FunctionProcess:
 
         if "failed" in reply:
             self.close()
-            raise ConfigError(reply["failed"])
+            raise ConfigError(str(reply["failed"]))
 
     def kill(self) -> None:
         """Ends the child and whatever it started, at once."""
@@ -145,35 +151,30 @@ class FunctionProcess:
         if self._process is None:
             return
 
-        process, (stdin, stdout) = self._process, self._pipes()
-        with contextlib.suppress(BrokenPipeError):
-            stdin.close()
+        with contextlib.suppress(OSError):  # a question that was not sent
+            self._stream.close()
 
         try:
-            process.wait(_CLOSE_S)
+            self._process.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:
             self.kill()
-            process.wait()
+            self._process.wait()
 
-        stdout.close()
         self._process = None
 
-    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        return process.stdin, process.stdout
-
-    def _exchange(self, message: object) -> dict[str, Any] | Failed:
+    def _exchange(self, message: object) -> dict[str, object] | Failed:
         """Sends a message; returns the reply, or why there is none."""
-        stdin, stdout = self._pipes()
-        limit_s = self._asked.clock_limit_s
-        end = time.monotonic() + limit_s
-        if not (_write(stdin, pickle.dumps(message), end) and _is_ready(stdout, end)):
+        try:
+            self._stream.write(pickle.dumps(message))
+            self._stream.flush()
+            line = self._stream.readline()
+        except TimeoutError:
             self.kill()
-            return self._ended(f"did not return within {limit_s:g} s")
+            return self._ended(f"did not return within {self._asked.clock_limit_s:g} s")
+        except OSError:  # the child is gone
+            line = b""
 
-        line = stdout.readline()
-        return cast(dict[str, Any], json.loads(line)) if line else self._ended()
+        return cast(dict[str, object], json.loads(line)) if line else self._ended()
 
     def _ended(self, why: str = "") -> Failed:
         """Takes leave of a child that gave no reply; returns why, which ``why`` knows better."""
@@ -201,27 +202,6 @@ def ask_once(asked: Asked, *arguments: object) -> Returned | Failed:
     with contextlib.closing(FunctionProcess(asked)) as process:
         process.start()
         return process.ask(*arguments)
-
-
-def _write(pipe: IO[bytes], content: bytes, end: float) -> bool:
-    """Writes to a pipe, whose reader may be gone; returns whether that was done by ``end``."""
-    os.set_blocking(pipe.fileno(), False)
-    left = memoryview(content)
-    with contextlib.suppress(BrokenPipeError):
-        while left:
-            if not _is_ready(pipe, end, select.POLLOUT):
-                return False
-
-            left = left[os.write(pipe.fileno(), left) :]
-
-    return True
-
-
-def _is_ready(pipe: IO[bytes], end: float, event: int = select.POLLIN) -> bool:
-    """Waits until a pipe can be read or has ended, or else can be written to, or until ``end``."""
-    poll = select.poll()
-    poll.register(pipe, event)
-    return bool(poll.poll(1000 * max(0.0, end - time.monotonic())))
 
 
 class FunctionPool:
@@ -272,18 +252,18 @@ def _serve() -> None:
     """Runs the child: it reads what to ask, then arguments again and again, and writes a line of
     JSON for each, until the input ends.
     """
-    # what the function reads and prints is neither question nor reply
-    questions, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)
+    with socket.socket(fileno=os.dup(0)) as own:
+        stream = own.makefile("rwb")
+
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the function reads is no question
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
 
     def reply(**answer: object) -> None:
-        replies.write(json.dumps(answer) + "\n")
-        replies.flush()
+        stream.write(json.dumps(answer).encode() + b"\n")
+        stream.flush()
 
-    asked = cast(Asked, pickle.load(questions))
+    asked = cast(Asked, pickle.load(stream))
     try:
         function = load(asked.key, asked.function, asked.kind, asked.options)
     except ConfigError as error:
@@ -293,7 +273,7 @@ def _serve() -> None:
     with asyncio.Runner() as runner:
         while True:
             try:
-                arguments = pickle.load(questions)
+                arguments = pickle.load(stream)
             except EOFError:
                 return None
 

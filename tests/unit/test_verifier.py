@@ -1,6 +1,7 @@
 """Rewards and filters: what becomes of what a function says, or does not say."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -196,6 +197,21 @@ def test_a_limit_ends_the_call_and_the_next_one_is_answered(functions, case, lim
     after = child.ask({"case": "text"}, "", [])
     child.close()
 
+    assert said == Failed(f"made_up_functions:odd: {words}", timed_out=True)
+    assert after == Returned("high")
+
+
+def test_a_child_that_reads_no_question_is_ended(functions):
+    asked = Asked(key="k", function=functions + "odd", kind=RewardFunction, clock_limit_s=3.0)
+    child = FunctionProcess(asked)
+    child.start()
+    os.kill(child._process.pid, signal.SIGSTOP)
+
+    said = child.ask({"case": "text", "more": "x" * 2**21}, "", [])
+    after = child.ask({"case": "text", "more": "x" * 2**21}, "", [])
+    child.close()
+
+    words = "did not return within 3 s"
     assert said == Failed(f"made_up_functions:odd: {words}", timed_out=True)
     assert after == Returned("high")
 
