@@ -92,7 +92,9 @@ class SignalScorer(ABC):
             said = await self.signal(_prompt_of(trajectory), copy)
         except SignalError as error:
             return LostTrajectory(
-                key=stored.header.key, reason=LostReason.TEACHER_FAILED, detail=str(error)
+                key=stored.header.key,
+                reason=LostReason.TEACHER_FAILED,
+                detail=f"teacher {self._name}: {error}",
             )
 
         signal = to_student(
@@ -112,9 +114,7 @@ class SignalScorer(ABC):
         return Stored(header, ScoredTrajectory(trajectory=trajectory, signal=signal))
 
 
-def whole_sequence(
-    teacher: str, vocab_size: int, prompt_ids: Int32Array, response_ids: Int32Array
-) -> Int32Array:
+def whole_sequence(vocab_size: int, prompt_ids: Int32Array, response_ids: Int32Array) -> Int32Array:
     """Returns the sequence [P + R] that a teacher reads.
 
     Raises:
@@ -122,9 +122,7 @@ def whole_sequence(
     """
     ids = np.concatenate((prompt_ids, response_ids))
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise SignalError(
-            f"teacher {teacher}: token id {ids.max()} is outside its vocabulary of {vocab_size}"
-        )
+        raise SignalError(f"token id {ids.max()} is outside its vocabulary of {vocab_size}")
 
     return ids
 

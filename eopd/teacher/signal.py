@@ -22,7 +22,7 @@ _SLACK: Final = 1e-3  # nats, or probability: far above float32 noise, far below
 
 
 class SignalError(ValueError):
-    """The raw rows are not what a teacher can have said."""
+    """A teacher did not say what it must of a response; whoever gives it up names the teacher."""
 
 
 def num_columns(top_k: int) -> int:
@@ -49,13 +49,11 @@ def read_signal(
     """
     expected = (num_response_tokens, num_columns(top_k))
     if raw.shape != expected or raw.dtype != np.float32:
-        raise SignalError(
-            f"teacher {teacher}: raw signal is {raw.dtype} {raw.shape}, must be float32 {expected}"
-        )
+        raise SignalError(f"raw signal is {raw.dtype} {raw.shape}, must be float32 {expected}")
 
     ids = raw[:, TOPK + top_k :]
     is_id = (ids >= 0) & (ids < MAX_EXACT_ID) & (ids == np.floor(ids))
-    _require(is_id.all(axis=1), "has a broken token id", teacher)
+    _require(is_id.all(axis=1), "has a broken token id")
 
     return checked(
         TeacherSignal(
@@ -76,24 +74,24 @@ def checked(signal: TeacherSignal) -> TeacherSignal:
         SignalError: a value is not finite (but the tail's where K = V), candidates are unsorted or
             repeated, or the probabilities of the outcomes do not add up to one.
     """
-    teacher, ids = signal.teacher, signal.topk_ids
-    token, logprobs, tail = signal.token_logprobs, signal.topk_logprobs, signal.tail_logprobs
+    ids, logprobs = signal.topk_ids, signal.topk_logprobs
+    token, tail = signal.token_logprobs, signal.tail_logprobs
     numbers = np.column_stack((signal.entropy_low, signal.entropy_high, token, logprobs))
     is_finite = np.isfinite(numbers).all(axis=1) & (tail < np.inf)
-    _require(is_finite, "has a value that is not finite", teacher)
-    _require(signal.entropy_low >= 0.0, "has a negative entropy", teacher)
-    _require(token <= _SLACK, "has a positive log-probability of the sampled token", teacher)
-    _require(np.all(np.diff(logprobs, axis=1) <= 0.0, axis=1), "has unsorted candidates", teacher)
-    _require(np.all(ids >= 0, axis=1), "has a broken token id", teacher)
+    _require(is_finite, "has a value that is not finite")
+    _require(signal.entropy_low >= 0.0, "has a negative entropy")
+    _require(token <= _SLACK, "has a positive log-probability of the sampled token")
+    _require(np.all(np.diff(logprobs, axis=1) <= 0.0, axis=1), "has unsorted candidates")
+    _require(np.all(ids >= 0, axis=1), "has a broken token id")
     is_distinct = np.all(np.diff(np.sort(ids, axis=1), axis=1) > 0, axis=1)
-    _require(is_distinct, "names a candidate twice", teacher)
+    _require(is_distinct, "names a candidate twice")
     mass = np.exp(logprobs, dtype=np.float64).sum(axis=1) + np.exp(tail, dtype=np.float64)
-    _require(np.abs(mass - 1.0) <= _SLACK, "does not add up to probability one", teacher)
+    _require(np.abs(mass - 1.0) <= _SLACK, "does not add up to probability one")
 
     return signal
 
 
-def _require(good: BoolArray, fault: str, teacher: str) -> None:
+def _require(good: BoolArray, fault: str) -> None:
     """Raises ``SignalError`` of the first row that is not good."""
     if not good.all():
-        raise SignalError(f"teacher {teacher}: row {int(np.argmin(good))} of the signal {fault}")
+        raise SignalError(f"row {int(np.argmin(good))} of the signal {fault}")

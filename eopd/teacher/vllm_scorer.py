@@ -69,7 +69,7 @@ class ScoringEngine:
             SignalError: this request failed; others go on.
             TeacherDownError: the engine died.
         """
-        ids = whole_sequence(self._teacher, self.vocab_size, prompt_ids, response_ids)
+        ids = whole_sequence(self.vocab_size, prompt_ids, response_ids)
         extra = {} if temperature is None else {head.TEMPERATURE: temperature}
         params = PoolingParams(
             task=head.TASK, extra_kwargs={head.RESPONSE_TOKENS: len(response_ids), **extra}
@@ -81,7 +81,7 @@ class ScoringEngine:
                 output async for output in self._llm.encode(request, params, uuid4().hex)
             ]
         except (EngineGenerateError, VLLMClientError) as error:
-            raise SignalError(f"teacher {self._teacher}: {error}") from error
+            raise SignalError(str(error)) from error
         except EngineDeadError as error:
             raise TeacherDownError(f"teacher {self._teacher}: its engine died") from error
 

@@ -22,8 +22,8 @@ from teacher_oracle import trajectory
 from transformers import AutoModelForCausalLM
 
 from eopd.config import ConfigError, ServerConfig, TeacherConfig
+from eopd.roles import TeacherDownError
 from eopd.teacher.served import http
-from eopd.teacher.served.http import TeacherUnavailableError
 from eopd.teacher.served.openai_scorer import OpenAITeacherScorer
 from eopd.tokenizer import vocab_size
 from eopd.types import LostReason, LostTrajectory, Stored, Trajectory
@@ -246,9 +246,7 @@ async def test_what_the_server_cannot_do_is_a_mistake_of_the_config_quoting_it(
     with pytest.raises(ConfigError, match="401 Unauthorized"):
         await scoring(top_k=4).__aenter__()
 
-    with pytest.raises(
-        TeacherUnavailableError, match="1 attempts failed, the last one with ConnectError"
-    ):
+    with pytest.raises(TeacherDownError, match="1 attempts failed, the last one with ConnectError"):
         await scoring(top_k=4, port=1, max_attempts=1).__aenter__()
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from eopd.config import ConfigError, ServerConfig, TeacherConfig
+from eopd.teacher.served import base
 from eopd.teacher.served import openai_scorer as remote
-from eopd.teacher.served.http import ServerClient
+from eopd.teacher.served.http import ServerClient, parse
 from eopd.teacher.served.openai_scorer import OpenAITeacherScorer, read_rows
 from eopd.teacher.signal import SignalError
 from eopd.types import Bounds
@@ -38,7 +39,7 @@ def rows() -> list[dict[str, dict[str, object]]]:
 
 def read(rows: list, top_k: int = K, sampled: np.ndarray = SAMPLED, size: int = VOCAB):
     body = json.dumps({"choices": [{"prompt_logprobs": rows}]})
-    (choice,) = remote._parse(remote._Completion, body.encode(), "t").choices
+    (choice,) = parse(remote._Completion, httpx.Response(200, text=body)).choices
     return read_rows(
         choice.prompt_logprobs,
         sampled,
@@ -161,7 +162,7 @@ def without(rows: list, token: int) -> list:
     ],
 )
 def test_a_row_that_is_no_answer_is_refused(rows, fault, breaks):
-    with pytest.raises(SignalError, match=f"teacher t: row 1 .*{fault}"):
+    with pytest.raises(SignalError, match=f"^row 1 .*{fault}"):
         read(breaks(rows))
 
 
@@ -195,7 +196,7 @@ def start(tmp_path, monkeypatch):
             return httpx.Response(200, json=completion)
 
         client = functools.partial(ServerClient, transport=httpx.MockTransport(answer))
-        monkeypatch.setattr(remote, "ServerClient", client)
+        monkeypatch.setattr(base, "ServerClient", client)
         server = ServerConfig(url="http://teacher.test/x", model=model)
         config = TeacherConfig(backend="openai", model=tmp_path, server=server)
 

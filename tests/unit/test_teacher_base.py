@@ -37,7 +37,6 @@ class Fake(SignalScorer):
     async def signal(self, prompt_ids, response_ids):
         self.asked.append(
             base.whole_sequence(
-                self._name,
                 self._vocab_size,
                 prompt_ids,
                 response_ids,
@@ -105,7 +104,7 @@ async def test_sums_go_into_the_header(entropy):
 async def test_a_bad_trajectory_is_lost_and_a_teacher_that_is_down_is_an_error():
     lost = await Fake(error=SignalError("row 3")).score(stored([7]))
     assert isinstance(lost, LostTrajectory)
-    assert (lost.reason, lost.detail) == (LostReason.TEACHER_FAILED, "row 3")
+    assert (lost.reason, lost.detail) == (LostReason.TEACHER_FAILED, "teacher t: row 3")
     outside = await Fake().score(stored([7, 10], StopReason.LENGTH))
     assert outside.detail == "teacher t: token id 10 is outside its vocabulary of 10"
     with pytest.raises(TeacherDownError):

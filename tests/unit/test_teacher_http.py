@@ -13,14 +13,14 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, ServerConfig
+from eopd.roles import TeacherDownError
 from eopd.teacher.served import http
 from eopd.teacher.served.http import (
     ServerClient,
-    TeacherRefusedError,
-    TeacherUnavailableError,
     explain,
     proxy_for,
 )
+from eopd.teacher.signal import SignalError
 
 URL = "http://teacher.test:8000/prefix"
 Answers = Callable[..., tuple[ServerClient, list[httpx.Request]]]
@@ -89,7 +89,7 @@ async def test_what_may_be_better_later_is_tried_again(answering, pauses, fault)
 @pytest.mark.parametrize("status", [302, 400, 401, 403, 404, 413, 422, 501])
 async def test_any_other_status_is_final(answering, pauses, status):
     client, requests = answering(httpx.Response(status))
-    with pytest.raises(TeacherRefusedError, match=f"POST {URL}/v1/score: {status} "):
+    with pytest.raises(SignalError, match=f"POST {URL}/v1/score: {status} "):
         await client.post("/v1/score", json=[1])
 
     assert (len(requests), pauses) == (1, [])
@@ -108,7 +108,7 @@ async def test_any_other_status_is_final(answering, pauses, status):
 )
 async def test_a_refusal_quotes_the_server_in_one_short_line(answering, body, quoted):
     client, _ = answering(httpx.Response(400, text=body))
-    with pytest.raises(TeacherRefusedError) as caught:
+    with pytest.raises(SignalError) as caught:
         await client.get("/v1/models")
 
     assert str(caught.value) == f"GET {URL}/v1/models: 400 Bad Request: {quoted}"
@@ -121,7 +121,7 @@ async def test_after_the_last_attempt_the_last_cause_is_told(answering, pauses):
         httpx.Response(503, text="starting"),
         max_attempts=3,
     )
-    with pytest.raises(TeacherUnavailableError) as caught:
+    with pytest.raises(TeacherDownError) as caught:
         await client.get("/v1/models")
 
     assert str(caught.value) == (
@@ -138,7 +138,7 @@ async def test_pauses_grow_with_full_jitter_up_to_a_limit(answering, pauses, mon
         http.random, "uniform", lambda low, high: drawn.append((low, high)) or high / 4
     )
     client, _ = answering(*[httpx.Response(503)] * 8, max_attempts=8)
-    with pytest.raises(TeacherUnavailableError):
+    with pytest.raises(TeacherDownError):
         await client.get("/v1/models")
 
     assert drawn == [(0.0, most) for most in (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)]
@@ -175,7 +175,7 @@ async def test_the_key_is_sent_and_never_shown(answering, pauses, monkeypatch, c
     )
     shown = [repr(client), repr(client._client), repr(client._client.headers)]
 
-    for expected in (TeacherRefusedError, TeacherUnavailableError):
+    for expected in (SignalError, TeacherDownError):
         with pytest.raises(expected) as caught:
             await client.post("/v1/score", json={})
 
@@ -289,7 +289,7 @@ async def test_a_server_that_never_answers_is_unavailable(hurried):
                 max_attempts=2,
             )
         )
-        with pytest.raises(TeacherUnavailableError, match=r"2 attempts .* no answer within 0.05 s"):
+        with pytest.raises(TeacherDownError, match=r"2 attempts .* no answer within 0.05 s"):
             await client.get("/")
 
         await client.close()
@@ -302,7 +302,7 @@ async def test_a_dropped_connection_and_a_closed_port_are_tried_again(hurried):
         await client.close()
 
     client = ServerClient(ServerConfig(url=server.url, max_attempts=2))
-    with pytest.raises(TeacherUnavailableError, match=r"2 attempts .* ConnectError: "):
+    with pytest.raises(TeacherDownError, match=r"2 attempts .* ConnectError: "):
         await client.get("/")
 
     await client.close()
@@ -327,9 +327,7 @@ async def test_a_server_that_fails_on_one_request_time_and_again_is_not_away(ans
     client, _ = answering(
         httpx.Response(503), *[httpx.Response(500, text="row 3")] * 2, max_attempts=3
     )
-    with pytest.raises(
-        TeacherRefusedError, match=r"3 attempts failed, the last one with 500 .*row 3"
-    ):
+    with pytest.raises(SignalError, match=r"3 attempts failed, the last one with 500 .*row 3"):
         await client.get("/v1/models")
 
     client, _ = answering(
@@ -337,7 +335,7 @@ async def test_a_server_that_fails_on_one_request_time_and_again_is_not_away(ans
         httpx.ConnectError("refused"),
         max_attempts=2,
     )
-    with pytest.raises(TeacherUnavailableError, match="refused"):
+    with pytest.raises(TeacherDownError, match="refused"):
         await client.get("/v1/models")
 
 
@@ -350,7 +348,7 @@ async def test_a_client_that_was_closed_in_the_pause_before_its_second_attempt_i
         await client.close()
 
     monkeypatch.setattr("eopd.teacher.served.http.asyncio.sleep", close)
-    with pytest.raises(TeacherUnavailableError, match="closed"):
+    with pytest.raises(TeacherDownError, match="closed"):
         await client.get("/v1/models")
 
 
@@ -457,7 +455,7 @@ async def test_a_failure_names_the_proxy_and_not_its_password(network, pauses):
 
     network(http_proxy=f"http://me:secret@127.0.0.1:{port}")
     client = ServerClient(ServerConfig(url="http://api.far:8000", max_attempts=1))
-    with pytest.raises(TeacherUnavailableError) as caught:
+    with pytest.raises(TeacherDownError) as caught:
         await client.get("/ready")
 
     await client.close()

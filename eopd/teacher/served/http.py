@@ -23,26 +23,21 @@ import re
 import socket
 import urllib.request
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, TypeVar
 
 import httpx
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from eopd.config import ConfigError, ServerConfig
 from eopd.roles import TeacherDownError
+from eopd.teacher.signal import SignalError
+
+Answer = TypeVar("Answer", bound=BaseModel)
 
 _LATER: Final = frozenset({429, 500, 502, 503, 504})
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 30.0
 _QUOTE: Final = 300  # characters of a server's message
-
-
-class TeacherUnavailableError(TeacherDownError):
-    """Every attempt failed; the message names the last cause."""
-
-
-class TeacherRefusedError(RuntimeError):
-    """The server answered that it will not do this, now or later; the message quotes it."""
 
 
 class ServerClient:
@@ -100,8 +95,8 @@ class ServerClient:
             A complete answer of status 2xx.
 
         Raises:
-            TeacherUnavailableError: all attempts failed.
-            TeacherRefusedError: any other status, or 500 to the last.
+            TeacherDownError: all attempts failed; the message names the last cause.
+            SignalError: any other status, or 500 to the last; the message quotes the server.
         """
         return await self._send(
             self._client.build_request(
@@ -124,7 +119,7 @@ class ServerClient:
         for attempt in range(self._max_attempts):
             asked_s = 0.0
             if self._client.is_closed:
-                raise TeacherUnavailableError(f"{where}: the connections were closed")
+                raise TeacherDownError(f"{where}: the connections were closed")
 
             try:
                 async with self._slots, asyncio.timeout(self._timeout_s):
@@ -141,7 +136,7 @@ class ServerClient:
 
                 cause, status = self._quote(response), response.status_code
                 if status not in _LATER:
-                    raise TeacherRefusedError(f"{where}: {cause}")
+                    raise SignalError(f"{where}: {cause}")
 
                 asked_s = _retry_after_s(response)
 
@@ -149,7 +144,7 @@ class ServerClient:
                 await asyncio.sleep(_pause_s(attempt, asked_s))
 
         # A server that fails on a request time and again may well answer others.
-        failure = TeacherRefusedError if status == 500 else TeacherUnavailableError
+        failure = SignalError if status == 500 else TeacherDownError
         raise failure(f"{where}: {self._max_attempts} attempts failed, the last one with {cause}")
 
     def _quote(self, response: httpx.Response) -> str:
@@ -159,6 +154,18 @@ class ServerClient:
             text = text.replace(self._key, "***")
 
         return f"{response.status_code} {response.reason_phrase}: {' '.join(text.split())[:_QUOTE]}"
+
+
+def parse(form: type[Answer], answer: httpx.Response) -> Answer:
+    """Returns an answer in the form that it must have.
+
+    Raises:
+        SignalError: it has another one.
+    """
+    try:
+        return form.model_validate_json(answer.content)
+    except ValidationError as error:
+        raise SignalError(explain(error)) from None
 
 
 def explain(error: ValidationError) -> str:

@@ -14,18 +14,17 @@ cache.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final, Self, TypeVar
+from typing import Final
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from eopd.config import ConfigError, TeacherConfig
-from eopd.hub import model_directory
-from eopd.teacher.base import SignalScorer, whole_sequence
+from eopd.config import ConfigError, ServerConfig, TeacherConfig
+from eopd.teacher.base import whole_sequence
+from eopd.teacher.served.base import ServedScorer
 from eopd.teacher.served.bounds import entropy_bounds, tail_logprobs
-from eopd.teacher.served.http import ServerClient, TeacherRefusedError, explain
+from eopd.teacher.served.http import parse
 from eopd.teacher.signal import SignalError, checked
-from eopd.tokenizer import vocab_size
 from eopd.types import Int32Array, TeacherSignal
 
 _MINUS_INFINITY: Final = -9999.0
@@ -55,79 +54,26 @@ class _Completion(BaseModel):
     choices: tuple[_Choice]
 
 
-Answer = TypeVar("Answer", bound=BaseModel)
-
-
-class OpenAITeacherScorer(SignalScorer):
+class OpenAITeacherScorer(ServedScorer):
     """One served model as a teacher. Make it with ``start``."""
 
-    def __init__(
-        self,
-        client: ServerClient,
-        config: TeacherConfig,
-        *,
-        served_model: str,
-        top_k: int,
-        vocab_size: int,
-    ) -> None:
-        super().__init__(config, top_k=top_k, vocab_size=vocab_size)
-        self._client, self._served_model = client, served_model
+    info_path = "/v1/models"
 
-    @classmethod
-    async def start(cls, config: TeacherConfig, *, top_k: int, max_sequence_tokens: int) -> Self:
-        """Ask the server what it serves and score one made-up token, so that a scorer that is there
-        works.
+    def __init__(self, config: TeacherConfig, server: ServerConfig, *, top_k: int) -> None:
+        super().__init__(config, server, top_k=top_k)
+        assert server.model is not None, "the config of backend openai"
+        self._served_model = server.model
 
-        Args:
-            config: the teacher; ``model`` is the directory whose ``config.json`` tells V.
-            top_k: K, candidates per response token.
-            max_sequence_tokens: the longest prompt and response together.
+    async def require_agreement(self, max_sequence_tokens: int) -> None:
+        """Checks that the model is served, and to this length, and that the server scores.
 
         Raises:
-            ConfigError: the key is missing; another model is served; K is above what the server
-                allows; or it returns no prompt log-probabilities.
-            TeacherUnavailableError: no attempt reached the server.
+            ConfigError: another model is served; K is above what the server allows; or it returns
+                no prompt log-probabilities.
+            TeacherDownError: no attempt reached the server.
         """
-        assert config.server is not None and config.server.model is not None, (
-            "the config of backend openai"
-        )
-        client = ServerClient(config.server)
-        scorer = cls(
-            client,
-            config,
-            served_model=config.server.model,
-            top_k=top_k,
-            vocab_size=vocab_size(model_directory(config.model)),
-        )
-
         try:
-            await scorer._require_working(max_sequence_tokens)
-        except BaseException:
-            await client.close()
-            raise
-
-        return scorer
-
-    @property
-    def seats(self) -> int:
-        """The number of connections: one trajectory on each."""
-        return self._client.max_connections
-
-    async def ping(self) -> None:
-        """Returns when the server answers."""
-        await self._client.get("/v1/models")
-
-    async def close(self) -> None:
-        """Close the connections; the server goes on."""
-        await self._client.close()
-
-    async def _require_working(self, max_sequence_tokens: int) -> None:
-        try:
-            listed = _parse(
-                _Models,
-                (await self._client.get("/v1/models")).content,
-                self._name,
-            )
+            listed = parse(_Models, await self._client.get(self.info_path))
             served = {model.id: model.max_model_len for model in listed.data}
             if self._served_model not in served:
                 raise ConfigError(
@@ -145,7 +91,7 @@ class OpenAITeacherScorer(SignalScorer):
 
             token = np.zeros(1, np.int32)
             await self.signal(token, token)
-        except (TeacherRefusedError, SignalError) as error:
+        except SignalError as error:
             raise ConfigError(
                 f"teachers.server: {self._name} cannot score with loss.top_k {self._top_k}: {error}"
             ) from None
@@ -154,7 +100,7 @@ class OpenAITeacherScorer(SignalScorer):
         """Asks the server; the entropy is known within bounds. A refusal or an answer of another
         form is a ``SignalError``.
         """
-        token_ids = whole_sequence(self._name, self._vocab_size, prompt_ids, response_ids)
+        token_ids = whole_sequence(self._vocab_size, prompt_ids, response_ids)
         request = {
             "model": self._served_model,
             "prompt": token_ids.tolist(),
@@ -163,17 +109,10 @@ class OpenAITeacherScorer(SignalScorer):
             "prompt_logprobs": self._top_k,
         }
 
-        try:
-            answer = await self._client.post("/v1/completions", json=request)
-        except TeacherRefusedError as error:
-            raise SignalError(f"teacher {self._name}: {error}") from error
-
-        logprobs = _parse(_Completion, answer.content, self._name).choices[0].prompt_logprobs
+        answer = await self._client.post("/v1/completions", json=request)
+        logprobs = parse(_Completion, answer).choices[0].prompt_logprobs
         if len(logprobs) != len(token_ids):
-            raise SignalError(
-                f"teacher {self._name}: {len(token_ids)} tokens were sent, "
-                f"{len(logprobs)} came back"
-            )
+            raise SignalError(f"{len(token_ids)} tokens were sent, {len(logprobs)} came back")
 
         return read_rows(
             logprobs[len(prompt_ids) :],
@@ -203,7 +142,7 @@ def read_rows(
     """
     tokens, logprobs, ids = [], [], []
     for index, (row, token) in enumerate(zip(rows, response_ids.tolist(), strict=True)):
-        where = f"teacher {teacher}: row {index} of the signal"
+        where = f"row {index} of the signal"
         said = {token_id: entry.logprob for token_id, entry in (row or {}).items()}
         if token not in said:
             raise SignalError(f"{where} does not tell token {token}")
@@ -243,10 +182,3 @@ def read_rows(
             tail_logprobs=tail_logprobs(topk, vocab_size),
         )
     )
-
-
-def _parse(form: type[Answer], content: bytes, teacher: str) -> Answer:
-    try:
-        return form.model_validate_json(content)
-    except ValidationError as error:
-        raise SignalError(f"teacher {teacher}: {explain(error)}") from None

@@ -92,7 +92,7 @@ def decode_answer(
     try:
         tensors = load(body)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise SignalError(f"teacher {teacher}: the answer is no safetensors: {error}") from None
+        raise SignalError(f"the answer is no safetensors: {error}") from None
 
     one_number, candidates = (num_response_tokens,), (num_response_tokens, top_k)
     expected = {
@@ -104,9 +104,7 @@ def decode_answer(
     }
     received = {name: (str(tensor.dtype), tensor.shape) for name, tensor in tensors.items()}
     if received != expected:
-        raise SignalError(
-            f"teacher {teacher}: the answer holds {received}; {expected} was expected"
-        )
+        raise SignalError(f"the answer holds {received}; {expected} was expected")
 
     entropy = Exact(tensors.pop("entropy"))
     return checked(TeacherSignal(teacher=teacher, entropy=entropy, **tensors))
