@@ -76,7 +76,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
 def whole_tensors(model: PreTrainedModel) -> dict[str, CheckpointTensor]:
     """Returns every tensor of ``model`` by its plain name: a tied one once, adapted ones merged."""
     layers = dict(_adapted(model))
-    done = {id(parameter) for parameter in _adapters(model).values()}
+    done = {id(part) for tensor in adapter_tensors(model).values() for part in tensor.parts}
     tensors: dict[str, CheckpointTensor] = {}
 
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -100,12 +100,9 @@ def whole_tensors(model: PreTrainedModel) -> dict[str, CheckpointTensor]:
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, CheckpointTensor]:
-    """Returns the adapters' tensors, by their names in ``model``."""
-    return {name: CheckpointTensor((parameter,)) for name, parameter in _adapters(model).items()}
-
-
-def sent_adapters(model: PreTrainedModel) -> dict[str, CheckpointTensor]:
-    """Returns the adapters' tensors by the names that engines know them by (``eopd/adapters.py``)."""
+    """Returns the adapters' tensors by the names that engines (``eopd/adapters.py``) and, behind a
+    prefix, peft's files know them by.
+    """
     return {
         f"{name}{end}": CheckpointTensor((part[_ADAPTER].weight,))
         for name, layer in _adapted(model)
@@ -128,10 +125,7 @@ def save_adapter(
     settings = copy.copy(model.peft_config[_ADAPTER])
     settings.base_model_name_or_path, settings.inference_mode = str(source), True
     settings.target_modules = sorted(settings.target_modules)
-    named = peft.get_peft_model_state_dict(
-        model, dict(tensors), adapter_name=_ADAPTER, save_embedding_layers=False
-    )
-    prefixed = {f"base_model.model.{name}": tensor for name, tensor in named.items()}
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     with replaced(directory) as partial_directory:
         settings.save_pretrained(partial_directory)
         file = partial_directory / SAFETENSORS_WEIGHTS_NAME
@@ -143,14 +137,6 @@ def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     return (
         (name, layer) for name, layer in model.named_modules() if isinstance(layer, lora.LoraLayer)
     )
-
-
-def _adapters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    return {
-        f"{name}.{part}.{_ADAPTER}.weight": getattr(layer, part)[_ADAPTER].weight
-        for name, layer in _adapted(model)
-        for part in ("lora_A", "lora_B")
-    }
 
 
 def _target_layers(model: PreTrainedModel, config: LoraConfig) -> list[str]:

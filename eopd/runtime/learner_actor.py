@@ -224,11 +224,11 @@ def sent_tensors(
     """Returns what the engines are sent: adapters alone and their scale, where an engine finds each
     weight that they belong to in the model's files; otherwise all weights, and None.
     """
-    from eopd.learner.lora import sent_adapters, whole_tensors
+    from eopd.learner.lora import adapter_tensors, whole_tensors
 
     lora = config.student.lora
     if lora is not None and config.may_send_adapters:
-        adapters = sent_adapters(model)
+        adapters = adapter_tensors(model)
         weights = {name.removesuffix(LORA_A) + WEIGHT for name in adapters if LORA_A in name}
         if weights <= _weights_in(model_directory(config.student.model)):
             return adapters, lora.scale

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eopd.config import RolloutConfig, StudentConfig
-from eopd.learner.lora import sent_adapters, whole_tensors
+from eopd.learner.lora import adapter_tensors, whole_tensors
 from eopd.rollout.vllm_engine import VllmRolloutEngine
 from eopd.types import Int32Array, PolicyVersion
 from eopd.weights.channel import BroadcastChannel
@@ -62,7 +62,7 @@ class BrittleSource(ModelSource):
 def brittle_source(model: torch.nn.Module, scale: float | None = None) -> BrittleSource:
     """All of a model that is not sharded, or its adapters alone, if there is a scale of theirs."""
     return BrittleSource(
-        whole_tensors(model) if scale is None else sent_adapters(model),
+        whole_tensors(model) if scale is None else adapter_tensors(model),
         rank=0,
         shape=lambda tensor: tensor.shape,
         gathered=lambda tensors: nullcontext(False),

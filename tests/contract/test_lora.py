@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eopd.adapters import merged
 from eopd.config import LearnerConfig, LossConfig, StudentConfig
-from eopd.learner.lora import sent_adapters, whole_tensors
+from eopd.learner.lora import adapter_tensors, whole_tensors
 
 RANK, ALPHA, LR, WEIGHT_DECAY, SAVED_AT = 4, 12.0, 1e-2, 0.1, 2
 SCALE = 3.0  # ALPHA / RANK
@@ -154,7 +154,7 @@ def run_rank(
         metrics += train(learner, case, range(SAVED_AT, NUM_BATCHES))
         published = publish(learner)
         again = publish(learner)
-        alone = publish(learner, sent_adapters)
+        alone = publish(learner, adapter_tensors)
         learner.export(run_directory / "hf")
 
         parameters = dict(learner.model.named_parameters())
