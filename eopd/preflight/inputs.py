@@ -26,7 +26,7 @@ from eopd.preflight.models import (
 from eopd.preflight.options import require_deepspeed_options, require_vllm_options
 from eopd.preflight.pinning import key_of_benchmark
 from eopd.prompts import PromptOrder, PromptSet, TeacherView
-from eopd.prompts.rendering import Tokenizer
+from eopd.prompts.rendering import Rendering, Tokenizer
 from eopd.remember import remembered
 from eopd.teacher.vocabulary import SharedVocabulary, require_same_vocabulary
 from eopd.telemetry.plain import told_while_slow
@@ -326,8 +326,12 @@ def _views(config: Config) -> Callable[[str], TeacherView | None]:
         teacher.name: TeacherView(
             name=teacher.name,
             template=teacher.template,
-            tokenizer=load_tokenizer(model_directory(teacher.model)),
-            options=teacher.template_options,
+            rendering=Rendering(
+                whose=f"teacher {teacher.name}",
+                tokenizer=load_tokenizer(model_directory(teacher.model)),
+                template=config.prompts.template,
+                options=teacher.template_options,
+            ),
             max_tokens=teacher.max_prompt_tokens or config.prompts.max_tokens,
         )
         for teacher in config.teachers
@@ -335,14 +339,14 @@ def _views(config: Config) -> Callable[[str], TeacherView | None]:
     }
     for view in views.values():
         view.require_text()
-        if config.prompts.template == "chat" and not view.tokenizer.chat_template:
+        if config.prompts.template == "chat" and not view.rendering.tokenizer.chat_template:
             raise ConfigError(
                 f"teachers.{view.name}.template: its tokenizer has no chat "
                 "template to render it with"
             )
 
         if config.prompts.system is not None:
-            view.rendering(config.prompts).require_system(config.prompts.system)
+            view.rendering.require_system(config.prompts.system)
 
     def view_of(source: str) -> TeacherView | None:
         teacher = config.teacher_of(source)

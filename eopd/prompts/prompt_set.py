@@ -70,16 +70,7 @@ class PromptSet:
                 twice, a prompt is too long under ``overlong: error`` or for its teacher, or none is
                 left of a part.
         """
-        if config.template == "chat" and not tokenizer.chat_template:
-            raise ConfigError(
-                "prompts.template: chat, but the tokenizer has no chat template; set it to none "
-                "(--template none of eopd eval)"
-            )
-
-        if config.system is not None:
-            student_rendering(config, tokenizer).require_system(config.system)
-
-        loading = _Loading(config, tokenizer, view_of, keep_rows)
+        loading = _Loading(config, _rendering(config, tokenizer), view_of, keep_rows)
         loaded, faults = [], []
         for index, (part, key_of_part) in enumerate(zip(parts, keys_of(key, parts), strict=True)):
             prefix = f"{index}/" if len(parts) > 1 else ""
@@ -108,14 +99,28 @@ class PromptSet:
         return replace(self, prompts=tuple(prompt for prompt in turns if prompt is not None))
 
 
-def student_rendering(config: PromptsConfig, tokenizer: Tokenizer) -> Rendering:
-    """Returns how the student's prompts are rendered."""
-    return Rendering(
+def _rendering(config: PromptsConfig, tokenizer: Tokenizer) -> Rendering:
+    """Returns how the student's prompts are rendered.
+
+    Raises:
+        ConfigError: there is no chat template, or it shows no message of the system.
+    """
+    if config.template == "chat" and not tokenizer.chat_template:
+        raise ConfigError(
+            "prompts.template: chat, but the tokenizer has no chat template; set it to none "
+            "(--template none of eopd eval)"
+        )
+
+    rendering = Rendering(
         whose="student",
         tokenizer=tokenizer,
         template=config.template,
         options=config.template_options,
     )
+    if config.system is not None:
+        rendering.require_system(config.system)
+
+    return rendering
 
 
 @dataclass(slots=True)
@@ -123,7 +128,7 @@ class _Loading:
     """Makes prompts of one part after the other, and collects what is said of them."""
 
     config: PromptsConfig
-    tokenizer: Tokenizer
+    rendering: Rendering
     view_of: Callable[[str], TeacherView | None]
     keep_rows: bool
     texts: dict[str, str] = field(default_factory=dict)
@@ -190,8 +195,7 @@ class _Loading:
             OverlongError: it is too long, as the student reads it or as its teacher does.
         """
         config = self.config
-        student = student_rendering(config, self.tokenizer)
-        token_ids, notes = student.token_ids(question.chat, question.tools, where)
+        token_ids, notes = self.rendering.token_ids(question.chat, question.tools, where)
         if len(token_ids) > config.max_tokens:
             raise OverlongError(
                 len(token_ids), f"longer than prompts.max_tokens {config.max_tokens}"
@@ -199,7 +203,7 @@ class _Loading:
 
         teacher_token_ids = None
         if (view := self.view_of(question.source)) is not None:
-            teacher_ids, teacher_notes = view.token_ids(question, where, config)
+            teacher_ids, teacher_notes = view.token_ids(question, where)
             teacher_token_ids = np.asarray(teacher_ids, dtype=np.int32)
             notes += teacher_notes
 

@@ -4,7 +4,6 @@ rendered by the teacher's chat template.
 
 import os
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -15,8 +14,8 @@ import jinja2
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from eopd.config import ConfigError, PromptsConfig
-from eopd.prompts.rendering import OverlongError, Rendering, Tokenizer
+from eopd.config import ConfigError
+from eopd.prompts.rendering import OverlongError, Rendering
 from eopd.prompts.rows import Question
 
 # ``{name}`` as Python's and LangChain's templates fill it in; behind a command or an index of LaTeX
@@ -35,15 +34,13 @@ class TeacherView:
         name: The name of the teacher.
         template: Jinja for the last text of the user. It may use the columns of the row, and
             ``prompt``, the student's text.
-        tokenizer: The teacher's tokenizer, whose chat template renders the messages.
-        options: The options of that chat template.
+        rendering: How the messages are rendered for the teacher.
         max_tokens: The length of the longest prompt that is allowed.
     """
 
     name: str
     template: str
-    tokenizer: Tokenizer
-    options: Mapping[str, object]
+    rendering: Rendering
     max_tokens: int
 
     def require_text(self) -> None:
@@ -66,18 +63,7 @@ class TeacherView:
                     "here, below `template: |`"
                 )
 
-    def rendering(self, config: PromptsConfig) -> Rendering:
-        """Returns how the teacher's prompts are rendered."""
-        return Rendering(
-            whose=f"teacher {self.name}",
-            tokenizer=self.tokenizer,
-            template=config.template,
-            options=self.options,
-        )
-
-    def token_ids(
-        self, question: Question, where: str, config: PromptsConfig
-    ) -> tuple[list[int], list[str]]:
+    def token_ids(self, question: Question, where: str) -> tuple[list[int], list[str]]:
         """Returns the token ids of the teacher's prompt, and notes on it.
 
         Raises:
@@ -100,7 +86,7 @@ class TeacherView:
             ) from None
 
         chat = question.with_text(text)
-        token_ids, notes = self.rendering(config).token_ids(chat, question.tools, where)
+        token_ids, notes = self.rendering.token_ids(chat, question.tools, where)
         if not columns:
             notes.append(
                 f"the template of teacher {self.name} uses no column, so that it "

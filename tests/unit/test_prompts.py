@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from eopd.config import ConfigError, Part, PromptsConfig
 from eopd.prompts import PromptOrder, PromptSet, TeacherView, read_data
+from eopd.prompts.rendering import Rendering
 
 
 class WordTokenizer:
@@ -274,15 +275,11 @@ class LoudTokenizer(WordTokenizer):
         ) + mark  # fmt: skip
 
 
-def view(template="hint {{ solution }} for {{ prompt }}", **changes):
-    values = {
-        "name": "t",
-        "template": template,
-        "tokenizer": LoudTokenizer(),
-        "options": {},
-        "max_tokens": 20,
-    }
-    return TeacherView(**(values | changes))
+def view(template="hint {{ solution }} for {{ prompt }}", kind="chat", max_tokens=20, **options):
+    rendering = Rendering(
+        whose="teacher t", tokenizer=LoudTokenizer(), template=kind, options=options
+    )
+    return TeacherView(name="t", template=template, rendering=rendering, max_tokens=max_tokens)
 
 
 def load_for(tmp_path, teacher, *rows, **changes):
@@ -300,7 +297,7 @@ def test_a_teacher_reads_its_own_prompt_and_the_student_does_not(tmp_path):
         {"prompt": "a bb", "source": "math", "solution": "ssss"},
         {"prompt": "a bb", "solution": "ssss"},
     )
-    taught, other = load_for(tmp_path, view(options={"mark": "!!"}), *rows, suffix=" end")
+    taught, other = load_for(tmp_path, view(mark="!!"), *rows, suffix=" end")
     assert taught.token_ids.tolist() == other.token_ids.tolist() == [6, 1, 2, 3, 11]
     # hint ssss for a bb end <assistant>!!
     assert taught.teacher_token_ids.tolist() == [6, 4, 4, 3, 1, 2, 3, 13]
@@ -424,7 +421,7 @@ def test_earlier_messages_stay_and_plain_prompts_stay_plain(tmp_path):
     assert found.teacher_token_ids.tolist() == [8, 1, 6, 3, 1, 11]
     (plain,) = load_for(
         tmp_path,
-        view("see {{ prompt }}"),
+        view("see {{ prompt }}", kind="none"),
         {"prompt": "a", "source": "math"},
         template="none",
     )

@@ -241,12 +241,15 @@ def test_notes_say_in_how_many_rows(tmp_path):
     }
 
 
+def of_teacher(own, kind):
+    return Rendering(whose="teacher t", tokenizer=own, template=kind, options={})
+
+
 def test_both_sides_leave_out_the_end_that_a_tokenizer_adds(tmp_path):
     view = TeacherView(
         name="t",
         template="hint {{ prompt }}",
-        tokenizer=tokenizer(adds="$A <|im_end|>"),
-        options={},
+        rendering=of_teacher(tokenizer(adds="$A <|im_end|>"), "none"),
         max_tokens=99,
     )
     own, found = load(tmp_path, {"prompt": "a"}, view=view, template="none")
@@ -260,8 +263,7 @@ def test_a_hint_goes_to_the_last_text_of_the_user(tmp_path):
     view = TeacherView(
         name="t",
         template="{{ prompt }} It is {{ c }}.",
-        tokenizer=tokenizer(SHOWS_ALL),
-        options={},
+        rendering=of_teacher(tokenizer(SHOWS_ALL), "chat"),
         max_tokens=512,
     )
     own, found = load(
