@@ -58,13 +58,9 @@ def model_directory(spec: str, *, weights: bool = False) -> Path:
 
     commit = find_commit("model", name.repository, name.revision, spec)
     with told(spec, "model", name.repository, commit):
-        known = _known_files(name.repository, commit)
-        if known is not None and _has(
-            name.repository,
-            commit,
-            needed(known, weights=weights),
-        ):
-            return _snapshot(name.repository, commit)
+        directory = _snapshot(name.repository, commit)
+        if directory is not None and _has_all(name.repository, commit, weights=weights):
+            return directory
 
         return _download(name.repository, commit, weights=weights)
 
@@ -81,26 +77,15 @@ def cached_directory(spec: str, *, weights: bool = False) -> Path | None:
     Raises:
         ConfigError: no model can have such a name.
     """
-    from huggingface_hub import try_to_load_from_cache
-
     name = ModelName.parse(spec)
     if name is None:
         return Path(spec) if os.path.lexists(spec) else None
 
     commit = cached_commit("model", name.repository, name.revision, spec)
-    if commit is None:
+    if commit is None or (weights and not _has_all(name.repository, commit, weights=True)):
         return None
 
-    found = try_to_load_from_cache(name.repository, "config.json", revision=commit)
-    if not isinstance(found, str):
-        return None
-
-    if weights:
-        known = _known_files(name.repository, commit)
-        if known is None or not _has(name.repository, commit, needed(known, weights=True)):
-            return None
-
-    return Path(found).parent
+    return _snapshot(name.repository, commit)
 
 
 def require_cached_directory(spec: str) -> Path:
@@ -155,42 +140,42 @@ def _known_files(repository: str, commit: str) -> list[str] | None:
         return None
 
 
-def _has(repository: str, commit: str, files: Iterable[str]) -> bool:
-    """Tells whether the cache holds files of a commit."""
+def _has_all(repository: str, commit: str, *, weights: bool) -> bool:
+    """Tells whether the cache holds what a run reads of a commit, as far as it knows its files."""
     from huggingface_hub import try_to_load_from_cache
 
+    known = _known_files(repository, commit)
+    if known is None:
+        return False
+
+    files = needed(known, weights=weights)
     found = (try_to_load_from_cache(repository, file, revision=commit) for file in files)
     return all(isinstance(path, str) for path in found)
 
 
-def _snapshot(repository: str, commit: str) -> Path:
-    """Returns the snapshot of a commit in the cache, without asking the Hub."""
-    from huggingface_hub import snapshot_download
+def _snapshot(repository: str, commit: str) -> Path | None:
+    """Returns the snapshot of a commit in the cache, if that has its ``config.json``."""
+    from huggingface_hub import try_to_load_from_cache
 
-    return Path(
-        snapshot_download(
-            repository, revision=commit, allow_patterns="config.json", local_files_only=True
-        )
-    )
+    found = try_to_load_from_cache(repository, "config.json", revision=commit)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _download(repository: str, commit: str, *, weights: bool) -> Path:
     """Downloads what the cache lacks of a commit."""
     import httpx2
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         # at once and without repetitions, as the library's own question is not
         info = in_time(partial(HfApi().model_info, repository, revision=commit))
-    except (OSError, httpx2.HTTPError) as error:
-        if _known_files(repository, commit) is not None:
+    except (OSError, httpx2.HTTPError):
+        # a snapshot that another version of the library made, without a list of its files
+        directory = _snapshot(repository, commit)
+        if directory is None or _known_files(repository, commit) is not None:
             raise
 
-        try:  # a snapshot that another version of the library made, without a list of its files
-            return _snapshot(repository, commit)
-        except LocalEntryNotFoundError:
-            raise error from None
+        return directory
 
     listed = [file.rfilename for file in info.siblings or ()]
     if "config.json" not in listed:
