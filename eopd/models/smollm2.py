@@ -7,6 +7,7 @@ rename, so that a half-written one never looks finished. The weights in the file
 four bits: the teacher is this model dequantised, a little weaker than the original.
 """
 
+import copy
 import hashlib
 import importlib.util
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -124,23 +126,16 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """Returns a new model of the same family and precision, with only the layers ``kept``, renumbered
     in that order.
     """
-    prefix = "model.layers."
-    new_index = {old: new for new, old in enumerate(kept)}
-    state = {}
+    pruned = copy.deepcopy(model)
+    pruned.model.layers = nn.ModuleList(pruned.model.layers[old] for old in kept)
+    for new, layer in enumerate(pruned.model.layers):
+        layer.self_attn.layer_idx = new  # its place in a cache
 
-    for name, tensor in model.state_dict().items():
-        if name.startswith(prefix):
-            old, _, rest = name.removeprefix(prefix).partition(".")
-            if int(old) in new_index:
-                state[f"{prefix}{new_index[int(old)]}.{rest}"] = tensor
-        else:
-            state[name] = tensor
+    pruned.config.num_hidden_layers = len(kept)
+    if (kinds := getattr(pruned.config, "layer_types", None)) is not None:
+        pruned.config.layer_types = [kinds[old] for old in kept]
 
-    config = model.config.to_dict() | {"num_hidden_layers": len(kept)}
-    if "layer_types" in config:
-        config["layer_types"] = [config["layer_types"][old] for old in kept]
-
-    return _from_state(type(model.config).from_dict(config), state, model)
+    return pruned
 
 
 def _load_model(gguf: Path) -> PreTrainedModel:
@@ -153,7 +148,10 @@ def _load_model(gguf: Path) -> PreTrainedModel:
     config = read.config.to_dict()
     del config["quantization_config"], config["_model_name_or_path"]
     config["rms_norm_eps"] = round(config["rms_norm_eps"], 9)  # the file holds 1e-5 as float32
-    return _from_state(type(read.config).from_dict(config), read.state_dict(), read)
+    model = AutoModelForCausalLM.from_config(type(read.config).from_dict(config), dtype=read.dtype)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    return model
 
 
 def _load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
@@ -167,15 +165,6 @@ def _load_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
         ]
     )
     return tokenizer
-
-
-def _from_state(
-    config: object, state: dict[str, torch.Tensor], like: PreTrainedModel
-) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
-    model.load_state_dict(state)
-    model.generation_config = like.generation_config
-    return model
 
 
 def _save(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
