@@ -225,7 +225,11 @@ class RunDirectory:
             hint = f"; it is a sweep, whose runs `eopd list {self.path}` shows" if is_sweep else ""
             raise ConfigError(f"{self.path} holds no run (it has no config.yaml){hint}")
 
-        return load_config(self._config)
+        try:
+            return load_config(self._config)
+        except ConfigError as error:
+            writer = "it was changed by hand, or written by another version of eopd"
+            raise ConfigError(f"{error}; {writer}") from None
 
     def checkpoint(self, step: int | None) -> Path:
         """Returns the checkpoint of a step, or the newest that is whole.

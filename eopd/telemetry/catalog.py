@@ -31,6 +31,7 @@ from eopd.telemetry.metric import (
 ROLLED_BACK: Final = (
     "With a learner that was lost, and with --resume, it goes back to the checkpoint's."
 )
+OF_PROCESS: Final = "Counted since the process of the run started: 0 again where it goes on."
 
 _OBJECTIVE: Final = (
     nats_metric(
@@ -303,21 +304,22 @@ _TEACHERS: Final = (
         "counter",
         "tokens",
         "eopd_teacher_tokens_total",
-        "Response tokens scored since the process of the run started, held-out ones too.",
-        "Grows; a process that resumes the run begins at 0.",
+        f"Response tokens scored, held-out ones too. {OF_PROCESS}",
+        "Grows.",
         ("teacher",),
     ),
     Metric(
         "counter",
         "trajectories",
         "eopd_teacher_failures_total",
-        "Trajectories that a replica did not answer, because it was lost or too slow.",
+        "Trajectories that a replica did not answer, because it was lost or too slow. "
+        + OF_PROCESS,
         "Flat.",
         ("teacher",),
     ),
     counter_metric(
         "eopd_teacher_replacements_total",
-        "Replicas started in the place of one that was lost.",
+        f"Replicas started in the place of one that was lost. {OF_PROCESS}",
         "Flat.",
         ("teacher",),
     ),
@@ -342,12 +344,13 @@ _FAULTS: Final = (
     ),
     counter_metric(
         "eopd_engine_failures_total",
-        "Trajectories that a rollout engine did not answer, because it was lost or too slow.",
+        "Trajectories that a rollout engine did not answer, because it was lost or too slow. "
+        + OF_PROCESS,
         "Flat.",
     ),
     counter_metric(
         "eopd_engine_replacements_total",
-        "Rollout engines started in the place of lost ones.",
+        f"Rollout engines started in the place of lost ones. {OF_PROCESS}",
         "Flat.",
     ),
     counter_metric(
@@ -368,7 +371,9 @@ _FAULTS: Final = (
         "0, or what was changed on purpose.",
     ),
     counter_metric(
-        "eopd_weight_failures_total", "Weight transfers that failed and were repaired.", "Flat."
+        "eopd_weight_failures_total",
+        f"Weight transfers that failed and were repaired. {OF_PROCESS}",
+        "Flat.",
     ),
     bytes_metric("eopd_object_store_bytes", "What the object stores of all nodes hold.", "Flat."),
     bytes_metric("eopd_driver_memory_bytes", "Resident memory of the driver.", "Flat."),

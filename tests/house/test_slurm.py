@@ -49,6 +49,7 @@ FAKES = {
     "scontrol": """
         [ "$1" != show ] || printf 'first\\nsecond\\nthird\\n'
     """,
+    "rm": "",
     "sleep": """
         exec {sleep} 0.05
     """,
@@ -221,6 +222,7 @@ def test_several_nodes_head_then_workers_then_driver_then_their_end(job):
     assert answered < order[2], "workers start once the head answers"
     assert calls.index("scontrol requeue 42") == len(calls) - 1
     assert {"head ended", "workers ended"} <= set(calls)
+    assert "rm -rf /tmp/ray-42" in calls
     asked = [call for call in calls[: calls.index(TRAIN)] if call.startswith("ray status")]
     assert len(asked) > 1, "the driver waited for nodes that had not joined"
 

@@ -321,6 +321,19 @@ def test_a_run_names_its_commit_and_its_machines_where_it_ran_last(config, tmp_p
     assert re.fullmatch("[0-9a-f]{12}", kept["commit"]) and kept["nodes"] == 3
 
 
+def test_a_config_of_another_version_is_told_as_one(config):
+    run = RunDirectory.create(config())
+    file = run.path / "config.yaml"
+    file.write_text(file.read_text().replace("run:\n", "run:\n  future: 1\n", 1))
+    with pytest.raises(ConfigError) as caught:
+        run.config()
+
+    assert "run.future: unknown key" in str(caught.value)
+    assert str(caught.value).endswith(
+        "; it was changed by hand, or written by another version of eopd"
+    )
+
+
 def test_a_commit_with_changes_says_so(tmp_path):
     in_repository(tmp_path)
     clean = provenance(tmp_path)["commit"]
