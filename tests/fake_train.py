@@ -32,7 +32,8 @@ def main() -> int:
     (run / "versions.json").write_text('{"eopd": "0"}')
 
     calls = fates.with_name("calls.jsonl")
-    call = {"name": name, "options": sys.argv[3:], "ray": os.environ.get("RAY_ADDRESS")}
+    call = {"name": name, "options": sys.argv[3:], "pid": os.getpid()}
+    call["ray"] = os.environ.get("RAY_ADDRESS")
     append(calls, call | {"began": time.time()})
     fate = json.loads(fates.read_text()).get(name, "complete")
     if fate == "fail":
@@ -50,6 +51,9 @@ def main() -> int:
 
         keep(run, {"status": "collapsed", "steps": COLLAPSED, "held_out": {"after": after}})
         return 1
+
+    if fate == "start":  # SIGTERM finds it without a handler
+        time.sleep(60)
 
     if fate == "wait":
         signal.sigwait({signal.SIGINT})

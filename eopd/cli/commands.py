@@ -13,8 +13,6 @@ EXIT_FAILED: Final = 1
 EXIT_MISTAKEN: Final = 2  # by a mistake of the user
 EXIT_INTERRUPTED: Final = 130
 
-JOB_AGAIN: Final = "this job, submitted again with --resume auto"
-
 SET_EPILOG: Final = (
     "--set takes section.key=value; the value is YAML, and an item of a list is named by "
     "its number: --set learner.lr=1e-5 --set loss.gate=always --set "
@@ -55,6 +53,14 @@ def train_command(
     """Returns ``eopd train``, or another verb with the same options, as a line for the shell."""
     settings = [part for override in overrides for part in ("--set", override)]
     return shlex.join(["eopd", verb, str(config), *settings, *options])
+
+
+def job_again(run: Path) -> str:
+    """Returns what continues a run whose config is gone with its job. A run of a sweep goes on with the
+    sweep, which has no ``--resume``.
+    """
+    is_swept = (run.resolve().parent / "sweep.json").exists()
+    return "this job, submitted again" + ("" if is_swept else " with --resume auto")
 
 
 def place_of_moved(directory: Path, run: RunConfig) -> list[str]:

@@ -22,11 +22,11 @@ from eopd.cli.check import check
 from eopd.cli.commands import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
-    JOB_AGAIN,
     SET_EPILOG,
     ConfigFile,
     Overrides,
     RunPath,
+    job_again,
     place_of_moved,
     train_command,
 )
@@ -159,7 +159,7 @@ def train(
             resolved, resume=resume, step=step, say=partial(typer.echo, err=True)
         )
     except RunFailedError:
-        _say_how_to_continue(config, overrides or [], ["--resume", "auto"])
+        _say_how_to_continue(config, overrides or [], resolved.run.path, ["--resume", "auto"])
         raise
 
     directory = RunDirectory(resolved.run.path)
@@ -178,17 +178,17 @@ def train(
         raise typer.Exit(EXIT_FAILED)
 
     if summary.status != "completed":
-        _say_how_to_continue(config, overrides or [], directory.resume_options())
+        _say_how_to_continue(config, overrides or [], directory.path, directory.resume_options())
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def _say_how_to_continue(config: Path, overrides: list[str], options: list[str]) -> None:
+def _say_how_to_continue(config: Path, overrides: list[str], run: Path, options: list[str]) -> None:
     """Prints what continues a run. The config of a job is gone with the job."""
     from eopd.runtime.cluster import is_job_copy
 
     command = train_command(config, overrides, options)
     if is_job_copy(Path.cwd()):
-        command = JOB_AGAIN
+        command = job_again(run)
 
     typer.echo(f"continue with: {command}")
 

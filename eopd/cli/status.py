@@ -5,9 +5,9 @@ from pathlib import Path
 import typer
 
 from eopd.cli.commands import (
-    JOB_AGAIN,
     JobServer,
     RunPath,
+    job_again,
     place_of_moved,
     train_command,
 )
@@ -59,7 +59,7 @@ def _print_run(run: Path, *, is_told: bool = False) -> None:
     overrides = place_of_moved(run, settings)
     again = train_command(run / "config.yaml", overrides, directory.resume_options())
     if "/working_dir_files/" in (run / "config.yaml").read_text(encoding="utf-8"):
-        again = JOB_AGAIN
+        again = job_again(run)
 
     advice = f"continue with: {again}" if stopped and not is_told else None
     print_status(

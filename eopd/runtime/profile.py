@@ -124,7 +124,7 @@ def _folder() -> Iterator[Path]:
 
 async def _profile(config: Config, prepared: Prepared, patience: Patience, say: Say) -> Profile:
     with (
-        caught(lambda: False, asyncio.current_task()),
+        caught(lambda number: False, asyncio.current_task()),
         collect(config.run.path / "logs", config.telemetry.log_format),
     ):
         say("starting the learner, the rollout engines and the teacher")

@@ -5,6 +5,7 @@ does ``eopd stop``, from any machine, with a file.
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,32 @@ from eopd.runtime.logs import logger
 OF_THE_DRIVER: Final = (signal.SIGHUP, signal.SIGUSR1)
 ASK_TO_END: Final = (signal.SIGINT, signal.SIGTERM, *OF_THE_DRIVER)
 POLL_S: Final = 1.0  # between two looks for a request of ``eopd stop``
+ECHO_S: Final = 5.0  # a sweep hands a signal on within less, also on a busy machine
+
+
+class Requests:
+    """What has asked this process to end, and which of it was one request that came in two ways.
+
+    Ray sends SIGTERM to a job and to all that the job has started, and the sweep in it then sends
+    SIGINT to its runs; systemd lets a SIGHUP follow a SIGTERM. A person who is in a hurry repeats the
+    same.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: set[int | None] = set()
+        self._at = 0.0
+
+    def add(self, kind: int | None) -> bool:
+        """Takes a request, by the number of a signal, or None for others; returns whether it counts:
+        the first of another kind within ``ECHO_S`` of one that counts is its echo.
+        """
+        now = time.monotonic()
+        if self._kinds and kind not in self._kinds and now - self._at < ECHO_S:
+            self._kinds.add(kind)
+            return False
+
+        self._kinds, self._at = {kind}, now
+        return True
 
 
 class Interruption:
@@ -29,6 +56,7 @@ class Interruption:
     def __init__(self) -> None:
         self.requested = False
         self.say: Callable[[str], None] = logger.info
+        self._requests = Requests()
         self._close: Callable[[], Coroutine[object, object, None]] | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -43,10 +71,13 @@ class Interruption:
         finally:
             self._close = None
 
-    def take(self, *, now: bool = False) -> bool:
-        """Takes a signal, or a request to end ``now``; returns False where the run must be
-        cancelled.
+    def take(self, kind: int | None = None, *, now: bool = False) -> bool:
+        """Takes a signal, by its number, or a request of ``eopd stop``, which may be to end ``now``;
+        returns False where the run must be cancelled.
         """
+        if not self._requests.add(kind) and not now:
+            return True
+
         first, self.requested = not self.requested, True
         if now or not first or self._close is None:
             self.say("stopping now")
@@ -77,9 +108,9 @@ def require_main_thread() -> None:
 
 
 @contextmanager
-def caught(interrupt: Callable[[], bool], main: "asyncio.Task[object] | None") -> Iterator[None]:
+def caught(interrupt: Callable[[int], bool], main: "asyncio.Task[object] | None") -> Iterator[None]:
     """Handles each signal that asks to end like Ctrl-C, while the block runs: ``interrupt`` is
-    called, and the main task is cancelled where that returns False.
+    called with its number, and the main task is cancelled where that returns False.
 
     An ignored SIGHUP stays ignored: so a run under ``nohup`` outlives its terminal. An ignored SIGINT
     is handled all the same: shells let background jobs ignore it, and ``kill -INT`` is meant for the
@@ -90,7 +121,7 @@ def caught(interrupt: Callable[[], bool], main: "asyncio.Task[object] | None") -
     outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     numbers = [number for number in ASK_TO_END if number != signal.SIGHUP or not outlives_terminal]
     for number in numbers:
-        loop.add_signal_handler(number, lambda: interrupt() or main.cancel())
+        loop.add_signal_handler(number, lambda kind: interrupt(kind) or main.cancel(), number)
 
     try:
         yield

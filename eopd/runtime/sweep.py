@@ -16,27 +16,24 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 from eopd.config import Config, ConfigError, dump_config
 from eopd.config.choices import with_choices_of
 from eopd.preflight import pinned, prepare
-from eopd.preflight.environment import gpus_here, is_local
 from eopd.run.changes import Change, changes
 from eopd.run.directory import RunDirectory
 from eopd.run.grid import Grids, Status, SweepRun
 from eopd.run.lock import held, holder
 from eopd.run.results import FILE, ArmResult, errors_before, write_sweep
 from eopd.run.storage import write_whole
-from eopd.runtime import cluster
 from eopd.runtime.inputs import digests
-from eopd.runtime.placement import Capacity, Node, lack_of, plan, require_capacity
+from eopd.runtime.placement import plan, require_capacity
 from eopd.runtime.resume import take_up
-from eopd.runtime.signals import caught, ignored_by_children
+from eopd.runtime.signals import ASK_TO_END, Requests, caught
+from eopd.runtime.sweep_room import OpenRoom, Room, named, room_of
 from eopd.telemetry.report.page import write_report
 
 TRAIN: Final = (sys.executable, "-m", "eopd", "train")
@@ -48,25 +45,6 @@ _OTHERS_SHOWN: Final = 3
 _LONGEST_ERROR: Final = 500
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """Where the runs of a sweep find their resources: the machines, and what ``eopd train`` needs to
-    get there.
-    """
-
-    nodes: Sequence[Node]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    options: Sequence[str] = ()
-
-    def has(self, configs: Sequence[Config]) -> bool:
-        """Tells whether some runs fit side by side."""
-        roles = [role for config in configs for role in plan(config)]
-        return lack_of(roles, self.nodes) is None
-
-
-OpenRoom = Callable[[Config, int], AbstractContextManager[Room]]
 
 
 class Sweep:
@@ -99,6 +77,7 @@ class Sweep:
         self._say = say
         self._train = train
         self._open_room = open_room or room_of
+        self._requests = Requests()
         self._running: dict[asyncio.Task[None], SweepRun] = {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
 
@@ -142,7 +121,7 @@ class Sweep:
         self._pin()
         before = errors_before(self.directory / FILE)
         for run in self.runs:
-            with _named(run):
+            with named(run.name):
                 run.status = _status_of(run.config, parallel)
 
             if run.status == "waiting" and run.name in before:
@@ -172,14 +151,14 @@ class Sweep:
         begun = [run.directory for run in self.runs if run.directory.holds_a_run()]
         before = begun[0].config() if begun else None
         for run in self.runs:
-            with _named(run):
+            with named(run.name):
                 run.config = pinned(run.config, before)
 
             before = before or run.config
 
     def _require(self, room: Room) -> None:
         for run in self.runs:
-            with _named(run):
+            with named(run.name):
                 require_capacity(plan(run.config), room.nodes)
 
     async def _run_all(self, room: Room, parallel: int) -> None:
@@ -239,10 +218,13 @@ class Sweep:
 
         code = await process.wait()
         del self._processes[run.name]
-        run.status, run.error = _outcome(run, code, start)
+        run.status, run.error = _outcome(run, code, start, is_asked=self.interrupted)
 
-    def _interrupt(self) -> bool:
+    def _interrupt(self, number: int | None = None) -> bool:
         """Passes a signal on to the runs: the first ends them after a step, the next at once."""
+        if not self._requests.add(number):
+            return True
+
         for process in self._processes.values():
             if process.returncode is None:
                 process.send_signal(signal.SIGINT)
@@ -327,45 +309,9 @@ def _require_same(directory: RunDirectory, config: Config, noted: Sequence[Chang
         )
 
 
-@contextmanager
-def room_of(config: Config, parallel: int) -> Iterator[Room]:
-    """Yields where the runs find room, and holds the Ray that they share while the block runs."""
-    local = is_local(config.cluster)
-    if local and parallel == 1:
-        here = Capacity(cpus=config.cluster.cpus or os.cpu_count() or 1, gpus=gpus_here())
-        yield Room(nodes=[Node(total=here, free=here)])
-        return
-
-    with ExitStack() as stack:
-        with ignored_by_children():
-            stack.enter_context(cluster.connect(config.cluster))
-
-        nodes = cluster.nodes()
-        if not local:
-            yield Room(nodes=nodes)
-            return
-
-        # the address of a Ray that ends with the sweep belongs into no config
-        environment = {"RAY_ADDRESS": cluster.joined_address()}
-        yield Room(
-            nodes=nodes,
-            environment=environment,
-            options=("--set", "cluster.cpus=null"),
-        )
-
-
-@contextmanager
-def _named(run: SweepRun) -> Iterator[None]:
-    """Lets a mistake in the block begin with the name of the run."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{run.name}: {error}") from None
-
-
-def _outcome(run: SweepRun, code: int, start: int) -> tuple[Status, str | None]:
+def _outcome(run: SweepRun, code: int, start: int, *, is_asked: bool) -> tuple[Status, str | None]:
     """Returns what became of a run whose process has ended, and its error. Its output begins at byte
-    ``start`` of the log.
+    ``start`` of the log, and it may have been asked to end, also while it started.
     """
     if code in (0, INTERRUPTED):
         return ("interrupted" if code else "completed"), None
@@ -383,6 +329,9 @@ def _outcome(run: SweepRun, code: int, start: int) -> tuple[Status, str | None]:
         is_done = summary is not None and (summary.status, summary.steps) == done
         if is_done and run.config.run.upload is None:  # it had only to exit
             return "completed", None
+
+        if is_asked and -code in ASK_TO_END:
+            return "interrupted", None
 
         return "failed", f"killed by {signal.Signals(-code).name}"
 

@@ -361,12 +361,15 @@ def test_a_failed_run_says_what_continues_it(train):
     ]
 
 
-def test_a_job_that_was_interrupted_is_to_be_submitted_again(train, tmp_path, monkeypatch):
+def test_a_job_that_was_interrupted_is_to_be_submitted_again(train, run, tmp_path, monkeypatch):
     copy = tmp_path / "working_dir_files/_ray_pkg_1"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     _, _, shown = train("CONFIG", status="interrupted")
     assert shown.splitlines()[-1] == ("continue with: this job, submitted again with --resume auto")
+    (run / "sweep.json").write_text("{}")
+    _, _, shown = train("CONFIG", status="interrupted")
+    assert shown.splitlines()[-1] == "continue with: this job, submitted again"
 
 
 def test_a_complete_run_says_so_and_is_exit_code_0(train, run):
@@ -395,6 +398,9 @@ def test_the_status_of_a_job_that_is_gone_says_that_it_is_submitted_again(eopd, 
     config.write_text(re.sub(r"\S+\.jsonl", copy, config.read_text()))
     lines = eopd("status", directory.path).out.splitlines()
     assert lines[-1] == "continue with: this job, submitted again with --resume auto"
+    (run / "sweep.json").write_text("{}")
+    lines = eopd("status", directory.path).out.splitlines()
+    assert lines[-1] == "continue with: this job, submitted again"
 
 
 def test_an_export_needs_the_student_that_was_trained(eopd, run, files):

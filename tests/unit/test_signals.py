@@ -17,6 +17,7 @@ from eopd.runtime.signals import (
     ASK_TO_END,
     OF_THE_DRIVER,
     Interruption,
+    Requests,
     caught,
     ignored_by_children,
     obeyed,
@@ -52,7 +53,7 @@ async def test_a_request_to_stop_that_cannot_be_removed_yet_is_heard_later(tmp_p
 )
 async def test_every_signal_that_asks_to_end_is_taken_softly_first(number):
     taken = []
-    with caught(lambda: not taken.append(number), asyncio.current_task()):
+    with caught(lambda kind: not taken.append(kind), asyncio.current_task()):
         os.kill(os.getpid(), number)
         await asyncio.sleep(0.05)
 
@@ -62,7 +63,7 @@ async def test_every_signal_that_asks_to_end_is_taken_softly_first(number):
 @pytest.mark.parametrize("number", ASK_TO_END)
 async def test_where_nothing_can_end_softly_the_run_is_cancelled(number):
     async def main():
-        with caught(lambda: False, asyncio.current_task()):
+        with caught(lambda kind: False, asyncio.current_task()):
             os.kill(os.getpid(), number)
             await asyncio.sleep(10)
 
@@ -90,6 +91,55 @@ async def test_the_first_signal_ends_softly_where_the_run_can_and_the_second_at_
     ]
 
 
+async def test_a_signal_that_comes_in_two_ways_is_one_request(monkeypatch):
+    """Ray sends SIGTERM to a sweep and to its runs, and the sweep then SIGINT to its runs."""
+    messages = []
+    interruption = Interruption()
+    interruption.say = messages.append
+
+    async def close():
+        pass
+
+    def both():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+
+    async def main():
+        with (
+            caught(interruption.take, asyncio.current_task()),
+            interruption.ends_softly(close),
+        ):
+            both()
+            await asyncio.sleep(0.1)
+            assert len(messages) == 1 and messages[0].startswith("stopping after the step")
+            both()
+            await asyncio.sleep(10)
+
+    with pytest.raises(asyncio.CancelledError):
+        await main()
+
+    assert messages[1:] == ["stopping now"]
+
+
+def test_who_is_in_a_hurry_repeats_the_same_or_comes_later(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    term, ctrl_c, usr1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+    for kinds, count in [
+        ([ctrl_c, ctrl_c], [True, True]),
+        ([None, None], [True, True]),  # of `eopd stop`
+        ([term, ctrl_c, term, ctrl_c], [True, False, True, False]),
+        ([None, ctrl_c, ctrl_c], [True, False, True]),
+    ]:
+        requests = Requests()
+        assert [requests.add(kind) for kind in kinds] == count
+
+    requests = Requests()
+    assert requests.add(usr1)  # of Slurm, before the time is up
+    now += signals.ECHO_S
+    assert requests.add(term)  # and when it is up
+
+
 async def test_outside_of_what_ends_softly_the_first_signal_stops_at_once():
     messages = []
     interruption = Interruption()
@@ -108,7 +158,7 @@ async def test_a_job_in_the_background_of_a_script_can_be_interrupted():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     taken = []
     try:
-        with caught(lambda: not taken.append(True), asyncio.current_task()):
+        with caught(lambda kind: not taken.append(True), asyncio.current_task()):
             os.kill(os.getpid(), signal.SIGINT)
             await asyncio.sleep(0.05)
     finally:
@@ -120,7 +170,7 @@ async def test_a_job_in_the_background_of_a_script_can_be_interrupted():
 async def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with caught(lambda: pytest.fail("taken"), asyncio.current_task()):
+        with caught(lambda kind: pytest.fail("taken"), asyncio.current_task()):
             os.kill(os.getpid(), signal.SIGHUP)
             await asyncio.sleep(0.05)
 

@@ -22,7 +22,8 @@ from eopd.run.lock import held
 from eopd.run.record import Measurement, append_jsonl
 from eopd.run.results import final_numbers
 from eopd.runtime.placement import Capacity, Node
-from eopd.runtime.sweep import Room, Sweep, _last_error
+from eopd.runtime.sweep import Sweep, _last_error
+from eopd.runtime.sweep_room import Room
 
 FAKE = Path(__file__).parents[1] / "fake_train.py"
 GRID = "loss.gate=hard,never"
@@ -299,6 +300,27 @@ def test_a_signal_ends_the_runs_softly_and_begins_no_other(bench):
     again.run(1)
     assert again.status == "completed"
     assert bench.began()[2:] == ["gate-never-seed-0", *NAMES[2:]]
+
+
+def test_a_job_that_is_stopped_is_one_request_and_its_runs_are_interrupted(bench):
+    """Ray sends SIGTERM to the sweep and to its runs, of which one still starts."""
+    bench.fates({"gate-never-seed-0": "start"})
+
+    def stop():
+        while len(bench.began()) < 2:
+            time.sleep(0.05)
+
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(bench.calls()[-1]["pid"], signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    sweep = bench.sweep()
+    sweep.run(1)
+    assert sweep.status == "interrupted"
+    assert [run.status for run in sweep.runs[:3]] == ["completed", "interrupted", "waiting"]
+    asked = [text for text in bench.said if text.startswith("ending the runs")]
+    assert asked == ["ending the runs; once more to end them at once"]
 
 
 @contextmanager
