@@ -218,7 +218,10 @@ class RunDirectory:
         """
         require_directory(self.path)
         if not self.holds_a_run() and (starting := holder(self.path)):
-            raise ConfigError(f"{self.path} is being started by {starting}; look again in a moment")
+            raise ConfigError(
+                f"{self.path} is being started by {starting}; look again in a moment, or, where it "
+                "waits for room in its cluster, once others have ended"
+            )
 
         if not self.holds_a_run():
             is_sweep = (self.path / "sweep.json").exists()

@@ -38,6 +38,7 @@ from eopd.runtime.placement import (
     require_capacity,
 )
 from eopd.runtime.process import takes_files
+from eopd.runtime.signals import interrupting
 
 REACH_S: Final = 5.0  # a cluster that runs answers at once
 _MAKE: Final = "accelerator_type:"  # begins the resource that Ray makes of a GPU's make
@@ -87,32 +88,46 @@ def require_room(
     roles: Sequence[RoleResources],
     config: ClusterConfig,
     say: Callable[[str], None] = logs.logger.info,
+    look: Callable[[], None] = lambda: None,
 ) -> None:
-    """Compares what the roles ask for with what is free in the cluster.
+    """Compares what the roles ask for with what is free in the cluster. A signal that asks to end, or
+    whatever ``look`` raises, ends it at once.
 
     Args:
         roles: what is to be started.
         config: of the cluster, which says how long to wait for room, if there is none now.
         say: is told what is waited for.
+        look: is called every second, or oftener.
 
     Raises:
         ConfigError: there is no room for all of them, also after ``wait_s`` and ``SETTLE_S``.
+        KeyboardInterrupt: a signal came.
     """
     wait_s = 0.0 if cluster_address(config) == LOCAL else config.wait_s
+    with interrupting():
+        _require_room(roles, wait_s, say, look)
+
+
+def _require_room(
+    roles: Sequence[RoleResources],
+    wait_s: float,
+    say: Callable[[str], None],
+    look: Callable[[], None],
+) -> None:
     until = time.monotonic() + wait_s
     while True:
         try:
-            return _settle(roles)
+            return _settle(roles, look)
         except ConfigError as error:  # also where somebody else was quicker
             if time.monotonic() > until:
                 raise
 
             say(f"waiting for room, for up to {wait_s:g} s (cluster.wait_s): {error}")
 
-        _wait_for_room(roles, until)
+        _wait_for_room(roles, until, look)
 
 
-def _settle(roles: Sequence[RoleResources]) -> None:
+def _settle(roles: Sequence[RoleResources], look: Callable[[], None]) -> None:
     """Raises ConfigError where there is no room, or none within ``SETTLE_S``."""
     idle = [replace(node, free=node.total) for node in nodes()]
     require_capacity(roles, idle)
@@ -125,10 +140,11 @@ def _settle(roles: Sequence[RoleResources]) -> None:
             if time.monotonic() > until:
                 raise
 
+        look()
         time.sleep(0.25)
 
 
-def _wait_for_room(roles: Sequence[RoleResources], until: float) -> None:
+def _wait_for_room(roles: Sequence[RoleResources], until: float, look: Callable[[], None]) -> None:
     """Waits until Ray could start everybody at the same time: for that long a placement group of all
     actors is asked for, which an autoscaler takes as demand. It is given back at once.
     """
@@ -141,7 +157,7 @@ def _wait_for_room(roles: Sequence[RoleResources], until: float) -> None:
     try:
         # signals are heard between two waits
         while time.monotonic() < until and not group.wait(LOOK_S):
-            pass
+            look()
     finally:
         remove_placement_group(group)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Final, Never
 
 from eopd.config import ConfigError
@@ -118,8 +119,7 @@ def caught(interrupt: Callable[[int], bool], main: "asyncio.Task[object] | None"
     """
     assert main is not None
     loop = asyncio.get_running_loop()
-    outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    numbers = [number for number in ASK_TO_END if number != signal.SIGHUP or not outlives_terminal]
+    numbers = _heard()
     for number in numbers:
         loop.add_signal_handler(number, lambda kind: interrupt(kind) or main.cancel(), number)
 
@@ -128,6 +128,43 @@ def caught(interrupt: Callable[[int], bool], main: "asyncio.Task[object] | None"
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """Lets each signal that asks to end interrupt the block at once, as Ctrl-C does, where no loop runs
+    yet. Other threads than the main one get no signals.
+
+    Raises:
+        KeyboardInterrupt: one came.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> Never:
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = _heard() if is_main else []
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def heed(directory: Path) -> None:
+    """Does what ``eopd stop`` asks of the run in ``directory``, where no loop runs yet.
+
+    Raises:
+        KeyboardInterrupt: it asks the run to end.
+    """
+    if take_request(directory) is not None:
+        raise KeyboardInterrupt
+
+
+def _heard() -> list[signal.Signals]:
+    outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in ASK_TO_END if number != signal.SIGHUP or not outlives_terminal]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, aclosing, closing
 from dataclasses import replace
+from functools import partial
 from typing import Never
 
 from eopd.config import Config
@@ -41,6 +42,7 @@ from eopd.runtime.resume import Resume, TakenUp, config_to_continue, take_up
 from eopd.runtime.signals import (
     Interruption,
     caught,
+    heed,
     ignored_by_children,
     obeyed,
     require_main_thread,
@@ -81,6 +83,7 @@ def train(
     Raises:
         ConfigError: the user's mistake, found before any worker starts; or this is no place for a
             run (``require_main_thread``).
+        KeyboardInterrupt: a signal, or ``eopd stop``, has ended the wait for room; nothing was begun.
     """
     require_main_thread()
     config = pinned(config, config_to_continue(config, resume))
@@ -102,7 +105,8 @@ def train(
         with ignored_by_children():
             stack.enter_context(cluster.connect(config.cluster))
 
-        cluster.require_room(plan(config), config.cluster, say)
+        look = partial(heed, config.run.path)
+        cluster.require_room(plan(config), config.cluster, say, look)
         taken_up = replace(taken_up, machines=cluster.machines())
         taken_up.begin()
         uploads.start()

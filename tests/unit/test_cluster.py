@@ -2,15 +2,20 @@
 
 import logging
 import os
+import signal
 import socket
 import time
+from functools import partial
 
 import pytest
 from ray.exceptions import AuthenticationError
 
 from eopd.config import ClusterConfig, ConfigError
+from eopd.run.lock import held, last_holder
+from eopd.run.stopping import ask_to_stop
 from eopd.runtime import cluster
 from eopd.runtime.placement import RoleResources
+from eopd.runtime.signals import ASK_TO_END, heed
 
 WAIT = "RAY_gcs_server_port_wait_time_s"
 
@@ -230,9 +235,46 @@ def test_room_that_somebody_else_was_quicker_to_take_is_waited_for_again(ray, mo
     monkeypatch.setattr(cluster, "SETTLE_S", 0.0)
     waits = iter([0.5, 0.5, 2.0])
 
-    def wait(roles, until):
+    def wait(roles, until, look):
         fake.free = [next(waits)]
 
     monkeypatch.setattr(cluster, "_wait_for_room", wait)
     cluster.require_room(ROLES, ClusterConfig(address="1.2.3.4:6379", wait_s=60), lambda text: None)
     assert list(waits) == []
+
+
+@pytest.mark.parametrize("number", ASK_TO_END)
+@pytest.mark.parametrize("wait_s", [0, 60])
+def test_a_signal_ends_the_wait_for_room_and_what_was_asked_for_is_given_back(
+    ray, monkeypatch, number, wait_s
+):
+    ray(free=(0.5,))
+    given_back = []
+
+    class Group:
+        def wait(self, seconds):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(cluster, "SETTLE_S", 0.0 if wait_s else 60.0)
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: os.kill(os.getpid(), number))
+    monkeypatch.setattr(cluster, "placement_group", lambda *asked, **options: Group())
+    monkeypatch.setattr(cluster, "remove_placement_group", given_back.append)
+    before = signal.getsignal(number)
+    config = ClusterConfig(address="1.2.3.4:6379", wait_s=wait_s)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.require_room(ROLES, config, lambda text: None)
+
+    assert len(given_back) == bool(wait_s)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_request_to_stop_ends_the_wait_for_room(ray, monkeypatch, tmp_path, now):
+    ray(free=(0.5,))
+    directory = tmp_path / "r"
+    with pytest.raises(KeyboardInterrupt), held(directory):
+        ask_to_stop(directory, last_holder(directory), now=now)
+        config = ClusterConfig(address="1.2.3.4:6379", wait_s=60)
+        cluster.require_room(ROLES, config, look=partial(heed, directory))
+
+    assert not directory.exists()
