@@ -40,6 +40,11 @@ def main() -> int:
         sys.stdout.write("going well so far\nerror: no luck today\nat all\n")
         return 1
 
+    if fate == "no room":
+        sys.stdout.write("error: 0 of 3 are free\n")
+        shutil.rmtree(run)
+        return 75
+
     if fate == "die":
         os.kill(os.getpid(), signal.SIGKILL)
 

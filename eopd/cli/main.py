@@ -308,7 +308,7 @@ def main() -> None:
         app()
     except (ConfigError, RunFailedError) as error:
         _print_error(f"error: {error}")
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(error.exit_code if isinstance(error, ConfigError) else EXIT_FAILED)
     except OSError as error:
         if error.filename is None and error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise

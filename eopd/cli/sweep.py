@@ -8,6 +8,7 @@ from rich.table import Table
 
 from eopd.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, ConfigFile, train_command
 from eopd.cli.terminal import outlive_readers
+from eopd.config import UnavailableError
 from eopd.run.arms import Interval
 from eopd.run.grid import plan_runs, read_grids, read_seeds
 from eopd.run.results import FILE, ArmResult
@@ -78,6 +79,11 @@ def sweep(
         options = _options(grid or [], seeds, parallel, name)
         again = train_command(config, overrides or [], options, verb="sweep")
         typer.echo(f"continue with: {again}")
+        if work.lack is not None:
+            raise UnavailableError(
+                f"{work.lack}. No run was begun after it; cluster.wait_s lets runs wait for room"
+            )
+
         raise typer.Exit(EXIT_FAILED if work.status == "failed" else EXIT_INTERRUPTED)
 
 

@@ -1,7 +1,7 @@
 """What a run is: YAML in, one frozen ``Config`` out. Loads neither torch nor ray."""
 
 from eopd.config.benchmark import BenchmarkConfig
-from eopd.config.errors import ConfigError
+from eopd.config.errors import ConfigError, UnavailableError
 from eopd.config.learner import LearnerConfig
 from eopd.config.load import dump_config, load_config, make_section, read_leaves
 from eopd.config.loss import LossConfig
@@ -49,6 +49,7 @@ __all__ = [
     "TelemetryConfig",
     "TrackerName",
     "TrainingPart",
+    "UnavailableError",
     "WeightsConfig",
     "dump_config",
     "load_config",

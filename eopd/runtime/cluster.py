@@ -24,7 +24,7 @@ from ray._private.state import available_resources_per_node
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from eopd.config import ClusterConfig, ConfigError
+from eopd.config import ClusterConfig, ConfigError, UnavailableError
 from eopd.preflight.environment import LOCAL, cluster_address, require_local_ray, split_address
 from eopd.run.record import Row
 from eopd.runtime import logs
@@ -55,7 +55,8 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     set again here.
 
     Raises:
-        ConfigError: the cluster cannot be reached or joined, or Ray cannot be started here.
+        ConfigError: the cluster cannot be joined, or Ray cannot be started here.
+        UnavailableError: nobody answers there.
     """
     address = cluster_address(config)
     # it explains how to switch authentication off, which nobody asked
@@ -100,7 +101,8 @@ def require_room(
         look: is called every second, or oftener.
 
     Raises:
-        ConfigError: there is no room for all of them, also after ``wait_s`` and ``SETTLE_S``.
+        ConfigError: the cluster is too small for all of them, also after ``wait_s``.
+        UnavailableError: there is no room for them now, also after ``wait_s`` and ``SETTLE_S``.
         KeyboardInterrupt: a signal came.
     """
     wait_s = 0.0 if cluster_address(config) == LOCAL else config.wait_s
@@ -128,7 +130,9 @@ def _require_room(
 
 
 def _settle(roles: Sequence[RoleResources], look: Callable[[], None]) -> None:
-    """Raises ConfigError where there is no room, or none within ``SETTLE_S``."""
+    """Raises ConfigError where there is no room, and UnavailableError where there is none within
+    ``SETTLE_S``.
+    """
     idle = [replace(node, free=node.total) for node in nodes()]
     require_capacity(roles, idle)
     until = time.monotonic() + SETTLE_S
@@ -136,9 +140,9 @@ def _settle(roles: Sequence[RoleResources], look: Callable[[], None]) -> None:
     while True:
         try:
             return require_capacity(roles, nodes())
-        except ConfigError:
+        except ConfigError as error:
             if time.monotonic() > until:
-                raise
+                raise UnavailableError(str(error)) from None
 
         look()
         time.sleep(0.25)
@@ -234,7 +238,7 @@ def _require_answer(address: str) -> None:
             split_address("cluster.address", address, ""), timeout=REACH_S
         ).close()
     except (OSError, UnicodeError) as error:
-        raise ConfigError(
+        raise UnavailableError(
             f"{_cannot(address)}: nobody answers there ({getattr(error, 'strerror', '') or error})"
         ) from None
 

@@ -16,11 +16,11 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-from eopd.config import Config, ConfigError, dump_config
+from eopd.config import Config, ConfigError, UnavailableError, dump_config
 from eopd.config.choices import with_choices_of
 from eopd.preflight import pinned, prepare
 from eopd.run.changes import Change, changes
@@ -30,10 +30,9 @@ from eopd.run.lock import held, holder
 from eopd.run.results import FILE, ArmResult, errors_before, write_sweep
 from eopd.run.storage import write_whole
 from eopd.runtime.inputs import digests
-from eopd.runtime.placement import plan, require_capacity
 from eopd.runtime.resume import take_up
 from eopd.runtime.signals import ASK_TO_END, Requests, caught
-from eopd.runtime.sweep_room import OpenRoom, Room, named, room_of
+from eopd.runtime.sweep_room import OpenRoom, Room, Say, named, room_of
 from eopd.telemetry.report.page import write_report
 
 TRAIN: Final = (sys.executable, "-m", "eopd", "train")
@@ -43,8 +42,6 @@ ENDED: Final = ("completed", "collapsed")
 INTERRUPTED: Final = 130
 _OTHERS_SHOWN: Final = 3
 _LONGEST_ERROR: Final = 500
-
-Say = Callable[[str], None]
 
 
 class Sweep:
@@ -56,8 +53,8 @@ class Sweep:
         grids: for ``sweep.json``.
         say: is told what happens.
         train: the command that trains a config.
-        open_room: holds what the runs share, and says where they find room, from the config of the
-            first of them and the most that run side by side.
+        open_room: holds what the runs share, and says where they find room, from the runs, the most
+            that run side by side, and ``say``.
     """
 
     def __init__(
@@ -73,6 +70,7 @@ class Sweep:
         self.runs = runs
         self.report = directory / "report.html"
         self.interrupted = False
+        self.lack: str | None = None  # of which run, and what the cluster has not for it
         self._grids = grids
         self._say = say
         self._train = train
@@ -102,8 +100,7 @@ class Sweep:
         """
         with held(self.directory, "--name"):
             self._check(parallel)
-            with self._open_room(self.runs[0].config, parallel) as room:
-                self._require(room)
+            with self._open_room(self.runs, parallel, self._say) as room:
                 self._begin()
                 asyncio.run(self._run_all(room, parallel))
 
@@ -156,11 +153,6 @@ class Sweep:
 
             before = before or run.config
 
-    def _require(self, room: Room) -> None:
-        for run in self.runs:
-            with named(run.name):
-                require_capacity(plan(run.config), room.nodes)
-
     async def _run_all(self, room: Room, parallel: int) -> None:
         """Runs what waits, as far as there is room; after a signal nothing more is begun."""
         with caught(self._interrupt, asyncio.current_task()):
@@ -175,7 +167,7 @@ class Sweep:
         waiting = deque(run for run in self.runs if run.status == "waiting")
 
         def is_next() -> bool:
-            if not waiting or self.interrupted or len(self._running) == parallel:
+            if not waiting or self.interrupted or self.lack or len(self._running) == parallel:
                 return False
 
             beside = [run.config for run in self._running.values()]
@@ -218,6 +210,11 @@ class Sweep:
 
         code = await process.wait()
         del self._processes[run.name]
+        if code == UnavailableError.exit_code:  # the next one would find no cluster either
+            run.status = "waiting"
+            self.lack = f"{run.name}: {_last_error(run.log.read_bytes()[start:])}"
+            return
+
         run.status, run.error = _outcome(run, code, start, is_asked=self.interrupted)
 
     def _interrupt(self, number: int | None = None) -> bool:
@@ -237,6 +234,9 @@ class Sweep:
     def _tell(self, run: SweepRun) -> None:
         ended = sum(each.status not in ("waiting", "running") for each in self.runs)
         why = f": {run.error}; see {run.log}" if run.error else ""
+        if run.status == "waiting":
+            why = "; the cluster is not to be had for it now, and no other run is begun"
+
         self._say(f"{run.name}: {run.status}{why} ({ended} of {len(self.runs)} runs)")
         self._write("running")
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from eopd.config import Config, ConfigError
 from eopd.preflight.environment import gpus_here, is_local
+from eopd.run.grid import SweepRun
 from eopd.runtime import cluster
-from eopd.runtime.placement import Capacity, Node, lack_of, plan
+from eopd.runtime.placement import Capacity, Node, lack_of, plan, require_capacity
 from eopd.runtime.signals import ignored_by_children
 
 
@@ -30,31 +31,50 @@ class Room:
         return lack_of(roles, self.nodes) is None
 
 
-OpenRoom = Callable[[Config, int], AbstractContextManager[Room]]
+Say = Callable[[str], None]
+OpenRoom = Callable[[Sequence[SweepRun], int, Say], AbstractContextManager[Room]]
 
 
 @contextmanager
-def room_of(config: Config, parallel: int) -> Iterator[Room]:
-    """Yields where the runs find room, and holds the Ray that they share while the block runs."""
+def room_of(runs: Sequence[SweepRun], parallel: int, say: Say) -> Iterator[Room]:
+    """Yields where the runs find room, once there is room for each that waits. A Ray that is started for
+    them is held while the block runs; a cluster that others use too is left again, and what it loses
+    meanwhile ends no sweep.
+
+    Raises:
+        ConfigError: one of them finds no room, also after ``cluster.wait_s``.
+    """
+    config = runs[0].config
+    waiting = [run for run in runs if run.status == "waiting"]
     local = is_local(config.cluster)
     if local and parallel == 1:
         here = Capacity(cpus=config.cluster.cpus or os.cpu_count() or 1, gpus=gpus_here())
-        yield Room(nodes=[Node(total=here, free=here)])
+        room = Room(nodes=[Node(total=here, free=here)])
+        for run in waiting:
+            with named(run.name):
+                require_capacity(plan(run.config), room.nodes)
+
+        yield room
         return
 
     with ExitStack() as stack:
         with ignored_by_children():
             stack.enter_context(cluster.connect(config.cluster))
 
-        nodes = cluster.nodes()
+        for run in waiting:
+            with named(run.name):
+                cluster.require_room(plan(run.config), run.config.cluster, say)
+
+        room = Room(nodes=cluster.nodes())
         if not local:
-            yield Room(nodes=nodes)
+            stack.close()
+            yield room
             return
 
         # the address of a Ray that ends with the sweep belongs into no config
         environment = {"RAY_ADDRESS": cluster.joined_address()}
         yield Room(
-            nodes=nodes,
+            nodes=room.nodes,
             environment=environment,
             options=("--set", "cluster.cpus=null"),
         )
@@ -66,4 +86,4 @@ def named(name: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 from ray.exceptions import AuthenticationError
 
-from eopd.config import ClusterConfig, ConfigError
+from eopd.config import ClusterConfig, ConfigError, UnavailableError
 from eopd.run.lock import held, last_holder
 from eopd.run.stopping import ask_to_stop
 from eopd.runtime import cluster
@@ -123,7 +123,7 @@ def test_an_address_at_which_nobody_answers_is_not_waited_for(ray):
     ):
         told = rf"{host}:{port} cannot be joined: nobody answers there \({reason}\)"
         with (
-            pytest.raises(ConfigError, match=told),
+            pytest.raises(UnavailableError, match=told),
             cluster.connect(ClusterConfig(address=f"{host}:{port}")),
         ):
             pytest.fail("it was joined")
@@ -174,7 +174,8 @@ def test_what_others_hold_is_not_free(ray, monkeypatch):
     monkeypatch.setattr(cluster, "SETTLE_S", 0.1)
 
     with pytest.raises(
-        ConfigError, match=r"ask for 1.5 cpus \(rollout 1 x 1.5\); 0.5 of 2 are free \(1.5 are held"
+        UnavailableError,
+        match=r"ask for 1.5 cpus \(rollout 1 x 1.5\); 0.5 of 2 are free \(1.5 are held",
     ):
         cluster.require_room(ROLES, ClusterConfig())
 
@@ -190,8 +191,12 @@ def test_what_no_wait_can_make_is_told_at_once(ray, monkeypatch):
     ray(free=(0.0,))
     monkeypatch.setattr(cluster.time, "sleep", lambda seconds: pytest.fail("it waits"))
     roles = [RoleResources(role="rollout", actors=3, cpus=1.0, gpus=0.0, env={})]
-    with pytest.raises(ConfigError, match=r"ask for 3 cpus \(rollout 3 x 1\); the cluster has 2$"):
+    with pytest.raises(
+        ConfigError, match=r"ask for 3 cpus \(rollout 3 x 1\); the cluster has 2$"
+    ) as caught:
         cluster.require_room(roles, ClusterConfig())
+
+    assert caught.type is ConfigError
 
 
 @pytest.mark.parametrize(

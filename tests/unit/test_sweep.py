@@ -9,18 +9,19 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import fakes
 import pytest
 
-from eopd.config import ConfigError, load_config
+from eopd.config import ConfigError, UnavailableError, load_config
 from eopd.run.evaluations import Evaluation, append_evaluation
 from eopd.run.grid import plan_runs, read_grids
 from eopd.run.lock import held
 from eopd.run.record import Measurement, append_jsonl
 from eopd.run.results import final_numbers
+from eopd.runtime import sweep_room
 from eopd.runtime.placement import Capacity, Node
 from eopd.runtime.sweep import Sweep, _last_error
 from eopd.runtime.sweep_room import Room
@@ -338,13 +339,94 @@ def room(cpus):
 )
 def test_runs_go_side_by_side_as_far_as_there_is_room(bench, monkeypatch, cpus, parallel, most):
     monkeypatch.setenv("FAKE_TRAIN_S", "1.0")  # longer than the others take to begin under load
-    sweep = bench.sweep(open_room=lambda _, __: room(cpus))
+    sweep = bench.sweep(open_room=lambda *asked: room(cpus))
     sweep.run(parallel)
     assert sweep.status == "completed"
     assert overlap(bench.calls()) == most
     first = bench.calls()[0]
     assert first["options"] == ["--resume", "auto", "--set", "cluster.cpus=null"]
     assert first["ray"] == "h:1"
+
+
+def test_a_run_that_finds_no_room_has_not_failed_and_no_other_is_begun(bench, eopd):
+    bench.fates({"gate-never-seed-0": "no room"})
+    sweep = bench.sweep()
+    sweep.run(1)
+    assert [run.status for run in sweep.runs] == ["completed", "waiting", "waiting", "waiting"]
+    assert (sweep.status, sweep.lack) == ("interrupted", "gate-never-seed-0: 0 of 3 are free")
+    assert bench.began() == NAMES[:2]
+    record = bench.record()
+    assert record["status"] == "interrupted"
+    assert [run["error"] for run in record["runs"]] == [None] * 4
+
+    bench.fates({})
+    again = bench.sweep()
+    again.run(1)
+    assert again.status == "completed"
+    assert bench.began()[2:] == ["gate-never-seed-0", *NAMES[2:]]
+
+
+def test_runs_that_are_under_way_beside_one_without_room_end_in_order(bench, monkeypatch):
+    monkeypatch.setenv("FAKE_TRAIN_S", "3.0")
+    bench.fates({"gate-never-seed-0": "no room"})
+    sweep = bench.sweep(open_room=lambda *asked: room(6))
+    sweep.run(2)
+    assert [run.status for run in sweep.runs] == ["completed", "waiting", "waiting", "waiting"]
+
+
+def test_want_of_room_has_an_exit_code_of_its_own(bench, eopd, monkeypatch):
+    train = (sys.executable, str(FAKE), str(bench.root / "fates.json"))
+    monkeypatch.setattr(Sweep.__init__, "__defaults__", (train, None))
+    bench.fates({"gate-hard-seed-0": "no room"})
+    done = eopd("sweep", bench.config, "--grid", GRID)
+    assert done.code == 75
+    assert "error: gate-hard-seed-0: 0 of 3 are free. No run was begun after it" in done.err
+    assert done.out.splitlines()[-1].startswith("continue with: eopd sweep")
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_cluster_that_others_use_is_waited_for_and_left(bench, monkeypatch, parallel):
+    """The first ``run`` is complete, and asks for nothing."""
+    joined, asked = [], []
+
+    @contextmanager
+    def connect(config):
+        joined.append(True)
+        yield
+        joined.pop()
+
+    def require(roles, config, say):
+        assert joined
+        asked.append((roles[0].role, config.wait_s))
+
+    fakes_of = {
+        "connect": connect,
+        "require_room": require,
+        "nodes": lambda: [Node(total=Capacity(cpus=6, gpus=0), free=Capacity(cpus=6, gpus=0))],
+    }
+    for name, fake in fakes_of.items():
+        monkeypatch.setattr(sweep_room.cluster, name, fake)
+
+    runs = bench.sweep("cluster.address=h:1", "cluster.cpus=null", "cluster.wait_s=60").runs
+    runs[0].status = "completed"
+    with sweep_room.room_of(runs, parallel, bench.said.append) as found:
+        assert joined == []
+        assert found.nodes[0].free.cpus == 6
+        assert (found.environment, found.options) == ({}, ())
+
+    assert asked == [("learner", 60.0)] * 3
+
+
+def test_a_cluster_without_room_for_a_run_is_told_by_its_name(bench, monkeypatch):
+    def require(*asked):
+        raise UnavailableError("0 of 3 are free")
+
+    monkeypatch.setattr(sweep_room.cluster, "connect", lambda config: nullcontext())
+    monkeypatch.setattr(sweep_room.cluster, "require_room", require)
+    with pytest.raises(UnavailableError, match=r"^gate-hard-seed-0: 0 of 3 are free$"):
+        bench.sweep("cluster.address=h:1", "cluster.cpus=null").run(1)
+
+    assert bench.calls() == []
 
 
 def overlap(calls):
