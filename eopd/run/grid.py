@@ -69,7 +69,8 @@ def read_grids(options: Sequence[str], overrides: Sequence[str] = ()) -> Grids:
     """Reads ``--grid KEY=VALUE,VALUE``; a comma inside of brackets or quotes belongs to a value.
 
     Raises:
-        ConfigError: an option has no key or no value, or its key stands twice, also in ``--set``.
+        ConfigError: an option has no key or no value, its key stands twice, also in ``--set``, or
+            its values would discard what was set below its key.
     """
     grids: dict[str, Sequence[str]] = {}
     fixed = {override.partition("=")[0] for override in overrides}
@@ -86,6 +87,13 @@ def read_grids(options: Sequence[str], overrides: Sequence[str] = ()) -> Grids:
 
         if key in fixed:
             raise ConfigError(f"--grid {option}: {key} is in --set too; remove one of the two")
+
+        if below := [other for other in (*fixed, *grids) if other.startswith(f"{key}.")]:
+            raise ConfigError(
+                f"--grid {option}: its values replace all of {key}, so that {below[0]} would be "
+                "lost; write it into the values, such as --grid 'loss.gate={kind: hard, tau: "
+                "0.3},never', or vary a single key, such as loss.gate.kind"
+            )
 
         try:
             values = read_items(text)

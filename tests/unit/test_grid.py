@@ -48,12 +48,21 @@ def test_values_are_split_at_the_commas_between_them(option, values):
         (["a.b=1", "a.b=2"], "--grid a.b=2: a.b stands twice; write all values in one"),
         (["a.b=1] #"], "--grid a.b=1] #: ends at #, where a comment of YAML begins"),
         (["c.d=1"], "--grid c.d=1: c.d is in --set too; remove one of the two"),
+        (["c=1"], "--grid c=1: its values replace all of c, so that c.d would be lost; write it"),
+        (["a.b=1", "a=2"], "--grid a=2: its values replace all of a, so that a.b would be lost"),
         (["run.seed=1,2"], "--grid run.seed=1,2: name seeds with --seeds"),
         (["run.name=a,b"], "--grid run.name=a,b: runs are named after their arm and seed"),
     ],
 )
 def test_a_wrong_grid_is_one_message(options, message):
     assert refusal(read_grids, options, ["c.d=1"]).startswith(message)
+
+
+def test_a_key_below_what_is_set_keeps_the_rest():
+    assert read_grids(["a.b.c=1,2", "c.dd=3"], ["a.b=1", "c.d=1"]) == {
+        "a.b.c": ["1", "2"],
+        "c.dd": ["3"],
+    }
 
 
 @pytest.mark.parametrize("option", ["a.b=1,,2", "a.b=,1", "a.b=[1", "a.b=1],[2", "a.b='x"])
