@@ -12,7 +12,6 @@ from typing import Final
 
 from eopd.config import Config, TeacherConfig
 from eopd.config.choices import choice_notes
-from eopd.config.prompts import names_of
 from eopd.plugins import sources
 from eopd.preflight.disk import disk_notes
 from eopd.preflight.environment import environment_notes, is_local
@@ -246,8 +245,14 @@ def _read_of(prompt: PromptSample) -> tuple[str, bytes, bytes | None, Reference 
 
 
 def _held_out_is_data(config: Config) -> bool:
-    """Tells whether the held-out prompts are the training prompts."""
-    return names_of(config.prompts.data) == names_of(config.prompts.held_out)
+    """Tells whether the held-out prompts are the training prompts, whatever their weights and
+    sources.
+    """
+    train, held_out = (
+        [(part.data, part.function, part.options, part.columns) for part in parts]
+        for parts in (config.prompts.data, config.prompts.held_out)
+    )
+    return train == held_out
 
 
 def _listed(ends: Mapping[int, str]) -> str:

@@ -1445,6 +1445,23 @@ def test_what_is_odd_and_can_be_meant_is_a_note(path, override, note):
     assert list(oddities(load_config(path, ["run.batches=60", override]))) == [note]
 
 
+@pytest.mark.parametrize(
+    ("data", "held_out", "is_same"),
+    [
+        ("{function: 'm:rows'}", "{function: 'm:rows'}", True),
+        ("{function: 'm:rows'}", "{function: 'm:rows', options: {split: test}}", False),
+        ("{data: a.jsonl, columns: {prompt: q}}", "a.jsonl", False),
+        ("{data: a.jsonl, weight: 2, source: s}", "a.jsonl", True),
+    ],
+)
+def test_held_out_prompts_are_those_of_training_by_all_that_chooses_rows(
+    path, data, held_out, is_same
+):
+    overrides = ["run.batches=60", f"prompts.data={data}", f"prompts.held_out={held_out}"]
+    notes = list(oddities(load_config(path, overrides)))
+    assert any("is prompts.data" in note for note in notes) == is_same
+
+
 # --- evaluation
 
 
