@@ -16,7 +16,7 @@ from eopd.telemetry.report.charts import Frame, curves, histogram, stacked, tick
 from eopd.telemetry.report.headline import result
 from eopd.telemetry.report.healthy import HEALTHY
 from eopd.telemetry.report.lines import Line, extremes, look, smoothed, thinned
-from eopd.telemetry.report.objective import gate_value
+from eopd.telemetry.report.objective import gate_value, lead_of
 from eopd.telemetry.report.page import report_of_ended, write_report
 from eopd.telemetry.report.public import Public
 from eopd.telemetry.report.reading import read_runs
@@ -748,6 +748,8 @@ def test_too_little_is_a_breach_too(run, page):
 
 def test_a_range_is_for_the_runs_that_it_is_for(run, page):
     rows = [row(s, eopd_gate_ratio=1.0 - 0.1 * s) for s in (1, 2)]
+    idle = f"{CONFIG}  alpha: 0.0\n"  # the gate does nothing
+    assert "outside in" not in page(run("idle", rows=rows, **{"config.yaml": idle})).text
     always = CONFIG.replace("hard, tau: 0.8", "always")
     assert (
         "outside in"
@@ -1103,7 +1105,45 @@ def test_the_objective_stands_beside_a_token_of_each_kind(run, page):
         "log p \u2212 log q = +1.00 nats, so that this token becomes less likely. No FKL here."
         in text
     )
-    assert "FKL : every candidate above" in text
+    assert "FKL : the candidates above become likely in the teacher's proportions." in text
+
+
+BOTH = "RKL reverse KL, on every token"
+ON_TOP = "there the forward KL comes on top, and teaches all of its candidates"
+
+
+@pytest.mark.parametrize(
+    ("objective", "said", "not_said"),
+    [
+        ("", [BOTH, ON_TOP, "The gate is open"], ["There is no"]),
+        (
+            "  reverse_kl: {kind: none}\n",
+            ["There is no reverse KL", "No RKL here", "there the forward KL teaches all of"],
+            [BOTH, "On every token the reverse KL", "log p \u2212 log q = +1.00 nats, so"],
+        ),
+        (
+            "  alpha: 0.0\n",
+            [BOTH, "There is no forward KL: loss.alpha is 0.", "No FKL here"],
+            ["forward KL: more", "the forward KL", "The gate is open", "the gate is open"],
+        ),
+        ("  reverse_kl: {kind: topk_tail}\n", ["the student is surer of this"], ["becomes less"]),
+    ],
+)
+def test_a_term_that_a_run_does_not_have_is_not_said_to_act(run, page, objective, said, not_said):
+    text = " ".join(page(run(**{"config.yaml": CONFIG + objective})).text.split())
+    text = text[: text.index("How sure they are")]
+    assert [words for words in said if words not in text] == []
+    assert [words for words in not_said if words in text] == []
+
+
+def test_the_lead_says_what_holds_for_all_runs(run):
+    never = CONFIG.replace("hard, tau: 0.8", "never")
+    always = CONFIG.replace("hard, tau: 0.8", "always")
+    both = run("both"), run("never", **{"config.yaml": never})
+    assert "the forward KL of some runs comes on top" in lead_of(read_runs(both))
+    alone = lead_of(read_runs([run("always", **{"config.yaml": always})]))
+    assert "The forward KL teaches all of its candidates on every token." in alone
+    assert lead_of(read_runs(both[1:])).endswith("There is no forward KL to teach them.")
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,14 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A range of values, its ends included. It holds for runs whose config has ``when``."""
+    """A range of values, its ends included. It holds for runs whose config has ``when``, and nothing
+    of ``unless``.
+    """
 
     low: float = -math.inf
     high: float = math.inf
     when: Mapping[str, object] = field(default_factory=dict, hash=False)
+    unless: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def holds(self, value: float) -> bool:
         """Returns whether a value lies within."""
@@ -24,7 +27,8 @@ class Range:
 
     def is_for(self, config: Mapping[str, object]) -> bool:
         """Returns whether a run of this config is judged by it."""
-        return all(config.get(key) == value for key, value in self.when.items())
+        is_meant = all(config.get(key) == value for key, value in self.when.items())
+        return is_meant and all(config.get(key) != value for key, value in self.unless.items())
 
     def words(self, percent: bool) -> str:
         """Returns the range as people say it."""
@@ -35,9 +39,10 @@ class Range:
         return f"at least {low}" if math.isinf(self.high) else f"{low} to {high}"
 
 
+_NO_FORWARD_KL: Final = {"loss.alpha": 0}  # the gate does nothing then
 HEALTHY: Final[Mapping[str, Range]] = {
-    "eopd_gate_ratio": Range(0.15, 0.2, {"loss.gate.kind": "hard"}),
-    "eopd_gate_uncertain_ratio": Range(high=0.1),
+    "eopd_gate_ratio": Range(0.15, 0.2, {"loss.gate.kind": "hard"}, _NO_FORWARD_KL),
+    "eopd_gate_uncertain_ratio": Range(high=0.1, unless=_NO_FORWARD_KL),
     "eopd_teacher_topk_mass_ratio": Range(low=0.9),
     "eopd_importance_capped_ratio": Range(high=0.05),
     "eopd_logprob_gap_nats": Range(high=0.05, when={"flow.max_staleness": 0}),
@@ -48,7 +53,7 @@ HEALTHY: Final[Mapping[str, Range]] = {
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What is to be said of a metric that left its healthy range; ``is_breach`` where it is
-    outside at the end, which of a run under way is now.
+    outside at the end. The end of a run under way is now.
     """
 
     text: str

@@ -1,5 +1,5 @@
 """Draws the objective L = RKL + alpha g(H) FKL beside real tokens of a run: one on which the gate
-is open, and one on which it is shut.
+is open, and one on which it is shut. A term that a run does not have is left out, and said to be.
 """
 
 import math
@@ -12,16 +12,18 @@ from markupsafe import Markup
 from eopd.telemetry.report.charts import BOTTOM, HEIGHT, WIDTH, Frame
 from eopd.telemetry.report.reading import RunRecord
 from eopd.telemetry.report.samples import Token, tokens_of
-from eopd.telemetry.report.subject import gate_words
+from eopd.telemetry.report.subject import gate_words, has_forward, has_reverse
 
 CONTEXT: Final = 60  # characters before a token
 MOST_CANDIDATES: Final = 5
+_OPEN_WHERE_UNSURE: Final = ("hard", "quantile", "sigmoid")  # kinds of gates
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """A token of a held-out answer, and what the objective makes of it. ``letter`` is its mark in
-    the drawing; ``gate`` is None where the gate depends on more than the token's entropy.
+    the drawing; ``gate`` is None where the gate depends on more than the token's entropy, and
+    without a forward KL.
     """
 
     letter: str
@@ -39,10 +41,15 @@ class Example:
 @dataclass(frozen=True, slots=True)
 class Objective:
     """The objective of a run, drawn. ``picture`` is empty where the gate is no function of the
-    entropy.
+    entropy, and without a forward KL. ``lacks`` says which term there is not, and why;
+    ``is_sampled``, that the reverse KL is the one of the sampled token.
     """
 
     run: str
+    has_reverse: bool
+    has_forward: bool
+    is_sampled: bool
+    lacks: str
     alpha: float
     gate: str
     picture: Markup
@@ -55,16 +62,60 @@ def objective_of(run: RunRecord) -> Objective | None:
     if not contexts:
         return None
 
-    examples = _examples(run.config, contexts)
-    alpha = run.config.get("loss.alpha", 1.0)
+    config, is_gated = run.config, has_forward(run.config)
+    examples = _examples(config, contexts)
+    alpha = config.get("loss.alpha", 1.0)
     entropies = [token.entropy for _, token in contexts]
     return Objective(
         run.name,
+        has_reverse(config),
+        is_gated,
+        config.get("loss.reverse_kl.kind", "sampled") == "sampled",
+        _lacks(config),
         float(alpha) if isinstance(alpha, int | float) else 1.0,
-        gate_words(run.config) if run.config.get("loss.gate.kind") != "never" else "never",
-        _picture(run.config, entropies, examples),
+        gate_words(config),
+        _picture(config, entropies, examples) if is_gated else Markup(""),
         examples,
     )
+
+
+def lead_of(runs: Sequence[RunRecord]) -> str:
+    """Returns what the objectives of runs do to the tokens, in a few sentences."""
+    reverse = [has_reverse(run.config) for run in runs]
+    forward = [has_forward(run.config) for run in runs]
+    gates = {gate_words(run.config) for run in runs if has_forward(run.config)}
+    kinds = {run.config.get("loss.gate.kind") for run in runs if has_forward(run.config)}
+    lead = "The student writes, the teacher reads along."
+    if any(reverse):
+        lead += f" On every token the reverse KL{_some(reverse)} pulls the student to the teacher."
+
+    lead += " Where the teacher itself is unsure, its entropy H is high and several tokens would do"
+    forward_kl = f"the forward KL{_some(forward)}"
+    if not gates:
+        return f"{lead}. There is no forward KL to teach them."
+
+    if kinds <= set(_OPEN_WHERE_UNSURE):
+        on_top = " comes on top, and" if any(reverse) else ""
+        return f"{lead}: there {forward_kl}{on_top} teaches all of its candidates."
+
+    where = gates.pop() if len(gates) == 1 else "where its gate is open"
+    return f"{lead}. T{forward_kl[1:]} teaches all of its candidates {where}."
+
+
+def _some(have: Sequence[bool]) -> str:
+    return "" if all(have) else " of some runs"
+
+
+def _lacks(config: Mapping[str, object]) -> str:
+    """Returns which term an objective does not have; nothing where it has both."""
+    if not has_reverse(config):
+        return "There is no reverse KL: loss.reverse_kl is none."
+
+    if has_forward(config):
+        return ""
+
+    why = "loss.alpha is 0" if config.get("loss.alpha") == 0 else "loss.gate never opens"
+    return f"There is no forward KL: {why}."
 
 
 def gate_value(config: Mapping[str, object], entropy: float) -> float | None:
@@ -109,7 +160,7 @@ def _examples(config: Mapping[str, object], contexts: Sequence[tuple[str, Token]
     shut: list[tuple[str, Token, float | None]] = []
     opened: list[tuple[str, Token, float | None]] = []
     for context, token in by_entropy:
-        gate = gate_value(config, token.entropy)
+        gate = gate_value(config, token.entropy) if has_forward(config) else None
         is_open = token.entropy > middle if gate is None else gate > 0.5
         (opened if is_open else shut).append((context, token, gate))
 

@@ -15,7 +15,7 @@ from eopd.telemetry.report.groups import arms_of, compared, groups_of
 from eopd.telemetry.report.headline import comparison, headline, measured_differently
 from eopd.telemetry.report.lines import look
 from eopd.telemetry.report.measured import histograms, measured
-from eopd.telemetry.report.objective import objective_of
+from eopd.telemetry.report.objective import lead_of, objective_of
 from eopd.telemetry.report.reading import RunRecord, read_runs
 from eopd.telemetry.report.samples import ENTROPY_EDGES, KL_EDGES, count_prompts, prompts_of
 from eopd.telemetry.report.seconds import STAGES, accounts, splits, timelines
@@ -89,6 +89,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         comparison=comparison(runs),
         differently=measured_differently(runs),
         objective=objective_of(shown[0]),
+        lead=lead_of(shown),
         prompts=prompts_of(shown),
         num_prompts=count_prompts(shown),
         thresholds=sorted({run.threshold for run in shown if run.threshold is not None}),

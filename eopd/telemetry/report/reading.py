@@ -58,9 +58,11 @@ class RunRecord:
 
     @property
     def threshold(self) -> float | None:
-        """The teacher entropy in nats above which the gate opens; None where it is no such gate."""
+        """The teacher entropy in nats above which the gate opens; None where it is no such gate, or
+        does nothing.
+        """
         tau = self.config.get("loss.gate.tau")
-        is_hard = self.config.get("loss.gate.kind") == "hard"
+        is_hard = self.config.get("loss.gate.kind") == "hard" and self.config.get("loss.alpha") != 0
         return float(tau) if is_hard and isinstance(tau, int | float) else None
 
     @property

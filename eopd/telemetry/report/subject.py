@@ -65,21 +65,32 @@ def objective_words(config: Config) -> str:
     if None in kinds:
         return ""
 
-    reverse_kind, forward_kind, gate_kind = map(str, kinds)
+    reverse_kind, forward_kind, _ = map(str, kinds)
     k = config.get("loss.top_k", "k")
     reverse = _REVERSE.get(reverse_kind, f"Reverse KL {reverse_kind}").format(k=k)
     if (reward := reward_words(config)) != "":
         reverse = f"{reverse}, with {reward}"
 
-    alpha = config.get("loss.alpha", 1.0)
-    if gate_kind == "never" or alpha == 0:
+    if not has_forward(config):
         return f"{reverse}. No forward KL."
 
+    alpha = config.get("loss.alpha", 1.0)
     forward = _FORWARD.get(forward_kind, forward_kind).format(k=k)
     warm_up = config.get("loss.alpha_warmup.batches")
     grows = f" (growing over {warm_up} batches)" if warm_up else ""
     times = f"{alpha:g} times " if alpha != 1.0 else ""
     return f"{reverse}. Plus {times}the forward KL{grows} {gate_words(config)}, {forward}."
+
+
+def has_reverse(config: Config) -> bool:
+    """Returns whether the objective has a reverse KL."""
+    return config.get("loss.reverse_kl.kind") != "none"
+
+
+def has_forward(config: Config) -> bool:
+    """Returns whether the objective has a forward KL: alpha is not 0, and the gate can open."""
+    can_open = config.get("loss.gate.kind") != "never" and config.get("loss.gate.rate") != 0
+    return can_open and config.get("loss.alpha") != 0
 
 
 def gate_words(config: Config) -> str:
